@@ -1,0 +1,247 @@
+"""Chunk codec: K consecutive tokens <-> one latent vector.
+
+Notable choices: chunks never see each other, so all chunks of a batch are one dense batch; a clipped-KL posterior, token
+dropout to a learned mask token and latent dropout make the latent space tolerate the errors of a denoiser; latents
+leave the codec standardised per channel; padding is the mask token the dropout has trained, never EOS.
+The attention form without posterior is TokCom v5.2 as published.
+
+Shape legend: B batch, T tokens, K tokens per chunk, N = T/K latents, C latent channels, E embedding, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.utils import ModelOutput
+
+try:
+    from .configuration_tokcom import TokComChunkCodecConfig
+    from .layers_tokcom import TokComBlock, TokComMLP, TokComPreTrainedModel, chunked_cross_entropy, rotary_embedding
+except ImportError:
+    if __package__:
+        raise
+    import configuration_tokcom as _configuration
+    import layers_tokcom as _layers
+
+    TokComChunkCodecConfig = _configuration.TokComChunkCodecConfig
+    TokComBlock, TokComMLP = _layers.TokComBlock, _layers.TokComMLP
+    TokComPreTrainedModel = _layers.TokComPreTrainedModel
+    chunked_cross_entropy, rotary_embedding = _layers.chunked_cross_entropy, _layers.rotary_embedding
+
+
+@dataclass
+class TokComCodecOutput(ModelOutput):
+    """What every codec's `encode` returns.
+
+    Args:
+        latents (`torch.FloatTensor` of shape `(B, N, C)`): standardised latents.
+        position_ids (`torch.LongTensor` of shape `(B, N, A)`): where each latent stands.
+        mask (`torch.BoolTensor` of shape `(B, N)`): latents that hold at least one real token.
+    """
+
+    latents: torch.FloatTensor | None = None
+    position_ids: torch.LongTensor | None = None
+    mask: torch.BoolTensor | None = None
+
+
+@dataclass
+class TokComDecoderOutput(ModelOutput):
+    """What a token codec's `decode` returns: `logits (B, N * K, V)`."""
+
+    logits: torch.FloatTensor | None = None
+
+
+class TokComResidualMLP(nn.Module):
+    """Pre-norm residual SwiGLU layer: the chunk codec's layer without attention."""
+
+    def __init__(self, config: TokComChunkCodecConfig):
+        super().__init__()
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = TokComMLP(config.hidden_size, config.intermediate_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states + self.mlp(self.norm(hidden_states))
+
+
+class TokComChunkMLP(nn.Module):
+    """Residual SwiGLU network on the concatenation of a chunk: `(M, K, E)` in or out, `(M, D)` between."""
+
+    def __init__(self, config: TokComChunkCodecConfig, encoder: bool):
+        super().__init__()
+        chunk_width = config.chunk_size * config.embedding_size
+        self.proj_in = nn.Linear(chunk_width, config.hidden_size) if encoder else nn.Identity()
+        self.layers = nn.ModuleList(TokComResidualMLP(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.proj_out = nn.Identity() if encoder else nn.Linear(config.hidden_size, chunk_width)
+        self.output_norm = nn.Identity() if encoder else nn.RMSNorm(config.embedding_size, config.rms_norm_eps)
+        self.encoder, self.chunk_size = encoder, config.chunk_size
+
+    def forward(self, inputs: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.proj_in(inputs.flatten(1))  # (M, D)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states)
+        hidden_states = self.proj_out(self.norm(hidden_states))
+        if self.encoder:
+            return hidden_states  # (M, D)
+        return self.output_norm(hidden_states.unflatten(1, (self.chunk_size, -1)))  # (M, K, E)
+
+
+class TokComChunkTransformer(nn.Module):
+    """The published form: a transformer inside each chunk; the last position is the latent, and the decoder reads
+    `[latent, query, query, ...]`."""
+
+    def __init__(self, config: TokComChunkCodecConfig, encoder: bool):
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(TokComBlock(config, i) for i in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.encoder = encoder
+
+    def forward(self, inputs: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+        size = self.config.chunk_size
+        if not self.encoder:
+            inputs = torch.cat((inputs[:, None], query.to(inputs.dtype).expand(len(inputs), size - 1, -1)), dim=1)
+        head_dim = self.config.hidden_size // self.config.num_attention_heads
+        positions = torch.arange(size, device=inputs.device)[None, :, None]  # (1, K, 1)
+        tables = rotary_embedding(positions, head_dim, self.config.rope_theta)
+        hidden_states = inputs  # (M, K, D)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, None, tables)
+        hidden_states = self.norm(hidden_states)
+        return hidden_states[:, -1] if self.encoder else hidden_states
+
+
+CHUNK_NETWORKS = {"mlp": TokComChunkMLP, "attention": TokComChunkTransformer}
+
+
+class TokComChunkCodec(TokComPreTrainedModel):
+    """Variational autoencoder of token chunks (CALM, Shao et al. 2025, and TokCom v5.2).
+
+    The encoder's posterior mean, standardised per channel with the persistent buffers `latent_mean` and `latent_std`,
+    is the latent. The buffers are the identity until `set_latent_statistics` measures them after stage 1.
+    """
+
+    config: TokComChunkCodecConfig
+    main_input_name = "input_ids"
+
+    def __init__(self, config: TokComChunkCodecConfig):
+        super().__init__(config)
+        network = CHUNK_NETWORKS[config.layer_type]
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.embedding_size)
+        self.encoder = network(config, encoder=True)
+        self.decoder = network(config, encoder=False)
+        self.to_posterior = self.from_latent = None
+        if config.variational:
+            self.to_posterior = nn.Linear(config.hidden_size, 2 * config.latent_channels)
+            self.from_latent = nn.Linear(config.latent_channels, config.hidden_size)
+        self.latent_mean = nn.Buffer(torch.zeros(config.latent_channels))
+        self.latent_std = nn.Buffer(torch.ones(config.latent_channels))
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def _query(self) -> torch.Tensor:
+        return self.embed_tokens.weight[self.config.mask_token_id]
+
+    def _posterior(self, chunks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`chunks (M, K)` of ids -> mean `(M, C)` and log-variance `(M, C)`, the latter None without a posterior."""
+        hidden_states = self.encoder(self.embed_tokens(chunks), self._query())  # (M, D)
+        if self.to_posterior is None:
+            return hidden_states, None
+        mean, log_variance = self.to_posterior(hidden_states).float().chunk(2, dim=-1)
+        return mean, log_variance.clamp(-12.0, 4.0)
+
+    def _token_states(self, raw_latents: torch.Tensor) -> torch.Tensor:
+        """Raw latents `(M, C)` -> decoder states `(M, K, E)`, one inner product with the embedding before logits."""
+        if self.from_latent is not None:
+            raw_latents = self.from_latent(raw_latents)
+        return self.decoder(raw_latents, self._query())
+
+    def _denormalize(self, latents: torch.Tensor) -> torch.Tensor:
+        return (latents * self.latent_std + self.latent_mean).flatten(0, -2)  # (M, C)
+
+    def _to_chunks(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(B, T)` -> ids `(B, N, K)` with padding replaced by `pad_token_id`, and which tokens are real."""
+        if input_ids.shape[1] % self.config.chunk_size:
+            size, length = self.config.chunk_size, input_ids.shape[1]
+            raise ValueError(
+                f"the sequence length ({length}) must be a multiple of `chunk_size` ({size}); pad to "
+                f"{length + -length % size} tokens and mark the padding in `attention_mask` "
+                "(TokComPipeline does so)."
+            )
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        real = attention_mask.bool()
+        ids = torch.where(real, input_ids, self.config.pad_token_id)
+        return ids.unflatten(1, (-1, self.config.chunk_size)), real.unflatten(1, (-1, self.config.chunk_size))
+
+    def encode(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> TokComCodecOutput:
+        """Token ids `(B, T)`, T a multiple of K, and `attention_mask (B, T)` (0 = padding) -> standardised latents."""
+        chunks, real = self._to_chunks(input_ids, attention_mask)
+        mean, _ = self._posterior(chunks.flatten(0, 1))
+        latents = ((mean - self.latent_mean) / self.latent_std).unflatten(0, chunks.shape[:2])  # (B, N, C)
+        positions = torch.arange(chunks.shape[1], device=input_ids.device).expand(len(chunks), -1)[..., None]
+        return TokComCodecOutput(latents=latents, position_ids=positions, mask=real.any(-1))
+
+    def decode(self, latents: torch.Tensor) -> TokComDecoderOutput:
+        """Standardised latents `(B, N, C)` -> logits `(B, N * K, V)`."""
+        states = self._token_states(self._denormalize(latents))  # (B * N, K, E)
+        logits = F.linear(states, self.embed_tokens.weight)
+        return TokComDecoderOutput(logits=logits.reshape(latents.shape[0], -1, self.config.vocab_size))
+
+    def to_ids(self, latents: torch.Tensor) -> torch.Tensor:
+        """Standardised latents `(B, N, C)` -> the most likely ids `(B, N * K)`, one row at a time to bound memory."""
+        return torch.cat([self.decode(row[None]).logits.argmax(-1) for row in latents])
+
+    def loss(
+        self, latents: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Nats per token `(B, N, K)` of `input_ids (B, T)` given standardised latents; padded places are 0."""
+        chunks, real = self._to_chunks(input_ids, attention_mask)
+        return self._token_nll(self._denormalize(latents), chunks) * real
+
+    def _token_nll(self, raw_latents: torch.Tensor, chunks: torch.Tensor) -> torch.Tensor:
+        states = self._token_states(raw_latents).flatten(0, 1)  # (B * N * K, E)
+        return chunked_cross_entropy(states, self.embed_tokens.weight, chunks.flatten()).view(chunks.shape)
+
+    def training_loss(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Stage-1 objective: K x cross-entropy per token + `kl_weight` x KL, with the config's dropouts.
+
+        The KL of every channel is clipped below at `kl_free_nats`. Returns the scalar loss and its detached parts
+        `ce_loss` (nats per token) and `kl_loss` (nats per chunk). Dropouts act in training mode only.
+        """
+        config = self.config
+        chunks, real = self._to_chunks(input_ids, attention_mask)
+        inputs = chunks
+        if self.training and config.token_dropout:
+            dropped = torch.rand(chunks.shape, device=chunks.device) < config.token_dropout
+            inputs = torch.where(dropped, config.mask_token_id, chunks)
+        latents, log_variance = self._posterior(inputs.flatten(0, 1))
+        kl = latents.new_zeros(())
+        if log_variance is not None:
+            divergence = 0.5 * (latents.square() + log_variance.exp() - 1 - log_variance)  # (M, C)
+            kl = divergence.clamp_min(config.kl_free_nats).sum(-1)
+            kl = (kl * real.flatten(0, 1).any(-1)).sum() / real.any(-1).sum().clamp_min(1)
+            if self.training:
+                latents = latents + torch.randn_like(latents) * (0.5 * log_variance).exp()
+        if self.training and config.latent_dropout:
+            latents = F.dropout(latents, config.latent_dropout)
+        cross_entropy = (self._token_nll(latents, chunks) * real).sum() / real.sum().clamp_min(1)
+        loss = config.chunk_size * cross_entropy + config.kl_weight * kl
+        return loss, {"ce_loss": cross_entropy.detach(), "kl_loss": kl.detach()}
+
+    @torch.no_grad()
+    def set_latent_statistics(self, mean: torch.Tensor, std: torch.Tensor) -> None:
+        """Store the mean and standard deviation `(C,)` of raw posterior means, measured on training text."""
+        self.latent_mean.copy_(mean)
+        self.latent_std.copy_(std.clamp_min(1e-6))
+
+
+__all__ = ["TokComChunkCodec", "TokComCodecOutput", "TokComDecoderOutput"]

@@ -1,0 +1,342 @@
+"""TokCom configuration: one codec, one transformer, and how the flow between noise and latents is trained.
+
+Notable choices: every field exists because two published presets differ in it; all checks live in
+`validate_architecture`, which the strict dataclass runs after construction; a preset is a small dictionary.
+
+Shape legend used in every file: B batch, T tokens, K tokens per chunk, N = T/K latents, C latent channels,
+D width, H heads, A position axes, V vocabulary.
+"""
+
+from copy import deepcopy
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+
+def _check_positive(config: PreTrainedConfig, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"`{name}` ({getattr(config, name)}) must be at least 1.")
+
+
+def _check_fraction(config: PreTrainedConfig, *names: str) -> None:
+    for name in names:
+        if not 0.0 <= getattr(config, name) < 1.0:
+            raise ValueError(f"`{name}` ({getattr(config, name)}) is a probability and must be in [0, 1).")
+
+
+def _check_heads(config: PreTrainedConfig) -> None:
+    if config.hidden_size % (2 * config.num_attention_heads):
+        raise ValueError(
+            f"`hidden_size` ({config.hidden_size}) must be an even multiple of `num_attention_heads` "
+            f"({config.num_attention_heads}); rotary embedding pairs the channels of a head."
+        )
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise ValueError(
+            f"`num_attention_heads` ({config.num_attention_heads}) must be a multiple of `num_key_value_heads` "
+            f"({config.num_key_value_heads}) for grouped-query attention."
+        )
+
+
+@strict
+class TokComChunkCodecConfig(PreTrainedConfig):
+    r"""Configuration of the codec `tokens <-> one latent per chunk`.
+
+    Args:
+        vocab_size (`int`): V, the tokenizer's length plus one: the last row is the learned mask token.
+        mask_token_id (`int`): id of that extra token. It replaces dropped and padded tokens at the encoder and is the
+            decoder's query in the attention form (the published "omni" token).
+        pad_token_id (`int`): id written into padded places before encoding; `mask_token_id` except in converted v5.2.
+        chunk_size (`int`): K, tokens per latent.
+        latent_channels (`int`): C.
+        layer_type (`str`): `"mlp"`, residual SwiGLU layers on the concatenated embeddings of a chunk, or
+            `"attention"`, the published transformer inside each chunk.
+        embedding_size (`int`): width of the tied token embedding; equals `hidden_size` in the attention form.
+        variational (`bool`): a Gaussian posterior head and linear maps to and from C channels. `False` is the
+            published autoencoder, whose latent is the last hidden state, so `latent_channels == hidden_size`.
+        kl_weight (`float`), kl_free_nats (`float`): weight of the KL term, and the nats per channel that cost nothing.
+        token_dropout (`float`), latent_dropout (`float`): training probabilities in [0, 1).
+    """
+
+    model_type = "tokcom_chunk_codec"
+    base_config_key = "codec_config"
+
+    vocab_size: int = 4097
+    mask_token_id: int = 4096
+    pad_token_id: int | None = 4096
+    chunk_size: int = 4
+    latent_channels: int = 64
+    layer_type: str = "mlp"
+    embedding_size: int = 128
+    hidden_size: int = 256
+    intermediate_size: int = 768
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 4
+    attention_bias: bool = False
+    qk_norm: bool = True
+    rope_theta: float | int = 10000.0
+    rms_norm_eps: float = 1e-6
+    variational: bool = True
+    kl_weight: float | int = 1e-3
+    kl_free_nats: float | int = 0.5
+    token_dropout: float | int = 0.15
+    latent_dropout: float | int = 0.15
+    initializer_range: float = 0.02
+
+    def validate_architecture(self):
+        sizes = ("vocab_size", "chunk_size", "latent_channels", "embedding_size", "hidden_size", "intermediate_size")
+        _check_positive(self, *sizes, "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+        _check_fraction(self, "token_dropout", "latent_dropout")
+        if self.layer_type not in ("mlp", "attention"):
+            raise ValueError(f"`layer_type` ({self.layer_type!r}) must be 'mlp' or 'attention'.")
+        if self.layer_type == "attention":
+            _check_heads(self)
+            if self.embedding_size != self.hidden_size:
+                raise ValueError(
+                    f"`embedding_size` ({self.embedding_size}) must equal `hidden_size` ({self.hidden_size}) "
+                    "when `layer_type` is 'attention'."
+                )
+        if not self.variational and self.latent_channels != self.hidden_size:
+            raise ValueError(
+                f"`latent_channels` ({self.latent_channels}) must equal `hidden_size` ({self.hidden_size}) when "
+                "`variational` is False, because the hidden state itself is the latent; set `variational=True`."
+            )
+        for name in ("mask_token_id", "pad_token_id"):
+            if not 0 <= getattr(self, name) < self.vocab_size:
+                raise ValueError(f"`{name}` ({getattr(self, name)}) must be in [0, vocab_size={self.vocab_size}).")
+
+
+@strict
+class TokComTransformerConfig(PreTrainedConfig):
+    r"""Configuration of the transformer that predicts clean latents.
+
+    Args:
+        latent_channels (`int`): C, equal to the codec's.
+        max_position_embeddings (`int`): the longest sequence in latents that training sees; longer input is an error.
+        num_position_axes (`int`): A, the axes of `position_ids (B, N, A)` among which a head's channels are split.
+        conditioning_size (`int`): width of the timestep embedding that feeds adaLN.
+        timestep_scale (`float`): factor on t before the sinusoids. 1000 tells neighbouring times apart; the published
+            v5.2 used 1.
+        adaln_gates (`bool`): gated adaLN-zero (a block is the identity at init); `False` is the published form.
+        input_projection (`bool`): a linear map C -> D before the blocks; `False` (published) needs `C == D`.
+        self_conditioning (`bool`): the previous estimate of x1 is a second input.
+        per_latent_timestep (`bool`): known latents are told t = 1. `False` (published): one t for the whole sequence,
+            so training never shows a clean prompt and sampling tells it the time of its neighbours.
+        block_size (`int`, *optional*): Q, latents denoised at once under block-causal attention; `None` is the
+            published bidirectional model.
+    """
+
+    model_type = "tokcom_transformer"
+    base_config_key = "transformer_config"
+
+    latent_channels: int = 64
+    hidden_size: int = 256
+    intermediate_size: int = 704
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 4
+    max_position_embeddings: int = 128
+    num_position_axes: int = 1
+    attention_bias: bool = False
+    qk_norm: bool = True
+    rope_theta: float | int = 10000.0
+    rms_norm_eps: float = 1e-6
+    conditioning_size: int = 128
+    timestep_scale: float | int = 1000.0
+    adaln_gates: bool = True
+    input_projection: bool = True
+    self_conditioning: bool = True
+    per_latent_timestep: bool = True
+    block_size: int | None = 4
+    initializer_range: float = 0.02
+
+    def validate_architecture(self):
+        _check_positive(self, "latent_channels", "hidden_size", "intermediate_size", "num_hidden_layers")
+        _check_positive(self, "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+        _check_positive(self, "num_position_axes", "conditioning_size")
+        _check_heads(self)
+        head_size = self.hidden_size // self.num_attention_heads
+        if head_size % (2 * self.num_position_axes):
+            raise ValueError(
+                f"the head size ({head_size}) must be a multiple of 2 x `num_position_axes` "
+                f"({self.num_position_axes}); change `hidden_size` or `num_attention_heads`."
+            )
+        if self.conditioning_size % 2:
+            raise ValueError(f"`conditioning_size` ({self.conditioning_size}) must be even: half cosines, half sines.")
+        if self.block_size is not None and self.block_size < 1:
+            raise ValueError(f"`block_size` ({self.block_size}) must be at least 1, or None for bidirectional.")
+        if not self.per_latent_timestep and self.block_size is not None:
+            raise ValueError(
+                f"`per_latent_timestep=False` needs `block_size=None`, got {self.block_size}: block-causal generation "
+                "conditions on clean latents."
+            )
+        if not self.input_projection and (self.latent_channels != self.hidden_size or self.self_conditioning):
+            raise ValueError(
+                f"`input_projection=False` needs `latent_channels` ({self.latent_channels}) equal to `hidden_size` "
+                f"({self.hidden_size}) and no self-conditioning; set `input_projection=True`."
+            )
+
+
+CODEC_CONFIGS: dict[str, type[PreTrainedConfig]] = {
+    TokComChunkCodecConfig.model_type: TokComChunkCodecConfig,
+}
+
+
+@strict
+class TokComConfig(PreTrainedConfig):
+    r"""Configuration of a TokCom model: codec, transformer, and the flow-matching objective.
+
+    Args:
+        codec_config, transformer_config: sub-configurations or their dictionaries; a codec dictionary's `model_type`
+            chooses the codec class.
+        stage (`str`): `"codec"` or `"flow"`: which loss `forward` returns and which half is trainable.
+        noise_std (`float`): standard deviation of x0; 1 on standardised latents, 0.05 in published v5.2.
+        timestep_sampling (`str`): `"logit_normal"`, t = 1 - sigmoid(N(timestep_loc, 1)), or `"uniform"`.
+        timestep_loc (`float`): larger is noisier; the sampling grid is shifted by the same amount.
+        mse_weight, ce_weight (`float`): weights of the x1 regression and of the cross-entropy through the decoder.
+        context_dropout (`float`): share of training rows that lose their context, for classifier-free guidance.
+        infill_rate (`float`): share of training rows with a gap that is generated after what follows it.
+    """
+
+    model_type = "tokcom"
+    sub_configs = {"codec_config": TokComChunkCodecConfig, "transformer_config": TokComTransformerConfig}
+
+    codec_config: PreTrainedConfig | dict[str, Any] | None = None
+    transformer_config: PreTrainedConfig | dict[str, Any] | None = None
+    stage: str = "codec"
+    noise_std: float | int = 1.0
+    timestep_sampling: str = "logit_normal"
+    timestep_loc: float | int = 0.6
+    mse_weight: float | int = 1.0
+    ce_weight: float | int = 0.2
+    context_dropout: float | int = 0.1
+    infill_rate: float | int = 0.1
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        if not isinstance(self.codec_config, PreTrainedConfig):
+            fields = dict(self.codec_config or {})
+            codec_type = fields.pop("model_type", TokComChunkCodecConfig.model_type)
+            if codec_type not in CODEC_CONFIGS:
+                raise ValueError(f"unknown codec type {codec_type!r}; known are {sorted(CODEC_CONFIGS)}.")
+            self.codec_config = CODEC_CONFIGS[codec_type](**fields)
+        if not isinstance(self.transformer_config, PreTrainedConfig):
+            fields = {k: v for k, v in (self.transformer_config or {}).items() if k != "model_type"}
+            self.transformer_config = TokComTransformerConfig(**fields)
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        if self.codec_config.latent_channels != self.transformer_config.latent_channels:
+            raise ValueError(
+                f"`codec_config.latent_channels` ({self.codec_config.latent_channels}) and "
+                f"`transformer_config.latent_channels` ({self.transformer_config.latent_channels}) must be equal."
+            )
+        if self.stage not in ("codec", "flow"):
+            raise ValueError(f"`stage` ({self.stage!r}) must be 'codec' or 'flow'.")
+        if self.timestep_sampling not in ("logit_normal", "uniform"):
+            raise ValueError(f"`timestep_sampling` ({self.timestep_sampling!r}) must be 'logit_normal' or 'uniform'.")
+        if self.noise_std <= 0:
+            raise ValueError(f"`noise_std` ({self.noise_std}) must be positive.")
+        if self.mse_weight < 0 or self.ce_weight < 0 or self.mse_weight + self.ce_weight == 0:
+            raise ValueError(
+                f"`mse_weight` ({self.mse_weight}) and `ce_weight` ({self.ce_weight}) must not be negative, "
+                "and one of them must be positive."
+            )
+        _check_fraction(self, "context_dropout", "infill_rate")
+
+    @classmethod
+    def from_preset(cls, name: str, vocab_size: int | None = None, **overrides) -> "TokComConfig":
+        """Build the configuration of a named preset.
+
+        `vocab_size` is the *tokenizer's* length; the model's vocabulary is one larger (the mask token).
+        `overrides` are dictionaries for `codec_config` and `transformer_config`, or top-level values.
+        Raises `ValueError` for an unknown name or an unknown key.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}; known are {sorted(PRESETS)}.")
+        fields = deepcopy(PRESETS[name])
+        for key, value in overrides.items():
+            if isinstance(value, dict):
+                known = TokComTransformerConfig if key == "transformer_config" else CODEC_CONFIGS["tokcom_chunk_codec"]
+                _check_known_keys(known, value, f"{key}.")
+                fields.setdefault(key, {}).update(value)
+            else:
+                _check_known_keys(cls, {key: value}, "")
+                fields[key] = value
+        if vocab_size is not None:
+            codec = fields["codec_config"]
+            codec.update(vocab_size=vocab_size + 1, mask_token_id=vocab_size, pad_token_id=vocab_size)
+        return cls(**fields)
+
+
+def _check_known_keys(config_class: type[PreTrainedConfig], values: dict[str, Any], prefix: str) -> None:
+    known = {k for c in config_class.__mro__ for k in getattr(c, "__annotations__", {})}
+    for key in values:
+        if key not in known:
+            raise ValueError(f"unknown configuration key '{prefix}{key}'; see {config_class.__name__}.")
+
+
+def _vocabulary(size: int) -> dict[str, int]:
+    return {"vocab_size": size + 1, "mask_token_id": size, "pad_token_id": size}
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # TokCom v5.2 as published: Qwen2-0.5B-shaped layers, latent = hidden state, bidirectional, CE objective.
+    "v5.2": {
+        "codec_config": {
+            **_vocabulary(32016),
+            **dict(chunk_size=4, layer_type="attention", variational=False, latent_channels=896, embedding_size=896),
+            **dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14),
+            **dict(num_key_value_heads=2, attention_bias=True, qk_norm=False, rope_theta=1e6, rms_norm_eps=1e-6),
+            **dict(kl_weight=0.0, token_dropout=0.0, latent_dropout=0.0),
+        },
+        "transformer_config": {
+            **dict(latent_channels=896, hidden_size=896, intermediate_size=4864, num_hidden_layers=24),
+            **dict(num_attention_heads=14, num_key_value_heads=2, attention_bias=True, qk_norm=False, rope_theta=1e6),
+            **dict(max_position_embeddings=256, conditioning_size=896, timestep_scale=1.0, adaln_gates=False),
+            **dict(input_projection=False, self_conditioning=False, per_latent_timestep=False, block_size=None),
+        },
+        **dict(noise_std=0.05, timestep_sampling="uniform", timestep_loc=0.0, mse_weight=0.0, ce_weight=1.0),
+        **dict(context_dropout=0.0, infill_rate=0.0),
+    },
+    "base": {
+        "codec_config": {
+            **_vocabulary(8192),
+            **dict(chunk_size=4, latent_channels=128, embedding_size=256, hidden_size=512, intermediate_size=1536),
+            **dict(num_hidden_layers=3),
+        },
+        "transformer_config": {
+            **dict(latent_channels=128, hidden_size=640, intermediate_size=1728, num_hidden_layers=10),
+            **dict(num_attention_heads=10, num_key_value_heads=10, max_position_embeddings=256),
+            **dict(conditioning_size=256, block_size=8),
+        },
+    },
+    "tiny": {
+        "codec_config": {
+            **_vocabulary(4096),
+            **dict(chunk_size=4, latent_channels=64, embedding_size=128, hidden_size=256, intermediate_size=768),
+            **dict(num_hidden_layers=2),
+        },
+        "transformer_config": {
+            **dict(latent_channels=64, hidden_size=256, intermediate_size=704, num_hidden_layers=6),
+            **dict(num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128),
+            **dict(conditioning_size=128, block_size=2),
+        },
+    },
+    "debug": {
+        "codec_config": {
+            **_vocabulary(512),
+            **dict(chunk_size=4, latent_channels=16, embedding_size=48, hidden_size=64, intermediate_size=128),
+            **dict(num_hidden_layers=1),
+        },
+        "transformer_config": {
+            **dict(latent_channels=16, hidden_size=64, intermediate_size=128, num_hidden_layers=2),
+            **dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64),
+            **dict(conditioning_size=32, block_size=4),
+        },
+    },
+}
+
+__all__ = ["TokComConfig", "TokComChunkCodecConfig", "TokComTransformerConfig", "CODEC_CONFIGS", "PRESETS"]

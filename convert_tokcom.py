@@ -1,0 +1,178 @@
+"""Convert a published TokCom v5.2 checkpoint (`best_diffusion.pt`) into a Hub repository in this layout.
+
+    python convert_tokcom.py best_diffusion.pt OUT_DIR [--tokenizer PATH_OR_NAME]
+
+The converted model gives the published numbers: its latents are raw (no standardisation), its time is not scaled by
+1000, its noise has the file's `noise_std`, and one time is told to prompt and noise alike. The `.pt` is read with
+`weights_only=True`.
+"""
+
+import argparse
+import pickle
+import re
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from configuration_tokcom import TokComConfig
+from modeling_tokcom import TokComModel
+from pipeline_tokcom import TokComPipeline
+from scheduling_tokcom import TokComFlowMatchScheduler
+
+REQUIRED = ("model_args", "config", "vae_model_state_dict", "denoised_model_state_dict")
+LLAMA_EOS = 2  # the published padding, when the tokenizer cannot be asked
+
+CODEC_NAMES = [
+    (r"^(encoder|decoder)\.embed_tokens\.weight$|^decoder\.lm_head\.weight$|\.rope\.", None),  # tied or derived
+    (r"\.input_layernorm\.", ".attention_norm."),
+    (r"\.post_attention_layernorm\.", ".mlp_norm."),
+]
+TRANSFORMER_NAMES = [
+    (r"\.rope\.", None),
+    (r"^time_mlp\.0\.", "time_embedding.linear_1."),
+    (r"^time_mlp\.2\.", "time_embedding.linear_2."),
+    (r"\.adaln_attn\.norm\.", ".attention_norm."),
+    (r"\.adaln_mlp\.norm\.", ".mlp_norm."),
+    (r"^output_proj\.", "proj_out."),
+]
+
+
+def _rename(state: dict[str, torch.Tensor], rules: list[tuple[str, str | None]]) -> dict[str, torch.Tensor]:
+    renamed = {}
+    for name, tensor in state.items():
+        name = re.sub(r"^(module\.|_orig_mod\.)+", "", name)
+        for pattern, replacement in rules:
+            if re.search(pattern, name):
+                name = replacement and re.sub(pattern, replacement, name)
+                break
+        if name:
+            renamed[name] = tensor
+    return renamed
+
+
+def _merge_modulation(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The published block has one Linear for attention and one for the MLP; ours is their concatenation."""
+    merged = {}
+    for name, tensor in state.items():
+        if ".adaln_attn.scale_shift_mlp.1." in name:
+            other = state[name.replace("adaln_attn", "adaln_mlp")]
+            merged[name.replace("adaln_attn.scale_shift_mlp.1", "modulation")] = torch.cat((tensor, other))
+        elif ".adaln_mlp.scale_shift_mlp.1." not in name:
+            merged[name] = tensor
+    return merged
+
+
+def read_published(path: str | Path) -> dict:
+    """Load a published `.pt`; raises `FileNotFoundError` or `ValueError` that says what is wrong with the file."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint {path} does not exist.")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"checkpoint {path} cannot be read; it is truncated or holds more than tensors and plain values ({reason})."
+        ) from error
+    missing = [key for key in REQUIRED if not isinstance(checkpoint, dict) or key not in checkpoint]
+    if missing:
+        raise ValueError(
+            f"checkpoint {path} lacks {', '.join(missing)}; it is not a published TokCom v5.2 checkpoint."
+        )
+    return checkpoint
+
+
+def published_config(checkpoint: dict, pad_token_id: int) -> TokComConfig:
+    """The configuration that a checkpoint's `model_args` and `config` describe, on top of preset `v5.2`."""
+    args, settings = checkpoint["model_args"], checkpoint["config"]
+    width = args["hidden_size"]
+    shape = {
+        "hidden_size": width,
+        "latent_channels": width,
+        "intermediate_size": args["intermediate_size"],
+        "num_hidden_layers": args["num_hidden_layers"],
+        "num_attention_heads": args["num_attention_heads"],
+        "num_key_value_heads": args["num_key_value_heads"],
+        "rms_norm_eps": args.get("rms_norm_eps", 1e-6),
+        "rope_theta": args.get("rope_theta", 1e6),
+    }
+    tokens = {"vocab_size": args["vocab_size"], "mask_token_id": args["omni_token_id"], "pad_token_id": pad_token_id}
+    chunk_size = settings.get("chunk_size", 4)
+    length = settings.get("max_length", 1024) // chunk_size
+    return TokComConfig.from_preset(
+        "v5.2",
+        codec_config={**shape, **tokens, "embedding_size": width, "chunk_size": chunk_size},
+        transformer_config={**shape, "conditioning_size": width, "max_position_embeddings": length},
+        noise_std=settings.get("noise_std", 0.05),
+        stage="codec" if checkpoint.get("stage") == "vae" else "flow",
+    )
+
+
+def _load_tokenizer(name: str | None, vocab_size: int) -> PreTrainedTokenizerBase | None:
+    remedy = "copy its files into the output directory, or convert again with --tokenizer PATH"
+    if not name:
+        warnings.warn(
+            f"the checkpoint names no tokenizer; ids and latents work, text does not: {remedy}.", stacklevel=3
+        )
+        return None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # a missing, gated or unreachable tokenizer must not cost the user the conversion
+        reason = str(error).splitlines()[0]
+        warnings.warn(f"tokenizer {name!r} cannot be reached ({reason}); {remedy}.", stacklevel=3)
+        return None
+    if len(tokenizer) + 1 != vocab_size:
+        warnings.warn(
+            f"tokenizer {name!r} has {len(tokenizer)} tokens but the checkpoint was trained with {vocab_size - 1}; "
+            f"left out: {remedy}.",
+            stacklevel=3,
+        )
+        return None
+    return tokenizer
+
+
+def load_published_pipeline(path: str | Path, tokenizer: str | None = None) -> TokComPipeline:
+    """A pipeline with the weights of a published `.pt`; `tokenizer` replaces the one the file names."""
+    checkpoint = read_published(path)
+    name = tokenizer or checkpoint["config"].get("tokenizer_path")
+    loaded = _load_tokenizer(name, checkpoint["model_args"]["vocab_size"])
+    eos = loaded.eos_token_id if loaded is not None else LLAMA_EOS
+    config = published_config(checkpoint, eos)
+    codec = _rename(checkpoint["vae_model_state_dict"], CODEC_NAMES)
+    transformer = _rename(_merge_modulation(checkpoint["denoised_model_state_dict"]), TRANSFORMER_NAMES)
+    state = {f"codec.{name}": tensor for name, tensor in codec.items()}
+    state |= {f"transformer.{name}": tensor for name, tensor in transformer.items()}
+    channels = config.codec_config.latent_channels
+    state |= {"codec.latent_mean": torch.zeros(channels), "codec.latent_std": torch.ones(channels)}
+    with torch.device("meta"):
+        model = TokComModel(config)
+    try:
+        model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"the weights in {path} do not fit its own model_args: {error}") from error
+    model.set_stage(config.stage)
+    return TokComPipeline(model.eval(), TokComFlowMatchScheduler.from_model_config(config), loaded)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="published .pt file")
+    parser.add_argument("output_dir", help="directory to create")
+    parser.add_argument("--tokenizer", help="tokenizer to use instead of the one named in the checkpoint")
+    args = parser.parse_args(argv)
+    try:
+        pipe = load_published_pipeline(args.checkpoint, args.tokenizer)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    pipe.save_pretrained(args.output_dir)
+    codec, transformer = (sum(p.numel() for p in m.parameters()) for m in (pipe.model.codec, pipe.model.transformer))
+    print(f"written to {args.output_dir}: codec {codec:,} parameters, transformer {transformer:,} parameters")
+    if pipe.tokenizer is None:
+        print("no tokenizer was saved; see the warning above")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Command line for the five modes of TokCom, and for filling gaps.
+
+    python inference.py --checkpoint . --mode conditional --prompt "The family of four was "
+    python inference.py --checkpoint . --mode generate --num_chunks 64 --num_steps 16 --batch_size 2
+    python inference.py --checkpoint . --mode reconstruct --input_text "Some text"
+    python inference.py --checkpoint . --mode denoise_reconstruct --input_text "Some text" --noise_level 0.5
+    python inference.py --checkpoint . --mode encode --input_text "Some text" --output_file latents.safetensors
+    python inference.py --checkpoint . --mode decode --latents_file latents.safetensors
+    python inference.py --checkpoint . --mode infill --input_text "Once there was a ____ in the wood."
+
+`--checkpoint` is a model directory, a Hub id, or a published v5.2 `.pt` file, which is converted in memory.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from convert_tokcom import load_published_pipeline
+from pipeline_tokcom import TokComPipeline, TokComPipelineOutput
+
+MODES = ("generate", "reconstruct", "denoise_reconstruct", "encode", "conditional", "decode", "infill")
+NEEDS = {
+    "reconstruct": "input_text",
+    "denoise_reconstruct": "input_text",
+    "encode": "input_text",
+    "infill": "input_text",
+    "conditional": "prompt",
+    "decode": "latents_file",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, help="model directory, Hub id, or published .pt file")
+    parser.add_argument("--mode", default="generate", choices=MODES)
+    parser.add_argument("--input_text", help="text for reconstruct, denoise_reconstruct, encode; with ____ for infill")
+    parser.add_argument("--prompt", help="text to continue (conditional)")
+    parser.add_argument("--latents_file", help="file written by encode (decode)")
+    parser.add_argument("--num_chunks", type=int, default=256, help="chunks to generate (generate)")
+    parser.add_argument(
+        "--num_generate_chunks", type=int, default=64, help="chunks after the prompt; per gap (infill)"
+    )
+    parser.add_argument("--num_steps", type=int, default=50, help="denoising steps")
+    parser.add_argument("--noise_level", type=float, default=0.5, help="0 pure noise ... 1 clean text")
+    parser.add_argument("--guidance_scale", type=float, default=1.0, help="above 1 follows the prompt more closely")
+    parser.add_argument("--batch_size", type=int, default=1, help="texts to generate")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, help="for reproducible samples")
+    parser.add_argument("--output_file", help="where texts, or the latents of encode, are written")
+    return parser
+
+
+def load_pipeline(checkpoint: str, device: str) -> TokComPipeline:
+    """A pipeline from a directory, a Hub id or a published `.pt`; errors say what is missing."""
+    path = Path(checkpoint)
+    if path.suffix == ".pt":
+        return load_published_pipeline(path).to(device)
+    looks_local = path.is_absolute() or checkpoint.startswith(".") or checkpoint.count("/") != 1
+    if path.is_dir() and not (path / "model_index.json").is_file():
+        raise FileNotFoundError(f"{checkpoint} holds no model_index.json, so it is not a TokCom model directory.")
+    if not path.exists() and looks_local:
+        raise FileNotFoundError(f"checkpoint {checkpoint} does not exist; give a model directory, Hub id or .pt file.")
+    return TokComPipeline.from_pretrained(checkpoint).to(device)
+
+
+def run(pipe: TokComPipeline, args: argparse.Namespace) -> TokComPipelineOutput:
+    generator = None if args.seed is None else torch.Generator().manual_seed(args.seed)
+    sampling = {"num_inference_steps": args.num_steps, "generator": generator}
+    if args.mode == "generate":
+        return pipe.generate(args.num_chunks, args.batch_size, **sampling)
+    if args.mode == "reconstruct":
+        return pipe.reconstruct(args.input_text)
+    if args.mode == "denoise_reconstruct":
+        return pipe.denoise_reconstruct(args.input_text, args.noise_level, **sampling)
+    if args.mode == "encode":
+        return pipe.encode(args.input_text, args.output_file)
+    if args.mode == "decode":
+        return pipe.decode(args.latents_file)
+    tokens = args.num_generate_chunks * pipe.chunk_size
+    if args.mode == "infill":
+        return pipe.infill(args.input_text, tokens, guidance_scale=args.guidance_scale, **sampling)
+    output = pipe([args.prompt] * args.batch_size, tokens, guidance_scale=args.guidance_scale, **sampling)
+    output.texts = None if output.texts is None else [args.prompt + text for text in output.texts]
+    return output
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    needed = NEEDS.get(args.mode)
+    if needed and getattr(args, needed) is None:
+        parser.error(f"--{needed} is required for mode {args.mode}")
+    try:
+        output = run(load_pipeline(args.checkpoint, args.device), args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    if args.mode == "encode":
+        latents = output.latents.float()
+        print(f"latents {tuple(latents.shape)}: mean {latents.mean():.4f}, std {latents.std():.4f}")
+        if args.output_file:
+            print(f"written to {args.output_file}")
+        return
+    texts = output.texts if output.texts is not None else [str(row) for row in output.sequences.tolist()]
+    for i, text in enumerate(texts):
+        print(f"[{i + 1}] {text}")
+    if args.output_file:
+        Path(args.output_file).write_text("".join(f"[{i + 1}] {text}\n" for i, text in enumerate(texts)))
+        print(f"written to {args.output_file}")
+
+
+if __name__ == "__main__":
+    main()

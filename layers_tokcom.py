@@ -1,0 +1,253 @@
+"""Building blocks shared by the codecs and the transformer.
+
+Notable choices: rotary embedding over any number of axes, computed from `position_ids (B, N, A)` instead of kept in
+buffers; attention through the transformers interface, so `attn_implementation` may be eager, sdpa, flash or flex;
+one block for the codec (plain pre-norm) and the transformer (adaLN); one boolean attention mask for every backend;
+cross-entropy that never holds the `(tokens, vocabulary)` logits.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+CROSS_ENTROPY_CHUNK = 1024  # rows of logits that exist at once
+
+
+def rotary_embedding(position_ids: torch.Tensor, head_size: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine tables for rotary position embedding over A axes (RoFormer, one share of channels per axis).
+
+    Args:
+        position_ids (`torch.Tensor` of shape `(B, N, A)`): positions, integer or fractional.
+        head_size (`int`): channels of a head, a multiple of 2A. `theta` (`float`): base of the frequencies.
+
+    Returns: two float32 tensors of shape `(B, 1, N, head_size)`.
+    """
+    axis_size = head_size // position_ids.shape[-1]
+    exponents = torch.arange(0, axis_size, 2, device=position_ids.device, dtype=torch.float32) / axis_size
+    angles = position_ids[..., None].float() * theta**-exponents  # (B, N, A, axis_size / 2)
+    angles = angles.flatten(-2)  # (B, N, head_size / 2)
+    angles = torch.cat((angles, angles), dim=-1)[:, None]  # (B, 1, N, head_size)
+    return angles.cos(), angles.sin()
+
+
+def apply_rotary(states: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    cos, sin = (table.to(states.dtype) for table in tables)
+    first, second = states.chunk(2, dim=-1)
+    return states * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def expand_attention_mask(
+    mask: torch.Tensor | None, implementation: str, dtype: torch.dtype
+) -> "torch.Tensor | object | None":
+    """Turn one boolean mask into what the attention backend wants.
+
+    Args:
+        mask (`torch.Tensor`, *optional*): `(B, S_kv)` marks the keys that exist; `(B, S_q, S_kv)` marks the keys that
+            each query may see. `None` means that everything is seen.
+        implementation (`str`): the name in `config._attn_implementation`.
+
+    Raises `ValueError` for a per-query mask with flash attention, which cannot express it.
+    """
+    if mask is None:
+        return None
+    if "flash" in implementation:
+        if mask.ndim == 3:
+            raise ValueError(
+                f"`attn_implementation` ({implementation!r}) cannot express block-causal or per-query masks; "
+                "load the model with attn_implementation='sdpa' or 'flex_attention'."
+            )
+        return mask
+    if implementation == "flex_attention":
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        def may_attend(batch, head, query, key):
+            return mask[batch, key] if mask.ndim == 2 else mask[batch, query, key]
+
+        queries = mask.shape[-1] if mask.ndim == 2 else mask.shape[1]
+        return create_block_mask(may_attend, mask.shape[0], None, queries, mask.shape[-1], device=mask.device)
+    mask = mask[:, None, None] if mask.ndim == 2 else mask[:, None]  # (B, 1, 1 or S_q, S_kv)
+    if implementation == "eager":
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+    return mask
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
+    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class TokComAttention(nn.Module):
+    """Grouped-query attention with rotary positions, optional QK-norm, and an optional key/value cache."""
+
+    def __init__(self, config: PreTrainedConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        key_value_size = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.q_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_norm(self.q_proj(hidden_states).view(heads)).transpose(1, 2)  # (B, H, S, head_dim)
+        key = self.k_norm(self.k_proj(hidden_states).view(heads)).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        query = apply_rotary(query, position_embeddings).to(value.dtype)
+        key = apply_rotary(key, position_embeddings).to(value.dtype)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attend(
+            self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, is_causal=False, **kwargs
+        )
+        return self.o_proj(output.flatten(-2)), weights  # (B, S, D)
+
+
+class TokComMLP(nn.Module):
+    """SwiGLU feed-forward layer (Shazeer 2020)."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class TokComTimestepEmbedding(nn.Module):
+    """Sinusoids of `scale * t` through a two-layer MLP; one embedding per latent.
+
+    `timestep (B, N)` in [0, 1] -> `(B, N, size)`. The sinusoids are computed in float32.
+    """
+
+    def __init__(self, size: int, scale: float):
+        super().__init__()
+        self.size, self.scale = size, scale
+        self.linear_1 = nn.Linear(size, 4 * size)
+        self.linear_2 = nn.Linear(4 * size, size)
+
+    def forward(self, timestep: torch.Tensor) -> torch.Tensor:
+        half = self.size // 2
+        exponents = torch.arange(half, device=timestep.device, dtype=torch.float32) / half
+        angles = timestep[..., None].float() * self.scale * torch.exp(-math.log(10000.0) * exponents)
+        waves = torch.cat((angles.cos(), angles.sin()), dim=-1).to(self.linear_1.weight.dtype)
+        return self.linear_2(F.silu(self.linear_1(waves)))
+
+
+class TokComBlock(GradientCheckpointingLayer):
+    """Pre-norm attention and SwiGLU; with a conditioning input, adaLN (DiT, Peebles and Xie 2023) per position.
+
+    With `adaln_gates` the modulation starts at zero and the block is the identity (adaLN-zero). Without gates it
+    starts as a plain pre-norm block, the published v5.2 form. A config without `conditioning_size` (the codec's) has
+    no modulation at all.
+    """
+
+    def __init__(self, config: PreTrainedConfig, layer_idx: int):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = TokComAttention(config, layer_idx)
+        self.mlp_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = TokComMLP(config.hidden_size, config.intermediate_size)
+        self.modulation = None
+        if hasattr(config, "conditioning_size"):
+            self.modulation = nn.Linear(
+                config.conditioning_size, (6 if config.adaln_gates else 4) * config.hidden_size
+            )
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        conditioning: torch.Tensor | None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        attention_input, gates = self.attention_norm(hidden_states), ()
+        if self.modulation is not None:
+            parts = self.modulation(conditioning).chunk(self.modulation.out_features // hidden_states.shape[-1], -1)
+            attention_scale, attention_shift, mlp_scale, mlp_shift, *gates = parts
+            attention_input = attention_input * (1 + attention_scale) + attention_shift
+        update, _ = self.self_attn(attention_input, position_embeddings, attention_mask, past_key_values, **kwargs)
+        hidden_states = hidden_states + (gates[0] * update if gates else update)
+        mlp_input = self.mlp_norm(hidden_states)
+        if self.modulation is not None:
+            mlp_input = mlp_input * (1 + mlp_scale) + mlp_shift
+        update = self.mlp(mlp_input)
+        return hidden_states + (gates[1] * update if gates else update)
+
+
+class TokComPreTrainedModel(PreTrainedModel):
+    """Weight initialisation and backend support common to every TokCom module."""
+
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["TokComBlock"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        zeroed = getattr(module, "modulation", None) if isinstance(module, TokComBlock) else None
+        if zeroed is not None:
+            init.zeros_(zeroed.weight)
+            init.zeros_(zeroed.bias)
+        if hasattr(module, "latent_mean"):
+            init.zeros_(module.latent_mean)
+            init.ones_(module.latent_std)
+
+
+def chunked_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of `hidden @ weight.T` against `targets`, at most `CROSS_ENTROPY_CHUNK` rows of logits at a time.
+
+    Logits are recomputed in the backward pass, so memory is independent of `rows x V`.
+
+    Args: `hidden (rows, E)`, `weight (V, E)`, `targets (rows,)` of ids. Returns `(rows,)` nats in float32.
+    """
+
+    def rows_loss(rows: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(F.linear(rows, weight).float(), ids, reduction="none")
+
+    needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    losses = [
+        checkpoint(rows_loss, rows, weight, ids, use_reentrant=False) if needs_grad else rows_loss(rows, weight, ids)
+        for rows, ids in zip(hidden.split(CROSS_ENTROPY_CHUNK), targets.split(CROSS_ENTROPY_CHUNK))
+    ]
+    return torch.cat(losses)

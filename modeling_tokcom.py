@@ -1,0 +1,258 @@
+"""TokComModel: a codec and the transformer that learns the flow between noise and the codec's latents.
+
+Notable choices: `x_t = (1 - t) x0 + t x1` with t = 1 clean; the transformer predicts x1 and is trained by regression,
+with cross-entropy through the frozen decoder as an auxiliary; `forward` returns the loss of the stage in
+`config.stage`; the order in which latents are generated is a tensor, so left-to-right blocks, infilling and the
+bidirectional model share one code path.
+
+Shape legend: B batch, T tokens, K tokens per chunk, N = T/K latents, C latent channels, A position axes, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+
+import torch
+from transformers import PreTrainedModel  # noqa: F401  diffusers looks the base class up in the module of a component
+from transformers.cache_utils import Cache
+from transformers.utils import ModelOutput
+
+try:
+    from .codec_chunk_tokcom import TokComChunkCodec, TokComCodecOutput, TokComDecoderOutput
+    from .configuration_tokcom import TokComChunkCodecConfig, TokComConfig
+    from .layers_tokcom import TokComPreTrainedModel
+    from .transformer_tokcom import TokComTransformer, TokComTransformerOutput, block_causal_mask
+except ImportError:
+    if __package__:
+        raise
+    import codec_chunk_tokcom as _codec_chunk
+    import configuration_tokcom as _configuration
+    import layers_tokcom as _layers
+    import transformer_tokcom as _transformer
+
+    TokComChunkCodec, TokComCodecOutput = _codec_chunk.TokComChunkCodec, _codec_chunk.TokComCodecOutput
+    TokComDecoderOutput = _codec_chunk.TokComDecoderOutput
+    TokComChunkCodecConfig, TokComConfig = _configuration.TokComChunkCodecConfig, _configuration.TokComConfig
+    TokComPreTrainedModel = _layers.TokComPreTrainedModel
+    TokComTransformer, TokComTransformerOutput = _transformer.TokComTransformer, _transformer.TokComTransformerOutput
+    block_causal_mask = _transformer.block_causal_mask
+
+CODECS = {TokComChunkCodecConfig.model_type: TokComChunkCodec}
+
+
+@dataclass
+class TokComOutput(ModelOutput):
+    """What `TokComModel.forward` returns.
+
+    Args:
+        loss (`torch.FloatTensor`): scalar loss of the current stage; the only field with a gradient.
+        ce_loss (`torch.FloatTensor`): cross-entropy through the decoder, nats per real token.
+        mse_loss (`torch.FloatTensor`, *optional*): flow stage: squared error of x1 per channel.
+        kl_loss (`torch.FloatTensor`, *optional*): codec stage: KL, nats per chunk.
+    """
+
+    loss: torch.FloatTensor | None = None
+    ce_loss: torch.FloatTensor | None = None
+    mse_loss: torch.FloatTensor | None = None
+    kl_loss: torch.FloatTensor | None = None
+
+
+def _entry_point(method: Callable) -> Callable:
+    """Let accelerate's offload hook, which is installed for `forward`, act for this method too."""
+
+    @wraps(method)
+    def wrapper(self, *args, **kwargs):
+        if hasattr(getattr(self, "_hf_hook", None), "pre_forward"):
+            self._hf_hook.pre_forward(self)
+        return method(self, *args, **kwargs)
+
+    return wrapper
+
+
+def generation_order(valid: torch.Tensor, block_size: int | None, infill_rate: float) -> torch.Tensor:
+    """Draw, for training, the step at which each latent is generated.
+
+    Blocks of `block_size` in reading order from a random offset, so that a prompt may end anywhere; in a share
+    `infill_rate` of the rows one random span is generated last, after the text that follows it. `None` is one block.
+
+    Args: `valid (B, N)` gives shape and device. Returns `torch.LongTensor` of shape `(B, N)`.
+    """
+    batch, length = valid.shape
+    index = torch.arange(length, device=valid.device).expand(batch, -1)
+    if block_size is None:
+        return torch.zeros_like(index)
+    draws = torch.rand(4, batch, 1, device=valid.device)
+    order = (index + (draws[0] * block_size).long()) // block_size
+    start, end = (draws[1:3] * (length + 1)).long().sort(dim=0).values  # (B, 1) each
+    in_gap = (index >= start) & (index < end) & (draws[3] < infill_rate)
+    return torch.where(in_gap, length + (index - start) // block_size, order)
+
+
+class TokComModel(TokComPreTrainedModel):
+    """Latent generative model of tokens: `encode`, `denoise`, `decode`, and the training loss of both stages."""
+
+    config: TokComConfig
+    main_input_name = "input_ids"
+
+    def __init__(self, config: TokComConfig):
+        super().__init__(config)
+        self.codec = CODECS[config.codec_config.model_type]._from_config(config.codec_config)
+        self.transformer = TokComTransformer._from_config(config.transformer_config)
+        self.post_init()
+        self.set_stage(config.stage)
+
+    def get_input_embeddings(self):
+        return self.codec.get_input_embeddings()
+
+    def set_stage(self, stage: str) -> None:
+        """Choose the stage, `"codec"` or `"flow"`, that `forward` trains; the other half is frozen."""
+        if stage not in ("codec", "flow"):
+            raise ValueError(f"`stage` ({stage!r}) must be 'codec' or 'flow'.")
+        self.config.stage = stage
+        self.codec.requires_grad_(stage == "codec")
+        self.transformer.requires_grad_(stage == "flow")
+
+    @_entry_point
+    def encode(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> TokComCodecOutput:
+        """Token ids -> standardised latents.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, T)`): T a multiple of K, ids below V.
+            attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 0 marks padding.
+
+        Returns: `latents (B, N, C)`, `position_ids (B, N, A)`, `mask (B, N)`. Raises `ValueError` on a bad length or id.
+        """
+        vocab_size = self.config.codec_config.vocab_size
+        if input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < vocab_size:
+            bad = int(input_ids.min()) if int(input_ids.min()) < 0 else int(input_ids.max())
+            raise ValueError(
+                f"token id {bad} is outside the model's vocabulary of {vocab_size}; "
+                "tokenize with the tokenizer saved beside the model."
+            )
+        return self.codec.encode(input_ids, attention_mask)
+
+    @_entry_point
+    def denoise(
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        self_condition: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> TokComTransformerOutput:
+        """Estimate the clean latents: `.latents (B, S, C)`.
+
+        `timestep` in [0, 1], 1 = clean, is `(B, S)`; `(B,)` or a scalar is broadcast over the latents. The other
+        arguments are those of `TokComTransformer.forward`.
+        """
+        timestep = torch.as_tensor(timestep, dtype=torch.float32, device=latents.device)
+        if timestep.ndim == 1:
+            timestep = timestep[:, None]
+        return self.transformer(
+            latents,
+            timestep.expand(latents.shape[:2]),
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            self_condition=self_condition,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+
+    @_entry_point
+    def decode(self, latents: torch.Tensor) -> TokComDecoderOutput:
+        """Standardised latents `(B, N, C)` -> `.logits (B, N * K, V)`."""
+        return self.codec.decode(latents)
+
+    @_entry_point
+    def to_ids(self, latents: torch.Tensor) -> torch.Tensor:
+        """Standardised latents `(B, N, C)` -> the most likely token ids `(B, N * K)`."""
+        return self.codec.to_ids(latents)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        timestep: float | None = None,
+        **kwargs,
+    ) -> TokComOutput:
+        """Loss of `config.stage` on token ids `(B, T)`; `attention_mask (B, T)` is 0 on padding.
+
+        `timestep` in [0, 1] fixes t in the flow stage, which evaluation uses to measure CE(t); by default it is drawn.
+        In eval mode nothing is dropped, every block follows its whole context, and there is no self-conditioning.
+        """
+        if self.config.stage == "codec":
+            loss, parts = self.codec.training_loss(input_ids, attention_mask)
+            return TokComOutput(loss=loss, **parts)
+        with torch.no_grad():
+            clean = self.codec.encode(input_ids, attention_mask)
+        prediction, loss_mask = self._predict_noised(clean, timestep)
+        squared_error = (prediction.float() - clean.latents.float()).square().mean(-1)  # (B, N)
+        mse = (squared_error * loss_mask).sum() / loss_mask.sum().clamp_min(1)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.ce_weight > 0):
+            tokens = self.codec.loss(prediction, input_ids, attention_mask) * loss_mask[..., None]  # (B, N, K)
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        count = (real.view(tokens.shape) * loss_mask[..., None]).sum().clamp_min(1)
+        cross_entropy = tokens.sum() / count
+        loss = self.config.mse_weight * mse + self.config.ce_weight * cross_entropy
+        return TokComOutput(loss=loss, ce_loss=cross_entropy.detach(), mse_loss=mse.detach())
+
+    def _sample_timestep(self, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+        if self.config.timestep_sampling == "uniform":
+            return torch.rand(shape, device=device)
+        return 1 - torch.sigmoid(torch.randn(shape, device=device) + self.config.timestep_loc)
+
+    def _predict_noised(self, clean: TokComCodecOutput, timestep: float | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Noise the latents with one time per block and estimate them again: `(B, N, C)`, loss mask `(B, N)`."""
+        config, latents, valid = self.config, clean.latents, clean.mask
+        batch, length = valid.shape
+        block_size = config.transformer_config.block_size
+        order = generation_order(valid, block_size, config.infill_rate if self.training else 0.0)
+        t = self._sample_timestep((batch, 2 * length + 1), latents.device).gather(1, order)
+        if timestep is not None:
+            t = torch.full_like(t, timestep)
+        dropout = config.context_dropout if self.training else 0.0
+        sees_context = torch.rand(batch, device=latents.device) >= dropout
+        loss_mask, position_ids = valid, clean.position_ids
+        if block_size is None:
+            known = self._sample_known(valid) & sees_context[:, None]
+            t, loss_mask = torch.where(known, 1.0, t), valid & ~known
+            attention_mask = valid
+        else:
+            attention_mask = block_causal_mask(order, valid, sees_context)
+            position_ids = position_ids.repeat(1, 2, 1)
+        noise = torch.randn_like(latents) * config.noise_std
+        noisy = (1 - t[..., None]) * noise + t[..., None] * latents  # (B, N, C)
+
+        def predict(self_condition: torch.Tensor | None) -> torch.Tensor:
+            inputs, time = noisy, t
+            if block_size is not None:
+                inputs, time = torch.cat((latents, noisy), dim=1), torch.cat((torch.ones_like(t), t), dim=1)
+                if self_condition is not None:
+                    self_condition = torch.cat((torch.zeros_like(latents), self_condition), dim=1)
+            output = self.denoise(inputs, time, position_ids, attention_mask, self_condition)
+            return output.latents[:, -length:]
+
+        estimate = None
+        if self.training and config.transformer_config.self_conditioning and torch.rand(()).item() < 0.5:
+            with torch.no_grad():
+                estimate = predict(None)
+        return predict(estimate), loss_mask
+
+    def _sample_known(self, valid: torch.Tensor) -> torch.Tensor:
+        """Latents a bidirectional model is shown clean: nothing, a prefix, or all but a gap; `(B, N)`."""
+        if not self.config.transformer_config.per_latent_timestep:
+            return torch.zeros_like(valid)
+        batch, length = valid.shape
+        draws = torch.rand(3, batch, 1, device=valid.device)
+        index = torch.arange(length, device=valid.device)
+        start, end = (draws[:2] * length).long().sort(dim=0).values
+        gap = torch.where(draws[2] < self.config.infill_rate, index > end, False)
+        return valid & ((index < start) | gap)
+
+
+TokComConfig.register_for_auto_class()
+TokComModel.register_for_auto_class("AutoModel")
+
+__all__ = ["TokComModel", "TokComOutput"]

@@ -1,0 +1,595 @@
+"""TokComPipeline: text in, text out.
+
+Notable choices: what is generated is a set of latents with positions, given clean latents with positions, so continuing
+a prompt, generating from noise, re-denoising a text and filling gaps are one sampler; a block-causal model denoises
+block after block with a key/value cache of what is done; the scheduler sees velocities, so any flow scheduler fits.
+
+The repository is flat: weights, tokenizer and code at the root, the scheduler in `scheduler/`.
+"""
+
+import inspect
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import create_repo
+from safetensors.torch import load_file, save_file
+from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers.dynamic_module_utils import custom_object_save
+
+try:  # diffusers copies only the direct relative imports of this file, so every module of the repository is named here
+    from .codec_chunk_tokcom import TokComCodecOutput
+    from .configuration_tokcom import TokComConfig
+    from .layers_tokcom import TokComPreTrainedModel
+    from .modeling_tokcom import TokComModel
+    from .scheduling_tokcom import TokComFlowMatchScheduler
+    from .transformer_tokcom import block_causal_mask
+except ImportError:
+    if __package__:
+        raise
+    import codec_chunk_tokcom as _codec_chunk
+    import configuration_tokcom as _configuration
+    import layers_tokcom as _layers
+    import modeling_tokcom as _modeling
+    import scheduling_tokcom as _scheduling
+    import transformer_tokcom as _transformer
+
+    TokComCodecOutput, TokComConfig = _codec_chunk.TokComCodecOutput, _configuration.TokComConfig
+    TokComPreTrainedModel, TokComModel = _layers.TokComPreTrainedModel, _modeling.TokComModel
+    TokComFlowMatchScheduler = _scheduling.TokComFlowMatchScheduler
+    block_causal_mask = _transformer.block_causal_mask
+
+GAP = "____"
+
+
+@dataclass
+class TokComPipelineOutput(BaseOutput):
+    """Output of every method; fields that do not apply are None.
+
+    Args:
+        texts (`list[str]`): for a prompt, its continuation (`prompt + text` reads on); else the whole text.
+        sequences (`torch.LongTensor` of shape `(B, T)`): token ids; what follows EOS is the pad id.
+        latents (`torch.FloatTensor` of shape `(B, N, C)`): standardised latents.
+        attention_mask (`torch.LongTensor` of shape `(B, T)`): 1 on the ids that belong to the text.
+    """
+
+    texts: list[str] | None = None
+    sequences: torch.LongTensor | None = None
+    latents: torch.FloatTensor | None = None
+    attention_mask: torch.LongTensor | None = None
+
+
+class TokComPipeline(DiffusionPipeline):
+    """Continue prompts, generate, reconstruct, re-denoise, encode, decode and fill gaps with a TokCom model.
+
+    Args:
+        model (`TokComModel`), scheduler (`TokComFlowMatchScheduler` or a stock flow scheduler),
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): needed for text; ids and latents work without.
+    """
+
+    model_cpu_offload_seq = "model"
+    _callback_tensor_inputs = ["latents"]
+    _optional_components = ["tokenizer"]
+    _local_classes = {"TokComModel": ("transformers", TokComModel)}
+    _local_classes["TokComFlowMatchScheduler"] = ("diffusers", TokComFlowMatchScheduler)
+
+    def __init__(
+        self, model: TokComModel, scheduler: SchedulerMixin, tokenizer: PreTrainedTokenizerBase | None = None
+    ):
+        super().__init__()
+        if tokenizer is not None and len(tokenizer) + 1 != model.config.codec_config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {len(tokenizer)} tokens but the model was built for "
+                f"{model.config.codec_config.vocab_size - 1}; load the tokenizer saved beside the model."
+            )
+        self.register_modules(model=model, scheduler=scheduler, tokenizer=tokenizer)
+
+    # ---- flat repository layout ----
+
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        """Resolve TokCom components of `model_index.json` to the classes this module imported."""
+        resolved = {}
+        for name, value in config_dict.items():
+            if isinstance(value, (list, tuple)) and value[-1] in cls._local_classes:
+                value = [cls._local_classes[value[-1]][1].__module__, value[-1]]
+            resolved[name] = value
+        return super().extract_init_dict(resolved, **kwargs)
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file):
+        # a directly imported TokComPipeline uses itself, never the copy of the code beside the checkpoint
+        return {**super()._dict_from_json_file(json_file), "_class_name": cls.__name__}
+
+    def to_json_string(self) -> str:
+        index = json.loads(super().to_json_string())
+        index["_class_name"] = [type(self).__module__.split(".")[-1], type(self).__name__]
+        for name, value in index.items():
+            if isinstance(value, list) and value[-1] in self._local_classes:
+                index[name] = [self._local_classes[value[-1]][0], value[-1]]
+        index.pop("_name_or_path", None)
+        return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, max_shard_size: str | None = None, push_to_hub: bool = False, **kwargs
+    ) -> None:
+        """Write a flat Hub repository: weights, tokenizer, scheduler, `model_index.json` and the code."""
+        self.model.save_pretrained(save_directory, **({"max_shard_size": max_shard_size} if max_shard_size else {}))
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(save_directory)
+        self.scheduler.save_pretrained(os.path.join(save_directory, "scheduler"))
+        self.save_config(save_directory)
+        custom_object_save(self, save_directory)
+        if push_to_hub:
+            options = {key: kwargs[key] for key in ("private", "token") if key in kwargs}
+            name = kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))
+            repo_id = create_repo(name, exist_ok=True, **options).repo_id
+            self._upload_folder(
+                save_directory,
+                repo_id,
+                token=kwargs.get("token"),
+                commit_message=kwargs.get("commit_message"),
+                create_pr=kwargs.get("create_pr", False),
+            )
+
+    # ---- text <-> ids ----
+
+    @property
+    def chunk_size(self) -> int:
+        return self.model.config.codec_config.chunk_size
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
+
+    def _tokenize(self, texts: list[str], name: str) -> list[list[int]]:
+        if self.tokenizer is None:
+            raise ValueError(f"`{name}` is text, but this pipeline has no tokenizer; pass one when building it.")
+        rows = [self.tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"] for t in texts]
+        longest = self.model.config.transformer_config.max_position_embeddings * self.chunk_size
+        for text, row in zip(texts, rows):
+            if not row:
+                raise ValueError(
+                    f"`{name}` is empty ({text!r}); give some text, or call generate() to start from noise."
+                )
+            if len(row) > longest:
+                raise ValueError(
+                    f"`{name}` has {len(row)} tokens, more than the model's maximum of {longest}; shorten it."
+                )
+        return rows
+
+    def _pad(self, rows: list[list[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of ids -> `input_ids (B, T)` and `attention_mask (B, T)`, T a multiple of K."""
+        length = -(-max(map(len, rows)) // self.chunk_size) * self.chunk_size
+        ids = torch.full((len(rows), length), self.model.config.codec_config.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(rows):
+            place = slice(length - len(row), length) if side == "left" else slice(0, len(row))
+            ids[i, place], mask[i, place] = torch.tensor(row), 1
+        return ids.to(self._execution_device), mask.to(self._execution_device)
+
+    def _to_texts(self, sequences: torch.Tensor, attention_mask: torch.Tensor | None = None) -> list[str] | None:
+        if self.tokenizer is None:
+            return None
+        texts = []
+        for i, row in enumerate(sequences.tolist()):
+            if attention_mask is not None:
+                row = [token for token, real in zip(row, attention_mask[i].tolist()) if real]
+            texts.append(self.tokenizer.decode([t for t in row if t < len(self.tokenizer)], skip_special_tokens=True))
+        return texts
+
+    def _end_at_eos(self, sequences: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Replace what follows the first EOS by the pad id; returns the ids and the mask of what is kept."""
+        eos = getattr(self.tokenizer, "eos_token_id", None)
+        ended = torch.zeros_like(sequences) if eos is None else (sequences == eos).long()
+        mask = (ended.cumsum(-1) - ended == 0).long()  # (B, T)
+        return torch.where(mask.bool(), sequences, self.model.config.codec_config.pad_token_id), mask
+
+    # ---- the sampler ----
+
+    def check_inputs(self, gen_length, num_inference_steps, output_type, callback_on_step_end_tensor_inputs) -> None:
+        if gen_length < 1:
+            raise ValueError(f"`gen_length` ({gen_length}) must be at least 1 token.")
+        if num_inference_steps < 1:
+            raise ValueError(f"`num_inference_steps` ({num_inference_steps}) must be at least 1.")
+        if output_type not in ("text", "seq", "latent"):
+            raise ValueError(f"`output_type` ({output_type!r}) must be 'text', 'seq' or 'latent'.")
+        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(
+                f"callback inputs {sorted(unknown)} are unknown; known are {self._callback_tensor_inputs}."
+            )
+
+    def prepare_latents(
+        self,
+        batch_size: int,
+        num_latents: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Initial noise `(B, n, C)` in float32 with the model's `noise_std`, or the given `latents`, checked."""
+        shape = (batch_size, num_latents, self.model.config.codec_config.latent_channels)
+        if latents is None:
+            noise = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
+            return noise * self.model.config.noise_std
+        if tuple(latents.shape) != shape:
+            raise ValueError(f"`latents` has shape {tuple(latents.shape)} but {shape} is needed.")
+        return latents.to(device=self._execution_device, dtype=torch.float32)
+
+    def _set_timesteps(self, num_inference_steps: int, sigma_start: float) -> None:
+        if sigma_start == 1.0:
+            self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+            return
+        if "sigmas" not in inspect.signature(self.scheduler.set_timesteps).parameters:
+            raise ValueError(
+                f"{type(self.scheduler).__name__} cannot start between noise and text; use TokComFlowMatchScheduler."
+            )
+        shift = self.scheduler.config.get("shift", 1.0)  # the scheduler shifts what it is given: undo that first
+        start = sigma_start / (shift - (shift - 1) * sigma_start)
+        sigmas = torch.linspace(start, 0.0, num_inference_steps + 1)[:-1]
+        self.scheduler.set_timesteps(sigmas=sigmas.tolist(), device=self._execution_device)
+
+    def _sample(
+        self,
+        noise: torch.Tensor,
+        context: TokComCodecOutput | None = None,
+        position_ids: torch.Tensor | None = None,
+        valid: torch.Tensor | None = None,
+        num_inference_steps: int = 16,
+        guidance_scale: float = 1.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        sigma_start: float = 1.0,
+        stop_at_eos: bool = False,
+        on_step_end: Callable | None = None,
+    ) -> torch.Tensor:
+        """Denoise `noise (B, n, C)` given clean context latents; returns clean latents `(B, <= n, C)`.
+
+        `position_ids (B, n, A)` says where the new latents stand, `valid (B, n)` which of them exist. Blocks are
+        denoised in the order given. With `stop_at_eos` the loop ends when every row has ended.
+        """
+        state = _SamplerState(self.model, context, noise)
+        if position_ids is None:
+            position_ids = torch.arange(noise.shape[1], device=noise.device).expand(len(noise), -1)[..., None]
+        if valid is None:
+            valid = torch.ones(noise.shape[:2], dtype=torch.bool, device=noise.device)
+        extra = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
+        size = state.block_size or noise.shape[1]
+        starts = range(0, noise.shape[1], size)
+        self._guidance_scale, self._interrupt = guidance_scale, False
+        ended, done, bar = torch.zeros(len(noise), dtype=torch.bool, device=noise.device), [], None
+        for start in starts:
+            block = slice(start, min(start + size, noise.shape[1]))
+            x, estimate = noise[:, block], None
+            self._set_timesteps(num_inference_steps, sigma_start)
+            self._num_timesteps = len(self.scheduler.timesteps) * len(starts)
+            bar = bar or self.progress_bar(total=self._num_timesteps)
+            for i, timestep in enumerate(self.scheduler.timesteps):
+                if self._interrupt:
+                    continue
+                sigma = float(self.scheduler.sigmas[i])
+                estimate = state.predict(
+                    x, 1 - sigma, position_ids[:, block], valid[:, block], estimate, guidance_scale
+                )
+                velocity = (x - estimate) / sigma
+                x = self.scheduler.step(velocity, timestep, x, **extra, return_dict=False)[0]
+                if on_step_end is not None:
+                    x = on_step_end(self, start // size * len(self.scheduler.timesteps) + i, timestep, x)
+                bar.update()
+            done.append(x)
+            if stop_at_eos:
+                ended |= (self.model.to_ids(x.to(self.model.dtype)) == self.tokenizer.eos_token_id).any(-1)
+                if bool(ended.all()):
+                    break
+            if block.stop < noise.shape[1]:
+                state.append(x, position_ids[:, block], valid[:, block])
+        if bar is not None:
+            bar.close()
+        return torch.cat(done, dim=1)
+
+    def encode_prompt(self, prompt: list[str]) -> TokComCodecOutput:
+        """Prompts -> clean context latents, padded on the left so that every prompt ends at a chunk boundary.
+
+        Trailing spaces are left to the continuation, whose first word carries its own.
+        """
+        ids, mask = self._pad(self._tokenize([p.rstrip(" ") for p in prompt], "prompt"), "left")
+        return self.model.encode(ids, mask)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str],
+        gen_length: int = 256,
+        num_inference_steps: int = 16,
+        guidance_scale: float = 1.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "text",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+    ) -> TokComPipelineOutput | tuple:
+        """Continue one or several prompts.
+
+        Args:
+            prompt: a text or a list of texts of any lengths; none may be empty.
+            gen_length: tokens to generate; a text ends earlier at EOS.
+            num_inference_steps: denoising steps per block.
+            guidance_scale: 1 is off; above 1 strengthens the influence of the prompt at twice the cost.
+            generator: `torch.Generator` or one per prompt, for reproducible samples.
+            latents: initial noise of shape `(B, ceil(gen_length / K), C)`.
+            output_type: `"text"`, `"seq"` (ids only) or `"latent"`.
+            callback_on_step_end: called as `f(pipe, step, timestep, {"latents": ...})`; may return new latents.
+
+        Raises `ValueError` for an empty or too long prompt and for arguments out of range.
+        """
+        wanted = ["latents"] if callback_on_step_end_tensor_inputs is None else callback_on_step_end_tensor_inputs
+        self.check_inputs(gen_length, num_inference_steps, output_type, wanted)
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts:
+            raise ValueError("`prompt` is an empty list; give at least one text.")
+        context = self.encode_prompt(prompts)
+        length = -(-gen_length // self.chunk_size)
+        self._check_length(context.latents.shape[1] + length)
+        noise = self.prepare_latents(len(prompts), length, generator, latents)
+        first = context.position_ids[:, -1:] + 1
+        position_ids = first + torch.arange(length, device=first.device)[None, :, None]
+
+        def on_step_end(pipe, index, timestep, x):
+            tensors = {"latents": x} if "latents" in wanted else {}
+            return callback_on_step_end(pipe, index, timestep, tensors).pop("latents", x)
+
+        result = self._sample(
+            noise,
+            context,
+            position_ids,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            generator=generator,
+            stop_at_eos=output_type != "latent" and getattr(self.tokenizer, "eos_token_id", None) is not None,
+            on_step_end=None if callback_on_step_end is None else on_step_end,
+        )
+        output = self._finish(result, gen_length, output_type)
+        if output.texts is not None:
+            output.texts = [_join(p, t)[len(p) :] for p, t in zip(prompts, output.texts)]
+        return output if return_dict else output.to_tuple()
+
+    def _check_length(self, length: int) -> None:
+        """Block-causal models generate any length over a sliding window; bidirectional ones see all at once."""
+        config = self.model.config.transformer_config
+        if config.block_size is None and length > config.max_position_embeddings:
+            limit = config.max_position_embeddings * self.chunk_size
+            raise ValueError(
+                f"prompt and generated text are {length * self.chunk_size} tokens together, more than the model's "
+                f"maximum of {limit}; reduce `gen_length` or the prompt."
+            )
+
+    def _finish(self, latents: torch.Tensor, gen_length: int | None, output_type: str) -> TokComPipelineOutput:
+        """Decode generated latents once, end texts at EOS, pad to `gen_length`."""
+        self.maybe_free_model_hooks()
+        if output_type == "latent":
+            return TokComPipelineOutput(latents=latents)
+        sequences, mask = self._end_at_eos(self.model.to_ids(latents.to(self.model.dtype))[:, :gen_length])
+        missing = (gen_length or 0) - sequences.shape[1]
+        if missing > 0:
+            pad = self.model.config.codec_config.pad_token_id
+            sequences = torch.nn.functional.pad(sequences, (0, missing), value=pad)
+            mask = torch.nn.functional.pad(mask, (0, missing))
+        texts = self._to_texts(sequences, mask) if output_type == "text" else None
+        return TokComPipelineOutput(texts=texts, sequences=sequences, latents=latents, attention_mask=mask)
+
+    # ---- the other modes ----
+
+    @torch.no_grad()
+    def generate(
+        self,
+        num_chunks: int = 256,
+        batch_size: int = 1,
+        num_inference_steps: int = 50,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "text",
+    ) -> TokComPipelineOutput:
+        """Mode 1: new texts of `num_chunks` chunks from noise; see `__call__` for the other arguments."""
+        self.check_inputs(num_chunks, num_inference_steps, output_type, [])
+        self._check_length(num_chunks)
+        noise = self.prepare_latents(batch_size, num_chunks, generator, latents)
+        result = self._sample(noise, num_inference_steps=num_inference_steps, generator=generator)
+        return self._finish(result, num_chunks * self.chunk_size, output_type)
+
+    @torch.no_grad()
+    def encode(self, text: str | list[str], output_file: str | os.PathLike | None = None) -> TokComPipelineOutput:
+        """Mode 4: texts -> latents, and a safetensors file with `latents` and `attention_mask` if a name is given."""
+        ids, mask = self._pad(self._tokenize([text] if isinstance(text, str) else list(text), "text"), "right")
+        latents = self.model.encode(ids, mask).latents
+        self.maybe_free_model_hooks()
+        if output_file is not None:
+            tensors = {"latents": latents.float().cpu().contiguous(), "attention_mask": mask.cpu().contiguous()}
+            save_file(tensors, str(output_file), metadata={"format": "pt", "chunk_size": str(self.chunk_size)})
+        return TokComPipelineOutput(sequences=ids, latents=latents, attention_mask=mask)
+
+    @torch.no_grad()
+    def decode(
+        self, latents: torch.Tensor | str | os.PathLike, attention_mask: torch.Tensor | None = None
+    ) -> TokComPipelineOutput:
+        """Latents `(B, N, C)`, or a file that `encode` wrote, -> text. `attention_mask (B, N * K)` hides padding."""
+        if not isinstance(latents, torch.Tensor):
+            tensors = load_file(str(latents))
+            latents, attention_mask = tensors["latents"], tensors.get("attention_mask")
+        channels = self.model.config.codec_config.latent_channels
+        if latents.ndim != 3 or latents.shape[-1] != channels:
+            raise ValueError(f"`latents` has shape {tuple(latents.shape)} but (B, N, {channels}) is needed.")
+        sequences = self.model.to_ids(latents.to(device=self._execution_device, dtype=self.model.dtype))
+        self.maybe_free_model_hooks()
+        mask = torch.ones_like(sequences) if attention_mask is None else attention_mask.to(sequences.device)
+        return TokComPipelineOutput(
+            texts=self._to_texts(sequences, mask), sequences=sequences, latents=latents, attention_mask=mask
+        )
+
+    def reconstruct(self, text: str | list[str]) -> TokComPipelineOutput:
+        """Mode 2: encode and decode; the text as the codec remembers it."""
+        encoded = self.encode(text)
+        return self.decode(encoded.latents, encoded.attention_mask)
+
+    @torch.no_grad()
+    def denoise_reconstruct(
+        self,
+        text: str | list[str],
+        noise_level: float = 0.5,
+        num_inference_steps: int = 50,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> TokComPipelineOutput:
+        """Mode 3: encode, mix with noise, denoise, decode.
+
+        `noise_level` is t: 0 replaces the text by noise, 1 keeps it (plain reconstruction). The remaining
+        `num_inference_steps * (1 - noise_level)` steps are taken.
+        """
+        if not 0.0 <= noise_level <= 1.0:
+            raise ValueError(f"`noise_level` ({noise_level}) must be in [0, 1]: 0 is pure noise, 1 is the clean text.")
+        if num_inference_steps < 1:
+            raise ValueError(f"`num_inference_steps` ({num_inference_steps}) must be at least 1.")
+        encoded = self.encode(text)
+        if noise_level == 1.0:
+            return self.decode(encoded.latents, encoded.attention_mask)
+        latents = encoded.latents.float()
+        noise = self.prepare_latents(latents.shape[0], latents.shape[1], generator)
+        mixed = (1 - noise_level) * noise + noise_level * latents
+        result = self._sample(
+            mixed,
+            valid=encoded.attention_mask.unflatten(1, (-1, self.chunk_size)).any(-1),
+            num_inference_steps=max(1, int(num_inference_steps * (1 - noise_level))),
+            generator=generator,
+            sigma_start=1 - noise_level,
+        )
+        return self.decode(result, encoded.attention_mask)
+
+    @torch.no_grad()
+    def infill(
+        self,
+        text: str,
+        gap_length: int = 16,
+        num_inference_steps: int = 16,
+        guidance_scale: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> TokComPipelineOutput:
+        """Fill every gap `____` in `text` with `gap_length` tokens that see what stands before and after it.
+
+        Returns the whole text. Raises `ValueError` when there is no gap or nothing but gaps.
+        """
+        self.check_inputs(gap_length, num_inference_steps, "text", [])
+        pieces = text.split(GAP)
+        if len(pieces) < 2 or not any(piece.strip() for piece in pieces):
+            raise ValueError(f"`text` ({text!r}) must hold known text and at least one gap, written {GAP!r}.")
+        known, mask, known_at, gap_at, position = [], [], [], [], 0
+        gap_latents = -(-gap_length // self.chunk_size)
+        for i, piece in enumerate(pieces):
+            piece = piece if i == len(pieces) - 1 else piece.rstrip(" ")
+            if piece.strip():
+                ids, real = self._pad(self._tokenize([piece], "text"), "left" if i == 0 else "right")
+                size = ids.shape[1] // self.chunk_size
+                known.append(ids)
+                mask.append(real)
+                known_at.extend(range(position, position + size))
+                position += size
+            if i < len(pieces) - 1:
+                gap_at.extend(range(position, position + gap_latents))
+                position += gap_latents
+        self._check_length(position)
+        context = self.model.encode(torch.cat(known, dim=1), torch.cat(mask, dim=1))
+        context.position_ids = torch.tensor(known_at, device=context.latents.device)[None, :, None]
+        result = self._sample(
+            self.prepare_latents(1, len(gap_at), generator),
+            context,
+            torch.tensor(gap_at, device=context.latents.device)[None, :, None],
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            generator=generator,
+        )
+        sequences = self.model.to_ids(result.to(self.model.dtype)).view(len(pieces) - 1, -1)[:, :gap_length]
+        self.maybe_free_model_hooks()
+        filled = pieces[0]
+        for gap, piece in zip(self._to_texts(sequences), pieces[1:]):
+            filled = _join(filled, gap) + piece
+        return TokComPipelineOutput(texts=[filled], sequences=sequences, latents=result)
+
+
+def _join(text: str, continuation: str) -> str:
+    """Append a continuation; a space that ends `text` is the one its first word brought along."""
+    return text + (continuation.removeprefix(" ") if text.endswith(" ") else continuation)
+
+
+class _SamplerState:
+    """What is already known while blocks are denoised: a key/value cache, or for bidirectional models the latents."""
+
+    def __init__(self, model: TokComModel, context: TokComCodecOutput | None, like: torch.Tensor):
+        config = model.config.transformer_config
+        self.model, self.block_size, self.window = model, config.block_size, config.max_position_embeddings
+        self.context = context
+        self.mask = torch.ones(like.shape[0], 0, dtype=torch.bool, device=like.device)  # (B, keys known so far)
+        self.cache = None if self.block_size is None else DynamicCache()
+        if context is None:
+            return
+        self.mask = context.mask
+        if self.cache is not None:
+            length = context.latents.shape[1]
+            order = (torch.arange(length, device=like.device) + -length % self.block_size) // self.block_size
+            sees = block_causal_mask(order[None].expand(len(like), -1), context.mask)[:, :length, :length]
+            model.denoise(context.latents.to(model.dtype), 1.0, context.position_ids, sees, past_key_values=self.cache)
+
+    def predict(self, x, t, position_ids, valid, estimate, guidance_scale) -> torch.Tensor:
+        """Estimate x1 `(B, n, C)` of the noisy block `x` at time `t`, in float32."""
+        x = x.to(self.model.dtype)
+        estimate = None if estimate is None else estimate.to(x.dtype)
+        if self.cache is None and self.context is not None:
+            known, time = self.context, torch.full_like(x[..., 0], t, dtype=torch.float32)
+            known_time = 1.0 if self.model.config.transformer_config.per_latent_timestep else t
+            time = torch.cat((torch.full_like(known.mask, known_time, dtype=torch.float32), time), dim=1)
+            previous = None if estimate is None else torch.cat((torch.zeros_like(known.latents), estimate), dim=1)
+            output = self.model.denoise(
+                torch.cat((known.latents.to(x.dtype), x), dim=1),
+                time,
+                torch.cat((known.position_ids, position_ids), dim=1),
+                self._keys(valid),
+                previous,
+            ).latents[:, -x.shape[1] :]
+        else:
+            output = self.model.denoise(x, t, position_ids, self._keys(valid), estimate, self.cache).latents
+            if self.cache is not None:
+                self.cache.crop(-x.shape[1])
+        output = output.float()
+        if guidance_scale != 1.0 and self.mask.shape[1]:
+            free = self.model.denoise(
+                x, t, position_ids, None if bool(valid.all()) else valid, estimate
+            ).latents.float()
+            output = free + guidance_scale * (output - free)
+        return output
+
+    def append(self, x, position_ids, valid) -> None:
+        """Remember a finished block; the oldest latents leave when the model's window is full."""
+        self.model.denoise(x.to(self.model.dtype), 1.0, position_ids, self._keys(valid), past_key_values=self.cache)
+        self.mask = torch.cat((self.mask, valid), dim=1)
+        excess = self.mask.shape[1] + self.block_size - self.window
+        if excess > 0:
+            self.mask = self.mask[:, excess:]
+            for layer in self.cache.layers:
+                layer.keys, layer.values = layer.keys[:, :, excess:], layer.values[:, :, excess:]
+
+    def _keys(self, valid: torch.Tensor) -> torch.Tensor | None:
+        keys = torch.cat((self.mask, valid), dim=1)
+        return None if bool(keys.all()) else keys
+
+
+__all__ = ["TokComPipeline", "TokComPipelineOutput", "GAP"]

@@ -1,0 +1,163 @@
+"""Flow-matching scheduler: `x_sigma = (1 - sigma) x1 + sigma * noise_std * noise`, with sigma = 1 - t.
+
+Notable choices: `step` takes the velocity dx/dsigma, as every stock flow scheduler does, so FlowMatchEuler,
+FlowMatchHeun, DPM++ and UniPC are drop-in replacements through `from_config`; the grid is shifted towards noise as
+much as training's times are (`shift = exp(timestep_loc)`); `eta` re-noises with the model's own noise scale.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from diffusers import ConfigMixin, SchedulerMixin
+from diffusers.configuration_utils import FrozenDict, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+
+@dataclass
+class TokComFlowMatchSchedulerOutput(SchedulerOutput):
+    """`prev_sample`: x at the next, smaller sigma. `pred_original_sample`: the estimate of x1."""
+
+    pred_original_sample: torch.Tensor | None = None
+
+
+class TokComFlowMatchScheduler(SchedulerMixin, ConfigMixin):
+    """Euler (`eta=0`) to ancestral (`eta=1`) sampler for rectified flow (Liu et al. 2022; Lipman et al. 2022).
+
+    Args:
+        num_train_timesteps (`int`): `timesteps` are `sigma * num_train_timesteps`.
+        shift (`float`): warp of the grid, `sigma -> shift sigma / (1 + (shift - 1) sigma)`; above 1 spends more steps
+            on noise (SD3, Esser et al. 2024).
+        noise_std (`float`): standard deviation of x0.
+        eta (`float`): in [0, 1]; the share of the noise that is drawn anew at each step.
+        prediction_type, use_flow_sigmas, flow_shift: what stock multistep solvers read from this config;
+            `flow_shift` always equals `shift`.
+    """
+
+    _compatibles = [
+        "FlowMatchEulerDiscreteScheduler",
+        "FlowMatchHeunDiscreteScheduler",
+        "DPMSolverMultistepScheduler",
+        "UniPCMultistepScheduler",
+    ]
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        shift: float = 1.0,
+        noise_std: float = 1.0,
+        eta: float = 0.0,
+        prediction_type: str = "flow_prediction",
+        use_flow_sigmas: bool = True,
+        flow_shift: float | None = None,
+    ):
+        if shift <= 0:
+            raise ValueError(f"`shift` ({shift}) must be positive; 1 is the unshifted grid.")
+        if not 0 <= eta <= 1:
+            raise ValueError(f"`eta` ({eta}) must be in [0, 1].")
+        self.register_to_config(flow_shift=shift)
+        # stock `from_config` drops every value that equals a default of *this* class when it sees this key
+        self._internal_dict = FrozenDict({k: v for k, v in self.config.items() if k != "_use_default_values"})
+        self._step_index = self._begin_index = None
+        self.set_timesteps(num_train_timesteps)
+
+    @classmethod
+    def from_model_config(cls, config) -> "TokComFlowMatchScheduler":
+        """The scheduler whose grid matches how a `TokComConfig` was trained."""
+        shift = math.exp(config.timestep_loc) if config.timestep_sampling == "logit_normal" else 1.0
+        return cls(shift=shift, noise_std=config.noise_std)
+
+    @property
+    def init_noise_sigma(self) -> float:
+        return self.config.noise_std
+
+    @property
+    def step_index(self) -> int | None:
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        self._begin_index = begin_index
+
+    def scale_model_input(self, sample: torch.Tensor, timestep=None) -> torch.Tensor:
+        return sample
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: list[float] | torch.Tensor | None = None,
+    ) -> None:
+        """Lay out a decreasing grid from sigma = 1, or from given unshifted `sigmas`, to 0; both get shifted.
+
+        Raises `ValueError` for fewer than one step.
+        """
+        if sigmas is None:
+            if num_inference_steps is None or num_inference_steps < 1:
+                raise ValueError(f"`num_inference_steps` ({num_inference_steps}) must be at least 1.")
+            sigmas = torch.linspace(1.0, 0.0, num_inference_steps + 1)[:-1]
+        sigmas = torch.as_tensor(sigmas, dtype=torch.float32)
+        sigmas = self.config.shift * sigmas / (1 + (self.config.shift - 1) * sigmas)
+        self.num_inference_steps = len(sigmas)
+        self.timesteps = (sigmas * self.config.num_train_timesteps).to(device)
+        self.sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
+        self._step_index = self._begin_index = None
+
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Forward process at any continuous timestep, `sigma * num_train_timesteps`.
+
+        Args: `original_samples` x1 and standard normal `noise`, both `(B, ...)`; `timesteps` of shape `()` or a
+        leading part of the sample's shape, e.g. `(B,)` or `(B, N)`.
+        """
+        sigma = torch.as_tensor(timesteps, dtype=torch.float32, device=original_samples.device)
+        sigma = (sigma / self.config.num_train_timesteps).to(original_samples.dtype)
+        sigma = sigma.reshape(*sigma.shape, *([1] * (original_samples.ndim - sigma.ndim)))
+        return (1 - sigma) * original_samples + sigma * self.config.noise_std * noise
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: float | torch.Tensor,
+        sample: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> TokComFlowMatchSchedulerOutput | tuple[torch.Tensor]:
+        """One step from the current sigma to the next.
+
+        Args:
+            model_output (`torch.Tensor`): velocity dx/dsigma = (x - x1) / sigma, same shape as `sample`.
+            timestep: the element of `timesteps` that belongs to this step.
+            generator: source of the fresh noise when `eta > 0`.
+        """
+        if self._step_index is None:
+            nearest = int((self.timesteps - torch.as_tensor(timestep).to(self.timesteps)).abs().argmin())
+            self._step_index = nearest if self._begin_index is None else self._begin_index
+        sigma, sigma_next = self.sigmas[self._step_index].item(), self.sigmas[self._step_index + 1].item()
+        x, velocity = sample.float(), model_output.float()
+        x1 = x - sigma * velocity
+        if self.config.eta > 0 and sigma_next > 0:
+            # of the noise left at sigma_next, `fresh` is new and the rest is the estimate of the old noise x0 = x1 + v
+            kept = sigma_next * (1 - sigma) / ((1 - sigma_next) * sigma)
+            fresh = self.config.eta * sigma_next * math.sqrt(1 - kept**2)
+            noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype) * self.config.noise_std
+            old = math.sqrt(sigma_next**2 - fresh**2)
+            prev_sample = (1 - sigma_next) * x1 + old * (x1 + velocity) + fresh * noise
+        else:
+            prev_sample = x + (sigma_next - sigma) * velocity
+        self._step_index += 1
+        prev_sample = prev_sample.to(sample.dtype)
+        if not return_dict:
+            return (prev_sample,)
+        return TokComFlowMatchSchedulerOutput(prev_sample=prev_sample, pred_original_sample=x1.to(sample.dtype))
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+
+__all__ = ["TokComFlowMatchScheduler", "TokComFlowMatchSchedulerOutput"]

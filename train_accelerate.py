@@ -1,0 +1,487 @@
+"""Train TokCom: stage "codec" (tokens <-> latents), then stage "flow" (noise -> latents, codec frozen), one loop.
+
+    accelerate launch train_accelerate.py --preset debug
+    accelerate launch --config_file accelerate_configs/multi_gpu_ddp.yaml train_accelerate.py --preset base \
+        data.train=my_texts/ data.validation=held_out.jsonl output_dir=my-model flow.max_steps=50000
+
+A preset is a YAML file in presets/; every key can be overridden as `dotted.key=value`. A run that was stopped, even by
+SIGKILL, continues from its newest checkpoint when the same command is given again and ends with the same weights.
+`output_dir` ends as a Hub repository: AutoModel, DiffusionPipeline and TokComPipeline load it.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
+from diffusers.optimization import get_scheduler
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from configuration_tokcom import TokComConfig
+from modeling_tokcom import TokComModel
+from pipeline_tokcom import TokComPipeline
+from scheduling_tokcom import TokComFlowMatchScheduler
+from training.config import StageConfig, TrainConfig, load_train_config
+from training.data import (
+    PackedDataset,
+    StreamingPackedDataset,
+    get_tokenizer,
+    load_documents,
+    tokenize_documents,
+)
+from training.ema import ShardedEMAModel, decay_from_half_life
+from training.tracking import check_tracker, log_table
+
+METRIC_PREFIX = {"codec": "vae", "flow": "diffusion"}  # the names of the published training script
+SAMPLE_STEPS = 16
+WORK = "work"  # checkpoints, logs and tokenizer, inside output_dir
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became NaN or infinite; training stopped before anything was overwritten."""
+
+
+def read_data(config: TrainConfig) -> tuple[object, object, PreTrainedTokenizerBase]:
+    """Training tokens (or stream), validation tokens, tokenizer; the tokenizer is kept in `output_dir/work`."""
+    data = config.data
+    train = load_documents(data.train, data, "train")
+    if data.validation is None:
+        held_out = max(1, int(len(train) * data.validation_fraction))
+        if len(train) < 2:
+            raise ValueError("one document cannot be split; give `data.validation` or more documents.")
+        train, validation = (
+            train.select(range(len(train) - held_out)),
+            train.select(range(len(train) - held_out, len(train))),
+        )
+    else:
+        validation = load_documents(data.validation, data, "validation")
+    saved = Path(config.output_dir) / WORK / "tokenizer"
+    if saved.is_dir():
+        tokenizer = AutoTokenizer.from_pretrained(saved)
+    else:
+        tokenizer = get_tokenizer(
+            config.tokenizer or config.init_from, config.tokenizer_vocab_size, train, data.text_column
+        )
+    validation = tokenize_documents(validation, tokenizer, data.text_column, "validation text")
+    if not data.streaming:
+        train = tokenize_documents(train, tokenizer, data.text_column, "training text")
+    return train, validation, tokenizer
+
+
+def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, source: str | None) -> TokComModel:
+    """A new model of the preset, or the one in `source`; raises when the tokenizer has another vocabulary."""
+    if source is None:
+        return TokComModel(TokComConfig.from_preset(config.model_preset, len(tokenizer), **config.model))
+    model = TokComModel.from_pretrained(source, dtype=torch.float32)
+    if model.config.codec_config.vocab_size != len(tokenizer) + 1:
+        raise ValueError(
+            f"the model in {source} has {model.config.codec_config.vocab_size} tokens (with its mask token) but the "
+            f"tokenizer has {len(tokenizer)}; use the tokenizer saved beside the model."
+        )
+    return model
+
+
+class Progress:
+    """What a checkpoint remembers besides weights: the step, the best validation loss, and running sums."""
+
+    def __init__(self):
+        self.step, self.best, self.train_loss, self.train_count, self.tokens = 0, float("inf"), 0.0, 0, 0
+
+    def state_dict(self) -> dict:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict) -> None:
+        vars(self).update(state)
+
+
+class StageTrainer:
+    """One stage of training: the loop, validation, checkpoints, samples and the final weights."""
+
+    def __init__(self, config: TrainConfig, stage: str, model: TokComModel, tokenizer, train, validation):
+        self.config, self.stage, self.tokenizer = config, stage, tokenizer
+        self.options: StageConfig = getattr(config, stage)
+        self.directory = Path(config.output_dir) / WORK / stage
+        self.prefix = METRIC_PREFIX[stage]
+        self.accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_steps=self.options.gradient_accumulation_steps,
+            log_with=None if config.report_to == "none" else config.report_to,
+            project_config=ProjectConfiguration(str(self.directory), logging_dir=str(self.directory / "logs")),
+            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
+        )
+        self._check_launch()
+        model.set_stage(stage)
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        self._prepare(model, train, validation)
+
+    def _check_launch(self) -> None:
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        if world != self.accelerator.num_processes:
+            raise RuntimeError(
+                f"{world} processes were launched but accelerate formed a group of {self.accelerator.num_processes}, so "
+                "they would overwrite each other; on CPU set ACCELERATE_USE_CPU=true (accelerate_configs/cpu_2proc.yaml)."
+            )
+
+    def _prepare(self, model: TokComModel, train, validation) -> None:
+        config, options = self.config, self.options
+        chunk_size = model.config.codec_config.chunk_size
+        longest = model.config.transformer_config.max_position_embeddings * chunk_size
+        if options.sequence_length > longest:
+            raise ValueError(
+                f"`{self.stage}.sequence_length` ({options.sequence_length}) is longer than the model's maximum of "
+                f"{longest} tokens; shorten it or raise transformer_config.max_position_embeddings."
+            )
+        if isinstance(train, np.ndarray):
+            dataset = PackedDataset(train, options.sequence_length, chunk_size, config.seed, training=True)
+        else:
+            dataset = StreamingPackedDataset(
+                train, self.tokenizer, config.data.text_column, options.sequence_length, chunk_size, config.seed,
+                config.data.shuffle_buffer,
+            )  # fmt: skip
+        held_out = PackedDataset(validation, options.sequence_length, chunk_size, config.seed, training=False)
+        streaming = isinstance(dataset, torch.utils.data.IterableDataset)
+        batch_size = options.batch_size if streaming else min(options.batch_size, len(dataset))
+        loader = DataLoader(dataset, batch_size, shuffle=not streaming, drop_last=True, num_workers=config.num_workers)
+        self.validation_loader = DataLoader(held_out, options.batch_size)
+        matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
+        vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, options.learning_rate, (0.9, 0.98), weight_decay=options.weight_decay)
+        self.lr_scheduler = get_scheduler(
+            "cosine", optimizer, num_warmup_steps=options.warmup_steps, num_training_steps=options.max_steps
+        )
+        self.model, self.optimizer, self.loader = self.accelerator.prepare(model, optimizer, loader)
+        self.progress, self.ema = Progress(), None
+        self.accelerator.register_for_checkpointing(self.lr_scheduler, self.progress)
+        if options.ema_half_life:
+            decay = decay_from_half_life(options.ema_half_life * options.max_steps)
+            # (1 + step) / (10 + step) warms the average up, so that early weights do not linger
+            self.ema = ShardedEMAModel(self.module.parameters(), decay=decay, foreach=True)
+            self.accelerator.register_for_checkpointing(self.ema)
+
+    @property
+    def module(self) -> TokComModel:
+        return self.accelerator.unwrap_model(self.model)
+
+    # ---- the loop ----
+
+    def train(self) -> Path:
+        """Train to `max_steps` and return the directory of the best weights."""
+        accelerator, options, progress = self.accelerator, self.options, self.progress
+        if self.config.report_to != "none":
+            accelerator.init_trackers("tokcom", config={"stage": self.stage, **vars(options)})
+        self._resume()
+        bar = tqdm(
+            total=options.max_steps,
+            initial=progress.step,
+            desc=self.stage,
+            unit="step",
+            disable=not accelerator.is_local_main_process,
+        )
+        self.started, self.started_tokens, self.pending = time.perf_counter(), progress.tokens, []
+        while progress.step < options.max_steps:
+            for batch in self._epoch():
+                self._step(batch, bar)
+                if progress.step >= options.max_steps:
+                    break
+        bar.close()
+        accelerator.end_training()
+        return self.directory / "best"
+
+    def _epoch(self):
+        """Batches of the current epoch from where the step counter stands."""
+        accumulation = self.options.gradient_accumulation_steps
+        try:
+            steps_per_epoch = max(1, len(self.loader) // accumulation)
+        except TypeError:  # a stream: its length is found by reading it
+            yield from self._stream_epoch(accumulation)
+            return
+        epoch, done = divmod(self.progress.step, steps_per_epoch)
+        self.loader.set_epoch(epoch)
+        loader = self.accelerator.skip_first_batches(self.loader, done * accumulation) if done else self.loader
+        for index, batch in enumerate(loader):
+            if index == (steps_per_epoch - done) * accumulation:
+                return
+            yield batch
+
+    def _stream_epoch(self, accumulation: int):
+        """A stream is one long pass: epoch after epoch, skipping what was already seen."""
+        seen, epoch = self.progress.step * accumulation, 0
+        while True:
+            self.loader.set_epoch(epoch)
+            count = 0
+            for batch in self.loader:
+                count += 1
+                if seen:
+                    seen -= 1
+                    continue
+                yield batch
+            if count == 0:
+                raise ValueError("the data stream gave no full batch; use a smaller batch_size or more text.")
+            epoch += 1
+
+    def _seed_step(self, micro: int) -> None:
+        """Noise depends on (seed, stage, step, micro-batch, rank) alone, which makes a resumed run exact."""
+        words = [self.config.seed, self.stage == "flow", self.progress.step, micro, self.accelerator.process_index]
+        torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))
+
+    def _step(self, batch: dict[str, torch.Tensor], bar: tqdm) -> None:
+        accelerator, progress = self.accelerator, self.progress
+        self.model.train()
+        self._seed_step(len(self.pending))
+        with accelerator.accumulate(self.model):
+            output = self.model(**batch)
+            accelerator.backward(output.loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(self.model.parameters(), self.options.max_grad_norm)
+            self.pending.append(output)
+            mean = self._reduced("loss") if accelerator.sync_gradients else 0.0
+            if not np.isfinite(mean):
+                raise NonFiniteLossError(
+                    f"loss is {mean} at {self.stage} step {progress.step + 1}; stopped without saving. The last good "
+                    f"checkpoint is {self._newest_checkpoint() or 'none yet'}. Lower {self.stage}.learning_rate "
+                    f"({self.options.learning_rate}) or use mixed_precision=bf16, then run the same command again."
+                )
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        progress.tokens += batch["input_ids"].numel() * accelerator.num_processes
+        if accelerator.sync_gradients:
+            self._after_update(mean, bar)
+
+    def _reduced(self, name: str) -> float:
+        """Mean of one output over micro-batches and processes."""
+        values = torch.stack([getattr(o, name).detach().float() for o in self.pending])
+        return self.accelerator.reduce(values.mean(), "mean").item()
+
+    def _after_update(self, mean: float, bar: tqdm) -> None:
+        progress, options = self.progress, self.options
+        self.lr_scheduler.step()
+        if self.ema:
+            self.ema.step(self.module.parameters())
+        progress.step += 1
+        progress.train_loss, progress.train_count = progress.train_loss + mean, progress.train_count + 1
+        metrics = {f"{self.prefix}/learning_rate": self.lr_scheduler.get_last_lr()[0]}
+        if self.stage == "codec":
+            metrics["vae/batch_loss"] = mean
+        else:
+            metrics["diffusion/batch_ce_loss"] = self._reduced("ce_loss")
+            metrics["diffusion/batch_mse_loss"] = self._reduced("mse_loss")
+        self.pending = []
+        self.accelerator.log(metrics, step=progress.step)
+        speed = (progress.tokens - self.started_tokens) / (time.perf_counter() - self.started)
+        bar.update(1)
+        bar.set_postfix_str(f"loss {mean:.4f}, {speed:,.0f} tokens/s", refresh=False)
+        last = progress.step == options.max_steps
+        if progress.step % options.eval_steps == 0 or last:
+            self._evaluate(bar)
+        if progress.step % options.checkpoint_steps == 0 or last:
+            self._save_checkpoint()
+
+    # ---- validation and samples ----
+
+    @torch.no_grad()
+    def _evaluate(self, bar: tqdm) -> None:
+        """Validation loss with fixed noise, best weights, sample tables; uses the averaged weights if there are any."""
+        accelerator, progress = self.accelerator, self.progress
+        module = self.module
+        if self.ema:
+            self.ema.store(module.parameters())
+            self.ema.copy_to(module.parameters())
+        module.eval()
+        outputs = []
+        for index, batch in enumerate(self.validation_loader):
+            if index == self.options.eval_batches:
+                break
+            torch.manual_seed(index)
+            with accelerator.autocast():
+                outputs.append(module(**{k: v.to(accelerator.device) for k, v in batch.items()}))
+        values = {
+            name: torch.stack([getattr(o, name).float() for o in outputs]).mean().item()
+            for name in ("loss", "ce_loss", "mse_loss")
+            if getattr(outputs[0], name) is not None
+        }
+        metrics = {f"{self.prefix}/train_loss": progress.train_loss / max(1, progress.train_count)}
+        metrics[f"{self.prefix}/val_loss"] = values["loss"]
+        if self.stage == "flow":
+            metrics["diffusion/val_ce_loss"], metrics["diffusion/val_mse_loss"] = values["ce_loss"], values["mse_loss"]
+        progress.train_loss, progress.train_count = 0.0, 0
+        if not np.isfinite(values["loss"]):
+            raise NonFiniteLossError(f"validation loss is {values['loss']} at {self.stage} step {progress.step}.")
+        improved = values["loss"] < progress.best
+        if improved:
+            progress.best = values["loss"]
+        metrics[f"{self.prefix}/best_val_loss"] = progress.best
+        accelerator.log(metrics, step=progress.step)
+        summary = ", ".join(f"{k.split('/')[1]} {v:.4f}" for k, v in metrics.items())
+        bar.write(f"{self.stage} step {progress.step}: {summary}")
+        if improved:
+            self._export(self.directory / "best")
+        if accelerator.is_main_process and self.config.num_samples:
+            self._log_samples(module)
+        if self.ema:
+            self.ema.restore(module.parameters())
+
+    def _log_samples(self, module: TokComModel) -> None:
+        step, count = self.progress.step, self.config.num_samples
+        pipe = TokComPipeline(module, TokComFlowMatchScheduler.from_model_config(module.config), self.tokenizer)
+        pipe.set_progress_bar_config(disable=True)
+        ids = next(iter(self.validation_loader))["input_ids"][:count, :128]
+        texts = [self.tokenizer.decode(row) for row in ids]
+
+        def compare(outputs: list[str]) -> list[list]:
+            return [[i + 1, text, output] for i, (text, output) in enumerate(zip(texts, outputs))]
+
+        columns = ["Sample", "Original", "Reconstructed"]
+        if self.stage == "codec":
+            log_table(self.accelerator, "vae/samples", columns, compare(pipe.reconstruct(texts).texts), step)
+            return
+        generator = torch.Generator().manual_seed(0)
+        chunks = module.config.transformer_config.max_position_embeddings // 2
+        samples = pipe.generate(
+            num_chunks=chunks, batch_size=count, num_inference_steps=SAMPLE_STEPS, generator=generator
+        ).texts
+        rows = [[i + 1, text] for i, text in enumerate(samples)]
+        log_table(self.accelerator, "diffusion/generated", ["Sample", "Generated Text"], rows, step)
+        rebuilt = pipe.denoise_reconstruct(
+            texts, noise_level=0.5, num_inference_steps=SAMPLE_STEPS, generator=generator
+        ).texts
+        log_table(self.accelerator, "diffusion/reconstructed", columns, compare(rebuilt), step)
+
+    # ---- checkpoints ----
+
+    def _checkpoints(self) -> list[Path]:
+        found = self.directory.glob("checkpoint-*")
+        return sorted((p for p in found if p.suffix != ".tmp"), key=lambda p: int(p.name.split("-")[1]))
+
+    def _newest_checkpoint(self) -> Path | None:
+        return (self._checkpoints() or [None])[-1]
+
+    def _save_checkpoint(self) -> None:
+        """Write beside the target, then rename: a kill at any moment leaves whole checkpoints only."""
+        accelerator = self.accelerator
+        target = self.directory / f"checkpoint-{self.progress.step}"
+        partial = target.with_suffix(".tmp")
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(partial))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            shutil.rmtree(target, ignore_errors=True)
+            partial.rename(target)
+            for old in self._checkpoints()[: -self.options.checkpoints_total_limit]:
+                shutil.rmtree(old)
+        accelerator.wait_for_everyone()
+
+    def _resume(self) -> None:
+        newest = self._newest_checkpoint()
+        if newest is None:
+            return
+        if not self.config.resume:
+            raise ValueError(f"{newest} exists and `resume` is false; choose another output_dir or remove it.")
+        self.accelerator.load_state(str(newest))
+        self.accelerator.print(f"resumed {self.stage} from {newest}")
+
+    def _export(self, directory: Path) -> None:
+        """Write the current weights as a Hub repository; gathers shards, so every rank calls it."""
+        state = self.accelerator.get_state_dict(self.model)
+        if self.accelerator.is_main_process:
+            with torch.device("cpu"):
+                model = TokComModel(TokComConfig.from_dict(self.module.config.to_dict()))
+            model.load_state_dict({name: value.float() for name, value in state.items()})
+            export_repository(model, self.tokenizer, directory)
+        self.accelerator.wait_for_everyone()
+
+
+def export_repository(model: TokComModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Save model, tokenizer, scheduler, index and code; complete or not at all."""
+    partial = directory.with_name(directory.name + ".tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    TokComPipeline(model, TokComFlowMatchScheduler.from_model_config(model.config), tokenizer).save_pretrained(partial)
+    shutil.rmtree(directory, ignore_errors=True)
+    partial.rename(directory)
+
+
+@torch.no_grad()
+def measure_latent_statistics(model: TokComModel, tokens: np.ndarray, rows: int = 65536) -> None:
+    """Set the codec's per-channel mean and standard deviation from up to `rows` random chunks `(rows, K)`."""
+    codec = model.codec.eval()
+    size = codec.config.chunk_size
+    starts = np.random.default_rng(0).integers(0, max(1, len(tokens) - size + 1), size=min(rows, len(tokens)))
+    chunks = torch.from_numpy(np.stack([tokens[s : s + size] for s in starts]).astype(np.int64))
+    codec.set_latent_statistics(torch.zeros_like(codec.latent_mean), torch.ones_like(codec.latent_std))
+    device = codec.latent_mean.device
+    latents = torch.cat([codec.encode(part.to(device)).latents[:, 0] for part in chunks.split(4096)]).float()
+    codec.set_latent_statistics(latents.mean(0), latents.std(0))
+
+
+def first_tokens(train, tokenizer: PreTrainedTokenizerBase, text_column: str, count: int = 1_000_000) -> np.ndarray:
+    """Up to `count` training tokens, from memory or from the head of a stream."""
+    if isinstance(train, np.ndarray):
+        return train
+    rows, total = [], 0
+    for row in train:
+        rows.append(row)
+        total += len(row[text_column] or "")
+        if total > 4 * count:
+            break
+    return tokenize_documents(rows, tokenizer, text_column, "a sample for latent statistics")[:count]
+
+
+def run(config: TrainConfig) -> Path:
+    """Run the stages that `config.stage` asks for; returns `output_dir`, a Hub repository."""
+    output = Path(config.output_dir)
+    check_tracker(config.report_to)
+    train, validation, tokenizer = read_data(config)
+    set_seed(config.seed)
+    source = config.init_from
+    if int(os.environ.get("RANK", 0)) == 0 and not (output / WORK / "tokenizer").is_dir():
+        tokenizer.save_pretrained(output / WORK / "tokenizer")
+    for stage in ("codec", "flow") if config.stage == "all" else (config.stage,):
+        final = output / WORK / stage / "final"
+        if not (final / "config.json").is_file():
+            model = build_model(config, tokenizer, source)
+            trainer = StageTrainer(config, stage, model, tokenizer, train, validation)
+            best = trainer.train()
+            if trainer.accelerator.is_main_process:
+                model = TokComModel.from_pretrained(best)
+                if stage == "codec":
+                    measure_latent_statistics(model, first_tokens(train, tokenizer, config.data.text_column))
+                export_repository(model, tokenizer, final)
+            trainer.accelerator.wait_for_everyone()
+            trainer.accelerator.free_memory()
+        source = str(final)
+    if int(os.environ.get("RANK", 0)) == 0:
+        shutil.copytree(source, output, dirs_exist_ok=True)
+        (output / "train_config.json").write_text(json.dumps(config, default=vars, indent=2) + "\n")
+        print(f"model written to {output}")
+        if config.push_to_hub:
+            TokComPipeline.from_pretrained(output).push_to_hub(config.hub_model_id or output.name)
+    return output
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="debug", help="name of a file in presets/, or a path to a YAML file")
+    parser.add_argument("--output_dir", help="where checkpoints and the final model go")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, e.g. flow.max_steps=100")
+    args = parser.parse_args(argv)
+    overrides = args.overrides + ([f"output_dir={args.output_dir}"] if args.output_dir else [])
+    try:
+        run(load_train_config(args.preset, overrides))
+    except (ValueError, FileNotFoundError, NonFiniteLossError) as error:
+        parser.exit(1, f"error: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""Training configuration: one YAML preset plus `key=value` overrides, checked before anything is loaded."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+PRESET_DIR = Path(__file__).resolve().parent.parent / "presets"
+
+
+@dataclass
+class DataConfig:
+    """Where text comes from.
+
+    `train` is a Hub dataset name, a local .txt / .json / .jsonl / .parquet file, a folder of such files, or a list of
+    those. `validation` is the same, or None to hold out the last `validation_fraction` of the documents.
+    """
+
+    train: str | list[str] = "sample_data/stories_train.jsonl"
+    validation: str | list[str] | None = "sample_data/stories_validation.jsonl"
+    name: str | None = None  # configuration of a Hub dataset, e.g. wikitext-2-raw-v1
+    text_column: str = "text"
+    streaming: bool = False
+    validation_fraction: float = 0.02
+    shuffle_buffer: int = 1000  # documents, streaming only
+
+
+@dataclass
+class StageConfig:
+    """Optimisation of one stage; lengths in tokens, intervals in optimizer steps."""
+
+    max_steps: int = 1000
+    batch_size: int = 16
+    gradient_accumulation_steps: int = 1
+    sequence_length: int = 256
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    warmup_steps: int = 100
+    max_grad_norm: float = 1.0
+    ema_half_life: float = 0.0  # share of max_steps; 0 switches the average off
+    eval_steps: int = 500
+    eval_batches: int = 8
+    checkpoint_steps: int = 500
+    checkpoints_total_limit: int = 2
+
+
+@dataclass
+class TrainConfig:
+    """Everything `train_accelerate.py` needs to know."""
+
+    model_preset: str = "debug"
+    model: dict[str, Any] = field(default_factory=dict)  # overrides of the preset, same keys as config.json
+    init_from: str | None = None  # model directory or Hub id to start from (for example to reuse its codec)
+    tokenizer: str | None = None  # any AutoTokenizer; None trains a BPE tokenizer on the data
+    tokenizer_vocab_size: int = 512
+    stage: str = "all"  # codec, flow or all
+    output_dir: str = "tokcom-out"
+    seed: int = 0
+    mixed_precision: str | None = None  # no, bf16 or fp16; None takes accelerate's setting
+    gradient_checkpointing: bool = False
+    num_workers: int = 0
+    report_to: str = "tensorboard"  # tensorboard, wandb, trackio or none
+    resume: bool = True  # continue from the newest checkpoint in output_dir
+    num_samples: int = 2  # rows of the sample tables
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
+    data: DataConfig = field(default_factory=DataConfig)
+    codec: StageConfig = field(default_factory=StageConfig)
+    flow: StageConfig = field(default_factory=StageConfig)
+
+    def __post_init__(self):
+        if self.mixed_precision is False:  # YAML 1.1 reads a bare `no` as false
+            self.mixed_precision = "no"
+        if self.stage not in ("codec", "flow", "all"):
+            raise ValueError(f"`stage` ({self.stage!r}) must be 'codec', 'flow' or 'all'.")
+        if self.report_to not in ("tensorboard", "wandb", "trackio", "none"):
+            raise ValueError(f"`report_to` ({self.report_to!r}) must be tensorboard, wandb, trackio or none.")
+        for name in ("codec", "flow"):
+            stage = getattr(self, name)
+            for key in ("max_steps", "batch_size", "gradient_accumulation_steps", "sequence_length"):
+                if getattr(stage, key) < 1:
+                    raise ValueError(f"`{name}.{key}` ({getattr(stage, key)}) must be at least 1.")
+
+
+def _build(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    kwargs = {}
+    for key, value in values.items():
+        if key not in fields:
+            raise ValueError(f"unknown training key '{prefix}{key}'; known are {', '.join(sorted(fields))}.")
+        nested = fields[key].type
+        if isinstance(value, dict) and dataclasses.is_dataclass(nested):
+            value = _build(nested, value, f"{prefix}{key}.")
+        elif fields[key].type in (int, float, bool, str):
+            value = _cast(value, fields[key].type, f"{prefix}{key}")
+        kwargs[key] = value
+    return cls(**kwargs)
+
+
+def _cast(value: Any, kind: type, name: str) -> Any:
+    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:  # YAML 1.1 reads 1e-3 as a string
+            return float(value)
+        except ValueError:
+            pass
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ValueError(f"`{name}` ({value!r}) must be of type {kind.__name__}.")
+    return value
+
+
+def load_train_config(preset: str, overrides: list[str]) -> TrainConfig:
+    """Read `presets/<preset>.yaml` (or a path to a YAML file) and apply `dotted.key=value` overrides.
+
+    Values are YAML, so `flow.max_steps=100`, `validation=null` and lists work. Raises `ValueError` on unknown presets,
+    keys and types.
+    """
+    path = Path(preset) if preset.endswith((".yaml", ".yml")) else PRESET_DIR / f"{preset}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in PRESET_DIR.glob("*.yaml")))
+        raise ValueError(f"no training preset at {path}; known presets are {known}.")
+    values = yaml.safe_load(path.read_text()) or {}
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator:
+            raise ValueError(f"override {override!r} must have the form key=value, e.g. flow.max_steps=100.")
+        *parents, leaf = key.split(".")
+        target = values
+        for parent in parents:
+            target = target.setdefault(parent, {})
+        target[leaf] = yaml.safe_load(value)
+    return _build(TrainConfig, values)

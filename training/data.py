@@ -1,0 +1,198 @@
+"""Text in, packed token windows out.
+
+Documents are tokenized once, joined with the tokenizer's BOS / EOS, and cut into windows from an offset that is drawn
+anew for every epoch, so nearly every position holds a real token and chunk boundaries fall everywhere.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from training.config import DataConfig
+
+FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+EOS_TOKEN = "</s>"
+
+
+def _local_files(source: str) -> tuple[str, list[str]] | None:
+    """`(builder, files)` of a local file or folder; None for a name on the Hub."""
+    path = Path(source)
+    if not path.exists():
+        if path.suffix in FORMATS:
+            raise FileNotFoundError(f"data file {source} does not exist; give an existing file, folder or Hub name.")
+        return None
+    files = sorted(p for p in path.rglob("*") if p.suffix in FORMATS) if path.is_dir() else [path]
+    kinds = {FORMATS.get(p.suffix) for p in files}
+    if len(kinds) != 1 or None in kinds:
+        raise ValueError(
+            f"{source}: expected files of one kind out of {', '.join(FORMATS)}, found {sorted(map(str, kinds))}."
+        )
+    return kinds.pop(), [str(p) for p in files]
+
+
+def load_documents(source: str | list[str], config: DataConfig, split: str) -> Iterable[str]:
+    """Documents of one or several sources as an iterable of strings that can be iterated again.
+
+    Raises `ValueError` when a record lacks `config.text_column` and when there is no document.
+    """
+    parts = []
+    for item in [source] if isinstance(source, str) else source:
+        local = _local_files(item)
+        if local is None:
+            parts.append(datasets.load_dataset(item, config.name, split=split, streaming=config.streaming))
+        else:
+            builder, files = local
+            options = {"sample_by": "document"} if builder == "text" else {}
+            loaded = datasets.load_dataset(
+                builder, data_files=files, split="train", streaming=config.streaming, **options
+            )
+            parts.append(loaded)
+    documents = []
+    for part in parts:
+        columns = part.column_names or list(next(iter(part), {}))
+        if columns and config.text_column not in columns:
+            raise ValueError(
+                f"records have no field {config.text_column!r} (fields: {', '.join(columns)}); "
+                "set `data.text_column` to one of them."
+            )
+        documents.append(part.select_columns([config.text_column]))
+    if config.streaming:
+        return datasets.concatenate_datasets(documents)
+    joined = datasets.concatenate_datasets(documents)
+    if len(joined) == 0 or not any(str(row or "").strip() for row in joined[config.text_column]):
+        raise ValueError(f"no text in {source}: the dataset is empty; check the path and `data.text_column`.")
+    return joined
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with one special token, `</s>`, which ends a document; every text round-trips exactly."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS_TOKEN],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS_TOKEN, clean_up_tokenization_spaces=False)
+
+
+def get_tokenizer(
+    name: str | None, vocab_size: int, documents: Iterable[dict], text_column: str
+) -> PreTrainedTokenizerBase:
+    """Load any AutoTokenizer by name or path, or train a BPE tokenizer on the documents."""
+    if name is not None:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        if tokenizer.eos_token_id is None:
+            raise ValueError(f"tokenizer {name!r} has no EOS token, which ends a document; choose one that has.")
+        return tokenizer
+    texts = (
+        str(row[text_column]) for row in tqdm(documents, desc="training tokenizer", unit="doc") if row[text_column]
+    )
+    tokenizer = train_tokenizer(texts, vocab_size)
+    if len(tokenizer) > vocab_size:
+        raise ValueError(
+            f"`tokenizer_vocab_size` ({vocab_size}) must be at least {len(tokenizer)}: 256 bytes and </s>."
+        )
+    return tokenizer
+
+
+def tokenize_document(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """BOS (if the tokenizer has one) + ids + EOS."""
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return [*start, *ids, tokenizer.eos_token_id]
+
+
+def tokenize_documents(
+    documents: Iterable[dict], tokenizer: PreTrainedTokenizerBase, text_column: str, desc: str
+) -> np.ndarray:
+    """All documents as one array of ids `(tokens,)`."""
+    pieces = [
+        np.asarray(tokenize_document(tokenizer, row[text_column]), dtype=np.int32)
+        for row in tqdm(documents, desc=f"tokenizing {desc}", unit="doc")
+        if row[text_column] and row[text_column].strip()
+    ]
+    return np.concatenate(pieces)
+
+
+class PackedDataset(torch.utils.data.Dataset):
+    """Windows of `sequence_length` tokens over the packed documents, from a random offset per epoch.
+
+    One window in four has its first 1..K-1 tokens masked as padding: that is how a prompt whose length is no multiple
+    of K arrives. A corpus shorter than a window gives one window padded at the end.
+    """
+
+    def __init__(self, tokens: np.ndarray, sequence_length: int, chunk_size: int, seed: int, training: bool):
+        if len(tokens) == 0:
+            raise ValueError("the dataset is empty: no token after tokenization; check the data path.")
+        if sequence_length % chunk_size:
+            raise ValueError(
+                f"`sequence_length` ({sequence_length}) must be a multiple of `chunk_size` ({chunk_size}); "
+                f"use {sequence_length + -sequence_length % chunk_size}."
+            )
+        self.tokens, self.length, self.chunk_size = tokens, sequence_length, chunk_size
+        self.seed, self.training, self.epoch = seed, training, 0
+        self.windows = max(1, len(tokens) // sequence_length - int(training))
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.windows
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        room = max(0, len(self.tokens) - self.windows * self.length)
+        offset = np.random.default_rng((self.seed, self.epoch)).integers(room + 1) if self.training else 0
+        start = int(offset) + index * self.length
+        window = self.tokens[start : start + self.length]
+        generator = np.random.default_rng((self.seed, self.epoch, index))
+        left = int(generator.integers(self.chunk_size)) if self.training and generator.random() < 0.25 else 0
+        return _window(window, self.length, left)
+
+
+class StreamingPackedDataset(torch.utils.data.IterableDataset):
+    """The same windows from documents that are read as a stream, tokenized on the fly."""
+
+    def __init__(self, documents, tokenizer, text_column, sequence_length, chunk_size, seed, shuffle_buffer):
+        self.documents, self.tokenizer, self.text_column = documents, tokenizer, text_column
+        self.length, self.chunk_size, self.seed, self.shuffle_buffer = (
+            sequence_length,
+            chunk_size,
+            seed,
+            shuffle_buffer,
+        )
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        generator = np.random.default_rng((self.seed, self.epoch))
+        documents = self.documents.shuffle(seed=self.seed + self.epoch, buffer_size=self.shuffle_buffer)
+        buffer: list[int] = []
+        skip = int(generator.integers(self.length))
+        for row in documents:
+            if row[self.text_column] is None:
+                continue
+            buffer.extend(tokenize_document(self.tokenizer, row[self.text_column]))
+            while len(buffer) >= self.length + skip:
+                left = int(generator.integers(self.chunk_size)) if generator.random() < 0.25 else 0
+                yield _window(np.asarray(buffer[skip : skip + self.length], dtype=np.int32), self.length, left)
+                buffer, skip = buffer[skip + self.length :], 0
+
+
+def _window(ids: np.ndarray, length: int, left_padding: int) -> dict[str, torch.Tensor]:
+    input_ids = torch.zeros(length, dtype=torch.long)
+    attention_mask = torch.zeros(length, dtype=torch.long)
+    input_ids[: len(ids)] = torch.from_numpy(ids.astype(np.int64))
+    attention_mask[left_padding : len(ids)] = 1
+    return {"input_ids": input_ids, "attention_mask": attention_mask}

@@ -1,0 +1,34 @@
+"""Trackers: scalar metrics under the documented names, and sample tables in whatever form the tracker has."""
+
+import importlib.util
+
+from accelerate import Accelerator
+
+
+def check_tracker(name: str) -> None:
+    """Raise `ValueError` if the tracker's package is missing; accelerate would silently log nothing."""
+    module = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}.get(name)
+    if module and importlib.util.find_spec(module) is None:
+        raise ValueError(
+            f"`report_to` is {name!r} but the package is not installed; pip install {module}, or use none."
+        )
+
+
+def log_table(accelerator: Accelerator, name: str, columns: list[str], rows: list[list], step: int) -> None:
+    """Write a table of samples to every active tracker."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+            lines += [
+                "| " + " | ".join(str(c).replace("|", "\\|").replace("\n", " ") for c in row) + " |" for row in rows
+            ]
+            tracker.writer.add_text(name, "\n".join(lines), step)
+        elif tracker.name == "wandb":
+            import wandb
+
+            tracker.log({name: wandb.Table(columns=columns, data=rows)}, step=step)
+        elif tracker.name == "trackio":
+            import pandas
+            import trackio
+
+            tracker.log({name: trackio.Table(dataframe=pandas.DataFrame(rows, columns=columns))}, step=step)
