@@ -152,7 +152,10 @@ def load_published_pipeline(path: str | Path, tokenizer: str | None = None) -> T
     try:
         model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
     except RuntimeError as error:
-        raise ValueError(f"the weights in {path} do not fit its own model_args: {error}") from error
+        problems = str(error).splitlines()[1:]
+        raise ValueError(
+            f"the weights in {path} do not fit its own model_args ({len(problems)} problems): {problems[0].strip()}"
+        ) from error
     model.set_stage(config.stage)
     return TokComPipeline(model.eval(), TokComFlowMatchScheduler.from_model_config(config), loaded)
 

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from convert_tokcom import load_published_pipeline
 from pipeline_tokcom import TokComPipeline, TokComPipelineOutput
@@ -62,7 +63,13 @@ def load_pipeline(checkpoint: str, device: str) -> TokComPipeline:
         raise FileNotFoundError(f"{checkpoint} holds no model_index.json, so it is not a TokCom model directory.")
     if not path.exists() and looks_local:
         raise FileNotFoundError(f"checkpoint {checkpoint} does not exist; give a model directory, Hub id or .pt file.")
-    return TokComPipeline.from_pretrained(checkpoint).to(device)
+    try:
+        return TokComPipeline.from_pretrained(checkpoint).to(device)
+    except (SafetensorError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"the weights in {checkpoint} are truncated or do not fit its config.json ({reason}); download them again."
+        ) from error
 
 
 def run(pipe: TokComPipeline, args: argparse.Namespace) -> TokComPipelineOutput:

@@ -167,6 +167,10 @@ class TokComTimestepEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(waves)))
 
 
+class TokComModulation(nn.Linear):
+    """Conditioning -> scales, shifts and gates of a block; starts at zero."""
+
+
 class TokComBlock(GradientCheckpointingLayer):
     """Pre-norm attention and SwiGLU; with a conditioning input, adaLN (DiT, Peebles and Xie 2023) per position.
 
@@ -183,9 +187,8 @@ class TokComBlock(GradientCheckpointingLayer):
         self.mlp = TokComMLP(config.hidden_size, config.intermediate_size)
         self.modulation = None
         if hasattr(config, "conditioning_size"):
-            self.modulation = nn.Linear(
-                config.conditioning_size, (6 if config.adaln_gates else 4) * config.hidden_size
-            )
+            parts = 6 if config.adaln_gates else 4
+            self.modulation = TokComModulation(config.conditioning_size, parts * config.hidden_size)
 
     def forward(
         self,
@@ -224,11 +227,11 @@ class TokComPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        zeroed = getattr(module, "modulation", None) if isinstance(module, TokComBlock) else None
-        if zeroed is not None:
-            init.zeros_(zeroed.weight)
-            init.zeros_(zeroed.bias)
+        if isinstance(module, TokComModulation):
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
         if hasattr(module, "latent_mean"):
             init.zeros_(module.latent_mean)
             init.ones_(module.latent_std)

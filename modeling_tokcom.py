@@ -101,6 +101,13 @@ class TokComModel(TokComPreTrainedModel):
         self.post_init()
         self.set_stage(config.stage)
 
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.set_stage(model.config.stage)  # loading replaces the parameters, and with them what was frozen
+        return loaded
+
     def get_input_embeddings(self):
         return self.codec.get_input_embeddings()
 

@@ -1,0 +1,55 @@
+"""Real classes at tiny size, on the CPU, without network."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from configuration_tokcom import TokComConfig
+from modeling_tokcom import TokComModel
+from pipeline_tokcom import TokComPipeline
+from scheduling_tokcom import TokComFlowMatchScheduler
+from training.data import train_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(scope="session")
+def stories() -> list[str]:
+    lines = (ROOT / "sample_data" / "stories_validation.jsonl").read_text().splitlines()
+    return [json.loads(line)["text"] for line in lines]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(stories):
+    return train_tokenizer(stories, 320)
+
+
+def tiny_config(vocab_size: int = 320, **overrides) -> TokComConfig:
+    transformer = {"max_position_embeddings": 32, **overrides.pop("transformer_config", {})}
+    return TokComConfig.from_preset("debug", vocab_size, transformer_config=transformer, **overrides)
+
+
+@pytest.fixture
+def build(tokenizer):
+    """Factory of a seeded tiny pipeline: `build(transformer_config={"block_size": None})`."""
+
+    def make(**overrides) -> TokComPipeline:
+        torch.manual_seed(0)
+        overrides.setdefault("stage", "flow")
+        model = TokComModel(tiny_config(len(tokenizer), **overrides)).eval()
+        for name, parameter in model.transformer.named_parameters():
+            if "modulation" in name:  # a block at initialisation is the identity, which would hide mistakes
+                torch.nn.init.normal_(parameter, std=0.3)
+        pipe = TokComPipeline(model, TokComFlowMatchScheduler.from_model_config(model.config), tokenizer)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return make

@@ -1,0 +1,110 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import ROOT
+from training.config import DataConfig
+from training.data import (
+    PackedDataset,
+    StreamingPackedDataset,
+    load_documents,
+    tokenize_document,
+    tokenize_documents,
+    train_tokenizer,
+)
+
+TEXTS = ["Once upon a time.\n\nThere was a pig — “Squinty”.", "第二篇 document."]
+
+
+@pytest.fixture
+def files(tmp_path):
+    import datasets
+
+    records = [{"text": text, "title": "x"} for text in TEXTS]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    (tmp_path / "a.txt").write_text(TEXTS[0])
+    datasets.Dataset.from_list(records).to_parquet(str(tmp_path / "a.parquet"))
+    (tmp_path / "folder").mkdir()
+    for i, text in enumerate(TEXTS):
+        (tmp_path / "folder" / f"{i}.txt").write_text(text)
+    return tmp_path
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet", "folder", "a.txt"])
+def test_every_format_gives_the_same_documents(files, name, streaming):
+    documents = load_documents(str(files / name), DataConfig(streaming=streaming), "train")
+    assert [row["text"] for row in documents] == (TEXTS[:1] if name == "a.txt" else TEXTS)
+
+
+def test_several_sources_are_joined(files):
+    documents = load_documents([str(files / "a.jsonl"), str(files / "a.parquet")], DataConfig(), "train")
+    assert len(documents) == 4
+
+
+def test_missing_field_empty_data_and_unknown_files_are_named(files):
+    with pytest.raises(ValueError, match="no field 'body'.*text, title.*data.text_column"):
+        load_documents(str(files / "a.jsonl"), DataConfig(text_column="body"), "train")
+    (files / "empty.jsonl").write_text(json.dumps({"text": "  "}) + "\n")
+    with pytest.raises(ValueError, match="empty.jsonl.*empty"):
+        load_documents(str(files / "empty.jsonl"), DataConfig(), "train")
+    with pytest.raises(FileNotFoundError, match="gone.txt does not exist"):
+        load_documents(str(files / "gone.txt"), DataConfig(), "train")
+    with pytest.raises(ValueError, match="one kind"):
+        load_documents(str(files), DataConfig(), "train")
+
+
+def test_trained_tokenizer_round_trips_any_text():
+    tokenizer = train_tokenizer(TEXTS, 300)
+    for text in [*TEXTS, "never seen: ñ 🐷\t\r\n  e\u0301"]:
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_documents_are_separated_by_eos():
+    tokenizer = train_tokenizer(TEXTS, 300)
+    tokens = tokenize_documents([{"text": t} for t in TEXTS] + [{"text": None}], tokenizer, "text", "x")
+    assert (tokens == tokenizer.eos_token_id).sum() == 2 and tokens[-1] == tokenizer.eos_token_id
+
+
+def test_an_epoch_covers_the_corpus_from_a_new_offset():
+    tokens = np.arange(1000, dtype=np.int32)
+    dataset = PackedDataset(tokens, 64, 4, seed=0, training=True)
+    starts = set()
+    for epoch in range(20):
+        dataset.set_epoch(epoch)
+        rows = torch.stack([dataset[i]["input_ids"] for i in range(len(dataset))])
+        assert torch.equal(rows.flatten(), torch.arange(rows.numel()) + rows[0, 0])  # no gap, no overlap
+        starts.add(int(rows[0, 0]) % 4)
+    assert starts == {0, 1, 2, 3}  # chunk boundaries fall everywhere
+    held_out = PackedDataset(tokens, 64, 4, seed=0, training=False)
+    assert held_out[0]["input_ids"][0] == 0 and held_out[0]["attention_mask"].all()
+
+
+def test_padding_is_at_the_left_and_shorter_than_a_chunk():
+    dataset = PackedDataset(np.arange(10_000, dtype=np.int32), 16, 4, seed=0, training=True)
+    padding = [16 - int(dataset[i]["attention_mask"].sum()) for i in range(len(dataset))]
+    assert set(padding) == {0, 1, 2, 3} and 0.1 < np.mean(np.array(padding) > 0) < 0.3
+    row = next(dataset[i]["attention_mask"] for i in range(len(dataset)) if padding[i] == 3)
+    assert row.tolist() == [0, 0, 0] + [1] * 13
+
+
+def test_short_corpus_gives_one_padded_window_and_empty_one_an_error():
+    row = PackedDataset(np.arange(5, dtype=np.int32), 16, 4, seed=0, training=False)[0]
+    assert row["attention_mask"].sum() == 5
+    with pytest.raises(ValueError, match="empty"):
+        PackedDataset(np.zeros(0, dtype=np.int32), 16, 4, seed=0, training=True)
+    with pytest.raises(ValueError, match=r"\(18\).*20"):
+        PackedDataset(np.zeros(99, dtype=np.int32), 18, 4, seed=0, training=True)
+
+
+def test_stream_gives_full_windows_of_the_same_tokens():
+    path, config = str(ROOT / "sample_data" / "stories_validation.jsonl"), DataConfig(streaming=True)
+    tokenizer = train_tokenizer((r["text"] for r in load_documents(path, config, "train")), 320)
+    stream = StreamingPackedDataset(load_documents(path, config, "train"), tokenizer, "text", 64, 4, 0, 1)
+    rows = list(stream)
+    total = sum(len(tokenize_document(tokenizer, r["text"])) for r in load_documents(path, DataConfig(), "train"))
+    assert total - 128 <= sum(len(r["input_ids"]) for r in rows) <= total
+    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(rows, stream))

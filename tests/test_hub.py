@@ -1,0 +1,139 @@
+"""The repository root and every export load as Hub repositories, each in a fresh interpreter, offline."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from modeling_tokcom import TokComModel
+from pipeline_tokcom import TokComPipeline
+from tests.conftest import ROOT
+
+REMOTE_FILES = {
+    "configuration_tokcom.py": {"copy", "typing", "huggingface_hub", "transformers"},
+    "layers_tokcom.py": {"math", "collections", "torch", "transformers"},
+    "codec_chunk_tokcom.py": {"dataclasses", "torch", "transformers"},
+    "transformer_tokcom.py": {"dataclasses", "torch", "transformers"},
+    "modeling_tokcom.py": {"collections", "dataclasses", "functools", "torch", "transformers"},
+    "scheduling_tokcom.py": {"math", "dataclasses", "torch", "diffusers"},
+    "pipeline_tokcom.py": {
+        *("inspect", "json", "os", "collections", "dataclasses", "typing"),
+        *("torch", "diffusers", "huggingface_hub", "safetensors", "transformers"),
+    },
+}
+IMPORT = re.compile(r"^\s*(?:from\s+([\w.]+)\s+import|import\s+([\w.]+))", re.MULTILINE)
+
+LOADERS = {
+    "AutoConfig": "from transformers import AutoConfig\n"
+    "value = AutoConfig.from_pretrained(PATH, trust_remote_code=True).transformer_config.hidden_size",
+    "AutoModel": "from transformers import AutoModel\n"
+    "value = digest(AutoModel.from_pretrained(PATH, trust_remote_code=True))",
+    "AutoTokenizer": "from transformers import AutoTokenizer\n"
+    "value = AutoTokenizer.from_pretrained(PATH, trust_remote_code=True)('Squinty was here.')['input_ids']",
+    "DiffusionPipeline": "from diffusers import DiffusionPipeline\n"
+    "value = digest(DiffusionPipeline.from_pretrained(PATH, trust_remote_code=True).model)",
+    "custom_pipeline": "from diffusers import DiffusionPipeline\n"
+    "value = digest(DiffusionPipeline.from_pretrained(PATH, custom_pipeline=PATH, trust_remote_code=True).model)",
+    "TokComPipeline": "import sys; sys.path.insert(0, PATH)\nfrom pipeline_tokcom import TokComPipeline\n"
+    "value = digest(TokComPipeline.from_pretrained(PATH).model)",
+    "bfloat16": "import torch\nfrom transformers import AutoModel\n"
+    "model = AutoModel.from_pretrained(PATH, trust_remote_code=True, dtype=torch.bfloat16)\n"
+    "value = [str(model.dtype), model.denoise(torch.zeros(1, 2, C, dtype=model.dtype), 0.5).latents.shape[1]]",
+}
+PRELUDE = """
+def digest(model):
+    import torch
+    torch.manual_seed(0)
+    size = model.config.codec_config.chunk_size
+    encoded = model.encode(torch.arange(8 * size)[None])
+    denoised = model.denoise(torch.randn(1, 8, encoded.latents.shape[-1]), torch.linspace(0, 1, 8)[None])
+    return [x.double().sum().item() for x in (encoded.latents, denoised.latents, model.decode(encoded.latents).logits)]
+"""
+
+
+def digest(model) -> list[float]:
+    scope = {}
+    exec(PRELUDE, scope)
+    with torch.no_grad():
+        return scope["digest"](model)
+
+
+def fresh(code: str, path, cache) -> object:
+    """Run `code` in a new interpreter outside the repository, offline, with an empty module cache."""
+    channels = json.loads((path / "config.json").read_text())["codec_config"]["latent_channels"]
+    script = f"PATH = {str(path)!r}\nC = {channels}\nimport json{PRELUDE}{code}\nprint('RESULT', json.dumps(value))"
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    env |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(cache / "modules"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", script], env=env, cwd=cache, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.split("RESULT", 1)[1])
+
+
+@pytest.fixture(scope="module")
+def root_copy(tmp_path_factory):
+    """What a user downloads: the Hub files of the repository root, and nothing else."""
+    path = tmp_path_factory.mktemp("hub") / "TokCom"
+    path.mkdir()
+    names = [*REMOTE_FILES, "config.json", "model.safetensors", "model_index.json", "tokenizer.json"]
+    for name in [*names, "tokenizer_config.json"]:
+        shutil.copy(ROOT / name, path / name)
+    shutil.copytree(ROOT / "scheduler", path / "scheduler")
+    return path
+
+
+@pytest.mark.parametrize("how", LOADERS)
+def test_root_loads_in_a_fresh_process(how, root_copy, tmp_path):
+    torch.set_num_threads(1)
+    value = fresh(LOADERS[how], root_copy, tmp_path)
+    model = TokComModel.from_pretrained(ROOT)
+    if how == "AutoConfig":
+        assert value == model.config.transformer_config.hidden_size
+    elif how == "AutoTokenizer":
+        assert value == AutoTokenizer.from_pretrained(ROOT)("Squinty was here.")["input_ids"]
+    elif how == "bfloat16":
+        assert value == ["torch.bfloat16", 2]
+    else:
+        assert value == pytest.approx(digest(model), rel=1e-6)
+
+
+@pytest.mark.parametrize("how", ["AutoModel", "DiffusionPipeline"])
+def test_sharded_export_loads_in_a_fresh_process(how, build, tmp_path):
+    pipe = build()
+    pipe.save_pretrained(tmp_path / "out", max_shard_size="200KB")
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+    torch.set_num_threads(1)
+    assert fresh(LOADERS[how], tmp_path / "out", tmp_path) == pytest.approx(digest(pipe.model), rel=1e-6)
+
+
+def test_pipeline_saves_and_reloads_everything(build, tmp_path):
+    pipe = build()
+    pipe.save_pretrained(tmp_path / "a")
+    again = TokComPipeline.from_pretrained(tmp_path / "a")
+    again.save_pretrained(tmp_path / "b")
+    for name in ("model.safetensors", "model_index.json", "tokenizer.json", "scheduler/scheduler_config.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+    options = dict(gen_length=8, num_inference_steps=2)
+    first, second = (p("Squinty", generator=torch.Generator().manual_seed(0), **options) for p in (pipe, again))
+    assert torch.equal(first.sequences, second.sequences)
+
+
+def test_the_list_of_remote_files_and_their_imports_is_pinned(build, tmp_path):
+    build().save_pretrained(tmp_path / "out")
+    assert {p.name for p in (tmp_path / "out").glob("*.py")} == set(REMOTE_FILES)
+    for name, allowed in REMOTE_FILES.items():
+        found = {(a or b) for a, b in IMPORT.findall((ROOT / name).read_text())}
+        local = {f.removesuffix(".py") for f in REMOTE_FILES}
+        outside = {f.split(".")[0] for f in found if not f.startswith(".") and f not in local}
+        assert outside <= allowed, f"{name} imports {outside - allowed}"
+
+
+def test_pipeline_names_every_module_of_the_repository():
+    text = (ROOT / "pipeline_tokcom.py").read_text()
+    for name in set(REMOTE_FILES) - {"pipeline_tokcom.py"}:
+        assert f"from .{name.removesuffix('.py')} import" in text, f"diffusers would not copy {name}"

@@ -1,0 +1,94 @@
+import pytest
+
+from inference import build_parser, main
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, stories):
+    import torch
+
+    from modeling_tokcom import TokComModel
+    from pipeline_tokcom import TokComPipeline
+    from scheduling_tokcom import TokComFlowMatchScheduler
+    from tests.conftest import tiny_config
+    from training.data import train_tokenizer
+
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    torch.manual_seed(0)
+    pipe = TokComPipeline(TokComModel(tiny_config()), TokComFlowMatchScheduler(), train_tokenizer(stories, 320))
+    pipe.save_pretrained(path)
+    return path
+
+
+def run(checkpoint, capsys, *arguments) -> str:
+    main(["--checkpoint", str(checkpoint), "--num_steps", "2", "--device", "cpu", *arguments])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--mode", "generate", "--num_chunks", "4", "--batch_size", "2"),
+        ("--mode", "reconstruct", "--input_text", "Squinty was a pig."),
+        ("--mode", "denoise_reconstruct", "--input_text", "Squinty was a pig.", "--noise_level", "0.5"),
+        ("--mode", "conditional", "--prompt", "The family of four was ", "--num_generate_chunks", "3"),
+        ("--mode", "infill", "--input_text", "Squinty was a ____ pig.", "--num_generate_chunks", "1"),
+    ],
+)
+def test_every_mode_prints_and_saves_texts(checkpoint, capsys, tmp_path, arguments):
+    printed = run(checkpoint, capsys, *arguments, "--seed", "0", "--output_file", str(tmp_path / "out.txt"))
+    assert printed.startswith("[1] ")
+    assert (tmp_path / "out.txt").read_text().startswith("[1] ")
+    if "--prompt" in arguments:
+        assert printed.startswith("[1] The family of four was ")
+
+
+def test_encode_writes_a_file_that_decode_reads(checkpoint, capsys, tmp_path):
+    file = str(tmp_path / "latents.safetensors")
+    assert "mean" in run(checkpoint, capsys, "--mode", "encode", "--input_text", "Squinty", "--output_file", file)
+    assert run(checkpoint, capsys, "--mode", "decode", "--latents_file", file).startswith("[1] ")
+
+
+def test_defaults_are_the_documented_ones():
+    args = build_parser().parse_args(["--checkpoint", "x"])
+    documented = dict(mode="generate", num_chunks=256, num_generate_chunks=64, num_steps=50, noise_level=0.5)
+    assert {name: getattr(args, name) for name in documented} == documented
+    assert args.batch_size == 1 and args.output_file is None
+
+
+def fails(capsys, *arguments) -> str:
+    with pytest.raises(SystemExit) as error:
+        main(list(arguments))
+    return str(error.value.code) + capsys.readouterr().err
+
+
+def test_bad_arguments_are_named(checkpoint, capsys, tmp_path):
+    assert "invalid choice: 'dream'" in fails(capsys, "--checkpoint", str(checkpoint), "--mode", "dream")
+    assert "--prompt is required" in fails(capsys, "--checkpoint", str(checkpoint), "--mode", "conditional")
+    missing = fails(capsys, "--checkpoint", str(tmp_path / "nothing"))
+    assert "does not exist" in missing and "nothing" in missing
+    (tmp_path / "empty").mkdir()
+    assert "model_index.json" in fails(capsys, "--checkpoint", str(tmp_path / "empty"))
+    options = ("--checkpoint", str(checkpoint), "--device", "cpu")
+    assert "`num_inference_steps` (0)" in fails(capsys, *options, "--num_steps", "0")
+    arguments = ("--mode", "denoise_reconstruct", "--input_text", "Hi", "--noise_level", "2")
+    assert "`noise_level` (2.0)" in fails(capsys, *options, *arguments)
+
+
+def test_truncated_and_wrong_weights_are_named(checkpoint, capsys, tmp_path):
+    import json
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(checkpoint, broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert "truncated" in fails(capsys, "--checkpoint", str(broken), "--device", "cpu")
+    shutil.copy(checkpoint / "model.safetensors", weights)
+    config = json.loads((broken / "config.json").read_text())
+    config["transformer_config"]["intermediate_size"] = 64
+    (broken / "config.json").write_text(json.dumps(config))
+    assert "do not fit" in fails(capsys, "--checkpoint", str(broken), "--device", "cpu")
+    shutil.copy(checkpoint / "config.json", broken / "config.json")
+    weights.unlink()
+    assert "model.safetensors" in fails(capsys, "--checkpoint", str(broken), "--device", "cpu")

@@ -1,0 +1,113 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+import layers_tokcom
+from configuration_tokcom import TokComTransformerConfig
+from layers_tokcom import apply_rotary, chunked_cross_entropy, expand_attention_mask, rotary_embedding
+from transformer_tokcom import TokComTransformer
+
+SMALL = dict(latent_channels=8, hidden_size=32, intermediate_size=48, num_hidden_layers=2, conditioning_size=16)
+HEADS = dict(num_attention_heads=4, num_key_value_heads=2)
+
+
+def test_rotary_scores_depend_on_relative_position_only():
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 1, 1, 1, 24)
+    scores = []
+    for shift in (0.0, 7.0):
+        positions = torch.tensor([[[3.0, 1.0, 4.0]], [[1.0, 5.0, 9.0]]]) + shift  # two points on three axes
+        tables = rotary_embedding(positions, 24, 100.0)
+        rotated = apply_rotary(torch.cat((query, key)), tables)
+        scores.append((rotated[0] * rotated[1]).sum())
+    torch.testing.assert_close(scores[0], scores[1])
+
+
+def test_rotary_sees_every_axis():
+    base = rotary_embedding(torch.zeros(1, 1, 3), 24, 100.0)[0]
+    for axis in range(3):
+        moved = torch.zeros(1, 1, 3)
+        moved[..., axis] = 2.0
+        changed = (rotary_embedding(moved, 24, 100.0)[0] != base).squeeze()
+        assert changed.sum() == 24 // 3
+
+
+def test_chunked_cross_entropy_equals_the_direct_one(monkeypatch):
+    monkeypatch.setattr(layers_tokcom, "CROSS_ENTROPY_CHUNK", 7)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(20, 6, requires_grad=True), torch.randn(11, 6, requires_grad=True)
+    targets = torch.randint(0, 11, (20,))
+    chunked = chunked_cross_entropy(hidden, weight, targets)
+    direct = F.cross_entropy(hidden @ weight.T, targets, reduction="none")
+    torch.testing.assert_close(chunked, direct)
+    for ours, theirs in zip(
+        torch.autograd.grad(chunked.sum(), (hidden, weight)), torch.autograd.grad(direct.sum(), (hidden, weight))
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_training_never_holds_all_logits(monkeypatch):
+    """The widest tensor that the loss creates has a chunk's rows, not the batch's."""
+    monkeypatch.setattr(layers_tokcom, "CROSS_ENTROPY_CHUNK", 16)
+    rows = []
+    linear = F.linear
+    monkeypatch.setattr(layers_tokcom.F, "linear", lambda x, w, *a: rows.append(len(x)) or linear(x, w, *a))
+    chunked_cross_entropy(torch.randn(100, 6, requires_grad=True), torch.randn(50, 6), torch.zeros(100).long())
+    assert max(rows) == 16 and sum(rows) == 100
+
+
+def transformer(implementation="sdpa", **overrides) -> TokComTransformer:
+    torch.manual_seed(0)
+    config = TokComTransformerConfig(**{**SMALL, **HEADS, **overrides})
+    return TokComTransformer._from_config(config, attn_implementation=implementation)
+
+
+def test_gated_block_is_identity_at_initialization():
+    model = transformer()
+    x = torch.randn(2, 5, 32)
+    tables = rotary_embedding(torch.arange(5)[None, :, None], 8, 1e4)
+    assert torch.equal(model.layers[0](x, torch.randn(2, 5, 16), tables), x)
+
+
+def randomize(model):
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+@torch.no_grad()  # flex attention has no backward on the CPU
+@pytest.mark.parametrize("implementation", ["eager", "flex_attention"])
+def test_attention_implementations_agree(implementation):
+    torch.manual_seed(2)
+    latents, time = torch.randn(2, 12, 8), torch.rand(2, 12)
+    mask = torch.rand(2, 12, 12) > 0.5
+    mask |= torch.eye(12, dtype=torch.bool)
+    reference = randomize(transformer("sdpa"))(latents, time, attention_mask=mask).latents
+    other = randomize(transformer(implementation))(latents, time, attention_mask=mask).latents
+    torch.testing.assert_close(other, reference, atol=1e-4, rtol=1e-4)
+
+
+def test_flash_attention_refuses_masks_it_cannot_express():
+    mask = torch.ones(1, 4, 4, dtype=torch.bool)
+    with pytest.raises(ValueError, match="flash_attention_2.*sdpa"):
+        expand_attention_mask(mask, "flash_attention_2", torch.float32)
+    assert expand_attention_mask(mask[:, 0], "flash_attention_2", torch.float32).shape == (1, 4)
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    gradients = []
+    for checkpointing in (False, True):
+        model = randomize(transformer()).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        torch.manual_seed(3)
+        model(torch.randn(2, 6, 8), torch.rand(2, 6)).latents.square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for plain, checkpointed in zip(*gradients):
+        torch.testing.assert_close(plain, checkpointed)
+
+
+def test_layer_outputs_are_recorded_on_request():
+    output = transformer("eager")(torch.randn(1, 3, 8), torch.rand(1, 3), output_hidden_states=True)
+    assert len(output.hidden_states) >= 2

@@ -1,0 +1,107 @@
+import pytest
+import torch
+
+from configuration_tokcom import TokComConfig
+from modeling_tokcom import TokComModel, generation_order
+from tests.conftest import tiny_config
+
+
+@pytest.mark.parametrize("block_size", [None, 1, 4])
+@pytest.mark.parametrize("stage", ["codec", "flow"])
+def test_each_stage_trains_its_half_and_all_of_it(stage, block_size):
+    torch.manual_seed(0)
+    model = TokComModel(tiny_config(stage=stage, transformer_config={"block_size": block_size})).train()
+    model(torch.randint(0, 320, (4, 32))).loss.backward()
+    trained = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None}
+    assert trained == {"codec" if stage == "codec" else "transformer"}
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_save_and_reload_gives_identical_outputs(tmp_path):
+    torch.manual_seed(0)
+    model = TokComModel(tiny_config(stage="flow")).eval()
+    model.codec.set_latent_statistics(torch.randn(16), torch.rand(16) + 0.5)
+    model.save_pretrained(tmp_path)
+    reloaded = TokComModel.from_pretrained(tmp_path).eval()
+    ids = torch.randint(0, 320, (2, 16))
+    latents = model.encode(ids).latents
+    assert torch.equal(reloaded.encode(ids).latents, latents)
+    assert torch.equal(reloaded.decode(latents).logits, model.decode(latents).logits)
+    time = torch.rand(2, 4)
+    assert torch.equal(reloaded.denoise(latents, time).latents, model.denoise(latents, time).latents)
+    assert reloaded.config.stage == "flow" and not any(p.requires_grad for p in reloaded.codec.parameters())
+
+
+@pytest.mark.parametrize("bad", [320 + 1, -1])
+def test_id_outside_the_vocabulary_is_named(bad):
+    model = TokComModel(tiny_config())
+    with pytest.raises(ValueError, match=f"{bad}.*321"):
+        model.encode(torch.tensor([[1, 2, 3, bad]]))
+
+
+def test_loss_ignores_padding():
+    model = TokComModel(tiny_config(stage="flow")).eval()
+    ids = torch.randint(0, 320, (2, 32))
+    mask = torch.ones_like(ids)
+    mask[:, 20:] = 0
+    other = ids.clone()
+    other[:, 20:] = 5
+    losses = []
+    for row in (ids, other):
+        torch.manual_seed(1)
+        losses.append(model(row, mask).loss)
+    assert torch.equal(*losses)
+
+
+def test_fixed_timestep_at_one_shows_the_clean_latents():
+    """With t = 1 an oracle that returns its input has no error, so the loss is measured on the right positions."""
+    model = TokComModel(tiny_config(stage="flow", transformer_config={"block_size": 4})).eval()
+    model.transformer.forward = lambda latents, *a, **k: type("O", (), {"latents": latents})()
+    output = model(torch.randint(0, 320, (2, 32)), timestep=1.0)
+    assert output.mse_loss.item() < 1e-10
+
+
+def test_generation_order_covers_blocks_of_the_right_size():
+    torch.manual_seed(0)
+    valid = torch.ones(64, 20, dtype=torch.bool)
+    order = generation_order(valid, 4, 0.0)
+    assert (order.diff(dim=1) >= 0).all() and order.diff(dim=1).max() == 1
+    first_sizes = (order == order[:, :1]).sum(1)
+    assert set(first_sizes.tolist()) == {1, 2, 3, 4}  # a prompt may end anywhere
+    assert (generation_order(valid, None, 0.0) == 0).all()
+    gaps = generation_order(valid, 4, 0.999)
+    assert (gaps >= 20).any() and max(torch.bincount(row).max() for row in gaps) <= 4
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_attention_implementation_is_selectable(implementation):
+    model = TokComModel._from_config(tiny_config(), attn_implementation=implementation)
+    assert model.transformer.config._attn_implementation == implementation
+
+
+def test_gradient_checkpointing_keeps_the_loss():
+    config = tiny_config(stage="flow")
+    losses = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        model = TokComModel(config).train()
+        if enabled:
+            model.gradient_checkpointing_enable()
+        torch.manual_seed(1)
+        loss = model(torch.randint(0, 320, (2, 32))).loss
+        loss.backward()
+        losses.append(loss.item())
+    assert losses[0] == losses[1]
+
+
+def test_bfloat16_weights_encode_denoise_and_decode():
+    model = TokComModel(tiny_config(stage="flow")).to(torch.bfloat16)
+    latents = model.encode(torch.randint(0, 320, (1, 16))).latents
+    prediction = model.denoise(latents.to(torch.bfloat16), torch.rand(1, 4)).latents
+    assert prediction.dtype == torch.bfloat16
+    assert model.decode(prediction).logits.shape == (1, 16, 321)
+
+
+def test_composite_config_reaches_the_halves():
+    config = TokComConfig.from_preset("debug", 100)
+    assert config.codec_config.vocab_size == 101 and config.codec_config.mask_token_id == 100

@@ -1,0 +1,233 @@
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+
+from modeling_tokcom import TokComModel
+from pipeline_tokcom import TokComPipeline, _join
+from scheduling_tokcom import TokComFlowMatchScheduler
+from training.data import train_tokenizer
+
+PROMPTS = ["The family of four was ", "Squinty"]
+FORMS = [{"block_size": None}, {"block_size": 2}]
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("transformer_config", FORMS)
+def test_prompts_of_different_lengths_in_one_batch_equal_single_calls(build, transformer_config):
+    pipe = build(transformer_config=transformer_config)
+    noise = torch.randn(2, 4, 16, generator=seeded())
+    options = dict(gen_length=16, num_inference_steps=3, output_type="latent")
+    batch = pipe(PROMPTS, latents=noise, **options).latents
+    for i, prompt in enumerate(PROMPTS):
+        single = pipe(prompt, latents=noise[i : i + 1], **options).latents
+        torch.testing.assert_close(batch[i : i + 1], single, atol=1e-4, rtol=1e-3)
+
+
+def test_block_causal_sampling_with_cache_equals_the_uncached_computation(build):
+    """Two blocks after a prompt, sampled by the pipeline and by hand with the training mask over all latents."""
+    from transformer_tokcom import block_causal_mask
+
+    pipe = build(transformer_config={"block_size": 2, "self_conditioning": False})
+    context = pipe.encode_prompt(["The family of four was"])
+    noise = torch.randn(1, 4, 16, generator=seeded())
+    sampled = pipe("The family of four was", gen_length=16, num_inference_steps=2, latents=noise, output_type="latent")
+
+    done, n = context.latents, context.latents.shape[1]
+    for block in (noise[:, :2], noise[:, 2:]):
+        x, m = block, done.shape[1]
+        order = torch.cat(((torch.arange(n) + n % 2) // 2, n + torch.arange(m - n) // 2, torch.full((2,), 99)))[None]
+        valid = torch.cat((context.mask, torch.ones(1, m - n + 2, dtype=torch.bool)), dim=1)
+        mask = block_causal_mask(order, valid)[:, : m + 2, : m + 2]
+        pipe.scheduler.set_timesteps(2)
+        for i, t in enumerate(pipe.scheduler.timesteps):
+            sigma = float(pipe.scheduler.sigmas[i])
+            time = torch.cat((torch.ones(1, m), torch.full((1, 2), 1 - sigma)), dim=1)
+            with torch.no_grad():
+                x1 = pipe.model.denoise(torch.cat((done, x), dim=1), time, attention_mask=mask).latents[:, -2:]
+            x = pipe.scheduler.step((x - x1) / sigma, t, x, return_dict=False)[0]
+        done = torch.cat((done, x), dim=1)
+    torch.testing.assert_close(sampled.latents, done[:, n:], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("transformer_config", FORMS)
+def test_same_generator_same_text_and_other_seed_other_text(build, transformer_config):
+    pipe = build(transformer_config=transformer_config)
+    first, second, third = (
+        pipe("Squinty", gen_length=16, num_inference_steps=2, generator=seeded(s), output_type="latent").latents
+        for s in (0, 0, 1)
+    )
+    assert torch.equal(first, second) and not torch.equal(first, third)
+
+
+def test_output_types(build):
+    pipe = build()
+    text = pipe(PROMPTS, gen_length=10, num_inference_steps=1)
+    assert len(text.texts) == 2 and text.sequences.shape == (2, 10)
+    ids = pipe(PROMPTS, gen_length=10, num_inference_steps=1, output_type="seq")
+    assert ids.texts is None and ids.sequences.shape == (2, 10)
+    latents = pipe(PROMPTS, gen_length=10, num_inference_steps=1, output_type="latent")
+    assert latents.sequences is None and latents.latents.shape == (2, 3, 16)
+    assert isinstance(pipe(PROMPTS, gen_length=4, num_inference_steps=1, return_dict=False), tuple)
+
+
+def test_eos_ends_a_text(build):
+    pipe = build()
+    eos, pad = pipe.tokenizer.eos_token_id, pipe.model.config.codec_config.pad_token_id
+    sequences, mask = pipe._end_at_eos(torch.tensor([[5, eos, 6, eos], [5, 6, 7, 8]]))
+    assert sequences.tolist() == [[5, eos, pad, pad], [5, 6, 7, 8]]
+    assert mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+    decoded = torch.full((2, 8), eos)
+    pipe.model.to_ids = lambda latents: decoded[:, : latents.shape[1] * 4]
+    output = pipe(PROMPTS, gen_length=40, num_inference_steps=1)
+    assert output.texts == ["", ""] and output.sequences.shape == (2, 40)
+    assert output.latents.shape[1] < 10  # sampling stopped once every text had ended
+
+
+def test_continuation_follows_the_prompt_without_a_doubled_space():
+    assert _join("He was ", " here") == "He was here" and _join("He was", " here") == "He was here"
+
+
+def test_callback_sees_and_replaces_latents(build):
+    pipe, steps = build(transformer_config={"block_size": 2}), []
+
+    def callback(pipe, index, timestep, tensors):
+        steps.append(index)
+        return {"latents": torch.zeros_like(tensors["latents"])}
+
+    output = pipe("Hi", gen_length=16, num_inference_steps=3, callback_on_step_end=callback, output_type="latent")
+    assert steps == list(range(6)) and not output.latents.any()
+
+
+@pytest.mark.parametrize("transformer_config", FORMS)
+def test_guidance_of_one_is_off_and_two_extrapolates_from_the_unconditional(build, transformer_config):
+    pipe = build(transformer_config={**transformer_config, "self_conditioning": False})
+    noise = torch.randn(1, 2, 16, generator=seeded())
+
+    def one_step(**options):
+        options = dict(gen_length=8, num_inference_steps=1, latents=noise, output_type="latent") | options
+        return pipe("Squinty was", **options).latents
+
+    context = pipe.encode_prompt(["Squinty was"]).latents.shape[1]
+    positions = context + torch.arange(2)[None, :, None]
+    with torch.no_grad():
+        free = pipe.model.denoise(noise, 0.0, positions).latents
+    conditional = one_step()
+    torch.testing.assert_close(one_step(guidance_scale=3.0), free + 3 * (conditional - free), atol=1e-3, rtol=1e-3)
+
+
+def test_text_longer_than_the_window_is_generated_with_a_bounded_cache(build):
+    pipe = build(transformer_config={"block_size": 2, "max_position_embeddings": 8})
+    seen = []
+    denoise = pipe.model.denoise
+
+    def spy(*args, **kwargs):
+        output = denoise(*args, **kwargs)
+        cache = kwargs.get("past_key_values") or (args[5] if len(args) > 5 else None)
+        seen.append(cache.get_seq_length())
+        return output
+
+    pipe.model.denoise = spy
+    assert pipe.generate(num_chunks=20, num_inference_steps=1).sequences.shape == (1, 80)
+    assert max(seen) <= 8
+
+
+def test_reconstruct_denoise_encode_and_decode_agree(build, tmp_path):
+    pipe, texts = build(), ["Squinty was a little pig.", "Hi"]
+    encoded = pipe.encode(texts, tmp_path / "latents.safetensors")
+    assert encoded.latents.shape[0] == 2 and encoded.latents.shape[1] * 4 == encoded.attention_mask.shape[1]
+    plain = pipe.reconstruct(texts)
+    assert pipe.decode(tmp_path / "latents.safetensors").texts == plain.texts
+    assert pipe.decode(encoded.latents, encoded.attention_mask).texts == plain.texts
+    assert pipe.denoise_reconstruct(texts, noise_level=1.0).texts == plain.texts
+
+
+def test_denoise_reconstruct_keeps_the_promised_share_of_the_text(build):
+    """An oracle denoiser turns every noise level back into the text, in steps x (1 - level) calls."""
+    pipe, calls = build(transformer_config={"block_size": None}), []
+    encoded = pipe.encode("Squinty was a little pig.")
+
+    def oracle(latents, timestep, *args, **kwargs):
+        calls.append(timestep)
+        return type("O", (), {"latents": encoded.latents})()
+
+    pipe.model.denoise = oracle
+    for level in (0.0, 0.3, 0.75):
+        calls.clear()
+        output = pipe.denoise_reconstruct("Squinty was a little pig.", level, num_inference_steps=20)
+        assert output.texts == pipe.reconstruct("Squinty was a little pig.").texts
+        assert len(calls) == int(20 * (1 - level)) and calls[0] == pytest.approx(level, abs=1e-6)
+
+
+@pytest.mark.parametrize("transformer_config", FORMS)
+def test_infill_keeps_the_known_text_and_depends_on_what_follows(build, transformer_config):
+    pipe = build(transformer_config=transformer_config)
+
+    def fill(text):
+        return pipe.infill(text, gap_length=8, num_inference_steps=2, generator=seeded())
+
+    output = fill("Squinty was a ____ who ran ____ home.")
+    assert output.texts[0].startswith("Squinty was a ") and output.texts[0].endswith(" home.")
+    assert " who ran " in output.texts[0] and output.sequences.shape == (2, 8)
+    other = fill("Squinty was a ____ who sat ____ away.")
+    assert not torch.equal(output.latents[:, :2], other.latents[:, :2])
+
+
+@pytest.mark.parametrize(
+    "stock", [FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, DPMSolverMultistepScheduler]
+)
+def test_stock_schedulers_drive_the_pipeline(build, stock):
+    pipe = build()
+    pipe.scheduler = stock.from_config(pipe.scheduler.config)
+    assert pipe("Squinty", gen_length=16, num_inference_steps=4).sequences.shape == (1, 16)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda p: p(""), "`prompt` is empty.*generate"),
+        (lambda p: p("   "), "`prompt` is empty"),
+        (lambda p: p([]), "empty list"),
+        (lambda p: p("word " * 500), "tokens, more than the model's maximum of 128"),
+        (lambda p: p("Hi", num_inference_steps=0), r"`num_inference_steps` \(0\)"),
+        (lambda p: p("Hi", gen_length=0), r"`gen_length` \(0\)"),
+        (lambda p: p("Hi", output_type="image"), "'image'"),
+        (lambda p: p("Hi", latents=torch.zeros(1, 1, 3)), r"\(1, 1, 3\)"),
+        (lambda p: p("Hi", callback_on_step_end_tensor_inputs=["noise"]), "noise"),
+        (lambda p: p.denoise_reconstruct("Hi", noise_level=-0.1), r"\(-0.1\).*\[0, 1\]"),
+        (lambda p: p.denoise_reconstruct("Hi", noise_level=1.1), r"\(1.1\).*\[0, 1\]"),
+        (lambda p: p.denoise_reconstruct("Hi", num_inference_steps=0), r"\(0\)"),
+        (lambda p: p.generate(num_chunks=0), r"\(0\)"),
+        (lambda p: p.infill("no gap"), "____"),
+        (lambda p: p.infill("____"), "____"),
+        (lambda p: p.decode(torch.zeros(2, 3)), r"\(2, 3\)"),
+    ],
+)
+def test_bad_input_is_named(build, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(build())
+
+
+def test_bidirectional_model_refuses_more_than_it_can_see(build):
+    with pytest.raises(ValueError, match="maximum of 128"):
+        build(transformer_config={"block_size": None})("Hi", gen_length=500)
+
+
+def test_tokenizer_of_another_vocabulary_is_refused(build, stories):
+    pipe = build()
+    other = train_tokenizer(stories, 400)
+    with pytest.raises(ValueError, match="400 tokens.*320"):
+        TokComPipeline(pipe.model, pipe.scheduler, other)
+
+
+def test_without_tokenizer_ids_and_latents_still_work(build):
+    model = build().model
+    assert isinstance(model, TokComModel)
+    pipe = TokComPipeline(model, TokComFlowMatchScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    output = pipe.generate(num_chunks=2, num_inference_steps=1)
+    assert output.texts is None and output.sequences.shape == (1, 8)
+    with pytest.raises(ValueError, match="no tokenizer"):
+        pipe("Hi")

@@ -1,0 +1,205 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train_accelerate
+from modeling_tokcom import TokComModel
+from pipeline_tokcom import TokComPipeline
+from scheduling_tokcom import TokComFlowMatchScheduler
+from tests.conftest import ROOT, tiny_config
+from train_accelerate import NonFiniteLossError, measure_latent_statistics, run
+from training.config import PRESET_DIR, load_train_config
+
+QUICK = [
+    *("report_to=none", "num_samples=0", "tokenizer_vocab_size=320", "model.transformer_config.num_hidden_layers=1"),
+    *("codec.max_steps=6", "codec.checkpoint_steps=3", "codec.eval_steps=3", "codec.eval_batches=1"),
+    *("flow.max_steps=6", "flow.checkpoint_steps=3", "flow.eval_steps=3", "flow.eval_batches=1"),
+    *("codec.sequence_length=32", "flow.sequence_length=32", "codec.batch_size=4", "flow.batch_size=4"),
+]
+
+
+def quick(tmp_path, *overrides):
+    data = [f"data.train={ROOT}/sample_data/stories_validation.jsonl", "data.validation=null"]
+    return load_train_config("debug", [*QUICK, *data, f"output_dir={tmp_path}/out", *overrides])
+
+
+def test_one_batch_overfits_end_to_end(tokenizer, stories):
+    """Codec, then flow, then sampling from noise with the prompt: more than 99 % of the tokens come back."""
+    torch.manual_seed(0)
+    ids = torch.tensor(tokenizer(stories[0])["input_ids"][:256]).view(4, 64)
+    model = TokComModel(tiny_config(len(tokenizer), transformer_config={"num_hidden_layers": 3}))
+    for stage, steps, rate in (("codec", 200, 5e-3), ("flow", 1000, 4e-3)):
+        model.set_stage(stage)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, rate, weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps)
+        model.train()
+        for _ in range(steps):
+            model(ids).loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+        if stage == "codec":
+            measure_latent_statistics(model, ids.flatten().numpy())
+    model.eval()
+    assert (model.to_ids(model.encode(ids).latents) == ids).float().mean() > 0.99
+    pipe = TokComPipeline(model, TokComFlowMatchScheduler.from_model_config(model.config), tokenizer)
+    pipe.set_progress_bar_config(disable=True)
+    context = model.encode(ids[:, :16])
+    noise = torch.randn(4, 12, 16, generator=torch.Generator().manual_seed(0))
+    positions = (4 + torch.arange(12))[None, :, None].expand(4, -1, -1)
+    with torch.no_grad():
+        sampled = model.to_ids(pipe._sample(noise, context, positions, num_inference_steps=16))
+    assert (sampled == ids[:, 16:]).float().mean() > 0.99
+
+
+def test_both_stages_write_a_repository_that_continues_text(tmp_path):
+    output = run(quick(tmp_path, "report_to=tensorboard", "num_samples=1"))
+    pipe = TokComPipeline.from_pretrained(output)
+    pipe.set_progress_bar_config(disable=True)
+    assert isinstance(pipe("Squinty was", gen_length=8, num_inference_steps=2).texts[0], str)
+    std = pipe.model.codec.latent_std
+    assert not torch.equal(std, torch.ones_like(std))  # measured after stage 1
+
+
+def test_documented_metric_names_and_tables_are_logged(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(quick(tmp_path, "report_to=tensorboard", "num_samples=1"))
+    tags = set()
+    for file in (tmp_path / "out" / "work").rglob("events.out.tfevents.*"):
+        events = EventAccumulator(str(file))
+        events.Reload()
+        tags |= set(events.Tags()["scalars"]) | set(events.Tags()["tensors"])
+    wanted = {"vae/batch_loss", "diffusion/batch_ce_loss", "diffusion/batch_mse_loss"}
+    for prefix in ("vae", "diffusion"):
+        wanted |= {f"{prefix}/{n}" for n in ("train_loss", "val_loss", "best_val_loss", "learning_rate")}
+    tables = ("vae/samples", "diffusion/generated", "diffusion/reconstructed")
+    assert wanted <= tags and all(any(t.startswith(name) for t in tags) for name in tables)
+
+
+def test_checkpoints_rotate_and_the_best_is_kept(tmp_path):
+    run(quick(tmp_path, "codec.max_steps=9", "codec.checkpoints_total_limit=2", "stage=codec"))
+    names = sorted(p.name for p in (tmp_path / "out" / "work" / "codec").iterdir())
+    assert [n for n in names if n.startswith("checkpoint")] == ["checkpoint-6", "checkpoint-9"] and "best" in names
+
+
+def launch(output, *extra):
+    command = [sys.executable, str(ROOT / "train_accelerate.py"), "--preset", "debug", *QUICK, f"output_dir={output}"]
+    data = [f"data.train={ROOT}/sample_data/stories_validation.jsonl", "data.validation=null"]
+    steps = ["flow.max_steps=300", "flow.checkpoint_steps=20", "flow.gradient_accumulation_steps=2", *extra]
+    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
+    return subprocess.Popen(
+        [*command, *data, *steps], cwd=output.parent, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+
+def test_killed_and_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert launch(whole).wait(300) == 0
+    process = launch(broken)
+    while not (broken / "work" / "flow" / "checkpoint-60").is_dir():
+        assert process.poll() is None, "training ended before it could be killed"
+        time.sleep(0.01)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not (broken / "model.safetensors").exists()
+    assert launch(broken).wait(300) == 0
+    first, second = load_file(whole / "model.safetensors"), load_file(broken / "model.safetensors")
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    forward = TokComModel.forward
+    calls = []
+
+    def poisoned(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        if self.training:
+            calls.append(1)
+            if len(calls) == 5:
+                output["loss"] = output.loss * float("nan")
+        return output
+
+    monkeypatch.setattr(TokComModel, "forward", poisoned)
+    with pytest.raises(NonFiniteLossError, match=r"step 5; stopped.*checkpoint-3.*learning_rate \(0.003\)"):
+        run(quick(tmp_path, "stage=codec"))
+    kept = tmp_path / "out" / "work" / "codec"
+    assert [p.name for p in kept.glob("checkpoint-*")] == ["checkpoint-3"]
+    state = load_file(kept / "checkpoint-3" / "model.safetensors")
+    assert all(torch.isfinite(v).all() for v in state.values())
+    monkeypatch.undo()
+    run(quick(tmp_path, "stage=codec"))  # the same command continues from there
+
+
+def test_gradient_accumulation_equals_one_large_batch(tmp_path, monkeypatch):
+    """Without noise (dropouts off, no posterior) two half batches give the update of one whole batch."""
+    off = [f"model.codec_config.{n}=0.0" for n in ("token_dropout", "latent_dropout", "kl_weight")]
+    off += ["model.codec_config.variational=false", "model.codec_config.latent_channels=64", "stage=codec"]
+    off += ["model.transformer_config.latent_channels=64", "codec.max_steps=1", "codec.warmup_steps=0"]
+    monkeypatch.setattr(train_accelerate.PackedDataset, "__getitem__", _unpadded)
+    weights = []
+    for name, options in (("a", ["codec.batch_size=8"]), ("b", ["codec.gradient_accumulation_steps=2"])):
+        (tmp_path / name).mkdir()
+        run(quick(tmp_path / name, *off, *options))
+        weights.append(load_file(tmp_path / name / "out" / "model.safetensors"))
+    for key in weights[0]:
+        if "latent_" not in key:
+            torch.testing.assert_close(weights[0][key], weights[1][key], atol=1e-4, rtol=1e-3)
+
+
+def _unpadded(self, index):
+    start = index * self.length
+    ids = torch.from_numpy(self.tokens[start : start + self.length].astype(np.int64))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def test_flow_starts_from_another_models_codec(tmp_path):
+    first = run(quick(tmp_path, "stage=codec"))
+    again = quick(tmp_path, "stage=flow", f"init_from={first}", f"output_dir={tmp_path}/second")
+    state, codec = load_file(run(again) / "model.safetensors"), load_file(first / "model.safetensors")
+    assert all(torch.equal(state[name], value) for name, value in codec.items() if name.startswith("codec."))
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in PRESET_DIR.glob("*.yaml")))
+def test_training_presets_are_valid(name):
+    config = load_train_config(name, [])
+    assert config.model_preset == name
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["flow.max_step=3"], "flow.max_step"),
+        (["flow.max_steps=many"], "flow.max_steps.*int"),
+        (["flow.max_steps"], "key=value"),
+        (["stage=vae"], "'vae'"),
+        (["flow.batch_size=0"], r"flow.batch_size.*\(0\)"),
+        (["report_to=paper"], "'paper'"),
+    ],
+)
+def test_bad_training_keys_are_named(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        load_train_config("debug", overrides)
+    with pytest.raises(ValueError, match="nothing.*known presets"):
+        load_train_config("nothing", [])
+
+
+def test_sequence_longer_than_the_model_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"codec.sequence_length` \(1024\).*256 tokens"):
+        run(quick(tmp_path, "codec.sequence_length=1024"))
+
+
+def test_tokenizer_of_another_vocabulary_is_refused(tmp_path):
+    first = run(quick(tmp_path, "stage=codec"))
+    other = quick(tmp_path, f"init_from={first}", f"tokenizer={ROOT}", f"output_dir={tmp_path}/second")
+    with pytest.raises(ValueError, match="321 tokens.*tokenizer has"):
+        run(other)
