@@ -30,6 +30,9 @@ except ImportError:
     chunked_cross_entropy, rotary_embedding = _layers.chunked_cross_entropy, _layers.rotary_embedding
 
 
+DECODE_CHUNK = 256  # latents whose logits exist at once when only ids are wanted
+
+
 @dataclass
 class TokComCodecOutput(ModelOutput):
     """What every codec's `encode` returns.
@@ -195,8 +198,10 @@ class TokComChunkCodec(TokComPreTrainedModel):
         return TokComDecoderOutput(logits=logits.reshape(latents.shape[0], -1, self.config.vocab_size))
 
     def to_ids(self, latents: torch.Tensor) -> torch.Tensor:
-        """Standardised latents `(B, N, C)` -> the most likely ids `(B, N * K)`, one row at a time to bound memory."""
-        return torch.cat([self.decode(row[None]).logits.argmax(-1) for row in latents])
+        """Standardised latents `(B, N, C)` -> the most likely ids `(B, N * K)`, a few latents at a time."""
+        pieces = latents.flatten(0, 1).split(DECODE_CHUNK)
+        ids = torch.cat([self.decode(piece[None]).logits[0].argmax(-1) for piece in pieces])
+        return ids.view(latents.shape[0], -1)
 
     def loss(
         self, latents: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None

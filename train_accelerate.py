@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, parse_flag_from_env, set_seed
 from diffusers.optimization import get_scheduler
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -194,7 +194,8 @@ class StageTrainer:
                 if progress.step >= options.max_steps:
                     break
         bar.close()
-        accelerator.end_training()
+        for tracker in accelerator.trackers:
+            tracker.finish()
         return self.directory / "best"
 
     def _epoch(self):
@@ -442,11 +443,13 @@ def run(config: TrainConfig) -> Path:
     """Run the stages that `config.stage` asks for; returns `output_dir`, a Hub repository."""
     output = Path(config.output_dir)
     check_tracker(config.report_to)
-    train, validation, tokenizer = read_data(config)
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    with state.main_process_first():
+        train, validation, tokenizer = read_data(config)
+        if state.is_main_process:
+            tokenizer.save_pretrained(output / WORK / "tokenizer")
     set_seed(config.seed)
     source = config.init_from
-    if int(os.environ.get("RANK", 0)) == 0 and not (output / WORK / "tokenizer").is_dir():
-        tokenizer.save_pretrained(output / WORK / "tokenizer")
     for stage in ("codec", "flow") if config.stage == "all" else (config.stage,):
         final = output / WORK / stage / "final"
         if not (final / "config.json").is_file():
@@ -461,12 +464,14 @@ def run(config: TrainConfig) -> Path:
             trainer.accelerator.wait_for_everyone()
             trainer.accelerator.free_memory()
         source = str(final)
-    if int(os.environ.get("RANK", 0)) == 0:
+    if state.is_main_process:
         shutil.copytree(source, output, dirs_exist_ok=True)
         (output / "train_config.json").write_text(json.dumps(config, default=vars, indent=2) + "\n")
         print(f"model written to {output}")
         if config.push_to_hub:
             TokComPipeline.from_pretrained(output).push_to_hub(config.hub_model_id or output.name)
+    state.wait_for_everyone()
+    state.destroy_process_group()
     return output
 
 

@@ -15,7 +15,9 @@ FORMS = {
 
 def codec(form="mlp", **overrides) -> TokComChunkCodec:
     torch.manual_seed(0)
-    fields = dict(vocab_size=61, mask_token_id=60, pad_token_id=60, chunk_size=4, latent_channels=12, embedding_size=16)
+    fields = dict(
+        vocab_size=61, mask_token_id=60, pad_token_id=60, chunk_size=4, latent_channels=12, embedding_size=16
+    )
     fields |= dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1) | FORMS[form] | overrides
     return TokComChunkCodec(TokComChunkCodecConfig(**fields))
 

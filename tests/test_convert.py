@@ -29,7 +29,10 @@ def block_weights(prefix: str, norms: tuple[str, str]) -> dict[str, torch.Tensor
 def checkpoint():
     torch.manual_seed(0)
     vae = {"embed_tokens.weight": torch.randn(V, D)}
-    vae |= {"encoder.embed_tokens.weight": vae["embed_tokens.weight"], "decoder.lm_head.weight": vae["embed_tokens.weight"]}
+    vae |= {
+        "encoder.embed_tokens.weight": vae["embed_tokens.weight"],
+        "decoder.lm_head.weight": vae["embed_tokens.weight"],
+    }
     for side in ("encoder", "decoder"):
         for i in range(LAYERS):
             vae |= block_weights(f"{side}.layers.{i}.", ("input_layernorm", "post_attention_layernorm"))
@@ -40,7 +43,10 @@ def checkpoint():
         denoiser |= block_weights(f"layers.{i}.", ("adaln_attn.norm", "adaln_mlp.norm"))
         linears |= {f"layers.{i}.adaln_{part}.scale_shift_mlp.1": (2 * D, D) for part in ("attn", "mlp")}
     for name, shape in linears.items():
-        denoiser[f"{name}.weight"], denoiser[f"{name}.bias"] = torch.randn(shape) / shape[1] ** 0.5, torch.randn(shape[0])
+        denoiser[f"{name}.weight"], denoiser[f"{name}.bias"] = (
+            torch.randn(shape) / shape[1] ** 0.5,
+            torch.randn(shape[0]),
+        )
     config = dict(dataset_name="wikitext-2-raw-v1", tokenizer_path="nowhere/unreachable", max_length=64, chunk_size=K)
     return {
         **dict(epoch=3, stage="diffusion", val_loss=1.5, model_args=ARGS, config=config | {"noise_std": 0.05}),
@@ -65,7 +71,8 @@ def attention(x, s, p):
         return u * angles.cos() + half * angles.sin()
 
     q, k, v = (
-        (x @ s[f"{p}{n}_proj.weight"].T + s[f"{p}{n}_proj.bias"]).unflatten(-1, (-1, size)).transpose(1, 2) for n in "qkv"
+        (x @ s[f"{p}{n}_proj.weight"].T + s[f"{p}{n}_proj.bias"]).unflatten(-1, (-1, size)).transpose(1, 2)
+        for n in "qkv"
     )
     k, v = (u.repeat_interleave(HEADS // GROUPS, dim=1) for u in (rotate(k), v))
     weights = (rotate(q) @ k.transpose(2, 3) / math.sqrt(size)).softmax(-1)
@@ -160,7 +167,9 @@ def test_converted_modes_give_the_published_latents(checkpoint, converted):
     torch.testing.assert_close(generated, published_euler(denoiser, noise, 10), **close)
 
     context = converted.model.encode(torch.randint(0, V - 1, (2, 8)))
-    conditional = converted._sample(noise, context, 2 + torch.arange(6)[None, :, None].expand(2, -1, -1), num_inference_steps=10)
+    conditional = converted._sample(
+        noise, context, 2 + torch.arange(6)[None, :, None].expand(2, -1, -1), num_inference_steps=10
+    )
     torch.testing.assert_close(conditional, published_euler(denoiser, noise, 10, keep=context.latents), **close)
 
     mixed = 0.5 * noise + 0.5 * context.latents.repeat(1, 3, 1)
@@ -172,14 +181,18 @@ def test_noise_and_configuration_come_from_the_file(converted):
     config = converted.model.config
     assert config.noise_std == 0.05 and config.transformer_config.timestep_scale == 1.0
     assert config.transformer_config.max_position_embeddings == 16 and config.codec_config.mask_token_id == V - 1
-    assert converted.prepare_latents(1, 4000, torch.Generator().manual_seed(0)).std().item() == pytest.approx(0.05, rel=0.05)
+    assert converted.prepare_latents(1, 4000, torch.Generator().manual_seed(0)).std().item() == pytest.approx(
+        0.05, rel=0.05
+    )
     assert converted.tokenizer is None
 
 
 def test_command_line_reads_a_published_file(checkpoint, tmp_path, capsys):
     torch.save(checkpoint, tmp_path / "best.pt")
     with pytest.warns(UserWarning):
-        inference(["--checkpoint", str(tmp_path / "best.pt"), "--num_chunks", "3", "--num_steps", "2", "--device", "cpu"])
+        inference(
+            ["--checkpoint", str(tmp_path / "best.pt"), "--num_chunks", "3", "--num_steps", "2", "--device", "cpu"]
+        )
     assert capsys.readouterr().out.startswith("[1] [")
 
 

@@ -117,6 +117,21 @@ def test_killed_and_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(tmp_pat
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_two_processes_train_one_model(tmp_path):
+    """A gloo group of two: different batches, one set of weights, one repository."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    command += [str(ROOT / "accelerate_configs" / "cpu_2proc.yaml"), "--main_process_port", "0"]
+    command += [str(ROOT / "train_accelerate.py"), "--preset", "debug", *QUICK, "--output_dir", str(tmp_path / "out")]
+    env = dict(os.environ, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    progress = torch.load(
+        next((tmp_path / "out" / "work" / "flow" / "checkpoint-6").glob("custom_checkpoint_1.pkl")), weights_only=False
+    )
+    assert progress["tokens"] == 6 * 2 * 4 * 32  # steps x processes x rows x tokens
+    assert TokComPipeline.from_pretrained(tmp_path / "out").model.config.stage == "flow"
+
+
 def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
     forward = TokComModel.forward
     calls = []

@@ -66,7 +66,9 @@ def test_timestep_is_per_latent():
     changed = time.clone()
     changed[0, 2] = 0.501
     mask = torch.eye(4, dtype=torch.bool)[None]  # no attention: only the position's own time can matter
-    difference = (model(latents, time, attention_mask=mask).latents - model(latents, changed, attention_mask=mask).latents)
+    difference = (
+        model(latents, time, attention_mask=mask).latents - model(latents, changed, attention_mask=mask).latents
+    )
     assert (difference.abs().sum(-1)[0] > 1e-6).tolist() == [False, False, True, False]
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-PRESET_DIR = Path(__file__).resolve().parent.parent / "presets"
+ROOT = Path(__file__).resolve().parent.parent
+PRESET_DIR = ROOT / "presets"
 
 
 @dataclass
@@ -18,8 +19,8 @@ class DataConfig:
     those. `validation` is the same, or None to hold out the last `validation_fraction` of the documents.
     """
 
-    train: str | list[str] = "sample_data/stories_train.jsonl"
-    validation: str | list[str] | None = "sample_data/stories_validation.jsonl"
+    train: str | list[str] = ""
+    validation: str | list[str] | None = None
     name: str | None = None  # configuration of a Hub dataset, e.g. wikitext-2-raw-v1
     text_column: str = "text"
     streaming: bool = False
@@ -77,6 +78,8 @@ class TrainConfig:
             raise ValueError(f"`stage` ({self.stage!r}) must be 'codec', 'flow' or 'all'.")
         if self.report_to not in ("tensorboard", "wandb", "trackio", "none"):
             raise ValueError(f"`report_to` ({self.report_to!r}) must be tensorboard, wandb, trackio or none.")
+        if not self.data.train:
+            raise ValueError("no training text; give `data.train` a file, a folder or the name of a Hub dataset.")
         for name in ("codec", "flow"):
             stage = getattr(self, name)
             for key in ("max_steps", "batch_size", "gradient_accumulation_steps", "sequence_length"):
@@ -121,6 +124,9 @@ def load_train_config(preset: str, overrides: list[str]) -> TrainConfig:
         known = ", ".join(sorted(p.stem for p in PRESET_DIR.glob("*.yaml")))
         raise ValueError(f"no training preset at {path}; known presets are {known}.")
     values = yaml.safe_load(path.read_text()) or {}
+    for key, source in values.get("data", {}).items():
+        if isinstance(source, str) and (ROOT / source).exists():  # text that ships with the repository
+            values["data"][key] = str(ROOT / source)
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator:
