@@ -17,7 +17,14 @@ from transformers.utils import ModelOutput
 
 try:
     from .configuration_tokcom import TokComChunkCodecConfig
-    from .layers_tokcom import TokComBlock, TokComMLP, TokComPreTrainedModel, chunked_cross_entropy, rotary_embedding
+    from .layers_tokcom import (
+        TokComBlock,
+        TokComMLP,
+        TokComPreTrainedModel,
+        TokComRMSNorm,
+        chunked_cross_entropy,
+        rotary_embedding,
+    )
 except ImportError:
     if __package__:
         raise
@@ -26,7 +33,7 @@ except ImportError:
 
     TokComChunkCodecConfig = _configuration.TokComChunkCodecConfig
     TokComBlock, TokComMLP = _layers.TokComBlock, _layers.TokComMLP
-    TokComPreTrainedModel = _layers.TokComPreTrainedModel
+    TokComPreTrainedModel, TokComRMSNorm = _layers.TokComPreTrainedModel, _layers.TokComRMSNorm
     chunked_cross_entropy, rotary_embedding = _layers.chunked_cross_entropy, _layers.rotary_embedding
 
 
@@ -60,7 +67,7 @@ class TokComResidualMLP(nn.Module):
 
     def __init__(self, config: TokComChunkCodecConfig):
         super().__init__()
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = TokComRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = TokComMLP(config.hidden_size, config.intermediate_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -75,9 +82,9 @@ class TokComChunkMLP(nn.Module):
         chunk_width = config.chunk_size * config.embedding_size
         self.proj_in = nn.Linear(chunk_width, config.hidden_size) if encoder else nn.Identity()
         self.layers = nn.ModuleList(TokComResidualMLP(config) for _ in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = TokComRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.proj_out = nn.Identity() if encoder else nn.Linear(config.hidden_size, chunk_width)
-        self.output_norm = nn.Identity() if encoder else nn.RMSNorm(config.embedding_size, config.rms_norm_eps)
+        self.output_norm = nn.Identity() if encoder else TokComRMSNorm(config.embedding_size, config.rms_norm_eps)
         self.encoder, self.chunk_size = encoder, config.chunk_size
 
     def forward(self, inputs: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
@@ -98,7 +105,7 @@ class TokComChunkTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.layers = nn.ModuleList(TokComBlock(config, i) for i in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = TokComRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.encoder = encoder
 
     def forward(self, inputs: torch.Tensor, query: torch.Tensor) -> torch.Tensor:

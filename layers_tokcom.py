@@ -90,6 +90,14 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
+class TokComRMSNorm(nn.RMSNorm):
+    """RMSNorm whose weight follows the input's dtype, so that the fused kernel also runs under autocast."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        weight = self.weight.to(hidden_states.dtype)
+        return F.rms_norm(hidden_states, self.normalized_shape, weight, self.eps)
+
+
 class TokComAttention(nn.Module):
     """Grouped-query attention with rotary positions, optional QK-norm, and an optional key/value cache."""
 
@@ -106,8 +114,8 @@ class TokComAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.q_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm = TokComRMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = TokComRMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(
         self,
@@ -181,9 +189,9 @@ class TokComBlock(GradientCheckpointingLayer):
 
     def __init__(self, config: PreTrainedConfig, layer_idx: int):
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention_norm = TokComRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = TokComAttention(config, layer_idx)
-        self.mlp_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp_norm = TokComRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = TokComMLP(config.hidden_size, config.intermediate_size)
         self.modulation = None
         if hasattr(config, "conditioning_size"):

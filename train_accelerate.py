@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -164,7 +165,7 @@ class StageTrainer:
         self.accelerator.register_for_checkpointing(self.lr_scheduler, self.progress)
         if options.ema_half_life:
             decay = decay_from_half_life(options.ema_half_life * options.max_steps)
-            # (1 + step) / (10 + step) warms the average up, so that early weights do not linger
+            # EMAModel starts with a short memory and lengthens it, so early weights do not linger
             self.ema = ShardedEMAModel(self.module.parameters(), decay=decay, foreach=True)
             self.accelerator.register_for_checkpointing(self.ema)
 
@@ -186,6 +187,7 @@ class StageTrainer:
             desc=self.stage,
             unit="step",
             disable=not accelerator.is_local_main_process,
+            mininterval=0.1 if sys.stderr.isatty() else 10.0,  # a log file gets a line now and then
         )
         self.started, self.started_tokens, self.pending = time.perf_counter(), progress.tokens, []
         while progress.step < options.max_steps:

@@ -22,6 +22,7 @@ try:
         TokComAttention,
         TokComBlock,
         TokComPreTrainedModel,
+        TokComRMSNorm,
         TokComTimestepEmbedding,
         expand_attention_mask,
         rotary_embedding,
@@ -34,7 +35,7 @@ except ImportError:
 
     TokComTransformerConfig = _configuration.TokComTransformerConfig
     TokComAttention, TokComBlock = _layers.TokComAttention, _layers.TokComBlock
-    TokComPreTrainedModel = _layers.TokComPreTrainedModel
+    TokComPreTrainedModel, TokComRMSNorm = _layers.TokComPreTrainedModel, _layers.TokComRMSNorm
     TokComTimestepEmbedding = _layers.TokComTimestepEmbedding
     expand_attention_mask, rotary_embedding = _layers.expand_attention_mask, _layers.rotary_embedding
 
@@ -94,7 +95,7 @@ class TokComTransformer(TokComPreTrainedModel):
         self.proj_in = nn.Linear(inputs, config.hidden_size) if config.input_projection else nn.Identity()
         self.time_embedding = TokComTimestepEmbedding(config.conditioning_size, config.timestep_scale)
         self.layers = nn.ModuleList(TokComBlock(config, i) for i in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = TokComRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.proj_out = nn.Linear(config.hidden_size, config.latent_channels)
         self.gradient_checkpointing = False
         self.post_init()
