@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 try:
@@ -62,7 +63,7 @@ class TokComDecoderOutput(ModelOutput):
     logits: torch.FloatTensor | None = None
 
 
-class TokComResidualMLP(nn.Module):
+class TokComResidualMLP(GradientCheckpointingLayer):
     """Pre-norm residual SwiGLU layer: the chunk codec's layer without attention."""
 
     def __init__(self, config: TokComChunkCodecConfig):
@@ -75,7 +76,10 @@ class TokComResidualMLP(nn.Module):
 
 
 class TokComChunkMLP(nn.Module):
-    """Residual SwiGLU network on the concatenation of a chunk: `(M, K, E)` in or out, `(M, D)` between."""
+    """Residual SwiGLU network on the concatenation of a chunk: `(M, K, E)` in or out, `(M, D)` between.
+
+    It decodes all K places from the latent alone and so has no use for the decoder's `query`.
+    """
 
     def __init__(self, config: TokComChunkCodecConfig, encoder: bool):
         super().__init__()
@@ -87,7 +91,7 @@ class TokComChunkMLP(nn.Module):
         self.output_norm = nn.Identity() if encoder else TokComRMSNorm(config.embedding_size, config.rms_norm_eps)
         self.encoder, self.chunk_size = encoder, config.chunk_size
 
-    def forward(self, inputs: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    def forward(self, inputs: torch.Tensor, query: torch.Tensor | None = None) -> torch.Tensor:
         hidden_states = self.proj_in(inputs.flatten(1))  # (M, D)
         for layer in self.layers:
             hidden_states = layer(hidden_states)
@@ -108,7 +112,7 @@ class TokComChunkTransformer(nn.Module):
         self.norm = TokComRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.encoder = encoder
 
-    def forward(self, inputs: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    def forward(self, inputs: torch.Tensor, query: torch.Tensor | None = None) -> torch.Tensor:
         size = self.config.chunk_size
         if not self.encoder:
             inputs = torch.cat((inputs[:, None], query.to(inputs.dtype).expand(len(inputs), size - 1, -1)), dim=1)
@@ -153,12 +157,9 @@ class TokComChunkCodec(TokComPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.embed_tokens
 
-    def _query(self) -> torch.Tensor:
-        return self.embed_tokens.weight[self.config.mask_token_id]
-
     def _posterior(self, chunks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`chunks (M, K)` of ids -> mean `(M, C)` and log-variance `(M, C)`, the latter None without a posterior."""
-        hidden_states = self.encoder(self.embed_tokens(chunks), self._query())  # (M, D)
+        hidden_states = self.encoder(self.embed_tokens(chunks))  # (M, D)
         if self.to_posterior is None:
             return hidden_states, None
         mean, log_variance = self.to_posterior(hidden_states).float().chunk(2, dim=-1)
@@ -166,9 +167,11 @@ class TokComChunkCodec(TokComPreTrainedModel):
 
     def _token_states(self, raw_latents: torch.Tensor) -> torch.Tensor:
         """Raw latents `(M, C)` -> decoder states `(M, K, E)`, one inner product with the embedding before logits."""
+        query = self.embed_tokens.weight[self.config.mask_token_id]
+        raw_latents = raw_latents.to(query.dtype)
         if self.from_latent is not None:
             raw_latents = self.from_latent(raw_latents)
-        return self.decoder(raw_latents, self._query())
+        return self.decoder(raw_latents, query)
 
     def _denormalize(self, latents: torch.Tensor) -> torch.Tensor:
         return (latents * self.latent_std + self.latent_mean).flatten(0, -2)  # (M, C)
@@ -195,6 +198,7 @@ class TokComChunkCodec(TokComPreTrainedModel):
         chunks, real = self._to_chunks(input_ids, attention_mask)
         mean, _ = self._posterior(chunks.flatten(0, 1))
         latents = ((mean - self.latent_mean) / self.latent_std).unflatten(0, chunks.shape[:2])  # (B, N, C)
+        latents = latents.to(self.embed_tokens.weight.dtype)
         positions = torch.arange(chunks.shape[1], device=input_ids.device).expand(len(chunks), -1)[..., None]
         return TokComCodecOutput(latents=latents, position_ids=positions, mask=real.any(-1))
 

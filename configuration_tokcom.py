@@ -64,7 +64,7 @@ class TokComChunkCodecConfig(PreTrainedConfig):
 
     vocab_size: int = 4097
     mask_token_id: int = 4096
-    pad_token_id: int | None = 4096
+    pad_token_id: int = 4096
     chunk_size: int = 4
     latent_channels: int = 64
     layer_type: str = "mlp"
@@ -221,9 +221,11 @@ class TokComConfig(PreTrainedConfig):
             codec_type = fields.pop("model_type", TokComChunkCodecConfig.model_type)
             if codec_type not in CODEC_CONFIGS:
                 raise ValueError(f"unknown codec type {codec_type!r}; known are {sorted(CODEC_CONFIGS)}.")
+            _check_known_keys(CODEC_CONFIGS[codec_type], fields, "codec_config.")
             self.codec_config = CODEC_CONFIGS[codec_type](**fields)
         if not isinstance(self.transformer_config, PreTrainedConfig):
             fields = {k: v for k, v in (self.transformer_config or {}).items() if k != "model_type"}
+            _check_known_keys(TokComTransformerConfig, fields, "transformer_config.")
             self.transformer_config = TokComTransformerConfig(**fields)
         super().__post_init__(**kwargs)
 
@@ -258,27 +260,26 @@ class TokComConfig(PreTrainedConfig):
             raise ValueError(f"unknown preset {name!r}; known are {sorted(PRESETS)}.")
         fields = deepcopy(PRESETS[name])
         for key, value in overrides.items():
+            _check_known_keys(cls, {key: value}, "")
             if isinstance(value, dict):
-                known = TokComTransformerConfig if key == "transformer_config" else CODEC_CONFIGS["tokcom_chunk_codec"]
-                _check_known_keys(known, value, f"{key}.")
                 fields.setdefault(key, {}).update(value)
             else:
-                _check_known_keys(cls, {key: value}, "")
                 fields[key] = value
         if vocab_size is not None:
-            codec = fields["codec_config"]
-            codec.update(vocab_size=vocab_size + 1, mask_token_id=vocab_size, pad_token_id=vocab_size)
+            fields["codec_config"].update(_vocabulary(vocab_size))
         return cls(**fields)
 
 
 def _check_known_keys(config_class: type[PreTrainedConfig], values: dict[str, Any], prefix: str) -> None:
+    """Reject misspelt keys, which `PreTrainedConfig` would keep as attributes that nothing reads."""
     known = {k for c in config_class.__mro__ for k in getattr(c, "__annotations__", {})}
-    for key in values:
-        if key not in known:
+    for key in set(values) - known:
+        if key not in config_class().to_dict() and not key.startswith("_"):
             raise ValueError(f"unknown configuration key '{prefix}{key}'; see {config_class.__name__}.")
 
 
 def _vocabulary(size: int) -> dict[str, int]:
+    """A tokenizer of `size` tokens and the mask token, which also pads."""
     return {"vocab_size": size + 1, "mask_token_id": size, "pad_token_id": size}
 
 

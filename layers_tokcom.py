@@ -46,13 +46,14 @@ def apply_rotary(states: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]
 
 
 def expand_attention_mask(
-    mask: torch.Tensor | None, implementation: str, dtype: torch.dtype
+    mask: torch.Tensor | None, queries: int, implementation: str, dtype: torch.dtype
 ) -> "torch.Tensor | object | None":
     """Turn one boolean mask into what the attention backend wants.
 
     Args:
         mask (`torch.Tensor`, *optional*): `(B, S_kv)` marks the keys that exist; `(B, S_q, S_kv)` marks the keys that
             each query may see. `None` means that everything is seen.
+        queries (`int`): S_q, smaller than S_kv when keys are cached.
         implementation (`str`): the name in `config._attn_implementation`.
 
     Raises `ValueError` for a per-query mask with flash attention, which cannot express it.
@@ -72,7 +73,6 @@ def expand_attention_mask(
         def may_attend(batch, head, query, key):
             return mask[batch, key] if mask.ndim == 2 else mask[batch, query, key]
 
-        queries = mask.shape[-1] if mask.ndim == 2 else mask.shape[1]
         return create_block_mask(may_attend, mask.shape[0], None, queries, mask.shape[-1], device=mask.device)
     mask = mask[:, None, None] if mask.ndim == 2 else mask[:, None]  # (B, 1, 1 or S_q, S_kv)
     if implementation == "eager":

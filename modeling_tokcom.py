@@ -8,6 +8,7 @@ bidirectional model share one code path.
 Shape legend: B batch, T tokens, K tokens per chunk, N = T/K latents, C latent channels, A position axes, V vocabulary.
 """
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
@@ -119,6 +120,15 @@ class TokComModel(TokComPreTrainedModel):
         self.codec.requires_grad_(stage == "codec")
         self.transformer.requires_grad_(stage == "flow")
 
+    def _check_ids(self, input_ids: torch.Tensor) -> None:
+        vocab_size = self.config.codec_config.vocab_size
+        if input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < vocab_size:
+            bad = int(input_ids.min()) if int(input_ids.min()) < 0 else int(input_ids.max())
+            raise ValueError(
+                f"token id {bad} is outside the model's vocabulary of {vocab_size}; "
+                "tokenize with the tokenizer saved beside the model."
+            )
+
     @_entry_point
     def encode(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> TokComCodecOutput:
         """Token ids -> standardised latents.
@@ -129,13 +139,7 @@ class TokComModel(TokComPreTrainedModel):
 
         Returns: `latents (B, N, C)`, `position_ids (B, N, A)`, `mask (B, N)`. Raises `ValueError` on a bad length or id.
         """
-        vocab_size = self.config.codec_config.vocab_size
-        if input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < vocab_size:
-            bad = int(input_ids.min()) if int(input_ids.min()) < 0 else int(input_ids.max())
-            raise ValueError(
-                f"token id {bad} is outside the model's vocabulary of {vocab_size}; "
-                "tokenize with the tokenizer saved beside the model."
-            )
+        self._check_ids(input_ids)
         return self.codec.encode(input_ids, attention_mask)
 
     @_entry_point
@@ -158,11 +162,11 @@ class TokComModel(TokComPreTrainedModel):
         if timestep.ndim == 1:
             timestep = timestep[:, None]
         return self.transformer(
-            latents,
+            latents.to(self.dtype),
             timestep.expand(latents.shape[:2]),
             position_ids=position_ids,
             attention_mask=attention_mask,
-            self_condition=self_condition,
+            self_condition=None if self_condition is None else self_condition.to(self.dtype),
             past_key_values=past_key_values,
             **kwargs,
         )
@@ -182,13 +186,14 @@ class TokComModel(TokComPreTrainedModel):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         timestep: float | None = None,
-        **kwargs,
     ) -> TokComOutput:
         """Loss of `config.stage` on token ids `(B, T)`; `attention_mask (B, T)` is 0 on padding.
 
         `timestep` in [0, 1] fixes t in the flow stage, which evaluation uses to measure CE(t); by default it is drawn.
         In eval mode nothing is dropped, every block follows its whole context, and there is no self-conditioning.
         """
+        if input_ids.device.type == "cpu":  # elsewhere the check would wait for the device at every step
+            self._check_ids(input_ids)
         if self.config.stage == "codec":
             loss, parts = self.codec.training_loss(input_ids, attention_mask)
             return TokComOutput(loss=loss, **parts)
@@ -241,15 +246,17 @@ class TokComModel(TokComPreTrainedModel):
             output = self.denoise(inputs, time, position_ids, attention_mask, self_condition)
             return output.latents[:, -length:]
 
-        estimate = None
-        if self.training and config.transformer_config.self_conditioning and torch.rand(()).item() < 0.5:
+        estimate = (
+            None  # a coin of Python's generator, which all processes share: sharded passes must be the same in number
+        )
+        if self.training and config.transformer_config.self_conditioning and random.random() < 0.5:
             with torch.no_grad():
                 estimate = predict(None)
         return predict(estimate), loss_mask
 
     def _sample_known(self, valid: torch.Tensor) -> torch.Tensor:
         """Latents a bidirectional model is shown clean: nothing, a prefix, or all but a gap; `(B, N)`."""
-        if not self.config.transformer_config.per_latent_timestep:
+        if not (self.training and self.config.transformer_config.per_latent_timestep):
             return torch.zeros_like(valid)
         batch, length = valid.shape
         draws = torch.rand(3, batch, 1, device=valid.device)

@@ -131,7 +131,8 @@ class TokComTransformer(TokComPreTrainedModel):
         conditioning = F.silu(self.time_embedding(timestep))  # (B, S, conditioning_size)
         head_dim = config.hidden_size // config.num_attention_heads
         tables = rotary_embedding(position_ids, head_dim, config.rope_theta)
-        mask = expand_attention_mask(attention_mask, config._attn_implementation, hidden_states.dtype)
+        queries, implementation = latents.shape[1], config._attn_implementation
+        mask = expand_attention_mask(attention_mask, queries, implementation, hidden_states.dtype)
         for layer in self.layers:
             hidden_states = layer(hidden_states, conditioning, tables, mask, past_key_values, **kwargs)
         return TokComTransformerOutput(latents=self.proj_out(self.norm(hidden_states)))

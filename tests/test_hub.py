@@ -20,7 +20,7 @@ REMOTE_FILES = {
     "layers_tokcom.py": {"math", "collections", "torch", "transformers"},
     "codec_chunk_tokcom.py": {"dataclasses", "torch", "transformers"},
     "transformer_tokcom.py": {"dataclasses", "torch", "transformers"},
-    "modeling_tokcom.py": {"collections", "dataclasses", "functools", "torch", "transformers"},
+    "modeling_tokcom.py": {"random", "collections", "dataclasses", "functools", "torch", "transformers"},
     "scheduling_tokcom.py": {"math", "dataclasses", "torch", "diffusers"},
     "pipeline_tokcom.py": {
         *("inspect", "json", "os", "collections", "dataclasses", "typing"),

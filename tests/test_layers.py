@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import DynamicCache
 
 import layers_tokcom
 from configuration_tokcom import TokComTransformerConfig
@@ -47,13 +48,20 @@ def test_chunked_cross_entropy_equals_the_direct_one(monkeypatch):
 
 
 def test_training_never_holds_all_logits(monkeypatch):
-    """The widest tensor that the loss creates has a chunk's rows, not the batch's."""
+    """Nothing that is kept for the backward pass is as large as the logits."""
     monkeypatch.setattr(layers_tokcom, "CROSS_ENTROPY_CHUNK", 16)
-    rows = []
-    linear = F.linear
-    monkeypatch.setattr(layers_tokcom.F, "linear", lambda x, w, *a: rows.append(len(x)) or linear(x, w, *a))
-    chunked_cross_entropy(torch.randn(100, 6, requires_grad=True), torch.randn(50, 6), torch.zeros(100).long())
-    assert max(rows) == 16 and sum(rows) == 100
+    hidden, weight = torch.randn(160, 6, requires_grad=True), torch.randn(500, 6)
+    targets, kept = torch.zeros(160, dtype=torch.long), []
+
+    def largest(loss) -> int:
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+            loss()
+        return max(kept)
+
+    direct = largest(lambda: F.cross_entropy(hidden @ weight.T, targets).backward())
+    chunked = largest(lambda: chunked_cross_entropy(hidden, weight, targets).mean())
+    assert direct >= 160 * 500 and chunked < 16 * 500
 
 
 def transformer(implementation="sdpa", **overrides) -> TokComTransformer:
@@ -88,11 +96,26 @@ def test_attention_implementations_agree(implementation):
     torch.testing.assert_close(other, reference, atol=1e-4, rtol=1e-4)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["eager", "flex_attention"])
+def test_key_masks_work_with_a_cache_on_every_implementation(implementation):
+    outputs = []
+    for name in ("sdpa", implementation):
+        torch.manual_seed(2)
+        model, cache = randomize(transformer(name)), DynamicCache()
+        model(torch.randn(1, 8, 8), torch.ones(1, 8), past_key_values=cache)
+        keys = torch.tensor([[False, False] + [True] * 8])
+        outputs.append(
+            model(torch.randn(1, 2, 8), torch.ones(1, 2), attention_mask=keys, past_key_values=cache).latents
+        )
+    torch.testing.assert_close(outputs[0], outputs[1], atol=1e-4, rtol=1e-4)
+
+
 def test_flash_attention_refuses_masks_it_cannot_express():
     mask = torch.ones(1, 4, 4, dtype=torch.bool)
     with pytest.raises(ValueError, match="flash_attention_2.*sdpa"):
-        expand_attention_mask(mask, "flash_attention_2", torch.float32)
-    assert expand_attention_mask(mask[:, 0], "flash_attention_2", torch.float32).shape == (1, 4)
+        expand_attention_mask(mask, 4, "flash_attention_2", torch.float32)
+    assert expand_attention_mask(mask[:, 0], 4, "flash_attention_2", torch.float32).shape == (1, 4)
 
 
 def test_gradient_checkpointing_changes_no_gradient():

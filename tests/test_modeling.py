@@ -1,3 +1,5 @@
+import random
+
 import pytest
 import torch
 
@@ -39,18 +41,39 @@ def test_id_outside_the_vocabulary_is_named(bad):
         model.encode(torch.tensor([[1, 2, 3, bad]]))
 
 
-def test_loss_ignores_padding():
-    model = TokComModel(tiny_config(stage="flow")).eval()
-    ids = torch.randint(0, 320, (2, 32))
-    mask = torch.ones_like(ids)
-    mask[:, 20:] = 0
-    other = ids.clone()
-    other[:, 20:] = 5
-    losses = []
-    for row in (ids, other):
-        torch.manual_seed(1)
-        losses.append(model(row, mask).loss)
-    assert torch.equal(*losses)
+@pytest.mark.parametrize("block_size", [None, 4])
+def test_a_padded_row_has_the_loss_of_its_truncated_twin(block_size):
+    """Padding at the end changes neither what the real latents see nor what is averaged."""
+    model = TokComModel(tiny_config(stage="flow", transformer_config={"block_size": block_size})).eval()
+    for parameter in model.transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    ids = torch.randint(0, 320, (1, 20))
+    padded, mask = torch.zeros(1, 32, dtype=torch.long), torch.zeros(1, 32, dtype=torch.long)
+    padded[:, :20], mask[:, :20] = ids, 1
+    fix_noise(model)
+    short, long = model(ids, timestep=0.3), model(padded, mask, timestep=0.3)
+    torch.testing.assert_close(long.loss, short.loss)
+    assert not torch.isclose(model(padded, timestep=0.3).loss, short.loss)
+
+
+def fix_noise(model):
+    """Noise that depends on the position alone and blocks from offset 0, so two lengths can be compared."""
+    import modeling_tokcom
+
+    order = modeling_tokcom.generation_order
+
+    def predict(clean, timestep):
+        torch.manual_seed(0)
+        noise = torch.randn(1, 64, clean.latents.shape[-1])[:, : clean.latents.shape[1]]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "randn_like", lambda x: noise)
+            patch.setattr(modeling_tokcom, "generation_order", lambda v, q, r: order(v, q, r) if q is None else blocks(v, q))
+            return TokComModel._predict_noised(model, clean, timestep)
+
+    def blocks(valid, size):
+        return (torch.arange(valid.shape[1]) // size).expand(len(valid), -1)
+
+    model._predict_noised = predict
 
 
 def test_fixed_timestep_at_one_shows_the_clean_latents():
@@ -88,18 +111,31 @@ def test_gradient_checkpointing_keeps_the_loss():
         if enabled:
             model.gradient_checkpointing_enable()
         torch.manual_seed(1)
+        random.seed(1)
         loss = model(torch.randint(0, 320, (2, 32))).loss
         loss.backward()
         losses.append(loss.item())
     assert losses[0] == losses[1]
 
 
-def test_bfloat16_weights_encode_denoise_and_decode():
+def test_bfloat16_weights_need_no_casts_by_the_caller():
     model = TokComModel(tiny_config(stage="flow")).to(torch.bfloat16)
-    latents = model.encode(torch.randint(0, 320, (1, 16))).latents
-    prediction = model.denoise(latents.to(torch.bfloat16), torch.rand(1, 4)).latents
-    assert prediction.dtype == torch.bfloat16
-    assert model.decode(prediction).logits.shape == (1, 16, 321)
+    ids = torch.randint(0, 320, (1, 16))
+    latents = model.encode(ids).latents
+    prediction = model.denoise(latents, torch.rand(1, 4)).latents
+    assert prediction.dtype == latents.dtype == torch.bfloat16
+    assert model.decode(latents).logits.shape == model.decode(latents.float()).logits.shape == (1, 16, 321)
+    for stage in ("codec", "flow"):
+        model.set_stage(stage)
+        model(ids).loss.backward()
+
+
+def test_forward_names_a_bad_id_and_refuses_unknown_arguments():
+    model = TokComModel(tiny_config(stage="flow"))
+    with pytest.raises(ValueError, match="999"):
+        model(torch.full((1, 8), 999))
+    with pytest.raises(TypeError, match="timesteps"):
+        model(torch.zeros(1, 8, dtype=torch.long), timesteps=0.5)
 
 
 def test_composite_config_reaches_the_halves():
