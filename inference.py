@@ -64,12 +64,13 @@ def load_pipeline(checkpoint: str, device: str) -> TokComPipeline:
     if not path.exists() and looks_local:
         raise FileNotFoundError(f"checkpoint {checkpoint} does not exist; give a model directory, Hub id or .pt file.")
     try:
-        return TokComPipeline.from_pretrained(checkpoint).to(device)
+        pipe = TokComPipeline.from_pretrained(checkpoint)
     except (SafetensorError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"the weights in {checkpoint} are truncated or do not fit its config.json ({reason}); download them again."
         ) from error
+    return pipe.to(device)
 
 
 def run(pipe: TokComPipeline, args: argparse.Namespace) -> TokComPipelineOutput:

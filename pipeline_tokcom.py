@@ -19,7 +19,8 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import create_repo
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 
@@ -160,15 +161,10 @@ class TokComPipeline(DiffusionPipeline):
         if self.tokenizer is None:
             raise ValueError(f"`{name}` is text, but this pipeline has no tokenizer; pass one when building it.")
         rows = [self.tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"] for t in texts]
-        longest = self.model.config.transformer_config.max_position_embeddings * self.chunk_size
         for text, row in zip(texts, rows):
             if not row:
                 raise ValueError(
                     f"`{name}` is empty ({text!r}); give some text, or call generate() to start from noise."
-                )
-            if len(row) > longest:
-                raise ValueError(
-                    f"`{name}` has {len(row)} tokens, more than the model's maximum of {longest}; shorten it."
                 )
         return rows
 
@@ -182,15 +178,25 @@ class TokComPipeline(DiffusionPipeline):
             ids[i, place], mask[i, place] = torch.tensor(row), 1
         return ids.to(self._execution_device), mask.to(self._execution_device)
 
-    def _to_texts(self, sequences: torch.Tensor, attention_mask: torch.Tensor | None = None) -> list[str] | None:
+    def _decode_row(self, ids: list[int]) -> str:
+        return self.tokenizer.decode([i for i in ids if i < len(self.tokenizer)], skip_special_tokens=True)
+
+    def _to_texts(self, sequences: torch.Tensor, attention_mask: torch.Tensor) -> list[str] | None:
+        """Rows of ids `(B, T)`, those with mask 1, as texts."""
         if self.tokenizer is None:
             return None
-        texts = []
-        for i, row in enumerate(sequences.tolist()):
-            if attention_mask is not None:
-                row = [token for token, real in zip(row, attention_mask[i].tolist()) if real]
-            texts.append(self.tokenizer.decode([t for t in row if t < len(self.tokenizer)], skip_special_tokens=True))
-        return texts
+        rows = zip(sequences.tolist(), attention_mask.tolist())
+        return [self._decode_row([i for i, real in zip(ids, mask) if real]) for ids, mask in rows]
+
+    def _continue_text(self, text: str, known: list[int], new: list[int]) -> str:
+        """What to append to `text`, whose ids are `known`, for the ids `new`.
+
+        Both are decoded together, since many tokenizers drop a space at the start of what they decode; a space that
+        ends `text` is the one that the first new word brings along.
+        """
+        before, whole = self._decode_row(known), self._decode_row(known + new)
+        added = whole[len(before) :] if whole.startswith(before) else self._decode_row(new)
+        return added.removeprefix(" ") if text.endswith(" ") else added
 
     def _end_at_eos(self, sequences: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Replace what follows the first EOS by the pad id; returns the ids and the mask of what is kept."""
@@ -231,17 +237,21 @@ class TokComPipeline(DiffusionPipeline):
         return latents.to(device=self._execution_device, dtype=torch.float32)
 
     def _set_timesteps(self, num_inference_steps: int, sigma_start: float) -> None:
+        """Lay out the scheduler's grid from `sigma_start`; raises `ValueError` if the scheduler cannot start there."""
         if sigma_start == 1.0:
             self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
             return
-        if "sigmas" not in inspect.signature(self.scheduler.set_timesteps).parameters:
-            raise ValueError(
-                f"{type(self.scheduler).__name__} cannot start between noise and text; use TokComFlowMatchScheduler."
-            )
         shift = self.scheduler.config.get("shift", 1.0)  # the scheduler shifts what it is given: undo that first
         start = sigma_start / (shift - (shift - 1) * sigma_start)
         sigmas = torch.linspace(start, 0.0, num_inference_steps + 1)[:-1]
-        self.scheduler.set_timesteps(sigmas=sigmas.tolist(), device=self._execution_device)
+        if "sigmas" in inspect.signature(self.scheduler.set_timesteps).parameters:
+            self.scheduler.set_timesteps(sigmas=sigmas.numpy(), device=self._execution_device)
+            if abs(float(self.scheduler.sigmas[0]) - sigma_start) < 1e-3:
+                return
+        raise ValueError(
+            f"{type(self.scheduler).__name__} cannot start between noise and text (sigma {sigma_start:.2f}); "
+            "use TokComFlowMatchScheduler or FlowMatchEulerDiscreteScheduler."
+        )
 
     def _sample(
         self,
@@ -253,13 +263,15 @@ class TokComPipeline(DiffusionPipeline):
         guidance_scale: float = 1.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         sigma_start: float = 1.0,
+        edges: tuple[int, ...] = (),
         stop_at_eos: bool = False,
         on_step_end: Callable | None = None,
     ) -> torch.Tensor:
         """Denoise `noise (B, n, C)` given clean context latents; returns clean latents `(B, <= n, C)`.
 
         `position_ids (B, n, A)` says where the new latents stand, `valid (B, n)` which of them exist. Blocks are
-        denoised in the order given. With `stop_at_eos` the loop ends when every row has ended.
+        denoised in the order given and do not cross `edges`, indices where something known lies between neighbours.
+        With `stop_at_eos` the loop ends when every row has ended.
         """
         state = _SamplerState(self.model, context, noise)
         if position_ids is None:
@@ -267,15 +279,13 @@ class TokComPipeline(DiffusionPipeline):
         if valid is None:
             valid = torch.ones(noise.shape[:2], dtype=torch.bool, device=noise.device)
         extra = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
-        size = state.block_size or noise.shape[1]
-        starts = range(0, noise.shape[1], size)
+        blocks = _split_blocks(noise.shape[1], state.block_size, edges)
         self._guidance_scale, self._interrupt = guidance_scale, False
         ended, done, bar = torch.zeros(len(noise), dtype=torch.bool, device=noise.device), [], None
-        for start in starts:
-            block = slice(start, min(start + size, noise.shape[1]))
+        for index, block in enumerate(blocks):
             x, estimate = noise[:, block], None
             self._set_timesteps(num_inference_steps, sigma_start)
-            self._num_timesteps = len(self.scheduler.timesteps) * len(starts)
+            self._num_timesteps = len(self.scheduler.timesteps) * len(blocks)
             bar = bar or self.progress_bar(total=self._num_timesteps)
             for i, timestep in enumerate(self.scheduler.timesteps):
                 if self._interrupt:
@@ -287,11 +297,11 @@ class TokComPipeline(DiffusionPipeline):
                 velocity = (x - estimate) / sigma
                 x = self.scheduler.step(velocity, timestep, x, **extra, return_dict=False)[0]
                 if on_step_end is not None:
-                    x = on_step_end(self, start // size * len(self.scheduler.timesteps) + i, timestep, x)
+                    x = on_step_end(self, index * len(self.scheduler.timesteps) + i, timestep, x)
                 bar.update()
             done.append(x)
             if stop_at_eos:
-                ended |= (self.model.to_ids(x.to(self.model.dtype)) == self.tokenizer.eos_token_id).any(-1)
+                ended |= (self.model.to_ids(x) == self.tokenizer.eos_token_id).any(-1)
                 if bool(ended.all()):
                     break
             if block.stop < noise.shape[1]:
@@ -300,13 +310,19 @@ class TokComPipeline(DiffusionPipeline):
             bar.close()
         return torch.cat(done, dim=1)
 
-    def encode_prompt(self, prompt: list[str]) -> TokComCodecOutput:
-        """Prompts -> clean context latents, padded on the left so that every prompt ends at a chunk boundary.
+    def encode_prompt(self, prompt: list[str]) -> tuple[TokComCodecOutput, list[list[int]]]:
+        """Prompts -> clean context latents and the prompts' ids.
 
-        Trailing spaces are left to the continuation, whose first word carries its own.
+        Rows are padded on the left, so that every prompt ends at a chunk boundary. Trailing spaces are left to the
+        continuation, whose first word carries its own.
         """
-        ids, mask = self._pad(self._tokenize([p.rstrip(" ") for p in prompt], "prompt"), "left")
-        return self.model.encode(ids, mask)
+        rows = self._tokenize([p.rstrip(" ") for p in prompt], "prompt")
+        longest = self.model.config.transformer_config.max_position_embeddings * self.chunk_size
+        if max(map(len, rows)) > longest:
+            raise ValueError(
+                f"`prompt` has {max(map(len, rows))} tokens, more than the model's maximum of {longest}; shorten it."
+            )
+        return self.model.encode(*self._pad(rows, "left")), rows
 
     @torch.no_grad()
     def __call__(
@@ -341,7 +357,7 @@ class TokComPipeline(DiffusionPipeline):
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise ValueError("`prompt` is an empty list; give at least one text.")
-        context = self.encode_prompt(prompts)
+        context, rows = self.encode_prompt(prompts)
         length = -(-gen_length // self.chunk_size)
         self._check_length(context.latents.shape[1] + length)
         noise = self.prepare_latents(len(prompts), length, generator, latents)
@@ -364,7 +380,8 @@ class TokComPipeline(DiffusionPipeline):
         )
         output = self._finish(result, gen_length, output_type)
         if output.texts is not None:
-            output.texts = [_join(p, t)[len(p) :] for p, t in zip(prompts, output.texts)]
+            new = [ids[:kept] for ids, kept in zip(output.sequences.tolist(), output.attention_mask.sum(-1).tolist())]
+            output.texts = [self._continue_text(p, row, ids) for p, row, ids in zip(prompts, rows, new)]
         return output if return_dict else output.to_tuple()
 
     def _check_length(self, length: int) -> None:
@@ -379,15 +396,16 @@ class TokComPipeline(DiffusionPipeline):
 
     def _finish(self, latents: torch.Tensor, gen_length: int | None, output_type: str) -> TokComPipelineOutput:
         """Decode generated latents once, end texts at EOS, pad to `gen_length`."""
-        self.maybe_free_model_hooks()
         if output_type == "latent":
+            self.maybe_free_model_hooks()
             return TokComPipelineOutput(latents=latents)
-        sequences, mask = self._end_at_eos(self.model.to_ids(latents.to(self.model.dtype))[:, :gen_length])
+        sequences, mask = self._end_at_eos(self.model.to_ids(latents)[:, :gen_length])
         missing = (gen_length or 0) - sequences.shape[1]
         if missing > 0:
             pad = self.model.config.codec_config.pad_token_id
             sequences = torch.nn.functional.pad(sequences, (0, missing), value=pad)
             mask = torch.nn.functional.pad(mask, (0, missing))
+        self.maybe_free_model_hooks()
         texts = self._to_texts(sequences, mask) if output_type == "text" else None
         return TokComPipelineOutput(texts=texts, sequences=sequences, latents=latents, attention_mask=mask)
 
@@ -427,14 +445,15 @@ class TokComPipeline(DiffusionPipeline):
     ) -> TokComPipelineOutput:
         """Latents `(B, N, C)`, or a file that `encode` wrote, -> text. `attention_mask (B, N * K)` hides padding."""
         if not isinstance(latents, torch.Tensor):
-            tensors = load_file(str(latents))
-            latents, attention_mask = tensors["latents"], tensors.get("attention_mask")
+            latents, attention_mask = _read_latents(latents, self.chunk_size)
         channels = self.model.config.codec_config.latent_channels
         if latents.ndim != 3 or latents.shape[-1] != channels:
             raise ValueError(f"`latents` has shape {tuple(latents.shape)} but (B, N, {channels}) is needed.")
-        sequences = self.model.to_ids(latents.to(device=self._execution_device, dtype=self.model.dtype))
+        sequences = self.model.to_ids(latents.to(self._execution_device))
         self.maybe_free_model_hooks()
         mask = torch.ones_like(sequences) if attention_mask is None else attention_mask.to(sequences.device)
+        if mask.shape != sequences.shape:
+            raise ValueError(f"`attention_mask` has shape {tuple(mask.shape)} but {tuple(sequences.shape)} is needed.")
         return TokComPipelineOutput(
             texts=self._to_texts(sequences, mask), sequences=sequences, latents=latents, attention_mask=mask
         )
@@ -455,7 +474,7 @@ class TokComPipeline(DiffusionPipeline):
         """Mode 3: encode, mix with noise, denoise, decode.
 
         `noise_level` is t: 0 replaces the text by noise, 1 keeps it (plain reconstruction). The remaining
-        `num_inference_steps * (1 - noise_level)` steps are taken.
+        `num_inference_steps * (1 - noise_level)` steps, rounded and at least one, are taken.
         """
         if not 0.0 <= noise_level <= 1.0:
             raise ValueError(f"`noise_level` ({noise_level}) must be in [0, 1]: 0 is pure noise, 1 is the clean text.")
@@ -470,7 +489,7 @@ class TokComPipeline(DiffusionPipeline):
         result = self._sample(
             mixed,
             valid=encoded.attention_mask.unflatten(1, (-1, self.chunk_size)).any(-1),
-            num_inference_steps=max(1, int(num_inference_steps * (1 - noise_level))),
+            num_inference_steps=max(1, round(num_inference_steps * (1 - noise_level))),
             generator=generator,
             sigma_start=1 - noise_level,
         )
@@ -493,21 +512,27 @@ class TokComPipeline(DiffusionPipeline):
         pieces = text.split(GAP)
         if len(pieces) < 2 or not any(piece.strip() for piece in pieces):
             raise ValueError(f"`text` ({text!r}) must hold known text and at least one gap, written {GAP!r}.")
-        known, mask, known_at, gap_at, position = [], [], [], [], 0
+        known, mask, rows, known_at, gap_at, position = [], [], [], [], [], 0
         gap_latents = -(-gap_length // self.chunk_size)
         for i, piece in enumerate(pieces):
-            piece = piece if i == len(pieces) - 1 else piece.rstrip(" ")
-            if piece.strip():
-                ids, real = self._pad(self._tokenize([piece], "text"), "left" if i == 0 else "right")
+            last = i == len(pieces) - 1
+            rows.append(self._tokenize([piece if last else piece.rstrip(" ")], "text")[0] if piece.strip() else [])
+            if rows[-1]:
+                ids, real = self._pad(rows[-1:], "left" if i == 0 else "right")
                 size = ids.shape[1] // self.chunk_size
                 known.append(ids)
                 mask.append(real)
                 known_at.extend(range(position, position + size))
                 position += size
-            if i < len(pieces) - 1:
+            if not last:
                 gap_at.extend(range(position, position + gap_latents))
                 position += gap_latents
-        self._check_length(position)
+        longest = self.model.config.transformer_config.max_position_embeddings
+        if position > longest:
+            raise ValueError(
+                f"`text` with its gaps has {position * self.chunk_size} tokens, more than the model's maximum of "
+                f"{longest * self.chunk_size}; shorten it."
+            )
         context = self.model.encode(torch.cat(known, dim=1), torch.cat(mask, dim=1))
         context.position_ids = torch.tensor(known_at, device=context.latents.device)[None, :, None]
         result = self._sample(
@@ -517,18 +542,37 @@ class TokComPipeline(DiffusionPipeline):
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             generator=generator,
+            edges=tuple(range(gap_latents, len(gap_at), gap_latents)),
         )
-        sequences = self.model.to_ids(result.to(self.model.dtype)).view(len(pieces) - 1, -1)[:, :gap_length]
+        sequences = self.model.to_ids(result).view(len(pieces) - 1, -1)[:, :gap_length]
         self.maybe_free_model_hooks()
         filled = pieces[0]
-        for gap, piece in zip(self._to_texts(sequences), pieces[1:]):
-            filled = _join(filled, gap) + piece
+        for row, gap, piece in zip(rows, sequences.tolist(), pieces[1:]):
+            filled += self._continue_text(filled, row, gap) + piece
         return TokComPipelineOutput(texts=[filled], sequences=sequences, latents=result)
 
 
-def _join(text: str, continuation: str) -> str:
-    """Append a continuation; a space that ends `text` is the one its first word brought along."""
-    return text + (continuation.removeprefix(" ") if text.endswith(" ") else continuation)
+def _split_blocks(length: int, block_size: int | None, edges: tuple[int, ...]) -> list[slice]:
+    """Cut `length` latents into blocks of at most `block_size` that do not cross `edges`; None is one block."""
+    if block_size is None:
+        return [slice(0, length)]
+    bounds = [0, *edges, length]
+    starts = [s for low, high in zip(bounds, bounds[1:]) for s in range(low, high, block_size)]
+    return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], length])]
+
+
+def _read_latents(file: str | os.PathLike, chunk_size: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Latents and mask of a file that `encode` wrote; `ValueError` if it is none or belongs to another model."""
+    try:
+        with safe_open(str(file), framework="pt") as tensors:
+            found = (tensors.metadata() or {}).get("chunk_size", str(chunk_size))
+            latents = tensors.get_tensor("latents")
+            mask = tensors.get_tensor("attention_mask") if "attention_mask" in tensors.keys() else None
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a latents file written by encode ({error}).") from error
+    if found != str(chunk_size):
+        raise ValueError(f"{file} holds chunks of {found} tokens, this model's hold {chunk_size}.")
+    return latents, mask
 
 
 class _SamplerState:
@@ -547,12 +591,11 @@ class _SamplerState:
             length = context.latents.shape[1]
             order = (torch.arange(length, device=like.device) + -length % self.block_size) // self.block_size
             sees = block_causal_mask(order[None].expand(len(like), -1), context.mask)[:, :length, :length]
-            model.denoise(context.latents.to(model.dtype), 1.0, context.position_ids, sees, past_key_values=self.cache)
+            model.denoise(context.latents, 1.0, context.position_ids, sees, past_key_values=self.cache)
+            self._trim()
 
     def predict(self, x, t, position_ids, valid, estimate, guidance_scale) -> torch.Tensor:
         """Estimate x1 `(B, n, C)` of the noisy block `x` at time `t`, in float32."""
-        x = x.to(self.model.dtype)
-        estimate = None if estimate is None else estimate.to(x.dtype)
         if self.cache is None and self.context is not None:
             known, time = self.context, torch.full_like(x[..., 0], t, dtype=torch.float32)
             known_time = 1.0 if self.model.config.transformer_config.per_latent_timestep else t
@@ -578,9 +621,13 @@ class _SamplerState:
         return output
 
     def append(self, x, position_ids, valid) -> None:
-        """Remember a finished block; the oldest latents leave when the model's window is full."""
-        self.model.denoise(x.to(self.model.dtype), 1.0, position_ids, self._keys(valid), past_key_values=self.cache)
+        """Remember a finished block."""
+        self.model.denoise(x, 1.0, position_ids, self._keys(valid), past_key_values=self.cache)
         self.mask = torch.cat((self.mask, valid), dim=1)
+        self._trim()
+
+    def _trim(self) -> None:
+        """Forget the oldest latents, so that the next block still fits into the model's window."""
         excess = self.mask.shape[1] + self.block_size - self.window
         if excess > 0:
             self.mask = self.mask[:, excess:]

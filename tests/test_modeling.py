@@ -67,7 +67,9 @@ def fix_noise(model):
         noise = torch.randn(1, 64, clean.latents.shape[-1])[:, : clean.latents.shape[1]]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch, "randn_like", lambda x: noise)
-            patch.setattr(modeling_tokcom, "generation_order", lambda v, q, r: order(v, q, r) if q is None else blocks(v, q))
+            patch.setattr(
+                modeling_tokcom, "generation_order", lambda v, q, r: order(v, q, r) if q is None else blocks(v, q)
+            )
             return TokComModel._predict_noised(model, clean, timestep)
 
     def blocks(valid, size):

@@ -1,9 +1,14 @@
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 
 from modeling_tokcom import TokComModel
-from pipeline_tokcom import TokComPipeline, _join
+from pipeline_tokcom import TokComPipeline, _split_blocks
 from scheduling_tokcom import TokComFlowMatchScheduler
 from training.data import train_tokenizer
 
@@ -31,7 +36,7 @@ def test_block_causal_sampling_with_cache_equals_the_uncached_computation(build)
     from transformer_tokcom import block_causal_mask
 
     pipe = build(transformer_config={"block_size": 2, "self_conditioning": False})
-    context = pipe.encode_prompt(["The family of four was"])
+    context, _ = pipe.encode_prompt(["The family of four was"])
     noise = torch.randn(1, 4, 16, generator=seeded())
     sampled = pipe("The family of four was", gen_length=16, num_inference_steps=2, latents=noise, output_type="latent")
 
@@ -86,8 +91,26 @@ def test_eos_ends_a_text(build):
     assert output.latents.shape[1] < 10  # sampling stopped once every text had ended
 
 
-def test_continuation_follows_the_prompt_without_a_doubled_space():
-    assert _join("He was ", " here") == "He was here" and _join("He was", " here") == "He was here"
+def test_continuation_follows_the_prompt_with_one_space(build):
+    pipe = build()
+    known, new = pipe.tokenizer("He was")["input_ids"], pipe.tokenizer(" here")["input_ids"]
+    assert pipe._continue_text("He was ", known, new) == "here"
+    assert pipe._continue_text("He was", known, new) == " here"
+
+
+def test_continuation_keeps_the_space_of_tokenizers_that_strip_it(build):
+    """SentencePiece-style decoding drops the first space, so a continuation cannot be decoded on its own."""
+    pipe = build()
+    decode = pipe.tokenizer.decode
+    known, new = pipe.tokenizer("He was")["input_ids"], pipe.tokenizer(" here")["input_ids"]
+    pipe.tokenizer = type(pipe.tokenizer)(tokenizer_object=pipe.tokenizer.backend_tokenizer, eos_token="</s>")
+    pipe.tokenizer.decode = lambda ids, **k: decode(ids, **k).removeprefix(" ")
+    assert pipe._continue_text("He was", known, new) == " here"
+
+
+def test_blocks_never_cross_an_edge():
+    assert _split_blocks(7, 2, (3,)) == [slice(0, 2), slice(2, 3), slice(3, 5), slice(5, 7)]
+    assert _split_blocks(7, None, (3,)) == [slice(0, 7)]
 
 
 def test_callback_sees_and_replaces_latents(build):
@@ -110,7 +133,7 @@ def test_guidance_of_one_is_off_and_two_extrapolates_from_the_unconditional(buil
         options = dict(gen_length=8, num_inference_steps=1, latents=noise, output_type="latent") | options
         return pipe("Squinty was", **options).latents
 
-    context = pipe.encode_prompt(["Squinty was"]).latents.shape[1]
+    context = pipe.encode_prompt(["Squinty was"])[0].latents.shape[1]
     positions = context + torch.arange(2)[None, :, None]
     with torch.no_grad():
         free = pipe.model.denoise(noise, 0.0, positions).latents
@@ -132,6 +155,12 @@ def test_text_longer_than_the_window_is_generated_with_a_bounded_cache(build):
     pipe.model.denoise = spy
     assert pipe.generate(num_chunks=20, num_inference_steps=1).sequences.shape == (1, 80)
     assert max(seen) <= 8
+    prompt = pipe.tokenizer.decode(
+        pipe.tokenizer("Squinty was a pig and ran home again to his pen.")["input_ids"][:32]
+    )
+    seen.clear()
+    pipe(prompt, gen_length=40, num_inference_steps=1)
+    assert max(seen[1:]) <= 8  # the first call reads the prompt itself
 
 
 def test_reconstruct_denoise_encode_and_decode_agree(build, tmp_path):
@@ -154,11 +183,11 @@ def test_denoise_reconstruct_keeps_the_promised_share_of_the_text(build):
         return type("O", (), {"latents": encoded.latents})()
 
     pipe.model.denoise = oracle
-    for level in (0.0, 0.3, 0.75):
+    for level, steps in ((0.0, 20), (0.3, 14), (0.75, 5), (0.9, 2)):
         calls.clear()
         output = pipe.denoise_reconstruct("Squinty was a little pig.", level, num_inference_steps=20)
         assert output.texts == pipe.reconstruct("Squinty was a little pig.").texts
-        assert len(calls) == int(20 * (1 - level)) and calls[0] == pytest.approx(level, abs=1e-6)
+        assert len(calls) == steps and calls[0] == pytest.approx(level, abs=1e-6)
 
 
 @pytest.mark.parametrize("transformer_config", FORMS)
@@ -175,13 +204,34 @@ def test_infill_keeps_the_known_text_and_depends_on_what_follows(build, transfor
     assert not torch.equal(output.latents[:, :2], other.latents[:, :2])
 
 
-@pytest.mark.parametrize(
-    "stock", [FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, DPMSolverMultistepScheduler]
-)
-def test_stock_schedulers_drive_the_pipeline(build, stock):
+STOCK = [
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    DPMSolverMultistepScheduler,
+    UniPCMultistepScheduler,
+]
+
+
+@pytest.mark.parametrize("stock", STOCK)
+def test_stock_schedulers_bring_the_pipeline_to_an_oracles_answer(build, stock):
+    pipe = build(transformer_config={"block_size": None})
+    target = torch.randn(1, 4, 16, generator=seeded(5))
+    pipe.model.denoise = lambda latents, *a, **k: type("O", (), {"latents": target.expand(len(latents), -1, -1)})()
+    pipe.scheduler = stock.from_config(pipe.scheduler.config)
+    latents = pipe.generate(num_chunks=4, num_inference_steps=12, output_type="latent", generator=seeded()).latents
+    torch.testing.assert_close(latents, target, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("stock", STOCK)
+def test_starting_between_noise_and_text_works_or_is_refused_by_name(build, stock):
     pipe = build()
     pipe.scheduler = stock.from_config(pipe.scheduler.config)
-    assert pipe("Squinty", gen_length=16, num_inference_steps=4).sequences.shape == (1, 16)
+    try:
+        assert pipe.denoise_reconstruct("Squinty", 0.6, num_inference_steps=10).texts
+        assert abs(float(pipe.scheduler.sigmas[0]) - 0.4) < 1e-3
+    except ValueError as error:
+        assert stock.__name__ in str(error) and "TokComFlowMatchScheduler" in str(error)
+        assert stock is not FlowMatchEulerDiscreteScheduler
 
 
 @pytest.mark.parametrize(
@@ -202,6 +252,9 @@ def test_stock_schedulers_drive_the_pipeline(build, stock):
         (lambda p: p.generate(num_chunks=0), r"\(0\)"),
         (lambda p: p.infill("no gap"), "____"),
         (lambda p: p.infill("____"), "____"),
+        (lambda p: p.infill("word " * 100 + "____"), "more than the model's maximum of 128"),
+        (lambda p: p.decode(__file__), "not a latents file"),
+        (lambda p: p.decode(torch.zeros(1, 2, 16), torch.ones(1, 5)), r"\(1, 5\).*\(1, 8\)"),
         (lambda p: p.decode(torch.zeros(2, 3)), r"\(2, 3\)"),
     ],
 )
