@@ -23,6 +23,8 @@ from pipeline_tokcom import TokComPipeline
 from scheduling_tokcom import TokComFlowMatchScheduler
 
 REQUIRED = ("model_args", "config", "vae_model_state_dict", "denoised_model_state_dict")
+MODEL_ARGS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+MODEL_ARGS += ("vocab_size", "omni_token_id")
 LLAMA_EOS = 2  # the published padding, when the tokenizer cannot be asked
 
 CODEC_NAMES = [
@@ -58,7 +60,7 @@ def _merge_modulation(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     merged = {}
     for name, tensor in state.items():
         if ".adaln_attn.scale_shift_mlp.1." in name:
-            other = state[name.replace("adaln_attn", "adaln_mlp")]
+            other = state.get(name.replace("adaln_attn", "adaln_mlp"), tensor[:0])  # loading reports what is missing
             merged[name.replace("adaln_attn.scale_shift_mlp.1", "modulation")] = torch.cat((tensor, other))
         elif ".adaln_mlp.scale_shift_mlp.1." not in name:
             merged[name] = tensor
@@ -82,6 +84,9 @@ def read_published(path: str | Path) -> dict:
         raise ValueError(
             f"checkpoint {path} lacks {', '.join(missing)}; it is not a published TokCom v5.2 checkpoint."
         )
+    absent = [key for key in MODEL_ARGS if key not in checkpoint["model_args"]]
+    if absent:
+        raise ValueError(f"`model_args` in {path} lacks {', '.join(absent)}, so the shape of the model is unknown.")
     return checkpoint
 
 

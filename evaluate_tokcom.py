@@ -49,7 +49,7 @@ def reconstruction_accuracy(codec, batches: list[torch.Tensor], seed: int) -> di
         return tokens / (count * size), chunks / count
 
     for level in tqdm(NOISE_LEVELS, desc="reconstruction"):
-        noisy = accuracy(lambda x, s=level: x + s * torch.randn(x.shape, generator=generator))
+        noisy = accuracy(lambda x, s=level: x + s * torch.randn(x.shape, generator=generator).to(x))
         results[f"token_accuracy_noise_{level}"], results[f"chunk_accuracy_noise_{level}"] = noisy
     order = torch.randperm(batches[0].shape[1] // size, generator=generator)
     results["token_accuracy_shuffled_latents"] = accuracy(lambda x: x[:, order])[0]
@@ -68,8 +68,10 @@ def cross_entropy_at(model, batches: list[torch.Tensor], seed: int) -> dict[str,
     return results
 
 
-def evaluate(checkpoint: str, data: str, max_tokens: int, text_column: str = "text", seed: int = 0) -> dict:
-    pipe = TokComPipeline.from_pretrained(checkpoint)
+def evaluate(
+    checkpoint: str, data: str, max_tokens: int, text_column: str = "text", seed: int = 0, device: str = "cpu"
+) -> dict:
+    pipe = TokComPipeline.from_pretrained(checkpoint).to(device)
     model = pipe.model.eval()
     model.set_stage("flow")
     tokens = tokenize_documents(
@@ -81,11 +83,16 @@ def evaluate(checkpoint: str, data: str, max_tokens: int, text_column: str = "te
     length = min(512, model.config.transformer_config.max_position_embeddings * pipe.chunk_size)
     dataset = PackedDataset(tokens[:max_tokens], length, pipe.chunk_size, seed=0, training=False)
     rows = torch.stack([dataset[i]["input_ids"] for i in range(len(dataset))])
-    batches = list(rows.split(8))
-    results = {"checkpoint": str(checkpoint), "data": str(data), "tokens": rows.numel(), "seed": seed}
+    batches = list(rows[: len(rows) // 8 * 8 or len(rows)].to(device).split(8))  # equal batches: means need no weights
+    results = {
+        "checkpoint": str(checkpoint),
+        "data": str(data),
+        "tokens": sum(b.numel() for b in batches),
+        "seed": seed,
+    }
     results |= {"date": str(date.today()), "machine": f"{platform.machine()}, {torch.get_num_threads()} threads"}
     results |= reconstruction_accuracy(model.codec, batches, seed)
-    results["unigram_entropy"] = unigram_entropy(tokens)
+    results["unigram_entropy"] = unigram_entropy(torch.cat(batches).cpu().numpy())
     return results | cross_entropy_at(model, batches, seed)
 
 
@@ -96,9 +103,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--text_column", default="text")
     parser.add_argument("--max_tokens", type=int, default=65536)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output_file", help="JSON file for the numbers")
     args = parser.parse_args(argv)
-    results = evaluate(args.checkpoint, args.data, args.max_tokens, args.text_column, args.seed)
+    results = evaluate(args.checkpoint, args.data, args.max_tokens, args.text_column, args.seed, args.device)
     print("\n| measure | value |\n|---|---|")
     for name, value in results.items():
         print(f"| {name} | {value:.4f} |" if isinstance(value, float) else f"| {name} | {value} |")

@@ -12,6 +12,7 @@ SIGKILL, continues from its newest checkpoint when the same command is given aga
 import argparse
 import json
 import os
+import random
 import shutil
 import sys
 import time
@@ -20,7 +21,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, parse_flag_from_env, set_seed
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedType,
+    GradientAccumulationPlugin,
+    ProjectConfiguration,
+    parse_flag_from_env,
+    set_seed,
+)
 from diffusers.optimization import get_scheduler
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -55,22 +63,21 @@ def read_data(config: TrainConfig) -> tuple[object, object, PreTrainedTokenizerB
     data = config.data
     train = load_documents(data.train, data, "train")
     if data.validation is None:
+        if data.streaming:
+            raise ValueError("a stream has no last documents to hold out; give `data.validation` or streaming=false.")
         held_out = max(1, int(len(train) * data.validation_fraction))
         if len(train) < 2:
             raise ValueError("one document cannot be split; give `data.validation` or more documents.")
-        train, validation = (
-            train.select(range(len(train) - held_out)),
-            train.select(range(len(train) - held_out, len(train))),
-        )
+        cut = len(train) - held_out
+        train, validation = train.select(range(cut)), train.select(range(cut, len(train)))
     else:
         validation = load_documents(data.validation, data, "validation")
     saved = Path(config.output_dir) / WORK / "tokenizer"
     if saved.is_dir():
         tokenizer = AutoTokenizer.from_pretrained(saved)
     else:
-        tokenizer = get_tokenizer(
-            config.tokenizer or config.init_from, config.tokenizer_vocab_size, train, data.text_column
-        )
+        name = config.tokenizer or config.init_from or config.codec_from
+        tokenizer = get_tokenizer(name, config.tokenizer_vocab_size, train, data.text_column)
     validation = tokenize_documents(validation, tokenizer, data.text_column, "validation text")
     if not data.streaming:
         train = tokenize_documents(train, tokenizer, data.text_column, "training text")
@@ -78,23 +85,36 @@ def read_data(config: TrainConfig) -> tuple[object, object, PreTrainedTokenizerB
 
 
 def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, source: str | None) -> TokComModel:
-    """A new model of the preset, or the one in `source`; raises when the tokenizer has another vocabulary."""
-    if source is None:
-        return TokComModel(TokComConfig.from_preset(config.model_preset, len(tokenizer), **config.model))
-    model = TokComModel.from_pretrained(source, dtype=torch.float32)
+    """The model in `source`, or a new one of the preset, with the codec of `config.codec_from` if that is given.
+
+    Raises `ValueError` when the tokenizer has another vocabulary.
+    """
+    if source is not None:
+        model = TokComModel.from_pretrained(source, dtype=torch.float32)
+    elif config.codec_from is not None:
+        donor = TokComModel.from_pretrained(config.codec_from, dtype=torch.float32)
+        channels = {"latent_channels": donor.config.codec_config.latent_channels}
+        transformer = {**config.model.get("transformer_config", {}), **channels}
+        overrides = {**config.model, "codec_config": channels, "transformer_config": transformer}
+        fields = TokComConfig.from_preset(config.model_preset, **overrides).to_dict()
+        model = TokComModel(TokComConfig(**{**fields, "codec_config": donor.config.codec_config.to_dict()}))
+        model.codec.load_state_dict(donor.codec.state_dict())
+    else:
+        model = TokComModel(TokComConfig.from_preset(config.model_preset, len(tokenizer), **config.model))
     if model.config.codec_config.vocab_size != len(tokenizer) + 1:
         raise ValueError(
-            f"the model in {source} has {model.config.codec_config.vocab_size} tokens (with its mask token) but the "
+            f"the model has {model.config.codec_config.vocab_size} tokens (with its mask token) but the "
             f"tokenizer has {len(tokenizer)}; use the tokenizer saved beside the model."
         )
     return model
 
 
 class Progress:
-    """What a checkpoint remembers besides weights: the step, the best validation loss, and running sums."""
+    """What a checkpoint remembers besides weights: counters, the best validation loss, and running sums."""
 
     def __init__(self):
-        self.step, self.best, self.train_loss, self.train_count, self.tokens = 0, float("inf"), 0.0, 0, 0
+        self.step, self.micro_batch, self.tokens = 0, 0, 0
+        self.best, self.train_loss, self.train_count = float("inf"), 0.0, 0
 
     def state_dict(self) -> dict:
         return dict(vars(self))
@@ -113,7 +133,10 @@ class StageTrainer:
         self.prefix = METRIC_PREFIX[stage]
         self.accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
-            gradient_accumulation_steps=self.options.gradient_accumulation_steps,
+            # windows left over at the end of an epoch count towards the next step, so a step has one size
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=self.options.gradient_accumulation_steps, sync_with_dataloader=False
+            ),
             log_with=None if config.report_to == "none" else config.report_to,
             project_config=ProjectConfiguration(str(self.directory), logging_dir=str(self.directory / "logs")),
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
@@ -132,7 +155,8 @@ class StageTrainer:
                 "they would overwrite each other; on CPU set ACCELERATE_USE_CPU=true (accelerate_configs/cpu_2proc.yaml)."
             )
 
-    def _prepare(self, model: TokComModel, train, validation) -> None:
+    def _loaders(self, model: TokComModel, train, validation) -> DataLoader:
+        """Build the data loaders; raises `ValueError` when a window does not fit the model or a batch the data."""
         config, options = self.config, self.options
         chunk_size = model.config.codec_config.chunk_size
         longest = model.config.transformer_config.max_position_embeddings * chunk_size
@@ -141,18 +165,28 @@ class StageTrainer:
                 f"`{self.stage}.sequence_length` ({options.sequence_length}) is longer than the model's maximum of "
                 f"{longest} tokens; shorten it or raise transformer_config.max_position_embeddings."
             )
-        if isinstance(train, np.ndarray):
-            dataset = PackedDataset(train, options.sequence_length, chunk_size, config.seed, training=True)
-        else:
-            dataset = StreamingPackedDataset(
-                train, self.tokenizer, config.data.text_column, options.sequence_length, chunk_size, config.seed,
-                config.data.shuffle_buffer,
-            )  # fmt: skip
-        held_out = PackedDataset(validation, options.sequence_length, chunk_size, config.seed, training=False)
-        streaming = isinstance(dataset, torch.utils.data.IterableDataset)
-        batch_size = options.batch_size if streaming else min(options.batch_size, len(dataset))
-        loader = DataLoader(dataset, batch_size, shuffle=not streaming, drop_last=True, num_workers=config.num_workers)
+        sizes = (options.sequence_length, chunk_size, config.seed)
+        held_out = PackedDataset(validation, *sizes, training=False)
         self.validation_loader = DataLoader(held_out, options.batch_size)
+        if not isinstance(train, np.ndarray):
+            column, buffer = config.data.text_column, config.data.shuffle_buffer
+            self.dataset = StreamingPackedDataset(train, self.tokenizer, column, *sizes, buffer)
+            return DataLoader(self.dataset, options.batch_size, drop_last=True, num_workers=config.num_workers)
+        self.dataset = PackedDataset(train, *sizes, training=True)
+        wanted = options.batch_size * self.accelerator.num_processes
+        if len(self.dataset) < wanted:
+            raise ValueError(
+                f"the training text gives {len(self.dataset)} windows of {options.sequence_length} tokens, fewer than one "
+                f"batch of {options.batch_size} on {self.accelerator.num_processes} process(es); lower "
+                f"{self.stage}.batch_size or {self.stage}.sequence_length, or give more text."
+            )
+        return DataLoader(
+            self.dataset, options.batch_size, shuffle=True, drop_last=True, num_workers=config.num_workers
+        )
+
+    def _prepare(self, model: TokComModel, train, validation) -> None:
+        options = self.options
+        loader = self._loaders(model, train, validation)
         matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
         vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
         groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
@@ -164,6 +198,11 @@ class StageTrainer:
         self.progress, self.ema = Progress(), None
         self.accelerator.register_for_checkpointing(self.lr_scheduler, self.progress)
         if options.ema_half_life:
+            if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+                raise ValueError(
+                    f"`{self.stage}.ema_half_life` ({options.ema_half_life}) cannot average the shards of DeepSpeed; "
+                    f"set {self.stage}.ema_half_life=0 or use accelerate_configs/fsdp2.yaml."
+                )
             decay = decay_from_half_life(options.ema_half_life * options.max_steps)
             # EMAModel starts with a short memory and lengthens it, so early weights do not linger
             self.ema = ShardedEMAModel(self.module.parameters(), decay=decay, foreach=True)
@@ -201,64 +240,74 @@ class StageTrainer:
         return self.directory / "best"
 
     def _epoch(self):
-        """Batches of the current epoch from where the step counter stands."""
-        accumulation = self.options.gradient_accumulation_steps
+        """Batches from where `progress.micro_batch` stands to the end of that epoch."""
         try:
-            steps_per_epoch = max(1, len(self.loader) // accumulation)
-        except TypeError:  # a stream: its length is found by reading it
-            yield from self._stream_epoch(accumulation)
+            epoch, done = divmod(self.progress.micro_batch, len(self.loader))
+        except TypeError:  # a stream: its length is known only by reading it
+            yield from self._stream()
             return
-        epoch, done = divmod(self.progress.step, steps_per_epoch)
         self.loader.set_epoch(epoch)
-        loader = self.accelerator.skip_first_batches(self.loader, done * accumulation) if done else self.loader
-        for index, batch in enumerate(loader):
-            if index == (steps_per_epoch - done) * accumulation:
-                return
-            yield batch
+        self.dataset.set_epoch(epoch)  # the loaders of several processes do not pass it on
+        yield from self.accelerator.skip_first_batches(self.loader, done) if done else self.loader
 
-    def _stream_epoch(self, accumulation: int):
-        """A stream is one long pass: epoch after epoch, skipping what was already seen."""
-        seen, epoch = self.progress.step * accumulation, 0
+    def _stream(self):
+        """Epoch after epoch of a stream, passing over what was already seen."""
+        seen, epoch = self.progress.micro_batch, 0
         while True:
             self.loader.set_epoch(epoch)
-            count = 0
+            self.dataset.set_epoch(epoch)
+            empty = True
             for batch in self.loader:
-                count += 1
+                empty = False
                 if seen:
                     seen -= 1
-                    continue
-                yield batch
-            if count == 0:
-                raise ValueError("the data stream gave no full batch; use a smaller batch_size or more text.")
+                else:
+                    yield batch
+            if empty:
+                raise ValueError(
+                    f"the data stream gave no full batch; lower {self.stage}.batch_size or give more text."
+                )
             epoch += 1
 
-    def _seed_step(self, micro: int) -> None:
-        """Noise depends on (seed, stage, step, micro-batch, rank) alone, which makes a resumed run exact."""
-        words = [self.config.seed, self.stage == "flow", self.progress.step, micro, self.accelerator.process_index]
+    def _seed_step(self) -> None:
+        """Noise depends on (seed, stage, micro-batch, rank) alone, which makes a resumed run exact.
+
+        Python's generator, which decides what all processes must do alike, leaves the rank out.
+        """
+        words = [self.config.seed, self.stage == "flow", self.progress.micro_batch]
+        random.seed(int(np.random.SeedSequence(words).generate_state(1)[0]))
+        words.append(self.accelerator.process_index)
         torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))
 
     def _step(self, batch: dict[str, torch.Tensor], bar: tqdm) -> None:
         accelerator, progress = self.accelerator, self.progress
         self.model.train()
-        self._seed_step(len(self.pending))
+        self._seed_step()
         with accelerator.accumulate(self.model):
             output = self.model(**batch)
             accelerator.backward(output.loss)
-            if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(self.model.parameters(), self.options.max_grad_norm)
             self.pending.append(output)
-            mean = self._reduced("loss") if accelerator.sync_gradients else 0.0
-            if not np.isfinite(mean):
-                raise NonFiniteLossError(
-                    f"loss is {mean} at {self.stage} step {progress.step + 1}; stopped without saving. The last good "
-                    f"checkpoint is {self._newest_checkpoint() or 'none yet'}. Lower {self.stage}.learning_rate "
-                    f"({self.options.learning_rate}) or use mixed_precision=bf16, then run the same command again."
-                )
+            mean = 0.0
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(self.model.parameters(), self.options.max_grad_norm)
+                mean = self._reduced("loss")
+                self._check_finite("loss", mean)
+                if accelerator.scaler is None and norm is not None:  # a loss scaler expects overflows and skips them
+                    self._check_finite("gradient norm", float(norm))
             self.optimizer.step()
             self.optimizer.zero_grad()
+        progress.micro_batch += 1
         progress.tokens += batch["input_ids"].numel() * accelerator.num_processes
         if accelerator.sync_gradients:
             self._after_update(mean, bar)
+
+    def _check_finite(self, name: str, value: float) -> None:
+        if not np.isfinite(value):
+            raise NonFiniteLossError(
+                f"{name} is {value} at {self.stage} step {self.progress.step + 1}; stopped without saving. The last good "
+                f"checkpoint is {self._newest_checkpoint() or 'none yet'}. Lower {self.stage}.learning_rate "
+                f"({self.options.learning_rate}) or use mixed_precision=bf16, then run the same command again."
+            )
 
     def _reduced(self, name: str) -> float:
         """Mean of one output over micro-batches and processes."""
@@ -317,8 +366,7 @@ class StageTrainer:
         if self.stage == "flow":
             metrics["diffusion/val_ce_loss"], metrics["diffusion/val_mse_loss"] = values["ce_loss"], values["mse_loss"]
         progress.train_loss, progress.train_count = 0.0, 0
-        if not np.isfinite(values["loss"]):
-            raise NonFiniteLossError(f"validation loss is {values['loss']} at {self.stage} step {progress.step}.")
+        self._check_finite("validation loss", values["loss"])
         improved = values["loss"] < progress.best
         if improved:
             progress.best = values["loss"]
@@ -326,12 +374,15 @@ class StageTrainer:
         accelerator.log(metrics, step=progress.step)
         summary = ", ".join(f"{k.split('/')[1]} {v:.4f}" for k, v in metrics.items())
         bar.write(f"{self.stage} step {progress.step}: {summary}")
-        if improved:
-            self._export(self.directory / "best")
-        if accelerator.is_main_process and self.config.num_samples:
-            self._log_samples(module)
+        copy = self._full_copy()
         if self.ema:
             self.ema.restore(module.parameters())
+        if accelerator.is_main_process:
+            if improved:
+                export_repository(copy, self.tokenizer, self.directory / "best")
+            if self.config.num_samples:
+                self._log_samples(copy)
+        accelerator.wait_for_everyone()
 
     def _log_samples(self, module: TokComModel) -> None:
         step, count = self.progress.step, self.config.num_samples
@@ -394,15 +445,14 @@ class StageTrainer:
         self.accelerator.load_state(str(newest))
         self.accelerator.print(f"resumed {self.stage} from {newest}")
 
-    def _export(self, directory: Path) -> None:
-        """Write the current weights as a Hub repository; gathers shards, so every rank calls it."""
+    def _full_copy(self) -> TokComModel | None:
+        """The current weights as an ordinary model on the main process; gathers shards, so every rank calls it."""
         state = self.accelerator.get_state_dict(self.model)
-        if self.accelerator.is_main_process:
-            with torch.device("cpu"):
-                model = TokComModel(TokComConfig.from_dict(self.module.config.to_dict()))
-            model.load_state_dict({name: value.float() for name, value in state.items()})
-            export_repository(model, self.tokenizer, directory)
-        self.accelerator.wait_for_everyone()
+        if not self.accelerator.is_main_process:
+            return None
+        model = TokComModel(TokComConfig.from_dict(self.module.config.to_dict()))
+        model.load_state_dict({name: value.float() for name, value in state.items()})
+        return model.eval()
 
 
 def export_repository(model: TokComModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
@@ -441,15 +491,40 @@ def first_tokens(train, tokenizer: PreTrainedTokenizerBase, text_column: str, co
     return tokenize_documents(rows, tokenizer, text_column, "a sample for latent statistics")[:count]
 
 
+def check_same_run(config: TrainConfig, file: Path) -> None:
+    """Compare with what `output_dir` was started with; other weights or data cannot be continued."""
+    if not file.is_file():
+        return
+    started, now = json.loads(file.read_text()), json.loads(json.dumps(config, default=vars))
+    for key in (
+        "model_preset",
+        "model",
+        "tokenizer",
+        "tokenizer_vocab_size",
+        "init_from",
+        "codec_from",
+        "seed",
+        "data",
+    ):
+        if started.get(key) != now[key]:
+            raise ValueError(
+                f"{config.output_dir} was started with {key}={started.get(key)!r}, now it is {now[key]!r}; "
+                "choose another output_dir."
+            )
+
+
 def run(config: TrainConfig) -> Path:
     """Run the stages that `config.stage` asks for; returns `output_dir`, a Hub repository."""
     output = Path(config.output_dir)
     check_tracker(config.report_to)
+    check_same_run(config, output / WORK / "train_config.json")
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     with state.main_process_first():
         train, validation, tokenizer = read_data(config)
-        if state.is_main_process:
-            tokenizer.save_pretrained(output / WORK / "tokenizer")
+        if state.is_main_process and not (output / WORK / "tokenizer").is_dir():
+            tokenizer.save_pretrained(output / WORK / "tokenizer.tmp")
+            (output / WORK / "tokenizer.tmp").rename(output / WORK / "tokenizer")
+            (output / WORK / "train_config.json").write_text(json.dumps(config, default=vars, indent=2) + "\n")
     set_seed(config.seed)
     source = config.init_from
     for stage in ("codec", "flow") if config.stage == "all" else (config.stage,):
@@ -468,7 +543,6 @@ def run(config: TrainConfig) -> Path:
         source = str(final)
     if state.is_main_process:
         shutil.copytree(source, output, dirs_exist_ok=True)
-        (output / "train_config.json").write_text(json.dumps(config, default=vars, indent=2) + "\n")
         print(f"model written to {output}")
         if config.push_to_hub:
             TokComPipeline.from_pretrained(output).push_to_hub(config.hub_model_id or output.name)

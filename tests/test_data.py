@@ -65,8 +65,14 @@ def test_trained_tokenizer_round_trips_any_text():
 
 def test_documents_are_separated_by_eos():
     tokenizer = train_tokenizer(TEXTS, 300)
-    tokens = tokenize_documents([{"text": t} for t in TEXTS] + [{"text": None}], tokenizer, "text", "x")
+    tokens = tokenize_documents([{"text": t} for t in [*TEXTS, " "]], tokenizer, "text", "x")
     assert (tokens == tokenizer.eos_token_id).sum() == 2 and tokens[-1] == tokenizer.eos_token_id
+
+
+def test_a_record_without_text_is_named_and_not_dropped():
+    tokenizer = train_tokenizer(TEXTS, 300)
+    with pytest.raises(ValueError, match="record 1 has no text in field 'text'"):
+        tokenize_documents([{"text": "a"}, {"text": None}], tokenizer, "text", "x")
 
 
 def test_an_epoch_covers_the_corpus_from_a_new_offset():

@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import subprocess
@@ -26,8 +27,10 @@ QUICK = [
 
 
 def quick(tmp_path, *overrides):
+    brought = any(o.startswith("init_from=") for o in overrides)  # then the model's configuration comes along
+    base = [o for o in QUICK if not (brought and o.startswith("model."))]
     data = [f"data.train={ROOT}/sample_data/stories_validation.jsonl", "data.validation=null"]
-    return load_train_config("debug", [*QUICK, *data, f"output_dir={tmp_path}/out", *overrides])
+    return load_train_config("debug", [*base, *data, f"output_dir={tmp_path}/out", *overrides])
 
 
 def test_one_batch_overfits_end_to_end(tokenizer, stories):
@@ -95,41 +98,67 @@ def test_checkpoints_rotate_and_the_best_is_kept(tmp_path):
 def launch(output, *extra):
     command = [sys.executable, str(ROOT / "train_accelerate.py"), "--preset", "debug", *QUICK, f"output_dir={output}"]
     data = [f"data.train={ROOT}/sample_data/stories_validation.jsonl", "data.validation=null"]
-    steps = ["flow.max_steps=300", "flow.checkpoint_steps=20", "flow.gradient_accumulation_steps=2", *extra]
+    steps = ["flow.max_steps=120", "flow.checkpoint_steps=10", "flow.gradient_accumulation_steps=2"]
+    steps += ["flow.batch_size=24", *extra]  # 12.5 steps an epoch: the kill comes in a later one
     env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
     return subprocess.Popen(
         [*command, *data, *steps], cwd=output.parent, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
 
 
-def test_killed_and_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(tmp_path):
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_killed_and_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(tmp_path, streaming):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert launch(whole).wait(300) == 0
-    process = launch(broken)
-    while not (broken / "work" / "flow" / "checkpoint-60").is_dir():
+    extra = [f"data.streaming={streaming}"]
+    if streaming == "true":
+        extra += [f"data.validation={ROOT}/sample_data/stories_validation.jsonl", "flow.max_steps=60"]
+    assert launch(whole, *extra).wait(300) == 0
+    process = launch(broken, *extra)
+    while not list((broken / "work" / "flow").glob("checkpoint-[3-9]0")):
         assert process.poll() is None, "training ended before it could be killed"
         time.sleep(0.01)
     time.sleep(0.1)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and not (broken / "model.safetensors").exists()
-    assert launch(broken).wait(300) == 0
+    assert launch(broken, *extra).wait(300) == 0
     first, second = load_file(whole / "model.safetensors"), load_file(broken / "model.safetensors")
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_two_processes_train_one_model(tmp_path):
-    """A gloo group of two: different batches, one set of weights, one repository."""
+SPY = """
+import json, os, sys
+import train_accelerate
+from modeling_tokcom import TokComModel
+forward = TokComModel.forward
+def spy(self, input_ids, attention_mask=None, timestep=None):
+    if self.training:
+        with open(sys.argv[1] + os.environ["RANK"], "a") as file:
+            weights = sum(p.double().sum().item() for p in self.parameters())
+            file.write(json.dumps([input_ids[:, 0].tolist(), input_ids.sum().item(), weights]) + "\\n")
+    return forward(self, input_ids, attention_mask, timestep)
+TokComModel.forward = spy
+train_accelerate.main(sys.argv[2:])
+"""
+
+
+def test_two_processes_see_different_windows_and_keep_one_set_of_weights(tmp_path):
+    (tmp_path / "spy.py").write_text(SPY.replace("\\\\", "\\"))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
     command += [str(ROOT / "accelerate_configs" / "cpu_2proc.yaml"), "--main_process_port", "0"]
-    command += [str(ROOT / "train_accelerate.py"), "--preset", "debug", *QUICK, "--output_dir", str(tmp_path / "out")]
-    env = dict(os.environ, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
+    command += [str(tmp_path / "spy.py"), str(tmp_path / "seen"), "--preset", "debug", *QUICK]
+    command += [f"data.train={ROOT}/sample_data/stories_validation.jsonl", "data.validation=null"]
+    command += ["stage=codec", "codec.batch_size=100", "--output_dir", str(tmp_path / "out")]  # 3 steps an epoch
+    env = dict(os.environ, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", PYTHONPATH=str(ROOT))
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    progress = torch.load(
-        next((tmp_path / "out" / "work" / "flow" / "checkpoint-6").glob("custom_checkpoint_1.pkl")), weights_only=False
-    )
-    assert progress["tokens"] == 6 * 2 * 4 * 32  # steps x processes x rows x tokens
-    assert TokComPipeline.from_pretrained(tmp_path / "out").model.config.stage == "flow"
+    first, second = ([json.loads(line) for line in open(tmp_path / f"seen{rank}")] for rank in "01")
+    assert len(first) == len(second) == 6
+    for a, b in zip(first, second):
+        assert a[:2] != b[:2] and a[2] == b[2]
+    assert first[0][2] != first[-1][2]
+    epochs = [sorted(sum((row[0] for row in rank[k : k + 3]), [])) for rank in (first, second) for k in (0, 3)]
+    assert epochs[0] != epochs[1] and epochs[2] != epochs[3]  # new offsets in the second epoch
+    assert TokComPipeline.from_pretrained(tmp_path / "out").model.config.stage == "codec"
 
 
 def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
@@ -155,6 +184,22 @@ def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch
     run(quick(tmp_path, "stage=codec"))  # the same command continues from there
 
 
+def test_infinite_gradient_stops_before_the_weights_change(tmp_path, monkeypatch):
+    forward, calls = TokComModel.forward, []
+
+    def poisoned(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        calls.append(1)
+        if len(calls) == 2:
+            self.codec.embed_tokens.weight.register_hook(lambda grad: grad * float("inf"))
+        return output
+
+    monkeypatch.setattr(TokComModel, "forward", poisoned)
+    with pytest.raises(NonFiniteLossError, match="gradient norm is (nan|inf)"):
+        run(quick(tmp_path, "stage=codec"))
+    assert not list((tmp_path / "out" / "work" / "codec").glob("checkpoint-*"))
+
+
 def test_gradient_accumulation_equals_one_large_batch(tmp_path, monkeypatch):
     """Without noise (dropouts off, no posterior) two half batches give the update of one whole batch."""
     off = [f"model.codec_config.{n}=0.0" for n in ("token_dropout", "latent_dropout", "kl_weight")]
@@ -177,11 +222,33 @@ def _unpadded(self, index):
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def test_flow_starts_from_another_models_codec(tmp_path):
+@pytest.mark.parametrize("how", ["init_from", "codec_from"])
+def test_flow_starts_from_another_models_codec(tmp_path, how):
     first = run(quick(tmp_path, "stage=codec"))
-    again = quick(tmp_path, "stage=flow", f"init_from={first}", f"output_dir={tmp_path}/second")
-    state, codec = load_file(run(again) / "model.safetensors"), load_file(first / "model.safetensors")
+    options = ["stage=flow", f"{how}={first}", f"output_dir={tmp_path}/second"]
+    if how == "codec_from":
+        options.append("model.transformer_config.num_hidden_layers=3")
+    second = run(quick(tmp_path, *options))
+    state, codec = load_file(second / "model.safetensors"), load_file(first / "model.safetensors")
     assert all(torch.equal(state[name], value) for name, value in codec.items() if name.startswith("codec."))
+    layers = TokComModel.from_pretrained(second).config.transformer_config.num_hidden_layers
+    assert layers == (3 if how == "codec_from" else 1)
+
+
+def test_an_output_directory_belongs_to_one_model_and_one_text(tmp_path):
+    run(quick(tmp_path, "stage=codec"))
+    with pytest.raises(ValueError, match="was started with seed=0, now it is 1"):
+        run(quick(tmp_path, "stage=codec", "seed=1"))
+
+
+def test_too_little_text_for_a_batch_is_named(tmp_path):
+    with pytest.raises(ValueError, match="windows of 32 tokens, fewer than one batch of 5000.*batch_size"):
+        run(quick(tmp_path, "codec.batch_size=5000"))
+
+
+def test_a_stream_needs_its_own_validation_text(tmp_path):
+    with pytest.raises(ValueError, match="hold out"):
+        run(quick(tmp_path, "data.streaming=true"))
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in PRESET_DIR.glob("*.yaml")))
@@ -199,6 +266,10 @@ def test_training_presets_are_valid(name):
         (["stage=vae"], "'vae'"),
         (["flow.batch_size=0"], r"flow.batch_size.*\(0\)"),
         (["report_to=paper"], "'paper'"),
+        (["flow.eval_steps=0"], r"flow.eval_steps.*\(0\)"),
+        (["init_from=x", "model.noise_std=2.0"], "init_from.*model"),
+        (["codec_from=x"], "stage=flow"),
+        (["data.train=null"], "data.train"),
     ],
 )
 def test_bad_training_keys_are_named(overrides, message):

@@ -53,7 +53,8 @@ class TrainConfig:
 
     model_preset: str = "debug"
     model: dict[str, Any] = field(default_factory=dict)  # overrides of the preset, same keys as config.json
-    init_from: str | None = None  # model directory or Hub id to start from (for example to reuse its codec)
+    init_from: str | None = None  # model directory or Hub id whose weights and configuration training starts from
+    codec_from: str | None = None  # model directory or Hub id whose codec a new transformer is trained for
     tokenizer: str | None = None  # any AutoTokenizer; None trains a BPE tokenizer on the data
     tokenizer_vocab_size: int = 512
     stage: str = "all"  # codec, flow or all
@@ -80,11 +81,17 @@ class TrainConfig:
             raise ValueError(f"`report_to` ({self.report_to!r}) must be tensorboard, wandb, trackio or none.")
         if not self.data.train:
             raise ValueError("no training text; give `data.train` a file, a folder or the name of a Hub dataset.")
+        if self.init_from and (self.codec_from or self.model):
+            raise ValueError(
+                f"`init_from` ({self.init_from}) brings its own configuration; remove `model.*` and `codec_from`, or "
+                "use codec_from alone to train a new transformer."
+            )
+        if self.codec_from and (self.stage != "flow" or "codec_config" in self.model):
+            raise ValueError("`codec_from` reuses a finished codec: set stage=flow and no model.codec_config.*.")
         for name in ("codec", "flow"):
-            stage = getattr(self, name)
-            for key in ("max_steps", "batch_size", "gradient_accumulation_steps", "sequence_length"):
-                if getattr(stage, key) < 1:
-                    raise ValueError(f"`{name}.{key}` ({getattr(stage, key)}) must be at least 1.")
+            for key, value in vars(getattr(self, name)).items():
+                if isinstance(value, int) and key != "warmup_steps" and value < 1:
+                    raise ValueError(f"`{name}.{key}` ({value}) must be at least 1.")
 
 
 def _build(cls: type, values: dict[str, Any], prefix: str = "") -> Any:

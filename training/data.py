@@ -112,22 +112,31 @@ def tokenize_document(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int
     return [*start, *ids, tokenizer.eos_token_id]
 
 
+def tokenize_rows(
+    documents: Iterable[dict], tokenizer: PreTrainedTokenizerBase, text_column: str
+) -> Iterator[list[int]]:
+    """Ids of every document that is not blank; raises `ValueError` on a record whose text is missing."""
+    for index, row in enumerate(documents):
+        text = row[text_column]
+        if not isinstance(text, str):
+            raise ValueError(f"record {index} has no text in field {text_column!r} ({text!r}); repair or remove it.")
+        if text.strip():
+            yield tokenize_document(tokenizer, text)
+
+
 def tokenize_documents(
     documents: Iterable[dict], tokenizer: PreTrainedTokenizerBase, text_column: str, desc: str
 ) -> np.ndarray:
     """All documents as one array of ids `(tokens,)`."""
-    pieces = [
-        np.asarray(tokenize_document(tokenizer, row[text_column]), dtype=np.int32)
-        for row in tqdm(documents, desc=f"tokenizing {desc}", unit="doc")
-        if row[text_column] and row[text_column].strip()
-    ]
+    rows = tqdm(documents, desc=f"tokenizing {desc}", unit="doc")
+    pieces = [np.asarray(ids, dtype=np.int32) for ids in tokenize_rows(rows, tokenizer, text_column)]
     return np.concatenate(pieces)
 
 
 class PackedDataset(torch.utils.data.Dataset):
     """Windows of `sequence_length` tokens over the packed documents, from a random offset per epoch.
 
-    One window in four has its first 1..K-1 tokens masked as padding: that is how a prompt whose length is no multiple
+    One window in four has its first 0..K-1 tokens masked as padding: that is how a prompt whose length is no multiple
     of K arrives. A corpus shorter than a window gives one window padded at the end.
     """
 
@@ -155,7 +164,7 @@ class PackedDataset(torch.utils.data.Dataset):
         start = int(offset) + index * self.length
         window = self.tokens[start : start + self.length]
         generator = np.random.default_rng((self.seed, self.epoch, index))
-        left = int(generator.integers(self.chunk_size)) if self.training and generator.random() < 0.25 else 0
+        left = _left_padding(generator, self.chunk_size) if self.training else 0
         return _window(window, self.length, left)
 
 
@@ -180,14 +189,19 @@ class StreamingPackedDataset(torch.utils.data.IterableDataset):
         documents = self.documents.shuffle(seed=self.seed + self.epoch, buffer_size=self.shuffle_buffer)
         buffer: list[int] = []
         skip = int(generator.integers(self.length))
-        for row in documents:
-            if row[self.text_column] is None:
-                continue
-            buffer.extend(tokenize_document(self.tokenizer, row[self.text_column]))
-            while len(buffer) >= self.length + skip:
-                left = int(generator.integers(self.chunk_size)) if generator.random() < 0.25 else 0
-                yield _window(np.asarray(buffer[skip : skip + self.length], dtype=np.int32), self.length, left)
-                buffer, skip = buffer[skip + self.length :], 0
+        for ids in tokenize_rows(documents, self.tokenizer, self.text_column):
+            buffer.extend(ids)
+            start = skip
+            while len(buffer) >= start + self.length:
+                left = _left_padding(generator, self.chunk_size)
+                yield _window(np.asarray(buffer[start : start + self.length], dtype=np.int32), self.length, left)
+                start, skip = start + self.length, 0
+            buffer = buffer[start if skip == 0 else 0 :]
+
+
+def _left_padding(generator: np.random.Generator, chunk_size: int) -> int:
+    """0 for three windows in four, otherwise 0..K-1."""
+    return int(generator.integers(chunk_size)) if generator.random() < 0.25 else 0
 
 
 def _window(ids: np.ndarray, length: int, left_padding: int) -> dict[str, torch.Tensor]:
