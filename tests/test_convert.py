@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from convert_tokcom import load_published_pipeline, main
 from inference import main as inference
@@ -175,6 +177,43 @@ def test_converted_modes_give_the_published_latents(checkpoint, converted):
     mixed = 0.5 * noise + 0.5 * context.latents.repeat(1, 3, 1)
     denoised = converted._sample(mixed, num_inference_steps=5, sigma_start=0.5)
     torch.testing.assert_close(denoised, published_euler(denoiser, mixed, 10, t0=0.5), **close)
+
+
+@pytest.fixture(scope="module")
+def with_tokenizer(checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("with_tokenizer")
+    vocabulary = {"<pad>": 0, "</s>": 1} | {f"w{i}": i for i in range(2, V - 1)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>").save_pretrained(folder / "tokenizer")
+    config = checkpoint["config"] | {"tokenizer_path": str(folder / "tokenizer")}
+    torch.save(checkpoint | {"config": config}, folder / "best_diffusion.pt")
+    main([str(folder / "best_diffusion.pt"), str(folder / "out")])
+    pipe = TokComPipeline.from_pretrained(folder / "out")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@torch.no_grad()
+def test_text_modes_of_a_converted_model_are_the_published_ones(checkpoint, with_tokenizer):
+    vae, denoiser = checkpoint["vae_model_state_dict"], checkpoint["denoised_model_state_dict"]
+    pipe, ids = with_tokenizer, torch.tensor([[5, 9, 13, 2, 40, 41, 7]])
+    text = " ".join(f"w{i}" for i in ids[0].tolist())
+    padded = torch.cat((ids, torch.tensor([[1]])), dim=1)  # the published padding is EOS, at the end
+    latents = published_encode(vae, padded)
+    close = dict(atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(pipe.encode(text).latents, latents, **close)
+    assert torch.equal(pipe.reconstruct(text).sequences, published_decode(vae, latents).argmax(-1))
+
+    noise = 0.05 * torch.randn(1, 2, D, generator=torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(3)
+    denoised = pipe.denoise_reconstruct(text, 0.5, num_inference_steps=10, generator=generator).latents
+    torch.testing.assert_close(denoised, published_euler(denoiser, 0.5 * noise + 0.5 * latents, 10, t0=0.5), **close)
+
+    prompt = " ".join(f"w{i}" for i in ids[0, :4].tolist())
+    continued = pipe(prompt, gen_length=8, num_inference_steps=10, latents=noise, output_type="latent").latents
+    keep = published_encode(vae, ids[:, :4])
+    torch.testing.assert_close(continued, published_euler(denoiser, noise, 10, keep=keep), **close)
 
 
 def test_noise_and_configuration_come_from_the_file(converted):

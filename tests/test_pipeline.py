@@ -141,6 +141,24 @@ def test_guidance_of_one_is_off_and_two_extrapolates_from_the_unconditional(buil
     torch.testing.assert_close(one_step(guidance_scale=3.0), free + 3 * (conditional - free), atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("transformer_config", FORMS)
+def test_each_step_is_conditioned_on_the_estimate_of_the_step_before(build, transformer_config):
+    pipe = build(transformer_config=transformer_config)
+    given, returned, denoise = [], [], pipe.model.denoise
+
+    def spy(latents, timestep, *args, **kwargs):
+        output = denoise(latents, timestep, *args, **kwargs)
+        previous = args[2] if len(args) > 2 else None  # position_ids, attention_mask, self_condition
+        given.append(None if previous is None else previous[:, -2:])
+        returned.append(output.latents[:, -2:])
+        return output
+
+    pipe.model.denoise = spy
+    pipe.generate(num_chunks=2, num_inference_steps=3, generator=seeded())
+    assert given[0] is None
+    assert torch.equal(given[1], returned[0]) and torch.equal(given[2], returned[1])
+
+
 def test_text_longer_than_the_window_is_generated_with_a_bounded_cache(build):
     pipe = build(transformer_config={"block_size": 2, "max_position_embeddings": 8})
     seen = []
