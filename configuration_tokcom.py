@@ -114,7 +114,8 @@ class TokComTransformerConfig(PreTrainedConfig):
 
     Args:
         latent_channels (`int`): C, equal to the codec's.
-        max_position_embeddings (`int`): the longest sequence in latents that training sees; longer input is an error.
+        max_position_embeddings (`int`): the longest sequence in latents that training sees. Longer prompts are an error;
+            block-causal generation goes on over a window of this size.
         num_position_axes (`int`): A, the axes of `position_ids (B, N, A)` among which a head's channels are split.
         conditioning_size (`int`): width of the timestep embedding that feeds adaLN.
         timestep_scale (`float`): factor on t before the sinusoids. 1000 tells neighbouring times apart; the published
@@ -323,8 +324,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "transformer_config": {
             **dict(latent_channels=64, hidden_size=256, intermediate_size=704, num_hidden_layers=6),
             **dict(num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128),
-            **dict(conditioning_size=128, block_size=2),
+            **dict(conditioning_size=128, block_size=1),
         },
+        "ce_weight": 0.3,
     },
     "debug": {
         "codec_config": {

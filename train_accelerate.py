@@ -84,23 +84,33 @@ def read_data(config: TrainConfig) -> tuple[object, object, PreTrainedTokenizerB
     return train, validation, tokenizer
 
 
-def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, source: str | None) -> TokComModel:
-    """The model in `source`, or a new one of the preset, with the codec of `config.codec_from` if that is given.
+def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> TokComModel:
+    """A new model of the preset, or one that starts from `init_from` (all weights) or `codec_from` (the codec's).
 
-    Raises `ValueError` when the tokenizer has another vocabulary.
+    `config.model` overrides the preset's configuration, or that of `init_from`. Raises `ValueError` when weights do not
+    fit the configuration or the tokenizer has another vocabulary.
     """
-    if source is not None:
-        model = TokComModel.from_pretrained(source, dtype=torch.float32)
-    elif config.codec_from is not None:
-        donor = TokComModel.from_pretrained(config.codec_from, dtype=torch.float32)
-        channels = {"latent_channels": donor.config.codec_config.latent_channels}
-        transformer = {**config.model.get("transformer_config", {}), **channels}
-        overrides = {**config.model, "codec_config": channels, "transformer_config": transformer}
-        fields = TokComConfig.from_preset(config.model_preset, **overrides).to_dict()
-        model = TokComModel(TokComConfig(**{**fields, "codec_config": donor.config.codec_config.to_dict()}))
-        model.codec.load_state_dict(donor.codec.state_dict())
-    else:
+    donor = config.init_from or config.codec_from
+    if donor is None:
         model = TokComModel(TokComConfig.from_preset(config.model_preset, len(tokenizer), **config.model))
+    else:
+        source = TokComModel.from_pretrained(donor, dtype=torch.float32)
+        codec = source.config.codec_config.to_dict()
+        if config.init_from:
+            fields = source.config.to_dict()
+        else:
+            fields = TokComConfig.from_preset(config.model_preset).to_dict()
+            fields["transformer_config"]["latent_channels"] = codec["latent_channels"]
+        fields["codec_config"] = codec
+        for key, value in config.model.items():
+            fields[key] = {**fields[key], **value} if isinstance(value, dict) else value
+        model = TokComModel(TokComConfig(**fields))
+        weights = source.state_dict() if config.init_from else source.codec.state_dict()
+        try:
+            (model if config.init_from else model.codec).load_state_dict(weights)
+        except RuntimeError as error:
+            problem = str(error).splitlines()[1].strip()
+            raise ValueError(f"the weights of {donor} do not fit the overrides in `model`: {problem}") from error
     if model.config.codec_config.vocab_size != len(tokenizer) + 1:
         raise ValueError(
             f"the model has {model.config.codec_config.vocab_size} tokens (with its mask token) but the "
@@ -526,11 +536,14 @@ def run(config: TrainConfig) -> Path:
             (output / WORK / "tokenizer.tmp").rename(output / WORK / "tokenizer")
             (output / WORK / "train_config.json").write_text(json.dumps(config, default=vars, indent=2) + "\n")
     set_seed(config.seed)
-    source = config.init_from
+    source = None
     for stage in ("codec", "flow") if config.stage == "all" else (config.stage,):
         final = output / WORK / stage / "final"
         if not (final / "config.json").is_file():
-            model = build_model(config, tokenizer, source)
+            if source is None:
+                model = build_model(config, tokenizer)
+            else:
+                model = TokComModel.from_pretrained(source, dtype=torch.float32)
             trainer = StageTrainer(config, stage, model, tokenizer, train, validation)
             best = trainer.train()
             if trainer.accelerator.is_main_process:

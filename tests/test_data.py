@@ -45,6 +45,21 @@ def test_several_sources_are_joined(files):
     assert len(documents) == 4
 
 
+def test_a_name_that_is_no_file_is_asked_of_the_hub(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(*args, **kwargs):
+        asked.append((args, kwargs))
+        return datasets.Dataset.from_dict({"text": TEXTS})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    config = DataConfig(name="wikitext-2-raw-v1")
+    assert len(load_documents("Salesforce/wikitext", config, "validation")) == 2
+    assert asked == [(("Salesforce/wikitext", "wikitext-2-raw-v1"), {"split": "validation", "streaming": False})]
+
+
 def test_missing_field_empty_data_and_unknown_files_are_named(files):
     with pytest.raises(ValueError, match="no field 'body'.*text, title.*data.text_column"):
         load_documents(str(files / "a.jsonl"), DataConfig(text_column="body"), "train")

@@ -235,6 +235,17 @@ def test_flow_starts_from_another_models_codec(tmp_path, how):
     assert layers == (3 if how == "codec_from" else 1)
 
 
+def test_a_model_goes_on_under_other_settings_but_not_other_shapes(tmp_path):
+    first = run(quick(tmp_path, "stage=codec"))
+    options = ["stage=flow", f"init_from={first}", f"output_dir={tmp_path}/second", "model.ce_weight=0.5"]
+    second = run(quick(tmp_path, *options, "model.transformer_config.block_size=1"))
+    config = TokComModel.from_pretrained(second).config
+    assert (config.ce_weight, config.transformer_config.block_size) == (0.5, 1)
+    options[2] = f"output_dir={tmp_path}/third"
+    with pytest.raises(ValueError, match="do not fit.*intermediate|do not fit.*size mismatch"):
+        run(quick(tmp_path, *options, "model.transformer_config.intermediate_size=72"))
+
+
 def test_an_output_directory_belongs_to_one_model_and_one_text(tmp_path):
     run(quick(tmp_path, "stage=codec"))
     with pytest.raises(ValueError, match="was started with seed=0, now it is 1"):
@@ -267,7 +278,7 @@ def test_training_presets_are_valid(name):
         (["flow.batch_size=0"], r"flow.batch_size.*\(0\)"),
         (["report_to=paper"], "'paper'"),
         (["flow.eval_steps=0"], r"flow.eval_steps.*\(0\)"),
-        (["init_from=x", "model.noise_std=2.0"], "init_from.*model"),
+        (["init_from=x", "codec_from=y"], "remove `codec_from`"),
         (["codec_from=x"], "stage=flow"),
         (["data.train=null"], "data.train"),
     ],

@@ -81,11 +81,8 @@ class TrainConfig:
             raise ValueError(f"`report_to` ({self.report_to!r}) must be tensorboard, wandb, trackio or none.")
         if not self.data.train:
             raise ValueError("no training text; give `data.train` a file, a folder or the name of a Hub dataset.")
-        if self.init_from and (self.codec_from or self.model):
-            raise ValueError(
-                f"`init_from` ({self.init_from}) brings its own configuration; remove `model.*` and `codec_from`, or "
-                "use codec_from alone to train a new transformer."
-            )
+        if self.init_from and self.codec_from:
+            raise ValueError(f"`init_from` ({self.init_from}) brings its own codec; remove `codec_from`.")
         if self.codec_from and (self.stage != "flow" or "codec_config" in self.model):
             raise ValueError("`codec_from` reuses a finished codec: set stage=flow and no model.codec_config.*.")
         for name in ("codec", "flow"):
