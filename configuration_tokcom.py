@@ -249,6 +249,14 @@ class TokComConfig(PreTrainedConfig):
             )
         _check_fraction(self, "context_dropout", "infill_rate")
 
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What config.json holds: in the sub-configurations, too, only what differs from the library's defaults."""
+        fields = super().to_diff_dict()
+        for name in self.sub_configs:
+            own = getattr(self, name).to_diff_dict()
+            fields[name] = {key: value for key, value in own.items() if key != "transformers_version"}
+        return fields
+
     @classmethod
     def from_preset(cls, name: str, vocab_size: int | None = None, **overrides) -> "TokComConfig":
         """Build the configuration of a named preset.
