@@ -81,8 +81,10 @@ def evaluate(
         "held-out text",
     )
     length = min(512, model.config.transformer_config.max_position_embeddings * pipe.chunk_size)
-    dataset = PackedDataset(tokens[:max_tokens], length, pipe.chunk_size, seed=0, training=False)
-    rows = torch.stack([dataset[i]["input_ids"] for i in range(len(dataset))])
+    dataset = PackedDataset(tokens, length, pipe.chunk_size, seed=0, training=False)
+    count = max(1, min(len(dataset), max_tokens // length))
+    spread = np.linspace(0, len(dataset) - 1, count).round().astype(int)  # windows of every book, not of the first
+    rows = torch.stack([dataset[i]["input_ids"] for i in spread.tolist()])
     batches = list(rows[: len(rows) // 8 * 8 or len(rows)].to(device).split(8))  # equal batches: means need no weights
     results = {
         "checkpoint": str(checkpoint),
@@ -92,7 +94,7 @@ def evaluate(
     }
     results |= {"date": str(date.today()), "machine": f"{platform.machine()}, {torch.get_num_threads()} threads"}
     results |= reconstruction_accuracy(model.codec, batches, seed)
-    results["unigram_entropy"] = unigram_entropy(torch.cat(batches).cpu().numpy())
+    results["unigram_entropy"] = unigram_entropy(tokens)  # of the whole text: few tokens would estimate it too low
     return results | cross_entropy_at(model, batches, seed)
 
 
