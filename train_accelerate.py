@@ -51,7 +51,7 @@ from training.tracking import check_tracker, log_table
 
 METRIC_PREFIX = {"codec": "vae", "flow": "diffusion"}  # the names of the published training script
 SAMPLE_STEPS = 16
-WORK = "work"  # checkpoints, logs and tokenizer, inside output_dir
+WORK = "run"  # checkpoints, logs and tokenizer, inside output_dir
 
 
 class NonFiniteLossError(RuntimeError):
@@ -59,7 +59,7 @@ class NonFiniteLossError(RuntimeError):
 
 
 def read_data(config: TrainConfig) -> tuple[object, object, PreTrainedTokenizerBase]:
-    """Training tokens (or stream), validation tokens, tokenizer; the tokenizer is kept in `output_dir/work`."""
+    """Training tokens (or stream), validation tokens, tokenizer; the tokenizer is kept in `output_dir/run`."""
     data = config.data
     train = load_documents(data.train, data, "train")
     if data.validation is None:

@@ -78,7 +78,7 @@ def test_documented_metric_names_and_tables_are_logged(tmp_path):
 
     run(quick(tmp_path, "report_to=tensorboard", "num_samples=1"))
     tags = set()
-    for file in (tmp_path / "out" / "work").rglob("events.out.tfevents.*"):
+    for file in (tmp_path / "out" / "run").rglob("events.out.tfevents.*"):
         events = EventAccumulator(str(file))
         events.Reload()
         tags |= set(events.Tags()["scalars"]) | set(events.Tags()["tensors"])
@@ -91,7 +91,7 @@ def test_documented_metric_names_and_tables_are_logged(tmp_path):
 
 def test_checkpoints_rotate_and_the_best_is_kept(tmp_path):
     run(quick(tmp_path, "codec.max_steps=9", "codec.checkpoints_total_limit=2", "stage=codec"))
-    names = sorted(p.name for p in (tmp_path / "out" / "work" / "codec").iterdir())
+    names = sorted(p.name for p in (tmp_path / "out" / "run" / "codec").iterdir())
     assert [n for n in names if n.startswith("checkpoint")] == ["checkpoint-6", "checkpoint-9"] and "best" in names
 
 
@@ -114,7 +114,7 @@ def test_killed_and_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(tmp_pat
         extra += [f"data.validation={ROOT}/sample_data/stories_validation.jsonl", "flow.max_steps=60"]
     assert launch(whole, *extra).wait(300) == 0
     process = launch(broken, *extra)
-    while not list((broken / "work" / "flow").glob("checkpoint-[3-9]0")):
+    while not list((broken / "run" / "flow").glob("checkpoint-[3-9]0")):
         assert process.poll() is None, "training ended before it could be killed"
         time.sleep(0.01)
     time.sleep(0.1)
@@ -176,7 +176,7 @@ def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch
     monkeypatch.setattr(TokComModel, "forward", poisoned)
     with pytest.raises(NonFiniteLossError, match=r"step 5; stopped.*checkpoint-3.*learning_rate \(0.003\)"):
         run(quick(tmp_path, "stage=codec"))
-    kept = tmp_path / "out" / "work" / "codec"
+    kept = tmp_path / "out" / "run" / "codec"
     assert [p.name for p in kept.glob("checkpoint-*")] == ["checkpoint-3"]
     state = load_file(kept / "checkpoint-3" / "model.safetensors")
     assert all(torch.isfinite(v).all() for v in state.values())
@@ -197,7 +197,7 @@ def test_infinite_gradient_stops_before_the_weights_change(tmp_path, monkeypatch
     monkeypatch.setattr(TokComModel, "forward", poisoned)
     with pytest.raises(NonFiniteLossError, match="gradient norm is (nan|inf)"):
         run(quick(tmp_path, "stage=codec"))
-    assert not list((tmp_path / "out" / "work" / "codec").glob("checkpoint-*"))
+    assert not list((tmp_path / "out" / "run" / "codec").glob("checkpoint-*"))
 
 
 def test_gradient_accumulation_equals_one_large_batch(tmp_path, monkeypatch):
