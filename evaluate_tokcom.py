@@ -65,6 +65,9 @@ def cross_entropy_at(model, batches: list[torch.Tensor], seed: int) -> dict[str,
         outputs = [model(ids, timestep=t) for ids in batches]
         results[f"denoiser_ce_t_{t}"] = float(np.mean([o.ce_loss.item() for o in outputs]))
         results[f"denoiser_mse_t_{t}"] = float(np.mean([o.mse_loss.item() for o in outputs]))
+        if t == 0.0:  # the first token of a chunk follows known text, the others follow tokens that are not known yet
+            for k, value in enumerate(torch.stack([o.token_losses.mean((0, 1)) for o in outputs]).mean(0).tolist()):
+                results[f"denoiser_ce_t_0.0_position_{k}"] = value
     return results
 
 

@@ -50,12 +50,15 @@ class TokComOutput(ModelOutput):
         ce_loss (`torch.FloatTensor`): cross-entropy through the decoder, nats per real token.
         mse_loss (`torch.FloatTensor`, *optional*): flow stage: squared error of x1 per channel.
         kl_loss (`torch.FloatTensor`, *optional*): codec stage: KL, nats per chunk.
+        token_losses (`torch.FloatTensor` of shape `(B, N, K)`, *optional*): flow stage: the cross-entropy of each token,
+            0 where nothing is predicted.
     """
 
     loss: torch.FloatTensor | None = None
     ce_loss: torch.FloatTensor | None = None
     mse_loss: torch.FloatTensor | None = None
     kl_loss: torch.FloatTensor | None = None
+    token_losses: torch.FloatTensor | None = None
 
 
 def _entry_point(method: Callable) -> Callable:
@@ -208,7 +211,9 @@ class TokComModel(TokComPreTrainedModel):
         count = (real.view(tokens.shape) * loss_mask[..., None]).sum().clamp_min(1)
         cross_entropy = tokens.sum() / count
         loss = self.config.mse_weight * mse + self.config.ce_weight * cross_entropy
-        return TokComOutput(loss=loss, ce_loss=cross_entropy.detach(), mse_loss=mse.detach())
+        return TokComOutput(
+            loss=loss, ce_loss=cross_entropy.detach(), mse_loss=mse.detach(), token_losses=tokens.detach()
+        )
 
     def _sample_timestep(self, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
         if self.config.timestep_sampling == "uniform":

@@ -86,6 +86,15 @@ def test_fixed_timestep_at_one_shows_the_clean_latents():
     assert output.mse_loss.item() < 1e-10
 
 
+def test_token_losses_average_to_the_cross_entropy():
+    model = TokComModel(tiny_config(stage="flow")).eval()
+    ids, mask = torch.randint(0, 320, (2, 32)), torch.ones(2, 32, dtype=torch.long)
+    mask[0, :3], mask[1, 24:] = 0, 0
+    output = model(ids, mask)
+    assert output.token_losses.shape == (2, 8, 4) and not output.token_losses[0, 0, :3].any()
+    torch.testing.assert_close(output.token_losses.sum() / mask.sum(), output.ce_loss)
+
+
 def test_generation_order_covers_blocks_of_the_right_size():
     torch.manual_seed(0)
     valid = torch.ones(64, 20, dtype=torch.bool)
