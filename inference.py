@@ -6,7 +6,8 @@
     python inference.py --checkpoint . --mode denoise_reconstruct --input_text "Some text" --noise_level 0.5
     python inference.py --checkpoint . --mode encode --input_text "Some text" --output_file latents.safetensors
     python inference.py --checkpoint . --mode decode --latents_file latents.safetensors
-    python inference.py --checkpoint . --mode infill --input_text "Once there was a ____ in the wood."
+    python inference.py --checkpoint . --mode infill --input_text "Once there was a ____ in the wood." \\
+        --num_generate_chunks 1
 
 `--checkpoint` is a model directory, a Hub id, or a published v5.2 `.pt` file, which is converted in memory.
 """
@@ -70,7 +71,12 @@ def load_pipeline(checkpoint: str, device: str) -> TokComPipeline:
         raise ValueError(
             f"the weights in {checkpoint} are truncated or do not fit its config.json ({reason}); download them again."
         ) from error
-    return pipe.to(device)
+    try:
+        return pipe.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device {device!r} cannot be used ({str(error).splitlines()[0]}); try --device cpu."
+        ) from error
 
 
 def run(pipe: TokComPipeline, args: argparse.Namespace) -> TokComPipelineOutput:
@@ -100,6 +106,8 @@ def main(argv: list[str] | None = None) -> None:
     needed = NEEDS.get(args.mode)
     if needed and getattr(args, needed) is None:
         parser.error(f"--{needed} is required for mode {args.mode}")
+    if args.output_file and not Path(args.output_file).resolve().parent.is_dir():
+        parser.error(f"--output_file {args.output_file}: its directory does not exist")
     try:
         output = run(load_pipeline(args.checkpoint, args.device), args)
     except (ValueError, OSError) as error:

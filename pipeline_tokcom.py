@@ -158,6 +158,8 @@ class TokComPipeline(DiffusionPipeline):
         return self._interrupt
 
     def _tokenize(self, texts: list[str], name: str) -> list[list[int]]:
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"`{name}` must be a text or a list of texts, not {texts!r}.")
         if self.tokenizer is None:
             raise ValueError(f"`{name}` is text, but this pipeline has no tokenizer; pass one when building it.")
         rows = [self.tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"] for t in texts]
@@ -228,6 +230,12 @@ class TokComPipeline(DiffusionPipeline):
         latents: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Initial noise `(B, n, C)` in float32 with the model's `noise_std`, or the given `latents`, checked."""
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` ({batch_size}) must be at least 1.")
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(
+                f"`generator` has {len(generator)} entries but there are {batch_size} texts; give one each."
+            )
         shape = (batch_size, num_latents, self.model.config.codec_config.latent_channels)
         if latents is None:
             noise = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
@@ -250,7 +258,7 @@ class TokComPipeline(DiffusionPipeline):
                 return
         raise ValueError(
             f"{type(self.scheduler).__name__} cannot start between noise and text (sigma {sigma_start:.2f}); "
-            "use TokComFlowMatchScheduler or FlowMatchEulerDiscreteScheduler."
+            "use TokComFlowMatchScheduler, FlowMatchEulerDiscreteScheduler or UniPCMultistepScheduler."
         )
 
     def _sample(
@@ -316,7 +324,7 @@ class TokComPipeline(DiffusionPipeline):
         Rows are padded on the left, so that every prompt ends at a chunk boundary. Trailing spaces are left to the
         continuation, whose first word carries its own.
         """
-        rows = self._tokenize([p.rstrip(" ") for p in prompt], "prompt")
+        rows = self._tokenize([p.rstrip(" ") if isinstance(p, str) else p for p in prompt], "prompt")
         longest = self.model.config.transformer_config.max_position_embeddings * self.chunk_size
         if max(map(len, rows)) > longest:
             raise ValueError(
@@ -354,7 +362,7 @@ class TokComPipeline(DiffusionPipeline):
         """
         wanted = ["latents"] if callback_on_step_end_tensor_inputs is None else callback_on_step_end_tensor_inputs
         self.check_inputs(gen_length, num_inference_steps, output_type, wanted)
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]
         if not prompts:
             raise ValueError("`prompt` is an empty list; give at least one text.")
         context, rows = self.encode_prompt(prompts)
@@ -509,6 +517,8 @@ class TokComPipeline(DiffusionPipeline):
         Returns the whole text. Raises `ValueError` when there is no gap or nothing but gaps.
         """
         self.check_inputs(gap_length, num_inference_steps, "text", [])
+        if not isinstance(text, str):
+            raise ValueError(f"`text` must be one text, not {text!r}; call infill for each.")
         pieces = text.split(GAP)
         if len(pieces) < 2 or not any(piece.strip() for piece in pieces):
             raise ValueError(f"`text` ({text!r}) must hold known text and at least one gap, written {GAP!r}.")

@@ -539,6 +539,8 @@ def run(config: TrainConfig) -> Path:
     source = None
     for stage in ("codec", "flow") if config.stage == "all" else (config.stage,):
         final = output / WORK / stage / "final"
+        if (final / "config.json").is_file() and state.is_main_process:
+            print(f"stage {stage} is already finished in {final}")
         if not (final / "config.json").is_file():
             if source is None:
                 model = build_model(config, tokenizer)

@@ -244,6 +244,10 @@ def test_bad_files_are_named(checkpoint, tmp_path):
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="truncated"):
         load_published_pipeline(path)
+    for garbage in (b"hi", b"\x80\x02garbage" * 50, b""):
+        path.write_bytes(garbage)
+        with pytest.raises(ValueError, match="cannot be read"):
+            load_published_pipeline(path)
     torch.save({"epoch": 1}, path)
     with pytest.raises(ValueError, match="lacks model_args"):
         load_published_pipeline(path)

@@ -290,6 +290,12 @@ def test_bad_training_keys_are_named(overrides, message):
         load_train_config("nothing", [])
 
 
+def test_own_training_text_is_validated_on_itself_unless_told_otherwise(tmp_path):
+    assert load_train_config("debug", []).data.validation is not None
+    assert load_train_config("debug", ["data.train=x.txt"]).data.validation is None
+    assert load_train_config("debug", ["data.train=x.txt", "data.validation=y.txt"]).data.validation == "y.txt"
+
+
 def test_sequence_longer_than_the_model_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"codec.sequence_length` \(1024\).*256 tokens"):
         run(quick(tmp_path, "codec.sequence_length=1024"))

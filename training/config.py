@@ -140,4 +140,7 @@ def load_train_config(preset: str, overrides: list[str]) -> TrainConfig:
         for parent in parents:
             target = target.setdefault(parent, {})
         target[leaf] = yaml.safe_load(value)
+    given = {override.partition("=")[0] for override in overrides}
+    if "data.train" in given and "data.validation" not in given:  # the preset's validation text belongs to its own
+        values["data"]["validation"] = None
     return _build(TrainConfig, values)

@@ -54,11 +54,11 @@ def load_documents(source: str | list[str], config: DataConfig, split: str) -> I
             )
             parts.append(loaded)
     documents = []
-    for part in parts:
+    for item, part in zip([source] if isinstance(source, str) else source, parts):
         columns = part.column_names or list(next(iter(part), {}))
         if columns and config.text_column not in columns:
             raise ValueError(
-                f"records have no field {config.text_column!r} (fields: {', '.join(columns)}); "
+                f"records of {item} have no field {config.text_column!r} (fields: {', '.join(columns)}); "
                 "set `data.text_column` to one of them."
             )
         documents.append(part.select_columns([config.text_column]))
