@@ -268,12 +268,7 @@ class TokComConfig(PreTrainedConfig):
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}; known are {sorted(PRESETS)}.")
         fields = deepcopy(PRESETS[name])
-        for key, value in overrides.items():
-            _check_known_keys(cls, {key: value}, "")
-            if isinstance(value, dict):
-                fields.setdefault(key, {}).update(value)
-            else:
-                fields[key] = value
+        merge_overrides(fields, overrides)
         if vocab_size is not None:
             fields["codec_config"].update(_vocabulary(vocab_size))
         return cls(**fields)
@@ -285,6 +280,16 @@ def _check_known_keys(config_class: type[PreTrainedConfig], values: dict[str, An
     for key in set(values) - known:
         if key not in config_class().to_dict() and not key.startswith("_"):
             raise ValueError(f"unknown configuration key '{prefix}{key}'; see {config_class.__name__}.")
+
+
+def merge_overrides(fields: dict[str, Any], overrides: dict[str, Any]) -> None:
+    """Write `overrides`, top-level values or dictionaries for a sub-configuration, into the `fields` of a TokComConfig.
+
+    Raises `ValueError` for an unknown top-level key; unknown keys of sub-configurations fail when the config is built.
+    """
+    _check_known_keys(TokComConfig, overrides, "")
+    for key, value in overrides.items():
+        fields[key] = {**fields.get(key, {}), **value} if isinstance(value, dict) else value
 
 
 def _vocabulary(size: int) -> dict[str, int]:
@@ -350,4 +355,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-__all__ = ["TokComConfig", "TokComChunkCodecConfig", "TokComTransformerConfig", "CODEC_CONFIGS", "PRESETS"]
+__all__ = [
+    "TokComConfig",
+    "TokComChunkCodecConfig",
+    "TokComTransformerConfig",
+    "merge_overrides",
+    "CODEC_CONFIGS",
+    "PRESETS",
+]

@@ -251,9 +251,8 @@ class TokComModel(TokComPreTrainedModel):
             output = self.denoise(inputs, time, position_ids, attention_mask, self_condition)
             return output.latents[:, -length:]
 
-        estimate = (
-            None  # a coin of Python's generator, which all processes share: sharded passes must be the same in number
-        )
+        estimate = None
+        # the coin is Python's generator, which all processes share: sharded passes must be the same in number
         if self.training and config.transformer_config.self_conditioning and random.random() < 0.5:
             with torch.no_grad():
                 estimate = predict(None)

@@ -146,6 +146,11 @@ class TokComPipeline(DiffusionPipeline):
         return self.model.config.codec_config.chunk_size
 
     @property
+    def max_length(self) -> int:
+        """The longest text in tokens that the model sees at once."""
+        return self.model.config.transformer_config.max_position_embeddings * self.chunk_size
+
+    @property
     def guidance_scale(self) -> float:
         return self._guidance_scale
 
@@ -325,10 +330,10 @@ class TokComPipeline(DiffusionPipeline):
         continuation, whose first word carries its own.
         """
         rows = self._tokenize([p.rstrip(" ") if isinstance(p, str) else p for p in prompt], "prompt")
-        longest = self.model.config.transformer_config.max_position_embeddings * self.chunk_size
-        if max(map(len, rows)) > longest:
+        longest = max(map(len, rows))
+        if longest > self.max_length:
             raise ValueError(
-                f"`prompt` has {max(map(len, rows))} tokens, more than the model's maximum of {longest}; shorten it."
+                f"`prompt` has {longest} tokens, more than the model's maximum of {self.max_length}; shorten it."
             )
         return self.model.encode(*self._pad(rows, "left")), rows
 
@@ -394,12 +399,11 @@ class TokComPipeline(DiffusionPipeline):
 
     def _check_length(self, length: int) -> None:
         """Block-causal models generate any length over a sliding window; bidirectional ones see all at once."""
-        config = self.model.config.transformer_config
-        if config.block_size is None and length > config.max_position_embeddings:
-            limit = config.max_position_embeddings * self.chunk_size
+        tokens = length * self.chunk_size
+        if self.model.config.transformer_config.block_size is None and tokens > self.max_length:
             raise ValueError(
-                f"prompt and generated text are {length * self.chunk_size} tokens together, more than the model's "
-                f"maximum of {limit}; reduce `gen_length` or the prompt."
+                f"prompt and generated text are {tokens} tokens together, more than the model's maximum of "
+                f"{self.max_length}; reduce `gen_length` or the prompt."
             )
 
     def _finish(self, latents: torch.Tensor, gen_length: int | None, output_type: str) -> TokComPipelineOutput:
@@ -537,11 +541,10 @@ class TokComPipeline(DiffusionPipeline):
             if not last:
                 gap_at.extend(range(position, position + gap_latents))
                 position += gap_latents
-        longest = self.model.config.transformer_config.max_position_embeddings
-        if position > longest:
+        if position * self.chunk_size > self.max_length:
             raise ValueError(
                 f"`text` with its gaps has {position * self.chunk_size} tokens, more than the model's maximum of "
-                f"{longest * self.chunk_size}; shorten it."
+                f"{self.max_length}; shorten it."
             )
         context = self.model.encode(torch.cat(known, dim=1), torch.cat(mask, dim=1))
         context.position_ids = torch.tensor(known_at, device=context.latents.device)[None, :, None]

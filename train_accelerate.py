@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from configuration_tokcom import TokComConfig
+from configuration_tokcom import TokComConfig, merge_overrides
 from modeling_tokcom import TokComModel
 from pipeline_tokcom import TokComPipeline
 from scheduling_tokcom import TokComFlowMatchScheduler
@@ -102,8 +102,7 @@ def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> TokC
             fields = TokComConfig.from_preset(config.model_preset).to_dict()
             fields["transformer_config"]["latent_channels"] = codec["latent_channels"]
         fields["codec_config"] = codec
-        for key, value in config.model.items():
-            fields[key] = {**fields[key], **value} if isinstance(value, dict) else value
+        merge_overrides(fields, config.model)
         model = TokComModel(TokComConfig(**fields))
         weights = source.state_dict() if config.init_from else source.codec.state_dict()
         try:
@@ -391,7 +390,7 @@ class StageTrainer:
             if improved:
                 export_repository(copy, self.tokenizer, self.directory / "best")
             if self.config.num_samples:
-                self._log_samples(copy)
+                self._log_samples(copy.to(accelerator.device))
         accelerator.wait_for_everyone()
 
     def _log_samples(self, module: TokComModel) -> None:

@@ -10,6 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 
 from configuration_tokcom import TokComConfig
 from modeling_tokcom import TokComModel
@@ -18,6 +24,12 @@ from scheduling_tokcom import TokComFlowMatchScheduler
 from training.data import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
+STOCK_SCHEDULERS = [
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    DPMSolverMultistepScheduler,
+    UniPCMultistepScheduler,
+]
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 

@@ -1,15 +1,11 @@
 import pytest
 import torch
-from diffusers import (
-    DPMSolverMultistepScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
-    UniPCMultistepScheduler,
-)
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from modeling_tokcom import TokComModel
 from pipeline_tokcom import TokComPipeline, _split_blocks
 from scheduling_tokcom import TokComFlowMatchScheduler
+from tests.conftest import STOCK_SCHEDULERS
 from training.data import train_tokenizer
 
 PROMPTS = ["The family of four was ", "Squinty"]
@@ -222,15 +218,7 @@ def test_infill_keeps_the_known_text_and_depends_on_what_follows(build, transfor
     assert not torch.equal(output.latents[:, :2], other.latents[:, :2])
 
 
-STOCK = [
-    FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
-    DPMSolverMultistepScheduler,
-    UniPCMultistepScheduler,
-]
-
-
-@pytest.mark.parametrize("stock", STOCK)
+@pytest.mark.parametrize("stock", STOCK_SCHEDULERS)
 def test_stock_schedulers_bring_the_pipeline_to_an_oracles_answer(build, stock):
     pipe = build(transformer_config={"block_size": None})
     target = torch.randn(1, 4, 16, generator=seeded(5))
@@ -240,7 +228,7 @@ def test_stock_schedulers_bring_the_pipeline_to_an_oracles_answer(build, stock):
     torch.testing.assert_close(latents, target, atol=2e-2, rtol=2e-2)
 
 
-@pytest.mark.parametrize("stock", STOCK)
+@pytest.mark.parametrize("stock", STOCK_SCHEDULERS)
 def test_starting_between_noise_and_text_works_or_is_refused_by_name(build, stock):
     pipe = build()
     pipe.scheduler = stock.from_config(pipe.scheduler.config)

@@ -1,14 +1,10 @@
 import pytest
 import torch
-from diffusers import (
-    DPMSolverMultistepScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
-    UniPCMultistepScheduler,
-)
+from diffusers import DPMSolverMultistepScheduler
 
 from configuration_tokcom import TokComConfig
 from scheduling_tokcom import TokComFlowMatchScheduler
+from tests.conftest import STOCK_SCHEDULERS
 
 
 def posterior_mean(x, sigma, mean, std, noise_std=1.0):
@@ -56,15 +52,7 @@ def test_oracle_denoiser_recovers_its_x1_exactly(steps, shift):
     torch.testing.assert_close(x, x1, atol=1e-5, rtol=1e-5)
 
 
-STOCK = [
-    FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
-    DPMSolverMultistepScheduler,
-    UniPCMultistepScheduler,
-]
-
-
-@pytest.mark.parametrize("stock", STOCK)
+@pytest.mark.parametrize("stock", STOCK_SCHEDULERS)
 @pytest.mark.parametrize("shift", [1.0, 2.0])
 def test_stock_schedulers_are_drop_in(stock, shift):
     x = 2.0 * torch.randn(64, 4, 8, generator=torch.Generator().manual_seed(0))

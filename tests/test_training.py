@@ -244,6 +244,9 @@ def test_a_model_goes_on_under_other_settings_but_not_other_shapes(tmp_path):
     options[2] = f"output_dir={tmp_path}/third"
     with pytest.raises(ValueError, match="do not fit.*intermediate|do not fit.*size mismatch"):
         run(quick(tmp_path, *options, "model.transformer_config.intermediate_size=72"))
+    for key in ("ce_wieght", "transformer_config.blok_size"):
+        with pytest.raises(ValueError, match=f"unknown configuration key '{key}'"):
+            run(quick(tmp_path, *options[:2], f"output_dir={tmp_path}/{key}", f"model.{key}=1"))
 
 
 def test_an_output_directory_belongs_to_one_model_and_one_text(tmp_path):
