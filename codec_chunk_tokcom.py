@@ -108,7 +108,7 @@ class TokComChunkTransformer(nn.Module):
     def __init__(self, config: TokComChunkCodecConfig, encoder: bool):
         super().__init__()
         self.config = config
-        self.layers = nn.ModuleList(TokComBlock(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(TokComBlock(config, i, modulated=False) for i in range(config.num_hidden_layers))
         self.norm = TokComRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.encoder = encoder
 
@@ -124,6 +124,35 @@ class TokComChunkTransformer(nn.Module):
             hidden_states = layer(hidden_states, None, tables)
         hidden_states = self.norm(hidden_states)
         return hidden_states[:, -1] if self.encoder else hidden_states
+
+
+class TokComMicroDecoder(nn.Module):
+    """Causal network inside the chunk: the decoder's state of a token and the tokens before it -> its new state.
+
+    Without it the K tokens of a chunk are decoded independently, and a latent between two chunks decodes to neither.
+    """
+
+    def __init__(self, config: TokComChunkCodecConfig):
+        super().__init__()
+        size, width = config.chunk_size, config.embedding_size
+        self.proj_in = nn.Linear(size * width, config.hidden_size)
+        self.layers = nn.ModuleList(TokComResidualMLP(config) for _ in range(config.num_micro_decoder_layers))
+        self.norm = TokComRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.proj_out = nn.Linear(config.hidden_size, width)
+        self.output_norm = TokComRMSNorm(width, config.rms_norm_eps)
+
+    def forward(self, states: torch.Tensor, embeddings: torch.Tensor, place: int | None = None) -> torch.Tensor:
+        """States `(M, K, E)` and token embeddings `(M, K, E)` -> `(M, K, E)`, or `(M, 1, E)` for one `place`."""
+        rows = slice(None) if place is None else slice(place, place + 1)
+        states = states[:, rows]
+        # place i of the chunk reads the tokens at 0..i-1; the last token is read by none
+        size = embeddings.shape[1]
+        earlier = torch.ones(size, size - 1, dtype=embeddings.dtype, device=embeddings.device).tril(-1)[rows]
+        known = embeddings[:, None, :-1] * earlier[..., None]  # (M, K, K - 1, E)
+        hidden_states = self.proj_in(torch.cat((states, known.flatten(2)), dim=-1))  # (M, K, D)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states)
+        return self.output_norm(states + self.proj_out(self.norm(hidden_states)))
 
 
 CHUNK_NETWORKS = {"mlp": TokComChunkMLP, "attention": TokComChunkTransformer}
@@ -143,12 +172,16 @@ class TokComChunkCodec(TokComPreTrainedModel):
         super().__init__(config)
         network = CHUNK_NETWORKS[config.layer_type]
         self.embed_tokens = nn.Embedding(config.vocab_size, config.embedding_size)
-        self.encoder = network(config, encoder=True)
+        self.encoder = network(config, encoder=True) if config.encoder_type == "chunk" else None
         self.decoder = network(config, encoder=False)
         self.to_posterior = self.from_latent = None
         if config.variational:
-            self.to_posterior = nn.Linear(config.hidden_size, 2 * config.latent_channels)
+            inputs, channels = config.hidden_size, config.latent_channels
+            if config.encoder_type == "token":
+                inputs, channels = config.embedding_size, config.latent_channels // config.chunk_size
+            self.to_posterior = nn.Linear(inputs, 2 * channels)
             self.from_latent = nn.Linear(config.latent_channels, config.hidden_size)
+        self.micro_decoder = TokComMicroDecoder(config) if config.num_micro_decoder_layers else None
         self.latent_mean = nn.Buffer(torch.zeros(config.latent_channels))
         self.latent_std = nn.Buffer(torch.ones(config.latent_channels))
         self.gradient_checkpointing = False
@@ -159,11 +192,21 @@ class TokComChunkCodec(TokComPreTrainedModel):
 
     def _posterior(self, chunks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`chunks (M, K)` of ids -> mean `(M, C)` and log-variance `(M, C)`, the latter None without a posterior."""
-        hidden_states = self.encoder(self.embed_tokens(chunks))  # (M, D)
+        hidden_states = self.embed_tokens(chunks)  # (M, K, E)
+        if self.encoder is None:  # each token has its own channels
+            mean, log_variance = (x.flatten(1) for x in self._token_posterior(hidden_states).chunk(2, dim=-1))
+            return mean, log_variance.clamp(-12.0, 4.0)
+        hidden_states = self.encoder(hidden_states)  # (M, D)
         if self.to_posterior is None:
             return hidden_states, None
         mean, log_variance = self.to_posterior(hidden_states).float().chunk(2, dim=-1)
         return mean, log_variance.clamp(-12.0, 4.0)
+
+    def _token_posterior(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Embeddings `(..., E)`, normalised, -> mean and log-variance of one token, `(..., 2 C / K)`."""
+        with torch.autocast(embeddings.device.type, enabled=False):  # likelihoods need exact means
+            normed = F.rms_norm(embeddings.float(), embeddings.shape[-1:], eps=self.config.rms_norm_eps)
+            return F.linear(normed, self.to_posterior.weight.float(), self.to_posterior.bias.float())
 
     def _token_states(self, raw_latents: torch.Tensor) -> torch.Tensor:
         """Raw latents `(M, C)` -> decoder states `(M, K, E)`, one inner product with the embedding before logits."""
@@ -176,7 +219,7 @@ class TokComChunkCodec(TokComPreTrainedModel):
     def _denormalize(self, latents: torch.Tensor) -> torch.Tensor:
         return (latents * self.latent_std + self.latent_mean).flatten(0, -2)  # (M, C)
 
-    def _to_chunks(
+    def to_chunks(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`(B, T)` -> ids `(B, N, K)` with padding replaced by `pad_token_id`, and which tokens are real."""
@@ -195,7 +238,7 @@ class TokComChunkCodec(TokComPreTrainedModel):
 
     def encode(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> TokComCodecOutput:
         """Token ids `(B, T)`, T a multiple of K, and `attention_mask (B, T)` (0 = padding) -> standardised latents."""
-        chunks, real = self._to_chunks(input_ids, attention_mask)
+        chunks, real = self.to_chunks(input_ids, attention_mask)
         mean, _ = self._posterior(chunks.flatten(0, 1))
         latents = ((mean - self.latent_mean) / self.latent_std).unflatten(0, chunks.shape[:2])  # (B, N, C)
         latents = latents.to(self.embed_tokens.weight.dtype)
@@ -203,10 +246,27 @@ class TokComChunkCodec(TokComPreTrainedModel):
         return TokComCodecOutput(latents=latents, position_ids=positions, mask=real.any(-1))
 
     def decode(self, latents: torch.Tensor) -> TokComDecoderOutput:
-        """Standardised latents `(B, N, C)` -> logits `(B, N * K, V)`."""
+        """Standardised latents `(B, N, C)` -> logits `(B, N * K, V)`; with a micro-decoder, each place's are those
+        that follow the most likely ids of the places before it."""
         states = self._token_states(self._denormalize(latents))  # (B * N, K, E)
-        logits = F.linear(states, self.embed_tokens.weight)
+        if self.micro_decoder is None:
+            logits = F.linear(states, self.embed_tokens.weight)
+        else:
+            known, places = torch.zeros_like(states), []
+            for place in range(self.config.chunk_size):
+                places.append(F.linear(self.micro_decoder(states, known, place), self.embed_tokens.weight))
+                known[:, place] = self.embed_tokens(places[-1][:, 0].argmax(-1))
+            logits = torch.cat(places, dim=1)
         return TokComDecoderOutput(logits=logits.reshape(latents.shape[0], -1, self.config.vocab_size))
+
+    def token_table(self) -> torch.Tensor:
+        """Standardised latents of every token at every place of the chunk: `(K, V, C / K)`, float32.
+
+        With `encoder_type="token"` a chunk's latent is the concatenation of its tokens' rows.
+        """
+        table = self._token_posterior(self.embed_tokens.weight).chunk(2, dim=-1)[0]  # (V, C / K)
+        mean, std = (x.view(self.config.chunk_size, 1, -1) for x in (self.latent_mean, self.latent_std))
+        return (table - mean) / std
 
     def to_ids(self, latents: torch.Tensor) -> torch.Tensor:
         """Standardised latents `(B, N, C)` -> the most likely ids `(B, N * K)`, a few latents at a time."""
@@ -218,12 +278,22 @@ class TokComChunkCodec(TokComPreTrainedModel):
         self, latents: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Nats per token `(B, N, K)` of `input_ids (B, T)` given standardised latents; padded places are 0."""
-        chunks, real = self._to_chunks(input_ids, attention_mask)
+        chunks, real = self.to_chunks(input_ids, attention_mask)
         return self._token_nll(self._denormalize(latents), chunks) * real
 
-    def _token_nll(self, raw_latents: torch.Tensor, chunks: torch.Tensor) -> torch.Tensor:
-        states = self._token_states(raw_latents).flatten(0, 1)  # (B * N * K, E)
-        return chunked_cross_entropy(states, self.embed_tokens.weight, chunks.flatten()).view(chunks.shape)
+    def _token_nll(self, raw_latents: torch.Tensor, chunks: torch.Tensor, dropout: float = 0.0) -> torch.Tensor:
+        """Nats per token of `chunks (..., K)`; a micro-decoder reads them too, a share `dropout` of them masked."""
+        states = self._token_states(raw_latents)  # (M, K, E)
+        if self.micro_decoder is not None:
+            known = chunks.reshape(states.shape[:2])
+            if dropout:
+                known = torch.where(
+                    torch.rand(known.shape, device=known.device) < dropout, self.config.mask_token_id, known
+                )
+            states = self.micro_decoder(states, self.embed_tokens(known))
+        return chunked_cross_entropy(states.flatten(0, 1), self.embed_tokens.weight, chunks.flatten()).view(
+            chunks.shape
+        )
 
     def training_loss(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
@@ -234,7 +304,7 @@ class TokComChunkCodec(TokComPreTrainedModel):
         `ce_loss` (nats per token) and `kl_loss` (nats per chunk). Dropouts act in training mode only.
         """
         config = self.config
-        chunks, real = self._to_chunks(input_ids, attention_mask)
+        chunks, real = self.to_chunks(input_ids, attention_mask)
         inputs = chunks
         if self.training and config.token_dropout:
             dropped = torch.rand(chunks.shape, device=chunks.device) < config.token_dropout
@@ -249,7 +319,8 @@ class TokComChunkCodec(TokComPreTrainedModel):
                 latents = latents + torch.randn_like(latents) * (0.5 * log_variance).exp()
         if self.training and config.latent_dropout:
             latents = F.dropout(latents, config.latent_dropout)
-        cross_entropy = (self._token_nll(latents, chunks) * real).sum() / real.sum().clamp_min(1)
+        nll = self._token_nll(latents, chunks, config.micro_decoder_dropout if self.training else 0.0)
+        cross_entropy = (nll * real).sum() / real.sum().clamp_min(1)
         loss = config.chunk_size * cross_entropy + config.kl_weight * kl
         return loss, {"ce_loss": cross_entropy.detach(), "kl_loss": kl.detach()}
 

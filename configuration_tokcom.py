@@ -56,7 +56,12 @@ class TokComChunkCodecConfig(PreTrainedConfig):
         variational (`bool`): a Gaussian posterior head and linear maps to and from C channels. `False` is the
             published autoencoder, whose latent is the last hidden state, so `latent_channels == hidden_size`.
         kl_weight (`float`), kl_free_nats (`float`): weight of the KL term, and the nats per channel that cost nothing.
+        encoder_type (`str`): `"chunk"`, a network over the K tokens, or `"token"`, C / K channels per token, which makes
+            the mean latent of token probabilities exact (`prediction_type="tokens"`).
         token_dropout (`float`), latent_dropout (`float`): training probabilities in [0, 1).
+        num_micro_decoder_layers (`int`): layers of a causal network inside the chunk, which decodes each token given the
+            latent and the tokens before it; 0 decodes all K independently.
+        micro_decoder_dropout (`float`): share of the tokens fed back that training masks.
     """
 
     model_type = "tokcom_chunk_codec"
@@ -68,6 +73,7 @@ class TokComChunkCodecConfig(PreTrainedConfig):
     chunk_size: int = 4
     latent_channels: int = 64
     layer_type: str = "mlp"
+    encoder_type: str = "chunk"
     embedding_size: int = 128
     hidden_size: int = 256
     intermediate_size: int = 768
@@ -83,14 +89,28 @@ class TokComChunkCodecConfig(PreTrainedConfig):
     kl_free_nats: float | int = 0.5
     token_dropout: float | int = 0.15
     latent_dropout: float | int = 0.15
+    num_micro_decoder_layers: int = 0
+    micro_decoder_dropout: float | int = 0.3
     initializer_range: float = 0.02
 
     def validate_architecture(self):
         sizes = ("vocab_size", "chunk_size", "latent_channels", "embedding_size", "hidden_size", "intermediate_size")
         _check_positive(self, *sizes, "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-        _check_fraction(self, "token_dropout", "latent_dropout")
+        _check_fraction(self, "token_dropout", "latent_dropout", "micro_decoder_dropout")
+        if self.num_micro_decoder_layers < 0 or (self.num_micro_decoder_layers and self.chunk_size == 1):
+            raise ValueError(
+                f"`num_micro_decoder_layers` ({self.num_micro_decoder_layers}) must be 0, or positive with a "
+                f"`chunk_size` ({self.chunk_size}) above 1: it orders the tokens inside a chunk."
+            )
         if self.layer_type not in ("mlp", "attention"):
             raise ValueError(f"`layer_type` ({self.layer_type!r}) must be 'mlp' or 'attention'.")
+        if self.encoder_type not in ("chunk", "token"):
+            raise ValueError(f"`encoder_type` ({self.encoder_type!r}) must be 'chunk' or 'token'.")
+        if self.encoder_type == "token" and (self.latent_channels % self.chunk_size or not self.variational):
+            raise ValueError(
+                f"`encoder_type='token'` needs `variational=True` and `latent_channels` ({self.latent_channels}) to be a "
+                f"multiple of `chunk_size` ({self.chunk_size})."
+            )
         if self.layer_type == "attention":
             _check_heads(self)
             if self.embedding_size != self.hidden_size:
@@ -127,6 +147,10 @@ class TokComTransformerConfig(PreTrainedConfig):
             so training never shows a clean prompt and sampling tells it the time of its neighbours.
         block_size (`int`, *optional*): Q, latents denoised at once under block-causal attention; `None` is the
             published bidirectional model.
+        num_context_layers (`int`): the first layers, which only clean latents pass, once; noisy latents enter after
+            them and are all that is repeated at every sampling step. 0 is one network for both.
+        output_channels (`int`, *optional*), feature_size (`int`): width of the output, `latent_channels` by default, and
+            of an input that is read instead of the latents; set by `prediction_type="tokens"`.
     """
 
     model_type = "tokcom_transformer"
@@ -151,6 +175,9 @@ class TokComTransformerConfig(PreTrainedConfig):
     self_conditioning: bool = True
     per_latent_timestep: bool = True
     block_size: int | None = 4
+    num_context_layers: int = 0
+    output_channels: int | None = None
+    feature_size: int = 0
     initializer_range: float = 0.02
 
     def validate_architecture(self):
@@ -168,6 +195,16 @@ class TokComTransformerConfig(PreTrainedConfig):
             raise ValueError(f"`conditioning_size` ({self.conditioning_size}) must be even: half cosines, half sines.")
         if self.block_size is not None and self.block_size < 1:
             raise ValueError(f"`block_size` ({self.block_size}) must be at least 1, or None for bidirectional.")
+        if not 0 <= self.num_context_layers < self.num_hidden_layers:
+            raise ValueError(
+                f"`num_context_layers` ({self.num_context_layers}) must be at least 0 and below `num_hidden_layers` "
+                f"({self.num_hidden_layers}): the rest denoise."
+            )
+        if self.num_context_layers and self.block_size is None:
+            raise ValueError(
+                f"`num_context_layers` ({self.num_context_layers}) needs a `block_size`: a bidirectional model has no "
+                "context that is finished."
+            )
         if not self.per_latent_timestep and self.block_size is not None:
             raise ValueError(
                 f"`per_latent_timestep=False` needs `block_size=None`, got {self.block_size}: block-causal generation "
@@ -193,10 +230,18 @@ class TokComConfig(PreTrainedConfig):
         codec_config, transformer_config: sub-configurations or their dictionaries; a codec dictionary's `model_type`
             chooses the codec class.
         stage (`str`): `"codec"` or `"flow"`: which loss `forward` returns and which half is trainable.
+        prediction_type (`str`): `"latents"`, the transformer predicts x1; or `"tokens"`, it predicts token
+            probabilities and x1 is the mean latent under them.
+        token_embedding_size (`int`): width of the embedding through which `"tokens"` reads and predicts tokens.
+        token_stagger (`float`): in [0, 1], for `"tokens"`: how much later each token of a chunk is denoised than the one
+            before it; 0 is all together, 1 one after the other.
+        token_shift (`float`): for `"tokens"`: warp of each token's time; above 1 spends more of it on noise.
         noise_std (`float`): standard deviation of x0; 1 on standardised latents, 0.05 in published v5.2.
         timestep_sampling (`str`): `"logit_normal"`, t = 1 - sigmoid(N(timestep_loc, 1)), or `"uniform"`.
         timestep_loc (`float`): larger is noisier; the sampling grid is shifted by the same amount.
         mse_weight, ce_weight (`float`): weights of the x1 regression and of the cross-entropy through the decoder.
+        noise_draws (`int`): noisy copies of every latent that one pass over the clean text trains; the cross-entropy
+            is computed on the first.
         context_dropout (`float`): share of training rows that lose their context, for classifier-free guidance.
         infill_rate (`float`): share of training rows with a gap that is generated after what follows it.
     """
@@ -207,11 +252,16 @@ class TokComConfig(PreTrainedConfig):
     codec_config: PreTrainedConfig | dict[str, Any] | None = None
     transformer_config: PreTrainedConfig | dict[str, Any] | None = None
     stage: str = "codec"
+    prediction_type: str = "latents"
+    token_embedding_size: int = 128
+    token_stagger: float | int = 0.0
+    token_shift: float | int = 3.0
     noise_std: float | int = 1.0
     timestep_sampling: str = "logit_normal"
     timestep_loc: float | int = 0.6
     mse_weight: float | int = 1.0
     ce_weight: float | int = 0.2
+    noise_draws: int = 1
     context_dropout: float | int = 0.1
     infill_rate: float | int = 0.1
     initializer_range: float = 0.02
@@ -228,6 +278,9 @@ class TokComConfig(PreTrainedConfig):
             fields = {k: v for k, v in (self.transformer_config or {}).items() if k != "model_type"}
             _check_known_keys(TokComTransformerConfig, fields, "transformer_config.")
             self.transformer_config = TokComTransformerConfig(**fields)
+        if self.prediction_type == "tokens":
+            width = self.codec_config.chunk_size * self.token_embedding_size
+            self.transformer_config.output_channels = self.transformer_config.feature_size = width
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
@@ -240,6 +293,17 @@ class TokComConfig(PreTrainedConfig):
             raise ValueError(f"`stage` ({self.stage!r}) must be 'codec' or 'flow'.")
         if self.timestep_sampling not in ("logit_normal", "uniform"):
             raise ValueError(f"`timestep_sampling` ({self.timestep_sampling!r}) must be 'logit_normal' or 'uniform'.")
+        if self.prediction_type not in ("latents", "tokens"):
+            raise ValueError(f"`prediction_type` ({self.prediction_type!r}) must be 'latents' or 'tokens'.")
+        if self.prediction_type == "tokens" and self.codec_config.encoder_type != "token":
+            raise ValueError(
+                "`prediction_type='tokens'` needs `codec_config.encoder_type='token'`, got "
+                f"{self.codec_config.encoder_type!r}: only then is the mean latent of token probabilities known."
+            )
+        if not 0 <= self.token_stagger <= 1 or self.token_shift <= 0:
+            raise ValueError(
+                f"`token_stagger` ({self.token_stagger}) must be in [0, 1] and `token_shift` ({self.token_shift}) positive."
+            )
         if self.noise_std <= 0:
             raise ValueError(f"`noise_std` ({self.noise_std}) must be positive.")
         if self.mse_weight < 0 or self.ce_weight < 0 or self.mse_weight + self.ce_weight == 0:
@@ -248,6 +312,11 @@ class TokComConfig(PreTrainedConfig):
                 "and one of them must be positive."
             )
         _check_fraction(self, "context_dropout", "infill_rate")
+        if self.noise_draws < 1 or (self.noise_draws > 1 and self.transformer_config.block_size is None):
+            raise ValueError(
+                f"`noise_draws` ({self.noise_draws}) must be at least 1, and 1 for a bidirectional model "
+                "(`block_size=None`), which has no clean half to share."
+            )
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What config.json holds: in the sub-configurations, too, only what differs from the library's defaults."""

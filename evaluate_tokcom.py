@@ -1,123 +1,206 @@
-"""Measure the gates of a TokCom model on held-out text.
+"""Measure a TokCom model, and autoregressive peers beside it, on held-out text.
 
-    python evaluate_tokcom.py --checkpoint . --data sample_data/stories_validation.jsonl
+    python evaluate_tokcom.py --checkpoint . --data sample_data/stories_validation.jsonl --output_dir outputs/evaluation
+    python evaluate_tokcom.py --data held_out.parquet --train_data books.parquet --judge judge/ --judge stories15M/ \
+        --peer "equal FLOPs=peer/" --output_dir outputs/evaluation
 
-Prints a Markdown table and writes the same numbers to `--output_file` as JSON:
-reconstruction accuracy at several latent noise levels and with shuffled latents, and the denoiser's cross-entropy per
-token at fixed times given the clean text before each block, beside the unigram entropy of the text.
+Writes `results.json`, `results.md` and PNG plots. A `--judge` with TokCom's tokenizer scores token ids; any other
+causal language model scores detokenised text. Without one, a small judge is trained on `--train_data` first.
+`--sections` chooses parts: reconstruction, unconditional, continuation, frontier, brier, memorisation, latency.
 """
 
 import argparse
 import json
+import os
 import platform
+import sys
 from datetime import date
+from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from evaluation import autoregressive, protocol, report
+from evaluation.judges import TextJudge, TokenJudge
+from evaluation.metrics import unigram_entropy
+from evaluation.reconstruction import (
+    cross_entropy_at,
+    prefers_true_continuation,
+    rarest_ids,
+    reconstruction_accuracy,
+    share_of_informative_draws,
+)
+from evaluation.samplers import AutoregressiveSampler, TokComSampler
 from pipeline_tokcom import TokComPipeline
 from training.config import DataConfig
 from training.data import PackedDataset, load_documents, tokenize_documents
 
-NOISE_LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)
-TIMESTEPS = (0.0, 0.2, 0.4, 0.6, 0.8)
+SECTIONS = ("reconstruction", "unconditional", "continuation", "frontier", "brier", "memorisation", "latency")
+JUDGE_STEPS = 200  # of the judge that is trained when none is given
 
 
-def unigram_entropy(tokens: np.ndarray) -> float:
-    """Entropy in nats of the token frequencies of `tokens (T,)`."""
-    counts = np.unique(tokens, return_counts=True)[1]
-    shares = counts / counts.sum()
-    return float(-(shares * np.log(shares)).sum())
-
-
-@torch.no_grad()
-def reconstruction_accuracy(codec, batches: list[torch.Tensor], seed: int) -> dict[str, float]:
-    """Share of tokens and of whole chunks that survive encode -> noise -> decode.
-
-    Noise is in standard deviations of the standardised latents; with shuffled latents a decoder that reads them, and
-    is not a language model of its own, fails.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    size, results = codec.config.chunk_size, {}
-
-    def accuracy(change) -> tuple[float, float]:
-        tokens, chunks, count = 0, 0, 0
-        for ids in batches:
-            hits = (codec.to_ids(change(codec.encode(ids).latents)) == ids).view(-1, size)
-            tokens, chunks, count = tokens + int(hits.sum()), chunks + int(hits.all(-1).sum()), count + len(hits)
-        return tokens / (count * size), chunks / count
-
-    for level in tqdm(NOISE_LEVELS, desc="reconstruction"):
-        noisy = accuracy(lambda x, s=level: x + s * torch.randn(x.shape, generator=generator).to(x))
-        results[f"token_accuracy_noise_{level}"], results[f"chunk_accuracy_noise_{level}"] = noisy
-    order = torch.randperm(batches[0].shape[1] // size, generator=generator)
-    results["token_accuracy_shuffled_latents"] = accuracy(lambda x: x[:, order])[0]
-    return results
-
-
-@torch.no_grad()
-def cross_entropy_at(model, batches: list[torch.Tensor], seed: int) -> dict[str, float]:
-    """Nats per token of the denoiser's estimate at fixed t, every block given the clean text before it."""
-    results = {}
-    for t in tqdm(TIMESTEPS, desc="denoiser"):
-        torch.manual_seed(seed)
-        outputs = [model(ids, timestep=t) for ids in batches]
-        results[f"denoiser_ce_t_{t}"] = float(np.mean([o.ce_loss.item() for o in outputs]))
-        results[f"denoiser_mse_t_{t}"] = float(np.mean([o.mse_loss.item() for o in outputs]))
-        if t == 0.0:  # the first token of a chunk follows known text, the others follow tokens that are not known yet
-            for k, value in enumerate(torch.stack([o.token_losses.mean((0, 1)) for o in outputs]).mean(0).tolist()):
-                results[f"denoiser_ce_t_0.0_position_{k}"] = value
-    return results
-
-
-def evaluate(
-    checkpoint: str, data: str, max_tokens: int, text_column: str = "text", seed: int = 0, device: str = "cpu"
-) -> dict:
-    pipe = TokComPipeline.from_pretrained(checkpoint).to(device)
+def reconstruction(pipe: TokComPipeline, held_out: np.ndarray, train: np.ndarray, max_tokens: int, seed: int) -> dict:
+    """Accuracy against latent noise, CE(t), and whether true continuations are preferred."""
     model = pipe.model.eval()
     model.set_stage("flow")
-    tokens = tokenize_documents(
-        load_documents(data, DataConfig(text_column=text_column), "train"),
-        pipe.tokenizer,
-        text_column,
-        "held-out text",
-    )
-    length = min(512, model.config.transformer_config.max_position_embeddings * pipe.chunk_size)
-    dataset = PackedDataset(tokens, length, pipe.chunk_size, seed=0, training=False)
+    length = min(512, pipe.max_length)
+    dataset = PackedDataset(held_out, length, pipe.chunk_size, seed=0, training=False)
     count = max(1, min(len(dataset), max_tokens // length))
     spread = np.linspace(0, len(dataset) - 1, count).round().astype(int)  # windows of every book, not of the first
     rows = torch.stack([dataset[i]["input_ids"] for i in spread.tolist()])
-    batches = list(rows[: len(rows) // 8 * 8 or len(rows)].to(device).split(8))  # equal batches: means need no weights
+    rows = rows[: len(rows) // 8 * 8 or len(rows)].to(model.device)  # equal batches: means need no weights
+    batches = list(rows.split(8))
+    results = {"tokens": rows.numel()}
+    results |= reconstruction_accuracy(model.codec, batches, seed, rarest_ids(train))
+    results["unigram_entropy"] = unigram_entropy(held_out)  # of the whole text: few tokens would estimate it too low
+    results |= cross_entropy_at(model, batches, seed)
+    results["informative_share_of_t"] = share_of_informative_draws(model, results, results["unigram_entropy"])
+    pairs = rows[:, : length // 128 * 128].reshape(-1, min(length, 128))
+    split = protocol.PROMPT // pipe.chunk_size * pipe.chunk_size
+    if len(pairs) > 1 and split < pairs.shape[1]:
+        results["prefers_true_continuation"] = prefers_true_continuation(
+            model, pairs[:, :split], pairs[:, split:], seed
+        )
+    return results
+
+
+def load_judges(args: argparse.Namespace, tokenizer, train: np.ndarray) -> tuple[TokenJudge, dict[str, TextJudge]]:
+    """The first judge that shares the tokenizer scores ids, all others text; trains one if there is none."""
+    token_judge, text_judges = None, {}
+    for path in args.judge:
+        if AutoTokenizer.from_pretrained(path).get_vocab() == tokenizer.get_vocab() and token_judge is None:
+            token_judge = TokenJudge(path, args.device)
+        else:
+            text_judges[Path(path).name] = TextJudge(path, args.device)
+    if token_judge is None:
+        path = Path(args.output_dir) / "judge"
+        if not (path / "config.json").is_file():
+            print(f"training a judge for {JUDGE_STEPS} steps in {path}")
+            autoregressive.train(train, tokenizer, path, 256, 4, max_steps=JUDGE_STEPS, learning_rate=2e-3, seed=1234)
+        token_judge = TokenJudge(str(path), args.device)
+    return token_judge, text_judges
+
+
+def tokcom_settings(pipe: TokComPipeline, steps: int) -> dict[str, TokComSampler]:
+    """The settings whose NLL and entropy the frontier shows."""
+    settings = {f"noise {s}": TokComSampler(pipe, steps, noise_scale=s) for s in (1.0, 0.9, 0.8, 0.7)}
+    settings |= {f"guidance {g}": TokComSampler(pipe, steps, guidance_scale=g) for g in (1.5, 2.0)}
+    settings["eta 1"] = TokComSampler(pipe, steps, eta=1.0)
+    if pipe.model.config.prediction_type == "tokens":
+        temperatures = (0.95, 0.9, 0.85, 0.8, 0.7)
+        settings |= {f"temperature {v}": TokComSampler(pipe, steps, temperature=v) for v in temperatures}
+    return settings
+
+
+def peer_settings(sampler: AutoregressiveSampler) -> dict[str, AutoregressiveSampler]:
+    model, start = sampler.model, sampler.start_token
+    settings = {f"temperature {v}": AutoregressiveSampler(model, start, v) for v in (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)}
+    return settings | {f"top-p {v}": AutoregressiveSampler(model, start, 1.0, v) for v in (0.98, 0.95, 0.9, 0.8)}
+
+
+def evaluate(args: argparse.Namespace) -> dict:
+    """Run the sections that `args` asks for; `results.json` is rewritten after each."""
+    pipe = TokComPipeline.from_pretrained(args.checkpoint).to(args.device)
+    output = Path(args.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+
+    def read(source: str, name: str) -> np.ndarray:
+        documents = load_documents(source, DataConfig(text_column=args.text_column), "train")
+        return tokenize_documents(documents, pipe.tokenizer, args.text_column, name)
+
+    held_out, train = read(args.data, "held-out text"), read(args.train_data, "training text")
     results = {
-        "checkpoint": str(checkpoint),
-        "data": str(data),
-        "tokens": sum(b.numel() for b in batches),
-        "seed": seed,
+        "about": {
+            "checkpoint": str(args.checkpoint),
+            "data": str(args.data),
+            "command": "python " + " ".join(map(str, args.command)),
+            "seed": args.seed,
+            "date": str(date.today()),
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {args.device}",
+        }
     }
-    results |= {"date": str(date.today()), "machine": f"{platform.machine()}, {torch.get_num_threads()} threads"}
-    results |= reconstruction_accuracy(model.codec, batches, seed)
-    results["unigram_entropy"] = unigram_entropy(tokens)  # of the whole text: few tokens would estimate it too low
-    return results | cross_entropy_at(model, batches, seed)
+
+    def keep(name: str, facts: dict) -> None:
+        results[name] = facts
+        (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+
+    if "reconstruction" in args.sections:
+        keep("reconstruction", reconstruction(pipe, held_out, train, args.max_tokens, args.seed))
+    if set(args.sections) - {"reconstruction"}:
+        token_judge, text_judges = load_judges(args, pipe.tokenizer, train)
+        study = protocol.Study(
+            train,
+            held_out,
+            lambda row: pipe._decode_row(row.tolist()),
+            token_judge,
+            text_judges,
+            pipe.chunk_size,
+            args.length,
+            args.samples,
+            args.seeds,
+        )
+        temperature = {} if args.temperature is None else {"temperature": args.temperature}
+        systems = {"TokCom": TokComSampler(pipe, args.steps, args.guidance_scale, args.noise_scale, **temperature)}
+        for peer in args.peer:
+            name, path = peer.split("=", 1)
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(args.device).eval()
+            systems[name] = AutoregressiveSampler(model, pipe.tokenizer.eos_token_id, args.peer_temperature)
+        _measure_systems(args, study, pipe, systems, keep)
+    (output / "results.md").write_text(report.markdown(results))
+    report.plots(results, output)
+    return results
 
 
-def main(argv: list[str] | None = None) -> None:
+def _measure_systems(args: argparse.Namespace, study: protocol.Study, pipe, systems: dict, keep) -> None:
+    for name, function in (("unconditional", protocol.unconditional), ("continuation", protocol.continuation)):
+        if name in args.sections:
+            keep(name, function(study, systems))
+    if "frontier" in args.sections:
+        settings = {
+            n: tokcom_settings(pipe, args.steps) if n == "TokCom" else peer_settings(s) for n, s in systems.items()
+        }
+        keep("frontier", protocol.frontier(study, settings, min(args.samples, 500)))
+    if "brier" in args.sections:
+        keep("brier", protocol.brier(study, systems, 8 * args.samples))
+    if "memorisation" in args.sections:
+        keep("memorisation", protocol.memorisation(study, systems))
+    if "latency" in args.sections:
+        keep("latency", protocol.latency(study, systems))
+
+
+def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default=".", help="model directory or Hub id")
     parser.add_argument("--data", default="sample_data/stories_validation.jsonl", help="held-out text")
+    parser.add_argument(
+        "--train_data", default="sample_data/stories_train.jsonl", help="what the model was trained on"
+    )
     parser.add_argument("--text_column", default="text")
-    parser.add_argument("--max_tokens", type=int, default=65536)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--judge", action="append", default=[], help="causal language model, path or name; repeatable")
+    parser.add_argument(
+        "--peer", action="append", default=[], metavar="NAME=PATH", help="autoregressive peer; repeatable"
+    )
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="SECTION")
+    parser.add_argument("--output_dir", default="outputs/evaluation")
+    for name, value in {
+        "max_tokens": 65536,
+        "samples": 1000,
+        "seeds": 3,
+        "length": 128,
+        "steps": 16,
+        "seed": 0,
+    }.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    for name in ("guidance_scale", "noise_scale", "peer_temperature"):
+        parser.add_argument(f"--{name}", type=float, default=1.0)
+    parser.add_argument("--temperature", type=float, help="of models that predict token probabilities")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output_file", help="JSON file for the numbers")
     args = parser.parse_args(argv)
-    results = evaluate(args.checkpoint, args.data, args.max_tokens, args.text_column, args.seed, args.device)
-    print("\n| measure | value |\n|---|---|")
-    for name, value in results.items():
-        print(f"| {name} | {value:.4f} |" if isinstance(value, float) else f"| {name} | {value} |")
-    if args.output_file:
-        with open(args.output_file, "w") as file:
-            json.dump(results, file, indent=2)
+    args.command = [os.path.basename(sys.argv[0]), *(sys.argv[1:] if argv is None else argv)]
+    results = evaluate(args)
+    print((Path(args.output_dir) / "results.md").read_text())
+    return results
 
 
 if __name__ == "__main__":

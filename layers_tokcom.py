@@ -179,22 +179,29 @@ class TokComModulation(nn.Linear):
     """Conditioning -> scales, shifts and gates of a block; starts at zero."""
 
 
+class TokComProjection(nn.Linear):
+    """Linear map into or out of the network; starts with variance 1 / inputs, so that signals keep their size."""
+
+
+class TokComTokenEmbedding(nn.Embedding):
+    """Token embedding that is read and predicted through; its rows start with length 1."""
+
+
 class TokComBlock(GradientCheckpointingLayer):
     """Pre-norm attention and SwiGLU; with a conditioning input, adaLN (DiT, Peebles and Xie 2023) per position.
 
     With `adaln_gates` the modulation starts at zero and the block is the identity (adaLN-zero). Without gates it
-    starts as a plain pre-norm block, the published v5.2 form. A config without `conditioning_size` (the codec's) has
-    no modulation at all.
+    starts as a plain pre-norm block, the published v5.2 form. With `modulated=False` there is no modulation at all.
     """
 
-    def __init__(self, config: PreTrainedConfig, layer_idx: int):
+    def __init__(self, config: PreTrainedConfig, layer_idx: int, modulated: bool = True):
         super().__init__()
         self.attention_norm = TokComRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = TokComAttention(config, layer_idx)
         self.mlp_norm = TokComRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = TokComMLP(config.hidden_size, config.intermediate_size)
         self.modulation = None
-        if hasattr(config, "conditioning_size"):
+        if modulated:
             parts = 6 if config.adaln_gates else 4
             self.modulation = TokComModulation(config.conditioning_size, parts * config.hidden_size)
 
@@ -238,6 +245,10 @@ class TokComPreTrainedModel(PreTrainedModel):
         if isinstance(module, TokComModulation):
             init.zeros_(module.weight)
             init.zeros_(module.bias)
+        elif isinstance(module, (TokComProjection, TokComTokenEmbedding)):
+            init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
+            if getattr(module, "bias", None) is not None:
+                init.zeros_(module.bias)
         else:
             super()._init_weights(module)
         if hasattr(module, "latent_mean"):

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from functools import wraps
 
 import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel  # noqa: F401  diffusers looks the base class up in the module of a component
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
@@ -21,7 +24,7 @@ from transformers.utils import ModelOutput
 try:
     from .codec_chunk_tokcom import TokComChunkCodec, TokComCodecOutput, TokComDecoderOutput
     from .configuration_tokcom import TokComChunkCodecConfig, TokComConfig
-    from .layers_tokcom import TokComPreTrainedModel
+    from .layers_tokcom import CROSS_ENTROPY_CHUNK, TokComPreTrainedModel, TokComTokenEmbedding
     from .transformer_tokcom import TokComTransformer, TokComTransformerOutput, block_causal_mask
 except ImportError:
     if __package__:
@@ -34,10 +37,13 @@ except ImportError:
     TokComChunkCodec, TokComCodecOutput = _codec_chunk.TokComChunkCodec, _codec_chunk.TokComCodecOutput
     TokComDecoderOutput = _codec_chunk.TokComDecoderOutput
     TokComChunkCodecConfig, TokComConfig = _configuration.TokComChunkCodecConfig, _configuration.TokComConfig
-    TokComPreTrainedModel = _layers.TokComPreTrainedModel
+    CROSS_ENTROPY_CHUNK, TokComPreTrainedModel = _layers.CROSS_ENTROPY_CHUNK, _layers.TokComPreTrainedModel
+    TokComTokenEmbedding = _layers.TokComTokenEmbedding
     TokComTransformer, TokComTransformerOutput = _transformer.TokComTransformer, _transformer.TokComTransformerOutput
     block_causal_mask = _transformer.block_causal_mask
 
+EARLY = 0.1  # training begins with a token this long before its time, since sampling steps are not infinitely small
+MIN_SIGMA = 0.05  # the likelihood of clean latents would be infinite
 CODECS = {TokComChunkCodecConfig.model_type: TokComChunkCodec}
 
 
@@ -92,6 +98,111 @@ def generation_order(valid: torch.Tensor, block_size: int | None, infill_rate: f
     return torch.where(in_gap, length + (index - start) // block_size, order)
 
 
+class TokComTokenHead(nn.Module):
+    """Reads noisy latents as uncertain tokens, and turns what the network expects into token probabilities.
+
+    Bayes' rule: p(token | x_t, rest) is p(token | rest), which the network predicts, times the likelihood
+    N(x_t; t z, (1 - t)^2) of the token's own channels z in the codec's table, which is known. So the network learns
+    language and not the geometry of the latents (score interpolation, CDCD, Dieleman et al. 2022, made exact).
+
+    The places of a chunk have their own times: at the latent's time t, place k has progressed by
+    `t (1 + s (K - 1)) - s k`, cut to [0, 1], with s = `token_stagger`; 0 denoises the tokens of a chunk together, 1 one
+    after the other (AR-Diffusion, Wu et al. 2023). `token_shift` warps progress towards noise, like a sampling grid.
+    """
+
+    def __init__(self, config: TokComConfig):
+        super().__init__()
+        self.chunk_size, self.noise_std = config.codec_config.chunk_size, config.noise_std
+        self.stagger, self.shift = config.token_stagger, config.token_shift
+        self.embedding = TokComTokenEmbedding(config.codec_config.vocab_size, config.token_embedding_size)
+        self.bias = nn.Parameter(torch.zeros(config.codec_config.vocab_size))
+
+    def progress(self, timestep: torch.Tensor) -> torch.Tensor:
+        """Times of latents `(...)` -> how far each place has come, `(..., K)`; below 0 is not begun, above 1 is done."""
+        places = torch.arange(self.chunk_size, device=timestep.device)
+        return timestep[..., None] * (1 + self.stagger * (self.chunk_size - 1)) - self.stagger * places
+
+    def place_times(self, timestep: torch.Tensor) -> torch.Tensor:
+        """Times of latents `(...)` -> t of each place `(..., K)`: 0 is noise, 1 is clean."""
+        left = 1 - self.progress(timestep).clamp(0, 1)
+        return 1 - self.shift * left / (1 + (self.shift - 1) * left)
+
+    def _rows(self, function: Callable, chosen, table, latents, times, *extra) -> torch.Tensor:
+        """`function(log-likelihood (R, V), table (V, C / K), *extra rows)` of the tokens that `chosen (B, N, K)` marks.
+
+        Args: `table (K, V, C / K)`, `latents (B, N, C)`, `times (B, N, K)`, `extra` tensors `(B, N, K, ...)`. Works on
+        some rows of one place at a time and recomputes them in the backward pass. Returns `(B, N, K, ...)`, 0 elsewhere.
+        """
+
+        def piece(signal, latents, table, *extra):
+            with torch.autocast(latents.device.type, enabled=False):
+                noise = (1 - signal).clamp_min(MIN_SIGMA) * self.noise_std
+                likelihood = signal * (latents @ table.T) - 0.5 * signal.square() * table.square().sum(-1)  # (R, V)
+                likelihood = likelihood / noise.square()
+            return function(likelihood, table, *extra)
+
+        size = self.chunk_size
+        rows = [x.reshape(-1, size, *x.shape[3:]) for x in (times[..., None].float(), *extra)]
+        rows.insert(1, latents.float().reshape(-1, size, latents.shape[-1] // size))
+        index, results = [], []
+        for place in range(size):
+            where = chosen[..., place].flatten().nonzero()[:, 0]
+            index.append(where * size + place)
+            for part in where.split(CROSS_ENTROPY_CHUNK):
+                signal, noisy, *more = (x[part, place] for x in rows)
+                arguments = (piece, signal, noisy, table[place], *more)
+                grad = torch.is_grad_enabled()
+                results.append(checkpoint(*arguments, use_reentrant=False) if grad else piece(*arguments[1:]))
+        values = torch.cat(results)
+        whole = values.new_zeros(chosen.numel(), *values.shape[1:])
+        return whole.index_copy(0, torch.cat(index), values).view(*chosen.shape, *values.shape[1:])
+
+    def read(
+        self, table: torch.Tensor, latents: torch.Tensor, timestep: torch.Tensor, chunks: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Mean token embeddings `(B, N, K * E)` given each token's own noisy channels and its frequency.
+
+        `chunks (B, N, K)`, if given, are the true ids of what is clean already, which saves work.
+        """
+        times, weight = self.place_times(timestep), self.embedding.weight
+        prior = self.bias.detach()
+
+        def mean(likelihood: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+            return F.linear((likelihood + prior).softmax(-1).to(weight.dtype), weight.T)
+
+        unknown = times == 0
+        chosen = ~unknown if chunks is None else ~unknown & (times < 1)
+        embeddings = self._rows(mean, chosen, table, latents, times) if chosen.any() else 0.0
+        frequent = F.linear(prior.softmax(-1)[None].to(weight.dtype), weight.T)[0]  # (E,)
+        embeddings = torch.where(unknown[..., None], frequent, embeddings)
+        if chunks is not None:
+            embeddings = torch.where((times == 1)[..., None], self.embedding(chunks).to(embeddings.dtype), embeddings)
+        return embeddings.flatten(2) * weight.shape[1] ** 0.5
+
+    def nll(self, states, table, latents, timestep, chunks, chosen) -> torch.Tensor:
+        """Nats per token `(B, N, K)` of the `chosen (B, N, K)` among ids `chunks`; `states (B, N, K * E)` is what the
+        network expects."""
+
+        def loss(likelihood: torch.Tensor, table: torch.Tensor, states: torch.Tensor, ids: torch.Tensor):
+            return F.cross_entropy(self._logits(states) + likelihood, ids, reduction="none")
+
+        states = states.unflatten(-1, (self.chunk_size, -1))
+        return self._rows(loss, chosen, table, latents, self.place_times(timestep), states, chunks)
+
+    def expected_latents(self, states, table, latents, timestep, temperature: float = 1.0) -> torch.Tensor:
+        """E[x1 | x_t] `(B, N, C)`; `temperature` divides what the network expects, not the likelihood."""
+
+        def mean(likelihood: torch.Tensor, table: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+            return (self._logits(states) / temperature + likelihood).softmax(-1) @ table
+
+        times = self.place_times(timestep)
+        states = states.unflatten(-1, (self.chunk_size, -1))
+        return self._rows(mean, torch.ones_like(times, dtype=torch.bool), table, latents, times, states).flatten(2)
+
+    def _logits(self, states: torch.Tensor) -> torch.Tensor:
+        return F.linear(states, self.embedding.weight, self.bias.to(states.dtype)).float()
+
+
 class TokComModel(TokComPreTrainedModel):
     """Latent generative model of tokens: `encode`, `denoise`, `decode`, and the training loss of both stages."""
 
@@ -102,6 +213,7 @@ class TokComModel(TokComPreTrainedModel):
         super().__init__(config)
         self.codec = CODECS[config.codec_config.model_type]._from_config(config.codec_config)
         self.transformer = TokComTransformer._from_config(config.transformer_config)
+        self.token_head = TokComTokenHead(config) if config.prediction_type == "tokens" else None
         self.post_init()
         self.set_stage(config.stage)
 
@@ -122,6 +234,8 @@ class TokComModel(TokComPreTrainedModel):
         self.config.stage = stage
         self.codec.requires_grad_(stage == "codec")
         self.transformer.requires_grad_(stage == "flow")
+        if self.token_head is not None:
+            self.token_head.requires_grad_(stage == "flow")
 
     def _check_ids(self, input_ids: torch.Tensor) -> None:
         vocab_size = self.config.codec_config.vocab_size
@@ -154,25 +268,41 @@ class TokComModel(TokComPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         self_condition: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        temperature: float = 1.0,
         **kwargs,
     ) -> TokComTransformerOutput:
         """Estimate the clean latents: `.latents (B, S, C)`.
 
         `timestep` in [0, 1], 1 = clean, is `(B, S)`; `(B,)` or a scalar is broadcast over the latents. The other
-        arguments are those of `TokComTransformer.forward`.
+        arguments are those of `TokComTransformer.forward`. `temperature` divides the logits of a model that predicts
+        token probabilities; `ValueError` if it is not positive, or not 1 for other models.
         """
+        if temperature <= 0 or (temperature != 1.0 and self.config.prediction_type != "tokens"):
+            raise ValueError(
+                f"`temperature` ({temperature}) must be positive, and 1 for `prediction_type="
+                f"{self.config.prediction_type!r}`: only 'tokens' has probabilities."
+            )
         timestep = torch.as_tensor(timestep, dtype=torch.float32, device=latents.device)
         if timestep.ndim == 1:
             timestep = timestep[:, None]
-        return self.transformer(
+        timestep, features = timestep.expand(latents.shape[:2]), None
+        if self.token_head is not None:
+            table = self.codec.token_table()
+            features = self.token_head.read(table, latents, timestep)
+        output = self.transformer(
             latents.to(self.dtype),
-            timestep.expand(latents.shape[:2]),
+            timestep,
             position_ids=position_ids,
             attention_mask=attention_mask,
             self_condition=None if self_condition is None else self_condition.to(self.dtype),
             past_key_values=past_key_values,
+            features=features,
             **kwargs,
         )
+        if self.token_head is not None:
+            output.latents = self.token_head.expected_latents(output.latents, table, latents, timestep, temperature)
+            output.latents = output.latents.to(latents.dtype)
+        return output
 
     @_entry_point
     def decode(self, latents: torch.Tensor) -> TokComDecoderOutput:
@@ -202,11 +332,13 @@ class TokComModel(TokComPreTrainedModel):
             return TokComOutput(loss=loss, **parts)
         with torch.no_grad():
             clean = self.codec.encode(input_ids, attention_mask)
-        prediction, loss_mask = self._predict_noised(clean, timestep)
-        squared_error = (prediction.float() - clean.latents.float()).square().mean(-1)  # (B, N)
-        mse = (squared_error * loss_mask).sum() / loss_mask.sum().clamp_min(1)
+        if self.config.prediction_type == "tokens":
+            return self._token_loss(clean, input_ids, attention_mask, timestep)
+        prediction, loss_mask, _, _ = self._predict_noised(clean, timestep)
+        squared_error = (prediction.float() - clean.latents[:, None].float()).square().mean(-1)  # (B, M, N)
+        mse = (squared_error * loss_mask[:, None]).sum() / (prediction.shape[1] * loss_mask.sum()).clamp_min(1)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.ce_weight > 0):
-            tokens = self.codec.loss(prediction, input_ids, attention_mask) * loss_mask[..., None]  # (B, N, K)
+            tokens = self.codec.loss(prediction[:, 0], input_ids, attention_mask) * loss_mask[..., None]  # (B, N, K)
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         count = (real.view(tokens.shape) * loss_mask[..., None]).sum().clamp_min(1)
         cross_entropy = tokens.sum() / count
@@ -215,18 +347,52 @@ class TokComModel(TokComPreTrainedModel):
             loss=loss, ce_loss=cross_entropy.detach(), mse_loss=mse.detach(), token_losses=tokens.detach()
         )
 
+    def _token_loss(self, clean, input_ids, attention_mask, timestep) -> TokComOutput:
+        chunks, real = self.codec.to_chunks(input_ids, attention_mask)  # (B, N, K)
+        states, loss_mask, noisy, t = self._predict_noised(clean, timestep, chunks)  # (B, M, N, K * E)
+        draws = states.shape[1]
+        progress = self.token_head.progress(t)  # (B, M * N, K)
+        chosen = (real & loss_mask[..., None]).repeat(1, draws, 1) & (progress > -EARLY) & (progress < 1)
+        with torch.no_grad():
+            table = self.codec.token_table()
+        tokens = self.token_head.nll(states.flatten(1, 2), table, noisy, t, chunks.repeat(1, draws, 1), chosen)
+        count = chosen.sum().clamp_min(1)
+        tokens = tokens.unflatten(1, (draws, -1))  # (B, M, N, K)
+        cross_entropy = tokens.sum() / count
+        return TokComOutput(
+            loss=cross_entropy,
+            ce_loss=cross_entropy.detach(),
+            mse_loss=cross_entropy.new_zeros(()),
+            token_losses=tokens[:, 0].detach(),
+        )
+
+    def channel_times(self, timestep: torch.Tensor) -> torch.Tensor:
+        """Times of latents `(B, N)` -> t of each channel, `(B, N, C)`, or `(B, N, 1)` if all have the same."""
+        if self.token_head is None:
+            return timestep[..., None]
+        channels = self.config.codec_config.latent_channels // self.token_head.chunk_size
+        return self.token_head.place_times(timestep).repeat_interleave(channels, dim=-1)
+
     def _sample_timestep(self, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
         if self.config.timestep_sampling == "uniform":
             return torch.rand(shape, device=device)
         return 1 - torch.sigmoid(torch.randn(shape, device=device) + self.config.timestep_loc)
 
-    def _predict_noised(self, clean: TokComCodecOutput, timestep: float | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Noise the latents with one time per block and estimate them again: `(B, N, C)`, loss mask `(B, N)`."""
+    def _predict_noised(
+        self, clean: TokComCodecOutput, timestep: float | None, chunks: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        """Noise the latents, M = `noise_draws` times with one time per block, and estimate them again.
+
+        Returns the transformer's outputs `(B, M, N, ...)`, the loss mask `(B, N)`, and what it saw: the noisy latents
+        `(B, M * N, C)` and their times `(B, M * N)`.
+        """
         config, latents, valid = self.config, clean.latents, clean.mask
         batch, length = valid.shape
+        draws = config.noise_draws if self.training else 1
         block_size = config.transformer_config.block_size
         order = generation_order(valid, block_size, config.infill_rate if self.training else 0.0)
-        t = self._sample_timestep((batch, 2 * length + 1), latents.device).gather(1, order)
+        t = self._sample_timestep((batch, draws * (2 * length + 1)), latents.device)
+        t = t.unflatten(1, (draws, -1)).gather(2, order[:, None].expand(-1, draws, -1)).flatten(1)  # (B, M * N)
         if timestep is not None:
             t = torch.full_like(t, timestep)
         dropout = config.context_dropout if self.training else 0.0
@@ -237,26 +403,48 @@ class TokComModel(TokComPreTrainedModel):
             t, loss_mask = torch.where(known, 1.0, t), valid & ~known
             attention_mask = valid
         else:
-            attention_mask = block_causal_mask(order, valid, sees_context)
-            position_ids = position_ids.repeat(1, 2, 1)
-        noise = torch.randn_like(latents) * config.noise_std
-        noisy = (1 - t[..., None]) * noise + t[..., None] * latents  # (B, N, C)
+            attention_mask = block_causal_mask(order, valid, sees_context, draws)
+            position_ids = position_ids.repeat(1, 1 + draws, 1)
+        targets = latents.repeat(1, draws, 1)
+        noise = torch.randn_like(targets) * config.noise_std
+        signal = self.channel_times(t)
+        noisy = (1 - signal) * noise + signal * targets  # (B, M * N, C)
+
+        features = None
+        if self.token_head is not None:
+            with torch.no_grad():
+                table = self.codec.token_table()
+            features = self.token_head.read(table, noisy, t, chunks.repeat(1, draws, 1))
+            if block_size is not None:
+                known = self.token_head.read(table, latents, torch.ones_like(t[:, :length]), chunks)
+                features = torch.cat((known, features), dim=1)
 
         def predict(self_condition: torch.Tensor | None) -> torch.Tensor:
-            inputs, time = noisy, t
+            inputs, time, known = noisy, t, 0
             if block_size is not None:
-                inputs, time = torch.cat((latents, noisy), dim=1), torch.cat((torch.ones_like(t), t), dim=1)
+                inputs, known = torch.cat((latents, noisy), dim=1), length
+                time = torch.cat((t.new_ones(batch, length), t), dim=1)
                 if self_condition is not None:
                     self_condition = torch.cat((torch.zeros_like(latents), self_condition), dim=1)
-            output = self.denoise(inputs, time, position_ids, attention_mask, self_condition)
-            return output.latents[:, -length:]
+            output = self.transformer(
+                inputs.to(self.dtype),
+                time,
+                position_ids,
+                attention_mask,
+                self_condition,
+                num_context=known,
+                features=features,
+            )
+            return output.latents[:, -draws * length :]
 
         estimate = None
         # the coin is Python's generator, which all processes share: sharded passes must be the same in number
         if self.training and config.transformer_config.self_conditioning and random.random() < 0.5:
             with torch.no_grad():
                 estimate = predict(None)
-        return predict(estimate), loss_mask
+                if config.prediction_type == "tokens":
+                    estimate = self.token_head.expected_latents(estimate, table, noisy, t)
+        return predict(estimate).unflatten(1, (draws, length)), loss_mask, noisy, t
 
     def _sample_known(self, valid: torch.Tensor) -> torch.Tensor:
         """Latents a bidirectional model is shown clean: nothing, a prefix, or all but a gap; `(B, N)`."""

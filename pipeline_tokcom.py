@@ -10,7 +10,7 @@ The repository is flat: weights, tokenizer and code at the root, the scheduler i
 import inspect
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.generation.streamers import BaseStreamer
 
 try:  # diffusers copies only the direct relative imports of this file, so every module of the repository is named here
     from .codec_chunk_tokcom import TokComCodecOutput
@@ -266,7 +267,11 @@ class TokComPipeline(DiffusionPipeline):
             "use TokComFlowMatchScheduler, FlowMatchEulerDiscreteScheduler or UniPCMultistepScheduler."
         )
 
-    def _sample(
+    def _sample(self, noise: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """Clean latents `(B, <= n, C)`; the arguments are those of `_sample_blocks`."""
+        return torch.cat(list(self._sample_blocks(noise, *args, **kwargs)), dim=1)
+
+    def _sample_blocks(
         self,
         noise: torch.Tensor,
         context: TokComCodecOutput | None = None,
@@ -274,19 +279,20 @@ class TokComPipeline(DiffusionPipeline):
         valid: torch.Tensor | None = None,
         num_inference_steps: int = 16,
         guidance_scale: float = 1.0,
+        temperature: float = 1.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         sigma_start: float = 1.0,
         edges: tuple[int, ...] = (),
         stop_at_eos: bool = False,
         on_step_end: Callable | None = None,
-    ) -> torch.Tensor:
-        """Denoise `noise (B, n, C)` given clean context latents; returns clean latents `(B, <= n, C)`.
+    ) -> Iterator[torch.Tensor]:
+        """Denoise `noise (B, n, C)` given clean context latents; yields each block `(B, Q, C)` when it is clean.
 
         `position_ids (B, n, A)` says where the new latents stand, `valid (B, n)` which of them exist. Blocks are
         denoised in the order given and do not cross `edges`, indices where something known lies between neighbours.
         With `stop_at_eos` the loop ends when every row has ended.
         """
-        state = _SamplerState(self.model, context, noise)
+        state = _SamplerState(self.model, context, noise, guidance_scale, temperature)
         if position_ids is None:
             position_ids = torch.arange(noise.shape[1], device=noise.device).expand(len(noise), -1)[..., None]
         if valid is None:
@@ -294,7 +300,7 @@ class TokComPipeline(DiffusionPipeline):
         extra = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
         blocks = _split_blocks(noise.shape[1], state.block_size, edges)
         self._guidance_scale, self._interrupt = guidance_scale, False
-        ended, done, bar = torch.zeros(len(noise), dtype=torch.bool, device=noise.device), [], None
+        ended, bar = torch.zeros(len(noise), dtype=torch.bool, device=noise.device), None
         for index, block in enumerate(blocks):
             x, estimate = noise[:, block], None
             self._set_timesteps(num_inference_steps, sigma_start)
@@ -304,15 +310,13 @@ class TokComPipeline(DiffusionPipeline):
                 if self._interrupt:
                     continue
                 sigma = float(self.scheduler.sigmas[i])
-                estimate = state.predict(
-                    x, 1 - sigma, position_ids[:, block], valid[:, block], estimate, guidance_scale
-                )
-                velocity = (x - estimate) / sigma
+                estimate = state.predict(x, 1 - sigma, position_ids[:, block], valid[:, block], estimate)
+                velocity = self._velocity(x, estimate, sigma, float(self.scheduler.sigmas[i + 1]))
                 x = self.scheduler.step(velocity, timestep, x, **extra, return_dict=False)[0]
                 if on_step_end is not None:
                     x = on_step_end(self, index * len(self.scheduler.timesteps) + i, timestep, x)
                 bar.update()
-            done.append(x)
+            yield x
             if stop_at_eos:
                 ended |= (self.model.to_ids(x) == self.tokenizer.eos_token_id).any(-1)
                 if bool(ended.all()):
@@ -321,7 +325,16 @@ class TokComPipeline(DiffusionPipeline):
                 state.append(x, position_ids[:, block], valid[:, block])
         if bar is not None:
             bar.close()
-        return torch.cat(done, dim=1)
+
+    def _velocity(self, x: torch.Tensor, estimate: torch.Tensor, sigma: float, next_sigma: float) -> torch.Tensor:
+        """dx/dsigma at `sigma`, all `(B, n, C)`.
+
+        Where channels have their own times, it is the mean until `next_sigma`, which makes Euler's step exact.
+        """
+        if self.model.token_head is None:
+            return (x - estimate) / sigma
+        now, then = (self.model.channel_times(torch.tensor([[1 - s]], device=x.device)) for s in (sigma, next_sigma))
+        return (x - estimate) * (then - now) / (1 - now).clamp_min(1e-6) / (sigma - next_sigma)
 
     def encode_prompt(self, prompt: list[str]) -> tuple[TokComCodecOutput, list[list[int]]]:
         """Prompts -> clean context latents and the prompts' ids.
@@ -344,10 +357,12 @@ class TokComPipeline(DiffusionPipeline):
         gen_length: int = 256,
         num_inference_steps: int = 16,
         guidance_scale: float = 1.0,
+        temperature: float = 1.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         output_type: str = "text",
         return_dict: bool = True,
+        streamer: BaseStreamer | None = None,
         callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
     ) -> TokComPipelineOutput | tuple:
@@ -358,9 +373,12 @@ class TokComPipeline(DiffusionPipeline):
             gen_length: tokens to generate; a text ends earlier at EOS.
             num_inference_steps: denoising steps per block.
             guidance_scale: 1 is off; above 1 strengthens the influence of the prompt at twice the cost.
+            temperature: of the token probabilities, for models with `prediction_type="tokens"`; below 1 is safer text.
             generator: `torch.Generator` or one per prompt, for reproducible samples.
             latents: initial noise of shape `(B, ceil(gen_length / K), C)`.
             output_type: `"text"`, `"seq"` (ids only) or `"latent"`.
+            streamer: a streamer of transformers (`TextStreamer`, `TextIteratorStreamer`); it receives the prompt's ids,
+                then those of every finished block. For one prompt; `stream` is the same as an iterator.
             callback_on_step_end: called as `f(pipe, step, timestep, {"latents": ...})`; may return new latents.
 
         Raises `ValueError` for an empty or too long prompt and for arguments out of range.
@@ -370,32 +388,94 @@ class TokComPipeline(DiffusionPipeline):
         prompts = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]
         if not prompts:
             raise ValueError("`prompt` is an empty list; give at least one text.")
+        if streamer is not None and len(prompts) > 1:
+            raise ValueError(f"`streamer` shows one text, but there are {len(prompts)} prompts; call once for each.")
+
+        def on_step_end(pipe, index, timestep, x):
+            tensors = {"latents": x} if "latents" in wanted else {}
+            return callback_on_step_end(pipe, index, timestep, tensors).pop("latents", x)
+
+        rows, blocks = self._continue(
+            prompts,
+            gen_length,
+            latents,
+            generator,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            temperature=temperature,
+            stop_at_eos=output_type != "latent" and getattr(self.tokenizer, "eos_token_id", None) is not None,
+            on_step_end=None if callback_on_step_end is None else on_step_end,
+        )
+        if streamer is not None:
+            streamer.put(torch.tensor(rows))
+            blocks = self._feed(streamer, blocks, gen_length)
+        output = self._finish(torch.cat(list(blocks), dim=1), gen_length, output_type)
+        if output.texts is not None:
+            new = [ids[:kept] for ids, kept in zip(output.sequences.tolist(), output.attention_mask.sum(-1).tolist())]
+            output.texts = [self._continue_text(p, row, ids) for p, row, ids in zip(prompts, rows, new)]
+        return output if return_dict else output.to_tuple()
+
+    def _continue(
+        self, prompts: list[str], gen_length: int, latents: torch.Tensor | None, generator, **sampling
+    ) -> tuple[list[list[int]], Iterator[torch.Tensor]]:
+        """The prompts' ids, and an iterator over the blocks `(B, Q, C)` of clean latents that follow them."""
         context, rows = self.encode_prompt(prompts)
         length = -(-gen_length // self.chunk_size)
         self._check_length(context.latents.shape[1] + length)
         noise = self.prepare_latents(len(prompts), length, generator, latents)
         first = context.position_ids[:, -1:] + 1
         position_ids = first + torch.arange(length, device=first.device)[None, :, None]
+        return rows, self._sample_blocks(noise, context, position_ids, generator=generator, **sampling)
 
-        def on_step_end(pipe, index, timestep, x):
-            tensors = {"latents": x} if "latents" in wanted else {}
-            return callback_on_step_end(pipe, index, timestep, tensors).pop("latents", x)
+    def _feed(self, streamer: BaseStreamer, blocks: Iterator[torch.Tensor], gen_length: int) -> Iterator[torch.Tensor]:
+        """Pass blocks on, and the ids of each, up to EOS or `gen_length`, to the streamer."""
+        left = gen_length
+        for block in blocks:
+            ids, mask = self._end_at_eos(self.model.to_ids(block)[:, :left])
+            if mask.any():
+                streamer.put(ids[mask.bool()].cpu())
+            left = 0 if not mask.all() else left - ids.shape[1]
+            yield block
+        streamer.end()
 
-        result = self._sample(
-            noise,
-            context,
-            position_ids,
+    @torch.no_grad()
+    def stream(
+        self,
+        prompt: str,
+        gen_length: int = 256,
+        num_inference_steps: int = 16,
+        guidance_scale: float = 1.0,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[str]:
+        """Continue one prompt and yield pieces of text as blocks are finished; joined, they are `__call__`'s text.
+
+        The arguments are those of `__call__`. Characters whose bytes are not complete yet wait for the next piece.
+        """
+        self.check_inputs(gen_length, num_inference_steps, "text", [])
+        if not isinstance(prompt, str):
+            raise ValueError(f"`prompt` must be one text, not {prompt!r}; call stream for each.")
+        rows, blocks = self._continue(
+            [prompt],
+            gen_length,
+            None,
+            generator,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
-            generator=generator,
-            stop_at_eos=output_type != "latent" and getattr(self.tokenizer, "eos_token_id", None) is not None,
-            on_step_end=None if callback_on_step_end is None else on_step_end,
+            temperature=temperature,
+            stop_at_eos=getattr(self.tokenizer, "eos_token_id", None) is not None,
         )
-        output = self._finish(result, gen_length, output_type)
-        if output.texts is not None:
-            new = [ids[:kept] for ids, kept in zip(output.sequences.tolist(), output.attention_mask.sum(-1).tolist())]
-            output.texts = [self._continue_text(p, row, ids) for p, row, ids in zip(prompts, rows, new)]
-        return output if return_dict else output.to_tuple()
+        ids, shown = [], ""
+        for block in blocks:
+            new, mask = self._end_at_eos(self.model.to_ids(block)[:, : gen_length - len(ids)])
+            ids += new[mask.bool()].tolist()
+            text = self._continue_text(prompt, rows[0], ids)
+            done = len(ids) == gen_length or not mask.all()
+            whole = text if done else text.rstrip("\ufffd")
+            if len(whole) > len(shown):
+                yield whole[len(shown) :]
+                shown = whole
+        self.maybe_free_model_hooks()
 
     def _check_length(self, length: int) -> None:
         """Block-causal models generate any length over a sliding window; bidirectional ones see all at once."""
@@ -591,8 +671,16 @@ def _read_latents(file: str | os.PathLike, chunk_size: int) -> tuple[torch.Tenso
 class _SamplerState:
     """What is already known while blocks are denoised: a key/value cache, or for bidirectional models the latents."""
 
-    def __init__(self, model: TokComModel, context: TokComCodecOutput | None, like: torch.Tensor):
+    def __init__(
+        self,
+        model: TokComModel,
+        context: TokComCodecOutput | None,
+        like: torch.Tensor,
+        guidance_scale: float,
+        temperature: float,
+    ):
         config = model.config.transformer_config
+        self.guidance_scale, self.temperature = guidance_scale, temperature
         self.model, self.block_size, self.window = model, config.block_size, config.max_position_embeddings
         self.context = context
         self.mask = torch.ones(like.shape[0], 0, dtype=torch.bool, device=like.device)  # (B, keys known so far)
@@ -604,11 +692,14 @@ class _SamplerState:
             length = context.latents.shape[1]
             order = (torch.arange(length, device=like.device) + -length % self.block_size) // self.block_size
             sees = block_causal_mask(order[None].expand(len(like), -1), context.mask)[:, :length, :length]
-            model.denoise(context.latents, 1.0, context.position_ids, sees, past_key_values=self.cache)
+            model.denoise(
+                context.latents, 1.0, context.position_ids, sees, past_key_values=self.cache, num_context=length
+            )
             self._trim()
 
-    def predict(self, x, t, position_ids, valid, estimate, guidance_scale) -> torch.Tensor:
+    def predict(self, x, t, position_ids, valid, estimate) -> torch.Tensor:
         """Estimate x1 `(B, n, C)` of the noisy block `x` at time `t`, in float32."""
+        guidance_scale, temperature = self.guidance_scale, self.temperature
         if self.cache is None and self.context is not None:
             known, time = self.context, torch.full_like(x[..., 0], t, dtype=torch.float32)
             known_time = 1.0 if self.model.config.transformer_config.per_latent_timestep else t
@@ -620,22 +711,25 @@ class _SamplerState:
                 torch.cat((known.position_ids, position_ids), dim=1),
                 self._keys(valid),
                 previous,
+                temperature=temperature,
             ).latents[:, -x.shape[1] :]
         else:
-            output = self.model.denoise(x, t, position_ids, self._keys(valid), estimate, self.cache).latents
+            output = self.model.denoise(
+                x, t, position_ids, self._keys(valid), estimate, self.cache, temperature=temperature
+            ).latents
             if self.cache is not None:
-                self.cache.crop(-x.shape[1])
+                self._keep(slice(0, self.mask.shape[1]))
         output = output.float()
         if guidance_scale != 1.0 and self.mask.shape[1]:
-            free = self.model.denoise(
-                x, t, position_ids, None if bool(valid.all()) else valid, estimate
-            ).latents.float()
+            keys = None if bool(valid.all()) else valid
+            free = self.model.denoise(x, t, position_ids, keys, estimate, temperature=temperature).latents.float()
             output = free + guidance_scale * (output - free)
         return output
 
     def append(self, x, position_ids, valid) -> None:
-        """Remember a finished block."""
-        self.model.denoise(x, 1.0, position_ids, self._keys(valid), past_key_values=self.cache)
+        """Remember a finished block, as the clean latents of the tokens it decodes to: what training has shown."""
+        x = self.model.encode(self.model.to_ids(x)).latents
+        self.model.denoise(x, 1.0, position_ids, self._keys(valid), past_key_values=self.cache, num_context=x.shape[1])
         self.mask = torch.cat((self.mask, valid), dim=1)
         self._trim()
 
@@ -644,8 +738,12 @@ class _SamplerState:
         excess = self.mask.shape[1] + self.block_size - self.window
         if excess > 0:
             self.mask = self.mask[:, excess:]
-            for layer in self.cache.layers:
-                layer.keys, layer.values = layer.keys[:, :, excess:], layer.values[:, :, excess:]
+            self._keep(slice(excess, None))
+
+    def _keep(self, keys: slice) -> None:
+        for layer in self.cache.layers:
+            if layer.is_initialized:  # context layers are not, while nothing is known
+                layer.keys, layer.values = layer.keys[:, :, keys], layer.values[:, :, keys]
 
     def _keys(self, valid: torch.Tensor) -> torch.Tensor | None:
         keys = torch.cat((self.mask, valid), dim=1)

@@ -22,6 +22,7 @@ try:
         TokComAttention,
         TokComBlock,
         TokComPreTrainedModel,
+        TokComProjection,
         TokComRMSNorm,
         TokComTimestepEmbedding,
         expand_attention_mask,
@@ -36,6 +37,7 @@ except ImportError:
     TokComTransformerConfig = _configuration.TokComTransformerConfig
     TokComAttention, TokComBlock = _layers.TokComAttention, _layers.TokComBlock
     TokComPreTrainedModel, TokComRMSNorm = _layers.TokComPreTrainedModel, _layers.TokComRMSNorm
+    TokComProjection = _layers.TokComProjection
     TokComTimestepEmbedding = _layers.TokComTimestepEmbedding
     expand_attention_mask, rotary_embedding = _layers.expand_attention_mask, _layers.rotary_embedding
 
@@ -55,12 +57,12 @@ class TokComTransformerOutput(ModelOutput):
 
 
 def block_causal_mask(
-    order: torch.Tensor, valid: torch.Tensor, sees_context: torch.Tensor | None = None
+    order: torch.Tensor, valid: torch.Tensor, sees_context: torch.Tensor | None = None, draws: int = 1
 ) -> torch.Tensor:
-    """Mask of the training sequence `[clean | noisy]`.
+    """Mask of the training sequence `[clean | noisy]`, or with M `draws` `[clean | noisy | noisy ...]`.
 
     A clean latent sees clean latents generated no later than itself; a noisy one sees clean latents generated earlier
-    and the noisy ones of its own block. Every position sees itself, so that no softmax row is empty.
+    and the noisy ones of its own block and draw. Every position sees itself, so that no softmax row is empty.
 
     Args:
         order (`torch.LongTensor` of shape `(B, N)`): the step at which each latent's block is generated. It need not
@@ -68,14 +70,18 @@ def block_causal_mask(
         valid (`torch.BoolTensor` of shape `(B, N)`): latents that are not padding.
         sees_context (`torch.BoolTensor` of shape `(B,)`, *optional*): rows whose noisy half sees the clean half.
 
-    Returns: `torch.BoolTensor` of shape `(B, 2N, 2N)`.
+    Returns: `torch.BoolTensor` of shape `(B, (1 + M) N, (1 + M) N)`.
     """
+    length = order.shape[1]
     query, key = order[:, :, None], order[:, None, :]
     same, earlier = key == query, key < query  # (B, N, N)
     visible = earlier if sees_context is None else earlier & sees_context[:, None, None]
-    clean_rows = torch.cat((earlier | same, torch.zeros_like(same)), dim=-1)
-    noisy_rows = torch.cat((visible, same), dim=-1)
-    mask = torch.cat((clean_rows, noisy_rows), dim=1) & valid.repeat(1, 2)[:, None]
+    mask = same.new_zeros(len(order), 1 + draws, length, 1 + draws, length)
+    mask[:, 0, :, 0] = earlier | same
+    mask[:, 1:, :, 0] = visible[:, None]
+    for draw in range(1, 1 + draws):
+        mask[:, draw, :, draw] = same
+    mask = (mask & valid[:, None, None, None]).view(len(order), (1 + draws) * length, -1)
     return mask | torch.eye(mask.shape[-1], dtype=torch.bool, device=mask.device)
 
 
@@ -91,12 +97,18 @@ class TokComTransformer(TokComPreTrainedModel):
 
     def __init__(self, config: TokComTransformerConfig):
         super().__init__(config)
-        inputs = config.latent_channels * (2 if config.self_conditioning else 1)
-        self.proj_in = nn.Linear(inputs, config.hidden_size) if config.input_projection else nn.Identity()
+        inputs = (config.feature_size or config.latent_channels) + config.latent_channels * config.self_conditioning
+        self.proj_in = TokComProjection(inputs, config.hidden_size) if config.input_projection else nn.Identity()
         self.time_embedding = TokComTimestepEmbedding(config.conditioning_size, config.timestep_scale)
-        self.layers = nn.ModuleList(TokComBlock(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            TokComBlock(config, i, modulated=i >= config.num_context_layers) for i in range(config.num_hidden_layers)
+        )
+        self.context_norm = self.context_proj = None
+        if config.num_context_layers:
+            self.context_norm = TokComRMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.context_proj = TokComProjection(config.hidden_size, config.hidden_size)
         self.norm = TokComRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.proj_out = nn.Linear(config.hidden_size, config.latent_channels)
+        self.proj_out = TokComProjection(config.hidden_size, config.output_channels or config.latent_channels)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -109,6 +121,8 @@ class TokComTransformer(TokComPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         self_condition: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        num_context: int = 0,
+        features: torch.Tensor | None = None,
         **kwargs,
     ) -> TokComTransformerOutput:
         """
@@ -120,22 +134,65 @@ class TokComTransformer(TokComPreTrainedModel):
                 each query sees; S_kv includes what is cached.
             self_condition (`torch.FloatTensor` of shape `(B, S, C)`, *optional*): the previous estimate of x1.
             past_key_values (`Cache`, *optional*): keys and values of earlier blocks; this call's are appended.
+            num_context (`int`): the first latents, which are clean and pass the context layers; all others enter after
+                them. Without context layers it makes no difference.
+            features (`torch.FloatTensor` of shape `(B, S, feature_size)`, *optional*): read instead of the latents.
         """
         config = self.config
+        inputs = features if config.feature_size else latents
         if config.self_conditioning:
             previous = torch.zeros_like(latents) if self_condition is None else self_condition
-            latents = torch.cat((latents, previous), dim=-1)  # (B, S, 2C)
+            inputs = torch.cat((inputs, previous), dim=-1)  # (B, S, 2C)
         if position_ids is None:
             position_ids = torch.arange(latents.shape[1], device=latents.device)[None, :, None]
-        hidden_states = self.proj_in(latents)  # (B, S, D)
+        hidden_states = self.proj_in(inputs)  # (B, S, D)
         conditioning = F.silu(self.time_embedding(timestep))  # (B, S, conditioning_size)
         head_dim = config.hidden_size // config.num_attention_heads
         tables = rotary_embedding(position_ids, head_dim, config.rope_theta)
         queries, implementation = latents.shape[1], config._attn_implementation
         mask = expand_attention_mask(attention_mask, queries, implementation, hidden_states.dtype)
-        for layer in self.layers:
+        if config.num_context_layers:
+            hidden_states = self._enter(
+                hidden_states, num_context, position_ids, attention_mask, tables, past_key_values, **kwargs
+            )
+        for layer in self.layers[config.num_context_layers :]:
             hidden_states = layer(hidden_states, conditioning, tables, mask, past_key_values, **kwargs)
         return TokComTransformerOutput(latents=self.proj_out(self.norm(hidden_states)))
+
+    def _enter(
+        self, hidden_states, num_context, position_ids, attention_mask, tables, past_key_values, **kwargs
+    ) -> torch.Tensor:
+        """Pass the first `num_context` latents through the context layers, and give all others the state of the
+        nearest visible context latent before them. `hidden_states (B, S, D)` in and out.
+
+        One more layer of the cache holds states and positions of the context.
+        """
+        batch, queries, width = hidden_states.shape
+        known, positions = hidden_states[:, :num_context], position_ids[..., 0].float().expand(batch, -1)
+        visible = attention_mask
+        if visible is not None and visible.ndim == 2:
+            visible = visible[:, None].expand(-1, queries, -1)
+        if num_context:
+            keys = None if visible is None else visible.shape[-1] - queries + num_context
+            mask = None if visible is None else visible[:, :num_context, :keys]
+            mask = expand_attention_mask(mask, num_context, self.config._attn_implementation, known.dtype)
+            known_tables = tuple(table[:, :, :num_context] for table in tables)
+            for layer in self.layers[: self.config.num_context_layers]:
+                known = layer(known, None, known_tables, mask, past_key_values, **kwargs)
+        states, where = self.context_norm(known)[:, None], positions[:, None, :num_context, None]
+        if past_key_values is not None and (num_context or len(past_key_values.layers) > len(self.layers)):
+            states, where = past_key_values.update(states, where, len(self.layers))
+        states, where = states[:, 0], where[:, 0, :, 0]  # (B, S_context, D), (B, S_context)
+        noisy = hidden_states[:, num_context:]
+        if states.shape[1]:
+            earlier = where[:, None] < positions[:, num_context:, None]  # (B, noisy, S_context)
+            if visible is not None:
+                earlier = earlier & visible[:, num_context:, : states.shape[1]]
+            nearest = where[:, None].masked_fill(~earlier, float("-inf")).argmax(-1)  # (B, noisy)
+            nearest = states.gather(1, nearest[..., None].expand(-1, -1, width))
+            nearest = torch.where(earlier.any(-1, keepdim=True), nearest, 0)
+            noisy = noisy + self.context_proj(nearest)
+        return torch.cat((known, noisy), dim=1)
 
 
 __all__ = ["TokComTransformer", "TokComTransformerOutput", "block_causal_mask"]

@@ -5,15 +5,160 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 import demo
-from evaluate_tokcom import NOISE_LEVELS, TIMESTEPS, main, reconstruction_accuracy, unigram_entropy
-from tests.conftest import ROOT
+from evaluate_tokcom import SECTIONS, main
+from evaluation import metrics
+from evaluation.autoregressive import llama_config
+from evaluation.flops import count_flops, training_flops_per_token
+from evaluation.judges import TokenJudge
+from evaluation.protocol import Study, at_entropy, control_texts
+from evaluation.reconstruction import NOISE_LEVELS, TIMESTEPS, rarest_ids, reconstruction_accuracy
+from evaluation.samplers import AutoregressiveSampler, TokComSampler
+from modeling_tokcom import TokComModel
+from tests.conftest import ROOT, tiny_config
+
+WORDS = np.random.default_rng(0)
 
 
-def test_unigram_entropy_of_uniform_tokens_is_log_v():
-    assert unigram_entropy(np.arange(50)) == pytest.approx(math.log(50))
-    assert unigram_entropy(np.zeros(50)) == 0.0
+def test_entropy_of_uniform_tokens_is_log_v():
+    assert metrics.unigram_entropy(np.arange(50)) == pytest.approx(math.log(50))
+    assert metrics.unigram_entropy(np.zeros(50)) == 0.0
+    assert metrics.sample_entropy(np.stack([np.arange(50), np.zeros(50)])) == pytest.approx(math.log(50) / 2)
+
+
+def test_ngram_keys_are_equal_exactly_when_the_ngrams_are():
+    ids = WORDS.integers(0, 3, (4, 300))
+    for n in (1, 2, 4):
+        keys = metrics.ngram_keys(ids, n)
+        grams = np.lib.stride_tricks.sliding_window_view(ids, n, axis=1)
+        assert keys.shape == grams.shape[:2]
+        assert len(np.unique(keys)) == len({tuple(g) for row in grams for g in row.tolist()})
+
+
+def test_diversity_of_constant_and_of_distinct_samples():
+    constant, distinct = np.zeros((4, 20), int), np.arange(80).reshape(4, 20)
+    assert metrics.distinct_n(constant, 2) == pytest.approx(1 / 76) and metrics.distinct_n(distinct, 2) == 1
+    assert metrics.repetition(constant) == pytest.approx(16 / 17) and metrics.repetition(distinct) == 0
+    assert metrics.self_bleu(constant) == pytest.approx(1) and metrics.self_bleu(distinct) < 0.05
+
+
+def test_memorised_text_is_found():
+    train = WORDS.integers(0, 1000, 5000)
+    ngrams = metrics.TrainingNgrams(train)
+    fresh = WORDS.integers(1000, 2000, (2, 64))
+    stolen = fresh.copy()
+    stolen[0, 10:30] = train[100:120]
+    assert ngrams.overlap(fresh) == 0 and ngrams.longest(fresh) == 0
+    assert ngrams.overlap(stolen) == pytest.approx(13 / (2 * 57)) and ngrams.longest(stolen) == 20
+    assert ngrams.chunks_seen(train[None, :64], 4) == (1.0, 1.0)
+    seen = train[: 64 * 4].reshape(-1, 4)[::2].reshape(1, -1)  # whole chunks, from places that are not neighbours
+    on_grid, off_grid = ngrams.chunks_seen(seen, 4)
+    assert on_grid == 1.0 and off_grid < 0.1
+
+
+def test_brier_is_maximal_for_certain_truth_and_unbiased():
+    real = WORDS.integers(0, 50, (500, 4))
+    perfect = metrics.brier_lm(real, real, real)
+    assert perfect["brier_lm"] == pytest.approx(100)
+    wrong = metrics.brier_lm(real + 50, real + 50, real)
+    assert wrong["brier_1"] == -100 and wrong["brier_lm"] == 0
+    coins = WORDS.integers(0, 2, (3, 100_000, 1)).repeat(4, axis=-1)
+    assert metrics.brier_lm(*coins)["brier_1"] == pytest.approx(50, abs=1)  # 2 p(y) - sum p^2 = 1 - 1/2
+
+
+def test_nll_at_an_entropy_is_interpolated_between_the_closest_settings():
+    points = [{"entropy": e, "nll": n} for e, n in ((1.0, 5.0), (3.0, 7.0), (2.5, 9.0))]
+    assert at_entropy(points, 2.0) == pytest.approx(5 + 4 * (2 / 3))
+    assert at_entropy(points, 2.75) == pytest.approx(8.0) and at_entropy(points, 4.0) is None
+
+
+def test_bootstrap_interval_has_the_width_of_the_standard_error():
+    low, high = metrics.bootstrap_interval(np.random.default_rng(0).normal(3, 1, 2500))
+    assert low < 3.0 < high and high - low == pytest.approx(2 * 1.96 / 50, rel=0.15)
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(llama_config(97, 64, 2, None, 0)).eval()
+
+
+def test_operations_are_those_of_the_matrix_products():
+    model, length = llama(), 32
+    config = model.config
+    layer = 4 * config.hidden_size**2 + 3 * config.hidden_size * config.intermediate_size + 2 * length * 64
+    forward = 2 * (2 * layer + config.vocab_size * config.hidden_size)  # per token; a multiply-add is two
+    ids = torch.zeros(2, length, dtype=torch.long)
+    with torch.no_grad():
+        counted = count_flops(lambda: model(ids)) / ids.numel()
+    assert counted == pytest.approx(forward, rel=0.01)
+    assert training_flops_per_token(model, ids) == pytest.approx(3 * forward, rel=0.03)
+
+
+def test_counting_operations_changes_no_gradient_and_no_random_state():
+    model, ids = llama(), torch.zeros(1, 16, dtype=torch.long)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    training_flops_per_token(model, ids)
+    assert torch.equal(torch.rand(3), expected) and all(p.grad is None for p in model.parameters())
+
+
+def test_self_conditioning_and_noise_draws_are_counted():
+    ids = torch.zeros(1, 32, dtype=torch.long)
+
+    def cost(**overrides) -> float:
+        model = TokComModel(tiny_config(stage="flow", ce_weight=0.0, **overrides))
+        return training_flops_per_token(model, ids)
+
+    plain = cost(transformer_config={"self_conditioning": False})
+    assert 1.1 < cost() / plain < 1.25  # half of the steps have one more forward pass, a third of a step
+    split = {"self_conditioning": False, "num_context_layers": 1}
+    one, three = (cost(transformer_config=split, noise_draws=m) for m in (1, 3))
+    assert plain > one and three > one
+
+
+def test_peer_has_the_number_of_parameters_asked_for():
+    model = LlamaForCausalLM(llama_config(97, 128, 3, 900_000, 0))
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(900_000, rel=0.002)
+    with pytest.raises(ValueError, match="hidden_size"):
+        llama_config(97, 512, 3, 900_000, 0)
+
+
+def test_judge_gives_the_language_models_own_loss(tmp_path):
+    model = llama()
+    model.save_pretrained(tmp_path)
+    ids = WORDS.integers(0, 97, (3, 12))
+    nll = TokenJudge(str(tmp_path)).nll(ids)
+    tensor = torch.from_numpy(ids)
+    assert np.isnan(nll[:, 0]).all()
+    assert np.nanmean(nll) == pytest.approx(model(tensor, labels=tensor).loss.item(), rel=0.01)
+    conditional = TokenJudge(str(tmp_path)).nll(ids[:, 4:], ids[:, :4])
+    np.testing.assert_allclose(conditional, nll[:, 4:], rtol=0.02)
+
+
+def test_samplers_continue_prompts_of_any_length_reproducibly(build):
+    pipe = build(transformer_config={"block_size": 1})
+    prompts = WORDS.integers(0, 300, (3, 7))
+    samplers = TokComSampler(pipe, num_inference_steps=2, batch_size=2), AutoregressiveSampler(llama(), 0)
+    for sampler in samplers:
+        rows = prompts % 97
+        first, again, other = (sampler.sample(rows, 10, seed) for seed in (0, 0, 1))
+        assert first.shape == (3, 10) and np.array_equal(first, again) and not np.array_equal(first, other)
+        assert sampler.sample(None, 6, 0, count=5).shape == (5, 6)
+
+
+def test_controls_have_the_statistics_their_names_say():
+    train, held_out = np.arange(4000), np.arange(4000, 8000)
+    study = Study(train, held_out, str, None, {}, chunk_size=4)
+    controls = control_texts(study, 32, 10, seed=0)
+    real = controls["real text"]
+    assert (np.diff(real) == 1).all() and real.min() >= 4000
+    assert np.array_equal(np.sort(controls["shuffled words"]), real)
+    chunks = controls["random training chunks"].reshape(10, -1, 4)
+    assert (np.diff(chunks) == 1).all() and chunks.max() < 4000
+    assert (controls["repeated phrase"][:, 8:] == controls["repeated phrase"][:, :-8]).all()
 
 
 class _LookupCodec:
@@ -40,15 +185,38 @@ def test_reconstruction_accuracy_counts_tokens_and_whole_chunks():
     assert results["token_accuracy_shuffled_latents"] < 0.05
 
 
-def test_command_writes_every_measure(build, tmp_path, capsys):
-    build().save_pretrained(tmp_path / "model")
+def test_rarest_ids_are_the_least_frequent():
+    assert set(rarest_ids(np.repeat(np.arange(20), np.arange(20) + 1), 0.1)) == {0, 1}
+
+
+def test_command_writes_every_measure_beside_its_controls(build, tmp_path, capsys):
+    pipe = build()
+    pipe.save_pretrained(tmp_path / "model")
+    peer = LlamaForCausalLM(llama_config(len(pipe.tokenizer), 64, 1, None, pipe.tokenizer.eos_token_id))
+    for name in ("judge", "peer"):
+        peer.save_pretrained(tmp_path / name)
+        pipe.tokenizer.save_pretrained(tmp_path / name)
     data = str(ROOT / "sample_data" / "stories_validation.jsonl")
-    arguments = ["--checkpoint", str(tmp_path / "model"), "--data", data, "--max_tokens", "2048", "--device", "cpu"]
-    main([*arguments, "--output_file", str(tmp_path / "results.json")])
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert all(f"denoiser_ce_t_{t}" in results for t in TIMESTEPS)
-    assert results["tokens"] == 2048 and 0 < results["unigram_entropy"] < math.log(321)
-    assert "| token_accuracy_noise_0.5 |" in capsys.readouterr().out
+    sizes = "--max_tokens 2048 --samples 8 --seeds 2 --length 16 --steps 2 --device cpu".split()
+    judge = ["--judge", str(tmp_path / "judge"), "--peer", f"AR={tmp_path / 'peer'}"]
+    arguments = ["--checkpoint", str(tmp_path / "model"), "--data", data, "--train_data", data, *sizes, *judge]
+    main([*arguments, "--output_dir", str(tmp_path / "out")])
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert set(SECTIONS) <= set(results)
+    assert all(f"denoiser_ce_t_{t}" in results["reconstruction"] for t in TIMESTEPS)
+    for section in ("unconditional", "continuation"):
+        rows = results[section]
+        assert set(rows) == {*control_names(), "TokCom", "AR"} and "nll_std_over_seeds" in rows["TokCom"]
+        assert all(len(row["nll_by_place"]) == 4 for row in rows.values())
+    assert results["memorisation"]["real text"]["overlap_8"] == 1.0  # here the held-out text is the training text
+    printed = capsys.readouterr().out
+    assert "| token_accuracy_noise_0.5 |" in printed and "| random training chunks |" in printed
+    pictures = {"frontier.png", "ce_of_t.png", "accuracy_of_noise.png", "nll_by_place.png"}
+    assert pictures <= {file.name for file in (tmp_path / "out").iterdir()}
+
+
+def control_names() -> tuple[str, ...]:
+    return ("real text", "shuffled words", "random training chunks", "repeated phrase")
 
 
 def test_demo_shows_every_mode_of_the_shipped_model(capsys):

@@ -36,7 +36,7 @@ def test_block_causal_sampling_with_cache_equals_the_uncached_computation(build)
     noise = torch.randn(1, 4, 16, generator=seeded())
     sampled = pipe("The family of four was", gen_length=16, num_inference_steps=2, latents=noise, output_type="latent")
 
-    done, n = context.latents, context.latents.shape[1]
+    done, n, blocks = context.latents, context.latents.shape[1], []
     for block in (noise[:, :2], noise[:, 2:]):
         x, m = block, done.shape[1]
         order = torch.cat(((torch.arange(n) + n % 2) // 2, n + torch.arange(m - n) // 2, torch.full((2,), 99)))[None]
@@ -49,8 +49,9 @@ def test_block_causal_sampling_with_cache_equals_the_uncached_computation(build)
             with torch.no_grad():
                 x1 = pipe.model.denoise(torch.cat((done, x), dim=1), time, attention_mask=mask).latents[:, -2:]
             x = pipe.scheduler.step((x - x1) / sigma, t, x, return_dict=False)[0]
-        done = torch.cat((done, x), dim=1)
-    torch.testing.assert_close(sampled.latents, done[:, n:], atol=1e-4, rtol=1e-3)
+        blocks.append(x)
+        done = torch.cat((done, pipe.model.encode(pipe.model.to_ids(x)).latents), dim=1)  # the context is clean text
+    torch.testing.assert_close(sampled.latents, torch.cat(blocks, dim=1), atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("transformer_config", FORMS)
@@ -294,3 +295,91 @@ def test_without_tokenizer_ids_and_latents_still_work(build):
     assert output.texts is None and output.sequences.shape == (1, 8)
     with pytest.raises(ValueError, match="no tokenizer"):
         pipe("Hi")
+
+
+class Recorder:
+    def __init__(self):
+        self.pieces, self.ended = [], False
+
+    def put(self, ids):
+        self.pieces.append(ids)
+
+    def end(self):
+        self.ended = True
+
+
+@pytest.mark.parametrize("gen_length", [16, 13])
+def test_streamed_text_is_the_text(build, gen_length):
+    pipe = build(transformer_config={"block_size": 2})
+    options = dict(gen_length=gen_length, num_inference_steps=2)
+    whole = pipe("Squinty", generator=seeded(), **options)
+    pieces = list(pipe.stream("Squinty", generator=seeded(), **options))
+    assert "".join(pieces) == whole.texts[0] and len(pieces) > 1
+    recorder = Recorder()
+    again = pipe("Squinty", generator=seeded(), streamer=recorder, **options)
+    prompt, *blocks = recorder.pieces
+    assert again.texts == whole.texts and recorder.ended
+    assert prompt.tolist() == [pipe.tokenizer("Squinty")["input_ids"]]
+    assert torch.cat(blocks).tolist() == whole.sequences[0][whole.attention_mask[0].bool()].tolist()
+    with pytest.raises(ValueError, match="2 prompts"):
+        pipe(PROMPTS, streamer=recorder, **options)
+
+
+def test_streaming_yields_a_block_before_the_next_is_computed(build):
+    pipe = build(transformer_config={"block_size": 1, "max_position_embeddings": 8})
+    calls = []
+    pipe.model.transformer.register_forward_hook(lambda *args: calls.append(1))
+    stream = pipe.stream("Squinty", gen_length=4000, num_inference_steps=1, generator=seeded())
+    next(stream)
+    assert len(calls) < 10  # of two thousand
+
+
+def test_memory_of_the_context_is_bounded_by_the_window(build):
+    from pipeline_tokcom import _SamplerState
+
+    pipe = build(transformer_config={"block_size": 1, "max_position_embeddings": 8})
+    lengths, append = [], _SamplerState.append
+
+    def record(state, *args):
+        append(state, *args)
+        lengths.append(max(layer.keys.shape[2] for layer in state.cache.layers))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_SamplerState, "append", record)
+        pipe.generate(num_chunks=30, num_inference_steps=1, generator=seeded())
+    assert len(lengths) == 29 and max(lengths) == 7
+
+
+@pytest.mark.parametrize("form", ["split", "tokens", "micro"])
+def test_forms_sample_with_a_cache_what_training_computes(build, form):
+    """One block after a prompt, in one step, is the estimate of the training sequence `[clean | noisy]`."""
+    split = {"block_size": 2, "num_context_layers": 1, "self_conditioning": False}
+    forms = {
+        "split": {"noise_draws": 2},
+        "tokens": {"prediction_type": "tokens", "codec_config": {"encoder_type": "token"}, "token_stagger": 0.5},
+        "micro": {"codec_config": {"num_micro_decoder_layers": 1}},
+    }
+    pipe = build(transformer_config=split, **forms[form])
+    ids = torch.randint(0, 300, (1, 16))
+    clean = pipe.model.encode(ids)
+    noise = torch.randn(1, 2, 16, generator=seeded())
+    context = pipe.model.encode(ids[:, :8])
+    positions = torch.tensor([[[2], [3]]])
+    sampled = pipe._sample(noise, context, positions, num_inference_steps=1)
+    from transformer_tokcom import block_causal_mask
+
+    mask = block_causal_mask(torch.tensor([[0, 0, 1, 1]]), clean.mask)
+    both = torch.cat((clean.latents, torch.zeros(1, 2, 16), noise), dim=1)
+    time = torch.tensor([[1.0] * 4 + [0.0] * 4])
+    with torch.no_grad():
+        x1 = pipe.model.denoise(both, time, clean.position_ids.repeat(1, 2, 1), mask, num_context=4).latents
+    torch.testing.assert_close(sampled, x1[:, -2:], atol=1e-4, rtol=1e-3)
+
+
+def test_temperature_needs_token_probabilities(build):
+    with pytest.raises(ValueError, match="temperature"):
+        build()("Squinty", gen_length=4, num_inference_steps=1, temperature=0.5)
+    tokens = build(prediction_type="tokens", codec_config={"encoder_type": "token"})
+    tokens("Squinty", gen_length=4, num_inference_steps=1, temperature=0.5)
+    with pytest.raises(ValueError, match="temperature"):
+        tokens("Squinty", gen_length=4, num_inference_steps=1, temperature=0.0)

@@ -96,3 +96,33 @@ def test_three_axes_need_no_other_class():
     shuffled = model(latents[:, order], time[:, order], positions[:, order]).latents
     torch.testing.assert_close(straight, shuffled, atol=1e-5, rtol=1e-4)  # positions, not order, tell places apart
     assert not torch.allclose(model(latents, time, positions.flip(-1)).latents[:, order], straight)
+
+
+def test_draws_of_the_noise_see_the_same_text_and_not_each_other():
+    order, valid = torch.tensor([[0, 0, 1, 1]]), torch.ones(1, 4, dtype=torch.bool)
+    single, triple = block_causal_mask(order, valid)[0], block_causal_mask(order, valid, draws=3)[0]
+    assert triple.shape == (16, 16) and torch.equal(triple[:4, :4], single[:4, :4])
+    for draw in (4, 8, 12):
+        rows = triple[draw : draw + 4]
+        assert torch.equal(rows[:, :4], single[4:, :4]) and torch.equal(rows[:, draw : draw + 4], single[4:, 4:])
+        assert rows.sum() == single[4:].sum()  # nothing else
+
+
+@torch.no_grad()
+def test_noisy_latents_enter_after_the_context_layers():
+    model = transformer(num_context_layers=1, num_hidden_layers=3, self_conditioning=False)
+    latents, time = torch.randn(1, 8, 6), torch.rand(1, 8)
+    order, valid = torch.arange(4)[None], torch.ones(1, 4, dtype=torch.bool)
+    mask = block_causal_mask(order, valid)
+    whole = model(latents, time, attention_mask=mask, num_context=4).latents
+    calls = []
+    model.layers[0].register_forward_hook(lambda module, args, output: calls.append(output.shape[1]))
+    torch.testing.assert_close(model(latents, time, attention_mask=mask, num_context=4).latents, whole)
+    assert calls == [4]  # the noisy half did not pass
+    positions = torch.arange(4)[None, :, None]
+    positions = torch.cat((positions, positions), dim=1)
+    whole = model(latents, time, positions, mask, num_context=4).latents
+    cache = DynamicCache()
+    model(latents[:, :2], time[:, :2], positions[:, :2], mask[:, :2, :2], past_key_values=cache, num_context=2)
+    block = model(latents[:, 6:7], time[:, 6:7], positions[:, 6:7], past_key_values=cache).latents
+    torch.testing.assert_close(block, whole[:, 6:7], atol=1e-5, rtol=1e-4)  # a cached context gives the same

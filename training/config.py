@@ -36,7 +36,8 @@ class StageConfig:
     batch_size: int = 16
     gradient_accumulation_steps: int = 1
     sequence_length: int = 256
-    learning_rate: float = 1e-3
+    learning_rate: float = 1e-3  # of AdamW
+    muon_learning_rate: float = 0.0  # of Muon on the matrices inside the network; 0 leaves them to AdamW
     weight_decay: float = 0.01
     warmup_steps: int = 100
     max_grad_norm: float = 1.0

@@ -1,0 +1,165 @@
+"""Train an autoregressive Llama on the same tokens: the peer TokCom is compared with, and the judge of both.
+
+    python -m evaluation.autoregressive --checkpoint . --data books.parquet --output_dir peer \
+        --num_parameters 9400000 --training_flops 3.1e14
+    python -m evaluation.autoregressive --checkpoint . --data books.parquet --output_dir judge \
+        --hidden_size 256 --num_hidden_layers 4 --max_steps 1000 --seed 1234
+
+The tokenizer is that of `--checkpoint`. `--num_parameters` widens the feed-forward layers until the total matches;
+`--training_flops` sets the number of steps. The model, its tokenizer and `training.json` (tokens, operations, seconds)
+end in `--output_dir`, which `AutoModelForCausalLM` loads.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from evaluation.flops import training_flops_per_token
+from training.config import DataConfig
+from training.data import PackedDataset, load_documents, tokenize_documents
+
+
+class CausalWindows(torch.utils.data.Dataset):
+    """Windows of packed documents with the labels that a causal language model wants; a new offset per epoch."""
+
+    def __init__(self, tokens: np.ndarray, sequence_length: int, seed: int):
+        self.windows = PackedDataset(tokens, sequence_length, 1, seed, training=True)
+        self.served = 0
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        self.windows.set_epoch(self.served // len(self.windows))
+        self.served += 1
+        ids = self.windows[index]["input_ids"]
+        return {"input_ids": ids, "labels": ids}
+
+
+def llama_config(
+    vocab_size: int, hidden_size: int, num_hidden_layers: int, num_parameters: int | None, eos_token_id: int
+) -> LlamaConfig:
+    """A Llama with tied embeddings; with `num_parameters`, as wide a feed-forward layer as makes the total match.
+
+    Raises `ValueError` when the rest of the model is already larger.
+    """
+    if hidden_size % 64:
+        raise ValueError(f"`hidden_size` ({hidden_size}) must be a multiple of the head size, 64.")
+    intermediate = -(-8 * hidden_size // 3 // 64) * 64
+    if num_parameters is not None:
+        others = vocab_size * hidden_size + hidden_size + num_hidden_layers * (4 * hidden_size + 2) * hidden_size
+        intermediate = round((num_parameters - others) / (3 * hidden_size * num_hidden_layers))
+        if intermediate < hidden_size:
+            raise ValueError(
+                f"{num_parameters} parameters leave a feed-forward width of {intermediate}; lower `hidden_size` "
+                f"({hidden_size}) or `num_hidden_layers` ({num_hidden_layers})."
+            )
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=hidden_size // 64,
+        num_key_value_heads=hidden_size // 64,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=eos_token_id,
+    )
+
+
+def train(
+    tokens: np.ndarray,
+    tokenizer: PreTrainedTokenizerBase,
+    output_dir: str | Path,
+    hidden_size: int = 320,
+    num_hidden_layers: int = 6,
+    num_parameters: int | None = None,
+    training_flops: float | None = None,
+    max_steps: int = 1000,
+    batch_size: int = 8,
+    sequence_length: int = 512,
+    learning_rate: float = 1.5e-3,
+    seed: int = 0,
+) -> LlamaForCausalLM:
+    """Train on `tokens (T,)` with AdamW, bfloat16 and a cosine schedule; returns and saves the model."""
+    set_seed(seed)
+    config = llama_config(len(tokenizer), hidden_size, num_hidden_layers, num_parameters, tokenizer.eos_token_id)
+    model = LlamaForCausalLM(config)
+    per_token = training_flops_per_token(model, torch.zeros(1, sequence_length, dtype=torch.long))
+    if training_flops is not None:
+        max_steps = max(1, round(training_flops / (per_token * batch_size * sequence_length)))
+    options = TrainingArguments(
+        output_dir=str(Path(output_dir) / "run"),
+        max_steps=max_steps,
+        per_device_train_batch_size=batch_size,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, min(200, max_steps // 10)),
+        weight_decay=0.01,
+        adam_beta2=0.98,
+        max_grad_norm=1.0,
+        bf16=True,
+        use_cpu=not torch.cuda.is_available(),
+        logging_steps=50,
+        save_strategy="no",
+        report_to=[],
+        seed=seed,
+    )
+    started = time.perf_counter()
+    trainer = Trainer(model, options, train_dataset=CausalWindows(tokens, sequence_length, seed))
+    loss = trainer.train().training_loss
+    model = model.eval()
+    model.save_pretrained(output_dir)
+    tokenizer.save_pretrained(output_dir)
+    seen = max_steps * batch_size * sequence_length
+    facts = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "steps": max_steps,
+        "tokens": seen,
+        "training_flops": per_token * seen,
+        "seconds": time.perf_counter() - started,
+        "mean_training_loss": loss,
+        "seed": seed,
+    }
+    (Path(output_dir) / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
+    return model
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", default=".", help="model or directory whose tokenizer is used")
+    parser.add_argument("--data", required=True, help="training text: file, folder or Hub dataset")
+    parser.add_argument("--text_column", default="text")
+    parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--num_parameters", type=int, help="total to match; default: a feed-forward width of 8/3")
+    parser.add_argument("--training_flops", type=float, help="total to match; default: max_steps")
+    numbers = {"hidden_size": 320, "num_hidden_layers": 6, "max_steps": 1000, "batch_size": 8, "seed": 0}
+    for name, value in {**numbers, "sequence_length": 512}.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--learning_rate", type=float, default=1.5e-3)
+    args = vars(parser.parse_args(argv))
+    tokenizer = AutoTokenizer.from_pretrained(args.pop("checkpoint"))
+    column = args.pop("text_column")
+    documents = load_documents(args.pop("data"), DataConfig(text_column=column), "train")
+    try:
+        train(tokenize_documents(documents, tokenizer, column, "training text"), tokenizer, **args)
+    except ValueError as error:
+        parser.exit(1, f"error: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

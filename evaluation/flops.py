@@ -1,0 +1,56 @@
+"""Floating-point operations, counted while the real code runs (`torch.utils.flop_counter`), not from a formula.
+
+A multiply-add is two operations; matrix products and attention are counted, element-wise work is not. Attention is
+counted dense: a mask does not make it cheaper, as it does not on the CPU.
+"""
+
+import random
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def count_flops(function: Callable[[], object]) -> int:
+    """Operations of one call of `function`, backward passes inside it included."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def training_flops_per_token(model: nn.Module, input_ids: torch.Tensor) -> float:
+    """Forward and backward operations per token of `input_ids (B, T)`, for TokCom or any causal language model.
+
+    A self-conditioned TokCom step costs one more forward pass in half of the cases: both cases are counted and
+    averaged. Weights and gradients are left as they were found.
+    """
+    was_training, costs = model.training, []
+    labels = {} if hasattr(model, "codec") else {"labels": input_ids}
+
+    def step():
+        model(input_ids=input_ids, **labels).loss.backward()
+
+    model.train()
+    state, torch_state = random.getstate(), torch.get_rng_state()
+    kept = [p.grad for p in model.parameters()]
+    for coin in (_seed_with(True), _seed_with(False)):  # the model's coin is `random.random() < 0.5`
+        random.seed(coin)
+        costs.append(count_flops(step))
+    random.setstate(state)
+    torch.set_rng_state(torch_state)
+    for parameter, grad in zip(model.parameters(), kept):
+        parameter.grad = grad
+    model.train(was_training)
+    return sum(costs) / len(costs) / input_ids.numel()
+
+
+def _seed_with(below_half: bool) -> int:
+    return next(s for s in range(100) if (random.Random(s).random() < 0.5) == below_half)
+
+
+@torch.no_grad()
+def forward_flops_per_token(model: nn.Module, input_ids: torch.Tensor) -> float:
+    """Operations per token of one forward pass of a causal language model on `input_ids (B, T)`."""
+    return count_flops(lambda: model(input_ids=input_ids)) / input_ids.numel()

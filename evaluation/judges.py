@@ -1,0 +1,55 @@
+"""Judges: causal language models that score text they did not write."""
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+class TokenJudge:
+    """A causal language model with TokCom's own tokenizer, such as `evaluation.autoregressive` trains."""
+
+    def __init__(self, path: str, device: str = "cpu"):
+        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device).eval()
+
+    @torch.no_grad()
+    def nll(self, ids: np.ndarray, prompts: np.ndarray | None = None, batch_size: int = 64) -> np.ndarray:
+        """Nats of every token of `ids (B, T)` given the tokens before it, `prompts (B, P)` included: `(B, T)`.
+
+        Without a prompt the first token has no context and is NaN; take means with `np.nanmean`.
+        """
+        whole = ids if prompts is None else np.concatenate((prompts, ids), axis=1)
+        rows = []
+        for start in range(0, len(whole), batch_size):
+            batch = torch.from_numpy(whole[start : start + batch_size].astype(np.int64)).to(self.model.device)
+            with torch.autocast(batch.device.type, torch.bfloat16):
+                logits = self.model(input_ids=batch).logits[:, :-1]
+            losses = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="none"
+            )
+            rows.append(losses.view(len(batch), -1).cpu().numpy())
+        losses = np.pad(np.concatenate(rows), ((0, 0), (1, 0)), constant_values=np.nan)
+        return losses[:, -ids.shape[1] :]
+
+
+class TextJudge:
+    """Any Hugging Face causal language model, by path or name: scores detokenised text with its own tokenizer."""
+
+    def __init__(self, path: str, device: str = "cpu"):
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device).eval()
+
+    @torch.no_grad()
+    def nats_per_character(self, texts: list[str], prompts: list[str] | None = None) -> np.ndarray:
+        """Nats per character of each text `(B,)`, given its prompt if there is one; NaN for an empty text."""
+        prompts = prompts or [""] * len(texts)
+        results = []
+        for prompt, text in zip(prompts, texts):
+            whole = self.tokenizer(prompt + text, return_tensors="pt")["input_ids"].to(self.model.device)
+            known = len(self.tokenizer(prompt)["input_ids"]) if prompt else 1
+            if whole.shape[1] <= known:
+                results.append(float("nan"))
+                continue
+            logits = self.model(input_ids=whole).logits[0, known - 1 : -1].float()
+            total = torch.nn.functional.cross_entropy(logits, whole[0, known:], reduction="sum")
+            results.append(float(total) / max(1, len(text)))
+        return np.array(results)

@@ -1,0 +1,114 @@
+"""Measures of text as token ids. Every function takes ids `(B, T)` and says what it returns.
+
+Sources: distinct-n (Li et al. 2016), rep-n (Welleck et al. 2020), self-BLEU (Zhu et al. 2018), BrierLM (CALM, Shao et
+al. 2025).
+"""
+
+import numpy as np
+from sacrebleu.metrics import BLEU
+
+
+def unigram_entropy(ids: np.ndarray) -> float:
+    """Entropy in nats of the token frequencies of `ids`, of any shape."""
+    counts = np.unique(ids, return_counts=True)[1]
+    shares = counts / counts.sum()
+    return float(-(shares * np.log(shares)).sum())
+
+
+def sample_entropy(ids: np.ndarray) -> float:
+    """Mean over samples of the unigram entropy within one sample `(T,)`; nats, at most log T."""
+    return float(np.mean([unigram_entropy(row) for row in ids]))
+
+
+def ngram_keys(ids: np.ndarray, n: int) -> np.ndarray:
+    """One 64-bit key per n-gram: `(..., T)` -> `(..., T - n + 1)`; equal n-grams have equal keys.
+
+    A polynomial hash modulo 2^64: two different n-grams of a corpus of 10 M share a key with probability 3e-6.
+    """
+    ids = np.asarray(ids).astype(np.uint64)
+    keys = np.zeros((*ids.shape[:-1], max(0, ids.shape[-1] - n + 1)), np.uint64)
+    with np.errstate(over="ignore"):
+        for i in range(n):
+            mixed = (ids[..., i : i + keys.shape[-1]] + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+            keys = (keys ^ (mixed ^ (mixed >> np.uint64(29)))) * np.uint64(0xBF58476D1CE4E5B9)
+            keys ^= keys >> np.uint64(32)
+    return keys
+
+
+def distinct_n(ids: np.ndarray, n: int) -> float:
+    """Different n-grams divided by all n-grams of all samples."""
+    keys = ngram_keys(ids, n)
+    return float(len(np.unique(keys)) / keys.size)
+
+
+def repetition(ids: np.ndarray, n: int = 4) -> float:
+    """rep-n: share of a sample's n-grams that stood in it before; mean over samples."""
+    keys = ngram_keys(ids, n)
+    return float(np.mean([1 - len(np.unique(row)) / len(row) for row in keys]))
+
+
+def self_bleu(ids: np.ndarray, count: int = 100) -> float:
+    """BLEU-4 in [0, 1] of each of the first `count` samples against the others; high means samples are alike."""
+    texts = [" ".join(map(str, row)) for row in ids[:count].tolist()]
+    bleu = BLEU(tokenize="none", effective_order=True)
+    scores = [bleu.sentence_score(text, texts[:i] + texts[i + 1 :]).score for i, text in enumerate(texts)]
+    return float(np.mean(scores) / 100)
+
+
+class TrainingNgrams:
+    """The n-grams of the training text, to ask which of a sample's stood there."""
+
+    def __init__(self, tokens: np.ndarray):
+        self.tokens, self.sets = tokens, {}
+
+    def seen(self, ids: np.ndarray, n: int) -> np.ndarray:
+        """Which n-grams of `ids (B, T)` occur in the training text: `(B, T - n + 1)` of bool."""
+        if n not in self.sets:
+            self.sets[n] = np.unique(ngram_keys(self.tokens, n))
+        return np.isin(ngram_keys(ids, n), self.sets[n])
+
+    def overlap(self, ids: np.ndarray, n: int = 8) -> float:
+        """Share of the n-grams of `ids` that occur in the training text."""
+        return float(self.seen(ids, n).mean())
+
+    def chunks_seen(self, ids: np.ndarray, size: int) -> tuple[float, float]:
+        """Share of K-grams seen in training, at chunk boundaries (on-grid) and across them (off-grid)."""
+        seen = self.seen(ids, size)
+        on_grid = np.arange(seen.shape[1]) % size == 0
+        return float(seen[:, on_grid].mean()), float(seen[:, ~on_grid].mean()) if size > 1 else float("nan")
+
+    def longest(self, ids: np.ndarray) -> int:
+        """Length of the longest n-gram of any sample that occurs in the training text."""
+        alive, n = np.ones(ids.shape, bool), 0
+        while alive.any() and n < ids.shape[1]:
+            n += 1
+            alive = alive[:, : ids.shape[1] - n + 1]
+            rows = np.nonzero(alive.any(1))[0]
+            found = np.zeros_like(alive)
+            found[rows] = np.isin(ngram_keys(ids[rows], n), ngram_keys(self.tokens, n)) & alive[rows]
+            alive = found
+        return n if alive.any() else n - 1
+
+
+def brier_lm(first: np.ndarray, second: np.ndarray, real: np.ndarray) -> dict[str, float]:
+    """BrierLM from two independent samples and the real continuation, each `(B, >= 4)`, x 100.
+
+    Brier-n is the mean of `1{x1 = y} + 1{x2 = y} - 1{x1 = x2}` over the first n tokens as one event: an unbiased
+    estimate of `2 p(y) - sum_x p(x)^2`, at most 1, which is largest for the true distribution. BrierLM is the geometric
+    mean over n = 1..4, 0 as soon as one of them is not positive.
+    """
+    results, values = {}, []
+    for n in range(1, 5):
+        a, b, y = first[:, :n], second[:, :n], real[:, :n]
+        hits = (a == y).all(1).astype(float) + (b == y).all(1) - (a == b).all(1)
+        values.append(100 * float(hits.mean()))
+        results[f"brier_{n}"] = values[-1]
+    results["brier_lm"] = float(np.prod(values) ** 0.25) if min(values) > 0 else 0.0
+    return results
+
+
+def bootstrap_interval(values: np.ndarray, seed: int = 0, draws: int = 1000) -> tuple[float, float]:
+    """95 % interval of the mean of independent `values (B,)`, by resampling them."""
+    values = np.asarray(values, dtype=float)
+    means = np.random.default_rng(seed).choice(values, (draws, len(values))).mean(1)
+    return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))

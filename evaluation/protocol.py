@@ -1,0 +1,212 @@
+"""The protocol: controls, unconditional samples, prefix continuation, the entropy frontier, memorisation, latency.
+
+Every function returns plain dictionaries that go into `results.json`. A `system` is a name and a sampler; the controls
+are real text and three ways to fake it.
+"""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from evaluation.judges import TextJudge, TokenJudge
+from evaluation.metrics import (
+    TrainingNgrams,
+    bootstrap_interval,
+    brier_lm,
+    distinct_n,
+    repetition,
+    sample_entropy,
+    self_bleu,
+)
+
+PROMPT, CONTINUATION, BRIER_PROMPT = 32, 64, 32
+
+
+@dataclass
+class Study:
+    """What every measurement needs: texts, judges and sizes.
+
+    Args:
+        train, held_out (`np.ndarray` of shape `(T,)`): token ids. `decode`: ids `(T,)` -> text.
+        token_judge: scores token ids; `text_judges`: by name, score detokenised text.
+        chunk_size (`int`): K. `length` (`int`): tokens of an unconditional sample.
+        samples (`int`), seeds (`int`): samples per seed, and how many seeds.
+    """
+
+    train: np.ndarray
+    held_out: np.ndarray
+    decode: object
+    token_judge: TokenJudge
+    text_judges: dict[str, TextJudge]
+    chunk_size: int
+    length: int = 128
+    samples: int = 1000
+    seeds: int = 3
+    text_judge_samples: int = 100
+
+    def __post_init__(self):
+        self.ngrams = TrainingNgrams(self.train)
+
+    def windows(self, length: int, count: int) -> np.ndarray:
+        """`count` held-out windows `(count, length)`, spread evenly."""
+        starts = np.linspace(0, len(self.held_out) - length, count).astype(int)
+        return self.held_out[starts[:, None] + np.arange(length)]
+
+
+def control_texts(study: Study, length: int, count: int, seed: int) -> dict[str, np.ndarray]:
+    """Real held-out text, the same with shuffled words, random training chunks, and a repeated phrase."""
+    generator = np.random.default_rng(seed)
+    real = study.windows(length, count)
+    size = study.chunk_size
+    starts = generator.integers(0, len(study.train) - size, (count, -(-length // size)))
+    chunks = study.train[starts[..., None] + np.arange(size)].reshape(count, -1)[:, :length]
+    phrase = np.tile(real[:, :8], (1, -(-length // 8)))[:, :length]
+    return {
+        "real text": real,
+        "shuffled words": generator.permuted(real, axis=1),
+        "random training chunks": chunks,
+        "repeated phrase": phrase,
+    }
+
+
+def describe(study: Study, ids: np.ndarray, prompts: np.ndarray | None = None) -> dict:
+    """All measures of one set of samples `(B, T)`, which continue `prompts (B, P)` if there are any."""
+    nll = study.token_judge.nll(ids, prompts)
+    per_sample = np.nanmean(nll, axis=1)
+    length = ids.shape[1] // study.chunk_size * study.chunk_size
+    places = np.nanmean(nll[:, :length].reshape(len(ids), -1, study.chunk_size), axis=(0, 1))
+    low, high = bootstrap_interval(per_sample)
+    on_grid, off_grid = study.ngrams.chunks_seen(ids, study.chunk_size)
+    facts = {
+        "nll": float(per_sample.mean()),
+        "nll_interval": [low, high],
+        "ppl": float(np.exp(per_sample.mean())),
+        "nll_by_place": places.tolist(),
+        "entropy": sample_entropy(ids),
+        **{f"distinct_{n}": distinct_n(ids, n) for n in (1, 2, 3)},
+        "rep_4": repetition(ids, 4),
+        "self_bleu_4": self_bleu(ids),
+        "chunks_seen_on_grid": on_grid,
+        "chunks_seen_off_grid": off_grid,
+    }
+    texts = [study.decode(row) for row in ids[: study.text_judge_samples]]
+    before = None if prompts is None else [study.decode(row) for row in prompts[: study.text_judge_samples]]
+    for name, judge in study.text_judges.items():
+        facts[f"nats_per_character_{name}"] = float(np.nanmean(judge.nats_per_character(texts, before)))
+    return facts
+
+
+def over_seeds(runs: list[dict]) -> dict:
+    """Means over seeds of `describe` results, with the standard deviation of `nll`, `entropy` and `rep_4`."""
+    mean = {key: np.mean([run[key] for run in runs], axis=0).tolist() for key in runs[0]}
+    spread = {
+        f"{key}_std_over_seeds": float(np.std([run[key] for run in runs])) for key in ("nll", "entropy", "rep_4")
+    }
+    return mean | (spread if len(runs) > 1 else {})
+
+
+def unconditional(study: Study, systems: dict) -> dict:
+    """Samples from nothing, and the controls of the same size; `{name: describe(...)}`."""
+    results = {n: describe(study, ids) for n, ids in control_texts(study, study.length, study.samples, 0).items()}
+    for name, sampler in systems.items():
+        runs = []
+        for seed in tqdm(range(study.seeds), desc=f"unconditional: {name}"):
+            runs.append(describe(study, sampler.sample(None, study.length, seed, study.samples)))
+        results[name] = over_seeds(runs)
+    return results
+
+
+def continuation(study: Study, systems: dict) -> dict:
+    """Continue held-out prompts of 32 tokens by 64, and of 33..35 tokens (a prompt need not fill its last chunk)."""
+    windows = study.windows(PROMPT + CONTINUATION, study.samples)
+    prompts, real = windows[:, :PROMPT], windows[:, PROMPT:]
+    controls = {"real text": real, "shuffled words": np.random.default_rng(0).permuted(real, axis=1)}
+    controls["random training chunks"] = control_texts(study, CONTINUATION, len(real), 0)["random training chunks"]
+    controls["repeated phrase"] = np.tile(prompts[:, -8:], (1, CONTINUATION // 8))
+    results = {name: describe(study, ids, prompts) for name, ids in controls.items()}
+    for name, sampler in systems.items():
+        runs = [
+            describe(study, sampler.sample(prompts, CONTINUATION, seed), prompts)
+            for seed in tqdm(range(study.seeds), desc=f"continuation: {name}")
+        ]
+        results[name] = over_seeds(runs)
+        for extra in range(1, study.chunk_size):
+            odd = study.windows(PROMPT + extra, study.samples)
+            ids = sampler.sample(odd, CONTINUATION, 0)
+            results[name][f"nll_prompt_plus_{extra}"] = float(study.token_judge.nll(ids, odd).mean())
+    return results
+
+
+def frontier(study: Study, make_sampler: dict, count: int) -> dict:
+    """Conditional NLL against entropy over sampling settings, and by interpolation at the entropy of real text.
+
+    Args: `make_sampler` maps a system's name to `{setting: sampler}`; `count` prompts.
+    Returns `{name: {"points": [...], "nll_at_real_entropy": ..., "setting_at_real_entropy": ...}}`.
+    """
+    windows = study.windows(PROMPT + CONTINUATION, count)
+    prompts, real = windows[:, :PROMPT], windows[:, PROMPT:]
+    target = sample_entropy(real)
+    results = {"real text": {"entropy": target, "nll": float(study.token_judge.nll(real, prompts).mean())}}
+    for name, settings in make_sampler.items():
+        points = []
+        for setting, sampler in tqdm(settings.items(), desc=f"frontier: {name}"):
+            ids = sampler.sample(prompts, CONTINUATION, seed=0)
+            nll = study.token_judge.nll(ids, prompts)
+            points.append({"setting": setting, "nll": float(nll.mean()), "entropy": sample_entropy(ids)})
+        nearest = min(points, key=lambda p: abs(p["entropy"] - target))
+        results[name] = {"points": points, "setting_at_real_entropy": nearest["setting"]}
+        results[name]["nll_at_real_entropy"] = at_entropy(points, target)
+    return results
+
+
+def at_entropy(points: list[dict], target: float) -> float | None:
+    """The lowest NLL that lines between two settings reach at entropy `target`; None if no two enclose it."""
+    found = []
+    for a in points:
+        for b in points:
+            if a["entropy"] <= target <= b["entropy"] and b["entropy"] > a["entropy"]:
+                share = (target - a["entropy"]) / (b["entropy"] - a["entropy"])
+                found.append((b["entropy"] - a["entropy"], a["nll"] + share * (b["nll"] - a["nll"])))
+    return min(found)[1] if found else None  # the closest pair: lines between far points mean nothing
+
+
+def brier(study: Study, systems: dict, count: int) -> dict:
+    """BrierLM of the four tokens after `count` held-out prompts of 32 tokens."""
+    windows = study.windows(BRIER_PROMPT + 4, min(count, len(study.held_out) // (BRIER_PROMPT + 4)))
+    prompts, real = windows[:, :BRIER_PROMPT], windows[:, BRIER_PROMPT:]
+    results = {}
+    for name, sampler in systems.items():
+        first, second = (sampler.sample(prompts, 4, seed) for seed in (101, 102))
+        results[name] = brier_lm(first, second, real) | {"prompts": len(prompts)}
+    return results
+
+
+def memorisation(study: Study, systems: dict) -> dict:
+    """8-gram overlap with training and the longest shared n-gram, beside held-out real text of the same size."""
+    results = {}
+    samples = {"real text": study.windows(study.length, study.samples)}
+    for name, sampler in systems.items():
+        samples[name] = sampler.sample(None, study.length, 0, study.samples)
+    for name, ids in samples.items():
+        results[name] = {"overlap_8": study.ngrams.overlap(ids, 8), "longest": study.ngrams.longest(ids)}
+    return results
+
+
+def latency(study: Study, systems: dict, batches=(1, 32), length: int = 64, repeats: int = 20) -> dict:
+    """Milliseconds per generated token: median of `repeats` after 3 warm-ups, systems in turn, same threads."""
+    prompts, results = study.windows(PROMPT, max(batches)), {name: {} for name in systems}
+    for batch in batches:
+        times = {name: [] for name in systems}
+        for repeat in tqdm(range(repeats + 3), desc=f"latency: batch {batch}"):
+            for name, sampler in systems.items():
+                started = time.perf_counter()
+                sampler.sample(prompts[:batch], length, repeat)
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                times[name].append(1000 * (time.perf_counter() - started) / (length * batch))
+        for name in systems:
+            results[name][f"ms_per_token_batch_{batch}"] = float(np.median(times[name][3:]))
+    return results

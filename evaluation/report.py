@@ -1,0 +1,100 @@
+"""`results.json` as Markdown tables and PNG plots."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+SAMPLE_COLUMNS = ("nll", "nll_interval", "entropy", "distinct_1", "distinct_2", "distinct_3", "rep_4", "self_bleu_4")
+SAMPLE_COLUMNS += ("chunks_seen_on_grid", "chunks_seen_off_grid")
+
+
+def table(columns: list[str], rows: list[list]) -> str:
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return "\n".join([*lines, *("| " + " | ".join(map(_cell, row)) + " |" for row in rows)]) + "\n"
+
+
+def _cell(value) -> str:
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_cell, value))
+    return "-" if value is None else str(value)
+
+
+def markdown(results: dict) -> str:
+    """All tables of one run, with what reproduces them."""
+    about = results["about"]
+    parts = [f"`{about['command']}`, {about['machine']}, seed {about['seed']}, {about['date']}\n"]
+    if "reconstruction" in results:
+        parts += [
+            "## Codec and denoiser\n",
+            table(["measure", "value"], list(map(list, results["reconstruction"].items()))),
+        ]
+    for name, title in (("unconditional", "Samples from nothing"), ("continuation", "Prefix continuation")):
+        if name in results:
+            extra = sorted({k for row in results[name].values() for k in row if k.startswith("nats_per_character")})
+            extra += sorted({k for row in results[name].values() for k in row if k.startswith("nll_prompt")})
+            columns = [*SAMPLE_COLUMNS, "nll_by_place", *extra]
+            rows = [[system, *(row.get(c) for c in columns)] for system, row in results[name].items()]
+            parts += [f"## {title}\n", table(["", *columns], rows)]
+    for name, title in (
+        ("frontier", "Conditional NLL at the entropy of real text"),
+        ("brier", "BrierLM"),
+        ("memorisation", "Memorisation"),
+        ("latency", "Latency"),
+    ):
+        if name in results:
+            columns = sorted({k for row in results[name].values() for k in row if k != "points"})
+            rows = [[system, *(row.get(c) for c in columns)] for system, row in results[name].items()]
+            parts += [f"## {title}\n", table(["", *columns], rows)]
+    return "\n".join(parts)
+
+
+def plots(results: dict, directory: Path) -> None:
+    """Frontier, CE(t), accuracy against latent noise, NLL by place in the chunk."""
+    if "reconstruction" in results:
+        _plot_reconstruction(results["reconstruction"], directory)
+    if "continuation" in results:
+        figure, axes = plt.subplots(figsize=(6, 4))
+        for system, row in results["continuation"].items():
+            axes.plot(range(len(row["nll_by_place"])), row["nll_by_place"], "o-", label=system)
+        _finish(figure, axes, "place in the chunk", "conditional judge NLL, nats", directory / "nll_by_place.png")
+    if "frontier" in results:
+        figure, axes = plt.subplots(figsize=(6, 4))
+        for system, row in results["frontier"].items():
+            points = sorted(row.get("points", [row]), key=lambda p: p["entropy"])
+            axes.plot([p["entropy"] for p in points], [p["nll"] for p in points], "o-", label=system)
+        axes.axvline(results["frontier"]["real text"]["entropy"], color="grey", linewidth=0.8)
+        _finish(
+            figure, axes, "entropy within a sample, nats", "conditional judge NLL, nats", directory / "frontier.png"
+        )
+
+
+def _plot_reconstruction(facts: dict, directory: Path) -> None:
+    figure, axes = plt.subplots(figsize=(6, 4))
+    curve = {
+        float(k.rsplit("_", 1)[1]): v for k, v in facts.items() if k.startswith("denoiser_ce_t_") and "pos" not in k
+    }
+    axes.plot(list(curve), list(curve.values()), "o-", label="denoiser, clean text before the block")
+    axes.axhline(facts["unigram_entropy"], color="grey", linewidth=0.8, label="unigram entropy")
+    _finish(figure, axes, "t (0 is noise, 1 is clean)", "cross-entropy, nats per token", directory / "ce_of_t.png")
+    figure, axes = plt.subplots(figsize=(6, 4))
+    for kind in ("token", "chunk"):
+        levels = {float(k.rsplit("_", 1)[1]): v for k, v in facts.items() if k.startswith(f"{kind}_accuracy_noise")}
+        axes.plot(list(levels), list(levels.values()), "o-", label=f"{kind}s")
+    _finish(
+        figure, axes, "latent noise, standard deviations", "decoded correctly", directory / "accuracy_of_noise.png"
+    )
+
+
+def _finish(figure, axes, x: str, y: str, file: Path) -> None:
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,89 @@
+"""Samplers with one interface, so that TokCom and its autoregressive peer are measured by the same code.
+
+`sampler.sample(prompts, length, seed, count)` -> ids `(B, length)`, continuing `prompts (B, P)`, or from nothing when
+`prompts` is None and `count` samples are wanted.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from pipeline_tokcom import TokComPipeline
+
+
+@dataclass
+class TokComSampler:
+    """Sample from a TokCom pipeline; `noise_scale` multiplies the initial noise, `eta` is the scheduler's."""
+
+    pipe: TokComPipeline
+    num_inference_steps: int = 16
+    guidance_scale: float = 1.0
+    noise_scale: float = 1.0
+    eta: float = 0.0
+    temperature: float = 1.0
+    batch_size: int = 256
+
+    @torch.no_grad()
+    def sample(self, prompts: np.ndarray | None, length: int, seed: int, count: int = 0) -> np.ndarray:
+        pipe, rows = self.pipe, []
+        pipe.scheduler.register_to_config(eta=self.eta)
+        pipe.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(seed)
+        latents = -(-length // pipe.chunk_size)
+        total = count if prompts is None else len(prompts)
+        for start in tqdm(range(0, total, self.batch_size), desc="TokCom", leave=False):
+            context, positions, size = None, None, min(self.batch_size, total - start)
+            if prompts is not None:
+                ids, mask = pipe._pad(prompts[start : start + size].tolist(), "left")
+                context = pipe.model.encode(ids, mask)
+                positions = context.position_ids[:, -1:] + 1 + torch.arange(latents, device=ids.device)[None, :, None]
+            noise = pipe.prepare_latents(size, latents, generator) * self.noise_scale
+            with torch.autocast(noise.device.type, torch.bfloat16):
+                result = pipe._sample(
+                    noise,
+                    context,
+                    positions,
+                    num_inference_steps=self.num_inference_steps,
+                    guidance_scale=self.guidance_scale,
+                    temperature=self.temperature,
+                    generator=generator,
+                )
+                rows.append(pipe.model.to_ids(result)[:, :length].cpu().numpy())
+        return np.concatenate(rows)
+
+
+@dataclass
+class AutoregressiveSampler:
+    """Sample from a causal language model with its key/value cache."""
+
+    model: PreTrainedModel
+    start_token: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    batch_size: int = 256
+
+    @torch.no_grad()
+    def sample(self, prompts: np.ndarray | None, length: int, seed: int, count: int = 0) -> np.ndarray:
+        torch.manual_seed(seed)
+        if prompts is None:  # the end of a document is the only context that a new text has
+            prompts = np.full((count, 1), self.start_token)
+        rows = []
+        for start in tqdm(range(0, len(prompts), self.batch_size), desc="autoregressive", leave=False):
+            ids = torch.from_numpy(prompts[start : start + self.batch_size].astype(np.int64)).to(self.model.device)
+            with torch.autocast(ids.device.type, torch.bfloat16):
+                output = self.model.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    min_new_tokens=length,
+                    max_new_tokens=length,
+                    do_sample=True,
+                    temperature=self.temperature,
+                    top_p=self.top_p,
+                    top_k=0,
+                    pad_token_id=self.start_token,
+                )
+            rows.append(output[:, ids.shape[1] :].cpu().numpy())
+        return np.concatenate(rows)

@@ -1,0 +1,138 @@
+"""The laws of `prediction_type="tokens"`: Bayes' rule, exact sampling, places with times of their own."""
+
+import pytest
+import torch
+
+from modeling_tokcom import TokComModel
+from tests.conftest import tiny_config
+
+TOKENS = {"prediction_type": "tokens", "codec_config": {"encoder_type": "token"}, "stage": "flow"}
+
+
+def token_model(**overrides) -> TokComModel:
+    torch.manual_seed(0)
+    split = {"num_context_layers": 1, "self_conditioning": False, "block_size": 1}
+    model = TokComModel(tiny_config(**TOKENS, transformer_config=split, **overrides)).eval()
+    with torch.no_grad():
+        model.codec.embed_tokens.weight.normal_()
+        model.codec.to_posterior.weight.normal_(std=0.1)
+        model.token_head.bias.normal_()
+        latents = model.encode(torch.arange(320).view(1, -1)).latents[0]
+        model.codec.set_latent_statistics(latents.mean(0), latents.std(0))
+    return model
+
+
+@torch.no_grad()
+def test_clean_latents_are_read_as_their_tokens():
+    model, ids = token_model(), torch.randint(0, 320, (2, 8))
+    table, clean, chunks = model.codec.token_table(), model.encode(ids), ids.view(2, 2, 4)
+    read = model.token_head.read(table, clean.latents, torch.ones(2, 2))
+    torch.testing.assert_close(read, model.token_head.read(table, clean.latents, torch.ones(2, 2), chunks))
+    expected = model.token_head.embedding(chunks).flatten(2) * 128**0.5
+    torch.testing.assert_close(read, expected, atol=1e-4, rtol=1e-4)
+    noise = [model.token_head.read(table, torch.randn(2, 2, 16), torch.zeros(2, 2)) for _ in range(2)]
+    assert torch.equal(*noise)  # pure noise says nothing
+
+
+@torch.no_grad()
+def test_expected_latent_of_certain_tokens_is_their_encoding():
+    model, ids = token_model(), torch.randint(0, 320, (2, 8))
+    latents, table, head = model.encode(ids).latents, model.codec.token_table(), model.token_head
+    states = 1000 * head.embedding(ids).view(2, 2, -1)
+    sure = head.expected_latents(states, table, torch.randn_like(latents), torch.zeros(2, 2))
+    torch.testing.assert_close(sure, latents, atol=1e-4, rtol=1e-4)
+    # and when the network expects nothing, nearly clean latents are recognised by their likelihood
+    recognised = head.expected_latents(torch.zeros_like(states), table, 0.99 * latents, torch.full((2, 2), 0.995))
+    torch.testing.assert_close(recognised, latents, atol=1e-3, rtol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stagger", [0.0, 0.5])
+def test_token_probabilities_are_bayes_rule(stagger):
+    model, ids = token_model(noise_std=0.7, token_stagger=stagger), torch.randint(0, 320, (2, 8))
+    head, table = model.token_head, model.codec.token_table()
+    states, noisy, time = torch.randn(2, 2, 4 * 128), torch.randn(2, 2, 16), torch.tensor([[0.1, 0.3], [0.35, 0.2]])
+    chosen = torch.ones(2, 2, 4, dtype=torch.bool)
+    nll = head.nll(states, table, noisy, time, ids.view(2, 2, 4), chosen)
+    prior = (states.view(2, 2, 4, 128) @ head.embedding.weight.T + head.bias).log_softmax(-1)  # (B, N, K, V)
+    t = head.place_times(time)[..., None, None]
+    normal = torch.distributions.Normal(t * table, (1 - t) * 0.7)
+    posterior = (prior + normal.log_prob(noisy.view(2, 2, 4, 1, 4)).sum(-1)).log_softmax(-1)
+    expected = -posterior.gather(-1, ids.view(2, 2, 4, 1))[..., 0]
+    torch.testing.assert_close(nll, expected, atol=2e-3, rtol=1e-3)
+    chosen[:, 0] = False
+    some = head.nll(states, table, noisy, time, ids.view(2, 2, 4), chosen)
+    assert not some[:, 0].any()
+    torch.testing.assert_close(some[:, 1], nll[:, 1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stagger", [0.0, 1.0])
+def test_sampling_draws_tokens_with_the_probabilities_that_the_network_expects(build, stagger):
+    """Whatever the network expects of each token, integrating from noise draws tokens with those probabilities."""
+    overrides = {k: v for k, v in TOKENS.items() if k != "stage"}
+    split = {"num_context_layers": 1, "self_conditioning": False, "block_size": 1}
+    pipe = build(**overrides, token_stagger=stagger, timestep_sampling="uniform", transformer_config=split)
+    model = token_model(token_stagger=stagger, timestep_sampling="uniform")
+    pipe.model.load_state_dict(model.state_dict())
+    torch.nn.init.zeros_(pipe.model.transformer.proj_out.weight)
+    torch.nn.init.zeros_(pipe.model.transformer.proj_out.bias)
+    bias = torch.full((321,), -30.0)
+    bias[[3, 50, 200]] = torch.tensor([0.6, 0.3, 0.1]).log()
+    pipe.model.token_head.bias.copy_(bias)
+    noise = torch.randn(3000, 1, 16, generator=torch.Generator().manual_seed(0))
+    latents = pipe._sample(noise, num_inference_steps=64)[:, 0].view(3000, 4, 4)
+    table = pipe.model.codec.token_table()
+    for place in range(4):
+        drawn = torch.cdist(latents[:, place], table[place]).argmin(-1)
+        shares = torch.bincount(drawn, minlength=321)[[3, 50, 200]] / 3000
+        torch.testing.assert_close(shares, torch.tensor([0.6, 0.3, 0.1]), atol=0.03, rtol=0)
+
+
+def test_places_take_their_turns():
+    together, turns = token_model().token_head, token_model(token_stagger=1.0, token_shift=1.0).token_head
+    time = torch.linspace(0, 1, 9)
+    assert (together.place_times(time)[:, :1] == together.place_times(time)).all()
+    times = turns.place_times(time)
+    expected = [[0, 0, 0, 0], [0.5, 0, 0, 0], [1, 0, 0, 0], [1, 0.5, 0, 0], [1, 1, 0, 0], [1, 1, 0.5, 0]]
+    torch.testing.assert_close(times[:6], torch.tensor(expected))
+    assert (times[0] == 0).all() and (times[-1] == 1).all()
+
+
+def test_only_tokens_whose_turn_it_is_are_trained():
+    model = token_model(token_stagger=1.0)
+    losses = model(torch.randint(0, 320, (2, 32)), timestep=0.375).token_losses  # the second of four is half done
+    assert (losses[..., 1] > 0).all() and not losses[..., [0, 2, 3]].any()
+
+
+def test_loss_ignores_padding_and_reaches_every_trained_parameter():
+    model = token_model(token_stagger=0.5, noise_draws=2).train()
+    ids, mask = torch.randint(0, 320, (2, 32)), torch.ones(2, 32, dtype=torch.long)
+    mask[0, :3] = 0
+    model(ids, mask).loss.backward()
+    missing = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    # adaLN-zero: nothing behind a closed gate is reached at initialisation, nor what those layers read
+    assert not [n for n in missing if "layers" not in n and "time_embedding" not in n]
+    model.eval()
+    torch.manual_seed(0)
+    first = model(ids, mask, timestep=0.0)
+    ids[0, :3] = 7
+    torch.manual_seed(0)
+    assert torch.equal(first.token_losses, model(ids, mask, timestep=0.0).token_losses)
+    assert not first.token_losses[0, 0, :3].any()
+
+
+@torch.no_grad()
+def test_temperature_sharpens_what_the_network_expects_and_not_the_likelihood():
+    model, states = token_model(), torch.randn(1, 2, 4 * 128)
+    head, table = model.token_head, model.codec.token_table()
+    best = (states.view(1, 8, -1) @ head.embedding.weight.T + head.bias)[..., :320].argmax(-1)
+    sharp = head.expected_latents(states, table, torch.zeros(1, 2, 16), torch.zeros(1, 2), temperature=1e-4)
+    torch.testing.assert_close(sharp, model.encode(best).latents, atol=1e-4, rtol=1e-4)
+
+
+def test_tokens_need_an_encoder_per_token():
+    with pytest.raises(Exception, match="encoder_type"):
+        tiny_config(prediction_type="tokens")
+    with pytest.raises(Exception, match="token_stagger"):
+        tiny_config(**TOKENS, token_stagger=1.5)
