@@ -278,9 +278,8 @@ class TokComConfig(PreTrainedConfig):
             fields = {k: v for k, v in (self.transformer_config or {}).items() if k != "model_type"}
             _check_known_keys(TokComTransformerConfig, fields, "transformer_config.")
             self.transformer_config = TokComTransformerConfig(**fields)
-        if self.prediction_type == "tokens":
-            width = self.codec_config.chunk_size * self.token_embedding_size
-            self.transformer_config.output_channels = self.transformer_config.feature_size = width
+        width = self.codec_config.chunk_size * self.token_embedding_size if self.prediction_type == "tokens" else 0
+        self.transformer_config.feature_size, self.transformer_config.output_channels = width, width or None
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
@@ -389,26 +388,28 @@ PRESETS: dict[str, dict[str, Any]] = {
         "codec_config": {
             **_vocabulary(8192),
             **dict(chunk_size=4, latent_channels=128, embedding_size=256, hidden_size=512, intermediate_size=1536),
-            **dict(num_hidden_layers=3),
+            **dict(num_hidden_layers=3, encoder_type="token"),
         },
         "transformer_config": {
-            **dict(latent_channels=128, hidden_size=640, intermediate_size=1728, num_hidden_layers=10),
+            **dict(latent_channels=128, hidden_size=640, intermediate_size=1728, num_hidden_layers=12),
             **dict(num_attention_heads=10, num_key_value_heads=10, max_position_embeddings=256),
-            **dict(conditioning_size=256, block_size=8),
+            **dict(conditioning_size=256, block_size=1, num_context_layers=9, self_conditioning=False),
         },
+        **dict(prediction_type="tokens", token_stagger=1.0, token_embedding_size=320, noise_draws=2),
+        **dict(timestep_sampling="uniform"),
     },
     "tiny": {
         "codec_config": {
             **_vocabulary(4096),
             **dict(chunk_size=4, latent_channels=64, embedding_size=128, hidden_size=256, intermediate_size=768),
-            **dict(num_hidden_layers=2),
+            **dict(num_hidden_layers=2, encoder_type="token"),
         },
         "transformer_config": {
-            **dict(latent_channels=64, hidden_size=256, intermediate_size=704, num_hidden_layers=6),
+            **dict(latent_channels=64, hidden_size=256, intermediate_size=704, num_hidden_layers=8),
             **dict(num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128),
-            **dict(conditioning_size=128, block_size=1),
+            **dict(conditioning_size=128, block_size=1, num_context_layers=6, self_conditioning=False),
         },
-        "ce_weight": 0.3,
+        **dict(prediction_type="tokens", token_stagger=1.0, noise_draws=2, timestep_sampling="uniform"),
     },
     "debug": {
         "codec_config": {

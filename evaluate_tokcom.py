@@ -86,10 +86,12 @@ def tokcom_settings(pipe: TokComPipeline, steps: int) -> dict[str, TokComSampler
     """The settings whose NLL and entropy the frontier shows."""
     settings = {f"noise {s}": TokComSampler(pipe, steps, noise_scale=s) for s in (1.0, 0.9, 0.8, 0.7)}
     settings |= {f"guidance {g}": TokComSampler(pipe, steps, guidance_scale=g) for g in (1.5, 2.0)}
-    settings["eta 1"] = TokComSampler(pipe, steps, eta=1.0)
     if pipe.model.config.prediction_type == "tokens":
         temperatures = (0.95, 0.9, 0.85, 0.8, 0.7)
         settings |= {f"temperature {v}": TokComSampler(pipe, steps, temperature=v) for v in temperatures}
+        settings |= {f"{n} steps": TokComSampler(pipe, n) for n in (8, 32, 64)}
+    else:
+        settings["eta 1"] = TokComSampler(pipe, steps, eta=1.0)
     return settings
 
 

@@ -170,13 +170,12 @@ class TokComTokenHead(nn.Module):
         def mean(likelihood: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
             return F.linear((likelihood + prior).softmax(-1).to(weight.dtype), weight.T)
 
-        unknown = times == 0
-        chosen = ~unknown if chunks is None else ~unknown & (times < 1)
-        embeddings = self._rows(mean, chosen, table, latents, times) if chosen.any() else 0.0
+        if chunks is None:
+            chunks = self._rows(lambda likelihood, table: likelihood.argmax(-1), times == 1, table, latents, times)
+        embeddings = self._rows(mean, (times > 0) & (times < 1), table, latents, times)
         frequent = F.linear(prior.softmax(-1)[None].to(weight.dtype), weight.T)[0]  # (E,)
-        embeddings = torch.where(unknown[..., None], frequent, embeddings)
-        if chunks is not None:
-            embeddings = torch.where((times == 1)[..., None], self.embedding(chunks).to(embeddings.dtype), embeddings)
+        embeddings = torch.where((times == 0)[..., None], frequent, embeddings)
+        embeddings = torch.where((times == 1)[..., None], self.embedding(chunks).to(embeddings.dtype), embeddings)
         return embeddings.flatten(2) * weight.shape[1] ** 0.5
 
     def nll(self, states, table, latents, timestep, chunks, chosen) -> torch.Tensor:
@@ -189,15 +188,22 @@ class TokComTokenHead(nn.Module):
         states = states.unflatten(-1, (self.chunk_size, -1))
         return self._rows(loss, chosen, table, latents, self.place_times(timestep), states, chunks)
 
-    def expected_latents(self, states, table, latents, timestep, temperature: float = 1.0) -> torch.Tensor:
-        """E[x1 | x_t] `(B, N, C)`; `temperature` divides what the network expects, not the likelihood."""
+    def expected_latents(
+        self, states, table, latents, timestep, temperature: float = 1.0, step: float = 1.0
+    ) -> torch.Tensor:
+        """E[x1 | x_t] `(B, N, C)`; `temperature` divides what the network expects, not the likelihood.
+
+        Tokens that are clean stay as they are; those whose turn does not come before `timestep + step` are left at 0.
+        """
 
         def mean(likelihood: torch.Tensor, table: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
             return (self._logits(states) / temperature + likelihood).softmax(-1) @ table
 
         times = self.place_times(timestep)
+        chosen = (times < 1) & (self.progress(timestep + step) > 0)
         states = states.unflatten(-1, (self.chunk_size, -1))
-        return self._rows(mean, torch.ones_like(times, dtype=torch.bool), table, latents, times, states).flatten(2)
+        means = self._rows(mean, chosen, table, latents, times, states)  # (B, N, K, C / K)
+        return torch.where((times == 1)[..., None], latents.float().view(means.shape), means).flatten(2)
 
     def _logits(self, states: torch.Tensor) -> torch.Tensor:
         return F.linear(states, self.embedding.weight, self.bias.to(states.dtype)).float()
@@ -269,13 +275,15 @@ class TokComModel(TokComPreTrainedModel):
         self_condition: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         temperature: float = 1.0,
+        step: float = 1.0,
         **kwargs,
     ) -> TokComTransformerOutput:
         """Estimate the clean latents: `.latents (B, S, C)`.
 
         `timestep` in [0, 1], 1 = clean, is `(B, S)`; `(B,)` or a scalar is broadcast over the latents. The other
         arguments are those of `TokComTransformer.forward`. `temperature` divides the logits of a model that predicts
-        token probabilities; `ValueError` if it is not positive, or not 1 for other models.
+        token probabilities; `ValueError` if it is not positive, or not 1 for other models. `step` is how far the caller
+        will move in t: tokens whose turn does not come before are not estimated.
         """
         if temperature <= 0 or (temperature != 1.0 and self.config.prediction_type != "tokens"):
             raise ValueError(
@@ -300,8 +308,8 @@ class TokComModel(TokComPreTrainedModel):
             **kwargs,
         )
         if self.token_head is not None:
-            output.latents = self.token_head.expected_latents(output.latents, table, latents, timestep, temperature)
-            output.latents = output.latents.to(latents.dtype)
+            arguments = output.latents, table, latents, timestep, temperature, step
+            output.latents = self.token_head.expected_latents(*arguments).to(latents.dtype)
         return output
 
     @_entry_point

@@ -292,6 +292,7 @@ class TokComPipeline(DiffusionPipeline):
         denoised in the order given and do not cross `edges`, indices where something known lies between neighbours.
         With `stop_at_eos` the loop ends when every row has ended.
         """
+        self._check_scheduler()
         state = _SamplerState(self.model, context, noise, guidance_scale, temperature)
         if position_ids is None:
             position_ids = torch.arange(noise.shape[1], device=noise.device).expand(len(noise), -1)[..., None]
@@ -310,8 +311,10 @@ class TokComPipeline(DiffusionPipeline):
                 if self._interrupt:
                     continue
                 sigma = float(self.scheduler.sigmas[i])
-                estimate = state.predict(x, 1 - sigma, position_ids[:, block], valid[:, block], estimate)
-                velocity = self._velocity(x, estimate, sigma, float(self.scheduler.sigmas[i + 1]))
+                next_sigma = float(self.scheduler.sigmas[i + 1])
+                step = sigma - next_sigma
+                estimate = state.predict(x, 1 - sigma, step, position_ids[:, block], valid[:, block], estimate)
+                velocity = self._velocity(x, estimate, sigma, next_sigma)
                 x = self.scheduler.step(velocity, timestep, x, **extra, return_dict=False)[0]
                 if on_step_end is not None:
                     x = on_step_end(self, index * len(self.scheduler.timesteps) + i, timestep, x)
@@ -325,6 +328,16 @@ class TokComPipeline(DiffusionPipeline):
                 state.append(x, position_ids[:, block], valid[:, block])
         if bar is not None:
             bar.close()
+
+    def _check_scheduler(self) -> None:
+        name, config = type(self.scheduler).__name__, self.scheduler.config
+        plain = name in ("TokComFlowMatchScheduler", "FlowMatchEulerDiscreteScheduler")
+        noisy = config.get("eta") or config.get("stochastic_sampling")
+        if self.model.token_head is not None and (not plain or noisy):
+            raise ValueError(
+                f"{name} (eta {config.get('eta')}) cannot sample `prediction_type='tokens'`, whose tokens have times of "
+                "their own; use TokComFlowMatchScheduler with eta 0 or FlowMatchEulerDiscreteScheduler."
+            )
 
     def _velocity(self, x: torch.Tensor, estimate: torch.Tensor, sigma: float, next_sigma: float) -> torch.Tensor:
         """dx/dsigma at `sigma`, all `(B, n, C)`.
@@ -577,7 +590,8 @@ class TokComPipeline(DiffusionPipeline):
             return self.decode(encoded.latents, encoded.attention_mask)
         latents = encoded.latents.float()
         noise = self.prepare_latents(latents.shape[0], latents.shape[1], generator)
-        mixed = (1 - noise_level) * noise + noise_level * latents
+        signal = self.model.channel_times(torch.full_like(latents[..., 0], noise_level))
+        mixed = (1 - signal) * noise + signal * latents
         result = self._sample(
             mixed,
             valid=encoded.attention_mask.unflatten(1, (-1, self.chunk_size)).any(-1),
@@ -697,9 +711,9 @@ class _SamplerState:
             )
             self._trim()
 
-    def predict(self, x, t, position_ids, valid, estimate) -> torch.Tensor:
-        """Estimate x1 `(B, n, C)` of the noisy block `x` at time `t`, in float32."""
-        guidance_scale, temperature = self.guidance_scale, self.temperature
+    def predict(self, x, t, step, position_ids, valid, estimate) -> torch.Tensor:
+        """Estimate x1 `(B, n, C)` of the noisy block `x` at time `t`, before a step to `t + step`, in float32."""
+        guidance_scale, sampling = self.guidance_scale, {"temperature": self.temperature, "step": step}
         if self.cache is None and self.context is not None:
             known, time = self.context, torch.full_like(x[..., 0], t, dtype=torch.float32)
             known_time = 1.0 if self.model.config.transformer_config.per_latent_timestep else t
@@ -711,18 +725,18 @@ class _SamplerState:
                 torch.cat((known.position_ids, position_ids), dim=1),
                 self._keys(valid),
                 previous,
-                temperature=temperature,
+                **sampling,
             ).latents[:, -x.shape[1] :]
         else:
             output = self.model.denoise(
-                x, t, position_ids, self._keys(valid), estimate, self.cache, temperature=temperature
+                x, t, position_ids, self._keys(valid), estimate, self.cache, **sampling
             ).latents
             if self.cache is not None:
                 self._keep(slice(0, self.mask.shape[1]))
         output = output.float()
         if guidance_scale != 1.0 and self.mask.shape[1]:
             keys = None if bool(valid.all()) else valid
-            free = self.model.denoise(x, t, position_ids, keys, estimate, temperature=temperature).latents.float()
+            free = self.model.denoise(x, t, position_ids, keys, estimate, **sampling).latents.float()
             output = free + guidance_scale * (output - free)
         return output
 

@@ -47,6 +47,7 @@ from training.data import (
     tokenize_documents,
 )
 from training.ema import ShardedEMAModel, decay_from_half_life
+from training.optimizer import build_optimizer
 from training.tracking import check_tracker, log_table
 
 METRIC_PREFIX = {"codec": "vae", "flow": "diffusion"}  # the names of the published training script
@@ -95,15 +96,7 @@ def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> TokC
         model = TokComModel(TokComConfig.from_preset(config.model_preset, len(tokenizer), **config.model))
     else:
         source = TokComModel.from_pretrained(donor, dtype=torch.float32)
-        codec = source.config.codec_config.to_dict()
-        if config.init_from:
-            fields = source.config.to_dict()
-        else:
-            fields = TokComConfig.from_preset(config.model_preset).to_dict()
-            fields["transformer_config"]["latent_channels"] = codec["latent_channels"]
-        fields["codec_config"] = codec
-        merge_overrides(fields, config.model)
-        model = TokComModel(TokComConfig(**fields))
+        model = TokComModel(derived_config(config, source.config))
         weights = source.state_dict() if config.init_from else source.codec.state_dict()
         try:
             (model if config.init_from else model.codec).load_state_dict(weights)
@@ -118,20 +111,17 @@ def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> TokC
     return model
 
 
-def build_optimizers(model: TokComModel, options: StageConfig) -> list[torch.optim.Optimizer]:
-    """AdamW for what is trained, and Muon (Jordan et al. 2024) for its matrices, except embeddings, if it has a rate."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
-    inner = [p for p in trained.values() if options.muon_learning_rate and p.ndim == 2 and id(p) not in embeddings]
-    others = [p for p in trained.values() if all(p is not q for q in inner)]
-    groups = [{"params": [p for p in others if p.ndim >= 2]}]
-    groups.append({"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0})
-    decay = options.weight_decay
-    optimizers = [torch.optim.AdamW(groups, options.learning_rate, (0.9, 0.98), weight_decay=decay)]
-    if inner:
-        rate = options.muon_learning_rate
-        optimizers.append(torch.optim.Muon(inner, rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
-    return optimizers
+def derived_config(config: TrainConfig, source: TokComConfig) -> TokComConfig:
+    """The configuration of a model that starts from one with configuration `source`, or from its codec only."""
+    codec = source.codec_config.to_dict()
+    if config.init_from:
+        fields = source.to_dict()
+    else:
+        fields = TokComConfig.from_preset(config.model_preset).to_dict()
+        fields["transformer_config"]["latent_channels"] = codec["latent_channels"]
+    fields["codec_config"] = codec
+    merge_overrides(fields, config.model)
+    return TokComConfig(**fields)
 
 
 class Progress:
@@ -212,22 +202,19 @@ class StageTrainer:
     def _prepare(self, model: TokComModel, train, validation) -> None:
         options = self.options
         loader = self._loaders(model, train, validation)
-        optimizers = build_optimizers(model, options)
-        self.lr_schedulers = [
-            get_scheduler("cosine", o, num_warmup_steps=options.warmup_steps, num_training_steps=options.max_steps)
-            for o in optimizers
-        ]
-        if len(optimizers) > 1 and self.accelerator.distributed_type in (
-            DistributedType.DEEPSPEED,
-            DistributedType.FSDP,
-        ):
+        sharded = self.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
+        if options.muon_learning_rate and sharded:
             raise ValueError(
                 f"`{self.stage}.muon_learning_rate` ({options.muon_learning_rate}) needs whole matrices on every "
                 f"process; set it to 0 under {self.accelerator.distributed_type.value}, or use multi_gpu_ddp.yaml."
             )
-        self.model, *self.optimizers, self.loader = self.accelerator.prepare(model, *optimizers, loader)
+        optimizer = build_optimizer(model, options.learning_rate, options.muon_learning_rate, options.weight_decay)
+        self.lr_scheduler = get_scheduler(
+            "cosine", optimizer, num_warmup_steps=options.warmup_steps, num_training_steps=options.max_steps
+        )
+        self.model, self.optimizer, self.loader = self.accelerator.prepare(model, optimizer, loader)
         self.progress, self.ema = Progress(), None
-        self.accelerator.register_for_checkpointing(*self.lr_schedulers, self.progress)
+        self.accelerator.register_for_checkpointing(self.lr_scheduler, self.progress)
         if options.ema_half_life:
             if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
                 raise ValueError(
@@ -325,9 +312,8 @@ class StageTrainer:
                 self._check_finite("loss", mean)
                 if accelerator.scaler is None and norm is not None:  # a loss scaler expects overflows and skips them
                     self._check_finite("gradient norm", float(norm))
-            for optimizer in self.optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
         progress.micro_batch += 1
         progress.tokens += batch["input_ids"].numel() * accelerator.num_processes
         if accelerator.sync_gradients:
@@ -348,13 +334,12 @@ class StageTrainer:
 
     def _after_update(self, mean: float, bar: tqdm) -> None:
         progress, options = self.progress, self.options
-        for lr_scheduler in self.lr_schedulers:
-            lr_scheduler.step()
+        self.lr_scheduler.step()
         if self.ema:
             self.ema.step(self.module.parameters())
         progress.step += 1
         progress.train_loss, progress.train_count = progress.train_loss + mean, progress.train_count + 1
-        metrics = {f"{self.prefix}/learning_rate": self.lr_schedulers[0].get_last_lr()[0]}
+        metrics = {f"{self.prefix}/learning_rate": self.lr_scheduler.get_last_lr()[0]}
         if self.stage == "codec":
             metrics["vae/batch_loss"] = mean
         else:

@@ -24,12 +24,14 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainingArguments,
+    get_scheduler,
     set_seed,
 )
 
 from evaluation.flops import training_flops_per_token
 from training.config import DataConfig
 from training.data import PackedDataset, load_documents, tokenize_documents
+from training.optimizer import build_optimizer
 
 
 class CausalWindows(torch.utils.data.Dataset):
@@ -93,9 +95,10 @@ def train(
     batch_size: int = 8,
     sequence_length: int = 512,
     learning_rate: float = 1.5e-3,
+    muon_learning_rate: float = 0.0,
     seed: int = 0,
 ) -> LlamaForCausalLM:
-    """Train on `tokens (T,)` with AdamW, bfloat16 and a cosine schedule; returns and saves the model."""
+    """Train on `tokens (T,)` with TokCom's optimizer, bfloat16 and a cosine schedule; returns and saves the model."""
     set_seed(seed)
     config = llama_config(len(tokenizer), hidden_size, num_hidden_layers, num_parameters, tokenizer.eos_token_id)
     model = LlamaForCausalLM(config)
@@ -106,11 +109,6 @@ def train(
         output_dir=str(Path(output_dir) / "run"),
         max_steps=max_steps,
         per_device_train_batch_size=batch_size,
-        learning_rate=learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=max(1, min(200, max_steps // 10)),
-        weight_decay=0.01,
-        adam_beta2=0.98,
         max_grad_norm=1.0,
         bf16=True,
         use_cpu=not torch.cuda.is_available(),
@@ -120,7 +118,10 @@ def train(
         seed=seed,
     )
     started = time.perf_counter()
-    trainer = Trainer(model, options, train_dataset=CausalWindows(tokens, sequence_length, seed))
+    optimizer = build_optimizer(model, learning_rate, muon_learning_rate, weight_decay=0.01)
+    schedule = get_scheduler("cosine", optimizer, max(1, min(200, max_steps // 10)), max_steps)
+    data = CausalWindows(tokens, sequence_length, seed)
+    trainer = Trainer(model, options, train_dataset=data, optimizers=(optimizer, schedule))
     loss = trainer.train().training_loss
     model = model.eval()
     model.save_pretrained(output_dir)
@@ -150,7 +151,10 @@ def main(argv: list[str] | None = None) -> None:
     numbers = {"hidden_size": 320, "num_hidden_layers": 6, "max_steps": 1000, "batch_size": 8, "seed": 0}
     for name, value in {**numbers, "sequence_length": 512}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--learning_rate", type=float, default=1.5e-3)
+    parser.add_argument("--learning_rate", type=float, default=1.5e-3, help="of AdamW")
+    parser.add_argument(
+        "--muon_learning_rate", type=float, default=0.0, help="of Muon on inner matrices; 0 is AdamW only"
+    )
     args = vars(parser.parse_args(argv))
     tokenizer = AutoTokenizer.from_pretrained(args.pop("checkpoint"))
     column = args.pop("text_column")

@@ -43,18 +43,29 @@ def rarest_ids(tokens: np.ndarray, share: float = 0.1) -> np.ndarray:
 
 
 @torch.no_grad()
-def cross_entropy_at(model, batches: list[torch.Tensor], seed: int) -> dict[str, float]:
-    """Nats per token of the denoiser's estimate at fixed t, every block given the clean text before it.
+def token_losses_at(model, ids: torch.Tensor, t: float) -> torch.Tensor:
+    """Nats of each token `(B, N, K)` of `ids (B, T)` when it is at time t, every block given the clean text before it.
 
-    At t = 0 also by place in the chunk: the first token follows known text, the others tokens not known yet.
+    With `token_stagger` the tokens of a chunk reach t one after the other: each is measured in its turn, given those
+    before it, so that t = 0 is an autoregressive likelihood.
     """
+    head = model.token_head
+    if head is None:
+        return model(ids, timestep=t).token_losses
+    times = [(t + head.stagger * k) / (1 + head.stagger * (head.chunk_size - 1)) for k in range(head.chunk_size)]
+    losses = [model(ids, timestep=time).token_losses[..., k] for k, time in enumerate(times)]
+    return torch.stack(losses, dim=-1)
+
+
+@torch.no_grad()
+def cross_entropy_at(model, batches: list[torch.Tensor], seed: int) -> dict[str, float]:
+    """Mean of `token_losses_at` at fixed t; at t = 0, which is pure noise, also by place in the chunk."""
     results = {}
     for t in tqdm(TIMESTEPS, desc="denoiser", leave=False):
         torch.manual_seed(seed)
-        outputs = [model(ids, timestep=t) for ids in batches]
-        results[f"denoiser_ce_t_{t}"] = float(np.mean([o.ce_loss.item() for o in outputs]))
+        places = torch.stack([token_losses_at(model, ids, t).mean((0, 1)) for ids in batches]).mean(0)
+        results[f"denoiser_ce_t_{t}"] = places.mean().item()
         if t == 0.0:
-            places = torch.stack([o.token_losses.mean((0, 1)) for o in outputs]).mean(0)
             results |= {f"denoiser_ce_t_0.0_position_{k}": value for k, value in enumerate(places.tolist())}
     return results
 
@@ -79,7 +90,7 @@ def prefers_true_continuation(model, prompts: torch.Tensor, real: torch.Tensor, 
     for continuation in (real, others):
         torch.manual_seed(seed)
         rows = [
-            model(torch.cat(pair, dim=1), timestep=t).token_losses[:, -places:].sum((1, 2))
+            token_losses_at(model, torch.cat(pair, dim=1), t)[:, -places:].sum((1, 2))
             for pair in zip(prompts.split(64), continuation.split(64))
         ]
         losses.append(torch.cat(rows))

@@ -52,7 +52,8 @@ class TokComSampler:
                     generator=generator,
                 )
                 rows.append(pipe.model.to_ids(result)[:, :length].cpu().numpy())
-        return np.concatenate(rows)
+        ids = np.concatenate(rows)
+        return np.where(ids < len(pipe.tokenizer), ids, pipe.tokenizer.eos_token_id)  # judges know no mask token
 
 
 @dataclass

@@ -8,8 +8,10 @@ import torch
 from transformers import LlamaForCausalLM
 
 import demo
+from configuration_tokcom import TokComConfig
 from evaluate_tokcom import SECTIONS, main
 from evaluation import metrics
+from evaluation.ablation import ROWS
 from evaluation.autoregressive import llama_config
 from evaluation.flops import count_flops, training_flops_per_token
 from evaluation.judges import TokenJudge
@@ -18,7 +20,10 @@ from evaluation.reconstruction import NOISE_LEVELS, TIMESTEPS, rarest_ids, recon
 from evaluation.samplers import AutoregressiveSampler, TokComSampler
 from modeling_tokcom import TokComModel
 from tests.conftest import ROOT, tiny_config
+from train_accelerate import derived_config
+from training.config import load_train_config
 
+RECIPE = TokComConfig.from_preset("tiny", 4096)
 WORDS = np.random.default_rng(0)
 
 
@@ -147,6 +152,20 @@ def test_samplers_continue_prompts_of_any_length_reproducibly(build):
         first, again, other = (sampler.sample(rows, 10, seed) for seed in (0, 0, 1))
         assert first.shape == (3, 10) and np.array_equal(first, again) and not np.array_equal(first, other)
         assert sampler.sample(None, 6, 0, count=5).shape == (5, 6)
+
+
+@pytest.mark.parametrize("name", ROWS["rows"])
+def test_every_ablation_row_is_a_model(name):
+    row = ROWS["rows"][name]
+    codec = load_train_config("tiny", [*ROWS["codec_common"], *ROWS["codecs"][row["codec"]]])
+    donor = TokComConfig.from_preset("tiny", 4096, **codec.model)
+    config = load_train_config("tiny", [*ROWS["common"], *row.get("overrides", []), "codec_from=x"])
+    derived = derived_config(config, donor)
+    assert derived.codec_config.to_dict() == donor.codec_config.to_dict()
+    window = derived.transformer_config.max_position_embeddings * derived.codec_config.chunk_size
+    assert config.flow.sequence_length <= window
+    differs = derived.to_dict() != derived_config(load_train_config("tiny", ["codec_from=x"]), RECIPE).to_dict()
+    assert differs or name in ("recipe", "adamw")
 
 
 def test_controls_have_the_statistics_their_names_say():

@@ -1,0 +1,67 @@
+"""Time and peak memory of generation against its length.
+
+    python -m evaluation.benchmark --checkpoint . --lengths 256 4096
+
+Each length runs in a process of its own, whose peak memory is read at the end; the Markdown table gives ratios to the
+first length.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+
+import torch
+from tqdm.auto import tqdm
+
+
+def measure(checkpoint: str, length: int, steps: int) -> dict:
+    """Generate `length` tokens after a warm-up; seconds, and the growth of the process's peak memory in MiB."""
+    from pipeline_tokcom import TokComPipeline
+
+    pipe = TokComPipeline.from_pretrained(checkpoint)
+    pipe.set_progress_bar_config(disable=True)
+    options = dict(num_inference_steps=steps, output_type="seq")
+    pipe("Once upon a time", gen_length=16, **options)
+    started = time.perf_counter()
+    output = pipe("Once upon a time", gen_length=length, generator=torch.Generator().manual_seed(0), **options)
+    seconds = time.perf_counter() - started
+    made = int(output.attention_mask.sum())
+    return {"tokens": made, "seconds": seconds, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", default=".")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 4096])
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.measure:
+        print(json.dumps(measure(args.checkpoint, args.measure, args.steps)))
+        return
+    command = [
+        sys.executable,
+        "-m",
+        "evaluation.benchmark",
+        "--checkpoint",
+        args.checkpoint,
+        "--steps",
+        str(args.steps),
+    ]
+    rows = []
+    for length in tqdm(args.lengths, desc="lengths"):
+        printed = subprocess.run([*command, "--measure", str(length)], capture_output=True, text=True, check=True)
+        rows.append(json.loads(printed.stdout.splitlines()[-1]))
+    print("| tokens | seconds | ms per token | time ratio | peak MiB | memory ratio |\n|---|---|---|---|---|---|")
+    for row in rows:
+        print(
+            f"| {row['tokens']} | {row['seconds']:.2f} | {1000 * row['seconds'] / row['tokens']:.2f} | "
+            f"{row['seconds'] / rows[0]['seconds']:.2f} | {row['peak_mib']:.0f} | {row['peak_mib'] / rows[0]['peak_mib']:.3f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

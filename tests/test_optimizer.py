@@ -1,0 +1,56 @@
+import copy
+
+import torch
+from torch import nn
+
+from training.optimizer import build_optimizer
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 6), nn.LayerNorm(6), nn.Linear(6, 3))
+
+
+def train(model, optimizer, steps: int) -> None:
+    for step in range(steps):
+        ids = torch.arange(5) + step
+        model(ids).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_muon_gets_the_inner_matrices_and_every_parameter_belongs_to_one():
+    model = network()
+    model[3].requires_grad_(False)
+    optimizer = build_optimizer(model, 1e-2, 1e-2, 0.1)
+    adamw, muon = optimizer.parts
+    assert [p is model[1].weight for g in muon.param_groups for p in g["params"]] == [True]
+    owned = [id(p) for g in optimizer.param_groups for p in g["params"]]
+    assert sorted(owned) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    decays = {id(p): g["weight_decay"] for g in adamw.param_groups for p in g["params"]}
+    assert decays[id(model[0].weight)] == 0.1 and decays[id(model[2].weight)] == decays[id(model[1].bias)] == 0.0
+
+
+def test_without_a_muon_rate_it_is_adamw():
+    first, second = network(), network()
+    groups = [{"params": [p for p in second.parameters() if p.ndim >= 2]}]
+    groups.append({"params": [p for p in second.parameters() if p.ndim < 2], "weight_decay": 0.0})
+    train(first, build_optimizer(first, 1e-2, 0.0, 0.1), 3)
+    train(second, torch.optim.AdamW(groups, 1e-2, (0.9, 0.98), weight_decay=0.1), 3)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
+
+
+def test_a_schedule_and_a_restored_state_continue_exactly():
+    model = network()
+    optimizer = build_optimizer(model, 1e-2, 2e-2, 0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    train(model, optimizer, 3)
+    schedule.step()
+    assert [g["lr"] for g in optimizer.param_groups] == [5e-3, 5e-3, 1e-2]
+    twin = copy.deepcopy(model)
+    restored = build_optimizer(twin, 1e-2, 2e-2, 0.1)
+    restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for m, o in ((model, optimizer), (twin, restored)):
+        train(m, o, 3)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters()))
+    assert [g["lr"] for g in restored.param_groups] == [5e-3, 5e-3, 1e-2]
