@@ -10,6 +10,7 @@ causal language model scores detokenised text. Without one, a small judge is tra
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -84,21 +85,20 @@ def load_judges(args: argparse.Namespace, tokenizer, train: np.ndarray) -> tuple
 
 def tokcom_settings(pipe: TokComPipeline, steps: int) -> dict[str, TokComSampler]:
     """The settings whose NLL and entropy the frontier shows."""
-    settings = {f"noise {s}": TokComSampler(pipe, steps, noise_scale=s) for s in (1.0, 0.9, 0.8, 0.7)}
-    settings |= {f"guidance {g}": TokComSampler(pipe, steps, guidance_scale=g) for g in (1.5, 2.0)}
+    sweeps = {"noise": ("noise_scale", (1.0, 0.9, 0.8, 0.7)), "guidance": ("guidance_scale", (1.0, 1.5, 2.0))}
     if pipe.model.config.prediction_type == "tokens":
-        temperatures = (0.95, 0.9, 0.85, 0.8, 0.7)
-        settings |= {f"temperature {v}": TokComSampler(pipe, steps, temperature=v) for v in temperatures}
-        settings |= {f"{n} steps": TokComSampler(pipe, n) for n in (8, 32, 64)}
-    else:
-        settings["eta 1"] = TokComSampler(pipe, steps, eta=1.0)
+        sweeps["temperature"] = ("temperature", (1.0, 0.95, 0.9, 0.85, 0.8, 0.7))
+    sweeps["steps"] = ("num_inference_steps", (4, 8, 16, 32, 64))
+    default, settings = TokComSampler(pipe, steps), {}
+    for name, (field, values) in sweeps.items():
+        settings |= {f"{name} {value}": dataclasses.replace(default, **{field: value}) for value in values}
     return settings
 
 
 def peer_settings(sampler: AutoregressiveSampler) -> dict[str, AutoregressiveSampler]:
     model, start = sampler.model, sampler.start_token
     settings = {f"temperature {v}": AutoregressiveSampler(model, start, v) for v in (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)}
-    return settings | {f"top-p {v}": AutoregressiveSampler(model, start, 1.0, v) for v in (0.98, 0.95, 0.9, 0.8)}
+    return settings | {f"top-p {v}": AutoregressiveSampler(model, start, 1.0, v) for v in (1.0, 0.98, 0.95, 0.9, 0.8)}
 
 
 def evaluate(args: argparse.Namespace) -> dict:

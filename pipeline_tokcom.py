@@ -213,6 +213,11 @@ class TokComPipeline(DiffusionPipeline):
         mask = (ended.cumsum(-1) - ended == 0).long()  # (B, T)
         return torch.where(mask.bool(), sequences, self.model.config.codec_config.pad_token_id), mask
 
+    def _ended(self, sequences: torch.Tensor) -> bool:
+        """Whether every row of ids `(B, T)` holds EOS."""
+        eos = getattr(self.tokenizer, "eos_token_id", None)
+        return eos is not None and bool((sequences == eos).any(-1).all())
+
     # ---- the sampler ----
 
     def check_inputs(self, gen_length, num_inference_steps, output_type, callback_on_step_end_tensor_inputs) -> None:
@@ -447,8 +452,10 @@ class TokComPipeline(DiffusionPipeline):
             ids, mask = self._end_at_eos(self.model.to_ids(block)[:, :left])
             if mask.any():
                 streamer.put(ids[mask.bool()].cpu())
-            left = 0 if not mask.all() else left - ids.shape[1]
             yield block
+            left -= ids.shape[1]
+            if self._ended(ids):
+                break
         streamer.end()
 
     @torch.no_grad()
@@ -483,7 +490,7 @@ class TokComPipeline(DiffusionPipeline):
             new, mask = self._end_at_eos(self.model.to_ids(block)[:, : gen_length - len(ids)])
             ids += new[mask.bool()].tolist()
             text = self._continue_text(prompt, rows[0], ids)
-            done = len(ids) == gen_length or not mask.all()
+            done = len(ids) == gen_length or self._ended(new)
             whole = text if done else text.rstrip("\ufffd")
             if len(whole) > len(shown):
                 yield whole[len(shown) :]
@@ -713,6 +720,8 @@ class _SamplerState:
 
     def predict(self, x, t, step, position_ids, valid, estimate) -> torch.Tensor:
         """Estimate x1 `(B, n, C)` of the noisy block `x` at time `t`, before a step to `t + step`, in float32."""
+        if self.model.config.transformer_config.self_conditioning:
+            step = 1.0  # the next call reads this estimate, and training reads estimates of all tokens
         guidance_scale, sampling = self.guidance_scale, {"temperature": self.temperature, "step": step}
         if self.cache is None and self.context is not None:
             known, time = self.context, torch.full_like(x[..., 0], t, dtype=torch.float32)

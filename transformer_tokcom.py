@@ -191,7 +191,9 @@ class TokComTransformer(TokComPreTrainedModel):
             nearest = where[:, None].masked_fill(~earlier, float("-inf")).argmax(-1)  # (B, noisy)
             nearest = states.gather(1, nearest[..., None].expand(-1, -1, width))
             nearest = torch.where(earlier.any(-1, keepdim=True), nearest, 0)
-            noisy = noisy + self.context_proj(nearest)
+        else:
+            nearest = torch.zeros_like(noisy)
+        noisy = noisy + self.context_proj(nearest)
         return torch.cat((known, noisy), dim=1)
 
 

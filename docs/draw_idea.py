@@ -28,7 +28,8 @@ def main() -> None:
     noise = torch.randn(encoded.latents.shape, generator=torch.Generator().manual_seed(0))
     rows = []
     for t in TIMES:
-        ids = pipe.model.to_ids((1 - t) * noise + t * encoded.latents)[0].tolist()
+        signal = pipe.model.channel_times(torch.full_like(noise[..., 0], t))
+        ids = pipe.model.to_ids((1 - signal) * noise + signal * encoded.latents)[0].tolist()
         real = encoded.attention_mask[0].tolist()
         tokens = [pipe.tokenizer.decode([i]) if r and i < len(pipe.tokenizer) else "" for i, r in zip(ids, real)]
         rows.append(["".join(tokens[i : i + size]).replace("\n", "⏎") for i in range(0, len(tokens), size)])

@@ -16,14 +16,16 @@ import numpy as np
 import torch
 import yaml
 
-from evaluation.flops import training_flops_per_token
+from evaluation.flops import optimizer_flops, training_flops_per_token
 from evaluation.judges import TokenJudge
 from evaluation.metrics import sample_entropy
+from evaluation.protocol import at_entropy
 from evaluation.samplers import TokComSampler
 from pipeline_tokcom import TokComPipeline
 from train_accelerate import build_model, run
 from training.config import load_train_config
 from training.data import get_tokenizer, load_documents, tokenize_documents
+from training.optimizer import build_optimizer
 
 ROWS = yaml.safe_load((Path(__file__).parent / "ablations.yaml").read_text())
 PROMPT, CONTINUATION, PROMPTS = 32, 64, 256
@@ -54,6 +56,9 @@ def train_row(args: argparse.Namespace) -> tuple[Path, dict]:
     model.set_stage("flow")
     per_token = training_flops_per_token(model, torch.zeros(1, config.flow.sequence_length, dtype=torch.long))
     per_step = per_token * config.flow.batch_size * config.flow.sequence_length
+    options = config.flow
+    rates = options.learning_rate, options.muon_learning_rate, options.weight_decay
+    per_step += optimizer_flops(model, lambda m: build_optimizer(m, *rates))
     config.flow.max_steps = steps = max(1, round(args.training_flops / per_step))
     config.flow.eval_steps = config.flow.checkpoint_steps = steps
     started = time.perf_counter()
@@ -80,11 +85,14 @@ def measure(checkpoint: Path, judge: TokenJudge, tokens: np.ndarray, **sampling)
         samples = TokComSampler(pipe, noise_scale=scale, **sampling).sample(prompts, CONTINUATION, seed=0)
         nll = judge.nll(samples, prompts)
         places = nll.reshape(len(nll), -1, pipe.chunk_size).mean((0, 1))
-        curve.append((sample_entropy(samples), float(nll.mean())))
-        facts[f"noise_{scale}"] = {"nll": curve[-1][1], "entropy": curve[-1][0], "places": places.tolist()}
-    entropies, nlls = zip(*sorted(curve))
-    facts["nll_at_real_entropy"] = float(np.interp(facts["real_entropy"], entropies, nlls))
+        curve.append({"setting": f"noise {scale}", "entropy": sample_entropy(samples), "nll": float(nll.mean())})
+        facts[f"noise_{scale}"] = {**curve[-1], "places": places.tolist()}
+    facts["nll_at_real_entropy"] = at_entropy(curve, facts["real_entropy"])  # None: outside what was measured
     return facts
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def write_table(work: Path, file: str) -> None:
@@ -98,7 +106,7 @@ def write_table(work: Path, file: str) -> None:
         plain = row["noise_1.0"]
         lines.append(
             f"| {row['row']} | {row['seed']} | {row['tokens'] / 1e6:.2f} | {row['training_flops'] / 1e12:.1f} | "
-            f"{row['seconds']:.0f} | {row['nll_at_real_entropy']:.2f} | {plain['nll']:.2f} | {plain['entropy']:.2f} | "
+            f"{row['seconds']:.0f} | {_number(row['nll_at_real_entropy'])} | {plain['nll']:.2f} | {plain['entropy']:.2f} | "
             f"{', '.join(f'{v:.2f}' for v in plain['places'])} |"
         )
     Path(file).write_text("\n".join(lines) + "\n")

@@ -28,7 +28,7 @@ from transformers import (
     set_seed,
 )
 
-from evaluation.flops import training_flops_per_token
+from evaluation.flops import optimizer_flops, training_flops_per_token
 from training.config import DataConfig
 from training.data import PackedDataset, load_documents, tokenize_documents
 from training.optimizer import build_optimizer
@@ -102,9 +102,14 @@ def train(
     set_seed(seed)
     config = llama_config(len(tokenizer), hidden_size, num_hidden_layers, num_parameters, tokenizer.eos_token_id)
     model = LlamaForCausalLM(config)
-    per_token = training_flops_per_token(model, torch.zeros(1, sequence_length, dtype=torch.long))
+
+    def optimizer_of(model: LlamaForCausalLM) -> torch.optim.Optimizer:
+        return build_optimizer(model, learning_rate, muon_learning_rate, weight_decay=0.01)
+
+    per_step = training_flops_per_token(model, torch.zeros(1, sequence_length, dtype=torch.long))
+    per_step = per_step * batch_size * sequence_length + optimizer_flops(model, optimizer_of)
     if training_flops is not None:
-        max_steps = max(1, round(training_flops / (per_token * batch_size * sequence_length)))
+        max_steps = max(1, round(training_flops / per_step))
     options = TrainingArguments(
         output_dir=str(Path(output_dir) / "run"),
         max_steps=max_steps,
@@ -118,7 +123,7 @@ def train(
         seed=seed,
     )
     started = time.perf_counter()
-    optimizer = build_optimizer(model, learning_rate, muon_learning_rate, weight_decay=0.01)
+    optimizer = optimizer_of(model)
     schedule = get_scheduler("cosine", optimizer, max(1, min(200, max_steps // 10)), max_steps)
     data = CausalWindows(tokens, sequence_length, seed)
     trainer = Trainer(model, options, train_dataset=data, optimizers=(optimizer, schedule))
@@ -131,7 +136,7 @@ def train(
         "parameters": sum(p.numel() for p in model.parameters()),
         "steps": max_steps,
         "tokens": seen,
-        "training_flops": per_token * seen,
+        "training_flops": per_step * max_steps,
         "seconds": time.perf_counter() - started,
         "mean_training_loss": loss,
         "seed": seed,

@@ -4,6 +4,7 @@ A multiply-add is two operations; matrix products and attention are counted, ele
 counted dense: a mask does not make it cheaper, as it does not on the CPU.
 """
 
+import copy
 import random
 from collections.abc import Callable
 
@@ -50,7 +51,11 @@ def _seed_with(below_half: bool) -> int:
     return next(s for s in range(100) if (random.Random(s).random() < 0.5) == below_half)
 
 
-@torch.no_grad()
-def forward_flops_per_token(model: nn.Module, input_ids: torch.Tensor) -> float:
-    """Operations per token of one forward pass of a causal language model on `input_ids (B, T)`."""
-    return count_flops(lambda: model(input_ids=input_ids)) / input_ids.numel()
+def optimizer_flops(model: nn.Module, build: Callable[[nn.Module], torch.optim.Optimizer]) -> int:
+    """Operations of one step of the optimizer that `build(model)` makes; Muon multiplies matrices, AdamW does not."""
+    twin = copy.deepcopy(model)
+    optimizer = build(twin)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.ones_like(parameter)
+    return count_flops(optimizer.step)

@@ -44,8 +44,9 @@ class TextJudge:
         prompts = prompts or [""] * len(texts)
         results = []
         for prompt, text in zip(prompts, texts):
-            whole = self.tokenizer(prompt + text, return_tensors="pt")["input_ids"].to(self.model.device)
-            known = len(self.tokenizer(prompt)["input_ids"]) if prompt else 1
+            encoded = self.tokenizer(prompt + text, return_tensors="pt", return_offsets_mapping=True)
+            whole, ends = encoded["input_ids"].to(self.model.device), encoded["offset_mapping"][0, :, 1]
+            known = max(1, int((ends <= len(prompt)).sum()))  # a token that reaches into the text is scored
             if whole.shape[1] <= known:
                 results.append(float("nan"))
                 continue

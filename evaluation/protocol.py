@@ -51,7 +51,8 @@ class Study:
         self.ngrams = TrainingNgrams(self.train)
 
     def windows(self, length: int, count: int) -> np.ndarray:
-        """`count` held-out windows `(count, length)`, spread evenly."""
+        """At most `count` held-out windows `(count, length)`, spread evenly and not overlapping."""
+        count = min(count, len(self.held_out) // length)
         starts = np.linspace(0, len(self.held_out) - length, count).astype(int)
         return self.held_out[starts[:, None] + np.arange(length)]
 
@@ -60,7 +61,7 @@ def control_texts(study: Study, length: int, count: int, seed: int) -> dict[str,
     """Real held-out text, the same with shuffled words, random training chunks, and a repeated phrase."""
     generator = np.random.default_rng(seed)
     real = study.windows(length, count)
-    size = study.chunk_size
+    size, count = study.chunk_size, len(real)
     starts = generator.integers(0, len(study.train) - size, (count, -(-length // size)))
     chunks = study.train[starts[..., None] + np.arange(size)].reshape(count, -1)[:, :length]
     phrase = np.tile(real[:, :8], (1, -(-length // 8)))[:, :length]
@@ -163,19 +164,25 @@ def frontier(study: Study, make_sampler: dict, count: int) -> dict:
 
 
 def at_entropy(points: list[dict], target: float) -> float | None:
-    """The lowest NLL that lines between two settings reach at entropy `target`; None if no two enclose it."""
+    """The lowest NLL that one sweep reaches at entropy `target`, by linear interpolation; None if no sweep encloses it.
+
+    A sweep is the settings whose names start with the same word, such as "temperature 0.9".
+    """
+    sweeps = {}
+    for point in sorted(points, key=lambda p: p["entropy"]):
+        sweeps.setdefault(point["setting"].split()[0], []).append(point)
     found = []
-    for a in points:
-        for b in points:
-            if a["entropy"] <= target <= b["entropy"] and b["entropy"] > a["entropy"]:
-                share = (target - a["entropy"]) / (b["entropy"] - a["entropy"])
-                found.append((b["entropy"] - a["entropy"], a["nll"] + share * (b["nll"] - a["nll"])))
-    return min(found)[1] if found else None  # the closest pair: lines between far points mean nothing
+    for sweep in sweeps.values():
+        for low, high in zip(sweep, sweep[1:]):
+            if low["entropy"] <= target <= high["entropy"] and low["entropy"] < high["entropy"]:
+                share = (target - low["entropy"]) / (high["entropy"] - low["entropy"])
+                found.append(low["nll"] + share * (high["nll"] - low["nll"]))
+    return min(found, default=None)
 
 
 def brier(study: Study, systems: dict, count: int) -> dict:
     """BrierLM of the four tokens after `count` held-out prompts of 32 tokens."""
-    windows = study.windows(BRIER_PROMPT + 4, min(count, len(study.held_out) // (BRIER_PROMPT + 4)))
+    windows = study.windows(BRIER_PROMPT + 4, count)
     prompts, real = windows[:, :BRIER_PROMPT], windows[:, BRIER_PROMPT:]
     results = {}
     for name, sampler in systems.items():

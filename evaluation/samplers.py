@@ -69,6 +69,7 @@ class AutoregressiveSampler:
     @torch.no_grad()
     def sample(self, prompts: np.ndarray | None, length: int, seed: int, count: int = 0) -> np.ndarray:
         torch.manual_seed(seed)
+        self.model.generation_config.eos_token_id = None  # the end of a document is a token like any other here
         if prompts is None:  # the end of a document is the only context that a new text has
             prompts = np.full((count, 1), self.start_token)
         rows = []
@@ -78,7 +79,6 @@ class AutoregressiveSampler:
                 output = self.model.generate(
                     ids,
                     attention_mask=torch.ones_like(ids),
-                    min_new_tokens=length,
                     max_new_tokens=length,
                     do_sample=True,
                     temperature=self.temperature,

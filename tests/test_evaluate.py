@@ -17,6 +17,8 @@ from evaluation.flops import count_flops, training_flops_per_token
 from evaluation.judges import TokenJudge
 from evaluation.protocol import Study, at_entropy, control_texts
 from evaluation.reconstruction import NOISE_LEVELS, TIMESTEPS, rarest_ids, reconstruction_accuracy
+from evaluation.reference import main as reference_main
+from evaluation.reference import reference_metrics
 from evaluation.samplers import AutoregressiveSampler, TokComSampler
 from modeling_tokcom import TokComModel
 from tests.conftest import ROOT, tiny_config
@@ -73,10 +75,12 @@ def test_brier_is_maximal_for_certain_truth_and_unbiased():
     assert metrics.brier_lm(*coins)["brier_1"] == pytest.approx(50, abs=1)  # 2 p(y) - sum p^2 = 1 - 1/2
 
 
-def test_nll_at_an_entropy_is_interpolated_between_the_closest_settings():
-    points = [{"entropy": e, "nll": n} for e, n in ((1.0, 5.0), (3.0, 7.0), (2.5, 9.0))]
-    assert at_entropy(points, 2.0) == pytest.approx(5 + 4 * (2 / 3))
-    assert at_entropy(points, 2.75) == pytest.approx(8.0) and at_entropy(points, 4.0) is None
+def test_nll_at_an_entropy_is_interpolated_within_a_sweep():
+    values = [("t 1", 3.0, 7.0), ("t 2", 1.0, 5.0), ("t 3", 2.5, 9.0), ("p 1", 2.0, 1.0), ("p 2", 4.0, 2.0)]
+    points = [{"setting": s, "entropy": e, "nll": n} for s, e, n in values]
+    assert at_entropy(points[:3], 2.0) == pytest.approx(5 + 4 * (2 / 3))
+    assert at_entropy(points[:3], 2.75) == pytest.approx(8.0) and at_entropy(points[:3], 4.0) is None
+    assert at_entropy(points, 2.75) == pytest.approx(1.375)  # the better of two sweeps
 
 
 def test_bootstrap_interval_has_the_width_of_the_standard_error():
@@ -164,7 +168,10 @@ def test_every_ablation_row_is_a_model(name):
     assert derived.codec_config.to_dict() == donor.codec_config.to_dict()
     window = derived.transformer_config.max_position_embeddings * derived.codec_config.chunk_size
     assert config.flow.sequence_length <= window
-    differs = derived.to_dict() != derived_config(load_train_config("tiny", ["codec_from=x"]), RECIPE).to_dict()
+    differs = (
+        derived.to_dict()
+        != derived_config(load_train_config("tiny", ["stage=flow", "codec_from=x"]), RECIPE).to_dict()
+    )
     assert differs or name in ("recipe", "adamw")
 
 
@@ -245,3 +252,21 @@ def test_demo_shows_every_mode_of_the_shipped_model(capsys):
     assert all(f"\n{mode} " in printed for mode in modes)
     assert "The family of four was " in printed
     assert demo.TEXT in printed.split("\nreconstruct ")[1].split("\n")[0]  # the shipped codec is exact on it
+
+
+def test_reference_metrics_of_perfect_partial_and_wrong_predictions(tmp_path, capsys):
+    texts = ["the little rabbit lived in a big wood", "she was very fond of radishes and lettuce"]
+    perfect = reference_metrics(texts, [[t] for t in texts])
+    assert perfect["BLEU-4"] == pytest.approx(1) and perfect["ROUGE-L"] == pytest.approx(1)
+    assert perfect["METEOR (no synonyms)"] > 0.99
+    wrong = reference_metrics(["one two three four", "five six seven eight"], [[t] for t in texts])
+    assert max(wrong.values()) < 0.05
+    stems = reference_metrics(["rabbits living"], [["rabbit live"]])
+    assert stems["METEOR (no synonyms)"] > 0.5 and stems["BLEU-4"] < 0.1
+    either = reference_metrics(texts, [["nothing like it", texts[0]], [texts[1]]])
+    assert either["BLEU-4"] == pytest.approx(1) and either["ROUGE-L"] == pytest.approx(1)
+    with pytest.raises(ValueError, match="2 predictions"):
+        reference_metrics(texts, [["one"]])
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prediction": texts[0], "reference": texts[0]}) + "\n")
+    reference_main([str(tmp_path / "p.jsonl")])
+    assert "BLEU-4: 1.0000" in capsys.readouterr().out

@@ -27,28 +27,51 @@ def test_prompts_of_different_lengths_in_one_batch_equal_single_calls(build, tra
         torch.testing.assert_close(batch[i : i + 1], single, atol=1e-4, rtol=1e-3)
 
 
-def test_block_causal_sampling_with_cache_equals_the_uncached_computation(build):
-    """Two blocks after a prompt, sampled by the pipeline and by hand with the training mask over all latents."""
+TOKENS = {"prediction_type": "tokens", "codec_config": {"encoder_type": "token"}}
+KINDS = {
+    "one network": {},
+    "context layers": {"transformer_config": {"num_context_layers": 1}},
+    "micro-decoder": {"codec_config": {"num_micro_decoder_layers": 1}},
+    "tokens": {**TOKENS, "transformer_config": {"num_context_layers": 1}},
+    "tokens in turns": {**TOKENS, "token_stagger": 0.5, "transformer_config": {"num_context_layers": 1}},
+}
+
+
+@pytest.mark.parametrize("prompt", ["The family of four was", None])
+@pytest.mark.parametrize("kind", KINDS)
+def test_block_causal_sampling_with_cache_equals_the_uncached_computation(build, kind, prompt):
+    """Two blocks, sampled by the pipeline and by hand with the training mask over all latents."""
     from transformer_tokcom import block_causal_mask
 
-    pipe = build(transformer_config={"block_size": 2, "self_conditioning": False})
-    context, _ = pipe.encode_prompt(["The family of four was"])
+    plain = {"block_size": 2, "self_conditioning": False}
+    overrides = {**KINDS[kind], "transformer_config": {**KINDS[kind].get("transformer_config", {}), **plain}}
+    pipe = build(**overrides)
+    for name, parameter in pipe.model.transformer.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.3)
     noise = torch.randn(1, 4, 16, generator=seeded())
-    sampled = pipe("The family of four was", gen_length=16, num_inference_steps=2, latents=noise, output_type="latent")
+    if prompt is None:
+        sampled = pipe.generate(num_chunks=4, num_inference_steps=2, latents=noise, output_type="latent")
+        known, real = torch.zeros(1, 0, 16), torch.ones(1, 0, dtype=torch.bool)
+    else:
+        sampled = pipe(prompt, gen_length=16, num_inference_steps=2, latents=noise, output_type="latent")
+        context, _ = pipe.encode_prompt([prompt])
+        known, real = context.latents, context.mask
 
-    done, n, blocks = context.latents, context.latents.shape[1], []
+    done, n, blocks = known, known.shape[1], []
     for block in (noise[:, :2], noise[:, 2:]):
         x, m = block, done.shape[1]
         order = torch.cat(((torch.arange(n) + n % 2) // 2, n + torch.arange(m - n) // 2, torch.full((2,), 99)))[None]
-        valid = torch.cat((context.mask, torch.ones(1, m - n + 2, dtype=torch.bool)), dim=1)
+        valid = torch.cat((real, torch.ones(1, m - n + 2, dtype=torch.bool)), dim=1)
         mask = block_causal_mask(order, valid)[:, : m + 2, : m + 2]
         pipe.scheduler.set_timesteps(2)
         for i, t in enumerate(pipe.scheduler.timesteps):
-            sigma = float(pipe.scheduler.sigmas[i])
+            sigma, following = (float(s) for s in pipe.scheduler.sigmas[i : i + 2])
             time = torch.cat((torch.ones(1, m), torch.full((1, 2), 1 - sigma)), dim=1)
+            both = torch.cat((done, x), dim=1)
             with torch.no_grad():
-                x1 = pipe.model.denoise(torch.cat((done, x), dim=1), time, attention_mask=mask).latents[:, -2:]
-            x = pipe.scheduler.step((x - x1) / sigma, t, x, return_dict=False)[0]
+                x1 = pipe.model.denoise(both, time, attention_mask=mask, num_context=m).latents[:, -2:]
+            x = pipe.scheduler.step(pipe._velocity(x, x1, sigma, following), t, x, return_dict=False)[0]
         blocks.append(x)
         done = torch.cat((done, pipe.model.encode(pipe.model.to_ids(x)).latents), dim=1)  # the context is clean text
     torch.testing.assert_close(sampled.latents, torch.cat(blocks, dim=1), atol=1e-4, rtol=1e-3)
@@ -348,32 +371,6 @@ def test_memory_of_the_context_is_bounded_by_the_window(build):
         patch.setattr(_SamplerState, "append", record)
         pipe.generate(num_chunks=30, num_inference_steps=1, generator=seeded())
     assert len(lengths) == 29 and max(lengths) == 7
-
-
-@pytest.mark.parametrize("form", ["split", "tokens", "micro"])
-def test_forms_sample_with_a_cache_what_training_computes(build, form):
-    """One block after a prompt, in one step, is the estimate of the training sequence `[clean | noisy]`."""
-    split = {"block_size": 2, "num_context_layers": 1, "self_conditioning": False}
-    forms = {
-        "split": {"noise_draws": 2},
-        "tokens": {"prediction_type": "tokens", "codec_config": {"encoder_type": "token"}, "token_stagger": 0.5},
-        "micro": {"codec_config": {"num_micro_decoder_layers": 1}},
-    }
-    pipe = build(transformer_config=split, **forms[form])
-    ids = torch.randint(0, 300, (1, 16))
-    clean = pipe.model.encode(ids)
-    noise = torch.randn(1, 2, 16, generator=seeded())
-    context = pipe.model.encode(ids[:, :8])
-    positions = torch.tensor([[[2], [3]]])
-    sampled = pipe._sample(noise, context, positions, num_inference_steps=1)
-    from transformer_tokcom import block_causal_mask
-
-    mask = block_causal_mask(torch.tensor([[0, 0, 1, 1]]), clean.mask)
-    both = torch.cat((clean.latents, torch.zeros(1, 2, 16), noise), dim=1)
-    time = torch.tensor([[1.0] * 4 + [0.0] * 4])
-    with torch.no_grad():
-        x1 = pipe.model.denoise(both, time, clean.position_ids.repeat(1, 2, 1), mask, num_context=4).latents
-    torch.testing.assert_close(sampled, x1[:, -2:], atol=1e-4, rtol=1e-3)
 
 
 def test_temperature_needs_token_probabilities(build):

@@ -77,7 +77,7 @@ def test_add_noise_takes_continuous_times_per_latent():
 
 
 def test_grid_is_shifted_as_training_times_are():
-    config = TokComConfig.from_preset("tiny")
+    config = TokComConfig.from_preset("debug")
     scheduler = TokComFlowMatchScheduler.from_model_config(config)
     scheduler.set_timesteps(2)
     # training's median sigma is sigmoid(loc); so is the middle of the grid

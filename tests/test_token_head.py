@@ -124,11 +124,14 @@ def test_loss_ignores_padding_and_reaches_every_trained_parameter():
 
 @torch.no_grad()
 def test_temperature_sharpens_what_the_network_expects_and_not_the_likelihood():
-    model, states = token_model(), torch.randn(1, 2, 4 * 128)
-    head, table = model.token_head, model.codec.token_table()
+    model, states, ids = token_model(token_shift=1.0), torch.randn(1, 2, 4 * 128), torch.randint(0, 320, (1, 8))
+    head, table, latents = model.token_head, model.codec.token_table(), model.encode(ids).latents
     best = (states.view(1, 8, -1) @ head.embedding.weight.T + head.bias)[..., :320].argmax(-1)
+    assert (best != ids).all()
     sharp = head.expected_latents(states, table, torch.zeros(1, 2, 16), torch.zeros(1, 2), temperature=1e-4)
     torch.testing.assert_close(sharp, model.encode(best).latents, atol=1e-4, rtol=1e-4)
+    flat = head.expected_latents(states, table, 0.97 * latents, torch.full((1, 2), 0.97), temperature=1e4)
+    torch.testing.assert_close(flat, latents, atol=1e-3, rtol=1e-3)  # a tempered likelihood would have forgotten them
 
 
 def test_tokens_need_an_encoder_per_token():

@@ -33,12 +33,30 @@ def quick(tmp_path, *overrides):
     return load_train_config("debug", [*base, *data, f"output_dir={tmp_path}/out", *overrides])
 
 
-def test_one_batch_overfits_end_to_end(tokenizer, stories):
+OVERFIT = {
+    "latents": ({"transformer_config": {"num_hidden_layers": 3}}, 1000),
+    "tokens": (
+        {
+            "prediction_type": "tokens",
+            "codec_config": {"encoder_type": "token"},
+            "transformer_config": {"num_hidden_layers": 3, "num_context_layers": 2, "self_conditioning": False},
+            "timestep_sampling": "uniform",
+            "token_stagger": 1.0,
+            "noise_draws": 2,
+        },
+        400,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OVERFIT)
+def test_one_batch_overfits_end_to_end(tokenizer, stories, kind):
     """Codec, then flow, then sampling from noise with the prompt: more than 99 % of the tokens come back."""
     torch.manual_seed(0)
     ids = torch.tensor(tokenizer(stories[0])["input_ids"][:256]).view(4, 64)
-    model = TokComModel(tiny_config(len(tokenizer), transformer_config={"num_hidden_layers": 3}))
-    for stage, steps, rate in (("codec", 200, 5e-3), ("flow", 1000, 4e-3)):
+    overrides, flow_steps = OVERFIT[kind]
+    model = TokComModel(tiny_config(len(tokenizer), **overrides))
+    for stage, steps, rate in (("codec", 200, 5e-3), ("flow", flow_steps, 4e-3)):
         model.set_stage(stage)
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, rate, weight_decay=0.0)
