@@ -27,7 +27,7 @@ from evaluation.judges import TextJudge, TokenJudge
 from evaluation.metrics import unigram_entropy
 from evaluation.reconstruction import (
     cross_entropy_at,
-    prefers_true_continuation,
+    prefers_true_prompt,
     rarest_ids,
     reconstruction_accuracy,
     share_of_informative_draws,
@@ -60,9 +60,8 @@ def reconstruction(pipe: TokComPipeline, held_out: np.ndarray, train: np.ndarray
     pairs = rows[:, : length // 128 * 128].reshape(-1, min(length, 128))
     split = protocol.PROMPT // pipe.chunk_size * pipe.chunk_size
     if len(pairs) > 1 and split < pairs.shape[1]:
-        results["prefers_true_continuation"] = prefers_true_continuation(
-            model, pairs[:, :split], pairs[:, split:], seed
-        )
+        known, real = pairs[:256, :split], pairs[:256, split : split + protocol.CONTINUATION]
+        results["prefers_true_prompt"] = prefers_true_prompt(model, known, real, seed)
     return results
 
 

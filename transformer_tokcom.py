@@ -98,7 +98,8 @@ class TokComTransformer(TokComPreTrainedModel):
     def __init__(self, config: TokComTransformerConfig):
         super().__init__(config)
         inputs = (config.feature_size or config.latent_channels) + config.latent_channels * config.self_conditioning
-        self.proj_in = TokComProjection(inputs, config.hidden_size) if config.input_projection else nn.Identity()
+        linear = TokComProjection if config.feature_size else nn.Linear
+        self.proj_in = linear(inputs, config.hidden_size) if config.input_projection else nn.Identity()
         self.time_embedding = TokComTimestepEmbedding(config.conditioning_size, config.timestep_scale)
         self.layers = nn.ModuleList(
             TokComBlock(config, i, modulated=i >= config.num_context_layers) for i in range(config.num_hidden_layers)
@@ -108,7 +109,7 @@ class TokComTransformer(TokComPreTrainedModel):
             self.context_norm = TokComRMSNorm(config.hidden_size, config.rms_norm_eps)
             self.context_proj = TokComProjection(config.hidden_size, config.hidden_size)
         self.norm = TokComRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.proj_out = TokComProjection(config.hidden_size, config.output_channels or config.latent_channels)
+        self.proj_out = linear(config.hidden_size, config.output_channels or config.latent_channels)
         self.gradient_checkpointing = False
         self.post_init()
 

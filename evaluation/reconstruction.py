@@ -80,18 +80,17 @@ def share_of_informative_draws(model, curve: dict[str, float], unigram: float, d
 
 
 @torch.no_grad()
-def prefers_true_continuation(model, prompts: torch.Tensor, real: torch.Tensor, seed: int, t: float = 0.2) -> float:
-    """How often the denoiser's CE at `t` is lower for the real continuation `(B, L)` than for that of another prompt.
+def prefers_true_prompt(model, prompts: torch.Tensor, real: torch.Tensor, seed: int, t: float = 0.2) -> float:
+    """How often a real continuation `(B, L)` has a lower CE at `t` after its own prompt `(B, P)` than after another's.
 
-    Both get the same noise; 0.5 is chance. P and L are multiples of K.
+    The text that is scored is the same, and so is its noise; 0.5 is chance. P and L are multiples of K.
     """
-    others, losses = real.roll(1, dims=0), []
-    places = real.shape[1] // model.config.codec_config.chunk_size
-    for continuation in (real, others):
+    losses, places = [], real.shape[1] // model.config.codec_config.chunk_size
+    for before in (prompts, prompts.roll(len(prompts) // 2, dims=0)):
         torch.manual_seed(seed)
         rows = [
             token_losses_at(model, torch.cat(pair, dim=1), t)[:, -places:].sum((1, 2))
-            for pair in zip(prompts.split(64), continuation.split(64))
+            for pair in zip(before.split(64), real.split(64))
         ]
         losses.append(torch.cat(rows))
     return (losses[0] < losses[1]).float().mean().item()
