@@ -149,8 +149,8 @@ class TokComTransformerConfig(PreTrainedConfig):
             published bidirectional model.
         num_context_layers (`int`): the first layers, which only clean latents pass, once; noisy latents enter after
             them and are all that is repeated at every sampling step. 0 is one network for both.
-        output_channels (`int`, *optional*), feature_size (`int`): width of the output, `latent_channels` by default, and
-            of an input that is read instead of the latents; set by `prediction_type="tokens"`.
+        feature_size (`int`): width of an input that is read instead of the latents, and of the output; 0 reads and
+            predicts latents. Set by `prediction_type="tokens"`.
     """
 
     model_type = "tokcom_transformer"
@@ -176,7 +176,6 @@ class TokComTransformerConfig(PreTrainedConfig):
     per_latent_timestep: bool = True
     block_size: int | None = 4
     num_context_layers: int = 0
-    output_channels: int | None = None
     feature_size: int = 0
     initializer_range: float = 0.02
 
@@ -279,7 +278,7 @@ class TokComConfig(PreTrainedConfig):
             _check_known_keys(TokComTransformerConfig, fields, "transformer_config.")
             self.transformer_config = TokComTransformerConfig(**fields)
         width = self.codec_config.chunk_size * self.token_embedding_size if self.prediction_type == "tokens" else 0
-        self.transformer_config.feature_size, self.transformer_config.output_channels = width, width or None
+        self.transformer_config.feature_size = width
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):

@@ -82,22 +82,30 @@ def load_judges(args: argparse.Namespace, tokenizer, train: np.ndarray) -> tuple
     return token_judge, text_judges
 
 
+def sweep_settings(sampler, sweeps: dict[str, tuple[str, tuple]]) -> dict:
+    """Copies of `sampler` by setting, "name value", for `{name: (field, values)}`."""
+    return {
+        f"{name} {value}": dataclasses.replace(sampler, **{field: value})
+        for name, (field, values) in sweeps.items()
+        for value in values
+    }
+
+
 def tokcom_settings(pipe: TokComPipeline, steps: int) -> dict[str, TokComSampler]:
     """The settings whose NLL and entropy the frontier shows."""
     sweeps = {"noise": ("noise_scale", (1.0, 0.9, 0.8, 0.7)), "guidance": ("guidance_scale", (1.0, 1.5, 2.0))}
     if pipe.model.config.prediction_type == "tokens":
         sweeps["temperature"] = ("temperature", (1.0, 0.95, 0.9, 0.85, 0.8, 0.7))
+    else:
+        sweeps["churn"] = ("eta", (0.0, 0.5, 1.0))
     sweeps["steps"] = ("num_inference_steps", (4, 8, 16, 32, 64))
-    default, settings = TokComSampler(pipe, steps), {}
-    for name, (field, values) in sweeps.items():
-        settings |= {f"{name} {value}": dataclasses.replace(default, **{field: value}) for value in values}
-    return settings
+    return sweep_settings(TokComSampler(pipe, steps), sweeps)
 
 
 def peer_settings(sampler: AutoregressiveSampler) -> dict[str, AutoregressiveSampler]:
-    model, start = sampler.model, sampler.start_token
-    settings = {f"temperature {v}": AutoregressiveSampler(model, start, v) for v in (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)}
-    return settings | {f"top-p {v}": AutoregressiveSampler(model, start, 1.0, v) for v in (1.0, 0.98, 0.95, 0.9, 0.8)}
+    sweeps = {"temperature": ("temperature", (1.0, 0.95, 0.9, 0.85, 0.8, 0.7))}
+    sweeps["top-p"] = ("top_p", (1.0, 0.98, 0.95, 0.9, 0.8))
+    return sweep_settings(AutoregressiveSampler(sampler.model, sampler.start_token), sweeps)
 
 
 def evaluate(args: argparse.Namespace) -> dict:
@@ -141,8 +149,8 @@ def evaluate(args: argparse.Namespace) -> dict:
             args.samples,
             args.seeds,
         )
-        temperature = {} if args.temperature is None else {"temperature": args.temperature}
-        systems = {"TokCom": TokComSampler(pipe, args.steps, args.guidance_scale, args.noise_scale, **temperature)}
+        ours = TokComSampler(pipe, args.steps, args.guidance_scale, args.noise_scale, temperature=args.temperature)
+        systems = {"TokCom": ours}
         for peer in args.peer:
             name, path = peer.split("=", 1)
             model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(args.device).eval()
@@ -193,9 +201,8 @@ def main(argv: list[str] | None = None) -> dict:
         "seed": 0,
     }.items():
         parser.add_argument(f"--{name}", type=int, default=value)
-    for name in ("guidance_scale", "noise_scale", "peer_temperature"):
+    for name in ("guidance_scale", "noise_scale", "temperature", "peer_temperature"):
         parser.add_argument(f"--{name}", type=float, default=1.0)
-    parser.add_argument("--temperature", type=float, help="of models that predict token probabilities")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     args.command = [os.path.basename(sys.argv[0]), *(sys.argv[1:] if argv is None else argv)]

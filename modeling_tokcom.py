@@ -11,7 +11,7 @@ Shape legend: B batch, T tokens, K tokens per chunk, N = T/K latents, C latent c
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 
 import torch
 import torch.nn.functional as F
@@ -141,18 +141,16 @@ class TokComTokenHead(nn.Module):
                 likelihood = likelihood / noise.square()
             return function(likelihood, table, *extra)
 
-        size = self.chunk_size
-        rows = [x.reshape(-1, size, *x.shape[3:]) for x in (times[..., None].float(), *extra)]
-        rows.insert(1, latents.float().reshape(-1, size, latents.shape[-1] // size))
-        index, results = [], []
+        size, index, results = self.chunk_size, [], []
+        own = latents.float().unflatten(-1, (size, -1))  # (B, N, K, C / K)
+        rows = [x.flatten(0, 1) for x in (times[..., None].float(), own, *extra)]
+        run = partial(checkpoint, piece, use_reentrant=False) if torch.is_grad_enabled() else piece
         for place in range(size):
             where = chosen[..., place].flatten().nonzero()[:, 0]
             index.append(where * size + place)
             for part in where.split(CROSS_ENTROPY_CHUNK):
                 signal, noisy, *more = (x[part, place] for x in rows)
-                arguments = (piece, signal, noisy, table[place], *more)
-                grad = torch.is_grad_enabled()
-                results.append(checkpoint(*arguments, use_reentrant=False) if grad else piece(*arguments[1:]))
+                results.append(run(signal, noisy, table[place], *more))
         values = torch.cat(results)
         whole = values.new_zeros(chosen.numel(), *values.shape[1:])
         return whole.index_copy(0, torch.cat(index), values).view(*chosen.shape, *values.shape[1:])
@@ -276,6 +274,7 @@ class TokComModel(TokComPreTrainedModel):
         past_key_values: Cache | None = None,
         temperature: float = 1.0,
         step: float = 1.0,
+        token_table: torch.Tensor | None = None,
         **kwargs,
     ) -> TokComTransformerOutput:
         """Estimate the clean latents: `.latents (B, S, C)`.
@@ -283,9 +282,10 @@ class TokComModel(TokComPreTrainedModel):
         `timestep` in [0, 1], 1 = clean, is `(B, S)`; `(B,)` or a scalar is broadcast over the latents. The other
         arguments are those of `TokComTransformer.forward`. `temperature` divides the logits of a model that predicts
         token probabilities; `ValueError` if it is not positive, or not 1 for other models. `step` is how far the caller
-        will move in t: tokens whose turn does not come before are not estimated.
+        will move in t: tokens whose turn does not come before are not estimated. `token_table` is what the method of
+        that name gives, for callers that denoise many times.
         """
-        if temperature <= 0 or (temperature != 1.0 and self.config.prediction_type != "tokens"):
+        if temperature <= 0 or (temperature != 1.0 and self.token_head is None):
             raise ValueError(
                 f"`temperature` ({temperature}) must be positive, and 1 for `prediction_type="
                 f"{self.config.prediction_type!r}`: only 'tokens' has probabilities."
@@ -295,7 +295,7 @@ class TokComModel(TokComPreTrainedModel):
             timestep = timestep[:, None]
         timestep, features = timestep.expand(latents.shape[:2]), None
         if self.token_head is not None:
-            table = self.codec.token_table()
+            table = self.token_table() if token_table is None else token_table
             features = self.token_head.read(table, latents, timestep)
         output = self.transformer(
             latents.to(self.dtype),
@@ -311,6 +311,12 @@ class TokComModel(TokComPreTrainedModel):
             arguments = output.latents, table, latents, timestep, temperature, step
             output.latents = self.token_head.expected_latents(*arguments).to(latents.dtype)
         return output
+
+    @_entry_point
+    @torch.no_grad()
+    def token_table(self) -> torch.Tensor | None:
+        """The codec's latents of every token, `(K, V, C / K)`; None for models that do not predict tokens."""
+        return None if self.token_head is None else self.codec.token_table()
 
     @_entry_point
     def decode(self, latents: torch.Tensor) -> TokComDecoderOutput:
@@ -340,7 +346,7 @@ class TokComModel(TokComPreTrainedModel):
             return TokComOutput(loss=loss, **parts)
         with torch.no_grad():
             clean = self.codec.encode(input_ids, attention_mask)
-        if self.config.prediction_type == "tokens":
+        if self.token_head is not None:
             return self._token_loss(clean, input_ids, attention_mask, timestep)
         prediction, loss_mask, _, _ = self._predict_noised(clean, timestep)
         squared_error = (prediction.float() - clean.latents[:, None].float()).square().mean(-1)  # (B, M, N)
@@ -357,12 +363,11 @@ class TokComModel(TokComPreTrainedModel):
 
     def _token_loss(self, clean, input_ids, attention_mask, timestep) -> TokComOutput:
         chunks, real = self.codec.to_chunks(input_ids, attention_mask)  # (B, N, K)
-        states, loss_mask, noisy, t = self._predict_noised(clean, timestep, chunks)  # (B, M, N, K * E)
+        table = self.token_table()
+        states, loss_mask, noisy, t = self._predict_noised(clean, timestep, chunks, table)  # (B, M, N, K * E)
         draws = states.shape[1]
         progress = self.token_head.progress(t)  # (B, M * N, K)
         chosen = (real & loss_mask[..., None]).repeat(1, draws, 1) & (progress > -EARLY) & (progress < 1)
-        with torch.no_grad():
-            table = self.codec.token_table()
         tokens = self.token_head.nll(states.flatten(1, 2), table, noisy, t, chunks.repeat(1, draws, 1), chosen)
         count = chosen.sum().clamp_min(1)
         tokens = tokens.unflatten(1, (draws, -1))  # (B, M, N, K)
@@ -387,10 +392,15 @@ class TokComModel(TokComPreTrainedModel):
         return 1 - torch.sigmoid(torch.randn(shape, device=device) + self.config.timestep_loc)
 
     def _predict_noised(
-        self, clean: TokComCodecOutput, timestep: float | None, chunks: torch.Tensor | None = None
+        self,
+        clean: TokComCodecOutput,
+        timestep: float | None,
+        chunks: torch.Tensor | None = None,
+        table: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """Noise the latents, M = `noise_draws` times with one time per block, and estimate them again.
 
+        A token head needs the ids `chunks (B, N, K)` and the codec's `table`.
         Returns the transformer's outputs `(B, M, N, ...)`, the loss mask `(B, N)`, and what it saw: the noisy latents
         `(B, M * N, C)` and their times `(B, M * N)`.
         """
@@ -420,8 +430,6 @@ class TokComModel(TokComPreTrainedModel):
 
         features = None
         if self.token_head is not None:
-            with torch.no_grad():
-                table = self.codec.token_table()
             features = self.token_head.read(table, noisy, t, chunks.repeat(1, draws, 1))
             if block_size is not None:
                 known = self.token_head.read(table, latents, torch.ones_like(t[:, :length]), chunks)
@@ -450,7 +458,7 @@ class TokComModel(TokComPreTrainedModel):
         if self.training and config.transformer_config.self_conditioning and random.random() < 0.5:
             with torch.no_grad():
                 estimate = predict(None)
-                if config.prediction_type == "tokens":
+                if self.token_head is not None:
                     estimate = self.token_head.expected_latents(estimate, table, noisy, t)
         return predict(estimate).unflatten(1, (draws, length)), loss_mask, noisy, t
 

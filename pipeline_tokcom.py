@@ -163,6 +163,10 @@ class TokComPipeline(DiffusionPipeline):
     def interrupt(self) -> bool:
         return self._interrupt
 
+    @property
+    def _eos_token_id(self) -> int | None:
+        return getattr(self.tokenizer, "eos_token_id", None)
+
     def _tokenize(self, texts: list[str], name: str) -> list[list[int]]:
         if not all(isinstance(text, str) for text in texts):
             raise ValueError(f"`{name}` must be a text or a list of texts, not {texts!r}.")
@@ -208,15 +212,14 @@ class TokComPipeline(DiffusionPipeline):
 
     def _end_at_eos(self, sequences: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Replace what follows the first EOS by the pad id; returns the ids and the mask of what is kept."""
-        eos = getattr(self.tokenizer, "eos_token_id", None)
+        eos = self._eos_token_id
         ended = torch.zeros_like(sequences) if eos is None else (sequences == eos).long()
         mask = (ended.cumsum(-1) - ended == 0).long()  # (B, T)
         return torch.where(mask.bool(), sequences, self.model.config.codec_config.pad_token_id), mask
 
     def _ended(self, sequences: torch.Tensor) -> bool:
         """Whether every row of ids `(B, T)` holds EOS."""
-        eos = getattr(self.tokenizer, "eos_token_id", None)
-        return eos is not None and bool((sequences == eos).any(-1).all())
+        return self._eos_token_id is not None and bool((sequences == self._eos_token_id).any(-1).all())
 
     # ---- the sampler ----
 
@@ -325,12 +328,14 @@ class TokComPipeline(DiffusionPipeline):
                     x = on_step_end(self, index * len(self.scheduler.timesteps) + i, timestep, x)
                 bar.update()
             yield x
+            if block.stop == noise.shape[1]:
+                break
+            ids = self.model.to_ids(x)
             if stop_at_eos:
-                ended |= (self.model.to_ids(x) == self.tokenizer.eos_token_id).any(-1)
+                ended |= (ids == self._eos_token_id).any(-1)
                 if bool(ended.all()):
                     break
-            if block.stop < noise.shape[1]:
-                state.append(x, position_ids[:, block], valid[:, block])
+            state.append(ids, position_ids[:, block], valid[:, block])
         if bar is not None:
             bar.close()
 
@@ -421,7 +426,7 @@ class TokComPipeline(DiffusionPipeline):
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             temperature=temperature,
-            stop_at_eos=output_type != "latent" and getattr(self.tokenizer, "eos_token_id", None) is not None,
+            stop_at_eos=output_type != "latent" and self._eos_token_id is not None,
             on_step_end=None if callback_on_step_end is None else on_step_end,
         )
         if streamer is not None:
@@ -441,9 +446,15 @@ class TokComPipeline(DiffusionPipeline):
         length = -(-gen_length // self.chunk_size)
         self._check_length(context.latents.shape[1] + length)
         noise = self.prepare_latents(len(prompts), length, generator, latents)
+        return rows, self._sample_blocks(
+            noise, context, self._positions_after(context, length), generator=generator, **sampling
+        )
+
+    @staticmethod
+    def _positions_after(context: TokComCodecOutput, length: int) -> torch.Tensor:
+        """`position_ids (B, length, A)` of latents that follow the context."""
         first = context.position_ids[:, -1:] + 1
-        position_ids = first + torch.arange(length, device=first.device)[None, :, None]
-        return rows, self._sample_blocks(noise, context, position_ids, generator=generator, **sampling)
+        return first + torch.arange(length, device=first.device)[None, :, None]
 
     def _feed(self, streamer: BaseStreamer, blocks: Iterator[torch.Tensor], gen_length: int) -> Iterator[torch.Tensor]:
         """Pass blocks on, and the ids of each, up to EOS or `gen_length`, to the streamer."""
@@ -483,7 +494,7 @@ class TokComPipeline(DiffusionPipeline):
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             temperature=temperature,
-            stop_at_eos=getattr(self.tokenizer, "eos_token_id", None) is not None,
+            stop_at_eos=self._eos_token_id is not None,
         )
         ids, shown = [], ""
         for block in blocks:
@@ -701,7 +712,7 @@ class _SamplerState:
         temperature: float,
     ):
         config = model.config.transformer_config
-        self.guidance_scale, self.temperature = guidance_scale, temperature
+        self.guidance_scale, self.temperature, self.token_table = guidance_scale, temperature, model.token_table()
         self.model, self.block_size, self.window = model, config.block_size, config.max_position_embeddings
         self.context = context
         self.mask = torch.ones(like.shape[0], 0, dtype=torch.bool, device=like.device)  # (B, keys known so far)
@@ -713,16 +724,15 @@ class _SamplerState:
             length = context.latents.shape[1]
             order = (torch.arange(length, device=like.device) + -length % self.block_size) // self.block_size
             sees = block_causal_mask(order[None].expand(len(like), -1), context.mask)[:, :length, :length]
-            model.denoise(
-                context.latents, 1.0, context.position_ids, sees, past_key_values=self.cache, num_context=length
-            )
+            self._remember(context.latents, context.position_ids, sees)
             self._trim()
 
     def predict(self, x, t, step, position_ids, valid, estimate) -> torch.Tensor:
         """Estimate x1 `(B, n, C)` of the noisy block `x` at time `t`, before a step to `t + step`, in float32."""
         if self.model.config.transformer_config.self_conditioning:
             step = 1.0  # the next call reads this estimate, and training reads estimates of all tokens
-        guidance_scale, sampling = self.guidance_scale, {"temperature": self.temperature, "step": step}
+        guidance_scale = self.guidance_scale
+        sampling = {"temperature": self.temperature, "step": step, "token_table": self.token_table}
         if self.cache is None and self.context is not None:
             known, time = self.context, torch.full_like(x[..., 0], t, dtype=torch.float32)
             known_time = 1.0 if self.model.config.transformer_config.per_latent_timestep else t
@@ -749,10 +759,14 @@ class _SamplerState:
             output = free + guidance_scale * (output - free)
         return output
 
-    def append(self, x, position_ids, valid) -> None:
-        """Remember a finished block, as the clean latents of the tokens it decodes to: what training has shown."""
-        x = self.model.encode(self.model.to_ids(x)).latents
-        self.model.denoise(x, 1.0, position_ids, self._keys(valid), past_key_values=self.cache, num_context=x.shape[1])
+    def _remember(self, clean, position_ids, sees) -> None:
+        """Run clean latents through the model for what they leave in the cache."""
+        known = {"num_context": clean.shape[1], "token_table": self.token_table}
+        self.model.denoise(clean, 1.0, position_ids, sees, past_key_values=self.cache, **known)
+
+    def append(self, ids, position_ids, valid) -> None:
+        """Remember a finished block by the ids `(B, n * K)` it decodes to, whose clean latents are what training shows."""
+        self._remember(self.model.encode(ids).latents, position_ids, self._keys(valid))
         self.mask = torch.cat((self.mask, valid), dim=1)
         self._trim()
 

@@ -109,7 +109,7 @@ class TokComTransformer(TokComPreTrainedModel):
             self.context_norm = TokComRMSNorm(config.hidden_size, config.rms_norm_eps)
             self.context_proj = TokComProjection(config.hidden_size, config.hidden_size)
         self.norm = TokComRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.proj_out = linear(config.hidden_size, config.output_channels or config.latent_channels)
+        self.proj_out = linear(config.hidden_size, config.feature_size or config.latent_channels)
         self.gradient_checkpointing = False
         self.post_init()
 

@@ -13,13 +13,13 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
 import yaml
 
-from evaluation.flops import optimizer_flops, training_flops_per_token
+from evaluation.flops import training_flops_per_step
 from evaluation.judges import TokenJudge
 from evaluation.metrics import sample_entropy
-from evaluation.protocol import at_entropy
+from evaluation.protocol import CONTINUATION, PROMPT, at_entropy, held_out_windows, measure_setting
+from evaluation.report import table
 from evaluation.samplers import TokComSampler
 from pipeline_tokcom import TokComPipeline
 from train_accelerate import build_model, run
@@ -28,14 +28,8 @@ from training.data import get_tokenizer, load_documents, tokenize_documents
 from training.optimizer import build_optimizer
 
 ROWS = yaml.safe_load((Path(__file__).parent / "ablations.yaml").read_text())
-PROMPT, CONTINUATION, PROMPTS = 32, 64, 256
+PROMPTS = 256
 NOISE_SCALES = (1.0, 0.9, 0.8)
-
-
-def held_out_prompts(tokens: np.ndarray, count: int, length: int) -> np.ndarray:
-    """`count` windows `(count, length)` spread evenly over `tokens (T,)`."""
-    starts = np.linspace(0, len(tokens) - length, count).astype(int)
-    return np.stack([tokens[start : start + length] for start in starts])
 
 
 def train_row(args: argparse.Namespace) -> tuple[Path, dict]:
@@ -54,20 +48,19 @@ def train_row(args: argparse.Namespace) -> tuple[Path, dict]:
     config = load_train_config("tiny", [*overrides, f"output_dir={output}"])
     model = build_model(config, get_tokenizer(args.checkpoint, 0, [], ""))
     model.set_stage("flow")
-    per_token = training_flops_per_token(model, torch.zeros(1, config.flow.sequence_length, dtype=torch.long))
-    per_step = per_token * config.flow.batch_size * config.flow.sequence_length
-    options = config.flow
-    rates = options.learning_rate, options.muon_learning_rate, options.weight_decay
-    per_step += optimizer_flops(model, lambda m: build_optimizer(m, *rates))
-    config.flow.max_steps = steps = max(1, round(args.training_flops / per_step))
-    config.flow.eval_steps = config.flow.checkpoint_steps = steps
+    flow = config.flow
+    rates = flow.learning_rate, flow.muon_learning_rate, flow.weight_decay
+    per_step = training_flops_per_step(
+        model, flow.batch_size, flow.sequence_length, lambda m: build_optimizer(m, *rates)
+    )
+    flow.max_steps = flow.eval_steps = flow.checkpoint_steps = steps = max(1, round(args.training_flops / per_step))
     started = time.perf_counter()
     run(config)
     return output, {
         "row": args.row,
         "seed": args.seed,
         "steps": steps,
-        "tokens": steps * config.flow.batch_size * config.flow.sequence_length,
+        "tokens": steps * flow.batch_size * flow.sequence_length,
         "training_flops": per_step * steps,
         "seconds": time.perf_counter() - started,
         "flow_parameters": sum(p.numel() for p in model.transformer.parameters()),
@@ -76,41 +69,31 @@ def train_row(args: argparse.Namespace) -> tuple[Path, dict]:
 
 def measure(checkpoint: Path, judge: TokenJudge, tokens: np.ndarray, **sampling) -> dict:
     """Conditional judge NLL, by place in the chunk and at the entropy of real text, over several noise scales."""
-    windows = held_out_prompts(tokens, PROMPTS, PROMPT + CONTINUATION)
+    windows = held_out_windows(tokens, PROMPT + CONTINUATION, PROMPTS)
     prompts, real = windows[:, :PROMPT], windows[:, PROMPT:]
     pipe = TokComPipeline.from_pretrained(checkpoint)
     facts = {"real_nll": float(judge.nll(real, prompts).mean()), "real_entropy": sample_entropy(real)}
     curve = []
     for scale in NOISE_SCALES:
-        samples = TokComSampler(pipe, noise_scale=scale, **sampling).sample(prompts, CONTINUATION, seed=0)
-        nll = judge.nll(samples, prompts)
-        places = nll.reshape(len(nll), -1, pipe.chunk_size).mean((0, 1))
-        curve.append({"setting": f"noise {scale}", "entropy": sample_entropy(samples), "nll": float(nll.mean())})
-        facts[f"noise_{scale}"] = {**curve[-1], "places": places.tolist()}
+        sampler = TokComSampler(pipe, noise_scale=scale, **sampling)
+        curve.append(measure_setting(judge, prompts, f"noise {scale}", sampler, pipe.chunk_size))
+        facts[f"noise_{scale}"] = curve[-1]
     facts["nll_at_real_entropy"] = at_entropy(curve, facts["real_entropy"])  # None: outside what was measured
     return facts
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
 
 
 def write_table(work: Path, file: str) -> None:
     """Collect all rows measured so far into a Markdown table."""
     rows = sorted((json.loads(f.read_text()) for f in (work / "rows").glob("*.json")), key=lambda r: r["row"])
-    lines = [
-        "| row | seed | M tokens | TFLOP | seconds | NLL at real entropy | NLL | entropy | by place |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    columns = ["row", "seed", "M tokens", "TFLOP", "seconds", "NLL at real entropy", "NLL", "entropy", "by place"]
+    cells = []
     for row in rows:
-        plain = row["noise_1.0"]
-        lines.append(
-            f"| {row['row']} | {row['seed']} | {row['tokens'] / 1e6:.2f} | {row['training_flops'] / 1e12:.1f} | "
-            f"{row['seconds']:.0f} | {_number(row['nll_at_real_entropy'])} | {plain['nll']:.2f} | {plain['entropy']:.2f} | "
-            f"{', '.join(f'{v:.2f}' for v in plain['places'])} |"
-        )
-    Path(file).write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+        plain, cost = row["noise_1.0"], (row["tokens"] / 1e6, row["training_flops"] / 1e12, round(row["seconds"]))
+        quality = row["nll_at_real_entropy"], plain["nll"], plain["entropy"], plain["nll_by_place"]
+        cells.append([row["row"], row["seed"], *cost, *quality])
+    text = table(columns, cells)
+    Path(file).write_text(text)
+    print(text)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -28,7 +28,7 @@ from transformers import (
     set_seed,
 )
 
-from evaluation.flops import optimizer_flops, training_flops_per_token
+from evaluation.flops import training_flops_per_step
 from training.config import DataConfig
 from training.data import PackedDataset, load_documents, tokenize_documents
 from training.optimizer import build_optimizer
@@ -106,8 +106,7 @@ def train(
     def optimizer_of(model: LlamaForCausalLM) -> torch.optim.Optimizer:
         return build_optimizer(model, learning_rate, muon_learning_rate, weight_decay=0.01)
 
-    per_step = training_flops_per_token(model, torch.zeros(1, sequence_length, dtype=torch.long))
-    per_step = per_step * batch_size * sequence_length + optimizer_flops(model, optimizer_of)
+    per_step = training_flops_per_step(model, batch_size, sequence_length, optimizer_of)
     if training_flops is not None:
         max_steps = max(1, round(training_flops / per_step))
     options = TrainingArguments(

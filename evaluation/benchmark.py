@@ -59,12 +59,15 @@ def main(argv: list[str] | None = None) -> None:
         rows.append(json.loads(printed.stdout.splitlines()[-1]))
     if args.output_file:
         Path(args.output_file).write_text(json.dumps(rows, indent=2) + "\n")
-    print("| tokens | seconds | ms per token | time ratio | peak MiB | memory ratio |\n|---|---|---|---|---|---|")
+    from evaluation.report import table  # not above: matplotlib would count in the measured processes
+
+    columns = ["tokens", "seconds", "ms per token", "time ratio", "peak MiB", "memory ratio"]
+    first, cells = rows[0], []
     for row in rows:
-        print(
-            f"| {row['tokens']} | {row['seconds']:.2f} | {1000 * row['seconds'] / row['tokens']:.2f} | "
-            f"{row['seconds'] / rows[0]['seconds']:.2f} | {row['peak_mib']:.0f} | {row['peak_mib'] / rows[0]['peak_mib']:.3f} |"
-        )
+        seconds, peak = row["seconds"], row["peak_mib"]
+        ratios = seconds / first["seconds"], round(peak), peak / first["peak_mib"]
+        cells.append([row["tokens"], seconds, 1000 * seconds / row["tokens"], *ratios])
+    print(table(columns, cells))
 
 
 if __name__ == "__main__":

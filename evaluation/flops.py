@@ -47,6 +47,14 @@ def training_flops_per_token(model: nn.Module, input_ids: torch.Tensor) -> float
     return sum(costs) / len(costs) / input_ids.numel()
 
 
+def training_flops_per_step(
+    model: nn.Module, batch_size: int, sequence_length: int, build: Callable[[nn.Module], torch.optim.Optimizer]
+) -> float:
+    """Operations of one optimizer step on `batch_size` rows of `sequence_length` tokens, the optimizer's included."""
+    per_token = training_flops_per_token(model, torch.zeros(1, sequence_length, dtype=torch.long))
+    return per_token * batch_size * sequence_length + optimizer_flops(model, build)
+
+
 def _seed_with(below_half: bool) -> int:
     return next(s for s in range(100) if (random.Random(s).random() < 0.5) == below_half)
 

@@ -51,10 +51,27 @@ class Study:
         self.ngrams = TrainingNgrams(self.train)
 
     def windows(self, length: int, count: int) -> np.ndarray:
-        """At most `count` held-out windows `(count, length)`, spread evenly and not overlapping."""
-        count = min(count, len(self.held_out) // length)
-        starts = np.linspace(0, len(self.held_out) - length, count).astype(int)
-        return self.held_out[starts[:, None] + np.arange(length)]
+        return held_out_windows(self.held_out, length, count)
+
+
+def held_out_windows(tokens: np.ndarray, length: int, count: int) -> np.ndarray:
+    """At most `count` windows `(count, length)` of `tokens (T,)`, spread evenly and not overlapping."""
+    starts = np.linspace(0, len(tokens) - length, min(count, len(tokens) // length)).astype(int)
+    return tokens[starts[:, None] + np.arange(length)]
+
+
+def nll_by_place(nll: np.ndarray, chunk_size: int) -> list[float]:
+    """Mean of `nll (B, T)` at each place of the chunk; a last chunk that is not whole is left out."""
+    whole = nll[:, : nll.shape[1] // chunk_size * chunk_size]
+    return np.nanmean(whole.reshape(len(nll), -1, chunk_size), axis=(0, 1)).tolist()
+
+
+def measure_setting(judge: TokenJudge, prompts: np.ndarray, setting: str, sampler, chunk_size: int) -> dict:
+    """Conditional NLL, also by place in the chunk, and entropy of one sampling setting; a point of the frontier."""
+    ids = sampler.sample(prompts, CONTINUATION, seed=0)
+    nll = judge.nll(ids, prompts)
+    facts = {"setting": setting, "nll": float(nll.mean()), "entropy": sample_entropy(ids)}
+    return facts | {"nll_by_place": nll_by_place(nll, chunk_size)}
 
 
 def control_texts(study: Study, length: int, count: int, seed: int) -> dict[str, np.ndarray]:
@@ -77,15 +94,13 @@ def describe(study: Study, ids: np.ndarray, prompts: np.ndarray | None = None) -
     """All measures of one set of samples `(B, T)`, which continue `prompts (B, P)` if there are any."""
     nll = study.token_judge.nll(ids, prompts)
     per_sample = np.nanmean(nll, axis=1)
-    length = ids.shape[1] // study.chunk_size * study.chunk_size
-    places = np.nanmean(nll[:, :length].reshape(len(ids), -1, study.chunk_size), axis=(0, 1))
     low, high = bootstrap_interval(per_sample)
     on_grid, off_grid = study.ngrams.chunks_seen(ids, study.chunk_size)
     facts = {
         "nll": float(per_sample.mean()),
         "nll_interval": [low, high],
         "ppl": float(np.exp(per_sample.mean())),
-        "nll_by_place": places.tolist(),
+        "nll_by_place": nll_by_place(nll, study.chunk_size),
         "entropy": sample_entropy(ids),
         **{f"distinct_{n}": distinct_n(ids, n) for n in (1, 2, 3)},
         "rep_4": repetition(ids, 4),
@@ -152,11 +167,10 @@ def frontier(study: Study, make_sampler: dict, count: int) -> dict:
     target = sample_entropy(real)
     results = {"real text": {"entropy": target, "nll": float(study.token_judge.nll(real, prompts).mean())}}
     for name, settings in make_sampler.items():
-        points = []
-        for setting, sampler in tqdm(settings.items(), desc=f"frontier: {name}"):
-            ids = sampler.sample(prompts, CONTINUATION, seed=0)
-            nll = study.token_judge.nll(ids, prompts)
-            points.append({"setting": setting, "nll": float(nll.mean()), "entropy": sample_entropy(ids)})
+        points = [
+            measure_setting(study.token_judge, prompts, setting, sampler, study.chunk_size)
+            for setting, sampler in tqdm(settings.items(), desc=f"frontier: {name}")
+        ]
         nearest = min(points, key=lambda p: abs(p["entropy"] - target))
         results[name] = {"points": points, "setting_at_real_entropy": nearest["setting"]}
         results[name]["nll_at_real_entropy"] = at_entropy(points, target)

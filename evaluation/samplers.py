@@ -39,7 +39,7 @@ class TokComSampler:
             if prompts is not None:
                 ids, mask = pipe._pad(prompts[start : start + size].tolist(), "left")
                 context = pipe.model.encode(ids, mask)
-                positions = context.position_ids[:, -1:] + 1 + torch.arange(latents, device=ids.device)[None, :, None]
+                positions = pipe._positions_after(context, latents)
             noise = pipe.prepare_latents(size, latents, generator) * self.noise_scale
             with torch.autocast(noise.device.type, torch.bfloat16):
                 result = pipe._sample(
