@@ -181,6 +181,7 @@ class TokComChunkCodec(TokComPreTrainedModel):
                 inputs, channels = config.embedding_size, config.latent_channels // config.chunk_size
             self.to_posterior = nn.Linear(inputs, 2 * channels)
             self.from_latent = nn.Linear(config.latent_channels, config.hidden_size)
+        self.log_precision = nn.Parameter(torch.zeros(1)) if config.encoder_type == "token" else None
         self.micro_decoder = TokComMicroDecoder(config) if config.num_micro_decoder_layers else None
         self.latent_mean = nn.Buffer(torch.zeros(config.latent_channels))
         self.latent_std = nn.Buffer(torch.ones(config.latent_channels))
@@ -216,6 +217,21 @@ class TokComChunkCodec(TokComPreTrainedModel):
             raw_latents = self.from_latent(raw_latents)
         return self.decoder(raw_latents, query)
 
+    def _with_likelihood(self, states: torch.Tensor, raw_latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Decoder states `(M, K, E)` -> `(M, K, E')` and the `(V, E')` whose inner products are the logits.
+
+        Where each token has channels of its own, the logits are the decoder's, which know the other tokens of the chunk,
+        plus the Gaussian log-likelihood of those channels given each token, at a learned precision.
+        """
+        weight = self.embed_tokens.weight
+        if self.log_precision is None:
+            return states, weight
+        means = self._token_posterior(weight).chunk(2, dim=-1)[0].to(weight.dtype)  # (V, C / K)
+        precision = self.log_precision.exp().expand(*states.shape[:2], 1)
+        own = raw_latents.unflatten(-1, (self.config.chunk_size, -1)).to(weight.dtype) * precision
+        states = torch.cat((states.to(weight.dtype), own, precision), dim=-1)
+        return states, torch.cat((weight, means, -0.5 * means.square().sum(-1, keepdim=True)), dim=-1)
+
     def _denormalize(self, latents: torch.Tensor) -> torch.Tensor:
         return (latents * self.latent_std + self.latent_mean).flatten(0, -2)  # (M, C)
 
@@ -248,9 +264,12 @@ class TokComChunkCodec(TokComPreTrainedModel):
     def decode(self, latents: torch.Tensor) -> TokComDecoderOutput:
         """Standardised latents `(B, N, C)` -> logits `(B, N * K, V)`; with a micro-decoder, each place's are those
         that follow the most likely ids of the places before it."""
-        states = self._token_states(self._denormalize(latents))  # (B * N, K, E)
+        raw_latents = self._denormalize(latents)
+        states = self._token_states(raw_latents)  # (B * N, K, E)
         if self.micro_decoder is None:
-            logits = F.linear(states, self.embed_tokens.weight)
+            with torch.autocast(states.device.type, enabled=False):
+                states, weight = self._with_likelihood(states, raw_latents)
+                logits = F.linear(states.to(weight.dtype), weight)
         else:
             known, places = torch.zeros_like(states), []
             for place in range(self.config.chunk_size):
@@ -259,7 +278,7 @@ class TokComChunkCodec(TokComPreTrainedModel):
             logits = torch.cat(places, dim=1)
         return TokComDecoderOutput(logits=logits.reshape(latents.shape[0], -1, self.config.vocab_size))
 
-    def token_table(self) -> torch.Tensor:
+    def symbol_table(self) -> torch.Tensor:
         """Standardised latents of every token at every place of the chunk: `(K, V, C / K)`, float32.
 
         With `encoder_type="token"` a chunk's latent is the concatenation of its tokens' rows.
@@ -267,6 +286,16 @@ class TokComChunkCodec(TokComPreTrainedModel):
         table = self._token_posterior(self.embed_tokens.weight).chunk(2, dim=-1)[0]  # (V, C / K)
         mean, std = (x.view(self.config.chunk_size, 1, -1) for x in (self.latent_mean, self.latent_std))
         return (table - mean) / std
+
+    def symbols(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What has a row of its own in `symbol_table`: here the tokens themselves; as `to_chunks`."""
+        return self.to_chunks(input_ids, attention_mask)
+
+    def from_symbols(self, symbols: torch.Tensor) -> torch.Tensor:
+        """Symbols `(B, N, K)` -> token ids `(B, N * K)`."""
+        return symbols.flatten(1)
 
     def to_ids(self, latents: torch.Tensor) -> torch.Tensor:
         """Standardised latents `(B, N, C)` -> the most likely ids `(B, N * K)`, a few latents at a time."""
@@ -291,9 +320,8 @@ class TokComChunkCodec(TokComPreTrainedModel):
                     torch.rand(known.shape, device=known.device) < dropout, self.config.mask_token_id, known
                 )
             states = self.micro_decoder(states, self.embed_tokens(known))
-        return chunked_cross_entropy(states.flatten(0, 1), self.embed_tokens.weight, chunks.flatten()).view(
-            chunks.shape
-        )
+        states, weight = self._with_likelihood(states, raw_latents)
+        return chunked_cross_entropy(states.flatten(0, 1), weight, chunks.flatten()).view(chunks.shape)
 
     def training_loss(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None

@@ -93,6 +93,15 @@ class TokComChunkCodecConfig(PreTrainedConfig):
     micro_decoder_dropout: float | int = 0.3
     initializer_range: float = 0.02
 
+    @property
+    def num_symbols(self) -> int:
+        """Symbols of a chunk, each of which has channels of its own; here the tokens."""
+        return self.chunk_size
+
+    @property
+    def symbol_vocab_size(self) -> int:
+        return self.vocab_size
+
     def validate_architecture(self):
         sizes = ("vocab_size", "chunk_size", "latent_channels", "embedding_size", "hidden_size", "intermediate_size")
         _check_positive(self, *sizes, "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
@@ -149,6 +158,8 @@ class TokComTransformerConfig(PreTrainedConfig):
             published bidirectional model.
         num_context_layers (`int`): the first layers, which only clean latents pass, once; noisy latents enter after
             them and are all that is repeated at every sampling step. 0 is one network for both.
+        head_attention (`bool`): whether the layers after the context layers attend to context and block, or see the
+            context only through the state of its last latent.
         feature_size (`int`): width of an input that is read instead of the latents, and of the output; 0 reads and
             predicts latents. Set by `prediction_type="tokens"`.
     """
@@ -176,6 +187,7 @@ class TokComTransformerConfig(PreTrainedConfig):
     per_latent_timestep: bool = True
     block_size: int | None = 4
     num_context_layers: int = 0
+    head_attention: bool = True
     feature_size: int = 0
     initializer_range: float = 0.02
 
@@ -203,6 +215,11 @@ class TokComTransformerConfig(PreTrainedConfig):
             raise ValueError(
                 f"`num_context_layers` ({self.num_context_layers}) needs a `block_size`: a bidirectional model has no "
                 "context that is finished."
+            )
+        if not self.head_attention and (self.block_size != 1 or not self.num_context_layers):
+            raise ValueError(
+                f"`head_attention=False` needs `block_size=1` (got {self.block_size}) and context layers "
+                f"(got {self.num_context_layers}): the latents of a block would not see each other."
             )
         if not self.per_latent_timestep and self.block_size is not None:
             raise ValueError(
@@ -234,6 +251,7 @@ class TokComConfig(PreTrainedConfig):
         token_embedding_size (`int`): width of the embedding through which `"tokens"` reads and predicts tokens.
         token_stagger (`float`): in [0, 1], for `"tokens"`: how much later each token of a chunk is denoised than the one
             before it; 0 is all together, 1 one after the other.
+        latent_stagger (`float`): in [0, 1], for `"tokens"`: the same for the latents of a block.
         token_shift (`float`): for `"tokens"`: warp of each token's time; above 1 spends more of it on noise.
         noise_std (`float`): standard deviation of x0; 1 on standardised latents, 0.05 in published v5.2.
         timestep_sampling (`str`): `"logit_normal"`, t = 1 - sigmoid(N(timestep_loc, 1)), or `"uniform"`.
@@ -243,6 +261,7 @@ class TokComConfig(PreTrainedConfig):
             is computed on the first.
         context_dropout (`float`): share of training rows that lose their context, for classifier-free guidance.
         infill_rate (`float`): share of training rows with a gap that is generated after what follows it.
+        num_inference_steps (`int`): steps per block that the pipeline takes if the caller names no other number.
     """
 
     model_type = "tokcom"
@@ -254,6 +273,7 @@ class TokComConfig(PreTrainedConfig):
     prediction_type: str = "latents"
     token_embedding_size: int = 128
     token_stagger: float | int = 0.0
+    latent_stagger: float | int = 0.0
     token_shift: float | int = 3.0
     noise_std: float | int = 1.0
     timestep_sampling: str = "logit_normal"
@@ -263,6 +283,7 @@ class TokComConfig(PreTrainedConfig):
     noise_draws: int = 1
     context_dropout: float | int = 0.1
     infill_rate: float | int = 0.1
+    num_inference_steps: int = 16
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
@@ -277,7 +298,7 @@ class TokComConfig(PreTrainedConfig):
             fields = {k: v for k, v in (self.transformer_config or {}).items() if k != "model_type"}
             _check_known_keys(TokComTransformerConfig, fields, "transformer_config.")
             self.transformer_config = TokComTransformerConfig(**fields)
-        width = self.codec_config.chunk_size * self.token_embedding_size if self.prediction_type == "tokens" else 0
+        width = self.codec_config.num_symbols * self.token_embedding_size if self.prediction_type == "tokens" else 0
         self.transformer_config.feature_size = width
         super().__post_init__(**kwargs)
 
@@ -298,9 +319,16 @@ class TokComConfig(PreTrainedConfig):
                 "`prediction_type='tokens'` needs `codec_config.encoder_type='token'`, got "
                 f"{self.codec_config.encoder_type!r}: only then is the mean latent of token probabilities known."
             )
-        if not 0 <= self.token_stagger <= 1 or self.token_shift <= 0:
+        block_size = self.transformer_config.block_size
+        if self.latent_stagger and (self.prediction_type != "tokens" or block_size is None):
             raise ValueError(
-                f"`token_stagger` ({self.token_stagger}) must be in [0, 1] and `token_shift` ({self.token_shift}) positive."
+                f"`latent_stagger` ({self.latent_stagger}) needs `prediction_type='tokens'` (got {self.prediction_type!r}) "
+                f"and a `block_size` (got {block_size}); set it to 0."
+            )
+        if not 0 <= self.token_stagger <= 1 or not 0 <= self.latent_stagger <= 1 or self.token_shift <= 0:
+            raise ValueError(
+                f"`token_stagger` ({self.token_stagger}) and `latent_stagger` ({self.latent_stagger}) must be in [0, 1] "
+                f"and `token_shift` ({self.token_shift}) positive."
             )
         if self.noise_std <= 0:
             raise ValueError(f"`noise_std` ({self.noise_std}) must be positive.")
@@ -381,7 +409,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             **dict(input_projection=False, self_conditioning=False, per_latent_timestep=False, block_size=None),
         },
         **dict(noise_std=0.05, timestep_sampling="uniform", timestep_loc=0.0, mse_weight=0.0, ce_weight=1.0),
-        **dict(context_dropout=0.0, infill_rate=0.0),
+        **dict(context_dropout=0.0, infill_rate=0.0, num_inference_steps=50),
     },
     "base": {
         "codec_config": {
@@ -390,12 +418,13 @@ PRESETS: dict[str, dict[str, Any]] = {
             **dict(num_hidden_layers=3, encoder_type="token"),
         },
         "transformer_config": {
-            **dict(latent_channels=128, hidden_size=640, intermediate_size=1728, num_hidden_layers=12),
+            **dict(latent_channels=128, hidden_size=640, intermediate_size=1728, num_hidden_layers=13),
             **dict(num_attention_heads=10, num_key_value_heads=10, max_position_embeddings=256),
-            **dict(conditioning_size=256, block_size=1, num_context_layers=9, self_conditioning=False),
+            **dict(conditioning_size=256, block_size=1, num_context_layers=10, head_attention=False),
+            **dict(self_conditioning=False),
         },
-        **dict(prediction_type="tokens", token_stagger=1.0, token_embedding_size=320, noise_draws=2),
-        **dict(timestep_sampling="uniform"),
+        **dict(prediction_type="tokens", token_stagger=1.0, token_shift=10.0, noise_draws=4),
+        **dict(token_embedding_size=320, timestep_sampling="uniform", num_inference_steps=4),
     },
     "tiny": {
         "codec_config": {
@@ -406,9 +435,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "transformer_config": {
             **dict(latent_channels=64, hidden_size=256, intermediate_size=704, num_hidden_layers=8),
             **dict(num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128),
-            **dict(conditioning_size=128, block_size=1, num_context_layers=6, self_conditioning=False),
+            **dict(conditioning_size=128, block_size=1, num_context_layers=6, head_attention=False),
+            **dict(self_conditioning=False),
         },
-        **dict(prediction_type="tokens", token_stagger=1.0, noise_draws=2, timestep_sampling="uniform"),
+        **dict(prediction_type="tokens", token_stagger=1.0, token_shift=10.0, noise_draws=4),
+        **dict(timestep_sampling="uniform", num_inference_steps=4),
     },
     "debug": {
         "codec_config": {

@@ -25,10 +25,10 @@ def main() -> None:
     print(f"\nTokCom, {size:.1f} M parameters, {pipe.chunk_size} tokens per latent, loaded from this directory.\n")
 
     print("conditional          ", repr(PROMPT + pipe(PROMPT, gen_length=64, generator=seed(0)).texts[0]))
-    generated = pipe.generate(num_chunks=16, num_inference_steps=16, generator=seed(1)).texts[0]
+    generated = pipe.generate(num_chunks=16, generator=seed(1)).texts[0]
     print("generate             ", repr(generated))
     print("reconstruct          ", repr(pipe.reconstruct(TEXT).texts[0]))
-    rebuilt = pipe.denoise_reconstruct(TEXT, noise_level=0.8, num_inference_steps=16, generator=seed(0)).texts[0]
+    rebuilt = pipe.denoise_reconstruct(TEXT, noise_level=0.8, generator=seed(0)).texts[0]
     print("denoise_reconstruct  ", repr(rebuilt))
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "latents.safetensors"

@@ -82,6 +82,12 @@ def load_judges(args: argparse.Namespace, tokenizer, train: np.ndarray) -> tuple
     return token_judge, text_judges
 
 
+PROBABILITY_SWEEPS = {
+    "temperature": ("temperature", (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)),
+    "top-p": ("top_p", (1.0, 0.98, 0.95, 0.9, 0.8)),
+}
+
+
 def sweep_settings(sampler, sweeps: dict[str, tuple[str, tuple]]) -> dict:
     """Copies of `sampler` by setting, "name value", for `{name: (field, values)}`."""
     return {
@@ -93,19 +99,17 @@ def sweep_settings(sampler, sweeps: dict[str, tuple[str, tuple]]) -> dict:
 
 def tokcom_settings(pipe: TokComPipeline, steps: int) -> dict[str, TokComSampler]:
     """The settings whose NLL and entropy the frontier shows."""
-    sweeps = {"noise": ("noise_scale", (1.0, 0.9, 0.8, 0.7)), "guidance": ("guidance_scale", (1.0, 1.5, 2.0))}
-    if pipe.model.config.prediction_type == "tokens":
-        sweeps["temperature"] = ("temperature", (1.0, 0.95, 0.9, 0.85, 0.8, 0.7))
+    sweeps = {"guidance": ("guidance_scale", (1.0, 1.5, 2.0))}
+    if pipe.model.token_head is not None:
+        sweeps |= PROBABILITY_SWEEPS
     else:
-        sweeps["churn"] = ("eta", (0.0, 0.5, 1.0))
-    sweeps["steps"] = ("num_inference_steps", (4, 8, 16, 32, 64))
+        sweeps |= {"noise": ("noise_scale", (1.0, 0.9, 0.8, 0.7)), "churn": ("eta", (0.0, 0.5, 1.0))}
+    sweeps["steps"] = ("num_inference_steps", (2, 4, 8, 16, 32, 64))
     return sweep_settings(TokComSampler(pipe, steps), sweeps)
 
 
 def peer_settings(sampler: AutoregressiveSampler) -> dict[str, AutoregressiveSampler]:
-    sweeps = {"temperature": ("temperature", (1.0, 0.95, 0.9, 0.85, 0.8, 0.7))}
-    sweeps["top-p"] = ("top_p", (1.0, 0.98, 0.95, 0.9, 0.8))
-    return sweep_settings(AutoregressiveSampler(sampler.model, sampler.start_token), sweeps)
+    return sweep_settings(AutoregressiveSampler(sampler.model, sampler.start_token), PROBABILITY_SWEEPS)
 
 
 def evaluate(args: argparse.Namespace) -> dict:
@@ -149,7 +153,9 @@ def evaluate(args: argparse.Namespace) -> dict:
             args.samples,
             args.seeds,
         )
-        ours = TokComSampler(pipe, args.steps, args.guidance_scale, args.noise_scale, temperature=args.temperature)
+        ours = TokComSampler(
+            pipe, args.steps, args.guidance_scale, args.noise_scale, temperature=args.temperature, top_p=args.top_p
+        )
         systems = {"TokCom": ours}
         for peer in args.peer:
             name, path = peer.split("=", 1)
@@ -197,11 +203,11 @@ def main(argv: list[str] | None = None) -> dict:
         "samples": 1000,
         "seeds": 3,
         "length": 128,
-        "steps": 16,
         "seed": 0,
     }.items():
         parser.add_argument(f"--{name}", type=int, default=value)
-    for name in ("guidance_scale", "noise_scale", "temperature", "peer_temperature"):
+    parser.add_argument("--steps", type=int, help="denoising steps per block; by default the model's own")
+    for name in ("guidance_scale", "noise_scale", "temperature", "top_p", "peer_temperature"):
         parser.add_argument(f"--{name}", type=float, default=1.0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)

@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--num_generate_chunks", type=int, default=64, help="chunks after the prompt; per gap (infill)"
     )
-    parser.add_argument("--num_steps", type=int, default=50, help="denoising steps")
+    parser.add_argument("--num_steps", type=int, help="denoising steps per block; by default the model's own")
     parser.add_argument("--noise_level", type=float, default=0.5, help="0 pure noise ... 1 clean text")
     parser.add_argument("--guidance_scale", type=float, default=1.0, help="above 1 follows the prompt more closely")
     parser.add_argument("--batch_size", type=int, default=1, help="texts to generate")

@@ -191,18 +191,21 @@ class TokComBlock(GradientCheckpointingLayer):
     """Pre-norm attention and SwiGLU; with a conditioning input, adaLN (DiT, Peebles and Xie 2023) per position.
 
     With `adaln_gates` the modulation starts at zero and the block is the identity (adaLN-zero). Without gates it
-    starts as a plain pre-norm block, the published v5.2 form. With `modulated=False` there is no modulation at all.
+    starts as a plain pre-norm block, the published v5.2 form. With `modulated=False` there is no modulation at all, with
+    `attention=False` the block is its feed-forward half.
     """
 
-    def __init__(self, config: PreTrainedConfig, layer_idx: int, modulated: bool = True):
+    def __init__(self, config: PreTrainedConfig, layer_idx: int, modulated: bool = True, attention: bool = True):
         super().__init__()
-        self.attention_norm = TokComRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = TokComAttention(config, layer_idx)
+        self.attention_norm = self.self_attn = None
+        if attention:
+            self.attention_norm = TokComRMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.self_attn = TokComAttention(config, layer_idx)
         self.mlp_norm = TokComRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = TokComMLP(config.hidden_size, config.intermediate_size)
         self.modulation = None
         if modulated:
-            parts = 6 if config.adaln_gates else 4
+            parts = (3 if config.adaln_gates else 2) * (1 + attention)
             self.modulation = TokComModulation(config.conditioning_size, parts * config.hidden_size)
 
     def forward(
@@ -214,18 +217,23 @@ class TokComBlock(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        attention_input, gates = self.attention_norm(hidden_states), ()
+        def attend(inputs: torch.Tensor) -> torch.Tensor:
+            return self.self_attn(inputs, position_embeddings, attention_mask, past_key_values, **kwargs)[0]
+
+        branches = [(self.mlp_norm, self.mlp)]
+        if self.self_attn is not None:
+            branches.insert(0, (self.attention_norm, attend))
+        parts = ()  # scale and shift of every branch, then their gates
         if self.modulation is not None:
             parts = self.modulation(conditioning).chunk(self.modulation.out_features // hidden_states.shape[-1], -1)
-            attention_scale, attention_shift, mlp_scale, mlp_shift, *gates = parts
-            attention_input = attention_input * (1 + attention_scale) + attention_shift
-        update, _ = self.self_attn(attention_input, position_embeddings, attention_mask, past_key_values, **kwargs)
-        hidden_states = hidden_states + (gates[0] * update if gates else update)
-        mlp_input = self.mlp_norm(hidden_states)
-        if self.modulation is not None:
-            mlp_input = mlp_input * (1 + mlp_scale) + mlp_shift
-        update = self.mlp(mlp_input)
-        return hidden_states + (gates[1] * update if gates else update)
+        for i, (norm, function) in enumerate(branches):
+            inputs = norm(hidden_states)
+            if parts:
+                inputs = inputs * (1 + parts[2 * i]) + parts[2 * i + 1]
+            update = function(inputs)
+            gates = parts[2 * len(branches) :]
+            hidden_states = hidden_states + (gates[i] * update if gates else update)
+        return hidden_states
 
 
 class TokComPreTrainedModel(PreTrainedModel):
@@ -254,6 +262,8 @@ class TokComPreTrainedModel(PreTrainedModel):
         if hasattr(module, "latent_mean"):
             init.zeros_(module.latent_mean)
             init.ones_(module.latent_std)
+        if getattr(module, "log_precision", None) is not None:
+            init.zeros_(module.log_precision)
 
 
 def chunked_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -11,12 +11,9 @@ Shape legend: B batch, T tokens, K tokens per chunk, N = T/K latents, C latent c
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import wraps
 
 import torch
-import torch.nn.functional as F
-from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel  # noqa: F401  diffusers looks the base class up in the module of a component
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
@@ -24,7 +21,8 @@ from transformers.utils import ModelOutput
 try:
     from .codec_chunk_tokcom import TokComChunkCodec, TokComCodecOutput, TokComDecoderOutput
     from .configuration_tokcom import TokComChunkCodecConfig, TokComConfig
-    from .layers_tokcom import CROSS_ENTROPY_CHUNK, TokComPreTrainedModel, TokComTokenEmbedding
+    from .layers_tokcom import TokComPreTrainedModel
+    from .token_head_tokcom import TokComChoice, TokComSymbols, TokComTokenHead
     from .transformer_tokcom import TokComTransformer, TokComTransformerOutput, block_causal_mask
 except ImportError:
     if __package__:
@@ -32,18 +30,19 @@ except ImportError:
     import codec_chunk_tokcom as _codec_chunk
     import configuration_tokcom as _configuration
     import layers_tokcom as _layers
+    import token_head_tokcom as _token_head
     import transformer_tokcom as _transformer
 
     TokComChunkCodec, TokComCodecOutput = _codec_chunk.TokComChunkCodec, _codec_chunk.TokComCodecOutput
     TokComDecoderOutput = _codec_chunk.TokComDecoderOutput
     TokComChunkCodecConfig, TokComConfig = _configuration.TokComChunkCodecConfig, _configuration.TokComConfig
-    CROSS_ENTROPY_CHUNK, TokComPreTrainedModel = _layers.CROSS_ENTROPY_CHUNK, _layers.TokComPreTrainedModel
-    TokComTokenEmbedding = _layers.TokComTokenEmbedding
+    TokComPreTrainedModel = _layers.TokComPreTrainedModel
+    TokComChoice, TokComSymbols = _token_head.TokComChoice, _token_head.TokComSymbols
+    TokComTokenHead = _token_head.TokComTokenHead
     TokComTransformer, TokComTransformerOutput = _transformer.TokComTransformer, _transformer.TokComTransformerOutput
     block_causal_mask = _transformer.block_causal_mask
 
 EARLY = 0.1  # training begins with a token this long before its time, since sampling steps are not infinitely small
-MIN_SIGMA = 0.05  # the likelihood of clean latents would be infinite
 CODECS = {TokComChunkCodecConfig.model_type: TokComChunkCodec}
 
 
@@ -96,115 +95,6 @@ def generation_order(valid: torch.Tensor, block_size: int | None, infill_rate: f
     start, end = (draws[1:3] * (length + 1)).long().sort(dim=0).values  # (B, 1) each
     in_gap = (index >= start) & (index < end) & (draws[3] < infill_rate)
     return torch.where(in_gap, length + (index - start) // block_size, order)
-
-
-class TokComTokenHead(nn.Module):
-    """Reads noisy latents as uncertain tokens, and turns what the network expects into token probabilities.
-
-    Bayes' rule: p(token | x_t, rest) is p(token | rest), which the network predicts, times the likelihood
-    N(x_t; t z, (1 - t)^2) of the token's own channels z in the codec's table, which is known. So the network learns
-    language and not the geometry of the latents (score interpolation, CDCD, Dieleman et al. 2022, made exact).
-
-    The places of a chunk have their own times: at the latent's time t, place k has progressed by
-    `t (1 + s (K - 1)) - s k`, cut to [0, 1], with s = `token_stagger`; 0 denoises the tokens of a chunk together, 1 one
-    after the other (AR-Diffusion, Wu et al. 2023). `token_shift` warps progress towards noise, like a sampling grid.
-    """
-
-    def __init__(self, config: TokComConfig):
-        super().__init__()
-        self.chunk_size, self.noise_std = config.codec_config.chunk_size, config.noise_std
-        self.stagger, self.shift = config.token_stagger, config.token_shift
-        self.embedding = TokComTokenEmbedding(config.codec_config.vocab_size, config.token_embedding_size)
-        self.bias = nn.Parameter(torch.zeros(config.codec_config.vocab_size))
-
-    def progress(self, timestep: torch.Tensor) -> torch.Tensor:
-        """Times of latents `(...)` -> how far each place has come, `(..., K)`; below 0 is not begun, above 1 is done."""
-        places = torch.arange(self.chunk_size, device=timestep.device)
-        return timestep[..., None] * (1 + self.stagger * (self.chunk_size - 1)) - self.stagger * places
-
-    def place_times(self, timestep: torch.Tensor) -> torch.Tensor:
-        """Times of latents `(...)` -> t of each place `(..., K)`: 0 is noise, 1 is clean."""
-        left = 1 - self.progress(timestep).clamp(0, 1)
-        return 1 - self.shift * left / (1 + (self.shift - 1) * left)
-
-    def _rows(self, function: Callable, chosen, table, latents, times, *extra) -> torch.Tensor:
-        """`function(log-likelihood (R, V), table (V, C / K), *extra rows)` of the tokens that `chosen (B, N, K)` marks.
-
-        Args: `table (K, V, C / K)`, `latents (B, N, C)`, `times (B, N, K)`, `extra` tensors `(B, N, K, ...)`. Works on
-        some rows of one place at a time and recomputes them in the backward pass. Returns `(B, N, K, ...)`, 0 elsewhere.
-        """
-
-        def piece(signal, latents, table, *extra):
-            with torch.autocast(latents.device.type, enabled=False):
-                noise = (1 - signal).clamp_min(MIN_SIGMA) * self.noise_std
-                likelihood = signal * (latents @ table.T) - 0.5 * signal.square() * table.square().sum(-1)  # (R, V)
-                likelihood = likelihood / noise.square()
-            return function(likelihood, table, *extra)
-
-        size, index, results = self.chunk_size, [], []
-        own = latents.float().unflatten(-1, (size, -1))  # (B, N, K, C / K)
-        rows = [x.flatten(0, 1) for x in (times[..., None].float(), own, *extra)]
-        run = partial(checkpoint, piece, use_reentrant=False) if torch.is_grad_enabled() else piece
-        for place in range(size):
-            where = chosen[..., place].flatten().nonzero()[:, 0]
-            index.append(where * size + place)
-            for part in where.split(CROSS_ENTROPY_CHUNK):
-                signal, noisy, *more = (x[part, place] for x in rows)
-                results.append(run(signal, noisy, table[place], *more))
-        values = torch.cat(results)
-        whole = values.new_zeros(chosen.numel(), *values.shape[1:])
-        return whole.index_copy(0, torch.cat(index), values).view(*chosen.shape, *values.shape[1:])
-
-    def read(
-        self, table: torch.Tensor, latents: torch.Tensor, timestep: torch.Tensor, chunks: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Mean token embeddings `(B, N, K * E)` given each token's own noisy channels and its frequency.
-
-        `chunks (B, N, K)`, if given, are the true ids of what is clean already, which saves work.
-        """
-        times, weight = self.place_times(timestep), self.embedding.weight
-        prior = self.bias.detach()
-
-        def mean(likelihood: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-            return F.linear((likelihood + prior).softmax(-1).to(weight.dtype), weight.T)
-
-        if chunks is None:
-            chunks = self._rows(lambda likelihood, table: likelihood.argmax(-1), times == 1, table, latents, times)
-        embeddings = self._rows(mean, (times > 0) & (times < 1), table, latents, times)
-        frequent = F.linear(prior.softmax(-1)[None].to(weight.dtype), weight.T)[0]  # (E,)
-        embeddings = torch.where((times == 0)[..., None], frequent, embeddings)
-        embeddings = torch.where((times == 1)[..., None], self.embedding(chunks).to(embeddings.dtype), embeddings)
-        return embeddings.flatten(2) * weight.shape[1] ** 0.5
-
-    def nll(self, states, table, latents, timestep, chunks, chosen) -> torch.Tensor:
-        """Nats per token `(B, N, K)` of the `chosen (B, N, K)` among ids `chunks`; `states (B, N, K * E)` is what the
-        network expects."""
-
-        def loss(likelihood: torch.Tensor, table: torch.Tensor, states: torch.Tensor, ids: torch.Tensor):
-            return F.cross_entropy(self._logits(states) + likelihood, ids, reduction="none")
-
-        states = states.unflatten(-1, (self.chunk_size, -1))
-        return self._rows(loss, chosen, table, latents, self.place_times(timestep), states, chunks)
-
-    def expected_latents(
-        self, states, table, latents, timestep, temperature: float = 1.0, step: float = 1.0
-    ) -> torch.Tensor:
-        """E[x1 | x_t] `(B, N, C)`; `temperature` divides what the network expects, not the likelihood.
-
-        Tokens that are clean stay as they are; those whose turn does not come before `timestep + step` are left at 0.
-        """
-
-        def mean(likelihood: torch.Tensor, table: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-            return (self._logits(states) / temperature + likelihood).softmax(-1) @ table
-
-        times = self.place_times(timestep)
-        chosen = (times < 1) & (self.progress(timestep + step) > 0)
-        states = states.unflatten(-1, (self.chunk_size, -1))
-        means = self._rows(mean, chosen, table, latents, times, states)  # (B, N, K, C / K)
-        return torch.where((times == 1)[..., None], latents.float().view(means.shape), means).flatten(2)
-
-    def _logits(self, states: torch.Tensor) -> torch.Tensor:
-        return F.linear(states, self.embedding.weight, self.bias.to(states.dtype)).float()
 
 
 class TokComModel(TokComPreTrainedModel):
@@ -263,43 +153,47 @@ class TokComModel(TokComPreTrainedModel):
         self._check_ids(input_ids)
         return self.codec.encode(input_ids, attention_mask)
 
-    @_entry_point
     def denoise(
+        self, latents: torch.Tensor, timestep: torch.Tensor | float, *args, **kwargs
+    ) -> TokComTransformerOutput:
+        """Estimate the clean latents: `.latents (B, S, C)`. The arguments are those of `predict`."""
+        output = self.predict(latents, timestep, *args, **kwargs)
+        if self.token_head is not None:
+            times = self.token_head.place_times(self._spread(timestep, latents))
+            means = self.token_head.mean_latents(output.latents, self.symbols(), latents, times)
+            output.latents = means.to(latents.dtype)
+        return output
+
+    @_entry_point
+    def predict(
         self,
         latents: torch.Tensor,
-        timestep: torch.Tensor,
+        timestep: torch.Tensor | float,
         position_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         self_condition: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        temperature: float = 1.0,
-        step: float = 1.0,
-        token_table: torch.Tensor | None = None,
+        symbols: TokComSymbols | None = None,
+        times: torch.Tensor | None = None,
+        chunks: torch.Tensor | None = None,
+        uncertain: TokComChoice | None = None,
         **kwargs,
     ) -> TokComTransformerOutput:
-        """Estimate the clean latents: `.latents (B, S, C)`.
+        """What the network predicts, as `.latents`: the clean latents, or what a token head reads, `(B, S, K * E)`.
 
-        `timestep` in [0, 1], 1 = clean, is `(B, S)`; `(B,)` or a scalar is broadcast over the latents. The other
-        arguments are those of `TokComTransformer.forward`. `temperature` divides the logits of a model that predicts
-        token probabilities; `ValueError` if it is not positive, or not 1 for other models. `step` is how far the caller
-        will move in t: tokens whose turn does not come before are not estimated. `token_table` is what the method of
-        that name gives, for callers that denoise many times.
+        `timestep`, 1 = clean, is `(B, S)`; `(B,)` or a scalar is broadcast over the latents. It may lie outside [0, 1]:
+        not begun, or done. The other arguments are those of `TokComTransformer.forward`. Callers that denoise many times
+        save work with `symbols`, what the method of that name gives, `times (B, S, K)`, the head's `place_times`,
+        `chunks (B, S, K)`, the ids of the tokens that are clean already, and `uncertain`, those that are partly noise.
         """
-        if temperature <= 0 or (temperature != 1.0 and self.token_head is None):
-            raise ValueError(
-                f"`temperature` ({temperature}) must be positive, and 1 for `prediction_type="
-                f"{self.config.prediction_type!r}`: only 'tokens' has probabilities."
-            )
-        timestep = torch.as_tensor(timestep, dtype=torch.float32, device=latents.device)
-        if timestep.ndim == 1:
-            timestep = timestep[:, None]
-        timestep, features = timestep.expand(latents.shape[:2]), None
+        timestep, features = self._spread(timestep, latents), None
         if self.token_head is not None:
-            table = self.token_table() if token_table is None else token_table
-            features = self.token_head.read(table, latents, timestep)
-        output = self.transformer(
+            times = self.token_head.place_times(timestep) if times is None else times
+            symbols = self.symbols() if symbols is None else symbols
+            features = self.token_head.read(symbols, latents, times, chunks, uncertain)
+        return self.transformer(
             latents.to(self.dtype),
-            timestep,
+            timestep.clamp(0, 1),
             position_ids=position_ids,
             attention_mask=attention_mask,
             self_condition=None if self_condition is None else self_condition.to(self.dtype),
@@ -307,16 +201,23 @@ class TokComModel(TokComPreTrainedModel):
             features=features,
             **kwargs,
         )
-        if self.token_head is not None:
-            arguments = output.latents, table, latents, timestep, temperature, step
-            output.latents = self.token_head.expected_latents(*arguments).to(latents.dtype)
-        return output
+
+    @staticmethod
+    def _spread(timestep: torch.Tensor | float, latents: torch.Tensor) -> torch.Tensor:
+        """Times of any shape that fits as `(B, S)`, float32."""
+        timestep = torch.as_tensor(timestep, dtype=torch.float32, device=latents.device)
+        if timestep.ndim == 1:
+            timestep = timestep[:, None]
+        return timestep.expand(latents.shape[:2])
 
     @_entry_point
-    @torch.no_grad()
-    def token_table(self) -> torch.Tensor | None:
-        """The codec's latents of every token, `(K, V, C / K)`; None for models that do not predict tokens."""
-        return None if self.token_head is None else self.codec.token_table()
+    def symbols(self) -> TokComSymbols | None:
+        """What the codec's tokens look like; None for models that do not predict tokens."""
+        if self.token_head is None:
+            return None
+        with torch.no_grad():
+            table = self.codec.symbol_table()
+        return self.token_head.symbols(table)
 
     @_entry_point
     def decode(self, latents: torch.Tensor) -> TokComDecoderOutput:
@@ -362,14 +263,16 @@ class TokComModel(TokComPreTrainedModel):
         )
 
     def _token_loss(self, clean, input_ids, attention_mask, timestep) -> TokComOutput:
-        chunks, real = self.codec.to_chunks(input_ids, attention_mask)  # (B, N, K)
-        table = self.token_table()
-        states, loss_mask, noisy, t = self._predict_noised(clean, timestep, chunks, table)  # (B, M, N, K * E)
+        chunks, real = self.codec.symbols(input_ids, attention_mask)  # (B, N, K)
+        symbols = self.symbols()
+        states, loss_mask, noisy, t = self._predict_noised(clean, timestep, chunks, symbols)  # (B, M, N, K * E)
         draws = states.shape[1]
         progress = self.token_head.progress(t)  # (B, M * N, K)
         chosen = (real & loss_mask[..., None]).repeat(1, draws, 1) & (progress > -EARLY) & (progress < 1)
-        tokens = self.token_head.nll(states.flatten(1, 2), table, noisy, t, chunks.repeat(1, draws, 1), chosen)
-        count = chosen.sum().clamp_min(1)
+        times, repeated = self.token_head.place_times(t), chunks.repeat(1, draws, 1)
+        choice = TokComChoice.of(chosen)
+        tokens = self.token_head.nll(states.flatten(1, 2), symbols, noisy, times, repeated, choice)
+        count = max(1, sum(choice.counts))
         tokens = tokens.unflatten(1, (draws, -1))  # (B, M, N, K)
         cross_entropy = tokens.sum() / count
         return TokComOutput(
@@ -379,28 +282,47 @@ class TokComModel(TokComPreTrainedModel):
             token_losses=tokens[:, 0].detach(),
         )
 
+    def latent_times(self, time: torch.Tensor | float, places: torch.Tensor, length: int) -> torch.Tensor:
+        """Time of a block in [0, 1] -> that of its latents at `places` 0..length-1, below 0 or above 1 while others have
+        their turn."""
+        stagger = self.config.latent_stagger
+        return time * (1 + stagger * (length - 1)) - stagger * places
+
     def channel_times(self, timestep: torch.Tensor) -> torch.Tensor:
-        """Times of latents `(B, N)` -> t of each channel, `(B, N, C)`, or `(B, N, 1)` if all have the same."""
+        """Times of latents `(B, N)` -> t of each channel in [0, 1], `(B, N, C)`, or `(B, N, 1)` if all have the same."""
         if self.token_head is None:
-            return timestep[..., None]
-        channels = self.config.codec_config.latent_channels // self.token_head.chunk_size
+            return timestep[..., None].clamp(0, 1)
+        channels = self.config.codec_config.latent_channels // self.token_head.num_symbols
         return self.token_head.place_times(timestep).repeat_interleave(channels, dim=-1)
 
-    def _sample_timestep(self, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-        if self.config.timestep_sampling == "uniform":
-            return torch.rand(shape, device=device)
-        return 1 - torch.sigmoid(torch.randn(shape, device=device) + self.config.timestep_loc)
+    def _sample_times(self, order: torch.Tensor, draws: int) -> torch.Tensor:
+        """Times `(B, M, N)` of the latents of blocks `order (B, N)`: one per block and draw, the draws in strata."""
+        batch, length = order.shape
+        shares = torch.rand(batch, draws, 2 * length + 1, device=order.device)
+        shares = (shares + torch.arange(draws, device=order.device)[:, None]) / draws
+        if self.config.timestep_sampling == "logit_normal":
+            normal = torch.special.ndtri(shares.clamp(1e-6, 1 - 1e-6))
+            shares = 1 - torch.sigmoid(normal + self.config.timestep_loc)
+        return shares.gather(2, order[:, None].expand(-1, draws, -1))
+
+    def _stagger(self, t: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+        """Times of blocks `(B, M, N)` -> those of their latents."""
+        if not self.config.latent_stagger:
+            return t
+        index = torch.arange(order.shape[1], device=order.device)
+        first = torch.where(order != order.roll(1, 1), index, 0).cummax(1).values  # where each latent's block begins
+        return self.latent_times(t, (index - first)[:, None], self.config.transformer_config.block_size)
 
     def _predict_noised(
         self,
         clean: TokComCodecOutput,
         timestep: float | None,
         chunks: torch.Tensor | None = None,
-        table: torch.Tensor | None = None,
+        symbols: TokComSymbols | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """Noise the latents, M = `noise_draws` times with one time per block, and estimate them again.
 
-        A token head needs the ids `chunks (B, N, K)` and the codec's `table`.
+        A token head needs the ids `chunks (B, N, K)` and the codec's `symbols`.
         Returns the transformer's outputs `(B, M, N, ...)`, the loss mask `(B, N)`, and what it saw: the noisy latents
         `(B, M * N, C)` and their times `(B, M * N)`.
         """
@@ -409,10 +331,10 @@ class TokComModel(TokComPreTrainedModel):
         draws = config.noise_draws if self.training else 1
         block_size = config.transformer_config.block_size
         order = generation_order(valid, block_size, config.infill_rate if self.training else 0.0)
-        t = self._sample_timestep((batch, draws * (2 * length + 1)), latents.device)
-        t = t.unflatten(1, (draws, -1)).gather(2, order[:, None].expand(-1, draws, -1)).flatten(1)  # (B, M * N)
+        t = self._sample_times(order, draws)
         if timestep is not None:
             t = torch.full_like(t, timestep)
+        t = self._stagger(t, order).flatten(1)  # (B, M * N)
         dropout = config.context_dropout if self.training else 0.0
         sees_context = torch.rand(batch, device=latents.device) >= dropout
         loss_mask, position_ids = valid, clean.position_ids
@@ -430,16 +352,17 @@ class TokComModel(TokComPreTrainedModel):
 
         features = None
         if self.token_head is not None:
-            features = self.token_head.read(table, noisy, t, chunks.repeat(1, draws, 1))
+            times = self.token_head.place_times(t)
+            features = self.token_head.read(symbols, noisy, times, chunks.repeat(1, draws, 1))
             if block_size is not None:
-                known = self.token_head.read(table, latents, torch.ones_like(t[:, :length]), chunks)
+                known = self.token_head.read(symbols, latents, torch.ones_like(times[:, :length]), chunks)
                 features = torch.cat((known, features), dim=1)
 
         def predict(self_condition: torch.Tensor | None) -> torch.Tensor:
-            inputs, time, known = noisy, t, 0
+            inputs, time, known = noisy, t.clamp(0, 1), 0
             if block_size is not None:
                 inputs, known = torch.cat((latents, noisy), dim=1), length
-                time = torch.cat((t.new_ones(batch, length), t), dim=1)
+                time = torch.cat((t.new_ones(batch, length), time), dim=1)
                 if self_condition is not None:
                     self_condition = torch.cat((torch.zeros_like(latents), self_condition), dim=1)
             output = self.transformer(
@@ -459,7 +382,7 @@ class TokComModel(TokComPreTrainedModel):
             with torch.no_grad():
                 estimate = predict(None)
                 if self.token_head is not None:
-                    estimate = self.token_head.expected_latents(estimate, table, noisy, t)
+                    estimate = self.token_head.mean_latents(estimate, symbols, noisy, times)
         return predict(estimate).unflatten(1, (draws, length)), loss_mask, noisy, t
 
     def _sample_known(self, valid: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,6 @@ block after block with a key/value cache of what is done; the scheduler sees vel
 The repository is flat: weights, tokenizer and code at the root, the scheduler in `scheduler/`.
 """
 
-import inspect
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import create_repo
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.generation.streamers import BaseStreamer
 
@@ -30,8 +29,10 @@ try:  # diffusers copies only the direct relative imports of this file, so every
     from .configuration_tokcom import TokComConfig
     from .layers_tokcom import TokComPreTrainedModel
     from .modeling_tokcom import TokComModel
+    from .sampling_tokcom import TokComBlockSampler, split_blocks
     from .scheduling_tokcom import TokComFlowMatchScheduler
-    from .transformer_tokcom import block_causal_mask
+    from .token_head_tokcom import TokComTokenHead
+    from .transformer_tokcom import TokComTransformer
 except ImportError:
     if __package__:
         raise
@@ -39,13 +40,16 @@ except ImportError:
     import configuration_tokcom as _configuration
     import layers_tokcom as _layers
     import modeling_tokcom as _modeling
+    import sampling_tokcom as _sampling
     import scheduling_tokcom as _scheduling
+    import token_head_tokcom as _token_head
     import transformer_tokcom as _transformer
 
     TokComCodecOutput, TokComConfig = _codec_chunk.TokComCodecOutput, _configuration.TokComConfig
     TokComPreTrainedModel, TokComModel = _layers.TokComPreTrainedModel, _modeling.TokComModel
     TokComFlowMatchScheduler = _scheduling.TokComFlowMatchScheduler
-    block_causal_mask = _transformer.block_causal_mask
+    TokComBlockSampler, split_blocks = _sampling.TokComBlockSampler, _sampling.split_blocks
+    TokComTransformer, TokComTokenHead = _transformer.TokComTransformer, _token_head.TokComTokenHead
 
 GAP = "____"
 
@@ -226,7 +230,7 @@ class TokComPipeline(DiffusionPipeline):
     def check_inputs(self, gen_length, num_inference_steps, output_type, callback_on_step_end_tensor_inputs) -> None:
         if gen_length < 1:
             raise ValueError(f"`gen_length` ({gen_length}) must be at least 1 token.")
-        if num_inference_steps < 1:
+        if num_inference_steps is not None and num_inference_steps < 1:
             raise ValueError(f"`num_inference_steps` ({num_inference_steps}) must be at least 1.")
         if output_type not in ("text", "seq", "latent"):
             raise ValueError(f"`output_type` ({output_type!r}) must be 'text', 'seq' or 'latent'.")
@@ -258,26 +262,9 @@ class TokComPipeline(DiffusionPipeline):
             raise ValueError(f"`latents` has shape {tuple(latents.shape)} but {shape} is needed.")
         return latents.to(device=self._execution_device, dtype=torch.float32)
 
-    def _set_timesteps(self, num_inference_steps: int, sigma_start: float) -> None:
-        """Lay out the scheduler's grid from `sigma_start`; raises `ValueError` if the scheduler cannot start there."""
-        if sigma_start == 1.0:
-            self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
-            return
-        shift = self.scheduler.config.get("shift", 1.0)  # the scheduler shifts what it is given: undo that first
-        start = sigma_start / (shift - (shift - 1) * sigma_start)
-        sigmas = torch.linspace(start, 0.0, num_inference_steps + 1)[:-1]
-        if "sigmas" in inspect.signature(self.scheduler.set_timesteps).parameters:
-            self.scheduler.set_timesteps(sigmas=sigmas.numpy(), device=self._execution_device)
-            if abs(float(self.scheduler.sigmas[0]) - sigma_start) < 1e-3:
-                return
-        raise ValueError(
-            f"{type(self.scheduler).__name__} cannot start between noise and text (sigma {sigma_start:.2f}); "
-            "use TokComFlowMatchScheduler, FlowMatchEulerDiscreteScheduler or UniPCMultistepScheduler."
-        )
-
-    def _sample(self, noise: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        """Clean latents `(B, <= n, C)`; the arguments are those of `_sample_blocks`."""
-        return torch.cat(list(self._sample_blocks(noise, *args, **kwargs)), dim=1)
+    def _sample(self, noise: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Clean latents `(B, <= n, C)` and their ids; the arguments are those of `_sample_blocks`."""
+        return _join(self._sample_blocks(noise, *args, **kwargs))
 
     def _sample_blocks(
         self,
@@ -285,79 +272,47 @@ class TokComPipeline(DiffusionPipeline):
         context: TokComCodecOutput | None = None,
         position_ids: torch.Tensor | None = None,
         valid: torch.Tensor | None = None,
-        num_inference_steps: int = 16,
-        guidance_scale: float = 1.0,
-        temperature: float = 1.0,
-        generator: torch.Generator | list[torch.Generator] | None = None,
         sigma_start: float = 1.0,
         edges: tuple[int, ...] = (),
+        decode: bool = True,
         stop_at_eos: bool = False,
         on_step_end: Callable | None = None,
-    ) -> Iterator[torch.Tensor]:
-        """Denoise `noise (B, n, C)` given clean context latents; yields each block `(B, Q, C)` when it is clean.
+        **sampling,
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Blocks of clean latents `(B, Q, C)` and ids `(B, Q * K)`, with a progress bar; ids may be None unless `decode`,
+        and it ends early when every row has ended, if `stop_at_eos`.
 
-        `position_ids (B, n, A)` says where the new latents stand, `valid (B, n)` which of them exist. Blocks are
-        denoised in the order given and do not cross `edges`, indices where something known lies between neighbours.
-        With `stop_at_eos` the loop ends when every row has ended.
+        `sampling` are settings of `TokComBlockSampler`, the other arguments those of its `blocks`.
         """
-        self._check_scheduler()
-        state = _SamplerState(self.model, context, noise, guidance_scale, temperature)
-        if position_ids is None:
-            position_ids = torch.arange(noise.shape[1], device=noise.device).expand(len(noise), -1)[..., None]
-        if valid is None:
-            valid = torch.ones(noise.shape[:2], dtype=torch.bool, device=noise.device)
-        extra = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
-        blocks = _split_blocks(noise.shape[1], state.block_size, edges)
-        self._guidance_scale, self._interrupt = guidance_scale, False
-        ended, bar = torch.zeros(len(noise), dtype=torch.bool, device=noise.device), None
-        for index, block in enumerate(blocks):
-            x, estimate = noise[:, block], None
-            self._set_timesteps(num_inference_steps, sigma_start)
-            self._num_timesteps = len(self.scheduler.timesteps) * len(blocks)
+        sampler = self._sampler(**sampling)
+        self._guidance_scale, self._interrupt = sampler.guidance_scale, False
+        count = len(split_blocks(noise.shape[1], self.model.config.transformer_config.block_size, edges))
+        bar, ended = None, torch.zeros(len(noise), dtype=torch.bool, device=noise.device)
+
+        def after_step(block: int, step: int, timestep: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+            nonlocal bar
+            steps = len(self.scheduler.timesteps)
+            self._num_timesteps = steps * count
             bar = bar or self.progress_bar(total=self._num_timesteps)
-            for i, timestep in enumerate(self.scheduler.timesteps):
-                if self._interrupt:
-                    continue
-                sigma = float(self.scheduler.sigmas[i])
-                next_sigma = float(self.scheduler.sigmas[i + 1])
-                step = sigma - next_sigma
-                estimate = state.predict(x, 1 - sigma, step, position_ids[:, block], valid[:, block], estimate)
-                velocity = self._velocity(x, estimate, sigma, next_sigma)
-                x = self.scheduler.step(velocity, timestep, x, **extra, return_dict=False)[0]
-                if on_step_end is not None:
-                    x = on_step_end(self, index * len(self.scheduler.timesteps) + i, timestep, x)
-                bar.update()
-            yield x
-            if block.stop == noise.shape[1]:
-                break
-            ids = self.model.to_ids(x)
-            if stop_at_eos:
+            bar.update()
+            if on_step_end is not None:
+                x = on_step_end(self, block * steps + step, timestep, x)
+            sampler.interrupt = self._interrupt
+            return x
+
+        for block, ids in sampler.blocks(noise, context, position_ids, valid, sigma_start, edges, after_step):
+            ids = self.model.to_ids(block) if ids is None and decode else ids
+            yield block, ids
+            if decode and stop_at_eos and self._eos_token_id is not None:
                 ended |= (ids == self._eos_token_id).any(-1)
                 if bool(ended.all()):
                     break
-            state.append(ids, position_ids[:, block], valid[:, block])
         if bar is not None:
             bar.close()
 
-    def _check_scheduler(self) -> None:
-        name, config = type(self.scheduler).__name__, self.scheduler.config
-        plain = name in ("TokComFlowMatchScheduler", "FlowMatchEulerDiscreteScheduler")
-        noisy = config.get("eta") or config.get("stochastic_sampling")
-        if self.model.token_head is not None and (not plain or noisy):
-            raise ValueError(
-                f"{name} (eta {config.get('eta')}) cannot sample `prediction_type='tokens'`, whose tokens have times of "
-                "their own; use TokComFlowMatchScheduler with eta 0 or FlowMatchEulerDiscreteScheduler."
-            )
-
-    def _velocity(self, x: torch.Tensor, estimate: torch.Tensor, sigma: float, next_sigma: float) -> torch.Tensor:
-        """dx/dsigma at `sigma`, all `(B, n, C)`.
-
-        Where channels have their own times, it is the mean until `next_sigma`, which makes Euler's step exact.
-        """
-        if self.model.token_head is None:
-            return (x - estimate) / sigma
-        now, then = (self.model.channel_times(torch.tensor([[1 - s]], device=x.device)) for s in (sigma, next_sigma))
-        return (x - estimate) * (then - now) / (1 - now).clamp_min(1e-6) / (sigma - next_sigma)
+    def _sampler(self, num_inference_steps: int | None = None, **sampling) -> TokComBlockSampler:
+        steps = self.model.config.num_inference_steps if num_inference_steps is None else num_inference_steps
+        return TokComBlockSampler(self.model, self.scheduler, steps, **sampling)
 
     def encode_prompt(self, prompt: list[str]) -> tuple[TokComCodecOutput, list[list[int]]]:
         """Prompts -> clean context latents and the prompts' ids.
@@ -378,9 +333,10 @@ class TokComPipeline(DiffusionPipeline):
         self,
         prompt: str | list[str],
         gen_length: int = 256,
-        num_inference_steps: int = 16,
+        num_inference_steps: int | None = None,
         guidance_scale: float = 1.0,
         temperature: float = 1.0,
+        top_p: float = 1.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         output_type: str = "text",
@@ -394,9 +350,10 @@ class TokComPipeline(DiffusionPipeline):
         Args:
             prompt: a text or a list of texts of any lengths; none may be empty.
             gen_length: tokens to generate; a text ends earlier at EOS.
-            num_inference_steps: denoising steps per block.
+            num_inference_steps: denoising steps per block; by default `config.num_inference_steps`.
             guidance_scale: 1 is off; above 1 strengthens the influence of the prompt at twice the cost.
-            temperature: of the token probabilities, for models with `prediction_type="tokens"`; below 1 is safer text.
+            temperature, top_p: of the token probabilities, for models with `prediction_type="tokens"`; below 1 is safer
+                text.
             generator: `torch.Generator` or one per prompt, for reproducible samples.
             latents: initial noise of shape `(B, ceil(gen_length / K), C)`.
             output_type: `"text"`, `"seq"` (ids only) or `"latent"`.
@@ -426,13 +383,15 @@ class TokComPipeline(DiffusionPipeline):
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             temperature=temperature,
-            stop_at_eos=output_type != "latent" and self._eos_token_id is not None,
+            top_p=top_p,
+            decode=output_type != "latent",
+            stop_at_eos=True,
             on_step_end=None if callback_on_step_end is None else on_step_end,
         )
         if streamer is not None:
             streamer.put(torch.tensor(rows))
             blocks = self._feed(streamer, blocks, gen_length)
-        output = self._finish(torch.cat(list(blocks), dim=1), gen_length, output_type)
+        output = self._finish(*_join(blocks), gen_length, output_type)
         if output.texts is not None:
             new = [ids[:kept] for ids, kept in zip(output.sequences.tolist(), output.attention_mask.sum(-1).tolist())]
             output.texts = [self._continue_text(p, row, ids) for p, row, ids in zip(prompts, rows, new)]
@@ -440,8 +399,8 @@ class TokComPipeline(DiffusionPipeline):
 
     def _continue(
         self, prompts: list[str], gen_length: int, latents: torch.Tensor | None, generator, **sampling
-    ) -> tuple[list[list[int]], Iterator[torch.Tensor]]:
-        """The prompts' ids, and an iterator over the blocks `(B, Q, C)` of clean latents that follow them."""
+    ) -> tuple[list[list[int]], Iterator[tuple[torch.Tensor, torch.Tensor | None]]]:
+        """The prompts' ids, and an iterator over the blocks (latents and ids) that follow them."""
         context, rows = self.encode_prompt(prompts)
         length = -(-gen_length // self.chunk_size)
         self._check_length(context.latents.shape[1] + length)
@@ -456,11 +415,11 @@ class TokComPipeline(DiffusionPipeline):
         first = context.position_ids[:, -1:] + 1
         return first + torch.arange(length, device=first.device)[None, :, None]
 
-    def _feed(self, streamer: BaseStreamer, blocks: Iterator[torch.Tensor], gen_length: int) -> Iterator[torch.Tensor]:
+    def _feed(self, streamer: BaseStreamer, blocks: Iterator, gen_length: int) -> Iterator:
         """Pass blocks on, and the ids of each, up to EOS or `gen_length`, to the streamer."""
         left = gen_length
         for block in blocks:
-            ids, mask = self._end_at_eos(self.model.to_ids(block)[:, :left])
+            ids, mask = self._end_at_eos(block[1][:, :left])
             if mask.any():
                 streamer.put(ids[mask.bool()].cpu())
             yield block
@@ -474,9 +433,10 @@ class TokComPipeline(DiffusionPipeline):
         self,
         prompt: str,
         gen_length: int = 256,
-        num_inference_steps: int = 16,
+        num_inference_steps: int | None = None,
         guidance_scale: float = 1.0,
         temperature: float = 1.0,
+        top_p: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> Iterator[str]:
         """Continue one prompt and yield pieces of text as blocks are finished; joined, they are `__call__`'s text.
@@ -494,11 +454,12 @@ class TokComPipeline(DiffusionPipeline):
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             temperature=temperature,
-            stop_at_eos=self._eos_token_id is not None,
+            top_p=top_p,
+            stop_at_eos=True,
         )
         ids, shown = [], ""
-        for block in blocks:
-            new, mask = self._end_at_eos(self.model.to_ids(block)[:, : gen_length - len(ids)])
+        for _, block in blocks:
+            new, mask = self._end_at_eos(block[:, : gen_length - len(ids)])
             ids += new[mask.bool()].tolist()
             text = self._continue_text(prompt, rows[0], ids)
             done = len(ids) == gen_length or self._ended(new)
@@ -517,13 +478,15 @@ class TokComPipeline(DiffusionPipeline):
                 f"{self.max_length}; reduce `gen_length` or the prompt."
             )
 
-    def _finish(self, latents: torch.Tensor, gen_length: int | None, output_type: str) -> TokComPipelineOutput:
-        """Decode generated latents once, end texts at EOS, pad to `gen_length`."""
+    def _finish(
+        self, latents: torch.Tensor, ids: torch.Tensor | None, gen_length: int, output_type: str
+    ) -> TokComPipelineOutput:
+        """End texts at EOS, pad to `gen_length`."""
         if output_type == "latent":
             self.maybe_free_model_hooks()
             return TokComPipelineOutput(latents=latents)
-        sequences, mask = self._end_at_eos(self.model.to_ids(latents)[:, :gen_length])
-        missing = (gen_length or 0) - sequences.shape[1]
+        sequences, mask = self._end_at_eos(ids[:, :gen_length])
+        missing = gen_length - sequences.shape[1]
         if missing > 0:
             pad = self.model.config.codec_config.pad_token_id
             sequences = torch.nn.functional.pad(sequences, (0, missing), value=pad)
@@ -539,7 +502,9 @@ class TokComPipeline(DiffusionPipeline):
         self,
         num_chunks: int = 256,
         batch_size: int = 1,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         output_type: str = "text",
@@ -548,8 +513,9 @@ class TokComPipeline(DiffusionPipeline):
         self.check_inputs(num_chunks, num_inference_steps, output_type, [])
         self._check_length(num_chunks)
         noise = self.prepare_latents(batch_size, num_chunks, generator, latents)
-        result = self._sample(noise, num_inference_steps=num_inference_steps, generator=generator)
-        return self._finish(result, num_chunks * self.chunk_size, output_type)
+        sampling = {"num_inference_steps": num_inference_steps, "temperature": temperature, "top_p": top_p}
+        result = self._sample(noise, generator=generator, decode=output_type != "latent", **sampling)
+        return self._finish(*result, num_chunks * self.chunk_size, output_type)
 
     @torch.no_grad()
     def encode(self, text: str | list[str], output_file: str | os.PathLike | None = None) -> TokComPipelineOutput:
@@ -591,7 +557,7 @@ class TokComPipeline(DiffusionPipeline):
         self,
         text: str | list[str],
         noise_level: float = 0.5,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> TokComPipelineOutput:
         """Mode 3: encode, mix with noise, denoise, decode.
@@ -601,21 +567,20 @@ class TokComPipeline(DiffusionPipeline):
         """
         if not 0.0 <= noise_level <= 1.0:
             raise ValueError(f"`noise_level` ({noise_level}) must be in [0, 1]: 0 is pure noise, 1 is the clean text.")
-        if num_inference_steps < 1:
-            raise ValueError(f"`num_inference_steps` ({num_inference_steps}) must be at least 1.")
+        self.check_inputs(1, num_inference_steps, "text", [])
         encoded = self.encode(text)
         if noise_level == 1.0:
             return self.decode(encoded.latents, encoded.attention_mask)
         latents = encoded.latents.float()
         noise = self.prepare_latents(latents.shape[0], latents.shape[1], generator)
-        signal = self.model.channel_times(torch.full_like(latents[..., 0], noise_level))
-        mixed = (1 - signal) * noise + signal * latents
-        result = self._sample(
-            mixed,
+        sampler = self._sampler(num_inference_steps)
+        result, _ = self._sample(
+            sampler.add_noise(latents, noise, noise_level),
             valid=encoded.attention_mask.unflatten(1, (-1, self.chunk_size)).any(-1),
-            num_inference_steps=max(1, round(num_inference_steps * (1 - noise_level))),
+            num_inference_steps=max(1, round(sampler.num_inference_steps * (1 - noise_level))),
             generator=generator,
             sigma_start=1 - noise_level,
+            decode=False,
         )
         return self.decode(result, encoded.attention_mask)
 
@@ -624,8 +589,10 @@ class TokComPipeline(DiffusionPipeline):
         self,
         text: str,
         gap_length: int = 16,
-        num_inference_steps: int = 16,
+        num_inference_steps: int | None = None,
         guidance_scale: float = 1.0,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> TokComPipelineOutput:
         """Fill every gap `____` in `text` with `gap_length` tokens that see what stands before and after it.
@@ -660,16 +627,18 @@ class TokComPipeline(DiffusionPipeline):
             )
         context = self.model.encode(torch.cat(known, dim=1), torch.cat(mask, dim=1))
         context.position_ids = torch.tensor(known_at, device=context.latents.device)[None, :, None]
-        result = self._sample(
+        result, ids = self._sample(
             self.prepare_latents(1, len(gap_at), generator),
             context,
             torch.tensor(gap_at, device=context.latents.device)[None, :, None],
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
+            temperature=temperature,
+            top_p=top_p,
             generator=generator,
             edges=tuple(range(gap_latents, len(gap_at), gap_latents)),
         )
-        sequences = self.model.to_ids(result).view(len(pieces) - 1, -1)[:, :gap_length]
+        sequences = ids.view(len(pieces) - 1, -1)[:, :gap_length]
         self.maybe_free_model_hooks()
         filled = pieces[0]
         for row, gap, piece in zip(rows, sequences.tolist(), pieces[1:]):
@@ -677,13 +646,10 @@ class TokComPipeline(DiffusionPipeline):
         return TokComPipelineOutput(texts=[filled], sequences=sequences, latents=result)
 
 
-def _split_blocks(length: int, block_size: int | None, edges: tuple[int, ...]) -> list[slice]:
-    """Cut `length` latents into blocks of at most `block_size` that do not cross `edges`; None is one block."""
-    if block_size is None:
-        return [slice(0, length)]
-    bounds = [0, *edges, length]
-    starts = [s for low, high in zip(bounds, bounds[1:]) for s in range(low, high, block_size)]
-    return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], length])]
+def _join(blocks: Iterator[tuple[torch.Tensor, torch.Tensor | None]]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Blocks of latents and ids -> all latents `(B, n, C)` and ids `(B, n * K)`, None if some are."""
+    latents, ids = zip(*blocks)
+    return torch.cat(latents, dim=1), None if any(x is None for x in ids) else torch.cat(ids, dim=1)
 
 
 def _read_latents(file: str | os.PathLike, chunk_size: int) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -698,93 +664,6 @@ def _read_latents(file: str | os.PathLike, chunk_size: int) -> tuple[torch.Tenso
     if found != str(chunk_size):
         raise ValueError(f"{file} holds chunks of {found} tokens, this model's hold {chunk_size}.")
     return latents, mask
-
-
-class _SamplerState:
-    """What is already known while blocks are denoised: a key/value cache, or for bidirectional models the latents."""
-
-    def __init__(
-        self,
-        model: TokComModel,
-        context: TokComCodecOutput | None,
-        like: torch.Tensor,
-        guidance_scale: float,
-        temperature: float,
-    ):
-        config = model.config.transformer_config
-        self.guidance_scale, self.temperature, self.token_table = guidance_scale, temperature, model.token_table()
-        self.model, self.block_size, self.window = model, config.block_size, config.max_position_embeddings
-        self.context = context
-        self.mask = torch.ones(like.shape[0], 0, dtype=torch.bool, device=like.device)  # (B, keys known so far)
-        self.cache = None if self.block_size is None else DynamicCache()
-        if context is None:
-            return
-        self.mask = context.mask
-        if self.cache is not None:
-            length = context.latents.shape[1]
-            order = (torch.arange(length, device=like.device) + -length % self.block_size) // self.block_size
-            sees = block_causal_mask(order[None].expand(len(like), -1), context.mask)[:, :length, :length]
-            self._remember(context.latents, context.position_ids, sees)
-            self._trim()
-
-    def predict(self, x, t, step, position_ids, valid, estimate) -> torch.Tensor:
-        """Estimate x1 `(B, n, C)` of the noisy block `x` at time `t`, before a step to `t + step`, in float32."""
-        if self.model.config.transformer_config.self_conditioning:
-            step = 1.0  # the next call reads this estimate, and training reads estimates of all tokens
-        guidance_scale = self.guidance_scale
-        sampling = {"temperature": self.temperature, "step": step, "token_table": self.token_table}
-        if self.cache is None and self.context is not None:
-            known, time = self.context, torch.full_like(x[..., 0], t, dtype=torch.float32)
-            known_time = 1.0 if self.model.config.transformer_config.per_latent_timestep else t
-            time = torch.cat((torch.full_like(known.mask, known_time, dtype=torch.float32), time), dim=1)
-            previous = None if estimate is None else torch.cat((torch.zeros_like(known.latents), estimate), dim=1)
-            output = self.model.denoise(
-                torch.cat((known.latents.to(x.dtype), x), dim=1),
-                time,
-                torch.cat((known.position_ids, position_ids), dim=1),
-                self._keys(valid),
-                previous,
-                **sampling,
-            ).latents[:, -x.shape[1] :]
-        else:
-            output = self.model.denoise(
-                x, t, position_ids, self._keys(valid), estimate, self.cache, **sampling
-            ).latents
-            if self.cache is not None:
-                self._keep(slice(0, self.mask.shape[1]))
-        output = output.float()
-        if guidance_scale != 1.0 and self.mask.shape[1]:
-            keys = None if bool(valid.all()) else valid
-            free = self.model.denoise(x, t, position_ids, keys, estimate, **sampling).latents.float()
-            output = free + guidance_scale * (output - free)
-        return output
-
-    def _remember(self, clean, position_ids, sees) -> None:
-        """Run clean latents through the model for what they leave in the cache."""
-        known = {"num_context": clean.shape[1], "token_table": self.token_table}
-        self.model.denoise(clean, 1.0, position_ids, sees, past_key_values=self.cache, **known)
-
-    def append(self, ids, position_ids, valid) -> None:
-        """Remember a finished block by the ids `(B, n * K)` it decodes to, whose clean latents are what training shows."""
-        self._remember(self.model.encode(ids).latents, position_ids, self._keys(valid))
-        self.mask = torch.cat((self.mask, valid), dim=1)
-        self._trim()
-
-    def _trim(self) -> None:
-        """Forget the oldest latents, so that the next block still fits into the model's window."""
-        excess = self.mask.shape[1] + self.block_size - self.window
-        if excess > 0:
-            self.mask = self.mask[:, excess:]
-            self._keep(slice(excess, None))
-
-    def _keep(self, keys: slice) -> None:
-        for layer in self.cache.layers:
-            if layer.is_initialized:  # context layers are not, while nothing is known
-                layer.keys, layer.values = layer.keys[:, :, keys], layer.values[:, :, keys]
-
-    def _keys(self, valid: torch.Tensor) -> torch.Tensor | None:
-        keys = torch.cat((self.mask, valid), dim=1)
-        return None if bool(keys.all()) else keys
 
 
 __all__ = ["TokComPipeline", "TokComPipelineOutput", "GAP"]

@@ -51,7 +51,6 @@ from training.optimizer import build_optimizer
 from training.tracking import check_tracker, log_table
 
 METRIC_PREFIX = {"codec": "vae", "flow": "diffusion"}  # the names of the published training script
-SAMPLE_STEPS = 16
 WORK = "run"  # checkpoints, logs and tokenizer, inside output_dir
 
 
@@ -418,14 +417,10 @@ class StageTrainer:
             return
         generator = torch.Generator().manual_seed(0)
         chunks = module.config.transformer_config.max_position_embeddings // 2
-        samples = pipe.generate(
-            num_chunks=chunks, batch_size=count, num_inference_steps=SAMPLE_STEPS, generator=generator
-        ).texts
+        samples = pipe.generate(num_chunks=chunks, batch_size=count, generator=generator).texts
         rows = [[i + 1, text] for i, text in enumerate(samples)]
         log_table(self.accelerator, "diffusion/generated", ["Sample", "Generated Text"], rows, step)
-        rebuilt = pipe.denoise_reconstruct(
-            texts, noise_level=0.5, num_inference_steps=SAMPLE_STEPS, generator=generator
-        ).texts
+        rebuilt = pipe.denoise_reconstruct(texts, noise_level=0.5, generator=generator).texts
         log_table(self.accelerator, "diffusion/reconstructed", columns, compare(rebuilt), step)
 
     # ---- checkpoints ----

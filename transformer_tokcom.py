@@ -102,7 +102,10 @@ class TokComTransformer(TokComPreTrainedModel):
         self.proj_in = linear(inputs, config.hidden_size) if config.input_projection else nn.Identity()
         self.time_embedding = TokComTimestepEmbedding(config.conditioning_size, config.timestep_scale)
         self.layers = nn.ModuleList(
-            TokComBlock(config, i, modulated=i >= config.num_context_layers) for i in range(config.num_hidden_layers)
+            TokComBlock(
+                config, i, i >= config.num_context_layers, i < config.num_context_layers or config.head_attention
+            )
+            for i in range(config.num_hidden_layers)
         )
         self.context_norm = self.context_proj = None
         if config.num_context_layers:
@@ -112,6 +115,10 @@ class TokComTransformer(TokComPreTrainedModel):
         self.proj_out = linear(config.hidden_size, config.feature_size or config.latent_channels)
         self.gradient_checkpointing = False
         self.post_init()
+
+    def condition(self, timestep: torch.Tensor) -> torch.Tensor:
+        """t `(B, S)` -> what modulates the blocks, `(B, S, conditioning_size)`."""
+        return F.silu(self.time_embedding(timestep))
 
     @capture_outputs
     def forward(
@@ -124,6 +131,7 @@ class TokComTransformer(TokComPreTrainedModel):
         past_key_values: Cache | None = None,
         num_context: int = 0,
         features: torch.Tensor | None = None,
+        conditioning: torch.Tensor | None = None,
         **kwargs,
     ) -> TokComTransformerOutput:
         """
@@ -138,6 +146,10 @@ class TokComTransformer(TokComPreTrainedModel):
             num_context (`int`): the first latents, which are clean and pass the context layers; all others enter after
                 them. Without context layers it makes no difference.
             features (`torch.FloatTensor` of shape `(B, S, feature_size)`, *optional*): read instead of the latents.
+            conditioning (`torch.FloatTensor`, *optional*): what `condition` makes of `timestep`, if it is known already.
+
+        Without `head_attention` nothing is estimated for the first `num_context` latents, and the output has no place
+        for them.
         """
         config = self.config
         inputs = features if config.feature_size else latents
@@ -147,7 +159,6 @@ class TokComTransformer(TokComPreTrainedModel):
         if position_ids is None:
             position_ids = torch.arange(latents.shape[1], device=latents.device)[None, :, None]
         hidden_states = self.proj_in(inputs)  # (B, S, D)
-        conditioning = F.silu(self.time_embedding(timestep))  # (B, S, conditioning_size)
         head_dim = config.hidden_size // config.num_attention_heads
         tables = rotary_embedding(position_ids, head_dim, config.rope_theta)
         queries, implementation = latents.shape[1], config._attn_implementation
@@ -156,6 +167,10 @@ class TokComTransformer(TokComPreTrainedModel):
             hidden_states = self._enter(
                 hidden_states, num_context, position_ids, attention_mask, tables, past_key_values, **kwargs
             )
+        if not config.head_attention:
+            hidden_states, timestep = hidden_states[:, num_context:], timestep[:, num_context:]
+        if conditioning is None:
+            conditioning = self.condition(timestep)
         for layer in self.layers[config.num_context_layers :]:
             hidden_states = layer(hidden_states, conditioning, tables, mask, past_key_values, **kwargs)
         return TokComTransformerOutput(latents=self.proj_out(self.norm(hidden_states)))
@@ -181,8 +196,11 @@ class TokComTransformer(TokComPreTrainedModel):
             for layer in self.layers[: self.config.num_context_layers]:
                 known = layer(known, None, known_tables, mask, past_key_values, **kwargs)
         states, where = self.context_norm(known)[:, None], positions[:, None, :num_context, None]
-        if past_key_values is not None and (num_context or len(past_key_values.layers) > len(self.layers)):
-            states, where = past_key_values.update(states, where, len(self.layers))
+        if past_key_values is not None:
+            if num_context:
+                states, where = past_key_values.update(states, where, len(self.layers))
+            elif len(past_key_values.layers) > len(self.layers):
+                states, where = past_key_values.layers[-1].keys, past_key_values.layers[-1].values
         states, where = states[:, 0], where[:, 0, :, 0]  # (B, S_context, D), (B, S_context)
         noisy = hidden_states[:, num_context:]
         if states.shape[1]:

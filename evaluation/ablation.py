@@ -29,7 +29,8 @@ from training.optimizer import build_optimizer
 
 ROWS = yaml.safe_load((Path(__file__).parent / "ablations.yaml").read_text())
 PROMPTS = 256
-NOISE_SCALES = (1.0, 0.9, 0.8)
+SWEEPS = {"tokens": "temperature", "latents": "noise_scale"}  # what trades quality for diversity
+VALUES = (1.0, 0.9, 0.8)
 
 
 def train_row(args: argparse.Namespace) -> tuple[Path, dict]:
@@ -44,7 +45,8 @@ def train_row(args: argparse.Namespace) -> tuple[Path, dict]:
             )
         )
     output = work / "models" / f"{args.row}-{args.seed}"
-    overrides = [*ROWS["common"], *row.get("overrides", []), *data, f"codec_from={codec}", f"seed={args.seed}"]
+    base = ROWS["bases"][row.get("base", "recipe")]
+    overrides = [*ROWS["common"], *base, *row.get("overrides", []), *data, f"codec_from={codec}", f"seed={args.seed}"]
     config = load_train_config("tiny", [*overrides, f"output_dir={output}"])
     model = build_model(config, get_tokenizer(args.checkpoint, 0, [], ""))
     model.set_stage("flow")
@@ -68,16 +70,17 @@ def train_row(args: argparse.Namespace) -> tuple[Path, dict]:
 
 
 def measure(checkpoint: Path, judge: TokenJudge, tokens: np.ndarray, **sampling) -> dict:
-    """Conditional judge NLL, by place in the chunk and at the entropy of real text, over several noise scales."""
+    """Conditional judge NLL, by place in the chunk and at the entropy of real text, over a sweep."""
     windows = held_out_windows(tokens, PROMPT + CONTINUATION, PROMPTS)
     prompts, real = windows[:, :PROMPT], windows[:, PROMPT:]
     pipe = TokComPipeline.from_pretrained(checkpoint)
     facts = {"real_nll": float(judge.nll(real, prompts).mean()), "real_entropy": sample_entropy(real)}
     curve = []
-    for scale in NOISE_SCALES:
-        sampler = TokComSampler(pipe, noise_scale=scale, **sampling)
-        curve.append(measure_setting(judge, prompts, f"noise {scale}", sampler, pipe.chunk_size))
-        facts[f"noise_{scale}"] = curve[-1]
+    setting = SWEEPS[pipe.model.config.prediction_type]
+    for value in VALUES:
+        sampler = TokComSampler(pipe, **{setting: value}, **sampling)
+        curve.append(measure_setting(judge, prompts, f"{setting} {value}", sampler, pipe.chunk_size))
+    facts |= {"curve": curve, "plain": curve[0]}
     facts["nll_at_real_entropy"] = at_entropy(curve, facts["real_entropy"])  # None: outside what was measured
     return facts
 
@@ -88,7 +91,7 @@ def write_table(work: Path, file: str) -> None:
     columns = ["row", "seed", "M tokens", "TFLOP", "seconds", "NLL at real entropy", "NLL", "entropy", "by place"]
     cells = []
     for row in rows:
-        plain, cost = row["noise_1.0"], (row["tokens"] / 1e6, row["training_flops"] / 1e12, round(row["seconds"]))
+        plain, cost = row["plain"], (row["tokens"] / 1e6, row["training_flops"] / 1e12, round(row["seconds"]))
         quality = row["nll_at_real_entropy"], plain["nll"], plain["entropy"], plain["nll_by_place"]
         cells.append([row["row"], row["seed"], *cost, *quality])
     text = table(columns, cells)

@@ -7,11 +7,12 @@
 
 The tokenizer is that of `--checkpoint`. `--num_parameters` widens the feed-forward layers until the total matches;
 `--training_flops` sets the number of steps. The model, its tokenizer and `training.json` (tokens, operations, seconds)
-end in `--output_dir`, which `AutoModelForCausalLM` loads.
+end in `--output_dir`, which `AutoModelForCausalLM` loads. Under `accelerate launch -m` every process takes `--batch_size` rows.
 """
 
 import argparse
 import json
+import os
 import time
 from pathlib import Path
 
@@ -33,6 +34,8 @@ from training.config import DataConfig
 from training.data import PackedDataset, load_documents, tokenize_documents
 from training.optimizer import build_optimizer
 
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
+
 
 class CausalWindows(torch.utils.data.Dataset):
     """Windows of packed documents with the labels that a causal language model wants; a new offset per epoch."""
@@ -45,7 +48,7 @@ class CausalWindows(torch.utils.data.Dataset):
         return len(self.windows)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        self.windows.set_epoch(self.served // len(self.windows))
+        self.windows.set_epoch(self.served * PROCESSES // len(self.windows))
         self.served += 1
         ids = self.windows[index]["input_ids"]
         return {"input_ids": ids, "labels": ids}
@@ -106,7 +109,7 @@ def train(
     def optimizer_of(model: LlamaForCausalLM) -> torch.optim.Optimizer:
         return build_optimizer(model, learning_rate, muon_learning_rate, weight_decay=0.01)
 
-    per_step = training_flops_per_step(model, batch_size, sequence_length, optimizer_of)
+    per_step = training_flops_per_step(model, batch_size * PROCESSES, sequence_length, optimizer_of)
     if training_flops is not None:
         max_steps = max(1, round(training_flops / per_step))
     options = TrainingArguments(
@@ -128,9 +131,11 @@ def train(
     trainer = Trainer(model, options, train_dataset=data, optimizers=(optimizer, schedule))
     loss = trainer.train().training_loss
     model = model.eval()
+    if not trainer.is_world_process_zero():
+        return model
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
-    seen = max_steps * batch_size * sequence_length
+    seen = max_steps * batch_size * PROCESSES * sequence_length
     facts = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "steps": max_steps,

@@ -1,73 +1,358 @@
-"""Time and peak memory of generation against its length.
+"""Speed and memory, measured against what a user would otherwise run; every comparison is made in one run, as a ratio.
 
-    python -m evaluation.benchmark --checkpoint . --lengths 256 4096
+    python -m evaluation.benchmark training --stage flow codec   # a training step against the published code
+    python -m evaluation.benchmark sampling --preset tiny        # milliseconds per token against a Llama with KV cache
+    python -m evaluation.benchmark length --checkpoint .         # time and peak memory against the length of a text
 
-Each length runs in a process of its own, whose peak memory is read at the end; the Markdown table gives ratios to the
-first length.
+`training` and `length` measure every system in a process of its own, since peak memory cannot be reset; they take turns.
+Numbers are medians. Weights are random except for `length`: speed does not depend on them. With `--output_dir` each
+command leaves `<command>.json`, `<command>.md` and a plot there.
 """
 
 import argparse
 import json
+import os
+import platform
 import resource
+import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PEAK_SIZES = (1024, 2048, 4096)
 
-def measure(checkpoint: str, length: int, steps: int) -> dict:
-    """Generate `length` tokens after a warm-up; seconds, and the peak memory of this process in MiB."""
+
+def synchronize() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds_of(function: Callable, *arguments) -> float:
+    synchronize()
+    started = time.perf_counter()
+    function(*arguments)
+    synchronize()
+    return time.perf_counter() - started
+
+
+def peak_mib() -> float:
+    """The most memory this process has used: the device's, or the resident set on the CPU."""
+    if DEVICE == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def matmul_peak(dtype: torch.dtype = torch.bfloat16) -> float:
+    """Operations per second of the fastest of a few square matrix products: what this machine can do at most."""
+    best = 0.0
+    for size in PEAK_SIZES:
+        left, right = (torch.randn(size, size, device=DEVICE, dtype=dtype) for _ in range(2))
+        times = [seconds_of(torch.matmul, left, right) for _ in range(8)]
+        best = max(best, 2 * size**3 / min(times))
+    return best
+
+
+# ---- training ----
+
+
+def build_training(
+    system: str, stage: str, args: argparse.Namespace
+) -> tuple[Callable[[torch.Tensor], torch.Tensor], list]:
+    """A loss of ids `(B, T)` and the parameters it trains, of preset `v5.2` at `args.layers` layers."""
+    from configuration_tokcom import TokComConfig
+    from evaluation.published import PublishedTokCom
+    from modeling_tokcom import TokComModel
+
+    if system == "TokCom":
+        layers = {"num_hidden_layers": args.layers}
+        config = TokComConfig.from_preset(
+            "v5.2", args.vocab_size, codec_config=layers, transformer_config=layers, stage=stage
+        )
+        with torch.device(DEVICE):
+            model = TokComModel(config).train()
+        model.set_stage(stage)
+        forward = torch.compile(model) if args.compile else model
+        return lambda ids: forward(input_ids=ids).loss, [p for p in model.parameters() if p.requires_grad]
+    with torch.device(DEVICE):
+        model = PublishedTokCom.random(896, 4864, args.layers, 14, 2, args.vocab_size + 1)  # and the omni token
+    trained = {"codec": model.vae, "flow": model.denoiser}[stage]
+    parameters = list({id(p): p for n, p in trained.items() if not n.endswith("inv_freq")}.values())
+    for parameter in parameters:
+        parameter.requires_grad_()
+    return (model.codec_loss if stage == "codec" else model.flow_loss), parameters
+
+
+def measure_training(system: str, stage: str, args: argparse.Namespace) -> dict:
+    """Tokens per second, operations and peak memory of whole training steps of one system, in this process."""
+    from evaluation.flops import count_flops
+
+    torch.manual_seed(0)
+    loss, parameters = build_training(system.split()[0], stage, args)
+    optimizer = torch.optim.AdamW(parameters, 1e-4, fused=system.startswith("TokCom"))
+    ids = torch.randint(0, args.vocab_size, (args.batch_size, args.tokens), device=DEVICE)
+    half = not system.endswith("float32")
+
+    def step() -> None:
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=half):
+            value = loss(ids)
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    times = [seconds_of(step) for _ in range(args.steps)]
+    facts = {"seconds": statistics.median(times), "peak_mib": peak_mib()}
+    if system == "TokCom" and not args.compile:
+        facts |= {"flops": count_flops(step), "peak_flops": matmul_peak()}
+    return facts
+
+
+def training(args: argparse.Namespace) -> dict:
+    """Every system and stage in turn, `args.rounds` times; medians and ratios to TokCom."""
+    systems = ["TokCom", "published bfloat16", "published float32"]
+    results = {}
+    for stage in args.stage:
+        runs = {system: [] for system in systems}
+        for _ in tqdm(range(args.rounds), desc=f"training: {stage}"):
+            for system in systems:
+                runs[system].append(_in_process(args, ["--measure", system, "--stage", stage]))
+        rows = {n: {k: statistics.median(r[k] for r in found) for k in found[0]} for n, found in runs.items()}
+        ours, tokens = rows["TokCom"], args.batch_size * args.tokens
+        for row in rows.values():
+            row["tokens_per_second"] = tokens / row["seconds"]
+            row["time_ratio"] = row["seconds"] / ours["seconds"]
+            row["memory_ratio"] = row["peak_mib"] / ours["peak_mib"]
+        if "flops" in ours:
+            ours["share_of_peak"] = ours["flops"] / ours["seconds"] / ours["peak_flops"]
+        results[stage] = rows
+    return results
+
+
+def _in_process(args: argparse.Namespace, extra: list[str]) -> dict:
+    """Run this command with `--measure` in a process of its own and read its last line."""
+    command = [sys.executable, "-m", "evaluation.benchmark", *args.arguments, *extra]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# ---- sampling ----
+
+
+def tokcom_generator(preset: str, **overrides) -> Callable[[int, int, int | None], None]:
+    """`generate(batch_size, tokens, steps)` with a model of random weights."""
+    from configuration_tokcom import TokComConfig
+    from modeling_tokcom import TokComModel
+    from pipeline_tokcom import TokComPipeline
+    from scheduling_tokcom import TokComFlowMatchScheduler
+
+    config = TokComConfig.from_preset(preset, **overrides)
+    pipe = TokComPipeline(TokComModel(config).eval(), TokComFlowMatchScheduler.from_model_config(config)).to(DEVICE)
+    pipe.set_progress_bar_config(disable=True)
+
+    def generate(batch_size: int, tokens: int, steps: int | None) -> None:
+        pipe.generate(tokens // pipe.chunk_size, batch_size, steps, output_type="seq")
+
+    generate.parameters = sum(p.numel() for p in pipe.model.parameters())
+    return generate
+
+
+def llama_generator(preset: str, parameters: int) -> Callable[[int, int, int | None], None]:
+    """The same with an autoregressive Llama of as many layers, of that width and as many parameters."""
+    from transformers import LlamaForCausalLM
+
+    from configuration_tokcom import PRESETS
+    from evaluation.autoregressive import llama_config
+
+    shape, codec = PRESETS[preset]["transformer_config"], PRESETS[preset]["codec_config"]
+    config = llama_config(codec["vocab_size"], shape["hidden_size"], shape["num_hidden_layers"], parameters, 0)
+    model = LlamaForCausalLM(config).eval().to(DEVICE)
+    model.generation_config.eos_token_id = None
+
+    @torch.no_grad()
+    def generate(batch_size: int, tokens: int, steps: int | None) -> None:
+        ids = torch.zeros(batch_size, 1, dtype=torch.long, device=DEVICE)
+        mask = torch.ones_like(ids)
+        model.generate(ids, attention_mask=mask, max_new_tokens=tokens, do_sample=True, top_k=0, pad_token_id=0)
+
+    generate.parameters = sum(p.numel() for p in model.parameters())
+    return generate
+
+
+def published_generator(parameters: int, vocab_size: int) -> Callable[[int, int, int | None], None]:
+    """The published sampler at as many parameters: all latents at once, no cache, one decoder pass at the end."""
+    from evaluation.published import PublishedTokCom
+
+    width = 64
+    while _published_size(width + 64, 2 * width, vocab_size) <= parameters:
+        width += 64
+    wider = (parameters - _published_size(width, width, vocab_size)) // (3 * 4 * 3 * width)
+    with torch.device(DEVICE):
+        model = PublishedTokCom.random(width, width + wider, 4, width // 64, 1, vocab_size)
+
+    @torch.no_grad()
+    def generate(batch_size: int, tokens: int, steps: int | None) -> None:
+        noise = 0.05 * torch.randn(batch_size, tokens // 4, width, device=DEVICE)
+        model.decode(model.euler(noise, steps or 50)).argmax(-1)
+
+    generate.parameters = _published_size(width, width + wider, vocab_size)
+    return generate
+
+
+def _published_size(width: int, intermediate_size: int, vocab_size: int) -> int:
+    """Parameters of matrices of the published model: three networks of 4 layers with one key/value head of 64."""
+    layer = 2 * width * width + 2 * 64 * width + 3 * width * intermediate_size
+    return vocab_size * width + 12 * layer + 16 * width * width + 9 * width * width
+
+
+def sampling(args: argparse.Namespace) -> dict:
+    """Milliseconds per token over batch sizes, lengths and steps; the systems take turns."""
+    from configuration_tokcom import PRESETS
+
+    ours = tokcom_generator(args.preset)
+    systems = {"Llama with KV cache": llama_generator(args.preset, ours.parameters)}
+    systems["published"] = published_generator(ours.parameters, PRESETS[args.preset]["codec_config"]["vocab_size"])
+    cases = [(batch, length, None) for batch in args.batch_sizes for length in args.lengths]
+    cases += [(args.batch_sizes[0], args.lengths[0], steps) for steps in args.steps]
+    rows = []
+    for batch, length, steps in tqdm(cases, desc="sampling"):
+        runs = {"TokCom": ours}
+        runs |= systems if steps is None else {}
+        times = {name: [] for name in runs}
+        for _ in range(args.rounds + 1):
+            for name, generate in runs.items():
+                times[name].append(seconds_of(generate, batch, length, steps))
+        row = {"batch": batch, "tokens": length, "steps": steps or "default"}
+        row |= {f"{n} ms/token": 1000 * statistics.median(t[1:]) / (batch * length) for n, t in times.items()}
+        for name in systems if steps is None else ():
+            row[f"{name} / TokCom"] = row[f"{name} ms/token"] / row["TokCom ms/token"]
+        rows.append(row)
+    sizes = {"TokCom": ours.parameters} | {n: g.parameters for n, g in systems.items()}
+    for size in args.chunk_sizes:
+        chunks = {"chunk_size": size, "latent_channels": 16 * size}
+        generate = tokcom_generator(
+            args.preset,
+            codec_config=chunks,
+            transformer_config={"latent_channels": 16 * size},
+            num_inference_steps=size,
+        )
+        batch, length = args.batch_sizes[0], args.lengths[0]
+        times = [seconds_of(generate, batch, length, None) for _ in range(args.rounds + 1)]
+        rows.append({"batch": batch, "tokens": length, "steps": size, "chunk_size": size})
+        rows[-1]["TokCom ms/token"] = 1000 * statistics.median(times[1:]) / (batch * length)
+    return {"parameters": sizes, "rows": rows}
+
+
+# ---- length ----
+
+
+def measure_length(checkpoint: str, length: int, steps: int | None) -> dict:
+    """Generate `length` tokens after a warm-up; seconds, and the peak memory of this process."""
     from pipeline_tokcom import TokComPipeline
 
-    pipe = TokComPipeline.from_pretrained(checkpoint)
+    pipe = TokComPipeline.from_pretrained(checkpoint).to(DEVICE)
     pipe.set_progress_bar_config(disable=True)
     options = dict(num_inference_steps=steps, output_type="latent")  # latents do not end at EOS
     pipe("Once upon a time", gen_length=16, **options)
-    started = time.perf_counter()
-    output = pipe("Once upon a time", gen_length=length, generator=torch.Generator().manual_seed(0), **options)
-    seconds = time.perf_counter() - started
-    made = output.latents.shape[1] * pipe.chunk_size
-    return {"tokens": made, "seconds": seconds, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    generator = torch.Generator().manual_seed(0)
+    seconds = seconds_of(lambda: pipe("Once upon a time", gen_length=length, generator=generator, **options))
+    return {"tokens": length, "seconds": seconds, "peak_mib": peak_mib()}
+
+
+def length(args: argparse.Namespace) -> dict:
+    rows = [_in_process(args, ["--measure", str(n)]) for n in tqdm(args.lengths, desc="lengths")]
+    for row in rows:
+        row["ms_per_token"] = 1000 * row["seconds"] / row["tokens"]
+        row["time_ratio"] = row["seconds"] / rows[0]["seconds"]
+        row["memory_ratio"] = row["peak_mib"] / rows[0]["peak_mib"]
+    return {"rows": rows}
+
+
+# ---- command line ----
+
+
+def report(command: str, results: dict, directory: Path | None) -> None:
+    from evaluation.report import benchmark_plot, table  # not above: matplotlib would count in the measured processes
+
+    if command == "training":
+        rows = [
+            {"stage": stage, "system": name, **row}
+            for stage, found in results.items()
+            if stage != "about"
+            for name, row in found.items()
+        ]
+    else:
+        rows = results["rows"]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    text = f"`{results['about']['command']}`, {results['about']['machine']}, {results['about']['date']}\n\n"
+    text += table(columns, [[row.get(column) for column in columns] for row in rows])
+    print(text)
+    if directory is not None:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / f"{command}.json").write_text(json.dumps(results, indent=2) + "\n")
+        (directory / f"{command}.md").write_text(text)
+        benchmark_plot(command, rows, directory / f"{command}.png")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("training", help="tokens per second and peak memory of a training step")
+    train.add_argument("--stage", nargs="+", default=["flow", "codec"], choices=["flow", "codec"])
+    for name, value in {
+        "layers": 4,
+        "tokens": 1024,
+        "vocab_size": 32016,
+        "batch_size": 4,
+        "steps": 3,
+        "rounds": 3,
+    }.items():
+        train.add_argument(f"--{name}", type=int, default=value)
+    train.add_argument("--compile", action="store_true", help="torch.compile TokCom's model")
+    sample = commands.add_parser("sampling", help="milliseconds per generated token")
+    sample.add_argument("--preset", default="tiny")
+    sample.add_argument("--rounds", type=int, default=3)
+    for name, values in {
+        "batch_sizes": [1, 8, 32],
+        "lengths": [256, 1024, 4096],
+        "steps": [4, 8, 16, 32, 64],
+        "chunk_sizes": [1, 2, 4, 8],
+    }.items():
+        sample.add_argument(f"--{name}", type=int, nargs="*", default=values)
+    long = commands.add_parser("length", help="time and peak memory against the length of a text")
+    long.add_argument("--checkpoint", default=".")
+    long.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 4096, 16384])
+    long.add_argument("--steps", type=int, help="denoising steps per block; by default the model's own")
+    for command in (train, sample, long):
+        command.add_argument("--output_dir", type=Path, help="where the numbers, the table and the plot are written")
+        command.add_argument("--measure", help=argparse.SUPPRESS)
+    return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default=".")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 4096])
-    parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--output_file", help="JSON file for the numbers")
-    parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
+    args = build_parser().parse_args(argv)
+    args.arguments = list(sys.argv[1:] if argv is None else argv)
     if args.measure:
-        print(json.dumps(measure(args.checkpoint, args.measure, args.steps)))
+        if args.command == "training":
+            print(json.dumps(measure_training(args.measure, args.stage[0], args)))
+        else:
+            print(json.dumps(measure_length(args.checkpoint, int(args.measure), args.steps)))
         return
-    command = [
-        sys.executable,
-        "-m",
-        "evaluation.benchmark",
-        "--checkpoint",
-        args.checkpoint,
-        "--steps",
-        str(args.steps),
-    ]
-    rows = []
-    for length in tqdm(args.lengths, desc="lengths"):
-        printed = subprocess.run([*command, "--measure", str(length)], capture_output=True, text=True, check=True)
-        rows.append(json.loads(printed.stdout.splitlines()[-1]))
-    if args.output_file:
-        Path(args.output_file).write_text(json.dumps(rows, indent=2) + "\n")
-    from evaluation.report import table  # not above: matplotlib would count in the measured processes
-
-    columns = ["tokens", "seconds", "ms per token", "time ratio", "peak MiB", "memory ratio"]
-    first, cells = rows[0], []
-    for row in rows:
-        seconds, peak = row["seconds"], row["peak_mib"]
-        ratios = seconds / first["seconds"], round(peak), peak / first["peak_mib"]
-        cells.append([row["tokens"], seconds, 1000 * seconds / row["tokens"], *ratios])
-    print(table(columns, cells))
+    results = {"training": training, "sampling": sampling, "length": length}[args.command](args)
+    device = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{os.cpu_count()} CPU cores ({platform.machine()})"
+    results["about"] = {
+        "command": " ".join(["python -m evaluation.benchmark", *args.arguments]),
+        "machine": f"{device}, torch {torch.__version__}, {torch.get_num_threads()} threads",
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    report(args.command, results, args.output_dir)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def token_losses_at(model, ids: torch.Tensor, t: float) -> torch.Tensor:
     head = model.token_head
     if head is None:
         return model(ids, timestep=t).token_losses
-    times = [(t + head.stagger * k) / (1 + head.stagger * (head.chunk_size - 1)) for k in range(head.chunk_size)]
+    times = [(t + head.stagger * k) / (1 + head.stagger * (head.num_symbols - 1)) for k in range(head.num_symbols)]
     losses = [model(ids, timestep=time).token_losses[..., k] for k, time in enumerate(times)]
     return torch.stack(losses, dim=-1)
 
@@ -74,7 +74,7 @@ def cross_entropy_at(model, batches: list[torch.Tensor], seed: int) -> dict[str,
 def share_of_informative_draws(model, curve: dict[str, float], unigram: float, draws: int = 100_000) -> float:
     """Share of training's t that fall where CE(t) lies between 5 % and 95 % of the unigram entropy."""
     torch.manual_seed(0)
-    t = model._sample_timestep((draws,), torch.device("cpu")).numpy()
+    t = model._sample_times(torch.arange(draws)[None], 1).flatten().numpy()
     values = np.interp(t, TIMESTEPS, [curve[f"denoiser_ce_t_{t}"] for t in TIMESTEPS])
     return float(((values > 0.05 * unigram) & (values < 0.95 * unigram)).mean())
 

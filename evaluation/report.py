@@ -98,3 +98,44 @@ def _finish(figure, axes, x: str, y: str, file: Path) -> None:
     figure.tight_layout()
     figure.savefig(file, dpi=120)
     plt.close(figure)
+
+
+def benchmark_plot(command: str, rows: list[dict], file: Path) -> None:
+    """Scaling plots of one command of `evaluation.benchmark`."""
+    if command == "training":
+        names = [f"{row['stage']}: {row['system']}" for row in rows]
+        panels = [("tokens per second", "tokens_per_second"), ("peak memory, MiB", "peak_mib")]
+        figure, axes = plt.subplots(1, 2, figsize=(9, 3))
+        for panel, (title, key) in zip(axes, panels):
+            panel.barh(names, [row[key] for row in rows])
+            panel.set_xlabel(title)
+        figure.tight_layout()
+        figure.savefig(file, dpi=120)
+        plt.close(figure)
+        return
+    if command == "length":
+        figure, axes = plt.subplots(figsize=(5, 3.5))
+        axes.semilogx([row["tokens"] for row in rows], [row["ms_per_token"] for row in rows], "o-", label="TokCom")
+        axes.set_ylim(bottom=0)
+        _finish(figure, axes, "generated tokens", "ms per token", file)
+        return
+    plain = [row for row in rows if row["steps"] == "default"]
+    first, smallest = min(row["batch"] for row in rows), min(row["tokens"] for row in rows)
+    panels = [
+        ("generated tokens", "tokens", [row for row in plain if row["batch"] == first]),
+        ("batch", "batch", [row for row in plain if row["tokens"] == smallest]),
+        ("steps per block", "steps", [row for row in rows if row["steps"] != "default" and "chunk_size" not in row]),
+        ("K (with K steps)", "chunk_size", [row for row in rows if "chunk_size" in row]),
+    ]
+    figure, axes = plt.subplots(1, 4, figsize=(15, 3.5))
+    for panel, (title, key, found) in zip(axes, panels):
+        systems = dict.fromkeys(name for row in found for name in row if name.endswith(" ms/token"))
+        for name in systems:
+            panel.loglog([r[key] for r in found], [r[name] for r in found], "o-", label=name.removesuffix(" ms/token"))
+        panel.set_xlabel(title)
+        panel.set_ylabel("ms per token")
+        panel.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+    plt.close(figure)

@@ -19,11 +19,12 @@ class TokComSampler:
     """Sample from a TokCom pipeline; `noise_scale` multiplies the initial noise, `eta` is the scheduler's."""
 
     pipe: TokComPipeline
-    num_inference_steps: int = 16
+    num_inference_steps: int | None = None
     guidance_scale: float = 1.0
     noise_scale: float = 1.0
     eta: float = 0.0
     temperature: float = 1.0
+    top_p: float = 1.0
     batch_size: int = 256
 
     @torch.no_grad()
@@ -42,16 +43,17 @@ class TokComSampler:
                 positions = pipe._positions_after(context, latents)
             noise = pipe.prepare_latents(size, latents, generator) * self.noise_scale
             with torch.autocast(noise.device.type, torch.bfloat16):
-                result = pipe._sample(
+                _, ids = pipe._sample(
                     noise,
                     context,
                     positions,
                     num_inference_steps=self.num_inference_steps,
                     guidance_scale=self.guidance_scale,
                     temperature=self.temperature,
+                    top_p=self.top_p,
                     generator=generator,
                 )
-                rows.append(pipe.model.to_ids(result)[:, :length].cpu().numpy())
+            rows.append(ids[:, :length].cpu().numpy())
         ids = np.concatenate(rows)
         return np.where(ids < len(pipe.tokenizer), ids, pipe.tokenizer.eos_token_id)  # judges know no mask token
 

@@ -163,7 +163,8 @@ def test_every_ablation_row_is_a_model(name):
     row = ROWS["rows"][name]
     codec = load_train_config("tiny", [*ROWS["codec_common"], *ROWS["codecs"][row["codec"]]])
     donor = TokComConfig.from_preset("tiny", 4096, **codec.model)
-    config = load_train_config("tiny", [*ROWS["common"], *row.get("overrides", []), "codec_from=x"])
+    overrides = [*ROWS["common"], *ROWS["bases"][row.get("base", "recipe")], *row.get("overrides", [])]
+    config = load_train_config("tiny", [*overrides, "codec_from=x"])
     derived = derived_config(config, donor)
     assert derived.codec_config.to_dict() == donor.codec_config.to_dict()
     window = derived.transformer_config.max_position_embeddings * derived.codec_config.chunk_size

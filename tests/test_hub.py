@@ -20,10 +20,14 @@ REMOTE_FILES = {
     "layers_tokcom.py": {"math", "collections", "torch", "transformers"},
     "codec_chunk_tokcom.py": {"dataclasses", "torch", "transformers"},
     "transformer_tokcom.py": {"dataclasses", "torch", "transformers"},
+    "token_head_tokcom.py": {"collections", "functools", "typing", "torch"},
     "modeling_tokcom.py": {"random", "collections", "dataclasses", "functools", "torch", "transformers"},
+    "sampling_tokcom.py": {
+        *("inspect", "collections", "dataclasses", "functools", "typing", "torch", "diffusers", "transformers"),
+    },
     "scheduling_tokcom.py": {"math", "dataclasses", "torch", "diffusers"},
     "pipeline_tokcom.py": {
-        *("inspect", "json", "os", "collections", "dataclasses", "typing"),
+        *("json", "os", "collections", "dataclasses", "typing"),
         *("torch", "diffusers", "huggingface_hub", "safetensors", "transformers"),
     },
 }

@@ -1,5 +1,6 @@
 import pytest
 
+from configuration_tokcom import TokComConfig
 from inference import build_parser, main
 
 
@@ -51,9 +52,10 @@ def test_encode_writes_a_file_that_decode_reads(checkpoint, capsys, tmp_path):
 
 def test_defaults_are_the_documented_ones():
     args = build_parser().parse_args(["--checkpoint", "x"])
-    documented = dict(mode="generate", num_chunks=256, num_generate_chunks=64, num_steps=50, noise_level=0.5)
+    documented = dict(mode="generate", num_chunks=256, num_generate_chunks=64, num_steps=None, noise_level=0.5)
     assert {name: getattr(args, name) for name in documented} == documented
     assert args.batch_size == 1 and args.output_file is None
+    assert TokComConfig.from_preset("v5.2").num_inference_steps == 50
 
 
 def fails(capsys, *arguments) -> str:

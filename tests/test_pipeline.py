@@ -3,9 +3,11 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from modeling_tokcom import TokComModel
-from pipeline_tokcom import TokComPipeline, _split_blocks
+from pipeline_tokcom import TokComPipeline
+from sampling_tokcom import split_blocks
 from scheduling_tokcom import TokComFlowMatchScheduler
 from tests.conftest import STOCK_SCHEDULERS
+from token_head_tokcom import TokComChoice
 from training.data import train_tokenizer
 
 PROMPTS = ["The family of four was ", "Squinty"]
@@ -34,46 +36,64 @@ KINDS = {
     "micro-decoder": {"codec_config": {"num_micro_decoder_layers": 1}},
     "tokens": {**TOKENS, "transformer_config": {"num_context_layers": 1}},
     "tokens in turns": {**TOKENS, "token_stagger": 0.5, "transformer_config": {"num_context_layers": 1}},
+    "head without attention": {
+        **TOKENS,
+        "token_stagger": 1.0,
+        "transformer_config": {"num_context_layers": 1, "head_attention": False, "block_size": 1},
+    },
+    "latents in turns": {**TOKENS, "latent_stagger": 1.0, "transformer_config": {"num_context_layers": 1}},
 }
 
 
 @pytest.mark.parametrize("prompt", ["The family of four was", None])
 @pytest.mark.parametrize("kind", KINDS)
 def test_block_causal_sampling_with_cache_equals_the_uncached_computation(build, kind, prompt):
-    """Two blocks, sampled by the pipeline and by hand with the training mask over all latents."""
+    """Several blocks, sampled by the pipeline and by hand with the training mask over all latents."""
     from transformer_tokcom import block_causal_mask
 
-    plain = {"block_size": 2, "self_conditioning": False}
-    overrides = {**KINDS[kind], "transformer_config": {**KINDS[kind].get("transformer_config", {}), **plain}}
+    own = KINDS[kind].get("transformer_config", {})
+    overrides = {**KINDS[kind], "transformer_config": {"block_size": 2, "self_conditioning": False, **own}}
+    size = overrides["transformer_config"]["block_size"]
     pipe = build(**overrides)
     for name, parameter in pipe.model.transformer.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.3)
-    noise = torch.randn(1, 4, 16, generator=seeded())
+    noise, draws = torch.randn(1, 4, 16, generator=seeded()), seeded(1)
+    options = dict(num_inference_steps=2, latents=noise, output_type="latent", generator=seeded(1))
     if prompt is None:
-        sampled = pipe.generate(num_chunks=4, num_inference_steps=2, latents=noise, output_type="latent")
+        sampled = pipe.generate(num_chunks=4, **options)
         known, real = torch.zeros(1, 0, 16), torch.ones(1, 0, dtype=torch.bool)
     else:
-        sampled = pipe(prompt, gen_length=16, num_inference_steps=2, latents=noise, output_type="latent")
+        sampled = pipe(prompt, gen_length=16, **options)
         context, _ = pipe.encode_prompt([prompt])
         known, real = context.latents, context.mask
 
-    done, n, blocks = known, known.shape[1], []
-    for block in (noise[:, :2], noise[:, 2:]):
-        x, m = block, done.shape[1]
-        order = torch.cat(((torch.arange(n) + n % 2) // 2, n + torch.arange(m - n) // 2, torch.full((2,), 99)))[None]
-        valid = torch.cat((real, torch.ones(1, m - n + 2, dtype=torch.bool)), dim=1)
-        mask = block_causal_mask(order, valid)[:, : m + 2, : m + 2]
+    done, n, blocks, ids = known, known.shape[1], [], None
+    for x in noise.split(size, dim=1):
+        m = done.shape[1]
+        before, after = (torch.arange(n) + n % size) // size, n + torch.arange(m - n) // size
+        order = torch.cat((before, after, torch.full((size,), 99)))[None]
+        valid = torch.cat((real, torch.ones(1, m - n + size, dtype=torch.bool)), dim=1)
+        mask = block_causal_mask(order, valid)[:, : m + size, : m + size]
         pipe.scheduler.set_timesteps(2)
-        for i, t in enumerate(pipe.scheduler.timesteps):
-            sigma, following = (float(s) for s in pipe.scheduler.sigmas[i : i + 2])
-            time = torch.cat((torch.ones(1, m), torch.full((1, 2), 1 - sigma)), dim=1)
-            both = torch.cat((done, x), dim=1)
+        for sigma, following in zip(pipe.scheduler.sigmas.tolist(), pipe.scheduler.sigmas[1:].tolist()):
+            now, then = (pipe.model.latent_times(1 - s, torch.arange(size), size)[None] for s in (sigma, following))
+            both, time = torch.cat((done, x), dim=1), torch.cat((torch.ones(1, m), now), dim=1)
+            uniform = torch.special.ndtr(torch.randn(1, size, 4, generator=draws))
             with torch.no_grad():
-                x1 = pipe.model.denoise(both, time, attention_mask=mask, num_context=m).latents[:, -2:]
-            x = pipe.scheduler.step(pipe._velocity(x, x1, sigma, following), t, x, return_dict=False)[0]
+                states = pipe.model.predict(both, time, attention_mask=mask, num_context=m).latents[:, -size:]
+                x1, head = states, pipe.model.token_head
+                if head is not None:
+                    symbols, times = pipe.model.symbols(), head.place_times(now)
+                    chosen = TokComChoice.of((times < 1) & (head.progress(then) > 0))
+                    drawn = head.draw(states, symbols, x, times, chosen, uniform)
+                    ids = drawn if sigma == 1 else torch.where(times == 1, ids, drawn)
+                    x1 = head.latents_of(symbols, ids)
+            now, then = (pipe.model.channel_times(t) for t in (now, then))
+            x = x + (then - now) / (1 - now).clamp_min(1e-6) * (x1 - x)
         blocks.append(x)
-        done = torch.cat((done, pipe.model.encode(pipe.model.to_ids(x)).latents), dim=1)  # the context is clean text
+        decoded = pipe.model.to_ids(x) if head is None else ids.flatten(1)
+        done = torch.cat((done, pipe.model.encode(decoded).latents), dim=1)  # the context is clean text
     torch.testing.assert_close(sampled.latents, torch.cat(blocks, dim=1), atol=1e-4, rtol=1e-3)
 
 
@@ -129,8 +149,8 @@ def test_continuation_keeps_the_space_of_tokenizers_that_strip_it(build):
 
 
 def test_blocks_never_cross_an_edge():
-    assert _split_blocks(7, 2, (3,)) == [slice(0, 2), slice(2, 3), slice(3, 5), slice(5, 7)]
-    assert _split_blocks(7, None, (3,)) == [slice(0, 7)]
+    assert split_blocks(7, 2, (3,)) == [slice(0, 2), slice(2, 3), slice(3, 5), slice(5, 7)]
+    assert split_blocks(7, None, (3,)) == [slice(0, 7)]
 
 
 def test_callback_sees_and_replaces_latents(build):
@@ -164,16 +184,16 @@ def test_guidance_of_one_is_off_and_two_extrapolates_from_the_unconditional(buil
 @pytest.mark.parametrize("transformer_config", FORMS)
 def test_each_step_is_conditioned_on_the_estimate_of_the_step_before(build, transformer_config):
     pipe = build(transformer_config=transformer_config)
-    given, returned, denoise = [], [], pipe.model.denoise
+    given, returned, predict = [], [], pipe.model.predict
 
     def spy(latents, timestep, *args, **kwargs):
-        output = denoise(latents, timestep, *args, **kwargs)
+        output = predict(latents, timestep, *args, **kwargs)
         previous = args[2] if len(args) > 2 else None  # position_ids, attention_mask, self_condition
         given.append(None if previous is None else previous[:, -2:])
         returned.append(output.latents[:, -2:])
         return output
 
-    pipe.model.denoise = spy
+    pipe.model.predict = spy
     pipe.generate(num_chunks=2, num_inference_steps=3, generator=seeded())
     assert given[0] is None
     assert torch.equal(given[1], returned[0]) and torch.equal(given[2], returned[1])
@@ -182,15 +202,15 @@ def test_each_step_is_conditioned_on_the_estimate_of_the_step_before(build, tran
 def test_text_longer_than_the_window_is_generated_with_a_bounded_cache(build):
     pipe = build(transformer_config={"block_size": 2, "max_position_embeddings": 8})
     seen = []
-    denoise = pipe.model.denoise
+    predict = pipe.model.predict
 
     def spy(*args, **kwargs):
-        output = denoise(*args, **kwargs)
+        output = predict(*args, **kwargs)
         cache = kwargs.get("past_key_values") or (args[5] if len(args) > 5 else None)
         seen.append(cache.get_seq_length())
         return output
 
-    pipe.model.denoise = spy
+    pipe.model.predict = spy
     assert pipe.generate(num_chunks=20, num_inference_steps=1).sequences.shape == (1, 80)
     assert max(seen) <= 8
     prompt = pipe.tokenizer.decode(
@@ -217,10 +237,10 @@ def test_denoise_reconstruct_keeps_the_promised_share_of_the_text(build):
     encoded = pipe.encode("Squinty was a little pig.")
 
     def oracle(latents, timestep, *args, **kwargs):
-        calls.append(timestep)
+        calls.append(float(timestep[0, 0]))
         return type("O", (), {"latents": encoded.latents})()
 
-    pipe.model.denoise = oracle
+    pipe.model.predict = oracle
     for level, steps in ((0.0, 20), (0.3, 14), (0.75, 5), (0.9, 2)):
         calls.clear()
         output = pipe.denoise_reconstruct("Squinty was a little pig.", level, num_inference_steps=20)
@@ -246,7 +266,7 @@ def test_infill_keeps_the_known_text_and_depends_on_what_follows(build, transfor
 def test_stock_schedulers_bring_the_pipeline_to_an_oracles_answer(build, stock):
     pipe = build(transformer_config={"block_size": None})
     target = torch.randn(1, 4, 16, generator=seeded(5))
-    pipe.model.denoise = lambda latents, *a, **k: type("O", (), {"latents": target.expand(len(latents), -1, -1)})()
+    pipe.model.predict = lambda latents, *a, **k: type("O", (), {"latents": target.expand(len(latents), -1, -1)})()
     pipe.scheduler = stock.from_config(pipe.scheduler.config)
     latents = pipe.generate(num_chunks=4, num_inference_steps=12, output_type="latent", generator=seeded()).latents
     torch.testing.assert_close(latents, target, atol=2e-2, rtol=2e-2)
@@ -358,17 +378,17 @@ def test_streaming_yields_a_block_before_the_next_is_computed(build):
 
 
 def test_memory_of_the_context_is_bounded_by_the_window(build):
-    from pipeline_tokcom import _SamplerState
+    from sampling_tokcom import _Known
 
     pipe = build(transformer_config={"block_size": 1, "max_position_embeddings": 8})
-    lengths, append = [], _SamplerState.append
+    lengths, append = [], _Known.append
 
     def record(state, *args):
         append(state, *args)
         lengths.append(max(layer.keys.shape[2] for layer in state.cache.layers))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_SamplerState, "append", record)
+        patch.setattr(_Known, "append", record)
         pipe.generate(num_chunks=30, num_inference_steps=1, generator=seeded())
     assert len(lengths) == 29 and max(lengths) == 7
 
@@ -378,5 +398,7 @@ def test_temperature_needs_token_probabilities(build):
         build()("Squinty", gen_length=4, num_inference_steps=1, temperature=0.5)
     tokens = build(prediction_type="tokens", codec_config={"encoder_type": "token"})
     tokens("Squinty", gen_length=4, num_inference_steps=1, temperature=0.5)
-    with pytest.raises(ValueError, match="temperature"):
-        tokens("Squinty", gen_length=4, num_inference_steps=1, temperature=0.0)
+    tokens.infill("Squinty ____ pig", gap_length=4, top_p=0.5)
+    for name, bad in (("temperature", 0.0), ("top_p", 0.0), ("top_p", 1.5)):
+        with pytest.raises(ValueError, match=name):
+            tokens.generate(1, **{name: bad})

@@ -5,6 +5,7 @@ import torch
 
 from modeling_tokcom import TokComModel
 from tests.conftest import tiny_config
+from token_head_tokcom import TokComChoice, nucleus
 
 TOKENS = {"prediction_type": "tokens", "codec_config": {"encoder_type": "token"}, "stage": "flow"}
 
@@ -25,24 +26,24 @@ def token_model(**overrides) -> TokComModel:
 @torch.no_grad()
 def test_clean_latents_are_read_as_their_tokens():
     model, ids = token_model(), torch.randint(0, 320, (2, 8))
-    table, clean, chunks = model.codec.token_table(), model.encode(ids), ids.view(2, 2, 4)
-    read = model.token_head.read(table, clean.latents, torch.ones(2, 2))
-    torch.testing.assert_close(read, model.token_head.read(table, clean.latents, torch.ones(2, 2), chunks))
+    symbols, clean, chunks = model.symbols(), model.encode(ids), ids.view(2, 2, 4)
+    read = model.token_head.read(symbols, clean.latents, torch.ones(2, 2, 4))
+    torch.testing.assert_close(read, model.token_head.read(symbols, clean.latents, torch.ones(2, 2, 4), chunks))
     expected = model.token_head.embedding(chunks).flatten(2) * 128**0.5
     torch.testing.assert_close(read, expected, atol=1e-4, rtol=1e-4)
-    noise = [model.token_head.read(table, torch.randn(2, 2, 16), torch.zeros(2, 2)) for _ in range(2)]
+    noise = [model.token_head.read(symbols, torch.randn(2, 2, 16), torch.zeros(2, 2, 4)) for _ in range(2)]
     assert torch.equal(*noise)  # pure noise says nothing
 
 
 @torch.no_grad()
 def test_expected_latent_of_certain_tokens_is_their_encoding():
     model, ids = token_model(), torch.randint(0, 320, (2, 8))
-    latents, table, head = model.encode(ids).latents, model.codec.token_table(), model.token_head
+    latents, symbols, head = model.encode(ids).latents, model.symbols(), model.token_head
     states = 1000 * head.embedding(ids).view(2, 2, -1)
-    sure = head.expected_latents(states, table, torch.randn_like(latents), torch.zeros(2, 2))
+    sure = head.mean_latents(states, symbols, torch.randn_like(latents), torch.zeros(2, 2, 4))
     torch.testing.assert_close(sure, latents, atol=1e-4, rtol=1e-4)
     # and when the network expects nothing, nearly clean latents are recognised by their likelihood
-    recognised = head.expected_latents(torch.zeros_like(states), table, 0.99 * latents, torch.full((2, 2), 0.995))
+    recognised = head.mean_latents(torch.zeros_like(states), symbols, 0.99 * latents, torch.full((2, 2, 4), 0.98))
     torch.testing.assert_close(recognised, latents, atol=1e-3, rtol=1e-3)
 
 
@@ -50,26 +51,28 @@ def test_expected_latent_of_certain_tokens_is_their_encoding():
 @pytest.mark.parametrize("stagger", [0.0, 0.5])
 def test_token_probabilities_are_bayes_rule(stagger):
     model, ids = token_model(noise_std=0.7, token_stagger=stagger), torch.randint(0, 320, (2, 8))
-    head, table = model.token_head, model.codec.token_table()
+    head, symbols = model.token_head, model.symbols()
     states, noisy, time = torch.randn(2, 2, 4 * 128), torch.randn(2, 2, 16), torch.tensor([[0.1, 0.3], [0.35, 0.2]])
     chosen = torch.ones(2, 2, 4, dtype=torch.bool)
-    nll = head.nll(states, table, noisy, time, ids.view(2, 2, 4), chosen)
+    times = head.place_times(time)
+    nll = head.nll(states, symbols, noisy, times, ids.view(2, 2, 4), TokComChoice.of(chosen))
     prior = (states.view(2, 2, 4, 128) @ head.embedding.weight.T + head.bias).log_softmax(-1)  # (B, N, K, V)
-    t = head.place_times(time)[..., None, None]
-    normal = torch.distributions.Normal(t * table, (1 - t) * 0.7)
+    t = times[..., None, None]
+    normal = torch.distributions.Normal(t * symbols.table, (1 - t) * 0.7)
     posterior = (prior + normal.log_prob(noisy.view(2, 2, 4, 1, 4)).sum(-1)).log_softmax(-1)
     expected = -posterior.gather(-1, ids.view(2, 2, 4, 1))[..., 0]
     torch.testing.assert_close(nll, expected, atol=2e-3, rtol=1e-3)
     chosen[:, 0] = False
-    some = head.nll(states, table, noisy, time, ids.view(2, 2, 4), chosen)
+    some = head.nll(states, symbols, noisy, times, ids.view(2, 2, 4), TokComChoice.of(chosen))
     assert not some[:, 0].any()
     torch.testing.assert_close(some[:, 1], nll[:, 1])
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("steps", [1, 3, 16])
 @pytest.mark.parametrize("stagger", [0.0, 1.0])
-def test_sampling_draws_tokens_with_the_probabilities_that_the_network_expects(build, stagger):
-    """Whatever the network expects of each token, integrating from noise draws tokens with those probabilities."""
+def test_sampling_draws_tokens_with_the_probabilities_that_the_network_expects(build, stagger, steps):
+    """Tokens that do not depend on each other are drawn with the network's probabilities, however few the steps."""
     overrides = {k: v for k, v in TOKENS.items() if k != "stage"}
     split = {"num_context_layers": 1, "self_conditioning": False, "block_size": 1}
     pipe = build(**overrides, token_stagger=stagger, timestep_sampling="uniform", transformer_config=split)
@@ -81,10 +84,12 @@ def test_sampling_draws_tokens_with_the_probabilities_that_the_network_expects(b
     bias[[3, 50, 200]] = torch.tensor([0.6, 0.3, 0.1]).log()
     pipe.model.token_head.bias.copy_(bias)
     noise = torch.randn(3000, 1, 16, generator=torch.Generator().manual_seed(0))
-    latents = pipe._sample(noise, num_inference_steps=64)[:, 0].view(3000, 4, 4)
-    table = pipe.model.codec.token_table()
+    latents, ids = pipe._sample(noise, num_inference_steps=steps, generator=torch.Generator().manual_seed(1))
+    latents = latents[:, 0].view(3000, 4, 4)
+    table = pipe.model.codec.symbol_table()
     for place in range(4):
         drawn = torch.cdist(latents[:, place], table[place]).argmin(-1)
+        assert torch.equal(drawn, ids[:, place])
         shares = torch.bincount(drawn, minlength=321)[[3, 50, 200]] / 3000
         torch.testing.assert_close(shares, torch.tensor([0.6, 0.3, 0.1]), atol=0.03, rtol=0)
 
@@ -97,6 +102,31 @@ def test_places_take_their_turns():
     expected = [[0, 0, 0, 0], [0.5, 0, 0, 0], [1, 0, 0, 0], [1, 0.5, 0, 0], [1, 1, 0, 0], [1, 1, 0.5, 0]]
     torch.testing.assert_close(times[:6], torch.tensor(expected))
     assert (times[0] == 0).all() and (times[-1] == 1).all()
+
+
+def test_latents_of_a_block_take_their_turns():
+    split = {"num_context_layers": 1, "self_conditioning": False, "block_size": 3}
+    model = TokComModel(tiny_config(**TOKENS, transformer_config=split, token_stagger=1.0, latent_stagger=1.0))
+    places, begun = torch.arange(3), []
+    for step in range(13):  # 3 latents of 4 tokens: twelve turns
+        progress = model.token_head.progress(model.latent_times(step / 12, places, 3)).flatten()
+        torch.testing.assert_close(progress, step - torch.arange(12.0), atol=1e-5, rtol=0)
+    order = torch.tensor([[0, 1, 1, 1, 2, 2]])  # a text may begin inside a block
+    begun = model._stagger(torch.full((1, 2, 6), 0.5), order)
+    torch.testing.assert_close(begun, torch.tensor([1.5, 1.5, 0.5, -0.5, 1.5, 0.5]).expand(1, 2, 6))
+
+
+def test_draws_of_one_text_are_spread_over_time():
+    model, order = token_model(noise_draws=4, timestep_sampling="uniform"), torch.zeros(50, 8, dtype=torch.long)
+    times = model._sample_times(order, 4)  # (B, M, N)
+    assert torch.equal((times[..., 0] * 4).long(), torch.arange(4).expand(50, -1))
+    assert (times == times[..., :1]).all()  # one block
+
+
+@torch.no_grad()
+def test_nucleus_keeps_the_fewest_tokens_that_reach_top_p():
+    kept = nucleus(torch.tensor([[0.1, 0.5, 0.15, 0.25], [0.97, 0.01, 0.01, 0.01]]), 0.7)
+    assert torch.equal(kept > 0, torch.tensor([[False, True, False, True], [True, False, False, False]]))
 
 
 def test_only_tokens_whose_turn_it_is_are_trained():
@@ -125,13 +155,15 @@ def test_loss_ignores_padding_and_reaches_every_trained_parameter():
 @torch.no_grad()
 def test_temperature_sharpens_what_the_network_expects_and_not_the_likelihood():
     model, states, ids = token_model(token_shift=1.0), torch.randn(1, 2, 4 * 128), torch.randint(0, 320, (1, 8))
-    head, table, latents = model.token_head, model.codec.token_table(), model.encode(ids).latents
+    head, symbols, latents = model.token_head, model.symbols(), model.encode(ids).latents
     best = (states.view(1, 8, -1) @ head.embedding.weight.T + head.bias)[..., :320].argmax(-1)
     assert (best != ids).all()
-    sharp = head.expected_latents(states, table, torch.zeros(1, 2, 16), torch.zeros(1, 2), temperature=1e-4)
-    torch.testing.assert_close(sharp, model.encode(best).latents, atol=1e-4, rtol=1e-4)
-    flat = head.expected_latents(states, table, 0.97 * latents, torch.full((1, 2), 0.97), temperature=1e4)
-    torch.testing.assert_close(flat, latents, atol=1e-3, rtol=1e-3)  # a tempered likelihood would have forgotten them
+    times, uniform = torch.full((1, 2, 4), 0.97), torch.rand(1, 2, 4)
+    chosen = TokComChoice.of(times > 0)
+    sharp = head.draw(states, symbols, 0 * latents, 0 * times, chosen, uniform, temperature=1e-4)
+    assert torch.equal(sharp.flatten(1), best)
+    flat = head.draw(states, symbols, 0.97 * latents, times, chosen, uniform, temperature=1e4)
+    assert torch.equal(flat.flatten(1), ids)  # a tempered likelihood would have forgotten them
 
 
 def test_tokens_need_an_encoder_per_token():

@@ -46,7 +46,7 @@ def build_optimizer(
     others = [p for p in trained if id(p) not in taken]
     groups = [{"params": [p for p in others if p.ndim >= 2]}]
     groups.append({"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0})
-    adamw = torch.optim.AdamW(groups, learning_rate, (0.9, 0.98), weight_decay=weight_decay)
+    adamw = torch.optim.AdamW(groups, learning_rate, (0.9, 0.98), weight_decay=weight_decay, fused=True)
     if not inner:
         return adamw
     muon = torch.optim.Muon(inner, muon_learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")

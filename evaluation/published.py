@@ -1,0 +1,170 @@
+"""TokCom v5.2 as it was published, its equations written out once more and without any optimisation.
+
+Conversion is checked against it, and training and sampling speed are compared with it: attention inside B * N chunks of
+K positions as matrix products, rotary tables in float32 at every call, all logits at once, no cache.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+State = dict[str, torch.Tensor]
+
+
+@dataclass
+class PublishedTokCom:
+    """The published model as functions of its two state dictionaries.
+
+    Args:
+        vae, denoiser (`dict[str, torch.Tensor]`): `vae_model_state_dict` and `denoised_model_state_dict`.
+        num_layers, num_heads, num_groups (`int`): of each of encoder, decoder and denoiser; groups share keys and values.
+        chunk_size (`int`): K. `omni_token_id` (`int`): the id whose embedding the decoder reads at places 1..K-1.
+    """
+
+    vae: State
+    denoiser: State
+    num_layers: int
+    num_heads: int
+    num_groups: int
+    omni_token_id: int
+    chunk_size: int = 4
+    rope_theta: float = 1e6
+
+    @classmethod
+    def random(
+        cls,
+        hidden_size: int,
+        intermediate_size: int,
+        num_layers: int,
+        num_heads: int,
+        num_groups: int,
+        vocab_size: int,
+    ) -> "PublishedTokCom":
+        """Random weights of the published names and shapes; the last of `vocab_size` ids is the omni token."""
+        wide = 4 * hidden_size
+        vae = {"embed_tokens.weight": torch.randn(vocab_size, hidden_size)}
+        vae["encoder.embed_tokens.weight"] = vae["decoder.lm_head.weight"] = vae["embed_tokens.weight"]
+        denoiser = {"norm.weight": 1 + 0.1 * torch.randn(hidden_size)}
+        linears = {"time_mlp.0": (wide, hidden_size), "time_mlp.2": (hidden_size, wide)}
+        linears["output_proj"] = (hidden_size, hidden_size)
+        key_size = hidden_size // num_heads * num_groups
+        for i in range(num_layers):
+            sizes = hidden_size, intermediate_size, key_size
+            for side in ("encoder", "decoder"):
+                vae |= _block(f"{side}.layers.{i}.", ("input_layernorm", "post_attention_layernorm"), *sizes)
+            denoiser |= _block(f"layers.{i}.", ("adaln_attn.norm", "adaln_mlp.norm"), *sizes)
+            for part in ("attn", "mlp"):
+                linears[f"layers.{i}.adaln_{part}.scale_shift_mlp.1"] = (2 * hidden_size, hidden_size)
+        for side in ("encoder", "decoder"):
+            vae[f"{side}.norm.weight"] = 1 + 0.1 * torch.randn(hidden_size)
+        for name, shape in linears.items():
+            denoiser[f"{name}.weight"] = torch.randn(shape) / shape[1] ** 0.5
+            denoiser[f"{name}.bias"] = torch.randn(shape[0])
+        return cls(vae, denoiser, num_layers, num_heads, num_groups, vocab_size - 1)
+
+    # ---- the two networks ----
+
+    def encode(self, ids: torch.Tensor) -> torch.Tensor:
+        """Ids `(B, T)` -> latents `(B, N, D)`: the last position of a transformer inside each chunk."""
+        chunks = ids.view(-1, self.chunk_size)
+        states = self._stack(self.vae["embed_tokens.weight"][chunks], "encoder")
+        return states[:, -1].view(len(ids), -1, states.shape[-1])
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents `(B, N, D)` -> logits `(B, N * K, V)`."""
+        embeddings, flat = self.vae["embed_tokens.weight"], latents.reshape(-1, 1, latents.shape[-1])
+        omni = embeddings[self.omni_token_id].expand(len(flat), self.chunk_size - 1, -1)
+        states = self._stack(torch.cat((flat, omni), 1), "decoder")
+        return (states @ embeddings.T).view(len(latents), -1, len(embeddings))
+
+    def denoise(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Noisy latents `(B, N, D)` and one t per row `(B,)` -> the estimate of the clean latents."""
+        state, half = self.denoiser, x.shape[-1] // 2
+        angles = t[:, None] * torch.exp(-math.log(10000) * torch.arange(half, device=x.device) / half)
+        wave = torch.cat((angles.cos(), angles.sin()), -1)
+        hidden = F.silu(wave @ state["time_mlp.0.weight"].T + state["time_mlp.0.bias"])
+        condition = F.silu(hidden @ state["time_mlp.2.weight"].T + state["time_mlp.2.bias"])
+
+        def modulated(x: torch.Tensor, prefix: str) -> torch.Tensor:
+            weight, bias = (state[f"{prefix}scale_shift_mlp.1.{part}"] for part in ("weight", "bias"))
+            scale, shift = (condition @ weight.T + bias).chunk(2, -1)
+            return _rms_norm(x, state[f"{prefix}norm.weight"]) * (1 + scale[:, None]) + shift[:, None]
+
+        for i in range(self.num_layers):
+            x = x + self._attention(modulated(x, f"layers.{i}.adaln_attn."), state, f"layers.{i}.self_attn.")
+            x = x + _mlp(modulated(x, f"layers.{i}.adaln_mlp."), state, f"layers.{i}.mlp.")
+        return _rms_norm(x, state["norm.weight"]) @ state["output_proj.weight"].T + state["output_proj.bias"]
+
+    def _stack(self, x: torch.Tensor, side: str) -> torch.Tensor:
+        for i in range(self.num_layers):
+            prefix = f"{side}.layers.{i}."
+            normed = _rms_norm(x, self.vae[f"{prefix}input_layernorm.weight"])
+            x = x + self._attention(normed, self.vae, f"{prefix}self_attn.")
+            x = x + _mlp(_rms_norm(x, self.vae[f"{prefix}post_attention_layernorm.weight"]), self.vae, f"{prefix}mlp.")
+        return _rms_norm(x, self.vae[f"{side}.norm.weight"])
+
+    def _attention(self, x: torch.Tensor, state: State, prefix: str) -> torch.Tensor:
+        size = x.shape[-1] // self.num_heads
+        frequencies = self.rope_theta ** (-torch.arange(0, size, 2, device=x.device) / size)
+        angles = torch.arange(x.shape[1], device=x.device)[:, None] * frequencies
+        angles = torch.cat((angles, angles), -1)  # (S, head size), float32
+
+        def rotate(u: torch.Tensor) -> torch.Tensor:
+            half = torch.cat((-u[..., size // 2 :], u[..., : size // 2]), -1)
+            return u * angles.cos() + half * angles.sin()
+
+        query, key, value = (
+            (x @ state[f"{prefix}{n}_proj.weight"].T + state[f"{prefix}{n}_proj.bias"])
+            .unflatten(-1, (-1, size))
+            .transpose(1, 2)
+            for n in "qkv"
+        )
+        shared = self.num_heads // self.num_groups
+        key, value = (u.repeat_interleave(shared, dim=1) for u in (rotate(key), value))
+        weights = (rotate(query) @ key.transpose(2, 3) / math.sqrt(size)).softmax(-1)
+        return (weights @ value).transpose(1, 2).flatten(2) @ state[f"{prefix}o_proj.weight"].T
+
+    # ---- training and sampling ----
+
+    def codec_loss(self, ids: torch.Tensor) -> torch.Tensor:
+        """Stage 1: cross-entropy of the reconstruction of ids `(B, T)`."""
+        return F.cross_entropy(self.decode(self.encode(ids)).flatten(0, 1), ids.flatten())
+
+    def flow_loss(self, ids: torch.Tensor, noise_std: float = 0.05, t: float | None = None) -> torch.Tensor:
+        """Stage 2: cross-entropy of ids `(B, T)` through the frozen decoder, one t per row, drawn unless it is given."""
+        with torch.no_grad():
+            clean = self.encode(ids)
+        t = torch.rand(len(ids), device=ids.device) if t is None else torch.full((len(ids),), t, device=ids.device)
+        noisy = (1 - t[:, None, None]) * torch.randn_like(clean) * noise_std + t[:, None, None] * clean
+        return F.cross_entropy(self.decode(self.denoise(noisy, t)).flatten(0, 1), ids.flatten())
+
+    def euler(self, x: torch.Tensor, steps: int, start: float = 0.0, keep: torch.Tensor | None = None) -> torch.Tensor:
+        """Integrate `x (B, N, D)` from t = `start` to 1 in `steps (1 - start)` steps, after the latents `keep` if given."""
+        for i in range(round(steps * (1 - start))):
+            t = start + i / steps
+            whole = x if keep is None else torch.cat((keep, x), 1)
+            clean = self.denoise(whole, torch.full((len(x),), t, device=x.device))[:, -x.shape[1] :]
+            x = x + (clean - x) / (1 - t) / steps
+        return x
+
+
+def _block(prefix: str, norms: tuple[str, str], hidden_size: int, intermediate_size: int, key_size: int) -> State:
+    shapes = {"self_attn.q_proj": (hidden_size, hidden_size)}
+    shapes |= {f"self_attn.{n}_proj": (key_size, hidden_size) for n in "kv"}
+    state = {f"{prefix}{n}.bias": torch.randn(s[0]) * 0.1 for n, s in shapes.items()}
+    shapes |= {f"mlp.{n}_proj": (intermediate_size, hidden_size) for n in ("gate", "up")}
+    shapes |= {"mlp.down_proj": (hidden_size, intermediate_size), "self_attn.o_proj": (hidden_size, hidden_size)}
+    state |= {f"{prefix}{n}.weight": torch.randn(s) / s[1] ** 0.5 for n, s in shapes.items()}
+    state |= {f"{prefix}{n}.weight": 1 + 0.1 * torch.randn(hidden_size) for n in norms}
+    return state | {f"{prefix}self_attn.rope.inv_freq": torch.zeros(4)}
+
+
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * weight
+
+
+def _mlp(x: torch.Tensor, state: State, prefix: str) -> torch.Tensor:
+    gate, up = x @ state[f"{prefix}gate_proj.weight"].T, x @ state[f"{prefix}up_proj.weight"].T
+    return (F.silu(gate) * up) @ state[f"{prefix}down_proj.weight"].T

@@ -1,0 +1,98 @@
+"""What the benchmark compares is comparable, and its commands write what they measured."""
+
+import json
+
+import pytest
+import torch
+
+from convert_tokcom import load_published_pipeline
+from evaluation.benchmark import build_parser, build_training, main, measure_length, published_generator
+from evaluation.published import PublishedTokCom
+
+ARGS = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48)
+
+
+@pytest.mark.filterwarnings("ignore:the checkpoint names no tokenizer")
+@pytest.mark.parametrize("stage", ["codec", "flow"])
+def test_training_follows_the_loss_curve_of_the_plain_implementation(tmp_path, stage):
+    """Chunked cross-entropy, grouped attention and fused AdamW change no loss by more than 1e-3 in twelve steps."""
+    torch.manual_seed(0)
+    published = PublishedTokCom.random(32, 48, 2, 4, 2, 51)
+    published.vae["embed_tokens.weight"].mul_(0.2)
+    args = ARGS | dict(rms_norm_eps=1e-6, rope_theta=1e6, vocab_size=51, omni_token_id=50)
+    checkpoint = dict(epoch=0, stage="vae" if stage == "codec" else "diffusion", val_loss=0.0, model_args=args)
+    checkpoint |= dict(config=dict(max_length=64, chunk_size=4, noise_std=1e-9))
+    checkpoint |= dict(vae_model_state_dict=published.vae, denoised_model_state_dict=published.denoiser)
+    torch.save(checkpoint, tmp_path / "model.pt")
+    model = load_published_pipeline(tmp_path / "model.pt").model.train()
+
+    trained = {"codec": published.vae, "flow": published.denoiser}[stage]
+    parameters = list({id(p): p.requires_grad_() for n, p in trained.items() if "inv_freq" not in n}.values())
+    plain = torch.optim.AdamW(parameters, 3e-3)
+    fused = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 3e-3, fused=True)
+    curves = []
+    for _ in range(12):
+        ids = torch.randint(0, 50, (2, 16))
+        if stage == "codec":
+            losses = published.codec_loss(ids), model(ids).loss / 4  # ours is K x cross-entropy
+        else:
+            losses = published.flow_loss(ids, 0.0, 0.5), model(ids, timestep=0.5).loss
+        for loss, optimizer in zip(losses, (plain, fused)):
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        curves.append([loss.item() for loss in losses])
+    first, second = torch.tensor(curves).T
+    torch.testing.assert_close(first, second, atol=0, rtol=1e-3)
+    assert first[-1] < first[0]
+
+
+def test_published_and_our_training_have_the_same_number_of_parameters():
+    args = build_parser().parse_args(["training", "--layers", "1", "--vocab_size", "64"])
+    for stage in ("codec", "flow"):
+        ours, published = (build_training(system, stage, args)[1] for system in ("TokCom", "published"))
+        assert sum(p.numel() for p in ours) == sum(p.numel() for p in published)
+
+
+def test_published_sampler_is_as_large_as_it_is_asked_to_be():
+    generate = published_generator(3_000_000, 500)
+    assert 2_900_000 <= generate.parameters <= 3_000_000
+    generate(2, 16, 2)
+
+
+def test_training_command_compares_the_systems(tmp_path):
+    small = [
+        "--layers",
+        "1",
+        "--tokens",
+        "16",
+        "--vocab_size",
+        "64",
+        "--batch_size",
+        "1",
+        "--steps",
+        "1",
+        "--rounds",
+        "1",
+    ]
+    main(["training", "--stage", "flow", *small, "--output_dir", str(tmp_path)])
+    rows = json.loads((tmp_path / "training.json").read_text())["flow"]
+    assert rows["TokCom"]["time_ratio"] == 1 and rows["published float32"]["memory_ratio"] > 0
+    assert 0 < rows["TokCom"]["share_of_peak"] < 1
+    assert (tmp_path / "training.png").is_file() and "published" in (tmp_path / "training.md").read_text()
+
+
+def test_sampling_command_measures_length_batch_steps_and_chunks(tmp_path):
+    sizes = ["--batch_sizes", "1", "2", "--lengths", "16", "--steps", "1", "2", "--chunk_sizes", "2", "--rounds", "1"]
+    main(["sampling", *sizes, "--output_dir", str(tmp_path)])
+    found = json.loads((tmp_path / "sampling.json").read_text())
+    assert abs(found["parameters"]["Llama with KV cache"] / found["parameters"]["TokCom"] - 1) < 0.001
+    assert len(found["rows"]) == 2 + 2 + 1
+    assert found["rows"][0]["Llama with KV cache / TokCom"] > 0
+    assert (tmp_path / "sampling.png").is_file()
+
+
+def test_length_is_measured_on_a_saved_model(build, tmp_path):
+    build().save_pretrained(tmp_path)
+    facts = measure_length(str(tmp_path), 16, None)
+    assert facts["tokens"] == 16 and facts["seconds"] > 0 and facts["peak_mib"] > 0
