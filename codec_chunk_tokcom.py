@@ -258,8 +258,12 @@ class TokComChunkCodec(TokComPreTrainedModel):
         mean, _ = self._posterior(chunks.flatten(0, 1))
         latents = ((mean - self.latent_mean) / self.latent_std).unflatten(0, chunks.shape[:2])  # (B, N, C)
         latents = latents.to(self.embed_tokens.weight.dtype)
-        positions = torch.arange(chunks.shape[1], device=input_ids.device).expand(len(chunks), -1)[..., None]
-        return TokComCodecOutput(latents=latents, position_ids=positions, mask=real.any(-1))
+        index = torch.arange(chunks.shape[1], device=input_ids.device).expand(len(chunks), -1)
+        return TokComCodecOutput(latents=latents, position_ids=self.positions(index), mask=real.any(-1))
+
+    def positions(self, index: torch.Tensor) -> torch.Tensor:
+        """Index of latents `(...)` in reading order -> where they stand, `(..., A)`."""
+        return index[..., None]
 
     def decode(self, latents: torch.Tensor) -> TokComDecoderOutput:
         """Standardised latents `(B, N, C)` -> logits `(B, N * K, V)`; with a micro-decoder, each place's are those

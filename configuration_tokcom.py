@@ -94,6 +94,16 @@ class TokComChunkCodecConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
     @property
+    def length_multiple(self) -> int:
+        """Tokens of which a text must hold a multiple."""
+        return self.chunk_size
+
+    @property
+    def has_symbols(self) -> bool:
+        """Whether a latent is the concatenation of what its symbols look like."""
+        return self.encoder_type == "token"
+
+    @property
     def num_symbols(self) -> int:
         """Symbols of a chunk, each of which has channels of its own; here the tokens."""
         return self.chunk_size
@@ -233,8 +243,91 @@ class TokComTransformerConfig(PreTrainedConfig):
             )
 
 
+@strict
+class TokComColorCodecConfig(PreTrainedConfig):
+    r"""Configuration of the codec `token id <-> pixel` (PixelDLM), which has no parameters.
+
+    Args:
+        vocab_size, mask_token_id, pad_token_id (`int`): as in `TokComChunkCodecConfig`; the mask token is never decoded to.
+        digits (`str`): `"color"`, three digits of base 256 (red, green, blue), or `"bits"`, the binary digits (analog
+            bits, Chen et al. 2023).
+        patch_size (`int`): a latent is a patch of `patch_size` x `patch_size` tokens.
+        layout (`str`): `"contiguous"`, a patch holds consecutive tokens, or `"raster"`, tokens fill the rows of an image.
+        image_size (`int`): width of that image in pixels, a multiple of `patch_size`; also spaces the patches' positions.
+        standardize (`bool`): give every digit mean 0 and standard deviation 1 over the vocabulary; `False` maps 0..255 to
+            -1..1 as published, which leaves high digits that hardly vary to the noise.
+        digit_sigma (`float`): width, in digits, of the Gaussian that turns a predicted channel into digit logits.
+    """
+
+    model_type = "tokcom_color_codec"
+    base_config_key = "codec_config"
+
+    vocab_size: int = 4097
+    mask_token_id: int = 4096
+    pad_token_id: int = 4096
+    digits: str = "color"
+    patch_size: int = 4
+    layout: str = "contiguous"
+    image_size: int = 64
+    standardize: bool = True
+    digit_sigma: float | int = 0.25
+
+    @property
+    def has_symbols(self) -> bool:
+        """A patch is the concatenation of its digits."""
+        return True
+
+    @property
+    def chunk_size(self) -> int:
+        """K, tokens per patch."""
+        return self.patch_size**2
+
+    @property
+    def digits_per_token(self) -> int:
+        return 3 if self.digits == "color" else max(1, (self.vocab_size - 1).bit_length())
+
+    @property
+    def symbol_vocab_size(self) -> int:
+        """The base of the digits."""
+        return 256 if self.digits == "color" else 2
+
+    @property
+    def num_symbols(self) -> int:
+        """Digits of a patch."""
+        return self.chunk_size * self.digits_per_token
+
+    @property
+    def latent_channels(self) -> int:
+        return self.num_symbols
+
+    @property
+    def num_valid_ids(self) -> int:
+        """Ids that decoding may give: all but a mask token at the end."""
+        return self.vocab_size - (self.mask_token_id == self.vocab_size - 1)
+
+    @property
+    def length_multiple(self) -> int:
+        """Tokens of which a text must hold a multiple: a patch, or in raster order a row of patches."""
+        return self.chunk_size if self.layout == "contiguous" else self.image_size * self.patch_size
+
+    def validate_architecture(self):
+        _check_positive(self, "vocab_size", "patch_size", "image_size")
+        if self.digits not in ("color", "bits"):
+            raise ValueError(f"`digits` ({self.digits!r}) must be 'color' or 'bits'.")
+        if self.layout not in ("contiguous", "raster"):
+            raise ValueError(f"`layout` ({self.layout!r}) must be 'contiguous' or 'raster'.")
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"`image_size` ({self.image_size}) must be a multiple of `patch_size` ({self.patch_size})."
+            )
+        if self.digits == "color" and self.vocab_size > 256**3:
+            raise ValueError(f"`vocab_size` ({self.vocab_size}) is more than the {256**3} colors; use digits='bits'.")
+        if self.digit_sigma <= 0:
+            raise ValueError(f"`digit_sigma` ({self.digit_sigma}) must be positive.")
+
+
 CODEC_CONFIGS: dict[str, type[PreTrainedConfig]] = {
-    TokComChunkCodecConfig.model_type: TokComChunkCodecConfig,
+    config.model_type: config for config in (TokComChunkCodecConfig, TokComColorCodecConfig)
 }
 
 
@@ -314,10 +407,10 @@ class TokComConfig(PreTrainedConfig):
             raise ValueError(f"`timestep_sampling` ({self.timestep_sampling!r}) must be 'logit_normal' or 'uniform'.")
         if self.prediction_type not in ("latents", "tokens"):
             raise ValueError(f"`prediction_type` ({self.prediction_type!r}) must be 'latents' or 'tokens'.")
-        if self.prediction_type == "tokens" and self.codec_config.encoder_type != "token":
+        if self.prediction_type == "tokens" and not self.codec_config.has_symbols:
             raise ValueError(
-                "`prediction_type='tokens'` needs `codec_config.encoder_type='token'`, got "
-                f"{self.codec_config.encoder_type!r}: only then is the mean latent of token probabilities known."
+                "`prediction_type='tokens'` needs `codec_config.encoder_type='token'`, or a codec of digits: only then is "
+                "the mean latent of token probabilities known."
             )
         block_size = self.transformer_config.block_size
         if self.latent_stagger and (self.prediction_type != "tokens" or block_size is None):
@@ -392,6 +485,35 @@ def _vocabulary(size: int) -> dict[str, int]:
     return {"vocab_size": size + 1, "mask_token_id": size, "pad_token_id": size}
 
 
+def _pixels(
+    hidden_size: int,
+    layers: int,
+    heads: int,
+    patch_size: int,
+    image_size: int,
+    embedding: int,
+    vocabulary: int = 151665,
+) -> dict[str, Any]:
+    """A pixel transformer (JiT, Li and He 2025) over the patches of a condition and of a target image."""
+    patches = 2 * (image_size // patch_size) ** 2
+    return {
+        "codec_config": {
+            **_vocabulary(vocabulary),
+            **dict(model_type="tokcom_color_codec", patch_size=patch_size, image_size=image_size),
+        },
+        "transformer_config": {
+            **dict(latent_channels=3 * patch_size**2, hidden_size=hidden_size, intermediate_size=hidden_size * 8 // 3),
+            **dict(
+                num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads, num_position_axes=2
+            ),
+            **dict(max_position_embeddings=patches, conditioning_size=hidden_size, block_size=None),
+            **dict(self_conditioning=False),
+        },
+        **dict(prediction_type="tokens", token_embedding_size=embedding, token_shift=10.0, num_inference_steps=20),
+        **dict(timestep_sampling="uniform"),
+    }
+
+
 PRESETS: dict[str, dict[str, Any]] = {
     # TokCom v5.2 as published: Qwen2-0.5B-shaped layers, latent = hidden state, bidirectional, CE objective.
     "v5.2": {
@@ -441,6 +563,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         **dict(prediction_type="tokens", token_stagger=1.0, token_shift=10.0, noise_draws=4),
         **dict(timestep_sampling="uniform", num_inference_steps=4),
     },
+    "pixel-tiny": _pixels(256, 6, 4, 4, 32, 16, vocabulary=4096),
+    "pixel-b4": _pixels(768, 12, 12, 4, 64, 16),
+    "pixel-b16": _pixels(768, 12, 12, 16, 256, 2),
+    "pixel-b32": _pixels(768, 12, 12, 32, 256, 1),
+    "pixel-l16": _pixels(1024, 24, 16, 16, 256, 2),
+    "pixel-l32": _pixels(1024, 24, 16, 32, 256, 1),
+    "pixel-h16": _pixels(1280, 32, 16, 16, 256, 2),
+    "pixel-h32": _pixels(1280, 32, 16, 32, 256, 1),
     "debug": {
         "codec_config": {
             **_vocabulary(512),
@@ -458,6 +588,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 __all__ = [
     "TokComConfig",
     "TokComChunkCodecConfig",
+    "TokComColorCodecConfig",
     "TokComTransformerConfig",
     "merge_overrides",
     "CODEC_CONFIGS",

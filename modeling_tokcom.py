@@ -20,7 +20,8 @@ from transformers.utils import ModelOutput
 
 try:
     from .codec_chunk_tokcom import TokComChunkCodec, TokComCodecOutput, TokComDecoderOutput
-    from .configuration_tokcom import TokComChunkCodecConfig, TokComConfig
+    from .codec_color_tokcom import TokComColorCodec
+    from .configuration_tokcom import TokComChunkCodecConfig, TokComColorCodecConfig, TokComConfig
     from .layers_tokcom import TokComPreTrainedModel
     from .token_head_tokcom import TokComChoice, TokComSymbols, TokComTokenHead
     from .transformer_tokcom import TokComTransformer, TokComTransformerOutput, block_causal_mask
@@ -28,6 +29,7 @@ except ImportError:
     if __package__:
         raise
     import codec_chunk_tokcom as _codec_chunk
+    import codec_color_tokcom as _codec_color
     import configuration_tokcom as _configuration
     import layers_tokcom as _layers
     import token_head_tokcom as _token_head
@@ -35,7 +37,9 @@ except ImportError:
 
     TokComChunkCodec, TokComCodecOutput = _codec_chunk.TokComChunkCodec, _codec_chunk.TokComCodecOutput
     TokComDecoderOutput = _codec_chunk.TokComDecoderOutput
+    TokComColorCodec = _codec_color.TokComColorCodec
     TokComChunkCodecConfig, TokComConfig = _configuration.TokComChunkCodecConfig, _configuration.TokComConfig
+    TokComColorCodecConfig = _configuration.TokComColorCodecConfig
     TokComPreTrainedModel = _layers.TokComPreTrainedModel
     TokComChoice, TokComSymbols = _token_head.TokComChoice, _token_head.TokComSymbols
     TokComTokenHead = _token_head.TokComTokenHead
@@ -43,7 +47,10 @@ except ImportError:
     block_causal_mask = _transformer.block_causal_mask
 
 EARLY = 0.1  # training begins with a token this long before its time, since sampling steps are not infinitely small
-CODECS = {TokComChunkCodecConfig.model_type: TokComChunkCodec}
+CODECS = {
+    TokComChunkCodecConfig.model_type: TokComChunkCodec,
+    TokComColorCodecConfig.model_type: TokComColorCodec,
+}
 
 
 @dataclass
@@ -216,7 +223,7 @@ class TokComModel(TokComPreTrainedModel):
         if self.token_head is None:
             return None
         with torch.no_grad():
-            table = self.codec.symbol_table()
+            table = self.codec.symbol_table().to(self.device)
         return self.token_head.symbols(table)
 
     @_entry_point

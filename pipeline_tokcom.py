@@ -26,6 +26,7 @@ from transformers.generation.streamers import BaseStreamer
 
 try:  # diffusers copies only the direct relative imports of this file, so every module of the repository is named here
     from .codec_chunk_tokcom import TokComCodecOutput
+    from .codec_color_tokcom import TokComColorCodec
     from .configuration_tokcom import TokComConfig
     from .layers_tokcom import TokComPreTrainedModel
     from .modeling_tokcom import TokComModel
@@ -37,6 +38,7 @@ except ImportError:
     if __package__:
         raise
     import codec_chunk_tokcom as _codec_chunk
+    import codec_color_tokcom as _codec_color
     import configuration_tokcom as _configuration
     import layers_tokcom as _layers
     import modeling_tokcom as _modeling
@@ -46,6 +48,7 @@ except ImportError:
     import transformer_tokcom as _transformer
 
     TokComCodecOutput, TokComConfig = _codec_chunk.TokComCodecOutput, _configuration.TokComConfig
+    TokComColorCodec = _codec_color.TokComColorCodec
     TokComPreTrainedModel, TokComModel = _layers.TokComPreTrainedModel, _modeling.TokComModel
     TokComFlowMatchScheduler = _scheduling.TokComFlowMatchScheduler
     TokComBlockSampler, split_blocks = _sampling.TokComBlockSampler, _sampling.split_blocks
@@ -186,7 +189,7 @@ class TokComPipeline(DiffusionPipeline):
 
     def _pad(self, rows: list[list[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of ids -> `input_ids (B, T)` and `attention_mask (B, T)`, T a multiple of K."""
-        length = -(-max(map(len, rows)) // self.chunk_size) * self.chunk_size
+        length = self._num_latents(max(map(len, rows))) * self.chunk_size
         ids = torch.full((len(rows), length), self.model.config.codec_config.pad_token_id)
         mask = torch.zeros_like(ids)
         for i, row in enumerate(rows):
@@ -402,18 +405,23 @@ class TokComPipeline(DiffusionPipeline):
     ) -> tuple[list[list[int]], Iterator[tuple[torch.Tensor, torch.Tensor | None]]]:
         """The prompts' ids, and an iterator over the blocks (latents and ids) that follow them."""
         context, rows = self.encode_prompt(prompts)
-        length = -(-gen_length // self.chunk_size)
+        length = self._num_latents(gen_length)
         self._check_length(context.latents.shape[1] + length)
         noise = self.prepare_latents(len(prompts), length, generator, latents)
         return rows, self._sample_blocks(
             noise, context, self._positions_after(context, length), generator=generator, **sampling
         )
 
-    @staticmethod
-    def _positions_after(context: TokComCodecOutput, length: int) -> torch.Tensor:
+    def _positions_after(self, context: TokComCodecOutput, length: int) -> torch.Tensor:
         """`position_ids (B, length, A)` of latents that follow the context."""
-        first = context.position_ids[:, -1:] + 1
-        return first + torch.arange(length, device=first.device)[None, :, None]
+        batch, known = context.mask.shape
+        index = torch.arange(known, known + length, device=context.mask.device)
+        return self.model.codec.positions(index.expand(batch, -1))
+
+    def _num_latents(self, tokens: int) -> int:
+        """Latents that hold at least so many tokens."""
+        multiple = self.model.config.codec_config.length_multiple
+        return -(-tokens // multiple) * multiple // self.chunk_size
 
     def _feed(self, streamer: BaseStreamer, blocks: Iterator, gen_length: int) -> Iterator:
         """Pass blocks on, and the ids of each, up to EOS or `gen_length`, to the streamer."""
@@ -606,7 +614,7 @@ class TokComPipeline(DiffusionPipeline):
         if len(pieces) < 2 or not any(piece.strip() for piece in pieces):
             raise ValueError(f"`text` ({text!r}) must hold known text and at least one gap, written {GAP!r}.")
         known, mask, rows, known_at, gap_at, position = [], [], [], [], [], 0
-        gap_latents = -(-gap_length // self.chunk_size)
+        gap_latents = self._num_latents(gap_length)
         for i, piece in enumerate(pieces):
             last = i == len(pieces) - 1
             rows.append(self._tokenize([piece if last else piece.rstrip(" ")], "text")[0] if piece.strip() else [])
@@ -626,11 +634,12 @@ class TokComPipeline(DiffusionPipeline):
                 f"{self.max_length}; shorten it."
             )
         context = self.model.encode(torch.cat(known, dim=1), torch.cat(mask, dim=1))
-        context.position_ids = torch.tensor(known_at, device=context.latents.device)[None, :, None]
+        positions = self.model.codec.positions
+        context.position_ids = positions(torch.tensor([known_at], device=context.latents.device))
         result, ids = self._sample(
             self.prepare_latents(1, len(gap_at), generator),
             context,
-            torch.tensor(gap_at, device=context.latents.device)[None, :, None],
+            positions(torch.tensor([gap_at], device=context.latents.device)),
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             temperature=temperature,

@@ -143,7 +143,8 @@ class TokComBlockSampler:
         `on_step_end(block, step, timestep, x)` returns x.
         """
         if position_ids is None:
-            position_ids = torch.arange(noise.shape[1], device=noise.device).expand(len(noise), -1)[..., None]
+            index = torch.arange(noise.shape[1], device=noise.device)
+            position_ids = self.model.codec.positions(index.expand(len(noise), -1))
         if valid is None:
             valid = torch.ones(noise.shape[:2], dtype=torch.bool, device=noise.device)
         known = _Known(self.model, context, noise)

@@ -29,6 +29,7 @@ except ImportError:
     CROSS_ENTROPY_CHUNK, TokComTokenEmbedding = _layers.CROSS_ENTROPY_CHUNK, _layers.TokComTokenEmbedding
 
 MIN_SIGMA = 0.05  # the likelihood of clean latents would be infinite
+SMALL_VOCABULARY = 512  # so few symbols (digits, bits) are computed for all places of a chunk at once
 
 
 def nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
@@ -104,30 +105,35 @@ class TokComTokenHead(nn.Module):
     def _rows(
         self, function: Callable, chosen: TokComChoice, symbols: TokComSymbols, latents, times, *extra
     ) -> torch.Tensor:
-        """`function(log-likelihood (R, V), table (V, C / K), *extra rows)` of the `chosen` tokens.
+        """`function(log-likelihood (R, V), table, *extra rows)` of the `chosen` tokens.
 
-        Args: `latents (B, N, C)`, `times (B, N, K)`, `extra` tensors `(B, N, K, ...)`. Works on some rows of one place at a
-        time and recomputes them in the backward pass. Returns `(B, N, K, ...)`, 0 elsewhere.
+        Args: `latents (B, N, C)`, `times (B, N, K)`, `extra` tensors `(B, N, K, ...)`. Works on some rows at a time, those of
+        one place, whose table is `(V, C / K)`, or with a small vocabulary of any, with tables `(R, V, C / K)`; recomputes
+        them in the backward pass. Returns `(B, N, K, ...)`, 0 elsewhere.
         """
 
         def piece(signal, latents, table, norms, *extra):
             with torch.autocast(latents.device.type, enabled=False):
                 noise = (1 - signal).clamp_min(MIN_SIGMA) * self.noise_std
-                likelihood = (signal * (latents @ table.T) - signal.square() * norms) / noise.square()  # (R, V)
+                inner = latents @ table.T if table.ndim == 2 else (table @ latents[..., None])[..., 0]
+                likelihood = (signal * inner - signal.square() * norms) / noise.square()  # (R, V)
             return function(likelihood, table, *extra)
 
         size, results = self.num_symbols, []
         own = latents.float().unflatten(-1, (size, -1))  # (B, N, K, C / K)
         rows = [x.flatten(0, 1) for x in (times[..., None].float(), own, *extra)]
         run = partial(checkpoint, piece, use_reentrant=False) if torch.is_grad_enabled() else piece
-        counts = chosen.counts
-        for place, rows_here in enumerate(chosen.where.split(counts)):
-            if not counts[place] and (
-                results or place < size - 1
-            ):  # an empty result says the shape if there is no other
-                continue
-            for part in rows_here.split(CROSS_ENTROPY_CHUNK):
-                signal, noisy, *more = (x[part, place] for x in rows)
+        if symbols.table.shape[1] > SMALL_VOCABULARY:
+            groups = zip(chosen.where.split(chosen.counts), range(size))
+        else:
+            groups = [(chosen.where, chosen.places)]
+        for where, places in groups:
+            several = isinstance(places, torch.Tensor)
+            if not len(where) and (results or (places != size - 1 and not several)):
+                continue  # but an empty result says the shape if there is no other
+            for part in torch.arange(len(where), device=where.device).split(CROSS_ENTROPY_CHUNK):
+                row, place = where[part], places[part] if several else places
+                signal, noisy, *more = (x[row, place] for x in rows)
                 results.append(run(signal, noisy, symbols.table[place], symbols.norms[place], *more))
         values = torch.cat(results)
         whole = values.new_zeros(chosen.mask.numel(), *values.shape[1:])
@@ -177,7 +183,8 @@ class TokComTokenHead(nn.Module):
         """E[x1 | x_t] `(B, N, C)`; tokens that are clean stay as they are."""
 
         def mean(likelihood: torch.Tensor, table: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-            return (self._logits(states) + likelihood).softmax(-1) @ table
+            probabilities = (self._logits(states) + likelihood).softmax(-1)  # (R, V)
+            return probabilities @ table if table.ndim == 2 else (probabilities[:, None] @ table)[:, 0]
 
         states = states.unflatten(-1, (self.num_symbols, -1))
         values = self._rows(mean, TokComChoice.of(times < 1), symbols, latents, times, states)  # (B, N, K, C / K)
@@ -197,7 +204,7 @@ class TokComTokenHead(nn.Module):
                 probabilities = nucleus(probabilities, top_p)
             edges = probabilities.cumsum(-1)
             drawn = torch.searchsorted(edges, uniform[:, None] * edges[:, -1:], right=True)[:, 0]
-            return drawn.clamp_max(len(table) - 1)
+            return drawn.clamp_max(table.shape[-2] - 1)
 
         states = states.unflatten(-1, (self.num_symbols, -1))
         return self._rows(ids, chosen, symbols, latents, times, states, uniform)

@@ -549,6 +549,8 @@ def run(config: TrainConfig) -> Path:
                 model = build_model(config, tokenizer)
             else:
                 model = TokComModel.from_pretrained(source, dtype=torch.float32)
+            if config.stage == "all" and stage == "codec" and not list(model.codec.parameters()):
+                continue  # nothing to train: the flow stage builds the same model
             trainer = StageTrainer(config, stage, model, tokenizer, train, validation)
             best = trainer.train()
             if trainer.accelerator.is_main_process:

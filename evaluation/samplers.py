@@ -33,7 +33,7 @@ class TokComSampler:
         pipe.scheduler.register_to_config(eta=self.eta)
         pipe.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(seed)
-        latents = -(-length // pipe.chunk_size)
+        latents = pipe._num_latents(length)
         total = count if prompts is None else len(prompts)
         for start in tqdm(range(0, total, self.batch_size), desc="TokCom", leave=False):
             context, positions, size = None, None, min(self.batch_size, total - start)

@@ -19,6 +19,7 @@ REMOTE_FILES = {
     "configuration_tokcom.py": {"copy", "typing", "huggingface_hub", "transformers"},
     "layers_tokcom.py": {"math", "collections", "torch", "transformers"},
     "codec_chunk_tokcom.py": {"dataclasses", "torch", "transformers"},
+    "codec_color_tokcom.py": {"functools", "torch"},
     "transformer_tokcom.py": {"dataclasses", "torch", "transformers"},
     "token_head_tokcom.py": {"collections", "functools", "typing", "torch"},
     "modeling_tokcom.py": {"random", "collections", "dataclasses", "functools", "torch", "transformers"},

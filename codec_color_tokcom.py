@@ -1,0 +1,202 @@
+"""Color codec: a token is a pixel. Ids <-> digits <-> latents, exact and without parameters (PixelDLM).
+
+Notable choices: a token's digits (three of base 256, the red, green and blue of its pixel, or its bits) are the symbols
+of `prediction_type="tokens"`, so the network predicts digit probabilities and Bayes' rule decodes them; the published
+regression of colours is `prediction_type="latents"` with the same codec. Decoding goes to the nearest *valid* id.
+
+Shape legend: B batch, T tokens, K tokens per patch, N patches, G digits per token, C = K * G latent channels, V vocabulary.
+"""
+
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+
+try:
+    from .codec_chunk_tokcom import TokComCodecOutput, TokComDecoderOutput
+    from .configuration_tokcom import TokComColorCodecConfig
+    from .layers_tokcom import TokComPreTrainedModel
+except ImportError:
+    if __package__:
+        raise
+    import codec_chunk_tokcom as _codec_chunk
+    import configuration_tokcom as _configuration
+    import layers_tokcom as _layers
+
+    TokComCodecOutput, TokComDecoderOutput = _codec_chunk.TokComCodecOutput, _codec_chunk.TokComDecoderOutput
+    TokComColorCodecConfig = _configuration.TokComColorCodecConfig
+    TokComPreTrainedModel = _layers.TokComPreTrainedModel
+
+NEAREST_ROWS = 512  # rows of distances to all ids that exist at once
+
+
+class TokComColorCodec(TokComPreTrainedModel):
+    """Patches of `patch_size` x `patch_size` pixels, one token each.
+
+    In the `contiguous` layout a patch holds consecutive tokens; in the published `raster` layout tokens fill the rows of
+    an image that is `image_size` pixels wide, so a patch holds runs of `patch_size` tokens, `image_size` apart.
+    """
+
+    config: TokComColorCodecConfig
+    main_input_name = "input_ids"
+
+    def __init__(self, config: TokComColorCodecConfig):
+        super().__init__(config)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return None
+
+    # ---- ids <-> digits ----
+
+    def digits(self, ids: torch.Tensor) -> torch.Tensor:
+        """Ids `(...)` -> digits `(..., G)`, the least significant first: red, green, blue."""
+        base, count = self.config.symbol_vocab_size, self.config.digits_per_token
+        return ids[..., None] // base ** torch.arange(count, device=ids.device) % base
+
+    def ids(self, digits: torch.Tensor) -> torch.Tensor:
+        """Digits `(..., G)` -> ids `(...)`; digits of no token give the valid id whose color is nearest."""
+        base = self.config.symbol_vocab_size ** torch.arange(self.config.digits_per_token, device=digits.device)
+        ids = (digits * base).sum(-1)
+        wrong = ids >= self.config.num_valid_ids
+        if bool(wrong.any()):
+            ids[wrong] = self._nearest(self._standardize(digits[wrong]))
+        return ids
+
+    @cached_property
+    def _scale(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation of every digit, each `(G,)`, over all valid ids, or those of the published colors."""
+        count = self.config.digits_per_token
+        if not self.config.standardize:
+            middle = torch.full((count,), (self.config.symbol_vocab_size - 1) / 2, device="cpu")
+            return middle, middle
+        digits = self.digits(torch.arange(self.config.num_valid_ids, device="cpu")).double()
+        std = digits.std(0, correction=0)
+        return digits.mean(0).float(), torch.where(std > 0, std, 1.0).float()
+
+    def _standardize(self, digits: torch.Tensor) -> torch.Tensor:
+        mean, std = (x.to(digits.device) for x in self._scale)
+        return (digits.float() - mean) / std
+
+    def _nearest(self, values: torch.Tensor) -> torch.Tensor:
+        """Standardised digits `(M, G)` -> the valid ids `(M,)` with the smallest Euclidean distance."""
+        table = self._standardize(self.digits(torch.arange(self.config.num_valid_ids, device=values.device)))
+        return torch.cat([torch.cdist(part, table).argmin(-1) for part in values.float().split(NEAREST_ROWS)])
+
+    # ---- tokens <-> patches ----
+
+    def to_patches(self, tokens: torch.Tensor) -> torch.Tensor:
+        """`(B, T, ...)` in reading order -> `(B, N, K, ...)`; T is a multiple of `config.length_multiple`."""
+        config = self.config
+        if tokens.shape[1] % config.length_multiple:
+            length, multiple = tokens.shape[1], config.length_multiple
+            raise ValueError(
+                f"the sequence length ({length}) must be a multiple of {multiple} tokens (layout {config.layout!r}); pad to "
+                f"{length + -length % multiple} and mark the padding in `attention_mask` (TokComPipeline does so)."
+            )
+        if config.layout == "contiguous":
+            return tokens.unflatten(1, (-1, config.chunk_size))
+        side, size = config.image_size // config.patch_size, config.patch_size
+        grid = tokens.unflatten(
+            1, (-1, size, side, size)
+        )  # (B, patch rows, row in patch, patch columns, column in patch)
+        return grid.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+    def from_patches(self, patches: torch.Tensor) -> torch.Tensor:
+        """`(B, N, K, ...)` -> `(B, N * K, ...)` in reading order."""
+        config = self.config
+        if config.layout == "contiguous":
+            return patches.flatten(1, 2)
+        side, size = config.image_size // config.patch_size, config.patch_size
+        grid = patches.unflatten(2, (size, size)).unflatten(
+            1, (-1, side)
+        )  # (B, rows, columns, row in, column in, ...)
+        return grid.transpose(2, 3).flatten(1, 4)
+
+    def positions(self, index: torch.Tensor) -> torch.Tensor:
+        """Index of patches `(...)` -> row and column in an image of `image_size` pixels, `(..., 2)`."""
+        side = self.config.image_size // self.config.patch_size
+        return torch.stack((index // side, index % side), dim=-1)
+
+    def to_chunks(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(B, T)` -> ids `(B, N, K)` with padding replaced by `pad_token_id`, and which tokens are real."""
+        real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        ids = torch.where(real, input_ids, self.config.pad_token_id)
+        return self.to_patches(ids), self.to_patches(real)
+
+    # ---- the interface of a codec ----
+
+    def encode(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> TokComCodecOutput:
+        """Token ids `(B, T)` and `attention_mask (B, T)` (0 = padding) -> standardised latents `(B, N, C)`."""
+        chunks, real = self.to_chunks(input_ids, attention_mask)
+        latents = self._standardize(self.digits(chunks)).flatten(2)
+        index = torch.arange(chunks.shape[1], device=input_ids.device).expand(len(chunks), -1)
+        return TokComCodecOutput(latents=latents, position_ids=self.positions(index), mask=real.any(-1))
+
+    def symbols(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(B, T)` -> the digits `(B, N, K * G)` and which belong to real tokens."""
+        chunks, real = self.to_chunks(input_ids, attention_mask)
+        count = self.config.digits_per_token
+        return self.digits(chunks).flatten(2), real.repeat_interleave(count, dim=-1)
+
+    def from_symbols(self, symbols: torch.Tensor) -> torch.Tensor:
+        """Digits `(B, N, K * G)` -> valid ids `(B, N * K)` in reading order."""
+        return self.from_patches(self.ids(symbols.unflatten(2, (-1, self.config.digits_per_token))))
+
+    def symbol_table(self) -> torch.Tensor:
+        """The channel of every digit at every place: `(K * G, base, 1)`, float32 on the CPU."""
+        base, count = self.config.symbol_vocab_size, self.config.digits_per_token
+        table = self._standardize(torch.arange(base, device="cpu")[:, None].expand(-1, count))  # (base, G)
+        return table.T.repeat(self.config.chunk_size, 1)[..., None]
+
+    def _digit_logits(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents `(B, N, C)` -> logits `(B, N, K * G, base)`: Gaussian log-likelihoods, `digit_sigma` digits wide."""
+        table = self.symbol_table()[..., 0].to(latents.device)  # (K * G, base)
+        return -0.5 * ((latents.float()[..., None] - table) / self._sigma(latents.device)).square()
+
+    def _sigma(self, device: torch.device) -> torch.Tensor:
+        """`digit_sigma` in units of each channel: `(K * G, 1)`."""
+        return (self.config.digit_sigma / self._scale[1]).to(device).repeat(self.config.chunk_size)[:, None]
+
+    def decode(self, latents: torch.Tensor) -> TokComDecoderOutput:
+        """Latents `(B, N, C)` -> logits `(B, N * K, V)`, Gaussian log-likelihoods of the ids; invalid ids get -inf."""
+        values = self.from_patches(latents.float().unflatten(2, (-1, self.config.digits_per_token)))  # (B, T, G)
+        sigma = self._sigma(latents.device)[: self.config.digits_per_token, 0]
+        table = self._standardize(self.digits(torch.arange(self.config.num_valid_ids, device=latents.device))) / sigma
+        logits = -0.5 * torch.cdist(values / sigma, table.expand(len(values), -1, -1)).square()
+        return TokComDecoderOutput(
+            logits=F.pad(logits, (0, self.config.vocab_size - self.config.num_valid_ids), value=float("-inf"))
+        )
+
+    def to_ids(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents `(B, N, C)` -> the nearest valid ids `(B, N * K)`."""
+        values = latents.float().unflatten(2, (-1, self.config.digits_per_token))  # (B, N, K, G)
+        mean, std = (x.to(latents.device) for x in self._scale)
+        digits = (values * std + mean).round().clamp(0, self.config.symbol_vocab_size - 1).long()
+        base = self.config.symbol_vocab_size ** torch.arange(self.config.digits_per_token, device=latents.device)
+        ids = (digits * base).sum(-1)
+        wrong = ids >= self.config.num_valid_ids
+        if bool(wrong.any()):
+            ids[wrong] = self._nearest(values[wrong])
+        return self.from_patches(ids)
+
+    def training_loss(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None):
+        raise ValueError(
+            "the color codec has no parameters, so there is nothing to train in stage 'codec'; use stage=flow."
+        )
+
+    def loss(
+        self, latents: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Nats per token `(B, N, K)` of `input_ids (B, T)`: the sum over digits of their cross-entropies."""
+        symbols, _ = self.symbols(input_ids, attention_mask)
+        _, real = self.to_chunks(input_ids, attention_mask)
+        nll = F.cross_entropy(self._digit_logits(latents).flatten(0, 2), symbols.flatten(), reduction="none")
+        return nll.view(*real.shape, -1).sum(-1) * real
+
+
+__all__ = ["TokComColorCodec"]

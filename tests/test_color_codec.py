@@ -1,0 +1,117 @@
+"""The color codec: exact ids <-> pixels in both layouts, the nearest valid id for anything else, one model class."""
+
+import pytest
+import torch
+from transformers import get_scheduler
+
+from codec_color_tokcom import TokComColorCodec
+from configuration_tokcom import PRESETS, TokComColorCodecConfig, TokComConfig
+from modeling_tokcom import TokComModel
+from pipeline_tokcom import TokComPipeline
+from scheduling_tokcom import TokComFlowMatchScheduler
+from training.optimizer import build_optimizer
+
+VOCABULARY = 151665
+
+
+def codec(vocab_size: int = VOCABULARY, **options) -> TokComColorCodec:
+    tokens = {"vocab_size": vocab_size + 1, "mask_token_id": vocab_size, "pad_token_id": vocab_size}
+    return TokComColorCodec(TokComColorCodecConfig(**tokens, **options))
+
+
+def pixel_model(vocab_size: int = 320, digits: str = "color", **overrides) -> TokComModel:
+    torch.manual_seed(0)
+    code = {"digits": digits, "patch_size": 2, "image_size": 8, **overrides.pop("codec_config", {})}
+    channels = 4 * (3 if digits == "color" else (vocab_size).bit_length())
+    shape = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+    shape |= dict(num_key_value_heads=4, conditioning_size=32, latent_channels=channels, max_position_embeddings=32)
+    config = TokComConfig.from_preset(
+        "pixel-tiny", vocab_size, codec_config=code, transformer_config=shape, stage="flow", **overrides
+    )
+    return TokComModel(config)
+
+
+@pytest.mark.parametrize("standardize", [True, False])
+@pytest.mark.parametrize("digits", ["color", "bits"])
+@pytest.mark.parametrize("layout", ["contiguous", "raster"])
+def test_every_id_survives_the_round_trip(layout, digits, standardize):
+    size = VOCABULARY + -VOCABULARY % 256
+    ids = (torch.arange(size) % VOCABULARY).view(1, -1)
+    model = codec(digits=digits, layout=layout, standardize=standardize)
+    latents = model.encode(ids).latents
+    assert latents.shape == (1, size // 16, model.config.latent_channels)
+    assert torch.equal(model.to_ids(latents), ids)
+    symbols, real = model.symbols(ids, None)
+    assert torch.equal(model.from_symbols(symbols), ids) and real.all()
+    table = model.symbol_table()
+    looked_up = table[torch.arange(model.config.num_symbols), symbols][..., 0]
+    torch.testing.assert_close(looked_up, latents)
+
+
+def test_standardised_digits_have_mean_zero_and_deviation_one():
+    model = codec(4096)
+    latents = model.encode(torch.arange(4096).view(1, -1)).latents.view(-1, 3)
+    torch.testing.assert_close(latents.mean(0), torch.zeros(3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(latents.std(0, correction=0), torch.tensor([1.0, 1.0, 0.0]), atol=1e-4, rtol=0)
+    published = codec(4096, standardize=False).encode(torch.tensor([[255] * 16])).latents
+    assert published.view(-1, 3)[0].tolist() == [1.0, -1.0, -1.0]
+
+
+def test_impossible_colors_decode_to_the_nearest_valid_id():
+    model = codec(1000, patch_size=1, image_size=1)
+    latents = torch.randn(1, 64, 3, generator=torch.Generator().manual_seed(0)) * 3
+    table = model.encode(torch.arange(1000).view(1, -1)).latents[0]
+    assert torch.equal(model.to_ids(latents), torch.cdist(latents, table[None]).argmin(-1))
+    assert torch.equal(model.decode(latents).logits.argmax(-1)[0, :5], model.to_ids(latents)[0, :5])
+    assert model.from_symbols(torch.full((1, 1, 3), 255)).item() < 1000
+
+
+def test_raster_patches_hold_runs_of_the_rows():
+    model = codec(4096, layout="raster", image_size=8)
+    ids = torch.arange(64).view(1, 64)
+    assert model.to_patches(ids)[0, 0].tolist() == [0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27]
+    assert torch.equal(model.from_patches(model.to_patches(ids)), ids)
+    with pytest.raises(ValueError, match="32"):
+        model.encode(ids[:, :40])
+
+
+def test_digits_have_cross_entropies_that_see_the_distance():
+    model = codec(4096)
+    ids = torch.randint(0, 4096, (2, 32))
+    latents = model.encode(ids).latents
+    assert model.loss(latents, ids).max() < 0.01
+    assert model.loss(latents + 0.5, ids).min() > 1
+
+
+@pytest.mark.parametrize("name", [n for n in PRESETS if n.startswith("pixel")])
+def test_presets_are_models(name):
+    with torch.device("meta"):
+        model = TokComModel(TokComConfig.from_preset(name))
+    published = {"pixel-b4": 127.68, "pixel-b16": 129.34, "pixel-b32": 134.64, "pixel-l16": 455.73}
+    published |= {"pixel-l32": 462.79, "pixel-h16": 947.28, "pixel-h32": 956.11}
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    assert name not in published or abs(millions / published[name] - 1) < 0.06
+
+
+@pytest.mark.parametrize("digits", ["color", "bits"])
+def test_pixel_model_learns_one_batch_and_writes_it_from_noise(tokenizer, digits):
+    size = len(tokenizer)
+    model = pixel_model(size, digits).train()
+    ids = torch.randint(0, size, (4, 32), generator=torch.Generator().manual_seed(3))
+    prompt, rest = ids[:, :16], ids[:, 16:]
+    optimizer = build_optimizer(model, 3e-3, 1e-2, weight_decay=0.0)
+    schedule = get_scheduler("cosine", optimizer, 20, 400)
+    for _ in range(400):
+        model(ids).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    pipe = TokComPipeline(model.eval(), TokComFlowMatchScheduler.from_model_config(model.config), tokenizer)
+    pipe.set_progress_bar_config(disable=True)
+    context = model.encode(prompt)
+    noise = pipe.prepare_latents(4, 4, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        _, written = pipe._sample(noise, context, pipe._positions_after(context, 4), num_inference_steps=20)
+    assert (written == rest).float().mean() > 0.95
+    assert isinstance(pipe("Squinty", gen_length=20, num_inference_steps=2).texts[0], str)
