@@ -37,7 +37,16 @@ from pipeline_tokcom import TokComPipeline
 from training.config import DataConfig
 from training.data import PackedDataset, load_documents, tokenize_documents
 
-SECTIONS = ("reconstruction", "unconditional", "continuation", "frontier", "brier", "memorisation", "latency")
+SECTIONS = (
+    "reconstruction",
+    "unconditional",
+    "continuation",
+    "frontier",
+    "likelihood",
+    "brier",
+    "memorisation",
+    "latency",
+)
 JUDGE_STEPS = 200  # of the judge that is trained when none is given
 
 
@@ -178,6 +187,8 @@ def _measure_systems(args: argparse.Namespace, study: protocol.Study, pipe, syst
         keep("frontier", protocol.frontier(study, settings, min(args.samples, 500)))
     if "brier" in args.sections:
         keep("brier", protocol.brier(study, systems, 8 * args.samples))
+    if "likelihood" in args.sections:
+        keep("likelihood", protocol.likelihood(study, systems))
     if "memorisation" in args.sections:
         keep("memorisation", protocol.memorisation(study, systems))
     if "latency" in args.sections:

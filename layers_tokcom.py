@@ -215,8 +215,11 @@ class TokComBlock(GradientCheckpointingLayer):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        modulation: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor:
+        """`hidden_states (B, S, D)` in and out; `modulation` is `self.modulation(conditioning)`, if it is known already."""
+
         def attend(inputs: torch.Tensor) -> torch.Tensor:
             return self.self_attn(inputs, position_embeddings, attention_mask, past_key_values, **kwargs)[0]
 
@@ -225,7 +228,8 @@ class TokComBlock(GradientCheckpointingLayer):
             branches.insert(0, (self.attention_norm, attend))
         parts = ()  # scale and shift of every branch, then their gates
         if self.modulation is not None:
-            parts = self.modulation(conditioning).chunk(self.modulation.out_features // hidden_states.shape[-1], -1)
+            modulation = self.modulation(conditioning) if modulation is None else modulation
+            parts = modulation.chunk(self.modulation.out_features // hidden_states.shape[-1], -1)
         for i, (norm, function) in enumerate(branches):
             inputs = norm(hidden_states)
             if parts:

@@ -241,8 +241,12 @@ class TokComModel(TokComPreTrainedModel):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         timestep: float | None = None,
+        known_mask: torch.Tensor | None = None,
     ) -> TokComOutput:
         """Loss of `config.stage` on token ids `(B, T)`; `attention_mask (B, T)` is 0 on padding.
+
+        `known_mask (B, T)` is 1 on tokens that are given, such as a prompt: in the flow stage latents of them only are clean
+        and not predicted, and a share `context_dropout` of the rows does without them.
 
         `timestep` in [0, 1] fixes t in the flow stage, which evaluation uses to measure CE(t); by default it is drawn.
         In eval mode nothing is dropped, every block follows its whole context, and there is no self-conditioning.
@@ -255,8 +259,8 @@ class TokComModel(TokComPreTrainedModel):
         with torch.no_grad():
             clean = self.codec.encode(input_ids, attention_mask)
         if self.token_head is not None:
-            return self._token_loss(clean, input_ids, attention_mask, timestep)
-        prediction, loss_mask, _, _ = self._predict_noised(clean, timestep)
+            return self._token_loss(clean, input_ids, attention_mask, timestep, known_mask)
+        prediction, loss_mask, _, _ = self._predict_noised(clean, timestep, known_mask=known_mask)
         squared_error = (prediction.float() - clean.latents[:, None].float()).square().mean(-1)  # (B, M, N)
         mse = (squared_error * loss_mask[:, None]).sum() / (prediction.shape[1] * loss_mask.sum()).clamp_min(1)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.ce_weight > 0):
@@ -269,10 +273,10 @@ class TokComModel(TokComPreTrainedModel):
             loss=loss, ce_loss=cross_entropy.detach(), mse_loss=mse.detach(), token_losses=tokens.detach()
         )
 
-    def _token_loss(self, clean, input_ids, attention_mask, timestep) -> TokComOutput:
+    def _token_loss(self, clean, input_ids, attention_mask, timestep, known_mask) -> TokComOutput:
         chunks, real = self.codec.symbols(input_ids, attention_mask)  # (B, N, K)
         symbols = self.symbols()
-        states, loss_mask, noisy, t = self._predict_noised(clean, timestep, chunks, symbols)  # (B, M, N, K * E)
+        states, loss_mask, noisy, t = self._predict_noised(clean, timestep, chunks, symbols, known_mask)
         draws = states.shape[1]
         progress = self.token_head.progress(t)  # (B, M * N, K)
         chosen = (real & loss_mask[..., None]).repeat(1, draws, 1) & (progress > -EARLY) & (progress < 1)
@@ -326,6 +330,7 @@ class TokComModel(TokComPreTrainedModel):
         timestep: float | None,
         chunks: torch.Tensor | None = None,
         symbols: TokComSymbols | None = None,
+        known_mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """Noise the latents, M = `noise_draws` times with one time per block, and estimate them again.
 
@@ -345,10 +350,15 @@ class TokComModel(TokComPreTrainedModel):
         dropout = config.context_dropout if self.training else 0.0
         sees_context = torch.rand(batch, device=latents.device) >= dropout
         loss_mask, position_ids = valid, clean.position_ids
+        given = None
+        if known_mask is not None:
+            given = self.codec.to_chunks(known_mask, None)[0].bool().all(-1)  # (B, N)
+            loss_mask = valid & ~given
         if block_size is None:
-            known = self._sample_known(valid) & sees_context[:, None]
-            t, loss_mask = torch.where(known, 1.0, t), valid & ~known
-            attention_mask = valid
+            known = self._sample_known(valid) if given is None else given
+            attention_mask = valid if given is None else valid & ~(given & ~sees_context[:, None])
+            known = known & sees_context[:, None]
+            t, loss_mask = torch.where(known, 1.0, t), loss_mask & ~known
         else:
             attention_mask = block_causal_mask(order, valid, sees_context, draws)
             position_ids = position_ids.repeat(1, 1 + draws, 1)
@@ -396,12 +406,11 @@ class TokComModel(TokComPreTrainedModel):
         """Latents a bidirectional model is shown clean: nothing, a prefix, or all but a gap; `(B, N)`."""
         if not (self.training and self.config.transformer_config.per_latent_timestep):
             return torch.zeros_like(valid)
-        batch, length = valid.shape
-        draws = torch.rand(3, batch, 1, device=valid.device)
-        index = torch.arange(length, device=valid.device)
-        start, end = (draws[:2] * length).long().sort(dim=0).values
-        gap = torch.where(draws[2] < self.config.infill_rate, index > end, False)
-        return valid & ((index < start) | gap)
+        draws = torch.rand(3, len(valid), 1, device=valid.device)
+        rank = valid.cumsum(1) - 1  # among the latents that exist, of which at least one stays unknown
+        start, end = (draws[:2] * valid.sum(1, keepdim=True)).long().sort(dim=0).values
+        gap = torch.where(draws[2] < self.config.infill_rate, rank > end, False)
+        return valid & ((rank < start) | gap)
 
 
 TokComConfig.register_for_auto_class()

@@ -47,7 +47,7 @@ class _Step(NamedTuple):
     """One step of a block, the same for all blocks of its length.
 
     `time (1, Q)` of the latents, `times (B, Q, K)` of their tokens, which are `uncertain`, which are `chosen` to be drawn,
-    all None without a token head; `conditioning (1, Q, ...)` of the network, `gain (1, Q, C)` or a number: velocity per
+    all None without a token head; `modulations (1, Q, ...)` of the network's layers, `gain (1, Q, C)` or a number: velocity per
     difference from the estimate.
     """
 
@@ -55,7 +55,7 @@ class _Step(NamedTuple):
     times: torch.Tensor | None
     uncertain: TokComChoice | None
     chosen: TokComChoice | None
-    conditioning: torch.Tensor
+    modulations: list[torch.Tensor]
     gain: torch.Tensor | float
 
 
@@ -178,8 +178,8 @@ class TokComBlockSampler:
                 # the mean velocity until `next_sigma`: Euler's step is exact for every token
                 now_, then_ = model.channel_times(now), model.channel_times(then)
                 gain = (then_ - now_) / (1 - now_).clamp_min(1e-6) / (sigma - next_sigma)
-            conditioning = model.transformer.condition(now.clamp(0, 1))
-            plan.append(_Step(now, times, uncertain, chosen, conditioning, gain))
+            modulations = model.transformer.modulate(now.clamp(0, 1))
+            plan.append(_Step(now, times, uncertain, chosen, modulations, gain))
         self._plans[length] = plan
         return plan
 
@@ -242,7 +242,7 @@ class _Known:
     def reading(self, step: _Step, chunks) -> dict:
         """What spares `TokComModel.predict` work; `chunks (B, Q, K)` are the ids of the block's tokens that are clean."""
         tokens = {"symbols": self.symbols, "times": step.times, "chunks": chunks, "uncertain": step.uncertain}
-        return tokens | {"conditioning": step.conditioning}
+        return tokens | {"modulations": step.modulations}
 
     def predict(self, x, step: _Step, position_ids, keys, previous, chunks) -> torch.Tensor:
         """What the network predicts, given what is known, for the noisy block `x (B, Q, C)`, which sees `keys`."""

@@ -129,7 +129,7 @@ class TokComTokenHead(nn.Module):
             groups = [(chosen.where, chosen.places)]
         for where, places in groups:
             several = isinstance(places, torch.Tensor)
-            if not len(where) and (results or (places != size - 1 and not several)):
+            if not several and not len(where) and (results or places != size - 1):
                 continue  # but an empty result says the shape if there is no other
             for part in torch.arange(len(where), device=where.device).split(CROSS_ENTROPY_CHUNK):
                 row, place = where[part], places[part] if several else places

@@ -40,10 +40,13 @@ from pipeline_tokcom import TokComPipeline
 from scheduling_tokcom import TokComFlowMatchScheduler
 from training.config import StageConfig, TrainConfig, load_train_config
 from training.data import (
+    DialogueDataset,
     PackedDataset,
     StreamingPackedDataset,
     get_tokenizer,
+    is_dialogue,
     load_documents,
+    tokenize_dialogues,
     tokenize_documents,
 )
 from training.ema import ShardedEMAModel, decay_from_half_life
@@ -78,6 +81,15 @@ def read_data(config: TrainConfig) -> tuple[object, object, PreTrainedTokenizerB
     else:
         name = config.tokenizer or config.init_from or config.codec_from
         tokenizer = get_tokenizer(name, config.tokenizer_vocab_size, train, data.text_column)
+    if is_dialogue(train) != is_dialogue(validation):
+        raise ValueError(
+            "of `data.train` and `data.validation` one holds dialogues and the other texts; give the same kind."
+        )
+    if is_dialogue(train):
+        if data.streaming:
+            raise ValueError("dialogues are not streamed; set data.streaming=false.")
+        pairs = (tokenize_dialogues(d, tokenizer, n) for d, n in ((train, "dialogues"), (validation, "validation")))
+        return *pairs, tokenizer
     validation = tokenize_documents(validation, tokenizer, data.text_column, "validation text")
     if not data.streaming:
         train = tokenize_documents(train, tokenizer, data.text_column, "training text")
@@ -180,13 +192,18 @@ class StageTrainer:
                 f"{longest} tokens; shorten it or raise transformer_config.max_position_embeddings."
             )
         sizes = (options.sequence_length, chunk_size, config.seed)
-        held_out = PackedDataset(validation, *sizes, training=False)
+        if isinstance(train, list):
+            shape = options.sequence_length, model.config.codec_config.length_multiple, self.tokenizer.eos_token_id
+            held_out, self.dataset = DialogueDataset(validation, *shape), DialogueDataset(train, *shape)
+        else:
+            held_out = PackedDataset(validation, *sizes, training=False)
         self.validation_loader = DataLoader(held_out, options.batch_size)
-        if not isinstance(train, np.ndarray):
+        if not isinstance(train, (list, np.ndarray)):
             column, buffer = config.data.text_column, config.data.shuffle_buffer
             self.dataset = StreamingPackedDataset(train, self.tokenizer, column, *sizes, buffer)
             return DataLoader(self.dataset, options.batch_size, drop_last=True, num_workers=config.num_workers)
-        self.dataset = PackedDataset(train, *sizes, training=True)
+        if isinstance(train, np.ndarray):
+            self.dataset = PackedDataset(train, *sizes, training=True)
         wanted = options.batch_size * self.accelerator.num_processes
         if len(self.dataset) < wanted:
             raise ValueError(
@@ -495,6 +512,8 @@ def first_tokens(train, tokenizer: PreTrainedTokenizerBase, text_column: str, co
     """Up to `count` training tokens, from memory or from the head of a stream."""
     if isinstance(train, np.ndarray):
         return train
+    if isinstance(train, list):
+        return np.concatenate([np.asarray([*prompt, *answer]) for prompt, answer in train])[:count]
     rows, total = [], 0
     for row in train:
         rows.append(row)

@@ -116,9 +116,10 @@ class TokComTransformer(TokComPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def condition(self, timestep: torch.Tensor) -> torch.Tensor:
-        """t `(B, S)` -> what modulates the blocks, `(B, S, conditioning_size)`."""
-        return F.silu(self.time_embedding(timestep))
+    def modulate(self, timestep: torch.Tensor) -> list[torch.Tensor]:
+        """t `(B, S)` -> the scales, shifts and gates `(B, S, ...)` of every layer after the context layers."""
+        conditioning = F.silu(self.time_embedding(timestep))
+        return [layer.modulation(conditioning) for layer in self.layers[self.config.num_context_layers :]]
 
     @capture_outputs
     def forward(
@@ -131,7 +132,7 @@ class TokComTransformer(TokComPreTrainedModel):
         past_key_values: Cache | None = None,
         num_context: int = 0,
         features: torch.Tensor | None = None,
-        conditioning: torch.Tensor | None = None,
+        modulations: list[torch.Tensor] | None = None,
         **kwargs,
     ) -> TokComTransformerOutput:
         """
@@ -146,7 +147,7 @@ class TokComTransformer(TokComPreTrainedModel):
             num_context (`int`): the first latents, which are clean and pass the context layers; all others enter after
                 them. Without context layers it makes no difference.
             features (`torch.FloatTensor` of shape `(B, S, feature_size)`, *optional*): read instead of the latents.
-            conditioning (`torch.FloatTensor`, *optional*): what `condition` makes of `timestep`, if it is known already.
+            modulations (`list[torch.FloatTensor]`, *optional*): what `modulate` makes of `timestep`, if it is known already.
 
         Without `head_attention` nothing is estimated for the first `num_context` latents, and the output has no place
         for them.
@@ -169,10 +170,10 @@ class TokComTransformer(TokComPreTrainedModel):
             )
         if not config.head_attention:
             hidden_states, timestep = hidden_states[:, num_context:], timestep[:, num_context:]
-        if conditioning is None:
-            conditioning = self.condition(timestep)
-        for layer in self.layers[config.num_context_layers :]:
-            hidden_states = layer(hidden_states, conditioning, tables, mask, past_key_values, **kwargs)
+        conditioning = F.silu(self.time_embedding(timestep)) if modulations is None else None
+        for i, layer in enumerate(self.layers[config.num_context_layers :]):
+            known = {} if modulations is None else {"modulation": modulations[i]}
+            hidden_states = layer(hidden_states, conditioning, tables, mask, past_key_values, **known, **kwargs)
         return TokComTransformerOutput(latents=self.proj_out(self.norm(hidden_states)))
 
     def _enter(

@@ -19,6 +19,7 @@ from evaluation.flops import training_flops_per_step
 from evaluation.judges import TokenJudge
 from evaluation.metrics import sample_entropy
 from evaluation.protocol import CONTINUATION, PROMPT, at_entropy, held_out_windows, measure_setting
+from evaluation.reconstruction import held_out_nll
 from evaluation.report import table
 from evaluation.samplers import TokComSampler
 from pipeline_tokcom import TokComPipeline
@@ -80,7 +81,8 @@ def measure(checkpoint: Path, judge: TokenJudge, tokens: np.ndarray, **sampling)
     for value in VALUES:
         sampler = TokComSampler(pipe, **{setting: value}, **sampling)
         curve.append(measure_setting(judge, prompts, f"{setting} {value}", sampler, pipe.chunk_size))
-    facts |= {"curve": curve, "plain": curve[0]}
+    own = held_out_nll(pipe.model, held_out_windows(tokens, 512, 48), 32)
+    facts |= {"curve": curve, "plain": curve[0], "held_out_nll": own}
     facts["nll_at_real_entropy"] = at_entropy(curve, facts["real_entropy"])  # None: outside what was measured
     return facts
 
@@ -88,11 +90,21 @@ def measure(checkpoint: Path, judge: TokenJudge, tokens: np.ndarray, **sampling)
 def write_table(work: Path, file: str) -> None:
     """Collect all rows measured so far into a Markdown table."""
     rows = sorted((json.loads(f.read_text()) for f in (work / "rows").glob("*.json")), key=lambda r: r["row"])
-    columns = ["row", "seed", "M tokens", "TFLOP", "seconds", "NLL at real entropy", "NLL", "entropy", "by place"]
+    columns = [
+        "row",
+        "seed",
+        "M tokens",
+        "TFLOP",
+        "seconds",
+        "own NLL",
+        "judge NLL at real entropy",
+        "judge NLL",
+        "entropy",
+    ]
     cells = []
     for row in rows:
         plain, cost = row["plain"], (row["tokens"] / 1e6, row["training_flops"] / 1e12, round(row["seconds"]))
-        quality = row["nll_at_real_entropy"], plain["nll"], plain["entropy"], plain["nll_by_place"]
+        quality = row["held_out_nll"], row["nll_at_real_entropy"], plain["nll"], plain["entropy"]
         cells.append([row["row"], row["seed"], *cost, *quality])
     text = table(columns, cells)
     Path(file).write_text(text)

@@ -5,30 +5,36 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
+@torch.no_grad()
+def token_nll(model, ids: np.ndarray, prompts: np.ndarray | None = None, batch_size: int = 64) -> np.ndarray:
+    """Nats of every token of `ids (B, T)` given the tokens before it, `prompts (B, P)` included, by a causal language
+    model: `(B, T)`.
+
+    Without a prompt the first token has no context and is NaN; take means with `np.nanmean`.
+    """
+    whole = ids if prompts is None else np.concatenate((prompts, ids), axis=1)
+    rows = []
+    for start in range(0, len(whole), batch_size):
+        batch = torch.from_numpy(whole[start : start + batch_size].astype(np.int64)).to(model.device)
+        with torch.autocast(batch.device.type, torch.bfloat16):
+            logits = model(input_ids=batch).logits[:, :-1]
+        losses = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="none"
+        )
+        rows.append(losses.view(len(batch), -1).cpu().numpy())
+    losses = np.pad(np.concatenate(rows), ((0, 0), (1, 0)), constant_values=np.nan)
+    return losses[:, -ids.shape[1] :]
+
+
 class TokenJudge:
     """A causal language model with TokCom's own tokenizer, such as `evaluation.autoregressive` trains."""
 
     def __init__(self, path: str, device: str = "cpu"):
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device).eval()
 
-    @torch.no_grad()
-    def nll(self, ids: np.ndarray, prompts: np.ndarray | None = None, batch_size: int = 64) -> np.ndarray:
-        """Nats of every token of `ids (B, T)` given the tokens before it, `prompts (B, P)` included: `(B, T)`.
-
-        Without a prompt the first token has no context and is NaN; take means with `np.nanmean`.
-        """
-        whole = ids if prompts is None else np.concatenate((prompts, ids), axis=1)
-        rows = []
-        for start in range(0, len(whole), batch_size):
-            batch = torch.from_numpy(whole[start : start + batch_size].astype(np.int64)).to(self.model.device)
-            with torch.autocast(batch.device.type, torch.bfloat16):
-                logits = self.model(input_ids=batch).logits[:, :-1]
-            losses = torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="none"
-            )
-            rows.append(losses.view(len(batch), -1).cpu().numpy())
-        losses = np.pad(np.concatenate(rows), ((0, 0), (1, 0)), constant_values=np.nan)
-        return losses[:, -ids.shape[1] :]
+    def nll(self, ids: np.ndarray, prompts: np.ndarray | None = None) -> np.ndarray:
+        """`token_nll` of the judge."""
+        return token_nll(self.model, ids, prompts)
 
 
 class TextJudge:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from evaluation.judges import TextJudge, TokenJudge
+from evaluation.judges import TextJudge, TokenJudge, token_nll
 from evaluation.metrics import (
     TrainingNgrams,
     bootstrap_interval,
@@ -21,6 +21,8 @@ from evaluation.metrics import (
     sample_entropy,
     self_bleu,
 )
+from evaluation.reconstruction import held_out_nll
+from evaluation.samplers import TokComSampler
 
 PROMPT, CONTINUATION, BRIER_PROMPT = 32, 64, 32
 
@@ -202,6 +204,19 @@ def brier(study: Study, systems: dict, count: int) -> dict:
     for name, sampler in systems.items():
         first, second = (sampler.sample(prompts, 4, seed) for seed in (101, 102))
         results[name] = brier_lm(first, second, real) | {"prompts": len(prompts)}
+    return results
+
+
+def likelihood(study: Study, systems: dict, windows: int = 48, length: int = 512, skipped: int = 32) -> dict:
+    """Nats per token of held-out text under each system's own probabilities, of `windows` windows without their first
+    `skipped` tokens. None for a TokCom model that decides several tokens in one step, whose likelihood is not known."""
+    ids, results = study.windows(length, windows), {}
+    for name, sampler in systems.items():
+        if isinstance(sampler, TokComSampler):
+            nll = held_out_nll(sampler.pipe.model, ids, skipped)
+        else:
+            nll = float(token_nll(sampler.model, ids, batch_size=8)[:, skipped:].mean())
+        results[name] = {"own_nll": nll}
     return results
 
 

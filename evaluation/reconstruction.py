@@ -50,11 +50,30 @@ def token_losses_at(model, ids: torch.Tensor, t: float) -> torch.Tensor:
     before it, so that t = 0 is an autoregressive likelihood.
     """
     head = model.token_head
+    half = torch.autocast(ids.device.type, torch.bfloat16)
     if head is None:
-        return model(ids, timestep=t).token_losses
+        with half:
+            return model(ids, timestep=t).token_losses
     times = [(t + head.stagger * k) / (1 + head.stagger * (head.num_symbols - 1)) for k in range(head.num_symbols)]
-    losses = [model(ids, timestep=time).token_losses[..., k] for k, time in enumerate(times)]
+    with half:
+        losses = [model(ids, timestep=time).token_losses[..., k] for k, time in enumerate(times)]
     return torch.stack(losses, dim=-1)
+
+
+@torch.no_grad()
+def held_out_nll(model, windows: np.ndarray, skipped: int) -> float | None:
+    """Nats per token of `windows (B, T)` of text, without their first `skipped` tokens.
+
+    Exact where every token is decided on its own, as with `token_stagger=1` and blocks of one latent; else None.
+    """
+    head, block_size = model.token_head, model.config.transformer_config.block_size
+    turns = head is not None and (head.stagger == 1 or head.num_symbols == 1)
+    if not turns or block_size != 1:
+        return None
+    torch.manual_seed(0)
+    ids = torch.from_numpy(windows.astype(np.int64)).to(model.device)
+    losses = [token_losses_at(model, part, 0.0)[:, skipped // head.num_symbols :] for part in ids.split(8)]
+    return torch.cat(losses).mean().item()
 
 
 @torch.no_grad()

@@ -42,6 +42,7 @@ def markdown(results: dict) -> str:
             parts += [f"## {title}\n", table(["", *columns], rows)]
     for name, title in (
         ("frontier", "Conditional NLL at the entropy of real text"),
+        ("likelihood", "Held-out text under the systems' own probabilities"),
         ("brier", "BrierLM"),
         ("memorisation", "Memorisation"),
         ("latency", "Latency"),

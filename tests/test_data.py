@@ -7,11 +7,16 @@ import torch
 from tests.conftest import ROOT
 from training.config import DataConfig
 from training.data import (
+    DialogueDataset,
     PackedDataset,
     StreamingPackedDataset,
+    is_dialogue,
     load_documents,
+    messages_of,
+    tokenize_dialogues,
     tokenize_document,
     tokenize_documents,
+    tokenize_prompt,
     train_tokenizer,
 )
 
@@ -129,3 +134,54 @@ def test_stream_gives_full_windows_of_the_same_tokens():
     total = sum(len(tokenize_document(tokenizer, r["text"])) for r in load_documents(path, DataConfig(), "train"))
     assert total - 128 <= sum(len(r["input_ids"]) for r in rows) <= total
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(rows, stream))
+
+
+FORMS = [
+    {"prompt": "What is a pig?", "answer": "An animal."},
+    {"messages": [{"role": "user", "content": "What is a pig?"}, {"role": "assistant", "content": "An animal."}]},
+    {"conversations": [{"from": "human", "value": "What is a pig?"}, {"from": "gpt", "value": "An animal."}]},
+]
+
+
+@pytest.mark.parametrize("record", FORMS, ids=["prompt", "messages", "conversations"])
+def test_dialogues_of_any_form_become_a_prompt_and_an_answer(tmp_path, tokenizer, record):
+    (tmp_path / "d.jsonl").write_text((json.dumps(record) + "\n") * 3)
+    documents = load_documents(str(tmp_path / "d.jsonl"), DataConfig(train="x"), "train")
+    assert is_dialogue(documents) and len(documents) == 3
+    prompt, answer = tokenize_dialogues(documents, tokenizer, "dialogues")[0]
+    assert tokenizer.decode(prompt) == "What is a pig?"
+    assert answer[-1] == tokenizer.eos_token_id and tokenizer.decode(answer[:-1]) == "An animal."
+    window = DialogueDataset([(prompt, answer)], 64, 4, tokenizer.eos_token_id)[0]
+    start = int(window["known_mask"].sum())
+    assert start % 4 == 0 and window["attention_mask"].sum() == 64 - (start - len(prompt))
+    assert window["input_ids"][start - len(prompt) : start].tolist() == prompt
+    assert window["input_ids"][start : start + len(answer)].tolist() == answer
+    assert (window["input_ids"][start + len(answer) :] == tokenizer.eos_token_id).all()
+
+
+def test_chat_templates_shape_the_prompt(tokenizer):
+    import copy
+
+    templated = copy.deepcopy(tokenizer)
+    templated.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+    ids = tokenize_prompt(templated, messages_of(FORMS[0])[:-1])
+    assert tokenizer.decode(ids) == "<user>What is a pig?<assistant>"
+
+
+def test_long_dialogues_keep_the_end_of_the_prompt_and_the_beginning_of_the_answer():
+    window = DialogueDataset([(list(range(100)), list(range(100, 200)))], 32, 8, 999)[0]
+    assert window["input_ids"].tolist() == [*range(76, 100), *range(100, 108)]
+    with pytest.raises(ValueError, match=r"`sequence_length` \(8\)"):
+        DialogueDataset([], 8, 8, 999)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": [{"role": "user", "content": "Hi"}]},
+        {"messages": [{"role": "robot", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]},
+    ],
+)
+def test_dialogues_without_an_answer_or_with_unknown_roles_are_named(record):
+    with pytest.raises(ValueError, match="Hi"):
+        messages_of(record)

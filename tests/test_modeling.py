@@ -62,7 +62,7 @@ def fix_noise(model):
 
     order = modeling_tokcom.generation_order
 
-    def predict(clean, timestep, *features):
+    def predict(clean, timestep, *features, **known):
         torch.manual_seed(0)
         noise = torch.randn(1, 64, clean.latents.shape[-1])[:, : clean.latents.shape[1]]
         with pytest.MonkeyPatch.context() as patch:
@@ -70,7 +70,7 @@ def fix_noise(model):
             patch.setattr(
                 modeling_tokcom, "generation_order", lambda v, q, r: order(v, q, r) if q is None else blocks(v, q)
             )
-            return TokComModel._predict_noised(model, clean, timestep, *features)
+            return TokComModel._predict_noised(model, clean, timestep, *features, **known)
 
     def blocks(valid, size):
         return (torch.arange(valid.shape[1]) // size).expand(len(valid), -1)

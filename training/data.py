@@ -16,6 +16,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from training.config import DataConfig
 
+DIALOGUES = ("prompt", "messages", "conversations")  # fields that make a record a dialogue
+ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 EOS_TOKEN = "</s>"
 
@@ -37,9 +39,10 @@ def _local_files(source: str) -> tuple[str, list[str]] | None:
 
 
 def load_documents(source: str | list[str], config: DataConfig, split: str) -> Iterable[str]:
-    """Documents of one or several sources as an iterable of strings that can be iterated again.
+    """Records of one or several sources as an iterable that can be iterated again: with field `config.text_column`, or if
+    there is none with those of a dialogue: `prompt` and `answer`, `messages`, or `conversations`.
 
-    Raises `ValueError` when a record lacks `config.text_column` and when there is no document.
+    Raises `ValueError` when a source has neither and when there is no document.
     """
     parts = []
     for item in [source] if isinstance(source, str) else source:
@@ -56,16 +59,20 @@ def load_documents(source: str | list[str], config: DataConfig, split: str) -> I
     documents = []
     for item, part in zip([source] if isinstance(source, str) else source, parts):
         columns = part.column_names or list(next(iter(part), {}))
+        wanted = [config.text_column]
         if columns and config.text_column not in columns:
-            raise ValueError(
-                f"records of {item} have no field {config.text_column!r} (fields: {', '.join(columns)}); "
-                "set `data.text_column` to one of them."
-            )
-        documents.append(part.select_columns([config.text_column]))
+            wanted = [name for name in (*DIALOGUES, "answer") if name in columns]
+            if not wanted or ("prompt" in wanted) != ("answer" in wanted):
+                raise ValueError(
+                    f"records of {item} have no field {config.text_column!r} (fields: {', '.join(columns)}); set "
+                    "`data.text_column` to one of them, or give dialogues: `prompt` and `answer`, `messages`, `conversations`."
+                )
+        documents.append(part.select_columns(wanted))
     if config.streaming:
         return datasets.concatenate_datasets(documents)
     joined = datasets.concatenate_datasets(documents)
-    if len(joined) == 0 or not any(str(row or "").strip() for row in joined[config.text_column]):
+    first = joined.column_names[0] if joined.column_names else None
+    if len(joined) == 0 or not any(str(row or "").strip() for row in joined[first]):
         raise ValueError(f"no text in {source}: the dataset is empty; check the path and `data.text_column`.")
     return joined
 
@@ -95,7 +102,10 @@ def get_tokenizer(
             raise ValueError(f"tokenizer {name!r} has no EOS token, which ends a document; choose one that has.")
         return tokenizer
     texts = (
-        str(row[text_column]) for row in tqdm(documents, desc="training tokenizer", unit="doc") if row[text_column]
+        text
+        for row in tqdm(documents, desc="training tokenizer", unit="doc")
+        for text in ([row[text_column]] if text_column in row else [turn["content"] for turn in messages_of(row)])
+        if isinstance(text, str)
     )
     tokenizer = train_tokenizer(texts, vocab_size)
     if len(tokenizer) > vocab_size:
@@ -131,6 +141,83 @@ def tokenize_documents(
     rows = tqdm(documents, desc=f"tokenizing {desc}", unit="doc")
     pieces = [np.asarray(ids, dtype=np.int32) for ids in tokenize_rows(rows, tokenizer, text_column)]
     return np.concatenate(pieces)
+
+
+def is_dialogue(documents) -> bool:
+    """Whether records are dialogues, not texts."""
+    return bool(set(DIALOGUES) & set(documents.column_names or next(iter(documents), {})))
+
+
+def messages_of(record: dict) -> list[dict[str, str]]:
+    """`[{"role", "content"}, ...]` of a record of any of the three forms; `ValueError` if it does not end with an answer."""
+    if record.get("prompt") is not None:
+        return [{"role": "user", "content": record["prompt"]}, {"role": "assistant", "content": record["answer"]}]
+    turns = record.get("messages") or record.get("conversations") or []
+    try:
+        pairs = [
+            (turn["role"], turn["content"]) if "role" in turn else (turn["from"], turn["value"]) for turn in turns
+        ]
+        messages = [{"role": ROLES[role], "content": text} for role, text in pairs]
+    except KeyError as error:
+        raise ValueError(
+            f"a turn of {turns!r} has no or an unknown {error}; known roles are {sorted(ROLES)}."
+        ) from error
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise ValueError(f"the dialogue {turns!r} must end with an answer of the assistant to something.")
+    return messages
+
+
+def tokenize_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
+    """Ids of the turns before an answer: by the tokenizer's chat template, or if it has none their texts, line by line."""
+    if tokenizer.chat_template:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    text = "\n".join(message["content"] for message in messages)
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def tokenize_dialogues(documents: Iterable[dict], tokenizer: PreTrainedTokenizerBase, desc: str) -> list[tuple]:
+    """Ids of the prompt and of the last answer, which EOS ends, of every record."""
+    pairs = []
+    for record in tqdm(documents, desc=f"tokenizing {desc}", unit="doc"):
+        *before, answer = messages_of(record)
+        ids = tokenizer(answer["content"], add_special_tokens=False, verbose=False)["input_ids"]
+        pairs.append((tokenize_prompt(tokenizer, before), [*ids, tokenizer.eos_token_id]))
+    return pairs
+
+
+class DialogueDataset(torch.utils.data.Dataset):
+    """One prompt and its answer per window; `known_mask` is 1 on the prompt, which is given clean and not predicted.
+
+    The prompt is padded on its left to a multiple of `multiple` tokens, as the pipeline does; what is left after the
+    answer is EOS, which is predicted too. A long prompt loses its beginning, a long answer its end.
+    """
+
+    def __init__(self, pairs: list[tuple], sequence_length: int, multiple: int, eos_token_id: int):
+        if sequence_length < 2 * multiple or sequence_length % multiple:
+            raise ValueError(
+                f"`sequence_length` ({sequence_length}) must be a multiple of {multiple} tokens and hold a prompt and an "
+                f"answer; use at least {2 * multiple}."
+            )
+        self.pairs, self.length, self.multiple, self.eos_token_id = pairs, sequence_length, multiple, eos_token_id
+
+    def set_epoch(self, epoch: int) -> None:
+        """Windows are the same in every epoch."""
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        prompt, answer = self.pairs[index]
+        prompt = prompt[-(self.length - self.multiple) :]
+        start = -(-max(1, len(prompt)) // self.multiple) * self.multiple
+        answer = answer[: self.length - start]
+        input_ids = torch.full((self.length,), self.eos_token_id)
+        attention_mask, known_mask = torch.ones_like(input_ids), torch.zeros_like(input_ids)
+        input_ids[start - len(prompt) : start] = torch.tensor(prompt, dtype=torch.long)
+        input_ids[start : start + len(answer)] = torch.tensor(answer, dtype=torch.long)
+        attention_mask[: start - len(prompt)] = 0
+        known_mask[:start] = 1
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "known_mask": known_mask}
 
 
 class PackedDataset(torch.utils.data.Dataset):

@@ -1,0 +1,277 @@
+"""Vector quantisers: continuous latents <-> codes.
+
+Notable choices: codebooks are buffers that follow moving averages, never parameters, so no optimizer touches them; the
+gradient passes straight through; codes that nobody uses are replaced by inputs; all processes compute the same codebook
+from summed statistics. `FiniteScalarQuantizer` needs no codebook and cannot collapse. `kmeans` builds a codebook from
+finished latents. This file is remote code and imports torch only, which is why no quantisation library is used here.
+
+Shape legend: M vectors, C channels, S codes, R residual levels.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as distributed
+import torch.nn.functional as F
+from torch import nn
+from transformers.utils import ModelOutput
+
+DISTANCE_ROWS = 8192  # rows of distances to all codes that exist at once
+SAMPLE_PER_CENTRE = 16  # vectors per centre among which k-means looks for its first centres
+
+
+@dataclass
+class TokComQuantizerOutput(ModelOutput):
+    """What every quantiser returns.
+
+    Args:
+        latents (`torch.FloatTensor` of shape `(..., C)`): quantised latents; their gradient is that of the input.
+        codes (`torch.LongTensor` of shape `(..., R)`): ids of the codes.
+        loss (`torch.FloatTensor`): scalar commitment loss, 0 where there is none.
+    """
+
+    latents: torch.FloatTensor | None = None
+    codes: torch.LongTensor | None = None
+    loss: torch.FloatTensor | None = None
+
+
+def nearest_codes(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """The nearest row of `codebook (S, C)` to each of `vectors (M, C)` by Euclidean distance: ids `(M,)`."""
+    return torch.cat([torch.cdist(part, codebook).argmin(-1) for part in vectors.split(DISTANCE_ROWS)])
+
+
+def code_statistics(codes: torch.Tensor, size: int) -> dict[str, float]:
+    """How `codes (...)` use a codebook of `size`: share used, entropy in bits, perplexity, number of dead codes."""
+    counts = torch.bincount(codes.flatten(), minlength=size).double()
+    shares = counts / counts.sum().clamp_min(1)
+    entropy = -(shares * shares.clamp_min(1e-12).log2()).sum().item()
+    used = int((counts > 0).sum())
+    return {"usage": used / size, "entropy_bits": entropy, "perplexity": 2**entropy, "dead_codes": size - used}
+
+
+def _sum_over_processes(*tensors: torch.Tensor) -> None:
+    if distributed.is_available() and distributed.is_initialized():
+        for tensor in tensors:
+            distributed.all_reduce(tensor)
+
+
+def _draw_rows(vectors: torch.Tensor, count: int) -> torch.Tensor:
+    """`count` random rows of `vectors (M, C)`, the same in all processes: those of the first one."""
+    rows = vectors[torch.randint(len(vectors), (count,), device=vectors.device)]
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.broadcast(rows, 0)
+    return rows
+
+
+class VectorQuantizer(nn.Module):
+    """One codebook `(S, C)` that follows exponential moving averages of its inputs (VQ-VAE, van den Oord et al. 2017).
+
+    Args:
+        num_codes (`int`), channels (`int`): S and C.
+        decay (`float`): of the moving averages, per training step.
+        commitment_weight (`float`): of the loss that draws inputs to their codes.
+        dead_threshold (`float`): a code whose average count per step falls below is replaced by a random input.
+    """
+
+    def __init__(
+        self,
+        num_codes: int,
+        channels: int,
+        decay: float = 0.99,
+        commitment_weight: float = 0.25,
+        dead_threshold: float = 0.01,
+    ):
+        super().__init__()
+        if num_codes < 2 or not 0 < decay < 1:
+            raise ValueError(f"`num_codes` ({num_codes}) must be at least 2 and `decay` ({decay}) in (0, 1).")
+        self.decay, self.commitment_weight, self.dead_threshold = decay, commitment_weight, dead_threshold
+        self.codebook = nn.Buffer(torch.randn(num_codes, channels))
+        self.counts = nn.Buffer(torch.zeros(num_codes))  # moving average of how often each code is used; 0 at first
+        self.sums = nn.Buffer(torch.zeros(num_codes, channels))
+
+    @property
+    def num_codes(self) -> int:
+        return len(self.codebook)
+
+    def forward(self, latents: torch.Tensor) -> TokComQuantizerOutput:
+        """Quantise `latents (..., C)`; in training mode the codebook moves first."""
+        flat = latents.detach().float().flatten(0, -2)
+        if self.training:
+            self._update(flat)
+        codes = nearest_codes(flat, self.codebook)
+        quantised = self.codebook[codes].view(latents.shape).to(latents.dtype)
+        loss = self.commitment_weight * F.mse_loss(latents.float(), quantised.float())
+        return TokComQuantizerOutput(
+            latents + (quantised - latents).detach(), codes.view(*latents.shape[:-1], 1), loss
+        )
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes `(..., 1)` -> latents `(..., C)`."""
+        return self.codebook[codes[..., 0]]
+
+    @torch.no_grad()
+    def _update(self, flat: torch.Tensor) -> None:
+        """Move every used code towards the mean of its inputs; give unused ones a new place among the inputs."""
+        if not bool(self.counts.any()):
+            self.codebook.copy_(_draw_rows(flat, self.num_codes))
+        codes = nearest_codes(flat, self.codebook)
+        counts = torch.bincount(codes, minlength=self.num_codes).float()
+        sums = torch.zeros_like(self.sums).index_add_(0, codes, flat)
+        _sum_over_processes(counts, sums)
+        first = not bool(self.counts.any())
+        decay = 0.0 if first else self.decay
+        self.counts.mul_(decay).add_(counts, alpha=1 - decay)
+        self.sums.mul_(decay).add_(sums, alpha=1 - decay)
+        alive = self.counts > max(self.dead_threshold, 1e-6)
+        means = self.sums / self.counts.clamp_min(1e-6)[:, None]
+        self.codebook.copy_(torch.where(alive[:, None], means, _draw_rows(flat, self.num_codes)))
+        # a new code starts with the average use of all, so that it is not replaced again at once
+        average = self.counts.mean().clamp_min(1e-6)
+        self.counts.copy_(torch.where(alive, self.counts, average))
+        self.sums.copy_(torch.where(alive[:, None], self.sums, self.codebook * average))
+
+
+class ResidualQuantizer(nn.Module):
+    """R codebooks, each of which quantises what the ones before it left over (RQ-VAE, Lee et al. 2022)."""
+
+    def __init__(self, num_codes: int, channels: int, num_levels: int, **options):
+        super().__init__()
+        self.levels = nn.ModuleList(VectorQuantizer(num_codes, channels, **options) for _ in range(num_levels))
+
+    @property
+    def num_codes(self) -> int:
+        return self.levels[0].num_codes
+
+    def forward(self, latents: torch.Tensor) -> TokComQuantizerOutput:
+        """Quantise `latents (..., C)`; codes are `(..., R)`."""
+        left, total, codes, loss = latents, torch.zeros_like(latents), [], 0.0
+        for level in self.levels:
+            output = level(left)
+            found = level.decode(output.codes).to(latents.dtype)
+            total, left = total + found, left - found
+            codes.append(output.codes)
+            loss = loss + output.loss
+        return TokComQuantizerOutput(latents + (total - latents).detach(), torch.cat(codes, dim=-1), loss)
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes `(..., R)` -> latents `(..., C)`."""
+        return sum(level.decode(codes[..., i : i + 1]) for i, level in enumerate(self.levels))
+
+
+class FiniteScalarQuantizer(nn.Module):
+    """Every channel is rounded to one of a few levels; a code is the number that the channels' digits make (FSQ, Mentzer
+    et al. 2023). No codebook, no auxiliary loss, no dead codes by construction.
+
+    Args:
+        levels (`tuple[int, ...]`): levels of each channel, each at least 2; S is their product.
+    """
+
+    def __init__(self, levels: tuple[int, ...]):
+        super().__init__()
+        if not levels or min(levels) < 2:
+            raise ValueError(f"`levels` ({levels}) must be at least 2 for every channel.")
+        self.levels = tuple(levels)
+
+    @property
+    def num_codes(self) -> int:
+        return int(torch.tensor(self.levels).prod())
+
+    def _shape(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        levels = torch.tensor(self.levels, device=like.device)
+        places = torch.cat((levels.new_ones(1), levels[:-1].cumprod(0)))
+        return levels, places
+
+    def forward(self, latents: torch.Tensor) -> TokComQuantizerOutput:
+        """Quantise `latents (..., C)` to levels between -1 and 1; codes are `(..., 1)`."""
+        levels, places = self._shape(latents)
+        position = (torch.tanh(latents.float()) + 1) / 2 * (levels - 1)  # 0 .. levels - 1
+        digits = position.detach().round()
+        rounded = position + (digits - position).detach()
+        codes = (digits.long() * places).sum(-1, keepdim=True)
+        return TokComQuantizerOutput((rounded / (levels - 1) * 2 - 1).to(latents.dtype), codes, latents.new_zeros(()))
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes `(..., 1)` -> latents `(..., C)`."""
+        levels, places = self._shape(codes)
+        digits = codes // places % levels
+        return digits / (levels - 1) * 2 - 1
+
+
+@torch.no_grad()
+def kmeans(
+    batches: Iterable[torch.Tensor],
+    num_codes: int,
+    iterations: int = 20,
+    metric: str = "euclidean",
+    weights: Iterable[torch.Tensor] | None = None,
+    seed: int = 0,
+) -> torch.Tensor:
+    """Lloyd's algorithm over vectors that need not fit into memory together.
+
+    Args:
+        batches: tensors `(M, C)`; it is iterated once per iteration, so give a list or another re-iterable.
+        metric (`str`): `"euclidean"`, or `"cosine"`, which works on normalised vectors and gives normalised centres.
+        weights: how often each vector counts, tensors `(M,)` in the same order.
+
+    A centre without vectors is put on the vector that is farthest from its own centre. Returns `(num_codes, C)`; raises
+    `ValueError` when there are fewer vectors than centres.
+    """
+    if metric not in ("euclidean", "cosine"):
+        raise ValueError(f"`metric` ({metric!r}) must be 'euclidean' or 'cosine'.")
+
+    def read():
+        given = iter(weights) if weights is not None else None
+        for batch in batches:
+            batch = F.normalize(batch.float(), dim=-1) if metric == "cosine" else batch.float()
+            yield batch, torch.ones(len(batch), device=batch.device) if given is None else next(given).float()
+
+    centres = _first_centres(read(), num_codes, torch.Generator().manual_seed(seed))
+    for _ in range(iterations):
+        sums, counts, worst = torch.zeros_like(centres), centres.new_zeros(num_codes), []
+        for batch, weight in read():
+            distances = torch.cat([torch.cdist(part, centres).min(-1).values for part in batch.split(DISTANCE_ROWS)])
+            codes = nearest_codes(batch, centres)
+            counts.index_add_(0, codes, weight)
+            sums.index_add_(0, codes, batch * weight[:, None])
+            far = distances.topk(min(num_codes, len(batch)))
+            worst.append((far.values, batch[far.indices]))
+        empty = (counts == 0).nonzero()[:, 0]
+        centres = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1e-12)[:, None], centres)
+        if len(empty):
+            values, rows = (torch.cat(x) for x in zip(*worst))
+            order = values.argsort(descending=True)[: len(empty)]
+            centres[empty[: len(order)]] = rows[order]
+        if metric == "cosine":
+            centres = F.normalize(centres, dim=-1)
+    return centres
+
+
+def _first_centres(batches: Iterable[tuple[torch.Tensor, torch.Tensor]], count: int, generator) -> torch.Tensor:
+    """`count` vectors far from each other: k-means++ (Arthur and Vassilvitskii 2007) on a random sample of all batches."""
+    keys, rows = torch.zeros(0), None
+    for batch, _ in batches:  # reservoir sampling by random keys
+        keys = torch.cat((keys, torch.rand(len(batch), generator=generator)))
+        rows = batch if rows is None else torch.cat((rows, batch))
+        best = keys.topk(min(SAMPLE_PER_CENTRE * count, len(keys))).indices
+        keys, rows = keys[best], rows[best.to(rows.device)]
+    if rows is None or len(rows) < count:
+        raise ValueError(f"{0 if rows is None else len(rows)} vectors cannot give {count} centres; lower `num_codes`.")
+    chosen, distances = [0], (rows - rows[0]).square().sum(-1)
+    for draw in torch.rand(count - 1, generator=generator).tolist():
+        edges = distances.double().cumsum(0)
+        index = int(torch.searchsorted(edges, edges[-1] * draw, right=True).clamp_max(len(rows) - 1))
+        chosen.append(index)
+        distances = torch.minimum(distances, (rows - rows[index]).square().sum(-1))
+    return rows[chosen]
+
+
+__all__ = [
+    "VectorQuantizer",
+    "ResidualQuantizer",
+    "FiniteScalarQuantizer",
+    "TokComQuantizerOutput",
+    "kmeans",
+    "nearest_codes",
+    "code_statistics",
+]
