@@ -354,7 +354,8 @@ class TokComConfig(PreTrainedConfig):
             is computed on the first.
         context_dropout (`float`): share of training rows that lose their context, for classifier-free guidance.
         infill_rate (`float`): share of training rows with a gap that is generated after what follows it.
-        num_inference_steps (`int`): steps per block that the pipeline takes if the caller names no other number.
+        num_inference_steps (`int`), sampling_temperature (`float`), sampling_top_p (`float`): what the pipeline samples with
+            if the caller names no other: steps per block, and how token probabilities are sharpened.
     """
 
     model_type = "tokcom"
@@ -377,6 +378,8 @@ class TokComConfig(PreTrainedConfig):
     context_dropout: float | int = 0.1
     infill_rate: float | int = 0.1
     num_inference_steps: int = 16
+    sampling_temperature: float | int = 1.0
+    sampling_top_p: float | int = 1.0
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
@@ -546,7 +549,9 @@ PRESETS: dict[str, dict[str, Any]] = {
             **dict(self_conditioning=False),
         },
         **dict(prediction_type="tokens", token_stagger=1.0, token_shift=10.0, noise_draws=4),
-        **dict(token_embedding_size=320, timestep_sampling="uniform", num_inference_steps=4),
+        **dict(
+            token_embedding_size=320, timestep_sampling="uniform", num_inference_steps=4, sampling_temperature=0.85
+        ),
     },
     "tiny": {
         "codec_config": {
@@ -561,7 +566,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             **dict(self_conditioning=False),
         },
         **dict(prediction_type="tokens", token_stagger=1.0, token_shift=10.0, noise_draws=4),
-        **dict(timestep_sampling="uniform", num_inference_steps=4),
+        **dict(timestep_sampling="uniform", num_inference_steps=4, sampling_temperature=0.85),
     },
     "pixel-tiny": _pixels(256, 6, 4, 4, 32, 16, vocabulary=4096),
     "pixel-b4": _pixels(768, 12, 12, 4, 64, 16),

@@ -313,9 +313,13 @@ class TokComPipeline(DiffusionPipeline):
         if bar is not None:
             bar.close()
 
-    def _sampler(self, num_inference_steps: int | None = None, **sampling) -> TokComBlockSampler:
-        steps = self.model.config.num_inference_steps if num_inference_steps is None else num_inference_steps
-        return TokComBlockSampler(self.model, self.scheduler, steps, **sampling)
+    def _sampler(self, **sampling) -> TokComBlockSampler:
+        """A sampler with these settings; those that are None or missing are the model's own."""
+        config = self.model.config
+        own = {"temperature": config.sampling_temperature, "top_p": config.sampling_top_p}
+        own["num_inference_steps"] = config.num_inference_steps
+        sampling = own | {name: value for name, value in sampling.items() if value is not None}
+        return TokComBlockSampler(self.model, self.scheduler, **sampling)
 
     def encode_prompt(self, prompt: list[str]) -> tuple[TokComCodecOutput, list[list[int]]]:
         """Prompts -> clean context latents and the prompts' ids.
@@ -338,8 +342,8 @@ class TokComPipeline(DiffusionPipeline):
         gen_length: int = 256,
         num_inference_steps: int | None = None,
         guidance_scale: float = 1.0,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
+        temperature: float | None = None,
+        top_p: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         output_type: str = "text",
@@ -356,7 +360,7 @@ class TokComPipeline(DiffusionPipeline):
             num_inference_steps: denoising steps per block; by default `config.num_inference_steps`.
             guidance_scale: 1 is off; above 1 strengthens the influence of the prompt at twice the cost.
             temperature, top_p: of the token probabilities, for models with `prediction_type="tokens"`; below 1 is safer
-                text.
+                text. By default those of the model's config.
             generator: `torch.Generator` or one per prompt, for reproducible samples.
             latents: initial noise of shape `(B, ceil(gen_length / K), C)`.
             output_type: `"text"`, `"seq"` (ids only) or `"latent"`.
@@ -443,8 +447,8 @@ class TokComPipeline(DiffusionPipeline):
         gen_length: int = 256,
         num_inference_steps: int | None = None,
         guidance_scale: float = 1.0,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
+        temperature: float | None = None,
+        top_p: float | None = None,
         generator: torch.Generator | None = None,
     ) -> Iterator[str]:
         """Continue one prompt and yield pieces of text as blocks are finished; joined, they are `__call__`'s text.
@@ -511,8 +515,8 @@ class TokComPipeline(DiffusionPipeline):
         num_chunks: int = 256,
         batch_size: int = 1,
         num_inference_steps: int | None = None,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
+        temperature: float | None = None,
+        top_p: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         output_type: str = "text",
@@ -581,7 +585,7 @@ class TokComPipeline(DiffusionPipeline):
             return self.decode(encoded.latents, encoded.attention_mask)
         latents = encoded.latents.float()
         noise = self.prepare_latents(latents.shape[0], latents.shape[1], generator)
-        sampler = self._sampler(num_inference_steps)
+        sampler = self._sampler(num_inference_steps=num_inference_steps)
         result, _ = self._sample(
             sampler.add_noise(latents, noise, noise_level),
             valid=encoded.attention_mask.unflatten(1, (-1, self.chunk_size)).any(-1),
@@ -599,8 +603,8 @@ class TokComPipeline(DiffusionPipeline):
         gap_length: int = 16,
         num_inference_steps: int | None = None,
         guidance_scale: float = 1.0,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
+        temperature: float | None = None,
+        top_p: float | None = None,
         generator: torch.Generator | None = None,
     ) -> TokComPipelineOutput:
         """Fill every gap `____` in `text` with `gap_length` tokens that see what stands before and after it.

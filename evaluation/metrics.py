@@ -78,16 +78,13 @@ class TrainingNgrams:
         return float(seen[:, on_grid].mean()), float(seen[:, ~on_grid].mean()) if size > 1 else float("nan")
 
     def longest(self, ids: np.ndarray) -> int:
-        """Length of the longest n-gram of any sample that occurs in the training text."""
-        alive, n = np.ones(ids.shape, bool), 0
-        while alive.any() and n < ids.shape[1]:
-            n += 1
-            alive = alive[:, : ids.shape[1] - n + 1]
-            rows = np.nonzero(alive.any(1))[0]
-            found = np.zeros_like(alive)
-            found[rows] = np.isin(ngram_keys(ids[rows], n), ngram_keys(self.tokens, n)) & alive[rows]
-            alive = found
-        return n if alive.any() else n - 1
+        """Length of the longest n-gram of any sample that occurs in the training text, by bisection: its parts occur too."""
+        low, high = 0, min(ids.shape[1], len(self.tokens))
+        while low < high:
+            n = (low + high + 1) // 2
+            found = np.isin(ngram_keys(ids, n), ngram_keys(self.tokens, n)).any()
+            low, high = (n, high) if found else (low, n - 1)
+        return low
 
 
 def brier_lm(first: np.ndarray, second: np.ndarray, real: np.ndarray) -> dict[str, float]:
