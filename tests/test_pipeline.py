@@ -402,3 +402,10 @@ def test_temperature_needs_token_probabilities(build):
     for name, bad in (("temperature", 0.0), ("top_p", 0.0), ("top_p", 1.5)):
         with pytest.raises(ValueError, match=name):
             tokens.generate(1, **{name: bad})
+
+
+def test_settings_that_the_caller_does_not_name_are_the_models_own(build):
+    own = {"sampling_temperature": 0.7, "sampling_top_p": 0.9, "num_inference_steps": 3}
+    pipe = build(prediction_type="tokens", codec_config={"encoder_type": "token"}, **own)
+    found = pipe._sampler(temperature=None, top_p=0.5)
+    assert (found.temperature, found.top_p, found.num_inference_steps) == (0.7, 0.5, 3)
