@@ -54,13 +54,14 @@ class TokComColorCodec(TokComPreTrainedModel):
         base, count = self.config.symbol_vocab_size, self.config.digits_per_token
         return ids[..., None] // base ** torch.arange(count, device=ids.device) % base
 
-    def ids(self, digits: torch.Tensor) -> torch.Tensor:
-        """Digits `(..., G)` -> ids `(...)`; digits of no token give the valid id whose color is nearest."""
+    def ids(self, digits: torch.Tensor, values: torch.Tensor | None = None) -> torch.Tensor:
+        """Digits `(..., G)` -> ids `(...)`; digits of no token give the valid id whose color is nearest to the standardised
+        `values (..., G)`, by default the digits' own."""
         base = self.config.symbol_vocab_size ** torch.arange(self.config.digits_per_token, device=digits.device)
         ids = (digits * base).sum(-1)
         wrong = ids >= self.config.num_valid_ids
         if bool(wrong.any()):
-            ids[wrong] = self._nearest(self._standardize(digits[wrong]))
+            ids[wrong] = self._nearest(self._standardize(digits[wrong]) if values is None else values[wrong])
         return ids
 
     @cached_property
@@ -78,9 +79,13 @@ class TokComColorCodec(TokComPreTrainedModel):
         mean, std = (x.to(digits.device) for x in self._scale)
         return (digits.float() - mean) / std
 
+    def _colors(self, device: torch.device) -> torch.Tensor:
+        """Standardised digits of all valid ids, `(num_valid_ids, G)`."""
+        return self._standardize(self.digits(torch.arange(self.config.num_valid_ids, device=device)))
+
     def _nearest(self, values: torch.Tensor) -> torch.Tensor:
         """Standardised digits `(M, G)` -> the valid ids `(M,)` with the smallest Euclidean distance."""
-        table = self._standardize(self.digits(torch.arange(self.config.num_valid_ids, device=values.device)))
+        table = self._colors(values.device)
         return torch.cat([torch.cdist(part, table).argmin(-1) for part in values.float().split(NEAREST_ROWS)])
 
     # ---- tokens <-> patches ----
@@ -166,7 +171,7 @@ class TokComColorCodec(TokComPreTrainedModel):
         """Latents `(B, N, C)` -> logits `(B, N * K, V)`, Gaussian log-likelihoods of the ids; invalid ids get -inf."""
         values = self.from_patches(latents.float().unflatten(2, (-1, self.config.digits_per_token)))  # (B, T, G)
         sigma = self._sigma(latents.device)[: self.config.digits_per_token, 0]
-        table = self._standardize(self.digits(torch.arange(self.config.num_valid_ids, device=latents.device))) / sigma
+        table = self._colors(latents.device) / sigma
         logits = -0.5 * torch.cdist(values / sigma, table.expand(len(values), -1, -1)).square()
         return TokComDecoderOutput(
             logits=F.pad(logits, (0, self.config.vocab_size - self.config.num_valid_ids), value=float("-inf"))
@@ -177,12 +182,7 @@ class TokComColorCodec(TokComPreTrainedModel):
         values = latents.float().unflatten(2, (-1, self.config.digits_per_token))  # (B, N, K, G)
         mean, std = (x.to(latents.device) for x in self._scale)
         digits = (values * std + mean).round().clamp(0, self.config.symbol_vocab_size - 1).long()
-        base = self.config.symbol_vocab_size ** torch.arange(self.config.digits_per_token, device=latents.device)
-        ids = (digits * base).sum(-1)
-        wrong = ids >= self.config.num_valid_ids
-        if bool(wrong.any()):
-            ids[wrong] = self._nearest(values[wrong])
-        return self.from_patches(ids)
+        return self.from_patches(self.ids(digits, values))
 
     def training_loss(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None):
         raise ValueError(
@@ -193,10 +193,9 @@ class TokComColorCodec(TokComPreTrainedModel):
         self, latents: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Nats per token `(B, N, K)` of `input_ids (B, T)`: the sum over digits of their cross-entropies."""
-        symbols, _ = self.symbols(input_ids, attention_mask)
-        _, real = self.to_chunks(input_ids, attention_mask)
+        symbols, real = self.symbols(input_ids, attention_mask)
         nll = F.cross_entropy(self._digit_logits(latents).flatten(0, 2), symbols.flatten(), reduction="none")
-        return nll.view(*real.shape, -1).sum(-1) * real
+        return (nll.view(symbols.shape) * real).unflatten(-1, (-1, self.config.digits_per_token)).sum(-1)
 
 
 __all__ = ["TokComColorCodec"]
