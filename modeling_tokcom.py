@@ -184,6 +184,7 @@ class TokComModel(TokComPreTrainedModel):
         times: torch.Tensor | None = None,
         chunks: torch.Tensor | None = None,
         uncertain: TokComChoice | None = None,
+        entry: torch.Tensor | None = None,
         **kwargs,
     ) -> TokComTransformerOutput:
         """What the network predicts, as `.latents`: the clean latents, or what a token head reads, `(B, S, K * E)`.
@@ -191,21 +192,28 @@ class TokComModel(TokComPreTrainedModel):
         `timestep`, 1 = clean, is `(B, S)`; `(B,)` or a scalar is broadcast over the latents. It may lie outside [0, 1]:
         not begun, or done. The other arguments are those of `TokComTransformer.forward`. Callers that denoise many times
         save work with `symbols`, what the method of that name gives, `times (B, S, K)`, the head's `place_times`,
-        `chunks (B, S, K)`, the ids of the tokens that are clean already, and `uncertain`, those that are partly noise.
+        `chunks (B, S, K)`, the ids of the tokens that are clean already, `uncertain`, those that are partly noise, and
+        `entry (M * B, S, D)`: M of them per latent, such as with and without context, give M predictions in one pass.
         """
         timestep, features = self._spread(timestep, latents), None
         if self.token_head is not None:
             times = self.token_head.place_times(timestep) if times is None else times
             symbols = self.symbols() if symbols is None else symbols
             features = self.token_head.read(symbols, latents, times, chunks, uncertain)
+        inputs = latents.to(self.dtype), timestep.clamp(0, 1), features, self_condition
+        if entry is not None and len(entry) != len(latents):
+            copies = len(entry) // len(latents)
+            inputs = (None if x is None else torch.cat([x] * copies) for x in inputs)
+        latents, timestep, features, self_condition = inputs
         return self.transformer(
-            latents.to(self.dtype),
-            timestep.clamp(0, 1),
+            latents,
+            timestep,
             position_ids=position_ids,
             attention_mask=attention_mask,
             self_condition=None if self_condition is None else self_condition.to(self.dtype),
             past_key_values=past_key_values,
             features=features,
+            entry=entry,
             **kwargs,
         )
 

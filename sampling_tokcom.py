@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 from diffusers import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
-from transformers import DynamicCache
 
 try:
     from .codec_chunk_tokcom import TokComCodecOutput
@@ -150,13 +149,14 @@ class TokComBlockSampler:
         known = _Known(self.model, context, noise)
         for index, block in enumerate(split_blocks(noise.shape[1], known.block_size, edges)):
             after = None if on_step_end is None else partial(on_step_end, index)
-            x, ids = self._denoise(noise[:, block], known, position_ids[:, block], valid[:, block], sigma_start, after)
+            known.begin(position_ids[:, block], valid[:, block], guided=self.guidance_scale != 1.0)
+            x, ids = self._denoise(noise[:, block], known, sigma_start, after)
             last = block.stop == noise.shape[1]
             if ids is None and not last:
                 ids = self.model.to_ids(x)
             yield x, ids
             if not last:
-                known.append(ids, position_ids[:, block], valid[:, block])
+                known.append(ids)
 
     def _plan(self, x: torch.Tensor, sigma_start: float) -> list[_Step]:
         """Lay out the scheduler's grid for a block `x (B, Q, C)`, and what is the same at each step of all blocks."""
@@ -183,10 +183,10 @@ class TokComBlockSampler:
         self._plans[length] = plan
         return plan
 
-    def _denoise(self, x, known: "_Known", position_ids, valid, sigma_start, on_step_end):
+    def _denoise(self, x, known: "_Known", sigma_start, on_step_end):
         """One block `(B, Q, C)` from noise, or from `sigma_start`, to clean latents and, if tokens were drawn, their ids."""
         scheduler, head, estimate, chunks = self.scheduler, self.model.token_head, None, None
-        plan, keys = self._plan(x, sigma_start), known.keys(valid)
+        plan = self._plan(x, sigma_start)
         extra = {"generator": self.generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
         if head is not None:
             chunks = torch.zeros_like(plan[0].times, dtype=torch.long)
@@ -194,7 +194,7 @@ class TokComBlockSampler:
         for i, (timestep, step) in enumerate(zip(scheduler.timesteps, plan)):
             if self.interrupt:
                 return x, None
-            estimate, chunks = self._estimate(x, step, known, position_ids, valid, keys, estimate, chunks)
+            estimate, chunks = self._estimate(x, step, known, estimate, chunks)
             velocity = (x - estimate) * step.gain
             moved = scheduler.step(velocity, timestep, x, **extra, return_dict=False)[0]
             x = moved if on_step_end is None else on_step_end(i, timestep, moved)
@@ -203,13 +203,14 @@ class TokComBlockSampler:
                 chunks = head.recognise(known.symbols, x, then)
         return x, None if chunks is None else self.model.codec.from_symbols(chunks)
 
-    def _estimate(self, x, step: _Step, known: "_Known", position_ids, valid, keys, previous, chunks):
+    def _estimate(self, x, step: _Step, known: "_Known", previous, chunks):
         """x1 `(B, Q, C)` in float32 for the noisy block `x`, and the ids `(B, Q, K)` of its tokens if they are drawn."""
-        states = known.predict(x, step, position_ids, keys, previous, chunks)
-        if self.guidance_scale != 1.0 and known.mask.shape[1]:
-            own = None if bool(valid.all()) else valid
-            free = self.model.predict(x, step.time, position_ids, own, previous, **known.reading(step, chunks))
-            states = free.latents + self.guidance_scale * (states - free.latents)
+        states = known.predict(x, step, previous, chunks)
+        if len(states) > 1:
+            guided, free = states
+            states = free + self.guidance_scale * (guided - free)
+        else:
+            states = states[0]
         head = self.model.token_head
         if head is None:
             return states.float(), None
@@ -220,80 +221,150 @@ class TokComBlockSampler:
         return head.latents_of(known.symbols, chunks), chunks
 
 
+class _WindowLayer:
+    """Keys and values `(B, H, W, head_dim)` of one layer for the W latents of a window, in tensors that never move.
+
+    The last places are those of the block at hand, which every pass overwrites until `keep` gives it a place of its own.
+    """
+
+    def __init__(self, window: int):
+        self.window, self.keys, self.values = window, None, None
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, first: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the block's keys and values, and return all; if they are the `first`, of any number, return them alone."""
+        if self.keys is None:
+            self.keys = keys.new_zeros(*keys.shape[:2], self.window, keys.shape[3])
+            self.values = values.new_zeros(*values.shape[:2], self.window, values.shape[3])
+        if first:
+            count = min(self.window, keys.shape[2])
+            self.keys[:, :, -count:], self.values[:, :, -count:] = keys[:, :, -count:], values[:, :, -count:]
+            return keys, values
+        self.keys[:, :, -keys.shape[2] :], self.values[:, :, -keys.shape[2] :] = keys, values
+        return self.keys, self.values
+
+    def keep(self, places: torch.Tensor) -> None:
+        for tensor in () if self.keys is None else (self.keys, self.values):
+            tensor.index_copy_(2, places, tensor[:, :, -len(places) :].clone())
+
+
+class TokComWindowCache:
+    """A key/value cache of constant size for text of any length: what is new takes the place of what is oldest.
+
+    Its tensors keep their shapes and addresses, so compiled graphs serve every block.
+    """
+
+    def __init__(self, num_layers: int, window: int):
+        self.layers, self.first = [_WindowLayer(window) for _ in range(num_layers)], False
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.layers[layer_idx].update(keys, values, self.first)
+
+    def keep(self, places: torch.Tensor) -> None:
+        """Copy the block at hand to `places (Q,)`."""
+        for layer in self.layers:
+            layer.keep(places)
+
+
 class _Known:
     """What is already known while blocks are denoised: a key/value cache, or for bidirectional models the latents."""
 
     def __init__(self, model: TokComModel, context: TokComCodecOutput | None, like: torch.Tensor):
         config = model.config.transformer_config
         self.model, self.block_size, self.window = model, config.block_size, config.max_position_embeddings
-        self.context, self.symbols = context, model.symbols()
-        self.mask = torch.ones(like.shape[0], 0, dtype=torch.bool, device=like.device)  # (B, keys known so far)
-        self.cache = None if self.block_size is None else DynamicCache()
-        if context is None:
+        self.context, self.symbols, self.length, self.cache = context, model.symbols(), 0, None
+        if self.block_size is None:
             return
-        self.mask = context.mask
-        if self.cache is not None:
+        self.cache = TokComWindowCache(config.num_hidden_layers + (config.num_context_layers > 0), self.window)
+        self.mask = torch.zeros(len(like), self.window, dtype=torch.bool, device=like.device)  # what exists, by place
+        if context is not None:
             length = context.latents.shape[1]
             order = (torch.arange(length, device=like.device) + -length % self.block_size) // self.block_size
             sees = block_causal_mask(order[None].expand(len(like), -1), context.mask)[:, :length, :length]
+            self.cache.first = True
             self._remember(context.latents, context.position_ids, sees)
-            self._trim()
+            self.cache.first = False
+            self._keep(context.mask)
 
-    def reading(self, step: _Step, chunks) -> dict:
-        """What spares `TokComModel.predict` work; `chunks (B, Q, K)` are the ids of the block's tokens that are clean."""
-        tokens = {"symbols": self.symbols, "times": step.times, "chunks": chunks, "uncertain": step.uncertain}
-        return tokens | {"modulations": step.modulations}
+    def begin(self, position_ids: torch.Tensor, valid: torch.Tensor, guided: bool) -> None:
+        """Turn to the block at `position_ids (B, Q, A)` of which `valid (B, Q)` exist; `guided` asks `predict` for two."""
+        self.position_ids = position_ids.clone(memory_format=torch.contiguous_format)  # compiled code is strict
+        self.valid, self.free_keys, self.entries = valid, None if bool(valid.all()) else valid, []
+        known = (self.length if self.context is None or self.cache else self.context.mask.shape[1]) > 0
+        self.guided = guided and known
+        if self.cache is None:
+            exists = valid if self.context is None else torch.cat((self.context.mask, valid), dim=1)
+            self.keys = None if bool(exists.all()) else exists
+            return
+        self.keys = self.mask.clone()
+        self.keys[:, -valid.shape[1] :] = valid
+        if self.model.config.transformer_config.num_context_layers:
+            enter = self.model.transformer.entry  # what the context layers say of the block, with and without context
+            self.entries = [enter(self.position_ids, self.mask, self.cache) if known else enter(self.position_ids)]
+            if self.guided:
+                self.entries.append(enter(self.position_ids))
 
-    def predict(self, x, step: _Step, position_ids, keys, previous, chunks) -> torch.Tensor:
-        """What the network predicts, given what is known, for the noisy block `x (B, Q, C)`, which sees `keys`."""
+    def predict(self, x, step: _Step, previous, chunks) -> list[torch.Tensor]:
+        """What the network predicts for the noisy block `x (B, Q, C)` given what is known and, if guided, given nothing.
+
+        `chunks (B, Q, K)` are the ids of the block's tokens that are clean.
+        """
         if self.cache is None and self.context is not None:
-            known, time = self.context, step.time.expand(x.shape[:2])
-            known_time = torch.ones_like(time[:, :1])
-            if not self.model.config.transformer_config.per_latent_timestep:
-                known_time = time[:, :1]
-            previous = None if previous is None else torch.cat((torch.zeros_like(known.latents), previous), dim=1)
-            return self.model.predict(
-                torch.cat((known.latents.to(x.dtype), x), dim=1),
-                torch.cat((known_time.expand(known.mask.shape), time), dim=1),
-                torch.cat((known.position_ids, position_ids), dim=1),
-                keys,
-                previous,
-                symbols=self.symbols,
-            ).latents[:, -x.shape[1] :]
-        reading = self.reading(step, chunks)
-        states = self.model.predict(x, step.time, position_ids, keys, previous, self.cache, **reading).latents
-        if self.cache is not None:
-            self._keep(slice(0, self.mask.shape[1]))
+            states = [self._predict_beside_context(x, step, previous)]
+            return states + self._predict(x, step, previous, chunks, self.free_keys) if self.guided else states
+        alone = self.entries and not self.model.config.transformer_config.head_attention
+        if alone:  # nothing else tells with context from without
+            states = self._predict(x, step, previous, chunks, entry=torch.cat(self.entries))[0]
+            return list(states.chunk(len(self.entries)))
+        entries = [{"entry": entry} for entry in self.entries] or [{}, {}]
+        states = self._predict(x, step, previous, chunks, self.keys, past_key_values=self.cache, **entries[0])
+        if self.guided:  # a cached key cannot exist for one half of a batch only, so this is a pass of its own
+            states += self._predict(x, step, previous, chunks, self.free_keys, **entries[1])
         return states
 
-    def append(self, ids, position_ids, valid) -> None:
-        """Remember a finished block by the ids `(B, Q * K)` it decodes to, whose clean latents are what training shows."""
+    def _predict(self, x, step: _Step, previous, chunks, keys=None, **inputs) -> list[torch.Tensor]:
+        inputs |= {"symbols": self.symbols, "times": step.times, "chunks": chunks, "uncertain": step.uncertain}
+        inputs |= {"modulations": step.modulations, "self_condition": previous}
+        return [self.model.predict(x, step.time, self.position_ids, keys, **inputs).latents]
+
+    def _predict_beside_context(self, x, step: _Step, previous) -> torch.Tensor:
+        """The prediction of a bidirectional model, which reads the context again at every step."""
+        known, time = self.context, step.time.expand(x.shape[:2])
+        known_time = torch.ones_like(time[:, :1])
+        if not self.model.config.transformer_config.per_latent_timestep:
+            known_time = time[:, :1]
+        previous = None if previous is None else torch.cat((torch.zeros_like(known.latents), previous), dim=1)
+        return self.model.predict(
+            torch.cat((known.latents.to(x.dtype), x), dim=1),
+            torch.cat((known_time.expand(known.mask.shape), time), dim=1),
+            torch.cat((known.position_ids, self.position_ids), dim=1),
+            self.keys,
+            self_condition=previous,
+            symbols=self.symbols,
+        ).latents[:, -x.shape[1] :]
+
+    def append(self, ids: torch.Tensor) -> None:
+        """Remember the finished block by the ids `(B, Q * K)` it decodes to, whose clean latents are what training shows."""
         chunks = None if self.symbols is None else self.model.codec.symbols(ids, None)[0]
-        self._remember(self.model.encode(ids).latents, position_ids, self.keys(valid), chunks)
-        self.mask = torch.cat((self.mask, valid), dim=1)
-        self._trim()
+        self._remember(self.model.encode(ids).latents, self.position_ids, self.keys, chunks)
+        self._keep(self.valid)
 
     def _remember(self, clean, position_ids, sees, chunks=None) -> None:
         """Run clean latents through the model for what they leave in the cache."""
         known = {"num_context": clean.shape[1], "symbols": self.symbols, "chunks": chunks}
         self.model.predict(clean, 1.0, position_ids, sees, past_key_values=self.cache, **known)
 
-    def _trim(self) -> None:
-        """Forget the oldest latents, so that the next block still fits into the model's window."""
-        excess = self.mask.shape[1] + self.block_size - self.window
-        if excess > 0:
-            self.mask = self.mask[:, excess:]
-            self._keep(slice(excess, None))
-
-    def _keep(self, keys: slice) -> None:
-        for layer in self.cache.layers:
-            if layer.is_initialized:  # context layers are not, while nothing is known
-                layer.keys, layer.values = layer.keys[:, :, keys], layer.values[:, :, keys]
-
-    def keys(self, valid: torch.Tensor) -> torch.Tensor | None:
-        """Which latents exist of those known and the block `valid (B, Q)`; None if all do."""
-        keys = torch.cat((self.mask, valid), dim=1)
-        return None if bool(keys.all()) else keys
+    def _keep(self, valid: torch.Tensor) -> None:
+        """Give the latents just remembered, `valid (B, Q)`, places in the window, the oldest ones' if it is full."""
+        capacity = self.window - self.block_size
+        count = min(valid.shape[1], capacity)
+        if count < 1:
+            return
+        places = torch.arange(self.length, self.length + count, device=valid.device) % capacity
+        self.cache.keep(places)
+        self.mask[:, places] = valid[:, -count:]
+        self.length += count
 
 
-__all__ = ["TokComBlockSampler", "split_blocks"]
+__all__ = ["TokComBlockSampler", "TokComWindowCache", "split_blocks"]

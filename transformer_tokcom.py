@@ -121,6 +121,28 @@ class TokComTransformer(TokComPreTrainedModel):
         conditioning = F.silu(self.time_embedding(timestep))
         return [layer.modulation(conditioning) for layer in self.layers[self.config.num_context_layers :]]
 
+    def entry(
+        self,
+        position_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> torch.Tensor:
+        """What the layers after the context layers are told of the context, `(B, S, D)`: the same at every time.
+
+        The arguments are those of `forward`, of the latents to denoise; the context is what `past_key_values` holds. A
+        model with `head_attention` also attends to the context.
+        """
+        where = position_ids[..., 0].float()
+        layers = [] if past_key_values is None else past_key_values.layers
+        if len(layers) > len(self.layers):
+            known, known_where = layers[-1].keys[:, 0], layers[-1].values[:, 0, :, 0]
+        else:
+            known, known_where = (
+                self.context_proj.weight.new_zeros(len(where), 0, self.config.hidden_size),
+                where[:, :0],
+            )
+        return self._nearest(known, known_where, where, attention_mask)
+
     @capture_outputs
     def forward(
         self,
@@ -133,6 +155,7 @@ class TokComTransformer(TokComPreTrainedModel):
         num_context: int = 0,
         features: torch.Tensor | None = None,
         modulations: list[torch.Tensor] | None = None,
+        entry: torch.Tensor | None = None,
         **kwargs,
     ) -> TokComTransformerOutput:
         """
@@ -148,33 +171,44 @@ class TokComTransformer(TokComPreTrainedModel):
                 them. Without context layers it makes no difference.
             features (`torch.FloatTensor` of shape `(B, S, feature_size)`, *optional*): read instead of the latents.
             modulations (`list[torch.FloatTensor]`, *optional*): what `modulate` makes of `timestep`, if it is known already.
+            entry (`torch.FloatTensor` of shape `(B, S, D)`, *optional*): what the method of that name gives, if it is known
+                already; then there are no context latents in this call.
 
         Without `head_attention` nothing is estimated for the first `num_context` latents, and the output has no place
         for them.
         """
         config = self.config
-        inputs = features if config.feature_size else latents
-        if config.self_conditioning:
-            previous = torch.zeros_like(latents) if self_condition is None else self_condition
-            inputs = torch.cat((inputs, previous), dim=-1)  # (B, S, 2C)
-        if position_ids is None:
-            position_ids = torch.arange(latents.shape[1], device=latents.device)[None, :, None]
-        hidden_states = self.proj_in(inputs)  # (B, S, D)
-        head_dim = config.hidden_size // config.num_attention_heads
-        tables = rotary_embedding(position_ids, head_dim, config.rope_theta)
-        queries, implementation = latents.shape[1], config._attn_implementation
-        mask = expand_attention_mask(attention_mask, queries, implementation, hidden_states.dtype)
-        if config.num_context_layers:
+        hidden_states = self._embed(latents, self_condition, features)  # (B, S, D)
+        tables, mask, reads = None, None, config.num_context_layers and entry is None
+        if config.head_attention or reads:
+            if position_ids is None:
+                position_ids = torch.arange(latents.shape[1], device=latents.device)[None, :, None]
+            tables = rotary_embedding(
+                position_ids, config.hidden_size // config.num_attention_heads, config.rope_theta
+            )
+        if config.head_attention:
+            implementation, queries = config._attn_implementation, latents.shape[1]
+            mask = expand_attention_mask(attention_mask, queries, implementation, hidden_states.dtype)
+        if reads:
             hidden_states = self._enter(
                 hidden_states, num_context, position_ids, attention_mask, tables, past_key_values, **kwargs
             )
-        if not config.head_attention:
+        elif entry is not None:
+            hidden_states = hidden_states + entry
+        if not config.head_attention and num_context:
             hidden_states, timestep = hidden_states[:, num_context:], timestep[:, num_context:]
         conditioning = F.silu(self.time_embedding(timestep)) if modulations is None else None
         for i, layer in enumerate(self.layers[config.num_context_layers :]):
             known = {} if modulations is None else {"modulation": modulations[i]}
             hidden_states = layer(hidden_states, conditioning, tables, mask, past_key_values, **known, **kwargs)
         return TokComTransformerOutput(latents=self.proj_out(self.norm(hidden_states)))
+
+    def _embed(self, latents, self_condition, features) -> torch.Tensor:
+        inputs = features if self.config.feature_size else latents
+        if self.config.self_conditioning:
+            previous = torch.zeros_like(latents) if self_condition is None else self_condition
+            inputs = torch.cat((inputs, previous), dim=-1)  # (B, S, 2C)
+        return self.proj_in(inputs)
 
     def _enter(
         self, hidden_states, num_context, position_ids, attention_mask, tables, past_key_values, **kwargs
@@ -184,8 +218,9 @@ class TokComTransformer(TokComPreTrainedModel):
 
         One more layer of the cache holds states and positions of the context.
         """
-        batch, queries, width = hidden_states.shape
-        known, positions = hidden_states[:, :num_context], position_ids[..., 0].float().expand(batch, -1)
+        batch, queries, _ = hidden_states.shape
+        known, noisy = hidden_states[:, :num_context], hidden_states[:, num_context:]
+        where = position_ids[..., 0].float().expand(batch, -1)
         visible = attention_mask
         if visible is not None and visible.ndim == 2:
             visible = visible[:, None].expand(-1, queries, -1)
@@ -196,25 +231,33 @@ class TokComTransformer(TokComPreTrainedModel):
             known_tables = tuple(table[:, :, :num_context] for table in tables)
             for layer in self.layers[: self.config.num_context_layers]:
                 known = layer(known, None, known_tables, mask, past_key_values, **kwargs)
-        states, where = self.context_norm(known)[:, None], positions[:, None, :num_context, None]
-        if past_key_values is not None:
-            if num_context:
-                states, where = past_key_values.update(states, where, len(self.layers))
-            elif len(past_key_values.layers) > len(self.layers):
-                states, where = past_key_values.layers[-1].keys, past_key_values.layers[-1].values
-        states, where = states[:, 0], where[:, 0, :, 0]  # (B, S_context, D), (B, S_context)
-        noisy = hidden_states[:, num_context:]
-        if states.shape[1]:
-            earlier = where[:, None] < positions[:, num_context:, None]  # (B, noisy, S_context)
-            if visible is not None:
-                earlier = earlier & visible[:, num_context:, : states.shape[1]]
-            nearest = where[:, None].masked_fill(~earlier, float("-inf")).argmax(-1)  # (B, noisy)
-            nearest = states.gather(1, nearest[..., None].expand(-1, -1, width))
-            nearest = torch.where(earlier.any(-1, keepdim=True), nearest, 0)
+            states, positions = self.context_norm(known), where[:, :num_context]
+            if past_key_values is not None:
+                states, positions = past_key_values.update(
+                    states[:, None], positions[:, None, :, None], len(self.layers)
+                )
+                states, positions = states[:, 0], positions[:, 0, :, 0]
+        if not noisy.shape[1]:
+            return known
+        visible = None if visible is None else visible[:, num_context:]
+        if num_context:
+            entry = self._nearest(states, positions, where[:, num_context:], visible)
         else:
-            nearest = torch.zeros_like(noisy)
-        noisy = noisy + self.context_proj(nearest)
-        return torch.cat((known, noisy), dim=1)
+            entry = self.entry(position_ids.expand(batch, -1, -1), visible, past_key_values)
+        return torch.cat((known, noisy + entry), dim=1)
+
+    def _nearest(self, states, positions, where, visible) -> torch.Tensor:
+        """Of context `states (B, S_context, D)` at `positions (B, S_context)`, for each latent at `where (B, S)` that of the
+        last one before it that `visible (B, S_kv)` or `(B, S, S_kv)` shows it, projected: `(B, S, D)`."""
+        if not states.shape[1]:
+            return self.context_proj(states.new_zeros(*where.shape, states.shape[2]))
+        earlier = positions[:, None] < where[..., None]  # (B, S, S_context)
+        if visible is not None:
+            visible = visible[:, None] if visible.ndim == 2 else visible
+            earlier = earlier & visible[..., : states.shape[1]]
+        nearest = positions[:, None].masked_fill(~earlier, float("-inf")).argmax(-1)  # (B, S)
+        nearest = states.gather(1, nearest[..., None].expand(-1, -1, states.shape[2]))
+        return self.context_proj(torch.where(earlier.any(-1, keepdim=True), nearest, 0))
 
 
 __all__ = ["TokComTransformer", "TokComTransformerOutput", "block_causal_mask"]
