@@ -146,7 +146,7 @@ def _in_process(args: argparse.Namespace, extra: list[str]) -> dict:
 # ---- sampling ----
 
 
-def tokcom_generator(preset: str, **overrides) -> Callable[[int, int, int | None], None]:
+def tokcom_generator(preset: str, compiled: bool = False, **overrides) -> Callable[[int, int, int | None], None]:
     """`generate(batch_size, tokens, steps)` with a model of random weights."""
     from configuration_tokcom import TokComConfig
     from modeling_tokcom import TokComModel
@@ -156,6 +156,8 @@ def tokcom_generator(preset: str, **overrides) -> Callable[[int, int, int | None
     config = TokComConfig.from_preset(preset, **overrides)
     pipe = TokComPipeline(TokComModel(config).eval(), TokComFlowMatchScheduler.from_model_config(config)).to(DEVICE)
     pipe.set_progress_bar_config(disable=True)
+    if compiled:
+        pipe.model.transformer.compile()
 
     def generate(batch_size: int, tokens: int, steps: int | None) -> None:
         pipe.generate(tokens // pipe.chunk_size, batch_size, steps, output_type="seq")
@@ -164,7 +166,7 @@ def tokcom_generator(preset: str, **overrides) -> Callable[[int, int, int | None
     return generate
 
 
-def llama_generator(preset: str, parameters: int) -> Callable[[int, int, int | None], None]:
+def llama_generator(preset: str, parameters: int, compiled: bool = False) -> Callable[[int, int, int | None], None]:
     """The same with an autoregressive Llama of as many layers, of that width and as many parameters."""
     from transformers import LlamaForCausalLM
 
@@ -175,6 +177,8 @@ def llama_generator(preset: str, parameters: int) -> Callable[[int, int, int | N
     config = llama_config(codec["vocab_size"], shape["hidden_size"], shape["num_hidden_layers"], parameters, 0)
     model = LlamaForCausalLM(config).eval().to(DEVICE)
     model.generation_config.eos_token_id = None
+    if compiled:  # needs a cache whose tensors keep their shapes
+        model.forward, model.generation_config.cache_implementation = torch.compile(model.forward), "static"
 
     @torch.no_grad()
     def generate(batch_size: int, tokens: int, steps: int | None) -> None:
@@ -219,6 +223,9 @@ def sampling(args: argparse.Namespace) -> dict:
     ours = tokcom_generator(args.preset)
     systems = {"Llama with KV cache": llama_generator(args.preset, ours.parameters)}
     systems["published"] = published_generator(ours.parameters, PRESETS[args.preset]["codec_config"]["vocab_size"])
+    if args.compile:
+        systems["TokCom compiled"] = tokcom_generator(args.preset, compiled=True)
+        systems["Llama compiled"] = llama_generator(args.preset, ours.parameters, compiled=True)
     cases = [(batch, length, None) for batch in args.batch_sizes for length in args.lengths]
     cases += [(args.batch_sizes[0], args.lengths[0], steps) for steps in args.steps]
     rows = []
@@ -319,6 +326,7 @@ def build_parser() -> argparse.ArgumentParser:
     sample = commands.add_parser("sampling", help="milliseconds per generated token")
     sample.add_argument("--preset", default="tiny")
     sample.add_argument("--rounds", type=int, default=3)
+    sample.add_argument("--compile", action="store_true", help="both systems with torch.compile, too")
     for name, values in {
         "batch_sizes": [1, 8, 32],
         "lengths": [256, 1024, 4096],
