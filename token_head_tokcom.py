@@ -96,6 +96,10 @@ class TokComTokenHead(nn.Module):
         left = 1 - self.progress(timestep).clamp(0, 1)
         return 1 - self.shift * left / (1 + (self.shift - 1) * left)
 
+    def latent_time(self, t: float) -> float:
+        """The time of a latent at which its places are at `t`, without `token_stagger`: the inverse of `place_times`."""
+        return 1 - (1 - t) / (self.shift - (self.shift - 1) * (1 - t))
+
     def symbols(self, table: torch.Tensor) -> TokComSymbols:
         """What every call needs to know of the codec's `table (K, V, C / K)`."""
         weight, prior = self.embedding.weight, self.bias.detach().softmax(-1)
@@ -208,6 +212,15 @@ class TokComTokenHead(nn.Module):
 
         states = states.unflatten(-1, (self.num_symbols, -1))
         return self._rows(ids, chosen, symbols, latents, times, states, uniform)
+
+    def most_likely(self, states, symbols: TokComSymbols, latents, times) -> torch.Tensor:
+        """The most likely ids `(B, N, K)` of all tokens."""
+
+        def ids(likelihood: torch.Tensor, table: torch.Tensor, states: torch.Tensor):
+            return (self._logits(states) + likelihood).argmax(-1)
+
+        everywhere = TokComChoice.of(torch.ones_like(times, dtype=torch.bool))
+        return self._rows(ids, everywhere, symbols, latents, times, states.unflatten(-1, (self.num_symbols, -1)))
 
     def latents_of(self, symbols: TokComSymbols, ids: torch.Tensor) -> torch.Tensor:
         """Ids `(B, N, K)` -> their clean latents `(B, N, C)`."""

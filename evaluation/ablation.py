@@ -4,7 +4,8 @@
     python -m evaluation.ablation --table docs/ablations.md
 
 Rows are in `evaluation/ablations.yaml`. A row trains the flow stage for `--training_flops` operations on a codec that
-rows share, continues held-out prompts of 32 tokens by 64, and writes `WORK_DIR/rows/ROW-SEED.json`.
+rows share, continues held-out prompts of 32 tokens by 64, and writes `WORK_DIR/rows/ROW-SEED.json`. Rows of the
+pixel models need no codec, and are measured by the tokens they recover from noise instead.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from evaluation.flops import training_flops_per_step
 from evaluation.judges import TokenJudge
 from evaluation.metrics import sample_entropy
 from evaluation.protocol import CONTINUATION, PROMPT, at_entropy, held_out_windows, measure_setting
-from evaluation.reconstruction import held_out_nll
+from evaluation.reconstruction import held_out_nll, token_recovery
 from evaluation.report import table
 from evaluation.samplers import TokComSampler
 from pipeline_tokcom import TokComPipeline
@@ -30,25 +31,33 @@ from training.optimizer import build_optimizer
 
 ROWS = yaml.safe_load((Path(__file__).parent / "ablations.yaml").read_text())
 PROMPTS = 256
+RECOVERY_WINDOWS = 64
 SWEEPS = {"tokens": "temperature", "latents": "noise_scale"}  # what trades quality for diversity
 VALUES = (1.0, 0.9, 0.8)
+
+
+def row_overrides(row: dict) -> list[str]:
+    """What a row of the file changes in the training preset it starts from."""
+    return [*ROWS["common"], *ROWS["bases"][row.get("base", "recipe")], *row.get("overrides", [])]
+
+
+def trained_codec(name: str, data: list[str], work: Path) -> Path:
+    """The directory of the codec that rows share; it is trained if no other row has."""
+    codec = work / "codecs" / name
+    if not (codec / "config.json").is_file():
+        overrides = [*ROWS["codec_common"], *ROWS["codecs"][name], *data, f"output_dir={codec}"]
+        run(load_train_config("tiny", overrides))
+    return codec
 
 
 def train_row(args: argparse.Namespace) -> tuple[Path, dict]:
     """Train the row's codec, if no other row has, and its flow stage; returns the model and what it cost."""
     row, work = ROWS["rows"][args.row], Path(args.work_dir)
     data = [f"data.train={args.train}", f"data.validation={args.validation}", f"tokenizer={args.checkpoint}"]
-    codec = work / "codecs" / row["codec"]
-    if not (codec / "config.json").is_file():
-        run(
-            load_train_config(
-                "tiny", [*ROWS["codec_common"], *ROWS["codecs"][row["codec"]], *data, f"output_dir={codec}"]
-            )
-        )
     output = work / "models" / f"{args.row}-{args.seed}"
-    base = ROWS["bases"][row.get("base", "recipe")]
-    overrides = [*ROWS["common"], *base, *row.get("overrides", []), *data, f"codec_from={codec}", f"seed={args.seed}"]
-    config = load_train_config("tiny", [*overrides, f"output_dir={output}"])
+    codec = [] if "codec" not in row else [f"codec_from={trained_codec(row['codec'], data, work)}"]
+    overrides = [*row_overrides(row), *data, *codec, f"seed={args.seed}", f"output_dir={output}"]
+    config = load_train_config(row.get("preset", "tiny"), overrides)
     model = build_model(config, get_tokenizer(args.checkpoint, 0, [], ""))
     model.set_stage("flow")
     flow = config.flow
@@ -87,9 +96,27 @@ def measure(checkpoint: Path, judge: TokenJudge, tokens: np.ndarray, **sampling)
     return facts
 
 
+def measure_recovery(checkpoint: Path, tokens: np.ndarray) -> dict:
+    """What a bidirectional model recovers of held-out windows from noise, beside what the noisy latents alone tell."""
+    model = TokComPipeline.from_pretrained(checkpoint).model
+    return {"recovery": token_recovery(model, held_out_windows(tokens, 512, RECOVERY_WINDOWS), seed=0)}
+
+
+def write_recovery_table(rows: list[dict]) -> str:
+    signals = list(rows[0]["recovery"])
+    cells = [
+        [row["row"], row["seed"], row["tokens"] / 1e6, row["training_flops"] / 1e12]
+        + [f"{100 * row['recovery'][s]['model']:.1f} ({100 * row['recovery'][s]['alone']:.1f})" for s in signals]
+        for row in rows
+    ]
+    return table(["row", "seed", "M tokens", "TFLOP", *(f"t = {s}" for s in signals)], cells)
+
+
 def write_table(work: Path, file: str) -> None:
     """Collect all rows measured so far into a Markdown table."""
     rows = sorted((json.loads(f.read_text()) for f in (work / "rows").glob("*.json")), key=lambda r: r["row"])
+    recovery = [row for row in rows if "recovery" in row]
+    rows = [row for row in rows if "recovery" not in row]
     columns = [
         "row",
         "seed",
@@ -106,7 +133,7 @@ def write_table(work: Path, file: str) -> None:
         plain, cost = row["plain"], (row["tokens"] / 1e6, row["training_flops"] / 1e12, round(row["seconds"]))
         quality = row["held_out_nll"], row["nll_at_real_entropy"], plain["nll"], plain["entropy"]
         cells.append([row["row"], row["seed"], *cost, *quality])
-    text = table(columns, cells)
+    text = table(columns, cells) + (write_recovery_table(recovery) if recovery else "")
     Path(file).write_text(text)
     print(text)
 
@@ -124,12 +151,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     if args.row:
-        if not (args.train and args.validation and args.judge):
+        reads_pixels = "codec" not in ROWS["rows"][args.row]
+        if not (args.train and args.validation and (args.judge or reads_pixels)):
             parser.error("--row needs --train, --validation and --judge")
         model, facts = train_row(args)
         documents = load_documents(args.validation, load_train_config("tiny", []).data, "validation")
         tokens = tokenize_documents(documents, TokComPipeline.from_pretrained(model).tokenizer, "text", "held-out")
-        facts |= measure(model, TokenJudge(args.judge), tokens)
+        facts |= measure_recovery(model, tokens) if reads_pixels else measure(model, TokenJudge(args.judge), tokens)
         file = Path(args.work_dir) / "rows" / f"{args.row}-{args.seed}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(facts, indent=2) + "\n")

@@ -6,6 +6,7 @@ from tqdm.auto import tqdm
 
 NOISE_LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)
 TIMESTEPS = tuple(i / 10 for i in range(10))
+SIGNALS = (0.0, 0.25, 0.5, 0.75, 0.9)
 
 
 @torch.no_grad()
@@ -113,3 +114,31 @@ def prefers_true_prompt(model, prompts: torch.Tensor, real: torch.Tensor, seed: 
         ]
         losses.append(torch.cat(rows))
     return (losses[0] < losses[1]).float().mean().item()
+
+
+@torch.no_grad()
+def token_recovery(model, windows: np.ndarray, seed: int, batch_size: int = 8) -> dict[str, dict[str, float]]:
+    """Share of the tokens of `windows (B, T)` that one look of a bidirectional model at x_t recovers: `model`, and that
+    decoding x_t itself recovers: `alone`. By t of the channels, x_t = (1 - t) x0 + t x1, whatever the schedule.
+    """
+    generator, results = torch.Generator().manual_seed(seed), {}
+    for t in tqdm(SIGNALS, desc="recovery", leave=False):
+        hits = {"model": [], "alone": []}
+        for ids in torch.from_numpy(windows.astype(np.int64)).split(batch_size):
+            clean = model.encode(ids)
+            noise = torch.randn(clean.latents.shape, generator=generator) * model.config.noise_std
+            noisy = (1 - t) * noise + t * clean.latents
+            hits["model"].append(estimated_ids(model, noisy, t, clean.position_ids) == ids)
+            hits["alone"].append(model.to_ids(noisy) == ids)
+        results[str(t)] = {name: torch.cat(rows).float().mean().item() for name, rows in hits.items()}
+    return results
+
+
+def estimated_ids(model, noisy: torch.Tensor, t: float, position_ids: torch.Tensor) -> torch.Tensor:
+    """The ids `(B, T)` that a model takes noisy latents `(B, N, C)` at t to be, all at once."""
+    head = model.token_head
+    if head is None:
+        return model.to_ids(model.denoise(noisy, t, position_ids).latents)
+    time = torch.full(noisy.shape[:2], head.latent_time(t))
+    states = model.predict(noisy, time, position_ids).latents
+    return model.codec.from_symbols(head.most_likely(states, model.symbols(), noisy, head.place_times(time)))

@@ -11,7 +11,7 @@ import demo
 from configuration_tokcom import TokComConfig
 from evaluate_tokcom import SECTIONS, main
 from evaluation import metrics
-from evaluation.ablation import ROWS
+from evaluation.ablation import ROWS, row_overrides
 from evaluation.autoregressive import llama_config
 from evaluation.flops import count_flops, training_flops_per_token
 from evaluation.judges import TokenJudge
@@ -22,7 +22,7 @@ from evaluation.reference import reference_metrics
 from evaluation.samplers import AutoregressiveSampler, TokComSampler
 from modeling_tokcom import TokComModel
 from tests.conftest import ROOT, tiny_config
-from train_accelerate import derived_config
+from train_accelerate import build_model, derived_config
 from training.config import load_train_config
 
 RECIPE = TokComConfig.from_preset("tiny", 4096)
@@ -161,10 +161,13 @@ def test_samplers_continue_prompts_of_any_length_reproducibly(build):
 @pytest.mark.parametrize("name", ROWS["rows"])
 def test_every_ablation_row_is_a_model(name):
     row = ROWS["rows"][name]
+    if "codec" not in row:
+        config = load_train_config(row["preset"], row_overrides(row))
+        assert build_model(config, range(4096)).config.codec_config.model_type == "tokcom_color_codec"
+        return
     codec = load_train_config("tiny", [*ROWS["codec_common"], *ROWS["codecs"][row["codec"]]])
     donor = TokComConfig.from_preset("tiny", 4096, **codec.model)
-    overrides = [*ROWS["common"], *ROWS["bases"][row.get("base", "recipe")], *row.get("overrides", [])]
-    config = load_train_config("tiny", [*overrides, "codec_from=x"])
+    config = load_train_config("tiny", [*row_overrides(row), "codec_from=x"])
     derived = derived_config(config, donor)
     assert derived.codec_config.to_dict() == donor.codec_config.to_dict()
     window = derived.transformer_config.max_position_embeddings * derived.codec_config.chunk_size
