@@ -131,6 +131,35 @@ class TokComColorCodec(TokComPreTrainedModel):
         ids = torch.where(real, input_ids, self.config.pad_token_id)
         return self.to_patches(ids), self.to_patches(real)
 
+    # ---- ids <-> images ----
+
+    def to_image(self, ids: torch.Tensor, width: int | None = None) -> torch.Tensor:
+        """Ids `(T,)` -> an image `(height, width, 3)` of uint8, row by row, whatever the digits and the layout of the model.
+
+        `width` is that of `config.image_size` by default. What the text leaves of the last row holds `pad_token_id`.
+        """
+        width = self.config.image_size if width is None else width
+        if width < 1:
+            raise ValueError(f"`width` ({width}) must be at least 1 pixel.")
+        if self.config.vocab_size > 256**3:
+            raise ValueError(f"`vocab_size` ({self.config.vocab_size}) is more than the {256**3} colors of a pixel.")
+        ids = F.pad(ids, (0, -len(ids) % width), value=self.config.pad_token_id).view(-1, width)
+        return (ids[..., None] // 256 ** torch.arange(3, device=ids.device) % 256).to(torch.uint8)
+
+    def from_image(self, pixels: torch.Tensor) -> torch.Tensor:
+        """An image `(height, width, 3)` of uint8 -> ids `(T,)` without the padding at its end; a color that is no token's
+        gives the nearest valid id."""
+        digits = pixels.reshape(-1, 3).long()
+        ids = (digits * 256 ** torch.arange(3, device=digits.device)).sum(-1)
+        wrong = (ids >= self.config.num_valid_ids) & (ids != self.config.pad_token_id)
+        if bool(wrong.any()):
+            valid = torch.arange(self.config.num_valid_ids, device=ids.device)
+            colors = (valid[:, None] // 256 ** torch.arange(3, device=ids.device) % 256).float()
+            found = [torch.cdist(part, colors).argmin(-1) for part in digits[wrong].float().split(NEAREST_ROWS)]
+            ids[wrong] = torch.cat(found)
+        real = (ids != self.config.pad_token_id).nonzero()
+        return ids[: int(real[-1]) + 1 if len(real) else 0]
+
     # ---- the interface of a codec ----
 
     def encode(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> TokComCodecOutput:

@@ -1,4 +1,4 @@
-"""Command line for the five modes of TokCom, and for filling gaps.
+"""Command line for the five modes of TokCom, for filling gaps, and for texts as pictures.
 
     python inference.py --checkpoint . --mode conditional --prompt "The family of four was "
     python inference.py --checkpoint . --mode generate --num_chunks 64 --num_steps 16 --batch_size 2
@@ -8,6 +8,8 @@
     python inference.py --checkpoint . --mode decode --latents_file latents.safetensors
     python inference.py --checkpoint . --mode infill --input_text "Once there was a ____ in the wood." \\
         --num_generate_chunks 1
+    python inference.py --checkpoint pixels --mode text_to_image --input_text "Some text" --image_file text.png
+    python inference.py --checkpoint pixels --mode image_to_text --image_file text.png
 
 `--checkpoint` is a model directory, a Hub id, or a published v5.2 `.pt` file, which is converted in memory.
 """
@@ -23,6 +25,7 @@ from convert_tokcom import load_published_pipeline
 from pipeline_tokcom import TokComPipeline, TokComPipelineOutput
 
 MODES = ("generate", "reconstruct", "denoise_reconstruct", "encode", "conditional", "decode", "infill")
+MODES += ("text_to_image", "image_to_text")
 NEEDS = {
     "reconstruct": "input_text",
     "denoise_reconstruct": "input_text",
@@ -30,6 +33,8 @@ NEEDS = {
     "infill": "input_text",
     "conditional": "prompt",
     "decode": "latents_file",
+    "text_to_image": "image_file",
+    "image_to_text": "image_file",
 }
 
 
@@ -40,6 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--input_text", help="text for reconstruct, denoise_reconstruct, encode; with ____ for infill")
     parser.add_argument("--prompt", help="text to continue (conditional)")
     parser.add_argument("--latents_file", help="file written by encode (decode)")
+    parser.add_argument("--image_file", help="PNG to write (text_to_image) or to read (image_to_text)")
+    parser.add_argument("--image_width", type=int, help="pixels in a row (text_to_image); by default the model's")
     parser.add_argument("--num_chunks", type=int, default=256, help="chunks to generate (generate)")
     parser.add_argument(
         "--num_generate_chunks", type=int, default=64, help="chunks after the prompt; per gap (infill)"
@@ -92,6 +99,12 @@ def run(pipe: TokComPipeline, args: argparse.Namespace) -> TokComPipelineOutput:
         return pipe.encode(args.input_text, args.output_file)
     if args.mode == "decode":
         return pipe.decode(args.latents_file)
+    if args.mode == "text_to_image":
+        image = pipe.text_to_image(args.input_text or "", args.image_width)
+        image.save(args.image_file)
+        return TokComPipelineOutput(texts=[f"{image.width} x {image.height} pixels written to {args.image_file}"])
+    if args.mode == "image_to_text":
+        return TokComPipelineOutput(texts=[pipe.image_to_text(args.image_file)])
     tokens = args.num_generate_chunks * pipe.chunk_size
     if args.mode == "infill":
         return pipe.infill(args.input_text, tokens, guidance_scale=args.guidance_scale, **sampling)

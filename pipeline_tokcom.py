@@ -13,11 +13,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import create_repo
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
@@ -338,7 +340,7 @@ class TokComPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | list[str],
+        prompt: str | list[str] | list[dict[str, str]] | list[list[dict[str, str]]],
         gen_length: int = 256,
         num_inference_steps: int | None = None,
         guidance_scale: float = 1.0,
@@ -355,7 +357,8 @@ class TokComPipeline(DiffusionPipeline):
         """Continue one or several prompts.
 
         Args:
-            prompt: a text or a list of texts of any lengths; none may be empty.
+            prompt: a text or a list of texts of any lengths; none may be empty. A dialogue, `[{"role", "content"}, ...]`, or
+                a list of them goes through the tokenizer's chat template; without one, its turns are lines.
             gen_length: tokens to generate; a text ends earlier at EOS.
             num_inference_steps: denoising steps per block; by default `config.num_inference_steps`.
             guidance_scale: 1 is off; above 1 strengthens the influence of the prompt at twice the cost.
@@ -372,7 +375,7 @@ class TokComPipeline(DiffusionPipeline):
         """
         wanted = ["latents"] if callback_on_step_end_tensor_inputs is None else callback_on_step_end_tensor_inputs
         self.check_inputs(gen_length, num_inference_steps, output_type, wanted)
-        prompts = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]
+        prompts = self._to_prompts(prompt)
         if not prompts:
             raise ValueError("`prompt` is an empty list; give at least one text.")
         if streamer is not None and len(prompts) > 1:
@@ -403,6 +406,21 @@ class TokComPipeline(DiffusionPipeline):
             new = [ids[:kept] for ids, kept in zip(output.sequences.tolist(), output.attention_mask.sum(-1).tolist())]
             output.texts = [self._continue_text(p, row, ids) for p, row, ids in zip(prompts, rows, new)]
         return output if return_dict else output.to_tuple()
+
+    def _to_prompts(self, prompt: Any) -> list[Any]:
+        """One text or dialogue, or several, as a list of texts."""
+        several = isinstance(prompt, (list, tuple)) and not (prompt and isinstance(prompt[0], dict))
+        prompts = list(prompt) if several else [prompt]
+        for i, turns in enumerate(prompts):
+            if not isinstance(turns, (list, tuple)) or not turns:
+                continue
+            if not all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in turns):
+                raise ValueError(f"a dialogue must be a list of {{'role', 'content'}}, not {turns!r}.")
+            if getattr(self.tokenizer, "chat_template", None):
+                prompts[i] = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            else:
+                prompts[i] = "\n".join(turn["content"] for turn in turns)
+        return prompts
 
     def _continue(
         self, prompts: list[str], gen_length: int, latents: torch.Tensor | None, generator, **sampling
@@ -657,6 +675,28 @@ class TokComPipeline(DiffusionPipeline):
         for row, gap, piece in zip(rows, sequences.tolist(), pieces[1:]):
             filled += self._continue_text(filled, row, gap) + piece
         return TokComPipelineOutput(texts=[filled], sequences=sequences, latents=result)
+
+    # ---- texts as pictures, for models whose tokens are pixels ----
+
+    def _color_codec(self) -> TokComColorCodec:
+        if not isinstance(self.model.codec, TokComColorCodec):
+            raise ValueError(
+                f"the tokens of this model are no pixels (codec {self.model.codec.config.model_type!r}); load a pixel model."
+            )
+        return self.model.codec
+
+    def text_to_image(self, text: str, width: int | None = None) -> Image.Image:
+        """A text as a picture, one pixel for each token; `.save("text.png")` keeps it exactly, JPEG does not."""
+        codec = self._color_codec()
+        pixels = codec.to_image(torch.tensor(self._tokenize([text], "text")[0]), width)
+        return Image.fromarray(pixels.numpy())
+
+    def image_to_text(self, image: Image.Image | str | os.PathLike) -> str:
+        """The text of a picture of any size, or of such a file."""
+        codec = self._color_codec()
+        image = image if isinstance(image, Image.Image) else Image.open(image)
+        ids = codec.from_image(torch.from_numpy(np.array(image.convert("RGB"))))
+        return self.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
 
 
 def _join(blocks: Iterator[tuple[torch.Tensor, torch.Tensor | None]]) -> tuple[torch.Tensor, torch.Tensor | None]:

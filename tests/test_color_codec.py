@@ -126,6 +126,37 @@ def test_known_tokens_are_given_and_not_predicted():
 
 
 @pytest.mark.parametrize("digits", ["color", "bits"])
+@pytest.mark.parametrize("width", [None, 7, 4000])
+def test_a_text_survives_as_a_png_of_any_width(tokenizer, tmp_path, digits, width):
+    model = pixel_model(len(tokenizer), digits)
+    pipe = TokComPipeline(model, TokComFlowMatchScheduler.from_model_config(model.config), tokenizer)
+    text = "Squinty was a little pig. " * 40 + tokenizer.eos_token
+    image = pipe.text_to_image(text, width)
+    assert image.width == (width or model.config.codec_config.image_size)
+    image.save(tmp_path / "text.png")
+    assert pipe.image_to_text(tmp_path / "text.png") == text == pipe.image_to_text(image)
+
+
+def test_every_id_of_a_large_vocabulary_is_a_pixel_and_other_pixels_are_near_ids():
+    model = codec(151_665)
+    ids = torch.arange(151_665)
+    assert torch.equal(model.from_image(model.to_image(ids, 333)), ids)
+    pixels = model.to_image(torch.tensor([5, 77_777]), 2)
+    pixels[0, 1, 2] = 200  # blue goes to 2 only
+    found = model.from_image(pixels)
+    assert found[0] == 5 and found[1] % 65_536 == 77_777 % 65_536 and found[1] < 151_665
+
+
+def test_texts_are_no_pictures_of_other_models(tokenizer):
+    from modeling_tokcom import TokComModel as Model
+
+    other = Model(TokComConfig.from_preset("debug", len(tokenizer)))
+    pipe = TokComPipeline(other, TokComFlowMatchScheduler.from_model_config(other.config), tokenizer)
+    with pytest.raises(ValueError, match="load a pixel model"):
+        pipe.text_to_image("Squinty")
+
+
+@pytest.mark.parametrize("digits", ["color", "bits"])
 def test_pixel_model_learns_one_batch_and_writes_it_from_noise(tokenizer, digits):
     size = len(tokenizer)
     model = pixel_model(size, digits).train()

@@ -391,6 +391,22 @@ def test_memory_of_the_context_is_bounded_by_the_window(build):
     assert len(lengths) == 29 and set(lengths) == {8}
 
 
+def test_a_dialogue_is_its_chat_template_or_its_lines(build):
+    pipe, options = build(), {"gen_length": 8, "num_inference_steps": 2}
+    turns = [{"role": "user", "content": "Who was Squinty?"}]
+    plain = pipe("Who was Squinty?", generator=seeded(), **options)
+    assert pipe(turns, generator=seeded(), **options).texts == plain.texts
+    assert pipe([turns, turns], generator=[seeded(), seeded()], **options).texts == plain.texts * 2
+    pipe.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} Answer: {% endfor %}"
+    try:
+        templated = pipe("Who was Squinty? Answer: ", generator=seeded(), **options)
+        assert pipe(turns, generator=seeded(), **options).texts == templated.texts
+    finally:
+        pipe.tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="'role', 'content'"):
+        pipe([{"content": "Who?"}], **options)
+
+
 def test_temperature_needs_token_probabilities(build):
     with pytest.raises(ValueError, match="temperature"):
         build()("Squinty", gen_length=4, num_inference_steps=1, temperature=0.5)
