@@ -6,7 +6,11 @@
 
 Writes `results.json`, `results.md` and PNG plots. A `--judge` with TokCom's tokenizer scores token ids; any other
 causal language model scores detokenised text. Without one, a small judge is trained on `--train_data` first.
-`--sections` chooses parts: reconstruction, unconditional, continuation, frontier, brier, memorisation, latency.
+`--sections` chooses parts: reconstruction, unconditional, continuation, frontier, likelihood, brier, memorisation,
+latency. Files of predictions and references are scored instead if there are any:
+
+    python evaluate_tokcom.py predictions.json                  # exact match, BLEU-4, ROUGE-L, METEOR
+    python evaluate_tokcom.py a=a_seed_0.json a=a_seed_1.json b=b_seed_0.json b=b_seed_1.json
 """
 
 import argparse
@@ -32,6 +36,7 @@ from evaluation.reconstruction import (
     reconstruction_accuracy,
     share_of_informative_draws,
 )
+from evaluation.reference import compare
 from evaluation.samplers import AutoregressiveSampler, TokComSampler
 from pipeline_tokcom import TokComPipeline
 from training.config import DataConfig
@@ -197,6 +202,7 @@ def _measure_systems(args: argparse.Namespace, study: protocol.Study, pipe, syst
 
 def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("predictions", nargs="*", help="files of {id, reference, prediction} records, or NAME=FILE")
     parser.add_argument("--checkpoint", default=".", help="model directory or Hub id")
     parser.add_argument("--data", default="sample_data/stories_validation.jsonl", help="held-out text")
     parser.add_argument(
@@ -222,6 +228,9 @@ def main(argv: list[str] | None = None) -> dict:
         parser.add_argument(f"--{name}", type=float, default=1.0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
+    if args.predictions:
+        print(compare(args.predictions))
+        return {}
     args.command = [os.path.basename(sys.argv[0]), *(sys.argv[1:] if argv is None else argv)]
     results = evaluate(args)
     print((Path(args.output_dir) / "results.md").read_text())

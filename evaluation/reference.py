@@ -1,19 +1,23 @@
-"""Reference metrics of predictions in a file: BLEU-4, ROUGE-L and METEOR.
+"""Reference metrics of predictions in files: exact match, BLEU-4, ROUGE-L and METEOR.
 
-    python -m evaluation.reference predictions.jsonl
+    python evaluate_tokcom.py predictions.json             # {"id", "reference", "prediction"} records
+    python evaluate_tokcom.py baseline=*.json refiner=*.json   # one row per name: mean and spread over its files
 
-Each line is `{"prediction": "...", "references": ["...", ...]}`, or `"reference": "..."` for one. METEOR needs no
-WordNet here: it matches exact words and stems, and is labelled so.
+A file holds a JSON list or JSON lines; `"references": [...]` gives several. METEOR needs no WordNet here: it matches
+exact words and stems, and is labelled so.
 """
 
-import argparse
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 from nltk.stem.porter import PorterStemmer
 from nltk.translate.meteor_score import meteor_score
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
+
+from evaluation.report import table
 
 
 class NoSynonyms:
@@ -23,8 +27,15 @@ class NoSynonyms:
         return []
 
 
+def normalize_answer(text: str) -> str:
+    """Lower case without punctuation, articles and spare spaces, as SQuAD compares answers (Rajpurkar et al. 2016)."""
+    text = re.sub(r"[^\w\s]", "", text.lower())
+    return " ".join(word for word in text.split() if word not in ("a", "an", "the"))
+
+
 def reference_metrics(predictions: list[str], references: list[list[str]]) -> dict[str, float]:
-    """Corpus BLEU-4 and mean ROUGE-L F1 and METEOR, all in [0, 1]; several references per prediction are allowed.
+    """Share of exact matches, corpus BLEU-4, mean ROUGE-L F1 and METEOR, all in [0, 1]; several references per prediction
+    are allowed.
 
     Raises `ValueError` when the lists differ in length or a prediction has no reference.
     """
@@ -40,23 +51,39 @@ def reference_metrics(predictions: list[str], references: list[list[str]]) -> di
         for text, row in zip(predictions, references)
     ]
     best = [rouge.score_multi(row, text)["rougeL"].fmeasure for text, row in zip(predictions, references)]
+    pairs = [(normalize_answer(text), map(normalize_answer, row)) for text, row in zip(predictions, references)]
     return {
+        "exact match": float(np.mean([text in row for text, row in pairs])),
         "BLEU-4": BLEU().corpus_score(predictions, columns).score / 100,
         "ROUGE-L": float(np.mean(best)),
         "METEOR (no synonyms)": float(np.mean(meteor)),
     }
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", help="JSON lines of predictions and references")
-    args = parser.parse_args(argv)
-    with open(args.file) as file:
-        rows = [json.loads(line) for line in file if line.strip()]
+def read_predictions(file: str | Path) -> dict[str, float]:
+    """`reference_metrics` of a file of records; `ValueError` names what is missing."""
+    text = Path(file).read_text()
+    rows = (
+        json.loads(text) if text.lstrip().startswith("[") else [json.loads(x) for x in text.splitlines() if x.strip()]
+    )
+    for i, row in enumerate(rows):
+        if "prediction" not in row or not ("reference" in row or row.get("references")):
+            raise ValueError(
+                f"record {i} of {file} needs 'prediction' and 'reference' or 'references', has {sorted(row)}."
+            )
     references = [row["references"] if "references" in row else [row["reference"]] for row in rows]
-    for name, value in reference_metrics([row["prediction"] for row in rows], references).items():
-        print(f"{name}: {value:.4f}")
+    return reference_metrics([row["prediction"] for row in rows], references)
 
 
-if __name__ == "__main__":
-    main()
+def compare(files: list[str]) -> str:
+    """A Markdown table, one row per name of the `files`, given as `NAME=FILE` or `FILE`: means and standard deviations."""
+    found: dict[str, list[dict[str, float]]] = {}
+    for item in files:
+        name, _, file = item.rpartition("=")
+        found.setdefault(name or Path(file).stem, []).append(read_predictions(file))
+    rows = []
+    for name, runs in found.items():
+        values = {key: [run[key] for run in runs] for key in runs[0]}
+        spread = [f"{np.mean(v):.4f}" + (f" ± {np.std(v, ddof=1):.4f}" if len(v) > 1 else "") for v in values.values()]
+        rows.append([name, len(runs), *spread])
+    return table(["", "files", *values], rows)

@@ -12,13 +12,13 @@ from configuration_tokcom import TokComConfig
 from evaluate_tokcom import SECTIONS, main
 from evaluation import metrics
 from evaluation.ablation import ROWS, row_overrides
+from evaluation.answers import main as answers_main
 from evaluation.autoregressive import llama_config
 from evaluation.flops import count_flops, training_flops_per_token
 from evaluation.judges import TokenJudge
 from evaluation.protocol import Study, at_entropy, control_texts
 from evaluation.reconstruction import NOISE_LEVELS, TIMESTEPS, rarest_ids, reconstruction_accuracy
-from evaluation.reference import main as reference_main
-from evaluation.reference import reference_metrics
+from evaluation.reference import read_predictions, reference_metrics
 from evaluation.samplers import AutoregressiveSampler, TokComSampler
 from modeling_tokcom import TokComModel
 from tests.conftest import ROOT, tiny_config
@@ -272,5 +272,31 @@ def test_reference_metrics_of_perfect_partial_and_wrong_predictions(tmp_path, ca
     with pytest.raises(ValueError, match="2 predictions"):
         reference_metrics(texts, [["one"]])
     (tmp_path / "p.jsonl").write_text(json.dumps({"prediction": texts[0], "reference": texts[0]}) + "\n")
-    reference_main([str(tmp_path / "p.jsonl")])
-    assert "BLEU-4: 1.0000" in capsys.readouterr().out
+    (tmp_path / "q.json").write_text(json.dumps([{"id": 0, "prediction": "A goat", "reference": "Two goats!"}]))
+    main([f"one={tmp_path / 'p.jsonl'}", f"one={tmp_path / 'q.json'}", str(tmp_path / "q.json")])
+    one, other = (line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:4])
+    assert one[:3] == ["| one", "2", "0.5000 ± 0.7071"] and other[:3] == ["| q", "1", "0.0000"]
+    (tmp_path / "q.json").write_text(json.dumps([{"prediction": "A goat"}]))
+    with pytest.raises(ValueError, match="record 0"):
+        read_predictions(tmp_path / "q.json")
+
+
+def test_exact_match_ignores_case_articles_and_punctuation():
+    assert reference_metrics(["The goat!"], [["a goat"]])["exact match"] == 1
+    assert reference_metrics(["goats"], [["a goat", "some goats"]])["exact match"] == 0
+
+
+def test_guidance_zero_answers_without_the_question(build, tmp_path, capsys):
+    build(transformer_config={"block_size": None}).save_pretrained(tmp_path / "model")
+    rows = [{"prompt": f"Who was {name}?", "answer": "a pig"} for name in ("Squinty", "Don")]
+    (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--guidance", "0", "2", "--gen_length", "8", "--steps", "2", "--output_dir", str(tmp_path / "out")]
+    answers_main(["--checkpoint", str(tmp_path / "model"), "--data", str(tmp_path / "qa.jsonl"), *options])
+    assert "guidance 2" in capsys.readouterr().out
+    found = json.loads((tmp_path / "out" / "predictions_0.json").read_text())
+    assert [row["reference"] for row in found] == ["a pig", "a pig"] and found[1]["prompt"] == "Who was Don?"
+    rows = [{**row, "prompt": row["prompt"].replace("Who", "How")} for row in rows]
+    (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    answers_main(["--checkpoint", str(tmp_path / "model"), "--data", str(tmp_path / "qa.jsonl"), *options])
+    again = json.loads((tmp_path / "out" / "predictions_0.json").read_text())
+    assert [row["prediction"] for row in found] == [row["prediction"] for row in again]
