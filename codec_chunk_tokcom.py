@@ -312,7 +312,11 @@ class TokComChunkCodec(TokComPreTrainedModel):
     ) -> torch.Tensor:
         """Nats per token `(B, N, K)` of `input_ids (B, T)` given standardised latents; padded places are 0."""
         chunks, real = self.to_chunks(input_ids, attention_mask)
-        return self._token_nll(self._denormalize(latents), chunks) * real
+        return self.nll(latents, chunks) * real
+
+    def nll(self, latents: torch.Tensor, chunks: torch.Tensor) -> torch.Tensor:
+        """Nats `(B, n, K)` of the tokens of `chunks (B, n, K)` given their standardised latents `(B, n, C)`."""
+        return self._token_nll(self._denormalize(latents), chunks)
 
     def _token_nll(self, raw_latents: torch.Tensor, chunks: torch.Tensor, dropout: float = 0.0) -> torch.Tensor:
         """Nats per token of `chunks (..., K)`; a micro-decoder reads them too, a share `dropout` of them masked."""

@@ -7,6 +7,7 @@ regression of colours is `prediction_type="latents"` with the same codec. Decodi
 Shape legend: B batch, T tokens, K tokens per patch, N patches, G digits per token, C = K * G latent channels, V vocabulary.
 """
 
+import math
 from functools import cached_property
 
 import torch
@@ -28,6 +29,14 @@ except ImportError:
     TokComPreTrainedModel = _layers.TokComPreTrainedModel
 
 NEAREST_ROWS = 512  # rows of distances to all ids that exist at once
+
+
+def dct_matrix(size: int) -> torch.Tensor:
+    """The orthonormal DCT-II as a matrix `(size, size)`, frequencies in rows."""
+    place, frequency = torch.arange(size, device="cpu") + 0.5, torch.arange(size, device="cpu")[:, None]
+    matrix = torch.cos(math.pi / size * frequency * place) * (2 / size) ** 0.5
+    matrix[0] /= 2**0.5
+    return matrix
 
 
 class TokComColorCodec(TokComPreTrainedModel):
@@ -222,9 +231,21 @@ class TokComColorCodec(TokComPreTrainedModel):
         self, latents: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Nats per token `(B, N, K)` of `input_ids (B, T)`: the sum over digits of their cross-entropies."""
-        symbols, real = self.symbols(input_ids, attention_mask)
-        nll = F.cross_entropy(self._digit_logits(latents).flatten(0, 2), symbols.flatten(), reduction="none")
-        return (nll.view(symbols.shape) * real).unflatten(-1, (-1, self.config.digits_per_token)).sum(-1)
+        chunks, real = self.to_chunks(input_ids, attention_mask)
+        return self.nll(latents, chunks) * real
+
+    def nll(self, latents: torch.Tensor, chunks: torch.Tensor) -> torch.Tensor:
+        """Nats `(B, n, K)` of the tokens of patches `chunks (B, n, K)` given their latents `(B, n, C)`."""
+        digits = self.digits(chunks)  # (B, n, K, G)
+        nll = F.cross_entropy(self._digit_logits(latents).flatten(0, 2), digits.flatten(), reduction="none")
+        return nll.view(digits.shape).sum(-1)
+
+    def frequencies(self, latents: torch.Tensor) -> torch.Tensor:
+        """Patches `(B, N, C)` -> their two-dimensional DCT-II coefficients `(B, N, G, patch_size, patch_size)`, orthonormal."""
+        size = self.config.patch_size
+        basis = dct_matrix(size).to(latents)
+        patches = latents.unflatten(2, (size, size, -1)).movedim(-1, 2)
+        return basis @ patches @ basis.T
 
 
-__all__ = ["TokComColorCodec"]
+__all__ = ["TokComColorCodec", "dct_matrix"]

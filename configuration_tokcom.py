@@ -326,6 +326,7 @@ class TokComColorCodecConfig(PreTrainedConfig):
             raise ValueError(f"`digit_sigma` ({self.digit_sigma}) must be positive.")
 
 
+STAGES = ("codec", "flow", "head")
 CODEC_CONFIGS: dict[str, type[PreTrainedConfig]] = {
     config.model_type: config for config in (TokComChunkCodecConfig, TokComColorCodecConfig)
 }
@@ -338,7 +339,7 @@ class TokComConfig(PreTrainedConfig):
     Args:
         codec_config, transformer_config: sub-configurations or their dictionaries; a codec dictionary's `model_type`
             chooses the codec class.
-        stage (`str`): `"codec"` or `"flow"`: which loss `forward` returns and which half is trainable.
+        stage (`str`): `"codec"`, `"flow"` or `"head"`: which loss `forward` returns and which part is trainable.
         prediction_type (`str`): `"latents"`, the transformer predicts x1; or `"tokens"`, it predicts token
             probabilities and x1 is the mean latent under them.
         token_embedding_size (`int`): width of the embedding through which `"tokens"` reads and predicts tokens.
@@ -350,6 +351,13 @@ class TokComConfig(PreTrainedConfig):
         timestep_sampling (`str`): `"logit_normal"`, t = 1 - sigmoid(N(timestep_loc, 1)), or `"uniform"`.
         timestep_loc (`float`): larger is noisier; the sampling grid is shifted by the same amount.
         mse_weight, ce_weight (`float`): weights of the x1 regression and of the cross-entropy through the decoder.
+        ce_share (`float`): in (0, 1], for `"latents"`: share of the latents, drawn at every training step, that the
+            cross-entropy is computed of; the decoder is most of a step where it is as deep as the transformer.
+        frequency_weight (`float`): weight of the mean absolute error of the estimate's DCT-II coefficients, for pixels that are
+            regressed (`"latents"` and a color codec); 0 is off.
+        latent_head (`str`), latent_refiner (`str`): networks between the estimate and the decoder, for `"latents"`: `"none"`,
+            `"mlp"` or `"vq"` (an MLP and a codebook), and `"none"`, `"mlp"` or for pixels `"unet"`. Trained in stage `"head"`.
+        latent_head_size (`int`), latent_refiner_size (`int`), latent_head_codes (`int`): their widths and codes.
         noise_draws (`int`): noisy copies of every latent that one pass over the clean text trains; the cross-entropy
             is computed on the first.
         context_dropout (`float`): share of training rows that lose their context, for classifier-free guidance.
@@ -374,6 +382,13 @@ class TokComConfig(PreTrainedConfig):
     timestep_loc: float | int = 0.6
     mse_weight: float | int = 1.0
     ce_weight: float | int = 0.2
+    ce_share: float | int = 1.0
+    frequency_weight: float | int = 0.0
+    latent_head: str = "none"
+    latent_refiner: str = "none"
+    latent_head_size: int = 4096
+    latent_refiner_size: int = 256
+    latent_head_codes: int = 8192
     noise_draws: int = 1
     context_dropout: float | int = 0.1
     infill_rate: float | int = 0.1
@@ -404,8 +419,9 @@ class TokComConfig(PreTrainedConfig):
                 f"`codec_config.latent_channels` ({self.codec_config.latent_channels}) and "
                 f"`transformer_config.latent_channels` ({self.transformer_config.latent_channels}) must be equal."
             )
-        if self.stage not in ("codec", "flow"):
-            raise ValueError(f"`stage` ({self.stage!r}) must be 'codec' or 'flow'.")
+        if self.stage not in STAGES:
+            raise ValueError(f"`stage` ({self.stage!r}) must be one of {STAGES}.")
+        self._validate_head()
         if self.timestep_sampling not in ("logit_normal", "uniform"):
             raise ValueError(f"`timestep_sampling` ({self.timestep_sampling!r}) must be 'logit_normal' or 'uniform'.")
         if self.prediction_type not in ("latents", "tokens"):
@@ -439,6 +455,35 @@ class TokComConfig(PreTrainedConfig):
                 f"`noise_draws` ({self.noise_draws}) must be at least 1, and 1 for a bidirectional model "
                 "(`block_size=None`), which has no clean half to share."
             )
+
+    @property
+    def has_latent_head(self) -> bool:
+        return self.latent_head != "none" or self.latent_refiner != "none"
+
+    def _validate_head(self):
+        colors = isinstance(self.codec_config, TokComColorCodecConfig)
+        if self.latent_head not in ("none", "mlp", "vq") or self.latent_refiner not in ("none", "mlp", "unet"):
+            raise ValueError(
+                f"`latent_head` ({self.latent_head!r}) must be 'none', 'mlp' or 'vq', and `latent_refiner` "
+                f"({self.latent_refiner!r}) 'none', 'mlp' or 'unet'."
+            )
+        if self.has_latent_head and self.prediction_type != "latents":
+            raise ValueError(
+                f"`latent_head` ({self.latent_head!r}) and `latent_refiner` ({self.latent_refiner!r}) need "
+                "`prediction_type='latents'`: tokens that are drawn have exact latents."
+            )
+        if self.stage == "head" and not self.has_latent_head:
+            raise ValueError("stage 'head' trains `latent_head` and `latent_refiner`, but both are 'none'.")
+        if self.latent_refiner == "unet" and not colors:
+            raise ValueError("`latent_refiner='unet'` works on pictures: it needs a color codec; use 'mlp'.")
+        if self.frequency_weight < 0 or (self.frequency_weight and (self.prediction_type != "latents" or not colors)):
+            raise ValueError(
+                f"`frequency_weight` ({self.frequency_weight}) must not be negative, and needs `prediction_type='latents'` "
+                "and a color codec."
+            )
+        if not 0 < self.ce_share <= 1:
+            raise ValueError(f"`ce_share` ({self.ce_share}) must be in (0, 1].")
+        _check_positive(self, "latent_head_size", "latent_refiner_size", "latent_head_codes")
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What config.json holds: in the sub-configurations, too, only what differs from the library's defaults."""
@@ -597,5 +642,6 @@ __all__ = [
     "TokComTransformerConfig",
     "merge_overrides",
     "CODEC_CONFIGS",
+    "STAGES",
     "PRESETS",
 ]

@@ -254,7 +254,7 @@ class TokComPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, TokComModulation):
+        if isinstance(module, TokComModulation) or type(module).__name__.startswith("TokComZero"):
             init.zeros_(module.weight)
             init.zeros_(module.bias)
         elif isinstance(module, (TokComProjection, TokComTokenEmbedding)):
@@ -266,6 +266,10 @@ class TokComPreTrainedModel(PreTrainedModel):
         if hasattr(module, "latent_mean"):
             init.zeros_(module.latent_mean)
             init.ones_(module.latent_std)
+        if hasattr(module, "codebook"):
+            init.normal_(module.codebook)
+            init.zeros_(module.counts)
+            init.zeros_(module.sums)
         if getattr(module, "log_precision", None) is not None:
             init.zeros_(module.log_precision)
 

@@ -21,7 +21,8 @@ from transformers.utils import ModelOutput
 try:
     from .codec_chunk_tokcom import TokComChunkCodec, TokComCodecOutput, TokComDecoderOutput
     from .codec_color_tokcom import TokComColorCodec
-    from .configuration_tokcom import TokComChunkCodecConfig, TokComColorCodecConfig, TokComConfig
+    from .configuration_tokcom import STAGES, TokComChunkCodecConfig, TokComColorCodecConfig, TokComConfig
+    from .latent_head_tokcom import TokComLatentHead
     from .layers_tokcom import TokComPreTrainedModel
     from .token_head_tokcom import TokComChoice, TokComSymbols, TokComTokenHead
     from .transformer_tokcom import TokComTransformer, TokComTransformerOutput, block_causal_mask
@@ -31,6 +32,7 @@ except ImportError:
     import codec_chunk_tokcom as _codec_chunk
     import codec_color_tokcom as _codec_color
     import configuration_tokcom as _configuration
+    import latent_head_tokcom as _latent_head
     import layers_tokcom as _layers
     import token_head_tokcom as _token_head
     import transformer_tokcom as _transformer
@@ -39,7 +41,8 @@ except ImportError:
     TokComDecoderOutput = _codec_chunk.TokComDecoderOutput
     TokComColorCodec = _codec_color.TokComColorCodec
     TokComChunkCodecConfig, TokComConfig = _configuration.TokComChunkCodecConfig, _configuration.TokComConfig
-    TokComColorCodecConfig = _configuration.TokComColorCodecConfig
+    TokComColorCodecConfig, STAGES = _configuration.TokComColorCodecConfig, _configuration.STAGES
+    TokComLatentHead = _latent_head.TokComLatentHead
     TokComPreTrainedModel = _layers.TokComPreTrainedModel
     TokComChoice, TokComSymbols = _token_head.TokComChoice, _token_head.TokComSymbols
     TokComTokenHead = _token_head.TokComTokenHead
@@ -115,6 +118,7 @@ class TokComModel(TokComPreTrainedModel):
         self.codec = CODECS[config.codec_config.model_type]._from_config(config.codec_config)
         self.transformer = TokComTransformer._from_config(config.transformer_config)
         self.token_head = TokComTokenHead(config) if config.prediction_type == "tokens" else None
+        self.latent_head = TokComLatentHead(config) if config.has_latent_head else None
         self.post_init()
         self.set_stage(config.stage)
 
@@ -129,14 +133,15 @@ class TokComModel(TokComPreTrainedModel):
         return self.codec.get_input_embeddings()
 
     def set_stage(self, stage: str) -> None:
-        """Choose the stage, `"codec"` or `"flow"`, that `forward` trains; the other half is frozen."""
-        if stage not in ("codec", "flow"):
-            raise ValueError(f"`stage` ({stage!r}) must be 'codec' or 'flow'.")
+        """Choose the stage, `"codec"`, `"flow"` or `"head"`, that `forward` trains; all other parts are frozen."""
+        if stage not in STAGES or (stage == "head" and self.latent_head is None):
+            raise ValueError(f"`stage` ({stage!r}) must be one of {STAGES}, and 'head' needs `latent_head`.")
         self.config.stage = stage
-        self.codec.requires_grad_(stage == "codec")
-        self.transformer.requires_grad_(stage == "flow")
-        if self.token_head is not None:
-            self.token_head.requires_grad_(stage == "flow")
+        parts = {"codec": [self.codec], "flow": [self.transformer, self.token_head], "head": [self.latent_head]}
+        for name, modules in parts.items():
+            for module in modules:
+                if module is not None:
+                    module.requires_grad_(name == stage)
 
     def _check_ids(self, input_ids: torch.Tensor) -> None:
         vocab_size = self.config.codec_config.vocab_size
@@ -235,6 +240,11 @@ class TokComModel(TokComPreTrainedModel):
         return self.token_head.symbols(table)
 
     @_entry_point
+    def refine(self, latents: torch.Tensor) -> torch.Tensor:
+        """What is decoded for the transformer's final estimate `(B, N, C)`: itself, unless there is a latent head."""
+        return latents if self.latent_head is None else self.latent_head(latents.to(self.dtype))[0].to(latents.dtype)
+
+    @_entry_point
     def decode(self, latents: torch.Tensor) -> TokComDecoderOutput:
         """Standardised latents `(B, N, C)` -> `.logits (B, N * K, V)`."""
         return self.codec.decode(latents)
@@ -268,18 +278,43 @@ class TokComModel(TokComPreTrainedModel):
             clean = self.codec.encode(input_ids, attention_mask)
         if self.token_head is not None:
             return self._token_loss(clean, input_ids, attention_mask, timestep, known_mask)
-        prediction, loss_mask, _, _ = self._predict_noised(clean, timestep, known_mask=known_mask)
-        squared_error = (prediction.float() - clean.latents[:, None].float()).square().mean(-1)  # (B, M, N)
-        mse = (squared_error * loss_mask[:, None]).sum() / (prediction.shape[1] * loss_mask.sum()).clamp_min(1)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.ce_weight > 0):
-            tokens = self.codec.loss(prediction[:, 0], input_ids, attention_mask) * loss_mask[..., None]  # (B, N, K)
-        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        count = (real.view(tokens.shape) * loss_mask[..., None]).sum().clamp_min(1)
-        cross_entropy = tokens.sum() / count
-        loss = self.config.mse_weight * mse + self.config.ce_weight * cross_entropy
+        return self._latent_loss(clean, input_ids, attention_mask, timestep, known_mask)
+
+    def _latent_loss(self, clean, input_ids, attention_mask, timestep, known_mask) -> TokComOutput:
+        config, trains_head = self.config, self.config.stage == "head"
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not trains_head):
+            prediction, loss_mask, _, _ = self._predict_noised(clean, timestep, known_mask=known_mask)
+        errors = prediction.float() - clean.latents[:, None].float()
+        counted = loss_mask[:, None] / (prediction.shape[1] * loss_mask.sum()).clamp_min(1)  # (B, M, N), its sum is 1
+        mse = (errors.square().mean(-1) * counted).sum()
+        loss = config.mse_weight * mse
+        if config.frequency_weight:
+            coefficients = self.codec.frequencies(errors.flatten(0, 1)).abs().flatten(2).mean(-1)  # (B * M, N)
+            loss = loss + config.frequency_weight * (coefficients.view_as(counted) * counted).sum()
+        if trains_head:
+            estimate, loss = self.latent_head(prediction[:, 0])
+        else:
+            estimate = prediction[:, 0]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (trains_head or config.ce_weight > 0)):
+            tokens, count = self._decoded_nll(estimate, loss_mask, input_ids, attention_mask)
+            cross_entropy = tokens.sum() / count
+        loss = loss + (1.0 if trains_head else config.ce_weight) * cross_entropy
         return TokComOutput(
             loss=loss, ce_loss=cross_entropy.detach(), mse_loss=mse.detach(), token_losses=tokens.detach()
         )
+
+    def _decoded_nll(self, estimate, loss_mask, input_ids, attention_mask) -> tuple[torch.Tensor, torch.Tensor]:
+        """Nats `(B, n, K)` of the tokens that `estimate (B, N, C)` stands for, where `loss_mask (B, N)`, and how many they
+        are; n is N, or in training a share `ce_share` of it, drawn at random."""
+        chunks, real = self.codec.to_chunks(input_ids, attention_mask)  # (B, N, K)
+        counted = real & loss_mask[..., None]
+        if self.training and self.config.ce_share < 1:
+            count = max(1, round(self.config.ce_share * estimate.shape[1]))
+            chosen = torch.rand(loss_mask.shape, device=loss_mask.device).argsort(1)[:, :count, None]
+            estimate, chunks, counted = (
+                x.gather(1, chosen.expand(-1, -1, x.shape[2])) for x in (estimate, chunks, counted)
+            )
+        return self.codec.nll(estimate, chunks) * counted, counted.sum().clamp_min(1)
 
     def _token_loss(self, clean, input_ids, attention_mask, timestep, known_mask) -> TokComOutput:
         chunks, real = self.codec.symbols(input_ids, attention_mask)  # (B, N, K)

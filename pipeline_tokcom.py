@@ -30,8 +30,10 @@ try:  # diffusers copies only the direct relative imports of this file, so every
     from .codec_chunk_tokcom import TokComCodecOutput
     from .codec_color_tokcom import TokComColorCodec
     from .configuration_tokcom import TokComConfig
+    from .latent_head_tokcom import TokComLatentHead
     from .layers_tokcom import TokComPreTrainedModel
     from .modeling_tokcom import TokComModel
+    from .quantization_tokcom import VectorQuantizer
     from .sampling_tokcom import TokComBlockSampler, split_blocks
     from .scheduling_tokcom import TokComFlowMatchScheduler
     from .token_head_tokcom import TokComTokenHead
@@ -42,8 +44,10 @@ except ImportError:
     import codec_chunk_tokcom as _codec_chunk
     import codec_color_tokcom as _codec_color
     import configuration_tokcom as _configuration
+    import latent_head_tokcom as _latent_head
     import layers_tokcom as _layers
     import modeling_tokcom as _modeling
+    import quantization_tokcom as _quantization
     import sampling_tokcom as _sampling
     import scheduling_tokcom as _scheduling
     import token_head_tokcom as _token_head
@@ -55,6 +59,7 @@ except ImportError:
     TokComFlowMatchScheduler = _scheduling.TokComFlowMatchScheduler
     TokComBlockSampler, split_blocks = _sampling.TokComBlockSampler, _sampling.split_blocks
     TokComTransformer, TokComTokenHead = _transformer.TokComTransformer, _token_head.TokComTokenHead
+    TokComLatentHead, VectorQuantizer = _latent_head.TokComLatentHead, _quantization.VectorQuantizer
 
 GAP = "____"
 

@@ -94,6 +94,11 @@ class VectorQuantizer(nn.Module):
     def num_codes(self) -> int:
         return len(self.codebook)
 
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the codebook has seen data."""
+        return bool(self.counts.any())
+
     def forward(self, latents: torch.Tensor) -> TokComQuantizerOutput:
         """Quantise `latents (..., C)`; in training mode the codebook moves first."""
         flat = latents.detach().float().flatten(0, -2)
@@ -113,13 +118,13 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def _update(self, flat: torch.Tensor) -> None:
         """Move every used code towards the mean of its inputs; give unused ones a new place among the inputs."""
-        if not bool(self.counts.any()):
+        first = not self.is_fitted
+        if first:
             self.codebook.copy_(_draw_rows(flat, self.num_codes))
         codes = nearest_codes(flat, self.codebook)
         counts = torch.bincount(codes, minlength=self.num_codes).float()
         sums = torch.zeros_like(self.sums).index_add_(0, codes, flat)
         _sum_over_processes(counts, sums)
-        first = not bool(self.counts.any())
         decay = 0.0 if first else self.decay
         self.counts.mul_(decay).add_(counts, alpha=1 - decay)
         self.sums.mul_(decay).add_(sums, alpha=1 - decay)

@@ -201,7 +201,9 @@ class TokComBlockSampler:
             if chunks is not None and x is not moved:  # a callback has changed it
                 then = plan[i + 1].times if i + 1 < len(plan) else torch.ones_like(step.times)
                 chunks = head.recognise(known.symbols, x, then)
-        return x, None if chunks is None else self.model.codec.from_symbols(chunks)
+        if chunks is None:
+            return self.model.refine(x), None
+        return x, self.model.codec.from_symbols(chunks)
 
     def _estimate(self, x, step: _Step, known: "_Known", previous, chunks):
         """x1 `(B, Q, C)` in float32 for the noisy block `x`, and the ids `(B, Q, K)` of its tokens if they are drawn."""

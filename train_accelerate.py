@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from configuration_tokcom import TokComConfig, merge_overrides
+from configuration_tokcom import STAGES, TokComConfig, merge_overrides
 from modeling_tokcom import TokComModel
 from pipeline_tokcom import TokComPipeline
 from scheduling_tokcom import TokComFlowMatchScheduler
@@ -53,7 +53,7 @@ from training.ema import ShardedEMAModel, decay_from_half_life
 from training.optimizer import build_optimizer
 from training.tracking import check_tracker, log_table
 
-METRIC_PREFIX = {"codec": "vae", "flow": "diffusion"}  # the names of the published training script
+METRIC_PREFIX = {"codec": "vae", "flow": "diffusion", "head": "head"}  # the names of the published training script
 WORK = "run"  # checkpoints, logs and tokenizer, inside output_dir
 
 
@@ -109,6 +109,8 @@ def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> TokC
         source = TokComModel.from_pretrained(donor, dtype=torch.float32)
         model = TokComModel(derived_config(config, source.config))
         weights = source.state_dict() if config.init_from else source.codec.state_dict()
+        if model.latent_head is not None and source.latent_head is None and config.init_from:
+            weights |= {f"latent_head.{name}": value for name, value in model.latent_head.state_dict().items()}
         try:
             (model if config.init_from else model.codec).load_state_dict(weights)
         except RuntimeError as error:
@@ -308,7 +310,7 @@ class StageTrainer:
 
         Python's generator, which decides what all processes must do alike, leaves the rank out.
         """
-        words = [self.config.seed, self.stage == "flow", self.progress.micro_batch]
+        words = [self.config.seed, STAGES.index(self.stage), self.progress.micro_batch]
         random.seed(int(np.random.SeedSequence(words).generate_state(1)[0]))
         words.append(self.accelerator.process_index)
         torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))
@@ -359,8 +361,8 @@ class StageTrainer:
         if self.stage == "codec":
             metrics["vae/batch_loss"] = mean
         else:
-            metrics["diffusion/batch_ce_loss"] = self._reduced("ce_loss")
-            metrics["diffusion/batch_mse_loss"] = self._reduced("mse_loss")
+            for name in ("ce_loss", "mse_loss"):
+                metrics[f"{self.prefix}/batch_{name}"] = self._reduced(name)
         self.pending = []
         self.accelerator.log(metrics, step=progress.step)
         speed = (progress.tokens - self.started_tokens) / (time.perf_counter() - self.started)
@@ -397,8 +399,9 @@ class StageTrainer:
         }
         metrics = {f"{self.prefix}/train_loss": progress.train_loss / max(1, progress.train_count)}
         metrics[f"{self.prefix}/val_loss"] = values["loss"]
-        if self.stage == "flow":
-            metrics["diffusion/val_ce_loss"], metrics["diffusion/val_mse_loss"] = values["ce_loss"], values["mse_loss"]
+        if self.stage != "codec":
+            for name in ("ce_loss", "mse_loss"):
+                metrics[f"{self.prefix}/val_{name}"] = values[name]
         progress.train_loss, progress.train_count = 0.0, 0
         self._check_finite("validation loss", values["loss"])
         improved = values["loss"] < progress.best

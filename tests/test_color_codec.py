@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from codec_color_tokcom import TokComColorCodec
+from codec_color_tokcom import TokComColorCodec, dct_matrix
 from configuration_tokcom import PRESETS, TokComColorCodecConfig, TokComConfig
 from modeling_tokcom import TokComModel
 from pipeline_tokcom import TokComPipeline
@@ -145,6 +145,49 @@ def test_every_id_of_a_large_vocabulary_is_a_pixel_and_other_pixels_are_near_ids
     pixels[0, 1, 2] = 200  # blue goes to 2 only
     found = model.from_image(pixels)
     assert found[0] == 5 and found[1] % 65_536 == 77_777 % 65_536 and found[1] < 151_665
+
+
+@pytest.mark.parametrize("size", [2, 4, 16])
+def test_the_cosine_transform_is_that_of_scipy(size):
+    import numpy as np
+    from scipy.fft import dctn
+
+    model = codec(320, patch_size=size, image_size=64)
+    latents = torch.randn(2, 3, 3 * size**2)
+    found = model.frequencies(latents)
+    pixels = latents.view(2, 3, size, size, 3).movedim(-1, 2).numpy()
+    expected = dctn(pixels, type=2, norm="ortho", axes=(-2, -1))
+    assert np.abs(found.numpy() - expected).max() < 1e-5
+    torch.testing.assert_close(dct_matrix(size) @ dct_matrix(size).T, torch.eye(size), atol=1e-6, rtol=0)
+
+
+def test_frequencies_and_the_unet_are_trained_and_the_unet_starts_as_the_identity():
+    model = pixel_model(prediction_type="latents", latent_refiner="unet", latent_refiner_size=8, frequency_weight=0.5)
+    ids = torch.randint(0, 320, (2, 48))
+    plain = pixel_model(prediction_type="latents")
+    plain.load_state_dict(model.state_dict(), strict=False)
+    losses = []
+    for each in (model.train(), plain.train()):
+        torch.manual_seed(0)
+        losses.append(each(ids).loss.item())
+    assert losses[0] > losses[1]
+    latents = torch.randn(2, 13, 12)
+    assert torch.equal(model.refine(latents), latents)
+    model.set_stage("head")
+    torch.manual_seed(0)
+    model(ids).loss.backward()
+    assert model.latent_head.refiner.conv_out.weight.grad.norm() > 0
+    assert all(p.grad is None for p in model.transformer.parameters())
+
+
+def test_the_unet_sees_neighbouring_patches_of_the_picture():
+    model = pixel_model(prediction_type="latents", latent_refiner="unet", latent_refiner_size=8)
+    torch.nn.init.normal_(model.latent_head.refiner.conv_out.weight)
+    columns = model.config.codec_config.image_size // model.config.codec_config.patch_size
+    latents = torch.zeros(1, 3 * columns, 12, requires_grad=True)
+    model.latent_head.refiner(latents)[0, columns + 1].sum().backward()
+    seen = latents.grad[0].abs().sum(-1) > 0
+    assert seen[[1, columns, columns + 1, columns + 2, 2 * columns + 1]].all()  # above, left, itself, right, below
 
 
 def test_texts_are_no_pictures_of_other_models(tokenizer):

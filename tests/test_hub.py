@@ -19,16 +19,18 @@ REMOTE_FILES = {
     "configuration_tokcom.py": {"copy", "typing", "huggingface_hub", "transformers"},
     "layers_tokcom.py": {"math", "collections", "torch", "transformers"},
     "codec_chunk_tokcom.py": {"dataclasses", "torch", "transformers"},
-    "codec_color_tokcom.py": {"functools", "torch"},
+    "codec_color_tokcom.py": {"functools", "math", "torch"},
     "transformer_tokcom.py": {"dataclasses", "torch", "transformers"},
     "token_head_tokcom.py": {"collections", "functools", "typing", "torch"},
+    "latent_head_tokcom.py": {"torch"},
+    "quantization_tokcom.py": {"collections", "dataclasses", "torch", "transformers"},
     "modeling_tokcom.py": {"random", "collections", "dataclasses", "functools", "torch", "transformers"},
     "sampling_tokcom.py": {
         *("inspect", "collections", "dataclasses", "functools", "typing", "torch", "diffusers", "transformers"),
     },
     "scheduling_tokcom.py": {"math", "dataclasses", "torch", "diffusers"},
     "pipeline_tokcom.py": {
-        *("json", "os", "collections", "dataclasses", "typing"),
+        *("json", "os", "collections", "dataclasses", "typing", "numpy", "PIL"),
         *("torch", "diffusers", "huggingface_hub", "safetensors", "transformers"),
     },
 }

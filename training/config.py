@@ -58,7 +58,7 @@ class TrainConfig:
     codec_from: str | None = None  # model directory or Hub id whose codec a new transformer is trained for
     tokenizer: str | None = None  # any AutoTokenizer; None trains a BPE tokenizer on the data
     tokenizer_vocab_size: int = 512
-    stage: str = "all"  # codec, flow or all
+    stage: str = "all"  # codec, flow, head or all (codec and flow)
     output_dir: str = "tokcom-out"
     seed: int = 0
     mixed_precision: str | None = None  # no, bf16 or fp16; None takes accelerate's setting
@@ -72,12 +72,17 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     codec: StageConfig = field(default_factory=StageConfig)
     flow: StageConfig = field(default_factory=StageConfig)
+    head: StageConfig = field(default_factory=StageConfig)
 
     def __post_init__(self):
         if self.mixed_precision is False:  # YAML 1.1 reads a bare `no` as false
             self.mixed_precision = "no"
-        if self.stage not in ("codec", "flow", "all"):
-            raise ValueError(f"`stage` ({self.stage!r}) must be 'codec', 'flow' or 'all'.")
+        if self.stage not in ("codec", "flow", "head", "all"):
+            raise ValueError(f"`stage` ({self.stage!r}) must be 'codec', 'flow', 'head' or 'all'.")
+        if self.stage == "head" and not self.init_from:
+            raise ValueError(
+                "stage 'head' trains a latent head on a finished model; give its directory as `init_from`."
+            )
         if self.report_to not in ("tensorboard", "wandb", "trackio", "none"):
             raise ValueError(f"`report_to` ({self.report_to!r}) must be tensorboard, wandb, trackio or none.")
         if not self.data.train:
@@ -86,7 +91,7 @@ class TrainConfig:
             raise ValueError(f"`init_from` ({self.init_from}) brings its own codec; remove `codec_from`.")
         if self.codec_from and (self.stage != "flow" or "codec_config" in self.model):
             raise ValueError("`codec_from` reuses a finished codec: set stage=flow and no model.codec_config.*.")
-        for name in ("codec", "flow"):
+        for name in ("codec", "flow", "head"):
             for key, value in vars(getattr(self, name)).items():
                 if isinstance(value, int) and key != "warmup_steps" and value < 1:
                     raise ValueError(f"`{name}.{key}` ({value}) must be at least 1.")
