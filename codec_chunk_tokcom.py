@@ -26,16 +26,19 @@ try:
         chunked_cross_entropy,
         rotary_embedding,
     )
+    from .quantization_tokcom import build_quantizer
 except ImportError:
     if __package__:
         raise
     import configuration_tokcom as _configuration
     import layers_tokcom as _layers
+    import quantization_tokcom as _quantization
 
     TokComChunkCodecConfig = _configuration.TokComChunkCodecConfig
     TokComBlock, TokComMLP = _layers.TokComBlock, _layers.TokComMLP
     TokComPreTrainedModel, TokComRMSNorm = _layers.TokComPreTrainedModel, _layers.TokComRMSNorm
     chunked_cross_entropy, rotary_embedding = _layers.chunked_cross_entropy, _layers.rotary_embedding
+    build_quantizer = _quantization.build_quantizer
 
 
 DECODE_CHUNK = 256  # latents whose logits exist at once when only ids are wanted
@@ -49,11 +52,13 @@ class TokComCodecOutput(ModelOutput):
         latents (`torch.FloatTensor` of shape `(B, N, C)`): standardised latents.
         position_ids (`torch.LongTensor` of shape `(B, N, A)`): where each latent stands.
         mask (`torch.BoolTensor` of shape `(B, N)`): latents that hold at least one real token.
+        codes (`torch.LongTensor` of shape `(B, N, R)`, *optional*): what stores each latent, of codecs with a quantiser.
     """
 
     latents: torch.FloatTensor | None = None
     position_ids: torch.LongTensor | None = None
     mask: torch.BoolTensor | None = None
+    codes: torch.LongTensor | None = None
 
 
 @dataclass
@@ -182,6 +187,14 @@ class TokComChunkCodec(TokComPreTrainedModel):
             self.to_posterior = nn.Linear(inputs, 2 * channels)
             self.from_latent = nn.Linear(config.latent_channels, config.hidden_size)
         self.log_precision = nn.Parameter(torch.zeros(1)) if config.encoder_type == "token" else None
+        quantizer = (
+            config.quantizer,
+            config.latent_channels,
+            config.num_codes,
+            config.num_quantizers,
+            config.fsq_levels,
+        )
+        self.quantizer = build_quantizer(*quantizer)
         self.micro_decoder = TokComMicroDecoder(config) if config.num_micro_decoder_layers else None
         self.latent_mean = nn.Buffer(torch.zeros(config.latent_channels))
         self.latent_std = nn.Buffer(torch.ones(config.latent_channels))
@@ -256,10 +269,21 @@ class TokComChunkCodec(TokComPreTrainedModel):
         """Token ids `(B, T)`, T a multiple of K, and `attention_mask (B, T)` (0 = padding) -> standardised latents."""
         chunks, real = self.to_chunks(input_ids, attention_mask)
         mean, _ = self._posterior(chunks.flatten(0, 1))
+        codes = None
+        if self.quantizer is not None:
+            quantized = self.quantizer(mean)
+            mean, codes = quantized.latents, quantized.codes.unflatten(0, chunks.shape[:2])
         latents = ((mean - self.latent_mean) / self.latent_std).unflatten(0, chunks.shape[:2])  # (B, N, C)
         latents = latents.to(self.embed_tokens.weight.dtype)
         index = torch.arange(chunks.shape[1], device=input_ids.device).expand(len(chunks), -1)
-        return TokComCodecOutput(latents=latents, position_ids=self.positions(index), mask=real.any(-1))
+        return TokComCodecOutput(latents, position_ids=self.positions(index), mask=real.any(-1), codes=codes)
+
+    def from_codes(self, codes: torch.Tensor) -> torch.Tensor:
+        """The `codes (B, N, R)` that `encode` gives -> standardised latents `(B, N, C)`."""
+        if self.quantizer is None:
+            raise ValueError("this codec has no quantiser, so its latents have no codes; train one with `quantizer`.")
+        latents = self.quantizer.decode(codes).to(self.latent_mean.dtype)
+        return ((latents - self.latent_mean) / self.latent_std).to(self.embed_tokens.weight.dtype)
 
     def positions(self, index: torch.Tensor) -> torch.Tensor:
         """Index of latents `(...)` in reading order -> where they stand, `(..., A)`."""
@@ -337,7 +361,8 @@ class TokComChunkCodec(TokComPreTrainedModel):
         """Stage-1 objective: K x cross-entropy per token + `kl_weight` x KL, with the config's dropouts.
 
         The KL of every channel is clipped below at `kl_free_nats`. Returns the scalar loss and its detached parts
-        `ce_loss` (nats per token) and `kl_loss` (nats per chunk). Dropouts act in training mode only.
+        `ce_loss` (nats per token) and `kl_loss` (nats per chunk). Dropouts act in training mode only. With a quantiser its
+        commitment loss takes the place of the KL.
         """
         config = self.config
         chunks, real = self.to_chunks(input_ids, attention_mask)
@@ -347,7 +372,10 @@ class TokComChunkCodec(TokComPreTrainedModel):
             inputs = torch.where(dropped, config.mask_token_id, chunks)
         latents, log_variance = self._posterior(inputs.flatten(0, 1))
         kl = latents.new_zeros(())
-        if log_variance is not None:
+        if self.quantizer is not None:
+            quantized = self.quantizer(latents)
+            latents, penalty = quantized.latents, quantized.loss
+        elif log_variance is not None:
             divergence = 0.5 * (latents.square() + log_variance.exp() - 1 - log_variance)  # (M, C)
             kl = divergence.clamp_min(config.kl_free_nats).sum(-1)
             kl = (kl * real.flatten(0, 1).any(-1)).sum() / real.any(-1).sum().clamp_min(1)
@@ -357,7 +385,8 @@ class TokComChunkCodec(TokComPreTrainedModel):
             latents = F.dropout(latents, config.latent_dropout)
         nll = self._token_nll(latents, chunks, config.micro_decoder_dropout if self.training else 0.0)
         cross_entropy = (nll * real).sum() / real.sum().clamp_min(1)
-        loss = config.chunk_size * cross_entropy + config.kl_weight * kl
+        penalty = config.kl_weight * kl if self.quantizer is None else penalty
+        loss = config.chunk_size * cross_entropy + penalty
         return loss, {"ce_loss": cross_entropy.detach(), "kl_loss": kl.detach()}
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ Shape legend used in every file: B batch, T tokens, K tokens per chunk, N = T/K 
 D width, H heads, A position axes, V vocabulary.
 """
 
+import math
 from copy import deepcopy
 from typing import Any
 
@@ -62,6 +63,11 @@ class TokComChunkCodecConfig(PreTrainedConfig):
         num_micro_decoder_layers (`int`): layers of a causal network inside the chunk, which decodes each token given the
             latent and the tokens before it; 0 decodes all K independently.
         micro_decoder_dropout (`float`): share of the tokens fed back that training masks.
+        quantizer (`str`): `"none"`, `"vq"` or `"fsq"`: latents take one of finitely many values, so that a text is stored as
+            codes. Then there is no posterior noise and no KL.
+        num_codes (`int`), num_quantizers (`int`): for `"vq"`: codes of a codebook, and codebooks, each of which quantises what
+            the ones before it left over.
+        fsq_levels (`list[int]`): for `"fsq"`: levels of every latent channel.
     """
 
     model_type = "tokcom_chunk_codec"
@@ -91,7 +97,19 @@ class TokComChunkCodecConfig(PreTrainedConfig):
     latent_dropout: float | int = 0.15
     num_micro_decoder_layers: int = 0
     micro_decoder_dropout: float | int = 0.3
+    quantizer: str = "none"
+    num_codes: int = 1024
+    num_quantizers: int = 1
+    fsq_levels: list[int] | None = None
     initializer_range: float = 0.02
+
+    @property
+    def bits_per_token(self) -> float | None:
+        """Bits that store one token as codes; None without a quantiser."""
+        if self.quantizer == "none":
+            return None
+        sizes = self.fsq_levels if self.quantizer == "fsq" else [self.num_codes] * self.num_quantizers
+        return sum(math.log2(size) for size in sizes) / self.chunk_size
 
     @property
     def length_multiple(self) -> int:
@@ -130,6 +148,7 @@ class TokComChunkCodecConfig(PreTrainedConfig):
                 f"`encoder_type='token'` needs `variational=True` and `latent_channels` ({self.latent_channels}) to be a "
                 f"multiple of `chunk_size` ({self.chunk_size})."
             )
+        self._validate_quantizer()
         if self.layer_type == "attention":
             _check_heads(self)
             if self.embedding_size != self.hidden_size:
@@ -145,6 +164,23 @@ class TokComChunkCodecConfig(PreTrainedConfig):
         for name in ("mask_token_id", "pad_token_id"):
             if not 0 <= getattr(self, name) < self.vocab_size:
                 raise ValueError(f"`{name}` ({getattr(self, name)}) must be in [0, vocab_size={self.vocab_size}).")
+
+    def _validate_quantizer(self):
+        if self.quantizer not in ("none", "vq", "fsq"):
+            raise ValueError(f"`quantizer` ({self.quantizer!r}) must be 'none', 'vq' or 'fsq'.")
+        if self.quantizer != "none" and self.encoder_type != "chunk":
+            raise ValueError(
+                f"`quantizer` ({self.quantizer!r}) needs `encoder_type='chunk'`, not {self.encoder_type!r}."
+            )
+        if self.quantizer == "vq" and (self.num_codes < 2 or self.num_quantizers < 1):
+            raise ValueError(
+                f"`num_codes` ({self.num_codes}) must be at least 2 and `num_quantizers` ({self.num_quantizers}) at least 1."
+            )
+        if self.quantizer == "fsq" and len(self.fsq_levels or ()) != self.latent_channels:
+            raise ValueError(
+                f"`fsq_levels` ({self.fsq_levels}) must give the levels of every one of the {self.latent_channels} "
+                "`latent_channels`."
+            )
 
 
 @strict

@@ -122,12 +122,16 @@ def main(argv: list[str] | None = None) -> None:
     if args.output_file and not Path(args.output_file).resolve().parent.is_dir():
         parser.error(f"--output_file {args.output_file}: its directory does not exist")
     try:
-        output = run(load_pipeline(args.checkpoint, args.device), args)
+        pipe = load_pipeline(args.checkpoint, args.device)
+        output = run(pipe, args)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     if args.mode == "encode":
         latents = output.latents.float()
         print(f"latents {tuple(latents.shape)}: mean {latents.mean():.4f}, std {latents.std():.4f}")
+        if output.codes is not None:
+            codec = pipe.model.config.codec_config
+            print(f"codes {tuple(output.codes.shape)}: {codec.bits_per_token:.2f} bits per token")
         if args.output_file:
             print(f"written to {args.output_file}")
         return

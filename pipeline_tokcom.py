@@ -73,12 +73,14 @@ class TokComPipelineOutput(BaseOutput):
         sequences (`torch.LongTensor` of shape `(B, T)`): token ids; what follows EOS is the pad id.
         latents (`torch.FloatTensor` of shape `(B, N, C)`): standardised latents.
         attention_mask (`torch.LongTensor` of shape `(B, T)`): 1 on the ids that belong to the text.
+        codes (`torch.LongTensor` of shape `(B, N, R)`): what stores the latents of a codec with a quantiser.
     """
 
     texts: list[str] | None = None
     sequences: torch.LongTensor | None = None
     latents: torch.FloatTensor | None = None
     attention_mask: torch.LongTensor | None = None
+    codes: torch.LongTensor | None = None
 
 
 class TokComPipeline(DiffusionPipeline):
@@ -554,22 +556,37 @@ class TokComPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def encode(self, text: str | list[str], output_file: str | os.PathLike | None = None) -> TokComPipelineOutput:
-        """Mode 4: texts -> latents, and a safetensors file with `latents` and `attention_mask` if a name is given."""
+        """Mode 4: texts -> latents, and a safetensors file with `latents` and `attention_mask` if a name is given.
+
+        A codec with a quantiser also gives `codes`, which are what the file then holds.
+        """
         ids, mask = self._pad(self._tokenize([text] if isinstance(text, str) else list(text), "text"), "right")
-        latents = self.model.encode(ids, mask).latents
+        encoded = self.model.encode(ids, mask)
+        latents, codes = encoded.latents, encoded.codes
         self.maybe_free_model_hooks()
         if output_file is not None:
             tensors = {"latents": latents.float().cpu().contiguous(), "attention_mask": mask.cpu().contiguous()}
+            if codes is not None:
+                small = [t for t in (torch.int16, torch.int32) if int(codes.max()) <= torch.iinfo(t).max]
+                tensors = {
+                    "codes": codes.to([*small, codes.dtype][0]).cpu(),
+                    "attention_mask": mask.to(torch.uint8).cpu(),
+                }
             save_file(tensors, str(output_file), metadata={"format": "pt", "chunk_size": str(self.chunk_size)})
-        return TokComPipelineOutput(sequences=ids, latents=latents, attention_mask=mask)
+        return TokComPipelineOutput(sequences=ids, latents=latents, attention_mask=mask, codes=codes)
 
     @torch.no_grad()
     def decode(
         self, latents: torch.Tensor | str | os.PathLike, attention_mask: torch.Tensor | None = None
     ) -> TokComPipelineOutput:
-        """Latents `(B, N, C)`, or a file that `encode` wrote, -> text. `attention_mask (B, N * K)` hides padding."""
+        """Latents `(B, N, C)`, integer codes `(B, N, R)`, or a file that `encode` wrote, -> text.
+
+        `attention_mask (B, N * K)` hides padding.
+        """
         if not isinstance(latents, torch.Tensor):
             latents, attention_mask = _read_latents(latents, self.chunk_size)
+        if not latents.is_floating_point():
+            latents = self.model.codec.from_codes(latents.long().to(self._execution_device))
         channels = self.model.config.codec_config.latent_channels
         if latents.ndim != 3 or latents.shape[-1] != channels:
             raise ValueError(f"`latents` has shape {tuple(latents.shape)} but (B, N, {channels}) is needed.")
@@ -715,7 +732,7 @@ def _read_latents(file: str | os.PathLike, chunk_size: int) -> tuple[torch.Tenso
     try:
         with safe_open(str(file), framework="pt") as tensors:
             found = (tensors.metadata() or {}).get("chunk_size", str(chunk_size))
-            latents = tensors.get_tensor("latents")
+            latents = tensors.get_tensor("codes" if "codes" in tensors.keys() else "latents")
             mask = tensors.get_tensor("attention_mask") if "attention_mask" in tensors.keys() else None
     except SafetensorError as error:
         raise ValueError(f"{file} is not a latents file written by encode ({error}).") from error

@@ -102,7 +102,7 @@ class VectorQuantizer(nn.Module):
     def forward(self, latents: torch.Tensor) -> TokComQuantizerOutput:
         """Quantise `latents (..., C)`; in training mode the codebook moves first."""
         flat = latents.detach().float().flatten(0, -2)
-        if self.training:
+        if self.training and torch.is_grad_enabled():  # a frozen codec is run without gradient, and keeps its codes
             self._update(flat)
         codes = nearest_codes(flat, self.codebook)
         quantised = self.codebook[codes].view(latents.shape).to(latents.dtype)
@@ -203,6 +203,15 @@ class FiniteScalarQuantizer(nn.Module):
         return digits / (levels - 1) * 2 - 1
 
 
+def build_quantizer(kind: str, channels: int, num_codes: int, num_quantizers: int, levels: list[int] | None):
+    """The quantiser of a codec's configuration, or None for `"none"`."""
+    if kind == "none":
+        return None
+    if kind == "fsq":
+        return FiniteScalarQuantizer(tuple(levels))
+    return ResidualQuantizer(num_codes, channels, num_quantizers)
+
+
 @torch.no_grad()
 def kmeans(
     batches: Iterable[torch.Tensor],
@@ -276,6 +285,7 @@ __all__ = [
     "ResidualQuantizer",
     "FiniteScalarQuantizer",
     "TokComQuantizerOutput",
+    "build_quantizer",
     "kmeans",
     "nearest_codes",
     "code_statistics",

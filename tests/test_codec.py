@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -132,3 +134,62 @@ def micro_codec() -> TokComChunkCodec:
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return model
+
+
+QUANTIZERS = [
+    dict(quantizer="vq", num_codes=32),
+    dict(quantizer="vq", num_codes=16, num_quantizers=3),
+    dict(quantizer="fsq", fsq_levels=[5] * 12),
+]
+
+
+@pytest.mark.parametrize("options", QUANTIZERS)
+def test_codes_store_exactly_what_is_decoded(options):
+    model = codec(**options).train()
+    ids = torch.randint(0, 60, (3, 16))
+    model.training_loss(ids)[0].backward()  # the first batch makes the codebook
+    model.eval().set_latent_statistics(torch.randn(12), torch.rand(12) + 0.5)
+    encoded = model.encode(ids)
+    torch.testing.assert_close(model.from_codes(encoded.codes), encoded.latents)
+    assert torch.equal(model.to_ids(model.from_codes(encoded.codes)), model.to_ids(encoded.latents))
+    levels = options.get("fsq_levels") or [options["num_codes"]] * options.get("num_quantizers", 1)
+    assert model.config.bits_per_token == pytest.approx(sum(map(math.log2, levels)) / 4)
+
+
+@pytest.mark.parametrize("options", QUANTIZERS)
+def test_a_quantised_codec_learns_and_its_codebook_is_no_parameter(options):
+    model = codec(**options, token_dropout=0.0, latent_dropout=0.0).train()
+    ids = torch.randint(0, 6, (8, 16))
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    losses = []
+    for _ in range(60):
+        loss, parts = model.training_loss(ids)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(parts["ce_loss"].item())
+    assert losses[-1] < 0.5 * losses[0]
+    kept = {id(p) for p in optimizer.state}
+    assert all(id(buffer) not in kept for buffer in model.buffers())
+    assert not any("codebook" in name for name, _ in model.named_parameters())
+
+
+def test_a_frozen_codec_keeps_its_codes_in_training_mode():
+    model = codec(quantizer="vq", num_codes=32).train()
+    model.training_loss(torch.randint(0, 60, (3, 16)))
+    before = model.quantizer.levels[0].codebook.clone()
+    with torch.no_grad():
+        model.encode(torch.randint(0, 60, (3, 16)))
+    assert torch.equal(model.quantizer.levels[0].codebook, before)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [(dict(quantizer="lookup"), "'fsq'"), (dict(quantizer="fsq", fsq_levels=[3, 3]), "12 `latent_channels`")],
+)
+def test_impossible_quantisers_are_named(options, message):
+    with pytest.raises(Exception, match="architecture") as error:
+        codec(**options)
+    assert message in str(error.value.__cause__ or error.value)
+    with pytest.raises(ValueError, match="no quantiser"):
+        codec().from_codes(torch.zeros(1, 2, 1, dtype=torch.long))

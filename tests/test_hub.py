@@ -16,7 +16,7 @@ from pipeline_tokcom import TokComPipeline
 from tests.conftest import ROOT
 
 REMOTE_FILES = {
-    "configuration_tokcom.py": {"copy", "typing", "huggingface_hub", "transformers"},
+    "configuration_tokcom.py": {"math", "copy", "typing", "huggingface_hub", "transformers"},
     "layers_tokcom.py": {"math", "collections", "torch", "transformers"},
     "codec_chunk_tokcom.py": {"dataclasses", "torch", "transformers"},
     "codec_color_tokcom.py": {"functools", "math", "torch"},

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from safetensors import safe_open
 
 from modeling_tokcom import TokComModel
 from pipeline_tokcom import TokComPipeline
@@ -389,6 +390,19 @@ def test_memory_of_the_context_is_bounded_by_the_window(build):
         patch.setattr(_Known, "append", record)
         pipe.generate(num_chunks=30, num_inference_steps=1, generator=seeded())
     assert len(lengths) == 29 and set(lengths) == {8}
+
+
+def test_a_quantised_text_is_stored_as_codes(build, tmp_path):
+    pipe = build(codec_config={"quantizer": "vq", "num_codes": 64, "num_quantizers": 2})
+    pipe.model.codec.train().training_loss(torch.randint(0, 300, (4, 32)))
+    pipe.model.eval()
+    encoded = pipe.encode(["Squinty was a little pig.", "Hi"], tmp_path / "codes.safetensors")
+    assert encoded.codes.shape == (*encoded.latents.shape[:2], 2)
+    texts = pipe.decode(encoded.latents, encoded.attention_mask).texts
+    assert pipe.decode(tmp_path / "codes.safetensors").texts == texts
+    assert pipe.decode(encoded.codes, encoded.attention_mask).texts == texts
+    with safe_open(tmp_path / "codes.safetensors", "pt") as stored:
+        assert set(stored.keys()) == {"codes", "attention_mask"} and stored.get_tensor("codes").dtype == torch.int16
 
 
 def test_a_dialogue_is_its_chat_template_or_its_lines(build):
