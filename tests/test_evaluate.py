@@ -10,11 +10,13 @@ from transformers import LlamaForCausalLM
 import demo
 from configuration_tokcom import TokComConfig
 from evaluate_tokcom import SECTIONS, main
-from evaluation import metrics
+from evaluation import compression, metrics
 from evaluation.ablation import ROWS, row_overrides
 from evaluation.answers import main as answers_main
 from evaluation.autoregressive import llama_config
 from evaluation.flops import count_flops, training_flops_per_token
+from evaluation.heads import EXPERIMENTS
+from evaluation.heads import main as heads_main
 from evaluation.judges import TokenJudge
 from evaluation.protocol import Study, at_entropy, control_texts
 from evaluation.reconstruction import NOISE_LEVELS, TIMESTEPS, rarest_ids, reconstruction_accuracy
@@ -300,3 +302,53 @@ def test_guidance_zero_answers_without_the_question(build, tmp_path, capsys):
     answers_main(["--checkpoint", str(tmp_path / "model"), "--data", str(tmp_path / "qa.jsonl"), *options])
     again = json.loads((tmp_path / "out" / "predictions_0.json").read_text())
     assert [row["prediction"] for row in found] == [row["prediction"] for row in again]
+
+
+def test_the_head_experiments_are_one_command(build, tmp_path, capsys):
+    build().save_pretrained(tmp_path / "backbone")
+    rows = [
+        json.dumps({"text": f"Squinty was a little pig, number {i}, who ran home to his pen again."})
+        for i in range(60)
+    ]
+    (tmp_path / "train.jsonl").write_text("\n".join(rows[:50]))
+    (tmp_path / "held_out.jsonl").write_text("\n".join(rows[50:]))
+    options = [
+        "--checkpoint",
+        str(tmp_path / "backbone"),
+        "--train",
+        str(tmp_path / "train.jsonl"),
+        "--seeds",
+        "0",
+        "1",
+    ]
+    options += ["--max_steps", "1", "--samples", "3", "--words", "4", "--work_dir", str(tmp_path / "out")]
+    heads_main([*options, "--validation", str(tmp_path / "held_out.jsonl")])
+    printed = capsys.readouterr().out
+    assert all(f"| {name} | 2 |" in printed for name in ["no head", *EXPERIMENTS])
+    found = json.loads((tmp_path / "out" / "A+B-1" / "predictions.json").read_text())
+    assert len(found) == 3 and found[0]["reference"] == "Squinty was a little"
+    with pytest.raises(ValueError, match="50 documents .* are training documents"):
+        heads_main([*options, "--validation", str(tmp_path / "train.jsonl")])
+
+
+def test_what_is_decoded_depends_on_latents_alone(build):
+    pipe = build(latent_head="mlp", latent_refiner="mlp")
+    noisy = torch.randn(1, 4, 16, generator=torch.Generator().manual_seed(0))
+    texts = []
+    for text in ("Squinty was a pig.", "Don was a dog"):
+        pipe.encode(text)  # whatever the reference is
+        with torch.no_grad():
+            latents, _ = pipe._sample(noisy, sigma_start=0.5, num_inference_steps=2, decode=False)
+            texts.append(pipe.decode(latents).texts)
+    assert texts[0] == texts[1]
+
+
+def test_rate_and_distortion_of_a_codec(build, tmp_path):
+    model = build(codec_config={"quantizer": "vq", "num_codes": 64, "num_quantizers": 2}).model
+    ids = torch.randint(0, 300, (1, 64))
+    model.codec.train().training_loss(ids)
+    facts = compression.measure(model.eval(), ids, tmp_path / "codes.png")
+    assert facts["bits per token"] == 3.0 and facts["same from codes"] and (tmp_path / "codes.png").is_file()
+    assert 0 < facts["entropy, bits per token"] <= 3.0 and 0 <= facts["token accuracy"] <= 1
+    plain, *packed = compression.lossless("the little pig " * 100, 300)
+    assert plain["bits per token"] == 40.0 and all(row["bits per token"] < 5 for row in packed)

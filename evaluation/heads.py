@@ -1,0 +1,102 @@
+"""The OmniFlow decoder experiments: heads between a frozen transformer and its frozen decoder, with numbers.
+
+    python -m evaluation.heads --checkpoint backbone --train captions.parquet --validation held_out.parquet --seeds 0 1 2
+
+Trains each of EXPERIMENTS on `--checkpoint`, a finished model that regresses latents, once per seed; re-denoises held-out
+texts from `--noise_level` and decodes them from latents alone; writes one `predictions.json` each and prints one table of means
+and standard deviations, with the model without any head beside it.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from evaluation.reference import compare
+from pipeline_tokcom import TokComPipeline
+from train_accelerate import run
+from training.config import DataConfig, load_train_config
+from training.data import load_documents
+
+EXPERIMENTS = {
+    "baseline: mlp": {"latent_head": "mlp"},
+    "A: mlp, refiner": {"latent_head": "mlp", "latent_refiner": "mlp"},
+    "B: vq": {"latent_head": "vq"},
+    "A+B: vq, refiner": {"latent_head": "vq", "latent_refiner": "mlp"},
+}
+BATCH = 50
+
+
+def held_out_texts(args: argparse.Namespace) -> list[str]:
+    """The beginnings of held-out documents; `ValueError` if one of them is a training document."""
+    data = DataConfig(train=args.train, text_column=args.text_column)
+    train, validation = (
+        load_documents(path, data, "texts")[args.text_column] for path in (args.train, args.validation)
+    )
+    shared = set(train) & set(validation)
+    if shared:
+        raise ValueError(
+            f"{len(shared)} documents of {args.validation} are training documents, e.g. {min(shared)[:60]!r}."
+        )
+    return [" ".join(text.split()[: args.words]) for text in validation if text.strip()][: args.samples]
+
+
+def predict(pipe: TokComPipeline, texts: list[str], noise_level: float, seed: int) -> list[str]:
+    """Texts that were encoded, mixed with noise, denoised, passed through the head and decoded."""
+    generator, predictions = torch.Generator().manual_seed(seed), []
+    pipe.set_progress_bar_config(disable=True)
+    for start in tqdm(range(0, len(texts), BATCH), desc="predicting"):
+        part = texts[start : start + BATCH]
+        predictions += pipe.denoise_reconstruct(part, noise_level, generator=generator).texts
+    return predictions
+
+
+def write_predictions(file: Path, texts: list[str], predictions: list[str]) -> str:
+    rows = [{"id": i, "reference": r, "prediction": p} for i, (r, p) in enumerate(zip(texts, predictions))]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+    return str(file)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, help="finished model with prediction_type='latents'")
+    parser.add_argument("--train", required=True)
+    parser.add_argument("--validation", required=True)
+    parser.add_argument("--text_column", default="text")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--max_steps", type=int, default=300)
+    parser.add_argument("--samples", type=int, default=200)
+    parser.add_argument("--words", type=int, default=48, help="length of the held-out texts")
+    parser.add_argument("--noise_level", type=float, default=0.5, help="t from which texts are denoised")
+    parser.add_argument("--work_dir", type=Path, default=Path("outputs/heads"))
+    args = parser.parse_args(argv)
+    texts, files = held_out_texts(args), []
+    for seed in args.seeds:
+        plain = predict(TokComPipeline.from_pretrained(args.checkpoint), texts, args.noise_level, seed)
+        file = write_predictions(args.work_dir / f"none-{seed}" / "predictions.json", texts, plain)
+        files.append(f"no head={file}")
+    for name, head in EXPERIMENTS.items():
+        for seed in args.seeds:
+            output = args.work_dir / f"{name.split(':')[0]}-{seed}"
+            overrides = [
+                f"data.train={args.train}",
+                f"data.validation={args.validation}",
+                "stage=head",
+                "num_samples=0",
+            ]
+            overrides += [f"data.text_column={args.text_column}", f"init_from={args.checkpoint}", f"seed={seed}"]
+            overrides += [f"model.{key}={value}" for key, value in head.items()]
+            overrides += [f"head.max_steps={args.max_steps}", f"head.eval_steps={args.max_steps}", "head.batch_size=8"]
+            overrides += ["head.sequence_length=128", "head.learning_rate=3.0e-4", "head.warmup_steps=20"]
+            overrides += ["head.eval_batches=8", "report_to=none", f"output_dir={output}"]
+            run(load_train_config("tiny", overrides))
+            found = predict(TokComPipeline.from_pretrained(output), texts, args.noise_level, seed)
+            files.append(f"{name}={write_predictions(output / 'predictions.json', texts, found)}")
+    print(compare(files))
+
+
+if __name__ == "__main__":
+    main()
