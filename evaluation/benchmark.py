@@ -69,11 +69,11 @@ def build_training(
     from evaluation.published import PublishedTokCom
     from modeling_tokcom import TokComModel
 
-    if system == "TokCom":
+    name, *share = system.split(" ce_share ")
+    if name == "TokCom":
         layers = {"num_hidden_layers": args.layers}
-        config = TokComConfig.from_preset(
-            "v5.2", args.vocab_size, codec_config=layers, transformer_config=layers, stage=stage
-        )
+        sizes = {"codec_config": layers, "transformer_config": layers, "ce_share": float(*share or [1.0])}
+        config = TokComConfig.from_preset("v5.2", args.vocab_size, stage=stage, **sizes)
         with torch.device(DEVICE):
             model = TokComModel(config).train()
         model.set_stage(stage)
@@ -93,7 +93,7 @@ def measure_training(system: str, stage: str, args: argparse.Namespace) -> dict:
     from evaluation.flops import count_flops
 
     torch.manual_seed(0)
-    loss, parameters = build_training(system.split()[0], stage, args)
+    loss, parameters = build_training(system, stage, args)
     optimizer = torch.optim.AdamW(parameters, 1e-4, fused=system.startswith("TokCom"))
     ids = torch.randint(0, args.vocab_size, (args.batch_size, args.tokens), device=DEVICE)
     half = not system.endswith("float32")
@@ -108,16 +108,17 @@ def measure_training(system: str, stage: str, args: argparse.Namespace) -> dict:
     step()
     times = [seconds_of(step) for _ in range(args.steps)]
     facts = {"seconds": statistics.median(times), "peak_mib": peak_mib()}
-    if system == "TokCom" and not args.compile:
+    if system.startswith("TokCom") and not args.compile:
         facts |= {"flops": count_flops(step), "peak_flops": matmul_peak()}
     return facts
 
 
 def training(args: argparse.Namespace) -> dict:
     """Every system and stage in turn, `args.rounds` times; medians and ratios to TokCom."""
-    systems = ["TokCom", "published bfloat16", "published float32"]
     results = {}
     for stage in args.stage:
+        shares = [f"TokCom ce_share {args.ce_share}"] if stage == "flow" and args.ce_share < 1 else []
+        systems = ["TokCom", *shares, "published bfloat16", "published float32"]
         runs = {system: [] for system in systems}
         for _ in tqdm(range(args.rounds), desc=f"training: {stage}"):
             for system in systems:
@@ -128,8 +129,8 @@ def training(args: argparse.Namespace) -> dict:
             row["tokens_per_second"] = tokens / row["seconds"]
             row["time_ratio"] = row["seconds"] / ours["seconds"]
             row["memory_ratio"] = row["peak_mib"] / ours["peak_mib"]
-        if "flops" in ours:
-            ours["share_of_peak"] = ours["flops"] / ours["seconds"] / ours["peak_flops"]
+            if "flops" in row:
+                row["share_of_peak"] = row["flops"] / row["seconds"] / row["peak_flops"]
         results[stage] = rows
     return results
 
@@ -166,15 +167,17 @@ def tokcom_generator(preset: str, compiled: bool = False, **overrides) -> Callab
     return generate
 
 
-def llama_generator(preset: str, parameters: int, compiled: bool = False) -> Callable[[int, int, int | None], None]:
+def llama_generator(
+    preset: str, parameters: int, vocab_size: int, compiled: bool = False
+) -> Callable[[int, int, int | None], None]:
     """The same with an autoregressive Llama of as many layers, of that width and as many parameters."""
     from transformers import LlamaForCausalLM
 
     from configuration_tokcom import PRESETS
     from evaluation.autoregressive import llama_config
 
-    shape, codec = PRESETS[preset]["transformer_config"], PRESETS[preset]["codec_config"]
-    config = llama_config(codec["vocab_size"], shape["hidden_size"], shape["num_hidden_layers"], parameters, 0)
+    shape = PRESETS[preset]["transformer_config"]
+    config = llama_config(vocab_size, shape["hidden_size"], shape["num_hidden_layers"], parameters, 0)
     model = LlamaForCausalLM(config).eval().to(DEVICE)
     model.generation_config.eos_token_id = None
     if compiled:  # needs a cache whose tensors keep their shapes
@@ -220,12 +223,13 @@ def sampling(args: argparse.Namespace) -> dict:
     """Milliseconds per token over batch sizes, lengths and steps; the systems take turns."""
     from configuration_tokcom import PRESETS
 
-    ours = tokcom_generator(args.preset)
-    systems = {"Llama with KV cache": llama_generator(args.preset, ours.parameters)}
-    systems["published"] = published_generator(ours.parameters, PRESETS[args.preset]["codec_config"]["vocab_size"])
+    vocab_size = args.vocab_size or PRESETS[args.preset]["codec_config"]["vocab_size"] - 1
+    ours = tokcom_generator(args.preset, vocab_size=vocab_size)
+    systems = {"Llama with KV cache": llama_generator(args.preset, ours.parameters, vocab_size)}
+    systems["published"] = published_generator(ours.parameters, vocab_size)
     if args.compile:
-        systems["TokCom compiled"] = tokcom_generator(args.preset, compiled=True)
-        systems["Llama compiled"] = llama_generator(args.preset, ours.parameters, compiled=True)
+        systems["TokCom compiled"] = tokcom_generator(args.preset, compiled=True, vocab_size=vocab_size)
+        systems["Llama compiled"] = llama_generator(args.preset, ours.parameters, vocab_size, compiled=True)
     cases = [(batch, length, None) for batch in args.batch_sizes for length in args.lengths]
     cases += [(args.batch_sizes[0], args.lengths[0], steps) for steps in args.steps]
     rows = []
@@ -322,9 +326,13 @@ def build_parser() -> argparse.ArgumentParser:
         "rounds": 3,
     }.items():
         train.add_argument(f"--{name}", type=int, default=value)
+    train.add_argument(
+        "--ce_share", type=float, default=0.25, help="also with the decoder on this share of the latents"
+    )
     train.add_argument("--compile", action="store_true", help="torch.compile TokCom's model")
     sample = commands.add_parser("sampling", help="milliseconds per generated token")
     sample.add_argument("--preset", default="tiny")
+    sample.add_argument("--vocab_size", type=int, help="of the tokenizer; by default the preset's")
     sample.add_argument("--rounds", type=int, default=3)
     sample.add_argument("--compile", action="store_true", help="both systems with torch.compile, too")
     for name, values in {
