@@ -60,13 +60,13 @@ class TokComColorCodec(TokComPreTrainedModel):
 
     def digits(self, ids: torch.Tensor) -> torch.Tensor:
         """Ids `(...)` -> digits `(..., G)`, the least significant first: red, green, blue."""
-        base, count = self.config.symbol_vocab_size, self.config.digits_per_token
+        base, count = self.config.base, self.config.digits_per_token
         return ids[..., None] // base ** torch.arange(count, device=ids.device) % base
 
     def ids(self, digits: torch.Tensor, values: torch.Tensor | None = None) -> torch.Tensor:
         """Digits `(..., G)` -> ids `(...)`; digits of no token give the valid id whose color is nearest to the standardised
         `values (..., G)`, by default the digits' own."""
-        base = self.config.symbol_vocab_size ** torch.arange(self.config.digits_per_token, device=digits.device)
+        base = self.config.base ** torch.arange(self.config.digits_per_token, device=digits.device)
         ids = (digits * base).sum(-1)
         wrong = ids >= self.config.num_valid_ids
         if bool(wrong.any()):
@@ -78,7 +78,7 @@ class TokComColorCodec(TokComPreTrainedModel):
         """Mean and standard deviation of every digit, each `(G,)`, over all valid ids, or those of the published colors."""
         count = self.config.digits_per_token
         if not self.config.standardize:
-            middle = torch.full((count,), (self.config.symbol_vocab_size - 1) / 2, device="cpu")
+            middle = torch.full((count,), (self.config.base - 1) / 2, device="cpu")
             return middle, middle
         digits = self.digits(torch.arange(self.config.num_valid_ids, device="cpu")).double()
         std = digits.std(0, correction=0)
@@ -181,24 +181,34 @@ class TokComColorCodec(TokComPreTrainedModel):
     def symbols(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(B, T)` -> the digits `(B, N, K * G)` and which belong to real tokens."""
+        """`(B, T)` -> the digits `(B, N, K * G)`, or the tokens `(B, N, K)` themselves, and which are or belong to real ones."""
         chunks, real = self.to_chunks(input_ids, attention_mask)
+        if self.config.symbols == "tokens":
+            return chunks, real
         count = self.config.digits_per_token
         return self.digits(chunks).flatten(2), real.repeat_interleave(count, dim=-1)
 
     def from_symbols(self, symbols: torch.Tensor) -> torch.Tensor:
-        """Digits `(B, N, K * G)` -> valid ids `(B, N * K)` in reading order."""
+        """Digits `(B, N, K * G)` -> valid ids `(B, N * K)` in reading order; tokens `(B, N, K)` likewise."""
+        if self.config.symbols == "tokens":
+            return self.from_patches(symbols)
         return self.from_patches(self.ids(symbols.unflatten(2, (-1, self.config.digits_per_token))))
 
     def symbol_table(self) -> torch.Tensor:
-        """The channel of every digit at every place: `(K * G, base, 1)`, float32 on the CPU."""
-        base, count = self.config.symbol_vocab_size, self.config.digits_per_token
+        """The channel of every digit at every place, `(K * G, base, 1)`, or the channels of every token, `(K, V, G)`;
+        float32 on the CPU."""
+        if self.config.symbols == "tokens":
+            tokens = torch.arange(self.config.vocab_size, device="cpu")
+            return self._standardize(self.digits(tokens)).expand(self.config.chunk_size, -1, -1)
+        base, count = self.config.base, self.config.digits_per_token
         table = self._standardize(torch.arange(base, device="cpu")[:, None].expand(-1, count))  # (base, G)
         return table.T.repeat(self.config.chunk_size, 1)[..., None]
 
     def _digit_logits(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents `(B, N, C)` -> logits `(B, N, K * G, base)`: Gaussian log-likelihoods, `digit_sigma` digits wide."""
-        table = self.symbol_table()[..., 0].to(latents.device)  # (K * G, base)
+        base, count = self.config.base, self.config.digits_per_token
+        table = self._standardize(torch.arange(base, device=latents.device)[:, None].expand(-1, count))  # (base, G)
+        table = table.T.repeat(self.config.chunk_size, 1)  # (K * G, base)
         return -0.5 * ((latents.float()[..., None] - table) / self._sigma(latents.device)).square()
 
     def _sigma(self, device: torch.device) -> torch.Tensor:
@@ -219,7 +229,7 @@ class TokComColorCodec(TokComPreTrainedModel):
         """Latents `(B, N, C)` -> the nearest valid ids `(B, N * K)`."""
         values = latents.float().unflatten(2, (-1, self.config.digits_per_token))  # (B, N, K, G)
         mean, std = (x.to(latents.device) for x in self._scale)
-        digits = (values * std + mean).round().clamp(0, self.config.symbol_vocab_size - 1).long()
+        digits = (values * std + mean).round().clamp(0, self.config.base - 1).long()
         return self.from_patches(self.ids(digits, values))
 
     def training_loss(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None):

@@ -287,6 +287,8 @@ class TokComColorCodecConfig(PreTrainedConfig):
         vocab_size, mask_token_id, pad_token_id (`int`): as in `TokComChunkCodecConfig`; the mask token is never decoded to.
         digits (`str`): `"color"`, three digits of base 256 (red, green, blue), or `"bits"`, the binary digits (analog
             bits, Chen et al. 2023).
+        symbols (`str`): what `prediction_type="tokens"` gives probabilities to: `"digits"`, each on its own, or `"tokens"`,
+            whole tokens of which the digits are noisy channels.
         patch_size (`int`): a latent is a patch of `patch_size` x `patch_size` tokens.
         layout (`str`): `"contiguous"`, a patch holds consecutive tokens, or `"raster"`, tokens fill the rows of an image.
         image_size (`int`): width of that image in pixels, a multiple of `patch_size`; also spaces the patches' positions.
@@ -302,6 +304,7 @@ class TokComColorCodecConfig(PreTrainedConfig):
     mask_token_id: int = 4096
     pad_token_id: int = 4096
     digits: str = "color"
+    symbols: str = "digits"
     patch_size: int = 4
     layout: str = "contiguous"
     image_size: int = 64
@@ -323,18 +326,22 @@ class TokComColorCodecConfig(PreTrainedConfig):
         return 3 if self.digits == "color" else max(1, (self.vocab_size - 1).bit_length())
 
     @property
-    def symbol_vocab_size(self) -> int:
-        """The base of the digits."""
+    def base(self) -> int:
+        """How many values a digit has."""
         return 256 if self.digits == "color" else 2
 
     @property
+    def symbol_vocab_size(self) -> int:
+        return self.vocab_size if self.symbols == "tokens" else self.base
+
+    @property
     def num_symbols(self) -> int:
-        """Digits of a patch."""
-        return self.chunk_size * self.digits_per_token
+        """Digits or tokens of a patch."""
+        return self.chunk_size if self.symbols == "tokens" else self.latent_channels
 
     @property
     def latent_channels(self) -> int:
-        return self.num_symbols
+        return self.chunk_size * self.digits_per_token
 
     @property
     def num_valid_ids(self) -> int:
@@ -350,6 +357,8 @@ class TokComColorCodecConfig(PreTrainedConfig):
         _check_positive(self, "vocab_size", "patch_size", "image_size")
         if self.digits not in ("color", "bits"):
             raise ValueError(f"`digits` ({self.digits!r}) must be 'color' or 'bits'.")
+        if self.symbols not in ("digits", "tokens"):
+            raise ValueError(f"`symbols` ({self.symbols!r}) must be 'digits' or 'tokens'.")
         if self.layout not in ("contiguous", "raster"):
             raise ValueError(f"`layout` ({self.layout!r}) must be 'contiguous' or 'raster'.")
         if self.image_size % self.patch_size:

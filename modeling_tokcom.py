@@ -143,6 +143,12 @@ class TokComModel(TokComPreTrainedModel):
                 if module is not None:
                     module.requires_grad_(name == stage)
 
+    def compilable_parts(self) -> list[torch.nn.Module]:
+        """The networks that the stage trains; their `.compile()` works in place and keeps the names of parameters."""
+        if self.config.stage != "codec":
+            return [self.transformer]
+        return [part for part in (getattr(self.codec, "encoder", None), getattr(self.codec, "decoder", None)) if part]
+
     def _check_ids(self, input_ids: torch.Tensor) -> None:
         vocab_size = self.config.codec_config.vocab_size
         if input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < vocab_size:

@@ -150,7 +150,8 @@ class TokComBlockSampler:
         for index, block in enumerate(split_blocks(noise.shape[1], known.block_size, edges)):
             after = None if on_step_end is None else partial(on_step_end, index)
             known.begin(position_ids[:, block], valid[:, block], guided=self.guidance_scale != 1.0)
-            x, ids = self._denoise(noise[:, block], known, sigma_start, after)
+            start = noise[:, block].clone(memory_format=torch.contiguous_format)  # compiled code minds strides
+            x, ids = self._denoise(start, known, sigma_start, after)
             last = block.stop == noise.shape[1]
             if ids is None and not last:
                 ids = self.model.to_ids(x)
@@ -291,7 +292,7 @@ class _Known:
 
     def begin(self, position_ids: torch.Tensor, valid: torch.Tensor, guided: bool) -> None:
         """Turn to the block at `position_ids (B, Q, A)` of which `valid (B, Q)` exist; `guided` asks `predict` for two."""
-        self.position_ids = position_ids.clone(memory_format=torch.contiguous_format)  # compiled code is strict
+        self.position_ids = position_ids.clone(memory_format=torch.contiguous_format)
         self.valid, self.free_keys, self.entries = valid, None if bool(valid.all()) else valid, []
         known = (self.length if self.context is None or self.cache else self.context.mask.shape[1]) > 0
         self.guided = guided and known

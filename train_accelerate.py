@@ -173,6 +173,9 @@ class StageTrainer:
         model.set_stage(stage)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable()
+        if config.torch_compile:
+            for part in model.compilable_parts():
+                part.compile()
         self._prepare(model, train, validation)
 
     def _check_launch(self) -> None:

@@ -21,7 +21,14 @@ def codec(vocab_size: int = VOCABULARY, **options) -> TokComColorCodec:
 
 def pixel_model(vocab_size: int = 320, digits: str = "color", **overrides) -> TokComModel:
     torch.manual_seed(0)
-    code = {"digits": digits, "patch_size": 2, "image_size": 8, **overrides.pop("codec_config", {})}
+    digits, _, symbols = digits.partition(" of ")
+    code = {
+        "digits": digits,
+        "symbols": symbols or "digits",
+        "patch_size": 2,
+        "image_size": 8,
+        **overrides.pop("codec_config", {}),
+    }
     channels = 4 * (3 if digits == "color" else (vocab_size).bit_length())
     shape = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
     shape |= dict(num_key_value_heads=4, conditioning_size=32, latent_channels=channels, max_position_embeddings=32)
@@ -199,7 +206,7 @@ def test_texts_are_no_pictures_of_other_models(tokenizer):
         pipe.text_to_image("Squinty")
 
 
-@pytest.mark.parametrize("digits", ["color", "bits"])
+@pytest.mark.parametrize("digits", ["color", "bits", "bits of tokens"])
 def test_pixel_model_learns_one_batch_and_writes_it_from_noise(tokenizer, digits):
     size = len(tokenizer)
     model = pixel_model(size, digits).train()

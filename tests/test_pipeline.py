@@ -421,6 +421,28 @@ def test_a_dialogue_is_its_chat_template_or_its_lines(build):
         pipe([{"content": "Who?"}], **options)
 
 
+@pytest.mark.parametrize("head_attention", [True, False])
+def test_one_compiled_graph_serves_all_blocks(build, head_attention):
+    """No graph breaks, and after the first blocks nothing is compiled again, however long the text."""
+    shape = {"block_size": 1, "num_context_layers": 1, "head_attention": head_attention, "self_conditioning": False}
+    config = {"prediction_type": "tokens", "codec_config": {"encoder_type": "token"}, "transformer_config": shape}
+    plain, pipe = build(**config), build(**config)
+    torch._dynamo.reset()
+    graphs, compiled = [], None
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    pipe.model.requires_grad_(False).transformer.compile(backend=count, fullgraph=True)
+    for num_chunks in (3, 40):  # the window holds 32 latents
+        options = dict(num_chunks=num_chunks, num_inference_steps=3, output_type="seq")
+        found, expected = (p.generate(generator=seeded(), **options).sequences for p in (pipe, plain))
+        assert torch.equal(found, expected)
+        compiled = compiled if num_chunks == 40 else len(graphs)
+    assert len(graphs) == compiled
+
+
 def test_temperature_needs_token_probabilities(build):
     with pytest.raises(ValueError, match="temperature"):
         build()("Squinty", gen_length=4, num_inference_steps=1, temperature=0.5)

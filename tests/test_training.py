@@ -327,3 +327,16 @@ def test_tokenizer_of_another_vocabulary_is_refused(tmp_path):
     other = quick(tmp_path, f"init_from={first}", f"tokenizer={ROOT}", f"output_dir={tmp_path}/second")
     with pytest.raises(ValueError, match="321 tokens.*tokenizer has"):
         run(other)
+
+
+@pytest.mark.slow
+def test_compiled_training_gives_the_same_loss(tmp_path):
+    losses = []
+    for compiled in ("false", "true"):
+        output = run(quick(tmp_path / compiled, f"torch_compile={compiled}", "report_to=tensorboard"))
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        logs = EventAccumulator(str(next((output / "run" / "flow" / "logs").rglob("events*")).parent)).Reload()
+        losses.append([event.value for event in logs.Scalars("diffusion/batch_ce_loss")])
+    assert len(losses[0]) == 6
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)

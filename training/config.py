@@ -63,6 +63,7 @@ class TrainConfig:
     seed: int = 0
     mixed_precision: str | None = None  # no, bf16 or fp16; None takes accelerate's setting
     gradient_checkpointing: bool = False
+    torch_compile: bool = False  # the network that is trained; the first step takes a minute longer
     num_workers: int = 0
     report_to: str = "tensorboard"  # tensorboard, wandb, trackio or none
     resume: bool = True  # continue from the newest checkpoint in output_dir
