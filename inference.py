@@ -57,6 +57,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=int, default=1, help="texts to generate")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, help="for reproducible samples")
+    parser.add_argument("--int8", action="store_true", help="8-bit weights in the transformer (torchao)")
+    parser.add_argument("--compile", action="store_true", help="compile the transformer: slower to start, then faster")
     parser.add_argument("--output_file", help="where texts, or the latents of encode, are written")
     return parser
 
@@ -84,6 +86,19 @@ def load_pipeline(checkpoint: str, device: str) -> TokComPipeline:
         raise ValueError(
             f"device {device!r} cannot be used ({str(error).splitlines()[0]}); try --device cpu."
         ) from error
+
+
+def accelerate_pipeline(pipe: TokComPipeline, int8: bool, compiled: bool) -> None:
+    """Give the transformer 8-bit weights and compile it, as asked; `ValueError` without torchao."""
+    pipe.model.requires_grad_(False)
+    if int8:
+        try:
+            from torchao.quantization import Int8WeightOnlyConfig, quantize_
+        except ImportError as error:
+            raise ValueError("--int8 needs torchao; install it with: pip install torchao") from error
+        quantize_(pipe.model.transformer, Int8WeightOnlyConfig())
+    if compiled:
+        pipe.model.transformer.compile()
 
 
 def run(pipe: TokComPipeline, args: argparse.Namespace) -> TokComPipelineOutput:
@@ -123,6 +138,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--output_file {args.output_file}: its directory does not exist")
     try:
         pipe = load_pipeline(args.checkpoint, args.device)
+        accelerate_pipeline(pipe, args.int8, args.compile)
         output = run(pipe, args)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -137,10 +137,8 @@ class TokComTransformer(TokComPreTrainedModel):
         if len(layers) > len(self.layers):
             known, known_where = layers[-1].keys[:, 0], layers[-1].values[:, 0, :, 0]
         else:
-            known, known_where = (
-                self.context_proj.weight.new_zeros(len(where), 0, self.config.hidden_size),
-                where[:, :0],
-            )
+            shape = len(where), 0, self.config.hidden_size
+            known, known_where = torch.zeros(shape, dtype=self.dtype, device=where.device), where[:, :0]
         return self._nearest(known, known_where, where, attention_mask)
 
     @capture_outputs

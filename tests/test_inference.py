@@ -1,7 +1,8 @@
 import pytest
+import torch
 
 from configuration_tokcom import TokComConfig
-from inference import build_parser, main
+from inference import accelerate_pipeline, build_parser, main
 
 
 @pytest.fixture(scope="module")
@@ -96,3 +97,29 @@ def test_truncated_and_wrong_weights_are_named(checkpoint, capsys, tmp_path):
     shutil.copy(checkpoint / "config.json", broken / "config.json")
     weights.unlink()
     assert "model.safetensors" in fails(capsys, "--checkpoint", str(broken), "--device", "cpu")
+
+
+def test_eight_bit_weights_change_predictions_little_and_text_goes_on(build, tmp_path, capsys):
+    pipe, plain = build(), build()
+    accelerate_pipeline(pipe, int8=True, compiled=False)
+    linears = [m for m in pipe.model.transformer.modules() if isinstance(m, torch.nn.Linear)]
+    assert all(type(m.weight).__name__ == "Int8Tensor" for m in linears)
+    latents = torch.randn(2, 4, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found, expected = (p.model.predict(latents, 0.5).latents for p in (pipe, plain))
+    assert 0 < (found - expected).norm() < 0.02 * expected.norm()
+    build().save_pretrained(tmp_path / "model")
+    main(
+        [
+            "--checkpoint",
+            str(tmp_path / "model"),
+            "--mode",
+            "generate",
+            "--num_chunks",
+            "2",
+            "--int8",
+            "--device",
+            "cpu",
+        ]
+    )
+    assert "[1]" in capsys.readouterr().out
