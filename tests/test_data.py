@@ -1,8 +1,14 @@
 import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from tests.conftest import ROOT
 from training.config import DataConfig
@@ -185,3 +191,74 @@ def test_long_dialogues_keep_the_end_of_the_prompt_and_the_beginning_of_the_answ
 def test_dialogues_without_an_answer_or_with_unknown_roles_are_named(record):
     with pytest.raises(ValueError, match="Hi"):
         messages_of(record)
+
+
+def write_rows(path, field: str, texts: list[str]) -> str:
+    path.write_text("".join(json.dumps({field: text}) + "\n" for text in texts))
+    return str(path)
+
+
+def test_sources_are_mixed_by_weight_and_cut_to_size(tmp_path):
+    first = write_rows(tmp_path / "a.jsonl", "text", [f"a {i}" for i in range(300)])
+    second = write_rows(tmp_path / "b.jsonl", "caption", [f"b {i}" for i in range(100)])
+    mixed = [{"path": first, "weight": 3.0}, {"path": second, "field": "caption", "weight": 1.0}]
+    (tmp_path / "mix.yaml").write_text(yaml.safe_dump(mixed))
+    for source in (mixed, str(tmp_path / "mix.yaml")):
+        texts = load_documents(source, DataConfig(train=source), "train")["text"]
+        assert {t for t in texts if t[0] == "a"} == {f"a {i}" for i in range(300)}  # nothing is lost
+        assert 0.65 < sum(t[0] == "a" for t in texts) / len(texts) < 0.85
+    cut = [{"path": first, "max_samples": 7}, {"path": second, "field": "caption", "fraction": 0.25}]
+    texts = load_documents(cut, DataConfig(train=cut), "train")["text"]
+    assert len(texts) == 7 + 25 and len(set(texts)) == 32
+
+
+def test_a_stream_of_sources_is_mixed_and_its_head_taken(tmp_path):
+    first = write_rows(tmp_path / "a.jsonl", "text", [f"a {i}" for i in range(50)])
+    second = write_rows(tmp_path / "b.jsonl", "caption", [f"b {i}" for i in range(50)])
+    source = [{"path": first, "weight": 1.0, "max_samples": 10}, {"path": second, "field": "caption", "weight": 1.0}]
+    rows = list(load_documents(source, DataConfig(train=source, streaming=True), "train"))
+    assert {row["text"] for row in rows if row["text"][0] == "a"} == {f"a {i}" for i in range(10)}
+    with pytest.raises(ValueError, match="max_samples"):
+        source[0] = {"path": first, "fraction": 0.5}
+        load_documents(source, DataConfig(train=source, streaming=True), "train")
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ({"file": "a.jsonl"}, "must have `path`"),
+        ({"path": "a.jsonl", "wieght": 1}, "wieght"),
+        ({"path": "a.jsonl", "weight": 0}, "positive"),
+        ({"path": "a.jsonl", "fraction": 1.5}, "fraction"),
+    ],
+)
+def test_bad_sources_are_named(source, message):
+    with pytest.raises(ValueError, match=message):
+        load_documents([source], DataConfig(train="x"), "train")
+
+
+def test_names_are_looked_up_at_the_endpoint_that_the_environment_names(tmp_path):
+    """A mirror is a setting of huggingface_hub, which nothing here gets around."""
+    asked = []
+
+    class Mirror(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_error(404)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *args):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Mirror)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    code = "from training.data import *; load_documents('someone/stories', DataConfig(train='x'), 'train')"
+    settings = {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path),
+        "HF_HUB_OFFLINE": "0",
+    }
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | settings, capture_output=True)
+    server.shutdown()
+    assert done.returncode != 0 and any("someone/stories" in path for path in asked)

@@ -15,12 +15,12 @@ PRESET_DIR = ROOT / "presets"
 class DataConfig:
     """Where text comes from.
 
-    `train` is a Hub dataset name, a local .txt / .json / .jsonl / .parquet file, a folder of such files, or a list of
-    those. `validation` is the same, or None to hold out the last `validation_fraction` of the documents.
+    `train` is a Hub dataset name, a local .txt / .json / .jsonl / .parquet file, a folder of such files, a list of
+    those or of `{path, field, weight, max_samples, fraction, name}`, or a .yaml file with such a list. `validation` is the same, or None to hold out the last `validation_fraction` of the documents.
     """
 
-    train: str | list[str] = ""
-    validation: str | list[str] | None = None
+    train: str | dict | list[str | dict] = ""
+    validation: str | dict | list[str | dict] | None = None
     name: str | None = None  # configuration of a Hub dataset, e.g. wikitext-2-raw-v1
     text_column: str = "text"
     streaming: bool = False

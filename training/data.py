@@ -5,11 +5,13 @@ anew for every epoch, so nearly every position holds a real token and chunk boun
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -38,39 +40,106 @@ def _local_files(source: str) -> tuple[str, list[str]] | None:
     return kinds.pop(), [str(p) for p in files]
 
 
-def load_documents(source: str | list[str], config: DataConfig, split: str) -> Iterable[str]:
-    """Records of one or several sources as an iterable that can be iterated again: with field `config.text_column`, or if
-    there is none with those of a dialogue: `prompt` and `answer`, `messages`, or `conversations`.
+@dataclass
+class Source:
+    """One of several sources: where it lies, which of its fields holds the text, and how much of it is used.
 
-    Raises `ValueError` when a source has neither and when there is no document.
+    `weight` is the share of documents drawn from it, relative to the other sources; `fraction` in (0, 1] or `max_samples`
+    take a part, of a stream its head.
     """
-    parts = []
-    for item in [source] if isinstance(source, str) else source:
-        local = _local_files(item)
+
+    path: str
+    field: str | None = None
+    name: str | None = None  # configuration of a Hub dataset
+    weight: float | None = None
+    max_samples: int | None = None
+    fraction: float = 1.0
+
+    def __post_init__(self):
+        if (self.weight is not None and self.weight <= 0) or not 0 < self.fraction <= 1:
+            raise ValueError(
+                f"source {self.path}: `weight` ({self.weight}) must be positive, `fraction` ({self.fraction}) in (0, 1]."
+            )
+        if self.max_samples is not None and self.max_samples < 1:
+            raise ValueError(f"source {self.path}: `max_samples` ({self.max_samples}) must be at least 1.")
+
+    def load(self, config: DataConfig, split: str):
+        """Its records with the fields that training reads."""
+        local = _local_files(self.path)
         if local is None:
-            parts.append(datasets.load_dataset(item, config.name, split=split, streaming=config.streaming))
+            name = self.name or config.name
+            part = datasets.load_dataset(self.path, name, split=split, streaming=config.streaming)
         else:
             builder, files = local
             options = {"sample_by": "document"} if builder == "text" else {}
-            loaded = datasets.load_dataset(
+            part = datasets.load_dataset(
                 builder, data_files=files, split="train", streaming=config.streaming, **options
             )
-            parts.append(loaded)
-    documents = []
-    for item, part in zip([source] if isinstance(source, str) else source, parts):
+        part = self._select(part, config)
+        return self._part_of(part, config.streaming)
+
+    def _select(self, part, config: DataConfig):
         columns = part.column_names or list(next(iter(part), {}))
-        wanted = [config.text_column]
-        if columns and config.text_column not in columns:
-            wanted = [name for name in (*DIALOGUES, "answer") if name in columns]
+        text = self.field or config.text_column
+        wanted = [text]
+        if columns and text not in columns:
+            wanted = [] if self.field else [name for name in (*DIALOGUES, "answer") if name in columns]
             if not wanted or ("prompt" in wanted) != ("answer" in wanted):
                 raise ValueError(
-                    f"records of {item} have no field {config.text_column!r} (fields: {', '.join(columns)}); set "
+                    f"records of {self.path} have no field {text!r} (fields: {', '.join(columns)}); set "
                     "`data.text_column` to one of them, or give dialogues: `prompt` and `answer`, `messages`, `conversations`."
                 )
-        documents.append(part.select_columns(wanted))
+        part = part.select_columns(wanted)
+        return (
+            part
+            if wanted != [self.field] or text == config.text_column
+            else part.rename_column(text, config.text_column)
+        )
+
+    def _part_of(self, part, streaming: bool):
+        if streaming:
+            if self.fraction < 1:
+                raise ValueError(
+                    f"source {self.path}: the length of a stream is unknown, so `fraction` cannot be taken; use `max_samples`."
+                )
+            return part if self.max_samples is None else part.take(self.max_samples)
+        count = max(1, round(self.fraction * len(part)))
+        count = count if self.max_samples is None else min(count, self.max_samples)
+        return part if count >= len(part) else part.shuffle(seed=0).select(range(count))
+
+
+def read_sources(source: str | dict | list[str | dict]) -> list[Source]:
+    """`data.train`: one source or several, each a path or name, a dictionary of `Source`'s fields, or a .yaml list of them."""
+    if isinstance(source, str) and Path(source).suffix in (".yaml", ".yml"):
+        source = yaml.safe_load(Path(source).read_text())
+    known, sources = {field.name for field in fields(Source)}, []
+    for item in source if isinstance(source, list) else [source]:
+        values = item if isinstance(item, dict) else {"path": item}
+        if "path" not in values or set(values) - known:
+            raise ValueError(
+                f"a data source must have `path` and may have {sorted(known - {'path'})}, not {values!r}."
+            )
+        sources.append(Source(**values))
+    return sources
+
+
+def load_documents(source: str | dict | list[str | dict], config: DataConfig, split: str) -> Iterable[str]:
+    """Records of one or several sources as an iterable that can be iterated again: with field `config.text_column`, or if
+    there is none with those of a dialogue: `prompt` and `answer`, `messages`, or `conversations`.
+
+    Sources follow each other, or if any has a weight are mixed, the smaller ones repeated until all are used up. Raises
+    `ValueError` when a source has neither and when there is no document.
+    """
+    sources = read_sources(source)
+    parts = [item.load(config, split) for item in sources]
+    if any(item.weight is not None for item in sources):
+        weights = np.array([1.0 if item.weight is None else item.weight for item in sources])
+        shares = (weights / weights.sum()).tolist()
+        joined = datasets.interleave_datasets(parts, shares, seed=0, stopping_strategy="all_exhausted")
+    else:
+        joined = datasets.concatenate_datasets(parts)
     if config.streaming:
-        return datasets.concatenate_datasets(documents)
-    joined = datasets.concatenate_datasets(documents)
+        return joined
     first = joined.column_names[0] if joined.column_names else None
     if len(joined) == 0 or not any(str(row or "").strip() for row in joined[first]):
         raise ValueError(f"no text in {source}: the dataset is empty; check the path and `data.text_column`.")
