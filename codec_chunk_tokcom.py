@@ -246,7 +246,10 @@ class TokComChunkCodec(TokComPreTrainedModel):
         return states, torch.cat((weight, means, -0.5 * means.square().sum(-1, keepdim=True)), dim=-1)
 
     def _denormalize(self, latents: torch.Tensor) -> torch.Tensor:
-        return (latents * self.latent_std + self.latent_mean).flatten(0, -2)  # (M, C)
+        raw_latents = (latents * self.latent_std + self.latent_mean).flatten(0, -2)  # (M, C)
+        if self.quantizer is None or self.config.quantized_latents:
+            return raw_latents
+        return self.quantizer(raw_latents, frozen=True).latents
 
     def to_chunks(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
@@ -271,8 +274,9 @@ class TokComChunkCodec(TokComPreTrainedModel):
         mean, _ = self._posterior(chunks.flatten(0, 1))
         codes = None
         if self.quantizer is not None:
-            quantized = self.quantizer(mean)
-            mean, codes = quantized.latents, quantized.codes.unflatten(0, chunks.shape[:2])
+            quantized = self.quantizer(mean, frozen=True)
+            mean = quantized.latents if self.config.quantized_latents else mean
+            codes = quantized.codes.unflatten(0, chunks.shape[:2])
         latents = ((mean - self.latent_mean) / self.latent_std).unflatten(0, chunks.shape[:2])  # (B, N, C)
         latents = latents.to(self.embed_tokens.weight.dtype)
         index = torch.arange(chunks.shape[1], device=input_ids.device).expand(len(chunks), -1)

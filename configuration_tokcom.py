@@ -68,6 +68,8 @@ class TokComChunkCodecConfig(PreTrainedConfig):
         num_codes (`int`), num_quantizers (`int`): for `"vq"`: codes of a codebook, and codebooks, each of which quantises what
             the ones before it left over.
         fsq_levels (`list[int]`): for `"fsq"`: levels of every latent channel.
+        quantized_latents (`bool`): whether the flow learns the quantised latents, or those before the quantiser, which then is
+            the first part of the decoder.
     """
 
     model_type = "tokcom_chunk_codec"
@@ -101,6 +103,7 @@ class TokComChunkCodecConfig(PreTrainedConfig):
     num_codes: int = 1024
     num_quantizers: int = 1
     fsq_levels: list[int] | None = None
+    quantized_latents: bool = True
     initializer_range: float = 0.02
 
     @property

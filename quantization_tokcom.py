@@ -99,10 +99,11 @@ class VectorQuantizer(nn.Module):
         """Whether the codebook has seen data."""
         return bool(self.counts.any())
 
-    def forward(self, latents: torch.Tensor) -> TokComQuantizerOutput:
-        """Quantise `latents (..., C)`; in training mode the codebook moves first."""
+    def forward(self, latents: torch.Tensor, frozen: bool = False) -> TokComQuantizerOutput:
+        """Quantise `latents (..., C)`; in training mode, where gradients are asked for, the codebook moves first unless it
+        is `frozen`."""
         flat = latents.detach().float().flatten(0, -2)
-        if self.training and torch.is_grad_enabled():  # a frozen codec is run without gradient, and keeps its codes
+        if self.training and torch.is_grad_enabled() and not frozen:
             self._update(flat)
         codes = nearest_codes(flat, self.codebook)
         quantised = self.codebook[codes].view(latents.shape).to(latents.dtype)
@@ -148,11 +149,11 @@ class ResidualQuantizer(nn.Module):
     def num_codes(self) -> int:
         return self.levels[0].num_codes
 
-    def forward(self, latents: torch.Tensor) -> TokComQuantizerOutput:
+    def forward(self, latents: torch.Tensor, frozen: bool = False) -> TokComQuantizerOutput:
         """Quantise `latents (..., C)`; codes are `(..., R)`."""
         left, total, codes, loss = latents, torch.zeros_like(latents), [], 0.0
         for level in self.levels:
-            output = level(left)
+            output = level(left, frozen)
             found = level.decode(output.codes).to(latents.dtype)
             total, left = total + found, left - found
             codes.append(output.codes)
@@ -187,7 +188,7 @@ class FiniteScalarQuantizer(nn.Module):
         places = torch.cat((levels.new_ones(1), levels[:-1].cumprod(0)))
         return levels, places
 
-    def forward(self, latents: torch.Tensor) -> TokComQuantizerOutput:
+    def forward(self, latents: torch.Tensor, frozen: bool = False) -> TokComQuantizerOutput:
         """Quantise `latents (..., C)` to levels between -1 and 1; codes are `(..., 1)`."""
         levels, places = self._shape(latents)
         position = (torch.tanh(latents.float()) + 1) / 2 * (levels - 1)  # 0 .. levels - 1
