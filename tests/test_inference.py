@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 
@@ -99,7 +101,15 @@ def test_truncated_and_wrong_weights_are_named(checkpoint, capsys, tmp_path):
     assert "model.safetensors" in fails(capsys, "--checkpoint", str(broken), "--device", "cpu")
 
 
+def test_eight_bit_weights_without_their_library_name_the_remedy(build):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "torchao.quantization", None)
+        with pytest.raises(ValueError, match="pip install torchao"):
+            accelerate_pipeline(build(), int8=True, compiled=False)
+
+
 def test_eight_bit_weights_change_predictions_little_and_text_goes_on(build, tmp_path, capsys):
+    pytest.importorskip("torchao", reason="optional: prints warnings at every import of transformers")
     pipe, plain = build(), build()
     accelerate_pipeline(pipe, int8=True, compiled=False)
     linears = [m for m in pipe.model.transformer.modules() if isinstance(m, torch.nn.Linear)]
