@@ -457,6 +457,8 @@ class TokComConfig(PreTrainedConfig):
             fields = {k: v for k, v in (self.transformer_config or {}).items() if k != "model_type"}
             _check_known_keys(TokComTransformerConfig, fields, "transformer_config.")
             self.transformer_config = TokComTransformerConfig(**fields)
+        if isinstance(self.codec_config, TokComColorCodecConfig):  # follows from the vocabulary
+            self.transformer_config.latent_channels = self.codec_config.latent_channels
         width = self.codec_config.num_symbols * self.token_embedding_size if self.prediction_type == "tokens" else 0
         self.transformer_config.feature_size = width
         super().__post_init__(**kwargs)
@@ -589,16 +591,17 @@ def _pixels(
     image_size: int,
     embedding: int,
     vocabulary: int = 151665,
+    **codec,
 ) -> dict[str, Any]:
     """A pixel transformer (JiT, Li and He 2025) over the patches of a condition and of a target image."""
     patches = 2 * (image_size // patch_size) ** 2
     return {
         "codec_config": {
             **_vocabulary(vocabulary),
-            **dict(model_type="tokcom_color_codec", patch_size=patch_size, image_size=image_size),
+            **dict(model_type="tokcom_color_codec", patch_size=patch_size, image_size=image_size, **codec),
         },
         "transformer_config": {
-            **dict(latent_channels=3 * patch_size**2, hidden_size=hidden_size, intermediate_size=hidden_size * 8 // 3),
+            **dict(hidden_size=hidden_size, intermediate_size=hidden_size * 8 // 3),
             **dict(
                 num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads, num_position_axes=2
             ),
@@ -661,7 +664,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         **dict(prediction_type="tokens", token_stagger=1.0, token_shift=10.0, noise_draws=4),
         **dict(timestep_sampling="uniform", num_inference_steps=4, sampling_temperature=0.85),
     },
-    "pixel-tiny": _pixels(256, 6, 4, 4, 32, 16, vocabulary=4096),
+    # bits that spell whole tokens recover most from noise (docs/pixels.md); the published shapes keep colors and their size
+    "pixel-tiny": _pixels(256, 6, 4, 4, 32, 64, vocabulary=4096, digits="bits", symbols="tokens"),
     "pixel-b4": _pixels(768, 12, 12, 4, 64, 16),
     "pixel-b16": _pixels(768, 12, 12, 16, 256, 2),
     "pixel-b32": _pixels(768, 12, 12, 32, 256, 1),
