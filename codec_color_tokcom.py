@@ -191,7 +191,7 @@ class TokComColorCodec(TokComPreTrainedModel):
     def from_symbols(self, symbols: torch.Tensor) -> torch.Tensor:
         """Digits `(B, N, K * G)` -> valid ids `(B, N * K)` in reading order; tokens `(B, N, K)` likewise."""
         if self.config.symbols == "tokens":
-            return self.from_patches(symbols)
+            return self.from_patches(self.ids(self.digits(symbols)))
         return self.from_patches(self.ids(symbols.unflatten(2, (-1, self.config.digits_per_token))))
 
     def symbol_table(self) -> torch.Tensor:

@@ -184,6 +184,11 @@ class TokComChunkCodecConfig(PreTrainedConfig):
                 f"`fsq_levels` ({self.fsq_levels}) must give the levels of every one of the {self.latent_channels} "
                 "`latent_channels`."
             )
+        if self.quantizer == "fsq" and math.prod(self.fsq_levels) >= 2**63:
+            raise ValueError(
+                f"`fsq_levels` ({self.fsq_levels}) have {math.prod(self.fsq_levels):.1e} codes, more than 64 bits; lower the "
+                "levels or `latent_channels`."
+            )
 
 
 @strict
@@ -255,6 +260,11 @@ class TokComTransformerConfig(PreTrainedConfig):
             raise ValueError(f"`conditioning_size` ({self.conditioning_size}) must be even: half cosines, half sines.")
         if self.block_size is not None and self.block_size < 1:
             raise ValueError(f"`block_size` ({self.block_size}) must be at least 1, or None for bidirectional.")
+        if self.block_size is not None and self.block_size >= self.max_position_embeddings:
+            raise ValueError(
+                f"`block_size` ({self.block_size}) must be smaller than `max_position_embeddings` "
+                f"({self.max_position_embeddings}), or nothing fits before a block; use None to see all at once."
+            )
         if not 0 <= self.num_context_layers < self.num_hidden_layers:
             raise ValueError(
                 f"`num_context_layers` ({self.num_context_layers}) must be at least 0 and below `num_hidden_layers` "
@@ -524,8 +534,10 @@ class TokComConfig(PreTrainedConfig):
             )
         if self.stage == "head" and not self.has_latent_head:
             raise ValueError("stage 'head' trains `latent_head` and `latent_refiner`, but both are 'none'.")
-        if self.latent_refiner == "unet" and not colors:
-            raise ValueError("`latent_refiner='unet'` works on pictures: it needs a color codec; use 'mlp'.")
+        if self.latent_refiner == "unet" and (not colors or self.transformer_config.block_size is not None):
+            raise ValueError(
+                "`latent_refiner='unet'` works on whole pictures: it needs a color codec and `block_size=None`; use 'mlp'."
+            )
         if self.frequency_weight < 0 or (self.frequency_weight and (self.prediction_type != "latents" or not colors)):
             raise ValueError(
                 f"`frequency_weight` ({self.frequency_weight}) must not be negative, and needs `prediction_type='latents'` "

@@ -27,14 +27,14 @@ from pipeline_tokcom import TokComPipeline, TokComPipelineOutput
 MODES = ("generate", "reconstruct", "denoise_reconstruct", "encode", "conditional", "decode", "infill")
 MODES += ("text_to_image", "image_to_text")
 NEEDS = {
-    "reconstruct": "input_text",
-    "denoise_reconstruct": "input_text",
-    "encode": "input_text",
-    "infill": "input_text",
-    "conditional": "prompt",
-    "decode": "latents_file",
-    "text_to_image": "image_file",
-    "image_to_text": "image_file",
+    "reconstruct": ["input_text"],
+    "denoise_reconstruct": ["input_text"],
+    "encode": ["input_text"],
+    "infill": ["input_text"],
+    "conditional": ["prompt"],
+    "decode": ["latents_file"],
+    "text_to_image": ["input_text", "image_file"],
+    "image_to_text": ["image_file"],
 }
 
 
@@ -115,7 +115,7 @@ def run(pipe: TokComPipeline, args: argparse.Namespace) -> TokComPipelineOutput:
     if args.mode == "decode":
         return pipe.decode(args.latents_file)
     if args.mode == "text_to_image":
-        image = pipe.text_to_image(args.input_text or "", args.image_width)
+        image = pipe.text_to_image(args.input_text, args.image_width)
         image.save(args.image_file)
         return TokComPipelineOutput(texts=[f"{image.width} x {image.height} pixels written to {args.image_file}"])
     if args.mode == "image_to_text":
@@ -131,9 +131,9 @@ def run(pipe: TokComPipeline, args: argparse.Namespace) -> TokComPipelineOutput:
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
-    needed = NEEDS.get(args.mode)
-    if needed and getattr(args, needed) is None:
-        parser.error(f"--{needed} is required for mode {args.mode}")
+    for needed in NEEDS.get(args.mode, []):
+        if getattr(args, needed) is None:
+            parser.error(f"--{needed} is required for mode {args.mode}")
     if args.output_file and not Path(args.output_file).resolve().parent.is_dir():
         parser.error(f"--output_file {args.output_file}: its directory does not exist")
     try:

@@ -43,7 +43,7 @@ class TokComZeroConv(nn.Conv2d):
 
 
 class TokComPixelUNet(nn.Module):
-    """x + a two-level U-Net (Ronneberger et al. 2015) over the picture that patches `(B, N, K * G)` make."""
+    """x + a two-level U-Net (Ronneberger et al. 2015) over the picture that patches `(B, N, K * G)` make at their places."""
 
     def __init__(self, digits: int, patch_size: int, columns: int, hidden_size: int):
         super().__init__()
@@ -54,10 +54,14 @@ class TokComPixelUNet(nn.Module):
         self.up = nn.ConvTranspose2d(2 * hidden_size, hidden_size, 4, stride=2, padding=1)
         self.conv_out = TokComZeroConv(2 * hidden_size, digits, 3, padding=1)
 
-    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+    def forward(self, latents: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """`position_ids (B, N, 2)` are rows and columns of the patches; what no patch covers is 0."""
         batch, count, channels = latents.shape
         size = self.patch_size
-        whole = F.pad(latents, (0, 0, 0, -count % self.columns))
+        places = (position_ids[..., 0] * self.columns + position_ids[..., 1]).long().expand(batch, -1)
+        rows = int(position_ids[..., 0].max()) + 1
+        places = places[..., None].expand(-1, -1, channels)
+        whole = latents.new_zeros(batch, rows * self.columns, channels).scatter(1, places, latents)
         grid = whole.view(batch, -1, self.columns, size, size, channels // size**2)  # rows, columns, row in, column in
         image = grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, G, height, width)
         shape = image.shape
@@ -66,7 +70,7 @@ class TokComPixelUNet(nn.Module):
         coarse = F.silu(self.middle(F.silu(self.down(fine))))
         change = self.conv_out(torch.cat((fine, F.silu(self.up(coarse))), dim=1))[:, :, : shape[2], : shape[3]]
         change = change.unflatten(2, (-1, size)).unflatten(4, (self.columns, size)).permute(0, 2, 4, 3, 5, 1)
-        return latents + change.reshape(whole.shape)[:, :count]
+        return latents + change.reshape(whole.shape).gather(1, places)
 
 
 class TokComLatentHead(nn.Module):
@@ -87,10 +91,13 @@ class TokComLatentHead(nn.Module):
         if config.latent_head == "vq":
             self.quantizer = VectorQuantizer(config.latent_head_codes, channels)
 
-    def forward(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, latents: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         loss = latents.new_zeros(())
-        for part in (self.refiner, self.mlp):
-            latents = latents if part is None else part(latents)
+        if self.refiner is not None:
+            places = (position_ids,) if isinstance(self.refiner, TokComPixelUNet) else ()
+            latents = self.refiner(latents, *places)
+        if self.mlp is not None:
+            latents = self.mlp(latents)
         if self.quantizer is not None and (self.training or self.quantizer.is_fitted):
             output = self.quantizer(latents)
             latents, loss = output.latents, output.loss

@@ -66,7 +66,7 @@ class TokComOutput(ModelOutput):
         mse_loss (`torch.FloatTensor`, *optional*): flow stage: squared error of x1 per channel.
         kl_loss (`torch.FloatTensor`, *optional*): codec stage: KL, nats per chunk.
         token_losses (`torch.FloatTensor` of shape `(B, N, K)`, *optional*): flow stage: the cross-entropy of each token,
-            0 where nothing is predicted.
+            0 where nothing is predicted; None in training with `ce_share` below 1.
     """
 
     loss: torch.FloatTensor | None = None
@@ -246,9 +246,17 @@ class TokComModel(TokComPreTrainedModel):
         return self.token_head.symbols(table)
 
     @_entry_point
-    def refine(self, latents: torch.Tensor) -> torch.Tensor:
-        """What is decoded for the transformer's final estimate `(B, N, C)`: itself, unless there is a latent head."""
-        return latents if self.latent_head is None else self.latent_head(latents.to(self.dtype))[0].to(latents.dtype)
+    def refine(self, latents: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """What is decoded for the transformer's final estimate `(B, N, C)` of latents at `position_ids (B, N, A)`: itself,
+        unless there is a latent head."""
+        if self.latent_head is None:
+            return latents
+        return self.latent_head(latents.to(self.dtype), position_ids)[0].to(latents.dtype)
+
+    @_entry_point
+    def from_codes(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes `(B, N, R)` of a codec with a quantiser -> standardised latents `(B, N, C)`."""
+        return self.codec.from_codes(codes)
 
     @_entry_point
     def decode(self, latents: torch.Tensor) -> TokComDecoderOutput:
@@ -291,23 +299,23 @@ class TokComModel(TokComPreTrainedModel):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not trains_head):
             prediction, loss_mask, _, _ = self._predict_noised(clean, timestep, known_mask=known_mask)
         errors = prediction.float() - clean.latents[:, None].float()
-        counted = loss_mask[:, None] / (prediction.shape[1] * loss_mask.sum()).clamp_min(1)  # (B, M, N), its sum is 1
+        counted = loss_mask[:, None] / (prediction.shape[1] * loss_mask.sum()).clamp_min(1)  # (B, 1, N)
         mse = (errors.square().mean(-1) * counted).sum()
         loss = config.mse_weight * mse
         if config.frequency_weight:
             coefficients = self.codec.frequencies(errors.flatten(0, 1)).abs().flatten(2).mean(-1)  # (B * M, N)
-            loss = loss + config.frequency_weight * (coefficients.view_as(counted) * counted).sum()
+            coefficients = coefficients.unflatten(0, errors.shape[:2])
+            loss = loss + config.frequency_weight * (coefficients * counted).sum()
         if trains_head:
-            estimate, loss = self.latent_head(prediction[:, 0])
+            estimate, loss = self.latent_head(prediction[:, 0], clean.position_ids)
         else:
             estimate = prediction[:, 0]
         with torch.set_grad_enabled(torch.is_grad_enabled() and (trains_head or config.ce_weight > 0)):
             tokens, count = self._decoded_nll(estimate, loss_mask, input_ids, attention_mask)
             cross_entropy = tokens.sum() / count
         loss = loss + (1.0 if trains_head else config.ce_weight) * cross_entropy
-        return TokComOutput(
-            loss=loss, ce_loss=cross_entropy.detach(), mse_loss=mse.detach(), token_losses=tokens.detach()
-        )
+        tokens = None if tokens.shape[1] != loss_mask.shape[1] else tokens.detach()
+        return TokComOutput(loss=loss, ce_loss=cross_entropy.detach(), mse_loss=mse.detach(), token_losses=tokens)
 
     def _decoded_nll(self, estimate, loss_mask, input_ids, attention_mask) -> tuple[torch.Tensor, torch.Tensor]:
         """Nats `(B, n, K)` of the tokens that `estimate (B, N, C)` stands for, where `loss_mask (B, N)`, and how many they

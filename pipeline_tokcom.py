@@ -586,7 +586,7 @@ class TokComPipeline(DiffusionPipeline):
         if not isinstance(latents, torch.Tensor):
             latents, attention_mask = _read_latents(latents, self.chunk_size)
         if not latents.is_floating_point():
-            latents = self.model.codec.from_codes(latents.long().to(self._execution_device))
+            latents = self.model.from_codes(latents.long().to(self._execution_device))
         channels = self.model.config.codec_config.latent_channels
         if latents.ndim != 3 or latents.shape[-1] != channels:
             raise ValueError(f"`latents` has shape {tuple(latents.shape)} but (B, N, {channels}) is needed.")

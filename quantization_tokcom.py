@@ -38,7 +38,8 @@ class TokComQuantizerOutput(ModelOutput):
 
 def nearest_codes(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     """The nearest row of `codebook (S, C)` to each of `vectors (M, C)` by Euclidean distance: ids `(M,)`."""
-    return torch.cat([torch.cdist(part, codebook).argmin(-1) for part in vectors.split(DISTANCE_ROWS)])
+    codebook = codebook.float()
+    return torch.cat([torch.cdist(part.float(), codebook).argmin(-1) for part in vectors.split(DISTANCE_ROWS)])
 
 
 def code_statistics(codes: torch.Tensor, size: int) -> dict[str, float]:
@@ -124,7 +125,7 @@ class VectorQuantizer(nn.Module):
             self.codebook.copy_(_draw_rows(flat, self.num_codes))
         codes = nearest_codes(flat, self.codebook)
         counts = torch.bincount(codes, minlength=self.num_codes).float()
-        sums = torch.zeros_like(self.sums).index_add_(0, codes, flat)
+        sums = torch.zeros_like(self.sums, dtype=torch.float32).index_add_(0, codes, flat)
         _sum_over_processes(counts, sums)
         decay = 0.0 if first else self.decay
         self.counts.mul_(decay).add_(counts, alpha=1 - decay)

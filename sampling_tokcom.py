@@ -203,7 +203,7 @@ class TokComBlockSampler:
                 then = plan[i + 1].times if i + 1 < len(plan) else torch.ones_like(step.times)
                 chunks = head.recognise(known.symbols, x, then)
         if chunks is None:
-            return self.model.refine(x), None
+            return known.refine(x), None
         return x, self.model.codec.from_symbols(chunks)
 
     def _estimate(self, x, step: _Step, known: "_Known", previous, chunks):
@@ -346,6 +346,14 @@ class _Known:
             self_condition=previous,
             symbols=self.symbols,
         ).latents[:, -x.shape[1] :]
+
+    def refine(self, x: torch.Tensor) -> torch.Tensor:
+        """The block's final estimate `(B, Q, C)` as it is decoded; a bidirectional model's sees its context there, too."""
+        if self.cache is not None or self.context is None:
+            return self.model.refine(x, self.position_ids)
+        whole = torch.cat((self.context.latents.to(x.dtype), x), dim=1)
+        places = torch.cat((self.context.position_ids, self.position_ids), dim=1)
+        return self.model.refine(whole, places)[:, -x.shape[1] :]
 
     def append(self, ids: torch.Tensor) -> None:
         """Remember the finished block by the ids `(B, Q * K)` it decodes to, whose clean latents are what training shows."""

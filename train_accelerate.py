@@ -46,6 +46,7 @@ from training.data import (
     get_tokenizer,
     is_dialogue,
     load_documents,
+    read_sources,
     tokenize_dialogues,
     tokenize_documents,
 )
@@ -66,6 +67,10 @@ def read_data(config: TrainConfig) -> tuple[object, object, PreTrainedTokenizerB
     data = config.data
     train = load_documents(data.train, data, "train")
     if data.validation is None:
+        if any(source.weight is not None for source in read_sources(data.train)):
+            raise ValueError(
+                "weighted sources repeat documents, so the last ones cannot be held out; give `data.validation` of its own."
+            )
         if data.streaming:
             raise ValueError("a stream has no last documents to hold out; give `data.validation` or streaming=false.")
         held_out = max(1, int(len(train) * data.validation_fraction))

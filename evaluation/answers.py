@@ -43,11 +43,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--temperature", type=float)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/answers"))
     args = parser.parse_args(argv)
-    records = list(load_documents(args.data, DataConfig(train=args.data), "held-out"))[: args.samples]
+    records = list(load_documents(args.data, DataConfig(train=args.data), "validation"))[: args.samples]
     dialogues = [messages_of(record) for record in records]
-    pipe = TokComPipeline.from_pretrained(args.checkpoint)
+    pipe = TokComPipeline.from_pretrained(args.checkpoint).to(args.device)
     pipe.set_progress_bar_config(disable=True)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     files = []

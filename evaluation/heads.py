@@ -32,9 +32,8 @@ BATCH = 50
 def held_out_texts(args: argparse.Namespace) -> list[str]:
     """The beginnings of held-out documents; `ValueError` if one of them is a training document."""
     data = DataConfig(train=args.train, text_column=args.text_column)
-    train, validation = (
-        load_documents(path, data, "texts")[args.text_column] for path in (args.train, args.validation)
-    )
+    column, sources = args.text_column, {"train": args.train, "validation": args.validation}
+    train, validation = (load_documents(path, data, split)[column] for split, path in sources.items())
     shared = set(train) & set(validation)
     if shared:
         raise ValueError(
@@ -71,11 +70,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--words", type=int, default=48, help="length of the held-out texts")
     parser.add_argument("--noise_level", type=float, default=0.5, help="t from which texts are denoised")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/heads"))
     args = parser.parse_args(argv)
     texts, files = held_out_texts(args), []
     for seed in args.seeds:
-        plain = predict(TokComPipeline.from_pretrained(args.checkpoint), texts, args.noise_level, seed)
+        plain = predict(TokComPipeline.from_pretrained(args.checkpoint).to(args.device), texts, args.noise_level, seed)
         file = write_predictions(args.work_dir / f"none-{seed}" / "predictions.json", texts, plain)
         files.append(f"no head={file}")
     for name, head in EXPERIMENTS.items():
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
             overrides += ["head.sequence_length=128", "head.learning_rate=3.0e-4", "head.warmup_steps=20"]
             overrides += ["head.eval_batches=8", "report_to=none", f"output_dir={output}"]
             run(load_train_config("tiny", overrides))
-            found = predict(TokComPipeline.from_pretrained(output), texts, args.noise_level, seed)
+            found = predict(TokComPipeline.from_pretrained(output).to(args.device), texts, args.noise_level, seed)
             files.append(f"{name}={write_predictions(output / 'predictions.json', texts, found)}")
     print(compare(files))
 

@@ -202,7 +202,11 @@ def test_a_frozen_codec_keeps_its_codes_in_training_mode():
 
 @pytest.mark.parametrize(
     "options, message",
-    [(dict(quantizer="lookup"), "'fsq'"), (dict(quantizer="fsq", fsq_levels=[3, 3]), "12 `latent_channels`")],
+    [
+        (dict(quantizer="lookup"), "'fsq'"),
+        (dict(quantizer="fsq", fsq_levels=[3, 3]), "12 `latent_channels`"),
+        (dict(quantizer="fsq", latent_channels=64, fsq_levels=[5] * 64), "64 bits"),
+    ],
 )
 def test_impossible_quantisers_are_named(options, message):
     with pytest.raises(Exception, match="architecture") as error:

@@ -10,6 +10,7 @@ from modeling_tokcom import TokComModel
 from pipeline_tokcom import TokComPipeline
 from scheduling_tokcom import TokComFlowMatchScheduler
 from training.optimizer import build_optimizer
+from transformer_tokcom import TokComTransformerOutput
 
 VOCABULARY = 151665
 
@@ -178,8 +179,8 @@ def test_frequencies_and_the_unet_are_trained_and_the_unet_starts_as_the_identit
         torch.manual_seed(0)
         losses.append(each(ids).loss.item())
     assert losses[0] > losses[1]
-    latents = torch.randn(2, 13, 12)
-    assert torch.equal(model.refine(latents), latents)
+    latents, places = torch.randn(2, 13, 12), model.codec.positions(torch.arange(13)[None])
+    assert torch.equal(model.refine(latents, places), latents)
     model.set_stage("head")
     torch.manual_seed(0)
     model(ids).loss.backward()
@@ -192,9 +193,30 @@ def test_the_unet_sees_neighbouring_patches_of_the_picture():
     torch.nn.init.normal_(model.latent_head.refiner.conv_out.weight)
     columns = model.config.codec_config.image_size // model.config.codec_config.patch_size
     latents = torch.zeros(1, 3 * columns, 12, requires_grad=True)
-    model.latent_head.refiner(latents)[0, columns + 1].sum().backward()
+    places = model.codec.positions(torch.arange(3 * columns)[None])
+    model.latent_head.refiner(latents, places)[0, columns + 1].sum().backward()
     seen = latents.grad[0].abs().sum(-1) > 0
     assert seen[[1, columns, columns + 1, columns + 2, 2 * columns + 1]].all()  # above, left, itself, right, below
+
+
+@torch.no_grad()
+def test_the_unet_sees_the_prompt_where_training_showed_it():
+    model = pixel_model(prediction_type="latents", latent_refiner="unet", latent_refiner_size=8).eval()
+    torch.nn.init.normal_(model.latent_head.refiner.conv_out.weight)
+    ids = torch.randint(0, 320, (1, 40))
+    whole = model.encode(ids)
+    context = model.encode(ids[:, :20])
+    pipe = TokComPipeline(model, TokComFlowMatchScheduler.from_model_config(model.config))
+    pipe.set_progress_bar_config(disable=True)
+    model.predict = lambda x, *args, **kwargs: TokComTransformerOutput(latents=whole.latents)
+    noise = torch.randn(1, 5, 12)
+    found, _ = pipe._sample(noise, context, pipe._positions_after(context, 5), num_inference_steps=1, decode=False)
+    torch.testing.assert_close(found, model.refine(whole.latents, whole.position_ids)[:, 5:])
+
+
+def test_the_mask_token_is_never_decoded_to():
+    model = codec(320, digits="bits", symbols="tokens", patch_size=2, image_size=8)
+    assert int(model.from_symbols(torch.tensor([[[320, 3, 319, 0]]])).max()) < 320
 
 
 def test_texts_are_no_pictures_of_other_models(tokenizer):

@@ -11,7 +11,8 @@ import torch
 import yaml
 
 from tests.conftest import ROOT
-from training.config import DataConfig
+from train_accelerate import read_data
+from training.config import DataConfig, TrainConfig
 from training.data import (
     DialogueDataset,
     PackedDataset,
@@ -210,6 +211,21 @@ def test_sources_are_mixed_by_weight_and_cut_to_size(tmp_path):
     cut = [{"path": first, "max_samples": 7}, {"path": second, "field": "caption", "fraction": 0.25}]
     texts = load_documents(cut, DataConfig(train=cut), "train")["text"]
     assert len(texts) == 7 + 25 and len(set(texts)) == 32
+
+
+def test_weighted_sources_need_validation_text_of_their_own(tmp_path):
+    first = write_rows(tmp_path / "a.jsonl", "text", ["a text"] * 30)
+    with pytest.raises(ValueError, match="repeat documents"):
+        read_data(TrainConfig(output_dir=str(tmp_path), data=DataConfig(train=[{"path": first, "weight": 1.0}])))
+
+
+def test_a_dialogue_has_the_same_ids_in_training_and_in_the_pipeline(build):
+    pipe, turns = build(), [{"role": "user", "content": "Who was Squinty? "}]
+    for template in (None, "{% for m in messages %}{{ m['content'] }} Answer: {% endfor %}"):
+        pipe.tokenizer.chat_template = template
+        rows = pipe.encode_prompt(pipe._to_prompts(turns))[1]
+        assert rows == [tokenize_prompt(pipe.tokenizer, turns)]
+    pipe.tokenizer.chat_template = None
 
 
 def test_a_stream_of_sources_is_mixed_and_its_head_taken(tmp_path):

@@ -8,6 +8,7 @@ from latent_head_tokcom import TokComLatentHead
 from modeling_tokcom import TokComModel
 
 HEADS = [(head, refiner) for head in ("none", "mlp", "vq") for refiner in ("none", "mlp")][1:]
+PLACES = torch.arange(4)[None, :, None]
 SMALL = {"latent_head_size": 32, "latent_refiner_size": 16, "latent_head_codes": 64}
 
 
@@ -34,8 +35,8 @@ def test_heads_have_the_published_numbers_of_parameters(head, refiner, count):
 def test_an_untrained_head_changes_nothing(build, head, refiner):
     plain, other = build(), build(latent_head=head, latent_refiner=refiner, **SMALL)
     other.model.load_state_dict(plain.model.state_dict(), strict=False)
-    latents = torch.randn(2, 3, 16)
-    assert torch.equal(other.model.refine(latents), latents)
+    latents = torch.randn(2, 4, 16)
+    assert torch.equal(other.model.refine(latents, PLACES), latents)
     options = dict(gen_length=16, num_inference_steps=2)
     first, second = (pipe("Squinty", generator=seeded(), **options).sequences for pipe in (plain, other))
     assert torch.equal(first, second)
@@ -60,7 +61,7 @@ def test_training_a_head_leaves_the_backbone_bit_identical_and_changes_what_is_d
     for name, value in model.state_dict().items():
         assert name.startswith("latent_head") or torch.equal(value, before[name]), name
     latents = torch.randn(1, 4, 16, generator=seeded())
-    assert not torch.equal(model.refine(latents), latents)
+    assert not torch.equal(model.refine(latents, PLACES), latents)
     options = dict(num_chunks=4, num_inference_steps=2, output_type="seq")
     samples = pipe.generate(generator=seeded(), **options)
     assert torch.equal(samples.sequences, model.to_ids(samples.latents))  # the refined latents are what is decoded
@@ -86,6 +87,14 @@ def test_a_head_learns(build):
         optimizer.step()
         optimizer.zero_grad()
     assert loss() < first - 0.1  # the decoder has random weights: little is to be had
+
+
+def test_codebooks_work_in_half_precision(build):
+    model = trained(build(latent_head="vq", codec_config={"quantizer": "vq", "num_codes": 16}, **SMALL)).bfloat16()
+    with torch.no_grad():
+        encoded = model.encode(torch.randint(0, 300, (1, 16)))
+        refined = model.refine(encoded.latents, PLACES)
+    assert encoded.latents.dtype == refined.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(

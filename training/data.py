@@ -239,9 +239,10 @@ def messages_of(record: dict) -> list[dict[str, str]]:
 def tokenize_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
     """Ids of the turns before an answer: by the tokenizer's chat template, or if it has none their texts, line by line."""
     if tokenizer.chat_template:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    text = "\n".join(message["content"] for message in messages)
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    else:
+        text = "\n".join(message["content"] for message in messages)
+    return tokenizer(text.rstrip(" "), add_special_tokens=False, verbose=False)["input_ids"]  # as the pipeline does
 
 
 def tokenize_dialogues(documents: Iterable[dict], tokenizer: PreTrainedTokenizerBase, desc: str) -> list[tuple]:
