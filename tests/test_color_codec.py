@@ -34,6 +34,7 @@ def pixel_model(vocab_size: int = 320, digits: str = "color", **overrides) -> To
     shape = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
     shape |= dict(num_key_value_heads=4, conditioning_size=32, latent_channels=channels, max_position_embeddings=32)
     shape |= overrides.pop("transformer_config", {})
+    overrides.setdefault("token_stagger", 0.0)
     config = TokComConfig.from_preset(
         "pixel-tiny", vocab_size, codec_config=code, transformer_config=shape, stage="flow", **overrides
     )
