@@ -229,15 +229,17 @@ def test_texts_are_no_pictures_of_other_models(tokenizer):
         pipe.text_to_image("Squinty")
 
 
-@pytest.mark.parametrize("digits", ["color", "bits", "bits of tokens"])
-def test_pixel_model_learns_one_batch_and_writes_it_from_noise(tokenizer, digits):
+@pytest.mark.parametrize(
+    "digits, steps, share", [("color", 400, 0.85), ("bits", 400, 0.85), ("bits of tokens", 800, 0.99)]
+)
+def test_pixel_model_learns_one_batch_and_writes_it_from_noise(tokenizer, digits, steps, share):
     size = len(tokenizer)
     model = pixel_model(size, digits).train()
     ids = torch.randint(0, size, (4, 32), generator=torch.Generator().manual_seed(3))
     prompt, rest = ids[:, :16], ids[:, 16:]
     optimizer = build_optimizer(model, 3e-3, 1e-2, weight_decay=0.0)
-    schedule = get_scheduler("cosine", optimizer, 20, 400)
-    for _ in range(400):
+    schedule = get_scheduler("cosine", optimizer, 20, steps)
+    for _ in range(steps):
         model(ids).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -249,5 +251,5 @@ def test_pixel_model_learns_one_batch_and_writes_it_from_noise(tokenizer, digits
     noise = pipe.prepare_latents(4, 4, torch.Generator().manual_seed(0))
     with torch.no_grad():
         _, written = pipe._sample(noise, context, pipe._positions_after(context, 4), num_inference_steps=20)
-    assert (written == rest).float().mean() > 0.85  # by chance 1 in 320
+    assert (written == rest).float().mean() > share  # by chance 1 in 320
     assert isinstance(pipe("Squinty", gen_length=20, num_inference_steps=2).texts[0], str)
