@@ -160,10 +160,21 @@ class TokComMicroDecoder(nn.Module):
         return self.output_norm(states + self.proj_out(self.norm(hidden_states)))
 
 
+class TokComCodec(TokComPreTrainedModel):
+    """What all codecs share; each has `to_chunks`, `encode`, `decode`, `to_ids`, `nll` and `training_loss`."""
+
+    def loss(
+        self, latents: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Nats per token `(B, N, K)` of `input_ids (B, T)` given standardised latents; padded places are 0."""
+        chunks, real = self.to_chunks(input_ids, attention_mask)
+        return self.nll(latents, chunks) * real
+
+
 CHUNK_NETWORKS = {"mlp": TokComChunkMLP, "attention": TokComChunkTransformer}
 
 
-class TokComChunkCodec(TokComPreTrainedModel):
+class TokComChunkCodec(TokComCodec):
     """Variational autoencoder of token chunks (CALM, Shao et al. 2025, and TokCom v5.2).
 
     The encoder's posterior mean, standardised per channel with the persistent buffers `latent_mean` and `latent_std`,
@@ -335,13 +346,6 @@ class TokComChunkCodec(TokComPreTrainedModel):
         ids = torch.cat([self.decode(piece[None]).logits[0].argmax(-1) for piece in pieces])
         return ids.view(latents.shape[0], -1)
 
-    def loss(
-        self, latents: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Nats per token `(B, N, K)` of `input_ids (B, T)` given standardised latents; padded places are 0."""
-        chunks, real = self.to_chunks(input_ids, attention_mask)
-        return self.nll(latents, chunks) * real
-
     def nll(self, latents: torch.Tensor, chunks: torch.Tensor) -> torch.Tensor:
         """Nats `(B, n, K)` of the tokens of `chunks (B, n, K)` given their standardised latents `(B, n, C)`."""
         return self._token_nll(self._denormalize(latents), chunks)
@@ -400,4 +404,4 @@ class TokComChunkCodec(TokComPreTrainedModel):
         self.latent_std.copy_(std.clamp_min(1e-6))
 
 
-__all__ = ["TokComChunkCodec", "TokComCodecOutput", "TokComDecoderOutput"]
+__all__ = ["TokComChunkCodec", "TokComCodec", "TokComCodecOutput", "TokComDecoderOutput"]

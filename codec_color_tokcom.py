@@ -14,21 +14,24 @@ import torch
 import torch.nn.functional as F
 
 try:
-    from .codec_chunk_tokcom import TokComCodecOutput, TokComDecoderOutput
+    from .codec_chunk_tokcom import TokComCodec, TokComCodecOutput, TokComDecoderOutput
     from .configuration_tokcom import TokComColorCodecConfig
-    from .layers_tokcom import TokComPreTrainedModel
 except ImportError:
     if __package__:
         raise
     import codec_chunk_tokcom as _codec_chunk
     import configuration_tokcom as _configuration
-    import layers_tokcom as _layers
 
-    TokComCodecOutput, TokComDecoderOutput = _codec_chunk.TokComCodecOutput, _codec_chunk.TokComDecoderOutput
+    TokComCodec, TokComCodecOutput = _codec_chunk.TokComCodec, _codec_chunk.TokComCodecOutput
+    TokComDecoderOutput = _codec_chunk.TokComDecoderOutput
     TokComColorCodecConfig = _configuration.TokComColorCodecConfig
-    TokComPreTrainedModel = _layers.TokComPreTrainedModel
 
 NEAREST_ROWS = 512  # rows of distances to all ids that exist at once
+
+
+def spell(ids: torch.Tensor, base: int, count: int) -> torch.Tensor:
+    """Ids `(...)` -> their `count` digits of `base`, `(..., count)`, the least significant first."""
+    return ids[..., None] // base ** torch.arange(count, device=ids.device) % base
 
 
 def dct_matrix(size: int) -> torch.Tensor:
@@ -39,7 +42,7 @@ def dct_matrix(size: int) -> torch.Tensor:
     return matrix
 
 
-class TokComColorCodec(TokComPreTrainedModel):
+class TokComColorCodec(TokComCodec):
     """Patches of `patch_size` x `patch_size` pixels, one token each.
 
     In the `contiguous` layout a patch holds consecutive tokens; in the published `raster` layout tokens fill the rows of
@@ -60,8 +63,7 @@ class TokComColorCodec(TokComPreTrainedModel):
 
     def digits(self, ids: torch.Tensor) -> torch.Tensor:
         """Ids `(...)` -> digits `(..., G)`, the least significant first: red, green, blue."""
-        base, count = self.config.base, self.config.digits_per_token
-        return ids[..., None] // base ** torch.arange(count, device=ids.device) % base
+        return spell(ids, self.config.base, self.config.digits_per_token)
 
     def ids(self, digits: torch.Tensor, values: torch.Tensor | None = None) -> torch.Tensor:
         """Digits `(..., G)` -> ids `(...)`; digits of no token give the valid id whose color is nearest to the standardised
@@ -153,7 +155,7 @@ class TokComColorCodec(TokComPreTrainedModel):
         if self.config.vocab_size > 256**3:
             raise ValueError(f"`vocab_size` ({self.config.vocab_size}) is more than the {256**3} colors of a pixel.")
         ids = F.pad(ids, (0, -len(ids) % width), value=self.config.pad_token_id).view(-1, width)
-        return (ids[..., None] // 256 ** torch.arange(3, device=ids.device) % 256).to(torch.uint8)
+        return spell(ids, 256, 3).to(torch.uint8)
 
     def from_image(self, pixels: torch.Tensor) -> torch.Tensor:
         """An image `(height, width, 3)` of uint8 -> ids `(T,)` without the padding at its end; a color that is no token's
@@ -163,7 +165,7 @@ class TokComColorCodec(TokComPreTrainedModel):
         wrong = (ids >= self.config.num_valid_ids) & (ids != self.config.pad_token_id)
         if bool(wrong.any()):
             valid = torch.arange(self.config.num_valid_ids, device=ids.device)
-            colors = (valid[:, None] // 256 ** torch.arange(3, device=ids.device) % 256).float()
+            colors = spell(valid, 256, 3).float()
             found = [torch.cdist(part, colors).argmin(-1) for part in digits[wrong].float().split(NEAREST_ROWS)]
             ids[wrong] = torch.cat(found)
         real = (ids != self.config.pad_token_id).nonzero()
@@ -200,15 +202,17 @@ class TokComColorCodec(TokComPreTrainedModel):
         if self.config.symbols == "tokens":
             tokens = torch.arange(self.config.vocab_size, device="cpu")
             return self._standardize(self.digits(tokens)).expand(self.config.chunk_size, -1, -1)
+        return self._digit_table(torch.device("cpu"))[..., None]
+
+    def _digit_table(self, device: torch.device) -> torch.Tensor:
+        """The standardised value of every digit at every place: `(K * G, base)`."""
         base, count = self.config.base, self.config.digits_per_token
-        table = self._standardize(torch.arange(base, device="cpu")[:, None].expand(-1, count))  # (base, G)
-        return table.T.repeat(self.config.chunk_size, 1)[..., None]
+        table = self._standardize(torch.arange(base, device=device)[:, None].expand(-1, count))  # (base, G)
+        return table.T.repeat(self.config.chunk_size, 1)
 
     def _digit_logits(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents `(B, N, C)` -> logits `(B, N, K * G, base)`: Gaussian log-likelihoods, `digit_sigma` digits wide."""
-        base, count = self.config.base, self.config.digits_per_token
-        table = self._standardize(torch.arange(base, device=latents.device)[:, None].expand(-1, count))  # (base, G)
-        table = table.T.repeat(self.config.chunk_size, 1)  # (K * G, base)
+        table = self._digit_table(latents.device)
         return -0.5 * ((latents.float()[..., None] - table) / self._sigma(latents.device)).square()
 
     def _sigma(self, device: torch.device) -> torch.Tensor:
@@ -236,13 +240,6 @@ class TokComColorCodec(TokComPreTrainedModel):
         raise ValueError(
             "the color codec has no parameters, so there is nothing to train in stage 'codec'; use stage=flow."
         )
-
-    def loss(
-        self, latents: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Nats per token `(B, N, K)` of `input_ids (B, T)`: the sum over digits of their cross-entropies."""
-        chunks, real = self.to_chunks(input_ids, attention_mask)
-        return self.nll(latents, chunks) * real
 
     def nll(self, latents: torch.Tensor, chunks: torch.Tensor) -> torch.Tensor:
         """Nats `(B, n, K)` of the tokens of patches `chunks (B, n, K)` given their latents `(B, n, C)`."""

@@ -246,8 +246,8 @@ def kmeans(
     for _ in range(iterations):
         sums, counts, worst = torch.zeros_like(centres), centres.new_zeros(num_codes), []
         for batch, weight in read():
-            distances = torch.cat([torch.cdist(part, centres).min(-1).values for part in batch.split(DISTANCE_ROWS)])
-            codes = nearest_codes(batch, centres)
+            nearest = [torch.cdist(part, centres).min(-1) for part in batch.split(DISTANCE_ROWS)]
+            distances, codes = (torch.cat(x) for x in zip(*nearest))
             counts.index_add_(0, codes, weight)
             sums.index_add_(0, codes, batch * weight[:, None])
             far = distances.topk(min(num_codes, len(batch)))

@@ -65,12 +65,13 @@ def measure(model: TokComModel, ids: torch.Tensor, picture: Path) -> dict:
     """Bits per token, share of the tokens of `ids (1, T)` that survive, and how the codes are used."""
     config = model.config.codec_config
     encoded = model.encode(ids)
-    kept = (model.to_ids(encoded.latents) == ids).float().mean().item()
+    decoded = model.to_ids(encoded.latents)
+    kept = (decoded == ids).float().mean().item()
     facts = {"K": config.chunk_size, "bits per token": config.bits_per_token, "token accuracy": kept}
     if encoded.codes is None:
         return facts
     stored = model.to_ids(model.codec.from_codes(encoded.codes))
-    facts["same from codes"] = bool(torch.equal(stored, model.to_ids(encoded.latents)))
+    facts["same from codes"] = bool(torch.equal(stored, decoded))
     if config.quantizer == "fsq":  # the product of its levels is a number of codes that no text could use
         used = len(encoded.codes.unique())
         return facts | {"usage": None, "perplexity": None, "distinct codes": used}
