@@ -52,6 +52,7 @@ from training.data import (
 )
 from training.ema import ShardedEMAModel, decay_from_half_life
 from training.optimizer import build_optimizer
+from training.precision import resolve_precision
 from training.tracking import check_tracker, log_table
 
 METRIC_PREFIX = {"codec": "vae", "flow": "diffusion", "head": "head"}  # the names of the published training script
@@ -165,7 +166,7 @@ class StageTrainer:
         self.directory = Path(config.output_dir) / WORK / stage
         self.prefix = METRIC_PREFIX[stage]
         self.accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
+            mixed_precision=resolve_precision(config.mixed_precision, PartialState().device.type),
             # windows left over at the end of an epoch count towards the next step, so a step has one size
             gradient_accumulation_plugin=GradientAccumulationPlugin(
                 num_steps=self.options.gradient_accumulation_steps, sync_with_dataloader=False

@@ -33,6 +33,7 @@ from evaluation.flops import training_flops_per_step
 from training.config import DataConfig
 from training.data import PackedDataset, load_documents, tokenize_documents
 from training.optimizer import build_optimizer
+from training.precision import has_fast_bfloat16
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 
@@ -101,7 +102,7 @@ def train(
     muon_learning_rate: float = 0.0,
     seed: int = 0,
 ) -> LlamaForCausalLM:
-    """Train on `tokens (T,)` with TokCom's optimizer, bfloat16 and a cosine schedule; returns and saves the model."""
+    """Train on `tokens (T,)` with TokCom's optimizer, bfloat16 where it is fast, and a cosine schedule; returns and saves the model."""
     set_seed(seed)
     config = llama_config(len(tokenizer), hidden_size, num_hidden_layers, num_parameters, tokenizer.eos_token_id)
     model = LlamaForCausalLM(config)
@@ -117,7 +118,7 @@ def train(
         max_steps=max_steps,
         per_device_train_batch_size=batch_size,
         max_grad_norm=1.0,
-        bf16=True,
+        bf16=has_fast_bfloat16("cuda" if torch.cuda.is_available() else "cpu"),
         use_cpu=not torch.cuda.is_available(),
         logging_steps=50,
         save_strategy="no",

@@ -4,6 +4,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from training.precision import half_precision
+
 
 @torch.no_grad()
 def token_nll(model, ids: np.ndarray, prompts: np.ndarray | None = None, batch_size: int = 64) -> np.ndarray:
@@ -16,7 +18,7 @@ def token_nll(model, ids: np.ndarray, prompts: np.ndarray | None = None, batch_s
     rows = []
     for start in range(0, len(whole), batch_size):
         batch = torch.from_numpy(whole[start : start + batch_size].astype(np.int64)).to(model.device)
-        with torch.autocast(batch.device.type, torch.bfloat16):
+        with half_precision(batch.device.type):
             logits = model(input_ids=batch).logits[:, :-1]
         losses = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="none"

@@ -4,6 +4,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from training.precision import half_precision
+
 NOISE_LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)
 TIMESTEPS = tuple(i / 10 for i in range(10))
 SIGNALS = (0.0, 0.25, 0.5, 0.75, 0.9)
@@ -51,7 +53,7 @@ def token_losses_at(model, ids: torch.Tensor, t: float) -> torch.Tensor:
     before it, so that t = 0 is an autoregressive likelihood.
     """
     head = model.token_head
-    half = torch.autocast(ids.device.type, torch.bfloat16)
+    half = half_precision(ids.device.type)
     if head is None:
         with half:
             return model(ids, timestep=t).token_losses

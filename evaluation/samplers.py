@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from pipeline_tokcom import TokComPipeline
+from training.precision import half_precision
 
 
 @dataclass
@@ -42,7 +43,7 @@ class TokComSampler:
                 context = pipe.model.encode(ids, mask)
                 positions = pipe._positions_after(context, latents)
             noise = pipe.prepare_latents(size, latents, generator) * self.noise_scale
-            with torch.autocast(noise.device.type, torch.bfloat16):
+            with half_precision(noise.device.type):
                 _, ids = pipe._sample(
                     noise,
                     context,
@@ -77,7 +78,7 @@ class AutoregressiveSampler:
         rows = []
         for start in tqdm(range(0, len(prompts), self.batch_size), desc="autoregressive", leave=False):
             ids = torch.from_numpy(prompts[start : start + self.batch_size].astype(np.int64)).to(self.model.device)
-            with torch.autocast(ids.device.type, torch.bfloat16):
+            with half_precision(ids.device.type):
                 output = self.model.generate(
                     ids,
                     attention_mask=torch.ones_like(ids),

@@ -1,9 +1,11 @@
 import copy
 
+import pytest
 import torch
 from torch import nn
 
-from training.optimizer import build_optimizer
+from training.optimizer import Float32Muon, build_optimizer
+from training.precision import has_fast_bfloat16, resolve_precision
 
 
 def network() -> nn.Sequential:
@@ -54,3 +56,27 @@ def test_a_schedule_and_a_restored_state_continue_exactly():
         train(m, o, 3)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters()))
     assert [g["lr"] for g in restored.param_groups] == [5e-3, 5e-3, 1e-2]
+
+
+def test_float32_muon_follows_torchs_up_to_its_rounding():
+    torch.manual_seed(0)
+    ours, theirs = (nn.Parameter(torch.zeros(12, 20)) for _ in range(2))
+    options = dict(lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    optimizers = Float32Muon([ours], **options), torch.optim.Muon([theirs], **options)
+    for _ in range(4):
+        ours.grad = torch.randn(12, 20)
+        theirs.grad = ours.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert (ours - theirs).norm() < 0.02 * theirs.norm()
+    assert torch.allclose(*(o.state[p]["momentum_buffer"] for o, p in zip(optimizers, (ours, theirs))))
+
+
+def test_automatic_precision_is_bfloat16_only_where_it_is_fast(monkeypatch):
+    for fast, expected in ((True, "bf16"), (False, "no")):
+        monkeypatch.setattr("training.precision.has_fast_bfloat16", lambda device_type, fast=fast: fast)
+        assert resolve_precision("auto", "cpu") == expected
+        assert resolve_precision("fp16", "cpu") == "fp16" and resolve_precision(None, "cpu") is None
+    with pytest.warns(UserWarning, match="mixed_precision=auto"):
+        assert resolve_precision("bf16", "cpu") == "bf16"
+    assert isinstance(has_fast_bfloat16("cpu"), bool)

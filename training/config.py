@@ -61,7 +61,7 @@ class TrainConfig:
     stage: str = "all"  # codec, flow, head or all (codec and flow)
     output_dir: str = "tokcom-out"
     seed: int = 0
-    mixed_precision: str | None = None  # no, bf16 or fp16; None takes accelerate's setting
+    mixed_precision: str | None = None  # auto (bf16 where it is fast), no, bf16, fp16; None: accelerate's setting
     gradient_checkpointing: bool = False
     torch_compile: bool = False  # the network that is trained; the first step takes a minute longer
     num_workers: int = 0
@@ -78,6 +78,8 @@ class TrainConfig:
     def __post_init__(self):
         if self.mixed_precision is False:  # YAML 1.1 reads a bare `no` as false
             self.mixed_precision = "no"
+        if self.mixed_precision not in (None, "auto", "no", "bf16", "fp16"):
+            raise ValueError(f"`mixed_precision` ({self.mixed_precision!r}) must be auto, no, bf16 or fp16.")
         if self.stage not in ("codec", "flow", "head", "all"):
             raise ValueError(f"`stage` ({self.stage!r}) must be 'codec', 'flow', 'head' or 'all'.")
         if self.stage == "head" and not self.init_from:

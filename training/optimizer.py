@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from training.precision import has_fast_bfloat16
+
 
 class ChainedOptimizer(torch.optim.Optimizer):
     """Several optimizers of different parameters as one, for learning-rate schedules and checkpoints."""
@@ -31,6 +33,44 @@ class ChainedOptimizer(torch.optim.Optimizer):
         self._link()
 
 
+class Float32Muon(torch.optim.Muon):
+    """`torch.optim.Muon` with `match_rms_adamw`, whose products are float32 instead of bfloat16.
+
+    For processors where those are slow: on an AVX2 core a step of `tiny` takes 0.5 s instead of 16.
+    """
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+                momentum, grad = state["momentum_buffer"], parameter.grad
+                momentum.lerp_(grad, 1 - group["momentum"])
+                update = grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+                update = orthogonalize(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(update, alpha=-0.2 * max(parameter.shape) ** 0.5 * group["lr"])
+        return loss
+
+
+def orthogonalize(
+    matrix: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
+) -> torch.Tensor:
+    """Bring the singular values of `matrix` near 1 by a quintic Newton-Schulz iteration (Jordan et al. 2024)."""
+    a, b, c = coefficients
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    wide = wide / wide.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = wide @ wide.T
+        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
+    return wide if matrix.shape[0] <= matrix.shape[1] else wide.T
+
+
 def build_optimizer(
     model: nn.Module, learning_rate: float, muon_learning_rate: float, weight_decay: float
 ) -> torch.optim.Optimizer:
@@ -49,5 +89,7 @@ def build_optimizer(
     adamw = torch.optim.AdamW(groups, learning_rate, (0.9, 0.98), weight_decay=weight_decay, fused=True)
     if not inner:
         return adamw
-    muon = torch.optim.Muon(inner, muon_learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+    fast = has_fast_bfloat16(inner[0].device.type)
+    muon_class = torch.optim.Muon if fast else Float32Muon
+    muon = muon_class(inner, muon_learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
     return ChainedOptimizer([adamw, muon])
