@@ -163,6 +163,12 @@ class TokComMicroDecoder(nn.Module):
 class TokComCodec(TokComPreTrainedModel):
     """What all codecs share; each has `to_chunks`, `encode`, `decode`, `to_ids`, `nll` and `training_loss`."""
 
+    def known(self, latents: torch.Tensor) -> TokComCodecOutput:
+        """What `encode` returns for texts without padding whose `latents (B, N, C)` are known already."""
+        index = torch.arange(latents.shape[1], device=latents.device).expand(len(latents), -1)
+        mask = torch.ones_like(index, dtype=torch.bool)
+        return TokComCodecOutput(latents.to(self.dtype), position_ids=self.positions(index), mask=mask)
+
     def loss(
         self, latents: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:

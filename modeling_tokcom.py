@@ -274,11 +274,14 @@ class TokComModel(TokComPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         timestep: float | None = None,
         known_mask: torch.Tensor | None = None,
+        latents: torch.Tensor | None = None,
     ) -> TokComOutput:
         """Loss of `config.stage` on token ids `(B, T)`; `attention_mask (B, T)` is 0 on padding.
 
         `known_mask (B, T)` is 1 on tokens that are given, such as a prompt: in the flow stage latents of them only are clean
         and not predicted, and a share `context_dropout` of the rows does without them.
+
+        `latents (B, N, C)`, what `encode` gives for these ids, save encoding them; then no token may be padding.
 
         `timestep` in [0, 1] fixes t in the flow stage, which evaluation uses to measure CE(t); by default it is drawn.
         In eval mode nothing is dropped, every block follows its whole context, and there is no self-conditioning.
@@ -289,7 +292,10 @@ class TokComModel(TokComPreTrainedModel):
             loss, parts = self.codec.training_loss(input_ids, attention_mask)
             return TokComOutput(loss=loss, **parts)
         with torch.no_grad():
-            clean = self.codec.encode(input_ids, attention_mask)
+            if latents is None:
+                clean = self.codec.encode(input_ids, attention_mask)
+            else:
+                clean = self.codec.known(latents)
         if self.token_head is not None:
             return self._token_loss(clean, input_ids, attention_mask, timestep, known_mask)
         return self._latent_loss(clean, input_ids, attention_mask, timestep, known_mask)

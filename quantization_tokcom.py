@@ -72,7 +72,8 @@ class VectorQuantizer(nn.Module):
         num_codes (`int`), channels (`int`): S and C.
         decay (`float`): of the moving averages, per training step.
         commitment_weight (`float`): of the loss that draws inputs to their codes.
-        dead_threshold (`float`): a code whose average count per step falls below is replaced by a random input.
+        dead_threshold (`float`): a code that is used less often than this share of the average code is replaced by a random
+            input; the new one has to be used within some 70 steps (at a decay of 0.99).
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class VectorQuantizer(nn.Module):
         channels: int,
         decay: float = 0.99,
         commitment_weight: float = 0.25,
-        dead_threshold: float = 0.01,
+        dead_threshold: float = 0.05,
     ):
         super().__init__()
         if num_codes < 2 or not 0 < decay < 1:
@@ -130,13 +131,13 @@ class VectorQuantizer(nn.Module):
         decay = 0.0 if first else self.decay
         self.counts.mul_(decay).add_(counts, alpha=1 - decay)
         self.sums.mul_(decay).add_(sums, alpha=1 - decay)
-        alive = self.counts > max(self.dead_threshold, 1e-6)
-        means = self.sums / self.counts.clamp_min(1e-6)[:, None]
+        least = self.dead_threshold * self.counts.mean()
+        alive = self.counts > least
+        means = self.sums / self.counts.clamp_min(1e-12)[:, None]
         self.codebook.copy_(torch.where(alive[:, None], means, _draw_rows(flat, self.num_codes)))
-        # a new code starts with the average use of all, so that it is not replaced again at once
-        average = self.counts.mean().clamp_min(1e-6)
-        self.counts.copy_(torch.where(alive, self.counts, average))
-        self.sums.copy_(torch.where(alive[:, None], self.sums, self.codebook * average))
+        # a new code starts twice above the threshold: not replaced at once, and moved by the first inputs that choose it
+        self.counts.copy_(torch.where(alive, self.counts, 2 * least))
+        self.sums.copy_(torch.where(alive[:, None], self.sums, self.codebook * 2 * least))
 
 
 class ResidualQuantizer(nn.Module):

@@ -43,6 +43,7 @@ from training.data import (
     DialogueDataset,
     PackedDataset,
     StreamingPackedDataset,
+    cache_latents,
     get_tokenizer,
     is_dialogue,
     load_documents,
@@ -92,10 +93,14 @@ def read_data(config: TrainConfig) -> tuple[object, object, PreTrainedTokenizerB
             "of `data.train` and `data.validation` one holds dialogues and the other texts; give the same kind."
         )
     if is_dialogue(train):
-        if data.streaming:
-            raise ValueError("dialogues are not streamed; set data.streaming=false.")
+        if data.streaming or config.cache_latents:
+            raise ValueError(
+                "dialogues are neither streamed nor cached; set data.streaming and cache_latents to false."
+            )
         pairs = (tokenize_dialogues(d, tokenizer, n) for d, n in ((train, "dialogues"), (validation, "validation")))
         return *pairs, tokenizer
+    if data.streaming and config.cache_latents:
+        raise ValueError("a stream is not cached; set data.streaming=false or cache_latents=false.")
     validation = tokenize_documents(validation, tokenizer, data.text_column, "validation text")
     if not data.streaming:
         train = tokenize_documents(train, tokenizer, data.text_column, "training text")
@@ -214,7 +219,7 @@ class StageTrainer:
             self.dataset = StreamingPackedDataset(train, self.tokenizer, column, *sizes, buffer)
             return DataLoader(self.dataset, options.batch_size, drop_last=True, num_workers=config.num_workers)
         if isinstance(train, np.ndarray):
-            self.dataset = PackedDataset(train, *sizes, training=True)
+            self.dataset = PackedDataset(train, *sizes, training=True, latents=self._latents(model, train))
         wanted = options.batch_size * self.accelerator.num_processes
         if len(self.dataset) < wanted:
             raise ValueError(
@@ -225,6 +230,16 @@ class StageTrainer:
         return DataLoader(
             self.dataset, options.batch_size, shuffle=True, drop_last=True, num_workers=config.num_workers
         )
+
+    def _latents(self, model: TokComModel, train: np.ndarray) -> np.ndarray | None:
+        """The latents of all training text with `cache_latents`, written by the first process."""
+        if not self.config.cache_latents or self.stage == "codec":
+            return None
+        if not list(model.codec.parameters()):
+            raise ValueError("a codec without parameters encodes at no cost; set cache_latents=false.")
+        with self.accelerator.main_process_first():
+            device = self.accelerator.device
+            return cache_latents(model.to(device).eval(), train, Path(self.config.output_dir) / WORK / "latents.f32")
 
     def _prepare(self, model: TokComModel, train, validation) -> None:
         options = self.options

@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import resource
 import statistics
 import subprocess
@@ -24,8 +25,15 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+from training.precision import has_fast_bfloat16
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PEAK_SIZES = (1024, 2048, 4096)
+CACHED = "TokCom, cached latents"
+SYSTEMS = {  # of the training benchmark, besides the published code
+    "flow": ["TokCom", CACHED, f"{CACHED}, ce_share 0.25", f"{CACHED}, ce_share 0.25, checkpointing"],
+    "codec": ["TokCom", "TokCom, checkpointing"],
+}
 
 
 def synchronize() -> None:
@@ -45,6 +53,9 @@ def peak_mib() -> float:
     """The most memory this process has used: the device's, or the resident set on the CPU."""
     if DEVICE == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
+    status = Path("/proc/self/status")
+    if status.is_file():  # unlike `ru_maxrss`, not inherited from the process that started this one
+        return int(re.search(r"VmHWM:\s*(\d+)", status.read_text()).group(1)) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -53,7 +64,7 @@ def matmul_peak(dtype: torch.dtype = torch.bfloat16) -> float:
     best = 0.0
     for size in PEAK_SIZES:
         left, right = (torch.randn(size, size, device=DEVICE, dtype=dtype) for _ in range(2))
-        times = [seconds_of(torch.matmul, left, right) for _ in range(8)]
+        times = [seconds_of(torch.matmul, left, right) for _ in range(4)]
         best = max(best, 2 * size**3 / min(times))
     return best
 
@@ -64,21 +75,31 @@ def matmul_peak(dtype: torch.dtype = torch.bfloat16) -> float:
 def build_training(
     system: str, stage: str, args: argparse.Namespace
 ) -> tuple[Callable[[torch.Tensor], torch.Tensor], list]:
-    """A loss of ids `(B, T)` and the parameters it trains, of preset `v5.2` at `args.layers` layers."""
+    """A loss of ids `(B, T)` and the parameters it trains, of preset `v5.2` at `args.layers` layers.
+
+    `system` is `"TokCom"` with options after commas (`"cached latents"`, `"ce_share 0.25"`, `"checkpointing"`) or `"published"`.
+    """
     from configuration_tokcom import TokComConfig
     from evaluation.published import PublishedTokCom
     from modeling_tokcom import TokComModel
 
-    name, *share = system.split(" ce_share ")
+    name, *options = system.split(", ")
     if name == "TokCom":
         layers = {"num_hidden_layers": args.layers}
-        sizes = {"codec_config": layers, "transformer_config": layers, "ce_share": float(*share or [1.0])}
+        share = [float(option.split()[1]) for option in options if option.startswith("ce_share")]
+        sizes = {"codec_config": layers, "transformer_config": layers, "ce_share": (share or [1.0])[0]}
         config = TokComConfig.from_preset("v5.2", args.vocab_size, stage=stage, **sizes)
         with torch.device(DEVICE):
             model = TokComModel(config).train()
         model.set_stage(stage)
+        if "checkpointing" in options:
+            model.gradient_checkpointing_enable()
+        known = {}
+        if "cached latents" in options:
+            shape = args.batch_size, args.tokens // config.codec_config.chunk_size, config.codec_config.latent_channels
+            known["latents"] = torch.randn(shape, device=DEVICE)
         forward = torch.compile(model) if args.compile else model
-        return lambda ids: forward(input_ids=ids).loss, [p for p in model.parameters() if p.requires_grad]
+        return lambda ids: forward(input_ids=ids, **known).loss, [p for p in model.parameters() if p.requires_grad]
     with torch.device(DEVICE):
         model = PublishedTokCom.random(896, 4864, args.layers, 14, 2, args.vocab_size + 1)  # and the omni token
     trained = {"codec": model.vae, "flow": model.denoiser}[stage]
@@ -96,7 +117,7 @@ def measure_training(system: str, stage: str, args: argparse.Namespace) -> dict:
     loss, parameters = build_training(system, stage, args)
     optimizer = torch.optim.AdamW(parameters, 1e-4, fused=system.startswith("TokCom"))
     ids = torch.randint(0, args.vocab_size, (args.batch_size, args.tokens), device=DEVICE)
-    half = not system.endswith("float32")
+    half = has_fast_bfloat16(DEVICE) and not system.endswith("float32")
 
     def step() -> None:
         with torch.autocast(DEVICE, torch.bfloat16, enabled=half):
@@ -109,28 +130,29 @@ def measure_training(system: str, stage: str, args: argparse.Namespace) -> dict:
     times = [seconds_of(step) for _ in range(args.steps)]
     facts = {"seconds": statistics.median(times), "peak_mib": peak_mib()}
     if system.startswith("TokCom") and not args.compile:
-        facts |= {"flops": count_flops(step), "peak_flops": matmul_peak()}
+        facts["flops"] = count_flops(step)
     return facts
 
 
 def training(args: argparse.Namespace) -> dict:
-    """Every system and stage in turn, `args.rounds` times; medians and ratios to TokCom."""
-    results = {}
+    """Every system and stage in turn, `args.rounds` times; medians and ratios to the published code."""
+    results, peak = {}, matmul_peak(torch.bfloat16 if has_fast_bfloat16(DEVICE) else torch.float32)
     for stage in args.stage:
-        shares = [f"TokCom ce_share {args.ce_share}"] if stage == "flow" and args.ce_share < 1 else []
-        systems = ["TokCom", *shares, "published bfloat16", "published float32"]
+        systems = [*SYSTEMS[stage], "published"]
+        if has_fast_bfloat16(DEVICE):
+            systems.append("published, float32")
         runs = {system: [] for system in systems}
         for _ in tqdm(range(args.rounds), desc=f"training: {stage}"):
             for system in systems:
                 runs[system].append(_in_process(args, ["--measure", system, "--stage", stage]))
         rows = {n: {k: statistics.median(r[k] for r in found) for k in found[0]} for n, found in runs.items()}
-        ours, tokens = rows["TokCom"], args.batch_size * args.tokens
+        published, tokens = rows["published"], args.batch_size * args.tokens
         for row in rows.values():
             row["tokens_per_second"] = tokens / row["seconds"]
-            row["time_ratio"] = row["seconds"] / ours["seconds"]
-            row["memory_ratio"] = row["peak_mib"] / ours["peak_mib"]
+            row["times_published"] = published["seconds"] / row["seconds"]
+            row["memory_ratio"] = row["peak_mib"] / published["peak_mib"]
             if "flops" in row:
-                row["share_of_peak"] = row["flops"] / row["seconds"] / row["peak_flops"]
+                row["share_of_peak"] = row["flops"] / row["seconds"] / peak
         results[stage] = rows
     return results
 
@@ -326,9 +348,6 @@ def build_parser() -> argparse.ArgumentParser:
         "rounds": 3,
     }.items():
         train.add_argument(f"--{name}", type=int, default=value)
-    train.add_argument(
-        "--ce_share", type=float, default=0.25, help="also with the decoder on this share of the latents"
-    )
     train.add_argument("--compile", action="store_true", help="torch.compile TokCom's model")
     sample = commands.add_parser("sampling", help="milliseconds per generated token")
     sample.add_argument("--preset", default="tiny")

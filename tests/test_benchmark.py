@@ -77,7 +77,7 @@ def test_training_command_compares_the_systems(tmp_path):
     ]
     main(["training", "--stage", "flow", *small, "--output_dir", str(tmp_path)])
     rows = json.loads((tmp_path / "training.json").read_text())["flow"]
-    assert rows["TokCom"]["time_ratio"] == 1 and rows["published float32"]["memory_ratio"] > 0
+    assert rows["published"]["times_published"] == 1 and rows["TokCom, cached latents"]["memory_ratio"] > 0
     assert 0 < rows["TokCom"]["share_of_peak"] < 1
     assert (tmp_path / "training.png").is_file() and "published" in (tmp_path / "training.md").read_text()
 

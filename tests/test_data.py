@@ -17,6 +17,7 @@ from training.data import (
     DialogueDataset,
     PackedDataset,
     StreamingPackedDataset,
+    cache_latents,
     is_dialogue,
     load_documents,
     messages_of,
@@ -278,3 +279,19 @@ def test_names_are_looked_up_at_the_endpoint_that_the_environment_names(tmp_path
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | settings, capture_output=True)
     server.shutdown()
     assert done.returncode != 0 and any("someone/stories" in path for path in asked)
+
+
+def test_cached_latents_are_those_of_their_windows(tmp_path, build):
+    model, file = build().model, tmp_path / "latents.f32"
+    tokens = np.random.default_rng(0).integers(0, 320, 4 * 100 + 3).astype(np.int32)
+    latents = cache_latents(model, tokens, file, rows=64)
+    data = PackedDataset(tokens, 32, 4, seed=0, training=True, latents=latents)
+    for epoch in range(3):
+        data.set_epoch(epoch)
+        for item in (data[0], data[len(data) - 1]):
+            assert item["attention_mask"].all()
+            torch.testing.assert_close(item["latents"], model.encode(item["input_ids"][None]).latents[0])
+    written = file.stat().st_mtime_ns
+    assert np.array_equal(cache_latents(model, tokens, file), latents) and file.stat().st_mtime_ns == written
+    with pytest.raises(ValueError, match="do not fill a window of 512"):
+        PackedDataset(tokens, 512, 4, seed=0, training=True, latents=latents)

@@ -152,3 +152,15 @@ def test_forward_names_a_bad_id_and_refuses_unknown_arguments():
 def test_composite_config_reaches_the_halves():
     config = TokComConfig.from_preset("debug", 100)
     assert config.codec_config.vocab_size == 101 and config.codec_config.mask_token_id == 100
+
+
+@pytest.mark.parametrize("prediction", [{}, {"prediction_type": "tokens", "codec_config": {"encoder_type": "token"}}])
+def test_latents_that_are_known_give_the_loss_of_encoding(prediction):
+    torch.manual_seed(0)
+    model = TokComModel(tiny_config(stage="flow", **prediction)).train()
+    ids, losses = torch.randint(0, 320, (2, 32)), []
+    for known in ({}, {"latents": model.encode(ids).latents}):
+        torch.manual_seed(1)
+        random.seed(1)
+        losses.append(model(ids, **known).loss)
+    assert torch.equal(*losses)

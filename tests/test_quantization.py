@@ -65,7 +65,7 @@ def test_scalar_levels_have_a_gradient_and_all_codes_exist():
 
 
 def test_clustered_data_uses_the_whole_codebook():
-    data, quantizer = clusters(), VectorQuantizer(256, 8, decay=0.9, dead_threshold=2.0).train()
+    data, quantizer = clusters(), VectorQuantizer(256, 8, decay=0.9, dead_threshold=0.25).train()
     generator = torch.Generator().manual_seed(1)
     for _ in range(200):
         quantizer(data[torch.randperm(len(data), generator=generator)[:2048]])
@@ -108,7 +108,7 @@ def _train_on_half(rank: int, port: int, results) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     torch.manual_seed(rank)
-    quantizer = VectorQuantizer(32, 8, dead_threshold=1.0).train()
+    quantizer = VectorQuantizer(32, 8, dead_threshold=0.25).train()
     for part in clusters(40, 40)[rank::2].split(200):
         quantizer(part)
     results[rank] = quantizer.codebook.tolist()

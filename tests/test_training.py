@@ -342,3 +342,24 @@ def test_compiled_training_gives_the_same_loss(tmp_path):
         losses.append([event.value for event in logs.Scalars("diffusion/batch_ce_loss")])
     assert len(losses[0]) == 6
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_a_run_with_cached_latents_writes_them_once_and_starts_windows_at_chunks(tmp_path, monkeypatch):
+    seen = []
+    forward = TokComModel.forward
+
+    def spy(self, input_ids, latents=None, **kwargs):
+        if self.training and self.config.stage == "flow":
+            seen.append(torch.allclose(latents, self.encode(input_ids).latents, atol=1e-5))
+        return forward(self, input_ids, latents=latents, **kwargs)
+
+    monkeypatch.setattr(TokComModel, "forward", spy)
+    output = run(quick(tmp_path, "cache_latents=true"))
+    assert seen and all(seen)
+    assert (output / "run" / "latents.f32").stat().st_size % (4 * 16) == 0
+
+
+def test_text_that_cannot_be_cached_is_an_error(tmp_path):
+    held_out = f"data.validation={ROOT}/sample_data/stories_validation.jsonl"
+    with pytest.raises(ValueError, match="cache_latents=false"):
+        run(quick(tmp_path, "cache_latents=true", "data.streaming=true", held_out))

@@ -64,6 +64,7 @@ class TrainConfig:
     mixed_precision: str | None = None  # auto (bf16 where it is fast), no, bf16, fp16; None: accelerate's setting
     gradient_checkpointing: bool = False
     torch_compile: bool = False  # the network that is trained; the first step takes a minute longer
+    cache_latents: bool = False  # stage flow or head: encode the training text once, to a file in output_dir/run
     num_workers: int = 0
     report_to: str = "tensorboard"  # tensorboard, wandb, trackio or none
     resume: bool = True  # continue from the newest checkpoint in output_dir

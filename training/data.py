@@ -4,6 +4,7 @@ Documents are tokenized once, joined with the tokenizer's BOS / EOS, and cut int
 anew for every epoch, so nearly every position holds a real token and chunk boundaries fall everywhere.
 """
 
+import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -295,9 +296,20 @@ class PackedDataset(torch.utils.data.Dataset):
 
     One window in four has its first 0..K-1 tokens masked as padding: that is how a prompt whose length is no multiple
     of K arrives. A corpus shorter than a window gives one window padded at the end.
+
+    With `latents (T // K, C)`, those of the whole corpus, each window brings its own, begins at a multiple of K and has no
+    token masked.
     """
 
-    def __init__(self, tokens: np.ndarray, sequence_length: int, chunk_size: int, seed: int, training: bool):
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        sequence_length: int,
+        chunk_size: int,
+        seed: int,
+        training: bool,
+        latents: np.ndarray | None = None,
+    ):
         if len(tokens) == 0:
             raise ValueError("the dataset is empty: no token after tokenization; check the data path.")
         if sequence_length % chunk_size:
@@ -305,8 +317,12 @@ class PackedDataset(torch.utils.data.Dataset):
                 f"`sequence_length` ({sequence_length}) must be a multiple of `chunk_size` ({chunk_size}); "
                 f"use {sequence_length + -sequence_length % chunk_size}."
             )
+        if latents is not None and len(tokens) < sequence_length:
+            raise ValueError(
+                f"`cache_latents` needs more text: {len(tokens)} tokens do not fill a window of {sequence_length}."
+            )
         self.tokens, self.length, self.chunk_size = tokens, sequence_length, chunk_size
-        self.seed, self.training, self.epoch = seed, training, 0
+        self.seed, self.training, self.epoch, self.latents = seed, training, 0, latents
         self.windows = max(1, len(tokens) // sequence_length - int(training))
 
     def set_epoch(self, epoch: int) -> None:
@@ -317,12 +333,45 @@ class PackedDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         room = max(0, len(self.tokens) - self.windows * self.length)
-        offset = np.random.default_rng((self.seed, self.epoch)).integers(room + 1) if self.training else 0
+        stride = 1 if self.latents is None else self.chunk_size
+        generator = np.random.default_rng((self.seed, self.epoch))
+        offset = generator.integers(room // stride + 1) * stride if self.training else 0
         start = int(offset) + index * self.length
         window = self.tokens[start : start + self.length]
+        if self.latents is not None:
+            places = slice(start // self.chunk_size, (start + self.length) // self.chunk_size)
+            return _window(window, self.length, 0) | {"latents": torch.from_numpy(self.latents[places].copy())}
         generator = np.random.default_rng((self.seed, self.epoch, index))
         left = _left_padding(generator, self.chunk_size) if self.training else 0
         return _window(window, self.length, left)
+
+
+@torch.no_grad()
+def cache_latents(model, tokens: np.ndarray, file: Path, rows: int = 16384) -> np.ndarray:
+    """The standardised latents `(T // K, C)` of `tokens (T,)`, float32, memory-mapped from `file`.
+
+    The file is written once, whole or not at all, and read again afterwards.
+    """
+    codec = model.config.codec_config
+    shape = len(tokens) // codec.chunk_size, codec.latent_channels
+    if not file.is_file():
+        partial = file.with_suffix(".tmp")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        size = 4 * shape[0] * shape[1]
+        free = shutil.disk_usage(file.parent).free
+        if size > free:
+            raise ValueError(
+                f"`cache_latents` would write {size / 2**30:.1f} GiB but {file.parent} has {free / 2**30:.1f} GiB free."
+            )
+        written = np.memmap(partial, np.float32, "w+", shape=shape)
+        stride = rows // codec.chunk_size
+        for start in tqdm(range(0, shape[0], stride), desc="encoding training text", unit="batch"):
+            part = tokens[start * codec.chunk_size : min(start + stride, shape[0]) * codec.chunk_size]
+            ids = torch.from_numpy(part.astype(np.int64))[None].to(model.device)
+            written[start : start + stride] = model.encode(ids).latents[0].float().cpu().numpy()
+        written.flush()
+        partial.rename(file)
+    return np.memmap(file, np.float32, "r", shape=shape)
 
 
 class StreamingPackedDataset(torch.utils.data.IterableDataset):
