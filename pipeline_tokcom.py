@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -81,6 +81,15 @@ class TokComPipelineOutput(BaseOutput):
     latents: torch.FloatTensor | None = None
     attention_mask: torch.LongTensor | None = None
     codes: torch.LongTensor | None = None
+
+
+class TokComPiece(NamedTuple):
+    """What one text has gained in a block: its new `text`, the `tokens` it has by now (EOS included), and once it has ended
+    the `finish_reason`, `"stop"` (EOS) or `"length"`."""
+
+    text: str
+    tokens: int
+    finish_reason: str | None
 
 
 class TokComPipeline(DiffusionPipeline):
@@ -480,13 +489,40 @@ class TokComPipeline(DiffusionPipeline):
 
         The arguments are those of `__call__`. Characters whose bytes are not complete yet wait for the next piece.
         """
-        self.check_inputs(gen_length, num_inference_steps, "text", [])
         if not isinstance(prompt, str):
-            raise ValueError(f"`prompt` must be one text, not {prompt!r}; call stream for each.")
-        rows, blocks = self._continue(
-            [prompt],
-            gen_length,
-            None,
+            raise ValueError(f"`prompt` must be one text, not {prompt!r}; call stream_batch for several.")
+        settings = num_inference_steps, guidance_scale, temperature, top_p, generator
+        for (piece,) in self.stream_batch([prompt], gen_length, *settings):
+            if piece.text:
+                yield piece.text
+
+    @torch.no_grad()
+    def stream_batch(
+        self,
+        prompts: list[str],
+        gen_length: int | list[int] = 256,
+        num_inference_steps: int | None = None,
+        guidance_scale: float = 1.0,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> Iterator[list[TokComPiece]]:
+        """Continue several prompts at once, `gen_length` tokens or as many as it says for each, and yield a list with the
+        new piece of every text whenever a block is finished. A text that has ended gives empty pieces. With a generator for
+        each prompt, a text does not depend on its company."""
+        lengths = [gen_length] * len(prompts) if isinstance(gen_length, int) else list(gen_length)
+        if not prompts or len(lengths) != len(prompts):
+            raise ValueError(f"`gen_length` has {len(lengths)} entries for {len(prompts)} prompts; give one each.")
+        self.check_inputs(min(lengths), num_inference_steps, "text", [])
+        noise = None
+        if isinstance(generator, list) and len(generator) == len(prompts):  # each as if its text were alone
+            sizes = [self._num_latents(length) for length in lengths]
+            rows = [self.prepare_latents(1, size, source) for size, source in zip(sizes, generator)]
+            noise = torch.cat([torch.nn.functional.pad(x, (0, 0, 0, max(sizes) - x.shape[1])) for x in rows])
+        known, blocks = self._continue(
+            prompts,
+            max(lengths),
+            noise,
             generator,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
@@ -494,16 +530,24 @@ class TokComPipeline(DiffusionPipeline):
             top_p=top_p,
             stop_at_eos=True,
         )
-        ids, shown = [], ""
+        pieces, ids, shown = [TokComPiece("", 0, None)] * len(prompts), [[] for _ in prompts], [""] * len(prompts)
         for _, block in blocks:
-            new, mask = self._end_at_eos(block[:, : gen_length - len(ids)])
-            ids += new[mask.bool()].tolist()
-            text = self._continue_text(prompt, rows[0], ids)
-            done = len(ids) == gen_length or self._ended(new)
-            whole = text if done else text.rstrip("\ufffd")
-            if len(whole) > len(shown):
-                yield whole[len(shown) :]
-                shown = whole
+            for i, new in enumerate(block.tolist()):
+                if pieces[i].finish_reason is not None:
+                    pieces[i] = pieces[i]._replace(text="")
+                    continue
+                ended = self._eos_token_id in new
+                new = new[: new.index(self._eos_token_id) + 1] if ended else new
+                ended = ended and len(ids[i]) + len(new) <= lengths[i]
+                ids[i] = (ids[i] + new)[: lengths[i]]
+                reason = "stop" if ended else "length" if len(ids[i]) == lengths[i] else None
+                text = self._continue_text(prompts[i], known[i], ids[i])
+                text = text if reason else text.rstrip("\ufffd")
+                pieces[i] = TokComPiece(text[len(shown[i]) :], len(ids[i]), reason)
+                shown[i] = max(shown[i], text, key=len)
+            yield list(pieces)
+            if all(piece.finish_reason for piece in pieces):
+                break
         self.maybe_free_model_hooks()
 
     def _check_length(self, length: int) -> None:
@@ -741,4 +785,4 @@ def _read_latents(file: str | os.PathLike, chunk_size: int) -> tuple[torch.Tenso
     return latents, mask
 
 
-__all__ = ["TokComPipeline", "TokComPipelineOutput", "GAP"]
+__all__ = ["TokComPipeline", "TokComPipelineOutput", "TokComPiece", "GAP"]

@@ -44,6 +44,10 @@ def tokenizer(stories):
     return train_tokenizer(stories, 320)
 
 
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 def tiny_config(vocab_size: int = 320, **overrides) -> TokComConfig:
     transformer = {"max_position_embeddings": 32, **overrides.pop("transformer_config", {})}
     return TokComConfig.from_preset("debug", vocab_size, transformer_config=transformer, **overrides)

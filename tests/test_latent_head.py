@@ -6,14 +6,11 @@ import torch
 from configuration_tokcom import TokComConfig
 from latent_head_tokcom import TokComLatentHead
 from modeling_tokcom import TokComModel
+from tests.conftest import seeded
 
 HEADS = [(head, refiner) for head in ("none", "mlp", "vq") for refiner in ("none", "mlp")][1:]
 PLACES = torch.arange(4)[None, :, None]
 SMALL = {"latent_head_size": 32, "latent_refiner_size": 16, "latent_head_codes": 64}
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def published(head: str, refiner: str) -> TokComLatentHead:

@@ -7,16 +7,12 @@ from modeling_tokcom import TokComModel
 from pipeline_tokcom import TokComPipeline
 from sampling_tokcom import split_blocks
 from scheduling_tokcom import TokComFlowMatchScheduler
-from tests.conftest import STOCK_SCHEDULERS
+from tests.conftest import STOCK_SCHEDULERS, seeded
 from token_head_tokcom import TokComChoice
 from training.data import train_tokenizer
 
 PROMPTS = ["The family of four was ", "Squinty"]
 FORMS = [{"block_size": None}, {"block_size": 2}]
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.mark.parametrize("transformer_config", FORMS)
@@ -459,3 +455,18 @@ def test_settings_that_the_caller_does_not_name_are_the_models_own(build):
     pipe = build(prediction_type="tokens", codec_config={"encoder_type": "token"}, **own)
     found = pipe._sampler(temperature=None, top_p=0.5)
     assert (found.temperature, found.top_p, found.num_inference_steps) == (0.7, 0.5, 3)
+
+
+def test_rows_of_a_streamed_batch_are_the_texts_of_each_at_its_own_length(build):
+    pipe = build(transformer_config={"block_size": 2})
+    prompts, lengths = ["Squinty", "The family of four was ", "One fine day"], [9, 24, 5]
+    generators = [seeded(i) for i in range(3)]
+    rows = list(pipe.stream_batch(prompts, lengths, 4, generator=generators))
+    for i, (prompt, length) in enumerate(zip(prompts, lengths)):
+        expected = pipe(prompt, gen_length=length, num_inference_steps=4, generator=[seeded(i)])
+        assert "".join(pieces[i].text for pieces in rows) == expected.texts[0]
+        assert rows[-1][i].tokens == int(expected.attention_mask.sum())
+        ended = pipe.tokenizer.eos_token_id in expected.sequences[0]
+        assert rows[-1][i].finish_reason == ("stop" if ended else "length")
+    with pytest.raises(ValueError, match="2 entries for 1 prompts"):
+        next(pipe.stream_batch(["a"], [1, 2]))
