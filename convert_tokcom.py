@@ -1,6 +1,7 @@
-"""Convert a published TokCom v5.2 checkpoint (`best_diffusion.pt`) into a Hub repository in this layout.
+"""Convert a published TokCom v5.2 checkpoint (`best_diffusion.pt`) into a Hub repository in this layout, or publish one.
 
     python convert_tokcom.py best_diffusion.pt OUT_DIR [--tokenizer PATH_OR_NAME]
+    python convert_tokcom.py publish MODEL_DIR USER/NAME [--evaluation DIR] [--private] [--max_shard_size 1GB]
 
 The converted model gives the published numbers: its latents are raw (no standardisation), its time is not scaled by
 1000, its noise has the file's `noise_std`, and one time is told to prompt and noise alike. The `.pt` is read with
@@ -17,9 +18,11 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from configuration_tokcom import TokComConfig
+from hub_tokcom import with_section
 from modeling_tokcom import TokComModel
 from pipeline_tokcom import TokComPipeline
 from scheduling_tokcom import TokComFlowMatchScheduler
+from training.card import evaluation_section
 
 REQUIRED = ("model_args", "config", "vae_model_state_dict", "denoised_model_state_dict")
 MODEL_ARGS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
@@ -164,7 +167,42 @@ def load_published_pipeline(path: str | Path, tokenizer: str | None = None) -> T
     return TokComPipeline(model.eval(), TokComFlowMatchScheduler.from_model_config(config), loaded)
 
 
+def publish(argv: list[str]) -> None:
+    """Push a model directory to the Hub: weights, tokenizer, scheduler, code, its card and the pictures the card shows."""
+    parser = argparse.ArgumentParser(prog="convert_tokcom.py publish", description=publish.__doc__)
+    parser.add_argument("model", help="model directory")
+    parser.add_argument("repo_id", help="user/name; created if there is none")
+    parser.add_argument(
+        "--evaluation", type=Path, help="output of evaluate_tokcom.py, which becomes a section of the card"
+    )
+    parser.add_argument("--private", action="store_true", default=None)
+    parser.add_argument("--token", help="by default that of `hf auth login` or HF_TOKEN")
+    parser.add_argument("--revision", help="branch to push to")
+    parser.add_argument("--create_pr", action="store_true", help="open a pull request instead of committing")
+    parser.add_argument("--max_shard_size", help="split the weights into files of at most this size, e.g. 1GB")
+    args = parser.parse_args(argv)
+    directory = Path(args.model)
+    try:
+        if not (directory / "model_index.json").is_file():
+            raise ValueError(f"{directory} holds no model_index.json, so it is not a TokCom model directory.")
+        pipe = TokComPipeline.from_pretrained(directory)
+        card = directory / "README.md"
+        text = card.read_text() if card.is_file() else pipe.model_card(args.repo_id.split("/")[-1])
+        if args.evaluation:
+            text = with_section(text, "Evaluation", evaluation_section(args.evaluation))
+        options = {
+            name: getattr(args, name) for name in ("private", "token", "revision", "create_pr", "max_shard_size")
+        }
+        url = pipe.push_to_hub(args.repo_id, card=text, pictures=directory, **options)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(f"published at {url}")
+
+
 def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["publish"]:
+        return publish(argv[1:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="published .pt file")
     parser.add_argument("output_dir", help="directory to create")

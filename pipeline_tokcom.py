@@ -3,11 +3,8 @@
 Notable choices: what is generated is a set of latents with positions, given clean latents with positions, so continuing
 a prompt, generating from noise, re-denoising a text and filling gaps are one sampler; a block-causal model denoises
 block after block with a key/value cache of what is done; the scheduler sees velocities, so any flow scheduler fits.
-
-The repository is flat: weights, tokenizer and code at the root, the scheduler in `scheduler/`.
 """
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,18 +15,17 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub import create_repo
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
-from transformers.dynamic_module_utils import custom_object_save
 from transformers.generation.streamers import BaseStreamer
 
 try:  # diffusers copies only the direct relative imports of this file, so every module of the repository is named here
     from .codec_chunk_tokcom import TokComCodecOutput
     from .codec_color_tokcom import TokComColorCodec
     from .configuration_tokcom import TokComConfig
+    from .hub_tokcom import TokComHubMixin
     from .latent_head_tokcom import TokComLatentHead
     from .layers_tokcom import TokComPreTrainedModel
     from .modeling_tokcom import TokComModel
@@ -44,6 +40,7 @@ except ImportError:
     import codec_chunk_tokcom as _codec_chunk
     import codec_color_tokcom as _codec_color
     import configuration_tokcom as _configuration
+    import hub_tokcom as _hub
     import latent_head_tokcom as _latent_head
     import layers_tokcom as _layers
     import modeling_tokcom as _modeling
@@ -54,7 +51,7 @@ except ImportError:
     import transformer_tokcom as _transformer
 
     TokComCodecOutput, TokComConfig = _codec_chunk.TokComCodecOutput, _configuration.TokComConfig
-    TokComColorCodec = _codec_color.TokComColorCodec
+    TokComColorCodec, TokComHubMixin = _codec_color.TokComColorCodec, _hub.TokComHubMixin
     TokComPreTrainedModel, TokComModel = _layers.TokComPreTrainedModel, _modeling.TokComModel
     TokComFlowMatchScheduler = _scheduling.TokComFlowMatchScheduler
     TokComBlockSampler, split_blocks = _sampling.TokComBlockSampler, _sampling.split_blocks
@@ -92,7 +89,7 @@ class TokComPiece(NamedTuple):
     finish_reason: str | None
 
 
-class TokComPipeline(DiffusionPipeline):
+class TokComPipeline(TokComHubMixin, DiffusionPipeline):
     """Continue prompts, generate, reconstruct, re-denoise, encode, decode and fill gaps with a TokCom model.
 
     Args:
@@ -116,54 +113,6 @@ class TokComPipeline(DiffusionPipeline):
                 f"{model.config.codec_config.vocab_size - 1}; load the tokenizer saved beside the model."
             )
         self.register_modules(model=model, scheduler=scheduler, tokenizer=tokenizer)
-
-    # ---- flat repository layout ----
-
-    @classmethod
-    def extract_init_dict(cls, config_dict, **kwargs):
-        """Resolve TokCom components of `model_index.json` to the classes this module imported."""
-        resolved = {}
-        for name, value in config_dict.items():
-            if isinstance(value, (list, tuple)) and value[-1] in cls._local_classes:
-                value = [cls._local_classes[value[-1]][1].__module__, value[-1]]
-            resolved[name] = value
-        return super().extract_init_dict(resolved, **kwargs)
-
-    @classmethod
-    def _dict_from_json_file(cls, json_file):
-        # a directly imported TokComPipeline uses itself, never the copy of the code beside the checkpoint
-        return {**super()._dict_from_json_file(json_file), "_class_name": cls.__name__}
-
-    def to_json_string(self) -> str:
-        index = json.loads(super().to_json_string())
-        index["_class_name"] = [type(self).__module__.split(".")[-1], type(self).__name__]
-        for name, value in index.items():
-            if isinstance(value, list) and value[-1] in self._local_classes:
-                index[name] = [self._local_classes[value[-1]][0], value[-1]]
-        index.pop("_name_or_path", None)
-        return json.dumps(index, indent=2, sort_keys=True) + "\n"
-
-    def save_pretrained(
-        self, save_directory: str | os.PathLike, max_shard_size: str | None = None, push_to_hub: bool = False, **kwargs
-    ) -> None:
-        """Write a flat Hub repository: weights, tokenizer, scheduler, `model_index.json` and the code."""
-        self.model.save_pretrained(save_directory, **({"max_shard_size": max_shard_size} if max_shard_size else {}))
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(save_directory)
-        self.scheduler.save_pretrained(os.path.join(save_directory, "scheduler"))
-        self.save_config(save_directory)
-        custom_object_save(self, save_directory)
-        if push_to_hub:
-            options = {key: kwargs[key] for key in ("private", "token") if key in kwargs}
-            name = kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))
-            repo_id = create_repo(name, exist_ok=True, **options).repo_id
-            self._upload_folder(
-                save_directory,
-                repo_id,
-                token=kwargs.get("token"),
-                commit_message=kwargs.get("commit_message"),
-                create_pr=kwargs.get("create_pr", False),
-            )
 
     # ---- text <-> ids ----
 

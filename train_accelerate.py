@@ -38,6 +38,7 @@ from configuration_tokcom import STAGES, TokComConfig, merge_overrides
 from modeling_tokcom import TokComModel
 from pipeline_tokcom import TokComPipeline
 from scheduling_tokcom import TokComFlowMatchScheduler
+from training.card import WORK, training_card
 from training.config import StageConfig, TrainConfig, load_train_config
 from training.data import (
     DialogueDataset,
@@ -57,7 +58,6 @@ from training.precision import resolve_precision
 from training.tracking import check_tracker, log_table
 
 METRIC_PREFIX = {"codec": "vae", "flow": "diffusion", "head": "head"}  # the names of the published training script
-WORK = "run"  # checkpoints, logs and tokenizer, inside output_dir
 
 
 class NonFiniteLossError(RuntimeError):
@@ -297,6 +297,9 @@ class StageTrainer:
         bar.close()
         for tracker in accelerator.trackers:
             tracker.finish()
+        if accelerator.is_main_process:
+            facts = {"steps": progress.step, "tokens": progress.tokens, "best_validation_loss": progress.best}
+            (self.directory / "summary.json").write_text(json.dumps(facts, indent=2) + "\n")
         return self.directory / "best"
 
     def _epoch(self):
@@ -609,9 +612,13 @@ def run(config: TrainConfig) -> Path:
         source = str(final)
     if state.is_main_process:
         shutil.copytree(source, output, dirs_exist_ok=True)
+        pipe = TokComPipeline.from_pretrained(output)
+        card = training_card(config, pipe)
+        (output / "README.md").write_text(card)
         print(f"model written to {output}")
         if config.push_to_hub:
-            TokComPipeline.from_pretrained(output).push_to_hub(config.hub_model_id or output.name)
+            name = config.hub_model_id or output.resolve().name
+            print(f"pushed to {pipe.push_to_hub(name, private=config.hub_private, card=card)}")
     state.wait_for_everyone()
     state.destroy_process_group()
     return output
@@ -621,9 +628,18 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="debug", help="name of a file in presets/, or a path to a YAML file")
     parser.add_argument("--output_dir", help="where checkpoints and the final model go")
+    parser.add_argument(
+        "--push_to_hub",
+        nargs="?",
+        const="",
+        metavar="USER/NAME",
+        help="push the finished model; default name: output_dir's",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, e.g. flow.max_steps=100")
     args = parser.parse_args(argv)
     overrides = args.overrides + ([f"output_dir={args.output_dir}"] if args.output_dir else [])
+    if args.push_to_hub is not None:
+        overrides += ["push_to_hub=true", *([f"hub_model_id={args.push_to_hub}"] if args.push_to_hub else [])]
     try:
         run(load_train_config(args.preset, overrides))
     except (ValueError, FileNotFoundError, NonFiniteLossError) as error:

@@ -28,10 +28,14 @@ REMOTE_FILES = {
     "sampling_tokcom.py": {
         *("inspect", "collections", "dataclasses", "functools", "typing", "torch", "diffusers", "transformers"),
     },
+    "hub_tokcom.py": {
+        *("collections", "contextlib", "json", "os", "re", "shutil", "tempfile", "pathlib"),
+        *("huggingface_hub", "transformers", "diffusers"),
+    },
     "scheduling_tokcom.py": {"math", "dataclasses", "torch", "diffusers"},
     "pipeline_tokcom.py": {
-        *("json", "os", "collections", "dataclasses", "typing", "numpy", "PIL"),
-        *("torch", "diffusers", "huggingface_hub", "safetensors", "transformers"),
+        *("os", "collections", "dataclasses", "typing", "numpy", "PIL"),
+        *("torch", "diffusers", "safetensors", "transformers"),
     },
 }
 IMPORT = re.compile(r"^\s*(?:from\s+([\w.]+)\s+import|import\s+([\w.]+))", re.MULTILINE)

@@ -70,7 +70,9 @@ class TrainConfig:
     resume: bool = True  # continue from the newest checkpoint in output_dir
     num_samples: int = 2  # rows of the sample tables
     push_to_hub: bool = False
-    hub_model_id: str | None = None
+    hub_model_id: str | None = None  # user/name
+    hub_private: bool | None = None
+    hub_license: str | None = None  # of the model, for its card, e.g. mit
     data: DataConfig = field(default_factory=DataConfig)
     codec: StageConfig = field(default_factory=StageConfig)
     flow: StageConfig = field(default_factory=StageConfig)
