@@ -1,11 +1,11 @@
-# make demo: the shipped model on real input.  make test: the whole fast suite.  Both set .venv up first.
+# make demo: the shipped model on real input.  make app: a page to play with it.  make serve: OpenAI's interface.  make test: the whole fast suite.  Both set .venv up first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: setup demo test test-slow lint format clean
+.PHONY: setup demo app serve test test-slow lint format clean
 
 setup: $(VENV)/.ready
 
@@ -14,6 +14,12 @@ $(VENV)/.ready: requirements.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	touch $@
+
+app: setup
+	$(BIN)/python app.py
+
+serve: setup
+	$(BIN)/python serve_tokcom.py
 
 demo: setup
 	$(BIN)/python demo.py

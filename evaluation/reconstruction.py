@@ -46,7 +46,7 @@ def rarest_ids(tokens: np.ndarray, share: float = 0.1) -> np.ndarray:
 
 
 @torch.no_grad()
-def token_losses_at(model, ids: torch.Tensor, t: float) -> torch.Tensor:
+def token_losses_at(model, ids: torch.Tensor, t: float, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
     """Nats of each token `(B, N, K)` of `ids (B, T)` when it is at time t, every block given the clean text before it.
 
     With `token_stagger` the tokens of a chunk reach t one after the other: each is measured in its turn, given those
@@ -56,10 +56,10 @@ def token_losses_at(model, ids: torch.Tensor, t: float) -> torch.Tensor:
     half = half_precision(ids.device.type)
     if head is None:
         with half:
-            return model(ids, timestep=t).token_losses
+            return model(ids, attention_mask, timestep=t).token_losses
     times = [(t + head.stagger * k) / (1 + head.stagger * (head.num_symbols - 1)) for k in range(head.num_symbols)]
     with half:
-        losses = [model(ids, timestep=time).token_losses[..., k] for k, time in enumerate(times)]
+        losses = [model(ids, attention_mask, timestep=time).token_losses[..., k] for k, time in enumerate(times)]
     return torch.stack(losses, dim=-1)
 
 

@@ -1,0 +1,185 @@
+"""The page's functions give what the pipeline gives, and a real browser can use the page."""
+
+import os
+import shutil
+import socket
+import threading
+from pathlib import Path
+
+import gradio as gr
+import pytest
+
+from app import CSS, FONTS, Demo, build_page, colored
+from configuration_tokcom import TokComConfig
+from modeling_tokcom import TokComModel
+from pipeline_tokcom import TokComPipeline
+from scheduling_tokcom import TokComFlowMatchScheduler
+from tests.conftest import ROOT, seeded
+
+TURNS = {
+    "prediction_type": "tokens",
+    "codec_config": {"encoder_type": "token"},
+    "transformer_config": {
+        "num_hidden_layers": 3,
+        "num_context_layers": 2,
+        "block_size": 1,
+        "self_conditioning": False,
+    },
+    "token_stagger": 1.0,
+}
+SETTINGS = dict(steps=4, temperature=1.0, top_p=1.0, guidance=1.0, seed=3)
+
+
+@pytest.fixture
+def demo(build):
+    return Demo(build(transformer_config={"block_size": 2}))
+
+
+def plain(page: str) -> str:
+    import html
+    import re
+
+    return html.unescape(re.sub(r"<[^>]+>", "", page))
+
+
+def test_frames_end_with_the_pipelines_text_and_its_speed(demo):
+    frames = list(demo.write("Squinty", length=16, **SETTINGS))
+    expected = demo.pipe("Squinty", gen_length=16, num_inference_steps=4, generator=seeded(3))
+    count = int(expected.attention_mask.sum())
+    assert plain(frames[-1][0]) == "Squinty" + "".join(demo._tokens(expected.sequences[0, :count].tolist()))
+    assert f"{count} tokens in" in frames[-1][1] and "ms per token" in frames[-1][1]
+    assert len(frames) > 1 and all("hsl(" in page for page, _ in frames)
+    slow = list(demo.write("Squinty", length=16, slowly=0.001, **SETTINGS))
+    assert len(slow) == 4 * 2 + 1 and slow[-1][0] == frames[-1][0]  # 2 blocks of 2 chunks, 4 steps each
+
+
+def test_text_cannot_smuggle_markup_into_the_page(demo):
+    assert "<script>" not in colored([("<script>", 0.5)], given="<b>")
+    page = list(demo.write("<img src=x onerror=alert(1)>", length=4, **SETTINGS))[-1][0]
+    assert "<img" not in page
+
+
+def test_gaps_noise_and_map_show_the_pipelines_results(demo):
+    text = "The family of four was ____ and went home."
+    filled = demo.pipe.infill(text, 4, generator=seeded(1)).texts[0]
+    assert plain(demo.fill(text, 4, 1.0, 1)) == filled
+    story = "Mr. Rabbit went home to his wife and said that it was a fine day."
+    seen, denoised, kept = demo.renoise(story, 1.0, 0)
+    assert denoised == kept == demo.pipe.reconstruct(story).texts[0]
+    assert plain(seen) == "".join(demo._tokens(demo.pipe.reconstruct(story).sequences[0].tolist()))[: len(plain(seen))]
+    assert demo.renoise(story, 0.5, 2)[1] == demo.pipe.denoise_reconstruct(story, 0.5, generator=seeded(2)).texts[0]
+    figure = demo.latent_map(story)
+    assert len(figure.axes[0].texts) == demo.pipe.encode(story).latents.shape[1]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda demo: list(demo.write("", length=4, **SETTINGS)), "empty"),
+        (lambda demo: list(demo.write("word " * 900, length=4, **SETTINGS)), "more than the model's maximum"),
+        (lambda demo: demo.fill("no gap", 4, 1.0, 0), "at least one gap"),
+        (lambda demo: demo.renoise("", 0.5, 0), "empty"),
+        (lambda demo: demo.latent_map("a"), "at least three chunks"),
+    ],
+)
+def test_mistakes_become_messages_and_the_page_goes_on(demo, call, message):
+    with pytest.raises(gr.Error, match=message):
+        call(demo)
+    assert list(demo.write("Squinty", length=4, **SETTINGS))
+
+
+def test_a_pixel_model_brings_a_tab(build):
+    words = build()
+    config = TokComConfig.from_preset("pixel-tiny", len(words.tokenizer), transformer_config={"num_hidden_layers": 1})
+    scheduler = TokComFlowMatchScheduler.from_model_config(config)
+    demo = Demo(words, TokComPipeline(TokComModel(config).eval(), scheduler, words.tokenizer))
+    picture, text = demo.to_picture("Mr. Rabbit went home.")
+    assert picture.width % 8 == 0 and text.startswith("Mr. Rabbit went home.")
+    labels = [block.label for block in build_page(demo).blocks.values() if isinstance(block, gr.Tab)]
+    assert labels == ["Write", "Fill gaps", "Noise", "Latent map", "Pixels"]
+
+
+@pytest.fixture
+def browser():
+    binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (binary and driver):
+        pytest.skip("needs chromium and chromium-driver")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    flags = ("headless", "no-sandbox", "disable-gpu", "no-first-run", "disable-background-networking", "disable-sync")
+    for flag in (*flags, "disable-quic", "disable-component-update", "window-size=1200,1000"):
+        options.add_argument(f"--{flag}")
+    running = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    yield running
+    running.quit()
+
+
+def screenshot(browser, name: str) -> None:
+    """Kept if TOKCOM_SCREENSHOTS names a folder: `TOKCOM_SCREENSHOTS=docs make test-slow` renews those of the documents."""
+    if os.environ.get("TOKCOM_SCREENSHOTS"):
+        browser.save_screenshot(str(Path(os.environ["TOKCOM_SCREENSHOTS"]).resolve() / name))
+
+
+@pytest.mark.slow
+def test_a_browser_writes_text_by_click_and_by_keyboard_on_wide_and_narrow_screens(browser):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    page = build_page(Demo(TokComPipeline.from_pretrained(ROOT)))
+    options = dict(server_name="127.0.0.1", server_port=port, prevent_thread_lock=True, quiet=True)
+    page.queue(default_concurrency_limit=1).launch(css=CSS, theme=gr.themes.Default(**FONTS), **options)
+    try:
+        wait = WebDriverWait(browser, 60)
+        browser.get(f"http://127.0.0.1:{port}/")
+        button = wait.until(lambda b: b.find_element(By.CSS_SELECTOR, "button#write"))
+        wait.until(lambda b: button.is_displayed())
+        button.click()
+        words = lambda b: b.find_element(By.CSS_SELECTOR, "#text .tokcom-text").text  # noqa: E731
+        speed = lambda b: b.find_element(By.CSS_SELECTOR, "#speed textarea").get_attribute("value")  # noqa: E731
+        wait.until(lambda b: len(words(b)) > 40)
+        screenshot(browser, "app_emerging.png")
+        wait.until(lambda b: "ms per token" in speed(b))
+        assert words(browser).startswith("Once upon a time") and len(words(browser)) > 150
+        screenshot(browser, "app.png")
+
+        first = words(browser)
+        prompt = browser.find_element(By.CSS_SELECTOR, "#prompt textarea")
+        prompt.send_keys(Keys.CONTROL, "a")
+        prompt.send_keys("The king", Keys.TAB)
+        for _ in range(12):  # the button can be reached with Tab and pressed with Space
+            if browser.switch_to.active_element.get_attribute("id") == "write":
+                break
+            browser.switch_to.active_element.send_keys(Keys.TAB)
+        assert browser.switch_to.active_element.get_attribute("id") == "write"
+        browser.switch_to.active_element.send_keys(Keys.SPACE)
+        wait.until(lambda b: words(b).startswith("The king") and words(b) != first and "ms per token" in speed(b))
+
+        prompt.send_keys(Keys.CONTROL, "a")
+        prompt.send_keys(Keys.DELETE)
+        button.click()
+        wait.until(lambda b: "is empty" in b.find_element(By.TAG_NAME, "body").text)
+        browser.set_window_size(420, 900)
+        browser.refresh()
+        button = wait.until(lambda b: b.find_element(By.CSS_SELECTOR, "button#write"))
+        wait.until(lambda b: button.is_displayed())
+        width = browser.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
+        assert width <= 0, "the page is wider than a narrow screen"
+        screenshot(browser, "app_narrow.png")
+    finally:
+        page.close()
+        threading.Event().wait(0.1)
+
+
+def test_probabilities_are_those_of_the_model_given_the_text_before(build):
+    """Where every token is decided on its own they multiply to a distribution: over the next token they sum to 1."""
+    pipe = build(**TURNS)
+    demo, total = Demo(pipe), 0.0
+    for token in range(len(pipe.tokenizer) + 1):
+        total += demo.probabilities("Mr. Rabbit went", [token])[0]
+    assert abs(total - 1) < 1e-3
