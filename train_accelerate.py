@@ -624,7 +624,7 @@ def run(config: TrainConfig) -> Path:
     return output
 
 
-def main(argv: list[str] | None = None) -> None:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="debug", help="name of a file in presets/, or a path to a YAML file")
     parser.add_argument("--output_dir", help="where checkpoints and the final model go")
@@ -636,14 +636,25 @@ def main(argv: list[str] | None = None) -> None:
         help="push the finished model; default name: output_dir's",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, e.g. flow.max_steps=100")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def parse_config(argv: list[str] | None) -> TrainConfig:
+    """The configuration that a command line asks for; raises `ValueError`."""
+    args = build_parser().parse_intermixed_args(argv)
     overrides = args.overrides + ([f"output_dir={args.output_dir}"] if args.output_dir else [])
     if args.push_to_hub is not None:
-        overrides += ["push_to_hub=true", *([f"hub_model_id={args.push_to_hub}"] if args.push_to_hub else [])]
+        name = "" if "=" in args.push_to_hub else args.push_to_hub  # an override that follows the bare option
+        overrides += [args.push_to_hub] if args.push_to_hub and not name else []
+        overrides += ["push_to_hub=true", *([f"hub_model_id={name}"] if name else [])]
+    return load_train_config(args.preset, overrides)
+
+
+def main(argv: list[str] | None = None) -> None:
     try:
-        run(load_train_config(args.preset, overrides))
+        run(parse_config(argv))
     except (ValueError, FileNotFoundError, NonFiniteLossError) as error:
-        parser.exit(1, f"error: {error}\n")
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

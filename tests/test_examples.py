@@ -1,0 +1,113 @@
+"""Every example and every snippet of the documents runs."""
+
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+import train_accelerate
+from configuration_tokcom import TokComConfig
+from modeling_tokcom import TokComModel
+from pipeline_tokcom import TokComPipeline
+from scheduling_tokcom import TokComFlowMatchScheduler
+from tests.conftest import ROOT
+
+QUICK = [
+    *("codec.max_steps=2", "codec.eval_batches=1", "codec.batch_size=2", "codec.sequence_length=32", "seed=1"),
+    *("flow.max_steps=2", "flow.eval_batches=1", "flow.batch_size=2", "flow.sequence_length=32"),
+]
+TEXT = str(ROOT / "sample_data" / "stories_validation.jsonl")
+EXAMPLES = {
+    "quick_start": None,
+    "train_on_your_text": lambda folder: [TEXT, "--output_dir", str(folder), *QUICK],
+    "swap_schedulers": lambda folder: ["--steps", "2", *QUICK],
+    "read_latents": lambda folder: [],
+    "compress_document": lambda folder: QUICK,
+}
+EXPECTED = {
+    "quick_start": "reconstructed:  'There was a little rabbit who lived in a big wood.'",
+    "train_on_your_text": "2: Once upon a time",
+    "swap_schedulers": "UniPCMultistepScheduler",
+    "read_latents": "1.00 'The young fox ran away fast.",
+    "compress_document": "bits per token",
+}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_run(name, tmp_path, capsys):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main(*([] if EXAMPLES[name] is None else [EXAMPLES[name](tmp_path)]))
+    printed = capsys.readouterr().out
+    assert EXPECTED[name] in printed and "cannot" not in printed
+
+
+def test_no_example_is_left_out():
+    assert {file.stem for file in (ROOT / "examples").glob("*.py")} == set(EXAMPLES)
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    """`(file, code)` of every fenced block of that language in the documents."""
+    files = [ROOT / "README.md", ROOT / "README_zh.md", *sorted((ROOT / "docs").glob("*.md"))]
+    found = re.compile(rf"^```{language}\n(.*?)^```", re.MULTILINE | re.DOTALL)
+    return [(file.name, code) for file in files for code in found.findall(file.read_text())]
+
+
+@pytest.mark.parametrize(("file", "code"), blocks("python"))
+def test_python_in_the_documents_runs(file, code, tmp_path):
+    pixels = tmp_path / "pixels"
+    if "pixel_model" in code:
+        tokenizer = AutoTokenizer.from_pretrained(ROOT)
+        config = TokComConfig.from_preset("pixel-tiny", len(tokenizer), transformer_config={"num_hidden_layers": 1})
+        scheduler = TokComFlowMatchScheduler.from_model_config(config)
+        TokComPipeline(TokComModel(config), scheduler, tokenizer).save_pretrained(pixels)
+    script = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\npath_or_id, pixel_model = {str(ROOT)!r}, {str(pixels)!r}\n{code}"
+    here = ROOT if 'from_pretrained(".")' in code else tmp_path
+    done = subprocess.run([sys.executable, "-c", script], cwd=here, capture_output=True, text=True)
+    assert done.returncode == 0, f"{file}: {done.stderr[-2000:]}"
+
+
+def commands() -> list[tuple[str, str]]:
+    """Every command line of the documents, continuation lines joined and comments cut."""
+    lines = [(f, line) for f, code in blocks("bash") for line in code.replace("\\\n", " ").splitlines()]
+    cut = [(file, line.split(" #")[0].split("   #")[0].strip()) for file, line in lines]
+    return [(file, line) for file, line in cut if line and not line.startswith("#")]
+
+
+@pytest.mark.parametrize(("file", "line"), commands())
+def test_commands_in_the_documents_exist_and_their_options_are_known(file, line):
+    """Scripts, targets, presets and configurations exist, and every option is one that the script's help knows."""
+    words = [w for w in shlex.split(line.replace("...", "x")) if not re.fullmatch(r"[A-Z_]+=\S*", w)]
+    if words[0] == "make":
+        for target in words[1:]:
+            assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), line
+        return
+    if "train_accelerate.py" in words:
+        at = words.index("train_accelerate.py")
+        for word in words[:at]:
+            assert not word.endswith(".yaml") or (ROOT / word).is_file(), line
+        train_accelerate.parse_config(words[at + 1 :])
+        return
+    if words[0] not in ("python", "python3"):
+        assert words[0] in ("accelerate", "pip", "curl", "git", "hf", "rm"), line
+        return
+    script = words[2] if words[1] == "-m" else words[1]
+    path = ROOT / (script.replace(".", "/") + ".py" if words[1] == "-m" else script)
+    assert path.is_file(), line
+    known = path.read_text()
+    for option in (w.split("=")[0] for w in words if w.startswith("--")):
+        assert re.search(rf"[\"'({{]{option}[\"'}}]|\b{option[2:]}\b", known), f"{option} in {file}: {line}"
+
+
+@pytest.mark.slow
+def test_the_first_training_command_of_the_readme_runs(tmp_path):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "train_accelerate.py", "--preset", "debug"]
+    done = subprocess.run([*command, f"output_dir={tmp_path}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (Path(tmp_path) / "model.safetensors").is_file()
