@@ -3,6 +3,7 @@
     python -m evaluation.benchmark training --stage flow codec   # a training step against the published code
     python -m evaluation.benchmark sampling --preset tiny        # milliseconds per token against a Llama with KV cache
     python -m evaluation.benchmark length --checkpoint .         # time and peak memory against the length of a text
+    python -m evaluation.benchmark serving --checkpoint .        # requests to the server, one after the other and at once
 
 `training` and `length` measure every system in a process of its own, since peak memory cannot be reset; they take turns.
 Numbers are medians. Weights are random except for `length`: speed does not depend on them. With `--output_dir` each
@@ -308,6 +309,52 @@ def length(args: argparse.Namespace) -> dict:
     return {"rows": rows}
 
 
+# ---- serving ----
+
+
+def serving(args: argparse.Namespace) -> dict:
+    """Tokens per second of the OpenAI-compatible server for requests that come one after the other and all at once."""
+    import threading
+    from concurrent.futures import ThreadPoolExecutor
+
+    import openai
+    import uvicorn
+
+    from pipeline_tokcom import TokComPipeline
+    from serve_tokcom import ServerSettings, build_app
+
+    pipe = TokComPipeline.from_pretrained(args.checkpoint).to(DEVICE)
+    pipe.set_progress_bar_config(disable=True)
+    server = uvicorn.Server(uvicorn.Config(build_app(pipe, ServerSettings()), port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+
+    def ask(seed: int) -> int:
+        options = {"prompt": "Once upon a time", "max_tokens": args.tokens, "seed": seed}
+        return client.completions.create(model="tokcom", **options).usage.completion_tokens
+
+    def rate(workers: int) -> float:
+        with ThreadPoolExecutor(workers) as pool:
+            started = time.perf_counter()
+            tokens = sum(pool.map(ask, range(args.requests)))
+            return tokens / (time.perf_counter() - started)
+
+    rates = {1: [], args.requests: []}
+    for _ in tqdm(range(args.rounds), desc="serving"):
+        for workers, found in rates.items():
+            found.append(rate(workers))
+    server.should_exit = True
+    thread.join()
+    rows = [{"requests at once": n, "tokens_per_second": statistics.median(found)} for n, found in rates.items()]
+    for row in rows:
+        row["times_one_at_a_time"] = row["tokens_per_second"] / rows[0]["tokens_per_second"]
+    return {"rows": rows}
+
+
 # ---- command line ----
 
 
@@ -365,7 +412,11 @@ def build_parser() -> argparse.ArgumentParser:
     long.add_argument("--checkpoint", default=".")
     long.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 4096, 16384])
     long.add_argument("--steps", type=int, help="denoising steps per block; by default the model's own")
-    for command in (train, sample, long):
+    serve = commands.add_parser("serving", help="throughput of the server, requests one by one and at once")
+    serve.add_argument("--checkpoint", default=".")
+    for name, value in {"requests": 50, "tokens": 64, "rounds": 3}.items():
+        serve.add_argument(f"--{name}", type=int, default=value)
+    for command in (train, sample, long, serve):
         command.add_argument("--output_dir", type=Path, help="where the numbers, the table and the plot are written")
         command.add_argument("--measure", help=argparse.SUPPRESS)
     return parser
@@ -380,7 +431,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             print(json.dumps(measure_length(args.checkpoint, int(args.measure), args.steps)))
         return
-    results = {"training": training, "sampling": sampling, "length": length}[args.command](args)
+    results = {"training": training, "sampling": sampling, "length": length, "serving": serving}[args.command](args)
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{os.cpu_count()} CPU cores ({platform.machine()})"
     results["about"] = {
         "command": " ".join(["python -m evaluation.benchmark", *args.arguments]),

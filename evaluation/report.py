@@ -114,6 +114,15 @@ def benchmark_plot(command: str, rows: list[dict], file: Path) -> None:
         figure.savefig(file, dpi=120)
         plt.close(figure)
         return
+    if command == "serving":
+        figure, axes = plt.subplots(figsize=(5, 3))
+        axes.bar([str(row["requests at once"]) for row in rows], [row["tokens_per_second"] for row in rows])
+        axes.set_xlabel("requests at once")
+        axes.set_ylabel("tokens per second")
+        figure.tight_layout()
+        figure.savefig(file, dpi=120)
+        plt.close(figure)
+        return
     if command == "length":
         figure, axes = plt.subplots(figsize=(5, 3.5))
         axes.semilogx([row["tokens"] for row in rows], [row["ms_per_token"] for row in rows], "o-", label="TokCom")

@@ -96,3 +96,12 @@ def test_length_is_measured_on_a_saved_model(build, tmp_path):
     build().save_pretrained(tmp_path)
     facts = measure_length(str(tmp_path), 16, None)
     assert facts["tokens"] == 16 and facts["seconds"] > 0 and facts["peak_mib"] > 0
+
+
+def test_serving_command_counts_the_tokens_of_all_requests(build, tmp_path):
+    build().save_pretrained(tmp_path / "model")
+    small = ["--requests", "3", "--tokens", "4", "--rounds", "1"]
+    main(["serving", "--checkpoint", str(tmp_path / "model"), *small, "--output_dir", str(tmp_path)])
+    rows = json.loads((tmp_path / "serving.json").read_text())["rows"]
+    assert [row["requests at once"] for row in rows] == [1, 3] and all(row["tokens_per_second"] > 0 for row in rows)
+    assert (tmp_path / "serving.png").is_file()

@@ -1,0 +1,63 @@
+"""Draw docs/denoising.gif: the shipped model writes, one frame for each denoising step.
+
+python docs/draw_denoising.py
+"""
+
+import sys
+from pathlib import Path
+
+import matplotlib
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from app import Demo  # noqa: E402
+from pipeline_tokcom import TokComPipeline  # noqa: E402
+
+PROMPT, TOKENS, SEED = "Once upon a time", 64, 5
+WIDTH, HEIGHT, MARGIN, LINE = 760, 155, 16, 32
+FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+
+
+def draw(tokens: list[tuple[str, float]]) -> Image.Image:
+    """One frame: the prompt in grey, tokens on a ground from red (noise) to green (denoised)."""
+    image = Image.new("RGB", (WIDTH, HEIGHT), "white")
+    pen, font = ImageDraw.Draw(image), ImageFont.truetype(str(FONT), 19)
+    x, y = MARGIN, MARGIN
+    for text, t in [(PROMPT, None), *tokens]:
+        text = text.replace("\n", " ")
+        width = pen.textlength(text, font=font)
+        if x + width > WIDTH - MARGIN:
+            x, y, text = MARGIN, y + LINE, text.lstrip(" ")
+            width = pen.textlength(text, font=font)
+        if t is not None:
+            pen.rectangle((x, y, x + width, y + 25), fill=f"hsl({120 * t:.0f}, 70%, 82%)")
+        pen.text((x, y + 1), text, fill="#777" if t is None else "#111", font=font)
+        x += width
+    return image
+
+
+def main() -> None:
+    pipe = TokComPipeline.from_pretrained(ROOT)
+    demo, frames, done, current = Demo(pipe), [], [], []
+
+    def after_step(pipe, step, timestep, tensors):
+        nonlocal done, current
+        index = step % len(pipe.scheduler.timesteps)
+        done = done + current if index == 0 else done
+        current = demo.emerging(tensors["latents"], 1 - float(pipe.scheduler.sigmas[index + 1]))
+        frames.append(draw(done + current))
+        return tensors
+
+    generator = torch.Generator().manual_seed(SEED)
+    pipe(PROMPT, gen_length=TOKENS, generator=generator, callback_on_step_end=after_step)
+    palette = frames[len(frames) // 2].quantize(64)
+    frames = [frame.quantize(palette=palette) for frame in frames]
+    times = [120] * (len(frames) - 1) + [3000]
+    frames[0].save(ROOT / "docs" / "denoising.gif", save_all=True, append_images=frames[1:], duration=times, loop=0)
+
+
+if __name__ == "__main__":
+    main()
