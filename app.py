@@ -20,6 +20,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before the import,
 import gradio as gr
 import matplotlib
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from matplotlib.figure import Figure
 
 from evaluation.reconstruction import token_losses_at
@@ -51,6 +52,15 @@ def colored(tokens: list[tuple[str, float]], given: str = "") -> str:
     return f'<div class="tokcom-text" role="status">{before}{"".join(spans)}</div>'
 
 
+def _generator(seed: float | None) -> torch.Generator:
+    """Numbered noise; without a seed noise of its own."""
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+        return generator
+    return generator.manual_seed(int(seed) % 2**63)
+
+
 def _explained(error: Exception) -> gr.Error:
     return gr.Error(str(error), title="This cannot be done", print_exception=False)
 
@@ -65,8 +75,14 @@ class Demo:
                 each.set_progress_bar_config(disable=True)
 
     def _tokens(self, ids: list[int]) -> list[str]:
-        known = len(self.pipe.tokenizer)
-        return [self.pipe.tokenizer.decode([i]) if i < known else "" for i in ids]
+        """What each id adds to the text: a character made of several tokens belongs to the last of them."""
+        shown, pieces = "", []
+        for end in range(1, len(ids) + 1):
+            text = self.pipe._decode_row(ids[:end])
+            whole = text if end == len(ids) else text.rstrip("\ufffd")
+            pieces.append(whole[len(shown) :] if whole.startswith(shown) else "")
+            shown = whole if len(whole) >= len(shown) else shown
+        return pieces
 
     @torch.no_grad()
     def emerging(self, latents: torch.Tensor, time: float) -> list[tuple[str, float]]:
@@ -124,47 +140,48 @@ class Demo:
 
         def run() -> None:
             try:
-                started = time.perf_counter()
-                output = self.pipe(
-                    prompt,
-                    gen_length=int(length),
-                    num_inference_steps=int(steps),
-                    guidance_scale=guidance,
-                    temperature=temperature if tokens else None,
-                    top_p=top_p if tokens else None,
-                    generator=torch.Generator().manual_seed(int(seed)),
-                    callback_on_step_end=after_step,
-                )
-                frames.put((output, time.perf_counter() - started - spent))
+                with self.busy:
+                    started = time.perf_counter()
+                    output = self.pipe(
+                        prompt,
+                        gen_length=int(length),
+                        num_inference_steps=int(steps),
+                        guidance_scale=guidance,
+                        temperature=temperature if tokens else None,
+                        top_p=top_p if tokens else None,
+                        generator=_generator(seed),
+                        callback_on_step_end=after_step,
+                    )
+                    seconds = time.perf_counter() - started - spent
+                    count = int(output.attention_mask.sum())
+                    ids = output.sequences[0, :count].tolist()
+                    frames.put((ids, self.probabilities(prompt, ids), seconds))
             except Exception as error:  # shown on the page
                 frames.put(error)
 
-        with self.busy:
-            thread = threading.Thread(target=run, daemon=True)
-            thread.start()
-            try:
-                while isinstance(frame := frames.get(), list):
-                    if slowly:
-                        time.sleep(slowly)
-                    elif not frames.empty():  # the page is slower than the model: show the newest
-                        continue
-                    yield colored(frame, prompt), "denoising"
-                if isinstance(frame, Exception):
-                    raise _explained(frame) from frame
-            finally:
-                stop.set()
-                thread.join()
-        output, seconds = frame
-        count = int(output.attention_mask.sum())
-        ids = output.sequences[0, :count].tolist()
-        text = list(zip(self._tokens(ids), self.probabilities(prompt, ids)))
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        try:
+            while isinstance(frame := frames.get(), list):
+                if slowly:
+                    time.sleep(slowly)
+                elif not frames.empty():  # the page is slower than the model: show the newest
+                    continue
+                yield colored(frame, prompt), "denoising"
+            if isinstance(frame, Exception):
+                raise _explained(frame) from frame
+        finally:
+            stop.set()
+            thread.join()
+        ids, probabilities, seconds = frame
+        count, text = len(ids), list(zip(self._tokens(ids), probabilities))
         speed = f"{count} tokens in {seconds:.2f} s: {1000 * seconds / count:.1f} ms per token, {count / seconds:.0f} tokens/s"
         yield colored(text, prompt), speed
 
     def fill(self, text: str, gap_length: int, temperature: float, seed: int) -> str:
         try:
             tokens = self.pipe.model.config.prediction_type == "tokens"
-            generator = torch.Generator().manual_seed(int(seed))
+            generator = _generator(seed)
             with self.busy:
                 filled = self.pipe.infill(
                     text, int(gap_length), temperature=temperature if tokens else None, generator=generator
@@ -188,12 +205,13 @@ class Demo:
         try:
             with self.busy, torch.no_grad():
                 encoded = self.pipe.encode(text)
-                generator = torch.Generator().manual_seed(int(seed))
+                generator = _generator(seed)
+                again = torch.Generator()
+                again.set_state(generator.get_state())
                 noise = self.pipe.prepare_latents(1, encoded.latents.shape[1], generator)
                 noisy = self.pipe._sampler().add_noise(encoded.latents.float(), noise, noise_level)
                 seen = self.emerging(noisy, noise_level)[: int(encoded.attention_mask.sum())]
-                generator = torch.Generator().manual_seed(int(seed))
-                denoised = self.pipe.denoise_reconstruct(text, noise_level, generator=generator).texts[0]
+                denoised = self.pipe.denoise_reconstruct(text, noise_level, generator=again).texts[0]
                 return colored(seen), denoised, self.pipe.reconstruct(text).texts[0]
         except ValueError as error:
             raise _explained(error) from error
@@ -318,7 +336,7 @@ def main(argv: list[str] | None = None) -> None:
         pipes = [
             TokComPipeline.from_pretrained(path).to(args.device) for path in (args.checkpoint, args.pixels) if path
         ]
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, StrictDataclassError) as error:
         parser.exit(1, f"error: {error}\n")
     page = build_page(Demo(*pipes))
     page.queue(default_concurrency_limit=1).launch(

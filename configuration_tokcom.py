@@ -14,6 +14,9 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+MAX_PARAMETERS = 10**12
+MAX_LAYERS = 1024
+
 
 def _check_positive(config: PreTrainedConfig, *names: str) -> None:
     for name in names:
@@ -25,6 +28,15 @@ def _check_fraction(config: PreTrainedConfig, *names: str) -> None:
     for name in names:
         if not 0.0 <= getattr(config, name) < 1.0:
             raise ValueError(f"`{name}` ({getattr(config, name)}) is a probability and must be in [0, 1).")
+
+
+def _check_size(config: PreTrainedConfig, parameters: int) -> None:
+    """Refuse what no machine can hold, before anything is allocated."""
+    if config.num_hidden_layers > MAX_LAYERS or parameters > MAX_PARAMETERS:
+        raise ValueError(
+            f"{type(config).__name__} asks for about {parameters:.1e} parameters in {config.num_hidden_layers} layers; at most "
+            f"{MAX_PARAMETERS:.0e} in {MAX_LAYERS} are built. Check its sizes, or whom the file comes from."
+        )
 
 
 def _check_heads(config: PreTrainedConfig) -> None:
@@ -167,6 +179,16 @@ class TokComChunkCodecConfig(PreTrainedConfig):
         for name in ("mask_token_id", "pad_token_id"):
             if not 0 <= getattr(self, name) < self.vocab_size:
                 raise ValueError(f"`{name}` ({getattr(self, name)}) must be in [0, vocab_size={self.vocab_size}).")
+        layer = self.hidden_size * (
+            4 * self.hidden_size * (self.layer_type == "attention") + 3 * self.intermediate_size
+        )
+        chunk = self.chunk_size * self.embedding_size
+        parameters = self.vocab_size * self.embedding_size + 2 * self.num_hidden_layers * layer
+        parameters += self.hidden_size * (2 * chunk + 3 * self.latent_channels)
+        parameters += self.num_micro_decoder_layers * layer + self.hidden_size * chunk
+        if self.quantizer == "vq":
+            parameters += 2 * self.num_quantizers * self.num_codes * self.latent_channels
+        _check_size(self, parameters)
 
     def _validate_quantizer(self):
         if self.quantizer not in ("none", "vq", "fsq"):
@@ -290,6 +312,9 @@ class TokComTransformerConfig(PreTrainedConfig):
                 f"`input_projection=False` needs `latent_channels` ({self.latent_channels}) equal to `hidden_size` "
                 f"({self.hidden_size}) and no self-conditioning; set `input_projection=True`."
             )
+        layer = self.hidden_size * (4 * self.hidden_size + 3 * self.intermediate_size + 6 * self.conditioning_size)
+        ends = self.hidden_size * (2 * self.feature_size + 3 * self.latent_channels)
+        _check_size(self, self.num_hidden_layers * layer + ends)
 
 
 @strict
@@ -545,7 +570,15 @@ class TokComConfig(PreTrainedConfig):
             )
         if not 0 < self.ce_share <= 1:
             raise ValueError(f"`ce_share` ({self.ce_share}) must be in (0, 1].")
-        _check_positive(self, "latent_head_size", "latent_refiner_size", "latent_head_codes")
+        _check_positive(self, "latent_head_size", "latent_refiner_size", "latent_head_codes", "token_embedding_size")
+        channels = self.codec_config.latent_channels
+        head = channels * (self.latent_head_size + self.latent_refiner_size + self.latent_head_codes)
+        if max(head, self.codec_config.symbol_vocab_size * self.token_embedding_size) > MAX_PARAMETERS:
+            raise ValueError(
+                f"`latent_head_size` ({self.latent_head_size}), `latent_refiner_size` ({self.latent_refiner_size}), "
+                f"`latent_head_codes` ({self.latent_head_codes}) or `token_embedding_size` ({self.token_embedding_size}) ask for more "
+                f"than {MAX_PARAMETERS:.0e} parameters."
+            )
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What config.json holds: in the sub-configurations, too, only what differs from the library's defaults."""

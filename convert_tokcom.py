@@ -15,6 +15,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from configuration_tokcom import TokComConfig
@@ -194,7 +195,7 @@ def publish(argv: list[str]) -> None:
             name: getattr(args, name) for name in ("private", "token", "revision", "create_pr", "max_shard_size")
         }
         url = pipe.push_to_hub(args.repo_id, card=text, pictures=directory, **options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, StrictDataclassError) as error:
         sys.exit(f"error: {error}")
     print(f"published at {url}")
 
@@ -210,7 +211,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         pipe = load_published_pipeline(args.checkpoint, args.tokenizer)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, StrictDataclassError) as error:
         sys.exit(f"error: {error}")
     pipe.save_pretrained(args.output_dir)
     codec, transformer = (sum(p.numel() for p in m.parameters()) for m in (pipe.model.codec, pipe.model.transformer))

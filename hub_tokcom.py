@@ -13,11 +13,14 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from huggingface_hub import create_repo, upload_folder
+from huggingface_hub import create_branch, create_repo, upload_folder
+from huggingface_hub.constants import ENDPOINT as HF_ENDPOINT
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from transformers.dynamic_module_utils import custom_object_save
 
 CARD = "README.md"
+HTTP_ERROR = HfHubHTTPError.__bases__[0]  # of the client that huggingface_hub uses, whichever it is
+WEIGHTS = ["model*.safetensors", "model.safetensors.index.json"]  # of earlier pushes, which these replace
 WHERE = re.compile(r'^path_or_id = ".*"', re.MULTILINE)  # the line of a card's example that names the repository
 PICTURE = re.compile(r"!\[[^\]]*\]\(([^)\s]+)\)")
 METADATA = """---
@@ -65,6 +68,10 @@ def explain_hub_errors(repo_id: str) -> Iterator[None]:
         if remedy is None:
             raise
         raise ValueError(f"the Hub refused {repo_id!r} ({status}): {remedy}.") from error
+    except (ConnectionError, HTTP_ERROR) as error:
+        raise ValueError(
+            f"the Hub at {HF_ENDPOINT} cannot be reached ({error}); check network and HF_ENDPOINT."
+        ) from error
 
 
 def model_card(
@@ -143,6 +150,8 @@ class TokComHubMixin:
         """Write a flat Hub repository: weights, tokenizer, scheduler, `model_index.json`, the code, and a model card:
         `card`, or if the directory has none, one that says what the configuration tells."""
         directory = Path(save_directory)
+        for old in [file for pattern in WEIGHTS for file in directory.glob(pattern)]:
+            old.unlink()  # one file and several shards must not lie side by side: the one file would be loaded
         self.model.save_pretrained(directory, **({"max_shard_size": max_shard_size} if max_shard_size else {}))
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(directory)
@@ -174,12 +183,14 @@ class TokComHubMixin:
         """
         with explain_hub_errors(repo_id), tempfile.TemporaryDirectory() as folder:
             repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+            if revision is not None and not revision.startswith("refs/"):
+                create_branch(repo_id, branch=revision, token=token, exist_ok=True)
             text = WHERE.sub(f'path_or_id = "{repo_id}"', card or self.model_card(repo_id.split("/")[-1]))
             self.save_pretrained(folder, max_shard_size, card=text)
             if pictures is not None:
                 copy_pictures(text, Path(pictures), Path(folder))
             message = commit_message or f"Upload {type(self).__name__}"
-            options = {"token": token, "create_pr": create_pr, "revision": revision}
+            options = {"token": token, "create_pr": create_pr, "revision": revision, "delete_patterns": WEIGHTS}
             return str(upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message, **options))
 
 

@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from convert_tokcom import load_published_pipeline
@@ -140,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
         pipe = load_pipeline(args.checkpoint, args.device)
         accelerate_pipeline(pipe, args.int8, args.compile)
         output = run(pipe, args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, StrictDataclassError) as error:
         sys.exit(f"error: {error}")
     if args.mode == "encode":
         latents = output.latents.float()

@@ -8,6 +8,8 @@ bidirectional model share one code path.
 Shape legend: B batch, T tokens, K tokens per chunk, N = T/K latents, C latent channels, A position axes, V vocabulary.
 """
 
+import json
+import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -88,6 +90,20 @@ def _entry_point(method: Callable) -> Callable:
     return wrapper
 
 
+def _check_shards(directory: str | os.PathLike) -> None:
+    """Refuse an index of weights that names files outside its own directory."""
+    index = os.path.join(directory, "model.safetensors.index.json")
+    if not os.path.isfile(index):
+        return
+    with open(index, encoding="utf-8") as file:
+        names = set(json.load(file).get("weight_map", {}).values())
+    for name in sorted(names):
+        if os.path.basename(name) != name:
+            raise ValueError(
+                f"{index} names the file {name!r}, which is not in its directory; do not use this checkpoint."
+            )
+
+
 def generation_order(valid: torch.Tensor, block_size: int | None, infill_rate: float) -> torch.Tensor:
     """Draw, for training, the step at which each latent is generated.
 
@@ -123,8 +139,10 @@ class TokComModel(TokComPreTrainedModel):
         self.set_stage(config.stage)
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        loaded = super().from_pretrained(*args, **kwargs)
+    def from_pretrained(cls, pretrained_model_name_or_path=None, *args, **kwargs):
+        if pretrained_model_name_or_path is not None:
+            _check_shards(pretrained_model_name_or_path)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.set_stage(model.config.stage)  # loading replaces the parameters, and with them what was frozen
         return loaded

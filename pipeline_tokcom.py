@@ -455,10 +455,12 @@ class TokComPipeline(TokComHubMixin, DiffusionPipeline):
         temperature: float | None = None,
         top_p: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        should_stop: Callable[[], bool] | None = None,
     ) -> Iterator[list[TokComPiece]]:
         """Continue several prompts at once, `gen_length` tokens or as many as it says for each, and yield a list with the
         new piece of every text whenever a block is finished. A text that has ended gives empty pieces. With a generator for
-        each prompt, a text does not depend on its company."""
+        each prompt, a text does not depend on its company, unless the model is bidirectional and lengths differ. It ends early
+        when `should_stop()`, which is asked after every denoising step."""
         lengths = [gen_length] * len(prompts) if isinstance(gen_length, int) else list(gen_length)
         if not prompts or len(lengths) != len(prompts):
             raise ValueError(f"`gen_length` has {len(lengths)} entries for {len(prompts)} prompts; give one each.")
@@ -468,11 +470,19 @@ class TokComPipeline(TokComHubMixin, DiffusionPipeline):
             sizes = [self._num_latents(length) for length in lengths]
             rows = [self.prepare_latents(1, size, source) for size, source in zip(sizes, generator)]
             noise = torch.cat([torch.nn.functional.pad(x, (0, 0, 0, max(sizes) - x.shape[1])) for x in rows])
+        stopped = False
+
+        def after_step(pipe, step, timestep, x):
+            nonlocal stopped
+            stopped = pipe._interrupt = should_stop()
+            return x
+
         known, blocks = self._continue(
             prompts,
             max(lengths),
             noise,
             generator,
+            on_step_end=None if should_stop is None else after_step,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             temperature=temperature,
@@ -481,6 +491,8 @@ class TokComPipeline(TokComHubMixin, DiffusionPipeline):
         )
         pieces, ids, shown = [TokComPiece("", 0, None)] * len(prompts), [[] for _ in prompts], [""] * len(prompts)
         for _, block in blocks:
+            if stopped:
+                break
             for i, new in enumerate(block.tolist()):
                 if pieces[i].finish_reason is not None:
                     pieces[i] = pieces[i]._replace(text="")
@@ -553,7 +565,10 @@ class TokComPipeline(TokComHubMixin, DiffusionPipeline):
 
         A codec with a quantiser also gives `codes`, which are what the file then holds.
         """
-        ids, mask = self._pad(self._tokenize([text] if isinstance(text, str) else list(text), "text"), "right")
+        texts = list(text) if isinstance(text, (list, tuple)) else [text]
+        if not texts:
+            raise ValueError("`text` is an empty list; give at least one text.")
+        ids, mask = self._pad(self._tokenize(texts, "text"), "right")
         encoded = self.model.encode(ids, mask)
         latents, codes = encoded.latents, encoded.codes
         self.maybe_free_model_hooks()

@@ -23,18 +23,21 @@ from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from huggingface_hub.errors import StrictDataclassError
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from starlette.exceptions import HTTPException
 
 from pipeline_tokcom import TokComPiece, TokComPipeline
 
 GREEDY = 0.01  # what a temperature of 0 means: probabilities of all but the likeliest token vanish
+MAX_STOPS, MAX_STOP_LENGTH = 4, 256
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -48,6 +51,7 @@ class ServerSettings:
     max_queue: int = 256
     max_tokens: int = 2048
     max_choices: int = 16
+    max_steps: int = 128
     batch_wait: float = 0.01
     timeout: float = 120.0
     max_body: int = 1 << 20
@@ -59,18 +63,34 @@ class CompletionRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
     model: str | None = None
     prompt: str | list[str]
-    max_tokens: Count = 16
+    max_tokens: Count | None = 16
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    n: Count = 1
-    stream: bool = False
+    n: Count | None = 1
+    stream: bool | None = False
     stream_options: dict | None = None
     stop: str | list[str] | None = None
     seed: int | None = None
-    echo: bool = False
+    echo: bool | None = False
     user: str | None = None
+    logprobs: None = None  # fields that clients send without meaning them
+    suffix: None = None
+    best_of: Literal[1] | None = None
+    presence_penalty: Literal[0] | None = None
+    frequency_penalty: Literal[0] | None = None
+    logit_bias: None = None
     num_inference_steps: Count | None = None
     guidance_scale: Annotated[float, Field(ge=0, le=20)] = 1.0
+
+    @field_validator("max_tokens", "n", "stream", "echo", mode="before")
+    @classmethod
+    def _null_is_the_default(cls, value: object, info: ValidationInfo) -> object:
+        return cls.model_fields[info.field_name].default if value is None else value
+
+    @property
+    def stops(self) -> list[str]:
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return [stop for stop in stops if stop]
 
 
 class RequestError(Exception):
@@ -87,9 +107,10 @@ class Job:
 
     prompt: str
     max_tokens: int
-    settings: tuple  # jobs of equal settings share a batch
+    settings: tuple  # steps, guidance, temperature, top-p; jobs of equal settings and company share a batch
     seed: int
     loop: asyncio.AbstractEventLoop
+    company: object = None
     pieces: asyncio.Queue = field(default_factory=asyncio.Queue)
     cancelled: bool = False
 
@@ -111,6 +132,9 @@ class Engine:
     def submit(self, jobs: list[Job]) -> None:
         """Queue all of `jobs` or, if there is no room, none: then raises `RequestError`."""
         with self.changed:
+            if self.closed:
+                raise RequestError(503, "the server is shutting down.", "server_error")
+            self.waiting = deque(job for job in self.waiting if not job.cancelled)
             if len(self.waiting) + len(jobs) > self.settings.max_queue:
                 limit = self.settings.max_queue
                 raise RequestError(429, f"more than {limit} texts would wait; try again later.", "rate_limit_error")
@@ -122,18 +146,23 @@ class Engine:
             self.closed = True
             self.changed.notify_all()
         self.thread.join(10)
+        for job in self.waiting:
+            job.put(RequestError(503, "the server is shutting down.", "server_error"))
 
     def _next_batch(self) -> list[Job]:
         with self.changed:
             self.changed.wait_for(lambda: self.waiting or self.closed)
             if self.closed:
                 return []
-            settings = self.waiting[0].settings
+            first = self.waiting[0]
+
+            def fitting() -> list[Job]:
+                return [job for job in self.waiting if (job.settings, job.company) == (first.settings, first.company)]
+
             self.changed.wait_for(
-                lambda: self.closed or sum(j.settings == settings for j in self.waiting) >= self.settings.max_batch,
-                self.settings.batch_wait,
+                lambda: self.closed or len(fitting()) >= self.settings.max_batch, self.settings.batch_wait
             )
-            batch = [job for job in self.waiting if job.settings == settings][: self.settings.max_batch]
+            batch = fitting()[: self.settings.max_batch]
             taken = {id(job) for job in batch}
             self.waiting = deque(job for job in self.waiting if id(job) not in taken)
             return batch
@@ -157,14 +186,22 @@ class Engine:
         generators = [torch.Generator().manual_seed(job.seed) for job in batch]
         prompts, lengths = [job.prompt for job in batch], [job.max_tokens for job in batch]
         finished = [False] * len(batch)
-        stream = self.pipe.stream_batch(prompts, lengths, steps, guidance_scale, temperature, top_p, generators)
+
+        def should_stop() -> bool:
+            return self.closed or all(done or job.cancelled for done, job in zip(finished, batch))
+
+        settings = steps, guidance_scale, temperature, top_p, generators, should_stop
+        stream = self.pipe.stream_batch(prompts, lengths, *settings)
         for pieces in stream:
             for i, (job, piece) in enumerate(zip(batch, pieces)):
                 if not finished[i] and (piece.text or piece.finish_reason):
                     job.put(piece)
                 finished[i] = finished[i] or piece.finish_reason is not None
-            if self.closed or all(done or job.cancelled for done, job in zip(finished, batch)):
-                return
+            if should_stop():
+                break
+        for done, job in zip(finished, batch):
+            if not done:  # nobody listens, or the server ends
+                job.put(RequestError(503, "the server is shutting down.", "server_error"))
 
 
 class Choice:
@@ -185,7 +222,8 @@ class Choice:
             self.text, self.finish_reason, self.job.cancelled = self.text[: min(ends)], "stop", True
         held = 0
         if self.finish_reason is None:
-            held = max((n for stop in self.stops for n in range(len(stop)) if self.text.endswith(stop[:n])), default=0)
+            ends = ((stop, range(1, min(len(stop), len(self.text) + 1))) for stop in self.stops)
+            held = max((n for stop, sizes in ends for n in sizes if self.text.endswith(stop[:n])), default=0)
         end = max(self.shown, len(self.text) - held)
         new, self.shown = self.text[self.shown : end], end
         return new
@@ -196,6 +234,18 @@ def _jobs(request: CompletionRequest, pipe: TokComPipeline, settings: ServerSett
     prompts = [request.prompt] if isinstance(request.prompt, str) else request.prompt
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise RequestError(400, "`prompt` must hold at least one text, and none may be empty.")
+    for text in [*prompts, *request.stops]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(400, f"a text is not valid Unicode ({error}).") from error
+    if len(request.stops) > MAX_STOPS or any(len(stop) > MAX_STOP_LENGTH for stop in request.stops):
+        raise RequestError(400, f"`stop` takes {MAX_STOPS} sequences of at most {MAX_STOP_LENGTH} characters.")
+    if (request.num_inference_steps or 1) > settings.max_steps:
+        steps = request.num_inference_steps
+        raise RequestError(
+            400, f"`num_inference_steps` ({steps}) is above this server's limit of {settings.max_steps}."
+        )
     if len(prompts) * request.n > settings.max_choices:
         wanted = len(prompts) * request.n
         raise RequestError(
@@ -208,8 +258,8 @@ def _jobs(request: CompletionRequest, pipe: TokComPipeline, settings: ServerSett
     if request.model not in (None, settings.model_name):
         message = f"the model {request.model!r} does not exist; this server has {settings.model_name!r}."
         raise RequestError(404, message, code="model_not_found")
-    for prompt in prompts:
-        size = len(pipe.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"])
+    sizes = [len(pipe.tokenizer(p, add_special_tokens=False, verbose=False)["input_ids"]) for p in prompts]
+    for size in sizes:
         if size > pipe.max_length:
             message = f"`prompt` has {size} tokens, more than the model's {pipe.max_length}; shorten it."
             raise RequestError(400, message, code="context_length_exceeded")
@@ -217,8 +267,12 @@ def _jobs(request: CompletionRequest, pipe: TokComPipeline, settings: ServerSett
     sampling = request.num_inference_steps, request.guidance_scale, temperature, request.top_p
     seed = secrets.randbits(32) if request.seed is None else request.seed % 2**63
     loop = asyncio.get_running_loop()
-    copies = [prompt for prompt in prompts for _ in range(request.n)]
-    return [Job(prompt, request.max_tokens, sampling, seed + i, loop) for i, prompt in enumerate(copies)]
+    alone = pipe.model.config.transformer_config.block_size is None  # would see the padding of others
+    copies = [(prompt, size) for prompt, size in zip(prompts, sizes) for _ in range(request.n)]
+    return [
+        Job(prompt, request.max_tokens, sampling, seed + i, loop, (size, request.max_tokens) if alone else None)
+        for i, (prompt, size) in enumerate(copies)
+    ]
 
 
 def build_app(pipe: TokComPipeline, settings: ServerSettings) -> FastAPI:
@@ -242,8 +296,14 @@ def build_app(pipe: TokComPipeline, settings: ServerSettings) -> FastAPI:
     @app.exception_handler(RequestValidationError)
     async def explain_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"][1:]) or "body"
+        place = (
+            "body" if first["type"] == "json_invalid" else ".".join(str(part) for part in first["loc"][1:]) or "body"
+        )
         return JSONResponse(RequestError(400, f"`{place}`: {first['msg']}").body, 400)
+
+    @app.exception_handler(HTTPException)
+    async def explain_others(request: Request, error: HTTPException) -> JSONResponse:
+        return JSONResponse(RequestError(error.status_code, str(error.detail)).body, error.status_code)
 
     @app.middleware("http")
     async def guard(request: Request, call_next):
@@ -252,7 +312,8 @@ def build_app(pipe: TokComPipeline, settings: ServerSettings) -> FastAPI:
         if key and request.url.path != "/health" and not secrets.compare_digest(given.encode(), key.encode()):
             error = RequestError(401, "the API key is missing or wrong.", "authentication_error", "invalid_api_key")
             return await explain(request, error)
-        if request.method == "POST" and not request.headers.get("content-length", "").isdigit():
+        sized = request.headers.get("content-length", "").isdigit() and "transfer-encoding" not in request.headers
+        if request.method == "POST" and not sized:
             return await explain(request, RequestError(411, "the request must say its Content-Length."))
         if int(request.headers.get("content-length") or 0) > settings.max_body:
             return await explain(request, RequestError(413, f"the body is larger than {settings.max_body} bytes."))
@@ -269,14 +330,13 @@ def build_app(pipe: TokComPipeline, settings: ServerSettings) -> FastAPI:
         return {"object": "list", "data": [entry]}
 
     @app.post("/v1/completions")
-    async def completions(request: CompletionRequest):
+    async def completions(request: CompletionRequest, connection: Request):
         jobs = _jobs(request, pipe, settings)
-        stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
         engine.submit(jobs)
-        answer = Answer(request, [Choice(job, [s for s in stops if s]) for job in jobs], pipe, settings)
+        answer = Answer(request, [Choice(job, request.stops) for job in jobs], pipe, settings)
         if request.stream:
             return StreamingResponse(answer.events(), media_type="text/event-stream")
-        return await answer.whole()
+        return await answer.whole(connection)
 
     return app
 
@@ -322,12 +382,21 @@ class Answer:
             for choice in self.choices:
                 choice.job.cancelled = True
 
-    async def whole(self) -> dict:
+    async def whole(self, connection: Request) -> dict:
+        async def watch() -> None:
+            while not await connection.is_disconnected():
+                await asyncio.sleep(0.2)
+            for choice in self.choices:  # nobody waits any more
+                choice.job.cancelled = True
+
+        watching = asyncio.ensure_future(watch())
         try:
             async for _ in self._grown():
                 pass
         except ValueError as error:  # the model refuses a setting
             raise RequestError(400, str(error)) from error
+        finally:
+            watching.cancel()
         before = [choice.job.prompt if self.request.echo else "" for choice in self.choices]
         choices = [
             self._choice(i, start + choice.text, choice.finish_reason)
@@ -336,16 +405,19 @@ class Answer:
         return {**self.head, "choices": choices, "usage": self._usage()}
 
     async def events(self) -> AsyncIterator[str]:
-        if self.request.echo:
-            for i, choice in enumerate(self.choices):
-                yield self._event([self._choice(i, choice.job.prompt, None)])
         try:
+            if self.request.echo:
+                for i, choice in enumerate(self.choices):
+                    yield self._event([self._choice(i, choice.job.prompt, None)])
             async for index, new in self._grown():
                 if new or self.choices[index].finish_reason:
                     yield self._event([self._choice(index, new, self.choices[index].finish_reason)])
         except (RequestError, ValueError) as error:  # the status line is sent already, so the stream says it
             yield f"data: {json.dumps(error.body if isinstance(error, RequestError) else RequestError(400, str(error)).body)}\n\n"
             return
+        finally:
+            for choice in self.choices:
+                choice.job.cancelled = True
         if (self.request.stream_options or {}).get("include_usage"):
             yield self._event([], usage=self._usage())
         yield "data: [DONE]\n\n"
@@ -362,7 +434,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--api_key", default=os.environ.get("TOKCOM_API_KEY"), help="or TOKCOM_API_KEY")
     defaults = ServerSettings()
-    for name in ("max_batch", "max_queue", "max_tokens", "max_choices", "timeout"):
+    for name in ("max_batch", "max_queue", "max_tokens", "max_choices", "max_steps", "timeout"):
         value = getattr(defaults, name)
         parser.add_argument(f"--{name}", type=type(value), default=value)
     parser.add_argument("--model_name", default=defaults.model_name, help="the name clients ask for")
@@ -379,10 +451,10 @@ def is_loopback(host: str) -> bool:
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
-    names = ("model_name", "api_key", "max_batch", "max_queue", "max_tokens", "max_choices", "timeout")
+    names = ("model_name", "api_key", "max_batch", "max_queue", "max_tokens", "max_choices", "max_steps", "timeout")
     try:
         pipe = TokComPipeline.from_pretrained(args.checkpoint).to(args.device)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, StrictDataclassError) as error:
         parser.exit(1, f"error: {error}\n")
     if pipe.tokenizer is None:
         parser.exit(1, f"error: {args.checkpoint} has no tokenizer, so there is no text to serve.\n")

@@ -10,13 +10,17 @@ SIGKILL, continues from its newest checkpoint when the same command is given aga
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
 import shutil
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -26,10 +30,12 @@ from accelerate.utils import (
     DistributedType,
     GradientAccumulationPlugin,
     ProjectConfiguration,
+    broadcast_object_list,
     parse_flag_from_env,
     set_seed,
 )
 from diffusers.optimization import get_scheduler
+from huggingface_hub.errors import StrictDataclassError
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -39,12 +45,14 @@ from modeling_tokcom import TokComModel
 from pipeline_tokcom import TokComPipeline
 from scheduling_tokcom import TokComFlowMatchScheduler
 from training.card import WORK, training_card
+from training.checkpoints import CheckpointError, Checkpoints
 from training.config import StageConfig, TrainConfig, load_train_config
 from training.data import (
     DialogueDataset,
     PackedDataset,
     StreamingPackedDataset,
     cache_latents,
+    cut_document,
     get_tokenizer,
     is_dialogue,
     load_documents,
@@ -53,15 +61,22 @@ from training.data import (
     tokenize_documents,
 )
 from training.ema import ShardedEMAModel, decay_from_half_life
+from training.export import export_repository, first_tokens, measure_latent_statistics
 from training.optimizer import build_optimizer
 from training.precision import resolve_precision
 from training.tracking import check_tracker, log_table
 
+EXTRA = "extra.pt"  # of a checkpoint: progress, schedule and average
+SPIKES_AFTER = 50  # updates before the average gradient norm means something
 METRIC_PREFIX = {"codec": "vae", "flow": "diffusion", "head": "head"}  # the names of the published training script
 
 
 class NonFiniteLossError(RuntimeError):
     """The loss became NaN or infinite; training stopped before anything was overwritten."""
+
+
+class TrainingStopped(Exception):
+    """A signal asked the run to end; a checkpoint was written, and the same command continues from it."""
 
 
 def read_data(config: TrainConfig) -> tuple[object, object, PreTrainedTokenizerBase]:
@@ -75,9 +90,11 @@ def read_data(config: TrainConfig) -> tuple[object, object, PreTrainedTokenizerB
             )
         if data.streaming:
             raise ValueError("a stream has no last documents to hold out; give `data.validation` or streaming=false.")
+        if len(train) == 1 and not is_dialogue(train):  # such as one .txt file
+            train = cut_document(train, data)
         held_out = max(1, int(len(train) * data.validation_fraction))
         if len(train) < 2:
-            raise ValueError("one document cannot be split; give `data.validation` or more documents.")
+            raise ValueError("one dialogue cannot be split; give `data.validation` or more of them.")
         cut = len(train) - held_out
         train, validation = train.select(range(cut)), train.select(range(cut, len(train)))
     else:
@@ -153,6 +170,11 @@ class Progress:
 
     def __init__(self):
         self.step, self.micro_batch, self.tokens = 0, 0, 0
+        self.skipped, self.skipped_in_row, self.norm = (
+            0,
+            0,
+            0.0,
+        )  # updates left out; moving average of the gradient norm
         self.best, self.train_loss, self.train_count = float("inf"), 0.0, 0
 
     def state_dict(self) -> dict:
@@ -169,7 +191,8 @@ class StageTrainer:
         self.config, self.stage, self.tokenizer = config, stage, tokenizer
         self.options: StageConfig = getattr(config, stage)
         self.directory = Path(config.output_dir) / WORK / stage
-        self.prefix = METRIC_PREFIX[stage]
+        self.prefix, self.stop_signal = METRIC_PREFIX[stage], 0
+        self.checkpoints = Checkpoints(self.directory, self.options.checkpoints_total_limit)
         self.accelerator = Accelerator(
             mixed_precision=resolve_precision(config.mixed_precision, PartialState().device.type),
             # windows left over at the end of an epoch count towards the next step, so a step has one size
@@ -216,7 +239,8 @@ class StageTrainer:
         self.validation_loader = DataLoader(held_out, options.batch_size)
         if not isinstance(train, (list, np.ndarray)):
             column, buffer = config.data.text_column, config.data.shuffle_buffer
-            self.dataset = StreamingPackedDataset(train, self.tokenizer, column, *sizes, buffer)
+            place = str(config.data.train), self.accelerator.process_index, self.accelerator.num_processes
+            self.dataset = StreamingPackedDataset(train, self.tokenizer, column, *sizes, buffer, *place)
             return DataLoader(self.dataset, options.batch_size, drop_last=True, num_workers=config.num_workers)
         if isinstance(train, np.ndarray):
             self.dataset = PackedDataset(train, *sizes, training=True, latents=self._latents(model, train))
@@ -254,9 +278,10 @@ class StageTrainer:
         self.lr_scheduler = get_scheduler(
             "cosine", optimizer, num_warmup_steps=options.warmup_steps, num_training_steps=options.max_steps
         )
-        self.model, self.optimizer, self.loader = self.accelerator.prepare(model, optimizer, loader)
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        streamed = isinstance(self.dataset, StreamingPackedDataset)  # every process reads a part of its own
+        self.loader = loader if streamed else self.accelerator.prepare(loader)
         self.progress, self.ema = Progress(), None
-        self.accelerator.register_for_checkpointing(self.lr_scheduler, self.progress)
         if options.ema_half_life:
             if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
                 raise ValueError(
@@ -266,7 +291,6 @@ class StageTrainer:
             decay = decay_from_half_life(options.ema_half_life * options.max_steps)
             # EMAModel starts with a short memory and lengthens it, so early weights do not linger
             self.ema = ShardedEMAModel(self.module.parameters(), decay=decay, foreach=True)
-            self.accelerator.register_for_checkpointing(self.ema)
 
     @property
     def module(self) -> TokComModel:
@@ -289,11 +313,12 @@ class StageTrainer:
             mininterval=0.1 if sys.stderr.isatty() else 10.0,  # a log file gets a line now and then
         )
         self.started, self.started_tokens, self.pending = time.perf_counter(), progress.tokens, []
-        while progress.step < options.max_steps:
-            for batch in self._epoch():
-                self._step(batch, bar)
-                if progress.step >= options.max_steps:
-                    break
+        with self._signals():
+            while progress.step < options.max_steps:
+                for batch in self._epoch():
+                    self._step(batch, bar)
+                    if progress.step >= options.max_steps:
+                        break
         bar.close()
         for tracker in accelerator.trackers:
             tracker.finish()
@@ -301,6 +326,33 @@ class StageTrainer:
             facts = {"steps": progress.step, "tokens": progress.tokens, "best_validation_loss": progress.best}
             (self.directory / "summary.json").write_text(json.dumps(facts, indent=2) + "\n")
         return self.directory / "best"
+
+    @contextlib.contextmanager
+    def _signals(self):
+        """Note SIGTERM and SIGUSR1, which schedulers send before they take a machine away; `_after_update` obeys them."""
+
+        def note(number: int, frame) -> None:
+            self.stop_signal = number
+
+        numbers = (signal.SIGTERM, signal.SIGUSR1) if threading.current_thread() is threading.main_thread() else ()
+        before = {number: signal.signal(number, note) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _stop_if_told(self) -> None:
+        """Write a checkpoint and raise `TrainingStopped` if any process has had a signal."""
+        told = torch.tensor([float(self.stop_signal)], device=self.accelerator.device)
+        number = int(self.accelerator.gather(told).max()) if self.accelerator.num_processes > 1 else self.stop_signal
+        if not number:
+            return
+        self._save_checkpoint()
+        raise TrainingStopped(
+            f"stopped by {signal.Signals(number).name} after {self.stage} step {self.progress.step}; run the same command "
+            "again to go on from there."
+        )
 
     def _epoch(self):
         """Batches from where `progress.micro_batch` stands to the end of that epoch."""
@@ -314,10 +366,10 @@ class StageTrainer:
         yield from self.accelerator.skip_first_batches(self.loader, done) if done else self.loader
 
     def _stream(self):
-        """Epoch after epoch of a stream, passing over what was already seen."""
+        """Epoch after epoch of this process's part of a stream, passing over what was already seen; processes whose parts
+        are shorter begin their next epoch earlier."""
         seen, epoch = self.progress.micro_batch, 0
         while True:
-            self.loader.set_epoch(epoch)
             self.dataset.set_epoch(epoch)
             empty = True
             for batch in self.loader:
@@ -325,7 +377,7 @@ class StageTrainer:
                 if seen:
                     seen -= 1
                 else:
-                    yield batch
+                    yield {name: value.to(self.accelerator.device) for name, value in batch.items()}
             if empty:
                 raise ValueError(
                     f"the data stream gave no full batch; lower {self.stage}.batch_size or give more text."
@@ -333,14 +385,16 @@ class StageTrainer:
             epoch += 1
 
     def _seed_step(self) -> None:
-        """Noise depends on (seed, stage, micro-batch, rank) alone, which makes a resumed run exact.
+        """Noise depends on (seed, stage, which micro-batch of the whole run) alone, which makes a resumed run exact, and N
+        processes equal to one that accumulates N micro-batches.
 
-        Python's generator, which decides what all processes must do alike, leaves the rank out.
+        Python's generator, which decides what all micro-batches of an update must do alike, depends on the update.
         """
-        words = [self.config.seed, STAGES.index(self.stage), self.progress.micro_batch]
+        accelerator, micro_batch = self.accelerator, self.progress.micro_batch
+        words = [self.config.seed, STAGES.index(self.stage), micro_batch // self.options.gradient_accumulation_steps]
         random.seed(int(np.random.SeedSequence(words).generate_state(1)[0]))
-        words.append(self.accelerator.process_index)
-        torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))
+        words[-1] = micro_batch * accelerator.num_processes + accelerator.process_index
+        torch.manual_seed(int(np.random.SeedSequence([*words, 1]).generate_state(1)[0]))
 
     def _step(self, batch: dict[str, torch.Tensor], bar: tqdm) -> None:
         accelerator, progress = self.accelerator, self.progress
@@ -350,27 +404,59 @@ class StageTrainer:
             output = self.model(**batch)
             accelerator.backward(output.loss)
             self.pending.append(output)
-            mean = 0.0
+            mean, skip = 0.0, False
             if accelerator.sync_gradients:
                 norm = accelerator.clip_grad_norm_(self.model.parameters(), self.options.max_grad_norm)
                 mean = self._reduced("loss")
-                self._check_finite("loss", mean)
-                if accelerator.scaler is None and norm is not None:  # a loss scaler expects overflows and skips them
-                    self._check_finite("gradient norm", float(norm))
-            self.optimizer.step()
+                skip = self._is_bad(mean, norm)
+            if not skip:
+                self.optimizer.step()
             self.optimizer.zero_grad()
         progress.micro_batch += 1
         progress.tokens += batch["input_ids"].numel() * accelerator.num_processes
-        if accelerator.sync_gradients:
+        if skip:
+            self.pending = []
+        elif accelerator.sync_gradients:
             self._after_update(mean, bar)
 
-    def _check_finite(self, name: str, value: float) -> None:
-        if not np.isfinite(value):
-            raise NonFiniteLossError(
-                f"{name} is {value} at {self.stage} step {self.progress.step + 1}; stopped without saving. The last good "
-                f"checkpoint is {self._newest_checkpoint() or 'none yet'}. Lower {self.stage}.learning_rate "
-                f"({self.options.learning_rate}) or use mixed_precision=bf16, then run the same command again."
-            )
+    def _is_bad(self, loss: float, norm: torch.Tensor | None) -> bool:
+        """Whether an update must be left out: loss or gradient is NaN or infinite, or the gradient far above its average.
+
+        Raises `NonFiniteLossError` after `max_skipped_steps` in a row, or where the optimizer cannot leave one out.
+        """
+        progress, options = self.progress, self.options
+        if self.accelerator.scaler is not None:  # it expects overflows, and skips them itself
+            norm = None
+        norm = None if norm is None else float(norm)
+        reason = None
+        for name, value in (("loss", loss), ("gradient norm", norm)):
+            if reason is None and value is not None and not np.isfinite(value):
+                reason = f"{name} is {value}"
+        limit = options.spike_factor * progress.norm
+        if reason is None and norm is not None:
+            if limit and progress.step >= SPIKES_AFTER and norm > limit:
+                reason = f"gradient norm {norm:.3g} is more than {options.spike_factor:g} times its average"
+            else:
+                progress.norm = norm if not progress.norm else 0.98 * progress.norm + 0.02 * norm
+        if reason is None:
+            progress.skipped_in_row = 0
+            return False
+        progress.skipped, progress.skipped_in_row = progress.skipped + 1, progress.skipped_in_row + 1
+        steps_by_itself = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        if progress.skipped_in_row > options.max_skipped_steps or steps_by_itself:
+            self._give_up(reason)
+        self.accelerator.print(
+            f"{self.stage} step {progress.step + 1}: {reason}; left out ({progress.skipped} so far)"
+        )
+        return True
+
+    def _give_up(self, reason: str) -> NoReturn:
+        last = (self.checkpoints.all() or ["none yet"])[-1]
+        raise NonFiniteLossError(
+            f"{reason} at {self.stage} step {self.progress.step + 1}; stopped without saving. The last good checkpoint is {last}. "
+            f"Lower {self.stage}.learning_rate ({self.options.learning_rate}) or use mixed_precision=bf16, then run the same "
+            "command again."
+        )
 
     def _reduced(self, name: str) -> float:
         """Mean of one output over micro-batches and processes."""
@@ -385,6 +471,7 @@ class StageTrainer:
         progress.step += 1
         progress.train_loss, progress.train_count = progress.train_loss + mean, progress.train_count + 1
         metrics = {f"{self.prefix}/learning_rate": self.lr_scheduler.get_last_lr()[0]}
+        metrics[f"{self.prefix}/skipped_steps"] = progress.skipped
         if self.stage == "codec":
             metrics["vae/batch_loss"] = mean
         else:
@@ -392,7 +479,8 @@ class StageTrainer:
                 metrics[f"{self.prefix}/batch_{name}"] = self._reduced(name)
         self.pending = []
         self.accelerator.log(metrics, step=progress.step)
-        speed = (progress.tokens - self.started_tokens) / (time.perf_counter() - self.started)
+        elapsed = max(time.perf_counter() - self.started, 1e-9)  # a clock may jump
+        speed = (progress.tokens - self.started_tokens) / elapsed
         bar.update(1)
         bar.set_postfix_str(f"loss {mean:.4f}, {speed:,.0f} tokens/s", refresh=False)
         last = progress.step == options.max_steps
@@ -400,6 +488,8 @@ class StageTrainer:
             self._evaluate(bar)
         if progress.step % options.checkpoint_steps == 0 or last:
             self._save_checkpoint()
+        if not last:
+            self._stop_if_told()
 
     # ---- validation and samples ----
 
@@ -430,7 +520,8 @@ class StageTrainer:
             for name in ("ce_loss", "mse_loss"):
                 metrics[f"{self.prefix}/val_{name}"] = values[name]
         progress.train_loss, progress.train_count = 0.0, 0
-        self._check_finite("validation loss", values["loss"])
+        if not np.isfinite(values["loss"]):
+            self._give_up(f"validation loss is {values['loss']}")
         improved = values["loss"] < progress.best
         if improved:
             progress.best = values["loss"]
@@ -472,37 +563,35 @@ class StageTrainer:
 
     # ---- checkpoints ----
 
-    def _checkpoints(self) -> list[Path]:
-        found = self.directory.glob("checkpoint-*")
-        return sorted((p for p in found if p.suffix != ".tmp"), key=lambda p: int(p.name.split("-")[1]))
-
-    def _newest_checkpoint(self) -> Path | None:
-        return (self._checkpoints() or [None])[-1]
+    def _extra_state(self) -> dict[str, object]:
+        """What a checkpoint holds besides what accelerate saves; gathers shards, so every rank calls it."""
+        extra = {"progress": self.progress, "scheduler": self.lr_scheduler, "average": self.ema}
+        return {name: part.state_dict() for name, part in extra.items() if part is not None}
 
     def _save_checkpoint(self) -> None:
-        """Write beside the target, then rename: a kill at any moment leaves whole checkpoints only."""
-        accelerator = self.accelerator
-        target = self.directory / f"checkpoint-{self.progress.step}"
-        partial = target.with_suffix(".tmp")
-        if accelerator.is_main_process:
-            shutil.rmtree(partial, ignore_errors=True)
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(partial))
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            shutil.rmtree(target, ignore_errors=True)
-            partial.rename(target)
-            for old in self._checkpoints()[: -self.options.checkpoints_total_limit]:
-                shutil.rmtree(old)
-        accelerator.wait_for_everyone()
+        accelerator, extra = self.accelerator, self._extra_state()
+
+        def save(folder: str) -> None:
+            accelerator.save_state(folder)
+            if accelerator.is_main_process:
+                torch.save(extra, Path(folder) / EXTRA)
+
+        self.checkpoints.write(self.progress.step, save, accelerator.is_main_process, accelerator.wait_for_everyone)
 
     def _resume(self) -> None:
-        newest = self._newest_checkpoint()
-        if newest is None:
+        """Go on from the newest whole checkpoint, whose files are read without running code of theirs."""
+        found = [str(self.checkpoints.newest() or "") if self.accelerator.is_main_process else ""]
+        newest = broadcast_object_list(found)[0]
+        if not newest:
             return
         if not self.config.resume:
             raise ValueError(f"{newest} exists and `resume` is false; choose another output_dir or remove it.")
-        self.accelerator.load_state(str(newest))
+        self.accelerator.load_state(newest)
+        extra = torch.load(Path(newest) / EXTRA, map_location="cpu", weights_only=True)
+        self.progress.load_state_dict(extra["progress"])
+        self.lr_scheduler.load_state_dict(extra["scheduler"])
+        if self.ema:
+            self.ema.load_state_dict(extra["average"])
         self.accelerator.print(f"resumed {self.stage} from {newest}")
 
     def _full_copy(self) -> TokComModel | None:
@@ -513,44 +602,6 @@ class StageTrainer:
         model = TokComModel(TokComConfig.from_dict(self.module.config.to_dict()))
         model.load_state_dict({name: value.float() for name, value in state.items()})
         return model.eval()
-
-
-def export_repository(model: TokComModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Save model, tokenizer, scheduler, index and code; complete or not at all."""
-    partial = directory.with_name(directory.name + ".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    TokComPipeline(model, TokComFlowMatchScheduler.from_model_config(model.config), tokenizer).save_pretrained(partial)
-    shutil.rmtree(directory, ignore_errors=True)
-    partial.rename(directory)
-
-
-@torch.no_grad()
-def measure_latent_statistics(model: TokComModel, tokens: np.ndarray, rows: int = 65536) -> None:
-    """Set the codec's per-channel mean and standard deviation from up to `rows` random chunks `(rows, K)`."""
-    codec = model.codec.eval()
-    size = codec.config.chunk_size
-    starts = np.random.default_rng(0).integers(0, max(1, len(tokens) - size + 1), size=min(rows, len(tokens)))
-    chunks = torch.from_numpy(np.stack([tokens[s : s + size] for s in starts]).astype(np.int64))
-    codec.set_latent_statistics(torch.zeros_like(codec.latent_mean), torch.ones_like(codec.latent_std))
-    device = codec.latent_mean.device
-    latents = torch.cat([codec.encode(part.to(device)).latents[:, 0] for part in chunks.split(4096)]).float()
-    codec.set_latent_statistics(latents.mean(0), latents.std(0))
-
-
-def first_tokens(train, tokenizer: PreTrainedTokenizerBase, text_column: str, count: int = 1_000_000) -> np.ndarray:
-    """Up to `count` training tokens, from memory or from the head of a stream."""
-    if isinstance(train, np.ndarray):
-        return train
-    if isinstance(train, list):
-        return np.concatenate([np.asarray([*prompt, *answer]) for prompt, answer in train])[:count]
-    rows, total = [], 0
-    for row in train:
-        rows.append(row)
-        total += len(row[text_column] or "")
-        if total > 4 * count:
-            break
-    return tokenize_documents(rows, tokenizer, text_column, "a sample for latent statistics")[:count]
 
 
 def check_same_run(config: TrainConfig, file: Path) -> None:
@@ -653,7 +704,9 @@ def parse_config(argv: list[str] | None) -> TrainConfig:
 def main(argv: list[str] | None = None) -> None:
     try:
         run(parse_config(argv))
-    except (ValueError, FileNotFoundError, NonFiniteLossError) as error:
+    except TrainingStopped as stopped:
+        print(stopped)
+    except (ValueError, FileNotFoundError, NonFiniteLossError, CheckpointError, StrictDataclassError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -7,6 +7,7 @@ that ship with the repository. A tokenizer is trained on the text, too. Kill it 
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -37,10 +38,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prompt", default="Once upon a time")
     parser.add_argument("overrides", nargs="*", help="more settings of train_accelerate.py, e.g. flow.max_steps=2000")
     args = parser.parse_intermixed_args(argv)
-    settings = [f"data.train={args.text}", f"output_dir={args.output_dir}", "report_to=none", "num_samples=0", *MODEL]
+    settings = [
+        f"data.train={json.dumps(args.text)}",
+        f"output_dir={json.dumps(args.output_dir)}",
+        "report_to=none",
+        "num_samples=0",
+        *MODEL,
+    ]
     settings += ["codec.max_steps=300", "codec.batch_size=16", "codec.eval_steps=100"]
     settings += ["flow.max_steps=900", "flow.batch_size=8", "flow.eval_steps=150", "flow.sequence_length=256"]
-    output = run(load_train_config("tiny", settings + args.overrides))
+    try:
+        output = run(load_train_config("tiny", settings + args.overrides))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
     pipe = TokComPipeline.from_pretrained(output)
     pipe.set_progress_bar_config(disable=True)
     for seed in range(3):

@@ -183,3 +183,21 @@ def test_probabilities_are_those_of_the_model_given_the_text_before(build):
     for token in range(len(pipe.tokenizer) + 1):
         total += demo.probabilities("Mr. Rabbit went", [token])[0]
     assert abs(total - 1) < 1e-3
+
+
+def test_characters_of_several_tokens_and_the_end_of_a_text_are_shown_whole():
+    demo = Demo(TokComPipeline.from_pretrained(ROOT))
+    text = "He said \u201chello\u201d \u2014 it\u2019s fine, caf\u00e9."
+    ids = demo.pipe.tokenizer(text)["input_ids"]
+    tokens = demo._tokens([*ids, demo.pipe.tokenizer.eos_token_id])
+    assert "".join(tokens) == text and len(tokens) == len(ids) + 1
+
+
+def test_a_slow_page_does_not_keep_others_waiting(demo):
+    frames = demo.write("Squinty", length=16, slowly=0.2, **SETTINGS)
+    next(frames)
+    began = threading.Event()
+    thread = threading.Thread(target=lambda: (demo.fill("The ____ pig", 4, 1.0, 0), began.set()))
+    thread.start()
+    assert began.wait(5)
+    frames.close()

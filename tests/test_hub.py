@@ -24,7 +24,7 @@ REMOTE_FILES = {
     "token_head_tokcom.py": {"collections", "functools", "typing", "torch"},
     "latent_head_tokcom.py": {"torch"},
     "quantization_tokcom.py": {"collections", "dataclasses", "torch", "transformers"},
-    "modeling_tokcom.py": {"random", "collections", "dataclasses", "functools", "torch", "transformers"},
+    "modeling_tokcom.py": {"json", "os", "random", "collections", "dataclasses", "functools", "torch", "transformers"},
     "sampling_tokcom.py": {
         *("inspect", "collections", "dataclasses", "functools", "typing", "torch", "diffusers", "transformers"),
     },
@@ -148,3 +148,37 @@ def test_pipeline_names_every_module_of_the_repository():
     text = (ROOT / "pipeline_tokcom.py").read_text()
     for name in set(REMOTE_FILES) - {"pipeline_tokcom.py"}:
         assert f"from .{name.removesuffix('.py')} import" in text, f"diffusers would not copy {name}"
+
+
+def test_shards_and_one_file_never_lie_side_by_side(build, tmp_path):
+    pipe, weight = build(), "transformer.proj_out.weight"
+    for size in (None, "200KB", None, "100KB"):
+        pipe.model.get_parameter(weight).data.add_(1.0)
+        pipe.save_pretrained(tmp_path, max_shard_size=size)
+        found = TokComModel.from_pretrained(tmp_path).get_parameter(weight)
+        assert torch.equal(found, pipe.model.get_parameter(weight))
+
+
+def test_weights_outside_the_directory_are_refused(build, tmp_path):
+    build().save_pretrained(tmp_path / "model", max_shard_size="200KB")
+    index = tmp_path / "model" / "model.safetensors.index.json"
+    found = json.loads(index.read_text())
+    name = next(iter(found["weight_map"]))
+    shutil.copy(tmp_path / "model" / found["weight_map"][name], tmp_path / "elsewhere.safetensors")
+    for outside in ("../elsewhere.safetensors", str(tmp_path / "elsewhere.safetensors")):
+        found["weight_map"][name] = outside
+        index.write_text(json.dumps(found))
+        with pytest.raises(ValueError, match="not in its directory"):
+            TokComModel.from_pretrained(tmp_path / "model")
+
+
+def test_loading_a_directory_asks_no_network(root_copy, tmp_path):
+    guard = "import socket\ndef refuse(*args):\n    raise AssertionError('network')\n"
+    guard += "socket.socket.connect = socket.getaddrinfo = refuse\n"
+    torch.set_num_threads(1)
+    for how in ("AutoModel", "DiffusionPipeline", "TokComPipeline"):
+        script = f"PATH = {str(root_copy)!r}\nimport os{PRELUDE}{guard}{LOADERS[how]}\nprint('RESULT', value)"
+        env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "HF_HUB_OFFLINE")}
+        env |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, "-c", script], env=env, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0 and "RESULT" in done.stdout, (how, done.stderr[-2000:])

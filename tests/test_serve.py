@@ -1,9 +1,11 @@
 """The server speaks to the official `openai` client, and batches, limits and explains."""
 
 import asyncio
+import http.client
 import json
 import threading
 import time
+import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
@@ -201,3 +203,84 @@ def test_a_failing_model_is_told_to_its_clients_and_the_engine_goes_on(pipe):
 def test_only_loopback_hosts_are_private():
     assert is_loopback("127.0.0.1") and is_loopback("::1") and is_loopback("localhost")
     assert not is_loopback("0.0.0.0") and not is_loopback("example.org")
+
+
+def post(port: int, body: bytes, **headers: str) -> tuple[int, dict]:
+    """A request of the standard library's, which sends what the `openai` client would not."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json", **headers})
+    answer = connection.getresponse()
+    return answer.status, json.loads(answer.read())
+
+
+def test_malformed_requests_get_errors_in_the_same_form(pipe, start):
+    port = start(pipe, max_steps=8).port
+    cases = [
+        (b"{", {}, 400, "body"),
+        (b'{"prompt": "\\ud800"}', {}, 400, "not valid Unicode"),
+        (b'{"prompt": "x", "num_inference_steps": 9}', {}, 400, "limit of 8"),
+        (json.dumps({"prompt": "x", "stop": ["y" * 300]}).encode(), {}, 400, "at most 256 characters"),
+        (b'{"prompt": "x"}', {"Transfer-Encoding": "chunked"}, 411, "Content-Length"),
+    ]
+    for body, headers, status, message in cases:
+        found, answer = post(port, body, **headers)
+        assert found == status and message in answer["error"]["message"], answer
+    nulls = b'{"prompt": "Squinty", "max_tokens": null, "n": null, "stop": null, "logprobs": null, "echo": null}'
+    assert post(port, nulls)[0] == 200
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/nothing")
+    assert json.load(caught.value)["error"]["message"] == "Not Found"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_does_not_hold_the_model(pipe, start, stream):
+    server = start(pipe)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    body = json.dumps({"prompt": "Squinty", "max_tokens": 2000, "stream": stream, "n": 16})
+    connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+    engine = server.app.state.engine
+    while not engine.running:
+        time.sleep(0.01)
+    connection.sock.close()
+    deadline = time.monotonic() + 20
+    while engine.running and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert engine.running == 0
+
+
+def test_bidirectional_models_keep_texts_of_other_lengths_apart(build, start):
+    pipe = build(transformer_config={"block_size": None})
+    server = start(pipe, batch_wait=0.3)
+    client = server.client()
+    jobs = [("Squinty", 8), ("Mr. Rabbit went home to his", 60), ("Squinty", 8)]
+    ask = lambda job: client.completions.create(model="tokcom", prompt=job[0], max_tokens=job[1], seed=1)  # noqa: E731
+    with ThreadPoolExecutor(3) as pool:
+        answers = list(pool.map(ask, jobs))
+    for (prompt, length), answer in zip(jobs, answers):
+        assert answer.choices[0].text == pipe(prompt, gen_length=length, generator=seeded(1)).texts[0]
+    assert server.app.state.engine.batches == 2
+
+
+def test_texts_that_still_wait_are_told_when_the_server_ends(pipe):
+    engine = Engine(pipe, ServerSettings())
+    release, plain = threading.Event(), pipe.stream_batch
+
+    def wait(*args):
+        release.wait(10)
+        yield from plain(*args)
+
+    pipe.stream_batch = wait
+
+    async def ask() -> list[object]:
+        loop = asyncio.get_running_loop()
+        jobs = [Job("Squinty", 4, (i, 1.0, None, None), 0, loop) for i in (1, 2)]
+        engine.submit(jobs)
+        while not engine.running:
+            await asyncio.sleep(0.01)
+        closing = asyncio.ensure_future(asyncio.to_thread(engine.close))
+        await asyncio.sleep(0.05)
+        release.set()
+        await closing
+        return [await asyncio.wait_for(job.pieces.get(), 10) for job in jobs]
+
+    assert all(getattr(item, "status", None) == 503 for item in asyncio.run(ask()))

@@ -15,8 +15,9 @@ from modeling_tokcom import TokComModel
 from pipeline_tokcom import TokComPipeline
 from scheduling_tokcom import TokComFlowMatchScheduler
 from tests.conftest import ROOT, tiny_config
-from train_accelerate import NonFiniteLossError, measure_latent_statistics, run
+from train_accelerate import NonFiniteLossError, run
 from training.config import PRESET_DIR, load_train_config
+from training.export import measure_latent_statistics
 
 QUICK = [
     *("report_to=none", "num_samples=0", "tokenizer_vocab_size=320", "model.transformer_config.num_hidden_layers=1"),
@@ -179,21 +180,35 @@ def test_two_processes_see_different_windows_and_keep_one_set_of_weights(tmp_pat
     assert TokComPipeline.from_pretrained(tmp_path / "out").model.config.stage == "codec"
 
 
-def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
-    forward = TokComModel.forward
-    calls = []
+def poison(monkeypatch, is_bad, value: float = float("nan")) -> None:
+    """Multiply the training losses that `is_bad(call number)` picks by `value`."""
+    forward, calls = TokComModel.forward, []
 
     def poisoned(self, *args, **kwargs):
         output = forward(self, *args, **kwargs)
         if self.training:
             calls.append(1)
-            if len(calls) == 5:
-                output["loss"] = output.loss * float("nan")
+            if is_bad(len(calls)):
+                output["loss"] = output.loss * value
         return output
 
     monkeypatch.setattr(TokComModel, "forward", poisoned)
+
+
+def test_a_nan_loss_is_left_out_and_counted(tmp_path, monkeypatch, capsys):
+    poison(monkeypatch, lambda call: call in (2, 5))
+    output = run(quick(tmp_path, "stage=codec"))
+    printed = capsys.readouterr().out
+    assert "codec step 2: loss is nan; left out (1 so far)" in printed
+    assert "codec step 4: loss is nan; left out (2 so far)" in printed
+    assert json.loads((output / "run" / "codec" / "summary.json").read_text())["steps"] == 6
+    assert all(torch.isfinite(v).all() for v in load_file(output / "model.safetensors").values())
+
+
+def test_loss_that_stays_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    poison(monkeypatch, lambda call: call >= 5)
     with pytest.raises(NonFiniteLossError, match=r"step 5; stopped.*checkpoint-3.*learning_rate \(0.003\)"):
-        run(quick(tmp_path, "stage=codec"))
+        run(quick(tmp_path, "stage=codec", "codec.max_skipped_steps=2"))
     kept = tmp_path / "out" / "run" / "codec"
     assert [p.name for p in kept.glob("checkpoint-*")] == ["checkpoint-3"]
     state = load_file(kept / "checkpoint-3" / "model.safetensors")
@@ -214,8 +229,15 @@ def test_infinite_gradient_stops_before_the_weights_change(tmp_path, monkeypatch
 
     monkeypatch.setattr(TokComModel, "forward", poisoned)
     with pytest.raises(NonFiniteLossError, match="gradient norm is (nan|inf)"):
-        run(quick(tmp_path, "stage=codec"))
+        run(quick(tmp_path, "stage=codec", "codec.max_skipped_steps=1"))
     assert not list((tmp_path / "out" / "run" / "codec").glob("checkpoint-*"))
+
+
+def test_a_spike_of_the_gradient_is_left_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_accelerate, "SPIKES_AFTER", 3)
+    poison(monkeypatch, lambda call: call == 5, 1e4)
+    run(quick(tmp_path, "stage=codec"))
+    assert "is more than 20 times its average; left out (1 so far)" in capsys.readouterr().out
 
 
 def test_gradient_accumulation_equals_one_large_batch(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import torch
 
 from pipeline_tokcom import TokComPipeline
 from training.config import DataConfig, TrainConfig
+from training.data import read_sources
 
 WORK = "run"  # checkpoints, logs and tokenizer, inside output_dir
 SAMPLES = 3
@@ -18,9 +19,8 @@ LIMITATIONS = (
 
 def source_names(data: DataConfig) -> list[str]:
     """Where the training text comes from: Hub names as they are, of local files only the name."""
-    sources = data.train if isinstance(data.train, list) else [data.train]
-    names = [source["path"] if isinstance(source, dict) else source for source in sources]
-    return [Path(name).name if Path(name).exists() else str(name) for name in names]
+    names = [source.path for source in read_sources(data.train)]
+    return [Path(name).resolve().name if Path(name).exists() else name for name in names]
 
 
 def training_card(config: TrainConfig, pipe: TokComPipeline) -> str:

@@ -41,6 +41,8 @@ class StageConfig:
     weight_decay: float = 0.01
     warmup_steps: int = 100
     max_grad_norm: float = 1.0
+    max_skipped_steps: int = 10  # updates in a row left out for a loss or gradient that is not finite, or for a spike
+    spike_factor: float = 20.0  # a gradient norm so many times its average is a spike; 0: no spikes
     ema_half_life: float = 0.0  # share of max_steps; 0 switches the average off
     eval_steps: int = 500
     eval_batches: int = 8

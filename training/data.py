@@ -4,7 +4,10 @@ Documents are tokenized once, joined with the tokenizer's BOS / EOS, and cut int
 anew for every epoch, so nearly every position holds a real token and chunk boundaries fall everywhere.
 """
 
+import hashlib
 import shutil
+import time
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -13,6 +16,7 @@ import datasets
 import numpy as np
 import torch
 import yaml
+from datasets.distributed import split_dataset_by_node
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -21,6 +25,7 @@ from training.config import DataConfig
 
 DIALOGUES = ("prompt", "messages", "conversations")  # fields that make a record a dialogue
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+SLOW = 30.0  # seconds for one record of a stream, after which it is named
 FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 EOS_TOKEN = "</s>"
 
@@ -73,9 +78,13 @@ class Source:
         else:
             builder, files = local
             options = {"sample_by": "document"} if builder == "text" else {}
-            part = datasets.load_dataset(
-                builder, data_files=files, split="train", streaming=config.streaming, **options
-            )
+            try:
+                part = datasets.load_dataset(
+                    builder, data_files=files, split="train", streaming=config.streaming, **options
+                )
+            except datasets.exceptions.DatasetGenerationError as error:
+                reason = str(error.__cause__ or error).splitlines()[0]
+                raise ValueError(f"{self.path} cannot be read ({reason}); repair or remove the file.") from error
         part = self._select(part, config)
         return self._part_of(part, config.streaming)
 
@@ -145,6 +154,18 @@ def load_documents(source: str | dict | list[str | dict], config: DataConfig, sp
     if len(joined) == 0 or not any(str(row or "").strip() for row in joined[first]):
         raise ValueError(f"no text in {source}: the dataset is empty; check the path and `data.text_column`.")
     return joined
+
+
+def cut_document(documents: datasets.Dataset, config: DataConfig) -> datasets.Dataset:
+    """One text as two documents, the second `validation_fraction` of it from the beginning of a line or a word."""
+    text = documents[0][config.text_column]
+    place = int(len(text) * (1 - config.validation_fraction))
+    for mark in ("\n", " "):
+        found = text.rfind(mark, int(0.9 * place), place)
+        if found > 0:
+            place = found + 1
+            break
+    return datasets.Dataset.from_dict({config.text_column: [text[:place], text[place:]]})
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -350,12 +371,18 @@ class PackedDataset(torch.utils.data.Dataset):
 def cache_latents(model, tokens: np.ndarray, file: Path, rows: int = 16384) -> np.ndarray:
     """The standardised latents `(T // K, C)` of `tokens (T,)`, float32, memory-mapped from `file`.
 
-    The file is written once, whole or not at all, and read again afterwards.
+    The file is written once, whole or not at all, and read again as long as text and codec are the same.
     """
     codec = model.config.codec_config
     shape = len(tokens) // codec.chunk_size, codec.latent_channels
-    if not file.is_file():
+    digest = hashlib.sha256(np.ascontiguousarray(tokens))
+    for name, value in sorted(model.codec.state_dict().items()):
+        digest.update(name.encode() + value.cpu().float().numpy().tobytes())
+    key = file.with_suffix(".sha256")
+    if not file.is_file() or not key.is_file() or key.read_text() != digest.hexdigest():
         partial = file.with_suffix(".tmp")
+        for old in (file, key, partial):
+            old.unlink(missing_ok=True)
         file.parent.mkdir(parents=True, exist_ok=True)
         size = 4 * shape[0] * shape[1]
         free = shutil.disk_usage(file.parent).free
@@ -371,13 +398,63 @@ def cache_latents(model, tokens: np.ndarray, file: Path, rows: int = 16384) -> n
             written[start : start + stride] = model.encode(ids).latents[0].float().cpu().numpy()
         written.flush()
         partial.rename(file)
+        key.write_text(digest.hexdigest())
     return np.memmap(file, np.float32, "r", shape=shape)
 
 
-class StreamingPackedDataset(torch.utils.data.IterableDataset):
-    """The same windows from documents that are read as a stream, tokenized on the fly."""
+def read_patiently(documents: Iterable[dict], name: str, attempts: int = 5, wait: float = 1.0) -> Iterator[dict]:
+    """Records of a stream. What fails is opened again, where it failed, after `wait` seconds, then twice as many, up to
+    `attempts` times in a row; what is slow is named.
 
-    def __init__(self, documents, tokenizer, text_column, sequence_length, chunk_size, seed, shuffle_buffer):
+    Raises `ConnectionError` when it keeps failing, and at once `ValueError` for records that cannot be parsed.
+    """
+    done = failures = 0
+    while True:
+        try:
+            asked = time.monotonic()
+            for index, record in enumerate(documents):
+                if index < done:
+                    continue
+                if time.monotonic() - asked > SLOW:
+                    warnings.warn(f"{name} took {time.monotonic() - asked:.0f} s for record {index}.", stacklevel=2)
+                done, failures = done + 1, 0
+                yield record
+                asked = time.monotonic()
+            return
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{name}: record {done} cannot be read ({str(error).splitlines()[0]}).") from error
+        except Exception as error:
+            failures += 1
+            if failures > attempts:
+                raise ConnectionError(
+                    f"{name} failed {failures} times in a row at record {done} ({error}); check the source, then run the same "
+                    "command again."
+                ) from error
+            pause = wait * 2 ** (failures - 1)
+            warnings.warn(f"{name} failed at record {done} ({error}); again in {pause:g} s.", stacklevel=2)
+            time.sleep(pause)
+
+
+class StreamingPackedDataset(torch.utils.data.IterableDataset):
+    """The same windows from documents that are read as a stream, tokenized on the fly.
+
+    Of `world` processes every one reads documents of its own: whole files if their number is a multiple of it, else every so many
+    documents. Its workers share its files.
+    """
+
+    def __init__(
+        self,
+        documents,
+        tokenizer,
+        text_column,
+        sequence_length,
+        chunk_size,
+        seed,
+        shuffle_buffer,
+        name="the stream",
+        rank=0,
+        world=1,
+    ):
         self.documents, self.tokenizer, self.text_column = documents, tokenizer, text_column
         self.length, self.chunk_size, self.seed, self.shuffle_buffer = (
             sequence_length,
@@ -385,14 +462,19 @@ class StreamingPackedDataset(torch.utils.data.IterableDataset):
             seed,
             shuffle_buffer,
         )
+        self.name, self.rank, self.world = name, rank, world
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        generator = np.random.default_rng((self.seed, self.epoch))
+        worker = torch.utils.data.get_worker_info()
+        generator = np.random.default_rng((self.seed, self.epoch, self.rank, 0 if worker is None else worker.id))
         documents = self.documents.shuffle(seed=self.seed + self.epoch, buffer_size=self.shuffle_buffer)
+        if self.world > 1:
+            documents = split_dataset_by_node(documents, self.rank, self.world)
+        documents = read_patiently(documents, self.name)
         buffer: list[int] = []
         skip = int(generator.integers(self.length))
         for ids in tokenize_rows(documents, self.tokenizer, self.text_column):

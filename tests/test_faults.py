@@ -1,0 +1,492 @@
+"""What can break, broken on purpose: kills, damaged checkpoints, full disks, dying processes, hostile files and inputs."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+import train_accelerate
+from configuration_tokcom import PRESETS, TokComChunkCodecConfig, TokComConfig, TokComTransformerConfig
+from modeling_tokcom import TokComModel
+from tests.conftest import ROOT, seeded
+from tests.test_training import QUICK, launch, quick
+from train_accelerate import TrainingStopped, run
+from training.checkpoints import CheckpointError, Checkpoints, damage, seal
+from training.data import read_patiently
+
+TEXT = ROOT / "sample_data" / "stories_validation.jsonl"
+
+
+def same_weights(first, second) -> bool:
+    one, two = load_file(first / "model.safetensors"), load_file(second / "model.safetensors")
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+# ---- checkpoints ----
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished codec stage with checkpoints 3 and 6."""
+    path = tmp_path_factory.mktemp("trained")
+    run(quick(path, "stage=codec"))
+    return path / "out" / "run" / "codec"
+
+
+def mutate(file, generator: random.Random) -> str:
+    """Damage a file in one of five ways; returns which."""
+    data = bytearray(file.read_bytes())
+    how = generator.choice(["flip", "truncate", "extend", "empty", "remove"])
+    if how == "flip":
+        place = generator.randrange(len(data))
+        data[place] ^= 1 << generator.randrange(8)
+    elif how == "truncate":
+        del data[generator.randrange(len(data)) :]
+    elif how == "extend":
+        data += b"\0"
+    elif how == "empty":
+        data = bytearray()
+    file.unlink()
+    if how != "remove":
+        file.write_bytes(data)
+    return how
+
+
+def test_two_hundred_mutations_of_every_file_of_a_checkpoint_are_all_noticed(trained, tmp_path):
+    generator, names, silent = random.Random(0), set(), []
+    files = sorted(p.relative_to(trained) for p in (trained / "checkpoint-6").rglob("*") if p.is_file())
+    for case in range(200):
+        work = tmp_path / str(case)
+        shutil.copytree(trained / "checkpoint-3", work / "checkpoint-3")
+        shutil.copytree(trained / "checkpoint-6", work / "checkpoint-6")
+        name = files[case % len(files)]
+        how = mutate(work / name, generator)
+        with pytest.warns(UserWarning, match="passing over a broken checkpoint"):
+            newest = Checkpoints(work, 2).newest()
+        names.add(name)
+        if newest != work / "checkpoint-3":
+            silent.append((str(name), how))
+        shutil.rmtree(work)
+    assert not silent and names == set(files)
+
+
+def test_a_run_goes_on_from_the_newest_whole_checkpoint(tmp_path):
+    first, second = tmp_path / "a", tmp_path / "b"
+    for folder in (first, second):
+        folder.mkdir()
+        run(quick(folder, "stage=codec"))
+    stage = second / "out" / "run" / "codec"
+    weights = stage / "checkpoint-6" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    for done in ("final", "best"):
+        shutil.rmtree(stage / done)
+    with pytest.warns(UserWarning, match="checkpoint-6: model.safetensors has"):
+        run(quick(second, "stage=codec"))
+    assert same_weights(first / "out", second / "out") and damage(stage / "checkpoint-6") is None
+
+
+def test_a_run_whose_checkpoints_are_all_broken_says_so(trained, tmp_path):
+    shutil.copytree(trained / "checkpoint-3", tmp_path / "checkpoint-3")
+    (tmp_path / "checkpoint-3" / "optimizer.bin").unlink()
+    with pytest.warns(UserWarning), pytest.raises(CheckpointError, match="optimizer.bin is missing.*start again"):
+        Checkpoints(tmp_path, 2).newest()
+    assert Checkpoints(tmp_path / "empty", 2).newest() is None
+
+
+def test_checkpoints_rotate_by_number_and_an_unfinished_one_counts_for_nothing(tmp_path):
+    store = Checkpoints(tmp_path, 2)
+
+    def save(folder: str) -> None:
+        os.makedirs(folder)
+        (tmp_path / folder / "weights").write_text("x")
+
+    for step in (9, 10, 100):
+        store.write(step, save, True, lambda: None)
+    (tmp_path / "checkpoint-200.tmp").mkdir()
+    (tmp_path / "checkpoint-latest").mkdir()
+    assert [p.name for p in store.all()] == ["checkpoint-10", "checkpoint-100"]
+    assert store.newest() == tmp_path / "checkpoint-100"
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_ones_before(trained, tmp_path):
+    shutil.copytree(trained / "checkpoint-3", tmp_path / "checkpoint-3")
+
+    def fail(folder: str) -> None:
+        os.makedirs(folder)
+        raise OSError(28, "No space left on device")
+
+    store = Checkpoints(tmp_path, 2)
+    with pytest.raises(CheckpointError, match="No space left on device.*the last one is .*checkpoint-3"):
+        store.write(6, fail, True, lambda: None)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-3"] and store.newest() is not None
+
+
+def test_training_state_is_read_without_running_code(trained, tmp_path):
+    """A pickle that would run something is refused, even with a matching manifest."""
+    target = tmp_path / "out" / "run" / "codec"
+    run(quick(tmp_path, "stage=codec", "codec.max_steps=3"))
+    for done in ("final", "best"):
+        shutil.rmtree(target / done)
+    marker = tmp_path / "ran"
+    for name in ("extra.pt", "optimizer.bin"):
+        shutil.rmtree(target / "checkpoint-3", ignore_errors=True)
+        shutil.copytree(trained / "checkpoint-3", target / "checkpoint-3")
+        torch.save(Exploit(str(marker)), target / "checkpoint-3" / name)
+        seal(target / "checkpoint-3")
+        with pytest.raises(Exception, match="[Ww]eights.only"):
+            run(quick(tmp_path, "stage=codec", "codec.max_steps=6"))
+        assert not marker.exists(), name
+
+
+class Exploit:
+    def __init__(self, path: str):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+# ---- signals and processes ----
+
+
+def test_a_signal_saves_exits_with_success_and_says_how_to_go_on(tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    command = [sys.executable, str(ROOT / "train_accelerate.py"), "--preset", "debug", *QUICK, f"data.train={TEXT}"]
+    command += ["data.validation=null", "stage=codec", "codec.max_steps=300", "codec.checkpoint_steps=20"]
+    command += ["codec.eval_steps=300", "codec.batch_size=16"]
+    env = dict(os.environ, OMP_NUM_THREADS="1")
+    process = subprocess.Popen(
+        [*command, f"output_dir={stopped}"], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while not (stopped / "run" / "codec" / "checkpoint-20").is_dir():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    printed, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors[-2000:]
+    assert "stopped by SIGTERM after codec step" in printed and "run the same command again" in printed
+    assert not (stopped / "model.safetensors").exists()
+    assert subprocess.run([*command, f"output_dir={stopped}"], env=env, capture_output=True).returncode == 0
+    assert subprocess.run([*command, f"output_dir={whole}"], env=env, capture_output=True).returncode == 0
+    assert same_weights(whole, stopped)
+
+
+def accelerate_command(processes: int, output, *extra: str) -> list[str]:
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    if processes == 2:
+        command += ["--config_file", str(ROOT / "accelerate_configs" / "cpu_2proc.yaml"), "--main_process_port", "0"]
+    else:
+        command += ["--num_processes", "1", "--cpu"]
+    command += [str(ROOT / "train_accelerate.py"), "--preset", "debug", *QUICK, f"data.train={TEXT}"]
+    return [*command, "data.validation=null", f"output_dir={output}", *extra]
+
+
+def accelerate_environment() -> dict[str, str]:
+    return dict(os.environ, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", PYTHONPATH=str(ROOT))
+
+
+def test_two_processes_train_what_one_process_does_that_accumulates(tmp_path):
+    """Bit for bit, in float32, both stages, averages and latent statistics included."""
+    half = [f"{stage}.gradient_accumulation_steps=2" for stage in ("codec", "flow")]
+    half += ["flow.ema_half_life=0.2", "codec.ema_half_life=0.2"]
+    one = accelerate_command(1, tmp_path / "one", *half)
+    two = accelerate_command(2, tmp_path / "two", *[o for o in half if "accumulation" not in o])
+    for command in (one, two):
+        done = subprocess.run(command, cwd=tmp_path, env=accelerate_environment(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert same_weights(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_change_no_bit(tmp_path):
+    extra = ["flow.max_steps=160", "flow.checkpoint_steps=5"]
+    assert launch(tmp_path / "whole", *extra).wait(600) == 0
+    generator, kills = random.Random(0), 0
+    while kills < 20:
+        process, began = launch(tmp_path / "broken", *extra), time.monotonic()
+        stage = tmp_path / "broken" / "run" / "flow"
+        known = set(stage.glob("checkpoint-*"))
+        while process.poll() is None and not set(stage.glob("checkpoint-*")) - known and time.monotonic() - began < 60:
+            time.sleep(0.02)  # past the start, so that kills fall into training and saving
+        time.sleep(generator.uniform(0, 0.5))
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        kills += 1
+    assert kills == 20, f"the run ended after {kills} kills; lengthen it"
+    assert launch(tmp_path / "broken", *extra).wait(600) == 0
+    assert same_weights(tmp_path / "whole", tmp_path / "broken")
+
+
+@pytest.mark.slow
+def test_a_dying_process_ends_the_run_and_the_same_command_goes_on(tmp_path):
+    extra = ["stage=codec", "codec.max_steps=60", "codec.checkpoint_steps=5", "codec.eval_steps=60"]
+    options = dict(cwd=tmp_path, env=accelerate_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert subprocess.run(accelerate_command(2, tmp_path / "whole", *extra), **options).returncode == 0
+    command = accelerate_command(2, tmp_path / "broken", *extra)
+    process = subprocess.Popen(command, **options)
+    while not list((tmp_path / "broken" / "run" / "codec").glob("checkpoint-[12]?")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    assert process.wait(120) != 0
+    assert subprocess.run(command, **options).returncode == 0
+    assert same_weights(tmp_path / "whole", tmp_path / "broken")
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_said_and_costs_nothing_but_the_newest_checkpoint(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small file system")
+    try:
+        command = accelerate_command(1, disk / "out", "stage=codec", "codec.max_steps=40", "codec.checkpoint_steps=5")
+        options = dict(cwd=tmp_path, env=accelerate_environment(), capture_output=True, text=True)
+        filler = disk / "filler"
+        process = subprocess.Popen(
+            command, cwd=tmp_path, env=accelerate_environment(), stderr=subprocess.PIPE, text=True
+        )
+        stage = disk / "out" / "run" / "codec"
+        while not list(stage.glob("checkpoint-*[05]")):
+            assert process.poll() is None
+            time.sleep(0.02)
+        with filler.open("wb") as file:
+            try:
+                while file.write(b"\0" * 65536):
+                    file.flush()
+            except OSError:
+                pass
+        errors = process.communicate(timeout=120)[1]
+        assert process.returncode != 0 and "could not be written" in errors, errors[-2000:]
+        assert Checkpoints(stage, 2).newest() is not None
+        filler.unlink(missing_ok=True)
+        done = subprocess.run(command, **options)
+        assert done.returncode == 0 and "resumed codec from" in done.stdout + done.stderr
+    finally:
+        subprocess.run(["umount", "-l", str(disk)])
+
+
+def test_a_clock_that_jumps_disturbs_nothing(tmp_path, monkeypatch):
+    generator, now = random.Random(0), [1e9]
+
+    def jump() -> float:
+        now[0] += generator.choice([-1e8, -1.0, 0.0, 1.0, 1e8])
+        return now[0]
+
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    expected = run(quick(plain, "stage=codec"))
+    monkeypatch.setattr(train_accelerate.time, "time", jump)
+    monkeypatch.setattr(train_accelerate.time, "perf_counter", jump)
+    assert same_weights(expected, run(quick(tmp_path, "stage=codec")))
+
+
+def test_a_stop_is_obeyed_after_the_update_at_hand(tmp_path, monkeypatch):
+    after, calls = train_accelerate.StageTrainer._after_update, []
+
+    def told(self, *args):
+        calls.append(1)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGUSR1)
+        after(self, *args)
+
+    monkeypatch.setattr(train_accelerate.StageTrainer, "_after_update", told)
+    with pytest.raises(TrainingStopped, match="SIGUSR1 after codec step 2"):
+        run(quick(tmp_path, "stage=codec"))
+    assert (tmp_path / "out" / "run" / "codec" / "checkpoint-2").is_dir()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+# ---- data ----
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"text": "broken', "cannot be read"),
+        (b"\xff\xfe\x00", "cannot be read"),
+        (b'{"text": 7}', "cannot be read|has no text"),
+        (b'{"text": null}', "has no text"),
+        (b"[1, 2]", "cannot be read"),
+    ],
+)
+def test_corrupt_records_are_named(tmp_path, line, message):
+    file = tmp_path / "data.jsonl"
+    file.write_bytes(b'{"text": "one"}\n{"text": "two"}\n{"text": "three"}\n' + line + b"\n")
+    with pytest.raises(ValueError, match=message):
+        run(quick(tmp_path, f"data.train={file}"))
+
+
+class Flaky:
+    """A stream that fails before record `at`, `times` times."""
+
+    def __init__(self, at: int, times: int, error: Exception):
+        self.at, self.left, self.error = at, times, error
+
+    def __iter__(self):
+        for index in range(6):
+            if index == self.at and self.left:
+                self.left -= 1
+                raise self.error
+            yield {"text": str(index)}
+
+
+def test_a_failing_source_is_opened_again_where_it_failed_and_named():
+    with pytest.warns(UserWarning, match="shard-7 failed at record 3 .*again in 0.001 s"):
+        read = list(read_patiently(Flaky(3, 4, OSError("reset")), "shard-7", wait=0.001))
+    assert [row["text"] for row in read] == list("012345")
+    with (
+        pytest.warns(UserWarning),
+        pytest.raises(ConnectionError, match="shard-7 failed 6 times in a row at record 3"),
+    ):
+        list(read_patiently(Flaky(3, 9, OSError("reset")), "shard-7", wait=0.001))
+    with pytest.raises(ValueError, match="shard-7: record 2 cannot be read"):
+        list(read_patiently(Flaky(2, 1, ValueError("bad json")), "shard-7"))
+
+
+def test_a_slow_source_is_named(monkeypatch):
+    monkeypatch.setattr("training.data.SLOW", 0.01)
+
+    def slow():
+        for index in range(2):
+            time.sleep(0.05 * index)
+            yield {"text": str(index)}
+
+    with pytest.warns(UserWarning, match="shard-7 took .* for record 1"):
+        assert len(list(read_patiently(slow(), "shard-7"))) == 2
+
+
+def test_processes_and_workers_read_disjoint_parts_of_a_stream(tmp_path, tokenizer):
+    from datasets import load_dataset
+
+    from training.data import StreamingPackedDataset
+
+    files = []
+    for part in range(3):
+        lines = [json.dumps({"text": f"<{part}-{i}> " + "word " * (10 + 40 * part)}) for i in range(20)]
+        files.append(tmp_path / f"{part}.jsonl")
+        files[-1].write_text("\n".join(lines))
+    stream = load_dataset("json", data_files=[str(f) for f in files], split="train", streaming=True)
+    shape = "text", 32, 4, 0, 10, "stream"
+    parts = []
+    for rank in range(2):
+        data = StreamingPackedDataset(stream, tokenizer, *shape, rank, 2)
+        loader = torch.utils.data.DataLoader(data, None, num_workers=2)
+        parts.append([tokenizer.decode(item["input_ids"]) for item in loader])
+    whole = [tokenizer.decode(item["input_ids"]) for item in StreamingPackedDataset(stream, tokenizer, *shape)]
+    found = [set(re.findall(r"<\d-\d+>", " ".join(p))) for p in parts]
+    assert found[0] and found[1] and not found[0] & found[1]
+    assert len(whole) >= len(parts[0]) + len(parts[1]) >= 0.8 * len(whole)
+
+
+# ---- hostile configurations and inputs ----
+
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**70), 2**70),
+    st.integers(-2, 9),
+    st.floats(allow_nan=True, allow_infinity=True),
+    st.text(max_size=8),
+    st.lists(st.integers(-3, 3), max_size=3),
+    st.sampled_from(
+        ["tokens", "latents", "vq", "fsq", "mlp", "unet", "none", "token", "chunk", "attention", "head", "bits"]
+    ),
+)
+FIELDS = {
+    "codec_config": sorted(TokComChunkCodecConfig.__annotations__),
+    "transformer_config": sorted(TokComTransformerConfig.__annotations__),
+    "": sorted(set(TokComConfig.__annotations__) - {"codec_config", "transformer_config"}),
+}
+OVERRIDE = st.sampled_from(sorted(FIELDS)).flatmap(
+    lambda part: st.tuples(st.just(part), st.sampled_from(FIELDS[part]), VALUES)
+)
+REFUSALS = (ValueError, TypeError, StrictDataclassError)
+
+
+@settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(st.sampled_from(sorted(PRESETS)), st.lists(OVERRIDE, min_size=1, max_size=4))
+def test_a_thousand_random_configurations_are_built_or_refused_before_anything_is_allocated(preset, overrides):
+    fields: dict = {}
+    for part, name, value in overrides:
+        (fields.setdefault(part, {}) if part else fields)[name] = value
+    try:
+        config = TokComConfig.from_preset(preset, **fields)
+    except REFUSALS as error:
+        assert str(error)
+        return
+    again = TokComConfig.from_dict(json.loads(config.to_json_string()))
+    assert again.to_dict() == config.to_dict() or "nan" in str(config.to_dict()).lower()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"transformer_config": {"hidden_size": 2**40}},
+        {"transformer_config": {"num_hidden_layers": 10**9}},
+        {"codec_config": {"vocab_size": 10**15}},
+        {"codec_config": {"embedding_size": 2**50}},
+        {"codec_config": {"quantizer": "vq", "num_codes": 10**14}},
+        {"token_embedding_size": 10**14, "prediction_type": "tokens", "codec_config": {"encoder_type": "token"}},
+        {"latent_head": "vq", "latent_head_codes": 10**14},
+    ],
+)
+def test_a_petabyte_is_refused(fields):
+    with pytest.raises(REFUSALS, match="parameters"):
+        TokComConfig.from_preset("debug", **fields)
+
+
+TEXTS = st.text(st.characters(codec=None, exclude_categories=[]), max_size=60)
+ANYTHING = st.one_of(TEXTS, st.none(), st.integers(), st.lists(TEXTS, max_size=2), st.binary(max_size=4))
+
+
+@pytest.fixture(scope="module")
+def small_pipe(tokenizer):
+    from pipeline_tokcom import TokComPipeline
+    from scheduling_tokcom import TokComFlowMatchScheduler
+    from tests.conftest import tiny_config
+
+    torch.manual_seed(0)
+    model = TokComModel(tiny_config(len(tokenizer), stage="flow", transformer_config={"num_hidden_layers": 1})).eval()
+    pipe = TokComPipeline(model, TokComFlowMatchScheduler.from_model_config(model.config), tokenizer)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+CALLS = st.sampled_from(["call", "stream", "infill", "encode", "reconstruct", "renoise"])
+NUMBERS = st.one_of(st.integers(-3, 12), st.floats(allow_nan=True, allow_infinity=True, width=16))
+
+
+@settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(CALLS, ANYTHING, NUMBERS)
+def test_a_thousand_random_prompts_give_text_or_an_explanation(small_pipe, call, text, number):
+    length = int(number) if np.isfinite(number) and abs(number) < 20 else 4
+    options = {"num_inference_steps": 1, "generator": seeded()}
+    methods = {
+        "call": lambda: small_pipe(text, gen_length=length, **options),
+        "stream": lambda: list(small_pipe.stream(text, gen_length=length, **options)),
+        "infill": lambda: small_pipe.infill(f"{text}____", gap_length=length, **options),
+        "encode": lambda: small_pipe.encode(text),
+        "reconstruct": lambda: small_pipe.reconstruct(text),
+        "renoise": lambda: small_pipe.denoise_reconstruct(text, number, **options),
+    }
+    try:
+        assert methods[call]() is not None
+    except ValueError as error:
+        assert str(error)

@@ -1,0 +1,126 @@
+"""Checkpoints that are whole or not there: written beside their place, hashed, flushed to the disk, then renamed.
+
+A checkpoint is a folder `checkpoint-STEP` with a `manifest.json` of the size and SHA-256 of every file. What does not match its
+manifest is never loaded: the newest checkpoint that does is.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+MANIFEST = "manifest.json"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, or none that exists is whole; the message names it and the remedy."""
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file or the entries of a folder are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+
+
+def seal(folder: Path) -> None:
+    """Write the manifest of a finished folder, and flush all of it."""
+    entries = {str(p.relative_to(folder)): [p.stat().st_size, _digest(p)] for p in _files(folder)}
+    (folder / MANIFEST).write_text(json.dumps(entries, indent=2) + "\n")
+    for path in [*_files(folder), folder / MANIFEST, *(p for p in folder.rglob("*") if p.is_dir()), folder]:
+        _flush(path)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None if every file is as its manifest says."""
+    try:
+        entries = json.loads((folder / MANIFEST).read_text())
+        if not isinstance(entries, dict) or not entries:
+            return f"{MANIFEST} lists no files"
+        for name, (size, digest) in entries.items():
+            file = folder / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != size:
+                return f"{name} has {file.stat().st_size} bytes instead of {size}"
+            if _digest(file) != digest:
+                return f"{name} has changed since it was written"
+    except (OSError, ValueError, TypeError) as error:
+        return f"{MANIFEST} cannot be read ({error})"
+    unknown = {str(p.relative_to(folder)) for p in _files(folder)} - set(entries)
+    return f"{sorted(unknown)[0]} is not in {MANIFEST}" if unknown else None
+
+
+class Checkpoints:
+    """The checkpoints of one stage in `directory`, of which the newest `limit` are kept."""
+
+    def __init__(self, directory: Path, limit: int):
+        self.directory, self.limit = directory, limit
+
+    def all(self) -> list[Path]:
+        """Oldest first, by step."""
+        found = (p for p in self.directory.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit())
+        return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
+
+    def newest(self) -> Path | None:
+        """The newest whole checkpoint, or None if there is none at all; warns of broken ones.
+
+        Raises `CheckpointError` if there are some, but all are broken.
+        """
+        found, broken = self.all(), []
+        for folder in reversed(found):
+            problem = damage(folder)
+            if problem is None:
+                return folder
+            broken.append(f"{folder}: {problem}")
+            warnings.warn(f"passing over a broken checkpoint, {broken[-1]}", stacklevel=2)
+        if found:
+            raise CheckpointError(
+                f"no checkpoint is whole ({'; '.join(broken)}); restore one, or remove {self.directory} to start again."
+            )
+        return None
+
+    def write(self, step: int, save: Callable[[str], object], is_main: bool, wait: Callable[[], None]) -> None:
+        """Call `save(folder)` on every process, seal the folder, give it its name and remove old ones.
+
+        `wait` is a barrier. Raises `CheckpointError` if it cannot be written; then the ones before are as they were.
+        """
+        target = self.directory / f"checkpoint-{step}"
+        partial = target.with_suffix(".tmp")
+        if is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+        wait()
+        try:
+            save(str(partial))
+            wait()
+            if is_main:
+                seal(partial)
+        except Exception as error:  # torch, safetensors and the system name a full disk in ways of their own
+            if is_main:
+                shutil.rmtree(partial, ignore_errors=True)
+            kept = ([None] + self.all())[-1]
+            raise CheckpointError(
+                f"{target} could not be written ({str(error).splitlines()[0]}); the last one is {kept or 'none'}. Free some "
+                "space and run the same command again."
+            ) from error
+        if is_main:
+            shutil.rmtree(target, ignore_errors=True)
+            partial.rename(target)
+            _flush(self.directory)
+            for old in self.all()[: -self.limit]:
+                shutil.rmtree(old)
+        wait()

@@ -1,0 +1,60 @@
+"""What a stage leaves: latent statistics of its codec, and the finished model as a Hub repository."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from modeling_tokcom import TokComModel
+from pipeline_tokcom import TokComPipeline
+from scheduling_tokcom import TokComFlowMatchScheduler
+from training.checkpoints import CheckpointError
+from training.data import tokenize_documents
+
+
+def export_repository(model: TokComModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Save model, tokenizer, scheduler, index and code; complete or not at all."""
+    partial = directory.with_name(directory.name + ".tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    pipe = TokComPipeline(model, TokComFlowMatchScheduler.from_model_config(model.config), tokenizer)
+    try:
+        pipe.save_pretrained(partial)
+    except Exception as error:  # safetensors and the system name a full disk in ways of their own
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(
+            f"{directory} could not be written ({str(error).splitlines()[0]}); what was there is as it was. Free some space and "
+            "run the same command again."
+        ) from error
+    shutil.rmtree(directory, ignore_errors=True)
+    partial.rename(directory)
+
+
+@torch.no_grad()
+def measure_latent_statistics(model: TokComModel, tokens: np.ndarray, rows: int = 65536) -> None:
+    """Set the codec's per-channel mean and standard deviation from up to `rows` random chunks `(rows, K)`."""
+    codec = model.codec.eval()
+    size = codec.config.chunk_size
+    starts = np.random.default_rng(0).integers(0, max(1, len(tokens) - size + 1), size=min(rows, len(tokens)))
+    chunks = torch.from_numpy(np.stack([tokens[s : s + size] for s in starts]).astype(np.int64))
+    codec.set_latent_statistics(torch.zeros_like(codec.latent_mean), torch.ones_like(codec.latent_std))
+    device = codec.latent_mean.device
+    latents = torch.cat([codec.encode(part.to(device)).latents[:, 0] for part in chunks.split(4096)]).float()
+    codec.set_latent_statistics(latents.mean(0), latents.std(0))
+
+
+def first_tokens(train, tokenizer: PreTrainedTokenizerBase, text_column: str, count: int = 1_000_000) -> np.ndarray:
+    """Up to `count` training tokens, from memory or from the head of a stream."""
+    if isinstance(train, np.ndarray):
+        return train
+    if isinstance(train, list):
+        return np.concatenate([np.asarray([*prompt, *answer]) for prompt, answer in train])[:count]
+    rows, total = [], 0
+    for row in train:
+        rows.append(row)
+        total += len(row[text_column] or "")
+        if total > 4 * count:
+            break
+    return tokenize_documents(rows, tokenizer, text_column, "a sample for latent statistics")[:count]
