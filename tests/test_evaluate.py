@@ -352,3 +352,30 @@ def test_rate_and_distortion_of_a_codec(build, tmp_path):
     assert 0 < facts["entropy, bits per token"] <= 3.0 and 0 <= facts["token accuracy"] <= 1
     plain, *packed = compression.lossless("the little pig " * 100, 300)
     assert plain["bits per token"] == 40.0 and all(row["bits per token"] < 5 for row in packed)
+
+
+def test_costs_of_many_layers_follow_from_few():
+    """Operations exactly; saved activations to 2 %, since some tensors share their storage."""
+    from evaluation.flops import training_flops_per_token
+    from evaluation.scaling import count, memory, parameters, saved_bytes
+
+    shapes = [
+        {
+            "num_hidden_layers": 5,
+            "num_context_layers": 3,
+            "head_attention": False,
+            "block_size": 1,
+            "self_conditioning": False,
+        },
+        {"num_hidden_layers": 4, "block_size": 2, "self_conditioning": False},
+    ]
+    for transformer in shapes:
+        config = tiny_config(stage="flow", transformer_config=transformer)
+        found, model = count(config, 64), TokComModel(config).train()
+        ids = torch.randint(0, 320, (1, 64))
+        assert found["flops"] == pytest.approx(training_flops_per_token(model, ids), rel=1e-9)
+        assert found["saved"] == pytest.approx(saved_bytes(model, ids) / 64, rel=0.02)
+        assert found["checkpointed"] < found["saved"]
+        trained, frozen = parameters(config)
+        assert trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert memory(trained, frozen, 0, 4, True, True) * 4 == memory(trained, frozen, 0, 4, False, True)

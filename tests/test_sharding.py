@@ -1,0 +1,78 @@
+"""FSDP2 on two gloo processes: sharded training, its average and its export are those of one process."""
+
+import random
+import subprocess
+import sys
+
+import torch
+
+from tests.conftest import ROOT, tiny_config
+
+WORKER = """
+import random, sys
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from tests.test_sharding import build, train
+from training.ema import ShardedEMAModel
+
+dist.init_process_group("gloo")
+model = build()
+mesh = init_device_mesh("cpu", (2,))
+for layer in model.transformer.layers:
+    fully_shard(layer, mesh=mesh)
+fully_shard(model, mesh=mesh)
+optimizer, average = train(model, 3)
+saved = average.state_dict()  # gathers
+again = ShardedEMAModel(model.parameters(), decay=0.5)
+again.load_state_dict(saved)  # distributes
+same = all(torch.equal(a.full_tensor() if hasattr(a, "full_tensor") else a, b)
+           for a, b in zip(again.shadow_params, saved["shadow_params"]))
+state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+train(model, 1, optimizer, again)
+if dist.get_rank() == 0:
+    torch.save({"state": state, "average": saved["shadow_params"], "same": same}, sys.argv[1])
+dist.destroy_process_group()
+"""
+
+
+def build():
+    from modeling_tokcom import TokComModel
+
+    torch.manual_seed(0)
+    return TokComModel(tiny_config(stage="flow")).train()
+
+
+def train(model, steps: int, optimizer=None, average=None):
+    from training.ema import ShardedEMAModel
+
+    optimizer = optimizer or torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    average = average or ShardedEMAModel(model.parameters(), decay=0.5)
+    for step in range(steps):
+        torch.manual_seed(step)
+        random.seed(step)
+        ids = torch.randint(0, 300, (2, 32))  # the same on both processes, so that the mean is that of one
+        model(ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        average.step(model.parameters())
+    return optimizer, average
+
+
+def test_sharded_training_average_and_export_are_those_of_one_process(tmp_path):
+    (tmp_path / "worker.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{WORKER}")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "worker.py"), str(tmp_path / "out.pt")], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = torch.load(tmp_path / "out.pt", weights_only=True)
+    model = build()
+    _, average = train(model, 3)
+    assert found["same"]
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(found["state"][name], value, rtol=1e-5, atol=1e-6)
+    for mine, theirs in zip(average.shadow_params, found["average"], strict=True):
+        torch.testing.assert_close(theirs, mine, rtol=1e-5, atol=1e-6)
