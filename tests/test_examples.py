@@ -28,6 +28,7 @@ EXAMPLES = {
     "swap_schedulers": lambda folder: ["--steps", "2", *QUICK],
     "read_latents": lambda folder: [],
     "compress_document": lambda folder: QUICK,
+    "distill_2d": lambda folder: ["--teacher_steps", "2", "--student_steps", "2", "--picture", str(folder / "a.png")],
 }
 EXPECTED = {
     "quick_start": "reconstructed:  'There was a little rabbit who lived in a big wood.'",
@@ -35,6 +36,7 @@ EXPECTED = {
     "swap_schedulers": "UniPCMultistepScheduler",
     "read_latents": "1.00 'The young fox ran away fast.",
     "compress_document": "bits per token",
+    "distill_2d": "matching + regression, 1 step",
 }
 
 
