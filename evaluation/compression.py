@@ -91,6 +91,28 @@ def measure(model: TokComModel, ids: torch.Tensor, picture: Path) -> dict:
     return facts | mean | {"distinct codes": None}
 
 
+def draw_rates(rows: list[dict], file: str) -> None:
+    """Token accuracy against bits per token, one colour for each K; entropy-coded rates as hollow points."""
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    for row in rows:
+        bits, accuracy, size = row["bits per token"], row["token accuracy"], row.get("K")
+        if bits is None:
+            continue
+        color = "black" if size is None else plt.cm.viridis({2: 0.0, 4: 0.3, 8: 0.6, 16: 0.9}.get(size, 1.0))
+        axes.scatter(bits, accuracy, color=color)
+        if row.get("entropy, bits per token"):
+            axes.scatter(row["entropy, bits per token"], accuracy, facecolors="none", edgecolors=[color])
+            axes.plot([row["entropy, bits per token"], bits], [accuracy] * 2, color=color, linewidth=0.7)
+        axes.annotate(row["row"], (bits, accuracy), xytext=(5, -3), textcoords="offset points", fontsize=7)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("bits per token (hollow: entropy of the codes)")
+    axes.set_ylabel("tokens that survive")
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
 def lossless(text: str, tokens: int) -> list[dict]:
     raw = text.encode()
     sizes = {
@@ -105,6 +127,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="*", choices=ROWS, default=[])
     parser.add_argument("--table", help="Markdown file that collects all rows measured in --work_dir")
+    parser.add_argument("--picture", help="PNG of the same rows: token accuracy against bits per token")
     parser.add_argument("--checkpoint", default=".", help="where the tokenizer comes from")
     parser.add_argument("--train")
     parser.add_argument("--validation")
@@ -135,6 +158,8 @@ def main(argv: list[str] | None = None) -> None:
         text = table(columns, [[row.get(column) for column in columns] for row in found])
         Path(args.table).write_text(text)
         print(text)
+        if args.picture:
+            draw_rates(found, args.picture)
 
 
 if __name__ == "__main__":

@@ -379,3 +379,14 @@ def test_costs_of_many_layers_follow_from_few():
         trained, frozen = parameters(config)
         assert trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
         assert memory(trained, frozen, 0, 4, True, True) * 4 == memory(trained, frozen, 0, 4, False, True)
+
+
+def test_rates_become_a_table_and_a_picture(tmp_path):
+    rows = [
+        {"row": "a", "K": 4, "bits per token": 2.5, "token accuracy": 0.3, "entropy, bits per token": 2.0, "steps": 1}
+    ]
+    rows.append({"row": "none", "K": 4, "bits per token": None, "token accuracy": 0.9, "steps": 1})
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    options = ["--table", str(tmp_path / "t.md"), "--picture", str(tmp_path / "t.png"), "--work_dir", str(tmp_path)]
+    compression.main(options)
+    assert "| a | 4 | 2.500 |" in (tmp_path / "t.md").read_text() and (tmp_path / "t.png").stat().st_size > 1000
