@@ -2,7 +2,7 @@
 
     python examples/distill_2d.py --picture docs/distill_2d.png
 
-Prints the share of samples within 0.4 of a mode and how many modes are met. About three minutes on one CPU core.
+Prints the share of samples within 0.4 of a mode and how many modes are met. About two minutes on one CPU core.
 """
 
 import argparse
