@@ -163,11 +163,13 @@ class TokComMicroDecoder(nn.Module):
 class TokComCodec(TokComPreTrainedModel):
     """What all codecs share; each has `to_chunks`, `encode`, `decode`, `to_ids`, `nll` and `training_loss`."""
 
-    def known(self, latents: torch.Tensor) -> TokComCodecOutput:
-        """What `encode` returns for texts without padding whose `latents (B, N, C)` are known already."""
+    def known(
+        self, latents: torch.Tensor, mask: torch.Tensor | None = None, codes: torch.Tensor | None = None
+    ) -> TokComCodecOutput:
+        """What `encode` returns for texts whose `latents (B, N, C)` are known already, without padding unless `mask (B, N)` tells."""
         index = torch.arange(latents.shape[1], device=latents.device).expand(len(latents), -1)
-        mask = torch.ones_like(index, dtype=torch.bool)
-        return TokComCodecOutput(latents.to(self.dtype), position_ids=self.positions(index), mask=mask)
+        mask = torch.ones_like(index, dtype=torch.bool) if mask is None else mask
+        return TokComCodecOutput(latents, position_ids=self.positions(index), mask=mask, codes=codes)
 
     def loss(
         self, latents: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
@@ -295,9 +297,7 @@ class TokComChunkCodec(TokComCodec):
             mean = quantized.latents if self.config.quantized_latents else mean
             codes = quantized.codes.unflatten(0, chunks.shape[:2])
         latents = ((mean - self.latent_mean) / self.latent_std).unflatten(0, chunks.shape[:2])  # (B, N, C)
-        latents = latents.to(self.embed_tokens.weight.dtype)
-        index = torch.arange(chunks.shape[1], device=input_ids.device).expand(len(chunks), -1)
-        return TokComCodecOutput(latents, position_ids=self.positions(index), mask=real.any(-1), codes=codes)
+        return self.known(latents.to(self.embed_tokens.weight.dtype), real.any(-1), codes)
 
     def from_codes(self, codes: torch.Tensor) -> torch.Tensor:
         """The `codes (B, N, R)` that `encode` gives -> standardised latents `(B, N, C)`."""

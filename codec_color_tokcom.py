@@ -177,8 +177,7 @@ class TokComColorCodec(TokComCodec):
         """Token ids `(B, T)` and `attention_mask (B, T)` (0 = padding) -> standardised latents `(B, N, C)`."""
         chunks, real = self.to_chunks(input_ids, attention_mask)
         latents = self._standardize(self.digits(chunks)).flatten(2)
-        index = torch.arange(chunks.shape[1], device=input_ids.device).expand(len(chunks), -1)
-        return TokComCodecOutput(latents=latents, position_ids=self.positions(index), mask=real.any(-1))
+        return self.known(latents, real.any(-1))
 
     def symbols(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None

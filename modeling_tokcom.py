@@ -313,7 +313,7 @@ class TokComModel(TokComPreTrainedModel):
             if latents is None:
                 clean = self.codec.encode(input_ids, attention_mask)
             else:
-                clean = self.codec.known(latents)
+                clean = self.codec.known(latents.to(self.dtype))
         if self.token_head is not None:
             return self._token_loss(clean, input_ids, attention_mask, timestep, known_mask)
         return self._latent_loss(clean, input_ids, attention_mask, timestep, known_mask)

@@ -101,6 +101,10 @@ class RequestError(Exception):
         self.status, self.body = status, {"error": {"message": message, "type": kind, "param": None, "code": code}}
 
 
+def _closing() -> RequestError:
+    return RequestError(503, "the server is shutting down.", "server_error")
+
+
 @dataclass
 class Job:
     """One text to write. `pieces` receives every `TokComPiece`, or the exception that ended it."""
@@ -133,7 +137,7 @@ class Engine:
         """Queue all of `jobs` or, if there is no room, none: then raises `RequestError`."""
         with self.changed:
             if self.closed:
-                raise RequestError(503, "the server is shutting down.", "server_error")
+                raise _closing()
             self.waiting = deque(job for job in self.waiting if not job.cancelled)
             if len(self.waiting) + len(jobs) > self.settings.max_queue:
                 limit = self.settings.max_queue
@@ -147,7 +151,7 @@ class Engine:
             self.changed.notify_all()
         self.thread.join(10)
         for job in self.waiting:
-            job.put(RequestError(503, "the server is shutting down.", "server_error"))
+            job.put(_closing())
 
     def _next_batch(self) -> list[Job]:
         with self.changed:
@@ -201,7 +205,7 @@ class Engine:
                 break
         for done, job in zip(finished, batch):
             if not done:  # nobody listens, or the server ends
-                job.put(RequestError(503, "the server is shutting down.", "server_error"))
+                job.put(_closing())
 
 
 class Choice:

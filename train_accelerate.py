@@ -170,11 +170,8 @@ class Progress:
 
     def __init__(self):
         self.step, self.micro_batch, self.tokens = 0, 0, 0
-        self.skipped, self.skipped_in_row, self.norm = (
-            0,
-            0,
-            0.0,
-        )  # updates left out; moving average of the gradient norm
+        self.skipped, self.skipped_in_row = 0, 0  # updates left out
+        self.norm = 0.0  # moving average of the gradient norm
         self.best, self.train_loss, self.train_count = float("inf"), 0.0, 0
 
     def state_dict(self) -> dict:
@@ -344,8 +341,10 @@ class StageTrainer:
 
     def _stop_if_told(self) -> None:
         """Write a checkpoint and raise `TrainingStopped` if any process has had a signal."""
-        told = torch.tensor([float(self.stop_signal)], device=self.accelerator.device)
-        number = int(self.accelerator.gather(told).max()) if self.accelerator.num_processes > 1 else self.stop_signal
+        number = self.stop_signal
+        if self.accelerator.num_processes > 1:
+            told = torch.tensor([float(number)], device=self.accelerator.device)
+            number = int(self.accelerator.gather(told).max())
         if not number:
             return
         self._save_checkpoint()

@@ -154,6 +154,17 @@ def test_composite_config_reaches_the_halves():
     assert config.codec_config.vocab_size == 101 and config.codec_config.mask_token_id == 100
 
 
+def test_known_latents_of_pixels_give_the_loss_of_encoding():
+    torch.manual_seed(0)
+    shape = {"transformer_config": {"num_hidden_layers": 1}, "stage": "flow"}
+    model = TokComModel(TokComConfig.from_preset("pixel-tiny", 300, **shape)).eval()
+    ids, losses = torch.randint(0, 300, (1, 64)), []
+    for known in ({}, {"latents": model.encode(ids).latents}):
+        torch.manual_seed(1)
+        losses.append(model(ids, timestep=0.5, **known).loss)
+    assert torch.equal(*losses)
+
+
 @pytest.mark.parametrize("prediction", [{}, {"prediction_type": "tokens", "codec_config": {"encoder_type": "token"}}])
 def test_latents_that_are_known_give_the_loss_of_encoding(prediction):
     torch.manual_seed(0)
