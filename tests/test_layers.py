@@ -84,7 +84,7 @@ def randomize(model):
     return model.eval()
 
 
-@torch.no_grad()  # flex attention has no backward on the CPU
+@torch.no_grad()
 @pytest.mark.parametrize("implementation", ["eager", "flex_attention"])
 def test_attention_implementations_agree(implementation):
     torch.manual_seed(2)
@@ -109,6 +109,24 @@ def test_key_masks_work_with_a_cache_on_every_implementation(implementation):
             model(torch.randn(1, 2, 8), torch.ones(1, 2), attention_mask=keys, past_key_values=cache).latents
         )
     torch.testing.assert_close(outputs[0], outputs[1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("keys", [8, 24, 40])
+def test_flex_attention_is_right_on_the_cpu_at_lengths_its_kernel_misreads(keys):
+    latents, time = torch.randn(2, keys, 8), torch.rand(2, keys)
+    results = [randomize(transformer(name))(latents, time).latents for name in ("sdpa", "flex_attention")]
+    torch.testing.assert_close(*results)
+    results[1].sum().backward()
+
+
+@pytest.mark.parametrize("shape", [(2, 10), (2, 3, 10)])
+def test_the_block_mask_of_flex_attention_says_what_the_boolean_mask_says(shape, monkeypatch):
+    monkeypatch.setattr(layers_tokcom, "attention_backend", lambda implementation, device: implementation)
+    mask = torch.rand(shape) > 0.5
+    block_mask = expand_attention_mask(mask, 3, "flex_attention", torch.float32)
+    batch, query, key = torch.meshgrid(torch.arange(2), torch.arange(3), torch.arange(10), indexing="ij")
+    said = block_mask.mask_mod(batch, torch.zeros_like(batch), query, key)
+    assert torch.equal(said, (mask[:, None] if mask.ndim == 2 else mask).expand(2, 3, 10))
 
 
 def test_flash_attention_refuses_masks_it_cannot_express():
