@@ -7,210 +7,35 @@ Shape legend used in every file: B batch, T tokens, K tokens per chunk, N = T/K 
 D width, H heads, A position axes, V vocabulary.
 """
 
-import math
 from copy import deepcopy
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-MAX_PARAMETERS = 10**12
-MAX_LAYERS = 1024
+try:
+    from .configuration_codec_tokcom import (
+        CODEC_CONFIGS,
+        MAX_PARAMETERS,
+        TokComChunkCodecConfig,
+        TokComColorCodecConfig,
+        TokComStyleCodecConfig,
+        check_fraction,
+        check_heads,
+        check_positive,
+        check_size,
+        vocabulary_fields,
+    )
+except ImportError:
+    if __package__:
+        raise
+    import configuration_codec_tokcom as _codecs
 
-
-def _check_positive(config: PreTrainedConfig, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) < 1:
-            raise ValueError(f"`{name}` ({getattr(config, name)}) must be at least 1.")
-
-
-def _check_fraction(config: PreTrainedConfig, *names: str) -> None:
-    for name in names:
-        if not 0.0 <= getattr(config, name) < 1.0:
-            raise ValueError(f"`{name}` ({getattr(config, name)}) is a probability and must be in [0, 1).")
-
-
-def _check_size(config: PreTrainedConfig, parameters: int) -> None:
-    """Refuse what no machine can hold, before anything is allocated."""
-    if config.num_hidden_layers > MAX_LAYERS or parameters > MAX_PARAMETERS:
-        raise ValueError(
-            f"{type(config).__name__} asks for about {parameters:.1e} parameters in {config.num_hidden_layers} layers; at most "
-            f"{MAX_PARAMETERS:.0e} in {MAX_LAYERS} are built. Check its sizes, or whom the file comes from."
-        )
-
-
-def _check_heads(config: PreTrainedConfig) -> None:
-    if config.hidden_size % (2 * config.num_attention_heads):
-        raise ValueError(
-            f"`hidden_size` ({config.hidden_size}) must be an even multiple of `num_attention_heads` "
-            f"({config.num_attention_heads}); rotary embedding pairs the channels of a head."
-        )
-    if config.num_attention_heads % config.num_key_value_heads:
-        raise ValueError(
-            f"`num_attention_heads` ({config.num_attention_heads}) must be a multiple of `num_key_value_heads` "
-            f"({config.num_key_value_heads}) for grouped-query attention."
-        )
-
-
-@strict
-class TokComChunkCodecConfig(PreTrainedConfig):
-    r"""Configuration of the codec `tokens <-> one latent per chunk`.
-
-    Args:
-        vocab_size (`int`): V, the tokenizer's length plus one: the last row is the learned mask token.
-        mask_token_id (`int`): id of that extra token. It replaces dropped and padded tokens at the encoder and is the
-            decoder's query in the attention form (the published "omni" token).
-        pad_token_id (`int`): id written into padded places before encoding; `mask_token_id` except in converted v5.2.
-        chunk_size (`int`): K, tokens per latent.
-        latent_channels (`int`): C.
-        layer_type (`str`): `"mlp"`, residual SwiGLU layers on the concatenated embeddings of a chunk, or
-            `"attention"`, the published transformer inside each chunk.
-        embedding_size (`int`): width of the tied token embedding; equals `hidden_size` in the attention form.
-        variational (`bool`): a Gaussian posterior head and linear maps to and from C channels. `False` is the
-            published autoencoder, whose latent is the last hidden state, so `latent_channels == hidden_size`.
-        kl_weight (`float`), kl_free_nats (`float`): weight of the KL term, and the nats per channel that cost nothing.
-        encoder_type (`str`): `"chunk"`, a network over the K tokens, or `"token"`, C / K channels per token, which makes
-            the mean latent of token probabilities exact (`prediction_type="tokens"`).
-        token_dropout (`float`), latent_dropout (`float`): training probabilities in [0, 1).
-        num_micro_decoder_layers (`int`): layers of a causal network inside the chunk, which decodes each token given the
-            latent and the tokens before it; 0 decodes all K independently.
-        micro_decoder_dropout (`float`): share of the tokens fed back that training masks.
-        quantizer (`str`): `"none"`, `"vq"` or `"fsq"`: latents take one of finitely many values, so that a text is stored as
-            codes. Then there is no posterior noise and no KL.
-        num_codes (`int`), num_quantizers (`int`): for `"vq"`: codes of a codebook, and codebooks, each of which quantises what
-            the ones before it left over.
-        fsq_levels (`list[int]`): for `"fsq"`: levels of every latent channel.
-        quantized_latents (`bool`): whether the flow learns the quantised latents, or those before the quantiser, which then is
-            the first part of the decoder.
-    """
-
-    model_type = "tokcom_chunk_codec"
-    base_config_key = "codec_config"
-
-    vocab_size: int = 4097
-    mask_token_id: int = 4096
-    pad_token_id: int = 4096
-    chunk_size: int = 4
-    latent_channels: int = 64
-    layer_type: str = "mlp"
-    encoder_type: str = "chunk"
-    embedding_size: int = 128
-    hidden_size: int = 256
-    intermediate_size: int = 768
-    num_hidden_layers: int = 2
-    num_attention_heads: int = 4
-    num_key_value_heads: int = 4
-    attention_bias: bool = False
-    qk_norm: bool = True
-    rope_theta: float | int = 10000.0
-    rms_norm_eps: float = 1e-6
-    variational: bool = True
-    kl_weight: float | int = 1e-3
-    kl_free_nats: float | int = 0.5
-    token_dropout: float | int = 0.15
-    latent_dropout: float | int = 0.15
-    num_micro_decoder_layers: int = 0
-    micro_decoder_dropout: float | int = 0.3
-    quantizer: str = "none"
-    num_codes: int = 1024
-    num_quantizers: int = 1
-    fsq_levels: list[int] | None = None
-    quantized_latents: bool = True
-    initializer_range: float = 0.02
-
-    @property
-    def bits_per_token(self) -> float | None:
-        """Bits that store one token as codes; None without a quantiser."""
-        if self.quantizer == "none":
-            return None
-        sizes = self.fsq_levels if self.quantizer == "fsq" else [self.num_codes] * self.num_quantizers
-        return sum(math.log2(size) for size in sizes) / self.chunk_size
-
-    @property
-    def length_multiple(self) -> int:
-        """Tokens of which a text must hold a multiple."""
-        return self.chunk_size
-
-    @property
-    def has_symbols(self) -> bool:
-        """Whether a latent is the concatenation of what its symbols look like."""
-        return self.encoder_type == "token"
-
-    @property
-    def num_symbols(self) -> int:
-        """Symbols of a chunk, each of which has channels of its own; here the tokens."""
-        return self.chunk_size
-
-    @property
-    def symbol_vocab_size(self) -> int:
-        return self.vocab_size
-
-    def validate_architecture(self):
-        sizes = ("vocab_size", "chunk_size", "latent_channels", "embedding_size", "hidden_size", "intermediate_size")
-        _check_positive(self, *sizes, "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-        _check_fraction(self, "token_dropout", "latent_dropout", "micro_decoder_dropout")
-        if self.num_micro_decoder_layers < 0 or (self.num_micro_decoder_layers and self.chunk_size == 1):
-            raise ValueError(
-                f"`num_micro_decoder_layers` ({self.num_micro_decoder_layers}) must be 0, or positive with a "
-                f"`chunk_size` ({self.chunk_size}) above 1: it orders the tokens inside a chunk."
-            )
-        if self.layer_type not in ("mlp", "attention"):
-            raise ValueError(f"`layer_type` ({self.layer_type!r}) must be 'mlp' or 'attention'.")
-        if self.encoder_type not in ("chunk", "token"):
-            raise ValueError(f"`encoder_type` ({self.encoder_type!r}) must be 'chunk' or 'token'.")
-        if self.encoder_type == "token" and (self.latent_channels % self.chunk_size or not self.variational):
-            raise ValueError(
-                f"`encoder_type='token'` needs `variational=True` and `latent_channels` ({self.latent_channels}) to be a "
-                f"multiple of `chunk_size` ({self.chunk_size})."
-            )
-        self._validate_quantizer()
-        if self.layer_type == "attention":
-            _check_heads(self)
-            if self.embedding_size != self.hidden_size:
-                raise ValueError(
-                    f"`embedding_size` ({self.embedding_size}) must equal `hidden_size` ({self.hidden_size}) "
-                    "when `layer_type` is 'attention'."
-                )
-        if not self.variational and self.latent_channels != self.hidden_size:
-            raise ValueError(
-                f"`latent_channels` ({self.latent_channels}) must equal `hidden_size` ({self.hidden_size}) when "
-                "`variational` is False, because the hidden state itself is the latent; set `variational=True`."
-            )
-        for name in ("mask_token_id", "pad_token_id"):
-            if not 0 <= getattr(self, name) < self.vocab_size:
-                raise ValueError(f"`{name}` ({getattr(self, name)}) must be in [0, vocab_size={self.vocab_size}).")
-        layer = self.hidden_size * (
-            4 * self.hidden_size * (self.layer_type == "attention") + 3 * self.intermediate_size
-        )
-        chunk = self.chunk_size * self.embedding_size
-        parameters = self.vocab_size * self.embedding_size + 2 * self.num_hidden_layers * layer
-        parameters += self.hidden_size * (2 * chunk + 3 * self.latent_channels)
-        parameters += self.num_micro_decoder_layers * layer + self.hidden_size * chunk
-        if self.quantizer == "vq":
-            parameters += 2 * self.num_quantizers * self.num_codes * self.latent_channels
-        _check_size(self, parameters)
-
-    def _validate_quantizer(self):
-        if self.quantizer not in ("none", "vq", "fsq"):
-            raise ValueError(f"`quantizer` ({self.quantizer!r}) must be 'none', 'vq' or 'fsq'.")
-        if self.quantizer != "none" and self.encoder_type != "chunk":
-            raise ValueError(
-                f"`quantizer` ({self.quantizer!r}) needs `encoder_type='chunk'`, not {self.encoder_type!r}."
-            )
-        if self.quantizer == "vq" and (self.num_codes < 2 or self.num_quantizers < 1):
-            raise ValueError(
-                f"`num_codes` ({self.num_codes}) must be at least 2 and `num_quantizers` ({self.num_quantizers}) at least 1."
-            )
-        if self.quantizer == "fsq" and len(self.fsq_levels or ()) != self.latent_channels:
-            raise ValueError(
-                f"`fsq_levels` ({self.fsq_levels}) must give the levels of every one of the {self.latent_channels} "
-                "`latent_channels`."
-            )
-        if self.quantizer == "fsq" and math.prod(self.fsq_levels) >= 2**63:
-            raise ValueError(
-                f"`fsq_levels` ({self.fsq_levels}) have {math.prod(self.fsq_levels):.1e} codes, more than 64 bits; lower the "
-                "levels or `latent_channels`."
-            )
+    CODEC_CONFIGS, MAX_PARAMETERS = _codecs.CODEC_CONFIGS, _codecs.MAX_PARAMETERS
+    TokComChunkCodecConfig, TokComColorCodecConfig = _codecs.TokComChunkCodecConfig, _codecs.TokComColorCodecConfig
+    TokComStyleCodecConfig, vocabulary_fields = _codecs.TokComStyleCodecConfig, _codecs.vocabulary_fields
+    check_fraction, check_heads = _codecs.check_fraction, _codecs.check_heads
+    check_positive, check_size = _codecs.check_positive, _codecs.check_size
 
 
 @strict
@@ -268,10 +93,10 @@ class TokComTransformerConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
     def validate_architecture(self):
-        _check_positive(self, "latent_channels", "hidden_size", "intermediate_size", "num_hidden_layers")
-        _check_positive(self, "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
-        _check_positive(self, "num_position_axes", "conditioning_size")
-        _check_heads(self)
+        check_positive(self, "latent_channels", "hidden_size", "intermediate_size", "num_hidden_layers")
+        check_positive(self, "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+        check_positive(self, "num_position_axes", "conditioning_size")
+        check_heads(self)
         head_size = self.hidden_size // self.num_attention_heads
         if head_size % (2 * self.num_position_axes):
             raise ValueError(
@@ -314,105 +139,10 @@ class TokComTransformerConfig(PreTrainedConfig):
             )
         layer = self.hidden_size * (4 * self.hidden_size + 3 * self.intermediate_size + 6 * self.conditioning_size)
         ends = self.hidden_size * (2 * self.feature_size + 3 * self.latent_channels)
-        _check_size(self, self.num_hidden_layers * layer + ends)
-
-
-@strict
-class TokComColorCodecConfig(PreTrainedConfig):
-    r"""Configuration of the codec `token id <-> pixel` (PixelDLM), which has no parameters.
-
-    Args:
-        vocab_size, mask_token_id, pad_token_id (`int`): as in `TokComChunkCodecConfig`; the mask token is never decoded to.
-        digits (`str`): `"color"`, three digits of base 256 (red, green, blue), or `"bits"`, the binary digits (analog
-            bits, Chen et al. 2023).
-        symbols (`str`): what `prediction_type="tokens"` gives probabilities to: `"digits"`, each on its own, or `"tokens"`,
-            whole tokens of which the digits are noisy channels.
-        patch_size (`int`): a latent is a patch of `patch_size` x `patch_size` tokens.
-        layout (`str`): `"contiguous"`, a patch holds consecutive tokens, or `"raster"`, tokens fill the rows of an image.
-        image_size (`int`): width of that image in pixels, a multiple of `patch_size`; also spaces the patches' positions.
-        standardize (`bool`): give every digit mean 0 and standard deviation 1 over the vocabulary; `False` maps 0..255 to
-            -1..1 as published, which leaves high digits that hardly vary to the noise.
-        digit_sigma (`float`): width, in digits, of the Gaussian that turns a predicted channel into digit logits.
-    """
-
-    model_type = "tokcom_color_codec"
-    base_config_key = "codec_config"
-
-    vocab_size: int = 4097
-    mask_token_id: int = 4096
-    pad_token_id: int = 4096
-    digits: str = "color"
-    symbols: str = "digits"
-    patch_size: int = 4
-    layout: str = "contiguous"
-    image_size: int = 64
-    standardize: bool = True
-    digit_sigma: float | int = 0.25
-
-    @property
-    def has_symbols(self) -> bool:
-        """A patch is the concatenation of its digits."""
-        return True
-
-    @property
-    def chunk_size(self) -> int:
-        """K, tokens per patch."""
-        return self.patch_size**2
-
-    @property
-    def digits_per_token(self) -> int:
-        return 3 if self.digits == "color" else max(1, (self.vocab_size - 1).bit_length())
-
-    @property
-    def base(self) -> int:
-        """How many values a digit has."""
-        return 256 if self.digits == "color" else 2
-
-    @property
-    def symbol_vocab_size(self) -> int:
-        return self.vocab_size if self.symbols == "tokens" else self.base
-
-    @property
-    def num_symbols(self) -> int:
-        """Digits or tokens of a patch."""
-        return self.chunk_size if self.symbols == "tokens" else self.latent_channels
-
-    @property
-    def latent_channels(self) -> int:
-        return self.chunk_size * self.digits_per_token
-
-    @property
-    def num_valid_ids(self) -> int:
-        """Ids that decoding may give: all but a mask token at the end."""
-        return self.vocab_size - (self.mask_token_id == self.vocab_size - 1)
-
-    @property
-    def length_multiple(self) -> int:
-        """Tokens of which a text must hold a multiple: a patch, or in raster order a row of patches."""
-        return self.chunk_size if self.layout == "contiguous" else self.image_size * self.patch_size
-
-    def validate_architecture(self):
-        _check_positive(self, "vocab_size", "patch_size", "image_size")
-        if self.digits not in ("color", "bits"):
-            raise ValueError(f"`digits` ({self.digits!r}) must be 'color' or 'bits'.")
-        if self.symbols not in ("digits", "tokens"):
-            raise ValueError(f"`symbols` ({self.symbols!r}) must be 'digits' or 'tokens'.")
-        if self.layout not in ("contiguous", "raster"):
-            raise ValueError(f"`layout` ({self.layout!r}) must be 'contiguous' or 'raster'.")
-        if self.image_size % self.patch_size:
-            raise ValueError(
-                f"`image_size` ({self.image_size}) must be a multiple of `patch_size` ({self.patch_size})."
-            )
-        if self.digits == "color" and self.vocab_size > 256**3:
-            raise ValueError(f"`vocab_size` ({self.vocab_size}) is more than the {256**3} colors; use digits='bits'.")
-        if self.digit_sigma <= 0:
-            raise ValueError(f"`digit_sigma` ({self.digit_sigma}) must be positive.")
+        check_size(self, self.num_hidden_layers * layer + ends)
 
 
 STAGES = ("codec", "flow", "head")
-CODEC_CONFIGS: dict[str, type[PreTrainedConfig]] = {
-    config.model_type: config for config in (TokComChunkCodecConfig, TokComColorCodecConfig)
-}
 
 
 @strict
@@ -441,6 +171,8 @@ class TokComConfig(PreTrainedConfig):
         latent_head (`str`), latent_refiner (`str`): networks between the estimate and the decoder, for `"latents"`: `"none"`,
             `"mlp"` or `"vq"` (an MLP and a codebook), and `"none"`, `"mlp"` or for pixels `"unet"`. Trained in stage `"head"`.
         latent_head_size (`int`), latent_refiner_size (`int`), latent_head_codes (`int`): their widths and codes.
+        condition_vocab_size (`int`): of models of images: ids of the captions they are generated for, those of the tokenizer
+            and one more; 0 is without captions.
         noise_draws (`int`): noisy copies of every latent that one pass over the clean text trains; the cross-entropy
             is computed on the first.
         context_dropout (`float`): share of training rows that lose their context, for classifier-free guidance.
@@ -472,6 +204,7 @@ class TokComConfig(PreTrainedConfig):
     latent_head_size: int = 4096
     latent_refiner_size: int = 256
     latent_head_codes: int = 8192
+    condition_vocab_size: int = 0
     noise_draws: int = 1
     context_dropout: float | int = 0.1
     infill_rate: float | int = 0.1
@@ -507,6 +240,7 @@ class TokComConfig(PreTrainedConfig):
         if self.stage not in STAGES:
             raise ValueError(f"`stage` ({self.stage!r}) must be one of {STAGES}.")
         self._validate_head()
+        self._validate_images()
         if self.timestep_sampling not in ("logit_normal", "uniform"):
             raise ValueError(f"`timestep_sampling` ({self.timestep_sampling!r}) must be 'logit_normal' or 'uniform'.")
         if self.prediction_type not in ("latents", "tokens"):
@@ -534,7 +268,7 @@ class TokComConfig(PreTrainedConfig):
                 f"`mse_weight` ({self.mse_weight}) and `ce_weight` ({self.ce_weight}) must not be negative, "
                 "and one of them must be positive."
             )
-        _check_fraction(self, "context_dropout", "infill_rate")
+        check_fraction(self, "context_dropout", "infill_rate")
         if self.noise_draws < 1 or (self.noise_draws > 1 and self.transformer_config.block_size is None):
             raise ValueError(
                 f"`noise_draws` ({self.noise_draws}) must be at least 1, and 1 for a bidirectional model "
@@ -542,8 +276,31 @@ class TokComConfig(PreTrainedConfig):
             )
 
     @property
+    def text_vocab_size(self) -> int:
+        """Ids of the text that a model reads: the tokenizer's and the mask token; 0 if it reads none."""
+        return self.codec_config.vocab_size if self.codec_config.has_tokens else self.condition_vocab_size
+
+    @property
     def has_latent_head(self) -> bool:
         return self.latent_head != "none" or self.latent_refiner != "none"
+
+    def _validate_images(self):
+        images, condition = not self.codec_config.has_tokens, self.condition_vocab_size
+        if condition < 0 or (condition and (not images or self.transformer_config.block_size is not None)):
+            raise ValueError(
+                f"`condition_vocab_size` ({condition}) must not be negative, and needs a codec of images and "
+                "`transformer_config.block_size=None`; a text continues its prompt."
+            )
+        if images and (self.prediction_type != "latents" or self.ce_weight or self.has_latent_head):
+            raise ValueError(
+                f"images have no tokens to predict: `prediction_type` ({self.prediction_type!r}) must be 'latents', "
+                f"`ce_weight` ({self.ce_weight}) 0, and `latent_head` and `latent_refiner` 'none'."
+            )
+        if images and self.transformer_config.max_position_embeddings < self.codec_config.num_tokens:
+            raise ValueError(
+                f"`transformer_config.max_position_embeddings` ({self.transformer_config.max_position_embeddings}) must hold "
+                f"the {self.codec_config.num_tokens} tokens of an image."
+            )
 
     def _validate_head(self):
         colors = isinstance(self.codec_config, TokComColorCodecConfig)
@@ -570,14 +327,16 @@ class TokComConfig(PreTrainedConfig):
             )
         if not 0 < self.ce_share <= 1:
             raise ValueError(f"`ce_share` ({self.ce_share}) must be in (0, 1].")
-        _check_positive(self, "latent_head_size", "latent_refiner_size", "latent_head_codes", "token_embedding_size")
+        check_positive(self, "latent_head_size", "latent_refiner_size", "latent_head_codes", "token_embedding_size")
         channels = self.codec_config.latent_channels
         head = channels * (self.latent_head_size + self.latent_refiner_size + self.latent_head_codes)
-        if max(head, self.codec_config.symbol_vocab_size * self.token_embedding_size) > MAX_PARAMETERS:
+        table = self.codec_config.symbol_vocab_size * self.token_embedding_size
+        captions = self.condition_vocab_size * self.transformer_config.hidden_size
+        if max(head, table, captions) > MAX_PARAMETERS:
             raise ValueError(
                 f"`latent_head_size` ({self.latent_head_size}), `latent_refiner_size` ({self.latent_refiner_size}), "
-                f"`latent_head_codes` ({self.latent_head_codes}) or `token_embedding_size` ({self.token_embedding_size}) ask for more "
-                f"than {MAX_PARAMETERS:.0e} parameters."
+                f"`latent_head_codes` ({self.latent_head_codes}), `token_embedding_size` ({self.token_embedding_size}) or "
+                f"`condition_vocab_size` ({self.condition_vocab_size}) ask for more than {MAX_PARAMETERS:.0e} parameters."
             )
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -592,7 +351,8 @@ class TokComConfig(PreTrainedConfig):
     def from_preset(cls, name: str, vocab_size: int | None = None, **overrides) -> "TokComConfig":
         """Build the configuration of a named preset.
 
-        `vocab_size` is the *tokenizer's* length; the model's vocabulary is one larger (the mask token).
+        `vocab_size` is the *tokenizer's* length; the model's vocabulary, of an image model that of its captions, is one
+        larger (the mask token).
         `overrides` are dictionaries for `codec_config` and `transformer_config`, or top-level values.
         Raises `ValueError` for an unknown name or an unknown key.
         """
@@ -600,8 +360,10 @@ class TokComConfig(PreTrainedConfig):
             raise ValueError(f"unknown preset {name!r}; known are {sorted(PRESETS)}.")
         fields = deepcopy(PRESETS[name])
         merge_overrides(fields, overrides)
-        if vocab_size is not None:
-            fields["codec_config"].update(_vocabulary(vocab_size))
+        if vocab_size is not None and fields["codec_config"].get("model_type") == TokComStyleCodecConfig.model_type:
+            fields["condition_vocab_size"] = vocab_size + 1
+        elif vocab_size is not None:
+            fields["codec_config"].update(vocabulary_fields(vocab_size))
         return cls(**fields)
 
 
@@ -623,11 +385,6 @@ def merge_overrides(fields: dict[str, Any], overrides: dict[str, Any]) -> None:
         fields[key] = {**fields.get(key, {}), **value} if isinstance(value, dict) else value
 
 
-def _vocabulary(size: int) -> dict[str, int]:
-    """A tokenizer of `size` tokens and the mask token, which also pads."""
-    return {"vocab_size": size + 1, "mask_token_id": size, "pad_token_id": size}
-
-
 def _pixels(
     hidden_size: int,
     layers: int,
@@ -642,7 +399,7 @@ def _pixels(
     patches = 2 * (image_size // patch_size) ** 2
     return {
         "codec_config": {
-            **_vocabulary(vocabulary),
+            **vocabulary_fields(vocabulary),
             **dict(model_type="tokcom_color_codec", patch_size=patch_size, image_size=image_size, **codec),
         },
         "transformer_config": {
@@ -658,11 +415,30 @@ def _pixels(
     }
 
 
+def _styled(width: int, channels: int) -> dict[str, Any]:
+    """Styled_vae_vq as published: a decoder of this width and tokens of so many channels, 256x256 pixels in 36 tokens."""
+    return {
+        "codec_config": {
+            **dict(model_type="tokcom_style_codec", image_size=256, patch_size=16, latent_channels=channels),
+            **dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=16, num_hidden_layers=18),
+            **dict(num_expert_layers=6, expert_intermediate_size=4096, bottleneck="cosine", tail_dropout=0.0),
+            **dict(decoder_hidden_size=width, decoder_intermediate_size=4 * width),
+            **dict(decoder_num_attention_heads=width // 64, num_styled_layers=18, num_decoder_layers=6),
+        },
+        "transformer_config": {
+            **dict(latent_channels=channels, hidden_size=1024, intermediate_size=2816, num_hidden_layers=16),
+            **dict(num_attention_heads=16, num_key_value_heads=16, max_position_embeddings=36),
+            **dict(conditioning_size=256, block_size=None, self_conditioning=False, per_latent_timestep=False),
+        },
+        **dict(ce_weight=0.0, timestep_loc=0.0, num_inference_steps=32),
+    }
+
+
 PRESETS: dict[str, dict[str, Any]] = {
     # TokCom v5.2 as published: Qwen2-0.5B-shaped layers, latent = hidden state, bidirectional, CE objective.
     "v5.2": {
         "codec_config": {
-            **_vocabulary(32016),
+            **vocabulary_fields(32016),
             **dict(chunk_size=4, layer_type="attention", variational=False, latent_channels=896, embedding_size=896),
             **dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14),
             **dict(num_key_value_heads=2, attention_bias=True, qk_norm=False, rope_theta=1e6, rms_norm_eps=1e-6),
@@ -679,7 +455,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "base": {
         "codec_config": {
-            **_vocabulary(8192),
+            **vocabulary_fields(8192),
             **dict(chunk_size=4, latent_channels=128, embedding_size=256, hidden_size=512, intermediate_size=1536),
             **dict(num_hidden_layers=3, encoder_type="token"),
         },
@@ -696,7 +472,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "tiny": {
         "codec_config": {
-            **_vocabulary(4096),
+            **vocabulary_fields(4096),
             **dict(chunk_size=4, latent_channels=64, embedding_size=128, hidden_size=256, intermediate_size=768),
             **dict(num_hidden_layers=2, encoder_type="token"),
         },
@@ -721,9 +497,27 @@ PRESETS: dict[str, dict[str, Any]] = {
     "pixel-l32": _pixels(1024, 24, 16, 32, 256, 1),
     "pixel-h16": _pixels(1280, 32, 16, 16, 256, 2),
     "pixel-h32": _pixels(1280, 32, 16, 32, 256, 1),
+    "style-768-128": _styled(768, 128),
+    "style-768-64": _styled(768, 64),
+    "style-512-128": _styled(512, 128),
+    "style-512-64": _styled(512, 64),
+    "style-tiny": {
+        "codec_config": {
+            **dict(model_type="tokcom_style_codec", image_size=32, patch_size=8, latent_channels=8, hidden_size=128),
+            **dict(intermediate_size=512, num_attention_heads=4, num_hidden_layers=3, num_expert_layers=1),
+            **dict(expert_intermediate_size=256, decoder_hidden_size=128, decoder_intermediate_size=256),
+            **dict(decoder_num_attention_heads=4, num_styled_layers=18, num_decoder_layers=1),
+        },
+        "transformer_config": {
+            **dict(latent_channels=8, hidden_size=192, intermediate_size=512, num_hidden_layers=6),
+            **dict(num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=36),
+            **dict(conditioning_size=128, block_size=None, self_conditioning=False, per_latent_timestep=False),
+        },
+        **dict(ce_weight=0.0, timestep_loc=0.0, num_inference_steps=32),
+    },
     "debug": {
         "codec_config": {
-            **_vocabulary(512),
+            **vocabulary_fields(512),
             **dict(chunk_size=4, latent_channels=16, embedding_size=48, hidden_size=64, intermediate_size=128),
             **dict(num_hidden_layers=1),
         },
@@ -739,6 +533,7 @@ __all__ = [
     "TokComConfig",
     "TokComChunkCodecConfig",
     "TokComColorCodecConfig",
+    "TokComStyleCodecConfig",
     "TokComTransformerConfig",
     "merge_overrides",
     "CODEC_CONFIGS",

@@ -1,6 +1,8 @@
-"""Convert a published TokCom v5.2 checkpoint (`best_diffusion.pt`) into a Hub repository in this layout, or publish one.
+"""Convert a published TokCom v5.2 checkpoint (`best_diffusion.pt`) into a Hub repository in this layout, give a model of images a
+codebook, or publish a repository.
 
     python convert_tokcom.py best_diffusion.pt OUT_DIR [--tokenizer PATH_OR_NAME]
+    python convert_tokcom.py kmeans MODEL_DIR OUT_DIR --data PICTURES [--num_codes 1024] [--metric euclidean]
     python convert_tokcom.py publish MODEL_DIR USER/NAME [--evaluation DIR] [--private] [--max_shard_size 1GB]
 
 The converted model gives the published numbers: its latents are raw (no standardisation), its time is not scaled by
@@ -24,6 +26,9 @@ from modeling_tokcom import TokComModel
 from pipeline_tokcom import TokComPipeline
 from scheduling_tokcom import TokComFlowMatchScheduler
 from training.card import evaluation_section
+from training.config import DataConfig
+from training.data import load_documents
+from training.images import ImageDataset, encode_all
 
 REQUIRED = ("model_args", "config", "vae_model_state_dict", "denoised_model_state_dict")
 MODEL_ARGS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
@@ -200,8 +205,42 @@ def publish(argv: list[str]) -> None:
     print(f"published at {url}")
 
 
+def fit_codebook(argv: list[str]) -> None:
+    """Make a codebook of the tokens of pictures by k-means, after which a model of images gives codes."""
+    parser = argparse.ArgumentParser(prog="convert_tokcom.py kmeans", description=fit_codebook.__doc__)
+    parser.add_argument("model", help="directory of a model of images")
+    parser.add_argument("output_dir", help="directory to create")
+    parser.add_argument(
+        "--data", required=True, help="pictures: a folder, a .parquet file or the name of a Hub dataset"
+    )
+    parser.add_argument("--image_column", default="image")
+    parser.add_argument("--num_codes", type=int, default=1024)
+    parser.add_argument("--metric", choices=["euclidean", "cosine"], default="euclidean")
+    parser.add_argument("--iterations", type=int, default=20)
+    parser.add_argument("--limit", type=int, default=4096, help="pictures to use")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    try:
+        pipe = TokComPipeline.from_pretrained(args.model)
+        config = DataConfig(train=args.data, image_column=args.image_column)
+        records = load_documents(args.data, config, "train")
+        if pipe.image_processor is None or args.image_column not in records.column_names:
+            raise ValueError(f"a codebook needs a model of images and pictures in the field {args.image_column!r}.")
+        dataset = ImageDataset(records, args.image_column, "", None, args.seed, training=False)
+        latents = encode_all(pipe.model, dataset.fit(pipe.model.config.codec_config), limit=args.limit)
+        facts = pipe.model.codec.fit_codebook(latents, args.num_codes, args.metric, args.iterations, args.seed)
+        pipe.model.config.codec_config.num_codes = args.num_codes
+        pipe.save_pretrained(args.output_dir)
+    except (ValueError, OSError, StrictDataclassError) as error:
+        sys.exit(f"error: {error}")
+    told = ", ".join(f"{name} {value:.4g}" for name, value in facts.items())
+    print(f"written to {args.output_dir}: {args.num_codes} codes of {latents.shape[0]} pictures; {told}")
+
+
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["kmeans"]:
+        return fit_codebook(argv[1:])
     if argv[:1] == ["publish"]:
         return publish(argv[1:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -25,14 +25,14 @@ WHERE = re.compile(r'^path_or_id = ".*"', re.MULTILINE)  # the line of a card's 
 PICTURE = re.compile(r"!\[[^\]]*\]\(([^)\s]+)\)")
 METADATA = """---
 library_name: transformers
-pipeline_tag: text-generation
-tags: [diffusion, flow-matching, latent-diffusion, text-generation, tokcom, custom_code]
+pipeline_tag: {task}
+tags: [diffusion, flow-matching, latent-diffusion, {task}, tokcom, custom_code]
 {more}---
 """
 TEXT = """
 # {title}
 
-A TokCom model: it writes text by denoising vectors that stand for {chunk_size} tokens each. {parameters} parameters, {codec}
+A TokCom model: it {does}. {parameters} parameters, {codec}
 in the codec and {transformer} in the transformer; {vocab_size} tokens; {objective}.
 
 ```python
@@ -40,7 +40,7 @@ from diffusers import DiffusionPipeline
 
 path_or_id = "."
 pipe = DiffusionPipeline.from_pretrained(path_or_id, trust_remote_code=True)
-print(pipe("Once upon a time", gen_length=64).texts[0])
+{call}
 ```
 
 `trust_remote_code=True` runs the `*_tokcom.py` files of this repository: read them and pin `revision=`.
@@ -85,12 +85,22 @@ def model_card(
     objective = {"tokens": "predicts token probabilities", "latents": "predicts latents"}[config.prediction_type]
     objective += ", all latents at once" if block_size is None else f", {block_size} latent(s) at a time"
     more = "".join(f"{key}: {json.dumps(value)}\n" for key, value in metadata.items() if value)
-    text = METADATA.format(more=more) + TEXT.format(
+    codec = config.codec_config
+    task, call = "text-generation", 'print(pipe("Once upon a time", gen_length=64).texts[0])'
+    does = f"writes text by denoising vectors that stand for {codec.chunk_size} tokens each"
+    if not codec.has_tokens:
+        task, call = "text-to-image", 'pipe("a caption").images[0].save("picture.png")'
+        if not config.condition_vocab_size:
+            task, call = "unconditional-image-generation", 'pipe.generate_images().images[0].save("picture.png")'
+        size = f"{codec.image_size}x{codec.image_size}"
+        does = f"makes pictures of {size} pixels by denoising {codec.num_tokens} ordered tokens"
+    text = METADATA.format(more=more, task=task) + TEXT.format(
         title=title,
-        chunk_size=config.codec_config.chunk_size,
+        does=does,
+        call=call,
         parameters=f"{sum(parameters.values()):,}",
         **{name: f"{count:,}" for name, count in parameters.items()},
-        vocab_size=f"{config.codec_config.vocab_size - 1:,}",
+        vocab_size=f"{max(0, config.text_vocab_size - 1):,}",
         objective=objective,
     )
     return text + "".join(f"\n## {heading}\n\n{body.strip()}\n" for heading, body in (sections or {}).items())
@@ -153,8 +163,9 @@ class TokComHubMixin:
         for old in [file for pattern in WEIGHTS for file in directory.glob(pattern)]:
             old.unlink()  # one file and several shards must not lie side by side: the one file would be loaded
         self.model.save_pretrained(directory, **({"max_shard_size": max_shard_size} if max_shard_size else {}))
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(directory)
+        for processor in (self.tokenizer, self.image_processor):
+            if processor is not None:
+                processor.save_pretrained(directory)
         self.scheduler.save_pretrained(directory / "scheduler")
         self.save_config(directory)
         custom_object_save(self, directory)

@@ -272,6 +272,8 @@ class TokComPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.bias)
         else:
             super()._init_weights(module)
+        if hasattr(module, "initialize_parameters"):  # parameters of its own, outside linear layers
+            module.initialize_parameters()
         if hasattr(module, "latent_mean"):
             init.zeros_(module.latent_mean)
             init.ones_(module.latent_std)

@@ -23,9 +23,11 @@ from transformers.utils import ModelOutput
 try:
     from .codec_chunk_tokcom import TokComChunkCodec, TokComCodecOutput, TokComDecoderOutput
     from .codec_color_tokcom import TokComColorCodec
-    from .configuration_tokcom import STAGES, TokComChunkCodecConfig, TokComColorCodecConfig, TokComConfig
+    from .codec_style_tokcom import TokComImageOutput, TokComStyleCodec
+    from .configuration_codec_tokcom import TokComChunkCodecConfig, TokComColorCodecConfig, TokComStyleCodecConfig
+    from .configuration_tokcom import STAGES, TokComConfig
     from .latent_head_tokcom import TokComLatentHead
-    from .layers_tokcom import TokComPreTrainedModel
+    from .layers_tokcom import TokComPreTrainedModel, TokComTokenEmbedding
     from .token_head_tokcom import TokComChoice, TokComSymbols, TokComTokenHead
     from .transformer_tokcom import TokComTransformer, TokComTransformerOutput, block_causal_mask
 except ImportError:
@@ -33,6 +35,8 @@ except ImportError:
         raise
     import codec_chunk_tokcom as _codec_chunk
     import codec_color_tokcom as _codec_color
+    import codec_style_tokcom as _codec_style
+    import configuration_codec_tokcom as _configuration_codec
     import configuration_tokcom as _configuration
     import latent_head_tokcom as _latent_head
     import layers_tokcom as _layers
@@ -42,10 +46,13 @@ except ImportError:
     TokComChunkCodec, TokComCodecOutput = _codec_chunk.TokComChunkCodec, _codec_chunk.TokComCodecOutput
     TokComDecoderOutput = _codec_chunk.TokComDecoderOutput
     TokComColorCodec = _codec_color.TokComColorCodec
-    TokComChunkCodecConfig, TokComConfig = _configuration.TokComChunkCodecConfig, _configuration.TokComConfig
-    TokComColorCodecConfig, STAGES = _configuration.TokComColorCodecConfig, _configuration.STAGES
+    TokComImageOutput, TokComStyleCodec = _codec_style.TokComImageOutput, _codec_style.TokComStyleCodec
+    TokComChunkCodecConfig = _configuration_codec.TokComChunkCodecConfig
+    TokComColorCodecConfig = _configuration_codec.TokComColorCodecConfig
+    TokComStyleCodecConfig = _configuration_codec.TokComStyleCodecConfig
+    TokComConfig, STAGES = _configuration.TokComConfig, _configuration.STAGES
     TokComLatentHead = _latent_head.TokComLatentHead
-    TokComPreTrainedModel = _layers.TokComPreTrainedModel
+    TokComPreTrainedModel, TokComTokenEmbedding = _layers.TokComPreTrainedModel, _layers.TokComTokenEmbedding
     TokComChoice, TokComSymbols = _token_head.TokComChoice, _token_head.TokComSymbols
     TokComTokenHead = _token_head.TokComTokenHead
     TokComTransformer, TokComTransformerOutput = _transformer.TokComTransformer, _transformer.TokComTransformerOutput
@@ -55,6 +62,7 @@ EARLY = 0.1  # training begins with a token this long before its time, since sam
 CODECS = {
     TokComChunkCodecConfig.model_type: TokComChunkCodec,
     TokComColorCodecConfig.model_type: TokComColorCodec,
+    TokComStyleCodecConfig.model_type: TokComStyleCodec,
 }
 
 
@@ -64,9 +72,10 @@ class TokComOutput(ModelOutput):
 
     Args:
         loss (`torch.FloatTensor`): scalar loss of the current stage; the only field with a gradient.
-        ce_loss (`torch.FloatTensor`): cross-entropy through the decoder, nats per real token.
-        mse_loss (`torch.FloatTensor`, *optional*): flow stage: squared error of x1 per channel.
-        kl_loss (`torch.FloatTensor`, *optional*): codec stage: KL, nats per chunk.
+        ce_loss (`torch.FloatTensor`, *optional*): cross-entropy through the decoder, nats per real token; None for images.
+        mse_loss (`torch.FloatTensor`, *optional*): flow stage: squared error of x1 per channel; codec stage of images: of
+            pixels.
+        kl_loss (`torch.FloatTensor`, *optional*): codec stage: KL, nats per latent.
         token_losses (`torch.FloatTensor` of shape `(B, N, K)`, *optional*): flow stage: the cross-entropy of each token,
             0 where nothing is predicted; None in training with `ce_share` below 1.
     """
@@ -135,6 +144,10 @@ class TokComModel(TokComPreTrainedModel):
         self.transformer = TokComTransformer._from_config(config.transformer_config)
         self.token_head = TokComTokenHead(config) if config.prediction_type == "tokens" else None
         self.latent_head = TokComLatentHead(config) if config.has_latent_head else None
+        self.condition_embedding = None
+        if config.condition_vocab_size:
+            width = config.transformer_config.hidden_size
+            self.condition_embedding = TokComTokenEmbedding(config.condition_vocab_size, width)
         self.post_init()
         self.set_stage(config.stage)
 
@@ -155,7 +168,8 @@ class TokComModel(TokComPreTrainedModel):
         if stage not in STAGES or (stage == "head" and self.latent_head is None):
             raise ValueError(f"`stage` ({stage!r}) must be one of {STAGES}, and 'head' needs `latent_head`.")
         self.config.stage = stage
-        parts = {"codec": [self.codec], "flow": [self.transformer, self.token_head], "head": [self.latent_head]}
+        flow = [self.transformer, self.token_head, self.condition_embedding]
+        parts = {"codec": [self.codec], "flow": flow, "head": [self.latent_head]}
         for name, modules in parts.items():
             for module in modules:
                 if module is not None:
@@ -168,7 +182,7 @@ class TokComModel(TokComPreTrainedModel):
         return [part for part in (getattr(self.codec, "encoder", None), getattr(self.codec, "decoder", None)) if part]
 
     def _check_ids(self, input_ids: torch.Tensor) -> None:
-        vocab_size = self.config.codec_config.vocab_size
+        vocab_size = self.config.text_vocab_size
         if input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < vocab_size:
             bad = int(input_ids.min()) if int(input_ids.min()) < 0 else int(input_ids.max())
             raise ValueError(
@@ -177,17 +191,44 @@ class TokComModel(TokComPreTrainedModel):
             )
 
     @_entry_point
-    def encode(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> TokComCodecOutput:
-        """Token ids -> standardised latents.
+    def encode(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+    ) -> TokComCodecOutput:
+        """Token ids or images -> standardised latents.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(B, T)`): T a multiple of K, ids below V.
             attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 0 marks padding.
+            pixel_values (`torch.FloatTensor` of shape `(B, 3, H, W)`): what a model of images encodes instead.
 
         Returns: `latents (B, N, C)`, `position_ids (B, N, A)`, `mask (B, N)`. Raises `ValueError` on a bad length or id.
         """
-        self._check_ids(input_ids)
+        if not self.config.codec_config.has_tokens:
+            return self.codec.encode(self._required(pixel_values, "pixel_values"))
+        self._check_ids(self._required(input_ids, "input_ids"))
         return self.codec.encode(input_ids, attention_mask)
+
+    def _required(self, value: torch.Tensor | None, name: str) -> torch.Tensor:
+        if value is None:
+            raise ValueError(f"`{name}` is missing, which a model with {self.config.codec_config.model_type!r} reads.")
+        return value
+
+    @_entry_point
+    def condition(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Caption ids `(B, L)` -> what the transformer reads before an image's latents, `(B, L, D)`, and which of it exists,
+        `(B, L)`."""
+        if self.condition_embedding is None:
+            raise ValueError(
+                "this model was trained without captions (`condition_vocab_size` is 0); leave the prompt out."
+            )
+        self._check_ids(input_ids)
+        real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        return self.condition_embedding(input_ids), real
 
     def denoise(
         self, latents: torch.Tensor, timestep: torch.Tensor | float, *args, **kwargs
@@ -277,9 +318,10 @@ class TokComModel(TokComPreTrainedModel):
         return self.codec.from_codes(codes)
 
     @_entry_point
-    def decode(self, latents: torch.Tensor) -> TokComDecoderOutput:
-        """Standardised latents `(B, N, C)` -> `.logits (B, N * K, V)`."""
-        return self.codec.decode(latents)
+    def decode(self, latents: torch.Tensor, **kwargs) -> TokComDecoderOutput | TokComImageOutput:
+        """Standardised latents `(B, N, C)` -> `.logits (B, N * K, V)`, or `.pixel_values (B, 3, H, W)` of images, for which
+        `num_tokens` keeps the first ones only."""
+        return self.codec.decode(latents, **kwargs)
 
     @_entry_point
     def to_ids(self, latents: torch.Tensor) -> torch.Tensor:
@@ -288,13 +330,16 @@ class TokComModel(TokComPreTrainedModel):
 
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         timestep: float | None = None,
         known_mask: torch.Tensor | None = None,
         latents: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
     ) -> TokComOutput:
         """Loss of `config.stage` on token ids `(B, T)`; `attention_mask (B, T)` is 0 on padding.
+
+        Of a model of images, `pixel_values (B, 3, H, W)` are what it learns, and the ids their captions, if it reads any.
 
         `known_mask (B, T)` is 1 on tokens that are given, such as a prompt: in the flow stage latents of them only are clean
         and not predicted, and a share `context_dropout` of the rows does without them.
@@ -304,24 +349,28 @@ class TokComModel(TokComPreTrainedModel):
         `timestep` in [0, 1] fixes t in the flow stage, which evaluation uses to measure CE(t); by default it is drawn.
         In eval mode nothing is dropped, every block follows its whole context, and there is no self-conditioning.
         """
-        if input_ids.device.type == "cpu":  # elsewhere the check would wait for the device at every step
+        if self.config.codec_config.has_tokens:
+            source = self._required(input_ids, "input_ids"), attention_mask
+        else:
+            source = (None if latents is not None else self._required(pixel_values, "pixel_values")), None
+        # elsewhere the check would wait for the device at every step
+        if input_ids is not None and input_ids.device.type == "cpu":
             self._check_ids(input_ids)
         if self.config.stage == "codec":
-            loss, parts = self.codec.training_loss(input_ids, attention_mask)
+            loss, parts = self.codec.training_loss(*source)
             return TokComOutput(loss=loss, **parts)
         with torch.no_grad():
-            if latents is None:
-                clean = self.codec.encode(input_ids, attention_mask)
-            else:
-                clean = self.codec.known(latents.to(self.dtype))
+            clean = self.codec.encode(*source) if latents is None else self.codec.known(latents.to(self.dtype))
         if self.token_head is not None:
             return self._token_loss(clean, input_ids, attention_mask, timestep, known_mask)
         return self._latent_loss(clean, input_ids, attention_mask, timestep, known_mask)
 
     def _latent_loss(self, clean, input_ids, attention_mask, timestep, known_mask) -> TokComOutput:
-        config, trains_head = self.config, self.config.stage == "head"
+        config, trains_head, prefix = self.config, self.config.stage == "head", None
+        if self.condition_embedding is not None:
+            prefix = self.condition(self._required(input_ids, "input_ids"), attention_mask)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not trains_head):
-            prediction, loss_mask, _, _ = self._predict_noised(clean, timestep, known_mask=known_mask)
+            prediction, loss_mask, _, _ = self._predict_noised(clean, timestep, known_mask=known_mask, prefix=prefix)
         errors = prediction.float() - clean.latents[:, None].float()
         counted = loss_mask[:, None] / (prediction.shape[1] * loss_mask.sum()).clamp_min(1)  # (B, 1, N)
         mse = (errors.square().mean(-1) * counted).sum()
@@ -330,6 +379,8 @@ class TokComModel(TokComPreTrainedModel):
             coefficients = self.codec.frequencies(errors.flatten(0, 1)).abs().flatten(2).mean(-1)  # (B * M, N)
             coefficients = coefficients.unflatten(0, errors.shape[:2])
             loss = loss + config.frequency_weight * (coefficients * counted).sum()
+        if not config.codec_config.has_tokens:
+            return TokComOutput(loss=loss, mse_loss=mse.detach())
         if trains_head:
             estimate, loss = self.latent_head(prediction[:, 0], clean.position_ids)
         else:
@@ -412,10 +463,11 @@ class TokComModel(TokComPreTrainedModel):
         chunks: torch.Tensor | None = None,
         symbols: TokComSymbols | None = None,
         known_mask: torch.Tensor | None = None,
+        prefix: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """Noise the latents, M = `noise_draws` times with one time per block, and estimate them again.
 
-        A token head needs the ids `chunks (B, N, K)` and the codec's `symbols`.
+        A token head needs the ids `chunks (B, N, K)` and the codec's `symbols`; `prefix` is what `condition` gives.
         Returns the transformer's outputs `(B, M, N, ...)`, the loss mask `(B, N)`, and what it saw: the noisy latents
         `(B, M * N, C)` and their times `(B, M * N)`.
         """
@@ -443,6 +495,8 @@ class TokComModel(TokComPreTrainedModel):
         else:
             attention_mask = block_causal_mask(order, valid, sees_context, draws)
             position_ids = position_ids.repeat(1, 1 + draws, 1)
+        if prefix is not None:
+            prefix = prefix[0], prefix[1] & sees_context[:, None]
         targets = latents.repeat(1, draws, 1)
         noise = torch.randn_like(targets) * config.noise_std
         signal = self.channel_times(t)
@@ -471,6 +525,7 @@ class TokComModel(TokComPreTrainedModel):
                 self_condition,
                 num_context=known,
                 features=features,
+                prefix=prefix,
             )
             return output.latents[:, -draws * length :]
 

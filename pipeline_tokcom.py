@@ -24,11 +24,15 @@ from transformers.generation.streamers import BaseStreamer
 try:  # diffusers copies only the direct relative imports of this file, so every module of the repository is named here
     from .codec_chunk_tokcom import TokComCodecOutput
     from .codec_color_tokcom import TokComColorCodec
+    from .codec_style_tokcom import TokComStyleCodec
+    from .configuration_codec_tokcom import TokComStyleCodecConfig
     from .configuration_tokcom import TokComConfig
     from .hub_tokcom import TokComHubMixin
+    from .image_processing_tokcom import TokComImageProcessor
     from .latent_head_tokcom import TokComLatentHead
     from .layers_tokcom import TokComPreTrainedModel
     from .modeling_tokcom import TokComModel
+    from .pipeline_image_tokcom import IMAGE_OUTPUTS, TokComImageMixin
     from .quantization_tokcom import VectorQuantizer
     from .sampling_tokcom import TokComBlockSampler, split_blocks
     from .scheduling_tokcom import TokComFlowMatchScheduler
@@ -39,11 +43,15 @@ except ImportError:
         raise
     import codec_chunk_tokcom as _codec_chunk
     import codec_color_tokcom as _codec_color
+    import codec_style_tokcom as _codec_style
+    import configuration_codec_tokcom as _configuration_codec
     import configuration_tokcom as _configuration
     import hub_tokcom as _hub
+    import image_processing_tokcom as _image_processing
     import latent_head_tokcom as _latent_head
     import layers_tokcom as _layers
     import modeling_tokcom as _modeling
+    import pipeline_image_tokcom as _pipeline_image
     import quantization_tokcom as _quantization
     import sampling_tokcom as _sampling
     import scheduling_tokcom as _scheduling
@@ -56,6 +64,9 @@ except ImportError:
     TokComFlowMatchScheduler = _scheduling.TokComFlowMatchScheduler
     TokComBlockSampler, split_blocks = _sampling.TokComBlockSampler, _sampling.split_blocks
     TokComTransformer, TokComTokenHead = _transformer.TokComTransformer, _token_head.TokComTokenHead
+    IMAGE_OUTPUTS, TokComImageMixin = _pipeline_image.IMAGE_OUTPUTS, _pipeline_image.TokComImageMixin
+    TokComImageProcessor, TokComStyleCodec = _image_processing.TokComImageProcessor, _codec_style.TokComStyleCodec
+    TokComStyleCodecConfig = _configuration_codec.TokComStyleCodecConfig
     TokComLatentHead, VectorQuantizer = _latent_head.TokComLatentHead, _quantization.VectorQuantizer
 
 GAP = "____"
@@ -71,6 +82,7 @@ class TokComPipelineOutput(BaseOutput):
         latents (`torch.FloatTensor` of shape `(B, N, C)`): standardised latents.
         attention_mask (`torch.LongTensor` of shape `(B, T)`): 1 on the ids that belong to the text.
         codes (`torch.LongTensor` of shape `(B, N, R)`): what stores the latents of a codec with a quantiser.
+        images (`list[PIL.Image.Image]` or `torch.FloatTensor` of shape `(B, 3, H, W)`): pictures, of models of images.
     """
 
     texts: list[str] | None = None
@@ -78,6 +90,7 @@ class TokComPipelineOutput(BaseOutput):
     latents: torch.FloatTensor | None = None
     attention_mask: torch.LongTensor | None = None
     codes: torch.LongTensor | None = None
+    images: list[Image.Image] | torch.FloatTensor | None = None
 
 
 class TokComPiece(NamedTuple):
@@ -89,8 +102,9 @@ class TokComPiece(NamedTuple):
     finish_reason: str | None
 
 
-class TokComPipeline(TokComHubMixin, DiffusionPipeline):
-    """Continue prompts, generate, reconstruct, re-denoise, encode, decode and fill gaps with a TokCom model.
+class TokComPipeline(TokComHubMixin, TokComImageMixin, DiffusionPipeline):
+    """Continue prompts, generate, reconstruct, re-denoise, encode, decode and fill gaps with a TokCom model; with one of
+    images, generate pictures for captions, and encode, decode and reconstruct pictures.
 
     Args:
         model (`TokComModel`), scheduler (`TokComFlowMatchScheduler` or a stock flow scheduler),
@@ -98,6 +112,7 @@ class TokComPipeline(TokComHubMixin, DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "model"
+    output_class = TokComPipelineOutput
     _callback_tensor_inputs = ["latents"]
     _optional_components = ["tokenizer"]
     _local_classes = {"TokComModel": ("transformers", TokComModel)}
@@ -107,10 +122,10 @@ class TokComPipeline(TokComHubMixin, DiffusionPipeline):
         self, model: TokComModel, scheduler: SchedulerMixin, tokenizer: PreTrainedTokenizerBase | None = None
     ):
         super().__init__()
-        if tokenizer is not None and len(tokenizer) + 1 != model.config.codec_config.vocab_size:
+        if tokenizer is not None and len(tokenizer) + 1 != model.config.text_vocab_size:
             raise ValueError(
                 f"the tokenizer has {len(tokenizer)} tokens but the model was built for "
-                f"{model.config.codec_config.vocab_size - 1}; load the tokenizer saved beside the model."
+                f"{model.config.text_vocab_size - 1}; load the tokenizer saved beside the model."
             )
         self.register_modules(model=model, scheduler=scheduler, tokenizer=tokenizer)
 
@@ -141,6 +156,10 @@ class TokComPipeline(TokComHubMixin, DiffusionPipeline):
     def _eos_token_id(self) -> int | None:
         return getattr(self.tokenizer, "eos_token_id", None)
 
+    @property
+    def _pad_token_id(self) -> int:
+        return getattr(self.model.config.codec_config, "pad_token_id", self.model.config.text_vocab_size - 1)
+
     def _tokenize(self, texts: list[str], name: str) -> list[list[int]]:
         if not all(isinstance(text, str) for text in texts):
             raise ValueError(f"`{name}` must be a text or a list of texts, not {texts!r}.")
@@ -157,7 +176,7 @@ class TokComPipeline(TokComHubMixin, DiffusionPipeline):
     def _pad(self, rows: list[list[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of ids -> `input_ids (B, T)` and `attention_mask (B, T)`, T a multiple of K."""
         length = self._num_latents(max(map(len, rows))) * self.chunk_size
-        ids = torch.full((len(rows), length), self.model.config.codec_config.pad_token_id)
+        ids = torch.full((len(rows), length), self._pad_token_id)
         mask = torch.zeros_like(ids)
         for i, row in enumerate(rows):
             place = slice(length - len(row), length) if side == "left" else slice(0, len(row))
@@ -189,7 +208,7 @@ class TokComPipeline(TokComHubMixin, DiffusionPipeline):
         eos = self._eos_token_id
         ended = torch.zeros_like(sequences) if eos is None else (sequences == eos).long()
         mask = (ended.cumsum(-1) - ended == 0).long()  # (B, T)
-        return torch.where(mask.bool(), sequences, self.model.config.codec_config.pad_token_id), mask
+        return torch.where(mask.bool(), sequences, self._pad_token_id), mask
 
     def _ended(self, sequences: torch.Tensor) -> bool:
         """Whether every row of ids `(B, T)` holds EOS."""
@@ -202,8 +221,9 @@ class TokComPipeline(TokComHubMixin, DiffusionPipeline):
             raise ValueError(f"`gen_length` ({gen_length}) must be at least 1 token.")
         if num_inference_steps is not None and num_inference_steps < 1:
             raise ValueError(f"`num_inference_steps` ({num_inference_steps}) must be at least 1.")
-        if output_type not in ("text", "seq", "latent"):
-            raise ValueError(f"`output_type` ({output_type!r}) must be 'text', 'seq' or 'latent'.")
+        known = ("text", "seq", "latent") if self.model.config.codec_config.has_tokens else IMAGE_OUTPUTS
+        if output_type not in known:
+            raise ValueError(f"`output_type` ({output_type!r}) must be one of {known} for this model.")
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(
@@ -247,6 +267,7 @@ class TokComPipeline(TokComHubMixin, DiffusionPipeline):
         decode: bool = True,
         stop_at_eos: bool = False,
         on_step_end: Callable | None = None,
+        prefix: tuple[torch.Tensor, torch.Tensor] | None = None,
         **sampling,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         """Blocks of clean latents `(B, Q, C)` and ids `(B, Q * K)`, with a progress bar; ids may be None unless `decode`,
@@ -270,7 +291,7 @@ class TokComPipeline(TokComHubMixin, DiffusionPipeline):
             sampler.interrupt = self._interrupt
             return x
 
-        for block, ids in sampler.blocks(noise, context, position_ids, valid, sigma_start, edges, after_step):
+        for block, ids in sampler.blocks(noise, context, position_ids, valid, sigma_start, edges, after_step, prefix):
             ids = self.model.to_ids(block) if ids is None and decode else ids
             yield block, ids
             if decode and stop_at_eos and self._eos_token_id is not None:
@@ -313,13 +334,13 @@ class TokComPipeline(TokComHubMixin, DiffusionPipeline):
         top_p: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
-        output_type: str = "text",
+        output_type: str | None = None,
         return_dict: bool = True,
         streamer: BaseStreamer | None = None,
         callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
     ) -> TokComPipelineOutput | tuple:
-        """Continue one or several prompts.
+        """Continue one or several prompts, or with a model of images draw one or several captions.
 
         Args:
             prompt: a text or a list of texts of any lengths; none may be empty. A dialogue, `[{"role", "content"}, ...]`, or
@@ -331,7 +352,8 @@ class TokComPipeline(TokComHubMixin, DiffusionPipeline):
                 text. By default those of the model's config.
             generator: `torch.Generator` or one per prompt, for reproducible samples.
             latents: initial noise of shape `(B, ceil(gen_length / K), C)`.
-            output_type: `"text"`, `"seq"` (ids only) or `"latent"`.
+            output_type: `"text"`, the default, `"seq"` (ids only) or `"latent"`; of pictures `"pil"`, the default, `"pt"` or
+                `"latent"`.
             streamer: a streamer of transformers (`TextStreamer`, `TextIteratorStreamer`); it receives the prompt's ids,
                 then those of every finished block. For one prompt; `stream` is the same as an iterator.
             callback_on_step_end: called as `f(pipe, step, timestep, {"latents": ...})`; may return new latents.
@@ -339,6 +361,8 @@ class TokComPipeline(TokComHubMixin, DiffusionPipeline):
         Raises `ValueError` for an empty or too long prompt and for arguments out of range.
         """
         wanted = ["latents"] if callback_on_step_end_tensor_inputs is None else callback_on_step_end_tensor_inputs
+        images = not self.model.config.codec_config.has_tokens
+        output_type = output_type or ("pil" if images else "text")
         self.check_inputs(gen_length, num_inference_steps, output_type, wanted)
         prompts = self._to_prompts(prompt)
         if not prompts:
@@ -350,6 +374,11 @@ class TokComPipeline(TokComHubMixin, DiffusionPipeline):
             tensors = {"latents": x} if "latents" in wanted else {}
             return callback_on_step_end(pipe, index, timestep, tensors).pop("latents", x)
 
+        if images:
+            after = None if callback_on_step_end is None else on_step_end
+            settings = num_inference_steps, guidance_scale, generator, latents, output_type, after
+            output = self.generate_images(prompts, len(prompts), *settings)
+            return output if return_dict else output.to_tuple()
         rows, blocks = self._continue(
             prompts,
             gen_length,
@@ -530,8 +559,7 @@ class TokComPipeline(TokComHubMixin, DiffusionPipeline):
         sequences, mask = self._end_at_eos(ids[:, :gen_length])
         missing = gen_length - sequences.shape[1]
         if missing > 0:
-            pad = self.model.config.codec_config.pad_token_id
-            sequences = torch.nn.functional.pad(sequences, (0, missing), value=pad)
+            sequences = torch.nn.functional.pad(sequences, (0, missing), value=self._pad_token_id)
             mask = torch.nn.functional.pad(mask, (0, missing))
         self.maybe_free_model_hooks()
         texts = self._to_texts(sequences, mask) if output_type == "text" else None

@@ -133,20 +133,21 @@ class TokComBlockSampler:
         sigma_start: float = 1.0,
         edges: tuple[int, ...] = (),
         on_step_end: Callable[[int, int, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        prefix: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         """Denoise `noise (B, n, C)` given clean context latents; yields each block when it is clean: latents `(B, Q, C)`
         and ids `(B, Q * K)`, which are None for the last block of a model that draws none.
 
         `position_ids (B, n, A)` says where the new latents stand, `valid (B, n)` which of them exist. Blocks are
         denoised in the order given and do not cross `edges`, indices where something known lies between neighbours.
-        `on_step_end(block, step, timestep, x)` returns x.
+        `on_step_end(block, step, timestep, x)` returns x. `prefix` is what `TokComModel.condition` gives.
         """
         if position_ids is None:
             index = torch.arange(noise.shape[1], device=noise.device)
             position_ids = self.model.codec.positions(index.expand(len(noise), -1))
         if valid is None:
             valid = torch.ones(noise.shape[:2], dtype=torch.bool, device=noise.device)
-        known = _Known(self.model, context, noise)
+        known = _Known(self.model, context, noise, prefix)
         for index, block in enumerate(split_blocks(noise.shape[1], known.block_size, edges)):
             after = None if on_step_end is None else partial(on_step_end, index)
             known.begin(position_ids[:, block], valid[:, block], guided=self.guidance_scale != 1.0)
@@ -273,8 +274,8 @@ class TokComWindowCache:
 class _Known:
     """What is already known while blocks are denoised: a key/value cache, or for bidirectional models the latents."""
 
-    def __init__(self, model: TokComModel, context: TokComCodecOutput | None, like: torch.Tensor):
-        config = model.config.transformer_config
+    def __init__(self, model: TokComModel, context: TokComCodecOutput | None, like: torch.Tensor, prefix=None):
+        config, self.prefix = model.config.transformer_config, prefix
         self.model, self.block_size, self.window = model, config.block_size, config.max_position_embeddings
         self.context, self.symbols, self.length, self.cache = context, model.symbols(), 0, None
         if self.block_size is None:
@@ -295,7 +296,7 @@ class _Known:
         self.position_ids = position_ids.clone(memory_format=torch.contiguous_format)
         self.valid, self.free_keys, self.entries = valid, None if bool(valid.all()) else valid, []
         known = (self.length if self.context is None or self.cache else self.context.mask.shape[1]) > 0
-        self.guided = guided and known
+        self.guided = guided and (known or self.prefix is not None)
         if self.cache is None:
             exists = valid if self.context is None else torch.cat((self.context.mask, valid), dim=1)
             self.keys = None if bool(exists.all()) else exists
@@ -316,6 +317,9 @@ class _Known:
         if self.cache is None and self.context is not None:
             states = [self._predict_beside_context(x, step, previous)]
             return states + self._predict(x, step, previous, chunks, self.free_keys) if self.guided else states
+        if self.prefix is not None:
+            states = self._predict(x, step, previous, chunks, self.keys, prefix=self.prefix)
+            return states + self._predict(x, step, previous, chunks, self.keys) if self.guided else states
         alone = self.entries and not self.model.config.transformer_config.head_attention
         if alone:  # nothing else tells with context from without
             states = self._predict(x, step, previous, chunks, entry=torch.cat(self.entries))[0]

@@ -62,9 +62,11 @@ from training.data import (
 )
 from training.ema import ShardedEMAModel, decay_from_half_life
 from training.export import export_repository, first_tokens, measure_latent_statistics
+from training.images import ImageDataset, measure_image_statistics, picture_grid
 from training.optimizer import build_optimizer
+from training.perceptual import FeatureLoss
 from training.precision import resolve_precision
-from training.tracking import check_tracker, log_table
+from training.tracking import check_tracker, log_picture, log_table
 
 EXTRA = "extra.pt"  # of a checkpoint: progress, schedule and average
 SPIKES_AFTER = 50  # updates before the average gradient norm means something
@@ -79,8 +81,11 @@ class TrainingStopped(Exception):
     """A signal asked the run to end; a checkpoint was written, and the same command continues from it."""
 
 
-def read_data(config: TrainConfig) -> tuple[object, object, PreTrainedTokenizerBase]:
-    """Training tokens (or stream), validation tokens, tokenizer; the tokenizer is kept in `output_dir/run`."""
+def read_data(config: TrainConfig) -> tuple[object, object, PreTrainedTokenizerBase | None]:
+    """Training tokens (or stream, dialogues, pictures), validation, tokenizer; the tokenizer is kept in `output_dir/run`.
+
+    Pictures without captions have none.
+    """
     data = config.data
     train = load_documents(data.train, data, "train")
     if data.validation is None:
@@ -90,7 +95,7 @@ def read_data(config: TrainConfig) -> tuple[object, object, PreTrainedTokenizerB
             )
         if data.streaming:
             raise ValueError("a stream has no last documents to hold out; give `data.validation` or streaming=false.")
-        if len(train) == 1 and not is_dialogue(train):  # such as one .txt file
+        if len(train) == 1 and data.text_column in train.column_names:  # such as one .txt file
             train = cut_document(train, data)
         held_out = max(1, int(len(train) * data.validation_fraction))
         if len(train) < 2:
@@ -100,11 +105,19 @@ def read_data(config: TrainConfig) -> tuple[object, object, PreTrainedTokenizerB
     else:
         validation = load_documents(data.validation, data, "validation")
     saved = Path(config.output_dir) / WORK / "tokenizer"
-    if saved.is_dir():
+    pictures = data.image_column in (train.column_names or ())
+    text_column = data.caption_column if pictures else data.text_column
+    if pictures and text_column not in train.column_names:
+        tokenizer = None
+    elif saved.is_dir():
         tokenizer = AutoTokenizer.from_pretrained(saved)
     else:
         name = config.tokenizer or config.init_from or config.codec_from
-        tokenizer = get_tokenizer(name, config.tokenizer_vocab_size, train, data.text_column)
+        texts = train.select_columns(text_column) if pictures else train
+        tokenizer = get_tokenizer(name, config.tokenizer_vocab_size, texts, text_column)
+    if pictures:
+        columns = data.image_column, text_column, tokenizer, config.seed
+        return ImageDataset(train, *columns, training=True), ImageDataset(validation, *columns, False), tokenizer
     if is_dialogue(train) != is_dialogue(validation):
         raise ValueError(
             "of `data.train` and `data.validation` one holds dialogues and the other texts; give the same kind."
@@ -124,18 +137,18 @@ def read_data(config: TrainConfig) -> tuple[object, object, PreTrainedTokenizerB
     return train, validation, tokenizer
 
 
-def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> TokComModel:
+def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase | None) -> TokComModel:
     """A new model of the preset, or one that starts from `init_from` (all weights) or `codec_from` (the codec's).
 
     `config.model` overrides the preset's configuration, or that of `init_from`. Raises `ValueError` when weights do not
     fit the configuration or the tokenizer has another vocabulary.
     """
-    donor = config.init_from or config.codec_from
+    donor, size = config.init_from or config.codec_from, None if tokenizer is None else len(tokenizer)
     if donor is None:
-        model = TokComModel(TokComConfig.from_preset(config.model_preset, len(tokenizer), **config.model))
+        model = TokComModel(TokComConfig.from_preset(config.model_preset, size, **config.model))
     else:
         source = TokComModel.from_pretrained(donor, dtype=torch.float32)
-        model = TokComModel(derived_config(config, source.config))
+        model = TokComModel(derived_config(config, source.config, size))
         weights = source.state_dict() if config.init_from else source.codec.state_dict()
         if model.latent_head is not None and source.latent_head is None and config.init_from:
             weights |= {f"latent_head.{name}": value for name, value in model.latent_head.state_dict().items()}
@@ -144,21 +157,21 @@ def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> TokC
         except RuntimeError as error:
             problem = str(error).splitlines()[1].strip()
             raise ValueError(f"the weights of {donor} do not fit the overrides in `model`: {problem}") from error
-    if model.config.codec_config.vocab_size != len(tokenizer) + 1:
+    if model.config.text_vocab_size != (0 if size is None else size + 1):
         raise ValueError(
-            f"the model has {model.config.codec_config.vocab_size} tokens (with its mask token) but the "
-            f"tokenizer has {len(tokenizer)}; use the tokenizer saved beside the model."
+            f"the model has {model.config.text_vocab_size} tokens (with its mask token) but the "
+            f"tokenizer has {size}; use the tokenizer saved beside the model."
         )
     return model
 
 
-def derived_config(config: TrainConfig, source: TokComConfig) -> TokComConfig:
+def derived_config(config: TrainConfig, source: TokComConfig, vocab_size: int | None) -> TokComConfig:
     """The configuration of a model that starts from one with configuration `source`, or from its codec only."""
     codec = source.codec_config.to_dict()
     if config.init_from:
         fields = source.to_dict()
     else:
-        fields = TokComConfig.from_preset(config.model_preset).to_dict()
+        fields = TokComConfig.from_preset(config.model_preset, vocab_size).to_dict()
         fields["transformer_config"]["latent_channels"] = codec["latent_channels"]
     fields["codec_config"] = codec
     merge_overrides(fields, config.model)
@@ -202,6 +215,11 @@ class StageTrainer:
         )
         self._check_launch()
         model.set_stage(stage)
+        if stage == "codec" and config.perceptual_model:
+            if model.config.codec_config.has_tokens:
+                raise ValueError("`perceptual_model` compares pictures; remove it for text.")
+            features = FeatureLoss(config.perceptual_model, config.perceptual_weight, self.accelerator.device)
+            model.codec.feature_loss = features
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         if config.torch_compile:
@@ -220,6 +238,10 @@ class StageTrainer:
     def _loaders(self, model: TokComModel, train, validation) -> DataLoader:
         """Build the data loaders; raises `ValueError` when a window does not fit the model or a batch the data."""
         config, options = self.config, self.options
+        if isinstance(train, ImageDataset):
+            self.dataset = train.fit(model.config.codec_config)
+            self.validation_loader = DataLoader(validation.fit(model.config.codec_config), options.batch_size)
+            return self._shuffled(f"{len(train)} pictures, fewer")
         chunk_size = model.config.codec_config.chunk_size
         longest = model.config.transformer_config.max_position_embeddings * chunk_size
         if options.sequence_length > longest:
@@ -241,16 +263,17 @@ class StageTrainer:
             return DataLoader(self.dataset, options.batch_size, drop_last=True, num_workers=config.num_workers)
         if isinstance(train, np.ndarray):
             self.dataset = PackedDataset(train, *sizes, training=True, latents=self._latents(model, train))
-        wanted = options.batch_size * self.accelerator.num_processes
-        if len(self.dataset) < wanted:
+        return self._shuffled(f"{len(self.dataset)} windows of {options.sequence_length} tokens, fewer")
+
+    def _shuffled(self, found: str) -> DataLoader:
+        batch_size = self.options.batch_size
+        if len(self.dataset) < batch_size * self.accelerator.num_processes:
             raise ValueError(
-                f"the training text gives {len(self.dataset)} windows of {options.sequence_length} tokens, fewer than one "
-                f"batch of {options.batch_size} on {self.accelerator.num_processes} process(es); lower "
-                f"{self.stage}.batch_size or {self.stage}.sequence_length, or give more text."
+                f"the training data give {found} than one batch of {batch_size} on {self.accelerator.num_processes} "
+                f"process(es); lower {self.stage}.batch_size or {self.stage}.sequence_length, or give more data."
             )
-        return DataLoader(
-            self.dataset, options.batch_size, shuffle=True, drop_last=True, num_workers=config.num_workers
-        )
+        workers = self.config.num_workers
+        return DataLoader(self.dataset, batch_size, shuffle=True, drop_last=True, num_workers=workers)
 
     def _latents(self, model: TokComModel, train: np.ndarray) -> np.ndarray | None:
         """The latents of all training text with `cache_latents`, written by the first process."""
@@ -412,11 +435,16 @@ class StageTrainer:
                 self.optimizer.step()
             self.optimizer.zero_grad()
         progress.micro_batch += 1
-        progress.tokens += batch["input_ids"].numel() * accelerator.num_processes
+        progress.tokens += self._tokens_of(batch) * accelerator.num_processes
         if skip:
             self.pending = []
         elif accelerator.sync_gradients:
             self._after_update(mean, bar)
+
+    def _tokens_of(self, batch: dict[str, torch.Tensor]) -> int:
+        if "pixel_values" in batch:
+            return len(batch["pixel_values"]) * self.module.config.codec_config.num_tokens
+        return batch["input_ids"].numel()
 
     def _is_bad(self, loss: float, norm: torch.Tensor | None) -> bool:
         """Whether an update must be left out: loss or gradient is NaN or infinite, or the gradient far above its average.
@@ -475,7 +503,8 @@ class StageTrainer:
             metrics["vae/batch_loss"] = mean
         else:
             for name in ("ce_loss", "mse_loss"):
-                metrics[f"{self.prefix}/batch_{name}"] = self._reduced(name)
+                if getattr(self.pending[0], name) is not None:
+                    metrics[f"{self.prefix}/batch_{name}"] = self._reduced(name)
         self.pending = []
         self.accelerator.log(metrics, step=progress.step)
         elapsed = max(time.perf_counter() - self.started, 1e-9)  # a clock may jump
@@ -516,8 +545,7 @@ class StageTrainer:
         metrics = {f"{self.prefix}/train_loss": progress.train_loss / max(1, progress.train_count)}
         metrics[f"{self.prefix}/val_loss"] = values["loss"]
         if self.stage != "codec":
-            for name in ("ce_loss", "mse_loss"):
-                metrics[f"{self.prefix}/val_{name}"] = values[name]
+            metrics |= {f"{self.prefix}/val_{name}": value for name, value in values.items() if name != "loss"}
         progress.train_loss, progress.train_count = 0.0, 0
         if not np.isfinite(values["loss"]):
             self._give_up(f"validation loss is {values['loss']}")
@@ -542,6 +570,8 @@ class StageTrainer:
         step, count = self.progress.step, self.config.num_samples
         pipe = TokComPipeline(module, TokComFlowMatchScheduler.from_model_config(module.config), self.tokenizer)
         pipe.set_progress_bar_config(disable=True)
+        if isinstance(self.dataset, ImageDataset):
+            return self._log_pictures(pipe, next(iter(self.validation_loader)))
         ids = next(iter(self.validation_loader))["input_ids"][:count, :128]
         texts = [self.tokenizer.decode(row) for row in ids]
 
@@ -559,6 +589,20 @@ class StageTrainer:
         log_table(self.accelerator, "diffusion/generated", ["Sample", "Generated Text"], rows, step)
         rebuilt = pipe.denoise_reconstruct(texts, noise_level=0.5, generator=generator).texts
         log_table(self.accelerator, "diffusion/reconstructed", columns, compare(rebuilt), step)
+
+    def _log_pictures(self, pipe: TokComPipeline, batch: dict[str, torch.Tensor]) -> None:
+        """A picture of some originals above their reconstructions, or of what is generated for their captions."""
+        batch = {name: value[: 4 * self.config.num_samples] for name, value in batch.items()}
+        rows = [pipe.image_processor.postprocess(batch["pixel_values"])]
+        if self.stage == "codec":
+            rows.append(pipe.reconstruct_images(rows[0]).images)
+        else:
+            prompt = self.tokenizer and self.tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)
+            generator = torch.Generator().manual_seed(0)
+            rows.append(pipe.generate_images(prompt, batch_size=len(rows[0]), generator=generator).images)
+        grid, name = picture_grid(rows, scale=2), {"codec": "vae/samples"}.get(self.stage, "diffusion/generated")
+        grid.save(self.directory / f"samples-{self.progress.step}.png")
+        log_picture(self.accelerator, name, grid, self.progress.step)
 
     # ---- checkpoints ----
 
@@ -633,9 +677,12 @@ def run(config: TrainConfig) -> Path:
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     with state.main_process_first():
         train, validation, tokenizer = read_data(config)
-        if state.is_main_process and not (output / WORK / "tokenizer").is_dir():
-            tokenizer.save_pretrained(output / WORK / "tokenizer.tmp")
-            (output / WORK / "tokenizer.tmp").rename(output / WORK / "tokenizer")
+        if state.is_main_process and not (output / WORK / "train_config.json").is_file():
+            (output / WORK).mkdir(parents=True, exist_ok=True)
+            if tokenizer is not None:
+                shutil.rmtree(output / WORK / "tokenizer", ignore_errors=True)
+                tokenizer.save_pretrained(output / WORK / "tokenizer.tmp")
+                (output / WORK / "tokenizer.tmp").rename(output / WORK / "tokenizer")
             (output / WORK / "train_config.json").write_text(json.dumps(config, default=vars, indent=2) + "\n")
     set_seed(config.seed)
     source = None
@@ -654,7 +701,9 @@ def run(config: TrainConfig) -> Path:
             best = trainer.train()
             if trainer.accelerator.is_main_process:
                 model = TokComModel.from_pretrained(best)
-                if stage == "codec":
+                if stage == "codec" and isinstance(train, ImageDataset):
+                    measure_image_statistics(model, train.fit(model.config.codec_config))
+                elif stage == "codec":
                     measure_latent_statistics(model, first_tokens(train, tokenizer, config.data.text_column))
                 export_repository(model, tokenizer, final)
             trainer.accelerator.wait_for_everyone()

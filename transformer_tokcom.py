@@ -154,6 +154,7 @@ class TokComTransformer(TokComPreTrainedModel):
         features: torch.Tensor | None = None,
         modulations: list[torch.Tensor] | None = None,
         entry: torch.Tensor | None = None,
+        prefix: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs,
     ) -> TokComTransformerOutput:
         """
@@ -171,12 +172,19 @@ class TokComTransformer(TokComPreTrainedModel):
             modulations (`list[torch.FloatTensor]`, *optional*): what `modulate` makes of `timestep`, if it is known already.
             entry (`torch.FloatTensor` of shape `(B, S, D)`, *optional*): what the method of that name gives, if it is known
                 already; then there are no context latents in this call.
+            prefix (`tuple[torch.FloatTensor, torch.BoolTensor]`, *optional*): states `(B, L, D)` that stand before all latents,
+                at position -L to -1 and time 1, and which of them exist, `(B, L)`; for bidirectional models.
 
         Without `head_attention` nothing is estimated for the first `num_context` latents, and the output has no place
         for them.
         """
         config = self.config
         hidden_states = self._embed(latents, self_condition, features)  # (B, S, D)
+        if prefix is not None:
+            modulations = None
+            hidden_states, timestep, position_ids, attention_mask = self._prepend(
+                prefix, hidden_states, timestep, position_ids, attention_mask
+            )
         tables, mask, reads = None, None, config.num_context_layers and entry is None
         if config.head_attention or reads:
             if position_ids is None:
@@ -185,7 +193,7 @@ class TokComTransformer(TokComPreTrainedModel):
                 position_ids, config.hidden_size // config.num_attention_heads, config.rope_theta
             )
         if config.head_attention:
-            implementation, queries = config._attn_implementation, latents.shape[1]
+            implementation, queries = config._attn_implementation, hidden_states.shape[1]
             mask = expand_attention_mask(attention_mask, queries, implementation, hidden_states.dtype)
         if reads:
             hidden_states = self._enter(
@@ -199,7 +207,25 @@ class TokComTransformer(TokComPreTrainedModel):
         for i, layer in enumerate(self.layers[config.num_context_layers :]):
             known = {} if modulations is None else {"modulation": modulations[i]}
             hidden_states = layer(hidden_states, conditioning, tables, mask, past_key_values, **known, **kwargs)
+        if prefix is not None:
+            hidden_states = hidden_states[:, prefix[0].shape[1] :]
         return TokComTransformerOutput(latents=self.proj_out(self.norm(hidden_states)))
+
+    def _prepend(self, prefix, hidden_states, timestep, position_ids, attention_mask) -> tuple[torch.Tensor, ...]:
+        """States, times, positions and the mask of keys with those of a prefix in front."""
+        states, exists = prefix
+        (batch, length, _), axes = hidden_states.shape, self.config.num_position_axes
+        if position_ids is None:
+            position_ids = torch.arange(length, device=states.device)[None, :, None].expand(batch, -1, axes)
+        places = torch.arange(-states.shape[1], 0, device=states.device)[None, :, None].expand(batch, -1, axes)
+        if attention_mask is None:
+            attention_mask = torch.ones(batch, length, dtype=torch.bool, device=states.device)
+        return (
+            torch.cat((states.to(hidden_states.dtype), hidden_states), dim=1),
+            torch.cat((timestep.new_ones(batch, states.shape[1]), timestep.expand(batch, -1)), dim=1),
+            torch.cat((places, position_ids.expand(batch, -1, -1)), dim=1),
+            torch.cat((exists, attention_mask), dim=1),
+        )
 
     def _embed(self, latents, self_condition, features) -> torch.Tensor:
         inputs = features if self.config.feature_size else latents

@@ -16,10 +16,14 @@ from pipeline_tokcom import TokComPipeline
 from tests.conftest import ROOT
 
 REMOTE_FILES = {
-    "configuration_tokcom.py": {"math", "copy", "typing", "huggingface_hub", "transformers"},
+    "configuration_tokcom.py": {"copy", "typing", "huggingface_hub", "transformers"},
+    "configuration_codec_tokcom.py": {"math", "typing", "huggingface_hub", "transformers"},
     "layers_tokcom.py": {"math", "collections", "torch", "transformers"},
     "codec_chunk_tokcom.py": {"dataclasses", "torch", "transformers"},
     "codec_color_tokcom.py": {"functools", "math", "torch"},
+    "codec_style_tokcom.py": {"dataclasses", "torch", "transformers"},
+    "image_processing_tokcom.py": {"typing", "numpy", "torch", "PIL", "transformers"},
+    "pipeline_image_tokcom.py": {"collections", "typing", "torch", "PIL"},
     "transformer_tokcom.py": {"dataclasses", "torch", "transformers"},
     "token_head_tokcom.py": {"collections", "functools", "typing", "torch"},
     "latent_head_tokcom.py": {"torch"},

@@ -13,7 +13,7 @@ PRESET_DIR = ROOT / "presets"
 
 @dataclass
 class DataConfig:
-    """Where text comes from.
+    """Where text or pictures come from.
 
     `train` is a Hub dataset name, a local .txt / .json / .jsonl / .parquet file, a folder of such files, a list of
     those or of `{path, field, weight, max_samples, fraction, name}`, or a .yaml file with such a list. `validation` is the same, or None to hold out the last `validation_fraction` of the documents.
@@ -23,6 +23,8 @@ class DataConfig:
     validation: str | dict | list[str | dict] | None = None
     name: str | None = None  # configuration of a Hub dataset, e.g. wikitext-2-raw-v1
     text_column: str = "text"
+    image_column: str = "image"  # of records without text: pictures, to be had with `caption_column`, if that exists
+    caption_column: str = "caption"
     streaming: bool = False
     validation_fraction: float = 0.02
     shuffle_buffer: int = 1000  # documents, streaming only
@@ -66,6 +68,8 @@ class TrainConfig:
     mixed_precision: str | None = None  # auto (bf16 where it is fast), no, bf16, fp16; None: accelerate's setting
     gradient_checkpointing: bool = False
     torch_compile: bool = False  # the network that is trained; the first step takes a minute longer
+    perceptual_model: str | None = None  # of images, stage codec: AutoModel whose features are compared, too
+    perceptual_weight: float = 0.1
     cache_latents: bool = False  # stage flow or head: encode the training text once, to a file in output_dir/run
     num_workers: int = 0
     report_to: str = "tensorboard"  # tensorboard, wandb, trackio or none

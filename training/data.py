@@ -27,6 +27,7 @@ DIALOGUES = ("prompt", "messages", "conversations")  # fields that make a record
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 SLOW = 30.0  # seconds for one record of a stream, after which it is named
 FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 EOS_TOKEN = "</s>"
 
 
@@ -37,6 +38,8 @@ def _local_files(source: str) -> tuple[str, list[str]] | None:
         if path.suffix in FORMATS:
             raise FileNotFoundError(f"data file {source} does not exist; give an existing file, folder or Hub name.")
         return None
+    if path.is_dir() and any(p.suffix.lower() in PICTURES for p in path.rglob("*")):
+        return "imagefolder", []
     files = sorted(p for p in path.rglob("*") if p.suffix in FORMATS) if path.is_dir() else [path]
     kinds = {FORMATS.get(p.suffix) for p in files}
     if len(kinds) != 1 or None in kinds:
@@ -78,10 +81,11 @@ class Source:
         else:
             builder, files = local
             options = {"sample_by": "document"} if builder == "text" else {}
+            options |= (
+                {"data_dir": self.path, "drop_labels": False} if builder == "imagefolder" else {"data_files": files}
+            )
             try:
-                part = datasets.load_dataset(
-                    builder, data_files=files, split="train", streaming=config.streaming, **options
-                )
+                part = datasets.load_dataset(builder, split="train", streaming=config.streaming, **options)
             except datasets.exceptions.DatasetGenerationError as error:
                 reason = str(error.__cause__ or error).splitlines()[0]
                 raise ValueError(f"{self.path} cannot be read ({reason}); repair or remove the file.") from error
@@ -91,6 +95,8 @@ class Source:
     def _select(self, part, config: DataConfig):
         columns = part.column_names or list(next(iter(part), {}))
         text = self.field or config.text_column
+        if text not in columns and config.image_column in columns:
+            return self._pictures(part, config)
         wanted = [text]
         if columns and text not in columns:
             wanted = [] if self.field else [name for name in (*DIALOGUES, "answer") if name in columns]
@@ -105,6 +111,21 @@ class Source:
             if wanted != [self.field] or text == config.text_column
             else part.rename_column(text, config.text_column)
         )
+
+    @staticmethod
+    def _pictures(part, config: DataConfig):
+        """Pictures with their captions; the names of folders or classes serve where there are none."""
+        if config.streaming:
+            raise ValueError("pictures are not streamed; set data.streaming=false.")
+        image, caption = config.image_column, config.caption_column
+        label = part.features.get("label")
+        if caption not in part.column_names and isinstance(label, datasets.ClassLabel) and label.num_classes > 1:
+            names = [label.names[i] for i in part["label"]]
+            part = part.remove_columns("label").add_column(caption, names)
+        part = part.select_columns([name for name in (image, caption) if name in part.column_names])
+        if not isinstance(part.features[image], datasets.Image):
+            return part
+        return part.cast_column(image, datasets.Image(decode=False))  # animated pictures have a frame drawn later
 
     def _part_of(self, part, streaming: bool):
         if streaming:

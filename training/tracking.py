@@ -2,7 +2,9 @@
 
 import importlib.util
 
+import numpy as np
 from accelerate import Accelerator
+from PIL import Image
 
 
 def check_tracker(name: str) -> None:
@@ -32,3 +34,11 @@ def log_table(accelerator: Accelerator, name: str, columns: list[str], rows: lis
             import trackio
 
             tracker.log({name: trackio.Table(dataframe=pandas.DataFrame(rows, columns=columns))}, step=step)
+
+
+def log_picture(accelerator: Accelerator, name: str, picture: Image.Image, step: int) -> None:
+    """Log a picture to every tracker that shows some."""
+    for tracker in accelerator.trackers:
+        if hasattr(tracker, "log_images"):
+            options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({name: np.asarray(picture)[None]}, step=step, **options)

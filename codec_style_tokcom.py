@@ -1,0 +1,374 @@
+"""Style codec: an image <-> N ordered tokens, from coarse to fine (Styled_vae_vq).
+
+Notable choices: every token has an expert network of its own, all of them one grouped product; two tokens style each
+decoder layer and stay in its sequence; in training the tail of the tokens is dropped at random, which is what makes the
+first ones hold most (nested dropout, Rippel et al. 2014); a codebook of all tokens comes after training, by k-means.
+
+Shape legend: B batch, N tokens, C channels of a token, P patches, D width, H x W pixels.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import ModelOutput
+
+try:
+    from .codec_chunk_tokcom import TokComCodec, TokComCodecOutput
+    from .configuration_codec_tokcom import TokComStyleCodecConfig
+    from .layers_tokcom import TokComRMSNorm
+    from .quantization_tokcom import VectorQuantizer, code_statistics, kmeans, nearest_codes
+except ImportError:
+    if __package__:
+        raise
+    import codec_chunk_tokcom as _codec_chunk
+    import configuration_codec_tokcom as _configuration
+    import layers_tokcom as _layers
+    import quantization_tokcom as _quantization
+
+    TokComCodec, TokComCodecOutput = _codec_chunk.TokComCodec, _codec_chunk.TokComCodecOutput
+    TokComStyleCodecConfig, TokComRMSNorm = _configuration.TokComStyleCodecConfig, _layers.TokComRMSNorm
+    VectorQuantizer, nearest_codes = _quantization.VectorQuantizer, _quantization.nearest_codes
+    code_statistics, kmeans = _quantization.code_statistics, _quantization.kmeans
+
+GRADIENT_SCALES = 3  # the gradient loss sees the image, and halves of it so many times less one
+
+
+@dataclass
+class TokComImageOutput(ModelOutput):
+    """What an image codec's `decode` returns: `pixel_values (B, 3, H, W)`, -1 black and 1 white."""
+
+    pixel_values: torch.FloatTensor | None = None
+
+
+class TokComStyleAttention(nn.Module):
+    """Multi-head attention among all `(B, S, D)`, as in ViT."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv_proj = nn.Linear(width, 3 * width)
+        self.o_proj = nn.Linear(width, width)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        heads = self.qkv_proj(hidden_states).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        output = F.scaled_dot_product_attention(*heads)  # (B, heads, S, head_dim)
+        return self.o_proj(output.transpose(1, 2).flatten(2))
+
+
+class TokComStyleMLP(nn.Sequential):
+    """GELU feed-forward layer, as in ViT."""
+
+    def __init__(self, width: int, inner: int):
+        super().__init__(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width))
+
+
+class TokComSlotMLP(nn.Module):
+    """A GELU feed-forward network for each of N places, all in one grouped product."""
+
+    def __init__(self, places: int, width: int, inner: int):
+        super().__init__()
+        self.up = nn.Parameter(torch.empty(places, width, inner))
+        self.up_bias = nn.Parameter(torch.zeros(places, 1, inner))
+        self.down = nn.Parameter(torch.empty(places, inner, width))
+        self.down_bias = nn.Parameter(torch.zeros(places, 1, width))
+
+    def initialize_parameters(self) -> None:
+        for weight, bias in ((self.up, self.up_bias), (self.down, self.down_bias)):
+            init.normal_(weight, std=0.5 * weight.shape[1] ** -0.5)
+            init.zeros_(bias)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(B, N, D)` in and out."""
+        inputs = hidden_states.transpose(0, 1)  # (N, B, D)
+        inner = F.gelu(torch.baddbmm(self.up_bias, inputs, self.up))
+        return torch.baddbmm(self.down_bias, inner, self.down).transpose(0, 1)
+
+
+class TokComStyleBlock(GradientCheckpointingLayer):
+    """Pre-norm attention and feed-forward layer; with `experts`, the last N places have networks of their own."""
+
+    def __init__(self, width: int, heads: int, inner: int, eps: float, experts: TokComSlotMLP | None = None):
+        super().__init__()
+        self.attention_norm, self.mlp_norm = TokComRMSNorm(width, eps), TokComRMSNorm(width, eps)
+        self.self_attn, self.mlp = TokComStyleAttention(width, heads), TokComStyleMLP(width, inner)
+        self.experts = experts
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(B, S, D)` in and out."""
+        hidden_states = hidden_states + self.self_attn(self.attention_norm(hidden_states))
+        inputs = self.mlp_norm(hidden_states)
+        if self.experts is None:
+            return hidden_states + self.mlp(inputs)
+        shared = inputs.shape[1] - len(self.experts.up)
+        update = torch.cat((self.mlp(inputs[:, :shared]), self.experts(inputs[:, shared:])), dim=1)
+        return hidden_states + update
+
+
+class TokComStyledBlock(GradientCheckpointingLayer):
+    """A decoder layer that two tokens style by scale and shift, the attention and the feed-forward half one each, and join."""
+
+    def __init__(self, channels: int, width: int, heads: int, inner: int, eps: float):
+        super().__init__()
+        self.attention_norm, self.mlp_norm = TokComRMSNorm(width, eps), TokComRMSNorm(width, eps)
+        self.self_attn, self.mlp = TokComStyleAttention(width, heads), TokComStyleMLP(width, inner)
+        self.attention_style, self.mlp_style = (nn.Linear(channels, 2 * width) for _ in range(2))
+        self.registers = nn.ModuleList(nn.Linear(channels, width) for _ in range(2))
+
+    def forward(self, hidden_states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """`hidden_states (B, S, D)` and two `tokens (B, 2, C)` -> `(B, S + 2, D)`, the two in front."""
+        first, second = tokens.unbind(1)
+        scale, shift = self.attention_style(first)[:, None].chunk(2, dim=-1)
+        normed = self.attention_norm(hidden_states) * (1 + scale) + shift
+        joining = torch.stack([layer(token) for layer, token in zip(self.registers, (first, second))], dim=1)
+        update = self.self_attn(torch.cat((self.attention_norm(joining), normed), dim=1))
+        hidden_states = F.pad(hidden_states, (0, 0, 2, 0)) + update
+        scale, shift = self.mlp_style(second)[:, None].chunk(2, dim=-1)
+        return hidden_states + self.mlp(self.mlp_norm(hidden_states) * (1 + scale) + shift)
+
+
+class TokComStyleEncoder(nn.Module):
+    """ViT whose last N places are learned queries: `pixel_values (B, 3, H, W)` -> `(B, N, D)`."""
+
+    def __init__(self, config: TokComStyleCodecConfig):
+        super().__init__()
+        width, heads, eps = config.hidden_size, config.num_attention_heads, config.rms_norm_eps
+        self.num_tokens = config.num_tokens
+        self.patch_embedding = nn.Conv2d(config.num_channels, width, config.patch_size, config.patch_size)
+        self.positions = nn.Parameter(torch.empty(1, 1 + config.num_patches + config.num_tokens, width))
+        self.layers = nn.ModuleList()
+        for i in range(config.num_hidden_layers + config.num_expert_layers):
+            experts = None
+            if i >= config.num_hidden_layers:
+                experts = TokComSlotMLP(config.num_tokens, width, config.expert_intermediate_size)
+            self.layers.append(TokComStyleBlock(width, heads, config.intermediate_size, eps, experts))
+        self.norm = TokComRMSNorm(width, eps)
+
+    def initialize_parameters(self) -> None:
+        init.normal_(self.positions, std=1.0)  # of the size of a patch, or the queries would all see the same
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)  # (B, P, D)
+        hidden_states = self.positions + F.pad(patches, (0, 0, 1, self.num_tokens))  # class place, patches, queries
+        for layer in self.layers:
+            hidden_states = layer(hidden_states)
+        return self.norm(hidden_states[:, -self.num_tokens :])
+
+
+class TokComStyleDecoder(nn.Module):
+    """Learned positions, styled by the tokens layer by layer: `(B, N, C)` -> `pixel_values (B, 3, H, W)`."""
+
+    def __init__(self, config: TokComStyleCodecConfig):
+        super().__init__()
+        width, heads, eps = config.decoder_hidden_size, config.decoder_num_attention_heads, config.rms_norm_eps
+        inner, self.num_patches = config.decoder_intermediate_size, config.num_patches
+        self.shape = config.num_channels, config.patch_size, config.image_size // config.patch_size
+        self.positions = nn.Parameter(torch.empty(1, config.num_patches, width))
+        self.styled_layers = nn.ModuleList(
+            TokComStyledBlock(config.latent_channels, width, heads, inner, eps)
+            for _ in range(config.num_styled_layers)
+        )
+        self.layers = nn.ModuleList(
+            TokComStyleBlock(width, heads, inner, eps) for _ in range(config.num_decoder_layers)
+        )
+        self.norm = TokComRMSNorm(width, eps)
+        self.proj_out = nn.Linear(width, config.num_channels * config.patch_size**2)
+
+    def initialize_parameters(self) -> None:
+        init.normal_(self.positions, std=1.0)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.positions.expand(len(tokens), -1, -1)
+        for i, layer in enumerate(self.styled_layers):
+            hidden_states = layer(hidden_states, tokens[:, 2 * i : 2 * i + 2])
+        for layer in self.layers:
+            hidden_states = layer(hidden_states)
+        patches = self.proj_out(self.norm(hidden_states[:, -self.num_patches :]))  # (B, P, 3 * size^2)
+        channels, size, side = self.shape
+        grid = patches.unflatten(2, (channels, size, size)).unflatten(1, (side, side))  # (B, row, column, 3, y, x)
+        return grid.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+
+class TokComSoftCodebook(nn.Module):
+    """Soft cosine codebook: what `(..., C)` becomes as a mixture of C learned directions, weighted by its cosines to them.
+
+    The published weights, `cosine + 1`, are nearly alike for every input, so that all outputs are the same at first (mean
+    pairwise cosine 0.988); here their mean is taken away.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.directions = nn.Parameter(torch.empty(channels, channels))
+        self.norm = nn.LayerNorm(channels)
+
+    def initialize_parameters(self) -> None:
+        init.normal_(self.directions)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        weights = F.normalize(inputs, dim=-1) @ F.normalize(self.directions, dim=-1).T
+        return self.norm((weights - weights.mean(-1, keepdim=True)) @ self.directions)
+
+
+class TokComStyleCodec(TokComCodec):
+    """Autoencoder of images whose N tokens are ordered from coarse to fine.
+
+    What the bottleneck gives, standardised per token and channel with the buffers `latent_mean` and `latent_std`, are the
+    latents. `fit_codebook` makes a codebook of them, after which `encode` also gives `codes`.
+    """
+
+    config: TokComStyleCodecConfig
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: TokComStyleCodecConfig):
+        super().__init__(config)
+        count, channels = config.num_tokens, config.latent_channels
+        self.encoder, self.decoder = TokComStyleEncoder(config), TokComStyleDecoder(config)
+        self.to_tokens = nn.Linear(config.hidden_size, channels * (2 if config.bottleneck == "gaussian" else 1))
+        self.soft_codebook = TokComSoftCodebook(channels) if config.bottleneck == "cosine" else None
+        self.missing = nn.Parameter(torch.empty(count, channels))  # what stands for tokens that are left out
+        self.quantizer = VectorQuantizer(config.num_codes, channels) if config.num_codes else None
+        self.latent_mean = nn.Buffer(torch.zeros(count, channels))
+        self.latent_std = nn.Buffer(torch.ones(count, channels))
+        self.feature_loss = None  # set by training: a distance of two images besides the squared error
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def initialize_parameters(self) -> None:
+        init.zeros_(self.missing)
+
+    def get_input_embeddings(self):
+        return None
+
+    def set_latent_statistics(self, mean: torch.Tensor, std: torch.Tensor) -> None:
+        """Standardise latents with these `mean (N, C)` and `std (N, C)` from now on."""
+        self.latent_mean.copy_(mean)
+        self.latent_std.copy_(std.clamp_min(1e-4))
+
+    def positions(self, index: torch.Tensor) -> torch.Tensor:
+        """Index of tokens `(...)` -> position `(..., 1)`."""
+        return index[..., None]
+
+    def _check(self, pixel_values: torch.Tensor) -> None:
+        size = self.config.image_size
+        if pixel_values.shape[1:] != (self.config.num_channels, size, size):
+            raise ValueError(
+                f"`pixel_values` has shape {tuple(pixel_values.shape)} but (B, {self.config.num_channels}, {size}, {size}) is "
+                "needed; use the image processor saved beside the model."
+            )
+
+    def _raw_tokens(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Images -> tokens `(B, N, C)` and their log-variance, the latter None without a posterior."""
+        tokens, log_variance = self.to_tokens(self.encoder(pixel_values.to(self.dtype))).float(), None
+        if self.config.bottleneck == "gaussian":
+            tokens, log_variance = tokens.chunk(2, dim=-1)
+            log_variance = log_variance.clamp(-12.0, 4.0)
+        elif self.config.bottleneck == "sphere":
+            tokens = F.normalize(tokens, dim=-1) * tokens.shape[-1] ** 0.5
+        else:
+            tokens = self.soft_codebook(tokens)
+        return tokens, log_variance
+
+    def encode(self, pixel_values: torch.Tensor, attention_mask: torch.Tensor | None = None) -> TokComCodecOutput:
+        """Images `(B, 3, H, W)`, -1 black and 1 white, -> standardised latents `(B, N, C)`, and `codes (B, N, 1)` if there is a
+        codebook. Raises `ValueError` for another size."""
+        self._check(pixel_values)
+        tokens = self._raw_tokens(pixel_values)[0]
+        codes = None
+        if self.quantizer is not None and self.quantizer.is_fitted:
+            codes = nearest_codes(tokens.flatten(0, 1), self.quantizer.codebook).view(*tokens.shape[:2], 1)
+        return self.known(self._standardize(tokens), codes=codes)
+
+    def _standardize(self, tokens: torch.Tensor) -> torch.Tensor:
+        return (tokens - self.latent_mean) / self.latent_std
+
+    def _decode(self, tokens: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
+        if kept is not None:
+            tokens = torch.where(kept[..., None], tokens, self.missing.to(tokens))
+        return self.decoder(tokens.to(self.dtype))
+
+    def decode(self, latents: torch.Tensor, num_tokens: int | None = None) -> TokComImageOutput:
+        """Standardised latents `(B, N, C)` -> `.pixel_values (B, 3, H, W)`, of the first `num_tokens` only if given."""
+        kept, count = None, self.config.num_tokens
+        if num_tokens is not None:
+            if not 0 <= num_tokens <= count:
+                raise ValueError(f"`num_tokens` ({num_tokens}) must be between 0 and {count}.")
+            kept = (torch.arange(count, device=latents.device) < num_tokens).expand(len(latents), -1)
+        tokens = latents.float() * self.latent_std + self.latent_mean
+        return TokComImageOutput(pixel_values=self._decode(tokens, kept).clamp(-1, 1))
+
+    def from_codes(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes `(B, N, 1)` -> standardised latents `(B, N, C)`; raises `ValueError` without a codebook."""
+        if self.quantizer is None or not self.quantizer.is_fitted:
+            raise ValueError("this codec has no codebook yet; make one with `convert_tokcom.py kmeans`.")
+        return self._standardize(self.quantizer.decode(codes))
+
+    @torch.no_grad()
+    def fit_codebook(
+        self, latents: torch.Tensor, num_codes: int, metric: str = "euclidean", iterations: int = 20, seed: int = 0
+    ) -> dict[str, float]:
+        """Make a codebook of the tokens of pictures whose standardised `latents (M, N, C)` are known, by k-means.
+
+        Returns `code_statistics` of these pictures and `distortion`, the codes' squared error over the tokens' variance.
+        """
+        tokens = (latents.to(self.latent_std) * self.latent_std + self.latent_mean).flatten(0, 1)
+        codebook = kmeans(tokens.split(65536), num_codes, iterations, metric, seed=seed)
+        if metric == "cosine":  # centres are of length 1: give each the length of its tokens
+            codes = nearest_codes(F.normalize(tokens, dim=-1), codebook)
+            lengths = tokens.new_zeros(num_codes).index_add_(0, codes, tokens.norm(dim=-1))
+            codebook = codebook * (lengths / codes.bincount(minlength=num_codes).clamp_min(1))[:, None]
+        codes = nearest_codes(tokens, codebook)
+        counts = codes.bincount(minlength=num_codes).float()
+        self.config.num_codes = num_codes
+        self.quantizer = VectorQuantizer(num_codes, tokens.shape[1]).to(tokens.device)
+        self.quantizer.codebook.copy_(codebook)
+        self.quantizer.counts.copy_(counts)
+        self.quantizer.sums.copy_(codebook * counts[:, None])
+        error = (tokens - codebook[codes]).square().sum(-1).mean() / tokens.var(0).sum()
+        return code_statistics(codes, num_codes) | {"distortion": error.item()}
+
+    def training_loss(self, pixel_values: torch.Tensor, attention_mask: torch.Tensor | None = None):
+        """Loss of stage "codec" on images `(B, 3, H, W)`, and its parts: squared error, KL per token."""
+        config = self.config
+        self._check(pixel_values)
+        tokens, log_variance = self._raw_tokens(pixel_values)
+        kl = tokens.new_zeros(())
+        if log_variance is not None:
+            kl = 0.5 * (tokens.square() + log_variance.exp() - 1 - log_variance).sum(-1).mean()
+        kept = None
+        if self.training:
+            if log_variance is not None:
+                tokens = tokens + torch.randn_like(tokens) * (0.5 * log_variance).exp()
+            elif config.bottleneck == "sphere":
+                tokens = tokens + torch.randn_like(tokens) * config.bottleneck_noise
+            draws = torch.rand(2, len(tokens), 1, device=tokens.device)
+            count = torch.where(
+                draws[0] < config.tail_dropout, 1 + (draws[1] * config.num_tokens).long(), config.num_tokens
+            )
+            kept = torch.arange(config.num_tokens, device=tokens.device) < count
+        output = self._decode(tokens, kept).float()
+        error = F.mse_loss(output, pixel_values.float())
+        loss = error + config.kl_weight * kl
+        if config.gradient_weight:
+            loss = loss + config.gradient_weight * gradient_loss(output, pixel_values.float())
+        if self.feature_loss is not None:
+            loss = loss + self.feature_loss(output, pixel_values.float())
+        return loss, {"mse_loss": error.detach(), "kl_loss": kl.detach()}
+
+
+def gradient_loss(output: torch.Tensor, target: torch.Tensor, scales: int = GRADIENT_SCALES) -> torch.Tensor:
+    """Mean absolute error of horizontal and vertical differences of images `(B, 3, H, W)`, over halved sizes.
+
+    It sees edges, which the squared error of a blurred image does not; it is not a perceptual distance such as LPIPS.
+    """
+    difference, total = output - target, 0.0
+    for scale in range(scales):
+        if scale:
+            difference = F.avg_pool2d(difference, 2)
+        total = total + (difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()) / scales
+    return total
+
+
+__all__ = ["TokComStyleCodec", "TokComImageOutput", "gradient_loss"]

@@ -1,0 +1,454 @@
+"""Configurations of the codecs: token chunks, pixels, and images as ordered tokens.
+
+Notable choices: every codec says how its latents relate to tokens through the same few properties (`chunk_size`,
+`length_multiple`, `has_tokens`, `has_symbols`); all checks live in `validate_architecture`.
+
+Shape legend: B batch, T tokens, K tokens per chunk, N = T/K latents, C latent channels, D width, V vocabulary.
+"""
+
+import math
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+MAX_PARAMETERS = 10**12
+MAX_LAYERS = 1024
+
+
+def check_positive(config: PreTrainedConfig, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"`{name}` ({getattr(config, name)}) must be at least 1.")
+
+
+def check_fraction(config: PreTrainedConfig, *names: str) -> None:
+    for name in names:
+        if not 0.0 <= getattr(config, name) < 1.0:
+            raise ValueError(f"`{name}` ({getattr(config, name)}) is a probability and must be in [0, 1).")
+
+
+def check_size(config: PreTrainedConfig, parameters: int) -> None:
+    """Refuse what no machine can hold, before anything is allocated."""
+    layers = max(getattr(config, f"num_{name}_layers", 0) for name in ("hidden", "expert", "styled", "decoder"))
+    if layers > MAX_LAYERS or parameters > MAX_PARAMETERS:
+        raise ValueError(
+            f"{type(config).__name__} asks for about {parameters:.1e} parameters in {layers} layers; at most "
+            f"{MAX_PARAMETERS:.0e} in {MAX_LAYERS} are built. Check its sizes, or whom the file comes from."
+        )
+
+
+def check_heads(config: PreTrainedConfig) -> None:
+    if config.hidden_size % (2 * config.num_attention_heads):
+        raise ValueError(
+            f"`hidden_size` ({config.hidden_size}) must be an even multiple of `num_attention_heads` "
+            f"({config.num_attention_heads}); rotary embedding pairs the channels of a head."
+        )
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise ValueError(
+            f"`num_attention_heads` ({config.num_attention_heads}) must be a multiple of `num_key_value_heads` "
+            f"({config.num_key_value_heads}) for grouped-query attention."
+        )
+
+
+@strict
+class TokComChunkCodecConfig(PreTrainedConfig):
+    r"""Configuration of the codec `tokens <-> one latent per chunk`.
+
+    Args:
+        vocab_size (`int`): V, the tokenizer's length plus one: the last row is the learned mask token.
+        mask_token_id (`int`): id of that extra token. It replaces dropped and padded tokens at the encoder and is the
+            decoder's query in the attention form (the published "omni" token).
+        pad_token_id (`int`): id written into padded places before encoding; `mask_token_id` except in converted v5.2.
+        chunk_size (`int`): K, tokens per latent.
+        latent_channels (`int`): C.
+        layer_type (`str`): `"mlp"`, residual SwiGLU layers on the concatenated embeddings of a chunk, or
+            `"attention"`, the published transformer inside each chunk.
+        embedding_size (`int`): width of the tied token embedding; equals `hidden_size` in the attention form.
+        variational (`bool`): a Gaussian posterior head and linear maps to and from C channels. `False` is the
+            published autoencoder, whose latent is the last hidden state, so `latent_channels == hidden_size`.
+        kl_weight (`float`), kl_free_nats (`float`): weight of the KL term, and the nats per channel that cost nothing.
+        encoder_type (`str`): `"chunk"`, a network over the K tokens, or `"token"`, C / K channels per token, which makes
+            the mean latent of token probabilities exact (`prediction_type="tokens"`).
+        token_dropout (`float`), latent_dropout (`float`): training probabilities in [0, 1).
+        num_micro_decoder_layers (`int`): layers of a causal network inside the chunk, which decodes each token given the
+            latent and the tokens before it; 0 decodes all K independently.
+        micro_decoder_dropout (`float`): share of the tokens fed back that training masks.
+        quantizer (`str`): `"none"`, `"vq"` or `"fsq"`: latents take one of finitely many values, so that a text is stored as
+            codes. Then there is no posterior noise and no KL.
+        num_codes (`int`), num_quantizers (`int`): for `"vq"`: codes of a codebook, and codebooks, each of which quantises what
+            the ones before it left over.
+        fsq_levels (`list[int]`): for `"fsq"`: levels of every latent channel.
+        quantized_latents (`bool`): whether the flow learns the quantised latents, or those before the quantiser, which then is
+            the first part of the decoder.
+    """
+
+    model_type = "tokcom_chunk_codec"
+    base_config_key = "codec_config"
+
+    vocab_size: int = 4097
+    mask_token_id: int = 4096
+    pad_token_id: int = 4096
+    chunk_size: int = 4
+    latent_channels: int = 64
+    layer_type: str = "mlp"
+    encoder_type: str = "chunk"
+    embedding_size: int = 128
+    hidden_size: int = 256
+    intermediate_size: int = 768
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 4
+    attention_bias: bool = False
+    qk_norm: bool = True
+    rope_theta: float | int = 10000.0
+    rms_norm_eps: float = 1e-6
+    variational: bool = True
+    kl_weight: float | int = 1e-3
+    kl_free_nats: float | int = 0.5
+    token_dropout: float | int = 0.15
+    latent_dropout: float | int = 0.15
+    num_micro_decoder_layers: int = 0
+    micro_decoder_dropout: float | int = 0.3
+    quantizer: str = "none"
+    num_codes: int = 1024
+    num_quantizers: int = 1
+    fsq_levels: list[int] | None = None
+    quantized_latents: bool = True
+    initializer_range: float = 0.02
+
+    @property
+    def bits_per_token(self) -> float | None:
+        """Bits that store one token as codes; None without a quantiser."""
+        if self.quantizer == "none":
+            return None
+        sizes = self.fsq_levels if self.quantizer == "fsq" else [self.num_codes] * self.num_quantizers
+        return sum(math.log2(size) for size in sizes) / self.chunk_size
+
+    @property
+    def length_multiple(self) -> int:
+        """Tokens of which a text must hold a multiple."""
+        return self.chunk_size
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether its latents stand for token ids."""
+        return True
+
+    @property
+    def has_symbols(self) -> bool:
+        """Whether a latent is the concatenation of what its symbols look like."""
+        return self.encoder_type == "token"
+
+    @property
+    def num_symbols(self) -> int:
+        """Symbols of a chunk, each of which has channels of its own; here the tokens."""
+        return self.chunk_size
+
+    @property
+    def symbol_vocab_size(self) -> int:
+        return self.vocab_size
+
+    def validate_architecture(self):
+        sizes = ("vocab_size", "chunk_size", "latent_channels", "embedding_size", "hidden_size", "intermediate_size")
+        check_positive(self, *sizes, "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+        check_fraction(self, "token_dropout", "latent_dropout", "micro_decoder_dropout")
+        if self.num_micro_decoder_layers < 0 or (self.num_micro_decoder_layers and self.chunk_size == 1):
+            raise ValueError(
+                f"`num_micro_decoder_layers` ({self.num_micro_decoder_layers}) must be 0, or positive with a "
+                f"`chunk_size` ({self.chunk_size}) above 1: it orders the tokens inside a chunk."
+            )
+        if self.layer_type not in ("mlp", "attention"):
+            raise ValueError(f"`layer_type` ({self.layer_type!r}) must be 'mlp' or 'attention'.")
+        if self.encoder_type not in ("chunk", "token"):
+            raise ValueError(f"`encoder_type` ({self.encoder_type!r}) must be 'chunk' or 'token'.")
+        if self.encoder_type == "token" and (self.latent_channels % self.chunk_size or not self.variational):
+            raise ValueError(
+                f"`encoder_type='token'` needs `variational=True` and `latent_channels` ({self.latent_channels}) to be a "
+                f"multiple of `chunk_size` ({self.chunk_size})."
+            )
+        self._validate_quantizer()
+        if self.layer_type == "attention":
+            check_heads(self)
+            if self.embedding_size != self.hidden_size:
+                raise ValueError(
+                    f"`embedding_size` ({self.embedding_size}) must equal `hidden_size` ({self.hidden_size}) "
+                    "when `layer_type` is 'attention'."
+                )
+        if not self.variational and self.latent_channels != self.hidden_size:
+            raise ValueError(
+                f"`latent_channels` ({self.latent_channels}) must equal `hidden_size` ({self.hidden_size}) when "
+                "`variational` is False, because the hidden state itself is the latent; set `variational=True`."
+            )
+        for name in ("mask_token_id", "pad_token_id"):
+            if not 0 <= getattr(self, name) < self.vocab_size:
+                raise ValueError(f"`{name}` ({getattr(self, name)}) must be in [0, vocab_size={self.vocab_size}).")
+        layer = self.hidden_size * (
+            4 * self.hidden_size * (self.layer_type == "attention") + 3 * self.intermediate_size
+        )
+        chunk = self.chunk_size * self.embedding_size
+        parameters = self.vocab_size * self.embedding_size + 2 * self.num_hidden_layers * layer
+        parameters += self.hidden_size * (2 * chunk + 3 * self.latent_channels)
+        parameters += self.num_micro_decoder_layers * layer + self.hidden_size * chunk
+        if self.quantizer == "vq":
+            parameters += 2 * self.num_quantizers * self.num_codes * self.latent_channels
+        check_size(self, parameters)
+
+    def _validate_quantizer(self):
+        if self.quantizer not in ("none", "vq", "fsq"):
+            raise ValueError(f"`quantizer` ({self.quantizer!r}) must be 'none', 'vq' or 'fsq'.")
+        if self.quantizer != "none" and self.encoder_type != "chunk":
+            raise ValueError(
+                f"`quantizer` ({self.quantizer!r}) needs `encoder_type='chunk'`, not {self.encoder_type!r}."
+            )
+        if self.quantizer == "vq" and (self.num_codes < 2 or self.num_quantizers < 1):
+            raise ValueError(
+                f"`num_codes` ({self.num_codes}) must be at least 2 and `num_quantizers` ({self.num_quantizers}) at least 1."
+            )
+        if self.quantizer == "fsq" and len(self.fsq_levels or ()) != self.latent_channels:
+            raise ValueError(
+                f"`fsq_levels` ({self.fsq_levels}) must give the levels of every one of the {self.latent_channels} "
+                "`latent_channels`."
+            )
+        if self.quantizer == "fsq" and math.prod(self.fsq_levels) >= 2**63:
+            raise ValueError(
+                f"`fsq_levels` ({self.fsq_levels}) have {math.prod(self.fsq_levels):.1e} codes, more than 64 bits; lower the "
+                "levels or `latent_channels`."
+            )
+
+
+@strict
+class TokComColorCodecConfig(PreTrainedConfig):
+    r"""Configuration of the codec `token id <-> pixel` (PixelDLM), which has no parameters.
+
+    Args:
+        vocab_size, mask_token_id, pad_token_id (`int`): as in `TokComChunkCodecConfig`; the mask token is never decoded to.
+        digits (`str`): `"color"`, three digits of base 256 (red, green, blue), or `"bits"`, the binary digits (analog
+            bits, Chen et al. 2023).
+        symbols (`str`): what `prediction_type="tokens"` gives probabilities to: `"digits"`, each on its own, or `"tokens"`,
+            whole tokens of which the digits are noisy channels.
+        patch_size (`int`): a latent is a patch of `patch_size` x `patch_size` tokens.
+        layout (`str`): `"contiguous"`, a patch holds consecutive tokens, or `"raster"`, tokens fill the rows of an image.
+        image_size (`int`): width of that image in pixels, a multiple of `patch_size`; also spaces the patches' positions.
+        standardize (`bool`): give every digit mean 0 and standard deviation 1 over the vocabulary; `False` maps 0..255 to
+            -1..1 as published, which leaves high digits that hardly vary to the noise.
+        digit_sigma (`float`): width, in digits, of the Gaussian that turns a predicted channel into digit logits.
+    """
+
+    model_type = "tokcom_color_codec"
+    base_config_key = "codec_config"
+
+    vocab_size: int = 4097
+    mask_token_id: int = 4096
+    pad_token_id: int = 4096
+    digits: str = "color"
+    symbols: str = "digits"
+    patch_size: int = 4
+    layout: str = "contiguous"
+    image_size: int = 64
+    standardize: bool = True
+    digit_sigma: float | int = 0.25
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether its latents stand for token ids."""
+        return True
+
+    @property
+    def has_symbols(self) -> bool:
+        """A patch is the concatenation of its digits."""
+        return True
+
+    @property
+    def chunk_size(self) -> int:
+        """K, tokens per patch."""
+        return self.patch_size**2
+
+    @property
+    def digits_per_token(self) -> int:
+        return 3 if self.digits == "color" else max(1, (self.vocab_size - 1).bit_length())
+
+    @property
+    def base(self) -> int:
+        """How many values a digit has."""
+        return 256 if self.digits == "color" else 2
+
+    @property
+    def symbol_vocab_size(self) -> int:
+        return self.vocab_size if self.symbols == "tokens" else self.base
+
+    @property
+    def num_symbols(self) -> int:
+        """Digits or tokens of a patch."""
+        return self.chunk_size if self.symbols == "tokens" else self.latent_channels
+
+    @property
+    def latent_channels(self) -> int:
+        return self.chunk_size * self.digits_per_token
+
+    @property
+    def num_valid_ids(self) -> int:
+        """Ids that decoding may give: all but a mask token at the end."""
+        return self.vocab_size - (self.mask_token_id == self.vocab_size - 1)
+
+    @property
+    def length_multiple(self) -> int:
+        """Tokens of which a text must hold a multiple: a patch, or in raster order a row of patches."""
+        return self.chunk_size if self.layout == "contiguous" else self.image_size * self.patch_size
+
+    def validate_architecture(self):
+        check_positive(self, "vocab_size", "patch_size", "image_size")
+        if self.digits not in ("color", "bits"):
+            raise ValueError(f"`digits` ({self.digits!r}) must be 'color' or 'bits'.")
+        if self.symbols not in ("digits", "tokens"):
+            raise ValueError(f"`symbols` ({self.symbols!r}) must be 'digits' or 'tokens'.")
+        if self.layout not in ("contiguous", "raster"):
+            raise ValueError(f"`layout` ({self.layout!r}) must be 'contiguous' or 'raster'.")
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"`image_size` ({self.image_size}) must be a multiple of `patch_size` ({self.patch_size})."
+            )
+        if self.digits == "color" and self.vocab_size > 256**3:
+            raise ValueError(f"`vocab_size` ({self.vocab_size}) is more than the {256**3} colors; use digits='bits'.")
+        if self.digit_sigma <= 0:
+            raise ValueError(f"`digit_sigma` ({self.digit_sigma}) must be positive.")
+
+
+@strict
+class TokComStyleCodecConfig(PreTrainedConfig):
+    r"""Configuration of the codec `image <-> ordered tokens` (Styled_vae_vq).
+
+    Args:
+        image_size (`int`), patch_size (`int`), num_channels (`int`): pixels of a side, of a patch's side, and colors.
+        num_tokens (`int`): N, latents of an image, from coarse to fine; two for every styled layer.
+        latent_channels (`int`): C, channels of a token.
+        hidden_size, intermediate_size, num_attention_heads, num_hidden_layers (`int`): of the encoder's plain layers.
+        num_expert_layers, expert_intermediate_size (`int`): last layers of the encoder, in which every token has a
+            feed-forward network of its own, and the width of those.
+        decoder_hidden_size, decoder_intermediate_size, decoder_num_attention_heads (`int`): of the decoder.
+        num_styled_layers (`int`): decoder layers that two tokens each style and join.
+        num_decoder_layers (`int`): plain layers after them.
+        bottleneck (`str`): `"gaussian"`, a posterior with `kl_weight`; `"sphere"`, tokens of one length, in training with
+            noise `bottleneck_noise` times as long; `"cosine"`, mean-centred weights of a soft codebook.
+        tail_dropout (`float`): share of the training images of which only the first k tokens are kept, k uniform in 1..N.
+        gradient_weight (`float`): of the error of image gradients on several scales, beside the squared error.
+        num_codes (`int`): size of a codebook of all tokens that k-means has made after training; 0 is none.
+    """
+
+    model_type = "tokcom_style_codec"
+    base_config_key = "codec_config"
+
+    image_size: int = 64
+    patch_size: int = 8
+    num_channels: int = 3
+    num_tokens: int = 36
+    latent_channels: int = 16
+    hidden_size: int = 192
+    intermediate_size: int = 768
+    num_attention_heads: int = 4
+    num_hidden_layers: int = 4
+    num_expert_layers: int = 2
+    expert_intermediate_size: int = 384
+    decoder_hidden_size: int = 192
+    decoder_intermediate_size: int = 384
+    decoder_num_attention_heads: int = 4
+    num_styled_layers: int = 18
+    num_decoder_layers: int = 2
+    rms_norm_eps: float = 1e-6
+    bottleneck: str = "gaussian"
+    bottleneck_noise: float | int = 0.1
+    kl_weight: float | int = 1e-4
+    tail_dropout: float | int = 0.5
+    gradient_weight: float | int = 0.2
+    num_codes: int = 0
+    initializer_range: float = 0.02
+
+    @property
+    def has_tokens(self) -> bool:
+        return False
+
+    @property
+    def has_symbols(self) -> bool:
+        return False
+
+    @property
+    def chunk_size(self) -> int:
+        """A latent is one token of the image."""
+        return 1
+
+    @property
+    def length_multiple(self) -> int:
+        return 1
+
+    @property
+    def num_symbols(self) -> int:
+        return 1
+
+    @property
+    def symbol_vocab_size(self) -> int:
+        return 0
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+    def validate_architecture(self):
+        sizes = ("image_size", "patch_size", "num_channels", "num_tokens", "latent_channels", "hidden_size")
+        check_positive(self, *sizes, "intermediate_size", "num_attention_heads", "expert_intermediate_size")
+        check_positive(self, "decoder_hidden_size", "decoder_intermediate_size", "decoder_num_attention_heads")
+        check_positive(self, "num_styled_layers")
+        check_fraction(self, "tail_dropout")
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"`image_size` ({self.image_size}) must be a multiple of `patch_size` ({self.patch_size})."
+            )
+        if self.num_tokens != 2 * self.num_styled_layers:
+            raise ValueError(
+                f"`num_tokens` ({self.num_tokens}) must be twice `num_styled_layers` ({self.num_styled_layers}): every styled "
+                "layer takes two tokens."
+            )
+        for width, heads in (
+            ("hidden_size", "num_attention_heads"),
+            ("decoder_hidden_size", "decoder_num_attention_heads"),
+        ):
+            if getattr(self, width) % getattr(self, heads):
+                raise ValueError(
+                    f"`{width}` ({getattr(self, width)}) must be a multiple of `{heads}` ({getattr(self, heads)})."
+                )
+        if min(self.num_hidden_layers, self.num_expert_layers, self.num_decoder_layers) < 0:
+            raise ValueError("`num_hidden_layers`, `num_expert_layers` and `num_decoder_layers` must not be negative.")
+        if self.bottleneck not in ("gaussian", "sphere", "cosine"):
+            raise ValueError(f"`bottleneck` ({self.bottleneck!r}) must be 'gaussian', 'sphere' or 'cosine'.")
+        if (
+            min(self.bottleneck_noise, self.kl_weight, self.gradient_weight) < 0
+            or self.num_codes < 0
+            or self.num_codes == 1
+        ):
+            raise ValueError(
+                f"`bottleneck_noise` ({self.bottleneck_noise}), `kl_weight` ({self.kl_weight}) and `gradient_weight` "
+                f"({self.gradient_weight}) must not be negative, `num_codes` ({self.num_codes}) 0 or at least 2."
+            )
+        width, experts = self.hidden_size, self.num_tokens * self.expert_intermediate_size + self.intermediate_size
+        parameters = self.num_hidden_layers * width * (4 * width + 2 * self.intermediate_size)
+        parameters += self.num_expert_layers * width * (4 * width + 2 * experts)
+        width = self.decoder_hidden_size
+        layer = width * (4 * width + 2 * self.decoder_intermediate_size)
+        parameters += (self.num_styled_layers + self.num_decoder_layers) * layer
+        parameters += self.num_styled_layers * 6 * width * self.latent_channels
+        patch = self.num_channels * self.patch_size**2
+        parameters += (self.hidden_size + width) * (patch + self.num_patches + self.num_tokens)
+        parameters += self.latent_channels * (2 * self.hidden_size + 2 * self.num_codes)
+        check_size(self, parameters)
+
+
+CODEC_CONFIGS: dict[str, type[PreTrainedConfig]] = {
+    config.model_type: config for config in (TokComChunkCodecConfig, TokComColorCodecConfig, TokComStyleCodecConfig)
+}
+
+
+def vocabulary_fields(size: int) -> dict[str, Any]:
+    """A tokenizer of `size` tokens and the mask token, which also pads."""
+    return {"vocab_size": size + 1, "mask_token_id": size, "pad_token_id": size}
+
+
+__all__ = ["TokComChunkCodecConfig", "TokComColorCodecConfig", "TokComStyleCodecConfig", "CODEC_CONFIGS"]

@@ -1,0 +1,376 @@
+"""How good a model of images is: its codec against PCA and JPEG, the order of its tokens, its codebook, and what it draws.
+
+    python -m evaluation.images --model DIR --train pictures_train.parquet --test pictures_test.parquet \
+        --output_dir results [--codebook DIR_OF_KMEANS] [--unordered DIR] [--label_columns class] [--guidance_scale 2]
+
+writes results.json, a Markdown table and pictures. `--codebook` is what `convert_tokcom.py kmeans` made of the model,
+`--unordered` a model trained alike with `tail_dropout=0`, whose curve is shown beside.
+"""
+
+import argparse
+import io
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from tqdm.auto import tqdm
+
+from evaluation.report import table
+from pipeline_tokcom import TokComPipeline
+from quantization_tokcom import code_statistics
+from training.config import DataConfig
+from training.data import load_documents
+from training.images import ImageDataset, encode_all, picture_grid
+
+PREFIXES = (1, 2, 4, 8, 16, 36)
+
+
+# ---- distances ----
+
+
+def psnr(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Peak signal-to-noise ratio in dB of images `(B, 3, H, W)` in [-1, 1], as if of 8 bits: `(B,)`."""
+    error = ((images - others) / 2).square().flatten(1).mean(1)
+    return -10 * error.clamp_min(1e-10).log10()
+
+
+def ssim(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Structural similarity (Wang et al. 2004) of images `(B, 3, H, W)` in [-1, 1] with a Gaussian window of 11: `(B,)`."""
+    size, sigma = 11, 1.5
+    line = torch.exp(-0.5 * ((torch.arange(size) - size // 2) / sigma) ** 2)
+    window = (line[:, None] * line / line.sum() ** 2).to(images).expand(images.shape[1], 1, size, size)
+
+    def blur(x: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(x, window, groups=x.shape[1])
+
+    a, b = images / 2 + 0.5, others / 2 + 0.5
+    mean_a, mean_b = blur(a), blur(b)
+    var_a, var_b = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2
+    covariance = blur(a * b) - mean_a * mean_b
+    c1, c2 = 0.01**2, 0.03**2
+    value = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+    return (value / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).flatten(1).mean(1)
+
+
+def quality(images: torch.Tensor, others: torch.Tensor) -> dict[str, float]:
+    return {"psnr": psnr(images, others).mean().item(), "ssim": ssim(images, others).mean().item()}
+
+
+# ---- what others do ----
+
+
+class PCA:
+    """The best linear codec of images `(M, 3, H, W)`, from their covariance."""
+
+    def __init__(self, images: torch.Tensor):
+        flat = images.flatten(1).double()
+        self.mean, self.shape = flat.mean(0), images.shape[1:]
+        centred = flat - self.mean
+        self.components = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1)  # largest first
+
+    def reconstruct(self, images: torch.Tensor, count: int) -> torch.Tensor:
+        basis = self.components[:, :count]
+        rebuilt = (images.flatten(1).double() - self.mean) @ basis @ basis.T + self.mean
+        return rebuilt.float().view(-1, *self.shape).clamp(-1, 1)
+
+
+def jpeg(image: Image.Image, scale: int, level: int) -> tuple[Image.Image, int]:
+    """A picture through JPEG at `1 / scale` of its size, and the bytes of its scan alone, without headers and tables."""
+    small = image.resize((image.width // scale, image.height // scale), Image.Resampling.BOX)
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=level, optimize=True)
+    data = buffer.getvalue()
+    start = data.rindex(b"\xff\xda")
+    scan = len(data) - start - 2 - int.from_bytes(data[start + 2 : start + 4], "big") - 2  # less the end marker
+    return Image.open(io.BytesIO(data)).resize(image.size, Image.Resampling.BICUBIC), scan
+
+
+def best_jpeg(images: torch.Tensor, processor, budget: float) -> dict[str, float]:
+    """Quality of JPEG at the scale and level that serve best among those whose scans take at most `budget` bytes on average."""
+    pictures, best = processor.postprocess(images), {"psnr": -math.inf}
+    for scale in (1, 2, 4, 8):
+        for level in (1, 5, 10, 20, 40, 60, 80, 95):
+            coded, sizes = zip(*(jpeg(picture, scale, level) for picture in pictures))
+            if sum(sizes) / len(sizes) > budget:
+                continue
+            found = quality(processor(list(coded))["pixel_values"], images)
+            if found["psnr"] > best["psnr"]:
+                best = {**found, "bytes": sum(sizes) / len(sizes), "scale": scale, "level": level}
+    return best
+
+
+# ---- what is measured ----
+
+
+@torch.no_grad()
+def order_curve(codec, latents: torch.Tensor, images: torch.Tensor) -> list[float]:
+    """PSNR of the first k tokens, k = 0 .. N."""
+    curve = []
+    for count in tqdm(range(codec.config.num_tokens + 1), desc="order", leave=False):
+        parts = [codec.decode(part, num_tokens=count).pixel_values for part in latents.split(256)]
+        curve.append(psnr(torch.cat(parts), images).mean().item())
+    return curve
+
+
+def order_facts(curve: list[float], quarter: int) -> dict[str, float]:
+    """How ordered tokens are: the share of the whole gain that the first `quarter` of them hold, and falls of the curve."""
+    gain = curve[-1] - curve[0]
+    falls = [a - b for a, b in zip(curve, curve[1:])]
+    return {"share_of_gain": (curve[quarter] - curve[0]) / gain, "largest_fall": max(0.0, *falls)}
+
+
+class Classifier(nn.Module):
+    """A small convolutional network with a head for every column of labels."""
+
+    def __init__(self, classes: list[int], width: int = 32):
+        super().__init__()
+        layers, channels = [], 3
+        for i in range(3):
+            inner = width * 2**i
+            layers += [nn.Conv2d(channels, inner, 3, padding=1), nn.BatchNorm2d(inner), nn.ReLU(), nn.MaxPool2d(2)]
+            channels = inner
+        self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten())
+        self.heads = nn.ModuleList(nn.Linear(4 * channels, count) for count in classes)
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        features = self.body(images)
+        return [head(features) for head in self.heads]
+
+
+def train_classifier(images: torch.Tensor, labels: torch.Tensor, epochs: int, seed: int) -> Classifier:
+    """A classifier of images `(M, 3, H, W)` with labels `(M, columns)`."""
+    torch.manual_seed(seed)
+    model = Classifier([int(column.max()) + 1 for column in labels.T])
+    steps = epochs * (len(images) // 64)
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in tqdm(range(steps), desc="classifier", unit="step"):
+        rows = torch.randint(len(images), (64,))
+        loss = sum(F.cross_entropy(logits, labels[rows, i]) for i, logits in enumerate(model(images[rows])))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return model.eval()
+
+
+@torch.no_grad()
+def recognised(classifier: Classifier, images: torch.Tensor, labels: torch.Tensor) -> list[float]:
+    """Share of images whose label is found, for every column of `labels (M, columns)`."""
+    found = [torch.cat(parts) for parts in zip(*(classifier(part) for part in images.split(256)))]
+    return [(logits.argmax(-1) == labels[:, i]).float().mean().item() for i, logits in enumerate(found)]
+
+
+# ---- the command ----
+
+
+class Pictures:
+    """All pictures of a source, their captions and labels."""
+
+    def __init__(self, source: str, pipe: TokComPipeline, args: argparse.Namespace, limit: int):
+        config = DataConfig(train=source, image_column=args.image_column, caption_column=args.caption_column)
+        records = load_documents(source, config, "train")
+        records = records.select(range(min(limit, len(records))))
+        dataset = ImageDataset(records, args.image_column, "", None, args.seed, training=False)
+        self.dataset = dataset.fit(pipe.model.config.codec_config)
+        rows = tqdm(range(len(records)), desc="reading pictures", unit="picture")
+        self.images = torch.stack([self.dataset[i]["pixel_values"] for i in rows])
+        self.captions = list(records[args.caption_column]) if args.caption_column in records.column_names else None
+
+
+def read_labels(source: str, columns: list[str], count: int, names: list[list]) -> torch.Tensor:
+    """The labels `(count, columns)` of a local parquet file as indices into `names`, which grow where they are empty."""
+    import pyarrow.parquet
+
+    file = pyarrow.parquet.read_table(source, columns=columns)
+    rows = []
+    for i, column in enumerate(columns):
+        values = file.column(column).to_pylist()[:count]
+        if len(names) == i:
+            names.append(sorted(set(values)))
+        rows.append([names[i].index(value) for value in values])
+    return torch.tensor(rows).T
+
+
+@torch.no_grad()
+def measure_codec(pipe: TokComPipeline, train: Pictures, test: Pictures, args: argparse.Namespace) -> dict:
+    """Reconstruction, order and codebook on held-out pictures, beside PCA and JPEG."""
+    codec, images, facts = pipe.model.codec, test.images, {"rows": []}
+    config = codec.config
+    latents = encode_all(pipe.model, test.dataset)
+    rebuilt = torch.cat([codec.decode(part).pixel_values for part in latents.split(256)])
+    coefficients = config.num_tokens * config.latent_channels
+    facts["rows"].append({"codec": "style", "numbers": coefficients, **quality(rebuilt, images)})
+    pca = PCA(train.images)
+    facts["rows"].append(
+        {"codec": "PCA", "numbers": coefficients, **quality(pca.reconstruct(images, coefficients), images)}
+    )
+    mean = train.images.mean(0).expand_as(images)
+    facts["rows"].append({"codec": "mean picture", "numbers": 0, **quality(mean, images)})
+    facts["curve"] = order_curve(codec, latents, images)
+    steps = range(1, config.num_tokens + 1)
+    facts["pca_curve"] = [facts["rows"][2]["psnr"]] + [
+        psnr(pca.reconstruct(images, k * config.latent_channels), images).mean().item() for k in steps
+    ]
+    quarter = config.num_tokens // 4
+    facts["order"] = order_facts(facts["curve"], quarter)
+    if args.unordered:
+        other = TokComPipeline.from_pretrained(args.unordered).model.codec.eval()
+        parts = [other.encode(part).latents for part in images.split(256)]
+        facts["unordered_curve"] = order_curve(other, torch.cat(parts), images)
+        facts["unordered"] = order_facts(facts["unordered_curve"], quarter)
+    if args.codebook:
+        coded = TokComPipeline.from_pretrained(args.codebook)
+        codes = torch.cat([coded.model.encode(pixel_values=part).codes for part in images.split(256)])
+        decoded = torch.cat([coded.decode_images(part, output_type="pt").images for part in codes.split(256)])
+        size = coded.model.config.codec_config.num_codes
+        budget = config.num_tokens * math.log2(size) / 8
+        facts["codebook"] = code_statistics(codes, size) | {"codes": size}
+        row = {"codec": f"style, {size} codes", "bytes": budget, **quality(decoded, images)}
+        facts["rows"] += [row, {"codec": "JPEG scan", **best_jpeg(images, pipe.image_processor, budget)}]
+        facts["used"] = codes.flatten().bincount(minlength=size).sort(descending=True).values.tolist()
+    _codec_pictures(pipe, test, latents, args.output_dir)
+    return facts
+
+
+def _codec_pictures(pipe: TokComPipeline, test: Pictures, latents: torch.Tensor, directory: Path) -> None:
+    show = pipe.image_processor.postprocess
+    originals = show(test.images[:16])
+    rebuilt = pipe.decode_images(latents[:16]).images
+    picture_grid([originals[:8], rebuilt[:8], originals[8:], rebuilt[8:]], scale=3).save(
+        directory / "reconstructions.png"
+    )
+    count = pipe.model.config.codec_config.num_tokens
+    rows = [pipe.decode_images(latents[:6], k).images for k in PREFIXES if k <= count]
+    picture_grid([list(row) for row in zip(*rows, originals[:6])], scale=3).save(directory / "prefixes.png")
+
+
+@torch.no_grad()
+def draw(pipe: TokComPipeline, captions: list[str], args: argparse.Namespace) -> torch.Tensor:
+    """Pictures `(B, 3, H, W)` for captions, at the settings of the command."""
+    generator, parts = torch.Generator().manual_seed(args.seed), []
+    pipe.set_progress_bar_config(disable=True)
+    for start in tqdm(range(0, len(captions), 64), desc="drawing", unit="batch"):
+        settings = {"guidance_scale": args.guidance_scale, "num_inference_steps": args.num_inference_steps}
+        chosen = captions[start : start + 64]
+        parts.append(pipe.generate_images(chosen, generator=generator, output_type="pt", **settings).images)
+    return torch.cat(parts)
+
+
+def measure_generation(pipe: TokComPipeline, train: Pictures, test: Pictures, args: argparse.Namespace) -> list[dict]:
+    """How often a classifier of real pictures recognises what the model draws for held-out captions."""
+    names: list[list] = []
+    labels = read_labels(args.train, args.label_columns, len(train.images), names)
+    held_out = read_labels(args.test, args.label_columns, len(test.images), names)
+    classifier = train_classifier(train.images, labels, args.classifier_epochs, args.seed)
+    count = min(args.num_samples, len(test.captions))
+    drawn = draw(pipe, test.captions[:count], args)
+    rebuilt = torch.cat(
+        [pipe.model.codec.decode(part).pixel_values for part in encode_all(pipe.model, test.dataset).split(256)]
+    )
+    kinds = {"real": test.images, "reconstructed": rebuilt, "drawn": drawn}
+    found = {kind: recognised(classifier, images, held_out[: len(images)]) for kind, images in kinds.items()}
+    shuffled = held_out[:count][torch.randperm(count, generator=torch.Generator().manual_seed(args.seed))]
+    found["drawn for another caption"] = recognised(classifier, drawn, shuffled)
+    show = pipe.image_processor.postprocess
+    rows = [show(drawn[i : i + 8]) for i in range(0, min(32, count), 8)]
+    picture_grid(rows, scale=3).save(args.output_dir / "drawn.png")
+    (args.output_dir / "drawn.txt").write_text("\n".join(test.captions[: min(32, count)]) + "\n")
+    chance = [1 / len(column) for column in names]
+    rows = [{"label": name, "chance": c} for name, c in zip(args.label_columns, chance)]
+    for kind, shares in found.items():
+        for row, share in zip(rows, shares):
+            row[kind] = share
+    return rows
+
+
+def report(facts: dict) -> str:
+    """The Markdown of what was measured."""
+    text = "## Reconstruction of held-out pictures\n\n"
+    cells = [
+        [row["codec"], row.get("numbers", "-"), row.get("bytes", "-"), row["psnr"], row["ssim"]]
+        for row in facts["rows"]
+    ]
+    text += table(["codec", "numbers a picture", "bytes a picture", "PSNR, dB", "SSIM"], cells)
+    text += "\n\n## Order of the tokens\n\n"
+    shown = [k for k in (0, 1, 2, 4, 8, 9, 16, 24, 36) if k < len(facts["curve"])]
+    curves = [("style", "curve"), ("style, tail_dropout=0", "unordered_curve"), ("PCA", "pca_curve")]
+    rows = [[name, *(facts[key][k] for k in shown)] for name, key in curves if key in facts]
+    text += table(["PSNR, dB, of the first", *map(str, shown)], rows)
+    for name, key in (("", "order"), (" with tail_dropout=0", "unordered")):
+        if key in facts:
+            share, fall = facts[key]["share_of_gain"], facts[key]["largest_fall"]
+            text += f"\n\nThe first quarter of the tokens{name} holds {share:.0%} of the gain; the largest fall is {fall:.3f} dB."
+    if "codebook" in facts:
+        used = facts["codebook"]
+        text += "\n\n## Codebook\n\n" + table(list(used), [list(used.values())])
+    if "generation" in facts:
+        text += "\n\n## Drawn for captions\n\n"
+        text += table(list(facts["generation"][0]), [list(row.values()) for row in facts["generation"]])
+    return text + "\n"
+
+
+def plots(facts: dict, directory: Path) -> None:
+    """The order of the tokens, and how often each code is used."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    for name, key in (("nested dropout", "curve"), ("without", "unordered_curve"), ("PCA", "pca_curve")):
+        if key in facts:
+            axes.plot(facts[key], label=name)
+    axes.set(xlabel="tokens kept", ylabel="PSNR, dB")
+    axes.legend()
+    figure.savefig(directory / "order.png", dpi=120)
+    if "used" in facts:
+        figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+        axes.plot(facts["used"])
+        axes.set(xlabel="code, most used first", ylabel="tokens of held-out pictures", yscale="symlog")
+        figure.savefig(directory / "codebook.png", dpi=120)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--train", required=True, help="pictures of which PCA and classifier are made")
+    parser.add_argument("--test", required=True)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--codebook")
+    parser.add_argument("--unordered")
+    parser.add_argument("--image_column", default="image")
+    parser.add_argument("--caption_column", default="caption")
+    parser.add_argument("--label_columns", nargs="*", default=[], help="of local parquet files; asks for drawing, too")
+    parser.add_argument("--num_samples", type=int, default=512)
+    parser.add_argument("--num_inference_steps", type=int)
+    parser.add_argument("--guidance_scale", type=float, default=1.0)
+    parser.add_argument("--classifier_epochs", type=int, default=10)
+    parser.add_argument("--limit", type=int, default=5000, help="pictures of each source")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        pipe = TokComPipeline.from_pretrained(args.model)
+        if pipe.image_processor is None:
+            raise ValueError(f"{args.model} is no model of images; use evaluate_tokcom.py.")
+        train, test = (Pictures(source, pipe, args, args.limit) for source in (args.train, args.test))
+        facts = measure_codec(pipe, train, test, args)
+        if args.label_columns:
+            facts["generation"] = measure_generation(pipe, train, test, args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    facts["settings"] = {name: str(value) for name, value in vars(args).items()}
+    (args.output_dir / "results.json").write_text(json.dumps(facts, indent=1) + "\n")
+    (args.output_dir / "results.md").write_text(report(facts))
+    plots(facts, args.output_dir)
+    print(report(facts))
+
+
+if __name__ == "__main__":
+    main()

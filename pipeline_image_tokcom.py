@@ -1,0 +1,120 @@
+"""What TokComPipeline does with pictures: generate them for captions, encode them as ordered tokens or codes, and back.
+
+Notable choices: the sampler is that of texts; a caption takes the place of a prompt; guidance moves away from what the
+network predicts without it.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+
+try:
+    from .codec_style_tokcom import TokComStyleCodec
+    from .image_processing_tokcom import TokComImageProcessor
+except ImportError:
+    if __package__:
+        raise
+    import codec_style_tokcom as _codec_style
+    import image_processing_tokcom as _image_processing
+
+    TokComStyleCodec, TokComImageProcessor = _codec_style.TokComStyleCodec, _image_processing.TokComImageProcessor
+
+IMAGE_OUTPUTS = ("pil", "pt", "latent")
+
+
+class TokComImageMixin:
+    """The methods of `TokComPipeline` for models of images."""
+
+    @property
+    def image_processor(self) -> TokComImageProcessor | None:
+        """Pictures <-> `pixel_values`; None for models of text."""
+        config = self.model.config.codec_config
+        return None if config.has_tokens else TokComImageProcessor(config.image_size)
+
+    def _style_codec(self) -> TokComStyleCodec:
+        if self.model.config.codec_config.has_tokens:
+            raise ValueError(
+                f"this model (codec {self.model.config.codec_config.model_type!r}) writes text, not pictures; call pipe(prompt)."
+            )
+        return self.model.codec
+
+    @torch.no_grad()
+    def generate_images(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        batch_size: int = 1,
+        num_inference_steps: int | None = None,
+        guidance_scale: float = 1.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        on_step_end=None,
+    ):
+        """New pictures for one or several captions, or without captions `batch_size` of them.
+
+        Args:
+            prompt: a caption or a list of them; for models that were trained with captions.
+            num_inference_steps: denoising steps; by default `config.num_inference_steps`.
+            guidance_scale: 1 is off; above 1 strengthens the caption at twice the cost.
+            generator: `torch.Generator` or one per picture, for reproducible samples.
+            latents: initial noise of shape `(B, N, C)`.
+            output_type: `"pil"`, `"pt"` (values in [-1, 1]) or `"latent"`.
+
+        Returns `.images` and `.latents (B, N, C)`. Raises `ValueError` for arguments out of range.
+        """
+        codec = self._style_codec()
+        self.check_inputs(1, num_inference_steps, output_type, [])
+        prefix = None
+        if prompt is not None:
+            rows = self._tokenize([prompt] if isinstance(prompt, str) else list(prompt), "prompt")
+            if not rows:
+                raise ValueError("`prompt` is an empty list; give at least one caption.")
+            ids, mask = self._pad(rows, "right")
+            batch_size, prefix = len(rows), self.model.condition(ids, mask)
+        elif guidance_scale != 1.0:
+            raise ValueError(f"`guidance_scale` ({guidance_scale}) needs a `prompt` to move towards; leave it at 1.")
+        noise = self.prepare_latents(batch_size, codec.config.num_tokens, generator, latents)
+        settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        result, _ = self._sample(
+            noise, generator=generator, decode=False, prefix=prefix, on_step_end=on_step_end, **settings
+        )
+        return self._show(result, output_type)
+
+    @torch.no_grad()
+    def encode_images(self, images: Any):
+        """Pictures -> `.latents (B, N, C)`, and `.codes (B, N, 1)` of a codec with a codebook."""
+        self._style_codec()
+        pixel_values = self.image_processor(images)["pixel_values"].to(self._execution_device)
+        encoded = self.model.encode(pixel_values=pixel_values)
+        self.maybe_free_model_hooks()
+        return self.output_class(latents=encoded.latents, codes=encoded.codes)
+
+    @torch.no_grad()
+    def decode_images(self, latents: torch.Tensor, num_tokens: int | None = None, output_type: str = "pil"):
+        """Latents `(B, N, C)` or integer codes `(B, N, 1)` -> `.images`, of the first `num_tokens` only if given."""
+        config = self._style_codec().config
+        self.check_inputs(1, None, output_type, [])
+        latents = latents.to(self._execution_device)
+        if not latents.is_floating_point():
+            latents = self.model.from_codes(latents.long())
+        if latents.shape[1:] != (config.num_tokens, config.latent_channels):
+            needed = f"(B, {config.num_tokens}, {config.latent_channels})"
+            raise ValueError(f"`latents` has shape {tuple(latents.shape)} but {needed} is needed.")
+        return self._show(latents, output_type, num_tokens)
+
+    def reconstruct_images(self, images: Any, num_tokens: int | None = None, output_type: str = "pil"):
+        """Encode and decode: pictures as the first `num_tokens` of their tokens, by default all, remember them."""
+        return self.decode_images(self.encode_images(images).latents, num_tokens, output_type)
+
+    def _show(self, latents: torch.Tensor, output_type: str, num_tokens: int | None = None):
+        images: list[Image.Image] | torch.Tensor | None = None
+        if output_type != "latent":
+            images = self.model.decode(latents, num_tokens=num_tokens).pixel_values
+            images = self.image_processor.postprocess(images) if output_type == "pil" else images
+        self.maybe_free_model_hooks()
+        return self.output_class(images=images, latents=latents)
+
+
+__all__ = ["TokComImageMixin", "IMAGE_OUTPUTS"]
