@@ -275,14 +275,26 @@ class TokComStyleCodec(TokComCodec):
         """Images `(B, 3, H, W)`, -1 black and 1 white, -> standardised latents `(B, N, C)`, and `codes (B, N, 1)` if there is a
         codebook. Raises `ValueError` for another size."""
         self._check(pixel_values)
-        tokens = self._raw_tokens(pixel_values)[0]
-        codes = None
-        if self.quantizer is not None and self.quantizer.is_fitted:
-            codes = nearest_codes(tokens.flatten(0, 1), self.quantizer.codebook).view(*tokens.shape[:2], 1)
-        return self.known(self._standardize(tokens), codes=codes)
+        latents = (self._raw_tokens(pixel_values)[0] - self.latent_mean) / self.latent_std
+        fitted = self.quantizer is not None and self.quantizer.is_fitted
+        return self.known(latents, codes=self.to_codes(latents) if fitted else None)
 
-    def _standardize(self, tokens: torch.Tensor) -> torch.Tensor:
-        return (tokens - self.latent_mean) / self.latent_std
+    def _unstandardize(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents.to(self.latent_std) * self.latent_std + self.latent_mean
+
+    def to_codes(self, latents: torch.Tensor) -> torch.Tensor:
+        """Standardised latents `(B, N, C)` -> the nearest codes `(B, N, 1)`; raises `ValueError` without a codebook."""
+        codes = nearest_codes(self._unstandardize(latents).flatten(0, 1), self._fitted().codebook)
+        return codes.view(*latents.shape[:2], 1)
+
+    def from_codes(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes `(B, N, 1)` -> standardised latents `(B, N, C)`; raises `ValueError` without a codebook."""
+        return (self._fitted().decode(codes) - self.latent_mean) / self.latent_std
+
+    def _fitted(self) -> VectorQuantizer:
+        if self.quantizer is None or not self.quantizer.is_fitted:
+            raise ValueError("this codec has no codebook yet; make one with `convert_tokcom.py kmeans`.")
+        return self.quantizer
 
     def _decode(self, tokens: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
         if kept is not None:
@@ -296,14 +308,8 @@ class TokComStyleCodec(TokComCodec):
             if not 0 <= num_tokens <= count:
                 raise ValueError(f"`num_tokens` ({num_tokens}) must be between 0 and {count}.")
             kept = (torch.arange(count, device=latents.device) < num_tokens).expand(len(latents), -1)
-        tokens = latents.float() * self.latent_std + self.latent_mean
+        tokens = self._unstandardize(latents)
         return TokComImageOutput(pixel_values=self._decode(tokens, kept).clamp(-1, 1))
-
-    def from_codes(self, codes: torch.Tensor) -> torch.Tensor:
-        """Codes `(B, N, 1)` -> standardised latents `(B, N, C)`; raises `ValueError` without a codebook."""
-        if self.quantizer is None or not self.quantizer.is_fitted:
-            raise ValueError("this codec has no codebook yet; make one with `convert_tokcom.py kmeans`.")
-        return self._standardize(self.quantizer.decode(codes))
 
     @torch.no_grad()
     def fit_codebook(
@@ -313,7 +319,7 @@ class TokComStyleCodec(TokComCodec):
 
         Returns `code_statistics` of these pictures and `distortion`, the codes' squared error over the tokens' variance.
         """
-        tokens = (latents.to(self.latent_std) * self.latent_std + self.latent_mean).flatten(0, 1)
+        tokens = self._unstandardize(latents).flatten(0, 1)
         codebook = kmeans(tokens.split(65536), num_codes, iterations, metric, seed=seed)
         if metric == "cosine":  # centres are of length 1: give each the length of its tokens
             codes = nearest_codes(F.normalize(tokens, dim=-1), codebook)

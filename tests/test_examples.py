@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+import convert_tokcom
 import train_accelerate
 from configuration_tokcom import TokComConfig
 from modeling_tokcom import TokComModel
@@ -22,12 +23,27 @@ QUICK = [
     *("flow.max_steps=2", "flow.eval_batches=1", "flow.batch_size=2", "flow.sequence_length=32"),
 ]
 TEXT = str(ROOT / "sample_data" / "stories_validation.jsonl")
+PICTURES = str(ROOT / "sample_data" / "emoji_validation.parquet")
+
+
+def speak_of_images(folder: Path) -> list[str]:
+    """Arguments for a language model of pictures, whose codec is made first."""
+    steps = [f"{stage}.{key}=2" for stage in ("codec", "flow") for key in ("max_steps", "batch_size")]
+    model, coded = str(folder / "model"), str(folder / "coded")
+    options = ["--preset", "style-tiny", "--output_dir", model, *steps, f"data.train={PICTURES}", "report_to=none"]
+    train_accelerate.main([*options, "num_samples=0", "data.validation_fraction=0.3"])
+    convert_tokcom.main(["kmeans", model, coded, "--data", PICTURES, "--num_codes", "16"])
+    small = ["--max_steps", "2", "--hidden_size", "32", "--num_hidden_layers", "1"]
+    return ["--model", coded, "--train", PICTURES, "--test", PICTURES, "--output_dir", str(folder / "llama"), *small]
+
+
 EXAMPLES = {
     "quick_start": None,
     "train_on_your_text": lambda folder: [TEXT, "--output_dir", str(folder), *QUICK],
     "swap_schedulers": lambda folder: ["--steps", "2", *QUICK],
     "read_latents": lambda folder: [],
     "compress_document": lambda folder: QUICK,
+    "image_language": speak_of_images,
     "distill_2d": lambda folder: ["--teacher_steps", "2", "--student_steps", "2", "--picture", str(folder / "a.png")],
 }
 EXPECTED = {
@@ -36,6 +52,7 @@ EXPECTED = {
     "swap_schedulers": "UniPCMultistepScheduler",
     "read_latents": "1.00 'The young fox ran away fast.",
     "compress_document": "bits per token",
+    "image_language": "of words at their places",
     "distill_2d": "matching + regression, 1 step",
 }
 
