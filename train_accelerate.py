@@ -38,7 +38,7 @@ from diffusers.optimization import get_scheduler
 from huggingface_hub.errors import StrictDataclassError
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from configuration_tokcom import STAGES, TokComConfig, merge_overrides
 from modeling_tokcom import TokComModel
@@ -47,22 +47,10 @@ from scheduling_tokcom import TokComFlowMatchScheduler
 from training.card import WORK, training_card
 from training.checkpoints import CheckpointError, Checkpoints
 from training.config import StageConfig, TrainConfig, load_train_config
-from training.data import (
-    DialogueDataset,
-    PackedDataset,
-    StreamingPackedDataset,
-    cache_latents,
-    cut_document,
-    get_tokenizer,
-    is_dialogue,
-    load_documents,
-    read_sources,
-    tokenize_dialogues,
-    tokenize_documents,
-)
+from training.corpora import Corpus, read_data
 from training.ema import ShardedEMAModel, decay_from_half_life
-from training.export import export_repository, first_tokens, measure_latent_statistics
-from training.images import ImageDataset, measure_image_statistics, picture_grid
+from training.export import export_repository
+from training.images import picture_grid
 from training.optimizer import build_optimizer
 from training.perceptual import FeatureLoss
 from training.precision import resolve_precision
@@ -79,62 +67,6 @@ class NonFiniteLossError(RuntimeError):
 
 class TrainingStopped(Exception):
     """A signal asked the run to end; a checkpoint was written, and the same command continues from it."""
-
-
-def read_data(config: TrainConfig) -> tuple[object, object, PreTrainedTokenizerBase | None]:
-    """Training tokens (or stream, dialogues, pictures), validation, tokenizer; the tokenizer is kept in `output_dir/run`.
-
-    Pictures without captions have none.
-    """
-    data = config.data
-    train = load_documents(data.train, data, "train")
-    if data.validation is None:
-        if any(source.weight is not None for source in read_sources(data.train)):
-            raise ValueError(
-                "weighted sources repeat documents, so the last ones cannot be held out; give `data.validation` of its own."
-            )
-        if data.streaming:
-            raise ValueError("a stream has no last documents to hold out; give `data.validation` or streaming=false.")
-        if len(train) == 1 and data.text_column in train.column_names:  # such as one .txt file
-            train = cut_document(train, data)
-        held_out = max(1, int(len(train) * data.validation_fraction))
-        if len(train) < 2:
-            raise ValueError("one dialogue cannot be split; give `data.validation` or more of them.")
-        cut = len(train) - held_out
-        train, validation = train.select(range(cut)), train.select(range(cut, len(train)))
-    else:
-        validation = load_documents(data.validation, data, "validation")
-    saved = Path(config.output_dir) / WORK / "tokenizer"
-    pictures = data.image_column in (train.column_names or ())
-    text_column = data.caption_column if pictures else data.text_column
-    if pictures and text_column not in train.column_names:
-        tokenizer = None
-    elif saved.is_dir():
-        tokenizer = AutoTokenizer.from_pretrained(saved)
-    else:
-        name = config.tokenizer or config.init_from or config.codec_from
-        texts = train.select_columns(text_column) if pictures else train
-        tokenizer = get_tokenizer(name, config.tokenizer_vocab_size, texts, text_column)
-    if pictures:
-        columns = data.image_column, text_column, tokenizer, config.seed
-        return ImageDataset(train, *columns, training=True), ImageDataset(validation, *columns, False), tokenizer
-    if is_dialogue(train) != is_dialogue(validation):
-        raise ValueError(
-            "of `data.train` and `data.validation` one holds dialogues and the other texts; give the same kind."
-        )
-    if is_dialogue(train):
-        if data.streaming or config.cache_latents:
-            raise ValueError(
-                "dialogues are neither streamed nor cached; set data.streaming and cache_latents to false."
-            )
-        pairs = (tokenize_dialogues(d, tokenizer, n) for d, n in ((train, "dialogues"), (validation, "validation")))
-        return *pairs, tokenizer
-    if data.streaming and config.cache_latents:
-        raise ValueError("a stream is not cached; set data.streaming=false or cache_latents=false.")
-    validation = tokenize_documents(validation, tokenizer, data.text_column, "validation text")
-    if not data.streaming:
-        train = tokenize_documents(train, tokenizer, data.text_column, "training text")
-    return train, validation, tokenizer
 
 
 def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase | None) -> TokComModel:
@@ -197,8 +129,8 @@ class Progress:
 class StageTrainer:
     """One stage of training: the loop, validation, checkpoints, samples and the final weights."""
 
-    def __init__(self, config: TrainConfig, stage: str, model: TokComModel, tokenizer, train, validation):
-        self.config, self.stage, self.tokenizer = config, stage, tokenizer
+    def __init__(self, config: TrainConfig, stage: str, model: TokComModel, corpus: Corpus):
+        self.config, self.stage, self.corpus, self.tokenizer = config, stage, corpus, corpus.tokenizer
         self.options: StageConfig = getattr(config, stage)
         self.directory = Path(config.output_dir) / WORK / stage
         self.prefix, self.stop_signal = METRIC_PREFIX[stage], 0
@@ -225,7 +157,7 @@ class StageTrainer:
         if config.torch_compile:
             for part in model.compilable_parts():
                 part.compile()
-        self._prepare(model, train, validation)
+        self._prepare(model)
 
     def _check_launch(self) -> None:
         world = int(os.environ.get("WORLD_SIZE", 1))
@@ -235,59 +167,23 @@ class StageTrainer:
                 "they would overwrite each other; on CPU set ACCELERATE_USE_CPU=true (accelerate_configs/cpu_2proc.yaml)."
             )
 
-    def _loaders(self, model: TokComModel, train, validation) -> DataLoader:
-        """Build the data loaders; raises `ValueError` when a window does not fit the model or a batch the data."""
-        config, options = self.config, self.options
-        if isinstance(train, ImageDataset):
-            self.dataset = train.fit(model.config.codec_config)
-            self.validation_loader = DataLoader(validation.fit(model.config.codec_config), options.batch_size)
-            return self._shuffled(f"{len(train)} pictures, fewer")
-        chunk_size = model.config.codec_config.chunk_size
-        longest = model.config.transformer_config.max_position_embeddings * chunk_size
-        if options.sequence_length > longest:
-            raise ValueError(
-                f"`{self.stage}.sequence_length` ({options.sequence_length}) is longer than the model's maximum of "
-                f"{longest} tokens; shorten it or raise transformer_config.max_position_embeddings."
-            )
-        sizes = (options.sequence_length, chunk_size, config.seed)
-        if isinstance(train, list):
-            shape = options.sequence_length, model.config.codec_config.length_multiple, self.tokenizer.eos_token_id
-            held_out, self.dataset = DialogueDataset(validation, *shape), DialogueDataset(train, *shape)
-        else:
-            held_out = PackedDataset(validation, *sizes, training=False)
-        self.validation_loader = DataLoader(held_out, options.batch_size)
-        if not isinstance(train, (list, np.ndarray)):
-            column, buffer = config.data.text_column, config.data.shuffle_buffer
-            place = str(config.data.train), self.accelerator.process_index, self.accelerator.num_processes
-            self.dataset = StreamingPackedDataset(train, self.tokenizer, column, *sizes, buffer, *place)
-            return DataLoader(self.dataset, options.batch_size, drop_last=True, num_workers=config.num_workers)
-        if isinstance(train, np.ndarray):
-            self.dataset = PackedDataset(train, *sizes, training=True, latents=self._latents(model, train))
-        return self._shuffled(f"{len(self.dataset)} windows of {options.sequence_length} tokens, fewer")
-
-    def _shuffled(self, found: str) -> DataLoader:
-        batch_size = self.options.batch_size
+    def _loader(self) -> DataLoader:
+        """The loader of the training data; raises `ValueError` when a batch does not fit them."""
+        batch_size, workers = self.options.batch_size, self.config.num_workers
+        if self.corpus.streamed:
+            return DataLoader(self.dataset, batch_size, drop_last=True, num_workers=workers)
         if len(self.dataset) < batch_size * self.accelerator.num_processes:
             raise ValueError(
-                f"the training data give {found} than one batch of {batch_size} on {self.accelerator.num_processes} "
-                f"process(es); lower {self.stage}.batch_size or {self.stage}.sequence_length, or give more data."
+                f"the training data give {len(self.dataset)} {self.corpus.rows.format(self.options.sequence_length)}, fewer than "
+                f"one batch of {batch_size} on {self.accelerator.num_processes} process(es); lower {self.stage}.batch_size or "
+                f"{self.stage}.sequence_length, or give more data."
             )
-        workers = self.config.num_workers
         return DataLoader(self.dataset, batch_size, shuffle=True, drop_last=True, num_workers=workers)
 
-    def _latents(self, model: TokComModel, train: np.ndarray) -> np.ndarray | None:
-        """The latents of all training text with `cache_latents`, written by the first process."""
-        if not self.config.cache_latents or self.stage == "codec":
-            return None
-        if not list(model.codec.parameters()):
-            raise ValueError("a codec without parameters encodes at no cost; set cache_latents=false.")
-        with self.accelerator.main_process_first():
-            device = self.accelerator.device
-            return cache_latents(model.to(device).eval(), train, Path(self.config.output_dir) / WORK / "latents.f32")
-
-    def _prepare(self, model: TokComModel, train, validation) -> None:
+    def _prepare(self, model: TokComModel) -> None:
         options = self.options
-        loader = self._loaders(model, train, validation)
+        self.dataset, held_out = self.corpus.datasets(model, self.config, options, self.accelerator)
+        self.validation_loader, loader = DataLoader(held_out, options.batch_size), self._loader()
         sharded = self.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
         if options.muon_learning_rate and sharded:
             raise ValueError(
@@ -299,8 +195,7 @@ class StageTrainer:
             "cosine", optimizer, num_warmup_steps=options.warmup_steps, num_training_steps=options.max_steps
         )
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        streamed = isinstance(self.dataset, StreamingPackedDataset)  # every process reads a part of its own
-        self.loader = loader if streamed else self.accelerator.prepare(loader)
+        self.loader = loader if self.corpus.streamed else self.accelerator.prepare(loader)
         self.progress, self.ema = Progress(), None
         if options.ema_half_life:
             if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -435,16 +330,11 @@ class StageTrainer:
                 self.optimizer.step()
             self.optimizer.zero_grad()
         progress.micro_batch += 1
-        progress.tokens += self._tokens_of(batch) * accelerator.num_processes
+        progress.tokens += self.corpus.count(batch) * accelerator.num_processes
         if skip:
             self.pending = []
         elif accelerator.sync_gradients:
             self._after_update(mean, bar)
-
-    def _tokens_of(self, batch: dict[str, torch.Tensor]) -> int:
-        if "pixel_values" in batch:
-            return len(batch["pixel_values"]) * self.module.config.codec_config.num_tokens
-        return batch["input_ids"].numel()
 
     def _is_bad(self, loss: float, norm: torch.Tensor | None) -> bool:
         """Whether an update must be left out: loss or gradient is NaN or infinite, or the gradient far above its average.
@@ -570,7 +460,7 @@ class StageTrainer:
         step, count = self.progress.step, self.config.num_samples
         pipe = TokComPipeline(module, TokComFlowMatchScheduler.from_model_config(module.config), self.tokenizer)
         pipe.set_progress_bar_config(disable=True)
-        if isinstance(self.dataset, ImageDataset):
+        if pipe.image_processor is not None:
             return self._log_pictures(pipe, next(iter(self.validation_loader)))
         ids = next(iter(self.validation_loader))["input_ids"][:count, :128]
         texts = [self.tokenizer.decode(row) for row in ids]
@@ -676,7 +566,8 @@ def run(config: TrainConfig) -> Path:
     check_same_run(config, output / WORK / "train_config.json")
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     with state.main_process_first():
-        train, validation, tokenizer = read_data(config)
+        corpus = read_data(config)
+        tokenizer = corpus.tokenizer
         if state.is_main_process and not (output / WORK / "train_config.json").is_file():
             (output / WORK).mkdir(parents=True, exist_ok=True)
             if tokenizer is not None:
@@ -697,14 +588,12 @@ def run(config: TrainConfig) -> Path:
                 model = TokComModel.from_pretrained(source, dtype=torch.float32)
             if config.stage == "all" and stage == "codec" and not list(model.codec.parameters()):
                 continue  # nothing to train: the flow stage builds the same model
-            trainer = StageTrainer(config, stage, model, tokenizer, train, validation)
+            trainer = StageTrainer(config, stage, model, corpus)
             best = trainer.train()
             if trainer.accelerator.is_main_process:
                 model = TokComModel.from_pretrained(best)
-                if stage == "codec" and isinstance(train, ImageDataset):
-                    measure_image_statistics(model, train.fit(model.config.codec_config))
-                elif stage == "codec":
-                    measure_latent_statistics(model, first_tokens(train, tokenizer, config.data.text_column))
+                if stage == "codec":
+                    corpus.measure(model)
                 export_repository(model, tokenizer, final)
             trainer.accelerator.wait_for_everyone()
             trainer.accelerator.free_memory()

@@ -2,6 +2,7 @@
 
 import io
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -19,7 +20,9 @@ from modeling_tokcom import TokComModel
 from pipeline_tokcom import TokComPipeline
 from scheduling_tokcom import TokComFlowMatchScheduler
 from tests.conftest import ROOT
+from train_accelerate import StageTrainer, read_data
 from train_accelerate import main as train
+from training.config import DataConfig, TrainConfig
 from training.data import train_tokenizer
 from training.images import ImageDataset, open_image, pad_captions, picture_grid
 from training.perceptual import FeatureLoss
@@ -448,6 +451,49 @@ def test_a_codec_is_reused_for_a_new_flow(trained, tmp_path):
     train(["--preset", "style-tiny", "--output_dir", str(tmp_path / "flow"), *options])
     weights = [TokComModel.from_pretrained(path).codec.to_tokens.weight for path in (trained, tmp_path / "flow")]
     assert torch.equal(*weights)
+
+
+def test_folders_name_the_classes_of_the_pictures_in_them(tmp_path):
+    for name, color in (("red", (255, 0, 0)), ("blue", (0, 0, 255))):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(4):
+            Image.new("RGB", (20, 20), color).save(tmp_path / "data" / name / f"{i}.png")
+    config = TrainConfig(output_dir=str(tmp_path / "out"), data=DataConfig(train=str(tmp_path / "data")))
+    config.data.validation_fraction = 0.25
+    corpus = read_data(config)
+    train, captions = corpus.train, corpus.train.captions["input_ids"]
+    words = [corpus.tokenizer.decode(row[row < len(corpus.tokenizer)]) for row in captions]
+    assert set(words) == {"red", "blue"} and len(train) == 6 and len(corpus.validation) == 2
+    train.fit(TokComStyleCodecConfig(**CODEC))
+    colors = {"red": [1, -1, -1], "blue": [-1, -1, 1]}
+    assert all(train[i]["pixel_values"][:, 0, 0].tolist() == colors[words[i]] for i in range(6))
+
+
+def test_text_for_a_model_of_images_and_the_reverse_are_refused(tmp_path):
+    text = f"data.train={ROOT / 'sample_data/stories_validation.jsonl'}"
+    with pytest.raises(SystemExit, match="reads pictures"):
+        train(["--preset", "style-tiny", "--output_dir", str(tmp_path / "a"), text, *SMALL])
+    with pytest.raises(SystemExit, match="data are pictures"):
+        train(["--preset", "debug", "--output_dir", str(tmp_path / "b"), f"data.train={EMOJI}", "codec.max_steps=1"])
+
+
+def test_training_on_pictures_that_was_stopped_ends_with_the_same_weights(tmp_path, monkeypatch, capsys):
+    options = [option for option in SMALL if "max_steps" not in option]
+    options += ["stage=codec", "num_samples=0", "codec.max_steps=4", "codec.warmup_steps=1"]
+    ask = StageTrainer._stop_if_told
+
+    def stop_at_two(self):
+        self.stop_signal = signal.SIGTERM if self.progress.step == 2 else 0
+        ask(self)
+
+    weights = []
+    for name, runs in (("once", 1), ("twice", 2)):
+        for run in range(runs):
+            monkeypatch.setattr(StageTrainer, "_stop_if_told", stop_at_two if run < runs - 1 else ask)
+            train(["--preset", "style-tiny", "--output_dir", str(tmp_path / name), *options])
+        weights.append(TokComModel.from_pretrained(tmp_path / name).codec.state_dict())
+    assert "stopped by SIGTERM after codec step 2" in capsys.readouterr().out
+    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
 
 
 # ---- measures ----

@@ -17,6 +17,7 @@ from scheduling_tokcom import TokComFlowMatchScheduler
 from tests.conftest import ROOT, tiny_config
 from train_accelerate import NonFiniteLossError, run
 from training.config import PRESET_DIR, load_train_config
+from training.data import PackedDataset
 from training.export import measure_latent_statistics
 
 QUICK = [
@@ -245,7 +246,7 @@ def test_gradient_accumulation_equals_one_large_batch(tmp_path, monkeypatch):
     off = [f"model.codec_config.{n}=0.0" for n in ("token_dropout", "latent_dropout", "kl_weight")]
     off += ["model.codec_config.variational=false", "model.codec_config.latent_channels=64", "stage=codec"]
     off += ["model.transformer_config.latent_channels=64", "codec.max_steps=1", "codec.warmup_steps=0"]
-    monkeypatch.setattr(train_accelerate.PackedDataset, "__getitem__", _unpadded)
+    monkeypatch.setattr(PackedDataset, "__getitem__", _unpadded)
     weights = []
     for name, options in (("a", ["codec.batch_size=8"]), ("b", ["codec.gradient_accumulation_steps=2"])):
         (tmp_path / name).mkdir()

@@ -11,7 +11,6 @@ from modeling_tokcom import TokComModel
 from pipeline_tokcom import TokComPipeline
 from scheduling_tokcom import TokComFlowMatchScheduler
 from training.checkpoints import CheckpointError
-from training.data import tokenize_documents
 
 
 def export_repository(model: TokComModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
@@ -43,18 +42,3 @@ def measure_latent_statistics(model: TokComModel, tokens: np.ndarray, rows: int 
     device = codec.latent_mean.device
     latents = torch.cat([codec.encode(part.to(device)).latents[:, 0] for part in chunks.split(4096)]).float()
     codec.set_latent_statistics(latents.mean(0), latents.std(0))
-
-
-def first_tokens(train, tokenizer: PreTrainedTokenizerBase, text_column: str, count: int = 1_000_000) -> np.ndarray:
-    """Up to `count` training tokens, from memory or from the head of a stream."""
-    if isinstance(train, np.ndarray):
-        return train
-    if isinstance(train, list):
-        return np.concatenate([np.asarray([*prompt, *answer]) for prompt, answer in train])[:count]
-    rows, total = [], 0
-    for row in train:
-        rows.append(row)
-        total += len(row[text_column] or "")
-        if total > 4 * count:
-            break
-    return tokenize_documents(rows, tokenizer, text_column, "a sample for latent statistics")[:count]

@@ -1,0 +1,202 @@
+"""What a run learns from: packed text, a stream of it, dialogues, or pictures.
+
+Every kind gives the datasets of a stage, says how much a batch holds, and measures the statistics of a codec's latents.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from modeling_tokcom import TokComModel
+from training.card import WORK
+from training.config import StageConfig, TrainConfig
+from training.data import (
+    DialogueDataset,
+    PackedDataset,
+    StreamingPackedDataset,
+    cache_latents,
+    cut_document,
+    get_tokenizer,
+    is_dialogue,
+    load_documents,
+    read_sources,
+    tokenize_dialogues,
+    tokenize_documents,
+)
+from training.export import measure_latent_statistics
+from training.images import ImageDataset, measure_image_statistics
+
+
+class Corpus:
+    """Packed text, and what the other kinds have in common with it.
+
+    Args:
+        train, validation: what is learnt, and what is held out; tokens `(T,)` each.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): of the text or the captions.
+    """
+
+    streamed, rows = False, "windows of {} tokens"
+
+    def __init__(self, train, validation, tokenizer: PreTrainedTokenizerBase | None):
+        self.train, self.validation, self.tokenizer = train, validation, tokenizer
+
+    def datasets(
+        self, model: TokComModel, config: TrainConfig, options: StageConfig, accelerator: Accelerator
+    ) -> tuple[torch.utils.data.Dataset, torch.utils.data.Dataset]:
+        """Training and validation dataset of the stage whose options these are; raises `ValueError` if a window does not fit."""
+        sizes, latents = self._sizes(model, config, options), None
+        if config.cache_latents and model.config.stage != "codec":
+            if not list(model.codec.parameters()):
+                raise ValueError("a codec without parameters encodes at no cost; set cache_latents=false.")
+            with accelerator.main_process_first():  # which writes the file
+                file = Path(config.output_dir) / WORK / "latents.f32"
+                latents = cache_latents(model.to(accelerator.device).eval(), self.train, file)
+        held_out = PackedDataset(self.validation, *sizes, training=False)
+        return PackedDataset(self.train, *sizes, training=True, latents=latents), held_out
+
+    @staticmethod
+    def _sizes(model: TokComModel, config: TrainConfig, options: StageConfig) -> tuple[int, int, int]:
+        if not model.config.codec_config.has_tokens:
+            raise ValueError(
+                f"the codec {model.config.codec_config.model_type!r} reads pictures but the data have no field "
+                f"{config.data.image_column!r} (`data.image_column`); give pictures, or choose a preset of text."
+            )
+        chunk_size = model.config.codec_config.chunk_size
+        longest = model.config.transformer_config.max_position_embeddings * chunk_size
+        if options.sequence_length > longest:
+            raise ValueError(
+                f"`{model.config.stage}.sequence_length` ({options.sequence_length}) is longer than the model's maximum of "
+                f"{longest} tokens; shorten it or raise transformer_config.max_position_embeddings."
+            )
+        return options.sequence_length, chunk_size, config.seed
+
+    def count(self, batch: dict[str, torch.Tensor]) -> int:
+        """Tokens in a batch."""
+        return batch["input_ids"].numel()
+
+    def measure(self, model: TokComModel) -> None:
+        """Set the latent statistics of a codec that was trained on this."""
+        measure_latent_statistics(model, self.first_tokens())
+
+    def first_tokens(self, count: int = 1_000_000) -> np.ndarray:
+        """Training tokens, about `count` of them if not all are in memory."""
+        return self.train
+
+
+class StreamCorpus(Corpus):
+    """Text that is read as it comes; every process reads a part of its own."""
+
+    streamed = True
+
+    def __init__(self, train, validation, tokenizer, text_column: str):
+        super().__init__(train, validation, tokenizer)
+        self.text_column = text_column
+
+    def datasets(self, model, config, options, accelerator):
+        sizes = self._sizes(model, config, options)
+        place = str(config.data.train), accelerator.process_index, accelerator.num_processes
+        shuffle = config.data.shuffle_buffer
+        stream = StreamingPackedDataset(self.train, self.tokenizer, self.text_column, *sizes, shuffle, *place)
+        return stream, PackedDataset(self.validation, *sizes, training=False)
+
+    def first_tokens(self, count: int = 1_000_000) -> np.ndarray:
+        rows, total = [], 0
+        for row in self.train:
+            rows.append(row)
+            total += len(row[self.text_column] or "")
+            if total > 4 * count:
+                break
+        return tokenize_documents(rows, self.tokenizer, self.text_column, "a sample for latent statistics")[:count]
+
+
+class DialogueCorpus(Corpus):
+    """Pairs of a prompt and its answer."""
+
+    rows = "dialogues"
+
+    def datasets(self, model, config, options, accelerator):
+        length, *_ = self._sizes(model, config, options)
+        shape = length, model.config.codec_config.length_multiple, self.tokenizer.eos_token_id
+        return DialogueDataset(self.train, *shape), DialogueDataset(self.validation, *shape)
+
+    def first_tokens(self, count: int = 1_000_000) -> np.ndarray:
+        return np.concatenate([np.asarray([*prompt, *answer]) for prompt, answer in self.train])[:count]
+
+
+class PictureCorpus(Corpus):
+    """Pictures, with captions if there is a tokenizer."""
+
+    rows = "pictures"
+
+    def datasets(self, model, config, options, accelerator):
+        codec = model.config.codec_config
+        if codec.has_tokens:
+            raise ValueError(
+                f"the data are pictures but the codec is {codec.model_type!r}; choose a preset of images such as style-tiny."
+            )
+        self.num_tokens = codec.num_tokens
+        return self.train.fit(codec), self.validation.fit(codec)
+
+    def count(self, batch: dict[str, torch.Tensor]) -> int:
+        return len(batch["pixel_values"]) * self.num_tokens
+
+    def measure(self, model: TokComModel) -> None:
+        measure_image_statistics(model, self.train.fit(model.config.codec_config))
+
+
+def read_data(config: TrainConfig) -> Corpus:
+    """The data of a run; a tokenizer that `output_dir/run` keeps is used again. Raises `ValueError` for data that do not serve."""
+    data = config.data
+    train = load_documents(data.train, data, "train")
+    if data.validation is None:
+        if any(source.weight is not None for source in read_sources(data.train)):
+            raise ValueError(
+                "weighted sources repeat documents, so the last ones cannot be held out; give `data.validation` of its own."
+            )
+        if data.streaming:
+            raise ValueError("a stream has no last documents to hold out; give `data.validation` or streaming=false.")
+        if len(train) == 1 and data.text_column in train.column_names:  # such as one .txt file
+            train = cut_document(train, data)
+        held_out = max(1, int(len(train) * data.validation_fraction))
+        if len(train) < 2:
+            raise ValueError("one dialogue cannot be split; give `data.validation` or more of them.")
+        cut = len(train) - held_out
+        train, validation = train.select(range(cut)), train.select(range(cut, len(train)))
+    else:
+        validation = load_documents(data.validation, data, "validation")
+    saved = Path(config.output_dir) / WORK / "tokenizer"
+    pictures = data.image_column in (train.column_names or ())
+    text_column = data.caption_column if pictures else data.text_column
+    if pictures and text_column not in train.column_names:
+        tokenizer = None
+    elif saved.is_dir():
+        tokenizer = AutoTokenizer.from_pretrained(saved)
+    else:
+        name = config.tokenizer or config.init_from or config.codec_from
+        texts = train.select_columns(text_column) if pictures else train
+        tokenizer = get_tokenizer(name, config.tokenizer_vocab_size, texts, text_column)
+    if pictures:
+        columns = data.image_column, text_column, tokenizer, config.seed
+        parts = ImageDataset(train, *columns, training=True), ImageDataset(validation, *columns, training=False)
+        return PictureCorpus(*parts, tokenizer)
+    if is_dialogue(train) != is_dialogue(validation):
+        raise ValueError(
+            "of `data.train` and `data.validation` one holds dialogues and the other texts; give the same kind."
+        )
+    if is_dialogue(train):
+        if data.streaming or config.cache_latents:
+            raise ValueError(
+                "dialogues are neither streamed nor cached; set data.streaming and cache_latents to false."
+            )
+        pairs = (tokenize_dialogues(d, tokenizer, n) for d, n in ((train, "dialogues"), (validation, "validation")))
+        return DialogueCorpus(*pairs, tokenizer)
+    if data.streaming and config.cache_latents:
+        raise ValueError("a stream is not cached; set data.streaming=false or cache_latents=false.")
+    validation = tokenize_documents(validation, tokenizer, data.text_column, "validation text")
+    if data.streaming:
+        return StreamCorpus(train, validation, tokenizer, data.text_column)
+    train = tokenize_documents(train, tokenizer, data.text_column, "training text")
+    return Corpus(train, validation, tokenizer)
