@@ -1,7 +1,7 @@
 """A page to play with a TokCom model: text that emerges from noise, gaps, noise levels and a map of latents.
 
     python app.py                      # the model in this directory, on http://127.0.0.1:7860
-    python app.py --checkpoint DIR --pixels PIXEL_MODEL_DIR
+    python app.py --checkpoint DIR --pixels PIXEL_MODEL_DIR --images IMAGE_MODEL_DIR
 
 In a Space, TOKCOM_MODEL names the model's repository. A tab for texts as pictures appears if there is a pixel model.
 """
@@ -22,6 +22,7 @@ import matplotlib
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from matplotlib.figure import Figure
+from PIL import Image
 
 from evaluation.reconstruction import token_losses_at
 from pipeline_tokcom import GAP, TokComPipeline
@@ -68,9 +69,11 @@ def _explained(error: Exception) -> gr.Error:
 class Demo:
     """The page's functions for one pipeline; each raises `gr.Error` with a message for people."""
 
-    def __init__(self, pipe: TokComPipeline, pixels: TokComPipeline | None = None):
-        self.pipe, self.pixels, self.busy = pipe, pixels, threading.Lock()
-        for each in (pipe, pixels):
+    def __init__(
+        self, pipe: TokComPipeline, pixels: TokComPipeline | None = None, images: TokComPipeline | None = None
+    ):
+        self.pipe, self.pixels, self.images, self.busy = pipe, pixels, images, threading.Lock()
+        for each in (pipe, pixels, images):
             if each is not None:
                 each.set_progress_bar_config(disable=True)
 
@@ -251,6 +254,35 @@ class Demo:
             raise _explained(error) from error
         return image.resize((image.width * 8, image.height * 8), 0), self.pixels.image_to_text(image)
 
+    def draw(self, caption: str, steps: int, guidance: float, seed: int) -> list[tuple[Image.Image, str]]:
+        """Pictures for a caption: of its first tokens only, and of all."""
+        prompt = caption.strip() or None
+        try:
+            with self.busy:
+                settings = {"guidance_scale": guidance if prompt else 1.0, "generator": _generator(seed)}
+                latents = self.images.generate_images(prompt, 1, int(steps), **settings, output_type="latent").latents
+                return self._prefixes(latents)
+        except ValueError as error:
+            raise _explained(error) from error
+
+    def rebuild(self, picture: Image.Image | None) -> list[tuple[Image.Image, str]]:
+        """A picture as its first tokens, and all of them, remember it."""
+        try:
+            if picture is None:
+                raise ValueError("there is no picture; give one first.")
+            with self.busy:
+                return self._prefixes(self.images.encode_images(picture).latents)
+        except ValueError as error:
+            raise _explained(error) from error
+
+    def _prefixes(self, latents: torch.Tensor) -> list[tuple[Image.Image, str]]:
+        count = self.images.model.config.codec_config.num_tokens
+        kept = [k for k in (1, 2, 4, 8, 16, 32) if k < count] + [count]
+        pictures = [self.images.decode_images(latents, k).images[0] for k in kept]
+        scale = max(1, 192 // pictures[0].width)
+        large = [picture.resize((picture.width * scale, picture.height * scale), 0) for picture in pictures]
+        return [(picture, f"{k} of {count} tokens") for picture, k in zip(large, kept)][::-1]
+
 
 def build_page(demo: Demo) -> gr.Blocks:
     """The page of tabs."""
@@ -319,7 +351,25 @@ def build_page(demo: Demo) -> gr.Blocks:
                 picture = gr.Image(label="One pixel per token", format="png")
                 back = gr.Textbox(label="Read back from the picture", interactive=False)
                 gr.Button("Draw", variant="primary").click(demo.to_picture, pixel_text, [picture, back])
+        if demo.images is not None:
+            _image_tab(demo)
     return page
+
+
+def _image_tab(demo: Demo) -> None:
+    config = demo.images.model.config
+    with gr.Tab("Images"):
+        captioned = config.condition_vocab_size > 0
+        caption = gr.Textbox(label="Caption", interactive=captioned, max_length=400, elem_id="caption")
+        with gr.Row():
+            steps = gr.Slider(1, 100, config.num_inference_steps, step=1, label="Denoising steps")
+            guidance = gr.Slider(1, 6, 2 if captioned else 1, label="Guidance (1 is off)", interactive=captioned)
+            seed = gr.Number(0, label="Seed", precision=0)
+        drawn = gr.Gallery(label="All tokens, and the first ones", columns=7, elem_id="drawn")
+        gr.Button("Draw", variant="primary", elem_id="draw").click(demo.draw, [caption, steps, guidance, seed], drawn)
+        picture = gr.Image(label="Picture", type="pil")
+        rebuilt = gr.Gallery(label="Encoded and decoded: all tokens, and the first ones", columns=7)
+        gr.Button("Encode and decode", variant="primary").click(demo.rebuild, picture, rebuilt)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -328,13 +378,15 @@ def main(argv: list[str] | None = None) -> None:
         "--checkpoint", default=os.environ.get("TOKCOM_MODEL", str(ROOT)), help="model directory or Hub id"
     )
     parser.add_argument("--pixels", help="a pixel model, for a tab of texts as pictures")
+    parser.add_argument("--images", help="a model of images, for a tab that draws captions and rebuilds pictures")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--host", default="0.0.0.0" if "SPACE_ID" in os.environ else "127.0.0.1")
     parser.add_argument("--port", type=int, default=7860)
     args = parser.parse_args(argv)
     try:
         pipes = [
-            TokComPipeline.from_pretrained(path).to(args.device) for path in (args.checkpoint, args.pixels) if path
+            None if path is None else TokComPipeline.from_pretrained(path).to(args.device)
+            for path in (args.checkpoint, args.pixels, args.images)
         ]
     except (ValueError, OSError, StrictDataclassError) as error:
         parser.exit(1, f"error: {error}\n")

@@ -1,4 +1,4 @@
-"""Command line for the five modes of TokCom, for filling gaps, and for texts as pictures.
+"""Command line for the five modes of TokCom, for filling gaps, for texts as pictures, and for models of images.
 
     python inference.py --checkpoint . --mode conditional --prompt "The family of four was "
     python inference.py --checkpoint . --mode generate --num_chunks 64 --num_steps 16 --batch_size 2
@@ -10,6 +10,8 @@
         --num_generate_chunks 1
     python inference.py --checkpoint pixels --mode text_to_image --input_text "Some text" --image_file text.png
     python inference.py --checkpoint pixels --mode image_to_text --image_file text.png
+    python inference.py --checkpoint images --mode draw --prompt "a caption" --image_file drawn.png
+    python inference.py --checkpoint images --mode reconstruct_image --input_image photo.png --image_file rebuilt.png
 
 `--checkpoint` is a model directory, a Hub id, or a published v5.2 `.pt` file, which is converted in memory.
 """
@@ -20,13 +22,14 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
 from safetensors import SafetensorError
 
 from convert_tokcom import load_published_pipeline
 from pipeline_tokcom import TokComPipeline, TokComPipelineOutput
 
 MODES = ("generate", "reconstruct", "denoise_reconstruct", "encode", "conditional", "decode", "infill")
-MODES += ("text_to_image", "image_to_text")
+MODES += ("text_to_image", "image_to_text", "draw", "reconstruct_image")
 NEEDS = {
     "reconstruct": ["input_text"],
     "denoise_reconstruct": ["input_text"],
@@ -36,6 +39,8 @@ NEEDS = {
     "decode": ["latents_file"],
     "text_to_image": ["input_text", "image_file"],
     "image_to_text": ["image_file"],
+    "draw": ["image_file"],
+    "reconstruct_image": ["input_image", "image_file"],
 }
 
 
@@ -44,9 +49,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", required=True, help="model directory, Hub id, or published .pt file")
     parser.add_argument("--mode", default="generate", choices=MODES)
     parser.add_argument("--input_text", help="text for reconstruct, denoise_reconstruct, encode; with ____ for infill")
-    parser.add_argument("--prompt", help="text to continue (conditional)")
+    parser.add_argument("--prompt", help="text to continue (conditional); caption (draw)")
     parser.add_argument("--latents_file", help="file written by encode (decode)")
-    parser.add_argument("--image_file", help="PNG to write (text_to_image) or to read (image_to_text)")
+    parser.add_argument("--image_file", help="picture to write, or to read (image_to_text)")
+    parser.add_argument("--input_image", help="picture to read (reconstruct_image)")
+    parser.add_argument("--num_tokens", type=int, help="tokens to keep (reconstruct_image); by default all")
     parser.add_argument("--image_width", type=int, help="pixels in a row (text_to_image); by default the model's")
     parser.add_argument("--num_chunks", type=int, default=256, help="chunks to generate (generate)")
     parser.add_argument(
@@ -121,6 +128,14 @@ def run(pipe: TokComPipeline, args: argparse.Namespace) -> TokComPipelineOutput:
         return TokComPipelineOutput(texts=[f"{image.width} x {image.height} pixels written to {args.image_file}"])
     if args.mode == "image_to_text":
         return TokComPipelineOutput(texts=[pipe.image_to_text(args.image_file)])
+    if args.mode == "draw":
+        images = pipe.generate_images(args.prompt, guidance_scale=args.guidance_scale, **sampling).images
+        images[0].save(args.image_file)
+        return TokComPipelineOutput(texts=[f"picture written to {args.image_file}"])
+    if args.mode == "reconstruct_image":
+        with Image.open(args.input_image) as picture:
+            pipe.reconstruct_images(picture, args.num_tokens).images[0].save(args.image_file)
+        return TokComPipelineOutput(texts=[f"picture written to {args.image_file}"])
     tokens = args.num_generate_chunks * pipe.chunk_size
     if args.mode == "infill":
         return pipe.infill(args.input_text, tokens, guidance_scale=args.guidance_scale, **sampling)

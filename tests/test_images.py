@@ -4,6 +4,7 @@ import io
 import json
 import signal
 
+import gradio
 import numpy as np
 import pytest
 import torch
@@ -11,11 +12,13 @@ from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from transformers import ResNetConfig, ResNetModel
 
+import app
 from codec_style_tokcom import TokComStyleCodec, gradient_loss
 from configuration_tokcom import PRESETS, TokComConfig, TokComStyleCodecConfig
 from convert_tokcom import main as convert
 from evaluation.images import PCA, jpeg, main, order_facts, psnr, ssim
 from image_processing_tokcom import TokComImageProcessor
+from inference import main as infer
 from modeling_tokcom import TokComModel
 from pipeline_tokcom import TokComPipeline
 from scheduling_tokcom import TokComFlowMatchScheduler
@@ -419,6 +422,27 @@ def test_training_on_the_sample_pictures_gives_a_repository_that_draws(trained):
     latents = net.encode(pixel_values=pixel_values).latents
     assert net.codec.latent_std.shape == (6, 4) and not torch.equal(net.codec.latent_std, torch.ones(6, 4))
     assert latents.isfinite().all()
+
+
+def test_the_command_line_draws_and_rebuilds(trained, tmp_path, capsys):
+    files = [str(tmp_path / name) for name in ("drawn.png", "rebuilt.png")]
+    here = ["--checkpoint", str(trained), "--num_steps", "2"]
+    infer([*here, "--image_file", files[0], "--mode", "draw", "--prompt", "a cat", "--guidance_scale", "2"])
+    rebuild = ["--mode", "reconstruct_image", "--input_image", files[0], "--num_tokens", "3"]
+    infer([*here, *rebuild, "--image_file", files[1]])
+    assert [Image.open(file).size for file in files] == [(16, 16)] * 2 and "written" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="pixel_values"):
+        infer(["--checkpoint", str(trained), "--mode", "reconstruct", "--input_text", "a cat"])
+
+
+def test_the_page_draws_captions_and_rebuilds_pictures(trained):
+    demo = app.Demo(TokComPipeline.from_pretrained(ROOT), images=TokComPipeline.from_pretrained(trained))
+    assert app.build_page(demo) is not None
+    shown = demo.draw("a cat", 2, 2.0, 0)
+    assert [text for _, text in shown] == ["6 of 6 tokens", "4 of 6 tokens", "2 of 6 tokens", "1 of 6 tokens"]
+    assert demo.rebuild(Image.new("RGB", (40, 30)))[0][0].size == (192, 192)
+    with pytest.raises(gradio.Error, match="no picture"):
+        demo.rebuild(None)
 
 
 def test_kmeans_writes_a_model_that_gives_codes(trained, tmp_path, capsys):
