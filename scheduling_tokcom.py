@@ -31,6 +31,8 @@ class TokComFlowMatchScheduler(SchedulerMixin, ConfigMixin):
             on noise (SD3, Esser et al. 2024).
         noise_std (`float`): standard deviation of x0.
         eta (`float`): in [0, 1]; the share of the noise that is drawn anew at each step.
+        stochastic_sampling (`bool`): at each step all noise is drawn anew, as few-step students are trained to expect; it is
+            the option of that name of FlowMatchEulerDiscreteScheduler, and `eta` has no effect.
         prediction_type, use_flow_sigmas, flow_shift: what stock multistep solvers read from this config;
             `flow_shift` always equals `shift`.
     """
@@ -50,6 +52,7 @@ class TokComFlowMatchScheduler(SchedulerMixin, ConfigMixin):
         shift: float = 1.0,
         noise_std: float = 1.0,
         eta: float = 0.0,
+        stochastic_sampling: bool = False,
         prediction_type: str = "flow_prediction",
         use_flow_sigmas: bool = True,
         flow_shift: float | None = None,
@@ -133,7 +136,7 @@ class TokComFlowMatchScheduler(SchedulerMixin, ConfigMixin):
         Args:
             model_output (`torch.Tensor`): velocity dx/dsigma = (x - x1) / sigma, same shape as `sample`.
             timestep: the element of `timesteps` that belongs to this step.
-            generator: source of the fresh noise when `eta > 0`.
+            generator: source of the fresh noise when there is any.
         """
         if self._step_index is None:
             nearest = int((self.timesteps - torch.as_tensor(timestep).to(self.timesteps)).abs().argmin())
@@ -141,7 +144,10 @@ class TokComFlowMatchScheduler(SchedulerMixin, ConfigMixin):
         sigma, sigma_next = self.sigmas[self._step_index].item(), self.sigmas[self._step_index + 1].item()
         x, velocity = sample.float(), model_output.float()
         x1 = x - sigma * velocity
-        if self.config.eta > 0 and sigma_next > 0:
+        if self.config.stochastic_sampling:
+            noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype) * self.config.noise_std
+            prev_sample = (1 - sigma_next) * x1 + sigma_next * noise
+        elif self.config.eta > 0 and sigma_next > 0:
             # of the noise left at sigma_next, `fresh` is new and the rest is the estimate of the old noise x0 = x1 + v
             kept = sigma_next * (1 - sigma) / ((1 - sigma_next) * sigma)
             fresh = self.config.eta * sigma_next * math.sqrt(1 - kept**2)

@@ -2,12 +2,23 @@
 
 import copy
 import importlib.util
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
+from distill_accelerate import Distillation
+from distill_accelerate import main as distill
+from modeling_tokcom import TokComModel
+from pipeline_tokcom import TokComPipeline
+from scheduling_tokcom import TokComFlowMatchScheduler
+from tests import test_images as images
 from tests.conftest import ROOT
+from training.data import train_tokenizer
 from training.distillation import (
     Distiller,
     add_noise,
@@ -138,3 +149,113 @@ def test_one_step_reaches_all_eight_modes_of_the_plane(seed):
     near, modes = results["matching + regression, 1 step"]
     assert results["teacher, 1 step"][0] == 0
     assert near >= 0.6 and modes == 8
+
+
+# ---- distill_accelerate.py ----
+
+
+PICTURES = str(ROOT / "sample_data/emoji_validation.parquet")
+STORIES = str(ROOT / "sample_data/stories_validation.jsonl")
+SMALL = ["max_steps=2", "batch_size=2", "num_pairs=4", "pair_steps=2", "sequence_length=64", "checkpoint_steps=1"]
+SMALL += ["learning_rate=1e-2", "fake_learning_rate=1e-2"]
+
+
+def teacher_of(kind: str, build, directory) -> list[str]:
+    """Save a small teacher and return the arguments that distil it."""
+    if kind == "images":
+        tokenizer = train_tokenizer(["a cat"], 300)
+        torch.manual_seed(0)
+        net = TokComModel(images.model(len(tokenizer) + 1).config)
+        TokComPipeline(net, TokComFlowMatchScheduler.from_model_config(net.config), tokenizer).save_pretrained(
+            directory
+        )
+    else:
+        block_size = {"blocks": 4, "bidirectional": None}[kind]
+        build(transformer_config={"block_size": block_size}).save_pretrained(directory)
+    source = PICTURES if kind == "images" else STORIES
+    return ["--teacher", str(directory), *SMALL, f"data.train={source}"]
+
+
+@pytest.mark.parametrize("kind", ["images", "blocks", "bidirectional"])
+@pytest.mark.parametrize("method", ["dmd", "regression", "both"])
+def test_a_student_of_any_teacher_is_a_model_that_says_how_it_is_sampled(kind, method, build, tmp_path):
+    arguments = teacher_of(kind, build, tmp_path / "teacher")
+    before = load_file(tmp_path / "teacher/model.safetensors")
+    output = tmp_path / "student"
+    distill(
+        [*arguments, "--output_dir", str(output), f"method={method}", "num_inference_steps=2", "guidance_scale=1.5"]
+    )
+    after, student = load_file(tmp_path / "teacher/model.safetensors"), load_file(output / "model.safetensors")
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    moved = {name for name, value in before.items() if not torch.equal(value, student[name])}
+    assert moved and not any(name.startswith("codec.") for name in moved)
+    pipe = TokComPipeline.from_pretrained(output)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.scheduler.config.stochastic_sampling and pipe.model.config.num_inference_steps == 2
+    result = pipe("a cat", 16, generator=torch.Generator().manual_seed(0))
+    assert len(result.images if kind == "images" else result.texts) == 1
+
+
+def test_the_pipeline_samples_a_student_as_distillation_simulates_it(build, tmp_path):
+    pipe = build(transformer_config={"block_size": None})
+    pipe.scheduler = TokComFlowMatchScheduler(stochastic_sampling=True)
+    pipe.set_progress_bar_config(disable=True)
+    noise = torch.randn(1, 8, 16)
+    options = {"num_inference_steps": 4, "latents": noise, "output_type": "latent"}
+    drawn = pipe.generate(8, generator=torch.Generator().manual_seed(3), **options).latents
+    generator = torch.Generator().manual_seed(3)
+
+    x, estimate = noise, None
+    for t in (0.0, 0.25, 0.5, 0.75):
+        x = x if estimate is None else (1 - t) * torch.randn(x.shape, generator=generator) + t * estimate
+        with torch.no_grad():
+            estimate = pipe.model.denoise(x, t, self_condition=estimate).latents
+    torch.testing.assert_close(drawn, estimate, atol=1e-4, rtol=1e-4)
+
+
+def test_a_run_that_was_stopped_ends_with_the_same_student(build, tmp_path, monkeypatch):
+    arguments = teacher_of("images", build, tmp_path / "teacher")
+    arguments += ["num_inference_steps=2", "max_steps=3"]
+    distill([*arguments, "--output_dir", str(tmp_path / "once")])
+    update, calls = Distillation._update, []
+
+    def fail_later(self, name, place):
+        calls.append(name)
+        if len(calls) > 14:  # in the third round
+            raise KeyboardInterrupt
+        return update(self, name, place)
+
+    monkeypatch.setattr(Distillation, "_update", fail_later)
+    with pytest.raises(KeyboardInterrupt):
+        distill([*arguments, "--output_dir", str(tmp_path / "twice")])
+    assert calls[:6] == ["fake"] * 5 + ["student"]
+    monkeypatch.undo()
+    distill([*arguments, "--output_dir", str(tmp_path / "twice")])
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("once", "twice"))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_two_processes_distil_as_one_that_accumulates(build, tmp_path):
+    arguments = teacher_of("images", build, tmp_path / "teacher")
+    one, two = tmp_path / "one", tmp_path / "two"
+    distill([*arguments, "--output_dir", str(one), "gradient_accumulation_steps=2"])
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    command += [str(ROOT / "accelerate_configs" / "cpu_2proc.yaml"), "--main_process_port", "0"]
+    command += [str(ROOT / "distill_accelerate.py"), *arguments, "--output_dir", str(two)]
+    env = dict(os.environ, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", PYTHONPATH=str(ROOT))
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (load_file(path / "model.safetensors") for path in (one, two))
+    for name, value in first.items():
+        torch.testing.assert_close(value, second[name], atol=1e-5, rtol=1e-4)
+
+
+def test_teachers_that_cannot_be_distilled_are_refused(build, tmp_path):
+    data = f"data.train={STORIES}"
+    with pytest.raises(SystemExit, match="prediction_type='tokens'.*pure noise"):
+        distill(["--teacher", str(ROOT), "--output_dir", str(tmp_path / "a"), data])
+    with pytest.raises(SystemExit, match="method.*'gan'"):
+        distill(["--teacher", str(ROOT), "--output_dir", str(tmp_path / "a"), data, "method=gan"])
+    build(noise_std=0.5).save_pretrained(tmp_path / "teacher")
+    with pytest.raises(SystemExit, match="noise_std.*0.5"):
+        distill(["--teacher", str(tmp_path / "teacher"), "--output_dir", str(tmp_path / "a"), data])

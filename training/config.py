@@ -149,6 +149,14 @@ def load_train_config(preset: str, overrides: list[str]) -> TrainConfig:
     for key, source in values.get("data", {}).items():
         if isinstance(source, str) and (ROOT / source).exists():  # text that ships with the repository
             values["data"][key] = str(ROOT / source)
+    given = {override.partition("=")[0] for override in overrides}
+    if "data.train" in given and "data.validation" not in given:  # the preset's validation text belongs to its own
+        values.setdefault("data", {})["validation"] = None
+    return load_overrides(TrainConfig, values, overrides)
+
+
+def load_overrides(cls: type, values: dict[str, Any], overrides: list[str]) -> Any:
+    """A configuration of class `cls` from nested `values` and `dotted.key=value` overrides of them; `ValueError` as above."""
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator:
@@ -158,7 +166,4 @@ def load_train_config(preset: str, overrides: list[str]) -> TrainConfig:
         for parent in parents:
             target = target.setdefault(parent, {})
         target[leaf] = yaml.safe_load(value)
-    given = {override.partition("=")[0] for override in overrides}
-    if "data.train" in given and "data.validation" not in given:  # the preset's validation text belongs to its own
-        values["data"]["validation"] = None
-    return _build(TrainConfig, values)
+    return _build(cls, values)

@@ -9,6 +9,7 @@ Shape legend: B samples, `...` any shape of one sample; times are `(B,)`.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -86,10 +87,12 @@ class Distiller:
     """A student that is drawn to the teacher's distribution, with a model of its own samples that follows it.
 
     Args:
-        real, fake, student: denoisers; `real` is frozen and may hold guidance, `fake` starts as a copy of it.
-        student_optimizer, fake_optimizer: of their parameters.
+        real, fake, student: denoisers; `real` is frozen and may hold guidance, `fake` starts as a copy of it. With a context,
+            such as a prompt, they take it as a third argument.
+        student_optimizer, fake_optimizer: of their parameters; `step` needs them, the losses do not.
         times: when the student estimates; one time, 0, is a one-step student.
         fake_updates (`int`): updates of `fake` for each of the student.
+        matching_weight (`float`): of the matching loss; 0 is regression alone, for which `fake` may be None.
         regression_weight (`float`): of the squared distance to the ends of the teacher's trajectories `pairs`.
         pairs (`tuple`): noise and the teacher's samples for it, `(M, ...)` each.
     """
@@ -97,49 +100,90 @@ class Distiller:
     def __init__(
         self,
         real: Denoiser,
-        fake: Denoiser,
+        fake: Denoiser | None,
         student: Denoiser,
-        student_optimizer: torch.optim.Optimizer,
-        fake_optimizer: torch.optim.Optimizer,
+        student_optimizer: torch.optim.Optimizer | None = None,
+        fake_optimizer: torch.optim.Optimizer | None = None,
         times: Sequence[float] = (0.0,),
         fake_updates: int = 5,
+        matching_weight: float = 1.0,
         regression_weight: float = 0.0,
         pairs: tuple[torch.Tensor, torch.Tensor] | None = None,
     ):
         if not times or times[0] != 0 or any(a >= b for a, b in zip(times, times[1:])) or times[-1] >= 1:
             raise ValueError(f"`times` ({tuple(times)}) must rise from 0 and stay below 1.")
+        if min(matching_weight, regression_weight) < 0 or matching_weight + regression_weight == 0:
+            raise ValueError(
+                f"`matching_weight` ({matching_weight}) and `regression_weight` ({regression_weight}) must not be negative, and "
+                "one of them must be positive."
+            )
         if regression_weight and pairs is None:
             raise ValueError(f"`regression_weight` ({regression_weight}) needs `pairs` of noise and teacher samples.")
         self.real, self.fake, self.student = real, fake, student
         self.student_optimizer, self.fake_optimizer = student_optimizer, fake_optimizer
-        self.times, self.fake_updates = tuple(times), fake_updates
-        self.regression_weight, self.pairs, self.updates = regression_weight, pairs, {"fake": 0, "student": 0}
+        self.times, self.fake_updates = tuple(times), fake_updates if matching_weight else 0
+        self.matching_weight, self.regression_weight = matching_weight, regression_weight
+        self.pairs, self.updates = pairs, {"fake": 0, "student": 0}
+
+    def schedule(self) -> list[str]:
+        """Which model each update of one round is of."""
+        return ["fake"] * self.fake_updates + ["student"]
 
     def step(self, shape: tuple[int, ...], device: torch.device | str = "cpu") -> dict[str, float]:
-        """`fake_updates` updates of the fake model and one of the student, on new samples of `shape (B, ...)` each."""
-        for _ in range(self.fake_updates):
-            with torch.no_grad():
-                samples = self._sample(shape, device)
-            loss = denoising_loss(self.fake, samples, draw_times(shape[0], device), torch.randn(shape, device=device))
-            self._update("fake", self.fake_optimizer, loss)
-        samples = self._sample(shape, device)
+        """One round: `fake_updates` updates of the fake model and one of the student, on new samples of `shape (B, ...)`."""
+        found = {}
+        for name in self.schedule():
+            loss = (self.fake_loss if name == "fake" else self.student_loss)(shape, device)
+            optimizer = self.fake_optimizer if name == "fake" else self.student_optimizer
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            self.updates[name] += 1
+            found[f"{name}_loss"] = float(loss.detach())
+        return found
+
+    def fake_loss(
+        self, shape: tuple[int, ...], device: torch.device | str = "cpu", context: Any = None
+    ) -> torch.Tensor:
+        """How well the fake model denoises new samples of the student, `shape (B, ...)`."""
+        with torch.no_grad():
+            samples = self._sample(shape, device, context)
         noise = torch.randn(shape, device=device)
-        gradient = matching_gradient(samples, draw_times(shape[0], device), noise, self.real, self.fake)
-        matching = total = matching_loss(samples, gradient)
+        return denoising_loss(_given(self.fake, context), samples, draw_times(shape[0], device), noise)
+
+    def student_loss(
+        self,
+        shape: tuple[int, ...],
+        device: torch.device | str = "cpu",
+        context: Any = None,
+        pairs: tuple[torch.Tensor, torch.Tensor] | None = None,
+        pairs_context: Any = None,
+    ) -> torch.Tensor:
+        """Matching loss of new samples of `shape (B, ...)` plus the weighted regression on `pairs`, by default some drawn from all."""
+        total = torch.zeros((), device=device)
+        if self.matching_weight:
+            samples, noise = self._sample(shape, device, context), torch.randn(shape, device=device)
+            real, fake = _given(self.real, context), _given(self.fake, context)
+            gradient = matching_gradient(samples, draw_times(shape[0], device), noise, real, fake)
+            total = total + self.matching_weight * matching_loss(samples, gradient)
         if self.regression_weight:
-            chosen = torch.randint(len(self.pairs[0]), (shape[0],), device=device)
-            start, end = (part[chosen] for part in self.pairs)
-            distance = (generate(self.student, start, self.times[:1]) - end).square().flatten(1).sum(1).mean()
-            total = total + self.regression_weight * distance
-        self._update("student", self.student_optimizer, total)
-        return {"fake_loss": float(loss.detach()), "matching_loss": float(matching.detach())}
+            if pairs is None:
+                chosen = torch.randint(len(self.pairs[0]), (shape[0],), device=device)
+                pairs = tuple(part[chosen] for part in self.pairs)
+            total = total + self.regression_weight * self._regression(*pairs, pairs_context)
+        return total
 
-    def _sample(self, shape: tuple[int, ...], device: torch.device | str) -> torch.Tensor:
+    def _regression(self, start: torch.Tensor, end: torch.Tensor, context: Any) -> torch.Tensor:
+        """Squared distance from the teacher's `end` of what the student makes of its `start`, or later of noisy ends."""
+        index = int(torch.randint(len(self.times), ())) if len(self.times) > 1 else 0
+        t = torch.full((len(start),), self.times[index], device=start.device)
+        x = add_noise(end, t, torch.randn_like(end)) if index else start
+        return (_given(self.student, context)(x, t) - end).square().flatten(1).sum(1).mean()
+
+    def _sample(self, shape: tuple[int, ...], device: torch.device | str, context: Any) -> torch.Tensor:
         stop = int(torch.randint(len(self.times), ()))
-        return generate(self.student, torch.randn(shape, device=device), self.times, stop)
+        return generate(_given(self.student, context), torch.randn(shape, device=device), self.times, stop)
 
-    def _update(self, name: str, optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        self.updates[name] += 1
+
+def _given(denoise: Callable, context: Any) -> Denoiser:
+    return denoise if context is None else lambda x, t: denoise(x, t, context)

@@ -13,12 +13,18 @@ from scheduling_tokcom import TokComFlowMatchScheduler
 from training.checkpoints import CheckpointError
 
 
-def export_repository(model: TokComModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Save model, tokenizer, scheduler, index and code; complete or not at all."""
+def export_repository(
+    model: TokComModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    directory: Path,
+    scheduler: TokComFlowMatchScheduler | None = None,
+) -> None:
+    """Save model, tokenizer, scheduler (by default the one its training implies), index and code; complete or not at all."""
     partial = directory.with_name(directory.name + ".tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.parent.mkdir(parents=True, exist_ok=True)
-    pipe = TokComPipeline(model, TokComFlowMatchScheduler.from_model_config(model.config), tokenizer)
+    scheduler = scheduler or TokComFlowMatchScheduler.from_model_config(model.config)
+    pipe = TokComPipeline(model, scheduler, tokenizer)
     try:
         pipe.save_pretrained(partial)
     except Exception as error:  # safetensors and the system name a full disk in ways of their own
