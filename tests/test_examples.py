@@ -8,15 +8,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 import convert_tokcom
+import distill_accelerate
 import train_accelerate
 from configuration_tokcom import TokComConfig
 from modeling_tokcom import TokComModel
 from pipeline_tokcom import TokComPipeline
 from scheduling_tokcom import TokComFlowMatchScheduler
 from tests.conftest import ROOT
+from training.data import train_tokenizer
 
 QUICK = [
     *("codec.max_steps=2", "codec.eval_batches=1", "codec.batch_size=2", "codec.sequence_length=32", "seed=1"),
@@ -86,7 +89,16 @@ def test_python_in_the_documents_runs(file, code, tmp_path):
         config = TokComConfig.from_preset("pixel-tiny", len(tokenizer), transformer_config={"num_hidden_layers": 1})
         scheduler = TokComFlowMatchScheduler.from_model_config(config)
         TokComPipeline(TokComModel(config), scheduler, tokenizer).save_pretrained(pixels)
-    script = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\npath_or_id, pixel_model = {str(ROOT)!r}, {str(pixels)!r}\n{code}"
+    pictures = tmp_path / "pictures"
+    if "image_model" in code:
+        tokenizer = train_tokenizer(["a cat"], 300)
+        config = TokComConfig.from_preset("style-tiny", len(tokenizer))
+        scheduler, model = TokComFlowMatchScheduler.from_model_config(config), TokComModel(config)
+        latents = torch.randn(8, config.codec_config.num_tokens, config.codec_config.latent_channels)
+        model.codec.fit_codebook(latents, 16)
+        model.config.codec_config.num_codes = 16
+        TokComPipeline(model, scheduler, tokenizer).save_pretrained(pictures)
+    script = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\npath_or_id, pixel_model, image_model = {str(ROOT)!r}, {str(pixels)!r}, {str(pictures)!r}\n{code}"
     here = ROOT if 'from_pretrained(".")' in code else tmp_path
     done = subprocess.run([sys.executable, "-c", script], cwd=here, capture_output=True, text=True)
     assert done.returncode == 0, f"{file}: {done.stderr[-2000:]}"
@@ -107,12 +119,13 @@ def test_commands_in_the_documents_exist_and_their_options_are_known(file, line)
         for target in words[1:]:
             assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), line
         return
-    if "train_accelerate.py" in words:
-        at = words.index("train_accelerate.py")
-        for word in words[:at]:
-            assert not word.endswith(".yaml") or (ROOT / word).is_file(), line
-        train_accelerate.parse_config(words[at + 1 :])
-        return
+    for script in (train_accelerate, distill_accelerate):
+        if f"{script.__name__}.py" in words:
+            at = words.index(f"{script.__name__}.py")
+            for word in words[:at]:
+                assert not word.endswith(".yaml") or (ROOT / word).is_file(), line
+            script.parse_config(words[at + 1 :])
+            return
     if words[0] not in ("python", "python3"):
         assert words[0] in ("accelerate", "pip", "curl", "git", "hf", "rm"), line
         return
