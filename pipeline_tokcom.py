@@ -214,6 +214,13 @@ class TokComPipeline(TokComHubMixin, TokComImageMixin, DiffusionPipeline):
         """Whether every row of ids `(B, T)` holds EOS."""
         return self._eos_token_id is not None and bool((sequences == self._eos_token_id).any(-1).all())
 
+    def _require_tokens(self) -> None:
+        if not self.model.config.codec_config.has_tokens:
+            raise ValueError(
+                "this model makes pictures, not text: use pipe(caption), generate_images, encode_images, decode_images or "
+                "reconstruct_images, and of the output types 'pil', 'pt' or 'latent'."
+            )
+
     # ---- the sampler ----
 
     def check_inputs(self, gen_length, num_inference_steps, output_type, callback_on_step_end_tensor_inputs) -> None:
@@ -223,6 +230,7 @@ class TokComPipeline(TokComHubMixin, TokComImageMixin, DiffusionPipeline):
             raise ValueError(f"`num_inference_steps` ({num_inference_steps}) must be at least 1.")
         known = ("text", "seq", "latent") if self.model.config.codec_config.has_tokens else IMAGE_OUTPUTS
         if output_type not in known:
+            self._require_tokens()
             raise ValueError(f"`output_type` ({output_type!r}) must be one of {known} for this model.")
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
@@ -593,6 +601,7 @@ class TokComPipeline(TokComHubMixin, TokComImageMixin, DiffusionPipeline):
 
         A codec with a quantiser also gives `codes`, which are what the file then holds.
         """
+        self._require_tokens()
         texts = list(text) if isinstance(text, (list, tuple)) else [text]
         if not texts:
             raise ValueError("`text` is an empty list; give at least one text.")
@@ -619,6 +628,7 @@ class TokComPipeline(TokComHubMixin, TokComImageMixin, DiffusionPipeline):
 
         `attention_mask (B, N * K)` hides padding.
         """
+        self._require_tokens()
         if not isinstance(latents, torch.Tensor):
             latents, attention_mask = _read_latents(latents, self.chunk_size)
         if not latents.is_floating_point():

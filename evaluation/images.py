@@ -12,6 +12,7 @@ import io
 import json
 import math
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -141,6 +142,11 @@ class Classifier(nn.Module):
         features = self.body(images)
         return [head(features) for head in self.heads]
 
+    @torch.no_grad()
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """What the heads read, averaged over places: `(M, channels)`."""
+        return torch.cat([self.body(part).unflatten(1, (-1, 4)).mean(-1) for part in images.split(256)])
+
 
 def train_classifier(images: torch.Tensor, labels: torch.Tensor, epochs: int, seed: int) -> Classifier:
     """A classifier of images `(M, 3, H, W)` with labels `(M, columns)`."""
@@ -164,6 +170,16 @@ def recognised(classifier: Classifier, images: torch.Tensor, labels: torch.Tenso
     """Share of images whose label is found, for every column of `labels (M, columns)`."""
     found = [torch.cat(parts) for parts in zip(*(classifier(part) for part in images.split(256)))]
     return [(logits.argmax(-1) == labels[:, i]).float().mean().item() for i, logits in enumerate(found)]
+
+
+def frechet(features: torch.Tensor, others: torch.Tensor) -> float:
+    """Frechet distance of the Gaussians fitted to two sets of features `(M, channels)`, as in FID (Heusel et al. 2017)."""
+    a, b = features.double(), others.double()
+    cov_a, cov_b = a.T.cov(), b.T.cov()
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp_min(0).sqrt().sum()
+    return float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
 
 
 # ---- the command ----
@@ -262,7 +278,34 @@ def draw(pipe: TokComPipeline, captions: list[str], args: argparse.Namespace) ->
     return torch.cat(parts)
 
 
-def measure_generation(pipe: TokComPipeline, train: Pictures, test: Pictures, args: argparse.Namespace) -> list[dict]:
+def measure_steps(
+    pipe: TokComPipeline, classifier: Classifier, test: Pictures, labels: torch.Tensor, args: argparse.Namespace
+) -> list[dict]:
+    """The model at every number of `--steps`, and each of `--students` at its own: recognised, Frechet distance, seconds."""
+    rows, real = [], classifier.features(test.images)
+    systems = [("model", pipe, steps, args.guidance_scale) for steps in args.steps]
+    for directory in args.students:
+        student = TokComPipeline.from_pretrained(directory)
+        systems.append((Path(directory).name, student, student.model.config.num_inference_steps, 1.0))
+    for name, system, steps, guidance in systems:
+        settings = argparse.Namespace(**{**vars(args), "num_inference_steps": steps, "guidance_scale": guidance})
+        started = time.perf_counter()
+        drawn = draw(system, test.captions[: len(labels)], settings)
+        seconds = time.perf_counter() - started
+        shares = recognised(classifier, drawn, labels)
+        row = {"system": name, "steps": steps, "evaluations": steps * (1 + (guidance != 1))}
+        row |= {f"{column} recognised": share for column, share in zip(args.label_columns, shares)}
+        row |= {
+            "Frechet distance": frechet(classifier.features(drawn), real),
+            "ms a picture": 1e3 * seconds / len(drawn),
+        }
+        rows.append(row)
+        show = pipe.image_processor.postprocess
+        picture_grid([show(drawn[:8])], scale=3).save(args.output_dir / f"drawn-{name}-{steps}.png")
+    return rows
+
+
+def measure_generation(pipe: TokComPipeline, train: Pictures, test: Pictures, args: argparse.Namespace) -> dict:
     """How often a classifier of real pictures recognises what the model draws for held-out captions."""
     names: list[list] = []
     labels = read_labels(args.train, args.label_columns, len(train.images), names)
@@ -286,7 +329,8 @@ def measure_generation(pipe: TokComPipeline, train: Pictures, test: Pictures, ar
     for kind, shares in found.items():
         for row, share in zip(rows, shares):
             row[kind] = share
-    return rows
+    steps = measure_steps(pipe, classifier, test, held_out[:count], args) if args.steps or args.students else []
+    return {"generation": rows, "steps": steps}
 
 
 def report(facts: dict) -> str:
@@ -312,6 +356,8 @@ def report(facts: dict) -> str:
     if "generation" in facts:
         text += "\n\n## Drawn for captions\n\n"
         text += table(list(facts["generation"][0]), [list(row.values()) for row in facts["generation"]])
+    if facts.get("steps"):
+        text += "\n\n## Steps\n\n" + table(list(facts["steps"][0]), [list(row.values()) for row in facts["steps"]])
     return text + "\n"
 
 
@@ -329,6 +375,18 @@ def plots(facts: dict, directory: Path) -> None:
     axes.set(xlabel="tokens kept", ylabel="PSNR, dB")
     axes.legend()
     figure.savefig(directory / "order.png", dpi=120)
+    if facts.get("steps"):
+        figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+        for name in dict.fromkeys(row["system"] for row in facts["steps"]):
+            rows = [row for row in facts["steps"] if row["system"] == name]
+            axes.plot(
+                [row["evaluations"] for row in rows], [row["Frechet distance"] for row in rows], "o-", label=name
+            )
+        axes.set(
+            xlabel="evaluations of the network", ylabel="Frechet distance of a classifier's features", xscale="log"
+        )
+        axes.legend()
+        figure.savefig(directory / "steps.png", dpi=120)
     if "used" in facts:
         figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
         axes.plot(facts["used"])
@@ -347,6 +405,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--image_column", default="image")
     parser.add_argument("--caption_column", default="caption")
     parser.add_argument("--label_columns", nargs="*", default=[], help="of local parquet files; asks for drawing, too")
+    parser.add_argument("--steps", type=int, nargs="*", default=[], help="numbers of denoising steps to compare")
+    parser.add_argument("--students", nargs="*", default=[], help="what distill_accelerate.py made of the model")
     parser.add_argument("--num_samples", type=int, default=512)
     parser.add_argument("--num_inference_steps", type=int)
     parser.add_argument("--guidance_scale", type=float, default=1.0)
@@ -362,7 +422,7 @@ def main(argv: list[str] | None = None) -> None:
         train, test = (Pictures(source, pipe, args, args.limit) for source in (args.train, args.test))
         facts = measure_codec(pipe, train, test, args)
         if args.label_columns:
-            facts["generation"] = measure_generation(pipe, train, test, args)
+            facts |= measure_generation(pipe, train, test, args)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     facts["settings"] = {name: str(value) for name, value in vars(args).items()}

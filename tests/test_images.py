@@ -16,7 +16,7 @@ import app
 from codec_style_tokcom import TokComStyleCodec, gradient_loss
 from configuration_tokcom import PRESETS, TokComConfig, TokComStyleCodecConfig
 from convert_tokcom import main as convert
-from evaluation.images import PCA, jpeg, main, order_facts, psnr, ssim
+from evaluation.images import PCA, frechet, jpeg, main, order_facts, psnr, ssim
 from image_processing_tokcom import TokComImageProcessor
 from inference import main as infer
 from modeling_tokcom import TokComModel
@@ -331,8 +331,16 @@ def test_guidance_of_one_and_a_half_lies_beyond_the_captioned_prediction():
 
 def test_pipelines_of_images_refuse_what_they_cannot_do():
     pipe = pipeline(captions=False)
-    with pytest.raises(ValueError, match="output_type.*'text'"):
-        pipe.generate_images(output_type="text")
+    for call in (
+        lambda: pipe.generate_images(output_type="text"),
+        lambda: pipe.generate(4),
+        lambda: pipe.encode("a cat"),
+        lambda: pipe.decode(torch.zeros(1, 6, 4)),
+        lambda: list(pipe.stream("a cat")),
+        lambda: pipe.infill("a ____ cat"),
+    ):
+        with pytest.raises(ValueError, match="makes pictures, not text: use pipe"):
+            call()
     with pytest.raises(ValueError, match="guidance_scale"):
         pipe.generate_images(guidance_scale=2.0)
     with pytest.raises(ValueError, match="num_tokens.*9"):
@@ -431,7 +439,7 @@ def test_the_command_line_draws_and_rebuilds(trained, tmp_path, capsys):
     rebuild = ["--mode", "reconstruct_image", "--input_image", files[0], "--num_tokens", "3"]
     infer([*here, *rebuild, "--image_file", files[1]])
     assert [Image.open(file).size for file in files] == [(16, 16)] * 2 and "written" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="pixel_values"):
+    with pytest.raises(SystemExit, match="pictures, not text"):
         infer(["--checkpoint", str(trained), "--mode", "reconstruct", "--input_text", "a cat"])
 
 
@@ -462,11 +470,21 @@ def test_images_are_evaluated_by_one_command(trained, tmp_path):
     arguments += ["--codebook", str(tmp_path / "coded"), "--unordered", str(trained), "--label_columns", "caption"]
     settings = ["--num_samples", "4", "--classifier_epochs", "1", "--num_inference_steps", "2", "--limit", "8"]
     arguments[3] = arguments[5]  # classes of the test pictures must be those of the training pictures
+    settings += ["--steps", "1", "2", "--students", str(trained)]
     main([*arguments, *settings, "--output_dir", str(tmp_path / "results")])
     facts = json.loads((tmp_path / "results/results.json").read_text())
     assert len(facts["curve"]) == 7 and facts["curve"] == facts["unordered_curve"]
     assert {row["codec"] for row in facts["rows"]} >= {"style", "PCA", "style, 8 codes", "JPEG scan"}
-    for name in ("results.md", "order.png", "codebook.png", "prefixes.png", "reconstructions.png", "drawn.png"):
+    assert [row["steps"] for row in facts["steps"]] == [1, 2, 32]
+    for name in (
+        "results.md",
+        "order.png",
+        "steps.png",
+        "codebook.png",
+        "prefixes.png",
+        "reconstructions.png",
+        "drawn.png",
+    ):
         assert (tmp_path / "results" / name).stat().st_size > 100
 
 
@@ -543,6 +561,13 @@ def test_the_scan_of_a_jpeg_is_less_than_its_file():
     assert jpeg(image, 1, 50)[1] < 60
     noisy = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8))
     assert jpeg(noisy, 1, 90)[1] > 10 * jpeg(noisy, 4, 10)[1] > 0
+
+
+def test_frechet_distance_of_gaussians_is_that_of_their_means_and_covariances():
+    torch.manual_seed(0)
+    one, other = torch.randn(20000, 3), 2 * torch.randn(20000, 3) + torch.tensor([1.0, 0, 0])
+    assert frechet(one, one) == pytest.approx(0, abs=1e-6)
+    assert frechet(one, other) == pytest.approx(1 + 3 * (1 + 4 - 2 * 2), rel=0.05)
 
 
 def test_order_is_the_share_of_the_gain():
