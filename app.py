@@ -390,6 +390,8 @@ def main(argv: list[str] | None = None) -> None:
         ]
     except (ValueError, OSError, StrictDataclassError) as error:
         parser.exit(1, f"error: {error}\n")
+    if not pipes[0].model.config.codec_config.has_tokens:
+        parser.exit(1, f"error: {args.checkpoint} makes pictures; give it as --images.\n")
     page = build_page(Demo(*pipes))
     page.queue(default_concurrency_limit=1).launch(
         server_name=args.host, server_port=args.port, css=CSS, theme=gr.themes.Default(**FONTS)

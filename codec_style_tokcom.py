@@ -34,6 +34,7 @@ except ImportError:
     VectorQuantizer, nearest_codes = _quantization.VectorQuantizer, _quantization.nearest_codes
     code_statistics, kmeans = _quantization.code_statistics, _quantization.kmeans
 
+COLORS = 3
 GRADIENT_SCALES = 3  # the gradient loss sees the image, and halves of it so many times less one
 
 
@@ -137,7 +138,7 @@ class TokComStyleEncoder(nn.Module):
         super().__init__()
         width, heads, eps = config.hidden_size, config.num_attention_heads, config.rms_norm_eps
         self.num_tokens = config.num_tokens
-        self.patch_embedding = nn.Conv2d(config.num_channels, width, config.patch_size, config.patch_size)
+        self.patch_embedding = nn.Conv2d(COLORS, width, config.patch_size, config.patch_size)
         self.positions = nn.Parameter(torch.empty(1, 1 + config.num_patches + config.num_tokens, width))
         self.layers = nn.ModuleList()
         for i in range(config.num_hidden_layers + config.num_expert_layers):
@@ -165,7 +166,7 @@ class TokComStyleDecoder(nn.Module):
         super().__init__()
         width, heads, eps = config.decoder_hidden_size, config.decoder_num_attention_heads, config.rms_norm_eps
         inner, self.num_patches = config.decoder_intermediate_size, config.num_patches
-        self.shape = config.num_channels, config.patch_size, config.image_size // config.patch_size
+        self.shape = COLORS, config.patch_size, config.image_size // config.patch_size
         self.positions = nn.Parameter(torch.empty(1, config.num_patches, width))
         self.styled_layers = nn.ModuleList(
             TokComStyledBlock(config.latent_channels, width, heads, inner, eps)
@@ -175,7 +176,7 @@ class TokComStyleDecoder(nn.Module):
             TokComStyleBlock(width, heads, inner, eps) for _ in range(config.num_decoder_layers)
         )
         self.norm = TokComRMSNorm(width, eps)
-        self.proj_out = nn.Linear(width, config.num_channels * config.patch_size**2)
+        self.proj_out = nn.Linear(width, COLORS * config.patch_size**2)
 
     def initialize_parameters(self) -> None:
         init.normal_(self.positions, std=1.0)
@@ -208,8 +209,11 @@ class TokComSoftCodebook(nn.Module):
         init.normal_(self.directions)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        weights = F.normalize(inputs, dim=-1) @ F.normalize(self.directions, dim=-1).T
-        return self.norm((weights - weights.mean(-1, keepdim=True)) @ self.directions)
+        with torch.autocast(inputs.device.type, enabled=False):  # the mean hides small differences
+            directions = self.directions.float()
+            weights = F.normalize(inputs.float(), dim=-1) @ F.normalize(directions, dim=-1).T
+            mixed = (weights - weights.mean(-1, keepdim=True)) @ directions
+            return F.layer_norm(mixed, mixed.shape[-1:], self.norm.weight.float(), self.norm.bias.float())
 
 
 class TokComStyleCodec(TokComCodec):
@@ -253,9 +257,9 @@ class TokComStyleCodec(TokComCodec):
 
     def _check(self, pixel_values: torch.Tensor) -> None:
         size = self.config.image_size
-        if pixel_values.shape[1:] != (self.config.num_channels, size, size):
+        if pixel_values.shape[1:] != (COLORS, size, size):
             raise ValueError(
-                f"`pixel_values` has shape {tuple(pixel_values.shape)} but (B, {self.config.num_channels}, {size}, {size}) is "
+                f"`pixel_values` has shape {tuple(pixel_values.shape)} but (B, {COLORS}, {size}, {size}) is "
                 "needed; use the image processor saved beside the model."
             )
 
@@ -373,6 +377,8 @@ def gradient_loss(output: torch.Tensor, target: torch.Tensor, scales: int = GRAD
     for scale in range(scales):
         if scale:
             difference = F.avg_pool2d(difference, 2)
+        if min(difference.shape[-2:]) < 2:
+            break
         total = total + (difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()) / scales
     return total
 

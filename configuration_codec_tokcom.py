@@ -319,7 +319,7 @@ class TokComStyleCodecConfig(PreTrainedConfig):
     r"""Configuration of the codec `image <-> ordered tokens` (Styled_vae_vq).
 
     Args:
-        image_size (`int`), patch_size (`int`), num_channels (`int`): pixels of a side, of a patch's side, and colors.
+        image_size (`int`), patch_size (`int`): pixels of a side, and of a patch's side; there are three colors.
         num_tokens (`int`): N, latents of an image, from coarse to fine; two for every styled layer.
         latent_channels (`int`): C, channels of a token.
         hidden_size, intermediate_size, num_attention_heads, num_hidden_layers (`int`): of the encoder's plain layers.
@@ -340,7 +340,6 @@ class TokComStyleCodecConfig(PreTrainedConfig):
 
     image_size: int = 64
     patch_size: int = 8
-    num_channels: int = 3
     num_tokens: int = 36
     latent_channels: int = 16
     hidden_size: int = 192
@@ -393,7 +392,7 @@ class TokComStyleCodecConfig(PreTrainedConfig):
         return (self.image_size // self.patch_size) ** 2
 
     def validate_architecture(self):
-        sizes = ("image_size", "patch_size", "num_channels", "num_tokens", "latent_channels", "hidden_size")
+        sizes = ("image_size", "patch_size", "num_tokens", "latent_channels", "hidden_size")
         check_positive(self, *sizes, "intermediate_size", "num_attention_heads", "expert_intermediate_size")
         check_positive(self, "decoder_hidden_size", "decoder_intermediate_size", "decoder_num_attention_heads")
         check_positive(self, "num_styled_layers")
@@ -435,7 +434,7 @@ class TokComStyleCodecConfig(PreTrainedConfig):
         layer = width * (4 * width + 2 * self.decoder_intermediate_size)
         parameters += (self.num_styled_layers + self.num_decoder_layers) * layer
         parameters += self.num_styled_layers * 6 * width * self.latent_channels
-        patch = self.num_channels * self.patch_size**2
+        patch = 3 * self.patch_size**2
         parameters += (self.hidden_size + width) * (patch + self.num_patches + self.num_tokens)
         parameters += self.latent_channels * (2 * self.hidden_size + 2 * self.num_codes)
         check_size(self, parameters)

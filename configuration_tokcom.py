@@ -173,6 +173,7 @@ class TokComConfig(PreTrainedConfig):
         latent_head_size (`int`), latent_refiner_size (`int`), latent_head_codes (`int`): their widths and codes.
         condition_vocab_size (`int`): of models of images: ids of the captions they are generated for, those of the tokenizer
             and one more; 0 is without captions.
+        condition_length (`int`): the longest caption in tokens; captions stand so many positions before the image.
         noise_draws (`int`): noisy copies of every latent that one pass over the clean text trains; the cross-entropy
             is computed on the first.
         context_dropout (`float`): share of training rows that lose their context, for classifier-free guidance.
@@ -205,6 +206,7 @@ class TokComConfig(PreTrainedConfig):
     latent_refiner_size: int = 256
     latent_head_codes: int = 8192
     condition_vocab_size: int = 0
+    condition_length: int = 64
     noise_draws: int = 1
     context_dropout: float | int = 0.1
     infill_rate: float | int = 0.1
@@ -328,6 +330,7 @@ class TokComConfig(PreTrainedConfig):
         if not 0 < self.ce_share <= 1:
             raise ValueError(f"`ce_share` ({self.ce_share}) must be in (0, 1].")
         check_positive(self, "latent_head_size", "latent_refiner_size", "latent_head_codes", "token_embedding_size")
+        check_positive(self, "condition_length")
         channels = self.codec_config.latent_channels
         head = channels * (self.latent_head_size + self.latent_refiner_size + self.latent_head_codes)
         table = self.codec_config.symbol_vocab_size * self.token_embedding_size

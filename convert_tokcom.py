@@ -16,6 +16,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -227,7 +228,8 @@ def fit_codebook(argv: list[str]) -> None:
         if pipe.image_processor is None or args.image_column not in records.column_names:
             raise ValueError(f"a codebook needs a model of images and pictures in the field {args.image_column!r}.")
         dataset = ImageDataset(records, args.image_column, "", None, args.seed, training=False)
-        latents = encode_all(pipe.model, dataset.fit(pipe.model.config.codec_config), limit=args.limit)
+        rows = np.random.default_rng(args.seed).permutation(len(dataset))[: args.limit]
+        latents = encode_all(pipe.model, dataset.fit(pipe.model.config.codec_config), rows)
         facts = pipe.model.codec.fit_codebook(latents, args.num_codes, args.metric, args.iterations, args.seed)
         pipe.model.config.codec_config.num_codes = args.num_codes
         pipe.save_pretrained(args.output_dir)

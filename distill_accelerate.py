@@ -47,6 +47,7 @@ METHODS = {
     "both": (1.0, True),
 }  # matching weight, whether pairs are used
 STATE = "state.pt"
+SETTINGS = "distill_config.json"
 
 
 @dataclass
@@ -84,6 +85,17 @@ class DistillConfig:
         for key in ("num_inference_steps", "max_steps", "fake_updates", "batch_size", "gradient_accumulation_steps"):
             if getattr(self, key) < 1:
                 raise ValueError(f"`{key}` ({getattr(self, key)}) must be at least 1.")
+        for key in ("num_pairs", "pair_steps", "checkpoint_steps", "checkpoints_total_limit"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"`{key}` ({getattr(self, key)}) must be at least 1.")
+        if self.mixed_precision is False:  # YAML 1.1 reads a bare `no` as false
+            self.mixed_precision = "no"
+        if self.mixed_precision not in (None, "auto", "no", "bf16"):
+            raise ValueError(
+                f"`mixed_precision` ({self.mixed_precision!r}) must be auto, no or bf16; no loss is scaled here."
+            )
+        if self.data.streaming:
+            raise ValueError("a stream has no rows to draw from; set data.streaming=false.")
 
 
 class ModelDenoiser(nn.Module):
@@ -142,12 +154,25 @@ def load_teacher(config: DistillConfig) -> tuple[TokComModel, object]:
     return model.requires_grad_(False), pipe.tokenizer
 
 
+def check_same_settings(config: DistillConfig, file: Path) -> None:
+    """Compare with what `output_dir` was started with; raises `ValueError` for other settings, which cannot be continued."""
+    if not file.is_file():
+        return
+    started, now = json.loads(file.read_text()), json.loads(json.dumps(dataclasses.asdict(config)))
+    for key, value in now.items():
+        if started.get(key) != value:
+            raise ValueError(
+                f"{config.output_dir} was started with {key}={started.get(key)!r}, now it is {value!r}; choose another output_dir."
+            )
+
+
 class Distillation:
     """One run: teacher, student, the model of the student's samples, their optimizers, average and checkpoints."""
 
     def __init__(self, config: DistillConfig):
         self.config, self.step = config, 0
         self.directory = Path(config.output_dir) / WORK / "distill"
+        check_same_settings(config, self.directory / SETTINGS)
         cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
         precision = resolve_precision(config.mixed_precision, PartialState(cpu=cpu).device.type)
         self.accelerator = Accelerator(mixed_precision=precision, cpu=cpu)
@@ -159,6 +184,14 @@ class Distillation:
             )
             options = StageConfig(sequence_length=config.sequence_length)
             self.dataset = read_data(data).datasets(teacher, data, options, self.accelerator)[0]
+            captioned = teacher.condition_embedding is not None
+            if captioned and "input_ids" not in self.dataset[0]:
+                raise ValueError(
+                    f"the teacher reads captions but the data have no field {config.data.caption_column!r}; set `data.caption_column`."
+                )
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if self.accelerator.is_main_process:
+                (self.directory / SETTINGS).write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
         self.student, self.fake = (ModelDenoiser(self._copy(teacher)).to(self.accelerator.device) for _ in range(2))
         matching, paired = METHODS[config.method]
         parts = {"student": (self.student, config.learning_rate), "fake": (self.fake, config.fake_learning_rate)}
@@ -331,9 +364,6 @@ class Distillation:
             scheduler = TokComFlowMatchScheduler(stochastic_sampling=True)
             export_repository(model.cpu(), self.tokenizer, self.directory / "final", scheduler)
             shutil.copytree(self.directory / "final", output, dirs_exist_ok=True)
-            (output / WORK / "distill_config.json").write_text(
-                json.dumps(dataclasses.asdict(self.config), indent=2) + "\n"
-            )
             print(f"student of {self.config.num_inference_steps} step(s) written to {output}")
         self.accelerator.wait_for_everyone()
         return output

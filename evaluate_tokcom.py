@@ -129,6 +129,7 @@ def peer_settings(sampler: AutoregressiveSampler) -> dict[str, AutoregressiveSam
 def evaluate(args: argparse.Namespace) -> dict:
     """Run the sections that `args` asks for; `results.json` is rewritten after each."""
     pipe = TokComPipeline.from_pretrained(args.checkpoint).to(args.device)
+    pipe.require_tokens()
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
 

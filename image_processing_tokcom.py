@@ -39,11 +39,21 @@ class TokComImageProcessor(BaseImageProcessor):
     def _prepare(self, image: Any) -> torch.Tensor:
         if not isinstance(image, Image.Image):
             array = np.asarray(image)
-            if array.dtype != np.uint8 or array.ndim not in (2, 3):
+            if (
+                array.dtype != np.uint8
+                or array.ndim not in (2, 3)
+                or (array.ndim == 3 and array.shape[2] not in (3, 4))
+            ):
                 raise ValueError(
                     f"a picture must be a PIL image or an array (H, W, 3) of uint8, not {array.dtype} of shape {array.shape}."
                 )
             image = Image.fromarray(array)
+        if min(image.size) < 1:
+            raise ValueError(f"a picture of {image.width} x {image.height} pixels shows nothing; leave it out.")
+        if image.mode.startswith("I;16"):  # 16 bits a pixel
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.mode in ("I", "F"):
+            raise ValueError(f"a picture of mode {image.mode!r} has no known range; convert it to 8 bits first.")
         if image.mode != "RGB":  # what is transparent becomes white
             image = image.convert("RGBA")
             white = Image.new("RGBA", image.size, (255, 255, 255, 255))

@@ -254,7 +254,7 @@ class TokComPreTrainedModel(PreTrainedModel):
 
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["TokComBlock"]
+    _no_split_modules = ["TokComBlock", "TokComStyleBlock", "TokComStyledBlock"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True

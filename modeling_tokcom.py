@@ -219,16 +219,23 @@ class TokComModel(TokComPreTrainedModel):
     @_entry_point
     def condition(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Caption ids `(B, L)` -> what the transformer reads before an image's latents, `(B, L, D)`, and which of it exists,
-        `(B, L)`."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Caption ids `(B, L)` -> what the transformer reads before an image's latents, `(B, L, D)`, which of it exists, `(B, L)`,
+        and where it stands, `(L,)`: from -`condition_length` on, however much padding follows.
+
+        Raises `ValueError` for captions that are longer than that.
+        """
         if self.condition_embedding is None:
             raise ValueError(
                 "this model was trained without captions (`condition_vocab_size` is 0); leave the prompt out."
             )
-        self._check_ids(input_ids)
+        longest, length = self.config.condition_length, input_ids.shape[1]
+        if length > longest:
+            raise ValueError(
+                f"a caption has {length} tokens, more than the model's maximum of {longest} (`condition_length`); shorten it."
+            )
         real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        return self.condition_embedding(input_ids), real
+        return self.condition_embedding(input_ids), real, torch.arange(length, device=input_ids.device) - longest
 
     def denoise(
         self, latents: torch.Tensor, timestep: torch.Tensor | float, *args, **kwargs
@@ -463,7 +470,7 @@ class TokComModel(TokComPreTrainedModel):
         chunks: torch.Tensor | None = None,
         symbols: TokComSymbols | None = None,
         known_mask: torch.Tensor | None = None,
-        prefix: tuple[torch.Tensor, torch.Tensor] | None = None,
+        prefix: tuple[torch.Tensor, ...] | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """Noise the latents, M = `noise_draws` times with one time per block, and estimate them again.
 
@@ -496,7 +503,7 @@ class TokComModel(TokComPreTrainedModel):
             attention_mask = block_causal_mask(order, valid, sees_context, draws)
             position_ids = position_ids.repeat(1, 1 + draws, 1)
         if prefix is not None:
-            prefix = prefix[0], prefix[1] & sees_context[:, None]
+            prefix = prefix[0], prefix[1] & sees_context[:, None], prefix[2]
         targets = latents.repeat(1, draws, 1)
         noise = torch.randn_like(targets) * config.noise_std
         signal = self.channel_times(t)

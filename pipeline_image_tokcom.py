@@ -55,7 +55,7 @@ class TokComImageMixin:
         """New pictures for one or several captions, or without captions `batch_size` of them.
 
         Args:
-            prompt: a caption or a list of them; for models that were trained with captions.
+            prompt: a caption or a list of them, of which "" is none; for models that were trained with captions.
             num_inference_steps: denoising steps; by default `config.num_inference_steps`.
             guidance_scale: 1 is off; above 1 strengthens the caption at twice the cost.
             generator: `torch.Generator` or one per picture, for reproducible samples.
@@ -68,10 +68,13 @@ class TokComImageMixin:
         self.check_inputs(1, num_inference_steps, output_type, [])
         prefix = None
         if prompt is not None:
-            rows = self._tokenize([prompt] if isinstance(prompt, str) else list(prompt), "prompt")
-            if not rows:
+            captions = [prompt] if isinstance(prompt, str) else list(prompt)
+            if not captions:
                 raise ValueError("`prompt` is an empty list; give at least one caption.")
+            rows = [[] if caption == "" else self._tokenize([caption], "prompt")[0] for caption in captions]
+            rows[0] = rows[0] or [self._pad_token_id]  # so that there is something to embed
             ids, mask = self._pad(rows, "right")
+            mask = mask & (ids != self._pad_token_id)
             batch_size, prefix = len(rows), self.model.condition(ids, mask)
         elif guidance_scale != 1.0:
             raise ValueError(f"`guidance_scale` ({guidance_scale}) needs a `prompt` to move towards; leave it at 1.")
@@ -98,6 +101,11 @@ class TokComImageMixin:
         self.check_inputs(1, None, output_type, [])
         latents = latents.to(self._execution_device)
         if not latents.is_floating_point():
+            if latents.numel() and not 0 <= int(latents.min()) <= int(latents.max()) < config.num_codes:
+                raise ValueError(
+                    f"codes lie between {int(latents.min())} and {int(latents.max())} but the codebook has {config.num_codes}; give "
+                    "what encode_images gave."
+                )
             latents = self.model.from_codes(latents.long())
         if latents.shape[1:] != (config.num_tokens, config.latent_channels):
             needed = f"(B, {config.num_tokens}, {config.latent_channels})"

@@ -214,7 +214,8 @@ class TokComPipeline(TokComHubMixin, TokComImageMixin, DiffusionPipeline):
         """Whether every row of ids `(B, T)` holds EOS."""
         return self._eos_token_id is not None and bool((sequences == self._eos_token_id).any(-1).all())
 
-    def _require_tokens(self) -> None:
+    def require_tokens(self) -> None:
+        """Raise `ValueError` if this is a model of images, which has no text to give."""
         if not self.model.config.codec_config.has_tokens:
             raise ValueError(
                 "this model makes pictures, not text: use pipe(caption), generate_images, encode_images, decode_images or "
@@ -230,7 +231,7 @@ class TokComPipeline(TokComHubMixin, TokComImageMixin, DiffusionPipeline):
             raise ValueError(f"`num_inference_steps` ({num_inference_steps}) must be at least 1.")
         known = ("text", "seq", "latent") if self.model.config.codec_config.has_tokens else IMAGE_OUTPUTS
         if output_type not in known:
-            self._require_tokens()
+            self.require_tokens()
             raise ValueError(f"`output_type` ({output_type!r}) must be one of {known} for this model.")
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
@@ -275,7 +276,7 @@ class TokComPipeline(TokComHubMixin, TokComImageMixin, DiffusionPipeline):
         decode: bool = True,
         stop_at_eos: bool = False,
         on_step_end: Callable | None = None,
-        prefix: tuple[torch.Tensor, torch.Tensor] | None = None,
+        prefix: tuple[torch.Tensor, ...] | None = None,
         **sampling,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         """Blocks of clean latents `(B, Q, C)` and ids `(B, Q * K)`, with a progress bar; ids may be None unless `decode`,
@@ -383,6 +384,8 @@ class TokComPipeline(TokComHubMixin, TokComImageMixin, DiffusionPipeline):
             return callback_on_step_end(pipe, index, timestep, tensors).pop("latents", x)
 
         if images:
+            if streamer is not None or temperature not in (None, 1.0) or top_p not in (None, 1.0):
+                raise ValueError("`streamer`, `temperature` and `top_p` are of texts; leave them out for pictures.")
             after = None if callback_on_step_end is None else on_step_end
             settings = num_inference_steps, guidance_scale, generator, latents, output_type, after
             output = self.generate_images(prompts, len(prompts), *settings)
@@ -588,6 +591,7 @@ class TokComPipeline(TokComHubMixin, TokComImageMixin, DiffusionPipeline):
         output_type: str = "text",
     ) -> TokComPipelineOutput:
         """Mode 1: new texts of `num_chunks` chunks from noise; see `__call__` for the other arguments."""
+        self.require_tokens()
         self.check_inputs(num_chunks, num_inference_steps, output_type, [])
         self._check_length(num_chunks)
         noise = self.prepare_latents(batch_size, num_chunks, generator, latents)
@@ -601,7 +605,7 @@ class TokComPipeline(TokComHubMixin, TokComImageMixin, DiffusionPipeline):
 
         A codec with a quantiser also gives `codes`, which are what the file then holds.
         """
-        self._require_tokens()
+        self.require_tokens()
         texts = list(text) if isinstance(text, (list, tuple)) else [text]
         if not texts:
             raise ValueError("`text` is an empty list; give at least one text.")
@@ -628,7 +632,7 @@ class TokComPipeline(TokComHubMixin, TokComImageMixin, DiffusionPipeline):
 
         `attention_mask (B, N * K)` hides padding.
         """
-        self._require_tokens()
+        self.require_tokens()
         if not isinstance(latents, torch.Tensor):
             latents, attention_mask = _read_latents(latents, self.chunk_size)
         if not latents.is_floating_point():

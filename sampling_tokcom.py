@@ -133,7 +133,7 @@ class TokComBlockSampler:
         sigma_start: float = 1.0,
         edges: tuple[int, ...] = (),
         on_step_end: Callable[[int, int, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
-        prefix: tuple[torch.Tensor, torch.Tensor] | None = None,
+        prefix: tuple[torch.Tensor, ...] | None = None,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         """Denoise `noise (B, n, C)` given clean context latents; yields each block when it is clean: latents `(B, Q, C)`
         and ids `(B, Q * K)`, which are None for the last block of a model that draws none.
@@ -196,7 +196,9 @@ class TokComBlockSampler:
         for i, (timestep, step) in enumerate(zip(scheduler.timesteps, plan)):
             if self.interrupt:
                 return x, None
-            estimate, chunks = self._estimate(x, step, known, estimate, chunks)
+            # few-step students, which draw all noise anew, are trained without their previous estimate
+            previous = None if self.scheduler.config.get("stochastic_sampling") else estimate
+            estimate, chunks = self._estimate(x, step, known, previous, chunks)
             velocity = (x - estimate) * step.gain
             moved = scheduler.step(velocity, timestep, x, **extra, return_dict=False)[0]
             x = moved if on_step_end is None else on_step_end(i, timestep, moved)

@@ -458,6 +458,7 @@ def main(argv: list[str] | None = None) -> None:
     names = ("model_name", "api_key", "max_batch", "max_queue", "max_tokens", "max_choices", "max_steps", "timeout")
     try:
         pipe = TokComPipeline.from_pretrained(args.checkpoint).to(args.device)
+        pipe.require_tokens()
     except (ValueError, OSError, StrictDataclassError) as error:
         parser.exit(1, f"error: {error}\n")
     if pipe.tokenizer is None:

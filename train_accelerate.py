@@ -552,7 +552,10 @@ def check_same_run(config: TrainConfig, file: Path) -> None:
         "seed",
         "data",
     ):
-        if started.get(key) != now[key]:
+        before, after = started.get(key), now[key]
+        if key == "data" and before:  # settings that are younger than the run are at their defaults
+            after = {name: value for name, value in after.items() if name in before}
+        if before != after:
             raise ValueError(
                 f"{config.output_dir} was started with {key}={started.get(key)!r}, now it is {now[key]!r}; "
                 "choose another output_dir."

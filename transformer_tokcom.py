@@ -154,7 +154,7 @@ class TokComTransformer(TokComPreTrainedModel):
         features: torch.Tensor | None = None,
         modulations: list[torch.Tensor] | None = None,
         entry: torch.Tensor | None = None,
-        prefix: tuple[torch.Tensor, torch.Tensor] | None = None,
+        prefix: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
         **kwargs,
     ) -> TokComTransformerOutput:
         """
@@ -172,8 +172,8 @@ class TokComTransformer(TokComPreTrainedModel):
             modulations (`list[torch.FloatTensor]`, *optional*): what `modulate` makes of `timestep`, if it is known already.
             entry (`torch.FloatTensor` of shape `(B, S, D)`, *optional*): what the method of that name gives, if it is known
                 already; then there are no context latents in this call.
-            prefix (`tuple[torch.FloatTensor, torch.BoolTensor]`, *optional*): states `(B, L, D)` that stand before all latents,
-                at position -L to -1 and time 1, and which of them exist, `(B, L)`; for bidirectional models.
+            prefix (`tuple[torch.FloatTensor, torch.BoolTensor, torch.LongTensor]`, *optional*): states `(B, L, D)` at time 1 before
+                all latents, which of them exist, `(B, L)`, and their positions `(L,)`; for bidirectional models.
 
         Without `head_attention` nothing is estimated for the first `num_context` latents, and the output has no place
         for them.
@@ -213,11 +213,11 @@ class TokComTransformer(TokComPreTrainedModel):
 
     def _prepend(self, prefix, hidden_states, timestep, position_ids, attention_mask) -> tuple[torch.Tensor, ...]:
         """States, times, positions and the mask of keys with those of a prefix in front."""
-        states, exists = prefix
+        states, exists, places = prefix
         (batch, length, _), axes = hidden_states.shape, self.config.num_position_axes
         if position_ids is None:
             position_ids = torch.arange(length, device=states.device)[None, :, None].expand(batch, -1, axes)
-        places = torch.arange(-states.shape[1], 0, device=states.device)[None, :, None].expand(batch, -1, axes)
+        places = places[None, :, None].expand(batch, -1, axes)
         if attention_mask is None:
             attention_mask = torch.ones(batch, length, dtype=torch.bool, device=states.device)
         return (

@@ -28,6 +28,7 @@ from training.config import DataConfig
 from training.data import load_documents
 from training.images import ImageDataset, encode_all, picture_grid
 
+BATCH = 32  # pictures in a step of the classifier
 PREFIXES = (1, 2, 4, 8, 16, 36)
 
 
@@ -66,13 +67,12 @@ def quality(images: torch.Tensor, others: torch.Tensor) -> dict[str, float]:
 
 
 class PCA:
-    """The best linear codec of images `(M, 3, H, W)`, from their covariance."""
+    """The best linear codec of images `(M, 3, H, W)`."""
 
     def __init__(self, images: torch.Tensor):
         flat = images.flatten(1).double()
         self.mean, self.shape = flat.mean(0), images.shape[1:]
-        centred = flat - self.mean
-        self.components = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1)  # largest first
+        self.components = torch.linalg.svd(flat - self.mean, full_matrices=False).Vh.T  # largest first
 
     def reconstruct(self, images: torch.Tensor, count: int) -> torch.Tensor:
         basis = self.components[:, :count]
@@ -93,14 +93,14 @@ def jpeg(image: Image.Image, scale: int, level: int) -> tuple[Image.Image, int]:
 
 def best_jpeg(images: torch.Tensor, processor, budget: float) -> dict[str, float]:
     """Quality of JPEG at the scale and level that serve best among those whose scans take at most `budget` bytes on average."""
-    pictures, best = processor.postprocess(images), {"psnr": -math.inf}
+    pictures, best = processor.postprocess(images), {"psnr": None, "ssim": None}  # if nothing is small enough
     for scale in (1, 2, 4, 8):
         for level in (1, 5, 10, 20, 40, 60, 80, 95):
             coded, sizes = zip(*(jpeg(picture, scale, level) for picture in pictures))
             if sum(sizes) / len(sizes) > budget:
                 continue
             found = quality(processor(list(coded))["pixel_values"], images)
-            if found["psnr"] > best["psnr"]:
+            if best["psnr"] is None or found["psnr"] > best["psnr"]:
                 best = {**found, "bytes": sum(sizes) / len(sizes), "scale": scale, "level": level}
     return best
 
@@ -150,13 +150,15 @@ class Classifier(nn.Module):
 
 def train_classifier(images: torch.Tensor, labels: torch.Tensor, epochs: int, seed: int) -> Classifier:
     """A classifier of images `(M, 3, H, W)` with labels `(M, columns)`."""
+    if len(images) < BATCH:
+        raise ValueError(f"{len(images)} pictures do not train a classifier; give at least {BATCH}.")
     torch.manual_seed(seed)
     model = Classifier([int(column.max()) + 1 for column in labels.T])
-    steps = epochs * (len(images) // 64)
+    steps = epochs * (len(images) // BATCH)
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in tqdm(range(steps), desc="classifier", unit="step"):
-        rows = torch.randint(len(images), (64,))
+        rows = torch.randint(len(images), (BATCH,))
         loss = sum(F.cross_entropy(logits, labels[rows, i]) for i, logits in enumerate(model(images[rows])))
         optimizer.zero_grad()
         loss.backward()

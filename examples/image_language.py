@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
     pipe = TokComPipeline.from_pretrained(args.model)
     if pipe.image_processor is None or pipe.tokenizer is None or not pipe.model.config.codec_config.num_codes:
         sys.exit(f"error: {args.model} needs captions and a codebook; run convert_tokcom.py kmeans first.")
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
     words, codes = len(tokenizer), pipe.model.config.codec_config.num_codes
     tokenizer.add_tokens([f"<image_{i}>" for i in range(codes)] + [BEGIN, END], special_tokens=True)
     config = LlamaConfig(

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from distill_accelerate import Distillation
+from distill_accelerate import Distillation, ModelDenoiser
 from distill_accelerate import main as distill
 from modeling_tokcom import TokComModel
 from pipeline_tokcom import TokComPipeline
@@ -196,21 +196,19 @@ def test_a_student_of_any_teacher_is_a_model_that_says_how_it_is_sampled(kind, m
     assert len(result.images if kind == "images" else result.texts) == 1
 
 
-def test_the_pipeline_samples_a_student_as_distillation_simulates_it(build, tmp_path):
+def test_the_pipeline_samples_a_student_as_distillation_simulates_it(build, monkeypatch):
     pipe = build(transformer_config={"block_size": None})
+    assert pipe.model.config.transformer_config.self_conditioning
     pipe.scheduler = TokComFlowMatchScheduler(stochastic_sampling=True)
     pipe.set_progress_bar_config(disable=True)
     noise = torch.randn(1, 8, 16)
     options = {"num_inference_steps": 4, "latents": noise, "output_type": "latent"}
     drawn = pipe.generate(8, generator=torch.Generator().manual_seed(3), **options).latents
-    generator = torch.Generator().manual_seed(3)
-
-    x, estimate = noise, None
-    for t in (0.0, 0.25, 0.5, 0.75):
-        x = x if estimate is None else (1 - t) * torch.randn(x.shape, generator=generator) + t * estimate
-        with torch.no_grad():
-            estimate = pipe.model.denoise(x, t, self_condition=estimate).latents
-    torch.testing.assert_close(drawn, estimate, atol=1e-4, rtol=1e-4)
+    denoiser, source = ModelDenoiser(pipe.model), torch.Generator().manual_seed(3)
+    monkeypatch.setattr(torch, "randn_like", lambda x: torch.randn(x.shape, generator=source))
+    with torch.no_grad():
+        simulated = generate(lambda x, t: denoiser(x, t, {}), noise, (0.0, 0.25, 0.5, 0.75))
+    torch.testing.assert_close(drawn, simulated, atol=1e-4, rtol=1e-4)
 
 
 def test_a_run_that_was_stopped_ends_with_the_same_student(build, tmp_path, monkeypatch):
@@ -233,6 +231,8 @@ def test_a_run_that_was_stopped_ends_with_the_same_student(build, tmp_path, monk
     distill([*arguments, "--output_dir", str(tmp_path / "twice")])
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("once", "twice"))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
+    with pytest.raises(SystemExit, match="started with num_inference_steps=2, now it is 1"):
+        distill([*arguments, "--output_dir", str(tmp_path / "twice"), "num_inference_steps=1"])
 
 
 def test_two_processes_distil_as_one_that_accumulates(build, tmp_path):
@@ -256,6 +256,9 @@ def test_teachers_that_cannot_be_distilled_are_refused(build, tmp_path):
         distill(["--teacher", str(ROOT), "--output_dir", str(tmp_path / "a"), data])
     with pytest.raises(SystemExit, match="method.*'gan'"):
         distill(["--teacher", str(ROOT), "--output_dir", str(tmp_path / "a"), data, "method=gan"])
+    for wrong in ("mixed_precision=fp16", "data.streaming=true", "checkpoint_steps=0", "num_pairs=0"):
+        with pytest.raises(SystemExit, match=wrong.partition("=")[0].rpartition(".")[2]):
+            distill(["--teacher", str(ROOT), "--output_dir", str(tmp_path / "a"), data, wrong])
     build(noise_std=0.5).save_pretrained(tmp_path / "teacher")
     with pytest.raises(SystemExit, match="noise_std.*0.5"):
         distill(["--teacher", str(tmp_path / "teacher"), "--output_dir", str(tmp_path / "a"), data])

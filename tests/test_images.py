@@ -4,6 +4,7 @@ import io
 import json
 import signal
 
+import datasets
 import gradio
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from train_accelerate import StageTrainer, read_data
 from train_accelerate import main as train
 from training.config import DataConfig, TrainConfig
 from training.data import train_tokenizer
-from training.images import ImageDataset, open_image, pad_captions, picture_grid
+from training.images import ImageDataset, pad_captions, picture_grid
 from training.perceptual import FeatureLoss
 
 CODEC = dict(image_size=16, patch_size=4, num_tokens=6, latent_channels=4, hidden_size=32, intermediate_size=48)
@@ -131,6 +132,14 @@ def test_the_published_soft_codebook_is_collapsed_and_ours_is_its_centred_form()
     assert similar > 0.8 and ours.abs() < 0.1
 
 
+@pytest.mark.parametrize("bottleneck", ["gaussian", "sphere", "cosine"])
+def test_codecs_work_in_bfloat16(bottleneck):
+    net, images = randomized(codec(bottleneck=bottleneck)), pictures()
+    exact = net.decode(net.encode(images).latents).pixel_values
+    net.to(torch.bfloat16)
+    assert (net.decode(net.encode(images).latents).pixel_values.float() - exact).abs().mean() < 0.1
+
+
 def test_sphere_tokens_have_one_length():
     tokens = codec(bottleneck="sphere").encode(pictures()).latents
     torch.testing.assert_close(tokens.norm(dim=-1), torch.full((3, 6), 2.0))
@@ -202,14 +211,16 @@ def test_published_presets_have_the_published_experts():
 
 def test_a_codebook_makes_codes_that_decode_to_their_centres():
     net = randomized(codec())
+    net.set_latent_statistics(torch.randn(6, 4), torch.rand(6, 4) + 0.5)
     latents = net.encode(pictures(40)).latents.detach()
     facts = net.fit_codebook(latents, 16)
     encoded = net.encode(pictures(40))
     assert encoded.codes.shape == (40, 6, 1) and facts["usage"] == 1 and 0 < facts["distortion"] < 1
-    again = net.from_codes(encoded.codes)
-    own = torch.cdist(net.quantizer.codebook[None], latents.flatten(0, 1)[None])[0].argmin(0).view(40, 6, 1)
-    assert torch.equal(own, encoded.codes)
-    assert torch.equal(net.from_codes(encoded.codes[:1]), again[:1])
+    tokens, centres = latents * net.latent_std + net.latent_mean, net.quantizer.codebook
+    nearest = (tokens[:, :, None] - centres).square().sum(-1).argmin(-1, keepdim=True)
+    assert torch.equal(nearest, encoded.codes)
+    again = net.from_codes(encoded.codes) * net.latent_std + net.latent_mean
+    torch.testing.assert_close(again, centres[encoded.codes[..., 0]])
 
 
 def test_cosine_centres_have_the_length_of_their_tokens():
@@ -244,8 +255,8 @@ def test_captions_that_are_padded_change_nothing():
     padded = torch.cat((ids, torch.full((2, 2), 19)), dim=1)
     mask = torch.tensor([[1, 1, 1, 0, 0]] * 2)
     latents, time = net.encode(pixel_values=images).latents, torch.full((2, 6), 0.3)
-    # positions count from the end of the caption, so the same caption must be padded alike to be equal
     first = net.predict(latents, time, prefix=net.condition(padded, mask)).latents
+    torch.testing.assert_close(first, net.predict(latents, time, prefix=net.condition(ids)).latents)
     padded[:, 3:] = 2
     assert torch.equal(first, net.predict(latents, time, prefix=net.condition(padded, mask)).latents)
     padded[:, 0] = 9
@@ -299,8 +310,15 @@ def test_the_processor_lays_pictures_on_white_and_keeps_their_shape():
     values = processor([array])["pixel_values"]
     assert values.shape == (1, 3, 4, 4) and values[0, :, 0, 0].tolist() == pytest.approx([1, -1, -0.6])
     assert np.array_equal(np.array(processor.postprocess(values)[0]), array)
-    with pytest.raises(ValueError, match="float64"):
-        processor(np.zeros((4, 4, 3)))
+    deep = Image.fromarray(np.full((4, 4), 128 * 256, dtype=np.uint16))
+    assert processor(deep)["pixel_values"].unique().item() == pytest.approx(128 / 127.5 - 1, abs=1e-5)
+    for wrong, message in (
+        (np.zeros((4, 4, 3)), "float64"),
+        (np.zeros((4, 4, 1), np.uint8), "4, 4, 1"),
+        (Image.new("F", (4, 4)), "'F'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            processor(wrong)
 
 
 def test_pictures_are_drawn_for_captions_and_alike_for_one_seed():
@@ -312,6 +330,13 @@ def test_pictures_are_drawn_for_captions_and_alike_for_one_seed():
     ]
     assert len(outputs[0].images) == 2 and outputs[0].images[0].size == (16, 16)
     assert torch.equal(outputs[0].latents, outputs[1].latents)
+    alone = pipe("a red ball", num_inference_steps=1, latents=torch.ones(1, 6, 4), output_type="latent").latents
+    company = pipe(
+        ["a red ball", "a blue cat " * 4, ""], num_inference_steps=1, latents=torch.ones(3, 6, 4), output_type="latent"
+    )
+    torch.testing.assert_close(alone[0], company.latents[0], atol=1e-5, rtol=1e-5)
+    free = pipe.generate_images(num_inference_steps=1, latents=torch.ones(1, 6, 4), output_type="latent").latents
+    torch.testing.assert_close(free[0], company.latents[2], atol=1e-5, rtol=1e-5)
     other = pipe(["a blue cat", "a cat"], num_inference_steps=3, generator=torch.Generator().manual_seed(0)).latents
     assert not torch.equal(other[0], outputs[0].latents[0])
 
@@ -347,6 +372,13 @@ def test_pipelines_of_images_refuse_what_they_cannot_do():
         pipe.decode_images(torch.zeros(1, 6, 4), num_tokens=9)
     with pytest.raises(ValueError, match=r"latents.*\(1, 5, 4\)"):
         pipe.decode_images(torch.zeros(1, 5, 4))
+    with pytest.raises(ValueError, match="codes.*99.*16"):
+        pipe.model.codec.fit_codebook(torch.randn(8, 6, 4), 16)
+        pipe.decode_images(torch.full((1, 6, 1), 99))
+    with pytest.raises(ValueError, match="65 tokens.*64"):
+        pipeline().model.condition(torch.zeros(1, 65, dtype=torch.long))
+    with pytest.raises(ValueError, match="temperature"):
+        pipeline()("a cat", temperature=0.5)
     text = TokComPipeline.from_pretrained(ROOT)
     with pytest.raises(ValueError, match="text, not pictures"):
         text.generate_images("a cat")
@@ -363,8 +395,6 @@ def animated(frames: int = 5) -> bytes:
 
 
 def test_an_animated_picture_gives_another_frame_in_other_epochs():
-    import datasets
-
     dataset = ImageDataset(datasets.Dataset.from_dict({"image": [animated()]}), "image", "", None, 0, training=True)
     seen = set()
     for epoch in range(20):
@@ -374,8 +404,12 @@ def test_an_animated_picture_gives_another_frame_in_other_epochs():
 
 
 def test_broken_pictures_are_named():
-    with pytest.raises(ValueError, match="no picture"):
-        open_image(b"not a picture")
+    buffer = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(buffer, "PNG")
+    for value in (b"not a picture", buffer.getvalue()[:-400]):
+        dataset = ImageDataset(datasets.Dataset.from_dict({"image": [value]}), "image", "", None, 0, training=True)
+        with pytest.raises(ValueError, match="record 0 .* holds no picture"):
+            dataset[0]
 
 
 def test_captions_are_padded_to_the_longest():
@@ -468,8 +502,8 @@ def test_images_are_evaluated_by_one_command(trained, tmp_path):
     convert(["kmeans", str(trained), str(tmp_path / "coded"), "--data", EMOJI, "--num_codes", "8"])
     arguments = ["--model", str(trained), "--train", EMOJI, "--test", EMOJI.replace("train", "validation")]
     arguments += ["--codebook", str(tmp_path / "coded"), "--unordered", str(trained), "--label_columns", "caption"]
-    settings = ["--num_samples", "4", "--classifier_epochs", "1", "--num_inference_steps", "2", "--limit", "8"]
-    arguments[3] = arguments[5]  # classes of the test pictures must be those of the training pictures
+    settings = ["--num_samples", "4", "--classifier_epochs", "1", "--num_inference_steps", "2", "--limit", "40"]
+    arguments[5] = arguments[3]  # classes of the test pictures must be those of the training pictures
     settings += ["--steps", "1", "2", "--students", str(trained)]
     main([*arguments, *settings, "--output_dir", str(tmp_path / "results")])
     facts = json.loads((tmp_path / "results/results.json").read_text())

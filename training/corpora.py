@@ -137,6 +137,13 @@ class PictureCorpus(Corpus):
             raise ValueError(
                 f"the data are pictures but the codec is {codec.model_type!r}; choose a preset of images such as style-tiny."
             )
+        if self.train.captions is not None and self.train.longest > model.config.condition_length:
+            raise ValueError(
+                f"the longest caption has {self.train.longest} tokens, more than `model.condition_length` "
+                f"({model.config.condition_length}); raise it or shorten the captions."
+            )
+        if config.cache_latents:
+            raise ValueError("the latents of pictures are not cached; set cache_latents=false.")
         self.num_tokens = codec.num_tokens
         return self.train.fit(codec), self.validation.fit(codec)
 
@@ -145,6 +152,11 @@ class PictureCorpus(Corpus):
 
     def measure(self, model: TokComModel) -> None:
         measure_image_statistics(model, self.train.fit(model.config.codec_config))
+
+
+def has_tokenizer(name: str) -> bool:
+    """Whether a local model directory holds a tokenizer; of others nothing is known, and it is taken to."""
+    return not Path(name).is_dir() or (Path(name) / "tokenizer_config.json").is_file()
 
 
 def read_data(config: TrainConfig) -> Corpus:
@@ -160,6 +172,8 @@ def read_data(config: TrainConfig) -> Corpus:
             raise ValueError("a stream has no last documents to hold out; give `data.validation` or streaming=false.")
         if len(train) == 1 and data.text_column in train.column_names:  # such as one .txt file
             train = cut_document(train, data)
+        if data.image_column in train.column_names:
+            train = train.shuffle(seed=0)  # folders come class by class
         held_out = max(1, int(len(train) * data.validation_fraction))
         if len(train) < 2:
             raise ValueError("one dialogue cannot be split; give `data.validation` or more of them.")
@@ -176,8 +190,15 @@ def read_data(config: TrainConfig) -> Corpus:
         tokenizer = AutoTokenizer.from_pretrained(saved)
     else:
         name = config.tokenizer or config.init_from or config.codec_from
+        if pictures and name == config.codec_from and name is not None and not has_tokenizer(name):
+            name = None  # a codec of pictures without captions
         texts = train.select_columns(text_column) if pictures else train
         tokenizer = get_tokenizer(name, config.tokenizer_vocab_size, texts, text_column)
+    if pictures and tokenizer is not None and text_column not in validation.column_names:
+        raise ValueError(
+            f"`data.train` has captions ({text_column!r}) and `data.validation` has none; give both or remove the captions by "
+            "data.caption_column=none."
+        )
     if pictures:
         columns = data.image_column, text_column, tokenizer, config.seed
         parts = ImageDataset(train, *columns, training=True), ImageDataset(validation, *columns, training=False)

@@ -38,8 +38,10 @@ def _local_files(source: str) -> tuple[str, list[str]] | None:
         if path.suffix in FORMATS:
             raise FileNotFoundError(f"data file {source} does not exist; give an existing file, folder or Hub name.")
         return None
-    if path.is_dir() and any(p.suffix.lower() in PICTURES for p in path.rglob("*")):
-        return "imagefolder", []
+    if path.is_dir():
+        pictures = sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURES or p.stem == "metadata")
+        if any(p.suffix.lower() in PICTURES for p in pictures):
+            return "imagefolder", [str(p) for p in pictures]
     files = sorted(p for p in path.rglob("*") if p.suffix in FORMATS) if path.is_dir() else [path]
     kinds = {FORMATS.get(p.suffix) for p in files}
     if len(kinds) != 1 or None in kinds:
@@ -81,11 +83,11 @@ class Source:
         else:
             builder, files = local
             options = {"sample_by": "document"} if builder == "text" else {}
-            options |= (
-                {"data_dir": self.path, "drop_labels": False} if builder == "imagefolder" else {"data_files": files}
-            )
+            options |= {"drop_labels": False} if builder == "imagefolder" else {}
             try:
-                part = datasets.load_dataset(builder, split="train", streaming=config.streaming, **options)
+                part = datasets.load_dataset(
+                    builder, data_files=files, split="train", streaming=config.streaming, **options
+                )
             except datasets.exceptions.DatasetGenerationError as error:
                 reason = str(error.__cause__ or error).splitlines()[0]
                 raise ValueError(f"{self.path} cannot be read ({reason}); repair or remove the file.") from error
@@ -95,7 +97,7 @@ class Source:
     def _select(self, part, config: DataConfig):
         columns = part.column_names or list(next(iter(part), {}))
         text = self.field or config.text_column
-        if text not in columns and config.image_column in columns:
+        if config.image_column in columns and (text not in columns or text == config.caption_column):
             return self._pictures(part, config)
         wanted = [text]
         if columns and text not in columns:

@@ -13,16 +13,19 @@ from transformers import PreTrainedTokenizerBase
 from image_processing_tokcom import TokComImageProcessor
 
 
-def open_image(value: Any) -> Image.Image:
-    """A picture as datasets give it: PIL, encoded bytes, or a dictionary with `bytes` or `path`."""
+def open_image(value: Any, name: str = "a record") -> Image.Image:
+    """A picture as datasets give it: PIL, encoded bytes, or a dictionary with `bytes` or `path`; `ValueError` with the `name` of the
+    record if it cannot be read."""
     if isinstance(value, dict):
         value = value["path"] if value.get("bytes") is None else value["bytes"]
     if isinstance(value, (bytes, bytearray)):
         value = io.BytesIO(value)
     try:
-        return value if isinstance(value, Image.Image) else Image.open(value)
-    except (OSError, AttributeError) as error:
-        raise ValueError(f"a record holds no picture that can be read ({error}); repair or remove it.") from error
+        image = value if isinstance(value, Image.Image) else Image.open(value)
+        image.load()
+        return image
+    except (OSError, AttributeError, SyntaxError) as error:
+        raise ValueError(f"{name} holds no picture that can be read ({error}); repair or remove it.") from error
 
 
 class ImageDataset(torch.utils.data.Dataset):
@@ -50,6 +53,7 @@ class ImageDataset(torch.utils.data.Dataset):
             rows = [row or "" for row in tqdm(records[caption_column], desc="reading captions", unit="caption")]
             ids = tokenizer(rows, add_special_tokens=False, verbose=False)["input_ids"]
             self.captions = pad_captions(ids, len(tokenizer))
+            self.longest = max(map(len, ids))
 
     def fit(self, codec_config) -> "ImageDataset":
         """Give pictures of the size that a codec sees from now on."""
@@ -63,7 +67,7 @@ class ImageDataset(torch.utils.data.Dataset):
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        image = open_image(self.records[index][self.image_column])
+        image = open_image(self.records[index][self.image_column], f"record {index} ({self.image_column})")
         frames = getattr(image, "n_frames", 1)
         if frames > 1:
             words = (self.seed, self.epoch if self.training else 0, index)
@@ -85,13 +89,12 @@ def pad_captions(rows: list[list[int]], pad_id: int) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def encode_all(model, dataset, batch_size: int = 256, limit: int | None = None) -> torch.Tensor:
-    """Standardised latents `(M, N, C)` of the pictures of a dataset, in its order."""
-    count = len(dataset) if limit is None else min(limit, len(dataset))
-    parts = []
-    for start in tqdm(range(0, count, batch_size), desc="encoding pictures", unit="batch"):
-        rows = [dataset[i]["pixel_values"] for i in range(start, min(start + batch_size, count))]
-        parts.append(model.encode(pixel_values=torch.stack(rows).to(model.device)).latents.float().cpu())
+def encode_all(model, dataset, rows: np.ndarray | None = None, batch_size: int = 256) -> torch.Tensor:
+    """Standardised latents `(M, N, C)` of the pictures of a dataset, in its order, or of those at `rows (M,)`."""
+    rows, parts = np.arange(len(dataset)) if rows is None else rows, []
+    for start in tqdm(range(0, len(rows), batch_size), desc="encoding pictures", unit="batch"):
+        pixels = [dataset[int(i)]["pixel_values"] for i in rows[start : start + batch_size]]
+        parts.append(model.encode(pixel_values=torch.stack(pixels).to(model.device)).latents.float().cpu())
     return torch.cat(parts)
 
 
@@ -100,7 +103,8 @@ def measure_image_statistics(model, dataset: ImageDataset, limit: int = 8192) ->
     """Set the codec's mean and standard deviation of every token and channel from up to `limit` pictures."""
     codec = model.codec.eval()
     codec.set_latent_statistics(torch.zeros_like(codec.latent_mean), torch.ones_like(codec.latent_std))
-    latents = encode_all(model, dataset, limit=limit).to(codec.latent_mean.device)
+    rows = np.random.default_rng(0).permutation(len(dataset))[:limit]
+    latents = encode_all(model, dataset, rows).to(codec.latent_mean.device)
     codec.set_latent_statistics(latents.mean(0), latents.std(0))
 
 
