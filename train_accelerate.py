@@ -97,8 +97,11 @@ def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase | None) 
     return model
 
 
-def derived_config(config: TrainConfig, source: TokComConfig, vocab_size: int | None) -> TokComConfig:
-    """The configuration of a model that starts from one with configuration `source`, or from its codec only."""
+def derived_config(config: TrainConfig, source: TokComConfig, vocab_size: int | None = None) -> TokComConfig:
+    """The configuration of a model that starts from one with configuration `source`, or from its codec only.
+
+    `vocab_size` is the tokenizer's length, which a codec of pictures does not know.
+    """
     codec = source.codec_config.to_dict()
     if config.init_from:
         fields = source.to_dict()
