@@ -27,9 +27,7 @@ from modeling_tokcom import TokComModel
 from pipeline_tokcom import TokComPipeline
 from scheduling_tokcom import TokComFlowMatchScheduler
 from training.card import evaluation_section
-from training.config import DataConfig
-from training.data import load_documents
-from training.images import ImageDataset, encode_all
+from training.images import encode_all, read_pictures
 
 REQUIRED = ("model_args", "config", "vae_model_state_dict", "denoised_model_state_dict")
 MODEL_ARGS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
@@ -223,15 +221,12 @@ def fit_codebook(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     try:
         pipe = TokComPipeline.from_pretrained(args.model)
-        config = DataConfig(train=args.data, image_column=args.image_column)
-        records = load_documents(args.data, config, "train")
-        if pipe.image_processor is None or args.image_column not in records.column_names:
-            raise ValueError(f"a codebook needs a model of images and pictures in the field {args.image_column!r}.")
-        dataset = ImageDataset(records, args.image_column, "", None, args.seed, training=False)
+        if pipe.image_processor is None:
+            raise ValueError(f"a codebook needs a model of images, which {args.model} is not.")
+        dataset = read_pictures(args.data, pipe.model.config.codec_config, args.image_column, seed=args.seed)
         rows = np.random.default_rng(args.seed).permutation(len(dataset))[: args.limit]
-        latents = encode_all(pipe.model, dataset.fit(pipe.model.config.codec_config), rows)
+        latents = encode_all(pipe.model, dataset, rows)
         facts = pipe.model.codec.fit_codebook(latents, args.num_codes, args.metric, args.iterations, args.seed)
-        pipe.model.config.codec_config.num_codes = args.num_codes
         pipe.save_pretrained(args.output_dir)
     except (ValueError, OSError, StrictDataclassError) as error:
         sys.exit(f"error: {error}")

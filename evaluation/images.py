@@ -24,9 +24,7 @@ from tqdm.auto import tqdm
 from evaluation.report import table
 from pipeline_tokcom import TokComPipeline
 from quantization_tokcom import code_statistics
-from training.config import DataConfig
-from training.data import load_documents
-from training.images import ImageDataset, encode_all, picture_grid
+from training.images import picture_grid, read_pictures
 
 BATCH = 32  # pictures in a step of the classifier
 PREFIXES = (1, 2, 4, 8, 16, 36)
@@ -109,12 +107,22 @@ def best_jpeg(images: torch.Tensor, processor, budget: float) -> dict[str, float
 
 
 @torch.no_grad()
+def encode(codec, images: torch.Tensor) -> torch.Tensor:
+    """Latents `(B, N, C)` of images `(B, 3, H, W)`."""
+    return torch.cat([codec.encode(part).latents for part in images.split(256)])
+
+
+@torch.no_grad()
+def decode(codec, latents: torch.Tensor, num_tokens: int | None = None) -> torch.Tensor:
+    """Images `(B, 3, H, W)` of latents `(B, N, C)`, or of their first tokens."""
+    return torch.cat([codec.decode(part, num_tokens=num_tokens).pixel_values for part in latents.split(256)])
+
+
 def order_curve(codec, latents: torch.Tensor, images: torch.Tensor) -> list[float]:
     """PSNR of the first k tokens, k = 0 .. N."""
     curve = []
     for count in tqdm(range(codec.config.num_tokens + 1), desc="order", leave=False):
-        parts = [codec.decode(part, num_tokens=count).pixel_values for part in latents.split(256)]
-        curve.append(psnr(torch.cat(parts), images).mean().item())
+        curve.append(psnr(decode(codec, latents, count), images).mean().item())
     return curve
 
 
@@ -191,13 +199,10 @@ class Pictures:
     """All pictures of a source, their captions and labels."""
 
     def __init__(self, source: str, pipe: TokComPipeline, args: argparse.Namespace, limit: int):
-        config = DataConfig(train=source, image_column=args.image_column, caption_column=args.caption_column)
-        records = load_documents(source, config, "train")
-        records = records.select(range(min(limit, len(records))))
-        dataset = ImageDataset(records, args.image_column, "", None, args.seed, training=False)
-        self.dataset = dataset.fit(pipe.model.config.codec_config)
-        rows = tqdm(range(len(records)), desc="reading pictures", unit="picture")
-        self.images = torch.stack([self.dataset[i]["pixel_values"] for i in rows])
+        columns = args.image_column, args.caption_column
+        dataset = read_pictures(source, pipe.model.config.codec_config, *columns, limit, args.seed)
+        rows, records = tqdm(range(len(dataset)), desc="reading pictures", unit="picture"), dataset.records
+        self.images = torch.stack([dataset[i]["pixel_values"] for i in rows])
         self.captions = list(records[args.caption_column]) if args.caption_column in records.column_names else None
 
 
@@ -216,14 +221,14 @@ def read_labels(source: str, columns: list[str], count: int, names: list[list]) 
 
 
 @torch.no_grad()
-def measure_codec(pipe: TokComPipeline, train: Pictures, test: Pictures, args: argparse.Namespace) -> dict:
-    """Reconstruction, order and codebook on held-out pictures, beside PCA and JPEG."""
+def measure_codec(
+    pipe: TokComPipeline, train: Pictures, test: Pictures, latents: torch.Tensor, args: argparse.Namespace
+) -> dict:
+    """Reconstruction, order and codebook on held-out pictures, whose `latents` are known, beside PCA and JPEG."""
     codec, images, facts = pipe.model.codec, test.images, {"rows": []}
     config = codec.config
-    latents = encode_all(pipe.model, test.dataset)
-    rebuilt = torch.cat([codec.decode(part).pixel_values for part in latents.split(256)])
     coefficients = config.num_tokens * config.latent_channels
-    facts["rows"].append({"codec": "style", "numbers": coefficients, **quality(rebuilt, images)})
+    facts["rows"].append({"codec": "style", "numbers": coefficients, **quality(decode(codec, latents), images)})
     pca = PCA(train.images)
     facts["rows"].append(
         {"codec": "PCA", "numbers": coefficients, **quality(pca.reconstruct(images, coefficients), images)}
@@ -239,8 +244,7 @@ def measure_codec(pipe: TokComPipeline, train: Pictures, test: Pictures, args: a
     facts["order"] = order_facts(facts["curve"], quarter)
     if args.unordered:
         other = TokComPipeline.from_pretrained(args.unordered).model.codec.eval()
-        parts = [other.encode(part).latents for part in images.split(256)]
-        facts["unordered_curve"] = order_curve(other, torch.cat(parts), images)
+        facts["unordered_curve"] = order_curve(other, encode(other, images), images)
         facts["unordered"] = order_facts(facts["unordered_curve"], quarter)
     if args.codebook:
         coded = TokComPipeline.from_pretrained(args.codebook)
@@ -307,18 +311,18 @@ def measure_steps(
     return rows
 
 
-def measure_generation(pipe: TokComPipeline, train: Pictures, test: Pictures, args: argparse.Namespace) -> dict:
-    """How often a classifier of real pictures recognises what the model draws for held-out captions."""
+def measure_generation(
+    pipe: TokComPipeline, train: Pictures, test: Pictures, latents: torch.Tensor, args: argparse.Namespace
+) -> dict:
+    """How often a classifier of real pictures recognises what the model draws for held-out captions, and the held-out pictures
+    themselves as their `latents` remember them."""
     names: list[list] = []
     labels = read_labels(args.train, args.label_columns, len(train.images), names)
     held_out = read_labels(args.test, args.label_columns, len(test.images), names)
     classifier = train_classifier(train.images, labels, args.classifier_epochs, args.seed)
     count = min(args.num_samples, len(test.captions))
     drawn = draw(pipe, test.captions[:count], args)
-    rebuilt = torch.cat(
-        [pipe.model.codec.decode(part).pixel_values for part in encode_all(pipe.model, test.dataset).split(256)]
-    )
-    kinds = {"real": test.images, "reconstructed": rebuilt, "drawn": drawn}
+    kinds = {"real": test.images, "reconstructed": decode(pipe.model.codec, latents), "drawn": drawn}
     found = {kind: recognised(classifier, images, held_out[: len(images)]) for kind, images in kinds.items()}
     shuffled = held_out[:count][torch.randperm(count, generator=torch.Generator().manual_seed(args.seed))]
     found["drawn for another caption"] = recognised(classifier, drawn, shuffled)
@@ -422,9 +426,10 @@ def main(argv: list[str] | None = None) -> None:
         if pipe.image_processor is None:
             raise ValueError(f"{args.model} is no model of images; use evaluate_tokcom.py.")
         train, test = (Pictures(source, pipe, args, args.limit) for source in (args.train, args.test))
-        facts = measure_codec(pipe, train, test, args)
+        latents = encode(pipe.model.codec, test.images)
+        facts = measure_codec(pipe, train, test, latents, args)
         if args.label_columns:
-            facts |= measure_generation(pipe, train, test, args)
+            facts |= measure_generation(pipe, train, test, latents, args)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     facts["settings"] = {name: str(value) for name, value in vars(args).items()}

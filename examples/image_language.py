@@ -18,9 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from pipeline_tokcom import TokComPipeline  # noqa: E402
-from training.config import DataConfig  # noqa: E402
-from training.data import load_documents  # noqa: E402
-from training.images import ImageDataset, encode_all, picture_grid  # noqa: E402
+from training.images import encode_all, picture_grid, read_pictures  # noqa: E402
 
 BEGIN, END = "<image>", "</image>"
 
@@ -37,14 +35,11 @@ class CodesOnly(LogitsProcessor):
         return masked
 
 
-def read_pictures(pipe: TokComPipeline, source: str, image_column: str, limit: int) -> tuple[list[str], torch.Tensor]:
+def read_codes(pipe: TokComPipeline, source: str, image_column: str, limit: int) -> tuple[list[str], torch.Tensor]:
     """Captions and codes `(M, N)` of the pictures of a source."""
-    config = DataConfig(train=source, image_column=image_column)
-    records = load_documents(source, config, "train")
-    records = records.select(range(min(limit, len(records))))
-    dataset = ImageDataset(records, image_column, "", None, 0, training=False).fit(pipe.model.config.codec_config)
+    dataset = read_pictures(source, pipe.model.config.codec_config, image_column, limit=limit)
     codes = pipe.model.codec.to_codes(encode_all(pipe.model, dataset))
-    return list(records[config.caption_column]), codes[..., 0]
+    return list(dataset.records["caption"]), codes[..., 0]
 
 
 def sequences(tokenizer, captions: list[str], codes: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -145,11 +140,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     model = LlamaForCausalLM(config)
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    captions, seen = read_pictures(pipe, args.train, args.image_column, args.limit)
+    captions, seen = read_codes(pipe, args.train, args.image_column, args.limit)
     train(model, *sequences(tokenizer, captions, seen, words), args.max_steps, args.batch_size)
     model.eval().save_pretrained(args.output_dir)
     tokenizer.save_pretrained(args.output_dir)
-    captions, seen = read_pictures(pipe, args.test, args.image_column, args.limit)
+    captions, seen = read_codes(pipe, args.test, args.image_column, args.limit)
     with torch.no_grad():
         ids, labels = (x[:256] for x in sequences(tokenizer, captions, seen, words))
         print(f"held-out loss, caption -> codes: {model(input_ids=ids, labels=labels).loss.item():.3f} nats")

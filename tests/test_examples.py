@@ -96,7 +96,6 @@ def test_python_in_the_documents_runs(file, code, tmp_path):
         scheduler, model = TokComFlowMatchScheduler.from_model_config(config), TokComModel(config)
         latents = torch.randn(8, config.codec_config.num_tokens, config.codec_config.latent_channels)
         model.codec.fit_codebook(latents, 16)
-        model.config.codec_config.num_codes = 16
         TokComPipeline(model, scheduler, tokenizer).save_pretrained(pictures)
     script = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\npath_or_id, pixel_model, image_model = {str(ROOT)!r}, {str(pixels)!r}, {str(pictures)!r}\n{code}"
     here = ROOT if 'from_pretrained(".")' in code else tmp_path

@@ -11,6 +11,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from image_processing_tokcom import TokComImageProcessor
+from training.config import DataConfig
+from training.data import load_documents
 
 
 def open_image(value: Any, name: str = "a record") -> Image.Image:
@@ -76,6 +78,26 @@ class ImageDataset(torch.utils.data.Dataset):
         if self.captions is not None:
             item |= {name: value[index] for name, value in self.captions.items()}
         return item
+
+
+def read_pictures(
+    source: str,
+    codec_config,
+    image_column: str = "image",
+    caption_column: str = "caption",
+    limit: int | None = None,
+    seed: int = 0,
+) -> ImageDataset:
+    """The first `limit` pictures of a source, for a codec; their captions, if there are any, are a column of `.records`.
+
+    Raises `ValueError` if the source has no pictures in `image_column`.
+    """
+    config = DataConfig(train=source, image_column=image_column, caption_column=caption_column)
+    records = load_documents(source, config, "train")
+    if image_column not in records.column_names:
+        raise ValueError(f"{source} has no pictures in the field {image_column!r}; name the field that holds them.")
+    records = records if limit is None else records.select(range(min(limit, len(records))))
+    return ImageDataset(records, image_column, caption_column, None, seed, training=False).fit(codec_config)
 
 
 def pad_captions(rows: list[list[int]], pad_id: int) -> dict[str, torch.Tensor]:
