@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
@@ -219,6 +220,12 @@ class TokComChunkCodec(TokComCodec):
         self.latent_std = nn.Buffer(torch.ones(config.latent_channels))
         self.gradient_checkpointing = False
         self.post_init()
+
+    def initialize_parameters(self) -> None:
+        init.zeros_(self.latent_mean)
+        init.ones_(self.latent_std)
+        if self.log_precision is not None:
+            init.zeros_(self.log_precision)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embed_tokens

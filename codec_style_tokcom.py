@@ -242,6 +242,8 @@ class TokComStyleCodec(TokComCodec):
 
     def initialize_parameters(self) -> None:
         init.zeros_(self.missing)
+        init.zeros_(self.latent_mean)
+        init.ones_(self.latent_std)
 
     def get_input_embeddings(self):
         return None

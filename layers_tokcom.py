@@ -272,17 +272,8 @@ class TokComPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.bias)
         else:
             super()._init_weights(module)
-        if hasattr(module, "initialize_parameters"):  # parameters of its own, outside linear layers
+        if hasattr(module, "initialize_parameters"):  # tensors of its own, outside layers of torch
             module.initialize_parameters()
-        if hasattr(module, "latent_mean"):
-            init.zeros_(module.latent_mean)
-            init.ones_(module.latent_std)
-        if hasattr(module, "codebook"):
-            init.normal_(module.codebook)
-            init.zeros_(module.counts)
-            init.zeros_(module.sums)
-        if getattr(module, "log_precision", None) is not None:
-            init.zeros_(module.log_precision)
 
 
 def chunked_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

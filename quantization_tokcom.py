@@ -3,7 +3,7 @@
 Notable choices: codebooks are buffers that follow moving averages, never parameters, so no optimizer touches them; the
 gradient passes straight through; codes that nobody uses are replaced by inputs; all processes compute the same codebook
 from summed statistics. `FiniteScalarQuantizer` needs no codebook and cannot collapse. `kmeans` builds a codebook from
-finished latents. This file is remote code and imports torch only, which is why no quantisation library is used here.
+finished latents. This file is remote code and imports torch and transformers only, which is why no quantisation library is used here.
 
 Shape legend: M vectors, C channels, S codes, R residual levels.
 """
@@ -15,6 +15,7 @@ import torch
 import torch.distributed as distributed
 import torch.nn.functional as F
 from torch import nn
+from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 DISTANCE_ROWS = 8192  # rows of distances to all codes that exist at once
@@ -91,6 +92,11 @@ class VectorQuantizer(nn.Module):
         self.codebook = nn.Buffer(torch.randn(num_codes, channels))
         self.counts = nn.Buffer(torch.zeros(num_codes))  # moving average of how often each code is used; 0 at first
         self.sums = nn.Buffer(torch.zeros(num_codes, channels))
+
+    def initialize_parameters(self) -> None:
+        init.normal_(self.codebook)
+        init.zeros_(self.counts)
+        init.zeros_(self.sums)
 
     @property
     def num_codes(self) -> int:
