@@ -33,7 +33,7 @@ from pipeline_tokcom import TokComPipeline
 from scheduling_tokcom import TokComFlowMatchScheduler
 from training.card import WORK
 from training.checkpoints import CheckpointError, Checkpoints
-from training.config import DataConfig, StageConfig, TrainConfig, load_overrides
+from training.config import DataConfig, StageConfig, TrainConfig, load_overrides, refuse_other_settings
 from training.corpora import read_data
 from training.distillation import Distiller, integrate
 from training.ema import ShardedEMAModel, decay_from_half_life
@@ -82,10 +82,8 @@ class DistillConfig:
             raise ValueError(f"`method` ({self.method!r}) must be one of {sorted(METHODS)}.")
         if not self.teacher or not self.data.train:
             raise ValueError("give the teacher's directory as `teacher` and what it was trained on as `data.train`.")
-        for key in ("num_inference_steps", "max_steps", "fake_updates", "batch_size", "gradient_accumulation_steps"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"`{key}` ({getattr(self, key)}) must be at least 1.")
-        for key in ("num_pairs", "pair_steps", "checkpoint_steps", "checkpoints_total_limit"):
+        counts = ("num_inference_steps", "max_steps", "fake_updates", "batch_size", "gradient_accumulation_steps")
+        for key in (*counts, "num_pairs", "pair_steps", "checkpoint_steps", "checkpoints_total_limit"):
             if getattr(self, key) < 1:
                 raise ValueError(f"`{key}` ({getattr(self, key)}) must be at least 1.")
         if self.mixed_precision is False:  # YAML 1.1 reads a bare `no` as false
@@ -154,25 +152,15 @@ def load_teacher(config: DistillConfig) -> tuple[TokComModel, object]:
     return model.requires_grad_(False), pipe.tokenizer
 
 
-def check_same_settings(config: DistillConfig, file: Path) -> None:
-    """Compare with what `output_dir` was started with; raises `ValueError` for other settings, which cannot be continued."""
-    if not file.is_file():
-        return
-    started, now = json.loads(file.read_text()), json.loads(json.dumps(dataclasses.asdict(config)))
-    for key, value in now.items():
-        if started.get(key) != value:
-            raise ValueError(
-                f"{config.output_dir} was started with {key}={started.get(key)!r}, now it is {value!r}; choose another output_dir."
-            )
-
-
 class Distillation:
     """One run: teacher, student, the model of the student's samples, their optimizers, average and checkpoints."""
 
     def __init__(self, config: DistillConfig):
         self.config, self.step = config, 0
         self.directory = Path(config.output_dir) / WORK / "distill"
-        check_same_settings(config, self.directory / SETTINGS)
+        settings, file = json.loads(json.dumps(dataclasses.asdict(config))), self.directory / SETTINGS
+        if file.is_file():
+            refuse_other_settings(config.output_dir, json.loads(file.read_text()), settings)
         cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
         precision = resolve_precision(config.mixed_precision, PartialState(cpu=cpu).device.type)
         self.accelerator = Accelerator(mixed_precision=precision, cpu=cpu)
@@ -191,7 +179,7 @@ class Distillation:
                 )
             self.directory.mkdir(parents=True, exist_ok=True)
             if self.accelerator.is_main_process:
-                (self.directory / SETTINGS).write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+                file.write_text(json.dumps(settings, indent=2) + "\n")
         self.student, self.fake = (ModelDenoiser(self._copy(teacher)).to(self.accelerator.device) for _ in range(2))
         matching, paired = METHODS[config.method]
         parts = {"student": (self.student, config.learning_rate), "fake": (self.fake, config.fake_learning_rate)}
@@ -236,8 +224,9 @@ class Distillation:
     def _seed(self, *words: int) -> np.random.Generator:
         """Everything drawn in a micro-batch depends on the seed and its place in the run alone."""
         sequence = np.random.SeedSequence([self.config.seed, *words])
-        torch.manual_seed(int(sequence.generate_state(1)[0]))
-        random.seed(int(sequence.generate_state(1)[0]))
+        state = int(sequence.generate_state(1)[0])
+        torch.manual_seed(state)
+        random.seed(state)
         return np.random.default_rng(sequence)
 
     def _shape(self, batch_size: int, context: dict[str, torch.Tensor]) -> tuple[int, int, int]:
@@ -260,7 +249,6 @@ class Distillation:
                 with self.accelerator.autocast():
                     end = integrate(lambda x, t, c=context: self.real(x, t, c), noise, config.pair_steps)
                 ends.append((noise.cpu(), end.cpu()))
-            self.directory.mkdir(parents=True, exist_ok=True)
             torch.save(tuple(torch.cat(parts) for parts in zip(*ends)), file.with_suffix(".tmp"))
             file.with_suffix(".tmp").rename(file)
         self.accelerator.wait_for_everyone()

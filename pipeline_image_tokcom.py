@@ -72,10 +72,7 @@ class TokComImageMixin:
             if not captions:
                 raise ValueError("`prompt` is an empty list; give at least one caption.")
             rows = [[] if caption == "" else self._tokenize([caption], "prompt")[0] for caption in captions]
-            rows[0] = rows[0] or [self._pad_token_id]  # so that there is something to embed
-            ids, mask = self._pad(rows, "right")
-            mask = mask & (ids != self._pad_token_id)
-            batch_size, prefix = len(rows), self.model.condition(ids, mask)
+            batch_size, prefix = len(rows), self.model.condition(*self._pad(rows, "right"))
         elif guidance_scale != 1.0:
             raise ValueError(f"`guidance_scale` ({guidance_scale}) needs a `prompt` to move towards; leave it at 1.")
         noise = self.prepare_latents(batch_size, codec.config.num_tokens, generator, latents)

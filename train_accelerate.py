@@ -46,7 +46,7 @@ from pipeline_tokcom import TokComPipeline
 from scheduling_tokcom import TokComFlowMatchScheduler
 from training.card import WORK, training_card
 from training.checkpoints import CheckpointError, Checkpoints
-from training.config import StageConfig, TrainConfig, load_train_config
+from training.config import StageConfig, TrainConfig, load_train_config, refuse_other_settings
 from training.corpora import Corpus, read_data
 from training.ema import ShardedEMAModel, decay_from_half_life
 from training.export import export_repository
@@ -58,6 +58,7 @@ from training.tracking import check_tracker, log_picture, log_table
 
 EXTRA = "extra.pt"  # of a checkpoint: progress, schedule and average
 SPIKES_AFTER = 50  # updates before the average gradient norm means something
+SAME_RUN = ("model_preset", "model", "tokenizer", "tokenizer_vocab_size", "init_from", "codec_from", "seed", "data")
 METRIC_PREFIX = {"codec": "vae", "flow": "diffusion", "head": "head"}  # the names of the published training script
 
 
@@ -333,7 +334,7 @@ class StageTrainer:
                 self.optimizer.step()
             self.optimizer.zero_grad()
         progress.micro_batch += 1
-        progress.tokens += self.corpus.count(batch) * accelerator.num_processes
+        progress.tokens += self.corpus.count(batch, self.module.config.codec_config) * accelerator.num_processes
         if skip:
             self.pending = []
         elif accelerator.sync_gradients:
@@ -545,24 +546,9 @@ def check_same_run(config: TrainConfig, file: Path) -> None:
     if not file.is_file():
         return
     started, now = json.loads(file.read_text()), json.loads(json.dumps(config, default=vars))
-    for key in (
-        "model_preset",
-        "model",
-        "tokenizer",
-        "tokenizer_vocab_size",
-        "init_from",
-        "codec_from",
-        "seed",
-        "data",
-    ):
-        before, after = started.get(key), now[key]
-        if key == "data" and before:  # settings that are younger than the run are at their defaults
-            after = {name: value for name, value in after.items() if name in before}
-        if before != after:
-            raise ValueError(
-                f"{config.output_dir} was started with {key}={started.get(key)!r}, now it is {now[key]!r}; "
-                "choose another output_dir."
-            )
+    if started.get("data"):  # settings that are younger than the run are at their defaults
+        now["data"] = {name: value for name, value in now["data"].items() if name in started["data"]}
+    refuse_other_settings(config.output_dir, started, {key: now[key] for key in SAME_RUN})
 
 
 def run(config: TrainConfig) -> Path:

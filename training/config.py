@@ -109,6 +109,15 @@ class TrainConfig:
                     raise ValueError(f"`{name}.{key}` ({value}) must be at least 1.")
 
 
+def refuse_other_settings(output_dir: str, started: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise `ValueError` for the first of the settings `now` that is not what `output_dir` was started with."""
+    for key, value in now.items():
+        if started.get(key) != value:
+            raise ValueError(
+                f"{output_dir} was started with {key}={started.get(key)!r}, now it is {value!r}; choose another output_dir."
+            )
+
+
 def _build(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
     fields = {f.name: f for f in dataclasses.fields(cls)}
     kwargs = {}

@@ -73,7 +73,7 @@ class Corpus:
             )
         return options.sequence_length, chunk_size, config.seed
 
-    def count(self, batch: dict[str, torch.Tensor]) -> int:
+    def count(self, batch: dict[str, torch.Tensor], codec_config) -> int:
         """Tokens in a batch."""
         return batch["input_ids"].numel()
 
@@ -137,18 +137,18 @@ class PictureCorpus(Corpus):
             raise ValueError(
                 f"the data are pictures but the codec is {codec.model_type!r}; choose a preset of images such as style-tiny."
             )
-        if self.train.captions is not None and self.train.longest > model.config.condition_length:
+        longest = 0 if self.train.captions is None else self.train.captions["input_ids"].shape[1]
+        if longest > model.config.condition_length:
             raise ValueError(
-                f"the longest caption has {self.train.longest} tokens, more than `model.condition_length` "
+                f"the longest caption has {longest} tokens, more than `model.condition_length` "
                 f"({model.config.condition_length}); raise it or shorten the captions."
             )
         if config.cache_latents:
             raise ValueError("the latents of pictures are not cached; set cache_latents=false.")
-        self.num_tokens = codec.num_tokens
         return self.train.fit(codec), self.validation.fit(codec)
 
-    def count(self, batch: dict[str, torch.Tensor]) -> int:
-        return len(batch["pixel_values"]) * self.num_tokens
+    def count(self, batch: dict[str, torch.Tensor], codec_config) -> int:
+        return len(batch["pixel_values"]) * codec_config.num_tokens
 
     def measure(self, model: TokComModel) -> None:
         measure_image_statistics(model, self.train.fit(model.config.codec_config))

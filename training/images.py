@@ -55,7 +55,6 @@ class ImageDataset(torch.utils.data.Dataset):
             rows = [row or "" for row in tqdm(records[caption_column], desc="reading captions", unit="caption")]
             ids = tokenizer(rows, add_special_tokens=False, verbose=False)["input_ids"]
             self.captions = pad_captions(ids, len(tokenizer))
-            self.longest = max(map(len, ids))
 
     def fit(self, codec_config) -> "ImageDataset":
         """Give pictures of the size that a codec sees from now on."""
