@@ -1,7 +1,7 @@
-"""Configurations of the codecs: token chunks, pixels, and images as ordered tokens.
+"""Configurations of the codecs: token chunks, pixels, images as ordered tokens, and clips as patches of space and time.
 
-Notable choices: every codec says how its latents relate to tokens through the same few properties (`chunk_size`,
-`length_multiple`, `has_tokens`, `has_symbols`); all checks live in `validate_architecture`.
+Notable choices: every codec says what it codes (`modality`) and how its latents relate to it through the same few properties
+(`chunk_size`, `length_multiple`, `has_symbols`, `group_size`); all checks live in `validate_architecture`.
 
 Shape legend: B batch, T tokens, K tokens per chunk, N = T/K latents, C latent channels, D width, V vocabulary.
 """
@@ -51,8 +51,68 @@ def check_heads(config: PreTrainedConfig) -> None:
         )
 
 
+def check_quantizer(config: PreTrainedConfig) -> None:
+    if config.quantizer not in ("none", "vq", "fsq"):
+        raise ValueError(f"`quantizer` ({config.quantizer!r}) must be 'none', 'vq' or 'fsq'.")
+    if config.quantizer == "vq" and (config.num_codes < 2 or config.num_quantizers < 1):
+        raise ValueError(
+            f"`num_codes` ({config.num_codes}) must be at least 2 and `num_quantizers` ({config.num_quantizers}) at least 1."
+        )
+    if config.quantizer == "fsq" and len(config.fsq_levels or ()) != config.latent_channels:
+        raise ValueError(
+            f"`fsq_levels` ({config.fsq_levels}) must give the levels of every one of the {config.latent_channels} "
+            "`latent_channels`."
+        )
+    if config.quantizer == "fsq" and math.prod(config.fsq_levels) >= 2**63:
+        raise ValueError(
+            f"`fsq_levels` ({config.fsq_levels}) have {math.prod(config.fsq_levels):.1e} codes, more than 64 bits; lower the "
+            "levels or `latent_channels`."
+        )
+
+
+class TokComCodecConfig(PreTrainedConfig):
+    """What all codecs say of themselves; the defaults are those of codecs without tokens."""
+
+    base_config_key = "codec_config"
+    modality = "text"  # what is coded: "text", "image" or "video"
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether its latents stand for token ids."""
+        return self.modality == "text"
+
+    @property
+    def has_symbols(self) -> bool:
+        """Whether a latent is the concatenation of its symbols' latents, so that `prediction_type="tokens"` can be used."""
+        return False
+
+    @property
+    def chunk_size(self) -> int:
+        """K, tokens per latent."""
+        return 1
+
+    @property
+    def length_multiple(self) -> int:
+        """Tokens of which a text must hold a multiple."""
+        return 1
+
+    @property
+    def num_symbols(self) -> int:
+        """What a latent gives probabilities to."""
+        return 1
+
+    @property
+    def symbol_vocab_size(self) -> int:
+        return 0
+
+    @property
+    def group_size(self) -> int:
+        """Latents that are known or unknown, and generated, together: those of one moment of a clip."""
+        return 1
+
+
 @strict
-class TokComChunkCodecConfig(PreTrainedConfig):
+class TokComChunkCodecConfig(TokComCodecConfig):
     r"""Configuration of the codec `tokens <-> one latent per chunk`.
 
     Args:
@@ -84,7 +144,6 @@ class TokComChunkCodecConfig(PreTrainedConfig):
     """
 
     model_type = "tokcom_chunk_codec"
-    base_config_key = "codec_config"
 
     vocab_size: int = 4097
     mask_token_id: int = 4096
@@ -131,11 +190,6 @@ class TokComChunkCodecConfig(PreTrainedConfig):
         return self.chunk_size
 
     @property
-    def has_tokens(self) -> bool:
-        """Whether its latents stand for token ids."""
-        return True
-
-    @property
     def has_symbols(self) -> bool:
         """Whether a latent is the concatenation of what its symbols look like."""
         return self.encoder_type == "token"
@@ -167,7 +221,11 @@ class TokComChunkCodecConfig(PreTrainedConfig):
                 f"`encoder_type='token'` needs `variational=True` and `latent_channels` ({self.latent_channels}) to be a "
                 f"multiple of `chunk_size` ({self.chunk_size})."
             )
-        self._validate_quantizer()
+        check_quantizer(self)
+        if self.quantizer != "none" and self.encoder_type != "chunk":
+            raise ValueError(
+                f"`quantizer` ({self.quantizer!r}) needs `encoder_type='chunk'`, not {self.encoder_type!r}."
+            )
         if self.layer_type == "attention":
             check_heads(self)
             if self.embedding_size != self.hidden_size:
@@ -194,31 +252,9 @@ class TokComChunkCodecConfig(PreTrainedConfig):
             parameters += 2 * self.num_quantizers * self.num_codes * self.latent_channels
         check_size(self, parameters)
 
-    def _validate_quantizer(self):
-        if self.quantizer not in ("none", "vq", "fsq"):
-            raise ValueError(f"`quantizer` ({self.quantizer!r}) must be 'none', 'vq' or 'fsq'.")
-        if self.quantizer != "none" and self.encoder_type != "chunk":
-            raise ValueError(
-                f"`quantizer` ({self.quantizer!r}) needs `encoder_type='chunk'`, not {self.encoder_type!r}."
-            )
-        if self.quantizer == "vq" and (self.num_codes < 2 or self.num_quantizers < 1):
-            raise ValueError(
-                f"`num_codes` ({self.num_codes}) must be at least 2 and `num_quantizers` ({self.num_quantizers}) at least 1."
-            )
-        if self.quantizer == "fsq" and len(self.fsq_levels or ()) != self.latent_channels:
-            raise ValueError(
-                f"`fsq_levels` ({self.fsq_levels}) must give the levels of every one of the {self.latent_channels} "
-                "`latent_channels`."
-            )
-        if self.quantizer == "fsq" and math.prod(self.fsq_levels) >= 2**63:
-            raise ValueError(
-                f"`fsq_levels` ({self.fsq_levels}) have {math.prod(self.fsq_levels):.1e} codes, more than 64 bits; lower the "
-                "levels or `latent_channels`."
-            )
-
 
 @strict
-class TokComColorCodecConfig(PreTrainedConfig):
+class TokComColorCodecConfig(TokComCodecConfig):
     r"""Configuration of the codec `token id <-> pixel` (PixelDLM), which has no parameters.
 
     Args:
@@ -236,7 +272,6 @@ class TokComColorCodecConfig(PreTrainedConfig):
     """
 
     model_type = "tokcom_color_codec"
-    base_config_key = "codec_config"
 
     vocab_size: int = 4097
     mask_token_id: int = 4096
@@ -248,11 +283,6 @@ class TokComColorCodecConfig(PreTrainedConfig):
     image_size: int = 64
     standardize: bool = True
     digit_sigma: float | int = 0.25
-
-    @property
-    def has_tokens(self) -> bool:
-        """Whether its latents stand for token ids."""
-        return True
 
     @property
     def has_symbols(self) -> bool:
@@ -315,7 +345,7 @@ class TokComColorCodecConfig(PreTrainedConfig):
 
 
 @strict
-class TokComStyleCodecConfig(PreTrainedConfig):
+class TokComStyleCodecConfig(TokComCodecConfig):
     r"""Configuration of the codec `image <-> ordered tokens` (Styled_vae_vq).
 
     Args:
@@ -336,7 +366,7 @@ class TokComStyleCodecConfig(PreTrainedConfig):
     """
 
     model_type = "tokcom_style_codec"
-    base_config_key = "codec_config"
+    modality = "image"
 
     image_size: int = 64
     patch_size: int = 8
@@ -361,31 +391,6 @@ class TokComStyleCodecConfig(PreTrainedConfig):
     gradient_weight: float | int = 0.2
     num_codes: int = 0
     initializer_range: float = 0.02
-
-    @property
-    def has_tokens(self) -> bool:
-        return False
-
-    @property
-    def has_symbols(self) -> bool:
-        return False
-
-    @property
-    def chunk_size(self) -> int:
-        """A latent is one token of the image."""
-        return 1
-
-    @property
-    def length_multiple(self) -> int:
-        return 1
-
-    @property
-    def num_symbols(self) -> int:
-        return 1
-
-    @property
-    def symbol_vocab_size(self) -> int:
-        return 0
 
     @property
     def num_patches(self) -> int:
@@ -440,8 +445,104 @@ class TokComStyleCodecConfig(PreTrainedConfig):
         check_size(self, parameters)
 
 
+@strict
+class TokComVideoCodecConfig(TokComCodecConfig):
+    r"""Configuration of the codec `clip <-> one latent per patch of space and time`.
+
+    Args:
+        num_frames, height, width (`int`): F, H and W of the clips that training sees; other sizes that patches divide fit, too.
+        num_channels (`int`): 3 for pixels, or the channels of an external autoencoder whose latents the clips are.
+        spatial_compression, temporal_compression (`int`): pixels of a side, and frames, that one value of those latents stands
+            for; 1 for pixels.
+        frames_per_patch, patch_size (`int`): frames, and pixels of a side, of a patch.
+        hidden_size, intermediate_size, num_hidden_layers (`int`): residual MLP between a patch and its latent, on either side;
+            `hidden_size` 0 is none: the values of a patch are its latent, and nothing is lost.
+        latent_channels (`int`): C; 0, the only choice without a network, is the number of values in a patch.
+        quantizer, num_codes, num_quantizers, fsq_levels: as in `TokComChunkCodecConfig`.
+    """
+
+    model_type = "tokcom_video_codec"
+    modality = "video"
+
+    num_frames: int = 8
+    height: int = 32
+    width: int = 32
+    num_channels: int = 3
+    spatial_compression: int = 1
+    temporal_compression: int = 1
+    frames_per_patch: int = 1
+    patch_size: int = 8
+    hidden_size: int = 0
+    intermediate_size: int = 512
+    num_hidden_layers: int = 1
+    latent_channels: int = 0
+    quantizer: str = "none"
+    num_codes: int = 1024
+    num_quantizers: int = 1
+    fsq_levels: list[int] | None = None
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        self.latent_channels = self.latent_channels or self.patch_values
+        super().__post_init__(**kwargs)
+
+    @property
+    def patch_values(self) -> int:
+        return self.num_channels * self.frames_per_patch * self.patch_size**2
+
+    @property
+    def group_size(self) -> int:
+        return (self.height // self.patch_size) * (self.width // self.patch_size)
+
+    @property
+    def num_tokens(self) -> int:
+        """N, latents of a clip."""
+        return self.num_frames // self.frames_per_patch * self.group_size
+
+    @property
+    def image_size(self) -> list[int]:
+        """Height and width in pixels."""
+        return [self.height * self.spatial_compression, self.width * self.spatial_compression]
+
+    @property
+    def clip_length(self) -> int:
+        """Frames of a clip of pixels; an autoencoder that compresses time codes the first frame on its own."""
+        return (self.num_frames - 1) * self.temporal_compression + 1
+
+    def validate_architecture(self):
+        check_positive(self, "num_frames", "height", "width", "num_channels", "frames_per_patch", "patch_size")
+        check_positive(self, "spatial_compression", "temporal_compression", "intermediate_size", "latent_channels")
+        self.check_shape(self.num_frames, self.height, self.width)
+        if min(self.hidden_size, self.num_hidden_layers) < 0:
+            raise ValueError("`hidden_size` and `num_hidden_layers` must not be negative.")
+        check_quantizer(self)
+        if not self.hidden_size and (self.latent_channels != self.patch_values or self.quantizer != "none"):
+            raise ValueError(
+                f"without a network (`hidden_size` 0) `latent_channels` ({self.latent_channels}) must be the "
+                f"{self.patch_values} values of a patch, and `quantizer` ({self.quantizer!r}) 'none'; set `hidden_size`."
+            )
+        layer = 3 * self.hidden_size * self.intermediate_size
+        parameters = (
+            2 * self.hidden_size * (self.patch_values + self.latent_channels) + 2 * self.num_hidden_layers * layer
+        )
+        if self.quantizer == "vq":
+            parameters += 2 * self.num_quantizers * self.num_codes * self.latent_channels
+        check_size(self, parameters)
+
+    def check_shape(self, frames: int, height: int, width: int) -> None:
+        """Raise `ValueError` unless patches divide a clip of this size."""
+        if frames % self.frames_per_patch or height % self.patch_size or width % self.patch_size or not frames:
+            raise ValueError(
+                f"a clip of {frames} frames of {height} x {width} does not divide into patches of "
+                f"`frames_per_patch` ({self.frames_per_patch}) frames and `patch_size` ({self.patch_size}) squared; cut it to "
+                "a multiple of these."
+            )
+
+
 CODEC_CONFIGS: dict[str, type[PreTrainedConfig]] = {
-    config.model_type: config for config in (TokComChunkCodecConfig, TokComColorCodecConfig, TokComStyleCodecConfig)
+    config.model_type: config
+    for config in (TokComChunkCodecConfig, TokComColorCodecConfig, TokComStyleCodecConfig, TokComVideoCodecConfig)
 }
 
 
@@ -450,4 +551,11 @@ def vocabulary_fields(size: int) -> dict[str, Any]:
     return {"vocab_size": size + 1, "mask_token_id": size, "pad_token_id": size}
 
 
-__all__ = ["TokComChunkCodecConfig", "TokComColorCodecConfig", "TokComStyleCodecConfig", "CODEC_CONFIGS"]
+__all__ = [
+    "TokComCodecConfig",
+    "TokComChunkCodecConfig",
+    "TokComColorCodecConfig",
+    "TokComStyleCodecConfig",
+    "TokComVideoCodecConfig",
+    "CODEC_CONFIGS",
+]

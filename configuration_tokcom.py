@@ -20,6 +20,7 @@ try:
         TokComChunkCodecConfig,
         TokComColorCodecConfig,
         TokComStyleCodecConfig,
+        TokComVideoCodecConfig,
         check_fraction,
         check_heads,
         check_positive,
@@ -33,7 +34,8 @@ except ImportError:
 
     CODEC_CONFIGS, MAX_PARAMETERS = _codecs.CODEC_CONFIGS, _codecs.MAX_PARAMETERS
     TokComChunkCodecConfig, TokComColorCodecConfig = _codecs.TokComChunkCodecConfig, _codecs.TokComColorCodecConfig
-    TokComStyleCodecConfig, vocabulary_fields = _codecs.TokComStyleCodecConfig, _codecs.vocabulary_fields
+    TokComStyleCodecConfig, TokComVideoCodecConfig = _codecs.TokComStyleCodecConfig, _codecs.TokComVideoCodecConfig
+    vocabulary_fields = _codecs.vocabulary_fields
     check_fraction, check_heads = _codecs.check_fraction, _codecs.check_heads
     check_positive, check_size = _codecs.check_positive, _codecs.check_size
 
@@ -61,6 +63,8 @@ class TokComTransformerConfig(PreTrainedConfig):
             them and are all that is repeated at every sampling step. 0 is one network for both.
         head_attention (`bool`): whether the layers after the context layers attend to context and block, or see the
             context only through the state of its last latent.
+        attention_type (`str`): `"full"`, or for clips `"factorized"`: even layers attend within a moment, odd ones along time at
+            one place (Bertasius et al. 2021), so that the cost grows with F^2 + (H W)^2 instead of (F H W)^2.
         feature_size (`int`): width of an input that is read instead of the latents, and of the output; 0 reads and
             predicts latents. Set by `prediction_type="tokens"`.
     """
@@ -89,6 +93,7 @@ class TokComTransformerConfig(PreTrainedConfig):
     block_size: int | None = 4
     num_context_layers: int = 0
     head_attention: bool = True
+    attention_type: str = "full"
     feature_size: int = 0
     initializer_range: float = 0.02
 
@@ -98,10 +103,10 @@ class TokComTransformerConfig(PreTrainedConfig):
         check_positive(self, "num_position_axes", "conditioning_size")
         check_heads(self)
         head_size = self.hidden_size // self.num_attention_heads
-        if head_size % (2 * self.num_position_axes):
+        if head_size < 2 * self.num_position_axes:
             raise ValueError(
-                f"the head size ({head_size}) must be a multiple of 2 x `num_position_axes` "
-                f"({self.num_position_axes}); change `hidden_size` or `num_attention_heads`."
+                f"the head size ({head_size}) must be at least 2 x `num_position_axes` ({self.num_position_axes}); change "
+                "`hidden_size` or `num_attention_heads`."
             )
         if self.conditioning_size % 2:
             raise ValueError(f"`conditioning_size` ({self.conditioning_size}) must be even: half cosines, half sines.")
@@ -127,6 +132,13 @@ class TokComTransformerConfig(PreTrainedConfig):
                 f"`head_attention=False` needs `block_size=1` (got {self.block_size}) and context layers "
                 f"(got {self.num_context_layers}): the latents of a block would not see each other."
             )
+        if self.attention_type not in ("full", "factorized"):
+            raise ValueError(f"`attention_type` ({self.attention_type!r}) must be 'full' or 'factorized'.")
+        if self.attention_type == "factorized" and (self.block_size is not None or self.num_position_axes != 3):
+            raise ValueError(
+                f"`attention_type='factorized'` needs `block_size=None` (got {self.block_size}) and three position axes (got "
+                f"{self.num_position_axes}): time, row and column."
+            )
         if not self.per_latent_timestep and self.block_size is not None:
             raise ValueError(
                 f"`per_latent_timestep=False` needs `block_size=None`, got {self.block_size}: block-causal generation "
@@ -143,6 +155,7 @@ class TokComTransformerConfig(PreTrainedConfig):
 
 
 STAGES = ("codec", "flow", "head")
+TIMESTEP_SAMPLINGS = ("logit_normal", "uniform", "linear", "cosine")
 
 
 @strict
@@ -161,13 +174,17 @@ class TokComConfig(PreTrainedConfig):
         latent_stagger (`float`): in [0, 1], for `"tokens"`: the same for the latents of a block.
         token_shift (`float`): for `"tokens"`: warp of each token's time; above 1 spends more of it on noise.
         noise_std (`float`): standard deviation of x0; 1 on standardised latents, 0.05 in published v5.2.
-        timestep_sampling (`str`): `"logit_normal"`, t = 1 - sigmoid(N(timestep_loc, 1)), or `"uniform"`.
+        timestep_sampling (`str`): `"logit_normal"`, t = 1 - sigmoid(N(timestep_loc, 1)), `"uniform"`, or the times at which
+            the diffusion with betas `"linear"` (DDPM, Ho et al. 2020) or a `"cosine"` (Nichol and Dhariwal 2021) has the same
+            ratio of signal to noise; DDIM samples the last two.
         timestep_loc (`float`): larger is noisier; the sampling grid is shifted by the same amount.
         mse_weight, ce_weight (`float`): weights of the x1 regression and of the cross-entropy through the decoder.
         ce_share (`float`): in (0, 1], for `"latents"`: share of the latents, drawn at every training step, that the
             cross-entropy is computed of; the decoder is most of a step where it is as deep as the transformer.
         frequency_weight (`float`): weight of the mean absolute error of the estimate's DCT-II coefficients, for pixels that are
             regressed (`"latents"` and a color codec); 0 is off.
+        quantize_prediction (`bool`): every estimate becomes the nearest codes of a video codec's quantiser, its gradient passing
+            straight through, as in the published video model.
         latent_head (`str`), latent_refiner (`str`): networks between the estimate and the decoder, for `"latents"`: `"none"`,
             `"mlp"` or `"vq"` (an MLP and a codebook), and `"none"`, `"mlp"` or for pixels `"unet"`. Trained in stage `"head"`.
         latent_head_size (`int`), latent_refiner_size (`int`), latent_head_codes (`int`): their widths and codes.
@@ -200,6 +217,7 @@ class TokComConfig(PreTrainedConfig):
     ce_weight: float | int = 0.2
     ce_share: float | int = 1.0
     frequency_weight: float | int = 0.0
+    quantize_prediction: bool = False
     latent_head: str = "none"
     latent_refiner: str = "none"
     latent_head_size: int = 4096
@@ -227,7 +245,7 @@ class TokComConfig(PreTrainedConfig):
             fields = {k: v for k, v in (self.transformer_config or {}).items() if k != "model_type"}
             _check_known_keys(TokComTransformerConfig, fields, "transformer_config.")
             self.transformer_config = TokComTransformerConfig(**fields)
-        if isinstance(self.codec_config, TokComColorCodecConfig):  # follows from the vocabulary
+        if isinstance(self.codec_config, (TokComColorCodecConfig, TokComVideoCodecConfig)):  # the codec decides
             self.transformer_config.latent_channels = self.codec_config.latent_channels
         width = self.codec_config.num_symbols * self.token_embedding_size if self.prediction_type == "tokens" else 0
         self.transformer_config.feature_size = width
@@ -243,8 +261,15 @@ class TokComConfig(PreTrainedConfig):
             raise ValueError(f"`stage` ({self.stage!r}) must be one of {STAGES}.")
         self._validate_head()
         self._validate_images()
-        if self.timestep_sampling not in ("logit_normal", "uniform"):
-            raise ValueError(f"`timestep_sampling` ({self.timestep_sampling!r}) must be 'logit_normal' or 'uniform'.")
+        if self.timestep_sampling not in TIMESTEP_SAMPLINGS:
+            raise ValueError(f"`timestep_sampling` ({self.timestep_sampling!r}) must be one of {TIMESTEP_SAMPLINGS}.")
+        if self.timestep_sampling in ("linear", "cosine") and (
+            self.prediction_type != "latents" or self.noise_std != 1
+        ):
+            raise ValueError(
+                f"`timestep_sampling` ({self.timestep_sampling!r}) needs `prediction_type='latents'` (got "
+                f"{self.prediction_type!r}) and `noise_std` 1 (got {self.noise_std}), as DDIM does."
+            )
         if self.prediction_type not in ("latents", "tokens"):
             raise ValueError(f"`prediction_type` ({self.prediction_type!r}) must be 'latents' or 'tokens'.")
         if self.prediction_type == "tokens" and not self.codec_config.has_symbols:
@@ -287,10 +312,11 @@ class TokComConfig(PreTrainedConfig):
         return self.latent_head != "none" or self.latent_refiner != "none"
 
     def _validate_images(self):
-        images, condition = not self.codec_config.has_tokens, self.condition_vocab_size
-        if condition < 0 or (condition and (not images or self.transformer_config.block_size is not None)):
+        codec, transformer, condition = self.codec_config, self.transformer_config, self.condition_vocab_size
+        images = not codec.has_tokens
+        if condition < 0 or (condition and (not images or transformer.block_size is not None)):
             raise ValueError(
-                f"`condition_vocab_size` ({condition}) must not be negative, and needs a codec of images and "
+                f"`condition_vocab_size` ({condition}) must not be negative, and needs a codec of images or clips and "
                 "`transformer_config.block_size=None`; a text continues its prompt."
             )
         if images and (self.prediction_type != "latents" or self.ce_weight or self.has_latent_head):
@@ -298,11 +324,27 @@ class TokComConfig(PreTrainedConfig):
                 f"images have no tokens to predict: `prediction_type` ({self.prediction_type!r}) must be 'latents', "
                 f"`ce_weight` ({self.ce_weight}) 0, and `latent_head` and `latent_refiner` 'none'."
             )
-        if images and self.transformer_config.max_position_embeddings < self.codec_config.num_tokens:
+        if images and transformer.max_position_embeddings < codec.num_tokens:
             raise ValueError(
-                f"`transformer_config.max_position_embeddings` ({self.transformer_config.max_position_embeddings}) must hold "
-                f"the {self.codec_config.num_tokens} tokens of an image."
+                f"`transformer_config.max_position_embeddings` ({transformer.max_position_embeddings}) must hold "
+                f"the {codec.num_tokens} tokens of {codec.modality} data."
             )
+        if transformer.attention_type == "factorized" and (codec.modality != "video" or condition):
+            raise ValueError(
+                f"`attention_type='factorized'` is for clips without captions, not for {codec.modality!r} with "
+                f"`condition_vocab_size` {condition}; use 'full'."
+            )
+        if transformer.block_size is not None and transformer.block_size % codec.group_size:
+            raise ValueError(
+                f"`transformer_config.block_size` ({transformer.block_size}) must be a multiple of the {codec.group_size} latents "
+                "of one moment of a clip, which are generated together."
+            )
+        if (
+            self.quantize_prediction
+            and getattr(codec, "quantizer", "none") == "none"
+            or (self.quantize_prediction and codec.modality != "video")
+        ):
+            raise ValueError("`quantize_prediction` needs a video codec with a `quantizer`.")
 
     def _validate_head(self):
         colors = isinstance(self.codec_config, TokComColorCodecConfig)
@@ -363,7 +405,8 @@ class TokComConfig(PreTrainedConfig):
             raise ValueError(f"unknown preset {name!r}; known are {sorted(PRESETS)}.")
         fields = deepcopy(PRESETS[name])
         merge_overrides(fields, overrides)
-        if vocab_size is not None and fields["codec_config"].get("model_type") == TokComStyleCodecConfig.model_type:
+        codec = CODEC_CONFIGS[fields["codec_config"].get("model_type", TokComChunkCodecConfig.model_type)]
+        if vocab_size is not None and codec.modality != "text":
             fields["condition_vocab_size"] = vocab_size + 1
         elif vocab_size is not None:
             fields["codec_config"].update(vocabulary_fields(vocab_size))
@@ -434,6 +477,29 @@ def _styled(width: int, channels: int) -> dict[str, Any]:
             **dict(conditioning_size=256, block_size=None, self_conditioning=False, per_latent_timestep=False),
         },
         **dict(ce_weight=0.0, timestep_loc=0.0, num_inference_steps=32),
+    }
+
+
+def _video(
+    width: int, layers: int, heads: int, frames: int, size: int, codes: int, code_channels: int, **more
+) -> dict:
+    """The published quantised video diffusion: latents `(16, F, size, size)` of an external autoencoder, a codebook of `codes`
+    codes, and a transformer every estimate of which passes that codebook."""
+    latents = frames * (size // 2) ** 2
+    return {
+        "codec_config": {
+            **dict(model_type="tokcom_video_codec", num_frames=frames, height=size, width=size, num_channels=16),
+            **dict(
+                spatial_compression=8, patch_size=2, hidden_size=code_channels, intermediate_size=2 * code_channels
+            ),
+            **dict(latent_channels=code_channels, quantizer="vq", num_codes=codes),
+        },
+        "transformer_config": {
+            **dict(hidden_size=width, intermediate_size=width * 8 // 3, num_hidden_layers=layers, num_position_axes=3),
+            **dict(num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=latents),
+            **dict(conditioning_size=128, block_size=None, self_conditioning=False, **more),
+        },
+        **dict(ce_weight=0.0, quantize_prediction=True, infill_rate=0.0, num_inference_steps=50),
     }
 
 
@@ -518,6 +584,22 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
         **dict(ce_weight=0.0, timestep_loc=0.0, num_inference_steps=32),
     },
+    "video-small": {**_video(512, 6, 8, 8, 32, 4096, 256), "timestep_sampling": "linear"},
+    "video-medium": {**_video(1024, 12, 16, 16, 32, 8192, 512), "timestep_sampling": "linear"},
+    "video-large": {
+        **_video(2048, 24, 32, 32, 64, 16384, 768, attention_type="factorized"),
+        "timestep_sampling": "cosine",
+    },
+    "video-dmd": {**_video(1024, 12, 16, 16, 32, 8192, 512), "timestep_sampling": "linear", "num_inference_steps": 4},
+    "video-tiny": {
+        "codec_config": dict(model_type="tokcom_video_codec", num_frames=8, height=32, width=32, patch_size=8),
+        "transformer_config": {
+            **dict(hidden_size=192, intermediate_size=512, num_hidden_layers=6, num_position_axes=3),
+            **dict(num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128),
+            **dict(conditioning_size=128, block_size=None, self_conditioning=False),
+        },
+        **dict(ce_weight=0.0, infill_rate=0.0, timestep_loc=0.0, num_inference_steps=20),
+    },
     "debug": {
         "codec_config": {
             **vocabulary_fields(512),
@@ -537,6 +619,7 @@ __all__ = [
     "TokComChunkCodecConfig",
     "TokComColorCodecConfig",
     "TokComStyleCodecConfig",
+    "TokComVideoCodecConfig",
     "TokComTransformerConfig",
     "merge_overrides",
     "CODEC_CONFIGS",

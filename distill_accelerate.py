@@ -113,10 +113,13 @@ class ModelDenoiser(nn.Module):
     def _estimate(self, x, t, context, sees_context: bool) -> torch.Tensor:
         model, length = self.model, x.shape[1]
         if model.config.transformer_config.block_size is None:
-            prefix = None
+            prefix, known, times = None, context.get("known"), t[:, None].expand(-1, length)
             if sees_context and model.condition_embedding is not None:
                 prefix = model.condition(context["input_ids"], context["attention_mask"])
-            return model.denoise(x, t, attention_mask=context.get("valid"), prefix=prefix).latents.float()
+            if known is not None and sees_context:
+                x, times = torch.where(known[..., None], context["latents"], x), torch.where(known, 1.0, times)
+            estimate = model.denoise(x, times, attention_mask=context.get("valid"), prefix=prefix).latents.float()
+            return estimate if known is None else torch.where(known[..., None], context["latents"], estimate)
         clean, order, valid = context["latents"], context["order"], context["valid"]
         sees = torch.full((len(x),), sees_context, device=x.device)
         positions = model.codec.positions(torch.arange(length, device=x.device).expand(len(x), -1))
@@ -126,19 +129,29 @@ class ModelDenoiser(nn.Module):
         return model.denoise(*inputs, num_context=length).latents[:, -length:].float()
 
     @torch.no_grad()
-    def context(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What the estimate depends on, of a batch of the data; all blocks of a text are estimated at once."""
-        model = self.model
-        if not model.config.codec_config.has_tokens:
-            return {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
-        clean = model.codec.encode(batch["input_ids"], batch["attention_mask"])
-        block_size = model.config.transformer_config.block_size or clean.mask.shape[1]
-        order = torch.arange(clean.mask.shape[1], device=clean.mask.device) // block_size
+    def context(self, batch: dict[str, torch.Tensor], rows: np.ndarray | None = None) -> dict[str, torch.Tensor]:
+        """What the estimate depends on, of a batch of the data; all blocks of a text or clip are estimated at once, and of a
+        bidirectional model of clips row i of the data is given its first i mod F moments."""
+        model, codec = self.model, self.model.config.codec_config
+        captions = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+        block_size = model.config.transformer_config.block_size
+        if codec.has_tokens:
+            clean = model.codec.encode(batch["input_ids"], batch["attention_mask"])
+        elif block_size is None and codec.group_size == 1:
+            return captions
+        else:
+            clean = model.codec.encode(batch["pixel_values"])
+        length = clean.mask.shape[1]
+        if not codec.has_tokens and block_size is None:
+            moments = torch.arange(length, device=clean.mask.device) // codec.group_size
+            given = torch.as_tensor(rows, device=clean.mask.device) % (length // codec.group_size)
+            return {**captions, "latents": clean.latents, "known": moments < given[:, None]}
+        order = torch.arange(length, device=clean.mask.device) // (block_size or length)
         return {"latents": clean.latents, "order": order.expand(len(clean.mask), -1), "valid": clean.mask}
 
 
-def load_teacher(config: DistillConfig) -> tuple[TokComModel, object]:
-    """The frozen teacher and its tokenizer; raises `ValueError` for one that cannot be distilled."""
+def load_teacher(config: DistillConfig) -> TokComPipeline:
+    """The teacher, frozen, with its tokenizer and autoencoder; raises `ValueError` for one that cannot be distilled."""
     pipe = TokComPipeline.from_pretrained(config.teacher)
     model = pipe.model.float().eval()
     if model.config.prediction_type != "latents":
@@ -149,7 +162,8 @@ def load_teacher(config: DistillConfig) -> tuple[TokComModel, object]:
         )
     if model.config.noise_std != 1:
         raise ValueError(f"`noise_std` ({model.config.noise_std}) of the teacher must be 1.")
-    return model.requires_grad_(False), pipe.tokenizer
+    model.requires_grad_(False)
+    return pipe
 
 
 class Distillation:
@@ -164,14 +178,17 @@ class Distillation:
         cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
         precision = resolve_precision(config.mixed_precision, PartialState(cpu=cpu).device.type)
         self.accelerator = Accelerator(mixed_precision=precision, cpu=cpu)
-        teacher, self.tokenizer = load_teacher(config)
+        self.pipe = load_teacher(config)
+        teacher = self.pipe.model
         self.real = ModelDenoiser(teacher, config.guidance_scale).to(self.accelerator.device)
         with self.accelerator.main_process_first():
             data = TrainConfig(
                 output_dir=config.output_dir, init_from=config.teacher, seed=config.seed, data=config.data
             )
             options = StageConfig(sequence_length=config.sequence_length)
-            self.dataset = read_data(data).datasets(teacher, data, options, self.accelerator)[0]
+            corpus = read_data(data)
+            corpus.autoencoder = self.pipe.vae
+            self.dataset = corpus.datasets(teacher, data, options, self.accelerator)[0]
             captioned = teacher.condition_embedding is not None
             if captioned and "input_ids" not in self.dataset[0]:
                 raise ValueError(
@@ -217,9 +234,10 @@ class Distillation:
 
     # ---- what is drawn ----
 
-    def _rows(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
+    def _context(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
+        """What the estimates of these rows of the data depend on."""
         batch = default_collate([self.dataset[int(i)] for i in rows])
-        return {name: value.to(self.accelerator.device) for name, value in batch.items()}
+        return self.real.context({name: value.to(self.accelerator.device) for name, value in batch.items()}, rows)
 
     def _seed(self, *words: int) -> np.random.Generator:
         """Everything drawn in a micro-batch depends on the seed and its place in the run alone."""
@@ -231,7 +249,7 @@ class Distillation:
 
     def _shape(self, batch_size: int, context: dict[str, torch.Tensor]) -> tuple[int, int, int]:
         codec = self.real.model.config.codec_config
-        length = context["valid"].shape[1] if "valid" in context else codec.num_tokens
+        length = context["latents"].shape[1] if "latents" in context else codec.num_tokens
         return batch_size, length, codec.latent_channels
 
     @torch.no_grad()
@@ -243,7 +261,7 @@ class Distillation:
             starts = range(0, config.num_pairs, config.batch_size)
             for start in tqdm(starts, desc="teacher's trajectories", unit="batch"):
                 rows = np.arange(start, min(start + config.batch_size, config.num_pairs))
-                context = self.real.context(self._rows(rows % len(self.dataset)))
+                context = self._context(rows % len(self.dataset))
                 self._seed(0, start)
                 noise = torch.randn(self._shape(len(rows), context), device=self.accelerator.device)
                 with self.accelerator.autocast():
@@ -299,7 +317,7 @@ class Distillation:
     def _loss(self, name: str, place: int, micro_batch: int) -> torch.Tensor:
         draws = self._seed(1, self.step, place, micro_batch)
         size, device = self.config.batch_size, self.accelerator.device
-        context = self.real.context(self._rows(draws.integers(len(self.dataset), size=size)))
+        context = self._context(draws.integers(len(self.dataset), size=size))
         with self.accelerator.autocast():
             if name == "fake":
                 return self.distiller.fake_loss(self._shape(size, context), device, context)
@@ -307,7 +325,7 @@ class Distillation:
             if self.pairs is not None:
                 chosen = draws.integers(len(self.pairs[0]), size=size)
                 pairs = tuple(part[torch.from_numpy(chosen).to(device)] for part in self.pairs)
-                pairs_context = self.real.context(self._rows(chosen % len(self.dataset)))
+                pairs_context = self._context(chosen % len(self.dataset))
             return self.distiller.student_loss(self._shape(size, context), device, context, pairs, pairs_context)
 
     # ---- checkpoints ----
@@ -350,7 +368,8 @@ class Distillation:
             self.ema.copy_to(self.parameters["student"])
             model.config.num_inference_steps = self.config.num_inference_steps
             scheduler = TokComFlowMatchScheduler(stochastic_sampling=True)
-            export_repository(model.cpu(), self.tokenizer, self.directory / "final", scheduler)
+            parts = self.pipe.tokenizer, self.directory / "final", scheduler, self.pipe.vae
+            export_repository(model.cpu(), *parts)
             shutil.copytree(self.directory / "final", output, dirs_exist_ok=True)
             print(f"student of {self.config.num_inference_steps} step(s) written to {output}")
         self.accelerator.wait_for_everyone()

@@ -88,12 +88,20 @@ def model_card(
     codec = config.codec_config
     task, call = "text-generation", 'print(pipe("Once upon a time", gen_length=64).texts[0])'
     does = f"writes text by denoising vectors that stand for {codec.chunk_size} tokens each"
-    if not codec.has_tokens:
+    if codec.modality == "image":
         task, call = "text-to-image", 'pipe("a caption").images[0].save("picture.png")'
         if not config.condition_vocab_size:
             task, call = "unconditional-image-generation", 'pipe.generate_images().images[0].save("picture.png")'
         size = f"{codec.image_size}x{codec.image_size}"
         does = f"makes pictures of {size} pixels by denoising {codec.num_tokens} ordered tokens"
+    elif codec.modality == "video":
+        task, videos = (
+            ("text-to-video", 'pipe("a caption")') if config.condition_vocab_size else ("image-to-video", "")
+        )
+        call = f"first, *others = {videos or 'pipe.generate_videos()'}.videos[0]\n"
+        call += 'first.save("clip.gif", save_all=True, append_images=others, duration=125, loop=0)'
+        size = "x".join(map(str, [*codec.image_size, codec.clip_length]))
+        does = f"makes clips of {size} pixels and frames by denoising {codec.num_tokens} patches of space and time"
     text = METADATA.format(more=more, task=task) + TEXT.format(
         title=title,
         does=does,
@@ -167,6 +175,8 @@ class TokComHubMixin:
             if processor is not None:
                 processor.save_pretrained(directory)
         self.scheduler.save_pretrained(directory / "scheduler")
+        if self.vae is not None:
+            self.vae.save_pretrained(directory / "vae")
         self.save_config(directory)
         custom_object_save(self, directory)
         if card is not None or not (directory / CARD).is_file():

@@ -1,7 +1,7 @@
 """Images -> `pixel_values`, in the convention of transformers: `AutoImageProcessor.from_pretrained(...)(images)`.
 
-Notable choices: transparent pictures are laid on white; a picture is cut to a centred square before it is scaled, so that
-nothing is stretched; values are -1 for black and 1 for white. Only PIL and NumPy are needed.
+Notable choices: transparent pictures are laid on white; a picture is cut at its sides before it is scaled, so that nothing is
+stretched; values are -1 for black and 1 for white. Only PIL and NumPy are needed.
 """
 
 from typing import Any
@@ -16,20 +16,26 @@ class TokComImageProcessor(BaseImageProcessor):
     """Prepare pictures for a TokCom model of images.
 
     Args:
-        image_size (`int`): pixels of a side of what the model sees.
+        image_size (`int` or `list[int]`): pixels of a side of what the model sees, or height and width.
     """
 
     model_input_names = ["pixel_values"]
 
-    def __init__(self, image_size: int = 64, **kwargs):
+    def __init__(self, image_size: int | list[int] = 64, **kwargs):
         super().__init__(**kwargs)
-        if image_size < 1:
-            raise ValueError(f"`image_size` ({image_size}) must be at least 1 pixel.")
         self.image_size = image_size
+        if min(self._size) < 1:
+            raise ValueError(f"`image_size` ({image_size}) must be at least 1 pixel.")
+
+    @property
+    def _size(self) -> tuple[int, int]:
+        """Height and width."""
+        size = self.image_size
+        return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
     def preprocess(self, images: Any, return_tensors: str | None = "pt", **kwargs) -> BatchFeature:
         """One picture or a list of them (PIL, or arrays `(H, W)`, `(H, W, 3)`, `(H, W, 4)` of uint8) -> `pixel_values
-        (B, 3, image_size, image_size)`, float32 in [-1, 1]."""
+        (B, 3, height, width)`, float32 in [-1, 1]."""
         images = list(images) if isinstance(images, (list, tuple)) else [images]
         if not images:
             raise ValueError("`images` is an empty list; give at least one picture.")
@@ -58,14 +64,14 @@ class TokComImageProcessor(BaseImageProcessor):
             image = image.convert("RGBA")
             white = Image.new("RGBA", image.size, (255, 255, 255, 255))
             image = Image.alpha_composite(white, image).convert("RGB")
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        image = image.crop((left, top, left + side, top + side))
-        if side != self.image_size:
-            image = image.resize(
-                (self.image_size, self.image_size),
-                Image.Resampling.BOX if side > self.image_size else Image.Resampling.BICUBIC,
-            )
+        height, width = self._size
+        scale = min(image.height / height, image.width / width)
+        cut = max(1, round(height * scale)), max(1, round(width * scale))
+        left, top = (image.width - cut[1]) // 2, (image.height - cut[0]) // 2
+        image = image.crop((left, top, left + cut[1], top + cut[0]))
+        if image.size != (width, height):
+            resample = Image.Resampling.BOX if scale > 1 else Image.Resampling.BICUBIC
+            image = image.resize((width, height), resample)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
     def postprocess(self, pixel_values: torch.Tensor) -> list[Image.Image]:

@@ -27,15 +27,18 @@ def rotary_embedding(position_ids: torch.Tensor, head_size: int, theta: float) -
 
     Args:
         position_ids (`torch.Tensor` of shape `(B, N, A)`): positions, integer or fractional.
-        head_size (`int`): channels of a head, a multiple of 2A. `theta` (`float`): base of the frequencies.
+        head_size (`int`): channels of a head, an even number of at least 2A; the first axes have the pairs that are left over.
+        theta (`float`): base of the frequencies.
 
     Returns: two float32 tensors of shape `(B, 1, N, head_size)`.
     """
-    axis_size = head_size // position_ids.shape[-1]
-    exponents = torch.arange(0, axis_size, 2, device=position_ids.device, dtype=torch.float32) / axis_size
-    angles = position_ids[..., None].float() * theta**-exponents  # (B, N, A, axis_size / 2)
-    angles = angles.flatten(-2)  # (B, N, head_size / 2)
-    angles = torch.cat((angles, angles), dim=-1)[:, None]  # (B, 1, N, head_size)
+    pairs, axes = head_size // 2, position_ids.shape[-1]
+    angles = []
+    for axis in range(axes):
+        share = pairs // axes + (axis < pairs % axes)
+        exponents = torch.arange(share, device=position_ids.device, dtype=torch.float32) / share
+        angles.append(position_ids[..., axis, None].float() * theta**-exponents)  # (B, N, share)
+    angles = torch.cat(angles * 2, dim=-1)[:, None]  # (B, 1, N, head_size)
     return angles.cos(), angles.sin()
 
 

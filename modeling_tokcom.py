@@ -9,6 +9,7 @@ Shape legend: B batch, T tokens, K tokens per chunk, N = T/K latents, C latent c
 """
 
 import json
+import math
 import os
 import random
 from collections.abc import Callable
@@ -24,7 +25,13 @@ try:
     from .codec_chunk_tokcom import TokComChunkCodec, TokComCodecOutput, TokComDecoderOutput
     from .codec_color_tokcom import TokComColorCodec
     from .codec_style_tokcom import TokComImageOutput, TokComStyleCodec
-    from .configuration_codec_tokcom import TokComChunkCodecConfig, TokComColorCodecConfig, TokComStyleCodecConfig
+    from .codec_video_tokcom import TokComVideoCodec, TokComVideoOutput
+    from .configuration_codec_tokcom import (
+        TokComChunkCodecConfig,
+        TokComColorCodecConfig,
+        TokComStyleCodecConfig,
+        TokComVideoCodecConfig,
+    )
     from .configuration_tokcom import STAGES, TokComConfig
     from .latent_head_tokcom import TokComLatentHead
     from .layers_tokcom import TokComPreTrainedModel, TokComTokenEmbedding
@@ -36,6 +43,7 @@ except ImportError:
     import codec_chunk_tokcom as _codec_chunk
     import codec_color_tokcom as _codec_color
     import codec_style_tokcom as _codec_style
+    import codec_video_tokcom as _codec_video
     import configuration_codec_tokcom as _configuration_codec
     import configuration_tokcom as _configuration
     import latent_head_tokcom as _latent_head
@@ -50,6 +58,8 @@ except ImportError:
     TokComChunkCodecConfig = _configuration_codec.TokComChunkCodecConfig
     TokComColorCodecConfig = _configuration_codec.TokComColorCodecConfig
     TokComStyleCodecConfig = _configuration_codec.TokComStyleCodecConfig
+    TokComVideoCodec, TokComVideoOutput = _codec_video.TokComVideoCodec, _codec_video.TokComVideoOutput
+    TokComVideoCodecConfig = _configuration_codec.TokComVideoCodecConfig
     TokComConfig, STAGES = _configuration.TokComConfig, _configuration.STAGES
     TokComLatentHead = _latent_head.TokComLatentHead
     TokComPreTrainedModel, TokComTokenEmbedding = _layers.TokComPreTrainedModel, _layers.TokComTokenEmbedding
@@ -63,6 +73,7 @@ CODECS = {
     TokComChunkCodecConfig.model_type: TokComChunkCodec,
     TokComColorCodecConfig.model_type: TokComColorCodec,
     TokComStyleCodecConfig.model_type: TokComStyleCodec,
+    TokComVideoCodecConfig.model_type: TokComVideoCodec,
 }
 
 
@@ -113,11 +124,14 @@ def _check_shards(directory: str | os.PathLike) -> None:
             )
 
 
-def generation_order(valid: torch.Tensor, block_size: int | None, infill_rate: float) -> torch.Tensor:
+def generation_order(
+    valid: torch.Tensor, block_size: int | None, infill_rate: float, group_size: int = 1
+) -> torch.Tensor:
     """Draw, for training, the step at which each latent is generated.
 
     Blocks of `block_size` in reading order from a random offset, so that a prompt may end anywhere; in a share
-    `infill_rate` of the rows one random span is generated last, after the text that follows it. `None` is one block.
+    `infill_rate` of the rows one random span is generated last, after the text that follows it. `None` is one block. Offset and
+    span are multiples of `group_size`.
 
     Args: `valid (B, N)` gives shape and device. Returns `torch.LongTensor` of shape `(B, N)`.
     """
@@ -126,10 +140,40 @@ def generation_order(valid: torch.Tensor, block_size: int | None, infill_rate: f
     if block_size is None:
         return torch.zeros_like(index)
     draws = torch.rand(4, batch, 1, device=valid.device)
-    order = (index + (draws[0] * block_size).long()) // block_size
-    start, end = (draws[1:3] * (length + 1)).long().sort(dim=0).values  # (B, 1) each
+    groups = length // group_size
+    order = (index + (draws[0] * (block_size // group_size)).long() * group_size) // block_size
+    start, end = (draws[1:3] * (groups + 1)).long().sort(dim=0).values * group_size  # (B, 1) each
     in_gap = (index >= start) & (index < end) & (draws[3] < infill_rate)
     return torch.where(in_gap, length + (index - start) // block_size, order)
+
+
+def draw_known(valid: torch.Tensor, infill_rate: float, group_size: int = 1) -> torch.Tensor:
+    """Latents a bidirectional model is shown clean in training: nothing, a prefix, or in a share `infill_rate` of the rows all but
+    a gap, in whole groups of `group_size`; `(B, N)` in and out. At least one group that exists stays unknown."""
+    draws = torch.rand(3, len(valid), 1, device=valid.device)
+    rank = (valid.cumsum(1) - 1) // group_size  # among those that exist
+    count = valid.sum(1, keepdim=True) // group_size
+    start, end = (draws[:2] * count).long().sort(dim=0).values
+    gap = torch.where(draws[2] < infill_rate, rank > end, False)
+    return valid & ((rank < start) | gap)
+
+
+def signal_time(signal: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """The time t of the flow at which the ratio of signal to noise is that of `signal * x1 + noise * x0`."""
+    return signal / (signal + noise)
+
+
+def diffusion_times(shares: torch.Tensor, schedule: str) -> torch.Tensor:
+    """Times of the flow that stand for `shares` in [0, 1] of the way from clean to noise in a variance-preserving diffusion, with
+    `"linear"` betas from 0.0001 to 0.02 in 1000 steps or the `"cosine"` of Nichol and Dhariwal 2021."""
+    if schedule == "linear":
+        remains = torch.exp(-(0.1 * shares + (20 - 0.1) * shares.square() / 2))
+    else:
+        remains = (
+            torch.cos((shares + 0.008) / 1.008 * torch.pi / 2).square() / math.cos(0.008 / 1.008 * math.pi / 2) ** 2
+        )
+    remains = remains.clamp(0, 1)
+    return signal_time(remains.sqrt(), (1 - remains).sqrt())
 
 
 class TokComModel(TokComPreTrainedModel):
@@ -197,12 +241,13 @@ class TokComModel(TokComPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
     ) -> TokComCodecOutput:
-        """Token ids or images -> standardised latents.
+        """Token ids, images or clips -> standardised latents.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(B, T)`): T a multiple of K, ids below V.
             attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 0 marks padding.
-            pixel_values (`torch.FloatTensor` of shape `(B, 3, H, W)`): what a model of images encodes instead.
+            pixel_values (`torch.FloatTensor` of shape `(B, 3, H, W)`, of clips `(B, c, F, H, W)`): what a model of images or
+                clips encodes instead.
 
         Returns: `latents (B, N, C)`, `position_ids (B, N, A)`, `mask (B, N)`. Raises `ValueError` on a bad length or id.
         """
@@ -246,7 +291,12 @@ class TokComModel(TokComPreTrainedModel):
             times = self.token_head.place_times(self._spread(timestep, latents))
             means = self.token_head.mean_latents(output.latents, self.symbols(), latents, times)
             output.latents = means.to(latents.dtype)
+        output.latents = self.quantize(output.latents)
         return output
+
+    def quantize(self, latents: torch.Tensor) -> torch.Tensor:
+        """An estimate `(..., N, C)` as it is used: with `quantize_prediction` the nearest codes, otherwise itself."""
+        return self.codec.snap(latents) if self.config.quantize_prediction else latents
 
     @_entry_point
     def predict(
@@ -325,9 +375,10 @@ class TokComModel(TokComPreTrainedModel):
         return self.codec.from_codes(codes)
 
     @_entry_point
-    def decode(self, latents: torch.Tensor, **kwargs) -> TokComDecoderOutput | TokComImageOutput:
+    def decode(self, latents: torch.Tensor, **kwargs) -> TokComDecoderOutput | TokComImageOutput | TokComVideoOutput:
         """Standardised latents `(B, N, C)` -> `.logits (B, N * K, V)`, or `.pixel_values (B, 3, H, W)` of images, for which
-        `num_tokens` keeps the first ones only."""
+        `num_tokens` keeps the first ones only, or `(B, c, F, H, W)` of clips, for which `height` and `width` may differ from
+        those of training."""
         return self.codec.decode(latents, **kwargs)
 
     @_entry_point
@@ -346,7 +397,8 @@ class TokComModel(TokComPreTrainedModel):
     ) -> TokComOutput:
         """Loss of `config.stage` on token ids `(B, T)`; `attention_mask (B, T)` is 0 on padding.
 
-        Of a model of images, `pixel_values (B, 3, H, W)` are what it learns, and the ids their captions, if it reads any.
+        Of a model of images, `pixel_values (B, 3, H, W)` are what it learns, of clips `(B, c, F, H, W)`, and the ids their
+        captions, if it reads any.
 
         `known_mask (B, T)` is 1 on tokens that are given, such as a prompt: in the flow stage latents of them only are clean
         and not predicted, and a share `context_dropout` of the rows does without them.
@@ -378,7 +430,7 @@ class TokComModel(TokComPreTrainedModel):
             prefix = self.condition(self._required(input_ids, "input_ids"), attention_mask)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not trains_head):
             prediction, loss_mask, _, _ = self._predict_noised(clean, timestep, known_mask=known_mask, prefix=prefix)
-        errors = prediction.float() - clean.latents[:, None].float()
+        errors = self.quantize(prediction.float()) - clean.latents[:, None].float()
         counted = loss_mask[:, None] / (prediction.shape[1] * loss_mask.sum()).clamp_min(1)  # (B, 1, N)
         mse = (errors.square().mean(-1) * counted).sum()
         loss = config.mse_weight * mse
@@ -450,7 +502,9 @@ class TokComModel(TokComPreTrainedModel):
         batch, length = order.shape
         shares = torch.rand(batch, draws, 2 * length + 1, device=order.device)
         shares = (shares + torch.arange(draws, device=order.device)[:, None]) / draws
-        if self.config.timestep_sampling == "logit_normal":
+        if self.config.timestep_sampling in ("linear", "cosine"):
+            shares = diffusion_times(shares, self.config.timestep_sampling)
+        elif self.config.timestep_sampling == "logit_normal":
             normal = torch.special.ndtri(shares.clamp(1e-6, 1 - 1e-6))
             shares = 1 - torch.sigmoid(normal + self.config.timestep_loc)
         return shares.gather(2, order[:, None].expand(-1, draws, -1))
@@ -482,7 +536,8 @@ class TokComModel(TokComPreTrainedModel):
         batch, length = valid.shape
         draws = config.noise_draws if self.training else 1
         block_size = config.transformer_config.block_size
-        order = generation_order(valid, block_size, config.infill_rate if self.training else 0.0)
+        group, infill_rate = config.codec_config.group_size, config.infill_rate if self.training else 0.0
+        order = generation_order(valid, block_size, infill_rate, group)
         t = self._sample_times(order, draws)
         if timestep is not None:
             t = torch.full_like(t, timestep)
@@ -495,7 +550,10 @@ class TokComModel(TokComPreTrainedModel):
             given = self.codec.to_chunks(known_mask, None)[0].bool().all(-1)  # (B, N)
             loss_mask = valid & ~given
         if block_size is None:
-            known = self._sample_known(valid) if given is None else given
+            shown = self.training and config.transformer_config.per_latent_timestep
+            known = torch.zeros_like(valid)
+            if given is not None or shown:
+                known = draw_known(valid, infill_rate, group) if given is None else given
             attention_mask = valid if given is None else valid & ~(given & ~sees_context[:, None])
             known = known & sees_context[:, None]
             t, loss_mask = torch.where(known, 1.0, t), loss_mask & ~known
@@ -544,16 +602,6 @@ class TokComModel(TokComPreTrainedModel):
                 if self.token_head is not None:
                     estimate = self.token_head.mean_latents(estimate, symbols, noisy, times)
         return predict(estimate).unflatten(1, (draws, length)), loss_mask, noisy, t
-
-    def _sample_known(self, valid: torch.Tensor) -> torch.Tensor:
-        """Latents a bidirectional model is shown clean: nothing, a prefix, or all but a gap; `(B, N)`."""
-        if not (self.training and self.config.transformer_config.per_latent_timestep):
-            return torch.zeros_like(valid)
-        draws = torch.rand(3, len(valid), 1, device=valid.device)
-        rank = valid.cumsum(1) - 1  # among the latents that exist, of which at least one stays unknown
-        start, end = (draws[:2] * valid.sum(1, keepdim=True)).long().sort(dim=0).values
-        gap = torch.where(draws[2] < self.config.infill_rate, rank > end, False)
-        return valid & ((rank < start) | gap)
 
 
 TokComConfig.register_for_auto_class()

@@ -29,16 +29,31 @@ class TokComImageMixin:
 
     @property
     def image_processor(self) -> TokComImageProcessor | None:
-        """Pictures <-> `pixel_values`; None for models of text."""
+        """Pictures, or frames, <-> `pixel_values`; None for models of text."""
         config = self.model.config.codec_config
         return None if config.has_tokens else TokComImageProcessor(config.image_size)
 
-    def _style_codec(self) -> TokComStyleCodec:
-        if self.model.config.codec_config.has_tokens:
-            raise ValueError(
-                f"this model (codec {self.model.config.codec_config.model_type!r}) writes text, not pictures; call pipe(prompt)."
-            )
+    def _require_modality(self, modality: str):
+        """The codec; raises `ValueError` if it is of something else."""
+        config = self.model.config.codec_config
+        if config.modality != modality:
+            found = {"text": "writes text: call pipe(prompt)", "image": "makes pictures: call generate_images"}
+            found["video"] = "makes clips: call generate_videos"
+            raise ValueError(f"this model (codec {config.model_type!r}) {found[config.modality]}.")
         return self.model.codec
+
+    def _style_codec(self) -> TokComStyleCodec:
+        return self._require_modality("image")
+
+    def _to_prefix(self, prompt: str | Sequence[str] | None, batch_size: int):
+        """How many samples captions ask for, by default `batch_size`, and what the transformer reads of them."""
+        if prompt is None:
+            return batch_size, None
+        captions = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not captions:
+            raise ValueError("`prompt` is an empty list; give at least one caption.")
+        rows = [[] if caption == "" else self._tokenize([caption], "prompt")[0] for caption in captions]
+        return len(rows), self.model.condition(*self._pad(rows, "right"))
 
     @torch.no_grad()
     def generate_images(
@@ -66,14 +81,8 @@ class TokComImageMixin:
         """
         codec = self._style_codec()
         self.check_inputs(1, num_inference_steps, output_type, [])
-        prefix = None
-        if prompt is not None:
-            captions = [prompt] if isinstance(prompt, str) else list(prompt)
-            if not captions:
-                raise ValueError("`prompt` is an empty list; give at least one caption.")
-            rows = [[] if caption == "" else self._tokenize([caption], "prompt")[0] for caption in captions]
-            batch_size, prefix = len(rows), self.model.condition(*self._pad(rows, "right"))
-        elif guidance_scale != 1.0:
+        batch_size, prefix = self._to_prefix(prompt, batch_size)
+        if prefix is None and guidance_scale != 1.0:
             raise ValueError(f"`guidance_scale` ({guidance_scale}) needs a `prompt` to move towards; leave it at 1.")
         noise = self.prepare_latents(batch_size, codec.config.num_tokens, generator, latents)
         settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}

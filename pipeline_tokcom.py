@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
@@ -25,6 +25,7 @@ try:  # diffusers copies only the direct relative imports of this file, so every
     from .codec_chunk_tokcom import TokComCodecOutput
     from .codec_color_tokcom import TokComColorCodec
     from .codec_style_tokcom import TokComStyleCodec
+    from .codec_video_tokcom import TokComVideoCodec
     from .configuration_codec_tokcom import TokComStyleCodecConfig
     from .configuration_tokcom import TokComConfig
     from .hub_tokcom import TokComHubMixin
@@ -33,6 +34,7 @@ try:  # diffusers copies only the direct relative imports of this file, so every
     from .layers_tokcom import TokComPreTrainedModel
     from .modeling_tokcom import TokComModel
     from .pipeline_image_tokcom import IMAGE_OUTPUTS, TokComImageMixin
+    from .pipeline_video_tokcom import TokComVideoMixin
     from .quantization_tokcom import VectorQuantizer
     from .sampling_tokcom import TokComBlockSampler, split_blocks
     from .scheduling_tokcom import TokComFlowMatchScheduler
@@ -44,6 +46,7 @@ except ImportError:
     import codec_chunk_tokcom as _codec_chunk
     import codec_color_tokcom as _codec_color
     import codec_style_tokcom as _codec_style
+    import codec_video_tokcom as _codec_video
     import configuration_codec_tokcom as _configuration_codec
     import configuration_tokcom as _configuration
     import hub_tokcom as _hub
@@ -52,6 +55,7 @@ except ImportError:
     import layers_tokcom as _layers
     import modeling_tokcom as _modeling
     import pipeline_image_tokcom as _pipeline_image
+    import pipeline_video_tokcom as _pipeline_video
     import quantization_tokcom as _quantization
     import sampling_tokcom as _sampling
     import scheduling_tokcom as _scheduling
@@ -67,6 +71,7 @@ except ImportError:
     IMAGE_OUTPUTS, TokComImageMixin = _pipeline_image.IMAGE_OUTPUTS, _pipeline_image.TokComImageMixin
     TokComImageProcessor, TokComStyleCodec = _image_processing.TokComImageProcessor, _codec_style.TokComStyleCodec
     TokComStyleCodecConfig = _configuration_codec.TokComStyleCodecConfig
+    TokComVideoCodec, TokComVideoMixin = _codec_video.TokComVideoCodec, _pipeline_video.TokComVideoMixin
     TokComLatentHead, VectorQuantizer = _latent_head.TokComLatentHead, _quantization.VectorQuantizer
 
 GAP = "____"
@@ -83,6 +88,7 @@ class TokComPipelineOutput(BaseOutput):
         attention_mask (`torch.LongTensor` of shape `(B, T)`): 1 on the ids that belong to the text.
         codes (`torch.LongTensor` of shape `(B, N, R)`): what stores the latents of a codec with a quantiser.
         images (`list[PIL.Image.Image]` or `torch.FloatTensor` of shape `(B, 3, H, W)`): pictures, of models of images.
+        videos (`list[list[PIL.Image.Image]]` or `torch.FloatTensor` of shape `(B, 3, F, H, W)`): clips, of models of clips.
     """
 
     texts: list[str] | None = None
@@ -91,6 +97,7 @@ class TokComPipelineOutput(BaseOutput):
     attention_mask: torch.LongTensor | None = None
     codes: torch.LongTensor | None = None
     images: list[Image.Image] | torch.FloatTensor | None = None
+    videos: list[list[Image.Image]] | torch.FloatTensor | None = None
 
 
 class TokComPiece(NamedTuple):
@@ -102,24 +109,29 @@ class TokComPiece(NamedTuple):
     finish_reason: str | None
 
 
-class TokComPipeline(TokComHubMixin, TokComImageMixin, DiffusionPipeline):
+class TokComPipeline(TokComHubMixin, TokComImageMixin, TokComVideoMixin, DiffusionPipeline):
     """Continue prompts, generate, reconstruct, re-denoise, encode, decode and fill gaps with a TokCom model; with one of
-    images, generate pictures for captions, and encode, decode and reconstruct pictures.
+    images or clips, generate pictures or clips for captions, and encode, decode and reconstruct them.
 
     Args:
         model (`TokComModel`), scheduler (`TokComFlowMatchScheduler` or a stock flow scheduler),
         tokenizer (`PreTrainedTokenizerBase`, *optional*): needed for text; ids and latents work without.
+        vae (`AutoencoderKL*` of diffusers, *optional*): of models of clips that were trained on its latents.
     """
 
-    model_cpu_offload_seq = "model"
+    model_cpu_offload_seq = "model->vae"
     output_class = TokComPipelineOutput
     _callback_tensor_inputs = ["latents"]
-    _optional_components = ["tokenizer"]
+    _optional_components = ["tokenizer", "vae"]
     _local_classes = {"TokComModel": ("transformers", TokComModel)}
     _local_classes["TokComFlowMatchScheduler"] = ("diffusers", TokComFlowMatchScheduler)
 
     def __init__(
-        self, model: TokComModel, scheduler: SchedulerMixin, tokenizer: PreTrainedTokenizerBase | None = None
+        self,
+        model: TokComModel,
+        scheduler: SchedulerMixin,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        vae: ModelMixin | None = None,
     ):
         super().__init__()
         if tokenizer is not None and len(tokenizer) + 1 != model.config.text_vocab_size:
@@ -127,7 +139,7 @@ class TokComPipeline(TokComHubMixin, TokComImageMixin, DiffusionPipeline):
                 f"the tokenizer has {len(tokenizer)} tokens but the model was built for "
                 f"{model.config.text_vocab_size - 1}; load the tokenizer saved beside the model."
             )
-        self.register_modules(model=model, scheduler=scheduler, tokenizer=tokenizer)
+        self.register_modules(model=model, scheduler=scheduler, tokenizer=tokenizer, vae=vae)
 
     # ---- text <-> ids ----
 
@@ -215,11 +227,13 @@ class TokComPipeline(TokComHubMixin, TokComImageMixin, DiffusionPipeline):
         return self._eos_token_id is not None and bool((sequences == self._eos_token_id).any(-1).all())
 
     def require_tokens(self) -> None:
-        """Raise `ValueError` if this is a model of images, which has no text to give."""
-        if not self.model.config.codec_config.has_tokens:
+        """Raise `ValueError` if this is a model of images or clips, which has no text to give."""
+        modality = self.model.config.codec_config.modality
+        if modality != "text":
+            names = ", ".join(f"{verb}_{modality}s" for verb in ("generate", "encode", "decode"))
             raise ValueError(
-                "this model makes pictures, not text: use pipe(caption), generate_images, encode_images, decode_images or "
-                "reconstruct_images, and of the output types 'pil', 'pt' or 'latent'."
+                f"this model makes {'pictures' if modality == 'image' else 'clips'}, not text: use pipe(caption), {names} or "
+                f"reconstruct_{modality}s, and of the output types 'pil', 'pt' or 'latent'."
             )
 
     # ---- the sampler ----
@@ -388,7 +402,12 @@ class TokComPipeline(TokComHubMixin, TokComImageMixin, DiffusionPipeline):
                 raise ValueError("`streamer`, `temperature` and `top_p` are of texts; leave them out for pictures.")
             after = None if callback_on_step_end is None else on_step_end
             settings = num_inference_steps, guidance_scale, generator, latents, output_type, after
-            output = self.generate_images(prompts, len(prompts), *settings)
+            if self.model.config.codec_config.modality == "video":
+                output = self.generate_videos(
+                    prompts, None, None, len(prompts), *settings[:-1], on_step_end=settings[-1]
+                )
+            else:
+                output = self.generate_images(prompts, len(prompts), *settings)
             return output if return_dict else output.to_tuple()
         rows, blocks = self._continue(
             prompts,

@@ -1,6 +1,7 @@
 """The sampler: noise and what is already known -> clean latents, block after block.
 
-Notable choices: any flow scheduler fits, since it only sees velocities; a model that predicts token probabilities draws
+Notable choices: any flow scheduler fits, since it only sees velocities, and diffusion schedulers that take estimates of the
+sample do, since their x is that of the flow but for its size; a model that predicts token probabilities draws
 tokens from them at every step, so that x at the next time is distributed as it should be however few the steps are, as
 long as tokens that are decided together do not depend on each other; what is done stays in a key/value cache.
 """
@@ -17,7 +18,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 try:
     from .codec_chunk_tokcom import TokComCodecOutput
-    from .modeling_tokcom import TokComModel
+    from .modeling_tokcom import TokComModel, signal_time
     from .token_head_tokcom import TokComChoice
     from .transformer_tokcom import block_causal_mask
 except ImportError:
@@ -30,6 +31,7 @@ except ImportError:
 
     TokComCodecOutput = _codec_chunk.TokComCodecOutput
     TokComModel, TokComChoice = _modeling.TokComModel, _token_head.TokComChoice
+    signal_time = _modeling.signal_time
     block_causal_mask = _transformer.block_causal_mask
 
 
@@ -47,7 +49,7 @@ class _Step(NamedTuple):
 
     `time (1, Q)` of the latents, `times (B, Q, K)` of their tokens, which are `uncertain`, which are `chosen` to be drawn,
     all None without a token head; `modulations (1, Q, ...)` of the network's layers, `gain (1, Q, C)` or a number: velocity per
-    difference from the estimate.
+    difference from the estimate, None for a scheduler that wants the estimate itself; `scale`: from its x to that of the flow.
     """
 
     time: torch.Tensor
@@ -55,7 +57,8 @@ class _Step(NamedTuple):
     uncertain: TokComChoice | None
     chosen: TokComChoice | None
     modulations: list[torch.Tensor]
-    gain: torch.Tensor | float
+    gain: torch.Tensor | float | None
+    scale: float = 1.0
 
 
 @dataclass
@@ -96,6 +99,17 @@ class TokComBlockSampler:
                 f"{name} (eta {config.get('eta')}) cannot sample `prediction_type='tokens'`, whose tokens have times of "
                 "their own; use TokComFlowMatchScheduler with eta 0 or FlowMatchEulerDiscreteScheduler."
             )
+
+        if self.is_diffusion and (config.prediction_type != "sample" or self.model.config.noise_std != 1):
+            raise ValueError(
+                f"{name} has `prediction_type={config.prediction_type!r}`, but the model estimates the sample, with noise of "
+                f"standard deviation {self.model.config.noise_std}; use 'sample' and a model of `noise_std` 1."
+            )
+
+    @property
+    def is_diffusion(self) -> bool:
+        """Whether the scheduler is of a variance-preserving diffusion and no flow."""
+        return hasattr(self.scheduler, "alphas_cumprod") and not self.scheduler.config.get("use_flow_sigmas")
 
     def set_timesteps(self, sigma_start: float, device: torch.device) -> None:
         """Lay out the scheduler's grid from `sigma_start`; raises `ValueError` if the scheduler cannot start there."""
@@ -154,11 +168,11 @@ class TokComBlockSampler:
             start = noise[:, block].clone(memory_format=torch.contiguous_format)  # compiled code minds strides
             x, ids = self._denoise(start, known, sigma_start, after)
             last = block.stop == noise.shape[1]
-            if ids is None and not last:
+            if ids is None and not last and self.model.config.codec_config.has_tokens:
                 ids = self.model.to_ids(x)
             yield x, ids
             if not last:
-                known.append(ids)
+                known.append(x, ids)
 
     def _plan(self, x: torch.Tensor, sigma_start: float) -> list[_Step]:
         """Lay out the scheduler's grid for a block `x (B, Q, C)`, and what is the same at each step of all blocks."""
@@ -167,6 +181,9 @@ class TokComBlockSampler:
         if length in self._plans:
             return self._plans[length]
         model, places, plan = self.model, torch.arange(length, device=device), []
+        if self.is_diffusion:
+            self._plans[length] = self._diffusion_plan(places)
+            return self._plans[length]
         sigmas = self.scheduler.sigmas.tolist()
         for sigma, next_sigma in zip(sigmas, sigmas[1:]):
             now, then = (model.latent_times(1 - s, places, length)[None] for s in (sigma, next_sigma))
@@ -185,6 +202,19 @@ class TokComBlockSampler:
         self._plans[length] = plan
         return plan
 
+    def _diffusion_plan(self, places: torch.Tensor) -> list[_Step]:
+        """The same for a scheduler of a diffusion, of which every timestep stands for a time of the flow."""
+        plan = []
+        for timestep in self.scheduler.timesteps.tolist():
+            remains = self.scheduler.alphas_cumprod[int(timestep)].double()
+            signal, noise = remains.sqrt(), (1 - remains).sqrt()
+            time = float(signal_time(signal, noise))
+            now = torch.full((1, len(places)), time, device=places.device)
+            plan.append(
+                _Step(now, None, None, None, self.model.transformer.modulate(now), None, float(1 / (signal + noise)))
+            )
+        return plan
+
     def _denoise(self, x, known: "_Known", sigma_start, on_step_end):
         """One block `(B, Q, C)` from noise, or from `sigma_start`, to clean latents and, if tokens were drawn, their ids."""
         scheduler, head, estimate, chunks = self.scheduler, self.model.token_head, None, None
@@ -199,8 +229,8 @@ class TokComBlockSampler:
             # few-step students, which draw all noise anew, are trained without their previous estimate
             previous = None if self.scheduler.config.get("stochastic_sampling") else estimate
             estimate, chunks = self._estimate(x, step, known, previous, chunks)
-            velocity = (x - estimate) * step.gain
-            moved = scheduler.step(velocity, timestep, x, **extra, return_dict=False)[0]
+            output = estimate if step.gain is None else (x - estimate) * step.gain
+            moved = scheduler.step(output, timestep, x, **extra, return_dict=False)[0]
             x = moved if on_step_end is None else on_step_end(i, timestep, moved)
             if chunks is not None and x is not moved:  # a callback has changed it
                 then = plan[i + 1].times if i + 1 < len(plan) else torch.ones_like(step.times)
@@ -211,7 +241,7 @@ class TokComBlockSampler:
 
     def _estimate(self, x, step: _Step, known: "_Known", previous, chunks):
         """x1 `(B, Q, C)` in float32 for the noisy block `x`, and the ids `(B, Q, K)` of its tokens if they are drawn."""
-        states = known.predict(x, step, previous, chunks)
+        states = known.predict(x if step.scale == 1 else x * step.scale, step, previous, chunks)
         if len(states) > 1:
             guided, free = states
             states = free + self.guidance_scale * (guided - free)
@@ -219,7 +249,7 @@ class TokComBlockSampler:
             states = states[0]
         head = self.model.token_head
         if head is None:
-            return states.float(), None
+            return self.model.quantize(states.float()), None
         uniform = torch.special.ndtr(randn_tensor(step.times.shape, generator=self.generator, device=x.device))
         settings = step.chosen, uniform, self.temperature, self.top_p
         drawn = head.draw(states, known.symbols, x, step.times, *settings)
@@ -317,7 +347,7 @@ class _Known:
         `chunks (B, Q, K)` are the ids of the block's tokens that are clean.
         """
         if self.cache is None and self.context is not None:
-            states = [self._predict_beside_context(x, step, previous)]
+            states = [self._predict_beside_context(x, step, previous, self.prefix)]
             return states + self._predict(x, step, previous, chunks, self.free_keys) if self.guided else states
         if self.prefix is not None:
             states = self._predict(x, step, previous, chunks, self.keys, prefix=self.prefix)
@@ -337,7 +367,7 @@ class _Known:
         inputs |= {"modulations": step.modulations, "self_condition": previous}
         return [self.model.predict(x, step.time, self.position_ids, keys, **inputs).latents]
 
-    def _predict_beside_context(self, x, step: _Step, previous) -> torch.Tensor:
+    def _predict_beside_context(self, x, step: _Step, previous, prefix=None) -> torch.Tensor:
         """The prediction of a bidirectional model, which reads the context again at every step."""
         known, time = self.context, step.time.expand(x.shape[:2])
         known_time = torch.ones_like(time[:, :1])
@@ -351,6 +381,7 @@ class _Known:
             self.keys,
             self_condition=previous,
             symbols=self.symbols,
+            prefix=prefix,
         ).latents[:, -x.shape[1] :]
 
     def refine(self, x: torch.Tensor) -> torch.Tensor:
@@ -361,10 +392,12 @@ class _Known:
         places = torch.cat((self.context.position_ids, self.position_ids), dim=1)
         return self.model.refine(whole, places)[:, -x.shape[1] :]
 
-    def append(self, ids: torch.Tensor) -> None:
-        """Remember the finished block by the ids `(B, Q * K)` it decodes to, whose clean latents are what training shows."""
+    def append(self, x: torch.Tensor, ids: torch.Tensor | None) -> None:
+        """Remember the finished block `x (B, Q, C)`, of a text by the ids `(B, Q * K)` it decodes to, whose clean latents are what
+        training shows."""
         chunks = None if self.symbols is None else self.model.codec.symbols(ids, None)[0]
-        self._remember(self.model.encode(ids).latents, self.position_ids, self.keys, chunks)
+        clean = x if ids is None else self.model.encode(ids).latents
+        self._remember(clean, self.position_ids, self.keys, chunks)
         self._keep(self.valid)
 
     def _remember(self, clean, position_ids, sees, chunks=None) -> None:

@@ -9,10 +9,15 @@ import math
 from dataclasses import dataclass
 
 import torch
-from diffusers import ConfigMixin, SchedulerMixin
+from diffusers import ConfigMixin, DDIMScheduler, SchedulerMixin
 from diffusers.configuration_utils import FrozenDict, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
+
+BETA_SCHEDULES = {
+    "linear": "linear",
+    "cosine": "squaredcos_cap_v2",
+}  # `timestep_sampling` -> what DDIMScheduler calls it
 
 
 @dataclass
@@ -68,8 +73,12 @@ class TokComFlowMatchScheduler(SchedulerMixin, ConfigMixin):
         self.set_timesteps(num_train_timesteps)
 
     @classmethod
-    def from_model_config(cls, config) -> "TokComFlowMatchScheduler":
-        """The scheduler whose grid matches how a `TokComConfig` was trained."""
+    def from_model_config(cls, config) -> "TokComFlowMatchScheduler | DDIMScheduler":
+        """The scheduler whose grid matches how a `TokComConfig` was trained: DDIM of the sample for the times of a diffusion."""
+        if config.timestep_sampling in BETA_SCHEDULES:
+            schedule = BETA_SCHEDULES[config.timestep_sampling]
+            options = {"prediction_type": "sample", "clip_sample": False, "timestep_spacing": "trailing"}
+            return DDIMScheduler(beta_schedule=schedule, **options)
         shift = math.exp(config.timestep_loc) if config.timestep_sampling == "logit_normal" else 1.0
         return cls(shift=shift, noise_std=config.noise_std)
 

@@ -43,6 +43,7 @@ from transformers import PreTrainedTokenizerBase
 from configuration_tokcom import STAGES, TokComConfig, merge_overrides
 from modeling_tokcom import TokComModel
 from pipeline_tokcom import TokComPipeline
+from pipeline_video_tokcom import decode_clips
 from scheduling_tokcom import TokComFlowMatchScheduler
 from training.card import WORK, training_card
 from training.checkpoints import CheckpointError, Checkpoints
@@ -455,14 +456,15 @@ class StageTrainer:
             self.ema.restore(module.parameters())
         if accelerator.is_main_process:
             if improved:
-                export_repository(copy, self.tokenizer, self.directory / "best")
+                export_repository(copy, self.tokenizer, self.directory / "best", autoencoder=self.corpus.autoencoder)
             if self.config.num_samples:
                 self._log_samples(copy.to(accelerator.device))
         accelerator.wait_for_everyone()
 
     def _log_samples(self, module: TokComModel) -> None:
         step, count = self.progress.step, self.config.num_samples
-        pipe = TokComPipeline(module, TokComFlowMatchScheduler.from_model_config(module.config), self.tokenizer)
+        scheduler = TokComFlowMatchScheduler.from_model_config(module.config)
+        pipe = TokComPipeline(module, scheduler, self.tokenizer, self.corpus.autoencoder)
         pipe.set_progress_bar_config(disable=True)
         if pipe.image_processor is not None:
             return self._log_pictures(pipe, next(iter(self.validation_loader)))
@@ -485,18 +487,35 @@ class StageTrainer:
         log_table(self.accelerator, "diffusion/reconstructed", columns, compare(rebuilt), step)
 
     def _log_pictures(self, pipe: TokComPipeline, batch: dict[str, torch.Tensor]) -> None:
-        """A picture of some originals above their reconstructions, or of what is generated for their captions."""
+        """A picture of some originals above their reconstructions, or of what is generated for their captions; of a clip, after
+        its first frame."""
         batch = {name: value[: 4 * self.config.num_samples] for name, value in batch.items()}
-        rows = [pipe.image_processor.postprocess(batch["pixel_values"])]
-        if self.stage == "codec":
-            rows.append(pipe.reconstruct_images(rows[0]).images)
+        pixels, generator = batch["pixel_values"], torch.Generator().manual_seed(0)
+        prompt = self.tokenizer and self.tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)
+        if pixels.ndim == 5:
+            rows = self._sample_clips(pipe, pixels[: self.config.num_samples], prompt, generator)
         else:
-            prompt = self.tokenizer and self.tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)
-            generator = torch.Generator().manual_seed(0)
-            rows.append(pipe.generate_images(prompt, batch_size=len(rows[0]), generator=generator).images)
+            rows = [pipe.image_processor.postprocess(pixels)]
+            if self.stage == "codec":
+                rows.append(pipe.reconstruct_images(rows[0]).images)
+            else:
+                rows.append(pipe.generate_images(prompt, batch_size=len(rows[0]), generator=generator).images)
         grid, name = picture_grid(rows, scale=2), {"codec": "vae/samples"}.get(self.stage, "diffusion/generated")
         grid.save(self.directory / f"samples-{self.progress.step}.png")
         log_picture(self.accelerator, name, grid, self.progress.step)
+
+    def _sample_clips(self, pipe: TokComPipeline, clips, prompt, generator) -> list[list]:
+        """Strips of clips `(B, c, F, H, W)`, as the data hold them, each above what is made of it."""
+        clips = clips.to(pipe.model.device)
+        pixels = clips if pipe.vae is None else decode_clips(pipe.vae, clips)
+        real = [pipe.image_processor.postprocess(clip.transpose(0, 1)) for clip in pixels]
+        if self.stage == "codec":
+            made = pipe.decode_videos(pipe.model.encode(pixel_values=clips).latents).videos
+        elif pipe.model.config.condition_vocab_size:
+            made = pipe.generate_videos(prompt[: len(clips)], generator=generator).videos
+        else:
+            made = pipe.generate_videos(frames=[frames[:1] for frames in real], generator=generator).videos
+        return [row for pair in zip(real, made) for row in pair]
 
     # ---- checkpoints ----
 
@@ -580,13 +599,16 @@ def run(config: TrainConfig) -> Path:
                 model = TokComModel.from_pretrained(source, dtype=torch.float32)
             if config.stage == "all" and stage == "codec" and not list(model.codec.parameters()):
                 continue  # nothing to train: the flow stage builds the same model
+            fresh = stage == "flow" and source is None and not (config.init_from or config.codec_from)
+            if fresh and hasattr(model.codec, "latent_mean") and not list(model.codec.parameters()):
+                corpus.measure(model)  # all there is to know of a codec without a network
             trainer = StageTrainer(config, stage, model, corpus)
             best = trainer.train()
             if trainer.accelerator.is_main_process:
                 model = TokComModel.from_pretrained(best)
                 if stage == "codec":
                     corpus.measure(model)
-                export_repository(model, tokenizer, final)
+                export_repository(model, tokenizer, final, autoencoder=corpus.autoencoder)
             trainer.accelerator.wait_for_everyone()
             trainer.accelerator.free_memory()
         source = str(final)

@@ -85,6 +85,27 @@ def block_causal_mask(
     return mask | torch.eye(mask.shape[-1], dtype=torch.bool, device=mask.device)
 
 
+class _Factorized:
+    """Folds sequences of G moments of P latents so that layers attend within a moment, `(B G, P, ...)`, or along time, `(B P, G,
+    ...)`. `position_ids (B, G P, A)` must be moment after moment."""
+
+    def __init__(self, position_ids: torch.Tensor):
+        moments = position_ids[0, :, 0]
+        self.places = int((moments == moments[0]).sum())
+        if position_ids.shape[1] % self.places:
+            raise ValueError(
+                f"`attention_type='factorized'` needs whole moments of {self.places} latents, not {position_ids.shape[1]} latents."
+            )
+
+    def fold(self, x: torch.Tensor, along_time: bool, batch: int) -> torch.Tensor:
+        x = x.expand(batch, *x.shape[1:]).unflatten(1, (-1, self.places))
+        return (x.transpose(1, 2) if along_time else x).flatten(0, 1)
+
+    def unfold(self, x: torch.Tensor, along_time: bool, batch: int) -> torch.Tensor:
+        x = x.unflatten(0, (batch, -1))
+        return (x.transpose(1, 2) if along_time else x).flatten(1, 2)
+
+
 class TokComTransformer(TokComPreTrainedModel):
     """Transformer with per-latent adaLN conditioning that predicts clean latents.
 
@@ -204,12 +225,41 @@ class TokComTransformer(TokComPreTrainedModel):
         if not config.head_attention and num_context:
             hidden_states, timestep = hidden_states[:, num_context:], timestep[:, num_context:]
         conditioning = F.silu(self.time_embedding(timestep)) if modulations is None else None
+        if config.attention_type == "factorized":
+            hidden_states = self._attend_in_turns(
+                hidden_states, conditioning, modulations, position_ids, attention_mask, **kwargs
+            )
+            return TokComTransformerOutput(latents=self.proj_out(self.norm(hidden_states)))
         for i, layer in enumerate(self.layers[config.num_context_layers :]):
             known = {} if modulations is None else {"modulation": modulations[i]}
             hidden_states = layer(hidden_states, conditioning, tables, mask, past_key_values, **known, **kwargs)
         if prefix is not None:
             hidden_states = hidden_states[:, prefix[0].shape[1] :]
         return TokComTransformerOutput(latents=self.proj_out(self.norm(hidden_states)))
+
+    def _attend_in_turns(
+        self, hidden_states, conditioning, modulations, position_ids, attention_mask, **kwargs
+    ) -> torch.Tensor:
+        """All layers of a model with factorised attention: even ones within a moment, odd ones along time."""
+        config, batch = self.config, len(hidden_states)
+        position_ids = position_ids.expand(batch, -1, -1)
+        folded, layouts = _Factorized(position_ids), []
+        for along_time in (False, True):
+            where, seen = folded.fold(position_ids, along_time, batch), attention_mask
+            if seen is not None:
+                seen = folded.fold(attention_mask, along_time, batch)
+                implementation = config._attn_implementation
+                seen = expand_attention_mask(seen, where.shape[1], implementation, hidden_states.dtype)
+            head_size = config.hidden_size // config.num_attention_heads
+            layouts.append((rotary_embedding(where, head_size, config.rope_theta), seen))
+        for i, layer in enumerate(self.layers):
+            along_time = bool(i % 2)
+            inputs = (hidden_states, conditioning) if modulations is None else (hidden_states, modulations[i])
+            inputs = [folded.fold(x, along_time, batch) for x in inputs]
+            known = {} if modulations is None else {"modulation": inputs[1]}
+            output = layer(inputs[0], None if known else inputs[1], *layouts[along_time], **known, **kwargs)
+            hidden_states = folded.unfold(output, along_time, batch)
+        return hidden_states
 
     def _prepend(self, prefix, hidden_states, timestep, position_ids, attention_mask) -> tuple[torch.Tensor, ...]:
         """States, times, positions and the mask of keys with those of a prefix in front."""

@@ -36,7 +36,7 @@ def test_presets_have_the_size_their_name_promises():
         ({"codec_config": {"token_dropout": 1.5}}, "1.5"),
         ({"codec_config": {"variational": False}}, "variational=True"),
         ({"transformer_config": {"num_attention_heads": 5}}, "multiple of `num_attention_heads`"),
-        ({"transformer_config": {"num_position_axes": 3}}, "num_position_axes"),
+        ({"transformer_config": {"num_position_axes": 9}}, "num_position_axes"),
         ({"transformer_config": {"block_size": 0}}, "block_size"),
         ({"transformer_config": {"input_projection": False}}, "input_projection=True"),
         ({"transformer_config": {"hiden_size": 64}}, "hiden_size"),

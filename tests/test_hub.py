@@ -22,13 +22,17 @@ REMOTE_FILES = {
     "codec_chunk_tokcom.py": {"dataclasses", "torch", "transformers"},
     "codec_color_tokcom.py": {"functools", "math", "torch"},
     "codec_style_tokcom.py": {"dataclasses", "torch", "transformers"},
+    "codec_video_tokcom.py": {"dataclasses", "torch", "transformers"},
+    "pipeline_video_tokcom.py": {"collections", "typing", "torch"},
     "image_processing_tokcom.py": {"typing", "numpy", "torch", "PIL", "transformers"},
     "pipeline_image_tokcom.py": {"collections", "typing", "torch", "PIL"},
     "transformer_tokcom.py": {"dataclasses", "torch", "transformers"},
     "token_head_tokcom.py": {"collections", "functools", "typing", "torch"},
     "latent_head_tokcom.py": {"torch"},
     "quantization_tokcom.py": {"collections", "dataclasses", "torch", "transformers"},
-    "modeling_tokcom.py": {"json", "os", "random", "collections", "dataclasses", "functools", "torch", "transformers"},
+    "modeling_tokcom.py": {
+        *("json", "math", "os", "random", "collections", "dataclasses", "functools", "torch", "transformers"),
+    },
     "sampling_tokcom.py": {
         *("inspect", "collections", "dataclasses", "functools", "typing", "torch", "diffusers", "transformers"),
     },

@@ -380,7 +380,7 @@ def test_pipelines_of_images_refuse_what_they_cannot_do():
     with pytest.raises(ValueError, match="temperature"):
         pipeline()("a cat", temperature=0.5)
     text = TokComPipeline.from_pretrained(ROOT)
-    with pytest.raises(ValueError, match="text, not pictures"):
+    with pytest.raises(ValueError, match="writes text"):
         text.generate_images("a cat")
 
 

@@ -68,7 +68,9 @@ def fix_noise(model):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch, "randn_like", lambda x: noise)
             patch.setattr(
-                modeling_tokcom, "generation_order", lambda v, q, r: order(v, q, r) if q is None else blocks(v, q)
+                modeling_tokcom,
+                "generation_order",
+                lambda v, q, r, g: order(v, q, r, g) if q is None else blocks(v, q),
             )
             return TokComModel._predict_noised(model, clean, timestep, *features, **known)
 

@@ -23,7 +23,10 @@ class DataConfig:
     validation: str | dict | list[str | dict] | None = None
     name: str | None = None  # configuration of a Hub dataset, e.g. wikitext-2-raw-v1
     text_column: str = "text"
-    image_column: str = "image"  # of records without text: pictures, to be had with `caption_column`, if that exists
+    image_column: str = (
+        "image"  # of records without text: pictures or clips, with captions in `caption_column`, if that exists
+    )
+    frame_folders: bool = False  # every folder of pictures is a clip
     caption_column: str = "caption"
     streaming: bool = False
     validation_fraction: float = 0.02
@@ -68,6 +71,9 @@ class TrainConfig:
     mixed_precision: str | None = None  # auto (bf16 where it is fast), no, bf16, fp16; None: accelerate's setting
     gradient_checkpointing: bool = False
     torch_compile: bool = False  # the network that is trained; the first step takes a minute longer
+    autoencoder: str | None = (
+        None  # of clips: an AutoencoderKL* of diffusers, directory or Hub id, whose latents are learnt
+    )
     perceptual_model: str | None = None  # of images, stage codec: AutoModel whose features are compared, too
     perceptual_weight: float = 0.1
     cache_latents: bool = False  # stage flow or head: encode the training text once, to a file in output_dir/run

@@ -27,7 +27,7 @@ from training.data import (
     tokenize_documents,
 )
 from training.export import measure_latent_statistics
-from training.images import ImageDataset, measure_image_statistics
+from training.images import ImageDataset, check_autoencoder, load_autoencoder, measure_image_statistics
 
 
 class Corpus:
@@ -38,7 +38,7 @@ class Corpus:
         tokenizer (`PreTrainedTokenizerBase`, *optional*): of the text or the captions.
     """
 
-    streamed, rows = False, "windows of {} tokens"
+    streamed, rows, autoencoder = False, "windows of {} tokens", None
 
     def __init__(self, train, validation, tokenizer: PreTrainedTokenizerBase | None):
         self.train, self.validation, self.tokenizer = train, validation, tokenizer
@@ -127,15 +127,20 @@ class DialogueCorpus(Corpus):
 
 
 class PictureCorpus(Corpus):
-    """Pictures, with captions if there is a tokenizer."""
+    """Pictures or clips, with captions if there is a tokenizer; clips as the latents of a frozen autoencoder, if there is one."""
 
     rows = "pictures"
+
+    def __init__(self, train, validation, tokenizer, autoencoder: str | None = None):
+        super().__init__(train, validation, tokenizer)
+        self.autoencoder = None if autoencoder is None else load_autoencoder(autoencoder)
 
     def datasets(self, model, config, options, accelerator):
         codec = model.config.codec_config
         if codec.has_tokens:
             raise ValueError(
-                f"the data are pictures but the codec is {codec.model_type!r}; choose a preset of images such as style-tiny."
+                f"the data are pictures but the codec is {codec.model_type!r}; choose a preset of images such as style-tiny, or of "
+                "clips such as video-tiny."
             )
         longest = 0 if self.train.captions is None else self.train.captions["input_ids"].shape[1]
         if longest > model.config.condition_length:
@@ -145,13 +150,26 @@ class PictureCorpus(Corpus):
             )
         if config.cache_latents:
             raise ValueError("the latents of pictures are not cached; set cache_latents=false.")
-        return self.train.fit(codec), self.validation.fit(codec)
+        return self._fitted(self.train, codec), self._fitted(self.validation, codec)
+
+    def _fitted(self, dataset: ImageDataset, codec) -> ImageDataset:
+        """A part of the data as the codec reads it; raises `ValueError` if it does not fit."""
+        if codec.modality == "video" and self.autoencoder is not None:
+            check_autoencoder(self.autoencoder, codec)
+        elif codec.modality == "video" and (codec.num_channels, codec.spatial_compression) != (3, 1):
+            raise ValueError(
+                f"the codec reads clips of {codec.num_channels} channels, the latents of an autoencoder; give its directory as "
+                "`autoencoder`, or set model.codec_config.num_channels=3 and spatial_compression=1 for pixels."
+            )
+        elif self.autoencoder is not None and codec.modality != "video":
+            raise ValueError(f"`autoencoder` is for clips, not for the codec {codec.model_type!r}; remove it.")
+        return dataset.fit(codec, self.autoencoder)
 
     def count(self, batch: dict[str, torch.Tensor], codec_config) -> int:
         return len(batch["pixel_values"]) * codec_config.num_tokens
 
     def measure(self, model: TokComModel) -> None:
-        measure_image_statistics(model, self.train.fit(model.config.codec_config))
+        measure_image_statistics(model, self._fitted(self.train, model.config.codec_config))
 
 
 def has_tokenizer(name: str) -> bool:
@@ -202,7 +220,7 @@ def read_data(config: TrainConfig) -> Corpus:
     if pictures:
         columns = data.image_column, text_column, tokenizer, config.seed
         parts = ImageDataset(train, *columns, training=True), ImageDataset(validation, *columns, training=False)
-        return PictureCorpus(*parts, tokenizer)
+        return PictureCorpus(*parts, tokenizer, config.autoencoder)
     if is_dialogue(train) != is_dialogue(validation):
         raise ValueError(
             "of `data.train` and `data.validation` one holds dialogues and the other texts; give the same kind."

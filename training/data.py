@@ -28,6 +28,7 @@ ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assi
 SLOW = 30.0  # seconds for one record of a stream, after which it is named
 FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
+FILMS = (".mp4", ".webm", ".mov", ".avi", ".mkv")
 EOS_TOKEN = "</s>"
 
 
@@ -38,10 +39,10 @@ def _local_files(source: str) -> tuple[str, list[str]] | None:
         if path.suffix in FORMATS:
             raise FileNotFoundError(f"data file {source} does not exist; give an existing file, folder or Hub name.")
         return None
-    if path.is_dir():
-        pictures = sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURES or p.stem == "metadata")
-        if any(p.suffix.lower() in PICTURES for p in pictures):
-            return "imagefolder", [str(p) for p in pictures]
+    for builder, kinds in (("videofolder", FILMS), ("imagefolder", PICTURES)) if path.is_dir() else ():
+        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in kinds or p.stem == "metadata")
+        if any(p.suffix.lower() in kinds for p in found):
+            return builder, [str(p) for p in found]
     files = sorted(p for p in path.rglob("*") if p.suffix in FORMATS) if path.is_dir() else [path]
     kinds = {FORMATS.get(p.suffix) for p in files}
     if len(kinds) != 1 or None in kinds:
@@ -49,6 +50,20 @@ def _local_files(source: str) -> tuple[str, list[str]] | None:
             f"{source}: expected files of one kind out of {', '.join(FORMATS)}, found {sorted(map(str, kinds))}."
         )
     return kinds.pop(), [str(p) for p in files]
+
+
+def _folders_of_frames(path: Path, config: DataConfig) -> datasets.Dataset:
+    """Every folder that holds pictures as one clip of them in the order of their names; with several folders of such folders the
+    names of those are captions."""
+    folders = sorted({p.parent for p in path.rglob("*") if p.suffix.lower() in PICTURES})
+    if not folders:
+        raise ValueError(f"{path} holds no pictures; with data.frame_folders=true every folder of pictures is a clip.")
+    frames = [[str(p) for p in sorted(f.iterdir()) if p.suffix.lower() in PICTURES] for f in folders]
+    classes = [folder.parent.name for folder in folders]
+    columns = {config.image_column: frames}
+    if len(set(classes)) > 1:
+        columns[config.caption_column] = classes
+    return datasets.Dataset.from_dict(columns)
 
 
 @dataclass
@@ -83,7 +98,9 @@ class Source:
         else:
             builder, files = local
             options = {"sample_by": "document"} if builder == "text" else {}
-            options |= {"drop_labels": False} if builder == "imagefolder" else {}
+            options |= {"drop_labels": False} if builder in ("imagefolder", "videofolder") else {}
+            if config.frame_folders:
+                return self._part_of(_folders_of_frames(Path(self.path), config), config.streaming)
             try:
                 part = datasets.load_dataset(
                     builder, data_files=files, split="train", streaming=config.streaming, **options
@@ -91,6 +108,8 @@ class Source:
             except datasets.exceptions.DatasetGenerationError as error:
                 reason = str(error.__cause__ or error).splitlines()[0]
                 raise ValueError(f"{self.path} cannot be read ({reason}); repair or remove the file.") from error
+            if builder == "videofolder" and config.image_column not in part.column_names:
+                part = part.rename_column("video", config.image_column)
         part = self._select(part, config)
         return self._part_of(part, config.streaming)
 
@@ -125,9 +144,10 @@ class Source:
             names = [label.names[i] for i in part["label"]]
             part = part.remove_columns("label").add_column(caption, names)
         part = part.select_columns([name for name in (image, caption) if name in part.column_names])
-        if not isinstance(part.features[image], datasets.Image):
+        kind = type(part.features[image])
+        if kind not in (datasets.Image, datasets.Video):
             return part
-        return part.cast_column(image, datasets.Image(decode=False))  # animated pictures have a frame drawn later
+        return part.cast_column(image, kind(decode=False))  # frames are drawn later
 
     def _part_of(self, part, streaming: bool):
         if streaming:

@@ -18,13 +18,15 @@ def export_repository(
     tokenizer: PreTrainedTokenizerBase | None,
     directory: Path,
     scheduler: TokComFlowMatchScheduler | None = None,
+    autoencoder: torch.nn.Module | None = None,
 ) -> None:
-    """Save model, tokenizer, scheduler (by default the one its training implies), index and code; complete or not at all."""
+    """Save model, tokenizer, scheduler (by default the one its training implies), an external autoencoder, index and code; complete
+    or not at all."""
     partial = directory.with_name(directory.name + ".tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.parent.mkdir(parents=True, exist_ok=True)
     scheduler = scheduler or TokComFlowMatchScheduler.from_model_config(model.config)
-    pipe = TokComPipeline(model, scheduler, tokenizer)
+    pipe = TokComPipeline(model, scheduler, tokenizer, autoencoder)
     try:
         pipe.save_pretrained(partial)
     except Exception as error:  # safetensors and the system name a full disk in ways of their own

@@ -1,9 +1,11 @@
-"""Pictures and their captions in, batches of `pixel_values` and caption ids out."""
+"""Pictures or clips and their captions in, batches of `pixel_values` and caption ids out."""
 
 import io
+from pathlib import Path
 from typing import Any
 
 import datasets
+import diffusers
 import numpy as np
 import torch
 from PIL import Image
@@ -11,8 +13,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from image_processing_tokcom import TokComImageProcessor
+from pipeline_video_tokcom import encode_clips
 from training.config import DataConfig
-from training.data import load_documents
+from training.data import FILMS, load_documents
 
 
 def open_image(value: Any, name: str = "a record") -> Image.Image:
@@ -30,8 +33,63 @@ def open_image(value: Any, name: str = "a record") -> Image.Image:
         raise ValueError(f"{name} holds no picture that can be read ({error}); repair or remove it.") from error
 
 
+def read_film(value: Any, name: str) -> list[Image.Image]:
+    """All frames of an mp4, webm, mov, avi or mkv file or of its bytes; needs PyAV. `ValueError` if there are none."""
+    try:
+        import av
+    except ImportError as error:
+        raise ValueError(f"{name} is a film, which needs PyAV to be read: pip install av") from error
+    if isinstance(value, dict):
+        value = value["path"] if value.get("bytes") is None else value["bytes"]
+    try:
+        with av.open(io.BytesIO(value) if isinstance(value, (bytes, bytearray)) else str(value)) as container:
+            frames = [frame.to_image() for frame in container.decode(video=0)]
+    except (av.FFmpegError, IndexError, OSError) as error:
+        raise ValueError(f"{name} holds no film that can be read ({error}); repair or remove it.") from error
+    if not frames:
+        raise ValueError(f"{name} holds a film without frames; remove it.")
+    return frames
+
+
+class Frames:
+    """The frames of a picture, an animated picture, a film, or a list of pictures, decoded when they are asked for.
+
+    Raises `ValueError` with the `name` of the record if it cannot be read.
+    """
+
+    def __init__(self, value: Any, name: str = "a record"):
+        self.name, self.source = name, value
+        if not isinstance(value, (list, tuple)):
+            self.source = read_film(value, name) if is_film(value) else open_image(value, name)
+        elif not value:
+            raise ValueError(f"{name} has no frames; remove it.")
+
+    def __len__(self) -> int:
+        return len(self.source) if isinstance(self.source, (list, tuple)) else getattr(self.source, "n_frames", 1)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        if isinstance(self.source, (list, tuple)):
+            return open_image(self.source[index], self.name)
+        if len(self) > 1:
+            self.source.seek(index)
+        return self.source.copy()
+
+    def clip(self, start: int, count: int) -> list[Image.Image]:
+        """`count` frames from `start` on; where they end the last one stays."""
+        return [self[min(start + i, len(self) - 1)] for i in range(count)]
+
+
+def is_film(value: Any) -> bool:
+    """Whether a record is a film, by the name of its file or by its first bytes."""
+    if isinstance(value, dict):
+        value = value["path"] if value.get("bytes") is None else value["bytes"]
+    if isinstance(value, (bytes, bytearray)):
+        return value[4:8] == b"ftyp" or value[:4] == b"\x1a\x45\xdf\xa3" or value[8:11] == b"AVI"
+    return isinstance(value, (str, Path)) and Path(value).suffix.lower() in FILMS
+
+
 class ImageDataset(torch.utils.data.Dataset):
-    """One picture and the ids of its caption; of an animated picture one frame, another one in every epoch.
+    """One picture or clip and the ids of its caption; of a longer film another part in every epoch.
 
     Args:
         records: rows with `image_column`, and `caption_column` if there is a tokenizer.
@@ -51,14 +109,17 @@ class ImageDataset(torch.utils.data.Dataset):
     ):
         self.records, self.image_column, self.processor = records, image_column, TokComImageProcessor()
         self.seed, self.training, self.epoch, self.captions = seed, training, 0, None
+        self.clip_length, self.autoencoder = None, None
         if tokenizer is not None:
             rows = [row or "" for row in tqdm(records[caption_column], desc="reading captions", unit="caption")]
             ids = tokenizer(rows, add_special_tokens=False, verbose=False)["input_ids"]
             self.captions = pad_captions(ids, len(tokenizer))
 
-    def fit(self, codec_config) -> "ImageDataset":
-        """Give pictures of the size that a codec sees from now on."""
-        self.processor = TokComImageProcessor(codec_config.image_size)
+    def fit(self, codec_config, autoencoder=None) -> "ImageDataset":
+        """Give pictures, or clips, of the size that a codec sees from now on; clips as the latents of a frozen `autoencoder` of
+        diffusers, if there is one."""
+        self.processor, self.autoencoder = TokComImageProcessor(codec_config.image_size), autoencoder
+        self.clip_length = codec_config.clip_length if codec_config.modality == "video" else None
         return self
 
     def set_epoch(self, epoch: int) -> None:
@@ -67,13 +128,20 @@ class ImageDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.records)
 
+    def frames(self, index: int) -> Frames:
+        """All frames of a record."""
+        return Frames(self.records[index][self.image_column], f"record {index} ({self.image_column})")
+
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        image = open_image(self.records[index][self.image_column], f"record {index} ({self.image_column})")
-        frames = getattr(image, "n_frames", 1)
-        if frames > 1:
+        frames = self.frames(index)
+        start = 0
+        if len(frames) > (self.clip_length or 1):
             words = (self.seed, self.epoch if self.training else 0, index)
-            image.seek(int(np.random.default_rng(words).integers(frames)))
-        item = {"pixel_values": self.processor(image)["pixel_values"][0]}
+            start = int(np.random.default_rng(words).integers(len(frames) + 1 - (self.clip_length or 1)))
+        pixels = self.processor(frames.clip(start, self.clip_length or 1))["pixel_values"]  # (F, 3, H, W)
+        item = {"pixel_values": pixels[0] if self.clip_length is None else pixels.transpose(0, 1)}
+        if self.autoencoder is not None:
+            item["pixel_values"] = encode_clips(self.autoencoder, item["pixel_values"][None])[0]
         if self.captions is not None:
             item |= {name: value[index] for name, value in self.captions.items()}
         return item
@@ -97,6 +165,27 @@ def read_pictures(
         raise ValueError(f"{source} has no pictures in the field {image_column!r}; name the field that holds them.")
     records = records if limit is None else records.select(range(min(limit, len(records))))
     return ImageDataset(records, image_column, caption_column, None, seed, training=False).fit(codec_config)
+
+
+def load_autoencoder(name: str) -> torch.nn.Module:
+    """A frozen `AutoencoderKL*` or `AutoencoderTiny` of diffusers, of which `name` is the directory or the Hub id."""
+    try:
+        return diffusers.AutoModel.from_pretrained(name).requires_grad_(False).eval()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name} holds no autoencoder of diffusers ({str(error).splitlines()[0]}).") from error
+
+
+def check_autoencoder(autoencoder: torch.nn.Module, codec_config) -> None:
+    """Raise `ValueError` unless its latents are of the shape that a video codec reads."""
+    height, width = codec_config.image_size
+    found = tuple(encode_clips(autoencoder, torch.zeros(1, 3, codec_config.clip_length, height, width)).shape[1:])
+    wanted = codec_config.num_channels, codec_config.num_frames, codec_config.height, codec_config.width
+    if found != wanted:
+        raise ValueError(
+            f"the autoencoder turns {codec_config.clip_length} frames of {height} x {width} pixels into latents of shape {found}, but "
+            f"the codec reads {wanted}; set num_channels, num_frames, height, width, spatial_compression and "
+            "temporal_compression of model.codec_config to what it makes."
+        )
 
 
 def pad_captions(rows: list[list[int]], pad_id: int) -> dict[str, torch.Tensor]:
