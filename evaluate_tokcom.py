@@ -10,6 +10,7 @@ causal language model scores detokenised text. Without one, a small judge is tra
 latency. Files of predictions and references are scored instead if there are any:
 
     python evaluate_tokcom.py predictions.json                  # exact match, BLEU-4, ROUGE-L, METEOR
+    python evaluate_tokcom.py codebook --model model --data held_out.parquet    # how a quantiser's codes are used
     python evaluate_tokcom.py a=a_seed_0.json a=a_seed_1.json b=b_seed_0.json b=b_seed_1.json
 """
 
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from evaluation import autoregressive, protocol, report
+from evaluation import autoregressive, codebook, protocol, report
 from evaluation.judges import TextJudge, TokenJudge
 from evaluation.metrics import unigram_entropy
 from evaluation.reconstruction import (
@@ -228,6 +229,9 @@ def main(argv: list[str] | None = None) -> dict:
     for name in ("guidance_scale", "noise_scale", "temperature", "top_p", "peer_temperature"):
         parser.add_argument(f"--{name}", type=float, default=1.0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    given = sys.argv[1:] if argv is None else argv
+    if given[:1] == ["codebook"]:
+        return codebook.main(given[1:])
     args = parser.parse_args(argv)
     if args.predictions:
         print(compare(args.predictions))

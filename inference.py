@@ -1,4 +1,4 @@
-"""Command line for the five modes of TokCom, for filling gaps, for texts as pictures, and for models of images.
+"""Command line for the five modes of TokCom, for filling gaps, for texts as pictures, and for models of images and clips.
 
     python inference.py --checkpoint . --mode conditional --prompt "The family of four was "
     python inference.py --checkpoint . --mode generate --num_chunks 64 --num_steps 16 --batch_size 2
@@ -12,6 +12,7 @@
     python inference.py --checkpoint pixels --mode image_to_text --image_file text.png
     python inference.py --checkpoint images --mode draw --prompt "a caption" --image_file drawn.png
     python inference.py --checkpoint images --mode reconstruct_image --input_image photo.png --image_file rebuilt.png
+    python inference.py --checkpoint clips --mode animate --input_image first.png --video_file clip.gif
 
 `--checkpoint` is a model directory, a Hub id, or a published v5.2 `.pt` file, which is converted in memory.
 """
@@ -27,9 +28,11 @@ from safetensors import SafetensorError
 
 from convert_tokcom import load_published_pipeline
 from pipeline_tokcom import TokComPipeline, TokComPipelineOutput
+from training.films import write_film
+from training.images import Frames
 
 MODES = ("generate", "reconstruct", "denoise_reconstruct", "encode", "conditional", "decode", "infill")
-MODES += ("text_to_image", "image_to_text", "draw", "reconstruct_image")
+MODES += ("text_to_image", "image_to_text", "draw", "reconstruct_image", "animate")
 NEEDS = {
     "reconstruct": ["input_text"],
     "denoise_reconstruct": ["input_text"],
@@ -41,6 +44,7 @@ NEEDS = {
     "image_to_text": ["image_file"],
     "draw": ["image_file"],
     "reconstruct_image": ["input_image", "image_file"],
+    "animate": ["video_file"],
 }
 
 
@@ -49,10 +53,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", required=True, help="model directory, Hub id, or published .pt file")
     parser.add_argument("--mode", default="generate", choices=MODES)
     parser.add_argument("--input_text", help="text for reconstruct, denoise_reconstruct, encode; with ____ for infill")
-    parser.add_argument("--prompt", help="text to continue (conditional); caption (draw)")
+    parser.add_argument("--prompt", help="text to continue (conditional); caption (draw, animate)")
     parser.add_argument("--latents_file", help="file written by encode (decode)")
     parser.add_argument("--image_file", help="picture to write, or to read (image_to_text)")
-    parser.add_argument("--input_image", help="picture to read (reconstruct_image)")
+    parser.add_argument(
+        "--input_image", help="picture to read (reconstruct_image); first frame, or a film of them (animate)"
+    )
+    parser.add_argument("--video_file", help=".gif, .webp or .mp4 to write (animate)")
+    parser.add_argument("--num_frames", type=int, help="frames of the clip (animate); by default the model's")
+    parser.add_argument("--fps", type=float, default=8, help="frames a second of the file (animate)")
     parser.add_argument("--num_tokens", type=int, help="tokens to keep (reconstruct_image); by default all")
     parser.add_argument("--image_width", type=int, help="pixels in a row (text_to_image); by default the model's")
     parser.add_argument("--num_chunks", type=int, default=256, help="chunks to generate (generate)")
@@ -136,6 +145,13 @@ def run(pipe: TokComPipeline, args: argparse.Namespace) -> TokComPipelineOutput:
         with Image.open(args.input_image) as picture:
             pipe.reconstruct_images(picture, args.num_tokens).images[0].save(args.image_file)
         return TokComPipelineOutput(texts=[f"picture written to {args.image_file}"])
+    if args.mode == "animate":
+        source = None if args.input_image is None else Frames(args.input_image, "--input_image")
+        given = None if source is None else [source.clip(0, len(source))]
+        options = {"num_frames": args.num_frames, "guidance_scale": args.guidance_scale, **sampling}
+        frames = pipe.generate_videos(args.prompt, given, **options).videos[0]
+        write_film(frames, args.video_file, args.fps)
+        return TokComPipelineOutput(texts=[f"{len(frames)} frames written to {args.video_file}"])
     tokens = args.num_generate_chunks * pipe.chunk_size
     if args.mode == "infill":
         return pipe.infill(args.input_text, tokens, guidance_scale=args.guidance_scale, **sampling)

@@ -14,6 +14,10 @@ from safetensors.torch import load_file
 
 from configuration_tokcom import TokComConfig, TokComVideoCodecConfig
 from distill_accelerate import main as distill
+from evaluate_tokcom import main as evaluate
+from evaluation.memory import activations, operations, resized, run_step, saved_bytes
+from evaluation.videos import main as measure_videos
+from inference import main as infer
 from modeling_tokcom import TokComModel, diffusion_times, draw_known, generation_order
 from pipeline_tokcom import TokComPipeline
 from pipeline_video_tokcom import decode_clips, encode_clips
@@ -510,3 +514,74 @@ def test_one_command_trains_a_model_of_the_shipped_clips_and_its_student(kind, t
     assert student.scheduler.config.stochastic_sampling and student.model.config.num_inference_steps == 2
     given = Image.new("RGB", (32, 32), (200, 0, 0))
     assert np.array_equal(np.asarray(student.generate_videos(frames=[[given]]).videos[0][0]), np.asarray(given))
+
+
+def test_the_next_frame_is_measured_beside_copying_it(tmp_path):
+    pipeline(codec=dict(num_frames=8, height=32, width=32)).save_pretrained(tmp_path / "model")
+    source = str(ROOT / "sample_data/clips_validation.parquet")
+    arguments = ["--model", str(tmp_path / "model"), "--data", source, "--num_samples", "3", "--steps", "1", "2"]
+    rows = measure_videos([*arguments, "--students", str(tmp_path / "model"), "--output_dir", str(tmp_path / "out")])
+    assert [row["system"] for row in rows] == ["copy of the last frame", "model", "model", "model"]
+    records = ImageDataset(
+        datasets.load_dataset("parquet", data_files=source, split="train"), "image", "", None, 0, False
+    )
+    clips = torch.stack([records.fit(TokComVideoCodecConfig())[i]["pixel_values"] for i in range(3)])
+    error = (clips[:, :, 0] - clips[:, :, 1]).square().flatten(1).mean(1) / 4
+    assert abs(rows[0]["1 known"] - float((-10 * error.log10()).mean())) < 1e-3
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"results.json", "results.md", "strips.png", "clips.gif"}
+    with pytest.raises(SystemExit, match="no model of clips"):
+        measure_videos(["--model", str(ROOT), "--data", source, "--output_dir", str(tmp_path / "out")])
+
+
+def test_the_codes_of_held_out_clips_are_counted_and_shown(tmp_path):
+    pipe = pipeline(codec={**QUANTIZED, "num_frames": 8, "height": 32, "width": 32})
+    pipe.save_pretrained(tmp_path / "model")
+    source = str(ROOT / "sample_data/clips_validation.parquet")
+    facts = evaluate(["codebook", "--model", str(tmp_path / "model"), "--data", source, "--output_dir", str(tmp_path)])
+    assert facts["latents"] == 16 * 128
+    level = facts["levels"][0]
+    assert level["codes"] == 16 and 0 < level["usage"] <= 1 and level["dead_codes"] == round(16 * (1 - level["usage"]))
+    assert Image.open(tmp_path / "codes.png").size[0] > 0 and (tmp_path / "usage.png").is_file()
+    with pytest.raises(SystemExit, match="no quantiser"):
+        evaluate(["codebook", "--model", str(ROOT), "--data", source, "--output_dir", str(tmp_path)])
+
+
+def test_the_command_line_animates_a_picture(tmp_path, capsys):
+    pipeline(transformer=dict(block_size=6)).save_pretrained(tmp_path / "model")
+    Image.new("RGB", (40, 30), (10, 200, 10)).save(tmp_path / "first.png")
+    arguments = ["--checkpoint", str(tmp_path / "model"), "--mode", "animate", "--num_steps", "1", "--seed", "0"]
+    infer([*arguments, "--input_image", str(tmp_path / "first.png"), "--video_file", str(tmp_path / "a.mp4")])
+    infer([*arguments, "--video_file", str(tmp_path / "b.gif"), "--num_frames", "9"])
+    assert "4 frames written" in capsys.readouterr().out
+    assert len(Frames(str(tmp_path / "a.mp4"))) == 4 and len(Frames(str(tmp_path / "b.gif"))) == 9
+    with pytest.raises(SystemExit, match="input_image holds no picture"):
+        (tmp_path / "bad.png").write_text("no")
+        infer([*arguments, "--input_image", str(tmp_path / "bad.png"), "--video_file", str(tmp_path / "c.gif")])
+
+
+def test_memory_of_a_larger_model_is_foretold_by_smaller_ones():
+    for attention in ("full", "factorized"):
+        config = TokComConfig.from_preset("video-tiny", transformer_config={"attention_type": attention})
+        config = resized(config, layers=6, frames=6, side=8)
+        for checkpointing in (False, True):
+            wanted = saved_bytes(config, checkpointing)
+            assert abs(activations(config, checkpointing) - wanted) < 0.02 * wanted
+    full, factorized = (
+        operations(TokComConfig.from_preset("video-large", transformer_config={"attention_type": kind}), 10**9)
+        for kind in ("full", "factorized")
+    )
+    assert full > 3 * factorized
+
+
+def test_small_takes_a_training_step_of_its_published_size():
+    found = run_step(TokComConfig.from_preset("video-small"))
+    assert 0 < found["loss"] < 10
+
+
+@pytest.mark.parametrize(
+    "name,millions", [("video-small", 22.3), ("video-medium", 164.6), ("video-large", 1257), ("video-dmd", 164.6)]
+)
+def test_published_presets_have_their_published_size(name, millions):
+    with torch.device("meta"):
+        net = TokComModel(TokComConfig.from_preset(name))
+    assert abs(sum(p.numel() for p in net.parameters()) / 1e6 - millions) < 0.02 * millions

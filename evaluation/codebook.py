@@ -1,0 +1,114 @@
+"""How the codes of a quantised codec are used, and what they stand for.
+
+    python evaluate_tokcom.py codebook --model model --data held_out.parquet --output_dir outputs/codebook
+
+For every quantiser: share of codes used, perplexity, entropy, dead codes, on held-out texts, pictures or clips; `usage.png`, and for
+codecs of patches `codes.png`, what the most used codes decode to.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from evaluation.report import table
+from pipeline_tokcom import TokComPipeline
+from quantization_tokcom import FiniteScalarQuantizer, code_statistics
+from training.config import DataConfig
+from training.data import load_documents, tokenize_documents
+from training.images import picture_grid, read_pictures
+
+BATCH = 64
+
+
+@torch.no_grad()
+def held_out_codes(pipe: TokComPipeline, args: argparse.Namespace) -> torch.Tensor:
+    """Codes `(M, R)` of the data; raises `ValueError` for a codec without a quantiser."""
+    model, codec, parts = pipe.model, pipe.model.config.codec_config, []
+    if getattr(model.codec, "quantizer", None) is None:
+        raise ValueError(f"{args.model} has no quantiser, so there are no codes to count.")
+    if codec.has_tokens:
+        documents = load_documents(args.data, DataConfig(text_column=args.text_column), "train")
+        tokens = torch.from_numpy(tokenize_documents(documents, pipe.tokenizer, args.text_column, "held-out text"))
+        tokens = tokens[: len(tokens) // codec.chunk_size * codec.chunk_size].long().view(-1, codec.chunk_size)
+        batches = tokens[: args.limit * BATCH].split(16 * BATCH)
+        return torch.cat([model.encode(part).codes.flatten(0, 1) for part in tqdm(batches, desc="encoding")])
+    data = read_pictures(args.data, codec, args.image_column, limit=args.limit)
+    for start in tqdm(range(0, len(data), BATCH), desc="encoding"):
+        pixels = torch.stack([data[i]["pixel_values"] for i in range(start, min(start + BATCH, len(data)))])
+        parts.append(model.encode(pixel_values=pixels).codes.flatten(0, 1))
+    return torch.cat(parts)
+
+
+def sizes(pipe: TokComPipeline, levels: int) -> list[int]:
+    """How many codes each of the `levels` columns of codes may take."""
+    quantizer = pipe.model.codec.quantizer
+    if isinstance(quantizer, FiniteScalarQuantizer):
+        return [quantizer.num_codes]
+    return [quantizer.num_codes] * levels
+
+
+@torch.no_grad()
+def show_codes(pipe: TokComPipeline, codes: torch.Tensor, counts: torch.Tensor, file: Path, shown: int = 256) -> None:
+    """What the most used codes of the first level stand for, each as the patch it decodes to, most used first."""
+    codec = pipe.model.codec
+    best = counts.argsort(descending=True)[: min(shown, int((counts > 0).sum()))]
+    rest = codes.mode(0).values[None, 1:].expand(len(best), -1)  # the other levels at their most frequent code
+    latents = codec.from_codes(torch.cat((best[:, None], rest), dim=1)[:, None])
+    size = codec.config.patch_size
+    patches = codec.decode(latents, height=size, width=size).pixel_values[:, :3, 0]
+    images = pipe.image_processor.postprocess(patches)
+    picture_grid([images[i : i + 16] for i in range(0, len(images), 16)], scale=max(1, 32 // size)).save(file)
+
+
+def plot_usage(columns: list[torch.Tensor], file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    for level, counts in enumerate(columns):
+        axes.plot(counts.sort(descending=True).values.numpy(), label=f"level {level + 1}")
+    axes.set(xlabel="code, most used first", ylabel="times used", yscale="symlog")
+    axes.legend()
+    figure.savefig(file, dpi=120)
+
+
+def main(argv: list[str] | None = None) -> dict:
+    parser = argparse.ArgumentParser(
+        prog="evaluate_tokcom.py codebook", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", required=True, help="held-out texts, pictures or clips")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/codebook"))
+    parser.add_argument("--image_column", default="image")
+    parser.add_argument("--text_column", default="text")
+    parser.add_argument("--limit", type=int, default=1024, help="pictures or clips, or 64 chunks of text each")
+    args = parser.parse_args(argv)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        pipe = TokComPipeline.from_pretrained(args.model)
+        codes = held_out_codes(pipe, args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    found, columns = [], []
+    for level, size in enumerate(sizes(pipe, codes.shape[1])):
+        found.append({"level": level + 1, "codes": size, **code_statistics(codes[:, level], size)})
+        columns.append(torch.bincount(codes[:, level], minlength=min(size, 2**20)))
+    plot_usage(columns, args.output_dir / "usage.png")
+    if pipe.model.config.codec_config.modality == "video" and pipe.vae is None:
+        show_codes(pipe, codes, columns[0], args.output_dir / "codes.png")
+    text = table(list(found[0]), [list(row.values()) for row in found]) + "\n"
+    facts = {"model": args.model, "data": args.data, "latents": len(codes), "levels": found}
+    (args.output_dir / "codebook.json").write_text(json.dumps(facts, indent=1) + "\n")
+    (args.output_dir / "codebook.md").write_text(text)
+    print(text)
+    return facts
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""Measure a model of clips: how well it predicts the frame after those it is given.
+
+    python -m evaluation.videos --model model --data test.parquet --image_column video --steps 1 4 50 --output_dir results
+    python -m evaluation.videos --model teacher --students student-4 --data test.parquet --output_dir results
+
+Beside copying the last frame. PSNR rewards the mean of what may come, which is blurred, so the sharpness (mean absolute gradient over
+that of the real frames) stands beside it. Writes `results.json`, `results.md`, strips of frames, and a GIF.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from evaluation.images import psnr
+from evaluation.report import table
+from pipeline_tokcom import TokComPipeline
+from training.films import write_film
+from training.images import picture_grid, read_pictures
+
+SHOWN = 6  # clips in the pictures
+
+
+def sharpness(frames: torch.Tensor) -> float:
+    """Mean absolute difference of neighbouring pixels of `(B, 3, H, W)`."""
+    return (frames.diff(dim=-1).abs().mean() + frames.diff(dim=-2).abs().mean()).item()
+
+
+def predict(
+    pipe: TokComPipeline, clips: torch.Tensor, known: int, steps: int | None, batch_size: int, seed: int
+) -> torch.Tensor:
+    """The frame `(B, 3, H, W)` that follows the first `known` of `clips (B, 3, F, H, W)`."""
+    causal = pipe.model.config.transformer_config.block_size is not None
+    length, generator, frames = (known + 1 if causal else None), torch.Generator().manual_seed(seed), []
+    for part in tqdm(clips.split(batch_size), desc=f"{known} known, {steps} steps", leave=False):
+        given = part[:, :, :known]
+        options = {"num_inference_steps": steps, "generator": generator, "output_type": "pt"}
+        made = pipe.generate_videos(frames=given, num_frames=length, **options).videos
+        frames.append(made[:, :, known].cpu())
+    return torch.cat(frames)
+
+
+def measure(systems: list[tuple], clips: torch.Tensor, args: argparse.Namespace) -> list[dict]:
+    """A row for each system and number of steps, and one for copying; values are means over `args.known`."""
+    rows, real = [], {k: clips[:, :, k] for k in args.known}
+    copies = {k: psnr(clips[:, :, k - 1], real[k]).mean().item() for k in args.known}
+    row = {"system": "copy of the last frame", "steps": "-", **{f"{k} known": copies[k] for k in args.known}}
+    rows.append({**row, "mean": float(np.mean(list(copies.values()))), "sharpness": "-", "ms a frame": "-"})
+    for name, pipe, steps in systems:
+        found, sharp, started = {}, [], time.perf_counter()
+        for k in args.known:
+            made = predict(pipe, clips, k, steps, args.batch_size, args.seed)
+            found[k] = psnr(made, real[k]).mean().item()
+            sharp.append(sharpness(made) / sharpness(real[k]))
+        seconds = time.perf_counter() - started
+        row = {"system": name, "steps": steps or pipe.model.config.num_inference_steps}
+        row |= {f"{k} known": found[k] for k in args.known}
+        row |= {"mean": float(np.mean(list(found.values()))), "sharpness": float(np.mean(sharp))}
+        rows.append({**row, "ms a frame": 1e3 * seconds / len(args.known) / len(clips)})
+    return rows
+
+
+def pictures(pipe: TokComPipeline, clips: torch.Tensor, args: argparse.Namespace) -> None:
+    """`strips.png`: real clips above what follows their first frame; `clips.gif`: the same side by side."""
+    show = pipe.image_processor.postprocess
+    real = [show(clip.transpose(0, 1)) for clip in clips[:SHOWN]]
+    causal = pipe.model.config.transformer_config.block_size is not None
+    length = args.long or (clips.shape[2] if causal else None)
+    generator = torch.Generator().manual_seed(args.seed)
+    given = clips[:SHOWN, :, : args.first]
+    made = pipe.generate_videos(frames=given, num_frames=length, generator=generator).videos
+    strips = [row for pair in zip(real, made) for row in pair]
+    picture_grid(strips, scale=2).save(args.output_dir / "strips.png")
+    still = [clip + [clip[-1]] * (len(made[0]) - len(clip)) for clip in real]
+    frames = []
+    for i in range(len(made[0])):
+        frames.append(picture_grid([[clip[i] for clip in still], [clip[i] for clip in made]], scale=3))
+    write_film([*frames, *[frames[-1]] * 4], args.output_dir / "clips.gif", fps=6)
+
+
+def report(rows: list[dict]) -> str:
+    text = "## The next frame, PSNR in dB\n\n"
+    return text + table(list(rows[0]), [list(row.values()) for row in rows]) + "\n"
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", required=True, help="held-out clips")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--image_column", default="image")
+    parser.add_argument(
+        "--known", type=int, nargs="+", help="how many frames are given; by default 1, half and all but one"
+    )
+    parser.add_argument(
+        "--steps", type=int, nargs="*", default=[], help="numbers of denoising steps; by default the model's"
+    )
+    parser.add_argument("--students", nargs="*", default=[], help="what distill_accelerate.py made of the model")
+    parser.add_argument("--first", type=int, default=1, help="frames given in the pictures")
+    parser.add_argument("--long", type=int, help="frames of the clips in the pictures, of block-causal models")
+    parser.add_argument("--num_samples", type=int, default=512)
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        pipes = [TokComPipeline.from_pretrained(name) for name in (args.model, *args.students)]
+        for pipe, name in zip(pipes, (args.model, *args.students)):
+            pipe.set_progress_bar_config(disable=True)
+            if pipe.model.config.codec_config.modality != "video":
+                raise ValueError(f"{name} is no model of clips.")
+        data = read_pictures(args.data, pipes[0].model.config.codec_config, args.image_column, limit=args.num_samples)
+        clips = torch.stack([data[i]["pixel_values"] for i in tqdm(range(len(data)), desc="reading clips")])
+        length = clips.shape[2]
+        args.known = args.known or sorted({1, length // 2, length - 1})
+        if not all(1 <= k < length for k in args.known):
+            raise ValueError(f"`known` ({args.known}) must be between 1 and {length - 1}.")
+        systems = [("model", pipes[0], steps) for steps in args.steps or [None]]
+        systems += [(Path(name).name, pipe, None) for name, pipe in zip(args.students, pipes[1:])]
+        rows = measure(systems, clips, args)
+        pictures(pipes[0], clips, args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    facts = {"rows": rows, "clips": len(clips), "settings": {name: str(value) for name, value in vars(args).items()}}
+    (args.output_dir / "results.json").write_text(json.dumps(facts, indent=1) + "\n")
+    (args.output_dir / "results.md").write_text(report(rows))
+    print(report(rows))
+    return rows
+
+
+if __name__ == "__main__":
+    main()
