@@ -1,23 +1,16 @@
-"""TokComPipeline: text in, text out.
+"""TokComPipeline: prompt in, text, pictures or clips out.
 
 Notable choices: what is generated is a set of latents with positions, given clean latents with positions, so continuing
 a prompt, generating from noise, re-denoising a text and filling gaps are one sampler; a block-causal model denoises
 block after block with a key/value cache of what is done; the scheduler sees velocities, so any flow scheduler fits.
 """
 
-import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
-from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
-from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
@@ -34,6 +27,7 @@ try:  # diffusers copies only the direct relative imports of this file, so every
     from .layers_tokcom import TokComPreTrainedModel
     from .modeling_tokcom import TokComModel
     from .pipeline_image_tokcom import IMAGE_OUTPUTS, TokComImageMixin
+    from .pipeline_text_tokcom import GAP, TokComPiece, TokComPipelineOutput, TokComTextMixin, join_blocks
     from .pipeline_video_tokcom import TokComVideoMixin
     from .quantization_tokcom import VectorQuantizer
     from .sampling_tokcom import TokComBlockSampler, split_blocks
@@ -55,6 +49,7 @@ except ImportError:
     import layers_tokcom as _layers
     import modeling_tokcom as _modeling
     import pipeline_image_tokcom as _pipeline_image
+    import pipeline_text_tokcom as _pipeline_text
     import pipeline_video_tokcom as _pipeline_video
     import quantization_tokcom as _quantization
     import sampling_tokcom as _sampling
@@ -72,44 +67,12 @@ except ImportError:
     TokComImageProcessor, TokComStyleCodec = _image_processing.TokComImageProcessor, _codec_style.TokComStyleCodec
     TokComStyleCodecConfig = _configuration_codec.TokComStyleCodecConfig
     TokComVideoCodec, TokComVideoMixin = _codec_video.TokComVideoCodec, _pipeline_video.TokComVideoMixin
+    TokComTextMixin, TokComPipelineOutput = _pipeline_text.TokComTextMixin, _pipeline_text.TokComPipelineOutput
+    GAP, TokComPiece, join_blocks = _pipeline_text.GAP, _pipeline_text.TokComPiece, _pipeline_text.join_blocks
     TokComLatentHead, VectorQuantizer = _latent_head.TokComLatentHead, _quantization.VectorQuantizer
 
-GAP = "____"
 
-
-@dataclass
-class TokComPipelineOutput(BaseOutput):
-    """Output of every method; fields that do not apply are None.
-
-    Args:
-        texts (`list[str]`): for a prompt, its continuation (`prompt + text` reads on); else the whole text.
-        sequences (`torch.LongTensor` of shape `(B, T)`): token ids; what follows EOS is the pad id.
-        latents (`torch.FloatTensor` of shape `(B, N, C)`): standardised latents.
-        attention_mask (`torch.LongTensor` of shape `(B, T)`): 1 on the ids that belong to the text.
-        codes (`torch.LongTensor` of shape `(B, N, R)`): what stores the latents of a codec with a quantiser.
-        images (`list[PIL.Image.Image]` or `torch.FloatTensor` of shape `(B, 3, H, W)`): pictures, of models of images.
-        videos (`list[list[PIL.Image.Image]]` or `torch.FloatTensor` of shape `(B, 3, F, H, W)`): clips, of models of clips.
-    """
-
-    texts: list[str] | None = None
-    sequences: torch.LongTensor | None = None
-    latents: torch.FloatTensor | None = None
-    attention_mask: torch.LongTensor | None = None
-    codes: torch.LongTensor | None = None
-    images: list[Image.Image] | torch.FloatTensor | None = None
-    videos: list[list[Image.Image]] | torch.FloatTensor | None = None
-
-
-class TokComPiece(NamedTuple):
-    """What one text has gained in a block: its new `text`, the `tokens` it has by now (EOS included), and once it has ended
-    the `finish_reason`, `"stop"` (EOS) or `"length"`."""
-
-    text: str
-    tokens: int
-    finish_reason: str | None
-
-
-class TokComPipeline(TokComHubMixin, TokComImageMixin, TokComVideoMixin, DiffusionPipeline):
+class TokComPipeline(TokComHubMixin, TokComTextMixin, TokComImageMixin, TokComVideoMixin, DiffusionPipeline):
     """Continue prompts, generate, reconstruct, re-denoise, encode, decode and fill gaps with a TokCom model; with one of
     images or clips, generate pictures or clips for captions, and encode, decode and reconstruct them.
 
@@ -141,8 +104,6 @@ class TokComPipeline(TokComHubMixin, TokComImageMixin, TokComVideoMixin, Diffusi
             )
         self.register_modules(model=model, scheduler=scheduler, tokenizer=tokenizer, vae=vae)
 
-    # ---- text <-> ids ----
-
     @property
     def chunk_size(self) -> int:
         return self.model.config.codec_config.chunk_size
@@ -163,78 +124,6 @@ class TokComPipeline(TokComHubMixin, TokComImageMixin, TokComVideoMixin, Diffusi
     @property
     def interrupt(self) -> bool:
         return self._interrupt
-
-    @property
-    def _eos_token_id(self) -> int | None:
-        return getattr(self.tokenizer, "eos_token_id", None)
-
-    @property
-    def _pad_token_id(self) -> int:
-        return getattr(self.model.config.codec_config, "pad_token_id", self.model.config.text_vocab_size - 1)
-
-    def _tokenize(self, texts: list[str], name: str) -> list[list[int]]:
-        if not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"`{name}` must be a text or a list of texts, not {texts!r}.")
-        if self.tokenizer is None:
-            raise ValueError(f"`{name}` is text, but this pipeline has no tokenizer; pass one when building it.")
-        rows = [self.tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"] for t in texts]
-        for text, row in zip(texts, rows):
-            if not row:
-                raise ValueError(
-                    f"`{name}` is empty ({text!r}); give some text, or call generate() to start from noise."
-                )
-        return rows
-
-    def _pad(self, rows: list[list[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of ids -> `input_ids (B, T)` and `attention_mask (B, T)`, T a multiple of K."""
-        length = self._num_latents(max(map(len, rows))) * self.chunk_size
-        ids = torch.full((len(rows), length), self._pad_token_id)
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(rows):
-            place = slice(length - len(row), length) if side == "left" else slice(0, len(row))
-            ids[i, place], mask[i, place] = torch.tensor(row), 1
-        return ids.to(self._execution_device), mask.to(self._execution_device)
-
-    def _decode_row(self, ids: list[int]) -> str:
-        return self.tokenizer.decode([i for i in ids if i < len(self.tokenizer)], skip_special_tokens=True)
-
-    def _to_texts(self, sequences: torch.Tensor, attention_mask: torch.Tensor) -> list[str] | None:
-        """Rows of ids `(B, T)`, those with mask 1, as texts."""
-        if self.tokenizer is None:
-            return None
-        rows = zip(sequences.tolist(), attention_mask.tolist())
-        return [self._decode_row([i for i, real in zip(ids, mask) if real]) for ids, mask in rows]
-
-    def _continue_text(self, text: str, known: list[int], new: list[int]) -> str:
-        """What to append to `text`, whose ids are `known`, for the ids `new`.
-
-        Both are decoded together, since many tokenizers drop a space at the start of what they decode; a space that
-        ends `text` is the one that the first new word brings along.
-        """
-        before, whole = self._decode_row(known), self._decode_row(known + new)
-        added = whole[len(before) :] if whole.startswith(before) else self._decode_row(new)
-        return added.removeprefix(" ") if text.endswith(" ") else added
-
-    def _end_at_eos(self, sequences: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Replace what follows the first EOS by the pad id; returns the ids and the mask of what is kept."""
-        eos = self._eos_token_id
-        ended = torch.zeros_like(sequences) if eos is None else (sequences == eos).long()
-        mask = (ended.cumsum(-1) - ended == 0).long()  # (B, T)
-        return torch.where(mask.bool(), sequences, self._pad_token_id), mask
-
-    def _ended(self, sequences: torch.Tensor) -> bool:
-        """Whether every row of ids `(B, T)` holds EOS."""
-        return self._eos_token_id is not None and bool((sequences == self._eos_token_id).any(-1).all())
-
-    def require_tokens(self) -> None:
-        """Raise `ValueError` if this is a model of images or clips, which has no text to give."""
-        modality = self.model.config.codec_config.modality
-        if modality != "text":
-            names = ", ".join(f"{verb}_{modality}s" for verb in ("generate", "encode", "decode"))
-            raise ValueError(
-                f"this model makes {'pictures' if modality == 'image' else 'clips'}, not text: use pipe(caption), {names} or "
-                f"reconstruct_{modality}s, and of the output types 'pil', 'pt' or 'latent'."
-            )
 
     # ---- the sampler ----
 
@@ -277,7 +166,7 @@ class TokComPipeline(TokComHubMixin, TokComImageMixin, TokComVideoMixin, Diffusi
 
     def _sample(self, noise: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Clean latents `(B, <= n, C)` and their ids; the arguments are those of `_sample_blocks`."""
-        return _join(self._sample_blocks(noise, *args, **kwargs))
+        return join_blocks(self._sample_blocks(noise, *args, **kwargs))
 
     def _sample_blocks(
         self,
@@ -331,20 +220,6 @@ class TokComPipeline(TokComHubMixin, TokComImageMixin, TokComVideoMixin, Diffusi
         own["num_inference_steps"] = config.num_inference_steps
         sampling = own | {name: value for name, value in sampling.items() if value is not None}
         return TokComBlockSampler(self.model, self.scheduler, **sampling)
-
-    def encode_prompt(self, prompt: list[str]) -> tuple[TokComCodecOutput, list[list[int]]]:
-        """Prompts -> clean context latents and the prompts' ids.
-
-        Rows are padded on the left, so that every prompt ends at a chunk boundary. Trailing spaces are left to the
-        continuation, whose first word carries its own.
-        """
-        rows = self._tokenize([p.rstrip(" ") if isinstance(p, str) else p for p in prompt], "prompt")
-        longest = max(map(len, rows))
-        if longest > self.max_length:
-            raise ValueError(
-                f"`prompt` has {longest} tokens, more than the model's maximum of {self.max_length}; shorten it."
-            )
-        return self.model.encode(*self._pad(rows, "left")), rows
 
     @torch.no_grad()
     def __call__(
@@ -425,389 +300,11 @@ class TokComPipeline(TokComHubMixin, TokComImageMixin, TokComVideoMixin, Diffusi
         if streamer is not None:
             streamer.put(torch.tensor(rows))
             blocks = self._feed(streamer, blocks, gen_length)
-        output = self._finish(*_join(blocks), gen_length, output_type)
+        output = self._finish(*join_blocks(blocks), gen_length, output_type)
         if output.texts is not None:
             new = [ids[:kept] for ids, kept in zip(output.sequences.tolist(), output.attention_mask.sum(-1).tolist())]
             output.texts = [self._continue_text(p, row, ids) for p, row, ids in zip(prompts, rows, new)]
         return output if return_dict else output.to_tuple()
-
-    def _to_prompts(self, prompt: Any) -> list[Any]:
-        """One text or dialogue, or several, as a list of texts."""
-        several = isinstance(prompt, (list, tuple)) and not (prompt and isinstance(prompt[0], dict))
-        prompts = list(prompt) if several else [prompt]
-        for i, turns in enumerate(prompts):
-            if not isinstance(turns, (list, tuple)) or not turns:
-                continue
-            if not all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in turns):
-                raise ValueError(f"a dialogue must be a list of {{'role', 'content'}}, not {turns!r}.")
-            if getattr(self.tokenizer, "chat_template", None):
-                prompts[i] = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-            else:
-                prompts[i] = "\n".join(turn["content"] for turn in turns)
-        return prompts
-
-    def _continue(
-        self, prompts: list[str], gen_length: int, latents: torch.Tensor | None, generator, **sampling
-    ) -> tuple[list[list[int]], Iterator[tuple[torch.Tensor, torch.Tensor | None]]]:
-        """The prompts' ids, and an iterator over the blocks (latents and ids) that follow them."""
-        context, rows = self.encode_prompt(prompts)
-        length = self._num_latents(gen_length)
-        self._check_length(context.latents.shape[1] + length)
-        noise = self.prepare_latents(len(prompts), length, generator, latents)
-        return rows, self._sample_blocks(
-            noise, context, self._positions_after(context, length), generator=generator, **sampling
-        )
-
-    def _positions_after(self, context: TokComCodecOutput, length: int) -> torch.Tensor:
-        """`position_ids (B, length, A)` of latents that follow the context."""
-        batch, known = context.mask.shape
-        index = torch.arange(known, known + length, device=context.mask.device)
-        return self.model.codec.positions(index.expand(batch, -1))
-
-    def _num_latents(self, tokens: int) -> int:
-        """Latents that hold at least so many tokens."""
-        multiple = self.model.config.codec_config.length_multiple
-        return -(-tokens // multiple) * multiple // self.chunk_size
-
-    def _feed(self, streamer: BaseStreamer, blocks: Iterator, gen_length: int) -> Iterator:
-        """Pass blocks on, and the ids of each, up to EOS or `gen_length`, to the streamer."""
-        left = gen_length
-        for block in blocks:
-            ids, mask = self._end_at_eos(block[1][:, :left])
-            if mask.any():
-                streamer.put(ids[mask.bool()].cpu())
-            yield block
-            left -= ids.shape[1]
-            if self._ended(ids):
-                break
-        streamer.end()
-
-    @torch.no_grad()
-    def stream(
-        self,
-        prompt: str,
-        gen_length: int = 256,
-        num_inference_steps: int | None = None,
-        guidance_scale: float = 1.0,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Iterator[str]:
-        """Continue one prompt and yield pieces of text as blocks are finished; joined, they are `__call__`'s text.
-
-        The arguments are those of `__call__`. Characters whose bytes are not complete yet wait for the next piece.
-        """
-        if not isinstance(prompt, str):
-            raise ValueError(f"`prompt` must be one text, not {prompt!r}; call stream_batch for several.")
-        settings = num_inference_steps, guidance_scale, temperature, top_p, generator
-        for (piece,) in self.stream_batch([prompt], gen_length, *settings):
-            if piece.text:
-                yield piece.text
-
-    @torch.no_grad()
-    def stream_batch(
-        self,
-        prompts: list[str],
-        gen_length: int | list[int] = 256,
-        num_inference_steps: int | None = None,
-        guidance_scale: float = 1.0,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        should_stop: Callable[[], bool] | None = None,
-    ) -> Iterator[list[TokComPiece]]:
-        """Continue several prompts at once, `gen_length` tokens or as many as it says for each, and yield a list with the
-        new piece of every text whenever a block is finished. A text that has ended gives empty pieces. With a generator for
-        each prompt, a text does not depend on its company, unless the model is bidirectional and lengths differ. It ends early
-        when `should_stop()`, which is asked after every denoising step."""
-        lengths = [gen_length] * len(prompts) if isinstance(gen_length, int) else list(gen_length)
-        if not prompts or len(lengths) != len(prompts):
-            raise ValueError(f"`gen_length` has {len(lengths)} entries for {len(prompts)} prompts; give one each.")
-        self.check_inputs(min(lengths), num_inference_steps, "text", [])
-        noise = None
-        if isinstance(generator, list) and len(generator) == len(prompts):  # each as if its text were alone
-            sizes = [self._num_latents(length) for length in lengths]
-            rows = [self.prepare_latents(1, size, source) for size, source in zip(sizes, generator)]
-            noise = torch.cat([torch.nn.functional.pad(x, (0, 0, 0, max(sizes) - x.shape[1])) for x in rows])
-        stopped = False
-
-        def after_step(pipe, step, timestep, x):
-            nonlocal stopped
-            stopped = pipe._interrupt = should_stop()
-            return x
-
-        known, blocks = self._continue(
-            prompts,
-            max(lengths),
-            noise,
-            generator,
-            on_step_end=None if should_stop is None else after_step,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            temperature=temperature,
-            top_p=top_p,
-            stop_at_eos=True,
-        )
-        pieces, ids, shown = [TokComPiece("", 0, None)] * len(prompts), [[] for _ in prompts], [""] * len(prompts)
-        for _, block in blocks:
-            if stopped:
-                break
-            for i, new in enumerate(block.tolist()):
-                if pieces[i].finish_reason is not None:
-                    pieces[i] = pieces[i]._replace(text="")
-                    continue
-                ended = self._eos_token_id in new
-                new = new[: new.index(self._eos_token_id) + 1] if ended else new
-                ended = ended and len(ids[i]) + len(new) <= lengths[i]
-                ids[i] = (ids[i] + new)[: lengths[i]]
-                reason = "stop" if ended else "length" if len(ids[i]) == lengths[i] else None
-                text = self._continue_text(prompts[i], known[i], ids[i])
-                text = text if reason else text.rstrip("\ufffd")
-                pieces[i] = TokComPiece(text[len(shown[i]) :], len(ids[i]), reason)
-                shown[i] = max(shown[i], text, key=len)
-            yield list(pieces)
-            if all(piece.finish_reason for piece in pieces):
-                break
-        self.maybe_free_model_hooks()
-
-    def _check_length(self, length: int) -> None:
-        """Block-causal models generate any length over a sliding window; bidirectional ones see all at once."""
-        tokens = length * self.chunk_size
-        if self.model.config.transformer_config.block_size is None and tokens > self.max_length:
-            raise ValueError(
-                f"prompt and generated text are {tokens} tokens together, more than the model's maximum of "
-                f"{self.max_length}; reduce `gen_length` or the prompt."
-            )
-
-    def _finish(
-        self, latents: torch.Tensor, ids: torch.Tensor | None, gen_length: int, output_type: str
-    ) -> TokComPipelineOutput:
-        """End texts at EOS, pad to `gen_length`."""
-        if output_type == "latent":
-            self.maybe_free_model_hooks()
-            return TokComPipelineOutput(latents=latents)
-        sequences, mask = self._end_at_eos(ids[:, :gen_length])
-        missing = gen_length - sequences.shape[1]
-        if missing > 0:
-            sequences = torch.nn.functional.pad(sequences, (0, missing), value=self._pad_token_id)
-            mask = torch.nn.functional.pad(mask, (0, missing))
-        self.maybe_free_model_hooks()
-        texts = self._to_texts(sequences, mask) if output_type == "text" else None
-        return TokComPipelineOutput(texts=texts, sequences=sequences, latents=latents, attention_mask=mask)
-
-    # ---- the other modes ----
-
-    @torch.no_grad()
-    def generate(
-        self,
-        num_chunks: int = 256,
-        batch_size: int = 1,
-        num_inference_steps: int | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: torch.Tensor | None = None,
-        output_type: str = "text",
-    ) -> TokComPipelineOutput:
-        """Mode 1: new texts of `num_chunks` chunks from noise; see `__call__` for the other arguments."""
-        self.require_tokens()
-        self.check_inputs(num_chunks, num_inference_steps, output_type, [])
-        self._check_length(num_chunks)
-        noise = self.prepare_latents(batch_size, num_chunks, generator, latents)
-        sampling = {"num_inference_steps": num_inference_steps, "temperature": temperature, "top_p": top_p}
-        result = self._sample(noise, generator=generator, decode=output_type != "latent", **sampling)
-        return self._finish(*result, num_chunks * self.chunk_size, output_type)
-
-    @torch.no_grad()
-    def encode(self, text: str | list[str], output_file: str | os.PathLike | None = None) -> TokComPipelineOutput:
-        """Mode 4: texts -> latents, and a safetensors file with `latents` and `attention_mask` if a name is given.
-
-        A codec with a quantiser also gives `codes`, which are what the file then holds.
-        """
-        self.require_tokens()
-        texts = list(text) if isinstance(text, (list, tuple)) else [text]
-        if not texts:
-            raise ValueError("`text` is an empty list; give at least one text.")
-        ids, mask = self._pad(self._tokenize(texts, "text"), "right")
-        encoded = self.model.encode(ids, mask)
-        latents, codes = encoded.latents, encoded.codes
-        self.maybe_free_model_hooks()
-        if output_file is not None:
-            tensors = {"latents": latents.float().cpu().contiguous(), "attention_mask": mask.cpu().contiguous()}
-            if codes is not None:
-                small = [t for t in (torch.int16, torch.int32) if int(codes.max()) <= torch.iinfo(t).max]
-                tensors = {
-                    "codes": codes.to([*small, codes.dtype][0]).cpu(),
-                    "attention_mask": mask.to(torch.uint8).cpu(),
-                }
-            save_file(tensors, str(output_file), metadata={"format": "pt", "chunk_size": str(self.chunk_size)})
-        return TokComPipelineOutput(sequences=ids, latents=latents, attention_mask=mask, codes=codes)
-
-    @torch.no_grad()
-    def decode(
-        self, latents: torch.Tensor | str | os.PathLike, attention_mask: torch.Tensor | None = None
-    ) -> TokComPipelineOutput:
-        """Latents `(B, N, C)`, integer codes `(B, N, R)`, or a file that `encode` wrote, -> text.
-
-        `attention_mask (B, N * K)` hides padding.
-        """
-        self.require_tokens()
-        if not isinstance(latents, torch.Tensor):
-            latents, attention_mask = _read_latents(latents, self.chunk_size)
-        if not latents.is_floating_point():
-            latents = self.model.from_codes(latents.long().to(self._execution_device))
-        channels = self.model.config.codec_config.latent_channels
-        if latents.ndim != 3 or latents.shape[-1] != channels:
-            raise ValueError(f"`latents` has shape {tuple(latents.shape)} but (B, N, {channels}) is needed.")
-        sequences = self.model.to_ids(latents.to(self._execution_device))
-        self.maybe_free_model_hooks()
-        mask = torch.ones_like(sequences) if attention_mask is None else attention_mask.to(sequences.device)
-        if mask.shape != sequences.shape:
-            raise ValueError(f"`attention_mask` has shape {tuple(mask.shape)} but {tuple(sequences.shape)} is needed.")
-        return TokComPipelineOutput(
-            texts=self._to_texts(sequences, mask), sequences=sequences, latents=latents, attention_mask=mask
-        )
-
-    def reconstruct(self, text: str | list[str]) -> TokComPipelineOutput:
-        """Mode 2: encode and decode; the text as the codec remembers it."""
-        encoded = self.encode(text)
-        return self.decode(encoded.latents, encoded.attention_mask)
-
-    @torch.no_grad()
-    def denoise_reconstruct(
-        self,
-        text: str | list[str],
-        noise_level: float = 0.5,
-        num_inference_steps: int | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-    ) -> TokComPipelineOutput:
-        """Mode 3: encode, mix with noise, denoise, decode.
-
-        `noise_level` is t: 0 replaces the text by noise, 1 keeps it (plain reconstruction). The remaining
-        `num_inference_steps * (1 - noise_level)` steps, rounded and at least one, are taken.
-        """
-        if not 0.0 <= noise_level <= 1.0:
-            raise ValueError(f"`noise_level` ({noise_level}) must be in [0, 1]: 0 is pure noise, 1 is the clean text.")
-        self.check_inputs(1, num_inference_steps, "text", [])
-        encoded = self.encode(text)
-        if noise_level == 1.0:
-            return self.decode(encoded.latents, encoded.attention_mask)
-        latents = encoded.latents.float()
-        noise = self.prepare_latents(latents.shape[0], latents.shape[1], generator)
-        sampler = self._sampler(num_inference_steps=num_inference_steps)
-        result, _ = self._sample(
-            sampler.add_noise(latents, noise, noise_level),
-            valid=encoded.attention_mask.unflatten(1, (-1, self.chunk_size)).any(-1),
-            num_inference_steps=max(1, round(sampler.num_inference_steps * (1 - noise_level))),
-            generator=generator,
-            sigma_start=1 - noise_level,
-            decode=False,
-        )
-        return self.decode(result, encoded.attention_mask)
-
-    @torch.no_grad()
-    def infill(
-        self,
-        text: str,
-        gap_length: int = 16,
-        num_inference_steps: int | None = None,
-        guidance_scale: float = 1.0,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        generator: torch.Generator | None = None,
-    ) -> TokComPipelineOutput:
-        """Fill every gap `____` in `text` with `gap_length` tokens that see what stands before and after it.
-
-        Returns the whole text. Raises `ValueError` when there is no gap or nothing but gaps.
-        """
-        self.check_inputs(gap_length, num_inference_steps, "text", [])
-        if not isinstance(text, str):
-            raise ValueError(f"`text` must be one text, not {text!r}; call infill for each.")
-        pieces = text.split(GAP)
-        if len(pieces) < 2 or not any(piece.strip() for piece in pieces):
-            raise ValueError(f"`text` ({text!r}) must hold known text and at least one gap, written {GAP!r}.")
-        known, mask, rows, known_at, gap_at, position = [], [], [], [], [], 0
-        gap_latents = self._num_latents(gap_length)
-        for i, piece in enumerate(pieces):
-            last = i == len(pieces) - 1
-            rows.append(self._tokenize([piece if last else piece.rstrip(" ")], "text")[0] if piece.strip() else [])
-            if rows[-1]:
-                ids, real = self._pad(rows[-1:], "left" if i == 0 else "right")
-                size = ids.shape[1] // self.chunk_size
-                known.append(ids)
-                mask.append(real)
-                known_at.extend(range(position, position + size))
-                position += size
-            if not last:
-                gap_at.extend(range(position, position + gap_latents))
-                position += gap_latents
-        if position * self.chunk_size > self.max_length:
-            raise ValueError(
-                f"`text` with its gaps has {position * self.chunk_size} tokens, more than the model's maximum of "
-                f"{self.max_length}; shorten it."
-            )
-        context = self.model.encode(torch.cat(known, dim=1), torch.cat(mask, dim=1))
-        positions = self.model.codec.positions
-        context.position_ids = positions(torch.tensor([known_at], device=context.latents.device))
-        result, ids = self._sample(
-            self.prepare_latents(1, len(gap_at), generator),
-            context,
-            positions(torch.tensor([gap_at], device=context.latents.device)),
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            temperature=temperature,
-            top_p=top_p,
-            generator=generator,
-            edges=tuple(range(gap_latents, len(gap_at), gap_latents)),
-        )
-        sequences = ids.view(len(pieces) - 1, -1)[:, :gap_length]
-        self.maybe_free_model_hooks()
-        filled = pieces[0]
-        for row, gap, piece in zip(rows, sequences.tolist(), pieces[1:]):
-            filled += self._continue_text(filled, row, gap) + piece
-        return TokComPipelineOutput(texts=[filled], sequences=sequences, latents=result)
-
-    # ---- texts as pictures, for models whose tokens are pixels ----
-
-    def _color_codec(self) -> TokComColorCodec:
-        if not isinstance(self.model.codec, TokComColorCodec):
-            raise ValueError(
-                f"the tokens of this model are no pixels (codec {self.model.codec.config.model_type!r}); load a pixel model."
-            )
-        return self.model.codec
-
-    def text_to_image(self, text: str, width: int | None = None) -> Image.Image:
-        """A text as a picture, one pixel for each token; `.save("text.png")` keeps it exactly, JPEG does not."""
-        codec = self._color_codec()
-        pixels = codec.to_image(torch.tensor(self._tokenize([text], "text")[0]), width)
-        return Image.fromarray(pixels.numpy())
-
-    def image_to_text(self, image: Image.Image | str | os.PathLike) -> str:
-        """The text of a picture of any size, or of such a file."""
-        codec = self._color_codec()
-        image = image if isinstance(image, Image.Image) else Image.open(image)
-        ids = codec.from_image(torch.from_numpy(np.array(image.convert("RGB"))))
-        return self.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
-
-
-def _join(blocks: Iterator[tuple[torch.Tensor, torch.Tensor | None]]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Blocks of latents and ids -> all latents `(B, n, C)` and ids `(B, n * K)`, None if some are."""
-    latents, ids = zip(*blocks)
-    return torch.cat(latents, dim=1), None if any(x is None for x in ids) else torch.cat(ids, dim=1)
-
-
-def _read_latents(file: str | os.PathLike, chunk_size: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Latents and mask of a file that `encode` wrote; `ValueError` if it is none or belongs to another model."""
-    try:
-        with safe_open(str(file), framework="pt") as tensors:
-            found = (tensors.metadata() or {}).get("chunk_size", str(chunk_size))
-            latents = tensors.get_tensor("codes" if "codes" in tensors.keys() else "latents")
-            mask = tensors.get_tensor("attention_mask") if "attention_mask" in tensors.keys() else None
-    except SafetensorError as error:
-        raise ValueError(f"{file} is not a latents file written by encode ({error}).") from error
-    if found != str(chunk_size):
-        raise ValueError(f"{file} holds chunks of {found} tokens, this model's hold {chunk_size}.")
-    return latents, mask
 
 
 __all__ = ["TokComPipeline", "TokComPipelineOutput", "TokComPiece", "GAP"]

@@ -41,10 +41,11 @@ REMOTE_FILES = {
         *("huggingface_hub", "transformers", "diffusers"),
     },
     "scheduling_tokcom.py": {"math", "dataclasses", "torch", "diffusers"},
-    "pipeline_tokcom.py": {
+    "pipeline_text_tokcom.py": {
         *("os", "collections", "dataclasses", "typing", "numpy", "PIL"),
         *("torch", "diffusers", "safetensors", "transformers"),
     },
+    "pipeline_tokcom.py": {"collections", "typing", "torch", "diffusers", "transformers"},
 }
 IMPORT = re.compile(r"^\s*(?:from\s+([\w.]+)\s+import|import\s+([\w.]+))", re.MULTILINE)
 
