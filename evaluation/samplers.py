@@ -17,7 +17,8 @@ from training.precision import half_precision
 
 @dataclass
 class TokComSampler:
-    """Sample from a TokCom pipeline; `noise_scale` multiplies the initial noise, `eta` is the scheduler's."""
+    """Sample from a TokCom pipeline; `noise_scale` multiplies the initial noise, of few-step students also what is drawn anew,
+    `eta` is the scheduler's."""
 
     pipe: TokComPipeline
     num_inference_steps: int | None = None
@@ -32,6 +33,8 @@ class TokComSampler:
     def sample(self, prompts: np.ndarray | None, length: int, seed: int, count: int = 0) -> np.ndarray:
         pipe, rows = self.pipe, []
         pipe.scheduler.register_to_config(eta=self.eta)
+        if pipe.scheduler.config.get("stochastic_sampling"):
+            pipe.scheduler.register_to_config(noise_std=pipe.model.config.noise_std * self.noise_scale)
         pipe.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(seed)
         latents = pipe._num_latents(length)

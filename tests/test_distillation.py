@@ -10,9 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from distill_accelerate import Distillation, ModelDenoiser
 from distill_accelerate import main as distill
+from evaluation.students import main as measure_students
 from modeling_tokcom import TokComModel
 from pipeline_tokcom import TokComPipeline
 from scheduling_tokcom import TokComFlowMatchScheduler
@@ -262,3 +264,29 @@ def test_teachers_that_cannot_be_distilled_are_refused(build, tmp_path):
     build(noise_std=0.5).save_pretrained(tmp_path / "teacher")
     with pytest.raises(SystemExit, match="noise_std.*0.5"):
         distill(["--teacher", str(tmp_path / "teacher"), "--output_dir", str(tmp_path / "a"), data])
+
+
+def test_students_of_texts_are_measured_beside_their_teacher(build, tmp_path, tokenizer):
+    pipe = build(transformer_config={"block_size": 1, "max_position_embeddings": 64})
+    pipe.save_pretrained(tmp_path / "teacher")
+    pipe.scheduler = TokComFlowMatchScheduler(stochastic_sampling=True)
+    pipe.model.config.num_inference_steps = 2
+    pipe.save_pretrained(tmp_path / "student")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "judge")
+    arguments = ["--teacher", str(tmp_path / "teacher"), "--students", str(tmp_path / "student"), "--data", STORIES]
+    arguments += ["--judge", str(tmp_path / "judge"), "--peer", str(tmp_path / "judge"), "--samples", "4", "--steps"]
+    facts = measure_students([*arguments, "1", "3", "--noise_scales", "1", "0.5", "--output_dir", str(tmp_path)])
+    assert [(r["system"], r["evaluations a chunk"]) for r in facts["rows"]] == [
+        ("teacher", 1),
+        ("teacher", 3),
+        ("student", 2),
+    ]
+    curve = facts["rows"][2]["curve"]  # less noise is other text, also where a student draws it anew
+    assert curve[0]["nll"] != curve[1]["nll"] and len(facts["latency"]) == 4
+    assert "real text" in (tmp_path / "results.md").read_text() and (tmp_path / "steps.png").is_file()
+    with pytest.raises(SystemExit, match="writes no text"):
+        teacher_of("images", build, tmp_path / "pictures")
+        measure_students([*arguments[2:], "1", "--output_dir", str(tmp_path), "--teacher", str(tmp_path / "pictures")])
