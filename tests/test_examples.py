@@ -48,6 +48,7 @@ EXAMPLES = {
     "compress_document": lambda folder: QUICK,
     "image_language": speak_of_images,
     "distill_2d": lambda folder: ["--teacher_steps", "2", "--student_steps", "2", "--picture", str(folder / "a.png")],
+    "moving_pictures": lambda folder: ["--pictures", PICTURES, "--output", str(folder / "clips.parquet"), "--count", "6"],
 }
 EXPECTED = {
     "quick_start": "reconstructed:  'There was a little rabbit who lived in a big wood.'",
@@ -57,6 +58,7 @@ EXPECTED = {
     "compress_document": "bits per token",
     "image_language": "of words at their places",
     "distill_2d": "matching + regression, 1 step",
+    "moving_pictures": "6 clips of 8 frames",
 }
 
 
@@ -97,7 +99,13 @@ def test_python_in_the_documents_runs(file, code, tmp_path):
         latents = torch.randn(8, config.codec_config.num_tokens, config.codec_config.latent_channels)
         model.codec.fit_codebook(latents, 16)
         TokComPipeline(model, scheduler, tokenizer).save_pretrained(pictures)
-    script = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\npath_or_id, pixel_model, image_model = {str(ROOT)!r}, {str(pixels)!r}, {str(pictures)!r}\n{code}"
+    clips = tmp_path / "clips"
+    if "video_model" in code:
+        tokenizer = train_tokenizer(["a cat, turning"], 300)
+        config = TokComConfig.from_preset("video-tiny", len(tokenizer), transformer_config={"num_hidden_layers": 1})
+        scheduler = TokComFlowMatchScheduler.from_model_config(config)
+        TokComPipeline(TokComModel(config), scheduler, tokenizer).save_pretrained(clips)
+    script = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\npath_or_id, pixel_model, image_model = {str(ROOT)!r}, {str(pixels)!r}, {str(pictures)!r}\nvideo_model = {str(clips)!r}\n{code}"
     here = ROOT if 'from_pretrained(".")' in code else tmp_path
     done = subprocess.run([sys.executable, "-c", script], cwd=here, capture_output=True, text=True)
     assert done.returncode == 0, f"{file}: {done.stderr[-2000:]}"
