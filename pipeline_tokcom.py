@@ -216,8 +216,9 @@ class TokComPipeline(TokComHubMixin, TokComTextMixin, TokComImageMixin, TokComVi
     def _sampler(self, **sampling) -> TokComBlockSampler:
         """A sampler with these settings; those that are None or missing are the model's own."""
         config = self.model.config
-        own = {"temperature": config.sampling_temperature, "top_p": config.sampling_top_p}
-        own["num_inference_steps"] = config.num_inference_steps
+        own = {"num_inference_steps": config.num_inference_steps}
+        if config.prediction_type == "tokens":  # no others have probabilities
+            own |= {"temperature": config.sampling_temperature, "top_p": config.sampling_top_p}
         sampling = own | {name: value for name, value in sampling.items() if value is not None}
         return TokComBlockSampler(self.model, self.scheduler, **sampling)
 

@@ -470,3 +470,12 @@ def test_rows_of_a_streamed_batch_are_the_texts_of_each_at_its_own_length(build)
         assert rows[-1][i].finish_reason == ("stop" if ended else "length")
     with pytest.raises(ValueError, match="2 entries for 1 prompts"):
         next(pipe.stream_batch(["a"], [1, 2]))
+
+
+def test_a_default_temperature_is_nothing_to_models_without_probabilities(build):
+    pipe = build(sampling_temperature=0.85, sampling_top_p=0.9)
+    plain = build()
+    made = (p.generate(4, num_inference_steps=2, generator=seeded()).sequences for p in (pipe, plain))
+    assert torch.equal(*made)
+    with pytest.raises(ValueError, match="temperature.*0.85"):
+        pipe.generate(4, temperature=0.85)
