@@ -391,7 +391,9 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError, StrictDataclassError) as error:
         parser.exit(1, f"error: {error}\n")
     if not pipes[0].model.config.codec_config.has_tokens:
-        parser.exit(1, f"error: {args.checkpoint} makes pictures; give it as --images.\n")
+        parser.exit(1, f"error: {args.checkpoint} makes pictures or clips; give one of pictures as --images.\n")
+    if pipes[2] is not None and pipes[2].model.config.codec_config.modality != "image":
+        parser.exit(1, f"error: {args.images} makes no pictures; --images is for a model such as style-tiny.\n")
     page = build_page(Demo(*pipes))
     page.queue(default_concurrency_limit=1).launch(
         server_name=args.host, server_port=args.port, css=CSS, theme=gr.themes.Default(**FONTS)

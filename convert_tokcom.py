@@ -221,7 +221,7 @@ def fit_codebook(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     try:
         pipe = TokComPipeline.from_pretrained(args.model)
-        if pipe.image_processor is None:
+        if pipe.model.config.codec_config.modality != "image":
             raise ValueError(f"a codebook needs a model of images, which {args.model} is not.")
         dataset = read_pictures(args.data, pipe.model.config.codec_config, args.image_column, seed=args.seed)
         rows = np.random.default_rng(args.seed).permutation(len(dataset))[: args.limit]

@@ -423,7 +423,7 @@ def main(argv: list[str] | None = None) -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     try:
         pipe = TokComPipeline.from_pretrained(args.model)
-        if pipe.image_processor is None:
+        if pipe.model.config.codec_config.modality != "image":
             raise ValueError(f"{args.model} is no model of images; use evaluate_tokcom.py.")
         train, test = (Pictures(source, pipe, args, args.limit) for source in (args.train, args.test))
         latents = encode(pipe.model.codec, test.images)
