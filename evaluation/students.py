@@ -87,6 +87,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--guidance_scale", type=float, default=1.0, help="of the teacher")
     parser.add_argument("--noise_scales", type=float, nargs="+", default=[1.0, 0.9, 0.8, 0.7, 0.6])
     parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=5, help="of the measurement of time")
     parser.add_argument("--output_dir", type=Path, required=True)
     args = parser.parse_args(argv)
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -109,7 +110,7 @@ def main(argv: list[str] | None = None) -> dict:
         peer = AutoModelForCausalLM.from_pretrained(args.peer).eval()
         timed["autoregressive peer"] = AutoregressiveSampler(peer, teacher.tokenizer.eos_token_id)
     study = Study(tokens[:1000], tokens, None, judge, {}, teacher.chunk_size)
-    facts["latency"] = latency(study, timed, repeats=5)
+    facts["latency"] = latency(study, timed, repeats=args.repeats)
     facts["threads"] = torch.get_num_threads()
     facts["settings"] = {name: str(value) for name, value in vars(args).items()}
     (args.output_dir / "results.json").write_text(json.dumps(facts, indent=1) + "\n")

@@ -48,7 +48,14 @@ EXAMPLES = {
     "compress_document": lambda folder: QUICK,
     "image_language": speak_of_images,
     "distill_2d": lambda folder: ["--teacher_steps", "2", "--student_steps", "2", "--picture", str(folder / "a.png")],
-    "moving_pictures": lambda folder: ["--pictures", PICTURES, "--output", str(folder / "clips.parquet"), "--count", "6"],
+    "moving_pictures": lambda folder: [
+        "--pictures",
+        PICTURES,
+        "--output",
+        str(folder / "clips.parquet"),
+        "--count",
+        "6",
+    ],
 }
 EXPECTED = {
     "quick_start": "reconstructed:  'There was a little rabbit who lived in a big wood.'",
