@@ -101,6 +101,11 @@ class TokComVideoCodec(TokComCodec):
         axes = frames // self.config.frames_per_patch, height // size, width // size
         return torch.cartesian_prod(*(torch.arange(n, device=device) for n in axes)).view(-1, 3)
 
+    @staticmethod
+    def size_of(pixel_values: torch.Tensor) -> tuple[int, int, int]:
+        """Frames, height and width of what `encode` is given."""
+        return tuple(pixel_values.shape[2:])
+
     # ---- clips <-> patches ----
 
     def to_patches(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -151,7 +156,7 @@ class TokComVideoCodec(TokComCodec):
             quantized = self.quantizer(raw, frozen=True)
             raw, codes = quantized.latents, quantized.codes
         output = self.known(self._standardize(raw), codes=codes)
-        where = self.grid(*pixel_values.shape[2:], device=raw.device)
+        where = self.grid(*self.size_of(pixel_values), device=raw.device)
         output.position_ids = where.expand(len(raw), -1, -1)
         return output
 

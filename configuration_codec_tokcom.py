@@ -1,4 +1,4 @@
-"""Configurations of the codecs: token chunks, pixels, images as ordered tokens, and clips as patches of space and time.
+"""Configurations of the codecs: token chunks, pixels, images as ordered tokens, clips and sounds as patches, and several at once.
 
 Notable choices: every codec says what it codes (`modality`) and how its latents relate to it through the same few properties
 (`chunk_size`, `length_multiple`, `has_symbols`, `group_size`); all checks live in `validate_architecture`.
@@ -26,6 +26,14 @@ def check_fraction(config: PreTrainedConfig, *names: str) -> None:
     for name in names:
         if not 0.0 <= getattr(config, name) < 1.0:
             raise ValueError(f"`{name}` ({getattr(config, name)}) is a probability and must be in [0, 1).")
+
+
+def check_known_keys(config_class: type[PreTrainedConfig], values: dict[str, Any], prefix: str) -> None:
+    """Reject misspelt keys, which `PreTrainedConfig` would keep as attributes that nothing reads."""
+    known = {k for c in config_class.__mro__ for k in getattr(c, "__annotations__", {})}
+    for key in set(values) - known:
+        if key not in config_class().to_dict() and not key.startswith("_"):
+            raise ValueError(f"unknown configuration key '{prefix}{key}'; see {config_class.__name__}.")
 
 
 def check_size(config: PreTrainedConfig, parameters: int) -> None:
@@ -74,12 +82,27 @@ class TokComCodecConfig(PreTrainedConfig):
     """What all codecs say of themselves; the defaults are those of codecs without tokens."""
 
     base_config_key = "codec_config"
-    modality = "text"  # what is coded: "text", "image" or "video"
+    modality = "text"  # what is coded: "text", "image", "video", "audio" or "several"
 
     @property
     def has_tokens(self) -> bool:
         """Whether its latents stand for token ids."""
         return self.modality == "text"
+
+    @property
+    def kind(self) -> str:
+        """The modality as a user sees it: a clip of one frame is an image."""
+        return self.modality
+
+    @property
+    def text_vocab_size(self) -> int:
+        """Ids of the texts that it codes, the mask token included; 0 if it codes none."""
+        return self.vocab_size if self.has_tokens else 0
+
+    @property
+    def num_position_axes(self) -> int:
+        """A, numbers that say where a latent stands."""
+        return 1
 
     @property
     def has_symbols(self) -> bool:
@@ -285,6 +308,10 @@ class TokComColorCodecConfig(TokComCodecConfig):
     digit_sigma: float | int = 0.25
 
     @property
+    def num_position_axes(self) -> int:
+        return 2
+
+    @property
     def has_symbols(self) -> bool:
         """A patch is the concatenation of its digits."""
         return True
@@ -488,6 +515,14 @@ class TokComVideoCodecConfig(TokComCodecConfig):
         super().__post_init__(**kwargs)
 
     @property
+    def kind(self) -> str:
+        return "image" if self.num_frames == 1 else "video"
+
+    @property
+    def num_position_axes(self) -> int:
+        return 3
+
+    @property
     def patch_values(self) -> int:
         return self.num_channels * self.frames_per_patch * self.patch_size**2
 
@@ -540,9 +575,150 @@ class TokComVideoCodecConfig(TokComCodecConfig):
             )
 
 
-CODEC_CONFIGS: dict[str, type[PreTrainedConfig]] = {
+@strict
+class TokComAudioCodecConfig(TokComVideoCodecConfig):
+    r"""Configuration of the codec `sound <-> one latent per patch of log-mel frames`: a clip whose channels are the bands.
+
+    Args:
+        sampling_rate (`int`): samples a second; other sounds are resampled.
+        fft_length, hop_length (`int`): samples of a frame's window, and from frame to frame.
+        num_channels (`int`): mel bands.
+        num_frames (`int`): frames of a sound; shorter ones end in silence, longer ones are cut.
+        frames_per_patch (`int`): frames of a latent.
+        hidden_size, intermediate_size, num_hidden_layers, latent_channels, quantizer ...: as in `TokComVideoCodecConfig`.
+    """
+
+    model_type = "tokcom_audio_codec"
+    modality = "audio"
+
+    sampling_rate: int = 8000
+    fft_length: int = 512
+    hop_length: int = 128
+    num_frames: int = 64
+    height: int = 1
+    width: int = 1
+    num_channels: int = 40
+    frames_per_patch: int = 4
+    patch_size: int = 1
+
+    @property
+    def kind(self) -> str:
+        return "audio"
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of a sound of `num_frames`."""
+        return (self.num_frames - 1) * self.hop_length
+
+    def validate_architecture(self):
+        super().validate_architecture()
+        check_positive(self, "sampling_rate", "fft_length", "hop_length")
+        if (self.height, self.width, self.patch_size) != (1, 1, 1) or self.num_frames < 2:
+            raise ValueError(
+                f"`height` ({self.height}), `width` ({self.width}) and `patch_size` ({self.patch_size}) of a sound must be 1, and "
+                f"`num_frames` ({self.num_frames}) at least 2."
+            )
+        if self.hop_length > self.fft_length or 2 * self.num_channels > self.fft_length:
+            raise ValueError(
+                f"`fft_length` ({self.fft_length}) must be at least `hop_length` ({self.hop_length}) and twice `num_channels` "
+                f"({self.num_channels}), or some bands hold nothing."
+            )
+
+
+STREAM_CONFIGS: dict[str, type[PreTrainedConfig]] = {
     config.model_type: config
-    for config in (TokComChunkCodecConfig, TokComColorCodecConfig, TokComStyleCodecConfig, TokComVideoCodecConfig)
+    for config in (
+        *(TokComChunkCodecConfig, TokComColorCodecConfig, TokComStyleCodecConfig),
+        *(TokComVideoCodecConfig, TokComAudioCodecConfig),
+    )
+}
+
+
+@strict
+class TokComCompositeCodecConfig(TokComCodecConfig):
+    r"""Configuration of several codecs side by side, whose latents make one sequence.
+
+    Args:
+        streams (`dict[str, dict]`): name of a stream -> its codec's configuration; None removes a preset's. By default one text. In the sequence they
+            follow each other by name. A latent uses channels of its stream only, so the transformer's maps in and out are
+            different for every stream.
+        text_latents (`int`): latents of a text; what is left of them after it is EOS.
+        stream_weights (`dict[str, float]`, *optional*): of the streams in the loss, 1 by default.
+    """
+
+    model_type = "tokcom_composite_codec"
+    modality = "several"
+
+    streams: dict[str, dict[str, Any] | None] | None = None
+    text_latents: int = 8
+    stream_weights: dict[str, float | int] | None = None
+    initializer_range: float = 0.02
+
+    def stream_configs(self) -> dict[str, TokComCodecConfig]:
+        """The configuration of every stream's codec."""
+        configs = {}
+        streams = {"text": {}} if self.streams is None else self.streams
+        for name, fields in sorted(streams.items()):  # JSON does not keep an order
+            if fields is None:
+                continue
+            kind = fields.get("model_type", TokComChunkCodecConfig.model_type)
+            if kind not in STREAM_CONFIGS:
+                raise ValueError(f"stream {name!r} has the codec {kind!r}; known are {sorted(STREAM_CONFIGS)}.")
+            fields = {key: value for key, value in fields.items() if key != "model_type"}
+            check_known_keys(STREAM_CONFIGS[kind], fields, f"codec_config.streams.{name}.")
+            configs[name] = STREAM_CONFIGS[kind](**fields)
+        return configs
+
+    def stream_lengths(self) -> dict[str, int]:
+        """Latents of every stream."""
+        configs = self.stream_configs().items()
+        return {name: self.text_latents if codec.has_tokens else codec.num_tokens for name, codec in configs}
+
+    @property
+    def text_vocab_size(self) -> int:
+        return max((codec.text_vocab_size for codec in self.stream_configs().values()), default=0)
+
+    @property
+    def num_position_axes(self) -> int:
+        """The stream's index and the axes of the stream that has most."""
+        return 1 + max((codec.num_position_axes for codec in self.stream_configs().values()), default=1)
+
+    @property
+    def latent_channels(self) -> int:
+        return sum(codec.latent_channels for codec in self.stream_configs().values())
+
+    @property
+    def num_tokens(self) -> int:
+        """N, latents of all streams."""
+        return sum(self.stream_lengths().values())
+
+    def validate_architecture(self):
+        check_positive(self, "text_latents")
+        configs, weights = self.stream_configs(), self.stream_weights or {}
+        if not configs:
+            raise ValueError("`streams` is empty; name at least one stream and its codec.")
+        for name in configs:
+            if not name.isidentifier():
+                raise ValueError(f"the stream {name!r} must be named like an argument: letters, digits and '_'.")
+        vocabularies = {codec.text_vocab_size for codec in configs.values() if codec.has_tokens}
+        if len(vocabularies) > 1:
+            raise ValueError(
+                f"all texts share one tokenizer, but `vocab_size` is {sorted(vocabularies)}; make them equal."
+            )
+        if set(weights) - set(configs) or min(weights.values(), default=1) < 0 or not sum(weights.values() or [1]):
+            raise ValueError(
+                f"`stream_weights` ({weights}) must be of the streams {sorted(configs)}, not negative and not all 0."
+            )
+        for name, codec in configs.items():
+            if getattr(codec, "spatial_compression", 1) != 1:
+                raise ValueError(
+                    f"stream {name!r} must be of pixels: `spatial_compression` ({codec.spatial_compression}) is not 1."
+                )
+
+
+CODEC_CONFIGS: dict[str, type[PreTrainedConfig]] = {
+    **STREAM_CONFIGS,
+    TokComCompositeCodecConfig.model_type: TokComCompositeCodecConfig,
 }
 
 
@@ -557,5 +733,7 @@ __all__ = [
     "TokComColorCodecConfig",
     "TokComStyleCodecConfig",
     "TokComVideoCodecConfig",
+    "TokComAudioCodecConfig",
+    "TokComCompositeCodecConfig",
     "CODEC_CONFIGS",
 ]

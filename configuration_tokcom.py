@@ -19,10 +19,12 @@ try:
         MAX_PARAMETERS,
         TokComChunkCodecConfig,
         TokComColorCodecConfig,
+        TokComCompositeCodecConfig,
         TokComStyleCodecConfig,
         TokComVideoCodecConfig,
         check_fraction,
         check_heads,
+        check_known_keys,
         check_positive,
         check_size,
         vocabulary_fields,
@@ -35,7 +37,8 @@ except ImportError:
     CODEC_CONFIGS, MAX_PARAMETERS = _codecs.CODEC_CONFIGS, _codecs.MAX_PARAMETERS
     TokComChunkCodecConfig, TokComColorCodecConfig = _codecs.TokComChunkCodecConfig, _codecs.TokComColorCodecConfig
     TokComStyleCodecConfig, TokComVideoCodecConfig = _codecs.TokComStyleCodecConfig, _codecs.TokComVideoCodecConfig
-    vocabulary_fields = _codecs.vocabulary_fields
+    TokComCompositeCodecConfig = _codecs.TokComCompositeCodecConfig
+    vocabulary_fields, check_known_keys = _codecs.vocabulary_fields, _codecs.check_known_keys
     check_fraction, check_heads = _codecs.check_fraction, _codecs.check_heads
     check_positive, check_size = _codecs.check_positive, _codecs.check_size
 
@@ -65,6 +68,8 @@ class TokComTransformerConfig(PreTrainedConfig):
             context only through the state of its last latent.
         attention_type (`str`): `"full"`, or for clips `"factorized"`: even layers attend within a moment, odd ones along time at
             one place (Bertasius et al. 2021), so that the cost grows with F^2 + (H W)^2 instead of (F H W)^2.
+        stream_channels (`list[int]`, *optional*): for several streams in one sequence: how many of the C channels each uses, one
+            after the other; the first axis of `position_ids` is the stream. Set by a composite codec.
         feature_size (`int`): width of an input that is read instead of the latents, and of the output; 0 reads and
             predicts latents. Set by `prediction_type="tokens"`.
     """
@@ -94,6 +99,7 @@ class TokComTransformerConfig(PreTrainedConfig):
     num_context_layers: int = 0
     head_attention: bool = True
     attention_type: str = "full"
+    stream_channels: list[int] | None = None
     feature_size: int = 0
     initializer_range: float = 0.02
 
@@ -239,14 +245,19 @@ class TokComConfig(PreTrainedConfig):
             codec_type = fields.pop("model_type", TokComChunkCodecConfig.model_type)
             if codec_type not in CODEC_CONFIGS:
                 raise ValueError(f"unknown codec type {codec_type!r}; known are {sorted(CODEC_CONFIGS)}.")
-            _check_known_keys(CODEC_CONFIGS[codec_type], fields, "codec_config.")
+            check_known_keys(CODEC_CONFIGS[codec_type], fields, "codec_config.")
             self.codec_config = CODEC_CONFIGS[codec_type](**fields)
         if not isinstance(self.transformer_config, PreTrainedConfig):
             fields = {k: v for k, v in (self.transformer_config or {}).items() if k != "model_type"}
-            _check_known_keys(TokComTransformerConfig, fields, "transformer_config.")
+            check_known_keys(TokComTransformerConfig, fields, "transformer_config.")
             self.transformer_config = TokComTransformerConfig(**fields)
-        if isinstance(self.codec_config, (TokComColorCodecConfig, TokComVideoCodecConfig)):  # the codec decides
-            self.transformer_config.latent_channels = self.codec_config.latent_channels
+        codec, transformer = self.codec_config, self.transformer_config
+        composite = isinstance(codec, TokComCompositeCodecConfig)
+        if composite or isinstance(codec, (TokComColorCodecConfig, TokComVideoCodecConfig)):  # the codec decides
+            transformer.latent_channels = codec.latent_channels
+        if composite:
+            transformer.stream_channels = [stream.latent_channels for stream in codec.stream_configs().values()]
+            transformer.num_position_axes = codec.num_position_axes
         width = self.codec_config.num_symbols * self.token_embedding_size if self.prediction_type == "tokens" else 0
         self.transformer_config.feature_size = width
         super().__post_init__(**kwargs)
@@ -305,7 +316,7 @@ class TokComConfig(PreTrainedConfig):
     @property
     def text_vocab_size(self) -> int:
         """Ids of the text that a model reads: the tokenizer's and the mask token; 0 if it reads none."""
-        return self.codec_config.vocab_size if self.codec_config.has_tokens else self.condition_vocab_size
+        return self.codec_config.text_vocab_size or self.condition_vocab_size
 
     @property
     def has_latent_head(self) -> bool:
@@ -319,7 +330,8 @@ class TokComConfig(PreTrainedConfig):
                 f"`condition_vocab_size` ({condition}) must not be negative, and needs a codec of images or clips and "
                 "`transformer_config.block_size=None`; a text continues its prompt."
             )
-        if images and (self.prediction_type != "latents" or self.ce_weight or self.has_latent_head):
+        self._validate_streams()
+        if not codec.text_vocab_size and (self.prediction_type != "latents" or self.ce_weight or self.has_latent_head):
             raise ValueError(
                 f"images have no tokens to predict: `prediction_type` ({self.prediction_type!r}) must be 'latents', "
                 f"`ce_weight` ({self.ce_weight}) 0, and `latent_head` and `latent_refiner` 'none'."
@@ -345,6 +357,29 @@ class TokComConfig(PreTrainedConfig):
             or (self.quantize_prediction and codec.modality != "video")
         ):
             raise ValueError("`quantize_prediction` needs a video codec with a `quantizer`.")
+
+    def _validate_streams(self):
+        codec, transformer = self.codec_config, self.transformer_config
+        several = codec.modality == "several"
+        if codec.modality == "audio":
+            raise ValueError(
+                "a sound is a stream of a composite codec; use `model_type='tokcom_composite_codec'` with one stream."
+            )
+        if several != (transformer.stream_channels is not None):
+            raise ValueError(
+                f"`transformer_config.stream_channels` ({transformer.stream_channels}) is set by a composite codec, not by "
+                f"{codec.model_type!r}; leave it out."
+            )
+        if several and (transformer.block_size is not None or not transformer.per_latent_timestep):
+            raise ValueError(
+                f"several streams need `transformer_config.block_size=None` (got {transformer.block_size}) and "
+                f"`per_latent_timestep=True` (got {transformer.per_latent_timestep}): what is given is clean."
+            )
+        if several and (self.has_latent_head or self.condition_vocab_size or self.ce_share != 1):
+            raise ValueError(
+                f"several streams have no captions besides (`condition_vocab_size` {self.condition_vocab_size}), no latent head "
+                f"({self.latent_head!r}, {self.latent_refiner!r}) and `ce_share` 1 (got {self.ce_share})."
+            )
 
     def _validate_head(self):
         colors = isinstance(self.codec_config, TokComColorCodecConfig)
@@ -406,19 +441,16 @@ class TokComConfig(PreTrainedConfig):
         fields = deepcopy(PRESETS[name])
         merge_overrides(fields, overrides)
         codec = CODEC_CONFIGS[fields["codec_config"].get("model_type", TokComChunkCodecConfig.model_type)]
-        if vocab_size is not None and codec.modality != "text":
+        if vocab_size is not None and codec.modality == "several":
+            for stream in filter(None, fields["codec_config"]["streams"].values()):
+                kind = CODEC_CONFIGS.get(stream.get("model_type", TokComChunkCodecConfig.model_type))
+                if kind is not None and kind.modality == "text":
+                    stream.update(vocabulary_fields(vocab_size))
+        elif vocab_size is not None and codec.modality != "text":
             fields["condition_vocab_size"] = vocab_size + 1
         elif vocab_size is not None:
             fields["codec_config"].update(vocabulary_fields(vocab_size))
         return cls(**fields)
-
-
-def _check_known_keys(config_class: type[PreTrainedConfig], values: dict[str, Any], prefix: str) -> None:
-    """Reject misspelt keys, which `PreTrainedConfig` would keep as attributes that nothing reads."""
-    known = {k for c in config_class.__mro__ for k in getattr(c, "__annotations__", {})}
-    for key in set(values) - known:
-        if key not in config_class().to_dict() and not key.startswith("_"):
-            raise ValueError(f"unknown configuration key '{prefix}{key}'; see {config_class.__name__}.")
 
 
 def merge_overrides(fields: dict[str, Any], overrides: dict[str, Any]) -> None:
@@ -426,9 +458,17 @@ def merge_overrides(fields: dict[str, Any], overrides: dict[str, Any]) -> None:
 
     Raises `ValueError` for an unknown top-level key; unknown keys of sub-configurations fail when the config is built.
     """
-    _check_known_keys(TokComConfig, overrides, "")
+    check_known_keys(TokComConfig, overrides, "")
+    _merge(fields, overrides)
+
+
+def _merge(fields: dict[str, Any], overrides: dict[str, Any]) -> None:
     for key, value in overrides.items():
-        fields[key] = {**fields.get(key, {}), **value} if isinstance(value, dict) else value
+        if isinstance(value, dict) and isinstance(fields.get(key), dict):
+            fields[key] = dict(fields[key])
+            _merge(fields[key], value)
+        else:
+            fields[key] = value
 
 
 def _pixels(
@@ -599,6 +639,28 @@ PRESETS: dict[str, dict[str, Any]] = {
             **dict(conditioning_size=128, block_size=None, self_conditioning=False),
         },
         **dict(ce_weight=0.0, infill_rate=0.0, timestep_loc=0.0, num_inference_steps=20),
+    },
+    # a text, a picture and a sound in one sequence of 42 latents
+    "omni-tiny": {
+        "codec_config": {
+            "model_type": "tokcom_composite_codec",
+            "text_latents": 10,
+            "streams": {
+                "text": {
+                    **vocabulary_fields(1024),
+                    **dict(model_type="tokcom_chunk_codec", chunk_size=2, latent_channels=32, embedding_size=64),
+                    **dict(hidden_size=128, intermediate_size=384, num_hidden_layers=1),
+                },
+                "image": dict(model_type="tokcom_video_codec", num_frames=1, height=32, width=32, patch_size=8),
+                "audio": dict(model_type="tokcom_audio_codec", num_frames=64, frames_per_patch=4, num_channels=40),
+            },
+        },
+        "transformer_config": {
+            **dict(hidden_size=256, intermediate_size=704, num_hidden_layers=8, num_attention_heads=4),
+            **dict(num_key_value_heads=4, max_position_embeddings=42, conditioning_size=128, block_size=None),
+            **dict(self_conditioning=False),
+        },
+        **dict(ce_weight=0.5, infill_rate=0.0, timestep_loc=0.0, num_inference_steps=24),
     },
     "debug": {
         "codec_config": {

@@ -154,6 +154,10 @@ def load_teacher(config: DistillConfig) -> TokComPipeline:
     """The teacher, frozen, with its tokenizer and autoencoder; raises `ValueError` for one that cannot be distilled."""
     pipe = TokComPipeline.from_pretrained(config.teacher)
     model = pipe.model.float().eval()
+    if model.config.codec_config.modality == "several":
+        raise ValueError(
+            f"{config.teacher} has several streams, whose tasks no student is trained for yet; give a model of one."
+        )
     if model.config.prediction_type != "latents":
         raise ValueError(
             f"{config.teacher} has `prediction_type={model.config.prediction_type!r}`: it is trained by cross-entropy, and its head "

@@ -102,6 +102,12 @@ def model_card(
         call += 'first.save("clip.gif", save_all=True, append_images=others, duration=125, loop=0)'
         size = "x".join(map(str, [*codec.image_size, codec.clip_length]))
         does = f"makes clips of {size} pixels and frames by denoising {codec.num_tokens} patches of space and time"
+    elif codec.modality == "several":
+        kinds = {name: stream.kind for name, stream in codec.stream_configs().items()}
+        first, *others = sorted(kinds, key=lambda name: kinds[name] != "text")
+        given = f'{first}="a word", ' if kinds[first] == "text" and others else ""
+        task, call = "any-to-any", f"print(pipe({given}generate=[{(others or [first])[0]!r}]).streams)"
+        does = f"makes any of the streams {', '.join(kinds)} for any others by denoising {codec.num_tokens} latents"
     text = METADATA.format(more=more, task=task) + TEXT.format(
         title=title,
         does=does,

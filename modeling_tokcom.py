@@ -22,16 +22,11 @@ from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
 try:
-    from .codec_chunk_tokcom import TokComChunkCodec, TokComCodecOutput, TokComDecoderOutput
-    from .codec_color_tokcom import TokComColorCodec
-    from .codec_style_tokcom import TokComImageOutput, TokComStyleCodec
-    from .codec_video_tokcom import TokComVideoCodec, TokComVideoOutput
-    from .configuration_codec_tokcom import (
-        TokComChunkCodecConfig,
-        TokComColorCodecConfig,
-        TokComStyleCodecConfig,
-        TokComVideoCodecConfig,
-    )
+    from .codec_chunk_tokcom import TokComCodecOutput, TokComDecoderOutput
+    from .codec_composite_tokcom import STREAM_CODECS, TokComAudioOutput, TokComCompositeCodec
+    from .codec_style_tokcom import TokComImageOutput
+    from .codec_video_tokcom import TokComVideoOutput
+    from .configuration_codec_tokcom import TokComCompositeCodecConfig
     from .configuration_tokcom import STAGES, TokComConfig
     from .latent_head_tokcom import TokComLatentHead
     from .layers_tokcom import TokComPreTrainedModel, TokComTokenEmbedding
@@ -41,7 +36,7 @@ except ImportError:
     if __package__:
         raise
     import codec_chunk_tokcom as _codec_chunk
-    import codec_color_tokcom as _codec_color
+    import codec_composite_tokcom as _codec_composite
     import codec_style_tokcom as _codec_style
     import codec_video_tokcom as _codec_video
     import configuration_codec_tokcom as _configuration_codec
@@ -51,15 +46,11 @@ except ImportError:
     import token_head_tokcom as _token_head
     import transformer_tokcom as _transformer
 
-    TokComChunkCodec, TokComCodecOutput = _codec_chunk.TokComChunkCodec, _codec_chunk.TokComCodecOutput
-    TokComDecoderOutput = _codec_chunk.TokComDecoderOutput
-    TokComColorCodec = _codec_color.TokComColorCodec
-    TokComImageOutput, TokComStyleCodec = _codec_style.TokComImageOutput, _codec_style.TokComStyleCodec
-    TokComChunkCodecConfig = _configuration_codec.TokComChunkCodecConfig
-    TokComColorCodecConfig = _configuration_codec.TokComColorCodecConfig
-    TokComStyleCodecConfig = _configuration_codec.TokComStyleCodecConfig
-    TokComVideoCodec, TokComVideoOutput = _codec_video.TokComVideoCodec, _codec_video.TokComVideoOutput
-    TokComVideoCodecConfig = _configuration_codec.TokComVideoCodecConfig
+    TokComCodecOutput, TokComDecoderOutput = _codec_chunk.TokComCodecOutput, _codec_chunk.TokComDecoderOutput
+    STREAM_CODECS, TokComCompositeCodec = _codec_composite.STREAM_CODECS, _codec_composite.TokComCompositeCodec
+    TokComAudioOutput, TokComImageOutput = _codec_composite.TokComAudioOutput, _codec_style.TokComImageOutput
+    TokComVideoOutput = _codec_video.TokComVideoOutput
+    TokComCompositeCodecConfig = _configuration_codec.TokComCompositeCodecConfig
     TokComConfig, STAGES = _configuration.TokComConfig, _configuration.STAGES
     TokComLatentHead = _latent_head.TokComLatentHead
     TokComPreTrainedModel, TokComTokenEmbedding = _layers.TokComPreTrainedModel, _layers.TokComTokenEmbedding
@@ -69,12 +60,7 @@ except ImportError:
     block_causal_mask = _transformer.block_causal_mask
 
 EARLY = 0.1  # training begins with a token this long before its time, since sampling steps are not infinitely small
-CODECS = {
-    TokComChunkCodecConfig.model_type: TokComChunkCodec,
-    TokComColorCodecConfig.model_type: TokComColorCodec,
-    TokComStyleCodecConfig.model_type: TokComStyleCodec,
-    TokComVideoCodecConfig.model_type: TokComVideoCodec,
-}
+CODECS = {**STREAM_CODECS, TokComCompositeCodecConfig.model_type: TokComCompositeCodec}
 
 
 @dataclass
@@ -240,17 +226,24 @@ class TokComModel(TokComPreTrainedModel):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
+        streams: dict[str, torch.Tensor] | None = None,
+        present: dict[str, torch.Tensor] | None = None,
     ) -> TokComCodecOutput:
-        """Token ids, images or clips -> standardised latents.
+        """Token ids, images, clips or several streams -> standardised latents.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(B, T)`): T a multiple of K, ids below V.
             attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 0 marks padding.
             pixel_values (`torch.FloatTensor` of shape `(B, 3, H, W)`, of clips `(B, c, F, H, W)`): what a model of images or
                 clips encodes instead.
+            streams (`dict[str, torch.Tensor]`, *optional*): what a model of several streams encodes: ids `(B, T)`, pixels,
+                log-mel `(B, mel bands, F)`, by name.
+            present (`dict[str, torch.BoolTensor]`, *optional*): rows `(B,)` that have a stream; by default all.
 
         Returns: `latents (B, N, C)`, `position_ids (B, N, A)`, `mask (B, N)`. Raises `ValueError` on a bad length or id.
         """
+        if self.config.codec_config.modality == "several":
+            return self.codec.encode(self._required(streams, "streams"), present)
         if not self.config.codec_config.has_tokens:
             return self.codec.encode(self._required(pixel_values, "pixel_values"))
         self._check_ids(self._required(input_ids, "input_ids"))
@@ -382,6 +375,13 @@ class TokComModel(TokComPreTrainedModel):
         return self.codec.decode(latents, **kwargs)
 
     @_entry_point
+    def decode_stream(
+        self, name: str, latents: torch.Tensor
+    ) -> TokComDecoderOutput | TokComImageOutput | TokComVideoOutput | TokComAudioOutput:
+        """The stream `name` of standardised latents `(B, N, C)` of several -> what its codec's `decode` gives."""
+        return self.codec.decode_stream(name, latents)
+
+    @_entry_point
     def to_ids(self, latents: torch.Tensor) -> torch.Tensor:
         """Standardised latents `(B, N, C)` -> the most likely token ids `(B, N * K)`."""
         return self.codec.to_ids(latents)
@@ -394,6 +394,9 @@ class TokComModel(TokComPreTrainedModel):
         known_mask: torch.Tensor | None = None,
         latents: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
+        streams: dict[str, torch.Tensor] | None = None,
+        present: dict[str, torch.Tensor] | None = None,
+        given: list[str] | None = None,
     ) -> TokComOutput:
         """Loss of `config.stage` on token ids `(B, T)`; `attention_mask (B, T)` is 0 on padding.
 
@@ -403,11 +406,16 @@ class TokComModel(TokComPreTrainedModel):
         `known_mask (B, T)` is 1 on tokens that are given, such as a prompt: in the flow stage latents of them only are clean
         and not predicted, and a share `context_dropout` of the rows does without them.
 
+        Of a model of several `streams`, as `encode` reads them, the streams named by `given` are clean in all rows that have them
+        and the others generated; by default every row draws a task of its own.
+
         `latents (B, N, C)`, what `encode` gives for these ids, save encoding them; then no token may be padding.
 
         `timestep` in [0, 1] fixes t in the flow stage, which evaluation uses to measure CE(t); by default it is drawn.
         In eval mode nothing is dropped, every block follows its whole context, and there is no self-conditioning.
         """
+        if self.config.codec_config.modality == "several":
+            return self._stream_loss(self._required(streams, "streams"), present, given, timestep)
         if self.config.codec_config.has_tokens:
             source = self._required(input_ids, "input_ids"), attention_mask
         else:
@@ -450,6 +458,31 @@ class TokComModel(TokComPreTrainedModel):
         loss = loss + (1.0 if trains_head else config.ce_weight) * cross_entropy
         tokens = None if tokens.shape[1] != loss_mask.shape[1] else tokens.detach()
         return TokComOutput(loss=loss, ce_loss=cross_entropy.detach(), mse_loss=mse.detach(), token_losses=tokens)
+
+    def _stream_loss(self, streams, present, given, timestep) -> TokComOutput:
+        """Loss of several streams: of each row the ones that its task generates."""
+        config = self.config
+        if config.stage == "codec":
+            loss, parts = self.codec.training_loss(streams, present)
+            return TokComOutput(loss=loss, **parts)
+        with torch.no_grad():
+            clean = self.codec.encode(streams, present)
+        if given is None:
+            task = self.codec.draw_task(clean.mask, config.context_dropout if self.training else 0.0)
+        else:
+            self.codec.check_names(given)
+            known = torch.zeros_like(clean.mask)
+            for name in given:
+                known[:, self.codec.places[name]] = True
+            task = known & clean.mask, clean.mask
+        prediction, loss_mask, _, _ = self._predict_noised(clean, timestep, task=task)
+        mse = self.codec.squared_error(prediction.float() - clean.latents[:, None].float(), loss_mask)
+        loss, cross_entropy = config.mse_weight * mse, None
+        if config.ce_weight:
+            cross_entropy = self.codec.text_nll(prediction[:, 0], streams, loss_mask)
+            loss = loss if cross_entropy is None else loss + config.ce_weight * cross_entropy
+            cross_entropy = loss.new_zeros(()) if cross_entropy is None else cross_entropy.detach()
+        return TokComOutput(loss=loss, ce_loss=cross_entropy, mse_loss=mse.detach())
 
     def _decoded_nll(self, estimate, loss_mask, input_ids, attention_mask) -> tuple[torch.Tensor, torch.Tensor]:
         """Nats `(B, n, K)` of the tokens that `estimate (B, N, C)` stands for, where `loss_mask (B, N)`, and how many they
@@ -525,11 +558,12 @@ class TokComModel(TokComPreTrainedModel):
         symbols: TokComSymbols | None = None,
         known_mask: torch.Tensor | None = None,
         prefix: tuple[torch.Tensor, ...] | None = None,
+        task: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """Noise the latents, M = `noise_draws` times with one time per block, and estimate them again.
 
-        A token head needs the ids `chunks (B, N, K)` and the codec's `symbols`; `prefix` is what `condition` gives.
-        Returns the transformer's outputs `(B, M, N, ...)`, the loss mask `(B, N)`, and what it saw: the noisy latents
+        A token head needs the ids `chunks (B, N, K)` and the codec's `symbols`; `prefix` is what `condition` gives, `task`
+        which latents of several streams are known and which are seen at all, `(B, N)` each. Returns the transformer's outputs `(B, M, N, ...)`, the loss mask `(B, N)`, and what it saw: the noisy latents
         `(B, M * N, C)` and their times `(B, M * N)`.
         """
         config, latents, valid = self.config, clean.latents, clean.mask
@@ -556,6 +590,9 @@ class TokComModel(TokComPreTrainedModel):
                 known = draw_known(valid, infill_rate, group) if given is None else given
             attention_mask = valid if given is None else valid & ~(given & ~sees_context[:, None])
             known = known & sees_context[:, None]
+            if task is not None:
+                known, attention_mask = task
+                loss_mask = attention_mask
             t, loss_mask = torch.where(known, 1.0, t), loss_mask & ~known
         else:
             attention_mask = block_causal_mask(order, valid, sees_context, draws)

@@ -29,16 +29,19 @@ class TokComImageMixin:
 
     @property
     def image_processor(self) -> TokComImageProcessor | None:
-        """Pictures, or frames, <-> `pixel_values`; None for models of text."""
+        """Pictures, or frames, <-> `pixel_values`; None for models of text or of several streams."""
         config = self.model.config.codec_config
-        return None if config.has_tokens else TokComImageProcessor(config.image_size)
+        return TokComImageProcessor(config.image_size) if config.modality in ("image", "video") else None
 
     def _require_modality(self, modality: str):
         """The codec; raises `ValueError` if it is of something else."""
         config = self.model.config.codec_config
         if config.modality != modality:
             found = {"text": "writes text: call pipe(prompt)", "image": "makes pictures: call generate_images"}
-            found["video"] = "makes clips: call generate_videos"
+            found |= {
+                "video": "makes clips: call generate_videos",
+                "several": "has several streams: call generate_streams",
+            }
             raise ValueError(f"this model (codec {config.model_type!r}) {found[config.modality]}.")
         return self.model.codec
 

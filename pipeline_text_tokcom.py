@@ -43,6 +43,8 @@ class TokComPipelineOutput(BaseOutput):
         codes (`torch.LongTensor` of shape `(B, N, R)`): what stores the latents of a codec with a quantiser.
         images (`list[PIL.Image.Image]` or `torch.FloatTensor` of shape `(B, 3, H, W)`): pictures, of models of images.
         videos (`list[list[PIL.Image.Image]]` or `torch.FloatTensor` of shape `(B, 3, F, H, W)`): clips, of models of clips.
+        audios (`list[np.ndarray]`): sounds, samples in [-1, 1].
+        streams (`dict[str, list]`): of models of several streams, the content of each by name.
     """
 
     texts: list[str] | None = None
@@ -52,6 +54,8 @@ class TokComPipelineOutput(BaseOutput):
     codes: torch.LongTensor | None = None
     images: list[Image.Image] | torch.FloatTensor | None = None
     videos: list[list[Image.Image]] | torch.FloatTensor | None = None
+    audios: list[np.ndarray] | None = None
+    streams: dict[str, list] | None = None
 
 
 class TokComPiece(NamedTuple):
@@ -133,6 +137,10 @@ class TokComTextMixin:
     def require_tokens(self) -> None:
         """Raise `ValueError` if this is a model of images or clips, which has no text to give."""
         modality = self.model.config.codec_config.modality
+        if modality == "several":
+            raise ValueError(
+                "this model has several streams: call pipe(text=..., generate=['image']) or generate_streams."
+            )
         if modality != "text":
             names = ", ".join(f"{verb}_{modality}s" for verb in ("generate", "encode", "decode"))
             raise ValueError(

@@ -1,4 +1,4 @@
-"""TokComPipeline: prompt in, text, pictures or clips out.
+"""TokComPipeline: prompt in, text, pictures or clips out; or any streams in and out.
 
 Notable choices: what is generated is a set of latents with positions, given clean latents with positions, so continuing
 a prompt, generating from noise, re-denoising a text and filling gaps are one sampler; a block-causal model denoises
@@ -15,8 +15,10 @@ from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 try:  # diffusers copies only the direct relative imports of this file, so every module of the repository is named here
+    from .audio_processing_tokcom import TokComAudioProcessor
     from .codec_chunk_tokcom import TokComCodecOutput
     from .codec_color_tokcom import TokComColorCodec
+    from .codec_composite_tokcom import TokComCompositeCodec
     from .codec_style_tokcom import TokComStyleCodec
     from .codec_video_tokcom import TokComVideoCodec
     from .configuration_codec_tokcom import TokComStyleCodecConfig
@@ -27,6 +29,7 @@ try:  # diffusers copies only the direct relative imports of this file, so every
     from .layers_tokcom import TokComPreTrainedModel
     from .modeling_tokcom import TokComModel
     from .pipeline_image_tokcom import IMAGE_OUTPUTS, TokComImageMixin
+    from .pipeline_omni_tokcom import TokComOmniMixin
     from .pipeline_text_tokcom import GAP, TokComPiece, TokComPipelineOutput, TokComTextMixin, join_blocks
     from .pipeline_video_tokcom import TokComVideoMixin
     from .quantization_tokcom import VectorQuantizer
@@ -37,8 +40,10 @@ try:  # diffusers copies only the direct relative imports of this file, so every
 except ImportError:
     if __package__:
         raise
+    import audio_processing_tokcom as _audio_processing
     import codec_chunk_tokcom as _codec_chunk
     import codec_color_tokcom as _codec_color
+    import codec_composite_tokcom as _codec_composite
     import codec_style_tokcom as _codec_style
     import codec_video_tokcom as _codec_video
     import configuration_codec_tokcom as _configuration_codec
@@ -49,6 +54,7 @@ except ImportError:
     import layers_tokcom as _layers
     import modeling_tokcom as _modeling
     import pipeline_image_tokcom as _pipeline_image
+    import pipeline_omni_tokcom as _pipeline_omni
     import pipeline_text_tokcom as _pipeline_text
     import pipeline_video_tokcom as _pipeline_video
     import quantization_tokcom as _quantization
@@ -69,12 +75,17 @@ except ImportError:
     TokComVideoCodec, TokComVideoMixin = _codec_video.TokComVideoCodec, _pipeline_video.TokComVideoMixin
     TokComTextMixin, TokComPipelineOutput = _pipeline_text.TokComTextMixin, _pipeline_text.TokComPipelineOutput
     GAP, TokComPiece, join_blocks = _pipeline_text.GAP, _pipeline_text.TokComPiece, _pipeline_text.join_blocks
+    TokComAudioProcessor, TokComOmniMixin = _audio_processing.TokComAudioProcessor, _pipeline_omni.TokComOmniMixin
+    TokComCompositeCodec = _codec_composite.TokComCompositeCodec
     TokComLatentHead, VectorQuantizer = _latent_head.TokComLatentHead, _quantization.VectorQuantizer
 
 
-class TokComPipeline(TokComHubMixin, TokComTextMixin, TokComImageMixin, TokComVideoMixin, DiffusionPipeline):
+class TokComPipeline(
+    TokComHubMixin, TokComTextMixin, TokComImageMixin, TokComVideoMixin, TokComOmniMixin, DiffusionPipeline
+):
     """Continue prompts, generate, reconstruct, re-denoise, encode, decode and fill gaps with a TokCom model; with one of
-    images or clips, generate pictures or clips for captions, and encode, decode and reconstruct them.
+    images or clips, generate pictures or clips for captions, and encode, decode and reconstruct them; with one of several streams,
+    make any of them for any others.
 
     Args:
         model (`TokComModel`), scheduler (`TokComFlowMatchScheduler` or a stock flow scheduler),
@@ -225,10 +236,10 @@ class TokComPipeline(TokComHubMixin, TokComTextMixin, TokComImageMixin, TokComVi
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | list[str] | list[dict[str, str]] | list[list[dict[str, str]]],
+        prompt: str | list[str] | list[dict[str, str]] | list[list[dict[str, str]]] | None = None,
         gen_length: int = 256,
         num_inference_steps: int | None = None,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | dict[str, float] = 1.0,
         temperature: float | None = None,
         top_p: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -238,8 +249,11 @@ class TokComPipeline(TokComHubMixin, TokComTextMixin, TokComImageMixin, TokComVi
         streamer: BaseStreamer | None = None,
         callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
+        generate: str | list[str] | None = None,
+        **streams,
     ) -> TokComPipelineOutput | tuple:
-        """Continue one or several prompts, or with a model of images draw one or several captions.
+        """Continue one or several prompts, or with a model of images draw one or several captions; of several streams,
+        `pipe(text="a frog", generate=["image"])` makes some for others.
 
         Args:
             prompt: a text or a list of texts of any lengths; none may be empty. A dialogue, `[{"role", "content"}, ...]`, or
@@ -255,11 +269,35 @@ class TokComPipeline(TokComHubMixin, TokComTextMixin, TokComImageMixin, TokComVi
                 `"latent"`.
             streamer: a streamer of transformers (`TextStreamer`, `TextIteratorStreamer`); it receives the prompt's ids,
                 then those of every finished block. For one prompt; `stream` is the same as an iterator.
+            generate, streams: of a model of several streams, which to make, by default all others, and what is given by name.
             callback_on_step_end: called as `f(pipe, step, timestep, {"latents": ...})`; may return new latents.
 
         Raises `ValueError` for an empty or too long prompt and for arguments out of range.
         """
         wanted = ["latents"] if callback_on_step_end_tensor_inputs is None else callback_on_step_end_tensor_inputs
+
+        def on_step_end(pipe, index, timestep, x):
+            tensors = {"latents": x} if "latents" in wanted else {}
+            return callback_on_step_end(pipe, index, timestep, tensors).pop("latents", x)
+
+        if self.model.config.codec_config.modality == "several":
+            streams = streams if prompt is None else {"text": prompt, **streams}
+            settings = {
+                "num_inference_steps": num_inference_steps,
+                "guidance_scale": guidance_scale,
+                "latents": latents,
+            }
+            settings["on_step_end"] = None if callback_on_step_end is None else on_step_end
+            output = self.generate_streams(
+                streams, generate, generator=generator, output_type=output_type or "content", **settings
+            )
+            return output if return_dict else output.to_tuple()
+        if streams or generate is not None:
+            raise ValueError(
+                f"{sorted(streams) or '`generate`'}: this model has one stream; give a `prompt` and arguments of this method."
+            )
+        if prompt is None:
+            raise ValueError("`prompt` is missing; give a text, or call generate() to start from noise.")
         images = not self.model.config.codec_config.has_tokens
         output_type = output_type or ("pil" if images else "text")
         self.check_inputs(gen_length, num_inference_steps, output_type, wanted)
@@ -268,10 +306,6 @@ class TokComPipeline(TokComHubMixin, TokComTextMixin, TokComImageMixin, TokComVi
             raise ValueError("`prompt` is an empty list; give at least one text.")
         if streamer is not None and len(prompts) > 1:
             raise ValueError(f"`streamer` shows one text, but there are {len(prompts)} prompts; call once for each.")
-
-        def on_step_end(pipe, index, timestep, x):
-            tensors = {"latents": x} if "latents" in wanted else {}
-            return callback_on_step_end(pipe, index, timestep, tensors).pop("latents", x)
 
         if images:
             if streamer is not None or temperature not in (None, 1.0) or top_p not in (None, 1.0):

@@ -8,7 +8,7 @@ long as tokens that are decided together do not depend on each other; what is do
 
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -68,6 +68,8 @@ class TokComBlockSampler:
     Args:
         num_inference_steps (`int`): steps per block.
         guidance_scale (`float`): 1 is off; what the network predicts is moved away from its prediction without context.
+        omissions (`list[tuple[torch.BoolTensor, float]]`): instead, of a bidirectional model, parts `(n,)` of the n context latents, and
+            by how much the prediction is moved away from the one without each of them.
         temperature, top_p (`float`): of token probabilities; see `TokComTokenHead.draw`.
         generator: source of what is drawn during sampling, one or one per row.
         interrupt (`bool`): once true, the remaining steps are left out.
@@ -77,6 +79,7 @@ class TokComBlockSampler:
     scheduler: SchedulerMixin
     num_inference_steps: int
     guidance_scale: float = 1.0
+    omissions: list[tuple[torch.Tensor, float]] = field(default_factory=list)
     temperature: float = 1.0
     top_p: float = 1.0
     generator: torch.Generator | list[torch.Generator] | None = None
@@ -161,7 +164,8 @@ class TokComBlockSampler:
             position_ids = self.model.codec.positions(index.expand(len(noise), -1))
         if valid is None:
             valid = torch.ones(noise.shape[:2], dtype=torch.bool, device=noise.device)
-        known = _Known(self.model, context, noise, prefix)
+        omitted = [part for part, _ in self.omissions]
+        known = _Known(self.model, context, noise, prefix, omitted)
         for index, block in enumerate(split_blocks(noise.shape[1], known.block_size, edges)):
             after = None if on_step_end is None else partial(on_step_end, index)
             known.begin(position_ids[:, block], valid[:, block], guided=self.guidance_scale != 1.0)
@@ -242,11 +246,10 @@ class TokComBlockSampler:
     def _estimate(self, x, step: _Step, known: "_Known", previous, chunks):
         """x1 `(B, Q, C)` in float32 for the noisy block `x`, and the ids `(B, Q, K)` of its tokens if they are drawn."""
         states = known.predict(x if step.scale == 1 else x * step.scale, step, previous, chunks)
-        if len(states) > 1:
-            guided, free = states
-            states = free + self.guidance_scale * (guided - free)
-        else:
-            states = states[0]
+        full, *others = states
+        states, scales = full, [scale for _, scale in self.omissions] or [self.guidance_scale]
+        for other, scale in zip(others, scales):
+            states = states + (scale - 1) * (full - other)
         head = self.model.token_head
         if head is None:
             return self.model.quantize(states.float()), None
@@ -306,8 +309,10 @@ class TokComWindowCache:
 class _Known:
     """What is already known while blocks are denoised: a key/value cache, or for bidirectional models the latents."""
 
-    def __init__(self, model: TokComModel, context: TokComCodecOutput | None, like: torch.Tensor, prefix=None):
-        config, self.prefix = model.config.transformer_config, prefix
+    def __init__(
+        self, model: TokComModel, context: TokComCodecOutput | None, like: torch.Tensor, prefix=None, omitted=()
+    ):
+        config, self.prefix, self.omitted = model.config.transformer_config, prefix, omitted
         self.model, self.block_size, self.window = model, config.block_size, config.max_position_embeddings
         self.context, self.symbols, self.length, self.cache = context, model.symbols(), 0, None
         if self.block_size is None:
@@ -348,6 +353,9 @@ class _Known:
         """
         if self.cache is None and self.context is not None:
             states = [self._predict_beside_context(x, step, previous, self.prefix)]
+            for part in self.omitted:
+                seen = torch.cat((self.context.mask & ~part, self.valid), dim=1)
+                states.append(self._predict_beside_context(x, step, previous, self.prefix, seen))
             return states + self._predict(x, step, previous, chunks, self.free_keys) if self.guided else states
         if self.prefix is not None:
             states = self._predict(x, step, previous, chunks, self.keys, prefix=self.prefix)
@@ -367,8 +375,8 @@ class _Known:
         inputs |= {"modulations": step.modulations, "self_condition": previous}
         return [self.model.predict(x, step.time, self.position_ids, keys, **inputs).latents]
 
-    def _predict_beside_context(self, x, step: _Step, previous, prefix=None) -> torch.Tensor:
-        """The prediction of a bidirectional model, which reads the context again at every step."""
+    def _predict_beside_context(self, x, step: _Step, previous, prefix=None, keys=None) -> torch.Tensor:
+        """The prediction of a bidirectional model, which reads the context again at every step; `keys (B, S)` may hide some of it."""
         known, time = self.context, step.time.expand(x.shape[:2])
         known_time = torch.ones_like(time[:, :1])
         if not self.model.config.transformer_config.per_latent_timestep:
@@ -378,7 +386,7 @@ class _Known:
             torch.cat((known.latents.to(x.dtype), x), dim=1),
             torch.cat((known_time.expand(known.mask.shape), time), dim=1),
             torch.cat((known.position_ids, self.position_ids), dim=1),
-            self.keys,
+            self.keys if keys is None else keys,
             self_condition=previous,
             symbols=self.symbols,
             prefix=prefix,

@@ -32,6 +32,7 @@ from accelerate.utils import (
     ProjectConfiguration,
     broadcast_object_list,
     parse_flag_from_env,
+    send_to_device,
     set_seed,
 )
 from diffusers.optimization import get_scheduler
@@ -153,8 +154,8 @@ class StageTrainer:
         self._check_launch()
         model.set_stage(stage)
         if stage == "codec" and config.perceptual_model:
-            if model.config.codec_config.has_tokens:
-                raise ValueError("`perceptual_model` compares pictures; remove it for text.")
+            if model.config.codec_config.modality not in ("image", "video"):
+                raise ValueError("`perceptual_model` compares pictures; remove it for text and for several streams.")
             features = FeatureLoss(config.perceptual_model, config.perceptual_weight, self.accelerator.device)
             model.codec.feature_loss = features
         if config.gradient_checkpointing:
@@ -299,7 +300,7 @@ class StageTrainer:
                 if seen:
                     seen -= 1
                 else:
-                    yield {name: value.to(self.accelerator.device) for name, value in batch.items()}
+                    yield send_to_device(batch, self.accelerator.device)
             if empty:
                 raise ValueError(
                     f"the data stream gave no full batch; lower {self.stage}.batch_size or give more text."
@@ -431,7 +432,7 @@ class StageTrainer:
                 break
             torch.manual_seed(index)
             with accelerator.autocast():
-                outputs.append(module(**{k: v.to(accelerator.device) for k, v in batch.items()}))
+                outputs.append(module(**send_to_device(batch, accelerator.device)))
         values = {
             name: torch.stack([getattr(o, name).float() for o in outputs]).mean().item()
             for name in ("loss", "ce_loss", "mse_loss")
@@ -466,6 +467,8 @@ class StageTrainer:
         scheduler = TokComFlowMatchScheduler.from_model_config(module.config)
         pipe = TokComPipeline(module, scheduler, self.tokenizer, self.corpus.autoencoder)
         pipe.set_progress_bar_config(disable=True)
+        if module.config.codec_config.modality == "several":
+            return self._log_streams(pipe) if self.stage != "codec" else None
         if pipe.image_processor is not None:
             return self._log_pictures(pipe, next(iter(self.validation_loader)))
         ids = next(iter(self.validation_loader))["input_ids"][:count, :128]
@@ -503,6 +506,30 @@ class StageTrainer:
         grid, name = picture_grid(rows, scale=2), {"codec": "vae/samples"}.get(self.stage, "diffusion/generated")
         grid.save(self.directory / f"samples-{self.progress.step}.png")
         log_picture(self.accelerator, name, grid, self.progress.step)
+
+    def _log_streams(self, pipe: TokComPipeline) -> None:
+        """Of some records: what is made of each stream that is given alone; texts as a table, pictures as a picture."""
+        dataset, generator = self.validation_loader.dataset, torch.Generator().manual_seed(0)
+        contents = [dataset.content(i) for i in range(min(4 * self.config.num_samples, len(dataset)))]
+        kinds = {name: codec.kind for name, codec in pipe.model.config.codec_config.stream_configs().items()}
+        table, rows = [], []
+        for name in kinds:
+            found = [content for content in contents if name in content]
+            others = [other for other in kinds if other != name and kinds[other] in ("text", "image")]
+            if not found or not others:
+                continue
+            made = pipe.generate_streams({name: [c[name] for c in found]}, others, generator=generator).streams
+            for other in others:
+                if kinds[other] == "image":
+                    rows.append(made[other])
+                else:
+                    table += [[name, content.get(other, ""), text] for content, text in zip(found, made[other])]
+        step = self.progress.step
+        log_table(self.accelerator, "diffusion/generated", ["Given", "Original", "Generated Text"], table, step)
+        if rows:
+            grid = picture_grid(rows, scale=2)
+            grid.save(self.directory / f"samples-{step}.png")
+            log_picture(self.accelerator, "diffusion/pictures", grid, step)
 
     def _sample_clips(self, pipe: TokComPipeline, clips, prompt, generator) -> list[list]:
         """Strips of clips `(B, c, F, H, W)`, as the data hold them, each above what is made of it."""
@@ -600,7 +627,8 @@ def run(config: TrainConfig) -> Path:
             if config.stage == "all" and stage == "codec" and not list(model.codec.parameters()):
                 continue  # nothing to train: the flow stage builds the same model
             fresh = stage == "flow" and source is None and not (config.init_from or config.codec_from)
-            if fresh and hasattr(model.codec, "latent_mean") and not list(model.codec.parameters()):
+            several = model.config.codec_config.modality == "several"
+            if fresh and (several or hasattr(model.codec, "latent_mean")) and not list(model.codec.parameters()):
                 corpus.measure(model)  # all there is to know of a codec without a network
             trainer = StageTrainer(config, stage, model, corpus)
             best = trainer.train()

@@ -132,10 +132,19 @@ class TokComTransformer(TokComPreTrainedModel):
         if config.num_context_layers:
             self.context_norm = TokComRMSNorm(config.hidden_size, config.rms_norm_eps)
             self.context_proj = TokComProjection(config.hidden_size, config.hidden_size)
+        self.stream_embedding = None
+        if config.stream_channels is not None:
+            self.stream_embedding = nn.Embedding(len(config.stream_channels), config.hidden_size)
         self.norm = TokComRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.proj_out = linear(config.hidden_size, config.feature_size or config.latent_channels)
         self.gradient_checkpointing = False
         self.post_init()
+
+    def _own_channels(self, position_ids: torch.Tensor) -> torch.Tensor:
+        """Which channels the latents at `position_ids (B, S, A)`, whose first axis is the stream, use: `(B, S, C)`."""
+        channels = torch.tensor(self.config.stream_channels, device=position_ids.device)
+        owner = torch.arange(len(channels), device=channels.device).repeat_interleave(channels)
+        return position_ids[..., :1].long() == owner
 
     def modulate(self, timestep: torch.Tensor) -> list[torch.Tensor]:
         """t `(B, S)` -> the scales, shifts and gates `(B, S, ...)` of every layer after the context layers."""
@@ -199,8 +208,14 @@ class TokComTransformer(TokComPreTrainedModel):
         Without `head_attention` nothing is estimated for the first `num_context` latents, and the output has no place
         for them.
         """
-        config = self.config
+        config, own = self.config, None
+        if self.stream_embedding is not None:
+            own = self._own_channels(position_ids)
+            latents = torch.where(own, latents, 0)
+            self_condition = None if self_condition is None else torch.where(own, self_condition, 0)
         hidden_states = self._embed(latents, self_condition, features)  # (B, S, D)
+        if own is not None:
+            hidden_states = hidden_states + self.stream_embedding(position_ids[..., 0].long())
         if prefix is not None:
             modulations = None
             hidden_states, timestep, position_ids, attention_mask = self._prepend(
@@ -235,7 +250,8 @@ class TokComTransformer(TokComPreTrainedModel):
             hidden_states = layer(hidden_states, conditioning, tables, mask, past_key_values, **known, **kwargs)
         if prefix is not None:
             hidden_states = hidden_states[:, prefix[0].shape[1] :]
-        return TokComTransformerOutput(latents=self.proj_out(self.norm(hidden_states)))
+        latents = self.proj_out(self.norm(hidden_states))
+        return TokComTransformerOutput(latents=latents if own is None else torch.where(own, latents, 0))
 
     def _attend_in_turns(
         self, hidden_states, conditioning, modulations, position_ids, attention_mask, **kwargs

@@ -53,8 +53,8 @@ def training_card(config: TrainConfig, pipe: TokComPipeline) -> str:
 
 def _samples(pipe: TokComPipeline) -> str:
     pipe.set_progress_bar_config(disable=True)
-    if pipe.image_processor is not None:
-        return "Pictures are in the folder of the run; none was added to this card."
+    if not pipe.model.config.codec_config.has_tokens:
+        return "Samples are in the folder of the run; none was added to this card."
     window = pipe.model.config.transformer_config.max_position_embeddings
     texts = [
         pipe.generate(min(16, window), generator=torch.Generator().manual_seed(seed)).texts[0]

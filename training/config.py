@@ -16,7 +16,7 @@ class DataConfig:
     """Where text or pictures come from.
 
     `train` is a Hub dataset name, a local .txt / .json / .jsonl / .parquet file, a folder of such files, a list of
-    those or of `{path, field, weight, max_samples, fraction, name}`, or a .yaml file with such a list. `validation` is the same, or None to hold out the last `validation_fraction` of the documents.
+    those or of `{path, field, fields, modality, weight, max_samples, fraction, name}`, or a .yaml file with such a list. `validation` is the same, or None to hold out the last `validation_fraction` of the documents.
     """
 
     train: str | dict | list[str | dict] = ""
@@ -26,6 +26,7 @@ class DataConfig:
     image_column: str = (
         "image"  # of records without text: pictures or clips, with captions in `caption_column`, if that exists
     )
+    fields: dict[str, str] | None = None  # of several streams: name of the stream -> field of the records
     frame_folders: bool = False  # every folder of pictures is a clip
     caption_column: str = "caption"
     streaming: bool = False

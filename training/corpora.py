@@ -28,6 +28,7 @@ from training.data import (
 )
 from training.export import measure_latent_statistics
 from training.images import ImageDataset, check_autoencoder, load_autoencoder, measure_image_statistics
+from training.streams import OmniDataset, is_text, measure_stream_statistics
 
 
 class Corpus:
@@ -59,6 +60,10 @@ class Corpus:
 
     @staticmethod
     def _sizes(model: TokComModel, config: TrainConfig, options: StageConfig) -> tuple[int, int, int]:
+        if model.config.codec_config.modality == "several":
+            raise ValueError(
+                "the model has several streams; say which fields hold them: data.fields={text: caption, ...}."
+            )
         if not model.config.codec_config.has_tokens:
             raise ValueError(
                 f"the codec {model.config.codec_config.model_type!r} reads pictures but the data have no field "
@@ -137,7 +142,7 @@ class PictureCorpus(Corpus):
 
     def datasets(self, model, config, options, accelerator):
         codec = model.config.codec_config
-        if codec.has_tokens:
+        if codec.modality not in ("image", "video"):
             raise ValueError(
                 f"the data are pictures but the codec is {codec.model_type!r}; choose a preset of images such as style-tiny, or of "
                 "clips such as video-tiny."
@@ -172,15 +177,51 @@ class PictureCorpus(Corpus):
         measure_image_statistics(model, self._fitted(self.train, model.config.codec_config))
 
 
+class OmniCorpus(Corpus):
+    """Records of several streams."""
+
+    rows = "records"
+
+    def datasets(self, model, config, options, accelerator):
+        if model.config.codec_config.modality != "several":
+            raise ValueError(
+                f"the data have the streams {self.train.records.column_names} but the codec is {model.config.codec_config.model_type!r}; "
+                "choose a preset of several streams such as omni-tiny, or remove `data.fields`."
+            )
+        if config.cache_latents:
+            raise ValueError("the latents of several streams are not cached; set cache_latents=false.")
+        return self.train.fit(model.codec), self.validation.fit(model.codec)
+
+    def count(self, batch, codec_config) -> int:
+        return len(next(iter(batch["present"].values()))) * codec_config.num_tokens
+
+    def measure(self, model: TokComModel) -> None:
+        measure_stream_statistics(model, self.train.fit(model.codec))
+
+
 def has_tokenizer(name: str) -> bool:
     """Whether a local model directory holds a tokenizer; of others nothing is known, and it is taken to."""
     return not Path(name).is_dir() or (Path(name) / "tokenizer_config.json").is_file()
+
+
+def read_streams(config: TrainConfig, train, validation, saved: Path) -> OmniCorpus:
+    """The corpus of records whose columns are streams; texts of all streams share a tokenizer."""
+    columns, tokenizer = [name for name, feature in train.features.items() if is_text(feature)], None
+    if saved.is_dir():
+        tokenizer = AutoTokenizer.from_pretrained(saved)
+    elif columns:
+        texts = [{"text": row or ""} for name in columns for row in train[name]]
+        name = config.tokenizer or config.init_from or config.codec_from
+        tokenizer = get_tokenizer(name, config.tokenizer_vocab_size, texts, "text")
+    parts = (OmniDataset(part, tokenizer, config.seed, part is train) for part in (train, validation))
+    return OmniCorpus(*parts, tokenizer)
 
 
 def read_data(config: TrainConfig) -> Corpus:
     """The data of a run; a tokenizer that `output_dir/run` keeps is used again. Raises `ValueError` for data that do not serve."""
     data = config.data
     train = load_documents(data.train, data, "train")
+    several = bool(data.fields) or any(source.fields for source in read_sources(data.train))
     if data.validation is None:
         if any(source.weight is not None for source in read_sources(data.train)):
             raise ValueError(
@@ -188,9 +229,11 @@ def read_data(config: TrainConfig) -> Corpus:
             )
         if data.streaming:
             raise ValueError("a stream has no last documents to hold out; give `data.validation` or streaming=false.")
-        if len(train) == 1 and data.text_column in train.column_names:  # such as one .txt file
+        if (
+            len(train) == 1 and data.text_column in (train.column_names or ()) and not data.fields
+        ):  # such as one .txt file
             train = cut_document(train, data)
-        if data.image_column in train.column_names:
+        if data.image_column in train.column_names or several:
             train = train.shuffle(seed=0)  # folders come class by class
         held_out = max(1, int(len(train) * data.validation_fraction))
         if len(train) < 2:
@@ -200,6 +243,8 @@ def read_data(config: TrainConfig) -> Corpus:
     else:
         validation = load_documents(data.validation, data, "validation")
     saved = Path(config.output_dir) / WORK / "tokenizer"
+    if several:
+        return read_streams(config, train, validation, saved)
     pictures = data.image_column in (train.column_names or ())
     text_column = data.caption_column if pictures else data.text_column
     if pictures and text_column not in train.column_names:

@@ -71,11 +71,14 @@ class Source:
     """One of several sources: where it lies, which of its fields holds the text, and how much of it is used.
 
     `weight` is the share of documents drawn from it, relative to the other sources; `fraction` in (0, 1] or `max_samples`
-    take a part, of a stream its head.
+    take a part, of a stream its head. `fields` names for each of several streams the field that holds it; `modality` with `field` is
+    short for one.
     """
 
     path: str
     field: str | None = None
+    fields: dict[str, str] | None = None
+    modality: str | None = None
     name: str | None = None  # configuration of a Hub dataset
     weight: float | None = None
     max_samples: int | None = None
@@ -86,6 +89,12 @@ class Source:
             raise ValueError(
                 f"source {self.path}: `weight` ({self.weight}) must be positive, `fraction` ({self.fraction}) in (0, 1]."
             )
+        if self.modality is not None:
+            if self.field is None or self.fields is not None:
+                raise ValueError(
+                    f"source {self.path}: `modality` ({self.modality!r}) is that of one `field`; name it."
+                )
+            self.fields = {self.modality: self.field}
         if self.max_samples is not None and self.max_samples < 1:
             raise ValueError(f"source {self.path}: `max_samples` ({self.max_samples}) must be at least 1.")
 
@@ -114,6 +123,9 @@ class Source:
         return self._part_of(part, config.streaming)
 
     def _select(self, part, config: DataConfig):
+        fields = self.fields or config.fields
+        if fields:
+            return self._streams(part, fields, config)
         columns = part.column_names or list(next(iter(part), {}))
         text = self.field or config.text_column
         if config.image_column in columns and (text not in columns or text == config.caption_column):
@@ -132,6 +144,25 @@ class Source:
             if wanted != [self.field] or text == config.text_column
             else part.rename_column(text, config.text_column)
         )
+
+    def _streams(self, part, fields: dict[str, str], config: DataConfig):
+        """The fields of several streams under the names of the streams, undecoded."""
+        if config.streaming:
+            raise ValueError("records of several streams are not streamed; set data.streaming=false.")
+        missing = [field for field in fields.values() if field not in part.column_names]
+        if self.fields and missing or len(missing) == len(fields):
+            raise ValueError(
+                f"records of {self.path} have no field {missing[0]!r} (fields: {', '.join(part.column_names)}); correct `fields`."
+            )
+        columns = {stream: field for stream, field in fields.items() if field not in missing}
+        part = part.select_columns(list(columns.values()))
+        part = part.rename_columns({field: stream for stream, field in columns.items() if field != stream})
+        for name, feature in part.features.items():
+            if type(feature) in (datasets.Image, datasets.Video, datasets.Audio):
+                part = part.cast_column(name, type(feature)(decode=False))
+            elif getattr(feature, "dtype", None) == "large_string":  # sources are joined by equal types
+                part = part.cast_column(name, datasets.Value("string"))
+        return part
 
     @staticmethod
     def _pictures(part, config: DataConfig):
@@ -194,6 +225,8 @@ def load_documents(source: str | dict | list[str | dict], config: DataConfig, sp
     if config.streaming:
         return joined
     first = joined.column_names[0] if joined.column_names else None
+    if len(joined) and any(item.fields for item in sources) or config.fields:
+        return joined
     if len(joined) == 0 or not any(str(row or "").strip() for row in joined[first]):
         raise ValueError(f"no text in {source}: the dataset is empty; check the path and `data.text_column`.")
     return joined

@@ -1,0 +1,117 @@
+"""Sounds <-> log-mel features, in the sizes of an audio codec.
+
+Notable choices: the analysis is that of transformers; the way back, bands to a spectrum and phases by Griffin and Lim 1984, is
+librosa's, which is only needed to hear something. Sounds are brought to one loudness, so a recording's level is not learnt.
+"""
+
+import wave
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
+
+try:
+    from .configuration_codec_tokcom import TokComAudioCodecConfig
+except ImportError:
+    if __package__:
+        raise
+    import configuration_codec_tokcom as _configuration
+
+    TokComAudioCodecConfig = _configuration.TokComAudioCodecConfig
+
+FLOOR = 1e-3  # power of a band that counts as silence, at a peak of 1
+ITERATIONS = 60
+
+
+class TokComAudioProcessor:
+    """Sounds `(samples,)` in [-1, 1] -> `input_features (B, mel bands, F)`, log10 of the power, and back."""
+
+    def __init__(self, config: TokComAudioCodecConfig):
+        self.config = config
+        bins, rate = 1 + config.fft_length // 2, config.sampling_rate
+        self.filters = mel_filter_bank(
+            bins, config.num_channels, 0.0, rate / 2, rate, norm="slaney", mel_scale="slaney"
+        )
+        self.window = window_function(config.fft_length, "hann")
+
+    def __call__(self, sounds: Any, sampling_rate: int | None = None) -> dict[str, torch.Tensor]:
+        """One sound or a list of them: arrays, tensors or paths of .wav files; `sampling_rate` is that of arrays.
+
+        Raises `ValueError` for another rate than the codec's, or a sound without samples.
+        """
+        sounds = list(sounds) if isinstance(sounds, (list, tuple)) else [sounds]
+        if not sounds:
+            raise ValueError("`audio` is an empty list; give at least one sound.")
+        features = [self._features(sound, sampling_rate) for sound in sounds]
+        return {"input_features": torch.from_numpy(np.stack(features))}
+
+    def _features(self, sound: Any, rate: int | None) -> np.ndarray:
+        config = self.config
+        if isinstance(sound, (str, Path)):
+            sound, rate = read_wav(sound)
+        sound = np.asarray(sound, dtype=np.float32)
+        if sound.ndim != 1 or not sound.size or not np.isfinite(sound).all():
+            raise ValueError(
+                f"a sound must be finite samples (n,) of one channel, not an array of shape {sound.shape}; mix channels first."
+            )
+        if rate not in (None, config.sampling_rate):
+            raise ValueError(
+                f"a sound has {rate} samples a second, the model {config.sampling_rate} (`sampling_rate`); resample it, for "
+                "example with librosa.resample."
+            )
+        peak = np.abs(sound).max()
+        sound = sound[: config.num_samples] / max(peak, 1e-4)
+        sound = np.pad(sound, (0, config.num_samples - len(sound)))
+        bands = spectrogram(
+            sound,
+            self.window,
+            config.fft_length,
+            config.hop_length,
+            power=2.0,
+            mel_filters=self.filters,
+            mel_floor=FLOOR,
+        )
+        return np.log10(bands).astype(np.float32)
+
+    def postprocess(self, input_features: torch.Tensor) -> list[np.ndarray]:
+        """`input_features (B, mel bands, F)` -> sounds `(samples,)` with a peak of 0.95; needs librosa."""
+        try:
+            import librosa
+        except ImportError as error:
+            raise ValueError("to hear log-mel features librosa is needed: pip install librosa") from error
+        options = {"hop_length": self.config.hop_length, "win_length": self.config.fft_length, "random_state": 0}
+        sounds = []
+        for features in input_features.float().cpu().numpy():
+            bands = np.maximum(10.0 ** np.minimum(features, 6), FLOOR) - FLOOR
+            spectrum = librosa.util.nnls(self.filters.T, bands) ** 0.5  # magnitudes
+            sound = librosa.griffinlim(
+                spectrum, n_iter=ITERATIONS, n_fft=self.config.fft_length, length=self.config.num_samples, **options
+            )
+            sounds.append((0.95 * sound / max(np.abs(sound).max(), 1e-4)).astype(np.float32))
+        return sounds
+
+
+def read_wav(file: str | Path) -> tuple[np.ndarray, int]:
+    """A .wav file of 16 bits -> samples `(n,)` in [-1, 1], the mean of its channels, and their rate."""
+    try:
+        with wave.open(str(file)) as stream:
+            if stream.getsampwidth() != 2:
+                raise ValueError(f"{file} has {8 * stream.getsampwidth()} bits a sample; 16 are read.")
+            samples = np.frombuffer(stream.readframes(stream.getnframes()), dtype="<i2")
+            return samples.reshape(-1, stream.getnchannels()).mean(1) / 32768, stream.getframerate()
+    except (wave.Error, EOFError, OSError) as error:
+        raise ValueError(f"{file} is no .wav file that can be read ({error}).") from error
+
+
+def write_wav(sound: np.ndarray, file: str | Path, sampling_rate: int) -> None:
+    """Write samples `(n,)` in [-1, 1] as a .wav file of 16 bits."""
+    with wave.open(str(file), "wb") as stream:
+        stream.setnchannels(1)
+        stream.setsampwidth(2)
+        stream.setframerate(sampling_rate)
+        stream.writeframes((np.clip(sound, -1, 1) * 32767).round().astype("<i2").tobytes())
+
+
+__all__ = ["TokComAudioProcessor", "read_wav", "write_wav"]

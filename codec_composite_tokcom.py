@@ -1,0 +1,252 @@
+"""Composite codec: several streams, such as a text, a picture and a sound <-> one sequence of latents.
+
+Notable choices: every stream has a codec of its own, a fixed place in the sequence and channels of its own, so that one linear map
+into the transformer and one out of it are a different map for every stream; which streams exist is the mask of the
+latents, and the task of a training row, which of them are given, generated or left out, is drawn from those that exist.
+
+Shape legend: B batch, N latents of all streams, S streams, C channels of all streams, A position axes, M noise draws.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.utils import ModelOutput
+
+try:
+    from .codec_chunk_tokcom import TokComChunkCodec, TokComCodec, TokComCodecOutput, TokComDecoderOutput
+    from .codec_color_tokcom import TokComColorCodec
+    from .codec_style_tokcom import TokComImageOutput, TokComStyleCodec
+    from .codec_video_tokcom import TokComVideoCodec, TokComVideoOutput
+    from .configuration_codec_tokcom import TokComAudioCodecConfig, TokComCompositeCodecConfig
+except ImportError:
+    if __package__:
+        raise
+    import codec_chunk_tokcom as _codec_chunk
+    import codec_color_tokcom as _codec_color
+    import codec_style_tokcom as _codec_style
+    import codec_video_tokcom as _codec_video
+    import configuration_codec_tokcom as _configuration
+
+    TokComChunkCodec, TokComCodec = _codec_chunk.TokComChunkCodec, _codec_chunk.TokComCodec
+    TokComCodecOutput, TokComDecoderOutput = _codec_chunk.TokComCodecOutput, _codec_chunk.TokComDecoderOutput
+    TokComColorCodec = _codec_color.TokComColorCodec
+    TokComImageOutput, TokComStyleCodec = _codec_style.TokComImageOutput, _codec_style.TokComStyleCodec
+    TokComVideoCodec, TokComVideoOutput = _codec_video.TokComVideoCodec, _codec_video.TokComVideoOutput
+    TokComAudioCodecConfig = _configuration.TokComAudioCodecConfig
+    TokComCompositeCodecConfig = _configuration.TokComCompositeCodecConfig
+
+
+@dataclass
+class TokComAudioOutput(ModelOutput):
+    """What the audio codec's `decode` returns: `input_features (B, mel bands, F)`, log-mel."""
+
+    input_features: torch.FloatTensor | None = None
+
+
+class TokComAudioCodec(TokComVideoCodec):
+    """Patches of log-mel frames as latents: a clip of one pixel whose channels are the bands."""
+
+    config: TokComAudioCodecConfig
+    main_input_name = "input_features"
+
+    def to_patches(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Log-mel `(B, mel bands, F)` -> `(B, N, P)`; raises `ValueError` for a shape that does not fit."""
+        if pixel_values.ndim != 3 or pixel_values.shape[1] != self.config.num_channels:
+            raise ValueError(
+                f"`input_features` has shape {tuple(pixel_values.shape)} but (B, {self.config.num_channels}, F) is needed; give "
+                "sounds as the audio processor makes them."
+            )
+        return super().to_patches(pixel_values[..., None, None])
+
+    def encode(self, pixel_values: torch.Tensor, attention_mask: torch.Tensor | None = None) -> TokComCodecOutput:
+        """Log-mel `(B, mel bands, F)` -> standardised latents `(B, N, C)`."""
+        return super().encode(pixel_values, attention_mask)
+
+    @staticmethod
+    def size_of(pixel_values: torch.Tensor) -> tuple[int, int, int]:
+        return pixel_values.shape[2], 1, 1
+
+    def decode(self, latents: torch.Tensor) -> TokComAudioOutput:
+        """Standardised latents `(B, N, C)` -> `.input_features (B, mel bands, F)`."""
+        return TokComAudioOutput(input_features=super().decode(latents).pixel_values[..., 0, 0])
+
+
+STREAM_CODECS: dict[str, type[TokComCodec]] = {
+    codec.config_class.model_type: codec
+    for codec in (TokComChunkCodec, TokComColorCodec, TokComStyleCodec, TokComVideoCodec, TokComAudioCodec)
+}
+
+
+class TokComCompositeCodec(TokComCodec):
+    """Codecs side by side; `streams[name]` is one of them, `places[name]` and `channels[name]` are its slices of N and of C."""
+
+    config: TokComCompositeCodecConfig
+
+    def __init__(self, config: TokComCompositeCodecConfig):
+        super().__init__(config)
+        configs, lengths = config.stream_configs(), config.stream_lengths()
+        self.streams = nn.ModuleDict(
+            {name: STREAM_CODECS[codec.model_type]._from_config(codec) for name, codec in configs.items()}
+        )
+        self.names, self.places, self.channels = list(configs), {}, {}
+        place = channel = 0
+        for name, codec in configs.items():
+            self.places[name] = slice(place, place + lengths[name])
+            self.channels[name] = slice(channel, channel + codec.latent_channels)
+            place, channel = self.places[name].stop, self.channels[name].stop
+        self.weights = {name: float((config.stream_weights or {}).get(name, 1.0)) for name in configs}
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return None
+
+    # ---- where latents stand ----
+
+    def positions(self, index: torch.Tensor) -> torch.Tensor:
+        """Index of latents `(...)` in the sequence of all streams -> stream and place in it, `(..., A)`."""
+        parts = []
+        for i, name in enumerate(self.names):
+            length = self.places[name].stop - self.places[name].start
+            where = self.streams[name].positions(torch.arange(length, device=index.device))  # (n, axes)
+            where = F.pad(where, (1, self.config.num_position_axes - 1 - where.shape[1]))
+            where[:, 0] = i
+            parts.append(where)
+        return torch.cat(parts)[index]
+
+    def index_of(self, names: list[str], device: torch.device | str = "cpu") -> torch.Tensor:
+        """Where the latents of these streams are in the sequence, `(n,)`."""
+        places = [
+            torch.arange(self.places[name].start, self.places[name].stop) for name in self.names if name in names
+        ]
+        return torch.cat(places).to(device)
+
+    def stream_of(self, latents: torch.Tensor, name: str) -> torch.Tensor:
+        """The latents `(..., n, c)` of one stream among `(..., N, C)` of all."""
+        return latents[..., self.places[name], self.channels[name]]
+
+    # ---- streams <-> latents ----
+
+    def check_names(self, names) -> None:
+        """Raise `ValueError` for the name of a stream that does not exist."""
+        unknown = set(names) - set(self.names)
+        if unknown:
+            raise ValueError(f"there is no stream {sorted(unknown)}; this model's are {self.names}.")
+
+    def _inputs(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """What a stream's codec reads: a picture is a clip of one frame."""
+        codec = self.streams[name].config
+        if codec.has_tokens:
+            length = (self.places[name].stop - self.places[name].start) * codec.chunk_size
+            if value.shape[1] != length:
+                raise ValueError(
+                    f"stream {name!r} holds texts of {length} ids (`text_latents`), not {value.shape[1]}; fill them up with EOS."
+                )
+            if value.numel() and not 0 <= int(value.min()) <= int(value.max()) < codec.vocab_size:
+                raise ValueError(
+                    f"stream {name!r} has ids from {int(value.min())} to {int(value.max())} but a vocabulary of "
+                    f"{codec.vocab_size}; tokenize with the tokenizer saved beside the model."
+                )
+        return value[:, :, None] if codec.modality == "video" and value.ndim == 4 else value
+
+    def exists(self, present: dict[str, torch.Tensor], batch: int, device: torch.device) -> torch.Tensor:
+        """`present`, rows `(B,)` that have a stream -> which latents exist, `(B, N)`."""
+        mask = torch.zeros(batch, self.config.num_tokens, dtype=torch.bool, device=device)
+        for name, rows in present.items():
+            mask[:, self.places[name]] = rows.bool()[:, None]
+        return mask
+
+    def encode(
+        self, streams: dict[str, torch.Tensor], present: dict[str, torch.Tensor] | None = None
+    ) -> TokComCodecOutput:
+        """Streams by name, each as its codec reads it -> latents `(B, N, C)`, 0 in the channels of other streams and where a
+        stream is missing; rows `(B,)` of `present` say who has one, by default all who are named."""
+        if not streams:
+            raise ValueError(f"`streams` is empty; give some of {self.names}.")
+        self.check_names(streams)
+        parts = {name: self.streams[name].encode(self._inputs(name, value)) for name, value in streams.items()}
+        first = next(iter(parts.values())).latents
+        latents = first.new_zeros(len(first), self.config.num_tokens, self.config.latent_channels)
+        everywhere = torch.ones(len(first), dtype=torch.bool, device=first.device)
+        present = {name: (present or {}).get(name, everywhere) for name in streams}
+        for name, part in parts.items():
+            latents[:, self.places[name], self.channels[name]] = (
+                part.latents.to(latents.dtype) * present[name].bool()[:, None, None]
+            )
+        return self.known(latents, self.exists(present, len(first), first.device))
+
+    def decode_stream(
+        self, name: str, latents: torch.Tensor
+    ) -> TokComDecoderOutput | TokComImageOutput | TokComVideoOutput | TokComAudioOutput:
+        """What a stream's codec makes of its part of the latents `(B, N, C)`."""
+        return self.streams[name].decode(self.stream_of(latents, name))
+
+    # ---- training ----
+
+    def training_loss(self, streams: dict[str, torch.Tensor], present: dict[str, torch.Tensor] | None = None):
+        """The sum of the losses of all codecs that have parameters, each of the rows that have its stream, and their parts."""
+        loss, parts = None, {}
+        for name, codec in self.streams.items():
+            if name not in streams or not list(codec.parameters()):
+                continue
+            inputs = self._inputs(name, streams[name])
+            inputs = inputs if present is None or name not in present else inputs[present[name].bool()]
+            if len(inputs):
+                own, found = codec.training_loss(inputs)
+            else:  # processes must have the same gradients
+                own, found = 0.0 * sum(p.sum() for p in codec.parameters()), {}
+            loss = own if loss is None else loss + own
+            for key, value in found.items():
+                parts[key] = parts.get(key, 0.0) + value
+        if loss is None:
+            raise ValueError("no stream has a codec with parameters, so there is nothing to train; use stage='flow'.")
+        return loss, parts
+
+    def draw_task(self, exists: torch.Tensor, dropout: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """For every row one of the tasks that its streams allow: which latents are given and which are used at all, both `(B, N)`.
+
+        Any streams that exist `(B, N)`, at least one, are generated, all choices being as likely; each of the others is given,
+        or with probability `dropout` left out.
+        """
+        index = [self.places[name].start for name in self.names]
+        has, shape = exists[:, index], (len(exists), len(index))  # (B, S)
+        made = has & (torch.rand(shape, device=exists.device) < 0.5)
+        one = (torch.rand(shape, device=exists.device) * has).argmax(-1, keepdim=True)  # if chance chose none
+        made = torch.where(made.any(-1, keepdim=True), made, torch.zeros_like(made).scatter(1, one, True) & has)
+        kept = torch.rand(shape, device=exists.device) >= dropout
+        return self.spread(has & ~made & kept), self.spread(made | (has & kept))
+
+    def spread(self, streams: torch.Tensor) -> torch.Tensor:
+        """Of every stream `(B, S)` -> of every latent `(B, N)`."""
+        lengths = torch.tensor([place.stop - place.start for place in self.places.values()], device=streams.device)
+        return streams.repeat_interleave(lengths, dim=1)
+
+    def squared_error(self, errors: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
+        """Of errors `(B, M, N, C)` of the latents of `loss_mask (B, N)`: mean over latents and channels of each stream, weighted."""
+        total = errors.new_zeros(())
+        for name in self.names:
+            counted = loss_mask[:, None, self.places[name]].float()  # (B, 1, n)
+            error = self.stream_of(errors, name).square().mean(-1) * counted
+            total = total + self.weights[name] * error.sum() / (errors.shape[1] * counted.sum()).clamp_min(1)
+        return total
+
+    def text_nll(
+        self, estimate: torch.Tensor, streams: dict[str, torch.Tensor], loss_mask: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Weighted nats per token of the texts that `estimate (B, N, C)` is decoded to, of the latents of `loss_mask (B, N)`; None
+        without a text."""
+        total = None
+        for name, codec in self.streams.items():
+            if not codec.config.has_tokens or name not in streams:
+                continue
+            chunks, _ = codec.to_chunks(self._inputs(name, streams[name]), None)  # (B, n, K)
+            counted = loss_mask[:, self.places[name], None].expand_as(chunks)
+            nats = codec.nll(self.stream_of(estimate, name), chunks) * counted
+            mean = self.weights[name] * nats.sum() / counted.sum().clamp_min(1)
+            total = mean if total is None else total + mean
+        return total
+
+
+__all__ = ["STREAM_CODECS", "TokComAudioCodec", "TokComAudioOutput", "TokComCompositeCodec"]

@@ -1,0 +1,70 @@
+"""Join pictures and sounds that mean the same into records with a text, a picture and a sound.
+
+    python examples/several_streams.py --pictures emoji64/train.parquet --sounds fsdd/train.parquet --output digits.parquet
+    python examples/several_streams.py --pictures stamps64/train.parquet --sounds stamp_sounds/train.parquet --silent --output stamps.parquet
+
+A sound with a field `digit` goes with the pictures whose caption ends with `keycap` and that digit, in turn; another one with those whose
+caption is what follows the colon of its own. `--silent` keeps the pictures without a sound, too. The text is that of a digit's sound and
+of another sound's picture.
+"""
+
+import argparse
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import datasets
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+
+def join(pictures: datasets.Dataset, sounds: datasets.Dataset, silent: bool) -> list[dict]:
+    """Records of a caption, a picture and a sound, encoded as they were; without a sound, None."""
+    by_caption, records, heard = defaultdict(list), [], set()
+    for index, caption in enumerate(pictures["caption"]):
+        by_caption[caption].append(index)
+        if "keycap " in caption:
+            by_caption[caption.rpartition("keycap ")[2]].append(index)
+    for i, sound in enumerate(sounds):
+        digit = sound.get("digit")
+        matches = by_caption[digit if digit is not None else sound["caption"].partition(": ")[2]]
+        if matches:
+            index = matches[i % len(matches)]
+            heard.add(index)
+            text = sound["caption"] if digit is not None else pictures[index]["caption"]
+            records.append({"caption": text, "image": pictures[index]["image"], "audio": sound["audio"]})
+    for index in range(len(pictures)) if silent else ():
+        if index not in heard:
+            picture = pictures[index]
+            records.append({"caption": picture["caption"], "image": picture["image"], "audio": None})
+    return records
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", required=True, help="parquet with `image` and `caption`")
+    parser.add_argument("--sounds", required=True, help="parquet with `audio`, `caption`, and for digits `digit`")
+    parser.add_argument("--output", required=True)
+    parser.add_argument("--silent", action="store_true", help="keep pictures without a sound")
+    args = parser.parse_args(argv)
+    files = {"image": args.pictures, "audio": args.sounds}
+    kinds = {"image": datasets.Image(decode=False), "audio": datasets.Audio(decode=False)}
+    found = {
+        name: datasets.load_dataset("parquet", data_files=file, split="train").cast_column(name, kinds[name])
+        for name, file in files.items()
+    }
+    records = join(found["image"], found["audio"], args.silent)
+    encoded = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}  # as they are, not encoded again
+    features = datasets.Features({"caption": datasets.Value("string"), "image": encoded, "audio": encoded})
+    joined = datasets.Dataset.from_list(records, features)
+    for name, kind in kinds.items():
+        joined = joined.cast_column(name, kind)
+    joined.to_parquet(args.output)
+    print(
+        f"{len(records)} records, {sum(r['audio'] is not None for r in records)} with a sound, written to {args.output}"
+    )
+
+
+if __name__ == "__main__":
+    main()

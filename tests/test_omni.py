@@ -1,0 +1,491 @@
+"""Several streams in one sequence: codec, tasks, transformer, pipeline, sounds, data, training."""
+
+import itertools
+import json
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import yaml
+from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
+
+from audio_processing_tokcom import TokComAudioProcessor, read_wav, write_wav
+from configuration_tokcom import TokComConfig
+from examples.several_streams import main as join_streams
+from modeling_tokcom import TokComModel
+from pipeline_tokcom import TokComPipeline
+from scheduling_tokcom import TokComFlowMatchScheduler
+from tests.conftest import ROOT, seeded
+from train_accelerate import main as train
+from training.config import DataConfig
+from training.data import load_documents, train_tokenizer
+from training.streams import OmniDataset, read_sound
+
+STREAMS = {
+    "text": dict(chunk_size=2, latent_channels=8, embedding_size=16, hidden_size=32, intermediate_size=32),
+    "image": dict(height=16, width=16),
+    "audio": dict(num_frames=16, num_channels=10, fft_length=128, hop_length=64),
+}
+FLOW = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
+SUBSETS = [names for size in range(4) for names in itertools.combinations(("audio", "image", "text"), size)]
+
+
+@pytest.fixture(scope="module")
+def words():
+    return train_tokenizer(["a red ball", "a blue cat"], 300)
+
+
+def model(vocab_size=300, codec=None, **overrides) -> TokComModel:
+    torch.manual_seed(0)
+    parts = dict(codec_config={"text_latents": 4, "streams": STREAMS, **(codec or {})}, transformer_config=FLOW)
+    net = TokComModel(
+        TokComConfig.from_preset("omni-tiny", vocab_size, **{"stage": "flow", **parts, **overrides})
+    ).eval()
+    for name, parameter in net.transformer.named_parameters():
+        if "modulation" in name:  # a block at initialisation is the identity, which would hide mistakes
+            torch.nn.init.normal_(parameter, std=0.3)
+    return net
+
+
+@pytest.fixture
+def pipe(words) -> TokComPipeline:
+    net = model(len(words))
+    pipe = TokComPipeline(net, TokComFlowMatchScheduler.from_model_config(net.config), words)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def inputs(batch=3, seed=1) -> dict[str, torch.Tensor]:
+    g = seeded(seed)
+    return {
+        "text": torch.randint(0, 300, (batch, 8), generator=g),
+        "image": torch.rand(batch, 3, 16, 16, generator=g) * 2 - 1,
+        "audio": torch.rand(batch, 10, 16, generator=g) * 4 - 3,
+    }
+
+
+def content(kind: str, count: int = 2) -> list:
+    made = {
+        "text": [f"a {color} cat" for color in ("red", "blue", "pink")],
+        "image": [Image.new("RGB", (16, 16), color) for color in ("red", "blue", "pink")],
+        "audio": [tone(f) for f in (300, 700, 1100)],
+    }
+    return made[kind][:count]
+
+
+def tone(frequency: float, samples: int = 960, rate: int = 8000) -> np.ndarray:
+    return np.sin(2 * np.pi * frequency * np.arange(samples) / rate).astype(np.float32)
+
+
+# ---- codec ----
+
+
+def test_every_stream_has_places_and_channels_of_its_own_and_comes_back():
+    net, given = model(), inputs()
+    encoded = net.encode(streams=given)
+    assert encoded.latents.shape == (3, 4 + 4 + 4, 8 + 192 + 40)
+    assert encoded.position_ids.shape == (3, 12, 4) and encoded.mask.all()
+    for name, codec in net.codec.streams.items():
+        alone = codec.encode(net.codec._inputs(name, given[name])).latents
+        torch.testing.assert_close(net.codec.stream_of(encoded.latents, name), alone)
+    assert encoded.latents.count_nonzero() <= 3 * (4 * 8 + 4 * 192 + 4 * 40)
+    torch.testing.assert_close(net.decode_stream("image", encoded.latents).pixel_values[:, :, 0], given["image"])
+    torch.testing.assert_close(net.decode_stream("audio", encoded.latents).input_features, given["audio"])
+
+
+def test_streams_stand_in_the_order_of_their_names_which_saving_keeps(tmp_path):
+    net = model()
+    assert net.codec.names == ["audio", "image", "text"]
+    net.save_pretrained(tmp_path)
+    again = TokComModel.from_pretrained(tmp_path).eval()
+    a, b = (m.encode(streams=inputs()) for m in (net, again))
+    torch.testing.assert_close(a.latents, b.latents)
+    noisy = torch.randn(3, 12, 240, generator=seeded())
+    torch.testing.assert_close(
+        net.denoise(noisy, 0.5, a.position_ids).latents, again.denoise(noisy, 0.5, b.position_ids).latents
+    )
+
+
+def test_an_estimate_is_zero_in_the_channels_of_other_streams_and_reads_only_its_own():
+    net = model()
+    clean = net.encode(streams=inputs())
+    noisy = torch.randn(clean.latents.shape, generator=seeded())
+    estimate = net.denoise(noisy, 0.5, clean.position_ids).latents
+    assert (estimate[(clean.latents == 0)] == 0).all() and estimate.count_nonzero() > 0
+    own = noisy.clone()
+    for name in net.codec.names:
+        mine = torch.zeros_like(noisy, dtype=torch.bool)
+        mine[:, net.codec.places[name], net.codec.channels[name]] = True
+        own = torch.where(mine | ~torch.isin(torch.arange(12), net.codec.index_of([name]))[None, :, None], own, 7.0)
+    assert torch.equal(net.denoise(own, 0.5, clean.position_ids).latents, estimate)
+
+
+@pytest.mark.parametrize(
+    "overrides,named",
+    [
+        ({"codec": {"streams": {**STREAMS, "text": {"chunk": 2}}}}, "streams.text.chunk"),
+        ({"codec": {"streams": {**STREAMS, "text": {"model_type": "tokcom_smell_codec"}}}}, "smell"),
+        ({"codec": {"streams": {"my image": {"model_type": "tokcom_style_codec"}}}}, "my image"),
+        (
+            {
+                "codec": {"streams": {**STREAMS, "more": {"vocab_size": 20, "mask_token_id": 1, "pad_token_id": 1}}},
+                "vocab_size": None,
+            },
+            "vocab_size",
+        ),
+        ({"codec": {"stream_weights": {"smell": 1.0}}}, "stream_weights"),
+        ({"codec": {"text_latents": 0}}, "text_latents"),
+        ({"codec": {"streams": {**STREAMS, "audio": {"hop_length": 1024}}}}, "hop_length"),
+        ({"condition_vocab_size": 10}, "captions"),
+        ({"prediction_type": "tokens"}, "prediction_type"),
+    ],
+)
+def test_impossible_configurations_are_named(overrides, named):
+    with pytest.raises((StrictDataclassError, ValueError), match=named):
+        model(**overrides)
+
+
+def test_a_sound_alone_is_a_composite_of_one_stream():
+    with pytest.raises(StrictDataclassError, match="composite"):
+        TokComConfig(codec_config={"model_type": "tokcom_audio_codec"}, ce_weight=0.0)
+    streams = {"text": None, "image": None, "audio": STREAMS["audio"]}
+    net = model(codec={"streams": streams}, ce_weight=0.0)
+    assert net.codec.names == ["audio"] and torch.isfinite(net(streams={"audio": inputs()["audio"]}).loss)
+
+
+def test_bad_streams_are_named():
+    net = model()
+    with pytest.raises(ValueError, match="smell"):
+        net.encode(streams={"smell": torch.zeros(1)})
+    with pytest.raises(ValueError, match="8 ids"):
+        net.encode(streams={"text": torch.zeros(1, 6, dtype=torch.long)})
+    with pytest.raises(ValueError, match="vocabulary"):
+        net.encode(streams={"text": torch.full((1, 8), 1000)})
+    with pytest.raises(ValueError, match="audio processor"):
+        net.encode(streams={"audio": torch.zeros(1, 3, 16)})
+    with pytest.raises(ValueError, match="streams"):
+        net(input_ids=torch.zeros(1, 8, dtype=torch.long))
+
+
+# ---- tasks ----
+
+
+@pytest.mark.parametrize("present", [s for s in SUBSETS if s])
+def test_given_streams_are_at_time_1_generated_ones_at_t_and_absent_ones_hidden(present):
+    """A table over all subsets that exist and all that are given, of what the transformer is told."""
+    net, seen = model(), {}
+    handle = net.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.update(time=args[1], x=args[0], mask=args[3]), with_kwargs=True
+    )
+    clean = net.encode(streams=inputs())
+    rows = {name: torch.full((3,), name in present) for name in net.codec.names}
+    for given in SUBSETS:
+        if set(given) >= set(present) or not set(given) <= set(present):
+            continue
+        net(streams=inputs(), present=rows, given=list(given), timestep=0.25)
+        for name in net.codec.names:
+            place = net.codec.places[name]
+            assert bool((seen["mask"][:, place] == (name in present)).all())
+            assert bool((seen["time"][:, place] == (1.0 if name in given else 0.25)).all())
+            kept = torch.equal(net.codec.stream_of(seen["x"], name), net.codec.stream_of(clean.latents, name))
+            assert kept == (name in given)
+    handle.remove()
+
+
+def test_every_row_draws_a_task_of_its_streams_and_all_tasks_occur():
+    net = model()
+    exists = net.codec.spread(
+        torch.tensor([[True, True, True], [True, False, True], [False, True, False]]).repeat(400, 1)
+    )
+    given, used = net.codec.draw_task(exists, dropout=0.3)
+    made, starts = used & ~given, [net.codec.places[name].start for name in net.codec.names]
+    assert bool((used <= exists).all() and (given <= used).all() and made.any(1).all())
+    tasks = {(i % 3, *row) for i, row in enumerate((given.int() + 2 * made.int())[:, starts].tolist())}
+    whole = {(0, *t) for t in itertools.product(range(3), repeat=3) if 2 in t}
+    assert {t for t in tasks if t[0] == 0} == whole
+    assert {t[1:] for t in tasks if t[0] == 2} == {(0, 2, 0)}
+    for name in net.codec.names:  # whole streams
+        part = given[:, net.codec.places[name]]
+        assert bool((part == part[:, :1]).all())
+    assert not bool((exists & ~net.codec.draw_task(exists, dropout=0.0)[1]).any())
+
+
+def test_the_loss_counts_generated_streams_only_each_by_its_weight():
+    net = model(codec={"stream_weights": {"audio": 0.0, "image": 2.0}})
+    losses = {}
+    for made in net.codec.names:
+        torch.manual_seed(0)
+        output = net(streams=inputs(), given=[name for name in net.codec.names if name != made], timestep=0.3)
+        losses[made] = output.mse_loss
+        assert (output.ce_loss > 0) == (made == "text")
+    assert losses["audio"] == 0 and losses["image"] > 0 and losses["text"] > 0
+    net = model()
+    torch.manual_seed(0)
+    plain = net(streams=inputs(), given=["audio", "text"], timestep=0.3).mse_loss
+    torch.testing.assert_close(losses["image"], 2 * plain)
+
+
+def test_an_absent_stream_influences_nothing():
+    net, results = model(), []
+    rows = {"audio": torch.tensor([False] * 3)}
+    for seed in (1, 2):
+        given = {**inputs(), "audio": inputs(seed=seed)["audio"]}
+        torch.manual_seed(0)
+        clean = net.encode(streams=given, present=rows)
+        noisy = torch.where(clean.mask[..., None], torch.randn(clean.latents.shape, generator=seeded()), float(seed))
+        results.append(net.denoise(noisy, 0.5, clean.position_ids, clean.mask).latents[clean.mask])
+        torch.manual_seed(0)
+        results.append(net(streams=given, present=rows, given=["text"], timestep=0.5).loss)
+    assert (results[0] - results[2]).abs().max() == 0 and results[1] == results[3]
+
+
+def test_gradients_reach_the_maps_of_generated_streams_only():
+    net = model()
+    net(streams=inputs(), given=["audio", "text"]).mse_loss  # no gradient: detached
+    net(streams=inputs(), present={"audio": torch.tensor([False] * 3)}, given=["text"]).loss.backward()
+    grad = net.transformer.proj_out.weight.grad
+    for name in net.codec.names:
+        assert bool(grad[net.codec.channels[name]].any()) == (name == "image")
+
+
+# ---- pipeline ----
+
+
+@pytest.mark.parametrize("given", SUBSETS[:-1])
+def test_any_streams_make_any_others_and_given_ones_come_back_as_they_were(pipe, given):
+    others = [name for name in pipe.model.codec.names if name not in given]
+    values = {name: content(name) for name in given}
+    for size in range(1, len(others) + 1):
+        made = others[:size]
+        output = pipe.generate_streams(values, made, batch_size=2, num_inference_steps=2, generator=seeded())
+        assert set(output.streams) == {*given, *made} and all(len(v) == 2 for v in output.streams.values())
+        for name in given:
+            assert all(a is b for a, b in zip(output.streams[name], values[name]))
+            encoded = pipe.model.encode(streams={name: pipe._read_stream(name, values[name])}).latents
+            codec = pipe.model.codec
+            assert torch.equal(codec.stream_of(output.latents, name), codec.stream_of(encoded, name))
+        for name in set(others) - set(made):
+            assert not output.latents[:, pipe.model.codec.places[name]].any()
+    kinds = {"text": str, "image": Image.Image, "audio": np.ndarray}
+    assert all(isinstance(value, kinds[name]) for name in made for value in output.streams[name])
+
+
+def test_the_pipeline_takes_streams_as_arguments(pipe):
+    output = pipe(text="a red cat", generate=["image", "audio"], num_inference_steps=2, generator=seeded())
+    assert output.texts == ["a red cat"] and output.images[0].size == (16, 16)
+    assert output.audios[0].shape == (15 * 64,) and pipe.sampling_rates == {"audio": 8000}
+    again = pipe("a red cat", generate=["image", "audio"], num_inference_steps=2, generator=seeded())
+    assert torch.equal(again.latents, output.latents)
+    assert len(pipe(num_inference_steps=1).streams) == 3
+    seen = []
+    pipe(
+        text="a cat",
+        generate="image",
+        num_inference_steps=3,
+        callback_on_step_end=lambda p, i, t, k: seen.append(i) or k,
+    )
+    assert seen == [0, 1, 2]
+
+
+def test_guidance_moves_away_from_the_estimate_without_each_given_stream(pipe):
+    values = {"text": content("text"), "audio": content("audio")}
+
+    def made(scale):
+        return pipe.generate_streams(
+            values, "image", num_inference_steps=1, guidance_scale=scale, generator=seeded(), output_type="latent"
+        ).latents[:, pipe.model.codec.places["image"]]
+
+    alone = {
+        name: pipe.generate_streams(
+            {name: values[name]} if name else {}, "image", 2, 1, generator=seeded(), output_type="latent"
+        ).latents[:, pipe.model.codec.places["image"]]
+        for name in ("text", "audio", None)
+    }
+    both = made(1.0)
+    torch.testing.assert_close(made(3.0), both + 2 * (both - alone[None]), atol=1e-4, rtol=1e-4)
+    wanted = both + 1 * (both - alone["audio"]) + 2 * (both - alone["text"])
+    torch.testing.assert_close(made({"text": 2.0, "audio": 3.0}), wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "arguments,named",
+    [
+        (dict(text="a cat", generate=["text"]), "generate"),
+        (dict(text="a cat", generate=[]), "generate"),
+        (dict(smell="a cat"), "smell"),
+        (dict(text="a cat", generate=["smell"]), "smell"),
+        (dict(text=["a", "b"], image=[Image.new("RGB", (8, 8))]), "one number"),
+        (dict(text=[]), "one number"),
+        (dict(text="a cat " * 30), "text_latents"),
+        (dict(text="a cat", guidance_scale={"image": 2.0}), "guidance_scale"),
+        (dict(guidance_scale=2.0), "guidance_scale"),
+        (dict(text="a cat", output_type="pil"), "output_type"),
+        (dict(audio=np.zeros((2, 3))), "one channel"),
+        (dict(text="a cat", num_inference_steps=0), "num_inference_steps"),
+    ],
+)
+def test_bad_arguments_are_named(pipe, arguments, named):
+    with pytest.raises(ValueError, match=named):
+        pipe(**arguments)
+
+
+def test_models_of_one_stream_refuse_others(build):
+    pipe = build()
+    for arguments in (dict(image=1), dict(generate=["image"])):
+        with pytest.raises(ValueError, match="one stream"):
+            pipe("a", **arguments)
+    with pytest.raises(ValueError, match="prompt"):
+        pipe()
+    with pytest.raises(ValueError, match="writes text"):
+        pipe.generate_streams({}, "image")
+
+
+def test_methods_of_one_stream_refuse_models_of_several(pipe):
+    for call in (lambda: pipe.generate(4), lambda: pipe.generate_images(), lambda: pipe.generate_videos()):
+        with pytest.raises(ValueError, match="several streams"):
+            call()
+
+
+def test_a_saved_pipeline_of_several_streams_makes_the_same(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    again = TokComPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    a, b = (
+        p(text="a cat", generate="image", num_inference_steps=2, generator=seeded()).latents for p in (pipe, again)
+    )
+    assert torch.equal(a, b)
+    assert "any-to-any" in (tmp_path / "README.md").read_text()
+
+
+# ---- sounds ----
+
+
+def test_a_tone_keeps_its_pitch_on_the_way_to_log_mel_and_back(pipe):
+    config = TokComConfig.from_preset("omni-tiny").codec_config.stream_configs()["audio"]
+    processor = TokComAudioProcessor(config)
+    for pitch in (440.0, 1500.0):
+        (sound,) = processor.postprocess(processor(tone(pitch, config.num_samples))["input_features"])
+        spectrum = np.abs(np.fft.rfft(sound * np.hanning(len(sound))))
+        found = np.fft.rfftfreq(len(sound), 1 / 8000)[spectrum.argmax()]
+        assert abs(found / pitch - 1) < 0.08, (pitch, found)
+
+
+def test_loudness_does_not_matter_and_a_sound_is_cut_or_ends_in_silence():
+    processor = TokComAudioProcessor(TokComConfig.from_preset("omni-tiny").codec_config.stream_configs()["audio"])
+    long, quiet = tone(440, 20000), 0.1 * tone(440, 20000)
+    a, b = processor([long, quiet])["input_features"]
+    torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+    short = processor(tone(440, 1000))["input_features"][0]
+    assert short.shape == (40, 64) and float(short[:, 20:].max()) == -3.0
+
+
+def test_wav_files_round_trip_and_another_rate_is_refused(tmp_path):
+    sound = 0.5 * tone(440)
+    write_wav(sound, tmp_path / "a.wav", 8000)
+    again, rate = read_wav(tmp_path / "a.wav")
+    assert rate == 8000 and np.abs(again - sound).max() < 1e-4
+    processor = TokComAudioProcessor(TokComConfig.from_preset("omni-tiny").codec_config.stream_configs()["audio"])
+    assert processor(tmp_path / "a.wav")["input_features"].shape == (1, 40, 64)
+    write_wav(sound, tmp_path / "b.wav", 16000)
+    with pytest.raises(ValueError, match="16000.*8000"):
+        processor(tmp_path / "b.wav")
+    (tmp_path / "c.wav").write_text("no sound")
+    with pytest.raises(ValueError, match="c.wav"):
+        processor(tmp_path / "c.wav")
+
+
+def test_recordings_of_another_rate_are_resampled(tmp_path):
+    write_wav(tone(440, 16000, 16000), tmp_path / "a.wav", 16000)
+    sound = read_sound({"bytes": (tmp_path / "a.wav").read_bytes(), "path": None}, 8000)
+    assert len(sound) == 8000
+    assert np.abs(sound[100:-100] - tone(440, 8000)[100:-100]).max() < 0.02
+    with pytest.raises(ValueError, match="record 3"):
+        read_sound({"bytes": b"nothing", "path": None}, 8000, "record 3 (audio)")
+
+
+# ---- data and training ----
+
+
+def sources(tmp_path) -> str:
+    pictures, sounds = tmp_path / "pictures.parquet", tmp_path / "sounds.parquet"
+    emoji = datasets.load_dataset("parquet", data_files=str(ROOT / "sample_data/emoji_train.parquet"), split="train")
+    emoji.select(range(6)).to_parquet(pictures)
+    encoded = []
+    for i in range(4):
+        write_wav(tone(300 + 200 * i), tmp_path / "a.wav", 8000)
+        caption = "the sound of: " + emoji[i]["caption"]
+        encoded.append({"audio": {"bytes": (tmp_path / "a.wav").read_bytes(), "path": None}, "caption": caption})
+    sound = datasets.Dataset.from_list(encoded).cast_column("audio", datasets.Audio(decode=False))
+    sound.to_parquet(sounds)
+    join_streams(
+        ["--pictures", str(pictures), "--sounds", str(sounds), "--silent", "--output", str(tmp_path / "both.parquet")]
+    )
+    mix = [
+        {
+            "path": str(tmp_path / "both.parquet"),
+            "fields": {"text": "caption", "image": "image", "audio": "audio"},
+            "weight": 3,
+        },
+        {"path": str(sounds), "fields": {"audio": "audio"}, "weight": 1},
+        {"path": str(pictures), "field": "caption", "modality": "text", "weight": 1},
+    ]
+    (tmp_path / "mix.yaml").write_text(yaml.safe_dump(mix))
+    return str(tmp_path / "mix.yaml")
+
+
+def test_sources_are_mixed_and_their_records_may_lack_streams(tmp_path, words):
+    records = load_documents(sources(tmp_path), DataConfig(train="x"), "train")
+    kinds = {tuple(sorted(k for k, v in row.items() if v is not None)) for row in records}
+    assert kinds == {("audio",), ("text",), ("image", "text"), ("audio", "image", "text")}
+    dataset = OmniDataset(records, words, 0, training=True).fit(model(len(words)).codec)
+    batch = torch.utils.data.default_collate([dataset[i] for i in range(len(dataset))])
+    for i, row in enumerate(records):
+        for name, value in batch["streams"].items():
+            there = row[name] is not None
+            assert bool(batch["present"][name][i]) == there
+            assert there or bool((value[i] == (words.eos_token_id if name == "text" else 0)).all())
+
+
+def test_bad_sources_of_streams_are_named(tmp_path, words):
+    path = str(ROOT / "sample_data/emoji_train.parquet")
+    for source, named in (
+        ({"path": path, "fields": {"text": "sentence"}}, "sentence"),
+        ({"path": path, "modality": "text"}, "modality"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            load_documents([source], DataConfig(train="x"), "train")
+    records = load_documents([{"path": path, "fields": {"image": "caption"}}], DataConfig(train="x"), "train")
+    with pytest.raises(ValueError, match="'image'"):
+        OmniDataset(records, words, 0, training=True).fit(model(len(words)).codec)
+    records = load_documents([{"path": path, "fields": {"smell": "caption"}}], DataConfig(train="x"), "train")
+    with pytest.raises(ValueError, match="smell"):
+        OmniDataset(records, words, 0, training=True).fit(model(len(words)).codec)
+
+
+def tiny_run(tmp_path, *more: str) -> list[str]:
+    parts = [f"model.codec_config.streams={json.dumps(STREAMS)}", "model.codec_config.text_latents=8"]
+    parts += [f"model.transformer_config={json.dumps(FLOW)}", "tokenizer_vocab_size=300", "report_to=none"]
+    for stage in ("codec", "flow"):
+        parts += [f"{stage}.max_steps=4", f"{stage}.batch_size=4", f"{stage}.eval_steps=4", f"{stage}.eval_batches=1"]
+    return ["--preset", "omni-tiny", f"output_dir={tmp_path / 'out'}", *parts, *more]
+
+
+def test_training_ends_with_a_pipeline_of_all_streams_and_measured_latents(tmp_path, capsys):
+    train(tiny_run(tmp_path, f"data.train={sources(tmp_path)}", f"data.validation={tmp_path / 'both.parquet'}"))
+    pipe = TokComPipeline.from_pretrained(tmp_path / "out")
+    assert pipe.model.codec.streams["image"].latent_std.std() > 0  # measured
+    assert (tmp_path / "out/run/flow/samples-4.png").is_file()
+    assert len(pipe(num_inference_steps=1).streams) == 3
+
+
+def test_data_and_models_of_different_kinds_are_named(tmp_path):
+    emoji, stories = ROOT / "sample_data/emoji_train.parquet", ROOT / "sample_data/stories_train.jsonl"
+    for preset, data, named in (
+        ("debug", [f"data.train={emoji}", "data.fields={text: caption, image: image}"], "omni-tiny"),
+        ("omni-tiny", [f"data.train={stories}", "data.fields=null"], "data.fields"),
+        ("omni-tiny", [f"data.train={emoji}", "data.fields=null"], "omni-tiny|pictures"),
+    ):
+        with pytest.raises(SystemExit, match=named):
+            train(["--preset", preset, f"output_dir={tmp_path / preset}", "report_to=none", *data])
