@@ -656,7 +656,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             },
         },
         "transformer_config": {
-            **dict(hidden_size=256, intermediate_size=704, num_hidden_layers=8, num_attention_heads=4),
+            **dict(hidden_size=192, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4),
             **dict(num_key_value_heads=4, max_position_embeddings=42, conditioning_size=128, block_size=None),
             **dict(self_conditioning=False),
         },
