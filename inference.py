@@ -1,4 +1,4 @@
-"""Command line for the five modes of TokCom, for filling gaps, for texts as pictures, and for models of images and clips.
+"""Command line for the five modes of TokCom, for filling gaps, for texts as pictures, and for models of images, clips and several streams.
 
     python inference.py --checkpoint . --mode conditional --prompt "The family of four was "
     python inference.py --checkpoint . --mode generate --num_chunks 64 --num_steps 16 --batch_size 2
@@ -13,6 +13,8 @@
     python inference.py --checkpoint images --mode draw --prompt "a caption" --image_file drawn.png
     python inference.py --checkpoint images --mode reconstruct_image --input_image photo.png --image_file rebuilt.png
     python inference.py --checkpoint clips --mode animate --input_image first.png --video_file clip.gif
+    python inference.py --checkpoint streams --mode any_to_any --input_text "a frog" --image_file frog.png --audio_file frog.wav
+    python inference.py --checkpoint streams --mode any_to_any --input_audio word.wav
 
 `--checkpoint` is a model directory, a Hub id, or a published v5.2 `.pt` file, which is converted in memory.
 """
@@ -26,13 +28,14 @@ from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors import SafetensorError
 
+from audio_processing_tokcom import write_wav
 from convert_tokcom import load_published_pipeline
 from pipeline_tokcom import TokComPipeline, TokComPipelineOutput
 from training.films import write_film
 from training.images import Frames
 
 MODES = ("generate", "reconstruct", "denoise_reconstruct", "encode", "conditional", "decode", "infill")
-MODES += ("text_to_image", "image_to_text", "draw", "reconstruct_image", "animate")
+MODES += ("text_to_image", "image_to_text", "draw", "reconstruct_image", "animate", "any_to_any")
 NEEDS = {
     "reconstruct": ["input_text"],
     "denoise_reconstruct": ["input_text"],
@@ -52,13 +55,19 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="model directory, Hub id, or published .pt file")
     parser.add_argument("--mode", default="generate", choices=MODES)
-    parser.add_argument("--input_text", help="text for reconstruct, denoise_reconstruct, encode; with ____ for infill")
+    parser.add_argument(
+        "--input_text",
+        help="text for reconstruct, denoise_reconstruct, encode; with ____ for infill; what is given (any_to_any)",
+    )
     parser.add_argument("--prompt", help="text to continue (conditional); caption (draw, animate)")
     parser.add_argument("--latents_file", help="file written by encode (decode)")
     parser.add_argument("--image_file", help="picture to write, or to read (image_to_text)")
     parser.add_argument(
-        "--input_image", help="picture to read (reconstruct_image); first frame, or a film of them (animate)"
+        "--input_image",
+        help="picture to read (reconstruct_image); first frame, or a film of them (animate); what is given (any_to_any)",
     )
+    parser.add_argument("--input_audio", help=".wav file that is given (any_to_any)")
+    parser.add_argument("--audio_file", help=".wav file to write (any_to_any)")
     parser.add_argument("--video_file", help=".gif, .webp or .mp4 to write (animate)")
     parser.add_argument("--num_frames", type=int, help="frames of the clip (animate); by default the model's")
     parser.add_argument("--fps", type=float, default=8, help="frames a second of the file (animate)")
@@ -118,6 +127,29 @@ def accelerate_pipeline(pipe: TokComPipeline, int8: bool, compiled: bool) -> Non
         pipe.model.transformer.compile()
 
 
+def translate(pipe: TokComPipeline, args: argparse.Namespace, **sampling) -> TokComPipelineOutput:
+    """Of a model of several streams: a text, a picture or a sound, those a file is named for, for those that are given."""
+    kinds = {codec.kind: name for name, codec in pipe._composite_codec().config.stream_configs().items()}
+    inputs = {"text": args.input_text, "audio": args.input_audio, "image": args.input_image}
+    outputs = {"image": args.image_file, "audio": args.audio_file}
+    wanted = [kind for kind, file in outputs.items() if file is not None] or ["text"]
+    given = {kind: value for kind, value in inputs.items() if value is not None}
+    if missing := {*given, *wanted} - set(kinds):
+        raise ValueError(f"this model has no {sorted(missing)}; its streams are {sorted(kinds)}.")
+    if "image" in given:
+        given["image"] = Frames(given["image"], "--input_image")[0]
+    streams = {kinds[kind]: value for kind, value in given.items()}
+    made = pipe.generate_streams(
+        streams, [kinds[kind] for kind in wanted], guidance_scale=args.guidance_scale, **sampling
+    ).streams
+    if "image" in wanted:
+        made[kinds["image"]][0].save(args.image_file)
+    if "audio" in wanted:
+        write_wav(made[kinds["audio"]][0], args.audio_file, pipe.sampling_rates[kinds["audio"]])
+    files = [f"{kind} written to {outputs[kind]}" for kind in wanted if kind in outputs]
+    return TokComPipelineOutput(texts=files or [str(text) for text in made[kinds["text"]]])
+
+
 def run(pipe: TokComPipeline, args: argparse.Namespace) -> TokComPipelineOutput:
     generator = None if args.seed is None else torch.Generator().manual_seed(args.seed)
     sampling = {"num_inference_steps": args.num_steps, "generator": generator}
@@ -152,6 +184,8 @@ def run(pipe: TokComPipeline, args: argparse.Namespace) -> TokComPipelineOutput:
         frames = pipe.generate_videos(args.prompt, given, **options).videos[0]
         write_film(frames, args.video_file, args.fps)
         return TokComPipelineOutput(texts=[f"{len(frames)} frames written to {args.video_file}"])
+    if args.mode == "any_to_any":
+        return translate(pipe, args, **sampling)
     tokens = args.num_generate_chunks * pipe.chunk_size
     if args.mode == "infill":
         return pipe.infill(args.input_text, tokens, guidance_scale=args.guidance_scale, **sampling)

@@ -103,7 +103,7 @@ class Study:
         dataset = OmniDataset(records, self.pipe.tokenizer, 0, training=False).fit(self.pipe.model.codec)
         contents = [dataset.content(i) for i in range(min(len(dataset), 10**6))]
         found = {name: [content.get(name) for content in contents] for name in ("text", "image", "audio")}
-        found["text"] = list(records["text"])
+        found["caption"] = list(records["text"])  # whole; `text` is cut to what the model reads
         return found | {"pixels": torch.stack([dataset[i]["streams"]["image"] for i in range(len(dataset))])}
 
     def generate(self, stream: str, given: dict[str, list], scale: float = 1.0) -> list:
@@ -128,7 +128,7 @@ def measure_pictures(study: Study) -> tuple[list[dict], dict]:
     args, train, test = study.args, study.data["pictures"], study.data["pictures_test"]
     tokenizer = study.pipe.tokenizer
     rows = {
-        name: tokenizer(part["text"], add_special_tokens=False)["input_ids"]
+        name: tokenizer(part["caption"], add_special_tokens=False)["input_ids"]
         for name, part in (("train", train), ("test", test))
     }
     pairs = train_pairs(train["pixels"], rows["train"], len(tokenizer), args.contrastive_steps, args.seed)
@@ -145,34 +145,34 @@ def measure_pictures(study: Study) -> tuple[list[dict], dict]:
         drawn[scale] = study.generate("image", {"text": test["text"]}, scale)
         found[0][f"guidance {scale:g}"] = retrieved(pairs, study.pixels(drawn[scale]), rows["test"], args.seed)
     distance = torch.cdist(test["pixels"].flatten(1), train["pixels"].flatten(1))
-    nearest = [train["text"][i] for i in distance.argmin(1)]
+    nearest = [train["caption"][i] for i in distance.argmin(1)]
     named = {"direction": "picture to text", "measure": "noun exact", "real data": None}
     bleu = {"direction": "picture to text", "measure": "BLEU", "real data": None}
     written = {scale: study.generate("text", {"image": test["image"]}, scale) for scale in args.guidance_scales}
     for name, texts in (("chance or baseline", nearest), *((f"guidance {s:g}", t) for s, t in written.items())):
-        named[name] = float(np.mean([noun(a) == noun(b) for a, b in zip(texts, test["text"])]))
-        bleu[name] = sacrebleu.corpus_bleu(texts, [test["text"]]).score
+        named[name] = float(np.mean([noun(a) == noun(b) for a, b in zip(texts, test["caption"])]))
+        bleu[name] = sacrebleu.corpus_bleu(texts, [test["caption"]]).score
     best = max(args.guidance_scales)
     shown = [[*test["image"][:12]], [*drawn[min(args.guidance_scales)][:12]], [*drawn[best][:12]]]
     size = study.pipe.model.codec.streams["image"].config.image_size
     picture_grid([[image.convert("RGB").resize(size[::-1]) for image in row] for row in shown], 2).save(
         args.output_dir / "pictures.png"
     )
-    texts = [list(row) for row in zip(test["text"][:12], written[min(args.guidance_scales)][:12], nearest[:12])]
+    texts = [list(row) for row in zip(test["caption"][:12], written[min(args.guidance_scales)][:12], nearest[:12])]
     return [*found, named, bleu], {"captions": texts}
 
 
 def measure_digits(study: Study) -> list[dict]:
     """The four directions of sounds, on held-out recordings."""
     args, train, test = study.args, study.data["digits"], study.data["digits_test"]
-    classes = sorted(set(train["text"]))
+    classes = sorted(set(train["caption"]))
     labels = {
-        name: torch.tensor([[classes.index(t)] for t in part["text"]])
+        name: torch.tensor([[classes.index(t)] for t in part["caption"]])
         for name, part in (("train", train), ("test", test))
     }
     ear = train_classifier(study.sounds(train["audio"]), labels["train"], args.epochs, args.seed)
     heard = recognised(ear, study.sounds(test["audio"]), labels["test"])[0]
-    icons = torch.stack([train["pixels"][train["text"].index(name)] for name in classes])
+    icons = torch.stack([train["pixels"][train["caption"].index(name)] for name in classes])
 
     def seen(images: list[Image.Image]) -> float:
         guess = torch.cdist(study.pixels(images).flatten(1), icons.flatten(1)).argmin(1)
@@ -190,7 +190,7 @@ def measure_digits(study: Study) -> list[dict]:
     for scale in args.guidance_scales:
         key = f"guidance {scale:g}"
         said = study.generate("text", {"audio": test["audio"]}, scale)
-        rows[0][key] = float(np.mean([a == b for a, b in zip(said, test["text"])]))
+        rows[0][key] = float(np.mean([a == b for a, b in zip(said, test["caption"])]))
         for row, given in ((rows[1], "text"), (rows[2], "image")):
             sounds = study.generate("audio", {given: test[given]}, scale)
             row[key] = recognised(ear, study.sounds(sounds), labels["test"])[0]
@@ -207,7 +207,7 @@ def keep_sounds(study: Study, classes: list[str], sounds: list[np.ndarray], test
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    first = [test["text"].index(name) for name in classes]
+    first = [test["caption"].index(name) for name in classes]
     figure, axes = pyplot.subplots(2, len(classes), figsize=(1.2 * len(classes), 2.6), layout="constrained")
     for column, index in enumerate(first):
         for row, sound in enumerate((test["audio"][index], sounds[index])):
@@ -299,7 +299,7 @@ def main(argv: list[str] | None = None) -> dict:
         if args.text_model:
             pipes["text alone"] = TokComPipeline.from_pretrained(args.text_model)
             pipes["text alone"].set_progress_bar_config(disable=True)
-        facts["text"] = measure_text(pipes, study.data["pictures_test"]["text"], args)
+        facts["text"] = measure_text(pipes, study.data["pictures_test"]["caption"], args)
     facts["settings"] = {name: str(value) for name, value in vars(args).items()}
     (args.output_dir / "results.json").write_text(json.dumps(facts, indent=1) + "\n")
     (args.output_dir / "results.md").write_text(report(facts))

@@ -27,6 +27,7 @@ QUICK = [
 ]
 TEXT = str(ROOT / "sample_data" / "stories_validation.jsonl")
 PICTURES = str(ROOT / "sample_data" / "emoji_validation.parquet")
+STREAMS = str(ROOT / "sample_data" / "streams_validation.parquet")
 
 
 def speak_of_images(folder: Path) -> list[str]:
@@ -57,7 +58,11 @@ EXAMPLES = {
         "6",
     ],
 }
+EXAMPLES["several_streams"] = lambda folder: [
+    *("--pictures", PICTURES, "--sounds", STREAMS, "--silent", "--output", str(folder / "joined.parquet"))
+]
 EXPECTED = {
+    "several_streams": "8 records, 0 with a sound",
     "quick_start": "reconstructed:  'There was a little rabbit who lived in a big wood.'",
     "train_on_your_text": "2: Once upon a time",
     "swap_schedulers": "UniPCMultistepScheduler",
@@ -112,7 +117,13 @@ def test_python_in_the_documents_runs(file, code, tmp_path):
         config = TokComConfig.from_preset("video-tiny", len(tokenizer), transformer_config={"num_hidden_layers": 1})
         scheduler = TokComFlowMatchScheduler.from_model_config(config)
         TokComPipeline(TokComModel(config), scheduler, tokenizer).save_pretrained(clips)
-    script = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\npath_or_id, pixel_model, image_model = {str(ROOT)!r}, {str(pixels)!r}, {str(pictures)!r}\nvideo_model = {str(clips)!r}\n{code}"
+    streams = tmp_path / "streams"
+    if "omni_model" in code:
+        tokenizer = train_tokenizer(["a frog"], 300)
+        config = TokComConfig.from_preset("omni-tiny", len(tokenizer), transformer_config={"num_hidden_layers": 1})
+        scheduler = TokComFlowMatchScheduler.from_model_config(config)
+        TokComPipeline(TokComModel(config), scheduler, tokenizer).save_pretrained(streams)
+    script = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\npath_or_id, pixel_model, image_model = {str(ROOT)!r}, {str(pixels)!r}, {str(pictures)!r}\nvideo_model, omni_model = {str(clips)!r}, {str(streams)!r}\n{code}"
     here = ROOT if 'from_pretrained(".")' in code else tmp_path
     done = subprocess.run([sys.executable, "-c", script], cwd=here, capture_output=True, text=True)
     assert done.returncode == 0, f"{file}: {done.stderr[-2000:]}"

@@ -13,7 +13,9 @@ from PIL import Image
 
 from audio_processing_tokcom import TokComAudioProcessor, read_wav, write_wav
 from configuration_tokcom import TokComConfig
+from evaluation.omni import main as measure_streams
 from examples.several_streams import main as join_streams
+from inference import main as infer
 from modeling_tokcom import TokComModel
 from pipeline_tokcom import TokComPipeline
 from scheduling_tokcom import TokComFlowMatchScheduler
@@ -358,6 +360,19 @@ def test_a_saved_pipeline_of_several_streams_makes_the_same(pipe, tmp_path):
     assert "any-to-any" in (tmp_path / "README.md").read_text()
 
 
+def test_the_command_line_makes_streams_for_others(pipe, tmp_path, capsys):
+    pipe.save_pretrained(tmp_path / "model")
+    content("image")[0].save(tmp_path / "a.png")
+    options = ["--checkpoint", str(tmp_path / "model"), "--mode", "any_to_any", "--num_steps", "1", "--device", "cpu"]
+    image, audio = tmp_path / "b.png", tmp_path / "b.wav"
+    infer([*options, "--input_text", "a red cat", "--image_file", str(image), "--audio_file", str(audio)])
+    assert Image.open(image).size == (16, 16) and len(read_wav(audio)[0]) == 15 * 64
+    infer([*options, "--input_audio", str(audio), "--input_image", str(tmp_path / "a.png"), "--seed", "1"])
+    assert "[1]" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="c.wav"):
+        infer([*options, "--input_audio", str(tmp_path / "c.wav")])
+
+
 # ---- sounds ----
 
 
@@ -488,3 +503,30 @@ def test_data_and_models_of_different_kinds_are_named(tmp_path):
     ):
         with pytest.raises(SystemExit, match=named):
             train(["--preset", preset, f"output_dir={tmp_path / preset}", "report_to=none", *data])
+
+
+def test_the_evaluation_measures_six_directions_and_writes_pictures_and_sounds(tmp_path, words):
+    net = model(len(words), codec={"streams": {**STREAMS, "audio": dict(num_frames=32, num_channels=16)}})
+    pipe = TokComPipeline(net, TokComFlowMatchScheduler.from_model_config(net.config), words)
+    pipe.save_pretrained(tmp_path / "model")
+    sample = str(ROOT / "sample_data/streams_{}.parquet")
+    for name in ("train", "validation"):
+        records = datasets.load_dataset("parquet", data_files=sample.format(name), split="train")
+        heard = [audio is not None for audio in records.data["audio"].to_pylist()]
+        rows = [i for i, sound in enumerate(heard) if sound]
+        records.select(rows * (2 if name == "train" else 1)).to_parquet(tmp_path / f"{name}.parquet")
+    pictures = [str(ROOT / f"sample_data/emoji_{name}.parquet") for name in ("train", "train")]
+    facts = measure_streams(
+        [
+            *("--model", str(tmp_path / "model"), "--pictures", pictures[0], "--pictures_test", pictures[1]),
+            *("--digits", str(tmp_path / "train.parquet"), "--digits_test", str(tmp_path / "validation.parquet")),
+            *("--guidance_scales", "1", "--steps", "1", "--contrastive_steps", "30", "--epochs", "8"),
+            *("--output_dir", str(tmp_path / "results")),
+        ]
+    )
+    directions = {row["direction"] for row in facts["directions"]}
+    assert len(directions) == 6 and all(0 <= row["guidance 1"] <= 100 for row in facts["directions"])
+    nearest = [row for row in facts["directions"] if row["measure"] == "noun exact"][0]
+    assert nearest["chance or baseline"] == 1.0  # here the test pictures are the training ones
+    for name in ("results.md", "pictures.png", "sounds.png", "seven.wav"):
+        assert (tmp_path / "results" / name).is_file()
