@@ -391,7 +391,9 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError, StrictDataclassError) as error:
         parser.exit(1, f"error: {error}\n")
     if not pipes[0].model.config.codec_config.has_tokens:
-        parser.exit(1, f"error: {args.checkpoint} makes pictures or clips; give one of pictures as --images.\n")
+        kind = pipes[0].model.config.codec_config.modality
+        remedy = "give it as --images" if kind == "image" else "this page shows none of its kind"
+        parser.exit(1, f"error: {args.checkpoint} is a model of {kind!r} data, not of text alone; {remedy}.\n")
     if pipes[2] is not None and pipes[2].model.config.codec_config.modality != "image":
         parser.exit(1, f"error: {args.images} makes no pictures; --images is for a model such as style-tiny.\n")
     page = build_page(Demo(*pipes))

@@ -61,8 +61,8 @@ class TokComAudioProcessor:
                 f"a sound has {rate} samples a second, the model {config.sampling_rate} (`sampling_rate`); resample it, for "
                 "example with librosa.resample."
             )
-        peak = np.abs(sound).max()
-        sound = sound[: config.num_samples] / max(peak, 1e-4)
+        sound = sound[: config.num_samples]
+        sound = sound / max(np.abs(sound).max(), 1e-4)
         sound = np.pad(sound, (0, config.num_samples - len(sound)))
         bands = spectrogram(
             sound,

@@ -166,7 +166,17 @@ class TokComCompositeCodec(TokComCodec):
         if not streams:
             raise ValueError(f"`streams` is empty; give some of {self.names}.")
         self.check_names(streams)
+        batches = {name: len(value) for name, value in streams.items()}
+        if len(set(batches.values())) > 1:
+            raise ValueError(f"streams must have one batch size, not {batches}.")
         parts = {name: self.streams[name].encode(self._inputs(name, value)) for name, value in streams.items()}
+        for name, part in parts.items():
+            length = self.places[name].stop - self.places[name].start
+            if part.latents.shape[1] != length:
+                raise ValueError(
+                    f"stream {name!r} of shape {tuple(streams[name].shape)} has {part.latents.shape[1]} latents where the model has "
+                    f"{length}; give it the size and length that the configuration names."
+                )
         first = next(iter(parts.values())).latents
         latents = first.new_zeros(len(first), self.config.num_tokens, self.config.latent_channels)
         everywhere = torch.ones(len(first), dtype=torch.bool, device=first.device)
@@ -212,9 +222,10 @@ class TokComCompositeCodec(TokComCodec):
         """
         index = [self.places[name].start for name in self.names]
         has, shape = exists[:, index], (len(exists), len(index))  # (B, S)
-        made = has & (torch.rand(shape, device=exists.device) < 0.5)
-        one = (torch.rand(shape, device=exists.device) * has).argmax(-1, keepdim=True)  # if chance chose none
-        made = torch.where(made.any(-1, keepdim=True), made, torch.zeros_like(made).scatter(1, one, True) & has)
+        subsets = has[:, None] & (torch.rand(len(has), 32, len(index), device=exists.device) < 0.5)
+        subsets[:, -1] = has
+        first = subsets.any(-1).float().argmax(-1)  # the first that is not empty: all are as likely
+        made = subsets[torch.arange(len(has), device=has.device), first]
         kept = torch.rand(shape, device=exists.device) >= dropout
         return self.spread(has & ~made & kept), self.spread(made | (has & kept))
 

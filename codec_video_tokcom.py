@@ -162,13 +162,12 @@ class TokComVideoCodec(TokComCodec):
 
     def snap(self, latents: torch.Tensor) -> torch.Tensor:
         """Standardised latents `(B, N, C)` -> their nearest quantised ones; the gradient passes straight through."""
-        return self._standardize(self._quantizer()(self._unstandardize(latents), frozen=True).latents).to(
-            latents.dtype
-        )
+        nearest = self._quantizer().nearest(self._unstandardize(latents)).latents
+        return self._standardize(nearest).to(latents.dtype)
 
     def to_codes(self, latents: torch.Tensor) -> torch.Tensor:
         """Standardised latents `(B, N, C)` -> codes `(B, N, R)`; raises `ValueError` without a quantiser."""
-        return self._quantizer()(self._unstandardize(latents), frozen=True).codes
+        return self._quantizer().nearest(self._unstandardize(latents)).codes
 
     def from_codes(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes `(B, N, R)` -> standardised latents `(B, N, C)`; raises `ValueError` without a quantiser."""

@@ -580,7 +580,7 @@ class TokComAudioCodecConfig(TokComVideoCodecConfig):
     r"""Configuration of the codec `sound <-> one latent per patch of log-mel frames`: a clip whose channels are the bands.
 
     Args:
-        sampling_rate (`int`): samples a second; other sounds are resampled.
+        sampling_rate (`int`): samples a second; training resamples other sounds.
         fft_length, hop_length (`int`): samples of a frame's window, and from frame to frame.
         num_channels (`int`): mel bands.
         num_frames (`int`): frames of a sound; shorter ones end in silence, longer ones are cut.

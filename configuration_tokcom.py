@@ -442,7 +442,9 @@ class TokComConfig(PreTrainedConfig):
         merge_overrides(fields, overrides)
         codec = CODEC_CONFIGS[fields["codec_config"].get("model_type", TokComChunkCodecConfig.model_type)]
         if vocab_size is not None and codec.modality == "several":
-            for stream in filter(None, fields["codec_config"]["streams"].values()):
+            streams = fields["codec_config"].get("streams") or {"text": {}}
+            fields["codec_config"]["streams"] = streams
+            for stream in (stream for stream in streams.values() if stream is not None):
                 kind = CODEC_CONFIGS.get(stream.get("model_type", TokComChunkCodecConfig.model_type))
                 if kind is not None and kind.modality == "text":
                     stream.update(vocabulary_fields(vocab_size))
@@ -463,12 +465,17 @@ def merge_overrides(fields: dict[str, Any], overrides: dict[str, Any]) -> None:
 
 
 def _merge(fields: dict[str, Any], overrides: dict[str, Any]) -> None:
+    """Dictionaries are merged, but those of another codec replaced."""
     for key, value in overrides.items():
-        if isinstance(value, dict) and isinstance(fields.get(key), dict):
-            fields[key] = dict(fields[key])
-            _merge(fields[key], value)
-        else:
-            fields[key] = value
+        known = fields.get(key)
+        if isinstance(value, dict) and isinstance(known, dict):
+            kind = known.get("model_type", TokComChunkCodecConfig.model_type)
+            if value.get("model_type", kind) == kind:
+                value = dict(value)
+                merged = dict(known)
+                _merge(merged, value)
+                value = merged
+        fields[key] = value
 
 
 def _pixels(

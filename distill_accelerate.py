@@ -118,7 +118,8 @@ class ModelDenoiser(nn.Module):
                 prefix = model.condition(context["input_ids"], context["attention_mask"])
             if known is not None and sees_context:
                 x, times = torch.where(known[..., None], context["latents"], x), torch.where(known, 1.0, times)
-            estimate = model.denoise(x, times, attention_mask=context.get("valid"), prefix=prefix).latents.float()
+            where = model.codec.positions(torch.arange(length, device=x.device)).expand(len(x), -1, -1)
+            estimate = model.denoise(x, times, where, context.get("valid"), prefix=prefix).latents.float()
             return estimate if known is None else torch.where(known[..., None], context["latents"], estimate)
         clean, order, valid = context["latents"], context["order"], context["valid"]
         sees = torch.full((len(x),), sees_context, device=x.device)

@@ -237,7 +237,10 @@ def main(argv: list[str] | None = None) -> dict:
         print(compare(args.predictions))
         return {}
     args.command = [os.path.basename(sys.argv[0]), *(sys.argv[1:] if argv is None else argv)]
-    results = evaluate(args)
+    try:
+        results = evaluate(args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
     print((Path(args.output_dir) / "results.md").read_text())
     return results
 

@@ -186,6 +186,7 @@ def run(pipe: TokComPipeline, args: argparse.Namespace) -> TokComPipelineOutput:
         return TokComPipelineOutput(texts=[f"{len(frames)} frames written to {args.video_file}"])
     if args.mode == "any_to_any":
         return translate(pipe, args, **sampling)
+    pipe.require_tokens()
     tokens = args.num_generate_chunks * pipe.chunk_size
     if args.mode == "infill":
         return pipe.infill(args.input_text, tokens, guidance_scale=args.guidance_scale, **sampling)

@@ -638,6 +638,8 @@ class TokComModel(TokComPreTrainedModel):
                 estimate = predict(None)
                 if self.token_head is not None:
                     estimate = self.token_head.mean_latents(estimate, symbols, noisy, times)
+                if block_size is None:  # sampling estimates nothing that is known
+                    estimate = torch.where((t >= 1)[..., None], 0, estimate)
         return predict(estimate).unflatten(1, (draws, length)), loss_mask, noisy, t
 
 

@@ -96,7 +96,8 @@ class TokComOmniMixin:
     def _as_list(kind: str, value: Any) -> list:
         """One text, picture, clip or sound, or a list of them, as a list."""
         if kind == "video":
-            one = isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], Image.Image)
+            frame = value[0] if isinstance(value, (list, tuple)) and value else None
+            one = isinstance(frame, Image.Image) or getattr(frame, "ndim", 0) in (2, 3)
         elif kind == "audio":  # a sound may be a list of numbers
             one = (
                 not isinstance(value, (list, tuple))

@@ -147,7 +147,10 @@ class TokComPipeline(
         if output_type not in known:
             self.require_tokens()
             raise ValueError(f"`output_type` ({output_type!r}) must be one of {known} for this model.")
-        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        self._check_callback_inputs(callback_on_step_end_tensor_inputs)
+
+    def _check_callback_inputs(self, names: list[str]) -> None:
+        unknown = set(names) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(
                 f"callback inputs {sorted(unknown)} are unknown; known are {self._callback_tensor_inputs}."
@@ -281,6 +284,12 @@ class TokComPipeline(
             return callback_on_step_end(pipe, index, timestep, tensors).pop("latents", x)
 
         if self.model.config.codec_config.modality == "several":
+            texts_only = {"temperature": temperature, "top_p": top_p, "streamer": streamer}
+            if prompt is not None and "text" in streams or any(value is not None for value in texts_only.values()):
+                raise ValueError(
+                    "of several streams give `text` or `prompt`, not both, and no `temperature`, `top_p`, `streamer`."
+                )
+            self._check_callback_inputs(wanted)
             streams = streams if prompt is None else {"text": prompt, **streams}
             settings = {
                 "num_inference_steps": num_inference_steps,

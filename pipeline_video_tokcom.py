@@ -193,6 +193,7 @@ class TokComVideoMixin:
 
     def reconstruct_videos(self, videos: Any, output_type: str = "pil"):
         """Encode and decode: clips as the codec remembers them."""
+        self._video_codec()
         clip = self._to_clips(videos)
         return self.decode_videos(self.encode_videos(clip).latents, output_type, *clip.shape[-2:])
 

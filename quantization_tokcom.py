@@ -45,10 +45,12 @@ def nearest_codes(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor
 
 def code_statistics(codes: torch.Tensor, size: int) -> dict[str, float]:
     """How `codes (...)` use a codebook of `size`: share used, entropy in bits, perplexity, number of dead codes."""
-    counts = torch.bincount(codes.flatten(), minlength=size).double()
+    counts = (
+        codes.flatten().unique(return_counts=True)[1].double()
+    )  # a finite scalar quantiser has more codes than memory
     shares = counts / counts.sum().clamp_min(1)
-    entropy = -(shares * shares.clamp_min(1e-12).log2()).sum().item()
-    used = int((counts > 0).sum())
+    entropy = -(shares * shares.log2()).sum().item()
+    used = len(counts)
     return {"usage": used / size, "entropy_bits": entropy, "perplexity": 2**entropy, "dead_codes": size - used}
 
 
@@ -168,6 +170,10 @@ class ResidualQuantizer(nn.Module):
             loss = loss + output.loss
         return TokComQuantizerOutput(latents + (total - latents).detach(), torch.cat(codes, dim=-1), loss)
 
+    def nearest(self, latents: torch.Tensor) -> TokComQuantizerOutput:
+        """What latents `(..., C)` that are quantised already, but for an error, were: as `forward`, which learns nothing."""
+        return self(latents, frozen=True)
+
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes `(..., R)` -> latents `(..., C)`."""
         return sum(level.decode(codes[..., i : i + 1]) for i, level in enumerate(self.levels))
@@ -198,8 +204,18 @@ class FiniteScalarQuantizer(nn.Module):
 
     def forward(self, latents: torch.Tensor, frozen: bool = False) -> TokComQuantizerOutput:
         """Quantise `latents (..., C)` to levels between -1 and 1; codes are `(..., 1)`."""
+        return self._round(torch.tanh(latents.float()), latents)
+
+    def nearest(self, latents: torch.Tensor) -> TokComQuantizerOutput:
+        """What latents `(..., C)` that are quantised already, but for an error, were: their nearest levels. The gradient passes
+        straight through."""
+        output = self._round(latents.detach().float().clamp(-1, 1), latents)
+        output.latents = latents + (output.latents - latents).detach()
+        return output
+
+    def _round(self, bounded: torch.Tensor, latents: torch.Tensor) -> TokComQuantizerOutput:
         levels, places = self._shape(latents)
-        position = (torch.tanh(latents.float()) + 1) / 2 * (levels - 1)  # 0 .. levels - 1
+        position = (bounded + 1) / 2 * (levels - 1)  # 0 .. levels - 1
         digits = position.detach().round()
         rounded = position + (digits - position).detach()
         codes = (digits.long() * places).sum(-1, keepdim=True)

@@ -433,11 +433,9 @@ class StageTrainer:
             torch.manual_seed(index)
             with accelerator.autocast():
                 outputs.append(module(**send_to_device(batch, accelerator.device)))
-        values = {
-            name: torch.stack([getattr(o, name).float() for o in outputs]).mean().item()
-            for name in ("loss", "ce_loss", "mse_loss")
-            if getattr(outputs[0], name) is not None
-        }
+        values = {name: [getattr(o, name) for o in outputs] for name in ("loss", "ce_loss", "mse_loss")}
+        values = {name: [value.float() for value in found if value is not None] for name, found in values.items()}
+        values = {name: torch.stack(found).mean().item() for name, found in values.items() if found}
         metrics = {f"{self.prefix}/train_loss": progress.train_loss / max(1, progress.train_count)}
         metrics[f"{self.prefix}/val_loss"] = values["loss"]
         if self.stage != "codec":
@@ -486,6 +484,8 @@ class StageTrainer:
         samples = pipe.generate(num_chunks=chunks, batch_size=count, generator=generator).texts
         rows = [[i + 1, text] for i, text in enumerate(samples)]
         log_table(self.accelerator, "diffusion/generated", ["Sample", "Generated Text"], rows, step)
+        if hasattr(pipe.scheduler, "alphas_cumprod"):  # a diffusion cannot start between noise and text
+            return
         rebuilt = pipe.denoise_reconstruct(texts, noise_level=0.5, generator=generator).texts
         log_table(self.accelerator, "diffusion/reconstructed", columns, compare(rebuilt), step)
 

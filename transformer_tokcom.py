@@ -210,6 +210,10 @@ class TokComTransformer(TokComPreTrainedModel):
         """
         config, own = self.config, None
         if self.stream_embedding is not None:
+            if position_ids is None:
+                raise ValueError(
+                    "`position_ids` is missing: its first axis says which stream a latent is of; `encode` gives it."
+                )
             own = self._own_channels(position_ids)
             latents = torch.where(own, latents, 0)
             self_condition = None if self_condition is None else torch.where(own, self_condition, 0)

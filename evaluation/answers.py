@@ -8,6 +8,7 @@ Scale 0 is the same model without its prompt: what it answers before it has read
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -49,6 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     records = list(load_documents(args.data, DataConfig(train=args.data), "validation"))[: args.samples]
     dialogues = [messages_of(record) for record in records]
     pipe = TokComPipeline.from_pretrained(args.checkpoint).to(args.device)
+    pipe.require_tokens()
     pipe.set_progress_bar_config(disable=True)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     files = []
@@ -67,4 +69,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as problem:
+        sys.exit(f"error: {problem}")

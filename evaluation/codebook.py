@@ -29,6 +29,8 @@ def held_out_codes(pipe: TokComPipeline, args: argparse.Namespace) -> torch.Tens
     """Codes `(M, R)` of the data; raises `ValueError` for a codec without a quantiser."""
     model, codec, parts = pipe.model, pipe.model.config.codec_config, []
     if getattr(model.codec, "quantizer", None) is None:
+        if codec.modality == "several":
+            raise ValueError(f"{args.model} has several streams; codes of one are counted on a model of it alone.")
         raise ValueError(f"{args.model} has no quantiser, so there are no codes to count.")
     if codec.has_tokens:
         documents = load_documents(args.data, DataConfig(text_column=args.text_column), "train")
@@ -52,10 +54,12 @@ def sizes(pipe: TokComPipeline, levels: int) -> list[int]:
 
 
 @torch.no_grad()
-def show_codes(pipe: TokComPipeline, codes: torch.Tensor, counts: torch.Tensor, file: Path, shown: int = 256) -> None:
+def show_codes(
+    pipe: TokComPipeline, codes: torch.Tensor, column: tuple[torch.Tensor, torch.Tensor], file: Path, shown: int = 256
+) -> None:
     """What the most used codes of the first level stand for, each as the patch it decodes to, most used first."""
-    codec = pipe.model.codec
-    best = counts.argsort(descending=True)[: min(shown, int((counts > 0).sum()))]
+    codec, (values, counts) = pipe.model.codec, column
+    best = values[counts.argsort(descending=True)[:shown]]
     rest = codes.mode(0).values[None, 1:].expand(len(best), -1)  # the other levels at their most frequent code
     latents = codec.from_codes(torch.cat((best[:, None], rest), dim=1)[:, None])
     size = codec.config.patch_size
@@ -64,14 +68,14 @@ def show_codes(pipe: TokComPipeline, codes: torch.Tensor, counts: torch.Tensor, 
     picture_grid([images[i : i + 16] for i in range(0, len(images), 16)], scale=max(1, 32 // size)).save(file)
 
 
-def plot_usage(columns: list[torch.Tensor], file: Path) -> None:
+def plot_usage(columns: list[tuple[torch.Tensor, torch.Tensor]], file: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    for level, counts in enumerate(columns):
+    for level, (_, counts) in enumerate(columns):
         axes.plot(counts.sort(descending=True).values.numpy(), label=f"level {level + 1}")
     axes.set(xlabel="code, most used first", ylabel="times used", yscale="symlog")
     axes.legend()
@@ -98,7 +102,7 @@ def main(argv: list[str] | None = None) -> dict:
     found, columns = [], []
     for level, size in enumerate(sizes(pipe, codes.shape[1])):
         found.append({"level": level + 1, "codes": size, **code_statistics(codes[:, level], size)})
-        columns.append(torch.bincount(codes[:, level], minlength=min(size, 2**20)))
+        columns.append(codes[:, level].unique(return_counts=True))
     plot_usage(columns, args.output_dir / "usage.png")
     if pipe.model.config.codec_config.modality == "video" and pipe.vae is None:
         show_codes(pipe, codes, columns[0], args.output_dir / "codes.png")

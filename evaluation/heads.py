@@ -9,6 +9,7 @@ and standard deviations, with the model without any head beside it.
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -73,6 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/heads"))
     args = parser.parse_args(argv)
+    TokComPipeline.from_pretrained(args.checkpoint).require_tokens()
     texts, files = held_out_texts(args), []
     for seed in args.seeds:
         plain = predict(TokComPipeline.from_pretrained(args.checkpoint).to(args.device), texts, args.noise_level, seed)
@@ -99,4 +101,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as problem:
+        sys.exit(f"error: {problem}")

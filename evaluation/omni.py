@@ -4,10 +4,12 @@
         --digits digits/train.parquet --digits_test digits/test.parquet --text_model text --judge judge --output_dir results
 
 Pictures have `image` and `caption`; digits `image`, `caption` and `audio`, where one caption is one class. Text to picture: a small
-contrastive model, trained on the real pairs, looks for the caption of each picture among 20. Picture to text: exact nouns (what comes
-before the comma) and BLEU, beside the caption of the nearest training picture. Sounds and digits: a classifier, trained on the real
-recordings, hears what is generated as .wav; a picture of a digit is the nearest of the ten. Writes `results.json`, `results.md`,
-`pictures.png`, `sounds.png` and some .wav files.
+contrastive model, trained on the real pairs, looks for the caption of each picture among 20; beside it the training picture whose caption
+has most words in common. Picture to text: exact nouns (what comes before the comma) and BLEU, beside the caption of the nearest training
+picture. Sound to text and to picture: held-out recordings, beside what goes with the nearest training recording. Text and picture to
+sound: the inputs are the classes, which training has seen; a classifier, trained on the real recordings, hears the generated .wav, and
+their distance to the nearest training recording and from each other stands beside that of held-out recordings. Writes `results.json`
+after each part, `results.md`, `pictures.png`, `sounds.png` and a .wav of each class.
 """
 
 import argparse
@@ -22,11 +24,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from tqdm.auto import trange
+from transformers import AutoTokenizer
 
 from audio_processing_tokcom import TokComAudioProcessor, write_wav
 from evaluation.images import Classifier, recognised, train_classifier
 from evaluation.judges import TokenJudge
-from evaluation.metrics import sample_entropy
 from evaluation.report import table
 from pipeline_tokcom import TokComPipeline
 from training.config import DataConfig
@@ -87,24 +89,41 @@ def noun(caption: str) -> str:
     return caption.removeprefix("an emoji of ").split(",")[0].split(":")[0].strip().lower()
 
 
+def copied(captions: list[str], known: list[str]) -> list[int]:
+    """For each caption the index of that of `known` with the largest share of words in common."""
+    sets = [set(text.lower().split()) for text in known]
+    return [
+        int(np.argmax([len(words & other) / len(words | other) for other in sets]))
+        for words in (set(text.lower().split()) for text in captions)
+    ]
+
+
 class Study:
     """The model, the real records, and what is made of them; `generate` runs in batches with one seed."""
 
     def __init__(self, pipe: TokComPipeline, args: argparse.Namespace):
         self.pipe, self.args = pipe, args
+        wanted = {"pictures": ("text", "image"), "digits": ("text", "image", "audio")}
         self.data = {
-            name: self._load(getattr(args, name)) for name in ("pictures", "pictures_test", "digits", "digits_test")
+            name: self._load(getattr(args, name), wanted[name.removesuffix("_test")])
+            for name in ("pictures", "pictures_test", "digits", "digits_test")
         }
+        if unknown := set(self.data["digits_test"]["caption"]) - set(self.data["digits"]["caption"]):
+            raise ValueError(f"{args.digits_test} has captions that {args.digits} lacks, such as {min(unknown)!r}.")
         self.processor = TokComAudioProcessor(pipe.model.codec.streams["audio"].config)
 
-    def _load(self, source: str) -> dict[str, list]:
-        fields = {"text": "caption", "image": "image", "audio": "audio"}
+    def _load(self, source: str, wanted: tuple[str, ...]) -> dict[str, list]:
+        """The records that have all `wanted` streams."""
+        fields = {name: {"text": "caption"}.get(name, name) for name in wanted}
         records = load_documents(source, DataConfig(train=source, fields=fields), "train")
         dataset = OmniDataset(records, self.pipe.tokenizer, 0, training=False).fit(self.pipe.model.codec)
-        contents = [dataset.content(i) for i in range(min(len(dataset), 10**6))]
-        found = {name: [content.get(name) for content in contents] for name in ("text", "image", "audio")}
-        found["caption"] = list(records["text"])  # whole; `text` is cut to what the model reads
-        return found | {"pixels": torch.stack([dataset[i]["streams"]["image"] for i in range(len(dataset))])}
+        contents = {i: dataset.content(i) for i in range(len(dataset))}
+        rows = [i for i, content in contents.items() if set(content) == set(wanted)]
+        if not rows:
+            raise ValueError(f"{source} has no record with all of {wanted}.")
+        found = {name: [contents[i][name] for i in rows] for name in wanted}
+        found["caption"] = [records[i]["text"] for i in rows]  # whole; `text` is cut to what the model reads
+        return found | {"pixels": torch.stack([dataset[i]["streams"]["image"] for i in rows])}
 
     def generate(self, stream: str, given: dict[str, list], scale: float = 1.0) -> list:
         generator, made, count = torch.Generator().manual_seed(self.args.seed), [], len(next(iter(given.values())))
@@ -123,7 +142,7 @@ class Study:
         return self.processor(sounds)["input_features"][:, None].expand(-1, 3, -1, -1) / 2 + 1
 
 
-def measure_pictures(study: Study) -> tuple[list[dict], dict]:
+def measure_pictures(study: Study) -> dict:
     """Text to picture and picture to text on held-out pictures."""
     args, train, test = study.args, study.data["pictures"], study.data["pictures_test"]
     tokenizer = study.pipe.tokenizer
@@ -132,72 +151,86 @@ def measure_pictures(study: Study) -> tuple[list[dict], dict]:
         for name, part in (("train", train), ("test", test))
     }
     pairs = train_pairs(train["pixels"], rows["train"], len(tokenizer), args.contrastive_steps, args.seed)
-    found = [
-        {
-            "direction": "text to picture",
-            "measure": f"caption found among {CANDIDATES}",
-            "chance or baseline": 1 / CANDIDATES,
-        }
-    ]
-    found[0]["real data"] = retrieved(pairs, test["pixels"], rows["test"], args.seed)
-    drawn = {}
+    found = {"direction": "text to picture", "measure": f"caption found among {CANDIDATES}", "chance": 1 / CANDIDATES}
+    found["nearest training record"] = retrieved(
+        pairs, train["pixels"][copied(test["caption"], train["caption"])], rows["test"], args.seed
+    )
+    found["real data"] = retrieved(pairs, test["pixels"], rows["test"], args.seed)
+    drawn, written = {}, {}
     for scale in args.guidance_scales:
         drawn[scale] = study.generate("image", {"text": test["text"]}, scale)
-        found[0][f"guidance {scale:g}"] = retrieved(pairs, study.pixels(drawn[scale]), rows["test"], args.seed)
+        written[scale] = study.generate("text", {"image": test["image"]}, scale)
+        found[f"guidance {scale:g}"] = retrieved(pairs, study.pixels(drawn[scale]), rows["test"], args.seed)
     distance = torch.cdist(test["pixels"].flatten(1), train["pixels"].flatten(1))
     nearest = [train["caption"][i] for i in distance.argmin(1)]
-    named = {"direction": "picture to text", "measure": "noun exact", "real data": None}
-    bleu = {"direction": "picture to text", "measure": "BLEU", "real data": None}
-    written = {scale: study.generate("text", {"image": test["image"]}, scale) for scale in args.guidance_scales}
-    for name, texts in (("chance or baseline", nearest), *((f"guidance {s:g}", t) for s, t in written.items())):
+    named, bleu = ({"direction": "picture to text", "measure": name} for name in ("noun exact", "BLEU"))
+    for name, texts in (("nearest training record", nearest), *((f"guidance {s:g}", t) for s, t in written.items())):
         named[name] = float(np.mean([noun(a) == noun(b) for a, b in zip(texts, test["caption"])]))
         bleu[name] = sacrebleu.corpus_bleu(texts, [test["caption"]]).score
-    best = max(args.guidance_scales)
-    shown = [[*test["image"][:12]], [*drawn[min(args.guidance_scales)][:12]], [*drawn[best][:12]]]
-    size = study.pipe.model.codec.streams["image"].config.image_size
-    picture_grid([[image.convert("RGB").resize(size[::-1]) for image in row] for row in shown], 2).save(
-        args.output_dir / "pictures.png"
-    )
-    texts = [list(row) for row in zip(test["caption"][:12], written[min(args.guidance_scales)][:12], nearest[:12])]
-    return [*found, named, bleu], {"captions": texts}
+    first, size = min(args.guidance_scales), study.pipe.model.codec.streams["image"].config.image_size
+    shown = [test["image"][:12], drawn[first][:12], drawn[max(args.guidance_scales)][:12]]
+    shown = [[image.convert("RGB").resize(size[::-1]) for image in row] for row in shown]
+    picture_grid(shown, 2).save(args.output_dir / "pictures.png")
+    captions = [list(row) for row in zip(test["caption"][:12], written[first][:12], nearest[:12])]
+    return {"directions": [found, named, bleu], "captions": captions}
 
 
-def measure_digits(study: Study) -> list[dict]:
-    """The four directions of sounds, on held-out recordings."""
+def closeness(made: torch.Tensor, train: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    """Of sounds as features: mean distance to the nearest training recording, and from others with the same of `labels (M,)`."""
+    made, train = made[:, 0].flatten(1), train[:, 0].flatten(1)
+    apart = torch.cdist(made, made)
+    same = (labels[:, None] == labels) & ~torch.eye(len(made), dtype=torch.bool)
+    return {
+        "nearest training recording": torch.cdist(made, train).amin(1).mean().item(),
+        "apart": apart[same].mean().item(),
+    }
+
+
+def measure_digits(study: Study) -> dict:
+    """The four directions of sounds."""
     args, train, test = study.args, study.data["digits"], study.data["digits_test"]
     classes = sorted(set(train["caption"]))
     labels = {
         name: torch.tensor([[classes.index(t)] for t in part["caption"]])
         for name, part in (("train", train), ("test", test))
     }
-    ear = train_classifier(study.sounds(train["audio"]), labels["train"], args.epochs, args.seed)
-    heard = recognised(ear, study.sounds(test["audio"]), labels["test"])[0]
+    known, held_out, wanted = study.sounds(train["audio"]), study.sounds(test["audio"]), labels["test"][:, 0]
+    ear = train_classifier(known, labels["train"], args.epochs, args.seed)
+    heard = recognised(ear, held_out, labels["test"])[0]
+    nearest = labels["train"][torch.cdist(held_out[:, 0].flatten(1), known[:, 0].flatten(1)).argmin(1), 0]
+    nearest = float((nearest == wanted).float().mean())
     icons = torch.stack([train["pixels"][train["caption"].index(name)] for name in classes])
-
-    def seen(images: list[Image.Image]) -> float:
-        guess = torch.cdist(study.pixels(images).flatten(1), icons.flatten(1)).argmin(1)
-        return float((guess == labels["test"][:, 0]).float().mean())
-
-    chance = 1 / len(classes)
     rows = [
-        {"direction": "sound to text", "measure": "digit exact", "real data": None},
+        {
+            "direction": "sound to text",
+            "measure": "digit exact",
+            "nearest training record": nearest,
+            "real data": heard,
+        },
+        {
+            "direction": "sound to picture",
+            "measure": "nearest of ten",
+            "nearest training record": nearest,
+            "real data": heard,
+        },
         {"direction": "text to sound", "measure": "digit heard", "real data": heard},
         {"direction": "picture to sound", "measure": "digit heard", "real data": heard},
-        {"direction": "sound to picture", "measure": "nearest icon", "real data": 1.0},
     ]
-    for row in rows:
-        row["chance or baseline"] = chance
+    sounds = [{"sounds": "held out", **closeness(held_out, known, wanted)}]
     for scale in args.guidance_scales:
         key = f"guidance {scale:g}"
         said = study.generate("text", {"audio": test["audio"]}, scale)
         rows[0][key] = float(np.mean([a == b for a, b in zip(said, test["caption"])]))
-        for row, given in ((rows[1], "text"), (rows[2], "image")):
-            sounds = study.generate("audio", {given: test[given]}, scale)
-            row[key] = recognised(ear, study.sounds(sounds), labels["test"])[0]
-            if given == "text" and scale == max(args.guidance_scales):
-                keep_sounds(study, classes, sounds, test)
-        rows[3][key] = seen(study.generate("image", {"audio": test["audio"]}, scale))
-    return rows
+        drawn = study.pixels(study.generate("image", {"audio": test["audio"]}, scale))
+        rows[1][key] = float((torch.cdist(drawn.flatten(1), icons.flatten(1)).argmin(1) == wanted).float().mean())
+        for row, given in ((rows[2], "text"), (rows[3], "image")):
+            made = study.generate("audio", {given: test[given]}, scale)
+            features = study.sounds(made)
+            row[key] = recognised(ear, features, labels["test"])[0]
+            sounds.append({"sounds": f"{row['direction']}, {key}", **closeness(features, known, wanted)})
+            if given == "text":
+                keep_sounds(study, classes, made, test)
+    return {"directions": [{"chance": 1 / len(classes), **row} for row in rows], "sounds": sounds}
 
 
 def keep_sounds(study: Study, classes: list[str], sounds: list[np.ndarray], test: dict) -> None:
@@ -207,7 +240,7 @@ def keep_sounds(study: Study, classes: list[str], sounds: list[np.ndarray], test
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    first = [test["caption"].index(name) for name in classes]
+    first = [test["caption"].index(name) for name in classes if name in test["caption"]]
     figure, axes = pyplot.subplots(2, len(classes), figsize=(1.2 * len(classes), 2.6), layout="constrained")
     for column, index in enumerate(first):
         for row, sound in enumerate((test["audio"][index], sounds[index])):
@@ -223,45 +256,66 @@ def keep_sounds(study: Study, classes: list[str], sounds: list[np.ndarray], test
     figure.savefig(study.args.output_dir / "sounds.png", dpi=110)
 
 
-def measure_text(pipes: dict[str, TokComPipeline], real: list[str], args: argparse.Namespace) -> list[dict]:
-    """Texts from nothing of the joint model and of one of text alone, by a judge with their tokenizer."""
-    judge, rows = TokenJudge(args.judge), []
+def measure_text(
+    pipes: dict[str, TokComPipeline], judge: TokenJudge, real: list[str], args: argparse.Namespace
+) -> list[dict]:
+    """As many texts from nothing as there are `real` ones, of the joint model and of one of text alone, by a judge with their
+    tokenizer. Entropy is that of their tokens taken together."""
+    rows, tokenizer = [], next(iter(pipes.values())).tokenizer
     for name, pipe in {"real": None, **pipes}.items():
-        texts = real
-        if pipe is not None:
-            texts, generator = [], torch.Generator().manual_seed(args.seed)
-            while len(texts) < args.texts:
-                texts += pipe.generate_streams({}, "text", BATCH, args.steps, generator=generator).texts
-        tokenizer = next(iter(pipes.values())).tokenizer
-        ids = [
-            [tokenizer.eos_token_id, *row, tokenizer.eos_token_id]
-            for row in tokenizer(texts, add_special_tokens=False)["input_ids"]
-        ]
-        nats = [judge.nll(np.array([row]))[0, 1:] for row in ids]
-        width = max(map(len, ids))
-        entropy = sample_entropy(np.array([row + [tokenizer.eos_token_id] * (width - len(row)) for row in ids]))
+        texts, generator = real if pipe is None else [], torch.Generator().manual_seed(args.seed)
+        while len(texts) < len(real):
+            texts = texts + pipe.generate_streams({}, "text", BATCH, args.steps, generator=generator).texts
+        texts, eos = texts[: len(real)], tokenizer.eos_token_id
+        ids = [[*row, eos] for row in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        nats = np.concatenate([judge.nll(np.array([[eos, *row]]))[0, 1:] for row in ids])
+        counts = np.unique(np.concatenate(ids), return_counts=True)[1]
+        shares = counts / counts.sum()
         row = {
             "texts": name,
-            "judge NLL a token": float(np.concatenate(nats).mean()),
-            "tokens": float(np.mean([len(n) for n in nats])),
+            "judge NLL a token": float(nats.mean()),
+            "entropy": float(-(shares * np.log(shares)).sum()),
         }
-        rows.append(row | {"distinct texts": len(set(texts)) / len(texts), "entropy": entropy, "samples": texts[:8]})
+        row |= {"tokens a text": len(nats) / len(ids), "distinct": len(set(texts)) / len(texts)}
+        rows.append(row | {"samples": texts[:8]})
     return rows
 
 
 def report(facts: dict) -> str:
-    columns = list(dict.fromkeys(key for row in facts["directions"] for key in row))
+    columns = ["direction", "measure", "chance", "nearest training record", "real data"]
+    columns += [key for key in facts["directions"][0] if key.startswith("guidance")]
     text = "## Six directions\n\n" + table(columns, [[row.get(key) for key in columns] for row in facts["directions"]])
     text += "\n## Captions\n\n" + table(["real", "model", "nearest"], facts["captions"])
-    if facts["text"]:
-        columns = [key for key in facts["text"][0] if key != "samples"]
-        text += "\n## Text alone\n\n" + table(columns, [[row[key] for key in columns] for row in facts["text"]])
-        text += (
-            "\n"
-            + "\n".join(f"- {row['texts']}: {', '.join(map(repr, row['samples']))}" for row in facts["text"])
-            + "\n"
-        )
-    return text
+    for name in ("sounds", "text"):
+        if facts.get(name):
+            columns = [key for key in facts[name][0] if key != "samples"]
+            text += f"\n## {name.capitalize()}\n\n" + table(
+                columns, [[row[key] for key in columns] for row in facts[name]]
+            )
+    for row in facts.get("text", []):
+        text += f"\n- {row['texts']}: {', '.join(map(repr, row['samples']))}"
+    return text + "\n"
+
+
+def load(args: argparse.Namespace) -> tuple[Study, dict[str, TokComPipeline], TokenJudge | None]:
+    """The study, the models whose texts are judged, and the judge; raises `ValueError` if they do not fit each other."""
+    pipes, judge = {"joint model": TokComPipeline.from_pretrained(args.model)}, None
+    if args.text_model:
+        pipes["text alone"] = TokComPipeline.from_pretrained(args.text_model)
+    for pipe, streams in zip(pipes.values(), ({"audio", "image", "text"}, {"text"})):
+        if pipe.model.config.codec_config.modality != "several" or not streams <= set(pipe.model.codec.names):
+            raise ValueError(f"{args.model}, {args.text_model}: the streams {sorted(streams)} are needed.")
+        pipe.set_progress_bar_config(disable=True)
+    if args.judge:
+        judge = TokenJudge(args.judge)
+        vocabularies = [AutoTokenizer.from_pretrained(args.judge), *(pipe.tokenizer for pipe in pipes.values())]
+        if any(tokenizer.get_vocab() != vocabularies[0].get_vocab() for tokenizer in vocabularies):
+            raise ValueError(
+                f"{args.judge} and the models have different tokenizers; train the judge with --checkpoint {args.model}."
+            )
+    elif args.text_model:
+        raise ValueError(f"{args.text_model}: to compare texts give a --judge.")
+    return Study(pipes["joint model"], args), pipes, judge
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -273,34 +327,24 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--judge", help="autoregressive judge of captions with the model's tokenizer")
     parser.add_argument("--guidance_scales", type=float, nargs="+", default=[1.0, 2.0])
     parser.add_argument("--steps", type=int, help="denoising steps; the model's own by default")
-    parser.add_argument("--texts", type=int, default=500)
     parser.add_argument("--contrastive_steps", type=int, default=1500)
     parser.add_argument("--epochs", type=int, default=10, help="of the classifier of sounds")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, required=True)
     args = parser.parse_args(argv)
     args.output_dir.mkdir(parents=True, exist_ok=True)
+    facts = {"settings": {name: str(value) for name, value in vars(args).items()}}
     try:
-        pipe = TokComPipeline.from_pretrained(args.model)
-        if pipe.model.config.codec_config.modality != "several" or set(pipe.model.codec.names) != {
-            "audio",
-            "image",
-            "text",
-        }:
-            raise ValueError(f"{args.model} is no model of the streams text, image and audio.")
-        pipe.set_progress_bar_config(disable=True)
-        study = Study(pipe, args)
+        study, pipes, judge = load(args)
+        for measure in (measure_pictures, measure_digits):
+            found = measure(study)
+            found["directions"] = facts.get("directions", []) + found["directions"]
+            facts |= found
+            (args.output_dir / "results.json").write_text(json.dumps(facts, indent=1) + "\n")
+        if judge is not None:
+            facts["text"] = measure_text(pipes, judge, study.data["pictures_test"]["text"], args)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    directions, more = measure_pictures(study)
-    facts = {"directions": directions + measure_digits(study), **more, "text": []}
-    if args.judge:
-        pipes = {"joint model": pipe}
-        if args.text_model:
-            pipes["text alone"] = TokComPipeline.from_pretrained(args.text_model)
-            pipes["text alone"].set_progress_bar_config(disable=True)
-        facts["text"] = measure_text(pipes, study.data["pictures_test"]["caption"], args)
-    facts["settings"] = {name: str(value) for name, value in vars(args).items()}
     (args.output_dir / "results.json").write_text(json.dumps(facts, indent=1) + "\n")
     (args.output_dir / "results.md").write_text(report(facts))
     print(report(facts))

@@ -13,6 +13,8 @@ from PIL import Image
 
 from audio_processing_tokcom import TokComAudioProcessor, read_wav, write_wav
 from configuration_tokcom import TokComConfig
+from evaluate_tokcom import main as evaluate
+from evaluation.codebook import main as codebook
 from evaluation.omni import main as measure_streams
 from examples.several_streams import main as join_streams
 from inference import main as infer
@@ -167,8 +169,26 @@ def test_bad_streams_are_named():
         net.encode(streams={"text": torch.full((1, 8), 1000)})
     with pytest.raises(ValueError, match="audio processor"):
         net.encode(streams={"audio": torch.zeros(1, 3, 16)})
+    with pytest.raises(ValueError, match="'image'.*4"):
+        net.encode(streams={"image": torch.zeros(1, 3, 32, 32)})
+    with pytest.raises(ValueError, match="batch size"):
+        net.encode(streams={"image": torch.zeros(1, 3, 16, 16), "audio": torch.zeros(3, 10, 16)})
+    with pytest.raises(ValueError, match="position_ids"):
+        net.denoise(torch.zeros(1, 12, 240), 0.5)
     with pytest.raises(ValueError, match="streams"):
         net(input_ids=torch.zeros(1, 8, dtype=torch.long))
+
+
+def test_a_stream_may_get_another_codec_than_the_preset_names():
+    style = dict(model_type="tokcom_style_codec", image_size=16, num_tokens=4, num_styled_layers=2, hidden_size=32)
+    style |= dict(decoder_hidden_size=32, expert_intermediate_size=32, intermediate_size=32)
+    flow = {**FLOW, "max_position_embeddings": 60}
+    net = model(codec={"streams": {**STREAMS, "image": style}}, transformer_config=flow)
+    assert net.codec.places["image"] == slice(4, 8) and net.codec.streams["image"].config.num_tokens == 4
+    config = TokComConfig.from_preset(
+        "omni-tiny", 300, codec_config={"streams": {"title": {}}}, transformer_config=flow
+    )
+    assert config.codec_config.stream_configs()["title"].vocab_size == 301
 
 
 # ---- tasks ----
@@ -212,6 +232,23 @@ def test_every_row_draws_a_task_of_its_streams_and_all_tasks_occur():
         part = given[:, net.codec.places[name]]
         assert bool((part == part[:, :1]).all())
     assert not bool((exists & ~net.codec.draw_task(exists, dropout=0.0)[1]).any())
+
+
+def test_all_choices_of_what_is_generated_are_as_likely():
+    net = model()
+    given, used = net.codec.draw_task(torch.ones(7000, 12, dtype=torch.bool), dropout=0.0)
+    made = (used & ~given)[:, [net.codec.places[name].start for name in net.codec.names]]
+    counts = torch.bincount(made.long() @ torch.tensor([1, 2, 4]), minlength=8)
+    assert counts[0] == 0 and ((counts[1:] - 1000).abs() < 150).all()
+
+
+def test_self_conditioning_is_zero_where_something_is_given_as_in_sampling(monkeypatch):
+    net, seen = model(transformer_config={**FLOW, "self_conditioning": True}).train(), []
+    monkeypatch.setattr("random.random", lambda: 0.0)
+    net.transformer.register_forward_pre_hook(lambda module, args: seen.append(args[4]))
+    net(streams=inputs(), given=["text"])
+    first, second = seen
+    assert first is None and second.any() and not second[:, net.codec.places["text"]].any()
 
 
 def test_the_loss_counts_generated_streams_only_each_by_its_weight():
@@ -325,6 +362,9 @@ def test_guidance_moves_away_from_the_estimate_without_each_given_stream(pipe):
         (dict(text="a cat", output_type="pil"), "output_type"),
         (dict(audio=np.zeros((2, 3))), "one channel"),
         (dict(text="a cat", num_inference_steps=0), "num_inference_steps"),
+        (dict(prompt="a cat", text="a dog"), "not both"),
+        (dict(text="a cat", temperature=0.5), "temperature"),
+        (dict(text="a cat", callback_on_step_end_tensor_inputs=["noise"]), "noise"),
     ],
 )
 def test_bad_arguments_are_named(pipe, arguments, named):
@@ -371,6 +411,20 @@ def test_the_command_line_makes_streams_for_others(pipe, tmp_path, capsys):
     assert "[1]" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="c.wav"):
         infer([*options, "--input_audio", str(tmp_path / "c.wav")])
+    with pytest.raises(SystemExit, match="several streams"):
+        infer([*options[:2], "--mode", "conditional", "--prompt", "a red", "--device", "cpu"])
+
+
+def test_scripts_for_texts_name_a_model_of_several_streams(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    text = str(ROOT / "sample_data/held_out.jsonl")
+    for call, options in (
+        (evaluate, ["--data", text, "--train_data", text, "--output_dir", str(tmp_path / "out")]),
+        (codebook, ["--data", text]),
+    ):
+        flag = "--checkpoint" if call is evaluate else "--model"
+        with pytest.raises(SystemExit, match="several streams"):
+            call([flag, str(tmp_path), *options])
 
 
 # ---- sounds ----
@@ -393,6 +447,13 @@ def test_loudness_does_not_matter_and_a_sound_is_cut_or_ends_in_silence():
     torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
     short = processor(tone(440, 1000))["input_features"][0]
     assert short.shape == (40, 64) and float(short[:, 20:].max()) == -3.0
+
+
+def test_what_is_cut_off_does_not_change_the_loudness(pipe):
+    processor = TokComAudioProcessor(TokComConfig.from_preset("omni-tiny").codec_config.stream_configs()["audio"])
+    quiet = 0.05 * tone(440, 16000)
+    loud_end = np.where(np.arange(16000) > 12000, 20 * quiet, quiet)
+    torch.testing.assert_close(processor(quiet)["input_features"], processor(loud_end)["input_features"])
 
 
 def test_wav_files_round_trip_and_another_rate_is_refused(tmp_path):
@@ -478,6 +539,33 @@ def test_bad_sources_of_streams_are_named(tmp_path, words):
         OmniDataset(records, words, 0, training=True).fit(model(len(words)).codec)
 
 
+def test_a_text_is_cut_between_characters_to_what_the_model_reads(tmp_path, words):
+    datasets.Dataset.from_dict({"caption": ["红色的球和蓝色的猫", "a cat"]}).to_parquet(tmp_path / "a.parquet")
+    source = [{"path": str(tmp_path / "a.parquet"), "fields": {"text": "caption"}}]
+    dataset = OmniDataset(load_documents(source, DataConfig(train="x"), "train"), words, 0, training=False)
+    net = model(len(words))
+    cut = dataset.fit(net.codec).content(0)["text"]
+    assert cut and "红色的球和蓝色的猫".startswith(cut) and dataset.content(1)["text"] == "a cat"
+    assert len(words(cut)["input_ids"]) <= 8
+
+
+def test_a_misspelt_field_of_all_sources_is_named(tmp_path):
+    path = str(ROOT / "sample_data/emoji_train.parquet")
+    fields = {"image": "image", "text": "capton"}
+    with pytest.raises(ValueError, match="text.*capton"):
+        load_documents(path, DataConfig(train=path, fields=fields), "train")
+
+
+def test_validation_of_the_codec_may_have_batches_without_a_stream(tmp_path):
+    path = str(ROOT / "sample_data/emoji_train.parquet")
+    pictures = datasets.load_dataset("parquet", data_files=path, split="train").select_columns("image")
+    pictures.to_parquet(tmp_path / "silent.parquet")
+    held_out = [{"path": path, "fields": {"text": "caption"}, "max_samples": 2}]
+    held_out.append({"path": str(tmp_path / "silent.parquet"), "fields": {"image": "image"}, "max_samples": 9})
+    options = [f"data.train={sources(tmp_path)}", f"data.validation={json.dumps(held_out)}", "stage=codec"]
+    train(tiny_run(tmp_path, *options, "codec.batch_size=1", "codec.eval_batches=11", "num_samples=0"))
+
+
 def tiny_run(tmp_path, *more: str) -> list[str]:
     parts = [f"model.codec_config.streams={json.dumps(STREAMS)}", "model.codec_config.text_latents=8"]
     parts += [f"model.transformer_config={json.dumps(FLOW)}", "tokenizer_vocab_size=300", "report_to=none"]
@@ -527,6 +615,6 @@ def test_the_evaluation_measures_six_directions_and_writes_pictures_and_sounds(t
     directions = {row["direction"] for row in facts["directions"]}
     assert len(directions) == 6 and all(0 <= row["guidance 1"] <= 100 for row in facts["directions"])
     nearest = [row for row in facts["directions"] if row["measure"] == "noun exact"][0]
-    assert nearest["chance or baseline"] == 1.0  # here the test pictures are the training ones
+    assert nearest["nearest training record"] == 1.0  # here the test pictures are the training ones
     for name in ("results.md", "pictures.png", "sounds.png", "seven.wav"):
         assert (tmp_path / "results" / name).is_file()

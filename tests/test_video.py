@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from configuration_tokcom import TokComConfig, TokComVideoCodecConfig
+from distill_accelerate import ModelDenoiser
 from distill_accelerate import main as distill
 from evaluate_tokcom import main as evaluate
 from evaluation.memory import activations, operations, resized, run_step, saved_bytes
@@ -21,6 +22,7 @@ from inference import main as infer
 from modeling_tokcom import TokComModel, diffusion_times, draw_known, generation_order
 from pipeline_tokcom import TokComPipeline
 from pipeline_video_tokcom import decode_clips, encode_clips
+from quantization_tokcom import code_statistics
 from sampling_tokcom import TokComBlockSampler
 from scheduling_tokcom import TokComFlowMatchScheduler
 from tests.conftest import ROOT, STOCK_SCHEDULERS, seeded
@@ -117,14 +119,15 @@ def test_factorized_attention_is_refused_for_texts():
 
 @pytest.mark.parametrize("kind", ["vq", "fsq"])
 def test_codes_become_latents_and_codes_again(kind):
-    levels = [5] * 8 if kind == "fsq" else None
+    levels = [8, 7] * 4 if kind == "fsq" else None
     codec = model(codec={**QUANTIZED, "quantizer": kind, "fsq_levels": levels}).codec
+    with torch.no_grad():
+        codec.encoder[-1].weight.mul_(20)  # to the ends of FSQ's levels
     codec.set_latent_statistics(torch.full((8,), 0.3), torch.full((8,), 2.0))
     encoded = codec.encode(clips())
     torch.testing.assert_close(codec.from_codes(encoded.codes), encoded.latents)
-    if kind == "vq":  # levels of a channel are not fixed points of FSQ's tanh
-        assert torch.equal(codec.to_codes(encoded.latents), encoded.codes)
-        torch.testing.assert_close(codec.snap(encoded.latents), encoded.latents)
+    assert torch.equal(codec.to_codes(encoded.latents), encoded.codes)
+    torch.testing.assert_close(codec.snap(encoded.latents), encoded.latents)
 
 
 def test_quantized_predictions_are_codes_whose_gradient_is_that_of_the_prediction():
@@ -585,3 +588,29 @@ def test_published_presets_have_their_published_size(name, millions):
     with torch.device("meta"):
         net = TokComModel(TokComConfig.from_preset(name))
     assert abs(sum(p.numel() for p in net.parameters()) / 1e6 - millions) < 0.02 * millions
+
+
+def test_a_bidirectional_teacher_is_distilled_at_the_positions_of_its_patches():
+    net, seen = model(transformer={"attention_type": "factorized"}), []
+    net.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
+    )
+    x = torch.randn(2, 24, 192)
+    estimate = ModelDenoiser(net)(x, torch.tensor([0.3, 0.7]), {})
+    assert torch.equal(seen[0][1], net.codec.grid(4, 16, 24))
+    wanted = net.denoise(x, torch.tensor([0.3, 0.7]), net.codec.grid(4, 16, 24).expand(2, -1, -1)).latents
+    torch.testing.assert_close(estimate, wanted)
+
+
+def test_codes_are_counted_without_room_for_those_that_never_occur():
+    codes = torch.tensor([5**20, 5**20, 3])
+    found = code_statistics(codes, 5**24)
+    assert found["dead_codes"] == 5**24 - 2 and abs(found["entropy_bits"] - 0.918) < 1e-3
+
+
+def test_a_text_model_with_the_schedule_of_a_diffusion_trains_and_shows_samples(tmp_path):
+    small = [f"{stage}.{key}=2" for stage in ("codec", "flow") for key in ("max_steps", "batch_size", "eval_batches")]
+    small += [f"{stage}.sequence_length=32" for stage in ("codec", "flow")]
+    options = ["--preset", "debug", f"output_dir={tmp_path}", "model.timestep_sampling=linear", "num_samples=1"]
+    train([*options, *small, "report_to=none"])
+    assert TokComPipeline.from_pretrained(tmp_path).scheduler.config.prediction_type == "sample"

@@ -207,12 +207,17 @@ def has_tokenizer(name: str) -> bool:
 def read_streams(config: TrainConfig, train, validation, saved: Path) -> OmniCorpus:
     """The corpus of records whose columns are streams; texts of all streams share a tokenizer."""
     columns, tokenizer = [name for name, feature in train.features.items() if is_text(feature)], None
+    if more := set(validation.column_names) - set(train.column_names):
+        raise ValueError(
+            f"`data.validation` has the streams {sorted(more)}, which `data.train` lacks; correct `fields`."
+        )
+    name = config.tokenizer or config.init_from or config.codec_from
     if saved.is_dir():
         tokenizer = AutoTokenizer.from_pretrained(saved)
-    elif columns:
-        texts = [{"text": row or ""} for name in columns for row in train[name]]
-        name = config.tokenizer or config.init_from or config.codec_from
+    elif columns or (name is not None and has_tokenizer(name)):
+        texts = [{"text": row or ""} for column in columns for row in train[column]]
         tokenizer = get_tokenizer(name, config.tokenizer_vocab_size, texts, "text")
+    validation = validation.shuffle(seed=0)  # of several sources, too, the first batches show all
     parts = (OmniDataset(part, tokenizer, config.seed, part is train) for part in (train, validation))
     return OmniCorpus(*parts, tokenizer)
 

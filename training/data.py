@@ -225,7 +225,14 @@ def load_documents(source: str | dict | list[str | dict], config: DataConfig, sp
     if config.streaming:
         return joined
     first = joined.column_names[0] if joined.column_names else None
-    if len(joined) and any(item.fields for item in sources) or config.fields:
+    if any(item.fields for item in sources) or config.fields:
+        shared = split == "train" and any(item.fields is None for item in sources)  # else each names its own
+        missing = set(config.fields or ()) - set(joined.column_names) if shared else set()
+        if missing or not len(joined):
+            raise ValueError(
+                f"{source} has no record with {sorted(missing) or 'a stream'}; correct `data.fields` ({config.fields}), which names "
+                "the field of each stream."
+            )
         return joined
     if len(joined) == 0 or not any(str(row or "").strip() for row in joined[first]):
         raise ValueError(f"no text in {source}: the dataset is empty; check the path and `data.text_column`.")

@@ -70,9 +70,12 @@ class Frames:
     def __getitem__(self, index: int) -> Image.Image:
         if isinstance(self.source, (list, tuple)):
             return open_image(self.source[index], self.name)
-        if len(self) > 1:
-            self.source.seek(index)
-        return self.source.copy()
+        try:
+            if len(self) > 1:
+                self.source.seek(index)
+            return self.source.copy()
+        except (OSError, EOFError) as error:
+            raise ValueError(f"{self.name}: frame {index} cannot be read ({error}); repair or remove it.") from error
 
     def clip(self, start: int, count: int) -> list[Image.Image]:
         """`count` frames from `start` on; where they end the last one stays."""

@@ -103,14 +103,22 @@ class OmniDataset(torch.utils.data.Dataset):
             if config.kind == "audio":
                 value = read_sound(value, config.sampling_rate, where)
             elif name in self.rows:
-                longest = self.lengths[name] * config.chunk_size
-                cut = len(self.rows[name][index]) > longest
-                value = self.tokenizer.decode(self.rows[name][index][:longest]) if cut else value
+                value = self.cut(value, self.rows[name][index], self.lengths[name] * config.chunk_size)
             else:
                 frames = Frames(value, where)
                 value = frames[0] if config.kind == "image" else frames.clip(0, config.clip_length)
             content[name] = value
         return content
+
+    def cut(self, text: str, ids: list[int], longest: int) -> str:
+        """A text, or of a longer one as much as `longest` ids hold; a cut inside a character loses it."""
+        kept = min(longest, len(ids))
+        while len(ids) > longest:
+            text = self.tokenizer.decode(ids[:kept]).rstrip("\ufffd")
+            kept -= 1
+            if len(self.tokenizer(text, add_special_tokens=False)["input_ids"]) <= longest:
+                break
+        return text
 
     def __getitem__(self, index: int) -> dict[str, dict[str, torch.Tensor]]:
         content, streams = self.content(index), {}
@@ -156,4 +164,6 @@ def measure_stream_statistics(model, dataset: OmniDataset, limit: int = 4096, ba
             continue
         if part.latent_mean.ndim == 1:  # of all places alike
             latents = latents.flatten(0, 1)
-        part.set_latent_statistics(latents.mean(0).to(part.latent_mean), latents.std(0).to(part.latent_mean))
+        part.set_latent_statistics(
+            latents.mean(0).to(part.latent_mean), latents.std(0, correction=0).to(part.latent_mean)
+        )
