@@ -667,7 +667,8 @@ PRESETS: dict[str, dict[str, Any]] = {
             **dict(num_key_value_heads=4, max_position_embeddings=42, conditioning_size=128, block_size=None),
             **dict(self_conditioning=False),
         },
-        **dict(ce_weight=0.5, infill_rate=0.0, timestep_loc=0.0, num_inference_steps=24),
+        # what is said is decided by what is given only near pure noise: at t = 0.5 a noisy word tells itself
+        **dict(ce_weight=1.0, infill_rate=0.0, timestep_loc=1.2, num_inference_steps=24),
     },
     "debug": {
         "codec_config": {
