@@ -2,10 +2,11 @@
 
     python examples/several_streams.py --pictures emoji64/train.parquet --sounds fsdd/train.parquet --output digits.parquet
     python examples/several_streams.py --pictures stamps64/train.parquet --sounds stamp_sounds/train.parquet --silent --output stamps.parquet
+    python examples/several_streams.py --pictures emoji64/train.parquet --hold_out 200 --output icons.parquet
 
 A sound with a field `digit` goes with the pictures whose caption ends with `keycap` and that digit, in turn; another one with those whose
 caption is what follows the colon of its own. `--silent` keeps the pictures without a sound, too. The text is that of a digit's sound and
-of another sound's picture.
+of another sound's picture. `--hold_out` writes so many random pictures, those of no digit, to `OUTPUT_test.parquet`.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import datasets
+import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -41,29 +43,43 @@ def join(pictures: datasets.Dataset, sounds: datasets.Dataset, silent: bool) -> 
     return records
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", required=True, help="parquet with `image` and `caption`")
-    parser.add_argument("--sounds", required=True, help="parquet with `audio`, `caption`, and for digits `digit`")
-    parser.add_argument("--output", required=True)
-    parser.add_argument("--silent", action="store_true", help="keep pictures without a sound")
-    args = parser.parse_args(argv)
-    files = {"image": args.pictures, "audio": args.sounds}
-    kinds = {"image": datasets.Image(decode=False), "audio": datasets.Audio(decode=False)}
-    found = {
-        name: datasets.load_dataset("parquet", data_files=file, split="train").cast_column(name, kinds[name])
-        for name, file in files.items()
-    }
-    records = join(found["image"], found["audio"], args.silent)
+def hold_out(records: list[dict], count: int) -> tuple[list[dict], list[dict]]:
+    """Records to learn, and `count` random ones that are of no digit."""
+    order = np.random.default_rng(0).permutation(len(records))
+    others = [i for i in order if "keycap" not in records[i]["caption"]]
+    digits = [i for i, record in enumerate(records) if "keycap" in record["caption"]]
+    return [records[i] for i in [*others[count:], *digits]], [records[i] for i in others[:count]]
+
+
+def write(records: list[dict], kinds: dict, output: Path) -> None:
     encoded = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}  # as they are, not encoded again
     features = datasets.Features({"caption": datasets.Value("string"), "image": encoded, "audio": encoded})
     joined = datasets.Dataset.from_list(records, features)
     for name, kind in kinds.items():
         joined = joined.cast_column(name, kind)
-    joined.to_parquet(args.output)
-    print(
-        f"{len(records)} records, {sum(r['audio'] is not None for r in records)} with a sound, written to {args.output}"
-    )
+    joined.to_parquet(output)
+    print(f"{len(records)} records, {sum(r['audio'] is not None for r in records)} with a sound, written to {output}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", required=True, help="parquet with `image` and `caption`")
+    parser.add_argument("--sounds", help="parquet with `audio`, `caption`, and for digits `digit`")
+    parser.add_argument("--output", required=True, type=Path)
+    parser.add_argument("--silent", action="store_true", help="keep pictures without a sound")
+    parser.add_argument("--hold_out", type=int, default=0, help="records for OUTPUT_test.parquet")
+    args = parser.parse_args(argv)
+    kinds = {"image": datasets.Image(decode=False), "audio": datasets.Audio(decode=False)}
+    found = {
+        name: datasets.load_dataset("parquet", data_files=file, split="train").cast_column(name, kinds[name])
+        for name, file in {"image": args.pictures, "audio": args.sounds}.items()
+        if file is not None
+    }
+    records = join(found["image"], found.get("audio", []), args.silent or args.sounds is None)
+    if args.hold_out:
+        records, test = hold_out(records, args.hold_out)
+        write(test, kinds, args.output.with_name(f"{args.output.stem}_test{args.output.suffix}"))
+    write(records, kinds, args.output)
 
 
 if __name__ == "__main__":

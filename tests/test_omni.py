@@ -523,6 +523,21 @@ def test_sources_are_mixed_and_their_records_may_lack_streams(tmp_path, words):
             assert there or bool((value[i] == (words.eos_token_id if name == "text" else 0)).all())
 
 
+def test_held_out_pictures_are_of_no_digit_and_of_no_training_record(tmp_path):
+    pictures = str(ROOT / "sample_data/emoji_train.parquet")
+    join_streams(["--pictures", pictures, "--hold_out", "10", "--output", str(tmp_path / "a.parquet")])
+    parts = [
+        load_documents(
+            str(tmp_path / f"{name}.parquet"),
+            DataConfig(train="x", fields={"text": "caption", "image": "image"}),
+            "train",
+        )
+        for name in ("a", "a_test")
+    ]
+    learnt, held_out = ([(row["text"], row["image"]["bytes"]) for row in part] for part in parts)
+    assert len(held_out) == 10 and len(learnt) == 46 and not set(learnt) & set(held_out)
+
+
 def test_bad_sources_of_streams_are_named(tmp_path, words):
     path = str(ROOT / "sample_data/emoji_train.parquet")
     for source, named in (
