@@ -119,7 +119,7 @@ def test_python_in_the_documents_runs(file, code, tmp_path):
         TokComPipeline(TokComModel(config), scheduler, tokenizer).save_pretrained(clips)
     streams = tmp_path / "streams"
     if "omni_model" in code:
-        tokenizer = train_tokenizer(["a frog"], 300)
+        tokenizer = train_tokenizer(["the spoken digit seven"], 300)
         config = TokComConfig.from_preset("omni-tiny", len(tokenizer), transformer_config={"num_hidden_layers": 1})
         scheduler = TokComFlowMatchScheduler.from_model_config(config)
         TokComPipeline(TokComModel(config), scheduler, tokenizer).save_pretrained(streams)

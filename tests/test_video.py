@@ -576,6 +576,7 @@ def test_memory_of_a_larger_model_is_foretold_by_smaller_ones():
     assert full > 3 * factorized
 
 
+@pytest.mark.slow
 def test_small_takes_a_training_step_of_its_published_size():
     found = run_step(TokComConfig.from_preset("video-small"))
     assert 0 < found["loss"] < 10
