@@ -60,10 +60,6 @@ class TokComAudioCodec(TokComVideoCodec):
             )
         return super().to_patches(pixel_values[..., None, None])
 
-    def encode(self, pixel_values: torch.Tensor, attention_mask: torch.Tensor | None = None) -> TokComCodecOutput:
-        """Log-mel `(B, mel bands, F)` -> standardised latents `(B, N, C)`."""
-        return super().encode(pixel_values, attention_mask)
-
     @staticmethod
     def size_of(pixel_values: torch.Tensor) -> tuple[int, int, int]:
         return pixel_values.shape[2], 1, 1
@@ -86,16 +82,18 @@ class TokComCompositeCodec(TokComCodec):
 
     def __init__(self, config: TokComCompositeCodecConfig):
         super().__init__(config)
-        configs, lengths = config.stream_configs(), config.stream_lengths()
+        configs, self.lengths = config.stream_configs(), config.stream_lengths()
         self.streams = nn.ModuleDict(
             {name: STREAM_CODECS[codec.model_type]._from_config(codec) for name, codec in configs.items()}
         )
         self.names, self.places, self.channels = list(configs), {}, {}
         place = channel = 0
         for name, codec in configs.items():
-            self.places[name] = slice(place, place + lengths[name])
+            self.places[name] = slice(place, place + self.lengths[name])
             self.channels[name] = slice(channel, channel + codec.latent_channels)
             place, channel = self.places[name].stop, self.channels[name].stop
+        # the configuration would build those of all streams again at every step
+        self.num_latents, self.num_channels, self.num_axes = place, channel, config.num_position_axes
         self.weights = {name: float((config.stream_weights or {}).get(name, 1.0)) for name in configs}
         self.gradient_checkpointing = False
         self.post_init()
@@ -109,9 +107,8 @@ class TokComCompositeCodec(TokComCodec):
         """Index of latents `(...)` in the sequence of all streams -> stream and place in it, `(..., A)`."""
         parts = []
         for i, name in enumerate(self.names):
-            length = self.places[name].stop - self.places[name].start
-            where = self.streams[name].positions(torch.arange(length, device=index.device))  # (n, axes)
-            where = F.pad(where, (1, self.config.num_position_axes - 1 - where.shape[1]))
+            where = self.streams[name].positions(torch.arange(self.lengths[name], device=index.device))  # (n, axes)
+            where = F.pad(where, (1, self.num_axes - 1 - where.shape[1]))
             where[:, 0] = i
             parts.append(where)
         return torch.cat(parts)[index]
@@ -135,25 +132,23 @@ class TokComCompositeCodec(TokComCodec):
         if unknown:
             raise ValueError(f"there is no stream {sorted(unknown)}; this model's are {self.names}.")
 
+    def text_length(self, name: str) -> int:
+        """Ids of a text of the stream `name`."""
+        return self.lengths[name] * self.streams[name].config.chunk_size
+
     def _inputs(self, name: str, value: torch.Tensor) -> torch.Tensor:
         """What a stream's codec reads: a picture is a clip of one frame."""
         codec = self.streams[name].config
-        if codec.has_tokens:
-            length = (self.places[name].stop - self.places[name].start) * codec.chunk_size
-            if value.shape[1] != length:
-                raise ValueError(
-                    f"stream {name!r} holds texts of {length} ids (`text_latents`), not {value.shape[1]}; fill them up with EOS."
-                )
-            if value.numel() and not 0 <= int(value.min()) <= int(value.max()) < codec.vocab_size:
-                raise ValueError(
-                    f"stream {name!r} has ids from {int(value.min())} to {int(value.max())} but a vocabulary of "
-                    f"{codec.vocab_size}; tokenize with the tokenizer saved beside the model."
-                )
+        if codec.has_tokens and value.shape[1] != self.text_length(name):
+            raise ValueError(
+                f"stream {name!r} holds texts of {self.text_length(name)} ids (`text_latents`), not {value.shape[1]}; fill them up "
+                "with EOS."
+            )
         return value[:, :, None] if codec.modality == "video" and value.ndim == 4 else value
 
     def exists(self, present: dict[str, torch.Tensor], batch: int, device: torch.device) -> torch.Tensor:
         """`present`, rows `(B,)` that have a stream -> which latents exist, `(B, N)`."""
-        mask = torch.zeros(batch, self.config.num_tokens, dtype=torch.bool, device=device)
+        mask = torch.zeros(batch, self.num_latents, dtype=torch.bool, device=device)
         for name, rows in present.items():
             mask[:, self.places[name]] = rows.bool()[:, None]
         return mask
@@ -171,14 +166,14 @@ class TokComCompositeCodec(TokComCodec):
             raise ValueError(f"streams must have one batch size, not {batches}.")
         parts = {name: self.streams[name].encode(self._inputs(name, value)) for name, value in streams.items()}
         for name, part in parts.items():
-            length = self.places[name].stop - self.places[name].start
+            length = self.lengths[name]
             if part.latents.shape[1] != length:
                 raise ValueError(
                     f"stream {name!r} of shape {tuple(streams[name].shape)} has {part.latents.shape[1]} latents where the model has "
                     f"{length}; give it the size and length that the configuration names."
                 )
         first = next(iter(parts.values())).latents
-        latents = first.new_zeros(len(first), self.config.num_tokens, self.config.latent_channels)
+        latents = first.new_zeros(len(first), self.num_latents, self.num_channels)
         everywhere = torch.ones(len(first), dtype=torch.bool, device=first.device)
         present = {name: (present or {}).get(name, everywhere) for name in streams}
         for name, part in parts.items():
@@ -231,7 +226,7 @@ class TokComCompositeCodec(TokComCodec):
 
     def spread(self, streams: torch.Tensor) -> torch.Tensor:
         """Of every stream `(B, S)` -> of every latent `(B, N)`."""
-        lengths = torch.tensor([place.stop - place.start for place in self.places.values()], device=streams.device)
+        lengths = torch.tensor(list(self.lengths.values()), device=streams.device)
         return streams.repeat_interleave(lengths, dim=1)
 
     def squared_error(self, errors: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:

@@ -471,7 +471,6 @@ def _merge(fields: dict[str, Any], overrides: dict[str, Any]) -> None:
         if isinstance(value, dict) and isinstance(known, dict):
             kind = known.get("model_type", TokComChunkCodecConfig.model_type)
             if value.get("model_type", kind) == kind:
-                value = dict(value)
                 merged = dict(known)
                 _merge(merged, value)
                 value = merged

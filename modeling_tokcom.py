@@ -243,11 +243,18 @@ class TokComModel(TokComPreTrainedModel):
         Returns: `latents (B, N, C)`, `position_ids (B, N, A)`, `mask (B, N)`. Raises `ValueError` on a bad length or id.
         """
         if self.config.codec_config.modality == "several":
-            return self.codec.encode(self._required(streams, "streams"), present)
+            self._check_streams(self._required(streams, "streams"))
+            return self.codec.encode(streams, present)
         if not self.config.codec_config.has_tokens:
             return self.codec.encode(self._required(pixel_values, "pixel_values"))
         self._check_ids(self._required(input_ids, "input_ids"))
         return self.codec.encode(input_ids, attention_mask)
+
+    def _check_streams(self, streams: dict[str, torch.Tensor]) -> None:
+        self.codec.check_names(streams)
+        for name, value in streams.items():
+            if self.codec.streams[name].config.has_tokens:
+                self._check_ids(value)
 
     def _required(self, value: torch.Tensor | None, name: str) -> torch.Tensor:
         if value is None:
@@ -415,7 +422,8 @@ class TokComModel(TokComPreTrainedModel):
         In eval mode nothing is dropped, every block follows its whole context, and there is no self-conditioning.
         """
         if self.config.codec_config.modality == "several":
-            return self._stream_loss(self._required(streams, "streams"), present, given, timestep)
+            self._check_streams(self._required(streams, "streams"))
+            return self._stream_loss(streams, present, given, timestep)
         if self.config.codec_config.has_tokens:
             source = self._required(input_ids, "input_ids"), attention_mask
         else:
@@ -471,9 +479,8 @@ class TokComModel(TokComPreTrainedModel):
             task = self.codec.draw_task(clean.mask, config.context_dropout if self.training else 0.0)
         else:
             self.codec.check_names(given)
-            known = torch.zeros_like(clean.mask)
-            for name in given:
-                known[:, self.codec.places[name]] = True
+            everywhere = clean.mask.new_ones(len(clean.mask))
+            known = self.codec.exists(dict.fromkeys(given, everywhere), len(everywhere), everywhere.device)
             task = known & clean.mask, clean.mask
         prediction, loss_mask, _, _ = self._predict_noised(clean, timestep, task=task)
         mse = self.codec.squared_error(prediction.float() - clean.latents[:, None].float(), loss_mask)

@@ -55,7 +55,7 @@ class TokComOmniMixin:
         codec = self._composite_codec().streams[name].config
         if codec.has_tokens:
             rows = self._tokenize(values, name)
-            length, longest = max(map(len, rows)), self._text_length(name)
+            length, longest = max(map(len, rows)), self._composite_codec().text_length(name)
             if length > longest:
                 raise ValueError(
                     f"`{name}` has {length} tokens, more than the model's maximum of {longest} (`text_latents`); shorten it."
@@ -69,10 +69,6 @@ class TokComOmniMixin:
         else:
             inputs = TokComImageProcessor(codec.image_size)(values)["pixel_values"]
         return inputs.to(self._execution_device)
-
-    def _text_length(self, name: str) -> int:
-        codec = self._composite_codec()
-        return (codec.places[name].stop - codec.places[name].start) * codec.streams[name].config.chunk_size
 
     def _write_stream(self, name: str, latents: torch.Tensor) -> list:
         """The content of a stream of latents `(B, N, C)` of all: texts, pictures, clips or sounds."""
@@ -173,7 +169,7 @@ class TokComOmniMixin:
     def _given_context(self, codec, given, batch_size) -> tuple[TokComCodecOutput | None, torch.Tensor]:
         """The latents of what is given alone, and those of all streams `(B, N, C)`, 0 where nothing is given."""
         if not given:
-            shape = batch_size, codec.config.num_tokens, codec.config.latent_channels
+            shape = batch_size, codec.num_latents, codec.num_channels
             return None, torch.zeros(shape, device=self._execution_device)
         encoded = self.model.encode(streams={name: self._read_stream(name, values) for name, values in given.items()})
         index = codec.index_of(list(given), encoded.latents.device)

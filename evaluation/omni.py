@@ -30,6 +30,7 @@ from audio_processing_tokcom import TokComAudioProcessor, write_wav
 from evaluation.images import Classifier, recognised, train_classifier
 from evaluation.judges import TokenJudge
 from evaluation.report import table
+from image_processing_tokcom import TokComImageProcessor
 from pipeline_tokcom import TokComPipeline
 from training.config import DataConfig
 from training.data import load_documents
@@ -103,6 +104,7 @@ class Study:
 
     def __init__(self, pipe: TokComPipeline, args: argparse.Namespace):
         self.pipe, self.args = pipe, args
+        self.look = TokComImageProcessor(pipe.model.codec.streams["image"].config.image_size)
         wanted = {"pictures": ("text", "image"), "digits": ("text", "image", "audio")}
         self.data = {
             name: self._load(getattr(args, name), wanted[name.removesuffix("_test")])
@@ -116,14 +118,14 @@ class Study:
         """The records that have all `wanted` streams."""
         fields = {name: {"text": "caption"}.get(name, name) for name in wanted}
         records = load_documents(source, DataConfig(train=source, fields=fields), "train")
-        dataset = OmniDataset(records, self.pipe.tokenizer, 0, training=False).fit(self.pipe.model.codec)
+        dataset = OmniDataset(records, self.pipe.tokenizer).fit(self.pipe.model.codec)
         contents = {i: dataset.content(i) for i in range(len(dataset))}
         rows = [i for i, content in contents.items() if set(content) == set(wanted)]
         if not rows:
             raise ValueError(f"{source} has no record with all of {wanted}.")
         found = {name: [contents[i][name] for i in rows] for name in wanted}
         found["caption"] = [records[i]["text"] for i in rows]  # whole; `text` is cut to what the model reads
-        return found | {"pixels": torch.stack([dataset[i]["streams"]["image"] for i in rows])}
+        return found | {"pixels": self.pixels(found["image"])}
 
     def generate(self, stream: str, given: dict[str, list], scale: float = 1.0) -> list:
         generator, made, count = torch.Generator().manual_seed(self.args.seed), [], len(next(iter(given.values())))
@@ -135,7 +137,7 @@ class Study:
         return made
 
     def pixels(self, images: list[Image.Image]) -> torch.Tensor:
-        return torch.stack([torch.from_numpy(np.array(i)).permute(2, 0, 1).float() / 127.5 - 1 for i in images])
+        return self.look(images)["pixel_values"]
 
     def sounds(self, sounds: list[np.ndarray]) -> torch.Tensor:
         """Sounds as the classifier sees them, `(M, 3, bands, F)`."""
@@ -228,7 +230,7 @@ def measure_digits(study: Study) -> dict:
             features = study.sounds(made)
             row[key] = recognised(ear, features, labels["test"])[0]
             sounds.append({"sounds": f"{row['direction']}, {key}", **closeness(features, known, wanted)})
-            if given == "text":
+            if given == "text" and scale == args.guidance_scales[-1]:
                 keep_sounds(study, classes, made, test)
     return {"directions": [{"chance": 1 / len(classes), **row} for row in rows], "sounds": sounds}
 
@@ -240,7 +242,8 @@ def keep_sounds(study: Study, classes: list[str], sounds: list[np.ndarray], test
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    first = [test["caption"].index(name) for name in classes if name in test["caption"]]
+    classes = [name for name in classes if name in test["caption"]]
+    first = [test["caption"].index(name) for name in classes]
     figure, axes = pyplot.subplots(2, len(classes), figsize=(1.2 * len(classes), 2.6), layout="constrained")
     for column, index in enumerate(first):
         for row, sound in enumerate((test["audio"][index], sounds[index])):

@@ -57,10 +57,10 @@ EXAMPLES = {
         "--count",
         "6",
     ],
+    "several_streams": lambda folder: [
+        *("--pictures", PICTURES, "--sounds", STREAMS, "--silent", "--output", str(folder / "joined.parquet"))
+    ],
 }
-EXAMPLES["several_streams"] = lambda folder: [
-    *("--pictures", PICTURES, "--sounds", STREAMS, "--silent", "--output", str(folder / "joined.parquet"))
-]
 EXPECTED = {
     "several_streams": "8 records, 0 with a sound",
     "quick_start": "reconstructed:  'There was a little rabbit who lived in a big wood.'",
@@ -95,34 +95,26 @@ def blocks(language: str) -> list[tuple[str, str]]:
     return [(file.name, code) for file in files for code in found.findall(file.read_text())]
 
 
+def untrained(preset: str, tokenizer, **overrides) -> TokComPipeline:
+    config = TokComConfig.from_preset(preset, len(tokenizer), **overrides)
+    return TokComPipeline(TokComModel(config), TokComFlowMatchScheduler.from_model_config(config), tokenizer)
+
+
 @pytest.mark.parametrize(("file", "code"), blocks("python"))
 def test_python_in_the_documents_runs(file, code, tmp_path):
-    pixels = tmp_path / "pixels"
+    pixels, pictures, clips, streams = (tmp_path / name for name in ("pixels", "pictures", "clips", "streams"))
+    one_layer = {"transformer_config": {"num_hidden_layers": 1}}
     if "pixel_model" in code:
-        tokenizer = AutoTokenizer.from_pretrained(ROOT)
-        config = TokComConfig.from_preset("pixel-tiny", len(tokenizer), transformer_config={"num_hidden_layers": 1})
-        scheduler = TokComFlowMatchScheduler.from_model_config(config)
-        TokComPipeline(TokComModel(config), scheduler, tokenizer).save_pretrained(pixels)
-    pictures = tmp_path / "pictures"
+        untrained("pixel-tiny", AutoTokenizer.from_pretrained(ROOT), **one_layer).save_pretrained(pixels)
     if "image_model" in code:
-        tokenizer = train_tokenizer(["a cat"], 300)
-        config = TokComConfig.from_preset("style-tiny", len(tokenizer))
-        scheduler, model = TokComFlowMatchScheduler.from_model_config(config), TokComModel(config)
-        latents = torch.randn(8, config.codec_config.num_tokens, config.codec_config.latent_channels)
-        model.codec.fit_codebook(latents, 16)
-        TokComPipeline(model, scheduler, tokenizer).save_pretrained(pictures)
-    clips = tmp_path / "clips"
+        pipe = untrained("style-tiny", train_tokenizer(["a cat"], 300))
+        config = pipe.model.config.codec_config
+        pipe.model.codec.fit_codebook(torch.randn(8, config.num_tokens, config.latent_channels), 16)
+        pipe.save_pretrained(pictures)
     if "video_model" in code:
-        tokenizer = train_tokenizer(["a cat, turning"], 300)
-        config = TokComConfig.from_preset("video-tiny", len(tokenizer), transformer_config={"num_hidden_layers": 1})
-        scheduler = TokComFlowMatchScheduler.from_model_config(config)
-        TokComPipeline(TokComModel(config), scheduler, tokenizer).save_pretrained(clips)
-    streams = tmp_path / "streams"
+        untrained("video-tiny", train_tokenizer(["a cat, turning"], 300), **one_layer).save_pretrained(clips)
     if "omni_model" in code:
-        tokenizer = train_tokenizer(["the spoken digit seven"], 300)
-        config = TokComConfig.from_preset("omni-tiny", len(tokenizer), transformer_config={"num_hidden_layers": 1})
-        scheduler = TokComFlowMatchScheduler.from_model_config(config)
-        TokComPipeline(TokComModel(config), scheduler, tokenizer).save_pretrained(streams)
+        untrained("omni-tiny", train_tokenizer(["the spoken digit seven"], 300), **one_layer).save_pretrained(streams)
     script = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\npath_or_id, pixel_model, image_model = {str(ROOT)!r}, {str(pixels)!r}, {str(pictures)!r}\nvideo_model, omni_model = {str(clips)!r}, {str(streams)!r}\n{code}"
     here = ROOT if 'from_pretrained(".")' in code else tmp_path
     done = subprocess.run([sys.executable, "-c", script], cwd=here, capture_output=True, text=True)

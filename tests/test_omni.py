@@ -514,7 +514,7 @@ def test_sources_are_mixed_and_their_records_may_lack_streams(tmp_path, words):
     records = load_documents(sources(tmp_path), DataConfig(train="x"), "train")
     kinds = {tuple(sorted(k for k, v in row.items() if v is not None)) for row in records}
     assert kinds == {("audio",), ("text",), ("image", "text"), ("audio", "image", "text")}
-    dataset = OmniDataset(records, words, 0, training=True).fit(model(len(words)).codec)
+    dataset = OmniDataset(records, words).fit(model(len(words)).codec)
     batch = torch.utils.data.default_collate([dataset[i] for i in range(len(dataset))])
     for i, row in enumerate(records):
         for name, value in batch["streams"].items():
@@ -548,16 +548,16 @@ def test_bad_sources_of_streams_are_named(tmp_path, words):
             load_documents([source], DataConfig(train="x"), "train")
     records = load_documents([{"path": path, "fields": {"image": "caption"}}], DataConfig(train="x"), "train")
     with pytest.raises(ValueError, match="'image'"):
-        OmniDataset(records, words, 0, training=True).fit(model(len(words)).codec)
+        OmniDataset(records, words).fit(model(len(words)).codec)
     records = load_documents([{"path": path, "fields": {"smell": "caption"}}], DataConfig(train="x"), "train")
     with pytest.raises(ValueError, match="smell"):
-        OmniDataset(records, words, 0, training=True).fit(model(len(words)).codec)
+        OmniDataset(records, words).fit(model(len(words)).codec)
 
 
 def test_a_text_is_cut_between_characters_to_what_the_model_reads(tmp_path, words):
     datasets.Dataset.from_dict({"caption": ["红色的球和蓝色的猫", "a cat"]}).to_parquet(tmp_path / "a.parquet")
     source = [{"path": str(tmp_path / "a.parquet"), "fields": {"text": "caption"}}]
-    dataset = OmniDataset(load_documents(source, DataConfig(train="x"), "train"), words, 0, training=False)
+    dataset = OmniDataset(load_documents(source, DataConfig(train="x"), "train"), words)
     net = model(len(words))
     cut = dataset.fit(net.codec).content(0)["text"]
     assert cut and "红色的球和蓝色的猫".startswith(cut) and dataset.content(1)["text"] == "a cat"

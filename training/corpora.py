@@ -193,7 +193,7 @@ class OmniCorpus(Corpus):
         return self.train.fit(model.codec), self.validation.fit(model.codec)
 
     def count(self, batch, codec_config) -> int:
-        return len(next(iter(batch["present"].values()))) * codec_config.num_tokens
+        return len(next(iter(batch["present"].values()))) * sum(self.train.lengths.values())
 
     def measure(self, model: TokComModel) -> None:
         measure_stream_statistics(model, self.train.fit(model.codec))
@@ -218,8 +218,7 @@ def read_streams(config: TrainConfig, train, validation, saved: Path) -> OmniCor
         texts = [{"text": row or ""} for column in columns for row in train[column]]
         tokenizer = get_tokenizer(name, config.tokenizer_vocab_size, texts, "text")
     validation = validation.shuffle(seed=0)  # of several sources, too, the first batches show all
-    parts = (OmniDataset(part, tokenizer, config.seed, part is train) for part in (train, validation))
-    return OmniCorpus(*parts, tokenizer)
+    return OmniCorpus(OmniDataset(train, tokenizer), OmniDataset(validation, tokenizer), tokenizer)
 
 
 def read_data(config: TrainConfig) -> Corpus:

@@ -1,6 +1,7 @@
 """Records with several streams in: a text, a picture, a clip, a sound, any of which may be missing; batches of all streams out."""
 
 import io
+from math import gcd
 from typing import Any
 
 import datasets
@@ -33,8 +34,6 @@ def read_sound(value: Any, sampling_rate: int, name: str = "a record") -> np.nda
         raise ValueError(f"{name} holds no sound that can be read ({error}); repair or remove it.") from error
     sound = sound.mean(1) if sound.ndim == 2 else sound
     if rate != sampling_rate:
-        from math import gcd
-
         from scipy.signal import resample_poly
 
         common = gcd(int(rate), sampling_rate)
@@ -54,10 +53,8 @@ class OmniDataset(torch.utils.data.Dataset):
     that is too long loses its end. `fit` says for which composite codec.
     """
 
-    def __init__(
-        self, records: datasets.Dataset, tokenizer: PreTrainedTokenizerBase | None, seed: int, training: bool
-    ):
-        self.records, self.tokenizer, self.seed, self.training, self.epoch = records, tokenizer, seed, training, 0
+    def __init__(self, records: datasets.Dataset, tokenizer: PreTrainedTokenizerBase | None):
+        self.records, self.tokenizer = records, tokenizer
         self.rows = {}
         for name in (name for name, feature in records.features.items() if is_text(feature)):
             texts = [text or "" for text in tqdm(records[name], desc=f"reading {name}", unit="text")]
@@ -78,7 +75,10 @@ class OmniDataset(torch.utils.data.Dataset):
                     f"stream {name!r} of the data is not of the kind that {type(codec.streams[name]).__name__} reads."
                 )
         self.configs = {name: module.config for name, module in codec.streams.items()}
-        self.lengths = {name: place.stop - place.start for name, place in codec.places.items()}
+        self.lengths = codec.lengths
+        self.text_lengths = {
+            name: codec.text_length(name) for name, config in self.configs.items() if config.has_tokens
+        }
         self.processors = {}
         for name, config in self.configs.items():
             if config.kind == "audio":
@@ -88,7 +88,7 @@ class OmniDataset(torch.utils.data.Dataset):
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        """Every epoch shows the same records."""
 
     def __len__(self) -> int:
         return len(self.records)
@@ -103,7 +103,7 @@ class OmniDataset(torch.utils.data.Dataset):
             if config.kind == "audio":
                 value = read_sound(value, config.sampling_rate, where)
             elif name in self.rows:
-                value = self.cut(value, self.rows[name][index], self.lengths[name] * config.chunk_size)
+                value = self.cut(value, self.rows[name][index], self.text_lengths[name])
             else:
                 frames = Frames(value, where)
                 value = frames[0] if config.kind == "image" else frames.clip(0, config.clip_length)
@@ -126,7 +126,7 @@ class OmniDataset(torch.utils.data.Dataset):
             value = content.get(name)
             if config.has_tokens:
                 rows = [[] if value is None else self.rows[name][index]]
-                streams[name] = text_rows(rows, self.lengths[name] * config.chunk_size, self.tokenizer.eos_token_id)[0]
+                streams[name] = text_rows(rows, self.text_lengths[name], self.tokenizer.eos_token_id)[0]
             elif config.kind == "audio":
                 shape = config.num_channels, config.num_frames
                 streams[name] = (
