@@ -49,6 +49,7 @@ NEEDS = {
     "reconstruct_image": ["input_image", "image_file"],
     "animate": ["video_file"],
 }
+SEVERAL = ("generate", "conditional", "any_to_any")  # modes that take --batch_size
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -80,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num_steps", type=int, help="denoising steps per block; by default the model's own")
     parser.add_argument("--noise_level", type=float, default=0.5, help="0 pure noise ... 1 clean text")
     parser.add_argument("--guidance_scale", type=float, default=1.0, help="above 1 follows the prompt more closely")
-    parser.add_argument("--batch_size", type=int, default=1, help="texts to generate")
+    parser.add_argument("--batch_size", type=int, default=1, help=f"texts to make ({', '.join(SEVERAL)})")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, help="for reproducible samples")
     parser.add_argument("--int8", action="store_true", help="8-bit weights in the transformer (torchao)")
@@ -136,12 +137,15 @@ def translate(pipe: TokComPipeline, args: argparse.Namespace, **sampling) -> Tok
     given = {kind: value for kind, value in inputs.items() if value is not None}
     if missing := {*given, *wanted} - set(kinds):
         raise ValueError(f"this model has no {sorted(missing)}; its streams are {sorted(kinds)}.")
+    if args.batch_size > 1 and wanted != ["text"]:
+        raise ValueError(
+            f"--batch_size {args.batch_size}: --image_file and --audio_file hold one each; leave it at 1."
+        )
     if "image" in given:
         given["image"] = Frames(given["image"], "--input_image")[0]
-    streams = {kinds[kind]: value for kind, value in given.items()}
-    made = pipe.generate_streams(
-        streams, [kinds[kind] for kind in wanted], guidance_scale=args.guidance_scale, **sampling
-    ).streams
+    streams = {kinds[kind]: [value] * args.batch_size for kind, value in given.items()}
+    options = {"guidance_scale": args.guidance_scale, "batch_size": args.batch_size, **sampling}
+    made = pipe.generate_streams(streams, [kinds[kind] for kind in wanted], **options).streams
     if "image" in wanted:
         made[kinds["image"]][0].save(args.image_file)
     if "audio" in wanted:
@@ -201,6 +205,10 @@ def main(argv: list[str] | None = None) -> None:
     for needed in NEEDS.get(args.mode, []):
         if getattr(args, needed) is None:
             parser.error(f"--{needed} is required for mode {args.mode}")
+    if args.batch_size < 1 or (args.batch_size > 1 and args.mode not in SEVERAL):
+        parser.error(
+            f"--batch_size {args.batch_size}: at least 1, and 1 for mode {args.mode} (more: {', '.join(SEVERAL)})"
+        )
     if args.output_file and not Path(args.output_file).resolve().parent.is_dir():
         parser.error(f"--output_file {args.output_file}: its directory does not exist")
     try:

@@ -133,3 +133,9 @@ def test_eight_bit_weights_change_predictions_little_and_text_goes_on(build, tmp
         ]
     )
     assert "[1]" in capsys.readouterr().out
+
+
+def test_a_batch_is_refused_by_modes_that_make_one(capsys):
+    with pytest.raises(SystemExit):
+        main(["--checkpoint", "x", "--mode", "infill", "--input_text", "a ____", "--batch_size", "2"])
+    assert "--batch_size 2" in capsys.readouterr().err

@@ -409,6 +409,10 @@ def test_the_command_line_makes_streams_for_others(pipe, tmp_path, capsys):
     assert Image.open(image).size == (16, 16) and len(read_wav(audio)[0]) == 15 * 64
     infer([*options, "--input_audio", str(audio), "--input_image", str(tmp_path / "a.png"), "--seed", "1"])
     assert "[1]" in capsys.readouterr().out
+    infer([*options, "--input_audio", str(audio), "--batch_size", "3"])
+    assert "[3]" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="batch_size 3"):
+        infer([*options, "--input_audio", str(audio), "--image_file", str(image), "--batch_size", "3"])
     with pytest.raises(SystemExit, match="c.wav"):
         infer([*options, "--input_audio", str(tmp_path / "c.wav")])
     with pytest.raises(SystemExit, match="several streams"):
