@@ -154,8 +154,10 @@ class StageTrainer:
         self._check_launch()
         model.set_stage(stage)
         if stage == "codec" and config.perceptual_model:
-            if model.config.codec_config.modality not in ("image", "video"):
-                raise ValueError("`perceptual_model` compares pictures; remove it for text and for several streams.")
+            if model.config.codec_config.modality != "image":
+                raise ValueError(
+                    "`perceptual_model` compares pictures; remove it for texts, clips and several streams."
+                )
             features = FeatureLoss(config.perceptual_model, config.perceptual_weight, self.accelerator.device)
             model.codec.feature_loss = features
         if config.gradient_checkpointing:
@@ -196,7 +198,8 @@ class StageTrainer:
                 f"`{self.stage}.muon_learning_rate` ({options.muon_learning_rate}) needs whole matrices on every "
                 f"process; set it to 0 under {self.accelerator.distributed_type.value}, or use multi_gpu_ddp.yaml."
             )
-        optimizer = build_optimizer(model, options.learning_rate, options.muon_learning_rate, options.weight_decay)
+        rates = options.learning_rate, options.muon_learning_rate, options.weight_decay
+        optimizer = build_optimizer(model, *rates, self.accelerator.device)
         self.lr_scheduler = get_scheduler(
             "cosine", optimizer, num_warmup_steps=options.warmup_steps, num_training_steps=options.max_steps
         )
@@ -334,6 +337,8 @@ class StageTrainer:
                 skip = self._is_bad(mean, norm)
             if not skip:
                 self.optimizer.step()
+            elif accelerator.scaler is not None:
+                accelerator.scaler.update()  # it has unscaled the gradients of this update, and expects to hear of it
             self.optimizer.zero_grad()
         progress.micro_batch += 1
         progress.tokens += self.corpus.count(batch, self.module.config.codec_config) * accelerator.num_processes
@@ -481,6 +486,8 @@ class StageTrainer:
             return
         generator = torch.Generator().manual_seed(0)
         chunks = module.config.transformer_config.max_position_embeddings // 2
+        row = module.config.codec_config.length_multiple // module.config.codec_config.chunk_size
+        chunks = max(row, chunks // row * row)
         samples = pipe.generate(num_chunks=chunks, batch_size=count, generator=generator).texts
         rows = [[i + 1, text] for i, text in enumerate(samples)]
         log_table(self.accelerator, "diffusion/generated", ["Sample", "Generated Text"], rows, step)
@@ -614,21 +621,29 @@ def run(config: TrainConfig) -> Path:
                 (output / WORK / "tokenizer.tmp").rename(output / WORK / "tokenizer")
             (output / WORK / "train_config.json").write_text(json.dumps(config, default=vars, indent=2) + "\n")
     set_seed(config.seed)
-    source = None
+    source, donor = None, config.init_from or config.codec_from
     for stage in ("codec", "flow") if config.stage == "all" else (config.stage,):
         final = output / WORK / stage / "final"
         if (final / "config.json").is_file() and state.is_main_process:
             print(f"stage {stage} is already finished in {final}")
         if not (final / "config.json").is_file():
+            codec = output / WORK / "codec" / "final"
+            if stage == "flow" and not donor and (codec / "config.json").is_file():
+                source = str(codec)
             if source is None:
                 model = build_model(config, tokenizer)
             else:
                 model = TokComModel.from_pretrained(source, dtype=torch.float32)
+            untrained = source is None and not donor and bool(list(model.codec.parameters()))
+            if stage == "flow" and untrained:
+                raise ValueError(
+                    f"stage 'flow' needs a trained codec and {output} has none; train it first (stage=codec or stage=all), or "
+                    "give `codec_from` or `init_from`."
+                )
             if config.stage == "all" and stage == "codec" and not list(model.codec.parameters()):
                 continue  # nothing to train: the flow stage builds the same model
-            fresh = stage == "flow" and source is None and not (config.init_from or config.codec_from)
             several = model.config.codec_config.modality == "several"
-            if fresh and (several or hasattr(model.codec, "latent_mean")) and not list(model.codec.parameters()):
+            if stage == "flow" and source is None and not donor and (several or hasattr(model.codec, "latent_mean")):
                 corpus.measure(model)  # all there is to know of a codec without a network
             trainer = StageTrainer(config, stage, model, corpus)
             best = trainer.train()

@@ -206,6 +206,25 @@ def test_a_nan_loss_is_left_out_and_counted(tmp_path, monkeypatch, capsys):
     assert all(torch.isfinite(v).all() for v in load_file(output / "model.safetensors").values())
 
 
+def test_a_nan_loss_is_left_out_where_a_scaler_has_unscaled_the_gradients(tmp_path, monkeypatch, capsys):
+    prepare, clip = train_accelerate.Accelerator.prepare, train_accelerate.Accelerator.clip_grad_norm_
+
+    def clipped(self, *args, **kwargs):  # what accelerate does with mixed_precision=fp16 on a GPU
+        self.scaler.unscale_(self._optimizers[-1].optimizer)
+        return clip(self, *args, **kwargs)
+
+    def scaled(self, *args, **kwargs):
+        self.scaler = self.scaler or torch.amp.GradScaler("cpu")
+        return prepare(self, *args, **kwargs)
+
+    monkeypatch.setattr(train_accelerate.Accelerator, "prepare", scaled)
+    monkeypatch.setattr(train_accelerate.Accelerator, "clip_grad_norm_", clipped)
+    poison(monkeypatch, lambda call: call == 2)
+    output = run(quick(tmp_path, "stage=codec"))
+    assert "loss is nan; left out (1 so far)" in capsys.readouterr().out
+    assert all(torch.isfinite(v).all() for v in load_file(output / "model.safetensors").values())
+
+
 def test_loss_that_stays_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
     poison(monkeypatch, lambda call: call >= 5)
     with pytest.raises(NonFiniteLossError, match=r"step 5; stopped.*checkpoint-3.*learning_rate \(0.003\)"):
@@ -263,6 +282,15 @@ def _unpadded(self, index):
     start = index * self.length
     ids = torch.from_numpy(self.tokens[start : start + self.length].astype(np.int64))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def test_flow_goes_on_from_the_codec_of_its_directory_and_not_from_none(tmp_path):
+    with pytest.raises(ValueError, match="needs a trained codec"):
+        run(quick(tmp_path, "stage=flow"))
+    state = load_file(run(quick(tmp_path, "stage=codec")) / "model.safetensors")
+    codec = {name: value for name, value in state.items() if name.startswith("codec.")}
+    both = load_file(run(quick(tmp_path, "stage=flow")) / "model.safetensors")
+    assert all(torch.equal(both[name], value) for name, value in codec.items()) and both["codec.latent_std"].std() > 0
 
 
 @pytest.mark.parametrize("how", ["init_from", "codec_from"])

@@ -72,12 +72,16 @@ def orthogonalize(
 
 
 def build_optimizer(
-    model: nn.Module, learning_rate: float, muon_learning_rate: float, weight_decay: float
+    model: nn.Module,
+    learning_rate: float,
+    muon_learning_rate: float,
+    weight_decay: float,
+    device: torch.device | None = None,
 ) -> torch.optim.Optimizer:
     """AdamW on all that is trained; with a Muon rate, Muon (Jordan et al. 2024) on matrices that are no embeddings.
 
     Muon's updates are scaled to the size of AdamW's ("match_rms_adamw"), so both rates are of the same kind. Vectors do
-    not decay.
+    not decay. `device` is where training will be, by default where the model is.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
@@ -89,7 +93,7 @@ def build_optimizer(
     adamw = torch.optim.AdamW(groups, learning_rate, (0.9, 0.98), weight_decay=weight_decay, fused=True)
     if not inner:
         return adamw
-    fast = has_fast_bfloat16(inner[0].device.type)
+    fast = has_fast_bfloat16((device or inner[0].device).type)
     muon_class = torch.optim.Muon if fast else Float32Muon
     muon = muon_class(inner, muon_learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
     return ChainedOptimizer([adamw, muon])
