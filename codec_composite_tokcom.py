@@ -200,8 +200,10 @@ class TokComCompositeCodec(TokComCodec):
             inputs = inputs if present is None or name not in present else inputs[present[name].bool()]
             if len(inputs):
                 own, found = codec.training_loss(inputs)
-            else:  # processes must have the same gradients
+            else:  # processes must have the same gradients and codebooks
                 own, found = 0.0 * sum(p.sum() for p in codec.parameters()), {}
+                if self.training and hasattr(getattr(codec, "quantizer", None), "skip"):
+                    codec.quantizer.skip()
             loss = own if loss is None else loss + own
             for key, value in found.items():
                 parts[key] = parts.get(key, 0.0) + value

@@ -60,11 +60,23 @@ def _sum_over_processes(*tensors: torch.Tensor) -> None:
             distributed.all_reduce(tensor)
 
 
-def _draw_rows(vectors: torch.Tensor, count: int) -> torch.Tensor:
-    """`count` random rows of `vectors (M, C)`, the same in all processes: those of the first one."""
-    rows = vectors[torch.randint(len(vectors), (count,), device=vectors.device)]
+def _first_with(vectors: torch.Tensor) -> int | None:
+    """Rank of the first process that has `vectors (M, C)`, None if none has."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 0 if len(vectors) else None
+    ranks = distributed.get_world_size()
+    first = torch.tensor(distributed.get_rank() if len(vectors) else ranks, device=vectors.device)
+    distributed.all_reduce(first, distributed.ReduceOp.MIN)
+    return None if int(first) == ranks else int(first)
+
+
+def _draw_rows(vectors: torch.Tensor, count: int, source: int) -> torch.Tensor:
+    """`count` random rows of `vectors (M, C)`, the same in all processes: those of the process `source`."""
+    rows = vectors.new_empty(count, vectors.shape[1])
+    if len(vectors):
+        rows = vectors[torch.randint(len(vectors), (count,), device=vectors.device)]
     if distributed.is_available() and distributed.is_initialized():
-        distributed.broadcast(rows, 0)
+        distributed.broadcast(rows, source)
     return rows
 
 
@@ -128,10 +140,13 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def _update(self, flat: torch.Tensor) -> None:
-        """Move every used code towards the mean of its inputs; give unused ones a new place among the inputs."""
-        first = not self.is_fitted
+        """Move every used code towards the mean of its inputs; give unused ones a new place among the inputs. All processes
+        call it, those without inputs `(0, C)`, too."""
+        source, first = _first_with(flat), not self.is_fitted
+        if source is None:
+            return
         if first:
-            self.codebook.copy_(_draw_rows(flat, self.num_codes))
+            self.codebook.copy_(_draw_rows(flat, self.num_codes, source))
         codes = nearest_codes(flat, self.codebook)
         counts = torch.bincount(codes, minlength=self.num_codes).float()
         sums = torch.zeros_like(self.sums, dtype=torch.float32).index_add_(0, codes, flat)
@@ -142,7 +157,7 @@ class VectorQuantizer(nn.Module):
         least = self.dead_threshold * self.counts.mean()
         alive = self.counts > least
         means = self.sums / self.counts.clamp_min(1e-12)[:, None]
-        self.codebook.copy_(torch.where(alive[:, None], means, _draw_rows(flat, self.num_codes)))
+        self.codebook.copy_(torch.where(alive[:, None], means, _draw_rows(flat, self.num_codes, source)))
         # a new code starts twice above the threshold: not replaced at once, and moved by the first inputs that choose it
         self.counts.copy_(torch.where(alive, self.counts, 2 * least))
         self.sums.copy_(torch.where(alive[:, None], self.sums, self.codebook * 2 * least))
@@ -154,6 +169,10 @@ class ResidualQuantizer(nn.Module):
     def __init__(self, num_codes: int, channels: int, num_levels: int, **options):
         super().__init__()
         self.levels = nn.ModuleList(VectorQuantizer(num_codes, channels, **options) for _ in range(num_levels))
+
+    @property
+    def num_levels(self) -> int:
+        return len(self.levels)
 
     @property
     def num_codes(self) -> int:
@@ -173,6 +192,11 @@ class ResidualQuantizer(nn.Module):
     def nearest(self, latents: torch.Tensor) -> TokComQuantizerOutput:
         """What latents `(..., C)` that are quantised already, but for an error, were: as `forward`, which learns nothing."""
         return self(latents, frozen=True)
+
+    def skip(self) -> None:
+        """Take part, without inputs, in the update of the codebooks of processes that have some."""
+        for level in self.levels:
+            level._update(level.codebook[:0].float())
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes `(..., R)` -> latents `(..., C)`."""

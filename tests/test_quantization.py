@@ -111,11 +111,13 @@ def _train_on_half(rank: int, port: int, results) -> None:
     quantizer = VectorQuantizer(32, 8, dead_threshold=0.25).train()
     for part in clusters(40, 40)[rank::2].split(200):
         quantizer(part)
+    quantizer._update(clusters()[: 50 * rank])  # of which the first process has nothing
+    quantizer._update(clusters()[:0])  # and here none
     results[rank] = quantizer.codebook.tolist()
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_have_the_same_codebook():
+def test_two_processes_have_the_same_codebook_even_if_one_has_no_inputs():
     from torch.distributed.elastic.utils.distributed import get_free_port
 
     context, port = multiprocessing.get_context("spawn"), get_free_port()
@@ -126,4 +128,4 @@ def test_two_processes_have_the_same_codebook():
             worker.start()
         for worker in workers:
             worker.join(120)
-        assert results[0] == results[1]
+        assert results[0] == results[1] and len(results) == 2
