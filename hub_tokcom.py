@@ -174,9 +174,18 @@ class TokComHubMixin:
         """Write a flat Hub repository: weights, tokenizer, scheduler, `model_index.json`, the code, and a model card:
         `card`, or if the directory has none, one that says what the configuration tells."""
         directory = Path(save_directory)
-        for old in [file for pattern in WEIGHTS for file in directory.glob(pattern)]:
-            old.unlink()  # one file and several shards must not lie side by side: the one file would be loaded
-        self.model.save_pretrained(directory, **({"max_shard_size": max_shard_size} if max_shard_size else {}))
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            dir=directory, prefix=".saving-"
+        ) as partial:  # what was there stays if this fails
+            self.model.save_pretrained(partial, **({"max_shard_size": max_shard_size} if max_shard_size else {}))
+            written = sorted(Path(partial).iterdir())
+            # one file and several shards must not lie side by side: the one file would be loaded
+            stale = {file.name for pattern in WEIGHTS for file in directory.glob(pattern)} - {f.name for f in written}
+            for file in written:
+                file.replace(directory / file.name)
+            for name in stale:
+                (directory / name).unlink()
         for processor in (self.tokenizer, self.image_processor):
             if processor is not None:
                 processor.save_pretrained(directory)

@@ -171,6 +171,21 @@ def test_shards_and_one_file_never_lie_side_by_side(build, tmp_path):
         assert torch.equal(found, pipe.model.get_parameter(weight))
 
 
+def test_a_full_disk_leaves_the_weights_that_were_there(build, tmp_path, monkeypatch):
+    pipe = build()
+    pipe.save_pretrained(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+
+    def full(self, directory, **kwargs):
+        (tmp_path / directory / "model.safetensors").write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(TokComModel, "save_pretrained", full)
+    with pytest.raises(OSError, match="No space"):
+        pipe.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == before and not list(tmp_path.glob(".saving-*"))
+
+
 def test_weights_outside_the_directory_are_refused(build, tmp_path):
     build().save_pretrained(tmp_path / "model", max_shard_size="200KB")
     index = tmp_path / "model" / "model.safetensors.index.json"
