@@ -28,11 +28,17 @@ def _codes_time(autoencoder: nn.Module) -> bool:
     return any(isinstance(module, nn.Conv3d) for module in autoencoder.modules())
 
 
+def _device_of(autoencoder: nn.Module) -> torch.device:
+    """Where an autoencoder computes: with offloading not where its weights are."""
+    hook = getattr(autoencoder, "_hf_hook", None)
+    return torch.device(getattr(hook, "execution_device", None) or autoencoder.device)
+
+
 @torch.no_grad()
 def encode_clips(autoencoder: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
     """Clips `(B, 3, F, H, W)` of pixels -> the latents `(B, c, F', h, w)` of an `AutoencoderKL*` or `AutoencoderTiny` of diffusers, the
     mode of its posterior; one of pictures codes every frame on its own."""
-    pixel_values = pixel_values.to(autoencoder.device, autoencoder.dtype)
+    pixel_values = pixel_values.to(_device_of(autoencoder), autoencoder.dtype)
     clips = _codes_time(autoencoder)
     output = autoencoder.encode(pixel_values if clips else pixel_values.transpose(1, 2).flatten(0, 1))
     latents = output.latent_dist.mode() if hasattr(output, "latent_dist") else output.latents
@@ -43,7 +49,7 @@ def encode_clips(autoencoder: nn.Module, pixel_values: torch.Tensor) -> torch.Te
 @torch.no_grad()
 def decode_clips(autoencoder: nn.Module, latents: torch.Tensor) -> torch.Tensor:
     """The latents `(B, c, F', h, w)` that `encode_clips` gives -> clips `(B, 3, F, H, W)` in [-1, 1]."""
-    latents = latents.to(autoencoder.device, autoencoder.dtype)
+    latents = latents.to(_device_of(autoencoder), autoencoder.dtype)
     if _codes_time(autoencoder):
         return autoencoder.decode(latents).sample.float().clamp(-1, 1)
     frames = autoencoder.decode(latents.transpose(1, 2).flatten(0, 1)).sample
@@ -128,7 +134,7 @@ class TokComVideoMixin:
         position_ids = codec.grid((num_frames - 1) // steps + 1, height, width, device=self._execution_device)
         context = None
         if clip is not None:
-            context = self.model.encode(pixel_values=clip if self.vae is None else encode_clips(self.vae, clip))
+            context = self.model.encode(pixel_values=self._to_codec(clip))
             known = context.latents.shape[1]
             if known >= len(position_ids):
                 raise ValueError(
@@ -148,6 +154,10 @@ class TokComVideoMixin:
                 f"a block-causal model makes frames of the size it was trained with, {config.image_size}, not {list(size)}."
             )
         return context, position_ids.expand(batch_size, -1, -1)
+
+    def _to_codec(self, clip: torch.Tensor) -> torch.Tensor:
+        """What the codec reads of clips of pixels: themselves, or their latents in the external autoencoder."""
+        return clip if self.vae is None else encode_clips(self.vae, clip).to(self._execution_device)
 
     def _to_clips(self, frames: Any, size: tuple[int | None, int | None] = (None, None)) -> torch.Tensor:
         """Clips `(B, 3, F, H, W)` of a tensor, of a list of pictures, or of a list of such lists of one length."""
@@ -171,7 +181,7 @@ class TokComVideoMixin:
         """Clips, as `frames` of `generate_videos`, -> `.latents (B, N, C)`, and `.codes (B, N, R)` of a codec with a quantiser."""
         self._video_codec()
         clip = self._to_clips(videos)
-        encoded = self.model.encode(pixel_values=clip if self.vae is None else encode_clips(self.vae, clip))
+        encoded = self.model.encode(pixel_values=self._to_codec(clip))
         self.maybe_free_model_hooks()
         return self.output_class(latents=encoded.latents, codes=encoded.codes)
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -21,7 +22,7 @@ from evaluation.videos import main as measure_videos
 from inference import main as infer
 from modeling_tokcom import TokComModel, diffusion_times, draw_known, generation_order
 from pipeline_tokcom import TokComPipeline
-from pipeline_video_tokcom import decode_clips, encode_clips
+from pipeline_video_tokcom import _device_of, decode_clips, encode_clips
 from quantization_tokcom import code_statistics
 from sampling_tokcom import TokComBlockSampler
 from scheduling_tokcom import TokComFlowMatchScheduler
@@ -351,6 +352,14 @@ def test_clips_are_encoded_decoded_and_saved_with_their_pipeline(tmp_path):
 
 
 # ---- external autoencoders ----
+
+
+def test_an_autoencoder_reads_where_offloading_computes():
+    vae = autoencoder("pictures")
+    vae._hf_hook = SimpleNamespace(execution_device="meta")
+    assert _device_of(vae).type == "meta"
+    del vae._hf_hook
+    assert encode_clips(vae, clips(1)).device.type == "cpu"
 
 
 def autoencoder(kind: str):
