@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
 
@@ -54,6 +54,7 @@ class TokComImageProcessor(BaseImageProcessor):
                     f"a picture must be a PIL image or an array (H, W, 3) of uint8, not {array.dtype} of shape {array.shape}."
                 )
             image = Image.fromarray(array)
+        image = ImageOps.exif_transpose(image)  # cameras store how they were held
         if min(image.size) < 1:
             raise ValueError(f"a picture of {image.width} x {image.height} pixels shows nothing; leave it out.")
         if image.mode.startswith("I;16"):  # 16 bits a pixel

@@ -436,6 +436,16 @@ def test_feature_distance_is_zero_for_equal_images_and_reaches_the_output(tmp_pa
         FeatureLoss(str(tmp_path / "nowhere"), 1.0)
 
 
+def test_a_picture_is_read_as_its_camera_was_held():
+    held = Image.new("L", (8, 8))
+    held.paste(255, (0, 0, 8, 4))  # its upper half is white
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    held.save(file := io.BytesIO(), "JPEG", exif=exif)
+    pixels = TokComImageProcessor(8)(Image.open(file))["pixel_values"][0, 0]
+    assert pixels[:3].mean() < -0.9 and pixels[-3:].mean() > 0.9
+
+
 SMALL = [f"model.codec_config.{k}={v}" for k, v in CODEC.items()]
 SMALL += [f"model.transformer_config.{k}={'null' if v is None else str(v).lower()}" for k, v in FLOW.items()]
 SMALL += ["codec.max_steps=2", "flow.max_steps=2", "codec.batch_size=4", "flow.batch_size=4", "report_to=none"]
