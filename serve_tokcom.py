@@ -262,7 +262,8 @@ def _jobs(request: CompletionRequest, pipe: TokComPipeline, settings: ServerSett
     if request.model not in (None, settings.model_name):
         message = f"the model {request.model!r} does not exist; this server has {settings.model_name!r}."
         raise RequestError(404, message, code="model_not_found")
-    sizes = [len(pipe.tokenizer(p, add_special_tokens=False, verbose=False)["input_ids"]) for p in prompts]
+    ids = pipe.tokenizer([p.rstrip(" ") for p in prompts], add_special_tokens=False, verbose=False)["input_ids"]
+    sizes = [len(row) for row in ids]  # as the pipeline reads them
     for size in sizes:
         if size > pipe.max_length:
             message = f"`prompt` has {size} tokens, more than the model's {pipe.max_length}; shorten it."
