@@ -271,9 +271,9 @@ class TokComChunkCodec(TokComCodec):
         states = torch.cat((states.to(weight.dtype), own, precision), dim=-1)
         return states, torch.cat((weight, means, -0.5 * means.square().sum(-1, keepdim=True)), dim=-1)
 
-    def _denormalize(self, latents: torch.Tensor) -> torch.Tensor:
+    def _denormalize(self, latents: torch.Tensor, quantized: bool = False) -> torch.Tensor:
         raw_latents = (latents * self.latent_std + self.latent_mean).flatten(0, -2)  # (M, C)
-        if self.quantizer is None or self.config.quantized_latents:
+        if self.quantizer is None or self.config.quantized_latents or quantized:
             return raw_latents
         return self.quantizer(raw_latents, frozen=True).latents
 
@@ -307,7 +307,7 @@ class TokComChunkCodec(TokComCodec):
         return self.known(latents.to(self.embed_tokens.weight.dtype), real.any(-1), codes)
 
     def from_codes(self, codes: torch.Tensor) -> torch.Tensor:
-        """The `codes (B, N, R)` that `encode` gives -> standardised latents `(B, N, C)`."""
+        """The `codes (B, N, R)` that `encode` gives -> standardised latents `(B, N, C)`, to be decoded as `quantized`."""
         if self.quantizer is None:
             raise ValueError("this codec has no quantiser, so its latents have no codes; train one with `quantizer`.")
         latents = self.quantizer.decode(codes).to(self.latent_mean.dtype)
@@ -317,10 +317,11 @@ class TokComChunkCodec(TokComCodec):
         """Index of latents `(...)` in reading order -> where they stand, `(..., A)`."""
         return index[..., None]
 
-    def decode(self, latents: torch.Tensor) -> TokComDecoderOutput:
+    def decode(self, latents: torch.Tensor, quantized: bool = False) -> TokComDecoderOutput:
         """Standardised latents `(B, N, C)` -> logits `(B, N * K, V)`; with a micro-decoder, each place's are those
-        that follow the most likely ids of the places before it."""
-        raw_latents = self._denormalize(latents)
+        that follow the most likely ids of the places before it. Latents of `from_codes` are `quantized` already, which
+        tells a codec of `quantized_latents=False` not to do so again."""
+        raw_latents = self._denormalize(latents, quantized)
         states = self._token_states(raw_latents)  # (B * N, K, E)
         if self.micro_decoder is None:
             with torch.autocast(states.device.type, enabled=False):
@@ -353,10 +354,10 @@ class TokComChunkCodec(TokComCodec):
         """Symbols `(B, N, K)` -> token ids `(B, N * K)`."""
         return symbols.flatten(1)
 
-    def to_ids(self, latents: torch.Tensor) -> torch.Tensor:
-        """Standardised latents `(B, N, C)` -> the most likely ids `(B, N * K)`, a few latents at a time."""
+    def to_ids(self, latents: torch.Tensor, quantized: bool = False) -> torch.Tensor:
+        """Standardised latents `(B, N, C)` -> the most likely ids `(B, N * K)`, a few latents at a time; see `decode`."""
         pieces = latents.flatten(0, 1).split(DECODE_CHUNK)
-        ids = torch.cat([self.decode(piece[None]).logits[0].argmax(-1) for piece in pieces])
+        ids = torch.cat([self.decode(piece[None], quantized).logits[0].argmax(-1) for piece in pieces])
         return ids.view(latents.shape[0], -1)
 
     def nll(self, latents: torch.Tensor, chunks: torch.Tensor) -> torch.Tensor:

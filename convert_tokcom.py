@@ -27,6 +27,7 @@ from modeling_tokcom import TokComModel
 from pipeline_tokcom import TokComPipeline
 from scheduling_tokcom import TokComFlowMatchScheduler
 from training.card import evaluation_section
+from training.checkpoints import first_line
 from training.images import encode_all, read_pictures
 
 REQUIRED = ("model_args", "config", "vae_model_state_dict", "denoised_model_state_dict")
@@ -133,7 +134,7 @@ def _load_tokenizer(name: str | None, vocab_size: int) -> PreTrainedTokenizerBas
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # a missing, gated or unreachable tokenizer must not cost the user the conversion
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         warnings.warn(f"tokenizer {name!r} cannot be reached ({reason}); {remedy}.", stacklevel=3)
         return None
     if len(tokenizer) + 1 != vocab_size:

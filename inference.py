@@ -31,6 +31,7 @@ from safetensors import SafetensorError
 from audio_processing_tokcom import write_wav
 from convert_tokcom import load_published_pipeline
 from pipeline_tokcom import TokComPipeline, TokComPipelineOutput
+from training.checkpoints import first_line
 from training.films import write_film
 from training.images import Frames
 
@@ -103,16 +104,14 @@ def load_pipeline(checkpoint: str, device: str) -> TokComPipeline:
     try:
         pipe = TokComPipeline.from_pretrained(checkpoint)
     except (SafetensorError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise ValueError(
             f"the weights in {checkpoint} are truncated or do not fit its config.json ({reason}); download them again."
         ) from error
     try:
         return pipe.to(device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"device {device!r} cannot be used ({str(error).splitlines()[0]}); try --device cpu."
-        ) from error
+        raise ValueError(f"device {device!r} cannot be used ({first_line(error)}); try --device cpu.") from error
 
 
 def accelerate_pipeline(pipe: TokComPipeline, int8: bool, compiled: bool) -> None:

@@ -371,7 +371,18 @@ class TokComModel(TokComPreTrainedModel):
 
     @_entry_point
     def from_codes(self, codes: torch.Tensor) -> torch.Tensor:
-        """Codes `(B, N, R)` of a codec with a quantiser -> standardised latents `(B, N, C)`."""
+        """Codes `(B, N, R)` of a codec with a quantiser -> standardised latents `(B, N, C)`; raises `ValueError` for others."""
+        quantizer = getattr(self.codec, "quantizer", None)
+        if quantizer is not None:
+            levels, size = getattr(quantizer, "num_levels", 1), quantizer.num_codes
+            if codes.ndim != 3 or codes.shape[2] != levels:
+                raise ValueError(
+                    f"codes have shape {tuple(codes.shape)} but (B, N, {levels}) is needed; give what encode gave."
+                )
+            if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < size:
+                raise ValueError(
+                    f"codes lie between {int(codes.min())} and {int(codes.max())} but there are {size}; give what encode gave."
+                )
         return self.codec.from_codes(codes)
 
     @_entry_point
@@ -389,9 +400,9 @@ class TokComModel(TokComPreTrainedModel):
         return self.codec.decode_stream(name, latents)
 
     @_entry_point
-    def to_ids(self, latents: torch.Tensor) -> torch.Tensor:
-        """Standardised latents `(B, N, C)` -> the most likely token ids `(B, N * K)`."""
-        return self.codec.to_ids(latents)
+    def to_ids(self, latents: torch.Tensor, **kwargs) -> torch.Tensor:
+        """Standardised latents `(B, N, C)` -> the most likely token ids `(B, N * K)`; those of `from_codes` are `quantized=True`."""
+        return self.codec.to_ids(latents, **kwargs)
 
     def forward(
         self,
@@ -600,9 +611,12 @@ class TokComModel(TokComPreTrainedModel):
             if task is not None:
                 known, attention_mask = task
                 loss_mask = attention_mask
-            t, loss_mask = torch.where(known, 1.0, t), loss_mask & ~known
+            told, t, loss_mask = t, torch.where(known, 1.0, t), loss_mask & ~known
+            told = (
+                t if config.transformer_config.per_latent_timestep else told
+            )  # else what is known has its neighbours' time
         else:
-            attention_mask = block_causal_mask(order, valid, sees_context, draws)
+            told, attention_mask = t, block_causal_mask(order, valid, sees_context, draws)
             position_ids = position_ids.repeat(1, 1 + draws, 1)
         if prefix is not None:
             prefix = prefix[0], prefix[1] & sees_context[:, None], prefix[2]
@@ -620,7 +634,7 @@ class TokComModel(TokComPreTrainedModel):
                 features = torch.cat((known, features), dim=1)
 
         def predict(self_condition: torch.Tensor | None) -> torch.Tensor:
-            inputs, time, known = noisy, t.clamp(0, 1), 0
+            inputs, time, known = noisy, told.clamp(0, 1), 0
             if block_size is not None:
                 inputs, known = torch.cat((latents, noisy), dim=1), length
                 time = torch.cat((t.new_ones(batch, length), time), dim=1)

@@ -345,6 +345,11 @@ class TokComTextMixin:
         """Mode 1: new texts of `num_chunks` chunks from noise; see `__call__` for the other arguments."""
         self.require_tokens()
         self.check_inputs(num_chunks, num_inference_steps, output_type, [])
+        multiple = self.model.config.codec_config.length_multiple // self.chunk_size
+        if num_chunks % multiple:
+            raise ValueError(
+                f"`num_chunks` ({num_chunks}) must be a multiple of {multiple}, a row of patches of this model."
+            )
         self._check_length(num_chunks)
         noise = self.prepare_latents(batch_size, num_chunks, generator, latents)
         sampling = {"num_inference_steps": num_inference_steps, "temperature": temperature, "top_p": top_p}
@@ -387,12 +392,13 @@ class TokComTextMixin:
         self.require_tokens()
         if not isinstance(latents, torch.Tensor):
             latents, attention_mask = _read_latents(latents, self.chunk_size)
+        form = {}
         if not latents.is_floating_point():
-            latents = self.model.from_codes(latents.long().to(self._execution_device))
+            latents, form = self.model.from_codes(latents.long().to(self._execution_device)), {"quantized": True}
         channels = self.model.config.codec_config.latent_channels
         if latents.ndim != 3 or latents.shape[-1] != channels:
             raise ValueError(f"`latents` has shape {tuple(latents.shape)} but (B, N, {channels}) is needed.")
-        sequences = self.model.to_ids(latents.to(self._execution_device))
+        sequences = self.model.to_ids(latents.to(self._execution_device), **form)
         self.maybe_free_model_hooks()
         mask = torch.ones_like(sequences) if attention_mask is None else attention_mask.to(sequences.device)
         if mask.shape != sequences.shape:
@@ -425,6 +431,7 @@ class TokComTextMixin:
         encoded = self.encode(text)
         if noise_level == 1.0:
             return self.decode(encoded.latents, encoded.attention_mask)
+        self._check_length(encoded.latents.shape[1])
         latents = encoded.latents.float()
         noise = self.prepare_latents(latents.shape[0], latents.shape[1], generator)
         sampler = self._sampler(num_inference_steps=num_inference_steps)
@@ -524,10 +531,14 @@ class TokComTextMixin:
 
 
 def join_blocks(
-    blocks: Iterator[tuple[torch.Tensor, torch.Tensor | None]],
+    blocks: Iterator[tuple[torch.Tensor, torch.Tensor | None]], like: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Blocks of latents and ids -> all latents `(B, n, C)` and ids `(B, n * K)`, None if some are."""
-    latents, ids = zip(*blocks)
+    """Blocks of latents and ids -> all latents `(B, n, C)` and ids `(B, n * K)`, None if some are; of no block at all n is 0 and
+    the rest as `like (B, ..., C)`."""
+    found = list(blocks)
+    if not found:
+        return like[:, :0], torch.zeros(len(like), 0, dtype=torch.long, device=like.device)
+    latents, ids = zip(*found)
     return torch.cat(latents, dim=1), None if any(x is None for x in ids) else torch.cat(ids, dim=1)
 
 

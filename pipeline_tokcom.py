@@ -180,7 +180,7 @@ class TokComPipeline(
 
     def _sample(self, noise: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Clean latents `(B, <= n, C)` and their ids; the arguments are those of `_sample_blocks`."""
-        return join_blocks(self._sample_blocks(noise, *args, **kwargs))
+        return join_blocks(self._sample_blocks(noise, *args, **kwargs), noise)
 
     def _sample_blocks(
         self,
@@ -307,6 +307,10 @@ class TokComPipeline(
             )
         if prompt is None:
             raise ValueError("`prompt` is missing; give a text, or call generate() to start from noise.")
+        if isinstance(guidance_scale, dict):
+            raise ValueError(
+                f"`guidance_scale` ({guidance_scale}) of several streams: this model has one; give a number."
+            )
         images = not self.model.config.codec_config.has_tokens
         output_type = output_type or ("pil" if images else "text")
         self.check_inputs(gen_length, num_inference_steps, output_type, wanted)
@@ -315,6 +319,10 @@ class TokComPipeline(
             raise ValueError("`prompt` is an empty list; give at least one text.")
         if streamer is not None and len(prompts) > 1:
             raise ValueError(f"`streamer` shows one text, but there are {len(prompts)} prompts; call once for each.")
+        if streamer is not None and output_type == "latent":
+            raise ValueError(
+                "`streamer` shows text, which `output_type='latent'` does not make; leave out one of them."
+            )
 
         if images:
             if streamer is not None or temperature not in (None, 1.0) or top_p not in (None, 1.0):
@@ -344,7 +352,10 @@ class TokComPipeline(
         if streamer is not None:
             streamer.put(torch.tensor(rows))
             blocks = self._feed(streamer, blocks, gen_length)
-        output = self._finish(*join_blocks(blocks), gen_length, output_type)
+        nothing = torch.empty(
+            len(prompts), 0, self.model.config.codec_config.latent_channels, device=self._execution_device
+        )
+        output = self._finish(*join_blocks(blocks, nothing), gen_length, output_type)
         if output.texts is not None:
             new = [ids[:kept] for ids, kept in zip(output.sequences.tolist(), output.attention_mask.sum(-1).tolist())]
             output.texts = [self._continue_text(p, row, ids) for p, row, ids in zip(prompts, rows, new)]

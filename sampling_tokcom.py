@@ -72,7 +72,7 @@ class TokComBlockSampler:
             by how much the prediction is moved away from the one without each of them.
         temperature, top_p (`float`): of token probabilities; see `TokComTokenHead.draw`.
         generator: source of what is drawn during sampling, one or one per row.
-        interrupt (`bool`): once true, the remaining steps are left out.
+        interrupt (`bool`): once true, the remaining steps and blocks are left out, and of a block-causal text the unfinished one.
     """
 
     model: TokComModel
@@ -94,6 +94,7 @@ class TokComBlockSampler:
                     f"{self.model.config.prediction_type!r}`: only 'tokens' has probabilities."
                 )
         self._plans: dict[int, list[_Step]] = {}
+        self._cut = False  # whether the block at hand was left unfinished
         name, config = type(self.scheduler).__name__, self.scheduler.config
         plain = name in ("TokComFlowMatchScheduler", "FlowMatchEulerDiscreteScheduler")
         noisy = config.get("eta") or config.get("stochastic_sampling")
@@ -171,6 +172,8 @@ class TokComBlockSampler:
             known.begin(position_ids[:, block], valid[:, block], guided=self.guidance_scale != 1.0)
             start = noise[:, block].clone(memory_format=torch.contiguous_format)  # compiled code minds strides
             x, ids = self._denoise(start, known, sigma_start, after)
+            if self._cut and (index or self.model.config.codec_config.has_tokens) and known.cache is not None:
+                return  # what is not finished is noise
             last = block.stop == noise.shape[1]
             if ids is None and not last and self.model.config.codec_config.has_tokens:
                 ids = self.model.to_ids(x)
@@ -228,7 +231,8 @@ class TokComBlockSampler:
             chunks = torch.zeros_like(plan[0].times, dtype=torch.long)
             chunks = chunks if sigma_start == 1 else head.recognise(known.symbols, x, plan[0].times)
         for i, (timestep, step) in enumerate(zip(scheduler.timesteps, plan)):
-            if self.interrupt:
+            self._cut = self.interrupt
+            if self._cut:
                 return x, None
             # few-step students, which draw all noise anew, are trained without their previous estimate
             previous = None if self.scheduler.config.get("stochastic_sampling") else estimate

@@ -167,6 +167,7 @@ def test_latents_before_the_quantiser_decode_as_those_after_it(options):
     before = model.encode(ids)
     assert torch.equal(before.codes, after.codes) and not torch.equal(before.latents, after.latents)
     assert torch.equal(model.to_ids(before.latents), expected)
+    assert torch.equal(model.to_ids(model.from_codes(before.codes), quantized=True), expected)
     codes = [level.codebook.clone() for level in getattr(model.quantizer, "levels", ()) if hasattr(level, "codebook")]
     latents = before.latents.detach().requires_grad_()
     model.train().nll(latents, ids.view(3, 4, 4)).sum().backward()

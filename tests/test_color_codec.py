@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import get_scheduler
 
 from codec_color_tokcom import TokComColorCodec, dct_matrix
@@ -132,6 +133,17 @@ def test_known_tokens_are_given_and_not_predicted():
     known[:, :16] = 1
     losses = model(ids, timestep=0.5, known_mask=known).token_losses
     assert not losses[:, :4].any() and (losses[:, 4:] > 0).any()
+
+
+def test_raster_models_take_whole_rows_of_patches(tokenizer):
+    raster = {"layout": "raster"}
+    with pytest.raises(StrictDataclassError, match=r"`block_size` \(3\).*4 patches"):
+        pixel_model(codec_config=raster, transformer_config={"block_size": 3})
+    model = pixel_model(len(tokenizer), codec_config=raster, transformer_config={"block_size": 4}).eval()
+    pipe = TokComPipeline(model, TokComFlowMatchScheduler.from_model_config(model.config), tokenizer)
+    with pytest.raises(ValueError, match=r"`num_chunks` \(3\).*multiple of 4"):
+        pipe.generate(num_chunks=3)
+    assert pipe.generate(num_chunks=8, num_inference_steps=1).sequences.shape == (1, 32)
 
 
 @pytest.mark.parametrize("digits", ["color", "bits"])

@@ -34,6 +34,21 @@ def test_save_and_reload_gives_identical_outputs(tmp_path):
     assert reloaded.config.stage == "flow" and not any(p.requires_grad for p in reloaded.codec.parameters())
 
 
+@pytest.mark.parametrize("per_latent", [True, False])
+def test_what_is_known_is_told_the_time_that_sampling_tells_it(per_latent):
+    shape = {"block_size": None, "per_latent_timestep": per_latent, "self_conditioning": False}
+    model, told = TokComModel(tiny_config(stage="flow", transformer_config=shape)).eval(), []
+    ids, known = torch.randint(0, 320, (1, 32)), torch.zeros(1, 32, dtype=torch.long)
+    known[:, :16] = 1
+    forward = model.transformer.forward
+    model.transformer.forward = lambda x, time, *args, **kwargs: (
+        told.append(time),
+        forward(x, time, *args, **kwargs),
+    )[1]
+    model(ids, timestep=0.25, known_mask=known)
+    assert told[0][0].tolist() == [1.0 if per_latent else 0.25] * 4 + [0.25] * 4
+
+
 @pytest.mark.parametrize("bad", [320 + 1, -1])
 def test_id_outside_the_vocabulary_is_named(bad):
     model = TokComModel(tiny_config())

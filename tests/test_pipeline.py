@@ -2,6 +2,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors import safe_open
+from transformers import TextStreamer
 
 from modeling_tokcom import TokComModel
 from pipeline_tokcom import TokComPipeline
@@ -299,6 +300,8 @@ def test_starting_between_noise_and_text_works_or_is_refused_by_name(build, stoc
         (lambda p: p.denoise_reconstruct("Hi", noise_level=1.1), r"\(1.1\).*\[0, 1\]"),
         (lambda p: p.denoise_reconstruct("Hi", num_inference_steps=0), r"\(0\)"),
         (lambda p: p.generate(num_chunks=0), r"\(0\)"),
+        (lambda p: p("Hi", streamer=TextStreamer(p.tokenizer), output_type="latent"), "`streamer` shows text"),
+        (lambda p: p("Hi", guidance_scale={"text": 2.0}), "give a number"),
         (lambda p: p.infill("no gap"), "____"),
         (lambda p: p.infill("____"), "____"),
         (lambda p: p.infill("word " * 100 + "____"), "more than the model's maximum of 128"),
@@ -315,6 +318,27 @@ def test_bad_input_is_named(build, call, message):
 def test_bidirectional_model_refuses_more_than_it_can_see(build):
     with pytest.raises(ValueError, match="maximum of 128"):
         build(transformer_config={"block_size": None})("Hi", gen_length=500)
+    with pytest.raises(ValueError, match="maximum of 128"):
+        build(transformer_config={"block_size": None}).denoise_reconstruct("word " * 200)
+
+
+def test_interrupted_text_ends_before_the_block_that_is_not_finished(build):
+    pipe = build(transformer_config={"block_size": 2})
+    steps = pipe.model.config.num_inference_steps
+
+    def stop_at(last):
+        def callback(pipe, index, timestep, tensors):
+            pipe._interrupt = index >= last
+            return tensors
+
+        return pipe("Hi", gen_length=48, generator=seeded(), callback_on_step_end=callback)
+
+    whole = stop_at(10**6)
+    for last, blocks in ((2 * steps - 1, 2), (2 * steps, 2), (steps, 1), (0, 0)):
+        part = stop_at(last)
+        kept = 8 * blocks
+        assert part.latents.shape[1] == 2 * blocks and part.attention_mask.sum() == kept
+        assert torch.equal(part.sequences[:, :kept], whole.sequences[:, :kept])
 
 
 def test_tokenizer_of_another_vocabulary_is_refused(build, stories):
@@ -479,3 +503,13 @@ def test_a_default_temperature_is_nothing_to_models_without_probabilities(build)
     assert torch.equal(*made)
     with pytest.raises(ValueError, match="temperature.*0.85"):
         pipe.generate(4, temperature=0.85)
+
+
+@pytest.mark.parametrize(
+    "codes, message", [([[[99]]], "between 99 and 99.*16"), ([[[-1]]], "-1"), ([[[1, 2]]], r"\(1, 1, 2\)")]
+)
+def test_codes_that_do_not_exist_are_named(build, codes, message):
+    quantizer = {"quantizer": "fsq", "fsq_levels": [2, 2, 2, 2], "latent_channels": 4}
+    pipe = build(codec_config=quantizer, transformer_config={"latent_channels": 4})
+    with pytest.raises(ValueError, match=message):
+        pipe.decode(torch.tensor(codes))

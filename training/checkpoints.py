@@ -19,6 +19,11 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written, or none that exists is whole; the message names it and the remedy."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line; some say nothing but their name."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def _digest(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -114,7 +119,7 @@ class Checkpoints:
                 shutil.rmtree(partial, ignore_errors=True)
             kept = ([None] + self.all())[-1]
             raise CheckpointError(
-                f"{target} could not be written ({str(error).splitlines()[0]}); the last one is {kept or 'none'}. Free some "
+                f"{target} could not be written ({first_line(error)}); the last one is {kept or 'none'}. Free some "
                 "space and run the same command again."
             ) from error
         if is_main:

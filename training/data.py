@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from training.checkpoints import first_line
 from training.config import DataConfig
 
 DIALOGUES = ("prompt", "messages", "conversations")  # fields that make a record a dialogue
@@ -115,7 +116,7 @@ class Source:
                     builder, data_files=files, split="train", streaming=config.streaming, **options
                 )
             except datasets.exceptions.DatasetGenerationError as error:
-                reason = str(error.__cause__ or error).splitlines()[0]
+                reason = first_line(error.__cause__ or error)
                 raise ValueError(f"{self.path} cannot be read ({reason}); repair or remove the file.") from error
             if builder == "videofolder" and config.image_column not in part.column_names:
                 part = part.rename_column("video", config.image_column)
@@ -314,6 +315,8 @@ def tokenize_documents(
     """All documents as one array of ids `(tokens,)`."""
     rows = tqdm(documents, desc=f"tokenizing {desc}", unit="doc")
     pieces = [np.asarray(ids, dtype=np.int32) for ids in tokenize_rows(rows, tokenizer, text_column)]
+    if not pieces:
+        raise ValueError(f"{desc} has no record with text in field {text_column!r}; give other data or another field.")
     return np.concatenate(pieces)
 
 
@@ -505,7 +508,7 @@ def read_patiently(documents: Iterable[dict], name: str, attempts: int = 5, wait
                 asked = time.monotonic()
             return
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{name}: record {done} cannot be read ({str(error).splitlines()[0]}).") from error
+            raise ValueError(f"{name}: record {done} cannot be read ({first_line(error)}).") from error
         except Exception as error:
             failures += 1
             if failures > attempts:

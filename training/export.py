@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from modeling_tokcom import TokComModel
 from pipeline_tokcom import TokComPipeline
 from scheduling_tokcom import TokComFlowMatchScheduler
-from training.checkpoints import CheckpointError
+from training.checkpoints import CheckpointError, first_line
 
 
 def export_repository(
@@ -32,7 +32,7 @@ def export_repository(
     except Exception as error:  # safetensors and the system name a full disk in ways of their own
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
-            f"{directory} could not be written ({str(error).splitlines()[0]}); what was there is as it was. Free some space and "
+            f"{directory} could not be written ({first_line(error)}); what was there is as it was. Free some space and "
             "run the same command again."
         ) from error
     shutil.rmtree(directory, ignore_errors=True)

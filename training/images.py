@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from image_processing_tokcom import TokComImageProcessor
 from pipeline_video_tokcom import encode_clips
+from training.checkpoints import first_line
 from training.config import DataConfig
 from training.data import FILMS, load_documents
 
@@ -175,7 +176,7 @@ def load_autoencoder(name: str) -> torch.nn.Module:
     try:
         return diffusers.AutoModel.from_pretrained(name).requires_grad_(False).eval()
     except (OSError, ValueError) as error:
-        raise ValueError(f"{name} holds no autoencoder of diffusers ({str(error).splitlines()[0]}).") from error
+        raise ValueError(f"{name} holds no autoencoder of diffusers ({first_line(error)}).") from error
 
 
 def check_autoencoder(autoencoder: torch.nn.Module, codec_config) -> None:

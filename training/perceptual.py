@@ -3,6 +3,8 @@
 import torch
 from transformers import AutoModel
 
+from training.checkpoints import first_line
+
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which backbones expect
 
 
@@ -19,7 +21,7 @@ class FeatureLoss:
         try:
             self.network = AutoModel.from_pretrained(name).to(device).eval().requires_grad_(False)
         except (OSError, ValueError, ImportError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             raise ValueError(
                 f"`perceptual_model` ({name!r}) cannot be loaded ({reason}); give another one, or null for "
                 "squared error and image gradients alone."
