@@ -50,7 +50,7 @@ from training.card import WORK, training_card
 from training.checkpoints import CheckpointError, Checkpoints
 from training.config import StageConfig, TrainConfig, load_train_config, refuse_other_settings
 from training.corpora import Corpus, read_data
-from training.ema import ShardedEMAModel, decay_from_half_life
+from training.ema import ShardedEMAModel, decay_from_half_life, embeddings_in_the_root
 from training.export import export_repository
 from training.images import picture_grid
 from training.optimizer import build_optimizer
@@ -203,7 +203,11 @@ class StageTrainer:
         self.lr_scheduler = get_scheduler(
             "cosine", optimizer, num_warmup_steps=options.warmup_steps, num_training_steps=options.max_steps
         )
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:  # it sees no loader to ask
+            plugin = self.accelerator.state.deepspeed_plugin
+            plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = options.batch_size
+        with embeddings_in_the_root(model):
+            self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.loader = loader if self.corpus.streamed else self.accelerator.prepare(loader)
         self.progress, self.ema = Progress(), None
         if options.ema_half_life:

@@ -76,3 +76,46 @@ def test_sharded_training_average_and_export_are_those_of_one_process(tmp_path):
         torch.testing.assert_close(found["state"][name], value, rtol=1e-5, atol=1e-6)
     for mine, theirs in zip(average.shadow_params, found["average"], strict=True):
         torch.testing.assert_close(theirs, mine, rtol=1e-5, atol=1e-6)
+
+
+PREPARED = """
+from types import SimpleNamespace
+import torch
+import torch.distributed as dist
+import yaml
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from torch.distributed.device_mesh import init_device_mesh
+from modeling_tokcom import TokComModel
+from tests.conftest import ROOT, tiny_config
+from training.ema import embeddings_in_the_root
+
+dist.init_process_group("gloo")
+settings = yaml.safe_load((ROOT / "accelerate_configs/fsdp2.yaml").read_text())["fsdp_config"]
+plugin = FullyShardedDataParallelPlugin(
+    fsdp_version=2, auto_wrap_policy="transformer_based_wrap", state_dict_type="SHARDED_STATE_DICT", cpu_offload=False,
+    transformer_cls_names_to_wrap=[settings["fsdp_transformer_layer_cls_to_wrap"]],
+    cpu_ram_efficient_loading=settings["fsdp_cpu_ram_efficient_loading"],
+)
+# accelerate itself refuses FSDP2 on a CPU, so what it would call is called here
+accelerator = SimpleNamespace(
+    state=SimpleNamespace(fsdp_plugin=plugin), torch_device_mesh=init_device_mesh("cpu", (2,), mesh_dim_names=("dp",)),
+    parallelism_config=SimpleNamespace(fsdp_dim_names=("dp",)), mixed_precision="no", is_main_process=True, device="cpu",
+)
+for stage in ("codec", "flow"):
+    torch.manual_seed(0)
+    model = TokComModel(tiny_config(stage=stage)).train()
+    with embeddings_in_the_root(model):
+        model = fsdp2_prepare_model(accelerator, model)
+    model(torch.randint(0, 300, (2, 32))).loss.backward()
+    assert model.get_input_embeddings() is model.codec.embed_tokens
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+dist.destroy_process_group()
+"""
+
+
+def test_both_stages_take_a_step_as_accelerate_shards_them(tmp_path):
+    (tmp_path / "worker.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{PREPARED}")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    done = subprocess.run([*command, str(tmp_path / "worker.py")], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]

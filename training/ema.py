@@ -1,6 +1,10 @@
-"""Exponential moving average of parameters that survives sharding."""
+"""What sharding needs: an exponential moving average of parameters that survives it, and units that fit the model."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from diffusers.training_utils import EMAModel
+from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
@@ -32,3 +36,14 @@ class ShardedEMAModel(EMAModel):
 def decay_from_half_life(steps: float) -> float:
     """Decay per step that halves a parameter's weight after `steps` optimizer steps."""
     return 0.5 ** (1.0 / max(1.0, steps))
+
+
+@contextmanager
+def embeddings_in_the_root(model: nn.Module) -> Iterator[None]:
+    """While accelerate prepares a model for FSDP2, hide its embedding, which would become a unit of its own, gathered for its own
+    forward alone; the codec's decoder multiplies with the same weight."""
+    model.get_input_embeddings = lambda: None
+    try:
+        yield
+    finally:
+        del model.get_input_embeddings
