@@ -47,9 +47,14 @@ def repetition(ids: np.ndarray, n: int = 4) -> float:
     return float(np.mean([1 - len(np.unique(row)) / len(row) for row in keys]))
 
 
+def spread(rows: np.ndarray, count: int) -> np.ndarray:
+    """At most `count` of the rows, evenly over all: windows of a text are in its order, so the first would be of one document."""
+    return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
+
+
 def self_bleu(ids: np.ndarray, count: int = 100) -> float:
-    """BLEU-4 in [0, 1] of each of the first `count` samples against the others; high means samples are alike."""
-    texts = [" ".join(map(str, row)) for row in ids[:count].tolist()]
+    """BLEU-4 in [0, 1] of each of `count` samples against the others; high means samples are alike."""
+    texts = [" ".join(map(str, row)) for row in spread(ids, count).tolist()]
     bleu = BLEU(tokenize="none", effective_order=True)
     scores = [bleu.sentence_score(text, texts[:i] + texts[i + 1 :]).score for i, text in enumerate(texts)]
     return float(np.mean(scores) / 100)

@@ -20,6 +20,7 @@ from evaluation.metrics import (
     repetition,
     sample_entropy,
     self_bleu,
+    spread,
 )
 from evaluation.reconstruction import held_out_nll
 from evaluation.samplers import TokComSampler
@@ -77,7 +78,7 @@ def measure_setting(judge: TokenJudge, prompts: np.ndarray, setting: str, sample
 
 
 def control_texts(study: Study, length: int, count: int, seed: int) -> dict[str, np.ndarray]:
-    """Real held-out text, the same with shuffled words, random training chunks, and a repeated phrase."""
+    """Real held-out text, the same with shuffled tokens, random training chunks, and a repeated phrase."""
     generator = np.random.default_rng(seed)
     real = study.windows(length, count)
     size, count = study.chunk_size, len(real)
@@ -86,7 +87,7 @@ def control_texts(study: Study, length: int, count: int, seed: int) -> dict[str,
     phrase = np.tile(real[:, :8], (1, -(-length // 8)))[:, :length]
     return {
         "real text": real,
-        "shuffled words": generator.permuted(real, axis=1),
+        "shuffled tokens": generator.permuted(real, axis=1),
         "random training chunks": chunks,
         "repeated phrase": phrase,
     }
@@ -110,8 +111,8 @@ def describe(study: Study, ids: np.ndarray, prompts: np.ndarray | None = None) -
         "chunks_seen_on_grid": on_grid,
         "chunks_seen_off_grid": off_grid,
     }
-    texts = [study.decode(row) for row in ids[: study.text_judge_samples]]
-    before = None if prompts is None else [study.decode(row) for row in prompts[: study.text_judge_samples]]
+    texts = [study.decode(row) for row in spread(ids, study.text_judge_samples)]
+    before = None if prompts is None else [study.decode(row) for row in spread(prompts, study.text_judge_samples)]
     for name, judge in study.text_judges.items():
         facts[f"nats_per_character_{name}"] = float(np.nanmean(judge.nats_per_character(texts, before)))
     return facts
@@ -128,11 +129,12 @@ def over_seeds(runs: list[dict]) -> dict:
 
 def unconditional(study: Study, systems: dict) -> dict:
     """Samples from nothing, and the controls of the same size; `{name: describe(...)}`."""
-    results = {n: describe(study, ids) for n, ids in control_texts(study, study.length, study.samples, 0).items()}
+    controls = control_texts(study, study.length, study.samples, 0)
+    results, count = {name: describe(study, ids) for name, ids in controls.items()}, len(controls["real text"])
     for name, sampler in systems.items():
         runs = []
         for seed in tqdm(range(study.seeds), desc=f"unconditional: {name}"):
-            runs.append(describe(study, sampler.sample(None, study.length, seed, study.samples)))
+            runs.append(describe(study, sampler.sample(None, study.length, seed, count)))
         results[name] = over_seeds(runs)
     return results
 
@@ -141,7 +143,7 @@ def continuation(study: Study, systems: dict) -> dict:
     """Continue held-out prompts of 32 tokens by 64, and of 33..35 tokens (a prompt need not fill its last chunk)."""
     windows = study.windows(PROMPT + CONTINUATION, study.samples)
     prompts, real = windows[:, :PROMPT], windows[:, PROMPT:]
-    controls = {"real text": real, "shuffled words": np.random.default_rng(0).permuted(real, axis=1)}
+    controls = {"real text": real, "shuffled tokens": np.random.default_rng(0).permuted(real, axis=1)}
     controls["random training chunks"] = control_texts(study, CONTINUATION, len(real), 0)["random training chunks"]
     controls["repeated phrase"] = np.tile(prompts[:, -8:], (1, CONTINUATION // 8))
     results = {name: describe(study, ids, prompts) for name, ids in controls.items()}
@@ -225,7 +227,7 @@ def memorisation(study: Study, systems: dict) -> dict:
     results = {}
     samples = {"real text": study.windows(study.length, study.samples)}
     for name, sampler in systems.items():
-        samples[name] = sampler.sample(None, study.length, 0, study.samples)
+        samples[name] = sampler.sample(None, study.length, 0, len(samples["real text"]))
     for name, ids in samples.items():
         results[name] = {"overlap_8": study.ngrams.overlap(ids, 8), "longest": study.ngrams.longest(ids)}
     return results

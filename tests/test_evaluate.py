@@ -53,6 +53,15 @@ def test_diversity_of_constant_and_of_distinct_samples():
     assert metrics.self_bleu(constant) == pytest.approx(1) and metrics.self_bleu(distinct) < 0.05
 
 
+def test_rows_are_chosen_from_all_of_a_text_in_its_order():
+    windows = np.arange(1000)[:, None]
+    assert metrics.spread(windows, 100)[[0, 99], 0].tolist() == [0, 999] and len(metrics.spread(windows[:7], 100)) == 7
+    alike = np.concatenate(
+        (np.zeros((50, 20), int), np.arange(20 * 950).reshape(950, 20))
+    )  # one document repeats itself
+    assert metrics.self_bleu(alike, 50) < 0.2
+
+
 def test_memorised_text_is_found():
     train = WORDS.integers(0, 1000, 5000)
     ngrams = metrics.TrainingNgrams(train)
@@ -187,7 +196,7 @@ def test_controls_have_the_statistics_their_names_say():
     controls = control_texts(study, 32, 10, seed=0)
     real = controls["real text"]
     assert (np.diff(real) == 1).all() and real.min() >= 4000
-    assert np.array_equal(np.sort(controls["shuffled words"]), real)
+    assert np.array_equal(np.sort(controls["shuffled tokens"]), real)
     chunks = controls["random training chunks"].reshape(10, -1, 4)
     assert (np.diff(chunks) == 1).all() and chunks.max() < 4000
     assert (controls["repeated phrase"][:, 8:] == controls["repeated phrase"][:, :-8]).all()
@@ -248,7 +257,7 @@ def test_command_writes_every_measure_beside_its_controls(build, tmp_path, capsy
 
 
 def control_names() -> tuple[str, ...]:
-    return ("real text", "shuffled words", "random training chunks", "repeated phrase")
+    return ("real text", "shuffled tokens", "random training chunks", "repeated phrase")
 
 
 def test_demo_shows_every_mode_of_the_shipped_model(capsys):
