@@ -6,7 +6,7 @@
 
 A sound with a field `digit` goes with the pictures whose caption ends with `keycap` and that digit, in turn; another one with those whose
 caption is what follows the colon of its own. `--silent` keeps the pictures without a sound, too. The text is that of a digit's sound and
-of another sound's picture. `--hold_out` writes so many random pictures, those of no digit, to `OUTPUT_test.parquet`.
+of another sound's picture. `--hold_out` writes the records of so many random pictures, those of no digit, to `OUTPUT_test.parquet`.
 """
 
 import argparse
@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 
-def join(pictures: datasets.Dataset, sounds: datasets.Dataset, silent: bool) -> list[dict]:
-    """Records of a caption, a picture and a sound, encoded as they were; without a sound, None."""
+def join(pictures: datasets.Dataset, sounds: datasets.Dataset, silent: bool) -> list[tuple[int, dict]]:
+    """Index of a picture, and a record of its caption, itself and a sound, encoded as they were; without a sound, None."""
     by_caption, records, heard = defaultdict(list), [], set()
     for index, caption in enumerate(pictures["caption"]):
         by_caption[caption].append(index)
@@ -35,20 +35,26 @@ def join(pictures: datasets.Dataset, sounds: datasets.Dataset, silent: bool) -> 
             index = matches[i % len(matches)]
             heard.add(index)
             text = sound["caption"] if digit is not None else pictures[index]["caption"]
-            records.append({"caption": text, "image": pictures[index]["image"], "audio": sound["audio"]})
+            records.append((index, {"caption": text, "image": pictures[index]["image"], "audio": sound["audio"]}))
     for index in range(len(pictures)) if silent else ():
         if index not in heard:
             picture = pictures[index]
-            records.append({"caption": picture["caption"], "image": picture["image"], "audio": None})
+            records.append((index, {"caption": picture["caption"], "image": picture["image"], "audio": None}))
     return records
 
 
-def hold_out(records: list[dict], count: int) -> tuple[list[dict], list[dict]]:
-    """Records to learn, and `count` random ones that are of no digit."""
-    order = np.random.default_rng(0).permutation(len(records))
-    others = [i for i in order if "keycap" not in records[i]["caption"]]
-    digits = [i for i, record in enumerate(records) if "keycap" in record["caption"]]
-    return [records[i] for i in [*others[count:], *digits]], [records[i] for i in others[:count]]
+def hold_out(records: list[tuple[int, dict]], captions: list[str], count: int) -> tuple[list[dict], list[dict]]:
+    """Records to learn, and all those of `count` random pictures that are of no digit, by the pictures' `captions`."""
+    found = list(dict.fromkeys(index for index, _ in records))
+    order = [found[i] for i in np.random.default_rng(0).permutation(len(found))]
+    others, digits = ([i for i in order if ("keycap" in captions[i]) == digit] for digit in (False, True))
+    of = defaultdict(list)
+    for index, record in records:
+        of[index].append(record)
+    rows = [
+        [record for i in part for record in of[i]] for part in ([*others[count:], *sorted(digits)], others[:count])
+    ]
+    return rows[0], rows[1]
 
 
 def write(records: list[dict], kinds: dict, output: Path) -> None:
@@ -67,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--sounds", help="parquet with `audio`, `caption`, and for digits `digit`")
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--silent", action="store_true", help="keep pictures without a sound")
-    parser.add_argument("--hold_out", type=int, default=0, help="records for OUTPUT_test.parquet")
+    parser.add_argument("--hold_out", type=int, default=0, help="pictures for OUTPUT_test.parquet")
     args = parser.parse_args(argv)
     kinds = {"image": datasets.Image(decode=False), "audio": datasets.Audio(decode=False)}
     found = {
@@ -76,10 +82,11 @@ def main(argv: list[str] | None = None) -> None:
         if file is not None
     }
     records = join(found["image"], found.get("audio", []), args.silent or args.sounds is None)
+    learned = [record for _, record in records]
     if args.hold_out:
-        records, test = hold_out(records, args.hold_out)
+        learned, test = hold_out(records, found["image"]["caption"], args.hold_out)
         write(test, kinds, args.output.with_name(f"{args.output.stem}_test{args.output.suffix}"))
-    write(records, kinds, args.output)
+    write(learned, kinds, args.output)
 
 
 if __name__ == "__main__":

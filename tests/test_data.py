@@ -295,3 +295,16 @@ def test_cached_latents_are_those_of_their_windows(tmp_path, build):
     assert np.array_equal(cache_latents(model, tokens, file), latents) and file.stat().st_mtime_ns == written
     with pytest.raises(ValueError, match="do not fill a window of 512"):
         PackedDataset(tokens, 512, 4, seed=0, training=True, latents=latents)
+
+
+def test_sources_whose_files_have_other_kinds_of_strings_are_joined(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table({"text": pyarrow.array(TEXTS, pyarrow.large_string())})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    sources = [{"path": str(tmp_path / name), "weight": weight} for name, weight in (("a.parquet", 1), ("b.jsonl", 1))]
+    assert set(load_documents(sources, DataConfig(train="x"), "train")["text"][:]) == set(TEXTS)
+    plain = [str(tmp_path / "a.parquet"), str(tmp_path / "b.jsonl")]
+    assert load_documents(plain, DataConfig(train="x"), "train")["text"][:] == 2 * TEXTS

@@ -542,6 +542,26 @@ def test_held_out_pictures_are_of_no_digit_and_of_no_training_record(tmp_path):
     assert len(held_out) == 10 and len(learnt) == 46 and not set(learnt) & set(held_out)
 
 
+def test_a_held_out_picture_is_shown_with_no_sound_of_training(tmp_path):
+    names = [f"animal {i}" for i in range(4)]
+    pictures = [{"caption": name, "image": {"bytes": name.encode(), "path": None}} for name in names]
+    sounds = [
+        {"caption": f"sound: {name}", "audio": {"bytes": b"0", "path": None}} for name in names for _ in range(3)
+    ]
+    for name, rows, kind in (("image", pictures, datasets.Image), ("audio", sounds, datasets.Audio)):
+        stored = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+        features = datasets.Features({"caption": datasets.Value("string"), name: stored})
+        found = datasets.Dataset.from_list(rows, features).cast_column(name, kind(decode=False))
+        found.to_parquet(tmp_path / f"{name}.parquet")
+    files = ["--pictures", str(tmp_path / "image.parquet"), "--sounds", str(tmp_path / "audio.parquet")]
+    join_streams([*files, "--hold_out", "2", "--output", str(tmp_path / "a.parquet")])
+    learnt, held_out = (
+        datasets.load_dataset("parquet", data_files=str(tmp_path / f"{name}.parquet"), split="train")["caption"][:]
+        for name in ("a", "a_test")
+    )
+    assert len(learnt) == len(held_out) == 6 and not set(learnt) & set(held_out)
+
+
 def test_bad_sources_of_streams_are_named(tmp_path, words):
     path = str(ROOT / "sample_data/emoji_train.parquet")
     for source, named in (

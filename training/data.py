@@ -139,12 +139,8 @@ class Source:
                     f"records of {self.path} have no field {text!r} (fields: {', '.join(columns)}); set "
                     "`data.text_column` to one of them, or give dialogues: `prompt` and `answer`, `messages`, `conversations`."
                 )
-        part = part.select_columns(wanted)
-        return (
-            part
-            if wanted != [self.field] or text == config.text_column
-            else part.rename_column(text, config.text_column)
-        )
+        part = as_stored(part.select_columns(wanted))
+        return part if wanted != [text] or text == config.text_column else part.rename_column(text, config.text_column)
 
     def _streams(self, part, fields: dict[str, str], config: DataConfig):
         """The fields of several streams under the names of the streams, undecoded."""
@@ -158,12 +154,7 @@ class Source:
         columns = {stream: field for stream, field in fields.items() if field not in missing}
         part = part.select_columns(list(columns.values()))
         part = part.rename_columns({field: stream for stream, field in columns.items() if field != stream})
-        for name, feature in part.features.items():
-            if type(feature) in (datasets.Image, datasets.Video, datasets.Audio):
-                part = part.cast_column(name, type(feature)(decode=False))
-            elif getattr(feature, "dtype", None) == "large_string":  # sources are joined by equal types
-                part = part.cast_column(name, datasets.Value("string"))
-        return part
+        return as_stored(part)
 
     @staticmethod
     def _pictures(part, config: DataConfig):
@@ -175,11 +166,7 @@ class Source:
         if caption not in part.column_names and isinstance(label, datasets.ClassLabel) and label.num_classes > 1:
             names = [label.names[i] for i in part["label"]]
             part = part.remove_columns("label").add_column(caption, names)
-        part = part.select_columns([name for name in (image, caption) if name in part.column_names])
-        kind = type(part.features[image])
-        if kind not in (datasets.Image, datasets.Video):
-            return part
-        return part.cast_column(image, kind(decode=False))  # frames are drawn later
+        return as_stored(part.select_columns([name for name in (image, caption) if name in part.column_names]))
 
     def _part_of(self, part, streaming: bool):
         if streaming:
@@ -206,6 +193,17 @@ def read_sources(source: str | dict | list[str | dict]) -> list[Source]:
             )
         sources.append(Source(**values))
     return sources
+
+
+def as_stored(part):
+    """Records whose pictures, films and sounds are not decoded, and whose texts are of one type: sources are joined by equal ones,
+    and parquet knows two."""
+    for name, feature in (part.features or {}).items():
+        if type(feature) in (datasets.Image, datasets.Video, datasets.Audio):
+            part = part.cast_column(name, type(feature)(decode=False))
+        elif getattr(feature, "dtype", None) == "large_string":
+            part = part.cast_column(name, datasets.Value("string"))
+    return part
 
 
 def load_documents(source: str | dict | list[str | dict], config: DataConfig, split: str) -> Iterable[str]:
