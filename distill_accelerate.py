@@ -119,7 +119,10 @@ class ModelDenoiser(nn.Module):
             if known is not None and sees_context:
                 x, times = torch.where(known[..., None], context["latents"], x), torch.where(known, 1.0, times)
             where = model.codec.positions(torch.arange(length, device=x.device)).expand(len(x), -1, -1)
-            estimate = model.denoise(x, times, where, context.get("valid"), prefix=prefix).latents.float()
+            seen = context.get("valid")
+            if known is not None and not sees_context:  # as the pipeline guides: without what is given in the sequence
+                seen = ~known if seen is None else seen & ~known
+            estimate = model.denoise(x, times, where, seen, prefix=prefix).latents.float()
             return estimate if known is None else torch.where(known[..., None], context["latents"], estimate)
         clean, order, valid = context["latents"], context["order"], context["valid"]
         sees = torch.full((len(x),), sees_context, device=x.device)

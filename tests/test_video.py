@@ -612,6 +612,18 @@ def test_a_bidirectional_teacher_is_distilled_at_the_positions_of_its_patches():
     torch.testing.assert_close(estimate, wanted)
 
 
+@pytest.mark.parametrize("attention", ["full", "factorized"])
+def test_a_guided_teacher_of_clips_leaves_out_what_the_pipeline_leaves_out(attention):
+    net = model(transformer={"attention_type": attention})
+    latents, x, known = torch.randn(2, 24, 192), torch.randn(2, 24, 192), torch.zeros(2, 24, dtype=torch.bool)
+    known[:, :12] = True
+    t, where = torch.tensor([0.3, 0.7]), net.codec.grid(4, 16, 24).expand(2, -1, -1)
+    given = {"known": known, "latents": latents}
+    plain, double = (ModelDenoiser(net, scale)(x, t, given)[:, 12:] for scale in (1.0, 2.0))
+    free = net.denoise(x[:, 12:], t, where[:, 12:]).latents
+    torch.testing.assert_close(2 * plain - double, free, atol=1e-4, rtol=1e-4)
+
+
 def test_codes_are_counted_without_room_for_those_that_never_occur():
     codes = torch.tensor([5**20, 5**20, 3])
     found = code_statistics(codes, 5**24)
