@@ -29,7 +29,8 @@ from pipeline_tokcom import GAP, TokComPipeline
 
 matplotlib.use("Agg")
 ROOT = Path(__file__).resolve().parent
-LONGEST = 512  # tokens that the page generates at once
+LONGEST = 512  # tokens that the page generates or reads at once
+SLOWEST = 120  # seconds that slow motion may add
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}  # nothing is fetched from elsewhere
 CSS = """
 .tokcom-text {font-size: 1.1rem; line-height: 1.9; overflow-wrap: anywhere; white-space: pre-wrap; min-height: 6rem}
@@ -162,11 +163,11 @@ class Demo:
             except Exception as error:  # shown on the page
                 frames.put(error)
 
-        thread = threading.Thread(target=run, daemon=True)
+        thread, until = threading.Thread(target=run, daemon=True), time.monotonic() + SLOWEST
         thread.start()
         try:
             while isinstance(frame := frames.get(), list):
-                if slowly:
+                if slowly and time.monotonic() < until:
                     time.sleep(slowly)
                 elif not frames.empty():  # the page is slower than the model: show the newest
                     continue
@@ -203,9 +204,16 @@ class Demo:
         )
         return f'<div class="tokcom-text" role="status">{shown}<span class="given">{html.escape(rest)}</span></div>'
 
+    def _check(self, text: str) -> None:
+        """Raise `ValueError` for a text that would keep the page from all others."""
+        count = len(self.pipe.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        if count > LONGEST:
+            raise ValueError(f"the text has {count} tokens, and this page reads at most {LONGEST}; shorten it.")
+
     def renoise(self, text: str, noise_level: float, seed: int) -> tuple[str, str, str]:
         """What the noisy latents of a text decode to, what denoising makes of them, and the plain reconstruction."""
         try:
+            self._check(text)
             with self.busy, torch.no_grad():
                 encoded = self.pipe.encode(text)
                 generator = _generator(seed)
@@ -222,6 +230,7 @@ class Demo:
     def latent_map(self, text: str) -> Figure:
         """The chunk latents of a text in the plane of their two largest principal components."""
         try:
+            self._check(text)
             with self.busy:
                 encoded = self.pipe.encode(text)
         except ValueError as error:

@@ -80,6 +80,8 @@ def test_gaps_noise_and_map_show_the_pipelines_results(demo):
         (lambda demo: demo.fill("no gap", 4, 1.0, 0), "at least one gap"),
         (lambda demo: demo.renoise("", 0.5, 0), "empty"),
         (lambda demo: demo.latent_map("a"), "at least three chunks"),
+        (lambda demo: demo.latent_map("word " * 600), "reads at most 512"),
+        (lambda demo: demo.renoise("word " * 600, 0.5, 0), "reads at most 512"),
     ],
 )
 def test_mistakes_become_messages_and_the_page_goes_on(demo, call, message):
