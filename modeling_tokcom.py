@@ -661,6 +661,7 @@ class TokComModel(TokComPreTrainedModel):
                     estimate = self.token_head.mean_latents(estimate, symbols, noisy, times)
                 if block_size is None:  # sampling estimates nothing that is known
                     estimate = torch.where((t >= 1)[..., None], 0, estimate)
+            torch.clear_autocast_cache()  # before torch 2.13 it holds casts without a gradient
         return predict(estimate).unflatten(1, (draws, length)), loss_mask, noisy, t
 
 

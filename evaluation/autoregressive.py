@@ -125,6 +125,11 @@ def train(
         report_to=[],
         seed=seed,
     )
+    if options.n_gpu > 1:
+        raise ValueError(
+            f"{options.n_gpu} GPUs in one process would multiply the batch, and with it the budget; use accelerate launch, or set "
+            "CUDA_VISIBLE_DEVICES=0."
+        )
     started = time.perf_counter()
     optimizer = optimizer_of(model)
     schedule = get_scheduler("cosine", optimizer, max(1, min(200, max_steps // 10)), max_steps)

@@ -78,6 +78,7 @@ def generate(denoise: Denoiser, noise: torch.Tensor, times: Sequence[float], sto
         t = torch.full((len(x),), float(times[i]), device=x.device)
         if i:
             x = add_noise(x, t, torch.randn_like(x))
+            torch.clear_autocast_cache()  # before torch 2.13 it holds casts without a gradient
         with torch.set_grad_enabled(torch.is_grad_enabled() and i == last):
             x = denoise(x, t)
     return x
