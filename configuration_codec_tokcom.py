@@ -120,6 +120,11 @@ class TokComCodecConfig(PreTrainedConfig):
         return 1
 
     @property
+    def latents_multiple(self) -> int:
+        """The same in latents."""
+        return self.length_multiple // self.chunk_size
+
+    @property
     def num_symbols(self) -> int:
         """What a latent gives probabilities to."""
         return 1

@@ -289,11 +289,9 @@ class TokComConfig(PreTrainedConfig):
                 "the mean latent of token probabilities known."
             )
         block_size = self.transformer_config.block_size
-        row = self.codec_config.length_multiple // self.codec_config.chunk_size  # latents that are decoded together
+        row = self.codec_config.latents_multiple
         if block_size is not None and block_size % row:
-            raise ValueError(
-                f"`block_size` ({block_size}) must be a multiple of the {row} patches of a row of `layout='raster'`."
-            )
+            raise ValueError(f"`block_size` ({block_size}) must be a multiple of the {row} patches of a raster's row.")
         if self.latent_stagger and (self.prediction_type != "tokens" or block_size is None):
             raise ValueError(
                 f"`latent_stagger` ({self.latent_stagger}) needs `prediction_type='tokens'` (got {self.prediction_type!r}) "

@@ -175,9 +175,8 @@ class TokComHubMixin:
         `card`, or if the directory has none, one that says what the configuration tells."""
         directory = Path(save_directory)
         directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            dir=directory, prefix=".saving-"
-        ) as partial:  # what was there stays if this fails
+        # what was there stays if this fails
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as partial:
             self.model.save_pretrained(partial, **({"max_shard_size": max_shard_size} if max_shard_size else {}))
             written = sorted(Path(partial).iterdir())
             # one file and several shards must not lie side by side: the one file would be loaded

@@ -612,9 +612,8 @@ class TokComModel(TokComPreTrainedModel):
                 known, attention_mask = task
                 loss_mask = attention_mask
             told, t, loss_mask = t, torch.where(known, 1.0, t), loss_mask & ~known
-            told = (
-                t if config.transformer_config.per_latent_timestep else told
-            )  # else what is known has its neighbours' time
+            if config.transformer_config.per_latent_timestep:  # else what is known has its neighbours' time
+                told = t
         else:
             told, attention_mask = t, block_causal_mask(order, valid, sees_context, draws)
             position_ids = position_ids.repeat(1, 1 + draws, 1)

@@ -345,7 +345,7 @@ class TokComTextMixin:
         """Mode 1: new texts of `num_chunks` chunks from noise; see `__call__` for the other arguments."""
         self.require_tokens()
         self.check_inputs(num_chunks, num_inference_steps, output_type, [])
-        multiple = self.model.config.codec_config.length_multiple // self.chunk_size
+        multiple = self.model.config.codec_config.latents_multiple
         if num_chunks % multiple:
             raise ValueError(
                 f"`num_chunks` ({num_chunks}) must be a multiple of {multiple}, a row of patches of this model."

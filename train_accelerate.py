@@ -490,7 +490,7 @@ class StageTrainer:
             return
         generator = torch.Generator().manual_seed(0)
         chunks = module.config.transformer_config.max_position_embeddings // 2
-        row = module.config.codec_config.length_multiple // module.config.codec_config.chunk_size
+        row = module.config.codec_config.latents_multiple
         chunks = max(row, chunks // row * row)
         samples = pipe.generate(num_chunks=chunks, batch_size=count, generator=generator).texts
         rows = [[i + 1, text] for i, text in enumerate(samples)]

@@ -38,7 +38,7 @@ def held_out_codes(pipe: TokComPipeline, args: argparse.Namespace) -> torch.Tens
         tokens = tokens[: len(tokens) // codec.chunk_size * codec.chunk_size].long().view(-1, codec.chunk_size)
         batches = tokens[: args.limit * BATCH].split(16 * BATCH)
         return torch.cat([model.encode(part).codes.flatten(0, 1) for part in tqdm(batches, desc="encoding")])
-    data = read_pictures(args.data, codec, args.image_column, limit=args.limit).fit(codec, pipe.vae)
+    data = read_pictures(args.data, codec, args.image_column, limit=args.limit, autoencoder=pipe.vae)
     for start in tqdm(range(0, len(data), BATCH), desc="encoding"):
         pixels = torch.stack([data[i]["pixel_values"] for i in range(start, min(start + BATCH, len(data)))])
         parts.append(model.encode(pixel_values=pixels).codes.flatten(0, 1))

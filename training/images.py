@@ -158,8 +158,9 @@ def read_pictures(
     caption_column: str = "caption",
     limit: int | None = None,
     seed: int = 0,
+    autoencoder: torch.nn.Module | None = None,
 ) -> ImageDataset:
-    """The first `limit` pictures of a source, for a codec; their captions, if there are any, are a column of `.records`.
+    """The first `limit` pictures of a source, for a codec, clips of an `autoencoder` as its latents; their captions, if there are any, are a column of `.records`.
 
     Raises `ValueError` if the source has no pictures in `image_column`.
     """
@@ -168,7 +169,9 @@ def read_pictures(
     if image_column not in records.column_names:
         raise ValueError(f"{source} has no pictures in the field {image_column!r}; name the field that holds them.")
     records = records if limit is None else records.select(range(min(limit, len(records))))
-    return ImageDataset(records, image_column, caption_column, None, seed, training=False).fit(codec_config)
+    return ImageDataset(records, image_column, caption_column, None, seed, training=False).fit(
+        codec_config, autoencoder
+    )
 
 
 def load_autoencoder(name: str) -> torch.nn.Module:
