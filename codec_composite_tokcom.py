@@ -95,6 +95,7 @@ class TokComCompositeCodec(TokComCodec):
         # the configuration would build those of all streams again at every step
         self.num_latents, self.num_channels, self.num_axes = place, channel, config.num_position_axes
         self.weights = {name: float((config.stream_weights or {}).get(name, 1.0)) for name in configs}
+        self.rates = [float((config.generation_rates or {}).get(name, 0.5)) for name in configs]
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -194,10 +195,10 @@ class TokComCompositeCodec(TokComCodec):
         """The sum of the losses of all codecs that have parameters, each of the rows that have its stream, and their parts."""
         loss, parts = None, {}
         for name, codec in self.streams.items():
-            if name not in streams or not list(codec.parameters()):
+            if not list(codec.parameters()):
                 continue
-            inputs = self._inputs(name, streams[name])
-            inputs = inputs if present is None or name not in present else inputs[present[name].bool()]
+            inputs = self._inputs(name, streams[name]) if name in streams else ()
+            inputs = inputs if not len(inputs) or name not in (present or {}) else inputs[present[name].bool()]
             if len(inputs):
                 own, found = codec.training_loss(inputs)
             else:  # processes must have the same gradients and codebooks
@@ -214,14 +215,15 @@ class TokComCompositeCodec(TokComCodec):
     def draw_task(self, exists: torch.Tensor, dropout: float) -> tuple[torch.Tensor, torch.Tensor]:
         """For every row one of the tasks that its streams allow: which latents are given and which are used at all, both `(B, N)`.
 
-        Any streams that exist `(B, N)`, at least one, are generated, all choices being as likely; each of the others is given,
-        or with probability `dropout` left out.
+        Any streams that exist `(B, N)`, at least one, are generated, each by its `generation_rates`; each of the others is given, or
+        with probability `dropout` left out.
         """
         index = [self.places[name].start for name in self.names]
         has, shape = exists[:, index], (len(exists), len(index))  # (B, S)
-        subsets = has[:, None] & (torch.rand(len(has), 32, len(index), device=exists.device) < 0.5)
+        rates = torch.tensor(self.rates, device=exists.device)
+        subsets = has[:, None] & (torch.rand(len(has), 32, len(index), device=exists.device) < rates)
         subsets[:, -1] = has
-        first = subsets.any(-1).float().argmax(-1)  # the first that is not empty: all are as likely
+        first = subsets.any(-1).float().argmax(-1)  # the first that is not empty: with equal rates all are as likely
         made = subsets[torch.arange(len(has), device=has.device), first]
         kept = torch.rand(shape, device=exists.device) >= dropout
         return self.spread(has & ~made & kept), self.spread(made | (has & kept))

@@ -649,6 +649,7 @@ class TokComCompositeCodecConfig(TokComCodecConfig):
             different for every stream.
         text_latents (`int`): latents of a text; what is left of them after it is EOS.
         stream_weights (`dict[str, float]`, *optional*): of the streams in the loss, 1 by default.
+        generation_rates (`dict[str, float]`, *optional*): how often a training row that has a stream generates it, 0.5 by default.
     """
 
     model_type = "tokcom_composite_codec"
@@ -657,6 +658,7 @@ class TokComCompositeCodecConfig(TokComCodecConfig):
     streams: dict[str, dict[str, Any] | None] | None = None
     text_latents: int = 8
     stream_weights: dict[str, float | int] | None = None
+    generation_rates: dict[str, float | int] | None = None
     initializer_range: float = 0.02
 
     def stream_configs(self) -> dict[str, TokComCodecConfig]:
@@ -699,7 +701,7 @@ class TokComCompositeCodecConfig(TokComCodecConfig):
 
     def validate_architecture(self):
         check_positive(self, "text_latents")
-        configs, weights = self.stream_configs(), self.stream_weights or {}
+        configs, weights, rates = self.stream_configs(), self.stream_weights or {}, self.generation_rates or {}
         if not configs:
             raise ValueError("`streams` is empty; name at least one stream and its codec.")
         for name in configs:
@@ -714,6 +716,8 @@ class TokComCompositeCodecConfig(TokComCodecConfig):
             raise ValueError(
                 f"`stream_weights` ({weights}) must be of the streams {sorted(configs)}, not negative and not all 0."
             )
+        if set(rates) - set(configs) or not all(0 < rate <= 1 for rate in rates.values()):
+            raise ValueError(f"`generation_rates` ({rates}) must be of the streams {sorted(configs)}, in (0, 1].")
         for name, codec in configs.items():
             if getattr(codec, "spatial_compression", 1) != 1:
                 raise ValueError(

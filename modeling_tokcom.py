@@ -493,7 +493,7 @@ class TokComModel(TokComPreTrainedModel):
             everywhere = clean.mask.new_ones(len(clean.mask))
             known = self.codec.exists(dict.fromkeys(given, everywhere), len(everywhere), everywhere.device)
             task = known & clean.mask, clean.mask
-        prediction, loss_mask, _, _ = self._predict_noised(clean, timestep, task=task)
+        prediction, loss_mask = self._predict_streams(clean, timestep, task, list(streams))
         mse = self.codec.squared_error(prediction.float() - clean.latents[:, None].float(), loss_mask)
         loss, cross_entropy = config.mse_weight * mse, None
         if config.ce_weight:
@@ -501,6 +501,16 @@ class TokComModel(TokComPreTrainedModel):
             loss = loss if cross_entropy is None else loss + config.ce_weight * cross_entropy
             cross_entropy = loss.new_zeros(()) if cross_entropy is None else cross_entropy.detach()
         return TokComOutput(loss=loss, ce_loss=cross_entropy, mse_loss=mse.detach())
+
+    def _predict_streams(self, clean, timestep, task, names) -> tuple[torch.Tensor, torch.Tensor]:
+        """`_predict_noised` of the latents of the streams `names`; the others are not in the sequence, and 0 in what is returned."""
+        if len(names) == len(self.codec.names):
+            return self._predict_noised(clean, timestep, task=task)[:2]
+        places = self.codec.index_of(names, clean.latents.device)
+        part = TokComCodecOutput(*(value[:, places] for value in (clean.latents, clean.position_ids, clean.mask)))
+        found, wanted, _, _ = self._predict_noised(part, timestep, task=tuple(mask[:, places] for mask in task))
+        prediction = found.new_zeros(*found.shape[:2], *clean.latents.shape[1:]).index_copy(2, places, found)
+        return prediction, torch.zeros_like(clean.mask).index_copy(1, places, wanted)
 
     def _decoded_nll(self, estimate, loss_mask, input_ids, attention_mask) -> tuple[torch.Tensor, torch.Tensor]:
         """Nats `(B, n, K)` of the tokens that `estimate (B, N, C)` stands for, where `loss_mask (B, N)`, and how many they

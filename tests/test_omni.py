@@ -140,6 +140,8 @@ def test_an_estimate_is_zero_in_the_channels_of_other_streams_and_reads_only_its
             "vocab_size",
         ),
         ({"codec": {"stream_weights": {"smell": 1.0}}}, "stream_weights"),
+        ({"codec": {"generation_rates": {"smell": 0.5}}}, "generation_rates"),
+        ({"codec": {"generation_rates": {"text": 0.0}}}, "generation_rates"),
         ({"codec": {"text_latents": 0}}, "text_latents"),
         ({"codec": {"streams": {**STREAMS, "audio": {"hop_length": 1024}}}}, "hop_length"),
         ({"condition_vocab_size": 10}, "captions"),
@@ -240,6 +242,26 @@ def test_all_choices_of_what_is_generated_are_as_likely():
     made = (used & ~given)[:, [net.codec.places[name].start for name in net.codec.names]]
     counts = torch.bincount(made.long() @ torch.tensor([1, 2, 4]), minlength=8)
     assert counts[0] == 0 and ((counts[1:] - 1000).abs() < 150).all()
+
+
+def test_generation_rates_say_how_often_each_stream_is_generated():
+    net = model(codec={"generation_rates": {"text": 0.9, "image": 0.2}})
+    given, used = net.codec.draw_task(torch.ones(7000, 12, dtype=torch.bool), dropout=0.0)
+    made, share = used & ~given, 1 - 0.1 * 0.8 * 0.5  # of the draws that generate anything
+    for name, rate in {"text": 0.9, "image": 0.2, "audio": 0.5}.items():
+        found = made[:, net.codec.places[name].start].float().mean()
+        assert abs(found - rate / share) < 0.03
+
+
+def test_streams_that_are_not_named_are_not_computed_and_the_loss_is_the_same():
+    net, lengths = model().eval(), []
+    net.transformer.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
+    net.config.noise_std = 0.0  # else noise differs with the length
+    whole = net(streams=inputs(), present={"audio": torch.tensor([False] * 3)}, given=["text"], timestep=0.5)
+    streams = {name: value for name, value in inputs().items() if name != "audio"}
+    part = net(streams=streams, given=["text"], timestep=0.5)
+    assert lengths == [12, 12 - net.codec.lengths["audio"]]
+    torch.testing.assert_close(part.loss, whole.loss)
 
 
 def test_self_conditioning_is_zero_where_something_is_given_as_in_sampling(monkeypatch):

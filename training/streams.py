@@ -49,8 +49,8 @@ def is_text(feature) -> bool:
 class OmniDataset(torch.utils.data.Dataset):
     """Records whose columns are streams; None is a stream that a record lacks.
 
-    An item has `streams`, the tensors that the codecs read, zeros where a stream is missing, and `present`, which are not. A text
-    that is too long loses its end. `fit` says for which composite codec.
+    An item has `streams`, the tensors that the codecs read, zeros where a stream is missing, and `present`, which are not; a stream
+    without a column is in neither. A text that is too long loses its end. `fit` says for which composite codec.
     """
 
     def __init__(self, records: datasets.Dataset, tokenizer: PreTrainedTokenizerBase | None):
@@ -74,7 +74,7 @@ class OmniDataset(torch.utils.data.Dataset):
                 raise ValueError(
                     f"stream {name!r} of the data is not of the kind that {type(codec.streams[name]).__name__} reads."
                 )
-        self.configs = {name: module.config for name, module in codec.streams.items()}
+        self.configs = {name: module.config for name, module in codec.streams.items() if name in found}
         self.lengths = codec.lengths
         self.text_lengths = {
             name: codec.text_length(name) for name, config in self.configs.items() if config.has_tokens
@@ -147,10 +147,11 @@ class OmniDataset(torch.utils.data.Dataset):
 def measure_stream_statistics(model, dataset: OmniDataset, limit: int = 4096, batch_size: int = 128) -> None:
     """Set the mean and standard deviation of every stream's latents from up to `limit` records."""
     codec = model.codec.eval()
-    for part in codec.streams.values():
+    for name in dataset.configs:
+        part = codec.streams[name]
         if hasattr(part, "latent_mean"):
             part.set_latent_statistics(torch.zeros_like(part.latent_mean), torch.ones_like(part.latent_std))
-    rows, found = np.random.default_rng(0).permutation(len(dataset))[:limit], {name: [] for name in codec.names}
+    rows, found = np.random.default_rng(0).permutation(len(dataset))[:limit], {name: [] for name in dataset.configs}
     for start in tqdm(range(0, len(rows), batch_size), desc="measuring streams", unit="batch"):
         batch = torch.utils.data.default_collate([dataset[int(i)] for i in rows[start : start + batch_size]])
         device = next(codec.parameters(), torch.empty(0)).device
