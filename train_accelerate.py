@@ -447,8 +447,7 @@ class StageTrainer:
         values = {name: torch.stack(found).mean().item() for name, found in values.items() if found}
         metrics = {f"{self.prefix}/train_loss": progress.train_loss / max(1, progress.train_count)}
         metrics[f"{self.prefix}/val_loss"] = values["loss"]
-        if self.stage != "codec":
-            metrics |= {f"{self.prefix}/val_{name}": value for name, value in values.items() if name != "loss"}
+        metrics |= {f"{self.prefix}/val_{name}": value for name, value in values.items() if name != "loss"}
         progress.train_loss, progress.train_count = 0.0, 0
         if not np.isfinite(values["loss"]):
             self._give_up(f"validation loss is {values['loss']}")

@@ -6,7 +6,7 @@
 Pictures have `image` and `caption`; digits `image`, `caption` and `audio`, where one caption is one class. Text to picture: a small
 contrastive model, trained on the real pairs, looks for the caption of each picture among 20; beside it the training picture whose caption
 has most words in common. Picture to text: exact nouns (what comes before the comma) and BLEU, beside the caption of the nearest training
-picture. Sound to text and to picture: held-out recordings, beside what goes with the nearest training recording. Text and picture to
+picture, and as *real data* the captions as their codec gives them back. Sound to text and to picture: held-out recordings, beside what goes with the nearest training recording. Text and picture to
 sound: the inputs are the classes, which training has seen; a classifier, trained on the real recordings, hears the generated .wav, and
 their distance to the nearest training recording and from each other stands beside that of held-out recordings. Writes `results.json`
 after each part, `results.md`, `pictures.png`, `sounds.png` and a .wav of each class.
@@ -136,6 +136,12 @@ class Study:
             ).streams[stream]
         return made
 
+    @torch.no_grad()
+    def decoded(self, texts: list[str]) -> list[str]:
+        """Texts as they come back from their codec."""
+        latents = self.pipe.model.encode(streams={"text": self.pipe._read_stream("text", texts)}).latents
+        return self.pipe._write_stream("text", latents)
+
     def pixels(self, images: list[Image.Image]) -> torch.Tensor:
         return self.look(images)["pixel_values"]
 
@@ -166,7 +172,8 @@ def measure_pictures(study: Study) -> dict:
     distance = torch.cdist(test["pixels"].flatten(1), train["pixels"].flatten(1))
     nearest = [train["caption"][i] for i in distance.argmin(1)]
     named, bleu = ({"direction": "picture to text", "measure": name} for name in ("noun exact", "BLEU"))
-    for name, texts in (("nearest training record", nearest), *((f"guidance {s:g}", t) for s, t in written.items())):
+    kinds = ("nearest training record", nearest), ("real data", study.decoded(test["text"]))
+    for name, texts in (*kinds, *((f"guidance {s:g}", t) for s, t in written.items())):
         named[name] = float(np.mean([noun(a) == noun(b) for a, b in zip(texts, test["caption"])]))
         bleu[name] = sacrebleu.corpus_bleu(texts, [test["caption"]]).score
     first, size = min(args.guidance_scales), study.pipe.model.codec.streams["image"].config.image_size
