@@ -193,23 +193,23 @@ class TokComCompositeCodec(TokComCodec):
 
     def training_loss(self, streams: dict[str, torch.Tensor], present: dict[str, torch.Tensor] | None = None):
         """The sum of the losses of all codecs that have parameters, each of the rows that have its stream, and their parts."""
-        loss, parts = None, {}
-        for name, codec in self.streams.items():
-            if not list(codec.parameters()):
-                continue
+        trained = {name: codec for name, codec in self.streams.items() if list(codec.parameters())}
+        if not set(trained) & set(streams):
+            raise ValueError("no stream has a codec with parameters, so there is nothing to train; use stage='flow'.")
+        loss, parts = 0.0, {}
+        for name, codec in trained.items():
             inputs = self._inputs(name, streams[name]) if name in streams else ()
-            inputs = inputs if not len(inputs) or name not in (present or {}) else inputs[present[name].bool()]
+            if name in streams and name in (present or {}):
+                inputs = inputs[present[name].bool()]
             if len(inputs):
                 own, found = codec.training_loss(inputs)
             else:  # processes must have the same gradients and codebooks
                 own, found = 0.0 * sum(p.sum() for p in codec.parameters()), {}
                 if self.training and hasattr(getattr(codec, "quantizer", None), "skip"):
                     codec.quantizer.skip()
-            loss = own if loss is None else loss + own
+            loss = loss + own
             for key, value in found.items():
                 parts[key] = parts.get(key, 0.0) + value
-        if loss is None:
-            raise ValueError("no stream has a codec with parameters, so there is nothing to train; use stage='flow'.")
         return loss, parts
 
     def draw_task(self, exists: torch.Tensor, dropout: float) -> tuple[torch.Tensor, torch.Tensor]:

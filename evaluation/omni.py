@@ -6,10 +6,10 @@
 Pictures have `image` and `caption`; digits `image`, `caption` and `audio`, where one caption is one class. Text to picture: a small
 contrastive model, trained on the real pairs, looks for the caption of each picture among 20; beside it the training picture whose caption
 has most words in common. Picture to text: exact nouns (what comes before the comma) and BLEU, beside the caption of the nearest training
-picture, and as *real data* the captions as their codec gives them back. Sound to text and to picture: held-out recordings, beside what goes with the nearest training recording. Text and picture to
-sound: the inputs are the classes, which training has seen; a classifier, trained on the real recordings, hears the generated .wav, and
-their distance to the nearest training recording and from each other stands beside that of held-out recordings. Writes `results.json`
-after each part, `results.md`, `pictures.png`, `sounds.png` and a .wav of each class.
+picture, and as *real data* the captions as their codec gives them back. Sound to text and to picture: held-out recordings, beside what
+goes with the nearest training recording. Text and picture to sound: the inputs are the classes, which training has seen; a classifier,
+trained on the real recordings, hears the generated .wav, and their distance to the nearest training recording and from each other stands
+beside that of held-out recordings. Writes `results.json` after each part, `results.md`, `pictures.png`, `sounds.png` and a .wav of each class.
 """
 
 import argparse

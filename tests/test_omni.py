@@ -264,6 +264,12 @@ def test_streams_that_are_not_named_are_not_computed_and_the_loss_is_the_same():
     torch.testing.assert_close(part.loss, whole.loss)
 
 
+def test_a_codec_without_data_for_what_it_trains_is_named():
+    net = model(stage="codec")
+    with pytest.raises(ValueError, match="nothing to train"):
+        net.codec.training_loss({"image": inputs()["image"]})
+
+
 def test_self_conditioning_is_zero_where_something_is_given_as_in_sampling(monkeypatch):
     net, seen = model(transformer_config={**FLOW, "self_conditioning": True}).train(), []
     monkeypatch.setattr("random.random", lambda: 0.0)
