@@ -110,7 +110,7 @@ def derived_config(config: TrainConfig, source: TokComConfig, vocab_size: int | 
         fields = source.to_dict()
     else:
         fields = TokComConfig.from_preset(config.model_preset, vocab_size).to_dict()
-        fields["transformer_config"]["latent_channels"] = codec["latent_channels"]
+        fields["transformer_config"]["latent_channels"] = source.codec_config.latent_channels
     fields["codec_config"] = codec
     merge_overrides(fields, config.model)
     return TokComConfig(**fields)

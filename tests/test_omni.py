@@ -22,8 +22,9 @@ from modeling_tokcom import TokComModel
 from pipeline_tokcom import TokComPipeline
 from scheduling_tokcom import TokComFlowMatchScheduler
 from tests.conftest import ROOT, seeded
+from train_accelerate import build_model
 from train_accelerate import main as train
-from training.config import DataConfig
+from training.config import DataConfig, load_train_config
 from training.data import load_documents, train_tokenizer
 from training.streams import OmniDataset, read_sound
 
@@ -647,6 +648,15 @@ def test_training_ends_with_a_pipeline_of_all_streams_and_measured_latents(tmp_p
     assert pipe.model.codec.streams["image"].latent_std.std() > 0  # measured
     assert (tmp_path / "out/run/flow/samples-4.png").is_file()
     assert len(pipe(num_inference_steps=1).streams) == 3
+
+
+def test_a_new_transformer_takes_over_a_codec_of_several_streams(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    options = ["stage=flow", f"codec_from={tmp_path}", "data.train=x", "model.transformer_config.num_hidden_layers=1"]
+    net = build_model(load_train_config("omni-tiny", options), pipe.tokenizer)
+    assert net.config.transformer_config.num_hidden_layers == 1
+    codec = pipe.model.codec.state_dict()
+    assert all(torch.equal(value, codec[name]) for name, value in net.codec.state_dict().items())
 
 
 def test_data_and_models_of_different_kinds_are_named(tmp_path):
