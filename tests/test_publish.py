@@ -76,6 +76,7 @@ def test_a_pushed_pipeline_loads_by_id_in_four_ways_offline_too_and_generates(bu
     assert done.returncode == 0 and len(done.stdout.strip()) > 0, done.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_a_pinned_revision_stays_what_it_was(build, hub, tmp_path):
     digests, revisions = [], []
     for seed in range(2):
@@ -93,6 +94,7 @@ def test_a_pinned_revision_stays_what_it_was(build, hub, tmp_path):
         assert result(python(script, hub, tmp_path / "home")) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_private_repositories_need_the_token_and_refusals_say_what_to_do(build, hub, tmp_path):
     build().save_pretrained(tmp_path / "model")
     pushing = "pipe.push_to_hub('tester/hidden', private=True)"
