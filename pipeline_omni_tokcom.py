@@ -105,6 +105,24 @@ class TokComOmniMixin:
             one = not isinstance(value, (list, tuple))
         return [value] if one else list(value)
 
+    def _as_lists(self, codec: TokComCompositeCodec, given: Mapping[str, Any]) -> dict[str, list]:
+        """What is given as lists of one length; raises `ValueError` if they have none, or not one."""
+        given = {name: self._as_list(codec.streams[name].config.kind, value) for name, value in given.items()}
+        lengths = {name: len(values) for name, values in given.items()}
+        if len(set(lengths.values())) > 1 or 0 in lengths.values():
+            raise ValueError(f"what is given must be of one number above 0, not {lengths}.")
+        return given
+
+    @torch.no_grad()
+    def reconstruct_streams(self, given: Mapping[str, Any]):
+        """Encode and decode: what is given, as in `generate_streams`, comes back as its codecs remember it."""
+        codec = self._composite_codec()
+        codec.check_names(list(given))
+        if not given:
+            raise ValueError(f"`given` ({given!r}) must have at least one of the streams {codec.names}.")
+        latents = self._given_context(codec, self._as_lists(codec, given), 0)[1]
+        return self._collect(latents, {}, list(given), "content")
+
     # ---- generating ----
 
     @torch.no_grad()
@@ -147,11 +165,8 @@ class TokComOmniMixin:
             raise ValueError(f"`num_inference_steps` ({num_inference_steps}) must be at least 1.")
         if output_type not in STREAM_OUTPUTS:
             raise ValueError(f"`output_type` ({output_type!r}) must be one of {STREAM_OUTPUTS} for this model.")
-        given = {name: self._as_list(codec.streams[name].config.kind, value) for name, value in given.items()}
-        lengths = {name: len(values) for name, values in given.items()}
-        if len(set(lengths.values())) > 1 or 0 in lengths.values():
-            raise ValueError(f"what is given must be of one number above 0, not {lengths}.")
-        batch_size = next(iter(lengths.values()), batch_size)
+        given = self._as_lists(codec, given)
+        batch_size = len(next(iter(given.values()), range(batch_size)))
         context, whole = self._given_context(codec, given, batch_size)
         scales = self._guidance_scales(guidance_scale, list(given))
         omissions = []

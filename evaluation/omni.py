@@ -136,12 +136,6 @@ class Study:
             ).streams[stream]
         return made
 
-    @torch.no_grad()
-    def decoded(self, texts: list[str]) -> list[str]:
-        """Texts as they come back from their codec."""
-        latents = self.pipe.model.encode(streams={"text": self.pipe._read_stream("text", texts)}).latents
-        return self.pipe._write_stream("text", latents)
-
     def pixels(self, images: list[Image.Image]) -> torch.Tensor:
         return self.look(images)["pixel_values"]
 
@@ -172,7 +166,10 @@ def measure_pictures(study: Study) -> dict:
     distance = torch.cdist(test["pixels"].flatten(1), train["pixels"].flatten(1))
     nearest = [train["caption"][i] for i in distance.argmin(1)]
     named, bleu = ({"direction": "picture to text", "measure": name} for name in ("noun exact", "BLEU"))
-    kinds = ("nearest training record", nearest), ("real data", study.decoded(test["text"]))
+    kinds = (
+        ("nearest training record", nearest),
+        ("real data", study.pipe.reconstruct_streams({"text": test["text"]}).texts),
+    )
     for name, texts in (*kinds, *((f"guidance {s:g}", t) for s, t in written.items())):
         named[name] = float(np.mean([noun(a) == noun(b) for a, b in zip(texts, test["caption"])]))
         bleu[name] = sacrebleu.corpus_bleu(texts, [test["caption"]]).score

@@ -17,6 +17,7 @@ from evaluate_tokcom import main as evaluate
 from evaluation.codebook import main as codebook
 from evaluation.omni import main as measure_streams
 from examples.several_streams import main as join_streams
+from image_processing_tokcom import TokComImageProcessor
 from inference import main as infer
 from modeling_tokcom import TokComModel
 from pipeline_tokcom import TokComPipeline
@@ -410,6 +411,17 @@ def test_models_of_one_stream_refuse_others(build):
         pipe()
     with pytest.raises(ValueError, match="writes text"):
         pipe.generate_streams({}, "image")
+
+
+def test_codecs_give_streams_back_without_the_transformer(pipe):
+    values = {name: content(name) for name in ("image", "audio", "text")}
+    output, look = pipe.reconstruct_streams(values), TokComImageProcessor((16, 16))
+    torch.testing.assert_close(look(output.images)["pixel_values"], look(values["image"])["pixel_values"])
+    assert [len(sound) for sound in output.audios] == [15 * 64] * 2 and list(output.streams) == pipe.model.codec.names
+    text = pipe.reconstruct_streams({"text": values["text"][0]})
+    assert text.texts == output.texts[:1] and not text.latents[:, pipe.model.codec.places["image"]].any()
+    with pytest.raises(ValueError, match="at least one of the streams"):
+        pipe.reconstruct_streams({})
 
 
 def test_methods_of_one_stream_refuse_models_of_several(pipe):
