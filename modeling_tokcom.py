@@ -493,7 +493,8 @@ class TokComModel(TokComPreTrainedModel):
             everywhere = clean.mask.new_ones(len(clean.mask))
             known = self.codec.exists(dict.fromkeys(given, everywhere), len(everywhere), everywhere.device)
             task = known & clean.mask, clean.mask
-        prediction, loss_mask = self._predict_streams(clean, timestep, task, list(streams))
+        shown = [name for name in streams if clean.mask[:, self.codec.places[name].start].any()]
+        prediction, loss_mask = self._predict_streams(clean, timestep, task, shown)
         mse = self.codec.squared_error(prediction.float() - clean.latents[:, None].float(), loss_mask)
         loss, cross_entropy = config.mse_weight * mse, None
         if config.ce_weight:

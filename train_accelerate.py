@@ -186,7 +186,10 @@ class StageTrainer:
                 f"one batch of {batch_size} on {self.accelerator.num_processes} process(es); lower {self.stage}.batch_size or "
                 f"{self.stage}.sequence_length, or give more data."
             )
-        return DataLoader(self.dataset, batch_size, shuffle=True, drop_last=True, num_workers=workers)
+        sampler = self.corpus.sampler(self.dataset, batch_size, self.config.seed)
+        return DataLoader(
+            self.dataset, batch_size, sampler is None, sampler=sampler, drop_last=True, num_workers=workers
+        )
 
     def _prepare(self, model: TokComModel) -> None:
         options = self.options

@@ -206,16 +206,17 @@ def test_given_streams_are_at_time_1_generated_ones_at_t_and_absent_ones_hidden(
         lambda module, args, kwargs: seen.update(time=args[1], x=args[0], mask=args[3]), with_kwargs=True
     )
     clean = net.encode(streams=inputs())
-    rows = {name: torch.full((3,), name in present) for name in net.codec.names}
+    # the last row has all streams, so that none is left out of the sequence
+    rows = {name: torch.tensor([name in present, name in present, True]) for name in net.codec.names}
     for given in SUBSETS:
         if set(given) >= set(present) or not set(given) <= set(present):
             continue
         net(streams=inputs(), present=rows, given=list(given), timestep=0.25)
         for name in net.codec.names:
             place = net.codec.places[name]
-            assert bool((seen["mask"][:, place] == (name in present)).all())
-            assert bool((seen["time"][:, place] == (1.0 if name in given else 0.25)).all())
-            kept = torch.equal(net.codec.stream_of(seen["x"], name), net.codec.stream_of(clean.latents, name))
+            assert bool((seen["mask"][:2, place] == (name in present)).all())
+            assert bool((seen["time"][:2, place] == (1.0 if name in given else 0.25)).all())
+            kept = torch.equal(net.codec.stream_of(seen["x"], name)[:2], net.codec.stream_of(clean.latents, name)[:2])
             assert kept == (name in given)
     handle.remove()
 
@@ -255,15 +256,21 @@ def test_generation_rates_say_how_often_each_stream_is_generated():
         assert abs(found - rate / share) < 0.03
 
 
-def test_streams_that_are_not_named_are_not_computed_and_the_loss_is_the_same():
+def test_streams_that_no_row_has_are_not_computed_and_the_loss_is_the_same(monkeypatch):
     net, lengths = model().eval(), []
     net.transformer.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
     net.config.noise_std = 0.0  # else noise differs with the length
-    whole = net(streams=inputs(), present={"audio": torch.tensor([False] * 3)}, given=["text"], timestep=0.5)
+    settings = dict(given=["text"], timestep=0.5)
+    absent = net(streams=inputs(), present={"audio": torch.tensor([False] * 3)}, **settings)
     streams = {name: value for name, value in inputs().items() if name != "audio"}
-    part = net(streams=streams, given=["text"], timestep=0.5)
-    assert lengths == [12, 12 - net.codec.lengths["audio"]]
-    torch.testing.assert_close(part.loss, whole.loss)
+    unnamed, predict = net(streams=streams, **settings), net._predict_streams
+    net(streams=inputs(), present={"audio": torch.tensor([False, True, False])}, **settings)
+    monkeypatch.setattr(net, "_predict_streams", lambda *args: predict(*args[:-1], net.codec.names))
+    whole = net(streams=streams, **settings)
+    shorter = 12 - net.codec.lengths["audio"]
+    assert lengths == [shorter, shorter, 12, 12]
+    torch.testing.assert_close(absent.loss, whole.loss)
+    torch.testing.assert_close(unnamed.loss, whole.loss)
 
 
 def test_a_codec_without_data_for_what_it_trains_is_named():
@@ -566,6 +573,20 @@ def test_sources_are_mixed_and_their_records_may_lack_streams(tmp_path, words):
             there = row[name] is not None
             assert bool(batch["present"][name][i]) == there
             assert there or bool((value[i] == (words.eos_token_id if name == "text" else 0)).all())
+
+
+def test_batches_hold_records_of_the_same_streams_and_every_record_is_shown_once(tmp_path, words):
+    records = load_documents(sources(tmp_path), DataConfig(train="x"), "train")
+    dataset, orders = OmniDataset(datasets.concatenate_datasets([records] * 5), words), []
+    for epoch in (0, 1, 0):
+        dataset.set_epoch(epoch)
+        orders.append(list(dataset.sampler(3, 7)))
+    assert orders[0] == orders[2] != orders[1] and sorted(orders[0]) == sorted(orders[1]) == list(range(len(dataset)))
+    kinds = np.stack(list(dataset.present.values()), 1)[orders[0]]
+    batches = kinds[: len(kinds) // 3 * 3].reshape(-1, 3, len(dataset.present))
+    mixed = (batches != batches[:, :1]).any((1, 2)).sum()
+    groups, counts = np.unique(kinds, axis=0, return_counts=True)
+    assert len(groups) == 4 and mixed <= (counts % 3).sum() // 3
 
 
 def test_held_out_pictures_are_of_no_digit_and_of_no_training_record(tmp_path):

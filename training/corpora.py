@@ -78,6 +78,12 @@ class Corpus:
             )
         return options.sequence_length, chunk_size, config.seed
 
+    def sampler(
+        self, dataset: torch.utils.data.Dataset, batch_size: int, seed: int
+    ) -> torch.utils.data.Sampler | None:
+        """The order of rows, if it is not just any."""
+        return None
+
     def count(self, batch: dict[str, torch.Tensor], codec_config) -> int:
         """Tokens in a batch."""
         return batch["input_ids"].numel()
@@ -192,8 +198,11 @@ class OmniCorpus(Corpus):
             raise ValueError("the latents of several streams are not cached; set cache_latents=false.")
         return self.train.fit(model.codec), self.validation.fit(model.codec)
 
+    def sampler(self, dataset, batch_size, seed):
+        return dataset.sampler(batch_size, seed)
+
     def count(self, batch, codec_config) -> int:
-        return len(next(iter(batch["present"].values()))) * sum(self.train.lengths.values())
+        return sum(len(rows) * self.train.lengths[name] for name, rows in batch["present"].items() if rows.any())
 
     def measure(self, model: TokComModel) -> None:
         measure_stream_statistics(model, self.train.fit(model.codec))

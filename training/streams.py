@@ -54,11 +54,16 @@ class OmniDataset(torch.utils.data.Dataset):
     """
 
     def __init__(self, records: datasets.Dataset, tokenizer: PreTrainedTokenizerBase | None):
-        self.records, self.tokenizer = records, tokenizer
-        self.rows = {}
-        for name in (name for name, feature in records.features.items() if is_text(feature)):
-            texts = [text or "" for text in tqdm(records[name], desc=f"reading {name}", unit="text")]
-            self.rows[name] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        self.records, self.tokenizer, self.epoch = records, tokenizer, 0
+        self.rows, self.present = {}, {}  # ids of the texts of a stream; which records have it
+        for name, feature in records.features.items():
+            if is_text(feature):
+                texts = [text or "" for text in tqdm(records[name], desc=f"reading {name}", unit="text")]
+                self.rows[name] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+                self.present[name] = np.array([bool(text.strip()) for text in texts])
+            else:
+                tables = records.select_columns([name]).with_format("arrow").iter(1000)
+                self.present[name] = np.concatenate([table.column(0).is_valid().to_numpy() for table in tables])
 
     def fit(self, codec) -> "OmniDataset":
         """Give streams as the `TokComCompositeCodec` reads them from now on; raises `ValueError` if it has none of these or a column
@@ -88,7 +93,11 @@ class OmniDataset(torch.utils.data.Dataset):
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Every epoch shows the same records."""
+        """Every epoch shows the same records, in the order that `sampler` gives for it."""
+        self.epoch = epoch
+
+    def sampler(self, batch_size: int, seed: int) -> "StreamSampler":
+        return StreamSampler(self, batch_size, seed)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -97,7 +106,7 @@ class OmniDataset(torch.utils.data.Dataset):
         """What a record holds, as the pipeline takes it: texts, pictures, clips and sounds by name."""
         record, content = self.records[index], {}
         for name, value in record.items():
-            if value is None or (name in self.rows and not value.strip()):
+            if not self.present[name][index]:
                 continue
             config, where = self.configs[name], f"record {index} ({name})"
             if config.kind == "audio":
@@ -141,6 +150,30 @@ class OmniDataset(torch.utils.data.Dataset):
         if not content:
             raise ValueError(f"record {index} is empty; remove it.")
         return {"streams": streams, "present": present}
+
+
+class StreamSampler(torch.utils.data.Sampler):
+    """Indices in an order in which the records of a batch have the same streams, so that no other is computed for it.
+
+    What does not fill a batch of its kind is mixed into batches with the rest of the other kinds, so every record is shown. Epoch and
+    `seed` decide the order, alike on all processes.
+    """
+
+    def __init__(self, dataset: OmniDataset, batch_size: int, seed: int):
+        self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
+        self.kinds = np.unique(np.stack(list(dataset.present.values()), 1), axis=0, return_inverse=True)[1].reshape(-1)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self):
+        rng, size = np.random.default_rng((self.seed, self.dataset.epoch)), self.batch_size
+        order = rng.permutation(len(self))
+        kinds = [order[self.kinds[order] == kind] for kind in range(self.kinds.max() + 1)]
+        rest = rng.permutation(np.concatenate([rows[len(rows) // size * size :] for rows in kinds]))
+        whole = [rows[: len(rows) // size * size].reshape(-1, size) for rows in (*kinds, rest)]
+        yield from rng.permutation(np.concatenate(whole)).flatten().tolist()
+        yield from rest[len(rest) // size * size :].tolist()
 
 
 @torch.no_grad()
