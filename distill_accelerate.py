@@ -48,6 +48,7 @@ METHODS = {
 }  # matching weight, whether pairs are used
 STATE = "state.pt"
 SETTINGS = "distill_config.json"
+MAY_CHANGE = ("max_steps", "checkpoint_steps", "checkpoints_total_limit")  # where a run goes on
 
 
 @dataclass
@@ -182,7 +183,10 @@ class Distillation:
         self.directory = Path(config.output_dir) / WORK / "distill"
         settings, file = json.loads(json.dumps(dataclasses.asdict(config))), self.directory / SETTINGS
         if file.is_file():
-            refuse_other_settings(config.output_dir, json.loads(file.read_text()), settings)
+            started = json.loads(file.read_text())
+            refuse_other_settings(
+                config.output_dir, started, {k: v for k, v in settings.items() if k not in MAY_CHANGE}
+            )
         cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
         precision = resolve_precision(config.mixed_precision, PartialState(cpu=cpu).device.type)
         self.accelerator = Accelerator(mixed_precision=precision, cpu=cpu)
