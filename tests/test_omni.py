@@ -575,6 +575,13 @@ def test_sources_are_mixed_and_their_records_may_lack_streams(tmp_path, words):
             assert there or bool((value[i] == (words.eos_token_id if name == "text" else 0)).all())
 
 
+def test_a_batch_without_any_stream_is_refused():
+    net = model()
+    net.set_stage("flow")
+    with pytest.raises(ValueError, match="no row of this batch has any stream"):
+        net(streams=inputs(), present={name: torch.tensor([False] * 3) for name in inputs()})
+
+
 def test_batches_hold_records_of_the_same_streams_and_every_record_is_shown_once(tmp_path, words):
     records = load_documents(sources(tmp_path), DataConfig(train="x"), "train")
     dataset, orders = OmniDataset(datasets.concatenate_datasets([records] * 5), words), []
