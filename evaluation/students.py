@@ -60,7 +60,7 @@ def plot(facts: dict, file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
     groups: dict[str, list[dict]] = {}
     for row in facts["rows"]:
         groups.setdefault(row["system"], []).append(row)
@@ -70,8 +70,10 @@ def plot(facts: dict, file: Path) -> None:
         matched = [np.nan if row["NLL at real entropy"] is None else row["NLL at real entropy"] for row in rows]
         axes.plot(steps, matched, "s--", color=line.get_color(), label=f"{name}, at real entropy")
     axes.axhline(facts["real_nll"], color="grey", label="real text")
-    axes.set(xlabel="evaluations of the network a chunk", ylabel="judge NLL, nats a token", xscale="log")
-    axes.legend(fontsize="small")
+    axes.set(xlabel="evaluations of the network a chunk", ylabel="judge NLL, nats a token")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    figure.legend(loc="outside right upper", fontsize="small")
     figure.savefig(file, dpi=120)
 
 
