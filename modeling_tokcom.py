@@ -73,11 +73,8 @@ class TokComOutput(ModelOutput):
         mse_loss (`torch.FloatTensor`, *optional*): flow stage: squared error of x1 per channel; codec stage of images: of
             pixels.
         kl_loss (`torch.FloatTensor`, *optional*): codec stage: KL, nats per latent.
-        token_losses (`torch.FloatTensor` of shape `(B, M * N, K)`, *optional*): flow stage: the cross-entropy of each token,
-            0 where nothing is predicted; M is `noise_draws` where tokens are predicted in training, else 1. None in training
-            with `ce_share` below 1.
-        token_times (`torch.FloatTensor` of shape `(B, M * N, K)`, *optional*): with `token_losses`: the time t in [0, 1] at
-            which each was predicted, -1 where nothing is.
+        token_losses (`torch.FloatTensor` of shape `(B, N, K)`, *optional*): flow stage: the cross-entropy of each token,
+            0 where nothing is predicted; None in training with `ce_share` below 1.
     """
 
     loss: torch.FloatTensor | None = None
@@ -85,7 +82,6 @@ class TokComOutput(ModelOutput):
     mse_loss: torch.FloatTensor | None = None
     kl_loss: torch.FloatTensor | None = None
     token_losses: torch.FloatTensor | None = None
-    token_times: torch.FloatTensor | None = None
 
 
 def _entry_point(method: Callable) -> Callable:
@@ -460,7 +456,7 @@ class TokComModel(TokComPreTrainedModel):
         if self.condition_embedding is not None:
             prefix = self.condition(self._required(input_ids, "input_ids"), attention_mask)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not trains_head):
-            prediction, loss_mask, _, t = self._predict_noised(clean, timestep, known_mask=known_mask, prefix=prefix)
+            prediction, loss_mask, _, _ = self._predict_noised(clean, timestep, known_mask=known_mask, prefix=prefix)
         errors = self.quantize(prediction.float()) - clean.latents[:, None].float()
         counted = loss_mask[:, None] / (prediction.shape[1] * loss_mask.sum()).clamp_min(1)  # (B, 1, N)
         mse = (errors.square().mean(-1) * counted).sum()
@@ -476,14 +472,11 @@ class TokComModel(TokComPreTrainedModel):
         else:
             estimate = prediction[:, 0]
         with torch.set_grad_enabled(torch.is_grad_enabled() and (trains_head or config.ce_weight > 0)):
-            tokens, counted = self._decoded_nll(estimate, loss_mask, input_ids, attention_mask)
-            cross_entropy = tokens.sum() / counted.sum().clamp_min(1)
+            tokens, count = self._decoded_nll(estimate, loss_mask, input_ids, attention_mask)
+            cross_entropy = tokens.sum() / count
         loss = loss + (1.0 if trains_head else config.ce_weight) * cross_entropy
-        per_token = {}
-        if tokens.shape[1] == loss_mask.shape[1]:
-            times = torch.where(counted, t[:, : loss_mask.shape[1], None], -1.0)
-            per_token = {"token_losses": tokens.detach(), "token_times": times}
-        return TokComOutput(loss=loss, ce_loss=cross_entropy.detach(), mse_loss=mse.detach(), **per_token)
+        tokens = None if tokens.shape[1] != loss_mask.shape[1] else tokens.detach()
+        return TokComOutput(loss=loss, ce_loss=cross_entropy.detach(), mse_loss=mse.detach(), token_losses=tokens)
 
     def _stream_loss(self, streams, present, given, timestep) -> TokComOutput:
         """Loss of several streams: of each row the ones that its task generates."""
@@ -523,7 +516,7 @@ class TokComModel(TokComPreTrainedModel):
         return prediction, torch.zeros_like(clean.mask).index_copy(1, places, wanted)
 
     def _decoded_nll(self, estimate, loss_mask, input_ids, attention_mask) -> tuple[torch.Tensor, torch.Tensor]:
-        """Nats `(B, n, K)` of the tokens that `estimate (B, N, C)` stands for, where `loss_mask (B, N)`, and which they
+        """Nats `(B, n, K)` of the tokens that `estimate (B, N, C)` stands for, where `loss_mask (B, N)`, and how many they
         are; n is N, or in training a share `ce_share` of it, drawn at random."""
         chunks, real = self.codec.to_chunks(input_ids, attention_mask)  # (B, N, K)
         counted = real & loss_mask[..., None]
@@ -533,7 +526,7 @@ class TokComModel(TokComPreTrainedModel):
             estimate, chunks, counted = (
                 x.gather(1, chosen.expand(-1, -1, x.shape[2])) for x in (estimate, chunks, counted)
             )
-        return self.codec.nll(estimate, chunks) * counted, counted
+        return self.codec.nll(estimate, chunks) * counted, counted.sum().clamp_min(1)
 
     def _token_loss(self, clean, input_ids, attention_mask, timestep, known_mask) -> TokComOutput:
         chunks, real = self.codec.symbols(input_ids, attention_mask)  # (B, N, K)
@@ -546,13 +539,13 @@ class TokComModel(TokComPreTrainedModel):
         choice = TokComChoice.of(chosen)
         tokens = self.token_head.nll(states.flatten(1, 2), symbols, noisy, times, repeated, choice)
         count = max(1, sum(choice.counts))
+        tokens = tokens.unflatten(1, (draws, -1))  # (B, M, N, K)
         cross_entropy = tokens.sum() / count
         return TokComOutput(
             loss=cross_entropy,
             ce_loss=cross_entropy.detach(),
             mse_loss=cross_entropy.new_zeros(()),
-            token_losses=tokens.detach(),
-            token_times=torch.where(chosen, times, -1.0),
+            token_losses=tokens[:, 0].detach(),
         )
 
     def latent_times(self, time: torch.Tensor | float, places: torch.Tensor, length: int) -> torch.Tensor:

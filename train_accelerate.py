@@ -53,7 +53,6 @@ from training.corpora import Corpus, read_data
 from training.ema import ShardedEMAModel, decay_from_half_life, embeddings_in_the_root
 from training.export import export_repository
 from training.images import picture_grid
-from training.noise import NoiseLocation
 from training.optimizer import build_optimizer
 from training.perceptual import FeatureLoss
 from training.precision import resolve_precision
@@ -153,8 +152,6 @@ class StageTrainer:
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
         )
         self._check_launch()
-        options, location = self.options, self.options.noise_location if stage == "flow" else "fixed"
-        self.noise = NoiseLocation(model, location, options.noise_location_start, options.max_steps)
         model.set_stage(stage)
         if stage == "codec" and config.perceptual_model:
             if model.config.codec_config.modality != "image":
@@ -336,7 +333,6 @@ class StageTrainer:
         accelerator, progress = self.accelerator, self.progress
         self.model.train()
         self._seed_step()
-        self.noise.before_update(progress.step)
         with accelerator.accumulate(self.model):
             output = self.model(**batch)
             accelerator.backward(output.loss)
@@ -407,7 +403,6 @@ class StageTrainer:
         self.lr_scheduler.step()
         if self.ema:
             self.ema.step(self.module.parameters())
-        self.noise.after_update(self.pending, lambda x: self.accelerator.reduce(x, "sum"))
         progress.step += 1
         progress.train_loss, progress.train_count = progress.train_loss + mean, progress.train_count + 1
         metrics = {f"{self.prefix}/learning_rate": self.lr_scheduler.get_last_lr()[0]}
@@ -566,7 +561,7 @@ class StageTrainer:
 
     def _extra_state(self) -> dict[str, object]:
         """What a checkpoint holds besides what accelerate saves; gathers shards, so every rank calls it."""
-        extra = {"progress": self.progress, "scheduler": self.lr_scheduler, "average": self.ema, "noise": self.noise}
+        extra = {"progress": self.progress, "scheduler": self.lr_scheduler, "average": self.ema}
         return {name: part.state_dict() for name, part in extra.items() if part is not None}
 
     def _save_checkpoint(self) -> None:
@@ -591,7 +586,6 @@ class StageTrainer:
         extra = torch.load(Path(newest) / EXTRA, map_location="cpu", weights_only=True)
         self.progress.load_state_dict(extra["progress"])
         self.lr_scheduler.load_state_dict(extra["scheduler"])
-        self.noise.load_state_dict(extra.get("noise", {}))
         if self.ema:
             self.ema.load_state_dict(extra["average"])
         self.accelerator.print(f"resumed {self.stage} from {newest}")

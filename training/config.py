@@ -54,8 +54,6 @@ class StageConfig:
     eval_batches: int = 8
     checkpoint_steps: int = 500
     checkpoints_total_limit: int = 2
-    noise_location: str = "fixed"  # stage flow: fixed, annealed (from noise_location_start) or learned from CE(t)
-    noise_location_start: float = 0.0  # log odds of noise to signal; the model's own location is where annealing ends
 
 
 @dataclass
