@@ -326,6 +326,11 @@ def test_an_output_directory_belongs_to_one_model_and_one_text(tmp_path):
         run(quick(tmp_path, "stage=codec", "seed=1"))
 
 
+def test_workers_of_the_suite_compute_with_one_thread_each():
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        assert (torch.get_num_threads(), os.environ["OMP_NUM_THREADS"]) == (1, "1")
+
+
 def test_too_little_text_for_a_batch_is_named(tmp_path):
     with pytest.raises(ValueError, match="windows of 32 tokens, fewer than one batch of 5000.*batch_size"):
         run(quick(tmp_path, "codec.batch_size=5000"))
