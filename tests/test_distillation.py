@@ -241,7 +241,6 @@ def test_a_run_that_was_stopped_ends_with_the_same_student(build, tmp_path, monk
     assert calls == ["fake"] * 5 + ["student"]  # the fourth
 
 
-@pytest.mark.slow
 def test_two_processes_distil_as_one_that_accumulates(build, tmp_path):
     arguments = teacher_of("images", build, tmp_path / "teacher")
     one, two = tmp_path / "one", tmp_path / "two"
@@ -271,7 +270,6 @@ def test_teachers_that_cannot_be_distilled_are_refused(build, tmp_path):
         distill(["--teacher", str(tmp_path / "teacher"), "--output_dir", str(tmp_path / "a"), data])
 
 
-@pytest.mark.slow
 def test_students_of_texts_are_measured_beside_their_teacher(build, tmp_path, tokenizer):
     pipe = build(transformer_config={"block_size": 1, "max_position_embeddings": 64})
     pipe.save_pretrained(tmp_path / "teacher")
