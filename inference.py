@@ -83,6 +83,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--noise_level", type=float, default=0.5, help="0 pure noise ... 1 clean text")
     parser.add_argument("--guidance_scale", type=float, default=1.0, help="above 1 follows the prompt more closely")
     parser.add_argument("--batch_size", type=int, default=1, help=f"texts to make ({', '.join(SEVERAL)})")
+    parser.add_argument(
+        "--num_candidates", type=int, default=1, help="texts to choose the best guess from (any_to_any)"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, help="for reproducible samples")
     parser.add_argument("--int8", action="store_true", help="8-bit weights in the transformer (torchao)")
@@ -144,6 +147,7 @@ def translate(pipe: TokComPipeline, args: argparse.Namespace, **sampling) -> Tok
         given["image"] = Frames(given["image"], "--input_image")[0]
     streams = {kinds[kind]: [value] * args.batch_size for kind, value in given.items()}
     options = {"guidance_scale": args.guidance_scale, "batch_size": args.batch_size, **sampling}
+    options["num_candidates"] = args.num_candidates
     made = pipe.generate_streams(streams, [kinds[kind] for kind in wanted], **options).streams
     if "image" in wanted:
         made[kinds["image"]][0].save(args.image_file)

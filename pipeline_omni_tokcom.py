@@ -1,9 +1,11 @@
 """What TokComPipeline does with several streams: any of them given, any of them generated.
 
 Notable choices: what is given is the clean context of the one sampler, what is generated its noise, and a stream that is neither is not
-in the sequence at all; guidance moves away from the estimate without a given stream, for each of them by a scale of its own.
+in the sequence at all; guidance moves away from the estimate without a given stream, for each of them by a scale of its own; of
+several candidates the text that the others resemble most is kept (minimum Bayes risk), the best guess rather than one of them.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,6 +37,17 @@ FIELDS = {"text": "texts", "image": "images", "video": "videos", "audio": "audio
 def text_rows(rows: list[list[int]], length: int, eos_token_id: int) -> torch.Tensor:
     """Ids of texts that end by EOS, filled up with it: `(B, length)`; what does not fit is cut."""
     return torch.tensor([[*row[:length], *[eos_token_id] * (length - len(row))] for row in rows])
+
+
+def most_alike(rows: Sequence[Sequence]) -> int:
+    """Index of the row whose F1 of tokens with all rows is highest: the text of minimum Bayes risk, chosen as in
+    DiffuSeq (https://arxiv.org/abs/2210.08933)."""
+    counts = [Counter(row) for row in rows]
+
+    def agreement(a: Counter) -> float:
+        return sum((a & b).total() / (a.total() + b.total()) if a or b else 0.5 for b in counts)
+
+    return max(range(len(rows)), key=lambda i: agreement(counts[i]))
 
 
 class TokComOmniMixin:
@@ -136,6 +149,7 @@ class TokComOmniMixin:
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         output_type: str = "content",
+        num_candidates: int = 1,
         on_step_end=None,
     ):
         """Some streams for others that are given, or from nothing.
@@ -147,8 +161,10 @@ class TokComOmniMixin:
             batch_size: how many, if nothing is given.
             guidance_scale: 1 is off; above 1 strengthens what is given at twice the cost. A dictionary names a scale for each given
                 stream, at the cost of one more evaluation for each that is not 1.
-            latents: initial noise of shape `(B, n, C)` of the latents to generate.
+            latents: initial noise of shape `(B, n, C)` of the latents to generate, `B` as many as the results x `num_candidates`.
             output_type: `"content"` or `"latent"`.
+            num_candidates: above 1, so many are made for each, and the one is kept whose texts the others resemble most: better
+                guesses, less variety, at so many times the cost.
 
         Returns `.streams`, a list for each name, those given as they are; the first stream of each kind also as `.texts`, `.images`,
         `.videos`, `.audios`; and `.latents (B, N, C)`, 0 where a stream is absent. Raises `ValueError` for arguments out of range.
@@ -163,14 +179,22 @@ class TokComOmniMixin:
             )
         if num_inference_steps is not None and num_inference_steps < 1:
             raise ValueError(f"`num_inference_steps` ({num_inference_steps}) must be at least 1.")
+        texts = [name for name in names if codec.streams[name].config.has_tokens]
+        if num_candidates < 1 or num_candidates > 1 and not texts:
+            raise ValueError(
+                f"`num_candidates` ({num_candidates}) must be at least 1, and above 1 needs a text among {names} to compare."
+            )
         if output_type not in STREAM_OUTPUTS:
             raise ValueError(f"`output_type` ({output_type!r}) must be one of {STREAM_OUTPUTS} for this model.")
         given = self._as_lists(codec, given)
         batch_size = len(next(iter(given.values()), range(batch_size)))
         context, whole = self._given_context(codec, given, batch_size)
+        whole = whole.repeat_interleave(num_candidates, 0)
+        batch_size = len(whole)
         scales = self._guidance_scales(guidance_scale, list(given))
         omissions = []
         if context is not None:
+            context = TokComCodecOutput(*(x.repeat_interleave(num_candidates, 0) for x in context.to_tuple()))
             streams = context.position_ids[0, :, 0]
             omissions = [(self._part(streams, codec.names, part), scale) for part, scale in scales]
         index = codec.index_of(names, self._execution_device)
@@ -179,7 +203,19 @@ class TokComOmniMixin:
         settings = {"num_inference_steps": num_inference_steps, "omissions": omissions, "decode": False}
         result, _ = self._sample(noise, context, positions, generator=generator, on_step_end=on_step_end, **settings)
         whole[:, index] = result.to(whole.dtype)
+        if num_candidates > 1:
+            whole = self._choose(whole, texts, num_candidates)
         return self._collect(whole, given, names, output_type)
+
+    def _choose(self, latents: torch.Tensor, names: list[str], num_candidates: int) -> torch.Tensor:
+        """Of every `num_candidates` rows of latents `(B, N, C)` the one whose texts `names` the others resemble most."""
+        codec, rows = self._composite_codec(), [[] for _ in latents]
+        for name in names:
+            ids, mask = self._end_at_eos(codec.streams[name].to_ids(codec.stream_of(latents, name)))
+            for row, values, kept in zip(rows, ids.tolist(), mask.tolist()):
+                row += [(name, value) for value, keep in zip(values, kept) if keep]
+        starts = range(0, len(rows), num_candidates)
+        return latents[[start + most_alike(rows[start : start + num_candidates]) for start in starts]]
 
     def _given_context(self, codec, given, batch_size) -> tuple[TokComCodecOutput | None, torch.Tensor]:
         """The latents of what is given alone, and those of all streams `(B, N, C)`, 0 where nothing is given."""
@@ -222,4 +258,4 @@ class TokComOmniMixin:
         return self.output_class(streams=streams, latents=latents, **fields)
 
 
-__all__ = ["TokComOmniMixin", "text_rows"]
+__all__ = ["TokComOmniMixin", "most_alike", "text_rows"]

@@ -253,6 +253,7 @@ class TokComPipeline(
         callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
         generate: str | list[str] | None = None,
+        num_candidates: int = 1,
         **streams,
     ) -> TokComPipelineOutput | tuple:
         """Continue one or several prompts, or with a model of images draw one or several captions; of several streams,
@@ -273,6 +274,7 @@ class TokComPipeline(
             streamer: a streamer of transformers (`TextStreamer`, `TextIteratorStreamer`); it receives the prompt's ids,
                 then those of every finished block. For one prompt; `stream` is the same as an iterator.
             generate, streams: of a model of several streams, which to make, by default all others, and what is given by name.
+            num_candidates: of a model of several streams, from how many texts to choose (see `generate_streams`).
             callback_on_step_end: called as `f(pipe, step, timestep, {"latents": ...})`; may return new latents.
 
         Raises `ValueError` for an empty or too long prompt and for arguments out of range.
@@ -295,15 +297,16 @@ class TokComPipeline(
                 "num_inference_steps": num_inference_steps,
                 "guidance_scale": guidance_scale,
                 "latents": latents,
+                "num_candidates": num_candidates,
             }
             settings["on_step_end"] = None if callback_on_step_end is None else on_step_end
             output = self.generate_streams(
                 streams, generate, generator=generator, output_type=output_type or "content", **settings
             )
             return output if return_dict else output.to_tuple()
-        if streams or generate is not None:
+        if streams or generate is not None or num_candidates != 1:
             raise ValueError(
-                f"{sorted(streams) or '`generate`'}: this model has one stream; give a `prompt` and arguments of this method."
+                f"{sorted(streams) or '`generate`, `num_candidates`'}: this model has one stream; give a `prompt` and arguments of this method."
             )
         if prompt is None:
             raise ValueError("`prompt` is missing; give a text, or call generate() to start from noise.")

@@ -131,9 +131,9 @@ class Study:
         generator, made, count = torch.Generator().manual_seed(self.args.seed), [], len(next(iter(given.values())))
         for start in trange(0, count, BATCH, desc=f"{'+'.join(given)} to {stream}", leave=False):
             part = {name: values[start : start + BATCH] for name, values in given.items()}
-            made += self.pipe.generate_streams(
-                part, stream, num_inference_steps=self.args.steps, guidance_scale=scale, generator=generator
-            ).streams[stream]
+            options = {"num_inference_steps": self.args.steps, "guidance_scale": scale, "generator": generator}
+            options["num_candidates"] = self.args.num_candidates if stream == "text" else 1
+            made += self.pipe.generate_streams(part, stream, **options).streams[stream]
         return made
 
     def pixels(self, images: list[Image.Image]) -> torch.Tensor:
@@ -334,6 +334,9 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--judge", help="autoregressive judge of captions with the model's tokenizer")
     parser.add_argument("--guidance_scales", type=float, nargs="+", default=[1.0, 2.0])
     parser.add_argument("--steps", type=int, help="denoising steps; the model's own by default")
+    parser.add_argument(
+        "--num_candidates", type=int, default=1, help="texts of which the one most like the others counts"
+    )
     parser.add_argument("--contrastive_steps", type=int, default=1500)
     parser.add_argument("--epochs", type=int, default=10, help="of the classifier of sounds")
     parser.add_argument("--seed", type=int, default=0)

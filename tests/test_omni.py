@@ -20,6 +20,7 @@ from examples.several_streams import main as join_streams
 from image_processing_tokcom import TokComImageProcessor
 from inference import main as infer
 from modeling_tokcom import TokComModel
+from pipeline_omni_tokcom import most_alike
 from pipeline_tokcom import TokComPipeline
 from scheduling_tokcom import TokComFlowMatchScheduler
 from tests.conftest import ROOT, seeded
@@ -364,6 +365,25 @@ def test_the_pipeline_takes_streams_as_arguments(pipe):
     assert seen == [0, 1, 2]
 
 
+def test_of_candidates_the_text_most_like_the_others_is_kept(pipe):
+    assert most_alike([[7, 8, 9], [1, 2], [1, 2, 3]]) == 1 and most_alike([[4], [], []]) == 1 and most_alike([[]]) == 0
+    settings = dict(generate=["text", "audio"], num_inference_steps=2)
+    pictures = content("image")
+    codec = pipe.model.codec
+    count = len(codec.index_of(settings["generate"], "cpu"))
+    latents = torch.randn(6, count, codec.num_channels, generator=seeded())
+    every = pipe(image=[p for p in pictures for _ in range(3)], latents=latents, **settings)
+    kept = pipe(image=pictures, latents=latents, num_candidates=3, **settings)
+    ids, eos = (
+        codec.streams["text"].to_ids(codec.stream_of(every.latents, "text")).tolist(),
+        pipe.tokenizer.eos_token_id,
+    )
+    assert len(kept.texts) == len(kept.audios) == 2 and all(a is b for a, b in zip(kept.images, pictures))
+    for i in range(2):
+        rows = [[*row, eos][: [*row, eos].index(eos)] for row in ids[3 * i : 3 * i + 3]]
+        assert torch.equal(kept.latents[i], every.latents[3 * i + most_alike(rows)])
+
+
 def test_guidance_moves_away_from_the_estimate_without_each_given_stream(pipe):
     values = {"text": content("text"), "audio": content("audio")}
 
@@ -399,6 +419,8 @@ def test_guidance_moves_away_from_the_estimate_without_each_given_stream(pipe):
         (dict(text="a cat", output_type="pil"), "output_type"),
         (dict(audio=np.zeros((2, 3))), "one channel"),
         (dict(text="a cat", num_inference_steps=0), "num_inference_steps"),
+        (dict(text="a cat", generate=["image"], num_candidates=2), "num_candidates"),
+        (dict(generate=["text"], num_candidates=0), "num_candidates"),
         (dict(prompt="a cat", text="a dog"), "not both"),
         (dict(text="a cat", temperature=0.5), "temperature"),
         (dict(text="a cat", callback_on_step_end_tensor_inputs=["noise"]), "noise"),
