@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 
 import datasets
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 import yaml
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
+from safetensors.torch import load_file
 
 from audio_processing_tokcom import TokComAudioProcessor, read_wav, write_wav
 from configuration_tokcom import TokComConfig
@@ -710,6 +712,22 @@ def test_training_ends_with_a_pipeline_of_all_streams_and_measured_latents(tmp_p
     assert pipe.model.codec.streams["image"].latent_std.std() > 0  # measured
     assert (tmp_path / "out/run/flow/samples-4.png").is_file()
     assert len(pipe(num_inference_steps=1).streams) == 3
+
+
+def test_a_resumed_run_of_streams_changes_no_bit(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "donor")
+    options = [f"data.train={sources(tmp_path)}", f"data.validation={tmp_path / 'both.parquet'}", "num_samples=0"]
+    options += [f"init_from={tmp_path / 'donor'}", "stage=flow", "flow.max_steps=24", "flow.checkpoint_steps=8"]
+    options += ["flow.eval_steps=6", "flow.batch_size=2", "flow.warmup_steps=2"]
+    train(tiny_run(tmp_path, *options))
+    flow = tmp_path / "out" / "run" / "flow"
+    whole = load_file(tmp_path / "out" / "model.safetensors")
+    for path in (flow / "checkpoint-24", flow / "final", flow / "best"):
+        shutil.rmtree(path)
+    (tmp_path / "out" / "model.safetensors").unlink()
+    train(tiny_run(tmp_path, *options))
+    again = load_file(tmp_path / "out" / "model.safetensors")
+    assert whole.keys() == again.keys() and all(torch.equal(value, again[name]) for name, value in whole.items())
 
 
 def test_a_new_transformer_takes_over_a_codec_of_several_streams(pipe, tmp_path):
