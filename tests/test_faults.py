@@ -282,7 +282,6 @@ def test_a_full_disk_is_said_and_costs_nothing_but_the_newest_checkpoint(tmp_pat
         subprocess.run(["umount", "-l", str(disk)])
 
 
-@pytest.mark.slow
 def test_a_clock_that_jumps_disturbs_nothing(tmp_path, monkeypatch):
     generator, now = random.Random(0), [1e9]
 

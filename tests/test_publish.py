@@ -46,6 +46,12 @@ def result(done: subprocess.CompletedProcess) -> object:
     return json.loads(done.stdout.split("RESULT ")[-1])
 
 
+def loaded(name: str, code: str, hub: StandInHub, home, **options) -> list[float]:
+    """The digest of the model that `code` of LOADERS loads by its id, in a fresh interpreter."""
+    script = f"ID = {name!r}\nimport json{PRELUDE}{code}\nprint('RESULT', json.dumps(digest(model)))"
+    return result(python(script, hub, home, **options))
+
+
 def push(path, call: str, hub: StandInHub, home, **options) -> subprocess.CompletedProcess:
     head = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom pipeline_tokcom import TokComPipeline\n"
     return python(f"{head}pipe = TokComPipeline.from_pretrained({str(path)!r})\nprint({call})", hub, home, **options)
@@ -65,18 +71,13 @@ def test_a_pushed_pipeline_loads_by_id_in_four_ways_offline_too_and_generates(bu
     assert b'path_or_id = "tester/tiny"' in files["README.md"]
     expected = pytest.approx(digest(pipe.model), rel=1e-5)
     for how, code in LOADERS.items():
-        script = f"ID = 'tester/tiny'\nimport json{PRELUDE}{code}\nprint('RESULT', json.dumps(digest(model)))"
-        assert result(python(script, hub, tmp_path / "home", token=None)) == expected, how
-    offline = (
-        f"ID = 'tester/tiny'\nimport json{PRELUDE}{LOADERS['AutoModel']}\nprint('RESULT', json.dumps(digest(model)))"
-    )
-    assert result(python(offline, hub, tmp_path / "home", HF_HUB_OFFLINE="1")) == expected
+        assert loaded("tester/tiny", code, hub, tmp_path / "home", token=None) == expected, how
+    assert loaded("tester/tiny", LOADERS["AutoModel"], hub, tmp_path / "home", HF_HUB_OFFLINE="1") == expected
     snippet = files["README.md"].decode().split("```python\n")[1].split("```")[0]
     done = python(snippet, hub, tmp_path / "home", token=None)
     assert done.returncode == 0 and len(done.stdout.strip()) > 0, done.stderr[-3000:]
 
 
-@pytest.mark.slow
 def test_a_pinned_revision_stays_what_it_was(build, hub, tmp_path):
     digests, revisions = [], []
     for seed in range(2):
@@ -90,11 +91,9 @@ def test_a_pinned_revision_stays_what_it_was(build, hub, tmp_path):
     for revision, expected in zip([*revisions, "main"], [*digests, digests[-1]]):
         code = "from transformers import AutoModel\nmodel = AutoModel.from_pretrained(ID, trust_remote_code=True, "
         code += f"revision={revision!r}, code_revision={revision!r})"
-        script = f"ID = 'tester/tiny'\nimport json{PRELUDE}{code}\nprint('RESULT', json.dumps(digest(model)))"
-        assert result(python(script, hub, tmp_path / "home")) == pytest.approx(expected, rel=1e-5)
+        assert loaded("tester/tiny", code, hub, tmp_path / "home") == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.slow
 def test_private_repositories_need_the_token_and_refusals_say_what_to_do(build, hub, tmp_path):
     build().save_pretrained(tmp_path / "model")
     pushing = "pipe.push_to_hub('tester/hidden', private=True)"
@@ -116,10 +115,8 @@ def test_a_model_is_pushed_without_its_pipeline(build, hub, tmp_path):
     pipe.save_pretrained(tmp_path / "model")
     done = push(tmp_path / "model", "pipe.model.push_to_hub('tester/model')", hub, tmp_path / "push")
     assert done.returncode == 0, done.stderr[-3000:]
-    script = (
-        f"ID = 'tester/model'\nimport json{PRELUDE}{LOADERS['AutoModel']}\nprint('RESULT', json.dumps(digest(model)))"
-    )
-    assert result(python(script, hub, tmp_path / "home")) == pytest.approx(digest(pipe.model), rel=1e-5)
+    found = loaded("tester/model", LOADERS["AutoModel"], hub, tmp_path / "home")
+    assert found == pytest.approx(digest(pipe.model), rel=1e-5)
 
 
 def test_training_pushes_a_card_of_the_run_and_publish_adds_the_evaluation(hub, tmp_path):
