@@ -83,13 +83,17 @@ class TokComOmniMixin:
             inputs = TokComImageProcessor(codec.image_size)(values)["pixel_values"]
         return inputs.to(self._execution_device)
 
+    def _stream_ids(self, name: str, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids of a stream of texts of latents `(B, N, C)` of all, which end at EOS, and the mask of what is kept."""
+        codec = self._composite_codec()
+        return self._end_at_eos(codec.streams[name].to_ids(codec.stream_of(latents, name)))
+
     def _write_stream(self, name: str, latents: torch.Tensor) -> list:
         """The content of a stream of latents `(B, N, C)` of all: texts, pictures, clips or sounds."""
         codec = self._composite_codec()
         kind = codec.streams[name].config.kind
         if kind == "text":
-            ids = codec.streams[name].to_ids(codec.stream_of(latents, name))
-            sequences, mask = self._end_at_eos(ids)
+            sequences, mask = self._stream_ids(name, latents)
             texts = self._to_texts(sequences, mask)
             return sequences.tolist() if texts is None else texts
         output = self.model.decode_stream(name, latents)
@@ -188,13 +192,11 @@ class TokComOmniMixin:
             raise ValueError(f"`output_type` ({output_type!r}) must be one of {STREAM_OUTPUTS} for this model.")
         given = self._as_lists(codec, given)
         batch_size = len(next(iter(given.values()), range(batch_size)))
-        context, whole = self._given_context(codec, given, batch_size)
-        whole = whole.repeat_interleave(num_candidates, 0)
+        context, whole = self._given_context(codec, given, batch_size, num_candidates)
         batch_size = len(whole)
         scales = self._guidance_scales(guidance_scale, list(given))
         omissions = []
         if context is not None:
-            context = TokComCodecOutput(*(x.repeat_interleave(num_candidates, 0) for x in context.to_tuple()))
             streams = context.position_ids[0, :, 0]
             omissions = [(self._part(streams, codec.names, part), scale) for part, scale in scales]
         index = codec.index_of(names, self._execution_device)
@@ -209,23 +211,26 @@ class TokComOmniMixin:
 
     def _choose(self, latents: torch.Tensor, names: list[str], num_candidates: int) -> torch.Tensor:
         """Of every `num_candidates` rows of latents `(B, N, C)` the one whose texts `names` the others resemble most."""
-        codec, rows = self._composite_codec(), [[] for _ in latents]
+        rows = [[] for _ in latents]
         for name in names:
-            ids, mask = self._end_at_eos(codec.streams[name].to_ids(codec.stream_of(latents, name)))
+            ids, mask = self._stream_ids(name, latents)
             for row, values, kept in zip(rows, ids.tolist(), mask.tolist()):
                 row += [(name, value) for value, keep in zip(values, kept) if keep]
         starts = range(0, len(rows), num_candidates)
         return latents[[start + most_alike(rows[start : start + num_candidates]) for start in starts]]
 
-    def _given_context(self, codec, given, batch_size) -> tuple[TokComCodecOutput | None, torch.Tensor]:
-        """The latents of what is given alone, and those of all streams `(B, N, C)`, 0 where nothing is given."""
+    def _given_context(self, codec, given, batch_size, copies=1) -> tuple[TokComCodecOutput | None, torch.Tensor]:
+        """The latents of what is given alone, and those of all streams `(B, N, C)`, 0 where nothing is given; each row `copies`
+        times."""
         if not given:
-            shape = batch_size, codec.num_latents, codec.num_channels
+            shape = batch_size * copies, codec.num_latents, codec.num_channels
             return None, torch.zeros(shape, device=self._execution_device)
         encoded = self.model.encode(streams={name: self._read_stream(name, values) for name, values in given.items()})
         index = codec.index_of(list(given), encoded.latents.device)
-        parts = encoded.latents[:, index], encoded.position_ids[:, index], encoded.mask[:, index]
-        return TokComCodecOutput(*parts), encoded.latents.float()
+        latents, positions, mask = (
+            x.repeat_interleave(copies, 0) for x in (encoded.latents, encoded.position_ids, encoded.mask)
+        )
+        return TokComCodecOutput(latents[:, index], positions[:, index], mask[:, index]), latents.float()
 
     @staticmethod
     def _part(streams: torch.Tensor, names: list[str], part: list[str]) -> torch.Tensor:

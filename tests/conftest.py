@@ -20,6 +20,7 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from safetensors.torch import load_file
 
 from configuration_tokcom import TokComConfig
 from modeling_tokcom import TokComModel
@@ -46,6 +47,12 @@ def stories() -> list[str]:
 @pytest.fixture(scope="session")
 def tokenizer(stories):
     return train_tokenizer(stories, 320)
+
+
+def same_weights(first: Path, second: Path) -> bool:
+    """Whether two directories hold the same weights, to the last bit."""
+    one, two = load_file(first / "model.safetensors"), load_file(second / "model.safetensors")
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -16,23 +16,17 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 
 import train_accelerate
 from configuration_tokcom import PRESETS, TokComChunkCodecConfig, TokComConfig, TokComTransformerConfig
 from modeling_tokcom import TokComModel
-from tests.conftest import ROOT, seeded
+from tests.conftest import ROOT, same_weights, seeded
 from tests.test_training import QUICK, launch, quick
 from train_accelerate import TrainingStopped, run
 from training.checkpoints import CheckpointError, Checkpoints, damage, seal
 from training.data import read_patiently
 
 TEXT = ROOT / "sample_data" / "stories_validation.jsonl"
-
-
-def same_weights(first, second) -> bool:
-    one, two = load_file(first / "model.safetensors"), load_file(second / "model.safetensors")
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 # ---- checkpoints ----

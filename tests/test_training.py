@@ -14,7 +14,7 @@ import train_accelerate
 from modeling_tokcom import TokComModel
 from pipeline_tokcom import TokComPipeline
 from scheduling_tokcom import TokComFlowMatchScheduler
-from tests.conftest import ROOT, tiny_config
+from tests.conftest import ROOT, same_weights, tiny_config
 from train_accelerate import NonFiniteLossError, run
 from training.config import PRESET_DIR, load_train_config
 from training.data import PackedDataset
@@ -141,8 +141,7 @@ def test_killed_and_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(tmp_pat
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and not (broken / "model.safetensors").exists()
     assert launch(broken, *extra).wait(300) == 0
-    first, second = load_file(whole / "model.safetensors"), load_file(broken / "model.safetensors")
-    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    assert same_weights(whole, broken)
 
 
 SPY = """
