@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from layers_tokcom import TokComTimestepEmbedding
 from training.optimizer import Float32Muon, build_optimizer
 from training.precision import has_fast_bfloat16, resolve_precision
 
@@ -31,6 +32,13 @@ def test_muon_gets_the_inner_matrices_and_every_parameter_belongs_to_one():
     assert sorted(owned) == sorted(id(p) for p in model.parameters() if p.requires_grad)
     decays = {id(p): g["weight_decay"] for g in adamw.param_groups for p in g["params"]}
     assert decays[id(model[0].weight)] == 0.1 and decays[id(model[2].weight)] == decays[id(model[1].bias)] == 0.0
+
+
+def test_muon_leaves_the_network_that_embeds_the_time_to_adamw():
+    model = nn.ModuleDict(dict(time=TokComTimestepEmbedding(8, 1000.0), proj=nn.Linear(8, 8)))
+    adamw, muon = build_optimizer(model, 1e-2, 1e-2, 0.1).parts
+    assert [p is model["proj"].weight for g in muon.param_groups for p in g["params"]] == [True]
+    assert {id(p) for p in model["time"].parameters()} < {id(p) for g in adamw.param_groups for p in g["params"]}
 
 
 def test_without_a_muon_rate_it_is_adamw():

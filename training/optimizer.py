@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from layers_tokcom import TokComTimestepEmbedding
 from training.precision import has_fast_bfloat16
 
 
@@ -80,12 +81,16 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW on all that is trained; with a Muon rate, Muon (Jordan et al. 2024) on matrices that are no embeddings.
 
+    The small network that embeds the time is an embedding: under Muon its units drift into the flat side of their SiLU until
+    single ones answer to bands of times with outputs of any size (docs/streams.md).
+
     Muon's updates are scaled to the size of AdamW's ("match_rms_adamw"), so both rates are of the same kind. Vectors do
     not decay. `device` is where training will be, by default where the model is.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    inner = [p for p in trained if muon_learning_rate and p.ndim == 2 and id(p) not in tables]
+    embeddings = (nn.Embedding, TokComTimestepEmbedding)
+    kept = {id(p) for m in model.modules() if isinstance(m, embeddings) for p in m.parameters()}
+    inner = [p for p in trained if muon_learning_rate and p.ndim == 2 and id(p) not in kept]
     taken = {id(p) for p in inner}
     others = [p for p in trained if id(p) not in taken]
     groups = [{"params": [p for p in others if p.ndim >= 2]}]
