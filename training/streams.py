@@ -41,6 +41,9 @@ def read_sound(value: Any, sampling_rate: int, name: str = "a record") -> np.nda
     return sound
 
 
+KEPT_SOUNDS = 512 * 2**20  # bytes of features that a dataset keeps, in each process that reads it
+
+
 def is_text(feature) -> bool:
     """Whether a column of a dataset holds texts."""
     return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
@@ -84,7 +87,7 @@ class OmniDataset(torch.utils.data.Dataset):
         self.text_lengths = {
             name: codec.text_length(name) for name, config in self.configs.items() if config.has_tokens
         }
-        self.processors = {}
+        self.processors, self.features = {}, {}  # features: of sounds that were read, by record and stream
         for name, config in self.configs.items():
             if config.kind == "audio":
                 self.processors[name] = TokComAudioProcessor(config)
@@ -129,6 +132,15 @@ class OmniDataset(torch.utils.data.Dataset):
                 break
         return text
 
+    def sound(self, value: np.ndarray, name: str, index: int) -> torch.Tensor:
+        """Features of a record's sound: they cost more than a step of a small model, so they are computed once while they fit."""
+        found = self.features.get((index, name))
+        if found is None:
+            found = self.processors[name](value)["input_features"][0]
+            if (len(self.features) + 1) * found.nbytes <= KEPT_SOUNDS:
+                self.features[index, name] = found
+        return found
+
     def __getitem__(self, index: int) -> dict[str, dict[str, torch.Tensor]]:
         content, streams = self.content(index), {}
         for name, config in self.configs.items():
@@ -138,9 +150,7 @@ class OmniDataset(torch.utils.data.Dataset):
                 streams[name] = text_rows(rows, self.text_lengths[name], self.tokenizer.eos_token_id)[0]
             elif config.kind == "audio":
                 shape = config.num_channels, config.num_frames
-                streams[name] = (
-                    torch.zeros(shape) if value is None else self.processors[name](value)["input_features"][0]
-                )
+                streams[name] = torch.zeros(shape) if value is None else self.sound(value, name, index)
             else:
                 frames = [] if value is None else value if config.kind == "video" else [value]
                 shape = (1 if config.kind == "image" else config.clip_length, 3, *self.processors[name]._size)
