@@ -670,7 +670,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             **dict(self_conditioning=False),
         },
         # what is said is decided by what is given only near pure noise: at t = 0.5 a noisy word tells itself
-        **dict(ce_weight=1.0, infill_rate=0.0, timestep_loc=1.2, num_inference_steps=24),
+        **dict(ce_weight=1.0, infill_rate=0.0, timestep_loc=1.5, num_inference_steps=4),
     },
     "debug": {
         "codec_config": {
