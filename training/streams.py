@@ -1,5 +1,6 @@
 """Records with several streams in: a text, a picture, a clip, a sound, any of which may be missing; batches of all streams out."""
 
+import hashlib
 import io
 from math import gcd
 from typing import Any
@@ -14,6 +15,8 @@ from audio_processing_tokcom import TokComAudioProcessor
 from image_processing_tokcom import TokComImageProcessor
 from pipeline_omni_tokcom import text_rows
 from training.images import Frames
+
+KEPT_SOUNDS = 512 * 2**20  # bytes of features that a dataset keeps, in each process that reads it
 
 
 def read_sound(value: Any, sampling_rate: int, name: str = "a record") -> np.ndarray:
@@ -39,9 +42,6 @@ def read_sound(value: Any, sampling_rate: int, name: str = "a record") -> np.nda
         common = gcd(int(rate), sampling_rate)
         sound = resample_poly(sound, sampling_rate // common, int(rate) // common).astype(np.float32)
     return sound
-
-
-KEPT_SOUNDS = 512 * 2**20  # bytes of features that a dataset keeps, in each process that reads it
 
 
 def is_text(feature) -> bool:
@@ -87,7 +87,7 @@ class OmniDataset(torch.utils.data.Dataset):
         self.text_lengths = {
             name: codec.text_length(name) for name, config in self.configs.items() if config.has_tokens
         }
-        self.processors, self.features = {}, {}  # features: of sounds that were read, by record and stream
+        self.processors, self.features = {}, {}  # features: of sounds that were read, by stream and samples
         for name, config in self.configs.items():
             if config.kind == "audio":
                 self.processors[name] = TokComAudioProcessor(config)
@@ -132,13 +132,15 @@ class OmniDataset(torch.utils.data.Dataset):
                 break
         return text
 
-    def sound(self, value: np.ndarray, name: str, index: int) -> torch.Tensor:
-        """Features of a record's sound: they cost more than a step of a small model, so they are computed once while they fit."""
-        found = self.features.get((index, name))
+    def sound(self, value: np.ndarray, name: str) -> torch.Tensor:
+        """Features of a sound of the stream `name`: they cost more than all else of a record, and sources that are mixed repeat
+        their sounds, so each sound's are computed once while they fit."""
+        key = name, hashlib.sha256(value.tobytes()).digest()
+        found = self.features.get(key)
         if found is None:
             found = self.processors[name](value)["input_features"][0]
             if (len(self.features) + 1) * found.nbytes <= KEPT_SOUNDS:
-                self.features[index, name] = found
+                self.features[key] = found
         return found
 
     def __getitem__(self, index: int) -> dict[str, dict[str, torch.Tensor]]:
@@ -150,7 +152,7 @@ class OmniDataset(torch.utils.data.Dataset):
                 streams[name] = text_rows(rows, self.text_lengths[name], self.tokenizer.eos_token_id)[0]
             elif config.kind == "audio":
                 shape = config.num_channels, config.num_frames
-                streams[name] = torch.zeros(shape) if value is None else self.sound(value, name, index)
+                streams[name] = torch.zeros(shape) if value is None else self.sound(value, name)
             else:
                 frames = [] if value is None else value if config.kind == "video" else [value]
                 shape = (1 if config.kind == "image" else config.clip_length, 3, *self.processors[name]._size)
