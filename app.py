@@ -25,7 +25,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from evaluation.reconstruction import token_losses_at
+from pipeline_text_tokcom import kept_tokens, text_ids
 from pipeline_tokcom import GAP, TokComPipeline
+from sampling_tokcom import spawn_generators
 
 matplotlib.use("Agg")
 ROOT = Path(__file__).resolve().parent
@@ -103,16 +105,17 @@ class Demo:
     def probabilities(self, prompt: str, ids: list[int]) -> list[float]:
         """The model's probability of each of the last tokens of a text, given the text before its chunk and, where the model
         decides one after the other, the tokens before it; of the decoder alone for models that regress latents."""
-        known, mask = self.pipe._pad(self.pipe._tokenize([prompt.rstrip(" ")], "prompt"), "left")
-        new, new_mask = self.pipe._pad([ids], "right")
-        window = self.pipe.max_length
-        whole, mask = (torch.cat(pair, 1)[:, -window:] for pair in ((known, new), (mask, new_mask)))
+        row = self.pipe._tokenize([prompt.rstrip(" ")], "prompt")[0] + ids
+        size = self.pipe.chunk_size
+        beyond = max(0, len(row) - self.pipe.max_length)
+        row = row[-(-beyond // size) * size :]  # what is cut off is whole chunks
+        whole, mask = self.pipe._pad([row], "right")
         if self.pipe.model.token_head is None:
             losses = self.pipe.model.codec.loss(self.pipe.model.encode(whole, mask).latents, whole, mask)
         else:
             torch.manual_seed(0)
             losses = token_losses_at(self.pipe.model, whole, 0.0, mask)
-        return (-losses.flatten()).exp()[-new.shape[1] :][: len(ids)].tolist()
+        return (-losses.flatten()).exp()[len(row) - len(ids) : len(row)].tolist()
 
     def write(
         self,
@@ -206,7 +209,7 @@ class Demo:
 
     def _check(self, text: str) -> None:
         """Raise `ValueError` for a text that would keep the page from all others."""
-        count = len(self.pipe.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        count = len(text_ids(self.pipe.tokenizer, text))
         if count > LONGEST:
             raise ValueError(f"the text has {count} tokens, and this page reads at most {LONGEST}; shorten it.")
 
@@ -219,13 +222,22 @@ class Demo:
                 generator = _generator(seed)
                 again = torch.Generator()
                 again.set_state(generator.get_state())
-                noise = self.pipe.prepare_latents(1, encoded.latents.shape[1], generator)
-                noisy = self.pipe._sampler().add_noise(encoded.latents.float(), noise, noise_level)
-                seen = self.emerging(noisy, noise_level)[: int(encoded.attention_mask.sum())]
+                seen = self._seen(encoded, noise_level, generator)
                 denoised = self.pipe.denoise_reconstruct(text, noise_level, generator=again).texts[0]
                 return colored(seen), denoised, self.pipe.reconstruct(text).texts[0]
         except ValueError as error:
             raise _explained(error) from error
+
+    def _seen(self, encoded, noise_level: float, generator: torch.Generator) -> list[tuple[str, float]]:
+        """What the model is shown of an encoded text at a noise level: its tokens, and how clean each is."""
+        count = int(encoded.attention_mask.sum())
+        if self.pipe.model.token_head is None:
+            noise = self.pipe.prepare_latents(1, encoded.latents.shape[1], generator)
+            noisy = self.pipe._sampler().add_noise(encoded.latents.float(), noise, noise_level)
+            return self.emerging(noisy, noise_level)[:count]
+        kept = kept_tokens(count, noise_level, spawn_generators(generator, 1)[0])
+        tokens = self._tokens(encoded.sequences[0, :count].tolist())
+        return [(token, 1.0) if keep else ("·", 0.0) for token, keep in zip(tokens, kept)]
 
     def latent_map(self, text: str) -> Figure:
         """The chunk latents of a text in the plane of their two largest principal components."""

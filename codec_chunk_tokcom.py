@@ -333,7 +333,11 @@ class TokComChunkCodec(TokComCodec):
                 places.append(F.linear(self.micro_decoder(states, known, place), self.embed_tokens.weight))
                 known[:, place] = self.embed_tokens(places[-1][:, 0].argmax(-1))
             logits = torch.cat(places, dim=1)
-        return TokComDecoderOutput(logits=logits.reshape(latents.shape[0], -1, self.config.vocab_size))
+        logits = logits.reshape(latents.shape[0], -1, self.config.vocab_size)
+        if self.config.impossible_symbol is not None:
+            pad = torch.arange(self.config.vocab_size, device=logits.device) == self.config.impossible_symbol
+            logits = logits.masked_fill(pad, float("-inf"))
+        return TokComDecoderOutput(logits=logits)
 
     def symbol_table(self) -> torch.Tensor:
         """Standardised latents of every token at every place of the chunk: `(K, V, C / K)`, float32.
@@ -375,6 +379,9 @@ class TokComChunkCodec(TokComCodec):
                 )
             states = self.micro_decoder(states, self.embed_tokens(known))
         states, weight = self._with_likelihood(states, raw_latents)
+        if self.config.impossible_symbol == self.config.vocab_size - 1:  # nothing decodes to the pad token
+            weight = weight[:-1]
+            chunks = chunks.clamp_max(len(weight) - 1)  # the caller leaves padding out
         return chunked_cross_entropy(states.flatten(0, 1), weight, chunks.flatten()).view(chunks.shape)
 
     def training_loss(

@@ -134,6 +134,11 @@ class TokComCodecConfig(PreTrainedConfig):
         return 0
 
     @property
+    def impossible_symbol(self) -> int | None:
+        """The id that is never predicted, if there is one: that of the pad token."""
+        return None
+
+    @property
     def group_size(self) -> int:
         """Latents that are known or unknown, and generated, together: those of one moment of a clip."""
         return 1
@@ -226,6 +231,10 @@ class TokComChunkCodecConfig(TokComCodecConfig):
     def num_symbols(self) -> int:
         """Symbols of a chunk, each of which has channels of its own; here the tokens."""
         return self.chunk_size
+
+    @property
+    def impossible_symbol(self) -> int | None:
+        return self.pad_token_id if self.pad_token_id == self.mask_token_id else None
 
     @property
     def symbol_vocab_size(self) -> int:
@@ -338,6 +347,11 @@ class TokComColorCodecConfig(TokComCodecConfig):
     @property
     def symbol_vocab_size(self) -> int:
         return self.vocab_size if self.symbols == "tokens" else self.base
+
+    @property
+    def impossible_symbol(self) -> int | None:
+        last = self.vocab_size - 1
+        return last if self.symbols == "tokens" and self.mask_token_id == last else None
 
     @property
     def num_symbols(self) -> int:

@@ -66,6 +66,8 @@ class TokComTransformerConfig(PreTrainedConfig):
             them and are all that is repeated at every sampling step. 0 is one network for both.
         head_attention (`bool`): whether the layers after the context layers attend to context and block, or see the
             context only through the state of its last latent.
+        start_latents (`bool`): for `prediction_type="tokens"`: a learned latent stands before the first one: one kind at the start of a text, another
+            where a window begins inside one. It may see what follows a gap that nothing precedes.
         attention_type (`str`): `"full"`, or for clips `"factorized"`: even layers attend within a moment, odd ones along time at
             one place (Bertasius et al. 2021), so that the cost grows with F^2 + (H W)^2 instead of (F H W)^2.
         stream_channels (`list[int]`, *optional*): for several streams in one sequence: how many of the C channels each uses, one
@@ -98,6 +100,7 @@ class TokComTransformerConfig(PreTrainedConfig):
     block_size: int | None = 4
     num_context_layers: int = 0
     head_attention: bool = True
+    start_latents: bool = False
     attention_type: str = "full"
     stream_channels: list[int] | None = None
     feature_size: int = 0
@@ -137,6 +140,11 @@ class TokComTransformerConfig(PreTrainedConfig):
             raise ValueError(
                 f"`head_attention=False` needs `block_size=1` (got {self.block_size}) and context layers "
                 f"(got {self.num_context_layers}): the latents of a block would not see each other."
+            )
+        if self.start_latents and self.head_attention:
+            raise ValueError(
+                "`start_latents` needs context layers and `head_attention=False`: the head reads the context through "
+                "the latent before it."
             )
         if self.attention_type not in ("full", "factorized"):
             raise ValueError(f"`attention_type` ({self.attention_type!r}) must be 'full' or 'factorized'.")
@@ -178,6 +186,8 @@ class TokComConfig(PreTrainedConfig):
         token_stagger (`float`): in [0, 1], for `"tokens"`: how much later each token of a chunk is denoised than the one
             before it; 0 is all together, 1 one after the other.
         latent_stagger (`float`): in [0, 1], for `"tokens"`: the same for the latents of a block.
+        turn_share (`float`): in [0, 1], with `token_stagger=1`: share of the training rows whose times are exactly those
+            at which a token's turn begins, which is where K steps sample; the others' are anywhere in between.
         token_shift (`float`): for `"tokens"`: warp of each token's time; above 1 spends more of it on noise.
         noise_std (`float`): standard deviation of x0; 1 on standardised latents, 0.05 in published v5.2.
         timestep_sampling (`str`): `"logit_normal"`, t = 1 - sigmoid(N(timestep_loc, 1)), `"uniform"`, or the times at which
@@ -215,6 +225,7 @@ class TokComConfig(PreTrainedConfig):
     token_embedding_size: int = 128
     token_stagger: float | int = 0.0
     latent_stagger: float | int = 0.0
+    turn_share: float | int = 0.0
     token_shift: float | int = 3.0
     noise_std: float | int = 1.0
     timestep_sampling: str = "logit_normal"
@@ -260,6 +271,8 @@ class TokComConfig(PreTrainedConfig):
             transformer.num_position_axes = codec.num_position_axes
         width = self.codec_config.num_symbols * self.token_embedding_size if self.prediction_type == "tokens" else 0
         self.transformer_config.feature_size = width
+        if not width:  # the start of a text only matters to models that predict tokens
+            self.transformer_config.start_latents = False
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
@@ -301,6 +314,10 @@ class TokComConfig(PreTrainedConfig):
             raise ValueError(
                 f"`token_stagger` ({self.token_stagger}) and `latent_stagger` ({self.latent_stagger}) must be in [0, 1] "
                 f"and `token_shift` ({self.token_shift}) positive."
+            )
+        if not 0 <= self.turn_share <= 1 or (self.turn_share and self.token_stagger != 1):
+            raise ValueError(
+                f"`turn_share` ({self.turn_share}) must be in [0, 1], and needs `token_stagger=1`, got {self.token_stagger}."
             )
         if self.noise_std <= 0:
             raise ValueError(f"`noise_std` ({self.noise_std}) must be positive.")
@@ -581,12 +598,13 @@ PRESETS: dict[str, dict[str, Any]] = {
             **dict(latent_channels=128, hidden_size=640, intermediate_size=1728, num_hidden_layers=13),
             **dict(num_attention_heads=10, num_key_value_heads=10, max_position_embeddings=256),
             **dict(conditioning_size=256, block_size=1, num_context_layers=10, head_attention=False),
-            **dict(self_conditioning=False),
+            **dict(self_conditioning=False, start_latents=True),
         },
         **dict(prediction_type="tokens", token_stagger=1.0, token_shift=10.0, noise_draws=4),
         **dict(
             token_embedding_size=320, timestep_sampling="uniform", num_inference_steps=4, sampling_temperature=0.85
         ),
+        **dict(turn_share=0.75, infill_rate=0.2, context_dropout=0.05),
     },
     "tiny": {
         "codec_config": {
@@ -595,13 +613,14 @@ PRESETS: dict[str, dict[str, Any]] = {
             **dict(num_hidden_layers=2, encoder_type="token"),
         },
         "transformer_config": {
-            **dict(latent_channels=64, hidden_size=256, intermediate_size=704, num_hidden_layers=8),
-            **dict(num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128),
+            **dict(latent_channels=64, hidden_size=320, intermediate_size=864, num_hidden_layers=8),
+            **dict(num_attention_heads=5, num_key_value_heads=5, max_position_embeddings=128),
             **dict(conditioning_size=128, block_size=1, num_context_layers=6, head_attention=False),
-            **dict(self_conditioning=False),
+            **dict(self_conditioning=False, start_latents=True),
         },
         **dict(prediction_type="tokens", token_stagger=1.0, token_shift=10.0, noise_draws=4),
-        **dict(timestep_sampling="uniform", num_inference_steps=4, sampling_temperature=0.85),
+        **dict(timestep_sampling="uniform", turn_share=0.75, infill_rate=0.2, context_dropout=0.05),
+        **dict(num_inference_steps=4, sampling_temperature=0.85),
     },
     # bits that spell whole tokens, one after the other within a patch, win in docs/pixels.md; the published shapes are kept
     "pixel-tiny": {

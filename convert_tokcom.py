@@ -24,6 +24,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from configuration_tokcom import TokComConfig
 from hub_tokcom import with_section
 from modeling_tokcom import TokComModel
+from pipeline_text_tokcom import vocabulary_size
 from pipeline_tokcom import TokComPipeline
 from scheduling_tokcom import TokComFlowMatchScheduler
 from training.card import evaluation_section
@@ -137,9 +138,9 @@ def _load_tokenizer(name: str | None, vocab_size: int) -> PreTrainedTokenizerBas
         reason = first_line(error)
         warnings.warn(f"tokenizer {name!r} cannot be reached ({reason}); {remedy}.", stacklevel=3)
         return None
-    if len(tokenizer) + 1 != vocab_size:
+    if vocabulary_size(tokenizer) + 1 != vocab_size:
         warnings.warn(
-            f"tokenizer {name!r} has {len(tokenizer)} tokens but the checkpoint was trained with {vocab_size - 1}; "
+            f"tokenizer {name!r} has {vocabulary_size(tokenizer)} tokens but the checkpoint was trained with {vocab_size - 1}; "
             f"left out: {remedy}.",
             stacklevel=3,
         )

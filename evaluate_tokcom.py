@@ -41,7 +41,7 @@ from evaluation.reference import compare
 from evaluation.samplers import AutoregressiveSampler, TokComSampler
 from pipeline_tokcom import TokComPipeline
 from training.config import DataConfig
-from training.data import PackedDataset, load_documents, tokenize_documents
+from training.data import PackedDataset, WindowShape, load_documents, tokenize_documents
 
 SECTIONS = (
     "reconstruction",
@@ -61,7 +61,8 @@ def reconstruction(pipe: TokComPipeline, held_out: np.ndarray, train: np.ndarray
     model = pipe.model.eval()
     model.set_stage("flow")
     length = min(512, pipe.max_length)
-    dataset = PackedDataset(held_out, length, pipe.chunk_size, seed=0, training=False)
+    shape = WindowShape.of(pipe.model.config, length)
+    dataset = PackedDataset(held_out, shape, pipe.tokenizer.eos_token_id, seed=0, training=False)
     count = max(1, min(len(dataset), max_tokens // length))
     spread = np.linspace(0, len(dataset) - 1, count).round().astype(int)  # windows of every book, not of the first
     rows = torch.stack([dataset[i]["input_ids"] for i in spread.tolist()])

@@ -16,10 +16,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-CROSS_ENTROPY_CHUNK = 1024  # rows of logits that exist at once
+CROSS_ENTROPY_CHUNK = 512  # rows of logits that exist at once
 
 
 def rotary_embedding(position_ids: torch.Tensor, head_size: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,6 +102,17 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
         scores = scores + attention_mask
     weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def sdpa_float32_attention_forward(module, query, key, value, attention_mask, **kwargs):
+    """`sdpa` in float32 whatever autocast says: on CPUs its backward pass in bfloat16 is often slower."""
+    with torch.autocast(query.device.type, enabled=False):
+        inputs = query.float(), key.float(), value.float()
+        output, weights = sdpa_attention_forward(module, *inputs, attention_mask, **kwargs)
+    return output.to(query.dtype), weights
+
+
+ALL_ATTENTION_FUNCTIONS.register("sdpa_float32", sdpa_float32_attention_forward)
 
 
 class TokComRMSNorm(nn.RMSNorm):

@@ -30,6 +30,7 @@ try:
     from .configuration_tokcom import STAGES, TokComConfig
     from .latent_head_tokcom import TokComLatentHead
     from .layers_tokcom import TokComPreTrainedModel, TokComTokenEmbedding
+    from .objective_tokcom import EARLY, token_loss
     from .token_head_tokcom import TokComChoice, TokComSymbols, TokComTokenHead
     from .transformer_tokcom import TokComTransformer, TokComTransformerOutput, block_causal_mask
 except ImportError:
@@ -43,6 +44,7 @@ except ImportError:
     import configuration_tokcom as _configuration
     import latent_head_tokcom as _latent_head
     import layers_tokcom as _layers
+    import objective_tokcom as _objective
     import token_head_tokcom as _token_head
     import transformer_tokcom as _transformer
 
@@ -54,12 +56,12 @@ except ImportError:
     TokComConfig, STAGES = _configuration.TokComConfig, _configuration.STAGES
     TokComLatentHead = _latent_head.TokComLatentHead
     TokComPreTrainedModel, TokComTokenEmbedding = _layers.TokComPreTrainedModel, _layers.TokComTokenEmbedding
+    EARLY, token_loss = _objective.EARLY, _objective.token_loss
     TokComChoice, TokComSymbols = _token_head.TokComChoice, _token_head.TokComSymbols
     TokComTokenHead = _token_head.TokComTokenHead
     TokComTransformer, TokComTransformerOutput = _transformer.TokComTransformer, _transformer.TokComTransformerOutput
     block_causal_mask = _transformer.block_causal_mask
 
-EARLY = 0.1  # training begins with a token this long before its time, since sampling steps are not infinitely small
 CODECS = {**STREAM_CODECS, TokComCompositeCodecConfig.model_type: TokComCompositeCodec}
 
 
@@ -207,6 +209,8 @@ class TokComModel(TokComPreTrainedModel):
 
     def compilable_parts(self) -> list[torch.nn.Module]:
         """The networks that the stage trains; their `.compile()` works in place and keeps the names of parameters."""
+        if self.config.transformer_config.start_latents and self.config.stage == "flow":
+            return list(self.transformer.layers)  # how many rows pass them differs from step to step
         if self.config.stage != "codec":
             return [self.transformer]
         return [part for part in (getattr(self.codec, "encoder", None), getattr(self.codec, "decoder", None)) if part]
@@ -415,14 +419,18 @@ class TokComModel(TokComPreTrainedModel):
         streams: dict[str, torch.Tensor] | None = None,
         present: dict[str, torch.Tensor] | None = None,
         given: list[str] | None = None,
+        text_start: torch.Tensor | None = None,
     ) -> TokComOutput:
         """Loss of `config.stage` on token ids `(B, T)`; `attention_mask (B, T)` is 0 on padding.
 
         Of a model of images, `pixel_values (B, 3, H, W)` are what it learns, of clips `(B, c, F, H, W)`, and the ids their
         captions, if it reads any.
 
-        `known_mask (B, T)` is 1 on tokens that are given, such as a prompt: in the flow stage latents of them only are clean
-        and not predicted, and a share `context_dropout` of the rows does without them.
+        `known_mask (B, T)` is 1 on tokens that are given, such as a prompt: in the flow stage they are clean and not predicted,
+        and a share `context_dropout` of the rows does without them. Models that regress latents know whole latents only.
+
+        `text_start (B,)` is true for rows that begin where a text begins, by default all, and matters to models with
+        `start_latents`.
 
         Of a model of several `streams`, as `encode` reads them, the streams named by `given` are clean in all rows that have them
         and the others generated; by default every row draws a task of its own.
@@ -445,6 +453,11 @@ class TokComModel(TokComPreTrainedModel):
         if self.config.stage == "codec":
             loss, parts = self.codec.training_loss(*source)
             return TokComOutput(loss=loss, **parts)
+        if self.config.transformer_config.start_latents:
+            loss, tokens = token_loss(self, *source, timestep, known_mask, text_start)
+            return TokComOutput(
+                loss=loss, ce_loss=loss.detach(), mse_loss=loss.new_zeros(()), token_losses=tokens.detach()
+            )
         with torch.no_grad():
             clean = self.codec.encode(*source) if latents is None else self.codec.known(latents.to(self.dtype))
         if self.token_head is not None:
@@ -456,7 +469,10 @@ class TokComModel(TokComPreTrainedModel):
         if self.condition_embedding is not None:
             prefix = self.condition(self._required(input_ids, "input_ids"), attention_mask)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not trains_head):
-            prediction, loss_mask, _, _ = self._predict_noised(clean, timestep, known_mask=known_mask, prefix=prefix)
+            known = None if known_mask is None else self.codec.to_chunks(known_mask, None)[0].bool().all(-1)
+            prediction, loss_mask, *_ = self._predict_noised(
+                clean, timestep, known=known, hides_known=known is not None, prefix=prefix
+            )
         errors = self.quantize(prediction.float()) - clean.latents[:, None].float()
         counted = loss_mask[:, None] / (prediction.shape[1] * loss_mask.sum()).clamp_min(1)  # (B, 1, N)
         mse = (errors.square().mean(-1) * counted).sum()
@@ -511,7 +527,7 @@ class TokComModel(TokComPreTrainedModel):
             return self._predict_noised(clean, timestep, task=task)[:2]
         places = self.codec.index_of(names, clean.latents.device)
         part = TokComCodecOutput(*(value[:, places] for value in (clean.latents, clean.position_ids, clean.mask)))
-        found, wanted, _, _ = self._predict_noised(part, timestep, task=tuple(mask[:, places] for mask in task))
+        found, wanted, *_ = self._predict_noised(part, timestep, task=tuple(mask[:, places] for mask in task))
         prediction = found.new_zeros(*found.shape[:2], *clean.latents.shape[1:]).index_copy(2, places, found)
         return prediction, torch.zeros_like(clean.mask).index_copy(1, places, wanted)
 
@@ -530,22 +546,27 @@ class TokComModel(TokComPreTrainedModel):
 
     def _token_loss(self, clean, input_ids, attention_mask, timestep, known_mask) -> TokComOutput:
         chunks, real = self.codec.symbols(input_ids, attention_mask)  # (B, N, K)
-        symbols = self.symbols()
-        states, loss_mask, noisy, t = self._predict_noised(clean, timestep, chunks, symbols, known_mask)
+        symbols, given = self.symbols(), None
+        if known_mask is not None:
+            given = self.codec.symbols(input_ids, known_mask)[1]
+        elif self.training and self._shows_some:
+            tokens = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            known_tokens = draw_known(tokens.bool(), self.config.infill_rate)
+            given = self.codec.symbols(input_ids, known_tokens)[1]
+        states, _, noisy, t, times = self._predict_noised(
+            clean, timestep, chunks, symbols, given, hides_known=known_mask is not None
+        )
         draws = states.shape[1]
         progress = self.token_head.progress(t)  # (B, M * N, K)
-        chosen = (real & loss_mask[..., None]).repeat(1, draws, 1) & (progress > -EARLY) & (progress < 1)
-        times, repeated = self.token_head.place_times(t), chunks.repeat(1, draws, 1)
-        choice = TokComChoice.of(chosen)
-        tokens = self.token_head.nll(states.flatten(1, 2), symbols, noisy, times, repeated, choice)
-        count = max(1, sum(choice.counts))
-        tokens = tokens.unflatten(1, (draws, -1))  # (B, M, N, K)
-        cross_entropy = tokens.sum() / count
+        wanted = real if given is None else real & ~given
+        chosen = wanted.repeat(1, draws, 1) & (progress > -EARLY) & (progress < 1)
+        repeated = chunks.repeat(1, draws, 1)
+        cross_entropy, tokens = self.token_head.nll(states.flatten(1, 2), symbols, noisy, times, repeated, chosen)
         return TokComOutput(
             loss=cross_entropy,
             ce_loss=cross_entropy.detach(),
             mse_loss=cross_entropy.new_zeros(()),
-            token_losses=tokens[:, 0].detach(),
+            token_losses=tokens.unflatten(1, (draws, -1))[:, 0].detach(),
         )
 
     def latent_times(self, time: torch.Tensor | float, places: torch.Tensor, length: int) -> torch.Tensor:
@@ -581,21 +602,37 @@ class TokComModel(TokComPreTrainedModel):
         first = torch.where(order != order.roll(1, 1), index, 0).cummax(1).values  # where each latent's block begins
         return self.latent_times(t, (index - first)[:, None], self.config.transformer_config.block_size)
 
+    @property
+    def _shows_some(self) -> bool:
+        """Whether training shows a part of every text or picture clean: of a bidirectional model that knows times apart."""
+        config = self.config.transformer_config
+        return config.block_size is None and config.per_latent_timestep
+
     def _predict_noised(
         self,
         clean: TokComCodecOutput,
         timestep: float | None,
         chunks: torch.Tensor | None = None,
         symbols: TokComSymbols | None = None,
-        known_mask: torch.Tensor | None = None,
+        given: torch.Tensor | None = None,
+        known: torch.Tensor | None = None,
+        hides_known: bool = False,
         prefix: tuple[torch.Tensor, ...] | None = None,
         task: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """Noise the latents, M = `noise_draws` times with one time per block, and estimate them again.
 
-        A token head needs the ids `chunks (B, N, K)` and the codec's `symbols`; `prefix` is what `condition` gives, `task`
-        which latents of several streams are known and which are seen at all, `(B, N)` each. Returns the transformer's outputs `(B, M, N, ...)`, the loss mask `(B, N)`, and what it saw: the noisy latents
-        `(B, M * N, C)` and their times `(B, M * N)`.
+        Args:
+            chunks, symbols, given: for a token head, the ids `(B, N, K)`, the codec's `symbols`, and which tokens are
+                clean, `(B, N, K)`.
+            known (`torch.BoolTensor` of shape `(B, N)`): instead, latents that are clean; without either a bidirectional
+                model in training draws some.
+            hides_known (`bool`): rows that lose their context, a share `context_dropout`, do not see what is known;
+                otherwise it is unknown there.
+            prefix: what `condition` gives. task: of several streams, which latents are known and which are seen at all.
+
+        Returns: the transformer's outputs `(B, M, N, ...)`, the loss mask `(B, N)`, the noisy latents `(B, M * N, C)`, the
+        times of latents `(B, M * N)` and, with a token head, of places `(B, M * N, K)`.
         """
         config, latents, valid = self.config, clean.latents, clean.mask
         batch, length = valid.shape
@@ -610,16 +647,16 @@ class TokComModel(TokComPreTrainedModel):
         dropout = config.context_dropout if self.training else 0.0
         sees_context = torch.rand(batch, device=latents.device) >= dropout
         loss_mask, position_ids = valid, clean.position_ids
-        given = None
-        if known_mask is not None:
-            given = self.codec.to_chunks(known_mask, None)[0].bool().all(-1)  # (B, N)
-            loss_mask = valid & ~given
+        if given is not None:
+            known = given.all(-1)
+            given = given & sees_context[:, None, None]
+        if hides_known:
+            loss_mask = valid & ~known
         if block_size is None:
-            shown = self.training and config.transformer_config.per_latent_timestep
-            known = torch.zeros_like(valid)
-            if given is not None or shown:
-                known = draw_known(valid, infill_rate, group) if given is None else given
-            attention_mask = valid if given is None else valid & ~(given & ~sees_context[:, None])
+            if known is None:
+                shows = self.training and self._shows_some
+                known = draw_known(valid, infill_rate, group) if shows else torch.zeros_like(valid)
+            attention_mask = valid & ~(known & ~sees_context[:, None]) if hides_known else valid
             known = known & sees_context[:, None]
             if task is not None:
                 known, attention_mask = task
@@ -634,12 +671,16 @@ class TokComModel(TokComPreTrainedModel):
             prefix = prefix[0], prefix[1] & sees_context[:, None], prefix[2]
         targets = latents.repeat(1, draws, 1)
         noise = torch.randn_like(targets) * config.noise_std
-        signal = self.channel_times(t)
+        times, signal = None, t[..., None].clamp(0, 1)
+        if self.token_head is not None:
+            times = self.token_head.place_times(t)
+            if given is not None:
+                times = torch.where(given.repeat(1, draws, 1), 1.0, times)
+            signal = times.repeat_interleave(targets.shape[-1] // times.shape[-1], dim=-1)
         noisy = (1 - signal) * noise + signal * targets  # (B, M * N, C)
 
         features = None
         if self.token_head is not None:
-            times = self.token_head.place_times(t)
             features = self.token_head.read(symbols, noisy, times, chunks.repeat(1, draws, 1))
             if block_size is not None:
                 known = self.token_head.read(symbols, latents, torch.ones_like(times[:, :length]), chunks)
@@ -674,7 +715,7 @@ class TokComModel(TokComPreTrainedModel):
                 if block_size is None:  # sampling estimates nothing that is known
                     estimate = torch.where((t >= 1)[..., None], 0, estimate)
             torch.clear_autocast_cache()  # before torch 2.13 it holds casts without a gradient
-        return predict(estimate).unflatten(1, (draws, length)), loss_mask, noisy, t
+        return predict(estimate).unflatten(1, (draws, length)), loss_mask, noisy, t, times
 
 
 TokComConfig.register_for_auto_class()

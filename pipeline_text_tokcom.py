@@ -15,20 +15,59 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 try:
     from .codec_chunk_tokcom import TokComCodecOutput
     from .codec_color_tokcom import TokComColorCodec
+    from .sampling_tokcom import TokComGaps, TokComGiven, spawn_generators
 except ImportError:
     if __package__:
         raise
     import codec_chunk_tokcom as _codec_chunk
     import codec_color_tokcom as _codec_color
+    import sampling_tokcom as _sampling
 
+    TokComGaps, TokComGiven = _sampling.TokComGaps, _sampling.TokComGiven
+    spawn_generators = _sampling.spawn_generators
     TokComCodecOutput, TokComColorCodec = _codec_chunk.TokComCodecOutput, _codec_color.TokComColorCodec
 
 GAP = "____"
+PAD_TOKENS = ("<pad>", "<|pad|>", "<|tokcom_pad|>")
+
+
+def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer, whose last token is its pad token: added if there is none, or if it stands elsewhere.
+
+    The model's last id is that of padding, so tokenizer and model have equally many ids.
+    """
+    if tokenizer.pad_token_id == len(tokenizer) - 1 and tokenizer.pad_token_id != tokenizer.eos_token_id:
+        return tokenizer
+    vocabulary = tokenizer.get_vocab()
+    new = next(token for token in PAD_TOKENS if token not in vocabulary)
+    tokenizer.add_special_tokens({"pad_token": new})
+    return tokenizer
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many ids text is made of: all of the tokenizer's but the pad token that `with_pad_token` gives it."""
+    last = len(tokenizer) - 1
+    return last if tokenizer.pad_token_id == last != tokenizer.eos_token_id else len(tokenizer)
+
+
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: str | list[str], special_tokens: bool = False) -> list:
+    """Ids of one text, or of each of several, without start or end tokens.
+
+    What spells a special token, such as `</s>`, is text like any other, unless `special_tokens` are to be found in what a
+    chat template has made.
+    """
+    options = {"add_special_tokens": False, "verbose": False, "split_special_tokens": not special_tokens}
+    return tokenizer(text, **options)["input_ids"]
+
+
+class _Rendered(str):
+    """What a chat template has made: special tokens in it are meant."""
 
 
 @dataclass
@@ -80,12 +119,12 @@ class TokComTextMixin:
     def _pad_token_id(self) -> int:
         return getattr(self.model.config.codec_config, "pad_token_id", self.model.config.text_vocab_size - 1)
 
-    def _tokenize(self, texts: list[str], name: str) -> list[list[int]]:
+    def _tokenize(self, texts: list[str], name: str, special_tokens: bool = False) -> list[list[int]]:
         if not all(isinstance(text, str) for text in texts):
             raise ValueError(f"`{name}` must be a text or a list of texts, not {texts!r}.")
         if self.tokenizer is None:
             raise ValueError(f"`{name}` is text, but this pipeline has no tokenizer; pass one when building it.")
-        rows = [self.tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"] for t in texts]
+        rows = [text_ids(self.tokenizer, text, special_tokens) for text in texts]
         for text, row in zip(texts, rows):
             if not row:
                 raise ValueError(
@@ -150,19 +189,48 @@ class TokComTextMixin:
 
     # ---- continuing ----
 
-    def encode_prompt(self, prompt: list[str]) -> tuple[TokComCodecOutput, list[list[int]]]:
-        """Prompts -> clean context latents and the prompts' ids.
+    @property
+    def _continues_chunks(self) -> bool:
+        """Whether the model goes on inside a prompt's last chunk; one that regresses latents knows whole chunks only."""
+        return self.model.token_head is not None
 
-        Rows are padded on the left, so that every prompt ends at a chunk boundary. Trailing spaces are left to the
+    def encode_prompt(self, prompt: list[str]) -> tuple[TokComCodecOutput | None, list[list[int]]]:
+        """Prompts -> clean context latents, None if no prompt fills a chunk, and the prompts' ids.
+
+        Chunks count from the first token of each prompt; shorter rows have hidden chunks in front. The tokens of an
+        unfinished chunk are not in the context, since a model that predicts tokens goes on inside it. For a model that
+        regresses latents prompts are padded on the left to whole chunks instead. Trailing spaces are left to the
         continuation, whose first word carries its own.
         """
-        rows = self._tokenize([p.rstrip(" ") if isinstance(p, str) else p for p in prompt], "prompt")
+        rows = self._prompt_rows(prompt)
+        return self._encode_rows(rows), rows
+
+    def _prompt_rows(self, prompt: list[str]) -> list[list[int]]:
+        """Ids of prompts, none of which is longer than the model can see."""
+        special = [isinstance(p, _Rendered) for p in prompt]
+        texts = [p.rstrip(" ") if isinstance(p, str) else p for p in prompt]
+        rows = [self._tokenize([text], "prompt", kind)[0] for text, kind in zip(texts, special)]
         longest = max(map(len, rows))
         if longest > self.max_length:
             raise ValueError(
                 f"`prompt` has {longest} tokens, more than the model's maximum of {self.max_length}; shorten it."
             )
-        return self.model.encode(*self._pad(rows, "left")), rows
+        return rows
+
+    def _encode_rows(self, rows: list[list[int]]) -> TokComCodecOutput | None:
+        """The whole chunks of rows of ids as context latents; see `encode_prompt`."""
+        if not self._continues_chunks:
+            return self.model.encode(*self._pad(rows, "left"))
+        unit = self.model.config.codec_config.length_multiple
+        rows = [row[: len(row) // unit * unit] for row in rows]
+        if not any(rows):
+            return None
+        ids, mask = self._pad(rows, "left")
+        context = self.model.encode(ids, mask)
+        hidden = (~context.mask).sum(1, keepdim=True)
+        index = torch.arange(context.mask.shape[1], device=hidden.device) - hidden
+        context.position_ids = self.model.codec.positions(index.clamp_min(0))
+        return context
 
     def _to_prompts(self, prompt: Any) -> list[Any]:
         """One text or dialogue, or several, as a list of texts."""
@@ -174,43 +242,79 @@ class TokComTextMixin:
             if not all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in turns):
                 raise ValueError(f"a dialogue must be a list of {{'role', 'content'}}, not {turns!r}.")
             if getattr(self.tokenizer, "chat_template", None):
-                prompts[i] = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+                text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+                prompts[i] = _Rendered(text)
             else:
                 prompts[i] = "\n".join(turn["content"] for turn in turns)
         return prompts
 
     def _continue(
         self, prompts: list[str], gen_length: int, latents: torch.Tensor | None, generator, **sampling
-    ) -> tuple[list[list[int]], Iterator[tuple[torch.Tensor, torch.Tensor | None]]]:
-        """The prompts' ids, and an iterator over the blocks (latents and ids) that follow them."""
-        context, rows = self.encode_prompt(prompts)
-        length = self._num_latents(gen_length)
-        self._check_length(context.latents.shape[1] + length)
-        noise = self.prepare_latents(len(prompts), length, generator, latents)
-        return rows, self._sample_blocks(
-            noise, context, self._positions_after(context, length), generator=generator, **sampling
-        )
+    ) -> tuple[list[list[int]], list[int], Iterator[tuple[torch.Tensor, torch.Tensor | None]]]:
+        """The prompts' ids, and what `_continue_rows` gives for them."""
+        rows = self._prompt_rows(prompts)
+        return rows, *self._continue_rows(rows, gen_length, latents, generator, **sampling)
 
-    def _positions_after(self, context: TokComCodecOutput, length: int) -> torch.Tensor:
-        """`position_ids (B, length, A)` of latents that follow the context."""
-        batch, known = context.mask.shape
-        index = torch.arange(known, known + length, device=context.mask.device)
-        return self.model.codec.positions(index.expand(batch, -1))
+    def _continue_rows(
+        self,
+        rows: list[list[int]],
+        gen_length: int,
+        latents: torch.Tensor | None,
+        generator,
+        noise_scale: float = 1.0,
+        **sampling,
+    ) -> tuple[list[int], Iterator[tuple[torch.Tensor, torch.Tensor | None]]]:
+        """How many tokens of its prompt each row's first blocks repeat, and an iterator over blocks (latents and ids)."""
+        context = self._encode_rows(rows)
+        unit = self.model.config.codec_config.length_multiple if self._continues_chunks else 1
+        tails = [row[len(row) // unit * unit :] for row in rows]
+        skip = [len(tail) for tail in tails]
+        length = self._num_latents(max(skip) + gen_length)
+        known = 0 if context is None else context.mask.shape[1]
+        self._check_length(known + length)
+        noise = self.prepare_latents(len(rows), length, generator, latents) * noise_scale
+        places = torch.arange(length, device=noise.device).expand(len(rows), -1)
+        if context is not None:
+            before = context.mask.sum(1, keepdim=True) if self._continues_chunks else known
+            places = places + before
+        blocks = self._sample_blocks(
+            noise,
+            context,
+            self.model.codec.positions(places),
+            generator=generator,
+            given=self._given(tails, length) if any(skip) else None,
+            skip=skip,
+            **sampling,
+        )
+        return skip, blocks
+
+    def _given(self, tails: list[list[int]], length: int) -> TokComGiven:
+        """Rows of ids at the beginning of `length` latents, as what is known of them."""
+        ids = torch.full((len(tails), length * self.chunk_size), self._pad_token_id)
+        mask = torch.zeros_like(ids)
+        for row, tail in enumerate(tails):
+            ids[row, : len(tail)] = torch.tensor(tail, dtype=torch.long)
+            mask[row, : len(tail)] = 1
+        device = self._execution_device
+        return TokComGiven(*self.model.codec.symbols(ids.to(device), mask.to(device)))
 
     def _num_latents(self, tokens: int) -> int:
         """Latents that hold at least so many tokens."""
         multiple = self.model.config.codec_config.length_multiple
         return -(-tokens // multiple) * multiple // self.chunk_size
 
-    def _feed(self, streamer: BaseStreamer, blocks: Iterator, gen_length: int) -> Iterator:
-        """Pass blocks on, and the ids of each, up to EOS or `gen_length`, to the streamer."""
+    def _feed(self, streamer: BaseStreamer, blocks: Iterator, gen_length: int, skip: int) -> Iterator:
+        """Pass blocks of one text on, and the ids of each, up to EOS or `gen_length`, to the streamer; the first `skip`
+        ids are those of the prompt."""
         left = gen_length
         for block in blocks:
-            ids, mask = self._end_at_eos(block[1][:, :left])
+            new = block[1][:, skip : skip + left]
+            skip = max(0, skip - block[1].shape[1])
+            ids, mask = self._end_at_eos(new)
             if mask.any():
                 streamer.put(ids[mask.bool()].cpu())
             yield block
-            left -= ids.shape[1]
+            left -= new.shape[1]
             if self._ended(ids):
                 break
         streamer.end()
@@ -257,11 +361,6 @@ class TokComTextMixin:
         if not prompts or len(lengths) != len(prompts):
             raise ValueError(f"`gen_length` has {len(lengths)} entries for {len(prompts)} prompts; give one each.")
         self.check_inputs(min(lengths), num_inference_steps, "text", [])
-        noise = None
-        if isinstance(generator, list) and len(generator) == len(prompts):  # each as if its text were alone
-            sizes = [self._num_latents(length) for length in lengths]
-            rows = [self.prepare_latents(1, size, source) for size, source in zip(sizes, generator)]
-            noise = torch.cat([torch.nn.functional.pad(x, (0, 0, 0, max(sizes) - x.shape[1])) for x in rows])
         stopped = False
 
         def after_step(pipe, step, timestep, x):
@@ -269,10 +368,10 @@ class TokComTextMixin:
             stopped = pipe._interrupt = should_stop()
             return x
 
-        known, blocks = self._continue(
+        known, skip, blocks = self._continue(
             prompts,
             max(lengths),
-            noise,
+            None,
             generator,
             on_step_end=None if should_stop is None else after_step,
             num_inference_steps=num_inference_steps,
@@ -286,6 +385,8 @@ class TokComTextMixin:
             if stopped:
                 break
             for i, new in enumerate(block.tolist()):
+                skipped = min(skip[i], len(new))
+                new, skip[i] = new[skipped:], skip[i] - skipped
                 if pieces[i].finish_reason is not None:
                     pieces[i] = pieces[i]._replace(text="")
                     continue
@@ -313,12 +414,21 @@ class TokComTextMixin:
             )
 
     def _finish(
-        self, latents: torch.Tensor, ids: torch.Tensor | None, gen_length: int, output_type: str
+        self,
+        latents: torch.Tensor,
+        ids: torch.Tensor | None,
+        gen_length: int,
+        output_type: str,
+        skip: list[int] | None = None,
     ) -> TokComPipelineOutput:
-        """End texts at EOS, pad to `gen_length`."""
+        """End texts at EOS, pad to `gen_length`; the first `skip` ids of each row are those of its prompt."""
         if output_type == "latent":
             self.maybe_free_model_hooks()
             return TokComPipelineOutput(latents=latents)
+        if skip is not None and any(skip):
+            places = torch.tensor(skip, device=ids.device)[:, None] + torch.arange(gen_length, device=ids.device)
+            padded = torch.nn.functional.pad(ids, (0, max(skip) + gen_length), value=self._pad_token_id)
+            ids = padded.gather(1, places)[:, : max(0, ids.shape[1] - min(skip))]
         sequences, mask = self._end_at_eos(ids[:, :gen_length])
         missing = gen_length - sequences.shape[1]
         if missing > 0:
@@ -418,12 +528,17 @@ class TokComTextMixin:
         text: str | list[str],
         noise_level: float = 0.5,
         num_inference_steps: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> TokComPipelineOutput:
-        """Mode 3: encode, mix with noise, denoise, decode.
+        """Mode 3: keep a part of what a text says, and let the model make up the rest.
 
-        `noise_level` is t: 0 replaces the text by noise, 1 keeps it (plain reconstruction). The remaining
-        `num_inference_steps * (1 - noise_level)` steps, rounded and at least one, are taken.
+        `noise_level` in [0, 1] is the share of the information that is kept: 0 is pure noise, 1 plain reconstruction. A
+        model that predicts tokens keeps each token with that probability, and draws the others with what stands around
+        them; a token that is kept at one level is kept at every higher one. A model that regresses latents keeps that
+        share of them, `noise_level * latents + (1 - noise_level) * noise`, and takes the remaining
+        `num_inference_steps * (1 - noise_level)` steps, at least one. How many tokens survive is in docs/modes.md.
         """
         if not 0.0 <= noise_level <= 1.0:
             raise ValueError(f"`noise_level` ({noise_level}) must be in [0, 1]: 0 is pure noise, 1 is the clean text.")
@@ -432,18 +547,35 @@ class TokComTextMixin:
         if noise_level == 1.0:
             return self.decode(encoded.latents, encoded.attention_mask)
         self._check_length(encoded.latents.shape[1])
+        settings = {"num_inference_steps": num_inference_steps, "temperature": temperature, "top_p": top_p}
+        if self._continues_chunks:
+            return self._redraw(encoded, noise_level, generator, **settings)
         latents = encoded.latents.float()
         noise = self.prepare_latents(latents.shape[0], latents.shape[1], generator)
-        sampler = self._sampler(num_inference_steps=num_inference_steps)
+        sampler = self._sampler(**settings)
+        steps = max(1, round(sampler.num_inference_steps * (1 - noise_level)))
         result, _ = self._sample(
             sampler.add_noise(latents, noise, noise_level),
             valid=encoded.attention_mask.unflatten(1, (-1, self.chunk_size)).any(-1),
-            num_inference_steps=max(1, round(sampler.num_inference_steps * (1 - noise_level))),
             generator=generator,
             sigma_start=1 - noise_level,
             decode=False,
+            **settings | {"num_inference_steps": steps},
         )
         return self.decode(result, encoded.attention_mask)
+
+    def _redraw(self, encoded: TokComPipelineOutput, share: float, generator, **settings) -> TokComPipelineOutput:
+        """Texts of which each token is kept with probability `share`, and the others are drawn."""
+        sources = spawn_generators(generator, len(encoded.sequences))
+        sequences = encoded.sequences.clone()
+        for row, source in enumerate(sources):
+            real = encoded.attention_mask[row].bool()
+            ids = encoded.sequences[row, real].tolist()
+            filled, _ = self._fill(ids, kept_tokens(len(ids), share, source), generator=source, **settings)
+            sequences[row, real] = torch.tensor(filled, device=sequences.device)
+        self.maybe_free_model_hooks()
+        texts = self._to_texts(sequences, encoded.attention_mask)
+        return TokComPipelineOutput(texts=texts, sequences=sequences, attention_mask=encoded.attention_mask)
 
     @torch.no_grad()
     def infill(
@@ -466,46 +598,127 @@ class TokComTextMixin:
         pieces = text.split(GAP)
         if len(pieces) < 2 or not any(piece.strip() for piece in pieces):
             raise ValueError(f"`text` ({text!r}) must hold known text and at least one gap, written {GAP!r}.")
-        known, mask, rows, known_at, gap_at, position = [], [], [], [], [], 0
-        gap_latents = self._num_latents(gap_length)
+        rows = []
         for i, piece in enumerate(pieces):
             last = i == len(pieces) - 1
-            rows.append(self._tokenize([piece if last else piece.rstrip(" ")], "text")[0] if piece.strip() else [])
-            if rows[-1]:
-                ids, real = self._pad(rows[-1:], "left" if i == 0 else "right")
+            kept = piece if last else piece.rstrip(" ")  # the gap's first word brings its own space
+            rows.append(self._tokenize([kept], "text")[0] if piece.strip() else [])
+        settings = {
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "temperature": temperature,
+            "top_p": top_p,
+            "generator": generator,
+        }
+        fill = self._fill_gaps if self._continues_chunks else self._fill_latents
+        gaps, latents = fill(rows, gap_length, **settings)
+        self.maybe_free_model_hooks()
+        filled = pieces[0]
+        for row, gap, piece in zip(rows, gaps, pieces[1:]):
+            filled += self._continue_text(filled, row, gap) + piece
+        return TokComPipelineOutput(texts=[filled], sequences=torch.tensor(gaps), latents=latents)
+
+    def _check_filled_length(self, tokens: int) -> None:
+        if tokens > self.max_length:
+            raise ValueError(
+                f"`text` with its gaps has {tokens} tokens, more than the model's maximum of {self.max_length}; shorten it."
+            )
+
+    def _fill_gaps(
+        self, rows: list[list[int]], gap_length: int, **settings
+    ) -> tuple[list[list[int]], torch.Tensor | None]:
+        """Ids that fill the gaps between `rows` of ids, and the latents `(1, n, C)` that hold them, of a model that predicts
+        tokens."""
+        ids, known, starts = [], [], []
+        for i, row in enumerate(rows):
+            ids += row
+            known += [True] * len(row)
+            if i < len(rows) - 1:
+                starts.append(len(ids))
+                ids += [0] * gap_length
+                known += [False] * gap_length
+        filled, latents = self._fill(ids, known, **settings)
+        return [filled[start : start + gap_length] for start in starts], latents
+
+    def _fill(
+        self, ids: list[int], known: list[bool], generator=None, **settings
+    ) -> tuple[list[int], torch.Tensor | None]:
+        """Draw the ids of one text that are not `known`, which may stand anywhere in a chunk; all ids, and the latents of what
+        was generated.
+
+        Chunks of which everything is known are context. The others are generated in reading order, with what is known of
+        them; where a gap ends inside a chunk, its known end is in the context, too.
+        """
+        if all(known):
+            return ids, None
+        codec, size, device = self.model.codec, self.chunk_size, self._execution_device
+        length = self._num_latents(len(ids))
+        self._check_filled_length(length * size)
+        padding = length * size - len(ids)
+        tokens = torch.tensor([ids + [self._pad_token_id] * padding], device=device)
+        is_known = torch.tensor([known + [False] * padding], device=device)
+        wanted = torch.tensor([[not k for k in known] + [False] * padding], device=device)
+        given = TokComGiven(*codec.symbols(tokens, is_known.long()))
+        open_chunks = ~given.mask[0].all(-1)  # (n,)
+        needed = codec.to_chunks(wanted.long(), None)[0][0].bool().any(-1)
+        gaps, context_at = None, (~open_chunks).nonzero()[:, 0].tolist()
+        generated = (open_chunks & needed).nonzero()[:, 0].tolist()
+        if self.model.config.transformer_config.start_latents:
+            gaps, context_at, generated = _gap_layout(open_chunks.tolist(), needed.tolist(), given.mask[0])
+        context = None
+        if context_at:
+            clean = self.model.encode(tokens, is_known.long())
+            index = torch.tensor(context_at, device=device)
+            context = TokComCodecOutput(clean.latents[:, index], codec.positions(index[None]), clean.mask[:, index])
+        places = torch.tensor(generated, device=device)
+        edges = [i for i in range(1, len(generated)) if generated[i] != generated[i - 1] + 1]
+        noise = self.prepare_latents(1, len(generated), generator)
+        latents, drawn = self._sample(
+            noise,
+            context,
+            codec.positions(places[None]),
+            generator=generator,
+            edges=tuple(edges),
+            given=TokComGiven(given.chunks[:, places], given.mask[:, places]),
+            gaps=gaps,
+            **settings,
+        )
+        # tokens of chunks that were not generated are known, so they never show
+        chunks = codec.to_chunks(tokens, None)[0].clone()
+        chunks[0, places] = codec.to_chunks(drawn, None)[0][0]
+        whole = chunks.flatten(1) if not hasattr(codec, "from_patches") else codec.from_patches(chunks)
+        return torch.where(is_known, tokens, whole)[0, : len(ids)].tolist(), latents
+
+    def _fill_latents(
+        self, rows: list[list[int]], gap_length: int, generator=None, **settings
+    ) -> tuple[list[list[int]], torch.Tensor]:
+        """The same of a model that regresses latents: gaps are whole chunks, and the text before is padded on its left."""
+        known, mask, known_at, gap_at, position = [], [], [], [], 0
+        gap_latents = self._num_latents(gap_length)
+        for i, row in enumerate(rows):
+            if row:
+                ids, real = self._pad([row], "left" if i == 0 else "right")
                 size = ids.shape[1] // self.chunk_size
                 known.append(ids)
                 mask.append(real)
                 known_at.extend(range(position, position + size))
                 position += size
-            if not last:
+            if i < len(rows) - 1:
                 gap_at.extend(range(position, position + gap_latents))
                 position += gap_latents
-        if position * self.chunk_size > self.max_length:
-            raise ValueError(
-                f"`text` with its gaps has {position * self.chunk_size} tokens, more than the model's maximum of "
-                f"{self.max_length}; shorten it."
-            )
+        self._check_filled_length(position * self.chunk_size)
         context = self.model.encode(torch.cat(known, dim=1), torch.cat(mask, dim=1))
         positions = self.model.codec.positions
         context.position_ids = positions(torch.tensor([known_at], device=context.latents.device))
-        result, ids = self._sample(
+        latents, ids = self._sample(
             self.prepare_latents(1, len(gap_at), generator),
             context,
             positions(torch.tensor([gap_at], device=context.latents.device)),
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            temperature=temperature,
-            top_p=top_p,
             generator=generator,
             edges=tuple(range(gap_latents, len(gap_at), gap_latents)),
+            **settings,
         )
-        sequences = ids.view(len(pieces) - 1, -1)[:, :gap_length]
-        self.maybe_free_model_hooks()
-        filled = pieces[0]
-        for row, gap, piece in zip(rows, sequences.tolist(), pieces[1:]):
-            filled += self._continue_text(filled, row, gap) + piece
-        return TokComPipelineOutput(texts=[filled], sequences=sequences, latents=result)
+        return ids.view(len(rows) - 1, -1)[:, :gap_length].tolist(), latents
 
     # ---- texts as pictures, for models whose tokens are pixels ----
 
@@ -528,6 +741,36 @@ class TokComTextMixin:
         image = image if isinstance(image, Image.Image) else Image.open(image)
         ids = codec.from_image(torch.from_numpy(np.array(image.convert("RGB"))))
         return self.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+
+
+def kept_tokens(count: int, share: float, source: torch.Generator) -> list[bool]:
+    """Which of `count` tokens are kept when each is with probability `share`; those of one share are among those of a larger."""
+    return (torch.rand(count, generator=source) < share).tolist()
+
+
+def _gap_layout(
+    open_chunks: list[bool], needed: list[bool], known: torch.Tensor
+) -> tuple[TokComGaps | None, list[int], list[int]]:
+    """How a text with gaps is read and generated by a model with `start_latents`.
+
+    Args: which chunks are not wholly known, which of them are to be generated, and `known (n, K)` tokens.
+    Returns: the gaps, the chunks of the context and the chunks to generate.
+    """
+    count = len(open_chunks)
+    is_last = [open_chunks[i] and (i + 1 == count or not open_chunks[i + 1]) for i in range(count)]
+    ends_inside = [is_last[i] and bool(known[i].any()) for i in range(count)]
+    context_at = [i for i in range(count) if not open_chunks[i] or ends_inside[i]]
+    generated = [i for i in range(count) if open_chunks[i] and needed[i]]
+    lengths, anchors, ends_known = [], [], []
+    for i, place in enumerate(generated):
+        if i == 0 or generated[i - 1] != place - 1:
+            lengths.append(0)
+            anchors.append(context_at.index(place - 1) if place else None)
+            ends_known.append(False)
+        lengths[-1] += 1
+        ends_known[-1] = ends_inside[place]
+    partial = ~known[torch.tensor(context_at, dtype=torch.long, device=known.device)][None]
+    return TokComGaps(lengths, anchors, ends_known, partial), context_at, generated
 
 
 def join_blocks(
@@ -556,4 +799,14 @@ def _read_latents(file: str | os.PathLike, chunk_size: int) -> tuple[torch.Tenso
     return latents, mask
 
 
-__all__ = ["GAP", "TokComPiece", "TokComPipelineOutput", "TokComTextMixin", "join_blocks"]
+__all__ = [
+    "GAP",
+    "TokComPiece",
+    "TokComPipelineOutput",
+    "TokComTextMixin",
+    "join_blocks",
+    "kept_tokens",
+    "text_ids",
+    "vocabulary_size",
+    "with_pad_token",
+]

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
-from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
@@ -28,12 +27,21 @@ try:  # diffusers copies only the direct relative imports of this file, so every
     from .latent_head_tokcom import TokComLatentHead
     from .layers_tokcom import TokComPreTrainedModel
     from .modeling_tokcom import TokComModel
+    from .objective_tokcom import token_loss
     from .pipeline_image_tokcom import IMAGE_OUTPUTS, TokComImageMixin
     from .pipeline_omni_tokcom import TokComOmniMixin
-    from .pipeline_text_tokcom import GAP, TokComPiece, TokComPipelineOutput, TokComTextMixin, join_blocks
+    from .pipeline_text_tokcom import (
+        GAP,
+        TokComPiece,
+        TokComPipelineOutput,
+        TokComTextMixin,
+        join_blocks,
+        vocabulary_size,
+        with_pad_token,
+    )
     from .pipeline_video_tokcom import TokComVideoMixin
     from .quantization_tokcom import VectorQuantizer
-    from .sampling_tokcom import TokComBlockSampler, split_blocks
+    from .sampling_tokcom import TokComBlockSampler, TokComGaps, TokComGiven, row_noise, spawn_generators, split_blocks
     from .scheduling_tokcom import TokComFlowMatchScheduler
     from .token_head_tokcom import TokComTokenHead
     from .transformer_tokcom import TokComTransformer
@@ -53,6 +61,7 @@ except ImportError:
     import latent_head_tokcom as _latent_head
     import layers_tokcom as _layers
     import modeling_tokcom as _modeling
+    import objective_tokcom as _objective
     import pipeline_image_tokcom as _pipeline_image
     import pipeline_omni_tokcom as _pipeline_omni
     import pipeline_text_tokcom as _pipeline_text
@@ -68,6 +77,8 @@ except ImportError:
     TokComPreTrainedModel, TokComModel = _layers.TokComPreTrainedModel, _modeling.TokComModel
     TokComFlowMatchScheduler = _scheduling.TokComFlowMatchScheduler
     TokComBlockSampler, split_blocks = _sampling.TokComBlockSampler, _sampling.split_blocks
+    TokComGaps, TokComGiven = _sampling.TokComGaps, _sampling.TokComGiven
+    row_noise, spawn_generators = _sampling.row_noise, _sampling.spawn_generators
     TokComTransformer, TokComTokenHead = _transformer.TokComTransformer, _token_head.TokComTokenHead
     IMAGE_OUTPUTS, TokComImageMixin = _pipeline_image.IMAGE_OUTPUTS, _pipeline_image.TokComImageMixin
     TokComImageProcessor, TokComStyleCodec = _image_processing.TokComImageProcessor, _codec_style.TokComStyleCodec
@@ -77,6 +88,8 @@ except ImportError:
     GAP, TokComPiece, join_blocks = _pipeline_text.GAP, _pipeline_text.TokComPiece, _pipeline_text.join_blocks
     TokComAudioProcessor, TokComOmniMixin = _audio_processing.TokComAudioProcessor, _pipeline_omni.TokComOmniMixin
     TokComCompositeCodec = _codec_composite.TokComCompositeCodec
+    token_loss = _objective.token_loss
+    vocabulary_size, with_pad_token = _pipeline_text.vocabulary_size, _pipeline_text.with_pad_token
     TokComLatentHead, VectorQuantizer = _latent_head.TokComLatentHead, _quantization.VectorQuantizer
 
 
@@ -108,11 +121,12 @@ class TokComPipeline(
         vae: ModelMixin | None = None,
     ):
         super().__init__()
-        if tokenizer is not None and len(tokenizer) + 1 != model.config.text_vocab_size:
+        if tokenizer is not None and vocabulary_size(tokenizer) + 1 != model.config.text_vocab_size:
             raise ValueError(
-                f"the tokenizer has {len(tokenizer)} tokens but the model was built for "
+                f"the tokenizer has {vocabulary_size(tokenizer)} tokens but the model was built for "
                 f"{model.config.text_vocab_size - 1}; load the tokenizer saved beside the model."
             )
+        tokenizer = None if tokenizer is None else with_pad_token(tokenizer)
         self.register_modules(model=model, scheduler=scheduler, tokenizer=tokenizer, vae=vae)
 
     @property
@@ -163,7 +177,11 @@ class TokComPipeline(
         generator: torch.Generator | list[torch.Generator] | None,
         latents: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Initial noise `(B, n, C)` in float32 with the model's `noise_std`, or the given `latents`, checked."""
+        """Initial noise `(B, n, C)` in float32 with the model's `noise_std`, or the given `latents`, checked.
+
+        The noise of a latent depends on the generator, its row and its place alone, not on how many rows or latents
+        there are.
+        """
         if batch_size < 1:
             raise ValueError(f"`batch_size` ({batch_size}) must be at least 1.")
         if isinstance(generator, list) and len(generator) != batch_size:
@@ -172,8 +190,8 @@ class TokComPipeline(
             )
         shape = (batch_size, num_latents, self.model.config.codec_config.latent_channels)
         if latents is None:
-            noise = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
-            return noise * self.model.config.noise_std
+            noise = row_noise(spawn_generators(generator, batch_size), *shape[1:])
+            return noise.to(self._execution_device) * self.model.config.noise_std
         if tuple(latents.shape) != shape:
             raise ValueError(f"`latents` has shape {tuple(latents.shape)} but {shape} is needed.")
         return latents.to(device=self._execution_device, dtype=torch.float32)
@@ -194,10 +212,13 @@ class TokComPipeline(
         stop_at_eos: bool = False,
         on_step_end: Callable | None = None,
         prefix: tuple[torch.Tensor, ...] | None = None,
+        given: TokComGiven | None = None,
+        gaps: TokComGaps | None = None,
+        skip: list[int] | None = None,
         **sampling,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         """Blocks of clean latents `(B, Q, C)` and ids `(B, Q * K)`, with a progress bar; ids may be None unless `decode`,
-        and it ends early when every row has ended, if `stop_at_eos`.
+        and it ends early when every row has ended, if `stop_at_eos`. The first `skip` tokens of each row are its prompt's.
 
         `sampling` are settings of `TokComBlockSampler`, the other arguments those of its `blocks`.
         """
@@ -205,6 +226,7 @@ class TokComPipeline(
         self._guidance_scale, self._interrupt = sampler.guidance_scale, False
         count = len(split_blocks(noise.shape[1], self.model.config.transformer_config.block_size, edges))
         bar, ended = None, torch.zeros(len(noise), dtype=torch.bool, device=noise.device)
+        known = torch.tensor(skip or [0] * len(noise), device=noise.device)[:, None]
 
         def after_step(block: int, step: int, timestep: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
             nonlocal bar
@@ -217,11 +239,15 @@ class TokComPipeline(
             sampler.interrupt = self._interrupt
             return x
 
-        for block, ids in sampler.blocks(noise, context, position_ids, valid, sigma_start, edges, after_step, prefix):
+        places = position_ids, valid, sigma_start, edges, after_step, prefix, given, gaps
+        done = 0
+        for block, ids in sampler.blocks(noise, context, *places):
             ids = self.model.to_ids(block) if ids is None and decode else ids
             yield block, ids
             if decode and stop_at_eos and self._eos_token_id is not None:
-                ended |= (ids == self._eos_token_id).any(-1)
+                new = torch.arange(done, done + ids.shape[1], device=ids.device) >= known
+                ended |= ((ids == self._eos_token_id) & new).any(-1)
+                done += ids.shape[1]
                 if bool(ended.all()):
                     break
         if bar is not None:
@@ -267,8 +293,10 @@ class TokComPipeline(
             guidance_scale: 1 is off; above 1 strengthens the influence of the prompt at twice the cost.
             temperature, top_p: of the token probabilities, for models with `prediction_type="tokens"`; below 1 is safer
                 text. By default those of the model's config.
-            generator: `torch.Generator` or one per prompt, for reproducible samples.
-            latents: initial noise of shape `(B, ceil(gen_length / K), C)`.
+            generator: `torch.Generator` or one per prompt, for reproducible samples: a smaller `gen_length` gives the beginning
+                of the same text, and a prompt's text depends on its place among the prompts only.
+            latents: initial noise of shape `(B, n, C)`; n latents hold the tokens of the longest unfinished chunk of a prompt
+                and `gen_length` more.
             output_type: `"text"`, the default, `"seq"` (ids only) or `"latent"`; of pictures `"pil"`, the default, `"pt"` or
                 `"latent"`.
             streamer: a streamer of transformers (`TextStreamer`, `TextIteratorStreamer`); it receives the prompt's ids,
@@ -339,7 +367,7 @@ class TokComPipeline(
             else:
                 output = self.generate_images(prompts, len(prompts), *settings)
             return output if return_dict else output.to_tuple()
-        rows, blocks = self._continue(
+        rows, skip, blocks = self._continue(
             prompts,
             gen_length,
             latents,
@@ -354,11 +382,11 @@ class TokComPipeline(
         )
         if streamer is not None:
             streamer.put(torch.tensor(rows))
-            blocks = self._feed(streamer, blocks, gen_length)
+            blocks = self._feed(streamer, blocks, gen_length, skip[0])
         nothing = torch.empty(
             len(prompts), 0, self.model.config.codec_config.latent_channels, device=self._execution_device
         )
-        output = self._finish(*join_blocks(blocks, nothing), gen_length, output_type)
+        output = self._finish(*join_blocks(blocks, nothing), gen_length, output_type, skip)
         if output.texts is not None:
             new = [ids[:kept] for ids, kept in zip(output.sequences.tolist(), output.attention_mask.sum(-1).tolist())]
             output.texts = [self._continue_text(p, row, ids) for p, row, ids in zip(prompts, rows, new)]

@@ -3,24 +3,27 @@
 Notable choices: any flow scheduler fits, since it only sees velocities, and diffusion schedulers that take estimates of the
 sample do, since their x is that of the flow but for its size; a model that predicts token probabilities draws
 tokens from them at every step, so that x at the next time is distributed as it should be however few the steps are, as
-long as tokens that are decided together do not depend on each other; what is done stays in a key/value cache.
+long as tokens that are decided together do not depend on each other; their steps are laid on the tokens' turns, whatever
+the scheduler's grid; what is done stays in a key/value cache; every row has random numbers of its own, so that neither its
+company nor its length changes how it begins.
 """
 
 import inspect
+import random
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
 from diffusers import SchedulerMixin
-from diffusers.utils.torch_utils import randn_tensor
 
 try:
     from .codec_chunk_tokcom import TokComCodecOutput
     from .modeling_tokcom import TokComModel, signal_time
     from .token_head_tokcom import TokComChoice
-    from .transformer_tokcom import block_causal_mask
+    from .transformer_tokcom import INSIDE_TEXT, START_OF_TEXT, block_causal_mask
 except ImportError:
     if __package__:
         raise
@@ -33,6 +36,7 @@ except ImportError:
     TokComModel, TokComChoice = _modeling.TokComModel, _token_head.TokComChoice
     signal_time = _modeling.signal_time
     block_causal_mask = _transformer.block_causal_mask
+    INSIDE_TEXT, START_OF_TEXT = _transformer.INSIDE_TEXT, _transformer.START_OF_TEXT
 
 
 def split_blocks(length: int, block_size: int | None, edges: tuple[int, ...] = ()) -> list[slice]:
@@ -42,6 +46,65 @@ def split_blocks(length: int, block_size: int | None, edges: tuple[int, ...] = (
     bounds = [0, *edges, length]
     starts = [s for low, high in zip(bounds, bounds[1:]) for s in range(low, high, block_size)]
     return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], length])]
+
+
+def spawn_generators(generator: torch.Generator | list[torch.Generator] | None, rows: int) -> list[torch.Generator]:
+    """A generator for each of `rows`, seeded by one draw from `generator`, or from each of a list.
+
+    The numbers of a row depend on that draw and on the row's index alone, not on how many rows there are.
+    """
+
+    def seed(source: torch.Generator | None) -> int:
+        device = "cpu" if source is None else source.device
+        return int(torch.randint(2**62, (), generator=source, device=device))
+
+    if isinstance(generator, list):
+        bases = [(seed(source), 0) for source in generator]  # each as if it were alone
+    else:
+        base = seed(generator)
+        bases = [(base, row) for row in range(rows)]
+    seeds = [random.Random(f"{base}/{row}").getrandbits(63) for base, row in bases]
+    return [torch.Generator().manual_seed(value) for value in seeds]
+
+
+def row_noise(generators: list[torch.Generator], num_latents: int, channels: int) -> torch.Tensor:
+    """Standard normal noise `(B, n, C)` on the CPU; that of a latent does not depend on how many follow it."""
+    rows = [[torch.randn(channels, generator=source) for _ in range(num_latents)] for source in generators]
+    return torch.stack([torch.stack(row) for row in rows])
+
+
+@dataclass
+class TokComGiven:
+    """Tokens that are known, whatever their turn, in latents that are generated: the end of a prompt, the edges of a gap.
+
+    Args:
+        chunks (`torch.LongTensor` of shape `(B, n, K)`): ids, as the token head counts them. mask: where they are known.
+    """
+
+    chunks: torch.Tensor
+    mask: torch.Tensor
+
+    def part(self, block: slice) -> "TokComGiven | None":
+        """The same of some latents; None if nothing is known of them."""
+        mask = self.mask[:, block]
+        return TokComGiven(self.chunks[:, block], mask) if bool(mask.any()) else None
+
+
+@dataclass
+class TokComGaps:
+    """Gaps in a text that a model with `start_latents` fills, and how its context is read.
+
+    Args:
+        lengths (`list[int]`): latents of each gap, in their order.
+        anchors (`list[int | None]`): index of the context latent before each gap, which is read last; None is the start.
+        ends_known (`list[bool]`): whether a gap ends inside a chunk. That chunk is in the context already, and in part.
+        partial (`torch.BoolTensor` of shape `(B, S, K)`): tokens of the context that are not known yet.
+    """
+
+    lengths: list[int]
+    anchors: list[int | None]
+    ends_known: list[bool]
+    partial: torch.Tensor
 
 
 class _Step(NamedTuple):
@@ -115,19 +178,57 @@ class TokComBlockSampler:
         """Whether the scheduler is of a variance-preserving diffusion and no flow."""
         return hasattr(self.scheduler, "alphas_cumprod") and not self.scheduler.config.get("use_flow_sigmas")
 
-    def set_timesteps(self, sigma_start: float, device: torch.device) -> None:
-        """Lay out the scheduler's grid from `sigma_start`; raises `ValueError` if the scheduler cannot start there."""
+    @property
+    def takes_turns(self) -> bool:
+        """Whether the tokens of a chunk are decided one after the other."""
+        head = self.model.token_head
+        return head is not None and head.stagger == 1 and head.num_symbols > 1
+
+    def _turn_grid(self) -> list[float]:
+        """Times of a latent, 0 to 1, at which the steps of a model whose tokens take turns begin and end.
+
+        Every turn gets as many steps as the next, or one more, so that no step decides tokens of two turns; fewer steps
+        than turns must, and a warning says so.
+        """
+        steps, turns = self.num_inference_steps, self.model.token_head.num_symbols
+        if steps < turns:
+            warnings.warn(
+                f"{steps} steps for the {turns} tokens of a chunk: tokens that are decided in the same step are drawn "
+                f"independently of each other, which costs quality; use `num_inference_steps={turns}`.",
+                stacklevel=2,
+            )
+            return [round(step * turns / steps) / turns for step in range(steps)] + [1.0]
+        counts = [steps // turns + (turn < steps % turns) for turn in range(turns)]
+        return [(turn + i / count) / turns for turn, count in enumerate(counts) for i in range(count)] + [1.0]
+
+    def set_timesteps(self, sigma_start: float, device: torch.device, turns: list[float] | None = None) -> None:
+        """Lay out the scheduler's grid from `sigma_start`, or on the times `turns` of a latent, whatever its shift.
+
+        Raises `ValueError` if the scheduler cannot do that.
+        """
         scheduler = self.scheduler
-        if sigma_start == 1.0:
+        if sigma_start == 1.0 and turns is None:
             scheduler.set_timesteps(self.num_inference_steps, device=device)
             return
         shift = scheduler.config.get("shift", 1.0)  # the scheduler shifts what it is given: undo that first
-        start = sigma_start / (shift - (shift - 1) * sigma_start)
-        sigmas = torch.linspace(start, 0.0, self.num_inference_steps + 1)[:-1]
+        if turns is None:
+            start = sigma_start / (shift - (shift - 1) * sigma_start)
+            sigmas = torch.linspace(start, 0.0, self.num_inference_steps + 1)[:-1]
+        else:
+            wanted = 1 - torch.tensor(turns[:-1], dtype=torch.float64)
+            sigmas = wanted / (shift - (shift - 1) * wanted)
         if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
-            scheduler.set_timesteps(sigmas=sigmas.numpy(), device=device)
-            if abs(float(scheduler.sigmas[0]) - sigma_start) < 1e-3:
+            scheduler.set_timesteps(sigmas=sigmas.float().numpy(), device=device)
+            found = scheduler.sigmas[:-1].double().cpu()
+            if turns is None and abs(float(found[0]) - sigma_start) < 1e-3:
                 return
+            if turns is not None and len(found) == len(sigmas) and float((found - wanted).abs().max()) < 1e-3:
+                return
+        if turns is not None:
+            raise ValueError(
+                f"{type(scheduler).__name__} does not put its steps where the tokens of this model have their turns; use "
+                "TokComFlowMatchScheduler."
+            )
         raise ValueError(
             f"{type(scheduler).__name__} cannot start between noise and text (sigma {sigma_start:.2f}); "
             "use TokComFlowMatchScheduler, FlowMatchEulerDiscreteScheduler or UniPCMultistepScheduler."
@@ -152,13 +253,16 @@ class TokComBlockSampler:
         edges: tuple[int, ...] = (),
         on_step_end: Callable[[int, int, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         prefix: tuple[torch.Tensor, ...] | None = None,
+        given: TokComGiven | None = None,
+        gaps: TokComGaps | None = None,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         """Denoise `noise (B, n, C)` given clean context latents; yields each block when it is clean: latents `(B, Q, C)`
         and ids `(B, Q * K)`, which are None for the last block of a model that draws none.
 
         `position_ids (B, n, A)` says where the new latents stand, `valid (B, n)` which of them exist. Blocks are
         denoised in the order given and do not cross `edges`, indices where something known lies between neighbours.
-        `on_step_end(block, step, timestep, x)` returns x. `prefix` is what `TokComModel.condition` gives.
+        `on_step_end(block, step, timestep, x)` returns x. `prefix` is what `TokComModel.condition` gives, `given` tokens that
+        are known already, `gaps` how a context with gaps is read.
         """
         if position_ids is None:
             index = torch.arange(noise.shape[1], device=noise.device)
@@ -166,34 +270,42 @@ class TokComBlockSampler:
         if valid is None:
             valid = torch.ones(noise.shape[:2], dtype=torch.bool, device=noise.device)
         omitted = [part for part, _ in self.omissions]
-        known = _Known(self.model, context, noise, prefix, omitted)
-        for index, block in enumerate(split_blocks(noise.shape[1], known.block_size, edges)):
+        known = _Known(self.model, context, noise, prefix, omitted, gaps)
+        sources = spawn_generators(self.generator, len(noise))
+        blocks = split_blocks(noise.shape[1], known.block_size, edges)
+        begins, ends = known.gap_bounds(blocks)
+        for index, block in enumerate(blocks):
             after = None if on_step_end is None else partial(on_step_end, index)
+            if index in begins:
+                known.read_anchor(begins[index])
             known.begin(position_ids[:, block], valid[:, block], guided=self.guidance_scale != 1.0)
             start = noise[:, block].clone(memory_format=torch.contiguous_format)  # compiled code minds strides
-            x, ids = self._denoise(start, known, sigma_start, after)
+            here = None if given is None else given.part(block)
+            x, ids = self._denoise(start, known, sigma_start, after, sources, here)
             if self._cut and (index or self.model.config.codec_config.has_tokens) and known.cache is not None:
                 return  # what is not finished is noise
             last = block.stop == noise.shape[1]
             if ids is None and not last and self.model.config.codec_config.has_tokens:
                 ids = self.model.to_ids(x)
             yield x, ids
-            if not last:
+            if not last and index not in ends:  # the chunk in which a gap ends is in the context already
                 known.append(x, ids)
 
     def _plan(self, x: torch.Tensor, sigma_start: float) -> list[_Step]:
         """Lay out the scheduler's grid for a block `x (B, Q, C)`, and what is the same at each step of all blocks."""
         length, device = x.shape[1], x.device
-        self.set_timesteps(sigma_start, device)
+        model, places, plan = self.model, torch.arange(length, device=device), []
+        turns = self._turn_grid() if self.takes_turns and sigma_start == 1 else None
+        self.set_timesteps(sigma_start, device, turns)
         if length in self._plans:
             return self._plans[length]
-        model, places, plan = self.model, torch.arange(length, device=device), []
         if self.is_diffusion:
             self._plans[length] = self._diffusion_plan(places)
             return self._plans[length]
         sigmas = self.scheduler.sigmas.tolist()
-        for sigma, next_sigma in zip(sigmas, sigmas[1:]):
-            now, then = (model.latent_times(1 - s, places, length)[None] for s in (sigma, next_sigma))
+        grid = [1 - sigma for sigma in sigmas] if turns is None else turns
+        for (sigma, next_sigma), (start, stop) in zip(zip(sigmas, sigmas[1:]), zip(grid, grid[1:])):
+            now, then = (model.latent_times(t, places, length)[None] for t in (start, stop))
             times, uncertain, chosen, gain = None, None, None, 1 / sigma
             if model.token_head is not None:
                 times = model.token_head.place_times(now).expand(len(x), -1, -1)
@@ -222,21 +334,30 @@ class TokComBlockSampler:
             )
         return plan
 
-    def _denoise(self, x, known: "_Known", sigma_start, on_step_end):
+    def _denoise(self, x, known: "_Known", sigma_start, on_step_end, sources, given: TokComGiven | None):
         """One block `(B, Q, C)` from noise, or from `sigma_start`, to clean latents and, if tokens were drawn, their ids."""
         scheduler, head, estimate, chunks = self.scheduler, self.model.token_head, None, None
         plan = self._plan(x, sigma_start)
-        extra = {"generator": self.generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+        extra = {"generator": sources} if "generator" in inspect.signature(scheduler.step).parameters else {}
+        uniform = [None] * len(plan)
         if head is not None:
             chunks = torch.zeros_like(plan[0].times, dtype=torch.long)
             chunks = chunks if sigma_start == 1 else head.recognise(known.symbols, x, plan[0].times)
+            shape = len(plan), *chunks.shape[1:]
+            uniform = torch.stack([torch.rand(shape, generator=source) for source in sources], dim=1).to(x.device)
+            if given is not None:
+                plan = [_with_given(step, given.mask) for step in plan]
+                chunks = torch.where(given.mask, given.chunks, chunks)
+                clean = head.latents_of(known.symbols, given.chunks).to(x.dtype)
+                channels = given.mask.repeat_interleave(x.shape[-1] // given.mask.shape[-1], dim=-1)
+                x = torch.where(channels, clean, x)
         for i, (timestep, step) in enumerate(zip(scheduler.timesteps, plan)):
             self._cut = self.interrupt
             if self._cut:
                 return x, None
             # few-step students, which draw all noise anew, are trained without their previous estimate
             previous = None if self.scheduler.config.get("stochastic_sampling") else estimate
-            estimate, chunks = self._estimate(x, step, known, previous, chunks)
+            estimate, chunks = self._estimate(x, step, known, previous, chunks, uniform[i])
             output = estimate if step.gain is None else (x - estimate) * step.gain
             moved = scheduler.step(output, timestep, x, **extra, return_dict=False)[0]
             x = moved if on_step_end is None else on_step_end(i, timestep, moved)
@@ -247,7 +368,7 @@ class TokComBlockSampler:
             return known.refine(x), None
         return x, self.model.codec.from_symbols(chunks)
 
-    def _estimate(self, x, step: _Step, known: "_Known", previous, chunks):
+    def _estimate(self, x, step: _Step, known: "_Known", previous, chunks, uniform):
         """x1 `(B, Q, C)` in float32 for the noisy block `x`, and the ids `(B, Q, K)` of its tokens if they are drawn."""
         states = known.predict(x if step.scale == 1 else x * step.scale, step, previous, chunks)
         full, *others = states
@@ -257,11 +378,17 @@ class TokComBlockSampler:
         head = self.model.token_head
         if head is None:
             return self.model.quantize(states.float()), None
-        uniform = torch.special.ndtr(randn_tensor(step.times.shape, generator=self.generator, device=x.device))
         settings = step.chosen, uniform, self.temperature, self.top_p
         drawn = head.draw(states, known.symbols, x, step.times, *settings)
         chunks = torch.where(step.times == 1, chunks, drawn)
         return head.latents_of(known.symbols, chunks), chunks
+
+
+def _with_given(step: _Step, known: torch.Tensor) -> _Step:
+    """The step of a block whose `known (B, Q, K)` tokens are clean from the beginning."""
+    times = torch.where(known, 1.0, step.times)
+    chosen = TokComChoice.of(step.chosen.mask & ~known)
+    return step._replace(times=times, chosen=chosen, uncertain=TokComChoice.of((times > 0) & (times < 1)))
 
 
 class _WindowLayer:
@@ -314,30 +441,105 @@ class _Known:
     """What is already known while blocks are denoised: a key/value cache, or for bidirectional models the latents."""
 
     def __init__(
-        self, model: TokComModel, context: TokComCodecOutput | None, like: torch.Tensor, prefix=None, omitted=()
+        self,
+        model: TokComModel,
+        context: TokComCodecOutput | None,
+        like: torch.Tensor,
+        prefix=None,
+        omitted=(),
+        gaps: TokComGaps | None = None,
     ):
         config, self.prefix, self.omitted = model.config.transformer_config, prefix, omitted
-        self.model, self.block_size, self.window = model, config.block_size, config.max_position_embeddings
+        self.model, self.block_size = model, config.block_size
+        self.window = config.max_position_embeddings + config.start_latents
         self.context, self.symbols, self.length, self.cache = context, model.symbols(), 0, None
+        self.starts, self.gaps = int(config.start_latents), gaps
         if self.block_size is None:
             return
         self.cache = TokComWindowCache(config.num_hidden_layers + (config.num_context_layers > 0), self.window)
         self.mask = torch.zeros(len(like), self.window, dtype=torch.bool, device=like.device)  # what exists, by place
+        if self.starts:
+            self.context = context = self._with_start(context, like)
         if context is not None:
-            length = context.latents.shape[1]
-            order = (torch.arange(length, device=like.device) + -length % self.block_size) // self.block_size
-            sees = block_causal_mask(order[None].expand(len(like), -1), context.mask)[:, :length, :length]
-            self.cache.first = True
-            self._remember(context.latents, context.position_ids, sees)
-            self.cache.first = False
-            self._keep(context.mask)
+            self._read_context(context)
+
+    def _with_start(self, context: TokComCodecOutput | None, like: torch.Tensor) -> TokComCodecOutput:
+        """The context behind the learned latent of where a text starts."""
+        batch, device = len(like), like.device
+        start = TokComCodecOutput(
+            like.new_zeros(batch, 1, like.shape[-1]),
+            torch.full((batch, 1, 1), START_OF_TEXT, device=device),
+            torch.ones(batch, 1, dtype=torch.bool, device=device),
+        )
+        if context is None:
+            return start
+        pairs = zip(start.to_tuple(), (context.latents.to(like.dtype), context.position_ids, context.mask))
+        return TokComCodecOutput(*(torch.cat(pair, dim=1) for pair in pairs))
+
+    def _read_context(self, context: TokComCodecOutput) -> None:
+        """Run the context through the model, but for what stands before a gap: that is read when its turn has come."""
+        batch, length = context.mask.shape
+        device = context.mask.device
+        order = (torch.arange(length, device=device) + -length % self.block_size) // self.block_size
+        early = torch.ones(length, dtype=torch.bool, device=device)
+        times = None
+        if self.gaps is not None:
+            for anchor in self.gaps.anchors:
+                early[0 if anchor is None else anchor + 1] = False
+            partial = torch.nn.functional.pad(self.gaps.partial, (0, 0, 1, 0))
+            times = torch.where(partial, 0.0, 1.0)
+        self.times = times
+        where = early.nonzero()[:, 0]
+        if not len(where):
+            return
+        sees = block_causal_mask(order[None].expand(batch, -1), context.mask)[:, :length, :length]
+        self.cache.first = True
+        self._remember(
+            context.latents[:, where],
+            context.position_ids[:, where],
+            sees[:, where][:, :, where],
+            times=None if times is None else times[:, where],
+        )
+        self.cache.first = False
+        self._keep(context.mask[:, where])
+
+    def gap_bounds(self, blocks: list[slice]) -> tuple[dict[int, int | None], set[int]]:
+        """The block with which each gap begins and its anchor, and the last blocks of gaps that end inside a chunk."""
+        if self.gaps is None:
+            return {}, set()
+        begins, ends, index = {}, set(), 0
+        for length, anchor, known in zip(self.gaps.lengths, self.gaps.anchors, self.gaps.ends_known):
+            count = -(-length // self.block_size)
+            begins[index] = anchor
+            index += count
+            if known:
+                ends.add(index - 1)
+        return begins, ends
+
+    def read_anchor(self, anchor: int | None) -> None:
+        """Read the context latent before a gap, which sees everything that is known by now."""
+        place = slice(0, 1) if anchor is None else slice(anchor + 1, anchor + 2)
+        context = self.context
+        sees = self.mask.clone()
+        sees[:, -1:] = context.mask[:, place]
+        times = None if self.times is None else self.times[:, place]
+        self._remember(context.latents[:, place], context.position_ids[:, place], sees, times=times)
+        self._keep(context.mask[:, place])
+
+    @cached_property
+    def alone(self) -> torch.Tensor:
+        """What the head is told `(1, 1, D)` where nothing is known, not even that a text starts."""
+        transformer, device = self.model.transformer, self.mask.device
+        features = torch.zeros(1, 1, transformer.config.feature_size, device=device, dtype=self.model.dtype)
+        position_ids = torch.full((1, 1, 1), INSIDE_TEXT, device=device)
+        return transformer.read_context(features, position_ids, torch.ones(1, 1, 1, dtype=torch.bool, device=device))
 
     def begin(self, position_ids: torch.Tensor, valid: torch.Tensor, guided: bool) -> None:
         """Turn to the block at `position_ids (B, Q, A)` of which `valid (B, Q)` exist; `guided` asks `predict` for two."""
         self.position_ids = position_ids.clone(memory_format=torch.contiguous_format)
         self.valid, self.free_keys, self.entries = valid, None if bool(valid.all()) else valid, []
         known = (self.length if self.context is None or self.cache else self.context.mask.shape[1]) > 0
-        self.guided = guided and (known or self.prefix is not None)
+        self.guided = guided and (self.length > self.starts if self.starts else known or self.prefix is not None)
         if self.cache is None:
             exists = valid if self.context is None else torch.cat((self.context.mask, valid), dim=1)
             self.keys = None if bool(exists.all()) else exists
@@ -347,7 +549,9 @@ class _Known:
         if self.model.config.transformer_config.num_context_layers:
             enter = self.model.transformer.entry  # what the context layers say of the block, with and without context
             self.entries = [enter(self.position_ids, self.mask, self.cache) if known else enter(self.position_ids)]
-            if self.guided:
+            if self.guided and self.starts:
+                self.entries.append(self.alone.expand_as(self.entries[0]))
+            elif self.guided:
                 self.entries.append(enter(self.position_ids))
 
     def predict(self, x, step: _Step, previous, chunks) -> list[torch.Tensor]:
@@ -412,9 +616,9 @@ class _Known:
         self._remember(clean, self.position_ids, self.keys, chunks)
         self._keep(self.valid)
 
-    def _remember(self, clean, position_ids, sees, chunks=None) -> None:
-        """Run clean latents through the model for what they leave in the cache."""
-        known = {"num_context": clean.shape[1], "symbols": self.symbols, "chunks": chunks}
+    def _remember(self, clean, position_ids, sees, chunks=None, times=None) -> None:
+        """Run clean latents through the model for what they leave in the cache; tokens at time 0 are not known."""
+        known = {"num_context": clean.shape[1], "symbols": self.symbols, "chunks": chunks, "times": times}
         self.model.predict(clean, 1.0, position_ids, sees, past_key_values=self.cache, **known)
 
     def _keep(self, valid: torch.Tensor) -> None:
@@ -423,7 +627,11 @@ class _Known:
         count = min(valid.shape[1], capacity)
         if count < 1:
             return
-        places = torch.arange(self.length, self.length + count, device=valid.device) % capacity
+        places = torch.arange(self.length, self.length + count, device=valid.device)
+        # the learned start stays; the others take turns in the places behind it
+        places = torch.where(
+            places < capacity, places, self.starts + (places - self.starts) % (capacity - self.starts)
+        )
         self.cache.keep(places)
         self.mask[:, places] = valid[:, -count:]
         self.length += count

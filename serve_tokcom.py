@@ -34,6 +34,7 @@ from huggingface_hub.errors import StrictDataclassError
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from starlette.exceptions import HTTPException
 
+from pipeline_text_tokcom import text_ids
 from pipeline_tokcom import TokComPiece, TokComPipeline
 
 GREEDY = 0.01  # what a temperature of 0 means: probabilities of all but the likeliest token vanish
@@ -262,7 +263,7 @@ def _jobs(request: CompletionRequest, pipe: TokComPipeline, settings: ServerSett
     if request.model not in (None, settings.model_name):
         message = f"the model {request.model!r} does not exist; this server has {settings.model_name!r}."
         raise RequestError(404, message, code="model_not_found")
-    ids = pipe.tokenizer([p.rstrip(" ") for p in prompts], add_special_tokens=False, verbose=False)["input_ids"]
+    ids = text_ids(pipe.tokenizer, [p.rstrip(" ") for p in prompts])
     sizes = [len(row) for row in ids]  # as the pipeline reads them
     for size in sizes:
         if size > pipe.max_length:
@@ -361,7 +362,7 @@ class Answer:
 
     def _usage(self) -> dict:
         prompts = {choice.job.prompt for choice in self.choices}
-        known = sum(len(self.pipe.tokenizer(p, add_special_tokens=False, verbose=False)["input_ids"]) for p in prompts)
+        known = sum(len(text_ids(self.pipe.tokenizer, prompt)) for prompt in prompts)
         new = sum(choice.tokens for choice in self.choices)
         return {"prompt_tokens": known, "completion_tokens": new, "total_tokens": known + new}
 

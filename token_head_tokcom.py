@@ -1,20 +1,21 @@
-"""The head of models that predict token probabilities: it reads noisy latents as uncertain tokens, and turns what the
-network expects into losses, means and draws.
+"""The token head: reads noisy latents as uncertain tokens, and turns network states into token probabilities.
 
-Notable choices: the likelihood of noisy channels is known exactly, so the network only predicts what it expects; the
-vocabulary is computed for chosen tokens only, one place of the chunk at a time, and again in the backward pass.
+Notable choices:
+- The likelihood of noisy channels is known exactly (Bayes' rule), so the network only predicts what it expects.
+- The likelihood of all tokens is one matrix product, `[s x / n^2, s^2 / n^2] @ [table, -norms]^T`.
+- Tokens whose channels are pure noise have a constant likelihood, which is never computed.
+- The training loss computes its gradient on the way forward: logits exist once, a few rows at a time.
 
-Shape legend: B batch, N latents, K symbols of a chunk (tokens, for most codecs), C channels, E embedding, V vocabulary.
+Shape legend: B batch, N latents, K symbols of a chunk (tokens, for most codecs), C channels, E embedding,
+V vocabulary, R rows: the tokens that a call works on.
 """
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 try:
     from .configuration_tokcom import TokComConfig
@@ -40,30 +41,135 @@ def nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
 
 
 class TokComSymbols(NamedTuple):
-    """What a codec's tokens look like: latents `table (K, V, C / K)`, half their squared `norms (K, V)`, and the embedding
-    `frequent (E,)` of a token of which nothing is known."""
+    """What a codec's tokens look like.
+
+    `table (K, V, C / K)` holds their latents, `columns (K, V, C / K + 1)` the same followed by minus half their
+    squared norms, in float32, and `frequent (E,)` is the embedding of a token of which nothing is known.
+    """
 
     table: torch.Tensor
-    norms: torch.Tensor
+    columns: torch.Tensor
     frequent: torch.Tensor
 
 
 class TokComChoice(NamedTuple):
-    """The tokens that `mask (B, N, K)` marks, sorted by place: how many at each, their chunks `where (R,)` and `places (R,)`.
+    """The tokens that `mask (B, N, K)` marks, sorted by place: how many at each, and their flat `index (R,)`.
 
     Making one waits for the device; the sampler makes it once for all blocks.
     """
 
     mask: torch.Tensor
     counts: list[int]
-    where: torch.Tensor
-    places: torch.Tensor
+    index: torch.Tensor
 
     @classmethod
     def of(cls, mask: torch.Tensor) -> "TokComChoice":
-        flat = mask.flatten(0, 1)
+        flat = mask.flatten(0, -2)
         places, where = flat.T.nonzero(as_tuple=True)
-        return cls(mask, flat.sum(0).tolist(), where, places)
+        return cls(mask, flat.sum(0).tolist(), where * mask.shape[-1] + places)
+
+
+class _Part(NamedTuple):
+    """Some rows of one place, or of any place for small vocabularies: which `rows`, their likelihood's `factors`
+    `(r, c + 1)` and `columns (V, c + 1)` or `(r, V, c + 1)`; both are None where it is constant."""
+
+    rows: slice
+    factors: torch.Tensor | None
+    columns: torch.Tensor | None
+
+    def likelihood(self) -> torch.Tensor | None:
+        """The log-likelihood `(r, V)` of the rows' channels, up to a constant per row."""
+        if self.factors is None:
+            return None
+        if self.columns.ndim == 2:
+            return self.factors @ self.columns.T
+        return (self.columns @ self.factors[..., None])[..., 0]
+
+
+def _working_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """The dtype of matrix products: autocast's if it is on, else the tensor's own."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Sum over rows of the cross-entropy of `states @ weight^T + bias + likelihood` against `ids`, divided by R.
+
+    The gradient of the logits is known as soon as they are (it is `softmax - one_hot`), so the forward pass
+    multiplies it into the gradients of states, weight and bias at once. That saves a second computation of the
+    logits, which a checkpoint would need, and never holds more than some rows of them.
+    """
+
+    @staticmethod
+    def forward(ctx, states, weight, bias, ids, parts: list[_Part]):
+        dtype, trained = _working_dtype(states), any(ctx.needs_input_grad[:3])
+        count = max(1, len(states))
+        losses = states.new_empty(len(states), dtype=torch.float32)
+        gradients = None
+        with torch.autocast(states.device.type, enabled=False):
+            matrix, row, inputs = weight.to(dtype), bias.to(dtype), states.to(dtype)
+            if trained:
+                gradients = (torch.empty_like(inputs), torch.zeros_like(weight), torch.zeros_like(bias))
+            for part in parts:
+                logits = F.linear(inputs[part.rows], matrix, row)  # (r, V)
+                likelihood = part.likelihood()
+                if likelihood is not None:
+                    logits = likelihood.add_(logits)
+                probabilities = logits.softmax(-1, dtype=torch.float32)
+                own = ids[part.rows, None]
+                # not -log of the own probability, which may be too small for a number
+                normalizer = logits.amax(-1).float() - probabilities.amax(-1).log()
+                losses[part.rows] = normalizer - logits.gather(1, own)[:, 0].float()
+                chosen = probabilities.gather(1, own)
+                if not trained:
+                    continue
+                error = probabilities.scatter_(1, own, chosen - 1)
+                gradients[2].add_(error.sum(0), alpha=1 / count)
+                error = error.to(dtype)
+                torch.mm(error, matrix, out=gradients[0][part.rows])
+                gradients[1].add_(error.T @ inputs[part.rows], alpha=1 / count)
+        if trained:
+            ctx.save_for_backward(*gradients)
+            ctx.count, ctx.dtype = count, states.dtype
+        ctx.mark_non_differentiable(losses)
+        return losses.sum() / count, losses
+
+    @staticmethod
+    def backward(ctx, gradient, _):
+        states, weight, bias = ctx.saved_tensors
+        states = states.to(ctx.dtype) * (gradient / ctx.count).to(ctx.dtype)
+        return states, weight * gradient.to(weight.dtype), bias * gradient.to(bias.dtype), None, None
+
+
+class _MeanEmbedding(torch.autograd.Function):
+    """`softmax(likelihood + prior) @ weight`, rows `(R, E)`; only `weight` has a gradient.
+
+    The backward pass computes the probabilities again, a few rows at a time, rather than keep `(R, V)` of them.
+    """
+
+    @staticmethod
+    def forward(ctx, weight, prior, parts: list[_Part]):
+        ctx.dtype, ctx.parts = _working_dtype(weight), parts
+        ctx.save_for_backward(prior)
+        ctx.weight = weight.dtype, weight.shape
+        with torch.autocast(weight.device.type, enabled=False):
+            matrix = weight.to(ctx.dtype)
+            return torch.cat([_MeanEmbedding.probabilities(ctx, part, prior) @ matrix for part in parts])
+
+    @staticmethod
+    def probabilities(ctx, part: _Part, prior: torch.Tensor) -> torch.Tensor:
+        return (part.likelihood() + prior).softmax(-1).to(ctx.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (prior,) = ctx.saved_tensors
+        dtype, shape = ctx.weight
+        total = gradient.new_zeros(shape, dtype=dtype)
+        with torch.autocast(gradient.device.type, enabled=False):
+            for part in ctx.parts:
+                rows = gradient[part.rows].to(ctx.dtype)
+                total += _MeanEmbedding.probabilities(ctx, part, prior).T @ rows
+        return total, None, None
 
 
 class TokComTokenHead(nn.Module):
@@ -83,105 +189,176 @@ class TokComTokenHead(nn.Module):
         codec = config.codec_config
         self.num_symbols, self.noise_std = codec.num_symbols, config.noise_std
         self.stagger, self.shift = config.token_stagger, config.token_shift
+        self.impossible_symbol = codec.impossible_symbol
         self.embedding = TokComTokenEmbedding(codec.symbol_vocab_size, config.token_embedding_size)
         self.bias = nn.Parameter(torch.zeros(codec.symbol_vocab_size))
+
+    # ---- times ----
 
     def progress(self, timestep: torch.Tensor) -> torch.Tensor:
         """Times of latents `(...)` -> how far each place has come, `(..., K)`; below 0 is not begun, above 1 is done."""
         places = torch.arange(self.num_symbols, device=timestep.device)
-        return timestep[..., None] * (1 + self.stagger * (self.num_symbols - 1)) - self.stagger * places
+        progress = timestep[..., None] * (1 + self.stagger * (self.num_symbols - 1)) - self.stagger * places
+        # where a turn begins or ends is a whole number, whatever rounding says
+        whole = progress.round()
+        return torch.where((progress - whole).abs() < 1e-5, whole, progress)
+
+    def warp(self, progress: torch.Tensor) -> torch.Tensor:
+        """Progress of places -> their t: 0 is noise, 1 is clean."""
+        left = 1 - progress.clamp(0, 1)
+        return 1 - self.shift * left / (1 + (self.shift - 1) * left)
 
     def place_times(self, timestep: torch.Tensor) -> torch.Tensor:
         """Times of latents `(...)` -> t of each place `(..., K)`: 0 is noise, 1 is clean."""
-        left = 1 - self.progress(timestep).clamp(0, 1)
-        return 1 - self.shift * left / (1 + (self.shift - 1) * left)
+        return self.warp(self.progress(timestep))
 
     def latent_time(self, t: float) -> float:
         """The time of a latent at which its places are at `t`, without `token_stagger`: the inverse of `place_times`."""
         return 1 - (1 - t) / (self.shift - (self.shift - 1) * (1 - t))
 
+    # ---- what tokens look like ----
+
+    @property
+    def prior(self) -> torch.Tensor:
+        """The logits `(V,)` of tokens of which nothing is known; the pad token is impossible."""
+        if self.impossible_symbol is None:
+            return self.bias
+        where = torch.arange(len(self.bias), device=self.bias.device) == self.impossible_symbol
+        return self.bias.masked_fill(where, float("-inf"))
+
     def symbols(self, table: torch.Tensor) -> TokComSymbols:
         """What every call needs to know of the codec's `table (K, V, C / K)`."""
-        weight, prior = self.embedding.weight, self.bias.detach().softmax(-1)
+        weight, prior = self.embedding.weight, self.prior.detach().softmax(-1)
         frequent = F.linear(prior[None].to(weight.dtype), weight.T)[0]
-        return TokComSymbols(table, 0.5 * table.square().sum(-1), frequent)
+        columns = torch.cat((table, -0.5 * table.square().sum(-1, keepdim=True)), dim=-1)
+        return TokComSymbols(table, columns, frequent)
 
-    def _rows(
-        self, function: Callable, chosen: TokComChoice, symbols: TokComSymbols, latents, times, *extra
-    ) -> torch.Tensor:
-        """`function(log-likelihood (R, V), table, *extra rows)` of the `chosen` tokens.
+    def latents_of(self, symbols: TokComSymbols, ids: torch.Tensor) -> torch.Tensor:
+        """Ids `(B, N, K)` -> their clean latents `(B, N, C)`."""
+        return symbols.table[torch.arange(self.num_symbols, device=ids.device), ids].flatten(2)
 
-        Args: `latents (B, N, C)`, `times (B, N, K)`, `extra` tensors `(B, N, K, ...)`. Works on some rows at a time, those of
-        one place, whose table is `(V, C / K)`, or with a small vocabulary of any, with tables `(R, V, C / K)`; recomputes
-        them in the backward pass. Returns `(B, N, K, ...)`, 0 elsewhere.
+    # ---- rows ----
+
+    def _groups(self, choice: TokComChoice, symbols: TokComSymbols) -> Iterator[tuple[slice, int | torch.Tensor]]:
+        """Rows of the choice and their place; with a small vocabulary, of any places."""
+        if symbols.table.shape[1] <= SMALL_VOCABULARY:
+            yield slice(0, len(choice.index)), choice.index % self.num_symbols
+            return
+        start = 0
+        for place, count in enumerate(choice.counts):
+            if count:
+                yield slice(start, start + count), place
+            start += count
+
+    def _parts(self, choice: TokComChoice, symbols: TokComSymbols, latents, times) -> list[_Part]:
+        """The chosen rows in parts of at most `CROSS_ENTROPY_CHUNK`, with what gives their likelihood.
+
+        `latents (B, N, C)` and `times (B, N, K)` are those of all tokens.
         """
+        own = latents.float().unflatten(-1, (self.num_symbols, -1)).flatten(0, -2)[choice.index]  # (R, C / K)
+        signal = times.float().flatten()[choice.index, None]
+        precision = ((1 - signal).clamp_min(MIN_SIGMA) * self.noise_std) ** -2
+        factors = torch.cat((signal * precision * own, signal.square() * precision), dim=-1)  # (R, C / K + 1)
+        parts = []
+        for rows, place in self._groups(choice, symbols):
+            for start in range(rows.start, rows.stop, CROSS_ENTROPY_CHUNK):
+                some = slice(start, min(start + CROSS_ENTROPY_CHUNK, rows.stop))
+                where = place if isinstance(place, int) else place[some]
+                parts.append(_Part(some, factors[some], symbols.columns[where]))
+        return parts
 
-        def piece(signal, latents, table, norms, *extra):
+    def _whole(self, choice: TokComChoice, values: torch.Tensor) -> torch.Tensor:
+        """Values `(R, ...)` of the chosen tokens -> `(B, N, K, ...)`, 0 elsewhere."""
+        whole = values.new_zeros(choice.mask.numel(), *values.shape[1:])
+        return whole.index_copy(0, choice.index, values).view(*choice.mask.shape, *values.shape[1:])
+
+    def _map(self, function: Callable, choice: TokComChoice, symbols, latents, times, *extra) -> torch.Tensor:
+        """`function(log-likelihood (r, V), columns, *extra rows)` of the chosen tokens, `(B, N, K, ...)`, 0 elsewhere.
+
+        `extra` are tensors `(B, N, K, ...)`. Without a gradient.
+        """
+        more = [x.flatten(0, choice.mask.ndim - 1)[choice.index] for x in extra]
+        results = []
+        with torch.autocast(latents.device.type, enabled=False):
+            parts = self._parts(choice, symbols, latents, times)
+        for part in parts:
             with torch.autocast(latents.device.type, enabled=False):
-                noise = (1 - signal).clamp_min(MIN_SIGMA) * self.noise_std
-                inner = latents @ table.T if table.ndim == 2 else (table @ latents[..., None])[..., 0]
-                likelihood = (signal * inner - signal.square() * norms) / noise.square()  # (R, V)
-            return function(likelihood, table, *extra)
+                likelihood = part.likelihood()
+            results.append(function(likelihood, part.columns[..., :-1], *(x[part.rows] for x in more)))
+        if not results:  # an empty call says the shape of a row
+            empty = symbols.columns[0]
+            rows = [x[:0] for x in more]
+            results.append(function(empty.new_zeros(0, len(empty)), empty[:, :-1], *rows))
+        return self._whole(choice, torch.cat(results))
 
-        size, results = self.num_symbols, []
-        own = latents.float().unflatten(-1, (size, -1))  # (B, N, K, C / K)
-        rows = [x.flatten(0, 1) for x in (times[..., None].float(), own, *extra)]
-        run = partial(checkpoint, piece, use_reentrant=False) if torch.is_grad_enabled() else piece
-        if symbols.table.shape[1] > SMALL_VOCABULARY:
-            groups = zip(chosen.where.split(chosen.counts), range(size))
-        else:
-            groups = [(chosen.where, chosen.places)]
-        for where, places in groups:
-            several = isinstance(places, torch.Tensor)
-            if not several and not len(where) and (results or places != size - 1):
-                continue  # but an empty result says the shape if there is no other
-            for part in torch.arange(len(where), device=where.device).split(CROSS_ENTROPY_CHUNK):
-                row, place = where[part], places[part] if several else places
-                signal, noisy, *more = (x[row, place] for x in rows)
-                results.append(run(signal, noisy, symbols.table[place], symbols.norms[place], *more))
-        values = torch.cat(results)
-        whole = values.new_zeros(chosen.mask.numel(), *values.shape[1:])
-        whole = whole.index_copy(0, chosen.where * size + chosen.places, values)
-        return whole.view(*chosen.mask.shape, *values.shape[1:])
+    def _logits(self, states: torch.Tensor) -> torch.Tensor:
+        return F.linear(states, self.embedding.weight, self.prior.to(states.dtype)).float()
+
+    # ---- reading ----
 
     def read(
         self,
         symbols: TokComSymbols,
-        latents: torch.Tensor,
+        latents: torch.Tensor | None,
         times: torch.Tensor,
         chunks: torch.Tensor | None = None,
         uncertain: TokComChoice | None = None,
     ) -> torch.Tensor:
         """Mean token embeddings `(B, N, K * E)` given each token's own noisy channels and its frequency.
 
-        `times (B, N, K)` are those of the places. If they are known, `chunks (B, N, K)` are the ids of what is clean already,
-        and `uncertain` the tokens that are neither clean nor pure noise.
+        `latents (B, N, C)` are only read where a token is uncertain, or to find the ids of clean ones.
+
+        `times (B, N, K)` are those of the places. If they are known, `chunks (B, N, K)` are the ids of what is clean
+        already, and `uncertain` the tokens that are neither clean nor pure noise.
         """
-        weight, prior = self.embedding.weight, self.bias.detach()
-
-        def mean(likelihood: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-            return F.linear((likelihood + prior).softmax(-1).to(weight.dtype), weight.T)
-
+        weight = self.embedding.weight
         if chunks is None:
             chunks = self.recognise(symbols, latents, times)
-        embeddings = self.embedding(chunks)  # (B, N, K, E)
-        embeddings = torch.where((times == 1)[..., None], embeddings, symbols.frequent.to(embeddings.dtype))
         if uncertain is None:
             uncertain = TokComChoice.of((times > 0) & (times < 1))
-        if any(uncertain.counts):
-            means = self._rows(mean, uncertain, symbols, latents, times).to(embeddings.dtype)
-            embeddings = torch.where(uncertain.mask[..., None], means, embeddings)
-        return embeddings.flatten(2) * weight.shape[1] ** 0.5
+        # one table of all embeddings that are needed: of every token, of an unknown one, of each uncertain one
+        unknown = len(weight)
+        rows = torch.where(times == 1, chunks, unknown)
+        table = [weight, symbols.frequent[None].to(weight.dtype)]
+        if len(uncertain.index):
+            with torch.autocast(latents.device.type, enabled=False):
+                parts = self._parts(uncertain, symbols, latents, times)
+            table.append(_MeanEmbedding.apply(weight, self.prior.detach(), parts).to(weight.dtype))
+            own = torch.arange(unknown + 1, unknown + 1 + len(uncertain.index), device=rows.device)
+            rows = rows.flatten().index_copy(0, uncertain.index, own).view(rows.shape)
+        table = torch.cat(table) * weight.shape[1] ** 0.5
+        return F.embedding(rows, table).flatten(2)
 
-    def nll(self, states, symbols: TokComSymbols, latents, times, chunks, chosen: TokComChoice) -> torch.Tensor:
-        """Nats per token `(B, N, K)` of the `chosen` among ids `chunks (B, N, K)`; `states (B, N, K * E)` is what the
-        network expects."""
+    def recognise(self, symbols: TokComSymbols, latents: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+        """Ids `(B, N, K)` of the tokens that are clean, the others 0."""
+        clean = TokComChoice.of(times == 1)
+        return self._map(lambda likelihood, table: likelihood.argmax(-1), clean, symbols, latents, times)
 
-        def loss(likelihood: torch.Tensor, table: torch.Tensor, states: torch.Tensor, ids: torch.Tensor):
-            return F.cross_entropy(self._logits(states) + likelihood, ids, reduction="none")
+    # ---- predicting ----
 
-        states = states.unflatten(-1, (self.num_symbols, -1))
-        return self._rows(loss, chosen, symbols, latents, times, states, chunks)
+    def nll(
+        self, states, symbols: TokComSymbols, latents, times, chunks, chosen: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mean cross-entropy of the tokens that `chosen (B, N, K)` marks, and the nats of each, `(B, N, K)`.
+
+        `states (B, N, K * E)` is what the network expects, `chunks (B, N, K)` the ids. Only the mean has a gradient.
+        """
+        blank = TokComChoice.of(chosen & (times == 0))
+        noisy = TokComChoice.of(chosen & (times > 0))
+        index = torch.cat((blank.index, noisy.index))
+        count = len(blank.index)
+        parts = [
+            _Part(slice(start, min(start + CROSS_ENTROPY_CHUNK, count)), None, None)
+            for start in range(0, count, CROSS_ENTROPY_CHUNK)
+        ]
+        with torch.autocast(latents.device.type, enabled=False):
+            for rows, *rest in self._parts(noisy, symbols, latents, times) if len(noisy.index) else []:
+                parts.append(_Part(slice(rows.start + count, rows.stop + count), *rest))
+        rows = states.unflatten(-1, (self.num_symbols, -1)).flatten(0, -2)[index]  # (R, E)
+        ids = chunks.flatten()[index]
+        mean, losses = _CrossEntropy.apply(rows, self.embedding.weight, self.prior, ids, parts)
+        whole = losses.new_zeros(chosen.numel()).index_copy(0, index, losses)
+        return mean, whole.view(chosen.shape)
 
     def mean_latents(self, states, symbols: TokComSymbols, latents, times) -> torch.Tensor:
         """E[x1 | x_t] `(B, N, C)`; tokens that are clean stay as they are."""
@@ -191,7 +368,7 @@ class TokComTokenHead(nn.Module):
             return probabilities @ table if table.ndim == 2 else (probabilities[:, None] @ table)[:, 0]
 
         states = states.unflatten(-1, (self.num_symbols, -1))
-        values = self._rows(mean, TokComChoice.of(times < 1), symbols, latents, times, states)  # (B, N, K, C / K)
+        values = self._map(mean, TokComChoice.of(times < 1), symbols, latents, times, states)  # (B, N, K, C / K)
         return torch.where((times == 1)[..., None], latents.float().view(values.shape), values).flatten(2)
 
     def draw(
@@ -207,11 +384,13 @@ class TokComTokenHead(nn.Module):
             if top_p < 1:
                 probabilities = nucleus(probabilities, top_p)
             edges = probabilities.cumsum(-1)
-            drawn = torch.searchsorted(edges, uniform[:, None] * edges[:, -1:], right=True)[:, 0]
-            return drawn.clamp_max(table.shape[-2] - 1)
+            # just below the sum, so that rounding never selects what has no probability
+            total = edges[:, -1:].nextafter(edges.new_zeros(()))
+            drawn = torch.searchsorted(edges, torch.minimum(uniform[:, None] * edges[:, -1:], total), right=True)
+            return drawn[:, 0]
 
         states = states.unflatten(-1, (self.num_symbols, -1))
-        return self._rows(ids, chosen, symbols, latents, times, states, uniform)
+        return self._map(ids, chosen, symbols, latents, times, states, uniform)
 
     def most_likely(self, states, symbols: TokComSymbols, latents, times) -> torch.Tensor:
         """The most likely ids `(B, N, K)` of all tokens."""
@@ -220,19 +399,7 @@ class TokComTokenHead(nn.Module):
             return (self._logits(states) + likelihood).argmax(-1)
 
         everywhere = TokComChoice.of(torch.ones_like(times, dtype=torch.bool))
-        return self._rows(ids, everywhere, symbols, latents, times, states.unflatten(-1, (self.num_symbols, -1)))
-
-    def latents_of(self, symbols: TokComSymbols, ids: torch.Tensor) -> torch.Tensor:
-        """Ids `(B, N, K)` -> their clean latents `(B, N, C)`."""
-        return symbols.table[torch.arange(self.num_symbols, device=ids.device), ids].flatten(2)
-
-    def recognise(self, symbols: TokComSymbols, latents: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
-        """Ids `(B, N, K)` of the tokens that are clean, the others 0."""
-        clean = TokComChoice.of(times == 1)
-        return self._rows(lambda likelihood, table: likelihood.argmax(-1), clean, symbols, latents, times)
-
-    def _logits(self, states: torch.Tensor) -> torch.Tensor:
-        return F.linear(states, self.embedding.weight, self.bias.to(states.dtype)).float()
+        return self._map(ids, everywhere, symbols, latents, times, states.unflatten(-1, (self.num_symbols, -1)))
 
 
 __all__ = ["TokComTokenHead", "TokComChoice", "TokComSymbols", "nucleus"]

@@ -35,7 +35,6 @@ from accelerate.utils import (
     send_to_device,
     set_seed,
 )
-from diffusers.optimization import get_scheduler
 from huggingface_hub.errors import StrictDataclassError
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -43,6 +42,7 @@ from transformers import PreTrainedTokenizerBase
 
 from configuration_tokcom import STAGES, TokComConfig, merge_overrides
 from modeling_tokcom import TokComModel
+from pipeline_text_tokcom import vocabulary_size
 from pipeline_tokcom import TokComPipeline
 from pipeline_video_tokcom import decode_clips
 from scheduling_tokcom import TokComFlowMatchScheduler
@@ -53,11 +53,12 @@ from training.corpora import Corpus, read_data
 from training.ema import ShardedEMAModel, decay_from_half_life, embeddings_in_the_root
 from training.export import export_repository
 from training.images import picture_grid
-from training.optimizer import build_optimizer
+from training.optimizer import build_optimizer, build_schedule
 from training.perceptual import FeatureLoss
 from training.precision import resolve_precision
 from training.tracking import check_tracker, log_picture, log_table
 
+ATTENTIONS = ("sdpa", "sdpa_float32", "eager")  # what `attention=auto` chooses from
 EXTRA = "extra.pt"  # of a checkpoint: progress, schedule and average
 SPIKES_AFTER = 50  # updates before the average gradient norm means something
 SAME_RUN = ("model_preset", "model", "tokenizer", "tokenizer_vocab_size", "init_from", "codec_from", "seed", "data")
@@ -78,7 +79,7 @@ def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase | None) 
     `config.model` overrides the preset's configuration, or that of `init_from`. Raises `ValueError` when weights do not
     fit the configuration or the tokenizer has another vocabulary.
     """
-    donor, size = config.init_from or config.codec_from, None if tokenizer is None else len(tokenizer)
+    donor, size = config.init_from or config.codec_from, None if tokenizer is None else vocabulary_size(tokenizer)
     if donor is None:
         model = TokComModel(TokComConfig.from_preset(config.model_preset, size, **config.model))
     else:
@@ -103,7 +104,7 @@ def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase | None) 
 def derived_config(config: TrainConfig, source: TokComConfig, vocab_size: int | None = None) -> TokComConfig:
     """The configuration of a model that starts from one with configuration `source`, or from its codec only.
 
-    `vocab_size` is the tokenizer's length, which a codec of pictures does not know.
+    `vocab_size` is the number of ids of text, which a codec of pictures does not know.
     """
     codec = source.codec_config.to_dict()
     if config.init_from:
@@ -162,10 +163,48 @@ class StageTrainer:
             model.codec.feature_loss = features
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable()
+        self.dataset, held_out = corpus.datasets(model, config, self.options, self.accelerator)
+        self.validation_loader = DataLoader(held_out, self.options.batch_size)
+        self.attention = self._choose_attention(model)
+        model.set_attn_implementation(self.attention)
         if config.torch_compile:
             for part in model.compilable_parts():
                 part.compile()
         self._prepare(model)
+
+    def _choose_attention(self, model: TokComModel) -> str:
+        """The attention function of this run: what the configuration says, what the run began with, or the fastest here.
+
+        Different functions differ in rounding, so a run that goes on keeps its own.
+        """
+        if self.config.attention != "auto":
+            return self.config.attention
+        newest = self.checkpoints.newest()
+        if newest is not None:
+            return torch.load(Path(newest) / EXTRA, map_location="cpu", weights_only=True).get("attention", "sdpa")
+        if self.accelerator.device.type != "cpu" or self.stage == "codec":
+            return "sdpa"
+        batch = next(iter(DataLoader(self.dataset, self.options.batch_size)))
+        seconds = {name: self._time_step(model, batch, name) for name in ATTENTIONS}
+        fastest = broadcast_object_list([min(seconds, key=seconds.get)])[0]
+        times = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
+        self.accelerator.print(f"{self.stage}: attention {fastest!r} (a step takes {times})")
+        return fastest
+
+    def _time_step(self, model: TokComModel, batch: dict[str, torch.Tensor], attention: str) -> float:
+        """Seconds of one forward and backward pass with an attention function, the faster of two."""
+        model.set_attn_implementation(attention)
+        model.train()
+        seconds = []
+        for _ in range(2):
+            torch.manual_seed(0)
+            started = time.perf_counter()
+            with self.accelerator.autocast():
+                loss = model(**batch).loss
+            loss.backward()
+            model.zero_grad()
+            seconds.append(time.perf_counter() - started)
+        return min(seconds)
 
     def _check_launch(self) -> None:
         world = int(os.environ.get("WORLD_SIZE", 1))
@@ -193,8 +232,7 @@ class StageTrainer:
 
     def _prepare(self, model: TokComModel) -> None:
         options = self.options
-        self.dataset, held_out = self.corpus.datasets(model, self.config, options, self.accelerator)
-        self.validation_loader, loader = DataLoader(held_out, options.batch_size), self._loader()
+        loader = self._loader()
         sharded = self.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
         if options.muon_learning_rate and sharded:
             raise ValueError(
@@ -203,9 +241,8 @@ class StageTrainer:
             )
         rates = options.learning_rate, options.muon_learning_rate, options.weight_decay
         optimizer = build_optimizer(model, *rates, self.accelerator.device)
-        self.lr_scheduler = get_scheduler(
-            "cosine", optimizer, num_warmup_steps=options.warmup_steps, num_training_steps=options.max_steps
-        )
+        schedule = options.max_steps, options.warmup_steps, options.cooldown_share
+        self.lr_scheduler = build_schedule(optimizer, *schedule)
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:  # it sees no loader to ask
             plugin = self.accelerator.state.deepspeed_plugin
             plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = options.batch_size
@@ -562,7 +599,8 @@ class StageTrainer:
     def _extra_state(self) -> dict[str, object]:
         """What a checkpoint holds besides what accelerate saves; gathers shards, so every rank calls it."""
         extra = {"progress": self.progress, "scheduler": self.lr_scheduler, "average": self.ema}
-        return {name: part.state_dict() for name, part in extra.items() if part is not None}
+        state = {name: part.state_dict() for name, part in extra.items() if part is not None}
+        return state | {"attention": self.attention}
 
     def _save_checkpoint(self) -> None:
         accelerator, extra = self.accelerator, self._extra_state()

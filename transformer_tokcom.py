@@ -42,6 +42,9 @@ except ImportError:
     expand_attention_mask, rotary_embedding = _layers.expand_attention_mask, _layers.rotary_embedding
 
 
+START_OF_TEXT, INSIDE_TEXT = -1, -2  # positions of the learned latent before the first one
+
+
 @dataclass
 class TokComTransformerOutput(ModelOutput):
     """What the x1 network returns.
@@ -132,6 +135,7 @@ class TokComTransformer(TokComPreTrainedModel):
         if config.num_context_layers:
             self.context_norm = TokComRMSNorm(config.hidden_size, config.rms_norm_eps)
             self.context_proj = TokComProjection(config.hidden_size, config.hidden_size)
+        self.start_embedding = nn.Embedding(2, config.hidden_size) if config.start_latents else None
         self.stream_embedding = None
         if config.stream_channels is not None:
             self.stream_embedding = nn.Embedding(len(config.stream_channels), config.hidden_size)
@@ -145,6 +149,35 @@ class TokComTransformer(TokComPreTrainedModel):
         channels = torch.tensor(self.config.stream_channels, device=position_ids.device)
         owner = torch.arange(len(channels), device=channels.device).repeat_interleave(channels)
         return position_ids[..., :1].long() == owner
+
+    def _place_starts(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """Put the learned latents where `position_ids (B, S, 1)` are negative: `START_OF_TEXT` or `INSIDE_TEXT`."""
+        if self.start_embedding is None:
+            return hidden_states
+        kind = (position_ids[..., 0] == INSIDE_TEXT).long()
+        starts = self.start_embedding(kind).to(hidden_states.dtype)
+        return torch.where(position_ids[..., :1] < 0, starts, hidden_states)
+
+    def read_context(
+        self, features: torch.Tensor, position_ids: torch.Tensor, attention_mask: torch.Tensor
+    ) -> torch.Tensor:
+        """What the context layers know at each clean latent, as the layers after them are told: `(B, S, D)`.
+
+        Args:
+            features (`torch.FloatTensor` of shape `(B, S, feature_size)`): what the clean latents hold.
+            position_ids (`torch.LongTensor` of shape `(B, S, 1)`): negative where a learned latent stands, otherwise the
+                same in all rows.
+            attention_mask (`torch.BoolTensor` of shape `(B, S, S)`): which key each query sees.
+        """
+        config = self.config
+        hidden_states = self._place_starts(self.proj_in(features), position_ids)  # (B, S, D)
+        head_size = config.hidden_size // config.num_attention_heads
+        tables = rotary_embedding(position_ids[:1].clamp_min(-1), head_size, config.rope_theta)
+        implementation, length = config._attn_implementation, features.shape[1]
+        mask = expand_attention_mask(attention_mask, length, implementation, hidden_states.dtype)
+        for layer in self.layers[: config.num_context_layers]:
+            hidden_states = layer(hidden_states, None, tables, mask)
+        return self.context_proj(self.context_norm(hidden_states))
 
     def modulate(self, timestep: torch.Tensor) -> list[torch.Tensor]:
         """t `(B, S)` -> the scales, shifts and gates `(B, S, ...)` of every layer after the context layers."""
@@ -218,6 +251,8 @@ class TokComTransformer(TokComPreTrainedModel):
             latents = torch.where(own, latents, 0)
             self_condition = None if self_condition is None else torch.where(own, self_condition, 0)
         hidden_states = self._embed(latents, self_condition, features)  # (B, S, D)
+        if position_ids is not None:
+            hidden_states = self._place_starts(hidden_states, position_ids)
         if own is not None:
             hidden_states = hidden_states + self.stream_embedding(position_ids[..., 0].long())
         if prefix is not None:
@@ -230,7 +265,9 @@ class TokComTransformer(TokComPreTrainedModel):
             if position_ids is None:
                 position_ids = torch.arange(latents.shape[1], device=latents.device)[None, :, None]
             tables = rotary_embedding(
-                position_ids, config.hidden_size // config.num_attention_heads, config.rope_theta
+                position_ids.clamp_min(-1) if config.start_latents else position_ids,
+                config.hidden_size // config.num_attention_heads,
+                config.rope_theta,
             )
         if config.head_attention:
             implementation, queries = config._attn_implementation, hidden_states.shape[1]
@@ -354,4 +391,4 @@ class TokComTransformer(TokComPreTrainedModel):
         return self.context_proj(torch.where(earlier.any(-1, keepdim=True), nearest, 0))
 
 
-__all__ = ["TokComTransformer", "TokComTransformerOutput", "block_causal_mask"]
+__all__ = ["TokComTransformer", "TokComTransformerOutput", "block_causal_mask", "START_OF_TEXT", "INSIDE_TEXT"]

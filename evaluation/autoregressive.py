@@ -30,8 +30,9 @@ from transformers import (
 )
 
 from evaluation.flops import training_flops_per_step
+from pipeline_text_tokcom import vocabulary_size
 from training.config import DataConfig
-from training.data import PackedDataset, load_documents, tokenize_documents
+from training.data import PackedDataset, WindowShape, load_documents, tokenize_documents
 from training.optimizer import build_optimizer
 from training.precision import has_fast_bfloat16
 
@@ -41,8 +42,10 @@ PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 class CausalWindows(torch.utils.data.Dataset):
     """Windows of packed documents with the labels that a causal language model wants; a new offset per epoch."""
 
-    def __init__(self, tokens: np.ndarray, sequence_length: int, seed: int):
-        self.windows = PackedDataset(tokens, sequence_length, 1, seed, training=True)
+    def __init__(self, tokens: np.ndarray, sequence_length: int, eos_token_id: int, seed: int):
+        self.windows = PackedDataset(
+            tokens, WindowShape(sequence_length, 1, lead=1), eos_token_id, seed, training=True
+        )
         self.served = 0
 
     def __len__(self) -> int:
@@ -104,7 +107,9 @@ def train(
 ) -> LlamaForCausalLM:
     """Train on `tokens (T,)` with TokCom's optimizer, bfloat16 where it is fast, and a cosine schedule; returns and saves the model."""
     set_seed(seed)
-    config = llama_config(len(tokenizer), hidden_size, num_hidden_layers, num_parameters, tokenizer.eos_token_id)
+    config = llama_config(
+        vocabulary_size(tokenizer), hidden_size, num_hidden_layers, num_parameters, tokenizer.eos_token_id
+    )
     model = LlamaForCausalLM(config)
 
     def optimizer_of(model: LlamaForCausalLM) -> torch.optim.Optimizer:
@@ -133,7 +138,7 @@ def train(
     started = time.perf_counter()
     optimizer = optimizer_of(model)
     schedule = get_scheduler("cosine", optimizer, max(1, min(200, max_steps // 10)), max_steps)
-    data = CausalWindows(tokens, sequence_length, seed)
+    data = CausalWindows(tokens, sequence_length, tokenizer.eos_token_id, seed)
     trainer = Trainer(model, options, train_dataset=data, optimizers=(optimizer, schedule))
     loss = trainer.train().training_loss
     model = model.eval()

@@ -53,7 +53,11 @@ def train_row(name: str, args: argparse.Namespace) -> TokComModel:
     overrides += ["stage=codec", "num_samples=0", "report_to=none", f"seed={args.seed}", f"output_dir={output}"]
     overrides += [f"codec.max_steps={args.max_steps}", f"codec.eval_steps={args.max_steps}", "codec.eval_batches=4"]
     overrides += [f"codec.checkpoint_steps={args.max_steps}", "model.prediction_type=latents"]
-    overrides += ["model.transformer_config.head_attention=true", "model.codec_config.encoder_type=chunk"]
+    overrides += [
+        "model.transformer_config.head_attention=true",
+        "model.transformer_config.start_latents=false",
+        "model.codec_config.encoder_type=chunk",
+    ]
     overrides += [f"model.codec_config.{key}={value}" for key, value in ROWS[name].items()]
     overrides += [f"model.transformer_config.latent_channels={ROWS[name]['latent_channels']}"]
     run(load_train_config("tiny", overrides))

@@ -31,6 +31,7 @@ from evaluation.images import Classifier, recognised, train_classifier
 from evaluation.judges import TokenJudge
 from evaluation.report import table
 from image_processing_tokcom import TokComImageProcessor
+from pipeline_text_tokcom import vocabulary_size
 from pipeline_tokcom import TokComPipeline
 from training.config import DataConfig
 from training.data import load_documents
@@ -152,7 +153,7 @@ def measure_pictures(study: Study) -> dict:
         name: tokenizer(part["caption"], add_special_tokens=False)["input_ids"]
         for name, part in (("train", train), ("test", test))
     }
-    pairs = train_pairs(train["pixels"], rows["train"], len(tokenizer), args.contrastive_steps, args.seed)
+    pairs = train_pairs(train["pixels"], rows["train"], vocabulary_size(tokenizer), args.contrastive_steps, args.seed)
     found = {"direction": "text to picture", "measure": f"caption found among {CANDIDATES}", "chance": 1 / CANDIDATES}
     found["nearest training record"] = retrieved(
         pairs, train["pixels"][copied(test["caption"], train["caption"])], rows["test"], args.seed

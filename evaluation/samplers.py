@@ -11,6 +11,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from pipeline_text_tokcom import vocabulary_size
 from pipeline_tokcom import TokComPipeline
 from training.precision import half_precision
 
@@ -37,29 +38,29 @@ class TokComSampler:
             pipe.scheduler.register_to_config(noise_std=pipe.model.config.noise_std * self.noise_scale)
         pipe.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(seed)
-        latents = pipe._num_latents(length)
         total = count if prompts is None else len(prompts)
         for start in tqdm(range(0, total, self.batch_size), desc="TokCom", leave=False):
-            context, positions, size = None, None, min(self.batch_size, total - start)
-            if prompts is not None:
-                ids, mask = pipe._pad(prompts[start : start + size].tolist(), "left")
-                context = pipe.model.encode(ids, mask)
-                positions = pipe._positions_after(context, latents)
-            noise = pipe.prepare_latents(size, latents, generator) * self.noise_scale
-            with half_precision(noise.device.type):
-                _, ids = pipe._sample(
-                    noise,
-                    context,
-                    positions,
-                    num_inference_steps=self.num_inference_steps,
-                    guidance_scale=self.guidance_scale,
-                    temperature=self.temperature,
-                    top_p=self.top_p,
-                    generator=generator,
-                )
+            size = min(self.batch_size, total - start)
+            settings = {
+                "num_inference_steps": self.num_inference_steps,
+                "guidance_scale": self.guidance_scale,
+                "temperature": self.temperature,
+                "top_p": self.top_p,
+                "generator": generator,
+            }
+            with half_precision(pipe._execution_device.type):
+                if prompts is None:
+                    noise = pipe.prepare_latents(size, pipe._num_latents(length), generator)
+                    _, ids = pipe._sample(noise * self.noise_scale, **settings)
+                else:
+                    known = prompts[start : start + size].tolist()
+                    skip, blocks = pipe._continue_rows(known, length, None, noise_scale=self.noise_scale, **settings)
+                    ids = torch.cat([ids for _, ids in blocks], dim=1)[:, skip[0] :]
             rows.append(ids[:, :length].cpu().numpy())
         ids = np.concatenate(rows)
-        return np.where(ids < len(pipe.tokenizer), ids, pipe.tokenizer.eos_token_id)  # judges know no mask token
+        return np.where(
+            ids < vocabulary_size(pipe.tokenizer), ids, pipe.tokenizer.eos_token_id
+        )  # judges know no mask token
 
 
 @dataclass

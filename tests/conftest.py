@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 
 from configuration_tokcom import TokComConfig
 from modeling_tokcom import TokComModel
+from pipeline_text_tokcom import vocabulary_size
 from pipeline_tokcom import TokComPipeline
 from scheduling_tokcom import TokComFlowMatchScheduler
 from training.data import train_tokenizer
@@ -71,7 +72,7 @@ def build(tokenizer):
     def make(**overrides) -> TokComPipeline:
         torch.manual_seed(0)
         overrides.setdefault("stage", "flow")
-        model = TokComModel(tiny_config(len(tokenizer), **overrides)).eval()
+        model = TokComModel(tiny_config(vocabulary_size(tokenizer), **overrides)).eval()
         for name, parameter in model.transformer.named_parameters():
             if "modulation" in name:  # a block at initialisation is the identity, which would hide mistakes
                 torch.nn.init.normal_(parameter, std=0.3)

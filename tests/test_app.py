@@ -12,6 +12,7 @@ import pytest
 from app import CSS, FONTS, Demo, build_page, colored
 from configuration_tokcom import TokComConfig
 from modeling_tokcom import TokComModel
+from pipeline_text_tokcom import vocabulary_size
 from pipeline_tokcom import TokComPipeline
 from scheduling_tokcom import TokComFlowMatchScheduler
 from tests.conftest import ROOT, seeded
@@ -92,7 +93,9 @@ def test_mistakes_become_messages_and_the_page_goes_on(demo, call, message):
 
 def test_a_pixel_model_brings_a_tab(build):
     words = build()
-    config = TokComConfig.from_preset("pixel-tiny", len(words.tokenizer), transformer_config={"num_hidden_layers": 1})
+    config = TokComConfig.from_preset(
+        "pixel-tiny", vocabulary_size(words.tokenizer), transformer_config={"num_hidden_layers": 1}
+    )
     scheduler = TokComFlowMatchScheduler.from_model_config(config)
     demo = Demo(words, TokComPipeline(TokComModel(config).eval(), scheduler, words.tokenizer))
     picture, text = demo.to_picture("Mr. Rabbit went home.")
@@ -182,7 +185,7 @@ def test_probabilities_are_those_of_the_model_given_the_text_before(build):
     """Where every token is decided on its own they multiply to a distribution: over the next token they sum to 1."""
     pipe = build(**TURNS)
     demo, total = Demo(pipe), 0.0
-    for token in range(len(pipe.tokenizer) + 1):
+    for token in range(vocabulary_size(pipe.tokenizer)):
         total += demo.probabilities("Mr. Rabbit went", [token])[0]
     assert abs(total - 1) < 1e-3
 

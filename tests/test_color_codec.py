@@ -8,6 +8,7 @@ from transformers import get_scheduler
 from codec_color_tokcom import TokComColorCodec, dct_matrix
 from configuration_tokcom import PRESETS, TokComColorCodecConfig, TokComConfig
 from modeling_tokcom import TokComModel
+from pipeline_text_tokcom import vocabulary_size
 from pipeline_tokcom import TokComPipeline
 from scheduling_tokcom import TokComFlowMatchScheduler
 from training.optimizer import build_optimizer
@@ -139,7 +140,7 @@ def test_raster_models_take_whole_rows_of_patches(tokenizer):
     raster = {"layout": "raster"}
     with pytest.raises(StrictDataclassError, match=r"`block_size` \(3\).*4 patches"):
         pixel_model(codec_config=raster, transformer_config={"block_size": 3})
-    model = pixel_model(len(tokenizer), codec_config=raster, transformer_config={"block_size": 4}).eval()
+    model = pixel_model(vocabulary_size(tokenizer), codec_config=raster, transformer_config={"block_size": 4}).eval()
     pipe = TokComPipeline(model, TokComFlowMatchScheduler.from_model_config(model.config), tokenizer)
     with pytest.raises(ValueError, match=r"`num_chunks` \(3\).*multiple of 4"):
         pipe.generate(num_chunks=3)
@@ -149,7 +150,7 @@ def test_raster_models_take_whole_rows_of_patches(tokenizer):
 @pytest.mark.parametrize("digits", ["color", "bits"])
 @pytest.mark.parametrize("width", [None, 7, 4000])
 def test_a_text_survives_as_a_png_of_any_width(tokenizer, tmp_path, digits, width):
-    model = pixel_model(len(tokenizer), digits)
+    model = pixel_model(vocabulary_size(tokenizer), digits)
     pipe = TokComPipeline(model, TokComFlowMatchScheduler.from_model_config(model.config), tokenizer)
     text = "Squinty was a little pig. " * 40 + tokenizer.eos_token
     image = pipe.text_to_image(text, width)
@@ -223,7 +224,9 @@ def test_the_unet_sees_the_prompt_where_training_showed_it():
     pipe.set_progress_bar_config(disable=True)
     model.predict = lambda x, *args, **kwargs: TokComTransformerOutput(latents=whole.latents)
     noise = torch.randn(1, 5, 12)
-    found, _ = pipe._sample(noise, context, pipe._positions_after(context, 5), num_inference_steps=1, decode=False)
+    found, _ = pipe._sample(
+        noise, context, model.codec.positions(torch.arange(5, 10)[None]), num_inference_steps=1, decode=False
+    )
     torch.testing.assert_close(found, model.refine(whole.latents, whole.position_ids)[:, 5:])
 
 
@@ -235,7 +238,7 @@ def test_the_mask_token_is_never_decoded_to():
 def test_texts_are_no_pictures_of_other_models(tokenizer):
     from modeling_tokcom import TokComModel as Model
 
-    other = Model(TokComConfig.from_preset("debug", len(tokenizer)))
+    other = Model(TokComConfig.from_preset("debug", vocabulary_size(tokenizer)))
     pipe = TokComPipeline(other, TokComFlowMatchScheduler.from_model_config(other.config), tokenizer)
     with pytest.raises(ValueError, match="load a pixel model"):
         pipe.text_to_image("Squinty")
@@ -246,7 +249,7 @@ def test_texts_are_no_pictures_of_other_models(tokenizer):
     [("color", 400, 0.85), ("bits", 400, 0.85), ("bits of tokens", 800, 0.95)],
 )
 def test_pixel_model_learns_one_batch_and_writes_it_from_noise(tokenizer, digits, steps, share):
-    size = len(tokenizer)
+    size = vocabulary_size(tokenizer)
     model = pixel_model(size, digits).train()
     ids = torch.randint(0, size, (4, 32), generator=torch.Generator().manual_seed(3))
     prompt, rest = ids[:, :16], ids[:, 16:]
@@ -261,8 +264,11 @@ def test_pixel_model_learns_one_batch_and_writes_it_from_noise(tokenizer, digits
     pipe = TokComPipeline(model.eval(), TokComFlowMatchScheduler.from_model_config(model.config), tokenizer)
     pipe.set_progress_bar_config(disable=True)
     context = model.encode(prompt)
+    known = context.mask.shape[1]
     noise = pipe.prepare_latents(4, 4, torch.Generator().manual_seed(0))
     with torch.no_grad():
-        _, written = pipe._sample(noise, context, pipe._positions_after(context, 4), num_inference_steps=20)
+        _, written = pipe._sample(
+            noise, context, model.codec.positions(torch.arange(known, known + 4).expand(4, -1)), num_inference_steps=20
+        )
     assert (written == rest).float().mean() > share  # by chance 1 in 320
     assert isinstance(pipe("Squinty", gen_length=20, num_inference_steps=2).texts[0], str)

@@ -100,7 +100,7 @@ def test_text_modes_of_a_converted_model_are_the_published_ones(published, with_
     torch.testing.assert_close(pipe.encode(text).latents, latents, **close)
     assert torch.equal(pipe.reconstruct(text).sequences, published.decode(latents).argmax(-1))
 
-    noise = 0.05 * torch.randn(1, 2, D, generator=torch.Generator().manual_seed(3))
+    noise = pipe.prepare_latents(1, 2, torch.Generator().manual_seed(3))
     generator = torch.Generator().manual_seed(3)
     denoised = pipe.denoise_reconstruct(text, 0.5, num_inference_steps=10, generator=generator).latents
     torch.testing.assert_close(denoised, published.euler(0.5 * noise + 0.5 * latents, 10, start=0.5), **close)

@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import subprocess
@@ -10,17 +11,21 @@ import pytest
 import torch
 import yaml
 
+from pipeline_text_tokcom import text_ids, vocabulary_size, with_pad_token
 from tests.conftest import ROOT
 from train_accelerate import read_data
 from training.config import DataConfig, TrainConfig
 from training.data import (
+    CodecMix,
     DialogueDataset,
     PackedDataset,
     StreamingPackedDataset,
+    WindowShape,
     cache_latents,
     is_dialogue,
     load_documents,
     messages_of,
+    random_unicode,
     tokenize_dialogues,
     tokenize_document,
     tokenize_documents,
@@ -28,6 +33,7 @@ from training.data import (
     train_tokenizer,
 )
 
+LEFT = WindowShape(64, 4, pads_left=True)
 TEXTS = ["Once upon a time.\n\nThere was a pig — “Squinty”.", "第二篇 document."]
 
 
@@ -105,7 +111,7 @@ def test_a_record_without_text_is_named_and_not_dropped():
 
 def test_an_epoch_covers_the_corpus_from_a_new_offset():
     tokens = np.arange(1000, dtype=np.int32)
-    dataset = PackedDataset(tokens, 64, 4, seed=0, training=True)
+    dataset = PackedDataset(tokens, LEFT, 9999, seed=0, training=True)
     starts = set()
     for epoch in range(20):
         dataset.set_epoch(epoch)
@@ -113,12 +119,13 @@ def test_an_epoch_covers_the_corpus_from_a_new_offset():
         assert torch.equal(rows.flatten(), torch.arange(rows.numel()) + rows[0, 0])  # no gap, no overlap
         starts.add(int(rows[0, 0]) % 4)
     assert starts == {0, 1, 2, 3}  # chunk boundaries fall everywhere
-    held_out = PackedDataset(tokens, 64, 4, seed=0, training=False)
+    held_out = PackedDataset(tokens, WindowShape(64, 4), 9999, seed=0, training=False)
     assert held_out[0]["input_ids"][0] == 0 and held_out[0]["attention_mask"].all()
 
 
-def test_padding_is_at_the_left_and_shorter_than_a_chunk():
-    dataset = PackedDataset(np.arange(10_000, dtype=np.int32), 16, 4, seed=0, training=True)
+def test_padding_of_models_that_regress_latents_is_at_the_left_and_shorter_than_a_chunk():
+    shape = WindowShape(16, 4, pads_left=True)
+    dataset = PackedDataset(np.arange(10_000, dtype=np.int32), shape, 99_999, seed=0, training=True)
     padding = [16 - int(dataset[i]["attention_mask"].sum()) for i in range(len(dataset))]
     assert set(padding) == {0, 1, 2, 3} and 0.1 < np.mean(np.array(padding) > 0) < 0.3
     row = next(dataset[i]["attention_mask"] for i in range(len(dataset)) if padding[i] == 3)
@@ -126,18 +133,66 @@ def test_padding_is_at_the_left_and_shorter_than_a_chunk():
 
 
 def test_short_corpus_gives_one_padded_window_and_empty_one_an_error():
-    row = PackedDataset(np.arange(5, dtype=np.int32), 16, 4, seed=0, training=False)[0]
+    shape = WindowShape(16, 4)
+    row = PackedDataset(np.arange(5, dtype=np.int32), shape, 99, seed=0, training=False)[0]
     assert row["attention_mask"].sum() == 5
     with pytest.raises(ValueError, match="empty"):
-        PackedDataset(np.zeros(0, dtype=np.int32), 16, 4, seed=0, training=True)
+        PackedDataset(np.zeros(0, dtype=np.int32), shape, 99, seed=0, training=True)
     with pytest.raises(ValueError, match=r"\(18\).*20"):
-        PackedDataset(np.zeros(99, dtype=np.int32), 18, 4, seed=0, training=True)
+        WindowShape(18, 4)
+
+
+def test_half_of_the_windows_begin_where_a_document_begins_and_all_say_whether_they_do():
+    tokens = np.ones(40_000, dtype=np.int32)
+    tokens[99::100] = 0  # EOS
+    tokens[::100] = 2  # first tokens of documents
+    shape = WindowShape(128, 4, marks_starts=True)
+    windows = PackedDataset(tokens, shape, 0, seed=0, training=True)
+    items = [windows[i] for i in range(len(windows))]
+    begins = [bool(item["text_start"]) for item in items]
+    assert begins == [int(item["input_ids"][0]) == 2 for item in items]
+    assert 0.4 < np.mean(begins) < 0.6
+    assert not any(item["attention_mask"].eq(0).any() for item in items)  # nothing is padded
+    lead = PackedDataset(tokens, WindowShape(128, 1, lead=1), 0, seed=0, training=True)
+    firsts = [int(lead[i]["input_ids"][0]) for i in range(len(lead))]
+    assert 0.4 < np.mean([first == 0 for first in firsts]) < 0.6  # an autoregressive model begins from EOS
+
+
+def test_codec_training_sees_every_token_and_random_unicode(tokenizer):
+    text = PackedDataset(np.full(64_000, 7, dtype=np.int32), WindowShape(64, 4), 0, seed=0, training=True)
+    mix = CodecMix(text, tokenizer, seed=0)
+    rows = torch.stack([mix[i]["input_ids"] for i in range(900)])
+    assert rows.unique().numel() == vocabulary_size(tokenizer)
+    plain = (rows == 7).all(1).float().mean()
+    assert 0.55 < plain < 0.7
+    assert torch.equal(rows[5], mix[5]["input_ids"])
+    string = random_unicode(np.random.default_rng(0), 1000)
+    assert tokenizer.decode(text_ids(tokenizer, string)) == string
+
+
+@pytest.mark.parametrize("text", ["a </s> b", "<pad>", "</s></s>"])
+def test_text_that_spells_a_special_token_is_text(tokenizer, text):
+    ids = text_ids(tokenizer, text)
+    assert tokenizer.eos_token_id not in ids and tokenizer.pad_token_id not in ids
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    assert tokenize_document(tokenizer, text) == [*ids, tokenizer.eos_token_id]
+    turns = [{"role": "user", "content": text}]
+    assert tokenize_prompt(tokenizer, turns) == ids
+
+
+def test_the_last_token_of_every_tokenizer_is_its_pad_token(tokenizer):
+    assert tokenizer.pad_token_id == len(tokenizer) - 1 == vocabulary_size(tokenizer)
+    other = copy.deepcopy(tokenizer)
+    other.pad_token = other.eos_token  # as many do
+    assert vocabulary_size(other) == len(other)
+    padded = with_pad_token(other)
+    assert padded.pad_token_id == len(padded) - 1 != padded.eos_token_id and padded.pad_token != "<pad>"
 
 
 def test_stream_gives_full_windows_of_the_same_tokens():
     path, config = str(ROOT / "sample_data" / "stories_validation.jsonl"), DataConfig(streaming=True)
     tokenizer = train_tokenizer((r["text"] for r in load_documents(path, config, "train")), 320)
-    stream = StreamingPackedDataset(load_documents(path, config, "train"), tokenizer, "text", 64, 4, 0, 1)
+    stream = StreamingPackedDataset(load_documents(path, config, "train"), tokenizer, "text", LEFT, 0, 1)
     rows = list(stream)
     total = sum(len(tokenize_document(tokenizer, r["text"])) for r in load_documents(path, DataConfig(), "train"))
     assert total - 128 <= sum(len(r["input_ids"]) for r in rows) <= total
@@ -159,7 +214,7 @@ def test_dialogues_of_any_form_become_a_prompt_and_an_answer(tmp_path, tokenizer
     prompt, answer = tokenize_dialogues(documents, tokenizer, "dialogues")[0]
     assert tokenizer.decode(prompt) == "What is a pig?"
     assert answer[-1] == tokenizer.eos_token_id and tokenizer.decode(answer[:-1]) == "An animal."
-    window = DialogueDataset([(prompt, answer)], 64, 4, tokenizer.eos_token_id)[0]
+    window = DialogueDataset([(prompt, answer)], LEFT, tokenizer.eos_token_id)[0]
     start = int(window["known_mask"].sum())
     assert start % 4 == 0 and window["attention_mask"].sum() == 64 - (start - len(prompt))
     assert window["input_ids"][start - len(prompt) : start].tolist() == prompt
@@ -167,9 +222,15 @@ def test_dialogues_of_any_form_become_a_prompt_and_an_answer(tmp_path, tokenizer
     assert (window["input_ids"][start + len(answer) :] == tokenizer.eos_token_id).all()
 
 
-def test_chat_templates_shape_the_prompt(tokenizer):
-    import copy
+def test_an_answer_begins_inside_the_last_chunk_of_its_prompt_and_nothing_is_learnt_after_its_end():
+    shape = WindowShape(64, 4, ends_at_eos=True, marks_starts=True)
+    window = DialogueDataset([([5, 6, 7, 8, 9, 10], [20, 21, 22, 2])], shape, 2)[0]
+    assert window["input_ids"][:12].tolist() == [5, 6, 7, 8, 9, 10, 20, 21, 22, 2, 2, 2]
+    assert window["known_mask"].tolist() == [1] * 6 + [0] * 58
+    assert window["attention_mask"].tolist() == [1] * 12 + [0] * 52 and bool(window["text_start"])
 
+
+def test_chat_templates_shape_the_prompt(tokenizer):
     templated = copy.deepcopy(tokenizer)
     templated.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
     ids = tokenize_prompt(templated, messages_of(FORMS[0])[:-1])
@@ -177,10 +238,10 @@ def test_chat_templates_shape_the_prompt(tokenizer):
 
 
 def test_long_dialogues_keep_the_end_of_the_prompt_and_the_beginning_of_the_answer():
-    window = DialogueDataset([(list(range(100)), list(range(100, 200)))], 32, 8, 999)[0]
+    window = DialogueDataset([(list(range(100)), list(range(100, 200)))], WindowShape(32, 8), 999)[0]
     assert window["input_ids"].tolist() == [*range(76, 100), *range(100, 108)]
     with pytest.raises(ValueError, match=r"`sequence_length` \(8\)"):
-        DialogueDataset([], 8, 8, 999)
+        DialogueDataset([], WindowShape(8, 8), 999)
 
 
 @pytest.mark.parametrize(
@@ -285,7 +346,7 @@ def test_cached_latents_are_those_of_their_windows(tmp_path, build):
     model, file = build().model, tmp_path / "latents.f32"
     tokens = np.random.default_rng(0).integers(0, 320, 4 * 100 + 3).astype(np.int32)
     latents = cache_latents(model, tokens, file, rows=64)
-    data = PackedDataset(tokens, 32, 4, seed=0, training=True, latents=latents)
+    data = PackedDataset(tokens, WindowShape(32, 4, pads_left=True), 999, seed=0, training=True, latents=latents)
     for epoch in range(3):
         data.set_epoch(epoch)
         for item in (data[0], data[len(data) - 1]):
@@ -294,7 +355,7 @@ def test_cached_latents_are_those_of_their_windows(tmp_path, build):
     written = file.stat().st_mtime_ns
     assert np.array_equal(cache_latents(model, tokens, file), latents) and file.stat().st_mtime_ns == written
     with pytest.raises(ValueError, match="do not fill a window of 512"):
-        PackedDataset(tokens, 512, 4, seed=0, training=True, latents=latents)
+        PackedDataset(tokens, WindowShape(512, 4), 999, seed=0, training=True, latents=latents)
 
 
 def test_sources_whose_files_have_other_kinds_of_strings_are_joined(tmp_path):

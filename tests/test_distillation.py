@@ -16,7 +16,9 @@ from distill_accelerate import Distillation, ModelDenoiser
 from distill_accelerate import main as distill
 from evaluation.students import main as measure_students
 from modeling_tokcom import TokComModel
+from pipeline_text_tokcom import vocabulary_size
 from pipeline_tokcom import TokComPipeline
+from sampling_tokcom import spawn_generators
 from scheduling_tokcom import TokComFlowMatchScheduler
 from tests import test_images as images
 from tests.conftest import ROOT
@@ -167,7 +169,7 @@ def teacher_of(kind: str, build, directory) -> list[str]:
     if kind == "images":
         tokenizer = train_tokenizer(["a cat"], 300)
         torch.manual_seed(0)
-        net = TokComModel(images.model(len(tokenizer) + 1).config)
+        net = TokComModel(images.model(vocabulary_size(tokenizer) + 1).config)
         TokComPipeline(net, TokComFlowMatchScheduler.from_model_config(net.config), tokenizer).save_pretrained(
             directory
         )
@@ -206,7 +208,8 @@ def test_the_pipeline_samples_a_student_as_distillation_simulates_it(build, monk
     noise = torch.randn(1, 8, 16)
     options = {"num_inference_steps": 4, "latents": noise, "output_type": "latent"}
     drawn = pipe.generate(8, generator=torch.Generator().manual_seed(3), **options).latents
-    denoiser, source = ModelDenoiser(pipe.model), torch.Generator().manual_seed(3)
+    denoiser = ModelDenoiser(pipe.model)
+    (source,) = spawn_generators(torch.Generator().manual_seed(3), 1)
     monkeypatch.setattr(torch, "randn_like", lambda x: torch.randn(x.shape, generator=source))
     with torch.no_grad():
         simulated = generate(lambda x, t: denoiser(x, t, {}), noise, (0.0, 0.25, 0.5, 0.75))
@@ -277,7 +280,11 @@ def test_students_of_texts_are_measured_beside_their_teacher(build, tmp_path, to
     pipe.model.config.num_inference_steps = 2
     pipe.save_pretrained(tmp_path / "student")
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+        vocab_size=vocabulary_size(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "judge")
     arguments = ["--teacher", str(tmp_path / "teacher"), "--students", str(tmp_path / "student"), "--data", STORIES]

@@ -23,9 +23,11 @@ from evaluation.reconstruction import NOISE_LEVELS, TIMESTEPS, rarest_ids, recon
 from evaluation.reference import read_predictions, reference_metrics
 from evaluation.samplers import AutoregressiveSampler, TokComSampler
 from modeling_tokcom import TokComModel
+from pipeline_text_tokcom import vocabulary_size
 from tests.conftest import ROOT, tiny_config
 from train_accelerate import build_model, derived_config
 from training.config import load_train_config
+from training.data import train_tokenizer
 
 RECIPE = TokComConfig.from_preset("tiny", 4096)
 WORDS = np.random.default_rng(0)
@@ -174,7 +176,7 @@ def test_every_ablation_row_is_a_model(name):
     row = ROWS["rows"][name]
     if "codec" not in row:
         config = load_train_config(row["preset"], row_overrides(row))
-        assert build_model(config, range(4096)).config.codec_config.model_type == "tokcom_color_codec"
+        assert build_model(config, train_tokenizer(["a"], 4096)).config.codec_config.model_type == "tokcom_color_codec"
         return
     codec = load_train_config("tiny", [*ROWS["codec_common"], *ROWS["codecs"][row["codec"]]])
     donor = TokComConfig.from_preset("tiny", 4096, **codec.model)
@@ -233,7 +235,7 @@ def test_rarest_ids_are_the_least_frequent():
 def test_command_writes_every_measure_beside_its_controls(build, tmp_path, capsys):
     pipe = build()
     pipe.save_pretrained(tmp_path / "model")
-    peer = LlamaForCausalLM(llama_config(len(pipe.tokenizer), 64, 1, None, pipe.tokenizer.eos_token_id))
+    peer = LlamaForCausalLM(llama_config(vocabulary_size(pipe.tokenizer), 64, 1, None, pipe.tokenizer.eos_token_id))
     for name in ("judge", "peer"):
         peer.save_pretrained(tmp_path / name)
         pipe.tokenizer.save_pretrained(tmp_path / name)

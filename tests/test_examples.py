@@ -16,6 +16,7 @@ import distill_accelerate
 import train_accelerate
 from configuration_tokcom import TokComConfig
 from modeling_tokcom import TokComModel
+from pipeline_text_tokcom import vocabulary_size
 from pipeline_tokcom import TokComPipeline
 from scheduling_tokcom import TokComFlowMatchScheduler
 from tests.conftest import ROOT
@@ -96,7 +97,7 @@ def blocks(language: str) -> list[tuple[str, str]]:
 
 
 def untrained(preset: str, tokenizer, **overrides) -> TokComPipeline:
-    config = TokComConfig.from_preset(preset, len(tokenizer), **overrides)
+    config = TokComConfig.from_preset(preset, vocabulary_size(tokenizer), **overrides)
     return TokComPipeline(TokComModel(config), TokComFlowMatchScheduler.from_model_config(config), tokenizer)
 
 

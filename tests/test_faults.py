@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 import train_accelerate
 from configuration_tokcom import PRESETS, TokComChunkCodecConfig, TokComConfig, TokComTransformerConfig
 from modeling_tokcom import TokComModel
+from pipeline_text_tokcom import vocabulary_size
 from tests.conftest import ROOT, same_weights, seeded
 from tests.test_training import QUICK, launch, quick
 from train_accelerate import TrainingStopped, run
@@ -369,7 +370,7 @@ def test_a_slow_source_is_named(monkeypatch):
 def test_processes_and_workers_read_disjoint_parts_of_a_stream(tmp_path, tokenizer):
     from datasets import load_dataset
 
-    from training.data import StreamingPackedDataset
+    from training.data import StreamingPackedDataset, WindowShape
 
     files = []
     for part in range(3):
@@ -377,7 +378,7 @@ def test_processes_and_workers_read_disjoint_parts_of_a_stream(tmp_path, tokeniz
         files.append(tmp_path / f"{part}.jsonl")
         files[-1].write_text("\n".join(lines))
     stream = load_dataset("json", data_files=[str(f) for f in files], split="train", streaming=True)
-    shape = "text", 32, 4, 0, 10, "stream"
+    shape = "text", WindowShape(32, 4, pads_left=True), 0, 10, "stream"
     parts = []
     for rank in range(2):
         data = StreamingPackedDataset(stream, tokenizer, *shape, rank, 2)
@@ -457,7 +458,9 @@ def small_pipe(tokenizer):
     from tests.conftest import tiny_config
 
     torch.manual_seed(0)
-    model = TokComModel(tiny_config(len(tokenizer), stage="flow", transformer_config={"num_hidden_layers": 1})).eval()
+    model = TokComModel(
+        tiny_config(vocabulary_size(tokenizer), stage="flow", transformer_config={"num_hidden_layers": 1})
+    ).eval()
     pipe = TokComPipeline(model, TokComFlowMatchScheduler.from_model_config(model.config), tokenizer)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -30,14 +30,26 @@ REMOTE_FILES = {
     "image_processing_tokcom.py": {"typing", "numpy", "torch", "PIL", "transformers"},
     "pipeline_image_tokcom.py": {"collections", "typing", "torch", "PIL"},
     "transformer_tokcom.py": {"dataclasses", "torch", "transformers"},
-    "token_head_tokcom.py": {"collections", "functools", "typing", "torch"},
+    "token_head_tokcom.py": {"collections", "typing", "torch"},
     "latent_head_tokcom.py": {"torch"},
     "quantization_tokcom.py": {"collections", "dataclasses", "torch", "transformers"},
+    "objective_tokcom.py": {"typing", "torch"},
     "modeling_tokcom.py": {
         *("json", "math", "os", "random", "collections", "dataclasses", "functools", "torch", "transformers"),
     },
     "sampling_tokcom.py": {
-        *("inspect", "collections", "dataclasses", "functools", "typing", "torch", "diffusers", "transformers"),
+        *(
+            "inspect",
+            "random",
+            "warnings",
+            "collections",
+            "dataclasses",
+            "functools",
+            "typing",
+            "torch",
+            "diffusers",
+            "transformers",
+        ),
     },
     "hub_tokcom.py": {
         *("collections", "contextlib", "json", "os", "re", "shutil", "tempfile", "pathlib"),

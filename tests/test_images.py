@@ -21,6 +21,7 @@ from evaluation.images import PCA, frechet, jpeg, main, order_facts, psnr, ssim
 from image_processing_tokcom import TokComImageProcessor
 from inference import main as infer
 from modeling_tokcom import TokComModel
+from pipeline_text_tokcom import vocabulary_size
 from pipeline_tokcom import TokComPipeline
 from scheduling_tokcom import TokComFlowMatchScheduler
 from tests.conftest import ROOT
@@ -66,7 +67,7 @@ def pictures(count: int = 3) -> torch.Tensor:
 
 def pipeline(captions: bool = True) -> TokComPipeline:
     tokenizer = train_tokenizer(["a red ball", "a blue cat"], 300) if captions else None
-    net = randomized(model(len(tokenizer) + 1 if captions else 0))
+    net = randomized(model(vocabulary_size(tokenizer) + 1 if captions else 0))
     return TokComPipeline(net, TokComFlowMatchScheduler.from_model_config(net.config), tokenizer)
 
 

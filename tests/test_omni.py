@@ -22,6 +22,7 @@ from image_processing_tokcom import TokComImageProcessor
 from inference import main as infer
 from modeling_tokcom import TokComModel
 from pipeline_omni_tokcom import most_alike
+from pipeline_text_tokcom import vocabulary_size
 from pipeline_tokcom import TokComPipeline
 from scheduling_tokcom import TokComFlowMatchScheduler
 from tests.conftest import ROOT, same_weights, seeded
@@ -59,7 +60,7 @@ def model(vocab_size=300, codec=None, **overrides) -> TokComModel:
 
 @pytest.fixture
 def pipe(words) -> TokComPipeline:
-    net = model(len(words))
+    net = model(vocabulary_size(words))
     pipe = TokComPipeline(net, TokComFlowMatchScheduler.from_model_config(net.config), words)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -587,7 +588,7 @@ def test_sources_are_mixed_and_their_records_may_lack_streams(tmp_path, words):
     records = load_documents(sources(tmp_path), DataConfig(train="x"), "train")
     kinds = {tuple(sorted(k for k, v in row.items() if v is not None)) for row in records}
     assert kinds == {("audio",), ("text",), ("image", "text"), ("audio", "image", "text")}
-    dataset = OmniDataset(records, words).fit(model(len(words)).codec)
+    dataset = OmniDataset(records, words).fit(model(vocabulary_size(words)).codec)
     batch = torch.utils.data.default_collate([dataset[i] for i in range(len(dataset))])
     for i, row in enumerate(records):
         for name, value in batch["streams"].items():
@@ -598,7 +599,7 @@ def test_sources_are_mixed_and_their_records_may_lack_streams(tmp_path, words):
 
 def test_features_of_a_sound_are_computed_once_for_all_its_records_while_they_fit(tmp_path, words, monkeypatch):
     records = load_documents(sources(tmp_path), DataConfig(train="x"), "train")
-    dataset = OmniDataset(datasets.concatenate_datasets([records] * 2), words).fit(model(len(words)).codec)
+    dataset = OmniDataset(datasets.concatenate_datasets([records] * 2), words).fit(model(vocabulary_size(words)).codec)
     made, compute = [], TokComAudioProcessor.__call__
     monkeypatch.setattr(TokComAudioProcessor, "__call__", lambda self, *a: made.append(1) or compute(self, *a))
     rows = np.flatnonzero(dataset.present["audio"]).tolist()
@@ -678,17 +679,17 @@ def test_bad_sources_of_streams_are_named(tmp_path, words):
             load_documents([source], DataConfig(train="x"), "train")
     records = load_documents([{"path": path, "fields": {"image": "caption"}}], DataConfig(train="x"), "train")
     with pytest.raises(ValueError, match="'image'"):
-        OmniDataset(records, words).fit(model(len(words)).codec)
+        OmniDataset(records, words).fit(model(vocabulary_size(words)).codec)
     records = load_documents([{"path": path, "fields": {"smell": "caption"}}], DataConfig(train="x"), "train")
     with pytest.raises(ValueError, match="smell"):
-        OmniDataset(records, words).fit(model(len(words)).codec)
+        OmniDataset(records, words).fit(model(vocabulary_size(words)).codec)
 
 
 def test_a_text_is_cut_between_characters_to_what_the_model_reads(tmp_path, words):
     datasets.Dataset.from_dict({"caption": ["红色的球和蓝色的猫", "a cat"]}).to_parquet(tmp_path / "a.parquet")
     source = [{"path": str(tmp_path / "a.parquet"), "fields": {"text": "caption"}}]
     dataset = OmniDataset(load_documents(source, DataConfig(train="x"), "train"), words)
-    net = model(len(words))
+    net = model(vocabulary_size(words))
     cut = dataset.fit(net.codec).content(0)["text"]
     assert cut and "红色的球和蓝色的猫".startswith(cut) and dataset.content(1)["text"] == "a cat"
     assert len(words(cut)["input_ids"]) <= 8
@@ -762,7 +763,7 @@ def test_data_and_models_of_different_kinds_are_named(tmp_path):
 
 
 def test_the_evaluation_measures_six_directions_and_writes_pictures_and_sounds(tmp_path, words):
-    net = model(len(words), codec={"streams": {**STREAMS, "audio": dict(num_frames=32, num_channels=16)}})
+    net = model(vocabulary_size(words), codec={"streams": {**STREAMS, "audio": dict(num_frames=32, num_channels=16)}})
     pipe = TokComPipeline(net, TokComFlowMatchScheduler.from_model_config(net.config), words)
     pipe.save_pretrained(tmp_path / "model")
     sample = str(ROOT / "sample_data/streams_{}.parquet")

@@ -6,7 +6,7 @@ from transformers import TextStreamer
 
 from modeling_tokcom import TokComModel
 from pipeline_tokcom import TokComPipeline
-from sampling_tokcom import split_blocks
+from sampling_tokcom import spawn_generators, split_blocks
 from scheduling_tokcom import TokComFlowMatchScheduler
 from tests.conftest import STOCK_SCHEDULERS, seeded
 from token_head_tokcom import TokComChoice
@@ -43,7 +43,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("prompt", ["The family of four was", None])
+@pytest.mark.parametrize("prompt", ["whole chunks", None])
 @pytest.mark.parametrize("kind", KINDS)
 def test_block_causal_sampling_with_cache_equals_the_uncached_computation(build, kind, prompt):
     """Several blocks, sampled by the pipeline and by hand with the training mask over all latents."""
@@ -56,12 +56,13 @@ def test_block_causal_sampling_with_cache_equals_the_uncached_computation(build,
     for name, parameter in pipe.model.transformer.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.3)
-    noise, draws = torch.randn(1, 4, 16, generator=seeded()), seeded(1)
+    noise, draws = torch.randn(1, 4, 16, generator=seeded()), spawn_generators(seeded(1), 1)[0]
     options = dict(num_inference_steps=2, latents=noise, output_type="latent", generator=seeded(1))
     if prompt is None:
         sampled = pipe.generate(num_chunks=4, **options)
         known, real = torch.zeros(1, 0, 16), torch.ones(1, 0, dtype=torch.bool)
     else:
+        prompt = pipe.tokenizer.decode(pipe.tokenizer("The family of four was not at home.")["input_ids"][:8])
         sampled = pipe(prompt, gen_length=16, **options)
         context, _ = pipe.encode_prompt([prompt])
         known, real = context.latents, context.mask
@@ -74,17 +75,18 @@ def test_block_causal_sampling_with_cache_equals_the_uncached_computation(build,
         valid = torch.cat((real, torch.ones(1, m - n + size, dtype=torch.bool)), dim=1)
         mask = block_causal_mask(order, valid)[:, : m + size, : m + size]
         pipe.scheduler.set_timesteps(2)
-        for sigma, following in zip(pipe.scheduler.sigmas.tolist(), pipe.scheduler.sigmas[1:].tolist()):
+        grid = pipe.scheduler.sigmas.tolist() if not pipe._sampler().takes_turns else [1.0, 0.5, 0.0]
+        uniforms = torch.rand(2, size, 4, generator=draws) if pipe.model.token_head else [None, None]
+        for sigma, following, uniform in zip(grid, grid[1:], uniforms):
             now, then = (pipe.model.latent_times(1 - s, torch.arange(size), size)[None] for s in (sigma, following))
             both, time = torch.cat((done, x), dim=1), torch.cat((torch.ones(1, m), now), dim=1)
-            uniform = torch.special.ndtr(torch.randn(1, size, 4, generator=draws))
             with torch.no_grad():
                 states = pipe.model.predict(both, time, attention_mask=mask, num_context=m).latents[:, -size:]
                 x1, head = states, pipe.model.token_head
                 if head is not None:
                     symbols, times = pipe.model.symbols(), head.place_times(now)
                     chosen = TokComChoice.of((times < 1) & (head.progress(then) > 0))
-                    drawn = head.draw(states, symbols, x, times, chosen, uniform)
+                    drawn = head.draw(states, symbols, x, times, chosen, uniform[None])
                     ids = drawn if sigma == 1 else torch.where(times == 1, ids, drawn)
                     x1 = head.latents_of(symbols, ids)
             now, then = (pipe.model.channel_times(t) for t in (now, then))

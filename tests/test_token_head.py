@@ -55,15 +55,16 @@ def test_token_probabilities_are_bayes_rule(stagger):
     states, noisy, time = torch.randn(2, 2, 4 * 128), torch.randn(2, 2, 16), torch.tensor([[0.1, 0.3], [0.35, 0.2]])
     chosen = torch.ones(2, 2, 4, dtype=torch.bool)
     times = head.place_times(time)
-    nll = head.nll(states, symbols, noisy, times, ids.view(2, 2, 4), TokComChoice.of(chosen))
-    prior = (states.view(2, 2, 4, 128) @ head.embedding.weight.T + head.bias).log_softmax(-1)  # (B, N, K, V)
+    mean, nll = head.nll(states, symbols, noisy, times, ids.view(2, 2, 4), chosen)
+    torch.testing.assert_close(mean, nll.mean())
+    prior = (states.view(2, 2, 4, 128) @ head.embedding.weight.T + head.prior).log_softmax(-1)  # (B, N, K, V)
     t = times[..., None, None]
     normal = torch.distributions.Normal(t * symbols.table, (1 - t) * 0.7)
     posterior = (prior + normal.log_prob(noisy.view(2, 2, 4, 1, 4)).sum(-1)).log_softmax(-1)
     expected = -posterior.gather(-1, ids.view(2, 2, 4, 1))[..., 0]
     torch.testing.assert_close(nll, expected, atol=2e-3, rtol=1e-3)
     chosen[:, 0] = False
-    some = head.nll(states, symbols, noisy, times, ids.view(2, 2, 4), TokComChoice.of(chosen))
+    _, some = head.nll(states, symbols, noisy, times, ids.view(2, 2, 4), chosen)
     assert not some[:, 0].any()
     torch.testing.assert_close(some[:, 1], nll[:, 1])
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import train_accelerate
 from modeling_tokcom import TokComModel
+from pipeline_text_tokcom import vocabulary_size
 from pipeline_tokcom import TokComPipeline
 from scheduling_tokcom import TokComFlowMatchScheduler
 from tests.conftest import ROOT, same_weights, tiny_config
@@ -57,7 +58,7 @@ def test_one_batch_overfits_end_to_end(tokenizer, stories, kind):
     torch.manual_seed(0)
     ids = torch.tensor(tokenizer(stories[0])["input_ids"][:256]).view(4, 64)
     overrides, flow_steps = OVERFIT[kind]
-    model = TokComModel(tiny_config(len(tokenizer), context_dropout=0.0, infill_rate=0.0, **overrides))
+    model = TokComModel(tiny_config(vocabulary_size(tokenizer), context_dropout=0.0, infill_rate=0.0, **overrides))
     for stage, steps, rate in (("codec", 200, 5e-3), ("flow", flow_steps, 4e-3)):
         model.set_stage(stage)
         parameters = [p for p in model.parameters() if p.requires_grad]

@@ -21,6 +21,7 @@ from evaluation.memory import activations, operations, resized, run_step, saved_
 from evaluation.videos import main as measure_videos
 from inference import main as infer
 from modeling_tokcom import TokComModel, diffusion_times, draw_known, generation_order
+from pipeline_text_tokcom import vocabulary_size
 from pipeline_tokcom import TokComPipeline
 from pipeline_video_tokcom import _device_of, decode_clips, encode_clips
 from quantization_tokcom import code_statistics
@@ -50,7 +51,7 @@ def model(codec=None, transformer=None, vocab_size=None, **overrides) -> TokComM
 
 def pipeline(*args, captions: bool = False, **kwargs) -> TokComPipeline:
     tokenizer = train_tokenizer(["a red ball", "a blue cat"], 300) if captions else None
-    net = model(*args, vocab_size=len(tokenizer) if captions else None, **kwargs)
+    net = model(*args, vocab_size=vocabulary_size(tokenizer) if captions else None, **kwargs)
     pipe = TokComPipeline(net, TokComFlowMatchScheduler.from_model_config(net.config), tokenizer)
     pipe.set_progress_bar_config(disable=True)
     return pipe

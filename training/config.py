@@ -46,6 +46,9 @@ class StageConfig:
     muon_learning_rate: float = 0.0  # of Muon on the matrices inside the network; 0 leaves them to AdamW
     weight_decay: float = 0.01
     warmup_steps: int = 100
+    cooldown_share: float = (
+        0.0  # of max_steps: the rate is constant and falls at the end; 0 is a cosine from the start
+    )
     max_grad_norm: float = 1.0
     max_skipped_steps: int = 10  # updates in a row left out for a loss or gradient that is not finite, or for a spike
     spike_factor: float = 20.0  # a gradient norm so many times its average is a spike; 0: no spikes
@@ -71,6 +74,9 @@ class TrainConfig:
     seed: int = 0
     mixed_precision: str | None = None  # auto (bf16 where it is fast), no, bf16, fp16; None: accelerate's setting
     gradient_checkpointing: bool = False
+    attention: str = (
+        "auto"  # of transformers: sdpa, eager, ...; auto times them once on a CPU, and takes sdpa elsewhere
+    )
     torch_compile: bool = False  # the network that is trained; the first step takes a minute longer
     autoencoder: str | None = (
         None  # of clips: an AutoencoderKL* of diffusers, directory or Hub id, whose latents are learnt

@@ -14,9 +14,11 @@ from modeling_tokcom import TokComModel
 from training.card import WORK
 from training.config import StageConfig, TrainConfig
 from training.data import (
+    CodecMix,
     DialogueDataset,
     PackedDataset,
     StreamingPackedDataset,
+    WindowShape,
     cache_latents,
     cut_document,
     get_tokenizer,
@@ -48,18 +50,22 @@ class Corpus:
         self, model: TokComModel, config: TrainConfig, options: StageConfig, accelerator: Accelerator
     ) -> tuple[torch.utils.data.Dataset, torch.utils.data.Dataset]:
         """Training and validation dataset of the stage whose options these are; raises `ValueError` if a window does not fit."""
-        sizes, latents = self._sizes(model, config, options), None
+        shape, latents = self._shape(model, config, options), None
+        rest = self.tokenizer.eos_token_id, config.seed
         if config.cache_latents and model.config.stage != "codec":
+            if shape.marks_starts:
+                raise ValueError("this model reads token ids and no latents; set cache_latents=false.")
             if not list(model.codec.parameters()):
                 raise ValueError("a codec without parameters encodes at no cost; set cache_latents=false.")
             with accelerator.main_process_first():  # which writes the file
                 file = Path(config.output_dir) / WORK / "latents.f32"
                 latents = cache_latents(model.to(accelerator.device).eval(), self.train, file)
-        held_out = PackedDataset(self.validation, *sizes, training=False)
-        return PackedDataset(self.train, *sizes, training=True, latents=latents), held_out
+        held_out = PackedDataset(self.validation, shape, *rest, training=False)
+        train = PackedDataset(self.train, shape, *rest, training=True, latents=latents)
+        return (CodecMix(train, self.tokenizer, config.seed) if model.config.stage == "codec" else train), held_out
 
     @staticmethod
-    def _sizes(model: TokComModel, config: TrainConfig, options: StageConfig) -> tuple[int, int, int]:
+    def _shape(model: TokComModel, config: TrainConfig, options: StageConfig) -> WindowShape:
         if model.config.codec_config.modality == "several":
             raise ValueError(
                 "the model has several streams; say which fields hold them: data.fields={text: caption, ...}."
@@ -76,7 +82,7 @@ class Corpus:
                 f"`{model.config.stage}.sequence_length` ({options.sequence_length}) is longer than the model's maximum of "
                 f"{longest} tokens; shorten it or raise transformer_config.max_position_embeddings."
             )
-        return options.sequence_length, chunk_size, config.seed
+        return WindowShape.of(model.config, options.sequence_length)
 
     def sampler(
         self, dataset: torch.utils.data.Dataset, batch_size: int, seed: int
@@ -107,11 +113,12 @@ class StreamCorpus(Corpus):
         self.text_column = text_column
 
     def datasets(self, model, config, options, accelerator):
-        sizes = self._sizes(model, config, options)
+        shape = self._shape(model, config, options)
         place = str(config.data.train), accelerator.process_index, accelerator.num_processes
-        shuffle = config.data.shuffle_buffer
-        stream = StreamingPackedDataset(self.train, self.tokenizer, self.text_column, *sizes, shuffle, *place)
-        return stream, PackedDataset(self.validation, *sizes, training=False)
+        settings = shape, config.seed, config.data.shuffle_buffer
+        stream = StreamingPackedDataset(self.train, self.tokenizer, self.text_column, *settings, *place)
+        held_out = PackedDataset(self.validation, shape, self.tokenizer.eos_token_id, config.seed, training=False)
+        return stream, held_out
 
     def first_tokens(self, count: int = 1_000_000) -> np.ndarray:
         rows, total = [], 0
@@ -129,9 +136,8 @@ class DialogueCorpus(Corpus):
     rows = "dialogues"
 
     def datasets(self, model, config, options, accelerator):
-        length, *_ = self._sizes(model, config, options)
-        shape = length, model.config.codec_config.length_multiple, self.tokenizer.eos_token_id
-        return DialogueDataset(self.train, *shape), DialogueDataset(self.validation, *shape)
+        rest = self._shape(model, config, options), self.tokenizer.eos_token_id
+        return DialogueDataset(self.train, *rest), DialogueDataset(self.validation, *rest)
 
     def first_tokens(self, count: int = 1_000_000) -> np.ndarray:
         return np.concatenate([np.asarray([*prompt, *answer]) for prompt, answer in self.train])[:count]

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from pipeline_text_tokcom import text_ids, vocabulary_size, with_pad_token
 from training.checkpoints import first_line
 from training.config import DataConfig
 
@@ -251,7 +252,10 @@ def cut_document(documents: datasets.Dataset, config: DataConfig) -> datasets.Da
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with one special token, `</s>`, which ends a document; every text round-trips exactly."""
+    """Byte-level BPE of `vocab_size` tokens, one of which, `</s>`, ends a document, and a pad token behind them.
+
+    Every text round-trips exactly, since every byte is a token.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -262,7 +266,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS_TOKEN, clean_up_tokenization_spaces=False)
+    options = {"eos_token": EOS_TOKEN, "clean_up_tokenization_spaces": False}
+    return with_pad_token(PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options))
 
 
 def get_tokenizer(
@@ -273,7 +278,7 @@ def get_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         if tokenizer.eos_token_id is None:
             raise ValueError(f"tokenizer {name!r} has no EOS token, which ends a document; choose one that has.")
-        return tokenizer
+        return with_pad_token(tokenizer)
     texts = (
         text
         for row in tqdm(documents, desc="training tokenizer", unit="doc")
@@ -281,16 +286,15 @@ def get_tokenizer(
         if isinstance(text, str)
     )
     tokenizer = train_tokenizer(texts, vocab_size)
-    if len(tokenizer) > vocab_size:
-        raise ValueError(
-            f"`tokenizer_vocab_size` ({vocab_size}) must be at least {len(tokenizer)}: 256 bytes and </s>."
-        )
+    smallest = vocabulary_size(tokenizer)
+    if smallest > vocab_size:
+        raise ValueError(f"`tokenizer_vocab_size` ({vocab_size}) must be at least {smallest}: 256 bytes and </s>.")
     return tokenizer
 
 
 def tokenize_document(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """BOS (if the tokenizer has one) + ids + EOS."""
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = text_ids(tokenizer, text)
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     return [*start, *ids, tokenizer.eos_token_id]
 
@@ -346,9 +350,9 @@ def tokenize_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str,
     """Ids of the turns before an answer: by the tokenizer's chat template, or if it has none their texts, line by line."""
     if tokenizer.chat_template:
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    else:
-        text = "\n".join(message["content"] for message in messages)
-    return tokenizer(text.rstrip(" "), add_special_tokens=False, verbose=False)["input_ids"]  # as the pipeline does
+        return text_ids(tokenizer, text.rstrip(" "), special_tokens=True)
+    text = "\n".join(message["content"] for message in messages)
+    return text_ids(tokenizer, text.rstrip(" "))  # as the pipeline does
 
 
 def tokenize_dialogues(documents: Iterable[dict], tokenizer: PreTrainedTokenizerBase, desc: str) -> list[tuple]:
@@ -356,25 +360,64 @@ def tokenize_dialogues(documents: Iterable[dict], tokenizer: PreTrainedTokenizer
     pairs = []
     for record in tqdm(documents, desc=f"tokenizing {desc}", unit="doc"):
         *before, answer = messages_of(record)
-        ids = tokenizer(answer["content"], add_special_tokens=False, verbose=False)["input_ids"]
+        ids = text_ids(tokenizer, answer["content"])
         pairs.append((tokenize_prompt(tokenizer, before), [*ids, tokenizer.eos_token_id]))
     return pairs
+
+
+@dataclass(frozen=True)
+class WindowShape:
+    """How texts are cut into the windows that a model is trained on.
+
+    Args:
+        length (`int`): tokens of a window. multiple (`int`): tokens of which a window holds a multiple, K of most models.
+        pads_left (`bool`): of models that regress latents, which know whole chunks only: a prompt is padded on its left
+            to whole chunks. Others go on inside a prompt's last chunk.
+        marks_starts (`bool`): windows say whether they begin where a text begins, for models that tell it apart.
+        ends_at_eos (`bool`): nothing is learnt after the chunk with the first EOS; bidirectional models, which denoise all
+            at once, learn to fill the rest with EOS.
+        lead (`int`): tokens before a document that a window moved to its beginning holds: 1 is the EOS from which an
+            autoregressive model begins a text.
+    """
+
+    length: int
+    multiple: int
+    pads_left: bool = False
+    marks_starts: bool = False
+    ends_at_eos: bool = False
+    lead: int = 0
+
+    def __post_init__(self):
+        if self.length % self.multiple:
+            raise ValueError(
+                f"`sequence_length` ({self.length}) must be a multiple of `chunk_size` ({self.multiple}); "
+                f"use {self.length + -self.length % self.multiple}."
+            )
+
+    @classmethod
+    def of(cls, config, length: int) -> "WindowShape":
+        """The shape that a `TokComConfig` asks for."""
+        return cls(
+            length,
+            config.codec_config.length_multiple,
+            config.prediction_type != "tokens",
+            config.transformer_config.start_latents,
+            config.transformer_config.block_size is not None,
+        )
 
 
 class DialogueDataset(torch.utils.data.Dataset):
     """One prompt and its answer per window; `known_mask` is 1 on the prompt, which is given clean and not predicted.
 
-    The prompt is padded on its left to a multiple of `multiple` tokens, as the pipeline does; what is left after the
-    answer is EOS, which is predicted too. A long prompt loses its beginning, a long answer its end.
+    A long prompt loses its beginning, a long answer its end. What follows the answer is EOS.
     """
 
-    def __init__(self, pairs: list[tuple], sequence_length: int, multiple: int, eos_token_id: int):
-        if sequence_length < 2 * multiple or sequence_length % multiple:
+    def __init__(self, pairs: list[tuple], shape: WindowShape, eos_token_id: int):
+        if shape.length < 2 * shape.multiple:
             raise ValueError(
-                f"`sequence_length` ({sequence_length}) must be a multiple of {multiple} tokens and hold a prompt and an "
-                f"answer; use at least {2 * multiple}."
+                f"`sequence_length` ({shape.length}) must hold a prompt and an answer; use at least {2 * shape.multiple}."
             )
-        self.pairs, self.length, self.multiple, self.eos_token_id = pairs, sequence_length, multiple, eos_token_id
+        self.pairs, self.shape, self.eos_token_id = pairs, shape, eos_token_id
 
     def set_epoch(self, epoch: int) -> None:
         """Windows are the same in every epoch."""
@@ -384,23 +427,32 @@ class DialogueDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         prompt, answer = self.pairs[index]
-        prompt = prompt[-(self.length - self.multiple) :]
-        start = -(-max(1, len(prompt)) // self.multiple) * self.multiple
-        answer = answer[: self.length - start]
-        input_ids = torch.full((self.length,), self.eos_token_id)
-        attention_mask, known_mask = torch.ones_like(input_ids), torch.zeros_like(input_ids)
+        length, multiple = self.shape.length, self.shape.multiple
+        prompt = prompt[-(length - multiple) :]
+        start = len(prompt)
+        if self.shape.pads_left:
+            start = -(-max(1, start) // multiple) * multiple
+        answer = answer[: length - start]
+        end = start + len(answer)
+        input_ids = torch.full((length,), self.eos_token_id)
+        attention_mask = torch.ones_like(input_ids)
+        known_mask = torch.zeros_like(input_ids)
         input_ids[start - len(prompt) : start] = torch.tensor(prompt, dtype=torch.long)
-        input_ids[start : start + len(answer)] = torch.tensor(answer, dtype=torch.long)
+        input_ids[start:end] = torch.tensor(answer, dtype=torch.long)
         attention_mask[: start - len(prompt)] = 0
+        if self.shape.ends_at_eos:
+            attention_mask[-(-end // multiple) * multiple :] = 0
         known_mask[:start] = 1
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "known_mask": known_mask}
+        item = {"input_ids": input_ids, "attention_mask": attention_mask, "known_mask": known_mask}
+        return item | ({"text_start": torch.tensor(True)} if self.shape.marks_starts else {})
 
 
 class PackedDataset(torch.utils.data.Dataset):
-    """Windows of `sequence_length` tokens over the packed documents, from a random offset per epoch.
+    """Windows over the packed documents, from a random offset per epoch.
 
-    One window in four has its first 0..K-1 tokens masked as padding: that is how a prompt whose length is no multiple
-    of K arrives. A corpus shorter than a window gives one window padded at the end.
+    Training moves every second window back to where its document begins, if that is less than a window away: prompts
+    mostly begin there, too. A corpus shorter than a window gives one window padded at the end. Of models that pad
+    prompts on the left, one window in four has its first 0..K-1 tokens masked instead.
 
     With `latents (T // K, C)`, those of the whole corpus, each window brings its own, begins at a multiple of K and has no
     token masked.
@@ -409,26 +461,22 @@ class PackedDataset(torch.utils.data.Dataset):
     def __init__(
         self,
         tokens: np.ndarray,
-        sequence_length: int,
-        chunk_size: int,
+        shape: WindowShape,
+        eos_token_id: int,
         seed: int,
         training: bool,
         latents: np.ndarray | None = None,
     ):
         if len(tokens) == 0:
             raise ValueError("the dataset is empty: no token after tokenization; check the data path.")
-        if sequence_length % chunk_size:
+        if latents is not None and len(tokens) < shape.length:
             raise ValueError(
-                f"`sequence_length` ({sequence_length}) must be a multiple of `chunk_size` ({chunk_size}); "
-                f"use {sequence_length + -sequence_length % chunk_size}."
+                f"`cache_latents` needs more text: {len(tokens)} tokens do not fill a window of {shape.length}."
             )
-        if latents is not None and len(tokens) < sequence_length:
-            raise ValueError(
-                f"`cache_latents` needs more text: {len(tokens)} tokens do not fill a window of {sequence_length}."
-            )
-        self.tokens, self.length, self.chunk_size = tokens, sequence_length, chunk_size
+        self.tokens, self.shape, self.length = tokens, shape, shape.length
+        self.starts = np.concatenate(([0], np.flatnonzero(tokens[:-1] == eos_token_id) + 1))  # of documents
         self.seed, self.training, self.epoch, self.latents = seed, training, 0, latents
-        self.windows = max(1, len(tokens) // sequence_length - int(training))
+        self.windows = max(1, len(tokens) // shape.length - int(training))
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -437,18 +485,61 @@ class PackedDataset(torch.utils.data.Dataset):
         return self.windows
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        multiple = self.shape.multiple
         room = max(0, len(self.tokens) - self.windows * self.length)
-        stride = 1 if self.latents is None else self.chunk_size
+        stride = 1 if self.latents is None else multiple
         generator = np.random.default_rng((self.seed, self.epoch))
         offset = generator.integers(room // stride + 1) * stride if self.training else 0
         start = int(offset) + index * self.length
-        window = self.tokens[start : start + self.length]
         if self.latents is not None:
-            places = slice(start // self.chunk_size, (start + self.length) // self.chunk_size)
+            window = self.tokens[start : start + self.length]
+            places = slice(start // multiple, (start + self.length) // multiple)
             return _window(window, self.length, 0) | {"latents": torch.from_numpy(self.latents[places].copy())}
         generator = np.random.default_rng((self.seed, self.epoch, index))
-        left = _left_padding(generator, self.chunk_size) if self.training else 0
-        return _window(window, self.length, left)
+        begin = int(self.starts[np.searchsorted(self.starts, start, side="right") - 1])  # of the document
+        if not self.shape.pads_left and self.training and generator.random() < 0.5 and start - begin < self.length:
+            start = max(0, begin - self.shape.lead)
+        left = _left_padding(generator, multiple) if self.training and self.shape.pads_left else 0
+        item = _window(self.tokens[start : start + self.length], self.length, left)
+        return item | ({"text_start": torch.tensor(start == begin)} if self.shape.marks_starts else {})
+
+
+class CodecMix(torch.utils.data.Dataset):
+    """Windows of another dataset, some of them replaced by what its text lacks, so that a codec learns every token.
+
+    One window in four holds ids drawn uniformly, one in eight random Unicode text, which is mostly single bytes.
+    """
+
+    def __init__(self, dataset: torch.utils.data.Dataset, tokenizer: PreTrainedTokenizerBase, seed: int):
+        self.dataset, self.tokenizer, self.seed, self.epoch = dataset, tokenizer, seed, 0
+        self.size = vocabulary_size(tokenizer)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.dataset.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        item = self.dataset[index]
+        generator = np.random.default_rng((self.seed, self.epoch, index, 1))
+        kind = generator.random()
+        length = len(item["input_ids"])
+        if kind < 1 / 4:
+            item["input_ids"] = torch.from_numpy(generator.integers(self.size, size=length))
+        elif kind < 3 / 8:
+            ids = text_ids(self.tokenizer, random_unicode(generator, length))[:length]
+            item["input_ids"][: len(ids)] = torch.tensor(ids, dtype=torch.long)
+        return item
+
+
+def random_unicode(generator: np.random.Generator, length: int) -> str:
+    """A string of `length` characters from all planes of Unicode; half of them from Latin and its neighbours."""
+    near = generator.integers(1, 0x3000, size=length)
+    far = generator.integers(1, 0x110000, size=length)
+    points = np.where(generator.random(length) < 0.5, near, far)
+    return "".join(chr(point) for point in points if not 0xD800 <= point < 0xE000)  # surrogates are no characters
 
 
 @torch.no_grad()
@@ -523,7 +614,7 @@ class StreamingPackedDataset(torch.utils.data.IterableDataset):
     """The same windows from documents that are read as a stream, tokenized on the fly.
 
     Of `world` processes every one reads documents of its own: whole files if their number is a multiple of it, else every so many
-    documents. Its workers share its files.
+    documents. Its workers share its files. Half of the windows leave out what remains of a document and begin with the next.
     """
 
     def __init__(
@@ -531,8 +622,7 @@ class StreamingPackedDataset(torch.utils.data.IterableDataset):
         documents,
         tokenizer,
         text_column,
-        sequence_length,
-        chunk_size,
+        shape: WindowShape,
         seed,
         shuffle_buffer,
         name="the stream",
@@ -540,12 +630,7 @@ class StreamingPackedDataset(torch.utils.data.IterableDataset):
         world=1,
     ):
         self.documents, self.tokenizer, self.text_column = documents, tokenizer, text_column
-        self.length, self.chunk_size, self.seed, self.shuffle_buffer = (
-            sequence_length,
-            chunk_size,
-            seed,
-            shuffle_buffer,
-        )
+        self.shape, self.length, self.seed, self.shuffle_buffer = shape, shape.length, seed, shuffle_buffer
         self.name, self.rank, self.world = name, rank, world
         self.epoch = 0
 
@@ -559,16 +644,27 @@ class StreamingPackedDataset(torch.utils.data.IterableDataset):
         if self.world > 1:
             documents = split_dataset_by_node(documents, self.rank, self.world)
         documents = read_patiently(documents, self.name)
+        shape = self.shape
         buffer: list[int] = []
+        begins: list[int] = []  # where documents begin in the buffer
         skip = int(generator.integers(self.length))
         for ids in tokenize_rows(documents, self.tokenizer, self.text_column):
+            begins.append(len(buffer))
             buffer.extend(ids)
             start = skip
             while len(buffer) >= start + self.length:
-                left = _left_padding(generator, self.chunk_size)
-                yield _window(np.asarray(buffer[start : start + self.length], dtype=np.int32), self.length, left)
+                later = next((begin for begin in begins if begin >= start), None)
+                if not shape.pads_left and later is not None and generator.random() < 0.5:
+                    start = later
+                    if len(buffer) < start + self.length:
+                        break
+                left = _left_padding(generator, shape.multiple) if shape.pads_left else 0
+                item = _window(np.asarray(buffer[start : start + self.length], dtype=np.int32), self.length, left)
+                yield item | ({"text_start": torch.tensor(start in begins)} if shape.marks_starts else {})
                 start, skip = start + self.length, 0
-            buffer = buffer[start if skip == 0 else 0 :]
+            if skip == 0:
+                buffer = buffer[start:]
+                begins = [begin - start for begin in begins if begin >= start]
 
 
 def _left_padding(generator: np.random.Generator, chunk_size: int) -> int:

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from image_processing_tokcom import TokComImageProcessor
+from pipeline_text_tokcom import text_ids, vocabulary_size
 from pipeline_video_tokcom import encode_clips
 from training.checkpoints import first_line
 from training.config import DataConfig
@@ -116,8 +117,7 @@ class ImageDataset(torch.utils.data.Dataset):
         self.clip_length, self.autoencoder = None, None
         if tokenizer is not None:
             rows = [row or "" for row in tqdm(records[caption_column], desc="reading captions", unit="caption")]
-            ids = tokenizer(rows, add_special_tokens=False, verbose=False)["input_ids"]
-            self.captions = pad_captions(ids, len(tokenizer))
+            self.captions = pad_captions(text_ids(tokenizer, rows), vocabulary_size(tokenizer))
 
     def fit(self, codec_config, autoencoder=None) -> "ImageDataset":
         """Give pictures, or clips, of the size that a codec sees from now on; clips as the latents of a frozen `autoencoder` of

@@ -1,6 +1,9 @@
 """The optimizer of every training script here: AdamW, with Muon on the matrices inside the network if it has a rate."""
 
+import math
+
 import torch
+from diffusers.optimization import get_scheduler
 from torch import nn
 
 from layers_tokcom import TokComTimestepEmbedding
@@ -70,6 +73,28 @@ def orthogonalize(
         gram = wide @ wide.T
         wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
     return wide if matrix.shape[0] <= matrix.shape[1] else wide.T
+
+
+def build_schedule(
+    optimizer: torch.optim.Optimizer, max_steps: int, warmup_steps: int, cooldown_share: float
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """The learning rate of each step: linear warm-up, then a cosine to 0, or constant with a cool-down at the end.
+
+    The cool-down over the last `cooldown_share` of the steps is `1 - sqrt(progress)` (Haegele et al. 2024). Until it begins
+    the rate does not depend on `max_steps`, so a run can be made longer, or be cooled down earlier, at any time.
+    """
+    if not cooldown_share:
+        return get_scheduler("cosine", optimizer, num_warmup_steps=warmup_steps, num_training_steps=max_steps)
+    begin = round(max_steps * (1 - cooldown_share))
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return step / warmup_steps
+        if step < begin:
+            return 1.0
+        return 1 - math.sqrt(min(1.0, (step - begin) / max(1, max_steps - begin)))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 def build_optimizer(

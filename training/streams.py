@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from audio_processing_tokcom import TokComAudioProcessor
 from image_processing_tokcom import TokComImageProcessor
 from pipeline_omni_tokcom import text_rows
+from pipeline_text_tokcom import text_ids
 from training.images import Frames
 
 KEPT_SOUNDS = 512 * 2**20  # bytes of features that a dataset keeps, in each process that reads it
@@ -62,7 +63,7 @@ class OmniDataset(torch.utils.data.Dataset):
         for name, feature in records.features.items():
             if is_text(feature):
                 texts = [text or "" for text in tqdm(records[name], desc=f"reading {name}", unit="text")]
-                self.rows[name] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+                self.rows[name] = text_ids(tokenizer, texts)
                 self.present[name] = np.array([bool(text.strip()) for text in texts])
             else:
                 tables = records.select_columns([name]).with_format("arrow").iter(1000)
@@ -128,7 +129,7 @@ class OmniDataset(torch.utils.data.Dataset):
         while len(ids) > longest:
             text = self.tokenizer.decode(ids[:kept]).rstrip("\ufffd")
             kept -= 1
-            if len(self.tokenizer(text, add_special_tokens=False)["input_ids"]) <= longest:
+            if len(text_ids(self.tokenizer, text)) <= longest:
                 break
         return text
 

@@ -1,0 +1,170 @@
+"""Laws of sampling token models: one alignment, gaps that see both sides, steps on turns, a seed gives a prefix."""
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from configuration_tokcom import TokComConfig
+from modeling_tokcom import TokComModel
+from pipeline_text_tokcom import kept_tokens, text_ids, vocabulary_size
+from pipeline_tokcom import TokComPipeline
+from scheduling_tokcom import TokComFlowMatchScheduler
+from tests.conftest import seeded
+from tests.test_objective import build_model
+
+TEXT = "Once upon a time there was a little rabbit who lived in a wood."
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+SPLIT = {**SMALL, "num_hidden_layers": 2, "num_context_layers": 1, "conditioning_size": 16}
+WHOLE = {**SMALL, "num_hidden_layers": 2, "conditioning_size": 16}
+PRESETS = {"tiny": SPLIT, "base": SPLIT, "pixel-tiny": WHOLE, "pixel-b4": {**WHOLE, "max_position_embeddings": 64}}
+
+
+@pytest.fixture
+def pipe(tokenizer) -> TokComPipeline:
+    model = build_model(vocabulary_size(tokenizer))
+    pipe = TokComPipeline(model, TokComFlowMatchScheduler.from_model_config(model.config), tokenizer)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def drawn_from(pipe: TokComPipeline) -> list[torch.Tensor]:
+    """The logits `(R, V)` of every call that draws tokens, from now on."""
+    calls, head = [], pipe.model.token_head
+    draw = head.draw
+
+    def listen(states, symbols, latents, times, chosen, *rest):
+        rows = states.unflatten(-1, (head.num_symbols, -1)).flatten(0, -2)[chosen.index]
+        calls.append(head._logits(rows))
+        return draw(states, symbols, latents, times, chosen, *rest)
+
+    head.draw = listen
+    return calls
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", range(4, 12))
+def test_the_next_token_has_the_probability_that_the_likelihood_says_at_every_prompt_length(pipe, length):
+    ids = text_ids(pipe.tokenizer, TEXT)[: length + 1]
+    padded = torch.tensor([ids + [0] * (-len(ids) % 4)])
+    expected = pipe.model(padded).token_losses.flatten()[length]
+    calls = drawn_from(pipe)
+    _, blocks = pipe._continue_rows([ids[:length]], 4, None, seeded(), temperature=1.0)
+    next(iter(blocks))
+    # steps before the first new token draw nothing
+    first = next(call for call in calls if len(call))
+    torch.testing.assert_close(-first[0].log_softmax(-1)[ids[length]], expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_prompt_goes_on_inside_its_last_chunk(pipe):
+    for length in range(1, 10):
+        ids = text_ids(pipe.tokenizer, TEXT)[:length]
+        skip, blocks = pipe._continue_rows([ids], 8, None, seeded())
+        drawn = torch.cat([ids for _, ids in blocks], dim=1)[0].tolist()
+        assert skip == [length % 4] and drawn[: skip[0]] == ids[length - skip[0] :]
+
+
+def test_a_shorter_length_gives_the_beginning_of_the_same_text_in_any_batch(pipe):
+    options = {"output_type": "seq", "temperature": 1.0}
+    whole = pipe(TEXT, gen_length=40, generator=seeded(3), **options).sequences
+    for length in (1, 6, 13):
+        part = pipe(TEXT, gen_length=length, generator=seeded(3), **options).sequences
+        assert torch.equal(part, whole[:, :length])
+    company = pipe([TEXT, "Squinty", "The family"], gen_length=13, generator=seeded(3), **options).sequences
+    assert torch.equal(company[:1], whole[:, :13])
+    rows = pipe(["Squinty", TEXT], gen_length=13, generator=[seeded(8), seeded(3)], **options).sequences
+    assert torch.equal(rows[1:], whole[:, :13])
+
+
+@pytest.mark.parametrize("steps", [4, 6, 8])
+def test_steps_lie_on_the_turns_whatever_the_shift_of_the_scheduler(pipe, steps):
+    options = {"gen_length": 16, "num_inference_steps": steps, "output_type": "seq"}
+    expected = pipe(TEXT, generator=seeded(), **options).sequences
+    for scheduler in (TokComFlowMatchScheduler(shift=1.82), FlowMatchEulerDiscreteScheduler(shift=3.0)):
+        pipe.scheduler = scheduler
+        assert torch.equal(pipe(TEXT, generator=seeded(), **options).sequences, expected)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)
+    with pytest.raises(ValueError, match="does not put its steps where the tokens .* turns"):
+        pipe(TEXT, **options)
+
+
+def test_fewer_steps_than_turns_say_what_they_cost(pipe):
+    with pytest.warns(UserWarning, match="2 steps for the 4 tokens.*num_inference_steps=4"):
+        pipe(TEXT, gen_length=4, num_inference_steps=2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("before", ["There was a", ""])
+def test_the_first_token_of_a_gap_depends_on_what_follows(tokenizer, preset, before):
+    torch.manual_seed(0)
+    config = TokComConfig.from_preset(preset, vocabulary_size(tokenizer), transformer_config=PRESETS[preset])
+    model = TokComModel(config).eval()
+    for name, parameter in model.named_parameters():
+        if "modulation" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    pipe = TokComPipeline(model, TokComFlowMatchScheduler.from_model_config(config), tokenizer)
+    pipe.set_progress_bar_config(disable=True)
+    calls, firsts = drawn_from(pipe), []
+    for after in (" who lived in a big wood.", " ran home to his mother."):
+        calls.clear()
+        pipe.infill(f"{before}____{after}", gap_length=3, num_inference_steps=4, generator=seeded())
+        firsts.append(next(call for call in calls if len(call))[0])
+    assert (firsts[0] - firsts[1])[: vocabulary_size(tokenizer)].abs().max() > 1e-4
+
+
+@torch.no_grad()
+def test_gaps_are_filled_where_they_stand_and_all_else_stays(pipe):
+    ids = text_ids(pipe.tokenizer, TEXT)
+    for gaps in (
+        [(0, 3)],
+        [(5, 6)],
+        [(2, 9)],
+        [(3, 5), (6, 7), (12, 20)],
+        [(len(ids) - 2, len(ids))],
+        [(0, len(ids))],
+    ):
+        known = [not any(start <= i < stop for start, stop in gaps) for i in range(len(ids))]
+        filled, _ = pipe._fill(ids, known, generator=seeded())
+        assert len(filled) == len(ids)
+        assert [i for i, k in zip(filled, known) if k] == [i for i, k in zip(ids, known) if k]
+
+
+@torch.no_grad()
+def test_a_gap_is_filled_with_the_probabilities_that_training_shows(pipe):
+    """The sampler reads a text with a gap as the objective does."""
+    from objective_tokcom import ContextPlan
+
+    model, ids = pipe.model, torch.tensor([text_ids(pipe.tokenizer, TEXT)[:24]])
+    known = torch.ones(24, dtype=torch.bool)
+    known[6:13] = False
+    given, gap = known.view(1, 6, 4), torch.tensor([True])
+    plan, chunks, symbols = ContextPlan.of(given, gap), ids.view(1, 6, 4), model.symbols()
+    times = torch.where(plan.partial[..., None] & ~given, 0.0, 1.0)
+    features = torch.nn.functional.pad(model.token_head.read(symbols, None, times, chunks), (0, 0, 1, 0))
+    mask = plan.mask(torch.ones(1, 6, dtype=torch.bool))
+    states = model.transformer.read_context(features, torch.arange(-1, 6)[None, :, None], mask)
+    time, place_times = torch.tensor([[0.5]]), torch.tensor([[[1.0, 1.0, 0.0, 0.0]]])
+    read = model.token_head.read(symbols, torch.zeros(1, 1, 16), place_times, chunks[:, 1:2])
+    output = model.transformer(torch.zeros(1, 1, 16), time, features=read, entry=states[:, 1:2]).latents
+    expected = model.token_head._logits(output.view(4, -1)[2])
+    calls = drawn_from(pipe)
+    pipe._fill(ids[0].tolist(), known.tolist(), generator=seeded())
+    first = next(call for call in calls if len(call))[0]
+    torch.testing.assert_close(first[:-1], expected[:-1], atol=1e-4, rtol=1e-4)
+
+
+def test_a_token_that_is_kept_at_one_noise_level_is_kept_at_every_higher_one(pipe):
+    levels = [kept_tokens(10_000, level, seeded(5)) for level in (0.0, 0.25, 0.5, 0.9, 1.0)]
+    for level, kept in zip((0.0, 0.25, 0.5, 0.9, 1.0), levels):
+        assert abs(sum(kept) / 10_000 - level) < 0.05
+    for lower, higher in zip(levels, levels[1:]):
+        assert all(b for a, b in zip(lower, higher) if a)
+    ids = text_ids(pipe.tokenizer, TEXT)
+    shares = []
+    for level in (0.0, 0.5, 0.9):
+        output = pipe.denoise_reconstruct(TEXT, level, generator=seeded())
+        row = output.sequences[0, : len(ids)].tolist()
+        shares.append(sum(a == b for a, b in zip(row, ids)) / len(ids))
+    assert shares[0] < shares[1] < shares[2]
+    assert pipe.denoise_reconstruct(TEXT, 1.0).texts == pipe.reconstruct(TEXT).texts
