@@ -1,18 +1,25 @@
-# make demo: the shipped model on real input.  make app: a page to play with it.  make serve: OpenAI's interface.  make test: the whole fast suite.  Both set .venv up first.
+# make demo: the shipped model on real input.  make app: a page to play with it.  make serve: OpenAI's interface.
+# make test: the whole fast suite.  Each sets up .venv first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: setup demo app serve test test-slow lint format clean
+.PHONY: setup setup-dev demo app serve test test-slow lint format clean
 
 setup: $(VENV)/.ready
+setup-dev: $(VENV)/.ready-dev
 
-$(VENV)/.ready: requirements.txt
+# the directory becomes the package `tokcom`, installed in place
+$(VENV)/.ready: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready requirements-dev.txt
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	touch $@
 
 app: setup
@@ -24,19 +31,19 @@ serve: setup
 demo: setup
 	$(BIN)/python demo.py
 
-test: setup
+test: setup-dev
 	$(BIN)/python -m pytest
 
-test-slow: setup
+test-slow: setup-dev
 	$(BIN)/python -m pytest -m slow
 
-lint: setup
+lint: setup-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: setup
+format: setup-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache
+	rm -rf $(VENV) .pytest_cache .ruff_cache *.egg-info

@@ -24,10 +24,10 @@ from huggingface_hub.errors import StrictDataclassError
 from matplotlib.figure import Figure
 from PIL import Image
 
-from evaluation.reconstruction import token_losses_at
-from pipeline_text_tokcom import kept_tokens, text_ids
-from pipeline_tokcom import GAP, TokComPipeline
-from sampling_tokcom import spawn_generators
+from tokcom.evaluation.reconstruction import token_losses_at
+from tokcom.pipeline_text_tokcom import kept_tokens, text_ids
+from tokcom.pipeline_tokcom import GAP, TokComPipeline
+from tokcom.sampling_tokcom import spawn_generators
 
 matplotlib.use("Agg")
 ROOT = Path(__file__).resolve().parent

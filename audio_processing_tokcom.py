@@ -12,14 +12,7 @@ import numpy as np
 import torch
 from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 
-try:
-    from .configuration_codec_tokcom import TokComAudioCodecConfig
-except ImportError:
-    if __package__:
-        raise
-    import configuration_codec_tokcom as _configuration
-
-    TokComAudioCodecConfig = _configuration.TokComAudioCodecConfig
+from .configuration_codec_tokcom import TokComAudioCodecConfig
 
 FLOOR = 1e-3  # power of a band that counts as silence, at a peak of 1
 ITERATIONS = 60

@@ -17,30 +17,16 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
-try:
-    from .configuration_tokcom import TokComChunkCodecConfig
-    from .layers_tokcom import (
-        TokComBlock,
-        TokComMLP,
-        TokComPreTrainedModel,
-        TokComRMSNorm,
-        chunked_cross_entropy,
-        rotary_embedding,
-    )
-    from .quantization_tokcom import build_quantizer
-except ImportError:
-    if __package__:
-        raise
-    import configuration_tokcom as _configuration
-    import layers_tokcom as _layers
-    import quantization_tokcom as _quantization
-
-    TokComChunkCodecConfig = _configuration.TokComChunkCodecConfig
-    TokComBlock, TokComMLP = _layers.TokComBlock, _layers.TokComMLP
-    TokComPreTrainedModel, TokComRMSNorm = _layers.TokComPreTrainedModel, _layers.TokComRMSNorm
-    chunked_cross_entropy, rotary_embedding = _layers.chunked_cross_entropy, _layers.rotary_embedding
-    build_quantizer = _quantization.build_quantizer
-
+from .configuration_tokcom import TokComChunkCodecConfig
+from .layers_tokcom import (
+    TokComBlock,
+    TokComMLP,
+    TokComPreTrainedModel,
+    TokComRMSNorm,
+    chunked_cross_entropy,
+    rotary_embedding,
+)
+from .quantization_tokcom import build_quantizer
 
 DECODE_CHUNK = 256  # latents whose logits exist at once when only ids are wanted
 

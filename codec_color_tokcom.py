@@ -13,18 +13,8 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
-try:
-    from .codec_chunk_tokcom import TokComCodec, TokComCodecOutput, TokComDecoderOutput
-    from .configuration_tokcom import TokComColorCodecConfig
-except ImportError:
-    if __package__:
-        raise
-    import codec_chunk_tokcom as _codec_chunk
-    import configuration_tokcom as _configuration
-
-    TokComCodec, TokComCodecOutput = _codec_chunk.TokComCodec, _codec_chunk.TokComCodecOutput
-    TokComDecoderOutput = _codec_chunk.TokComDecoderOutput
-    TokComColorCodecConfig = _configuration.TokComColorCodecConfig
+from .codec_chunk_tokcom import TokComCodec, TokComCodecOutput, TokComDecoderOutput
+from .configuration_tokcom import TokComColorCodecConfig
 
 NEAREST_ROWS = 512  # rows of distances to all ids that exist at once
 

@@ -14,28 +14,11 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.utils import ModelOutput
 
-try:
-    from .codec_chunk_tokcom import TokComChunkCodec, TokComCodec, TokComCodecOutput, TokComDecoderOutput
-    from .codec_color_tokcom import TokComColorCodec
-    from .codec_style_tokcom import TokComImageOutput, TokComStyleCodec
-    from .codec_video_tokcom import TokComVideoCodec, TokComVideoOutput
-    from .configuration_codec_tokcom import TokComAudioCodecConfig, TokComCompositeCodecConfig
-except ImportError:
-    if __package__:
-        raise
-    import codec_chunk_tokcom as _codec_chunk
-    import codec_color_tokcom as _codec_color
-    import codec_style_tokcom as _codec_style
-    import codec_video_tokcom as _codec_video
-    import configuration_codec_tokcom as _configuration
-
-    TokComChunkCodec, TokComCodec = _codec_chunk.TokComChunkCodec, _codec_chunk.TokComCodec
-    TokComCodecOutput, TokComDecoderOutput = _codec_chunk.TokComCodecOutput, _codec_chunk.TokComDecoderOutput
-    TokComColorCodec = _codec_color.TokComColorCodec
-    TokComImageOutput, TokComStyleCodec = _codec_style.TokComImageOutput, _codec_style.TokComStyleCodec
-    TokComVideoCodec, TokComVideoOutput = _codec_video.TokComVideoCodec, _codec_video.TokComVideoOutput
-    TokComAudioCodecConfig = _configuration.TokComAudioCodecConfig
-    TokComCompositeCodecConfig = _configuration.TokComCompositeCodecConfig
+from .codec_chunk_tokcom import TokComChunkCodec, TokComCodec, TokComCodecOutput, TokComDecoderOutput
+from .codec_color_tokcom import TokComColorCodec
+from .codec_style_tokcom import TokComImageOutput, TokComStyleCodec
+from .codec_video_tokcom import TokComVideoCodec, TokComVideoOutput
+from .configuration_codec_tokcom import TokComAudioCodecConfig, TokComCompositeCodecConfig
 
 
 @dataclass

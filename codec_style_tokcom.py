@@ -16,23 +16,10 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
-try:
-    from .codec_chunk_tokcom import TokComCodec, TokComCodecOutput
-    from .configuration_codec_tokcom import TokComStyleCodecConfig
-    from .layers_tokcom import TokComRMSNorm
-    from .quantization_tokcom import VectorQuantizer, code_statistics, kmeans, nearest_codes
-except ImportError:
-    if __package__:
-        raise
-    import codec_chunk_tokcom as _codec_chunk
-    import configuration_codec_tokcom as _configuration
-    import layers_tokcom as _layers
-    import quantization_tokcom as _quantization
-
-    TokComCodec, TokComCodecOutput = _codec_chunk.TokComCodec, _codec_chunk.TokComCodecOutput
-    TokComStyleCodecConfig, TokComRMSNorm = _configuration.TokComStyleCodecConfig, _layers.TokComRMSNorm
-    VectorQuantizer, nearest_codes = _quantization.VectorQuantizer, _quantization.nearest_codes
-    code_statistics, kmeans = _quantization.code_statistics, _quantization.kmeans
+from .codec_chunk_tokcom import TokComCodec, TokComCodecOutput
+from .configuration_codec_tokcom import TokComStyleCodecConfig
+from .layers_tokcom import TokComRMSNorm
+from .quantization_tokcom import VectorQuantizer, code_statistics, kmeans, nearest_codes
 
 COLORS = 3
 GRADIENT_SCALES = 3  # the gradient loss sees the image, and halves of it so many times less one

@@ -15,22 +15,10 @@ from torch import nn
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-try:
-    from .codec_chunk_tokcom import TokComCodec, TokComCodecOutput, TokComResidualMLP
-    from .configuration_codec_tokcom import TokComVideoCodecConfig
-    from .layers_tokcom import TokComRMSNorm
-    from .quantization_tokcom import build_quantizer
-except ImportError:
-    if __package__:
-        raise
-    import codec_chunk_tokcom as _codec_chunk
-    import configuration_codec_tokcom as _configuration
-    import layers_tokcom as _layers
-    import quantization_tokcom as _quantization
-
-    TokComCodec, TokComCodecOutput = _codec_chunk.TokComCodec, _codec_chunk.TokComCodecOutput
-    TokComResidualMLP, TokComRMSNorm = _codec_chunk.TokComResidualMLP, _layers.TokComRMSNorm
-    TokComVideoCodecConfig, build_quantizer = _configuration.TokComVideoCodecConfig, _quantization.build_quantizer
+from .codec_chunk_tokcom import TokComCodec, TokComCodecOutput, TokComResidualMLP
+from .configuration_codec_tokcom import TokComVideoCodecConfig
+from .layers_tokcom import TokComRMSNorm
+from .quantization_tokcom import build_quantizer
 
 
 @dataclass

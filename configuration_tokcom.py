@@ -13,34 +13,21 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-try:
-    from .configuration_codec_tokcom import (
-        CODEC_CONFIGS,
-        MAX_PARAMETERS,
-        TokComChunkCodecConfig,
-        TokComColorCodecConfig,
-        TokComCompositeCodecConfig,
-        TokComStyleCodecConfig,
-        TokComVideoCodecConfig,
-        check_fraction,
-        check_heads,
-        check_known_keys,
-        check_positive,
-        check_size,
-        vocabulary_fields,
-    )
-except ImportError:
-    if __package__:
-        raise
-    import configuration_codec_tokcom as _codecs
-
-    CODEC_CONFIGS, MAX_PARAMETERS = _codecs.CODEC_CONFIGS, _codecs.MAX_PARAMETERS
-    TokComChunkCodecConfig, TokComColorCodecConfig = _codecs.TokComChunkCodecConfig, _codecs.TokComColorCodecConfig
-    TokComStyleCodecConfig, TokComVideoCodecConfig = _codecs.TokComStyleCodecConfig, _codecs.TokComVideoCodecConfig
-    TokComCompositeCodecConfig = _codecs.TokComCompositeCodecConfig
-    vocabulary_fields, check_known_keys = _codecs.vocabulary_fields, _codecs.check_known_keys
-    check_fraction, check_heads = _codecs.check_fraction, _codecs.check_heads
-    check_positive, check_size = _codecs.check_positive, _codecs.check_size
+from .configuration_codec_tokcom import (
+    CODEC_CONFIGS,
+    MAX_PARAMETERS,
+    TokComChunkCodecConfig,
+    TokComColorCodecConfig,
+    TokComCompositeCodecConfig,
+    TokComStyleCodecConfig,
+    TokComVideoCodecConfig,
+    check_fraction,
+    check_heads,
+    check_known_keys,
+    check_positive,
+    check_size,
+    vocabulary_fields,
+)
 
 
 @strict

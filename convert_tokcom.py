@@ -21,15 +21,15 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from configuration_tokcom import TokComConfig
-from hub_tokcom import with_section
-from modeling_tokcom import TokComModel
-from pipeline_text_tokcom import vocabulary_size
-from pipeline_tokcom import TokComPipeline
-from scheduling_tokcom import TokComFlowMatchScheduler
-from training.card import evaluation_section
-from training.checkpoints import first_line
-from training.images import encode_all, read_pictures
+from tokcom.configuration_tokcom import TokComConfig
+from tokcom.hub_tokcom import with_section
+from tokcom.modeling_tokcom import TokComModel
+from tokcom.pipeline_text_tokcom import vocabulary_size
+from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
+from tokcom.training.card import evaluation_section
+from tokcom.training.checkpoints import first_line
+from tokcom.training.images import encode_all, read_pictures
 
 REQUIRED = ("model_args", "config", "vae_model_state_dict", "denoised_model_state_dict")
 MODEL_ARGS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline_tokcom import TokComPipeline
+from tokcom.pipeline_tokcom import TokComPipeline
 
 PROMPT = "The family of four was "
 TEXT = "Once upon a time there was a little rabbit who lived in a big wood."

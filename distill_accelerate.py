@@ -28,18 +28,18 @@ from torch import nn
 from torch.utils.data import default_collate
 from tqdm.auto import tqdm
 
-from modeling_tokcom import TokComModel
-from pipeline_tokcom import TokComPipeline
-from scheduling_tokcom import TokComFlowMatchScheduler
-from training.card import WORK
-from training.checkpoints import CheckpointError, Checkpoints
-from training.config import DataConfig, StageConfig, TrainConfig, load_overrides, refuse_other_settings
-from training.corpora import read_data
-from training.distillation import Distiller, integrate
-from training.ema import ShardedEMAModel, decay_from_half_life
-from training.export import export_repository
-from training.precision import resolve_precision
-from transformer_tokcom import block_causal_mask
+from tokcom.modeling_tokcom import TokComModel
+from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
+from tokcom.training.card import WORK
+from tokcom.training.checkpoints import CheckpointError, Checkpoints
+from tokcom.training.config import DataConfig, StageConfig, TrainConfig, load_overrides, refuse_other_settings
+from tokcom.training.corpora import read_data
+from tokcom.training.distillation import Distiller, integrate
+from tokcom.training.ema import ShardedEMAModel, decay_from_half_life
+from tokcom.training.export import export_repository
+from tokcom.training.precision import resolve_precision
+from tokcom.transformer_tokcom import block_causal_mask
 
 METHODS = {
     "dmd": (1.0, False),

@@ -27,21 +27,21 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from evaluation import autoregressive, codebook, protocol, report
-from evaluation.judges import TextJudge, TokenJudge
-from evaluation.metrics import unigram_entropy
-from evaluation.reconstruction import (
+from tokcom.evaluation import autoregressive, codebook, protocol, report
+from tokcom.evaluation.judges import TextJudge, TokenJudge
+from tokcom.evaluation.metrics import unigram_entropy
+from tokcom.evaluation.reconstruction import (
     cross_entropy_at,
     prefers_true_prompt,
     rarest_ids,
     reconstruction_accuracy,
     share_of_informative_draws,
 )
-from evaluation.reference import compare
-from evaluation.samplers import AutoregressiveSampler, TokComSampler
-from pipeline_tokcom import TokComPipeline
-from training.config import DataConfig
-from training.data import PackedDataset, WindowShape, load_documents, tokenize_documents
+from tokcom.evaluation.reference import compare
+from tokcom.evaluation.samplers import AutoregressiveSampler, TokComSampler
+from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.training.config import DataConfig
+from tokcom.training.data import PackedDataset, WindowShape, load_documents, tokenize_documents
 
 SECTIONS = (
     "reconstruction",

@@ -28,12 +28,12 @@ from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors import SafetensorError
 
-from audio_processing_tokcom import write_wav
-from convert_tokcom import load_published_pipeline
-from pipeline_tokcom import TokComPipeline, TokComPipelineOutput
-from training.checkpoints import first_line
-from training.films import write_film
-from training.images import Frames
+from tokcom.audio_processing_tokcom import write_wav
+from tokcom.convert_tokcom import load_published_pipeline
+from tokcom.pipeline_tokcom import TokComPipeline, TokComPipelineOutput
+from tokcom.training.checkpoints import first_line
+from tokcom.training.films import write_film
+from tokcom.training.images import Frames
 
 MODES = ("generate", "reconstruct", "denoise_reconstruct", "encode", "conditional", "decode", "infill")
 MODES += ("text_to_image", "image_to_text", "draw", "reconstruct_image", "animate", "any_to_any")

@@ -10,16 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-try:
-    from .configuration_tokcom import TokComConfig
-    from .quantization_tokcom import VectorQuantizer
-except ImportError:
-    if __package__:
-        raise
-    import configuration_tokcom as _configuration
-    import quantization_tokcom as _quantization
-
-    TokComConfig, VectorQuantizer = _configuration.TokComConfig, _quantization.VectorQuantizer
+from .configuration_tokcom import TokComConfig
+from .quantization_tokcom import VectorQuantizer
 
 
 class TokComZeroNorm(nn.LayerNorm):

@@ -21,46 +21,17 @@ from transformers import PreTrainedModel  # noqa: F401  diffusers looks the base
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
-try:
-    from .codec_chunk_tokcom import TokComCodecOutput, TokComDecoderOutput
-    from .codec_composite_tokcom import STREAM_CODECS, TokComAudioOutput, TokComCompositeCodec
-    from .codec_style_tokcom import TokComImageOutput
-    from .codec_video_tokcom import TokComVideoOutput
-    from .configuration_codec_tokcom import TokComCompositeCodecConfig
-    from .configuration_tokcom import STAGES, TokComConfig
-    from .latent_head_tokcom import TokComLatentHead
-    from .layers_tokcom import TokComPreTrainedModel, TokComTokenEmbedding
-    from .objective_tokcom import EARLY, token_loss
-    from .token_head_tokcom import TokComChoice, TokComSymbols, TokComTokenHead
-    from .transformer_tokcom import TokComTransformer, TokComTransformerOutput, block_causal_mask
-except ImportError:
-    if __package__:
-        raise
-    import codec_chunk_tokcom as _codec_chunk
-    import codec_composite_tokcom as _codec_composite
-    import codec_style_tokcom as _codec_style
-    import codec_video_tokcom as _codec_video
-    import configuration_codec_tokcom as _configuration_codec
-    import configuration_tokcom as _configuration
-    import latent_head_tokcom as _latent_head
-    import layers_tokcom as _layers
-    import objective_tokcom as _objective
-    import token_head_tokcom as _token_head
-    import transformer_tokcom as _transformer
-
-    TokComCodecOutput, TokComDecoderOutput = _codec_chunk.TokComCodecOutput, _codec_chunk.TokComDecoderOutput
-    STREAM_CODECS, TokComCompositeCodec = _codec_composite.STREAM_CODECS, _codec_composite.TokComCompositeCodec
-    TokComAudioOutput, TokComImageOutput = _codec_composite.TokComAudioOutput, _codec_style.TokComImageOutput
-    TokComVideoOutput = _codec_video.TokComVideoOutput
-    TokComCompositeCodecConfig = _configuration_codec.TokComCompositeCodecConfig
-    TokComConfig, STAGES = _configuration.TokComConfig, _configuration.STAGES
-    TokComLatentHead = _latent_head.TokComLatentHead
-    TokComPreTrainedModel, TokComTokenEmbedding = _layers.TokComPreTrainedModel, _layers.TokComTokenEmbedding
-    EARLY, token_loss = _objective.EARLY, _objective.token_loss
-    TokComChoice, TokComSymbols = _token_head.TokComChoice, _token_head.TokComSymbols
-    TokComTokenHead = _token_head.TokComTokenHead
-    TokComTransformer, TokComTransformerOutput = _transformer.TokComTransformer, _transformer.TokComTransformerOutput
-    block_causal_mask = _transformer.block_causal_mask
+from .codec_chunk_tokcom import TokComCodecOutput, TokComDecoderOutput
+from .codec_composite_tokcom import STREAM_CODECS, TokComAudioOutput, TokComCompositeCodec
+from .codec_style_tokcom import TokComImageOutput
+from .codec_video_tokcom import TokComVideoOutput
+from .configuration_codec_tokcom import TokComCompositeCodecConfig
+from .configuration_tokcom import STAGES, TokComConfig
+from .latent_head_tokcom import TokComLatentHead
+from .layers_tokcom import TokComPreTrainedModel, TokComTokenEmbedding
+from .objective_tokcom import EARLY, token_loss
+from .token_head_tokcom import TokComChoice, TokComSymbols, TokComTokenHead
+from .transformer_tokcom import TokComTransformer, TokComTransformerOutput, block_causal_mask
 
 CODECS = {**STREAM_CODECS, TokComCompositeCodecConfig.model_type: TokComCompositeCodec}
 

@@ -16,14 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-try:
-    from .transformer_tokcom import INSIDE_TEXT, START_OF_TEXT
-except ImportError:
-    if __package__:
-        raise
-    import transformer_tokcom as _transformer
-
-    INSIDE_TEXT, START_OF_TEXT = _transformer.INSIDE_TEXT, _transformer.START_OF_TEXT
+from .transformer_tokcom import INSIDE_TEXT, START_OF_TEXT
 
 EARLY = 0.1  # training begins with a token this long before its turn, since sampling steps are not infinitely small
 LONGEST_GAP = 24  # tokens

@@ -10,16 +10,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-try:
-    from .codec_style_tokcom import TokComStyleCodec
-    from .image_processing_tokcom import TokComImageProcessor
-except ImportError:
-    if __package__:
-        raise
-    import codec_style_tokcom as _codec_style
-    import image_processing_tokcom as _image_processing
-
-    TokComStyleCodec, TokComImageProcessor = _codec_style.TokComStyleCodec, _image_processing.TokComImageProcessor
+from .codec_style_tokcom import TokComStyleCodec
+from .image_processing_tokcom import TokComImageProcessor
 
 IMAGE_OUTPUTS = ("pil", "pt", "latent")
 

@@ -13,22 +13,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-try:
-    from .audio_processing_tokcom import TokComAudioProcessor
-    from .codec_chunk_tokcom import TokComCodecOutput
-    from .codec_composite_tokcom import TokComCompositeCodec
-    from .image_processing_tokcom import TokComImageProcessor
-except ImportError:
-    if __package__:
-        raise
-    import audio_processing_tokcom as _audio_processing
-    import codec_chunk_tokcom as _codec_chunk
-    import codec_composite_tokcom as _codec_composite
-    import image_processing_tokcom as _image_processing
-
-    TokComAudioProcessor, TokComCodecOutput = _audio_processing.TokComAudioProcessor, _codec_chunk.TokComCodecOutput
-    TokComCompositeCodec = _codec_composite.TokComCompositeCodec
-    TokComImageProcessor = _image_processing.TokComImageProcessor
+from .audio_processing_tokcom import TokComAudioProcessor
+from .codec_chunk_tokcom import TokComCodecOutput
+from .codec_composite_tokcom import TokComCompositeCodec
+from .image_processing_tokcom import TokComImageProcessor
 
 STREAM_OUTPUTS = ("content", "latent")
 FIELDS = {"text": "texts", "image": "images", "video": "videos", "audio": "audios"}  # of the output

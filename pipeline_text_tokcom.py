@@ -18,20 +18,9 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-try:
-    from .codec_chunk_tokcom import TokComCodecOutput
-    from .codec_color_tokcom import TokComColorCodec
-    from .sampling_tokcom import TokComGaps, TokComGiven, spawn_generators
-except ImportError:
-    if __package__:
-        raise
-    import codec_chunk_tokcom as _codec_chunk
-    import codec_color_tokcom as _codec_color
-    import sampling_tokcom as _sampling
-
-    TokComGaps, TokComGiven = _sampling.TokComGaps, _sampling.TokComGiven
-    spawn_generators = _sampling.spawn_generators
-    TokComCodecOutput, TokComColorCodec = _codec_chunk.TokComCodecOutput, _codec_color.TokComColorCodec
+from .codec_chunk_tokcom import TokComCodecOutput
+from .codec_color_tokcom import TokComColorCodec
+from .sampling_tokcom import TokComGaps, TokComGiven, spawn_generators
 
 GAP = "____"
 PAD_TOKENS = ("<pad>", "<|pad|>", "<|tokcom_pad|>")

@@ -13,84 +13,38 @@ from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-try:  # diffusers copies only the direct relative imports of this file, so every module of the repository is named here
-    from .audio_processing_tokcom import TokComAudioProcessor
-    from .codec_chunk_tokcom import TokComCodecOutput
-    from .codec_color_tokcom import TokComColorCodec
-    from .codec_composite_tokcom import TokComCompositeCodec
-    from .codec_style_tokcom import TokComStyleCodec
-    from .codec_video_tokcom import TokComVideoCodec
-    from .configuration_codec_tokcom import TokComStyleCodecConfig
-    from .configuration_tokcom import TokComConfig
-    from .hub_tokcom import TokComHubMixin
-    from .image_processing_tokcom import TokComImageProcessor
-    from .latent_head_tokcom import TokComLatentHead
-    from .layers_tokcom import TokComPreTrainedModel
-    from .modeling_tokcom import TokComModel
-    from .objective_tokcom import token_loss
-    from .pipeline_image_tokcom import IMAGE_OUTPUTS, TokComImageMixin
-    from .pipeline_omni_tokcom import TokComOmniMixin
-    from .pipeline_text_tokcom import (
-        GAP,
-        TokComPiece,
-        TokComPipelineOutput,
-        TokComTextMixin,
-        join_blocks,
-        vocabulary_size,
-        with_pad_token,
-    )
-    from .pipeline_video_tokcom import TokComVideoMixin
-    from .quantization_tokcom import VectorQuantizer
-    from .sampling_tokcom import TokComBlockSampler, TokComGaps, TokComGiven, row_noise, spawn_generators, split_blocks
-    from .scheduling_tokcom import TokComFlowMatchScheduler
-    from .token_head_tokcom import TokComTokenHead
-    from .transformer_tokcom import TokComTransformer
-except ImportError:
-    if __package__:
-        raise
-    import audio_processing_tokcom as _audio_processing
-    import codec_chunk_tokcom as _codec_chunk
-    import codec_color_tokcom as _codec_color
-    import codec_composite_tokcom as _codec_composite
-    import codec_style_tokcom as _codec_style
-    import codec_video_tokcom as _codec_video
-    import configuration_codec_tokcom as _configuration_codec
-    import configuration_tokcom as _configuration
-    import hub_tokcom as _hub
-    import image_processing_tokcom as _image_processing
-    import latent_head_tokcom as _latent_head
-    import layers_tokcom as _layers
-    import modeling_tokcom as _modeling
-    import objective_tokcom as _objective
-    import pipeline_image_tokcom as _pipeline_image
-    import pipeline_omni_tokcom as _pipeline_omni
-    import pipeline_text_tokcom as _pipeline_text
-    import pipeline_video_tokcom as _pipeline_video
-    import quantization_tokcom as _quantization
-    import sampling_tokcom as _sampling
-    import scheduling_tokcom as _scheduling
-    import token_head_tokcom as _token_head
-    import transformer_tokcom as _transformer
-
-    TokComCodecOutput, TokComConfig = _codec_chunk.TokComCodecOutput, _configuration.TokComConfig
-    TokComColorCodec, TokComHubMixin = _codec_color.TokComColorCodec, _hub.TokComHubMixin
-    TokComPreTrainedModel, TokComModel = _layers.TokComPreTrainedModel, _modeling.TokComModel
-    TokComFlowMatchScheduler = _scheduling.TokComFlowMatchScheduler
-    TokComBlockSampler, split_blocks = _sampling.TokComBlockSampler, _sampling.split_blocks
-    TokComGaps, TokComGiven = _sampling.TokComGaps, _sampling.TokComGiven
-    row_noise, spawn_generators = _sampling.row_noise, _sampling.spawn_generators
-    TokComTransformer, TokComTokenHead = _transformer.TokComTransformer, _token_head.TokComTokenHead
-    IMAGE_OUTPUTS, TokComImageMixin = _pipeline_image.IMAGE_OUTPUTS, _pipeline_image.TokComImageMixin
-    TokComImageProcessor, TokComStyleCodec = _image_processing.TokComImageProcessor, _codec_style.TokComStyleCodec
-    TokComStyleCodecConfig = _configuration_codec.TokComStyleCodecConfig
-    TokComVideoCodec, TokComVideoMixin = _codec_video.TokComVideoCodec, _pipeline_video.TokComVideoMixin
-    TokComTextMixin, TokComPipelineOutput = _pipeline_text.TokComTextMixin, _pipeline_text.TokComPipelineOutput
-    GAP, TokComPiece, join_blocks = _pipeline_text.GAP, _pipeline_text.TokComPiece, _pipeline_text.join_blocks
-    TokComAudioProcessor, TokComOmniMixin = _audio_processing.TokComAudioProcessor, _pipeline_omni.TokComOmniMixin
-    TokComCompositeCodec = _codec_composite.TokComCompositeCodec
-    token_loss = _objective.token_loss
-    vocabulary_size, with_pad_token = _pipeline_text.vocabulary_size, _pipeline_text.with_pad_token
-    TokComLatentHead, VectorQuantizer = _latent_head.TokComLatentHead, _quantization.VectorQuantizer
+# diffusers copies only the direct relative imports of this file, so every module of the repository is named here
+from .audio_processing_tokcom import TokComAudioProcessor
+from .codec_chunk_tokcom import TokComCodecOutput
+from .codec_color_tokcom import TokComColorCodec
+from .codec_composite_tokcom import TokComCompositeCodec
+from .codec_style_tokcom import TokComStyleCodec
+from .codec_video_tokcom import TokComVideoCodec
+from .configuration_codec_tokcom import TokComStyleCodecConfig
+from .configuration_tokcom import TokComConfig
+from .hub_tokcom import TokComHubMixin
+from .image_processing_tokcom import TokComImageProcessor
+from .latent_head_tokcom import TokComLatentHead
+from .layers_tokcom import TokComPreTrainedModel
+from .modeling_tokcom import TokComModel
+from .objective_tokcom import token_loss
+from .pipeline_image_tokcom import IMAGE_OUTPUTS, TokComImageMixin
+from .pipeline_omni_tokcom import TokComOmniMixin
+from .pipeline_text_tokcom import (
+    GAP,
+    TokComPiece,
+    TokComPipelineOutput,
+    TokComTextMixin,
+    join_blocks,
+    vocabulary_size,
+    with_pad_token,
+)
+from .pipeline_video_tokcom import TokComVideoMixin
+from .quantization_tokcom import VectorQuantizer
+from .sampling_tokcom import TokComBlockSampler, TokComGaps, TokComGiven, row_noise, spawn_generators, split_blocks
+from .scheduling_tokcom import TokComFlowMatchScheduler
+from .token_head_tokcom import TokComTokenHead
+from .transformer_tokcom import TokComTransformer
 
 
 class TokComPipeline(

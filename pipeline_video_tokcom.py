@@ -11,16 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-try:
-    from .codec_chunk_tokcom import TokComCodecOutput
-    from .codec_video_tokcom import TokComVideoCodec
-except ImportError:
-    if __package__:
-        raise
-    import codec_chunk_tokcom as _codec_chunk
-    import codec_video_tokcom as _codec_video
-
-    TokComCodecOutput, TokComVideoCodec = _codec_chunk.TokComCodecOutput, _codec_video.TokComVideoCodec
+from .codec_chunk_tokcom import TokComCodecOutput
+from .codec_video_tokcom import TokComVideoCodec
 
 
 def _codes_time(autoencoder: nn.Module) -> bool:

@@ -19,24 +19,10 @@ from typing import NamedTuple
 import torch
 from diffusers import SchedulerMixin
 
-try:
-    from .codec_chunk_tokcom import TokComCodecOutput
-    from .modeling_tokcom import TokComModel, signal_time
-    from .token_head_tokcom import TokComChoice
-    from .transformer_tokcom import INSIDE_TEXT, START_OF_TEXT, block_causal_mask
-except ImportError:
-    if __package__:
-        raise
-    import codec_chunk_tokcom as _codec_chunk
-    import modeling_tokcom as _modeling
-    import token_head_tokcom as _token_head
-    import transformer_tokcom as _transformer
-
-    TokComCodecOutput = _codec_chunk.TokComCodecOutput
-    TokComModel, TokComChoice = _modeling.TokComModel, _token_head.TokComChoice
-    signal_time = _modeling.signal_time
-    block_causal_mask = _transformer.block_causal_mask
-    INSIDE_TEXT, START_OF_TEXT = _transformer.INSIDE_TEXT, _transformer.START_OF_TEXT
+from .codec_chunk_tokcom import TokComCodecOutput
+from .modeling_tokcom import TokComModel, signal_time
+from .token_head_tokcom import TokComChoice
+from .transformer_tokcom import INSIDE_TEXT, START_OF_TEXT, block_causal_mask
 
 
 def split_blocks(length: int, block_size: int | None, edges: tuple[int, ...] = ()) -> list[slice]:

@@ -34,8 +34,8 @@ from huggingface_hub.errors import StrictDataclassError
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from starlette.exceptions import HTTPException
 
-from pipeline_text_tokcom import text_ids
-from pipeline_tokcom import TokComPiece, TokComPipeline
+from tokcom.pipeline_text_tokcom import text_ids
+from tokcom.pipeline_tokcom import TokComPiece, TokComPipeline
 
 GREEDY = 0.01  # what a temperature of 0 means: probabilities of all but the likeliest token vanish
 MAX_STOPS, MAX_STOP_LENGTH = 4, 256

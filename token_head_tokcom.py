@@ -17,17 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-try:
-    from .configuration_tokcom import TokComConfig
-    from .layers_tokcom import CROSS_ENTROPY_CHUNK, TokComTokenEmbedding
-except ImportError:
-    if __package__:
-        raise
-    import configuration_tokcom as _configuration
-    import layers_tokcom as _layers
-
-    TokComConfig = _configuration.TokComConfig
-    CROSS_ENTROPY_CHUNK, TokComTokenEmbedding = _layers.CROSS_ENTROPY_CHUNK, _layers.TokComTokenEmbedding
+from .configuration_tokcom import TokComConfig
+from .layers_tokcom import CROSS_ENTROPY_CHUNK, TokComTokenEmbedding
 
 MIN_SIGMA = 0.05  # the likelihood of clean latents would be infinite
 SMALL_VOCABULARY = 512  # so few symbols (digits, bits) are computed for all places of a chunk at once

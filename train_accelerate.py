@@ -40,23 +40,23 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from configuration_tokcom import STAGES, TokComConfig, merge_overrides
-from modeling_tokcom import TokComModel
-from pipeline_text_tokcom import vocabulary_size
-from pipeline_tokcom import TokComPipeline
-from pipeline_video_tokcom import decode_clips
-from scheduling_tokcom import TokComFlowMatchScheduler
-from training.card import WORK, training_card
-from training.checkpoints import CheckpointError, Checkpoints
-from training.config import StageConfig, TrainConfig, load_train_config, refuse_other_settings
-from training.corpora import Corpus, read_data
-from training.ema import ShardedEMAModel, decay_from_half_life, embeddings_in_the_root
-from training.export import export_repository
-from training.images import picture_grid
-from training.optimizer import build_optimizer, build_schedule
-from training.perceptual import FeatureLoss
-from training.precision import resolve_precision
-from training.tracking import check_tracker, log_picture, log_table
+from tokcom.configuration_tokcom import STAGES, TokComConfig, merge_overrides
+from tokcom.modeling_tokcom import TokComModel
+from tokcom.pipeline_text_tokcom import vocabulary_size
+from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.pipeline_video_tokcom import decode_clips
+from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
+from tokcom.training.card import WORK, training_card
+from tokcom.training.checkpoints import CheckpointError, Checkpoints
+from tokcom.training.config import StageConfig, TrainConfig, load_train_config, refuse_other_settings
+from tokcom.training.corpora import Corpus, read_data
+from tokcom.training.ema import ShardedEMAModel, decay_from_half_life, embeddings_in_the_root
+from tokcom.training.export import export_repository
+from tokcom.training.images import picture_grid
+from tokcom.training.optimizer import build_optimizer, build_schedule
+from tokcom.training.perceptual import FeatureLoss
+from tokcom.training.precision import resolve_precision
+from tokcom.training.tracking import check_tracker, log_picture, log_table
 
 ATTENTIONS = ("sdpa", "sdpa_float32", "eager")  # what `attention=auto` chooses from
 EXTRA = "extra.pt"  # of a checkpoint: progress, schedule and average

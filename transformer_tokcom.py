@@ -16,31 +16,17 @@ from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 from transformers.utils.output_capturing import capture_outputs
 
-try:
-    from .configuration_tokcom import TokComTransformerConfig
-    from .layers_tokcom import (
-        TokComAttention,
-        TokComBlock,
-        TokComPreTrainedModel,
-        TokComProjection,
-        TokComRMSNorm,
-        TokComTimestepEmbedding,
-        expand_attention_mask,
-        rotary_embedding,
-    )
-except ImportError:
-    if __package__:
-        raise
-    import configuration_tokcom as _configuration
-    import layers_tokcom as _layers
-
-    TokComTransformerConfig = _configuration.TokComTransformerConfig
-    TokComAttention, TokComBlock = _layers.TokComAttention, _layers.TokComBlock
-    TokComPreTrainedModel, TokComRMSNorm = _layers.TokComPreTrainedModel, _layers.TokComRMSNorm
-    TokComProjection = _layers.TokComProjection
-    TokComTimestepEmbedding = _layers.TokComTimestepEmbedding
-    expand_attention_mask, rotary_embedding = _layers.expand_attention_mask, _layers.rotary_embedding
-
+from .configuration_tokcom import TokComTransformerConfig
+from .layers_tokcom import (
+    TokComAttention,
+    TokComBlock,
+    TokComPreTrainedModel,
+    TokComProjection,
+    TokComRMSNorm,
+    TokComTimestepEmbedding,
+    expand_attention_mask,
+    rotary_embedding,
+)
 
 START_OF_TEXT, INSIDE_TEXT = -1, -2  # positions of the learned latent before the first one
 

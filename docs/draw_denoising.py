@@ -3,19 +3,16 @@
 python docs/draw_denoising.py
 """
 
-import sys
 from pathlib import Path
 
 import matplotlib
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from tokcom.app import Demo
+from tokcom.pipeline_tokcom import TokComPipeline
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from app import Demo  # noqa: E402
-from pipeline_tokcom import TokComPipeline  # noqa: E402
-
 PROMPT, TOKENS, SEED = "Once upon a time", 64, 5
 WIDTH, HEIGHT, MARGIN, LINE = 760, 155, 16, 32
 FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"

@@ -3,7 +3,6 @@
 python docs/draw_idea.py
 """
 
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -12,11 +11,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
+from tokcom.pipeline_tokcom import TokComPipeline
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from pipeline_tokcom import TokComPipeline  # noqa: E402
-
 TEXT = "Once upon a time there was a little rabbit who lived in a big wood."
 TIMES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 

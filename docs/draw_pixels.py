@@ -4,14 +4,11 @@ python docs/draw_pixels.py --checkpoint pixel-model --prompt "Once upon a time t
 """
 
 import argparse
-import sys
-from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from pipeline_tokcom import TokComPipeline  # noqa: E402
+from tokcom.pipeline_tokcom import TokComPipeline
 
 SCALE, GAP, LABEL = 8, 8, 14
 

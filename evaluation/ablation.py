@@ -1,7 +1,7 @@
 """Train and measure one row of the ablation table at a fixed number of training operations.
 
-    python -m evaluation.ablation --row split --train books.parquet --validation held_out.parquet --judge judge/
-    python -m evaluation.ablation --table docs/ablations.md
+    python -m tokcom.evaluation.ablation --row split --train books.parquet --validation held_out.parquet --judge judge/
+    python -m tokcom.evaluation.ablation --table docs/ablations.md
 
 Rows are in `evaluation/ablations.yaml`. A row trains the flow stage for `--training_flops` operations on a codec that
 rows share, continues held-out prompts of 32 tokens by 64, and writes `WORK_DIR/rows/ROW-SEED.json`. Rows of the
@@ -16,18 +16,18 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from evaluation.flops import training_flops_per_step
-from evaluation.judges import TokenJudge
-from evaluation.metrics import sample_entropy
-from evaluation.protocol import CONTINUATION, PROMPT, at_entropy, held_out_windows, measure_setting
-from evaluation.reconstruction import held_out_nll, token_recovery
-from evaluation.report import table
-from evaluation.samplers import TokComSampler
-from pipeline_tokcom import TokComPipeline
-from train_accelerate import build_model, run
-from training.config import load_train_config
-from training.data import get_tokenizer, load_documents, tokenize_documents
-from training.optimizer import build_optimizer
+from tokcom.evaluation.flops import training_flops_per_step
+from tokcom.evaluation.judges import TokenJudge
+from tokcom.evaluation.metrics import sample_entropy
+from tokcom.evaluation.protocol import CONTINUATION, PROMPT, at_entropy, held_out_windows, measure_setting
+from tokcom.evaluation.reconstruction import held_out_nll, token_recovery
+from tokcom.evaluation.report import table
+from tokcom.evaluation.samplers import TokComSampler
+from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.train_accelerate import build_model, run
+from tokcom.training.config import load_train_config
+from tokcom.training.data import get_tokenizer, load_documents, tokenize_documents
+from tokcom.training.optimizer import build_optimizer
 
 ROWS = yaml.safe_load((Path(__file__).parent / "ablations.yaml").read_text())
 PROMPTS = 256

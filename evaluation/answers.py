@@ -1,6 +1,6 @@
 """Answer held-out questions with a model trained on dialogues, over guidance scales, and score the answers.
 
-    python -m evaluation.answers --checkpoint pixel-qa --data qa_held_out.jsonl --guidance 0 1 2 4 --output_dir outputs/answers
+    python -m tokcom.evaluation.answers --checkpoint pixel-qa --data qa_held_out.jsonl --guidance 0 1 2 4 --output_dir outputs/answers
 
 Scale 0 is the same model without its prompt: what it answers before it has read the question. Writes one
 `predictions_SCALE.json` of {id, prompt, reference, prediction} per scale, and prints their table.
@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from evaluation.reference import compare
-from pipeline_tokcom import TokComPipeline
-from training.config import DataConfig
-from training.data import load_documents, messages_of
+from tokcom.evaluation.reference import compare
+from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.training.config import DataConfig
+from tokcom.training.data import load_documents, messages_of
 
 
 def answer(

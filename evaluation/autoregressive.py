@@ -1,8 +1,8 @@
 """Train an autoregressive Llama on the same tokens: the peer TokCom is compared with, and the judge of both.
 
-    python -m evaluation.autoregressive --checkpoint . --data books.parquet --output_dir peer \
+    python -m tokcom.evaluation.autoregressive --checkpoint . --data books.parquet --output_dir peer \
         --num_parameters 9400000 --training_flops 3.1e14
-    python -m evaluation.autoregressive --checkpoint . --data books.parquet --output_dir judge \
+    python -m tokcom.evaluation.autoregressive --checkpoint . --data books.parquet --output_dir judge \
         --hidden_size 256 --num_hidden_layers 4 --max_steps 1000 --seed 1234
 
 The tokenizer is that of `--checkpoint`. `--num_parameters` widens the feed-forward layers until the total matches;
@@ -29,12 +29,12 @@ from transformers import (
     set_seed,
 )
 
-from evaluation.flops import training_flops_per_step
-from pipeline_text_tokcom import vocabulary_size
-from training.config import DataConfig
-from training.data import PackedDataset, WindowShape, load_documents, tokenize_documents
-from training.optimizer import build_optimizer
-from training.precision import has_fast_bfloat16
+from tokcom.evaluation.flops import training_flops_per_step
+from tokcom.pipeline_text_tokcom import vocabulary_size
+from tokcom.training.config import DataConfig
+from tokcom.training.data import PackedDataset, WindowShape, load_documents, tokenize_documents
+from tokcom.training.optimizer import build_optimizer
+from tokcom.training.precision import has_fast_bfloat16
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 

@@ -1,9 +1,9 @@
 """Speed and memory, measured against what a user would otherwise run; every comparison is made in one run, as a ratio.
 
-    python -m evaluation.benchmark training --stage flow codec   # a training step against the published code
-    python -m evaluation.benchmark sampling --preset tiny        # milliseconds per token against a Llama with KV cache
-    python -m evaluation.benchmark length --checkpoint .         # time and peak memory against the length of a text
-    python -m evaluation.benchmark serving --checkpoint .        # requests to the server, one after the other and at once
+    python -m tokcom.evaluation.benchmark training --stage flow codec   # a training step against the published code
+    python -m tokcom.evaluation.benchmark sampling --preset tiny        # milliseconds per token against a Llama with KV cache
+    python -m tokcom.evaluation.benchmark length --checkpoint .         # time and peak memory against the length of a text
+    python -m tokcom.evaluation.benchmark serving --checkpoint .        # requests to the server, one after the other and at once
 
 `training` and `length` measure every system in a process of its own, since peak memory cannot be reset; they take turns.
 Numbers are medians. Weights are random except for `length`: speed does not depend on them. With `--output_dir` each
@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from training.precision import has_fast_bfloat16
+from tokcom.training.precision import has_fast_bfloat16
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PEAK_SIZES = (1024, 2048, 4096)
@@ -80,9 +80,9 @@ def build_training(
 
     `system` is `"TokCom"` with options after commas (`"cached latents"`, `"ce_share 0.25"`, `"checkpointing"`) or `"published"`.
     """
-    from configuration_tokcom import TokComConfig
-    from evaluation.published import PublishedTokCom
-    from modeling_tokcom import TokComModel
+    from tokcom.configuration_tokcom import TokComConfig
+    from tokcom.evaluation.published import PublishedTokCom
+    from tokcom.modeling_tokcom import TokComModel
 
     name, *options = system.split(", ")
     if name == "TokCom":
@@ -112,7 +112,7 @@ def build_training(
 
 def measure_training(system: str, stage: str, args: argparse.Namespace) -> dict:
     """Tokens per second, operations and peak memory of whole training steps of one system, in this process."""
-    from evaluation.flops import count_flops
+    from tokcom.evaluation.flops import count_flops
 
     torch.manual_seed(0)
     loss, parameters = build_training(system, stage, args)
@@ -160,7 +160,7 @@ def training(args: argparse.Namespace) -> dict:
 
 def _in_process(args: argparse.Namespace, extra: list[str]) -> dict:
     """Run this command with `--measure` in a process of its own and read its last line."""
-    command = [sys.executable, "-m", "evaluation.benchmark", *args.arguments, *extra]
+    command = [sys.executable, "-m", "tokcom.evaluation.benchmark", *args.arguments, *extra]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
@@ -172,10 +172,10 @@ def _in_process(args: argparse.Namespace, extra: list[str]) -> dict:
 
 def tokcom_generator(preset: str, compiled: bool = False, **overrides) -> Callable[[int, int, int | None], None]:
     """`generate(batch_size, tokens, steps)` with a model of random weights."""
-    from configuration_tokcom import TokComConfig
-    from modeling_tokcom import TokComModel
-    from pipeline_tokcom import TokComPipeline
-    from scheduling_tokcom import TokComFlowMatchScheduler
+    from tokcom.configuration_tokcom import TokComConfig
+    from tokcom.modeling_tokcom import TokComModel
+    from tokcom.pipeline_tokcom import TokComPipeline
+    from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 
     config = TokComConfig.from_preset(preset, **overrides)
     pipe = TokComPipeline(TokComModel(config).eval(), TokComFlowMatchScheduler.from_model_config(config)).to(DEVICE)
@@ -196,8 +196,8 @@ def llama_generator(
     """The same with an autoregressive Llama of as many layers, of that width and as many parameters."""
     from transformers import LlamaForCausalLM
 
-    from configuration_tokcom import PRESETS
-    from evaluation.autoregressive import llama_config
+    from tokcom.configuration_tokcom import PRESETS
+    from tokcom.evaluation.autoregressive import llama_config
 
     shape = PRESETS[preset]["transformer_config"]
     config = llama_config(vocab_size, shape["hidden_size"], shape["num_hidden_layers"], parameters, 0)
@@ -218,7 +218,7 @@ def llama_generator(
 
 def published_generator(parameters: int, vocab_size: int) -> Callable[[int, int, int | None], None]:
     """The published sampler at as many parameters: all latents at once, no cache, one decoder pass at the end."""
-    from evaluation.published import PublishedTokCom
+    from tokcom.evaluation.published import PublishedTokCom
 
     width = 64
     while _published_size(width + 64, 2 * width, vocab_size) <= parameters:
@@ -244,7 +244,7 @@ def _published_size(width: int, intermediate_size: int, vocab_size: int) -> int:
 
 def sampling(args: argparse.Namespace) -> dict:
     """Milliseconds per token over batch sizes, lengths and steps; the systems take turns."""
-    from configuration_tokcom import PRESETS
+    from tokcom.configuration_tokcom import PRESETS
 
     vocab_size = args.vocab_size or PRESETS[args.preset]["codec_config"]["vocab_size"] - 1
     ours = tokcom_generator(args.preset, vocab_size=vocab_size)
@@ -289,7 +289,7 @@ def sampling(args: argparse.Namespace) -> dict:
 
 def measure_length(checkpoint: str, length: int, steps: int | None) -> dict:
     """Generate `length` tokens after a warm-up; seconds, and the peak memory of this process."""
-    from pipeline_tokcom import TokComPipeline
+    from tokcom.pipeline_tokcom import TokComPipeline
 
     pipe = TokComPipeline.from_pretrained(checkpoint).to(DEVICE)
     pipe.set_progress_bar_config(disable=True)
@@ -320,8 +320,8 @@ def serving(args: argparse.Namespace) -> dict:
     import openai
     import uvicorn
 
-    from pipeline_tokcom import TokComPipeline
-    from serve_tokcom import ServerSettings, build_app
+    from tokcom.pipeline_tokcom import TokComPipeline
+    from tokcom.serve_tokcom import ServerSettings, build_app
 
     pipe = TokComPipeline.from_pretrained(args.checkpoint).to(DEVICE)
     pipe.set_progress_bar_config(disable=True)
@@ -359,7 +359,10 @@ def serving(args: argparse.Namespace) -> dict:
 
 
 def report(command: str, results: dict, directory: Path | None) -> None:
-    from evaluation.report import benchmark_plot, table  # not above: matplotlib would count in the measured processes
+    from tokcom.evaluation.report import (  # not above: matplotlib would count in the measured processes
+        benchmark_plot,
+        table,
+    )
 
     if command == "training":
         rows = [
@@ -434,7 +437,7 @@ def main(argv: list[str] | None = None) -> None:
     results = {"training": training, "sampling": sampling, "length": length, "serving": serving}[args.command](args)
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{os.cpu_count()} CPU cores ({platform.machine()})"
     results["about"] = {
-        "command": " ".join(["python -m evaluation.benchmark", *args.arguments]),
+        "command": " ".join(["python -m tokcom.evaluation.benchmark", *args.arguments]),
         "machine": f"{device}, torch {torch.__version__}, {torch.get_num_threads()} threads",
         "date": time.strftime("%Y-%m-%d"),
     }

@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from evaluation.report import table
-from pipeline_tokcom import TokComPipeline
-from quantization_tokcom import FiniteScalarQuantizer, code_statistics
-from training.config import DataConfig
-from training.data import load_documents, tokenize_documents
-from training.images import picture_grid, read_pictures
+from tokcom.evaluation.report import table
+from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.quantization_tokcom import FiniteScalarQuantizer, code_statistics
+from tokcom.training.config import DataConfig
+from tokcom.training.data import load_documents, tokenize_documents
+from tokcom.training.images import picture_grid, read_pictures
 
 BATCH = 64
 

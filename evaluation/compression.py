@@ -1,7 +1,7 @@
 """Rate and distortion of quantised codecs: bits per token against the tokens that survive, beside gzip and zstd.
 
-    python -m evaluation.compression --train books.parquet --validation held_out.parquet --max_steps 600 --rows vq_k4_1k fsq_k4
-    python -m evaluation.compression --table docs/compression.md
+    python -m tokcom.evaluation.compression --train books.parquet --validation held_out.parquet --max_steps 600 --rows vq_k4_1k fsq_k4
+    python -m tokcom.evaluation.compression --table docs/compression.md
 
 Rows are in ROWS. Each trains one codec in `WORK_DIR/NAME` with the settings of the preset `tiny` and measures it on held-out text.
 gzip and zstd compress the same text without loss; their bits are divided by the same number of tokens.
@@ -17,12 +17,12 @@ import numpy as np
 import torch
 import zstandard
 
-from evaluation.report import table
-from modeling_tokcom import TokComModel
-from quantization_tokcom import code_statistics
-from train_accelerate import run
-from training.config import DataConfig, load_train_config
-from training.data import get_tokenizer, load_documents, tokenize_documents
+from tokcom.evaluation.report import table
+from tokcom.modeling_tokcom import TokComModel
+from tokcom.quantization_tokcom import code_statistics
+from tokcom.train_accelerate import run
+from tokcom.training.config import DataConfig, load_train_config
+from tokcom.training.data import get_tokenizer, load_documents, tokenize_documents
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402

@@ -1,6 +1,6 @@
 """The OmniFlow decoder experiments: heads between a frozen transformer and its frozen decoder, with numbers.
 
-    python -m evaluation.heads --checkpoint backbone --train captions.parquet --validation held_out.parquet --seeds 0 1 2
+    python -m tokcom.evaluation.heads --checkpoint backbone --train captions.parquet --validation held_out.parquet --seeds 0 1 2
 
 Trains each of EXPERIMENTS on `--checkpoint`, a finished model that regresses latents, once per seed; re-denoises held-out
 texts from `--noise_level` and decodes them from latents alone; writes one `predictions.json` each and prints one table of means
@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from evaluation.reference import compare
-from pipeline_tokcom import TokComPipeline
-from train_accelerate import run
-from training.config import DataConfig, load_train_config
-from training.data import load_documents
+from tokcom.evaluation.reference import compare
+from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.train_accelerate import run
+from tokcom.training.config import DataConfig, load_train_config
+from tokcom.training.data import load_documents
 
 EXPERIMENTS = {
     "baseline: mlp": {"latent_head": "mlp"},

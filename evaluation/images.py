@@ -1,6 +1,6 @@
 """How good a model of images is: its codec against PCA and JPEG, the order of its tokens, its codebook, and what it draws.
 
-    python -m evaluation.images --model DIR --train pictures_train.parquet --test pictures_test.parquet \
+    python -m tokcom.evaluation.images --model DIR --train pictures_train.parquet --test pictures_test.parquet \
         --output_dir results [--codebook DIR_OF_KMEANS] [--unordered DIR] [--label_columns class] [--guidance_scale 2]
 
 writes results.json, a Markdown table and pictures. `--codebook` is what `convert_tokcom.py kmeans` made of the model,
@@ -21,10 +21,10 @@ from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
-from evaluation.report import table
-from pipeline_tokcom import TokComPipeline
-from quantization_tokcom import code_statistics
-from training.images import picture_grid, read_pictures
+from tokcom.evaluation.report import table
+from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.quantization_tokcom import code_statistics
+from tokcom.training.images import picture_grid, read_pictures
 
 BATCH = 32  # pictures in a step of the classifier
 PREFIXES = (1, 2, 4, 8, 16, 36)

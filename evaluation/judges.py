@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from training.precision import half_precision
+from tokcom.training.precision import half_precision
 
 
 @torch.no_grad()

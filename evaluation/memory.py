@@ -1,6 +1,6 @@
 """What a training step of a model of clips costs in operations and memory, without running it at full size.
 
-    python -m evaluation.memory --presets video-tiny video-small video-medium video-large
+    python -m tokcom.evaluation.memory --presets video-tiny video-small video-medium video-large
 
 Activations are what autograd keeps for the backward pass. They are measured on clips and depths that fit this machine and
 extrapolated: with attention kernels that keep no matrix of weights they grow with latents and layers, which
@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 import torch
 
-from configuration_tokcom import PRESETS, TokComConfig
-from evaluation.report import table
-from modeling_tokcom import TokComModel
+from tokcom.configuration_tokcom import PRESETS, TokComConfig
+from tokcom.evaluation.report import table
+from tokcom.modeling_tokcom import TokComModel
 
 GIB = 2**30
 BYTES_PER_PARAMETER = 16

@@ -1,6 +1,6 @@
 """Measure a model of a text, a picture and a sound in all six directions, and its text beside a model of text alone.
 
-    python -m evaluation.omni --model model --pictures icons/train.parquet --pictures_test icons/test.parquet \
+    python -m tokcom.evaluation.omni --model model --pictures icons/train.parquet --pictures_test icons/test.parquet \
         --digits digits/train.parquet --digits_test digits/test.parquet --text_model text --judge judge --output_dir results
 
 Pictures have `image` and `caption`; digits `image`, `caption` and `audio`, where one caption is one class. Text to picture: a small
@@ -26,17 +26,17 @@ from torch import nn
 from tqdm.auto import trange
 from transformers import AutoTokenizer
 
-from audio_processing_tokcom import TokComAudioProcessor, write_wav
-from evaluation.images import Classifier, recognised, train_classifier
-from evaluation.judges import TokenJudge
-from evaluation.report import table
-from image_processing_tokcom import TokComImageProcessor
-from pipeline_text_tokcom import vocabulary_size
-from pipeline_tokcom import TokComPipeline
-from training.config import DataConfig
-from training.data import load_documents
-from training.images import picture_grid
-from training.streams import OmniDataset
+from tokcom.audio_processing_tokcom import TokComAudioProcessor, write_wav
+from tokcom.evaluation.images import Classifier, recognised, train_classifier
+from tokcom.evaluation.judges import TokenJudge
+from tokcom.evaluation.report import table
+from tokcom.image_processing_tokcom import TokComImageProcessor
+from tokcom.pipeline_text_tokcom import vocabulary_size
+from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.training.config import DataConfig
+from tokcom.training.data import load_documents
+from tokcom.training.images import picture_grid
+from tokcom.training.streams import OmniDataset
 
 CANDIDATES, BATCH = 20, 50
 

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from evaluation.judges import TextJudge, TokenJudge, token_nll
-from evaluation.metrics import (
+from tokcom.evaluation.judges import TextJudge, TokenJudge, token_nll
+from tokcom.evaluation.metrics import (
     TrainingNgrams,
     bootstrap_interval,
     brier_lm,
@@ -22,8 +22,8 @@ from evaluation.metrics import (
     self_bleu,
     spread,
 )
-from evaluation.reconstruction import held_out_nll
-from evaluation.samplers import TokComSampler
+from tokcom.evaluation.reconstruction import held_out_nll
+from tokcom.evaluation.samplers import TokComSampler
 
 PROMPT, CONTINUATION, BRIER_PROMPT = 32, 64, 32
 

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from training.precision import half_precision
+from tokcom.training.precision import half_precision
 
 NOISE_LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)
 TIMESTEPS = tuple(i / 10 for i in range(10))

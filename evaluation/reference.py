@@ -17,7 +17,7 @@ from nltk.translate.meteor_score import meteor_score
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 
-from evaluation.report import table
+from tokcom.evaluation.report import table
 
 
 class NoSynonyms:

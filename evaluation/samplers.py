@@ -11,9 +11,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from pipeline_text_tokcom import vocabulary_size
-from pipeline_tokcom import TokComPipeline
-from training.precision import half_precision
+from tokcom.pipeline_text_tokcom import vocabulary_size
+from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.training.precision import half_precision
 
 
 @dataclass

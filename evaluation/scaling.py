@@ -1,7 +1,7 @@
 """What training costs at any size and number of processes: parameters, operations, memory and traffic, computed.
 
-    python -m evaluation.scaling --preset base
-    python -m evaluation.scaling --preset 1b --ranks 8 64 512 --tokens 100e9
+    python -m tokcom.evaluation.scaling --preset base
+    python -m tokcom.evaluation.scaling --preset 1b --ranks 8 64 512 --tokens 100e9
 
 Operations and saved activations grow linearly with layers, so they are counted on one and two layers of the real model and
 extrapolated; optimizer, gradients and weights follow from the number of parameters. `--peak` and `--utilization` turn
@@ -13,10 +13,10 @@ import random
 
 import torch
 
-from configuration_tokcom import PRESETS, TokComConfig
-from evaluation.flops import training_flops_per_token
-from evaluation.report import table
-from modeling_tokcom import TokComModel
+from tokcom.configuration_tokcom import PRESETS, TokComConfig
+from tokcom.evaluation.flops import training_flops_per_token
+from tokcom.evaluation.report import table
+from tokcom.modeling_tokcom import TokComModel
 
 # `base` grown to a billion parameters in the transformer
 ONE_B = {

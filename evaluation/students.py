@@ -1,6 +1,6 @@
 """Few-step students of a text model beside their teacher: judged quality at the entropy of real text, and time.
 
-    python -m evaluation.students --teacher text --students student-1 student-4 --steps 1 2 4 8 16 32 --judge judge \
+    python -m tokcom.evaluation.students --teacher text --students student-1 student-4 --steps 1 2 4 8 16 32 --judge judge \
         --data held_out.parquet --peer peer --output_dir results
 
 A sweep over the size of the noise trades quality for diversity; *at real entropy* interpolates it. Texts continue 32 held-out tokens by
@@ -17,14 +17,22 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from evaluation.judges import TokenJudge
-from evaluation.metrics import sample_entropy
-from evaluation.protocol import CONTINUATION, PROMPT, Study, at_entropy, held_out_windows, latency, measure_setting
-from evaluation.report import table
-from evaluation.samplers import AutoregressiveSampler, TokComSampler
-from pipeline_tokcom import TokComPipeline
-from training.config import DataConfig
-from training.data import load_documents, tokenize_documents
+from tokcom.evaluation.judges import TokenJudge
+from tokcom.evaluation.metrics import sample_entropy
+from tokcom.evaluation.protocol import (
+    CONTINUATION,
+    PROMPT,
+    Study,
+    at_entropy,
+    held_out_windows,
+    latency,
+    measure_setting,
+)
+from tokcom.evaluation.report import table
+from tokcom.evaluation.samplers import AutoregressiveSampler, TokComSampler
+from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.training.config import DataConfig
+from tokcom.training.data import load_documents, tokenize_documents
 
 
 def measure(name: str, sampler: TokComSampler, judge: TokenJudge, windows: np.ndarray, scales: list[float]) -> dict:

@@ -1,7 +1,7 @@
 """Measure a model of clips: how well it predicts the frame after those it is given.
 
-    python -m evaluation.videos --model model --data test.parquet --image_column video --steps 1 4 50 --output_dir results
-    python -m evaluation.videos --model teacher --students student-4 --data test.parquet --output_dir results
+    python -m tokcom.evaluation.videos --model model --data test.parquet --image_column video --steps 1 4 50 --output_dir results
+    python -m tokcom.evaluation.videos --model teacher --students student-4 --data test.parquet --output_dir results
 
 Beside copying the last frame. PSNR rewards the mean of what may come, which is blurred, so the sharpness (mean absolute gradient over
 that of the real frames) stands beside it. Writes `results.json`, `results.md`, strips of frames, and a GIF.
@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from evaluation.images import psnr
-from evaluation.report import table
-from pipeline_tokcom import TokComPipeline
-from training.films import write_film
-from training.images import picture_grid, read_pictures
+from tokcom.evaluation.images import psnr
+from tokcom.evaluation.report import table
+from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.training.films import write_film
+from tokcom.training.images import picture_grid, read_pictures
 
 SHOWN = 6  # clips in the pictures
 

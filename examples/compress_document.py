@@ -9,17 +9,14 @@ as codes, reads the file again, and says what it cost and what was lost. Lossy, 
 import argparse
 import gzip
 import json
-import sys
 import tempfile
 from pathlib import Path
 
+from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.train_accelerate import run
+from tokcom.training.config import load_train_config
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from pipeline_tokcom import TokComPipeline  # noqa: E402
-from train_accelerate import run  # noqa: E402
-from training.config import load_train_config  # noqa: E402
-
 CODEC = [
     "model.codec_config.quantizer=fsq",
     f"model.codec_config.fsq_levels={[5] * 16}",

@@ -8,8 +8,6 @@ Prints the share of samples within 0.4 of a mode and how many modes are met. Abo
 import argparse
 import copy
 import math
-import sys
-from pathlib import Path
 
 import matplotlib
 import torch
@@ -17,12 +15,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from training.distillation import Distiller, denoising_loss, generate, integrate  # noqa: E402
+from tokcom.training.distillation import Distiller, denoising_loss, generate, integrate
 
 RADIUS, SPREAD, NEAR = 2.0, 0.1, 0.4
 ANGLES = torch.arange(8) * (2 * math.pi / 8)

@@ -14,11 +14,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from pipeline_tokcom import TokComPipeline  # noqa: E402
-from training.images import encode_all, picture_grid, read_pictures  # noqa: E402
+from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.training.images import encode_all, picture_grid, read_pictures
 
 BEGIN, END = "<image>", "</image>"
 

@@ -8,17 +8,12 @@ were made by this from its pictures (seed 0).
 
 import argparse
 import io
-import sys
-from pathlib import Path
 
 import datasets
 import numpy as np
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from training.images import open_image  # noqa: E402
+from tokcom.training.images import open_image
 
 SIZE, FRAMES = 32, 8
 MOTIONS = ("sliding to the right", "sliding to the left", "sinking", "rising", "turning", "growing")

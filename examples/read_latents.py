@@ -5,15 +5,13 @@ python examples/read_latents.py
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from tokcom.pipeline_tokcom import TokComPipeline
 
-from pipeline_tokcom import TokComPipeline  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -10,15 +10,11 @@ of another sound's picture. `--hold_out` writes the records of so many random pi
 """
 
 import argparse
-import sys
 from collections import defaultdict
 from pathlib import Path
 
 import datasets
 import numpy as np
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 
 def join(pictures: datasets.Dataset, sounds: datasets.Dataset, silent: bool) -> list[tuple[int, dict]]:

@@ -7,20 +7,15 @@ tokens at every step and takes Euler's. Without --checkpoint the preset `debug` 
 """
 
 import argparse
-import sys
 import tempfile
 import time
-from pathlib import Path
 
 import diffusers
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from pipeline_tokcom import TokComPipeline  # noqa: E402
-from train_accelerate import run  # noqa: E402
-from training.config import load_train_config  # noqa: E402
+from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.train_accelerate import run
+from tokcom.training.config import load_train_config
 
 SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 SCHEDULERS += ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler")

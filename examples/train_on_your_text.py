@@ -13,13 +13,11 @@ from pathlib import Path
 
 import torch
 
+from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.train_accelerate import run
+from tokcom.training.config import load_train_config
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from pipeline_tokcom import TokComPipeline  # noqa: E402
-from train_accelerate import run  # noqa: E402
-from training.config import load_train_config  # noqa: E402
-
 # the shape of `tiny`, half as wide: token probabilities, one latent at a time, tokens in turn
 MODEL = [
     "tokenizer_vocab_size=1024",

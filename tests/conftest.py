@@ -10,32 +10,17 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # what starts them has read this file t
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
-from diffusers import (
-    DPMSolverMultistepScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
-    UniPCMultistepScheduler,
-)
-from safetensors.torch import load_file
+from helpers import ROOT, tiny_config
 
-from configuration_tokcom import TokComConfig
-from modeling_tokcom import TokComModel
-from pipeline_text_tokcom import vocabulary_size
-from pipeline_tokcom import TokComPipeline
-from scheduling_tokcom import TokComFlowMatchScheduler
-from training.data import train_tokenizer
+from tokcom.modeling_tokcom import TokComModel
+from tokcom.pipeline_text_tokcom import vocabulary_size
+from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
+from tokcom.training.data import train_tokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
-STOCK_SCHEDULERS = [
-    FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
-    DPMSolverMultistepScheduler,
-    UniPCMultistepScheduler,
-]
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
@@ -48,21 +33,6 @@ def stories() -> list[str]:
 @pytest.fixture(scope="session")
 def tokenizer(stories):
     return train_tokenizer(stories, 320)
-
-
-def same_weights(first: Path, second: Path) -> bool:
-    """Whether two directories hold the same weights, to the last bit."""
-    one, two = load_file(first / "model.safetensors"), load_file(second / "model.safetensors")
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def tiny_config(vocab_size: int = 320, **overrides) -> TokComConfig:
-    transformer = {"max_position_embeddings": 32, **overrides.pop("transformer_config", {})}
-    return TokComConfig.from_preset("debug", vocab_size, transformer_config=transformer, **overrides)
 
 
 @pytest.fixture

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import gradio as gr
 import pytest
+from helpers import ROOT, seeded
 
-from app import CSS, FONTS, Demo, build_page, colored
-from configuration_tokcom import TokComConfig
-from modeling_tokcom import TokComModel
-from pipeline_text_tokcom import vocabulary_size
-from pipeline_tokcom import TokComPipeline
-from scheduling_tokcom import TokComFlowMatchScheduler
-from tests.conftest import ROOT, seeded
+from tokcom.app import CSS, FONTS, Demo, build_page, colored
+from tokcom.configuration_tokcom import TokComConfig
+from tokcom.modeling_tokcom import TokComModel
+from tokcom.pipeline_text_tokcom import vocabulary_size
+from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 
 TURNS = {
     "prediction_type": "tokens",

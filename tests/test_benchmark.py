@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from convert_tokcom import load_published_pipeline
-from evaluation import benchmark
-from evaluation.benchmark import build_parser, build_training, main, measure_length, published_generator
-from evaluation.published import PublishedTokCom
+from tokcom.convert_tokcom import load_published_pipeline
+from tokcom.evaluation import benchmark
+from tokcom.evaluation.benchmark import build_parser, build_training, main, measure_length, published_generator
+from tokcom.evaluation.published import PublishedTokCom
 
 ARGS = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48)
 

@@ -2,10 +2,10 @@ import math
 
 import pytest
 import torch
+from helpers import tiny_config
 
-from codec_chunk_tokcom import TokComChunkCodec
-from configuration_tokcom import TokComChunkCodecConfig
-from tests.conftest import tiny_config
+from tokcom.codec_chunk_tokcom import TokComChunkCodec
+from tokcom.configuration_tokcom import TokComChunkCodecConfig
 
 FORMS = {
     "mlp": {},

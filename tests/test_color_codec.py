@@ -5,14 +5,14 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import get_scheduler
 
-from codec_color_tokcom import TokComColorCodec, dct_matrix
-from configuration_tokcom import PRESETS, TokComColorCodecConfig, TokComConfig
-from modeling_tokcom import TokComModel
-from pipeline_text_tokcom import vocabulary_size
-from pipeline_tokcom import TokComPipeline
-from scheduling_tokcom import TokComFlowMatchScheduler
-from training.optimizer import build_optimizer
-from transformer_tokcom import TokComTransformerOutput
+from tokcom.codec_color_tokcom import TokComColorCodec, dct_matrix
+from tokcom.configuration_tokcom import PRESETS, TokComColorCodecConfig, TokComConfig
+from tokcom.modeling_tokcom import TokComModel
+from tokcom.pipeline_text_tokcom import vocabulary_size
+from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
+from tokcom.training.optimizer import build_optimizer
+from tokcom.transformer_tokcom import TokComTransformerOutput
 
 VOCABULARY = 151665
 
@@ -236,7 +236,7 @@ def test_the_mask_token_is_never_decoded_to():
 
 
 def test_texts_are_no_pictures_of_other_models(tokenizer):
-    from modeling_tokcom import TokComModel as Model
+    from tokcom.modeling_tokcom import TokComModel as Model
 
     other = Model(TokComConfig.from_preset("debug", vocabulary_size(tokenizer)))
     pipe = TokComPipeline(other, TokComFlowMatchScheduler.from_model_config(other.config), tokenizer)

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from configuration_tokcom import PRESETS, TokComConfig
-from modeling_tokcom import TokComModel
+from tokcom.configuration_tokcom import PRESETS, TokComConfig
+from tokcom.modeling_tokcom import TokComModel
 
 
 @pytest.mark.parametrize("name", PRESETS)

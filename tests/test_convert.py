@@ -5,10 +5,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from convert_tokcom import load_published_pipeline, main
-from evaluation.published import PublishedTokCom
-from inference import main as inference
-from pipeline_tokcom import TokComPipeline
+from tokcom.convert_tokcom import load_published_pipeline, main
+from tokcom.evaluation.published import PublishedTokCom
+from tokcom.inference import main as inference
+from tokcom.pipeline_tokcom import TokComPipeline
 
 D, LAYERS, HEADS, GROUPS, FF, V, K = 32, 2, 4, 2, 48, 51, 4
 ARGS = dict(hidden_size=D, num_hidden_layers=LAYERS, num_attention_heads=HEADS, num_key_value_heads=GROUPS)

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from helpers import ROOT
 
-from pipeline_text_tokcom import text_ids, vocabulary_size, with_pad_token
-from tests.conftest import ROOT
-from train_accelerate import read_data
-from training.config import DataConfig, TrainConfig
-from training.data import (
+from tokcom.pipeline_text_tokcom import text_ids, vocabulary_size, with_pad_token
+from tokcom.train_accelerate import read_data
+from tokcom.training.config import DataConfig, TrainConfig
+from tokcom.training.data import (
     CodecMix,
     DialogueDataset,
     PackedDataset,
@@ -331,7 +331,7 @@ def test_names_are_looked_up_at_the_endpoint_that_the_environment_names(tmp_path
 
     server = HTTPServer(("127.0.0.1", 0), Mirror)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    code = "from training.data import *; load_documents('someone/stories', DataConfig(train='x'), 'train')"
+    code = "from tokcom.training.data import *; load_documents('someone/stories', DataConfig(train='x'), 'train')"
     settings = {
         "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
         "HF_HOME": str(tmp_path),

@@ -7,23 +7,23 @@ import subprocess
 import sys
 
 import pytest
+import test_images as images
 import torch
+from helpers import ROOT
 from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from distill_accelerate import Distillation, ModelDenoiser
-from distill_accelerate import main as distill
-from evaluation.students import main as measure_students
-from modeling_tokcom import TokComModel
-from pipeline_text_tokcom import vocabulary_size
-from pipeline_tokcom import TokComPipeline
-from sampling_tokcom import spawn_generators
-from scheduling_tokcom import TokComFlowMatchScheduler
-from tests import test_images as images
-from tests.conftest import ROOT
-from training.data import train_tokenizer
-from training.distillation import (
+from tokcom.distill_accelerate import Distillation, ModelDenoiser
+from tokcom.distill_accelerate import main as distill
+from tokcom.evaluation.students import main as measure_students
+from tokcom.modeling_tokcom import TokComModel
+from tokcom.pipeline_text_tokcom import vocabulary_size
+from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.sampling_tokcom import spawn_generators
+from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
+from tokcom.training.data import train_tokenizer
+from tokcom.training.distillation import (
     Distiller,
     add_noise,
     denoising_loss,

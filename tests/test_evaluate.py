@@ -5,29 +5,29 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT, tiny_config
 from transformers import LlamaForCausalLM
 
-import demo
-from configuration_tokcom import TokComConfig
-from evaluate_tokcom import SECTIONS, main
-from evaluation import compression, metrics
-from evaluation.ablation import ROWS, row_overrides
-from evaluation.answers import main as answers_main
-from evaluation.autoregressive import llama_config
-from evaluation.flops import count_flops, training_flops_per_token
-from evaluation.heads import EXPERIMENTS
-from evaluation.heads import main as heads_main
-from evaluation.judges import TokenJudge
-from evaluation.protocol import Study, at_entropy, control_texts
-from evaluation.reconstruction import NOISE_LEVELS, TIMESTEPS, rarest_ids, reconstruction_accuracy
-from evaluation.reference import read_predictions, reference_metrics
-from evaluation.samplers import AutoregressiveSampler, TokComSampler
-from modeling_tokcom import TokComModel
-from pipeline_text_tokcom import vocabulary_size
-from tests.conftest import ROOT, tiny_config
-from train_accelerate import build_model, derived_config
-from training.config import load_train_config
-from training.data import train_tokenizer
+from tokcom import demo
+from tokcom.configuration_tokcom import TokComConfig
+from tokcom.evaluate_tokcom import SECTIONS, main
+from tokcom.evaluation import compression, metrics
+from tokcom.evaluation.ablation import ROWS, row_overrides
+from tokcom.evaluation.answers import main as answers_main
+from tokcom.evaluation.autoregressive import llama_config
+from tokcom.evaluation.flops import count_flops, training_flops_per_token
+from tokcom.evaluation.heads import EXPERIMENTS
+from tokcom.evaluation.heads import main as heads_main
+from tokcom.evaluation.judges import TokenJudge
+from tokcom.evaluation.protocol import Study, at_entropy, control_texts
+from tokcom.evaluation.reconstruction import NOISE_LEVELS, TIMESTEPS, rarest_ids, reconstruction_accuracy
+from tokcom.evaluation.reference import read_predictions, reference_metrics
+from tokcom.evaluation.samplers import AutoregressiveSampler, TokComSampler
+from tokcom.modeling_tokcom import TokComModel
+from tokcom.pipeline_text_tokcom import vocabulary_size
+from tokcom.train_accelerate import build_model, derived_config
+from tokcom.training.config import load_train_config
+from tokcom.training.data import train_tokenizer
 
 RECIPE = TokComConfig.from_preset("tiny", 4096)
 WORDS = np.random.default_rng(0)
@@ -367,8 +367,8 @@ def test_rate_and_distortion_of_a_codec(build, tmp_path):
 
 def test_costs_of_many_layers_follow_from_few():
     """Operations exactly; saved activations to 2 %, since some tensors share their storage."""
-    from evaluation.flops import training_flops_per_token
-    from evaluation.scaling import count, memory, parameters, saved_bytes
+    from tokcom.evaluation.flops import training_flops_per_token
+    from tokcom.evaluation.scaling import count, memory, parameters, saved_bytes
 
     shapes = [
         {

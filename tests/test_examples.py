@@ -9,18 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
 from transformers import AutoTokenizer
 
-import convert_tokcom
-import distill_accelerate
-import train_accelerate
-from configuration_tokcom import TokComConfig
-from modeling_tokcom import TokComModel
-from pipeline_text_tokcom import vocabulary_size
-from pipeline_tokcom import TokComPipeline
-from scheduling_tokcom import TokComFlowMatchScheduler
-from tests.conftest import ROOT
-from training.data import train_tokenizer
+from tokcom import convert_tokcom, distill_accelerate, train_accelerate
+from tokcom.configuration_tokcom import TokComConfig
+from tokcom.modeling_tokcom import TokComModel
+from tokcom.pipeline_text_tokcom import vocabulary_size
+from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
+from tokcom.training.data import train_tokenizer
 
 QUICK = [
     *("codec.max_steps=2", "codec.eval_batches=1", "codec.batch_size=2", "codec.sequence_length=32", "seed=1"),
@@ -116,7 +114,7 @@ def test_python_in_the_documents_runs(file, code, tmp_path):
         untrained("video-tiny", train_tokenizer(["a cat, turning"], 300), **one_layer).save_pretrained(clips)
     if "omni_model" in code:
         untrained("omni-tiny", train_tokenizer(["the spoken digit seven"], 300), **one_layer).save_pretrained(streams)
-    script = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\npath_or_id, pixel_model, image_model = {str(ROOT)!r}, {str(pixels)!r}, {str(pictures)!r}\nvideo_model, omni_model = {str(clips)!r}, {str(streams)!r}\n{code}"
+    script = f"import sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\npath_or_id, pixel_model, image_model = {str(ROOT)!r}, {str(pixels)!r}, {str(pictures)!r}\nvideo_model, omni_model = {str(clips)!r}, {str(streams)!r}\n{code}"
     here = ROOT if 'from_pretrained(".")' in code else tmp_path
     done = subprocess.run([sys.executable, "-c", script], cwd=here, capture_output=True, text=True)
     assert done.returncode == 0, f"{file}: {done.stderr[-2000:]}"

@@ -13,19 +13,19 @@ import time
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT, same_weights, seeded
 from huggingface_hub.errors import StrictDataclassError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_training import QUICK, launch, quick
 
-import train_accelerate
-from configuration_tokcom import PRESETS, TokComChunkCodecConfig, TokComConfig, TokComTransformerConfig
-from modeling_tokcom import TokComModel
-from pipeline_text_tokcom import vocabulary_size
-from tests.conftest import ROOT, same_weights, seeded
-from tests.test_training import QUICK, launch, quick
-from train_accelerate import TrainingStopped, run
-from training.checkpoints import CheckpointError, Checkpoints, damage, seal
-from training.data import read_patiently
+from tokcom import train_accelerate
+from tokcom.configuration_tokcom import PRESETS, TokComChunkCodecConfig, TokComConfig, TokComTransformerConfig
+from tokcom.modeling_tokcom import TokComModel
+from tokcom.pipeline_text_tokcom import vocabulary_size
+from tokcom.train_accelerate import TrainingStopped, run
+from tokcom.training.checkpoints import CheckpointError, Checkpoints, damage, seal
+from tokcom.training.data import read_patiently
 
 TEXT = ROOT / "sample_data" / "stories_validation.jsonl"
 
@@ -370,7 +370,7 @@ def test_a_slow_source_is_named(monkeypatch):
 def test_processes_and_workers_read_disjoint_parts_of_a_stream(tmp_path, tokenizer):
     from datasets import load_dataset
 
-    from training.data import StreamingPackedDataset, WindowShape
+    from tokcom.training.data import StreamingPackedDataset, WindowShape
 
     files = []
     for part in range(3):
@@ -453,9 +453,10 @@ ANYTHING = st.one_of(TEXTS, st.none(), st.integers(), st.lists(TEXTS, max_size=2
 
 @pytest.fixture(scope="module")
 def small_pipe(tokenizer):
-    from pipeline_tokcom import TokComPipeline
-    from scheduling_tokcom import TokComFlowMatchScheduler
-    from tests.conftest import tiny_config
+    from helpers import tiny_config
+
+    from tokcom.pipeline_tokcom import TokComPipeline
+    from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 
     torch.manual_seed(0)
     model = TokComModel(

@@ -9,11 +9,11 @@ import sys
 
 import pytest
 import torch
+from helpers import ROOT
 from transformers import AutoTokenizer
 
-from modeling_tokcom import TokComModel
-from pipeline_tokcom import TokComPipeline
-from tests.conftest import ROOT
+from tokcom.modeling_tokcom import TokComModel
+from tokcom.pipeline_tokcom import TokComPipeline
 
 REMOTE_FILES = {
     "configuration_tokcom.py": {"copy", "typing", "huggingface_hub", "transformers"},
@@ -75,8 +75,7 @@ LOADERS = {
     "value = digest(DiffusionPipeline.from_pretrained(PATH, trust_remote_code=True).model)",
     "custom_pipeline": "from diffusers import DiffusionPipeline\n"
     "value = digest(DiffusionPipeline.from_pretrained(PATH, custom_pipeline=PATH, trust_remote_code=True).model)",
-    "TokComPipeline": "import sys; sys.path.insert(0, PATH)\nfrom pipeline_tokcom import TokComPipeline\n"
-    "value = digest(TokComPipeline.from_pretrained(PATH).model)",
+    "TokComPipeline": "from tokcom import TokComPipeline\nvalue = digest(TokComPipeline.from_pretrained(PATH).model)",
     "bfloat16": "import torch\nfrom transformers import AutoModel\n"
     "model = AutoModel.from_pretrained(PATH, trust_remote_code=True, dtype=torch.bfloat16)\n"
     "value = [str(model.dtype), model.denoise(torch.zeros(1, 2, C, dtype=model.dtype), 0.5).latents.shape[1]]",

@@ -9,28 +9,28 @@ import gradio
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from transformers import ResNetConfig, ResNetModel
 
-import app
-from codec_style_tokcom import TokComStyleCodec, gradient_loss
-from configuration_tokcom import PRESETS, TokComConfig, TokComStyleCodecConfig
-from convert_tokcom import main as convert
-from evaluation.images import PCA, frechet, jpeg, main, order_facts, psnr, ssim
-from image_processing_tokcom import TokComImageProcessor
-from inference import main as infer
-from modeling_tokcom import TokComModel
-from pipeline_text_tokcom import vocabulary_size
-from pipeline_tokcom import TokComPipeline
-from scheduling_tokcom import TokComFlowMatchScheduler
-from tests.conftest import ROOT
-from train_accelerate import StageTrainer, read_data
-from train_accelerate import main as train
-from training.config import DataConfig, TrainConfig
-from training.data import train_tokenizer
-from training.images import ImageDataset, pad_captions, picture_grid
-from training.perceptual import FeatureLoss
+from tokcom import app
+from tokcom.codec_style_tokcom import TokComStyleCodec, gradient_loss
+from tokcom.configuration_tokcom import PRESETS, TokComConfig, TokComStyleCodecConfig
+from tokcom.convert_tokcom import main as convert
+from tokcom.evaluation.images import PCA, frechet, jpeg, main, order_facts, psnr, ssim
+from tokcom.image_processing_tokcom import TokComImageProcessor
+from tokcom.inference import main as infer
+from tokcom.modeling_tokcom import TokComModel
+from tokcom.pipeline_text_tokcom import vocabulary_size
+from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
+from tokcom.train_accelerate import StageTrainer, read_data
+from tokcom.train_accelerate import main as train
+from tokcom.training.config import DataConfig, TrainConfig
+from tokcom.training.data import train_tokenizer
+from tokcom.training.images import ImageDataset, pad_captions, picture_grid
+from tokcom.training.perceptual import FeatureLoss
 
 CODEC = dict(image_size=16, patch_size=4, num_tokens=6, latent_channels=4, hidden_size=32, intermediate_size=48)
 CODEC |= dict(num_attention_heads=2, num_hidden_layers=1, num_expert_layers=1, expert_intermediate_size=16)

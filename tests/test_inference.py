@@ -3,19 +3,19 @@ import sys
 import pytest
 import torch
 
-from configuration_tokcom import TokComConfig
-from inference import accelerate_pipeline, build_parser, main
+from tokcom.configuration_tokcom import TokComConfig
+from tokcom.inference import accelerate_pipeline, build_parser, main
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, stories):
     import torch
+    from helpers import tiny_config
 
-    from modeling_tokcom import TokComModel
-    from pipeline_tokcom import TokComPipeline
-    from scheduling_tokcom import TokComFlowMatchScheduler
-    from tests.conftest import tiny_config
-    from training.data import train_tokenizer
+    from tokcom.modeling_tokcom import TokComModel
+    from tokcom.pipeline_tokcom import TokComPipeline
+    from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
+    from tokcom.training.data import train_tokenizer
 
     path = tmp_path_factory.mktemp("model") / "tiny"
     torch.manual_seed(0)

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from helpers import seeded
 
-from configuration_tokcom import TokComConfig
-from latent_head_tokcom import TokComLatentHead
-from modeling_tokcom import TokComModel
-from tests.conftest import seeded
+from tokcom.configuration_tokcom import TokComConfig
+from tokcom.latent_head_tokcom import TokComLatentHead
+from tokcom.modeling_tokcom import TokComModel
 
 HEADS = [(head, refiner) for head in ("none", "mlp", "vq") for refiner in ("none", "mlp")][1:]
 PLACES = torch.arange(4)[None, :, None]

@@ -3,10 +3,10 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
 
-import layers_tokcom
-from configuration_tokcom import TokComTransformerConfig
-from layers_tokcom import apply_rotary, chunked_cross_entropy, expand_attention_mask, rotary_embedding
-from transformer_tokcom import TokComTransformer
+from tokcom import layers_tokcom
+from tokcom.configuration_tokcom import TokComTransformerConfig
+from tokcom.layers_tokcom import apply_rotary, chunked_cross_entropy, expand_attention_mask, rotary_embedding
+from tokcom.transformer_tokcom import TokComTransformer
 
 SMALL = dict(latent_channels=8, hidden_size=32, intermediate_size=48, num_hidden_layers=2, conditioning_size=16)
 HEADS = dict(num_attention_heads=4, num_key_value_heads=2)

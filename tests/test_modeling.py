@@ -2,10 +2,10 @@ import random
 
 import pytest
 import torch
+from helpers import tiny_config
 
-from configuration_tokcom import TokComConfig
-from modeling_tokcom import TokComModel, generation_order
-from tests.conftest import tiny_config
+from tokcom.configuration_tokcom import TokComConfig
+from tokcom.modeling_tokcom import TokComModel, generation_order
 
 
 @pytest.mark.parametrize("block_size", [None, 1, 4])
@@ -73,7 +73,7 @@ def test_a_padded_row_has_the_loss_of_its_truncated_twin(block_size):
 
 def fix_noise(model):
     """Noise that depends on the position alone and blocks from offset 0, so two lengths can be compared."""
-    import modeling_tokcom
+    from tokcom import modeling_tokcom
 
     order = modeling_tokcom.generation_order
 

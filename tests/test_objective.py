@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from helpers import seeded, tiny_config
 
-from modeling_tokcom import TokComModel
-from objective_tokcom import ContextPlan, draw_gaps
-from tests.conftest import seeded, tiny_config
+from tokcom.modeling_tokcom import TokComModel
+from tokcom.objective_tokcom import ContextPlan, draw_gaps
 
 TOKENS = {
     "prediction_type": "tokens",

@@ -9,28 +9,28 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from helpers import ROOT, same_weights, seeded
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 
-from audio_processing_tokcom import TokComAudioProcessor, read_wav, write_wav
-from configuration_tokcom import TokComConfig
-from evaluate_tokcom import main as evaluate
-from evaluation.codebook import main as codebook
-from evaluation.omni import main as measure_streams
 from examples.several_streams import main as join_streams
-from image_processing_tokcom import TokComImageProcessor
-from inference import main as infer
-from modeling_tokcom import TokComModel
-from pipeline_omni_tokcom import most_alike
-from pipeline_text_tokcom import vocabulary_size
-from pipeline_tokcom import TokComPipeline
-from scheduling_tokcom import TokComFlowMatchScheduler
-from tests.conftest import ROOT, same_weights, seeded
-from train_accelerate import build_model
-from train_accelerate import main as train
-from training.config import DataConfig, load_train_config
-from training.data import load_documents, train_tokenizer
-from training.streams import OmniDataset, read_sound
+from tokcom.audio_processing_tokcom import TokComAudioProcessor, read_wav, write_wav
+from tokcom.configuration_tokcom import TokComConfig
+from tokcom.evaluate_tokcom import main as evaluate
+from tokcom.evaluation.codebook import main as codebook
+from tokcom.evaluation.omni import main as measure_streams
+from tokcom.image_processing_tokcom import TokComImageProcessor
+from tokcom.inference import main as infer
+from tokcom.modeling_tokcom import TokComModel
+from tokcom.pipeline_omni_tokcom import most_alike
+from tokcom.pipeline_text_tokcom import vocabulary_size
+from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
+from tokcom.train_accelerate import build_model
+from tokcom.train_accelerate import main as train
+from tokcom.training.config import DataConfig, load_train_config
+from tokcom.training.data import load_documents, train_tokenizer
+from tokcom.training.streams import OmniDataset, read_sound
 
 STREAMS = {
     "text": dict(chunk_size=2, latent_channels=8, embedding_size=16, hidden_size=32, intermediate_size=32),

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from layers_tokcom import TokComTimestepEmbedding
-from training.optimizer import Float32Muon, build_optimizer
-from training.precision import has_fast_bfloat16, resolve_precision
+from tokcom.layers_tokcom import TokComTimestepEmbedding
+from tokcom.training.optimizer import Float32Muon, build_optimizer
+from tokcom.training.precision import has_fast_bfloat16, resolve_precision
 
 
 def network() -> nn.Sequential:

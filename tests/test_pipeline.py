@@ -1,16 +1,16 @@
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from helpers import STOCK_SCHEDULERS, seeded
 from safetensors import safe_open
 from transformers import TextStreamer
 
-from modeling_tokcom import TokComModel
-from pipeline_tokcom import TokComPipeline
-from sampling_tokcom import spawn_generators, split_blocks
-from scheduling_tokcom import TokComFlowMatchScheduler
-from tests.conftest import STOCK_SCHEDULERS, seeded
-from token_head_tokcom import TokComChoice
-from training.data import train_tokenizer
+from tokcom.modeling_tokcom import TokComModel
+from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.sampling_tokcom import spawn_generators, split_blocks
+from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
+from tokcom.token_head_tokcom import TokComChoice
+from tokcom.training.data import train_tokenizer
 
 PROMPTS = ["The family of four was ", "Squinty"]
 FORMS = [{"block_size": None}, {"block_size": 2}]
@@ -47,7 +47,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_block_causal_sampling_with_cache_equals_the_uncached_computation(build, kind, prompt):
     """Several blocks, sampled by the pipeline and by hand with the training mask over all latents."""
-    from transformer_tokcom import block_causal_mask
+    from tokcom.transformer_tokcom import block_causal_mask
 
     own = KINDS[kind].get("transformer_config", {})
     overrides = {**KINDS[kind], "transformer_config": {"block_size": 2, "self_conditioning": False, **own}}
@@ -399,7 +399,7 @@ def test_streaming_yields_a_block_before_the_next_is_computed(build):
 
 
 def test_memory_of_the_context_is_bounded_by_the_window(build):
-    from sampling_tokcom import _Known
+    from tokcom.sampling_tokcom import _Known
 
     pipe = build(transformer_config={"block_size": 1, "max_position_embeddings": 8})
     lengths, append = [], _Known.append

@@ -3,14 +3,14 @@
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from helpers import seeded
+from test_objective import build_model
 
-from configuration_tokcom import TokComConfig
-from modeling_tokcom import TokComModel
-from pipeline_text_tokcom import kept_tokens, text_ids, vocabulary_size
-from pipeline_tokcom import TokComPipeline
-from scheduling_tokcom import TokComFlowMatchScheduler
-from tests.conftest import seeded
-from tests.test_objective import build_model
+from tokcom.configuration_tokcom import TokComConfig
+from tokcom.modeling_tokcom import TokComModel
+from tokcom.pipeline_text_tokcom import kept_tokens, text_ids, vocabulary_size
+from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 
 TEXT = "Once upon a time there was a little rabbit who lived in a wood."
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
@@ -133,7 +133,7 @@ def test_gaps_are_filled_where_they_stand_and_all_else_stays(pipe):
 @torch.no_grad()
 def test_a_gap_is_filled_with_the_probabilities_that_training_shows(pipe):
     """The sampler reads a text with a gap as the objective does."""
-    from objective_tokcom import ContextPlan
+    from tokcom.objective_tokcom import ContextPlan
 
     model, ids = pipe.model, torch.tensor([text_ids(pipe.tokenizer, TEXT)[:24]])
     known = torch.ones(24, dtype=torch.bool)

@@ -6,12 +6,12 @@ import subprocess
 import sys
 
 import pytest
+from helpers import ROOT
+from hub_server import TOKEN, StandInHub
+from test_hub import PRELUDE, digest
 
-from convert_tokcom import main as convert
-from hub_tokcom import with_section
-from tests.conftest import ROOT
-from tests.hub_server import TOKEN, StandInHub
-from tests.test_hub import PRELUDE, digest
+from tokcom.convert_tokcom import main as convert
+from tokcom.hub_tokcom import with_section
 
 LOADERS = {
     "AutoModel": "from transformers import AutoModel\nmodel = AutoModel.from_pretrained(ID, trust_remote_code=True)",
@@ -20,8 +20,7 @@ LOADERS = {
     "snapshot": "from diffusers import DiffusionPipeline\nfrom huggingface_hub import snapshot_download\n"
     "folder = snapshot_download(ID)\n"
     "model = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True).model",
-    "TokComPipeline": f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom pipeline_tokcom import TokComPipeline\n"
-    "model = TokComPipeline.from_pretrained(ID).model",
+    "TokComPipeline": "from tokcom import TokComPipeline\nmodel = TokComPipeline.from_pretrained(ID).model",
 }
 
 
@@ -53,7 +52,7 @@ def loaded(name: str, code: str, hub: StandInHub, home, **options) -> list[float
 
 
 def push(path, call: str, hub: StandInHub, home, **options) -> subprocess.CompletedProcess:
-    head = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom pipeline_tokcom import TokComPipeline\n"
+    head = "from tokcom import TokComPipeline\n"
     return python(f"{head}pipe = TokComPipeline.from_pretrained({str(path)!r})\nprint({call})", hub, home, **options)
 
 
@@ -124,9 +123,7 @@ def test_training_pushes_a_card_of_the_run_and_publish_adds_the_evaluation(hub, 
     command = ["--preset", "debug", "--push_to_hub", "tester/trained", "hub_license=mit", f"output_dir={output}"]
     command += [f"data.train={ROOT}/sample_data/stories_validation.jsonl", "report_to=none", "num_samples=0"]
     command += [f"{stage}.{key}" for stage in ("codec", "flow") for key in ("max_steps=3", "eval_batches=1")]
-    code = (
-        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train_accelerate\ntrain_accelerate.main({command!r})"
-    )
+    code = f"from tokcom import train_accelerate\ntrain_accelerate.main({command!r})"
     done = python(code, hub, tmp_path / "home")
     assert done.returncode == 0, done.stderr[-3000:]
     card = hub.files("tester/trained")["README.md"].decode()
@@ -140,7 +137,7 @@ def test_training_pushes_a_card_of_the_run_and_publish_adds_the_evaluation(hub, 
     with (output / "README.md").open("a") as file:
         file.write("\n![curve](curve.png) ![elsewhere](../../secret.png)\n")
     command = ["publish", str(output), "tester/again", "--evaluation", str(tmp_path), "--private"]
-    code = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport convert_tokcom\nconvert_tokcom.main({command!r})"
+    code = f"from tokcom import convert_tokcom\nconvert_tokcom.main({command!r})"
     done = python(code, hub, tmp_path / "home")
     assert done.returncode == 0, done.stderr[-3000:]
     files = hub.files("tester/again")

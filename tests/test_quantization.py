@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from quantization_tokcom import (
+from tokcom.quantization_tokcom import (
     FiniteScalarQuantizer,
     ResidualQuantizer,
     VectorQuantizer,

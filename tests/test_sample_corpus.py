@@ -9,10 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from helpers import ROOT
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-from tests.conftest import ROOT
 
 SCRIPT = ROOT / "examples" / "data" / "sample_corpus.py"
 SPEC = importlib.util.spec_from_file_location("sample_corpus", SCRIPT)

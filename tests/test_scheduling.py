@@ -1,10 +1,10 @@
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
+from helpers import STOCK_SCHEDULERS
 
-from configuration_tokcom import TokComConfig
-from scheduling_tokcom import TokComFlowMatchScheduler
-from tests.conftest import STOCK_SCHEDULERS
+from tokcom.configuration_tokcom import TokComConfig
+from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 
 
 def posterior_mean(x, sigma, mean, std, noise_std=1.0):

@@ -12,10 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 import uvicorn
+from helpers import seeded
 
-from pipeline_tokcom import TokComPiece
-from serve_tokcom import Choice, Engine, Job, ServerSettings, build_app, is_loopback
-from tests.conftest import seeded
+from tokcom.pipeline_tokcom import TokComPiece
+from tokcom.serve_tokcom import Choice, Engine, Job, ServerSettings, build_app, is_loopback
 
 TOKENS = {
     "prediction_type": "tokens",

@@ -5,8 +5,7 @@ import subprocess
 import sys
 
 import torch
-
-from tests.conftest import ROOT, tiny_config
+from helpers import ROOT, tiny_config
 
 WORKER = """
 import random, sys
@@ -15,8 +14,8 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from tests.test_sharding import build, train
-from training.ema import ShardedEMAModel
+from test_sharding import build, train
+from tokcom.training.ema import ShardedEMAModel
 
 dist.init_process_group("gloo")
 model = build()
@@ -39,14 +38,14 @@ dist.destroy_process_group()
 
 
 def build():
-    from modeling_tokcom import TokComModel
+    from tokcom.modeling_tokcom import TokComModel
 
     torch.manual_seed(0)
     return TokComModel(tiny_config(stage="flow")).train()
 
 
 def train(model, steps: int, optimizer=None, average=None):
-    from training.ema import ShardedEMAModel
+    from tokcom.training.ema import ShardedEMAModel
 
     optimizer = optimizer or torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
     average = average or ShardedEMAModel(model.parameters(), decay=0.5)
@@ -62,7 +61,7 @@ def train(model, steps: int, optimizer=None, average=None):
 
 
 def test_sharded_training_average_and_export_are_those_of_one_process(tmp_path):
-    (tmp_path / "worker.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{WORKER}")
+    (tmp_path / "worker.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\n{WORKER}")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     done = subprocess.run(
         [*command, str(tmp_path / "worker.py"), str(tmp_path / "out.pt")], capture_output=True, text=True, timeout=300
@@ -87,9 +86,9 @@ import yaml
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch.distributed.device_mesh import init_device_mesh
-from modeling_tokcom import TokComModel
-from tests.conftest import ROOT, tiny_config
-from training.ema import embeddings_in_the_root
+from tokcom.modeling_tokcom import TokComModel
+from helpers import ROOT, tiny_config
+from tokcom.training.ema import embeddings_in_the_root
 
 dist.init_process_group("gloo")
 settings = yaml.safe_load((ROOT / "accelerate_configs/fsdp2.yaml").read_text())["fsdp_config"]
@@ -117,7 +116,7 @@ dist.destroy_process_group()
 
 
 def test_both_stages_take_a_step_as_accelerate_shards_them(tmp_path):
-    (tmp_path / "worker.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{PREPARED}")
+    (tmp_path / "worker.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\n{PREPARED}")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     done = subprocess.run([*command, str(tmp_path / "worker.py")], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from helpers import tiny_config
 
-from modeling_tokcom import TokComModel
-from tests.conftest import tiny_config
-from token_head_tokcom import TokComChoice, nucleus
+from tokcom.modeling_tokcom import TokComModel
+from tokcom.token_head_tokcom import TokComChoice, nucleus
 
 TOKENS = {"prediction_type": "tokens", "codec_config": {"encoder_type": "token"}, "stage": "flow"}
 

@@ -8,18 +8,18 @@ import time
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT, same_weights, tiny_config
 from safetensors.torch import load_file
 
-import train_accelerate
-from modeling_tokcom import TokComModel
-from pipeline_text_tokcom import vocabulary_size
-from pipeline_tokcom import TokComPipeline
-from scheduling_tokcom import TokComFlowMatchScheduler
-from tests.conftest import ROOT, same_weights, tiny_config
-from train_accelerate import NonFiniteLossError, run
-from training.config import PRESET_DIR, load_train_config
-from training.data import PackedDataset
-from training.export import measure_latent_statistics
+from tokcom import train_accelerate
+from tokcom.modeling_tokcom import TokComModel
+from tokcom.pipeline_text_tokcom import vocabulary_size
+from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
+from tokcom.train_accelerate import NonFiniteLossError, run
+from tokcom.training.config import PRESET_DIR, load_train_config
+from tokcom.training.data import PackedDataset
+from tokcom.training.export import measure_latent_statistics
 
 QUICK = [
     *("report_to=none", "num_samples=0", "tokenizer_vocab_size=320", "model.transformer_config.num_hidden_layers=1"),
@@ -147,8 +147,8 @@ def test_killed_and_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(tmp_pat
 
 SPY = """
 import json, os, sys
-import train_accelerate
-from modeling_tokcom import TokComModel
+from tokcom import train_accelerate
+from tokcom.modeling_tokcom import TokComModel
 forward = TokComModel.forward
 def spy(self, input_ids, attention_mask=None, timestep=None):
     if self.training:

@@ -1,8 +1,8 @@
 import torch
 from transformers import DynamicCache
 
-from configuration_tokcom import TokComTransformerConfig
-from transformer_tokcom import TokComTransformer, block_causal_mask
+from tokcom.configuration_tokcom import TokComTransformerConfig
+from tokcom.transformer_tokcom import TokComTransformer, block_causal_mask
 
 FIELDS = dict(latent_channels=6, hidden_size=32, intermediate_size=48, num_hidden_layers=2, conditioning_size=16)
 FIELDS |= dict(num_attention_heads=4, num_key_value_heads=2)

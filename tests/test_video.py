@@ -9,30 +9,30 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLWan, DDIMScheduler
+from helpers import ROOT, STOCK_SCHEDULERS, seeded
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors.torch import load_file
 
-from configuration_tokcom import TokComConfig, TokComVideoCodecConfig
-from distill_accelerate import ModelDenoiser
-from distill_accelerate import main as distill
-from evaluate_tokcom import main as evaluate
-from evaluation.memory import activations, operations, resized, run_step, saved_bytes
-from evaluation.videos import main as measure_videos
-from inference import main as infer
-from modeling_tokcom import TokComModel, diffusion_times, draw_known, generation_order
-from pipeline_text_tokcom import vocabulary_size
-from pipeline_tokcom import TokComPipeline
-from pipeline_video_tokcom import _device_of, decode_clips, encode_clips
-from quantization_tokcom import code_statistics
-from sampling_tokcom import TokComBlockSampler
-from scheduling_tokcom import TokComFlowMatchScheduler
-from tests.conftest import ROOT, STOCK_SCHEDULERS, seeded
-from train_accelerate import main as train
-from training.config import DataConfig
-from training.data import load_documents, train_tokenizer
-from training.films import write_film
-from training.images import Frames, ImageDataset
+from tokcom.configuration_tokcom import TokComConfig, TokComVideoCodecConfig
+from tokcom.distill_accelerate import ModelDenoiser
+from tokcom.distill_accelerate import main as distill
+from tokcom.evaluate_tokcom import main as evaluate
+from tokcom.evaluation.memory import activations, operations, resized, run_step, saved_bytes
+from tokcom.evaluation.videos import main as measure_videos
+from tokcom.inference import main as infer
+from tokcom.modeling_tokcom import TokComModel, diffusion_times, draw_known, generation_order
+from tokcom.pipeline_text_tokcom import vocabulary_size
+from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.pipeline_video_tokcom import _device_of, decode_clips, encode_clips
+from tokcom.quantization_tokcom import code_statistics
+from tokcom.sampling_tokcom import TokComBlockSampler
+from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
+from tokcom.train_accelerate import main as train
+from tokcom.training.config import DataConfig
+from tokcom.training.data import load_documents, train_tokenizer
+from tokcom.training.films import write_film
+from tokcom.training.images import Frames, ImageDataset
 
 CODEC = dict(num_frames=4, height=16, width=24, patch_size=8)
 FLOW = dict(hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
@@ -195,7 +195,7 @@ def test_factorized_attention_is_attention_within_a_moment_and_then_along_time()
         net.transformer.config.attention_type = "full"
         hidden = net.transformer.proj_in(x)
         conditioning = torch.nn.functional.silu(net.transformer.time_embedding(torch.full((2, 24), 0.5)))
-        from layers_tokcom import rotary_embedding
+        from tokcom.layers_tokcom import rotary_embedding
 
         tables = rotary_embedding(positions, 24, net.config.transformer_config.rope_theta)
         for layer, mask in zip(net.transformer.layers, masks):

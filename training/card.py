@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from pipeline_tokcom import TokComPipeline
-from training.config import DataConfig, TrainConfig
-from training.data import read_sources
+from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.training.config import DataConfig, TrainConfig
+from tokcom.training.data import read_sources
 
 WORK = "run"  # checkpoints, logs and tokenizer, inside output_dir
 SAMPLES = 3

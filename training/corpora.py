@@ -10,10 +10,10 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from modeling_tokcom import TokComModel
-from training.card import WORK
-from training.config import StageConfig, TrainConfig
-from training.data import (
+from tokcom.modeling_tokcom import TokComModel
+from tokcom.training.card import WORK
+from tokcom.training.config import StageConfig, TrainConfig
+from tokcom.training.data import (
     CodecMix,
     DialogueDataset,
     PackedDataset,
@@ -28,9 +28,9 @@ from training.data import (
     tokenize_dialogues,
     tokenize_documents,
 )
-from training.export import measure_latent_statistics
-from training.images import ImageDataset, check_autoencoder, load_autoencoder, measure_image_statistics
-from training.streams import OmniDataset, is_text, measure_stream_statistics
+from tokcom.training.export import measure_latent_statistics
+from tokcom.training.images import ImageDataset, check_autoencoder, load_autoencoder, measure_image_statistics
+from tokcom.training.streams import OmniDataset, is_text, measure_stream_statistics
 
 
 class Corpus:

@@ -21,9 +21,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from pipeline_text_tokcom import text_ids, vocabulary_size, with_pad_token
-from training.checkpoints import first_line
-from training.config import DataConfig
+from tokcom.pipeline_text_tokcom import text_ids, vocabulary_size, with_pad_token
+from tokcom.training.checkpoints import first_line
+from tokcom.training.config import DataConfig
 
 DIALOGUES = ("prompt", "messages", "conversations")  # fields that make a record a dialogue
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}

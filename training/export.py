@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from modeling_tokcom import TokComModel
-from pipeline_tokcom import TokComPipeline
-from scheduling_tokcom import TokComFlowMatchScheduler
-from training.checkpoints import CheckpointError, first_line
+from tokcom.modeling_tokcom import TokComModel
+from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
+from tokcom.training.checkpoints import CheckpointError, first_line
 
 
 def export_repository(

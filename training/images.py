@@ -12,12 +12,12 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from image_processing_tokcom import TokComImageProcessor
-from pipeline_text_tokcom import text_ids, vocabulary_size
-from pipeline_video_tokcom import encode_clips
-from training.checkpoints import first_line
-from training.config import DataConfig
-from training.data import FILMS, load_documents
+from tokcom.image_processing_tokcom import TokComImageProcessor
+from tokcom.pipeline_text_tokcom import text_ids, vocabulary_size
+from tokcom.pipeline_video_tokcom import encode_clips
+from tokcom.training.checkpoints import first_line
+from tokcom.training.config import DataConfig
+from tokcom.training.data import FILMS, load_documents
 
 
 def open_image(value: Any, name: str = "a record") -> Image.Image:

@@ -6,8 +6,8 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch import nn
 
-from layers_tokcom import TokComTimestepEmbedding
-from training.precision import has_fast_bfloat16
+from tokcom.layers_tokcom import TokComTimestepEmbedding
+from tokcom.training.precision import has_fast_bfloat16
 
 
 class ChainedOptimizer(torch.optim.Optimizer):

@@ -3,7 +3,7 @@
 import torch
 from transformers import AutoModel
 
-from training.checkpoints import first_line
+from tokcom.training.checkpoints import first_line
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which backbones expect
 

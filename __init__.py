@@ -1,0 +1,28 @@
+"""TokCom: latent generative models of tokens.
+
+The directory of this file is the package `tokcom` and a repository for the Hub at once. Nothing is imported until it is
+asked for, so that `import tokcom` costs nothing.
+"""
+
+from importlib import import_module
+
+_MODULES = {
+    "TokComConfig": "configuration_tokcom",
+    "TokComModel": "modeling_tokcom",
+    "TokComOutput": "modeling_tokcom",
+    "TokComFlowMatchScheduler": "scheduling_tokcom",
+    "TokComPipeline": "pipeline_tokcom",
+    "TokComPipelineOutput": "pipeline_tokcom",
+}
+__all__ = list(_MODULES)
+__version__ = "0.2.0"
+
+
+def __getattr__(name: str):
+    if name in _MODULES:
+        return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    raise AttributeError(f"module 'tokcom' has no attribute {name!r}; it has {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
