@@ -94,7 +94,7 @@ class Demo:
     def emerging(self, latents: torch.Tensor, time: float) -> list[tuple[str, float]]:
         """What the noisy latents `(1, n, C)` of a block at `time` decode to, and t of each token: 0 is noise, 1 is clean."""
         model, count = self.pipe.model, latents.shape[1]
-        times = model.latent_times(time, torch.arange(count), count)[None].float()
+        times = torch.full((1, count), time)
         if model.token_head is None:
             t = times.clamp(0, 1)[0].repeat_interleave(self.pipe.chunk_size)
         else:

@@ -118,35 +118,6 @@ class TokComChunkTransformer(nn.Module):
         return hidden_states[:, -1] if self.encoder else hidden_states
 
 
-class TokComMicroDecoder(nn.Module):
-    """Causal network inside the chunk: the decoder's state of a token and the tokens before it -> its new state.
-
-    Without it the K tokens of a chunk are decoded independently, and a latent between two chunks decodes to neither.
-    """
-
-    def __init__(self, config: TokComChunkCodecConfig):
-        super().__init__()
-        size, width = config.chunk_size, config.embedding_size
-        self.proj_in = nn.Linear(size * width, config.hidden_size)
-        self.layers = nn.ModuleList(TokComResidualMLP(config) for _ in range(config.num_micro_decoder_layers))
-        self.norm = TokComRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.proj_out = nn.Linear(config.hidden_size, width)
-        self.output_norm = TokComRMSNorm(width, config.rms_norm_eps)
-
-    def forward(self, states: torch.Tensor, embeddings: torch.Tensor, place: int | None = None) -> torch.Tensor:
-        """States `(M, K, E)` and token embeddings `(M, K, E)` -> `(M, K, E)`, or `(M, 1, E)` for one `place`."""
-        rows = slice(None) if place is None else slice(place, place + 1)
-        states = states[:, rows]
-        # place i of the chunk reads the tokens at 0..i-1; the last token is read by none
-        size = embeddings.shape[1]
-        earlier = torch.ones(size, size - 1, dtype=embeddings.dtype, device=embeddings.device).tril(-1)[rows]
-        known = embeddings[:, None, :-1] * earlier[..., None]  # (M, K, K - 1, E)
-        hidden_states = self.proj_in(torch.cat((states, known.flatten(2)), dim=-1))  # (M, K, D)
-        for layer in self.layers:
-            hidden_states = layer(hidden_states)
-        return self.output_norm(states + self.proj_out(self.norm(hidden_states)))
-
-
 class TokComCodec(TokComPreTrainedModel):
     """What all codecs share; each has `to_chunks`, `encode`, `decode`, `to_ids`, `nll` and `training_loss`."""
 
@@ -201,7 +172,6 @@ class TokComChunkCodec(TokComCodec):
             config.fsq_levels,
         )
         self.quantizer = build_quantizer(*quantizer)
-        self.micro_decoder = TokComMicroDecoder(config) if config.num_micro_decoder_layers else None
         self.latent_mean = nn.Buffer(torch.zeros(config.latent_channels))
         self.latent_std = nn.Buffer(torch.ones(config.latent_channels))
         self.gradient_checkpointing = False
@@ -304,21 +274,15 @@ class TokComChunkCodec(TokComCodec):
         return index[..., None]
 
     def decode(self, latents: torch.Tensor, quantized: bool = False) -> TokComDecoderOutput:
-        """Standardised latents `(B, N, C)` -> logits `(B, N * K, V)`; with a micro-decoder, each place's are those
-        that follow the most likely ids of the places before it. Latents of `from_codes` are `quantized` already, which
-        tells a codec of `quantized_latents=False` not to do so again."""
+        """Standardised latents `(B, N, C)` -> logits `(B, N * K, V)`.
+
+        Latents of `from_codes` are `quantized` already, which tells a codec of `quantized_latents=False` not to do so again.
+        """
         raw_latents = self._denormalize(latents, quantized)
         states = self._token_states(raw_latents)  # (B * N, K, E)
-        if self.micro_decoder is None:
-            with torch.autocast(states.device.type, enabled=False):
-                states, weight = self._with_likelihood(states, raw_latents)
-                logits = F.linear(states.to(weight.dtype), weight)
-        else:
-            known, places = torch.zeros_like(states), []
-            for place in range(self.config.chunk_size):
-                places.append(F.linear(self.micro_decoder(states, known, place), self.embed_tokens.weight))
-                known[:, place] = self.embed_tokens(places[-1][:, 0].argmax(-1))
-            logits = torch.cat(places, dim=1)
+        with torch.autocast(states.device.type, enabled=False):
+            states, weight = self._with_likelihood(states, raw_latents)
+            logits = F.linear(states.to(weight.dtype), weight)
         logits = logits.reshape(latents.shape[0], -1, self.config.vocab_size)
         if self.config.impossible_symbol is not None:
             pad = torch.arange(self.config.vocab_size, device=logits.device) == self.config.impossible_symbol
@@ -354,16 +318,9 @@ class TokComChunkCodec(TokComCodec):
         """Nats `(B, n, K)` of the tokens of `chunks (B, n, K)` given their standardised latents `(B, n, C)`."""
         return self._token_nll(self._denormalize(latents), chunks)
 
-    def _token_nll(self, raw_latents: torch.Tensor, chunks: torch.Tensor, dropout: float = 0.0) -> torch.Tensor:
-        """Nats per token of `chunks (..., K)`; a micro-decoder reads them too, a share `dropout` of them masked."""
+    def _token_nll(self, raw_latents: torch.Tensor, chunks: torch.Tensor) -> torch.Tensor:
+        """Nats per token of `chunks (..., K)` given raw latents `(M, C)`."""
         states = self._token_states(raw_latents)  # (M, K, E)
-        if self.micro_decoder is not None:
-            known = chunks.reshape(states.shape[:2])
-            if dropout:
-                known = torch.where(
-                    torch.rand(known.shape, device=known.device) < dropout, self.config.mask_token_id, known
-                )
-            states = self.micro_decoder(states, self.embed_tokens(known))
         states, weight = self._with_likelihood(states, raw_latents)
         if self.config.impossible_symbol == self.config.vocab_size - 1:  # nothing decodes to the pad token
             weight = weight[:-1]
@@ -398,7 +355,7 @@ class TokComChunkCodec(TokComCodec):
                 latents = latents + torch.randn_like(latents) * (0.5 * log_variance).exp()
         if self.training and config.latent_dropout:
             latents = F.dropout(latents, config.latent_dropout)
-        nll = self._token_nll(latents, chunks, config.micro_decoder_dropout if self.training else 0.0)
+        nll = self._token_nll(latents, chunks)
         cross_entropy = (nll * real).sum() / real.sum().clamp_min(1)
         penalty = config.kl_weight * kl if self.quantizer is None else penalty
         loss = config.chunk_size * cross_entropy + penalty

@@ -7,7 +7,6 @@ regression of colours is `prediction_type="latents"` with the same codec. Decodi
 Shape legend: B batch, T tokens, K tokens per patch, N patches, G digits per token, C = K * G latent channels, V vocabulary.
 """
 
-import math
 from functools import cached_property
 
 import torch
@@ -22,14 +21,6 @@ NEAREST_ROWS = 512  # rows of distances to all ids that exist at once
 def spell(ids: torch.Tensor, base: int, count: int) -> torch.Tensor:
     """Ids `(...)` -> their `count` digits of `base`, `(..., count)`, the least significant first."""
     return ids[..., None] // base ** torch.arange(count, device=ids.device) % base
-
-
-def dct_matrix(size: int) -> torch.Tensor:
-    """The orthonormal DCT-II as a matrix `(size, size)`, frequencies in rows."""
-    place, frequency = torch.arange(size, device="cpu") + 0.5, torch.arange(size, device="cpu")[:, None]
-    matrix = torch.cos(math.pi / size * frequency * place) * (2 / size) ** 0.5
-    matrix[0] /= 2**0.5
-    return matrix
 
 
 class TokComColorCodec(TokComCodec):
@@ -236,12 +227,5 @@ class TokComColorCodec(TokComCodec):
         nll = F.cross_entropy(self._digit_logits(latents).flatten(0, 2), digits.flatten(), reduction="none")
         return nll.view(digits.shape).sum(-1)
 
-    def frequencies(self, latents: torch.Tensor) -> torch.Tensor:
-        """Patches `(B, N, C)` -> their two-dimensional DCT-II coefficients `(B, N, G, patch_size, patch_size)`, orthonormal."""
-        size = self.config.patch_size
-        basis = dct_matrix(size).to(latents)
-        patches = latents.unflatten(2, (size, size, -1)).movedim(-1, 2)
-        return basis @ patches @ basis.T
 
-
-__all__ = ["TokComColorCodec", "dct_matrix"]
+__all__ = ["TokComColorCodec"]

@@ -164,9 +164,6 @@ class TokComChunkCodecConfig(TokComCodecConfig):
         encoder_type (`str`): `"chunk"`, a network over the K tokens, or `"token"`, C / K channels per token, which makes
             the mean latent of token probabilities exact (`prediction_type="tokens"`).
         token_dropout (`float`), latent_dropout (`float`): training probabilities in [0, 1).
-        num_micro_decoder_layers (`int`): layers of a causal network inside the chunk, which decodes each token given the
-            latent and the tokens before it; 0 decodes all K independently.
-        micro_decoder_dropout (`float`): share of the tokens fed back that training masks.
         quantizer (`str`): `"none"`, `"vq"` or `"fsq"`: latents take one of finitely many values, so that a text is stored as
             codes. Then there is no posterior noise and no KL.
         num_codes (`int`), num_quantizers (`int`): for `"vq"`: codes of a codebook, and codebooks, each of which quantises what
@@ -200,8 +197,6 @@ class TokComChunkCodecConfig(TokComCodecConfig):
     kl_free_nats: float | int = 0.5
     token_dropout: float | int = 0.15
     latent_dropout: float | int = 0.15
-    num_micro_decoder_layers: int = 0
-    micro_decoder_dropout: float | int = 0.3
     quantizer: str = "none"
     num_codes: int = 1024
     num_quantizers: int = 1
@@ -243,12 +238,7 @@ class TokComChunkCodecConfig(TokComCodecConfig):
     def validate_architecture(self):
         sizes = ("vocab_size", "chunk_size", "latent_channels", "embedding_size", "hidden_size", "intermediate_size")
         check_positive(self, *sizes, "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-        check_fraction(self, "token_dropout", "latent_dropout", "micro_decoder_dropout")
-        if self.num_micro_decoder_layers < 0 or (self.num_micro_decoder_layers and self.chunk_size == 1):
-            raise ValueError(
-                f"`num_micro_decoder_layers` ({self.num_micro_decoder_layers}) must be 0, or positive with a "
-                f"`chunk_size` ({self.chunk_size}) above 1: it orders the tokens inside a chunk."
-            )
+        check_fraction(self, "token_dropout", "latent_dropout")
         if self.layer_type not in ("mlp", "attention"):
             raise ValueError(f"`layer_type` ({self.layer_type!r}) must be 'mlp' or 'attention'.")
         if self.encoder_type not in ("chunk", "token"):
@@ -284,7 +274,6 @@ class TokComChunkCodecConfig(TokComCodecConfig):
         chunk = self.chunk_size * self.embedding_size
         parameters = self.vocab_size * self.embedding_size + 2 * self.num_hidden_layers * layer
         parameters += self.hidden_size * (2 * chunk + 3 * self.latent_channels)
-        parameters += self.num_micro_decoder_layers * layer + self.hidden_size * chunk
         if self.quantizer == "vq":
             parameters += 2 * self.num_quantizers * self.num_codes * self.latent_channels
         check_size(self, parameters)

@@ -7,6 +7,7 @@ Shape legend used in every file: B batch, T tokens, K tokens per chunk, N = T/K 
 D width, H heads, A position axes, V vocabulary.
 """
 
+import warnings
 from copy import deepcopy
 from typing import Any
 
@@ -29,6 +30,30 @@ from .configuration_codec_tokcom import (
     vocabulary_fields,
 )
 
+# fields of earlier versions, and the value at which leaving them out changes nothing
+REMOVED = {
+    "latent_stagger": 0.0,
+    "frequency_weight": 0.0,
+    "self_conditioning": False,
+    "num_micro_decoder_layers": 0,
+    "micro_decoder_dropout": None,  # had no effect without such layers
+}
+
+
+def drop_removed(*parts: dict[str, Any]) -> None:
+    """Take the fields of earlier versions out of `parts` of a configuration, with one warning that names them.
+
+    Raises `ValueError` for one that was in use: such a model cannot be what it was.
+    """
+    found = {name: part.pop(name) for part in parts for name in REMOVED if name in part}
+    used = {name: value for name, value in found.items() if REMOVED[name] is not None and value != REMOVED[name]}
+    if used:
+        raise ValueError(
+            f"this model was trained with {used}, which version 0.2 removed after it had lost its ablation; use version 0.1."
+        )
+    if found:
+        warnings.warn(f"dropped fields that no longer exist: {', '.join(sorted(found))}.", stacklevel=3)
+
 
 @strict
 class TokComTransformerConfig(PreTrainedConfig):
@@ -44,7 +69,6 @@ class TokComTransformerConfig(PreTrainedConfig):
             v5.2 used 1.
         adaln_gates (`bool`): gated adaLN-zero (a block is the identity at init); `False` is the published form.
         input_projection (`bool`): a linear map C -> D before the blocks; `False` (published) needs `C == D`.
-        self_conditioning (`bool`): the previous estimate of x1 is a second input.
         per_latent_timestep (`bool`): known latents are told t = 1. `False` (published): one t for the whole sequence,
             so training never shows a clean prompt and sampling tells it the time of its neighbours.
         block_size (`int`, *optional*): Q, latents denoised at once under block-causal attention; `None` is the
@@ -82,7 +106,6 @@ class TokComTransformerConfig(PreTrainedConfig):
     timestep_scale: float | int = 1000.0
     adaln_gates: bool = True
     input_projection: bool = True
-    self_conditioning: bool = True
     per_latent_timestep: bool = True
     block_size: int | None = 4
     num_context_layers: int = 0
@@ -145,10 +168,10 @@ class TokComTransformerConfig(PreTrainedConfig):
                 f"`per_latent_timestep=False` needs `block_size=None`, got {self.block_size}: block-causal generation "
                 "conditions on clean latents."
             )
-        if not self.input_projection and (self.latent_channels != self.hidden_size or self.self_conditioning):
+        if not self.input_projection and self.latent_channels != self.hidden_size:
             raise ValueError(
                 f"`input_projection=False` needs `latent_channels` ({self.latent_channels}) equal to `hidden_size` "
-                f"({self.hidden_size}) and no self-conditioning; set `input_projection=True`."
+                f"({self.hidden_size}); set `input_projection=True`."
             )
         layer = self.hidden_size * (4 * self.hidden_size + 3 * self.intermediate_size + 6 * self.conditioning_size)
         ends = self.hidden_size * (2 * self.feature_size + 3 * self.latent_channels)
@@ -172,7 +195,6 @@ class TokComConfig(PreTrainedConfig):
         token_embedding_size (`int`): width of the embedding through which `"tokens"` reads and predicts tokens.
         token_stagger (`float`): in [0, 1], for `"tokens"`: how much later each token of a chunk is denoised than the one
             before it; 0 is all together, 1 one after the other.
-        latent_stagger (`float`): in [0, 1], for `"tokens"`: the same for the latents of a block.
         turn_share (`float`): in [0, 1], with `token_stagger=1`: share of the training rows whose times are exactly those
             at which a token's turn begins, which is where K steps sample; the others' are anywhere in between.
         token_shift (`float`): for `"tokens"`: warp of each token's time; above 1 spends more of it on noise.
@@ -184,12 +206,10 @@ class TokComConfig(PreTrainedConfig):
         mse_weight, ce_weight (`float`): weights of the x1 regression and of the cross-entropy through the decoder.
         ce_share (`float`): in (0, 1], for `"latents"`: share of the latents, drawn at every training step, that the
             cross-entropy is computed of; the decoder is most of a step where it is as deep as the transformer.
-        frequency_weight (`float`): weight of the mean absolute error of the estimate's DCT-II coefficients, for pixels that are
-            regressed (`"latents"` and a color codec); 0 is off.
         quantize_prediction (`bool`): every estimate becomes the nearest codes of a video codec's quantiser, its gradient passing
             straight through, as in the published video model.
         latent_head (`str`), latent_refiner (`str`): networks between the estimate and the decoder, for `"latents"`: `"none"`,
-            `"mlp"` or `"vq"` (an MLP and a codebook), and `"none"`, `"mlp"` or for pixels `"unet"`. Trained in stage `"head"`.
+            `"mlp"` or `"vq"` (an MLP and a codebook), and `"none"` or `"mlp"`. Trained in stage `"head"`.
         latent_head_size (`int`), latent_refiner_size (`int`), latent_head_codes (`int`): their widths and codes.
         condition_vocab_size (`int`): of models of images: ids of the captions they are generated for, those of the tokenizer
             and one more; 0 is without captions.
@@ -211,7 +231,6 @@ class TokComConfig(PreTrainedConfig):
     prediction_type: str = "latents"
     token_embedding_size: int = 128
     token_stagger: float | int = 0.0
-    latent_stagger: float | int = 0.0
     turn_share: float | int = 0.0
     token_shift: float | int = 3.0
     noise_std: float | int = 1.0
@@ -220,7 +239,6 @@ class TokComConfig(PreTrainedConfig):
     mse_weight: float | int = 1.0
     ce_weight: float | int = 0.2
     ce_share: float | int = 1.0
-    frequency_weight: float | int = 0.0
     quantize_prediction: bool = False
     latent_head: str = "none"
     latent_refiner: str = "none"
@@ -238,15 +256,19 @@ class TokComConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
+        subs = [
+            dict(sub or {}) for sub in (self.codec_config, self.transformer_config) if isinstance(sub, dict | None)
+        ]
+        drop_removed(kwargs, *subs)
         if not isinstance(self.codec_config, PreTrainedConfig):
-            fields = dict(self.codec_config or {})
+            fields = subs.pop(0)
             codec_type = fields.pop("model_type", TokComChunkCodecConfig.model_type)
             if codec_type not in CODEC_CONFIGS:
                 raise ValueError(f"unknown codec type {codec_type!r}; known are {sorted(CODEC_CONFIGS)}.")
             check_known_keys(CODEC_CONFIGS[codec_type], fields, "codec_config.")
             self.codec_config = CODEC_CONFIGS[codec_type](**fields)
         if not isinstance(self.transformer_config, PreTrainedConfig):
-            fields = {k: v for k, v in (self.transformer_config or {}).items() if k != "model_type"}
+            fields = {k: v for k, v in subs.pop(0).items() if k != "model_type"}
             check_known_keys(TokComTransformerConfig, fields, "transformer_config.")
             self.transformer_config = TokComTransformerConfig(**fields)
         codec, transformer = self.codec_config, self.transformer_config
@@ -292,15 +314,9 @@ class TokComConfig(PreTrainedConfig):
         row = self.codec_config.latents_multiple
         if block_size is not None and block_size % row:
             raise ValueError(f"`block_size` ({block_size}) must be a multiple of the {row} patches of a raster's row.")
-        if self.latent_stagger and (self.prediction_type != "tokens" or block_size is None):
+        if not 0 <= self.token_stagger <= 1 or self.token_shift <= 0:
             raise ValueError(
-                f"`latent_stagger` ({self.latent_stagger}) needs `prediction_type='tokens'` (got {self.prediction_type!r}) "
-                f"and a `block_size` (got {block_size}); set it to 0."
-            )
-        if not 0 <= self.token_stagger <= 1 or not 0 <= self.latent_stagger <= 1 or self.token_shift <= 0:
-            raise ValueError(
-                f"`token_stagger` ({self.token_stagger}) and `latent_stagger` ({self.latent_stagger}) must be in [0, 1] "
-                f"and `token_shift` ({self.token_shift}) positive."
+                f"`token_stagger` ({self.token_stagger}) must be in [0, 1] and `token_shift` ({self.token_shift}) positive."
             )
         if not 0 <= self.turn_share <= 1 or (self.turn_share and self.token_stagger != 1):
             raise ValueError(
@@ -389,11 +405,10 @@ class TokComConfig(PreTrainedConfig):
             )
 
     def _validate_head(self):
-        colors = isinstance(self.codec_config, TokComColorCodecConfig)
-        if self.latent_head not in ("none", "mlp", "vq") or self.latent_refiner not in ("none", "mlp", "unet"):
+        if self.latent_head not in ("none", "mlp", "vq") or self.latent_refiner not in ("none", "mlp"):
             raise ValueError(
                 f"`latent_head` ({self.latent_head!r}) must be 'none', 'mlp' or 'vq', and `latent_refiner` "
-                f"({self.latent_refiner!r}) 'none', 'mlp' or 'unet'."
+                f"({self.latent_refiner!r}) 'none' or 'mlp'."
             )
         if self.has_latent_head and self.prediction_type != "latents":
             raise ValueError(
@@ -402,15 +417,6 @@ class TokComConfig(PreTrainedConfig):
             )
         if self.stage == "head" and not self.has_latent_head:
             raise ValueError("stage 'head' trains `latent_head` and `latent_refiner`, but both are 'none'.")
-        if self.latent_refiner == "unet" and (not colors or self.transformer_config.block_size is not None):
-            raise ValueError(
-                "`latent_refiner='unet'` works on whole pictures: it needs a color codec and `block_size=None`; use 'mlp'."
-            )
-        if self.frequency_weight < 0 or (self.frequency_weight and (self.prediction_type != "latents" or not colors)):
-            raise ValueError(
-                f"`frequency_weight` ({self.frequency_weight}) must not be negative, and needs `prediction_type='latents'` "
-                "and a color codec."
-            )
         if not 0 < self.ce_share <= 1:
             raise ValueError(f"`ce_share` ({self.ce_share}) must be in (0, 1].")
         check_positive(self, "latent_head_size", "latent_refiner_size", "latent_head_codes", "token_embedding_size")
@@ -507,7 +513,6 @@ def _pixels(
                 num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads, num_position_axes=2
             ),
             **dict(max_position_embeddings=patches, conditioning_size=hidden_size, block_size=None),
-            **dict(self_conditioning=False),
         },
         **dict(prediction_type="tokens", token_embedding_size=embedding, token_shift=10.0, num_inference_steps=20),
         **dict(timestep_sampling="uniform"),
@@ -527,7 +532,7 @@ def _styled(width: int, channels: int) -> dict[str, Any]:
         "transformer_config": {
             **dict(latent_channels=channels, hidden_size=1024, intermediate_size=2816, num_hidden_layers=16),
             **dict(num_attention_heads=16, num_key_value_heads=16, max_position_embeddings=36),
-            **dict(conditioning_size=256, block_size=None, self_conditioning=False, per_latent_timestep=False),
+            **dict(conditioning_size=256, block_size=None, per_latent_timestep=False),
         },
         **dict(ce_weight=0.0, timestep_loc=0.0, num_inference_steps=32),
     }
@@ -550,7 +555,7 @@ def _video(
         "transformer_config": {
             **dict(hidden_size=width, intermediate_size=width * 8 // 3, num_hidden_layers=layers, num_position_axes=3),
             **dict(num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=latents),
-            **dict(conditioning_size=128, block_size=None, self_conditioning=False, **more),
+            **dict(conditioning_size=128, block_size=None, **more),
         },
         **dict(ce_weight=0.0, quantize_prediction=True, infill_rate=0.0, num_inference_steps=50),
     }
@@ -570,7 +575,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             **dict(latent_channels=896, hidden_size=896, intermediate_size=4864, num_hidden_layers=24),
             **dict(num_attention_heads=14, num_key_value_heads=2, attention_bias=True, qk_norm=False, rope_theta=1e6),
             **dict(max_position_embeddings=256, conditioning_size=896, timestep_scale=1.0, adaln_gates=False),
-            **dict(input_projection=False, self_conditioning=False, per_latent_timestep=False, block_size=None),
+            **dict(input_projection=False, per_latent_timestep=False, block_size=None),
         },
         **dict(noise_std=0.05, timestep_sampling="uniform", timestep_loc=0.0, mse_weight=0.0, ce_weight=1.0),
         **dict(context_dropout=0.0, infill_rate=0.0, num_inference_steps=50),
@@ -585,7 +590,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             **dict(latent_channels=128, hidden_size=640, intermediate_size=1728, num_hidden_layers=13),
             **dict(num_attention_heads=10, num_key_value_heads=10, max_position_embeddings=256),
             **dict(conditioning_size=256, block_size=1, num_context_layers=10, head_attention=False),
-            **dict(self_conditioning=False, start_latents=True),
+            **dict(start_latents=True),
         },
         **dict(prediction_type="tokens", token_stagger=1.0, token_shift=10.0, noise_draws=4),
         **dict(
@@ -603,7 +608,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             **dict(latent_channels=64, hidden_size=320, intermediate_size=864, num_hidden_layers=8),
             **dict(num_attention_heads=5, num_key_value_heads=5, max_position_embeddings=128),
             **dict(conditioning_size=128, block_size=1, num_context_layers=6, head_attention=False),
-            **dict(self_conditioning=False, start_latents=True),
+            **dict(start_latents=True),
         },
         **dict(prediction_type="tokens", token_stagger=1.0, token_shift=10.0, noise_draws=4),
         **dict(timestep_sampling="uniform", turn_share=0.75, infill_rate=0.2, context_dropout=0.05),
@@ -635,7 +640,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "transformer_config": {
             **dict(latent_channels=8, hidden_size=192, intermediate_size=512, num_hidden_layers=6),
             **dict(num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=36),
-            **dict(conditioning_size=128, block_size=None, self_conditioning=False, per_latent_timestep=False),
+            **dict(conditioning_size=128, block_size=None, per_latent_timestep=False),
         },
         **dict(ce_weight=0.0, timestep_loc=0.0, num_inference_steps=32),
     },
@@ -651,7 +656,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "transformer_config": {
             **dict(hidden_size=192, intermediate_size=512, num_hidden_layers=6, num_position_axes=3),
             **dict(num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128),
-            **dict(conditioning_size=128, block_size=None, self_conditioning=False),
+            **dict(conditioning_size=128, block_size=None),
         },
         **dict(ce_weight=0.0, infill_rate=0.0, timestep_loc=0.0, num_inference_steps=20),
     },
@@ -673,7 +678,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "transformer_config": {
             **dict(hidden_size=192, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4),
             **dict(num_key_value_heads=4, max_position_embeddings=42, conditioning_size=128, block_size=None),
-            **dict(self_conditioning=False),
         },
         # what is said is decided by what is given only near pure noise: at t = 0.5 a noisy word tells itself
         **dict(ce_weight=1.0, infill_rate=0.0, timestep_loc=1.5, num_inference_steps=4),

@@ -11,7 +11,6 @@ Shape legend: B batch, T tokens, K tokens per chunk, N = T/K latents, C latent c
 import json
 import math
 import os
-import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
@@ -280,7 +279,6 @@ class TokComModel(TokComPreTrainedModel):
         timestep: torch.Tensor | float,
         position_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        self_condition: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         symbols: TokComSymbols | None = None,
         times: torch.Tensor | None = None,
@@ -302,17 +300,16 @@ class TokComModel(TokComPreTrainedModel):
             times = self.token_head.place_times(timestep) if times is None else times
             symbols = self.symbols() if symbols is None else symbols
             features = self.token_head.read(symbols, latents, times, chunks, uncertain)
-        inputs = latents.to(self.dtype), timestep.clamp(0, 1), features, self_condition
+        inputs = latents.to(self.dtype), timestep.clamp(0, 1), features
         if entry is not None and len(entry) != len(latents):
             copies = len(entry) // len(latents)
             inputs = (None if x is None else torch.cat([x] * copies) for x in inputs)
-        latents, timestep, features, self_condition = inputs
+        latents, timestep, features = inputs
         return self.transformer(
             latents,
             timestep,
             position_ids=position_ids,
             attention_mask=attention_mask,
-            self_condition=None if self_condition is None else self_condition.to(self.dtype),
             past_key_values=past_key_values,
             features=features,
             entry=entry,
@@ -337,12 +334,11 @@ class TokComModel(TokComPreTrainedModel):
         return self.token_head.symbols(table)
 
     @_entry_point
-    def refine(self, latents: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """What is decoded for the transformer's final estimate `(B, N, C)` of latents at `position_ids (B, N, A)`: itself,
-        unless there is a latent head."""
+    def refine(self, latents: torch.Tensor) -> torch.Tensor:
+        """What is decoded for the transformer's final estimate `(B, N, C)`: itself, unless there is a latent head."""
         if self.latent_head is None:
             return latents
-        return self.latent_head(latents.to(self.dtype), position_ids)[0].to(latents.dtype)
+        return self.latent_head(latents.to(self.dtype))[0].to(latents.dtype)
 
     @_entry_point
     def from_codes(self, codes: torch.Tensor) -> torch.Tensor:
@@ -448,14 +444,10 @@ class TokComModel(TokComPreTrainedModel):
         counted = loss_mask[:, None] / (prediction.shape[1] * loss_mask.sum()).clamp_min(1)  # (B, 1, N)
         mse = (errors.square().mean(-1) * counted).sum()
         loss = config.mse_weight * mse
-        if config.frequency_weight:
-            coefficients = self.codec.frequencies(errors.flatten(0, 1)).abs().flatten(2).mean(-1)  # (B * M, N)
-            coefficients = coefficients.unflatten(0, errors.shape[:2])
-            loss = loss + config.frequency_weight * (coefficients * counted).sum()
         if not config.codec_config.has_tokens:
             return TokComOutput(loss=loss, mse_loss=mse.detach())
         if trains_head:
-            estimate, loss = self.latent_head(prediction[:, 0], clean.position_ids)
+            estimate, loss = self.latent_head(prediction[:, 0])
         else:
             estimate = prediction[:, 0]
         with torch.set_grad_enabled(torch.is_grad_enabled() and (trains_head or config.ce_weight > 0)):
@@ -540,12 +532,6 @@ class TokComModel(TokComPreTrainedModel):
             token_losses=tokens.unflatten(1, (draws, -1))[:, 0].detach(),
         )
 
-    def latent_times(self, time: torch.Tensor | float, places: torch.Tensor, length: int) -> torch.Tensor:
-        """Time of a block in [0, 1] -> that of its latents at `places` 0..length-1, below 0 or above 1 while others have
-        their turn."""
-        stagger = self.config.latent_stagger
-        return time * (1 + stagger * (length - 1)) - stagger * places
-
     def channel_times(self, timestep: torch.Tensor) -> torch.Tensor:
         """Times of latents `(B, N)` -> t of each channel in [0, 1], `(B, N, C)`, or `(B, N, 1)` if all have the same."""
         if self.token_head is None:
@@ -564,14 +550,6 @@ class TokComModel(TokComPreTrainedModel):
             normal = torch.special.ndtri(shares.clamp(1e-6, 1 - 1e-6))
             shares = 1 - torch.sigmoid(normal + self.config.timestep_loc)
         return shares.gather(2, order[:, None].expand(-1, draws, -1))
-
-    def _stagger(self, t: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-        """Times of blocks `(B, M, N)` -> those of their latents."""
-        if not self.config.latent_stagger:
-            return t
-        index = torch.arange(order.shape[1], device=order.device)
-        first = torch.where(order != order.roll(1, 1), index, 0).cummax(1).values  # where each latent's block begins
-        return self.latent_times(t, (index - first)[:, None], self.config.transformer_config.block_size)
 
     @property
     def _shows_some(self) -> bool:
@@ -614,7 +592,7 @@ class TokComModel(TokComPreTrainedModel):
         t = self._sample_times(order, draws)
         if timestep is not None:
             t = torch.full_like(t, timestep)
-        t = self._stagger(t, order).flatten(1)  # (B, M * N)
+        t = t.flatten(1)  # (B, M * N)
         dropout = config.context_dropout if self.training else 0.0
         sees_context = torch.rand(batch, device=latents.device) >= dropout
         loss_mask, position_ids = valid, clean.position_ids
@@ -657,36 +635,21 @@ class TokComModel(TokComPreTrainedModel):
                 known = self.token_head.read(symbols, latents, torch.ones_like(times[:, :length]), chunks)
                 features = torch.cat((known, features), dim=1)
 
-        def predict(self_condition: torch.Tensor | None) -> torch.Tensor:
-            inputs, time, known = noisy, told.clamp(0, 1), 0
-            if block_size is not None:
-                inputs, known = torch.cat((latents, noisy), dim=1), length
-                time = torch.cat((t.new_ones(batch, length), time), dim=1)
-                if self_condition is not None:
-                    self_condition = torch.cat((torch.zeros_like(latents), self_condition), dim=1)
-            output = self.transformer(
-                inputs.to(self.dtype),
-                time,
-                position_ids,
-                attention_mask,
-                self_condition,
-                num_context=known,
-                features=features,
-                prefix=prefix,
-            )
-            return output.latents[:, -draws * length :]
-
-        estimate = None
-        # the coin is Python's generator, which all processes share: sharded passes must be the same in number
-        if self.training and config.transformer_config.self_conditioning and random.random() < 0.5:
-            with torch.no_grad():
-                estimate = predict(None)
-                if self.token_head is not None:
-                    estimate = self.token_head.mean_latents(estimate, symbols, noisy, times)
-                if block_size is None:  # sampling estimates nothing that is known
-                    estimate = torch.where((t >= 1)[..., None], 0, estimate)
-            torch.clear_autocast_cache()  # before torch 2.13 it holds casts without a gradient
-        return predict(estimate).unflatten(1, (draws, length)), loss_mask, noisy, t, times
+        inputs, time, num_context = noisy, told.clamp(0, 1), 0
+        if block_size is not None:
+            inputs, num_context = torch.cat((latents, noisy), dim=1), length
+            time = torch.cat((t.new_ones(batch, length), time), dim=1)
+        output = self.transformer(
+            inputs.to(self.dtype),
+            time,
+            position_ids,
+            attention_mask,
+            num_context=num_context,
+            features=features,
+            prefix=prefix,
+        )
+        estimate = output.latents[:, -draws * length :].unflatten(1, (draws, length))
+        return estimate, loss_mask, noisy, t, times
 
 
 TokComConfig.register_for_auto_class()

@@ -221,12 +221,8 @@ class TokComBlockSampler:
         )
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, time: float) -> torch.Tensor:
-        """Clean `latents (B, n, C)` and `noise` -> x at the `time` in [0, 1] of every block."""
-        times = torch.empty(latents.shape[:2], device=latents.device)
-        for block in split_blocks(latents.shape[1], self.model.config.transformer_config.block_size):
-            places = torch.arange(block.stop - block.start, device=latents.device)
-            times[:, block] = self.model.latent_times(time, places, len(places))
-        signal = self.model.channel_times(times)
+        """Clean `latents (B, n, C)` and `noise` -> x at the `time` in [0, 1]."""
+        signal = self.model.channel_times(torch.full(latents.shape[:2], time, device=latents.device))
         return (1 - signal) * noise + signal * latents
 
     def blocks(
@@ -280,41 +276,39 @@ class TokComBlockSampler:
     def _plan(self, x: torch.Tensor, sigma_start: float) -> list[_Step]:
         """Lay out the scheduler's grid for a block `x (B, Q, C)`, and what is the same at each step of all blocks."""
         length, device = x.shape[1], x.device
-        model, places, plan = self.model, torch.arange(length, device=device), []
+        model, plan = self.model, []
         turns = self._turn_grid() if self.takes_turns and sigma_start == 1 else None
         self.set_timesteps(sigma_start, device, turns)
         if length in self._plans:
             return self._plans[length]
         if self.is_diffusion:
-            self._plans[length] = self._diffusion_plan(places)
+            self._plans[length] = self._diffusion_plan(length, device)
             return self._plans[length]
         sigmas = self.scheduler.sigmas.tolist()
         grid = [1 - sigma for sigma in sigmas] if turns is None else turns
         for (sigma, next_sigma), (start, stop) in zip(zip(sigmas, sigmas[1:]), zip(grid, grid[1:])):
-            now, then = (model.latent_times(t, places, length)[None] for t in (start, stop))
+            now, then = (torch.full((1, length), t, device=device) for t in (start, stop))
             times, uncertain, chosen, gain = None, None, None, 1 / sigma
             if model.token_head is not None:
                 times = model.token_head.place_times(now).expand(len(x), -1, -1)
-                due = times < 1
-                if not model.config.transformer_config.self_conditioning:
-                    due = due & (model.token_head.progress(then) > 0)  # the turn of the others comes later
+                due = (times < 1) & (model.token_head.progress(then) > 0)  # the turn of the others comes later
                 chosen, uncertain = TokComChoice.of(due), TokComChoice.of((times > 0) & (times < 1))
                 # the mean velocity until `next_sigma`: Euler's step is exact for every token
                 now_, then_ = model.channel_times(now), model.channel_times(then)
                 gain = (then_ - now_) / (1 - now_).clamp_min(1e-6) / (sigma - next_sigma)
-            modulations = model.transformer.modulate(now.clamp(0, 1))
+            modulations = model.transformer.modulate(now)
             plan.append(_Step(now, times, uncertain, chosen, modulations, gain))
         self._plans[length] = plan
         return plan
 
-    def _diffusion_plan(self, places: torch.Tensor) -> list[_Step]:
+    def _diffusion_plan(self, length: int, device: torch.device) -> list[_Step]:
         """The same for a scheduler of a diffusion, of which every timestep stands for a time of the flow."""
         plan = []
         for timestep in self.scheduler.timesteps.tolist():
             remains = self.scheduler.alphas_cumprod[int(timestep)].double()
             signal, noise = remains.sqrt(), (1 - remains).sqrt()
             time = float(signal_time(signal, noise))
-            now = torch.full((1, len(places)), time, device=places.device)
+            now = torch.full((1, length), time, device=device)
             plan.append(
                 _Step(now, None, None, None, self.model.transformer.modulate(now), None, float(1 / (signal + noise)))
             )
@@ -322,7 +316,7 @@ class TokComBlockSampler:
 
     def _denoise(self, x, known: "_Known", sigma_start, on_step_end, sources, given: TokComGiven | None):
         """One block `(B, Q, C)` from noise, or from `sigma_start`, to clean latents and, if tokens were drawn, their ids."""
-        scheduler, head, estimate, chunks = self.scheduler, self.model.token_head, None, None
+        scheduler, head, chunks = self.scheduler, self.model.token_head, None
         plan = self._plan(x, sigma_start)
         extra = {"generator": sources} if "generator" in inspect.signature(scheduler.step).parameters else {}
         uniform = [None] * len(plan)
@@ -341,9 +335,7 @@ class TokComBlockSampler:
             self._cut = self.interrupt
             if self._cut:
                 return x, None
-            # few-step students, which draw all noise anew, are trained without their previous estimate
-            previous = None if self.scheduler.config.get("stochastic_sampling") else estimate
-            estimate, chunks = self._estimate(x, step, known, previous, chunks, uniform[i])
+            estimate, chunks = self._estimate(x, step, known, chunks, uniform[i])
             output = estimate if step.gain is None else (x - estimate) * step.gain
             moved = scheduler.step(output, timestep, x, **extra, return_dict=False)[0]
             x = moved if on_step_end is None else on_step_end(i, timestep, moved)
@@ -351,12 +343,12 @@ class TokComBlockSampler:
                 then = plan[i + 1].times if i + 1 < len(plan) else torch.ones_like(step.times)
                 chunks = head.recognise(known.symbols, x, then)
         if chunks is None:
-            return known.refine(x), None
+            return self.model.refine(x), None
         return x, self.model.codec.from_symbols(chunks)
 
-    def _estimate(self, x, step: _Step, known: "_Known", previous, chunks, uniform):
+    def _estimate(self, x, step: _Step, known: "_Known", chunks, uniform):
         """x1 `(B, Q, C)` in float32 for the noisy block `x`, and the ids `(B, Q, K)` of its tokens if they are drawn."""
-        states = known.predict(x if step.scale == 1 else x * step.scale, step, previous, chunks)
+        states = known.predict(x if step.scale == 1 else x * step.scale, step, chunks)
         full, *others = states
         states, scales = full, [scale for _, scale in self.omissions] or [self.guidance_scale]
         for other, scale in zip(others, scales):
@@ -540,59 +532,49 @@ class _Known:
             elif self.guided:
                 self.entries.append(enter(self.position_ids))
 
-    def predict(self, x, step: _Step, previous, chunks) -> list[torch.Tensor]:
+    def predict(self, x, step: _Step, chunks) -> list[torch.Tensor]:
         """What the network predicts for the noisy block `x (B, Q, C)` given what is known and, if guided, given nothing.
 
         `chunks (B, Q, K)` are the ids of the block's tokens that are clean.
         """
         if self.cache is None and self.context is not None:
-            states = [self._predict_beside_context(x, step, previous, self.prefix)]
+            states = [self._predict_beside_context(x, step, self.prefix)]
             for part in self.omitted:
                 seen = torch.cat((self.context.mask & ~part, self.valid), dim=1)
-                states.append(self._predict_beside_context(x, step, previous, self.prefix, seen))
-            return states + self._predict(x, step, previous, chunks, self.free_keys) if self.guided else states
+                states.append(self._predict_beside_context(x, step, self.prefix, seen))
+            return states + self._predict(x, step, chunks, self.free_keys) if self.guided else states
         if self.prefix is not None:
-            states = self._predict(x, step, previous, chunks, self.keys, prefix=self.prefix)
-            return states + self._predict(x, step, previous, chunks, self.keys) if self.guided else states
+            states = self._predict(x, step, chunks, self.keys, prefix=self.prefix)
+            return states + self._predict(x, step, chunks, self.keys) if self.guided else states
         alone = self.entries and not self.model.config.transformer_config.head_attention
         if alone:  # nothing else tells with context from without
-            states = self._predict(x, step, previous, chunks, entry=torch.cat(self.entries))[0]
+            states = self._predict(x, step, chunks, entry=torch.cat(self.entries))[0]
             return list(states.chunk(len(self.entries)))
         entries = [{"entry": entry} for entry in self.entries] or [{}, {}]
-        states = self._predict(x, step, previous, chunks, self.keys, past_key_values=self.cache, **entries[0])
+        states = self._predict(x, step, chunks, self.keys, past_key_values=self.cache, **entries[0])
         if self.guided:  # a cached key cannot exist for one half of a batch only, so this is a pass of its own
-            states += self._predict(x, step, previous, chunks, self.free_keys, **entries[1])
+            states += self._predict(x, step, chunks, self.free_keys, **entries[1])
         return states
 
-    def _predict(self, x, step: _Step, previous, chunks, keys=None, **inputs) -> list[torch.Tensor]:
+    def _predict(self, x, step: _Step, chunks, keys=None, **inputs) -> list[torch.Tensor]:
         inputs |= {"symbols": self.symbols, "times": step.times, "chunks": chunks, "uncertain": step.uncertain}
-        inputs |= {"modulations": step.modulations, "self_condition": previous}
+        inputs |= {"modulations": step.modulations}
         return [self.model.predict(x, step.time, self.position_ids, keys, **inputs).latents]
 
-    def _predict_beside_context(self, x, step: _Step, previous, prefix=None, keys=None) -> torch.Tensor:
+    def _predict_beside_context(self, x, step: _Step, prefix=None, keys=None) -> torch.Tensor:
         """The prediction of a bidirectional model, which reads the context again at every step; `keys (B, S)` may hide some of it."""
         known, time = self.context, step.time.expand(x.shape[:2])
         known_time = torch.ones_like(time[:, :1])
         if not self.model.config.transformer_config.per_latent_timestep:
             known_time = time[:, :1]
-        previous = None if previous is None else torch.cat((torch.zeros_like(known.latents), previous), dim=1)
         return self.model.predict(
             torch.cat((known.latents.to(x.dtype), x), dim=1),
             torch.cat((known_time.expand(known.mask.shape), time), dim=1),
             torch.cat((known.position_ids, self.position_ids), dim=1),
             self.keys if keys is None else keys,
-            self_condition=previous,
             symbols=self.symbols,
             prefix=prefix,
         ).latents[:, -x.shape[1] :]
-
-    def refine(self, x: torch.Tensor) -> torch.Tensor:
-        """The block's final estimate `(B, Q, C)` as it is decoded; a bidirectional model's sees its context there, too."""
-        if self.cache is not None or self.context is None:
-            return self.model.refine(x, self.position_ids)
-        whole = torch.cat((self.context.latents.to(x.dtype), x), dim=1)
-        places = torch.cat((self.context.position_ids, self.position_ids), dim=1)
-        return self.model.refine(whole, places)[:, -x.shape[1] :]
 
     def append(self, x: torch.Tensor, ids: torch.Tensor | None) -> None:
         """Remember the finished block `x (B, Q, C)`, of a text by the ids `(B, Q * K)` it decodes to, whose clean latents are what

@@ -107,7 +107,7 @@ class TokComTransformer(TokComPreTrainedModel):
 
     def __init__(self, config: TokComTransformerConfig):
         super().__init__(config)
-        inputs = (config.feature_size or config.latent_channels) + config.latent_channels * config.self_conditioning
+        inputs = config.feature_size or config.latent_channels
         linear = TokComProjection if config.feature_size else nn.Linear
         self.proj_in = linear(inputs, config.hidden_size) if config.input_projection else nn.Identity()
         self.time_embedding = TokComTimestepEmbedding(config.conditioning_size, config.timestep_scale)
@@ -197,7 +197,6 @@ class TokComTransformer(TokComPreTrainedModel):
         timestep: torch.Tensor,
         position_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        self_condition: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         num_context: int = 0,
         features: torch.Tensor | None = None,
@@ -213,7 +212,6 @@ class TokComTransformer(TokComPreTrainedModel):
             position_ids (`torch.Tensor` of shape `(B, S, A)`, *optional*): defaults to 0..S-1 on one axis.
             attention_mask (`torch.BoolTensor`, *optional*): `(B, S_kv)` keys that exist, or `(B, S, S_kv)` keys that
                 each query sees; S_kv includes what is cached.
-            self_condition (`torch.FloatTensor` of shape `(B, S, C)`, *optional*): the previous estimate of x1.
             past_key_values (`Cache`, *optional*): keys and values of earlier blocks; this call's are appended.
             num_context (`int`): the first latents, which are clean and pass the context layers; all others enter after
                 them. Without context layers it makes no difference.
@@ -235,8 +233,7 @@ class TokComTransformer(TokComPreTrainedModel):
                 )
             own = self._own_channels(position_ids)
             latents = torch.where(own, latents, 0)
-            self_condition = None if self_condition is None else torch.where(own, self_condition, 0)
-        hidden_states = self._embed(latents, self_condition, features)  # (B, S, D)
+        hidden_states = self.proj_in(features if config.feature_size else latents)  # (B, S, D)
         if position_ids is not None:
             hidden_states = self._place_starts(hidden_states, position_ids)
         if own is not None:
@@ -319,13 +316,6 @@ class TokComTransformer(TokComPreTrainedModel):
             torch.cat((places, position_ids.expand(batch, -1, -1)), dim=1),
             torch.cat((exists, attention_mask), dim=1),
         )
-
-    def _embed(self, latents, self_condition, features) -> torch.Tensor:
-        inputs = features if self.config.feature_size else latents
-        if self.config.self_conditioning:
-            previous = torch.zeros_like(latents) if self_condition is None else self_condition
-            inputs = torch.cat((inputs, previous), dim=-1)  # (B, S, 2C)
-        return self.proj_in(inputs)
 
     def _enter(
         self, hidden_states, num_context, position_ids, attention_mask, tables, past_key_values, **kwargs

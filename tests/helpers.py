@@ -12,6 +12,7 @@ from diffusers import (
 from safetensors.torch import load_file
 
 from tokcom.configuration_tokcom import TokComConfig
+from tokcom.modeling_tokcom import TokComModel
 
 ROOT = Path(__file__).resolve().parents[1]
 STOCK_SCHEDULERS = [
@@ -35,3 +36,35 @@ def seeded(seed: int = 0) -> torch.Generator:
 def tiny_config(vocab_size: int = 320, **overrides) -> TokComConfig:
     transformer = {"max_position_embeddings": 32, **overrides.pop("transformer_config", {})}
     return TokComConfig.from_preset("debug", vocab_size, transformer_config=transformer, **overrides)
+
+
+TURNS = {
+    "prediction_type": "tokens",
+    "codec_config": {"encoder_type": "token"},
+    "stage": "flow",
+    "token_stagger": 1.0,
+    "timestep_sampling": "uniform",
+    "noise_draws": 4,
+}
+SPLIT = {
+    "num_context_layers": 1,
+    "num_hidden_layers": 2,
+    "block_size": 1,
+    "head_attention": False,
+    "start_latents": True,
+}
+
+
+def build_model(vocab_size: int = 320, **overrides) -> TokComModel:
+    """A seeded model whose tokens take turns, with a context network, and blocks that do something."""
+    torch.manual_seed(0)
+    model = TokComModel(tiny_config(vocab_size, **TURNS, transformer_config=SPLIT, **overrides)).eval()
+    with torch.no_grad():
+        model.codec.embed_tokens.weight.normal_()
+        model.codec.to_posterior.weight.normal_(std=0.3)
+        for name, parameter in model.named_parameters():
+            if "modulation" in name:
+                parameter.normal_(std=0.3)
+            if "start_embedding" in name:
+                parameter.normal_()
+    return model

@@ -24,7 +24,6 @@ TURNS = {
         "num_hidden_layers": 3,
         "num_context_layers": 2,
         "block_size": 1,
-        "self_conditioning": False,
     },
     "token_stagger": 1.0,
 }

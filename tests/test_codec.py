@@ -2,7 +2,6 @@ import math
 
 import pytest
 import torch
-from helpers import tiny_config
 
 from tokcom.codec_chunk_tokcom import TokComChunkCodec
 from tokcom.configuration_tokcom import TokComChunkCodecConfig
@@ -104,36 +103,6 @@ def test_dropout_and_sampling_act_in_training_only():
     assert torch.equal(model.training_loss(ids)[0], model.training_loss(ids)[0])
     model.train()
     assert not torch.equal(model.training_loss(ids)[0], model.training_loss(ids)[0])
-
-
-@pytest.mark.parametrize("place", [0, 1, 2, 3])
-def test_micro_decoder_reads_only_the_tokens_before(place):
-    model = micro_codec()
-    chunks, latents = torch.randint(0, 320, (5, 4)), torch.randn(1, 5, 16)
-    changed = chunks.clone()
-    changed[:, place] = (changed[:, place] + 7) % 320
-    nll, other = (model.loss(latents, c.view(1, -1))[0] for c in (chunks, changed))
-    same = (nll == other).all(0).tolist()
-    assert same[:place] == [True] * place and not any(same[place:])
-
-
-def test_micro_decoder_decodes_greedily_what_its_loss_prefers():
-    model, latents = micro_codec(), torch.randn(1, 5, 16)
-    ids = model.to_ids(latents)
-    logits = model.decode(latents).logits
-    assert torch.equal(logits.argmax(-1), ids)
-    # fed back its own choices, the teacher-forced loss is that of the greedy logits
-    expected = torch.nn.functional.cross_entropy(logits[0], ids[0], reduction="none")
-    torch.testing.assert_close(model.loss(latents, ids).flatten(), expected, atol=1e-5, rtol=1e-4)
-
-
-def micro_codec() -> TokComChunkCodec:
-    torch.manual_seed(0)
-    config = tiny_config(codec_config={"num_micro_decoder_layers": 1}).codec_config
-    model = TokComChunkCodec(config).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return model
 
 
 QUANTIZERS = [

@@ -5,14 +5,13 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import get_scheduler
 
-from tokcom.codec_color_tokcom import TokComColorCodec, dct_matrix
+from tokcom.codec_color_tokcom import TokComColorCodec
 from tokcom.configuration_tokcom import PRESETS, TokComColorCodecConfig, TokComConfig
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_text_tokcom import vocabulary_size
 from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 from tokcom.training.optimizer import build_optimizer
-from tokcom.transformer_tokcom import TokComTransformerOutput
 
 VOCABULARY = 151665
 
@@ -167,67 +166,6 @@ def test_every_id_of_a_large_vocabulary_is_a_pixel_and_other_pixels_are_near_ids
     pixels[0, 1, 2] = 200  # blue goes to 2 only
     found = model.from_image(pixels)
     assert found[0] == 5 and found[1] % 65_536 == 77_777 % 65_536 and found[1] < 151_665
-
-
-@pytest.mark.parametrize("size", [2, 4, 16])
-def test_the_cosine_transform_is_that_of_scipy(size):
-    import numpy as np
-    from scipy.fft import dctn
-
-    model = codec(320, patch_size=size, image_size=64)
-    latents = torch.randn(2, 3, 3 * size**2)
-    found = model.frequencies(latents)
-    pixels = latents.view(2, 3, size, size, 3).movedim(-1, 2).numpy()
-    expected = dctn(pixels, type=2, norm="ortho", axes=(-2, -1))
-    assert np.abs(found.numpy() - expected).max() < 1e-5
-    torch.testing.assert_close(dct_matrix(size) @ dct_matrix(size).T, torch.eye(size), atol=1e-6, rtol=0)
-
-
-def test_frequencies_and_the_unet_are_trained_and_the_unet_starts_as_the_identity():
-    model = pixel_model(prediction_type="latents", latent_refiner="unet", latent_refiner_size=8, frequency_weight=0.5)
-    ids = torch.randint(0, 320, (2, 48))
-    plain = pixel_model(prediction_type="latents")
-    plain.load_state_dict(model.state_dict(), strict=False)
-    losses = []
-    for each in (model.train(), plain.train()):
-        torch.manual_seed(0)
-        losses.append(each(ids).loss.item())
-    assert losses[0] > losses[1]
-    latents, places = torch.randn(2, 13, 12), model.codec.positions(torch.arange(13)[None])
-    assert torch.equal(model.refine(latents, places), latents)
-    model.set_stage("head")
-    torch.manual_seed(0)
-    model(ids).loss.backward()
-    assert model.latent_head.refiner.conv_out.weight.grad.norm() > 0
-    assert all(p.grad is None for p in model.transformer.parameters())
-
-
-def test_the_unet_sees_neighbouring_patches_of_the_picture():
-    model = pixel_model(prediction_type="latents", latent_refiner="unet", latent_refiner_size=8)
-    torch.nn.init.normal_(model.latent_head.refiner.conv_out.weight)
-    columns = model.config.codec_config.image_size // model.config.codec_config.patch_size
-    latents = torch.zeros(1, 3 * columns, 12, requires_grad=True)
-    places = model.codec.positions(torch.arange(3 * columns)[None])
-    model.latent_head.refiner(latents, places)[0, columns + 1].sum().backward()
-    seen = latents.grad[0].abs().sum(-1) > 0
-    assert seen[[1, columns, columns + 1, columns + 2, 2 * columns + 1]].all()  # above, left, itself, right, below
-
-
-@torch.no_grad()
-def test_the_unet_sees_the_prompt_where_training_showed_it():
-    model = pixel_model(prediction_type="latents", latent_refiner="unet", latent_refiner_size=8).eval()
-    torch.nn.init.normal_(model.latent_head.refiner.conv_out.weight)
-    ids = torch.randint(0, 320, (1, 40))
-    whole = model.encode(ids)
-    context = model.encode(ids[:, :20])
-    pipe = TokComPipeline(model, TokComFlowMatchScheduler.from_model_config(model.config))
-    pipe.set_progress_bar_config(disable=True)
-    model.predict = lambda x, *args, **kwargs: TokComTransformerOutput(latents=whole.latents)
-    noise = torch.randn(1, 5, 12)
-    found, _ = pipe._sample(
-        noise, context, model.codec.positions(torch.arange(5, 10)[None]), num_inference_steps=1, decode=False
-    )
-    torch.testing.assert_close(found, model.refine(whole.latents, whole.position_ids)[:, 5:])
 
 
 def test_the_mask_token_is_never_decoded_to():

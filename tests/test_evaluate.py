@@ -127,16 +127,15 @@ def test_counting_operations_changes_no_gradient_and_no_random_state():
     assert torch.equal(torch.rand(3), expected) and all(p.grad is None for p in model.parameters())
 
 
-def test_self_conditioning_and_noise_draws_are_counted():
+def test_noise_draws_are_counted():
     ids = torch.zeros(1, 32, dtype=torch.long)
 
     def cost(**overrides) -> float:
         model = TokComModel(tiny_config(stage="flow", ce_weight=0.0, **overrides))
         return training_flops_per_token(model, ids)
 
-    plain = cost(transformer_config={"self_conditioning": False})
-    assert 1.1 < cost() / plain < 1.25  # half of the steps have one more forward pass, a third of a step
-    split = {"self_conditioning": False, "num_context_layers": 1}
+    plain = cost()
+    split = {"num_context_layers": 1}
     one, three = (cost(transformer_config=split, noise_draws=m) for m in (1, 3))
     assert plain > one and three > one
 
@@ -376,9 +375,8 @@ def test_costs_of_many_layers_follow_from_few():
             "num_context_layers": 3,
             "head_attention": False,
             "block_size": 1,
-            "self_conditioning": False,
         },
-        {"num_hidden_layers": 4, "block_size": 2, "self_conditioning": False},
+        {"num_hidden_layers": 4, "block_size": 2},
     ]
     for transformer in shapes:
         config = tiny_config(stage="flow", transformer_config=transformer)

@@ -356,7 +356,7 @@ def test_a_failing_source_is_opened_again_where_it_failed_and_named():
 
 
 def test_a_slow_source_is_named(monkeypatch):
-    monkeypatch.setattr("training.data.SLOW", 0.01)
+    monkeypatch.setattr("tokcom.training.data.SLOW", 0.01)
 
     def slow():
         for index in range(2):
@@ -400,9 +400,7 @@ VALUES = st.one_of(
     st.floats(allow_nan=True, allow_infinity=True),
     st.text(max_size=8),
     st.lists(st.integers(-3, 3), max_size=3),
-    st.sampled_from(
-        ["tokens", "latents", "vq", "fsq", "mlp", "unet", "none", "token", "chunk", "attention", "head", "bits"]
-    ),
+    st.sampled_from(["tokens", "latents", "vq", "fsq", "mlp", "none", "token", "chunk", "attention", "head", "bits"]),
 )
 FIELDS = {
     "codec_config": sorted(TokComChunkCodecConfig.__annotations__),

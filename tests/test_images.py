@@ -38,7 +38,7 @@ CODEC |= dict(decoder_hidden_size=24, decoder_intermediate_size=32, decoder_num_
 CODEC |= dict(num_styled_layers=3, num_decoder_layers=1)
 FLOW = dict(latent_channels=4, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
 FLOW |= dict(num_key_value_heads=2, max_position_embeddings=6, conditioning_size=16, block_size=None)
-FLOW |= dict(self_conditioning=False, per_latent_timestep=False)
+FLOW |= dict(per_latent_timestep=False)
 EMOJI = str(ROOT / "sample_data/emoji_train.parquet")
 
 

@@ -33,7 +33,7 @@ def test_an_untrained_head_changes_nothing(build, head, refiner):
     plain, other = build(), build(latent_head=head, latent_refiner=refiner, **SMALL)
     other.model.load_state_dict(plain.model.state_dict(), strict=False)
     latents = torch.randn(2, 4, 16)
-    assert torch.equal(other.model.refine(latents, PLACES), latents)
+    assert torch.equal(other.model.refine(latents), latents)
     options = dict(gen_length=16, num_inference_steps=2)
     first, second = (pipe("Squinty", generator=seeded(), **options).sequences for pipe in (plain, other))
     assert torch.equal(first, second)
@@ -58,7 +58,7 @@ def test_training_a_head_leaves_the_backbone_bit_identical_and_changes_what_is_d
     for name, value in model.state_dict().items():
         assert name.startswith("latent_head") or torch.equal(value, before[name]), name
     latents = torch.randn(1, 4, 16, generator=seeded())
-    assert not torch.equal(model.refine(latents, PLACES), latents)
+    assert not torch.equal(model.refine(latents), latents)
     options = dict(num_chunks=4, num_inference_steps=2, output_type="seq")
     samples = pipe.generate(generator=seeded(), **options)
     assert torch.equal(samples.sequences, model.to_ids(samples.latents))  # the refined latents are what is decoded
@@ -90,7 +90,7 @@ def test_codebooks_work_in_half_precision(build):
     model = trained(build(latent_head="vq", codec_config={"quantizer": "vq", "num_codes": 16}, **SMALL)).bfloat16()
     with torch.no_grad():
         encoded = model.encode(torch.randint(0, 300, (1, 16)))
-        refined = model.refine(encoded.latents, PLACES)
+        refined = model.refine(encoded.latents)
     assert encoded.latents.dtype == refined.dtype == torch.bfloat16
 
 
@@ -98,11 +98,10 @@ def test_codebooks_work_in_half_precision(build):
     "overrides, message",
     [
         ({"latent_head": "linear"}, "'none', 'mlp' or 'vq'"),
-        ({"latent_refiner": "unet"}, "color codec"),
+        ({"latent_refiner": "unet"}, "'none' or 'mlp'"),
         ({"latent_head": "mlp", "prediction_type": "tokens", "codec_config": {"encoder_type": "token"}}, "latents"),
         ({"stage": "head"}, "both are 'none'"),
         ({"ce_share": 0.0}, "ce_share"),
-        ({"frequency_weight": 1.0}, "color codec"),
     ],
 )
 def test_impossible_heads_are_named(overrides, message):

@@ -36,7 +36,7 @@ def test_save_and_reload_gives_identical_outputs(tmp_path):
 
 @pytest.mark.parametrize("per_latent", [True, False])
 def test_what_is_known_is_told_the_time_that_sampling_tells_it(per_latent):
-    shape = {"block_size": None, "per_latent_timestep": per_latent, "self_conditioning": False}
+    shape = {"block_size": None, "per_latent_timestep": per_latent}
     model, told = TokComModel(tiny_config(stage="flow", transformer_config=shape)).eval(), []
     ids, known = torch.randint(0, 320, (1, 32)), torch.zeros(1, 32, dtype=torch.long)
     known[:, :16] = 1

@@ -2,42 +2,9 @@
 
 import pytest
 import torch
-from helpers import seeded, tiny_config
+from helpers import build_model, seeded
 
-from tokcom.modeling_tokcom import TokComModel
 from tokcom.objective_tokcom import ContextPlan, draw_gaps
-
-TOKENS = {
-    "prediction_type": "tokens",
-    "codec_config": {"encoder_type": "token"},
-    "stage": "flow",
-    "token_stagger": 1.0,
-    "timestep_sampling": "uniform",
-    "noise_draws": 4,
-}
-SPLIT = {
-    "num_context_layers": 1,
-    "num_hidden_layers": 2,
-    "self_conditioning": False,
-    "block_size": 1,
-    "head_attention": False,
-    "start_latents": True,
-}
-
-
-def build_model(vocab_size: int = 320, **overrides) -> TokComModel:
-    """A seeded model whose blocks do something."""
-    torch.manual_seed(0)
-    model = TokComModel(tiny_config(vocab_size, **TOKENS, transformer_config=SPLIT, **overrides)).eval()
-    with torch.no_grad():
-        model.codec.embed_tokens.weight.normal_()
-        model.codec.to_posterior.weight.normal_(std=0.3)
-        for name, parameter in model.named_parameters():
-            if "modulation" in name:
-                parameter.normal_(std=0.3)
-            if "start_embedding" in name:
-                parameter.normal_()
-    return model
 
 
 def test_gaps_begin_and_end_anywhere_and_have_the_lengths_that_were_asked_for():

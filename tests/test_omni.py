@@ -282,15 +282,6 @@ def test_a_codec_without_data_for_what_it_trains_is_named():
         net.codec.training_loss({"image": inputs()["image"]})
 
 
-def test_self_conditioning_is_zero_where_something_is_given_as_in_sampling(monkeypatch):
-    net, seen = model(transformer_config={**FLOW, "self_conditioning": True}).train(), []
-    monkeypatch.setattr("random.random", lambda: 0.0)
-    net.transformer.register_forward_pre_hook(lambda module, args: seen.append(args[4]))
-    net(streams=inputs(), given=["text"])
-    first, second = seen
-    assert first is None and second.any() and not second[:, net.codec.places["text"]].any()
-
-
 def test_the_loss_counts_generated_streams_only_each_by_its_weight():
     net = model(codec={"stream_weights": {"audio": 0.0, "image": 2.0}})
     losses = {}
@@ -607,7 +598,7 @@ def test_features_of_a_sound_are_computed_once_for_all_its_records_while_they_fi
     first = [dataset[i]["streams"]["audio"] for i in rows]
     assert all(torch.equal(dataset[i]["streams"]["audio"], sound) for i, sound in zip(rows, first))
     assert len(rows) > len(made) == len(sounds) > 1
-    monkeypatch.setattr("training.streams.KEPT_SOUNDS", 0)
+    monkeypatch.setattr("tokcom.training.streams.KEPT_SOUNDS", 0)
     dataset.features.clear()
     assert all(torch.equal(dataset[i]["streams"]["audio"], sound) for i, sound in zip(rows * 2, first * 2))
     assert len(made) == len(sounds) + 2 * len(rows)

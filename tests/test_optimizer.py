@@ -82,7 +82,7 @@ def test_float32_muon_follows_torchs_up_to_its_rounding():
 
 def test_automatic_precision_is_bfloat16_only_where_it_is_fast(monkeypatch):
     for fast, expected in ((True, "bf16"), (False, "no")):
-        monkeypatch.setattr("training.precision.has_fast_bfloat16", lambda device_type, fast=fast: fast)
+        monkeypatch.setattr("tokcom.training.precision.has_fast_bfloat16", lambda device_type, fast=fast: fast)
         assert resolve_precision("auto", "cpu") == expected
         assert resolve_precision("fp16", "cpu") == "fp16" and resolve_precision(None, "cpu") is None
     with pytest.warns(UserWarning, match="mixed_precision=auto"):

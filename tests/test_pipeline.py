@@ -31,7 +31,6 @@ TOKENS = {"prediction_type": "tokens", "codec_config": {"encoder_type": "token"}
 KINDS = {
     "one network": {},
     "context layers": {"transformer_config": {"num_context_layers": 1}},
-    "micro-decoder": {"codec_config": {"num_micro_decoder_layers": 1}},
     "tokens": {**TOKENS, "transformer_config": {"num_context_layers": 1}},
     "tokens in turns": {**TOKENS, "token_stagger": 0.5, "transformer_config": {"num_context_layers": 1}},
     "head without attention": {
@@ -39,7 +38,6 @@ KINDS = {
         "token_stagger": 1.0,
         "transformer_config": {"num_context_layers": 1, "head_attention": False, "block_size": 1},
     },
-    "latents in turns": {**TOKENS, "latent_stagger": 1.0, "transformer_config": {"num_context_layers": 1}},
 }
 
 
@@ -50,7 +48,7 @@ def test_block_causal_sampling_with_cache_equals_the_uncached_computation(build,
     from tokcom.transformer_tokcom import block_causal_mask
 
     own = KINDS[kind].get("transformer_config", {})
-    overrides = {**KINDS[kind], "transformer_config": {"block_size": 2, "self_conditioning": False, **own}}
+    overrides = {**KINDS[kind], "transformer_config": {"block_size": 2, **own}}
     size = overrides["transformer_config"]["block_size"]
     pipe = build(**overrides)
     for name, parameter in pipe.model.transformer.named_parameters():
@@ -78,7 +76,7 @@ def test_block_causal_sampling_with_cache_equals_the_uncached_computation(build,
         grid = pipe.scheduler.sigmas.tolist() if not pipe._sampler().takes_turns else [1.0, 0.5, 0.0]
         uniforms = torch.rand(2, size, 4, generator=draws) if pipe.model.token_head else [None, None]
         for sigma, following, uniform in zip(grid, grid[1:], uniforms):
-            now, then = (pipe.model.latent_times(1 - s, torch.arange(size), size)[None] for s in (sigma, following))
+            now, then = (torch.full((1, size), 1 - s) for s in (sigma, following))
             both, time = torch.cat((done, x), dim=1), torch.cat((torch.ones(1, m), now), dim=1)
             with torch.no_grad():
                 states = pipe.model.predict(both, time, attention_mask=mask, num_context=m).latents[:, -size:]
@@ -166,7 +164,7 @@ def test_callback_sees_and_replaces_latents(build):
 
 @pytest.mark.parametrize("transformer_config", FORMS)
 def test_guidance_of_one_is_off_and_two_extrapolates_from_the_unconditional(build, transformer_config):
-    pipe = build(transformer_config={**transformer_config, "self_conditioning": False})
+    pipe = build(transformer_config={**transformer_config})
     noise = torch.randn(1, 2, 16, generator=seeded())
 
     def one_step(**options):
@@ -179,23 +177,6 @@ def test_guidance_of_one_is_off_and_two_extrapolates_from_the_unconditional(buil
         free = pipe.model.denoise(noise, 0.0, positions).latents
     conditional = one_step()
     torch.testing.assert_close(one_step(guidance_scale=3.0), free + 3 * (conditional - free), atol=1e-3, rtol=1e-3)
-
-
-@pytest.mark.parametrize("transformer_config", FORMS)
-def test_each_step_is_conditioned_on_the_estimate_of_the_step_before(build, transformer_config):
-    pipe = build(transformer_config=transformer_config)
-    given, returned, predict = [], [], pipe.model.predict
-
-    def spy(*args, self_condition=None, **kwargs):
-        output, previous = predict(*args, self_condition=self_condition, **kwargs), self_condition
-        given.append(None if previous is None else previous[:, -2:])
-        returned.append(output.latents[:, -2:])
-        return output
-
-    pipe.model.predict = spy
-    pipe.generate(num_chunks=2, num_inference_steps=3, generator=seeded())
-    assert given[0] is None
-    assert torch.equal(given[1], returned[0]) and torch.equal(given[2], returned[1])
 
 
 def test_text_longer_than_the_window_is_generated_with_a_bounded_cache(build):
@@ -446,7 +427,7 @@ def test_a_dialogue_is_its_chat_template_or_its_lines(build):
 @pytest.mark.parametrize("head_attention", [True, False])
 def test_one_compiled_graph_serves_all_blocks(build, head_attention):
     """No graph breaks, and after the first blocks nothing is compiled again, however long the text."""
-    shape = {"block_size": 1, "num_context_layers": 1, "head_attention": head_attention, "self_conditioning": False}
+    shape = {"block_size": 1, "num_context_layers": 1, "head_attention": head_attention}
     config = {"prediction_type": "tokens", "codec_config": {"encoder_type": "token"}, "transformer_config": shape}
     plain, pipe = build(**config), build(**config)
     torch._dynamo.reset()

@@ -3,8 +3,7 @@
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from helpers import seeded
-from test_objective import build_model
+from helpers import build_model, seeded
 
 from tokcom.configuration_tokcom import TokComConfig
 from tokcom.modeling_tokcom import TokComModel

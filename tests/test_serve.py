@@ -22,7 +22,6 @@ TOKENS = {
     "codec_config": {"encoder_type": "token"},
     "transformer_config": {
         **{"num_hidden_layers": 3, "num_context_layers": 2, "head_attention": False, "block_size": 1},
-        "self_conditioning": False,
     },
     "token_stagger": 1.0,
     "num_inference_steps": 4,

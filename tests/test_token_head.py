@@ -12,7 +12,7 @@ TOKENS = {"prediction_type": "tokens", "codec_config": {"encoder_type": "token"}
 
 def token_model(**overrides) -> TokComModel:
     torch.manual_seed(0)
-    split = {"num_context_layers": 1, "self_conditioning": False, "block_size": 1}
+    split = {"num_context_layers": 1, "block_size": 1}
     model = TokComModel(tiny_config(**TOKENS, transformer_config=split, **overrides)).eval()
     with torch.no_grad():
         model.codec.embed_tokens.weight.normal_()
@@ -75,7 +75,7 @@ def test_token_probabilities_are_bayes_rule(stagger):
 def test_sampling_draws_tokens_with_the_probabilities_that_the_network_expects(build, stagger, steps):
     """Tokens that do not depend on each other are drawn with the network's probabilities, however few the steps."""
     overrides = {k: v for k, v in TOKENS.items() if k != "stage"}
-    split = {"num_context_layers": 1, "self_conditioning": False, "block_size": 1}
+    split = {"num_context_layers": 1, "block_size": 1}
     pipe = build(**overrides, token_stagger=stagger, timestep_sampling="uniform", transformer_config=split)
     model = token_model(token_stagger=stagger, timestep_sampling="uniform")
     pipe.model.load_state_dict(model.state_dict())
@@ -103,18 +103,6 @@ def test_places_take_their_turns():
     expected = [[0, 0, 0, 0], [0.5, 0, 0, 0], [1, 0, 0, 0], [1, 0.5, 0, 0], [1, 1, 0, 0], [1, 1, 0.5, 0]]
     torch.testing.assert_close(times[:6], torch.tensor(expected))
     assert (times[0] == 0).all() and (times[-1] == 1).all()
-
-
-def test_latents_of_a_block_take_their_turns():
-    split = {"num_context_layers": 1, "self_conditioning": False, "block_size": 3}
-    model = TokComModel(tiny_config(**TOKENS, transformer_config=split, token_stagger=1.0, latent_stagger=1.0))
-    places, begun = torch.arange(3), []
-    for step in range(13):  # 3 latents of 4 tokens: twelve turns
-        progress = model.token_head.progress(model.latent_times(step / 12, places, 3)).flatten()
-        torch.testing.assert_close(progress, step - torch.arange(12.0), atol=1e-5, rtol=0)
-    order = torch.tensor([[0, 1, 1, 1, 2, 2]])  # a text may begin inside a block
-    begun = model._stagger(torch.full((1, 2, 6), 0.5), order)
-    torch.testing.assert_close(begun, torch.tensor([1.5, 1.5, 0.5, -0.5, 1.5, 0.5]).expand(1, 2, 6))
 
 
 def test_draws_of_one_text_are_spread_over_time():

@@ -42,7 +42,7 @@ OVERFIT = {
         {
             "prediction_type": "tokens",
             "codec_config": {"encoder_type": "token"},
-            "transformer_config": {"num_hidden_layers": 3, "num_context_layers": 2, "self_conditioning": False},
+            "transformer_config": {"num_hidden_layers": 3, "num_context_layers": 2},
             "timestep_sampling": "uniform",
             "token_stagger": 1.0,
             "noise_draws": 2,

@@ -110,7 +110,7 @@ def test_draws_of_the_noise_see_the_same_text_and_not_each_other():
 
 @torch.no_grad()
 def test_noisy_latents_enter_after_the_context_layers():
-    model = transformer(num_context_layers=1, num_hidden_layers=3, self_conditioning=False)
+    model = transformer(num_context_layers=1, num_hidden_layers=3)
     latents, time = torch.randn(1, 8, 6), torch.rand(1, 8)
     order, valid = torch.arange(4)[None], torch.ones(1, 4, dtype=torch.bool)
     mask = block_causal_mask(order, valid)

@@ -1,0 +1,227 @@
+"""How far a model's text is from its teacher's, in excess nats per character, both ways.
+
+    python -m tokcom.evaluation.divergence --model . --teacher stories15M --data held_out.parquet --output divergence.json
+
+A teacher whose text a model learns is an exact reference:
+
+- *Forward*: the model's nats on held-out teacher text minus those of the distribution it was sampled from, with its top-k and min-p.
+  High when the model does not expect what the teacher writes.
+- *Reverse*: the plain teacher's nats on the model's samples minus the model's own, at the temperature of the samples. High when the
+  model writes what the teacher would not.
+
+The end of a text counts as one of its tokens. An autoregressive peer (`--peer`, a causal language model with the model's tokenizer) is
+measured by the same code. A teacher does not judge quality: that is for a judge who wrote none of the text.
+"""
+
+import argparse
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tokcom.pipeline_text_tokcom import text_ids, vocabulary_size
+from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.training.precision import half_precision
+
+ROWS = 16  # texts scored at once
+
+
+def truncate(logits: torch.Tensor, top_k: int, min_p: float) -> torch.Tensor:
+    """Log-probabilities `(..., V)` of what sampling with `top_k` and `min_p` draws from; -inf where it draws nothing."""
+    kept, index = logits.topk(top_k, dim=-1)
+    kept = kept.masked_fill(kept < kept[..., :1] + np.log(min_p), float("-inf"))
+    return torch.full_like(logits, float("-inf")).scatter(-1, index, kept.log_softmax(-1))
+
+
+class Teacher:
+    """A causal language model that starts a text with its BOS token and ends it with `end_token_id`.
+
+    Args: `path`, and the `top_k` and `min_p` that its text was sampled with.
+    """
+
+    def __init__(self, path: str, top_k: int, min_p: float, end: str = "eos"):
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        self.top_k, self.min_p = top_k, min_p
+        self.end = getattr(self.tokenizer, f"{end}_token_id")
+
+    @torch.no_grad()
+    def nats(self, texts: list[str], ended: list[bool], truncated: bool) -> tuple[np.ndarray, int]:
+        """Nats of each text `(B,)`, its end included if it has `ended`, and how many tokens the truncated distribution does
+        not allow; these are scored by the plain one."""
+        totals, impossible = [], 0
+        for text, has_end in zip(tqdm(texts, desc="teacher", leave=False), ended):
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids = [self.tokenizer.bos_token_id, *ids, *([self.end] if has_end else [])]
+            whole = torch.tensor([ids])
+            logits = self.model(input_ids=whole).logits[0, :-1].float()
+            targets = whole[0, 1:, None]
+            plain = logits.log_softmax(-1).gather(-1, targets)[:, 0]
+            if truncated:
+                cut = truncate(logits, self.top_k, self.min_p).gather(-1, targets)[:, 0]
+                impossible += int(cut.isinf().sum())
+                plain = torch.where(cut.isinf(), plain, cut)
+            totals.append(-float(plain.sum()))
+        return np.array(totals), impossible
+
+
+@contextlib.contextmanager
+def tempered(model, temperature: float) -> Iterator[None]:
+    """Let the likelihood of a token model be that of its samples at a temperature."""
+    head, nll, bias = model.token_head, model.token_head.nll, model.token_head.bias.data.clone()
+    head.nll = lambda states, *args: nll(states / temperature, *args)
+    head.bias.data = bias / temperature
+    try:
+        yield
+    finally:
+        del head.nll
+        head.bias.data = bias
+
+
+class TokComStudent:
+    """A TokCom pipeline whose tokens take turns, as something with a likelihood and samples."""
+
+    def __init__(self, pipe: TokComPipeline):
+        self.pipe, self.tokenizer = pipe, pipe.tokenizer
+        pipe.model.set_stage("flow")
+        pipe.model.eval()
+
+    @torch.no_grad()
+    def nats(self, rows: list[list[int]], temperature: float = 1.0) -> np.ndarray:
+        """Nats of rows of ids, each a text from its start, `(B,)`."""
+        totals = []
+        with tempered(self.pipe.model, temperature):
+            for start in tqdm(range(0, len(rows), ROWS), desc="model", leave=False):
+                ids, mask = self.pipe._pad(rows[start : start + ROWS], "right")
+                totals.append(self.pipe.model(ids, mask).token_losses.sum((1, 2)).numpy())
+        return np.concatenate(totals)
+
+    @torch.no_grad()
+    def sample(self, count: int, length: int, temperature: float, seed: int) -> list[list[int]]:
+        """Ids of texts from nothing, up to and including EOS."""
+        pipe, rows = self.pipe, []
+        noise = pipe.prepare_latents(count, pipe._num_latents(length), torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        _, ids = pipe._sample(noise, generator=generator, temperature=temperature, stop_at_eos=True)
+        eos = self.tokenizer.eos_token_id
+        for row in ids[:, :length].tolist():
+            rows.append(row[: row.index(eos) + 1] if eos in row else row)
+        return rows
+
+
+class AutoregressiveStudent:
+    """A causal language model with TokCom's tokenizer; a text begins after EOS."""
+
+    def __init__(self, path: str, tokenizer):
+        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        self.tokenizer = tokenizer
+
+    @torch.no_grad()
+    def nats(self, rows: list[list[int]], temperature: float = 1.0) -> np.ndarray:
+        totals = []
+        for row in tqdm(rows, desc="peer", leave=False):
+            whole = torch.tensor([[self.tokenizer.eos_token_id, *row]])
+            with half_precision("cpu"):
+                logits = self.model(input_ids=whole).logits[0, :-1]
+            totals.append(float(F.cross_entropy(logits.float() / temperature, whole[0, 1:], reduction="sum")))
+        return np.array(totals)
+
+    @torch.no_grad()
+    def sample(self, count: int, length: int, temperature: float, seed: int) -> list[list[int]]:
+        torch.manual_seed(seed)
+        eos = self.tokenizer.eos_token_id
+        start = torch.full((count, 1), eos)
+        self.model.generation_config.eos_token_id = eos
+        settings = {"do_sample": True, "temperature": temperature, "top_k": 0, "pad_token_id": eos}
+        ids = self.model.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=length, **settings)
+        rows = []
+        for row in ids[:, 1:].tolist():
+            rows.append(row[: row.index(eos) + 1] if eos in row else row)
+        return rows
+
+
+def measure(student, teacher: Teacher, texts: list[str], args: argparse.Namespace) -> dict:
+    """Excess nats per character of a student, forward on held-out `texts` and reverse on its own samples."""
+    tokenizer = student.tokenizer
+    eos, size = tokenizer.eos_token_id, vocabulary_size(tokenizer)
+    characters = sum(map(len, texts))
+    own = student.nats([[*text_ids(tokenizer, text), eos] for text in texts])
+    reference, impossible = teacher.nats(texts, [True] * len(texts), truncated=True)
+    plain, _ = teacher.nats(texts, [True] * len(texts), truncated=False)
+    facts = {
+        "forward": float(own.sum() - reference.sum()) / characters,
+        "forward_over_plain_teacher": float(own.sum() - plain.sum()) / characters,
+        "nats_per_character": float(own.sum()) / characters,
+        "teacher_nats_per_character": float(reference.sum()) / characters,
+        "teacher_tokens_not_allowed": impossible,
+    }
+    for temperature in args.temperatures:
+        began = time.perf_counter()
+        rows = student.sample(args.samples, args.length, temperature, args.seed)
+        seconds = time.perf_counter() - began
+        ended = [row[-1] == eos for row in rows]
+        written = [tokenizer.decode([i for i in row if i != eos and i < size]) for row in rows]
+        count = sum(map(len, written))
+        own = student.nats(rows, temperature)
+        reference, _ = teacher.nats(written, ended, truncated=False)
+        facts[f"reverse_at_{temperature:g}"] = float(reference.sum() - own.sum()) / count
+        facts[f"samples_at_{temperature:g}"] = {
+            "characters": count,
+            "ended": float(np.mean(ended)),
+            "characters_per_second": count / seconds,
+            "own_nats_per_character": float(own.sum()) / count,
+            "teacher_nats_per_character": float(reference.sum()) / count,
+            "first": written[:3],
+        }
+    return facts
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=".", help="TokCom model directory or Hub id (default: %(default)s)")
+    parser.add_argument("--peer", help="autoregressive model with the same tokenizer")
+    parser.add_argument("--teacher", required=True, help="causal language model that wrote the training text")
+    parser.add_argument("--teacher_end", choices=("eos", "bos"), default="eos", help="token that ends its texts")
+    parser.add_argument("--top_k", type=int, default=64, help="of the sampling of its text (default: %(default)s)")
+    parser.add_argument("--min_p", type=float, default=0.02, help="of the sampling of its text (default: %(default)s)")
+    parser.add_argument("--data", required=True, help="parquet file with held-out teacher text in a column `text`")
+    parser.add_argument("--texts", type=int, default=300, help="held-out texts that are scored (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=200, help="texts of each system (default: %(default)s)")
+    parser.add_argument("--length", type=int, default=320, help="tokens of a sample at most (default: %(default)s)")
+    parser.add_argument(
+        "--temperatures", type=float, nargs="+", default=[1.0, 0.7], help="of the samples (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the samples (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="JSON file for the results")
+    args = parser.parse_args(argv)
+    pipe = TokComPipeline.from_pretrained(args.model)
+    pipe.set_progress_bar_config(disable=True)
+    texts = datasets.load_dataset("parquet", data_files=args.data, split="train")["text"][: args.texts]
+    longest = pipe.max_length - 1
+    kept = [text for text in texts if len(text_ids(pipe.tokenizer, text)) <= longest]
+    teacher = Teacher(args.teacher, args.top_k, args.min_p, args.teacher_end)
+    students = {"tokcom": TokComStudent(pipe)}
+    if args.peer:
+        students["peer"] = AutoregressiveStudent(args.peer, pipe.tokenizer)
+    results = {
+        "settings": vars(args) | {"output": str(args.output)},
+        "texts": len(kept),
+        "too_long": len(texts) - len(kept),
+    }
+    for name, student in students.items():
+        results[name] = measure(student, teacher, kept, args)
+        print(name, json.dumps(results[name], indent=2, ensure_ascii=False))
+        if args.output:
+            args.output.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()

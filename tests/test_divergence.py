@@ -1,0 +1,46 @@
+"""Laws of the excess nats over a teacher."""
+
+import torch
+from helpers import build_model, seeded
+
+from tokcom.evaluation.divergence import TokComStudent, tempered, truncate
+from tokcom.pipeline_text_tokcom import text_ids, vocabulary_size
+from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
+
+
+def test_truncation_keeps_what_top_k_and_min_p_keep_and_sums_to_one():
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.04, 0.01]]))
+    kept = truncate(logits, top_k=4, min_p=0.1).exp()
+    expected = torch.tensor([[0.5, 0.3, 0.15, 0.0, 0.0]]) / 0.95
+    torch.testing.assert_close(kept, expected)
+
+
+@torch.no_grad()
+def test_the_likelihood_at_a_temperature_is_that_of_samples_at_it(tokenizer):
+    """Of many draws of the next token the mean of the nats is the entropy that the nats say."""
+    model = build_model(vocabulary_size(tokenizer))
+    plain = model(torch.zeros(1, 8, dtype=torch.long)).token_losses
+    with tempered(model, 1.0):
+        torch.testing.assert_close(model(torch.zeros(1, 8, dtype=torch.long)).token_losses, plain)
+    pipe = TokComPipeline(model, TokComFlowMatchScheduler.from_model_config(model.config), tokenizer)
+    pipe.set_progress_bar_config(disable=True)
+    student = TokComStudent(pipe)
+    prompt = text_ids(tokenizer, "The pig")[:3]
+    every = student.nats([[*prompt, token] for token in range(vocabulary_size(tokenizer))], temperature=0.5)
+    probabilities = torch.from_numpy(every[0] - every).float().softmax(0)
+    _, blocks = pipe._continue_rows([prompt] * 2000, 1, None, seeded(), temperature=0.5)
+    drawn = torch.cat([ids for _, ids in blocks], dim=1)[:, 3]
+    shares = torch.bincount(drawn, minlength=len(probabilities))[: len(probabilities)] / 2000
+    assert (shares - probabilities).abs().max() < 0.03
+
+
+@torch.no_grad()
+def test_nats_of_a_text_do_not_depend_on_the_others(tokenizer):
+    model = build_model(vocabulary_size(tokenizer))
+    pipe = TokComPipeline(model, TokComFlowMatchScheduler.from_model_config(model.config), tokenizer)
+    student = TokComStudent(pipe)
+    rows = [text_ids(tokenizer, text) for text in ("A pig.", "There was a rabbit who ran home.", "Squinty")]
+    together = student.nats(rows)
+    alone = [student.nats([row])[0] for row in rows]
+    assert all(abs(a - b) < 1e-3 for a, b in zip(together, alone))
