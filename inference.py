@@ -28,9 +28,9 @@ from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors import SafetensorError
 
-from tokcom.audio_processing_tokcom import write_wav
 from tokcom.convert_tokcom import load_published_pipeline
 from tokcom.pipeline_tokcom import TokComPipeline, TokComPipelineOutput
+from tokcom.processing_tokcom import write_wav
 from tokcom.training.checkpoints import first_line
 from tokcom.training.films import write_film
 from tokcom.training.images import Frames

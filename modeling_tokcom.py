@@ -26,10 +26,9 @@ from .codec_style_tokcom import TokComImageOutput
 from .codec_video_tokcom import TokComVideoOutput
 from .configuration_codec_tokcom import TokComCompositeCodecConfig
 from .configuration_tokcom import STAGES, TokComConfig
-from .latent_head_tokcom import TokComLatentHead
+from .heads_tokcom import TokComChoice, TokComLatentHead, TokComSymbols, TokComTokenHead
 from .layers_tokcom import TokComPreTrainedModel, TokComTokenEmbedding
 from .objective_tokcom import EARLY, token_loss
-from .token_head_tokcom import TokComChoice, TokComSymbols, TokComTokenHead
 from .transformer_tokcom import TokComTransformer, TokComTransformerOutput, block_causal_mask
 
 CODECS = {**STREAM_CODECS, TokComCompositeCodecConfig.model_type: TokComCompositeCodec}

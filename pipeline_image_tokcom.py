@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from .codec_style_tokcom import TokComStyleCodec
-from .image_processing_tokcom import TokComImageProcessor
+from .processing_tokcom import TokComImageProcessor
 
 IMAGE_OUTPUTS = ("pil", "pt", "latent")
 

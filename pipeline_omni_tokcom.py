@@ -13,10 +13,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .audio_processing_tokcom import TokComAudioProcessor
 from .codec_chunk_tokcom import TokComCodecOutput
 from .codec_composite_tokcom import TokComCompositeCodec
-from .image_processing_tokcom import TokComImageProcessor
+from .processing_tokcom import TokComAudioProcessor, TokComImageProcessor
 
 STREAM_OUTPUTS = ("content", "latent")
 FIELDS = {"text": "texts", "image": "images", "video": "videos", "audio": "audios"}  # of the output

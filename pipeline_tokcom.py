@@ -13,8 +13,6 @@ from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-# diffusers copies only the direct relative imports of this file, so every module of the repository is named here
-from .audio_processing_tokcom import TokComAudioProcessor
 from .codec_chunk_tokcom import TokComCodecOutput
 from .codec_color_tokcom import TokComColorCodec
 from .codec_composite_tokcom import TokComCompositeCodec
@@ -22,9 +20,8 @@ from .codec_style_tokcom import TokComStyleCodec
 from .codec_video_tokcom import TokComVideoCodec
 from .configuration_codec_tokcom import TokComStyleCodecConfig
 from .configuration_tokcom import TokComConfig
+from .heads_tokcom import TokComLatentHead, TokComTokenHead
 from .hub_tokcom import TokComHubMixin
-from .image_processing_tokcom import TokComImageProcessor
-from .latent_head_tokcom import TokComLatentHead
 from .layers_tokcom import TokComPreTrainedModel
 from .modeling_tokcom import TokComModel
 from .objective_tokcom import token_loss
@@ -40,10 +37,12 @@ from .pipeline_text_tokcom import (
     with_pad_token,
 )
 from .pipeline_video_tokcom import TokComVideoMixin
+
+# diffusers copies only the direct relative imports of this file, so every module of the repository is named here
+from .processing_tokcom import TokComAudioProcessor, TokComImageProcessor
 from .quantization_tokcom import VectorQuantizer
 from .sampling_tokcom import TokComBlockSampler, TokComGaps, TokComGiven, row_noise, spawn_generators, split_blocks
 from .scheduling_tokcom import TokComFlowMatchScheduler
-from .token_head_tokcom import TokComTokenHead
 from .transformer_tokcom import TokComTransformer
 
 

@@ -20,8 +20,8 @@ import torch
 from diffusers import SchedulerMixin
 
 from .codec_chunk_tokcom import TokComCodecOutput
+from .heads_tokcom import TokComChoice
 from .modeling_tokcom import TokComModel, signal_time
-from .token_head_tokcom import TokComChoice
 from .transformer_tokcom import INSIDE_TEXT, START_OF_TEXT, block_causal_mask
 
 

@@ -25,6 +25,7 @@ from typing import NoReturn
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DataLoaderConfiguration,
     DistributedType,
@@ -653,6 +654,7 @@ def run(config: TrainConfig) -> Path:
     output = Path(config.output_dir)
     check_tracker(config.report_to)
     check_same_run(config, output / WORK / "train_config.json")
+    AcceleratorState._reset_state()  # each run has its own precision, also several in one process
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     with state.main_process_first():
         corpus = read_data(config)

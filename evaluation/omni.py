@@ -26,13 +26,12 @@ from torch import nn
 from tqdm.auto import trange
 from transformers import AutoTokenizer
 
-from tokcom.audio_processing_tokcom import TokComAudioProcessor, write_wav
 from tokcom.evaluation.images import Classifier, recognised, train_classifier
 from tokcom.evaluation.judges import TokenJudge
 from tokcom.evaluation.report import table
-from tokcom.image_processing_tokcom import TokComImageProcessor
 from tokcom.pipeline_text_tokcom import vocabulary_size
 from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.processing_tokcom import TokComAudioProcessor, TokComImageProcessor, write_wav
 from tokcom.training.config import DataConfig
 from tokcom.training.data import load_documents
 from tokcom.training.images import picture_grid

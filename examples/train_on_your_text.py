@@ -24,8 +24,8 @@ MODEL = [
     "model.codec_config.embedding_size=64",
     "model.codec_config.hidden_size=128",
     "model.codec_config.intermediate_size=384",
-    "model.transformer_config.hidden_size=128",
-    "model.transformer_config.intermediate_size=352",
+    "model.transformer_config.hidden_size=160",
+    "model.transformer_config.intermediate_size=432",
 ]
 
 
@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     ]
     settings += ["codec.max_steps=300", "codec.batch_size=16", "codec.eval_steps=100"]
     settings += ["flow.max_steps=900", "flow.batch_size=8", "flow.eval_steps=150", "flow.sequence_length=256"]
+    settings += ["flow.learning_rate=3e-3", "flow.muon_learning_rate=1.2e-2", "flow.ema_half_life=0.05"]
     try:
         output = run(load_train_config("tiny", settings + args.overrides))
     except (ValueError, OSError) as error:

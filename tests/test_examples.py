@@ -146,7 +146,7 @@ def test_commands_in_the_documents_exist_and_their_options_are_known(file, line)
         assert words[0] in ("accelerate", "pip", "curl", "git", "hf", "rm"), line
         return
     script = words[2] if words[1] == "-m" else words[1]
-    path = ROOT / (script.replace(".", "/") + ".py" if words[1] == "-m" else script)
+    path = ROOT / (script.removeprefix("tokcom.").replace(".", "/") + ".py" if words[1] == "-m" else script)
     assert path.is_file(), line
     known = path.read_text()
     for option in (w.split("=")[0] for w in words if w.startswith("--")):

@@ -5,7 +5,7 @@ import torch
 from helpers import seeded
 
 from tokcom.configuration_tokcom import TokComConfig
-from tokcom.latent_head_tokcom import TokComLatentHead
+from tokcom.heads_tokcom import TokComLatentHead
 from tokcom.modeling_tokcom import TokComModel
 
 HEADS = [(head, refiner) for head in ("none", "mlp", "vq") for refiner in ("none", "mlp")][1:]

@@ -14,17 +14,16 @@ from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 
 from examples.several_streams import main as join_streams
-from tokcom.audio_processing_tokcom import TokComAudioProcessor, read_wav, write_wav
 from tokcom.configuration_tokcom import TokComConfig
 from tokcom.evaluate_tokcom import main as evaluate
 from tokcom.evaluation.codebook import main as codebook
 from tokcom.evaluation.omni import main as measure_streams
-from tokcom.image_processing_tokcom import TokComImageProcessor
 from tokcom.inference import main as infer
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_omni_tokcom import most_alike
 from tokcom.pipeline_text_tokcom import vocabulary_size
 from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.processing_tokcom import TokComAudioProcessor, TokComImageProcessor, read_wav, write_wav
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 from tokcom.train_accelerate import build_model
 from tokcom.train_accelerate import main as train

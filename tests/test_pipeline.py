@@ -5,11 +5,11 @@ from helpers import STOCK_SCHEDULERS, seeded
 from safetensors import safe_open
 from transformers import TextStreamer
 
+from tokcom.heads_tokcom import TokComChoice
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.sampling_tokcom import spawn_generators, split_blocks
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
-from tokcom.token_head_tokcom import TokComChoice
 from tokcom.training.data import train_tokenizer
 
 PROMPTS = ["The family of four was ", "Squinty"]

@@ -4,8 +4,8 @@ import pytest
 import torch
 from helpers import tiny_config
 
+from tokcom.heads_tokcom import TokComChoice, nucleus
 from tokcom.modeling_tokcom import TokComModel
-from tokcom.token_head_tokcom import TokComChoice, nucleus
 
 TOKENS = {"prediction_type": "tokens", "codec_config": {"encoder_type": "token"}, "stage": "flow"}
 

@@ -1,7 +1,10 @@
-"""Sounds <-> log-mel features, in the sizes of an audio codec.
+"""Pictures and sounds as models read them, and back.
 
-Notable choices: the analysis is that of transformers; the way back, bands to a spectrum and phases by Griffin and Lim 1984, is
-librosa's, which is only needed to hear something. Sounds are brought to one loudness, so a recording's level is not learnt.
+Notable choices:
+- Pictures follow transformers' convention, `AutoImageProcessor.from_pretrained(...)(images)`. Transparent ones are laid on
+  white, and sides are cut off before scaling, so that nothing is stretched; -1 is black and 1 is white.
+- Sounds become log-mel features with transformers' analysis. The way back, bands to a spectrum and phases by Griffin and
+  Lim 1984, is librosa's, which is only needed to hear something. All sounds are brought to one loudness.
 """
 
 import wave
@@ -10,7 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
+from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
 from .configuration_codec_tokcom import TokComAudioCodecConfig
 
@@ -107,4 +112,76 @@ def write_wav(sound: np.ndarray, file: str | Path, sampling_rate: int) -> None:
         stream.writeframes((np.clip(sound, -1, 1) * 32767).round().astype("<i2").tobytes())
 
 
-__all__ = ["TokComAudioProcessor", "read_wav", "write_wav"]
+class TokComImageProcessor(BaseImageProcessor):
+    """Prepare pictures for a TokCom model of images.
+
+    Args:
+        image_size (`int` or `list[int]`): pixels of a side of what the model sees, or height and width.
+    """
+
+    model_input_names = ["pixel_values"]
+
+    def __init__(self, image_size: int | list[int] = 64, **kwargs):
+        super().__init__(**kwargs)
+        self.image_size = image_size
+        if min(self._size) < 1:
+            raise ValueError(f"`image_size` ({image_size}) must be at least 1 pixel.")
+
+    @property
+    def _size(self) -> tuple[int, int]:
+        """Height and width."""
+        size = self.image_size
+        return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+    def preprocess(self, images: Any, return_tensors: str | None = "pt", **kwargs) -> BatchFeature:
+        """One picture or a list of them (PIL, or arrays `(H, W)`, `(H, W, 3)`, `(H, W, 4)` of uint8) -> `pixel_values
+        (B, 3, height, width)`, float32 in [-1, 1]."""
+        images = list(images) if isinstance(images, (list, tuple)) else [images]
+        if not images:
+            raise ValueError("`images` is an empty list; give at least one picture.")
+        pixels = torch.stack([self._prepare(image) for image in images])
+        return BatchFeature({"pixel_values": pixels.numpy()}, tensor_type=return_tensors)
+
+    def _prepare(self, image: Any) -> torch.Tensor:
+        if not isinstance(image, Image.Image):
+            array = np.asarray(image)
+            if (
+                array.dtype != np.uint8
+                or array.ndim not in (2, 3)
+                or (array.ndim == 3 and array.shape[2] not in (3, 4))
+            ):
+                raise ValueError(
+                    f"a picture must be a PIL image or an array (H, W, 3) of uint8, not {array.dtype} of shape {array.shape}."
+                )
+            image = Image.fromarray(array)
+        image = ImageOps.exif_transpose(image)  # cameras store how they were held
+        if min(image.size) < 1:
+            raise ValueError(f"a picture of {image.width} x {image.height} pixels shows nothing; leave it out.")
+        if image.mode.startswith("I;16"):  # 16 bits a pixel
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.mode in ("I", "F"):
+            raise ValueError(f"a picture of mode {image.mode!r} has no known range; convert it to 8 bits first.")
+        if image.mode != "RGB":  # what is transparent becomes white
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+            image = Image.alpha_composite(white, image).convert("RGB")
+        height, width = self._size
+        scale = min(image.height / height, image.width / width)
+        cut = max(1, round(height * scale)), max(1, round(width * scale))
+        left, top = (image.width - cut[1]) // 2, (image.height - cut[0]) // 2
+        image = image.crop((left, top, left + cut[1], top + cut[0]))
+        if image.size != (width, height):
+            resample = Image.Resampling.BOX if scale > 1 else Image.Resampling.BICUBIC
+            image = image.resize((width, height), resample)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+    def postprocess(self, pixel_values: torch.Tensor) -> list[Image.Image]:
+        """`pixel_values (B, 3, H, W)` -> pictures."""
+        pixels = ((pixel_values.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        return [Image.fromarray(image.permute(1, 2, 0).cpu().numpy()) for image in pixels]
+
+
+TokComImageProcessor.register_for_auto_class("AutoImageProcessor")
+
+
+__all__ = ["TokComAudioProcessor", "TokComImageProcessor", "read_wav", "write_wav"]

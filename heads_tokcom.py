@@ -1,10 +1,15 @@
-"""The token head: reads noisy latents as uncertain tokens, and turns network states into token probabilities.
+"""Heads: networks between the transformer and what is predicted.
+
+The token head reads noisy latents as uncertain tokens and turns network states into token probabilities. A latent head
+refines the estimates of a model that regresses latents.
 
 Notable choices:
 - The likelihood of noisy channels is known exactly (Bayes' rule), so the network only predicts what it expects.
 - The likelihood of all tokens is one matrix product, `[s x / n^2, s^2 / n^2] @ [table, -norms]^T`.
 - Tokens whose channels are pure noise have a constant likelihood, which is never computed.
 - The training loss computes its gradient on the way forward: logits exist once, a few rows at a time.
+- What a latent head makes of an estimate is what is decoded, so training and sampling take the same path; every part of
+  it starts as the identity, a codebook until it has seen its first batch.
 
 Shape legend: B batch, N latents, K symbols of a chunk (tokens, for most codecs), C channels, E embedding,
 V vocabulary, R rows: the tokens that a call works on.
@@ -19,6 +24,7 @@ from torch import nn
 
 from .configuration_tokcom import TokComConfig
 from .layers_tokcom import CROSS_ENTROPY_CHUNK, TokComTokenEmbedding
+from .quantization_tokcom import VectorQuantizer
 
 MIN_SIGMA = 0.05  # the likelihood of clean latents would be infinite
 SMALL_VOCABULARY = 512  # so few symbols (digits, bits) are computed for all places of a chunk at once
@@ -393,4 +399,47 @@ class TokComTokenHead(nn.Module):
         return self._map(ids, everywhere, symbols, latents, times, states.unflatten(-1, (self.num_symbols, -1)))
 
 
-__all__ = ["TokComTokenHead", "TokComChoice", "TokComSymbols", "nucleus"]
+class TokComZeroNorm(nn.LayerNorm):
+    """LayerNorm whose weight starts at zero: the branch it ends adds nothing at first."""
+
+
+class TokComLatentMLP(nn.Module):
+    """x + LN(W2 GELU(LN(W1 x))) on latents `(..., C)`: OmniFlow's text-decoder head, and smaller its LatentRefiner."""
+
+    def __init__(self, channels: int, hidden_size: int):
+        super().__init__()
+        self.linear_1, self.norm_1 = nn.Linear(channels, hidden_size), nn.LayerNorm(hidden_size)
+        self.linear_2, self.norm_2 = nn.Linear(hidden_size, channels), TokComZeroNorm(channels)
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents + self.norm_2(self.linear_2(F.gelu(self.norm_1(self.linear_1(latents)))))
+
+
+class TokComLatentHead(nn.Module):
+    """`config.latent_refiner`, then `config.latent_head`: estimates `(B, N, C)` -> what is decoded, and a scalar loss."""
+
+    def __init__(self, config: TokComConfig):
+        super().__init__()
+        codec = config.codec_config
+        channels = codec.latent_channels
+        self.refiner = self.mlp = self.quantizer = None
+        if config.latent_refiner == "mlp":
+            self.refiner = TokComLatentMLP(channels, config.latent_refiner_size)
+        if config.latent_head != "none":
+            self.mlp = TokComLatentMLP(channels, config.latent_head_size)
+        if config.latent_head == "vq":
+            self.quantizer = VectorQuantizer(config.latent_head_codes, channels)
+
+    def forward(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        loss = latents.new_zeros(())
+        if self.refiner is not None:
+            latents = self.refiner(latents)
+        if self.mlp is not None:
+            latents = self.mlp(latents)
+        if self.quantizer is not None and (self.training or self.quantizer.is_fitted):
+            output = self.quantizer(latents)
+            latents, loss = output.latents, output.loss
+        return latents, loss
+
+
+__all__ = ["TokComTokenHead", "TokComChoice", "TokComSymbols", "TokComLatentHead", "TokComLatentMLP", "nucleus"]
