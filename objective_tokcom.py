@@ -93,6 +93,7 @@ def token_loss(
     timestep: float | None = None,
     known_mask: torch.Tensor | None = None,
     text_start: torch.Tensor | None = None,
+    fills_gaps: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean nats of the tokens whose turn it is, with a gradient, and those of each token, `(B, N, K)`.
 
@@ -102,6 +103,7 @@ def token_loss(
         input_ids, attention_mask, known_mask (`(B, T)`): ids, 0 on padding, and 1 on tokens that are given.
         timestep (`float`, *optional*): one time of all chunks.
         text_start (`torch.BoolTensor` of shape `(B,)`, *optional*): rows that begin where a text begins; by default all.
+        fills_gaps (`bool`): what is not known are gaps, which see what follows them, and no continuation.
     """
     config, head = model.config, model.token_head
     chunks, real = model.codec.symbols(input_ids, attention_mask)  # (B, N, K)
@@ -111,7 +113,7 @@ def token_loss(
     given = torch.zeros_like(real)
     if known_mask is not None:
         given = model.codec.symbols(input_ids, known_mask)[1]
-    has_gaps = torch.zeros(batch, dtype=torch.bool, device=device)
+    has_gaps = torch.full((batch,), fills_gaps, device=device)
     begins = torch.ones_like(has_gaps) if text_start is None else text_start.bool()
     dropped = torch.zeros_like(has_gaps)
     if training:
@@ -124,7 +126,8 @@ def token_loss(
 
     plan = ContextPlan.of(given, has_gaps)
     valid = real.any(-1)
-    read_times = torch.where(plan.partial[..., None] & ~given, 0.0, 1.0)  # (B, N, K)
+    blank = (plan.partial[..., None] & ~given) | ~real
+    read_times = torch.where(blank, 0.0, 1.0)  # (B, N, K)
     features = head.read(symbols, None, read_times, chunks)  # (B, N, K * E)
     features = torch.nn.functional.pad(features, (0, 0, 1, 0))
     positions = torch.arange(-1, length, device=device).repeat(batch, 1)

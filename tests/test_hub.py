@@ -16,7 +16,7 @@ from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_tokcom import TokComPipeline
 
 REMOTE_FILES = {
-    "configuration_tokcom.py": {"copy", "typing", "huggingface_hub", "transformers"},
+    "configuration_tokcom.py": {"copy", "typing", "warnings", "huggingface_hub", "transformers"},
     "configuration_codec_tokcom.py": {"math", "typing", "huggingface_hub", "transformers"},
     "layers_tokcom.py": {"math", "collections", "torch", "transformers"},
     "codec_chunk_tokcom.py": {"dataclasses", "torch", "transformers"},

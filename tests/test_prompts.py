@@ -167,3 +167,18 @@ def test_a_token_that_is_kept_at_one_noise_level_is_kept_at_every_higher_one(pip
         shares.append(sum(a == b for a, b in zip(row, ids)) / len(ids))
     assert shares[0] < shares[1] < shares[2]
     assert pipe.denoise_reconstruct(TEXT, 1.0).texts == pipe.reconstruct(TEXT).texts
+
+
+@torch.no_grad()
+def test_the_likelihood_of_a_gap_is_that_of_its_sampler(pipe):
+    """The first token of a gap has the probability that scoring the gap says."""
+    from tokcom.evaluation.studies.infilling import gap_nats
+
+    ids = text_ids(pipe.tokenizer, TEXT)[:26]
+    both, left = gap_nats(pipe.model, ids, 9, 10)
+    assert abs(both - left) > 1e-4  # what follows matters
+    calls = drawn_from(pipe)
+    known = [i != 9 for i in range(len(ids))]
+    pipe._fill(ids, known, generator=seeded())
+    first = next(call for call in calls if len(call))[0]
+    assert abs(-float(first.log_softmax(-1)[ids[9]]) - both) < 1e-3

@@ -42,12 +42,19 @@ OVERFIT = {
         {
             "prediction_type": "tokens",
             "codec_config": {"encoder_type": "token"},
-            "transformer_config": {"num_hidden_layers": 3, "num_context_layers": 2},
+            "transformer_config": {
+                "num_hidden_layers": 3,
+                "num_context_layers": 2,
+                "block_size": 1,
+                "head_attention": False,
+                "start_latents": True,
+            },
             "timestep_sampling": "uniform",
             "token_stagger": 1.0,
-            "noise_draws": 2,
+            "turn_share": 0.75,
+            "noise_draws": 4,
         },
-        800,
+        600,
     ),
 }
 

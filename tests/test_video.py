@@ -280,7 +280,7 @@ def test_a_cache_changes_nothing_and_a_clip_may_be_longer_than_the_window():
         frames=known, num_inference_steps=3, generator=seeded(), output_type="latent"
     ).latents
     net, codec = pipe.model, pipe.model.codec
-    noise = torch.randn(1, 12, 192, generator=seeded())
+    noise = pipe.prepare_latents(1, 12, seeded())
     done = codec.encode(known).latents
     pipe.scheduler.set_timesteps(3)
     sigmas = pipe.scheduler.sigmas.tolist()
