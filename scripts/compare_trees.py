@@ -44,11 +44,12 @@ def environment(tree: Path, links: Path) -> dict[str, str]:
     return {**os.environ, **one_thread, "PYTHONPATH": str(link)}
 
 
-def run(command: list[str], tree: Path, links: Path) -> str:
-    """Run a command in a tree and return what it prints; exits with its last lines if it fails."""
+def run(command: list[str] | str, tree: Path, links: Path) -> str:
+    """Run a command, or Python code, in a tree and return what it prints; exits with its last lines if it fails."""
+    command = [sys.executable, "-c", command] if isinstance(command, str) else command
     done = subprocess.run(command, cwd=tree, env=environment(tree, links), capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f"{' '.join(command)} failed in {tree}:\n{done.stderr[-2000:]}")
+        sys.exit(f"{' '.join(command)[:200]} failed in {tree}:\n{done.stderr[-2000:]}")
     return done.stdout
 
 
@@ -96,8 +97,8 @@ def main() -> None:
             changed = differences(weights["old"], weights["new"])
             failed |= bool(changed)
             print(f"{preset}: {len(weights['new'])} tensors, {len(changed)} differ {changed[:3] or ''}", flush=True)
-        command = [sys.executable, "-c", WRITE.format(model=str(args.new.resolve()))]
-        texts = [run(command, tree, root / "links") for tree, _ in trees.values()]
+        code = WRITE.format(model=str(args.new.resolve()))
+        texts = [run(code, tree, root / "links") for tree, _ in trees.values()]
         failed |= texts[0] != texts[1]
         print(f"texts of the shipped model: {'the same' if texts[0] == texts[1] else 'different'}")
     sys.exit(1 if failed else 0)
