@@ -1,13 +1,12 @@
 """Command line for the five modes of TokCom, for filling gaps, for texts as pictures, and for models of images, clips and several streams.
 
-    python inference.py --checkpoint . --mode conditional --prompt "The family of four was "
-    python inference.py --checkpoint . --mode generate --num_chunks 64 --num_steps 16 --batch_size 2
-    python inference.py --checkpoint . --mode reconstruct --input_text "Some text"
-    python inference.py --checkpoint . --mode denoise_reconstruct --input_text "Some text" --noise_level 0.5
-    python inference.py --checkpoint . --mode encode --input_text "Some text" --output_file latents.safetensors
-    python inference.py --checkpoint . --mode decode --latents_file latents.safetensors
-    python inference.py --checkpoint . --mode infill --input_text "Once there was a ____ in the wood." \\
-        --num_generate_chunks 1
+    python inference.py --mode conditional --prompt "The family of four was "
+    python inference.py --mode generate --num_chunks 64 --temperature 0.7 --batch_size 2
+    python inference.py --mode reconstruct --input_text "Some text"
+    python inference.py --mode denoise_reconstruct --input_text "Some text" --noise_level 0.5
+    python inference.py --mode encode --input_text "Some text" --output_file latents.safetensors
+    python inference.py --mode decode --latents_file latents.safetensors
+    python inference.py --mode infill --input_text "Once there was a ____ in the wood." --gap_length 4
     python inference.py --checkpoint pixels --mode text_to_image --input_text "Some text" --image_file text.png
     python inference.py --checkpoint pixels --mode image_to_text --image_file text.png
     python inference.py --checkpoint images --mode draw --prompt "a caption" --image_file drawn.png
@@ -16,7 +15,8 @@
     python inference.py --checkpoint streams --mode any_to_any --input_text "a frog" --image_file frog.png --audio_file frog.wav
     python inference.py --checkpoint streams --mode any_to_any --input_audio word.wav
 
-`--checkpoint` is a model directory, a Hub id, or a published v5.2 `.pt` file, which is converted in memory.
+`--checkpoint` is a model directory, a Hub id, or a published v5.2 `.pt` file, which is converted in memory; by default it is the model
+beside this file. A continuation of one prompt is printed while it is written.
 """
 
 import argparse
@@ -35,6 +35,7 @@ from tokcom.training.checkpoints import first_line
 from tokcom.training.films import write_film
 from tokcom.training.images import Frames
 
+ROOT = Path(__file__).resolve().parent
 MODES = ("generate", "reconstruct", "denoise_reconstruct", "encode", "conditional", "decode", "infill")
 MODES += ("text_to_image", "image_to_text", "draw", "reconstruct_image", "animate", "any_to_any")
 NEEDS = {
@@ -51,12 +52,17 @@ NEEDS = {
     "animate": ["video_file"],
 }
 SEVERAL = ("generate", "conditional", "any_to_any")  # modes that take --batch_size
+DRAWS = ("generate", "conditional", "denoise_reconstruct", "infill")  # modes that draw tokens
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="model directory, Hub id, or published .pt file")
-    parser.add_argument("--mode", default="generate", choices=MODES)
+    parser.add_argument(
+        "--checkpoint",
+        default=str(ROOT),
+        help="model directory, Hub id, or published .pt file (default: the directory of this script)",
+    )
+    parser.add_argument("--mode", default="generate", choices=MODES, help="what to do (default: %(default)s)")
     parser.add_argument(
         "--input_text",
         help="text for reconstruct, denoise_reconstruct, encode; with ____ for infill; what is given (any_to_any)",
@@ -77,8 +83,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--image_width", type=int, help="pixels in a row (text_to_image); by default the model's")
     parser.add_argument("--num_chunks", type=int, default=256, help="chunks to generate (generate)")
     parser.add_argument(
-        "--num_generate_chunks", type=int, default=64, help="chunks after the prompt; per gap (infill)"
+        "--num_generate_chunks",
+        type=int,
+        default=64,
+        help="chunks after the prompt (conditional; default: %(default)s)",
     )
+    parser.add_argument("--gap_length", type=int, default=8, help="tokens per gap (infill; default: %(default)s)")
+    parser.add_argument("--temperature", type=float, help="of token probabilities; below 1 is safer text")
+    parser.add_argument("--top_p", type=float, help="draw from the fewest tokens that reach this probability")
     parser.add_argument("--num_steps", type=int, help="denoising steps per block; by default the model's own")
     parser.add_argument("--noise_level", type=float, default=0.5, help="0 pure noise ... 1 clean text")
     parser.add_argument("--guidance_scale", type=float, default=1.0, help="above 1 follows the prompt more closely")
@@ -160,12 +172,15 @@ def translate(pipe: TokComPipeline, args: argparse.Namespace, **sampling) -> Tok
 def run(pipe: TokComPipeline, args: argparse.Namespace) -> TokComPipelineOutput:
     generator = None if args.seed is None else torch.Generator().manual_seed(args.seed)
     sampling = {"num_inference_steps": args.num_steps, "generator": generator}
+    drawing = {"temperature": args.temperature, "top_p": args.top_p}
+    if args.mode not in DRAWS and any(value is not None for value in drawing.values()):
+        raise ValueError(f"--temperature and --top_p are of the modes {', '.join(DRAWS)}, not of {args.mode}.")
     if args.mode == "generate":
-        return pipe.generate(args.num_chunks, args.batch_size, **sampling)
+        return pipe.generate(args.num_chunks, args.batch_size, **drawing, **sampling)
     if args.mode == "reconstruct":
         return pipe.reconstruct(args.input_text)
     if args.mode == "denoise_reconstruct":
-        return pipe.denoise_reconstruct(args.input_text, args.noise_level, **sampling)
+        return pipe.denoise_reconstruct(args.input_text, args.noise_level, **drawing, **sampling)
     if args.mode == "encode":
         return pipe.encode(args.input_text, args.output_file)
     if args.mode == "decode":
@@ -194,12 +209,26 @@ def run(pipe: TokComPipeline, args: argparse.Namespace) -> TokComPipelineOutput:
     if args.mode == "any_to_any":
         return translate(pipe, args, **sampling)
     pipe.require_tokens()
-    tokens = args.num_generate_chunks * pipe.chunk_size
+    options = {"guidance_scale": args.guidance_scale, **drawing, **sampling}
     if args.mode == "infill":
-        return pipe.infill(args.input_text, tokens, guidance_scale=args.guidance_scale, **sampling)
-    output = pipe([args.prompt] * args.batch_size, tokens, guidance_scale=args.guidance_scale, **sampling)
+        return pipe.infill(args.input_text, args.gap_length, **options)
+    tokens = args.num_generate_chunks * pipe.chunk_size
+    if args.batch_size == 1 and pipe.tokenizer is not None:
+        return TokComPipelineOutput(texts=[args.prompt + stream(pipe, args.prompt, tokens, options)])
+    output = pipe([args.prompt] * args.batch_size, tokens, **options)
     output.texts = None if output.texts is None else [args.prompt + text for text in output.texts]
     return output
+
+
+def stream(pipe: TokComPipeline, prompt: str, tokens: int, options: dict) -> str:
+    """The continuation of one prompt, printed while it is written."""
+    pipe.set_progress_bar_config(disable=True)
+    pieces = []
+    for piece in pipe.stream(prompt, tokens, **options):
+        print(piece if pieces else f"[1] {prompt}{piece}", end="", flush=True)
+        pieces.append(piece)
+    print("" if pieces else f"[1] {prompt}")
+    return "".join(pieces)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -230,7 +259,8 @@ def main(argv: list[str] | None = None) -> None:
             print(f"written to {args.output_file}")
         return
     texts = output.texts if output.texts is not None else [str(row) for row in output.sequences.tolist()]
-    for i, text in enumerate(texts):
+    streamed = args.mode == "conditional" and args.batch_size == 1 and pipe.tokenizer is not None
+    for i, text in enumerate(() if streamed else texts):
         print(f"[{i + 1}] {text}")
     if args.output_file:
         Path(args.output_file).write_text("".join(f"[{i + 1}] {text}\n" for i, text in enumerate(texts)))
