@@ -1,0 +1,109 @@
+"""Measure in one checkout what version 0.2 mended in text models; run it in an old and a new one to compare.
+
+    python scripts/text_defects.py MODEL --data held_out.parquet --judge stories15M [--codec NEW_CODEC]
+
+With an old checkout, run it there: `cd OLD && python NEW/scripts/text_defects.py ...`. It prints the nats of one text at every
+alignment of its chunks, fillings of one gap before three endings, whether a shorter length gives the beginning of a text, what a judge
+says of texts at two shifts of the scheduler, and how many strings survive the codec.
+"""
+
+import argparse
+import os
+import sys
+
+import datasets
+import numpy as np
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+sys.path.insert(0, os.getcwd())
+try:  # version 0.1 was not a package
+    from evaluation.judges import TextJudge
+    from evaluation.reconstruction import token_losses_at
+    from pipeline_tokcom import TokComPipeline
+
+    ALIGNMENTS = (0, 1, 2, 3)
+except ImportError:
+    from tokcom.evaluation.judges import TextJudge
+    from tokcom.evaluation.reconstruction import token_losses_at
+    from tokcom.pipeline_tokcom import TokComPipeline
+
+    ALIGNMENTS = (0,)
+
+ENDINGS = (" who lived in a big wood.", " that had no door and no window.", ", and the king was angry.")
+TEXT = "“Do you know Zürich?” – he said… “No,” I said — naïve. 😀\u00a0x\r\n"
+PROMPT, CONTEXT, SCORED = "Once upon a time", 64, 60
+
+
+def random_string(generator: np.random.Generator) -> str:
+    """Up to 60 characters from all planes of Unicode, half of them from Latin and its neighbours."""
+    length = int(generator.integers(1, 60))
+    points = np.where(
+        generator.random(length) < 0.5,
+        generator.integers(1, 0x3000, size=length),
+        generator.integers(1, 0x110000, size=length),
+    )
+    return "".join(chr(point) for point in points if not 0xD800 <= point < 0xE000)
+
+
+@torch.no_grad()
+def nats_at(pipe: TokComPipeline, ids: torch.Tensor, padding: int) -> float:
+    """Nats per token of `SCORED` tokens behind `CONTEXT` when chunks begin `padding` tokens before the text."""
+    shifted = torch.cat((torch.zeros(len(ids), padding, dtype=torch.long), ids), dim=1)[:, : ids.shape[1]]
+    mask = torch.ones_like(shifted)
+    mask[:, :padding] = 0
+    losses = token_losses_at(pipe.model, shifted, 0.0, mask).flatten(1)
+    return losses[:, CONTEXT + padding : CONTEXT + padding + SCORED].mean().item()
+
+
+@torch.no_grad()
+def survives(pipe: TokComPipeline, text: str) -> tuple[bool, str]:
+    """Whether the codec gives back the ids of a text, and what they spell."""
+    ids = pipe.tokenizer(text, add_special_tokens=False)["input_ids"]
+    count = len(ids)
+    whole = torch.tensor([ids + [0] * (-count % pipe.chunk_size)])
+    mask = torch.zeros_like(whole)
+    mask[0, :count] = 1
+    found = pipe.model.to_ids(pipe.model.encode(whole, mask).latents)[0, :count]
+    return bool((found == whole[0, :count]).all()), pipe.tokenizer.decode(found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="directory of a text model whose tokens take turns")
+    parser.add_argument("--data", required=True, help="parquet file with held-out text in a column `text`")
+    parser.add_argument("--judge", required=True, help="causal language model that scores samples")
+    parser.add_argument("--codec", help="another model whose codec is tried with random strings")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    pipe = TokComPipeline.from_pretrained(args.model)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.model.eval().set_stage("flow")
+
+    def seed(number: int) -> torch.Generator:
+        return torch.Generator().manual_seed(number)
+
+    texts = datasets.load_dataset("parquet", data_files=args.data, split="train")["text"][:40]
+    rows = [pipe.tokenizer(text, add_special_tokens=False)["input_ids"][:128] for text in texts]
+    ids = torch.tensor([row for row in rows if len(row) == 128])
+    for padding in ALIGNMENTS:
+        print(f"chunks begin {padding} tokens before the text: {nats_at(pipe, ids, padding):.3f} nats per token")
+    for ending in ENDINGS:
+        filled = pipe.infill(f"{PROMPT} there was a ____{ending}", gap_length=4, generator=seed(0)).texts[0]
+        print(f"filled: {filled!r}")
+    long, short = (pipe(PROMPT, gen_length=n, generator=seed(0), output_type="seq").sequences[0] for n in (40, 12))
+    print(f"gen_length 12 is the beginning of gen_length 40: {bool((long[:12] == short).all())}")
+    judge = TextJudge(args.judge)
+    for shift in (1.0, 1.82):
+        pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+        written = [pipe(PROMPT, gen_length=64, temperature=0.7, generator=seed(i)).texts[0] for i in range(40)]
+        nats = np.nanmean(judge.nats_per_character(written, [PROMPT] * len(written)))
+        print(f"stock scheduler, shift {shift}: {nats:.3f} nats per character of the judge")
+    codec = TokComPipeline.from_pretrained(args.codec) if args.codec else pipe
+    generator = np.random.default_rng(1)
+    exact = sum(survives(codec, random_string(generator))[0] for _ in range(1000))
+    print(f"random Unicode strings that survive: {exact} of 1000\n{TEXT!r} becomes {survives(codec, TEXT)[1]!r}")
+
+
+if __name__ == "__main__":
+    main()
