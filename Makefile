@@ -26,7 +26,7 @@ app: setup
 	$(BIN)/python app.py
 
 serve: setup
-	$(BIN)/python serve_tokcom.py
+	$(BIN)/tokcom serve
 
 demo: setup
 	$(BIN)/python demo.py

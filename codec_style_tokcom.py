@@ -286,7 +286,7 @@ class TokComStyleCodec(TokComCodec):
 
     def _fitted(self) -> VectorQuantizer:
         if self.quantizer is None or not self.quantizer.is_fitted:
-            raise ValueError("this codec has no codebook yet; make one with `convert_tokcom.py kmeans`.")
+            raise ValueError("this codec has no codebook yet; make one with `tokcom kmeans`.")
         return self.quantizer
 
     def _decode(self, tokens: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:

@@ -28,7 +28,7 @@ from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors import SafetensorError
 
-from tokcom.convert_tokcom import load_published_pipeline
+from tokcom.cli.convert import load_published_pipeline
 from tokcom.pipeline_tokcom import TokComPipeline, TokComPipelineOutput
 from tokcom.processing_tokcom import write_wav
 from tokcom.training.checkpoints import first_line

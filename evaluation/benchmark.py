@@ -320,8 +320,8 @@ def serving(args: argparse.Namespace) -> dict:
     import openai
     import uvicorn
 
+    from tokcom.cli.serve import ServerSettings, build_app
     from tokcom.pipeline_tokcom import TokComPipeline
-    from tokcom.serve_tokcom import ServerSettings, build_app
 
     pipe = TokComPipeline.from_pretrained(args.checkpoint).to(DEVICE)
     pipe.set_progress_bar_config(disable=True)

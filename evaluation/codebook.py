@@ -1,6 +1,6 @@
 """How the codes of a quantised codec are used, and what they stand for.
 
-    python evaluate_tokcom.py codebook --model model --data held_out.parquet --output_dir outputs/codebook
+    tokcom evaluate codebook --model model --data held_out.parquet --output_dir outputs/codebook
 
 For every quantiser: share of codes used, perplexity, entropy, dead codes, on held-out texts, pictures or clips; `usage.png`, and for
 codecs of patches `codes.png`, what the most used codes decode to.
@@ -84,7 +84,7 @@ def plot_usage(columns: list[tuple[torch.Tensor, torch.Tensor]], file: Path) -> 
 
 def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(
-        prog="evaluate_tokcom.py codebook", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="tokcom evaluate codebook", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True, help="held-out texts, pictures or clips")

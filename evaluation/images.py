@@ -3,7 +3,7 @@
     python -m tokcom.evaluation.images --model DIR --train pictures_train.parquet --test pictures_test.parquet \
         --output_dir results [--codebook DIR_OF_KMEANS] [--unordered DIR] [--label_columns class] [--guidance_scale 2]
 
-writes results.json, a Markdown table and pictures. `--codebook` is what `convert_tokcom.py kmeans` made of the model,
+writes results.json, a Markdown table and pictures. `--codebook` is what `tokcom kmeans` made of the model,
 `--unordered` a model trained alike with `tail_dropout=0`, whose curve is shown beside.
 """
 
@@ -424,7 +424,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         pipe = TokComPipeline.from_pretrained(args.model)
         if pipe.model.config.codec_config.modality != "image":
-            raise ValueError(f"{args.model} is no model of images; use evaluate_tokcom.py.")
+            raise ValueError(f"{args.model} is no model of images; use tokcom evaluate.")
         train, test = (Pictures(source, pipe, args, args.limit) for source in (args.train, args.test))
         latents = encode(pipe.model.codec, test.images)
         facts = measure_codec(pipe, train, test, latents, args)

@@ -1,7 +1,7 @@
 """Reference metrics of predictions in files: exact match, BLEU-4, ROUGE-L and METEOR.
 
-    python evaluate_tokcom.py predictions.json             # {"id", "reference", "prediction"} records
-    python evaluate_tokcom.py baseline=*.json refiner=*.json   # one row per name: mean and spread over its files
+    tokcom evaluate predictions.json             # {"id", "reference", "prediction"} records
+    tokcom evaluate baseline=*.json refiner=*.json   # one row per name: mean and spread over its files
 
 A file holds a JSON list or JSON lines; `"references": [...]` gives several. METEOR needs no WordNet here: it matches
 exact words and stems, and is labelled so.

@@ -2,7 +2,7 @@
 
     python examples/image_language.py --model CODED --train pictures.parquet --test others.parquet --output_dir image-llama
 
-CODED is a model of images with a codebook (`convert_tokcom.py kmeans`). Its tokenizer gets one more token for every code, and
+CODED is a model of images with a codebook (`tokcom kmeans`). Its tokenizer gets one more token for every code, and
 `<image>` and `</image>`; the model is a Llama of transformers, so `AutoModelForCausalLM` and `generate` do the rest.
 """
 
@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     pipe = TokComPipeline.from_pretrained(args.model)
     if pipe.image_processor is None or pipe.tokenizer is None or not pipe.model.config.codec_config.num_codes:
-        sys.exit(f"error: {args.model} needs captions and a codebook; run convert_tokcom.py kmeans first.")
+        sys.exit(f"error: {args.model} needs captions and a codebook; run tokcom kmeans first.")
     tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
     words, codes = len(tokenizer), pipe.model.config.codec_config.num_codes
     tokenizer.add_tokens([f"<image_{i}>" for i in range(codes)] + [BEGIN, END], special_tokens=True)

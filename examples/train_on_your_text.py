@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
         print(f"\n{seed}: {args.prompt}{pipe(args.prompt, gen_length=48, generator=generator).texts[0]}")
-    print(f"\nThe model lies in {output}. Give it away with: python convert_tokcom.py publish {output} USER/NAME")
+    print(f"\nThe model lies in {output}. Give it away with: tokcom publish {output} USER/NAME")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from tokcom.convert_tokcom import load_published_pipeline
+from tokcom.cli.convert import load_published_pipeline
 from tokcom.evaluation import benchmark
 from tokcom.evaluation.benchmark import build_parser, build_training, main, measure_length, published_generator
 from tokcom.evaluation.published import PublishedTokCom

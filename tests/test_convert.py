@@ -5,7 +5,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tokcom.convert_tokcom import load_published_pipeline, main
+from tokcom.cli.convert import load_published_pipeline, main
 from tokcom.evaluation.published import PublishedTokCom
 from tokcom.inference import main as inference
 from tokcom.pipeline_tokcom import TokComPipeline

@@ -9,8 +9,8 @@ from helpers import ROOT, tiny_config
 from transformers import LlamaForCausalLM
 
 from tokcom import demo
+from tokcom.cli.evaluate import SECTIONS, main
 from tokcom.configuration_tokcom import TokComConfig
-from tokcom.evaluate_tokcom import SECTIONS, main
 from tokcom.evaluation import compression, metrics
 from tokcom.evaluation.ablation import ROWS, row_overrides
 from tokcom.evaluation.answers import main as answers_main

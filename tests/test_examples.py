@@ -12,7 +12,9 @@ import torch
 from helpers import ROOT
 from transformers import AutoTokenizer
 
-from tokcom import convert_tokcom, distill_accelerate, train_accelerate
+from tokcom import distill_accelerate, train_accelerate
+from tokcom.cli import convert as convert_tokcom
+from tokcom.cli.main import COMMANDS
 from tokcom.configuration_tokcom import TokComConfig
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_text_tokcom import vocabulary_size
@@ -142,6 +144,9 @@ def test_commands_in_the_documents_exist_and_their_options_are_known(file, line)
                 assert not word.endswith(".yaml") or (ROOT / word).is_file(), line
             script.parse_config(words[at + 1 :])
             return
+    if words[0] == "tokcom":
+        module = COMMANDS[words[1]].module
+        words = ["python", "-m", module, *words[2:]]
     if words[0] not in ("python", "python3"):
         assert words[0] in ("accelerate", "pip", "curl", "git", "hf", "rm"), line
         return

@@ -15,9 +15,9 @@ from PIL import Image
 from transformers import ResNetConfig, ResNetModel
 
 from tokcom import app
+from tokcom.cli.convert import main as convert
 from tokcom.codec_style_tokcom import TokComStyleCodec, gradient_loss
 from tokcom.configuration_tokcom import PRESETS, TokComConfig, TokComStyleCodecConfig
-from tokcom.convert_tokcom import main as convert
 from tokcom.evaluation.images import PCA, frechet, jpeg, main, order_facts, psnr, ssim
 from tokcom.inference import main as infer
 from tokcom.modeling_tokcom import TokComModel

@@ -14,8 +14,8 @@ from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 
 from examples.several_streams import main as join_streams
+from tokcom.cli.evaluate import main as evaluate
 from tokcom.configuration_tokcom import TokComConfig
-from tokcom.evaluate_tokcom import main as evaluate
 from tokcom.evaluation.codebook import main as codebook
 from tokcom.evaluation.omni import main as measure_streams
 from tokcom.inference import main as infer

@@ -14,8 +14,8 @@ import pytest
 import uvicorn
 from helpers import seeded
 
+from tokcom.cli.serve import Choice, Engine, Job, ServerSettings, build_app, is_loopback
 from tokcom.pipeline_tokcom import TokComPiece
-from tokcom.serve_tokcom import Choice, Engine, Job, ServerSettings, build_app, is_loopback
 
 TOKENS = {
     "prediction_type": "tokens",

@@ -14,10 +14,10 @@ from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors.torch import load_file
 
+from tokcom.cli.evaluate import main as evaluate
 from tokcom.configuration_tokcom import TokComConfig, TokComVideoCodecConfig
 from tokcom.distill_accelerate import ModelDenoiser
 from tokcom.distill_accelerate import main as distill
-from tokcom.evaluate_tokcom import main as evaluate
 from tokcom.evaluation.memory import activations, operations, resized, run_step, saved_bytes
 from tokcom.evaluation.videos import main as measure_videos
 from tokcom.inference import main as infer

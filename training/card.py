@@ -65,8 +65,8 @@ def _samples(pipe: TokComPipeline) -> str:
 
 
 def evaluation_section(directory: Path) -> str:
-    """What `evaluate_tokcom.py --output_dir` wrote, as a section; raises `ValueError` if it wrote nothing there."""
+    """What `tokcom evaluate --output_dir` wrote, as a section; raises `ValueError` if it wrote nothing there."""
     file = directory / "results.md"
     if not file.is_file():
-        raise ValueError(f"{directory} has no results.md; run evaluate_tokcom.py --output_dir {directory} first.")
+        raise ValueError(f"{directory} has no results.md; run tokcom evaluate --output_dir {directory} first.")
     return "\n".join(f"#{line}" if line.startswith("##") else line for line in file.read_text().splitlines())

@@ -1,6 +1,6 @@
 """Serve a TokCom model behind OpenAI's completions interface.
 
-    python serve_tokcom.py --checkpoint . --port 8000
+    tokcom serve --checkpoint . --port 8000
     curl http://127.0.0.1:8000/v1/completions -H "Content-Type: application/json" \
         -d '{"model": "tokcom", "prompt": "Once upon a time", "max_tokens": 64, "stream": true}'
 
@@ -434,7 +434,9 @@ class Answer:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default=str(Path(__file__).resolve().parent), help="model directory or Hub id")
+    parser.add_argument(
+        "--checkpoint", default=str(Path(__file__).resolve().parents[1]), help="model directory or Hub id"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for all interfaces; give an API key then")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

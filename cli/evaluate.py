@@ -1,7 +1,7 @@
 """Measure a TokCom model, and autoregressive peers beside it, on held-out text.
 
-    python evaluate_tokcom.py --checkpoint . --data sample_data/stories_validation.jsonl --output_dir outputs/evaluation
-    python evaluate_tokcom.py --data held_out.parquet --train_data books.parquet --judge judge/ --judge stories15M/ \
+    tokcom evaluate --checkpoint . --data sample_data/stories_validation.jsonl --output_dir outputs/evaluation
+    tokcom evaluate --data held_out.parquet --train_data books.parquet --judge judge/ --judge stories15M/ \
         --peer "equal FLOPs=peer/" --output_dir outputs/evaluation
 
 Writes `results.json`, `results.md` and PNG plots. A `--judge` with TokCom's tokenizer scores token ids; any other
@@ -9,15 +9,14 @@ causal language model scores detokenised text. Without one, a small judge is tra
 `--sections` chooses parts: reconstruction, unconditional, continuation, frontier, likelihood, brier, memorisation,
 latency. Files of predictions and references are scored instead if there are any:
 
-    python evaluate_tokcom.py predictions.json                  # exact match, BLEU-4, ROUGE-L, METEOR
-    python evaluate_tokcom.py codebook --model model --data held_out.parquet    # how a quantiser's codes are used
-    python evaluate_tokcom.py a=a_seed_0.json a=a_seed_1.json b=b_seed_0.json b=b_seed_1.json
+    tokcom evaluate predictions.json                  # exact match, BLEU-4, ROUGE-L, METEOR
+    tokcom evaluate codebook --model model --data held_out.parquet    # how a quantiser's codes are used
+    tokcom evaluate a=a_seed_0.json a=a_seed_1.json b=b_seed_0.json b=b_seed_1.json
 """
 
 import argparse
 import dataclasses
 import json
-import os
 import platform
 import sys
 from datetime import date
@@ -237,7 +236,7 @@ def main(argv: list[str] | None = None) -> dict:
     if args.predictions:
         print(compare(args.predictions))
         return {}
-    args.command = [os.path.basename(sys.argv[0]), *(sys.argv[1:] if argv is None else argv)]
+    args.command = ["tokcom evaluate", *given]
     try:
         results = evaluate(args)
     except (ValueError, OSError) as error:

@@ -1,9 +1,9 @@
 """Convert a published TokCom v5.2 checkpoint (`best_diffusion.pt`) into a Hub repository in this layout, give a model of images a
 codebook, or publish a repository.
 
-    python convert_tokcom.py best_diffusion.pt OUT_DIR [--tokenizer PATH_OR_NAME]
-    python convert_tokcom.py kmeans MODEL_DIR OUT_DIR --data PICTURES [--num_codes 1024] [--metric euclidean]
-    python convert_tokcom.py publish MODEL_DIR USER/NAME [--evaluation DIR] [--private] [--max_shard_size 1GB]
+    tokcom convert best_diffusion.pt OUT_DIR [--tokenizer PATH_OR_NAME]
+    tokcom kmeans MODEL_DIR OUT_DIR --data PICTURES [--num_codes 1024] [--metric euclidean]
+    tokcom publish MODEL_DIR USER/NAME [--evaluation DIR] [--private] [--max_shard_size 1GB]
 
 The converted model gives the published numbers: its latents are raw (no standardisation), its time is not scaled by
 1000, its noise has the file's `noise_std`, and one time is told to prompt and noise alike. The `.pt` is read with
@@ -176,11 +176,11 @@ def load_published_pipeline(path: str | Path, tokenizer: str | None = None) -> T
 
 def publish(argv: list[str]) -> None:
     """Push a model directory to the Hub: weights, tokenizer, scheduler, code, its card and the pictures the card shows."""
-    parser = argparse.ArgumentParser(prog="convert_tokcom.py publish", description=publish.__doc__)
+    parser = argparse.ArgumentParser(prog="tokcom publish", description=publish.__doc__)
     parser.add_argument("model", help="model directory")
     parser.add_argument("repo_id", help="user/name; created if there is none")
     parser.add_argument(
-        "--evaluation", type=Path, help="output of evaluate_tokcom.py, which becomes a section of the card"
+        "--evaluation", type=Path, help="output of tokcom evaluate, which becomes a section of the card"
     )
     parser.add_argument("--private", action="store_true", default=None)
     parser.add_argument("--token", help="by default that of `hf auth login` or HF_TOKEN")
@@ -208,7 +208,7 @@ def publish(argv: list[str]) -> None:
 
 def fit_codebook(argv: list[str]) -> None:
     """Make a codebook of the tokens of pictures by k-means, after which a model of images gives codes."""
-    parser = argparse.ArgumentParser(prog="convert_tokcom.py kmeans", description=fit_codebook.__doc__)
+    parser = argparse.ArgumentParser(prog="tokcom kmeans", description=fit_codebook.__doc__)
     parser.add_argument("model", help="directory of a model of images")
     parser.add_argument("output_dir", help="directory to create")
     parser.add_argument(

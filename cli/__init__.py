@@ -1,0 +1,1 @@
+"""The `tokcom` command and what it runs."""
