@@ -11,9 +11,9 @@ import torch
 
 from tokcom.pipeline_tokcom import TokComPipeline
 
-PROMPT = "The family of four was "
+PROMPT = "Lily had a little dog named Max. One day,"
 TEXT = "Once upon a time there was a little rabbit who lived in a big wood."
-GAPPED = "Once upon a time there was a ____ who lived in a big wood."
+GAPPED = "Lily was sad because she lost her ____. Her mom helped her find it."
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def main() -> None:
             f"latents {shape}, {file.stat().st_size} bytes ->",
             repr(pipe.decode(file).texts[0]),
         )
-    print("infill               ", repr(pipe.infill(GAPPED, gap_length=4, generator=seed(0)).texts[0]))
+    print("infill               ", repr(pipe.infill(GAPPED, gap_length=3, generator=seed(0)).texts[0]))
     print(f"\n{time.perf_counter() - started:.0f} seconds. README.md says what to expect of a model of this size.")
 
 

@@ -1,6 +1,6 @@
 """Command line for the five modes of TokCom, for filling gaps, for texts as pictures, and for models of images, clips and several streams.
 
-    python inference.py --mode conditional --prompt "The family of four was "
+    python inference.py --mode conditional --prompt "Once upon a time"
     python inference.py --mode generate --num_chunks 64 --temperature 0.7 --batch_size 2
     python inference.py --mode reconstruct --input_text "Some text"
     python inference.py --mode denoise_reconstruct --input_text "Some text" --noise_level 0.5
