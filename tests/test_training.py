@@ -16,7 +16,7 @@ from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_text_tokcom import vocabulary_size
 from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
-from tokcom.train_accelerate import NonFiniteLossError, run
+from tokcom.train_accelerate import NonFiniteLossError, StageTrainer, run
 from tokcom.training.config import PRESET_DIR, load_train_config
 from tokcom.training.data import PackedDataset
 from tokcom.training.export import measure_latent_statistics
@@ -426,3 +426,21 @@ def test_text_that_cannot_be_cached_is_an_error(tmp_path):
     held_out = f"data.validation={ROOT}/sample_data/stories_validation.jsonl"
     with pytest.raises(ValueError, match="cache_latents=false"):
         run(quick(tmp_path, "cache_latents=true", "data.streaming=true", held_out))
+
+
+def test_the_attention_that_was_fastest_is_kept_in_checkpoints_and_not_timed_again(tmp_path, monkeypatch):
+    run(quick(tmp_path, "attention=auto", "stage=codec"))
+    seconds = {"sdpa": 3.0, "sdpa_float32": 2.0, "eager": 1.0}
+    monkeypatch.setattr(StageTrainer, "_time_step", lambda self, model, batch, name: seconds[name])
+    monkeypatch.setattr(StageTrainer, "_is_bad", lambda self, *args: self.progress.step >= 2 and stop())
+
+    def stop():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(quick(tmp_path, "attention=auto", "flow.checkpoint_steps=1"))
+    monkeypatch.undo()
+    monkeypatch.setattr(StageTrainer, "_time_step", lambda *args: pytest.fail("timed again"))
+    run(quick(tmp_path, "attention=auto", "flow.checkpoint_steps=1"))
+    newest = max((tmp_path / "out" / "run" / "flow").glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    assert torch.load(newest / "extra.pt", weights_only=True)["attention"] == "eager"

@@ -75,7 +75,7 @@ class TrainConfig:
     mixed_precision: str | None = None  # auto (bf16 where it is fast), no, bf16, fp16; None: accelerate's setting
     gradient_checkpointing: bool = False
     attention: str = (
-        "auto"  # of transformers: sdpa, eager, ...; auto times them once on a CPU, and takes sdpa elsewhere
+        "sdpa"  # of transformers: sdpa, eager, ...; auto times them once on a CPU, and takes sdpa elsewhere
     )
     torch_compile: bool = False  # the network that is trained; the first step takes a minute longer
     autoencoder: str | None = (
