@@ -8,7 +8,9 @@ The attention form without posterior is TokCom v5.2 as published.
 Shape legend: B batch, T tokens, K tokens per chunk, N = T/K latents, C latent channels, E embedding, V vocabulary.
 """
 
-from dataclasses import dataclass
+import difflib
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +48,16 @@ class TokComCodecOutput(ModelOutput):
     position_ids: torch.LongTensor | None = None
     mask: torch.BoolTensor | None = None
     codes: torch.LongTensor | None = None
+
+
+def check_settings(kind: type, settings: dict[str, Any], prefix: str = "") -> None:
+    """Raise `ValueError` for a setting that the dataclass `kind` does not have, and name the nearest one."""
+    known = [field.name for field in fields(kind)]
+    for name in settings:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known are {known}."
+            raise ValueError(f"there is no setting {prefix}{name}; {hint}")
 
 
 @dataclass
@@ -118,8 +130,30 @@ class TokComChunkTransformer(nn.Module):
         return hidden_states[:, -1] if self.encoder else hidden_states
 
 
+@dataclass
+class TokComCodecLoss:
+    """Settings of a codec's `training_loss`, by default none. They belong to a training run, not to a model."""
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if name.endswith("_dropout") and not 0 <= value < 1:
+                raise ValueError(f"`{name}` ({value}) is a probability and must be in [0, 1).")
+            if value < 0:
+                raise ValueError(f"`{name}` ({value}) must not be negative.")
+
+
 class TokComCodec(TokComPreTrainedModel):
     """What all codecs share; each has `to_chunks`, `encode`, `decode`, `to_ids`, `nll` and `training_loss`."""
+
+    loss_class: type[TokComCodecLoss] = TokComCodecLoss
+
+    def set_loss(self, **settings) -> None:
+        """Set the fields of `loss_class` that `training_loss` works with; the others are at their defaults.
+
+        Raises `ValueError` for unknown or impossible settings.
+        """
+        check_settings(self.loss_class, settings, "codec.objective.")
+        self.loss_settings = self.loss_class(**settings)
 
     def known(
         self, latents: torch.Tensor, mask: torch.Tensor | None = None, codes: torch.Tensor | None = None
@@ -140,6 +174,23 @@ class TokComCodec(TokComPreTrainedModel):
 CHUNK_NETWORKS = {"mlp": TokComChunkMLP, "attention": TokComChunkTransformer}
 
 
+@dataclass
+class TokComChunkCodecLoss(TokComCodecLoss):
+    """Settings of `TokComChunkCodec.training_loss`.
+
+    Args:
+        kl_weight: weight of the KL term.
+        kl_free_nats: nats per channel that cost nothing.
+        token_dropout: share of the tokens that the encoder does not see.
+        latent_dropout: share of the channels that the decoder does not see.
+    """
+
+    kl_weight: float = 1e-3
+    kl_free_nats: float = 0.5
+    token_dropout: float = 0.15
+    latent_dropout: float = 0.15
+
+
 class TokComChunkCodec(TokComCodec):
     """Variational autoencoder of token chunks (CALM, Shao et al. 2025, and TokCom v5.2).
 
@@ -148,6 +199,7 @@ class TokComChunkCodec(TokComCodec):
     """
 
     config: TokComChunkCodecConfig
+    loss_class = TokComChunkCodecLoss
     main_input_name = "input_ids"
 
     def __init__(self, config: TokComChunkCodecConfig):
@@ -174,6 +226,7 @@ class TokComChunkCodec(TokComCodec):
         self.quantizer = build_quantizer(*quantizer)
         self.latent_mean = nn.Buffer(torch.zeros(config.latent_channels))
         self.latent_std = nn.Buffer(torch.ones(config.latent_channels))
+        self.set_loss()
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -227,11 +280,8 @@ class TokComChunkCodec(TokComCodec):
         states = torch.cat((states.to(weight.dtype), own, precision), dim=-1)
         return states, torch.cat((weight, means, -0.5 * means.square().sum(-1, keepdim=True)), dim=-1)
 
-    def _denormalize(self, latents: torch.Tensor, quantized: bool = False) -> torch.Tensor:
-        raw_latents = (latents * self.latent_std + self.latent_mean).flatten(0, -2)  # (M, C)
-        if self.quantizer is None or self.config.quantized_latents or quantized:
-            return raw_latents
-        return self.quantizer(raw_latents, frozen=True).latents
+    def _denormalize(self, latents: torch.Tensor) -> torch.Tensor:
+        return (latents * self.latent_std + self.latent_mean).flatten(0, -2)  # (M, C)
 
     def to_chunks(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
@@ -257,13 +307,13 @@ class TokComChunkCodec(TokComCodec):
         codes = None
         if self.quantizer is not None:
             quantized = self.quantizer(mean, frozen=True)
-            mean = quantized.latents if self.config.quantized_latents else mean
+            mean = quantized.latents
             codes = quantized.codes.unflatten(0, chunks.shape[:2])
         latents = ((mean - self.latent_mean) / self.latent_std).unflatten(0, chunks.shape[:2])  # (B, N, C)
         return self.known(latents.to(self.embed_tokens.weight.dtype), real.any(-1), codes)
 
     def from_codes(self, codes: torch.Tensor) -> torch.Tensor:
-        """The `codes (B, N, R)` that `encode` gives -> standardised latents `(B, N, C)`, to be decoded as `quantized`."""
+        """The `codes (B, N, R)` that `encode` gives -> standardised latents `(B, N, C)`."""
         if self.quantizer is None:
             raise ValueError("this codec has no quantiser, so its latents have no codes; train one with `quantizer`.")
         latents = self.quantizer.decode(codes).to(self.latent_mean.dtype)
@@ -273,12 +323,9 @@ class TokComChunkCodec(TokComCodec):
         """Index of latents `(...)` in reading order -> where they stand, `(..., A)`."""
         return index[..., None]
 
-    def decode(self, latents: torch.Tensor, quantized: bool = False) -> TokComDecoderOutput:
-        """Standardised latents `(B, N, C)` -> logits `(B, N * K, V)`.
-
-        Latents of `from_codes` are `quantized` already, which tells a codec of `quantized_latents=False` not to do so again.
-        """
-        raw_latents = self._denormalize(latents, quantized)
+    def decode(self, latents: torch.Tensor) -> TokComDecoderOutput:
+        """Standardised latents `(B, N, C)` -> logits `(B, N * K, V)`."""
+        raw_latents = self._denormalize(latents)
         states = self._token_states(raw_latents)  # (B * N, K, E)
         with torch.autocast(states.device.type, enabled=False):
             states, weight = self._with_likelihood(states, raw_latents)
@@ -308,10 +355,10 @@ class TokComChunkCodec(TokComCodec):
         """Symbols `(B, N, K)` -> token ids `(B, N * K)`."""
         return symbols.flatten(1)
 
-    def to_ids(self, latents: torch.Tensor, quantized: bool = False) -> torch.Tensor:
-        """Standardised latents `(B, N, C)` -> the most likely ids `(B, N * K)`, a few latents at a time; see `decode`."""
+    def to_ids(self, latents: torch.Tensor) -> torch.Tensor:
+        """Standardised latents `(B, N, C)` -> the most likely ids `(B, N * K)`, a few latents at a time."""
         pieces = latents.flatten(0, 1).split(DECODE_CHUNK)
-        ids = torch.cat([self.decode(piece[None], quantized).logits[0].argmax(-1) for piece in pieces])
+        ids = torch.cat([self.decode(piece[None]).logits[0].argmax(-1) for piece in pieces])
         return ids.view(latents.shape[0], -1)
 
     def nll(self, latents: torch.Tensor, chunks: torch.Tensor) -> torch.Tensor:
@@ -330,35 +377,35 @@ class TokComChunkCodec(TokComCodec):
     def training_loss(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Stage-1 objective: K x cross-entropy per token + `kl_weight` x KL, with the config's dropouts.
+        """Stage codec: K x cross-entropy per token + `kl_weight` x KL, or + the commitment loss of a quantiser.
 
-        The KL of every channel is clipped below at `kl_free_nats`. Returns the scalar loss and its detached parts
-        `ce_loss` (nats per token) and `kl_loss` (nats per chunk). Dropouts act in training mode only. With a quantiser its
-        commitment loss takes the place of the KL.
+        The KL of every channel is clipped below at `kl_free_nats`; dropouts and the noise of the posterior act in
+        training mode only. Returns the scalar loss and its detached parts `ce_loss` (nats per token) and `kl_loss`
+        (nats per chunk).
         """
-        config = self.config
+        settings = self.loss_settings
         chunks, real = self.to_chunks(input_ids, attention_mask)
         inputs = chunks
-        if self.training and config.token_dropout:
-            dropped = torch.rand(chunks.shape, device=chunks.device) < config.token_dropout
-            inputs = torch.where(dropped, config.mask_token_id, chunks)
+        if self.training and settings.token_dropout:
+            dropped = torch.rand(chunks.shape, device=chunks.device) < settings.token_dropout
+            inputs = torch.where(dropped, self.config.mask_token_id, chunks)
         latents, log_variance = self._posterior(inputs.flatten(0, 1))
         kl = latents.new_zeros(())
         if self.quantizer is not None:
             quantized = self.quantizer(latents)
-            latents, penalty = quantized.latents, quantized.loss
+            latents = quantized.latents
         elif log_variance is not None:
             divergence = 0.5 * (latents.square() + log_variance.exp() - 1 - log_variance)  # (M, C)
-            kl = divergence.clamp_min(config.kl_free_nats).sum(-1)
+            kl = divergence.clamp_min(settings.kl_free_nats).sum(-1)
             kl = (kl * real.flatten(0, 1).any(-1)).sum() / real.any(-1).sum().clamp_min(1)
             if self.training:
                 latents = latents + torch.randn_like(latents) * (0.5 * log_variance).exp()
-        if self.training and config.latent_dropout:
-            latents = F.dropout(latents, config.latent_dropout)
+        if self.training and settings.latent_dropout:
+            latents = F.dropout(latents, settings.latent_dropout)
         nll = self._token_nll(latents, chunks)
         cross_entropy = (nll * real).sum() / real.sum().clamp_min(1)
-        penalty = config.kl_weight * kl if self.quantizer is None else penalty
-        loss = config.chunk_size * cross_entropy + penalty
+        penalty = settings.kl_weight * kl if self.quantizer is None else quantized.loss
+        loss = self.config.chunk_size * cross_entropy + penalty
         return loss, {"ce_loss": cross_entropy.detach(), "kl_loss": kl.detach()}
 
     @torch.no_grad()
@@ -368,4 +415,12 @@ class TokComChunkCodec(TokComCodec):
         self.latent_std.copy_(std.clamp_min(1e-6))
 
 
-__all__ = ["TokComChunkCodec", "TokComCodec", "TokComCodecOutput", "TokComDecoderOutput"]
+__all__ = [
+    "TokComChunkCodec",
+    "TokComChunkCodecLoss",
+    "TokComCodec",
+    "TokComCodecLoss",
+    "TokComCodecOutput",
+    "TokComDecoderOutput",
+    "check_settings",
+]

@@ -18,6 +18,9 @@ from .configuration_tokcom import TokComColorCodecConfig
 NEAREST_ROWS = 512  # rows of distances to all ids that exist at once
 
 
+DIGIT_SIGMA = 0.25  # digits; the width of the Gaussian that turns a predicted channel into digit logits
+
+
 def spell(ids: torch.Tensor, base: int, count: int) -> torch.Tensor:
     """Ids `(...)` -> their `count` digits of `base`, `(..., count)`, the least significant first."""
     return ids[..., None] // base ** torch.arange(count, device=ids.device) % base
@@ -35,6 +38,7 @@ class TokComColorCodec(TokComCodec):
 
     def __init__(self, config: TokComColorCodecConfig):
         super().__init__(config)
+        self.set_loss()
         self.post_init()
 
     def get_input_embeddings(self):
@@ -191,13 +195,13 @@ class TokComColorCodec(TokComCodec):
         return table.T.repeat(self.config.chunk_size, 1)
 
     def _digit_logits(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents `(B, N, C)` -> logits `(B, N, K * G, base)`: Gaussian log-likelihoods, `digit_sigma` digits wide."""
+        """Latents `(B, N, C)` -> logits `(B, N, K * G, base)`: Gaussian log-likelihoods, `DIGIT_SIGMA` digits wide."""
         table = self._digit_table(latents.device)
         return -0.5 * ((latents.float()[..., None] - table) / self._sigma(latents.device)).square()
 
     def _sigma(self, device: torch.device) -> torch.Tensor:
-        """`digit_sigma` in units of each channel: `(K * G, 1)`."""
-        return (self.config.digit_sigma / self._scale[1]).to(device).repeat(self.config.chunk_size)[:, None]
+        """`DIGIT_SIGMA` in units of each channel: `(K * G, 1)`."""
+        return (DIGIT_SIGMA / self._scale[1]).to(device).repeat(self.config.chunk_size)[:, None]
 
     def decode(self, latents: torch.Tensor) -> TokComDecoderOutput:
         """Latents `(B, N, C)` -> logits `(B, N * K, V)`, Gaussian log-likelihoods of the ids; invalid ids get -inf."""

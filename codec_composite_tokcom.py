@@ -18,7 +18,8 @@ from .codec_chunk_tokcom import TokComChunkCodec, TokComCodec, TokComCodecOutput
 from .codec_color_tokcom import TokComColorCodec
 from .codec_style_tokcom import TokComImageOutput, TokComStyleCodec
 from .codec_video_tokcom import TokComVideoCodec, TokComVideoOutput
-from .configuration_codec_tokcom import TokComAudioCodecConfig, TokComCompositeCodecConfig
+from .configuration_codec_tokcom import TokComAudioCodecConfig
+from .configuration_tokcom import TokComCompositeCodecConfig
 
 
 @dataclass
@@ -77,10 +78,14 @@ class TokComCompositeCodec(TokComCodec):
             place, channel = self.places[name].stop, self.channels[name].stop
         # the configuration would build those of all streams again at every step
         self.num_latents, self.num_channels, self.num_axes = place, channel, config.num_position_axes
-        self.weights = {name: float((config.stream_weights or {}).get(name, 1.0)) for name in configs}
-        self.rates = [float((config.generation_rates or {}).get(name, 0.5)) for name in configs]
         self.gradient_checkpointing = False
         self.post_init()
+
+    def set_loss(self, **settings) -> None:
+        """Settings of the codecs: stream -> the fields of its codec's `loss_class`."""
+        self.check_names(settings)
+        for name, codec in self.streams.items():
+            codec.set_loss(**settings.get(name, {}))
 
     def get_input_embeddings(self):
         return None
@@ -195,15 +200,18 @@ class TokComCompositeCodec(TokComCodec):
                 parts[key] = parts.get(key, 0.0) + value
         return loss, parts
 
-    def draw_task(self, exists: torch.Tensor, dropout: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """For every row one of the tasks that its streams allow: which latents are given and which are used at all, both `(B, N)`.
+    def draw_task(
+        self, exists: torch.Tensor, dropout: float, rates: dict[str, float] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """For every row one of the tasks that its streams allow: which latents are given and which are used, `(B, N)` each.
 
-        Any streams that exist `(B, N)`, at least one, are generated, each by its `generation_rates`; each of the others is given, or
-        with probability `dropout` left out.
+        At least one of the streams that exist, `(B, N)`, is generated, each by its rate (0.5 by default); each of the
+        others is given, or with probability `dropout` left out.
         """
         index = [self.places[name].start for name in self.names]
         has, shape = exists[:, index], (len(exists), len(index))  # (B, S)
-        rates = torch.tensor(self.rates, device=exists.device)
+        rates = [float((rates or {}).get(name, 0.5)) for name in self.names]
+        rates = torch.tensor(rates, device=exists.device)
         subsets = has[:, None] & (torch.rand(len(has), 32, len(index), device=exists.device) < rates)
         subsets[:, -1] = has
         first = subsets.any(-1).float().argmax(-1)  # the first that is not empty: with equal rates all are as likely
@@ -216,17 +224,26 @@ class TokComCompositeCodec(TokComCodec):
         lengths = torch.tensor(list(self.lengths.values()), device=streams.device)
         return streams.repeat_interleave(lengths, dim=1)
 
-    def squared_error(self, errors: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
-        """Of errors `(B, M, N, C)` of the latents of `loss_mask (B, N)`: mean over latents and channels of each stream, weighted."""
+    def squared_error(
+        self, errors: torch.Tensor, loss_mask: torch.Tensor, weights: dict[str, float] | None = None
+    ) -> torch.Tensor:
+        """Mean square of errors `(B, M, N, C)` over the latents of `loss_mask (B, N)` and channels of each stream, and the
+        weighted sum of those means; weights are 1 by default."""
         total = errors.new_zeros(())
         for name in self.names:
             counted = loss_mask[:, None, self.places[name]].float()  # (B, 1, n)
             error = self.stream_of(errors, name).square().mean(-1) * counted
-            total = total + self.weights[name] * error.sum() / (errors.shape[1] * counted.sum()).clamp_min(1)
+            total = total + float((weights or {}).get(name, 1.0)) * error.sum() / (
+                errors.shape[1] * counted.sum()
+            ).clamp_min(1)
         return total
 
     def text_nll(
-        self, estimate: torch.Tensor, streams: dict[str, torch.Tensor], loss_mask: torch.Tensor
+        self,
+        estimate: torch.Tensor,
+        streams: dict[str, torch.Tensor],
+        loss_mask: torch.Tensor,
+        weights: dict[str, float] | None = None,
     ) -> torch.Tensor | None:
         """Weighted nats per token of the texts that `estimate (B, N, C)` is decoded to, of the latents of `loss_mask (B, N)`; None
         without a text."""
@@ -237,7 +254,7 @@ class TokComCompositeCodec(TokComCodec):
             chunks, _ = codec.to_chunks(self._inputs(name, streams[name]), None)  # (B, n, K)
             counted = loss_mask[:, self.places[name], None].expand_as(chunks)
             nats = codec.nll(self.stream_of(estimate, name), chunks) * counted
-            mean = self.weights[name] * nats.sum() / counted.sum().clamp_min(1)
+            mean = float((weights or {}).get(name, 1.0)) * nats.sum() / counted.sum().clamp_min(1)
             total = mean if total is None else total + mean
         return total
 

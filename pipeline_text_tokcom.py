@@ -491,13 +491,12 @@ class TokComTextMixin:
         self.require_tokens()
         if not isinstance(latents, torch.Tensor):
             latents, attention_mask = _read_latents(latents, self.chunk_size)
-        form = {}
         if not latents.is_floating_point():
-            latents, form = self.model.from_codes(latents.long().to(self._execution_device)), {"quantized": True}
+            latents = self.model.from_codes(latents.long().to(self._execution_device))
         channels = self.model.config.codec_config.latent_channels
         if latents.ndim != 3 or latents.shape[-1] != channels:
             raise ValueError(f"`latents` has shape {tuple(latents.shape)} but (B, N, {channels}) is needed.")
-        sequences = self.model.to_ids(latents.to(self._execution_device), **form)
+        sequences = self.model.to_ids(latents.to(self._execution_device))
         self.maybe_free_model_hooks()
         mask = torch.ones_like(sequences) if attention_mask is None else attention_mask.to(sequences.device)
         if mask.shape != sequences.shape:

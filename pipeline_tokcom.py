@@ -24,7 +24,7 @@ from .heads_tokcom import TokComLatentHead, TokComTokenHead
 from .hub_tokcom import TokComHubMixin
 from .layers_tokcom import TokComPreTrainedModel
 from .modeling_tokcom import TokComModel
-from .objective_tokcom import token_loss
+from .objective_tokcom import TokComObjective
 from .pipeline_image_tokcom import IMAGE_OUTPUTS, TokComImageMixin
 from .pipeline_omni_tokcom import TokComOmniMixin
 from .pipeline_text_tokcom import (

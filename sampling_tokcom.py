@@ -21,7 +21,8 @@ from diffusers import SchedulerMixin
 
 from .codec_chunk_tokcom import TokComCodecOutput
 from .heads_tokcom import TokComChoice
-from .modeling_tokcom import TokComModel, signal_time
+from .modeling_tokcom import TokComModel
+from .scheduling_tokcom import signal_time
 from .transformer_tokcom import INSIDE_TEXT, START_OF_TEXT, block_causal_mask
 
 

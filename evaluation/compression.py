@@ -74,7 +74,7 @@ def measure(model: TokComModel, ids: torch.Tensor, picture: Path) -> dict:
     facts = {"K": config.chunk_size, "bits per token": config.bits_per_token, "token accuracy": kept}
     if encoded.codes is None:
         return facts
-    stored = model.to_ids(model.codec.from_codes(encoded.codes), quantized=True)
+    stored = model.to_ids(model.codec.from_codes(encoded.codes))
     facts["same from codes"] = bool(torch.equal(stored, decoded))
     if config.quantizer == "fsq":  # the product of its levels is a number of codes that no text could use
         used = len(encoded.codes.unique())

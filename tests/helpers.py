@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from tokcom.configuration_tokcom import TokComConfig
 from tokcom.modeling_tokcom import TokComModel
+from tokcom.training.presets import preset_config
 
 ROOT = Path(__file__).resolve().parents[1]
 STOCK_SCHEDULERS = [
@@ -35,16 +36,14 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 def tiny_config(vocab_size: int = 320, **overrides) -> TokComConfig:
     transformer = {"max_position_embeddings": 32, **overrides.pop("transformer_config", {})}
-    return TokComConfig.from_preset("debug", vocab_size, transformer_config=transformer, **overrides)
+    return preset_config("debug", vocab_size, transformer_config=transformer, **overrides)
 
 
 TURNS = {
     "prediction_type": "tokens",
     "codec_config": {"encoder_type": "token"},
-    "stage": "flow",
     "token_stagger": 1.0,
     "timestep_sampling": "uniform",
-    "noise_draws": 4,
 }
 SPLIT = {
     "num_context_layers": 1,
@@ -53,6 +52,13 @@ SPLIT = {
     "head_attention": False,
     "start_latents": True,
 }
+
+
+def tiny_model(stage: str = "flow", objective: dict | None = None, vocab_size: int = 320, **overrides) -> TokComModel:
+    """A tiny model that is set to train a stage with an `objective` of these settings."""
+    model = TokComModel(tiny_config(vocab_size, **overrides))
+    model.set_stage(stage, **(objective or {}))
+    return model
 
 
 def build_model(vocab_size: int = 320, **overrides) -> TokComModel:

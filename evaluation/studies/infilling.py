@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from tokcom.objective_tokcom import token_loss
 from tokcom.pipeline_text_tokcom import text_ids
 from tokcom.pipeline_tokcom import TokComPipeline
 
@@ -32,9 +31,10 @@ def gap_nats(model, ids: list[int], start: int, stop: int) -> tuple[float, float
     known = real.clone()
     known[0, start:stop] = 0
     # what stands behind the text is no gap
-    _, both = token_loss(model, whole, real, known_mask=torch.where(real.bool(), known, 1), fills_gaps=True)
-    _, left = token_loss(model, whole, real)
-    return tuple(float(losses.flatten()[start:stop].sum()) for losses in (both, left))
+    known = torch.where(real.bool(), known, 1)
+    both = model.objective.loss(model, whole, real, known_mask=known, fills_gaps=True)
+    left = model.objective.loss(model, whole, real)
+    return tuple(float(output.token_losses.flatten()[start:stop].sum()) for output in (both, left))
 
 
 def main(argv: list[str] | None = None) -> None:
