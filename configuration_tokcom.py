@@ -423,6 +423,35 @@ class TokComConfig(PreTrainedConfig):
         """Ids of the text that a model reads: the tokenizer's and the mask token; 0 if it reads none."""
         return self.codec_config.text_vocab_size or self.condition_vocab_size
 
+    # what tools ask of a language model
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids of the text that a model reads and writes; the last one is the mask token, which also pads."""
+        return self.text_vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        return self.transformer_config.hidden_size
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return self.transformer_config.num_hidden_layers
+
+    @property
+    def num_attention_heads(self) -> int:
+        return self.transformer_config.num_attention_heads
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """The longest text in tokens that the model sees at once."""
+        return self.transformer_config.max_position_embeddings * self.codec_config.chunk_size
+
+    @property
+    def is_causal_lm(self) -> bool:
+        """Whether the model gives exact probabilities of the next token: one chunk a block, its tokens in turn."""
+        return self.transformer_config.start_latents and self.token_stagger == 1
+
     @property
     def has_latent_head(self) -> bool:
         return self.latent_head != "none" or self.latent_refiner != "none"

@@ -236,24 +236,28 @@ class TokComTransformer(TokComPreTrainedModel):
         return torch.where(position_ids[..., :1] < 0, starts, hidden_states)
 
     def read_context(
-        self, features: torch.Tensor, position_ids: torch.Tensor, attention_mask: torch.Tensor
+        self,
+        features: torch.Tensor,
+        position_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        past_key_values: Cache | None = None,
     ) -> torch.Tensor:
         """What the context layers know at each clean latent, as the layers after them are told: `(B, S, D)`.
 
         Args:
             features (`torch.FloatTensor` of shape `(B, S, feature_size)`): what the clean latents hold.
-            position_ids (`torch.LongTensor` of shape `(B, S, 1)`): negative where a learned latent stands, otherwise the
-                same in all rows.
-            attention_mask (`torch.BoolTensor` of shape `(B, S, S)`): which key each query sees.
+            position_ids (`torch.LongTensor` of shape `(B, S, 1)`): negative where a learned latent stands.
+            attention_mask (`torch.BoolTensor` of shape `(B, S, S_kv)`): which key each query sees.
+            past_key_values: keys and values of latents that were read before; those of this call are added.
         """
         config = self.config
         hidden_states = self._place_starts(self.proj_in(features), position_ids)  # (B, S, D)
         head_size = config.hidden_size // config.num_attention_heads
-        tables = rotary_embedding(position_ids[:1].clamp_min(-1), head_size, config.rope_theta)
-        implementation, length = config._attn_implementation, features.shape[1]
-        mask = expand_attention_mask(attention_mask, length, implementation, hidden_states.dtype)
+        tables = rotary_embedding(position_ids.clamp_min(-1), head_size, config.rope_theta)
+        implementation = config._attn_implementation
+        mask = expand_attention_mask(attention_mask, features.shape[1], implementation, hidden_states.dtype)
         for layer in self.layers[: config.num_context_layers]:
-            hidden_states = layer(hidden_states, None, tables, mask)
+            hidden_states = layer(hidden_states, None, tables, mask, past_key_values)
         return self.context_proj(self.context_norm(hidden_states))
 
     def modulate(self, timestep: torch.Tensor) -> list[torch.Tensor]:
