@@ -190,6 +190,11 @@ class TokComTokenHead(nn.Module):
         self.embedding = TokComTokenEmbedding(codec.symbol_vocab_size, config.token_embedding_size)
         self.bias = nn.Parameter(torch.zeros(codec.symbol_vocab_size))
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """The `(V, E)` that gives logits, under the name that an output layer has; `bias` is its own."""
+        return self.embedding.weight
+
     # ---- times ----
 
     def progress(self, timestep: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,8 @@ Notable choices:
 Shape legend: B rows, S new tokens, K tokens per chunk, N chunks, R rows that pass the head, D width, V vocabulary.
 """
 
+from dataclasses import dataclass
+
 import torch
 from transformers import (
     GenerationMixin,
@@ -28,6 +30,21 @@ SUPPORTED_MODES = (
     GenerationMode.BEAM_SEARCH,
     GenerationMode.BEAM_SAMPLE,
 )
+
+
+@dataclass
+class TokComCausalOutput(CausalLMOutputWithPast):
+    """What `TokComForCausalLM.forward` returns.
+
+    Args:
+        loss (`torch.FloatTensor`, *optional*): mean nats of the labels.
+        logits (`torch.FloatTensor` of shape `(B, S, V)`): of the token after each.
+        past_key_values (`TokComTextCache`, *optional*): what the next call needs.
+        last_hidden_state (`torch.FloatTensor` of shape `(B, S, E)`): what the output layer, `get_output_embeddings()`, turns
+            into logits; trainers with a fused loss read it.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
 
 
 class TokComTextCache:
@@ -129,6 +146,9 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # `forward` makes its own
 
+    def get_output_embeddings(self):
+        return self.token_head
+
     def resize_token_embeddings(self, *args, **kwargs):
         """Refused: the codec's latents stand for the vocabulary it was trained with."""
         raise ValueError(
@@ -150,7 +170,7 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         **loss_kwargs,
-    ) -> CausalLMOutputWithPast:
+    ) -> TokComCausalOutput:
         """Exact logits of every next token.
 
         Args:
@@ -188,13 +208,15 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
         where = self._append(cache, input_ids, real)  # (B, S)
         self._read_chunks(cache, is_kept)
         kept = min(logits_to_keep or input_ids.shape[1], input_ids.shape[1])
-        logits = self._next_logits(cache, where[:, -kept:], real[:, -kept:])
+        states, logits = self._next_logits(cache, where[:, -kept:], real[:, -kept:])
         loss = None
         if labels is not None:
             loss = self.loss_function(
                 logits=logits, labels=labels[:, -kept:], vocab_size=logits.shape[-1], **loss_kwargs
             )
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache if is_kept else None)
+        return TokComCausalOutput(
+            loss=loss, logits=logits, past_key_values=cache if is_kept else None, last_hidden_state=states
+        )
 
     def _append(self, cache: TokComTextCache, input_ids: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
         """Add the real tokens to the ids of their rows; returns the place of each in its text, `(B, S)`."""
@@ -260,8 +282,10 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
         """What the network reads of whole chunks `(B, n, K)`: `(B, n, K * E)`."""
         return self.token_head.read(cache.symbols, None, torch.ones_like(chunks, dtype=torch.float32), chunks)
 
-    def _next_logits(self, cache: TokComTextCache, where: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-        """Logits `(B, S, V)` of the tokens after those at `where (B, S)`; 0 on padding."""
+    def _next_logits(
+        self, cache: TokComTextCache, where: torch.Tensor, real: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """States `(B, S, E)` and logits `(B, S, V)` of the tokens after those at `where (B, S)`; 0 on padding."""
         head = self.token_head
         size = self.config.codec_config.chunk_size
         row, column = real.nonzero(as_tuple=True)  # (R,) each
@@ -282,8 +306,9 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
         ).latents[0]
         states = states.unflatten(-1, (size, -1))[torch.arange(len(row), device=row.device), place]  # (R, E)
         found = head.logits(states)
-        logits = found.new_zeros(*where.shape, found.shape[-1])
-        return logits.index_put((row, column), found)
+        whole = states.new_zeros(*where.shape, states.shape[-1]).index_put((row, column), states)
+        logits = found.new_zeros(*where.shape, found.shape[-1]).index_put((row, column), found)
+        return whole, logits
 
     # ---- generation ----
 
@@ -324,4 +349,4 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
 
 TokComForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
-__all__ = ["TokComForCausalLM", "TokComTextCache"]
+__all__ = ["TokComCausalOutput", "TokComForCausalLM", "TokComTextCache"]
