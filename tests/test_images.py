@@ -314,7 +314,7 @@ def test_the_processor_lays_pictures_on_white_and_keeps_their_shape():
     deep = Image.fromarray(np.full((4, 4), 128 * 256, dtype=np.uint16))
     assert processor(deep)["pixel_values"].unique().item() == pytest.approx(128 / 127.5 - 1, abs=1e-5)
     for wrong, message in (
-        (np.zeros((4, 4, 3)), "float64"),
+        (np.zeros((4, 4, 3), dtype=np.int64), "int64"),
         (np.zeros((4, 4, 1), np.uint8), "4, 4, 1"),
         (Image.new("F", (4, 4)), "'F'"),
     ):
