@@ -9,15 +9,13 @@ padded on the left to whole chunks; new ids are decoded together with those befo
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers.utils import BaseOutput
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from transformers.generation.streamers import BaseStreamer
 
 # diffusers copies only the direct relative imports of this file, so every module that it needs is named here
@@ -40,7 +38,6 @@ from .processing_tokcom import (
     as_prompts,
     continue_text,
     decode_rows,
-    end_at_eos,
     pad_ids,
     prompt_ids,
     read_latents,

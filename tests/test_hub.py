@@ -22,8 +22,8 @@ REMOTE_FILES = {
     "codec_chunk_tokcom.py": {"dataclasses", "torch", "transformers"},
     "codec_color_tokcom.py": {"functools", "math", "torch"},
     "codec_style_tokcom.py": {"dataclasses", "torch", "transformers"},
-    "codec_video_tokcom.py": {"dataclasses", "torch", "transformers"},
-    "codec_composite_tokcom.py": {"dataclasses", "torch", "transformers"},
+    "codec_video_tokcom.py": {"collections", "dataclasses", "typing", "torch", "transformers"},
+    "codec_composite_tokcom.py": {"collections", "dataclasses", "typing", "torch", "transformers"},
     "processing_tokcom.py": {
         *("collections", "dataclasses", "os", "wave", "pathlib", "typing"),
         *("numpy", "torch", "transformers", "librosa", "PIL", "safetensors"),
