@@ -455,7 +455,7 @@ def test_the_command_line_makes_streams_for_others(pipe, tmp_path, capsys):
         infer([*options, "--input_audio", str(audio), "--image_file", str(image), "--batch_size", "3"])
     with pytest.raises(SystemExit, match="c.wav"):
         infer([*options, "--input_audio", str(tmp_path / "c.wav")])
-    with pytest.raises(SystemExit, match="several streams"):
+    with pytest.raises(SystemExit, match="several|Omni"):
         infer([*options[:2], "--mode", "conditional", "--prompt", "a red", "--device", "cpu"])
 
 
@@ -467,7 +467,7 @@ def test_scripts_for_texts_name_a_model_of_several_streams(pipe, tmp_path):
         (codebook, ["--data", text]),
     ):
         flag = "--checkpoint" if call is evaluate else "--model"
-        with pytest.raises(SystemExit, match="several streams"):
+        with pytest.raises(SystemExit, match="several"):
             call([flag, str(tmp_path), *options])
 
 

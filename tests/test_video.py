@@ -536,7 +536,7 @@ def test_the_next_frame_is_measured_beside_copying_it(tmp_path):
     error = (clips[:, :, 0] - clips[:, :, 1]).square().flatten(1).mean(1) / 4
     assert abs(rows[0]["1 known"] - float((-10 * error.log10()).mean())) < 1e-3
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"results.json", "results.md", "strips.png", "clips.gif"}
-    with pytest.raises(SystemExit, match="no model of clips"):
+    with pytest.raises(SystemExit, match="use TokComPipeline"):
         measure_videos(["--model", str(ROOT), "--data", source, "--output_dir", str(tmp_path / "out")])
 
 
