@@ -7,8 +7,8 @@ from helpers import build_model, seeded, tiny_config
 from transformers import TextStreamer
 
 from tokcom.modeling_causal_tokcom import TokComForCausalLM
-from tokcom.pipeline_text_tokcom import vocabulary_size
 from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.processing_tokcom import vocabulary_size
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 320}
