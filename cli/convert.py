@@ -1,24 +1,21 @@
-"""Convert a published TokCom v5.2 checkpoint (`best_diffusion.pt`) into a Hub repository in this layout, give a model of images a
-codebook, or publish a repository.
+"""The work of `tokcom convert`, `tokcom kmeans` and `tokcom publish`.
 
-    tokcom convert best_diffusion.pt OUT_DIR [--tokenizer PATH_OR_NAME]
-    tokcom kmeans MODEL_DIR OUT_DIR --data PICTURES [--num_codes 1024] [--metric euclidean]
-    tokcom publish MODEL_DIR USER/NAME [--evaluation DIR] [--private] [--max_shard_size 1GB]
+    tokcom convert best_diffusion.pt OUT_DIR
+    tokcom kmeans MODEL_DIR OUT_DIR --data PICTURES
+    tokcom publish MODEL_DIR USER/NAME
 
-The converted model gives the published numbers: its latents are raw (no standardisation), its time is not scaled by
-1000, its noise has the file's `noise_std`, and one time is told to prompt and noise alike. The `.pt` is read with
-`weights_only=True`.
+A published TokCom v5.2 checkpoint becomes a model directory that gives the published numbers: its latents are raw (no
+standardisation), its time is not scaled by 1000, its noise has the file's `noise_std`, and prompt and noise are told one time. The
+`.pt` is read with `weights_only=True`, so it cannot run code.
 """
 
 import argparse
 import re
-import sys
 import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tokcom.configuration_tokcom import TokComConfig
@@ -174,89 +171,49 @@ def load_published_pipeline(path: str | Path, tokenizer: str | None = None) -> T
     return TokComPipeline(model.eval(), TokComFlowMatchScheduler.from_model_config(config), loaded)
 
 
-def publish(argv: list[str]) -> None:
-    """Push a model directory to the Hub: weights, tokenizer, scheduler, code, its card and the pictures the card shows."""
-    parser = argparse.ArgumentParser(prog="tokcom publish", description=publish.__doc__)
-    parser.add_argument("model", help="model directory")
-    parser.add_argument("repo_id", help="user/name; created if there is none")
-    parser.add_argument(
-        "--evaluation", type=Path, help="output of tokcom evaluate, which becomes a section of the card"
-    )
-    parser.add_argument("--private", action="store_true", default=None)
-    parser.add_argument("--token", help="by default that of `hf auth login` or HF_TOKEN")
-    parser.add_argument("--revision", help="branch to push to")
-    parser.add_argument("--create_pr", action="store_true", help="open a pull request instead of committing")
-    parser.add_argument("--max_shard_size", help="split the weights into files of at most this size, e.g. 1GB")
-    args = parser.parse_args(argv)
-    directory = Path(args.model)
-    try:
-        if not (directory / "model_index.json").is_file():
-            raise ValueError(f"{directory} holds no model_index.json, so it is not a TokCom model directory.")
-        pipe = TokComPipeline.from_pretrained(directory)
-        card = directory / "README.md"
-        text = card.read_text() if card.is_file() else pipe.model_card(args.repo_id.split("/")[-1])
-        if args.evaluation:
-            text = with_section(text, "Evaluation", evaluation_section(args.evaluation))
-        options = {
-            name: getattr(args, name) for name in ("private", "token", "revision", "create_pr", "max_shard_size")
-        }
-        url = pipe.push_to_hub(args.repo_id, card=text, pictures=directory, **options)
-    except (ValueError, OSError, StrictDataclassError) as error:
-        sys.exit(f"error: {error}")
-    print(f"published at {url}")
-
-
-def fit_codebook(argv: list[str]) -> None:
-    """Make a codebook of the tokens of pictures by k-means, after which a model of images gives codes."""
-    parser = argparse.ArgumentParser(prog="tokcom kmeans", description=fit_codebook.__doc__)
-    parser.add_argument("model", help="directory of a model of images")
-    parser.add_argument("output_dir", help="directory to create")
-    parser.add_argument(
-        "--data", required=True, help="pictures: a folder, a .parquet file or the name of a Hub dataset"
-    )
-    parser.add_argument("--image_column", default="image")
-    parser.add_argument("--num_codes", type=int, default=1024)
-    parser.add_argument("--metric", choices=["euclidean", "cosine"], default="euclidean")
-    parser.add_argument("--iterations", type=int, default=20)
-    parser.add_argument("--limit", type=int, default=4096, help="pictures to use")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    try:
-        pipe = TokComPipeline.from_pretrained(args.model)
-        if pipe.model.config.codec_config.modality != "image":
-            raise ValueError(f"a codebook needs a model of images, which {args.model} is not.")
-        dataset = read_pictures(args.data, pipe.model.config.codec_config, args.image_column, seed=args.seed)
-        rows = np.random.default_rng(args.seed).permutation(len(dataset))[: args.limit]
-        latents = encode_all(pipe.model, dataset, rows)
-        facts = pipe.model.codec.fit_codebook(latents, args.num_codes, args.metric, args.iterations, args.seed)
-        pipe.save_pretrained(args.output_dir)
-    except (ValueError, OSError, StrictDataclassError) as error:
-        sys.exit(f"error: {error}")
-    told = ", ".join(f"{name} {value:.4g}" for name, value in facts.items())
-    print(f"written to {args.output_dir}: {args.num_codes} codes of {latents.shape[0]} pictures; {told}")
-
-
-def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["kmeans"]:
-        return fit_codebook(argv[1:])
-    if argv[:1] == ["publish"]:
-        return publish(argv[1:])
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="published .pt file")
-    parser.add_argument("output_dir", help="directory to create")
-    parser.add_argument("--tokenizer", help="tokenizer to use instead of the one named in the checkpoint")
-    args = parser.parse_args(argv)
-    try:
-        pipe = load_published_pipeline(args.checkpoint, args.tokenizer)
-    except (ValueError, OSError, StrictDataclassError) as error:
-        sys.exit(f"error: {error}")
+def convert(args: argparse.Namespace) -> None:
+    """Turn a published `.pt` file into a model directory."""
+    pipe = load_published_pipeline(args.checkpoint, args.tokenizer)
     pipe.save_pretrained(args.output_dir)
-    codec, transformer = (sum(p.numel() for p in m.parameters()) for m in (pipe.model.codec, pipe.model.transformer))
+    codec = sum(p.numel() for p in pipe.model.codec.parameters())
+    transformer = sum(p.numel() for p in pipe.model.transformer.parameters())
     print(f"written to {args.output_dir}: codec {codec:,} parameters, transformer {transformer:,} parameters")
     if pipe.tokenizer is None:
         print("no tokenizer was saved; see the warning above")
 
 
-if __name__ == "__main__":
-    main()
+def publish(args: argparse.Namespace) -> None:
+    """Push a model directory to the Hub: weights, tokenizer, scheduler, code, its card and the pictures the card shows."""
+    directory = Path(args.model)
+    if not (directory / "model_index.json").is_file():
+        raise FileNotFoundError(f"{directory} holds no model_index.json, so it is not a TokCom model directory.")
+    pipe = TokComPipeline.from_pretrained(directory)
+    card = directory / "README.md"
+    text = card.read_text() if card.is_file() else pipe.model_card(args.repo_id.split("/")[-1])
+    if args.evaluation:
+        text = with_section(text, "Evaluation", evaluation_section(args.evaluation))
+    url = pipe.push_to_hub(
+        args.repo_id,
+        card=text,
+        pictures=directory,
+        private=args.private,
+        token=args.token,
+        revision=args.revision,
+        create_pr=args.create_pr,
+        max_shard_size=args.max_shard_size,
+    )
+    print(f"published at {url}")
+
+
+def fit_codebook(args: argparse.Namespace) -> None:
+    """Make a codebook of the tokens of pictures by k-means, after which an image model gives codes."""
+    pipe = TokComPipeline.from_pretrained(args.model)
+    if pipe.model.config.codec_config.modality != "image":
+        raise ValueError(f"a codebook needs a model of images, which {args.model} is not.")
+    dataset = read_pictures(args.data, pipe.model.config.codec_config, args.image_column, seed=args.seed)
+    rows = np.random.default_rng(args.seed).permutation(len(dataset))[: args.limit]
+    latents = encode_all(pipe.model, dataset, rows)
+    facts = pipe.model.codec.fit_codebook(latents, args.num_codes, args.metric, args.iterations, args.seed)
+    pipe.save_pretrained(args.output_dir)
+    told = ", ".join(f"{name} {value:.4g}" for name, value in facts.items())
+    print(f"written to {args.output_dir}: {args.num_codes} codes of {latents.shape[0]} pictures; {told}")

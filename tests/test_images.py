@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import ResNetConfig, ResNetModel
 
 from tokcom import app
-from tokcom.cli.convert import main as convert
+from tokcom.cli.main import main as convert
 from tokcom.codec_style_tokcom import TokComStyleCodec, gradient_loss
 from tokcom.configuration_tokcom import PRESETS, TokComConfig, TokComStyleCodecConfig
 from tokcom.evaluation.images import PCA, frechet, jpeg, main, order_facts, psnr, ssim
