@@ -32,7 +32,9 @@ def explain(error: Exception) -> str:
         return _explain_os_error(error)
     if isinstance(error, ModuleNotFoundError) and not (error.name or "tokcom").startswith("tokcom"):
         return f"this command needs {error.name}, which is not installed: pip install {error.name}"
-    if isinstance(error, (ValueError, StrictDataclassError)):
+    if isinstance(error, StrictDataclassError):
+        return str(error.__cause__ or error)  # without the name of the validator
+    if isinstance(error, ValueError):
         return str(error)
     reason = (str(error).strip() or "no message").splitlines()[0]
     return f"unexpected {type(error).__name__}: {reason} (--debug shows where)"

@@ -8,14 +8,15 @@ from safetensors import SafetensorError
 from tokcom.cli.convert import load_published_pipeline
 from tokcom.training.checkpoints import first_line
 
-# what a model of each modality makes, and the commands for it
+# modality of a model: what it makes, and the commands to use it with
 MODALITIES = {
-    "text": ("text", ("generate", "infill", "reconstruct", "denoise", "encode", "decode", "serve", "evaluate")),
-    "image": ("pictures", ("draw", "reconstruct")),
-    "video": ("clips", ("animate",)),
-    "several": ("several streams", ("any-to-any",)),
+    "text": ("text", "`tokcom generate`"),
+    "image": ("pictures", "`tokcom draw` or `tokcom reconstruct --input_image`"),
+    "video": ("clips", "`tokcom animate`"),
+    "several": ("several streams", "`tokcom any-to-any`"),
 }
-PICTURE_MODES = ("draw", "reconstruct_image")
+# modes of other models than those of text
+NOT_TEXT = {"draw": "image", "reconstruct_image": "image", "animate": "video", "any_to_any": "several"}
 
 
 def best_device(device: str | None = None) -> str:
@@ -69,13 +70,13 @@ def open_pipeline(checkpoint: str, device: str | None = None, option: str = "--c
         raise ValueError(f"device {device!r} cannot be used ({first_line(error)}); try --device cpu.") from error
 
 
-def check_modality(pipe, checkpoint: str, command: str) -> None:
-    """Raise `ValueError` that names the right command if a model is of another kind than `command` needs."""
-    modality = pipe.model.config.codec_config.modality
-    made, commands = MODALITIES[modality]
-    if command not in commands:
-        names = " or ".join(f"`tokcom {name}`" for name in commands)
-        raise ValueError(f"{checkpoint} is a model of {made}, which `tokcom {command}` cannot use; run {names}.")
+def check_modality(pipe, checkpoint: str, mode: str) -> None:
+    """Raise `ValueError` that names the right command if a model is of another kind than `mode` needs."""
+    wanted = NOT_TEXT.get(mode, "text")
+    found = pipe.model.config.codec_config.modality
+    if found != wanted:
+        made, commands = MODALITIES[found]
+        raise ValueError(f"{checkpoint} is a model of {made}, not {MODALITIES[wanted][0]}: use {commands}.")
 
 
 def speed_up(pipe, int8: bool, compiled: bool) -> None:

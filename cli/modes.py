@@ -4,6 +4,7 @@ Each function takes a pipeline and the parsed arguments, prints what it made, an
 """
 
 import argparse
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from PIL import Image
 
 from tokcom.cli.loading import check_modality, open_pipeline, speed_up
 from tokcom.cli.options import MODES, READ, WRITTEN
+from tokcom.pipeline_text_tokcom import GAP
 from tokcom.processing_tokcom import write_wav
 from tokcom.training.films import write_film
 from tokcom.training.images import Frames
@@ -28,7 +30,7 @@ def check_files(args: argparse.Namespace) -> None:
     for name in read:
         file = getattr(args, name, None)
         if file is not None and not Path(file).is_file():
-            raise FileNotFoundError(f"--{name} {file} does not exist.")
+            raise FileNotFoundError(f"{file} does not exist, so there is nothing to read ({name}).")
     for name in written:
         file = getattr(args, name, None)
         if file is not None and not Path(file).resolve().parent.is_dir():
@@ -40,7 +42,7 @@ def run_mode(args: argparse.Namespace) -> None:
     """Load the model and do what `args.mode` says."""
     check_files(args)
     pipe = open_pipeline(args.checkpoint, args.device)
-    check_modality(pipe, args.checkpoint, MODES[args.mode].command)
+    check_modality(pipe, args.checkpoint, args.mode)
     speed_up(pipe, args.int8, args.compile)
     texts = RUN[args.mode](pipe, args)
     output_file = getattr(args, "output_file", None)
@@ -110,7 +112,8 @@ def stream(pipe, prompt: str, tokens: int, options: dict[str, Any]) -> str:
 
 def infill(pipe, args: argparse.Namespace) -> list[str]:
     options = {"guidance_scale": args.guidance_scale, **token_sampling(args)}
-    return show(pipe.infill(args.input_text, args.gap_length, **options))
+    text = re.sub("_{3,}", GAP, args.input_text)  # a gap is as wide as it was drawn; its length is an option
+    return show(pipe.infill(text, args.gap_length, **options))
 
 
 def reconstruct(pipe, args: argparse.Namespace) -> list[str]:

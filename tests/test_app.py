@@ -10,7 +10,7 @@ import gradio as gr
 import pytest
 from helpers import ROOT, seeded
 
-from tokcom.app import CSS, FONTS, Demo, build_page, colored
+from tokcom.cli.app import CSS, FONTS, Demo, build_page, colored
 from tokcom.configuration_tokcom import TokComConfig
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_text_tokcom import vocabulary_size

@@ -8,7 +8,6 @@ import torch
 from helpers import ROOT, tiny_config
 from transformers import LlamaForCausalLM
 
-from tokcom import demo
 from tokcom.cli.main import call
 from tokcom.cli.options import EVALUATION_SECTIONS as SECTIONS
 from tokcom.configuration_tokcom import TokComConfig
@@ -260,15 +259,6 @@ def test_command_writes_every_measure_beside_its_controls(build, tmp_path, capsy
 
 def control_names() -> tuple[str, ...]:
     return ("real text", "shuffled tokens", "random training chunks", "repeated phrase")
-
-
-def test_demo_shows_every_mode_of_the_shipped_model(capsys):
-    demo.main()
-    printed = capsys.readouterr().out
-    modes = ("conditional", "generate", "reconstruct", "denoise_reconstruct", "encode", "infill")
-    assert all(f"\n{mode} " in printed for mode in modes)
-    assert demo.PROMPT in printed
-    assert demo.TEXT in printed.split("\nreconstruct ")[1].split("\n")[0]  # the shipped codec is exact on it
 
 
 def test_reference_metrics_of_perfect_partial_and_wrong_predictions(tmp_path, capsys):

@@ -12,9 +12,8 @@ import torch
 from helpers import ROOT
 from transformers import AutoTokenizer
 
-from tokcom import distill_accelerate, train_accelerate
-from tokcom.cli import convert as convert_tokcom
-from tokcom.cli.main import COMMANDS
+from tokcom import demo, distill_accelerate, inference, train_accelerate
+from tokcom.cli.main import COMMANDS, call, parse
 from tokcom.configuration_tokcom import TokComConfig
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_text_tokcom import vocabulary_size
@@ -37,13 +36,12 @@ def speak_of_images(folder: Path) -> list[str]:
     model, coded = str(folder / "model"), str(folder / "coded")
     options = ["--preset", "style-tiny", "--output_dir", model, *steps, f"data.train={PICTURES}", "report_to=none"]
     train_accelerate.main([*options, "num_samples=0", "data.validation_fraction=0.3"])
-    convert_tokcom.main(["kmeans", model, coded, "--data", PICTURES, "--num_codes", "16"])
+    call("kmeans", model, coded, "--data", PICTURES, "--num_codes", "16")
     small = ["--max_steps", "2", "--hidden_size", "32", "--num_hidden_layers", "1"]
     return ["--model", coded, "--train", PICTURES, "--test", PICTURES, "--output_dir", str(folder / "llama"), *small]
 
 
 EXAMPLES = {
-    "quick_start": None,
     "train_on_your_text": lambda folder: [TEXT, "--output_dir", str(folder), *QUICK],
     "swap_schedulers": lambda folder: ["--steps", "2", *QUICK],
     "read_latents": lambda folder: [],
@@ -64,7 +62,6 @@ EXAMPLES = {
 }
 EXPECTED = {
     "several_streams": "8 records, 0 with a sound",
-    "quick_start": "reconstructed:  'There was a little rabbit who lived in a big wood.'",
     "train_on_your_text": "2: Once upon a time",
     "swap_schedulers": "UniPCMultistepScheduler",
     "read_latents": "1.00 'The young fox ran away fast.",
@@ -80,13 +77,23 @@ def test_examples_run(name, tmp_path, capsys):
     spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.main(*([] if EXAMPLES[name] is None else [EXAMPLES[name](tmp_path)]))
+    module.main(EXAMPLES[name](tmp_path))
     printed = capsys.readouterr().out
     assert EXPECTED[name] in printed and "cannot" not in printed
 
 
 def test_no_example_is_left_out():
     assert {file.stem for file in (ROOT / "examples").glob("*.py")} == set(EXAMPLES)
+
+
+def test_the_demo_shows_every_use_of_the_shipped_model_with_progress(capsys):
+    demo.main()
+    printed = capsys.readouterr()
+    assert demo.PROMPT in printed.out and demo.GAPPED in printed.out
+    before, after = demo.GAPPED.split("____")
+    assert printed.out.count(before) == 2 and printed.out.count(after) == 2  # the gap, and what fills it
+    assert printed.out.count(demo.TEXT) == 2  # all of it is kept at noise level 1, and by its latents
+    assert "denoising" in printed.err
 
 
 def blocks(language: str) -> list[tuple[str, str]]:
@@ -145,8 +152,20 @@ def test_commands_in_the_documents_exist_and_their_options_are_known(file, line)
             script.parse_config(words[at + 1 :])
             return
     if words[0] == "tokcom":
-        module = COMMANDS[words[1]].module
-        words = ["python", "-m", module, *words[2:]]
+        command = COMMANDS[words[1]]
+        if command.add_options is not None and words[1:3] != ["evaluate", "codebook"]:
+            parse(words[1], words[2:])
+            return
+        work = "evaluation.codebook" if words[1] == "evaluate" else command.work.split(":")[0]
+        words = ["python", "-m", f"tokcom.{work}", *words[2:]]
+    if "inference.py" in words:
+        words = ["generate" if word == "MODE" else word for word in words]
+        if "--help" not in words:
+            inference.build_parser().parse_args(words[words.index("inference.py") + 1 :])
+            return
+    if words[1:2] == ["app.py"]:
+        parse("app", words[2:])
+        return
     if words[0] not in ("python", "python3"):
         assert words[0] in ("accelerate", "pip", "curl", "git", "hf", "rm"), line
         return

@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from transformers import ResNetConfig, ResNetModel
 
-from tokcom import app
+from tokcom.cli import app
 from tokcom.cli.main import main as convert
 from tokcom.codec_style_tokcom import TokComStyleCodec, gradient_loss
 from tokcom.configuration_tokcom import PRESETS, TokComConfig, TokComStyleCodecConfig

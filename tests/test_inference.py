@@ -3,8 +3,10 @@ import sys
 import pytest
 import torch
 
+from tokcom.cli.loading import speed_up
+from tokcom.cli.options import MODES
 from tokcom.configuration_tokcom import TokComConfig
-from tokcom.inference import accelerate_pipeline, build_parser, main
+from tokcom.inference import build_parser, main
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +58,10 @@ def test_encode_writes_a_file_that_decode_reads(checkpoint, capsys, tmp_path):
 def test_defaults_are_the_documented_ones():
     args = build_parser().parse_args(["--checkpoint", "x"])
     documented = dict(mode="generate", num_chunks=256, num_generate_chunks=64, num_steps=None, noise_level=0.5)
+    documented |= dict(batch_size=1, output_file=None, input_text=None, prompt=None)
     assert {name: getattr(args, name) for name in documented} == documented
-    assert args.batch_size == 1 and args.output_file is None
+    assert build_parser().parse_args([]).checkpoint == "."
+    assert args.gap_length == 16
     assert TokComConfig.from_preset("v5.2").num_inference_steps == 50
 
 
@@ -105,13 +109,13 @@ def test_eight_bit_weights_without_their_library_name_the_remedy(build):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "torchao.quantization", None)
         with pytest.raises(ValueError, match="pip install torchao"):
-            accelerate_pipeline(build(), int8=True, compiled=False)
+            speed_up(build(), int8=True, compiled=False)
 
 
 def test_eight_bit_weights_change_predictions_little_and_text_goes_on(build, tmp_path, capsys):
     pytest.importorskip("torchao", reason="optional: prints warnings at every import of transformers")
     pipe, plain = build(), build()
-    accelerate_pipeline(pipe, int8=True, compiled=False)
+    speed_up(pipe, int8=True, compiled=False)
     linears = [m for m in pipe.model.transformer.modules() if isinstance(m, torch.nn.Linear)]
     assert all(type(m.weight).__name__ == "Int8Tensor" for m in linears)
     latents = torch.randn(2, 4, 16, generator=torch.Generator().manual_seed(0))
@@ -135,7 +139,44 @@ def test_eight_bit_weights_change_predictions_little_and_text_goes_on(build, tmp
     assert "[1]" in capsys.readouterr().out
 
 
-def test_a_batch_is_refused_by_modes_that_make_one(capsys):
-    with pytest.raises(SystemExit):
-        main(["--checkpoint", "x", "--mode", "infill", "--input_text", "a ____", "--batch_size", "2"])
-    assert "--batch_size 2" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("mode", "option", "value"),
+    [
+        ("infill", "batch_size", "2"),
+        ("encode", "temperature", "0.5"),
+        ("reconstruct", "top_p", "0.9"),
+    ],
+)
+def test_an_option_without_effect_is_refused_with_the_modes_that_read_it(capsys, mode, option, value):
+    with pytest.raises(SystemExit) as end:
+        main(["--checkpoint", "x", "--mode", mode, "--input_text", "a ____", f"--{option}", value])
+    assert end.value.code == 2
+    printed = capsys.readouterr().err
+    assert f"--{option} {value} has no effect in mode {mode}" in printed and "conditional" in printed
+
+
+def test_a_continuation_is_printed_while_it_is_written(checkpoint, monkeypatch):
+    from tokcom.pipeline_tokcom import TokComPipeline
+
+    order = []
+    original = TokComPipeline.stream
+
+    def stream(self, *args, **kwargs):
+        for piece in original(self, *args, **kwargs):
+            order.append("made")
+            yield piece
+
+    def write(text, **_):
+        order.append("shown")
+
+    monkeypatch.setattr(TokComPipeline, "stream", stream)
+    monkeypatch.setattr("builtins.print", write)
+    arguments = ["--prompt", "The family", "--num_generate_chunks", "8", "--num_steps", "1", "--seed", "0"]
+    main(["--checkpoint", str(checkpoint), "--mode", "conditional", "--device", "cpu", *arguments])
+    made = order.count("made")
+    assert made > 1 and order[: 2 * made] == ["made", "shown"] * made
+
+
+def test_every_published_mode_is_still_there():
+    published = {"generate", "reconstruct", "denoise_reconstruct", "encode", "conditional"}
+    assert published <= set(MODES)
