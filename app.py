@@ -4,7 +4,8 @@ import importlib.util
 import sys
 
 if importlib.util.find_spec("tokcom") is None:
-    sys.exit("error: the package tokcom is not installed; run `make setup`, then .venv/bin/python app.py")
+    remedy = "run `make setup`, then `.venv/bin/python app.py`"
+    sys.exit(f"error: the package tokcom is not installed; {remedy}.")
 
 from tokcom.cli.main import main
 

@@ -2,7 +2,8 @@
 
     python demo.py
 
-Everything is in this directory, so it needs no network. It is also the shortest tour of the Python interface.
+Everything is in this directory, so it needs no network. It is also the shortest tour of the Python
+interface.
 """
 
 import importlib.util
@@ -11,7 +12,8 @@ import time
 from pathlib import Path
 
 if importlib.util.find_spec("tokcom") is None:
-    sys.exit("error: the package tokcom is not installed; run `make setup`, then .venv/bin/python demo.py")
+    remedy = "run `make setup`, then `.venv/bin/python demo.py`"
+    sys.exit(f"error: the package tokcom is not installed; {remedy}.")
 
 import torch
 
@@ -29,7 +31,9 @@ def seed(number: int) -> torch.Generator:
 
 def main() -> None:
     started = time.perf_counter()
-    pipe = TokComPipeline.from_pretrained(Path(__file__).resolve().parent)  # or the id of a repository
+    pipe = TokComPipeline.from_pretrained(
+        Path(__file__).resolve().parent
+    )  # or the id of a repository
     pipe.set_progress_bar_config(desc="denoising", leave=False)
     size = sum(parameter.numel() for parameter in pipe.model.parameters()) / 1e6
     print(f"\nTokCom: {size:.1f} M parameters, {pipe.chunk_size} tokens in each latent.")

@@ -8,8 +8,8 @@
     python inference.py --mode decode --latents_file latents.safetensors
     python inference.py --mode infill --input_text "Once there was a ____ in the wood."
 
-The same work as that of `tokcom generate`, `tokcom infill` and so on (`cli/modes.py`), whose options are easier to read. A continuation
-of one prompt is printed while it is written.
+The same work as that of `tokcom generate`, `tokcom infill` and so on (`cli/modes.py`), whose
+options are easier to read. A continuation of one prompt is printed while it is written.
 """
 
 import argparse
@@ -17,7 +17,8 @@ import importlib.util
 import sys
 
 if importlib.util.find_spec("tokcom") is None:
-    sys.exit("error: the package tokcom is not installed; run `make setup`, then .venv/bin/python inference.py")
+    remedy = "run `make setup`, then `.venv/bin/python inference.py`"
+    sys.exit(f"error: the package tokcom is not installed; {remedy}.")
 
 from tokcom.cli.errors import report_errors
 from tokcom.cli.options import MODES, OPTIONS, HelpFormatter, check_mode, refuse_unused
@@ -39,7 +40,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     check_mode(parser, args.mode, args)
-    # what the published table does not have is refused where it has no effect; published commands go on working
+    # what the published table does not have is refused where it has no effect; published commands
+    # go on working
     refuse_unused(parser, args.mode, args, ("temperature", "top_p", "batch_size"))
     with report_errors(args.debug):
         from tokcom.cli.modes import run_mode

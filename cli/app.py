@@ -1,7 +1,7 @@
 """The work of `tokcom app`: a page to play with a model.
 
-Text that emerges from noise, gaps, noise levels and a map of latents; with `--pixels` texts as pictures, with `--images` drawn
-captions. In a Space, TOKCOM_MODEL names the model's repository.
+Text that emerges from noise, gaps, noise levels and a map of latents; with `--pixels` texts as
+pictures, with `--images` drawn captions. In a Space, TOKCOM_MODEL names the model's repository.
 """
 
 import argparse
@@ -30,17 +30,23 @@ from tokcom.sampling_tokcom import spawn_generators
 matplotlib.use("Agg")
 LONGEST = 512  # tokens that the page generates or reads at once
 SLOWEST = 120  # seconds that slow motion may add
-FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}  # nothing is fetched from elsewhere
+FONTS = {
+    "font": ["system-ui", "sans-serif"],
+    "font_mono": ["monospace"],
+}  # nothing is fetched from elsewhere
 CSS = """
 .tokcom-text {
-  font-size: 1.1rem; line-height: 1.9; overflow-wrap: anywhere; white-space: pre-wrap; min-height: 6rem
+  font-size: 1.1rem; line-height: 1.9; min-height: 6rem;
+  overflow-wrap: anywhere; white-space: pre-wrap;
 }
 .tokcom-text span {border-radius: 3px; padding: 1px 0; color: #111}
 .tokcom-text .given {background: none; color: inherit; opacity: .75}
 """
-NOTE = """This model has {size:.1f} million parameters. While text emerges, colours go from red (noise) to green \
-(denoised); when it is done they say how much the model expected each token, from red (a surprise) to green (certain). \
-Point at a token for the number."""
+NOTE = (
+    "This model has {size:.1f} million parameters. While text emerges, its colours go from red "
+    "(noise) to green (denoised). When it is done, they say how much the model expected each "
+    "token, from red (a surprise) to green (certain). Point at a token for the number."
+)
 STORY = "Once upon a time there was a little rabbit who lived in a big wood."
 
 
@@ -59,7 +65,9 @@ def colored(tokens: list[tuple[str, float]], given: str = "") -> str:
     spans = [given_text(given)] if given else []
     for text, score in tokens:
         style = f"background:hsl({120 * score:.0f},70%,80%)"
-        spans.append(f'<span style="{style}" title="{100 * score:.0f} %">{html.escape(text)}</span>')
+        spans.append(
+            f'<span style="{style}" title="{100 * score:.0f} %">{html.escape(text)}</span>'
+        )
     return text_box("".join(spans))
 
 
@@ -79,8 +87,8 @@ def _explained(error: Exception) -> gr.Error:
 class Writing(threading.Thread):
     """A continuation in the background.
 
-    What it puts into `frames`: for every denoising step a list of tokens and how clean each is; at the end
-    `(ids, probabilities, seconds)`, or the exception that ended it.
+    What it puts into `frames`: for every denoising step a list of tokens and how clean each is; at
+    the end `(ids, probabilities, seconds)`, or the exception that ended it.
     """
 
     def __init__(self, demo: "Demo", prompt: str, length: int, **settings):
@@ -143,7 +151,7 @@ class Demo:
         return self.pipe.model.token_head is not None
 
     def _tokens(self, ids: list[int]) -> list[str]:
-        """What each id adds to the text: a character made of several tokens belongs to the last of them."""
+        """What each id adds to the text; a character of several tokens belongs to the last."""
         shown = ""
         pieces = []
         for end in range(1, len(ids) + 1):
@@ -155,7 +163,10 @@ class Demo:
 
     @torch.no_grad()
     def emerging(self, latents: torch.Tensor, time: float) -> list[tuple[str, float]]:
-        """What the noisy latents `(1, n, C)` of a block at `time` decode to, and t of each token: 0 is noise, 1 is clean."""
+        """What the noisy latents `(1, n, C)` of a block at `time` decode to.
+
+        Returns each token with its own t: 0 is noise, 1 is clean.
+        """
         model = self.pipe.model
         times = torch.full((1, latents.shape[1]), time)
         if model.token_head is None:
@@ -166,8 +177,9 @@ class Demo:
 
     @torch.no_grad()
     def probabilities(self, prompt: str, ids: list[int]) -> list[float]:
-        """The model's probability of each of the last tokens of a text, given the text before its chunk and, where the model
-        decides one after the other, the tokens before it; of the decoder alone for models that regress latents."""
+        """The model's probability of each of the last tokens of a text, given the text before its
+        chunk and, where the model decides one after the other, the tokens before it; of the decoder
+        alone for models that regress latents."""
         row = self.pipe._tokenize([prompt.rstrip(" ")], "prompt")[0] + ids
         size = self.pipe.chunk_size
         beyond = max(0, len(row) - self.pipe.max_length)
@@ -177,7 +189,9 @@ class Demo:
             torch.manual_seed(0)
             losses = token_losses_at(self.pipe.model, whole, 0.0, mask)
         else:
-            losses = self.pipe.model.codec.loss(self.pipe.model.encode(whole, mask).latents, whole, mask)
+            losses = self.pipe.model.codec.loss(
+                self.pipe.model.encode(whole, mask).latents, whole, mask
+            )
         return (-losses.flatten()).exp()[len(row) - len(ids) : len(row)].tolist()
 
     def write(
@@ -191,7 +205,7 @@ class Demo:
         seed: int,
         slowly: float = 0.0,
     ) -> Iterator[tuple[str, str]]:
-        """Frames `(HTML, speed)` of a continuation: with `slowly` seconds for each, one for every denoising step."""
+        """Frames `(HTML, speed)` of a continuation; with `slowly` every denoising step is shown."""
         writing = Writing(
             self,
             prompt,
@@ -208,7 +222,9 @@ class Demo:
             while isinstance(frame := writing.frames.get(), list):
                 if slowly and time.monotonic() < until:
                     time.sleep(slowly)
-                elif not writing.frames.empty():  # the page is slower than the model: show the newest
+                elif (
+                    not writing.frames.empty()
+                ):  # the page is slower than the model: show the newest
                     continue
                 yield colored(frame, prompt), "denoising"
             if isinstance(frame, Exception):
@@ -228,7 +244,9 @@ class Demo:
         settings = {"temperature": temperature} if self.predicts_tokens else {}
         try:
             with self.busy:
-                output = self.pipe.infill(text, int(gap_length), generator=_generator(seed), **settings)
+                output = self.pipe.infill(
+                    text, int(gap_length), generator=_generator(seed), **settings
+                )
         except ValueError as error:
             raise _explained(error) from error
         spans = []
@@ -246,10 +264,12 @@ class Demo:
         """Raise `ValueError` for a text that would keep the page from all others."""
         count = len(text_ids(self.pipe.tokenizer, text))
         if count > LONGEST:
-            raise ValueError(f"the text has {count} tokens, and this page reads at most {LONGEST}; shorten it.")
+            raise ValueError(
+                f"the text has {count} tokens, and this page reads at most {LONGEST}; shorten it."
+            )
 
     def renoise(self, text: str, noise_level: float, seed: int) -> tuple[str, str, str]:
-        """What the noisy latents of a text decode to, what denoising makes of them, and the plain reconstruction."""
+        """What noisy latents of a text decode to, before and after denoising, and without noise."""
         try:
             self._check(text)
             with self.busy, torch.no_grad():
@@ -258,13 +278,17 @@ class Demo:
                 again = torch.Generator()  # denoising draws the noise that is shown once more
                 again.set_state(generator.get_state())
                 seen = self._seen(encoded, noise_level, generator)
-                denoised = self.pipe.denoise_reconstruct(text, noise_level, generator=again).texts[0]
+                denoised = self.pipe.denoise_reconstruct(text, noise_level, generator=again).texts[
+                    0
+                ]
                 return colored(seen), denoised, self.pipe.reconstruct(text).texts[0]
         except ValueError as error:
             raise _explained(error) from error
 
-    def _seen(self, encoded, noise_level: float, generator: torch.Generator) -> list[tuple[str, float]]:
-        """What the model is shown of an encoded text at a noise level: its tokens, and how clean each is."""
+    def _seen(
+        self, encoded, noise_level: float, generator: torch.Generator
+    ) -> list[tuple[str, float]]:
+        """What the model sees of a text at a noise level: tokens, and how clean they are."""
         count = int(encoded.attention_mask.sum())
         if self.pipe.model.token_head is None:
             noise = self.pipe.prepare_latents(1, encoded.latents.shape[1], generator)
@@ -285,7 +309,11 @@ class Demo:
         size = self.pipe.chunk_size
         latents = encoded.latents[0].float()
         if len(latents) < 3:
-            raise _explained(ValueError(f"a map needs at least three chunks, {3 * size} tokens; give a longer text."))
+            raise _explained(
+                ValueError(
+                    f"a map needs at least three chunks, {3 * size} tokens; give a longer text."
+                )
+            )
         centred = latents - latents.mean(0)
         _, sizes, axes = torch.linalg.svd(centred, full_matrices=False)
         points = centred @ axes[:2].T
@@ -303,7 +331,9 @@ class Demo:
             plot.annotate(label, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=9)
         plot.set_xlabel(f"first principal component ({100 * shares[0]:.0f} % of the variance)")
         plot.set_ylabel(f"second ({100 * shares[1]:.0f} %)")
-        plot.set_title(f"{len(points)} latents of {latents.shape[1]} numbers, in reading order from dark to light")
+        plot.set_title(
+            f"{len(points)} latents of {latents.shape[1]} numbers, read from dark to light"
+        )
         return figure
 
     def to_picture(self, text: str):
@@ -313,7 +343,9 @@ class Demo:
             raise _explained(error) from error
         return enlarged(image, 8), self.pixels.image_to_text(image)
 
-    def draw(self, caption: str, steps: int, guidance: float, seed: int) -> list[tuple[Image.Image, str]]:
+    def draw(
+        self, caption: str, steps: int, guidance: float, seed: int
+    ) -> list[tuple[Image.Image, str]]:
         """Pictures for a caption: of its first tokens only, and of all."""
         prompt = caption.strip() or None
         try:
@@ -376,7 +408,9 @@ def build_page(demo: Demo) -> gr.Blocks:
                 pixel_text = gr.Textbox(STORY, label="Text", lines=3)
                 picture = gr.Image(label="One pixel per token", format="png")
                 back = gr.Textbox(label="Read back from the picture", interactive=False)
-                gr.Button("Draw", variant="primary").click(demo.to_picture, pixel_text, [picture, back])
+                gr.Button("Draw", variant="primary").click(
+                    demo.to_picture, pixel_text, [picture, back]
+                )
         if demo.images is not None:
             with gr.Tab("Images"):
                 _image_tab(demo)
@@ -388,10 +422,14 @@ def _write_tab(demo: Demo) -> None:
     tokens = demo.predicts_tokens
     with gr.Row():
         with gr.Column(scale=2):
-            prompt = gr.Textbox("Once upon a time", label="Prompt", lines=2, max_length=4000, elem_id="prompt")
+            prompt = gr.Textbox(
+                "Once upon a time", label="Prompt", lines=2, max_length=4000, elem_id="prompt"
+            )
             with gr.Row():
                 length = gr.Slider(4, LONGEST, 96, step=4, label="Tokens to write")
-                steps = gr.Slider(1, 32, config.num_inference_steps, step=1, label="Denoising steps per block")
+                steps = gr.Slider(
+                    1, 32, config.num_inference_steps, step=1, label="Denoising steps per block"
+                )
             with gr.Accordion("Sampling", open=False):
                 temperature = _temperature(demo)
                 top_p = gr.Slider(0.1, 1, config.sampling_top_p, label="Top-p", interactive=tokens)
@@ -428,7 +466,9 @@ def _fill_tab(demo: Demo) -> None:
 
 def _noise_tab(demo: Demo) -> None:
     text = gr.Textbox(STORY, label="Text", lines=2)
-    level = gr.Slider(0, 1, 0.6, step=0.05, label="Noise level (0 is pure noise, 1 is the clean text)")
+    level = gr.Slider(
+        0, 1, 0.6, step=0.05, label="Noise level (0 is pure noise, 1 is the clean text)"
+    )
     seed = gr.Number(0, label="Seed", precision=0)
     seen = gr.HTML(colored([]), label="The noisy latents decode to")
     denoised = gr.Textbox(label="After denoising", interactive=False)

@@ -1,7 +1,7 @@
 """The one error handler of every entry point.
 
-A mistake of the user ends in one sentence, `error: ...`, and exit status 1; argparse ends a wrong command line with status 2.
-A traceback is for bugs: it is shown with `--debug` or TOKCOM_DEBUG=1.
+A mistake of the user ends in one sentence, `error: ...`, and exit status 1; argparse ends a wrong
+command line with status 2. A traceback is for bugs: it is shown with `--debug` or TOKCOM_DEBUG=1.
 """
 
 import contextlib
@@ -42,13 +42,17 @@ def explain(error: Exception) -> str:
 
 @contextlib.contextmanager
 def report_errors(debug: bool = False) -> Iterator[None]:
-    """End the process with one sentence and status 1 if the body fails; with `debug` the exception passes through."""
+    """End the process with one sentence and status 1 if the body fails.
+
+    With `debug` or TOKCOM_DEBUG=1 the exception passes through and shows its traceback.
+    """
     try:
         yield
     except KeyboardInterrupt:
         sys.exit(130)  # 128 + SIGINT, as shells count
     except BrokenPipeError:
-        # whoever read our output has left, as `head` does; Python would complain again when it closes stdout
+        # whoever read our output has left, as `head` does; Python would complain again when it
+        # closes stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:

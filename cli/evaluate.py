@@ -1,6 +1,7 @@
-"""The work of `tokcom evaluate`: a text model, and autoregressive peers beside it, on held-out text.
+"""The work of `tokcom evaluate`: a text model and its autoregressive peers on held-out text.
 
-Sections are rewritten into `results.json` one by one, so that a run that is stopped keeps what it has measured.
+Sections are rewritten into `results.json` one by one, so that a run that is stopped keeps what it
+has measured.
 """
 
 import argparse
@@ -34,7 +35,9 @@ from tokcom.training.data import PackedDataset, WindowShape, load_documents, tok
 JUDGE_STEPS = 200  # of the judge that is trained when none is given
 
 
-def reconstruction(pipe: TokComPipeline, held_out: np.ndarray, train: np.ndarray, max_tokens: int, seed: int) -> dict:
+def reconstruction(
+    pipe: TokComPipeline, held_out: np.ndarray, train: np.ndarray, max_tokens: int, seed: int
+) -> dict:
     """Accuracy against latent noise, CE(t), and whether true continuations are preferred."""
     model = pipe.model.eval()
     model.set_stage("flow")
@@ -53,7 +56,9 @@ def reconstruction(pipe: TokComPipeline, held_out: np.ndarray, train: np.ndarray
     # of the whole text: few tokens would estimate it too low
     results["unigram_entropy"] = unigram_entropy(held_out)
     results |= cross_entropy_at(model, batches, seed)
-    results["informative_share_of_t"] = share_of_informative_draws(model, results, results["unigram_entropy"])
+    results["informative_share_of_t"] = share_of_informative_draws(
+        model, results, results["unigram_entropy"]
+    )
     pairs = rows[:, : length // 128 * 128].reshape(-1, min(length, 128))
     split = protocol.PROMPT // pipe.chunk_size * pipe.chunk_size
     if len(pairs) > 1 and split < pairs.shape[1]:
@@ -63,8 +68,10 @@ def reconstruction(pipe: TokComPipeline, held_out: np.ndarray, train: np.ndarray
     return results
 
 
-def load_judges(args: argparse.Namespace, tokenizer, train: np.ndarray) -> tuple[TokenJudge, dict[str, TextJudge]]:
-    """The first judge that shares the tokenizer scores ids, all others text; trains one if there is none."""
+def load_judges(
+    args: argparse.Namespace, tokenizer, train: np.ndarray
+) -> tuple[TokenJudge, dict[str, TextJudge]]:
+    """A judge of token ids, trained if none shares our tokenizer, and the judges of text."""
     token_judge = None
     text_judges = {}
     for path in args.judge:
@@ -104,13 +111,18 @@ def tokcom_settings(pipe: TokComPipeline, steps: int) -> dict[str, TokComSampler
     if pipe.model.token_head is not None:
         sweeps |= PROBABILITY_SWEEPS
     else:
-        sweeps |= {"noise": ("noise_scale", (1.0, 0.9, 0.8, 0.7)), "churn": ("eta", (0.0, 0.5, 1.0))}
+        sweeps |= {
+            "noise": ("noise_scale", (1.0, 0.9, 0.8, 0.7)),
+            "churn": ("eta", (0.0, 0.5, 1.0)),
+        }
     sweeps["steps"] = ("num_inference_steps", (2, 4, 8, 16, 32, 64))
     return sweep_settings(TokComSampler(pipe, steps), sweeps)
 
 
 def peer_settings(sampler: AutoregressiveSampler) -> dict[str, AutoregressiveSampler]:
-    return sweep_settings(AutoregressiveSampler(sampler.model, sampler.start_token), PROBABILITY_SWEEPS)
+    return sweep_settings(
+        AutoregressiveSampler(sampler.model, sampler.start_token), PROBABILITY_SWEEPS
+    )
 
 
 def evaluate(args: argparse.Namespace) -> dict:
@@ -167,15 +179,23 @@ def evaluate(args: argparse.Namespace) -> dict:
         systems = {"TokCom": ours}
         for peer in args.peer:
             name, path = peer.split("=", 1)
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(args.device).eval()
-            systems[name] = AutoregressiveSampler(model, pipe.tokenizer.eos_token_id, args.peer_temperature)
+            model = (
+                AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+                .to(args.device)
+                .eval()
+            )
+            systems[name] = AutoregressiveSampler(
+                model, pipe.tokenizer.eos_token_id, args.peer_temperature
+            )
         _measure_systems(args, study, pipe, systems, keep)
     (output / "results.md").write_text(report.markdown(results))
     report.plots(results, output)
     return results
 
 
-def _measure_systems(args: argparse.Namespace, study: protocol.Study, pipe, systems: dict, keep) -> None:
+def _measure_systems(
+    args: argparse.Namespace, study: protocol.Study, pipe, systems: dict, keep
+) -> None:
     if "unconditional" in args.sections:
         keep("unconditional", protocol.unconditional(study, systems))
     if "continuation" in args.sections:

@@ -1,4 +1,4 @@
-"""Loading a pipeline for a command: where it is, on which device, and whether it can do what the command asks."""
+"""Load a pipeline for a command: from where, on which device, and whether it fits the command."""
 
 from pathlib import Path
 
@@ -16,7 +16,12 @@ MODALITIES = {
     "several": ("several streams", "`tokcom any-to-any`"),
 }
 # modes of other models than those of text
-NOT_TEXT = {"draw": "image", "reconstruct_image": "image", "animate": "video", "any_to_any": "several"}
+NOT_TEXT = {
+    "draw": "image",
+    "reconstruct_image": "image",
+    "animate": "video",
+    "any_to_any": "several",
+}
 
 
 def best_device(device: str | None = None) -> str:
@@ -34,22 +39,26 @@ def _load_pipeline():
 
 
 def check_model_path(checkpoint: str, option: str = "--checkpoint") -> None:
-    """Raise `FileNotFoundError` with one sentence if a model directory is missing or is none; a Hub id passes."""
+    """Raise `FileNotFoundError` if a model directory is missing or is none; a Hub id passes."""
     path = Path(checkpoint)
     if path.is_dir() and not (path / "model_index.json").is_file():
         raise FileNotFoundError(
-            f"{checkpoint} holds no model_index.json, so it is not a TokCom model directory; name one with {option}."
+            f"{checkpoint} holds no model_index.json, so it is not a TokCom model directory; "
+            f"name one with {option}."
         )
     # a Hub id is USER/NAME; everything else that is not there was meant as a path
     is_hub_id = checkpoint.count("/") == 1 and not checkpoint.startswith((".", "/"))
     if not path.exists() and not is_hub_id:
-        raise FileNotFoundError(f"{option} {checkpoint} does not exist; give a model directory, Hub id or .pt file.")
+        raise FileNotFoundError(
+            f"{option} {checkpoint} does not exist; give a model directory, Hub id or .pt file."
+        )
 
 
 def open_pipeline(checkpoint: str, device: str | None = None, option: str = "--checkpoint"):
     """The pipeline of a directory, a Hub id or a published `.pt`, on `device`.
 
-    Raises `FileNotFoundError` if nothing is there, and `ValueError` for weights that do not fit or a device that cannot be used.
+    Raises `FileNotFoundError` if nothing is there, and `ValueError` for weights that do not fit or
+    a device that cannot be used.
     """
     load_pipeline = _load_pipeline()
     device = best_device(device)
@@ -61,22 +70,26 @@ def open_pipeline(checkpoint: str, device: str | None = None, option: str = "--c
         pipe = load_pipeline(checkpoint)
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(
-            f"the weights in {checkpoint} are truncated or do not fit its config.json ({first_line(error)}); "
-            "download them again."
+            f"the weights in {checkpoint} are truncated or do not fit its config.json "
+            f"({first_line(error)}); download them again."
         ) from error
     try:
         return pipe.to(device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} cannot be used ({first_line(error)}); try --device cpu.") from error
+        raise ValueError(
+            f"device {device!r} cannot be used ({first_line(error)}); try --device cpu."
+        ) from error
 
 
 def check_modality(pipe, checkpoint: str, mode: str) -> None:
-    """Raise `ValueError` that names the right command if a model is of another kind than `mode` needs."""
+    """Raise `ValueError` with the command to use if a model is not of the kind `mode` needs."""
     wanted = NOT_TEXT.get(mode, "text")
     found = pipe.model.config.codec_config.modality
     if found != wanted:
         made, commands = MODALITIES[found]
-        raise ValueError(f"{checkpoint} is a model of {made}, not {MODALITIES[wanted][0]}: use {commands}.")
+        raise ValueError(
+            f"{checkpoint} is a model of {made}, not {MODALITIES[wanted][0]}: use {commands}."
+        )
 
 
 def speed_up(pipe, int8: bool, compiled: bool) -> None:
@@ -86,7 +99,9 @@ def speed_up(pipe, int8: bool, compiled: bool) -> None:
         try:
             from torchao.quantization import Int8WeightOnlyConfig, quantize_
         except ImportError as error:
-            raise ValueError("--int8 needs torchao; install it with: pip install torchao") from error
+            raise ValueError(
+                "--int8 needs torchao; install it with: pip install torchao"
+            ) from error
         quantize_(pipe.model.transformer, Int8WeightOnlyConfig())
     if compiled:
         pipe.model.transformer.compile()

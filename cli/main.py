@@ -3,8 +3,8 @@
     tokcom generate "Once upon a time" --temperature 0.7
     tokcom serve --checkpoint my-model
 
-A command is a line in `COMMANDS`: what it does, its options (`cli/options.py`) and where its work is. The work is imported after the
-options are read, so that `--help` and usage errors come at once.
+A command is a line in `COMMANDS`: what it does, its options (`cli/options.py`) and where its work
+is. The work is imported after the options are read, so that `--help` and usage errors come at once.
 """
 
 import argparse
@@ -26,8 +26,8 @@ class Command:
 
     Args:
         help: one line for the list of commands.
-        work: `module:function`, relative to `tokcom`. With `add_options` the function takes the parsed arguments; without, it takes
-            the list of them and reads it itself.
+        work: `module:function`, relative to `tokcom`. With `add_options` the function takes the
+            parsed arguments; without, it takes the list of them and reads it itself.
         add_options: adds the command's options to a parser.
         check: ends with a usage error if the options do not go together.
         description: more than `help` says, for the command's own `--help`.
@@ -57,17 +57,19 @@ def _mode_command(name: str, help: str) -> Command:
 
 EVALUATION = """
     tokcom evaluate --data held_out.jsonl --judge judge --peer "equal FLOPs=peer"
-    tokcom evaluate a=a_seed_0.json a=a_seed_1.json b=b_seed_0.json       # exact match, BLEU-4, ROUGE-L, METEOR
-    tokcom evaluate codebook --model model --data held_out.parquet        # how a quantiser's codes are used
+    tokcom evaluate a=a_seed_0.json a=a_seed_1.json b=b_seed_0.json   # BLEU-4, ROUGE-L, METEOR
+    tokcom evaluate codebook --model model --data held_out.parquet    # use of a quantiser's codes
 
-Writes results.json, results.md and plots. A judge with the model's tokenizer scores token ids; any other causal language model
-scores text."""
+Writes results.json, results.md and plots. A judge with the model's tokenizer scores token ids; any
+other causal language model scores text."""
 COMMANDS = {
     "generate": _mode_command("generate", "continue PROMPT, or write from nothing"),
     "infill": _mode_command("infill", "fill the gaps ____ in TEXT"),
     "reconstruct": _mode_command("reconstruct", "encode and decode TEXT or a picture"),
     "denoise": _mode_command("denoise", "keep a share of TEXT and make up the rest"),
-    "encode": _mode_command("encode", "turn TEXT into latents, or into a picture with a pixel model"),
+    "encode": _mode_command(
+        "encode", "turn TEXT into latents, or into a picture with a pixel model"
+    ),
     "decode": _mode_command("decode", "turn what encode wrote back into text"),
     "draw": _mode_command("draw", "draw a picture for CAPTION"),
     "animate": _mode_command("animate", "make a clip for CAPTION or after first frames"),
@@ -90,12 +92,20 @@ COMMANDS = {
         description=EVALUATION,
     ),
     "convert": Command(
-        "turn a published .pt file into a model directory", "cli.convert:convert", options.add_convert_options
+        "turn a published .pt file into a model directory",
+        "cli.convert:convert",
+        options.add_convert_options,
     ),
-    "kmeans": Command("make a codebook for an image model", "cli.convert:fit_codebook", options.add_kmeans_options),
-    "publish": Command("push a model directory to the Hub", "cli.convert:publish", options.add_publish_options),
+    "kmeans": Command(
+        "make a codebook for an image model", "cli.convert:fit_codebook", options.add_kmeans_options
+    ),
+    "publish": Command(
+        "push a model directory to the Hub", "cli.convert:publish", options.add_publish_options
+    ),
     "verify": Command(
-        "check that a model directory is whole and loads", "cli.verify:verify", options.add_verify_options
+        "check that a model directory is whole and loads",
+        "cli.verify:verify",
+        options.add_verify_options,
     ),
 }
 
@@ -120,7 +130,9 @@ def build_parser(name: str) -> argparse.ArgumentParser:
     """The parser of a command that has `add_options`."""
     command = COMMANDS[name]
     description = f"{command.help[0].upper()}{command.help[1:]}.\n{command.description}"
-    parser = argparse.ArgumentParser(prog=f"tokcom {name}", description=description, formatter_class=HelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog=f"tokcom {name}", description=description, formatter_class=HelpFormatter
+    )
     command.add_options(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
@@ -137,7 +149,7 @@ def parse(name: str, argv: list[str]) -> argparse.Namespace:
 
 
 def call(name: str, *argv: str) -> Any:
-    """Run a command; gives what its work gives, and ends with one sentence and status 1 if that fails."""
+    """Run a command; returns what its work returns, and ends with status 1 if that fails."""
     command = COMMANDS[name]
     arguments = list(argv)
     debug = "--debug" in arguments
@@ -164,7 +176,9 @@ def main(argv: list[str] | None = None) -> None:
         return
     name, *rest = arguments
     if name not in COMMANDS:
-        print(f"error: tokcom has no command {name!r}; it has {', '.join(COMMANDS)}.", file=sys.stderr)
+        print(
+            f"error: tokcom has no command {name!r}; it has {', '.join(COMMANDS)}.", file=sys.stderr
+        )
         sys.exit(2)
     call(name, *rest)
 

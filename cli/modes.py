@@ -1,6 +1,7 @@
-"""The work of `tokcom generate`, `infill`, `draw` and the other modes; `inference.py` calls it, too.
+"""The work of `tokcom generate`, `infill`, `draw` and so on, and of `inference.py`.
 
-Each function takes a pipeline and the parsed arguments, prints what it made, and returns it as a list of texts.
+Each function takes a pipeline and the parsed arguments, prints what it made, and returns it as a
+list of texts.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from tokcom.training.images import Frames
 
 
 def check_files(args: argparse.Namespace) -> None:
-    """Raise `FileNotFoundError` for a file to read that is not there, and for one to write without a folder to hold it."""
+    """Raise `FileNotFoundError` for a missing input, or for an output whose folder is missing."""
     written = WRITTEN
     read = READ
     if MODES[args.mode].reads_picture:
@@ -35,7 +36,9 @@ def check_files(args: argparse.Namespace) -> None:
         file = getattr(args, name, None)
         if file is not None and not Path(file).resolve().parent.is_dir():
             folder = Path(file).parent
-            raise FileNotFoundError(f"--{name} {file}: the folder {folder} does not exist; create it first.")
+            raise FileNotFoundError(
+                f"--{name} {file}: the folder {folder} does not exist; create it first."
+            )
 
 
 def run_mode(args: argparse.Namespace) -> None:
@@ -87,7 +90,7 @@ def generate(pipe, args: argparse.Namespace) -> list[str]:
 
 
 def continue_prompt(pipe, args: argparse.Namespace) -> list[str]:
-    """One continuation is printed while it is written; several are written side by side and printed at the end."""
+    """Print one continuation while it is written; several appear together at the end."""
     tokens = args.num_generate_chunks * pipe.chunk_size
     options = {"guidance_scale": args.guidance_scale, **token_sampling(args)}
     if args.batch_size == 1 and pipe.tokenizer is not None:
@@ -103,7 +106,8 @@ def stream(pipe, prompt: str, tokens: int, options: dict[str, Any]) -> str:
     pipe.set_progress_bar_config(disable=True)  # the text itself is the progress
     text = prompt
     for piece in pipe.stream(prompt, tokens, **options):
-        # the prompt appears with the first piece, so that a refused prompt leaves nothing but its error
+        # the prompt appears with the first piece, so that a refused prompt leaves nothing but its
+        # error
         print(piece if text != prompt else f"[1] {prompt}{piece}", end="", flush=True)
         text += piece
     print("" if text != prompt else f"[1] {prompt}")
@@ -112,7 +116,9 @@ def stream(pipe, prompt: str, tokens: int, options: dict[str, Any]) -> str:
 
 def infill(pipe, args: argparse.Namespace) -> list[str]:
     options = {"guidance_scale": args.guidance_scale, **token_sampling(args)}
-    text = re.sub("_{3,}", GAP, args.input_text)  # a gap is as wide as it was drawn; its length is an option
+    text = re.sub(
+        "_{3,}", GAP, args.input_text
+    )  # a gap is as wide as it was drawn; its length is an option
     return show(pipe.infill(text, args.gap_length, **options))
 
 
@@ -169,7 +175,11 @@ def animate(pipe, args: argparse.Namespace) -> list[str]:
     if args.input_image is not None:
         source = Frames(args.input_image, "--input_image")
         given = [source.clip(0, len(source))]
-    options = {"num_frames": args.num_frames, "guidance_scale": args.guidance_scale, **sampling(args)}
+    options = {
+        "num_frames": args.num_frames,
+        "guidance_scale": args.guidance_scale,
+        **sampling(args),
+    }
     frames = pipe(args.prompt, frames=given, **options).videos[0]
     write_film(frames, args.video_file, args.fps)
     return tell(f"{len(frames)} frames written to {args.video_file}")
@@ -177,7 +187,9 @@ def animate(pipe, args: argparse.Namespace) -> list[str]:
 
 def any_to_any(pipe, args: argparse.Namespace) -> list[str]:
     """The streams that an output file is named for, or a text, from those that are given."""
-    names = {codec.kind: name for name, codec in pipe.model.config.codec_config.stream_configs().items()}
+    names = {
+        codec.kind: name for name, codec in pipe.model.config.codec_config.stream_configs().items()
+    }
     inputs = {"text": args.input_text, "audio": args.input_audio, "image": args.input_image}
     given = {kind: value for kind, value in inputs.items() if value is not None}
     files = {"image": args.image_file, "audio": args.audio_file}
@@ -187,7 +199,8 @@ def any_to_any(pipe, args: argparse.Namespace) -> list[str]:
         raise ValueError(f"this model has no {sorted(missing)}; its streams are {sorted(names)}.")
     if args.batch_size > 1 and wanted != ["text"]:
         raise ValueError(
-            f"--batch_size {args.batch_size}: --image_file and --audio_file hold one sample each; leave it at 1."
+            f"--batch_size {args.batch_size}: --image_file and --audio_file hold one sample each; "
+            "leave it at 1."
         )
     if "image" in given:
         given["image"] = Frames(given["image"], "--input_image")[0]

@@ -1,7 +1,8 @@
-"""What every command of `tokcom` can be told: options, their help and their defaults, and nothing else.
+"""What every command of `tokcom` can be told: options, their help and their defaults.
 
-Parsers live here, apart from the work, so that `tokcom COMMAND --help` imports neither torch nor transformers. A mode is one way
-to use a model; `inference.py` chooses among them with `--mode`, `tokcom` by its command, and both read the same tables.
+Parsers live here, apart from the work, so that `tokcom COMMAND --help` imports neither torch nor
+transformers. A mode is one way to use a model; `inference.py` chooses among them with `--mode`,
+`tokcom` by its command, and both read the same tables.
 """
 
 import argparse
@@ -39,11 +40,17 @@ CHECKPOINT = "model directory or Hub id"
 DEVICE = "cpu, cuda, cuda:1 ... (default: cuda if there is one, else cpu)"
 OPTIONS: dict[str, dict] = {
     "checkpoint": {"default": ".", "help": f"{CHECKPOINT}, or a published .pt file"},
-    "input_text": {"help": "text to work on; for infill with gaps of three or more underscores (default: none)"},
+    "input_text": {
+        "help": "text to work on; for infill with gaps of three or more underscores (default: none)"
+    },
     "prompt": {"help": "text to continue, or the caption of a picture or clip (default: none)"},
     "latents_file": {"help": "file that encode wrote (default: none)"},
-    "image_file": {"help": "picture to write; of decode and image_to_text the one to read (default: none)"},
-    "input_image": {"help": "picture to read; of animate the first frame, or a film of them (default: none)"},
+    "image_file": {
+        "help": "picture to write; of decode and image_to_text the one to read (default: none)"
+    },
+    "input_image": {
+        "help": "picture to read; of animate the first frame, or a film of them (default: none)"
+    },
     "input_audio": {"help": ".wav file to read (default: none)"},
     "audio_file": {"help": ".wav file to write (default: none)"},
     "video_file": {"help": ".gif, .webp or .mp4 file to write (default: none)"},
@@ -54,7 +61,10 @@ OPTIONS: dict[str, dict] = {
     "num_chunks": {"type": int, "default": 256, "help": "chunks to generate from nothing"},
     "num_generate_chunks": {"type": int, "default": 64, "help": "chunks to write after the prompt"},
     "gap_length": {"type": int, "default": 16, "help": "tokens in each gap"},
-    "temperature": {"type": float, "help": "of token probabilities; lower is safer text (default: the model's)"},
+    "temperature": {
+        "type": float,
+        "help": "of token probabilities; lower is safer text (default: the model's)",
+    },
     "top_p": {
         "type": float,
         "help": "sample from the fewest tokens that reach this probability (default: the model's)",
@@ -71,11 +81,21 @@ OPTIONS: dict[str, dict] = {
         "help": "above 1 follows the prompt more closely, at twice the cost",
     },
     "batch_size": {"type": int, "default": 1, "help": "samples to make"},
-    "num_candidates": {"type": int, "default": 1, "help": "texts among which the most typical is chosen"},
+    "num_candidates": {
+        "type": int,
+        "default": 1,
+        "help": "texts among which the most typical is chosen",
+    },
     "device": {"help": DEVICE},
-    "seed": {"type": int, "help": "the same seed gives the same sample (default: another one each time)"},
+    "seed": {
+        "type": int,
+        "help": "the same seed gives the same sample (default: another one each time)",
+    },
     "int8": {"action": "store_true", "help": "8-bit weights in the transformer; needs torchao"},
-    "compile": {"action": "store_true", "help": "compile the transformer: a slow start, then faster"},
+    "compile": {
+        "action": "store_true",
+        "help": "compile the transformer: a slow start, then faster",
+    },
     "output_file": {"help": "file to write texts to, or the latents of encode (default: none)"},
 }
 READ = ("input_image", "input_audio", "latents_file")
@@ -88,8 +108,14 @@ TOKENS = ("temperature", "top_p", *SAMPLING)
 
 @dataclass(frozen=True)
 class Mode:
-    """One way to use a model: the `command` that runs it, the options it takes besides those of every model, those it needs,
-    and the option that chooses it where a command has several modes."""
+    """One way to use a model.
+
+    Args:
+        command: of `tokcom`, that runs it.
+        options: names of those it takes, besides those of every model.
+        needs: options without which it cannot run.
+        chosen_by: where a command has several modes, the option that chooses this one.
+    """
 
     command: str
     options: tuple[str, ...]
@@ -133,8 +159,12 @@ MODES = {
         chosen_by="image_file",
     ),
     "decode": Mode("decode", ("latents_file", "output_file"), needs=("latents_file",)),
-    "image_to_text": Mode("decode", ("image_file", "output_file"), needs=("image_file",), chosen_by="image_file"),
-    "draw": Mode("draw", ("prompt", "image_file", "guidance_scale", *SAMPLING), needs=("image_file",)),
+    "image_to_text": Mode(
+        "decode", ("image_file", "output_file"), needs=("image_file",), chosen_by="image_file"
+    ),
+    "draw": Mode(
+        "draw", ("prompt", "image_file", "guidance_scale", *SAMPLING), needs=("image_file",)
+    ),
     "animate": Mode(
         "animate",
         ("prompt", "input_image", "video_file", "num_frames", "fps", "guidance_scale", *SAMPLING),
@@ -152,10 +182,18 @@ MODES = {
 POSITIONALS = {
     "generate": ("prompt", "PROMPT", "text to continue; without it texts are written from nothing"),
     "infill": ("input_text", "TEXT", "text with gaps, each of them three or more underscores"),
-    "reconstruct": ("input_text", "TEXT", "text to encode and decode; for pictures give --input_image instead"),
+    "reconstruct": (
+        "input_text",
+        "TEXT",
+        "text to encode and decode; for pictures give --input_image instead",
+    ),
     "denoise": ("input_text", "TEXT", "text of which a share is kept"),
     "encode": ("input_text", "TEXT", "text to encode"),
-    "decode": ("latents_file", "FILE", "latents that encode wrote; for a picture of text give --image_file instead"),
+    "decode": (
+        "latents_file",
+        "FILE",
+        "latents that encode wrote; for a picture of text give --image_file instead",
+    ),
     "draw": ("prompt", "CAPTION", "what to draw; without it anything the model knows"),
     "animate": ("prompt", "CAPTION", "what to show; without it anything the model knows"),
 }
@@ -193,7 +231,10 @@ def chosen_mode(command: str, args: argparse.Namespace) -> str:
 def check_mode(
     parser: argparse.ArgumentParser, mode: str, args: argparse.Namespace, command: str | None = None
 ) -> None:
-    """End with a usage error if something is missing that `mode` needs; `command` says how it is spelt there."""
+    """End with a usage error if something is missing that `mode` needs.
+
+    With a `command` the message spells it as that command does.
+    """
     positional = POSITIONALS.get(command, (None, None))
     for name in MODES[mode].needs:
         if getattr(args, name) is None:
@@ -203,13 +244,18 @@ def check_mode(
         parser.error(f"--batch_size {args.batch_size}: there must be at least 1 sample")
 
 
-def refuse_unused(parser: argparse.ArgumentParser, mode: str, args: argparse.Namespace, names) -> None:
+def refuse_unused(
+    parser: argparse.ArgumentParser, mode: str, args: argparse.Namespace, names
+) -> None:
     """End with a usage error if an option among `names` was given that `mode` does not read."""
     for name in names:
         default = OPTIONS[name].get("default")
         if name not in MODES[mode].options and getattr(args, name) not in (default, False):
             takers = ", ".join(taker for taker, other in MODES.items() if name in other.options)
-            parser.error(f"--{name} {getattr(args, name)} has no effect in mode {mode}; it is an option of: {takers}")
+            parser.error(
+                f"--{name} {getattr(args, name)} has no effect in mode {mode}; "
+                f"it is an option of: {takers}"
+            )
 
 
 # ---- the other commands ----
@@ -219,17 +265,33 @@ def add_sample_corpus_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", required=True, help="folder or Hub id of the causal language model")
     add("--output", type=Path, required=True, help="folder of the corpus")
-    add("--num_texts", type=int, help="stop after the batch that reaches this many texts (default: no limit)")
-    add("--num_characters", type=int, help="stop after the batch that reaches this many (default: no limit)")
+    add(
+        "--num_texts",
+        type=int,
+        help="stop after the batch that reaches this many texts (default: no limit)",
+    )
+    add(
+        "--num_characters",
+        type=int,
+        help="stop after the batch that reaches this many (default: no limit)",
+    )
     add("--batch_size", type=int, default=128, help="texts sampled side by side")
     add("--max_new_tokens", type=int, default=255, help="longest text, in tokens")
     add("--temperature", type=float, default=1.0, help="divides the logits; below 1 is safer")
-    add("--min_p", type=float, default=0.02, help="least share of the likeliest token's probability")
+    add(
+        "--min_p", type=float, default=0.02, help="least share of the likeliest token's probability"
+    )
     add("--top_k", type=int, default=64, help="sample among this many tokens; 0 for all of them")
     add("--min_characters", type=int, default=1, help="leave shorter texts out")
     add("--prompt", help="what every text begins with, kept in it (default: the BOS token)")
     add("--validation", type=int, default=0, help="how many first texts go to validation.parquet")
-    add("--exclude", type=Path, nargs="*", default=[], help="parquet files of texts to leave out (default: none)")
+    add(
+        "--exclude",
+        type=Path,
+        nargs="*",
+        default=[],
+        help="parquet files of texts to leave out (default: none)",
+    )
     add("--texts_per_file", type=int, default=10000, help="texts in each part-*.parquet")
     add("--seed", type=int, default=0, help="seed; batch b draws from its own, (seed, b)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
@@ -250,26 +312,45 @@ def check_sample_corpus(parser: argparse.ArgumentParser, args: argparse.Namespac
 def add_app_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     # a Space can be configured by its environment alone
-    add("--checkpoint", default=os.environ.get("TOKCOM_MODEL", "."), help=f"{CHECKPOINT} of a text model")
+    add(
+        "--checkpoint",
+        default=os.environ.get("TOKCOM_MODEL", "."),
+        help=f"{CHECKPOINT} of a text model",
+    )
     add("--pixels", help="a pixel model, for a tab of texts as pictures (default: no such tab)")
-    add("--images", help="an image model, for a tab that draws captions and rebuilds pictures (default: no such tab)")
+    add(
+        "--images",
+        help="an image model, for a tab of captions and pictures (default: no such tab)",
+    )
     add("--device", help=DEVICE)
-    add("--host", default="0.0.0.0" if "SPACE_ID" in os.environ else "127.0.0.1", help="address to listen at")
+    add(
+        "--host",
+        default="0.0.0.0" if "SPACE_ID" in os.environ else "127.0.0.1",
+        help="address to listen at",
+    )
     add("--port", type=int, default=7860, help="port to listen at")
 
 
 def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("predictions", nargs="*", help="files of {id, reference, prediction} records, or NAME=FILE, to score instead")
+    add(
+        "predictions",
+        nargs="*",
+        help="files of {id, reference, prediction} records, or NAME=FILE, to score instead",
+    )
     add("--checkpoint", default=".", help=CHECKPOINT)
     add("--data", default="sample_data/stories_validation.jsonl", help="held-out text")
-    add("--train_data", default="sample_data/stories_train.jsonl", help="what the model was trained on")
+    add(
+        "--train_data",
+        default="sample_data/stories_train.jsonl",
+        help="what the model was trained on",
+    )
     add("--text_column", default="text", help="field of the records that holds the text")
     add(
         "--judge",
         action="append",
         default=[],
-        help="causal language model, folder or Hub id; may be repeated (default: a small one is trained first)",
+        help="causal language model; may be repeated (default: a small one is trained first)",
     )
     add(
         "--peer",
@@ -286,7 +367,11 @@ def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
         metavar="SECTION",
         help=f"parts to measure, of {', '.join(EVALUATION_SECTIONS)} (default: all)",
     )
-    add("--output_dir", default="outputs/evaluation", help="folder for results.json, results.md and plots")
+    add(
+        "--output_dir",
+        default="outputs/evaluation",
+        help="folder for results.json, results.md and plots",
+    )
     add("--max_tokens", type=int, default=65536, help="held-out tokens for reconstruction")
     add("--samples", type=int, default=1000, help="texts to sample")
     add("--seeds", type=int, default=3, help="repetitions with different seeds")
@@ -296,7 +381,12 @@ def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
     add("--guidance_scale", type=float, default=1.0, help="above 1 follows the prompt more closely")
     add("--noise_scale", type=float, default=1.0, help="scale of the initial noise")
     add("--temperature", type=float, default=1.0, help="of the model's token probabilities")
-    add("--top_p", type=float, default=1.0, help="sample from the fewest tokens that reach this probability")
+    add(
+        "--top_p",
+        type=float,
+        default=1.0,
+        help="sample from the fewest tokens that reach this probability",
+    )
     add("--peer_temperature", type=float, default=1.0, help="of the peers' token probabilities")
     add("--device", help=DEVICE)
 
@@ -304,17 +394,28 @@ def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
 def add_convert_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="published .pt file")
     parser.add_argument("output_dir", help="directory to create")
-    parser.add_argument("--tokenizer", help="folder or Hub id of a tokenizer (default: the one the file names)")
+    parser.add_argument(
+        "--tokenizer", help="folder or Hub id of a tokenizer (default: the one the file names)"
+    )
 
 
 def add_kmeans_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", help="directory of an image model")
     add("output_dir", help="directory to create")
-    add("--data", required=True, help="pictures: a folder, a .parquet file or the name of a Hub dataset")
+    add(
+        "--data",
+        required=True,
+        help="pictures: a folder, a .parquet file or the name of a Hub dataset",
+    )
     add("--image_column", default="image", help="field of the records that holds the picture")
     add("--num_codes", type=int, default=1024, help="size of the codebook")
-    add("--metric", choices=["euclidean", "cosine"], default="euclidean", help="distance between tokens")
+    add(
+        "--metric",
+        choices=["euclidean", "cosine"],
+        default="euclidean",
+        help="distance between tokens",
+    )
     add("--iterations", type=int, default=20, help="of k-means")
     add("--limit", type=int, default=4096, help="pictures to use")
     add("--seed", type=int, default=0, help="of the choice of pictures and of the first centres")
@@ -324,12 +425,24 @@ def add_publish_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", help="model directory")
     add("repo_id", help="user/name; created if there is none")
-    add("--evaluation", type=Path, help="output of tokcom evaluate, a section of the card (default: no such section)")
-    add("--private", action="store_true", default=None, help="create a private repository (default: public)")
+    add(
+        "--evaluation",
+        type=Path,
+        help="output of tokcom evaluate, a section of the card (default: no such section)",
+    )
+    add(
+        "--private",
+        action="store_true",
+        default=None,
+        help="create a private repository (default: public)",
+    )
     add("--token", help="access token (default: that of `hf auth login` or HF_TOKEN)")
     add("--revision", help="branch to push to (default: main)")
     add("--create_pr", action="store_true", help="open a pull request instead of committing")
-    add("--max_shard_size", help="split the weights into files of at most this size, e.g. 1GB (default: no split)")
+    add(
+        "--max_shard_size",
+        help="split the weights into files of at most this size, e.g. 1GB (default: no split)",
+    )
 
 
 def add_verify_options(parser: argparse.ArgumentParser) -> None:

@@ -1,9 +1,10 @@
-"""The work of `tokcom sample-corpus`: texts of any causal language model, to train another model on.
+"""The work of `tokcom sample-corpus`: texts of a causal language model, to train another one on.
 
     tokcom sample-corpus --model HuggingFaceTB/SmolLM2-135M --output corpus --num_characters 1000000
 
-The folder gets part-00000.parquet and so on (column `text`), validation.parquet if asked for, and provenance.json. It is written after
-every batch, so the same command given again goes on where it was stopped.
+The folder gets part-00000.parquet and so on (column `text`), validation.parquet if asked for, and
+provenance.json. It is written after every batch, so the same command given again goes on where it
+was stopped.
 """
 
 import argparse
@@ -309,7 +310,9 @@ class Corpus:
         self.state["texts"] = len(self.texts)
         for name, content in (("provenance", provenance), ("state", self.state)):
             text = json.dumps(content, indent=2) + "\n"
-            replace_file(self.folder / f"{name}.json", lambda part, text=text: part.write_text(text))
+            replace_file(
+                self.folder / f"{name}.json", lambda part, text=text: part.write_text(text)
+            )
 
 
 def run(args: argparse.Namespace, stop: threading.Event | None = None) -> dict[str, int]:
@@ -346,7 +349,7 @@ def run(args: argparse.Namespace, stop: threading.Event | None = None) -> dict[s
 
 
 def run_until_stopped(args: argparse.Namespace) -> dict[str, int]:
-    """`run` that ends after the batch in which SIGTERM or SIGINT comes, so that no batch is lost."""
+    """`run`, which SIGTERM or SIGINT ends after the batch in progress, so that none is lost."""
     stopped = threading.Event()
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = [signal.signal(number, lambda *_: stopped.set()) for number in numbers]

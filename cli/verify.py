@@ -1,7 +1,8 @@
 """The work of `tokcom verify`: is a model directory whole, and does everything in it fit together?
 
-Every check runs, even after one has failed, so that one call shows all that is wrong. `checksums.json` holds the SHA-256 of every
-file that running the model reads; it says whether a download is what was released, the other checks whether that can run.
+Every check runs, even after one has failed, so that one call shows all that is wrong.
+`checksums.json` holds the SHA-256 of every file that running the model reads; it says whether a
+download is what was released, the other checks whether that can run.
 """
 
 import argparse
@@ -22,8 +23,17 @@ from tokcom.pipeline_text_tokcom import vocabulary_size
 from tokcom.training.checkpoints import first_line
 
 CHECKSUMS = "checksums.json"
-# what a released directory is made of; its card and pictures may change without making it another model
-RELEASED = ("*.safetensors", "*.json", "*_tokcom.py", "*.jinja", "*.model", "*/*.safetensors", "*/*.json")
+# what a released directory is made of; its card and pictures may change without making it another
+# model
+RELEASED = (
+    "*.safetensors",
+    "*.json",
+    "*_tokcom.py",
+    "*.jinja",
+    "*.model",
+    "*/*.safetensors",
+    "*/*.json",
+)
 SHOWN = 5  # names in a message
 
 
@@ -44,14 +54,20 @@ def released_files(directory: Path) -> list[Path]:
     """The files of a model directory that `checksums.json` covers, in order of their names."""
     found = {file for pattern in RELEASED for file in directory.glob(pattern) if file.is_file()}
     # a subfolder with a model of its own, such as a run beside it, is another directory to verify
-    own = {file for file in found if file.parent == directory or not (file.parent / "model_index.json").exists()}
+    own = {
+        file
+        for file in found
+        if file.parent == directory or not (file.parent / "model_index.json").exists()
+    }
     return sorted(own - {directory / CHECKSUMS})
 
 
 def write_checksums(directory: str | Path) -> Path:
-    """Write `checksums.json` (file name -> SHA-256 in hexadecimal) of a model directory; returns its path."""
+    """Write `checksums.json`, file name -> SHA-256, of a model directory; returns its path."""
     directory = Path(directory)
-    digests = {file.relative_to(directory).as_posix(): _digest(file) for file in released_files(directory)}
+    digests = {
+        file.relative_to(directory).as_posix(): _digest(file) for file in released_files(directory)
+    }
     target = directory / CHECKSUMS
     target.write_text(json.dumps(digests, indent=2) + "\n")
     return target
@@ -60,17 +76,22 @@ def write_checksums(directory: str | Path) -> Path:
 def check_checksums(directory: str | Path) -> int:
     """How many files have the SHA-256 that `checksums.json` says.
 
-    Raises `ValueError` that names every file that is missing or another one, and `FileNotFoundError` without `checksums.json`.
+    Raises `ValueError` that names every file that is missing or another one, and
+    `FileNotFoundError` without `checksums.json`.
     """
     directory = Path(directory)
     try:
         digests = json.loads((directory / CHECKSUMS).read_text())
         expected = dict(digests.items())
     except (json.JSONDecodeError, AttributeError) as error:
-        raise ValueError(f"{directory / CHECKSUMS} is not a table of checksums ({error}).") from error
+        raise ValueError(
+            f"{directory / CHECKSUMS} is not a table of checksums ({error})."
+        ) from error
     missing = [name for name in expected if not (directory / name).is_file()]
     changed = [
-        name for name, digest in expected.items() if name not in missing and _digest(directory / name) != digest
+        name
+        for name, digest in expected.items()
+        if name not in missing and _digest(directory / name) != digest
     ]
     problems = []
     if missing:
@@ -112,7 +133,7 @@ def check_finite(directory: Path) -> str:
 def check_loading(directory: Path) -> str:
     """Weights and configuration name the same tensors of the same shapes."""
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # transformers would print a table of what we raise as one sentence
+    logging.set_verbosity_error()  # it would print a table of what we raise as one sentence
     try:
         model, facts = TokComModel.from_pretrained(directory, output_loading_info=True)
     finally:
@@ -130,7 +151,9 @@ def check_loading(directory: Path) -> str:
 def check_tokenizer(directory: Path) -> str:
     config = TokComConfig.from_pretrained(directory)
     # the class by its name: AutoTokenizer would ask whether to run the code of the directory
-    name = json.loads((directory / "model_index.json").read_text()).get("tokenizer", [None, None])[1]
+    name = json.loads((directory / "model_index.json").read_text()).get("tokenizer", [None, None])[
+        1
+    ]
     if name is None:
         return "none; ids and latents work, text does not"
     tokenizer = getattr(transformers, name).from_pretrained(directory)
@@ -171,6 +194,7 @@ def verify(args: argparse.Namespace) -> None:
             print(f"FAILED  {name:13} {first_line(error.__cause__ or error)}")
     if failed:
         raise ValueError(
-            f"{args.directory} failed {len(failed)} of {len(CHECKS)} checks ({', '.join(failed)}); see above."
+            f"{args.directory} failed {len(failed)} of {len(CHECKS)} checks "
+            f"({', '.join(failed)}); see above."
         )
     print(f"{args.directory} is whole.")

@@ -1,8 +1,10 @@
-"""Distill a flow model of eight modes in the plane into one step: teacher, regression, distribution matching, and both.
+"""Distill a flow model of eight modes in the plane into one step: teacher, regression, distribution
+matching, and both.
 
     python examples/distill_2d.py --picture docs/distill_2d.png
 
-Prints the share of samples within 0.4 of a mode and how many modes are met. About two minutes on one CPU core.
+Prints the share of samples within 0.4 of a mode and how many modes are met. About two minutes on
+one CPU core.
 """
 
 import argparse
@@ -44,7 +46,8 @@ def draw_data(count: int) -> torch.Tensor:
 
 
 def quality(samples: torch.Tensor) -> tuple[float, int]:
-    """Share of `samples (B, 2)` within `NEAR` of a mode, and modes that at least 1 % of them are near to."""
+    """Share of `samples (B, 2)` within `NEAR` of a mode, and modes that at least 1 % of them are
+    near to."""
     distances = torch.cdist(samples, MODES)
     near = distances.min(1).values < NEAR
     counts = torch.bincount(distances.argmin(1)[near], minlength=8)
@@ -77,11 +80,21 @@ def train_regression(teacher: Denoiser, pairs: tuple, steps: int, batch: int) ->
     return student
 
 
-def train_student(teacher: Denoiser, pairs: tuple, steps: int, batch: int, weight: float) -> Denoiser:
+def train_student(
+    teacher: Denoiser, pairs: tuple, steps: int, batch: int, weight: float
+) -> Denoiser:
     student, fake = (copy.deepcopy(teacher).requires_grad_(True) for _ in range(2))
-    optimizers = torch.optim.AdamW(student.parameters(), 5e-4, (0.0, 0.99)), torch.optim.AdamW(fake.parameters(), 1e-3)
-    schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(o, n) for o, n in zip(optimizers, (steps, 5 * steps))]
-    distiller = Distiller(teacher, fake, student, *optimizers, regression_weight=weight, pairs=pairs)
+    optimizers = (
+        torch.optim.AdamW(student.parameters(), 5e-4, (0.0, 0.99)),
+        torch.optim.AdamW(fake.parameters(), 1e-3),
+    )
+    schedules = [
+        torch.optim.lr_scheduler.CosineAnnealingLR(o, n)
+        for o, n in zip(optimizers, (steps, 5 * steps))
+    ]
+    distiller = Distiller(
+        teacher, fake, student, *optimizers, regression_weight=weight, pairs=pairs
+    )
     for _ in tqdm(range(steps), desc=f"matching, regression {weight}"):
         distiller.step((batch, 2))
         schedules[0].step()
@@ -99,18 +112,25 @@ def run(seed: int, teacher_steps: int, student_steps: int, batch: int) -> dict[s
     start = torch.randn(16384, 2)
     pairs = start, integrate(teacher, start, 100)
     noise = torch.randn(4096, 2)
-    found = {f"teacher, {steps} step{'s' * (steps > 1)}": integrate(teacher, noise, steps) for steps in (100, 4, 1)}
+    found = {
+        f"teacher, {steps} step{'s' * (steps > 1)}": integrate(teacher, noise, steps)
+        for steps in (100, 4, 1)
+    }
     with torch.enable_grad():
         students = {
             "regression, 1 step": train_regression(teacher, pairs, student_steps, batch),
             "matching, 1 step": train_student(teacher, pairs, student_steps, batch, 0.0),
-            "matching + regression, 1 step": train_student(teacher, pairs, student_steps, batch, 0.25),
+            "matching + regression, 1 step": train_student(
+                teacher, pairs, student_steps, batch, 0.25
+            ),
         }
     return found | {name: generate(student, noise, (0.0,)) for name, student in students.items()}
 
 
 def main(argv: list[str] | None = None) -> dict[str, tuple[float, int]]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--teacher_steps", type=int, default=4000)
     parser.add_argument("--student_steps", type=int, default=2000)
@@ -122,11 +142,15 @@ def main(argv: list[str] | None = None) -> dict[str, tuple[float, int]]:
     for name, (near, modes) in results.items():
         print(f"{name:30} {near:.2f} near a mode, {modes} of 8 modes")
     if args.picture:
-        figure, axes = plt.subplots(1, len(samples), figsize=(3 * len(samples), 3.3), sharex=True, sharey=True)
+        figure, axes = plt.subplots(
+            1, len(samples), figsize=(3 * len(samples), 3.3), sharex=True, sharey=True
+        )
         for panel, (name, points) in zip(axes, samples.items()):
             panel.scatter(*points.T, s=1, alpha=0.3)
             panel.scatter(*MODES.T, s=20, marker="x", color="black")
-            panel.set_title(f"{name}\n{results[name][0]:.2f} near, {results[name][1]}/8 modes", fontsize=9)
+            panel.set_title(
+                f"{name}\n{results[name][0]:.2f} near, {results[name][1]}/8 modes", fontsize=9
+            )
             panel.set_xlim(-3, 3), panel.set_ylim(-3, 3), panel.set_aspect("equal")
         figure.tight_layout()
         figure.savefig(args.picture, dpi=90)

@@ -1,9 +1,11 @@
-"""Train a small causal language model that speaks text and images: caption -> codes of a picture, and codes -> caption.
+"""Train a small causal language model that speaks text and images: caption -> codes of a picture,
+and codes -> caption.
 
     python examples/image_language.py --model CODED --train pictures.parquet --test others.parquet --output_dir image-llama
 
-CODED is a model of images with a codebook (`tokcom kmeans`). Its tokenizer gets one more token for every code, and
-`<image>` and `</image>`; the model is a Llama of transformers, so `AutoModelForCausalLM` and `generate` do the rest.
+CODED is a model of images with a codebook (`tokcom kmeans`). Its tokenizer gets one more token for
+every code, and `<image>` and `</image>`; the model is a Llama of transformers, so
+`AutoModelForCausalLM` and `generate` do the rest.
 """
 
 import argparse
@@ -12,7 +14,13 @@ from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LogitsProcessor,
+    LogitsProcessorList,
+)
 
 from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.training.images import encode_all, picture_grid, read_pictures
@@ -32,15 +40,20 @@ class CodesOnly(LogitsProcessor):
         return masked
 
 
-def read_codes(pipe: TokComPipeline, source: str, image_column: str, limit: int) -> tuple[list[str], torch.Tensor]:
+def read_codes(
+    pipe: TokComPipeline, source: str, image_column: str, limit: int
+) -> tuple[list[str], torch.Tensor]:
     """Captions and codes `(M, N)` of the pictures of a source."""
     dataset = read_pictures(source, pipe.model.config.codec_config, image_column, limit=limit)
     codes = pipe.model.codec.to_codes(encode_all(pipe.model, dataset))
     return list(dataset.records["caption"]), codes[..., 0]
 
 
-def sequences(tokenizer, captions: list[str], codes: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids `(2 M, L)` and labels: each picture after its caption, and each caption after its picture."""
+def sequences(
+    tokenizer, captions: list[str], codes: torch.Tensor, first: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids `(2 M, L)` and labels: each picture after its caption, and each caption after its
+    picture."""
     begin, end = tokenizer.convert_tokens_to_ids([BEGIN, END])
     texts = tokenizer(captions, add_special_tokens=False)["input_ids"]
     pictures = [[begin, *row, end] for row in (codes + first).tolist()]
@@ -52,7 +65,9 @@ def sequences(tokenizer, captions: list[str], codes: torch.Tensor, first: int) -
     return ids, torch.where(real, ids, -100)
 
 
-def train(model: LlamaForCausalLM, ids: torch.Tensor, labels: torch.Tensor, steps: int, batch_size: int) -> None:
+def train(
+    model: LlamaForCausalLM, ids: torch.Tensor, labels: torch.Tensor, steps: int, batch_size: int
+) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
     bar = tqdm(range(steps), desc="language model", unit="step")
@@ -73,10 +88,19 @@ def draw(model, tokenizer, caption: str, first: int, pipe: TokComPipeline):
     config = pipe.model.config.codec_config
     ids = tokenizer(caption + BEGIN, add_special_tokens=False, return_tensors="pt")["input_ids"]
     only = LogitsProcessorList([CodesOnly(first, config.num_codes)])
-    options = {"do_sample": True, "top_k": 0, "pad_token_id": tokenizer.eos_token_id, "logits_processor": only}
+    options = {
+        "do_sample": True,
+        "top_k": 0,
+        "pad_token_id": tokenizer.eos_token_id,
+        "logits_processor": only,
+    }
     count = config.num_tokens
     output = model.generate(
-        ids, attention_mask=torch.ones_like(ids), min_new_tokens=count, max_new_tokens=count, **options
+        ids,
+        attention_mask=torch.ones_like(ids),
+        min_new_tokens=count,
+        max_new_tokens=count,
+        **options,
     )
     return pipe.decode_images(output[:, ids.shape[1] :, None] - first).images[0]
 
@@ -104,8 +128,12 @@ def word_accuracy(found: list[str], wanted: list[str]) -> float:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="model of images with captions and a codebook")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", required=True, help="model of images with captions and a codebook"
+    )
     parser.add_argument("--train", required=True)
     parser.add_argument("--test", required=True)
     parser.add_argument("--output_dir", type=Path, required=True)
@@ -119,7 +147,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     torch.manual_seed(args.seed)
     pipe = TokComPipeline.from_pretrained(args.model)
-    if pipe.image_processor is None or pipe.tokenizer is None or not pipe.model.config.codec_config.num_codes:
+    if (
+        pipe.image_processor is None
+        or pipe.tokenizer is None
+        or not pipe.model.config.codec_config.num_codes
+    ):
         sys.exit(f"error: {args.model} needs captions and a codebook; run tokcom kmeans first.")
     tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
     words, codes = len(tokenizer), pipe.model.config.codec_config.num_codes
@@ -144,7 +176,9 @@ def main(argv: list[str] | None = None) -> None:
     captions, seen = read_codes(pipe, args.test, args.image_column, args.limit)
     with torch.no_grad():
         ids, labels = (x[:256] for x in sequences(tokenizer, captions, seen, words))
-        print(f"held-out loss, caption -> codes: {model(input_ids=ids, labels=labels).loss.item():.3f} nats")
+        print(
+            f"held-out loss, caption -> codes: {model(input_ids=ids, labels=labels).loss.item():.3f} nats"
+        )
     found = describe(model, tokenizer, seen[:128], words)
     print(f"codes -> caption: {word_accuracy(found, captions[:128]):.1%} of words at their places")
     for text, wanted in list(zip(found, captions))[:3]:

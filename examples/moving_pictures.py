@@ -2,8 +2,8 @@
 
     python examples/moving_pictures.py --pictures sample_data/emoji_train.parquet --output clips.parquet --count 96
 
-Every picture slides, turns or grows over a white ground; the caption says what is shown and how it moves. The clips in `sample_data/`
-were made by this from its pictures (seed 0).
+Every picture slides, turns or grows over a white ground; the caption says what is shown and how it
+moves. The clips in `sample_data/` were made by this from its pictures (seed 0).
 """
 
 import argparse
@@ -23,7 +23,12 @@ def move(picture: Image.Image, motion: str, rng: np.random.Generator) -> list[Im
     """`FRAMES` frames of a picture that moves."""
     side, speed = int(rng.integers(12, 18)), float(rng.uniform(1.2, 2.2))
     picture = picture.convert("RGBA").resize((side, side), Image.Resampling.BOX)
-    direction = {"sliding to the right": (1, 0), "sliding to the left": (-1, 0), "sinking": (0, 1), "rising": (0, -1)}
+    direction = {
+        "sliding to the right": (1, 0),
+        "sliding to the left": (-1, 0),
+        "sinking": (0, 1),
+        "rising": (0, -1),
+    }
     dx, dy = direction.get(motion, (0, 0))
     frames = []
     for i in range(FRAMES):
@@ -33,14 +38,19 @@ def move(picture: Image.Image, motion: str, rng: np.random.Generator) -> list[Im
         elif motion == "growing":
             shown = picture.resize([round(side * (0.6 + 0.1 * i))] * 2, Image.Resampling.BICUBIC)
         frame = Image.new("RGBA", (SIZE, SIZE), "white")
-        corner = (round((SIZE - shown.width) / 2 + dx * away), round((SIZE - shown.height) / 2 + dy * away))
+        corner = (
+            round((SIZE - shown.width) / 2 + dx * away),
+            round((SIZE - shown.height) / 2 + dy * away),
+        )
         frame.alpha_composite(shown, (max(0, corner[0]), max(0, corner[1])))
         frames.append(frame.convert("RGB"))
     return frames
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pictures", required=True, help="parquet with `image` and `caption`")
     parser.add_argument("--output", required=True)
     parser.add_argument("--count", type=int, default=96)
@@ -51,7 +61,15 @@ def main(argv: list[str] | None = None) -> None:
     for i in range(args.count):
         record, motion = records[int(rng.integers(len(records)))], MOTIONS[i % len(MOTIONS)]
         frames, buffer = move(open_image(record["image"]), motion, rng), io.BytesIO()
-        frames[0].save(buffer, "WEBP", save_all=True, append_images=frames[1:], duration=125, loop=0, quality=80)
+        frames[0].save(
+            buffer,
+            "WEBP",
+            save_all=True,
+            append_images=frames[1:],
+            duration=125,
+            loop=0,
+            quality=80,
+        )
         rows["image"].append(buffer.getvalue())
         rows["caption"].append(f"{record['caption']}, {motion}")
     datasets.Dataset.from_dict(rows).to_parquet(args.output)

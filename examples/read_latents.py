@@ -1,4 +1,5 @@
-"""What the latents of the shipped model say: neighbours of a chunk, and the way from one sentence to another.
+"""What the latents of the shipped model say: neighbours of a chunk, and the way from one sentence
+to another.
 
 python examples/read_latents.py
 """
@@ -15,10 +16,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--checkpoint", default=str(ROOT))
     parser.add_argument(
-        "--text", default=" said the little girl, and she went into the garden", help="chunks to look up"
+        "--text",
+        default=" said the little girl, and she went into the garden",
+        help="chunks to look up",
     )
     parser.add_argument("--first", default="The old king was very sad.")
     parser.add_argument("--second", default="The young fox ran away fast.")
@@ -28,17 +33,25 @@ def main(argv: list[str] | None = None) -> None:
 
     def texts_of(ids: torch.Tensor) -> list[str]:
         return [
-            pipe.tokenizer.decode([i for i in row if i < len(pipe.tokenizer)]) for row in ids.view(-1, size).tolist()
+            pipe.tokenizer.decode([i for i in row if i < len(pipe.tokenizer)])
+            for row in ids.view(-1, size).tolist()
         ]
 
-    stories = [json.loads(line)["text"] for line in (ROOT / "sample_data" / "held_out.jsonl").read_text().splitlines()]
+    stories = [
+        json.loads(line)["text"]
+        for line in (ROOT / "sample_data" / "held_out.jsonl").read_text().splitlines()
+    ]
     known = pipe.encode(" ".join(stories))
     library, chunks = known.latents[0], texts_of(known.sequences)
     asked = pipe.encode(args.text)
     nearest = torch.cdist(asked.latents[0], library).topk(4, largest=False)
-    print(f"Nearest of {len(library)} chunks of held-out text, by distance in {library.shape[1]} dimensions:")
+    print(
+        f"Nearest of {len(library)} chunks of held-out text, by distance in {library.shape[1]} dimensions:"
+    )
     for text, distances, places in zip(texts_of(asked.sequences), *(x.tolist() for x in nearest)):
-        print(f"  {text!r:28}", ", ".join(f"{chunks[p]!r} {d:.1f}" for d, p in zip(distances, places)))
+        print(
+            f"  {text!r:28}", ", ".join(f"{chunks[p]!r} {d:.1f}" for d, p in zip(distances, places))
+        )
 
     first, second = (pipe.encode(text) for text in (args.first, args.second))
     count = min(first.latents.shape[1], second.latents.shape[1])
