@@ -23,9 +23,9 @@ from PIL import Image
 
 from tokcom.cli.loading import check_modality, open_pipeline
 from tokcom.evaluation.reconstruction import token_losses_at
-from tokcom.pipeline_text_tokcom import kept_tokens, text_ids
 from tokcom.pipeline_tokcom import GAP, TokComPipeline
-from tokcom.sampling_tokcom import spawn_generators
+from tokcom.processing_tokcom import decode_ids, text_ids
+from tokcom.sampling_tokcom import kept_tokens, spawn_generators
 
 matplotlib.use("Agg")
 LONGEST = 512  # tokens that the page generates or reads at once
@@ -155,7 +155,7 @@ class Demo:
         shown = ""
         pieces = []
         for end in range(1, len(ids) + 1):
-            text = self.pipe._decode_row(ids[:end])
+            text = decode_ids(self.pipe.tokenizer, ids[:end])
             whole = text if end == len(ids) else text.rstrip("\ufffd")
             pieces.append(whole[len(shown) :] if whole.startswith(shown) else "")
             shown = whole if len(whole) >= len(shown) else shown

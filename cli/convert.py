@@ -19,11 +19,13 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from tokcom.cli.loading import check_model_path
 from tokcom.configuration_tokcom import TokComConfig
-from tokcom.hub_tokcom import with_section
 from tokcom.modeling_tokcom import TokComModel
-from tokcom.pipeline_text_tokcom import vocabulary_size
+from tokcom.pipeline_base_tokcom import with_section
+from tokcom.pipeline_media_tokcom import TokComImagePipeline, load_pipeline
 from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.processing_tokcom import vocabulary_size
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 from tokcom.training.card import evaluation_section
 from tokcom.training.checkpoints import first_line
@@ -120,7 +122,8 @@ def read_published(path: str | Path) -> dict:
 
 def published_config(checkpoint: dict, pad_token_id: int) -> TokComConfig:
     """Preset `v5.2` with what a checkpoint's `model_args` and `config` say."""
-    args, settings = checkpoint["model_args"], checkpoint["config"]
+    args = checkpoint["model_args"]
+    settings = checkpoint["config"]
     width = args["hidden_size"]
     shape = {
         "hidden_size": width,
@@ -158,9 +161,8 @@ def _load_tokenizer(name: str | None, vocab_size: int) -> PreTrainedTokenizerBas
         return None
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (
-        Exception
-    ) as error:  # a missing, gated or unreachable tokenizer must not cost the user the conversion
+    except Exception as error:
+        # a missing, gated or unreachable tokenizer must not cost the user the conversion
         reason = first_line(error)
         warnings.warn(f"tokenizer {name!r} cannot be reached ({reason}); {remedy}.", stacklevel=3)
         return None
@@ -222,7 +224,7 @@ def publish(args: argparse.Namespace) -> None:
         raise FileNotFoundError(
             f"{directory} holds no model_index.json, so it is not a TokCom model directory."
         )
-    pipe = TokComPipeline.from_pretrained(directory)
+    pipe = load_pipeline(directory)
     card = directory / "README.md"
     text = card.read_text() if card.is_file() else pipe.model_card(args.repo_id.split("/")[-1])
     if args.evaluation:
@@ -242,9 +244,8 @@ def publish(args: argparse.Namespace) -> None:
 
 def fit_codebook(args: argparse.Namespace) -> None:
     """Cluster the tokens of pictures by k-means, so that an image model gives codes."""
-    pipe = TokComPipeline.from_pretrained(args.model)
-    if pipe.model.config.codec_config.modality != "image":
-        raise ValueError(f"a codebook needs a model of images, which {args.model} is not.")
+    check_model_path(args.model, "MODEL")
+    pipe = TokComImagePipeline.from_pretrained(args.model)
     dataset = read_pictures(
         args.data, pipe.model.config.codec_config, args.image_column, seed=args.seed
     )

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from tokcom.cli.convert import load_published_pipeline
+from tokcom import load_pipeline
 from tokcom.training.checkpoints import first_line
 
 # modality of a model: what it makes, and the commands to use it with
@@ -31,13 +31,6 @@ def best_device(device: str | None = None) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _load_pipeline():
-    """Until `tokcom.load_pipeline` exists, the one class there is."""
-    import tokcom
-
-    return getattr(tokcom, "load_pipeline", None) or tokcom.TokComPipeline.from_pretrained
-
-
 def check_model_path(checkpoint: str, option: str = "--checkpoint") -> None:
     """Raise `FileNotFoundError` if a model directory is missing or is none; a Hub id passes."""
     path = Path(checkpoint)
@@ -60,11 +53,12 @@ def open_pipeline(checkpoint: str, device: str | None = None, option: str = "--c
     Raises `FileNotFoundError` if nothing is there, and `ValueError` for weights that do not fit or
     a device that cannot be used.
     """
-    load_pipeline = _load_pipeline()
     device = best_device(device)
     path = Path(checkpoint)
     check_model_path(checkpoint, option)
     if path.suffix == ".pt":
+        from tokcom.cli.convert import load_published_pipeline  # which imports this file
+
         return load_published_pipeline(path).to(device)
     try:
         pipe = load_pipeline(checkpoint)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from tokcom.cli.loading import check_modality, open_pipeline, speed_up
 from tokcom.cli.options import MODES, READ, WRITTEN
-from tokcom.pipeline_text_tokcom import GAP
+from tokcom.pipeline_tokcom import GAP
 from tokcom.processing_tokcom import write_wav
 from tokcom.training.films import write_film
 from tokcom.training.images import Frames

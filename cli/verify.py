@@ -19,7 +19,7 @@ from transformers.utils import logging
 from tokcom.cli.loading import check_model_path
 from tokcom.configuration_tokcom import TokComConfig
 from tokcom.modeling_tokcom import TokComModel
-from tokcom.pipeline_text_tokcom import vocabulary_size
+from tokcom.processing_tokcom import vocabulary_size
 from tokcom.training.checkpoints import first_line
 
 CHECKSUMS = "checksums.json"

@@ -50,7 +50,6 @@ def main(argv: list[str] | None = None) -> None:
     records = list(load_documents(args.data, DataConfig(train=args.data), "validation"))[: args.samples]
     dialogues = [messages_of(record) for record in records]
     pipe = TokComPipeline.from_pretrained(args.checkpoint).to(args.device)
-    pipe.require_tokens()
     pipe.set_progress_bar_config(disable=True)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     files = []

@@ -15,7 +15,8 @@ import torch
 from tqdm.auto import tqdm
 
 from tokcom.evaluation.report import table
-from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.pipeline_base_tokcom import TokComBasePipeline
+from tokcom.pipeline_media_tokcom import load_pipeline
 from tokcom.quantization_tokcom import FiniteScalarQuantizer, code_statistics
 from tokcom.training.config import DataConfig
 from tokcom.training.data import load_documents, tokenize_documents
@@ -25,7 +26,7 @@ BATCH = 64
 
 
 @torch.no_grad()
-def held_out_codes(pipe: TokComPipeline, args: argparse.Namespace) -> torch.Tensor:
+def held_out_codes(pipe: TokComBasePipeline, args: argparse.Namespace) -> torch.Tensor:
     """Codes `(M, R)` of the data; raises `ValueError` for a codec without a quantiser."""
     model, codec, parts = pipe.model, pipe.model.config.codec_config, []
     if getattr(model.codec, "quantizer", None) is None:
@@ -38,14 +39,14 @@ def held_out_codes(pipe: TokComPipeline, args: argparse.Namespace) -> torch.Tens
         tokens = tokens[: len(tokens) // codec.chunk_size * codec.chunk_size].long().view(-1, codec.chunk_size)
         batches = tokens[: args.limit * BATCH].split(16 * BATCH)
         return torch.cat([model.encode(part).codes.flatten(0, 1) for part in tqdm(batches, desc="encoding")])
-    data = read_pictures(args.data, codec, args.image_column, limit=args.limit, autoencoder=pipe.vae)
+    data = read_pictures(args.data, codec, args.image_column, limit=args.limit, autoencoder=getattr(pipe, "vae", None))
     for start in tqdm(range(0, len(data), BATCH), desc="encoding"):
         pixels = torch.stack([data[i]["pixel_values"] for i in range(start, min(start + BATCH, len(data)))])
         parts.append(model.encode(pixel_values=pixels).codes.flatten(0, 1))
     return torch.cat(parts)
 
 
-def sizes(pipe: TokComPipeline, levels: int) -> list[int]:
+def sizes(pipe: TokComBasePipeline, levels: int) -> list[int]:
     """How many codes each of the `levels` columns of codes may take."""
     quantizer = pipe.model.codec.quantizer
     if isinstance(quantizer, FiniteScalarQuantizer):
@@ -55,7 +56,11 @@ def sizes(pipe: TokComPipeline, levels: int) -> list[int]:
 
 @torch.no_grad()
 def show_codes(
-    pipe: TokComPipeline, codes: torch.Tensor, column: tuple[torch.Tensor, torch.Tensor], file: Path, shown: int = 256
+    pipe: TokComBasePipeline,
+    codes: torch.Tensor,
+    column: tuple[torch.Tensor, torch.Tensor],
+    file: Path,
+    shown: int = 256,
 ) -> None:
     """What the most used codes of the first level stand for, each as the patch it decodes to, most used first."""
     codec, (values, counts) = pipe.model.codec, column
@@ -95,7 +100,7 @@ def main(argv: list[str] | None = None) -> dict:
     args = parser.parse_args(argv)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     try:
-        pipe = TokComPipeline.from_pretrained(args.model)
+        pipe = load_pipeline(args.model)
         codes = held_out_codes(pipe, args)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/heads"))
     args = parser.parse_args(argv)
-    TokComPipeline.from_pretrained(args.checkpoint).require_tokens()
+    TokComPipeline.from_pretrained(args.checkpoint)  # raises for a model without text
     texts, files = held_out_texts(args), []
     for seed in args.seeds:
         plain = predict(TokComPipeline.from_pretrained(args.checkpoint).to(args.device), texts, args.noise_level, seed)

@@ -29,9 +29,8 @@ from transformers import AutoTokenizer
 from tokcom.evaluation.images import Classifier, recognised, train_classifier
 from tokcom.evaluation.judges import TokenJudge
 from tokcom.evaluation.report import table
-from tokcom.pipeline_text_tokcom import vocabulary_size
-from tokcom.pipeline_tokcom import TokComPipeline
-from tokcom.processing_tokcom import TokComAudioProcessor, TokComImageProcessor, write_wav
+from tokcom.pipeline_media_tokcom import TokComOmniPipeline
+from tokcom.processing_tokcom import TokComAudioProcessor, TokComImageProcessor, vocabulary_size, write_wav
 from tokcom.training.config import DataConfig
 from tokcom.training.data import load_documents
 from tokcom.training.images import picture_grid
@@ -102,7 +101,7 @@ def copied(captions: list[str], known: list[str]) -> list[int]:
 class Study:
     """The model, the real records, and what is made of them; `generate` runs in batches with one seed."""
 
-    def __init__(self, pipe: TokComPipeline, args: argparse.Namespace):
+    def __init__(self, pipe: TokComOmniPipeline, args: argparse.Namespace):
         self.pipe, self.args = pipe, args
         self.look = TokComImageProcessor(pipe.model.codec.streams["image"].config.image_size)
         wanted = {"pictures": ("text", "image"), "digits": ("text", "image", "audio")}
@@ -133,7 +132,7 @@ class Study:
             part = {name: values[start : start + BATCH] for name, values in given.items()}
             options = {"num_inference_steps": self.args.steps, "guidance_scale": scale, "generator": generator}
             options["num_candidates"] = self.args.num_candidates if stream == "text" else 1
-            made += self.pipe.generate_streams(part, stream, **options).streams[stream]
+            made += self.pipe(part, stream, **options).streams[stream]
         return made
 
     def pixels(self, images: list[Image.Image]) -> torch.Tensor:
@@ -168,7 +167,7 @@ def measure_pictures(study: Study) -> dict:
     named, bleu = ({"direction": "picture to text", "measure": name} for name in ("noun exact", "BLEU"))
     kinds = (
         ("nearest training record", nearest),
-        ("real data", study.pipe.reconstruct_streams({"text": test["text"]}).texts),
+        ("real data", study.pipe.reconstruct({"text": test["text"]}).texts),
     )
     for name, texts in (*kinds, *((f"guidance {s:g}", t) for s, t in written.items())):
         named[name] = float(np.mean([noun(a) == noun(b) for a, b in zip(texts, test["caption"])]))
@@ -264,7 +263,7 @@ def keep_sounds(study: Study, classes: list[str], sounds: list[np.ndarray], test
 
 
 def measure_text(
-    pipes: dict[str, TokComPipeline], judge: TokenJudge, real: list[str], args: argparse.Namespace
+    pipes: dict[str, TokComOmniPipeline], judge: TokenJudge, real: list[str], args: argparse.Namespace
 ) -> list[dict]:
     """As many texts from nothing as there are `real` ones, of the joint model and of one of text alone, by a judge with their
     tokenizer. Entropy is that of their tokens taken together."""
@@ -272,7 +271,7 @@ def measure_text(
     for name, pipe in {"real": None, **pipes}.items():
         texts, generator = real if pipe is None else [], torch.Generator().manual_seed(args.seed)
         while len(texts) < len(real):
-            texts = texts + pipe.generate_streams({}, "text", BATCH, args.steps, generator=generator).texts
+            texts = texts + pipe({}, "text", BATCH, args.steps, generator=generator).texts
         texts, eos = texts[: len(real)], tokenizer.eos_token_id
         ids = [[*row, eos] for row in tokenizer(texts, add_special_tokens=False)["input_ids"]]
         nats = np.concatenate([judge.nll(np.array([[eos, *row]]))[0, 1:] for row in ids])
@@ -304,13 +303,13 @@ def report(facts: dict) -> str:
     return text + "\n"
 
 
-def load(args: argparse.Namespace) -> tuple[Study, dict[str, TokComPipeline], TokenJudge | None]:
+def load(args: argparse.Namespace) -> tuple[Study, dict[str, TokComOmniPipeline], TokenJudge | None]:
     """The study, the models whose texts are judged, and the judge; raises `ValueError` if they do not fit each other."""
-    pipes, judge = {"joint model": TokComPipeline.from_pretrained(args.model)}, None
+    pipes, judge = {"joint model": TokComOmniPipeline.from_pretrained(args.model)}, None
     if args.text_model:
-        pipes["text alone"] = TokComPipeline.from_pretrained(args.text_model)
+        pipes["text alone"] = TokComOmniPipeline.from_pretrained(args.text_model)
     for pipe, streams in zip(pipes.values(), ({"audio", "image", "text"}, {"text"})):
-        if pipe.model.config.codec_config.modality != "several" or not streams <= set(pipe.model.codec.names):
+        if not streams <= set(pipe.model.codec.names):
             raise ValueError(f"{args.model}, {args.text_model}: the streams {sorted(streams)} are needed.")
         pipe.set_progress_bar_config(disable=True)
     if args.judge:
