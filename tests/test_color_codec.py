@@ -8,8 +8,8 @@ from transformers import get_scheduler
 from tokcom.codec_color_tokcom import TokComColorCodec
 from tokcom.configuration_tokcom import PRESETS, TokComColorCodecConfig, TokComConfig
 from tokcom.modeling_tokcom import TokComModel
-from tokcom.pipeline_text_tokcom import vocabulary_size
 from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.processing_tokcom import vocabulary_size
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 from tokcom.training.optimizer import build_optimizer
 

@@ -18,8 +18,8 @@ from tokcom.distill_accelerate import Distillation, ModelDenoiser
 from tokcom.distill_accelerate import main as distill
 from tokcom.evaluation.students import main as measure_students
 from tokcom.modeling_tokcom import TokComModel
-from tokcom.pipeline_text_tokcom import vocabulary_size
 from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.processing_tokcom import vocabulary_size
 from tokcom.sampling_tokcom import spawn_generators
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 from tokcom.training.data import train_tokenizer

@@ -4,8 +4,8 @@ import torch
 from helpers import build_model, seeded
 
 from tokcom.evaluation.divergence import TokComStudent, tempered, truncate
-from tokcom.pipeline_text_tokcom import text_ids, vocabulary_size
 from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.processing_tokcom import text_ids, vocabulary_size
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 
 

@@ -21,9 +21,8 @@ from tokcom.configuration_tokcom import PRESETS, TokComConfig, TokComStyleCodecC
 from tokcom.evaluation.images import PCA, frechet, jpeg, main, order_facts, psnr, ssim
 from tokcom.inference import main as infer
 from tokcom.modeling_tokcom import TokComModel
-from tokcom.pipeline_text_tokcom import vocabulary_size
 from tokcom.pipeline_tokcom import TokComPipeline
-from tokcom.processing_tokcom import TokComImageProcessor
+from tokcom.processing_tokcom import TokComImageProcessor, vocabulary_size
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 from tokcom.train_accelerate import StageTrainer, read_data
 from tokcom.train_accelerate import main as train

@@ -20,10 +20,9 @@ from tokcom.evaluation.codebook import main as codebook
 from tokcom.evaluation.omni import main as measure_streams
 from tokcom.inference import main as infer
 from tokcom.modeling_tokcom import TokComModel
-from tokcom.pipeline_omni_tokcom import most_alike
-from tokcom.pipeline_text_tokcom import vocabulary_size
 from tokcom.pipeline_tokcom import TokComPipeline
-from tokcom.processing_tokcom import TokComAudioProcessor, TokComImageProcessor, read_wav, write_wav
+from tokcom.processing_tokcom import TokComAudioProcessor, TokComImageProcessor, read_wav, vocabulary_size, write_wav
+from tokcom.sampling_tokcom import most_alike
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 from tokcom.train_accelerate import build_model
 from tokcom.train_accelerate import main as train

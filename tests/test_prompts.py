@@ -7,8 +7,9 @@ from helpers import build_model, seeded
 
 from tokcom.configuration_tokcom import TokComConfig
 from tokcom.modeling_tokcom import TokComModel
-from tokcom.pipeline_text_tokcom import kept_tokens, text_ids, vocabulary_size
 from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.processing_tokcom import text_ids, vocabulary_size
+from tokcom.sampling_tokcom import kept_tokens
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 
 TEXT = "Once upon a time there was a little rabbit who lived in a wood."

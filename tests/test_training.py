@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from tokcom import train_accelerate
 from tokcom.modeling_tokcom import TokComModel
-from tokcom.pipeline_text_tokcom import vocabulary_size
 from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.processing_tokcom import vocabulary_size
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 from tokcom.train_accelerate import NonFiniteLossError, StageTrainer, run
 from tokcom.training.config import PRESET_DIR, load_train_config

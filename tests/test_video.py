@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tokcom.cli.main import call
+from tokcom.codec_video_tokcom import _device_of, decode_clips, encode_clips
 from tokcom.configuration_tokcom import TokComConfig, TokComVideoCodecConfig
 from tokcom.distill_accelerate import ModelDenoiser
 from tokcom.distill_accelerate import main as distill
@@ -22,9 +23,8 @@ from tokcom.evaluation.memory import activations, operations, resized, run_step,
 from tokcom.evaluation.videos import main as measure_videos
 from tokcom.inference import main as infer
 from tokcom.modeling_tokcom import TokComModel, diffusion_times, draw_known, generation_order
-from tokcom.pipeline_text_tokcom import vocabulary_size
 from tokcom.pipeline_tokcom import TokComPipeline
-from tokcom.pipeline_video_tokcom import _device_of, decode_clips, encode_clips
+from tokcom.processing_tokcom import vocabulary_size
 from tokcom.quantization_tokcom import code_statistics
 from tokcom.sampling_tokcom import TokComBlockSampler
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
