@@ -387,13 +387,13 @@ class TokComBasePipeline(DiffusionPipeline):
         num_inference_steps: int | None = None,
         output_type: str | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
-        length: int | None = None,
+        length: tuple[str, int] | None = None,
     ) -> None:
-        """Raise `ValueError` for arguments that are out of range; those that are None are not checked."""
+        """Raise `ValueError` for arguments that are out of range; `length` is one with its name."""
         if num_inference_steps is not None and num_inference_steps < 1:
             raise ValueError(f"`num_inference_steps` ({num_inference_steps}) must be at least 1.")
-        if length is not None and length < 1:
-            raise ValueError(f"the length to generate ({length}) must be at least 1.")
+        if length is not None and length[1] < 1:
+            raise ValueError(f"`{length[0]}` ({length[1]}) must be at least 1.")
         if output_type is not None and output_type not in self.output_types:
             raise ValueError(f"`output_type` ({output_type!r}) must be one of {self.output_types} for this model.")
         unknown = set(callback_on_step_end_tensor_inputs or []) - set(self._callback_tensor_inputs)

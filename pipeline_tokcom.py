@@ -145,7 +145,9 @@ class TokComPipeline(TokComBasePipeline):
 
         Raises `ValueError` for an empty or too long prompt and for arguments out of range.
         """
-        self.check_inputs(num_inference_steps, output_type, callback_on_step_end_tensor_inputs, gen_length)
+        self.check_inputs(
+            num_inference_steps, output_type, callback_on_step_end_tensor_inputs, ("gen_length", gen_length)
+        )
         prompts = as_prompts(self.tokenizer, prompt)
         if streamer is not None and (len(prompts) > 1 or output_type == "latent"):
             raise ValueError(f"`streamer` shows text of one prompt, not {len(prompts)} prompts as {output_type!r}.")
@@ -325,7 +327,7 @@ class TokComPipeline(TokComBasePipeline):
         lengths = [gen_length] * len(prompts) if isinstance(gen_length, int) else list(gen_length)
         if not prompts or len(lengths) != len(prompts):
             raise ValueError(f"`gen_length` has {len(lengths)} entries for {len(prompts)} prompts; give one each.")
-        self.check_inputs(num_inference_steps, length=min(lengths))
+        self.check_inputs(num_inference_steps, length=("gen_length", min(lengths)))
 
         def ask_to_stop(pipe, step, timestep, x):
             pipe._interrupt = should_stop()
@@ -363,7 +365,7 @@ class TokComPipeline(TokComBasePipeline):
         output_type: str = "text",
     ) -> TokComPipelineOutput:
         """Mode 1: new texts of `num_chunks` chunks from noise; see `__call__` for the other arguments."""
-        self.check_inputs(num_inference_steps, output_type, length=num_chunks)
+        self.check_inputs(num_inference_steps, output_type, length=("num_chunks", num_chunks))
         multiple = self.model.config.codec_config.latents_multiple
         if num_chunks % multiple:
             raise ValueError(
@@ -494,7 +496,7 @@ class TokComPipeline(TokComBasePipeline):
 
         Returns the whole text. Raises `ValueError` when there is no gap or nothing but gaps.
         """
-        self.check_inputs(num_inference_steps, length=gap_length)
+        self.check_inputs(num_inference_steps, length=("gap_length", gap_length))
         if not isinstance(text, str):
             raise ValueError(f"`text` must be one text, not {text!r}; call infill for each.")
         pieces = text.split(GAP)
@@ -578,9 +580,7 @@ class TokComPipeline(TokComBasePipeline):
 
     def _color_codec(self) -> TokComColorCodec:
         if not isinstance(self.model.codec, TokComColorCodec):
-            raise ValueError(
-                f"this model's tokens are no pixels (codec {self.model.codec.config.model_type!r}); load a pixel model."
-            )
+            raise ValueError("the tokens of this model are not pixels; load a pixel model.")
         return self.model.codec
 
     def text_to_image(self, text: str, width: int | None = None) -> Image.Image:

@@ -75,15 +75,15 @@ def tokenize_texts(
     """Ids of each text; raises `ValueError` with the argument's `name` for an empty one, or without a tokenizer."""
     for text in texts:
         if not isinstance(text, str):
-            raise ValueError(
-                f"`{name}` must be a text or a list of texts, not a {type(text).__name__} ({text!r:.80})."
-            )
+            raise ValueError(f"`{name}` must be a text or a list of texts, not {_describe(text)}.")
     if tokenizer is None:
         raise ValueError(f"`{name}` is text, but this pipeline has no tokenizer; pass one when building it.")
     rows = [text_ids(tokenizer, text, special_tokens) for text in texts]
     for text, row in zip(texts, rows):
         if not row:
-            raise ValueError(f"`{name}` is empty ({text!r}); give some text, or leave it out to start from noise.")
+            raise ValueError(
+                f"`{name}` is empty ({text!r}); give some text; a text pipeline starts from nothing with generate()."
+            )
     return rows
 
 
@@ -354,7 +354,7 @@ def _describe(value: Any) -> str:
     """What a value is, for an error."""
     if isinstance(value, (np.ndarray, torch.Tensor)):
         return f"values of {value.dtype} and shape {tuple(value.shape)}"
-    return f"a {type(value).__name__}"
+    return f"{value!r:.60} of type {type(value).__name__}"
 
 
 # ---- sounds ----

@@ -12,14 +12,13 @@ import torch
 from helpers import ROOT
 from transformers import AutoTokenizer
 
-import tokcom
 from tokcom import demo, distill_accelerate, inference, train_accelerate
 from tokcom.cli.main import COMMANDS, call, parse
 from tokcom.configuration_tokcom import TokComConfig
 from tokcom.modeling_tokcom import TokComModel
-from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.pipeline_base_tokcom import TokComBasePipeline
+from tokcom.pipeline_media_tokcom import build_pipeline
 from tokcom.processing_tokcom import vocabulary_size
-from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 from tokcom.training.data import train_tokenizer
 
 QUICK = [
@@ -116,8 +115,6 @@ EXPECTED = {
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_examples_run(name, tmp_path, capsys):
-    if name == "image_language" and not hasattr(tokcom, "TokComImagePipeline"):
-        pytest.skip("needs TokComImagePipeline")
     spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -151,11 +148,9 @@ def blocks(language: str) -> list[tuple[str, str]]:
     return [(file.name, code) for file in files for code in found.findall(file.read_text())]
 
 
-def untrained(preset: str, tokenizer, **overrides) -> TokComPipeline:
+def untrained(preset: str, tokenizer, **overrides) -> TokComBasePipeline:
     config = TokComConfig.from_preset(preset, vocabulary_size(tokenizer), **overrides)
-    return TokComPipeline(
-        TokComModel(config), TokComFlowMatchScheduler.from_model_config(config), tokenizer
-    )
+    return build_pipeline(TokComModel(config), tokenizer)
 
 
 @pytest.mark.parametrize(("file", "code"), blocks("python"))
