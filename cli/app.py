@@ -21,7 +21,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from tokcom.cli.loading import check_modality, open_pipeline
+from tokcom.cli.loading import check_modality, check_model_path, open_pipeline
 from tokcom.evaluation.reconstruction import token_losses_at
 from tokcom.pipeline_tokcom import GAP, TokComPipeline
 from tokcom.processing_tokcom import decode_ids, text_ids
@@ -498,6 +498,15 @@ def _image_tab(demo: Demo) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Load the models and serve the page until it is stopped."""
+    # all paths first: a typing mistake should not cost the loading of a model
+    named = (
+        ("--checkpoint", args.checkpoint),
+        ("--pixels", args.pixels),
+        ("--images", args.images),
+    )
+    for option, path in named:
+        if path is not None:
+            check_model_path(path, option)
     pipe = open_pipeline(args.checkpoint, args.device)
     check_modality(pipe, args.checkpoint, "generate")
     pixels = None

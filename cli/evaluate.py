@@ -220,7 +220,7 @@ def run(args: argparse.Namespace) -> dict:
     if args.predictions:
         print(compare(args.predictions))
         return {}
-    args.device = best_device(args.device)
+    args.device = best_device(args.device)  # judges and peers go to the same one
     results = evaluate(args)
     print((Path(args.output_dir) / "results.md").read_text())
     return results

@@ -49,6 +49,7 @@ def _mode_command(name: str, help: str) -> Command:
     def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         args.mode = options.chosen_mode(name, args)
         options.check_mode(parser, args.mode, args, name)
+        # argparse knows the options of the command, not which of them belong to the mode
         own = [name for name in options.OPTIONS if name in vars(args) and name not in options.MODEL]
         options.refuse_unused(parser, args.mode, args, own)
 
@@ -161,9 +162,11 @@ def call(name: str, *argv: str) -> Any:
         arguments = arguments[1:]
     if command.add_options is not None:
         arguments = parse(name, arguments)
+        # reports quote the command that made them
         arguments.command_line = shlex.join(["tokcom", name, *argv])
     elif debug:
         arguments.remove("--debug")
+    # importing is part of the work: it fails where an optional package is missing
     with report_errors(debug):
         work = getattr(import_module(f"tokcom.{module}"), function)
         return work(arguments)

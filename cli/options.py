@@ -212,6 +212,7 @@ def add_mode_options(parser: argparse.ArgumentParser, command: str) -> None:
         name, metavar, text = positional
         needed = all(name in mode.needs for mode in modes)
         parser.add_argument(name, metavar=metavar, nargs=None if needed else "?", help=text)
+    # modes share options, so each is added once, in the order of the table
     names = dict.fromkeys(name for mode in modes for name in (*mode.options, *MODEL))
     for name in sorted(names, key=list(OPTIONS).index):
         if positional is None or name != positional[0]:
