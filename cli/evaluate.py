@@ -126,6 +126,28 @@ def peer_settings(sampler: AutoregressiveSampler) -> dict[str, AutoregressiveSam
     )
 
 
+def load_systems(args: argparse.Namespace, pipe: TokComPipeline) -> dict:
+    """The samplers to measure by name: the model's, and those of the peers."""
+    ours = TokComSampler(
+        pipe,
+        args.steps,
+        args.guidance_scale,
+        args.noise_scale,
+        temperature=args.temperature,
+        top_p=args.top_p,
+    )
+    systems = {"TokCom": ours}
+    for peer in args.peer:
+        name, path = peer.split("=", 1)
+        model = (
+            AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(args.device).eval()
+        )
+        systems[name] = AutoregressiveSampler(
+            model, pipe.tokenizer.eos_token_id, args.peer_temperature
+        )
+    return systems
+
+
 def evaluate(args: argparse.Namespace) -> dict:
     """Run the sections that `args` asks for; `results.json` is rewritten after each."""
     pipe = open_pipeline(args.checkpoint, args.device)
@@ -169,25 +191,7 @@ def evaluate(args: argparse.Namespace) -> dict:
             args.samples,
             args.seeds,
         )
-        ours = TokComSampler(
-            pipe,
-            args.steps,
-            args.guidance_scale,
-            args.noise_scale,
-            temperature=args.temperature,
-            top_p=args.top_p,
-        )
-        systems = {"TokCom": ours}
-        for peer in args.peer:
-            name, path = peer.split("=", 1)
-            model = (
-                AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-                .to(args.device)
-                .eval()
-            )
-            systems[name] = AutoregressiveSampler(
-                model, pipe.tokenizer.eos_token_id, args.peer_temperature
-            )
+        systems = load_systems(args, pipe)
         _measure_systems(args, study, pipe, systems, keep)
     (output / "results.md").write_text(report.markdown(results))
     report.plots(results, output)
