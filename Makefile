@@ -23,7 +23,7 @@ $(VENV)/.ready-dev: $(VENV)/.ready requirements-dev.txt
 	touch $@
 
 app: setup
-	$(BIN)/python app.py
+	$(BIN)/tokcom app
 
 serve: setup
 	$(BIN)/tokcom serve

@@ -1,45 +1,70 @@
-"""What `make demo` runs: every mode of the shipped model, from this directory, without network.
+"""What `make demo` runs: the shipped model continues, streams, fills a gap and mends a noisy text.
 
-python demo.py
+    python demo.py
+
+Everything is in this directory, so it needs no network. It is also the shortest tour of the Python
+interface.
 """
 
-import tempfile
+import importlib.util
+import sys
 import time
 from pathlib import Path
 
+if importlib.util.find_spec("tokcom") is None:
+    remedy = "run `make setup`, then `.venv/bin/python demo.py`"
+    sys.exit(f"error: the package tokcom is not installed; {remedy}.")
+
 import torch
 
-from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom import TokComPipeline
 
 PROMPT = "Lily had a little dog named Max. One day,"
 TEXT = "Once upon a time there was a little rabbit who lived in a big wood."
 GAPPED = "Lily was sad because she lost her ____. Her mom helped her find it."
 
 
+def seed(number: int) -> torch.Generator:
+    """Noise of its own for every sample, the same in every run."""
+    return torch.Generator().manual_seed(number)
+
+
 def main() -> None:
     started = time.perf_counter()
-    pipe = TokComPipeline.from_pretrained(Path(__file__).resolve().parent)
+    pipe = TokComPipeline.from_pretrained(
+        Path(__file__).resolve().parent
+    )  # or the id of a repository
     pipe.set_progress_bar_config(desc="denoising", leave=False)
-    seed = torch.Generator().manual_seed
-    size = sum(p.numel() for p in pipe.model.parameters()) / 1e6
-    print(f"\nTokCom, {size:.1f} M parameters, {pipe.chunk_size} tokens per latent, loaded from this directory.\n")
+    size = sum(parameter.numel() for parameter in pipe.model.parameters()) / 1e6
+    print(f"\nTokCom: {size:.1f} M parameters, {pipe.chunk_size} tokens in each latent.")
 
-    print("conditional          ", repr(PROMPT + pipe(PROMPT, gen_length=64, generator=seed(0)).texts[0]))
-    generated = pipe.generate(num_chunks=16, generator=seed(1)).texts[0]
-    print("generate             ", repr(generated))
-    print("reconstruct          ", repr(pipe.reconstruct(TEXT).texts[0]))
-    rebuilt = pipe.denoise_reconstruct(TEXT, noise_level=0.8, generator=seed(0)).texts[0]
-    print("denoise_reconstruct  ", repr(rebuilt))
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "latents.safetensors"
-        shape = tuple(pipe.encode(TEXT, file).latents.shape)
-        print(
-            "encode               ",
-            f"latents {shape}, {file.stat().st_size} bytes ->",
-            repr(pipe.decode(file).texts[0]),
-        )
-    print("infill               ", repr(pipe.infill(GAPPED, gap_length=3, generator=seed(0)).texts[0]))
-    print(f"\n{time.perf_counter() - started:.0f} seconds. README.md says what to expect of a model of this size.")
+    print("\nTwo prompts at once:")
+    prompts = [PROMPT, "The king said to the"]
+    output = pipe(prompts, gen_length=40, temperature=0.7, generator=seed(0))
+    for prompt, text in zip(prompts, output.texts):
+        print(f"  {prompt}|{text}")
+
+    print("\nOne text while it is written:\n  Once upon a time", end="", flush=True)
+    pipe.set_progress_bar_config(disable=True)  # the text is the progress
+    for piece in pipe.stream("Once upon a time", gen_length=64, generator=seed(1)):
+        print(piece.replace("\n", "\n  "), end="", flush=True)
+    pipe.set_progress_bar_config(desc="denoising", leave=False, disable=False)
+
+    print("\n\nA gap, filled from both sides:")
+    print(f"  {GAPPED}")
+    print(f"  {pipe.infill(GAPPED, gap_length=2, generator=seed(0)).texts[0]}")
+
+    print("\nA text of which a share is kept, and the rest made up:")
+    for share in (0.5, 0.8, 1.0):
+        text = pipe.denoise_reconstruct(TEXT, noise_level=share, generator=seed(0)).texts[0]
+        print(f"  {share:4.0%}  {text}")
+
+    latents = pipe.encode(TEXT).latents
+    count = latents.shape[1]
+    print(f"\nThat text as {count} latents of {latents.shape[2]} numbers, and back:")
+    print(f"  {pipe.decode(latents).texts[0]}")
+    seconds = time.perf_counter() - started
+    print(f"\n{seconds:.0f} seconds. README.md says what to expect of a model of this size.")
 
 
 if __name__ == "__main__":

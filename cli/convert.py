@@ -1,26 +1,25 @@
-"""Convert a published TokCom v5.2 checkpoint (`best_diffusion.pt`) into a Hub repository in this layout, give a model of images a
-codebook, or publish a repository.
+"""The work of `tokcom convert`, `tokcom kmeans` and `tokcom publish`.
 
-    tokcom convert best_diffusion.pt OUT_DIR [--tokenizer PATH_OR_NAME]
-    tokcom kmeans MODEL_DIR OUT_DIR --data PICTURES [--num_codes 1024] [--metric euclidean]
-    tokcom publish MODEL_DIR USER/NAME [--evaluation DIR] [--private] [--max_shard_size 1GB]
+    tokcom convert best_diffusion.pt OUT_DIR
+    tokcom kmeans MODEL_DIR OUT_DIR --data PICTURES
+    tokcom publish MODEL_DIR USER/NAME
 
-The converted model gives the published numbers: its latents are raw (no standardisation), its time is not scaled by
-1000, its noise has the file's `noise_std`, and one time is told to prompt and noise alike. The `.pt` is read with
-`weights_only=True`.
+A published TokCom v5.2 checkpoint becomes a model directory that gives the published numbers: its
+latents are raw (no standardisation), its time is not scaled by 1000, its noise has the file's
+`noise_std`, and prompt and noise are told one time. The `.pt` is read with `weights_only=True`, so
+it cannot run code.
 """
 
 import argparse
 import re
-import sys
 import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from tokcom.cli.loading import check_model_path
 from tokcom.configuration_tokcom import TokComConfig
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_base_tokcom import with_section
@@ -34,12 +33,21 @@ from tokcom.training.images import encode_all, read_pictures
 from tokcom.training.presets import preset_config
 
 REQUIRED = ("model_args", "config", "vae_model_state_dict", "denoised_model_state_dict")
-MODEL_ARGS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+MODEL_ARGS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+)
 MODEL_ARGS += ("vocab_size", "omni_token_id")
 LLAMA_EOS = 2  # the published padding, when the tokenizer cannot be asked
 
 CODEC_NAMES = [
-    (r"^(encoder|decoder)\.embed_tokens\.weight$|^decoder\.lm_head\.weight$|\.rope\.", None),  # tied or derived
+    (
+        r"^(encoder|decoder)\.embed_tokens\.weight$|^decoder\.lm_head\.weight$|\.rope\.",
+        None,
+    ),  # tied or derived
     (r"\.input_layernorm\.", ".attention_norm."),
     (r"\.post_attention_layernorm\.", ".mlp_norm."),
 ]
@@ -53,7 +61,9 @@ TRANSFORMER_NAMES = [
 ]
 
 
-def _rename(state: dict[str, torch.Tensor], rules: list[tuple[str, str | None]]) -> dict[str, torch.Tensor]:
+def _rename(
+    state: dict[str, torch.Tensor], rules: list[tuple[str, str | None]]
+) -> dict[str, torch.Tensor]:
     renamed = {}
     for name, tensor in state.items():
         name = re.sub(r"^(module\.|_orig_mod\.)+", "", name)
@@ -67,43 +77,54 @@ def _rename(state: dict[str, torch.Tensor], rules: list[tuple[str, str | None]])
 
 
 def _merge_modulation(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The published block has one Linear for attention and one for the MLP; ours is their concatenation."""
+    """Join the two Linears of a published block, for attention and MLP, to our one."""
     merged = {}
     for name, tensor in state.items():
         if ".adaln_attn.scale_shift_mlp.1." in name:
-            other = state.get(name.replace("adaln_attn", "adaln_mlp"), tensor[:0])  # loading reports what is missing
-            merged[name.replace("adaln_attn.scale_shift_mlp.1", "modulation")] = torch.cat((tensor, other))
+            other = state.get(
+                name.replace("adaln_attn", "adaln_mlp"), tensor[:0]
+            )  # loading reports what is missing
+            merged[name.replace("adaln_attn.scale_shift_mlp.1", "modulation")] = torch.cat(
+                (tensor, other)
+            )
         elif ".adaln_mlp.scale_shift_mlp.1." not in name:
             merged[name] = tensor
     return merged
 
 
 def read_published(path: str | Path) -> dict:
-    """Load a published `.pt`; raises `FileNotFoundError` or `ValueError` that says what is wrong with the file."""
+    """Load a published `.pt`; `FileNotFoundError` or `ValueError` says what is wrong with it."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist.")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler raises nearly anything on bytes that are no checkpoint
+    except (
+        Exception
+    ) as error:  # the unpickler raises nearly anything on bytes that are no checkpoint
         raise ValueError(
-            f"checkpoint {path} cannot be read ({type(error).__name__}); it is truncated, no checkpoint, or holds more "
-            "than tensors and plain values, which are not loaded for safety."
+            f"checkpoint {path} cannot be read ({type(error).__name__}); it is truncated, is no "
+            "checkpoint, or holds more than tensors and plain values, which is never loaded."
         ) from error
     missing = [key for key in REQUIRED if not isinstance(checkpoint, dict) or key not in checkpoint]
     if missing:
         raise ValueError(
-            f"checkpoint {path} lacks {', '.join(missing)}; it is not a published TokCom v5.2 checkpoint."
+            f"checkpoint {path} lacks {', '.join(missing)}; "
+            "it is not a published TokCom v5.2 checkpoint."
         )
     absent = [key for key in MODEL_ARGS if key not in checkpoint["model_args"]]
     if absent:
-        raise ValueError(f"`model_args` in {path} lacks {', '.join(absent)}, so the shape of the model is unknown.")
+        raise ValueError(
+            f"`model_args` in {path} lacks {', '.join(absent)}, "
+            "so the shape of the model is unknown."
+        )
     return checkpoint
 
 
 def published_config(checkpoint: dict, pad_token_id: int) -> TokComConfig:
-    """The configuration that a checkpoint's `model_args` and `config` describe, on top of preset `v5.2`."""
-    args, settings = checkpoint["model_args"], checkpoint["config"]
+    """Preset `v5.2` with what a checkpoint's `model_args` and `config` say."""
+    args = checkpoint["model_args"]
+    settings = checkpoint["config"]
     width = args["hidden_size"]
     shape = {
         "hidden_size": width,
@@ -115,7 +136,11 @@ def published_config(checkpoint: dict, pad_token_id: int) -> TokComConfig:
         "rms_norm_eps": args.get("rms_norm_eps", 1e-6),
         "rope_theta": args.get("rope_theta", 1e6),
     }
-    tokens = {"vocab_size": args["vocab_size"], "mask_token_id": args["omni_token_id"], "pad_token_id": pad_token_id}
+    tokens = {
+        "vocab_size": args["vocab_size"],
+        "mask_token_id": args["omni_token_id"],
+        "pad_token_id": pad_token_id,
+    }
     chunk_size = settings.get("chunk_size", 4)
     length = settings.get("max_length", 1024) // chunk_size
     return preset_config(
@@ -130,19 +155,21 @@ def _load_tokenizer(name: str | None, vocab_size: int) -> PreTrainedTokenizerBas
     remedy = "copy its files into the output directory, or convert again with --tokenizer PATH"
     if not name:
         warnings.warn(
-            f"the checkpoint names no tokenizer; ids and latents work, text does not: {remedy}.", stacklevel=3
+            f"the checkpoint names no tokenizer; ids and latents work, text does not: {remedy}.",
+            stacklevel=3,
         )
         return None
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # a missing, gated or unreachable tokenizer must not cost the user the conversion
+    except Exception as error:
+        # a missing, gated or unreachable tokenizer must not cost the user the conversion
         reason = first_line(error)
         warnings.warn(f"tokenizer {name!r} cannot be reached ({reason}); {remedy}.", stacklevel=3)
         return None
     if vocabulary_size(tokenizer) + 1 != vocab_size:
         warnings.warn(
-            f"tokenizer {name!r} has {vocabulary_size(tokenizer)} tokens but the checkpoint was trained with {vocab_size - 1}; "
-            f"left out: {remedy}.",
+            f"tokenizer {name!r} has {vocabulary_size(tokenizer)} tokens, but the checkpoint was "
+            f"trained with {vocab_size - 1}; it is left out: {remedy}.",
             stacklevel=3,
         )
         return None
@@ -150,14 +177,16 @@ def _load_tokenizer(name: str | None, vocab_size: int) -> PreTrainedTokenizerBas
 
 
 def load_published_pipeline(path: str | Path, tokenizer: str | None = None) -> TokComPipeline:
-    """A pipeline with the weights of a published `.pt`; `tokenizer` replaces the one the file names."""
+    """A pipeline with the weights of a published `.pt`, and `tokenizer` or the one it names."""
     checkpoint = read_published(path)
     name = tokenizer or checkpoint["config"].get("tokenizer_path")
     loaded = _load_tokenizer(name, checkpoint["model_args"]["vocab_size"])
     eos = loaded.eos_token_id if loaded is not None else LLAMA_EOS
     config = published_config(checkpoint, eos)
     codec = _rename(checkpoint["vae_model_state_dict"], CODEC_NAMES)
-    transformer = _rename(_merge_modulation(checkpoint["denoised_model_state_dict"]), TRANSFORMER_NAMES)
+    transformer = _rename(
+        _merge_modulation(checkpoint["denoised_model_state_dict"]), TRANSFORMER_NAMES
+    )
     state = {f"codec.{name}": tensor for name, tensor in codec.items()}
     state |= {f"transformer.{name}": tensor for name, tensor in transformer.items()}
     channels = config.codec_config.latent_channels
@@ -169,92 +198,62 @@ def load_published_pipeline(path: str | Path, tokenizer: str | None = None) -> T
     except RuntimeError as error:
         problems = str(error).splitlines()[1:]
         raise ValueError(
-            f"the weights in {path} do not fit its own model_args ({len(problems)} problems): {problems[0].strip()}"
+            f"the weights in {path} do not fit its own model_args "
+            f"({len(problems)} problems): {problems[0].strip()}"
         ) from error
     return TokComPipeline(model.eval(), TokComFlowMatchScheduler.from_model_config(config), loaded)
 
 
-def publish(argv: list[str]) -> None:
-    """Push a model directory to the Hub: weights, tokenizer, scheduler, code, its card and the pictures the card shows."""
-    parser = argparse.ArgumentParser(prog="tokcom publish", description=publish.__doc__)
-    parser.add_argument("model", help="model directory")
-    parser.add_argument("repo_id", help="user/name; created if there is none")
-    parser.add_argument(
-        "--evaluation", type=Path, help="output of tokcom evaluate, which becomes a section of the card"
-    )
-    parser.add_argument("--private", action="store_true", default=None)
-    parser.add_argument("--token", help="by default that of `hf auth login` or HF_TOKEN")
-    parser.add_argument("--revision", help="branch to push to")
-    parser.add_argument("--create_pr", action="store_true", help="open a pull request instead of committing")
-    parser.add_argument("--max_shard_size", help="split the weights into files of at most this size, e.g. 1GB")
-    args = parser.parse_args(argv)
-    directory = Path(args.model)
-    try:
-        if not (directory / "model_index.json").is_file():
-            raise ValueError(f"{directory} holds no model_index.json, so it is not a TokCom model directory.")
-        pipe = load_pipeline(directory)
-        card = directory / "README.md"
-        text = card.read_text() if card.is_file() else pipe.model_card(args.repo_id.split("/")[-1])
-        if args.evaluation:
-            text = with_section(text, "Evaluation", evaluation_section(args.evaluation))
-        options = {
-            name: getattr(args, name) for name in ("private", "token", "revision", "create_pr", "max_shard_size")
-        }
-        url = pipe.push_to_hub(args.repo_id, card=text, pictures=directory, **options)
-    except (ValueError, OSError, StrictDataclassError) as error:
-        sys.exit(f"error: {error}")
-    print(f"published at {url}")
-
-
-def fit_codebook(argv: list[str]) -> None:
-    """Make a codebook of the tokens of pictures by k-means, after which a model of images gives codes."""
-    parser = argparse.ArgumentParser(prog="tokcom kmeans", description=fit_codebook.__doc__)
-    parser.add_argument("model", help="directory of a model of images")
-    parser.add_argument("output_dir", help="directory to create")
-    parser.add_argument(
-        "--data", required=True, help="pictures: a folder, a .parquet file or the name of a Hub dataset"
-    )
-    parser.add_argument("--image_column", default="image")
-    parser.add_argument("--num_codes", type=int, default=1024)
-    parser.add_argument("--metric", choices=["euclidean", "cosine"], default="euclidean")
-    parser.add_argument("--iterations", type=int, default=20)
-    parser.add_argument("--limit", type=int, default=4096, help="pictures to use")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    try:
-        pipe = TokComImagePipeline.from_pretrained(args.model)
-        dataset = read_pictures(args.data, pipe.model.config.codec_config, args.image_column, seed=args.seed)
-        rows = np.random.default_rng(args.seed).permutation(len(dataset))[: args.limit]
-        latents = encode_all(pipe.model, dataset, rows)
-        facts = pipe.model.codec.fit_codebook(latents, args.num_codes, args.metric, args.iterations, args.seed)
-        pipe.save_pretrained(args.output_dir)
-    except (ValueError, OSError, StrictDataclassError) as error:
-        sys.exit(f"error: {error}")
-    told = ", ".join(f"{name} {value:.4g}" for name, value in facts.items())
-    print(f"written to {args.output_dir}: {args.num_codes} codes of {latents.shape[0]} pictures; {told}")
-
-
-def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["kmeans"]:
-        return fit_codebook(argv[1:])
-    if argv[:1] == ["publish"]:
-        return publish(argv[1:])
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="published .pt file")
-    parser.add_argument("output_dir", help="directory to create")
-    parser.add_argument("--tokenizer", help="tokenizer to use instead of the one named in the checkpoint")
-    args = parser.parse_args(argv)
-    try:
-        pipe = load_published_pipeline(args.checkpoint, args.tokenizer)
-    except (ValueError, OSError, StrictDataclassError) as error:
-        sys.exit(f"error: {error}")
+def convert(args: argparse.Namespace) -> None:
+    """Turn a published `.pt` file into a model directory."""
+    pipe = load_published_pipeline(args.checkpoint, args.tokenizer)
     pipe.save_pretrained(args.output_dir)
-    codec, transformer = (sum(p.numel() for p in m.parameters()) for m in (pipe.model.codec, pipe.model.transformer))
-    print(f"written to {args.output_dir}: codec {codec:,} parameters, transformer {transformer:,} parameters")
+    codec = sum(p.numel() for p in pipe.model.codec.parameters())
+    transformer = sum(p.numel() for p in pipe.model.transformer.parameters())
+    print(f"written to {args.output_dir}")
+    print(f"{codec:,} parameters in the codec, {transformer:,} in the transformer")
     if pipe.tokenizer is None:
         print("no tokenizer was saved; see the warning above")
 
 
-if __name__ == "__main__":
-    main()
+def publish(args: argparse.Namespace) -> None:
+    """Push a model directory to the Hub, with its code, its card and the card's pictures."""
+    directory = Path(args.model)
+    if not (directory / "model_index.json").is_file():
+        raise FileNotFoundError(
+            f"{directory} holds no model_index.json, so it is not a TokCom model directory."
+        )
+    pipe = load_pipeline(directory)
+    card = directory / "README.md"
+    text = card.read_text() if card.is_file() else pipe.model_card(args.repo_id.split("/")[-1])
+    if args.evaluation:
+        text = with_section(text, "Evaluation", evaluation_section(args.evaluation))
+    url = pipe.push_to_hub(
+        args.repo_id,
+        card=text,
+        pictures=directory,
+        private=args.private,
+        token=args.token,
+        revision=args.revision,
+        create_pr=args.create_pr,
+        max_shard_size=args.max_shard_size,
+    )
+    print(f"published at {url}")
+
+
+def fit_codebook(args: argparse.Namespace) -> None:
+    """Cluster the tokens of pictures by k-means, so that an image model gives codes."""
+    check_model_path(args.model, "MODEL")
+    pipe = TokComImagePipeline.from_pretrained(args.model)
+    dataset = read_pictures(
+        args.data, pipe.model.config.codec_config, args.image_column, seed=args.seed
+    )
+    rows = np.random.default_rng(args.seed).permutation(len(dataset))[: args.limit]
+    latents = encode_all(pipe.model, dataset, rows)
+    facts = pipe.model.codec.fit_codebook(
+        latents, args.num_codes, args.metric, args.iterations, args.seed
+    )
+    pipe.save_pretrained(args.output_dir)
+    told = ", ".join(f"{name} {value:.4g}" for name, value in facts.items())
+    print(f"written to {args.output_dir}")
+    print(f"{args.num_codes} codes of {latents.shape[0]} pictures; {told}")

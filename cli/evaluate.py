@@ -1,24 +1,13 @@
-"""Measure a TokCom model, and autoregressive peers beside it, on held-out text.
+"""The work of `tokcom evaluate`: a text model and its autoregressive peers on held-out text.
 
-    tokcom evaluate --checkpoint . --data sample_data/stories_validation.jsonl --output_dir outputs/evaluation
-    tokcom evaluate --data held_out.parquet --train_data books.parquet --judge judge/ --judge stories15M/ \
-        --peer "equal FLOPs=peer/" --output_dir outputs/evaluation
-
-Writes `results.json`, `results.md` and PNG plots. A `--judge` with TokCom's tokenizer scores token ids; any other
-causal language model scores detokenised text. Without one, a small judge is trained on `--train_data` first.
-`--sections` chooses parts: reconstruction, unconditional, continuation, frontier, likelihood, brier, memorisation,
-latency. Files of predictions and references are scored instead if there are any:
-
-    tokcom evaluate predictions.json                  # exact match, BLEU-4, ROUGE-L, METEOR
-    tokcom evaluate codebook --model model --data held_out.parquet    # how a quantiser's codes are used
-    tokcom evaluate a=a_seed_0.json a=a_seed_1.json b=b_seed_0.json b=b_seed_1.json
+Sections are rewritten into `results.json` one by one, so that a run that is stopped keeps what it
+has measured.
 """
 
 import argparse
 import dataclasses
 import json
 import platform
-import sys
 from datetime import date
 from pathlib import Path
 
@@ -26,7 +15,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tokcom.evaluation import autoregressive, codebook, protocol, report
+from tokcom.cli.loading import best_device, check_modality, open_pipeline
+from tokcom.evaluation import autoregressive, protocol, report
 from tokcom.evaluation.judges import TextJudge, TokenJudge
 from tokcom.evaluation.metrics import unigram_entropy
 from tokcom.evaluation.reconstruction import (
@@ -43,20 +33,12 @@ from tokcom.processing_tokcom import decode_ids
 from tokcom.training.config import DataConfig
 from tokcom.training.data import PackedDataset, WindowShape, load_documents, tokenize_documents
 
-SECTIONS = (
-    "reconstruction",
-    "unconditional",
-    "continuation",
-    "frontier",
-    "likelihood",
-    "brier",
-    "memorisation",
-    "latency",
-)
 JUDGE_STEPS = 200  # of the judge that is trained when none is given
 
 
-def reconstruction(pipe: TokComPipeline, held_out: np.ndarray, train: np.ndarray, max_tokens: int, seed: int) -> dict:
+def reconstruction(
+    pipe: TokComPipeline, held_out: np.ndarray, train: np.ndarray, max_tokens: int, seed: int
+) -> dict:
     """Accuracy against latent noise, CE(t), and whether true continuations are preferred."""
     model = pipe.model.eval()
     model.set_stage("flow")
@@ -64,28 +46,38 @@ def reconstruction(pipe: TokComPipeline, held_out: np.ndarray, train: np.ndarray
     shape = WindowShape.of(pipe.model.config, length)
     dataset = PackedDataset(held_out, shape, pipe.tokenizer.eos_token_id, seed=0, training=False)
     count = max(1, min(len(dataset), max_tokens // length))
-    spread = np.linspace(0, len(dataset) - 1, count).round().astype(int)  # windows of every book, not of the first
+    # windows of every book, not of the first
+    spread = np.linspace(0, len(dataset) - 1, count).round().astype(int)
     rows = torch.stack([dataset[i]["input_ids"] for i in spread.tolist()])
-    rows = rows[: len(rows) // 8 * 8 or len(rows)].to(model.device)  # equal batches: means need no weights
+    # equal batches: means need no weights
+    rows = rows[: len(rows) // 8 * 8 or len(rows)].to(model.device)
     batches = list(rows.split(8))
     results = {"tokens": rows.numel()}
     results |= reconstruction_accuracy(model.codec, batches, seed, rarest_ids(train))
-    results["unigram_entropy"] = unigram_entropy(held_out)  # of the whole text: few tokens would estimate it too low
+    # of the whole text: few tokens would estimate it too low
+    results["unigram_entropy"] = unigram_entropy(held_out)
     results |= cross_entropy_at(model, batches, seed)
-    results["informative_share_of_t"] = share_of_informative_draws(model, results, results["unigram_entropy"])
+    results["informative_share_of_t"] = share_of_informative_draws(
+        model, results, results["unigram_entropy"]
+    )
     pairs = rows[:, : length // 128 * 128].reshape(-1, min(length, 128))
     split = protocol.PROMPT // pipe.chunk_size * pipe.chunk_size
     if len(pairs) > 1 and split < pairs.shape[1]:
-        known, real = pairs[:256, :split], pairs[:256, split : split + protocol.CONTINUATION]
+        known = pairs[:256, :split]
+        real = pairs[:256, split : split + protocol.CONTINUATION]
         results["prefers_true_prompt"] = prefers_true_prompt(model, known, real, seed)
     return results
 
 
-def load_judges(args: argparse.Namespace, tokenizer, train: np.ndarray) -> tuple[TokenJudge, dict[str, TextJudge]]:
-    """The first judge that shares the tokenizer scores ids, all others text; trains one if there is none."""
-    token_judge, text_judges = None, {}
+def load_judges(
+    args: argparse.Namespace, tokenizer, train: np.ndarray
+) -> tuple[TokenJudge, dict[str, TextJudge]]:
+    """A judge of token ids, trained if none shares our tokenizer, and the judges of text."""
+    token_judge = None
+    text_judges = {}
     for path in args.judge:
-        if AutoTokenizer.from_pretrained(path).get_vocab() == tokenizer.get_vocab() and token_judge is None:
+        same_tokens = AutoTokenizer.from_pretrained(path).get_vocab() == tokenizer.get_vocab()
+        if same_tokens and token_judge is None:
             token_judge = TokenJudge(path, args.device)
         else:
             text_judges[Path(path).name] = TextJudge(path, args.device)
@@ -93,7 +85,8 @@ def load_judges(args: argparse.Namespace, tokenizer, train: np.ndarray) -> tuple
         path = Path(args.output_dir) / "judge"
         if not (path / "config.json").is_file():
             print(f"training a judge for {JUDGE_STEPS} steps in {path}")
-            autoregressive.train(train, tokenizer, path, 256, 4, max_steps=JUDGE_STEPS, learning_rate=2e-3, seed=1234)
+            steps = {"max_steps": JUDGE_STEPS, "learning_rate": 2e-3, "seed": 1234}
+            autoregressive.train(train, tokenizer, path, 256, 4, **steps)
         token_judge = TokenJudge(str(path), args.device)
     return token_judge, text_judges
 
@@ -119,18 +112,46 @@ def tokcom_settings(pipe: TokComPipeline, steps: int) -> dict[str, TokComSampler
     if pipe.model.token_head is not None:
         sweeps |= PROBABILITY_SWEEPS
     else:
-        sweeps |= {"noise": ("noise_scale", (1.0, 0.9, 0.8, 0.7)), "churn": ("eta", (0.0, 0.5, 1.0))}
+        sweeps |= {
+            "noise": ("noise_scale", (1.0, 0.9, 0.8, 0.7)),
+            "churn": ("eta", (0.0, 0.5, 1.0)),
+        }
     sweeps["steps"] = ("num_inference_steps", (2, 4, 8, 16, 32, 64))
     return sweep_settings(TokComSampler(pipe, steps), sweeps)
 
 
 def peer_settings(sampler: AutoregressiveSampler) -> dict[str, AutoregressiveSampler]:
-    return sweep_settings(AutoregressiveSampler(sampler.model, sampler.start_token), PROBABILITY_SWEEPS)
+    return sweep_settings(
+        AutoregressiveSampler(sampler.model, sampler.start_token), PROBABILITY_SWEEPS
+    )
+
+
+def load_systems(args: argparse.Namespace, pipe: TokComPipeline) -> dict:
+    """The samplers to measure by name: the model's, and those of the peers."""
+    ours = TokComSampler(
+        pipe,
+        args.steps,
+        args.guidance_scale,
+        args.noise_scale,
+        temperature=args.temperature,
+        top_p=args.top_p,
+    )
+    systems = {"TokCom": ours}
+    for peer in args.peer:
+        name, path = peer.split("=", 1)
+        model = (
+            AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(args.device).eval()
+        )
+        systems[name] = AutoregressiveSampler(
+            model, pipe.tokenizer.eos_token_id, args.peer_temperature
+        )
+    return systems
 
 
 def evaluate(args: argparse.Namespace) -> dict:
     """Run the sections that `args` asks for; `results.json` is rewritten after each."""
-    pipe = TokComPipeline.from_pretrained(args.checkpoint).to(args.device)
+    pipe = open_pipeline(args.checkpoint, args.device)
+    check_modality(pipe, args.checkpoint, "evaluate")
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
 
@@ -138,12 +159,13 @@ def evaluate(args: argparse.Namespace) -> dict:
         documents = load_documents(source, DataConfig(text_column=args.text_column), "train")
         return tokenize_documents(documents, pipe.tokenizer, args.text_column, name)
 
-    held_out, train = read(args.data, "held-out text"), read(args.train_data, "training text")
+    held_out = read(args.data, "held-out text")
+    train = read(args.train_data, "training text")
     results = {
         "about": {
             "checkpoint": str(args.checkpoint),
             "data": str(args.data),
-            "command": "python " + " ".join(map(str, args.command)),
+            "command": args.command_line,
             "seed": args.seed,
             "date": str(date.today()),
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {args.device}",
@@ -169,28 +191,23 @@ def evaluate(args: argparse.Namespace) -> dict:
             args.samples,
             args.seeds,
         )
-        ours = TokComSampler(
-            pipe, args.steps, args.guidance_scale, args.noise_scale, temperature=args.temperature, top_p=args.top_p
-        )
-        systems = {"TokCom": ours}
-        for peer in args.peer:
-            name, path = peer.split("=", 1)
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(args.device).eval()
-            systems[name] = AutoregressiveSampler(model, pipe.tokenizer.eos_token_id, args.peer_temperature)
+        systems = load_systems(args, pipe)
         _measure_systems(args, study, pipe, systems, keep)
     (output / "results.md").write_text(report.markdown(results))
     report.plots(results, output)
     return results
 
 
-def _measure_systems(args: argparse.Namespace, study: protocol.Study, pipe, systems: dict, keep) -> None:
-    for name, function in (("unconditional", protocol.unconditional), ("continuation", protocol.continuation)):
-        if name in args.sections:
-            keep(name, function(study, systems))
+def _measure_systems(
+    args: argparse.Namespace, study: protocol.Study, pipe, systems: dict, keep
+) -> None:
+    if "unconditional" in args.sections:
+        keep("unconditional", protocol.unconditional(study, systems))
+    if "continuation" in args.sections:
+        keep("continuation", protocol.continuation(study, systems))
     if "frontier" in args.sections:
-        settings = {
-            n: tokcom_settings(pipe, args.steps) if n == "TokCom" else peer_settings(s) for n, s in systems.items()
-        }
+        settings = {name: peer_settings(peer) for name, peer in systems.items() if name != "TokCom"}
+        settings = {"TokCom": tokcom_settings(pipe, args.steps)} | settings
         keep("frontier", protocol.frontier(study, settings, min(args.samples, 500)))
     if "brier" in args.sections:
         keep("brier", protocol.brier(study, systems, 8 * args.samples))
@@ -202,48 +219,12 @@ def _measure_systems(args: argparse.Namespace, study: protocol.Study, pipe, syst
         keep("latency", protocol.latency(study, systems))
 
 
-def main(argv: list[str] | None = None) -> dict:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("predictions", nargs="*", help="files of {id, reference, prediction} records, or NAME=FILE")
-    parser.add_argument("--checkpoint", default=".", help="model directory or Hub id")
-    parser.add_argument("--data", default="sample_data/stories_validation.jsonl", help="held-out text")
-    parser.add_argument(
-        "--train_data", default="sample_data/stories_train.jsonl", help="what the model was trained on"
-    )
-    parser.add_argument("--text_column", default="text")
-    parser.add_argument("--judge", action="append", default=[], help="causal language model, path or name; repeatable")
-    parser.add_argument(
-        "--peer", action="append", default=[], metavar="NAME=PATH", help="autoregressive peer; repeatable"
-    )
-    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="SECTION")
-    parser.add_argument("--output_dir", default="outputs/evaluation")
-    for name, value in {
-        "max_tokens": 65536,
-        "samples": 1000,
-        "seeds": 3,
-        "length": 128,
-        "seed": 0,
-    }.items():
-        parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--steps", type=int, help="denoising steps per block; by default the model's own")
-    for name in ("guidance_scale", "noise_scale", "temperature", "top_p", "peer_temperature"):
-        parser.add_argument(f"--{name}", type=float, default=1.0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    given = sys.argv[1:] if argv is None else argv
-    if given[:1] == ["codebook"]:
-        return codebook.main(given[1:])
-    args = parser.parse_args(argv)
+def run(args: argparse.Namespace) -> dict:
+    """Score the files of predictions, or else measure the model; returns the results."""
     if args.predictions:
         print(compare(args.predictions))
         return {}
-    args.command = ["tokcom evaluate", *given]
-    try:
-        results = evaluate(args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    args.device = best_device(args.device)  # judges and peers go to the same one
+    results = evaluate(args)
     print((Path(args.output_dir) / "results.md").read_text())
     return results
-
-
-if __name__ == "__main__":
-    main()

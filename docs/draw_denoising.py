@@ -9,7 +9,7 @@ import matplotlib
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from tokcom.app import Demo
+from tokcom.cli.app import Demo
 from tokcom.pipeline_tokcom import TokComPipeline
 
 ROOT = Path(__file__).resolve().parents[1]

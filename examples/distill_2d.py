@@ -1,8 +1,10 @@
-"""Distill a flow model of eight modes in the plane into one step: teacher, regression, distribution matching, and both.
+"""Distill a flow model of eight modes in the plane to one step, in three ways.
 
     python examples/distill_2d.py --picture docs/distill_2d.png
 
-Prints the share of samples within 0.4 of a mode and how many modes are met. About two minutes on one CPU core.
+A student of one step is trained by regression, by distribution matching, and by both. For each the
+share of samples within 0.4 of a mode is printed, and how many modes are met. Takes about two
+minutes on one CPU core.
 """
 
 import argparse
@@ -19,7 +21,9 @@ import matplotlib.pyplot as plt
 
 from tokcom.training.distillation import Distiller, denoising_loss, generate, integrate
 
-RADIUS, SPREAD, NEAR = 2.0, 0.1, 0.4
+RADIUS = 2.0  # of the circle of modes
+SPREAD = 0.1  # standard deviation of a mode
+NEAR = 0.4  # samples nearer to a mode than this belong to it
 ANGLES = torch.arange(8) * (2 * math.pi / 8)
 MODES = RADIUS * torch.stack((ANGLES.cos(), ANGLES.sin()), dim=-1)  # (8, 2)
 
@@ -44,7 +48,7 @@ def draw_data(count: int) -> torch.Tensor:
 
 
 def quality(samples: torch.Tensor) -> tuple[float, int]:
-    """Share of `samples (B, 2)` within `NEAR` of a mode, and modes that at least 1 % of them are near to."""
+    """Share of `samples (B, 2)` that are near a mode, and modes with at least 1 % of them."""
     distances = torch.cdist(samples, MODES)
     near = distances.min(1).values < NEAR
     counts = torch.bincount(distances.argmin(1)[near], minlength=8)
@@ -52,6 +56,7 @@ def quality(samples: torch.Tensor) -> tuple[float, int]:
 
 
 def train_teacher(steps: int, batch: int) -> Denoiser:
+    """A flow model by regression of x1, whose estimate is E[x1 | x_t]."""
     teacher = Denoiser()
     optimizer = torch.optim.AdamW(teacher.parameters(), 2e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -77,11 +82,23 @@ def train_regression(teacher: Denoiser, pairs: tuple, steps: int, batch: int) ->
     return student
 
 
-def train_student(teacher: Denoiser, pairs: tuple, steps: int, batch: int, weight: float) -> Denoiser:
-    student, fake = (copy.deepcopy(teacher).requires_grad_(True) for _ in range(2))
-    optimizers = torch.optim.AdamW(student.parameters(), 5e-4, (0.0, 0.99)), torch.optim.AdamW(fake.parameters(), 1e-3)
-    schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(o, n) for o, n in zip(optimizers, (steps, 5 * steps))]
-    distiller = Distiller(teacher, fake, student, *optimizers, regression_weight=weight, pairs=pairs)
+def train_student(
+    teacher: Denoiser, pairs: tuple, steps: int, batch: int, weight: float
+) -> Denoiser:
+    """A one-step student by distribution matching, with regression of some `weight` beside it."""
+    student = copy.deepcopy(teacher).requires_grad_(True)
+    fake = copy.deepcopy(teacher).requires_grad_(True)
+    optimizers = (
+        torch.optim.AdamW(student.parameters(), 5e-4, (0.0, 0.99)),
+        torch.optim.AdamW(fake.parameters(), 1e-3),
+    )
+    schedules = [
+        torch.optim.lr_scheduler.CosineAnnealingLR(o, n)
+        for o, n in zip(optimizers, (steps, 5 * steps))
+    ]
+    distiller = Distiller(
+        teacher, fake, student, *optimizers, regression_weight=weight, pairs=pairs
+    )
     for _ in tqdm(range(steps), desc=f"matching, regression {weight}"):
         distiller.step((batch, 2))
         schedules[0].step()
@@ -99,35 +116,47 @@ def run(seed: int, teacher_steps: int, student_steps: int, batch: int) -> dict[s
     start = torch.randn(16384, 2)
     pairs = start, integrate(teacher, start, 100)
     noise = torch.randn(4096, 2)
-    found = {f"teacher, {steps} step{'s' * (steps > 1)}": integrate(teacher, noise, steps) for steps in (100, 4, 1)}
+    found = {
+        f"teacher, {steps} step{'s' * (steps > 1)}": integrate(teacher, noise, steps)
+        for steps in (100, 4, 1)
+    }
     with torch.enable_grad():
         students = {
             "regression, 1 step": train_regression(teacher, pairs, student_steps, batch),
             "matching, 1 step": train_student(teacher, pairs, student_steps, batch, 0.0),
-            "matching + regression, 1 step": train_student(teacher, pairs, student_steps, batch, 0.25),
+            "matching + regression, 1 step": train_student(
+                teacher, pairs, student_steps, batch, 0.25
+            ),
         }
     return found | {name: generate(student, noise, (0.0,)) for name, student in students.items()}
 
 
 def main(argv: list[str] | None = None) -> dict[str, tuple[float, int]]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--teacher_steps", type=int, default=4000)
-    parser.add_argument("--student_steps", type=int, default=2000)
-    parser.add_argument("--batch_size", type=int, default=256)
-    parser.add_argument("--picture", help="PNG of all samples")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--seed", type=int, default=0, help="of everything (default: 0)")
+    add("--teacher_steps", type=int, default=4000, help="training steps (default: 4000)")
+    add("--student_steps", type=int, default=2000, help="training steps of each (default: 2000)")
+    add("--batch_size", type=int, default=256, help="points in each step (default: 256)")
+    add("--picture", help="PNG file of all samples (default: none)")
     args = parser.parse_args(argv)
     samples = run(args.seed, args.teacher_steps, args.student_steps, args.batch_size)
     results = {name: quality(points) for name, points in samples.items()}
     for name, (near, modes) in results.items():
         print(f"{name:30} {near:.2f} near a mode, {modes} of 8 modes")
     if args.picture:
-        figure, axes = plt.subplots(1, len(samples), figsize=(3 * len(samples), 3.3), sharex=True, sharey=True)
+        figure, axes = plt.subplots(
+            1, len(samples), figsize=(3 * len(samples), 3.3), sharex=True, sharey=True
+        )
         for panel, (name, points) in zip(axes, samples.items()):
             panel.scatter(*points.T, s=1, alpha=0.3)
             panel.scatter(*MODES.T, s=20, marker="x", color="black")
-            panel.set_title(f"{name}\n{results[name][0]:.2f} near, {results[name][1]}/8 modes", fontsize=9)
-            panel.set_xlim(-3, 3), panel.set_ylim(-3, 3), panel.set_aspect("equal")
+            panel.set_title(
+                f"{name}\n{results[name][0]:.2f} near, {results[name][1]}/8 modes", fontsize=9
+            )
+            panel.set(xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
         figure.tight_layout()
         figure.savefig(args.picture, dpi=90)
     return results

@@ -1,9 +1,11 @@
-"""Train a small causal language model that speaks text and images: caption -> codes of a picture, and codes -> caption.
+"""Train a small causal language model that reads and writes pictures as codes between words.
 
-    python examples/image_language.py --model CODED --train pictures.parquet --test others.parquet --output_dir image-llama
+    python examples/image_language.py --model CODED --train a.parquet --test b.parquet \\
+        --output_dir llama
 
-CODED is a model of images with a codebook (`tokcom kmeans`). Its tokenizer gets one more token for every code, and
-`<image>` and `</image>`; the model is a Llama of transformers, so `AutoModelForCausalLM` and `generate` do the rest.
+CODED is an image model with captions and a codebook (`tokcom kmeans`). Its tokenizer gets one more
+token for every code, and `<image>` and `</image>`. The language model is a Llama of transformers,
+so `AutoModelForCausalLM` and `generate` do the rest: caption -> codes, and codes -> caption.
 """
 
 import argparse
@@ -12,12 +14,19 @@ from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LogitsProcessor,
+    LogitsProcessorList,
+)
 
-from tokcom.pipeline_media_tokcom import TokComImagePipeline
+from tokcom import TokComImagePipeline
 from tokcom.training.images import encode_all, picture_grid, read_pictures
 
-BEGIN, END = "<image>", "</image>"
+BEGIN = "<image>"
+END = "</image>"
 
 
 class CodesOnly(LogitsProcessor):
@@ -41,8 +50,10 @@ def read_codes(
     return list(dataset.records["caption"]), codes[..., 0]
 
 
-def sequences(tokenizer, captions: list[str], codes: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids `(2 M, L)` and labels: each picture after its caption, and each caption after its picture."""
+def sequences(
+    tokenizer, captions: list[str], codes: torch.Tensor, first: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids `(2 M, L)` and labels: pictures after their captions, and captions after pictures."""
     begin, end = tokenizer.convert_tokens_to_ids([BEGIN, END])
     texts = tokenizer(captions, add_special_tokens=False)["input_ids"]
     pictures = [[begin, *row, end] for row in (codes + first).tolist()]
@@ -54,7 +65,9 @@ def sequences(tokenizer, captions: list[str], codes: torch.Tensor, first: int) -
     return ids, torch.where(real, ids, -100)
 
 
-def train(model: LlamaForCausalLM, ids: torch.Tensor, labels: torch.Tensor, steps: int, batch_size: int) -> None:
+def train(
+    model: LlamaForCausalLM, ids: torch.Tensor, labels: torch.Tensor, steps: int, batch_size: int
+) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
     bar = tqdm(range(steps), desc="language model", unit="step")
@@ -75,10 +88,19 @@ def draw(model, tokenizer, caption: str, first: int, pipe: TokComImagePipeline):
     config = pipe.model.config.codec_config
     ids = tokenizer(caption + BEGIN, add_special_tokens=False, return_tensors="pt")["input_ids"]
     only = LogitsProcessorList([CodesOnly(first, config.num_codes)])
-    options = {"do_sample": True, "top_k": 0, "pad_token_id": tokenizer.eos_token_id, "logits_processor": only}
+    options = {
+        "do_sample": True,
+        "top_k": 0,
+        "pad_token_id": tokenizer.eos_token_id,
+        "logits_processor": only,
+    }
     count = config.num_tokens
     output = model.generate(
-        ids, attention_mask=torch.ones_like(ids), min_new_tokens=count, max_new_tokens=count, **options
+        ids,
+        attention_mask=torch.ones_like(ids),
+        min_new_tokens=count,
+        max_new_tokens=count,
+        **options,
     )
     return pipe.decode(output[:, ids.shape[1] :, None] - first).images[0]
 
@@ -105,27 +127,8 @@ def word_accuracy(found: list[str], wanted: list[str]) -> float:
     return sum(x == y for a, b in pairs for x, y in zip(a, b)) / sum(len(b) for _, b in pairs)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="model of images with captions and a codebook")
-    parser.add_argument("--train", required=True)
-    parser.add_argument("--test", required=True)
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--image_column", default="image")
-    parser.add_argument("--hidden_size", type=int, default=256)
-    parser.add_argument("--num_hidden_layers", type=int, default=4)
-    parser.add_argument("--max_steps", type=int, default=600)
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--limit", type=int, default=5000, help="pictures of each source")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    torch.manual_seed(args.seed)
-    pipe = TokComImagePipeline.from_pretrained(args.model)
-    if pipe.image_processor is None or pipe.tokenizer is None or not pipe.model.config.codec_config.num_codes:
-        sys.exit(f"error: {args.model} needs captions and a codebook; run tokcom kmeans first.")
-    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
-    words, codes = len(tokenizer), pipe.model.config.codec_config.num_codes
-    tokenizer.add_tokens([f"<image_{i}>" for i in range(codes)] + [BEGIN, END], special_tokens=True)
+def build_llama(words: int, args: argparse.Namespace, tokenizer) -> LlamaForCausalLM:
+    """A small Llama for `words` and the codes and marks that `tokenizer` has besides."""
     config = LlamaConfig(
         vocab_size=words,
         hidden_size=args.hidden_size,
@@ -139,21 +142,60 @@ def main(argv: list[str] | None = None) -> None:
     )
     model = LlamaForCausalLM(config)
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    captions, seen = read_codes(pipe, args.train, args.image_column, args.limit)
-    train(model, *sequences(tokenizer, captions, seen, words), args.max_steps, args.batch_size)
-    model.eval().save_pretrained(args.output_dir)
-    tokenizer.save_pretrained(args.output_dir)
-    captions, seen = read_codes(pipe, args.test, args.image_column, args.limit)
-    with torch.no_grad():
-        ids, labels = (x[:256] for x in sequences(tokenizer, captions, seen, words))
-        print(f"held-out loss, caption -> codes: {model(input_ids=ids, labels=labels).loss.item():.3f} nats")
-    found = describe(model, tokenizer, seen[:128], words)
-    print(f"codes -> caption: {word_accuracy(found, captions[:128]):.1%} of words at their places")
+    return model
+
+
+@torch.no_grad()
+def report(model, tokenizer, pipe: TokComImagePipeline, words: int, args) -> None:
+    """Print how well the pictures of `args.test` are described, and draw some of their captions."""
+    captions, codes = read_codes(pipe, args.test, args.image_column, args.limit)
+    ids, labels = sequences(tokenizer, captions, codes, words)
+    loss = model(input_ids=ids[:256], labels=labels[:256]).loss.item()
+    print(f"held-out loss, caption -> codes: {loss:.3f} nats")
+    found = describe(model, tokenizer, codes[:128], words)
+    share = word_accuracy(found, captions[:128])
+    print(f"codes -> caption: {share:.1%} of words at their places")
     for text, wanted in list(zip(found, captions))[:3]:
         print(f"  {text!r}\n  {wanted!r}, wanted")
     drawn = [draw(model, tokenizer, caption, words, pipe) for caption in captions[:8]]
-    picture_grid([drawn], scale=3).save(args.output_dir / "drawn.png")
-    print(f"pictures for the first captions: {args.output_dir / 'drawn.png'}")
+    file = args.output_dir / "drawn.png"
+    picture_grid([drawn], scale=3).save(file)
+    print(f"pictures for the first captions: {file}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="image model with captions and a codebook")
+    add("--train", required=True, help="pictures to learn, with captions")
+    add("--test", required=True, help="other pictures with captions")
+    add("--output_dir", type=Path, required=True, help="folder for the language model")
+    add("--image_column", default="image", help="field of the picture (default: image)")
+    add("--hidden_size", type=int, default=256, help="width (default: 256)")
+    add("--num_hidden_layers", type=int, default=4, help="layers (default: 4)")
+    add("--max_steps", type=int, default=600, help="training steps (default: 600)")
+    add("--batch_size", type=int, default=32, help="texts in each step (default: 32)")
+    add("--limit", type=int, default=5000, help="pictures of each source (default: 5000)")
+    add("--seed", type=int, default=0, help="of everything (default: 0)")
+    args = parser.parse_args(argv)
+    torch.manual_seed(args.seed)
+    pipe = TokComImagePipeline.from_pretrained(args.model)
+    num_codes = pipe.model.config.codec_config.num_codes
+    if pipe.tokenizer is None or not num_codes:
+        sys.exit(f"error: {args.model} needs captions and a codebook; run tokcom kmeans first.")
+    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+    words = len(tokenizer)  # the id of the first code
+    marks = [f"<image_{i}>" for i in range(num_codes)] + [BEGIN, END]
+    tokenizer.add_tokens(marks, special_tokens=True)
+    model = build_llama(words, args, tokenizer)
+    captions, codes = read_codes(pipe, args.train, args.image_column, args.limit)
+    ids, labels = sequences(tokenizer, captions, codes, words)
+    train(model, ids, labels, args.max_steps, args.batch_size)
+    model.eval().save_pretrained(args.output_dir)
+    tokenizer.save_pretrained(args.output_dir)
+    report(model, tokenizer, pipe, words, args)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tokcom.cli.convert import load_published_pipeline, main
+from tokcom.cli.convert import load_published_pipeline
+from tokcom.cli.main import call
 from tokcom.context_tokcom import TokComTask
 from tokcom.evaluation.published import PublishedTokCom
 from tokcom.inference import main as inference
@@ -40,7 +41,7 @@ def converted(checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("published")
     torch.save(checkpoint, folder / "best_diffusion.pt")
     with pytest.warns(UserWarning, match="nowhere/unreachable.*--tokenizer"):
-        main([str(folder / "best_diffusion.pt"), str(folder / "out")])
+        call("convert", str(folder / "best_diffusion.pt"), str(folder / "out"))
     pipe = TokComPipeline.from_pretrained(folder / "out")
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -85,7 +86,7 @@ def with_tokenizer(checkpoint, tmp_path_factory):
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>").save_pretrained(folder / "tokenizer")
     config = checkpoint["config"] | {"tokenizer_path": str(folder / "tokenizer")}
     torch.save(checkpoint | {"config": config}, folder / "best_diffusion.pt")
-    main([str(folder / "best_diffusion.pt"), str(folder / "out")])
+    call("convert", str(folder / "best_diffusion.pt"), str(folder / "out"))
     pipe = TokComPipeline.from_pretrained(folder / "out")
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -152,7 +153,7 @@ def test_bad_files_are_named(checkpoint, tmp_path):
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="do not fit.*size mismatch"):
         load_published_pipeline(path)
     with pytest.raises(SystemExit, match="error: checkpoint"):
-        main([str(tmp_path / "missing.pt"), str(tmp_path / "out")])
+        call("convert", str(tmp_path / "missing.pt"), str(tmp_path / "out"))
 
 
 class _Evil:

@@ -8,8 +8,8 @@ import torch
 from helpers import ROOT, tiny_config, tiny_model
 from transformers import LlamaForCausalLM
 
-from tokcom import demo
-from tokcom.cli.evaluate import SECTIONS, main
+from tokcom.cli.main import call
+from tokcom.cli.options import EVALUATION_SECTIONS as SECTIONS
 from tokcom.context_tokcom import TokComTask
 from tokcom.evaluation import compression, metrics
 from tokcom.evaluation.ablation import ROWS, row_overrides
@@ -244,7 +244,7 @@ def test_command_writes_every_measure_beside_its_controls(build, tmp_path, capsy
     sizes = "--max_tokens 2048 --samples 8 --seeds 2 --length 16 --steps 2 --device cpu".split()
     judge = ["--judge", str(tmp_path / "judge"), "--peer", f"AR={tmp_path / 'peer'}"]
     arguments = ["--checkpoint", str(tmp_path / "model"), "--data", data, "--train_data", data, *sizes, *judge]
-    main([*arguments, "--output_dir", str(tmp_path / "out")])
+    call("evaluate", *arguments, "--output_dir", str(tmp_path / "out"))
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert set(SECTIONS) <= set(results)
     assert all(f"denoiser_ce_t_{t}" in results["reconstruction"] for t in TIMESTEPS)
@@ -263,15 +263,6 @@ def control_names() -> tuple[str, ...]:
     return ("real text", "shuffled tokens", "random training chunks", "repeated phrase")
 
 
-def test_demo_shows_every_mode_of_the_shipped_model(capsys):
-    demo.main()
-    printed = capsys.readouterr().out
-    modes = ("conditional", "generate", "reconstruct", "denoise_reconstruct", "encode", "infill")
-    assert all(f"\n{mode} " in printed for mode in modes)
-    assert demo.PROMPT in printed
-    assert demo.TEXT in printed.split("\nreconstruct ")[1].split("\n")[0]  # the shipped codec is exact on it
-
-
 def test_reference_metrics_of_perfect_partial_and_wrong_predictions(tmp_path, capsys):
     texts = ["the little rabbit lived in a big wood", "she was very fond of radishes and lettuce"]
     perfect = reference_metrics(texts, [[t] for t in texts])
@@ -287,7 +278,7 @@ def test_reference_metrics_of_perfect_partial_and_wrong_predictions(tmp_path, ca
         reference_metrics(texts, [["one"]])
     (tmp_path / "p.jsonl").write_text(json.dumps({"prediction": texts[0], "reference": texts[0]}) + "\n")
     (tmp_path / "q.json").write_text(json.dumps([{"id": 0, "prediction": "A goat", "reference": "Two goats!"}]))
-    main([f"one={tmp_path / 'p.jsonl'}", f"one={tmp_path / 'q.json'}", str(tmp_path / "q.json")])
+    call("evaluate", f"one={tmp_path / 'p.jsonl'}", f"one={tmp_path / 'q.json'}", str(tmp_path / "q.json"))
     one, other = (line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:4])
     assert one[:3] == ["| one", "2", "0.5000 ± 0.7071"] and other[:3] == ["| q", "1", "0.0000"]
     (tmp_path / "q.json").write_text(json.dumps([{"prediction": "A goat"}]))

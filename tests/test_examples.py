@@ -12,9 +12,8 @@ import torch
 from helpers import ROOT
 from transformers import AutoTokenizer
 
-from tokcom import distill_accelerate, train_accelerate
-from tokcom.cli import convert as convert_tokcom
-from tokcom.cli.main import COMMANDS
+from tokcom import demo, distill_accelerate, inference, train_accelerate
+from tokcom.cli.main import COMMANDS, call, parse
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_base_tokcom import TokComBasePipeline
 from tokcom.pipeline_media_tokcom import build_pipeline
@@ -23,7 +22,13 @@ from tokcom.training.data import train_tokenizer
 from tokcom.training.presets import preset_config
 
 QUICK = [
-    *("codec.max_steps=2", "codec.eval_batches=1", "codec.batch_size=2", "codec.sequence_length=32", "seed=1"),
+    *(
+        "codec.max_steps=2",
+        "codec.eval_batches=1",
+        "codec.batch_size=2",
+        "codec.sequence_length=32",
+        "seed=1",
+    ),
     *("flow.max_steps=2", "flow.eval_batches=1", "flow.batch_size=2", "flow.sequence_length=32"),
 ]
 TEXT = str(ROOT / "sample_data" / "stories_validation.jsonl")
@@ -33,23 +38,49 @@ STREAMS = str(ROOT / "sample_data" / "streams_validation.parquet")
 
 def speak_of_images(folder: Path) -> list[str]:
     """Arguments for a language model of pictures, whose codec is made first."""
-    steps = [f"{stage}.{key}=2" for stage in ("codec", "flow") for key in ("max_steps", "batch_size")]
+    steps = [
+        f"{stage}.{key}=2" for stage in ("codec", "flow") for key in ("max_steps", "batch_size")
+    ]
     model, coded = str(folder / "model"), str(folder / "coded")
-    options = ["--preset", "style-tiny", "--output_dir", model, *steps, f"data.train={PICTURES}", "report_to=none"]
+    options = [
+        "--preset",
+        "style-tiny",
+        "--output_dir",
+        model,
+        *steps,
+        f"data.train={PICTURES}",
+        "report_to=none",
+    ]
     train_accelerate.main([*options, "num_samples=0", "data.validation_fraction=0.3"])
-    convert_tokcom.main(["kmeans", model, coded, "--data", PICTURES, "--num_codes", "16"])
+    call("kmeans", model, coded, "--data", PICTURES, "--num_codes", "16")
     small = ["--max_steps", "2", "--hidden_size", "32", "--num_hidden_layers", "1"]
-    return ["--model", coded, "--train", PICTURES, "--test", PICTURES, "--output_dir", str(folder / "llama"), *small]
+    return [
+        "--model",
+        coded,
+        "--train",
+        PICTURES,
+        "--test",
+        PICTURES,
+        "--output_dir",
+        str(folder / "llama"),
+        *small,
+    ]
 
 
 EXAMPLES = {
-    "quick_start": None,
     "train_on_your_text": lambda folder: [TEXT, "--output_dir", str(folder), *QUICK],
     "swap_schedulers": lambda folder: ["--steps", "2", *QUICK],
     "read_latents": lambda folder: [],
     "compress_document": lambda folder: QUICK,
     "image_language": speak_of_images,
-    "distill_2d": lambda folder: ["--teacher_steps", "2", "--student_steps", "2", "--picture", str(folder / "a.png")],
+    "distill_2d": lambda folder: [
+        "--teacher_steps",
+        "2",
+        "--student_steps",
+        "2",
+        "--picture",
+        str(folder / "a.png"),
+    ],
     "moving_pictures": lambda folder: [
         "--pictures",
         PICTURES,
@@ -59,12 +90,19 @@ EXAMPLES = {
         "6",
     ],
     "several_streams": lambda folder: [
-        *("--pictures", PICTURES, "--sounds", STREAMS, "--silent", "--output", str(folder / "joined.parquet"))
+        *(
+            "--pictures",
+            PICTURES,
+            "--sounds",
+            STREAMS,
+            "--silent",
+            "--output",
+            str(folder / "joined.parquet"),
+        )
     ],
 }
 EXPECTED = {
     "several_streams": "8 records, 0 with a sound",
-    "quick_start": "reconstructed:  'There was a little rabbit who lived in a big wood.'",
     "train_on_your_text": "2: Once upon a time",
     "swap_schedulers": "UniPCMultistepScheduler",
     "read_latents": "1.00 'The young fox ran away fast.",
@@ -80,13 +118,27 @@ def test_examples_run(name, tmp_path, capsys):
     spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.main(*([] if EXAMPLES[name] is None else [EXAMPLES[name](tmp_path)]))
+    module.main(EXAMPLES[name](tmp_path))
     printed = capsys.readouterr().out
     assert EXPECTED[name] in printed and "cannot" not in printed
 
 
 def test_no_example_is_left_out():
     assert {file.stem for file in (ROOT / "examples").glob("*.py")} == set(EXAMPLES)
+
+
+def test_the_demo_shows_every_use_of_the_shipped_model_with_progress(capsys):
+    demo.main()
+    printed = capsys.readouterr()
+    assert demo.PROMPT in printed.out and demo.GAPPED in printed.out
+    before, after = demo.GAPPED.split("____")
+    assert (
+        printed.out.count(before) == 2 and printed.out.count(after) == 2
+    )  # the gap, and what fills it
+    assert (
+        printed.out.count(demo.TEXT) == 2
+    )  # all of it is kept at noise level 1, and by its latents
+    assert "denoising" in printed.err
 
 
 def blocks(language: str) -> list[tuple[str, str]]:
@@ -103,19 +155,27 @@ def untrained(preset: str, tokenizer, **overrides) -> TokComBasePipeline:
 
 @pytest.mark.parametrize(("file", "code"), blocks("python"))
 def test_python_in_the_documents_runs(file, code, tmp_path):
-    pixels, pictures, clips, streams = (tmp_path / name for name in ("pixels", "pictures", "clips", "streams"))
+    pixels, pictures, clips, streams = (
+        tmp_path / name for name in ("pixels", "pictures", "clips", "streams")
+    )
     one_layer = {"transformer_config": {"num_hidden_layers": 1}}
     if "pixel_model" in code:
-        untrained("pixel-tiny", AutoTokenizer.from_pretrained(ROOT), **one_layer).save_pretrained(pixels)
+        untrained("pixel-tiny", AutoTokenizer.from_pretrained(ROOT), **one_layer).save_pretrained(
+            pixels
+        )
     if "image_model" in code:
         pipe = untrained("style-tiny", train_tokenizer(["a cat"], 300))
         config = pipe.model.config.codec_config
         pipe.model.codec.fit_codebook(torch.randn(8, config.num_tokens, config.latent_channels), 16)
         pipe.save_pretrained(pictures)
     if "video_model" in code:
-        untrained("video-tiny", train_tokenizer(["a cat, turning"], 300), **one_layer).save_pretrained(clips)
+        untrained(
+            "video-tiny", train_tokenizer(["a cat, turning"], 300), **one_layer
+        ).save_pretrained(clips)
     if "omni_model" in code:
-        untrained("omni-tiny", train_tokenizer(["the spoken digit seven"], 300), **one_layer).save_pretrained(streams)
+        untrained(
+            "omni-tiny", train_tokenizer(["the spoken digit seven"], 300), **one_layer
+        ).save_pretrained(streams)
     script = f"import sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\npath_or_id, pixel_model, image_model = {str(ROOT)!r}, {str(pixels)!r}, {str(pictures)!r}\nvideo_model, omni_model = {str(clips)!r}, {str(streams)!r}\n{code}"
     here = ROOT if 'from_pretrained(".")' in code else tmp_path
     done = subprocess.run([sys.executable, "-c", script], cwd=here, capture_output=True, text=True)
@@ -124,15 +184,20 @@ def test_python_in_the_documents_runs(file, code, tmp_path):
 
 def commands() -> list[tuple[str, str]]:
     """Every command line of the documents, continuation lines joined and comments cut."""
-    lines = [(f, line) for f, code in blocks("bash") for line in code.replace("\\\n", " ").splitlines()]
+    lines = [
+        (f, line) for f, code in blocks("bash") for line in code.replace("\\\n", " ").splitlines()
+    ]
     cut = [(file, line.split(" #")[0].split("   #")[0].strip()) for file, line in lines]
     return [(file, line) for file, line in cut if line and not line.startswith("#")]
 
 
 @pytest.mark.parametrize(("file", "line"), commands())
 def test_commands_in_the_documents_exist_and_their_options_are_known(file, line):
-    """Scripts, targets, presets and configurations exist, and every option is one that the script's help knows."""
-    words = [w for w in shlex.split(line.replace("...", "x")) if not re.fullmatch(r"[A-Z_]+=\S*", w)]
+    """Scripts, targets, presets and configurations exist, and every option is one that the script's
+    help knows."""
+    words = [
+        w for w in shlex.split(line.replace("...", "x")) if not re.fullmatch(r"[A-Z_]+=\S*", w)
+    ]
     if words[0] == "make":
         for target in words[1:]:
             assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), line
@@ -145,22 +210,47 @@ def test_commands_in_the_documents_exist_and_their_options_are_known(file, line)
             script.parse_config(words[at + 1 :])
             return
     if words[0] == "tokcom":
-        module = COMMANDS[words[1]].module
-        words = ["python", "-m", module, *words[2:]]
+        command = COMMANDS[words[1]]
+        if command.add_options is not None and words[1:3] != ["evaluate", "codebook"]:
+            parse(words[1], words[2:])
+            return
+        work = "evaluation.codebook" if words[1] == "evaluate" else command.work.split(":")[0]
+        words = ["python", "-m", f"tokcom.{work}", *words[2:]]
+    if "inference.py" in words:
+        words = ["generate" if word == "MODE" else word for word in words]
+        if "--help" not in words:
+            inference.build_parser().parse_args(words[words.index("inference.py") + 1 :])
+            return
+    if words[1:2] == ["app.py"]:
+        parse("app", words[2:])
+        return
     if words[0] not in ("python", "python3"):
         assert words[0] in ("accelerate", "pip", "curl", "git", "hf", "rm"), line
         return
     script = words[2] if words[1] == "-m" else words[1]
-    path = ROOT / (script.removeprefix("tokcom.").replace(".", "/") + ".py" if words[1] == "-m" else script)
+    path = ROOT / (
+        script.removeprefix("tokcom.").replace(".", "/") + ".py" if words[1] == "-m" else script
+    )
     assert path.is_file(), line
     known = path.read_text()
     for option in (w.split("=")[0] for w in words if w.startswith("--")):
-        assert re.search(rf"[\"'({{]{option}[\"'}}]|\b{option[2:]}\b", known), f"{option} in {file}: {line}"
+        assert re.search(rf"[\"'({{]{option}[\"'}}]|\b{option[2:]}\b", known), (
+            f"{option} in {file}: {line}"
+        )
 
 
 @pytest.mark.slow
 def test_the_first_training_command_of_the_readme_runs(tmp_path):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "train_accelerate.py", "--preset", "debug"]
-    done = subprocess.run([*command, f"output_dir={tmp_path}"], cwd=ROOT, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "train_accelerate.py",
+        "--preset",
+        "debug",
+    ]
+    done = subprocess.run(
+        [*command, f"output_dir={tmp_path}"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert (Path(tmp_path) / "model.safetensors").is_file()

@@ -14,8 +14,8 @@ from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from transformers import ResNetConfig, ResNetModel
 
-from tokcom import app
-from tokcom.cli.convert import main as convert
+from tokcom.cli import app
+from tokcom.cli.main import main as convert
 from tokcom.codec_style_tokcom import TokComStyleCodec, gradient_loss
 from tokcom.configuration_tokcom import TokComConfig, TokComStyleCodecConfig
 from tokcom.evaluation.images import PCA, frechet, jpeg, main, order_facts, psnr, ssim
@@ -470,7 +470,7 @@ def test_the_command_line_draws_and_rebuilds(trained, tmp_path, capsys):
     rebuild = ["--mode", "reconstruct_image", "--input_image", files[0], "--num_tokens", "3"]
     infer([*here, *rebuild, "--image_file", files[1]])
     assert [Image.open(file).size for file in files] == [(16, 16)] * 2 and "written" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="TokComPipeline, not for TokComImagePipeline"):
+    with pytest.raises(SystemExit, match="pictures, not text: use `tokcom draw`"):
         infer(["--checkpoint", str(trained), "--mode", "reconstruct", "--input_text", "a cat"])
 
 

@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 
 from examples.several_streams import main as join_streams
-from tokcom.cli.evaluate import main as evaluate
+from tokcom.cli.main import call
 from tokcom.codec_composite_tokcom import read_stream
 from tokcom.configuration_tokcom import TokComConfig
 from tokcom.evaluation.codebook import main as codebook
@@ -474,13 +474,11 @@ def test_the_command_line_makes_streams_for_others(pipe, tmp_path, capsys):
 def test_scripts_for_texts_name_a_model_of_several_streams(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     text = str(ROOT / "sample_data/held_out.jsonl")
-    for call, options in (
-        (evaluate, ["--data", text, "--train_data", text, "--output_dir", str(tmp_path / "out")]),
-        (codebook, ["--data", text]),
-    ):
-        flag = "--checkpoint" if call is evaluate else "--model"
-        with pytest.raises(SystemExit, match="several"):
-            call([flag, str(tmp_path), *options])
+    with pytest.raises(SystemExit, match="several streams"):
+        output = ["--output_dir", str(tmp_path / "out")]
+        call("evaluate", "--checkpoint", str(tmp_path), "--data", text, "--train_data", text, *output)
+    with pytest.raises(SystemExit, match="several"):
+        codebook(["--data", text, "--model", str(tmp_path)])
 
 
 # ---- sounds ----

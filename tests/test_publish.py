@@ -10,7 +10,7 @@ from helpers import ROOT
 from hub_server import TOKEN, StandInHub
 from test_hub import PRELUDE, digest
 
-from tokcom.cli.convert import main as convert
+from tokcom.cli.main import main as convert
 from tokcom.pipeline_base_tokcom import with_section
 
 LOADERS = {
@@ -137,7 +137,7 @@ def test_training_pushes_a_card_of_the_run_and_publish_adds_the_evaluation(hub, 
     with (output / "README.md").open("a") as file:
         file.write("\n![curve](curve.png) ![elsewhere](../../secret.png)\n")
     command = ["publish", str(output), "tester/again", "--evaluation", str(tmp_path), "--private"]
-    code = f"from tokcom.cli import convert as convert_tokcom\nconvert_tokcom.main({command!r})"
+    code = f"from tokcom.cli.main import main\nmain({command!r})"
     done = python(code, hub, tmp_path / "home")
     assert done.returncode == 0, done.stderr[-3000:]
     files = hub.files("tester/again")

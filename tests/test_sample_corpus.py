@@ -1,6 +1,5 @@
 """A corpus sampled from a causal language model: what is kept, and that a stop loses nothing."""
 
-import importlib.util
 import json
 import threading
 from pathlib import Path
@@ -9,14 +8,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import ROOT
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-SCRIPT = ROOT / "examples" / "data" / "sample_corpus.py"
-SPEC = importlib.util.spec_from_file_location("sample_corpus", SCRIPT)
-sample_corpus = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(sample_corpus)
+from tokcom.cli import sample_corpus
+from tokcom.cli.main import call, parse
+
+
+def sample(arguments: list[str]) -> dict[str, int]:
+    """Run the command; gives its counts."""
+    return call("sample-corpus", *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -67,32 +68,32 @@ def same_but_date(folder: Path) -> dict:
 @pytest.mark.parametrize("first", ["1", "9", "20"])
 def test_resuming_gives_the_files_of_an_uninterrupted_run(options, tmp_path, first):
     more = ["--validation", "5"]
-    whole = sample_corpus.main(options(tmp_path / "whole", *more))
-    sample_corpus.main(options(tmp_path / "parts", *more, "--num_texts", first))
-    parts = sample_corpus.main(options(tmp_path / "parts", *more))
+    whole = sample(options(tmp_path / "whole", *more))
+    sample(options(tmp_path / "parts", *more, "--num_texts", first))
+    parts = sample(options(tmp_path / "parts", *more))
     assert whole == parts
     assert files(tmp_path / "whole") == files(tmp_path / "parts")
     assert same_but_date(tmp_path / "whole") == same_but_date(tmp_path / "parts")
 
 
 def test_a_crash_between_the_texts_and_the_state_loses_only_that_batch(options, tmp_path):
-    sample_corpus.main(options(tmp_path / "whole"))
-    sample_corpus.main(options(tmp_path / "parts", "--num_texts", "9"))
+    sample(options(tmp_path / "whole"))
+    sample(options(tmp_path / "parts", "--num_texts", "9"))
     state = (tmp_path / "parts" / "state.json").read_text()
-    sample_corpus.main(options(tmp_path / "parts", "--num_texts", "20"))
+    sample(options(tmp_path / "parts", "--num_texts", "20"))
     (tmp_path / "parts" / "state.json").write_text(state)
-    sample_corpus.main(options(tmp_path / "parts"))
+    sample(options(tmp_path / "parts"))
     assert files(tmp_path / "whole") == files(tmp_path / "parts")
 
 
 def test_a_run_that_is_told_to_stop_ends_before_its_next_batch(options, tmp_path):
     stop = threading.Event()
     stop.set()
-    assert sample_corpus.main(options(tmp_path), stop)["sampled"] == 0
+    assert sample_corpus.run(parse("sample-corpus", options(tmp_path)), stop)["sampled"] == 0
 
 
 def test_only_ended_texts_are_kept(options, tmp_path):
-    counts = sample_corpus.main(options(tmp_path, "--max_new_tokens", "4"))
+    counts = sample(options(tmp_path, "--max_new_tokens", "4"))
     assert counts["not_ended"] > 0
     assert all(len(text.split()) < 4 for text in texts(tmp_path))
     left_out = counts["not_ended"] + counts["too_short"] + counts["duplicates"]
@@ -100,13 +101,13 @@ def test_only_ended_texts_are_kept(options, tmp_path):
 
 
 def test_short_texts_are_left_out_and_counted(options, tmp_path):
-    counts = sample_corpus.main(options(tmp_path, "--min_characters", "10"))
+    counts = sample(options(tmp_path, "--min_characters", "10"))
     assert counts["too_short"] > 0
     assert min(map(len, texts(tmp_path))) >= 10
 
 
 def test_duplicates_are_dropped_and_counted(options, tmp_path):
-    counts = sample_corpus.main(options(tmp_path))
+    counts = sample(options(tmp_path))
     found = texts(tmp_path)
     assert counts["duplicates"] > 0
     assert len(set(found)) == len(found) == counts["kept"]
@@ -114,35 +115,35 @@ def test_duplicates_are_dropped_and_counted(options, tmp_path):
 
 
 def test_excluded_texts_do_not_come_again(options, tmp_path):
-    sample_corpus.main(options(tmp_path / "first"))
+    sample(options(tmp_path / "first"))
     known = texts(tmp_path / "first")
     pq.write_table(pa.table({"text": known}), tmp_path / "known.parquet")
     more = ["--exclude", str(tmp_path / "known.parquet")]
-    sample_corpus.main(options(tmp_path / "second", *more))
+    sample(options(tmp_path / "second", *more))
     assert not set(known) & set(texts(tmp_path / "second"))
 
 
 def test_validation_holds_the_first_texts_and_shards_are_full(options, tmp_path):
-    sample_corpus.main(options(tmp_path / "plain"))
-    sample_corpus.main(options(tmp_path / "split", "--validation", "5"))
+    sample(options(tmp_path / "plain"))
+    sample(options(tmp_path / "split", "--validation", "5"))
     split = files(tmp_path / "split")
     assert split.pop("validation.parquet") == texts(tmp_path / "plain")[:5]
     assert all(len(part) == 7 for part in list(split.values())[:-1])
 
 
 def test_a_prompt_begins_every_text(options, tmp_path):
-    sample_corpus.main(options(tmp_path, "--prompt", "the fox"))
+    sample(options(tmp_path, "--prompt", "the fox"))
     assert all(text.startswith("the fox") for text in texts(tmp_path))
 
 
 def test_a_changed_setting_is_refused_by_name(options, tmp_path):
-    sample_corpus.main(options(tmp_path, "--num_texts", "1"))
+    sample(options(tmp_path, "--num_texts", "1"))
     with pytest.raises(SystemExit, match="temperature 1.0, not 0.5"):
-        sample_corpus.main(options(tmp_path, "--temperature", "0.5"))
+        sample(options(tmp_path, "--temperature", "0.5"))
 
 
 def test_every_file_says_where_it_comes_from(options, tmp_path):
-    sample_corpus.main(options(tmp_path))
+    sample(options(tmp_path))
     whole = json.loads((tmp_path / "provenance.json").read_text())
     assert set(whole["settings"]["sha256"]) == {"model.safetensors"}
     last = sorted(tmp_path.glob("part-*.parquet"))[-1]
@@ -151,12 +152,12 @@ def test_every_file_says_where_it_comes_from(options, tmp_path):
 
 def test_a_model_whose_texts_are_never_kept_is_an_error(options, tmp_path):
     with pytest.raises(SystemExit, match="--min_characters 1000"):
-        sample_corpus.main(options(tmp_path, "--min_characters", "1000"))
+        sample(options(tmp_path, "--min_characters", "1000"))
 
 
 def test_more_tokens_than_positions_are_refused(options, tmp_path):
     with pytest.raises(SystemExit, match="give at most 31"):
-        sample_corpus.main(options(tmp_path, "--max_new_tokens", "32"))
+        sample(options(tmp_path, "--max_new_tokens", "32"))
 
 
 def test_min_p_keeps_only_tokens_within_the_share_of_the_likeliest():
@@ -175,7 +176,7 @@ def test_top_k_keeps_only_so_many_tokens():
 
 @torch.inference_mode()
 def test_the_cache_in_place_gives_the_logits_of_the_growing_one(options, teacher, tmp_path):
-    asked = sample_corpus.Teacher(sample_corpus.parse_arguments(options(tmp_path)))
+    asked = sample_corpus.Teacher(parse("sample-corpus", options(tmp_path)))
     tokens = torch.randint(9, (4, 6), generator=torch.Generator().manual_seed(0))
     rows = torch.tensor([0, 2, 3])
     found = []

@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors.torch import load_file
 
-from tokcom.cli.evaluate import main as evaluate
+from tokcom.cli.main import call
 from tokcom.codec_video_tokcom import _device_of, decode_clips, encode_clips
 from tokcom.configuration_tokcom import TokComVideoCodecConfig
 from tokcom.context_tokcom import TokComTask
@@ -546,13 +546,14 @@ def test_the_codes_of_held_out_clips_are_counted_and_shown(tmp_path):
     pipe = pipeline(codec={**QUANTIZED, "num_frames": 8, "height": 32, "width": 32})
     pipe.save_pretrained(tmp_path / "model")
     source = str(ROOT / "sample_data/clips_validation.parquet")
-    facts = evaluate(["codebook", "--model", str(tmp_path / "model"), "--data", source, "--output_dir", str(tmp_path)])
+    options = ["--data", source, "--output_dir", str(tmp_path)]
+    facts = call("evaluate", "codebook", "--model", str(tmp_path / "model"), *options)
     assert facts["latents"] == 16 * 128
     level = facts["levels"][0]
     assert level["codes"] == 16 and 0 < level["usage"] <= 1 and level["dead_codes"] == round(16 * (1 - level["usage"]))
     assert Image.open(tmp_path / "codes.png").size[0] > 0 and (tmp_path / "usage.png").is_file()
     with pytest.raises(SystemExit, match="no quantiser"):
-        evaluate(["codebook", "--model", str(ROOT), "--data", source, "--output_dir", str(tmp_path)])
+        call("evaluate", "codebook", "--model", str(ROOT), *options)
 
 
 def test_the_command_line_animates_a_picture(tmp_path, capsys):

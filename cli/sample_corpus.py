@@ -1,10 +1,10 @@
-"""Sample a corpus of text from any causal language model, to train another model on it.
+"""The work of `tokcom sample-corpus`: texts of a causal language model, to train another one on.
 
-    python examples/data/sample_corpus.py --model HuggingFaceTB/SmolLM2-135M \\
-        --output corpus --num_characters 1000000 --dtype bfloat16 --compile
+    tokcom sample-corpus --model HuggingFaceTB/SmolLM2-135M --output corpus --num_characters 1000000
 
 The folder gets part-00000.parquet and so on (column `text`), validation.parquet if asked for, and
-provenance.json. The same command given again goes on where it was stopped.
+provenance.json. It is written after every batch, so the same command given again goes on where it
+was stopped.
 """
 
 import argparse
@@ -38,7 +38,8 @@ from transformers.masking_utils import sdpa_mask
 
 COUNTS = ("sampled", "kept", "not_ended", "too_short", "duplicates", "characters")
 # What may differ when a run goes on: the texts sampled so far do not depend on it.
-NOT_SETTINGS = ("output", "num_texts", "num_characters")
+NOT_SETTINGS = ("output", "num_texts", "num_characters", "debug", "command_line")
+PATIENCE = 8  # batches without a text to keep, after which something must be wrong
 
 
 class InPlaceLayer(DynamicLayer):
@@ -123,7 +124,7 @@ class Teacher:
         self.room = len(self.start) + args.max_new_tokens
         limit = getattr(self.model.config, "max_position_embeddings", None) or self.room
         if self.room > limit:
-            raise SystemExit(
+            raise ValueError(
                 f"--max_new_tokens {args.max_new_tokens} after a start of {len(self.start)} tokens "
                 f"is beyond the {limit} positions of {args.model}; "
                 f"give at most {limit - len(self.start)}."
@@ -135,14 +136,14 @@ class Teacher:
         bos = self.tokenizer.bos_token_id
         bos = self.model.config.bos_token_id if bos is None else bos
         if bos is None:
-            raise SystemExit(f"{self.args.model} has no BOS token to begin with; give --prompt.")
+            raise ValueError(f"{self.args.model} has no BOS token to begin with; give --prompt.")
         return [bos]
 
     def _ends(self) -> torch.Tensor:
         ends = self.model.generation_config.eos_token_id
         ends = self.tokenizer.eos_token_id if ends is None else ends
         if ends is None:
-            raise SystemExit(
+            raise ValueError(
                 f"{self.args.model} has no EOS token, so no text could end by itself; "
                 "set eos_token_id in its generation_config.json."
             )
@@ -193,7 +194,9 @@ class Teacher:
             if left <= 0.85 * len(rows):
                 chosen = active.nonzero()[:, 0]
                 cache.batch_select_indices(chosen)
-                rows, inputs, active = rows[chosen], inputs[chosen], active[chosen]
+                rows = rows[chosen]
+                inputs = inputs[chosen]
+                active = active[chosen]
         pairs = zip(tokens.tolist(), lengths.tolist(), strict=True)
         return [self._text(row[:length]) if length >= 0 else None for row, length in pairs]
 
@@ -214,11 +217,11 @@ def digest_text(text: str) -> bytes:
 
 
 def read_texts(path: Path) -> list[str]:
-    """The column `text` of a parquet file."""
+    """The column `text` of a parquet file; `ValueError` if it has none."""
     try:
         return pq.read_table(path, columns=["text"])["text"].to_pylist()
     except (OSError, pa.ArrowException) as error:
-        raise SystemExit(f"{path} is no parquet file with a column text: {error}") from error
+        raise ValueError(f"{path} is not a parquet file with a column `text` ({error}).") from error
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -251,9 +254,10 @@ class Corpus:
 
     def _resume(self) -> None:
         for name in self.settings | self.state["settings"]:
-            old, new = self.state["settings"].get(name), self.settings.get(name)
+            old = self.state["settings"].get(name)
+            new = self.settings.get(name)
             if old != new:
-                raise SystemExit(
+                raise ValueError(
                     f"{self.folder} was begun with {name} {old!r}, not {new!r}; "
                     "give the old value or another --output."
                 )
@@ -305,65 +309,34 @@ class Corpus:
             self.state["files"] += 1
         self.state["texts"] = len(self.texts)
         for name, content in (("provenance", provenance), ("state", self.state)):
-            text, path = json.dumps(content, indent=2) + "\n", self.folder / f"{name}.json"
-            replace_file(path, lambda part, text=text: part.write_text(text))
+            text = json.dumps(content, indent=2) + "\n"
+            replace_file(
+                self.folder / f"{name}.json", lambda part, text=text: part.write_text(text)
+            )
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options of the command line, checked."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    add = parser.add_argument
-    add("--model", required=True, help="folder or Hub id of the causal language model")
-    add("--output", type=Path, required=True, help="folder of the corpus")
-    add("--num_texts", type=int, help="stop after the batch that reaches this many texts")
-    add("--num_characters", type=int, help="stop after the batch that reaches this many")
-    add("--batch_size", type=int, default=128, help="texts sampled side by side")
-    add("--max_new_tokens", type=int, default=255, help="longest text, in tokens")
-    add("--temperature", type=float, default=1.0, help="divides the logits; below 1 is safer")
-    add("--min_p", type=float, default=0.02, help="least share of the likeliest's probability")
-    add("--top_k", type=int, default=64, help="draw among so many tokens; 0 for all of them")
-    add("--min_characters", type=int, default=1, help="leave shorter texts out")
-    add("--prompt", help="what every text begins with, kept in it; without it the BOS token")
-    add("--validation", type=int, default=0, help="so many first texts go to validation.parquet")
-    add("--exclude", type=Path, nargs="*", default=[], help="parquet files of texts to leave out")
-    add("--texts_per_file", type=int, default=10000, help="texts in each part-*.parquet")
-    add("--seed", type=int, default=0, help="seed; batch b draws from its own, (seed, b)")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
-    add("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
-    add("--compile", action="store_true", help="fuse the attention; needs a C++ compiler on a cpu")
-    args = parser.parse_args(argv)
-    if args.num_texts is None and args.num_characters is None:
-        parser.error("nothing says when to stop; give --num_texts or --num_characters.")
-    for name in ("temperature", "batch_size", "max_new_tokens", "texts_per_file"):
-        if getattr(args, name) <= 0:
-            parser.error(f"--{name} {getattr(args, name)} has to be more than 0.")
-    if not 0 <= args.min_p <= 1:
-        parser.error(f"--min_p {args.min_p} is a share; give a number from 0 to 1.")
-    return args
-
-
-def main(argv: Sequence[str] | None = None, stop: threading.Event | None = None) -> dict[str, int]:
-    """Sample until enough or until `stop` is set; gives the counts."""
-    args = parse_arguments(argv)
+def run(args: argparse.Namespace, stop: threading.Event | None = None) -> dict[str, int]:
+    """Sample until there is enough or `stop` is set; gives the counts."""
     teacher = Teacher(args)
     settings = {key: value for key, value in vars(args).items() if key not in NOT_SETTINGS}
     settings |= {"exclude": [digest_file(path) for path in args.exclude]}
     settings |= teacher.identity()
     corpus = Corpus(args.output, settings, args.exclude)
-    state, counts = corpus.state, corpus.state["counts"]
-    wanted = args.num_texts or float("inf"), args.num_characters or float("inf")
-    unit, total = ("kept", wanted[0]) if args.num_characters is None else ("characters", wanted[1])
+    state = corpus.state
+    counts = state["counts"]
+    max_texts = args.num_texts or float("inf")
+    max_characters = args.num_characters or float("inf")
+    unit = "kept" if args.num_characters is None else "characters"
+    total = max_texts if args.num_characters is None else max_characters
     with tqdm(total=total, initial=counts[unit], unit=f" {unit}", unit_scale=True) as bar:
-        while counts["kept"] < wanted[0] and counts["characters"] < wanted[1]:
+        while counts["kept"] < max_texts and counts["characters"] < max_characters:
             if stop is not None and stop.is_set():
                 break
             began = time.monotonic()
             corpus.add(teacher.sample(state["batches"]), time.monotonic() - began)
-            if not counts["kept"] and state["batches"] >= 8:
-                raise SystemExit(
-                    f"None of {counts['sampled']} texts is kept: {counts['not_ended']} did not end "
+            if not counts["kept"] and state["batches"] >= PATIENCE:
+                raise ValueError(
+                    f"none of {counts['sampled']} texts is kept: {counts['not_ended']} did not end "
                     f"within --max_new_tokens {args.max_new_tokens}, {counts['too_short']} are "
                     f"below --min_characters {args.min_characters}; change one of the two."
                 )
@@ -375,8 +348,13 @@ def main(argv: Sequence[str] | None = None, stop: threading.Event | None = None)
     return counts
 
 
-if __name__ == "__main__":
+def run_until_stopped(args: argparse.Namespace) -> dict[str, int]:
+    """`run`, which SIGTERM or SIGINT ends after the batch in progress, so that none is lost."""
     stopped = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopped.set())
-    main(stop=stopped)
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, lambda *_: stopped.set()) for number in numbers]
+    try:
+        return run(args, stopped)
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)

@@ -1,0 +1,523 @@
+"""The work of `tokcom app`: a page to play with a model.
+
+Text that emerges from noise, gaps, noise levels and a map of latents; with `--pixels` texts as
+pictures, with `--images` drawn captions. In a Space, TOKCOM_MODEL names the model's repository.
+"""
+
+import argparse
+import html
+import os
+import queue
+import re
+import threading
+import time
+from collections.abc import Iterator
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before the import, which reads it
+
+import gradio as gr
+import matplotlib
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+from tokcom.cli.loading import check_modality, check_model_path, open_pipeline
+from tokcom.evaluation.reconstruction import token_losses_at
+from tokcom.pipeline_tokcom import GAP, TokComPipeline
+from tokcom.processing_tokcom import decode_ids, text_ids
+from tokcom.sampling_tokcom import kept_tokens, spawn_generators
+
+matplotlib.use("Agg")
+LONGEST = 512  # tokens that the page generates or reads at once
+SLOWEST = 120  # seconds that slow motion may add
+FONTS = {
+    "font": ["system-ui", "sans-serif"],
+    "font_mono": ["monospace"],
+}  # nothing is fetched from elsewhere
+CSS = """
+.tokcom-text {
+  font-size: 1.1rem; line-height: 1.9; min-height: 6rem;
+  overflow-wrap: anywhere; white-space: pre-wrap;
+}
+.tokcom-text span {border-radius: 3px; padding: 1px 0; color: #111}
+.tokcom-text .given {background: none; color: inherit; opacity: .75}
+"""
+NOTE = (
+    "This model has {size:.1f} million parameters. While text emerges, its colours go from red "
+    "(noise) to green (denoised). When it is done, they say how much the model expected each "
+    "token, from red (a surprise) to green (certain). Point at a token for the number."
+)
+STORY = "Once upon a time there was a little rabbit who lived in a big wood."
+
+
+def text_box(content: str) -> str:
+    """HTML of a box of text."""
+    return f'<div class="tokcom-text" role="status">{content}</div>'
+
+
+def given_text(text: str) -> str:
+    """HTML of text that the model did not write."""
+    return f'<span class="given">{html.escape(text)}</span>'
+
+
+def colored(tokens: list[tuple[str, float]], given: str = "") -> str:
+    """HTML of a `given` text and of tokens with confidences in [0, 1]."""
+    spans = [given_text(given)] if given else []
+    for text, score in tokens:
+        style = f"background:hsl({120 * score:.0f},70%,80%)"
+        spans.append(
+            f'<span style="{style}" title="{100 * score:.0f} %">{html.escape(text)}</span>'
+        )
+    return text_box("".join(spans))
+
+
+def _generator(seed: float | None) -> torch.Generator:
+    """Numbered noise; without a seed noise of its own."""
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+        return generator
+    return generator.manual_seed(int(seed) % 2**63)
+
+
+def _explained(error: Exception) -> gr.Error:
+    return gr.Error(str(error), title="This cannot be done", print_exception=False)
+
+
+class Writing(threading.Thread):
+    """A continuation in the background.
+
+    What it puts into `frames`: for every denoising step a list of tokens and how clean each is; at
+    the end `(ids, probabilities, seconds)`, or the exception that ended it.
+    """
+
+    def __init__(self, demo: "Demo", prompt: str, length: int, **settings):
+        super().__init__(daemon=True)
+        self.demo = demo
+        self.prompt = prompt
+        self.length = length
+        self.settings = settings
+        self.frames: queue.Queue = queue.Queue()
+        self.stop = threading.Event()
+        self.done: list[tuple[str, float]] = []  # tokens of finished blocks
+        self.current: list[tuple[str, float]] = []  # tokens of the block that is being denoised
+        self.shown_for = 0.0  # seconds spent on showing, which are not the model's
+
+    def after_step(self, pipe, step: int, timestep: torch.Tensor, tensors: dict) -> dict:
+        started = time.perf_counter()
+        pipe._interrupt = self.stop.is_set()
+        index = step % len(pipe.scheduler.timesteps)
+        if index == 0:  # a new block begins
+            self.done = self.done + self.current
+        next_time = 1 - float(pipe.scheduler.sigmas[index + 1])
+        self.current = self.demo.emerging(tensors["latents"].float(), next_time)
+        self.frames.put((self.done + self.current)[: self.length])
+        self.shown_for += time.perf_counter() - started
+        return tensors
+
+    def run(self) -> None:
+        try:
+            with self.demo.busy:
+                started = time.perf_counter()
+                output = self.demo.pipe(
+                    self.prompt,
+                    gen_length=self.length,
+                    callback_on_step_end=self.after_step,
+                    **self.settings,
+                )
+                seconds = time.perf_counter() - started - self.shown_for
+                count = int(output.attention_mask.sum())
+                ids = output.sequences[0, :count].tolist()
+                self.frames.put((ids, self.demo.probabilities(self.prompt, ids), seconds))
+        except Exception as error:  # shown on the page
+            self.frames.put(error)
+
+
+class Demo:
+    """The page's functions for one pipeline; each raises `gr.Error` with a message for people."""
+
+    def __init__(self, pipe: TokComPipeline, pixels: TokComPipeline | None = None, images=None):
+        self.pipe = pipe
+        self.pixels = pixels
+        self.images = images
+        self.busy = threading.Lock()  # one sample at a time: the machine is small
+        for each in (pipe, pixels, images):
+            if each is not None:
+                each.set_progress_bar_config(disable=True)
+
+    @property
+    def predicts_tokens(self) -> bool:
+        """Whether temperature and top-p have a meaning for this model."""
+        return self.pipe.model.token_head is not None
+
+    def _tokens(self, ids: list[int]) -> list[str]:
+        """What each id adds to the text; a character of several tokens belongs to the last."""
+        shown = ""
+        pieces = []
+        for end in range(1, len(ids) + 1):
+            text = decode_ids(self.pipe.tokenizer, ids[:end])
+            whole = text if end == len(ids) else text.rstrip("\ufffd")
+            pieces.append(whole[len(shown) :] if whole.startswith(shown) else "")
+            shown = whole if len(whole) >= len(shown) else shown
+        return pieces
+
+    @torch.no_grad()
+    def emerging(self, latents: torch.Tensor, time: float) -> list[tuple[str, float]]:
+        """What the noisy latents `(1, n, C)` of a block at `time` decode to.
+
+        Returns each token with its own t: 0 is noise, 1 is clean.
+        """
+        model = self.pipe.model
+        times = torch.full((1, latents.shape[1]), time)
+        if model.token_head is None:
+            t = times.clamp(0, 1)[0].repeat_interleave(self.pipe.chunk_size)
+        else:
+            t = model.token_head.place_times(times).flatten()
+        return list(zip(self._tokens(model.to_ids(latents)[0].tolist()), t.tolist()))
+
+    @torch.no_grad()
+    def probabilities(self, prompt: str, ids: list[int]) -> list[float]:
+        """The model's probability of each of the last tokens of a text, given the text before its
+        chunk and, where the model decides one after the other, the tokens before it; of the decoder
+        alone for models that regress latents."""
+        row = self.pipe._tokenize([prompt.rstrip(" ")], "prompt")[0] + ids
+        size = self.pipe.chunk_size
+        beyond = max(0, len(row) - self.pipe.max_length)
+        row = row[-(-beyond // size) * size :]  # what is cut off is whole chunks
+        whole, mask = self.pipe._pad([row], "right")
+        if self.predicts_tokens:
+            torch.manual_seed(0)
+            losses = token_losses_at(self.pipe.model, whole, 0.0, mask)
+        else:
+            losses = self.pipe.model.codec.loss(
+                self.pipe.model.encode(whole, mask).latents, whole, mask
+            )
+        return (-losses.flatten()).exp()[len(row) - len(ids) : len(row)].tolist()
+
+    def write(
+        self,
+        prompt: str,
+        length: int,
+        steps: int,
+        temperature: float,
+        top_p: float,
+        guidance: float,
+        seed: int,
+        slowly: float = 0.0,
+    ) -> Iterator[tuple[str, str]]:
+        """Frames `(HTML, speed)` of a continuation; with `slowly` every denoising step is shown."""
+        writing = Writing(
+            self,
+            prompt,
+            int(length),
+            num_inference_steps=int(steps),
+            guidance_scale=guidance,
+            temperature=temperature if self.predicts_tokens else None,
+            top_p=top_p if self.predicts_tokens else None,
+            generator=_generator(seed),
+        )
+        until = time.monotonic() + SLOWEST
+        writing.start()
+        try:
+            while isinstance(frame := writing.frames.get(), list):
+                if slowly and time.monotonic() < until:
+                    time.sleep(slowly)
+                elif (
+                    not writing.frames.empty()
+                ):  # the page is slower than the model: show the newest
+                    continue
+                yield colored(frame, prompt), "denoising"
+            if isinstance(frame, Exception):
+                raise _explained(frame) from frame
+        finally:  # also when the visitor leaves
+            writing.stop.set()
+            writing.join()
+        ids, probabilities, seconds = frame
+        count = len(ids)
+        speed = f"{1000 * seconds / count:.1f} ms per token, {count / seconds:.0f} tokens/s"
+        text = colored(list(zip(self._tokens(ids), probabilities)), prompt)
+        yield text, f"{count} tokens in {seconds:.2f} s: {speed}"
+
+    def fill(self, text: str, gap_length: int, temperature: float, seed: int) -> str:
+        """HTML of a text whose gaps, of three or more underscores, are filled."""
+        text = re.sub("_{3,}", GAP, text)
+        settings = {"temperature": temperature} if self.predicts_tokens else {}
+        try:
+            with self.busy:
+                output = self.pipe.infill(
+                    text, int(gap_length), generator=_generator(seed), **settings
+                )
+        except ValueError as error:
+            raise _explained(error) from error
+        spans = []
+        rest = output.texts[0]
+        pieces = text.split(GAP)
+        for before, after in zip(pieces, pieces[1:]):
+            rest = rest.removeprefix(before)
+            end = rest.find(after) if after else len(rest)
+            spans.append(given_text(before))
+            spans.append(f'<span style="background:#bfe3bf">{html.escape(rest[:end])}</span>')
+            rest = rest[end:]
+        return text_box("".join(spans) + given_text(rest))
+
+    def _check(self, text: str) -> None:
+        """Raise `ValueError` for a text that would keep the page from all others."""
+        count = len(text_ids(self.pipe.tokenizer, text))
+        if count > LONGEST:
+            raise ValueError(
+                f"the text has {count} tokens, and this page reads at most {LONGEST}; shorten it."
+            )
+
+    def renoise(self, text: str, noise_level: float, seed: int) -> tuple[str, str, str]:
+        """What noisy latents of a text decode to, before and after denoising, and without noise."""
+        try:
+            self._check(text)
+            with self.busy, torch.no_grad():
+                encoded = self.pipe.encode(text)
+                generator = _generator(seed)
+                again = torch.Generator()  # denoising draws the noise that is shown once more
+                again.set_state(generator.get_state())
+                seen = self._seen(encoded, noise_level, generator)
+                denoised = self.pipe.denoise_reconstruct(text, noise_level, generator=again).texts[
+                    0
+                ]
+                return colored(seen), denoised, self.pipe.reconstruct(text).texts[0]
+        except ValueError as error:
+            raise _explained(error) from error
+
+    def _seen(
+        self, encoded, noise_level: float, generator: torch.Generator
+    ) -> list[tuple[str, float]]:
+        """What the model sees of a text at a noise level: tokens, and how clean they are."""
+        count = int(encoded.attention_mask.sum())
+        if self.pipe.model.token_head is None:
+            noise = self.pipe.prepare_latents(1, encoded.latents.shape[1], generator)
+            noisy = self.pipe._sampler().add_noise(encoded.latents.float(), noise, noise_level)
+            return self.emerging(noisy, noise_level)[:count]
+        kept = kept_tokens(count, noise_level, spawn_generators(generator, 1)[0])
+        tokens = self._tokens(encoded.sequences[0, :count].tolist())
+        return [(token, 1.0) if keep else ("·", 0.0) for token, keep in zip(tokens, kept)]
+
+    def latent_map(self, text: str) -> Figure:
+        """The chunk latents of a text in the plane of their two largest principal components."""
+        try:
+            self._check(text)
+            with self.busy:
+                encoded = self.pipe.encode(text)
+        except ValueError as error:
+            raise _explained(error) from error
+        size = self.pipe.chunk_size
+        latents = encoded.latents[0].float()
+        if len(latents) < 3:
+            raise _explained(
+                ValueError(
+                    f"a map needs at least three chunks, {3 * size} tokens; give a longer text."
+                )
+            )
+        centred = latents - latents.mean(0)
+        _, sizes, axes = torch.linalg.svd(centred, full_matrices=False)
+        points = centred @ axes[:2].T
+        shares = sizes.square() / sizes.square().sum()
+        pieces = self._tokens(encoded.sequences[0].tolist())
+        real = encoded.attention_mask[0].tolist()
+        tokens = [piece if is_text else "" for piece, is_text in zip(pieces, real)]
+        figure = Figure(figsize=(8, 6), layout="constrained")
+        plot = figure.subplots()
+        plot.plot(*points.T, color="0.85", zorder=0)
+        plot.scatter(*points.T, c=range(len(points)), cmap="viridis", s=40)
+        for i, (x, y) in enumerate(points.tolist()):
+            label = "".join(tokens[i * size : (i + 1) * size])
+            label = label.replace("\n", "⏎").replace("$", r"\$")  # a dollar would begin a formula
+            plot.annotate(label, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=9)
+        plot.set_xlabel(f"first principal component ({100 * shares[0]:.0f} % of the variance)")
+        plot.set_ylabel(f"second ({100 * shares[1]:.0f} %)")
+        plot.set_title(
+            f"{len(points)} latents of {latents.shape[1]} numbers, read from dark to light"
+        )
+        return figure
+
+    def to_picture(self, text: str):
+        try:
+            image = self.pixels.text_to_image(text)
+        except ValueError as error:
+            raise _explained(error) from error
+        return enlarged(image, 8), self.pixels.image_to_text(image)
+
+    def draw(
+        self, caption: str, steps: int, guidance: float, seed: int
+    ) -> list[tuple[Image.Image, str]]:
+        """Pictures for a caption: of its first tokens only, and of all."""
+        prompt = caption.strip() or None
+        try:
+            with self.busy:
+                output = self.images(
+                    prompt,
+                    num_inference_steps=int(steps),
+                    guidance_scale=guidance if prompt else 1.0,
+                    generator=_generator(seed),
+                    output_type="latent",
+                )
+                return self._prefixes(output.latents)
+        except ValueError as error:
+            raise _explained(error) from error
+
+    def rebuild(self, picture: Image.Image | None) -> list[tuple[Image.Image, str]]:
+        """A picture as its first tokens, and all of them, remember it."""
+        try:
+            if picture is None:
+                raise ValueError("there is no picture; give one first.")
+            with self.busy:
+                return self._prefixes(self.images.encode(picture).latents)
+        except ValueError as error:
+            raise _explained(error) from error
+
+    def _prefixes(self, latents: torch.Tensor) -> list[tuple[Image.Image, str]]:
+        count = self.images.model.config.codec_config.num_tokens
+        kept = [k for k in (1, 2, 4, 8, 16, 32) if k < count] + [count]
+        pictures = [self.images.decode(latents, num_tokens=k).images[0] for k in kept]
+        scale = max(1, 192 // pictures[0].width)
+        large = [enlarged(picture, scale) for picture in pictures]
+        return [(picture, f"{k} of {count} tokens") for picture, k in zip(large, kept)][::-1]
+
+
+def enlarged(picture: Image.Image, scale: int) -> Image.Image:
+    """A picture whose pixels can be seen one by one."""
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+
+
+# ---- the page, tab by tab ----
+
+
+def build_page(demo: Demo) -> gr.Blocks:
+    """The page of tabs."""
+    size = sum(parameter.numel() for parameter in demo.pipe.model.parameters()) / 1e6
+    with gr.Blocks(title="TokCom") as page:
+        gr.Markdown(f"# TokCom\n{NOTE.format(size=size)}")
+        with gr.Tab("Write"):
+            _write_tab(demo)
+        with gr.Tab("Fill gaps"):
+            _fill_tab(demo)
+        with gr.Tab("Noise"):
+            _noise_tab(demo)
+        with gr.Tab("Latent map"):
+            mapped = gr.Textbox(STORY, label="Text", lines=3)
+            figure = gr.Plot(label="Latents of the text's chunks")
+            gr.Button("Draw", variant="primary").click(demo.latent_map, mapped, figure)
+        if demo.pixels is not None:
+            with gr.Tab("Pixels"):
+                pixel_text = gr.Textbox(STORY, label="Text", lines=3)
+                picture = gr.Image(label="One pixel per token", format="png")
+                back = gr.Textbox(label="Read back from the picture", interactive=False)
+                gr.Button("Draw", variant="primary").click(
+                    demo.to_picture, pixel_text, [picture, back]
+                )
+        if demo.images is not None:
+            with gr.Tab("Images"):
+                _image_tab(demo)
+    return page
+
+
+def _write_tab(demo: Demo) -> None:
+    config = demo.pipe.model.config
+    tokens = demo.predicts_tokens
+    with gr.Row():
+        with gr.Column(scale=2):
+            prompt = gr.Textbox(
+                "Once upon a time", label="Prompt", lines=2, max_length=4000, elem_id="prompt"
+            )
+            with gr.Row():
+                length = gr.Slider(4, LONGEST, 96, step=4, label="Tokens to write")
+                steps = gr.Slider(
+                    1, 32, config.num_inference_steps, step=1, label="Denoising steps per block"
+                )
+            with gr.Accordion("Sampling", open=False):
+                temperature = _temperature(demo)
+                top_p = gr.Slider(0.1, 1, config.sampling_top_p, label="Top-p", interactive=tokens)
+                guidance = gr.Slider(1, 4, 1, label="Guidance (1 is off)")
+                seed = gr.Number(0, label="Seed", precision=0)
+            slowly = gr.Slider(0, 1, 0.05, step=0.05, label="Slow motion: seconds per step")
+            with gr.Row():
+                button = gr.Button("Write", variant="primary", elem_id="write")
+                stop = gr.Button("Stop")
+        with gr.Column(scale=3):
+            output = gr.HTML(colored([]), label="Text", elem_id="text")
+            speed = gr.Textbox(label="Speed", interactive=False, elem_id="speed")
+    inputs = [prompt, length, steps, temperature, top_p, guidance, seed, slowly]
+    writing = button.click(demo.write, inputs, [output, speed], show_progress="hidden")
+    submitting = prompt.submit(demo.write, inputs, [output, speed], show_progress="hidden")
+    stop.click(None, cancels=[writing, submitting])
+
+
+def _temperature(demo: Demo) -> gr.Slider:
+    own = demo.pipe.model.config.sampling_temperature
+    return gr.Slider(0.1, 1.5, own, label="Temperature", interactive=demo.predicts_tokens)
+
+
+def _fill_tab(demo: Demo) -> None:
+    example = f"Once upon a time there was a {GAP} who lived in a big wood."
+    gapped = gr.Textbox(example, label=f"Text with gaps, written {GAP}", lines=2)
+    gap_length = gr.Slider(1, 64, 16, step=1, label="Tokens per gap")
+    temperature = _temperature(demo)
+    seed = gr.Number(0, label="Seed", precision=0)
+    filled = gr.HTML(colored([]), elem_id="filled")
+    button = gr.Button("Fill", variant="primary", elem_id="fill")
+    button.click(demo.fill, [gapped, gap_length, temperature, seed], filled)
+
+
+def _noise_tab(demo: Demo) -> None:
+    text = gr.Textbox(STORY, label="Text", lines=2)
+    level = gr.Slider(
+        0, 1, 0.6, step=0.05, label="Noise level (0 is pure noise, 1 is the clean text)"
+    )
+    seed = gr.Number(0, label="Seed", precision=0)
+    seen = gr.HTML(colored([]), label="The noisy latents decode to")
+    denoised = gr.Textbox(label="After denoising", interactive=False)
+    kept = gr.Textbox(label="Encoded and decoded without noise", interactive=False)
+    inputs = [text, level, seed]
+    outputs = [seen, denoised, kept]
+    gr.Button("Mix and denoise", variant="primary").click(demo.renoise, inputs, outputs)
+    level.release(demo.renoise, inputs, outputs)
+
+
+def _image_tab(demo: Demo) -> None:
+    config = demo.images.model.config
+    captioned = config.condition_vocab_size > 0
+    caption = gr.Textbox(label="Caption", interactive=captioned, max_length=400, elem_id="caption")
+    with gr.Row():
+        steps = gr.Slider(1, 100, config.num_inference_steps, step=1, label="Denoising steps")
+        scale = 2 if captioned else 1
+        guidance = gr.Slider(1, 6, scale, label="Guidance (1 is off)", interactive=captioned)
+        seed = gr.Number(0, label="Seed", precision=0)
+    drawn = gr.Gallery(label="All tokens, and the first ones", columns=7, elem_id="drawn")
+    button = gr.Button("Draw", variant="primary", elem_id="draw")
+    button.click(demo.draw, [caption, steps, guidance, seed], drawn)
+    picture = gr.Image(label="Picture", type="pil")
+    rebuilt = gr.Gallery(label="Encoded and decoded: all tokens, and the first ones", columns=7)
+    gr.Button("Encode and decode", variant="primary").click(demo.rebuild, picture, rebuilt)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Load the models and serve the page until it is stopped."""
+    # all paths first: a typing mistake should not cost the loading of a model
+    named = (
+        ("--checkpoint", args.checkpoint),
+        ("--pixels", args.pixels),
+        ("--images", args.images),
+    )
+    for option, path in named:
+        if path is not None:
+            check_model_path(path, option)
+    pipe = open_pipeline(args.checkpoint, args.device)
+    check_modality(pipe, args.checkpoint, "generate")
+    pixels = None
+    if args.pixels is not None:
+        pixels = open_pipeline(args.pixels, args.device, "--pixels")
+        check_modality(pixels, args.pixels, "text_to_image")
+    images = None
+    if args.images is not None:
+        images = open_pipeline(args.images, args.device, "--images")
+        check_modality(images, args.images, "draw")
+    page = build_page(Demo(pipe, pixels, images))
+    page.queue(default_concurrency_limit=1).launch(
+        server_name=args.host, server_port=args.port, css=CSS, theme=gr.themes.Default(**FONTS)
+    )

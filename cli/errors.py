@@ -1,0 +1,61 @@
+"""The one error handler of every entry point.
+
+A mistake of the user ends in one sentence, `error: ...`, and exit status 1; argparse ends a wrong
+command line with status 2. A traceback is for bugs: it is shown with `--debug` or TOKCOM_DEBUG=1.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+
+
+def wants_traceback(debug: bool = False) -> bool:
+    """Whether tracebacks were asked for, by `--debug` or by the environment."""
+    return debug or os.environ.get("TOKCOM_DEBUG", "0") not in ("", "0")
+
+
+def _explain_os_error(error: OSError) -> str:
+    if error.filename is None or error.errno is None:
+        return str(error)  # raised by us or by a library, with a sentence of its own
+    if isinstance(error, FileNotFoundError):
+        return f"{error.filename} does not exist."
+    return f"{error.filename} cannot be used: {error.strerror}."
+
+
+def explain(error: Exception) -> str:
+    """What went wrong, in words for the person at the keyboard."""
+    # imported here, because --help must not wait for it
+    from huggingface_hub.errors import StrictDataclassError
+
+    if isinstance(error, OSError):
+        return _explain_os_error(error)
+    if isinstance(error, ModuleNotFoundError) and not (error.name or "tokcom").startswith("tokcom"):
+        return f"this command needs {error.name}, which is not installed: pip install {error.name}"
+    if isinstance(error, StrictDataclassError):
+        return str(error.__cause__ or error)  # without the name of the validator
+    if isinstance(error, ValueError):
+        return str(error)
+    reason = (str(error).strip() or "no message").splitlines()[0]
+    return f"unexpected {type(error).__name__}: {reason} (--debug shows where)"
+
+
+@contextlib.contextmanager
+def report_errors(debug: bool = False) -> Iterator[None]:
+    """End the process with one sentence and status 1 if the body fails.
+
+    With `debug` or TOKCOM_DEBUG=1 the exception passes through and shows its traceback.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(130)  # 128 + SIGINT, as shells count
+    except BrokenPipeError:
+        # whoever read our output has left, as `head` does; Python would complain again when it
+        # closes stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        if wants_traceback(debug):
+            raise
+        sys.exit(f"error: {explain(error)}")

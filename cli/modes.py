@@ -1,0 +1,242 @@
+"""The work of `tokcom generate`, `infill`, `draw` and so on, and of `inference.py`.
+
+Each function takes a pipeline and the parsed arguments, prints what it made, and returns it as a
+list of texts.
+"""
+
+import argparse
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from tokcom.cli.loading import check_modality, open_pipeline, speed_up
+from tokcom.cli.options import MODES, READ, WRITTEN
+from tokcom.pipeline_tokcom import GAP
+from tokcom.processing_tokcom import write_wav
+from tokcom.training.films import write_film
+from tokcom.training.images import Frames
+
+
+def check_files(args: argparse.Namespace) -> None:
+    """Raise `FileNotFoundError` for a missing input, or for an output whose folder is missing."""
+    written = WRITTEN
+    read = READ
+    if MODES[args.mode].reads_picture:
+        read = (*READ, "image_file")
+        written = tuple(name for name in WRITTEN if name != "image_file")
+    for name in read:
+        file = getattr(args, name, None)
+        if file is not None and not Path(file).is_file():
+            raise FileNotFoundError(f"{file} does not exist, so there is nothing to read ({name}).")
+    for name in written:
+        file = getattr(args, name, None)
+        if file is not None and not Path(file).resolve().parent.is_dir():
+            folder = Path(file).parent
+            raise FileNotFoundError(
+                f"--{name} {file}: the folder {folder} does not exist; create it first."
+            )
+
+
+def run_mode(args: argparse.Namespace) -> None:
+    """Load the model and do what `args.mode` says."""
+    check_files(args)
+    pipe = open_pipeline(args.checkpoint, args.device)
+    check_modality(pipe, args.checkpoint, args.mode)
+    speed_up(pipe, args.int8, args.compile)
+    texts = RUN[args.mode](pipe, args)
+    output_file = getattr(args, "output_file", None)
+    if output_file is None:
+        return
+    if args.mode != "encode":  # which has written its latents already
+        Path(output_file).write_text("".join(f"[{i + 1}] {text}\n" for i, text in enumerate(texts)))
+    print(f"written to {output_file}")
+
+
+def sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings of every sampler."""
+    generator = None if args.seed is None else torch.Generator().manual_seed(args.seed)
+    return {"num_inference_steps": args.num_steps, "generator": generator}
+
+
+def token_sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings of a sampler of tokens; None leaves one to the model."""
+    return {"temperature": args.temperature, "top_p": args.top_p, **sampling(args)}
+
+
+def show(output) -> list[str]:
+    """Print the texts of an output, or without a tokenizer its ids."""
+    texts = output.texts
+    if texts is None:
+        texts = [str(row) for row in output.sequences.tolist()]
+    for i, text in enumerate(texts):
+        print(f"[{i + 1}] {text}")
+    return texts
+
+
+def tell(message: str) -> list[str]:
+    print(f"[1] {message}")
+    return [message]
+
+
+# ---- texts ----
+
+
+def generate(pipe, args: argparse.Namespace) -> list[str]:
+    return show(pipe.generate(args.num_chunks, args.batch_size, **token_sampling(args)))
+
+
+def continue_prompt(pipe, args: argparse.Namespace) -> list[str]:
+    """Print one continuation while it is written; several appear together at the end."""
+    tokens = args.num_generate_chunks * pipe.chunk_size
+    options = {"guidance_scale": args.guidance_scale, **token_sampling(args)}
+    if args.batch_size == 1 and pipe.tokenizer is not None:
+        return [stream(pipe, args.prompt, tokens, options)]
+    output = pipe([args.prompt] * args.batch_size, tokens, **options)
+    if output.texts is not None:
+        output.texts = [args.prompt + text for text in output.texts]
+    return show(output)
+
+
+def stream(pipe, prompt: str, tokens: int, options: dict[str, Any]) -> str:
+    """Print a prompt and its continuation piece by piece; returns both."""
+    pipe.set_progress_bar_config(disable=True)  # the text itself is the progress
+    text = prompt
+    for piece in pipe.stream(prompt, tokens, **options):
+        # the prompt appears with the first piece, so that a refused prompt leaves nothing but its
+        # error
+        print(piece if text != prompt else f"[1] {prompt}{piece}", end="", flush=True)
+        text += piece
+    print("" if text != prompt else f"[1] {prompt}")
+    return text
+
+
+def infill(pipe, args: argparse.Namespace) -> list[str]:
+    options = {"guidance_scale": args.guidance_scale, **token_sampling(args)}
+    text = re.sub(
+        "_{3,}", GAP, args.input_text
+    )  # a gap is as wide as it was drawn; its length is an option
+    return show(pipe.infill(text, args.gap_length, **options))
+
+
+def reconstruct(pipe, args: argparse.Namespace) -> list[str]:
+    return show(pipe.reconstruct(args.input_text))
+
+
+def denoise(pipe, args: argparse.Namespace) -> list[str]:
+    return show(pipe.denoise_reconstruct(args.input_text, args.noise_level, **token_sampling(args)))
+
+
+def encode(pipe, args: argparse.Namespace) -> list[str]:
+    output = pipe.encode(args.input_text, args.output_file)
+    latents = output.latents.float()
+    print(f"latents {tuple(latents.shape)}: mean {latents.mean():.4f}, std {latents.std():.4f}")
+    if output.codes is not None:
+        bits = pipe.model.config.codec_config.bits_per_token
+        print(f"codes {tuple(output.codes.shape)}: {bits:.2f} bits per token")
+    return []
+
+
+def decode(pipe, args: argparse.Namespace) -> list[str]:
+    return show(pipe.decode(args.latents_file))
+
+
+def text_to_image(pipe, args: argparse.Namespace) -> list[str]:
+    image = pipe.text_to_image(args.input_text, args.image_width)
+    image.save(args.image_file)
+    return tell(f"{image.width} x {image.height} pixels written to {args.image_file}")
+
+
+def image_to_text(pipe, args: argparse.Namespace) -> list[str]:
+    return tell(pipe.image_to_text(args.image_file))
+
+
+# ---- pictures, clips and several streams ----
+
+
+def draw(pipe, args: argparse.Namespace) -> list[str]:
+    images = pipe(args.prompt, guidance_scale=args.guidance_scale, **sampling(args)).images
+    images[0].save(args.image_file)
+    return tell(f"picture written to {args.image_file}")
+
+
+def reconstruct_image(pipe, args: argparse.Namespace) -> list[str]:
+    with Image.open(args.input_image) as picture:
+        images = pipe.reconstruct(picture, num_tokens=args.num_tokens).images
+    images[0].save(args.image_file)
+    return tell(f"picture written to {args.image_file}")
+
+
+def animate(pipe, args: argparse.Namespace) -> list[str]:
+    given = None
+    if args.input_image is not None:
+        source = Frames(args.input_image, "--input_image")
+        given = [source.clip(0, len(source))]
+    options = {
+        "num_frames": args.num_frames,
+        "guidance_scale": args.guidance_scale,
+        **sampling(args),
+    }
+    frames = pipe(args.prompt, frames=given, **options).videos[0]
+    write_film(frames, args.video_file, args.fps)
+    return tell(f"{len(frames)} frames written to {args.video_file}")
+
+
+def any_to_any(pipe, args: argparse.Namespace) -> list[str]:
+    """The streams that an output file is named for, or a text, from those that are given."""
+    names = {
+        codec.kind: name for name, codec in pipe.model.config.codec_config.stream_configs().items()
+    }
+    inputs = {"text": args.input_text, "audio": args.input_audio, "image": args.input_image}
+    given = {kind: value for kind, value in inputs.items() if value is not None}
+    files = {"image": args.image_file, "audio": args.audio_file}
+    wanted = [kind for kind, file in files.items() if file is not None] or ["text"]
+    missing = {*given, *wanted} - set(names)
+    if missing:
+        raise ValueError(f"this model has no {sorted(missing)}; its streams are {sorted(names)}.")
+    if args.batch_size > 1 and wanted != ["text"]:
+        raise ValueError(
+            f"--batch_size {args.batch_size}: --image_file and --audio_file hold one sample each; "
+            "leave it at 1."
+        )
+    if "image" in given:
+        given["image"] = Frames(given["image"], "--input_image")[0]
+    made = pipe(
+        {names[kind]: [value] * args.batch_size for kind, value in given.items()},
+        [names[kind] for kind in wanted],
+        batch_size=args.batch_size,
+        guidance_scale=args.guidance_scale,
+        num_candidates=args.num_candidates,
+        **sampling(args),
+    ).streams
+    if wanted == ["text"]:
+        texts = [str(text) for text in made[names["text"]]]
+        for i, text in enumerate(texts):
+            print(f"[{i + 1}] {text}")
+        return texts
+    if "image" in wanted:
+        made[names["image"]][0].save(args.image_file)
+    if "audio" in wanted:
+        name = names["audio"]
+        write_wav(made[name][0], args.audio_file, pipe.sampling_rates[name])
+    return [line for kind in wanted for line in tell(f"{kind} written to {files[kind]}")]
+
+
+RUN: dict[str, Callable[[Any, argparse.Namespace], list[str]]] = {
+    "generate": generate,
+    "conditional": continue_prompt,
+    "infill": infill,
+    "reconstruct": reconstruct,
+    "denoise_reconstruct": denoise,
+    "encode": encode,
+    "decode": decode,
+    "text_to_image": text_to_image,
+    "image_to_text": image_to_text,
+    "draw": draw,
+    "reconstruct_image": reconstruct_image,
+    "animate": animate,
+    "any_to_any": any_to_any,
+}
