@@ -25,7 +25,7 @@ from tokcom.evaluation.reference import read_predictions, reference_metrics
 from tokcom.evaluation.samplers import AutoregressiveSampler, TokComSampler
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_text_tokcom import vocabulary_size
-from tokcom.train_accelerate import build_model, derived_config
+from tokcom.training.build import build_model, derived_config
 from tokcom.training.config import load_train_config
 from tokcom.training.data import train_tokenizer
 

@@ -19,13 +19,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_training import QUICK, launch, quick
 
-from tokcom import train_accelerate
 from tokcom.configuration_tokcom import PRESETS, TokComChunkCodecConfig, TokComConfig, TokComTransformerConfig
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_text_tokcom import vocabulary_size
-from tokcom.train_accelerate import TrainingStopped, run
+from tokcom.train_accelerate import run
+from tokcom.training import trainer
 from tokcom.training.checkpoints import CheckpointError, Checkpoints, damage, seal
 from tokcom.training.data import read_patiently
+from tokcom.training.stopping import TrainingStopped
 
 TEXT = ROOT / "sample_data" / "stories_validation.jsonl"
 
@@ -190,7 +191,7 @@ def accelerate_command(processes: int, output, *extra: str) -> list[str]:
 
 
 def accelerate_environment() -> dict[str, str]:
-    return dict(os.environ, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", PYTHONPATH=str(ROOT))
+    return dict(os.environ, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
 
 
 def test_two_processes_train_what_one_process_does_that_accumulates(tmp_path):
@@ -287,13 +288,13 @@ def test_a_clock_that_jumps_disturbs_nothing(tmp_path, monkeypatch):
     plain = tmp_path / "plain"
     plain.mkdir()
     expected = run(quick(plain, "stage=codec"))
-    monkeypatch.setattr(train_accelerate.time, "time", jump)
-    monkeypatch.setattr(train_accelerate.time, "perf_counter", jump)
+    monkeypatch.setattr(trainer.time, "time", jump)
+    monkeypatch.setattr(trainer.time, "perf_counter", jump)
     assert same_weights(expected, run(quick(tmp_path, "stage=codec")))
 
 
 def test_a_stop_is_obeyed_after_the_update_at_hand(tmp_path, monkeypatch):
-    after, calls = train_accelerate.StageTrainer._after_update, []
+    after, calls = trainer.Trainer._after_update, []
 
     def told(self, *args):
         calls.append(1)
@@ -301,7 +302,7 @@ def test_a_stop_is_obeyed_after_the_update_at_hand(tmp_path, monkeypatch):
             signal.raise_signal(signal.SIGUSR1)
         after(self, *args)
 
-    monkeypatch.setattr(train_accelerate.StageTrainer, "_after_update", told)
+    monkeypatch.setattr(trainer.Trainer, "_after_update", told)
     with pytest.raises(TrainingStopped, match="SIGUSR1 after codec step 2"):
         run(quick(tmp_path, "stage=codec"))
     assert (tmp_path / "out" / "run" / "codec" / "checkpoint-2").is_dir()

@@ -25,8 +25,8 @@ from tokcom.pipeline_text_tokcom import vocabulary_size
 from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.processing_tokcom import TokComAudioProcessor, TokComImageProcessor, read_wav, write_wav
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
-from tokcom.train_accelerate import build_model
 from tokcom.train_accelerate import main as train
+from tokcom.training.build import build_model
 from tokcom.training.config import DataConfig, load_train_config
 from tokcom.training.data import load_documents, train_tokenizer
 from tokcom.training.streams import OmniDataset, read_sound

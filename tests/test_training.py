@@ -11,15 +11,17 @@ import torch
 from helpers import ROOT, same_weights, tiny_config
 from safetensors.torch import load_file
 
-from tokcom import train_accelerate
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_text_tokcom import vocabulary_size
 from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
-from tokcom.train_accelerate import NonFiniteLossError, StageTrainer, run
+from tokcom.train_accelerate import run
+from tokcom.training import attention, progress
+from tokcom.training import launch as processes
 from tokcom.training.config import PRESET_DIR, load_train_config
 from tokcom.training.data import PackedDataset
 from tokcom.training.export import measure_latent_statistics
+from tokcom.training.progress import NonFiniteLossError, UpdateGuard
 
 QUICK = [
     *("report_to=none", "num_samples=0", "tokenizer_vocab_size=320", "model.transformer_config.num_hidden_layers=1"),
@@ -128,7 +130,7 @@ def launch(output, *extra):
     data = [f"data.train={ROOT}/sample_data/stories_validation.jsonl", "data.validation=null"]
     steps = ["flow.max_steps=120", "flow.checkpoint_steps=10", "flow.gradient_accumulation_steps=2"]
     steps += ["flow.batch_size=24", *extra]  # 12.5 steps an epoch: the kill comes in a later one
-    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
+    env = dict(os.environ, OMP_NUM_THREADS="1")
     return subprocess.Popen(
         [*command, *data, *steps], cwd=output.parent, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -154,7 +156,6 @@ def test_killed_and_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(tmp_pat
 
 SPY = """
 import json, os, sys
-from tokcom import train_accelerate
 from tokcom.modeling_tokcom import TokComModel
 forward = TokComModel.forward
 def spy(self, input_ids, attention_mask=None, timestep=None):
@@ -175,7 +176,7 @@ def test_two_processes_see_different_windows_and_keep_one_set_of_weights(tmp_pat
     command += [str(tmp_path / "spy.py"), str(tmp_path / "seen"), "--preset", "debug", *QUICK]
     command += [f"data.train={ROOT}/sample_data/stories_validation.jsonl", "data.validation=null"]
     command += ["stage=codec", "codec.batch_size=100", "--output_dir", str(tmp_path / "out")]  # 3 steps an epoch
-    env = dict(os.environ, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", PYTHONPATH=str(ROOT))
+    env = dict(os.environ, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = ([json.loads(line) for line in open(tmp_path / f"seen{rank}")] for rank in "01")
@@ -214,7 +215,7 @@ def test_a_nan_loss_is_left_out_and_counted(tmp_path, monkeypatch, capsys):
 
 
 def test_a_nan_loss_is_left_out_where_a_scaler_has_unscaled_the_gradients(tmp_path, monkeypatch, capsys):
-    prepare, clip = train_accelerate.Accelerator.prepare, train_accelerate.Accelerator.clip_grad_norm_
+    prepare, clip = processes.Accelerator.prepare, processes.Accelerator.clip_grad_norm_
 
     def clipped(self, *args, **kwargs):  # what accelerate does with mixed_precision=fp16 on a GPU
         self.scaler.unscale_(self._optimizers[-1].optimizer)
@@ -224,8 +225,8 @@ def test_a_nan_loss_is_left_out_where_a_scaler_has_unscaled_the_gradients(tmp_pa
         self.scaler = self.scaler or torch.amp.GradScaler("cpu")
         return prepare(self, *args, **kwargs)
 
-    monkeypatch.setattr(train_accelerate.Accelerator, "prepare", scaled)
-    monkeypatch.setattr(train_accelerate.Accelerator, "clip_grad_norm_", clipped)
+    monkeypatch.setattr(processes.Accelerator, "prepare", scaled)
+    monkeypatch.setattr(processes.Accelerator, "clip_grad_norm_", clipped)
     poison(monkeypatch, lambda call: call == 2)
     output = run(quick(tmp_path, "stage=codec"))
     assert "loss is nan; left out (1 so far)" in capsys.readouterr().out
@@ -261,7 +262,7 @@ def test_infinite_gradient_stops_before_the_weights_change(tmp_path, monkeypatch
 
 
 def test_a_spike_of_the_gradient_is_left_out(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train_accelerate, "SPIKES_AFTER", 3)
+    monkeypatch.setattr(progress, "SPIKES_AFTER", 3)
     poison(monkeypatch, lambda call: call == 5, 1e4)
     run(quick(tmp_path, "stage=codec"))
     assert "is more than 20 times its average; left out (1 so far)" in capsys.readouterr().out
@@ -431,8 +432,8 @@ def test_text_that_cannot_be_cached_is_an_error(tmp_path):
 def test_the_attention_that_was_fastest_is_kept_in_checkpoints_and_not_timed_again(tmp_path, monkeypatch):
     run(quick(tmp_path, "attention=auto", "stage=codec"))
     seconds = {"sdpa": 3.0, "sdpa_float32": 2.0, "eager": 1.0}
-    monkeypatch.setattr(StageTrainer, "_time_step", lambda self, model, batch, name: seconds[name])
-    monkeypatch.setattr(StageTrainer, "_is_bad", lambda self, *args: self.progress.step >= 2 and stop())
+    monkeypatch.setattr(attention, "time_step", lambda model, batch, name, accelerator: seconds[name])
+    monkeypatch.setattr(UpdateGuard, "problem", lambda self, *args: stop() if self.progress.step >= 2 else None)
 
     def stop():
         raise KeyboardInterrupt
@@ -440,7 +441,7 @@ def test_the_attention_that_was_fastest_is_kept_in_checkpoints_and_not_timed_aga
     with pytest.raises(KeyboardInterrupt):
         run(quick(tmp_path, "attention=auto", "flow.checkpoint_steps=1"))
     monkeypatch.undo()
-    monkeypatch.setattr(StageTrainer, "_time_step", lambda *args: pytest.fail("timed again"))
+    monkeypatch.setattr(attention, "time_step", lambda *args: pytest.fail("timed again"))
     run(quick(tmp_path, "attention=auto", "flow.checkpoint_steps=1"))
     newest = max((tmp_path / "out" / "run" / "flow").glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
     assert torch.load(newest / "extra.pt", weights_only=True)["attention"] == "eager"
