@@ -18,7 +18,7 @@ from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 from tokcom.train_accelerate import run
 from tokcom.training import attention, progress
 from tokcom.training import launch as processes
-from tokcom.training.config import PRESET_DIR, load_train_config
+from tokcom.training.config import PRESET_DIR, known_keys, load_train_config
 from tokcom.training.data import PackedDataset
 from tokcom.training.export import measure_latent_statistics
 from tokcom.training.progress import NonFiniteLossError, UpdateGuard
@@ -156,6 +156,7 @@ def test_killed_and_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(tmp_pat
 
 SPY = """
 import json, os, sys
+from tokcom import train_accelerate
 from tokcom.modeling_tokcom import TokComModel
 forward = TokComModel.forward
 def spy(self, input_ids, attention_mask=None, timestep=None):
@@ -358,7 +359,9 @@ def test_training_presets_are_valid(name):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["flow.max_step=3"], "flow.max_step"),
+        (["flow.max_step=3"], "did you mean 'flow.max_steps'"),
+        (["lr=3"], "'lr'; --help lists"),
+        (["data=x.txt"], "`data` cannot be set"),
         (["flow.max_steps=many"], "flow.max_steps.*int"),
         (["flow.max_steps"], "key=value"),
         (["stage=vae"], "'vae'"),
@@ -375,6 +378,32 @@ def test_bad_training_keys_are_named(overrides, message):
         load_train_config("debug", overrides)
     with pytest.raises(ValueError, match="nothing.*known presets"):
         load_train_config("nothing", [])
+
+
+HELP = """
+import sys
+from tokcom import train_accelerate
+try:
+    train_accelerate.main(["--help"])
+except SystemExit:
+    assert "torch" not in sys.modules and "transformers" not in sys.modules
+"""
+
+
+def test_help_lists_every_key_and_loads_nothing_heavy():
+    done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for key, field in known_keys():
+        shown = key.replace("codec.", "{codec,flow,head}.")
+        if not key.startswith(("flow.", "head.")):
+            assert f"  {shown}  [" in done.stdout, key
+        assert field.metadata["help"] in done.stdout
+
+
+def test_a_dictionary_replaces_that_of_the_preset_and_a_section_completes_it():
+    config = load_train_config("omni-tiny", ["data.fields={text: caption}", "flow={max_steps: 7}"])
+    assert config.data.fields == {"text": "caption"}
+    assert (config.flow.max_steps, config.flow.batch_size) == (7, 64)
 
 
 def test_own_training_text_is_validated_on_itself_unless_told_otherwise(tmp_path):

@@ -17,13 +17,14 @@ class NonFiniteLossError(RuntimeError):
 class Progress:
     """Counters, the best validation loss and running sums of one stage, and the size of the batches that they count.
 
-    `micro_batch` counts micro-batches of one process; `batch_size` (rows) and `processes` say how much data that is. They are
-    None in checkpoints of version 0.2, which then are taken to have had the sizes of now.
+    Args:
+        batch_size, processes, accumulation (`int`): rows of a micro-batch, processes that each take one, and micro-batches of
+            an update. Checkpoints of version 0.2 lack them and are taken to have had the sizes of now.
     """
 
-    def __init__(self, batch_size: int | None = None, processes: int | None = None):
+    def __init__(self, batch_size: int, processes: int, accumulation: int):
         self.step = 0
-        self.micro_batch = 0
+        self.micro_batch = 0  # of one process
         self.tokens = 0
         self.skipped = 0  # updates left out
         self.skipped_in_row = 0
@@ -33,6 +34,7 @@ class Progress:
         self.train_count = 0
         self.batch_size = batch_size
         self.processes = processes
+        self.accumulation = accumulation
 
     def state_dict(self) -> dict:
         return dict(vars(self))
@@ -40,24 +42,26 @@ class Progress:
     def load_state_dict(self, state: dict) -> None:
         vars(self).update(state)
 
-    def relocate(self, batch_size: int, processes: int, rows: int | None) -> str | None:
+    def relocate(self, batch_size: int, processes: int, accumulation: int, rows: int | None) -> str | None:
         """Count in batches of another size or number from now on; returns what changed, or None.
 
         `rows` is the size of an epoch, None of a stream. No row is seen twice in an epoch: a batch that would begin among rows
-        that were already seen is passed over.
+        that were already seen is passed over, and so are those that would begin an update in its middle.
         """
-        before = (self.batch_size, self.processes)
-        if before == (batch_size, processes):
+        before = (self.batch_size, self.processes, self.accumulation)
+        now = (batch_size, processes, accumulation)
+        if before == now:
             return None
         old_rows = self.batch_size * self.processes  # in one micro-batch of all processes
         new_rows = batch_size * processes
         epoch, done = (0, self.micro_batch) if rows is None else divmod(self.micro_batch, rows // old_rows)
-        self.micro_batch = math.ceil(done * old_rows / new_rows)
+        micro_batch = math.ceil(done * old_rows / new_rows)
         if rows is not None:
-            self.micro_batch += epoch * (rows // new_rows)
-        self.batch_size = batch_size
-        self.processes = processes
-        return f"batches of {before[0]} on {before[1]} process(es) became batches of {batch_size} on {processes}"
+            micro_batch += epoch * (rows // new_rows)
+        self.micro_batch = math.ceil(micro_batch / accumulation) * accumulation
+        self.batch_size, self.processes, self.accumulation = now
+        names = "batch size, processes, accumulation"
+        return f"({names}) {before} became {now}"
 
 
 class UpdateGuard:

@@ -327,14 +327,16 @@ class StageTrainer(Trainer):
                 f"a stream is read in {progress.processes} parts, one for each process that the run began with; launch "
                 f"{progress.processes} processes instead of {processes}."
             )
-        if batch_size != progress.batch_size and self.corpus.sampler(self.dataset, batch_size, self.config.seed):
+        sampler = self.corpus.sampler(self.dataset, batch_size, self.config.seed)
+        if sampler is not None and batch_size != progress.batch_size:
             raise ValueError(
                 f"the batches of several streams are composed by their size; keep {self.stage}.batch_size="
                 f"{progress.batch_size} instead of {batch_size}."
             )
         rows = None if self.corpus.streamed else len(self.dataset)
-        changed = progress.relocate(batch_size, processes, rows)
+        changed = progress.relocate(batch_size, processes, self.options.gradient_accumulation_steps, rows)
         if changed:
+            self.accelerator.step = 0  # micro-batches of the update at hand, which begins here
             self.accelerator.print(
                 f"{self.stage}: {changed}; the run goes on with rows that it has not seen in this epoch"
             )

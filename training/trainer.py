@@ -45,7 +45,9 @@ class Trainer:
         self.directory = Path(config.output_dir) / WORK / stage
         self.checkpoints = Checkpoints(self.directory, self.options.checkpoints_total_limit)
         self.accelerator: Accelerator = build_accelerator(config, self.options, str(self.directory), list(handlers))
-        self.progress = Progress(self.options.batch_size, self.accelerator.num_processes)
+        self.progress = Progress(
+            self.options.batch_size, self.accelerator.num_processes, self.options.gradient_accumulation_steps
+        )
         self.signals = StopSignals()
         self.lr_scheduler: torch.optim.lr_scheduler.LambdaLR | None = None
         self.ema: ShardedEMAModel | None = None
