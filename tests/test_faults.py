@@ -430,6 +430,17 @@ def test_no_row_is_seen_twice_after_batches_change_their_size(rows):
     assert Progress(8, 1, 1).relocate(8, 1, 1, rows) is None
 
 
+def test_progress_of_an_earlier_version_is_taken_to_have_had_the_batches_of_now():
+    progress = Progress(8, 2, 1)
+    old = {
+        name: value
+        for name, value in progress.state_dict().items()
+        if name not in ("batch_size", "processes", "accumulation")
+    }
+    progress.load_state_dict({**old, "micro_batch": 5})
+    assert progress.relocate(8, 2, 1, 100) is None and progress.micro_batch == 5
+
+
 def test_a_run_goes_on_with_smaller_batches_and_the_average_switched_off_or_on(tmp_path, monkeypatch, capsys):
     seen = []
     forward = TokComModel.forward
