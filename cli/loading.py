@@ -36,15 +36,12 @@ def check_model_path(checkpoint: str, option: str = "--checkpoint") -> None:
     path = Path(checkpoint)
     if path.is_dir() and not (path / "model_index.json").is_file():
         raise FileNotFoundError(
-            f"{checkpoint} holds no model_index.json, so it is not a TokCom model directory; "
-            f"name one with {option}."
+            f"{checkpoint} holds no model_index.json, so it is not a TokCom model directory; name one with {option}."
         )
     # a Hub id is USER/NAME; everything else that is not there was meant as a path
     is_hub_id = checkpoint.count("/") == 1 and not checkpoint.startswith((".", "/"))
     if not path.exists() and not is_hub_id:
-        raise FileNotFoundError(
-            f"{option} {checkpoint} does not exist; give a model directory, Hub id or .pt file."
-        )
+        raise FileNotFoundError(f"{option} {checkpoint} does not exist; give a model directory, Hub id or .pt file.")
 
 
 def open_pipeline(checkpoint: str, device: str | None = None, option: str = "--checkpoint"):
@@ -70,9 +67,7 @@ def open_pipeline(checkpoint: str, device: str | None = None, option: str = "--c
     try:
         return pipe.to(device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"device {device!r} cannot be used ({first_line(error)}); try --device cpu."
-        ) from error
+        raise ValueError(f"device {device!r} cannot be used ({first_line(error)}); try --device cpu.") from error
 
 
 def check_modality(pipe, checkpoint: str, mode: str) -> None:
@@ -81,9 +76,7 @@ def check_modality(pipe, checkpoint: str, mode: str) -> None:
     found = pipe.model.config.codec_config.modality
     if found != wanted:
         made, commands = MODALITIES[found]
-        raise ValueError(
-            f"{checkpoint} is a model of {made}, not {MODALITIES[wanted][0]}: use {commands}."
-        )
+        raise ValueError(f"{checkpoint} is a model of {made}, not {MODALITIES[wanted][0]}: use {commands}.")
 
 
 def speed_up(pipe, int8: bool, compiled: bool) -> None:
@@ -93,9 +86,7 @@ def speed_up(pipe, int8: bool, compiled: bool) -> None:
         try:
             from torchao.quantization import Int8WeightOnlyConfig, quantize_
         except ImportError as error:
-            raise ValueError(
-                "--int8 needs torchao; install it with: pip install torchao"
-            ) from error
+            raise ValueError("--int8 needs torchao; install it with: pip install torchao") from error
         quantize_(pipe.model.transformer, Int8WeightOnlyConfig())
     if compiled:
         pipe.model.transformer.compile()

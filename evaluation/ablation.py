@@ -24,7 +24,8 @@ from tokcom.evaluation.reconstruction import held_out_nll, token_recovery
 from tokcom.evaluation.report import table
 from tokcom.evaluation.samplers import TokComSampler
 from tokcom.pipeline_tokcom import TokComPipeline
-from tokcom.train_accelerate import build_model, run
+from tokcom.train_accelerate import run
+from tokcom.training.build import build_model
 from tokcom.training.config import load_train_config
 from tokcom.training.data import get_tokenizer, load_documents, tokenize_documents
 from tokcom.training.optimizer import build_optimizer

@@ -412,7 +412,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--caption_column", default="caption")
     parser.add_argument("--label_columns", nargs="*", default=[], help="of local parquet files; asks for drawing, too")
     parser.add_argument("--steps", type=int, nargs="*", default=[], help="numbers of denoising steps to compare")
-    parser.add_argument("--students", nargs="*", default=[], help="what distill_accelerate.py made of the model")
+    parser.add_argument("--students", nargs="*", default=[], help="students of the model, made by stage=distill")
     parser.add_argument("--num_samples", type=int, default=512)
     parser.add_argument("--num_inference_steps", type=int)
     parser.add_argument("--guidance_scale", type=float, default=1.0)

@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument(
         "--steps", type=int, nargs="*", default=[], help="numbers of denoising steps; by default the model's"
     )
-    parser.add_argument("--students", nargs="*", default=[], help="what distill_accelerate.py made of the model")
+    parser.add_argument("--students", nargs="*", default=[], help="students of the model, made by stage=distill")
     parser.add_argument("--first", type=int, default=1, help="frames given in the pictures")
     parser.add_argument("--long", type=int, help="frames of the clips in the pictures, of block-causal models")
     parser.add_argument("--num_samples", type=int, default=512)

@@ -54,7 +54,7 @@ def test_bad_values_are_named(overrides, message):
 
 
 def test_unknown_preset_and_codec_are_named():
-    with pytest.raises(ValueError, match="huge.*known are"):
+    with pytest.raises(ValueError, match="huge.*known presets are"):
         preset_config("huge")
     with pytest.raises(ValueError, match="tokcom_smell_codec"):
         TokComConfig(codec_config={"model_type": "tokcom_smell_codec"})

@@ -13,8 +13,8 @@ import yaml
 from helpers import ROOT
 
 from tokcom.processing_tokcom import as_prompts, text_ids, vocabulary_size, with_pad_token
-from tokcom.train_accelerate import read_data
 from tokcom.training.config import DataConfig, TrainConfig
+from tokcom.training.corpora import read_data
 from tokcom.training.data import (
     CodecMix,
     DialogueDataset,

@@ -9,20 +9,21 @@ import sys
 import pytest
 import test_images as images
 import torch
-from helpers import ROOT
+from helpers import ROOT, same_weights
 from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tokcom.distill_accelerate import Distillation, ModelDenoiser
-from tokcom.distill_accelerate import main as distill
 from tokcom.evaluation.students import main as measure_students
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_media_tokcom import build_pipeline, load_pipeline
 from tokcom.processing_tokcom import vocabulary_size
 from tokcom.sampling_tokcom import spawn_generators
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
+from tokcom.train_accelerate import main as train
 from tokcom.training.data import train_tokenizer
+from tokcom.training.denoiser import ModelDenoiser
+from tokcom.training.distill import DistillTrainer
 from tokcom.training.distillation import (
     Distiller,
     add_noise,
@@ -155,7 +156,7 @@ def test_one_step_reaches_all_eight_modes_of_the_plane(seed):
     assert near >= 0.6 and modes == 8
 
 
-# ---- distill_accelerate.py ----
+# ---- stage=distill ----
 
 
 PICTURES = str(ROOT / "sample_data/emoji_validation.parquet")
@@ -164,8 +165,18 @@ SMALL = ["max_steps=2", "batch_size=2", "num_pairs=4", "pair_steps=2", "sequence
 SMALL += ["learning_rate=1e-2", "fake_learning_rate=1e-2"]
 
 
+def options(*settings: str) -> list[str]:
+    """Overrides of the stage `distill`."""
+    return [f"distill.{setting}" for setting in settings]
+
+
+def student(teacher, output, *settings: str) -> list[str]:
+    """The command line that distils a teacher."""
+    return ["stage=distill", f"init_from={teacher}", f"output_dir={output}", "report_to=none", *settings]
+
+
 def teacher_of(kind: str, build, directory) -> list[str]:
-    """Save a small teacher and return the arguments that distil it."""
+    """Save a small teacher and return the overrides that distil it."""
     if kind == "images":
         tokenizer = train_tokenizer(["a cat"], 300)
         torch.manual_seed(0)
@@ -175,7 +186,7 @@ def teacher_of(kind: str, build, directory) -> list[str]:
         block_size = {"blocks": 4, "bidirectional": None}[kind]
         build(transformer_config={"block_size": block_size}).save_pretrained(directory)
     source = PICTURES if kind == "images" else STORIES
-    return ["--teacher", str(directory), *SMALL, f"data.train={source}"]
+    return [*options(*SMALL), f"data.train={source}"]
 
 
 @pytest.mark.parametrize("kind", ["images", "blocks", "bidirectional"])
@@ -184,12 +195,12 @@ def test_a_student_of_any_teacher_is_a_model_that_says_how_it_is_sampled(kind, m
     arguments = teacher_of(kind, build, tmp_path / "teacher")
     before = load_file(tmp_path / "teacher/model.safetensors")
     output = tmp_path / "student"
-    distill(
-        [*arguments, "--output_dir", str(output), f"method={method}", "num_inference_steps=2", "guidance_scale=1.5"]
-    )
-    after, student = load_file(tmp_path / "teacher/model.safetensors"), load_file(output / "model.safetensors")
+    settings = options(f"method={method}", "num_inference_steps=2", "guidance_scale=1.5")
+    train(student(tmp_path / "teacher", output, *arguments, *settings))
+    after = load_file(tmp_path / "teacher/model.safetensors")
+    found = load_file(output / "model.safetensors")
     assert all(torch.equal(value, after[name]) for name, value in before.items())
-    moved = {name for name, value in before.items() if not torch.equal(value, student[name])}
+    moved = {name for name, value in before.items() if not torch.equal(value, found[name])}
     assert moved and not any(name.startswith("codec.") for name in moved)
     pipe = load_pipeline(output)
     pipe.set_progress_bar_config(disable=True)
@@ -214,10 +225,11 @@ def test_the_pipeline_samples_a_student_as_distillation_simulates_it(build, monk
 
 
 def test_a_run_that_was_stopped_ends_with_the_same_student(build, tmp_path, monkeypatch):
-    arguments = teacher_of("images", build, tmp_path / "teacher")
-    arguments += ["num_inference_steps=2", "max_steps=3"]
-    distill([*arguments, "--output_dir", str(tmp_path / "once")])
-    update, calls = Distillation._update, []
+    teacher = tmp_path / "teacher"
+    arguments = teacher_of("images", build, teacher)
+    arguments += options("num_inference_steps=2", "max_steps=3")
+    train(student(teacher, tmp_path / "once", *arguments))
+    update, calls = DistillTrainer._update, []
 
     def fail_later(self, name, place):
         calls.append(name)
@@ -225,30 +237,30 @@ def test_a_run_that_was_stopped_ends_with_the_same_student(build, tmp_path, monk
             raise KeyboardInterrupt
         return update(self, name, place)
 
-    monkeypatch.setattr(Distillation, "_update", fail_later)
+    twice = student(teacher, tmp_path / "twice", *arguments)
+    monkeypatch.setattr(DistillTrainer, "_update", fail_later)
     with pytest.raises(KeyboardInterrupt):
-        distill([*arguments, "--output_dir", str(tmp_path / "twice")])
+        train(twice)
     assert calls[:6] == ["fake"] * 5 + ["student"]
     monkeypatch.undo()
-    distill([*arguments, "--output_dir", str(tmp_path / "twice")])
-    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("once", "twice"))
-    assert all(torch.equal(value, second[name]) for name, value in first.items())
-    with pytest.raises(SystemExit, match="started with num_inference_steps=2, now it is 1"):
-        distill([*arguments, "--output_dir", str(tmp_path / "twice"), "num_inference_steps=1"])
+    train(twice)
+    assert same_weights(tmp_path / "once", tmp_path / "twice")
+    with pytest.raises(SystemExit, match="started with distill.num_inference_steps=2, now it is 1"):
+        train([*twice, *options("num_inference_steps=1")])
     calls.clear()
-    monkeypatch.setattr(Distillation, "_update", fail_later)
-    distill([*arguments, "--output_dir", str(tmp_path / "twice"), "max_steps=4"])
+    monkeypatch.setattr(DistillTrainer, "_update", fail_later)
+    train([*twice, *options("max_steps=4")])
     assert calls == ["fake"] * 5 + ["student"]  # the fourth
 
 
 def test_two_processes_distil_as_one_that_accumulates(build, tmp_path):
-    arguments = teacher_of("images", build, tmp_path / "teacher")
-    one, two = tmp_path / "one", tmp_path / "two"
-    distill([*arguments, "--output_dir", str(one), "gradient_accumulation_steps=2"])
+    teacher, one, two = (tmp_path / name for name in ("teacher", "one", "two"))
+    arguments = teacher_of("images", build, teacher)
+    train(student(teacher, one, *arguments, *options("gradient_accumulation_steps=2")))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
     command += [str(ROOT / "accelerate_configs" / "cpu_2proc.yaml"), "--main_process_port", "0"]
-    command += [str(ROOT / "distill_accelerate.py"), *arguments, "--output_dir", str(two)]
-    env = dict(os.environ, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", PYTHONPATH=str(ROOT))
+    command += [str(ROOT / "train_accelerate.py"), *student(teacher, two, *arguments)]
+    env = dict(os.environ, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (load_file(path / "model.safetensors") for path in (one, two))
@@ -257,17 +269,26 @@ def test_two_processes_distil_as_one_that_accumulates(build, tmp_path):
 
 
 def test_teachers_that_cannot_be_distilled_are_refused(build, tmp_path):
-    data = f"data.train={STORIES}"
+    command = student(ROOT, tmp_path / "a", f"data.train={STORIES}")
     with pytest.raises(SystemExit, match="prediction_type='tokens'.*pure noise"):
-        distill(["--teacher", str(ROOT), "--output_dir", str(tmp_path / "a"), data])
+        train(command)
     with pytest.raises(SystemExit, match="method.*'gan'"):
-        distill(["--teacher", str(ROOT), "--output_dir", str(tmp_path / "a"), data, "method=gan"])
-    for wrong in ("mixed_precision=fp16", "data.streaming=true", "checkpoint_steps=0", "num_pairs=0"):
-        with pytest.raises(SystemExit, match=wrong.partition("=")[0].rpartition(".")[2]):
-            distill(["--teacher", str(ROOT), "--output_dir", str(tmp_path / "a"), data, wrong])
+        train([*command, "distill.method=gan"])
+    wrong = ("mixed_precision=fp16", "data.streaming=true", "distill.checkpoint_steps=0", "distill.num_pairs=0")
+    for setting in (*wrong, "cache_latents=true", "model.ce_weight=0.5"):
+        with pytest.raises(SystemExit, match=setting.partition("=")[0].rpartition(".")[2]):
+            train([*command, setting])
     build(noise_std=0.5).save_pretrained(tmp_path / "teacher")
     with pytest.raises(SystemExit, match="noise_std.*0.5"):
-        distill(["--teacher", str(tmp_path / "teacher"), "--output_dir", str(tmp_path / "a"), data])
+        train(student(tmp_path / "teacher", tmp_path / "a", f"data.train={STORIES}"))
+
+
+def test_a_distillation_of_the_earlier_version_is_refused_by_name(tmp_path):
+    old = tmp_path / "run" / "distill"
+    old.mkdir(parents=True)
+    (old / "distill_config.json").write_text("{}")
+    with pytest.raises(SystemExit, match="a distillation of version 0.2"):
+        train(student(ROOT, tmp_path, f"data.train={STORIES}"))
 
 
 def test_students_of_texts_are_measured_beside_their_teacher(build, tmp_path, tokenizer):

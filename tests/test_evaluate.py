@@ -26,7 +26,7 @@ from tokcom.evaluation.samplers import AutoregressiveSampler, TokComSampler
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.processing_tokcom import vocabulary_size
 from tokcom.sampling_tokcom import TokComSampling
-from tokcom.train_accelerate import build_model, derived_config
+from tokcom.training.build import build_model, derived_config
 from tokcom.training.config import load_train_config
 from tokcom.training.data import train_tokenizer
 from tokcom.training.presets import preset_config

@@ -6,9 +6,11 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,14 +21,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_training import QUICK, launch, quick
 
-from tokcom import train_accelerate
 from tokcom.configuration_tokcom import TokComChunkCodecConfig, TokComConfig, TokComTransformerConfig
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.processing_tokcom import vocabulary_size
-from tokcom.train_accelerate import TrainingStopped, run
+from tokcom.train_accelerate import run
+from tokcom.training import trainer
 from tokcom.training.checkpoints import CheckpointError, Checkpoints, damage, seal
 from tokcom.training.data import read_patiently
+from tokcom.training.directory import RunLock
+from tokcom.training.export import recover_folder, replace_folder
 from tokcom.training.presets import preset_config, preset_names
+from tokcom.training.progress import Progress
+from tokcom.training.stopping import StopSignals, TrainingStopped
 
 TEXT = ROOT / "sample_data" / "stories_validation.jsonl"
 
@@ -191,7 +197,7 @@ def accelerate_command(processes: int, output, *extra: str) -> list[str]:
 
 
 def accelerate_environment() -> dict[str, str]:
-    return dict(os.environ, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", PYTHONPATH=str(ROOT))
+    return dict(os.environ, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
 
 
 def test_two_processes_train_what_one_process_does_that_accumulates(tmp_path):
@@ -288,13 +294,13 @@ def test_a_clock_that_jumps_disturbs_nothing(tmp_path, monkeypatch):
     plain = tmp_path / "plain"
     plain.mkdir()
     expected = run(quick(plain, "stage=codec"))
-    monkeypatch.setattr(train_accelerate.time, "time", jump)
-    monkeypatch.setattr(train_accelerate.time, "perf_counter", jump)
+    monkeypatch.setattr(trainer.time, "time", jump)
+    monkeypatch.setattr(trainer.time, "perf_counter", jump)
     assert same_weights(expected, run(quick(tmp_path, "stage=codec")))
 
 
 def test_a_stop_is_obeyed_after_the_update_at_hand(tmp_path, monkeypatch):
-    after, calls = train_accelerate.StageTrainer._after_update, []
+    after, calls = trainer.Trainer._after_update, []
 
     def told(self, *args):
         calls.append(1)
@@ -302,11 +308,164 @@ def test_a_stop_is_obeyed_after_the_update_at_hand(tmp_path, monkeypatch):
             signal.raise_signal(signal.SIGUSR1)
         after(self, *args)
 
-    monkeypatch.setattr(train_accelerate.StageTrainer, "_after_update", told)
+    monkeypatch.setattr(trainer.Trainer, "_after_update", told)
     with pytest.raises(TrainingStopped, match="SIGUSR1 after codec step 2"):
         run(quick(tmp_path, "stage=codec"))
     assert (tmp_path / "out" / "run" / "codec" / "checkpoint-2").is_dir()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_the_first_interrupt_is_noted_and_the_second_ends_at_once():
+    with StopSignals() as signals:
+        signal.raise_signal(signal.SIGINT)
+        assert signals.number == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+# ---- directories ----
+
+
+def test_a_directory_in_use_is_refused_until_its_process_has_ended(tmp_path):
+    file = tmp_path / "lock"
+    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    owner = {"pid": sleeper.pid, "host": socket.gethostname()}
+    file.write_text(json.dumps(owner))
+    with pytest.raises(ValueError, match=f"process {sleeper.pid} on .* is training in"):
+        RunLock(file).acquire()
+    sleeper.kill()
+    sleeper.wait()
+    lock = RunLock(file)
+    lock.acquire()
+    assert json.loads(file.read_text())["pid"] == os.getpid()
+    lock.release()
+    assert not file.exists()
+    file.write_text(json.dumps({**owner, "host": "elsewhere"}))
+    with pytest.raises(ValueError, match="on elsewhere is training here; if that run has ended, remove the file"):
+        RunLock(file).acquire()
+
+
+def test_an_output_directory_that_cannot_serve_is_named_before_anything_is_read(tmp_path):
+    (tmp_path / "file").write_text("x")
+    config = quick(tmp_path, "data.train=nothing.txt", f"output_dir={tmp_path / 'file' / 'out'}")
+    with pytest.raises(ValueError, match="cannot be written .*choose another one"):
+        run(config)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model.safetensors").write_text("x")
+    with pytest.raises(ValueError, match="already holds model.safetensors"):
+        run(quick(tmp_path, "data.train=nothing.txt"))
+
+
+def test_a_folder_that_replaces_another_is_whole_or_the_other_is_there(tmp_path, monkeypatch):
+    target = tmp_path / "best"
+    for text in ("old", "new"):
+        (tmp_path / text).mkdir()
+        (tmp_path / text / "weights").write_text(text)
+    replace_folder(tmp_path / "old", target)
+    rename = Path.rename
+
+    def die(self, name):
+        if self.name == "new":
+            raise KeyboardInterrupt
+        return rename(self, name)
+
+    monkeypatch.setattr(Path, "rename", die)
+    with pytest.raises(KeyboardInterrupt):
+        replace_folder(tmp_path / "new", target)
+    monkeypatch.undo()
+    recover_folder(target)
+    assert (target / "weights").read_text() == "old"
+    replace_folder(tmp_path / "new", target)
+    assert (target / "weights").read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["best"]
+
+
+def test_sizes_of_later_stages_are_checked_before_the_first_one_trains(tmp_path):
+    with pytest.raises(ValueError, match="fewer than one batch of 5000.*lower flow.batch_size"):
+        run(quick(tmp_path, "flow.batch_size=5000"))
+    assert not (tmp_path / "out" / "run" / "codec").exists()
+    run(quick(tmp_path, "stage=codec", "seed=7"))  # what was refused has left nothing that binds the directory
+    assert not (tmp_path / "out" / "run" / "lock").exists()
+
+
+# ---- going on with other settings ----
+
+
+def test_a_finished_run_that_is_asked_for_more_steps_goes_on(tmp_path, capsys):
+    run(quick(tmp_path))
+    stage = tmp_path / "out" / "run" / "flow"
+    with pytest.raises(ValueError, match="asks for more steps of a codec"):
+        run(quick(tmp_path, "codec.max_steps=7"))
+    run(quick(tmp_path, "flow.max_steps=8", "flow.learning_rate=1e-4"))
+    assert "resumed flow from" in capsys.readouterr().out and (stage / "checkpoint-8").is_dir()
+    assert json.loads((stage / "summary.json").read_text())["steps"] == 8
+    rates = torch.load(stage / "checkpoint-8" / "extra.pt", weights_only=True)["scheduler"]["base_lrs"]
+    assert set(rates) == {1e-4}
+    run(quick(tmp_path, "flow.max_steps=8"))
+    assert "stage flow is already finished" in capsys.readouterr().out
+    for checkpoint in stage.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    with pytest.raises(ValueError, match="finished after 8 steps and has no checkpoint"):
+        run(quick(tmp_path, "flow.max_steps=9"))
+
+
+@pytest.mark.parametrize("rows", [100, None])
+def test_no_row_is_seen_twice_after_batches_change_their_size(rows):
+    for before in ((8, 1, 1), (5, 2, 2), (12, 1, 3)):
+        for after in ((4, 1, 2), (8, 2, 1), (7, 1, 1)):
+            for micro_batch in range(40):
+                progress = Progress(*before)
+                progress.micro_batch = micro_batch
+                assert before == after or progress.relocate(*after, rows)
+                seen, skipped = (size[0] * size[1] for size in (before, after))
+                done = micro_batch * seen, progress.micro_batch * skipped
+                if rows is not None:  # the last rows of an epoch that fill no batch are left out
+                    old, new = (
+                        divmod(count, rows // size)
+                        for count, size in ((micro_batch, seen), (progress.micro_batch, skipped))
+                    )
+                    assert new[0] >= old[0]
+                    done = old[1] * seen, new[1] * skipped + (new[0] - old[0]) * rows
+                assert 0 <= done[1] - done[0] <= skipped * after[2] + seen
+                assert progress.micro_batch % after[2] == 0
+    assert Progress(8, 1, 1).relocate(8, 1, 1, rows) is None
+
+
+def test_progress_of_an_earlier_version_is_taken_to_have_had_the_batches_of_now():
+    progress = Progress(8, 2, 1)
+    old = {
+        name: value
+        for name, value in progress.state_dict().items()
+        if name not in ("batch_size", "processes", "accumulation")
+    }
+    progress.load_state_dict({**old, "micro_batch": 5})
+    assert progress.relocate(8, 2, 1, 100) is None and progress.micro_batch == 5
+
+
+def test_a_run_goes_on_with_smaller_batches_and_the_average_switched_off_or_on(tmp_path, monkeypatch, capsys):
+    seen = []
+    forward = TokComModel.forward
+
+    def spy(self, input_ids, **kwargs):
+        if self.training:
+            seen.append(input_ids.clone())
+        return forward(self, input_ids, **kwargs)
+
+    monkeypatch.setattr(TokComModel, "forward", spy)
+    run(quick(tmp_path, "stage=codec", "codec.max_steps=3", "codec.batch_size=8", "codec.ema_half_life=0.2"))
+    more = ["codec.batch_size=4", "codec.gradient_accumulation_steps=2", "codec.max_steps=6"]
+    run(quick(tmp_path, "stage=codec", *more))
+    printed = capsys.readouterr().out
+    assert "(8, 1, 1) became (4, 1, 2)" in printed and "averaged weights of the checkpoint are dropped" in printed
+    assert [len(batch) for batch in seen] == [8] * 3 + [4] * 6
+    other = tmp_path / "other"
+    other.mkdir()
+    half = len(seen)
+    run(quick(other, "stage=codec", "codec.max_steps=6", "codec.batch_size=8"))
+    assert torch.equal(torch.cat(seen[:half]), torch.cat(seen[half:]))  # the rows of a run that did not change
+    run(quick(tmp_path, "stage=codec", *more[:2], "codec.max_steps=9", "codec.ema_half_life=0.2"))
+    assert "averaging begins at step 6" in capsys.readouterr().out
+    assert "average" in torch.load(tmp_path / "out/run/codec/checkpoint-9/extra.pt", weights_only=True)
 
 
 # ---- data ----

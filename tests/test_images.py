@@ -25,13 +25,14 @@ from tokcom.pipeline_media_tokcom import TokComImagePipeline
 from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.processing_tokcom import TokComImageProcessor, vocabulary_size
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
-from tokcom.train_accelerate import StageTrainer, read_data
 from tokcom.train_accelerate import main as train
 from tokcom.training.config import DataConfig, TrainConfig
+from tokcom.training.corpora import read_data
 from tokcom.training.data import train_tokenizer
 from tokcom.training.images import ImageDataset, pad_captions, picture_grid
 from tokcom.training.perceptual import FeatureLoss
 from tokcom.training.presets import preset_config, preset_names
+from tokcom.training.trainer import Trainer
 
 CODEC = dict(image_size=16, patch_size=4, num_tokens=6, latent_channels=4, hidden_size=32, intermediate_size=48)
 CODEC |= dict(num_attention_heads=2, num_hidden_layers=1, num_expert_layers=1, expert_intermediate_size=16)
@@ -553,16 +554,16 @@ def test_text_for_a_model_of_images_and_the_reverse_are_refused(tmp_path):
 def test_training_on_pictures_that_was_stopped_ends_with_the_same_weights(tmp_path, monkeypatch, capsys):
     options = [option for option in SMALL if "max_steps" not in option]
     options += ["stage=codec", "num_samples=0", "codec.max_steps=4", "codec.warmup_steps=1"]
-    ask = StageTrainer._stop_if_told
+    ask = Trainer._stop_if_told
 
     def stop_at_two(self):
-        self.stop_signal = signal.SIGTERM if self.progress.step == 2 else 0
+        self.signals.number = signal.SIGTERM if self.progress.step == 2 else 0
         ask(self)
 
     weights = []
     for name, runs in (("once", 1), ("twice", 2)):
         for run in range(runs):
-            monkeypatch.setattr(StageTrainer, "_stop_if_told", stop_at_two if run < runs - 1 else ask)
+            monkeypatch.setattr(Trainer, "_stop_if_told", stop_at_two if run < runs - 1 else ask)
             train(["--preset", "style-tiny", "--output_dir", str(tmp_path / name), *options])
         weights.append(TokComModel.from_pretrained(tmp_path / name).codec.state_dict())
     assert "stopped by SIGTERM after codec step 2" in capsys.readouterr().out

@@ -25,8 +25,8 @@ from tokcom.pipeline_media_tokcom import TokComOmniPipeline
 from tokcom.processing_tokcom import TokComAudioProcessor, TokComImageProcessor, read_wav, vocabulary_size, write_wav
 from tokcom.sampling_tokcom import most_alike
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
-from tokcom.train_accelerate import build_model
 from tokcom.train_accelerate import main as train
+from tokcom.training.build import build_model
 from tokcom.training.config import DataConfig, load_train_config
 from tokcom.training.data import load_documents, train_tokenizer
 from tokcom.training.presets import preset_config

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tokcom.layers_tokcom import TokComTimestepEmbedding
-from tokcom.training.optimizer import Float32Muon, build_optimizer
+from tokcom.training.optimizer import Float32Muon, build_optimizer, build_schedule
 from tokcom.training.precision import has_fast_bfloat16, resolve_precision
 
 
@@ -88,3 +88,12 @@ def test_automatic_precision_is_bfloat16_only_where_it_is_fast(monkeypatch):
     with pytest.warns(UserWarning, match="mixed_precision=auto"):
         assert resolve_precision("bf16", "cpu") == "bf16"
     assert isinstance(has_fast_bfloat16("cpu"), bool)
+
+
+def test_the_cool_down_is_constant_after_the_warm_up_and_ends_at_zero():
+    optimizer = torch.optim.AdamW(network().parameters(), 1.0)
+    schedule = build_schedule(optimizer, max_steps=20, warmup_steps=4, cooldown_share=0.25)
+    (factor,) = schedule.lr_lambdas
+    assert [factor(step) for step in range(16)] == [0.0, 0.25, 0.5, 0.75] + [1.0] * 12
+    assert [factor(step) for step in range(15, 20)] == [1 - (k / 5) ** 0.5 for k in range(5)]
+    assert factor(20) == factor(30) == 0.0

@@ -11,17 +11,20 @@ import torch
 from helpers import ROOT, same_weights, tiny_config
 from safetensors.torch import load_file
 
-from tokcom import train_accelerate
 from tokcom.context_tokcom import TokComTask
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.processing_tokcom import vocabulary_size
 from tokcom.sampling_tokcom import TokComSampling
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
-from tokcom.train_accelerate import NonFiniteLossError, StageTrainer, run
-from tokcom.training.config import PRESET_DIR, load_train_config
+from tokcom.train_accelerate import run
+from tokcom.training import attention, progress
+from tokcom.training import launch as processes
+from tokcom.training.config import known_keys, load_train_config
 from tokcom.training.data import PackedDataset
 from tokcom.training.export import measure_latent_statistics
+from tokcom.training.presets import PRESET_DIR
+from tokcom.training.progress import NonFiniteLossError, UpdateGuard
 
 QUICK = [
     *("report_to=none", "num_samples=0", "tokenizer_vocab_size=320", "model.transformer_config.num_hidden_layers=1"),
@@ -131,7 +134,7 @@ def launch(output, *extra):
     data = [f"data.train={ROOT}/sample_data/stories_validation.jsonl", "data.validation=null"]
     steps = ["flow.max_steps=120", "flow.checkpoint_steps=10", "flow.gradient_accumulation_steps=2"]
     steps += ["flow.batch_size=24", *extra]  # 12.5 steps an epoch: the kill comes in a later one
-    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
+    env = dict(os.environ, OMP_NUM_THREADS="1")
     return subprocess.Popen(
         [*command, *data, *steps], cwd=output.parent, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -178,7 +181,7 @@ def test_two_processes_see_different_windows_and_keep_one_set_of_weights(tmp_pat
     command += [str(tmp_path / "spy.py"), str(tmp_path / "seen"), "--preset", "debug", *QUICK]
     command += [f"data.train={ROOT}/sample_data/stories_validation.jsonl", "data.validation=null"]
     command += ["stage=codec", "codec.batch_size=100", "--output_dir", str(tmp_path / "out")]  # 3 steps an epoch
-    env = dict(os.environ, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", PYTHONPATH=str(ROOT))
+    env = dict(os.environ, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = ([json.loads(line) for line in open(tmp_path / f"seen{rank}")] for rank in "01")
@@ -217,7 +220,7 @@ def test_a_nan_loss_is_left_out_and_counted(tmp_path, monkeypatch, capsys):
 
 
 def test_a_nan_loss_is_left_out_where_a_scaler_has_unscaled_the_gradients(tmp_path, monkeypatch, capsys):
-    prepare, clip = train_accelerate.Accelerator.prepare, train_accelerate.Accelerator.clip_grad_norm_
+    prepare, clip = processes.Accelerator.prepare, processes.Accelerator.clip_grad_norm_
 
     def clipped(self, *args, **kwargs):  # what accelerate does with mixed_precision=fp16 on a GPU
         self.scaler.unscale_(self._optimizers[-1].optimizer)
@@ -227,8 +230,8 @@ def test_a_nan_loss_is_left_out_where_a_scaler_has_unscaled_the_gradients(tmp_pa
         self.scaler = self.scaler or torch.amp.GradScaler("cpu")
         return prepare(self, *args, **kwargs)
 
-    monkeypatch.setattr(train_accelerate.Accelerator, "prepare", scaled)
-    monkeypatch.setattr(train_accelerate.Accelerator, "clip_grad_norm_", clipped)
+    monkeypatch.setattr(processes.Accelerator, "prepare", scaled)
+    monkeypatch.setattr(processes.Accelerator, "clip_grad_norm_", clipped)
     poison(monkeypatch, lambda call: call == 2)
     output = run(quick(tmp_path, "stage=codec"))
     assert "loss is nan; left out (1 so far)" in capsys.readouterr().out
@@ -264,7 +267,7 @@ def test_infinite_gradient_stops_before_the_weights_change(tmp_path, monkeypatch
 
 
 def test_a_spike_of_the_gradient_is_left_out(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train_accelerate, "SPIKES_AFTER", 3)
+    monkeypatch.setattr(progress, "SPIKES_AFTER", 3)
     poison(monkeypatch, lambda call: call == 5, 1e4)
     run(quick(tmp_path, "stage=codec"))
     assert "is more than 20 times its average; left out (1 so far)" in capsys.readouterr().out
@@ -354,13 +357,15 @@ def test_a_stream_needs_its_own_validation_text(tmp_path):
 @pytest.mark.parametrize("name", sorted(p.stem for p in PRESET_DIR.glob("*.yaml")))
 def test_training_presets_are_valid(name):
     config = load_train_config(name, [])
-    assert config.model_preset == name
+    assert config.preset == name
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["flow.max_step=3"], "flow.max_step"),
+        (["flow.max_step=3"], "did you mean 'flow.max_steps'"),
+        (["lr=3"], "'lr'; --help lists"),
+        (["data=x.txt"], "`data` cannot be set"),
         (["flow.max_steps=many"], "flow.max_steps.*int"),
         (["flow.max_steps"], "key=value"),
         (["stage=vae"], "'vae'"),
@@ -377,6 +382,32 @@ def test_bad_training_keys_are_named(overrides, message):
         load_train_config("debug", overrides)
     with pytest.raises(ValueError, match="nothing.*known presets"):
         load_train_config("nothing", [])
+
+
+HELP = """
+import sys
+from tokcom import train_accelerate
+try:
+    train_accelerate.main(["--help"])
+except SystemExit:
+    assert "torch" not in sys.modules and "transformers" not in sys.modules
+"""
+
+
+def test_help_lists_every_key_and_loads_nothing_heavy():
+    done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for key, field in known_keys():
+        shown = key.replace("codec.", "{codec,flow,head}.")
+        if not key.startswith(("flow.", "head.")):
+            assert f"  {shown}  [" in done.stdout, key
+        assert field.metadata["help"] in done.stdout
+
+
+def test_a_dictionary_replaces_that_of_the_preset_and_a_section_completes_it():
+    config = load_train_config("omni-tiny", ["data.fields={text: caption}", "flow={max_steps: 7}"])
+    assert config.data.fields == {"text": "caption"}
+    assert (config.flow.max_steps, config.flow.batch_size) == (7, 64)
 
 
 def test_own_training_text_is_validated_on_itself_unless_told_otherwise(tmp_path):
@@ -434,8 +465,8 @@ def test_text_that_cannot_be_cached_is_an_error(tmp_path):
 def test_the_attention_that_was_fastest_is_kept_in_checkpoints_and_not_timed_again(tmp_path, monkeypatch):
     run(quick(tmp_path, "attention=auto", "stage=codec"))
     seconds = {"sdpa": 3.0, "sdpa_float32": 2.0, "eager": 1.0}
-    monkeypatch.setattr(StageTrainer, "_time_step", lambda self, model, batch, name: seconds[name])
-    monkeypatch.setattr(StageTrainer, "_is_bad", lambda self, *args: self.progress.step >= 2 and stop())
+    monkeypatch.setattr(attention, "time_step", lambda model, batch, name, accelerator: seconds[name])
+    monkeypatch.setattr(UpdateGuard, "problem", lambda self, *args: stop() if self.progress.step >= 2 else None)
 
     def stop():
         raise KeyboardInterrupt
@@ -443,7 +474,7 @@ def test_the_attention_that_was_fastest_is_kept_in_checkpoints_and_not_timed_aga
     with pytest.raises(KeyboardInterrupt):
         run(quick(tmp_path, "attention=auto", "flow.checkpoint_steps=1"))
     monkeypatch.undo()
-    monkeypatch.setattr(StageTrainer, "_time_step", lambda *args: pytest.fail("timed again"))
+    monkeypatch.setattr(attention, "time_step", lambda *args: pytest.fail("timed again"))
     run(quick(tmp_path, "attention=auto", "flow.checkpoint_steps=1"))
     newest = max((tmp_path / "out" / "run" / "flow").glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
     assert torch.load(newest / "extra.pt", weights_only=True)["attention"] == "eager"

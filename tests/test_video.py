@@ -18,8 +18,6 @@ from tokcom.cli.main import call
 from tokcom.codec_video_tokcom import _device_of, decode_clips, encode_clips
 from tokcom.configuration_tokcom import TokComVideoCodecConfig
 from tokcom.context_tokcom import TokComTask
-from tokcom.distill_accelerate import ModelDenoiser
-from tokcom.distill_accelerate import main as distill
 from tokcom.evaluation.memory import activations, operations, resized, run_step, saved_bytes
 from tokcom.evaluation.videos import main as measure_videos
 from tokcom.inference import main as infer
@@ -33,6 +31,7 @@ from tokcom.scheduling_tokcom import TokComFlowMatchScheduler, diffusion_times
 from tokcom.train_accelerate import main as train
 from tokcom.training.config import DataConfig
 from tokcom.training.data import load_documents, train_tokenizer
+from tokcom.training.denoiser import ModelDenoiser
 from tokcom.training.films import write_film
 from tokcom.training.images import Frames, ImageDataset
 from tokcom.training.presets import preset_config
@@ -514,7 +513,9 @@ def test_one_command_trains_a_model_of_the_shipped_clips_and_its_student(kind, t
     data = [f"data.train={ROOT / 'sample_data/clips_train.parquet'}"]
     data += ["data.caption_column=none"] if kind == "blocks" else []
     small = ["max_steps=1", "batch_size=2", "num_pairs=4", "pair_steps=2", "num_inference_steps=2"]
-    distill(["--teacher", str(output), "--output_dir", str(tmp_path / "student"), *small, *data])
+    small = [f"distill.{option}" for option in small]
+    student = ["stage=distill", f"init_from={output}", f"output_dir={tmp_path / 'student'}", "report_to=none"]
+    train([*student, *small, *data])
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "student"))
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved or kind == "quantized"  # whose student and teacher round to the same codes so early

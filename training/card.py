@@ -4,51 +4,104 @@ import json
 from pathlib import Path
 
 import torch
+from huggingface_hub import EvalResult, ModelCard
 
 from tokcom.pipeline_base_tokcom import TokComBasePipeline
-from tokcom.training.config import DataConfig, TrainConfig
+from tokcom.pipeline_media_tokcom import load_pipeline
+from tokcom.training.config import STAGES, DataConfig, TrainConfig
 from tokcom.training.data import read_sources
+from tokcom.training.directory import WORK, RunDirectory, write_atomically
 
-WORK = "run"  # checkpoints, logs and tokenizer, inside output_dir
 SAMPLES = 3
 LIMITATIONS = (
     "A language model repeats what its training text says, errors and prejudice included, and states falsehoods as fluently as "
     "facts. The losses above are of this run's own validation text; no other quality was measured unless a section says so."
 )
+COLUMNS = ("stage", "steps", "tokens seen", "AdamW rate", "Muon rate", "window", "best validation loss")
+
+
+def publish(config: TrainConfig, directory: RunDirectory) -> None:
+    """Make `output_dir` a repository of what the last stage left, with its card, and push it if the settings ask for it."""
+    directory.publish(config.stages[-1])
+    pipe = load_pipeline(directory.root)
+    card = training_card(config, pipe)
+    write_atomically(directory.root / "README.md", card)
+    print(f"model written to {directory.root}")
+    if config.push_to_hub:
+        name = config.hub_model_id or directory.root.resolve().name
+        print(f"pushed to {pipe.push_to_hub(name, private=config.hub_private, card=card)}")
 
 
 def source_names(data: DataConfig) -> list[str]:
-    """Where the training text comes from: Hub names as they are, of local files only the name."""
+    """Where the training data come from: Hub names as they are, of local files only the name."""
     names = [source.path for source in read_sources(data.train)]
     return [Path(name).resolve().name if Path(name).exists() else name for name in names]
 
 
 def training_card(config: TrainConfig, pipe: TokComBasePipeline) -> str:
     """The card for what `config` trained in `config.output_dir`."""
-    run = Path(config.output_dir) / WORK
-    rows = []
-    for stage in ("codec", "flow", "head"):
-        file = run / stage / "summary.json"
-        if file.is_file():
-            facts, options = json.loads(file.read_text()), getattr(config, stage)
-            rows.append(
-                f"| {stage} | {facts['steps']:,} | {facts['tokens']:,} | {options.learning_rate:g} | "
-                f"{options.muon_learning_rate:g} | {options.sequence_length} | {facts['best_validation_loss']:.4f} |"
-            )
-    head = "| stage | steps | tokens seen | AdamW rate | Muon rate | window | best validation loss |\n|---|---|---|---|---|---|---|\n"
-    started = f"Preset `{config.preset}`, seed {config.seed}, mixed precision {config.mixed_precision or 'no'}."
-    if config.init_from:
-        started += f" Started from `{Path(config.init_from).name}`."
+    summaries = read_summaries(config)
+    name = (config.hub_model_id or Path(config.output_dir).resolve().name).split("/")[-1]
     sections = {
-        "Training data": "\n".join(f"- `{name}`" for name in source_names(config.data)),
-        "Training": started + "\n\n" + head + "\n".join(rows),
+        "Training data": "\n".join(f"- `{source}`" for source in source_names(config.data)),
+        "Training": _training(config, summaries),
         "Samples": _samples(pipe),
         "Limitations": LIMITATIONS,
         "Licence": f"`{config.hub_license}`" if config.hub_license else "Not stated by whoever trained this model.",
     }
-    name = (config.hub_model_id or Path(config.output_dir).resolve().name).split("/")[-1]
-    base = config.init_from if config.init_from and not Path(config.init_from).exists() else None
-    return pipe.model_card(name, sections, license=config.hub_license, base_model=base)
+    card = ModelCard(pipe.model_card(name, sections))
+    card.data.license = config.hub_license
+    if config.init_from and not Path(config.init_from).exists():
+        card.data.base_model = config.init_from
+    card.data.eval_results = _results(config, card.data.pipeline_tag, summaries)
+    card.data.model_name = name if card.data.eval_results else None
+    return str(card)
+
+
+def read_summaries(config: TrainConfig) -> dict[str, dict[str, float]]:
+    """What each finished stage wrote about itself: steps, tokens and its best validation loss, if it has one."""
+    files = {stage: Path(config.output_dir) / WORK / stage / "summary.json" for stage in STAGES}
+    return {stage: json.loads(file.read_text()) for stage, file in files.items() if file.is_file()}
+
+
+def _results(config: TrainConfig, task: str, summaries: dict[str, dict[str, float]]) -> list[EvalResult] | None:
+    """The validation losses, in the form that the Hub reads."""
+    validation = config.data.validation or config.data.train
+    names = source_names(DataConfig(train=validation))
+    results = [
+        EvalResult(
+            task_type=task,
+            dataset_type="validation",
+            dataset_name=", ".join(names),
+            metric_type="loss",
+            metric_name=f"validation loss of stage {stage}",
+            metric_value=round(facts["best_validation_loss"], 4),
+        )
+        for stage, facts in summaries.items()
+        if "best_validation_loss" in facts
+    ]
+    return results or None
+
+
+def _training(config: TrainConfig, summaries: dict[str, dict[str, float]]) -> str:
+    """How the model was trained: a sentence, and a row for each stage."""
+    started = f"Preset `{config.preset}`, seed {config.seed}, mixed precision {config.mixed_precision or 'no'}."
+    if config.stage == "distill":
+        started = (
+            f"Student of `{Path(config.init_from).name}` in {config.distill.num_inference_steps} step(s), method "
+            f"`{config.distill.method}`, guidance {config.distill.guidance_scale:g}, seed {config.seed}."
+        )
+    elif config.init_from:
+        started += f" Started from `{Path(config.init_from).name}`."
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+    for stage, facts in summaries.items():
+        options = getattr(config, stage)
+        muon = getattr(options, "muon_learning_rate", 0.0)
+        best = facts.get("best_validation_loss")
+        cells = [stage, f"{facts['steps']:,}", f"{facts['tokens']:,}", f"{options.learning_rate:g}", f"{muon:g}"]
+        cells += [str(options.sequence_length), "-" if best is None else f"{best:.4f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return started + "\n\n" + "\n".join(lines)
 
 
 def _samples(pipe: TokComBasePipeline) -> str:

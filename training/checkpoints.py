@@ -46,7 +46,12 @@ def seal(folder: Path) -> None:
     """Write the manifest of a finished folder, and flush all of it."""
     entries = {str(p.relative_to(folder)): [p.stat().st_size, _digest(p)] for p in _files(folder)}
     (folder / MANIFEST).write_text(json.dumps(entries, indent=2) + "\n")
-    for path in [*_files(folder), folder / MANIFEST, *(p for p in folder.rglob("*") if p.is_dir()), folder]:
+    flush_all(folder)
+
+
+def flush_all(folder: Path) -> None:
+    """Wait until a folder and everything in it are on the disk."""
+    for path in [*folder.rglob("*"), folder]:
         _flush(path)
 
 
@@ -74,7 +79,8 @@ class Checkpoints:
     """The checkpoints of one stage in `directory`, of which the newest `limit` are kept."""
 
     def __init__(self, directory: Path, limit: int):
-        self.directory, self.limit = directory, limit
+        self.directory = directory
+        self.limit = limit
 
     def all(self) -> list[Path]:
         """Oldest first, by step."""
@@ -86,7 +92,8 @@ class Checkpoints:
 
         Raises `CheckpointError` if there are some, but all are broken.
         """
-        found, broken = self.all(), []
+        found = self.all()
+        broken = []
         for folder in reversed(found):
             problem = damage(folder)
             if problem is None:

@@ -1,191 +1,259 @@
-"""Training configuration: one YAML preset plus `key=value` overrides, checked before anything is loaded."""
+"""Training configuration: everything a run needs to know, with its type, its default and one line of help.
 
+`load_train_config` fills these classes from a preset and from `dotted.key=value` overrides. OmegaConf merges and checks types,
+`__post_init__` checks the rest, and every error names the key and the remedy before anything heavy is imported.
+"""
+
+import contextlib
 import dataclasses
-from dataclasses import dataclass, field
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from tokcom.training.presets import read_preset
 
 ROOT = Path(__file__).resolve().parent.parent
 
+STAGES = ("codec", "flow", "head", "distill")  # their order seeds the noise of each stage: append, never insert
+PRECISIONS = (None, "auto", "no", "bf16", "fp16")
+TRACKERS = ("tensorboard", "wandb", "trackio", "none")
+METHODS = ("dmd", "regression", "both")
+
+
+def option(default: Any, help: str) -> Any:
+    """A field of a configuration: its default, or a class or function that makes it, and its line in `--help`."""
+    if callable(default):
+        return dataclasses.field(default_factory=default, metadata={"help": help})
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def check_positive(config: object, prefix: str, allow_zero: tuple[str, ...] = ()) -> None:
+    """Raise `ValueError` for the first integer field of `config` below 1, or below 0 if it is in `allow_zero`."""
+    for key, value in vars(config).items():
+        least = 0 if key in allow_zero else 1
+        if isinstance(value, int) and not isinstance(value, bool) and value < least:
+            raise ValueError(f"`{prefix}{key}` ({value}) must be at least {least}.")
+
 
 @dataclass
 class DataConfig:
-    """Where text or pictures come from.
+    """Where the training data come from.
 
-    `train` is a Hub dataset name, a local .txt / .json / .jsonl / .parquet file, a folder of such files, a list of
-    those or of `{path, field, fields, modality, weight, max_samples, fraction, name}`, or a .yaml file with such a list. `validation` is the same, or None to hold out the last `validation_fraction` of the documents.
+    `train` is a Hub dataset name, a local .txt / .json / .jsonl / .parquet file, a folder of such files, a list of those or of
+    `{path, field, fields, modality, weight, max_samples, fraction, name}`, or a .yaml file with such a list. `validation` is
+    the same, or None to hold out the last `validation_fraction` of the documents.
     """
 
-    train: str | dict | list[str | dict] = ""
-    validation: str | dict | list[str | dict] | None = None
-    name: str | None = None  # configuration of a Hub dataset, e.g. wikitext-2-raw-v1
-    text_column: str = "text"
-    image_column: str = (
-        "image"  # of records without text: pictures or clips, with captions in `caption_column`, if that exists
-    )
-    fields: dict[str, str] | None = None  # of several streams: name of the stream -> field of the records
-    frame_folders: bool = False  # every folder of pictures is a clip
-    caption_column: str = "caption"
-    streaming: bool = False
-    validation_fraction: float = 0.02
-    shuffle_buffer: int = 1000  # documents, streaming only
+    train: Any = option("", "file, folder or Hub dataset, a list of those, or a .yaml file with a list")
+    validation: Any = option(None, "the same for validation; null holds out the end of the training data")
+    name: str | None = option(None, "configuration of a Hub dataset, e.g. wikitext-2-raw-v1")
+    text_column: str = option("text", "field that holds the text")
+    image_column: str = option("image", "field that holds pictures or clips")
+    caption_column: str = option("caption", "field that holds their captions; a name that no record has: no captions")
+    fields: dict[str, str] | None = option(None, "several streams: which field holds which, e.g. {text: caption}")
+    frame_folders: bool = option(False, "every folder of pictures is one clip")
+    streaming: bool = option(False, "read and tokenize text on the fly")
+    validation_fraction: float = option(0.02, "share of the documents to hold out if there is no validation set")
+    shuffle_buffer: int = option(1000, "documents to shuffle at a time when streaming")
 
 
 @dataclass
-class StageConfig:
-    """Optimisation of one stage; lengths in tokens, intervals in optimizer steps."""
+class LoopConfig:
+    """What every stage has: its length, its batches, its average and its checkpoints. Intervals are optimizer steps."""
 
-    max_steps: int = 1000
-    batch_size: int = 16
-    gradient_accumulation_steps: int = 1
-    sequence_length: int = 256
-    learning_rate: float = 1e-3  # of AdamW
-    muon_learning_rate: float = 0.0  # of Muon on the matrices inside the network; 0 leaves them to AdamW
-    weight_decay: float = 0.01
-    warmup_steps: int = 100
-    cooldown_share: float = (
-        0.0  # of max_steps: the rate is constant and falls at the end; 0 is a cosine from the start
+    max_steps: int = option(1000, "optimizer steps")
+    batch_size: int = option(16, "rows per micro-batch and process")
+    gradient_accumulation_steps: int = option(1, "micro-batches per optimizer step")
+    sequence_length: int = option(256, "tokens per row of text")
+    learning_rate: float = option(1e-3, "peak learning rate of AdamW")
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
+    ema_half_life: float = option(0.0, "half-life of the averaged weights, as a share of max_steps; 0: no average")
+    checkpoint_steps: int = option(500, "steps between checkpoints")
+    checkpoints_total_limit: int = option(2, "checkpoints to keep")
+
+
+@dataclass
+class StageConfig(LoopConfig):
+    """Optimisation of the stage `codec`, `flow` or `head`."""
+
+    muon_learning_rate: float = option(0.0, "learning rate of Muon for inner matrices; 0 leaves them to AdamW")
+    weight_decay: float = option(0.01, "weight decay of matrices")
+    warmup_steps: int = option(100, "steps of linear warm-up")
+    cooldown_share: float = option(0.0, "share of max_steps in which a constant rate falls to 0; 0: a cosine instead")
+    max_skipped_steps: int = option(10, "bad updates left out in a row before the run stops")
+    spike_factor: float = option(20.0, "a gradient norm this many times its average is a bad update; 0: never")
+    eval_steps: int = option(500, "steps between validations")
+    eval_batches: int = option(8, "batches per validation")
+    objective: dict[str, Any] = option(
+        dict, "settings of the loss, such as flow.objective.infill_rate; see objective_tokcom.py"
     )
-    max_grad_norm: float = 1.0
-    max_skipped_steps: int = 10  # updates in a row left out for a loss or gradient that is not finite, or for a spike
-    spike_factor: float = 20.0  # a gradient norm so many times its average is a spike; 0: no spikes
-    ema_half_life: float = 0.0  # share of max_steps; 0 switches the average off
-    eval_steps: int = 500
-    eval_batches: int = 8
-    checkpoint_steps: int = 500
-    checkpoints_total_limit: int = 2
-    objective: dict[str, Any] = field(default_factory=dict)  # settings of the loss, see objective_tokcom.py
+
+
+@dataclass
+class DistillConfig(LoopConfig):
+    """Optimisation of the stage `distill`: a student of a few sampling steps learns from the teacher `init_from`."""
+
+    batch_size: int = option(32, "rows per micro-batch and process")
+    learning_rate: float = option(1e-4, "learning rate of the student")
+    ema_half_life: float = option(0.05, "half-life of the student's averaged weights, as a share of max_steps")
+    checkpoint_steps: int = option(100, "steps between checkpoints")
+    method: str = option("both", "dmd (distribution matching), regression (on the teacher's trajectories) or both")
+    num_inference_steps: int = option(4, "sampling steps of the student")
+    guidance_scale: float = option(1.0, "guidance of the teacher, which the student learns to do without")
+    fake_updates: int = option(5, "updates of the model of the student's samples per update of the student")
+    fake_learning_rate: float = option(2e-4, "learning rate of the model of the student's samples")
+    regression_weight: float = option(0.25, "weight of the regression in method both")
+    num_pairs: int = option(512, "trajectories of the teacher for the regression")
+    pair_steps: int = option(32, "Euler steps of each trajectory")
 
 
 @dataclass
 class TrainConfig:
-    """Everything `train_accelerate.py` needs to know."""
+    """Everything that `train_accelerate.py` needs to know."""
 
-    preset: str = "debug"
-    model: dict[str, Any] = field(default_factory=dict)  # overrides of the preset's model, same keys as config.json
-    init_from: str | None = None  # model directory or Hub id whose weights and configuration training starts from
-    codec_from: str | None = None  # model directory or Hub id whose codec a new transformer is trained for
-    tokenizer: str | None = None  # any AutoTokenizer; None trains a BPE tokenizer on the data
-    tokenizer_vocab_size: int = 512
-    stage: str = "all"  # codec, flow, head or all (codec and flow)
-    output_dir: str = "tokcom-out"
-    seed: int = 0
-    mixed_precision: str | None = None  # auto (bf16 where it is fast), no, bf16, fp16; None: accelerate's setting
-    gradient_checkpointing: bool = False
-    attention: str = (
-        "sdpa"  # of transformers: sdpa, eager, ...; auto times them once on a CPU, and takes sdpa elsewhere
-    )
-    torch_compile: bool = False  # the network that is trained; the first step takes a minute longer
-    autoencoder: str | None = (
-        None  # of clips: an AutoencoderKL* of diffusers, directory or Hub id, whose latents are learnt
-    )
-    perceptual_model: str | None = None  # of images, stage codec: AutoModel whose features are compared, too
-    perceptual_weight: float = 0.1
-    cache_latents: bool = False  # stage flow or head: encode the training text once, to a file in output_dir/run
-    num_workers: int = 0
-    report_to: str = "tensorboard"  # tensorboard, wandb, trackio or none
-    resume: bool = True  # continue from the newest checkpoint in output_dir
-    num_samples: int = 2  # rows of the sample tables
-    push_to_hub: bool = False
-    hub_model_id: str | None = None  # user/name
-    hub_private: bool | None = None
-    hub_license: str | None = None  # of the model, for its card, e.g. mit
-    data: DataConfig = field(default_factory=DataConfig)
-    codec: StageConfig = field(default_factory=StageConfig)
-    flow: StageConfig = field(default_factory=StageConfig)
-    head: StageConfig = field(default_factory=StageConfig)
+    preset: str = option("debug", "preset, or YAML file, of the model's shape")
+    model: dict[str, Any] = option(dict, "overrides of the model's configuration, with the keys of config.json")
+    init_from: str | None = option(None, "model directory or Hub id to start from (stage distill: the teacher)")
+    codec_from: str | None = option(None, "model directory or Hub id whose codec a new transformer is trained for")
+    tokenizer: str | None = option(None, "any AutoTokenizer; null trains a BPE tokenizer on the data")
+    tokenizer_vocab_size: int = option(512, "vocabulary of a tokenizer that is trained")
+    stage: str = option("all", "codec, flow, head, distill, or all (codec, then flow)")
+    output_dir: str = option("tokcom-out", "where checkpoints and the finished model go")
+    seed: int = option(0, "seed of weights, data order and noise")
+    mixed_precision: str | None = option(None, "auto (bf16 where it is fast), no, bf16, fp16; null: as launched")
+    gradient_checkpointing: bool = option(False, "compute activations again in the backward pass, to save memory")
+    attention: str = option("sdpa", "sdpa, sdpa_float32, eager, ...; auto times them on a CPU and keeps the fastest")
+    torch_compile: bool = option(False, "compile the network; the first step takes about a minute longer")
+    autoencoder: str | None = option(None, "clips: directory or Hub id of an AutoencoderKL* whose latents are learnt")
+    perceptual_model: str | None = option(None, "images, stage codec: AutoModel whose features are compared, too")
+    perceptual_weight: float = option(0.1, "weight of that comparison")
+    cache_latents: bool = option(False, "stages flow and head: encode the training text once, to a file")
+    num_workers: int = option(0, "processes that load data, per training process")
+    report_to: str = option("tensorboard", "tensorboard, wandb, trackio or none")
+    resume: bool = option(True, "go on from the newest checkpoint in output_dir")
+    num_samples: int = option(2, "rows of the tables of samples; 0: none")
+    push_to_hub: bool = option(False, "push the finished model to the Hub")
+    hub_model_id: str | None = option(None, "user/name of the repository; null: the name of output_dir")
+    hub_private: bool | None = option(None, "whether the repository is private; null: the account's default")
+    hub_license: str | None = option(None, "licence of the model, for its card, e.g. mit")
+    data: DataConfig = option(DataConfig, "where the training data come from")
+    codec: StageConfig = option(StageConfig, "stage codec: tokens <-> latents")
+    flow: StageConfig = option(StageConfig, "stage flow: noise -> latents")
+    head: StageConfig = option(StageConfig, "stage head: a head between estimate and decoder")
+    distill: DistillConfig = option(DistillConfig, "stage distill: a student of a few steps")
 
     def __post_init__(self):
-        if self.mixed_precision is False:  # YAML 1.1 reads a bare `no` as false
+        if self.mixed_precision == "False":  # YAML reads a bare `no` as false
             self.mixed_precision = "no"
-        if self.mixed_precision not in (None, "auto", "no", "bf16", "fp16"):
+        if self.mixed_precision not in PRECISIONS:
             raise ValueError(f"`mixed_precision` ({self.mixed_precision!r}) must be auto, no, bf16 or fp16.")
-        if self.stage not in ("codec", "flow", "head", "all"):
-            raise ValueError(f"`stage` ({self.stage!r}) must be 'codec', 'flow', 'head' or 'all'.")
-        if self.stage == "head" and not self.init_from:
-            raise ValueError(
-                "stage 'head' trains a latent head on a finished model; give its directory as `init_from`."
-            )
-        if self.report_to not in ("tensorboard", "wandb", "trackio", "none"):
-            raise ValueError(f"`report_to` ({self.report_to!r}) must be tensorboard, wandb, trackio or none.")
+        if self.stage not in (*STAGES, "all"):
+            raise ValueError(f"`stage` ({self.stage!r}) must be one of {', '.join(STAGES)} or all.")
+        if self.stage in ("head", "distill") and not self.init_from:
+            raise ValueError(f"stage {self.stage!r} starts from a finished model; give its directory as `init_from`.")
+        if self.report_to not in TRACKERS:
+            raise ValueError(f"`report_to` ({self.report_to!r}) must be one of {', '.join(TRACKERS)}.")
         if not self.data.train:
-            raise ValueError("no training text; give `data.train` a file, a folder or the name of a Hub dataset.")
+            raise ValueError("no training data; give `data.train` a file, a folder or the name of a Hub dataset.")
         if self.init_from and self.codec_from:
             raise ValueError(f"`init_from` ({self.init_from}) brings its own codec; remove `codec_from`.")
         if self.codec_from and (self.stage != "flow" or "codec_config" in self.model):
             raise ValueError("`codec_from` reuses a finished codec: set stage=flow and no model.codec_config.*.")
-        for name in ("codec", "flow", "head"):
-            for key, value in vars(getattr(self, name)).items():
-                if isinstance(value, int) and key != "warmup_steps" and value < 1:
-                    raise ValueError(f"`{name}.{key}` ({value}) must be at least 1.")
+        for name in STAGES:
+            check_positive(getattr(self, name), f"{name}.", allow_zero=("warmup_steps",))
+        if self.stage == "distill":
+            self._check_distillation()
 
-
-def refuse_other_settings(output_dir: str, started: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise `ValueError` for the first of the settings `now` that is not what `output_dir` was started with."""
-    for key, value in now.items():
-        if started.get(key) != value:
+    def _check_distillation(self) -> None:
+        if self.distill.method not in METHODS:
+            raise ValueError(f"`distill.method` ({self.distill.method!r}) must be one of {', '.join(METHODS)}.")
+        if self.mixed_precision == "fp16":
             raise ValueError(
-                f"{output_dir} was started with {key}={started.get(key)!r}, now it is {value!r}; choose another output_dir."
+                "`mixed_precision` (fp16) needs a scaled loss, which stage distill lacks; use auto or bf16."
             )
+        if self.data.streaming:
+            raise ValueError("stage distill draws rows at random, which a stream cannot; set data.streaming=false.")
+        if self.cache_latents:
+            raise ValueError("stage distill encodes the rows that it draws; set cache_latents=false.")
+        if self.model:
+            raise ValueError(f"a student has its teacher's configuration; remove model.{sorted(self.model)[0]}.")
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages to train, in order."""
+        return ("codec", "flow") if self.stage == "all" else (self.stage,)
 
 
-def _build(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    kwargs = {}
-    for key, value in values.items():
-        if key not in fields:
-            raise ValueError(f"unknown training key '{prefix}{key}'; known are {', '.join(sorted(fields))}.")
-        nested = fields[key].type
-        if isinstance(value, dict) and dataclasses.is_dataclass(nested):
-            value = _build(nested, value, f"{prefix}{key}.")
-        elif fields[key].type in (int, float, bool, str):
-            value = _cast(value, fields[key].type, f"{prefix}{key}")
-        kwargs[key] = value
-    return cls(**kwargs)
-
-
-def _cast(value: Any, kind: type, name: str) -> Any:
-    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        try:  # YAML 1.1 reads 1e-3 as a string
-            return float(value)
-        except ValueError:
-            pass
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ValueError(f"`{name}` ({value!r}) must be of type {kind.__name__}.")
-    return value
+def known_keys(cls: type = TrainConfig, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field]]:
+    """Every dotted key of a configuration class with its field, the nested ones after their parents."""
+    nested = []
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(field.type):
+            nested.append(field)
+        else:
+            yield f"{prefix}{field.name}", field
+    for field in nested:
+        yield from known_keys(field.type, f"{prefix}{field.name}.")
 
 
 def load_train_config(preset: str, overrides: list[str]) -> TrainConfig:
     """Read `presets/<preset>.yaml` (or a path to a YAML file) and apply `dotted.key=value` overrides.
 
-    Values are YAML, so `flow.max_steps=100`, `validation=null` and lists work. Raises `ValueError` on unknown presets,
-    keys and types.
+    Values are YAML, so `flow.max_steps=100`, `data.validation=null` and lists work. Raises `ValueError` for unknown presets
+    and keys, and for values of the wrong type.
     """
     values = read_preset(preset)
-    values["model"] = {}  # only what is overridden; `preset_config` reads the preset's
+    values.pop("model", None)  # `preset_config` reads the preset's; `model.*` holds what is overridden
     values["preset"] = preset
-    for key, source in values.get("data", {}).items():
-        if isinstance(source, str) and (ROOT / source).exists():  # text that ships with the repository
-            values["data"][key] = str(ROOT / source)
+    data = values.setdefault("data", {})
+    for key, source in data.items():
+        if isinstance(source, str) and (ROOT / source).exists():  # data that ship with the repository
+            data[key] = str(ROOT / source)
     given = {override.partition("=")[0] for override in overrides}
-    if "data.train" in given and "data.validation" not in given:  # the preset's validation text belongs to its own
-        values.setdefault("data", {})["validation"] = None
-    return load_overrides(TrainConfig, values, overrides)
+    if "data.train" in given and "data.validation" not in given:
+        data["validation"] = None  # the preset's validation data belong to its own training data
+    return build_config(values, overrides)
 
 
-def load_overrides(cls: type, values: dict[str, Any], overrides: list[str]) -> Any:
-    """A configuration of class `cls` from nested `values` and `dotted.key=value` overrides of them; `ValueError` as above."""
-    for override in overrides:
-        key, separator, value = override.partition("=")
-        if not separator:
-            raise ValueError(f"override {override!r} must have the form key=value, e.g. flow.max_steps=100.")
-        *parents, leaf = key.split(".")
-        target = values
-        for parent in parents:
-            target = target.setdefault(parent, {})
-        target[leaf] = yaml.safe_load(value)
-    return _build(cls, values)
+def build_config(values: dict[str, Any], overrides: list[str]) -> TrainConfig:
+    """A configuration from nested `values` and overrides of them; raises `ValueError`."""
+    config = OmegaConf.structured(TrainConfig)
+    with _explained_errors():
+        config = OmegaConf.merge(config, values)
+        for override in overrides:
+            _apply(config, override)
+        return OmegaConf.to_object(config)
+
+
+def _apply(config: DictConfig, override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator:
+        raise ValueError(f"override {override!r} must have the form key=value, e.g. flow.max_steps=100.")
+    value = OmegaConf.from_dotlist([f"value={text}"])["value"]
+    # a section is completed; any other value, also a dictionary such as data.fields, is replaced
+    is_section = dataclasses.is_dataclass({f.name: f.type for f in dataclasses.fields(TrainConfig)}.get(key))
+    OmegaConf.update(config, key, value, merge=is_section)
+
+
+@contextlib.contextmanager
+def _explained_errors() -> Iterator[None]:
+    """Turn OmegaConf's errors into a `ValueError` that names the key, its type and near misses."""
+    try:
+        yield
+    except OmegaConfBaseException as error:
+        key = error.full_key or str(error)
+        fields = dict(known_keys())
+        if isinstance(error, ConfigKeyError | ConfigAttributeError):
+            near = difflib.get_close_matches(key, fields, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "--help lists all keys."
+            raise ValueError(f"unknown training key {key!r}; {hint}") from error
+        reason = str(error).splitlines()[0].rstrip(".")
+        if key not in fields:
+            raise ValueError(f"`{key}` cannot be set: {reason}.") from error
+        kind = getattr(fields[key].type, "__name__", str(fields[key].type))
+        raise ValueError(f"`{key}` must be of type {kind}: {reason}.") from error

@@ -1,4 +1,4 @@
-"""What a stage leaves: latent statistics of its codec, and the finished model as a Hub repository."""
+"""What a stage leaves: latent statistics of its codec, and the finished model as a Hub repository that is whole or not there."""
 
 import shutil
 from pathlib import Path
@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_media_tokcom import build_pipeline
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
-from tokcom.training.checkpoints import CheckpointError, first_line
+from tokcom.training.checkpoints import CheckpointError, first_line, flush_all
 
 
 def export_repository(
@@ -20,22 +20,46 @@ def export_repository(
     scheduler: TokComFlowMatchScheduler | None = None,
     autoencoder: torch.nn.Module | None = None,
 ) -> None:
-    """Save model, tokenizer, scheduler (by default the one its training implies), an external autoencoder, index and code; complete
-    or not at all."""
+    """Save a model as a Hub repository: with its tokenizer, an external autoencoder, the code, and a scheduler, by default the one
+    that its training implies.
+
+    Raises `CheckpointError` if it cannot be written; then what `directory` held before is still there.
+    """
     partial = directory.with_name(directory.name + ".tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.parent.mkdir(parents=True, exist_ok=True)
     pipe = build_pipeline(model, tokenizer, scheduler, autoencoder)
     try:
         pipe.save_pretrained(partial)
+        flush_all(partial)
     except Exception as error:  # safetensors and the system name a full disk in ways of their own
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
             f"{directory} could not be written ({first_line(error)}); what was there is as it was. Free some space and "
             "run the same command again."
         ) from error
-    shutil.rmtree(directory, ignore_errors=True)
-    partial.rename(directory)
+    replace_folder(partial, directory)
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    """Give the folder `new` the name `target`; what had that name is set aside until the new one is in its place.
+
+    A process that is killed in between leaves the old folder as `target.old`, and `recover_folder` puts it back.
+    """
+    old = target.with_name(target.name + ".old")
+    recover_folder(target)
+    if target.exists():
+        target.rename(old)
+    new.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_folder(target: Path) -> None:
+    """Put back a folder that `replace_folder` had set aside when it was killed, or finish to remove it."""
+    old = target.with_name(target.name + ".old")
+    if old.exists() and not target.exists():
+        old.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @torch.no_grad()

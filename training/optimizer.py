@@ -1,10 +1,9 @@
 """The optimizer of every training script here: AdamW, with Muon on the matrices inside the network if it has a rate."""
 
-import math
-
 import torch
 from diffusers.optimization import get_scheduler
 from torch import nn
+from transformers import get_wsd_schedule
 
 from tokcom.layers_tokcom import TokComTimestepEmbedding
 from tokcom.training.precision import has_fast_bfloat16
@@ -85,16 +84,8 @@ def build_schedule(
     """
     if not cooldown_share:
         return get_scheduler("cosine", optimizer, num_warmup_steps=warmup_steps, num_training_steps=max_steps)
-    begin = round(max_steps * (1 - cooldown_share))
-
-    def factor(step: int) -> float:
-        if step < warmup_steps:
-            return step / warmup_steps
-        if step < begin:
-            return 1.0
-        return 1 - math.sqrt(min(1.0, (step - begin) / max(1, max_steps - begin)))
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    cooldown_steps = max_steps - round(max_steps * (1 - cooldown_share))
+    return get_wsd_schedule(optimizer, warmup_steps, cooldown_steps, num_training_steps=max_steps, decay_type="1-sqrt")
 
 
 def build_optimizer(

@@ -31,8 +31,11 @@ def read_preset(name: str) -> dict[str, Any]:
     if not file.is_file() and Path(name).suffix in (".yaml", ".yml"):
         file = Path(name)
     if not file.is_file():
-        raise ValueError(f"unknown preset {name!r}; known are {preset_names()}, or give the path of a YAML file.")
-    settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+        raise ValueError(f"unknown preset {name!r}; known presets are {preset_names()}, or give the path of a YAML file.")
+    try:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is not a readable YAML file ({error}); correct it.") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{file} holds no settings; it needs lines of `key: value`.")
     parent = settings.pop("extends", None)

@@ -1,0 +1,91 @@
+"""The model that a stage starts from: a new one, one that starts from another's weights, or what an earlier stage left."""
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from tokcom.configuration_tokcom import TokComConfig
+from tokcom.modeling_tokcom import TokComModel
+from tokcom.processing_tokcom import vocabulary_size
+from tokcom.training.config import TrainConfig
+from tokcom.training.corpora import Corpus
+from tokcom.training.directory import RunDirectory
+from tokcom.training.presets import merge_overrides, preset_config
+
+
+def model_of_stage(config: TrainConfig, stage: str, corpus: Corpus, directory: RunDirectory) -> TokComModel:
+    """The model that `stage` starts from, in float32.
+
+    The flow stage goes on with the codec that this run has trained. Raises `ValueError` if there is none and nothing else brings
+    a trained codec.
+    """
+    donor = config.init_from or config.codec_from
+    codec = directory.final("codec")
+    if stage == "flow" and (config.stage == "all" or not donor) and (codec / "config.json").is_file():
+        return TokComModel.from_pretrained(codec, dtype=torch.float32)
+    model = build_model(config, corpus.tokenizer)
+    if stage != "flow" or donor:
+        return model
+    if has_trainable_codec(model):
+        raise ValueError(
+            f"stage 'flow' needs a trained codec and {directory.root} has none; train it first (stage=codec or stage=all), or give "
+            "`codec_from` or `init_from`."
+        )
+    if model.config.codec_config.modality == "several" or hasattr(model.codec, "latent_mean"):
+        corpus.measure(model)  # the only thing that a codec without parameters has to learn
+    return model
+
+
+def has_trainable_codec(model: TokComModel) -> bool:
+    """Whether there is anything to train in stage `codec`."""
+    return any(True for _ in model.codec.parameters())
+
+
+def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase | None) -> TokComModel:
+    """A new model of the preset, or one that starts from `init_from` (all weights) or `codec_from` (the codec's).
+
+    `config.model` overrides the preset's configuration, or that of `init_from`. Raises `ValueError` when weights do not
+    fit the configuration or the tokenizer has another vocabulary.
+    """
+    donor = config.init_from or config.codec_from
+    size = None if tokenizer is None else vocabulary_size(tokenizer)
+    if donor is None:
+        model = TokComModel(preset_config(config.preset, size, **config.model))
+    else:
+        source = TokComModel.from_pretrained(donor, dtype=torch.float32)
+        model = TokComModel(derived_config(config, source.config, size))
+        _load_weights(model, source, donor, codec_only=config.init_from is None)
+    if model.config.text_vocab_size != (0 if size is None else size + 1):
+        raise ValueError(
+            f"the model has {model.config.text_vocab_size} tokens (with its mask token) but the "
+            f"tokenizer has {size}; use the tokenizer saved beside the model."
+        )
+    return model
+
+
+def _load_weights(model: TokComModel, source: TokComModel, donor: str, codec_only: bool) -> None:
+    """Copy the weights of `source`, which was loaded from `donor`; a latent head that it lacks keeps its initialisation."""
+    target = model.codec if codec_only else model
+    weights = source.codec.state_dict() if codec_only else source.state_dict()
+    if not codec_only and model.latent_head is not None and source.latent_head is None:
+        weights |= {f"latent_head.{name}": value for name, value in model.latent_head.state_dict().items()}
+    try:
+        target.load_state_dict(weights)
+    except RuntimeError as error:
+        problem = str(error).splitlines()[1].strip()
+        raise ValueError(f"the weights of {donor} do not fit the overrides in `model`: {problem}") from error
+
+
+def derived_config(config: TrainConfig, source: TokComConfig, vocab_size: int | None = None) -> TokComConfig:
+    """The configuration of a model that starts from one with configuration `source`, or from its codec only.
+
+    `vocab_size` is the number of ids of text, which a codec of pictures does not know.
+    """
+    codec = source.codec_config.to_dict()
+    if config.init_from:
+        fields = source.to_dict()
+    else:
+        fields = preset_config(config.preset, vocab_size).to_dict()
+        fields["transformer_config"]["latent_channels"] = source.codec_config.latent_channels
+    fields["codec_config"] = codec
+    merge_overrides(fields, config.model)
+    return TokComConfig(**fields)

@@ -1,0 +1,39 @@
+"""What can be known before any stage begins: that windows fit the model, and that the data give at least one batch."""
+
+import dataclasses
+
+from accelerate import PartialState
+from torch.utils.data import Dataset
+
+from tokcom.modeling_tokcom import TokComModel
+from tokcom.training.build import has_trainable_codec
+from tokcom.training.config import LoopConfig, TrainConfig
+from tokcom.training.corpora import Corpus
+
+
+def check_sizes(
+    config: TrainConfig, model: TokComModel, corpus: Corpus, stages: list[str], state: PartialState
+) -> None:
+    """Raise `ValueError` if the data do not fit the settings of one of `stages`."""
+    uncached = dataclasses.replace(config, cache_latents=False)  # caching waits for the trained codec
+    before = model.objective
+    for stage in stages:
+        if stage == "codec" and not has_trainable_codec(model):
+            continue
+        options = getattr(config, stage)
+        model.set_stage(stage, **options.objective)  # names bad settings of the loss, too
+        train, held_out = corpus.datasets(model, uncached, options, state)
+        check_rows(corpus, train, stage, options, state.num_processes)
+        if not len(held_out):
+            raise ValueError("the validation data give no row; give more, or data.validation=null to hold some out.")
+    model.objective = before
+
+
+def check_rows(corpus: Corpus, dataset: Dataset, stage: str, options: LoopConfig, processes: int) -> None:
+    """Raise `ValueError` if the training data of a stage give less than one batch; how long a stream is, nobody knows."""
+    if corpus.streamed or len(dataset) >= options.batch_size * processes:
+        return
+    raise ValueError(
+        f"the training data give {len(dataset)} {corpus.rows.format(options.sequence_length)}, fewer than one batch of "
+        f"{options.batch_size} on {processes} process(es); lower {stage}.batch_size or {stage}.sequence_length, or give more data."
+    )

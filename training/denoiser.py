@@ -1,0 +1,99 @@
+"""A TokCom model as the plain denoiser that distillation needs: `(x_t, t, context) -> estimate of x1`.
+
+Shape legend: B samples, N latents, C channels; times `(B,)`.
+"""
+
+import numpy as np
+import torch
+from torch import nn
+
+from tokcom.modeling_tokcom import TokComModel
+from tokcom.transformer_tokcom import block_causal_mask
+
+Context = dict[str, torch.Tensor]
+
+
+class ModelDenoiser(nn.Module):
+    """A model's estimate, given captions or the clean text before each block.
+
+    Args:
+        guidance_scale (`float`): how far the estimate is pushed away from the one without context; 1 is no guidance, and one
+            evaluation of the network instead of two.
+    """
+
+    def __init__(self, model: TokComModel, guidance_scale: float = 1.0):
+        super().__init__()
+        self.model = model
+        self.guidance_scale = guidance_scale
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, context: Context) -> torch.Tensor:
+        """Estimate of x1 `(B, N, C)` for `x (B, N, C)` at times `t (B,)`; `context` is what `context` returns."""
+        guided = self._estimate(x, t, context, sees_context=True)
+        if self.guidance_scale == 1.0:
+            return guided
+        free = self._estimate(x, t, context, sees_context=False)
+        return free + self.guidance_scale * (guided - free)
+
+    def _estimate(self, x: torch.Tensor, t: torch.Tensor, context: Context, sees_context: bool) -> torch.Tensor:
+        if self.model.config.transformer_config.block_size is None:
+            return self._estimate_at_once(x, t, context, sees_context)
+        return self._estimate_blocks(x, t, context, sees_context)
+
+    def _estimate_at_once(self, x, t, context: Context, sees_context: bool) -> torch.Tensor:
+        """Bidirectional models, whose context is a caption, or latents that are known at t = 1."""
+        model = self.model
+        length = x.shape[1]
+        known = context.get("known")
+        times = t[:, None].expand(-1, length)
+        prefix = None
+        if sees_context and model.condition_embedding is not None:
+            prefix = model.condition(context["input_ids"], context["attention_mask"])
+        if sees_context and known is not None:
+            x = torch.where(known[..., None], context["latents"], x)
+            times = torch.where(known, 1.0, times)
+        seen = context.get("valid")
+        if (
+            known is not None and not sees_context
+        ):  # the pipeline guides so, too: without what is given in the sequence
+            seen = ~known if seen is None else seen & ~known
+        positions = model.codec.positions(torch.arange(length, device=x.device)).expand(len(x), -1, -1)
+        estimate = model.denoise(x, times, positions, seen, prefix=prefix).latents.float()
+        return estimate if known is None else torch.where(known[..., None], context["latents"], estimate)
+
+    def _estimate_blocks(self, x, t, context: Context, sees_context: bool) -> torch.Tensor:
+        """Block-causal models: all blocks at once, each after the clean text before it."""
+        model = self.model
+        length = x.shape[1]
+        sees = torch.full((len(x),), sees_context, device=x.device)
+        mask = block_causal_mask(context["order"], context["valid"], sees)
+        positions = model.codec.positions(torch.arange(length, device=x.device).expand(len(x), -1))
+        times = torch.cat((t.new_ones(len(x), length), t[:, None].expand(-1, length)), dim=1)  # (B, 2 N)
+        both = torch.cat((context["latents"], x), dim=1)  # (B, 2 N, C)
+        latents = model.denoise(both, times, positions.repeat(1, 2, 1), mask, num_context=length).latents
+        return latents[:, -length:].float()
+
+    @torch.no_grad()
+    def context(self, batch: dict[str, torch.Tensor], rows: np.ndarray | None = None) -> Context:
+        """What the estimate depends on, of a batch of the data.
+
+        A bidirectional model of clips is given the first i mod F of the F moments of row i of the data, so `rows (B,)` must
+        say which rows these are.
+        """
+        model = self.model
+        codec = model.config.codec_config
+        block_size = model.config.transformer_config.block_size
+        captions = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+        if codec.has_tokens:
+            clean = model.codec.encode(batch["input_ids"], batch["attention_mask"])
+        elif block_size is None and codec.group_size == 1:
+            return captions
+        else:
+            clean = model.codec.encode(batch["pixel_values"])
+        length = clean.mask.shape[1]
+        device = clean.mask.device
+        if not codec.has_tokens and block_size is None:
+            moments = torch.arange(length, device=device) // codec.group_size
+            given = torch.as_tensor(rows, device=device) % (length // codec.group_size)
+            return {**captions, "latents": clean.latents, "known": moments < given[:, None]}
+        order = torch.arange(length, device=device) // (block_size or length)
+        return {"latents": clean.latents, "order": order.expand(len(clean.mask), -1), "valid": clean.mask}

@@ -1,0 +1,103 @@
+"""What a run remembers besides weights: how far it is, what it has seen, and which updates it left out."""
+
+import math
+
+import numpy as np
+import torch
+
+from tokcom.training.config import StageConfig
+
+SPIKES_AFTER = 50  # updates before the average gradient norm means something
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became NaN or infinite; training stopped before anything was overwritten."""
+
+
+class Progress:
+    """Counters, the best validation loss and running sums of one stage, and the size of the batches that they count.
+
+    Args:
+        batch_size, processes, accumulation (`int`): rows of a micro-batch, processes that each take one, and micro-batches of
+            an update. Checkpoints of version 0.2 lack them and are taken to have had the sizes of now.
+    """
+
+    def __init__(self, batch_size: int, processes: int, accumulation: int):
+        self.step = 0
+        self.micro_batch = 0  # of one process
+        self.tokens = 0
+        self.skipped = 0  # updates left out
+        self.skipped_in_row = 0
+        self.norm = 0.0  # moving average of the gradient norm
+        self.best = float("inf")
+        self.train_loss = 0.0
+        self.train_count = 0
+        self.batch_size = batch_size
+        self.processes = processes
+        self.accumulation = accumulation
+
+    def state_dict(self) -> dict:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict) -> None:
+        vars(self).update(state)
+
+    def relocate(self, batch_size: int, processes: int, accumulation: int, rows: int | None) -> str | None:
+        """Count in batches of another size or number from now on; returns what changed, or None.
+
+        `rows` is the size of an epoch, None of a stream. No row is seen twice in an epoch: a batch that would begin among rows
+        that were already seen is passed over, and so are those that would begin an update in its middle.
+        """
+        before = (self.batch_size, self.processes, self.accumulation)
+        now = (batch_size, processes, accumulation)
+        if before == now:
+            return None
+        old_rows = self.batch_size * self.processes  # in one micro-batch of all processes
+        new_rows = batch_size * processes
+        epoch, done = (0, self.micro_batch) if rows is None else divmod(self.micro_batch, rows // old_rows)
+        micro_batch = math.ceil(done * old_rows / new_rows)
+        if rows is not None:
+            micro_batch += epoch * (rows // new_rows)
+        self.micro_batch = math.ceil(micro_batch / accumulation) * accumulation
+        self.batch_size, self.processes, self.accumulation = now
+        names = "batch size, processes, accumulation"
+        return f"({names}) {before} became {now}"
+
+
+class UpdateGuard:
+    """Decides which updates to leave out: those whose loss or gradient is not finite, or whose gradient is a spike."""
+
+    def __init__(self, progress: Progress, options: StageConfig, loss_is_scaled: bool, can_skip: bool):
+        self.progress = progress
+        self.options = options
+        self.loss_is_scaled = loss_is_scaled  # a scaler expects infinite gradients, and skips them by itself
+        self.can_skip = can_skip
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether one more update may not be left out."""
+        return not self.can_skip or self.progress.skipped_in_row > self.options.max_skipped_steps
+
+    def problem(self, loss: float, norm: torch.Tensor | None) -> str | None:
+        """Why the update must be left out, or None; counts either."""
+        progress = self.progress
+        norm = None if self.loss_is_scaled or norm is None else float(norm)
+        reason = None
+        if not np.isfinite(loss):
+            reason = f"loss is {loss}"
+        elif norm is not None and not np.isfinite(norm):
+            reason = f"gradient norm is {norm}"
+        elif norm is not None and self._is_spike(norm):
+            reason = f"gradient norm {norm:.3g} is more than {self.options.spike_factor:g} times its average"
+        elif norm is not None:
+            progress.norm = norm if not progress.norm else 0.98 * progress.norm + 0.02 * norm
+        if reason is None:
+            progress.skipped_in_row = 0
+            return None
+        progress.skipped += 1
+        progress.skipped_in_row += 1
+        return reason
+
+    def _is_spike(self, norm: float) -> bool:
+        limit = self.options.spike_factor * self.progress.norm
+        return bool(limit) and self.progress.step >= SPIKES_AFTER and norm > limit

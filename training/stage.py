@@ -1,0 +1,350 @@
+"""The stages `codec`, `flow` and `head`: one network, its own loss, validation with fixed noise.
+
+Metrics keep the names of the published training script, whose stages are `vae` and `diffusion`.
+"""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import torch
+from accelerate.utils import DistributedType, send_to_device
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from tokcom.configuration_tokcom import TokComConfig
+from tokcom.modeling_tokcom import TokComModel
+from tokcom.pipeline_media_tokcom import build_pipeline
+from tokcom.training.attention import fastest_attention, saved_attention
+from tokcom.training.checks import check_rows
+from tokcom.training.config import STAGES, StageConfig, TrainConfig
+from tokcom.training.corpora import Corpus
+from tokcom.training.ema import embeddings_in_the_root
+from tokcom.training.export import export_repository
+from tokcom.training.optimizer import build_optimizer, build_schedule
+from tokcom.training.perceptual import FeatureLoss
+from tokcom.training.progress import NonFiniteLossError, UpdateGuard
+from tokcom.training.samples import SAMPLES
+from tokcom.training.trainer import EXTRA, Trainer
+
+METRIC_PREFIX = {"codec": "vae", "flow": "diffusion", "head": "head"}
+PARTS = ("loss", "ce_loss", "mse_loss")  # of a model's output
+
+
+class StageTrainer(Trainer):
+    """Trains one part of `model` by the loss of `stage`; what validates best is what the stage ends with."""
+
+    options: StageConfig
+
+    def __init__(self, config: TrainConfig, stage: str, model: TokComModel, corpus: Corpus):
+        super().__init__(config, stage, corpus)
+        self.prefix = METRIC_PREFIX[stage]
+        self.pending = []  # outputs of the micro-batches of the update at hand
+        model.set_stage(stage, **self.options.objective)
+        if stage == "codec" and config.perceptual_model:
+            self._add_feature_loss(model)
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        self.dataset, held_out = corpus.datasets(model, config, self.options, self.accelerator)
+        self.validation_loader = DataLoader(held_out, self.options.batch_size)
+        samples = SAMPLES[model.config.codec_config.modality]
+        self.samples = samples(self.accelerator, stage, self.directory, config.num_samples)
+        self.attention = self._choose_attention(model)
+        model.set_attn_implementation(self.attention)
+        if config.torch_compile:
+            for part in model.compilable_parts():
+                part.compile()
+        self._prepare(model)
+
+    def _add_feature_loss(self, model: TokComModel) -> None:
+        if model.config.codec_config.modality != "image":
+            raise ValueError("`perceptual_model` compares pictures; remove it for texts, clips and several streams.")
+        name = self.config.perceptual_model
+        model.codec.feature_loss = FeatureLoss(name, self.config.perceptual_weight, self.accelerator.device)
+
+    def _choose_attention(self, model: TokComModel) -> str:
+        if self.config.attention != "auto":
+            return self.config.attention
+        newest = self.checkpoints.newest()
+        if newest is not None:
+            return saved_attention(newest / EXTRA)
+        if self.accelerator.device.type != "cpu" or self.stage == "codec":
+            return "sdpa"
+        return fastest_attention(model, self.dataset, self.options.batch_size, self.accelerator)
+
+    # ---- set-up ----
+
+    def _prepare(self, model: TokComModel) -> None:
+        """Build loader, optimizer, schedule and average, and hand the model to accelerate."""
+        options = self.options
+        self._check_distribution()
+        loader = self._loader()
+        rates = options.learning_rate, options.muon_learning_rate, options.weight_decay
+        optimizer = build_optimizer(model, *rates, self.accelerator.device)
+        self.lr_scheduler = build_schedule(optimizer, options.max_steps, options.warmup_steps, options.cooldown_share)
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:  # it sees no loader to ask
+            plugin = self.accelerator.state.deepspeed_plugin
+            plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = options.batch_size
+        with embeddings_in_the_root(model):
+            self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        # a stream is read in parts by its own means
+        self.loader = loader if self.corpus.streamed else self.accelerator.prepare(loader)
+        self.guard = UpdateGuard(
+            self.progress,
+            options,
+            loss_is_scaled=self.accelerator.scaler is not None,
+            can_skip=self.accelerator.distributed_type != DistributedType.DEEPSPEED,  # which steps by itself
+        )
+        self.start_average()
+
+    def _check_distribution(self) -> None:
+        """Raise `ValueError` for settings that need more of the model than a process has."""
+        kind = self.accelerator.distributed_type
+        options = self.options
+        if options.muon_learning_rate and kind in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+            raise ValueError(
+                f"`{self.stage}.muon_learning_rate` ({options.muon_learning_rate}) needs whole matrices on every "
+                f"process; set it to 0 under {kind.value}, or use multi_gpu_ddp.yaml."
+            )
+        if options.ema_half_life and kind == DistributedType.DEEPSPEED:
+            raise ValueError(
+                f"`{self.stage}.ema_half_life` ({options.ema_half_life}) cannot average the shards of DeepSpeed; "
+                f"set {self.stage}.ema_half_life=0 or use accelerate_configs/fsdp2.yaml."
+            )
+
+    def _loader(self) -> DataLoader:
+        batch_size = self.options.batch_size
+        workers = self.config.num_workers
+        check_rows(self.corpus, self.dataset, self.stage, self.options, self.accelerator.num_processes)
+        if self.corpus.streamed:
+            return DataLoader(self.dataset, batch_size, drop_last=True, num_workers=workers)
+        sampler = self.corpus.sampler(self.dataset, batch_size, self.config.seed)
+        return DataLoader(
+            self.dataset, batch_size, sampler is None, sampler=sampler, drop_last=True, num_workers=workers
+        )
+
+    @property
+    def module(self) -> TokComModel:
+        """The model itself, without what accelerate wraps around it."""
+        return self.accelerator.unwrap_model(self.model)
+
+    def averaged_parameters(self) -> list[torch.nn.Parameter]:
+        return list(self.module.parameters())
+
+    # ---- updates ----
+
+    def updates(self) -> Iterator[dict[str, float]]:
+        while True:
+            for batch in self._epoch():
+                metrics = self._micro_batch(batch)
+                if metrics is not None:
+                    yield metrics
+
+    def _epoch(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Batches from where `progress.micro_batch` stands to the end of that epoch."""
+        if self.corpus.streamed:
+            yield from self._stream()
+            return
+        epoch, done = divmod(self.progress.micro_batch, len(self.loader))
+        self.loader.set_epoch(epoch)
+        self.dataset.set_epoch(epoch)  # the loaders of several processes do not pass it on
+        yield from self.accelerator.skip_first_batches(self.loader, done) if done else self.loader
+
+    def _stream(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Epoch after epoch of this process's part of a stream, passing over what was already seen; processes whose parts
+        are shorter begin their next epoch earlier."""
+        seen = self.progress.micro_batch
+        epoch = 0
+        while True:
+            self.dataset.set_epoch(epoch)
+            empty = True
+            for batch in self.loader:
+                empty = False
+                if seen:
+                    seen -= 1
+                else:
+                    yield send_to_device(batch, self.accelerator.device)
+            if empty:
+                raise ValueError(
+                    f"the data stream gave no full batch; lower {self.stage}.batch_size or give more text."
+                )
+            epoch += 1
+
+    def _seed_micro_batch(self) -> None:
+        """Noise depends on (seed, stage, which micro-batch of the whole run) alone, which makes a resumed run exact, and N
+        processes equal to one that accumulates N micro-batches.
+
+        Python's generator, which decides what all micro-batches of an update must do alike, depends on the update.
+        """
+        micro_batch = self.progress.micro_batch
+        words = [self.config.seed, STAGES.index(self.stage)]
+        update = micro_batch // self.options.gradient_accumulation_steps
+        place = micro_batch * self.accelerator.num_processes + self.accelerator.process_index
+        random.seed(int(np.random.SeedSequence([*words, update]).generate_state(1)[0]))
+        torch.manual_seed(int(np.random.SeedSequence([*words, place, 1]).generate_state(1)[0]))
+
+    def _micro_batch(self, batch: dict[str, torch.Tensor]) -> dict[str, float] | None:
+        """Forward and backward pass of a micro-batch; returns the metrics of the update if it completes one.
+
+        Updates whose loss or gradient is bad are left out.
+        """
+        accelerator = self.accelerator
+        progress = self.progress
+        loss = 0.0
+        problem = None
+        self.model.train()
+        self._seed_micro_batch()
+        with accelerator.accumulate(self.model):
+            output = self.model(**batch)
+            accelerator.backward(output.loss)
+            self.pending.append(output)
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(self.model.parameters(), self.options.max_grad_norm)
+                loss = self._reduced("loss")
+                problem = self.guard.problem(loss, norm)
+            if problem is None:
+                self.optimizer.step()
+            elif self.guard.is_exhausted:
+                self._give_up(problem)
+            elif accelerator.scaler is not None:
+                accelerator.scaler.update()  # it has unscaled the gradients of this update, and expects to hear of it
+            self.optimizer.zero_grad()
+        progress.micro_batch += 1
+        progress.tokens += self.corpus.count(batch, self.module.config.codec_config) * accelerator.num_processes
+        if problem is not None:
+            self.pending = []
+            accelerator.print(
+                f"{self.stage} step {progress.step + 1}: {problem}; left out ({progress.skipped} so far)"
+            )
+            return None
+        return self._update_metrics(loss) if accelerator.sync_gradients else None
+
+    def _give_up(self, reason: str) -> NoReturn:
+        last = (self.checkpoints.all() or ["none yet"])[-1]
+        raise NonFiniteLossError(
+            f"{reason} at {self.stage} step {self.progress.step + 1}; stopped without saving. The last good checkpoint is {last}. "
+            f"Lower {self.stage}.learning_rate ({self.options.learning_rate}) or use mixed_precision=bf16, then run the same "
+            "command again."
+        )
+
+    def _reduced(self, name: str) -> float:
+        """Mean of one part of the output over micro-batches and processes."""
+        values = torch.stack([getattr(o, name).detach().float() for o in self.pending])
+        return self.accelerator.reduce(values.mean(), "mean").item()
+
+    def _update_metrics(self, loss: float) -> dict[str, float]:
+        metrics = {"loss": loss, "skipped_steps": self.progress.skipped}
+        if self.stage == "codec":
+            metrics["batch_loss"] = loss
+        else:
+            found = [name for name in PARTS[1:] if getattr(self.pending[0], name) is not None]
+            metrics |= {f"batch_{name}": self._reduced(name) for name in found}
+        self.pending = []
+        return metrics
+
+    # ---- validation ----
+
+    @torch.no_grad()
+    def evaluate(self, bar: tqdm) -> None:
+        """Every `eval_steps`: validation loss, best weights and samples, of the averaged weights if there are any."""
+        progress = self.progress
+        if progress.step % self.options.eval_steps and progress.step != self.options.max_steps:
+            return
+        module = self.module
+        if self.ema is not None:
+            self.ema.store(module.parameters())
+            self.ema.copy_to(module.parameters())
+        values = self._validate(module)
+        if not np.isfinite(values["loss"]):
+            self._give_up(f"validation loss is {values['loss']}")
+        improved = values["loss"] < progress.best
+        if improved:
+            progress.best = values["loss"]
+        metrics = {"train_loss": progress.train_loss / max(1, progress.train_count)}
+        metrics |= {f"val_{name}": value for name, value in values.items()}
+        metrics["best_val_loss"] = progress.best
+        progress.train_loss = 0.0
+        progress.train_count = 0
+        self.log(metrics)
+        summary = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        bar.write(f"{self.stage} step {progress.step}: {summary}")
+        copy = self._full_copy()
+        if self.ema is not None:
+            self.ema.restore(module.parameters())
+        if copy is not None:
+            self._show(copy, improved)
+        self.accelerator.wait_for_everyone()
+
+    def _validate(self, module: TokComModel) -> dict[str, float]:
+        """Mean of each part of the output over `eval_batches` batches, whose noise is the same every time."""
+        module.eval()
+        outputs = []
+        for index, batch in enumerate(self.validation_loader):
+            if index == self.options.eval_batches:
+                break
+            torch.manual_seed(index)
+            with self.accelerator.autocast():
+                outputs.append(module(**send_to_device(batch, self.accelerator.device)))
+        found = {name: [getattr(o, name) for o in outputs] for name in PARTS}
+        found = {name: [value.float() for value in values if value is not None] for name, values in found.items()}
+        return {name: torch.stack(values).mean().item() for name, values in found.items() if values}
+
+    def _full_copy(self) -> TokComModel | None:
+        """The current weights as an ordinary model on the main process; gathers shards, so every rank calls it."""
+        state = self.accelerator.get_state_dict(self.model)
+        if not self.accelerator.is_main_process:
+            return None
+        model = TokComModel(TokComConfig.from_dict(self.module.config.to_dict()))
+        model.load_state_dict({name: value.float() for name, value in state.items()})
+        return model.eval()
+
+    def _show(self, model: TokComModel, improved: bool) -> None:
+        """Keep the best weights, and log samples."""
+        tokenizer = self.corpus.tokenizer
+        if improved:
+            export_repository(model, tokenizer, self.directory / "best", autoencoder=self.corpus.autoencoder)
+        if not self.config.num_samples:
+            return
+        pipe = build_pipeline(model.to(self.accelerator.device), tokenizer, vae=self.corpus.autoencoder)
+        pipe.set_progress_bar_config(disable=True)
+        self.samples.log(pipe, self.validation_loader, self.progress.step)
+
+    # ---- checkpoints and the end ----
+
+    def extra_state(self) -> dict[str, object]:
+        return {**super().extra_state(), "attention": self.attention}
+
+    def relocate(self) -> None:
+        progress = self.progress
+        batch_size = self.options.batch_size
+        processes = self.accelerator.num_processes
+        if self.corpus.streamed and progress.processes != processes:
+            raise ValueError(
+                f"a stream is read in {progress.processes} parts, one for each process that the run began with; launch "
+                f"{progress.processes} processes instead of {processes}."
+            )
+        sampler = self.corpus.sampler(self.dataset, batch_size, self.config.seed)
+        if sampler is not None and batch_size != progress.batch_size:
+            raise ValueError(
+                f"the batches of several streams are composed by their size; keep {self.stage}.batch_size="
+                f"{progress.batch_size} instead of {batch_size}."
+            )
+        rows = None if self.corpus.streamed else len(self.dataset)
+        changed = progress.relocate(batch_size, processes, self.options.gradient_accumulation_steps, rows)
+        if changed:
+            self.accelerator.step = 0  # micro-batches of the update at hand, which begins here
+            self.accelerator.print(
+                f"{self.stage}: {changed}; the run goes on with rows that it has not seen in this epoch"
+            )
+
+    def export(self, target: Path) -> None:
+        if self.accelerator.is_main_process:
+            model = TokComModel.from_pretrained(self.directory / "best")
+            if self.stage == "codec":
+                self.corpus.measure(model)
+            export_repository(model, self.corpus.tokenizer, target, autoencoder=self.corpus.autoencoder)
+            self.write_summary()
+        self.accelerator.wait_for_everyone()
+        self.accelerator.free_memory()

@@ -1,0 +1,232 @@
+"""The loop that all stages share: updates, averages, metrics, checkpoints, stops, and going on after any of them.
+
+A stage is a subclass that yields its updates (`StageTrainer` in `stage.py`, `DistillTrainer` in `distill.py`). Everything random
+in an update is seeded by its place in the run, so that a run that was stopped ends with the weights of one that was not.
+"""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from tqdm.auto import tqdm
+
+from tokcom.training.checkpoints import Checkpoints
+from tokcom.training.config import LoopConfig, TrainConfig
+from tokcom.training.corpora import Corpus
+from tokcom.training.directory import WORK, write_atomically
+from tokcom.training.ema import ShardedEMAModel, decay_from_half_life
+from tokcom.training.launch import build_accelerator
+from tokcom.training.progress import Progress
+from tokcom.training.stopping import StopSignals, TrainingStopped, signal_name
+
+EXTRA = "extra.pt"  # of a checkpoint: progress, schedule and average
+
+
+class Trainer:
+    """One stage of training.
+
+    Args:
+        stage (`str`): which of the settings of `config`, and which folder of its `output_dir/run`, are of this stage.
+        handlers (`list`): of accelerate, e.g. how DDP wraps the models.
+    """
+
+    def __init__(self, config: TrainConfig, stage: str, corpus: Corpus, handlers: Iterable = ()):
+        self.config = config
+        self.stage = stage
+        self.prefix = stage  # of the names of metrics
+        self.corpus = corpus
+        self.options: LoopConfig = getattr(config, stage)
+        self.directory = Path(config.output_dir) / WORK / stage
+        self.checkpoints = Checkpoints(self.directory, self.options.checkpoints_total_limit)
+        self.accelerator: Accelerator = build_accelerator(config, self.options, str(self.directory), list(handlers))
+        self.progress = Progress(
+            self.options.batch_size, self.accelerator.num_processes, self.options.gradient_accumulation_steps
+        )
+        self.signals = StopSignals()
+        self.lr_scheduler: torch.optim.lr_scheduler.LambdaLR | None = None
+        self.ema: ShardedEMAModel | None = None
+
+    def updates(self) -> Iterator[dict[str, float]]:
+        """Make update after update without end, and yield the metrics of each, `loss` among them."""
+        raise NotImplementedError
+
+    def averaged_parameters(self) -> list[torch.nn.Parameter]:
+        """The parameters whose moving average is kept."""
+        raise NotImplementedError
+
+    def export(self, target: Path) -> None:
+        """Write the finished model as a Hub repository, and that the stage is finished."""
+        raise NotImplementedError
+
+    def evaluate(self, bar: tqdm) -> None:
+        """Measure the model; called after every update, so that the stage decides when."""
+
+    # ---- the loop ----
+
+    def train(self) -> None:
+        """Train to `max_steps`, from the newest checkpoint if there is one."""
+        progress = self.progress
+        max_steps = self.options.max_steps
+        if self.config.report_to != "none":
+            self.accelerator.init_trackers("tokcom", config={"stage": self.stage, **vars(self.options)})
+        self._resume()
+        bar = tqdm(
+            total=max_steps,
+            initial=progress.step,
+            desc=self.stage,
+            unit="step",
+            disable=not self.accelerator.is_local_main_process,
+            mininterval=0.1 if sys.stderr.isatty() else 10.0,  # a log file gets a line now and then
+        )
+        self.started = time.perf_counter()
+        self.started_tokens = progress.tokens
+        with self.signals:
+            updates = self.updates() if progress.step < max_steps else ()
+            for metrics in updates:
+                self._after_update(metrics, bar)
+                if progress.step >= max_steps:
+                    break
+        bar.close()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+
+    def _after_update(self, metrics: dict[str, float], bar: tqdm) -> None:
+        progress = self.progress
+        options = self.options
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.step()
+            metrics = {**metrics, "learning_rate": self.lr_scheduler.get_last_lr()[0]}
+        if self.ema is not None:
+            self.ema.step(self.averaged_parameters())
+        progress.step += 1
+        loss = metrics.pop("loss")
+        progress.train_loss += loss
+        progress.train_count += 1
+        self.log(metrics)
+        elapsed = max(time.perf_counter() - self.started, 1e-9)  # a clock may jump
+        speed = (progress.tokens - self.started_tokens) / elapsed
+        bar.update(1)
+        bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s", refresh=False)
+        last = progress.step == options.max_steps
+        self.evaluate(bar)
+        if progress.step % options.checkpoint_steps == 0 or last:
+            self._save_checkpoint()
+        if not last:
+            self._stop_if_told()
+
+    def log(self, metrics: dict[str, float]) -> None:
+        """Log metrics of the current step to the trackers."""
+        named = {f"{self.prefix}/{name}": value for name, value in metrics.items()}
+        self.accelerator.log(named, step=self.progress.step)
+
+    def _stop_if_told(self) -> None:
+        """Write a checkpoint and raise `TrainingStopped` if any process has had a signal."""
+        number = self.signals.number
+        if self.accelerator.num_processes > 1:
+            told = torch.tensor([float(number)], device=self.accelerator.device)
+            number = int(self.accelerator.gather(told).max())
+        if not number:
+            return
+        self._save_checkpoint()
+        raise TrainingStopped(
+            f"stopped by {signal_name(number)} after {self.stage} step {self.progress.step}; run the same command again to go "
+            "on from there."
+        )
+
+    def write_summary(self) -> None:
+        """Say that the stage is finished, after how much; written last."""
+        progress = self.progress
+        facts = {"steps": progress.step, "tokens": progress.tokens}
+        if math.isfinite(progress.best):
+            facts["best_validation_loss"] = progress.best
+        write_atomically(self.directory / "summary.json", json.dumps(facts, indent=2) + "\n")
+
+    # ---- averages ----
+
+    def start_average(self) -> None:
+        """Begin to average the parameters as they are now, if the settings ask for it."""
+        if self.options.ema_half_life:
+            # EMAModel starts with a short memory and lengthens it, so early weights do not linger
+            self.ema = ShardedEMAModel(self.averaged_parameters(), decay=self._decay(), foreach=True)
+
+    def _decay(self) -> float:
+        return decay_from_half_life(self.options.ema_half_life * self.options.max_steps)
+
+    def _restore_average(self, saved: dict | None) -> None:
+        if self.ema is None and saved is not None:
+            self.accelerator.print(
+                f"{self.stage}.ema_half_life is 0 now: the averaged weights of the checkpoint are dropped, and the run goes on "
+                "with the weights themselves"
+            )
+        elif self.ema is not None and saved is None:
+            self.start_average()  # those of before were averages of the weights at initialisation
+            self.accelerator.print(
+                f"the checkpoint has no averaged weights: averaging begins at step {self.progress.step}"
+            )
+        elif self.ema is not None:
+            self.ema.load_state_dict(saved)
+            self.ema.decay = self._decay()  # max_steps may have changed
+
+    # ---- checkpoints ----
+
+    def extra_state(self) -> dict[str, object]:
+        """What a checkpoint holds besides what accelerate saves; gathers shards, so every rank calls it."""
+        parts = {"progress": self.progress, "scheduler": self.lr_scheduler, "average": self.ema}
+        return {name: part.state_dict() for name, part in parts.items() if part is not None}
+
+    def _save_checkpoint(self) -> None:
+        accelerator = self.accelerator
+        extra = self.extra_state()
+
+        def save(folder: str) -> None:
+            accelerator.save_state(folder)
+            if accelerator.is_main_process:
+                torch.save(extra, Path(folder) / EXTRA)
+
+        self.checkpoints.write(self.progress.step, save, accelerator.is_main_process, accelerator.wait_for_everyone)
+
+    def newest_checkpoint(self) -> Path | None:
+        """The newest whole checkpoint, as the main process sees it."""
+        found = [str(self.checkpoints.newest() or "") if self.accelerator.is_main_process else ""]
+        newest = broadcast_object_list(found)[0]
+        return Path(newest) if newest else None
+
+    def _resume(self) -> None:
+        """Go on from the newest whole checkpoint, whose files are read without running code of theirs."""
+        newest = self.newest_checkpoint()
+        if newest is None:
+            return
+        if not self.config.resume:
+            raise ValueError(f"{newest} exists and `resume` is false; choose another output_dir or remove it.")
+        groups = [] if self.lr_scheduler is None else self.lr_scheduler.optimizer.param_groups
+        decays = [group["weight_decay"] for group in groups]
+        self.accelerator.load_state(str(newest))
+        extra = torch.load(newest / EXTRA, map_location="cpu", weights_only=True)
+        self.progress.load_state_dict(extra["progress"])
+        self._restore_average(extra.get("average"))
+        if self.lr_scheduler is not None:
+            self._restore_schedule(extra["scheduler"], decays)
+        self.relocate()
+        self.accelerator.print(f"resumed {self.stage} from {newest}")
+
+    def _restore_schedule(self, saved: dict, decays: list[float]) -> None:
+        """Go on at the saved step of the schedule, with the rates and the weight decay of the settings of now."""
+        schedule = self.lr_scheduler
+        rates = list(schedule.base_lrs)
+        schedule.load_state_dict(saved)
+        schedule.base_lrs = rates
+        schedule._last_lr = [
+            rate * factor(schedule.last_epoch) for rate, factor in zip(rates, schedule.lr_lambdas, strict=True)
+        ]
+        settings = zip(schedule.optimizer.param_groups, rates, schedule._last_lr, decays, strict=True)
+        for group, initial, current, decay in settings:
+            group.update({"initial_lr": initial, "lr": current, "weight_decay": decay})
+
+    def relocate(self) -> None:
+        """Find the place in the data again if batches have another size now."""
