@@ -74,7 +74,9 @@ class Trainer:
         progress = self.progress
         max_steps = self.options.max_steps
         if self.config.report_to != "none":
-            self.accelerator.init_trackers("tokcom", config={"stage": self.stage, **vars(self.options)})
+            settings = {"stage": self.stage, **vars(self.options)}
+            settings["objective"] = json.dumps(settings.get("objective", {}))  # trackers take no dictionaries
+            self.accelerator.init_trackers("tokcom", config=settings)
         self._resume()
         bar = tqdm(
             total=max_steps,
