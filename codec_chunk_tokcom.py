@@ -81,7 +81,8 @@ class TokComChunkMLP(nn.Module):
         self.norm = TokComRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.proj_out = nn.Identity() if encoder else nn.Linear(config.hidden_size, chunk_width)
         self.output_norm = nn.Identity() if encoder else TokComRMSNorm(config.embedding_size, config.rms_norm_eps)
-        self.encoder, self.chunk_size = encoder, config.chunk_size
+        self.encoder = encoder
+        self.chunk_size = config.chunk_size
 
     def forward(self, inputs: torch.Tensor, query: torch.Tensor | None = None) -> torch.Tensor:
         hidden_states = self.proj_in(inputs.flatten(1))  # (M, D)
@@ -158,9 +159,11 @@ class TokComChunkCodec(TokComCodec):
         self.decoder = network(config, encoder=False)
         self.to_posterior = self.from_latent = None
         if config.variational:
-            inputs, channels = config.hidden_size, config.latent_channels
+            inputs = config.hidden_size
+            channels = config.latent_channels
             if config.encoder_type == "token":
-                inputs, channels = config.embedding_size, config.latent_channels // config.chunk_size
+                inputs = config.embedding_size
+                channels = config.latent_channels // config.chunk_size
             self.to_posterior = nn.Linear(inputs, 2 * channels)
             self.from_latent = nn.Linear(config.latent_channels, config.hidden_size)
         self.log_precision = nn.Parameter(torch.zeros(1)) if config.encoder_type == "token" else None
@@ -238,7 +241,8 @@ class TokComChunkCodec(TokComCodec):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`(B, T)` -> ids `(B, N, K)` with padding replaced by `pad_token_id`, and which tokens are real."""
         if input_ids.shape[1] % self.config.chunk_size:
-            size, length = self.config.chunk_size, input_ids.shape[1]
+            size = self.config.chunk_size
+            length = input_ids.shape[1]
             raise ValueError(
                 f"the sequence length ({length}) must be a multiple of `chunk_size` ({size}); pad to "
                 f"{length + -length % size} tokens and mark the padding in `attention_mask` "
@@ -346,7 +350,8 @@ class TokComChunkCodec(TokComCodec):
         kl = latents.new_zeros(())
         if self.quantizer is not None:
             quantized = self.quantizer(latents)
-            latents, penalty = quantized.latents, quantized.loss
+            latents = quantized.latents
+            penalty = quantized.loss
         elif log_variance is not None:
             divergence = 0.5 * (latents.square() + log_variance.exp() - 1 - log_variance)  # (M, C)
             kl = divergence.clamp_min(config.kl_free_nats).sum(-1)

@@ -86,14 +86,16 @@ class TokComColorCodec(TokComCodec):
         """`(B, T, ...)` in reading order -> `(B, N, K, ...)`; T is a multiple of `config.length_multiple`."""
         config = self.config
         if tokens.shape[1] % config.length_multiple:
-            length, multiple = tokens.shape[1], config.length_multiple
+            length = tokens.shape[1]
+            multiple = config.length_multiple
             raise ValueError(
                 f"the sequence length ({length}) must be a multiple of {multiple} tokens (layout {config.layout!r}); pad to "
                 f"{length + -length % multiple} and mark the padding in `attention_mask` (TokComPipeline does so)."
             )
         if config.layout == "contiguous":
             return tokens.unflatten(1, (-1, config.chunk_size))
-        side, size = config.image_size // config.patch_size, config.patch_size
+        side = config.image_size // config.patch_size
+        size = config.patch_size
         grid = tokens.unflatten(
             1, (-1, size, side, size)
         )  # (B, patch rows, row in patch, patch columns, column in patch)
@@ -104,7 +106,8 @@ class TokComColorCodec(TokComCodec):
         config = self.config
         if config.layout == "contiguous":
             return patches.flatten(1, 2)
-        side, size = config.image_size // config.patch_size, config.patch_size
+        side = config.image_size // config.patch_size
+        size = config.patch_size
         grid = patches.unflatten(2, (size, size)).unflatten(
             1, (-1, side)
         )  # (B, rows, columns, row in, column in, ...)
@@ -186,7 +189,8 @@ class TokComColorCodec(TokComCodec):
 
     def _digit_table(self, device: torch.device) -> torch.Tensor:
         """The standardised value of every digit at every place: `(K * G, base)`."""
-        base, count = self.config.base, self.config.digits_per_token
+        base = self.config.base
+        count = self.config.digits_per_token
         table = self._standardize(torch.arange(base, device=device)[:, None].expand(-1, count))  # (base, G)
         return table.T.repeat(self.config.chunk_size, 1)
 

@@ -65,18 +65,24 @@ class TokComCompositeCodec(TokComCodec):
 
     def __init__(self, config: TokComCompositeCodecConfig):
         super().__init__(config)
-        configs, self.lengths = config.stream_configs(), config.stream_lengths()
+        configs = config.stream_configs()
+        self.lengths = config.stream_lengths()
         self.streams = nn.ModuleDict(
             {name: STREAM_CODECS[codec.model_type]._from_config(codec) for name, codec in configs.items()}
         )
-        self.names, self.places, self.channels = list(configs), {}, {}
+        self.names = list(configs)
+        self.places = {}
+        self.channels = {}
         place = channel = 0
         for name, codec in configs.items():
             self.places[name] = slice(place, place + self.lengths[name])
             self.channels[name] = slice(channel, channel + codec.latent_channels)
-            place, channel = self.places[name].stop, self.channels[name].stop
+            place = self.places[name].stop
+            channel = self.channels[name].stop
         # the configuration would build those of all streams again at every step
-        self.num_latents, self.num_channels, self.num_axes = place, channel, config.num_position_axes
+        self.num_latents = place
+        self.num_channels = channel
+        self.num_axes = config.num_position_axes
         self.weights = {name: float((config.stream_weights or {}).get(name, 1.0)) for name in configs}
         self.rates = [float((config.generation_rates or {}).get(name, 0.5)) for name in configs]
         self.gradient_checkpointing = False
@@ -179,7 +185,8 @@ class TokComCompositeCodec(TokComCodec):
         trained = {name: codec for name, codec in self.streams.items() if list(codec.parameters())}
         if not set(trained) & set(streams):
             raise ValueError("no stream has a codec with parameters, so there is nothing to train; use stage='flow'.")
-        loss, parts = 0.0, {}
+        loss = 0.0
+        parts = {}
         for name, codec in trained.items():
             inputs = self._inputs(name, streams[name]) if name in streams else ()
             if name in streams and name in (present or {}):
@@ -187,7 +194,8 @@ class TokComCompositeCodec(TokComCodec):
             if len(inputs):
                 own, found = codec.training_loss(inputs)
             else:  # processes must have the same gradients and codebooks
-                own, found = 0.0 * sum(p.sum() for p in codec.parameters()), {}
+                own = 0.0 * sum(p.sum() for p in codec.parameters())
+                found = {}
                 if self.training and hasattr(getattr(codec, "quantizer", None), "skip"):
                     codec.quantizer.skip()
             loss = loss + own
@@ -202,7 +210,8 @@ class TokComCompositeCodec(TokComCodec):
         with probability `dropout` left out.
         """
         index = [self.places[name].start for name in self.names]
-        has, shape = exists[:, index], (len(exists), len(index))  # (B, S)
+        has = exists[:, index]
+        shape = (len(exists), len(index))  # (B, S)
         rates = torch.tensor(self.rates, device=exists.device)
         subsets = has[:, None] & (torch.rand(len(has), 32, len(index), device=exists.device) < rates)
         subsets[:, -1] = has

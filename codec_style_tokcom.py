@@ -81,8 +81,10 @@ class TokComStyleBlock(GradientCheckpointingLayer):
 
     def __init__(self, width: int, heads: int, inner: int, eps: float, experts: TokComSlotMLP | None = None):
         super().__init__()
-        self.attention_norm, self.mlp_norm = TokComRMSNorm(width, eps), TokComRMSNorm(width, eps)
-        self.self_attn, self.mlp = TokComStyleAttention(width, heads), TokComStyleMLP(width, inner)
+        self.attention_norm = TokComRMSNorm(width, eps)
+        self.mlp_norm = TokComRMSNorm(width, eps)
+        self.self_attn = TokComStyleAttention(width, heads)
+        self.mlp = TokComStyleMLP(width, inner)
         self.experts = experts
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -101,8 +103,10 @@ class TokComStyledBlock(GradientCheckpointingLayer):
 
     def __init__(self, channels: int, width: int, heads: int, inner: int, eps: float):
         super().__init__()
-        self.attention_norm, self.mlp_norm = TokComRMSNorm(width, eps), TokComRMSNorm(width, eps)
-        self.self_attn, self.mlp = TokComStyleAttention(width, heads), TokComStyleMLP(width, inner)
+        self.attention_norm = TokComRMSNorm(width, eps)
+        self.mlp_norm = TokComRMSNorm(width, eps)
+        self.self_attn = TokComStyleAttention(width, heads)
+        self.mlp = TokComStyleMLP(width, inner)
         self.attention_style, self.mlp_style = (nn.Linear(channels, 2 * width) for _ in range(2))
         self.registers = nn.ModuleList(nn.Linear(channels, width) for _ in range(2))
 
@@ -123,7 +127,9 @@ class TokComStyleEncoder(nn.Module):
 
     def __init__(self, config: TokComStyleCodecConfig):
         super().__init__()
-        width, heads, eps = config.hidden_size, config.num_attention_heads, config.rms_norm_eps
+        width = config.hidden_size
+        heads = config.num_attention_heads
+        eps = config.rms_norm_eps
         self.num_tokens = config.num_tokens
         self.patch_embedding = nn.Conv2d(COLORS, width, config.patch_size, config.patch_size)
         self.positions = nn.Parameter(torch.empty(1, 1 + config.num_patches + config.num_tokens, width))
@@ -151,8 +157,11 @@ class TokComStyleDecoder(nn.Module):
 
     def __init__(self, config: TokComStyleCodecConfig):
         super().__init__()
-        width, heads, eps = config.decoder_hidden_size, config.decoder_num_attention_heads, config.rms_norm_eps
-        inner, self.num_patches = config.decoder_intermediate_size, config.num_patches
+        width = config.decoder_hidden_size
+        heads = config.decoder_num_attention_heads
+        eps = config.rms_norm_eps
+        inner = config.decoder_intermediate_size
+        self.num_patches = config.num_patches
         self.shape = COLORS, config.patch_size, config.image_size // config.patch_size
         self.positions = nn.Parameter(torch.empty(1, config.num_patches, width))
         self.styled_layers = nn.ModuleList(
@@ -215,8 +224,10 @@ class TokComStyleCodec(TokComCodec):
 
     def __init__(self, config: TokComStyleCodecConfig):
         super().__init__(config)
-        count, channels = config.num_tokens, config.latent_channels
-        self.encoder, self.decoder = TokComStyleEncoder(config), TokComStyleDecoder(config)
+        count = config.num_tokens
+        channels = config.latent_channels
+        self.encoder = TokComStyleEncoder(config)
+        self.decoder = TokComStyleDecoder(config)
         self.to_tokens = nn.Linear(config.hidden_size, channels * (2 if config.bottleneck == "gaussian" else 1))
         self.soft_codebook = TokComSoftCodebook(channels) if config.bottleneck == "cosine" else None
         self.missing = nn.Parameter(torch.empty(count, channels))  # what stands for tokens that are left out
@@ -254,7 +265,8 @@ class TokComStyleCodec(TokComCodec):
 
     def _raw_tokens(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Images -> tokens `(B, N, C)` and their log-variance, the latter None without a posterior."""
-        tokens, log_variance = self.to_tokens(self.encoder(pixel_values.to(self.dtype))).float(), None
+        tokens = self.to_tokens(self.encoder(pixel_values.to(self.dtype))).float()
+        log_variance = None
         if self.config.bottleneck == "gaussian":
             tokens, log_variance = tokens.chunk(2, dim=-1)
             log_variance = log_variance.clamp(-12.0, 4.0)
@@ -296,7 +308,8 @@ class TokComStyleCodec(TokComCodec):
 
     def decode(self, latents: torch.Tensor, num_tokens: int | None = None) -> TokComImageOutput:
         """Standardised latents `(B, N, C)` -> `.pixel_values (B, 3, H, W)`, of the first `num_tokens` only if given."""
-        kept, count = None, self.config.num_tokens
+        kept = None
+        count = self.config.num_tokens
         if num_tokens is not None:
             if not 0 <= num_tokens <= count:
                 raise ValueError(f"`num_tokens` ({num_tokens}) must be between 0 and {count}.")
@@ -362,7 +375,8 @@ def gradient_loss(output: torch.Tensor, target: torch.Tensor, scales: int = GRAD
 
     It sees edges, which the squared error of a blurred image does not; it is not a perceptual distance such as LPIPS.
     """
-    difference, total = output - target, 0.0
+    difference = output - target
+    total = 0.0
     for scale in range(scales):
         if scale:
             difference = F.avg_pool2d(difference, 2)

@@ -46,7 +46,8 @@ class TokComVideoCodec(TokComCodec):
 
     def __init__(self, config: TokComVideoCodecConfig):
         super().__init__(config)
-        channels, values = config.latent_channels, config.patch_values
+        channels = config.latent_channels
+        values = config.patch_values
         self.encoder = self.decoder = self.quantizer = None
         if config.hidden_size:
             self.encoder = TokComPatchNetwork(config, values, channels)
@@ -79,7 +80,8 @@ class TokComVideoCodec(TokComCodec):
     def positions(self, index: torch.Tensor) -> torch.Tensor:
         """Index of latents `(...)` of a clip of the configured height and width -> moment, row and column, `(..., 3)`."""
         columns = self.config.width // self.config.patch_size
-        moment, place = index // self.config.group_size, index % self.config.group_size
+        moment = index // self.config.group_size
+        place = index % self.config.group_size
         return torch.stack((moment, place // columns, place % columns), dim=-1)
 
     def grid(self, frames: int, height: int, width: int, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -105,7 +107,8 @@ class TokComVideoCodec(TokComCodec):
                 "clips as the image processor and an external autoencoder, if the model has one, make them."
             )
         config.check_shape(*pixel_values.shape[2:])
-        time, size = config.frames_per_patch, config.patch_size
+        time = config.frames_per_patch
+        size = config.patch_size
         parts = pixel_values.unflatten(4, (-1, size)).unflatten(3, (-1, size)).unflatten(2, (-1, time))
         return (
             parts.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
@@ -113,8 +116,10 @@ class TokComVideoCodec(TokComCodec):
 
     def from_patches(self, patches: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """`(B, N, P)` of clips of this size -> `(B, c, F, H, W)`; raises `ValueError` if N does not fit."""
-        config, size = self.config, self.config.patch_size
-        rows, columns = height // size, width // size
+        config = self.config
+        size = self.config.patch_size
+        rows = height // size
+        columns = width // size
         if patches.shape[1] % (rows * columns):
             raise ValueError(
                 f"{patches.shape[1]} latents do not fill moments of {rows * columns} patches ({height} x {width}); give the "
@@ -139,10 +144,12 @@ class TokComVideoCodec(TokComCodec):
     def encode(self, pixel_values: torch.Tensor, attention_mask: torch.Tensor | None = None) -> TokComCodecOutput:
         """Clips `(B, c, F, H, W)` of any size that patches divide -> standardised latents `(B, N, C)`, moment by moment, and
         `codes (B, N, R)` if there is a quantiser."""
-        raw, codes = self._raw_latents(pixel_values), None
+        raw = self._raw_latents(pixel_values)
+        codes = None
         if self.quantizer is not None:
             quantized = self.quantizer(raw, frozen=True)
-            raw, codes = quantized.latents, quantized.codes
+            raw = quantized.latents
+            codes = quantized.codes
         output = self.known(self._standardize(raw), codes=codes)
         where = self.grid(*self.size_of(pixel_values), device=raw.device)
         output.position_ids = where.expand(len(raw), -1, -1)
@@ -180,10 +187,12 @@ class TokComVideoCodec(TokComCodec):
         if self.encoder is None:
             raise ValueError("this codec has no parameters, so there is nothing to train; use stage='flow'.")
         patches = self.to_patches(pixel_values).to(self.dtype)
-        latents, commitment = self.encoder(patches), patches.new_zeros(())
+        latents = self.encoder(patches)
+        commitment = patches.new_zeros(())
         if self.quantizer is not None:
             quantized = self.quantizer(latents)
-            latents, commitment = quantized.latents, quantized.loss
+            latents = quantized.latents
+            commitment = quantized.loss
         error = F.mse_loss(self.decoder(latents).float(), patches.float())
         return error + commitment, {"mse_loss": error.detach()}
 

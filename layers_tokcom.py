@@ -33,7 +33,8 @@ def rotary_embedding(position_ids: torch.Tensor, head_size: int, theta: float) -
 
     Returns: two float32 tensors of shape `(B, 1, N, head_size)`.
     """
-    pairs, axes = head_size // 2, position_ids.shape[-1]
+    pairs = head_size // 2
+    axes = position_ids.shape[-1]
     angles = []
     for axis in range(axes):
         share = pairs // axes + (axis < pairs % axes)
@@ -187,7 +188,8 @@ class TokComTimestepEmbedding(nn.Module):
 
     def __init__(self, size: int, scale: float):
         super().__init__()
-        self.size, self.scale = size, scale
+        self.size = size
+        self.scale = scale
         self.linear_1 = nn.Linear(size, 4 * size)
         self.linear_2 = nn.Linear(4 * size, size)
 

@@ -102,7 +102,9 @@ class VectorQuantizer(nn.Module):
         super().__init__()
         if num_codes < 2 or not 0 < decay < 1:
             raise ValueError(f"`num_codes` ({num_codes}) must be at least 2 and `decay` ({decay}) in (0, 1).")
-        self.decay, self.commitment_weight, self.dead_threshold = decay, commitment_weight, dead_threshold
+        self.decay = decay
+        self.commitment_weight = commitment_weight
+        self.dead_threshold = dead_threshold
         self.codebook = nn.Buffer(torch.randn(num_codes, channels))
         self.counts = nn.Buffer(torch.zeros(num_codes))  # moving average of how often each code is used; 0 at first
         self.sums = nn.Buffer(torch.zeros(num_codes, channels))
@@ -142,7 +144,8 @@ class VectorQuantizer(nn.Module):
     def _update(self, flat: torch.Tensor) -> None:
         """Move every used code towards the mean of its inputs; give unused ones a new place among the inputs. All processes
         call it, those without inputs `(0, C)`, too."""
-        source, first = _first_with(flat), not self.is_fitted
+        source = _first_with(flat)
+        first = not self.is_fitted
         if source is None:
             return
         if first:
@@ -180,11 +183,15 @@ class ResidualQuantizer(nn.Module):
 
     def forward(self, latents: torch.Tensor, frozen: bool = False) -> TokComQuantizerOutput:
         """Quantise `latents (..., C)`; codes are `(..., R)`."""
-        left, total, codes, loss = latents, torch.zeros_like(latents), [], 0.0
+        left = latents
+        total = torch.zeros_like(latents)
+        codes = []
+        loss = 0.0
         for level in self.levels:
             output = level(left, frozen)
             found = level.decode(output.codes).to(latents.dtype)
-            total, left = total + found, left - found
+            total = total + found
+            left = left - found
             codes.append(output.codes)
             loss = loss + output.loss
         return TokComQuantizerOutput(latents + (total - latents).detach(), torch.cat(codes, dim=-1), loss)
@@ -291,7 +298,9 @@ def kmeans(
 
     centres = _first_centres(read(), num_codes, torch.Generator().manual_seed(seed))
     for _ in range(iterations):
-        sums, counts, worst = torch.zeros_like(centres), centres.new_zeros(num_codes), []
+        sums = torch.zeros_like(centres)
+        counts = centres.new_zeros(num_codes)
+        worst = []
         for batch, weight in read():
             nearest = [torch.cdist(part, centres).min(-1) for part in batch.split(DISTANCE_ROWS)]
             distances, codes = (torch.cat(x) for x in zip(*nearest))
@@ -312,15 +321,18 @@ def kmeans(
 
 def _first_centres(batches: Iterable[tuple[torch.Tensor, torch.Tensor]], count: int, generator) -> torch.Tensor:
     """`count` vectors far from each other: k-means++ (Arthur and Vassilvitskii 2007) on a random sample of all batches."""
-    keys, rows = torch.zeros(0), None
+    keys = torch.zeros(0)
+    rows = None
     for batch, _ in batches:  # reservoir sampling by random keys
         keys = torch.cat((keys, torch.rand(len(batch), generator=generator)))
         rows = batch if rows is None else torch.cat((rows, batch))
         best = keys.topk(min(SAMPLE_PER_CENTRE * count, len(keys))).indices
-        keys, rows = keys[best], rows[best.to(rows.device)]
+        keys = keys[best]
+        rows = rows[best.to(rows.device)]
     if rows is None or len(rows) < count:
         raise ValueError(f"{0 if rows is None else len(rows)} vectors cannot give {count} centres; lower `num_codes`.")
-    chosen, distances = [0], (rows - rows[0]).square().sum(-1)
+    chosen = [0]
+    distances = (rows - rows[0]).square().sum(-1)
     for draw in torch.rand(count - 1, generator=generator).tolist():
         edges = distances.double().cumsum(0)
         index = int(torch.searchsorted(edges, edges[-1] * draw, right=True).clamp_max(len(rows) - 1))

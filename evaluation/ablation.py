@@ -52,7 +52,8 @@ def trained_codec(name: str, data: list[str], work: Path) -> Path:
 
 def train_row(args: argparse.Namespace) -> tuple[Path, dict]:
     """Train the row's codec, if no other row has, and its flow stage; returns the model and what it cost."""
-    row, work = ROWS["rows"][args.row], Path(args.work_dir)
+    row = ROWS["rows"][args.row]
+    work = Path(args.work_dir)
     data = [f"data.train={args.train}", f"data.validation={args.validation}", f"tokenizer={args.checkpoint}"]
     output = work / "models" / f"{args.row}-{args.seed}"
     codec = [] if "codec" not in row else [f"codec_from={trained_codec(row['codec'], data, work)}"]
@@ -82,7 +83,8 @@ def train_row(args: argparse.Namespace) -> tuple[Path, dict]:
 def measure(checkpoint: Path, judge: TokenJudge, tokens: np.ndarray, **sampling) -> dict:
     """Conditional judge NLL, by place in the chunk and at the entropy of real text, over a sweep."""
     windows = held_out_windows(tokens, PROMPT + CONTINUATION, PROMPTS)
-    prompts, real = windows[:, :PROMPT], windows[:, PROMPT:]
+    prompts = windows[:, :PROMPT]
+    real = windows[:, PROMPT:]
     pipe = TokComPipeline.from_pretrained(checkpoint)
     facts = {"real_nll": float(judge.nll(real, prompts).mean()), "real_entropy": sample_entropy(real)}
     curve = []
@@ -130,7 +132,8 @@ def write_table(work: Path, file: str) -> None:
     ]
     cells = []
     for row in rows:
-        plain, cost = row["plain"], (row["tokens"] / 1e6, row["training_flops"] / 1e12, round(row["seconds"]))
+        plain = row["plain"]
+        cost = (row["tokens"] / 1e6, row["training_flops"] / 1e12, round(row["seconds"]))
         quality = row["held_out_nll"], row["nll_at_real_entropy"], plain["nll"], plain["entropy"]
         cells.append([row["row"], row["seed"], *cost, *quality])
     text = table(columns, cells) + (write_recovery_table(recovery) if recovery else "")

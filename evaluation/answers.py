@@ -24,7 +24,8 @@ def answer(
     pipe: TokComPipeline, dialogues: list[list[dict]], gen_length: int, batch_size: int, seed: int, **sampling
 ) -> list[str]:
     """The pipeline's answers to dialogues, the shortest prompts first, so that batches need little padding."""
-    generator, answers = torch.Generator().manual_seed(seed), {}
+    generator = torch.Generator().manual_seed(seed)
+    answers = {}
     order = sorted(range(len(dialogues)), key=lambda i: sum(len(turn["content"]) for turn in dialogues[i]))
     for start in tqdm(range(0, len(order), batch_size), desc=f"answering {sampling}"):
         chosen = order[start : start + batch_size]

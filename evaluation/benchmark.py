@@ -137,7 +137,8 @@ def measure_training(system: str, stage: str, args: argparse.Namespace) -> dict:
 
 def training(args: argparse.Namespace) -> dict:
     """Every system and stage in turn, `args.rounds` times; medians and ratios to the published code."""
-    results, peak = {}, matmul_peak(torch.bfloat16 if has_fast_bfloat16(DEVICE) else torch.float32)
+    results = {}
+    peak = matmul_peak(torch.bfloat16 if has_fast_bfloat16(DEVICE) else torch.float32)
     for stage in args.stage:
         systems = [*SYSTEMS[stage], "published"]
         if has_fast_bfloat16(DEVICE):
@@ -147,7 +148,8 @@ def training(args: argparse.Namespace) -> dict:
             for system in systems:
                 runs[system].append(_in_process(args, ["--measure", system, "--stage", stage]))
         rows = {n: {k: statistics.median(r[k] for r in found) for k in found[0]} for n, found in runs.items()}
-        published, tokens = rows["published"], args.batch_size * args.tokens
+        published = rows["published"]
+        tokens = args.batch_size * args.tokens
         for row in rows.values():
             row["tokens_per_second"] = tokens / row["seconds"]
             row["times_published"] = published["seconds"] / row["seconds"]
@@ -204,7 +206,8 @@ def llama_generator(
     model = LlamaForCausalLM(config).eval().to(DEVICE)
     model.generation_config.eos_token_id = None
     if compiled:  # needs a cache whose tensors keep their shapes
-        model.forward, model.generation_config.cache_implementation = torch.compile(model.forward), "static"
+        model.forward = torch.compile(model.forward)
+        model.generation_config.cache_implementation = "static"
 
     @torch.no_grad()
     def generate(batch_size: int, tokens: int, steps: int | None) -> None:
@@ -277,7 +280,8 @@ def sampling(args: argparse.Namespace) -> dict:
             transformer_config={"latent_channels": 16 * size},
             num_inference_steps=size,
         )
-        batch, length = args.batch_sizes[0], args.lengths[0]
+        batch = args.batch_sizes[0]
+        length = args.lengths[0]
         times = [seconds_of(generate, batch, length, None) for _ in range(args.rounds + 1)]
         rows.append({"batch": batch, "tokens": length, "steps": size, "chunk_size": size})
         rows[-1]["TokCom ms/token"] = 1000 * statistics.median(times[1:]) / (batch * length)

@@ -27,7 +27,9 @@ BATCH = 64
 @torch.no_grad()
 def held_out_codes(pipe: TokComPipeline, args: argparse.Namespace) -> torch.Tensor:
     """Codes `(M, R)` of the data; raises `ValueError` for a codec without a quantiser."""
-    model, codec, parts = pipe.model, pipe.model.config.codec_config, []
+    model = pipe.model
+    codec = pipe.model.config.codec_config
+    parts = []
     if getattr(model.codec, "quantizer", None) is None:
         if codec.modality == "several":
             raise ValueError(f"{args.model} has several streams; codes of one are counted on a model of it alone.")
@@ -99,7 +101,8 @@ def main(argv: list[str] | None = None) -> dict:
         codes = held_out_codes(pipe, args)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    found, columns = [], []
+    found = []
+    columns = []
     for level, size in enumerate(sizes(pipe, codes.shape[1])):
         found.append({"level": level + 1, "codes": size, **code_statistics(codes[:, level], size)})
         columns.append(codes[:, level].unique(return_counts=True))

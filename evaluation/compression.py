@@ -99,7 +99,9 @@ def draw_rates(rows: list[dict], file: str) -> None:
     """Token accuracy against bits per token, one colour for each K; entropy-coded rates as hollow points."""
     figure, axes = plt.subplots(figsize=(7, 4.5))
     for row in rows:
-        bits, accuracy, size = row["bits per token"], row["token accuracy"], row.get("K")
+        bits = row["bits per token"]
+        accuracy = row["token accuracy"]
+        size = row.get("K")
         if bits is None:
             continue
         color = "black" if size is None else plt.cm.viridis({2: 0.0, 4: 0.3, 8: 0.6, 16: 0.9}.get(size, 1.0))

@@ -50,14 +50,16 @@ class Teacher:
     def __init__(self, path: str, top_k: int, min_p: float, end: str = "eos"):
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-        self.top_k, self.min_p = top_k, min_p
+        self.top_k = top_k
+        self.min_p = min_p
         self.end = getattr(self.tokenizer, f"{end}_token_id")
 
     @torch.no_grad()
     def nats(self, texts: list[str], ended: list[bool], truncated: bool) -> tuple[np.ndarray, int]:
         """Nats of each text `(B,)`, its end included if it has `ended`, and how many tokens the truncated distribution does
         not allow; these are scored by the plain one."""
-        totals, impossible = [], 0
+        totals = []
+        impossible = 0
         for text, has_end in zip(tqdm(texts, desc="teacher", leave=False), ended):
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             ids = [self.tokenizer.bos_token_id, *ids, *([self.end] if has_end else [])]
@@ -76,7 +78,9 @@ class Teacher:
 @contextlib.contextmanager
 def tempered(model, temperature: float) -> Iterator[None]:
     """Let the likelihood of a token model be that of its samples at a temperature."""
-    head, nll, bias = model.token_head, model.token_head.nll, model.token_head.bias.data.clone()
+    head = model.token_head
+    nll = model.token_head.nll
+    bias = model.token_head.bias.data.clone()
     head.nll = lambda states, *args: nll(states / temperature, *args)
     head.bias.data = bias / temperature
     try:
@@ -90,7 +94,8 @@ class TokComStudent:
     """A TokCom pipeline whose tokens take turns, as something with a likelihood and samples."""
 
     def __init__(self, pipe: TokComPipeline):
-        self.pipe, self.tokenizer = pipe, pipe.tokenizer
+        self.pipe = pipe
+        self.tokenizer = pipe.tokenizer
         pipe.model.set_stage("flow")
         pipe.model.eval()
 
@@ -107,7 +112,8 @@ class TokComStudent:
     @torch.no_grad()
     def sample(self, count: int, length: int, temperature: float, seed: int) -> list[list[int]]:
         """Ids of texts from nothing, up to and including EOS."""
-        pipe, rows = self.pipe, []
+        pipe = self.pipe
+        rows = []
         noise = pipe.prepare_latents(count, pipe._num_latents(length), torch.Generator().manual_seed(seed))
         generator = torch.Generator().manual_seed(seed)
         _, ids = pipe._sample(noise, generator=generator, temperature=temperature, stop_at_eos=True)
@@ -151,7 +157,8 @@ class AutoregressiveStudent:
 def measure(student, teacher: Teacher, texts: list[str], args: argparse.Namespace) -> dict:
     """Excess nats per character of a student, forward on held-out `texts` and reverse on its own samples."""
     tokenizer = student.tokenizer
-    eos, size = tokenizer.eos_token_id, vocabulary_size(tokenizer)
+    eos = tokenizer.eos_token_id
+    size = vocabulary_size(tokenizer)
     characters = sum(map(len, texts))
     own = student.nats([[*text_ids(tokenizer, text), eos] for text in texts])
     reference, impossible = teacher.nats(texts, [True] * len(texts), truncated=True)

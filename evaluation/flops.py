@@ -27,14 +27,16 @@ def training_flops_per_token(model: nn.Module, input_ids: torch.Tensor) -> float
     A self-conditioned TokCom step costs one more forward pass in half of the cases: both cases are counted and
     averaged. Weights and gradients are left as they were found.
     """
-    was_training, costs = model.training, []
+    was_training = model.training
+    costs = []
     labels = {} if hasattr(model, "codec") else {"labels": input_ids}
 
     def step():
         model(input_ids=input_ids, **labels).loss.backward()
 
     model.train()
-    state, torch_state = random.getstate(), torch.get_rng_state()
+    state = random.getstate()
+    torch_state = torch.get_rng_state()
     kept = [p.grad for p in model.parameters()]
     for coin in (_seed_with(True), _seed_with(False)):  # the model's coin is `random.random() < 0.5`
         random.seed(coin)

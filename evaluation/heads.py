@@ -33,7 +33,8 @@ BATCH = 50
 def held_out_texts(args: argparse.Namespace) -> list[str]:
     """The beginnings of held-out documents; `ValueError` if one of them is a training document."""
     data = DataConfig(train=args.train, text_column=args.text_column)
-    column, sources = args.text_column, {"train": args.train, "validation": args.validation}
+    column = args.text_column
+    sources = {"train": args.train, "validation": args.validation}
     train, validation = (load_documents(path, data, split)[column] for split, path in sources.items())
     shared = set(train) & set(validation)
     if shared:
@@ -45,7 +46,8 @@ def held_out_texts(args: argparse.Namespace) -> list[str]:
 
 def predict(pipe: TokComPipeline, texts: list[str], noise_level: float, seed: int) -> list[str]:
     """Texts that were encoded, mixed with noise, denoised, passed through the head and decoded."""
-    generator, predictions = torch.Generator().manual_seed(seed), []
+    generator = torch.Generator().manual_seed(seed)
+    predictions = []
     pipe.set_progress_bar_config(disable=True)
     for start in tqdm(range(0, len(texts), BATCH), desc="predicting"):
         part = texts[start : start + BATCH]
@@ -75,7 +77,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/heads"))
     args = parser.parse_args(argv)
     TokComPipeline.from_pretrained(args.checkpoint).require_tokens()
-    texts, files = held_out_texts(args), []
+    texts = held_out_texts(args)
+    files = []
     for seed in args.seeds:
         plain = predict(TokComPipeline.from_pretrained(args.checkpoint).to(args.device), texts, args.noise_level, seed)
         file = write_predictions(args.work_dir / f"none-{seed}" / "predictions.json", texts, plain)

@@ -53,7 +53,8 @@ class TextJudge:
         results = []
         for prompt, text in zip(prompts, texts):
             encoded = self.tokenizer(prompt + text, return_tensors="pt", return_offsets_mapping=True)
-            whole, ends = encoded["input_ids"].to(self.model.device), encoded["offset_mapping"][0, :, 1]
+            whole = encoded["input_ids"].to(self.model.device)
+            ends = encoded["offset_mapping"][0, :, 1]
             known = max(1, int((ends <= len(prompt)).sum()))  # a token that reaches into the text is scored
             if whole.shape[1] <= known:
                 results.append(float("nan"))

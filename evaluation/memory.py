@@ -75,17 +75,22 @@ def saved_bytes(config: TokComConfig, checkpointing: bool = False, dtype: torch.
 
 def activations(config: TokComConfig, checkpointing: bool = False, dtype: torch.dtype | None = None) -> float:
     """`saved_bytes` of a full step, extrapolated from two depths and two lengths."""
-    shallow, deep, few, many = 2, 4, (2, 4), (4, 4)
+    shallow = 2
+    deep = 4
+    few = (2, 4)
+    many = (4, 4)
     found = {
         (layers, size): saved_bytes(resized(config, layers, *size), checkpointing, dtype)
         for layers in (shallow, deep)
         for size in (few, many)
     }
     (f1, s1), (f2, s2) = few, many
-    n1, n2 = f1 * s1**2, f2 * s2**2
+    n1 = f1 * s1**2
+    n2 = f2 * s2**2
     slopes = {layers: (found[layers, many] - found[layers, few]) / (n2 - n1) for layers in (shallow, deep)}  # a latent
     per_layer = (slopes[deep] - slopes[shallow]) / (deep - shallow)
-    total, layers = config.codec_config.num_tokens, config.transformer_config.num_hidden_layers
+    total = config.codec_config.num_tokens
+    layers = config.transformer_config.num_hidden_layers
     fixed = found[shallow, few] - slopes[shallow] * n1
     fixed_per_layer = (found[deep, few] - slopes[deep] * n1 - fixed) / (deep - shallow)
     at_depth = slopes[shallow] + per_layer * (layers - shallow)
@@ -95,8 +100,10 @@ def activations(config: TokComConfig, checkpointing: bool = False, dtype: torch.
 def operations(config: TokComConfig, parameters: int) -> float:
     """Of a training step: three times those of a forward pass, which takes two for each parameter and latent and four for each
     channel of each pair that attends."""
-    transformer, codec = config.transformer_config, config.codec_config
-    total, place = codec.num_tokens, codec.group_size
+    transformer = config.transformer_config
+    codec = config.codec_config
+    total = codec.num_tokens
+    place = codec.group_size
     moments = total // place
     pairs = [total * total] * transformer.num_hidden_layers
     if transformer.attention_type == "factorized":
@@ -125,7 +132,8 @@ def cost(config: TokComConfig, dtype: torch.dtype | None = torch.bfloat16) -> Co
 def run_step(config: TokComConfig, dtype: torch.dtype | None = torch.bfloat16) -> dict[str, float]:
     """Take one step of AdamW on one clip of noise: seconds, and by how many GiB the process has grown at most."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    started, codec = time.perf_counter(), config.codec_config
+    started = time.perf_counter()
+    codec = config.codec_config
     model = TokComModel(config).train()
     model.set_stage("flow")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
@@ -152,7 +160,8 @@ def main(argv: list[str] | None = None) -> None:
             config = TokComConfig.from_preset(name, transformer_config={"attention_type": attention})
             found = dataclasses.asdict(cost(config))
             gib = [f"{found[key] / GIB:.2f}" for key in ("attention_matrix", "activations", "checkpointed", "weights")]
-            millions, latents = f"{found['parameters'] / 1e6:.1f}", f"{found['latents']:,}"
+            millions = f"{found['parameters'] / 1e6:.1f}"
+            latents = f"{found['latents']:,}"
             rows.append([name, attention, millions, latents, f"{found['operations'] / 1e12:.3g}", *gib])
     sizes = ["attention matrix, GiB", "activations, GiB", "with checkpointing, GiB", "weights and AdamW, GiB"]
     print(table(["preset", "attention", "M parameters", "latents", "TFLOP a clip", *sizes], rows))

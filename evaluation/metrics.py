@@ -64,7 +64,8 @@ class TrainingNgrams:
     """The n-grams of the training text, to ask which of a sample's stood there."""
 
     def __init__(self, tokens: np.ndarray):
-        self.tokens, self.sets = tokens, {}
+        self.tokens = tokens
+        self.sets = {}
 
     def seen(self, ids: np.ndarray, n: int) -> np.ndarray:
         """Which n-grams of `ids (B, T)` occur in the training text: `(B, T - n + 1)` of bool."""
@@ -84,7 +85,8 @@ class TrainingNgrams:
 
     def longest(self, ids: np.ndarray) -> int:
         """Length of the longest n-gram of any sample that occurs in the training text, by bisection: its parts occur too."""
-        low, high = 0, min(ids.shape[1], len(self.tokens))
+        low = 0
+        high = min(ids.shape[1], len(self.tokens))
         while low < high:
             n = (low + high + 1) // 2
             found = np.isin(ngram_keys(ids, n), ngram_keys(self.tokens, n)).any()
@@ -99,9 +101,12 @@ def brier_lm(first: np.ndarray, second: np.ndarray, real: np.ndarray) -> dict[st
     estimate of `2 p(y) - sum_x p(x)^2`, at most 1, which is largest for the true distribution. BrierLM is the geometric
     mean over n = 1..4, 0 as soon as one of them is not positive.
     """
-    results, values = {}, []
+    results = {}
+    values = []
     for n in range(1, 5):
-        a, b, y = first[:, :n], second[:, :n], real[:, :n]
+        a = first[:, :n]
+        b = second[:, :n]
+        y = real[:, :n]
         hits = (a == y).all(1).astype(float) + (b == y).all(1) - (a == b).all(1)
         values.append(100 * float(hits.mean()))
         results[f"brier_{n}"] = values[-1]

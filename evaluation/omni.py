@@ -37,7 +37,8 @@ from tokcom.training.data import load_documents
 from tokcom.training.images import picture_grid
 from tokcom.training.streams import OmniDataset
 
-CANDIDATES, BATCH = 20, 50
+CANDIDATES = 20
+BATCH = 50
 
 
 class Pairs(nn.Module):
@@ -45,7 +46,8 @@ class Pairs(nn.Module):
 
     def __init__(self, vocab_size: int, size: int = 64):
         super().__init__()
-        self.picture, self.scale = Classifier([size]), nn.Parameter(torch.tensor(2.3))
+        self.picture = Classifier([size])
+        self.scale = nn.Parameter(torch.tensor(2.3))
         self.words = nn.EmbeddingBag(vocab_size, 128)
         self.text = nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, size))
 
@@ -62,7 +64,8 @@ class Pairs(nn.Module):
 
 def train_pairs(pixels: torch.Tensor, rows: list[list[int]], vocab_size: int, steps: int, seed: int) -> Pairs:
     torch.manual_seed(seed)
-    pairs, labels = Pairs(vocab_size).train(), torch.arange(128)
+    pairs = Pairs(vocab_size).train()
+    labels = torch.arange(128)
     optimizer = torch.optim.AdamW(pairs.parameters(), 2e-3, weight_decay=0.05)
     for _ in trange(steps, desc="contrastive model", leave=False):
         chosen = torch.randint(0, len(rows), (128,))
@@ -78,7 +81,9 @@ def train_pairs(pixels: torch.Tensor, rows: list[list[int]], vocab_size: int, st
 @torch.no_grad()
 def retrieved(pairs: Pairs, pixels: torch.Tensor, rows: list[list[int]], seed: int) -> float:
     """Share of pictures whose caption is found among `CANDIDATES`, the others drawn from those of the other pictures."""
-    scores, rng, hits = pairs.score(pixels, rows), np.random.default_rng(seed), []
+    scores = pairs.score(pixels, rows)
+    rng = np.random.default_rng(seed)
+    hits = []
     for i in range(len(rows)):
         others = [j for j in rng.permutation(len(rows)) if rows[j] != rows[i]][: CANDIDATES - 1]
         hits.append(bool(scores[i, i] > scores[i, others].max()))
@@ -103,7 +108,8 @@ class Study:
     """The model, the real records, and what is made of them; `generate` runs in batches with one seed."""
 
     def __init__(self, pipe: TokComPipeline, args: argparse.Namespace):
-        self.pipe, self.args = pipe, args
+        self.pipe = pipe
+        self.args = args
         self.look = TokComImageProcessor(pipe.model.codec.streams["image"].config.image_size)
         wanted = {"pictures": ("text", "image"), "digits": ("text", "image", "audio")}
         self.data = {
@@ -128,7 +134,9 @@ class Study:
         return found | {"pixels": self.pixels(found["image"])}
 
     def generate(self, stream: str, given: dict[str, list], scale: float = 1.0) -> list:
-        generator, made, count = torch.Generator().manual_seed(self.args.seed), [], len(next(iter(given.values())))
+        generator = torch.Generator().manual_seed(self.args.seed)
+        made = []
+        count = len(next(iter(given.values())))
         for start in trange(0, count, BATCH, desc=f"{'+'.join(given)} to {stream}", leave=False):
             part = {name: values[start : start + BATCH] for name, values in given.items()}
             options = {"num_inference_steps": self.args.steps, "guidance_scale": scale, "generator": generator}
@@ -146,7 +154,9 @@ class Study:
 
 def measure_pictures(study: Study) -> dict:
     """Text to picture and picture to text on held-out pictures."""
-    args, train, test = study.args, study.data["pictures"], study.data["pictures_test"]
+    args = study.args
+    train = study.data["pictures"]
+    test = study.data["pictures_test"]
     tokenizer = study.pipe.tokenizer
     rows = {
         name: tokenizer(part["caption"], add_special_tokens=False)["input_ids"]
@@ -158,7 +168,8 @@ def measure_pictures(study: Study) -> dict:
         pairs, train["pixels"][copied(test["caption"], train["caption"])], rows["test"], args.seed
     )
     found["real data"] = retrieved(pairs, test["pixels"], rows["test"], args.seed)
-    drawn, written = {}, {}
+    drawn = {}
+    written = {}
     for scale in args.guidance_scales:
         drawn[scale] = study.generate("image", {"text": test["text"]}, scale)
         written[scale] = study.generate("text", {"image": test["image"]}, scale)
@@ -173,7 +184,8 @@ def measure_pictures(study: Study) -> dict:
     for name, texts in (*kinds, *((f"guidance {s:g}", t) for s, t in written.items())):
         named[name] = float(np.mean([noun(a) == noun(b) for a, b in zip(texts, test["caption"])]))
         bleu[name] = sacrebleu.corpus_bleu(texts, [test["caption"]]).score
-    first, size = min(args.guidance_scales), study.pipe.model.codec.streams["image"].config.image_size
+    first = min(args.guidance_scales)
+    size = study.pipe.model.codec.streams["image"].config.image_size
     shown = [test["image"][:12], drawn[first][:12], drawn[max(args.guidance_scales)][:12]]
     shown = [[image.convert("RGB").resize(size[::-1]) for image in row] for row in shown]
     picture_grid(shown, 2).save(args.output_dir / "pictures.png")
@@ -183,7 +195,8 @@ def measure_pictures(study: Study) -> dict:
 
 def closeness(made: torch.Tensor, train: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
     """Of sounds as features: mean distance to the nearest training recording, and from others with the same of `labels (M,)`."""
-    made, train = made[:, 0].flatten(1), train[:, 0].flatten(1)
+    made = made[:, 0].flatten(1)
+    train = train[:, 0].flatten(1)
     apart = torch.cdist(made, made)
     same = (labels[:, None] == labels) & ~torch.eye(len(made), dtype=torch.bool)
     return {
@@ -194,13 +207,17 @@ def closeness(made: torch.Tensor, train: torch.Tensor, labels: torch.Tensor) -> 
 
 def measure_digits(study: Study) -> dict:
     """The four directions of sounds."""
-    args, train, test = study.args, study.data["digits"], study.data["digits_test"]
+    args = study.args
+    train = study.data["digits"]
+    test = study.data["digits_test"]
     classes = sorted(set(train["caption"]))
     labels = {
         name: torch.tensor([[classes.index(t)] for t in part["caption"]])
         for name, part in (("train", train), ("test", test))
     }
-    known, held_out, wanted = study.sounds(train["audio"]), study.sounds(test["audio"]), labels["test"][:, 0]
+    known = study.sounds(train["audio"])
+    held_out = study.sounds(test["audio"])
+    wanted = labels["test"][:, 0]
     ear = train_classifier(known, labels["train"], args.epochs, args.seed)
     heard = recognised(ear, held_out, labels["test"])[0]
     nearest = labels["train"][torch.cdist(held_out[:, 0].flatten(1), known[:, 0].flatten(1)).argmin(1), 0]
@@ -256,7 +273,8 @@ def keep_sounds(study: Study, classes: list[str], sounds: list[np.ndarray], test
             )
             axes[row, column].set(xticks=[], yticks=[])
         axes[0, column].set_title(classes[column].split()[-1], fontsize=8)
-        word, rate = classes[column].split()[-1], study.pipe.sampling_rates["audio"]
+        word = classes[column].split()[-1]
+        rate = study.pipe.sampling_rates["audio"]
         write_wav(sounds[index], study.args.output_dir / f"{word}.wav", rate)
     axes[0, 0].set_ylabel("recorded", fontsize=8)
     axes[1, 0].set_ylabel("generated", fontsize=8)
@@ -268,12 +286,15 @@ def measure_text(
 ) -> list[dict]:
     """As many texts from nothing as there are `real` ones, of the joint model and of one of text alone, by a judge with their
     tokenizer. Entropy is that of their tokens taken together."""
-    rows, tokenizer = [], next(iter(pipes.values())).tokenizer
+    rows = []
+    tokenizer = next(iter(pipes.values())).tokenizer
     for name, pipe in {"real": None, **pipes}.items():
-        texts, generator = real if pipe is None else [], torch.Generator().manual_seed(args.seed)
+        texts = real if pipe is None else []
+        generator = torch.Generator().manual_seed(args.seed)
         while len(texts) < len(real):
             texts = texts + pipe.generate_streams({}, "text", BATCH, args.steps, generator=generator).texts
-        texts, eos = texts[: len(real)], tokenizer.eos_token_id
+        texts = texts[: len(real)]
+        eos = tokenizer.eos_token_id
         ids = [[*row, eos] for row in tokenizer(texts, add_special_tokens=False)["input_ids"]]
         nats = np.concatenate([judge.nll(np.array([[eos, *row]]))[0, 1:] for row in ids])
         counts = np.unique(np.concatenate(ids), return_counts=True)[1]

@@ -25,7 +25,9 @@ from tokcom.evaluation.metrics import (
 from tokcom.evaluation.reconstruction import held_out_nll
 from tokcom.evaluation.samplers import TokComSampler
 
-PROMPT, CONTINUATION, BRIER_PROMPT = 32, 64, 32
+PROMPT = 32
+CONTINUATION = 64
+BRIER_PROMPT = 32
 
 
 @dataclass
@@ -81,7 +83,8 @@ def control_texts(study: Study, length: int, count: int, seed: int) -> dict[str,
     """Real held-out text, the same with shuffled tokens, random training chunks, and a repeated phrase."""
     generator = np.random.default_rng(seed)
     real = study.windows(length, count)
-    size, count = study.chunk_size, len(real)
+    size = study.chunk_size
+    count = len(real)
     starts = generator.integers(0, len(study.train) - size, (count, -(-length // size)))
     chunks = study.train[starts[..., None] + np.arange(size)].reshape(count, -1)[:, :length]
     phrase = np.tile(real[:, :8], (1, -(-length // 8)))[:, :length]
@@ -130,7 +133,8 @@ def over_seeds(runs: list[dict]) -> dict:
 def unconditional(study: Study, systems: dict) -> dict:
     """Samples from nothing, and the controls of the same size; `{name: describe(...)}`."""
     controls = control_texts(study, study.length, study.samples, 0)
-    results, count = {name: describe(study, ids) for name, ids in controls.items()}, len(controls["real text"])
+    results = {name: describe(study, ids) for name, ids in controls.items()}
+    count = len(controls["real text"])
     for name, sampler in systems.items():
         runs = []
         for seed in tqdm(range(study.seeds), desc=f"unconditional: {name}"):
@@ -142,7 +146,8 @@ def unconditional(study: Study, systems: dict) -> dict:
 def continuation(study: Study, systems: dict) -> dict:
     """Continue held-out prompts of 32 tokens by 64, and of 33..35 tokens (a prompt need not fill its last chunk)."""
     windows = study.windows(PROMPT + CONTINUATION, study.samples)
-    prompts, real = windows[:, :PROMPT], windows[:, PROMPT:]
+    prompts = windows[:, :PROMPT]
+    real = windows[:, PROMPT:]
     controls = {"real text": real, "shuffled tokens": np.random.default_rng(0).permuted(real, axis=1)}
     controls["random training chunks"] = control_texts(study, CONTINUATION, len(real), 0)["random training chunks"]
     controls["repeated phrase"] = np.tile(prompts[:, -8:], (1, CONTINUATION // 8))
@@ -167,7 +172,8 @@ def frontier(study: Study, make_sampler: dict, count: int) -> dict:
     Returns `{name: {"points": [...], "nll_at_real_entropy": ..., "setting_at_real_entropy": ...}}`.
     """
     windows = study.windows(PROMPT + CONTINUATION, count)
-    prompts, real = windows[:, :PROMPT], windows[:, PROMPT:]
+    prompts = windows[:, :PROMPT]
+    real = windows[:, PROMPT:]
     target = sample_entropy(real)
     results = {"real text": {"entropy": target, "nll": float(study.token_judge.nll(real, prompts).mean())}}
     for name, settings in make_sampler.items():
@@ -201,7 +207,8 @@ def at_entropy(points: list[dict], target: float) -> float | None:
 def brier(study: Study, systems: dict, count: int) -> dict:
     """BrierLM of the four tokens after `count` held-out prompts of 32 tokens."""
     windows = study.windows(BRIER_PROMPT + 4, count)
-    prompts, real = windows[:, :BRIER_PROMPT], windows[:, BRIER_PROMPT:]
+    prompts = windows[:, :BRIER_PROMPT]
+    real = windows[:, BRIER_PROMPT:]
     results = {}
     for name, sampler in systems.items():
         first, second = (sampler.sample(prompts, 4, seed) for seed in (101, 102))
@@ -212,7 +219,8 @@ def brier(study: Study, systems: dict, count: int) -> dict:
 def likelihood(study: Study, systems: dict, windows: int = 48, length: int = 512, skipped: int = 32) -> dict:
     """Nats per token of held-out text under each system's own probabilities, of `windows` windows without their first
     `skipped` tokens. None for a TokCom model that decides several tokens in one step, whose likelihood is not known."""
-    ids, results = study.windows(length, windows), {}
+    ids = study.windows(length, windows)
+    results = {}
     for name, sampler in systems.items():
         if isinstance(sampler, TokComSampler):
             nll = held_out_nll(sampler.pipe.model, ids, skipped)
@@ -235,7 +243,8 @@ def memorisation(study: Study, systems: dict) -> dict:
 
 def latency(study: Study, systems: dict, batches=(1, 32), length: int = 64, repeats: int = 20) -> dict:
     """Milliseconds per generated token: median of `repeats` after 3 warm-ups, systems in turn, same threads."""
-    prompts, results = study.windows(PROMPT, max(batches)), {name: {} for name in systems}
+    prompts = study.windows(PROMPT, max(batches))
+    results = {name: {} for name in systems}
     for batch in batches:
         times = {name: [] for name in systems}
         for repeat in tqdm(range(repeats + 3), desc=f"latency: batch {batch}"):

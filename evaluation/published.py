@@ -74,14 +74,16 @@ class PublishedTokCom:
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents `(B, N, D)` -> logits `(B, N * K, V)`."""
-        embeddings, flat = self.vae["embed_tokens.weight"], latents.reshape(-1, 1, latents.shape[-1])
+        embeddings = self.vae["embed_tokens.weight"]
+        flat = latents.reshape(-1, 1, latents.shape[-1])
         omni = embeddings[self.omni_token_id].expand(len(flat), self.chunk_size - 1, -1)
         states = self._stack(torch.cat((flat, omni), 1), "decoder")
         return (states @ embeddings.T).view(len(latents), -1, len(embeddings))
 
     def denoise(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Noisy latents `(B, N, D)` and one t per row `(B,)` -> the estimate of the clean latents."""
-        state, half = self.denoiser, x.shape[-1] // 2
+        state = self.denoiser
+        half = x.shape[-1] // 2
         angles = t[:, None] * torch.exp(-math.log(10000) * torch.arange(half, device=x.device) / half)
         wave = torch.cat((angles.cos(), angles.sin()), -1)
         hidden = F.silu(wave @ state["time_mlp.0.weight"].T + state["time_mlp.0.bias"])
@@ -166,5 +168,6 @@ def _rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _mlp(x: torch.Tensor, state: State, prefix: str) -> torch.Tensor:
-    gate, up = x @ state[f"{prefix}gate_proj.weight"].T, x @ state[f"{prefix}up_proj.weight"].T
+    gate = x @ state[f"{prefix}gate_proj.weight"].T
+    up = x @ state[f"{prefix}up_proj.weight"].T
     return (F.silu(gate) * up) @ state[f"{prefix}down_proj.weight"].T

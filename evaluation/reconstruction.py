@@ -19,7 +19,8 @@ def reconstruction_accuracy(codec, batches: list[torch.Tensor], seed: int, rare_
     no language model of its own, fails. `rare_ids` are the ids whose accuracy is reported separately.
     """
     generator = torch.Generator().manual_seed(seed)
-    size, results = codec.config.chunk_size, {}
+    size = codec.config.chunk_size
+    results = {}
 
     def accuracy(change, only: torch.Tensor | None = None) -> tuple[float, float]:
         hits = torch.cat([(codec.to_ids(change(codec.encode(ids).latents)) == ids).view(-1, size) for ids in batches])
@@ -69,7 +70,8 @@ def held_out_nll(model, windows: np.ndarray, skipped: int) -> float | None:
 
     Exact where every token is decided on its own, as with `token_stagger=1` and blocks of one latent; else None.
     """
-    head, block_size = model.token_head, model.config.transformer_config.block_size
+    head = model.token_head
+    block_size = model.config.transformer_config.block_size
     turns = head is not None and (head.stagger == 1 or head.num_symbols == 1)
     if not turns or block_size != 1:
         return None
@@ -107,7 +109,8 @@ def prefers_true_prompt(model, prompts: torch.Tensor, real: torch.Tensor, seed: 
 
     The text that is scored is the same, and so is its noise; 0.5 is chance. P and L are multiples of K.
     """
-    losses, places = [], real.shape[1] // model.config.codec_config.chunk_size
+    losses = []
+    places = real.shape[1] // model.config.codec_config.chunk_size
     for before in (prompts, prompts.roll(len(prompts) // 2, dims=0)):
         torch.manual_seed(seed)
         rows = [
@@ -123,7 +126,8 @@ def token_recovery(model, windows: np.ndarray, seed: int, batch_size: int = 8) -
     """Share of the tokens of `windows (B, T)` that one look of a bidirectional model at x_t recovers: `model`, and that
     decoding x_t itself recovers: `alone`. By t of the channels, x_t = (1 - t) x0 + t x1, whatever the schedule.
     """
-    generator, results = torch.Generator().manual_seed(seed), {}
+    generator = torch.Generator().manual_seed(seed)
+    results = {}
     for t in tqdm(SIGNALS, desc="recovery", leave=False):
         hits = {"model": [], "alone": []}
         for ids in torch.from_numpy(windows.astype(np.int64)).split(batch_size):

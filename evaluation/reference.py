@@ -45,7 +45,8 @@ def reference_metrics(predictions: list[str], references: list[list[str]]) -> di
         )
     most = max(map(len, references))
     columns = [[row[i] if i < len(row) else None for row in references] for i in range(most)]
-    rouge, stemmer = RougeScorer(["rougeL"], use_stemmer=True), PorterStemmer()
+    rouge = RougeScorer(["rougeL"], use_stemmer=True)
+    stemmer = PorterStemmer()
     meteor = [
         meteor_score([r.split() for r in row], text.split(), stemmer=stemmer, wordnet=NoSynonyms())
         for text, row in zip(predictions, references)

@@ -130,7 +130,8 @@ def benchmark_plot(command: str, rows: list[dict], file: Path) -> None:
         _finish(figure, axes, "generated tokens", "ms per token", file)
         return
     plain = [row for row in rows if row["steps"] == "default"]
-    first, smallest = min(row["batch"] for row in rows), min(row["tokens"] for row in rows)
+    first = min(row["batch"] for row in rows)
+    smallest = min(row["tokens"] for row in rows)
     panels = [
         ("generated tokens", "tokens", [row for row in plain if row["batch"] == first]),
         ("batch", "batch", [row for row in plain if row["tokens"] == smallest]),

@@ -32,7 +32,8 @@ class TokComSampler:
 
     @torch.no_grad()
     def sample(self, prompts: np.ndarray | None, length: int, seed: int, count: int = 0) -> np.ndarray:
-        pipe, rows = self.pipe, []
+        pipe = self.pipe
+        rows = []
         pipe.scheduler.register_to_config(eta=self.eta)
         if pipe.scheduler.config.get("stochastic_sampling"):
             pipe.scheduler.register_to_config(noise_std=pipe.model.config.noise_std * self.noise_scale)

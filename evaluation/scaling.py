@@ -28,7 +28,11 @@ ONE_B = {
     },
     "token_embedding_size": 512,
 }
-WEIGHTS, GRADIENTS, MOMENTS, AVERAGE = 4, 4, 8, 4  # bytes per trained parameter, float32
+# bytes per trained parameter, float32
+WEIGHTS = 4
+GRADIENTS = 4
+MOMENTS = 8
+AVERAGE = 4
 GIB = 2**30
 
 
@@ -58,7 +62,8 @@ def saved_bytes(model: TokComModel, ids: torch.Tensor) -> int:
 
 def count(config: TokComConfig, length: int) -> dict[str, float]:
     """Training operations, bytes saved, and bytes saved with activation checkpointing, per token of a window."""
-    layers, context = config.transformer_config.num_hidden_layers, config.transformer_config.num_context_layers
+    layers = config.transformer_config.num_hidden_layers
+    context = config.transformer_config.num_context_layers
     fields = config.to_dict()
     shapes = [(1 + bool(context), int(bool(context)))]  # (all layers, context layers)
     shapes.append((shapes[0][0] + 1, shapes[0][1]))
@@ -116,7 +121,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     config = scaled_config(args.preset, args.vocab_size)
     window = config.transformer_config.max_position_embeddings * config.codec_config.chunk_size
-    length, counted = args.length or window, count(config, min(args.counted_length, args.length or window))
+    length = args.length or window
+    counted = count(config, min(args.counted_length, args.length or window))
     trained, frozen = parameters(config)
     print(
         f"{trained:,} trained and {frozen:,} frozen parameters; {counted['flops'] / 1e6:.1f} MFLOP per token and step;"

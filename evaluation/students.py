@@ -37,7 +37,8 @@ from tokcom.training.data import load_documents, tokenize_documents
 
 def measure(name: str, sampler: TokComSampler, judge: TokenJudge, windows: np.ndarray, scales: list[float]) -> dict:
     """A system's row: NLL and entropy at noise of size 1, and NLL at the entropy of real text over all sizes."""
-    prompts, real = windows[:, :PROMPT], windows[:, PROMPT:]
+    prompts = windows[:, :PROMPT]
+    real = windows[:, PROMPT:]
     curve = []
     for scale in scales:
         sampler.noise_scale = scale
@@ -109,10 +110,12 @@ def main(argv: list[str] | None = None) -> dict:
         sys.exit(f"error: {error}")
     documents = load_documents(args.data, DataConfig(text_column=args.text_column), "train")
     tokens = tokenize_documents(documents, teacher.tokenizer, args.text_column, "held-out text")
-    windows, judge = held_out_windows(tokens, PROMPT + CONTINUATION, args.samples), TokenJudge(args.judge)
+    windows = held_out_windows(tokens, PROMPT + CONTINUATION, args.samples)
+    judge = TokenJudge(args.judge)
     systems = [("teacher", TokComSampler(teacher, steps, args.guidance_scale)) for steps in args.steps]
     systems += [(Path(name).name, TokComSampler(pipe)) for name, pipe in zip(args.students, students)]
-    prompts, real = windows[:, :PROMPT], windows[:, PROMPT:]
+    prompts = windows[:, :PROMPT]
+    real = windows[:, PROMPT:]
     facts = {"real_nll": float(judge.nll(real, prompts).mean()), "real_entropy": sample_entropy(real)}
     facts["rows"] = [measure(name, sampler, judge, windows, args.noise_scales) for name, sampler in systems]
     timed = {f"{name}, {s.num_inference_steps or 'own'} steps": s for name, s in systems}

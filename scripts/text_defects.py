@@ -32,7 +32,9 @@ except ImportError:
 
 ENDINGS = (" who lived in a big wood.", " that had no door and no window.", ", and the king was angry.")
 TEXT = "“Do you know Zürich?” – he said… “No,” I said — naïve. 😀\u00a0x\r\n"
-PROMPT, CONTEXT, SCORED = "Once upon a time", 64, 60
+PROMPT = "Once upon a time"
+CONTEXT = 64
+SCORED = 60
 
 
 def random_string(generator: np.random.Generator) -> str:

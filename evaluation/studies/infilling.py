@@ -18,7 +18,8 @@ from tokcom.pipeline_text_tokcom import text_ids
 from tokcom.pipeline_tokcom import TokComPipeline
 
 LENGTHS = (1, 2, 4, 8, 16)
-BEFORE, AFTER = 16, 24  # tokens that stand at least before and behind a gap
+BEFORE = 16
+AFTER = 24  # tokens that stand at least before and behind a gap
 
 
 @torch.no_grad()
@@ -53,7 +54,8 @@ def main(argv: list[str] | None = None) -> None:
     generator = np.random.default_rng(args.seed)
     print("gap length | both sides | left side | gain, nats per token")
     for length in LENGTHS:
-        totals, count = np.zeros(2), 0
+        totals = np.zeros(2)
+        count = 0
         for ids in tqdm([row for row in rows if len(row) >= BEFORE + length + AFTER], leave=False):
             start = int(generator.integers(BEFORE, len(ids) - AFTER - length + 1))
             totals += gap_nats(model, ids, start, start + length)
