@@ -77,10 +77,14 @@ class TokComChunkMLP(nn.Module):
         super().__init__()
         chunk_width = config.chunk_size * config.embedding_size
         self.proj_in = nn.Linear(chunk_width, config.hidden_size) if encoder else nn.Identity()
-        self.layers = nn.ModuleList(TokComResidualMLP(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            TokComResidualMLP(config) for _ in range(config.num_hidden_layers)
+        )
         self.norm = TokComRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.proj_out = nn.Identity() if encoder else nn.Linear(config.hidden_size, chunk_width)
-        self.output_norm = nn.Identity() if encoder else TokComRMSNorm(config.embedding_size, config.rms_norm_eps)
+        self.output_norm = (
+            nn.Identity() if encoder else TokComRMSNorm(config.embedding_size, config.rms_norm_eps)
+        )
         self.encoder = encoder
         self.chunk_size = config.chunk_size
 
@@ -101,14 +105,18 @@ class TokComChunkTransformer(nn.Module):
     def __init__(self, config: TokComChunkCodecConfig, encoder: bool):
         super().__init__()
         self.config = config
-        self.layers = nn.ModuleList(TokComBlock(config, i, modulated=False) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            TokComBlock(config, i, modulated=False) for i in range(config.num_hidden_layers)
+        )
         self.norm = TokComRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.encoder = encoder
 
     def forward(self, inputs: torch.Tensor, query: torch.Tensor | None = None) -> torch.Tensor:
         size = self.config.chunk_size
         if not self.encoder:
-            inputs = torch.cat((inputs[:, None], query.to(inputs.dtype).expand(len(inputs), size - 1, -1)), dim=1)
+            inputs = torch.cat(
+                (inputs[:, None], query.to(inputs.dtype).expand(len(inputs), size - 1, -1)), dim=1
+            )
         head_dim = self.config.hidden_size // self.config.num_attention_heads
         positions = torch.arange(size, device=inputs.device)[None, :, None]  # (1, K, 1)
         tables = rotary_embedding(positions, head_dim, self.config.rope_theta)
@@ -123,15 +131,23 @@ class TokComCodec(TokComPreTrainedModel):
     """What all codecs share; each has `to_chunks`, `encode`, `decode`, `to_ids`, `nll` and `training_loss`."""
 
     def known(
-        self, latents: torch.Tensor, mask: torch.Tensor | None = None, codes: torch.Tensor | None = None
+        self,
+        latents: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        codes: torch.Tensor | None = None,
     ) -> TokComCodecOutput:
         """What `encode` returns for texts whose `latents (B, N, C)` are known already, without padding unless `mask (B, N)` tells."""
         index = torch.arange(latents.shape[1], device=latents.device).expand(len(latents), -1)
         mask = torch.ones_like(index, dtype=torch.bool) if mask is None else mask
-        return TokComCodecOutput(latents, position_ids=self.positions(index), mask=mask, codes=codes)
+        return TokComCodecOutput(
+            latents, position_ids=self.positions(index), mask=mask, codes=codes
+        )
 
     def loss(
-        self, latents: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+        self,
+        latents: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Nats per token `(B, N, K)` of `input_ids (B, T)` given standardised latents; padded places are 0."""
         chunks, real = self.to_chunks(input_ids, attention_mask)
@@ -166,7 +182,9 @@ class TokComChunkCodec(TokComCodec):
                 channels = config.latent_channels // config.chunk_size
             self.to_posterior = nn.Linear(inputs, 2 * channels)
             self.from_latent = nn.Linear(config.latent_channels, config.hidden_size)
-        self.log_precision = nn.Parameter(torch.zeros(1)) if config.encoder_type == "token" else None
+        self.log_precision = (
+            nn.Parameter(torch.zeros(1)) if config.encoder_type == "token" else None
+        )
         quantizer = (
             config.quantizer,
             config.latent_channels,
@@ -193,7 +211,9 @@ class TokComChunkCodec(TokComCodec):
         """`chunks (M, K)` of ids -> mean `(M, C)` and log-variance `(M, C)`, the latter None without a posterior."""
         hidden_states = self.embed_tokens(chunks)  # (M, K, E)
         if self.encoder is None:  # each token has its own channels
-            mean, log_variance = (x.flatten(1) for x in self._token_posterior(hidden_states).chunk(2, dim=-1))
+            mean, log_variance = (
+                x.flatten(1) for x in self._token_posterior(hidden_states).chunk(2, dim=-1)
+            )
             return mean, log_variance.clamp(-12.0, 4.0)
         hidden_states = self.encoder(hidden_states)  # (M, D)
         if self.to_posterior is None:
@@ -204,8 +224,12 @@ class TokComChunkCodec(TokComCodec):
     def _token_posterior(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Embeddings `(..., E)`, normalised, -> mean and log-variance of one token, `(..., 2 C / K)`."""
         with torch.autocast(embeddings.device.type, enabled=False):  # likelihoods need exact means
-            normed = F.rms_norm(embeddings.float(), embeddings.shape[-1:], eps=self.config.rms_norm_eps)
-            return F.linear(normed, self.to_posterior.weight.float(), self.to_posterior.bias.float())
+            normed = F.rms_norm(
+                embeddings.float(), embeddings.shape[-1:], eps=self.config.rms_norm_eps
+            )
+            return F.linear(
+                normed, self.to_posterior.weight.float(), self.to_posterior.bias.float()
+            )
 
     def _token_states(self, raw_latents: torch.Tensor) -> torch.Tensor:
         """Raw latents `(M, C)` -> decoder states `(M, K, E)`, one inner product with the embedding before logits."""
@@ -215,7 +239,9 @@ class TokComChunkCodec(TokComCodec):
             raw_latents = self.from_latent(raw_latents)
         return self.decoder(raw_latents, query)
 
-    def _with_likelihood(self, states: torch.Tensor, raw_latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _with_likelihood(
+        self, states: torch.Tensor, raw_latents: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Decoder states `(M, K, E)` -> `(M, K, E')` and the `(V, E')` whose inner products are the logits.
 
         Where each token has channels of its own, the logits are the decoder's, which know the other tokens of the chunk,
@@ -228,7 +254,9 @@ class TokComChunkCodec(TokComCodec):
         precision = self.log_precision.exp().expand(*states.shape[:2], 1)
         own = raw_latents.unflatten(-1, (self.config.chunk_size, -1)).to(weight.dtype) * precision
         states = torch.cat((states.to(weight.dtype), own, precision), dim=-1)
-        return states, torch.cat((weight, means, -0.5 * means.square().sum(-1, keepdim=True)), dim=-1)
+        return states, torch.cat(
+            (weight, means, -0.5 * means.square().sum(-1, keepdim=True)), dim=-1
+        )
 
     def _denormalize(self, latents: torch.Tensor, quantized: bool = False) -> torch.Tensor:
         raw_latents = (latents * self.latent_std + self.latent_mean).flatten(0, -2)  # (M, C)
@@ -252,9 +280,13 @@ class TokComChunkCodec(TokComCodec):
             attention_mask = torch.ones_like(input_ids)
         real = attention_mask.bool()
         ids = torch.where(real, input_ids, self.config.pad_token_id)
-        return ids.unflatten(1, (-1, self.config.chunk_size)), real.unflatten(1, (-1, self.config.chunk_size))
+        return ids.unflatten(1, (-1, self.config.chunk_size)), real.unflatten(
+            1, (-1, self.config.chunk_size)
+        )
 
-    def encode(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> TokComCodecOutput:
+    def encode(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> TokComCodecOutput:
         """Token ids `(B, T)`, T a multiple of K, and `attention_mask (B, T)` (0 = padding) -> standardised latents."""
         chunks, real = self.to_chunks(input_ids, attention_mask)
         mean, _ = self._posterior(chunks.flatten(0, 1))
@@ -263,13 +295,17 @@ class TokComChunkCodec(TokComCodec):
             quantized = self.quantizer(mean, frozen=True)
             mean = quantized.latents if self.config.quantized_latents else mean
             codes = quantized.codes.unflatten(0, chunks.shape[:2])
-        latents = ((mean - self.latent_mean) / self.latent_std).unflatten(0, chunks.shape[:2])  # (B, N, C)
+        latents = ((mean - self.latent_mean) / self.latent_std).unflatten(
+            0, chunks.shape[:2]
+        )  # (B, N, C)
         return self.known(latents.to(self.embed_tokens.weight.dtype), real.any(-1), codes)
 
     def from_codes(self, codes: torch.Tensor) -> torch.Tensor:
         """The `codes (B, N, R)` that `encode` gives -> standardised latents `(B, N, C)`, to be decoded as `quantized`."""
         if self.quantizer is None:
-            raise ValueError("this codec has no quantiser, so its latents have no codes; train one with `quantizer`.")
+            raise ValueError(
+                "this codec has no quantiser, so its latents have no codes; train one with `quantizer`."
+            )
         latents = self.quantizer.decode(codes).to(self.latent_mean.dtype)
         return ((latents - self.latent_mean) / self.latent_std).to(self.embed_tokens.weight.dtype)
 
@@ -289,7 +325,10 @@ class TokComChunkCodec(TokComCodec):
             logits = F.linear(states.to(weight.dtype), weight)
         logits = logits.reshape(latents.shape[0], -1, self.config.vocab_size)
         if self.config.impossible_symbol is not None:
-            pad = torch.arange(self.config.vocab_size, device=logits.device) == self.config.impossible_symbol
+            pad = (
+                torch.arange(self.config.vocab_size, device=logits.device)
+                == self.config.impossible_symbol
+            )
             logits = logits.masked_fill(pad, float("-inf"))
         return TokComDecoderOutput(logits=logits)
 
@@ -299,7 +338,9 @@ class TokComChunkCodec(TokComCodec):
         With `encoder_type="token"` a chunk's latent is the concatenation of its tokens' rows.
         """
         table = self._token_posterior(self.embed_tokens.weight).chunk(2, dim=-1)[0]  # (V, C / K)
-        mean, std = (x.view(self.config.chunk_size, 1, -1) for x in (self.latent_mean, self.latent_std))
+        mean, std = (
+            x.view(self.config.chunk_size, 1, -1) for x in (self.latent_mean, self.latent_std)
+        )
         return (table - mean) / std
 
     def symbols(
@@ -315,7 +356,9 @@ class TokComChunkCodec(TokComCodec):
     def to_ids(self, latents: torch.Tensor, quantized: bool = False) -> torch.Tensor:
         """Standardised latents `(B, N, C)` -> the most likely ids `(B, N * K)`, a few latents at a time; see `decode`."""
         pieces = latents.flatten(0, 1).split(DECODE_CHUNK)
-        ids = torch.cat([self.decode(piece[None], quantized).logits[0].argmax(-1) for piece in pieces])
+        ids = torch.cat(
+            [self.decode(piece[None], quantized).logits[0].argmax(-1) for piece in pieces]
+        )
         return ids.view(latents.shape[0], -1)
 
     def nll(self, latents: torch.Tensor, chunks: torch.Tensor) -> torch.Tensor:
@@ -326,10 +369,14 @@ class TokComChunkCodec(TokComCodec):
         """Nats per token of `chunks (..., K)` given raw latents `(M, C)`."""
         states = self._token_states(raw_latents)  # (M, K, E)
         states, weight = self._with_likelihood(states, raw_latents)
-        if self.config.impossible_symbol == self.config.vocab_size - 1:  # nothing decodes to the pad token
+        if (
+            self.config.impossible_symbol == self.config.vocab_size - 1
+        ):  # nothing decodes to the pad token
             weight = weight[:-1]
             chunks = chunks.clamp_max(len(weight) - 1)  # the caller leaves padding out
-        return chunked_cross_entropy(states.flatten(0, 1), weight, chunks.flatten()).view(chunks.shape)
+        return chunked_cross_entropy(states.flatten(0, 1), weight, chunks.flatten()).view(
+            chunks.shape
+        )
 
     def training_loss(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None

@@ -53,7 +53,9 @@ class TokComColorCodec(TokComCodec):
         ids = (digits * base).sum(-1)
         wrong = ids >= self.config.num_valid_ids
         if bool(wrong.any()):
-            ids[wrong] = self._nearest(self._standardize(digits[wrong]) if values is None else values[wrong])
+            ids[wrong] = self._nearest(
+                self._standardize(digits[wrong]) if values is None else values[wrong]
+            )
         return ids
 
     @cached_property
@@ -73,12 +75,16 @@ class TokComColorCodec(TokComCodec):
 
     def _colors(self, device: torch.device) -> torch.Tensor:
         """Standardised digits of all valid ids, `(num_valid_ids, G)`."""
-        return self._standardize(self.digits(torch.arange(self.config.num_valid_ids, device=device)))
+        return self._standardize(
+            self.digits(torch.arange(self.config.num_valid_ids, device=device))
+        )
 
     def _nearest(self, values: torch.Tensor) -> torch.Tensor:
         """Standardised digits `(M, G)` -> the valid ids `(M,)` with the smallest Euclidean distance."""
         table = self._colors(values.device)
-        return torch.cat([torch.cdist(part, table).argmin(-1) for part in values.float().split(NEAREST_ROWS)])
+        return torch.cat(
+            [torch.cdist(part, table).argmin(-1) for part in values.float().split(NEAREST_ROWS)]
+        )
 
     # ---- tokens <-> patches ----
 
@@ -122,7 +128,11 @@ class TokComColorCodec(TokComCodec):
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`(B, T)` -> ids `(B, N, K)` with padding replaced by `pad_token_id`, and which tokens are real."""
-        real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        real = (
+            torch.ones_like(input_ids, dtype=torch.bool)
+            if attention_mask is None
+            else attention_mask.bool()
+        )
         ids = torch.where(real, input_ids, self.config.pad_token_id)
         return self.to_patches(ids), self.to_patches(real)
 
@@ -137,7 +147,9 @@ class TokComColorCodec(TokComCodec):
         if width < 1:
             raise ValueError(f"`width` ({width}) must be at least 1 pixel.")
         if self.config.vocab_size > 256**3:
-            raise ValueError(f"`vocab_size` ({self.config.vocab_size}) is more than the {256**3} colors of a pixel.")
+            raise ValueError(
+                f"`vocab_size` ({self.config.vocab_size}) is more than the {256**3} colors of a pixel."
+            )
         ids = F.pad(ids, (0, -len(ids) % width), value=self.config.pad_token_id).view(-1, width)
         return spell(ids, 256, 3).to(torch.uint8)
 
@@ -150,14 +162,19 @@ class TokComColorCodec(TokComCodec):
         if bool(wrong.any()):
             valid = torch.arange(self.config.num_valid_ids, device=ids.device)
             colors = spell(valid, 256, 3).float()
-            found = [torch.cdist(part, colors).argmin(-1) for part in digits[wrong].float().split(NEAREST_ROWS)]
+            found = [
+                torch.cdist(part, colors).argmin(-1)
+                for part in digits[wrong].float().split(NEAREST_ROWS)
+            ]
             ids[wrong] = torch.cat(found)
         real = (ids != self.config.pad_token_id).nonzero()
         return ids[: int(real[-1]) + 1 if len(real) else 0]
 
     # ---- the interface of a codec ----
 
-    def encode(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> TokComCodecOutput:
+    def encode(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> TokComCodecOutput:
         """Token ids `(B, T)` and `attention_mask (B, T)` (0 = padding) -> standardised latents `(B, N, C)`."""
         chunks, real = self.to_chunks(input_ids, attention_mask)
         latents = self._standardize(self.digits(chunks)).flatten(2)
@@ -191,7 +208,9 @@ class TokComColorCodec(TokComCodec):
         """The standardised value of every digit at every place: `(K * G, base)`."""
         base = self.config.base
         count = self.config.digits_per_token
-        table = self._standardize(torch.arange(base, device=device)[:, None].expand(-1, count))  # (base, G)
+        table = self._standardize(
+            torch.arange(base, device=device)[:, None].expand(-1, count)
+        )  # (base, G)
         return table.T.repeat(self.config.chunk_size, 1)
 
     def _digit_logits(self, latents: torch.Tensor) -> torch.Tensor:
@@ -201,16 +220,24 @@ class TokComColorCodec(TokComCodec):
 
     def _sigma(self, device: torch.device) -> torch.Tensor:
         """`digit_sigma` in units of each channel: `(K * G, 1)`."""
-        return (self.config.digit_sigma / self._scale[1]).to(device).repeat(self.config.chunk_size)[:, None]
+        return (
+            (self.config.digit_sigma / self._scale[1])
+            .to(device)
+            .repeat(self.config.chunk_size)[:, None]
+        )
 
     def decode(self, latents: torch.Tensor) -> TokComDecoderOutput:
         """Latents `(B, N, C)` -> logits `(B, N * K, V)`, Gaussian log-likelihoods of the ids; invalid ids get -inf."""
-        values = self.from_patches(latents.float().unflatten(2, (-1, self.config.digits_per_token)))  # (B, T, G)
+        values = self.from_patches(
+            latents.float().unflatten(2, (-1, self.config.digits_per_token))
+        )  # (B, T, G)
         sigma = self._sigma(latents.device)[: self.config.digits_per_token, 0]
         table = self._colors(latents.device) / sigma
         logits = -0.5 * torch.cdist(values / sigma, table.expand(len(values), -1, -1)).square()
         return TokComDecoderOutput(
-            logits=F.pad(logits, (0, self.config.vocab_size - self.config.num_valid_ids), value=float("-inf"))
+            logits=F.pad(
+                logits, (0, self.config.vocab_size - self.config.num_valid_ids), value=float("-inf")
+            )
         )
 
     def to_ids(self, latents: torch.Tensor) -> torch.Tensor:
@@ -228,7 +255,9 @@ class TokComColorCodec(TokComCodec):
     def nll(self, latents: torch.Tensor, chunks: torch.Tensor) -> torch.Tensor:
         """Nats `(B, n, K)` of the tokens of patches `chunks (B, n, K)` given their latents `(B, n, C)`."""
         digits = self.digits(chunks)  # (B, n, K, G)
-        nll = F.cross_entropy(self._digit_logits(latents).flatten(0, 2), digits.flatten(), reduction="none")
+        nll = F.cross_entropy(
+            self._digit_logits(latents).flatten(0, 2), digits.flatten(), reduction="none"
+        )
         return nll.view(digits.shape).sum(-1)
 
 

@@ -14,7 +14,12 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.utils import ModelOutput
 
-from .codec_chunk_tokcom import TokComChunkCodec, TokComCodec, TokComCodecOutput, TokComDecoderOutput
+from .codec_chunk_tokcom import (
+    TokComChunkCodec,
+    TokComCodec,
+    TokComCodecOutput,
+    TokComDecoderOutput,
+)
 from .codec_color_tokcom import TokComColorCodec
 from .codec_style_tokcom import TokComImageOutput, TokComStyleCodec
 from .codec_video_tokcom import TokComVideoCodec, TokComVideoOutput
@@ -54,7 +59,13 @@ class TokComAudioCodec(TokComVideoCodec):
 
 STREAM_CODECS: dict[str, type[TokComCodec]] = {
     codec.config_class.model_type: codec
-    for codec in (TokComChunkCodec, TokComColorCodec, TokComStyleCodec, TokComVideoCodec, TokComAudioCodec)
+    for codec in (
+        TokComChunkCodec,
+        TokComColorCodec,
+        TokComStyleCodec,
+        TokComVideoCodec,
+        TokComAudioCodec,
+    )
 }
 
 
@@ -68,7 +79,10 @@ class TokComCompositeCodec(TokComCodec):
         configs = config.stream_configs()
         self.lengths = config.stream_lengths()
         self.streams = nn.ModuleDict(
-            {name: STREAM_CODECS[codec.model_type]._from_config(codec) for name, codec in configs.items()}
+            {
+                name: STREAM_CODECS[codec.model_type]._from_config(codec)
+                for name, codec in configs.items()
+            }
         )
         self.names = list(configs)
         self.places = {}
@@ -83,7 +97,9 @@ class TokComCompositeCodec(TokComCodec):
         self.num_latents = place
         self.num_channels = channel
         self.num_axes = config.num_position_axes
-        self.weights = {name: float((config.stream_weights or {}).get(name, 1.0)) for name in configs}
+        self.weights = {
+            name: float((config.stream_weights or {}).get(name, 1.0)) for name in configs
+        }
         self.rates = [float((config.generation_rates or {}).get(name, 0.5)) for name in configs]
         self.gradient_checkpointing = False
         self.post_init()
@@ -97,7 +113,9 @@ class TokComCompositeCodec(TokComCodec):
         """Index of latents `(...)` in the sequence of all streams -> stream and place in it, `(..., A)`."""
         parts = []
         for i, name in enumerate(self.names):
-            where = self.streams[name].positions(torch.arange(self.lengths[name], device=index.device))  # (n, axes)
+            where = self.streams[name].positions(
+                torch.arange(self.lengths[name], device=index.device)
+            )  # (n, axes)
             where = F.pad(where, (1, self.num_axes - 1 - where.shape[1]))
             where[:, 0] = i
             parts.append(where)
@@ -106,7 +124,9 @@ class TokComCompositeCodec(TokComCodec):
     def index_of(self, names: list[str], device: torch.device | str = "cpu") -> torch.Tensor:
         """Where the latents of these streams are in the sequence, `(n,)`."""
         places = [
-            torch.arange(self.places[name].start, self.places[name].stop) for name in self.names if name in names
+            torch.arange(self.places[name].start, self.places[name].stop)
+            for name in self.names
+            if name in names
         ]
         return torch.cat(places).to(device)
 
@@ -120,7 +140,9 @@ class TokComCompositeCodec(TokComCodec):
         """Raise `ValueError` for the name of a stream that does not exist."""
         unknown = set(names) - set(self.names)
         if unknown:
-            raise ValueError(f"there is no stream {sorted(unknown)}; this model's are {self.names}.")
+            raise ValueError(
+                f"there is no stream {sorted(unknown)}; this model's are {self.names}."
+            )
 
     def text_length(self, name: str) -> int:
         """Ids of a text of the stream `name`."""
@@ -136,7 +158,9 @@ class TokComCompositeCodec(TokComCodec):
             )
         return value[:, :, None] if codec.modality == "video" and value.ndim == 4 else value
 
-    def exists(self, present: dict[str, torch.Tensor], batch: int, device: torch.device) -> torch.Tensor:
+    def exists(
+        self, present: dict[str, torch.Tensor], batch: int, device: torch.device
+    ) -> torch.Tensor:
         """`present`, rows `(B,)` that have a stream -> which latents exist, `(B, N)`."""
         mask = torch.zeros(batch, self.num_latents, dtype=torch.bool, device=device)
         for name, rows in present.items():
@@ -154,7 +178,10 @@ class TokComCompositeCodec(TokComCodec):
         batches = {name: len(value) for name, value in streams.items()}
         if len(set(batches.values())) > 1:
             raise ValueError(f"streams must have one batch size, not {batches}.")
-        parts = {name: self.streams[name].encode(self._inputs(name, value)) for name, value in streams.items()}
+        parts = {
+            name: self.streams[name].encode(self._inputs(name, value))
+            for name, value in streams.items()
+        }
         for name, part in parts.items():
             length = self.lengths[name]
             if part.latents.shape[1] != length:
@@ -180,11 +207,15 @@ class TokComCompositeCodec(TokComCodec):
 
     # ---- training ----
 
-    def training_loss(self, streams: dict[str, torch.Tensor], present: dict[str, torch.Tensor] | None = None):
+    def training_loss(
+        self, streams: dict[str, torch.Tensor], present: dict[str, torch.Tensor] | None = None
+    ):
         """The sum of the losses of all codecs that have parameters, each of the rows that have its stream, and their parts."""
         trained = {name: codec for name, codec in self.streams.items() if list(codec.parameters())}
         if not set(trained) & set(streams):
-            raise ValueError("no stream has a codec with parameters, so there is nothing to train; use stage='flow'.")
+            raise ValueError(
+                "no stream has a codec with parameters, so there is nothing to train; use stage='flow'."
+            )
         loss = 0.0
         parts = {}
         for name, codec in trained.items():
@@ -213,9 +244,13 @@ class TokComCompositeCodec(TokComCodec):
         has = exists[:, index]
         shape = (len(exists), len(index))  # (B, S)
         rates = torch.tensor(self.rates, device=exists.device)
-        subsets = has[:, None] & (torch.rand(len(has), 32, len(index), device=exists.device) < rates)
+        subsets = has[:, None] & (
+            torch.rand(len(has), 32, len(index), device=exists.device) < rates
+        )
         subsets[:, -1] = has
-        first = subsets.any(-1).float().argmax(-1)  # the first that is not empty: with equal rates all are as likely
+        first = (
+            subsets.any(-1).float().argmax(-1)
+        )  # the first that is not empty: with equal rates all are as likely
         made = subsets[torch.arange(len(has), device=has.device), first]
         kept = torch.rand(shape, device=exists.device) >= dropout
         return self.spread(has & ~made & kept), self.spread(made | (has & kept))
@@ -231,7 +266,9 @@ class TokComCompositeCodec(TokComCodec):
         for name in self.names:
             counted = loss_mask[:, None, self.places[name]].float()  # (B, 1, n)
             error = self.stream_of(errors, name).square().mean(-1) * counted
-            total = total + self.weights[name] * error.sum() / (errors.shape[1] * counted.sum()).clamp_min(1)
+            total = total + self.weights[name] * error.sum() / (
+                errors.shape[1] * counted.sum()
+            ).clamp_min(1)
         return total
 
     def text_nll(

@@ -42,7 +42,9 @@ class TokComStyleAttention(nn.Module):
         self.o_proj = nn.Linear(width, width)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        heads = self.qkv_proj(hidden_states).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        heads = (
+            self.qkv_proj(hidden_states).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        )
         output = F.scaled_dot_product_attention(*heads)  # (B, heads, S, head_dim)
         return self.o_proj(output.transpose(1, 2).flatten(2))
 
@@ -79,7 +81,9 @@ class TokComSlotMLP(nn.Module):
 class TokComStyleBlock(GradientCheckpointingLayer):
     """Pre-norm attention and feed-forward layer; with `experts`, the last N places have networks of their own."""
 
-    def __init__(self, width: int, heads: int, inner: int, eps: float, experts: TokComSlotMLP | None = None):
+    def __init__(
+        self, width: int, heads: int, inner: int, eps: float, experts: TokComSlotMLP | None = None
+    ):
         super().__init__()
         self.attention_norm = TokComRMSNorm(width, eps)
         self.mlp_norm = TokComRMSNorm(width, eps)
@@ -115,7 +119,9 @@ class TokComStyledBlock(GradientCheckpointingLayer):
         first, second = tokens.unbind(1)
         scale, shift = self.attention_style(first)[:, None].chunk(2, dim=-1)
         normed = self.attention_norm(hidden_states) * (1 + scale) + shift
-        joining = torch.stack([layer(token) for layer, token in zip(self.registers, (first, second))], dim=1)
+        joining = torch.stack(
+            [layer(token) for layer, token in zip(self.registers, (first, second))], dim=1
+        )
         update = self.self_attn(torch.cat((self.attention_norm(joining), normed), dim=1))
         hidden_states = F.pad(hidden_states, (0, 0, 2, 0)) + update
         scale, shift = self.mlp_style(second)[:, None].chunk(2, dim=-1)
@@ -132,21 +138,29 @@ class TokComStyleEncoder(nn.Module):
         eps = config.rms_norm_eps
         self.num_tokens = config.num_tokens
         self.patch_embedding = nn.Conv2d(COLORS, width, config.patch_size, config.patch_size)
-        self.positions = nn.Parameter(torch.empty(1, 1 + config.num_patches + config.num_tokens, width))
+        self.positions = nn.Parameter(
+            torch.empty(1, 1 + config.num_patches + config.num_tokens, width)
+        )
         self.layers = nn.ModuleList()
         for i in range(config.num_hidden_layers + config.num_expert_layers):
             experts = None
             if i >= config.num_hidden_layers:
                 experts = TokComSlotMLP(config.num_tokens, width, config.expert_intermediate_size)
-            self.layers.append(TokComStyleBlock(width, heads, config.intermediate_size, eps, experts))
+            self.layers.append(
+                TokComStyleBlock(width, heads, config.intermediate_size, eps, experts)
+            )
         self.norm = TokComRMSNorm(width, eps)
 
     def initialize_parameters(self) -> None:
-        init.normal_(self.positions, std=1.0)  # of the size of a patch, or the queries would all see the same
+        init.normal_(
+            self.positions, std=1.0
+        )  # of the size of a patch, or the queries would all see the same
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)  # (B, P, D)
-        hidden_states = self.positions + F.pad(patches, (0, 0, 1, self.num_tokens))  # class place, patches, queries
+        hidden_states = self.positions + F.pad(
+            patches, (0, 0, 1, self.num_tokens)
+        )  # class place, patches, queries
         for layer in self.layers:
             hidden_states = layer(hidden_states)
         return self.norm(hidden_states[:, -self.num_tokens :])
@@ -183,9 +197,13 @@ class TokComStyleDecoder(nn.Module):
             hidden_states = layer(hidden_states, tokens[:, 2 * i : 2 * i + 2])
         for layer in self.layers:
             hidden_states = layer(hidden_states)
-        patches = self.proj_out(self.norm(hidden_states[:, -self.num_patches :]))  # (B, P, 3 * size^2)
+        patches = self.proj_out(
+            self.norm(hidden_states[:, -self.num_patches :])
+        )  # (B, P, 3 * size^2)
         channels, size, side = self.shape
-        grid = patches.unflatten(2, (channels, size, size)).unflatten(1, (side, side))  # (B, row, column, 3, y, x)
+        grid = patches.unflatten(2, (channels, size, size)).unflatten(
+            1, (side, side)
+        )  # (B, row, column, 3, y, x)
         return grid.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
 
@@ -209,7 +227,9 @@ class TokComSoftCodebook(nn.Module):
             directions = self.directions.float()
             weights = F.normalize(inputs.float(), dim=-1) @ F.normalize(directions, dim=-1).T
             mixed = (weights - weights.mean(-1, keepdim=True)) @ directions
-            return F.layer_norm(mixed, mixed.shape[-1:], self.norm.weight.float(), self.norm.bias.float())
+            return F.layer_norm(
+                mixed, mixed.shape[-1:], self.norm.weight.float(), self.norm.bias.float()
+            )
 
 
 class TokComStyleCodec(TokComCodec):
@@ -228,13 +248,19 @@ class TokComStyleCodec(TokComCodec):
         channels = config.latent_channels
         self.encoder = TokComStyleEncoder(config)
         self.decoder = TokComStyleDecoder(config)
-        self.to_tokens = nn.Linear(config.hidden_size, channels * (2 if config.bottleneck == "gaussian" else 1))
+        self.to_tokens = nn.Linear(
+            config.hidden_size, channels * (2 if config.bottleneck == "gaussian" else 1)
+        )
         self.soft_codebook = TokComSoftCodebook(channels) if config.bottleneck == "cosine" else None
-        self.missing = nn.Parameter(torch.empty(count, channels))  # what stands for tokens that are left out
+        self.missing = nn.Parameter(
+            torch.empty(count, channels)
+        )  # what stands for tokens that are left out
         self.quantizer = VectorQuantizer(config.num_codes, channels) if config.num_codes else None
         self.latent_mean = nn.Buffer(torch.zeros(count, channels))
         self.latent_std = nn.Buffer(torch.ones(count, channels))
-        self.feature_loss = None  # set by training: a distance of two images besides the squared error
+        self.feature_loss = (
+            None  # set by training: a distance of two images besides the squared error
+        )
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -276,7 +302,9 @@ class TokComStyleCodec(TokComCodec):
             tokens = self.soft_codebook(tokens)
         return tokens, log_variance
 
-    def encode(self, pixel_values: torch.Tensor, attention_mask: torch.Tensor | None = None) -> TokComCodecOutput:
+    def encode(
+        self, pixel_values: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> TokComCodecOutput:
         """Images `(B, 3, H, W)`, -1 black and 1 white, -> standardised latents `(B, N, C)`, and `codes (B, N, 1)` if there is a
         codebook. Raises `ValueError` for another size."""
         self._check(pixel_values)
@@ -313,13 +341,20 @@ class TokComStyleCodec(TokComCodec):
         if num_tokens is not None:
             if not 0 <= num_tokens <= count:
                 raise ValueError(f"`num_tokens` ({num_tokens}) must be between 0 and {count}.")
-            kept = (torch.arange(count, device=latents.device) < num_tokens).expand(len(latents), -1)
+            kept = (torch.arange(count, device=latents.device) < num_tokens).expand(
+                len(latents), -1
+            )
         tokens = self._unstandardize(latents)
         return TokComImageOutput(pixel_values=self._decode(tokens, kept).clamp(-1, 1))
 
     @torch.no_grad()
     def fit_codebook(
-        self, latents: torch.Tensor, num_codes: int, metric: str = "euclidean", iterations: int = 20, seed: int = 0
+        self,
+        latents: torch.Tensor,
+        num_codes: int,
+        metric: str = "euclidean",
+        iterations: int = 20,
+        seed: int = 0,
     ) -> dict[str, float]:
         """Make a codebook of the tokens of pictures whose standardised `latents (M, N, C)` are known, by k-means.
 
@@ -330,7 +365,9 @@ class TokComStyleCodec(TokComCodec):
         if metric == "cosine":  # centres are of length 1: give each the length of its tokens
             codes = nearest_codes(F.normalize(tokens, dim=-1), codebook)
             lengths = tokens.new_zeros(num_codes).index_add_(0, codes, tokens.norm(dim=-1))
-            codebook = codebook * (lengths / codes.bincount(minlength=num_codes).clamp_min(1))[:, None]
+            codebook = (
+                codebook * (lengths / codes.bincount(minlength=num_codes).clamp_min(1))[:, None]
+            )
         codes = nearest_codes(tokens, codebook)
         counts = codes.bincount(minlength=num_codes).float()
         self.config.num_codes = num_codes
@@ -357,7 +394,9 @@ class TokComStyleCodec(TokComCodec):
                 tokens = tokens + torch.randn_like(tokens) * config.bottleneck_noise
             draws = torch.rand(2, len(tokens), 1, device=tokens.device)
             count = torch.where(
-                draws[0] < config.tail_dropout, 1 + (draws[1] * config.num_tokens).long(), config.num_tokens
+                draws[0] < config.tail_dropout,
+                1 + (draws[1] * config.num_tokens).long(),
+                config.num_tokens,
             )
             kept = torch.arange(config.num_tokens, device=tokens.device) < count
         output = self._decode(tokens, kept).float()
@@ -370,7 +409,9 @@ class TokComStyleCodec(TokComCodec):
         return loss, {"mse_loss": error.detach(), "kl_loss": kl.detach()}
 
 
-def gradient_loss(output: torch.Tensor, target: torch.Tensor, scales: int = GRADIENT_SCALES) -> torch.Tensor:
+def gradient_loss(
+    output: torch.Tensor, target: torch.Tensor, scales: int = GRADIENT_SCALES
+) -> torch.Tensor:
     """Mean absolute error of horizontal and vertical differences of images `(B, 3, H, W)`, over halved sizes.
 
     It sees edges, which the squared error of a blurred image does not; it is not a perceptual distance such as LPIPS.
@@ -382,7 +423,10 @@ def gradient_loss(output: torch.Tensor, target: torch.Tensor, scales: int = GRAD
             difference = F.avg_pool2d(difference, 2)
         if min(difference.shape[-2:]) < 2:
             break
-        total = total + (difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()) / scales
+        total = (
+            total
+            + (difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()) / scales
+        )
     return total
 
 

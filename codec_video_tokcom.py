@@ -53,7 +53,11 @@ class TokComVideoCodec(TokComCodec):
             self.encoder = TokComPatchNetwork(config, values, channels)
             self.decoder = TokComPatchNetwork(config, channels, values)
             self.quantizer = build_quantizer(
-                config.quantizer, channels, config.num_codes, config.num_quantizers, config.fsq_levels
+                config.quantizer,
+                channels,
+                config.num_codes,
+                config.num_quantizers,
+                config.fsq_levels,
             )
         self.latent_mean = nn.Buffer(torch.zeros(channels))
         self.latent_std = nn.Buffer(torch.ones(channels))
@@ -84,7 +88,9 @@ class TokComVideoCodec(TokComCodec):
         place = index % self.config.group_size
         return torch.stack((moment, place // columns, place % columns), dim=-1)
 
-    def grid(self, frames: int, height: int, width: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    def grid(
+        self, frames: int, height: int, width: int, device: torch.device | str = "cpu"
+    ) -> torch.Tensor:
         """Positions `(N, 3)` of the latents of a clip of this size; raises `ValueError` if patches do not divide it."""
         self.config.check_shape(frames, height, width)
         size = self.config.patch_size
@@ -109,7 +115,9 @@ class TokComVideoCodec(TokComCodec):
         config.check_shape(*pixel_values.shape[2:])
         time = config.frames_per_patch
         size = config.patch_size
-        parts = pixel_values.unflatten(4, (-1, size)).unflatten(3, (-1, size)).unflatten(2, (-1, time))
+        parts = (
+            pixel_values.unflatten(4, (-1, size)).unflatten(3, (-1, size)).unflatten(2, (-1, time))
+        )
         return (
             parts.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
         )  # (B, moment, row, column, c, frame, y, x)
@@ -133,7 +141,11 @@ class TokComVideoCodec(TokComCodec):
 
     def _raw_latents(self, pixel_values: torch.Tensor) -> torch.Tensor:
         patches = self.to_patches(pixel_values)
-        return patches.float() if self.encoder is None else self.encoder(patches.to(self.dtype)).float()
+        return (
+            patches.float()
+            if self.encoder is None
+            else self.encoder(patches.to(self.dtype)).float()
+        )
 
     def _standardize(self, raw: torch.Tensor) -> torch.Tensor:
         return (raw - self.latent_mean) / self.latent_std
@@ -141,7 +153,9 @@ class TokComVideoCodec(TokComCodec):
     def _unstandardize(self, latents: torch.Tensor) -> torch.Tensor:
         return latents.to(self.latent_std) * self.latent_std + self.latent_mean
 
-    def encode(self, pixel_values: torch.Tensor, attention_mask: torch.Tensor | None = None) -> TokComCodecOutput:
+    def encode(
+        self, pixel_values: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> TokComCodecOutput:
         """Clips `(B, c, F, H, W)` of any size that patches divide -> standardised latents `(B, N, C)`, moment by moment, and
         `codes (B, N, R)` if there is a quantiser."""
         raw = self._raw_latents(pixel_values)
@@ -170,10 +184,14 @@ class TokComVideoCodec(TokComCodec):
 
     def _quantizer(self) -> nn.Module:
         if self.quantizer is None:
-            raise ValueError("this codec has no quantiser, so its latents have no codes; train one with `quantizer`.")
+            raise ValueError(
+                "this codec has no quantiser, so its latents have no codes; train one with `quantizer`."
+            )
         return self.quantizer
 
-    def decode(self, latents: torch.Tensor, height: int | None = None, width: int | None = None) -> TokComVideoOutput:
+    def decode(
+        self, latents: torch.Tensor, height: int | None = None, width: int | None = None
+    ) -> TokComVideoOutput:
         """Standardised latents `(B, N, C)` -> `.pixel_values (B, c, F, H, W)`; H and W are the configured ones by default, F
         follows."""
         raw = self._unstandardize(latents)
@@ -185,7 +203,9 @@ class TokComVideoCodec(TokComCodec):
     def training_loss(self, pixel_values: torch.Tensor, attention_mask: torch.Tensor | None = None):
         """Loss of stage "codec" on clips `(B, c, F, H, W)`, and its parts; raises `ValueError` if there is nothing to train."""
         if self.encoder is None:
-            raise ValueError("this codec has no parameters, so there is nothing to train; use stage='flow'.")
+            raise ValueError(
+                "this codec has no parameters, so there is nothing to train; use stage='flow'."
+            )
         patches = self.to_patches(pixel_values).to(self.dtype)
         latents = self.encoder(patches)
         commitment = patches.new_zeros(())

@@ -23,7 +23,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 CROSS_ENTROPY_CHUNK = 512  # rows of logits that exist at once
 
 
-def rotary_embedding(position_ids: torch.Tensor, head_size: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+def rotary_embedding(
+    position_ids: torch.Tensor, head_size: int, theta: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine tables for rotary position embedding over A axes (RoFormer, one share of channels per axis).
 
     Args:
@@ -88,14 +90,20 @@ def expand_attention_mask(
         def may_attend(batch, head, query, key):
             return mask[batch, key] if mask.ndim == 2 else mask[batch, query, key]
 
-        return create_block_mask(may_attend, mask.shape[0], None, queries, mask.shape[-1], device=mask.device)
+        return create_block_mask(
+            may_attend, mask.shape[0], None, queries, mask.shape[-1], device=mask.device
+        )
     mask = mask[:, None, None] if mask.ndim == 2 else mask[:, None]  # (B, 1, 1 or S_q, S_kv)
     if implementation == "eager":
-        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(
+            ~mask, torch.finfo(dtype).min
+        )
     return mask
 
 
-def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+def eager_attention_forward(
+    module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs
+):
     key = key.repeat_interleave(module.num_key_value_groups, dim=1)
     value = value.repeat_interleave(module.num_key_value_groups, dim=1)
     scores = query @ key.transpose(2, 3) * scaling
@@ -140,8 +148,12 @@ class TokComAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.q_norm = TokComRMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = TokComRMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm = (
+            TokComRMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        )
+        self.k_norm = (
+            TokComRMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        )
 
     def forward(
         self,
@@ -152,7 +164,9 @@ class TokComAttention(nn.Module):
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.q_norm(self.q_proj(hidden_states).view(heads)).transpose(1, 2)  # (B, H, S, head_dim)
+        query = self.q_norm(self.q_proj(hidden_states).view(heads)).transpose(
+            1, 2
+        )  # (B, H, S, head_dim)
         key = self.k_norm(self.k_proj(hidden_states).view(heads)).transpose(1, 2)
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
         query = apply_rotary(query, position_embeddings).to(value.dtype)
@@ -160,9 +174,19 @@ class TokComAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         implementation = attention_backend(self.config._attn_implementation, query.device)
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            implementation, eager_attention_forward
+        )
         output, weights = attend(
-            self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, is_causal=False, **kwargs
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=0.0,
+            scaling=self.scaling,
+            is_causal=False,
+            **kwargs,
         )
         return self.o_proj(output.flatten(-2)), weights  # (B, S, D)
 
@@ -196,7 +220,9 @@ class TokComTimestepEmbedding(nn.Module):
     def forward(self, timestep: torch.Tensor) -> torch.Tensor:
         half = self.size // 2
         exponents = torch.arange(half, device=timestep.device, dtype=torch.float32) / half
-        angles = timestep[..., None].float() * self.scale * torch.exp(-math.log(10000.0) * exponents)
+        angles = (
+            timestep[..., None].float() * self.scale * torch.exp(-math.log(10000.0) * exponents)
+        )
         waves = torch.cat((angles.cos(), angles.sin()), dim=-1).to(self.linear_1.weight.dtype)
         return self.linear_2(F.silu(self.linear_1(waves)))
 
@@ -221,7 +247,13 @@ class TokComBlock(GradientCheckpointingLayer):
     `attention=False` the block is its feed-forward half.
     """
 
-    def __init__(self, config: PreTrainedConfig, layer_idx: int, modulated: bool = True, attention: bool = True):
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        layer_idx: int,
+        modulated: bool = True,
+        attention: bool = True,
+    ):
         super().__init__()
         self.attention_norm = self.self_attn = None
         if attention:
@@ -247,7 +279,9 @@ class TokComBlock(GradientCheckpointingLayer):
         """`hidden_states (B, S, D)` in and out; `modulation` is `self.modulation(conditioning)`, if it is known already."""
 
         def attend(inputs: torch.Tensor) -> torch.Tensor:
-            return self.self_attn(inputs, position_embeddings, attention_mask, past_key_values, **kwargs)[0]
+            return self.self_attn(
+                inputs, position_embeddings, attention_mask, past_key_values, **kwargs
+            )[0]
 
         branches = [(self.mlp_norm, self.mlp)]
         if self.self_attn is not None:
@@ -293,7 +327,9 @@ class TokComPreTrainedModel(PreTrainedModel):
             module.initialize_parameters()
 
 
-def chunked_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def chunked_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
     """Cross-entropy of `hidden @ weight.T` against `targets`, at most `CROSS_ENTROPY_CHUNK` rows of logits at a time.
 
     Logits are recomputed in the backward pass, so memory is independent of `rows x V`.
@@ -306,7 +342,9 @@ def chunked_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: t
 
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     losses = [
-        checkpoint(rows_loss, rows, weight, ids, use_reentrant=False) if needs_grad else rows_loss(rows, weight, ids)
+        checkpoint(rows_loss, rows, weight, ids, use_reentrant=False)
+        if needs_grad
+        else rows_loss(rows, weight, ids)
         for rows, ids in zip(hidden.split(CROSS_ENTROPY_CHUNK), targets.split(CROSS_ENTROPY_CHUNK))
     ]
     return torch.cat(losses)

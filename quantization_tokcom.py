@@ -40,7 +40,9 @@ class TokComQuantizerOutput(ModelOutput):
 def nearest_codes(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     """The nearest row of `codebook (S, C)` to each of `vectors (M, C)` by Euclidean distance: ids `(M,)`."""
     codebook = codebook.float()
-    return torch.cat([torch.cdist(part.float(), codebook).argmin(-1) for part in vectors.split(DISTANCE_ROWS)])
+    return torch.cat(
+        [torch.cdist(part.float(), codebook).argmin(-1) for part in vectors.split(DISTANCE_ROWS)]
+    )
 
 
 def code_statistics(codes: torch.Tensor, size: int) -> dict[str, float]:
@@ -51,7 +53,12 @@ def code_statistics(codes: torch.Tensor, size: int) -> dict[str, float]:
     shares = counts / counts.sum().clamp_min(1)
     entropy = -(shares * shares.log2()).sum().item()
     used = len(counts)
-    return {"usage": used / size, "entropy_bits": entropy, "perplexity": 2**entropy, "dead_codes": size - used}
+    return {
+        "usage": used / size,
+        "entropy_bits": entropy,
+        "perplexity": 2**entropy,
+        "dead_codes": size - used,
+    }
 
 
 def _sum_over_processes(*tensors: torch.Tensor) -> None:
@@ -101,12 +108,16 @@ class VectorQuantizer(nn.Module):
     ):
         super().__init__()
         if num_codes < 2 or not 0 < decay < 1:
-            raise ValueError(f"`num_codes` ({num_codes}) must be at least 2 and `decay` ({decay}) in (0, 1).")
+            raise ValueError(
+                f"`num_codes` ({num_codes}) must be at least 2 and `decay` ({decay}) in (0, 1)."
+            )
         self.decay = decay
         self.commitment_weight = commitment_weight
         self.dead_threshold = dead_threshold
         self.codebook = nn.Buffer(torch.randn(num_codes, channels))
-        self.counts = nn.Buffer(torch.zeros(num_codes))  # moving average of how often each code is used; 0 at first
+        self.counts = nn.Buffer(
+            torch.zeros(num_codes)
+        )  # moving average of how often each code is used; 0 at first
         self.sums = nn.Buffer(torch.zeros(num_codes, channels))
 
     def initialize_parameters(self) -> None:
@@ -160,7 +171,9 @@ class VectorQuantizer(nn.Module):
         least = self.dead_threshold * self.counts.mean()
         alive = self.counts > least
         means = self.sums / self.counts.clamp_min(1e-12)[:, None]
-        self.codebook.copy_(torch.where(alive[:, None], means, _draw_rows(flat, self.num_codes, source)))
+        self.codebook.copy_(
+            torch.where(alive[:, None], means, _draw_rows(flat, self.num_codes, source))
+        )
         # a new code starts twice above the threshold: not replaced at once, and moved by the first inputs that choose it
         self.counts.copy_(torch.where(alive, self.counts, 2 * least))
         self.sums.copy_(torch.where(alive[:, None], self.sums, self.codebook * 2 * least))
@@ -171,7 +184,9 @@ class ResidualQuantizer(nn.Module):
 
     def __init__(self, num_codes: int, channels: int, num_levels: int, **options):
         super().__init__()
-        self.levels = nn.ModuleList(VectorQuantizer(num_codes, channels, **options) for _ in range(num_levels))
+        self.levels = nn.ModuleList(
+            VectorQuantizer(num_codes, channels, **options) for _ in range(num_levels)
+        )
 
     @property
     def num_levels(self) -> int:
@@ -194,7 +209,9 @@ class ResidualQuantizer(nn.Module):
             left = left - found
             codes.append(output.codes)
             loss = loss + output.loss
-        return TokComQuantizerOutput(latents + (total - latents).detach(), torch.cat(codes, dim=-1), loss)
+        return TokComQuantizerOutput(
+            latents + (total - latents).detach(), torch.cat(codes, dim=-1), loss
+        )
 
     def nearest(self, latents: torch.Tensor) -> TokComQuantizerOutput:
         """What latents `(..., C)` that are quantised already, but for an error, were: as `forward`, which learns nothing."""
@@ -250,7 +267,9 @@ class FiniteScalarQuantizer(nn.Module):
         digits = position.detach().round()
         rounded = position + (digits - position).detach()
         codes = (digits.long() * places).sum(-1, keepdim=True)
-        return TokComQuantizerOutput((rounded / (levels - 1) * 2 - 1).to(latents.dtype), codes, latents.new_zeros(()))
+        return TokComQuantizerOutput(
+            (rounded / (levels - 1) * 2 - 1).to(latents.dtype), codes, latents.new_zeros(())
+        )
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes `(..., 1)` -> latents `(..., C)`."""
@@ -259,7 +278,9 @@ class FiniteScalarQuantizer(nn.Module):
         return digits / (levels - 1) * 2 - 1
 
 
-def build_quantizer(kind: str, channels: int, num_codes: int, num_quantizers: int, levels: list[int] | None):
+def build_quantizer(
+    kind: str, channels: int, num_codes: int, num_quantizers: int, levels: list[int] | None
+):
     """The quantiser of a codec's configuration, or None for `"none"`."""
     if kind == "none":
         return None
@@ -294,7 +315,12 @@ def kmeans(
         given = iter(weights) if weights is not None else None
         for batch in batches:
             batch = F.normalize(batch.float(), dim=-1) if metric == "cosine" else batch.float()
-            yield batch, torch.ones(len(batch), device=batch.device) if given is None else next(given).float()
+            yield (
+                batch,
+                torch.ones(len(batch), device=batch.device)
+                if given is None
+                else next(given).float(),
+            )
 
     centres = _first_centres(read(), num_codes, torch.Generator().manual_seed(seed))
     for _ in range(iterations):
@@ -319,7 +345,9 @@ def kmeans(
     return centres
 
 
-def _first_centres(batches: Iterable[tuple[torch.Tensor, torch.Tensor]], count: int, generator) -> torch.Tensor:
+def _first_centres(
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]], count: int, generator
+) -> torch.Tensor:
     """`count` vectors far from each other: k-means++ (Arthur and Vassilvitskii 2007) on a random sample of all batches."""
     keys = torch.zeros(0)
     rows = None
@@ -330,12 +358,16 @@ def _first_centres(batches: Iterable[tuple[torch.Tensor, torch.Tensor]], count: 
         keys = keys[best]
         rows = rows[best.to(rows.device)]
     if rows is None or len(rows) < count:
-        raise ValueError(f"{0 if rows is None else len(rows)} vectors cannot give {count} centres; lower `num_codes`.")
+        raise ValueError(
+            f"{0 if rows is None else len(rows)} vectors cannot give {count} centres; lower `num_codes`."
+        )
     chosen = [0]
     distances = (rows - rows[0]).square().sum(-1)
     for draw in torch.rand(count - 1, generator=generator).tolist():
         edges = distances.double().cumsum(0)
-        index = int(torch.searchsorted(edges, edges[-1] * draw, right=True).clamp_max(len(rows) - 1))
+        index = int(
+            torch.searchsorted(edges, edges[-1] * draw, right=True).clamp_max(len(rows) - 1)
+        )
         chosen.append(index)
         distances = torch.minimum(distances, (rows - rows[index]).square().sum(-1))
     return rows[chosen]

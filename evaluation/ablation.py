@@ -19,7 +19,13 @@ import yaml
 from tokcom.evaluation.flops import training_flops_per_step
 from tokcom.evaluation.judges import TokenJudge
 from tokcom.evaluation.metrics import sample_entropy
-from tokcom.evaluation.protocol import CONTINUATION, PROMPT, at_entropy, held_out_windows, measure_setting
+from tokcom.evaluation.protocol import (
+    CONTINUATION,
+    PROMPT,
+    at_entropy,
+    held_out_windows,
+    measure_setting,
+)
 from tokcom.evaluation.reconstruction import held_out_nll, token_recovery
 from tokcom.evaluation.report import table
 from tokcom.evaluation.samplers import TokComSampler
@@ -54,7 +60,11 @@ def train_row(args: argparse.Namespace) -> tuple[Path, dict]:
     """Train the row's codec, if no other row has, and its flow stage; returns the model and what it cost."""
     row = ROWS["rows"][args.row]
     work = Path(args.work_dir)
-    data = [f"data.train={args.train}", f"data.validation={args.validation}", f"tokenizer={args.checkpoint}"]
+    data = [
+        f"data.train={args.train}",
+        f"data.validation={args.validation}",
+        f"tokenizer={args.checkpoint}",
+    ]
     output = work / "models" / f"{args.row}-{args.seed}"
     codec = [] if "codec" not in row else [f"codec_from={trained_codec(row['codec'], data, work)}"]
     overrides = [*row_overrides(row), *data, *codec, f"seed={args.seed}", f"output_dir={output}"]
@@ -66,7 +76,9 @@ def train_row(args: argparse.Namespace) -> tuple[Path, dict]:
     per_step = training_flops_per_step(
         model, flow.batch_size, flow.sequence_length, lambda m: build_optimizer(m, *rates)
     )
-    flow.max_steps = flow.eval_steps = flow.checkpoint_steps = steps = max(1, round(args.training_flops / per_step))
+    flow.max_steps = flow.eval_steps = flow.checkpoint_steps = steps = max(
+        1, round(args.training_flops / per_step)
+    )
     started = time.perf_counter()
     run(config)
     return output, {
@@ -86,29 +98,41 @@ def measure(checkpoint: Path, judge: TokenJudge, tokens: np.ndarray, **sampling)
     prompts = windows[:, :PROMPT]
     real = windows[:, PROMPT:]
     pipe = TokComPipeline.from_pretrained(checkpoint)
-    facts = {"real_nll": float(judge.nll(real, prompts).mean()), "real_entropy": sample_entropy(real)}
+    facts = {
+        "real_nll": float(judge.nll(real, prompts).mean()),
+        "real_entropy": sample_entropy(real),
+    }
     curve = []
     setting = SWEEPS[pipe.model.config.prediction_type]
     for value in VALUES:
         sampler = TokComSampler(pipe, **{setting: value}, **sampling)
-        curve.append(measure_setting(judge, prompts, f"{setting} {value}", sampler, pipe.chunk_size))
+        curve.append(
+            measure_setting(judge, prompts, f"{setting} {value}", sampler, pipe.chunk_size)
+        )
     own = held_out_nll(pipe.model, held_out_windows(tokens, 512, 48), 32)
     facts |= {"curve": curve, "plain": curve[0], "held_out_nll": own}
-    facts["nll_at_real_entropy"] = at_entropy(curve, facts["real_entropy"])  # None: outside what was measured
+    facts["nll_at_real_entropy"] = at_entropy(
+        curve, facts["real_entropy"]
+    )  # None: outside what was measured
     return facts
 
 
 def measure_recovery(checkpoint: Path, tokens: np.ndarray) -> dict:
     """What a bidirectional model recovers of held-out windows from noise, beside what the noisy latents alone tell."""
     model = TokComPipeline.from_pretrained(checkpoint).model
-    return {"recovery": token_recovery(model, held_out_windows(tokens, 512, RECOVERY_WINDOWS), seed=0)}
+    return {
+        "recovery": token_recovery(model, held_out_windows(tokens, 512, RECOVERY_WINDOWS), seed=0)
+    }
 
 
 def write_recovery_table(rows: list[dict]) -> str:
     signals = list(rows[0]["recovery"])
     cells = [
         [row["row"], row["seed"], row["tokens"] / 1e6, row["training_flops"] / 1e12]
-        + [f"{100 * row['recovery'][s]['model']:.1f} ({100 * row['recovery'][s]['alone']:.1f})" for s in signals]
+        + [
+            f"{100 * row['recovery'][s]['model']:.1f} ({100 * row['recovery'][s]['alone']:.1f})"
+            for s in signals
+        ]
         for row in rows
     ]
     return table(["row", "seed", "M tokens", "TFLOP", *(f"t = {s}" for s in signals)], cells)
@@ -116,7 +140,9 @@ def write_recovery_table(rows: list[dict]) -> str:
 
 def write_table(work: Path, file: str) -> None:
     """Collect all rows measured so far into a Markdown table."""
-    rows = sorted((json.loads(f.read_text()) for f in (work / "rows").glob("*.json")), key=lambda r: r["row"])
+    rows = sorted(
+        (json.loads(f.read_text()) for f in (work / "rows").glob("*.json")), key=lambda r: r["row"]
+    )
     recovery = [row for row in rows if "recovery" in row]
     rows = [row for row in rows if "recovery" not in row]
     columns = [
@@ -142,9 +168,13 @@ def write_table(work: Path, file: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--row", choices=ROWS["rows"])
-    parser.add_argument("--table", help="Markdown file that collects all rows measured in --work_dir")
+    parser.add_argument(
+        "--table", help="Markdown file that collects all rows measured in --work_dir"
+    )
     parser.add_argument("--checkpoint", default=".", help="where the tokenizer comes from")
     parser.add_argument("--train")
     parser.add_argument("--validation")

@@ -59,7 +59,11 @@ class CausalWindows(torch.utils.data.Dataset):
 
 
 def llama_config(
-    vocab_size: int, hidden_size: int, num_hidden_layers: int, num_parameters: int | None, eos_token_id: int
+    vocab_size: int,
+    hidden_size: int,
+    num_hidden_layers: int,
+    num_parameters: int | None,
+    eos_token_id: int,
 ) -> LlamaConfig:
     """A Llama with tied embeddings; with `num_parameters`, as wide a feed-forward layer as makes the total match.
 
@@ -69,7 +73,11 @@ def llama_config(
         raise ValueError(f"`hidden_size` ({hidden_size}) must be a multiple of the head size, 64.")
     intermediate = -(-8 * hidden_size // 3 // 64) * 64
     if num_parameters is not None:
-        others = vocab_size * hidden_size + hidden_size + num_hidden_layers * (4 * hidden_size + 2) * hidden_size
+        others = (
+            vocab_size * hidden_size
+            + hidden_size
+            + num_hidden_layers * (4 * hidden_size + 2) * hidden_size
+        )
         intermediate = round((num_parameters - others) / (3 * hidden_size * num_hidden_layers))
         if intermediate < hidden_size:
             raise ValueError(
@@ -108,7 +116,11 @@ def train(
     """Train on `tokens (T,)` with TokCom's optimizer, bfloat16 where it is fast, and a cosine schedule; returns and saves the model."""
     set_seed(seed)
     config = llama_config(
-        vocabulary_size(tokenizer), hidden_size, num_hidden_layers, num_parameters, tokenizer.eos_token_id
+        vocabulary_size(tokenizer),
+        hidden_size,
+        num_hidden_layers,
+        num_parameters,
+        tokenizer.eos_token_id,
     )
     model = LlamaForCausalLM(config)
 
@@ -161,19 +173,34 @@ def train(
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default=".", help="model or directory whose tokenizer is used")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--checkpoint", default=".", help="model or directory whose tokenizer is used"
+    )
     parser.add_argument("--data", required=True, help="training text: file, folder or Hub dataset")
     parser.add_argument("--text_column", default="text")
     parser.add_argument("--output_dir", required=True)
-    parser.add_argument("--num_parameters", type=int, help="total to match; default: a feed-forward width of 8/3")
+    parser.add_argument(
+        "--num_parameters", type=int, help="total to match; default: a feed-forward width of 8/3"
+    )
     parser.add_argument("--training_flops", type=float, help="total to match; default: max_steps")
-    numbers = {"hidden_size": 320, "num_hidden_layers": 6, "max_steps": 1000, "batch_size": 8, "seed": 0}
+    numbers = {
+        "hidden_size": 320,
+        "num_hidden_layers": 6,
+        "max_steps": 1000,
+        "batch_size": 8,
+        "seed": 0,
+    }
     for name, value in {**numbers, "sequence_length": 512}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--learning_rate", type=float, default=1.5e-3, help="of AdamW")
     parser.add_argument(
-        "--muon_learning_rate", type=float, default=0.0, help="of Muon on inner matrices; 0 is AdamW only"
+        "--muon_learning_rate",
+        type=float,
+        default=0.0,
+        help="of Muon on inner matrices; 0 is AdamW only",
     )
     args = vars(parser.parse_args(argv))
     tokenizer = AutoTokenizer.from_pretrained(args.pop("checkpoint"))

@@ -32,7 +32,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PEAK_SIZES = (1024, 2048, 4096)
 CACHED = "TokCom, cached latents"
 SYSTEMS = {  # of the training benchmark, besides the published code
-    "flow": ["TokCom", CACHED, f"{CACHED}, ce_share 0.25", f"{CACHED}, ce_share 0.25, checkpointing"],
+    "flow": [
+        "TokCom",
+        CACHED,
+        f"{CACHED}, ce_share 0.25",
+        f"{CACHED}, ce_share 0.25, checkpointing",
+    ],
     "codec": ["TokCom", "TokCom, checkpointing"],
 }
 
@@ -88,7 +93,11 @@ def build_training(
     if name == "TokCom":
         layers = {"num_hidden_layers": args.layers}
         share = [float(option.split()[1]) for option in options if option.startswith("ce_share")]
-        sizes = {"codec_config": layers, "transformer_config": layers, "ce_share": (share or [1.0])[0]}
+        sizes = {
+            "codec_config": layers,
+            "transformer_config": layers,
+            "ce_share": (share or [1.0])[0],
+        }
         config = TokComConfig.from_preset("v5.2", args.vocab_size, stage=stage, **sizes)
         with torch.device(DEVICE):
             model = TokComModel(config).train()
@@ -97,12 +106,20 @@ def build_training(
             model.gradient_checkpointing_enable()
         known = {}
         if "cached latents" in options:
-            shape = args.batch_size, args.tokens // config.codec_config.chunk_size, config.codec_config.latent_channels
+            shape = (
+                args.batch_size,
+                args.tokens // config.codec_config.chunk_size,
+                config.codec_config.latent_channels,
+            )
             known["latents"] = torch.randn(shape, device=DEVICE)
         forward = torch.compile(model) if args.compile else model
-        return lambda ids: forward(input_ids=ids, **known).loss, [p for p in model.parameters() if p.requires_grad]
+        return lambda ids: forward(input_ids=ids, **known).loss, [
+            p for p in model.parameters() if p.requires_grad
+        ]
     with torch.device(DEVICE):
-        model = PublishedTokCom.random(896, 4864, args.layers, 14, 2, args.vocab_size + 1)  # and the omni token
+        model = PublishedTokCom.random(
+            896, 4864, args.layers, 14, 2, args.vocab_size + 1
+        )  # and the omni token
     trained = {"codec": model.vae, "flow": model.denoiser}[stage]
     parameters = list({id(p): p for n, p in trained.items() if not n.endswith("inv_freq")}.values())
     for parameter in parameters:
@@ -147,7 +164,10 @@ def training(args: argparse.Namespace) -> dict:
         for _ in tqdm(range(args.rounds), desc=f"training: {stage}"):
             for system in systems:
                 runs[system].append(_in_process(args, ["--measure", system, "--stage", stage]))
-        rows = {n: {k: statistics.median(r[k] for r in found) for k in found[0]} for n, found in runs.items()}
+        rows = {
+            n: {k: statistics.median(r[k] for r in found) for k in found[0]}
+            for n, found in runs.items()
+        }
         published = rows["published"]
         tokens = args.batch_size * args.tokens
         for row in rows.values():
@@ -172,7 +192,9 @@ def _in_process(args: argparse.Namespace, extra: list[str]) -> dict:
 # ---- sampling ----
 
 
-def tokcom_generator(preset: str, compiled: bool = False, **overrides) -> Callable[[int, int, int | None], None]:
+def tokcom_generator(
+    preset: str, compiled: bool = False, **overrides
+) -> Callable[[int, int, int | None], None]:
     """`generate(batch_size, tokens, steps)` with a model of random weights."""
     from tokcom.configuration_tokcom import TokComConfig
     from tokcom.modeling_tokcom import TokComModel
@@ -202,7 +224,9 @@ def llama_generator(
     from tokcom.evaluation.autoregressive import llama_config
 
     shape = PRESETS[preset]["transformer_config"]
-    config = llama_config(vocab_size, shape["hidden_size"], shape["num_hidden_layers"], parameters, 0)
+    config = llama_config(
+        vocab_size, shape["hidden_size"], shape["num_hidden_layers"], parameters, 0
+    )
     model = LlamaForCausalLM(config).eval().to(DEVICE)
     model.generation_config.eos_token_id = None
     if compiled:  # needs a cache whose tensors keep their shapes
@@ -213,7 +237,9 @@ def llama_generator(
     def generate(batch_size: int, tokens: int, steps: int | None) -> None:
         ids = torch.zeros(batch_size, 1, dtype=torch.long, device=DEVICE)
         mask = torch.ones_like(ids)
-        model.generate(ids, attention_mask=mask, max_new_tokens=tokens, do_sample=True, top_k=0, pad_token_id=0)
+        model.generate(
+            ids, attention_mask=mask, max_new_tokens=tokens, do_sample=True, top_k=0, pad_token_id=0
+        )
 
     generate.parameters = sum(p.numel() for p in model.parameters())
     return generate
@@ -254,8 +280,12 @@ def sampling(args: argparse.Namespace) -> dict:
     systems = {"Llama with KV cache": llama_generator(args.preset, ours.parameters, vocab_size)}
     systems["published"] = published_generator(ours.parameters, vocab_size)
     if args.compile:
-        systems["TokCom compiled"] = tokcom_generator(args.preset, compiled=True, vocab_size=vocab_size)
-        systems["Llama compiled"] = llama_generator(args.preset, ours.parameters, vocab_size, compiled=True)
+        systems["TokCom compiled"] = tokcom_generator(
+            args.preset, compiled=True, vocab_size=vocab_size
+        )
+        systems["Llama compiled"] = llama_generator(
+            args.preset, ours.parameters, vocab_size, compiled=True
+        )
     cases = [(batch, length, None) for batch in args.batch_sizes for length in args.lengths]
     cases += [(args.batch_sizes[0], args.lengths[0], steps) for steps in args.steps]
     rows = []
@@ -267,7 +297,10 @@ def sampling(args: argparse.Namespace) -> dict:
             for name, generate in runs.items():
                 times[name].append(seconds_of(generate, batch, length, steps))
         row = {"batch": batch, "tokens": length, "steps": steps or "default"}
-        row |= {f"{n} ms/token": 1000 * statistics.median(t[1:]) / (batch * length) for n, t in times.items()}
+        row |= {
+            f"{n} ms/token": 1000 * statistics.median(t[1:]) / (batch * length)
+            for n, t in times.items()
+        }
         for name in systems if steps is None else ():
             row[f"{name} / TokCom"] = row[f"{name} ms/token"] / row["TokCom ms/token"]
         rows.append(row)
@@ -300,7 +333,9 @@ def measure_length(checkpoint: str, length: int, steps: int | None) -> dict:
     options = dict(num_inference_steps=steps, output_type="latent")  # latents do not end at EOS
     pipe("Once upon a time", gen_length=16, **options)
     generator = torch.Generator().manual_seed(0)
-    seconds = seconds_of(lambda: pipe("Once upon a time", gen_length=length, generator=generator, **options))
+    seconds = seconds_of(
+        lambda: pipe("Once upon a time", gen_length=length, generator=generator, **options)
+    )
     return {"tokens": length, "seconds": seconds, "peak_mib": peak_mib()}
 
 
@@ -329,7 +364,9 @@ def serving(args: argparse.Namespace) -> dict:
 
     pipe = TokComPipeline.from_pretrained(args.checkpoint).to(DEVICE)
     pipe.set_progress_bar_config(disable=True)
-    server = uvicorn.Server(uvicorn.Config(build_app(pipe, ServerSettings()), port=0, log_level="warning"))
+    server = uvicorn.Server(
+        uvicorn.Config(build_app(pipe, ServerSettings()), port=0, log_level="warning")
+    )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
@@ -353,7 +390,10 @@ def serving(args: argparse.Namespace) -> dict:
             found.append(rate(workers))
     server.should_exit = True
     thread.join()
-    rows = [{"requests at once": n, "tokens_per_second": statistics.median(found)} for n, found in rates.items()]
+    rows = [
+        {"requests at once": n, "tokens_per_second": statistics.median(found)}
+        for n, found in rates.items()
+    ]
     for row in rows:
         row["times_one_at_a_time"] = row["tokens_per_second"] / rows[0]["tokens_per_second"]
     return {"rows": rows}
@@ -389,9 +429,13 @@ def report(command: str, results: dict, directory: Path | None) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("training", help="tokens per second and peak memory of a training step")
+    train = commands.add_parser(
+        "training", help="tokens per second and peak memory of a training step"
+    )
     train.add_argument("--stage", nargs="+", default=["flow", "codec"], choices=["flow", "codec"])
     for name, value in {
         "layers": 4,
@@ -407,7 +451,9 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--preset", default="tiny")
     sample.add_argument("--vocab_size", type=int, help="of the tokenizer; by default the preset's")
     sample.add_argument("--rounds", type=int, default=3)
-    sample.add_argument("--compile", action="store_true", help="both systems with torch.compile, too")
+    sample.add_argument(
+        "--compile", action="store_true", help="both systems with torch.compile, too"
+    )
     for name, values in {
         "batch_sizes": [1, 8, 32],
         "lengths": [256, 1024, 4096],
@@ -418,13 +464,19 @@ def build_parser() -> argparse.ArgumentParser:
     long = commands.add_parser("length", help="time and peak memory against the length of a text")
     long.add_argument("--checkpoint", default=".")
     long.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 4096, 16384])
-    long.add_argument("--steps", type=int, help="denoising steps per block; by default the model's own")
-    serve = commands.add_parser("serving", help="throughput of the server, requests one by one and at once")
+    long.add_argument(
+        "--steps", type=int, help="denoising steps per block; by default the model's own"
+    )
+    serve = commands.add_parser(
+        "serving", help="throughput of the server, requests one by one and at once"
+    )
     serve.add_argument("--checkpoint", default=".")
     for name, value in {"requests": 50, "tokens": 64, "rounds": 3}.items():
         serve.add_argument(f"--{name}", type=int, default=value)
     for command in (train, sample, long, serve):
-        command.add_argument("--output_dir", type=Path, help="where the numbers, the table and the plot are written")
+        command.add_argument(
+            "--output_dir", type=Path, help="where the numbers, the table and the plot are written"
+        )
         command.add_argument("--measure", help=argparse.SUPPRESS)
     return parser
 
@@ -438,8 +490,14 @@ def main(argv: list[str] | None = None) -> None:
         else:
             print(json.dumps(measure_length(args.checkpoint, int(args.measure), args.steps)))
         return
-    results = {"training": training, "sampling": sampling, "length": length, "serving": serving}[args.command](args)
-    device = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{os.cpu_count()} CPU cores ({platform.machine()})"
+    results = {"training": training, "sampling": sampling, "length": length, "serving": serving}[
+        args.command
+    ](args)
+    device = (
+        torch.cuda.get_device_name()
+        if DEVICE == "cuda"
+        else f"{os.cpu_count()} CPU cores ({platform.machine()})"
+    )
     results["about"] = {
         "command": " ".join(["python -m tokcom.evaluation.benchmark", *args.arguments]),
         "machine": f"{device}, torch {torch.__version__}, {torch.get_num_threads()} threads",

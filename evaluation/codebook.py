@@ -32,17 +32,31 @@ def held_out_codes(pipe: TokComPipeline, args: argparse.Namespace) -> torch.Tens
     parts = []
     if getattr(model.codec, "quantizer", None) is None:
         if codec.modality == "several":
-            raise ValueError(f"{args.model} has several streams; codes of one are counted on a model of it alone.")
+            raise ValueError(
+                f"{args.model} has several streams; codes of one are counted on a model of it alone."
+            )
         raise ValueError(f"{args.model} has no quantiser, so there are no codes to count.")
     if codec.has_tokens:
         documents = load_documents(args.data, DataConfig(text_column=args.text_column), "train")
-        tokens = torch.from_numpy(tokenize_documents(documents, pipe.tokenizer, args.text_column, "held-out text"))
-        tokens = tokens[: len(tokens) // codec.chunk_size * codec.chunk_size].long().view(-1, codec.chunk_size)
+        tokens = torch.from_numpy(
+            tokenize_documents(documents, pipe.tokenizer, args.text_column, "held-out text")
+        )
+        tokens = (
+            tokens[: len(tokens) // codec.chunk_size * codec.chunk_size]
+            .long()
+            .view(-1, codec.chunk_size)
+        )
         batches = tokens[: args.limit * BATCH].split(16 * BATCH)
-        return torch.cat([model.encode(part).codes.flatten(0, 1) for part in tqdm(batches, desc="encoding")])
-    data = read_pictures(args.data, codec, args.image_column, limit=args.limit, autoencoder=pipe.vae)
+        return torch.cat(
+            [model.encode(part).codes.flatten(0, 1) for part in tqdm(batches, desc="encoding")]
+        )
+    data = read_pictures(
+        args.data, codec, args.image_column, limit=args.limit, autoencoder=pipe.vae
+    )
     for start in tqdm(range(0, len(data), BATCH), desc="encoding"):
-        pixels = torch.stack([data[i]["pixel_values"] for i in range(start, min(start + BATCH, len(data)))])
+        pixels = torch.stack(
+            [data[i]["pixel_values"] for i in range(start, min(start + BATCH, len(data)))]
+        )
         parts.append(model.encode(pixel_values=pixels).codes.flatten(0, 1))
     return torch.cat(parts)
 
@@ -62,12 +76,16 @@ def show_codes(
     """What the most used codes of the first level stand for, each as the patch it decodes to, most used first."""
     codec, (values, counts) = pipe.model.codec, column
     best = values[counts.argsort(descending=True)[:shown]]
-    rest = codes.mode(0).values[None, 1:].expand(len(best), -1)  # the other levels at their most frequent code
+    rest = (
+        codes.mode(0).values[None, 1:].expand(len(best), -1)
+    )  # the other levels at their most frequent code
     latents = codec.from_codes(torch.cat((best[:, None], rest), dim=1)[:, None])
     size = codec.config.patch_size
     patches = codec.decode(latents, height=size, width=size).pixel_values[:, :3, 0]
     images = pipe.image_processor.postprocess(patches)
-    picture_grid([images[i : i + 16] for i in range(0, len(images), 16)], scale=max(1, 32 // size)).save(file)
+    picture_grid(
+        [images[i : i + 16] for i in range(0, len(images), 16)], scale=max(1, 32 // size)
+    ).save(file)
 
 
 def plot_usage(columns: list[tuple[torch.Tensor, torch.Tensor]], file: Path) -> None:
@@ -86,14 +104,18 @@ def plot_usage(columns: list[tuple[torch.Tensor, torch.Tensor]], file: Path) -> 
 
 def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(
-        prog="tokcom evaluate codebook", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="tokcom evaluate codebook",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True, help="held-out texts, pictures or clips")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/codebook"))
     parser.add_argument("--image_column", default="image")
     parser.add_argument("--text_column", default="text")
-    parser.add_argument("--limit", type=int, default=1024, help="pictures or clips, or 64 chunks of text each")
+    parser.add_argument(
+        "--limit", type=int, default=1024, help="pictures or clips, or 64 chunks of text each"
+    )
     args = parser.parse_args(argv)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     try:

@@ -49,9 +49,23 @@ ROWS: dict[str, dict] = {
 
 def train_row(name: str, args: argparse.Namespace) -> TokComModel:
     output = Path(args.work_dir) / name
-    overrides = [f"data.train={args.train}", f"data.validation={args.validation}", f"tokenizer={args.checkpoint}"]
-    overrides += ["stage=codec", "num_samples=0", "report_to=none", f"seed={args.seed}", f"output_dir={output}"]
-    overrides += [f"codec.max_steps={args.max_steps}", f"codec.eval_steps={args.max_steps}", "codec.eval_batches=4"]
+    overrides = [
+        f"data.train={args.train}",
+        f"data.validation={args.validation}",
+        f"tokenizer={args.checkpoint}",
+    ]
+    overrides += [
+        "stage=codec",
+        "num_samples=0",
+        "report_to=none",
+        f"seed={args.seed}",
+        f"output_dir={output}",
+    ]
+    overrides += [
+        f"codec.max_steps={args.max_steps}",
+        f"codec.eval_steps={args.max_steps}",
+        "codec.eval_batches=4",
+    ]
     overrides += [f"codec.checkpoint_steps={args.max_steps}", "model.prediction_type=latents"]
     overrides += [
         "model.transformer_config.head_attention=true",
@@ -71,19 +85,32 @@ def measure(model: TokComModel, ids: torch.Tensor, picture: Path) -> dict:
     encoded = model.encode(ids)
     decoded = model.to_ids(encoded.latents)
     kept = (decoded == ids).float().mean().item()
-    facts = {"K": config.chunk_size, "bits per token": config.bits_per_token, "token accuracy": kept}
+    facts = {
+        "K": config.chunk_size,
+        "bits per token": config.bits_per_token,
+        "token accuracy": kept,
+    }
     if encoded.codes is None:
         return facts
     stored = model.to_ids(model.codec.from_codes(encoded.codes), quantized=True)
     facts["same from codes"] = bool(torch.equal(stored, decoded))
-    if config.quantizer == "fsq":  # the product of its levels is a number of codes that no text could use
+    if (
+        config.quantizer == "fsq"
+    ):  # the product of its levels is a number of codes that no text could use
         used = len(encoded.codes.unique())
         return facts | {"usage": None, "perplexity": None, "distinct codes": used}
-    uses = [code_statistics(encoded.codes[..., level], config.num_codes) for level in range(config.num_quantizers)]
+    uses = [
+        code_statistics(encoded.codes[..., level], config.num_codes)
+        for level in range(config.num_quantizers)
+    ]
     figure, axes = plt.subplots(figsize=(5, 3.5))
     for level in range(config.num_quantizers):
         counts = torch.bincount(encoded.codes[..., level].flatten(), minlength=config.num_codes)
-        axes.loglog(range(1, config.num_codes + 1), counts.sort(descending=True).values + 0.5, label=f"level {level}")
+        axes.loglog(
+            range(1, config.num_codes + 1),
+            counts.sort(descending=True).values + 0.5,
+            label=f"level {level}",
+        )
     axes.set_xlabel("code, by frequency")
     axes.set_ylabel("uses (+ 0.5)")
     axes.legend(fontsize=7)
@@ -104,12 +131,22 @@ def draw_rates(rows: list[dict], file: str) -> None:
         size = row.get("K")
         if bits is None:
             continue
-        color = "black" if size is None else plt.cm.viridis({2: 0.0, 4: 0.3, 8: 0.6, 16: 0.9}.get(size, 1.0))
+        color = (
+            "black"
+            if size is None
+            else plt.cm.viridis({2: 0.0, 4: 0.3, 8: 0.6, 16: 0.9}.get(size, 1.0))
+        )
         axes.scatter(bits, accuracy, color=color)
         if row.get("entropy, bits per token"):
-            axes.scatter(row["entropy, bits per token"], accuracy, facecolors="none", edgecolors=[color])
-            axes.plot([row["entropy, bits per token"], bits], [accuracy] * 2, color=color, linewidth=0.7)
-        axes.annotate(row["row"], (bits, accuracy), xytext=(5, -3), textcoords="offset points", fontsize=7)
+            axes.scatter(
+                row["entropy, bits per token"], accuracy, facecolors="none", edgecolors=[color]
+            )
+            axes.plot(
+                [row["entropy, bits per token"], bits], [accuracy] * 2, color=color, linewidth=0.7
+            )
+        axes.annotate(
+            row["row"], (bits, accuracy), xytext=(5, -3), textcoords="offset points", fontsize=7
+        )
     axes.set_xscale("log", base=2)
     axes.set_xlabel("bits per token (hollow: entropy of the codes)")
     axes.set_ylabel("tokens that survive")
@@ -126,14 +163,23 @@ def lossless(text: str, tokens: int) -> list[dict]:
         "gzip -9": len(gzip.compress(raw, 9)),
         "zstd -19": len(zstandard.compress(raw, 19)),
     }
-    return [{"row": name, "bits per token": 8 * size / tokens, "token accuracy": 1.0} for name, size in sizes.items()]
+    return [
+        {"row": name, "bits per token": 8 * size / tokens, "token accuracy": 1.0}
+        for name, size in sizes.items()
+    ]
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", nargs="*", choices=ROWS, default=[])
-    parser.add_argument("--table", help="Markdown file that collects all rows measured in --work_dir")
-    parser.add_argument("--picture", help="PNG of the same rows: token accuracy against bits per token")
+    parser.add_argument(
+        "--table", help="Markdown file that collects all rows measured in --work_dir"
+    )
+    parser.add_argument(
+        "--picture", help="PNG of the same rows: token accuracy against bits per token"
+    )
     parser.add_argument("--checkpoint", default=".", help="where the tokenizer comes from")
     parser.add_argument("--train")
     parser.add_argument("--validation")
@@ -153,13 +199,25 @@ def main(argv: list[str] | None = None) -> None:
         baselines = lossless(tokenizer.decode(ids[0], skip_special_tokens=True), ids.numel())
         (work / "lossless.json").write_text(json.dumps(baselines, indent=2) + "\n")
     for name in args.rows:
-        facts = {"row": name, "steps": args.max_steps} | measure(train_row(name, args), ids, work / f"{name}.png")
+        facts = {"row": name, "steps": args.max_steps} | measure(
+            train_row(name, args), ids, work / f"{name}.png"
+        )
         (work / f"{name}.json").write_text(json.dumps([facts], indent=2) + "\n")
         print(json.dumps(facts))
     if args.table:
-        found = [row for file in sorted(work.glob("*.json")) for row in json.loads(file.read_text())]
+        found = [
+            row for file in sorted(work.glob("*.json")) for row in json.loads(file.read_text())
+        ]
         found.sort(key=lambda row: row["bits per token"] or float("inf"))
-        columns = ["row", "K", "bits per token", "entropy, bits per token", "token accuracy", "usage", "perplexity"]
+        columns = [
+            "row",
+            "K",
+            "bits per token",
+            "entropy, bits per token",
+            "token accuracy",
+            "usage",
+            "perplexity",
+        ]
         columns += ["distinct codes", "steps"]
         text = table(columns, [[row.get(column) for column in columns] for row in found])
         Path(args.table).write_text(text)

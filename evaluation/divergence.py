@@ -114,7 +114,9 @@ class TokComStudent:
         """Ids of texts from nothing, up to and including EOS."""
         pipe = self.pipe
         rows = []
-        noise = pipe.prepare_latents(count, pipe._num_latents(length), torch.Generator().manual_seed(seed))
+        noise = pipe.prepare_latents(
+            count, pipe._num_latents(length), torch.Generator().manual_seed(seed)
+        )
         generator = torch.Generator().manual_seed(seed)
         _, ids = pipe._sample(noise, generator=generator, temperature=temperature, stop_at_eos=True)
         eos = self.tokenizer.eos_token_id
@@ -137,7 +139,9 @@ class AutoregressiveStudent:
             whole = torch.tensor([[self.tokenizer.eos_token_id, *row]])
             with half_precision("cpu"):
                 logits = self.model(input_ids=whole).logits[0, :-1]
-            totals.append(float(F.cross_entropy(logits.float() / temperature, whole[0, 1:], reduction="sum")))
+            totals.append(
+                float(F.cross_entropy(logits.float() / temperature, whole[0, 1:], reduction="sum"))
+            )
         return np.array(totals)
 
     @torch.no_grad()
@@ -147,7 +151,9 @@ class AutoregressiveStudent:
         start = torch.full((count, 1), eos)
         self.model.generation_config.eos_token_id = eos
         settings = {"do_sample": True, "temperature": temperature, "top_k": 0, "pad_token_id": eos}
-        ids = self.model.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=length, **settings)
+        ids = self.model.generate(
+            start, attention_mask=torch.ones_like(start), max_new_tokens=length, **settings
+        )
         rows = []
         for row in ids[:, 1:].tolist():
             rows.append(row[: row.index(eos) + 1] if eos in row else row)
@@ -192,26 +198,58 @@ def measure(student, teacher: Teacher, texts: list[str], args: argparse.Namespac
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=".", help="TokCom model directory or Hub id (default: %(default)s)")
-    parser.add_argument("--peer", help="autoregressive model with the same tokenizer")
-    parser.add_argument("--teacher", required=True, help="causal language model that wrote the training text")
-    parser.add_argument("--teacher_end", choices=("eos", "bos"), default="eos", help="token that ends its texts")
-    parser.add_argument("--top_k", type=int, default=64, help="of the sampling of its text (default: %(default)s)")
-    parser.add_argument("--min_p", type=float, default=0.02, help="of the sampling of its text (default: %(default)s)")
-    parser.add_argument("--data", required=True, help="parquet file with held-out teacher text in a column `text`")
-    parser.add_argument("--texts", type=int, default=300, help="held-out texts that are scored (default: %(default)s)")
-    parser.add_argument("--samples", type=int, default=200, help="texts of each system (default: %(default)s)")
-    parser.add_argument("--length", type=int, default=320, help="tokens of a sample at most (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--temperatures", type=float, nargs="+", default=[1.0, 0.7], help="of the samples (default: %(default)s)"
+        "--model", default=".", help="TokCom model directory or Hub id (default: %(default)s)"
+    )
+    parser.add_argument("--peer", help="autoregressive model with the same tokenizer")
+    parser.add_argument(
+        "--teacher", required=True, help="causal language model that wrote the training text"
+    )
+    parser.add_argument(
+        "--teacher_end", choices=("eos", "bos"), default="eos", help="token that ends its texts"
+    )
+    parser.add_argument(
+        "--top_k", type=int, default=64, help="of the sampling of its text (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--min_p",
+        type=float,
+        default=0.02,
+        help="of the sampling of its text (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--data", required=True, help="parquet file with held-out teacher text in a column `text`"
+    )
+    parser.add_argument(
+        "--texts",
+        type=int,
+        default=300,
+        help="held-out texts that are scored (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--samples", type=int, default=200, help="texts of each system (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--length", type=int, default=320, help="tokens of a sample at most (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--temperatures",
+        type=float,
+        nargs="+",
+        default=[1.0, 0.7],
+        help="of the samples (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the samples (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="JSON file for the results")
     args = parser.parse_args(argv)
     pipe = TokComPipeline.from_pretrained(args.model)
     pipe.set_progress_bar_config(disable=True)
-    texts = datasets.load_dataset("parquet", data_files=args.data, split="train")["text"][: args.texts]
+    texts = datasets.load_dataset("parquet", data_files=args.data, split="train")["text"][
+        : args.texts
+    ]
     longest = pipe.max_length - 1
     kept = [text for text in texts if len(text_ids(pipe.tokenizer, text)) <= longest]
     teacher = Teacher(args.teacher, args.top_k, args.min_p, args.teacher_end)

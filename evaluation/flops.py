@@ -38,7 +38,10 @@ def training_flops_per_token(model: nn.Module, input_ids: torch.Tensor) -> float
     state = random.getstate()
     torch_state = torch.get_rng_state()
     kept = [p.grad for p in model.parameters()]
-    for coin in (_seed_with(True), _seed_with(False)):  # the model's coin is `random.random() < 0.5`
+    for coin in (
+        _seed_with(True),
+        _seed_with(False),
+    ):  # the model's coin is `random.random() < 0.5`
         random.seed(coin)
         costs.append(count_flops(step))
     random.setstate(state)
@@ -50,7 +53,10 @@ def training_flops_per_token(model: nn.Module, input_ids: torch.Tensor) -> float
 
 
 def training_flops_per_step(
-    model: nn.Module, batch_size: int, sequence_length: int, build: Callable[[nn.Module], torch.optim.Optimizer]
+    model: nn.Module,
+    batch_size: int,
+    sequence_length: int,
+    build: Callable[[nn.Module], torch.optim.Optimizer],
 ) -> float:
     """Operations of one optimizer step on `batch_size` rows of `sequence_length` tokens, the optimizer's included."""
     per_token = training_flops_per_token(model, torch.zeros(1, sequence_length, dtype=torch.long))

@@ -35,13 +35,17 @@ def held_out_texts(args: argparse.Namespace) -> list[str]:
     data = DataConfig(train=args.train, text_column=args.text_column)
     column = args.text_column
     sources = {"train": args.train, "validation": args.validation}
-    train, validation = (load_documents(path, data, split)[column] for split, path in sources.items())
+    train, validation = (
+        load_documents(path, data, split)[column] for split, path in sources.items()
+    )
     shared = set(train) & set(validation)
     if shared:
         raise ValueError(
             f"{len(shared)} documents of {args.validation} are training documents, e.g. {min(shared)[:60]!r}."
         )
-    return [" ".join(text.split()[: args.words]) for text in validation if text.strip()][: args.samples]
+    return [" ".join(text.split()[: args.words]) for text in validation if text.strip()][
+        : args.samples
+    ]
 
 
 def predict(pipe: TokComPipeline, texts: list[str], noise_level: float, seed: int) -> list[str]:
@@ -56,15 +60,22 @@ def predict(pipe: TokComPipeline, texts: list[str], noise_level: float, seed: in
 
 
 def write_predictions(file: Path, texts: list[str], predictions: list[str]) -> str:
-    rows = [{"id": i, "reference": r, "prediction": p} for i, (r, p) in enumerate(zip(texts, predictions))]
+    rows = [
+        {"id": i, "reference": r, "prediction": p}
+        for i, (r, p) in enumerate(zip(texts, predictions))
+    ]
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
     return str(file)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="finished model with prediction_type='latents'")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--checkpoint", required=True, help="finished model with prediction_type='latents'"
+    )
     parser.add_argument("--train", required=True)
     parser.add_argument("--validation", required=True)
     parser.add_argument("--text_column", default="text")
@@ -72,7 +83,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max_steps", type=int, default=300)
     parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--words", type=int, default=48, help="length of the held-out texts")
-    parser.add_argument("--noise_level", type=float, default=0.5, help="t from which texts are denoised")
+    parser.add_argument(
+        "--noise_level", type=float, default=0.5, help="t from which texts are denoised"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/heads"))
     args = parser.parse_args(argv)
@@ -92,10 +105,22 @@ def main(argv: list[str] | None = None) -> None:
                 "stage=head",
                 "num_samples=0",
             ]
-            overrides += [f"data.text_column={args.text_column}", f"init_from={args.checkpoint}", f"seed={seed}"]
+            overrides += [
+                f"data.text_column={args.text_column}",
+                f"init_from={args.checkpoint}",
+                f"seed={seed}",
+            ]
             overrides += [f"model.{key}={value}" for key, value in head.items()]
-            overrides += [f"head.max_steps={args.max_steps}", f"head.eval_steps={args.max_steps}", "head.batch_size=8"]
-            overrides += ["head.sequence_length=128", "head.learning_rate=3.0e-4", "head.warmup_steps=20"]
+            overrides += [
+                f"head.max_steps={args.max_steps}",
+                f"head.eval_steps={args.max_steps}",
+                "head.batch_size=8",
+            ]
+            overrides += [
+                "head.sequence_length=128",
+                "head.learning_rate=3.0e-4",
+                "head.warmup_steps=20",
+            ]
             overrides += ["head.eval_batches=8", "report_to=none", f"output_dir={output}"]
             run(load_train_config("tiny", overrides))
             found = predict(TokComPipeline.from_pretrained(output).to(args.device), texts, args.noise_level, seed)

@@ -8,7 +8,9 @@ from tokcom.training.precision import half_precision
 
 
 @torch.no_grad()
-def token_nll(model, ids: np.ndarray, prompts: np.ndarray | None = None, batch_size: int = 64) -> np.ndarray:
+def token_nll(
+    model, ids: np.ndarray, prompts: np.ndarray | None = None, batch_size: int = 64
+) -> np.ndarray:
     """Nats of every token of `ids (B, T)` given the tokens before it, `prompts (B, P)` included, by a causal language
     model: `(B, T)`.
 
@@ -17,7 +19,9 @@ def token_nll(model, ids: np.ndarray, prompts: np.ndarray | None = None, batch_s
     whole = ids if prompts is None else np.concatenate((prompts, ids), axis=1)
     rows = []
     for start in range(0, len(whole), batch_size):
-        batch = torch.from_numpy(whole[start : start + batch_size].astype(np.int64)).to(model.device)
+        batch = torch.from_numpy(whole[start : start + batch_size].astype(np.int64)).to(
+            model.device
+        )
         with half_precision(batch.device.type):
             logits = model(input_ids=batch).logits[:, :-1]
         losses = torch.nn.functional.cross_entropy(
@@ -32,7 +36,9 @@ class TokenJudge:
     """A causal language model with TokCom's own tokenizer, such as `evaluation.autoregressive` trains."""
 
     def __init__(self, path: str, device: str = "cpu"):
-        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device).eval()
+        self.model = (
+            AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device).eval()
+        )
 
     def nll(self, ids: np.ndarray, prompts: np.ndarray | None = None) -> np.ndarray:
         """`token_nll` of the judge."""
@@ -44,7 +50,9 @@ class TextJudge:
 
     def __init__(self, path: str, device: str = "cpu"):
         self.tokenizer = AutoTokenizer.from_pretrained(path)
-        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device).eval()
+        self.model = (
+            AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device).eval()
+        )
 
     @torch.no_grad()
     def nats_per_character(self, texts: list[str], prompts: list[str] | None = None) -> np.ndarray:
@@ -52,10 +60,14 @@ class TextJudge:
         prompts = prompts or [""] * len(texts)
         results = []
         for prompt, text in zip(prompts, texts):
-            encoded = self.tokenizer(prompt + text, return_tensors="pt", return_offsets_mapping=True)
+            encoded = self.tokenizer(
+                prompt + text, return_tensors="pt", return_offsets_mapping=True
+            )
             whole = encoded["input_ids"].to(self.model.device)
             ends = encoded["offset_mapping"][0, :, 1]
-            known = max(1, int((ends <= len(prompt)).sum()))  # a token that reaches into the text is scored
+            known = max(
+                1, int((ends <= len(prompt)).sum())
+            )  # a token that reaches into the text is scored
             if whole.shape[1] <= known:
                 results.append(float("nan"))
                 continue

@@ -50,7 +50,9 @@ def resized(config: TokComConfig, layers: int, frames: int, side: int) -> TokCom
     return TokComConfig(**fields)
 
 
-def saved_bytes(config: TokComConfig, checkpointing: bool = False, dtype: torch.dtype | None = None) -> int:
+def saved_bytes(
+    config: TokComConfig, checkpointing: bool = False, dtype: torch.dtype | None = None
+) -> int:
     """Bytes that autograd keeps for the backward pass of one clip, without parameters; with autocast to `dtype` if given."""
     model = TokComModel(config).train()
     model.set_stage("flow")
@@ -58,8 +60,12 @@ def saved_bytes(config: TokComConfig, checkpointing: bool = False, dtype: torch.
         model.gradient_checkpointing_enable()
     codec = config.codec_config
     clip = torch.randn(1, codec.num_channels, codec.num_frames, codec.height, codec.width)
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    kept: dict[int, torch.Tensor] = {}  # the tensors themselves: a storage that is freed lends its address to another
+    own = {
+        tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())
+    }
+    kept: dict[
+        int, torch.Tensor
+    ] = {}  # the tensors themselves: a storage that is freed lends its address to another
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         address = tensor.untyped_storage().data_ptr()
@@ -73,7 +79,9 @@ def saved_bytes(config: TokComConfig, checkpointing: bool = False, dtype: torch.
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-def activations(config: TokComConfig, checkpointing: bool = False, dtype: torch.dtype | None = None) -> float:
+def activations(
+    config: TokComConfig, checkpointing: bool = False, dtype: torch.dtype | None = None
+) -> float:
     """`saved_bytes` of a full step, extrapolated from two depths and two lengths."""
     shallow = 2
     deep = 4
@@ -87,7 +95,9 @@ def activations(config: TokComConfig, checkpointing: bool = False, dtype: torch.
     (f1, s1), (f2, s2) = few, many
     n1 = f1 * s1**2
     n2 = f2 * s2**2
-    slopes = {layers: (found[layers, many] - found[layers, few]) / (n2 - n1) for layers in (shallow, deep)}  # a latent
+    slopes = {
+        layers: (found[layers, many] - found[layers, few]) / (n2 - n1) for layers in (shallow, deep)
+    }  # a latent
     per_layer = (slopes[deep] - slopes[shallow]) / (deep - shallow)
     total = config.codec_config.num_tokens
     layers = config.transformer_config.num_hidden_layers
@@ -107,7 +117,9 @@ def operations(config: TokComConfig, parameters: int) -> float:
     moments = total // place
     pairs = [total * total] * transformer.num_hidden_layers
     if transformer.attention_type == "factorized":
-        pairs = [total * (moments if i % 2 else place) for i in range(transformer.num_hidden_layers)]
+        pairs = [
+            total * (moments if i % 2 else place) for i in range(transformer.num_hidden_layers)
+        ]
     copies = 1 if transformer.block_size is None else 2
     attention = 4 * transformer.hidden_size * sum(pairs) * copies**2
     return 3 * (2 * parameters * total * copies + attention)
@@ -147,23 +159,39 @@ def run_step(config: TokComConfig, dtype: torch.dtype | None = torch.bfloat16) -
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     known = sorted(name for name in PRESETS if name.startswith("video-"))
     parser.add_argument("--presets", nargs="+", choices=known, default=known)
     parser.add_argument("--run", action="store_true", help="take one step of the first preset, too")
     args = parser.parse_args(argv)
     if args.run:
-        print(f"one step of {args.presets[0]}:", run_step(TokComConfig.from_preset(args.presets[0])))
+        print(
+            f"one step of {args.presets[0]}:", run_step(TokComConfig.from_preset(args.presets[0]))
+        )
     rows = []
     for name in args.presets:
         for attention in ("full", "factorized"):
-            config = TokComConfig.from_preset(name, transformer_config={"attention_type": attention})
+            config = TokComConfig.from_preset(
+                name, transformer_config={"attention_type": attention}
+            )
             found = dataclasses.asdict(cost(config))
-            gib = [f"{found[key] / GIB:.2f}" for key in ("attention_matrix", "activations", "checkpointed", "weights")]
+            gib = [
+                f"{found[key] / GIB:.2f}"
+                for key in ("attention_matrix", "activations", "checkpointed", "weights")
+            ]
             millions = f"{found['parameters'] / 1e6:.1f}"
             latents = f"{found['latents']:,}"
-            rows.append([name, attention, millions, latents, f"{found['operations'] / 1e12:.3g}", *gib])
-    sizes = ["attention matrix, GiB", "activations, GiB", "with checkpointing, GiB", "weights and AdamW, GiB"]
+            rows.append(
+                [name, attention, millions, latents, f"{found['operations'] / 1e12:.3g}", *gib]
+            )
+    sizes = [
+        "attention matrix, GiB",
+        "activations, GiB",
+        "with checkpointing, GiB",
+        "weights and AdamW, GiB",
+    ]
     print(table(["preset", "attention", "M parameters", "latents", "TFLOP a clip", *sizes], rows))
 
 

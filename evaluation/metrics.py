@@ -29,7 +29,9 @@ def ngram_keys(ids: np.ndarray, n: int) -> np.ndarray:
     keys = np.zeros((*ids.shape[:-1], max(0, ids.shape[-1] - n + 1)), np.uint64)
     with np.errstate(over="ignore"):
         for i in range(n):
-            mixed = (ids[..., i : i + keys.shape[-1]] + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+            mixed = (ids[..., i : i + keys.shape[-1]] + np.uint64(1)) * np.uint64(
+                0x9E3779B97F4A7C15
+            )
             keys = (keys ^ (mixed ^ (mixed >> np.uint64(29)))) * np.uint64(0xBF58476D1CE4E5B9)
             keys ^= keys >> np.uint64(32)
     return keys
@@ -56,7 +58,9 @@ def self_bleu(ids: np.ndarray, count: int = 100) -> float:
     """BLEU-4 in [0, 1] of each of `count` samples against the others; high means samples are alike."""
     texts = [" ".join(map(str, row)) for row in spread(ids, count).tolist()]
     bleu = BLEU(tokenize="none", effective_order=True)
-    scores = [bleu.sentence_score(text, texts[:i] + texts[i + 1 :]).score for i, text in enumerate(texts)]
+    scores = [
+        bleu.sentence_score(text, texts[:i] + texts[i + 1 :]).score for i, text in enumerate(texts)
+    ]
     return float(np.mean(scores) / 100)
 
 
@@ -81,7 +85,9 @@ class TrainingNgrams:
         """Share of K-grams seen in training, at chunk boundaries (on-grid) and across them (off-grid)."""
         seen = self.seen(ids, size)
         on_grid = np.arange(seen.shape[1]) % size == 0
-        return float(seen[:, on_grid].mean()), float(seen[:, ~on_grid].mean()) if size > 1 else float("nan")
+        return float(seen[:, on_grid].mean()), float(
+            seen[:, ~on_grid].mean()
+        ) if size > 1 else float("nan")
 
     def longest(self, ids: np.ndarray) -> int:
         """Length of the longest n-gram of any sample that occurs in the training text, by bisection: its parts occur too."""

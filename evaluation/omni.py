@@ -62,7 +62,9 @@ class Pairs(nn.Module):
         return self.scale.exp() * self.see(pixels) @ self.read(rows).T
 
 
-def train_pairs(pixels: torch.Tensor, rows: list[list[int]], vocab_size: int, steps: int, seed: int) -> Pairs:
+def train_pairs(
+    pixels: torch.Tensor, rows: list[list[int]], vocab_size: int, steps: int, seed: int
+) -> Pairs:
     torch.manual_seed(seed)
     pairs = Pairs(vocab_size).train()
     labels = torch.arange(128)
@@ -116,8 +118,12 @@ class Study:
             name: self._load(getattr(args, name), wanted[name.removesuffix("_test")])
             for name in ("pictures", "pictures_test", "digits", "digits_test")
         }
-        if unknown := set(self.data["digits_test"]["caption"]) - set(self.data["digits"]["caption"]):
-            raise ValueError(f"{args.digits_test} has captions that {args.digits} lacks, such as {min(unknown)!r}.")
+        if unknown := set(self.data["digits_test"]["caption"]) - set(
+            self.data["digits"]["caption"]
+        ):
+            raise ValueError(
+                f"{args.digits_test} has captions that {args.digits} lacks, such as {min(unknown)!r}."
+            )
         self.processor = TokComAudioProcessor(pipe.model.codec.streams["audio"].config)
 
     def _load(self, source: str, wanted: tuple[str, ...]) -> dict[str, list]:
@@ -130,7 +136,9 @@ class Study:
         if not rows:
             raise ValueError(f"{source} has no record with all of {wanted}.")
         found = {name: [contents[i][name] for i in rows] for name in wanted}
-        found["caption"] = [records[i]["text"] for i in rows]  # whole; `text` is cut to what the model reads
+        found["caption"] = [
+            records[i]["text"] for i in rows
+        ]  # whole; `text` is cut to what the model reads
         return found | {"pixels": self.pixels(found["image"])}
 
     def generate(self, stream: str, given: dict[str, list], scale: float = 1.0) -> list:
@@ -139,7 +147,11 @@ class Study:
         count = len(next(iter(given.values())))
         for start in trange(0, count, BATCH, desc=f"{'+'.join(given)} to {stream}", leave=False):
             part = {name: values[start : start + BATCH] for name, values in given.items()}
-            options = {"num_inference_steps": self.args.steps, "guidance_scale": scale, "generator": generator}
+            options = {
+                "num_inference_steps": self.args.steps,
+                "guidance_scale": scale,
+                "generator": generator,
+            }
             options["num_candidates"] = self.args.num_candidates if stream == "text" else 1
             made += self.pipe.generate_streams(part, stream, **options).streams[stream]
         return made
@@ -162,8 +174,18 @@ def measure_pictures(study: Study) -> dict:
         name: tokenizer(part["caption"], add_special_tokens=False)["input_ids"]
         for name, part in (("train", train), ("test", test))
     }
-    pairs = train_pairs(train["pixels"], rows["train"], vocabulary_size(tokenizer), args.contrastive_steps, args.seed)
-    found = {"direction": "text to picture", "measure": f"caption found among {CANDIDATES}", "chance": 1 / CANDIDATES}
+    pairs = train_pairs(
+        train["pixels"],
+        rows["train"],
+        vocabulary_size(tokenizer),
+        args.contrastive_steps,
+        args.seed,
+    )
+    found = {
+        "direction": "text to picture",
+        "measure": f"caption found among {CANDIDATES}",
+        "chance": 1 / CANDIDATES,
+    }
     found["nearest training record"] = retrieved(
         pairs, train["pixels"][copied(test["caption"], train["caption"])], rows["test"], args.seed
     )
@@ -173,10 +195,14 @@ def measure_pictures(study: Study) -> dict:
     for scale in args.guidance_scales:
         drawn[scale] = study.generate("image", {"text": test["text"]}, scale)
         written[scale] = study.generate("text", {"image": test["image"]}, scale)
-        found[f"guidance {scale:g}"] = retrieved(pairs, study.pixels(drawn[scale]), rows["test"], args.seed)
+        found[f"guidance {scale:g}"] = retrieved(
+            pairs, study.pixels(drawn[scale]), rows["test"], args.seed
+        )
     distance = torch.cdist(test["pixels"].flatten(1), train["pixels"].flatten(1))
     nearest = [train["caption"][i] for i in distance.argmin(1)]
-    named, bleu = ({"direction": "picture to text", "measure": name} for name in ("noun exact", "BLEU"))
+    named, bleu = (
+        {"direction": "picture to text", "measure": name} for name in ("noun exact", "BLEU")
+    )
     kinds = (
         ("nearest training record", nearest),
         ("real data", study.pipe.reconstruct_streams({"text": test["text"]}).texts),
@@ -220,7 +246,9 @@ def measure_digits(study: Study) -> dict:
     wanted = labels["test"][:, 0]
     ear = train_classifier(known, labels["train"], args.epochs, args.seed)
     heard = recognised(ear, held_out, labels["test"])[0]
-    nearest = labels["train"][torch.cdist(held_out[:, 0].flatten(1), known[:, 0].flatten(1)).argmin(1), 0]
+    nearest = labels["train"][
+        torch.cdist(held_out[:, 0].flatten(1), known[:, 0].flatten(1)).argmin(1), 0
+    ]
     nearest = float((nearest == wanted).float().mean())
     icons = torch.stack([train["pixels"][train["caption"].index(name)] for name in classes])
     rows = [
@@ -245,12 +273,16 @@ def measure_digits(study: Study) -> dict:
         said = study.generate("text", {"audio": test["audio"]}, scale)
         rows[0][key] = float(np.mean([a == b for a, b in zip(said, test["caption"])]))
         drawn = study.pixels(study.generate("image", {"audio": test["audio"]}, scale))
-        rows[1][key] = float((torch.cdist(drawn.flatten(1), icons.flatten(1)).argmin(1) == wanted).float().mean())
+        rows[1][key] = float(
+            (torch.cdist(drawn.flatten(1), icons.flatten(1)).argmin(1) == wanted).float().mean()
+        )
         for row, given in ((rows[2], "text"), (rows[3], "image")):
             made = study.generate("audio", {given: test[given]}, scale)
             features = study.sounds(made)
             row[key] = recognised(ear, features, labels["test"])[0]
-            sounds.append({"sounds": f"{row['direction']}, {key}", **closeness(features, known, wanted)})
+            sounds.append(
+                {"sounds": f"{row['direction']}, {key}", **closeness(features, known, wanted)}
+            )
             if given == "text" and scale == args.guidance_scales[-1]:
                 keep_sounds(study, classes, made, test)
     return {"directions": [{"chance": 1 / len(classes), **row} for row in rows], "sounds": sounds}
@@ -265,11 +297,16 @@ def keep_sounds(study: Study, classes: list[str], sounds: list[np.ndarray], test
 
     classes = [name for name in classes if name in test["caption"]]
     first = [test["caption"].index(name) for name in classes]
-    figure, axes = pyplot.subplots(2, len(classes), figsize=(1.2 * len(classes), 2.6), layout="constrained")
+    figure, axes = pyplot.subplots(
+        2, len(classes), figsize=(1.2 * len(classes), 2.6), layout="constrained"
+    )
     for column, index in enumerate(first):
         for row, sound in enumerate((test["audio"][index], sounds[index])):
             axes[row, column].imshow(
-                study.processor(sound)["input_features"][0], origin="lower", aspect="auto", cmap="magma"
+                study.processor(sound)["input_features"][0],
+                origin="lower",
+                aspect="auto",
+                cmap="magma",
             )
             axes[row, column].set(xticks=[], yticks=[])
         axes[0, column].set_title(classes[column].split()[-1], fontsize=8)
@@ -312,7 +349,9 @@ def measure_text(
 def report(facts: dict) -> str:
     columns = ["direction", "measure", "chance", "nearest training record", "real data"]
     columns += [key for key in facts["directions"][0] if key.startswith("guidance")]
-    text = "## Six directions\n\n" + table(columns, [[row.get(key) for key in columns] for row in facts["directions"]])
+    text = "## Six directions\n\n" + table(
+        columns, [[row.get(key) for key in columns] for row in facts["directions"]]
+    )
     text += "\n## Captions\n\n" + table(["real", "model", "nearest"], facts["captions"])
     for name in ("sounds", "text"):
         if facts.get(name):
@@ -331,12 +370,19 @@ def load(args: argparse.Namespace) -> tuple[Study, dict[str, TokComPipeline], To
     if args.text_model:
         pipes["text alone"] = TokComPipeline.from_pretrained(args.text_model)
     for pipe, streams in zip(pipes.values(), ({"audio", "image", "text"}, {"text"})):
-        if pipe.model.config.codec_config.modality != "several" or not streams <= set(pipe.model.codec.names):
-            raise ValueError(f"{args.model}, {args.text_model}: the streams {sorted(streams)} are needed.")
+        if pipe.model.config.codec_config.modality != "several" or not streams <= set(
+            pipe.model.codec.names
+        ):
+            raise ValueError(
+                f"{args.model}, {args.text_model}: the streams {sorted(streams)} are needed."
+            )
         pipe.set_progress_bar_config(disable=True)
     if args.judge:
         judge = TokenJudge(args.judge)
-        vocabularies = [AutoTokenizer.from_pretrained(args.judge), *(pipe.tokenizer for pipe in pipes.values())]
+        vocabularies = [
+            AutoTokenizer.from_pretrained(args.judge),
+            *(pipe.tokenizer for pipe in pipes.values()),
+        ]
         if any(tokenizer.get_vocab() != vocabularies[0].get_vocab() for tokenizer in vocabularies):
             raise ValueError(
                 f"{args.judge} and the models have different tokenizers; train the judge with --checkpoint {args.model}."
@@ -347,16 +393,23 @@ def load(args: argparse.Namespace) -> tuple[Study, dict[str, TokComPipeline], To
 
 
 def main(argv: list[str] | None = None) -> dict:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True)
     for name in ("pictures", "pictures_test", "digits", "digits_test"):
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--text_model", help="model of the text stream alone")
-    parser.add_argument("--judge", help="autoregressive judge of captions with the model's tokenizer")
+    parser.add_argument(
+        "--judge", help="autoregressive judge of captions with the model's tokenizer"
+    )
     parser.add_argument("--guidance_scales", type=float, nargs="+", default=[1.0, 2.0])
     parser.add_argument("--steps", type=int, help="denoising steps; the model's own by default")
     parser.add_argument(
-        "--num_candidates", type=int, default=1, help="texts of which the one most like the others counts"
+        "--num_candidates",
+        type=int,
+        default=1,
+        help="texts of which the one most like the others counts",
     )
     parser.add_argument("--contrastive_steps", type=int, default=1500)
     parser.add_argument("--epochs", type=int, default=10, help="of the classifier of sounds")

@@ -71,7 +71,9 @@ def nll_by_place(nll: np.ndarray, chunk_size: int) -> list[float]:
     return np.nanmean(whole.reshape(len(nll), -1, chunk_size), axis=(0, 1)).tolist()
 
 
-def measure_setting(judge: TokenJudge, prompts: np.ndarray, setting: str, sampler, chunk_size: int) -> dict:
+def measure_setting(
+    judge: TokenJudge, prompts: np.ndarray, setting: str, sampler, chunk_size: int
+) -> dict:
     """Conditional NLL, also by place in the chunk, and entropy of one sampling setting; a point of the frontier."""
     ids = sampler.sample(prompts, CONTINUATION, seed=0)
     nll = judge.nll(ids, prompts)
@@ -115,9 +117,15 @@ def describe(study: Study, ids: np.ndarray, prompts: np.ndarray | None = None) -
         "chunks_seen_off_grid": off_grid,
     }
     texts = [study.decode(row) for row in spread(ids, study.text_judge_samples)]
-    before = None if prompts is None else [study.decode(row) for row in spread(prompts, study.text_judge_samples)]
+    before = (
+        None
+        if prompts is None
+        else [study.decode(row) for row in spread(prompts, study.text_judge_samples)]
+    )
     for name, judge in study.text_judges.items():
-        facts[f"nats_per_character_{name}"] = float(np.nanmean(judge.nats_per_character(texts, before)))
+        facts[f"nats_per_character_{name}"] = float(
+            np.nanmean(judge.nats_per_character(texts, before))
+        )
     return facts
 
 
@@ -125,7 +133,8 @@ def over_seeds(runs: list[dict]) -> dict:
     """Means over seeds of `describe` results, with the standard deviation of `nll`, `entropy` and `rep_4`."""
     mean = {key: np.mean([run[key] for run in runs], axis=0).tolist() for key in runs[0]}
     spread = {
-        f"{key}_std_over_seeds": float(np.std([run[key] for run in runs])) for key in ("nll", "entropy", "rep_4")
+        f"{key}_std_over_seeds": float(np.std([run[key] for run in runs]))
+        for key in ("nll", "entropy", "rep_4")
     }
     return mean | (spread if len(runs) > 1 else {})
 
@@ -148,8 +157,13 @@ def continuation(study: Study, systems: dict) -> dict:
     windows = study.windows(PROMPT + CONTINUATION, study.samples)
     prompts = windows[:, :PROMPT]
     real = windows[:, PROMPT:]
-    controls = {"real text": real, "shuffled tokens": np.random.default_rng(0).permuted(real, axis=1)}
-    controls["random training chunks"] = control_texts(study, CONTINUATION, len(real), 0)["random training chunks"]
+    controls = {
+        "real text": real,
+        "shuffled tokens": np.random.default_rng(0).permuted(real, axis=1),
+    }
+    controls["random training chunks"] = control_texts(study, CONTINUATION, len(real), 0)[
+        "random training chunks"
+    ]
     controls["repeated phrase"] = np.tile(prompts[:, -8:], (1, CONTINUATION // 8))
     results = {name: describe(study, ids, prompts) for name, ids in controls.items()}
     for name, sampler in systems.items():
@@ -161,7 +175,9 @@ def continuation(study: Study, systems: dict) -> dict:
         for extra in range(1, study.chunk_size):
             odd = study.windows(PROMPT + extra, study.samples)
             ids = sampler.sample(odd, CONTINUATION, 0)
-            results[name][f"nll_prompt_plus_{extra}"] = float(study.token_judge.nll(ids, odd).mean())
+            results[name][f"nll_prompt_plus_{extra}"] = float(
+                study.token_judge.nll(ids, odd).mean()
+            )
     return results
 
 
@@ -175,7 +191,9 @@ def frontier(study: Study, make_sampler: dict, count: int) -> dict:
     prompts = windows[:, :PROMPT]
     real = windows[:, PROMPT:]
     target = sample_entropy(real)
-    results = {"real text": {"entropy": target, "nll": float(study.token_judge.nll(real, prompts).mean())}}
+    results = {
+        "real text": {"entropy": target, "nll": float(study.token_judge.nll(real, prompts).mean())}
+    }
     for name, settings in make_sampler.items():
         points = [
             measure_setting(study.token_judge, prompts, setting, sampler, study.chunk_size)
@@ -216,7 +234,9 @@ def brier(study: Study, systems: dict, count: int) -> dict:
     return results
 
 
-def likelihood(study: Study, systems: dict, windows: int = 48, length: int = 512, skipped: int = 32) -> dict:
+def likelihood(
+    study: Study, systems: dict, windows: int = 48, length: int = 512, skipped: int = 32
+) -> dict:
     """Nats per token of held-out text under each system's own probabilities, of `windows` windows without their first
     `skipped` tokens. None for a TokCom model that decides several tokens in one step, whose likelihood is not known."""
     ids = study.windows(length, windows)
@@ -237,11 +257,16 @@ def memorisation(study: Study, systems: dict) -> dict:
     for name, sampler in systems.items():
         samples[name] = sampler.sample(None, study.length, 0, len(samples["real text"]))
     for name, ids in samples.items():
-        results[name] = {"overlap_8": study.ngrams.overlap(ids, 8), "longest": study.ngrams.longest(ids)}
+        results[name] = {
+            "overlap_8": study.ngrams.overlap(ids, 8),
+            "longest": study.ngrams.longest(ids),
+        }
     return results
 
 
-def latency(study: Study, systems: dict, batches=(1, 32), length: int = 64, repeats: int = 20) -> dict:
+def latency(
+    study: Study, systems: dict, batches=(1, 32), length: int = 64, repeats: int = 20
+) -> dict:
     """Milliseconds per generated token: median of `repeats` after 3 warm-ups, systems in turn, same threads."""
     prompts = study.windows(PROMPT, max(batches))
     results = {name: {} for name in systems}

@@ -45,7 +45,9 @@ class PublishedTokCom:
         """Random weights of the published names and shapes; the last of `vocab_size` ids is the omni token."""
         wide = 4 * hidden_size
         vae = {"embed_tokens.weight": torch.randn(vocab_size, hidden_size)}
-        vae["encoder.embed_tokens.weight"] = vae["decoder.lm_head.weight"] = vae["embed_tokens.weight"]
+        vae["encoder.embed_tokens.weight"] = vae["decoder.lm_head.weight"] = vae[
+            "embed_tokens.weight"
+        ]
         denoiser = {"norm.weight": 1 + 0.1 * torch.randn(hidden_size)}
         linears = {"time_mlp.0": (wide, hidden_size), "time_mlp.2": (hidden_size, wide)}
         linears["output_proj"] = (hidden_size, hidden_size)
@@ -53,10 +55,15 @@ class PublishedTokCom:
         for i in range(num_layers):
             sizes = hidden_size, intermediate_size, key_size
             for side in ("encoder", "decoder"):
-                vae |= _block(f"{side}.layers.{i}.", ("input_layernorm", "post_attention_layernorm"), *sizes)
+                vae |= _block(
+                    f"{side}.layers.{i}.", ("input_layernorm", "post_attention_layernorm"), *sizes
+                )
             denoiser |= _block(f"layers.{i}.", ("adaln_attn.norm", "adaln_mlp.norm"), *sizes)
             for part in ("attn", "mlp"):
-                linears[f"layers.{i}.adaln_{part}.scale_shift_mlp.1"] = (2 * hidden_size, hidden_size)
+                linears[f"layers.{i}.adaln_{part}.scale_shift_mlp.1"] = (
+                    2 * hidden_size,
+                    hidden_size,
+                )
         for side in ("encoder", "decoder"):
             vae[f"{side}.norm.weight"] = 1 + 0.1 * torch.randn(hidden_size)
         for name, shape in linears.items():
@@ -84,27 +91,42 @@ class PublishedTokCom:
         """Noisy latents `(B, N, D)` and one t per row `(B,)` -> the estimate of the clean latents."""
         state = self.denoiser
         half = x.shape[-1] // 2
-        angles = t[:, None] * torch.exp(-math.log(10000) * torch.arange(half, device=x.device) / half)
+        angles = t[:, None] * torch.exp(
+            -math.log(10000) * torch.arange(half, device=x.device) / half
+        )
         wave = torch.cat((angles.cos(), angles.sin()), -1)
         hidden = F.silu(wave @ state["time_mlp.0.weight"].T + state["time_mlp.0.bias"])
         condition = F.silu(hidden @ state["time_mlp.2.weight"].T + state["time_mlp.2.bias"])
 
         def modulated(x: torch.Tensor, prefix: str) -> torch.Tensor:
-            weight, bias = (state[f"{prefix}scale_shift_mlp.1.{part}"] for part in ("weight", "bias"))
+            weight, bias = (
+                state[f"{prefix}scale_shift_mlp.1.{part}"] for part in ("weight", "bias")
+            )
             scale, shift = (condition @ weight.T + bias).chunk(2, -1)
-            return _rms_norm(x, state[f"{prefix}norm.weight"]) * (1 + scale[:, None]) + shift[:, None]
+            return (
+                _rms_norm(x, state[f"{prefix}norm.weight"]) * (1 + scale[:, None]) + shift[:, None]
+            )
 
         for i in range(self.num_layers):
-            x = x + self._attention(modulated(x, f"layers.{i}.adaln_attn."), state, f"layers.{i}.self_attn.")
+            x = x + self._attention(
+                modulated(x, f"layers.{i}.adaln_attn."), state, f"layers.{i}.self_attn."
+            )
             x = x + _mlp(modulated(x, f"layers.{i}.adaln_mlp."), state, f"layers.{i}.mlp.")
-        return _rms_norm(x, state["norm.weight"]) @ state["output_proj.weight"].T + state["output_proj.bias"]
+        return (
+            _rms_norm(x, state["norm.weight"]) @ state["output_proj.weight"].T
+            + state["output_proj.bias"]
+        )
 
     def _stack(self, x: torch.Tensor, side: str) -> torch.Tensor:
         for i in range(self.num_layers):
             prefix = f"{side}.layers.{i}."
             normed = _rms_norm(x, self.vae[f"{prefix}input_layernorm.weight"])
             x = x + self._attention(normed, self.vae, f"{prefix}self_attn.")
-            x = x + _mlp(_rms_norm(x, self.vae[f"{prefix}post_attention_layernorm.weight"]), self.vae, f"{prefix}mlp.")
+            x = x + _mlp(
+                _rms_norm(x, self.vae[f"{prefix}post_attention_layernorm.weight"]),
+                self.vae,
+                f"{prefix}mlp.",
+            )
         return _rms_norm(x, self.vae[f"{side}.norm.weight"])
 
     def _attention(self, x: torch.Tensor, state: State, prefix: str) -> torch.Tensor:
@@ -134,15 +156,25 @@ class PublishedTokCom:
         """Stage 1: cross-entropy of the reconstruction of ids `(B, T)`."""
         return F.cross_entropy(self.decode(self.encode(ids)).flatten(0, 1), ids.flatten())
 
-    def flow_loss(self, ids: torch.Tensor, noise_std: float = 0.05, t: float | None = None) -> torch.Tensor:
+    def flow_loss(
+        self, ids: torch.Tensor, noise_std: float = 0.05, t: float | None = None
+    ) -> torch.Tensor:
         """Stage 2: cross-entropy of ids `(B, T)` through the frozen decoder, one t per row, drawn unless it is given."""
         with torch.no_grad():
             clean = self.encode(ids)
-        t = torch.rand(len(ids), device=ids.device) if t is None else torch.full((len(ids),), t, device=ids.device)
-        noisy = (1 - t[:, None, None]) * torch.randn_like(clean) * noise_std + t[:, None, None] * clean
+        t = (
+            torch.rand(len(ids), device=ids.device)
+            if t is None
+            else torch.full((len(ids),), t, device=ids.device)
+        )
+        noisy = (1 - t[:, None, None]) * torch.randn_like(clean) * noise_std + t[
+            :, None, None
+        ] * clean
         return F.cross_entropy(self.decode(self.denoise(noisy, t)).flatten(0, 1), ids.flatten())
 
-    def euler(self, x: torch.Tensor, steps: int, start: float = 0.0, keep: torch.Tensor | None = None) -> torch.Tensor:
+    def euler(
+        self, x: torch.Tensor, steps: int, start: float = 0.0, keep: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Integrate `x (B, N, D)` from t = `start` to 1 in `steps (1 - start)` steps, after the latents `keep` if given."""
         for i in range(round(steps * (1 - start))):
             t = start + i / steps
@@ -152,12 +184,17 @@ class PublishedTokCom:
         return x
 
 
-def _block(prefix: str, norms: tuple[str, str], hidden_size: int, intermediate_size: int, key_size: int) -> State:
+def _block(
+    prefix: str, norms: tuple[str, str], hidden_size: int, intermediate_size: int, key_size: int
+) -> State:
     shapes = {"self_attn.q_proj": (hidden_size, hidden_size)}
     shapes |= {f"self_attn.{n}_proj": (key_size, hidden_size) for n in "kv"}
     state = {f"{prefix}{n}.bias": torch.randn(s[0]) * 0.1 for n, s in shapes.items()}
     shapes |= {f"mlp.{n}_proj": (intermediate_size, hidden_size) for n in ("gate", "up")}
-    shapes |= {"mlp.down_proj": (hidden_size, intermediate_size), "self_attn.o_proj": (hidden_size, hidden_size)}
+    shapes |= {
+        "mlp.down_proj": (hidden_size, intermediate_size),
+        "self_attn.o_proj": (hidden_size, hidden_size),
+    }
     state |= {f"{prefix}{n}.weight": torch.randn(s) / s[1] ** 0.5 for n, s in shapes.items()}
     state |= {f"{prefix}{n}.weight": 1 + 0.1 * torch.randn(hidden_size) for n in norms}
     return state | {f"{prefix}self_attn.rope.inv_freq": torch.zeros(4)}

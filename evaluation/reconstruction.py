@@ -12,7 +12,9 @@ SIGNALS = (0.0, 0.25, 0.5, 0.75, 0.9)
 
 
 @torch.no_grad()
-def reconstruction_accuracy(codec, batches: list[torch.Tensor], seed: int, rare_ids: np.ndarray | None = None) -> dict:
+def reconstruction_accuracy(
+    codec, batches: list[torch.Tensor], seed: int, rare_ids: np.ndarray | None = None
+) -> dict:
     """Share of tokens and of whole chunks that survive encode -> noise -> decode.
 
     Noise is in standard deviations of the standardised latents. With shuffled latents a decoder that reads them, and is
@@ -23,7 +25,12 @@ def reconstruction_accuracy(codec, batches: list[torch.Tensor], seed: int, rare_
     results = {}
 
     def accuracy(change, only: torch.Tensor | None = None) -> tuple[float, float]:
-        hits = torch.cat([(codec.to_ids(change(codec.encode(ids).latents)) == ids).view(-1, size) for ids in batches])
+        hits = torch.cat(
+            [
+                (codec.to_ids(change(codec.encode(ids).latents)) == ids).view(-1, size)
+                for ids in batches
+            ]
+        )
         if only is None:
             return hits.float().mean().item(), hits.all(-1).float().mean().item()
         chosen = torch.cat([torch.isin(ids, only).view(-1, size) for ids in batches])
@@ -47,7 +54,9 @@ def rarest_ids(tokens: np.ndarray, share: float = 0.1) -> np.ndarray:
 
 
 @torch.no_grad()
-def token_losses_at(model, ids: torch.Tensor, t: float, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+def token_losses_at(
+    model, ids: torch.Tensor, t: float, attention_mask: torch.Tensor | None = None
+) -> torch.Tensor:
     """Nats of each token `(B, N, K)` of `ids (B, T)` when it is at time t, every block given the clean text before it.
 
     With `token_stagger` the tokens of a chunk reach t one after the other: each is measured in its turn, given those
@@ -58,9 +67,15 @@ def token_losses_at(model, ids: torch.Tensor, t: float, attention_mask: torch.Te
     if head is None:
         with half:
             return model(ids, attention_mask, timestep=t).token_losses
-    times = [(t + head.stagger * k) / (1 + head.stagger * (head.num_symbols - 1)) for k in range(head.num_symbols)]
+    times = [
+        (t + head.stagger * k) / (1 + head.stagger * (head.num_symbols - 1))
+        for k in range(head.num_symbols)
+    ]
     with half:
-        losses = [model(ids, attention_mask, timestep=time).token_losses[..., k] for k, time in enumerate(times)]
+        losses = [
+            model(ids, attention_mask, timestep=time).token_losses[..., k]
+            for k, time in enumerate(times)
+        ]
     return torch.stack(losses, dim=-1)
 
 
@@ -77,7 +92,9 @@ def held_out_nll(model, windows: np.ndarray, skipped: int) -> float | None:
         return None
     torch.manual_seed(0)
     ids = torch.from_numpy(windows.astype(np.int64)).to(model.device)
-    losses = [token_losses_at(model, part, 0.0)[:, skipped // head.num_symbols :] for part in ids.split(8)]
+    losses = [
+        token_losses_at(model, part, 0.0)[:, skipped // head.num_symbols :] for part in ids.split(8)
+    ]
     return torch.cat(losses).mean().item()
 
 
@@ -87,15 +104,21 @@ def cross_entropy_at(model, batches: list[torch.Tensor], seed: int) -> dict[str,
     results = {}
     for t in tqdm(TIMESTEPS, desc="denoiser", leave=False):
         torch.manual_seed(seed)
-        places = torch.stack([token_losses_at(model, ids, t).mean((0, 1)) for ids in batches]).mean(0)
+        places = torch.stack([token_losses_at(model, ids, t).mean((0, 1)) for ids in batches]).mean(
+            0
+        )
         results[f"denoiser_ce_t_{t}"] = places.mean().item()
         if t == 0.0:
-            results |= {f"denoiser_ce_t_0.0_position_{k}": value for k, value in enumerate(places.tolist())}
+            results |= {
+                f"denoiser_ce_t_0.0_position_{k}": value for k, value in enumerate(places.tolist())
+            }
     return results
 
 
 @torch.no_grad()
-def share_of_informative_draws(model, curve: dict[str, float], unigram: float, draws: int = 100_000) -> float:
+def share_of_informative_draws(
+    model, curve: dict[str, float], unigram: float, draws: int = 100_000
+) -> float:
     """Share of training's t that fall where CE(t) lies between 5 % and 95 % of the unigram entropy."""
     torch.manual_seed(0)
     t = model._sample_times(torch.arange(draws)[None], 1).flatten().numpy()
@@ -104,7 +127,9 @@ def share_of_informative_draws(model, curve: dict[str, float], unigram: float, d
 
 
 @torch.no_grad()
-def prefers_true_prompt(model, prompts: torch.Tensor, real: torch.Tensor, seed: int, t: float = 0.2) -> float:
+def prefers_true_prompt(
+    model, prompts: torch.Tensor, real: torch.Tensor, seed: int, t: float = 0.2
+) -> float:
     """How often a real continuation `(B, L)` has a lower CE at `t` after its own prompt `(B, P)` than after another's.
 
     The text that is scored is the same, and so is its noise; 0.5 is chance. P and L are multiples of K.
@@ -122,7 +147,9 @@ def prefers_true_prompt(model, prompts: torch.Tensor, real: torch.Tensor, seed: 
 
 
 @torch.no_grad()
-def token_recovery(model, windows: np.ndarray, seed: int, batch_size: int = 8) -> dict[str, dict[str, float]]:
+def token_recovery(
+    model, windows: np.ndarray, seed: int, batch_size: int = 8
+) -> dict[str, dict[str, float]]:
     """Share of the tokens of `windows (B, T)` that one look of a bidirectional model at x_t recovers: `model`, and that
     decoding x_t itself recovers: `alone`. By t of the channels, x_t = (1 - t) x0 + t x1, whatever the schedule.
     """
@@ -136,7 +163,9 @@ def token_recovery(model, windows: np.ndarray, seed: int, batch_size: int = 8) -
             noisy = (1 - t) * noise + t * clean.latents
             hits["model"].append(estimated_ids(model, noisy, t, clean.position_ids) == ids)
             hits["alone"].append(model.to_ids(noisy) == ids)
-        results[str(t)] = {name: torch.cat(rows).float().mean().item() for name, rows in hits.items()}
+        results[str(t)] = {
+            name: torch.cat(rows).float().mean().item() for name, rows in hits.items()
+        }
     return results
 
 
@@ -147,4 +176,6 @@ def estimated_ids(model, noisy: torch.Tensor, t: float, position_ids: torch.Tens
         return model.to_ids(model.denoise(noisy, t, position_ids).latents)
     time = torch.full(noisy.shape[:2], head.latent_time(t))
     states = model.predict(noisy, time, position_ids).latents
-    return model.codec.from_symbols(head.most_likely(states, model.symbols(), noisy, head.place_times(time)))
+    return model.codec.from_symbols(
+        head.most_likely(states, model.symbols(), noisy, head.place_times(time))
+    )

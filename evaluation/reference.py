@@ -51,8 +51,14 @@ def reference_metrics(predictions: list[str], references: list[list[str]]) -> di
         meteor_score([r.split() for r in row], text.split(), stemmer=stemmer, wordnet=NoSynonyms())
         for text, row in zip(predictions, references)
     ]
-    best = [rouge.score_multi(row, text)["rougeL"].fmeasure for text, row in zip(predictions, references)]
-    pairs = [(normalize_answer(text), map(normalize_answer, row)) for text, row in zip(predictions, references)]
+    best = [
+        rouge.score_multi(row, text)["rougeL"].fmeasure
+        for text, row in zip(predictions, references)
+    ]
+    pairs = [
+        (normalize_answer(text), map(normalize_answer, row))
+        for text, row in zip(predictions, references)
+    ]
     return {
         "exact match": float(np.mean([text in row for text, row in pairs])),
         "BLEU-4": BLEU().corpus_score(predictions, columns).score / 100,
@@ -65,7 +71,9 @@ def read_predictions(file: str | Path) -> dict[str, float]:
     """`reference_metrics` of a file of records; `ValueError` names what is missing."""
     text = Path(file).read_text()
     rows = (
-        json.loads(text) if text.lstrip().startswith("[") else [json.loads(x) for x in text.splitlines() if x.strip()]
+        json.loads(text)
+        if text.lstrip().startswith("[")
+        else [json.loads(x) for x in text.splitlines() if x.strip()]
     )
     for i, row in enumerate(rows):
         if "prediction" not in row or not ("reference" in row or row.get("references")):
@@ -85,6 +93,9 @@ def compare(files: list[str]) -> str:
     rows = []
     for name, runs in found.items():
         values = {key: [run[key] for run in runs] for key in runs[0]}
-        spread = [f"{np.mean(v):.4f}" + (f" ± {np.std(v, ddof=1):.4f}" if len(v) > 1 else "") for v in values.values()]
+        spread = [
+            f"{np.mean(v):.4f}" + (f" ± {np.std(v, ddof=1):.4f}" if len(v) > 1 else "")
+            for v in values.values()
+        ]
         rows.append([name, len(runs), *spread])
     return table(["", "files", *values], rows)

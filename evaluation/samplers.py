@@ -31,12 +31,16 @@ class TokComSampler:
     batch_size: int = 256
 
     @torch.no_grad()
-    def sample(self, prompts: np.ndarray | None, length: int, seed: int, count: int = 0) -> np.ndarray:
+    def sample(
+        self, prompts: np.ndarray | None, length: int, seed: int, count: int = 0
+    ) -> np.ndarray:
         pipe = self.pipe
         rows = []
         pipe.scheduler.register_to_config(eta=self.eta)
         if pipe.scheduler.config.get("stochastic_sampling"):
-            pipe.scheduler.register_to_config(noise_std=pipe.model.config.noise_std * self.noise_scale)
+            pipe.scheduler.register_to_config(
+                noise_std=pipe.model.config.noise_std * self.noise_scale
+            )
         pipe.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(seed)
         total = count if prompts is None else len(prompts)
@@ -55,7 +59,9 @@ class TokComSampler:
                     _, ids = pipe._sample(noise * self.noise_scale, **settings)
                 else:
                     known = prompts[start : start + size].tolist()
-                    skip, blocks = pipe._continue_rows(known, length, None, noise_scale=self.noise_scale, **settings)
+                    skip, blocks = pipe._continue_rows(
+                        known, length, None, noise_scale=self.noise_scale, **settings
+                    )
                     ids = torch.cat([ids for _, ids in blocks], dim=1)[:, skip[0] :]
             rows.append(ids[:, :length].cpu().numpy())
         ids = np.concatenate(rows)
@@ -75,14 +81,22 @@ class AutoregressiveSampler:
     batch_size: int = 256
 
     @torch.no_grad()
-    def sample(self, prompts: np.ndarray | None, length: int, seed: int, count: int = 0) -> np.ndarray:
+    def sample(
+        self, prompts: np.ndarray | None, length: int, seed: int, count: int = 0
+    ) -> np.ndarray:
         torch.manual_seed(seed)
-        self.model.generation_config.eos_token_id = None  # the end of a document is a token like any other here
+        self.model.generation_config.eos_token_id = (
+            None  # the end of a document is a token like any other here
+        )
         if prompts is None:  # the end of a document is the only context that a new text has
             prompts = np.full((count, 1), self.start_token)
         rows = []
-        for start in tqdm(range(0, len(prompts), self.batch_size), desc="autoregressive", leave=False):
-            ids = torch.from_numpy(prompts[start : start + self.batch_size].astype(np.int64)).to(self.model.device)
+        for start in tqdm(
+            range(0, len(prompts), self.batch_size), desc="autoregressive", leave=False
+        ):
+            ids = torch.from_numpy(prompts[start : start + self.batch_size].astype(np.int64)).to(
+                self.model.device
+            )
             with half_precision(ids.device.type):
                 output = self.model.generate(
                     ids,

@@ -35,14 +35,18 @@ from tokcom.training.config import DataConfig
 from tokcom.training.data import load_documents, tokenize_documents
 
 
-def measure(name: str, sampler: TokComSampler, judge: TokenJudge, windows: np.ndarray, scales: list[float]) -> dict:
+def measure(
+    name: str, sampler: TokComSampler, judge: TokenJudge, windows: np.ndarray, scales: list[float]
+) -> dict:
     """A system's row: NLL and entropy at noise of size 1, and NLL at the entropy of real text over all sizes."""
     prompts = windows[:, :PROMPT]
     real = windows[:, PROMPT:]
     curve = []
     for scale in scales:
         sampler.noise_scale = scale
-        curve.append(measure_setting(judge, prompts, f"noise {scale}", sampler, sampler.pipe.chunk_size))
+        curve.append(
+            measure_setting(judge, prompts, f"noise {scale}", sampler, sampler.pipe.chunk_size)
+        )
     sampler.noise_scale = 1.0
     plain = min(curve, key=lambda point: abs(float(point["setting"].split()[1]) - 1))
     config = sampler.pipe.model.config
@@ -76,7 +80,10 @@ def plot(facts: dict, file: Path) -> None:
     for name, rows in groups.items():
         steps = [row["evaluations a chunk"] for row in rows]
         (line,) = axes.plot(steps, [row["NLL"] for row in rows], "o-", label=f"{name}, noise 1")
-        matched = [np.nan if row["NLL at real entropy"] is None else row["NLL at real entropy"] for row in rows]
+        matched = [
+            np.nan if row["NLL at real entropy"] is None else row["NLL at real entropy"]
+            for row in rows
+        ]
         axes.plot(steps, matched, "s--", color=line.get_color(), label=f"{name}, at real entropy")
     axes.axhline(facts["real_nll"], color="grey", label="real text")
     axes.set(xlabel="evaluations of the network a chunk", ylabel="judge NLL, nats a token")
@@ -87,10 +94,14 @@ def plot(facts: dict, file: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--teacher", required=True)
     parser.add_argument("--students", nargs="*", default=[])
-    parser.add_argument("--judge", required=True, help="autoregressive judge with the same tokenizer")
+    parser.add_argument(
+        "--judge", required=True, help="autoregressive judge with the same tokenizer"
+    )
     parser.add_argument("--data", required=True, help="held-out text")
     parser.add_argument("--text_column", default="text")
     parser.add_argument("--peer", help="autoregressive model whose time is measured, too")
@@ -105,19 +116,30 @@ def main(argv: list[str] | None = None) -> dict:
     try:
         teacher, *students = (TokComPipeline.from_pretrained(name) for name in (args.teacher, *args.students))
         if not teacher.model.config.codec_config.has_tokens:
-            raise ValueError(f"{args.teacher} writes no text; use evaluation.images or evaluation.videos.")
+            raise ValueError(
+                f"{args.teacher} writes no text; use evaluation.images or evaluation.videos."
+            )
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     documents = load_documents(args.data, DataConfig(text_column=args.text_column), "train")
     tokens = tokenize_documents(documents, teacher.tokenizer, args.text_column, "held-out text")
     windows = held_out_windows(tokens, PROMPT + CONTINUATION, args.samples)
     judge = TokenJudge(args.judge)
-    systems = [("teacher", TokComSampler(teacher, steps, args.guidance_scale)) for steps in args.steps]
-    systems += [(Path(name).name, TokComSampler(pipe)) for name, pipe in zip(args.students, students)]
+    systems = [
+        ("teacher", TokComSampler(teacher, steps, args.guidance_scale)) for steps in args.steps
+    ]
+    systems += [
+        (Path(name).name, TokComSampler(pipe)) for name, pipe in zip(args.students, students)
+    ]
     prompts = windows[:, :PROMPT]
     real = windows[:, PROMPT:]
-    facts = {"real_nll": float(judge.nll(real, prompts).mean()), "real_entropy": sample_entropy(real)}
-    facts["rows"] = [measure(name, sampler, judge, windows, args.noise_scales) for name, sampler in systems]
+    facts = {
+        "real_nll": float(judge.nll(real, prompts).mean()),
+        "real_entropy": sample_entropy(real),
+    }
+    facts["rows"] = [
+        measure(name, sampler, judge, windows, args.noise_scales) for name, sampler in systems
+    ]
     timed = {f"{name}, {s.num_inference_steps or 'own'} steps": s for name, s in systems}
     if args.peer:
         peer = AutoModelForCausalLM.from_pretrained(args.peer).eval()

@@ -57,7 +57,11 @@ def modality_branches(tree: ast.AST) -> int:
             tests = node.ifs
         elif isinstance(node, ast.Dict):
             tests = [key for key in node.keys if isinstance(key, ast.Constant)]
-            tests = tests[:1] if any(key.value in ("image", "video", "audio", "several") for key in tests) else []
+            tests = (
+                tests[:1]
+                if any(key.value in ("image", "video", "audio", "several") for key in tests)
+                else []
+            )
             count += len(tests)
             continue
         count += any(MODALITY.search(ast.unparse(test)) for test in tests)
@@ -68,7 +72,9 @@ def fallback_lines(tree: ast.AST) -> int:
     """Lines of `try` blocks that import the project's own modules in two ways."""
     count = 0
     for node in ast.walk(tree):
-        own = isinstance(node, ast.Try) and any(isinstance(x, ast.ImportFrom) and x.level for x in node.body)
+        own = isinstance(node, ast.Try) and any(
+            isinstance(x, ast.ImportFrom) and x.level for x in node.body
+        )
         count += (node.end_lineno - node.lineno + 1) if own else 0
     return count
 
@@ -82,7 +88,9 @@ def constant_fields(tree: Path) -> int:
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.ClassDef) and node.name.endswith("Config"):
                 fields |= {
-                    x.target.id for x in node.body if isinstance(x, ast.AnnAssign) and isinstance(x.target, ast.Name)
+                    x.target.id
+                    for x in node.body
+                    if isinstance(x, ast.AnnAssign) and isinstance(x.target, ast.Name)
                 }
         start = re.search(r"^def _pixels|^PRESETS", text, re.MULTILINE)
         used += text[start.start() :] if start else ""
@@ -121,7 +129,9 @@ def measure(tree: Path) -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("trees", type=Path, nargs="+", help="checkouts to measure")
     args = parser.parse_args()
     results = [measure(tree.resolve()) for tree in args.trees]

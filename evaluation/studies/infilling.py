@@ -33,23 +33,39 @@ def gap_nats(model, ids: list[int], start: int, stop: int) -> tuple[float, float
     known = real.clone()
     known[0, start:stop] = 0
     # what stands behind the text is no gap
-    _, both = token_loss(model, whole, real, known_mask=torch.where(real.bool(), known, 1), fills_gaps=True)
+    _, both = token_loss(
+        model, whole, real, known_mask=torch.where(real.bool(), known, 1), fills_gaps=True
+    )
     _, left = token_loss(model, whole, real)
     return tuple(float(losses.flatten()[start:stop].sum()) for losses in (both, left))
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=".", help="TokCom model directory or Hub id (default: %(default)s)")
-    parser.add_argument("--data", required=True, help="parquet file with held-out text in a column `text`")
-    parser.add_argument("--texts", type=int, default=200, help="texts that are used (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the places of the gaps (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", default=".", help="TokCom model directory or Hub id (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--data", required=True, help="parquet file with held-out text in a column `text`"
+    )
+    parser.add_argument(
+        "--texts", type=int, default=200, help="texts that are used (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the places of the gaps (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
     pipe = TokComPipeline.from_pretrained(args.model)
     model = pipe.model.eval()
     if not model.config.transformer_config.start_latents:
-        raise SystemExit(f"{args.model} was trained without `start_latents`, so its gaps see their left side only.")
-    texts = datasets.load_dataset("parquet", data_files=args.data, split="train")["text"][: args.texts]
+        raise SystemExit(
+            f"{args.model} was trained without `start_latents`, so its gaps see their left side only."
+        )
+    texts = datasets.load_dataset("parquet", data_files=args.data, split="train")["text"][
+        : args.texts
+    ]
     rows = [text_ids(pipe.tokenizer, text)[: pipe.max_length] for text in texts]
     generator = np.random.default_rng(args.seed)
     print("gap length | both sides | left side | gain, nats per token")
