@@ -1,11 +1,13 @@
 """Chunk codec: K consecutive tokens <-> one latent vector.
 
-Notable choices: chunks never see each other, so all chunks of a batch are one dense batch; a clipped-KL posterior, token
-dropout to a learned mask token and latent dropout make the latent space tolerate the errors of a denoiser; latents
-leave the codec standardised per channel; padding is the mask token the dropout has trained, never EOS.
-The attention form without posterior is TokCom v5.2 as published.
+Notable choices: chunks never see each other, so all chunks of a batch are one dense batch; a
+clipped-KL posterior, token dropout to a learned mask token and latent dropout make the latent space
+tolerate the errors of a denoiser; latents leave the codec standardised per channel; padding is the
+mask token the dropout has trained, never EOS. The attention form without posterior is TokCom v5.2
+as published.
 
-Shape legend: B batch, T tokens, K tokens per chunk, N = T/K latents, C latent channels, E embedding, V vocabulary.
+Shape legend: B batch, T tokens, K tokens per chunk, N = T/K latents, C latent channels, E
+embedding, V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -39,7 +41,8 @@ class TokComCodecOutput(ModelOutput):
         latents (`torch.FloatTensor` of shape `(B, N, C)`): standardised latents.
         position_ids (`torch.LongTensor` of shape `(B, N, A)`): where each latent stands.
         mask (`torch.BoolTensor` of shape `(B, N)`): latents that hold at least one real token.
-        codes (`torch.LongTensor` of shape `(B, N, R)`, *optional*): what stores each latent, of codecs with a quantiser.
+        codes (`torch.LongTensor` of shape `(B, N, R)`, *optional*): what stores each latent, of
+            codecs with a quantiser.
     """
 
     latents: torch.FloatTensor | None = None
@@ -68,7 +71,8 @@ class TokComResidualMLP(GradientCheckpointingLayer):
 
 
 class TokComChunkMLP(nn.Module):
-    """Residual SwiGLU network on the concatenation of a chunk: `(M, K, E)` in or out, `(M, D)` between.
+    """Residual SwiGLU network on the concatenation of a chunk: `(M, K, E)` in or out, `(M, D)`
+    between.
 
     It decodes all K places from the latent alone and so has no use for the decoder's `query`.
     """
@@ -99,8 +103,8 @@ class TokComChunkMLP(nn.Module):
 
 
 class TokComChunkTransformer(nn.Module):
-    """The published form: a transformer inside each chunk; the last position is the latent, and the decoder reads
-    `[latent, query, query, ...]`."""
+    """The published form: a transformer inside each chunk; the last position is the latent, and the
+    decoder reads `[latent, query, query, ...]`."""
 
     def __init__(self, config: TokComChunkCodecConfig, encoder: bool):
         super().__init__()
@@ -128,7 +132,8 @@ class TokComChunkTransformer(nn.Module):
 
 
 class TokComCodec(TokComPreTrainedModel):
-    """What all codecs share; each has `to_chunks`, `encode`, `decode`, `to_ids`, `nll` and `training_loss`."""
+    """What all codecs share; each has `to_chunks`, `encode`, `decode`, `to_ids`, `nll` and
+    `training_loss`."""
 
     def known(
         self,
@@ -136,7 +141,8 @@ class TokComCodec(TokComPreTrainedModel):
         mask: torch.Tensor | None = None,
         codes: torch.Tensor | None = None,
     ) -> TokComCodecOutput:
-        """What `encode` returns for texts whose `latents (B, N, C)` are known already, without padding unless `mask (B, N)` tells."""
+        """What `encode` returns for texts whose `latents (B, N, C)` are known already, without
+        padding unless `mask (B, N)` tells."""
         index = torch.arange(latents.shape[1], device=latents.device).expand(len(latents), -1)
         mask = torch.ones_like(index, dtype=torch.bool) if mask is None else mask
         return TokComCodecOutput(
@@ -149,7 +155,8 @@ class TokComCodec(TokComPreTrainedModel):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Nats per token `(B, N, K)` of `input_ids (B, T)` given standardised latents; padded places are 0."""
+        """Nats per token `(B, N, K)` of `input_ids (B, T)` given standardised latents; padded
+        places are 0."""
         chunks, real = self.to_chunks(input_ids, attention_mask)
         return self.nll(latents, chunks) * real
 
@@ -160,8 +167,9 @@ CHUNK_NETWORKS = {"mlp": TokComChunkMLP, "attention": TokComChunkTransformer}
 class TokComChunkCodec(TokComCodec):
     """Variational autoencoder of token chunks (CALM, Shao et al. 2025, and TokCom v5.2).
 
-    The encoder's posterior mean, standardised per channel with the persistent buffers `latent_mean` and `latent_std`,
-    is the latent. The buffers are the identity until `set_latent_statistics` measures them after stage 1.
+    The encoder's posterior mean, standardised per channel with the persistent buffers `latent_mean`
+    and `latent_std`, is the latent. The buffers are the identity until `set_latent_statistics`
+    measures them after stage 1.
     """
 
     config: TokComChunkCodecConfig
@@ -208,7 +216,8 @@ class TokComChunkCodec(TokComCodec):
         return self.embed_tokens
 
     def _posterior(self, chunks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`chunks (M, K)` of ids -> mean `(M, C)` and log-variance `(M, C)`, the latter None without a posterior."""
+        """`chunks (M, K)` of ids -> mean `(M, C)` and log-variance `(M, C)`, the latter None
+        without a posterior."""
         hidden_states = self.embed_tokens(chunks)  # (M, K, E)
         if self.encoder is None:  # each token has its own channels
             mean, log_variance = (
@@ -222,7 +231,8 @@ class TokComChunkCodec(TokComCodec):
         return mean, log_variance.clamp(-12.0, 4.0)
 
     def _token_posterior(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Embeddings `(..., E)`, normalised, -> mean and log-variance of one token, `(..., 2 C / K)`."""
+        """Embeddings `(..., E)`, normalised, -> mean and log-variance of one token,
+        `(..., 2 C / K)`."""
         with torch.autocast(embeddings.device.type, enabled=False):  # likelihoods need exact means
             normed = F.rms_norm(
                 embeddings.float(), embeddings.shape[-1:], eps=self.config.rms_norm_eps
@@ -232,7 +242,8 @@ class TokComChunkCodec(TokComCodec):
             )
 
     def _token_states(self, raw_latents: torch.Tensor) -> torch.Tensor:
-        """Raw latents `(M, C)` -> decoder states `(M, K, E)`, one inner product with the embedding before logits."""
+        """Raw latents `(M, C)` -> decoder states `(M, K, E)`, one inner product with the embedding
+        before logits."""
         query = self.embed_tokens.weight[self.config.mask_token_id]
         raw_latents = raw_latents.to(query.dtype)
         if self.from_latent is not None:
@@ -242,10 +253,12 @@ class TokComChunkCodec(TokComCodec):
     def _with_likelihood(
         self, states: torch.Tensor, raw_latents: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Decoder states `(M, K, E)` -> `(M, K, E')` and the `(V, E')` whose inner products are the logits.
+        """Decoder states `(M, K, E)` -> `(M, K, E')` and the `(V, E')` whose inner products are the
+        logits.
 
-        Where each token has channels of its own, the logits are the decoder's, which know the other tokens of the chunk,
-        plus the Gaussian log-likelihood of those channels given each token, at a learned precision.
+        Where each token has channels of its own, the logits are the decoder's, which know the other
+        tokens of the chunk, plus the Gaussian log-likelihood of those channels given each token, at
+        a learned precision.
         """
         weight = self.embed_tokens.weight
         if self.log_precision is None:
@@ -267,7 +280,8 @@ class TokComChunkCodec(TokComCodec):
     def to_chunks(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(B, T)` -> ids `(B, N, K)` with padding replaced by `pad_token_id`, and which tokens are real."""
+        """`(B, T)` -> ids `(B, N, K)` with padding replaced by `pad_token_id`, and which tokens are
+        real."""
         if input_ids.shape[1] % self.config.chunk_size:
             size = self.config.chunk_size
             length = input_ids.shape[1]
@@ -287,7 +301,8 @@ class TokComChunkCodec(TokComCodec):
     def encode(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> TokComCodecOutput:
-        """Token ids `(B, T)`, T a multiple of K, and `attention_mask (B, T)` (0 = padding) -> standardised latents."""
+        """Token ids `(B, T)`, T a multiple of K, and `attention_mask (B, T)` (0 = padding) ->
+        standardised latents."""
         chunks, real = self.to_chunks(input_ids, attention_mask)
         mean, _ = self._posterior(chunks.flatten(0, 1))
         codes = None
@@ -301,7 +316,8 @@ class TokComChunkCodec(TokComCodec):
         return self.known(latents.to(self.embed_tokens.weight.dtype), real.any(-1), codes)
 
     def from_codes(self, codes: torch.Tensor) -> torch.Tensor:
-        """The `codes (B, N, R)` that `encode` gives -> standardised latents `(B, N, C)`, to be decoded as `quantized`."""
+        """The `codes (B, N, R)` that `encode` gives -> standardised latents `(B, N, C)`, to be
+        decoded as `quantized`."""
         if self.quantizer is None:
             raise ValueError(
                 "this codec has no quantiser, so its latents have no codes; train one with `quantizer`."
@@ -316,7 +332,8 @@ class TokComChunkCodec(TokComCodec):
     def decode(self, latents: torch.Tensor, quantized: bool = False) -> TokComDecoderOutput:
         """Standardised latents `(B, N, C)` -> logits `(B, N * K, V)`.
 
-        Latents of `from_codes` are `quantized` already, which tells a codec of `quantized_latents=False` not to do so again.
+        Latents of `from_codes` are `quantized` already, which tells a codec of
+        `quantized_latents=False` not to do so again.
         """
         raw_latents = self._denormalize(latents, quantized)
         states = self._token_states(raw_latents)  # (B * N, K, E)
@@ -333,7 +350,8 @@ class TokComChunkCodec(TokComCodec):
         return TokComDecoderOutput(logits=logits)
 
     def symbol_table(self) -> torch.Tensor:
-        """Standardised latents of every token at every place of the chunk: `(K, V, C / K)`, float32.
+        """Standardised latents of every token at every place of the chunk: `(K, V, C / K)`,
+        float32.
 
         With `encoder_type="token"` a chunk's latent is the concatenation of its tokens' rows.
         """
@@ -346,7 +364,8 @@ class TokComChunkCodec(TokComCodec):
     def symbols(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What has a row of its own in `symbol_table`: here the tokens themselves; as `to_chunks`."""
+        """What has a row of its own in `symbol_table`: here the tokens themselves; as
+        `to_chunks`."""
         return self.to_chunks(input_ids, attention_mask)
 
     def from_symbols(self, symbols: torch.Tensor) -> torch.Tensor:
@@ -354,7 +373,8 @@ class TokComChunkCodec(TokComCodec):
         return symbols.flatten(1)
 
     def to_ids(self, latents: torch.Tensor, quantized: bool = False) -> torch.Tensor:
-        """Standardised latents `(B, N, C)` -> the most likely ids `(B, N * K)`, a few latents at a time; see `decode`."""
+        """Standardised latents `(B, N, C)` -> the most likely ids `(B, N * K)`, a few latents at a
+        time; see `decode`."""
         pieces = latents.flatten(0, 1).split(DECODE_CHUNK)
         ids = torch.cat(
             [self.decode(piece[None], quantized).logits[0].argmax(-1) for piece in pieces]
@@ -362,7 +382,8 @@ class TokComChunkCodec(TokComCodec):
         return ids.view(latents.shape[0], -1)
 
     def nll(self, latents: torch.Tensor, chunks: torch.Tensor) -> torch.Tensor:
-        """Nats `(B, n, K)` of the tokens of `chunks (B, n, K)` given their standardised latents `(B, n, C)`."""
+        """Nats `(B, n, K)` of the tokens of `chunks (B, n, K)` given their standardised latents
+        `(B, n, C)`."""
         return self._token_nll(self._denormalize(latents), chunks)
 
     def _token_nll(self, raw_latents: torch.Tensor, chunks: torch.Tensor) -> torch.Tensor:
@@ -381,11 +402,12 @@ class TokComChunkCodec(TokComCodec):
     def training_loss(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Stage-1 objective: K x cross-entropy per token + `kl_weight` x KL, with the config's dropouts.
+        """Stage-1 objective: K x cross-entropy per token + `kl_weight` x KL, with the config's
+        dropouts.
 
-        The KL of every channel is clipped below at `kl_free_nats`. Returns the scalar loss and its detached parts
-        `ce_loss` (nats per token) and `kl_loss` (nats per chunk). Dropouts act in training mode only. With a quantiser its
-        commitment loss takes the place of the KL.
+        The KL of every channel is clipped below at `kl_free_nats`. Returns the scalar loss and its
+        detached parts `ce_loss` (nats per token) and `kl_loss` (nats per chunk). Dropouts act in
+        training mode only. With a quantiser its commitment loss takes the place of the KL.
         """
         config = self.config
         chunks, real = self.to_chunks(input_ids, attention_mask)
@@ -415,7 +437,8 @@ class TokComChunkCodec(TokComCodec):
 
     @torch.no_grad()
     def set_latent_statistics(self, mean: torch.Tensor, std: torch.Tensor) -> None:
-        """Store the mean and standard deviation `(C,)` of raw posterior means, measured on training text."""
+        """Store the mean and standard deviation `(C,)` of raw posterior means, measured on training
+        text."""
         self.latent_mean.copy_(mean)
         self.latent_std.copy_(std.clamp_min(1e-6))
 

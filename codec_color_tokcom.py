@@ -1,10 +1,13 @@
-"""Color codec: a token is a pixel. Ids <-> digits <-> latents, exact and without parameters (PixelDLM).
+"""Color codec: a token is a pixel. Ids <-> digits <-> latents, exact and without parameters
+(PixelDLM).
 
-Notable choices: a token's digits (three of base 256, the red, green and blue of its pixel, or its bits) are the symbols
-of `prediction_type="tokens"`, so the network predicts digit probabilities and Bayes' rule decodes them; the published
-regression of colours is `prediction_type="latents"` with the same codec. Decoding goes to the nearest *valid* id.
+Notable choices: a token's digits (three of base 256, the red, green and blue of its pixel, or its
+bits) are the symbols of `prediction_type="tokens"`, so the network predicts digit probabilities and
+Bayes' rule decodes them; the published regression of colours is `prediction_type="latents"` with
+the same codec. Decoding goes to the nearest *valid* id.
 
-Shape legend: B batch, T tokens, K tokens per patch, N patches, G digits per token, C = K * G latent channels, V vocabulary.
+Shape legend: B batch, T tokens, K tokens per patch, N patches, G digits per token, C = K * G latent
+channels, V vocabulary.
 """
 
 from functools import cached_property
@@ -19,15 +22,17 @@ NEAREST_ROWS = 512  # rows of distances to all ids that exist at once
 
 
 def spell(ids: torch.Tensor, base: int, count: int) -> torch.Tensor:
-    """Ids `(...)` -> their `count` digits of `base`, `(..., count)`, the least significant first."""
+    """Ids `(...)` -> their `count` digits of `base`, `(..., count)`, the least significant
+    first."""
     return ids[..., None] // base ** torch.arange(count, device=ids.device) % base
 
 
 class TokComColorCodec(TokComCodec):
     """Patches of `patch_size` x `patch_size` pixels, one token each.
 
-    In the `contiguous` layout a patch holds consecutive tokens; in the published `raster` layout tokens fill the rows of
-    an image that is `image_size` pixels wide, so a patch holds runs of `patch_size` tokens, `image_size` apart.
+    In the `contiguous` layout a patch holds consecutive tokens; in the published `raster` layout
+    tokens fill the rows of an image that is `image_size` pixels wide, so a patch holds runs of
+    `patch_size` tokens, `image_size` apart.
     """
 
     config: TokComColorCodecConfig
@@ -47,8 +52,8 @@ class TokComColorCodec(TokComCodec):
         return spell(ids, self.config.base, self.config.digits_per_token)
 
     def ids(self, digits: torch.Tensor, values: torch.Tensor | None = None) -> torch.Tensor:
-        """Digits `(..., G)` -> ids `(...)`; digits of no token give the valid id whose color is nearest to the standardised
-        `values (..., G)`, by default the digits' own."""
+        """Digits `(..., G)` -> ids `(...)`; digits of no token give the valid id whose color is
+        nearest to the standardised `values (..., G)`, by default the digits' own."""
         base = self.config.base ** torch.arange(self.config.digits_per_token, device=digits.device)
         ids = (digits * base).sum(-1)
         wrong = ids >= self.config.num_valid_ids
@@ -60,7 +65,8 @@ class TokComColorCodec(TokComCodec):
 
     @cached_property
     def _scale(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation of every digit, each `(G,)`, over all valid ids, or those of the published colors."""
+        """Mean and standard deviation of every digit, each `(G,)`, over all valid ids, or those of
+        the published colors."""
         count = self.config.digits_per_token
         if not self.config.standardize:
             middle = torch.full((count,), (self.config.base - 1) / 2, device="cpu")
@@ -80,7 +86,8 @@ class TokComColorCodec(TokComCodec):
         )
 
     def _nearest(self, values: torch.Tensor) -> torch.Tensor:
-        """Standardised digits `(M, G)` -> the valid ids `(M,)` with the smallest Euclidean distance."""
+        """Standardised digits `(M, G)` -> the valid ids `(M,)` with the smallest Euclidean
+        distance."""
         table = self._colors(values.device)
         return torch.cat(
             [torch.cdist(part, table).argmin(-1) for part in values.float().split(NEAREST_ROWS)]
@@ -89,7 +96,8 @@ class TokComColorCodec(TokComCodec):
     # ---- tokens <-> patches ----
 
     def to_patches(self, tokens: torch.Tensor) -> torch.Tensor:
-        """`(B, T, ...)` in reading order -> `(B, N, K, ...)`; T is a multiple of `config.length_multiple`."""
+        """`(B, T, ...)` in reading order -> `(B, N, K, ...)`; T is a multiple of
+        `config.length_multiple`."""
         config = self.config
         if tokens.shape[1] % config.length_multiple:
             length = tokens.shape[1]
@@ -120,14 +128,16 @@ class TokComColorCodec(TokComCodec):
         return grid.transpose(2, 3).flatten(1, 4)
 
     def positions(self, index: torch.Tensor) -> torch.Tensor:
-        """Index of patches `(...)` -> row and column in an image of `image_size` pixels, `(..., 2)`."""
+        """Index of patches `(...)` -> row and column in an image of `image_size` pixels,
+        `(..., 2)`."""
         side = self.config.image_size // self.config.patch_size
         return torch.stack((index // side, index % side), dim=-1)
 
     def to_chunks(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(B, T)` -> ids `(B, N, K)` with padding replaced by `pad_token_id`, and which tokens are real."""
+        """`(B, T)` -> ids `(B, N, K)` with padding replaced by `pad_token_id`, and which tokens are
+        real."""
         real = (
             torch.ones_like(input_ids, dtype=torch.bool)
             if attention_mask is None
@@ -139,9 +149,11 @@ class TokComColorCodec(TokComCodec):
     # ---- ids <-> images ----
 
     def to_image(self, ids: torch.Tensor, width: int | None = None) -> torch.Tensor:
-        """Ids `(T,)` -> an image `(height, width, 3)` of uint8, row by row, whatever the digits and the layout of the model.
+        """Ids `(T,)` -> an image `(height, width, 3)` of uint8, row by row, whatever the digits and
+        the layout of the model.
 
-        `width` is that of `config.image_size` by default. What the text leaves of the last row holds `pad_token_id`.
+        `width` is that of `config.image_size` by default. What the text leaves of the last row
+        holds `pad_token_id`.
         """
         width = self.config.image_size if width is None else width
         if width < 1:
@@ -154,8 +166,8 @@ class TokComColorCodec(TokComCodec):
         return spell(ids, 256, 3).to(torch.uint8)
 
     def from_image(self, pixels: torch.Tensor) -> torch.Tensor:
-        """An image `(height, width, 3)` of uint8 -> ids `(T,)` without the padding at its end; a color that is no token's
-        gives the nearest valid id."""
+        """An image `(height, width, 3)` of uint8 -> ids `(T,)` without the padding at its end; a
+        color that is no token's gives the nearest valid id."""
         digits = pixels.reshape(-1, 3).long()
         ids = (digits * 256 ** torch.arange(3, device=digits.device)).sum(-1)
         wrong = (ids >= self.config.num_valid_ids) & (ids != self.config.pad_token_id)
@@ -175,7 +187,8 @@ class TokComColorCodec(TokComCodec):
     def encode(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> TokComCodecOutput:
-        """Token ids `(B, T)` and `attention_mask (B, T)` (0 = padding) -> standardised latents `(B, N, C)`."""
+        """Token ids `(B, T)` and `attention_mask (B, T)` (0 = padding) -> standardised latents
+        `(B, N, C)`."""
         chunks, real = self.to_chunks(input_ids, attention_mask)
         latents = self._standardize(self.digits(chunks)).flatten(2)
         return self.known(latents, real.any(-1))
@@ -183,7 +196,8 @@ class TokComColorCodec(TokComCodec):
     def symbols(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(B, T)` -> the digits `(B, N, K * G)`, or the tokens `(B, N, K)` themselves, and which are or belong to real ones."""
+        """`(B, T)` -> the digits `(B, N, K * G)`, or the tokens `(B, N, K)` themselves, and which
+        are or belong to real ones."""
         chunks, real = self.to_chunks(input_ids, attention_mask)
         if self.config.symbols == "tokens":
             return chunks, real
@@ -191,14 +205,15 @@ class TokComColorCodec(TokComCodec):
         return self.digits(chunks).flatten(2), real.repeat_interleave(count, dim=-1)
 
     def from_symbols(self, symbols: torch.Tensor) -> torch.Tensor:
-        """Digits `(B, N, K * G)` -> valid ids `(B, N * K)` in reading order; tokens `(B, N, K)` likewise."""
+        """Digits `(B, N, K * G)` -> valid ids `(B, N * K)` in reading order; tokens `(B, N, K)`
+        likewise."""
         if self.config.symbols == "tokens":
             return self.from_patches(self.ids(self.digits(symbols)))
         return self.from_patches(self.ids(symbols.unflatten(2, (-1, self.config.digits_per_token))))
 
     def symbol_table(self) -> torch.Tensor:
-        """The channel of every digit at every place, `(K * G, base, 1)`, or the channels of every token, `(K, V, G)`;
-        float32 on the CPU."""
+        """The channel of every digit at every place, `(K * G, base, 1)`, or the channels of every
+        token, `(K, V, G)`; float32 on the CPU."""
         if self.config.symbols == "tokens":
             tokens = torch.arange(self.config.vocab_size, device="cpu")
             return self._standardize(self.digits(tokens)).expand(self.config.chunk_size, -1, -1)
@@ -214,7 +229,8 @@ class TokComColorCodec(TokComCodec):
         return table.T.repeat(self.config.chunk_size, 1)
 
     def _digit_logits(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents `(B, N, C)` -> logits `(B, N, K * G, base)`: Gaussian log-likelihoods, `digit_sigma` digits wide."""
+        """Latents `(B, N, C)` -> logits `(B, N, K * G, base)`: Gaussian log-likelihoods,
+        `digit_sigma` digits wide."""
         table = self._digit_table(latents.device)
         return -0.5 * ((latents.float()[..., None] - table) / self._sigma(latents.device)).square()
 
@@ -227,7 +243,8 @@ class TokComColorCodec(TokComCodec):
         )
 
     def decode(self, latents: torch.Tensor) -> TokComDecoderOutput:
-        """Latents `(B, N, C)` -> logits `(B, N * K, V)`, Gaussian log-likelihoods of the ids; invalid ids get -inf."""
+        """Latents `(B, N, C)` -> logits `(B, N * K, V)`, Gaussian log-likelihoods of the ids;
+        invalid ids get -inf."""
         values = self.from_patches(
             latents.float().unflatten(2, (-1, self.config.digits_per_token))
         )  # (B, T, G)
@@ -253,7 +270,8 @@ class TokComColorCodec(TokComCodec):
         )
 
     def nll(self, latents: torch.Tensor, chunks: torch.Tensor) -> torch.Tensor:
-        """Nats `(B, n, K)` of the tokens of patches `chunks (B, n, K)` given their latents `(B, n, C)`."""
+        """Nats `(B, n, K)` of the tokens of patches `chunks (B, n, K)` given their latents
+        `(B, n, C)`."""
         digits = self.digits(chunks)  # (B, n, K, G)
         nll = F.cross_entropy(
             self._digit_logits(latents).flatten(0, 2), digits.flatten(), reduction="none"

@@ -1,10 +1,13 @@
-"""Composite codec: several streams, such as a text, a picture and a sound <-> one sequence of latents.
+"""Composite codec: several streams, such as a text, a picture and a sound <-> one sequence of
+latents.
 
-Notable choices: every stream has a codec of its own, a fixed place in the sequence and channels of its own, so that one linear map
-into the transformer and one out of it are a different map for every stream; which streams exist is the mask of the
-latents, and the task of a training row, which of them are given, generated or left out, is drawn from those that exist.
+Notable choices: every stream has a codec of its own, a fixed place in the sequence and channels of
+its own, so that one linear map into the transformer and one out of it are a different map for every
+stream; which streams exist is the mask of the latents, and the task of a training row, which of
+them are given, generated or left out, is drawn from those that exist.
 
-Shape legend: B batch, N latents of all streams, S streams, C channels of all streams, A position axes, M noise draws.
+Shape legend: B batch, N latents of all streams, S streams, C channels of all streams, A position
+axes, M noise draws.
 """
 
 from dataclasses import dataclass
@@ -40,7 +43,8 @@ class TokComAudioCodec(TokComVideoCodec):
     main_input_name = "input_features"
 
     def to_patches(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Log-mel `(B, mel bands, F)` -> `(B, N, P)`; raises `ValueError` for a shape that does not fit."""
+        """Log-mel `(B, mel bands, F)` -> `(B, N, P)`; raises `ValueError` for a shape that does not
+        fit."""
         if pixel_values.ndim != 3 or pixel_values.shape[1] != self.config.num_channels:
             raise ValueError(
                 f"`input_features` has shape {tuple(pixel_values.shape)} but (B, {self.config.num_channels}, F) is needed; give "
@@ -70,7 +74,8 @@ STREAM_CODECS: dict[str, type[TokComCodec]] = {
 
 
 class TokComCompositeCodec(TokComCodec):
-    """Codecs side by side; `streams[name]` is one of them, `places[name]` and `channels[name]` are its slices of N and of C."""
+    """Codecs side by side; `streams[name]` is one of them, `places[name]` and `channels[name]` are
+    its slices of N and of C."""
 
     config: TokComCompositeCodecConfig
 
@@ -110,7 +115,8 @@ class TokComCompositeCodec(TokComCodec):
     # ---- where latents stand ----
 
     def positions(self, index: torch.Tensor) -> torch.Tensor:
-        """Index of latents `(...)` in the sequence of all streams -> stream and place in it, `(..., A)`."""
+        """Index of latents `(...)` in the sequence of all streams -> stream and place in it,
+        `(..., A)`."""
         parts = []
         for i, name in enumerate(self.names):
             where = self.streams[name].positions(
@@ -170,8 +176,9 @@ class TokComCompositeCodec(TokComCodec):
     def encode(
         self, streams: dict[str, torch.Tensor], present: dict[str, torch.Tensor] | None = None
     ) -> TokComCodecOutput:
-        """Streams by name, each as its codec reads it -> latents `(B, N, C)`, 0 in the channels of other streams and where a
-        stream is missing; rows `(B,)` of `present` say who has one, by default all who are named."""
+        """Streams by name, each as its codec reads it -> latents `(B, N, C)`, 0 in the channels of
+        other streams and where a stream is missing; rows `(B,)` of `present` say who has one, by
+        default all who are named."""
         if not streams:
             raise ValueError(f"`streams` is empty; give some of {self.names}.")
         self.check_names(streams)
@@ -210,7 +217,8 @@ class TokComCompositeCodec(TokComCodec):
     def training_loss(
         self, streams: dict[str, torch.Tensor], present: dict[str, torch.Tensor] | None = None
     ):
-        """The sum of the losses of all codecs that have parameters, each of the rows that have its stream, and their parts."""
+        """The sum of the losses of all codecs that have parameters, each of the rows that have its
+        stream, and their parts."""
         trained = {name: codec for name, codec in self.streams.items() if list(codec.parameters())}
         if not set(trained) & set(streams):
             raise ValueError(
@@ -235,10 +243,11 @@ class TokComCompositeCodec(TokComCodec):
         return loss, parts
 
     def draw_task(self, exists: torch.Tensor, dropout: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """For every row one of the tasks that its streams allow: which latents are given and which are used at all, both `(B, N)`.
+        """For every row one of the tasks that its streams allow: which latents are given and which
+        are used at all, both `(B, N)`.
 
-        Any streams that exist `(B, N)`, at least one, are generated, each by its `generation_rates`; each of the others is given, or
-        with probability `dropout` left out.
+        Any streams that exist `(B, N)`, at least one, are generated, each by its
+        `generation_rates`; each of the others is given, or with probability `dropout` left out.
         """
         index = [self.places[name].start for name in self.names]
         has = exists[:, index]
@@ -261,7 +270,8 @@ class TokComCompositeCodec(TokComCodec):
         return streams.repeat_interleave(lengths, dim=1)
 
     def squared_error(self, errors: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
-        """Of errors `(B, M, N, C)` of the latents of `loss_mask (B, N)`: mean over latents and channels of each stream, weighted."""
+        """Of errors `(B, M, N, C)` of the latents of `loss_mask (B, N)`: mean over latents and
+        channels of each stream, weighted."""
         total = errors.new_zeros(())
         for name in self.names:
             counted = loss_mask[:, None, self.places[name]].float()  # (B, 1, n)
@@ -274,8 +284,8 @@ class TokComCompositeCodec(TokComCodec):
     def text_nll(
         self, estimate: torch.Tensor, streams: dict[str, torch.Tensor], loss_mask: torch.Tensor
     ) -> torch.Tensor | None:
-        """Weighted nats per token of the texts that `estimate (B, N, C)` is decoded to, of the latents of `loss_mask (B, N)`; None
-        without a text."""
+        """Weighted nats per token of the texts that `estimate (B, N, C)` is decoded to, of the
+        latents of `loss_mask (B, N)`; None without a text."""
         total = None
         for name, codec in self.streams.items():
             if not codec.config.has_tokens or name not in streams:

@@ -1,8 +1,9 @@
 """Style codec: an image <-> N ordered tokens, from coarse to fine (Styled_vae_vq).
 
-Notable choices: every token has an expert network of its own, all of them one grouped product; two tokens style each
-decoder layer and stay in its sequence; in training the tail of the tokens is dropped at random, which is what makes the
-first ones hold most (nested dropout, Rippel et al. 2014); a codebook of all tokens comes after training, by k-means.
+Notable choices: every token has an expert network of its own, all of them one grouped product; two
+tokens style each decoder layer and stay in its sequence; in training the tail of the tokens is
+dropped at random, which is what makes the first ones hold most (nested dropout, Rippel et al.
+2014); a codebook of all tokens comes after training, by k-means.
 
 Shape legend: B batch, N tokens, C channels of a token, P patches, D width, H x W pixels.
 """
@@ -79,7 +80,8 @@ class TokComSlotMLP(nn.Module):
 
 
 class TokComStyleBlock(GradientCheckpointingLayer):
-    """Pre-norm attention and feed-forward layer; with `experts`, the last N places have networks of their own."""
+    """Pre-norm attention and feed-forward layer; with `experts`, the last N places have networks of
+    their own."""
 
     def __init__(
         self, width: int, heads: int, inner: int, eps: float, experts: TokComSlotMLP | None = None
@@ -103,7 +105,8 @@ class TokComStyleBlock(GradientCheckpointingLayer):
 
 
 class TokComStyledBlock(GradientCheckpointingLayer):
-    """A decoder layer that two tokens style by scale and shift, the attention and the feed-forward half one each, and join."""
+    """A decoder layer that two tokens style by scale and shift, the attention and the feed-forward
+    half one each, and join."""
 
     def __init__(self, channels: int, width: int, heads: int, inner: int, eps: float):
         super().__init__()
@@ -115,7 +118,8 @@ class TokComStyledBlock(GradientCheckpointingLayer):
         self.registers = nn.ModuleList(nn.Linear(channels, width) for _ in range(2))
 
     def forward(self, hidden_states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """`hidden_states (B, S, D)` and two `tokens (B, 2, C)` -> `(B, S + 2, D)`, the two in front."""
+        """`hidden_states (B, S, D)` and two `tokens (B, 2, C)` -> `(B, S + 2, D)`, the two in
+        front."""
         first, second = tokens.unbind(1)
         scale, shift = self.attention_style(first)[:, None].chunk(2, dim=-1)
         normed = self.attention_norm(hidden_states) * (1 + scale) + shift
@@ -167,7 +171,8 @@ class TokComStyleEncoder(nn.Module):
 
 
 class TokComStyleDecoder(nn.Module):
-    """Learned positions, styled by the tokens layer by layer: `(B, N, C)` -> `pixel_values (B, 3, H, W)`."""
+    """Learned positions, styled by the tokens layer by layer: `(B, N, C)` ->
+    `pixel_values (B, 3, H, W)`."""
 
     def __init__(self, config: TokComStyleCodecConfig):
         super().__init__()
@@ -208,10 +213,11 @@ class TokComStyleDecoder(nn.Module):
 
 
 class TokComSoftCodebook(nn.Module):
-    """Soft cosine codebook: what `(..., C)` becomes as a mixture of C learned directions, weighted by its cosines to them.
+    """Soft cosine codebook: what `(..., C)` becomes as a mixture of C learned directions, weighted
+    by its cosines to them.
 
-    The published weights, `cosine + 1`, are nearly alike for every input, so that all outputs are the same at first (mean
-    pairwise cosine 0.988); here their mean is taken away.
+    The published weights, `cosine + 1`, are nearly alike for every input, so that all outputs are
+    the same at first (mean pairwise cosine 0.988); here their mean is taken away.
     """
 
     def __init__(self, channels: int):
@@ -235,8 +241,9 @@ class TokComSoftCodebook(nn.Module):
 class TokComStyleCodec(TokComCodec):
     """Autoencoder of images whose N tokens are ordered from coarse to fine.
 
-    What the bottleneck gives, standardised per token and channel with the buffers `latent_mean` and `latent_std`, are the
-    latents. `fit_codebook` makes a codebook of them, after which `encode` also gives `codes`.
+    What the bottleneck gives, standardised per token and channel with the buffers `latent_mean` and
+    `latent_std`, are the latents. `fit_codebook` makes a codebook of them, after which `encode`
+    also gives `codes`.
     """
 
     config: TokComStyleCodecConfig
@@ -290,7 +297,8 @@ class TokComStyleCodec(TokComCodec):
             )
 
     def _raw_tokens(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Images -> tokens `(B, N, C)` and their log-variance, the latter None without a posterior."""
+        """Images -> tokens `(B, N, C)` and their log-variance, the latter None without a
+        posterior."""
         tokens = self.to_tokens(self.encoder(pixel_values.to(self.dtype))).float()
         log_variance = None
         if self.config.bottleneck == "gaussian":
@@ -305,8 +313,8 @@ class TokComStyleCodec(TokComCodec):
     def encode(
         self, pixel_values: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> TokComCodecOutput:
-        """Images `(B, 3, H, W)`, -1 black and 1 white, -> standardised latents `(B, N, C)`, and `codes (B, N, 1)` if there is a
-        codebook. Raises `ValueError` for another size."""
+        """Images `(B, 3, H, W)`, -1 black and 1 white, -> standardised latents `(B, N, C)`, and
+        `codes (B, N, 1)` if there is a codebook. Raises `ValueError` for another size."""
         self._check(pixel_values)
         latents = (self._raw_tokens(pixel_values)[0] - self.latent_mean) / self.latent_std
         fitted = self.quantizer is not None and self.quantizer.is_fitted
@@ -316,12 +324,14 @@ class TokComStyleCodec(TokComCodec):
         return latents.to(self.latent_std) * self.latent_std + self.latent_mean
 
     def to_codes(self, latents: torch.Tensor) -> torch.Tensor:
-        """Standardised latents `(B, N, C)` -> the nearest codes `(B, N, 1)`; raises `ValueError` without a codebook."""
+        """Standardised latents `(B, N, C)` -> the nearest codes `(B, N, 1)`; raises `ValueError`
+        without a codebook."""
         codes = nearest_codes(self._unstandardize(latents).flatten(0, 1), self._fitted().codebook)
         return codes.view(*latents.shape[:2], 1)
 
     def from_codes(self, codes: torch.Tensor) -> torch.Tensor:
-        """Codes `(B, N, 1)` -> standardised latents `(B, N, C)`; raises `ValueError` without a codebook."""
+        """Codes `(B, N, 1)` -> standardised latents `(B, N, C)`; raises `ValueError` without a
+        codebook."""
         return (self._fitted().decode(codes) - self.latent_mean) / self.latent_std
 
     def _fitted(self) -> VectorQuantizer:
@@ -335,7 +345,8 @@ class TokComStyleCodec(TokComCodec):
         return self.decoder(tokens.to(self.dtype))
 
     def decode(self, latents: torch.Tensor, num_tokens: int | None = None) -> TokComImageOutput:
-        """Standardised latents `(B, N, C)` -> `.pixel_values (B, 3, H, W)`, of the first `num_tokens` only if given."""
+        """Standardised latents `(B, N, C)` -> `.pixel_values (B, 3, H, W)`, of the first
+        `num_tokens` only if given."""
         kept = None
         count = self.config.num_tokens
         if num_tokens is not None:
@@ -356,9 +367,11 @@ class TokComStyleCodec(TokComCodec):
         iterations: int = 20,
         seed: int = 0,
     ) -> dict[str, float]:
-        """Make a codebook of the tokens of pictures whose standardised `latents (M, N, C)` are known, by k-means.
+        """Make a codebook of the tokens of pictures whose standardised `latents (M, N, C)` are
+        known, by k-means.
 
-        Returns `code_statistics` of these pictures and `distortion`, the codes' squared error over the tokens' variance.
+        Returns `code_statistics` of these pictures and `distortion`, the codes' squared error over
+        the tokens' variance.
         """
         tokens = self._unstandardize(latents).flatten(0, 1)
         codebook = kmeans(tokens.split(65536), num_codes, iterations, metric, seed=seed)
@@ -379,7 +392,8 @@ class TokComStyleCodec(TokComCodec):
         return code_statistics(codes, num_codes) | {"distortion": error.item()}
 
     def training_loss(self, pixel_values: torch.Tensor, attention_mask: torch.Tensor | None = None):
-        """Loss of stage "codec" on images `(B, 3, H, W)`, and its parts: squared error, KL per token."""
+        """Loss of stage "codec" on images `(B, 3, H, W)`, and its parts: squared error, KL per
+        token."""
         config = self.config
         self._check(pixel_values)
         tokens, log_variance = self._raw_tokens(pixel_values)
@@ -412,9 +426,11 @@ class TokComStyleCodec(TokComCodec):
 def gradient_loss(
     output: torch.Tensor, target: torch.Tensor, scales: int = GRADIENT_SCALES
 ) -> torch.Tensor:
-    """Mean absolute error of horizontal and vertical differences of images `(B, 3, H, W)`, over halved sizes.
+    """Mean absolute error of horizontal and vertical differences of images `(B, 3, H, W)`, over
+    halved sizes.
 
-    It sees edges, which the squared error of a blurred image does not; it is not a perceptual distance such as LPIPS.
+    It sees edges, which the squared error of a blurred image does not; it is not a perceptual
+    distance such as LPIPS.
     """
     difference = output - target
     total = 0.0

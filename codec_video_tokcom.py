@@ -1,10 +1,12 @@
 """Video codec: a clip <-> one latent per patch of space and time.
 
-Notable choices: positions have three axes, time, row and column, and are made from the size of the clip at hand, so one model reads
-clips of any size; without a network the values of a patch are its latent and nothing is lost; with one, a quantiser may
-stand in the middle. Clips are pixels, or the latents of an external autoencoder, of which only the number of channels differs.
+Notable choices: positions have three axes, time, row and column, and are made from the size of the
+clip at hand, so one model reads clips of any size; without a network the values of a patch are its
+latent and nothing is lost; with one, a quantiser may stand in the middle. Clips are pixels, or the
+latents of an external autoencoder, of which only the number of channels differs.
 
-Shape legend: B batch, N latents, C latent channels, c channels of the clip, F frames, H x W pixels, P values in a patch.
+Shape legend: B batch, N latents, C latent channels, c channels of the clip, F frames, H x W pixels,
+P values in a patch.
 """
 
 from dataclasses import dataclass
@@ -23,7 +25,8 @@ from .quantization_tokcom import build_quantizer
 
 @dataclass
 class TokComVideoOutput(ModelOutput):
-    """What the video codec's `decode` returns: `pixel_values (B, c, F, H, W)`, of pixels -1 black and 1 white."""
+    """What the video codec's `decode` returns: `pixel_values (B, c, F, H, W)`, of pixels -1 black
+    and 1 white."""
 
     pixel_values: torch.FloatTensor | None = None
 
@@ -39,7 +42,8 @@ class TokComPatchNetwork(nn.Sequential):
 
 
 class TokComVideoCodec(TokComCodec):
-    """Space-time patches as latents, standardised per channel with the buffers `latent_mean` and `latent_std`."""
+    """Space-time patches as latents, standardised per channel with the buffers `latent_mean` and
+    `latent_std`."""
 
     config: TokComVideoCodecConfig
     main_input_name = "pixel_values"
@@ -72,7 +76,8 @@ class TokComVideoCodec(TokComCodec):
         return None
 
     def set_latent_statistics(self, mean: torch.Tensor, std: torch.Tensor) -> None:
-        """Standardise latents with these `mean` and `std`, `(C,)` or `(N, C)` of which the mean over N is taken."""
+        """Standardise latents with these `mean` and `std`, `(C,)` or `(N, C)` of which the mean
+        over N is taken."""
         if mean.ndim == 2:
             std = (std.square().mean(0) + mean.var(0, correction=0)).sqrt()
             mean = mean.mean(0)
@@ -82,7 +87,8 @@ class TokComVideoCodec(TokComCodec):
     # ---- where latents stand ----
 
     def positions(self, index: torch.Tensor) -> torch.Tensor:
-        """Index of latents `(...)` of a clip of the configured height and width -> moment, row and column, `(..., 3)`."""
+        """Index of latents `(...)` of a clip of the configured height and width -> moment, row and
+        column, `(..., 3)`."""
         columns = self.config.width // self.config.patch_size
         moment = index // self.config.group_size
         place = index % self.config.group_size
@@ -91,7 +97,8 @@ class TokComVideoCodec(TokComCodec):
     def grid(
         self, frames: int, height: int, width: int, device: torch.device | str = "cpu"
     ) -> torch.Tensor:
-        """Positions `(N, 3)` of the latents of a clip of this size; raises `ValueError` if patches do not divide it."""
+        """Positions `(N, 3)` of the latents of a clip of this size; raises `ValueError` if patches
+        do not divide it."""
         self.config.check_shape(frames, height, width)
         size = self.config.patch_size
         axes = frames // self.config.frames_per_patch, height // size, width // size
@@ -105,7 +112,8 @@ class TokComVideoCodec(TokComCodec):
     # ---- clips <-> patches ----
 
     def to_patches(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Clips `(B, c, F, H, W)` -> `(B, N, P)`; raises `ValueError` for a shape that does not fit."""
+        """Clips `(B, c, F, H, W)` -> `(B, N, P)`; raises `ValueError` for a shape that does not
+        fit."""
         config = self.config
         if pixel_values.ndim != 5 or pixel_values.shape[1] != config.num_channels:
             raise ValueError(
@@ -123,7 +131,8 @@ class TokComVideoCodec(TokComCodec):
         )  # (B, moment, row, column, c, frame, y, x)
 
     def from_patches(self, patches: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """`(B, N, P)` of clips of this size -> `(B, c, F, H, W)`; raises `ValueError` if N does not fit."""
+        """`(B, N, P)` of clips of this size -> `(B, c, F, H, W)`; raises `ValueError` if N does not
+        fit."""
         config = self.config
         size = self.config.patch_size
         rows = height // size
@@ -156,8 +165,8 @@ class TokComVideoCodec(TokComCodec):
     def encode(
         self, pixel_values: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> TokComCodecOutput:
-        """Clips `(B, c, F, H, W)` of any size that patches divide -> standardised latents `(B, N, C)`, moment by moment, and
-        `codes (B, N, R)` if there is a quantiser."""
+        """Clips `(B, c, F, H, W)` of any size that patches divide -> standardised latents
+        `(B, N, C)`, moment by moment, and `codes (B, N, R)` if there is a quantiser."""
         raw = self._raw_latents(pixel_values)
         codes = None
         if self.quantizer is not None:
@@ -170,16 +179,19 @@ class TokComVideoCodec(TokComCodec):
         return output
 
     def snap(self, latents: torch.Tensor) -> torch.Tensor:
-        """Standardised latents `(B, N, C)` -> their nearest quantised ones; the gradient passes straight through."""
+        """Standardised latents `(B, N, C)` -> their nearest quantised ones; the gradient passes
+        straight through."""
         nearest = self._quantizer().nearest(self._unstandardize(latents)).latents
         return self._standardize(nearest).to(latents.dtype)
 
     def to_codes(self, latents: torch.Tensor) -> torch.Tensor:
-        """Standardised latents `(B, N, C)` -> codes `(B, N, R)`; raises `ValueError` without a quantiser."""
+        """Standardised latents `(B, N, C)` -> codes `(B, N, R)`; raises `ValueError` without a
+        quantiser."""
         return self._quantizer().nearest(self._unstandardize(latents)).codes
 
     def from_codes(self, codes: torch.Tensor) -> torch.Tensor:
-        """Codes `(B, N, R)` -> standardised latents `(B, N, C)`; raises `ValueError` without a quantiser."""
+        """Codes `(B, N, R)` -> standardised latents `(B, N, C)`; raises `ValueError` without a
+        quantiser."""
         return self._standardize(self._quantizer().decode(codes))
 
     def _quantizer(self) -> nn.Module:
@@ -192,8 +204,8 @@ class TokComVideoCodec(TokComCodec):
     def decode(
         self, latents: torch.Tensor, height: int | None = None, width: int | None = None
     ) -> TokComVideoOutput:
-        """Standardised latents `(B, N, C)` -> `.pixel_values (B, c, F, H, W)`; H and W are the configured ones by default, F
-        follows."""
+        """Standardised latents `(B, N, C)` -> `.pixel_values (B, c, F, H, W)`; H and W are the
+        configured ones by default, F follows."""
         raw = self._unstandardize(latents)
         patches = raw if self.decoder is None else self.decoder(raw.to(self.dtype)).float()
         clip = self.from_patches(patches, height or self.config.height, width or self.config.width)
@@ -201,7 +213,8 @@ class TokComVideoCodec(TokComCodec):
         return TokComVideoOutput(pixel_values=clip.clamp(-1, 1) if pixels else clip)
 
     def training_loss(self, pixel_values: torch.Tensor, attention_mask: torch.Tensor | None = None):
-        """Loss of stage "codec" on clips `(B, c, F, H, W)`, and its parts; raises `ValueError` if there is nothing to train."""
+        """Loss of stage "codec" on clips `(B, c, F, H, W)`, and its parts; raises `ValueError` if
+        there is nothing to train."""
         if self.encoder is None:
             raise ValueError(
                 "this codec has no parameters, so there is nothing to train; use stage='flow'."

@@ -1,9 +1,10 @@
 """Building blocks shared by the codecs and the transformer.
 
-Notable choices: rotary embedding over any number of axes, computed from `position_ids (B, N, A)` instead of kept in
-buffers; attention through the transformers interface, so `attn_implementation` may be eager, sdpa, flash or flex;
-one block for the codec (plain pre-norm) and the transformer (adaLN); one boolean attention mask for every backend;
-cross-entropy that never holds the `(tokens, vocabulary)` logits.
+Notable choices: rotary embedding over any number of axes, computed from `position_ids (B, N, A)`
+instead of kept in buffers; attention through the transformers interface, so `attn_implementation`
+may be eager, sdpa, flash or flex; one block for the codec (plain pre-norm) and the transformer
+(adaLN); one boolean attention mask for every backend; cross-entropy that never holds the
+`(tokens, vocabulary)` logits.
 """
 
 import math
@@ -26,11 +27,13 @@ CROSS_ENTROPY_CHUNK = 512  # rows of logits that exist at once
 def rotary_embedding(
     position_ids: torch.Tensor, head_size: int, theta: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine tables for rotary position embedding over A axes (RoFormer, one share of channels per axis).
+    """Cosine and sine tables for rotary position embedding over A axes (RoFormer, one share of
+    channels per axis).
 
     Args:
         position_ids (`torch.Tensor` of shape `(B, N, A)`): positions, integer or fractional.
-        head_size (`int`): channels of a head, an even number of at least 2A; the first axes have the pairs that are left over.
+        head_size (`int`): channels of a head, an even number of at least 2A; the first axes have
+            the pairs that are left over.
         theta (`float`): base of the frequencies.
 
     Returns: two float32 tensors of shape `(B, 1, N, head_size)`.
@@ -53,10 +56,12 @@ def apply_rotary(states: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]
 
 
 def attention_backend(implementation: str, device: torch.device) -> str:
-    """The name of the attention function that runs on `device`: flex attention is left to accelerators.
+    """The name of the attention function that runs on `device`: flex attention is left to
+    accelerators.
 
-    On the CPU torch's compiled flex kernel has no backward, and on AVX2 it reads past the keys when their number is
-    8 more than a multiple of 16 (torch 2.13: an error of 1 at 8 keys, NaN at 40); sdpa gives the same result there.
+    On the CPU torch's compiled flex kernel has no backward, and on AVX2 it reads past the keys when
+    their number is 8 more than a multiple of 16 (torch 2.13: an error of 1 at 8 keys, NaN at 40);
+    sdpa gives the same result there.
     """
     return "sdpa" if implementation == "flex_attention" and device.type == "cpu" else implementation
 
@@ -67,8 +72,8 @@ def expand_attention_mask(
     """Turn one boolean mask into what the attention backend wants.
 
     Args:
-        mask (`torch.Tensor`, *optional*): `(B, S_kv)` marks the keys that exist; `(B, S_q, S_kv)` marks the keys that
-            each query may see. `None` means that everything is seen.
+        mask (`torch.Tensor`, *optional*): `(B, S_kv)` marks the keys that exist; `(B, S_q, S_kv)`
+            marks the keys that each query may see. `None` means that everything is seen.
         queries (`int`): S_q, smaller than S_kv when keys are cached.
         implementation (`str`): the name in `config._attn_implementation`.
 
@@ -114,7 +119,8 @@ def eager_attention_forward(
 
 
 def sdpa_float32_attention_forward(module, query, key, value, attention_mask, **kwargs):
-    """`sdpa` in float32 whatever autocast says: on CPUs its backward pass in bfloat16 is often slower."""
+    """`sdpa` in float32 whatever autocast says: on CPUs its backward pass in bfloat16 is often
+    slower."""
     with torch.autocast(query.device.type, enabled=False):
         inputs = query.float(), key.float(), value.float()
         output, weights = sdpa_attention_forward(module, *inputs, attention_mask, **kwargs)
@@ -125,7 +131,8 @@ ALL_ATTENTION_FUNCTIONS.register("sdpa_float32", sdpa_float32_attention_forward)
 
 
 class TokComRMSNorm(nn.RMSNorm):
-    """RMSNorm whose weight follows the input's dtype, so that the fused kernel also runs under autocast."""
+    """RMSNorm whose weight follows the input's dtype, so that the fused kernel also runs under
+    autocast."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         weight = self.weight.to(hidden_states.dtype)
@@ -133,7 +140,8 @@ class TokComRMSNorm(nn.RMSNorm):
 
 
 class TokComAttention(nn.Module):
-    """Grouped-query attention with rotary positions, optional QK-norm, and an optional key/value cache."""
+    """Grouped-query attention with rotary positions, optional QK-norm, and an optional key/value
+    cache."""
 
     def __init__(self, config: PreTrainedConfig, layer_idx: int):
         super().__init__()
@@ -232,7 +240,8 @@ class TokComModulation(nn.Linear):
 
 
 class TokComProjection(nn.Linear):
-    """Linear map into or out of the network; starts with variance 1 / inputs, so that signals keep their size."""
+    """Linear map into or out of the network; starts with variance 1 / inputs, so that signals keep
+    their size."""
 
 
 class TokComTokenEmbedding(nn.Embedding):
@@ -240,11 +249,13 @@ class TokComTokenEmbedding(nn.Embedding):
 
 
 class TokComBlock(GradientCheckpointingLayer):
-    """Pre-norm attention and SwiGLU; with a conditioning input, adaLN (DiT, Peebles and Xie 2023) per position.
+    """Pre-norm attention and SwiGLU; with a conditioning input, adaLN (DiT, Peebles and Xie 2023)
+    per position.
 
-    With `adaln_gates` the modulation starts at zero and the block is the identity (adaLN-zero). Without gates it
-    starts as a plain pre-norm block, the published v5.2 form. With `modulated=False` there is no modulation at all, with
-    `attention=False` the block is its feed-forward half.
+    With `adaln_gates` the modulation starts at zero and the block is the identity (adaLN-zero).
+    Without gates it starts as a plain pre-norm block, the published v5.2 form. With
+    `modulated=False` there is no modulation at all, with `attention=False` the block is its
+    feed-forward half.
     """
 
     def __init__(
@@ -276,7 +287,8 @@ class TokComBlock(GradientCheckpointingLayer):
         modulation: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """`hidden_states (B, S, D)` in and out; `modulation` is `self.modulation(conditioning)`, if it is known already."""
+        """`hidden_states (B, S, D)` in and out; `modulation` is `self.modulation(conditioning)`, if
+        it is known already."""
 
         def attend(inputs: torch.Tensor) -> torch.Tensor:
             return self.self_attn(
@@ -330,11 +342,13 @@ class TokComPreTrainedModel(PreTrainedModel):
 def chunked_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
 ) -> torch.Tensor:
-    """Cross-entropy of `hidden @ weight.T` against `targets`, at most `CROSS_ENTROPY_CHUNK` rows of logits at a time.
+    """Cross-entropy of `hidden @ weight.T` against `targets`, at most `CROSS_ENTROPY_CHUNK` rows of
+    logits at a time.
 
     Logits are recomputed in the backward pass, so memory is independent of `rows x V`.
 
-    Args: `hidden (rows, E)`, `weight (V, E)`, `targets (rows,)` of ids. Returns `(rows,)` nats in float32.
+    Args: `hidden (rows, E)`, `weight (V, E)`, `targets (rows,)` of ids. Returns `(rows,)` nats in
+        float32.
     """
 
     def rows_loss(rows: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

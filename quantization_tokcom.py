@@ -1,9 +1,11 @@
 """Vector quantisers: continuous latents <-> codes.
 
-Notable choices: codebooks are buffers that follow moving averages, never parameters, so no optimizer touches them; the
-gradient passes straight through; codes that nobody uses are replaced by inputs; all processes compute the same codebook
-from summed statistics. `FiniteScalarQuantizer` needs no codebook and cannot collapse. `kmeans` builds a codebook from
-finished latents. This file is remote code and imports torch and transformers only, which is why no quantisation library is used here.
+Notable choices: codebooks are buffers that follow moving averages, never parameters, so no
+optimizer touches them; the gradient passes straight through; codes that nobody uses are replaced by
+inputs; all processes compute the same codebook from summed statistics. `FiniteScalarQuantizer`
+needs no codebook and cannot collapse. `kmeans` builds a codebook from finished latents. This file
+is remote code and imports torch and transformers only, which is why no quantisation library is used
+here.
 
 Shape legend: M vectors, C channels, S codes, R residual levels.
 """
@@ -27,7 +29,8 @@ class TokComQuantizerOutput(ModelOutput):
     """What every quantiser returns.
 
     Args:
-        latents (`torch.FloatTensor` of shape `(..., C)`): quantised latents; their gradient is that of the input.
+        latents (`torch.FloatTensor` of shape `(..., C)`): quantised latents; their gradient is that
+            of the input.
         codes (`torch.LongTensor` of shape `(..., R)`): ids of the codes.
         loss (`torch.FloatTensor`): scalar commitment loss, 0 where there is none.
     """
@@ -38,7 +41,8 @@ class TokComQuantizerOutput(ModelOutput):
 
 
 def nearest_codes(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    """The nearest row of `codebook (S, C)` to each of `vectors (M, C)` by Euclidean distance: ids `(M,)`."""
+    """The nearest row of `codebook (S, C)` to each of `vectors (M, C)` by Euclidean distance: ids
+    `(M,)`."""
     codebook = codebook.float()
     return torch.cat(
         [torch.cdist(part.float(), codebook).argmin(-1) for part in vectors.split(DISTANCE_ROWS)]
@@ -46,7 +50,8 @@ def nearest_codes(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor
 
 
 def code_statistics(codes: torch.Tensor, size: int) -> dict[str, float]:
-    """How `codes (...)` use a codebook of `size`: share used, entropy in bits, perplexity, number of dead codes."""
+    """How `codes (...)` use a codebook of `size`: share used, entropy in bits, perplexity, number
+    of dead codes."""
     counts = (
         codes.flatten().unique(return_counts=True)[1].double()
     )  # a finite scalar quantiser has more codes than memory
@@ -78,7 +83,8 @@ def _first_with(vectors: torch.Tensor) -> int | None:
 
 
 def _draw_rows(vectors: torch.Tensor, count: int, source: int) -> torch.Tensor:
-    """`count` random rows of `vectors (M, C)`, the same in all processes: those of the process `source`."""
+    """`count` random rows of `vectors (M, C)`, the same in all processes: those of the process
+    `source`."""
     rows = vectors.new_empty(count, vectors.shape[1])
     if len(vectors):
         rows = vectors[torch.randint(len(vectors), (count,), device=vectors.device)]
@@ -88,14 +94,16 @@ def _draw_rows(vectors: torch.Tensor, count: int, source: int) -> torch.Tensor:
 
 
 class VectorQuantizer(nn.Module):
-    """One codebook `(S, C)` that follows exponential moving averages of its inputs (VQ-VAE, van den Oord et al. 2017).
+    """One codebook `(S, C)` that follows exponential moving averages of its inputs (VQ-VAE, van den
+    Oord et al. 2017).
 
     Args:
         num_codes (`int`), channels (`int`): S and C.
         decay (`float`): of the moving averages, per training step.
         commitment_weight (`float`): of the loss that draws inputs to their codes.
-        dead_threshold (`float`): a code that is used less often than this share of the average code is replaced by a random
-            input; the new one has to be used within some 70 steps (at a decay of 0.99).
+        dead_threshold (`float`): a code that is used less often than this share of the average code
+            is replaced by a random input; the new one has to be used within some 70 steps (at a
+            decay of 0.99).
     """
 
     def __init__(
@@ -135,8 +143,8 @@ class VectorQuantizer(nn.Module):
         return bool(self.counts.any())
 
     def forward(self, latents: torch.Tensor, frozen: bool = False) -> TokComQuantizerOutput:
-        """Quantise `latents (..., C)`; in training mode, where gradients are asked for, the codebook moves first unless it
-        is `frozen`."""
+        """Quantise `latents (..., C)`; in training mode, where gradients are asked for, the
+        codebook moves first unless it is `frozen`."""
         flat = latents.detach().float().flatten(0, -2)
         if self.training and torch.is_grad_enabled() and not frozen:
             self._update(flat)
@@ -153,8 +161,8 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def _update(self, flat: torch.Tensor) -> None:
-        """Move every used code towards the mean of its inputs; give unused ones a new place among the inputs. All processes
-        call it, those without inputs `(0, C)`, too."""
+        """Move every used code towards the mean of its inputs; give unused ones a new place among
+        the inputs. All processes call it, those without inputs `(0, C)`, too."""
         source = _first_with(flat)
         first = not self.is_fitted
         if source is None:
@@ -180,7 +188,8 @@ class VectorQuantizer(nn.Module):
 
 
 class ResidualQuantizer(nn.Module):
-    """R codebooks, each of which quantises what the ones before it left over (RQ-VAE, Lee et al. 2022)."""
+    """R codebooks, each of which quantises what the ones before it left over (RQ-VAE, Lee et al.
+    2022)."""
 
     def __init__(self, num_codes: int, channels: int, num_levels: int, **options):
         super().__init__()
@@ -214,7 +223,8 @@ class ResidualQuantizer(nn.Module):
         )
 
     def nearest(self, latents: torch.Tensor) -> TokComQuantizerOutput:
-        """What latents `(..., C)` that are quantised already, but for an error, were: as `forward`, which learns nothing."""
+        """What latents `(..., C)` that are quantised already, but for an error, were: as `forward`,
+        which learns nothing."""
         return self(latents, frozen=True)
 
     def skip(self) -> None:
@@ -228,8 +238,9 @@ class ResidualQuantizer(nn.Module):
 
 
 class FiniteScalarQuantizer(nn.Module):
-    """Every channel is rounded to one of a few levels; a code is the number that the channels' digits make (FSQ, Mentzer
-    et al. 2023). No codebook, no auxiliary loss, no dead codes by construction.
+    """Every channel is rounded to one of a few levels; a code is the number that the channels'
+    digits make (FSQ, Mentzer et al. 2023). No codebook, no auxiliary loss, no dead codes by
+    construction.
 
     Args:
         levels (`tuple[int, ...]`): levels of each channel, each at least 2; S is their product.
@@ -255,8 +266,8 @@ class FiniteScalarQuantizer(nn.Module):
         return self._round(torch.tanh(latents.float()), latents)
 
     def nearest(self, latents: torch.Tensor) -> TokComQuantizerOutput:
-        """What latents `(..., C)` that are quantised already, but for an error, were: their nearest levels. The gradient passes
-        straight through."""
+        """What latents `(..., C)` that are quantised already, but for an error, were: their nearest
+        levels. The gradient passes straight through."""
         output = self._round(latents.detach().float().clamp(-1, 1), latents)
         output.latents = latents + (output.latents - latents).detach()
         return output
@@ -301,12 +312,14 @@ def kmeans(
     """Lloyd's algorithm over vectors that need not fit into memory together.
 
     Args:
-        batches: tensors `(M, C)`; it is iterated once per iteration, so give a list or another re-iterable.
-        metric (`str`): `"euclidean"`, or `"cosine"`, which works on normalised vectors and gives normalised centres.
+        batches: tensors `(M, C)`; it is iterated once per iteration, so give a list or another
+            re-iterable.
+        metric (`str`): `"euclidean"`, or `"cosine"`, which works on normalised vectors and gives
+            normalised centres.
         weights: how often each vector counts, tensors `(M,)` in the same order.
 
-    A centre without vectors is put on the vector that is farthest from its own centre. Returns `(num_codes, C)`; raises
-    `ValueError` when there are fewer vectors than centres.
+    A centre without vectors is put on the vector that is farthest from its own centre. Returns
+    `(num_codes, C)`; raises `ValueError` when there are fewer vectors than centres.
     """
     if metric not in ("euclidean", "cosine"):
         raise ValueError(f"`metric` ({metric!r}) must be 'euclidean' or 'cosine'.")
@@ -348,7 +361,8 @@ def kmeans(
 def _first_centres(
     batches: Iterable[tuple[torch.Tensor, torch.Tensor]], count: int, generator
 ) -> torch.Tensor:
-    """`count` vectors far from each other: k-means++ (Arthur and Vassilvitskii 2007) on a random sample of all batches."""
+    """`count` vectors far from each other: k-means++ (Arthur and Vassilvitskii 2007) on a random
+    sample of all batches."""
     keys = torch.zeros(0)
     rows = None
     for batch, _ in batches:  # reservoir sampling by random keys

@@ -3,9 +3,10 @@
     python -m tokcom.evaluation.ablation --row split --train books.parquet --validation held_out.parquet --judge judge/
     python -m tokcom.evaluation.ablation --table docs/ablations.md
 
-Rows are in `evaluation/ablations.yaml`. A row trains the flow stage for `--training_flops` operations on a codec that
-rows share, continues held-out prompts of 32 tokens by 64, and writes `WORK_DIR/rows/ROW-SEED.json`. Rows of the
-pixel models need no codec, and are measured by the tokens they recover from noise instead.
+Rows are in `evaluation/ablations.yaml`. A row trains the flow stage for `--training_flops`
+operations on a codec that rows share, continues held-out prompts of 32 tokens by 64, and writes
+`WORK_DIR/rows/ROW-SEED.json`. Rows of the pixel models need no codec, and are measured by the
+tokens they recover from noise instead.
 """
 
 import argparse
@@ -57,7 +58,8 @@ def trained_codec(name: str, data: list[str], work: Path) -> Path:
 
 
 def train_row(args: argparse.Namespace) -> tuple[Path, dict]:
-    """Train the row's codec, if no other row has, and its flow stage; returns the model and what it cost."""
+    """Train the row's codec, if no other row has, and its flow stage; returns the model and what it
+    cost."""
     row = ROWS["rows"][args.row]
     work = Path(args.work_dir)
     data = [
@@ -93,7 +95,8 @@ def train_row(args: argparse.Namespace) -> tuple[Path, dict]:
 
 
 def measure(checkpoint: Path, judge: TokenJudge, tokens: np.ndarray, **sampling) -> dict:
-    """Conditional judge NLL, by place in the chunk and at the entropy of real text, over a sweep."""
+    """Conditional judge NLL, by place in the chunk and at the entropy of real text, over a
+    sweep."""
     windows = held_out_windows(tokens, PROMPT + CONTINUATION, PROMPTS)
     prompts = windows[:, :PROMPT]
     real = windows[:, PROMPT:]
@@ -118,7 +121,8 @@ def measure(checkpoint: Path, judge: TokenJudge, tokens: np.ndarray, **sampling)
 
 
 def measure_recovery(checkpoint: Path, tokens: np.ndarray) -> dict:
-    """What a bidirectional model recovers of held-out windows from noise, beside what the noisy latents alone tell."""
+    """What a bidirectional model recovers of held-out windows from noise, beside what the noisy
+    latents alone tell."""
     model = TokComPipeline.from_pretrained(checkpoint).model
     return {
         "recovery": token_recovery(model, held_out_windows(tokens, 512, RECOVERY_WINDOWS), seed=0)

@@ -1,9 +1,11 @@
-"""Answer held-out questions with a model trained on dialogues, over guidance scales, and score the answers.
+"""Answer held-out questions with a model trained on dialogues, over guidance scales, and score the
+answers.
 
     python -m tokcom.evaluation.answers --checkpoint pixel-qa --data qa_held_out.jsonl --guidance 0 1 2 4 --output_dir outputs/answers
 
-Scale 0 is the same model without its prompt: what it answers before it has read the question. Writes one
-`predictions_SCALE.json` of {id, prompt, reference, prediction} per scale, and prints their table.
+Scale 0 is the same model without its prompt: what it answers before it has read the question.
+Writes one `predictions_SCALE.json` of {id, prompt, reference, prediction} per scale, and prints
+their table.
 """
 
 import argparse
@@ -23,7 +25,8 @@ from tokcom.training.data import load_documents, messages_of
 def answer(
     pipe: TokComPipeline, dialogues: list[list[dict]], gen_length: int, batch_size: int, seed: int, **sampling
 ) -> list[str]:
-    """The pipeline's answers to dialogues, the shortest prompts first, so that batches need little padding."""
+    """The pipeline's answers to dialogues, the shortest prompts first, so that batches need little
+    padding."""
     generator = torch.Generator().manual_seed(seed)
     answers = {}
     order = sorted(

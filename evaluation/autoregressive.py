@@ -1,13 +1,15 @@
-"""Train an autoregressive Llama on the same tokens: the peer TokCom is compared with, and the judge of both.
+"""Train an autoregressive Llama on the same tokens: the peer TokCom is compared with, and the judge
+of both.
 
     python -m tokcom.evaluation.autoregressive --checkpoint . --data books.parquet --output_dir peer \
         --num_parameters 9400000 --training_flops 3.1e14
     python -m tokcom.evaluation.autoregressive --checkpoint . --data books.parquet --output_dir judge \
         --hidden_size 256 --num_hidden_layers 4 --max_steps 1000 --seed 1234
 
-The tokenizer is that of `--checkpoint`. `--num_parameters` widens the feed-forward layers until the total matches;
-`--training_flops` sets the number of steps. The model, its tokenizer and `training.json` (tokens, operations, seconds)
-end in `--output_dir`, which `AutoModelForCausalLM` loads. Under `accelerate launch -m` every process takes `--batch_size` rows.
+The tokenizer is that of `--checkpoint`. `--num_parameters` widens the feed-forward layers until the
+total matches; `--training_flops` sets the number of steps. The model, its tokenizer and
+`training.json` (tokens, operations, seconds) end in `--output_dir`, which `AutoModelForCausalLM`
+loads. Under `accelerate launch -m` every process takes `--batch_size` rows.
 """
 
 import argparse
@@ -40,7 +42,8 @@ PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 
 
 class CausalWindows(torch.utils.data.Dataset):
-    """Windows of packed documents with the labels that a causal language model wants; a new offset per epoch."""
+    """Windows of packed documents with the labels that a causal language model wants; a new offset
+    per epoch."""
 
     def __init__(self, tokens: np.ndarray, sequence_length: int, eos_token_id: int, seed: int):
         self.windows = PackedDataset(
@@ -65,7 +68,8 @@ def llama_config(
     num_parameters: int | None,
     eos_token_id: int,
 ) -> LlamaConfig:
-    """A Llama with tied embeddings; with `num_parameters`, as wide a feed-forward layer as makes the total match.
+    """A Llama with tied embeddings; with `num_parameters`, as wide a feed-forward layer as makes
+    the total match.
 
     Raises `ValueError` when the rest of the model is already larger.
     """
@@ -113,7 +117,8 @@ def train(
     muon_learning_rate: float = 0.0,
     seed: int = 0,
 ) -> LlamaForCausalLM:
-    """Train on `tokens (T,)` with TokCom's optimizer, bfloat16 where it is fast, and a cosine schedule; returns and saves the model."""
+    """Train on `tokens (T,)` with TokCom's optimizer, bfloat16 where it is fast, and a cosine
+    schedule; returns and saves the model."""
     set_seed(seed)
     config = llama_config(
         vocabulary_size(tokenizer),

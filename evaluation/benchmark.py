@@ -1,13 +1,15 @@
-"""Speed and memory, measured against what a user would otherwise run; every comparison is made in one run, as a ratio.
+"""Speed and memory, measured against what a user would otherwise run; every comparison is made in
+one run, as a ratio.
 
     python -m tokcom.evaluation.benchmark training --stage flow codec   # a training step against the published code
     python -m tokcom.evaluation.benchmark sampling --preset tiny        # milliseconds per token against a Llama with KV cache
     python -m tokcom.evaluation.benchmark length --checkpoint .         # time and peak memory against the length of a text
     python -m tokcom.evaluation.benchmark serving --checkpoint .        # requests to the server, one after the other and at once
 
-`training` and `length` measure every system in a process of its own, since peak memory cannot be reset; they take turns.
-Numbers are medians. Weights are random except for `length`: speed does not depend on them. With `--output_dir` each
-command leaves `<command>.json`, `<command>.md` and a plot there.
+`training` and `length` measure every system in a process of its own, since peak memory cannot be
+reset; they take turns. Numbers are medians. Weights are random except for `length`: speed does not
+depend on them. With `--output_dir` each command leaves `<command>.json`, `<command>.md` and a plot
+there.
 """
 
 import argparse
@@ -66,7 +68,8 @@ def peak_mib() -> float:
 
 
 def matmul_peak(dtype: torch.dtype = torch.bfloat16) -> float:
-    """Operations per second of the fastest of a few square matrix products: what this machine can do at most."""
+    """Operations per second of the fastest of a few square matrix products: what this machine can
+    do at most."""
     best = 0.0
     for size in PEAK_SIZES:
         left, right = (torch.randn(size, size, device=DEVICE, dtype=dtype) for _ in range(2))
@@ -81,9 +84,11 @@ def matmul_peak(dtype: torch.dtype = torch.bfloat16) -> float:
 def build_training(
     system: str, stage: str, args: argparse.Namespace
 ) -> tuple[Callable[[torch.Tensor], torch.Tensor], list]:
-    """A loss of ids `(B, T)` and the parameters it trains, of preset `v5.2` at `args.layers` layers.
+    """A loss of ids `(B, T)` and the parameters it trains, of preset `v5.2` at `args.layers`
+    layers.
 
-    `system` is `"TokCom"` with options after commas (`"cached latents"`, `"ce_share 0.25"`, `"checkpointing"`) or `"published"`.
+    `system` is `"TokCom"` with options after commas (`"cached latents"`, `"ce_share 0.25"`,
+    `"checkpointing"`) or `"published"`.
     """
     from tokcom.configuration_tokcom import TokComConfig
     from tokcom.evaluation.published import PublishedTokCom
@@ -128,7 +133,8 @@ def build_training(
 
 
 def measure_training(system: str, stage: str, args: argparse.Namespace) -> dict:
-    """Tokens per second, operations and peak memory of whole training steps of one system, in this process."""
+    """Tokens per second, operations and peak memory of whole training steps of one system, in this
+    process."""
     from tokcom.evaluation.flops import count_flops
 
     torch.manual_seed(0)
@@ -153,7 +159,8 @@ def measure_training(system: str, stage: str, args: argparse.Namespace) -> dict:
 
 
 def training(args: argparse.Namespace) -> dict:
-    """Every system and stage in turn, `args.rounds` times; medians and ratios to the published code."""
+    """Every system and stage in turn, `args.rounds` times; medians and ratios to the published
+    code."""
     results = {}
     peak = matmul_peak(torch.bfloat16 if has_fast_bfloat16(DEVICE) else torch.float32)
     for stage in args.stage:
@@ -217,7 +224,8 @@ def tokcom_generator(
 def llama_generator(
     preset: str, parameters: int, vocab_size: int, compiled: bool = False
 ) -> Callable[[int, int, int | None], None]:
-    """The same with an autoregressive Llama of as many layers, of that width and as many parameters."""
+    """The same with an autoregressive Llama of as many layers, of that width and as many
+    parameters."""
     from transformers import LlamaForCausalLM
 
     from tokcom.configuration_tokcom import PRESETS
@@ -246,7 +254,8 @@ def llama_generator(
 
 
 def published_generator(parameters: int, vocab_size: int) -> Callable[[int, int, int | None], None]:
-    """The published sampler at as many parameters: all latents at once, no cache, one decoder pass at the end."""
+    """The published sampler at as many parameters: all latents at once, no cache, one decoder pass
+    at the end."""
     from tokcom.evaluation.published import PublishedTokCom
 
     width = 64
@@ -266,7 +275,8 @@ def published_generator(parameters: int, vocab_size: int) -> Callable[[int, int,
 
 
 def _published_size(width: int, intermediate_size: int, vocab_size: int) -> int:
-    """Parameters of matrices of the published model: three networks of 4 layers with one key/value head of 64."""
+    """Parameters of matrices of the published model: three networks of 4 layers with one key/value
+    head of 64."""
     layer = 2 * width * width + 2 * 64 * width + 3 * width * intermediate_size
     return vocab_size * width + 12 * layer + 16 * width * width + 9 * width * width
 
@@ -352,7 +362,8 @@ def length(args: argparse.Namespace) -> dict:
 
 
 def serving(args: argparse.Namespace) -> dict:
-    """Tokens per second of the OpenAI-compatible server for requests that come one after the other and all at once."""
+    """Tokens per second of the OpenAI-compatible server for requests that come one after the other
+    and all at once."""
     import threading
     from concurrent.futures import ThreadPoolExecutor
 

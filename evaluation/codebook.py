@@ -2,8 +2,9 @@
 
     tokcom evaluate codebook --model model --data held_out.parquet --output_dir outputs/codebook
 
-For every quantiser: share of codes used, perplexity, entropy, dead codes, on held-out texts, pictures or clips; `usage.png`, and for
-codecs of patches `codes.png`, what the most used codes decode to.
+For every quantiser: share of codes used, perplexity, entropy, dead codes, on held-out texts,
+pictures or clips; `usage.png`, and for codecs of patches `codes.png`, what the most used codes
+decode to.
 """
 
 import argparse
@@ -73,7 +74,8 @@ def sizes(pipe: TokComPipeline, levels: int) -> list[int]:
 def show_codes(
     pipe: TokComPipeline, codes: torch.Tensor, column: tuple[torch.Tensor, torch.Tensor], file: Path, shown: int = 256
 ) -> None:
-    """What the most used codes of the first level stand for, each as the patch it decodes to, most used first."""
+    """What the most used codes of the first level stand for, each as the patch it decodes to, most
+    used first."""
     codec, (values, counts) = pipe.model.codec, column
     best = values[counts.argsort(descending=True)[:shown]]
     rest = (

@@ -1,10 +1,12 @@
-"""Rate and distortion of quantised codecs: bits per token against the tokens that survive, beside gzip and zstd.
+"""Rate and distortion of quantised codecs: bits per token against the tokens that survive, beside
+gzip and zstd.
 
     python -m tokcom.evaluation.compression --train books.parquet --validation held_out.parquet --max_steps 600 --rows vq_k4_1k fsq_k4
     python -m tokcom.evaluation.compression --table docs/compression.md
 
-Rows are in ROWS. Each trains one codec in `WORK_DIR/NAME` with the settings of the preset `tiny` and measures it on held-out text.
-gzip and zstd compress the same text without loss; their bits are divided by the same number of tokens.
+Rows are in ROWS. Each trains one codec in `WORK_DIR/NAME` with the settings of the preset `tiny`
+and measures it on held-out text. gzip and zstd compress the same text without loss; their bits are
+divided by the same number of tokens.
 """
 
 import argparse
@@ -80,7 +82,8 @@ def train_row(name: str, args: argparse.Namespace) -> TokComModel:
 
 @torch.no_grad()
 def measure(model: TokComModel, ids: torch.Tensor, picture: Path) -> dict:
-    """Bits per token, share of the tokens of `ids (1, T)` that survive, and how the codes are used."""
+    """Bits per token, share of the tokens of `ids (1, T)` that survive, and how the codes are
+    used."""
     config = model.config.codec_config
     encoded = model.encode(ids)
     decoded = model.to_ids(encoded.latents)
@@ -123,7 +126,8 @@ def measure(model: TokComModel, ids: torch.Tensor, picture: Path) -> dict:
 
 
 def draw_rates(rows: list[dict], file: str) -> None:
-    """Token accuracy against bits per token, one colour for each K; entropy-coded rates as hollow points."""
+    """Token accuracy against bits per token, one colour for each K; entropy-coded rates as hollow
+    points."""
     figure, axes = plt.subplots(figsize=(7, 4.5))
     for row in rows:
         bits = row["bits per token"]

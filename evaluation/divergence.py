@@ -4,13 +4,16 @@
 
 A teacher whose text a model learns is an exact reference:
 
-- *Forward*: the model's nats on held-out teacher text minus those of the distribution it was sampled from, with its top-k and min-p.
+- *Forward*: the model's nats on held-out teacher text minus those of the distribution it was
+    sampled from, with its top-k and min-p.
   High when the model does not expect what the teacher writes.
-- *Reverse*: the plain teacher's nats on the model's samples minus the model's own, at the temperature of the samples. High when the
+- *Reverse*: the plain teacher's nats on the model's samples minus the model's own, at the
+    temperature of the samples. High when the
   model writes what the teacher would not.
 
-The end of a text counts as one of its tokens. An autoregressive peer (`--peer`, a causal language model with the model's tokenizer) is
-measured by the same code. A teacher does not judge quality: that is for a judge who wrote none of the text.
+The end of a text counts as one of its tokens. An autoregressive peer (`--peer`, a causal language
+model with the model's tokenizer) is measured by the same code. A teacher does not judge quality:
+that is for a judge who wrote none of the text.
 """
 
 import argparse
@@ -35,14 +38,16 @@ ROWS = 16  # texts scored at once
 
 
 def truncate(logits: torch.Tensor, top_k: int, min_p: float) -> torch.Tensor:
-    """Log-probabilities `(..., V)` of what sampling with `top_k` and `min_p` draws from; -inf where it draws nothing."""
+    """Log-probabilities `(..., V)` of what sampling with `top_k` and `min_p` draws from; -inf where
+    it draws nothing."""
     kept, index = logits.topk(top_k, dim=-1)
     kept = kept.masked_fill(kept < kept[..., :1] + np.log(min_p), float("-inf"))
     return torch.full_like(logits, float("-inf")).scatter(-1, index, kept.log_softmax(-1))
 
 
 class Teacher:
-    """A causal language model that starts a text with its BOS token and ends it with `end_token_id`.
+    """A causal language model that starts a text with its BOS token and ends it with
+    `end_token_id`.
 
     Args: `path`, and the `top_k` and `min_p` that its text was sampled with.
     """
@@ -56,8 +61,8 @@ class Teacher:
 
     @torch.no_grad()
     def nats(self, texts: list[str], ended: list[bool], truncated: bool) -> tuple[np.ndarray, int]:
-        """Nats of each text `(B,)`, its end included if it has `ended`, and how many tokens the truncated distribution does
-        not allow; these are scored by the plain one."""
+        """Nats of each text `(B,)`, its end included if it has `ended`, and how many tokens the
+        truncated distribution does not allow; these are scored by the plain one."""
         totals = []
         impossible = 0
         for text, has_end in zip(tqdm(texts, desc="teacher", leave=False), ended):
@@ -161,7 +166,8 @@ class AutoregressiveStudent:
 
 
 def measure(student, teacher: Teacher, texts: list[str], args: argparse.Namespace) -> dict:
-    """Excess nats per character of a student, forward on held-out `texts` and reverse on its own samples."""
+    """Excess nats per character of a student, forward on held-out `texts` and reverse on its own
+    samples."""
     tokenizer = student.tokenizer
     eos = tokenizer.eos_token_id
     size = vocabulary_size(tokenizer)

@@ -1,7 +1,8 @@
-"""Floating-point operations, counted while the real code runs (`torch.utils.flop_counter`), not from a formula.
+"""Floating-point operations, counted while the real code runs (`torch.utils.flop_counter`), not
+from a formula.
 
-A multiply-add is two operations; matrix products and attention are counted, element-wise work is not. Attention is
-counted dense: a mask does not make it cheaper, as it does not on the CPU.
+A multiply-add is two operations; matrix products and attention are counted, element-wise work is
+not. Attention is counted dense: a mask does not make it cheaper, as it does not on the CPU.
 """
 
 import copy
@@ -22,10 +23,11 @@ def count_flops(function: Callable[[], object]) -> int:
 
 
 def training_flops_per_token(model: nn.Module, input_ids: torch.Tensor) -> float:
-    """Forward and backward operations per token of `input_ids (B, T)`, for TokCom or any causal language model.
+    """Forward and backward operations per token of `input_ids (B, T)`, for TokCom or any causal
+    language model.
 
-    A self-conditioned TokCom step costs one more forward pass in half of the cases: both cases are counted and
-    averaged. Weights and gradients are left as they were found.
+    A self-conditioned TokCom step costs one more forward pass in half of the cases: both cases are
+    counted and averaged. Weights and gradients are left as they were found.
     """
     was_training = model.training
     costs = []
@@ -58,7 +60,8 @@ def training_flops_per_step(
     sequence_length: int,
     build: Callable[[nn.Module], torch.optim.Optimizer],
 ) -> float:
-    """Operations of one optimizer step on `batch_size` rows of `sequence_length` tokens, the optimizer's included."""
+    """Operations of one optimizer step on `batch_size` rows of `sequence_length` tokens, the
+    optimizer's included."""
     per_token = training_flops_per_token(model, torch.zeros(1, sequence_length, dtype=torch.long))
     return per_token * batch_size * sequence_length + optimizer_flops(model, build)
 
@@ -68,7 +71,8 @@ def _seed_with(below_half: bool) -> int:
 
 
 def optimizer_flops(model: nn.Module, build: Callable[[nn.Module], torch.optim.Optimizer]) -> int:
-    """Operations of one step of the optimizer that `build(model)` makes; Muon multiplies matrices, AdamW does not."""
+    """Operations of one step of the optimizer that `build(model)` makes; Muon multiplies matrices,
+    AdamW does not."""
     twin = copy.deepcopy(model)
     optimizer = build(twin)
     for group in optimizer.param_groups:

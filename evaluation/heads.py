@@ -1,10 +1,12 @@
-"""The OmniFlow decoder experiments: heads between a frozen transformer and its frozen decoder, with numbers.
+"""The OmniFlow decoder experiments: heads between a frozen transformer and its frozen decoder, with
+numbers.
 
     python -m tokcom.evaluation.heads --checkpoint backbone --train captions.parquet --validation held_out.parquet --seeds 0 1 2
 
-Trains each of EXPERIMENTS on `--checkpoint`, a finished model that regresses latents, once per seed; re-denoises held-out
-texts from `--noise_level` and decodes them from latents alone; writes one `predictions.json` each and prints one table of means
-and standard deviations, with the model without any head beside it.
+Trains each of EXPERIMENTS on `--checkpoint`, a finished model that regresses latents, once per
+seed; re-denoises held-out texts from `--noise_level` and decodes them from latents alone; writes
+one `predictions.json` each and prints one table of means and standard deviations, with the model
+without any head beside it.
 """
 
 import argparse

@@ -11,7 +11,8 @@ from tokcom.training.precision import half_precision
 def token_nll(
     model, ids: np.ndarray, prompts: np.ndarray | None = None, batch_size: int = 64
 ) -> np.ndarray:
-    """Nats of every token of `ids (B, T)` given the tokens before it, `prompts (B, P)` included, by a causal language
+    """Nats of every token of `ids (B, T)` given the tokens before it, `prompts (B, P)` included, by
+    a causal language
     model: `(B, T)`.
 
     Without a prompt the first token has no context and is NaN; take means with `np.nanmean`.
@@ -33,7 +34,8 @@ def token_nll(
 
 
 class TokenJudge:
-    """A causal language model with TokCom's own tokenizer, such as `evaluation.autoregressive` trains."""
+    """A causal language model with TokCom's own tokenizer, such as `evaluation.autoregressive`
+    trains."""
 
     def __init__(self, path: str, device: str = "cpu"):
         self.model = (
@@ -46,7 +48,8 @@ class TokenJudge:
 
 
 class TextJudge:
-    """Any Hugging Face causal language model, by path or name: scores detokenised text with its own tokenizer."""
+    """Any Hugging Face causal language model, by path or name: scores detokenised text with its own
+    tokenizer."""
 
     def __init__(self, path: str, device: str = "cpu"):
         self.tokenizer = AutoTokenizer.from_pretrained(path)
@@ -56,7 +59,8 @@ class TextJudge:
 
     @torch.no_grad()
     def nats_per_character(self, texts: list[str], prompts: list[str] | None = None) -> np.ndarray:
-        """Nats per character of each text `(B,)`, given its prompt if there is one; NaN for an empty text."""
+        """Nats per character of each text `(B,)`, given its prompt if there is one; NaN for an
+        empty text."""
         prompts = prompts or [""] * len(texts)
         results = []
         for prompt, text in zip(prompts, texts):

@@ -1,10 +1,13 @@
-"""What a training step of a model of clips costs in operations and memory, without running it at full size.
+"""What a training step of a model of clips costs in operations and memory, without running it at
+full size.
 
     python -m tokcom.evaluation.memory --presets video-tiny video-small video-medium video-large
 
-Activations are what autograd keeps for the backward pass. They are measured on clips and depths that fit this machine and
-extrapolated: with attention kernels that keep no matrix of weights they grow with latents and layers, which
-`tests/test_video.py` checks at another size. Weights, gradients and AdamW's two averages take 16 bytes a parameter in float32.
+Activations are what autograd keeps for the backward pass. They are measured on clips and depths
+that fit this machine and
+extrapolated: with attention kernels that keep no matrix of weights they grow with latents and
+layers, which `tests/test_video.py` checks at another size. Weights, gradients and AdamW's two
+averages take 16 bytes a parameter in float32.
 """
 
 import argparse
@@ -26,7 +29,8 @@ BYTES_PER_PARAMETER = 16
 
 @dataclass
 class Cost:
-    """Of one training step of one clip; bytes, and operations of which a multiplication and an addition are two."""
+    """Of one training step of one clip; bytes, and operations of which a multiplication and an
+    addition are two."""
 
     parameters: int
     latents: int
@@ -38,7 +42,8 @@ class Cost:
 
 
 def resized(config: TokComConfig, layers: int, frames: int, side: int) -> TokComConfig:
-    """The configuration with fewer layers, for clips of `frames` moments of `side` x `side` patches."""
+    """The configuration with fewer layers, for clips of `frames` moments of `side` x `side`
+    patches."""
     fields = deepcopy(config.to_dict())
     codec = fields["codec_config"]
     codec["num_frames"], size = frames * codec["frames_per_patch"], side * codec["patch_size"]
@@ -53,7 +58,8 @@ def resized(config: TokComConfig, layers: int, frames: int, side: int) -> TokCom
 def saved_bytes(
     config: TokComConfig, checkpointing: bool = False, dtype: torch.dtype | None = None
 ) -> int:
-    """Bytes that autograd keeps for the backward pass of one clip, without parameters; with autocast to `dtype` if given."""
+    """Bytes that autograd keeps for the backward pass of one clip, without parameters; with
+    autocast to `dtype` if given."""
     model = TokComModel(config).train()
     model.set_stage("flow")
     if checkpointing:
@@ -108,8 +114,8 @@ def activations(
 
 
 def operations(config: TokComConfig, parameters: int) -> float:
-    """Of a training step: three times those of a forward pass, which takes two for each parameter and latent and four for each
-    channel of each pair that attends."""
+    """Of a training step: three times those of a forward pass, which takes two for each parameter
+    and latent and four for each channel of each pair that attends."""
     transformer = config.transformer_config
     codec = config.codec_config
     total = codec.num_tokens
@@ -142,7 +148,8 @@ def cost(config: TokComConfig, dtype: torch.dtype | None = torch.bfloat16) -> Co
 
 
 def run_step(config: TokComConfig, dtype: torch.dtype | None = torch.bfloat16) -> dict[str, float]:
-    """Take one step of AdamW on one clip of noise: seconds, and by how many GiB the process has grown at most."""
+    """Take one step of AdamW on one clip of noise: seconds, and by how many GiB the process has
+    grown at most."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.perf_counter()
     codec = config.codec_config

@@ -1,7 +1,7 @@
 """Measures of text as token ids. Every function takes ids `(B, T)` and says what it returns.
 
-Sources: distinct-n (Li et al. 2016), rep-n (Welleck et al. 2020), self-BLEU (Zhu et al. 2018), BrierLM (CALM, Shao et
-al. 2025).
+Sources: distinct-n (Li et al. 2016), rep-n (Welleck et al. 2020), self-BLEU (Zhu et al. 2018),
+BrierLM (CALM, Shao et al. 2025).
 """
 
 import numpy as np
@@ -23,7 +23,8 @@ def sample_entropy(ids: np.ndarray) -> float:
 def ngram_keys(ids: np.ndarray, n: int) -> np.ndarray:
     """One 64-bit key per n-gram: `(..., T)` -> `(..., T - n + 1)`; equal n-grams have equal keys.
 
-    A polynomial hash modulo 2^64: two different n-grams of a corpus of 10 M share a key with probability 3e-6.
+    A polynomial hash modulo 2^64: two different n-grams of a corpus of 10 M share a key with
+    probability 3e-6.
     """
     ids = np.asarray(ids).astype(np.uint64)
     keys = np.zeros((*ids.shape[:-1], max(0, ids.shape[-1] - n + 1)), np.uint64)
@@ -50,12 +51,14 @@ def repetition(ids: np.ndarray, n: int = 4) -> float:
 
 
 def spread(rows: np.ndarray, count: int) -> np.ndarray:
-    """At most `count` of the rows, evenly over all: windows of a text are in its order, so the first would be of one document."""
+    """At most `count` of the rows, evenly over all: windows of a text are in its order, so the
+    first would be of one document."""
     return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
 
 
 def self_bleu(ids: np.ndarray, count: int = 100) -> float:
-    """BLEU-4 in [0, 1] of each of `count` samples against the others; high means samples are alike."""
+    """BLEU-4 in [0, 1] of each of `count` samples against the others; high means samples are
+    alike."""
     texts = [" ".join(map(str, row)) for row in spread(ids, count).tolist()]
     bleu = BLEU(tokenize="none", effective_order=True)
     scores = [
@@ -82,7 +85,8 @@ class TrainingNgrams:
         return float(self.seen(ids, n).mean())
 
     def chunks_seen(self, ids: np.ndarray, size: int) -> tuple[float, float]:
-        """Share of K-grams seen in training, at chunk boundaries (on-grid) and across them (off-grid)."""
+        """Share of K-grams seen in training, at chunk boundaries (on-grid) and across them
+        (off-grid)."""
         seen = self.seen(ids, size)
         on_grid = np.arange(seen.shape[1]) % size == 0
         return float(seen[:, on_grid].mean()), float(
@@ -90,7 +94,8 @@ class TrainingNgrams:
         ) if size > 1 else float("nan")
 
     def longest(self, ids: np.ndarray) -> int:
-        """Length of the longest n-gram of any sample that occurs in the training text, by bisection: its parts occur too."""
+        """Length of the longest n-gram of any sample that occurs in the training text, by
+        bisection: its parts occur too."""
         low = 0
         high = min(ids.shape[1], len(self.tokens))
         while low < high:
@@ -103,9 +108,10 @@ class TrainingNgrams:
 def brier_lm(first: np.ndarray, second: np.ndarray, real: np.ndarray) -> dict[str, float]:
     """BrierLM from two independent samples and the real continuation, each `(B, >= 4)`, x 100.
 
-    Brier-n is the mean of `1{x1 = y} + 1{x2 = y} - 1{x1 = x2}` over the first n tokens as one event: an unbiased
-    estimate of `2 p(y) - sum_x p(x)^2`, at most 1, which is largest for the true distribution. BrierLM is the geometric
-    mean over n = 1..4, 0 as soon as one of them is not positive.
+    Brier-n is the mean of `1{x1 = y} + 1{x2 = y} - 1{x1 = x2}` over the first n tokens as one
+    event: an unbiased estimate of `2 p(y) - sum_x p(x)^2`, at most 1, which is largest for the true
+    distribution. BrierLM is the geometric mean over n = 1..4, 0 as soon as one of them is not
+    positive.
     """
     results = {}
     values = []

@@ -1,15 +1,20 @@
-"""Measure a model of a text, a picture and a sound in all six directions, and its text beside a model of text alone.
+"""Measure a model of a text, a picture and a sound in all six directions, and its text beside a
+model of text alone.
 
     python -m tokcom.evaluation.omni --model model --pictures icons/train.parquet --pictures_test icons/test.parquet \
-        --digits digits/train.parquet --digits_test digits/test.parquet --text_model text --judge judge --output_dir results
+        --digits digits/train.parquet --digits_test digits/test.parquet --text_model text --judge
+        judge --output_dir results
 
-Pictures have `image` and `caption`; digits `image`, `caption` and `audio`, where one caption is one class. Text to picture: a small
-contrastive model, trained on the real pairs, looks for the caption of each picture among 20; beside it the training picture whose caption
-has most words in common. Picture to text: exact nouns (what comes before the comma) and BLEU, beside the caption of the nearest training
-picture, and as *real data* the captions as their codec gives them back. Sound to text and to picture: held-out recordings, beside what
-goes with the nearest training recording. Text and picture to sound: the inputs are the classes, which training has seen; a classifier,
-trained on the real recordings, hears the generated .wav, and their distance to the nearest training recording and from each other stands
-beside that of held-out recordings. Writes `results.json` after each part, `results.md`, `pictures.png`, `sounds.png` and a .wav of each class.
+Pictures have `image` and `caption`; digits `image`, `caption` and `audio`, where one caption is one
+class. Text to picture: a small contrastive model, trained on the real pairs, looks for the caption
+of each picture among 20; beside it the training picture whose caption has most words in common.
+Picture to text: exact nouns (what comes before the comma) and BLEU, beside the caption of the
+nearest training picture, and as *real data* the captions as their codec gives them back. Sound to
+text and to picture: held-out recordings, beside what goes with the nearest training recording. Text
+and picture to sound: the inputs are the classes, which training has seen; a classifier, trained on
+the real recordings, hears the generated .wav, and their distance to the nearest training recording
+and from each other stands beside that of held-out recordings. Writes `results.json` after each
+part, `results.md`, `pictures.png`, `sounds.png` and a .wav of each class.
 """
 
 import argparse
@@ -42,7 +47,8 @@ BATCH = 50
 
 
 class Pairs(nn.Module):
-    """Pictures and captions as unit vectors, near where they belong together (Radford et al. 2021), at small size."""
+    """Pictures and captions as unit vectors, near where they belong together (Radford et al. 2021),
+    at small size."""
 
     def __init__(self, vocab_size: int, size: int = 64):
         super().__init__()
@@ -82,7 +88,8 @@ def train_pairs(
 
 @torch.no_grad()
 def retrieved(pairs: Pairs, pixels: torch.Tensor, rows: list[list[int]], seed: int) -> float:
-    """Share of pictures whose caption is found among `CANDIDATES`, the others drawn from those of the other pictures."""
+    """Share of pictures whose caption is found among `CANDIDATES`, the others drawn from those of
+    the other pictures."""
     scores = pairs.score(pixels, rows)
     rng = np.random.default_rng(seed)
     hits = []
@@ -107,7 +114,8 @@ def copied(captions: list[str], known: list[str]) -> list[int]:
 
 
 class Study:
-    """The model, the real records, and what is made of them; `generate` runs in batches with one seed."""
+    """The model, the real records, and what is made of them; `generate` runs in batches with one
+    seed."""
 
     def __init__(self, pipe: TokComPipeline, args: argparse.Namespace):
         self.pipe = pipe
@@ -220,7 +228,8 @@ def measure_pictures(study: Study) -> dict:
 
 
 def closeness(made: torch.Tensor, train: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    """Of sounds as features: mean distance to the nearest training recording, and from others with the same of `labels (M,)`."""
+    """Of sounds as features: mean distance to the nearest training recording, and from others with
+    the same of `labels (M,)`."""
     made = made[:, 0].flatten(1)
     train = train[:, 0].flatten(1)
     apart = torch.cdist(made, made)
@@ -289,7 +298,8 @@ def measure_digits(study: Study) -> dict:
 
 
 def keep_sounds(study: Study, classes: list[str], sounds: list[np.ndarray], test: dict) -> None:
-    """`sounds.png`: log-mel of a real recording of each class above a generated one; some of those as .wav files."""
+    """`sounds.png`: log-mel of a real recording of each class above a generated one; some of those
+    as .wav files."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -321,8 +331,8 @@ def keep_sounds(study: Study, classes: list[str], sounds: list[np.ndarray], test
 def measure_text(
     pipes: dict[str, TokComPipeline], judge: TokenJudge, real: list[str], args: argparse.Namespace
 ) -> list[dict]:
-    """As many texts from nothing as there are `real` ones, of the joint model and of one of text alone, by a judge with their
-    tokenizer. Entropy is that of their tokens taken together."""
+    """As many texts from nothing as there are `real` ones, of the joint model and of one of text
+    alone, by a judge with their tokenizer. Entropy is that of their tokens taken together."""
     rows = []
     tokenizer = next(iter(pipes.values())).tokenizer
     for name, pipe in {"real": None, **pipes}.items():
@@ -365,7 +375,8 @@ def report(facts: dict) -> str:
 
 
 def load(args: argparse.Namespace) -> tuple[Study, dict[str, TokComPipeline], TokenJudge | None]:
-    """The study, the models whose texts are judged, and the judge; raises `ValueError` if they do not fit each other."""
+    """The study, the models whose texts are judged, and the judge; raises `ValueError` if they do
+    not fit each other."""
     pipes, judge = {"joint model": TokComPipeline.from_pretrained(args.model)}, None
     if args.text_model:
         pipes["text alone"] = TokComPipeline.from_pretrained(args.text_model)

@@ -1,7 +1,8 @@
-"""The protocol: controls, unconditional samples, prefix continuation, the entropy frontier, memorisation, latency.
+"""The protocol: controls, unconditional samples, prefix continuation, the entropy frontier,
+memorisation, latency.
 
-Every function returns plain dictionaries that go into `results.json`. A `system` is a name and a sampler; the controls
-are real text and three ways to fake it.
+Every function returns plain dictionaries that go into `results.json`. A `system` is a name and a
+sampler; the controls are real text and three ways to fake it.
 """
 
 import time
@@ -60,13 +61,15 @@ class Study:
 
 
 def held_out_windows(tokens: np.ndarray, length: int, count: int) -> np.ndarray:
-    """At most `count` windows `(count, length)` of `tokens (T,)`, spread evenly and not overlapping."""
+    """At most `count` windows `(count, length)` of `tokens (T,)`, spread evenly and not
+    overlapping."""
     starts = np.linspace(0, len(tokens) - length, min(count, len(tokens) // length)).astype(int)
     return tokens[starts[:, None] + np.arange(length)]
 
 
 def nll_by_place(nll: np.ndarray, chunk_size: int) -> list[float]:
-    """Mean of `nll (B, T)` at each place of the chunk; a last chunk that is not whole is left out."""
+    """Mean of `nll (B, T)` at each place of the chunk; a last chunk that is not whole is left
+    out."""
     whole = nll[:, : nll.shape[1] // chunk_size * chunk_size]
     return np.nanmean(whole.reshape(len(nll), -1, chunk_size), axis=(0, 1)).tolist()
 
@@ -74,7 +77,8 @@ def nll_by_place(nll: np.ndarray, chunk_size: int) -> list[float]:
 def measure_setting(
     judge: TokenJudge, prompts: np.ndarray, setting: str, sampler, chunk_size: int
 ) -> dict:
-    """Conditional NLL, also by place in the chunk, and entropy of one sampling setting; a point of the frontier."""
+    """Conditional NLL, also by place in the chunk, and entropy of one sampling setting; a point of
+    the frontier."""
     ids = sampler.sample(prompts, CONTINUATION, seed=0)
     nll = judge.nll(ids, prompts)
     facts = {"setting": setting, "nll": float(nll.mean()), "entropy": sample_entropy(ids)}
@@ -82,7 +86,8 @@ def measure_setting(
 
 
 def control_texts(study: Study, length: int, count: int, seed: int) -> dict[str, np.ndarray]:
-    """Real held-out text, the same with shuffled tokens, random training chunks, and a repeated phrase."""
+    """Real held-out text, the same with shuffled tokens, random training chunks, and a repeated
+    phrase."""
     generator = np.random.default_rng(seed)
     real = study.windows(length, count)
     size = study.chunk_size
@@ -99,7 +104,8 @@ def control_texts(study: Study, length: int, count: int, seed: int) -> dict[str,
 
 
 def describe(study: Study, ids: np.ndarray, prompts: np.ndarray | None = None) -> dict:
-    """All measures of one set of samples `(B, T)`, which continue `prompts (B, P)` if there are any."""
+    """All measures of one set of samples `(B, T)`, which continue `prompts (B, P)` if there are
+    any."""
     nll = study.token_judge.nll(ids, prompts)
     per_sample = np.nanmean(nll, axis=1)
     low, high = bootstrap_interval(per_sample)
@@ -130,7 +136,8 @@ def describe(study: Study, ids: np.ndarray, prompts: np.ndarray | None = None) -
 
 
 def over_seeds(runs: list[dict]) -> dict:
-    """Means over seeds of `describe` results, with the standard deviation of `nll`, `entropy` and `rep_4`."""
+    """Means over seeds of `describe` results, with the standard deviation of `nll`, `entropy` and
+    `rep_4`."""
     mean = {key: np.mean([run[key] for run in runs], axis=0).tolist() for key in runs[0]}
     spread = {
         f"{key}_std_over_seeds": float(np.std([run[key] for run in runs]))
@@ -153,7 +160,8 @@ def unconditional(study: Study, systems: dict) -> dict:
 
 
 def continuation(study: Study, systems: dict) -> dict:
-    """Continue held-out prompts of 32 tokens by 64, and of 33..35 tokens (a prompt need not fill its last chunk)."""
+    """Continue held-out prompts of 32 tokens by 64, and of 33..35 tokens (a prompt need not fill
+    its last chunk)."""
     windows = study.windows(PROMPT + CONTINUATION, study.samples)
     prompts = windows[:, :PROMPT]
     real = windows[:, PROMPT:]
@@ -182,7 +190,8 @@ def continuation(study: Study, systems: dict) -> dict:
 
 
 def frontier(study: Study, make_sampler: dict, count: int) -> dict:
-    """Conditional NLL against entropy over sampling settings, and by interpolation at the entropy of real text.
+    """Conditional NLL against entropy over sampling settings, and by interpolation at the entropy
+    of real text.
 
     Args: `make_sampler` maps a system's name to `{setting: sampler}`; `count` prompts.
     Returns `{name: {"points": [...], "nll_at_real_entropy": ..., "setting_at_real_entropy": ...}}`.
@@ -206,7 +215,8 @@ def frontier(study: Study, make_sampler: dict, count: int) -> dict:
 
 
 def at_entropy(points: list[dict], target: float) -> float | None:
-    """The lowest NLL that one sweep reaches at entropy `target`, by linear interpolation; None if no sweep encloses it.
+    """The lowest NLL that one sweep reaches at entropy `target`, by linear interpolation; None if
+    no sweep encloses it.
 
     A sweep is the settings whose names start with the same word, such as "temperature 0.9".
     """
@@ -237,8 +247,9 @@ def brier(study: Study, systems: dict, count: int) -> dict:
 def likelihood(
     study: Study, systems: dict, windows: int = 48, length: int = 512, skipped: int = 32
 ) -> dict:
-    """Nats per token of held-out text under each system's own probabilities, of `windows` windows without their first
-    `skipped` tokens. None for a TokCom model that decides several tokens in one step, whose likelihood is not known."""
+    """Nats per token of held-out text under each system's own probabilities, of `windows` windows
+    without their first `skipped` tokens. None for a TokCom model that decides several tokens in one
+    step, whose likelihood is not known."""
     ids = study.windows(length, windows)
     results = {}
     for name, sampler in systems.items():
@@ -251,7 +262,8 @@ def likelihood(
 
 
 def memorisation(study: Study, systems: dict) -> dict:
-    """8-gram overlap with training and the longest shared n-gram, beside held-out real text of the same size."""
+    """8-gram overlap with training and the longest shared n-gram, beside held-out real text of the
+    same size."""
     results = {}
     samples = {"real text": study.windows(study.length, study.samples)}
     for name, sampler in systems.items():
@@ -267,7 +279,8 @@ def memorisation(study: Study, systems: dict) -> dict:
 def latency(
     study: Study, systems: dict, batches=(1, 32), length: int = 64, repeats: int = 20
 ) -> dict:
-    """Milliseconds per generated token: median of `repeats` after 3 warm-ups, systems in turn, same threads."""
+    """Milliseconds per generated token: median of `repeats` after 3 warm-ups, systems in turn, same
+    threads."""
     prompts = study.windows(PROMPT, max(batches))
     results = {name: {} for name in systems}
     for batch in batches:

@@ -1,7 +1,9 @@
-"""TokCom v5.2 as it was published, its equations written out once more and without any optimisation.
+"""TokCom v5.2 as it was published, its equations written out once more and without any
+optimisation.
 
-Conversion is checked against it, and training and sampling speed are compared with it: attention inside B * N chunks of
-K positions as matrix products, rotary tables in float32 at every call, all logits at once, no cache.
+Conversion is checked against it, and training and sampling speed are compared with it: attention
+inside B * N chunks of K positions as matrix products, rotary tables in float32 at every call, all
+logits at once, no cache.
 """
 
 import math
@@ -18,9 +20,12 @@ class PublishedTokCom:
     """The published model as functions of its two state dictionaries.
 
     Args:
-        vae, denoiser (`dict[str, torch.Tensor]`): `vae_model_state_dict` and `denoised_model_state_dict`.
-        num_layers, num_heads, num_groups (`int`): of each of encoder, decoder and denoiser; groups share keys and values.
-        chunk_size (`int`): K. `omni_token_id` (`int`): the id whose embedding the decoder reads at places 1..K-1.
+        vae, denoiser (`dict[str, torch.Tensor]`): `vae_model_state_dict` and
+            `denoised_model_state_dict`.
+        num_layers, num_heads, num_groups (`int`): of each of encoder, decoder and denoiser; groups
+            share keys and values.
+        chunk_size (`int`): K. `omni_token_id` (`int`): the id whose embedding the decoder reads at
+            places 1..K-1.
     """
 
     vae: State
@@ -42,7 +47,8 @@ class PublishedTokCom:
         num_groups: int,
         vocab_size: int,
     ) -> "PublishedTokCom":
-        """Random weights of the published names and shapes; the last of `vocab_size` ids is the omni token."""
+        """Random weights of the published names and shapes; the last of `vocab_size` ids is the
+        omni token."""
         wide = 4 * hidden_size
         vae = {"embed_tokens.weight": torch.randn(vocab_size, hidden_size)}
         vae["encoder.embed_tokens.weight"] = vae["decoder.lm_head.weight"] = vae[
@@ -74,7 +80,8 @@ class PublishedTokCom:
     # ---- the two networks ----
 
     def encode(self, ids: torch.Tensor) -> torch.Tensor:
-        """Ids `(B, T)` -> latents `(B, N, D)`: the last position of a transformer inside each chunk."""
+        """Ids `(B, T)` -> latents `(B, N, D)`: the last position of a transformer inside each
+        chunk."""
         chunks = ids.view(-1, self.chunk_size)
         states = self._stack(self.vae["embed_tokens.weight"][chunks], "encoder")
         return states[:, -1].view(len(ids), -1, states.shape[-1])
@@ -88,7 +95,8 @@ class PublishedTokCom:
         return (states @ embeddings.T).view(len(latents), -1, len(embeddings))
 
     def denoise(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """Noisy latents `(B, N, D)` and one t per row `(B,)` -> the estimate of the clean latents."""
+        """Noisy latents `(B, N, D)` and one t per row `(B,)` -> the estimate of the clean
+        latents."""
         state = self.denoiser
         half = x.shape[-1] // 2
         angles = t[:, None] * torch.exp(
@@ -159,7 +167,8 @@ class PublishedTokCom:
     def flow_loss(
         self, ids: torch.Tensor, noise_std: float = 0.05, t: float | None = None
     ) -> torch.Tensor:
-        """Stage 2: cross-entropy of ids `(B, T)` through the frozen decoder, one t per row, drawn unless it is given."""
+        """Stage 2: cross-entropy of ids `(B, T)` through the frozen decoder, one t per row, drawn
+        unless it is given."""
         with torch.no_grad():
             clean = self.encode(ids)
         t = (
@@ -175,7 +184,8 @@ class PublishedTokCom:
     def euler(
         self, x: torch.Tensor, steps: int, start: float = 0.0, keep: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Integrate `x (B, N, D)` from t = `start` to 1 in `steps (1 - start)` steps, after the latents `keep` if given."""
+        """Integrate `x (B, N, D)` from t = `start` to 1 in `steps (1 - start)` steps, after the
+        latents `keep` if given."""
         for i in range(round(steps * (1 - start))):
             t = start + i / steps
             whole = x if keep is None else torch.cat((keep, x), 1)

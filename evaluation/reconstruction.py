@@ -17,8 +17,9 @@ def reconstruction_accuracy(
 ) -> dict:
     """Share of tokens and of whole chunks that survive encode -> noise -> decode.
 
-    Noise is in standard deviations of the standardised latents. With shuffled latents a decoder that reads them, and is
-    no language model of its own, fails. `rare_ids` are the ids whose accuracy is reported separately.
+    Noise is in standard deviations of the standardised latents. With shuffled latents a decoder
+    that reads them, and is no language model of its own, fails. `rare_ids` are the ids whose
+    accuracy is reported separately.
     """
     generator = torch.Generator().manual_seed(seed)
     size = codec.config.chunk_size
@@ -57,10 +58,11 @@ def rarest_ids(tokens: np.ndarray, share: float = 0.1) -> np.ndarray:
 def token_losses_at(
     model, ids: torch.Tensor, t: float, attention_mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Nats of each token `(B, N, K)` of `ids (B, T)` when it is at time t, every block given the clean text before it.
+    """Nats of each token `(B, N, K)` of `ids (B, T)` when it is at time t, every block given the
+    clean text before it.
 
-    With `token_stagger` the tokens of a chunk reach t one after the other: each is measured in its turn, given those
-    before it, so that t = 0 is an autoregressive likelihood.
+    With `token_stagger` the tokens of a chunk reach t one after the other: each is measured in its
+    turn, given those before it, so that t = 0 is an autoregressive likelihood.
     """
     head = model.token_head
     half = half_precision(ids.device.type)
@@ -83,7 +85,8 @@ def token_losses_at(
 def held_out_nll(model, windows: np.ndarray, skipped: int) -> float | None:
     """Nats per token of `windows (B, T)` of text, without their first `skipped` tokens.
 
-    Exact where every token is decided on its own, as with `token_stagger=1` and blocks of one latent; else None.
+    Exact where every token is decided on its own, as with `token_stagger=1` and blocks of one
+    latent; else None.
     """
     head = model.token_head
     block_size = model.config.transformer_config.block_size
@@ -100,7 +103,8 @@ def held_out_nll(model, windows: np.ndarray, skipped: int) -> float | None:
 
 @torch.no_grad()
 def cross_entropy_at(model, batches: list[torch.Tensor], seed: int) -> dict[str, float]:
-    """Mean of `token_losses_at` at fixed t; at t = 0, which is pure noise, also by place in the chunk."""
+    """Mean of `token_losses_at` at fixed t; at t = 0, which is pure noise, also by place in the
+    chunk."""
     results = {}
     for t in tqdm(TIMESTEPS, desc="denoiser", leave=False):
         torch.manual_seed(seed)
@@ -119,7 +123,8 @@ def cross_entropy_at(model, batches: list[torch.Tensor], seed: int) -> dict[str,
 def share_of_informative_draws(
     model, curve: dict[str, float], unigram: float, draws: int = 100_000
 ) -> float:
-    """Share of training's t that fall where CE(t) lies between 5 % and 95 % of the unigram entropy."""
+    """Share of training's t that fall where CE(t) lies between 5 % and 95 % of the unigram
+    entropy."""
     torch.manual_seed(0)
     t = model._sample_times(torch.arange(draws)[None], 1).flatten().numpy()
     values = np.interp(t, TIMESTEPS, [curve[f"denoiser_ce_t_{t}"] for t in TIMESTEPS])
@@ -130,9 +135,11 @@ def share_of_informative_draws(
 def prefers_true_prompt(
     model, prompts: torch.Tensor, real: torch.Tensor, seed: int, t: float = 0.2
 ) -> float:
-    """How often a real continuation `(B, L)` has a lower CE at `t` after its own prompt `(B, P)` than after another's.
+    """How often a real continuation `(B, L)` has a lower CE at `t` after its own prompt `(B, P)`
+    than after another's.
 
-    The text that is scored is the same, and so is its noise; 0.5 is chance. P and L are multiples of K.
+    The text that is scored is the same, and so is its noise; 0.5 is chance. P and L are multiples
+    of K.
     """
     losses = []
     places = real.shape[1] // model.config.codec_config.chunk_size
@@ -150,8 +157,9 @@ def prefers_true_prompt(
 def token_recovery(
     model, windows: np.ndarray, seed: int, batch_size: int = 8
 ) -> dict[str, dict[str, float]]:
-    """Share of the tokens of `windows (B, T)` that one look of a bidirectional model at x_t recovers: `model`, and that
-    decoding x_t itself recovers: `alone`. By t of the channels, x_t = (1 - t) x0 + t x1, whatever the schedule.
+    """Share of the tokens of `windows (B, T)` that one look of a bidirectional model at x_t
+    recovers: `model`, and that decoding x_t itself recovers: `alone`. By t of the channels, x_t =
+        (1 - t) x0 + t x1, whatever the schedule.
     """
     generator = torch.Generator().manual_seed(seed)
     results = {}

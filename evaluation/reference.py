@@ -3,8 +3,8 @@
     tokcom evaluate predictions.json             # {"id", "reference", "prediction"} records
     tokcom evaluate baseline=*.json refiner=*.json   # one row per name: mean and spread over its files
 
-A file holds a JSON list or JSON lines; `"references": [...]` gives several. METEOR needs no WordNet here: it matches
-exact words and stems, and is labelled so.
+A file holds a JSON list or JSON lines; `"references": [...]` gives several. METEOR needs no WordNet
+here: it matches exact words and stems, and is labelled so.
 """
 
 import json
@@ -28,14 +28,15 @@ class NoSynonyms:
 
 
 def normalize_answer(text: str) -> str:
-    """Lower case without punctuation, articles and spare spaces, as SQuAD compares answers (Rajpurkar et al. 2016)."""
+    """Lower case without punctuation, articles and spare spaces, as SQuAD compares answers
+    (Rajpurkar et al. 2016)."""
     text = re.sub(r"[^\w\s]", "", text.lower())
     return " ".join(word for word in text.split() if word not in ("a", "an", "the"))
 
 
 def reference_metrics(predictions: list[str], references: list[list[str]]) -> dict[str, float]:
-    """Share of exact matches, corpus BLEU-4, mean ROUGE-L F1 and METEOR, all in [0, 1]; several references per prediction
-    are allowed.
+    """Share of exact matches, corpus BLEU-4, mean ROUGE-L F1 and METEOR, all in [0, 1]; several
+    references per prediction are allowed.
 
     Raises `ValueError` when the lists differ in length or a prediction has no reference.
     """
@@ -85,7 +86,8 @@ def read_predictions(file: str | Path) -> dict[str, float]:
 
 
 def compare(files: list[str]) -> str:
-    """A Markdown table, one row per name of the `files`, given as `NAME=FILE` or `FILE`: means and standard deviations."""
+    """A Markdown table, one row per name of the `files`, given as `NAME=FILE` or `FILE`: means and
+    standard deviations."""
     found: dict[str, list[dict[str, float]]] = {}
     for item in files:
         name, _, file = item.rpartition("=")

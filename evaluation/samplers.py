@@ -1,7 +1,8 @@
-"""Samplers with one interface, so that TokCom and its autoregressive peer are measured by the same code.
+"""Samplers with one interface, so that TokCom and its autoregressive peer are measured by the same
+code.
 
-`sampler.sample(prompts, length, seed, count)` -> ids `(B, length)`, continuing `prompts (B, P)`, or from nothing when
-`prompts` is None and `count` samples are wanted.
+`sampler.sample(prompts, length, seed, count)` -> ids `(B, length)`, continuing `prompts (B, P)`, or
+from nothing when `prompts` is None and `count` samples are wanted.
 """
 
 from dataclasses import dataclass
@@ -18,8 +19,8 @@ from tokcom.training.precision import half_precision
 
 @dataclass
 class TokComSampler:
-    """Sample from a TokCom pipeline; `noise_scale` multiplies the initial noise, of few-step students also what is drawn anew,
-    `eta` is the scheduler's."""
+    """Sample from a TokCom pipeline; `noise_scale` multiplies the initial noise, of few-step
+    students also what is drawn anew, `eta` is the scheduler's."""
 
     pipe: TokComPipeline
     num_inference_steps: int | None = None

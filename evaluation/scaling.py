@@ -1,11 +1,12 @@
-"""What training costs at any size and number of processes: parameters, operations, memory and traffic, computed.
+"""What training costs at any size and number of processes: parameters, operations, memory and
+traffic, computed.
 
     python -m tokcom.evaluation.scaling --preset base
     python -m tokcom.evaluation.scaling --preset 1b --ranks 8 64 512 --tokens 100e9
 
-Operations and saved activations grow linearly with layers, so they are counted on one and two layers of the real model and
-extrapolated; optimizer, gradients and weights follow from the number of parameters. `--peak` and `--utilization` turn
-operations into time.
+Operations and saved activations grow linearly with layers, so they are counted on one and two
+layers of the real model and extrapolated; optimizer, gradients and weights follow from the number
+of parameters. `--peak` and `--utilization` turn operations into time.
 """
 
 import argparse
@@ -52,7 +53,8 @@ def scaled_config(preset: str, vocab_size: int | None) -> TokComConfig:
 
 
 def saved_bytes(model: TokComModel, ids: torch.Tensor) -> int:
-    """Bytes that the forward pass of a training step keeps for the backward pass, without the weights."""
+    """Bytes that the forward pass of a training step keeps for the backward pass, without the
+    weights."""
     weights = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
     kept: dict[int, int] = {}
 
@@ -71,7 +73,8 @@ def saved_bytes(model: TokComModel, ids: torch.Tensor) -> int:
 
 
 def count(config: TokComConfig, length: int) -> dict[str, float]:
-    """Training operations, bytes saved, and bytes saved with activation checkpointing, per token of a window."""
+    """Training operations, bytes saved, and bytes saved with activation checkpointing, per token of
+    a window."""
     layers = config.transformer_config.num_hidden_layers
     context = config.transformer_config.num_context_layers
     fields = config.to_dict()
@@ -118,7 +121,8 @@ def parameters(config: TokComConfig) -> tuple[int, int]:
 def memory(
     trained: int, frozen: int, saved: float, ranks: int, sharded: bool, average: bool
 ) -> float:
-    """Bytes of one process: weights, gradients, Adam's moments, the moving average, and `saved` activations."""
+    """Bytes of one process: weights, gradients, Adam's moments, the moving average, and `saved`
+    activations."""
     share = ranks if sharded else 1
     fixed = (
         trained * (WEIGHTS + GRADIENTS + MOMENTS + AVERAGE * average) / share

@@ -1,14 +1,19 @@
-"""Count what makes a tree hard to live in, so that two trees can be compared: `python scripts/house_metrics.py TREE [TREE ...]`.
+"""Count what makes a tree hard to live in, so that two trees can be compared:
+`python scripts/house_metrics.py TREE [TREE ...]`.
 
 Definitions, over the Python files that git tracks outside tests/:
 
-- *root files*: Python files at the root. *largest file*, *longest function*: in lines, from `def` to its last statement.
+- *root files*: Python files at the root. *largest file*, *longest function*: in lines, from `def`
+    to its last statement.
 - *long lines*: share of non-empty lines over 100 characters.
 - *tuple packings*: assignments `a, b = x, y` with as many values as targets, per 100 lines of code.
-- *comments*: lines that hold nothing but a comment, and trailing comments, per 100 lines of code; shape comments count.
-- *modality branches*: conditions (`if`, `elif`, conditional expressions, `assert`, comprehension filters), dictionaries by name, and
+- *comments*: lines that hold nothing but a comment, and trailing comments, per 100 lines of code;
+    shape comments count.
+- *modality branches*: conditions (`if`, `elif`, conditional expressions, `assert`, comprehension
+    filters), dictionaries by name, and
   `isinstance` or `getattr` calls that mention a modality or a codec class of one.
-- *fallback lines*: lines of `except ImportError` handlers and their `try` around an import of the project's own modules.
+- *fallback lines*: lines of `except ImportError` handlers and their `try` around an import of the
+    project's own modules.
 - *fields that never vary*: configuration fields to which no preset gives a value.
 - *README lines*.
 """

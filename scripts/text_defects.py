@@ -1,10 +1,12 @@
-"""Measure in one checkout what version 0.2 mended in text models; run it in an old and a new one to compare.
+"""Measure in one checkout what version 0.2 mended in text models; run it in an old and a new one to
+compare.
 
     python scripts/text_defects.py MODEL --data held_out.parquet --judge stories15M [--codec NEW_CODEC]
 
-With an old checkout, run it there: `cd OLD && python NEW/scripts/text_defects.py ...`. It prints the nats of one text at every
-alignment of its chunks, fillings of one gap before three endings, whether a shorter length gives the beginning of a text, what a judge
-says of texts at two shifts of the scheduler, and how many strings survive the codec.
+With an old checkout, run it there: `cd OLD && python NEW/scripts/text_defects.py ...`. It prints
+the nats of one text at every alignment of its chunks, fillings of one gap before three endings,
+whether a shorter length gives the beginning of a text, what a judge says of texts at two shifts of
+the scheduler, and how many strings survive the codec.
 """
 
 import argparse
@@ -42,7 +44,8 @@ SCORED = 60
 
 
 def random_string(generator: np.random.Generator) -> str:
-    """Up to 60 characters from all planes of Unicode, half of them from Latin and its neighbours."""
+    """Up to 60 characters from all planes of Unicode, half of them from Latin and its
+    neighbours."""
     length = int(generator.integers(1, 60))
     points = np.where(
         generator.random(length) < 0.5,
@@ -54,7 +57,8 @@ def random_string(generator: np.random.Generator) -> str:
 
 @torch.no_grad()
 def nats_at(pipe: TokComPipeline, ids: torch.Tensor, padding: int) -> float:
-    """Nats per token of `SCORED` tokens behind `CONTEXT` when chunks begin `padding` tokens before the text."""
+    """Nats per token of `SCORED` tokens behind `CONTEXT` when chunks begin `padding` tokens before
+    the text."""
     shifted = torch.cat((torch.zeros(len(ids), padding, dtype=torch.long), ids), dim=1)[
         :, : ids.shape[1]
     ]

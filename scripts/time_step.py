@@ -1,9 +1,12 @@
-"""Time training steps of a text preset in two checkouts, in turn, on one thread, and print the ratio.
+"""Time training steps of a text preset in two checkouts, in turn, on one thread, and print the
+ratio.
 
-    git worktree add ../before v0.1 && python scripts/time_step.py ../before . --new_options attention=eager
+    git worktree add ../before v0.1 && python scripts/time_step.py ../before . --new_options
+    attention=eager
 
-Steps are those of the flow stage at their real size: forward, backward and optimizer, on random ids, in bfloat16 where the processor
-multiplies it fast. Each round starts a process in each tree; the ratio is that of the medians of all steps.
+Steps are those of the flow stage at their real size: forward, backward and optimizer, on random
+ids, in bfloat16 where the processor multiplies it fast. Each round starts a process in each tree;
+the ratio is that of the medians of all steps.
 """
 
 import argparse

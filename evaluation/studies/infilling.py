@@ -1,9 +1,11 @@
-"""What a model gains from the text behind a gap: the likelihood of the true filling with both sides and with the left one.
+"""What a model gains from the text behind a gap: the likelihood of the true filling with both sides
+and with the left one.
 
     python -m tokcom.evaluation.studies.infilling --model . --data held_out.parquet
 
-Gaps of several lengths are cut out of held-out texts, wherever in a chunk they begin. The same tokens are scored twice: as a gap
-with all other tokens known, and as a continuation of what stands before them.
+Gaps of several lengths are cut out of held-out texts, wherever in a chunk they begin. The same
+tokens are scored twice: as a gap with all other tokens known, and as a continuation of what stands
+before them.
 """
 
 import argparse
