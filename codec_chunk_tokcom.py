@@ -297,8 +297,8 @@ class TokComChunkCodec(TokComCodec):
             size = self.config.chunk_size
             length = input_ids.shape[1]
             raise ValueError(
-                f"the sequence length ({length}) must be a multiple of `chunk_size` ({size}); pad to "
-                f"{length + -length % size} tokens and mark the padding in `attention_mask` "
+                f"the sequence length ({length}) must be a multiple of `chunk_size` ({size}); pad "
+                f"to {length + -length % size} tokens and mark the padding in `attention_mask` "
                 "(TokComPipeline does so)."
             )
         if attention_mask is None:

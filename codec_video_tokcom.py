@@ -1,9 +1,11 @@
-"""Video codec: a clip <-> one latent per patch of space and time.
+"""Video codec: a clip <-> one latent per space-time patch.
 
-Notable choices: positions have three axes, time, row and column, and are made from the size of the
-clip at hand, so one model reads clips of any size; without a network the values of a patch are its
-latent and nothing is lost; with one, a quantiser may stand in the middle. Clips are pixels, or the
-latents of an external autoencoder, of which only the number of channels differs.
+Notable choices:
+- Positions have three axes: time, row and column. They are computed from the size of the clip, so
+  one model reads clips of any size.
+- Without a network the values of a patch are its latent, and nothing is lost. With a network, a
+  quantiser may sit in the middle.
+- Clips are pixels, or latents of an external autoencoder. Only the number of channels differs.
 
 Shape legend: B batch, N latents, C latent channels, c channels of the clip, F frames, H x W pixels,
 P values in a patch.
@@ -25,8 +27,10 @@ from .quantization_tokcom import build_quantizer
 
 @dataclass
 class TokComVideoOutput(ModelOutput):
-    """What the video codec's `decode` returns: `pixel_values (B, c, F, H, W)`, of pixels -1 black
-    and 1 white."""
+    """What the video codec's `decode` returns: `pixel_values (B, c, F, H, W)`.
+
+    Pixels are -1 for black and 1 for white.
+    """
 
     pixel_values: torch.FloatTensor | None = None
 
@@ -42,8 +46,10 @@ class TokComPatchNetwork(nn.Sequential):
 
 
 class TokComVideoCodec(TokComCodec):
-    """Space-time patches as latents, standardised per channel with the buffers `latent_mean` and
-    `latent_std`."""
+    """Space-time patches as latents.
+
+    Latents are standardised per channel with the buffers `latent_mean` and `latent_std`.
+    """
 
     config: TokComVideoCodecConfig
     main_input_name = "pixel_values"
@@ -76,19 +82,19 @@ class TokComVideoCodec(TokComCodec):
         return None
 
     def set_latent_statistics(self, mean: torch.Tensor, std: torch.Tensor) -> None:
-        """Standardise latents with these `mean` and `std`, `(C,)` or `(N, C)` of which the mean
-        over N is taken."""
-        if mean.ndim == 2:
+        """Store mean and standard deviation of raw latents, `(C,)`, or `(N, C)` to be pooled over
+        N."""
+        if mean.ndim == 2:  # law of total variance
             std = (std.square().mean(0) + mean.var(0, correction=0)).sqrt()
             mean = mean.mean(0)
         self.latent_mean.copy_(mean)
-        self.latent_std.copy_(std.clamp_min(1e-2))  # values that hardly vary must not become noise
+        self.latent_std.copy_(std.clamp_min(1e-2))  # do not amplify values that hardly vary
 
     # ---- where latents stand ----
 
     def positions(self, index: torch.Tensor) -> torch.Tensor:
-        """Index of latents `(...)` of a clip of the configured height and width -> moment, row and
-        column, `(..., 3)`."""
+        """Index of latents `(...)` -> moment, row and column, `(..., 3)`, for clips of the
+        configured height and width."""
         columns = self.config.width // self.config.patch_size
         moment = index // self.config.group_size
         place = index % self.config.group_size
@@ -97,8 +103,10 @@ class TokComVideoCodec(TokComCodec):
     def grid(
         self, frames: int, height: int, width: int, device: torch.device | str = "cpu"
     ) -> torch.Tensor:
-        """Positions `(N, 3)` of the latents of a clip of this size; raises `ValueError` if patches
-        do not divide it."""
+        """Positions `(N, 3)` of the latents of a clip of this size.
+
+        Raises `ValueError` if patches do not divide the clip.
+        """
         self.config.check_shape(frames, height, width)
         size = self.config.patch_size
         axes = frames // self.config.frames_per_patch, height // size, width // size
@@ -106,41 +114,41 @@ class TokComVideoCodec(TokComCodec):
 
     @staticmethod
     def size_of(pixel_values: torch.Tensor) -> tuple[int, int, int]:
-        """Frames, height and width of what `encode` is given."""
+        """Frames, height and width of the input of `encode`."""
         return tuple(pixel_values.shape[2:])
 
     # ---- clips <-> patches ----
 
     def to_patches(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Clips `(B, c, F, H, W)` -> `(B, N, P)`; raises `ValueError` for a shape that does not
-        fit."""
+        """Clips `(B, c, F, H, W)` -> `(B, N, P)`. Raises `ValueError` for a wrong shape."""
         config = self.config
         if pixel_values.ndim != 5 or pixel_values.shape[1] != config.num_channels:
             raise ValueError(
-                f"`pixel_values` has shape {tuple(pixel_values.shape)} but (B, {config.num_channels}, F, H, W) is needed; give "
-                "clips as the image processor and an external autoencoder, if the model has one, make them."
+                f"`pixel_values` has shape {tuple(pixel_values.shape)} but (B, "
+                f"{config.num_channels}, F, H, W) is needed; pass clips through the image "
+                "processor, and through the external autoencoder if the model has one."
             )
         config.check_shape(*pixel_values.shape[2:])
         time = config.frames_per_patch
         size = config.patch_size
-        parts = (
-            pixel_values.unflatten(4, (-1, size)).unflatten(3, (-1, size)).unflatten(2, (-1, time))
-        )
-        return (
-            parts.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
-        )  # (B, moment, row, column, c, frame, y, x)
+        parts = pixel_values.unflatten(4, (-1, size)).unflatten(3, (-1, size))
+        parts = parts.unflatten(2, (-1, time))
+        parts = parts.permute(0, 2, 4, 6, 1, 3, 5, 7)  # (B, moment, row, column, c, frame, y, x)
+        return parts.flatten(4).flatten(1, 3)
 
     def from_patches(self, patches: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """`(B, N, P)` of clips of this size -> `(B, c, F, H, W)`; raises `ValueError` if N does not
-        fit."""
+        """Patches `(B, N, P)` -> clips `(B, c, F, H, W)` of this height and width.
+
+        Raises `ValueError` if N patches do not fill whole moments.
+        """
         config = self.config
         size = self.config.patch_size
         rows = height // size
         columns = width // size
         if patches.shape[1] % (rows * columns):
             raise ValueError(
-                f"{patches.shape[1]} latents do not fill moments of {rows * columns} patches ({height} x {width}); give the "
-                "`height` and `width` of the clip."
+                f"{patches.shape[1]} latents do not fill moments of {rows * columns} patches "
+                f"({height} x {width}); give the `height` and `width` of the clip."
             )
         parts = patches.unflatten(2, (config.num_channels, config.frames_per_patch, size, size))
         parts = parts.unflatten(1, (-1, rows, columns)).permute(0, 4, 1, 5, 2, 6, 3, 7)
@@ -149,12 +157,11 @@ class TokComVideoCodec(TokComCodec):
     # ---- clips <-> latents ----
 
     def _raw_latents(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Clips -> latents `(B, N, C)` in float32, before standardisation."""
         patches = self.to_patches(pixel_values)
-        return (
-            patches.float()
-            if self.encoder is None
-            else self.encoder(patches.to(self.dtype)).float()
-        )
+        if self.encoder is not None:
+            patches = self.encoder(patches.to(self.dtype))
+        return patches.float()
 
     def _standardize(self, raw: torch.Tensor) -> torch.Tensor:
         return (raw - self.latent_mean) / self.latent_std
@@ -165,8 +172,11 @@ class TokComVideoCodec(TokComCodec):
     def encode(
         self, pixel_values: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> TokComCodecOutput:
-        """Clips `(B, c, F, H, W)` of any size that patches divide -> standardised latents
-        `(B, N, C)`, moment by moment, and `codes (B, N, R)` if there is a quantiser."""
+        """Clips `(B, c, F, H, W)` -> standardised latents `(B, N, C)`, moment by moment.
+
+        Clips may have any size that patches divide. With a quantiser the output also has
+        `codes (B, N, R)`.
+        """
         raw = self._raw_latents(pixel_values)
         codes = None
         if self.quantizer is not None:
@@ -179,42 +189,52 @@ class TokComVideoCodec(TokComCodec):
         return output
 
     def snap(self, latents: torch.Tensor) -> torch.Tensor:
-        """Standardised latents `(B, N, C)` -> their nearest quantised ones; the gradient passes
-        straight through."""
+        """Standardised latents `(B, N, C)` -> the nearest quantised ones, straight-through."""
         nearest = self._quantizer().nearest(self._unstandardize(latents)).latents
         return self._standardize(nearest).to(latents.dtype)
 
     def to_codes(self, latents: torch.Tensor) -> torch.Tensor:
-        """Standardised latents `(B, N, C)` -> codes `(B, N, R)`; raises `ValueError` without a
-        quantiser."""
+        """Standardised latents `(B, N, C)` -> codes `(B, N, R)`.
+
+        Raises `ValueError` without a quantiser.
+        """
         return self._quantizer().nearest(self._unstandardize(latents)).codes
 
     def from_codes(self, codes: torch.Tensor) -> torch.Tensor:
-        """Codes `(B, N, R)` -> standardised latents `(B, N, C)`; raises `ValueError` without a
-        quantiser."""
+        """Codes `(B, N, R)` -> standardised latents `(B, N, C)`.
+
+        Raises `ValueError` without a quantiser.
+        """
         return self._standardize(self._quantizer().decode(codes))
 
     def _quantizer(self) -> nn.Module:
         if self.quantizer is None:
             raise ValueError(
-                "this codec has no quantiser, so its latents have no codes; train one with `quantizer`."
+                "this codec has no quantiser, so its latents have no codes; train one with "
+                "`quantizer=vq` or `fsq`."
             )
         return self.quantizer
 
     def decode(
         self, latents: torch.Tensor, height: int | None = None, width: int | None = None
     ) -> TokComVideoOutput:
-        """Standardised latents `(B, N, C)` -> `.pixel_values (B, c, F, H, W)`; H and W are the
-        configured ones by default, F follows."""
-        raw = self._unstandardize(latents)
-        patches = raw if self.decoder is None else self.decoder(raw.to(self.dtype)).float()
+        """Standardised latents `(B, N, C)` -> `.pixel_values (B, c, F, H, W)`.
+
+        H and W are those of the configuration by default; F follows from N.
+        """
+        patches = self._unstandardize(latents)
+        if self.decoder is not None:
+            patches = self.decoder(patches.to(self.dtype)).float()
         clip = self.from_patches(patches, height or self.config.height, width or self.config.width)
-        pixels = self.config.spatial_compression == 1 and self.config.num_channels == 3
-        return TokComVideoOutput(pixel_values=clip.clamp(-1, 1) if pixels else clip)
+        if self.config.spatial_compression == 1 and self.config.num_channels == 3:
+            clip = clip.clamp(-1, 1)  # pixels; latents of an external autoencoder have no range
+        return TokComVideoOutput(pixel_values=clip)
 
     def training_loss(self, pixel_values: torch.Tensor, attention_mask: torch.Tensor | None = None):
-        """Loss of stage "codec" on clips `(B, c, F, H, W)`, and its parts; raises `ValueError` if
-        there is nothing to train."""
+        """Loss of the codec stage on clips `(B, c, F, H, W)`, and its parts.
+
+        Raises `ValueError` if the codec has no parameters.
+        """
         if self.encoder is None:
             raise ValueError(
                 "this codec has no parameters, so there is nothing to train; use stage='flow'."
