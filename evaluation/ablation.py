@@ -1,12 +1,13 @@
 """Train and measure one row of the ablation table at a fixed number of training operations.
 
-    python -m tokcom.evaluation.ablation --row split --train books.parquet --validation held_out.parquet --judge judge/
+    python -m tokcom.evaluation.ablation --row split --train books.parquet \
+        --validation held_out.parquet --judge judge/
     python -m tokcom.evaluation.ablation --table docs/ablations.md
 
 Rows are in `evaluation/ablations.yaml`. A row trains the flow stage for `--training_flops`
-operations on a codec that rows share, continues held-out prompts of 32 tokens by 64, and writes
-`WORK_DIR/rows/ROW-SEED.json`. Rows of the pixel models need no codec, and are measured by the
-tokens they recover from noise instead.
+operations on a codec that rows share. It then continues held-out prompts of 32 tokens by 64 and
+writes `WORK_DIR/rows/ROW-SEED.json`. Rows of pixel models need no codec; they are measured by the
+tokens that they recover from noise.
 """
 
 import argparse
@@ -44,12 +45,12 @@ VALUES = (1.0, 0.9, 0.8)
 
 
 def row_overrides(row: dict) -> list[str]:
-    """What a row of the file changes in the training preset it starts from."""
+    """Overrides that a row of the file applies to its training preset."""
     return [*ROWS["common"], *ROWS["bases"][row.get("base", "recipe")], *row.get("overrides", [])]
 
 
 def trained_codec(name: str, data: list[str], work: Path) -> Path:
-    """The directory of the codec that rows share; it is trained if no other row has."""
+    """Directory of a codec that rows share; trains it if no other row has."""
     codec = work / "codecs" / name
     if not (codec / "config.json").is_file():
         overrides = [*ROWS["codec_common"], *ROWS["codecs"][name], *data, f"output_dir={codec}"]
@@ -58,8 +59,10 @@ def trained_codec(name: str, data: list[str], work: Path) -> Path:
 
 
 def train_row(args: argparse.Namespace) -> tuple[Path, dict]:
-    """Train the row's codec, if no other row has, and its flow stage; returns the model and what it
-    cost."""
+    """Train the codec of a row, unless another row has, and its flow stage.
+
+    Returns: the directory of the model, and what it cost.
+    """
     row = ROWS["rows"][args.row]
     work = Path(args.work_dir)
     data = [
@@ -78,9 +81,8 @@ def train_row(args: argparse.Namespace) -> tuple[Path, dict]:
     per_step = training_flops_per_step(
         model, flow.batch_size, flow.sequence_length, lambda m: build_optimizer(m, *rates)
     )
-    flow.max_steps = flow.eval_steps = flow.checkpoint_steps = steps = max(
-        1, round(args.training_flops / per_step)
-    )
+    steps = max(1, round(args.training_flops / per_step))
+    flow.max_steps = flow.eval_steps = flow.checkpoint_steps = steps
     started = time.perf_counter()
     run(config)
     return output, {
@@ -95,8 +97,8 @@ def train_row(args: argparse.Namespace) -> tuple[Path, dict]:
 
 
 def measure(checkpoint: Path, judge: TokenJudge, tokens: np.ndarray, **sampling) -> dict:
-    """Conditional judge NLL, by place in the chunk and at the entropy of real text, over a
-    sweep."""
+    """Judge NLL of continuations over a sweep: by place in the chunk, and at the entropy of real
+    text."""
     windows = held_out_windows(tokens, PROMPT + CONTINUATION, PROMPTS)
     prompts = windows[:, :PROMPT]
     real = windows[:, PROMPT:]
@@ -114,39 +116,35 @@ def measure(checkpoint: Path, judge: TokenJudge, tokens: np.ndarray, **sampling)
         )
     own = held_out_nll(pipe.model, held_out_windows(tokens, 512, 48), 32)
     facts |= {"curve": curve, "plain": curve[0], "held_out_nll": own}
-    facts["nll_at_real_entropy"] = at_entropy(
-        curve, facts["real_entropy"]
-    )  # None: outside what was measured
+    # None if the entropy of real text lies outside the sweep
+    facts["nll_at_real_entropy"] = at_entropy(curve, facts["real_entropy"])
     return facts
 
 
 def measure_recovery(checkpoint: Path, tokens: np.ndarray) -> dict:
-    """What a bidirectional model recovers of held-out windows from noise, beside what the noisy
-    latents alone tell."""
+    """Tokens of held-out windows that a bidirectional model recovers from noise, and that decoding
+    the noisy latents recovers."""
     model = TokComPipeline.from_pretrained(checkpoint).model
-    return {
-        "recovery": token_recovery(model, held_out_windows(tokens, 512, RECOVERY_WINDOWS), seed=0)
-    }
+    windows = held_out_windows(tokens, 512, RECOVERY_WINDOWS)
+    return {"recovery": token_recovery(model, windows, seed=0)}
 
 
 def write_recovery_table(rows: list[dict]) -> str:
     signals = list(rows[0]["recovery"])
-    cells = [
-        [row["row"], row["seed"], row["tokens"] / 1e6, row["training_flops"] / 1e12]
-        + [
-            f"{100 * row['recovery'][s]['model']:.1f} ({100 * row['recovery'][s]['alone']:.1f})"
-            for s in signals
-        ]
-        for row in rows
-    ]
+    cells = []
+    for row in rows:
+        cell = [row["row"], row["seed"], row["tokens"] / 1e6, row["training_flops"] / 1e12]
+        for signal in signals:
+            found = row["recovery"][signal]
+            cell.append(f"{100 * found['model']:.1f} ({100 * found['alone']:.1f})")
+        cells.append(cell)
     return table(["row", "seed", "M tokens", "TFLOP", *(f"t = {s}" for s in signals)], cells)
 
 
 def write_table(work: Path, file: str) -> None:
     """Collect all rows measured so far into a Markdown table."""
-    rows = sorted(
-        (json.loads(f.read_text()) for f in (work / "rows").glob("*.json")), key=lambda r: r["row"]
-    )
+    rows = [json.loads(f.read_text()) for f in (work / "rows").glob("*.json")]
+    rows.sort(key=lambda row: row["row"])
     recovery = [row for row in rows if "recovery" in row]
     rows = [row for row in rows if "recovery" not in row]
     columns = [

@@ -1,11 +1,10 @@
-"""Answer held-out questions with a model trained on dialogues, over guidance scales, and score the
-answers.
+"""Answer held-out questions with a dialogue model at several guidance scales, and score them.
 
-    python -m tokcom.evaluation.answers --checkpoint pixel-qa --data qa_held_out.jsonl --guidance 0 1 2 4 --output_dir outputs/answers
+    python -m tokcom.evaluation.answers --checkpoint pixel-qa --data qa_held_out.jsonl \
+        --guidance 0 1 2 4 --output_dir outputs/answers
 
-Scale 0 is the same model without its prompt: what it answers before it has read the question.
-Writes one `predictions_SCALE.json` of {id, prompt, reference, prediction} per scale, and prints
-their table.
+Scale 0 is the same model without the prompt, so it has not read the question. Writes one
+`predictions_SCALE.json` of {id, prompt, reference, prediction} per scale, and prints their table.
 """
 
 import argparse
@@ -25,8 +24,7 @@ from tokcom.training.data import load_documents, messages_of
 def answer(
     pipe: TokComPipeline, dialogues: list[list[dict]], gen_length: int, batch_size: int, seed: int, **sampling
 ) -> list[str]:
-    """The pipeline's answers to dialogues, the shortest prompts first, so that batches need little
-    padding."""
+    """Answers to dialogues. Short prompts come first, so that batches need little padding."""
     generator = torch.Generator().manual_seed(seed)
     answers = {}
     order = sorted(

@@ -1,15 +1,14 @@
-"""Train an autoregressive Llama on the same tokens: the peer TokCom is compared with, and the judge
-of both.
+"""Train an autoregressive Llama on TokCom's tokens, as peer in comparisons or judge of samples.
 
-    python -m tokcom.evaluation.autoregressive --checkpoint . --data books.parquet --output_dir peer \
-        --num_parameters 9400000 --training_flops 3.1e14
-    python -m tokcom.evaluation.autoregressive --checkpoint . --data books.parquet --output_dir judge \
-        --hidden_size 256 --num_hidden_layers 4 --max_steps 1000 --seed 1234
+    python -m tokcom.evaluation.autoregressive --checkpoint . --data books.parquet \
+        --output_dir peer --num_parameters 9400000 --training_flops 3.1e14
+    python -m tokcom.evaluation.autoregressive --checkpoint . --data books.parquet \
+        --output_dir judge --hidden_size 256 --num_hidden_layers 4 --max_steps 1000 --seed 1234
 
 The tokenizer is that of `--checkpoint`. `--num_parameters` widens the feed-forward layers until the
-total matches; `--training_flops` sets the number of steps. The model, its tokenizer and
-`training.json` (tokens, operations, seconds) end in `--output_dir`, which `AutoModelForCausalLM`
-loads. Under `accelerate launch -m` every process takes `--batch_size` rows.
+total matches. `--training_flops` sets the number of steps. `--output_dir` receives the model, its
+tokenizer and `training.json` (tokens, operations, seconds); `AutoModelForCausalLM` loads it. Under
+`accelerate launch -m` every process takes `--batch_size` rows.
 """
 
 import argparse
@@ -42,8 +41,8 @@ PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 
 
 class CausalWindows(torch.utils.data.Dataset):
-    """Windows of packed documents with the labels that a causal language model wants; a new offset
-    per epoch."""
+    """Windows of packed documents with labels for a causal language model; each epoch has another
+    offset."""
 
     def __init__(self, tokens: np.ndarray, sequence_length: int, eos_token_id: int, seed: int):
         self.windows = PackedDataset(
@@ -68,25 +67,22 @@ def llama_config(
     num_parameters: int | None,
     eos_token_id: int,
 ) -> LlamaConfig:
-    """A Llama with tied embeddings; with `num_parameters`, as wide a feed-forward layer as makes
-    the total match.
+    """A Llama with tied embeddings. `num_parameters` sets the width of its feed-forward layers.
 
-    Raises `ValueError` when the rest of the model is already larger.
+    Raises `ValueError` if the rest of the model already has more parameters.
     """
     if hidden_size % 64:
         raise ValueError(f"`hidden_size` ({hidden_size}) must be a multiple of the head size, 64.")
     intermediate = -(-8 * hidden_size // 3 // 64) * 64
     if num_parameters is not None:
-        others = (
-            vocab_size * hidden_size
-            + hidden_size
-            + num_hidden_layers * (4 * hidden_size + 2) * hidden_size
-        )
+        # embeddings, final norm, and attention with its two norms in every layer
+        layers = num_hidden_layers * (4 * hidden_size + 2) * hidden_size
+        others = vocab_size * hidden_size + hidden_size + layers
         intermediate = round((num_parameters - others) / (3 * hidden_size * num_hidden_layers))
         if intermediate < hidden_size:
             raise ValueError(
-                f"{num_parameters} parameters leave a feed-forward width of {intermediate}; lower `hidden_size` "
-                f"({hidden_size}) or `num_hidden_layers` ({num_hidden_layers})."
+                f"{num_parameters} parameters leave a feed-forward width of {intermediate}; lower "
+                f"`hidden_size` ({hidden_size}) or `num_hidden_layers` ({num_hidden_layers})."
             )
     return LlamaConfig(
         vocab_size=vocab_size,
@@ -117,8 +113,10 @@ def train(
     muon_learning_rate: float = 0.0,
     seed: int = 0,
 ) -> LlamaForCausalLM:
-    """Train on `tokens (T,)` with TokCom's optimizer, bfloat16 where it is fast, and a cosine
-    schedule; returns and saves the model."""
+    """Train on `tokens (T,)` with TokCom's optimizer and a cosine schedule, then save the model.
+
+    Uses bfloat16 where it is fast. Raises `ValueError` if one process would use several GPUs.
+    """
     set_seed(seed)
     config = llama_config(
         vocabulary_size(tokenizer),
@@ -149,8 +147,8 @@ def train(
     )
     if options.n_gpu > 1:
         raise ValueError(
-            f"{options.n_gpu} GPUs in one process would multiply the batch, and with it the budget; use accelerate launch, or set "
-            "CUDA_VISIBLE_DEVICES=0."
+            f"{options.n_gpu} GPUs in one process would multiply the batch, and with it the "
+            "budget; use accelerate launch, or set CUDA_VISIBLE_DEVICES=0."
         )
     started = time.perf_counter()
     optimizer = optimizer_of(model)
@@ -200,12 +198,12 @@ def main(argv: list[str] | None = None) -> None:
     }
     for name, value in {**numbers, "sequence_length": 512}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--learning_rate", type=float, default=1.5e-3, help="of AdamW")
+    parser.add_argument("--learning_rate", type=float, default=1.5e-3, help="AdamW's learning rate")
     parser.add_argument(
         "--muon_learning_rate",
         type=float,
         default=0.0,
-        help="of Muon on inner matrices; 0 is AdamW only",
+        help="Muon's learning rate for inner matrices; 0 trains all with AdamW",
     )
     args = vars(parser.parse_args(argv))
     tokenizer = AutoTokenizer.from_pretrained(args.pop("checkpoint"))

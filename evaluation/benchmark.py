@@ -1,15 +1,14 @@
-"""Speed and memory, measured against what a user would otherwise run; every comparison is made in
-one run, as a ratio.
+"""Measure speed and memory against what a user would otherwise run, as ratios within one run.
 
-    python -m tokcom.evaluation.benchmark training --stage flow codec   # a training step against the published code
-    python -m tokcom.evaluation.benchmark sampling --preset tiny        # milliseconds per token against a Llama with KV cache
-    python -m tokcom.evaluation.benchmark length --checkpoint .         # time and peak memory against the length of a text
-    python -m tokcom.evaluation.benchmark serving --checkpoint .        # requests to the server, one after the other and at once
+    python -m tokcom.evaluation.benchmark training --stage flow codec  # a step, published code
+    python -m tokcom.evaluation.benchmark sampling --preset tiny  # ms per token, Llama with cache
+    python -m tokcom.evaluation.benchmark length --checkpoint .   # time and memory against length
+    python -m tokcom.evaluation.benchmark serving --checkpoint .  # requests one by one and at once
 
-`training` and `length` measure every system in a process of its own, since peak memory cannot be
-reset; they take turns. Numbers are medians. Weights are random except for `length`: speed does not
-depend on them. With `--output_dir` each command leaves `<command>.json`, `<command>.md` and a plot
-there.
+`training` and `length` run every system in a process of its own, because peak memory cannot be
+reset. Systems take turns, and numbers are medians. Weights are random except for `length`; speed
+does not depend on them. With `--output_dir` each command writes `<command>.json`, `<command>.md`
+and a plot there.
 """
 
 import argparse
@@ -58,7 +57,7 @@ def seconds_of(function: Callable, *arguments) -> float:
 
 
 def peak_mib() -> float:
-    """The most memory this process has used: the device's, or the resident set on the CPU."""
+    """Peak memory of this process: of the device, or the resident set on the CPU."""
     if DEVICE == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     status = Path("/proc/self/status")
@@ -68,8 +67,7 @@ def peak_mib() -> float:
 
 
 def matmul_peak(dtype: torch.dtype = torch.bfloat16) -> float:
-    """Operations per second of the fastest of a few square matrix products: what this machine can
-    do at most."""
+    """Peak operations per second of this machine: the fastest of a few square matrix products."""
     best = 0.0
     for size in PEAK_SIZES:
         left, right = (torch.randn(size, size, device=DEVICE, dtype=dtype) for _ in range(2))
@@ -84,11 +82,11 @@ def matmul_peak(dtype: torch.dtype = torch.bfloat16) -> float:
 def build_training(
     system: str, stage: str, args: argparse.Namespace
 ) -> tuple[Callable[[torch.Tensor], torch.Tensor], list]:
-    """A loss of ids `(B, T)` and the parameters it trains, of preset `v5.2` at `args.layers`
-    layers.
+    """A loss function of ids `(B, T)`, and the parameters that it trains.
 
-    `system` is `"TokCom"` with options after commas (`"cached latents"`, `"ce_share 0.25"`,
-    `"checkpointing"`) or `"published"`.
+    The model is preset `v5.2` with `args.layers` layers. `system` is `"TokCom"`, followed by
+    options after commas (`"cached latents"`, `"ce_share 0.25"`, `"checkpointing"`), or
+    `"published"`.
     """
     from tokcom.configuration_tokcom import TokComConfig
     from tokcom.evaluation.published import PublishedTokCom
@@ -118,13 +116,11 @@ def build_training(
             )
             known["latents"] = torch.randn(shape, device=DEVICE)
         forward = torch.compile(model) if args.compile else model
-        return lambda ids: forward(input_ids=ids, **known).loss, [
-            p for p in model.parameters() if p.requires_grad
-        ]
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        return lambda ids: forward(input_ids=ids, **known).loss, parameters
+    vocab_size = args.vocab_size + 1  # and the omni token
     with torch.device(DEVICE):
-        model = PublishedTokCom.random(
-            896, 4864, args.layers, 14, 2, args.vocab_size + 1
-        )  # and the omni token
+        model = PublishedTokCom.random(896, 4864, args.layers, 14, 2, vocab_size)
     trained = {"codec": model.vae, "flow": model.denoiser}[stage]
     parameters = list({id(p): p for n, p in trained.items() if not n.endswith("inv_freq")}.values())
     for parameter in parameters:
@@ -133,8 +129,7 @@ def build_training(
 
 
 def measure_training(system: str, stage: str, args: argparse.Namespace) -> dict:
-    """Tokens per second, operations and peak memory of whole training steps of one system, in this
-    process."""
+    """Seconds, operations and peak memory of training steps of one system, in this process."""
     from tokcom.evaluation.flops import count_flops
 
     torch.manual_seed(0)
@@ -159,8 +154,8 @@ def measure_training(system: str, stage: str, args: argparse.Namespace) -> dict:
 
 
 def training(args: argparse.Namespace) -> dict:
-    """Every system and stage in turn, `args.rounds` times; medians and ratios to the published
-    code."""
+    """Measure every system and stage in turn, `args.rounds` times: medians, and ratios to the
+    published code."""
     results = {}
     peak = matmul_peak(torch.bfloat16 if has_fast_bfloat16(DEVICE) else torch.float32)
     for stage in args.stage:
@@ -188,7 +183,10 @@ def training(args: argparse.Namespace) -> dict:
 
 
 def _in_process(args: argparse.Namespace, extra: list[str]) -> dict:
-    """Run this command with `--measure` in a process of its own and read its last line."""
+    """Run this command with `--measure` in its own process, and read the last line of its output.
+
+    Raises `RuntimeError` with the end of its log if it fails.
+    """
     command = [sys.executable, "-m", "tokcom.evaluation.benchmark", *args.arguments, *extra]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -224,8 +222,7 @@ def tokcom_generator(
 def llama_generator(
     preset: str, parameters: int, vocab_size: int, compiled: bool = False
 ) -> Callable[[int, int, int | None], None]:
-    """The same with an autoregressive Llama of as many layers, of that width and as many
-    parameters."""
+    """The same for a Llama with as many layers and parameters and the same width."""
     from transformers import LlamaForCausalLM
 
     from tokcom.configuration_tokcom import PRESETS
@@ -254,8 +251,8 @@ def llama_generator(
 
 
 def published_generator(parameters: int, vocab_size: int) -> Callable[[int, int, int | None], None]:
-    """The published sampler at as many parameters: all latents at once, no cache, one decoder pass
-    at the end."""
+    """The same for the published sampler with as many parameters: all latents at once, no cache,
+    one decoder pass at the end."""
     from tokcom.evaluation.published import PublishedTokCom
 
     width = 64
@@ -275,14 +272,14 @@ def published_generator(parameters: int, vocab_size: int) -> Callable[[int, int,
 
 
 def _published_size(width: int, intermediate_size: int, vocab_size: int) -> int:
-    """Parameters of matrices of the published model: three networks of 4 layers with one key/value
-    head of 64."""
+    """Matrix parameters of the published model: three networks of 4 layers, one key/value head of
+    64."""
     layer = 2 * width * width + 2 * 64 * width + 3 * width * intermediate_size
     return vocab_size * width + 12 * layer + 16 * width * width + 9 * width * width
 
 
 def sampling(args: argparse.Namespace) -> dict:
-    """Milliseconds per token over batch sizes, lengths and steps; the systems take turns."""
+    """Milliseconds per token over batch sizes, lengths and steps. Systems take turns."""
     from tokcom.configuration_tokcom import PRESETS
 
     vocab_size = args.vocab_size or PRESETS[args.preset]["codec_config"]["vocab_size"] - 1
@@ -335,7 +332,7 @@ def sampling(args: argparse.Namespace) -> dict:
 
 
 def measure_length(checkpoint: str, length: int, steps: int | None) -> dict:
-    """Generate `length` tokens after a warm-up; seconds, and the peak memory of this process."""
+    """Generate `length` tokens after a warm-up; returns seconds and peak memory of this process."""
     from tokcom.pipeline_tokcom import TokComPipeline
 
     pipe = TokComPipeline.from_pretrained(checkpoint).to(DEVICE)
@@ -350,6 +347,7 @@ def measure_length(checkpoint: str, length: int, steps: int | None) -> dict:
 
 
 def length(args: argparse.Namespace) -> dict:
+    """Time and memory over lengths, and their ratios to the first length."""
     rows = [_in_process(args, ["--measure", str(n)]) for n in tqdm(args.lengths, desc="lengths")]
     for row in rows:
         row["ms_per_token"] = 1000 * row["seconds"] / row["tokens"]
@@ -362,8 +360,7 @@ def length(args: argparse.Namespace) -> dict:
 
 
 def serving(args: argparse.Namespace) -> dict:
-    """Tokens per second of the OpenAI-compatible server for requests that come one after the other
-    and all at once."""
+    """Tokens per second of the OpenAI-compatible server, requests one by one and all at once."""
     import threading
     from concurrent.futures import ThreadPoolExecutor
 
@@ -414,10 +411,8 @@ def serving(args: argparse.Namespace) -> dict:
 
 
 def report(command: str, results: dict, directory: Path | None) -> None:
-    from tokcom.evaluation.report import (  # not above: matplotlib would count in the measured processes
-        benchmark_plot,
-        table,
-    )
+    # not at the top: matplotlib would count as memory of the measured processes
+    from tokcom.evaluation.report import benchmark_plot, table
 
     if command == "training":
         rows = [
@@ -429,7 +424,8 @@ def report(command: str, results: dict, directory: Path | None) -> None:
     else:
         rows = results["rows"]
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    text = f"`{results['about']['command']}`, {results['about']['machine']}, {results['about']['date']}\n\n"
+    about = results["about"]
+    text = f"`{about['command']}`, {about['machine']}, {about['date']}\n\n"
     text += table(columns, [[row.get(column) for column in columns] for row in rows])
     print(text)
     if directory is not None:
@@ -501,14 +497,11 @@ def main(argv: list[str] | None = None) -> None:
         else:
             print(json.dumps(measure_length(args.checkpoint, int(args.measure), args.steps)))
         return
-    results = {"training": training, "sampling": sampling, "length": length, "serving": serving}[
-        args.command
-    ](args)
-    device = (
-        torch.cuda.get_device_name()
-        if DEVICE == "cuda"
-        else f"{os.cpu_count()} CPU cores ({platform.machine()})"
-    )
+    commands = {"training": training, "sampling": sampling, "length": length, "serving": serving}
+    results = commands[args.command](args)
+    device = f"{os.cpu_count()} CPU cores ({platform.machine()})"
+    if DEVICE == "cuda":
+        device = torch.cuda.get_device_name()
     results["about"] = {
         "command": " ".join(["python -m tokcom.evaluation.benchmark", *args.arguments]),
         "machine": f"{device}, torch {torch.__version__}, {torch.get_num_threads()} threads",

@@ -1,12 +1,12 @@
-"""Rate and distortion of quantised codecs: bits per token against the tokens that survive, beside
-gzip and zstd.
+"""Rate and distortion of quantised codecs: bits per token against the share of tokens kept.
 
-    python -m tokcom.evaluation.compression --train books.parquet --validation held_out.parquet --max_steps 600 --rows vq_k4_1k fsq_k4
+    python -m tokcom.evaluation.compression --train books.parquet --validation held_out.parquet \
+        --max_steps 600 --rows vq_k4_1k fsq_k4
     python -m tokcom.evaluation.compression --table docs/compression.md
 
 Rows are in ROWS. Each trains one codec in `WORK_DIR/NAME` with the settings of the preset `tiny`
-and measures it on held-out text. gzip and zstd compress the same text without loss; their bits are
-divided by the same number of tokens.
+and measures it on held-out text. For comparison, gzip and zstd compress the same text without loss;
+their bits are divided by the same number of tokens.
 """
 
 import argparse
@@ -50,6 +50,7 @@ ROWS: dict[str, dict] = {
 
 
 def train_row(name: str, args: argparse.Namespace) -> TokComModel:
+    """Train the codec of a row."""
     output = Path(args.work_dir) / name
     overrides = [
         f"data.train={args.train}",
@@ -82,8 +83,7 @@ def train_row(name: str, args: argparse.Namespace) -> TokComModel:
 
 @torch.no_grad()
 def measure(model: TokComModel, ids: torch.Tensor, picture: Path) -> dict:
-    """Bits per token, share of the tokens of `ids (1, T)` that survive, and how the codes are
-    used."""
+    """Bits per token, share of `ids (1, T)` that the codec returns, and usage of the codes."""
     config = model.config.codec_config
     encoded = model.encode(ids)
     decoded = model.to_ids(encoded.latents)
@@ -97,9 +97,7 @@ def measure(model: TokComModel, ids: torch.Tensor, picture: Path) -> dict:
         return facts
     stored = model.to_ids(model.codec.from_codes(encoded.codes), quantized=True)
     facts["same from codes"] = bool(torch.equal(stored, decoded))
-    if (
-        config.quantizer == "fsq"
-    ):  # the product of its levels is a number of codes that no text could use
+    if config.quantizer == "fsq":  # it has more codes than any text could use: no usage
         used = len(encoded.codes.unique())
         return facts | {"usage": None, "perplexity": None, "distinct codes": used}
     uses = [
@@ -126,8 +124,10 @@ def measure(model: TokComModel, ids: torch.Tensor, picture: Path) -> dict:
 
 
 def draw_rates(rows: list[dict], file: str) -> None:
-    """Token accuracy against bits per token, one colour for each K; entropy-coded rates as hollow
-    points."""
+    """Plot token accuracy against bits per token, one colour for each K.
+
+    Hollow points are the rates after entropy coding.
+    """
     figure, axes = plt.subplots(figsize=(7, 4.5))
     for row in rows:
         bits = row["bits per token"]
@@ -135,19 +135,14 @@ def draw_rates(rows: list[dict], file: str) -> None:
         size = row.get("K")
         if bits is None:
             continue
-        color = (
-            "black"
-            if size is None
-            else plt.cm.viridis({2: 0.0, 4: 0.3, 8: 0.6, 16: 0.9}.get(size, 1.0))
-        )
+        color = "black"  # lossless compressors have no K
+        if size is not None:
+            color = plt.cm.viridis({2: 0.0, 4: 0.3, 8: 0.6, 16: 0.9}.get(size, 1.0))
         axes.scatter(bits, accuracy, color=color)
-        if row.get("entropy, bits per token"):
-            axes.scatter(
-                row["entropy, bits per token"], accuracy, facecolors="none", edgecolors=[color]
-            )
-            axes.plot(
-                [row["entropy, bits per token"], bits], [accuracy] * 2, color=color, linewidth=0.7
-            )
+        entropy = row.get("entropy, bits per token")
+        if entropy:
+            axes.scatter(entropy, accuracy, facecolors="none", edgecolors=[color])
+            axes.plot([entropy, bits], [accuracy] * 2, color=color, linewidth=0.7)
         axes.annotate(
             row["row"], (bits, accuracy), xytext=(5, -3), textcoords="offset points", fontsize=7
         )
@@ -161,6 +156,7 @@ def draw_rates(rows: list[dict], file: str) -> None:
 
 
 def lossless(text: str, tokens: int) -> list[dict]:
+    """Bits per token of the text as UTF-8, and after gzip and zstd."""
     raw = text.encode()
     sizes = {
         "UTF-8": len(raw),

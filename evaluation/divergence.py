@@ -1,19 +1,19 @@
-"""How far a model's text is from its teacher's, in excess nats per character, both ways.
+"""Measure how far a model's text is from its teacher's, in excess nats per character, both ways.
 
-    python -m tokcom.evaluation.divergence --model . --teacher stories15M --data held_out.parquet --output divergence.json
+    python -m tokcom.evaluation.divergence --model . --teacher stories15M \
+        --data held_out.parquet --output divergence.json
 
-A teacher whose text a model learns is an exact reference:
+The teacher wrote the training text, so it is an exact reference:
 
-- *Forward*: the model's nats on held-out teacher text minus those of the distribution it was
-    sampled from, with its top-k and min-p.
-  High when the model does not expect what the teacher writes.
-- *Reverse*: the plain teacher's nats on the model's samples minus the model's own, at the
-    temperature of the samples. High when the
-  model writes what the teacher would not.
+- *Forward*: the model's nats on held-out teacher text, minus those of the distribution that the
+  text was sampled from (with its top-k and min-p). High if the model does not expect what the
+  teacher writes.
+- *Reverse*: the plain teacher's nats on the model's samples, minus the model's own at the
+  temperature of the samples. High if the model writes what the teacher would not.
 
-The end of a text counts as one of its tokens. An autoregressive peer (`--peer`, a causal language
-model with the model's tokenizer) is measured by the same code. A teacher does not judge quality:
-that is for a judge who wrote none of the text.
+The end of a text counts as one of its tokens. The same code measures an autoregressive peer
+(`--peer`, a causal language model with the model's tokenizer). A teacher does not judge quality;
+that needs a judge who wrote none of the text.
 """
 
 import argparse
@@ -38,18 +38,16 @@ ROWS = 16  # texts scored at once
 
 
 def truncate(logits: torch.Tensor, top_k: int, min_p: float) -> torch.Tensor:
-    """Log-probabilities `(..., V)` of what sampling with `top_k` and `min_p` draws from; -inf where
-    it draws nothing."""
+    """Log-probabilities `(..., V)` after `top_k` and `min_p`; -inf for tokens that are cut."""
     kept, index = logits.topk(top_k, dim=-1)
     kept = kept.masked_fill(kept < kept[..., :1] + np.log(min_p), float("-inf"))
     return torch.full_like(logits, float("-inf")).scatter(-1, index, kept.log_softmax(-1))
 
 
 class Teacher:
-    """A causal language model that starts a text with its BOS token and ends it with
-    `end_token_id`.
+    """A causal language model that starts a text with BOS and ends it with `end` (EOS or BOS).
 
-    Args: `path`, and the `top_k` and `min_p` that its text was sampled with.
+    `top_k` and `min_p` are those that its text was sampled with.
     """
 
     def __init__(self, path: str, top_k: int, min_p: float, end: str = "eos"):
@@ -61,8 +59,11 @@ class Teacher:
 
     @torch.no_grad()
     def nats(self, texts: list[str], ended: list[bool], truncated: bool) -> tuple[np.ndarray, int]:
-        """Nats of each text `(B,)`, its end included if it has `ended`, and how many tokens the
-        truncated distribution does not allow; these are scored by the plain one."""
+        """Nats of each text `(B,)`, with its end if it has `ended`.
+
+        The plain distribution scores tokens that the `truncated` one does not allow; the second
+        result counts them.
+        """
         totals = []
         impossible = 0
         for text, has_end in zip(tqdm(texts, desc="teacher", leave=False), ended):
@@ -82,7 +83,7 @@ class Teacher:
 
 @contextlib.contextmanager
 def tempered(model, temperature: float) -> Iterator[None]:
-    """Let the likelihood of a token model be that of its samples at a temperature."""
+    """Make the likelihood of a token model that of its samples at a temperature."""
     head = model.token_head
     nll = model.token_head.nll
     bias = model.token_head.bias.data.clone()
@@ -96,7 +97,7 @@ def tempered(model, temperature: float) -> Iterator[None]:
 
 
 class TokComStudent:
-    """A TokCom pipeline whose tokens take turns, as something with a likelihood and samples."""
+    """A TokCom pipeline whose tokens take turns, with a likelihood and samples."""
 
     def __init__(self, pipe: TokComPipeline):
         self.pipe = pipe
@@ -106,7 +107,7 @@ class TokComStudent:
 
     @torch.no_grad()
     def nats(self, rows: list[list[int]], temperature: float = 1.0) -> np.ndarray:
-        """Nats of rows of ids, each a text from its start, `(B,)`."""
+        """Nats `(B,)` of rows of ids, each a text from its start."""
         totals = []
         with tempered(self.pipe.model, temperature):
             for start in tqdm(range(0, len(rows), ROWS), desc="model", leave=False):
@@ -116,7 +117,7 @@ class TokComStudent:
 
     @torch.no_grad()
     def sample(self, count: int, length: int, temperature: float, seed: int) -> list[list[int]]:
-        """Ids of texts from nothing, up to and including EOS."""
+        """Ids of unconditional texts, up to and including EOS."""
         pipe = self.pipe
         rows = []
         noise = pipe.prepare_latents(
@@ -166,7 +167,7 @@ class AutoregressiveStudent:
 
 
 def measure(student, teacher: Teacher, texts: list[str], args: argparse.Namespace) -> dict:
-    """Excess nats per character of a student, forward on held-out `texts` and reverse on its own
+    """Excess nats per character of a student: forward on held-out `texts`, reverse on its own
     samples."""
     tokenizer = student.tokenizer
     eos = tokenizer.eos_token_id

@@ -1,12 +1,12 @@
-"""The OmniFlow decoder experiments: heads between a frozen transformer and its frozen decoder, with
-numbers.
+"""OmniFlow's decoder experiments: latent heads between a frozen transformer and a frozen decoder.
 
-    python -m tokcom.evaluation.heads --checkpoint backbone --train captions.parquet --validation held_out.parquet --seeds 0 1 2
+    python -m tokcom.evaluation.heads --checkpoint backbone --train captions.parquet \
+        --validation held_out.parquet --seeds 0 1 2
 
 Trains each of EXPERIMENTS on `--checkpoint`, a finished model that regresses latents, once per
-seed; re-denoises held-out texts from `--noise_level` and decodes them from latents alone; writes
-one `predictions.json` each and prints one table of means and standard deviations, with the model
-without any head beside it.
+seed. Re-denoises held-out texts from `--noise_level`, decodes them from latents alone, and writes
+one `predictions.json` each. Prints a table of means and standard deviations, including the model
+without a head.
 """
 
 import argparse
@@ -33,7 +33,10 @@ BATCH = 50
 
 
 def held_out_texts(args: argparse.Namespace) -> list[str]:
-    """The beginnings of held-out documents; `ValueError` if one of them is a training document."""
+    """The first words of held-out documents.
+
+    Raises `ValueError` if one of the documents is also in the training data.
+    """
     data = DataConfig(train=args.train, text_column=args.text_column)
     column = args.text_column
     sources = {"train": args.train, "validation": args.validation}
@@ -43,7 +46,8 @@ def held_out_texts(args: argparse.Namespace) -> list[str]:
     shared = set(train) & set(validation)
     if shared:
         raise ValueError(
-            f"{len(shared)} documents of {args.validation} are training documents, e.g. {min(shared)[:60]!r}."
+            f"{len(shared)} documents of {args.validation} are training documents, e.g. "
+            f"{min(shared)[:60]!r}; hold out others."
         )
     return [" ".join(text.split()[: args.words]) for text in validation if text.strip()][
         : args.samples
@@ -51,7 +55,7 @@ def held_out_texts(args: argparse.Namespace) -> list[str]:
 
 
 def predict(pipe: TokComPipeline, texts: list[str], noise_level: float, seed: int) -> list[str]:
-    """Texts that were encoded, mixed with noise, denoised, passed through the head and decoded."""
+    """Encode texts, mix them with noise, denoise them, pass them through the head and decode."""
     generator = torch.Generator().manual_seed(seed)
     predictions = []
     pipe.set_progress_bar_config(disable=True)

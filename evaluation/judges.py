@@ -11,11 +11,10 @@ from tokcom.training.precision import half_precision
 def token_nll(
     model, ids: np.ndarray, prompts: np.ndarray | None = None, batch_size: int = 64
 ) -> np.ndarray:
-    """Nats of every token of `ids (B, T)` given the tokens before it, `prompts (B, P)` included, by
-    a causal language
-    model: `(B, T)`.
+    """Nats `(B, T)` of every token of `ids (B, T)` under a causal language model, given
+    `prompts (B, P)` and the tokens before it.
 
-    Without a prompt the first token has no context and is NaN; take means with `np.nanmean`.
+    Without a prompt the first token has no context and is NaN: use `np.nanmean` for means.
     """
     whole = ids if prompts is None else np.concatenate((prompts, ids), axis=1)
     rows = []
@@ -34,8 +33,7 @@ def token_nll(
 
 
 class TokenJudge:
-    """A causal language model with TokCom's own tokenizer, such as `evaluation.autoregressive`
-    trains."""
+    """A causal language model with TokCom's tokenizer, as `evaluation.autoregressive` trains it."""
 
     def __init__(self, path: str, device: str = "cpu"):
         self.model = (
@@ -48,8 +46,7 @@ class TokenJudge:
 
 
 class TextJudge:
-    """Any Hugging Face causal language model, by path or name: scores detokenised text with its own
-    tokenizer."""
+    """Any causal language model of transformers. It scores plain text with its own tokenizer."""
 
     def __init__(self, path: str, device: str = "cpu"):
         self.tokenizer = AutoTokenizer.from_pretrained(path)
@@ -59,8 +56,7 @@ class TextJudge:
 
     @torch.no_grad()
     def nats_per_character(self, texts: list[str], prompts: list[str] | None = None) -> np.ndarray:
-        """Nats per character of each text `(B,)`, given its prompt if there is one; NaN for an
-        empty text."""
+        """Nats per character of each text `(B,)`, given its prompt; NaN for an empty text."""
         prompts = prompts or [""] * len(texts)
         results = []
         for prompt, text in zip(prompts, texts):
@@ -69,9 +65,8 @@ class TextJudge:
             )
             whole = encoded["input_ids"].to(self.model.device)
             ends = encoded["offset_mapping"][0, :, 1]
-            known = max(
-                1, int((ends <= len(prompt)).sum())
-            )  # a token that reaches into the text is scored
+            # a token that begins in the prompt but reaches into the text is scored
+            known = max(1, int((ends <= len(prompt)).sum()))
             if whole.shape[1] <= known:
                 results.append(float("nan"))
                 continue

@@ -1,13 +1,11 @@
-"""What a training step of a model of clips costs in operations and memory, without running it at
-full size.
+"""Predict operations and memory of a training step of a clip model without running it at full size.
 
     python -m tokcom.evaluation.memory --presets video-tiny video-small video-medium video-large
 
 Activations are what autograd keeps for the backward pass. They are measured on clips and depths
-that fit this machine and
-extrapolated: with attention kernels that keep no matrix of weights they grow with latents and
-layers, which `tests/test_video.py` checks at another size. Weights, gradients and AdamW's two
-averages take 16 bytes a parameter in float32.
+that fit this machine, and extrapolated. With attention kernels that keep no attention matrix they
+are linear in latents and in layers; `tests/test_video.py` checks this at another size. Weights,
+gradients and AdamW's two averages take 16 bytes per parameter in float32.
 """
 
 import argparse
@@ -29,8 +27,7 @@ BYTES_PER_PARAMETER = 16
 
 @dataclass
 class Cost:
-    """Of one training step of one clip; bytes, and operations of which a multiplication and an
-    addition are two."""
+    """Cost of one training step on one clip, in bytes and operations (a multiply-add is two)."""
 
     parameters: int
     latents: int
@@ -46,8 +43,8 @@ def resized(config: TokComConfig, layers: int, frames: int, side: int) -> TokCom
     patches."""
     fields = deepcopy(config.to_dict())
     codec = fields["codec_config"]
-    codec["num_frames"], size = frames * codec["frames_per_patch"], side * codec["patch_size"]
-    codec["height"] = codec["width"] = size
+    codec["num_frames"] = frames * codec["frames_per_patch"]
+    codec["height"] = codec["width"] = side * codec["patch_size"]
     fields["transformer_config"]["num_hidden_layers"] = layers
     fields["transformer_config"]["max_position_embeddings"] = frames * side**2
     if fields["transformer_config"]["block_size"] is not None:
@@ -58,8 +55,10 @@ def resized(config: TokComConfig, layers: int, frames: int, side: int) -> TokCom
 def saved_bytes(
     config: TokComConfig, checkpointing: bool = False, dtype: torch.dtype | None = None
 ) -> int:
-    """Bytes that autograd keeps for the backward pass of one clip, without parameters; with
-    autocast to `dtype` if given."""
+    """Bytes that autograd keeps for the backward pass of one clip, parameters excluded.
+
+    `dtype` turns on autocast.
+    """
     model = TokComModel(config).train()
     model.set_stage("flow")
     if checkpointing:
@@ -69,9 +68,8 @@ def saved_bytes(
     own = {
         tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())
     }
-    kept: dict[
-        int, torch.Tensor
-    ] = {}  # the tensors themselves: a storage that is freed lends its address to another
+    # keep the tensors, not only their addresses: the address of a freed storage is used again
+    kept: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         address = tensor.untyped_storage().data_ptr()
@@ -98,12 +96,11 @@ def activations(
         for layers in (shallow, deep)
         for size in (few, many)
     }
-    (f1, s1), (f2, s2) = few, many
-    n1 = f1 * s1**2
-    n2 = f2 * s2**2
-    slopes = {
-        layers: (found[layers, many] - found[layers, few]) / (n2 - n1) for layers in (shallow, deep)
-    }  # a latent
+    n1 = few[0] * few[1] ** 2  # latents of the two clips
+    n2 = many[0] * many[1] ** 2
+    slopes = {}  # bytes per latent at each depth
+    for layers in (shallow, deep):
+        slopes[layers] = (found[layers, many] - found[layers, few]) / (n2 - n1)
     per_layer = (slopes[deep] - slopes[shallow]) / (deep - shallow)
     total = config.codec_config.num_tokens
     layers = config.transformer_config.num_hidden_layers
@@ -114,8 +111,11 @@ def activations(
 
 
 def operations(config: TokComConfig, parameters: int) -> float:
-    """Of a training step: three times those of a forward pass, which takes two for each parameter
-    and latent and four for each channel of each pair that attends."""
+    """Operations of a training step: three times those of a forward pass.
+
+    A forward pass takes two operations per parameter and latent, and four per channel of each pair
+    of latents that attend.
+    """
     transformer = config.transformer_config
     codec = config.codec_config
     total = codec.num_tokens
@@ -132,7 +132,8 @@ def operations(config: TokComConfig, parameters: int) -> float:
 
 
 def cost(config: TokComConfig, dtype: torch.dtype | None = torch.bfloat16) -> Cost:
-    """What a step of a clip of the configured size costs; activations under autocast to `dtype`."""
+    """Cost of a step on a clip of the configured size, with activations under autocast to
+    `dtype`."""
     with torch.device("meta"):
         parameters = sum(p.numel() for p in TokComModel(config).transformer.parameters())
     total = config.codec_config.num_tokens
@@ -148,8 +149,8 @@ def cost(config: TokComConfig, dtype: torch.dtype | None = torch.bfloat16) -> Co
 
 
 def run_step(config: TokComConfig, dtype: torch.dtype | None = torch.bfloat16) -> dict[str, float]:
-    """Take one step of AdamW on one clip of noise: seconds, and by how many GiB the process has
-    grown at most."""
+    """Take one AdamW step on a clip of noise; returns seconds, and by how many GiB the process
+    grew."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.perf_counter()
     codec = config.codec_config
@@ -171,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     known = sorted(name for name in PRESETS if name.startswith("video-"))
     parser.add_argument("--presets", nargs="+", choices=known, default=known)
-    parser.add_argument("--run", action="store_true", help="take one step of the first preset, too")
+    parser.add_argument("--run", action="store_true", help="also run one step of the first preset")
     args = parser.parse_args(argv)
     if args.run:
         print(

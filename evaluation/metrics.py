@@ -51,14 +51,14 @@ def repetition(ids: np.ndarray, n: int = 4) -> float:
 
 
 def spread(rows: np.ndarray, count: int) -> np.ndarray:
-    """At most `count` of the rows, evenly over all: windows of a text are in its order, so the
-    first would be of one document."""
+    """At most `count` rows, evenly spaced. The first rows would all be from one document, because
+    windows are in the order of the text."""
     return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
 
 
 def self_bleu(ids: np.ndarray, count: int = 100) -> float:
-    """BLEU-4 in [0, 1] of each of `count` samples against the others; high means samples are
-    alike."""
+    """BLEU-4 in [0, 1] of each of `count` samples against the others. High means that samples are
+    similar."""
     texts = [" ".join(map(str, row)) for row in spread(ids, count).tolist()]
     bleu = BLEU(tokenize="none", effective_order=True)
     scores = [
@@ -68,14 +68,14 @@ def self_bleu(ids: np.ndarray, count: int = 100) -> float:
 
 
 class TrainingNgrams:
-    """The n-grams of the training text, to ask which of a sample's stood there."""
+    """The n-grams of the training text, to find those of a sample that occur in it."""
 
     def __init__(self, tokens: np.ndarray):
         self.tokens = tokens
         self.sets = {}
 
     def seen(self, ids: np.ndarray, n: int) -> np.ndarray:
-        """Which n-grams of `ids (B, T)` occur in the training text: `(B, T - n + 1)` of bool."""
+        """Which n-grams of `ids (B, T)` occur in the training text, `(B, T - n + 1)` bool."""
         if n not in self.sets:
             self.sets[n] = np.unique(ngram_keys(self.tokens, n))
         return np.isin(ngram_keys(ids, n), self.sets[n])
@@ -89,13 +89,14 @@ class TrainingNgrams:
         (off-grid)."""
         seen = self.seen(ids, size)
         on_grid = np.arange(seen.shape[1]) % size == 0
-        return float(seen[:, on_grid].mean()), float(
-            seen[:, ~on_grid].mean()
-        ) if size > 1 else float("nan")
+        across = float(seen[:, ~on_grid].mean()) if size > 1 else float("nan")
+        return float(seen[:, on_grid].mean()), across
 
     def longest(self, ids: np.ndarray) -> int:
-        """Length of the longest n-gram of any sample that occurs in the training text, by
-        bisection: its parts occur too."""
+        """Length of the longest n-gram of any sample that occurs in the training text.
+
+        Bisection works because all parts of such an n-gram occur too.
+        """
         low = 0
         high = min(ids.shape[1], len(self.tokens))
         while low < high:
@@ -106,12 +107,12 @@ class TrainingNgrams:
 
 
 def brier_lm(first: np.ndarray, second: np.ndarray, real: np.ndarray) -> dict[str, float]:
-    """BrierLM from two independent samples and the real continuation, each `(B, >= 4)`, x 100.
+    """BrierLM, times 100, from two independent samples and the real continuation, `(B, >= 4)` each.
 
-    Brier-n is the mean of `1{x1 = y} + 1{x2 = y} - 1{x1 = x2}` over the first n tokens as one
-    event: an unbiased estimate of `2 p(y) - sum_x p(x)^2`, at most 1, which is largest for the true
-    distribution. BrierLM is the geometric mean over n = 1..4, 0 as soon as one of them is not
-    positive.
+    Brier-n takes the first n tokens as one event. It is the mean of
+    `1{x1 = y} + 1{x2 = y} - 1{x1 = x2}`, an unbiased estimate of `2 p(y) - sum_x p(x)^2`, which is
+    at most 1 and largest for the true distribution. BrierLM is the geometric mean over n = 1..4,
+    or 0 if one of them is not positive.
     """
     results = {}
     values = []
