@@ -1,12 +1,13 @@
-"""How good a model of images is: its codec against PCA and JPEG, the order of its tokens, its
-codebook, and what it draws.
+"""Evaluate an image model: its codec against PCA and JPEG, the order of its tokens, its codebook,
+and what it draws.
 
-    python -m tokcom.evaluation.images --model DIR --train pictures_train.parquet --test pictures_test.parquet \
-        --output_dir results [--codebook DIR_OF_KMEANS] [--unordered DIR] [--label_columns class]
-        [--guidance_scale 2]
+    python -m tokcom.evaluation.images --model DIR --train pictures_train.parquet \
+        --test pictures_test.parquet --output_dir results [--codebook DIR_OF_KMEANS] \
+        [--unordered DIR] [--label_columns class] [--guidance_scale 2]
 
-writes results.json, a Markdown table and pictures. `--codebook` is what `tokcom kmeans` made of the
-model, `--unordered` a model trained alike with `tail_dropout=0`, whose curve is shown beside.
+Writes results.json, a Markdown table and pictures. `--codebook` is the output of `tokcom kmeans`
+for the model. `--unordered` is the same model trained with `tail_dropout=0`; its curve is plotted
+for comparison.
 """
 
 import argparse
@@ -36,21 +37,21 @@ PREFIXES = (1, 2, 4, 8, 16, 36)
 
 
 def psnr(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """Peak signal-to-noise ratio in dB of images `(B, 3, H, W)` in [-1, 1], as if of 8 bits:
-    `(B,)`."""
+    """Peak signal-to-noise ratio in dB, `(B,)`, of images `(B, 3, H, W)` in [-1, 1]."""
     error = ((images - others) / 2).square().flatten(1).mean(1)
     return -10 * error.clamp_min(1e-10).log10()
 
 
 def ssim(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """Structural similarity (Wang et al. 2004) of images `(B, 3, H, W)` in [-1, 1] with a Gaussian
-    window of 11: `(B,)`."""
+    """Structural similarity (Wang et al. 2004), `(B,)`, of images `(B, 3, H, W)` in [-1, 1].
+
+    The window is a Gaussian of 11 pixels.
+    """
     size = 11
     sigma = 1.5
     line = torch.exp(-0.5 * ((torch.arange(size) - size // 2) / sigma) ** 2)
-    window = (
-        (line[:, None] * line / line.sum() ** 2).to(images).expand(images.shape[1], 1, size, size)
-    )
+    window = (line[:, None] * line / line.sum() ** 2).to(images)
+    window = window.expand(images.shape[1], 1, size, size)
 
     def blur(x: torch.Tensor) -> torch.Tensor:
         return F.conv2d(x, window, groups=x.shape[1])
@@ -76,15 +77,14 @@ def quality(images: torch.Tensor, others: torch.Tensor) -> dict[str, float]:
 
 
 class PCA:
-    """The best linear codec of images `(M, 3, H, W)`."""
+    """PCA of images `(M, 3, H, W)`: the best linear codec."""
 
     def __init__(self, images: torch.Tensor):
         flat = images.flatten(1).double()
         self.mean = flat.mean(0)
         self.shape = images.shape[1:]
-        self.components = torch.linalg.svd(
-            flat - self.mean, full_matrices=False
-        ).Vh.T  # largest first
+        # columns are components, largest first
+        self.components = torch.linalg.svd(flat - self.mean, full_matrices=False).Vh.T
 
     def reconstruct(self, images: torch.Tensor, count: int) -> torch.Tensor:
         basis = self.components[:, :count]
@@ -93,22 +93,21 @@ class PCA:
 
 
 def jpeg(image: Image.Image, scale: int, level: int) -> tuple[Image.Image, int]:
-    """A picture through JPEG at `1 / scale` of its size, and the bytes of its scan alone, without
-    headers and tables."""
+    """A picture after JPEG at `1 / scale` of its size, and the bytes of its scan, without headers
+    and tables."""
     small = image.resize((image.width // scale, image.height // scale), Image.Resampling.BOX)
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=level, optimize=True)
     data = buffer.getvalue()
     start = data.rindex(b"\xff\xda")
-    scan = (
-        len(data) - start - 2 - int.from_bytes(data[start + 2 : start + 4], "big") - 2
-    )  # less the end marker
+    header = int.from_bytes(data[start + 2 : start + 4], "big")
+    scan = len(data) - start - 2 - header - 2  # without the start and end markers
     return Image.open(io.BytesIO(data)).resize(image.size, Image.Resampling.BICUBIC), scan
 
 
 def best_jpeg(images: torch.Tensor, processor, budget: float) -> dict[str, float]:
-    """Quality of JPEG at the scale and level that serve best among those whose scans take at most
-    `budget` bytes on average."""
+    """Quality of JPEG at the best scale and level whose scans take at most `budget` bytes on
+    average."""
     pictures = processor.postprocess(images)
     best = {"psnr": None, "ssim": None}  # if nothing is small enough
     for scale in (1, 2, 4, 8):
@@ -148,8 +147,8 @@ def order_curve(codec, latents: torch.Tensor, images: torch.Tensor) -> list[floa
 
 
 def order_facts(curve: list[float], quarter: int) -> dict[str, float]:
-    """How ordered tokens are: the share of the whole gain that the first `quarter` of them hold,
-    and falls of the curve."""
+    """Order of the tokens: the share of the total gain in the first `quarter` of them, and the
+    largest fall of the curve."""
     gain = curve[-1] - curve[0]
     falls = [a - b for a, b in zip(curve, curve[1:])]
     return {"share_of_gain": (curve[quarter] - curve[0]) / gain, "largest_fall": max(0.0, *falls)}
@@ -180,7 +179,7 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def features(self, images: torch.Tensor) -> torch.Tensor:
-        """What the heads read, averaged over places: `(M, channels)`."""
+        """The features that the heads read, averaged over places: `(M, channels)`."""
         return torch.cat(
             [self.body(part).unflatten(1, (-1, 4)).mean(-1) for part in images.split(256)]
         )
@@ -189,10 +188,13 @@ class Classifier(nn.Module):
 def train_classifier(
     images: torch.Tensor, labels: torch.Tensor, epochs: int, seed: int
 ) -> Classifier:
-    """A classifier of images `(M, 3, H, W)` with labels `(M, columns)`."""
+    """Train a classifier on images `(M, 3, H, W)` with labels `(M, columns)`.
+
+    Raises `ValueError` if there are fewer images than a batch.
+    """
     if len(images) < BATCH:
         raise ValueError(
-            f"{len(images)} pictures do not train a classifier; give at least {BATCH}."
+            f"{len(images)} pictures are too few to train a classifier; give at least {BATCH}."
         )
     torch.manual_seed(seed)
     model = Classifier([int(column.max()) + 1 for column in labels.T])
@@ -213,7 +215,7 @@ def train_classifier(
 
 @torch.no_grad()
 def recognised(classifier: Classifier, images: torch.Tensor, labels: torch.Tensor) -> list[float]:
-    """Share of images whose label is found, for every column of `labels (M, columns)`."""
+    """Accuracy of the classifier for every column of `labels (M, columns)`."""
     found = [torch.cat(parts) for parts in zip(*(classifier(part) for part in images.split(256)))]
     return [
         (logits.argmax(-1) == labels[:, i]).float().mean().item() for i, logits in enumerate(found)
@@ -221,7 +223,7 @@ def recognised(classifier: Classifier, images: torch.Tensor, labels: torch.Tenso
 
 
 def frechet(features: torch.Tensor, others: torch.Tensor) -> float:
-    """Frechet distance of the Gaussians fitted to two sets of features `(M, channels)`, as in FID
+    """Frechet distance of Gaussians fitted to two sets of features `(M, channels)`, as in FID
     (Heusel et al. 2017)."""
     a = features.double()
     b = others.double()
@@ -245,16 +247,16 @@ class Pictures:
         rows = tqdm(range(len(dataset)), desc="reading pictures", unit="picture")
         records = dataset.records
         self.images = torch.stack([dataset[i]["pixel_values"] for i in rows])
-        self.captions = (
-            list(records[args.caption_column])
-            if args.caption_column in records.column_names
-            else None
-        )
+        self.captions = None
+        if args.caption_column in records.column_names:
+            self.captions = list(records[args.caption_column])
 
 
 def read_labels(source: str, columns: list[str], count: int, names: list[list]) -> torch.Tensor:
-    """The labels `(count, columns)` of a local parquet file as indices into `names`, which grow
-    where they are empty."""
+    """Labels `(count, columns)` of a local parquet file, as indices into `names`.
+
+    An empty list of `names` is filled with the values found.
+    """
     import pyarrow.parquet
 
     file = pyarrow.parquet.read_table(source, columns=columns)
@@ -271,8 +273,8 @@ def read_labels(source: str, columns: list[str], count: int, names: list[list]) 
 def measure_codec(
     pipe: TokComPipeline, train: Pictures, test: Pictures, latents: torch.Tensor, args: argparse.Namespace
 ) -> dict:
-    """Reconstruction, order and codebook on held-out pictures, whose `latents` are known, beside
-    PCA and JPEG."""
+    """Measure reconstruction, order and codebook on held-out pictures with `latents`, beside PCA
+    and JPEG."""
     codec = pipe.model.codec
     images = test.images
     facts = {"rows": []}
@@ -338,7 +340,7 @@ def _codec_pictures(pipe: TokComPipeline, test: Pictures, latents: torch.Tensor,
 
 @torch.no_grad()
 def draw(pipe: TokComPipeline, captions: list[str], args: argparse.Namespace) -> torch.Tensor:
-    """Pictures `(B, 3, H, W)` for captions, at the settings of the command."""
+    """Generate pictures `(B, 3, H, W)` for captions with the settings of the command."""
     generator = torch.Generator().manual_seed(args.seed)
     parts = []
     pipe.set_progress_bar_config(disable=True)
@@ -355,8 +357,8 @@ def draw(pipe: TokComPipeline, captions: list[str], args: argparse.Namespace) ->
 def measure_steps(
     pipe: TokComPipeline, classifier: Classifier, test: Pictures, labels: torch.Tensor, args: argparse.Namespace
 ) -> list[dict]:
-    """The model at every number of `--steps`, and each of `--students` at its own: recognised,
-    Frechet distance, seconds."""
+    """Measure recognition, Frechet distance and time of the model at all `--steps`, and of each
+    student at its own number of steps."""
     rows = []
     real = classifier.features(test.images)
     systems = [("model", pipe, steps, args.guidance_scale) for steps in args.steps]
@@ -388,8 +390,8 @@ def measure_steps(
 def measure_generation(
     pipe: TokComPipeline, train: Pictures, test: Pictures, latents: torch.Tensor, args: argparse.Namespace
 ) -> dict:
-    """How often a classifier of real pictures recognises what the model draws for held-out
-    captions, and the held-out pictures themselves as their `latents` remember them."""
+    """How often a classifier of real pictures recognises the pictures drawn for held-out captions,
+    the held-out pictures, and their reconstructions from `latents`."""
     names: list[list] = []
     labels = read_labels(args.train, args.label_columns, len(train.images), names)
     held_out = read_labels(args.test, args.label_columns, len(test.images), names)
@@ -418,16 +420,14 @@ def measure_generation(
     for kind, shares in found.items():
         for row, share in zip(rows, shares):
             row[kind] = share
-    steps = (
-        measure_steps(pipe, classifier, test, held_out[:count], args)
-        if args.steps or args.students
-        else []
-    )
+    steps = []
+    if args.steps or args.students:
+        steps = measure_steps(pipe, classifier, test, held_out[:count], args)
     return {"generation": rows, "steps": steps}
 
 
 def report(facts: dict) -> str:
-    """The Markdown of what was measured."""
+    """All results as Markdown."""
     text = "## Reconstruction of held-out pictures\n\n"
     cells = [
         [row["codec"], row.get("numbers", "-"), row.get("bytes", "-"), row["psnr"], row["ssim"]]
@@ -447,7 +447,8 @@ def report(facts: dict) -> str:
         if key in facts:
             share = facts[key]["share_of_gain"]
             fall = facts[key]["largest_fall"]
-            text += f"\n\nThe first quarter of the tokens{name} holds {share:.0%} of the gain; the largest fall is {fall:.3f} dB."
+            text += f"\n\nThe first quarter of the tokens{name} holds {share:.0%} of the gain; "
+            text += f"the largest fall is {fall:.3f} dB."
     if "codebook" in facts:
         used = facts["codebook"]
         text += "\n\n## Codebook\n\n" + table(list(used), [list(used.values())])
@@ -464,7 +465,7 @@ def report(facts: dict) -> str:
 
 
 def plots(facts: dict, directory: Path) -> None:
-    """The order of the tokens, and how often each code is used."""
+    """Plot the order of the tokens, the sampling steps, and the usage of the codes."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,20 +1,25 @@
-"""Measure a model of a text, a picture and a sound in all six directions, and its text beside a
-model of text alone.
+"""Evaluate an omni model of text, picture and sound in all six directions, and its text beside a
+text-only model.
 
-    python -m tokcom.evaluation.omni --model model --pictures icons/train.parquet --pictures_test icons/test.parquet \
-        --digits digits/train.parquet --digits_test digits/test.parquet --text_model text --judge
-        judge --output_dir results
+    python -m tokcom.evaluation.omni --model model --pictures icons/train.parquet \
+        --pictures_test icons/test.parquet --digits digits/train.parquet \
+        --digits_test digits/test.parquet --text_model text --judge judge --output_dir results
 
-Pictures have `image` and `caption`; digits `image`, `caption` and `audio`, where one caption is one
-class. Text to picture: a small contrastive model, trained on the real pairs, looks for the caption
-of each picture among 20; beside it the training picture whose caption has most words in common.
-Picture to text: exact nouns (what comes before the comma) and BLEU, beside the caption of the
-nearest training picture, and as *real data* the captions as their codec gives them back. Sound to
-text and to picture: held-out recordings, beside what goes with the nearest training recording. Text
-and picture to sound: the inputs are the classes, which training has seen; a classifier, trained on
-the real recordings, hears the generated .wav, and their distance to the nearest training recording
-and from each other stands beside that of held-out recordings. Writes `results.json` after each
-part, `results.md`, `pictures.png`, `sounds.png` and a .wav of each class.
+Pictures have columns `image` and `caption`; digits `image`, `caption` and `audio`, with one caption
+per class.
+
+- Text to picture: a small contrastive model, trained on real pairs, looks for the caption of each
+  picture among 20. Baseline: the training picture whose caption shares most words.
+- Picture to text: exact nouns (the words before the comma) and BLEU. Baseline: the caption of the
+  nearest training picture. *Real data* are the captions after encoding and decoding.
+- Sound to text and to picture: held-out recordings. Baseline: the partner of the nearest training
+  recording.
+- Text and picture to sound: the inputs are the classes, which training has seen. A classifier of
+  real recordings judges the generated sounds. Their distances to the nearest training recording and
+  to each other are compared with those of held-out recordings.
+
+Writes `results.json` after each part, `results.md`, `pictures.png`, `sounds.png` and a .wav of each
+class.
 """
 
 import argparse
@@ -47,8 +52,8 @@ BATCH = 50
 
 
 class Pairs(nn.Module):
-    """Pictures and captions as unit vectors, near where they belong together (Radford et al. 2021),
-    at small size."""
+    """A small contrastive model: unit vectors of pictures and captions that belong together are
+    close (Radford et al. 2021)."""
 
     def __init__(self, vocab_size: int, size: int = 64):
         super().__init__()
@@ -58,13 +63,16 @@ class Pairs(nn.Module):
         self.text = nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, size))
 
     def see(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Vectors `(B, size)` of pictures `(B, 3, H, W)`."""
         return F.normalize(self.picture(pixels)[0], dim=-1)
 
     def read(self, rows: list[list[int]]) -> torch.Tensor:
+        """Vectors `(B, size)` of captions as rows of ids."""
         offsets = torch.tensor([0, *map(len, rows[:-1])]).cumsum(0)
         return F.normalize(self.text(self.words(torch.tensor(sum(rows, [])), offsets)), dim=-1)
 
     def score(self, pixels: torch.Tensor, rows: list[list[int]]) -> torch.Tensor:
+        """Similarity of every picture with every caption, `(B, B)`."""
         return self.scale.exp() * self.see(pixels) @ self.read(rows).T
 
 
@@ -88,8 +96,7 @@ def train_pairs(
 
 @torch.no_grad()
 def retrieved(pairs: Pairs, pixels: torch.Tensor, rows: list[list[int]], seed: int) -> float:
-    """Share of pictures whose caption is found among `CANDIDATES`, the others drawn from those of
-    the other pictures."""
+    """Share of pictures whose caption is found among `CANDIDATES` captions of other pictures."""
     scores = pairs.score(pixels, rows)
     rng = np.random.default_rng(seed)
     hits = []
@@ -100,12 +107,12 @@ def retrieved(pairs: Pairs, pixels: torch.Tensor, rows: list[list[int]], seed: i
 
 
 def noun(caption: str) -> str:
-    """What a caption names: without its beginning and what comes after a comma."""
+    """The noun of a caption: without its fixed beginning and the text after a comma."""
     return caption.removeprefix("an emoji of ").split(",")[0].split(":")[0].strip().lower()
 
 
 def copied(captions: list[str], known: list[str]) -> list[int]:
-    """For each caption the index of that of `known` with the largest share of words in common."""
+    """For each caption, the index of the caption in `known` that shares the most words."""
     sets = [set(text.lower().split()) for text in known]
     return [
         int(np.argmax([len(words & other) / len(words | other) for other in sets]))
@@ -114,8 +121,7 @@ def copied(captions: list[str], known: list[str]) -> list[int]:
 
 
 class Study:
-    """The model, the real records, and what is made of them; `generate` runs in batches with one
-    seed."""
+    """The model and the real records. `generate` runs in batches with one seed."""
 
     def __init__(self, pipe: TokComPipeline, args: argparse.Namespace):
         self.pipe = pipe
@@ -126,11 +132,11 @@ class Study:
             name: self._load(getattr(args, name), wanted[name.removesuffix("_test")])
             for name in ("pictures", "pictures_test", "digits", "digits_test")
         }
-        if unknown := set(self.data["digits_test"]["caption"]) - set(
-            self.data["digits"]["caption"]
-        ):
+        unknown = set(self.data["digits_test"]["caption"]) - set(self.data["digits"]["caption"])
+        if unknown:
             raise ValueError(
-                f"{args.digits_test} has captions that {args.digits} lacks, such as {min(unknown)!r}."
+                f"{args.digits_test} has captions that {args.digits} lacks, such as "
+                f"{min(unknown)!r}; every class needs training recordings."
             )
         self.processor = TokComAudioProcessor(pipe.model.codec.streams["audio"].config)
 
@@ -144,12 +150,12 @@ class Study:
         if not rows:
             raise ValueError(f"{source} has no record with all of {wanted}.")
         found = {name: [contents[i][name] for i in rows] for name in wanted}
-        found["caption"] = [
-            records[i]["text"] for i in rows
-        ]  # whole; `text` is cut to what the model reads
+        # the whole caption; `text` is cut to the length that the model reads
+        found["caption"] = [records[i]["text"] for i in rows]
         return found | {"pixels": self.pixels(found["image"])}
 
     def generate(self, stream: str, given: dict[str, list], scale: float = 1.0) -> list:
+        """Generate `stream` from the streams `given` at guidance `scale`."""
         generator = torch.Generator().manual_seed(self.args.seed)
         made = []
         count = len(next(iter(given.values())))
@@ -173,7 +179,7 @@ class Study:
 
 
 def measure_pictures(study: Study) -> dict:
-    """Text to picture and picture to text on held-out pictures."""
+    """Measure text to picture and picture to text on held-out pictures."""
     args = study.args
     train = study.data["pictures"]
     test = study.data["pictures_test"]
@@ -228,8 +234,8 @@ def measure_pictures(study: Study) -> dict:
 
 
 def closeness(made: torch.Tensor, train: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    """Of sounds as features: mean distance to the nearest training recording, and from others with
-    the same of `labels (M,)`."""
+    """Mean distances of sounds (as features) to the nearest training recording, and to other sounds
+    with the same label of `labels (M,)`."""
     made = made[:, 0].flatten(1)
     train = train[:, 0].flatten(1)
     apart = torch.cdist(made, made)
@@ -241,7 +247,7 @@ def closeness(made: torch.Tensor, train: torch.Tensor, labels: torch.Tensor) -> 
 
 
 def measure_digits(study: Study) -> dict:
-    """The four directions of sounds."""
+    """Measure the four directions from and to sounds."""
     args = study.args
     train = study.data["digits"]
     test = study.data["digits_test"]
@@ -298,8 +304,8 @@ def measure_digits(study: Study) -> dict:
 
 
 def keep_sounds(study: Study, classes: list[str], sounds: list[np.ndarray], test: dict) -> None:
-    """`sounds.png`: log-mel of a real recording of each class above a generated one; some of those
-    as .wav files."""
+    """Draw `sounds.png`, log-mel of a real recording of each class above a generated one, and write
+    the generated ones as .wav files."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -331,8 +337,11 @@ def keep_sounds(study: Study, classes: list[str], sounds: list[np.ndarray], test
 def measure_text(
     pipes: dict[str, TokComPipeline], judge: TokenJudge, real: list[str], args: argparse.Namespace
 ) -> list[dict]:
-    """As many texts from nothing as there are `real` ones, of the joint model and of one of text
-    alone, by a judge with their tokenizer. Entropy is that of their tokens taken together."""
+    """Judge unconditional texts of the joint and the text-only model, as many as there are `real`
+    ones.
+
+    The judge has their tokenizer. Entropy is that of the tokens of all texts together.
+    """
     rows = []
     tokenizer = next(iter(pipes.values())).tokenizer
     for name, pipe in {"real": None, **pipes}.items():
@@ -375,8 +384,10 @@ def report(facts: dict) -> str:
 
 
 def load(args: argparse.Namespace) -> tuple[Study, dict[str, TokComPipeline], TokenJudge | None]:
-    """The study, the models whose texts are judged, and the judge; raises `ValueError` if they do
-    not fit each other."""
+    """The study, the models whose texts are judged, and the judge.
+
+    Raises `ValueError` if their streams or tokenizers do not fit.
+    """
     pipes, judge = {"joint model": TokComPipeline.from_pretrained(args.model)}, None
     if args.text_model:
         pipes["text alone"] = TokComPipeline.from_pretrained(args.text_model)
@@ -385,7 +396,8 @@ def load(args: argparse.Namespace) -> tuple[Study, dict[str, TokComPipeline], To
             pipe.model.codec.names
         ):
             raise ValueError(
-                f"{args.model}, {args.text_model}: the streams {sorted(streams)} are needed."
+                f"{args.model}, {args.text_model}: the streams {sorted(streams)} are needed, but "
+                "one of the models lacks them."
             )
         pipe.set_progress_bar_config(disable=True)
     if args.judge:
@@ -396,10 +408,11 @@ def load(args: argparse.Namespace) -> tuple[Study, dict[str, TokComPipeline], To
         ]
         if any(tokenizer.get_vocab() != vocabularies[0].get_vocab() for tokenizer in vocabularies):
             raise ValueError(
-                f"{args.judge} and the models have different tokenizers; train the judge with --checkpoint {args.model}."
+                f"{args.judge} and the models have different tokenizers; train the judge with "
+                f"--checkpoint {args.model}."
             )
     elif args.text_model:
-        raise ValueError(f"{args.text_model}: to compare texts give a --judge.")
+        raise ValueError(f"--text_model ({args.text_model}) needs a --judge to compare the texts.")
     return Study(pipes["joint model"], args), pipes, judge
 
 

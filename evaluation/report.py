@@ -21,6 +21,7 @@ SAMPLE_COLUMNS += ("chunks_seen_on_grid", "chunks_seen_off_grid")
 
 
 def table(columns: list[str], rows: list[list]) -> str:
+    """A Markdown table."""
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     return "\n".join([*lines, *("| " + " | ".join(map(_cell, row)) + " |" for row in rows)]) + "\n"
 
@@ -34,7 +35,7 @@ def _cell(value) -> str:
 
 
 def markdown(results: dict) -> str:
-    """All tables of one run, with what reproduces them."""
+    """All tables of one run, with the command, machine, seed and date."""
     about = results["about"]
     parts = [f"`{about['command']}`, {about['machine']}, seed {about['seed']}, {about['date']}\n"]
     if "reconstruction" in results:
@@ -43,7 +44,7 @@ def markdown(results: dict) -> str:
             table(["measure", "value"], list(map(list, results["reconstruction"].items()))),
         ]
     for name, title in (
-        ("unconditional", "Samples from nothing"),
+        ("unconditional", "Unconditional samples"),
         ("continuation", "Prefix continuation"),
     ):
         if name in results:
@@ -80,7 +81,7 @@ def markdown(results: dict) -> str:
 
 
 def plots(results: dict, directory: Path) -> None:
-    """Frontier, CE(t), accuracy against latent noise, NLL by place in the chunk."""
+    """Plot the frontier, CE(t), accuracy against latent noise, and NLL by place in the chunk."""
     if "reconstruction" in results:
         _plot_reconstruction(results["reconstruction"], directory)
     if "continuation" in results:

@@ -1,8 +1,7 @@
-"""Samplers with one interface, so that TokCom and its autoregressive peer are measured by the same
-code.
+"""One sampling interface for TokCom and its autoregressive peer, so the same code measures both.
 
-`sampler.sample(prompts, length, seed, count)` -> ids `(B, length)`, continuing `prompts (B, P)`, or
-from nothing when `prompts` is None and `count` samples are wanted.
+`sampler.sample(prompts, length, seed, count)` returns ids `(B, length)` that continue
+`prompts (B, P)`, or `count` unconditional samples if `prompts` is None.
 """
 
 from dataclasses import dataclass
@@ -19,8 +18,11 @@ from tokcom.training.precision import half_precision
 
 @dataclass
 class TokComSampler:
-    """Sample from a TokCom pipeline; `noise_scale` multiplies the initial noise, of few-step
-    students also what is drawn anew, `eta` is the scheduler's."""
+    """Sample from a TokCom pipeline.
+
+    `noise_scale` multiplies the initial noise, and for few-step students also the noise drawn in
+    each step. `eta` is the scheduler's.
+    """
 
     pipe: TokComPipeline
     num_inference_steps: int | None = None
@@ -66,9 +68,8 @@ class TokComSampler:
                     ids = torch.cat([ids for _, ids in blocks], dim=1)[:, skip[0] :]
             rows.append(ids[:, :length].cpu().numpy())
         ids = np.concatenate(rows)
-        return np.where(
-            ids < vocabulary_size(pipe.tokenizer), ids, pipe.tokenizer.eos_token_id
-        )  # judges know no mask token
+        # judges have no pad token
+        return np.where(ids < vocabulary_size(pipe.tokenizer), ids, pipe.tokenizer.eos_token_id)
 
 
 @dataclass
@@ -86,10 +87,9 @@ class AutoregressiveSampler:
         self, prompts: np.ndarray | None, length: int, seed: int, count: int = 0
     ) -> np.ndarray:
         torch.manual_seed(seed)
-        self.model.generation_config.eos_token_id = (
-            None  # the end of a document is a token like any other here
-        )
-        if prompts is None:  # the end of a document is the only context that a new text has
+        # samples have a fixed length: EOS is a token like any other
+        self.model.generation_config.eos_token_id = None
+        if prompts is None:  # a new text begins after the end of a document
             prompts = np.full((count, 1), self.start_token)
         rows = []
         for start in tqdm(

@@ -1,12 +1,12 @@
-"""What training costs at any size and number of processes: parameters, operations, memory and
-traffic, computed.
+"""Compute the cost of training at any size and number of processes: parameters, operations, memory
+and traffic.
 
     python -m tokcom.evaluation.scaling --preset base
     python -m tokcom.evaluation.scaling --preset 1b --ranks 8 64 512 --tokens 100e9
 
-Operations and saved activations grow linearly with layers, so they are counted on one and two
-layers of the real model and extrapolated; optimizer, gradients and weights follow from the number
-of parameters. `--peak` and `--utilization` turn operations into time.
+Operations and saved activations are linear in layers, so they are counted on one and two layers of
+the real model and extrapolated. Weights, gradients and optimizer state follow from the number of
+parameters. `--peak` and `--utilization` turn operations into time.
 """
 
 import argparse
@@ -48,13 +48,13 @@ GIB = 2**30
 
 
 def scaled_config(preset: str, vocab_size: int | None) -> TokComConfig:
+    """The configuration of a preset, or of `1b`, in the flow stage."""
     name, overrides = ("base", ONE_B) if preset == "1b" else (preset, {})
     return TokComConfig.from_preset(name, vocab_size, stage="flow", **overrides)
 
 
 def saved_bytes(model: TokComModel, ids: torch.Tensor) -> int:
-    """Bytes that the forward pass of a training step keeps for the backward pass, without the
-    weights."""
+    """Bytes that a forward pass keeps for the backward pass, weights excluded."""
     weights = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
     kept: dict[int, int] = {}
 
@@ -73,7 +73,7 @@ def saved_bytes(model: TokComModel, ids: torch.Tensor) -> int:
 
 
 def count(config: TokComConfig, length: int) -> dict[str, float]:
-    """Training operations, bytes saved, and bytes saved with activation checkpointing, per token of
+    """Training operations, saved bytes, and saved bytes with activation checkpointing, per token of
     a window."""
     layers = config.transformer_config.num_hidden_layers
     context = config.transformer_config.num_context_layers
@@ -98,14 +98,13 @@ def count(config: TokComConfig, length: int) -> dict[str, float]:
         model.gradient_checkpointing_enable()
         row["checkpointed"] = saved_bytes(model, ids) / length
         found.append(row)
-    more = (
-        layers - context - (shapes[0][0] - shapes[0][1]),
-        context - shapes[0][1],
-    )  # layers of head and of context
+    # layers that the smallest model lacks: denoising layers and context layers
+    more_denoising = layers - context - (shapes[0][0] - shapes[0][1])
+    more_context = context - shapes[0][1]
     total = {}
     for key in found[0]:
         slopes = [row[key] - found[0][key] for row in found[1:]] + [0.0]
-        total[key] = found[0][key] + more[0] * slopes[0] + more[1] * slopes[1]
+        total[key] = found[0][key] + more_denoising * slopes[0] + more_context * slopes[1]
     return total
 
 
@@ -121,13 +120,11 @@ def parameters(config: TokComConfig) -> tuple[int, int]:
 def memory(
     trained: int, frozen: int, saved: float, ranks: int, sharded: bool, average: bool
 ) -> float:
-    """Bytes of one process: weights, gradients, Adam's moments, the moving average, and `saved`
+    """Bytes of one process: weights, gradients, Adam's moments, moving average, and `saved`
     activations."""
     share = ranks if sharded else 1
-    fixed = (
-        trained * (WEIGHTS + GRADIENTS + MOMENTS + AVERAGE * average) / share
-        + WEIGHTS * frozen / share
-    )
+    per_parameter = WEIGHTS + GRADIENTS + MOMENTS + AVERAGE * average
+    fixed = trained * per_parameter / share + WEIGHTS * frozen / share
     return fixed + saved
 
 
@@ -165,11 +162,13 @@ def main(argv: list[str] | None = None) -> None:
     counted = count(config, min(args.counted_length, args.length or window))
     trained, frozen = parameters(config)
     print(
-        f"{trained:,} trained and {frozen:,} frozen parameters; {counted['flops'] / 1e6:.1f} MFLOP per token and step;"
+        f"{trained:,} trained and {frozen:,} frozen parameters; "
+        f"{counted['flops'] / 1e6:.1f} MFLOP per token and step;"
     )
     kib = (counted["saved"] / 1024, counted["checkpointed"] / 1024)
     print(
-        f"{kib[0]:.1f} KiB of activations per token in float32, {kib[1]:.1f} with activation checkpointing\n"
+        f"{kib[0]:.1f} KiB of activations per token in float32, "
+        f"{kib[1]:.1f} with activation checkpointing\n"
     )
     rows = []
     for ranks in args.ranks:

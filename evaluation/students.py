@@ -1,13 +1,13 @@
-"""Few-step students of a text model beside their teacher: judged quality at the entropy of real
+"""Compare few-step students of a text model with their teacher: quality at the entropy of real
 text, and time.
 
-    python -m tokcom.evaluation.students --teacher text --students student-1 student-4 --steps 1 2 4 8 16 32 --judge judge \
-        --data held_out.parquet --peer peer --output_dir results
+    python -m tokcom.evaluation.students --teacher text --students student-1 student-4 \
+        --steps 1 2 4 8 16 32 --judge judge --data held_out.parquet --peer peer \
+        --output_dir results
 
-A sweep over the size of the noise trades quality for diversity; *at real entropy* interpolates it.
-Texts continue 32 held-out tokens by
-64. `--peer` is an autoregressive model whose time with a key/value cache stands beside. Writes
-`results.json`, `results.md` and `steps.png`.
+Texts continue 32 held-out tokens by 64. A sweep over the size of the noise trades quality for
+diversity; *at real entropy* interpolates it. `--peer` is an autoregressive model whose time with a
+key/value cache is measured too. Writes `results.json`, `results.md` and `steps.png`.
 """
 
 import argparse
@@ -40,8 +40,8 @@ from tokcom.training.data import load_documents, tokenize_documents
 def measure(
     name: str, sampler: TokComSampler, judge: TokenJudge, windows: np.ndarray, scales: list[float]
 ) -> dict:
-    """A system's row: NLL and entropy at noise of size 1, and NLL at the entropy of real text over
-    all sizes."""
+    """The row of a system: NLL and entropy at noise 1, and NLL at the entropy of real text over all
+    noise sizes."""
     prompts = windows[:, :PROMPT]
     real = windows[:, PROMPT:]
     curve = []

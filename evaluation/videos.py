@@ -1,11 +1,13 @@
-"""Measure a model of clips: how well it predicts the frame after those it is given.
+"""Measure how well a clip model predicts the frame after the given ones, against copying the last.
 
-    python -m tokcom.evaluation.videos --model model --data test.parquet --image_column video --steps 1 4 50 --output_dir results
-    python -m tokcom.evaluation.videos --model teacher --students student-4 --data test.parquet --output_dir results
+    python -m tokcom.evaluation.videos --model model --data test.parquet --image_column video \
+        --steps 1 4 50 --output_dir results
+    python -m tokcom.evaluation.videos --model teacher --students student-4 --data test.parquet \
+        --output_dir results
 
-Beside copying the last frame. PSNR rewards the mean of what may come, which is blurred, so the
-sharpness (mean absolute gradient over that of the real frames) stands beside it. Writes
-`results.json`, `results.md`, strips of frames, and a GIF.
+PSNR rewards the mean of all possible frames, which is blurred. The table therefore also has the
+sharpness: the mean absolute gradient, relative to the real frames. Writes `results.json`,
+`results.md`, strips of frames, and a GIF.
 """
 
 import argparse
@@ -49,8 +51,8 @@ def predict(
 
 
 def measure(systems: list[tuple], clips: torch.Tensor, args: argparse.Namespace) -> list[dict]:
-    """A row for each system and number of steps, and one for copying; values are means over
-    `args.known`."""
+    """A row for each system and number of steps, and one for copying the last frame. Values are
+    means over `args.known`."""
     rows = []
     real = {k: clips[:, :, k] for k in args.known}
     copies = {k: psnr(clips[:, :, k - 1], real[k]).mean().item() for k in args.known}
@@ -79,8 +81,8 @@ def measure(systems: list[tuple], clips: torch.Tensor, args: argparse.Namespace)
 
 
 def pictures(pipe: TokComPipeline, clips: torch.Tensor, args: argparse.Namespace) -> None:
-    """`strips.png`: real clips above what follows their first frame; `clips.gif`: the same side by
-    side."""
+    """Draw `strips.png`, real clips above the continuations of their first frames, and `clips.gif`,
+    the same in motion."""
     show = pipe.image_processor.postprocess
     real = [show(clip.transpose(0, 1)) for clip in clips[:SHOWN]]
     causal = pipe.model.config.transformer_config.block_size is not None
@@ -142,7 +144,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         for pipe, name in zip(pipes, (args.model, *args.students)):
             pipe.set_progress_bar_config(disable=True)
             if pipe.model.config.codec_config.modality != "video":
-                raise ValueError(f"{name} is no model of clips.")
+                raise ValueError(f"{name} is not a clip model; give one of preset video-*.")
         data = read_pictures(
             args.data, pipes[0].model.config.codec_config, args.image_column, limit=args.num_samples
         )

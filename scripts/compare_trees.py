@@ -1,12 +1,11 @@
-"""Train small models in two checkouts with one seed, and fail if a single bit of their weights
-differs.
+"""Train small models in two checkouts with one seed, and fail if any bit of the weights differs.
 
     git worktree add ../before v0.1 && python scripts/compare_trees.py ../before .
 
-A refactor must not change what is computed. Each preset trains 20 steps per stage in float32 on one
-thread, in both trees, and the weights are compared to the last bit; the shipped model then writes
-texts with fixed seeds in both. Bits differ between processors, so both trees run on this machine,
-one after the other.
+A refactor must not change what is computed. In both trees, each preset trains 20 steps per stage in
+float32 on one thread, and the weights are compared bit by bit. Then the shipped model writes texts
+with fixed seeds in both. Bits differ between processors, so both trees run on this machine, one
+after the other.
 """
 
 import argparse
@@ -39,7 +38,7 @@ for seed in range(3):
 
 
 def environment(tree: Path, links: Path) -> dict[str, str]:
-    """One thread, no network, and `tree` as the package `tokcom`, whatever its folder is called."""
+    """One thread, no network, and `tree` importable as `tokcom`, whatever its folder's name."""
     link = links / tree.name
     link.mkdir(parents=True, exist_ok=True)
     if not (link / "tokcom").exists():
@@ -49,9 +48,12 @@ def environment(tree: Path, links: Path) -> dict[str, str]:
 
 
 def run(command: list[str] | str, tree: Path, links: Path) -> str:
-    """Run a command, or Python code, in a tree and return what it prints; exits with its last lines
-    if it fails."""
-    command = [sys.executable, "-c", command] if isinstance(command, str) else command
+    """Run a command, or Python code, in a tree and return its output.
+
+    Exits with the end of its log if it fails.
+    """
+    if isinstance(command, str):
+        command = [sys.executable, "-c", command]
     done = subprocess.run(
         command, cwd=tree, env=environment(tree, links), capture_output=True, text=True
     )
@@ -63,7 +65,7 @@ def run(command: list[str] | str, tree: Path, links: Path) -> str:
 def train(
     tree: Path, preset: str, steps: int, output: Path, extra: list[str], links: Path
 ) -> dict[str, torch.Tensor]:
-    """The weights of a short run."""
+    """Train a preset for a few steps and return the weights."""
     lengths = [
         f"{stage}.{key}={steps}"
         for stage in ("codec", "flow")
@@ -84,7 +86,7 @@ def train(
 
 
 def differences(old: dict[str, torch.Tensor], new: dict[str, torch.Tensor]) -> list[str]:
-    """Names of tensors that are not the same in both."""
+    """Names of tensors that differ, or that only one of the two has."""
     missing = sorted(old.keys() ^ new.keys())
     return missing + [
         name for name in sorted(old.keys() & new.keys()) if not torch.equal(old[name], new[name])

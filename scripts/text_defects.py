@@ -1,12 +1,11 @@
-"""Measure in one checkout what version 0.2 mended in text models; run it in an old and a new one to
-compare.
+"""Measure the defects of text models that version 0.2 fixed, in one checkout.
 
-    python scripts/text_defects.py MODEL --data held_out.parquet --judge stories15M [--codec NEW_CODEC]
+    python scripts/text_defects.py MODEL --data held_out.parquet --judge stories15M [--codec CODEC]
 
-With an old checkout, run it there: `cd OLD && python NEW/scripts/text_defects.py ...`. It prints
-the nats of one text at every alignment of its chunks, fillings of one gap before three endings,
-whether a shorter length gives the beginning of a text, what a judge says of texts at two shifts of
-the scheduler, and how many strings survive the codec.
+To compare with an old checkout, run it there too: `cd OLD && python NEW/scripts/text_defects.py
+...`. It prints the nats of one text at every alignment of its chunks, the filling of one gap before
+three endings, whether a shorter length gives the beginning of a text, a judge's score of texts at
+two shifts of the scheduler, and how many strings survive the codec.
 """
 
 import argparse
@@ -44,8 +43,7 @@ SCORED = 60
 
 
 def random_string(generator: np.random.Generator) -> str:
-    """Up to 60 characters from all planes of Unicode, half of them from Latin and its
-    neighbours."""
+    """Up to 60 characters from all planes of Unicode, half of them from its first blocks."""
     length = int(generator.integers(1, 60))
     points = np.where(
         generator.random(length) < 0.5,
@@ -57,11 +55,10 @@ def random_string(generator: np.random.Generator) -> str:
 
 @torch.no_grad()
 def nats_at(pipe: TokComPipeline, ids: torch.Tensor, padding: int) -> float:
-    """Nats per token of `SCORED` tokens behind `CONTEXT` when chunks begin `padding` tokens before
-    the text."""
-    shifted = torch.cat((torch.zeros(len(ids), padding, dtype=torch.long), ids), dim=1)[
-        :, : ids.shape[1]
-    ]
+    """Nats per token of `SCORED` tokens after `CONTEXT` tokens, if chunks begin `padding` tokens
+    before the text."""
+    shifted = torch.cat((torch.zeros(len(ids), padding, dtype=torch.long), ids), dim=1)
+    shifted = shifted[:, : ids.shape[1]]
     mask = torch.ones_like(shifted)
     mask[:, :padding] = 0
     losses = token_losses_at(pipe.model, shifted, 0.0, mask).flatten(1)
@@ -70,7 +67,7 @@ def nats_at(pipe: TokComPipeline, ids: torch.Tensor, padding: int) -> float:
 
 @torch.no_grad()
 def survives(pipe: TokComPipeline, text: str) -> tuple[bool, str]:
-    """Whether the codec gives back the ids of a text, and what they spell."""
+    """Whether the codec returns the ids of a text, and the text that it returns."""
     ids = pipe.tokenizer(text, add_special_tokens=False)["input_ids"]
     count = len(ids)
     whole = torch.tensor([ids + [0] * (-count % pipe.chunk_size)])
@@ -103,9 +100,8 @@ def main() -> None:
     rows = [pipe.tokenizer(text, add_special_tokens=False)["input_ids"][:128] for text in texts]
     ids = torch.tensor([row for row in rows if len(row) == 128])
     for padding in ALIGNMENTS:
-        print(
-            f"chunks begin {padding} tokens before the text: {nats_at(pipe, ids, padding):.3f} nats per token"
-        )
+        nats = nats_at(pipe, ids, padding)
+        print(f"chunks begin {padding} tokens before the text: {nats:.3f} nats per token")
     for ending in ENDINGS:
         filled = pipe.infill(
             f"{PROMPT} there was a ____{ending}", gap_length=4, generator=seed(0)
@@ -128,9 +124,8 @@ def main() -> None:
     codec = TokComPipeline.from_pretrained(args.codec) if args.codec else pipe
     generator = np.random.default_rng(1)
     exact = sum(survives(codec, random_string(generator))[0] for _ in range(1000))
-    print(
-        f"random Unicode strings that survive: {exact} of 1000\n{TEXT!r} becomes {survives(codec, TEXT)[1]!r}"
-    )
+    print(f"random Unicode strings that survive: {exact} of 1000")
+    print(f"{TEXT!r} becomes {survives(codec, TEXT)[1]!r}")
 
 
 if __name__ == "__main__":

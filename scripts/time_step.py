@@ -1,12 +1,11 @@
-"""Time training steps of a text preset in two checkouts, in turn, on one thread, and print the
-ratio.
+"""Time training steps of a text preset in two checkouts, on one thread, and print the ratio.
 
-    git worktree add ../before v0.1 && python scripts/time_step.py ../before . --new_options
-    attention=eager
+    git worktree add ../before v0.1
+    python scripts/time_step.py ../before . --new_options attention=eager
 
-Steps are those of the flow stage at their real size: forward, backward and optimizer, on random
-ids, in bfloat16 where the processor multiplies it fast. Each round starts a process in each tree;
-the ratio is that of the medians of all steps.
+Steps are those of the flow stage at real size: forward, backward and optimizer on random ids, in
+bfloat16 where the processor is fast at it. Each round starts a process in each tree. The ratio is
+that of the medians of all steps.
 """
 
 import argparse
@@ -110,9 +109,8 @@ def main() -> None:
                     "steps": args.steps,
                 }
                 code = STEPS.format(options=json.dumps(parse_options(options)), **shape)
-                seconds[name] += json.loads(run(code, tree, Path(links)).splitlines()[-1])[
-                    "seconds"
-                ]
+                last_line = run(code, tree, Path(links)).splitlines()[-1]
+                seconds[name] += json.loads(last_line)["seconds"]
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     for name, median in medians.items():
         print(f"{name}: {median:.3f} s, {args.rows * args.length / median:,.0f} tokens/s")

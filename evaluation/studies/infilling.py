@@ -1,11 +1,10 @@
-"""What a model gains from the text behind a gap: the likelihood of the true filling with both sides
-and with the left one.
+"""Measure what a model gains from the text after a gap: the likelihood of the true filling given
+both sides, and given the left side.
 
     python -m tokcom.evaluation.studies.infilling --model . --data held_out.parquet
 
-Gaps of several lengths are cut out of held-out texts, wherever in a chunk they begin. The same
-tokens are scored twice: as a gap with all other tokens known, and as a continuation of what stands
-before them.
+Gaps of several lengths are cut out of held-out texts, at any place in a chunk. The same tokens are
+scored twice: as a gap with all other tokens known, and as a continuation of the text before them.
 """
 
 import argparse
@@ -20,8 +19,8 @@ from tokcom.pipeline_text_tokcom import text_ids
 from tokcom.pipeline_tokcom import TokComPipeline
 
 LENGTHS = (1, 2, 4, 8, 16)
-BEFORE = 16
-AFTER = 24  # tokens that stand at least before and behind a gap
+BEFORE = 16  # least number of tokens before a gap
+AFTER = 24  # least number of tokens after it
 
 
 @torch.no_grad()
@@ -34,7 +33,7 @@ def gap_nats(model, ids: list[int], start: int, stop: int) -> tuple[float, float
     real[0, len(ids) :] = 0
     known = real.clone()
     known[0, start:stop] = 0
-    # what stands behind the text is no gap
+    # padding after the text is not a gap
     _, both = token_loss(
         model, whole, real, known_mask=torch.where(real.bool(), known, 1), fills_gaps=True
     )
@@ -63,7 +62,8 @@ def main(argv: list[str] | None = None) -> None:
     model = pipe.model.eval()
     if not model.config.transformer_config.start_latents:
         raise SystemExit(
-            f"{args.model} was trained without `start_latents`, so its gaps see their left side only."
+            f"{args.model} was trained without `start_latents`, so its gaps only see their left "
+            "side; give a model that has them."
         )
     texts = datasets.load_dataset("parquet", data_files=args.data, split="train")["text"][
         : args.texts

@@ -1,6 +1,6 @@
-"""How many tokens of a text `denoise_reconstruct` leaves as they were, at each noise level.
+"""Count the tokens of a text that `denoise_reconstruct` leaves unchanged at each noise level.
 
-python -m tokcom.evaluation.studies.noise_level --model . --data held_out.parquet
+    python -m tokcom.evaluation.studies.noise_level --model . --data held_out.parquet
 """
 
 import argparse
@@ -15,7 +15,7 @@ LEVELS = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
 
 
 def share_kept(pipe: TokComPipeline, texts: list[str], level: float) -> float:
-    """Share of the tokens of `texts` that come back at one level; text i has seed i."""
+    """Share of unchanged tokens of `texts` at one level. Text i has seed i."""
     equal = count = 0
     for seed, text in enumerate(tqdm(texts, desc=f"noise_level {level:g}", leave=False)):
         real = pipe.encode(text).sequences[0]
