@@ -81,7 +81,7 @@ class TokComChunkMLP(nn.Module):
 
     def __init__(self, config: TokComChunkCodecConfig, encoder: bool):
         super().__init__()
-        chunk_width = config.chunk_size * config.embedding_size
+        chunk_width = config.chunk_size * config.embedding_size  # K * E
         self.proj_in = nn.Linear(chunk_width, config.hidden_size) if encoder else nn.Identity()
         self.layers = nn.ModuleList(
             TokComResidualMLP(config) for _ in range(config.num_hidden_layers)
@@ -98,7 +98,7 @@ class TokComChunkMLP(nn.Module):
         hidden_states = self.proj_in(inputs.flatten(1))  # (M, D)
         for layer in self.layers:
             hidden_states = layer(hidden_states)
-        hidden_states = self.proj_out(self.norm(hidden_states))
+        hidden_states = self.proj_out(self.norm(hidden_states))  # (M, D) or (M, K * E)
         if self.encoder:
             return hidden_states  # (M, D)
         return self.output_norm(hidden_states.unflatten(1, (self.chunk_size, -1)))  # (M, K, E)
@@ -122,7 +122,7 @@ class TokComChunkTransformer(nn.Module):
 
     def forward(self, inputs: torch.Tensor, query: torch.Tensor | None = None) -> torch.Tensor:
         size = self.config.chunk_size
-        if not self.encoder:
+        if not self.encoder:  # the latent stands first and each query asks for one more token
             inputs = torch.cat(
                 (inputs[:, None], query.to(inputs.dtype).expand(len(inputs), size - 1, -1)), dim=1
             )
@@ -131,7 +131,7 @@ class TokComChunkTransformer(nn.Module):
         tables = rotary_embedding(positions, head_dim, self.config.rope_theta)
         hidden_states = inputs  # (M, K, D)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, None, tables)
+            hidden_states = layer(hidden_states, None, tables)  # no mask: the whole chunk is seen
         hidden_states = self.norm(hidden_states)
         return hidden_states[:, -1] if self.encoder else hidden_states
 
@@ -194,7 +194,7 @@ class TokComChunkCodec(TokComCodec):
         if config.variational:
             inputs = config.hidden_size
             channels = config.latent_channels
-            if config.encoder_type == "token":
+            if config.encoder_type == "token":  # a table lookup: no network over the chunk
                 inputs = config.embedding_size
                 channels = config.latent_channels // config.chunk_size
             self.to_posterior = nn.Linear(inputs, 2 * channels)
@@ -273,7 +273,7 @@ class TokComChunkCodec(TokComCodec):
         if self.log_precision is None:
             return states, weight
         means = self._token_posterior(weight).chunk(2, dim=-1)[0].to(weight.dtype)  # (V, C / K)
-        precision = self.log_precision.exp().expand(*states.shape[:2], 1)
+        precision = self.log_precision.exp().expand(*states.shape[:2], 1)  # (M, K, 1)
         own = raw_latents.unflatten(-1, (self.config.chunk_size, -1)).to(weight.dtype) * precision
         states = torch.cat((states.to(weight.dtype), own, precision), dim=-1)
         # -|x - m|^2 / 2 = x m - |m|^2 / 2 up to a constant: the last column holds the norms
@@ -284,6 +284,7 @@ class TokComChunkCodec(TokComCodec):
         """Standardised latents `(B, N, C)` -> raw latents `(M, C)`, quantised if the decoder
         expects that."""
         raw_latents = (latents * self.latent_std + self.latent_mean).flatten(0, -2)  # (M, C)
+        # with `quantized_latents=False` the quantiser is the first part of the decoder
         if self.quantizer is None or self.config.quantized_latents or quantized:
             return raw_latents
         return self.quantizer(raw_latents, frozen=True).latents
@@ -315,8 +316,8 @@ class TokComChunkCodec(TokComCodec):
 
         `attention_mask (B, T)` is 0 on padding.
         """
-        chunks, real = self.to_chunks(input_ids, attention_mask)
-        mean, _ = self._posterior(chunks.flatten(0, 1))
+        chunks, real = self.to_chunks(input_ids, attention_mask)  # (B, N, K) each
+        mean, _ = self._posterior(chunks.flatten(0, 1))  # (M, C)
         codes = None
         if self.quantizer is not None:
             quantized = self.quantizer(mean, frozen=True)
@@ -351,6 +352,7 @@ class TokComChunkCodec(TokComCodec):
         """
         raw_latents = self._denormalize(latents, quantized)
         states = self._token_states(raw_latents)  # (B * N, K, E)
+        # likelihoods are differences of large numbers: not in bfloat16
         with torch.autocast(states.device.type, enabled=False):
             states, weight = self._with_likelihood(states, raw_latents)
             logits = F.linear(states.to(weight.dtype), weight)
@@ -420,7 +422,7 @@ class TokComChunkCodec(TokComCodec):
         """
         config = self.config
         chunks, real = self.to_chunks(input_ids, attention_mask)
-        inputs = chunks
+        inputs = chunks  # dropout changes what is read, never what is predicted
         if self.training and config.token_dropout:
             dropped = torch.rand(chunks.shape, device=chunks.device) < config.token_dropout
             inputs = torch.where(dropped, config.mask_token_id, chunks)
@@ -435,7 +437,7 @@ class TokComChunkCodec(TokComCodec):
             # free nats: a channel that is below them has no reason to collapse further
             kl = divergence.clamp_min(config.kl_free_nats).sum(-1)
             kl = (kl * real.flatten(0, 1).any(-1)).sum() / real.any(-1).sum().clamp_min(1)
-            if self.training:
+            if self.training:  # the reparametrisation trick
                 latents = latents + torch.randn_like(latents) * (0.5 * log_variance).exp()
         if self.training and config.latent_dropout:
             latents = F.dropout(latents, config.latent_dropout)

@@ -57,6 +57,7 @@ class TokComColorCodec(TokComCodec):
         Digits that spell no token give the valid id with the nearest color. The distance is to the
         standardised `values (..., G)`, by default those of the digits.
         """
+        # place values of the digits: 1, base, base^2, ...
         base = self.config.base ** torch.arange(self.config.digits_per_token, device=digits.device)
         ids = (digits * base).sum(-1)
         wrong = ids >= self.config.num_valid_ids
@@ -75,6 +76,7 @@ class TokComColorCodec(TokComCodec):
             return middle, middle
         digits = self.digits(torch.arange(self.config.num_valid_ids, device="cpu")).double()
         std = digits.std(0, correction=0)
+        # a digit that is the same in all ids must not be divided by 0
         return digits.mean(0).float(), torch.where(std > 0, std, 1.0).float()
 
     def _standardize(self, digits: torch.Tensor) -> torch.Tensor:
@@ -89,6 +91,7 @@ class TokComColorCodec(TokComCodec):
     def _nearest(self, values: torch.Tensor) -> torch.Tensor:
         """Standardised digits `(M, G)` -> the nearest valid ids `(M,)`."""
         table = self._colors(values.device)
+        # in parts: all distances at once would be a row of the vocabulary for every value
         return torch.cat(
             [torch.cdist(part, table).argmin(-1) for part in values.float().split(NEAREST_ROWS)]
         )
@@ -115,7 +118,7 @@ class TokComColorCodec(TokComCodec):
         size = config.patch_size
         # (B, patch rows, row in patch, patch columns, column in patch, ...)
         grid = tokens.unflatten(1, (-1, size, side, size))
-        return grid.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        return grid.transpose(2, 3).flatten(3, 4).flatten(1, 2)  # (B, N, K, ...)
 
     def from_patches(self, patches: torch.Tensor) -> torch.Tensor:
         """`(B, N, K, ...)` -> `(B, N * K, ...)` in reading order."""
@@ -126,7 +129,7 @@ class TokComColorCodec(TokComCodec):
         size = config.patch_size
         # (B, patch rows, patch columns, row in patch, column in patch, ...)
         grid = patches.unflatten(2, (size, size)).unflatten(1, (-1, side))
-        return grid.transpose(2, 3).flatten(1, 4)
+        return grid.transpose(2, 3).flatten(1, 4)  # (B, T, ...)
 
     def positions(self, index: torch.Tensor) -> torch.Tensor:
         """Index of patches `(...)` -> row and column in the image, `(..., 2)`."""
@@ -171,6 +174,7 @@ class TokComColorCodec(TokComCodec):
         """
         digits = pixels.reshape(-1, 3).long()
         ids = (digits * 256 ** torch.arange(3, device=digits.device)).sum(-1)
+        # an edited picture may hold colors that belong to no token
         wrong = (ids >= self.config.num_valid_ids) & (ids != self.config.pad_token_id)
         if bool(wrong.any()):
             valid = torch.arange(self.config.num_valid_ids, device=ids.device)
@@ -248,7 +252,7 @@ class TokComColorCodec(TokComCodec):
         """
         values = latents.float().unflatten(2, (-1, self.config.digits_per_token))
         values = self.from_patches(values)  # (B, T, G)
-        sigma = self._sigma(latents.device)[: self.config.digits_per_token, 0]
+        sigma = self._sigma(latents.device)[: self.config.digits_per_token, 0]  # (G,)
         table = self._colors(latents.device) / sigma
         logits = -0.5 * torch.cdist(values / sigma, table.expand(len(values), -1, -1)).square()
         invalid = self.config.vocab_size - self.config.num_valid_ids  # they are the last ids
@@ -258,6 +262,7 @@ class TokComColorCodec(TokComCodec):
         """Latents `(B, N, C)` -> the nearest valid ids `(B, N * K)`."""
         values = latents.float().unflatten(2, (-1, self.config.digits_per_token))  # (B, N, K, G)
         mean, std = (x.to(latents.device) for x in self._scale)
+        # rounding each digit is exact unless the digits spell no token; `ids` repairs that
         digits = (values * std + mean).round().clamp(0, self.config.base - 1).long()
         return self.from_patches(self.ids(digits, values))
 
@@ -273,7 +278,7 @@ class TokComColorCodec(TokComCodec):
         nll = F.cross_entropy(
             self._digit_logits(latents).flatten(0, 2), digits.flatten(), reduction="none"
         )
-        return nll.view(digits.shape).sum(-1)
+        return nll.view(digits.shape).sum(-1)  # a token is as likely as all of its digits
 
 
 __all__ = ["TokComColorCodec"]

@@ -51,7 +51,7 @@ class TokComAudioCodec(TokComVideoCodec):
                 f"`input_features` has shape {tuple(pixel_values.shape)} but (B, {bands}, F) is "
                 "needed; pass sounds through the audio processor."
             )
-        return super().to_patches(pixel_values[..., None, None])
+        return super().to_patches(pixel_values[..., None, None])  # (B, bands, F, 1, 1)
 
     @staticmethod
     def size_of(pixel_values: torch.Tensor) -> tuple[int, int, int]:
@@ -94,6 +94,7 @@ class TokComCompositeCodec(TokComCodec):
         self.places = {}
         self.channels = {}
         place = channel = 0
+        # streams lie one after the other, in the sequence and in the channels
         for name, codec in configs.items():
             self.places[name] = slice(place, place + self.lengths[name])
             self.channels[name] = slice(channel, channel + codec.latent_channels)
@@ -123,7 +124,7 @@ class TokComCompositeCodec(TokComCodec):
             where = self.streams[name].positions(own)  # (n, axes of the stream)
             # streams with fewer axes than others have position 0 on the missing ones
             where = F.pad(where, (1, self.num_axes - 1 - where.shape[1]))
-            where[:, 0] = i
+            where[:, 0] = i  # the first axis is the stream
             parts.append(where)
         return torch.cat(parts)[index]
 
@@ -205,7 +206,7 @@ class TokComCompositeCodec(TokComCodec):
                     "the configuration names."
                 )
         first = next(iter(parts.values())).latents
-        latents = first.new_zeros(len(first), self.num_latents, self.num_channels)
+        latents = first.new_zeros(len(first), self.num_latents, self.num_channels)  # (B, N, C)
         everywhere = torch.ones(len(first), dtype=torch.bool, device=first.device)
         present = {name: (present or {}).get(name, everywhere) for name in streams}
         for name, part in parts.items():
@@ -238,6 +239,7 @@ class TokComCompositeCodec(TokComCodec):
         parts = {}
         for name, codec in trained.items():
             inputs = self._inputs(name, streams[name]) if name in streams else ()
+            # rows without this stream hold zeros in its place, which must not be learned
             if name in streams and name in (present or {}):
                 inputs = inputs[present[name].bool()]
             if len(inputs):
@@ -265,17 +267,17 @@ class TokComCompositeCodec(TokComCodec):
 
         Returns: which latents are given, and which are used at all, both `(B, N)`.
         """
-        index = [self.places[name].start for name in self.names]
+        index = [self.places[name].start for name in self.names]  # one latent tells for its stream
         has = exists[:, index]
         shape = (len(exists), len(index))  # (B, S)
         rates = torch.tensor(self.rates, device=exists.device)
         draws = torch.rand(len(has), 32, len(index), device=exists.device)
         subsets = has[:, None] & (draws < rates)
-        subsets[:, -1] = has
+        subsets[:, -1] = has  # the last draw is never empty
         # Rejection sampling: take the first of 32 draws that is not empty. With equal rates all
         # subsets are then equally likely.
         first = subsets.any(-1).float().argmax(-1)
-        made = subsets[torch.arange(len(has), device=has.device), first]
+        made = subsets[torch.arange(len(has), device=has.device), first]  # (B, S)
         kept = torch.rand(shape, device=exists.device) >= dropout
         return self.spread(has & ~made & kept), self.spread(made | (has & kept))
 
@@ -311,7 +313,7 @@ class TokComCompositeCodec(TokComCodec):
                 continue
             chunks, _ = codec.to_chunks(self._inputs(name, streams[name]), None)  # (B, n, K)
             counted = loss_mask[:, self.places[name], None].expand_as(chunks)
-            nats = codec.nll(self.stream_of(estimate, name), chunks) * counted
+            nats = codec.nll(self.stream_of(estimate, name), chunks) * counted  # (B, n, K)
             mean = self.weights[name] * nats.sum() / counted.sum().clamp_min(1)
             total = mean if total is None else total + mean
         return total

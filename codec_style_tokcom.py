@@ -77,7 +77,7 @@ class TokComSlotMLP(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(B, N, D)` in and out."""
         inputs = hidden_states.transpose(0, 1)  # (N, B, D)
-        inner = F.gelu(torch.baddbmm(self.up_bias, inputs, self.up))
+        inner = F.gelu(torch.baddbmm(self.up_bias, inputs, self.up))  # (N, B, inner)
         return torch.baddbmm(self.down_bias, inner, self.down).transpose(0, 1)
 
 
@@ -103,7 +103,7 @@ class TokComStyleBlock(GradientCheckpointingLayer):
         inputs = self.mlp_norm(hidden_states)
         if self.experts is None:
             return hidden_states + self.mlp(inputs)
-        shared = inputs.shape[1] - len(self.experts.up)
+        shared = inputs.shape[1] - len(self.experts.up)  # positions without an expert
         update = torch.cat((self.mlp(inputs[:, :shared]), self.experts(inputs[:, shared:])), dim=1)
         return hidden_states + update
 
@@ -127,7 +127,7 @@ class TokComStyledBlock(GradientCheckpointingLayer):
     def forward(self, hidden_states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """`hidden_states (B, S, D)` and two `tokens (B, 2, C)` -> `(B, S + 2, D)`, tokens first."""
         first, second = tokens.unbind(1)
-        scale, shift = self.attention_style(first)[:, None].chunk(2, dim=-1)
+        scale, shift = self.attention_style(first)[:, None].chunk(2, dim=-1)  # (B, 1, D) each
         normed = self.attention_norm(hidden_states) * (1 + scale) + shift
         joining = torch.stack((self.registers[0](first), self.registers[1](second)), dim=1)
         update = self.self_attn(torch.cat((self.attention_norm(joining), normed), dim=1))
@@ -168,7 +168,7 @@ class TokComStyleEncoder(nn.Module):
         hidden_states = self.positions + F.pad(patches, (0, 0, 1, self.num_tokens))
         for layer in self.layers:
             hidden_states = layer(hidden_states)
-        return self.norm(hidden_states[:, -self.num_tokens :])
+        return self.norm(hidden_states[:, -self.num_tokens :])  # the queries
 
 
 class TokComStyleDecoder(nn.Module):
@@ -200,7 +200,7 @@ class TokComStyleDecoder(nn.Module):
         init.normal_(self.positions, std=1.0)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.positions.expand(len(tokens), -1, -1)
+        hidden_states = self.positions.expand(len(tokens), -1, -1)  # (B, P, D)
         for i, layer in enumerate(self.styled_layers):
             hidden_states = layer(hidden_states, tokens[:, 2 * i : 2 * i + 2])
         for layer in self.layers:
@@ -280,7 +280,7 @@ class TokComStyleCodec(TokComCodec):
     def set_latent_statistics(self, mean: torch.Tensor, std: torch.Tensor) -> None:
         """Store mean and standard deviation `(N, C)` of raw latents, measured on training data."""
         self.latent_mean.copy_(mean)
-        self.latent_std.copy_(std.clamp_min(1e-4))
+        self.latent_std.copy_(std.clamp_min(1e-4))  # a dead channel must not be divided by 0
 
     def positions(self, index: torch.Tensor) -> torch.Tensor:
         """Index of tokens `(...)` -> position `(..., 1)`."""
@@ -301,8 +301,9 @@ class TokComStyleCodec(TokComCodec):
         log_variance = None
         if self.config.bottleneck == "gaussian":
             tokens, log_variance = tokens.chunk(2, dim=-1)
-            log_variance = log_variance.clamp(-12.0, 4.0)
+            log_variance = log_variance.clamp(-12.0, 4.0)  # keeps exp finite
         elif self.config.bottleneck == "sphere":
+            # of length sqrt(C), so that channels have about unit variance
             tokens = F.normalize(tokens, dim=-1) * tokens.shape[-1] ** 0.5
         else:
             tokens = self.soft_codebook(tokens)
@@ -345,7 +346,7 @@ class TokComStyleCodec(TokComCodec):
         return self.quantizer
 
     def _decode(self, tokens: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
-        if kept is not None:
+        if kept is not None:  # dropped tokens become a learned value, not 0
             tokens = torch.where(kept[..., None], tokens, self.missing.to(tokens))
         return self.decoder(tokens.to(self.dtype))
 
@@ -443,7 +444,7 @@ def gradient_loss(
     for scale in range(scales):
         if scale:
             difference = F.avg_pool2d(difference, 2)
-        if min(difference.shape[-2:]) < 2:
+        if min(difference.shape[-2:]) < 2:  # nothing is left to compare
             break
         horizontal = difference.diff(dim=-1).abs().mean()
         vertical = difference.diff(dim=-2).abs().mean()

@@ -110,6 +110,7 @@ class TokComVideoCodec(TokComCodec):
         self.config.check_shape(frames, height, width)
         size = self.config.patch_size
         axes = frames // self.config.frames_per_patch, height // size, width // size
+        # time changes slowest, so latents are in the order of moments
         return torch.cartesian_prod(*(torch.arange(n, device=device) for n in axes)).view(-1, 3)
 
     @staticmethod
@@ -134,7 +135,7 @@ class TokComVideoCodec(TokComCodec):
         parts = pixel_values.unflatten(4, (-1, size)).unflatten(3, (-1, size))
         parts = parts.unflatten(2, (-1, time))
         parts = parts.permute(0, 2, 4, 6, 1, 3, 5, 7)  # (B, moment, row, column, c, frame, y, x)
-        return parts.flatten(4).flatten(1, 3)
+        return parts.flatten(4).flatten(1, 3)  # (B, N, P)
 
     def from_patches(self, patches: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """Patches `(B, N, P)` -> clips `(B, c, F, H, W)` of this height and width.
@@ -152,7 +153,7 @@ class TokComVideoCodec(TokComCodec):
             )
         parts = patches.unflatten(2, (config.num_channels, config.frames_per_patch, size, size))
         parts = parts.unflatten(1, (-1, rows, columns)).permute(0, 4, 1, 5, 2, 6, 3, 7)
-        return parts.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+        return parts.flatten(6, 7).flatten(4, 5).flatten(2, 3)  # (B, c, F, H, W)
 
     # ---- clips <-> latents ----
 
@@ -177,19 +178,21 @@ class TokComVideoCodec(TokComCodec):
         Clips may have any size that patches divide. With a quantiser the output also has
         `codes (B, N, R)`.
         """
-        raw = self._raw_latents(pixel_values)
+        raw = self._raw_latents(pixel_values)  # (B, N, C)
         codes = None
         if self.quantizer is not None:
             quantized = self.quantizer(raw, frozen=True)
             raw = quantized.latents
             codes = quantized.codes
         output = self.known(self._standardize(raw), codes=codes)
+        # not those of `known`, which assumes the configured size
         where = self.grid(*self.size_of(pixel_values), device=raw.device)
         output.position_ids = where.expand(len(raw), -1, -1)
         return output
 
     def snap(self, latents: torch.Tensor) -> torch.Tensor:
         """Standardised latents `(B, N, C)` -> the nearest quantised ones, straight-through."""
+        # codebooks hold raw latents
         nearest = self._quantizer().nearest(self._unstandardize(latents)).latents
         return self._standardize(nearest).to(latents.dtype)
 
@@ -241,7 +244,7 @@ class TokComVideoCodec(TokComCodec):
             )
         patches = self.to_patches(pixel_values).to(self.dtype)
         latents = self.encoder(patches)
-        commitment = patches.new_zeros(())
+        commitment = patches.new_zeros(())  # without a quantiser there is nothing to commit to
         if self.quantizer is not None:
             quantized = self.quantizer(latents)
             latents = quantized.latents

@@ -45,16 +45,18 @@ def rotary_embedding(
     axes = position_ids.shape[-1]
     angles = []
     for axis in range(axes):
+        # every axis has its own range of frequencies, from 1 down to nearly 1 / theta
         share = pairs // axes + (axis < pairs % axes)
         exponents = torch.arange(share, device=position_ids.device, dtype=torch.float32) / share
         angles.append(position_ids[..., axis, None].float() * theta**-exponents)  # (B, N, share)
+    # twice, because channel i is rotated together with channel i + head_size / 2
     angles = torch.cat(angles * 2, dim=-1)[:, None]  # (B, 1, N, head_size)
     return angles.cos(), angles.sin()
 
 
 def apply_rotary(states: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Rotate `states (B, H, N, head_size)` by the tables of `rotary_embedding`."""
-    cos, sin = (table.to(states.dtype) for table in tables)
+    cos, sin = (table.to(states.dtype) for table in tables)  # (B, 1, N, head_size)
     first, second = states.chunk(2, dim=-1)
     return states * cos + torch.cat((-second, first), dim=-1) * sin
 
@@ -87,6 +89,7 @@ def expand_attention_mask(
     implementation = attention_backend(implementation, mask.device)
     if "flash" in implementation:
         if mask.ndim == 3:
+            # flash attention only knows padding, given as (B, S_kv)
             raise ValueError(
                 f"`attn_implementation` ({implementation!r}) cannot express block-causal or "
                 "per-query masks; load the model with attn_implementation='sdpa' or "
@@ -94,7 +97,7 @@ def expand_attention_mask(
             )
         return mask
     if implementation == "flex_attention":
-        from torch.nn.attention.flex_attention import create_block_mask
+        from torch.nn.attention.flex_attention import create_block_mask  # slow to import
 
         def may_attend(batch, head, query, key):
             return mask[batch, key] if mask.ndim == 2 else mask[batch, query, key]
@@ -115,9 +118,10 @@ def eager_attention_forward(
     """Attention in plain torch, with the signature that transformers expects; returns weights."""
     key = key.repeat_interleave(module.num_key_value_groups, dim=1)
     value = value.repeat_interleave(module.num_key_value_groups, dim=1)
-    scores = query @ key.transpose(2, 3) * scaling
+    scores = query @ key.transpose(2, 3) * scaling  # (B, H, S_q, S_kv)
     if attention_mask is not None:
         scores = scores + attention_mask
+    # in float32: a sum over many keys loses precision in bfloat16
     weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
@@ -153,7 +157,7 @@ class TokComAttention(nn.Module):
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = self.head_dim**-0.5
-        self.is_causal = False
+        self.is_causal = False  # the mask alone says what a query sees
         key_value_size = config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
@@ -179,11 +183,11 @@ class TokComAttention(nn.Module):
         query = self.q_norm(self.q_proj(hidden_states).view(heads))
         query = query.transpose(1, 2)  # (B, H, S, head_dim)
         key = self.k_norm(self.k_proj(hidden_states).view(heads)).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)  # (B, key/value heads, S, .)
         # QK-norm may leave another dtype than the projections, and attention needs one
         query = apply_rotary(query, position_embeddings).to(value.dtype)
         key = apply_rotary(key, position_embeddings).to(value.dtype)
-        if past_key_values is not None:
+        if past_key_values is not None:  # keys are cached after rotation: positions never change
             key, value = past_key_values.update(key, value, self.layer_idx)
         implementation = attention_backend(self.config._attn_implementation, query.device)
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -234,7 +238,8 @@ class TokComTimestepEmbedding(nn.Module):
         exponents = torch.arange(half, device=timestep.device, dtype=torch.float32) / half
         frequencies = torch.exp(-math.log(10000.0) * exponents)
         angles = timestep[..., None].float() * self.scale * frequencies
-        waves = torch.cat((angles.cos(), angles.sin()), dim=-1).to(self.linear_1.weight.dtype)
+        waves = torch.cat((angles.cos(), angles.sin()), dim=-1)  # (B, N, size)
+        waves = waves.to(self.linear_1.weight.dtype)
         return self.linear_2(F.silu(self.linear_1(waves)))
 
 
@@ -275,6 +280,7 @@ class TokComBlock(GradientCheckpointingLayer):
         self.mlp = TokComMLP(config.hidden_size, config.intermediate_size)
         self.modulation = None
         if modulated:
+            # scale, shift and perhaps a gate, for each of the two halves
             parts = (3 if config.adaln_gates else 2) * (1 + attention)
             self.modulation = TokComModulation(config.conditioning_size, parts * config.hidden_size)
 
@@ -308,11 +314,11 @@ class TokComBlock(GradientCheckpointingLayer):
                 modulation = self.modulation(conditioning)
             parts = modulation.chunk(self.modulation.out_features // hidden_states.shape[-1], -1)
         for i, (norm, function) in enumerate(branches):
-            inputs = norm(hidden_states)
+            inputs = norm(hidden_states)  # (B, S, D)
             if parts:
                 inputs = inputs * (1 + parts[2 * i]) + parts[2 * i + 1]
             update = function(inputs)
-            gates = parts[2 * len(branches) :]
+            gates = parts[2 * len(branches) :]  # empty without `adaln_gates`
             hidden_states = hidden_states + (gates[i] * update if gates else update)
         return hidden_states
 
@@ -322,6 +328,7 @@ class TokComPreTrainedModel(PreTrainedModel):
 
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
+    # `device_map` must not spread a residual block over devices
     _no_split_modules = ["TokComBlock", "TokComStyleBlock", "TokComStyledBlock"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -331,6 +338,7 @@ class TokComPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        # "TokComZero" by name: those classes live in modules that import this one
         if isinstance(module, TokComModulation) or type(module).__name__.startswith("TokComZero"):
             init.zeros_(module.weight)
             init.zeros_(module.bias)
@@ -361,6 +369,7 @@ def chunked_cross_entropy(
     def rows_loss(rows: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(F.linear(rows, weight).float(), ids, reduction="none")
 
+    # without a gradient, checkpointing would only cost time
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     losses = []
     for rows, ids in zip(hidden.split(CROSS_ENTROPY_CHUNK), targets.split(CROSS_ENTROPY_CHUNK)):

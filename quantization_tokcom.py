@@ -45,7 +45,7 @@ class TokComQuantizerOutput(ModelOutput):
 
 def nearest_codes(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     """Ids `(M,)` of the rows of `codebook (S, C)` that are nearest to `vectors (M, C)`."""
-    codebook = codebook.float()
+    codebook = codebook.float()  # distances in bfloat16 would often tie
     return torch.cat(
         [torch.cdist(part.float(), codebook).argmin(-1) for part in vectors.split(DISTANCE_ROWS)]
     )
@@ -57,7 +57,7 @@ def code_statistics(codes: torch.Tensor, size: int) -> dict[str, float]:
     # not bincount: a finite scalar quantiser may have more codes than fit into memory
     counts = codes.flatten().unique(return_counts=True)[1].double()
     shares = counts / counts.sum().clamp_min(1)
-    entropy = -(shares * shares.log2()).sum().item()
+    entropy = -(shares * shares.log2()).sum().item()  # all shares are above 0 here
     used = len(counts)
     return {
         "usage": used / size,
@@ -77,6 +77,7 @@ def _first_with(vectors: torch.Tensor) -> int | None:
     """Rank of the first process that has `vectors (M, C)`, None if none has."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return 0 if len(vectors) else None
+    # a process without vectors reports a rank that does not exist, so the minimum ignores it
     ranks = distributed.get_world_size()
     first = torch.tensor(distributed.get_rank() if len(vectors) else ranks, device=vectors.device)
     distributed.all_reduce(first, distributed.ReduceOp.MIN)
@@ -85,7 +86,7 @@ def _first_with(vectors: torch.Tensor) -> int | None:
 
 def _draw_rows(vectors: torch.Tensor, count: int, source: int) -> torch.Tensor:
     """`count` random rows of `vectors (M, C)`, drawn by the process `source` for all processes."""
-    rows = vectors.new_empty(count, vectors.shape[1])
+    rows = vectors.new_empty(count, vectors.shape[1])  # overwritten by the broadcast
     if len(vectors):
         rows = vectors[torch.randint(len(vectors), (count,), device=vectors.device)]
     if distributed.is_available() and distributed.is_initialized():
@@ -147,15 +148,15 @@ class VectorQuantizer(nn.Module):
         In training mode with gradients enabled, the codebook first moves towards its inputs, unless
         `frozen`.
         """
-        flat = latents.detach().float().flatten(0, -2)
+        flat = latents.detach().float().flatten(0, -2)  # (M, C)
+        # without gradients, training code only measures: the codebook must stay
         if self.training and torch.is_grad_enabled() and not frozen:
             self._update(flat)
         codes = nearest_codes(flat, self.codebook)
         quantised = self.codebook[codes].view(latents.shape).to(latents.dtype)
         loss = self.commitment_weight * F.mse_loss(latents.float(), quantised.float())
-        return TokComQuantizerOutput(
-            latents + (quantised - latents).detach(), codes.view(*latents.shape[:-1], 1), loss
-        )
+        straight = latents + (quantised - latents).detach()  # the gradient skips the quantiser
+        return TokComQuantizerOutput(straight, codes.view(*latents.shape[:-1], 1), loss)
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes `(..., 1)` -> latents `(..., C)`."""
@@ -169,20 +170,20 @@ class VectorQuantizer(nn.Module):
         """
         source = _first_with(flat)
         first = not self.is_fitted
-        if source is None:
+        if source is None:  # no process has inputs
             return
-        if first:
+        if first:  # start at inputs: random codes may be far from all of them and never be used
             self.codebook.copy_(_draw_rows(flat, self.num_codes, source))
         codes = nearest_codes(flat, self.codebook)
         counts = torch.bincount(codes, minlength=self.num_codes).float()
         sums = torch.zeros_like(self.sums, dtype=torch.float32).index_add_(0, codes, flat)
-        _sum_over_processes(counts, sums)
+        _sum_over_processes(counts, sums)  # so all processes compute the same codebook
         decay = 0.0 if first else self.decay
         self.counts.mul_(decay).add_(counts, alpha=1 - decay)
         self.sums.mul_(decay).add_(sums, alpha=1 - decay)
         least = self.dead_threshold * self.counts.mean()
-        alive = self.counts > least
-        means = self.sums / self.counts.clamp_min(1e-12)[:, None]
+        alive = self.counts > least  # (S,)
+        means = self.sums / self.counts.clamp_min(1e-12)[:, None]  # (S, C)
         self.codebook.copy_(
             torch.where(alive[:, None], means, _draw_rows(flat, self.num_codes, source))
         )
@@ -211,12 +212,14 @@ class ResidualQuantizer(nn.Module):
 
     def forward(self, latents: torch.Tensor, frozen: bool = False) -> TokComQuantizerOutput:
         """Quantise `latents (..., C)`; codes are `(..., R)`."""
-        left = latents
+        left = latents  # the residual that the next level quantises
         total = torch.zeros_like(latents)
         codes = []
         loss = 0.0
         for level in self.levels:
             output = level(left, frozen)
+            # not `output.latents`, which passes gradients straight through: the residual would lose
+            # its gradient, and with it the commitment loss of the later levels
             found = level.decode(output.codes).to(latents.dtype)
             total = total + found
             left = left - found
@@ -263,7 +266,7 @@ class FiniteScalarQuantizer(nn.Module):
     def _shape(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Levels of each channel, and the place value of its digit in a code, `(C,)` each."""
         levels = torch.tensor(self.levels, device=like.device)
-        places = torch.cat((levels.new_ones(1), levels[:-1].cumprod(0)))
+        places = torch.cat((levels.new_ones(1), levels[:-1].cumprod(0)))  # mixed radix
         return levels, places
 
     def forward(self, latents: torch.Tensor, frozen: bool = False) -> TokComQuantizerOutput:
@@ -284,7 +287,7 @@ class FiniteScalarQuantizer(nn.Module):
         levels, places = self._shape(latents)
         position = (bounded + 1) / 2 * (levels - 1)  # 0 .. levels - 1
         digits = position.detach().round()
-        rounded = position + (digits - position).detach()
+        rounded = position + (digits - position).detach()  # straight-through
         codes = (digits.long() * places).sum(-1, keepdim=True)
         return TokComQuantizerOutput(
             (rounded / (levels - 1) * 2 - 1).to(latents.dtype), codes, latents.new_zeros(())
@@ -345,9 +348,9 @@ def kmeans(
 
     centres = _first_centres(read(), num_codes, torch.Generator().manual_seed(seed))
     for _ in range(iterations):
-        sums = torch.zeros_like(centres)
+        sums = torch.zeros_like(centres)  # (S, C)
         counts = centres.new_zeros(num_codes)
-        worst = []
+        worst = []  # of each batch, the vectors that are farthest from their centres
         for batch, weight in read():
             nearest = [torch.cdist(part, centres).min(-1) for part in batch.split(DISTANCE_ROWS)]
             distances, codes = (torch.cat(x) for x in zip(*nearest))
@@ -356,12 +359,13 @@ def kmeans(
             far = distances.topk(min(num_codes, len(batch)))
             worst.append((far.values, batch[far.indices]))
         empty = (counts == 0).nonzero()[:, 0]
+        # centres without vectors keep their place here and move below
         centres = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1e-12)[:, None], centres)
         if len(empty):
             values, rows = (torch.cat(x) for x in zip(*worst))
             order = values.argsort(descending=True)[: len(empty)]
             centres[empty[: len(order)]] = rows[order]
-        if metric == "cosine":
+        if metric == "cosine":  # a mean of unit vectors is shorter than 1
             centres = F.normalize(centres, dim=-1)
     return centres
 
@@ -373,7 +377,8 @@ def _first_centres(
     batches."""
     keys = torch.zeros(0)
     rows = None
-    for batch, _ in batches:  # reservoir sampling by random keys
+    # reservoir sampling: the rows with the largest random keys are a uniform sample of all batches
+    for batch, _ in batches:
         keys = torch.cat((keys, torch.rand(len(batch), generator=generator)))
         rows = batch if rows is None else torch.cat((rows, batch))
         best = keys.topk(min(SAMPLE_PER_CENTRE * count, len(keys))).indices
@@ -382,9 +387,10 @@ def _first_centres(
     if rows is None or len(rows) < count:
         found = 0 if rows is None else len(rows)
         raise ValueError(f"{found} vectors cannot give {count} centres; lower `num_codes`.")
-    chosen = [0]
+    chosen = [0]  # rows are in random order
     distances = (rows - rows[0]).square().sum(-1)
     for draw in torch.rand(count - 1, generator=generator).tolist():
+        # draw a row with probability proportional to its squared distance from the chosen ones
         edges = distances.double().cumsum(0)
         index = int(
             torch.searchsorted(edges, edges[-1] * draw, right=True).clamp_max(len(rows) - 1)

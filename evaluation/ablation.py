@@ -38,8 +38,8 @@ from tokcom.training.data import get_tokenizer, load_documents, tokenize_documen
 from tokcom.training.optimizer import build_optimizer
 
 ROWS = yaml.safe_load((Path(__file__).parent / "ablations.yaml").read_text())
-PROMPTS = 256
-RECOVERY_WINDOWS = 64
+PROMPTS = 256  # held-out prompts that are continued
+RECOVERY_WINDOWS = 64  # held-out windows of pixel models
 SWEEPS = {"tokens": "temperature", "latents": "noise_scale"}  # what trades quality for diversity
 VALUES = (1.0, 0.9, 0.8)
 
@@ -74,6 +74,7 @@ def train_row(args: argparse.Namespace) -> tuple[Path, dict]:
     codec = [] if "codec" not in row else [f"codec_from={trained_codec(row['codec'], data, work)}"]
     overrides = [*row_overrides(row), *data, *codec, f"seed={args.seed}", f"output_dir={output}"]
     config = load_train_config(row.get("preset", "tiny"), overrides)
+    # a model only to count operations: the budget sets the number of steps
     model = build_model(config, get_tokenizer(args.checkpoint, 0, [], ""))
     model.set_stage("flow")
     flow = config.flow

@@ -54,6 +54,7 @@ class CausalWindows(torch.utils.data.Dataset):
         return len(self.windows)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        # the Trainer tells no epoch to a dataset, so count what this process has served
         self.windows.set_epoch(self.served * PROCESSES // len(self.windows))
         self.served += 1
         ids = self.windows[index]["input_ids"]
@@ -73,7 +74,7 @@ def llama_config(
     """
     if hidden_size % 64:
         raise ValueError(f"`hidden_size` ({hidden_size}) must be a multiple of the head size, 64.")
-    intermediate = -(-8 * hidden_size // 3 // 64) * 64
+    intermediate = -(-8 * hidden_size // 3 // 64) * 64  # 8/3 of the width, as Llama has it
     if num_parameters is not None:
         # embeddings, final norm, and attention with its two norms in every layer
         layers = num_hidden_layers * (4 * hidden_size + 2) * hidden_size
@@ -157,7 +158,7 @@ def train(
     trainer = Trainer(model, options, train_dataset=data, optimizers=(optimizer, schedule))
     loss = trainer.train().training_loss
     model = model.eval()
-    if not trainer.is_world_process_zero():
+    if not trainer.is_world_process_zero():  # one process writes the files
         return model
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)

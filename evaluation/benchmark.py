@@ -72,7 +72,7 @@ def matmul_peak(dtype: torch.dtype = torch.bfloat16) -> float:
     for size in PEAK_SIZES:
         left, right = (torch.randn(size, size, device=DEVICE, dtype=dtype) for _ in range(2))
         times = [seconds_of(torch.matmul, left, right) for _ in range(4)]
-        best = max(best, 2 * size**3 / min(times))
+        best = max(best, 2 * size**3 / min(times))  # the fastest: other work only slows down
     return best
 
 
@@ -145,7 +145,7 @@ def measure_training(system: str, stage: str, args: argparse.Namespace) -> dict:
         optimizer.step()
         optimizer.zero_grad()
 
-    step()
+    step()  # warm-up: allocates the optimizer's state
     times = [seconds_of(step) for _ in range(args.steps)]
     facts = {"seconds": statistics.median(times), "peak_mib": peak_mib()}
     if system.startswith("TokCom") and not args.compile:
@@ -233,7 +233,7 @@ def llama_generator(
         vocab_size, shape["hidden_size"], shape["num_hidden_layers"], parameters, 0
     )
     model = LlamaForCausalLM(config).eval().to(DEVICE)
-    model.generation_config.eos_token_id = None
+    model.generation_config.eos_token_id = None  # always generate the full length
     if compiled:  # needs a cache whose tensors keep their shapes
         model.forward = torch.compile(model.forward)
         model.generation_config.cache_implementation = "static"
@@ -300,7 +300,7 @@ def sampling(args: argparse.Namespace) -> dict:
         runs = {"TokCom": ours}
         runs |= systems if steps is None else {}
         times = {name: [] for name in runs}
-        for _ in range(args.rounds + 1):
+        for _ in range(args.rounds + 1):  # the first round is a warm-up
             for name, generate in runs.items():
                 times[name].append(seconds_of(generate, batch, length, steps))
         row = {"batch": batch, "tokens": length, "steps": steps or "default"}
@@ -392,7 +392,7 @@ def serving(args: argparse.Namespace) -> dict:
             tokens = sum(pool.map(ask, range(args.requests)))
             return tokens / (time.perf_counter() - started)
 
-    rates = {1: [], args.requests: []}
+    rates = {1: [], args.requests: []}  # by the number of requests at once
     for _ in tqdm(range(args.rounds), desc="serving"):
         for workers, found in rates.items():
             found.append(rate(workers))

@@ -75,6 +75,7 @@ class Teacher:
             plain = logits.log_softmax(-1).gather(-1, targets)[:, 0]
             if truncated:
                 cut = truncate(logits, self.top_k, self.min_p).gather(-1, targets)[:, 0]
+                # min-p in another precision may cut a token that was sampled
                 impossible += int(cut.isinf().sum())
                 plain = torch.where(cut.isinf(), plain, cut)
             totals.append(-float(plain.sum()))
@@ -87,6 +88,7 @@ def tempered(model, temperature: float) -> Iterator[None]:
     head = model.token_head
     nll = model.token_head.nll
     bias = model.token_head.bias.data.clone()
+    # logits are states @ embeddings + bias: dividing both divides the logits
     head.nll = lambda states, *args: nll(states / temperature, *args)
     head.bias.data = bias / temperature
     try:
@@ -257,7 +259,7 @@ def main(argv: list[str] | None = None) -> None:
     texts = datasets.load_dataset("parquet", data_files=args.data, split="train")["text"][
         : args.texts
     ]
-    longest = pipe.max_length - 1
+    longest = pipe.max_length - 1  # and EOS
     kept = [text for text in texts if len(text_ids(pipe.tokenizer, text)) <= longest]
     teacher = Teacher(args.teacher, args.top_k, args.min_p, args.teacher_end)
     students = {"tokcom": TokComStudent(pipe)}

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 def count_flops(function: Callable[[], object]) -> int:
     """Operations of one call of `function`, including its backward passes."""
+    # the counter does not see inside fused attention
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         function()
     return counter.get_total_flops()
@@ -60,7 +61,7 @@ def training_flops_per_step(
 
 def optimizer_flops(model: nn.Module, build: Callable[[nn.Module], torch.optim.Optimizer]) -> int:
     """Operations of one optimizer step. Muon multiplies matrices, AdamW does not."""
-    twin = copy.deepcopy(model)
+    twin = copy.deepcopy(model)  # its weights will change
     optimizer = build(twin)
     for group in optimizer.param_groups:
         for parameter in group["params"]:

@@ -63,7 +63,7 @@ def ssim(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     var_a = blur(a * a) - mean_a**2
     var_b = blur(b * b) - mean_b**2
     covariance = blur(a * b) - mean_a * mean_b
-    c1 = 0.01**2
+    c1 = 0.01**2  # the constants of the paper, for a range of 1
     c2 = 0.03**2
     value = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
     return (value / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).flatten(1).mean(1)
@@ -99,7 +99,7 @@ def jpeg(image: Image.Image, scale: int, level: int) -> tuple[Image.Image, int]:
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=level, optimize=True)
     data = buffer.getvalue()
-    start = data.rindex(b"\xff\xda")
+    start = data.rindex(b"\xff\xda")  # marker: start of scan
     header = int.from_bytes(data[start + 2 : start + 4], "big")
     scan = len(data) - start - 2 - header - 2  # without the start and end markers
     return Image.open(io.BytesIO(data)).resize(image.size, Image.Resampling.BICUBIC), scan
@@ -229,6 +229,7 @@ def frechet(features: torch.Tensor, others: torch.Tensor) -> float:
     b = others.double()
     cov_a = a.T.cov()
     cov_b = b.T.cov()
+    # the trace of sqrt(A B) through the symmetric sqrt(A) B sqrt(A), which has real eigenvalues
     values, vectors = torch.linalg.eigh(cov_a)
     root = vectors * values.clamp_min(0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp_min(0).sqrt().sum()
@@ -299,7 +300,7 @@ def measure_codec(
         psnr(pca.reconstruct(images, k * config.latent_channels), images).mean().item()
         for k in steps
     ]
-    quarter = config.num_tokens // 4
+    quarter = config.num_tokens // 4  # unordered tokens would hold a quarter of the gain
     facts["order"] = order_facts(facts["curve"], quarter)
     if args.unordered:
         other = TokComPipeline.from_pretrained(args.unordered).model.codec.eval()
@@ -310,7 +311,7 @@ def measure_codec(
         codes = torch.cat([coded.model.encode(pixel_values=part).codes for part in images.split(256)])
         decoded = torch.cat([coded.decode_images(part, output_type="pt").images for part in codes.split(256)])
         size = coded.model.config.codec_config.num_codes
-        budget = config.num_tokens * math.log2(size) / 8
+        budget = config.num_tokens * math.log2(size) / 8  # bytes of the codes of a picture
         facts["codebook"] = code_statistics(codes, size) | {"codes": size}
         row = {"codec": f"style, {size} codes", "bytes": budget, **quality(decoded, images)}
         facts["rows"] += [

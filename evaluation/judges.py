@@ -28,6 +28,7 @@ def token_nll(
             logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="none"
         )
         rows.append(losses.view(len(batch), -1).cpu().numpy())
+    # the first token of a row has no prediction
     losses = np.pad(np.concatenate(rows), ((0, 0), (1, 0)), constant_values=np.nan)
     return losses[:, -ids.shape[1] :]
 

@@ -22,7 +22,7 @@ from tokcom.evaluation.report import table
 from tokcom.modeling_tokcom import TokComModel
 
 GIB = 2**30
-BYTES_PER_PARAMETER = 16
+BYTES_PER_PARAMETER = 16  # weight, gradient and two moments in float32
 
 
 @dataclass
@@ -87,9 +87,9 @@ def activations(
     config: TokComConfig, checkpointing: bool = False, dtype: torch.dtype | None = None
 ) -> float:
     """`saved_bytes` of a full step, extrapolated from two depths and two lengths."""
-    shallow = 2
+    shallow = 2  # layers
     deep = 4
-    few = (2, 4)
+    few = (2, 4)  # moments, and patches along each side
     many = (4, 4)
     found = {
         (layers, size): saved_bytes(resized(config, layers, *size), checkpointing, dtype)
@@ -126,6 +126,7 @@ def operations(config: TokComConfig, parameters: int) -> float:
         pairs = [
             total * (moments if i % 2 else place) for i in range(transformer.num_hidden_layers)
         ]
+    # block-causal training runs over [clean | noisy]
     copies = 1 if transformer.block_size is None else 2
     attention = 4 * transformer.hidden_size * sum(pairs) * copies**2
     return 3 * (2 * parameters * total * copies + attention)

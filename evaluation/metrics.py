@@ -29,7 +29,7 @@ def ngram_keys(ids: np.ndarray, n: int) -> np.ndarray:
     ids = np.asarray(ids).astype(np.uint64)
     keys = np.zeros((*ids.shape[:-1], max(0, ids.shape[-1] - n + 1)), np.uint64)
     with np.errstate(over="ignore"):
-        for i in range(n):
+        for i in range(n):  # the mixing steps of splitmix64, so that close ids have distant keys
             mixed = (ids[..., i : i + keys.shape[-1]] + np.uint64(1)) * np.uint64(
                 0x9E3779B97F4A7C15
             )
@@ -60,7 +60,7 @@ def self_bleu(ids: np.ndarray, count: int = 100) -> float:
     """BLEU-4 in [0, 1] of each of `count` samples against the others. High means that samples are
     similar."""
     texts = [" ".join(map(str, row)) for row in spread(ids, count).tolist()]
-    bleu = BLEU(tokenize="none", effective_order=True)
+    bleu = BLEU(tokenize="none", effective_order=True)  # tokens are ids already
     scores = [
         bleu.sentence_score(text, texts[:i] + texts[i + 1 :]).score for i, text in enumerate(texts)
     ]
@@ -72,7 +72,7 @@ class TrainingNgrams:
 
     def __init__(self, tokens: np.ndarray):
         self.tokens = tokens
-        self.sets = {}
+        self.sets = {}  # sorted keys of the training text by n, made when first asked for
 
     def seen(self, ids: np.ndarray, n: int) -> np.ndarray:
         """Which n-grams of `ids (B, T)` occur in the training text, `(B, T - n + 1)` bool."""

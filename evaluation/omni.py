@@ -47,8 +47,8 @@ from tokcom.training.data import load_documents
 from tokcom.training.images import picture_grid
 from tokcom.training.streams import OmniDataset
 
-CANDIDATES = 20
-BATCH = 50
+CANDIDATES = 20  # captions among which that of a picture is looked for
+BATCH = 50  # records generated at once
 
 
 class Pairs(nn.Module):
@@ -85,6 +85,7 @@ def train_pairs(
     optimizer = torch.optim.AdamW(pairs.parameters(), 2e-3, weight_decay=0.05)
     for _ in trange(steps, desc="contrastive model", leave=False):
         chosen = torch.randint(0, len(rows), (128,))
+        # small shifts, so that the model cannot learn pictures by heart
         shifted = pixels[chosen].roll(tuple(torch.randint(-2, 3, (2,)).tolist()), (2, 3))
         scores = pairs.score(shifted, [rows[i] for i in chosen])
         loss = F.cross_entropy(scores, labels) + F.cross_entropy(scores.T, labels)

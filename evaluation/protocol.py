@@ -26,7 +26,7 @@ from tokcom.evaluation.metrics import (
 from tokcom.evaluation.reconstruction import held_out_nll
 from tokcom.evaluation.samplers import TokComSampler
 
-PROMPT = 32
+PROMPT = 32  # tokens
 CONTINUATION = 64
 BRIER_PROMPT = 32
 
@@ -106,7 +106,7 @@ def control_texts(study: Study, length: int, count: int, seed: int) -> dict[str,
 def describe(study: Study, ids: np.ndarray, prompts: np.ndarray | None = None) -> dict:
     """All measures of one set of samples `(B, T)`, which may continue `prompts (B, P)`."""
     nll = study.token_judge.nll(ids, prompts)
-    per_sample = np.nanmean(nll, axis=1)
+    per_sample = np.nanmean(nll, axis=1)  # tokens of one sample are not independent, samples are
     low, high = bootstrap_interval(per_sample)
     on_grid, off_grid = study.ngrams.chunks_seen(ids, study.chunk_size)
     facts = {
@@ -238,6 +238,7 @@ def brier(study: Study, systems: dict, count: int) -> dict:
     real = windows[:, BRIER_PROMPT:]
     results = {}
     for name, sampler in systems.items():
+        # two independent samples make the estimate unbiased
         first, second = (sampler.sample(prompts, 4, seed) for seed in (101, 102))
         results[name] = brier_lm(first, second, real) | {"prompts": len(prompts)}
     return results

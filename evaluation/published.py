@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-State = dict[str, torch.Tensor]
+State = dict[str, torch.Tensor]  # weights by their published names
 
 
 @dataclass

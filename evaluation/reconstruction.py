@@ -6,9 +6,9 @@ from tqdm.auto import tqdm
 
 from tokcom.training.precision import half_precision
 
-NOISE_LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)
-TIMESTEPS = tuple(i / 10 for i in range(10))
-SIGNALS = (0.0, 0.25, 0.5, 0.75, 0.9)
+NOISE_LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)  # standard deviations of the latents
+TIMESTEPS = tuple(i / 10 for i in range(10))  # t = 0 is noise
+SIGNALS = (0.0, 0.25, 0.5, 0.75, 0.9)  # t of the channels, for `token_recovery`
 
 
 @torch.no_grad()
@@ -140,7 +140,7 @@ def prefers_true_prompt(
     losses = []
     places = real.shape[1] // model.config.codec_config.chunk_size
     for before in (prompts, prompts.roll(len(prompts) // 2, dims=0)):
-        torch.manual_seed(seed)
+        torch.manual_seed(seed)  # the same noise in both cases
         rows = [
             token_losses_at(model, torch.cat(pair, dim=1), t)[:, -places:].sum((1, 2))
             for pair in zip(before.split(64), real.split(64))

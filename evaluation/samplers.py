@@ -57,7 +57,7 @@ class TokComSampler:
                 "generator": generator,
             }
             with half_precision(pipe._execution_device.type):
-                if prompts is None:
+                if prompts is None:  # below the pipeline's methods, which cannot scale the noise
                     noise = pipe.prepare_latents(size, pipe._num_latents(length), generator)
                     _, ids = pipe._sample(noise * self.noise_scale, **settings)
                 else:

@@ -180,6 +180,7 @@ def main(argv: list[str] | None = None) -> None:
             memory(trained, frozen, saved[0], ranks, True, not args.no_average),
             memory(trained, frozen, saved[1], ranks, True, not args.no_average),
         ]
+        # a ring all-reduce sends every gradient about twice
         traffic = 0 if ranks == 1 else 2 * GRADIENTS * trained * (ranks - 1) / ranks
         rows.append(
             [

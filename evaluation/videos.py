@@ -39,7 +39,7 @@ def predict(
 ) -> torch.Tensor:
     """The frame `(B, 3, H, W)` that follows the first `known` of `clips (B, 3, F, H, W)`."""
     causal = pipe.model.config.transformer_config.block_size is not None
-    length = known + 1 if causal else None
+    length = known + 1 if causal else None  # a bidirectional model makes the whole clip
     generator = torch.Generator().manual_seed(seed)
     frames = []
     for part in tqdm(clips.split(batch_size), desc=f"{known} known, {steps} steps", leave=False):
