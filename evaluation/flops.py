@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 def count_flops(function: Callable[[], object]) -> int:
     """Operations of one call of `function`, including its backward passes."""
-    # the counter does not see inside fused attention
+    # plain matrix products, so that attention counts the same on every device
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         function()
     return counter.get_total_flops()
