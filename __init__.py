@@ -13,6 +13,10 @@ _MODULES = {
     "TokComFlowMatchScheduler": "scheduling_tokcom",
     "TokComPipeline": "pipeline_tokcom",
     "TokComPipelineOutput": "pipeline_tokcom",
+    "TokComImagePipeline": "pipeline_media_tokcom",
+    "TokComVideoPipeline": "pipeline_media_tokcom",
+    "TokComOmniPipeline": "pipeline_media_tokcom",
+    "load_pipeline": "pipeline_media_tokcom",
 }
 __all__ = list(_MODULES)
 __version__ = "0.2.0"

@@ -25,9 +25,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from tokcom.evaluation.reconstruction import token_losses_at
-from tokcom.pipeline_text_tokcom import kept_tokens, text_ids
+from tokcom.pipeline_media_tokcom import load_pipeline
 from tokcom.pipeline_tokcom import GAP, TokComPipeline
-from tokcom.sampling_tokcom import spawn_generators
+from tokcom.processing_tokcom import decode_ids, text_ids
+from tokcom.sampling_tokcom import kept_tokens, spawn_generators
 
 matplotlib.use("Agg")
 ROOT = Path(__file__).resolve().parent
@@ -84,7 +85,7 @@ class Demo:
         """What each id adds to the text: a character made of several tokens belongs to the last of them."""
         shown, pieces = "", []
         for end in range(1, len(ids) + 1):
-            text = self.pipe._decode_row(ids[:end])
+            text = decode_ids(self.pipe.tokenizer, ids[:end])
             whole = text if end == len(ids) else text.rstrip("\ufffd")
             pieces.append(whole[len(shown) :] if whole.startswith(shown) else "")
             shown = whole if len(whole) >= len(shown) else shown
@@ -281,7 +282,7 @@ class Demo:
         try:
             with self.busy:
                 settings = {"guidance_scale": guidance if prompt else 1.0, "generator": _generator(seed)}
-                latents = self.images.generate_images(prompt, 1, int(steps), **settings, output_type="latent").latents
+                latents = self.images(prompt, 1, int(steps), **settings, output_type="latent").latents
                 return self._prefixes(latents)
         except ValueError as error:
             raise _explained(error) from error
@@ -292,14 +293,14 @@ class Demo:
             if picture is None:
                 raise ValueError("there is no picture; give one first.")
             with self.busy:
-                return self._prefixes(self.images.encode_images(picture).latents)
+                return self._prefixes(self.images.encode(picture).latents)
         except ValueError as error:
             raise _explained(error) from error
 
     def _prefixes(self, latents: torch.Tensor) -> list[tuple[Image.Image, str]]:
         count = self.images.model.config.codec_config.num_tokens
         kept = [k for k in (1, 2, 4, 8, 16, 32) if k < count] + [count]
-        pictures = [self.images.decode_images(latents, k).images[0] for k in kept]
+        pictures = [self.images.decode(latents, k).images[0] for k in kept]
         scale = max(1, 192 // pictures[0].width)
         large = [picture.resize((picture.width * scale, picture.height * scale), 0) for picture in pictures]
         return [(picture, f"{k} of {count} tokens") for picture, k in zip(large, kept)][::-1]
@@ -406,7 +407,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         pipes = [
-            None if path is None else TokComPipeline.from_pretrained(path).to(args.device)
+            None if path is None else load_pipeline(path).to(args.device)
             for path in (args.checkpoint, args.pixels, args.images)
         ]
     except (ValueError, OSError, StrictDataclassError) as error:

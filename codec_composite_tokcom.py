@@ -11,11 +11,14 @@ Shape legend: B batch, N latents of all streams, S streams, C channels of all st
 A position axes, M noise draws.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 from .codec_chunk_tokcom import (
@@ -26,8 +29,17 @@ from .codec_chunk_tokcom import (
 )
 from .codec_color_tokcom import TokComColorCodec
 from .codec_style_tokcom import TokComImageOutput, TokComStyleCodec
-from .codec_video_tokcom import TokComVideoCodec, TokComVideoOutput
+from .codec_video_tokcom import TokComVideoCodec, TokComVideoOutput, read_clips
 from .configuration_codec_tokcom import TokComAudioCodecConfig, TokComCompositeCodecConfig
+from .processing_tokcom import (
+    TokComAudioProcessor,
+    TokComImageProcessor,
+    as_clips,
+    as_pictures,
+    as_sounds,
+    text_rows,
+    tokenize_texts,
+)
 
 
 @dataclass
@@ -319,4 +331,129 @@ class TokComCompositeCodec(TokComCodec):
         return total
 
 
-__all__ = ["STREAM_CODECS", "TokComAudioCodec", "TokComAudioOutput", "TokComCompositeCodec"]
+# ---- streams that people hold ----
+
+
+def _as_list(kind: str, value: Any, name: str) -> list:
+    """One text, picture, clip or sound of a stream, or a list of them, as a list."""
+    if isinstance(value, (list, tuple)) and not value:
+        return []
+    if kind == "text":
+        return list(value) if isinstance(value, (list, tuple)) else [value]
+    if kind == "audio":
+        return as_sounds(value)
+    return as_clips(value, name) if kind == "video" else as_pictures(value, name)
+
+
+def read_stream(
+    codec: TokComCompositeCodec, name: str, values: list, tokenizer: PreTrainedTokenizerBase | None
+) -> torch.Tensor:
+    """The content of a stream, a list, as its codec reads it; raises `ValueError` for what does not
+    fit."""
+    config = codec.streams[name].config
+    if config.has_tokens:
+        rows = tokenize_texts(tokenizer, values, name)
+        length = max(map(len, rows))
+        longest = codec.text_length(name)
+        if length > longest:
+            raise ValueError(
+                f"`{name}` has {length} tokens, more than the model's maximum of {longest} "
+                "(`text_latents`); shorten it."
+            )
+        return text_rows(rows, longest, tokenizer.eos_token_id)
+    if config.kind == "audio":
+        return TokComAudioProcessor(config)(values)["input_features"]
+    if config.kind == "video":
+        return read_clips(values, config.image_size, name)
+    return TokComImageProcessor(config.image_size)(values)["pixel_values"]
+
+
+def as_lists(
+    codec: TokComCompositeCodec, streams: Mapping[str, Any], argument: str
+) -> dict[str, list]:
+    """Streams as lists of one length; raises `ValueError` if they have none, or not one."""
+    if not isinstance(streams, Mapping):
+        raise ValueError(
+            f"`{argument}` must be a dictionary of {codec.names}, not a {type(streams).__name__}."
+        )
+    codec.check_names(list(streams))
+    contents = {
+        name: _as_list(codec.streams[name].config.kind, value, name)
+        for name, value in streams.items()
+    }
+    lengths = {name: len(values) for name, values in contents.items()}
+    if len(set(lengths.values())) > 1 or 0 in lengths.values():
+        raise ValueError(
+            f"all streams of `{argument}` must have one number of entries above 0, not {lengths}."
+        )
+    return contents
+
+
+def names_to_make(
+    codec: TokComCompositeCodec,
+    generate: str | Sequence[str] | None,
+    given: list[str],
+    num_candidates: int,
+) -> list[str]:
+    """The streams to make, by default all that are not given; raises `ValueError` for what makes no
+    sense."""
+    if generate is None:
+        names = [name for name in codec.names if name not in given]
+    else:
+        names = [generate] if isinstance(generate, str) else list(generate)
+    codec.check_names(names)
+    if not names or set(names) & set(given):
+        raise ValueError(
+            f"`generate` ({names}) must name at least one stream, and none that is given "
+            f"({sorted(given)})."
+        )
+    has_text = any(codec.streams[name].config.has_tokens for name in names)
+    if num_candidates < 1 or (num_candidates > 1 and not has_text):
+        raise ValueError(
+            f"`num_candidates` ({num_candidates}) must be at least 1, and above 1 needs a text "
+            f"among {names} to compare."
+        )
+    return names
+
+
+def guidance_omissions(
+    codec: TokComCompositeCodec,
+    scale: float | Mapping[str, float],
+    given: list[str],
+    context: TokComCodecOutput | None,
+) -> list[tuple[torch.Tensor, float]]:
+    """Which context latents, `(S,)`, guidance leaves out in turn, and the scale of each that is not
+    1.
+
+    One scale is for all given streams together. Raises `ValueError` for the scale of a stream that
+    is not given.
+    """
+    if isinstance(scale, Mapping):
+        scales = [([name], float(value)) for name, value in scale.items()]
+    else:
+        scales = [(given, float(scale))]
+    omissions = []
+    for part, value in scales:
+        if value == 1.0:
+            continue
+        if not part or set(part) - set(given):
+            raise ValueError(
+                f"`guidance_scale` ({scale}) needs streams that are given (here {given}) to move "
+                "towards; leave it at 1."
+            )
+        streams = context.position_ids[0, :, 0]  # the first axis of a position is its stream
+        numbers = torch.tensor([codec.names.index(name) for name in part], device=streams.device)
+        omissions.append((torch.isin(streams, numbers), value))
+    return omissions
+
+
+__all__ = [
+    "STREAM_CODECS",
+    "TokComAudioCodec",
+    "TokComAudioOutput",
+    "TokComCompositeCodec",
+    "as_lists",
+    "guidance_omissions",
+    "names_to_make",
+    "read_stream",
+]

@@ -11,7 +11,9 @@ Shape legend: B batch, N latents, C latent channels, c channels of the clip, F f
 P values in a patch.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,7 @@ from transformers.utils import ModelOutput
 from .codec_chunk_tokcom import TokComCodec, TokComCodecOutput, TokComResidualMLP
 from .configuration_codec_tokcom import TokComVideoCodecConfig
 from .layers_tokcom import TokComRMSNorm
+from .processing_tokcom import TokComImageProcessor, as_clips, pixels_of_tensor
 from .quantization_tokcom import build_quantizer
 
 
@@ -253,4 +256,84 @@ class TokComVideoCodec(TokComCodec):
         return error + commitment, {"mse_loss": error.detach()}
 
 
-__all__ = ["TokComVideoCodec", "TokComVideoOutput"]
+# ---- clips that people hold ----
+
+
+def read_clips(
+    videos: Any,
+    image_size: Sequence[int],
+    name: str,
+    height: int | None = None,
+    width: int | None = None,
+) -> torch.Tensor:
+    """Clips, as `as_clips` takes them, as `(B, 3, F, H, W)`: all of one length and size, or a
+    `ValueError` with their `name`.
+
+    Pictures are brought to `height` and `width`, by default `image_size`; tensors keep their size
+    if there is no other wish.
+    """
+    clips = as_clips(videos, name)
+    lengths = {clip.shape[1] if isinstance(clip, torch.Tensor) else len(clip) for clip in clips}
+    if len(lengths) != 1 or 0 in lengths:
+        raise ValueError(
+            f"`{name}` must be clips of one length above 0, not of {sorted(lengths)} frames."
+        )
+    processor = TokComImageProcessor([height or image_size[0], width or image_size[1]])
+    pixels = []
+    for clip in clips:
+        if isinstance(clip, torch.Tensor):
+            clip = pixels_of_tensor(clip)
+            if tuple(clip.shape[-2:]) == (height or clip.shape[-2], width or clip.shape[-1]):
+                pixels.append(clip)
+                continue
+            clip = list(clip.transpose(0, 1))
+        pixels.append(processor(clip)["pixel_values"].transpose(0, 1))
+    sizes = sorted({tuple(clip.shape[-2:]) for clip in pixels})
+    if len(sizes) > 1:
+        raise ValueError(f"`{name}` must be clips of one size, not of {sizes}; scale them first.")
+    return torch.stack(pixels)
+
+
+# ---- external autoencoders ----
+
+
+def _codes_time(autoencoder: nn.Module) -> bool:
+    """Whether an autoencoder takes clips, not single pictures."""
+    return any(isinstance(module, nn.Conv3d) for module in autoencoder.modules())
+
+
+def _device_of(autoencoder: nn.Module) -> torch.device:
+    """Where an autoencoder computes: with offloading that is not where its weights are."""
+    hook = getattr(autoencoder, "_hf_hook", None)
+    return torch.device(getattr(hook, "execution_device", None) or autoencoder.device)
+
+
+@torch.no_grad()
+def encode_clips(autoencoder: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Clips of pixels `(B, 3, F, H, W)` -> latents `(B, c, F', h, w)`, the mode of the posterior.
+
+    The autoencoder is an `AutoencoderKL*` or `AutoencoderTiny` of diffusers; one of pictures codes
+    every frame on its own.
+    """
+    pixel_values = pixel_values.to(_device_of(autoencoder), autoencoder.dtype)
+    takes_clips = _codes_time(autoencoder)
+    inputs = pixel_values if takes_clips else pixel_values.transpose(1, 2).flatten(0, 1)
+    output = autoencoder.encode(inputs)
+    latents = output.latent_dist.mode() if hasattr(output, "latent_dist") else output.latents
+    if not takes_clips:
+        latents = latents.unflatten(0, (len(pixel_values), -1)).transpose(1, 2)
+    return latents.float()
+
+
+@torch.no_grad()
+def decode_clips(autoencoder: nn.Module, latents: torch.Tensor) -> torch.Tensor:
+    """The latents `(B, c, F', h, w)` that `encode_clips` gives -> clips `(B, 3, F, H, W)` in [-1,
+    1]."""
+    latents = latents.to(_device_of(autoencoder), autoencoder.dtype)
+    if _codes_time(autoencoder):
+        return autoencoder.decode(latents).sample.float().clamp(-1, 1)
+    frames = autoencoder.decode(latents.transpose(1, 2).flatten(0, 1)).sample
+    return frames.unflatten(0, (len(latents), -1)).transpose(1, 2).float().clamp(-1, 1)
+
+
+__all__ = ["TokComVideoCodec", "TokComVideoOutput", "decode_clips", "encode_clips", "read_clips"]

@@ -29,7 +29,8 @@ from torch.utils.data import default_collate
 from tqdm.auto import tqdm
 
 from tokcom.modeling_tokcom import TokComModel
-from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.pipeline_base_tokcom import TokComBasePipeline
+from tokcom.pipeline_media_tokcom import load_pipeline
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 from tokcom.training.card import WORK
 from tokcom.training.checkpoints import CheckpointError, Checkpoints
@@ -155,9 +156,9 @@ class ModelDenoiser(nn.Module):
         return {"latents": clean.latents, "order": order.expand(len(clean.mask), -1), "valid": clean.mask}
 
 
-def load_teacher(config: DistillConfig) -> TokComPipeline:
+def load_teacher(config: DistillConfig) -> TokComBasePipeline:
     """The teacher, frozen, with its tokenizer and autoencoder; raises `ValueError` for one that cannot be distilled."""
-    pipe = TokComPipeline.from_pretrained(config.teacher)
+    pipe = load_pipeline(config.teacher)
     model = pipe.model.float().eval()
     if model.config.codec_config.modality == "several":
         raise ValueError(
@@ -199,7 +200,7 @@ class Distillation:
             )
             options = StageConfig(sequence_length=config.sequence_length)
             corpus = read_data(data)
-            corpus.autoencoder = self.pipe.vae
+            corpus.autoencoder = getattr(self.pipe, "vae", None)
             self.dataset = corpus.datasets(teacher, data, options, self.accelerator)[0]
             captioned = teacher.condition_embedding is not None
             if captioned and "input_ids" not in self.dataset[0]:
@@ -380,7 +381,7 @@ class Distillation:
             self.ema.copy_to(self.parameters["student"])
             model.config.num_inference_steps = self.config.num_inference_steps
             scheduler = TokComFlowMatchScheduler(stochastic_sampling=True)
-            parts = self.pipe.tokenizer, self.directory / "final", scheduler, self.pipe.vae
+            parts = self.pipe.tokenizer, self.directory / "final", scheduler, getattr(self.pipe, "vae", None)
             export_repository(model.cpu(), *parts)
             shutil.copytree(self.directory / "final", output, dirs_exist_ok=True)
             print(f"student of {self.config.num_inference_steps} step(s) written to {output}")

@@ -28,6 +28,7 @@ from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors import SafetensorError
 
+from tokcom import pipeline_media_tokcom as media
 from tokcom.cli.convert import load_published_pipeline
 from tokcom.pipeline_tokcom import TokComPipeline, TokComPipelineOutput
 from tokcom.processing_tokcom import write_wav
@@ -117,7 +118,7 @@ def load_pipeline(checkpoint: str, device: str) -> TokComPipeline:
     if not path.exists() and looks_local:
         raise FileNotFoundError(f"checkpoint {checkpoint} does not exist; give a model directory, Hub id or .pt file.")
     try:
-        pipe = TokComPipeline.from_pretrained(checkpoint)
+        pipe = media.load_pipeline(checkpoint)
     except (SafetensorError, RuntimeError) as error:
         reason = first_line(error)
         raise ValueError(
@@ -144,7 +145,7 @@ def accelerate_pipeline(pipe: TokComPipeline, int8: bool, compiled: bool) -> Non
 
 def translate(pipe: TokComPipeline, args: argparse.Namespace, **sampling) -> TokComPipelineOutput:
     """Of a model of several streams: a text, a picture or a sound, those a file is named for, for those that are given."""
-    kinds = {codec.kind: name for name, codec in pipe._composite_codec().config.stream_configs().items()}
+    kinds = {codec.kind: name for name, codec in pipe.model.config.codec_config.stream_configs().items()}
     inputs = {"text": args.input_text, "audio": args.input_audio, "image": args.input_image}
     outputs = {"image": args.image_file, "audio": args.audio_file}
     wanted = [kind for kind, file in outputs.items() if file is not None] or ["text"]
@@ -160,7 +161,7 @@ def translate(pipe: TokComPipeline, args: argparse.Namespace, **sampling) -> Tok
     streams = {kinds[kind]: [value] * args.batch_size for kind, value in given.items()}
     options = {"guidance_scale": args.guidance_scale, "batch_size": args.batch_size, **sampling}
     options["num_candidates"] = args.num_candidates
-    made = pipe.generate_streams(streams, [kinds[kind] for kind in wanted], **options).streams
+    made = pipe(streams, [kinds[kind] for kind in wanted], **options).streams
     if "image" in wanted:
         made[kinds["image"]][0].save(args.image_file)
     if "audio" in wanted:
@@ -173,6 +174,10 @@ def run(pipe: TokComPipeline, args: argparse.Namespace) -> TokComPipelineOutput:
     generator = None if args.seed is None else torch.Generator().manual_seed(args.seed)
     sampling = {"num_inference_steps": args.num_steps, "generator": generator}
     drawing = {"temperature": args.temperature, "top_p": args.top_p}
+    modality = {"draw": "image", "reconstruct_image": "image", "animate": "video", "any_to_any": "several"}
+    wanted = media.PIPELINES[modality.get(args.mode, "text")]
+    if not isinstance(pipe, wanted):
+        raise ValueError(f"--mode {args.mode} needs a model for {wanted.__name__}, not for {type(pipe).__name__}.")
     if args.mode not in DRAWS and any(value is not None for value in drawing.values()):
         raise ValueError(f"--temperature and --top_p are of the modes {', '.join(DRAWS)}, not of {args.mode}.")
     if args.mode == "generate":
@@ -192,23 +197,22 @@ def run(pipe: TokComPipeline, args: argparse.Namespace) -> TokComPipelineOutput:
     if args.mode == "image_to_text":
         return TokComPipelineOutput(texts=[pipe.image_to_text(args.image_file)])
     if args.mode == "draw":
-        images = pipe.generate_images(args.prompt, guidance_scale=args.guidance_scale, **sampling).images
+        images = pipe(args.prompt, guidance_scale=args.guidance_scale, **sampling).images
         images[0].save(args.image_file)
         return TokComPipelineOutput(texts=[f"picture written to {args.image_file}"])
     if args.mode == "reconstruct_image":
         with Image.open(args.input_image) as picture:
-            pipe.reconstruct_images(picture, args.num_tokens).images[0].save(args.image_file)
+            pipe.reconstruct(picture, args.num_tokens).images[0].save(args.image_file)
         return TokComPipelineOutput(texts=[f"picture written to {args.image_file}"])
     if args.mode == "animate":
         source = None if args.input_image is None else Frames(args.input_image, "--input_image")
         given = None if source is None else [source.clip(0, len(source))]
         options = {"num_frames": args.num_frames, "guidance_scale": args.guidance_scale, **sampling}
-        frames = pipe.generate_videos(args.prompt, given, **options).videos[0]
+        frames = pipe(args.prompt, given, **options).videos[0]
         write_film(frames, args.video_file, args.fps)
         return TokComPipelineOutput(texts=[f"{len(frames)} frames written to {args.video_file}"])
     if args.mode == "any_to_any":
         return translate(pipe, args, **sampling)
-    pipe.require_tokens()
     options = {"guidance_scale": args.guidance_scale, **drawing, **sampling}
     if args.mode == "infill":
         return pipe.infill(args.input_text, args.gap_length, **options)

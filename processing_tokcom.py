@@ -1,19 +1,28 @@
-"""Pictures and sounds as models read them, and back.
+"""Texts, pictures, clips and sounds as models read them, and back.
 
 Notable choices:
+- A tokenizer's last token is its pad token, and what spells a special token is text like any other.
+- Whatever people hold is taken: files, PIL images, numpy arrays, tensors, one or a list. `as_pictures`, `as_clips` and
+  `as_sounds` make lists of it; an error says in one sentence what does not fit.
 - Pictures follow transformers' convention, `AutoImageProcessor.from_pretrained(...)(images)`. Transparent ones are laid on
-  white, and sides are cut off before scaling, so that nothing is stretched; -1 is black and 1 is white.
+  white, and pictures are cropped before scaling, so that nothing is stretched; -1 is black and 1 is white.
 - Sounds become log-mel features with transformers' analysis. The way back, bands to a spectrum and phases by Griffin and
   Lim 1984, is librosa's, which is only needed to hear something. All sounds are brought to one loudness.
 """
 
+import os
 import wave
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, ImageSequence
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerBase
 from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
@@ -23,12 +32,341 @@ FLOOR = 1e-3  # power of a band that counts as silence, at a peak of 1
 ITERATIONS = 60
 
 
+PAD_TOKENS = ("<pad>", "<|pad|>", "<|tokcom_pad|>")
+PICTURE_FORMS = "a PIL image, a file, an array (H, W, 3) or a tensor (3, H, W)"
+CLIP_FORMS = "a list of pictures, an animated file, an array (F, H, W, 3), a tensor (3, F, H, W), or several of these"
+
+
+# ---- texts ----
+
+
+def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer with its pad token as the last token: added if there is none, or if it stands elsewhere.
+
+    The model's last id is that of padding, so tokenizer and model have the same number of ids.
+    """
+    if tokenizer.pad_token_id == len(tokenizer) - 1 and tokenizer.pad_token_id != tokenizer.eos_token_id:
+        return tokenizer
+    vocabulary = tokenizer.get_vocab()
+    new = next(token for token in PAD_TOKENS if token not in vocabulary)
+    tokenizer.add_special_tokens({"pad_token": new})
+    return tokenizer
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many ids text is made of: all of the tokenizer's but the pad token that `with_pad_token` gives it."""
+    last = len(tokenizer) - 1
+    return last if tokenizer.pad_token_id == last != tokenizer.eos_token_id else len(tokenizer)
+
+
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: str | list[str], special_tokens: bool = False) -> list:
+    """Ids of one text, or of each of several, without start or end tokens.
+
+    What spells a special token, such as `</s>`, is text like any other. With `special_tokens` it is the token instead, as
+    in the text that a chat template makes.
+    """
+    options = {"add_special_tokens": False, "verbose": False, "split_special_tokens": not special_tokens}
+    return tokenizer(text, **options)["input_ids"]
+
+
+def tokenize_texts(
+    tokenizer: PreTrainedTokenizerBase | None, texts: Sequence[str], name: str, special_tokens: bool = False
+) -> list[list[int]]:
+    """Ids of each text; raises `ValueError` with the argument's `name` for an empty one, or without a tokenizer."""
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"`{name}` must be a text or a list of texts, not {_describe(text)}.")
+    if tokenizer is None:
+        raise ValueError(f"`{name}` is text, but this pipeline has no tokenizer; pass one when building it.")
+    rows = [text_ids(tokenizer, text, special_tokens) for text in texts]
+    for text, row in zip(texts, rows):
+        if not row:
+            raise ValueError(
+                f"`{name}` is empty ({text!r}); give some text; a text pipeline starts from nothing with generate()."
+            )
+    return rows
+
+
+def pad_ids(rows: list[list[int]], length: int, pad_token_id: int, side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of ids, padded on the `side` "left" or "right" -> ids and mask of what is real, both `(B, length)`."""
+    ids = torch.full((len(rows), length), pad_token_id)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        place = slice(length - len(row), length) if side == "left" else slice(0, len(row))
+        ids[i, place] = torch.tensor(row, dtype=torch.long)
+        mask[i, place] = 1
+    return ids, mask
+
+
+def decode_ids(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """The text of ids, without special tokens and without ids that the tokenizer does not have."""
+    return tokenizer.decode([i for i in ids if i < len(tokenizer)], skip_special_tokens=True)
+
+
+def decode_rows(
+    tokenizer: PreTrainedTokenizerBase | None, sequences: torch.Tensor, mask: torch.Tensor
+) -> list[str] | None:
+    """Rows of ids `(B, T)`, those with mask 1, as texts; None without a tokenizer."""
+    if tokenizer is None:
+        return None
+    rows = zip(sequences.tolist(), mask.tolist())
+    return [decode_ids(tokenizer, [i for i, real in zip(ids, kept) if real]) for ids, kept in rows]
+
+
+def end_at_eos(
+    sequences: torch.Tensor, eos_token_id: int | None, pad_token_id: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids `(B, T)` with the pad id behind the first EOS of each row, and the mask of what is kept."""
+    ended = torch.zeros_like(sequences) if eos_token_id is None else (sequences == eos_token_id).long()
+    mask = (ended.cumsum(-1) - ended == 0).long()  # the EOS itself is kept
+    return torch.where(mask.bool(), sequences, pad_token_id), mask
+
+
+def take_new(
+    ids: torch.Tensor, length: int, skip: list[int], eos_token_id: int | None, pad_token_id: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of ids `(B, T)` the `length` behind the first `skip` of each row, up to EOS and padded: ids and mask `(B, length)`."""
+    padded = torch.nn.functional.pad(ids, (0, max(skip) + length), value=pad_token_id)
+    first = torch.tensor(skip, device=ids.device)[:, None]
+    new = padded.gather(1, first + torch.arange(length, device=ids.device))
+    sequences, mask = end_at_eos(new, eos_token_id, pad_token_id)
+    # rows that were interrupted are shorter, which is not the same as padding with an id that may be EOS
+    exists = torch.arange(length, device=ids.device) < max(0, ids.shape[1] - min(skip))
+    return torch.where(exists, sequences, pad_token_id), mask * exists
+
+
+def text_rows(rows: list[list[int]], length: int, eos_token_id: int) -> torch.Tensor:
+    """Ids of texts that end by EOS, filled up with it: `(B, length)`; what does not fit is cut."""
+    return torch.tensor([[*row[:length], *[eos_token_id] * (length - len(row))] for row in rows])
+
+
+def continue_text(tokenizer: PreTrainedTokenizerBase, text: str, known: list[int], new: list[int]) -> str:
+    """What to append to `text`, whose ids are `known`, for the ids `new`.
+
+    Both are decoded together, since many tokenizers drop a space at the start of what they decode; a space that
+    ends `text` is the one that the first new word brings along.
+    """
+    before = decode_ids(tokenizer, known)
+    whole = decode_ids(tokenizer, known + new)
+    added = whole[len(before) :] if whole.startswith(before) else decode_ids(tokenizer, new)
+    return added.removeprefix(" ") if text.endswith(" ") else added
+
+
+class TokComPiece(NamedTuple):
+    """What one text has gained in a block.
+
+    `text` is new; `tokens` is how many the text has by now, EOS included; `finish_reason` is "stop" (EOS) or "length" once
+    the text has ended, and None before.
+    """
+
+    text: str
+    tokens: int
+    finish_reason: str | None
+
+
+class ChatText(str):
+    """A text that a chat template has made: what spells a special token in it is that token."""
+
+
+@dataclass
+class StreamedText:
+    """One text of `stream_batch` while it grows."""
+
+    tokenizer: PreTrainedTokenizerBase
+    prompt: str
+    prompt_ids: list[int]
+    max_length: int
+    skip: int  # tokens that its next blocks repeat of the prompt
+    ids: list[int] = field(default_factory=list)
+    shown: str = ""
+    piece: TokComPiece = TokComPiece("", 0, None)
+
+    def add(self, block: list[int]) -> TokComPiece:
+        """Append the ids of a block and return what they add to the text."""
+        skipped = min(self.skip, len(block))
+        self.skip -= skipped
+        new = block[skipped:]
+        if self.piece.finish_reason is not None:
+            self.piece = self.piece._replace(text="")
+            return self.piece
+        eos = self.tokenizer.eos_token_id
+        ended = eos in new
+        if ended:
+            new = new[: new.index(eos) + 1]
+            ended = len(self.ids) + len(new) <= self.max_length
+        self.ids = (self.ids + new)[: self.max_length]
+        reason = None
+        if ended:
+            reason = "stop"
+        elif len(self.ids) == self.max_length:
+            reason = "length"
+        text = continue_text(self.tokenizer, self.prompt, self.prompt_ids, self.ids)
+        if reason is None:
+            text = text.rstrip("\ufffd")  # a character whose bytes are not complete waits for the next block
+        self.piece = TokComPiece(text[len(self.shown) :], len(self.ids), reason)
+        self.shown = max(self.shown, text, key=len)
+        return self.piece
+
+
+def as_prompts(tokenizer: PreTrainedTokenizerBase | None, prompt: Any) -> list[str]:
+    """One text or dialogue, or several, as a list of texts."""
+    is_list = isinstance(prompt, (list, tuple))
+    is_dialogue = is_list and bool(prompt) and isinstance(prompt[0], dict)
+    prompts = list(prompt) if is_list and not is_dialogue else [prompt]
+    if not prompts:
+        raise ValueError("`prompt` is an empty list; give at least one text.")
+    for i, turns in enumerate(prompts):
+        if not isinstance(turns, (list, tuple)) or not turns:
+            continue
+        if not all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in turns):
+            raise ValueError(f"a dialogue must be a list of {{'role', 'content'}}, not {turns!r}.")
+        if getattr(tokenizer, "chat_template", None):
+            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            prompts[i] = ChatText(text)
+        else:
+            prompts[i] = "\n".join(turn["content"] for turn in turns)
+    return prompts
+
+
+# ---- files of latents ----
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase | None, prompts: list[str], max_length: int) -> list[list[int]]:
+    """Ids of prompts; raises `ValueError` for one that is empty or longer than `max_length`.
+
+    Trailing spaces are left to the continuation, whose first word carries its own.
+    """
+    rows = []
+    for prompt in prompts:
+        text = prompt.rstrip(" ") if isinstance(prompt, str) else prompt
+        rows += tokenize_texts(tokenizer, [text], "prompt", special_tokens=isinstance(prompt, ChatText))
+    longest = max(map(len, rows))
+    if longest > max_length:
+        raise ValueError(f"`prompt` has {longest} tokens, more than the model's maximum of {max_length}; shorten it.")
+    return rows
+
+
+def write_latents(
+    file: str | os.PathLike,
+    latents: torch.Tensor,
+    codes: torch.Tensor | None,
+    attention_mask: torch.Tensor,
+    chunk_size: int,
+) -> None:
+    """Write the codes if there are any, in the smallest integers that hold them, otherwise the latents; and the mask."""
+    if codes is None:
+        tensors = {"latents": latents.float().cpu().contiguous(), "attention_mask": attention_mask.cpu().contiguous()}
+    else:
+        fitting = [dtype for dtype in (torch.int16, torch.int32) if int(codes.max()) <= torch.iinfo(dtype).max]
+        dtype = fitting[0] if fitting else codes.dtype
+        tensors = {"codes": codes.to(dtype).cpu(), "attention_mask": attention_mask.to(torch.uint8).cpu()}
+    save_file(tensors, str(file), metadata={"format": "pt", "chunk_size": str(chunk_size)})
+
+
+def read_latents(file: str | os.PathLike, chunk_size: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Latents or codes, and the mask, of a file that `encode` wrote; `ValueError` if it did not, or for another model."""
+    try:
+        with safe_open(str(file), framework="pt") as tensors:
+            found = (tensors.metadata() or {}).get("chunk_size", str(chunk_size))
+            latents = tensors.get_tensor("codes" if "codes" in tensors.keys() else "latents")
+            mask = tensors.get_tensor("attention_mask") if "attention_mask" in tensors.keys() else None
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a latents file written by encode ({error}).") from error
+    if found != str(chunk_size):
+        raise ValueError(f"{file} holds chunks of {found} tokens, this model's hold {chunk_size}.")
+    return latents, mask
+
+
+# ---- lists of what people hold ----
+
+
+def _is_file(value: Any) -> bool:
+    return isinstance(value, (str, os.PathLike))
+
+
+def _is_array(value: Any, *dimensions: int) -> bool:
+    return isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim in dimensions
+
+
+def _open_picture(file: str | os.PathLike) -> Image.Image:
+    try:
+        image = Image.open(file)
+        image.load()
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{os.fspath(file)!r} is not a picture that can be read ({error}).") from error
+    return image
+
+
+def as_pictures(images: Any, name: str = "images") -> list[Any]:
+    """One picture or several as a list of pictures, each as `TokComImageProcessor` takes it.
+
+    Raises `ValueError` with the argument's `name` for an empty list, or for something else.
+    """
+    if isinstance(images, (list, tuple)) or _is_array(images, 4):
+        pictures = list(images)
+    else:
+        pictures = [images]
+    if not pictures:
+        raise ValueError(f"`{name}` is an empty list; give at least one picture.")
+    for picture in pictures:
+        if not (isinstance(picture, Image.Image) or _is_file(picture) or _is_array(picture, 2, 3)):
+            raise ValueError(f"`{name}` must be {PICTURE_FORMS}, or a list of these, not {_describe(picture)}.")
+    return pictures
+
+
+def as_clips(videos: Any, name: str = "videos") -> list[torch.Tensor | list[Any]]:
+    """One clip or several as a list, each a tensor `(3, F, H, W)` or a list of pictures; a picture is a clip of one frame.
+
+    Raises `ValueError` with the argument's `name` for something else.
+    """
+    if _is_array(videos, 5):
+        return [_one_clip(clip, name) for clip in videos]
+    if isinstance(videos, (list, tuple)):
+        clips = [isinstance(part, (list, tuple)) or _is_array(part, 4) for part in videos]
+        if clips and all(clips):
+            return [_one_clip(clip, name) for clip in videos]
+    return [_one_clip(videos, name)]
+
+
+def _one_clip(clip: Any, name: str) -> torch.Tensor | list[Any]:
+    if isinstance(clip, torch.Tensor) and clip.ndim == 4:
+        if clip.shape[0] != 3:
+            raise ValueError(f"`{name}` as a tensor must be (3, F, H, W) or (B, 3, F, H, W), not {tuple(clip.shape)}.")
+        return clip
+    if _is_file(clip):
+        return [frame.convert("RGBA") for frame in ImageSequence.Iterator(_open_picture(clip))]
+    if isinstance(clip, Image.Image) or _is_array(clip, 2, 3):
+        return [clip]
+    if isinstance(clip, (list, tuple)) or _is_array(clip, 4):
+        return as_pictures(list(clip), name) if len(clip) else []
+    raise ValueError(f"`{name}` must be {CLIP_FORMS}, not {_describe(clip)}.")
+
+
+def as_sounds(sounds: Any) -> list[Any]:
+    """One sound or several as a list; a list of numbers is one sound."""
+    if not isinstance(sounds, (list, tuple)):
+        return [sounds]
+    is_one = bool(sounds) and np.isscalar(sounds[0]) and not isinstance(sounds[0], str)
+    return [sounds] if is_one else list(sounds)
+
+
+def _describe(value: Any) -> str:
+    """What a value is, for an error."""
+    if isinstance(value, (np.ndarray, torch.Tensor)):
+        return f"values of {value.dtype} and shape {tuple(value.shape)}"
+    return f"{value!r:.60} of type {type(value).__name__}"
+
+
+# ---- sounds ----
+
+
 class TokComAudioProcessor:
     """Sounds `(samples,)` in [-1, 1] -> `input_features (B, mel bands, F)`, log10 of the power, and back."""
 
     def __init__(self, config: TokComAudioCodecConfig):
         self.config = config
-        bins, rate = 1 + config.fft_length // 2, config.sampling_rate
+        bins = 1 + config.fft_length // 2
+        rate = config.sampling_rate
         self.filters = mel_filter_bank(
             bins, config.num_channels, 0.0, rate / 2, rate, norm="slaney", mel_scale="slaney"
         )
@@ -39,7 +377,7 @@ class TokComAudioProcessor:
 
         Raises `ValueError` for another rate than the codec's, or a sound without samples.
         """
-        sounds = list(sounds) if isinstance(sounds, (list, tuple)) else [sounds]
+        sounds = as_sounds(sounds)
         if not sounds:
             raise ValueError("`audio` is an empty list; give at least one sound.")
         features = [self._features(sound, sampling_rate) for sound in sounds]
@@ -47,9 +385,12 @@ class TokComAudioProcessor:
 
     def _features(self, sound: Any, rate: int | None) -> np.ndarray:
         config = self.config
-        if isinstance(sound, (str, Path)):
+        if _is_file(sound):
             sound, rate = read_wav(sound)
-        sound = np.asarray(sound, dtype=np.float32)
+        try:
+            sound = np.asarray(sound, dtype=np.float32)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"a sound must be samples (n,) or a .wav file, not {_describe(sound)}.") from error
         if sound.ndim != 1 or not sound.size or not np.isfinite(sound).all():
             raise ValueError(
                 f"a sound must be finite samples (n,) of one channel, not an array of shape {sound.shape}; mix channels first."
@@ -112,6 +453,9 @@ def write_wav(sound: np.ndarray, file: str | Path, sampling_rate: int) -> None:
         stream.writeframes((np.clip(sound, -1, 1) * 32767).round().astype("<i2").tobytes())
 
 
+# ---- pictures ----
+
+
 class TokComImageProcessor(BaseImageProcessor):
     """Prepare pictures for a TokCom model of images.
 
@@ -134,26 +478,27 @@ class TokComImageProcessor(BaseImageProcessor):
         return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
     def preprocess(self, images: Any, return_tensors: str | None = "pt", **kwargs) -> BatchFeature:
-        """One picture or a list of them (PIL, or arrays `(H, W)`, `(H, W, 3)`, `(H, W, 4)` of uint8) -> `pixel_values
-        (B, 3, height, width)`, float32 in [-1, 1]."""
-        images = list(images) if isinstance(images, (list, tuple)) else [images]
-        if not images:
-            raise ValueError("`images` is an empty list; give at least one picture.")
-        pixels = torch.stack([self._prepare(image) for image in images])
+        """One picture or a list of them -> `pixel_values (B, 3, height, width)`, float32 in [-1, 1].
+
+        A picture is a PIL image, a file, an array `(H, W)`, `(H, W, 3)` or `(H, W, 4)` of uint8 or of floats in [0, 1], or a
+        tensor `(3, H, W)` of uint8 or of floats in [-1, 1], such as `output_type="pt"` gives. Raises `ValueError` for others.
+        """
+        pixels = torch.stack([self._prepare(image) for image in as_pictures(images)])
         return BatchFeature({"pixel_values": pixels.numpy()}, tensor_type=return_tensors)
 
     def _prepare(self, image: Any) -> torch.Tensor:
-        if not isinstance(image, Image.Image):
-            array = np.asarray(image)
-            if (
-                array.dtype != np.uint8
-                or array.ndim not in (2, 3)
-                or (array.ndim == 3 and array.shape[2] not in (3, 4))
-            ):
-                raise ValueError(
-                    f"a picture must be a PIL image or an array (H, W, 3) of uint8, not {array.dtype} of shape {array.shape}."
-                )
-            image = Image.fromarray(array)
+        if _is_file(image):
+            image = _open_picture(image)
+        elif isinstance(image, torch.Tensor) and (image.is_floating_point() or image.shape[0] == 3):
+            pixels = pixels_of_tensor(image)
+            if tuple(pixels.shape) == (3, *self._size):
+                return pixels  # as it is, without rounding to 8 bits
+            image = self.postprocess(pixels[None])[0]
+        elif not isinstance(image, Image.Image):
+            image = Image.fromarray(_bytes_of_array(np.asarray(image)))
+        return self._prepare_image(image)
+
+    def _prepare_image(self, image: Image.Image) -> torch.Tensor:
         image = ImageOps.exif_transpose(image)  # cameras store how they were held
         if min(image.size) < 1:
             raise ValueError(f"a picture of {image.width} x {image.height} pixels shows nothing; leave it out.")
@@ -167,9 +512,11 @@ class TokComImageProcessor(BaseImageProcessor):
             image = Image.alpha_composite(white, image).convert("RGB")
         height, width = self._size
         scale = min(image.height / height, image.width / width)
-        cut = max(1, round(height * scale)), max(1, round(width * scale))
-        left, top = (image.width - cut[1]) // 2, (image.height - cut[0]) // 2
-        image = image.crop((left, top, left + cut[1], top + cut[0]))
+        cut_height = max(1, round(height * scale))
+        cut_width = max(1, round(width * scale))
+        left = (image.width - cut_width) // 2
+        top = (image.height - cut_height) // 2
+        image = image.crop((left, top, left + cut_width, top + cut_height))
         if image.size != (width, height):
             resample = Image.Resampling.BOX if scale > 1 else Image.Resampling.BICUBIC
             image = image.resize((width, height), resample)
@@ -181,7 +528,68 @@ class TokComImageProcessor(BaseImageProcessor):
         return [Image.fromarray(image.permute(1, 2, 0).cpu().numpy()) for image in pixels]
 
 
+def pixels_of_tensor(pixels: torch.Tensor) -> torch.Tensor:
+    """Pixels `(3, ..., H, W)` of uint8, or of floats in [-1, 1], as float32 in [-1, 1]; raises `ValueError` for others."""
+    if pixels.ndim >= 3 and pixels.shape[0] == 3:
+        if pixels.dtype == torch.uint8:
+            return pixels.cpu().float() / 127.5 - 1
+        if pixels.is_floating_point() and pixels.numel():
+            pixels = pixels.detach().cpu().float()
+            if bool((pixels.abs() <= 1 + 1e-3).all()):  # half precision rounds; NaN is refused, too
+                return pixels
+            raise ValueError(
+                f"a tensor of pixels must hold floats in [-1, 1], not {float(pixels.min()):g} to {float(pixels.max()):g}; "
+                "divide by 127.5 and subtract 1, or give uint8."
+            )
+    raise ValueError(
+        f"a picture as a tensor must be (3, H, W) of uint8 or of floats in [-1, 1], not {_describe(pixels)}."
+    )
+
+
+def _bytes_of_array(array: np.ndarray) -> np.ndarray:
+    """An array `(H, W)`, `(H, W, 3)` or `(H, W, 4)` of uint8, or of floats in [0, 1], as uint8."""
+    is_picture = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
+    if is_picture and np.issubdtype(array.dtype, np.floating) and array.size:
+        if not (array.min() >= 0 and array.max() <= 1):  # this form refuses NaN, too
+            raise ValueError(
+                f"an array of floats must be in [0, 1], not {array.min():g} to {array.max():g}; give uint8 for 0 to 255."
+            )
+        return (array * 255).round().astype(np.uint8)
+    if is_picture and array.dtype == np.uint8:
+        return array
+    raise ValueError(
+        f"a picture as an array must be (H, W, 3) of uint8 or of floats in [0, 1], not {_describe(array)}."
+    )
+
+
 TokComImageProcessor.register_for_auto_class("AutoImageProcessor")
 
 
-__all__ = ["TokComAudioProcessor", "TokComImageProcessor", "read_wav", "write_wav"]
+__all__ = [
+    "ChatText",
+    "StreamedText",
+    "TokComAudioProcessor",
+    "TokComImageProcessor",
+    "TokComPiece",
+    "as_clips",
+    "as_pictures",
+    "as_prompts",
+    "as_sounds",
+    "continue_text",
+    "decode_ids",
+    "decode_rows",
+    "end_at_eos",
+    "pad_ids",
+    "pixels_of_tensor",
+    "prompt_ids",
+    "read_latents",
+    "read_wav",
+    "take_new",
+    "text_ids",
+    "text_rows",
+    "tokenize_texts",
+    "vocabulary_size",
+    "with_pad_token",
+    "write_latents",
+    "write_wav",
+]

@@ -6,7 +6,7 @@
 
 A preset is a YAML file in presets/; every key can be overridden as `dotted.key=value`. A run that was stopped, even by
 SIGKILL, continues from its newest checkpoint when the same command is given again and ends with the same weights.
-`output_dir` ends as a Hub repository: AutoModel, DiffusionPipeline and TokComPipeline load it.
+`output_dir` ends as a Hub repository: AutoModel, DiffusionPipeline and tokcom.load_pipeline load it.
 """
 
 import argparse
@@ -41,12 +41,12 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from tokcom.codec_video_tokcom import decode_clips
 from tokcom.configuration_tokcom import STAGES, TokComConfig, merge_overrides
 from tokcom.modeling_tokcom import TokComModel
-from tokcom.pipeline_text_tokcom import vocabulary_size
-from tokcom.pipeline_tokcom import TokComPipeline
-from tokcom.pipeline_video_tokcom import decode_clips
-from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
+from tokcom.pipeline_base_tokcom import TokComBasePipeline
+from tokcom.pipeline_media_tokcom import build_pipeline, load_pipeline
+from tokcom.processing_tokcom import vocabulary_size
 from tokcom.training.card import WORK, training_card
 from tokcom.training.checkpoints import CheckpointError, Checkpoints
 from tokcom.training.config import StageConfig, TrainConfig, load_train_config, refuse_other_settings
@@ -511,12 +511,11 @@ class StageTrainer:
 
     def _log_samples(self, module: TokComModel) -> None:
         step, count = self.progress.step, self.config.num_samples
-        scheduler = TokComFlowMatchScheduler.from_model_config(module.config)
-        pipe = TokComPipeline(module, scheduler, self.tokenizer, self.corpus.autoencoder)
+        pipe = build_pipeline(module, self.tokenizer, vae=self.corpus.autoencoder)
         pipe.set_progress_bar_config(disable=True)
         if module.config.codec_config.modality == "several":
             return self._log_streams(pipe) if self.stage != "codec" else None
-        if pipe.image_processor is not None:
+        if not module.config.codec_config.has_tokens:
             return self._log_pictures(pipe, next(iter(self.validation_loader)))
         ids = next(iter(self.validation_loader))["input_ids"][:count, :128]
         texts = [self.tokenizer.decode(row) for row in ids]
@@ -540,7 +539,7 @@ class StageTrainer:
         rebuilt = pipe.denoise_reconstruct(texts, noise_level=0.5, generator=generator).texts
         log_table(self.accelerator, "diffusion/reconstructed", columns, compare(rebuilt), step)
 
-    def _log_pictures(self, pipe: TokComPipeline, batch: dict[str, torch.Tensor]) -> None:
+    def _log_pictures(self, pipe: TokComBasePipeline, batch: dict[str, torch.Tensor]) -> None:
         """A picture of some originals above their reconstructions, or of what is generated for their captions; of a clip, after
         its first frame."""
         batch = {name: value[: 4 * self.config.num_samples] for name, value in batch.items()}
@@ -551,14 +550,14 @@ class StageTrainer:
         else:
             rows = [pipe.image_processor.postprocess(pixels)]
             if self.stage == "codec":
-                rows.append(pipe.reconstruct_images(rows[0]).images)
+                rows.append(pipe.reconstruct(rows[0]).images)
             else:
-                rows.append(pipe.generate_images(prompt, batch_size=len(rows[0]), generator=generator).images)
+                rows.append(pipe(prompt, batch_size=len(rows[0]), generator=generator).images)
         grid, name = picture_grid(rows, scale=2), {"codec": "vae/samples"}.get(self.stage, "diffusion/generated")
         grid.save(self.directory / f"samples-{self.progress.step}.png")
         log_picture(self.accelerator, name, grid, self.progress.step)
 
-    def _log_streams(self, pipe: TokComPipeline) -> None:
+    def _log_streams(self, pipe: TokComBasePipeline) -> None:
         """Of some records: what is made of each stream that is given alone; texts as a table, pictures as a picture."""
         dataset, generator = self.validation_loader.dataset, torch.Generator().manual_seed(0)
         contents = [dataset.content(i) for i in range(min(4 * self.config.num_samples, len(dataset)))]
@@ -569,7 +568,7 @@ class StageTrainer:
             others = [other for other in kinds if other != name and kinds[other] in ("text", "image")]
             if not found or not others:
                 continue
-            made = pipe.generate_streams({name: [c[name] for c in found]}, others, generator=generator).streams
+            made = pipe({name: [c[name] for c in found]}, others, generator=generator).streams
             for other in others:
                 if kinds[other] == "image":
                     rows.append(made[other])
@@ -582,17 +581,17 @@ class StageTrainer:
             grid.save(self.directory / f"samples-{step}.png")
             log_picture(self.accelerator, "diffusion/pictures", grid, step)
 
-    def _sample_clips(self, pipe: TokComPipeline, clips, prompt, generator) -> list[list]:
+    def _sample_clips(self, pipe: TokComBasePipeline, clips, prompt, generator) -> list[list]:
         """Strips of clips `(B, c, F, H, W)`, as the data hold them, each above what is made of it."""
         clips = clips.to(pipe.model.device)
         pixels = clips if pipe.vae is None else decode_clips(pipe.vae, clips)
         real = [pipe.image_processor.postprocess(clip.transpose(0, 1)) for clip in pixels]
         if self.stage == "codec":
-            made = pipe.decode_videos(pipe.model.encode(pixel_values=clips).latents).videos
+            made = pipe.decode(pipe.model.encode(pixel_values=clips).latents).videos
         elif pipe.model.config.condition_vocab_size:
-            made = pipe.generate_videos(prompt[: len(clips)], generator=generator).videos
+            made = pipe(prompt[: len(clips)], generator=generator).videos
         else:
-            made = pipe.generate_videos(frames=[frames[:1] for frames in real], generator=generator).videos
+            made = pipe(frames=[frames[:1] for frames in real], generator=generator).videos
         return [row for pair in zip(real, made) for row in pair]
 
     # ---- checkpoints ----
@@ -703,7 +702,7 @@ def run(config: TrainConfig) -> Path:
         source = str(final)
     if state.is_main_process:
         shutil.copytree(source, output, dirs_exist_ok=True)
-        pipe = TokComPipeline.from_pretrained(output)
+        pipe = load_pipeline(output)
         card = training_card(config, pipe)
         (output / "README.md").write_text(card)
         print(f"model written to {output}")

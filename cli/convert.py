@@ -22,10 +22,11 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tokcom.configuration_tokcom import TokComConfig
-from tokcom.hub_tokcom import with_section
 from tokcom.modeling_tokcom import TokComModel
-from tokcom.pipeline_text_tokcom import vocabulary_size
+from tokcom.pipeline_base_tokcom import with_section
+from tokcom.pipeline_media_tokcom import TokComImagePipeline, load_pipeline
 from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.processing_tokcom import vocabulary_size
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 from tokcom.training.card import evaluation_section
 from tokcom.training.checkpoints import first_line
@@ -192,7 +193,7 @@ def publish(argv: list[str]) -> None:
     try:
         if not (directory / "model_index.json").is_file():
             raise ValueError(f"{directory} holds no model_index.json, so it is not a TokCom model directory.")
-        pipe = TokComPipeline.from_pretrained(directory)
+        pipe = load_pipeline(directory)
         card = directory / "README.md"
         text = card.read_text() if card.is_file() else pipe.model_card(args.repo_id.split("/")[-1])
         if args.evaluation:
@@ -222,9 +223,7 @@ def fit_codebook(argv: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     try:
-        pipe = TokComPipeline.from_pretrained(args.model)
-        if pipe.model.config.codec_config.modality != "image":
-            raise ValueError(f"a codebook needs a model of images, which {args.model} is not.")
+        pipe = TokComImagePipeline.from_pretrained(args.model)
         dataset = read_pictures(args.data, pipe.model.config.codec_config, args.image_column, seed=args.seed)
         rows = np.random.default_rng(args.seed).permutation(len(dataset))[: args.limit]
         latents = encode_all(pipe.model, dataset, rows)

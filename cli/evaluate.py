@@ -39,6 +39,7 @@ from tokcom.evaluation.reconstruction import (
 from tokcom.evaluation.reference import compare
 from tokcom.evaluation.samplers import AutoregressiveSampler, TokComSampler
 from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.processing_tokcom import decode_ids
 from tokcom.training.config import DataConfig
 from tokcom.training.data import PackedDataset, WindowShape, load_documents, tokenize_documents
 
@@ -130,7 +131,6 @@ def peer_settings(sampler: AutoregressiveSampler) -> dict[str, AutoregressiveSam
 def evaluate(args: argparse.Namespace) -> dict:
     """Run the sections that `args` asks for; `results.json` is rewritten after each."""
     pipe = TokComPipeline.from_pretrained(args.checkpoint).to(args.device)
-    pipe.require_tokens()
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
 
@@ -161,7 +161,7 @@ def evaluate(args: argparse.Namespace) -> dict:
         study = protocol.Study(
             train,
             held_out,
-            lambda row: pipe._decode_row(row.tolist()),
+            lambda row: decode_ids(pipe.tokenizer, row.tolist()),
             token_judge,
             text_judges,
             pipe.chunk_size,

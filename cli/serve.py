@@ -34,8 +34,8 @@ from huggingface_hub.errors import StrictDataclassError
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from starlette.exceptions import HTTPException
 
-from tokcom.pipeline_text_tokcom import text_ids
 from tokcom.pipeline_tokcom import TokComPiece, TokComPipeline
+from tokcom.processing_tokcom import text_ids
 
 GREEDY = 0.01  # what a temperature of 0 means: probabilities of all but the likeliest token vanish
 MAX_STOPS, MAX_STOP_LENGTH = 4, 256
@@ -462,7 +462,6 @@ def main(argv: list[str] | None = None) -> None:
     names = ("model_name", "api_key", "max_batch", "max_queue", "max_tokens", "max_choices", "max_steps", "timeout")
     try:
         pipe = TokComPipeline.from_pretrained(args.checkpoint).to(args.device)
-        pipe.require_tokens()
     except (ValueError, OSError, StrictDataclassError) as error:
         parser.exit(1, f"error: {error}\n")
     if pipe.tokenizer is None:

@@ -191,9 +191,17 @@ def main(argv: list[str] | None = None) -> None:
         if not (args.train and args.validation and (args.judge or reads_pixels)):
             parser.error("--row needs --train, --validation and --judge")
         model, facts = train_row(args)
-        documents = load_documents(args.validation, load_train_config("tiny", []).data, "validation")
-        tokens = tokenize_documents(documents, TokComPipeline.from_pretrained(model).tokenizer, "text", "held-out")
-        facts |= measure_recovery(model, tokens) if reads_pixels else measure(model, TokenJudge(args.judge), tokens)
+        documents = load_documents(
+            args.validation, load_train_config("tiny", []).data, "validation"
+        )
+        tokens = tokenize_documents(
+            documents, TokComPipeline.from_pretrained(model).tokenizer, "text", "held-out"
+        )
+        facts |= (
+            measure_recovery(model, tokens)
+            if reads_pixels
+            else measure(model, TokenJudge(args.judge), tokens)
+        )
         file = Path(args.work_dir) / "rows" / f"{args.row}-{args.seed}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(facts, indent=2) + "\n")

@@ -22,7 +22,12 @@ from tokcom.training.data import load_documents, messages_of
 
 
 def answer(
-    pipe: TokComPipeline, dialogues: list[list[dict]], gen_length: int, batch_size: int, seed: int, **sampling
+    pipe: TokComPipeline,
+    dialogues: list[list[dict]],
+    gen_length: int,
+    batch_size: int,
+    seed: int,
+    **sampling,
 ) -> list[str]:
     """Answers to dialogues. Short prompts come first, so that batches need little padding."""
     generator = torch.Generator().manual_seed(seed)
@@ -60,7 +65,6 @@ def main(argv: list[str] | None = None) -> None:
     ]
     dialogues = [messages_of(record) for record in records]
     pipe = TokComPipeline.from_pretrained(args.checkpoint).to(args.device)
-    pipe.require_tokens()
     pipe.set_progress_bar_config(disable=True)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     files = []

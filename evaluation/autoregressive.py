@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from tokcom.evaluation.flops import training_flops_per_step
-from tokcom.pipeline_text_tokcom import vocabulary_size
+from tokcom.processing_tokcom import vocabulary_size
 from tokcom.training.config import DataConfig
 from tokcom.training.data import PackedDataset, WindowShape, load_documents, tokenize_documents
 from tokcom.training.optimizer import build_optimizer

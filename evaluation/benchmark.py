@@ -207,7 +207,9 @@ def tokcom_generator(
     from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 
     config = TokComConfig.from_preset(preset, **overrides)
-    pipe = TokComPipeline(TokComModel(config).eval(), TokComFlowMatchScheduler.from_model_config(config)).to(DEVICE)
+    pipe = TokComPipeline(
+        TokComModel(config).eval(), TokComFlowMatchScheduler.from_model_config(config)
+    ).to(DEVICE)
     pipe.set_progress_bar_config(disable=True)
     if compiled:
         pipe.model.transformer.compile()

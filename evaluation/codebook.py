@@ -16,7 +16,8 @@ import torch
 from tqdm.auto import tqdm
 
 from tokcom.evaluation.report import table
-from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.pipeline_base_tokcom import TokComBasePipeline
+from tokcom.pipeline_media_tokcom import load_pipeline
 from tokcom.quantization_tokcom import FiniteScalarQuantizer, code_statistics
 from tokcom.training.config import DataConfig
 from tokcom.training.data import load_documents, tokenize_documents
@@ -26,7 +27,7 @@ BATCH = 64
 
 
 @torch.no_grad()
-def held_out_codes(pipe: TokComPipeline, args: argparse.Namespace) -> torch.Tensor:
+def held_out_codes(pipe: TokComBasePipeline, args: argparse.Namespace) -> torch.Tensor:
     """Codes `(M, R)` of the data. Raises `ValueError` for a codec without a quantiser."""
     model = pipe.model
     codec = pipe.model.config.codec_config
@@ -50,7 +51,11 @@ def held_out_codes(pipe: TokComPipeline, args: argparse.Namespace) -> torch.Tens
             [model.encode(part).codes.flatten(0, 1) for part in tqdm(batches, desc="encoding")]
         )
     data = read_pictures(
-        args.data, codec, args.image_column, limit=args.limit, autoencoder=pipe.vae
+        args.data,
+        codec,
+        args.image_column,
+        limit=args.limit,
+        autoencoder=getattr(pipe, "vae", None),
     )
     for start in tqdm(range(0, len(data), BATCH), desc="encoding"):
         pixels = torch.stack(
@@ -60,7 +65,7 @@ def held_out_codes(pipe: TokComPipeline, args: argparse.Namespace) -> torch.Tens
     return torch.cat(parts)
 
 
-def sizes(pipe: TokComPipeline, levels: int) -> list[int]:
+def sizes(pipe: TokComBasePipeline, levels: int) -> list[int]:
     """Number of possible codes in each of the `levels` columns of codes."""
     quantizer = pipe.model.codec.quantizer
     if isinstance(quantizer, FiniteScalarQuantizer):
@@ -70,7 +75,11 @@ def sizes(pipe: TokComPipeline, levels: int) -> list[int]:
 
 @torch.no_grad()
 def show_codes(
-    pipe: TokComPipeline, codes: torch.Tensor, column: tuple[torch.Tensor, torch.Tensor], file: Path, shown: int = 256
+    pipe: TokComBasePipeline,
+    codes: torch.Tensor,
+    column: tuple[torch.Tensor, torch.Tensor],
+    file: Path,
+    shown: int = 256,
 ) -> None:
     """Draw the patches that the most used codes of the first level decode to, most used first."""
     codec = pipe.model.codec
@@ -118,7 +127,7 @@ def main(argv: list[str] | None = None) -> dict:
     args = parser.parse_args(argv)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     try:
-        pipe = TokComPipeline.from_pretrained(args.model)
+        pipe = load_pipeline(args.model)
         codes = held_out_codes(pipe, args)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

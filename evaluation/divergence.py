@@ -30,8 +30,10 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tokcom.pipeline_text_tokcom import text_ids, vocabulary_size
+from tokcom.context_tokcom import TokComTask
 from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.processing_tokcom import text_ids, vocabulary_size
+from tokcom.sampling_tokcom import TokComSampling, join_blocks, until_all_ended
 from tokcom.training.precision import half_precision
 
 ROWS = 16  # texts scored at once
@@ -125,9 +127,12 @@ class TokComStudent:
         noise = pipe.prepare_latents(
             count, pipe._num_latents(length), torch.Generator().manual_seed(seed)
         )
-        generator = torch.Generator().manual_seed(seed)
-        _, ids = pipe._sample(noise, generator=generator, temperature=temperature, stop_at_eos=True)
+        sampling = TokComSampling(
+            temperature=temperature, generator=torch.Generator().manual_seed(seed)
+        )
         eos = self.tokenizer.eos_token_id
+        blocks = pipe.sample_blocks(TokComTask(noise), sampling)
+        _, ids = join_blocks(until_all_ended(blocks, eos, [0] * count), noise)
         for row in ids[:, :length].tolist():
             rows.append(row[: row.index(eos) + 1] if eos in row else row)
         return rows

@@ -95,11 +95,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/heads"))
     args = parser.parse_args(argv)
-    TokComPipeline.from_pretrained(args.checkpoint).require_tokens()
+    TokComPipeline.from_pretrained(args.checkpoint)  # raises for a model without text
     texts = held_out_texts(args)
     files = []
     for seed in args.seeds:
-        plain = predict(TokComPipeline.from_pretrained(args.checkpoint).to(args.device), texts, args.noise_level, seed)
+        plain = predict(
+            TokComPipeline.from_pretrained(args.checkpoint).to(args.device),
+            texts,
+            args.noise_level,
+            seed,
+        )
         file = write_predictions(args.work_dir / f"none-{seed}" / "predictions.json", texts, plain)
         files.append(f"no head={file}")
     for name, head in EXPERIMENTS.items():
@@ -129,7 +134,12 @@ def main(argv: list[str] | None = None) -> None:
             ]
             overrides += ["head.eval_batches=8", "report_to=none", f"output_dir={output}"]
             run(load_train_config("tiny", overrides))
-            found = predict(TokComPipeline.from_pretrained(output).to(args.device), texts, args.noise_level, seed)
+            found = predict(
+                TokComPipeline.from_pretrained(output).to(args.device),
+                texts,
+                args.noise_level,
+                seed,
+            )
             files.append(f"{name}={write_predictions(output / 'predictions.json', texts, found)}")
     print(compare(files))
 

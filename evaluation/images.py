@@ -25,7 +25,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from tokcom.evaluation.report import table
-from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.pipeline_media_tokcom import TokComImagePipeline
 from tokcom.quantization_tokcom import code_statistics
 from tokcom.training.images import picture_grid, read_pictures
 
@@ -242,7 +242,9 @@ def frechet(features: torch.Tensor, others: torch.Tensor) -> float:
 class Pictures:
     """All pictures of a source, their captions and labels."""
 
-    def __init__(self, source: str, pipe: TokComPipeline, args: argparse.Namespace, limit: int):
+    def __init__(
+        self, source: str, pipe: TokComImagePipeline, args: argparse.Namespace, limit: int
+    ):
         columns = args.image_column, args.caption_column
         dataset = read_pictures(source, pipe.model.config.codec_config, *columns, limit, args.seed)
         rows = tqdm(range(len(dataset)), desc="reading pictures", unit="picture")
@@ -272,7 +274,11 @@ def read_labels(source: str, columns: list[str], count: int, names: list[list]) 
 
 @torch.no_grad()
 def measure_codec(
-    pipe: TokComPipeline, train: Pictures, test: Pictures, latents: torch.Tensor, args: argparse.Namespace
+    pipe: TokComImagePipeline,
+    train: Pictures,
+    test: Pictures,
+    latents: torch.Tensor,
+    args: argparse.Namespace,
 ) -> dict:
     """Measure reconstruction, order and codebook on held-out pictures with `latents`, beside PCA
     and JPEG."""
@@ -303,13 +309,17 @@ def measure_codec(
     quarter = config.num_tokens // 4  # unordered tokens would hold a quarter of the gain
     facts["order"] = order_facts(facts["curve"], quarter)
     if args.unordered:
-        other = TokComPipeline.from_pretrained(args.unordered).model.codec.eval()
+        other = TokComImagePipeline.from_pretrained(args.unordered).model.codec.eval()
         facts["unordered_curve"] = order_curve(other, encode(other, images), images)
         facts["unordered"] = order_facts(facts["unordered_curve"], quarter)
     if args.codebook:
-        coded = TokComPipeline.from_pretrained(args.codebook)
-        codes = torch.cat([coded.model.encode(pixel_values=part).codes for part in images.split(256)])
-        decoded = torch.cat([coded.decode_images(part, output_type="pt").images for part in codes.split(256)])
+        coded = TokComImagePipeline.from_pretrained(args.codebook)
+        codes = torch.cat(
+            [coded.model.encode(pixel_values=part).codes for part in images.split(256)]
+        )
+        decoded = torch.cat(
+            [coded.decode(part, output_type="pt").images for part in codes.split(256)]
+        )
         size = coded.model.config.codec_config.num_codes
         budget = config.num_tokens * math.log2(size) / 8  # bytes of the codes of a picture
         facts["codebook"] = code_statistics(codes, size) | {"codes": size}
@@ -325,22 +335,24 @@ def measure_codec(
     return facts
 
 
-def _codec_pictures(pipe: TokComPipeline, test: Pictures, latents: torch.Tensor, directory: Path) -> None:
+def _codec_pictures(
+    pipe: TokComImagePipeline, test: Pictures, latents: torch.Tensor, directory: Path
+) -> None:
     show = pipe.image_processor.postprocess
     originals = show(test.images[:16])
-    rebuilt = pipe.decode_images(latents[:16]).images
+    rebuilt = pipe.decode(latents[:16]).images
     picture_grid([originals[:8], rebuilt[:8], originals[8:], rebuilt[8:]], scale=3).save(
         directory / "reconstructions.png"
     )
     count = pipe.model.config.codec_config.num_tokens
-    rows = [pipe.decode_images(latents[:6], k).images for k in PREFIXES if k <= count]
+    rows = [pipe.decode(latents[:6], k).images for k in PREFIXES if k <= count]
     picture_grid([list(row) for row in zip(*rows, originals[:6])], scale=3).save(
         directory / "prefixes.png"
     )
 
 
 @torch.no_grad()
-def draw(pipe: TokComPipeline, captions: list[str], args: argparse.Namespace) -> torch.Tensor:
+def draw(pipe: TokComImagePipeline, captions: list[str], args: argparse.Namespace) -> torch.Tensor:
     """Generate pictures `(B, 3, H, W)` for captions with the settings of the command."""
     generator = torch.Generator().manual_seed(args.seed)
     parts = []
@@ -351,12 +363,16 @@ def draw(pipe: TokComPipeline, captions: list[str], args: argparse.Namespace) ->
             "num_inference_steps": args.num_inference_steps,
         }
         chosen = captions[start : start + 64]
-        parts.append(pipe.generate_images(chosen, generator=generator, output_type="pt", **settings).images)
+        parts.append(pipe(chosen, generator=generator, output_type="pt", **settings).images)
     return torch.cat(parts)
 
 
 def measure_steps(
-    pipe: TokComPipeline, classifier: Classifier, test: Pictures, labels: torch.Tensor, args: argparse.Namespace
+    pipe: TokComImagePipeline,
+    classifier: Classifier,
+    test: Pictures,
+    labels: torch.Tensor,
+    args: argparse.Namespace,
 ) -> list[dict]:
     """Measure recognition, Frechet distance and time of the model at all `--steps`, and of each
     student at its own number of steps."""
@@ -364,7 +380,7 @@ def measure_steps(
     real = classifier.features(test.images)
     systems = [("model", pipe, steps, args.guidance_scale) for steps in args.steps]
     for directory in args.students:
-        student = TokComPipeline.from_pretrained(directory)
+        student = TokComImagePipeline.from_pretrained(directory)
         systems.append(
             (Path(directory).name, student, student.model.config.num_inference_steps, 1.0)
         )
@@ -389,7 +405,11 @@ def measure_steps(
 
 
 def measure_generation(
-    pipe: TokComPipeline, train: Pictures, test: Pictures, latents: torch.Tensor, args: argparse.Namespace
+    pipe: TokComImagePipeline,
+    train: Pictures,
+    test: Pictures,
+    latents: torch.Tensor,
+    args: argparse.Namespace,
 ) -> dict:
     """How often a classifier of real pictures recognises the pictures drawn for held-out captions,
     the held-out pictures, and their reconstructions from `latents`."""
@@ -544,9 +564,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     try:
-        pipe = TokComPipeline.from_pretrained(args.model)
-        if pipe.model.config.codec_config.modality != "image":
-            raise ValueError(f"{args.model} is no model of images; use tokcom evaluate.")
+        pipe = TokComImagePipeline.from_pretrained(args.model)
         train, test = (
             Pictures(source, pipe, args, args.limit) for source in (args.train, args.test)
         )

@@ -39,9 +39,13 @@ from transformers import AutoTokenizer
 from tokcom.evaluation.images import Classifier, recognised, train_classifier
 from tokcom.evaluation.judges import TokenJudge
 from tokcom.evaluation.report import table
-from tokcom.pipeline_text_tokcom import vocabulary_size
-from tokcom.pipeline_tokcom import TokComPipeline
-from tokcom.processing_tokcom import TokComAudioProcessor, TokComImageProcessor, write_wav
+from tokcom.pipeline_media_tokcom import TokComOmniPipeline
+from tokcom.processing_tokcom import (
+    TokComAudioProcessor,
+    TokComImageProcessor,
+    vocabulary_size,
+    write_wav,
+)
 from tokcom.training.config import DataConfig
 from tokcom.training.data import load_documents
 from tokcom.training.images import picture_grid
@@ -124,7 +128,7 @@ def copied(captions: list[str], known: list[str]) -> list[int]:
 class Study:
     """The model and the real records. `generate` runs in batches with one seed."""
 
-    def __init__(self, pipe: TokComPipeline, args: argparse.Namespace):
+    def __init__(self, pipe: TokComOmniPipeline, args: argparse.Namespace):
         self.pipe = pipe
         self.args = args
         self.look = TokComImageProcessor(pipe.model.codec.streams["image"].config.image_size)
@@ -168,7 +172,7 @@ class Study:
                 "generator": generator,
             }
             options["num_candidates"] = self.args.num_candidates if stream == "text" else 1
-            made += self.pipe.generate_streams(part, stream, **options).streams[stream]
+            made += self.pipe(part, stream, **options).streams[stream]
         return made
 
     def pixels(self, images: list[Image.Image]) -> torch.Tensor:
@@ -220,7 +224,7 @@ def measure_pictures(study: Study) -> dict:
     )
     kinds = (
         ("nearest training record", nearest),
-        ("real data", study.pipe.reconstruct_streams({"text": test["text"]}).texts),
+        ("real data", study.pipe.reconstruct({"text": test["text"]}).texts),
     )
     for name, texts in (*kinds, *((f"guidance {s:g}", t) for s, t in written.items())):
         named[name] = float(np.mean([noun(a) == noun(b) for a, b in zip(texts, test["caption"])]))
@@ -336,7 +340,10 @@ def keep_sounds(study: Study, classes: list[str], sounds: list[np.ndarray], test
 
 
 def measure_text(
-    pipes: dict[str, TokComPipeline], judge: TokenJudge, real: list[str], args: argparse.Namespace
+    pipes: dict[str, TokComOmniPipeline],
+    judge: TokenJudge,
+    real: list[str],
+    args: argparse.Namespace,
 ) -> list[dict]:
     """Judge unconditional texts of the joint and the text-only model, as many as there are `real`
     ones.
@@ -349,7 +356,7 @@ def measure_text(
         texts = real if pipe is None else []
         generator = torch.Generator().manual_seed(args.seed)
         while len(texts) < len(real):
-            texts = texts + pipe.generate_streams({}, "text", BATCH, args.steps, generator=generator).texts
+            texts = texts + pipe({}, "text", BATCH, args.steps, generator=generator).texts
         texts = texts[: len(real)]
         eos = tokenizer.eos_token_id
         ids = [[*row, eos] for row in tokenizer(texts, add_special_tokens=False)["input_ids"]]
@@ -384,18 +391,19 @@ def report(facts: dict) -> str:
     return text + "\n"
 
 
-def load(args: argparse.Namespace) -> tuple[Study, dict[str, TokComPipeline], TokenJudge | None]:
+def load(
+    args: argparse.Namespace,
+) -> tuple[Study, dict[str, TokComOmniPipeline], TokenJudge | None]:
     """The study, the models whose texts are judged, and the judge.
 
     Raises `ValueError` if their streams or tokenizers do not fit.
     """
-    pipes, judge = {"joint model": TokComPipeline.from_pretrained(args.model)}, None
+    pipes = {"joint model": TokComOmniPipeline.from_pretrained(args.model)}
+    judge = None
     if args.text_model:
-        pipes["text alone"] = TokComPipeline.from_pretrained(args.text_model)
+        pipes["text alone"] = TokComOmniPipeline.from_pretrained(args.text_model)
     for pipe, streams in zip(pipes.values(), ({"audio", "image", "text"}, {"text"})):
-        if pipe.model.config.codec_config.modality != "several" or not streams <= set(
-            pipe.model.codec.names
-        ):
+        if not streams <= set(pipe.model.codec.names):
             raise ValueError(
                 f"{args.model}, {args.text_model}: the streams {sorted(streams)} are needed, but "
                 "one of the models lacks them."

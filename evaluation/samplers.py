@@ -11,8 +11,10 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from tokcom.pipeline_text_tokcom import vocabulary_size
+from tokcom.context_tokcom import TokComTask
 from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.processing_tokcom import vocabulary_size
+from tokcom.sampling_tokcom import TokComSampling
 from tokcom.training.precision import half_precision
 
 
@@ -49,21 +51,21 @@ class TokComSampler:
         total = count if prompts is None else len(prompts)
         for start in tqdm(range(0, total, self.batch_size), desc="TokCom", leave=False):
             size = min(self.batch_size, total - start)
-            settings = {
-                "num_inference_steps": self.num_inference_steps,
-                "guidance_scale": self.guidance_scale,
-                "temperature": self.temperature,
-                "top_p": self.top_p,
-                "generator": generator,
-            }
+            sampling = TokComSampling(
+                self.num_inference_steps,
+                self.guidance_scale,
+                temperature=self.temperature,
+                top_p=self.top_p,
+                generator=generator,
+            )
             with half_precision(pipe._execution_device.type):
-                if prompts is None:  # below the pipeline's methods, which cannot scale the noise
+                if prompts is None:  # not `pipe.generate`, which cannot scale the noise
                     noise = pipe.prepare_latents(size, pipe._num_latents(length), generator)
-                    _, ids = pipe._sample(noise * self.noise_scale, **settings)
+                    _, ids = pipe.sample_latents(TokComTask(noise * self.noise_scale), sampling)
                 else:
                     known = prompts[start : start + size].tolist()
-                    skip, blocks = pipe._continue_rows(
-                        known, length, None, noise_scale=self.noise_scale, **settings
+                    skip, blocks = pipe.continue_ids(
+                        known, length, sampling, noise_scale=self.noise_scale
                     )
                     ids = torch.cat([ids for _, ids in blocks], dim=1)[:, skip[0] :]
             rows.append(ids[:, :length].cpu().numpy())

@@ -117,7 +117,9 @@ def main(argv: list[str] | None = None) -> dict:
     args = parser.parse_args(argv)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     try:
-        teacher, *students = (TokComPipeline.from_pretrained(name) for name in (args.teacher, *args.students))
+        teacher, *students = (
+            TokComPipeline.from_pretrained(name) for name in (args.teacher, *args.students)
+        )
         if not teacher.model.config.codec_config.has_tokens:
             raise ValueError(
                 f"{args.teacher} writes no text; use evaluation.images or evaluation.videos."

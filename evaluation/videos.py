@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from tokcom.evaluation.images import psnr
 from tokcom.evaluation.report import table
-from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.pipeline_media_tokcom import TokComVideoPipeline
 from tokcom.training.films import write_film
 from tokcom.training.images import picture_grid, read_pictures
 
@@ -35,7 +35,12 @@ def sharpness(frames: torch.Tensor) -> float:
 
 
 def predict(
-    pipe: TokComPipeline, clips: torch.Tensor, known: int, steps: int | None, batch_size: int, seed: int
+    pipe: TokComVideoPipeline,
+    clips: torch.Tensor,
+    known: int,
+    steps: int | None,
+    batch_size: int,
+    seed: int,
 ) -> torch.Tensor:
     """The frame `(B, 3, H, W)` that follows the first `known` of `clips (B, 3, F, H, W)`."""
     causal = pipe.model.config.transformer_config.block_size is not None
@@ -45,7 +50,7 @@ def predict(
     for part in tqdm(clips.split(batch_size), desc=f"{known} known, {steps} steps", leave=False):
         given = part[:, :, :known]
         options = {"num_inference_steps": steps, "generator": generator, "output_type": "pt"}
-        made = pipe.generate_videos(frames=given, num_frames=length, **options).videos
+        made = pipe(frames=given, num_frames=length, **options).videos
         frames.append(made[:, :, known].cpu())
     return torch.cat(frames)
 
@@ -80,7 +85,7 @@ def measure(systems: list[tuple], clips: torch.Tensor, args: argparse.Namespace)
     return rows
 
 
-def pictures(pipe: TokComPipeline, clips: torch.Tensor, args: argparse.Namespace) -> None:
+def pictures(pipe: TokComVideoPipeline, clips: torch.Tensor, args: argparse.Namespace) -> None:
     """Draw `strips.png`, real clips above the continuations of their first frames, and `clips.gif`,
     the same in motion."""
     show = pipe.image_processor.postprocess
@@ -89,7 +94,7 @@ def pictures(pipe: TokComPipeline, clips: torch.Tensor, args: argparse.Namespace
     length = args.long or (clips.shape[2] if causal else None)
     generator = torch.Generator().manual_seed(args.seed)
     given = clips[:SHOWN, :, : args.first]
-    made = pipe.generate_videos(frames=given, num_frames=length, generator=generator).videos
+    made = pipe(frames=given, num_frames=length, generator=generator).videos
     strips = [row for pair in zip(real, made) for row in pair]
     picture_grid(strips, scale=2).save(args.output_dir / "strips.png")
     still = [clip + [clip[-1]] * (len(made[0]) - len(clip)) for clip in real]
@@ -140,11 +145,9 @@ def main(argv: list[str] | None = None) -> list[dict]:
     args = parser.parse_args(argv)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     try:
-        pipes = [TokComPipeline.from_pretrained(name) for name in (args.model, *args.students)]
-        for pipe, name in zip(pipes, (args.model, *args.students)):
+        pipes = [TokComVideoPipeline.from_pretrained(name) for name in (args.model, *args.students)]
+        for pipe in pipes:
             pipe.set_progress_bar_config(disable=True)
-            if pipe.model.config.codec_config.modality != "video":
-                raise ValueError(f"{name} is not a clip model; give one of preset video-*.")
         data = read_pictures(
             args.data, pipes[0].model.config.codec_config, args.image_column, limit=args.num_samples
         )

@@ -14,7 +14,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
 
-from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.pipeline_media_tokcom import TokComImagePipeline
 from tokcom.training.images import encode_all, picture_grid, read_pictures
 
 BEGIN, END = "<image>", "</image>"
@@ -32,7 +32,9 @@ class CodesOnly(LogitsProcessor):
         return masked
 
 
-def read_codes(pipe: TokComPipeline, source: str, image_column: str, limit: int) -> tuple[list[str], torch.Tensor]:
+def read_codes(
+    pipe: TokComImagePipeline, source: str, image_column: str, limit: int
+) -> tuple[list[str], torch.Tensor]:
     """Captions and codes `(M, N)` of the pictures of a source."""
     dataset = read_pictures(source, pipe.model.config.codec_config, image_column, limit=limit)
     codes = pipe.model.codec.to_codes(encode_all(pipe.model, dataset))
@@ -68,7 +70,7 @@ def train(model: LlamaForCausalLM, ids: torch.Tensor, labels: torch.Tensor, step
 
 
 @torch.no_grad()
-def draw(model, tokenizer, caption: str, first: int, pipe: TokComPipeline):
+def draw(model, tokenizer, caption: str, first: int, pipe: TokComImagePipeline):
     """A picture for a caption."""
     config = pipe.model.config.codec_config
     ids = tokenizer(caption + BEGIN, add_special_tokens=False, return_tensors="pt")["input_ids"]
@@ -78,7 +80,7 @@ def draw(model, tokenizer, caption: str, first: int, pipe: TokComPipeline):
     output = model.generate(
         ids, attention_mask=torch.ones_like(ids), min_new_tokens=count, max_new_tokens=count, **options
     )
-    return pipe.decode_images(output[:, ids.shape[1] :, None] - first).images[0]
+    return pipe.decode(output[:, ids.shape[1] :, None] - first).images[0]
 
 
 @torch.no_grad()
@@ -118,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     torch.manual_seed(args.seed)
-    pipe = TokComPipeline.from_pretrained(args.model)
+    pipe = TokComImagePipeline.from_pretrained(args.model)
     if pipe.image_processor is None or pipe.tokenizer is None or not pipe.model.config.codec_config.num_codes:
         sys.exit(f"error: {args.model} needs captions and a codebook; run tokcom kmeans first.")
     tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)

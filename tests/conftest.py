@@ -16,8 +16,8 @@ import torch
 from helpers import ROOT, tiny_config
 
 from tokcom.modeling_tokcom import TokComModel
-from tokcom.pipeline_text_tokcom import vocabulary_size
 from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.processing_tokcom import vocabulary_size
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 from tokcom.training.data import train_tokenizer
 

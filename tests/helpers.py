@@ -13,6 +13,9 @@ from safetensors.torch import load_file
 
 from tokcom.configuration_tokcom import TokComConfig
 from tokcom.modeling_tokcom import TokComModel
+from tokcom.pipeline_base_tokcom import TokComBasePipeline
+from tokcom.pipeline_media_tokcom import build_pipeline
+from tokcom.processing_tokcom import vocabulary_size
 
 ROOT = Path(__file__).resolve().parents[1]
 STOCK_SCHEDULERS = [
@@ -68,3 +71,48 @@ def build_model(vocab_size: int = 320, **overrides) -> TokComModel:
             if "start_embedding" in name:
                 parameter.normal_()
     return model
+
+
+MEDIA = {
+    "image": {
+        "preset": "style-tiny",
+        "codec_config": {
+            **dict(image_size=16, patch_size=4, num_tokens=6, latent_channels=4, hidden_size=32, intermediate_size=48),
+            **dict(num_attention_heads=2, num_hidden_layers=1, num_expert_layers=1, expert_intermediate_size=16),
+            **dict(decoder_hidden_size=24, decoder_intermediate_size=32, decoder_num_attention_heads=2),
+            **dict(num_styled_layers=3, num_decoder_layers=1),
+        },
+        "transformer_config": {"latent_channels": 4, "max_position_embeddings": 6},
+    },
+    "video": {"preset": "video-tiny", "codec_config": dict(num_frames=4, height=16, width=24, patch_size=8)},
+    "several": {
+        "preset": "omni-tiny",
+        "codec_config": {
+            "text_latents": 4,
+            "streams": {
+                "text": dict(chunk_size=2, latent_channels=8, embedding_size=16, hidden_size=32, intermediate_size=32),
+                "image": dict(height=16, width=16),
+                "audio": dict(num_frames=16, num_channels=10, fft_length=128, hop_length=64),
+            },
+        },
+    },
+}
+
+
+def tiny_pipeline(modality: str, tokenizer=None) -> TokComBasePipeline:
+    """A seeded pipeline of pictures, clips or several streams; with captions if there is a tokenizer."""
+    torch.manual_seed(0)
+    parts = dict(MEDIA[modality])
+    small = dict(hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    small |= dict(num_key_value_heads=2, **parts.pop("transformer_config", {}))
+    size = None if tokenizer is None else vocabulary_size(tokenizer)
+    if modality == "several":
+        size = size or 300
+    config = TokComConfig.from_preset(parts.pop("preset"), size, stage="flow", transformer_config=small, **parts)
+    model = TokComModel(config).eval()
+    for name, parameter in model.named_parameters():
+        if "modulation" in name:  # a block at initialisation is the identity, which would hide mistakes
+            torch.nn.init.normal_(parameter, std=0.3)
+    pipe = build_pipeline(model, tokenizer)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -13,8 +13,8 @@ from helpers import ROOT, seeded
 from tokcom.app import CSS, FONTS, Demo, build_page, colored
 from tokcom.configuration_tokcom import TokComConfig
 from tokcom.modeling_tokcom import TokComModel
-from tokcom.pipeline_text_tokcom import vocabulary_size
 from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.processing_tokcom import vocabulary_size
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 
 TURNS = {

@@ -7,9 +7,11 @@ from transformers import get_scheduler
 
 from tokcom.codec_color_tokcom import TokComColorCodec
 from tokcom.configuration_tokcom import PRESETS, TokComColorCodecConfig, TokComConfig
+from tokcom.context_tokcom import TokComTask
 from tokcom.modeling_tokcom import TokComModel
-from tokcom.pipeline_text_tokcom import vocabulary_size
 from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.processing_tokcom import vocabulary_size
+from tokcom.sampling_tokcom import TokComSampling
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 from tokcom.training.optimizer import build_optimizer
 
@@ -205,8 +207,7 @@ def test_pixel_model_learns_one_batch_and_writes_it_from_noise(tokenizer, digits
     known = context.mask.shape[1]
     noise = pipe.prepare_latents(4, 4, torch.Generator().manual_seed(0))
     with torch.no_grad():
-        _, written = pipe._sample(
-            noise, context, model.codec.positions(torch.arange(known, known + 4).expand(4, -1)), num_inference_steps=20
-        )
+        positions = model.codec.positions(torch.arange(known, known + 4).expand(4, -1))
+        _, written = pipe.sample_latents(TokComTask(noise, context, positions), TokComSampling(20))
     assert (written == rest).float().mean() > share  # by chance 1 in 320
     assert isinstance(pipe("Squinty", gen_length=20, num_inference_steps=2).texts[0], str)

@@ -6,9 +6,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tokcom.cli.convert import load_published_pipeline, main
+from tokcom.context_tokcom import TokComTask
 from tokcom.evaluation.published import PublishedTokCom
 from tokcom.inference import main as inference
 from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.sampling_tokcom import TokComSampling
 
 D, LAYERS, HEADS, GROUPS, FF, V, K = 32, 2, 4, 2, 48, 51, 4
 ARGS = dict(hidden_size=D, num_hidden_layers=LAYERS, num_attention_heads=HEADS, num_key_value_heads=GROUPS)
@@ -65,13 +67,12 @@ def test_converted_modes_give_the_published_latents(published, converted):
     torch.testing.assert_close(generated, published.euler(noise, 10), **close)
 
     context = converted.model.encode(torch.randint(0, V - 1, (2, 8)))
-    conditional, _ = converted._sample(
-        noise, context, 2 + torch.arange(6)[None, :, None].expand(2, -1, -1), num_inference_steps=10
-    )
+    task = TokComTask(noise, context, 2 + torch.arange(6)[None, :, None].expand(2, -1, -1))
+    conditional, _ = converted.sample_latents(task, TokComSampling(10))
     torch.testing.assert_close(conditional, published.euler(noise, 10, keep=context.latents), **close)
 
     mixed = 0.5 * noise + 0.5 * context.latents.repeat(1, 3, 1)
-    denoised, _ = converted._sample(mixed, num_inference_steps=5, sigma_start=0.5)
+    denoised, _ = converted.sample_latents(TokComTask(mixed, sigma_start=0.5), TokComSampling(5))
     torch.testing.assert_close(denoised, published.euler(mixed, 10, start=0.5), **close)
 
 

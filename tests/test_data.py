@@ -12,7 +12,7 @@ import torch
 import yaml
 from helpers import ROOT
 
-from tokcom.pipeline_text_tokcom import text_ids, vocabulary_size, with_pad_token
+from tokcom.processing_tokcom import as_prompts, text_ids, vocabulary_size, with_pad_token
 from tokcom.train_accelerate import read_data
 from tokcom.training.config import DataConfig, TrainConfig
 from tokcom.training.data import (
@@ -285,7 +285,7 @@ def test_a_dialogue_has_the_same_ids_in_training_and_in_the_pipeline(build):
     pipe, turns = build(), [{"role": "user", "content": "Who was Squinty? "}]
     for template in (None, "{% for m in messages %}{{ m['content'] }} Answer: {% endfor %}"):
         pipe.tokenizer.chat_template = template
-        rows = pipe.encode_prompt(pipe._to_prompts(turns))[1]
+        rows = pipe.encode_prompt(as_prompts(pipe.tokenizer, turns))[1]
         assert rows == [tokenize_prompt(pipe.tokenizer, turns)]
     pipe.tokenizer.chat_template = None
 

@@ -18,8 +18,8 @@ from tokcom.distill_accelerate import Distillation, ModelDenoiser
 from tokcom.distill_accelerate import main as distill
 from tokcom.evaluation.students import main as measure_students
 from tokcom.modeling_tokcom import TokComModel
-from tokcom.pipeline_text_tokcom import vocabulary_size
-from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.pipeline_media_tokcom import build_pipeline, load_pipeline
+from tokcom.processing_tokcom import vocabulary_size
 from tokcom.sampling_tokcom import spawn_generators
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 from tokcom.training.data import train_tokenizer
@@ -170,9 +170,7 @@ def teacher_of(kind: str, build, directory) -> list[str]:
         tokenizer = train_tokenizer(["a cat"], 300)
         torch.manual_seed(0)
         net = TokComModel(images.model(vocabulary_size(tokenizer) + 1).config)
-        TokComPipeline(net, TokComFlowMatchScheduler.from_model_config(net.config), tokenizer).save_pretrained(
-            directory
-        )
+        build_pipeline(net, tokenizer).save_pretrained(directory)
     else:
         block_size = {"blocks": 4, "bidirectional": None}[kind]
         build(transformer_config={"block_size": block_size}).save_pretrained(directory)
@@ -193,7 +191,7 @@ def test_a_student_of_any_teacher_is_a_model_that_says_how_it_is_sampled(kind, m
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     moved = {name for name, value in before.items() if not torch.equal(value, student[name])}
     assert moved and not any(name.startswith("codec.") for name in moved)
-    pipe = TokComPipeline.from_pretrained(output)
+    pipe = load_pipeline(output)
     pipe.set_progress_bar_config(disable=True)
     assert pipe.scheduler.config.stochastic_sampling and pipe.model.config.num_inference_steps == 2
     result = pipe("a cat", 16, generator=torch.Generator().manual_seed(0))

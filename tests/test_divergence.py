@@ -4,8 +4,9 @@ import torch
 from helpers import build_model, seeded
 
 from tokcom.evaluation.divergence import TokComStudent, tempered, truncate
-from tokcom.pipeline_text_tokcom import text_ids, vocabulary_size
 from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.processing_tokcom import text_ids, vocabulary_size
+from tokcom.sampling_tokcom import TokComSampling
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 
 
@@ -29,7 +30,7 @@ def test_the_likelihood_at_a_temperature_is_that_of_samples_at_it(tokenizer):
     prompt = text_ids(tokenizer, "The pig")[:3]
     every = student.nats([[*prompt, token] for token in range(vocabulary_size(tokenizer))], temperature=0.5)
     probabilities = torch.from_numpy(every[0] - every).float().softmax(0)
-    _, blocks = pipe._continue_rows([prompt] * 2000, 1, None, seeded(), temperature=0.5)
+    _, blocks = pipe.continue_ids([prompt] * 2000, 1, TokComSampling(temperature=0.5, generator=seeded()))
     drawn = torch.cat([ids for _, ids in blocks], dim=1)[:, 3]
     shares = torch.bincount(drawn, minlength=len(probabilities))[: len(probabilities)] / 2000
     assert (shares - probabilities).abs().max() < 0.03

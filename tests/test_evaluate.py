@@ -11,6 +11,7 @@ from transformers import LlamaForCausalLM
 from tokcom import demo
 from tokcom.cli.evaluate import SECTIONS, main
 from tokcom.configuration_tokcom import TokComConfig
+from tokcom.context_tokcom import TokComTask
 from tokcom.evaluation import compression, metrics
 from tokcom.evaluation.ablation import ROWS, row_overrides
 from tokcom.evaluation.answers import main as answers_main
@@ -24,7 +25,8 @@ from tokcom.evaluation.reconstruction import NOISE_LEVELS, TIMESTEPS, rarest_ids
 from tokcom.evaluation.reference import read_predictions, reference_metrics
 from tokcom.evaluation.samplers import AutoregressiveSampler, TokComSampler
 from tokcom.modeling_tokcom import TokComModel
-from tokcom.pipeline_text_tokcom import vocabulary_size
+from tokcom.processing_tokcom import vocabulary_size
+from tokcom.sampling_tokcom import TokComSampling
 from tokcom.train_accelerate import build_model, derived_config
 from tokcom.training.config import load_train_config
 from tokcom.training.data import train_tokenizer
@@ -348,7 +350,8 @@ def test_what_is_decoded_depends_on_latents_alone(build):
     for text in ("Squinty was a pig.", "Don was a dog"):
         pipe.encode(text)  # whatever the reference is
         with torch.no_grad():
-            latents, _ = pipe._sample(noisy, sigma_start=0.5, num_inference_steps=2, decode=False)
+            task = TokComTask(noisy, sigma_start=0.5)
+            latents, _ = pipe.sample_latents(task, TokComSampling(2), decode=False)
             texts.append(pipe.decode(latents).texts)
     assert texts[0] == texts[1]
 

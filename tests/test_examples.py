@@ -17,9 +17,9 @@ from tokcom.cli import convert as convert_tokcom
 from tokcom.cli.main import COMMANDS
 from tokcom.configuration_tokcom import TokComConfig
 from tokcom.modeling_tokcom import TokComModel
-from tokcom.pipeline_text_tokcom import vocabulary_size
-from tokcom.pipeline_tokcom import TokComPipeline
-from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
+from tokcom.pipeline_base_tokcom import TokComBasePipeline
+from tokcom.pipeline_media_tokcom import build_pipeline
+from tokcom.processing_tokcom import vocabulary_size
 from tokcom.training.data import train_tokenizer
 
 QUICK = [
@@ -96,9 +96,9 @@ def blocks(language: str) -> list[tuple[str, str]]:
     return [(file.name, code) for file in files for code in found.findall(file.read_text())]
 
 
-def untrained(preset: str, tokenizer, **overrides) -> TokComPipeline:
+def untrained(preset: str, tokenizer, **overrides) -> TokComBasePipeline:
     config = TokComConfig.from_preset(preset, vocabulary_size(tokenizer), **overrides)
-    return TokComPipeline(TokComModel(config), TokComFlowMatchScheduler.from_model_config(config), tokenizer)
+    return build_pipeline(TokComModel(config), tokenizer)
 
 
 @pytest.mark.parametrize(("file", "code"), blocks("python"))

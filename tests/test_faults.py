@@ -22,7 +22,7 @@ from test_training import QUICK, launch, quick
 from tokcom import train_accelerate
 from tokcom.configuration_tokcom import PRESETS, TokComChunkCodecConfig, TokComConfig, TokComTransformerConfig
 from tokcom.modeling_tokcom import TokComModel
-from tokcom.pipeline_text_tokcom import vocabulary_size
+from tokcom.processing_tokcom import vocabulary_size
 from tokcom.train_accelerate import TrainingStopped, run
 from tokcom.training.checkpoints import CheckpointError, Checkpoints, damage, seal
 from tokcom.training.data import read_patiently

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, seeded, tiny_pipeline
 from transformers import AutoTokenizer
 
 from tokcom.modeling_tokcom import TokComModel
@@ -24,10 +24,11 @@ REMOTE_FILES = {
     "codec_style_tokcom.py": {"dataclasses", "torch", "transformers"},
     "codec_video_tokcom.py": {"dataclasses", "torch", "transformers"},
     "codec_composite_tokcom.py": {"dataclasses", "torch", "transformers"},
-    "processing_tokcom.py": {"wave", "pathlib", "typing", "numpy", "torch", "transformers", "librosa", "PIL"},
-    "pipeline_omni_tokcom.py": {"collections", "typing", "numpy", "torch", "PIL"},
-    "pipeline_video_tokcom.py": {"collections", "typing", "torch"},
-    "pipeline_image_tokcom.py": {"collections", "typing", "torch", "PIL"},
+    "processing_tokcom.py": {
+        *("collections", "dataclasses", "os", "wave", "pathlib", "typing"),
+        *("numpy", "torch", "transformers", "librosa", "PIL", "safetensors"),
+    },
+    "context_tokcom.py": {"collections", "dataclasses", "functools", "typing", "torch"},
     "transformer_tokcom.py": {"dataclasses", "torch", "transformers"},
     "heads_tokcom.py": {"collections", "typing", "torch"},
     "quantization_tokcom.py": {"collections", "dataclasses", "torch", "transformers"},
@@ -36,29 +37,20 @@ REMOTE_FILES = {
         *("json", "math", "os", "random", "collections", "dataclasses", "functools", "torch", "transformers"),
     },
     "sampling_tokcom.py": {
-        *(
-            "inspect",
-            "random",
-            "warnings",
-            "collections",
-            "dataclasses",
-            "functools",
-            "typing",
-            "torch",
-            "diffusers",
-            "transformers",
-        ),
+        *("collections", "dataclasses", "functools", "inspect", "random", "warnings"),
+        *("torch", "diffusers", "transformers"),
     },
-    "hub_tokcom.py": {
-        *("collections", "contextlib", "json", "os", "re", "shutil", "tempfile", "pathlib"),
-        *("huggingface_hub", "transformers", "diffusers"),
+    "pipeline_base_tokcom.py": {
+        *("collections", "contextlib", "json", "os", "pathlib", "re", "shutil", "tempfile", "typing"),
+        *("torch", "diffusers", "huggingface_hub", "transformers"),
     },
     "scheduling_tokcom.py": {"math", "dataclasses", "torch", "diffusers"},
-    "pipeline_text_tokcom.py": {
-        *("os", "collections", "dataclasses", "typing", "numpy", "PIL"),
-        *("torch", "diffusers", "safetensors", "transformers"),
+    "pipeline_tokcom.py": {
+        *("collections", "dataclasses", "os", "typing", "numpy", "torch", "diffusers", "PIL", "transformers"),
     },
-    "pipeline_tokcom.py": {"collections", "typing", "torch", "diffusers", "transformers"},
+    "pipeline_media_tokcom.py": {
+        *("collections", "dataclasses", "os", "typing", "numpy", "torch", "diffusers", "PIL", "transformers"),
+    },
 }
 IMPORT = re.compile(r"^\s*(?:from\s+([\w.]+)\s+import|import\s+([\w.]+))", re.MULTILINE)
 
@@ -104,7 +96,7 @@ def digest(model) -> list[float]:
 
 def fresh(code: str, path, cache) -> object:
     """Run `code` in a new interpreter outside the repository, without network and with empty caches."""
-    channels = json.loads((path / "config.json").read_text())["codec_config"]["latent_channels"]
+    channels = json.loads((path / "config.json").read_text())["codec_config"].get("latent_channels")
     head = f"PATH = {str(path)!r}\nC = {channels}\nimport json{PRELUDE}{NO_NETWORK}"
     script = f"{head}{code}\nprint('RESULT', json.dumps(value))"
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "HF_HUB_OFFLINE")}
@@ -163,8 +155,10 @@ def test_pipeline_saves_and_reloads_everything(build, tmp_path):
 
 
 def test_the_list_of_remote_files_and_their_imports_is_pinned(build, tmp_path):
-    build().save_pretrained(tmp_path / "out")
-    assert {p.name for p in (tmp_path / "out").glob("*.py")} == set(REMOTE_FILES)
+    build().save_pretrained(tmp_path / "text")
+    assert {p.name for p in (tmp_path / "text").glob("*.py")} == set(REMOTE_FILES) - {"pipeline_media_tokcom.py"}
+    tiny_pipeline("image").save_pretrained(tmp_path / "image")
+    assert {p.name for p in (tmp_path / "image").glob("*.py")} == set(REMOTE_FILES)
     for name, allowed in REMOTE_FILES.items():
         found = {(a or b) for a, b in IMPORT.findall((ROOT / name).read_text())}
         local = {f.removesuffix(".py") for f in REMOTE_FILES}
@@ -172,10 +166,32 @@ def test_the_list_of_remote_files_and_their_imports_is_pinned(build, tmp_path):
         assert outside <= allowed, f"{name} imports {outside - allowed}"
 
 
-def test_pipeline_names_every_module_of_the_repository():
-    text = (ROOT / "pipeline_tokcom.py").read_text()
-    for name in set(REMOTE_FILES) - {"pipeline_tokcom.py"}:
+@pytest.mark.parametrize(
+    "pipeline, others", [("pipeline_tokcom.py", {"pipeline_media_tokcom.py"}), ("pipeline_media_tokcom.py", set())]
+)
+def test_pipelines_name_every_module_that_they_need(pipeline, others):
+    text = (ROOT / pipeline).read_text()
+    for name in set(REMOTE_FILES) - {pipeline} - others:
         assert f"from .{name.removesuffix('.py')} import" in text, f"diffusers would not copy {name}"
+
+
+@pytest.mark.parametrize("custom", ["", ", custom_pipeline=PATH"])
+@pytest.mark.parametrize("modality", ["image", "video", "several"])
+def test_a_model_of_any_modality_loads_as_its_own_pipeline_from_its_own_code(modality, custom, tmp_path):
+    pipe = tiny_pipeline(modality)
+    pipe.save_pretrained(tmp_path / "out")
+    code = f"""from diffusers import DiffusionPipeline
+import torch
+pipe = DiffusionPipeline.from_pretrained(PATH, trust_remote_code=True{custom})
+pipe.set_progress_bar_config(disable=True)
+made = pipe(num_inference_steps=1, generator=torch.Generator().manual_seed(0), output_type="latent").latents
+value = [type(pipe).__name__, type(pipe).__module__.split(".")[0], made.double().sum().item()]
+"""
+    torch.set_num_threads(1)
+    made = pipe(num_inference_steps=1, generator=seeded(), output_type="latent").latents
+    found = fresh(code, tmp_path / "out", tmp_path)
+    assert found[:2] == [type(pipe).__name__, "diffusers_modules"]
+    assert found[2] == pytest.approx(made.double().sum().item(), rel=1e-5)
 
 
 def test_shards_and_one_file_never_lie_side_by_side(build, tmp_path):

@@ -21,9 +21,9 @@ from tokcom.configuration_tokcom import PRESETS, TokComConfig, TokComStyleCodecC
 from tokcom.evaluation.images import PCA, frechet, jpeg, main, order_facts, psnr, ssim
 from tokcom.inference import main as infer
 from tokcom.modeling_tokcom import TokComModel
-from tokcom.pipeline_text_tokcom import vocabulary_size
+from tokcom.pipeline_media_tokcom import TokComImagePipeline
 from tokcom.pipeline_tokcom import TokComPipeline
-from tokcom.processing_tokcom import TokComImageProcessor
+from tokcom.processing_tokcom import TokComImageProcessor, vocabulary_size
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 from tokcom.train_accelerate import StageTrainer, read_data
 from tokcom.train_accelerate import main as train
@@ -65,10 +65,10 @@ def pictures(count: int = 3) -> torch.Tensor:
     return torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(3)) * 2 - 1
 
 
-def pipeline(captions: bool = True) -> TokComPipeline:
+def pipeline(captions: bool = True) -> TokComImagePipeline:
     tokenizer = train_tokenizer(["a red ball", "a blue cat"], 300) if captions else None
     net = randomized(model(vocabulary_size(tokenizer) + 1 if captions else 0))
-    return TokComPipeline(net, TokComFlowMatchScheduler.from_model_config(net.config), tokenizer)
+    return TokComImagePipeline(net, TokComFlowMatchScheduler.from_model_config(net.config), tokenizer)
 
 
 # ---- the codec ----
@@ -336,7 +336,7 @@ def test_pictures_are_drawn_for_captions_and_alike_for_one_seed():
         ["a red ball", "a blue cat " * 4, ""], num_inference_steps=1, latents=torch.ones(3, 6, 4), output_type="latent"
     )
     torch.testing.assert_close(alone[0], company.latents[0], atol=1e-5, rtol=1e-5)
-    free = pipe.generate_images(num_inference_steps=1, latents=torch.ones(1, 6, 4), output_type="latent").latents
+    free = pipe(num_inference_steps=1, latents=torch.ones(1, 6, 4), output_type="latent").latents
     torch.testing.assert_close(free[0], company.latents[2], atol=1e-5, rtol=1e-5)
     other = pipe(["a blue cat", "a cat"], num_inference_steps=3, generator=torch.Generator().manual_seed(0)).latents
     assert not torch.equal(other[0], outputs[0].latents[0])
@@ -347,9 +347,7 @@ def test_guidance_of_one_and_a_half_lies_beyond_the_captioned_prediction():
     pipe.set_progress_bar_config(disable=True)
     noise = torch.randn(1, 6, 4)
     free, plain, guided = (
-        pipe.generate_images(
-            prompt, num_inference_steps=1, latents=noise, output_type="latent", guidance_scale=g
-        ).latents
+        pipe(prompt, num_inference_steps=1, latents=noise, output_type="latent", guidance_scale=g).latents
         for prompt, g in ((None, 1.0), ("a red ball", 1.0), ("a red ball", 1.5))
     )
     torch.testing.assert_close(guided, free + 1.5 * (plain - free), atol=1e-4, rtol=1e-4)
@@ -357,32 +355,19 @@ def test_guidance_of_one_and_a_half_lies_beyond_the_captioned_prediction():
 
 def test_pipelines_of_images_refuse_what_they_cannot_do():
     pipe = pipeline(captions=False)
-    for call in (
-        lambda: pipe.generate_images(output_type="text"),
-        lambda: pipe.generate(4),
-        lambda: pipe.encode("a cat"),
-        lambda: pipe.decode(torch.zeros(1, 6, 4)),
-        lambda: list(pipe.stream("a cat")),
-        lambda: pipe.infill("a ____ cat"),
-    ):
-        with pytest.raises(ValueError, match="makes pictures, not text: use pipe"):
-            call()
+    with pytest.raises(ValueError, match="output_type.*text.*pil"):
+        pipe(output_type="text")
     with pytest.raises(ValueError, match="guidance_scale"):
-        pipe.generate_images(guidance_scale=2.0)
+        pipe(guidance_scale=2.0)
     with pytest.raises(ValueError, match="num_tokens.*9"):
-        pipe.decode_images(torch.zeros(1, 6, 4), num_tokens=9)
-    with pytest.raises(ValueError, match=r"latents.*\(1, 5, 4\)"):
-        pipe.decode_images(torch.zeros(1, 5, 4))
+        pipe.decode(torch.zeros(1, 6, 4), num_tokens=9)
+    with pytest.raises(ValueError, match=r"latents.*\(1, 5, 4\).*6 tokens"):
+        pipe.decode(torch.zeros(1, 5, 4))
     with pytest.raises(ValueError, match="codes.*99.*16"):
         pipe.model.codec.fit_codebook(torch.randn(8, 6, 4), 16)
-        pipe.decode_images(torch.full((1, 6, 1), 99))
+        pipe.decode(torch.full((1, 6, 1), 99))
     with pytest.raises(ValueError, match="65 tokens.*64"):
         pipeline().model.condition(torch.zeros(1, 65, dtype=torch.long))
-    with pytest.raises(ValueError, match="temperature"):
-        pipeline()("a cat", temperature=0.5)
-    text = TokComPipeline.from_pretrained(ROOT)
-    with pytest.raises(ValueError, match="writes text"):
-        text.generate_images("a cat")
 
 
 # ---- data and training ----
@@ -467,7 +452,7 @@ def test_training_on_the_sample_pictures_gives_a_repository_that_draws(trained):
     pixel_values = processor(Image.new("RGB", (30, 40)))["pixel_values"]
     net = AutoModel.from_pretrained(trained, trust_remote_code=True)
     assert net.encode(pixel_values=pixel_values).latents.shape == (1, 6, 4)
-    pipe = TokComPipeline.from_pretrained(trained)
+    pipe = TokComImagePipeline.from_pretrained(trained)
     pipe.set_progress_bar_config(disable=True)
     assert pipe("an emoji of a llama", num_inference_steps=2).images[0].size == (16, 16)
     card = (trained / "README.md").read_text()
@@ -484,12 +469,12 @@ def test_the_command_line_draws_and_rebuilds(trained, tmp_path, capsys):
     rebuild = ["--mode", "reconstruct_image", "--input_image", files[0], "--num_tokens", "3"]
     infer([*here, *rebuild, "--image_file", files[1]])
     assert [Image.open(file).size for file in files] == [(16, 16)] * 2 and "written" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="pictures, not text"):
+    with pytest.raises(SystemExit, match="TokComPipeline, not for TokComImagePipeline"):
         infer(["--checkpoint", str(trained), "--mode", "reconstruct", "--input_text", "a cat"])
 
 
 def test_the_page_draws_captions_and_rebuilds_pictures(trained):
-    demo = app.Demo(TokComPipeline.from_pretrained(ROOT), images=TokComPipeline.from_pretrained(trained))
+    demo = app.Demo(TokComPipeline.from_pretrained(ROOT), images=TokComImagePipeline.from_pretrained(trained))
     assert app.build_page(demo) is not None
     shown = demo.draw("a cat", 2, 2.0, 0)
     assert [text for _, text in shown] == ["6 of 6 tokens", "4 of 6 tokens", "2 of 6 tokens", "1 of 6 tokens"]
@@ -501,11 +486,11 @@ def test_the_page_draws_captions_and_rebuilds_pictures(trained):
 def test_kmeans_writes_a_model_that_gives_codes(trained, tmp_path, capsys):
     convert(["kmeans", str(trained), str(tmp_path / "coded"), "--data", EMOJI, "--num_codes", "8"])
     assert "8 codes of 56 pictures" in capsys.readouterr().out
-    pipe = TokComPipeline.from_pretrained(tmp_path / "coded")
-    codes = pipe.encode_images(Image.new("RGB", (16, 16))).codes
+    pipe = TokComImagePipeline.from_pretrained(tmp_path / "coded")
+    codes = pipe.encode(Image.new("RGB", (16, 16))).codes
     assert codes.shape == (1, 6, 1) and codes.max() < 8
-    assert pipe.decode_images(codes).images[0].size == (16, 16)
-    with pytest.raises(SystemExit, match="model of images"):
+    assert pipe.decode(codes).images[0].size == (16, 16)
+    with pytest.raises(SystemExit, match="TokComPipeline"):
         convert(["kmeans", str(ROOT), str(tmp_path / "x"), "--data", EMOJI])
 
 

@@ -15,15 +15,15 @@ from PIL import Image
 
 from examples.several_streams import main as join_streams
 from tokcom.cli.evaluate import main as evaluate
+from tokcom.codec_composite_tokcom import read_stream
 from tokcom.configuration_tokcom import TokComConfig
 from tokcom.evaluation.codebook import main as codebook
 from tokcom.evaluation.omni import main as measure_streams
 from tokcom.inference import main as infer
 from tokcom.modeling_tokcom import TokComModel
-from tokcom.pipeline_omni_tokcom import most_alike
-from tokcom.pipeline_text_tokcom import vocabulary_size
-from tokcom.pipeline_tokcom import TokComPipeline
-from tokcom.processing_tokcom import TokComAudioProcessor, TokComImageProcessor, read_wav, write_wav
+from tokcom.pipeline_media_tokcom import TokComOmniPipeline
+from tokcom.processing_tokcom import TokComAudioProcessor, TokComImageProcessor, read_wav, vocabulary_size, write_wav
+from tokcom.sampling_tokcom import most_alike
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 from tokcom.train_accelerate import build_model
 from tokcom.train_accelerate import main as train
@@ -58,9 +58,9 @@ def model(vocab_size=300, codec=None, **overrides) -> TokComModel:
 
 
 @pytest.fixture
-def pipe(words) -> TokComPipeline:
+def pipe(words) -> TokComOmniPipeline:
     net = model(vocabulary_size(words))
-    pipe = TokComPipeline(net, TokComFlowMatchScheduler.from_model_config(net.config), words)
+    pipe = TokComOmniPipeline(net, TokComFlowMatchScheduler.from_model_config(net.config), words)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -327,11 +327,12 @@ def test_any_streams_make_any_others_and_given_ones_come_back_as_they_were(pipe,
     values = {name: content(name) for name in given}
     for size in range(1, len(others) + 1):
         made = others[:size]
-        output = pipe.generate_streams(values, made, batch_size=2, num_inference_steps=2, generator=seeded())
+        output = pipe(values, made, batch_size=2, num_inference_steps=2, generator=seeded())
         assert set(output.streams) == {*given, *made} and all(len(v) == 2 for v in output.streams.values())
         for name in given:
             assert all(a is b for a, b in zip(output.streams[name], values[name]))
-            encoded = pipe.model.encode(streams={name: pipe._read_stream(name, values[name])}).latents
+            read = read_stream(pipe.model.codec, name, values[name], pipe.tokenizer)
+            encoded = pipe.model.encode(streams={name: read}).latents
             codec = pipe.model.codec
             assert torch.equal(codec.stream_of(output.latents, name), codec.stream_of(encoded, name))
         for name in set(others) - set(made):
@@ -340,17 +341,17 @@ def test_any_streams_make_any_others_and_given_ones_come_back_as_they_were(pipe,
     assert all(isinstance(value, kinds[name]) for name in made for value in output.streams[name])
 
 
-def test_the_pipeline_takes_streams_as_arguments(pipe):
-    output = pipe(text="a red cat", generate=["image", "audio"], num_inference_steps=2, generator=seeded())
+def test_the_pipeline_takes_streams_by_name(pipe):
+    output = pipe({"text": "a red cat"}, ["image", "audio"], num_inference_steps=2, generator=seeded())
     assert output.texts == ["a red cat"] and output.images[0].size == (16, 16)
     assert output.audios[0].shape == (15 * 64,) and pipe.sampling_rates == {"audio": 8000}
-    again = pipe("a red cat", generate=["image", "audio"], num_inference_steps=2, generator=seeded())
+    again = pipe(given={"text": ["a red cat"]}, generate=["image", "audio"], num_inference_steps=2, generator=seeded())
     assert torch.equal(again.latents, output.latents)
     assert len(pipe(num_inference_steps=1).streams) == 3
     seen = []
     pipe(
-        text="a cat",
-        generate="image",
+        {"text": "a cat"},
+        "image",
         num_inference_steps=3,
         callback_on_step_end=lambda p, i, t, k: seen.append(i) or k,
     )
@@ -364,8 +365,8 @@ def test_of_candidates_the_text_most_like_the_others_is_kept(pipe):
     codec = pipe.model.codec
     count = len(codec.index_of(settings["generate"], "cpu"))
     latents = torch.randn(6, count, codec.num_channels, generator=seeded())
-    every = pipe(image=[p for p in pictures for _ in range(3)], latents=latents, **settings)
-    kept = pipe(image=pictures, latents=latents, num_candidates=3, **settings)
+    every = pipe({"image": [p for p in pictures for _ in range(3)]}, latents=latents, **settings)
+    kept = pipe({"image": pictures}, latents=latents, num_candidates=3, **settings)
     ids = codec.streams["text"].to_ids(codec.stream_of(every.latents, "text")).tolist()
     eos = pipe.tokenizer.eos_token_id
     assert len(kept.texts) == len(kept.audios) == 2 and all(a is b for a, b in zip(kept.images, pictures))
@@ -378,12 +379,12 @@ def test_guidance_moves_away_from_the_estimate_without_each_given_stream(pipe):
     values = {"text": content("text"), "audio": content("audio")}
 
     def made(scale):
-        return pipe.generate_streams(
+        return pipe(
             values, "image", num_inference_steps=1, guidance_scale=scale, generator=seeded(), output_type="latent"
         ).latents[:, pipe.model.codec.places["image"]]
 
     alone = {
-        name: pipe.generate_streams(
+        name: pipe(
             {name: values[name]} if name else {}, "image", 2, 1, generator=seeded(), output_type="latent"
         ).latents[:, pipe.model.codec.places["image"]]
         for name in ("text", "audio", None)
@@ -397,23 +398,21 @@ def test_guidance_moves_away_from_the_estimate_without_each_given_stream(pipe):
 @pytest.mark.parametrize(
     "arguments,named",
     [
-        (dict(text="a cat", generate=["text"]), "generate"),
-        (dict(text="a cat", generate=[]), "generate"),
-        (dict(smell="a cat"), "smell"),
-        (dict(text="a cat", generate=["smell"]), "smell"),
-        (dict(text=["a", "b"], image=[Image.new("RGB", (8, 8))]), "one number"),
-        (dict(text=[]), "one number"),
-        (dict(text="a cat " * 30), "text_latents"),
-        (dict(text="a cat", guidance_scale={"image": 2.0}), "guidance_scale"),
+        (dict(given={"text": "a cat"}, generate=["text"]), "generate"),
+        (dict(given={"text": "a cat"}, generate=[]), "generate"),
+        (dict(given={"smell": "a cat"}), "smell"),
+        (dict(given={"text": "a cat"}, generate=["smell"]), "smell"),
+        (dict(given={"text": ["a", "b"], "image": [Image.new("RGB", (8, 8))]}), "one number"),
+        (dict(given={"text": []}), "one number"),
+        (dict(given={"text": "a cat " * 30}), "text_latents"),
+        (dict(given={"text": "a cat"}, guidance_scale={"image": 2.0}), "guidance_scale"),
         (dict(guidance_scale=2.0), "guidance_scale"),
-        (dict(text="a cat", output_type="pil"), "output_type"),
-        (dict(audio=np.zeros((2, 3))), "one channel"),
-        (dict(text="a cat", num_inference_steps=0), "num_inference_steps"),
-        (dict(text="a cat", generate=["image"], num_candidates=2), "num_candidates"),
+        (dict(given={"text": "a cat"}, output_type="pil"), "output_type"),
+        (dict(given={"audio": np.zeros((2, 3))}), "one channel"),
+        (dict(given={"text": "a cat"}, num_inference_steps=0), "num_inference_steps"),
+        (dict(given={"text": "a cat"}, generate=["image"], num_candidates=2), "num_candidates"),
         (dict(generate=["text"], num_candidates=0), "num_candidates"),
-        (dict(prompt="a cat", text="a dog"), "not both"),
-        (dict(text="a cat", temperature=0.5), "temperature"),
-        (dict(text="a cat", callback_on_step_end_tensor_inputs=["noise"]), "noise"),
+        (dict(given={"text": "a cat"}, callback_on_step_end_tensor_inputs=["noise"]), "noise"),
     ],
 )
 def test_bad_arguments_are_named(pipe, arguments, named):
@@ -421,41 +420,22 @@ def test_bad_arguments_are_named(pipe, arguments, named):
         pipe(**arguments)
 
 
-def test_models_of_one_stream_refuse_others(build):
-    pipe = build()
-    for arguments in (dict(image=1), dict(generate=["image"])):
-        with pytest.raises(ValueError, match="one stream"):
-            pipe("a", **arguments)
-    with pytest.raises(ValueError, match="prompt"):
-        pipe()
-    with pytest.raises(ValueError, match="writes text"):
-        pipe.generate_streams({}, "image")
-
-
 def test_codecs_give_streams_back_without_the_transformer(pipe):
     values = {name: content(name) for name in ("image", "audio", "text")}
-    output, look = pipe.reconstruct_streams(values), TokComImageProcessor((16, 16))
+    output, look = pipe.reconstruct(values), TokComImageProcessor((16, 16))
     torch.testing.assert_close(look(output.images)["pixel_values"], look(values["image"])["pixel_values"])
     assert [len(sound) for sound in output.audios] == [15 * 64] * 2 and list(output.streams) == pipe.model.codec.names
-    text = pipe.reconstruct_streams({"text": values["text"][0]})
+    text = pipe.reconstruct({"text": values["text"][0]})
     assert text.texts == output.texts[:1] and not text.latents[:, pipe.model.codec.places["image"]].any()
     with pytest.raises(ValueError, match="at least one of the streams"):
-        pipe.reconstruct_streams({})
-
-
-def test_methods_of_one_stream_refuse_models_of_several(pipe):
-    for call in (lambda: pipe.generate(4), lambda: pipe.generate_images(), lambda: pipe.generate_videos()):
-        with pytest.raises(ValueError, match="several streams"):
-            call()
+        pipe.reconstruct({})
 
 
 def test_a_saved_pipeline_of_several_streams_makes_the_same(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
-    again = TokComPipeline.from_pretrained(tmp_path)
+    again = TokComOmniPipeline.from_pretrained(tmp_path)
     again.set_progress_bar_config(disable=True)
-    a, b = (
-        p(text="a cat", generate="image", num_inference_steps=2, generator=seeded()).latents for p in (pipe, again)
-    )
+    a, b = (p({"text": "a cat"}, "image", num_inference_steps=2, generator=seeded()).latents for p in (pipe, again))
     assert torch.equal(a, b)
     assert "any-to-any" in (tmp_path / "README.md").read_text()
 
@@ -712,7 +692,7 @@ def tiny_run(tmp_path, *more: str) -> list[str]:
 
 def test_training_ends_with_a_pipeline_of_all_streams_and_measured_latents(tmp_path, capsys):
     train(tiny_run(tmp_path, f"data.train={sources(tmp_path)}", f"data.validation={tmp_path / 'both.parquet'}"))
-    pipe = TokComPipeline.from_pretrained(tmp_path / "out")
+    pipe = TokComOmniPipeline.from_pretrained(tmp_path / "out")
     assert pipe.model.codec.streams["image"].latent_std.std() > 0  # measured
     assert (tmp_path / "out/run/flow/samples-4.png").is_file()
     assert len(pipe(num_inference_steps=1).streams) == 3
@@ -754,7 +734,7 @@ def test_data_and_models_of_different_kinds_are_named(tmp_path):
 
 def test_the_evaluation_measures_six_directions_and_writes_pictures_and_sounds(tmp_path, words):
     net = model(vocabulary_size(words), codec={"streams": {**STREAMS, "audio": dict(num_frames=32, num_channels=16)}})
-    pipe = TokComPipeline(net, TokComFlowMatchScheduler.from_model_config(net.config), words)
+    pipe = TokComOmniPipeline(net, TokComFlowMatchScheduler.from_model_config(net.config), words)
     pipe.save_pretrained(tmp_path / "model")
     sample = str(ROOT / "sample_data/streams_{}.parquet")
     for name in ("train", "validation"):

@@ -8,7 +8,8 @@ from transformers import TextStreamer
 from tokcom.heads_tokcom import TokComChoice
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_tokcom import TokComPipeline
-from tokcom.sampling_tokcom import spawn_generators, split_blocks
+from tokcom.processing_tokcom import continue_text, end_at_eos
+from tokcom.sampling_tokcom import TokComSampling, spawn_generators, split_blocks
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 from tokcom.training.data import train_tokenizer
 
@@ -73,7 +74,7 @@ def test_block_causal_sampling_with_cache_equals_the_uncached_computation(build,
         valid = torch.cat((real, torch.ones(1, m - n + size, dtype=torch.bool)), dim=1)
         mask = block_causal_mask(order, valid)[:, : m + size, : m + size]
         pipe.scheduler.set_timesteps(2)
-        grid = pipe.scheduler.sigmas.tolist() if not pipe._sampler().takes_turns else [1.0, 0.5, 0.0]
+        grid = pipe.scheduler.sigmas.tolist() if not pipe._sampler().planner.takes_turns else [1.0, 0.5, 0.0]
         uniforms = torch.rand(2, size, 4, generator=draws) if pipe.model.token_head else [None, None]
         for sigma, following, uniform in zip(grid, grid[1:], uniforms):
             now, then = (torch.full((1, size), 1 - s) for s in (sigma, following))
@@ -119,7 +120,7 @@ def test_output_types(build):
 def test_eos_ends_a_text(build):
     pipe = build()
     eos, pad = pipe.tokenizer.eos_token_id, pipe.model.config.codec_config.pad_token_id
-    sequences, mask = pipe._end_at_eos(torch.tensor([[5, eos, 6, eos], [5, 6, 7, 8]]))
+    sequences, mask = end_at_eos(torch.tensor([[5, eos, 6, eos], [5, 6, 7, 8]]), eos, pad)
     assert sequences.tolist() == [[5, eos, pad, pad], [5, 6, 7, 8]]
     assert mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
     decoded = torch.full((2, 8), eos)
@@ -132,8 +133,8 @@ def test_eos_ends_a_text(build):
 def test_continuation_follows_the_prompt_with_one_space(build):
     pipe = build()
     known, new = pipe.tokenizer("He was")["input_ids"], pipe.tokenizer(" here")["input_ids"]
-    assert pipe._continue_text("He was ", known, new) == "here"
-    assert pipe._continue_text("He was", known, new) == " here"
+    assert continue_text(pipe.tokenizer, "He was ", known, new) == "here"
+    assert continue_text(pipe.tokenizer, "He was", known, new) == " here"
 
 
 def test_continuation_keeps_the_space_of_tokenizers_that_strip_it(build):
@@ -143,7 +144,7 @@ def test_continuation_keeps_the_space_of_tokenizers_that_strip_it(build):
     known, new = pipe.tokenizer("He was")["input_ids"], pipe.tokenizer(" here")["input_ids"]
     pipe.tokenizer = type(pipe.tokenizer)(tokenizer_object=pipe.tokenizer.backend_tokenizer, eos_token="</s>")
     pipe.tokenizer.decode = lambda ids, **k: decode(ids, **k).removeprefix(" ")
-    assert pipe._continue_text("He was", known, new) == " here"
+    assert continue_text(pipe.tokenizer, "He was", known, new) == " here"
 
 
 def test_blocks_never_cross_an_edge():
@@ -269,8 +270,8 @@ def test_starting_between_noise_and_text_works_or_is_refused_by_name(build, stoc
         (lambda p: p(""), "`prompt` is empty.*generate"),
         (lambda p: p("   "), "`prompt` is empty"),
         (lambda p: p([]), "empty list"),
-        (lambda p: p(3), r"not \[3\]"),
-        (lambda p: p(["Hi", "Ho"], generator=[seeded()]), "1 entries but there are 2 texts"),
+        (lambda p: p(3), "not 3 of type int"),
+        (lambda p: p(["Hi", "Ho"], generator=[seeded()]), "1 entries but there are 2 samples"),
         (lambda p: p.generate(num_chunks=1, batch_size=0), r"`batch_size` \(0\)"),
         (lambda p: p.infill(["a ____"]), "one text"),
         (lambda p: p("word " * 500), "tokens, more than the model's maximum of 128"),
@@ -380,17 +381,17 @@ def test_streaming_yields_a_block_before_the_next_is_computed(build):
 
 
 def test_memory_of_the_context_is_bounded_by_the_window(build):
-    from tokcom.sampling_tokcom import _Known
+    from tokcom.context_tokcom import CachedContext
 
     pipe = build(transformer_config={"block_size": 1, "max_position_embeddings": 8})
-    lengths, append = [], _Known.append
+    lengths, append = [], CachedContext.append
 
     def record(state, *args):
         append(state, *args)
         lengths.append(max(layer.keys.shape[2] for layer in state.cache.layers))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_Known, "append", record)
+        patch.setattr(CachedContext, "append", record)
         pipe.generate(num_chunks=30, num_inference_steps=1, generator=seeded())
     assert len(lengths) == 29 and set(lengths) == {8}
 
@@ -460,7 +461,7 @@ def test_temperature_needs_token_probabilities(build):
 def test_settings_that_the_caller_does_not_name_are_the_models_own(build):
     own = {"sampling_temperature": 0.7, "sampling_top_p": 0.9, "num_inference_steps": 3}
     pipe = build(prediction_type="tokens", codec_config={"encoder_type": "token"}, **own)
-    found = pipe._sampler(temperature=None, top_p=0.5)
+    found = pipe._sampler(TokComSampling(top_p=0.5)).sampling
     assert (found.temperature, found.top_p, found.num_inference_steps) == (0.7, 0.5, 3)
 
 

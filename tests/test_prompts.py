@@ -7,8 +7,9 @@ from helpers import build_model, seeded
 
 from tokcom.configuration_tokcom import TokComConfig
 from tokcom.modeling_tokcom import TokComModel
-from tokcom.pipeline_text_tokcom import kept_tokens, text_ids, vocabulary_size
 from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.processing_tokcom import text_ids, vocabulary_size
+from tokcom.sampling_tokcom import TokComSampling, kept_tokens
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 
 TEXT = "Once upon a time there was a little rabbit who lived in a wood."
@@ -47,7 +48,7 @@ def test_the_next_token_has_the_probability_that_the_likelihood_says_at_every_pr
     padded = torch.tensor([ids + [0] * (-len(ids) % 4)])
     expected = pipe.model(padded).token_losses.flatten()[length]
     calls = drawn_from(pipe)
-    _, blocks = pipe._continue_rows([ids[:length]], 4, None, seeded(), temperature=1.0)
+    _, blocks = pipe.continue_ids([ids[:length]], 4, TokComSampling(temperature=1.0, generator=seeded()))
     next(iter(blocks))
     # steps before the first new token draw nothing
     first = next(call for call in calls if len(call))
@@ -58,7 +59,7 @@ def test_the_next_token_has_the_probability_that_the_likelihood_says_at_every_pr
 def test_a_prompt_goes_on_inside_its_last_chunk(pipe):
     for length in range(1, 10):
         ids = text_ids(pipe.tokenizer, TEXT)[:length]
-        skip, blocks = pipe._continue_rows([ids], 8, None, seeded())
+        skip, blocks = pipe.continue_ids([ids], 8, TokComSampling(generator=seeded()))
         drawn = torch.cat([ids for _, ids in blocks], dim=1)[0].tolist()
         assert skip == [length % 4] and drawn[: skip[0]] == ids[length - skip[0] :]
 
@@ -124,7 +125,7 @@ def test_gaps_are_filled_where_they_stand_and_all_else_stays(pipe):
         [(0, len(ids))],
     ):
         known = [not any(start <= i < stop for start, stop in gaps) for i in range(len(ids))]
-        filled, _ = pipe._fill(ids, known, generator=seeded())
+        filled, _ = pipe.fill_ids(ids, known, TokComSampling(generator=seeded()))
         assert len(filled) == len(ids)
         assert [i for i, k in zip(filled, known) if k] == [i for i, k in zip(ids, known) if k]
 
@@ -148,7 +149,7 @@ def test_a_gap_is_filled_with_the_probabilities_that_training_shows(pipe):
     output = model.transformer(torch.zeros(1, 1, 16), time, features=read, entry=states[:, 1:2]).latents
     expected = model.token_head._logits(output.view(4, -1)[2])
     calls = drawn_from(pipe)
-    pipe._fill(ids[0].tolist(), known.tolist(), generator=seeded())
+    pipe.fill_ids(ids[0].tolist(), known.tolist(), TokComSampling(generator=seeded()))
     first = next(call for call in calls if len(call))[0]
     torch.testing.assert_close(first[:-1], expected[:-1], atol=1e-4, rtol=1e-4)
 
@@ -179,6 +180,6 @@ def test_the_likelihood_of_a_gap_is_that_of_its_sampler(pipe):
     assert abs(both - left) > 1e-4  # what follows matters
     calls = drawn_from(pipe)
     known = [i != 9 for i in range(len(ids))]
-    pipe._fill(ids, known, generator=seeded())
+    pipe.fill_ids(ids, known, TokComSampling(generator=seeded()))
     first = next(call for call in calls if len(call))[0]
     assert abs(-float(first.log_softmax(-1)[ids[9]]) - both) < 1e-3

@@ -11,7 +11,7 @@ from hub_server import TOKEN, StandInHub
 from test_hub import PRELUDE, digest
 
 from tokcom.cli.convert import main as convert
-from tokcom.hub_tokcom import with_section
+from tokcom.pipeline_base_tokcom import with_section
 
 LOADERS = {
     "AutoModel": "from transformers import AutoModel\nmodel = AutoModel.from_pretrained(ID, trust_remote_code=True)",
@@ -64,7 +64,7 @@ def test_a_pushed_pipeline_loads_by_id_in_four_ways_offline_too_and_generates(bu
     done = push(tmp_path / "model", "pipe.push_to_hub('tester/tiny', max_shard_size='200KB')", hub, tmp_path / "push")
     assert done.returncode == 0, done.stderr[-3000:]
     files = hub.files("tester/tiny")
-    assert {"config.json", "model_index.json", "README.md", "hub_tokcom.py"} <= set(files)
+    assert {"config.json", "model_index.json", "README.md", "pipeline_base_tokcom.py"} <= set(files)
     assert len([name for name in files if name.startswith("model-0")]) > 1
     assert not any("run/" in name or "__pycache__" in name for name in files)
     assert b'path_or_id = "tester/tiny"' in files["README.md"]

@@ -4,8 +4,10 @@ import pytest
 import torch
 from helpers import tiny_config
 
+from tokcom.context_tokcom import TokComTask
 from tokcom.heads_tokcom import TokComChoice, nucleus
 from tokcom.modeling_tokcom import TokComModel
+from tokcom.sampling_tokcom import TokComSampling
 
 TOKENS = {"prediction_type": "tokens", "codec_config": {"encoder_type": "token"}, "stage": "flow"}
 
@@ -85,7 +87,8 @@ def test_sampling_draws_tokens_with_the_probabilities_that_the_network_expects(b
     bias[[3, 50, 200]] = torch.tensor([0.6, 0.3, 0.1]).log()
     pipe.model.token_head.bias.copy_(bias)
     noise = torch.randn(3000, 1, 16, generator=torch.Generator().manual_seed(0))
-    latents, ids = pipe._sample(noise, num_inference_steps=steps, generator=torch.Generator().manual_seed(1))
+    sampling = TokComSampling(steps, generator=torch.Generator().manual_seed(1))
+    latents, ids = pipe.sample_latents(TokComTask(noise), sampling)
     latents = latents[:, 0].view(3000, 4, 4)
     table = pipe.model.codec.symbol_table()
     for place in range(4):

@@ -12,9 +12,11 @@ from helpers import ROOT, same_weights, tiny_config
 from safetensors.torch import load_file
 
 from tokcom import train_accelerate
+from tokcom.context_tokcom import TokComTask
 from tokcom.modeling_tokcom import TokComModel
-from tokcom.pipeline_text_tokcom import vocabulary_size
 from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.processing_tokcom import vocabulary_size
+from tokcom.sampling_tokcom import TokComSampling
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 from tokcom.train_accelerate import NonFiniteLossError, StageTrainer, run
 from tokcom.training.config import PRESET_DIR, load_train_config
@@ -88,7 +90,7 @@ def test_one_batch_overfits_end_to_end(tokenizer, stories, kind):
     noise = torch.randn(4, 12, 16, generator=torch.Generator().manual_seed(0))
     positions = (4 + torch.arange(12))[None, :, None].expand(4, -1, -1)
     with torch.no_grad():
-        sampled = pipe._sample(noise, context, positions, num_inference_steps=16)[1]
+        sampled = pipe.sample_latents(TokComTask(noise, context, positions), TokComSampling(16))[1]
     assert (sampled == ids[:, 16:]).float().mean() > 0.99
 
 

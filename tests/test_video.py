@@ -15,18 +15,20 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tokcom.cli.evaluate import main as evaluate
+from tokcom.codec_video_tokcom import _device_of, decode_clips, encode_clips
 from tokcom.configuration_tokcom import TokComConfig, TokComVideoCodecConfig
+from tokcom.context_tokcom import TokComTask
 from tokcom.distill_accelerate import ModelDenoiser
 from tokcom.distill_accelerate import main as distill
 from tokcom.evaluation.memory import activations, operations, resized, run_step, saved_bytes
 from tokcom.evaluation.videos import main as measure_videos
 from tokcom.inference import main as infer
 from tokcom.modeling_tokcom import TokComModel, diffusion_times, draw_known, generation_order
-from tokcom.pipeline_text_tokcom import vocabulary_size
+from tokcom.pipeline_media_tokcom import TokComVideoPipeline
 from tokcom.pipeline_tokcom import TokComPipeline
-from tokcom.pipeline_video_tokcom import _device_of, decode_clips, encode_clips
+from tokcom.processing_tokcom import vocabulary_size
 from tokcom.quantization_tokcom import code_statistics
-from tokcom.sampling_tokcom import TokComBlockSampler
+from tokcom.sampling_tokcom import TokComBlockSampler, TokComSampling
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 from tokcom.train_accelerate import main as train
 from tokcom.training.config import DataConfig
@@ -49,10 +51,10 @@ def model(codec=None, transformer=None, vocab_size=None, **overrides) -> TokComM
     return net
 
 
-def pipeline(*args, captions: bool = False, **kwargs) -> TokComPipeline:
+def pipeline(*args, captions: bool = False, **kwargs) -> TokComVideoPipeline:
     tokenizer = train_tokenizer(["a red ball", "a blue cat"], 300) if captions else None
     net = model(*args, vocab_size=vocabulary_size(tokenizer) if captions else None, **kwargs)
-    pipe = TokComPipeline(net, TokComFlowMatchScheduler.from_model_config(net.config), tokenizer)
+    pipe = TokComVideoPipeline(net, TokComFlowMatchScheduler.from_model_config(net.config), tokenizer)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -141,9 +143,9 @@ def test_quantized_predictions_are_codes_whose_gradient_is_that_of_the_predictio
     torch.testing.assert_close(snapped, net.codec.from_codes(net.codec.to_codes(x)))
     estimate = net.denoise(x.detach(), 0.5).latents
     torch.testing.assert_close(estimate, net.codec.snap(estimate))
-    pipe = TokComPipeline(net, TokComFlowMatchScheduler.from_model_config(net.config))
+    pipe = TokComVideoPipeline(net, TokComFlowMatchScheduler.from_model_config(net.config))
     pipe.set_progress_bar_config(disable=True)
-    made = pipe.generate_videos(num_inference_steps=2, output_type="latent", generator=seeded()).latents
+    made = pipe(num_inference_steps=2, output_type="latent", generator=seeded()).latents
     torch.testing.assert_close(made, net.codec.snap(made), atol=1e-5, rtol=1e-5)
 
 
@@ -235,16 +237,16 @@ def test_every_sampler_recovers_a_gaussian_in_fifty_steps(schedule):
     scheduler = scheduler if named else schedule.from_config(scheduler.config)
     assert isinstance(scheduler, DDIMScheduler) == (schedule in ("linear", "cosine"))
     analytic(net)
-    sampler = TokComBlockSampler(net, scheduler, 50)
+    sampler = TokComBlockSampler(net, scheduler, TokComSampling(50))
     noise = torch.randn(64, 24, 192, generator=seeded())
-    drawn = torch.cat([x for x, _ in sampler.blocks(noise)])
+    drawn = torch.cat([x for x, _ in sampler.blocks(TokComTask(noise))])
     assert abs(drawn.mean().item() - 1.5) < 0.02 and abs(drawn.std().item() - 0.5) < 0.03
 
 
 def test_a_diffusion_that_predicts_noise_is_refused():
     scheduler = DDIMScheduler(prediction_type="epsilon")
     with pytest.raises(ValueError, match="epsilon.*'sample'"):
-        TokComBlockSampler(model(), scheduler, 4)
+        TokComBlockSampler(model(), scheduler, TokComSampling(4))
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
@@ -264,7 +266,7 @@ def test_given_frames_stay_and_the_others_depend_on_them(block_size):
     pipe = pipeline(transformer=dict(block_size=block_size))
     known = clips(2, frames=2)
     one, other = (
-        pipe.generate_videos(frames=given, num_inference_steps=2, generator=seeded(), output_type="pt").videos
+        pipe(frames=given, num_inference_steps=2, generator=seeded(), output_type="pt").videos
         for given in (known, -known)
     )
     assert one.shape == (2, 3, 4, 16, 24)
@@ -276,9 +278,7 @@ def test_a_cache_changes_nothing_and_a_clip_may_be_longer_than_the_window():
     pipe = pipeline(transformer=dict(block_size=6))
     pipe.model.config.transformer_config.max_position_embeddings = 24
     known = clips(1, frames=2)
-    frames = pipe.generate_videos(
-        frames=known, num_inference_steps=3, generator=seeded(), output_type="latent"
-    ).latents
+    frames = pipe(frames=known, num_inference_steps=3, generator=seeded(), output_type="latent").latents
     net, codec = pipe.model, pipe.model.codec
     noise = pipe.prepare_latents(1, 12, seeded())
     done = codec.encode(known).latents
@@ -297,7 +297,7 @@ def test_a_cache_changes_nothing_and_a_clip_may_be_longer_than_the_window():
                 x = x + (then - now) * (x - estimate) / now
             done = torch.cat((done, x), dim=1)
     torch.testing.assert_close(frames, done, atol=1e-4, rtol=1e-3)
-    long = pipe.generate_videos(num_frames=11, num_inference_steps=1, generator=seeded()).videos
+    long = pipe(num_frames=11, num_inference_steps=1, generator=seeded()).videos
     assert len(long[0]) == 11 and long[0][0].size == (24, 16)
 
 
@@ -307,7 +307,7 @@ def test_captions_and_frames_guide_together():
     options = dict(num_inference_steps=2, output_type="latent", latents=torch.randn(1, 18, 192, generator=seeded()))
     known = clips(1, frames=1)
     red, blue, none, guided = (
-        pipe.generate_videos(prompt, known, guidance_scale=g, **options).latents
+        pipe(prompt, known, guidance_scale=g, **options).latents
         for prompt, g in (("a red ball", 1.0), ("a blue cat", 1.0), (None, 1.0), ("a red ball", 3.0))
     )
     assert min((red - blue).abs().max(), (red - none).abs().max(), (red - guided).abs().max()) > 1e-4
@@ -316,39 +316,33 @@ def test_captions_and_frames_guide_together():
 
 def test_bidirectional_models_make_other_sizes_and_everything_else_is_refused():
     pipe = pipeline(transformer=dict(max_position_embeddings=64))
-    made = pipe.generate_videos(num_frames=6, height=24, width=16, num_inference_steps=1, output_type="pt").videos
+    made = pipe(num_frames=6, height=24, width=16, num_inference_steps=1, output_type="pt").videos
     assert made.shape == (1, 3, 6, 24, 16)
     with pytest.raises(ValueError, match="maximum of 64"):
-        pipe.generate_videos(num_frames=6, height=32, width=32)
+        pipe(num_frames=6, height=32, width=32)
     with pytest.raises(ValueError, match="nothing is left"):
-        pipe.generate_videos(frames=clips(1), num_inference_steps=1)
+        pipe(frames=clips(1), num_inference_steps=1)
     with pytest.raises(ValueError, match="patch_size"):
-        pipe.generate_videos(height=20, width=16)
+        pipe(height=20, width=16)
     with pytest.raises(ValueError, match="guidance_scale"):
-        pipe.generate_videos(guidance_scale=2.0)
+        pipe(guidance_scale=2.0)
     with pytest.raises(ValueError, match="one length"):
-        pipe.generate_videos(frames=[])
-    with pytest.raises(ValueError, match="makes clips, not text"):
-        pipe.generate(4)
-    with pytest.raises(ValueError, match="makes clips"):
-        pipe.generate_images()
+        pipe(frames=[])
     with pytest.raises(ValueError, match="size it was trained with"):
-        pipeline(transformer=dict(block_size=6)).generate_videos(height=24, width=16)
-    with pytest.raises(ValueError, match="writes text"):
-        TokComPipeline.from_pretrained(ROOT).generate_videos()
+        pipeline(transformer=dict(block_size=6))(height=24, width=16)
 
 
 def test_clips_are_encoded_decoded_and_saved_with_their_pipeline(tmp_path):
     pipe = pipeline(codec=QUANTIZED)
     shown = [Image.new("RGB", (24, 16), (60 * i, 0, 0)) for i in range(4)]
-    encoded = pipe.encode_videos(shown)
+    encoded = pipe.encode(shown)
     assert encoded.codes.shape == (1, 24, 1)
-    one, other = (pipe.decode_videos(x, "pt").videos for x in (encoded.latents, encoded.codes))
+    one, other = (pipe.decode(x, "pt").videos for x in (encoded.latents, encoded.codes))
     torch.testing.assert_close(one, other)
-    torch.testing.assert_close(pipe.reconstruct_videos(shown, "pt").videos, one)
+    torch.testing.assert_close(pipe.reconstruct(shown, "pt").videos, one)
     pipe.save_pretrained(tmp_path)
-    loaded = TokComPipeline.from_pretrained(tmp_path)
-    torch.testing.assert_close(loaded.decode_videos(encoded.codes, "pt").videos, one)
+    loaded = TokComVideoPipeline.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded.decode(encoded.codes, "pt").videos, one)
     assert "image-to-video" in (tmp_path / "README.md").read_text()
 
 
@@ -393,10 +387,10 @@ def test_a_model_learns_the_latents_of_an_external_autoencoder_and_shows_pixels(
         "data.caption_column=none",
     ]
     train(["--preset", "video-tiny", *overrides, f"autoencoder={tmp_path / 'vae'}", f"output_dir={tmp_path / 'out'}"])
-    pipe = TokComPipeline.from_pretrained(tmp_path / "out")
+    pipe = TokComVideoPipeline.from_pretrained(tmp_path / "out")
     assert type(pipe.vae) is type(vae) and float(pipe.model.codec.latent_std.min()) > 0
     pipe.set_progress_bar_config(disable=True)
-    made = pipe.generate_videos(frames=[[Image.new("RGB", (32, 32))]], num_inference_steps=1, output_type="pt").videos
+    made = pipe(frames=[[Image.new("RGB", (32, 32))]], num_inference_steps=1, output_type="pt").videos
     assert made.shape == pixels.shape
     with pytest.raises(SystemExit, match="shape.*codec reads"):
         train(
@@ -507,9 +501,9 @@ def test_one_command_trains_a_model_of_the_shipped_clips_and_its_student(kind, t
         overrides += ["model.quantize_prediction=true", "model.timestep_sampling=linear"]
     output = tmp_path / "out"
     train(["--preset", "video-tiny", *overrides, f"output_dir={output}"])
-    pipe = TokComPipeline.from_pretrained(output)
+    pipe = TokComVideoPipeline.from_pretrained(output)
     pipe.set_progress_bar_config(disable=True)
-    assert len(pipe.generate_videos(num_inference_steps=2, generator=seeded()).videos[0]) == 8
+    assert len(pipe(num_inference_steps=2, generator=seeded()).videos[0]) == 8
     assert (output / "run/flow/samples-2.png").is_file()
     stages = {"codec", "flow"} if kind == "quantized" else {"flow"}
     assert {p.parent.name for p in output.glob("run/*/summary.json")} == stages
@@ -523,10 +517,10 @@ def test_one_command_trains_a_model_of_the_shipped_clips_and_its_student(kind, t
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved or kind == "quantized"  # whose student and teacher round to the same codes so early
     assert all(name.startswith(("transformer.", "condition_embedding")) for name in moved)
-    student = TokComPipeline.from_pretrained(tmp_path / "student")
+    student = TokComVideoPipeline.from_pretrained(tmp_path / "student")
     assert student.scheduler.config.stochastic_sampling and student.model.config.num_inference_steps == 2
     given = Image.new("RGB", (32, 32), (200, 0, 0))
-    assert np.array_equal(np.asarray(student.generate_videos(frames=[[given]]).videos[0][0]), np.asarray(given))
+    assert np.array_equal(np.asarray(student(frames=[[given]]).videos[0][0]), np.asarray(given))
 
 
 def test_the_next_frame_is_measured_beside_copying_it(tmp_path):

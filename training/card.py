@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.pipeline_base_tokcom import TokComBasePipeline
 from tokcom.training.config import DataConfig, TrainConfig
 from tokcom.training.data import read_sources
 
@@ -23,7 +23,7 @@ def source_names(data: DataConfig) -> list[str]:
     return [Path(name).resolve().name if Path(name).exists() else name for name in names]
 
 
-def training_card(config: TrainConfig, pipe: TokComPipeline) -> str:
+def training_card(config: TrainConfig, pipe: TokComBasePipeline) -> str:
     """The card for what `config` trained in `config.output_dir`."""
     run = Path(config.output_dir) / WORK
     rows = []
@@ -51,7 +51,7 @@ def training_card(config: TrainConfig, pipe: TokComPipeline) -> str:
     return pipe.model_card(name, sections, license=config.hub_license, base_model=base)
 
 
-def _samples(pipe: TokComPipeline) -> str:
+def _samples(pipe: TokComBasePipeline) -> str:
     pipe.set_progress_bar_config(disable=True)
     if not pipe.model.config.codec_config.has_tokens:
         return "Samples are in the folder of the run; none was added to this card."

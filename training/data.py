@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from tokcom.pipeline_text_tokcom import text_ids, vocabulary_size, with_pad_token
+from tokcom.processing_tokcom import text_ids, vocabulary_size, with_pad_token
 from tokcom.training.checkpoints import first_line
 from tokcom.training.config import DataConfig
 

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from tokcom.modeling_tokcom import TokComModel
-from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.pipeline_media_tokcom import build_pipeline
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 from tokcom.training.checkpoints import CheckpointError, first_line
 
@@ -25,8 +25,7 @@ def export_repository(
     partial = directory.with_name(directory.name + ".tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.parent.mkdir(parents=True, exist_ok=True)
-    scheduler = scheduler or TokComFlowMatchScheduler.from_model_config(model.config)
-    pipe = TokComPipeline(model, scheduler, tokenizer, autoencoder)
+    pipe = build_pipeline(model, tokenizer, scheduler, autoencoder)
     try:
         pipe.save_pretrained(partial)
     except Exception as error:  # safetensors and the system name a full disk in ways of their own

@@ -12,9 +12,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from tokcom.pipeline_text_tokcom import text_ids, vocabulary_size
-from tokcom.pipeline_video_tokcom import encode_clips
-from tokcom.processing_tokcom import TokComImageProcessor
+from tokcom.codec_video_tokcom import encode_clips
+from tokcom.processing_tokcom import TokComImageProcessor, text_ids, vocabulary_size
 from tokcom.training.checkpoints import first_line
 from tokcom.training.config import DataConfig
 from tokcom.training.data import FILMS, load_documents

@@ -11,9 +11,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from tokcom.pipeline_omni_tokcom import text_rows
-from tokcom.pipeline_text_tokcom import text_ids
-from tokcom.processing_tokcom import TokComAudioProcessor, TokComImageProcessor
+from tokcom.processing_tokcom import TokComAudioProcessor, TokComImageProcessor, text_ids, text_rows
 from tokcom.training.images import Frames
 
 KEPT_SOUNDS = 512 * 2**20  # bytes of features that a dataset keeps, in each process that reads it

@@ -15,8 +15,8 @@ import torch
 from tqdm.auto import tqdm
 
 from tokcom.objective_tokcom import token_loss
-from tokcom.pipeline_text_tokcom import text_ids
 from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.processing_tokcom import text_ids
 
 LENGTHS = (1, 2, 4, 8, 16)
 BEFORE = 16  # least number of tokens before a gap

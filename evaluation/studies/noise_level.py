@@ -1,6 +1,6 @@
 """Count the tokens of a text that `denoise_reconstruct` leaves unchanged at each noise level.
 
-    python -m tokcom.evaluation.studies.noise_level --model . --data held_out.parquet
+python -m tokcom.evaluation.studies.noise_level --model . --data held_out.parquet
 """
 
 import argparse

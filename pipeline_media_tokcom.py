@@ -1,0 +1,600 @@
+"""The pipelines of pictures, of clips and of several streams, and which pipeline belongs to which model.
+
+Notable choices: the sampler is that of texts; captions take the place of a prompt, and first frames are clean latents before
+those to generate; given streams are the context and those asked for the noise, and a stream that is neither is not in the
+sequence at all; guidance moves away from the prediction without them. `load_pipeline` picks the class for a saved model.
+"""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import ModelMixin, SchedulerMixin
+from diffusers.utils import BaseOutput
+from PIL import Image
+from transformers import PreTrainedTokenizerBase
+
+# diffusers copies only the direct relative imports of this file, so every module that it needs is named here
+from .codec_chunk_tokcom import TokComCodecOutput
+from .codec_color_tokcom import TokComColorCodec  # noqa: F401
+from .codec_composite_tokcom import as_lists, guidance_omissions, names_to_make, read_stream
+from .codec_style_tokcom import TokComStyleCodec  # noqa: F401
+from .codec_video_tokcom import decode_clips, encode_clips, read_clips
+from .configuration_codec_tokcom import TokComCodecConfig  # noqa: F401
+from .configuration_tokcom import TokComConfig
+from .context_tokcom import TokComTask, lay_out_clip
+from .heads_tokcom import TokComTokenHead  # noqa: F401
+from .layers_tokcom import TokComBlock  # noqa: F401
+from .modeling_tokcom import TokComModel
+from .objective_tokcom import token_loss  # noqa: F401
+from .pipeline_base_tokcom import CardFacts, TokComBasePipeline
+from .pipeline_tokcom import TokComPipeline
+from .processing_tokcom import TokComAudioProcessor, TokComImageProcessor, decode_rows, end_at_eos
+from .quantization_tokcom import VectorQuantizer  # noqa: F401
+from .sampling_tokcom import TokComSampling, most_alike
+from .scheduling_tokcom import TokComFlowMatchScheduler
+from .transformer_tokcom import TokComTransformer  # noqa: F401
+
+Generators = torch.Generator | list[torch.Generator] | None
+Callback = Callable[[Any, int, int, dict], dict] | None
+KIND_FIELDS = {
+    "text": "texts",
+    "image": "images",
+    "video": "videos",
+    "audio": "audios",
+}  # of the output of several streams
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+
+
+# ---- pictures ----
+
+
+@dataclass
+class TokComImagePipelineOutput(BaseOutput):
+    """Output of `TokComImagePipeline`; fields that do not apply are None.
+
+    Args:
+        images (`list[PIL.Image.Image]` or `torch.FloatTensor` of shape `(B, 3, H, W)`): pictures; tensors are in [-1, 1].
+        latents (`torch.FloatTensor` of shape `(B, N, C)`): standardised latents.
+        codes (`torch.LongTensor` of shape `(B, N, 1)`): what stores the latents of a codec with a codebook.
+    """
+
+    images: list[Image.Image] | torch.FloatTensor | None = None
+    latents: torch.FloatTensor | None = None
+    codes: torch.LongTensor | None = None
+
+
+class TokComImagePipeline(TokComBasePipeline):
+    """Draw pictures for captions or from nothing; encode them as ordered tokens or codes, and decode these.
+
+    See `TokComBasePipeline` for the arguments. Pictures are given as files, PIL images, arrays `(H, W, 3)` or tensors `(3, H, W)`,
+    one or a list of them; see `TokComImageProcessor`.
+    """
+
+    modality = "image"
+    output_types = ("pil", "pt", "latent")
+
+    @property
+    def image_processor(self) -> TokComImageProcessor:
+        """Pictures <-> `pixel_values`."""
+        return TokComImageProcessor(self.model.config.codec_config.image_size)
+
+    def _save_components(self, directory: Any) -> None:
+        super()._save_components(directory)
+        self.image_processor.save_pretrained(directory)
+
+    def _card_facts(self) -> CardFacts:
+        codec = self.model.config.codec_config
+        size = codec.image_size
+        with_captions = bool(self.model.config.condition_vocab_size)
+        call = 'pipe("a caption")' if with_captions else "pipe()"
+        return CardFacts(
+            task="text-to-image" if with_captions else "unconditional-image-generation",
+            does=f"makes pictures of {size}x{size} pixels by denoising {codec.num_tokens} ordered tokens",
+            example=f'{call}.images[0].save("picture.png")',
+        )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        batch_size: int = 1,
+        num_inference_steps: int | None = None,
+        guidance_scale: float = 1.0,
+        generator: Generators = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callback = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+    ) -> TokComImagePipelineOutput | tuple:
+        """New pictures for one or several captions, or without captions `batch_size` of them.
+
+        Args:
+            prompt: a caption or a list of them, "" for none; for models that were trained with captions.
+            num_inference_steps: denoising steps; by default `config.num_inference_steps`.
+            guidance_scale: 1 is off; above 1 strengthens the caption at twice the cost.
+            generator: `torch.Generator` or one per picture, for reproducible samples.
+            latents: initial noise of shape `(B, N, C)`.
+            output_type: `"pil"`, `"pt"` (values in [-1, 1]) or `"latent"`.
+            callback_on_step_end: called as `f(pipe, step, timestep, {"latents": ...})`; may return new latents.
+
+        Returns `.images` and `.latents (B, N, C)`. Raises `ValueError` for arguments out of range.
+        """
+        self.check_inputs(num_inference_steps, output_type, callback_on_step_end_tensor_inputs)
+        batch_size, prefix = self._caption_prefix(prompt, batch_size)
+        if prefix is None and guidance_scale != 1.0:
+            raise ValueError(f"`guidance_scale` ({guidance_scale}) needs a `prompt` to move towards; leave it at 1.")
+        noise = self.prepare_latents(batch_size, self.model.config.codec_config.num_tokens, generator, latents)
+        result, _ = self.sample_latents(
+            TokComTask(noise, prefix=prefix),
+            TokComSampling(num_inference_steps, guidance_scale, generator=generator),
+            decode=False,
+            on_step_end=self._step_callback(callback_on_step_end, callback_on_step_end_tensor_inputs),
+        )
+        output = self._show(result, output_type)
+        return output if return_dict else output.to_tuple()
+
+    @torch.no_grad()
+    def encode(self, images: Any) -> TokComImagePipelineOutput:
+        """Pictures -> `.latents (B, N, C)`, and `.codes (B, N, 1)` of a codec with a codebook."""
+        pixel_values = self.image_processor(images)["pixel_values"].to(self._execution_device)
+        encoded = self.model.encode(pixel_values=pixel_values)
+        self.maybe_free_model_hooks()
+        return TokComImagePipelineOutput(latents=encoded.latents, codes=encoded.codes)
+
+    @torch.no_grad()
+    def decode(
+        self, latents: torch.Tensor, num_tokens: int | None = None, output_type: str = "pil"
+    ) -> TokComImagePipelineOutput:
+        """Latents `(B, N, C)` or integer codes `(B, N, 1)` -> `.images`, of the first `num_tokens` only if given."""
+        self.check_inputs(output_type=output_type)
+        latents = self._to_latents(latents)
+        config = self.model.config.codec_config
+        if latents.shape[1] != config.num_tokens:
+            raise ValueError(f"`latents` has shape {tuple(latents.shape)} but {config.num_tokens} tokens are needed.")
+        return self._show(latents, output_type, num_tokens)
+
+    def reconstruct(
+        self, images: Any, num_tokens: int | None = None, output_type: str = "pil"
+    ) -> TokComImagePipelineOutput:
+        """Encode and decode: what the first `num_tokens` tokens of pictures, by default all, remember of them."""
+        return self.decode(self.encode(images).latents, num_tokens, output_type)
+
+    def _show(
+        self, latents: torch.Tensor, output_type: str, num_tokens: int | None = None
+    ) -> TokComImagePipelineOutput:
+        images = None
+        if output_type != "latent":
+            images = self.model.decode(latents, num_tokens=num_tokens).pixel_values
+            if output_type == "pil":
+                images = self.image_processor.postprocess(images)
+        self.maybe_free_model_hooks()
+        return TokComImagePipelineOutput(images=images, latents=latents)
+
+
+# ---- clips ----
+
+
+@dataclass
+class TokComVideoPipelineOutput(BaseOutput):
+    """Output of `TokComVideoPipeline`; fields that do not apply are None.
+
+    Args:
+        videos (`list[list[PIL.Image.Image]]` or `torch.FloatTensor` of shape `(B, 3, F, H, W)`): clips; tensors in [-1, 1].
+        latents (`torch.FloatTensor` of shape `(B, N, C)`): standardised latents.
+        codes (`torch.LongTensor` of shape `(B, N, R)`): what stores the latents of a codec with a quantiser.
+    """
+
+    videos: list[list[Image.Image]] | torch.FloatTensor | None = None
+    latents: torch.FloatTensor | None = None
+    codes: torch.LongTensor | None = None
+
+
+class TokComVideoPipeline(TokComBasePipeline):
+    """Make clips for captions, after first frames or from nothing; encode and decode clips.
+
+    A clip is a list of pictures (files, PIL images, arrays, tensors), an animated file, an array `(F, H, W, 3)` or a tensor
+    `(3, F, H, W)` in [-1, 1]; several are a list of clips, or one more axis in front. A single picture is a clip of one frame.
+
+    Args:
+        model, scheduler, tokenizer: see `TokComBasePipeline`.
+        vae (`AutoencoderKL*` of diffusers, *optional*): for models that were trained on its latents.
+    """
+
+    modality = "video"
+    output_types = ("pil", "pt", "latent")
+    model_cpu_offload_seq = "model->vae"
+    _optional_components = ["tokenizer", "vae"]
+
+    def __init__(
+        self,
+        model: TokComModel,
+        scheduler: SchedulerMixin,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        vae: ModelMixin | None = None,
+    ):
+        super().__init__(model, scheduler, tokenizer)
+        self.register_modules(vae=vae)
+
+    @property
+    def image_processor(self) -> TokComImageProcessor:
+        """Frames <-> `pixel_values`."""
+        return TokComImageProcessor(self.model.config.codec_config.image_size)
+
+    def _save_components(self, directory: Any) -> None:
+        super()._save_components(directory)
+        self.image_processor.save_pretrained(directory)
+        if self.vae is not None:
+            self.vae.save_pretrained(directory / "vae")
+
+    def _card_facts(self) -> CardFacts:
+        codec = self.model.config.codec_config
+        with_captions = bool(self.model.config.condition_vocab_size)
+        call = 'pipe("a caption")' if with_captions else "pipe()"
+        size = "x".join(map(str, [*codec.image_size, codec.clip_length]))
+        return CardFacts(
+            task="text-to-video" if with_captions else "image-to-video",
+            does=f"makes clips of {size} pixels and frames by denoising {codec.num_tokens} patches of space and time",
+            example=(
+                f"first, *others = {call}.videos[0]\n"
+                'first.save("clip.gif", save_all=True, append_images=others, duration=125, loop=0)'
+            ),
+        )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        frames: Any = None,
+        num_frames: int | None = None,
+        batch_size: int = 1,
+        num_inference_steps: int | None = None,
+        guidance_scale: float = 1.0,
+        generator: Generators = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        height: int | None = None,
+        width: int | None = None,
+        return_dict: bool = True,
+        callback_on_step_end: Callback = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+    ) -> TokComVideoPipelineOutput | tuple:
+        """New clips for one or several captions, after first frames that are given, or from nothing.
+
+        Args:
+            prompt: a caption or a list of them, "" for none; for models that were trained with captions.
+            frames: the first frames of one or several clips; see the class.
+            num_frames: of the whole clip, those given included; by default that of training. Block-causal models go on for any
+                length, over a window of what they saw in training.
+            batch_size: number of clips, if neither captions nor frames say how many.
+            num_inference_steps: denoising steps, of block-causal models per block; by default those of the config.
+            guidance_scale: 1 is off; above 1 strengthens caption and first frames at twice the cost.
+            generator: `torch.Generator` or one per clip, for reproducible samples.
+            latents: initial noise of shape `(B, n, C)` of the latents to generate.
+            output_type: `"pil"`, `"pt"` (values in [-1, 1]) or `"latent"`.
+            height, width: pixels, if other than those of training; bidirectional models only.
+
+        Returns `.videos`, a list of pictures for each clip or `(B, 3, F, H, W)`, and `.latents (B, N, C)`. Raises
+        `ValueError` for arguments out of range.
+        """
+        self.check_inputs(num_inference_steps, output_type, callback_on_step_end_tensor_inputs)
+        given = None if frames is None else self._read(frames, "frames", height, width)
+        batch_size, prefix = self._caption_prefix(prompt, batch_size if given is None else len(given))
+        if guidance_scale != 1.0 and prefix is None and given is None:
+            raise ValueError(
+                f"`guidance_scale` ({guidance_scale}) needs captions or frames to move towards; leave it at 1."
+            )
+        if given is not None and len(given) != batch_size:
+            raise ValueError(f"there are {batch_size} captions but {len(given)} clips of first frames; give one each.")
+        size = self._size_of(given, height, width)
+        inputs = None if given is None else self._to_codec(given)
+        context, position_ids = lay_out_clip(self.model, inputs, num_frames, size)
+        noise = self.prepare_latents(batch_size, len(position_ids), generator, latents)
+        position_ids = position_ids.expand(batch_size, -1, -1).to(noise.device)
+        sampling = TokComSampling(num_inference_steps, guidance_scale, generator=generator)
+        on_step_end = self._step_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        result, _ = self.sample_latents(
+            TokComTask(noise, context, position_ids, prefix=prefix), sampling, False, on_step_end
+        )
+        if context is not None:
+            result = torch.cat((context.latents.float(), result), dim=1)
+        output = self._show(result, output_type, size, given)
+        return output if return_dict else output.to_tuple()
+
+    def _size_of(self, clips: torch.Tensor | None, height: int | None, width: int | None) -> tuple[int, int]:
+        """Height and width in pixels: those of clips, those asked for, or those of training."""
+        if clips is not None:
+            return clips.shape[-2], clips.shape[-1]
+        own = self.model.config.codec_config.image_size
+        return height or own[0], width or own[1]
+
+    def _to_codec(self, clips: torch.Tensor) -> torch.Tensor:
+        """What the codec reads of clips of pixels: themselves, or their latents in the external autoencoder."""
+        self._check_vae()
+        return clips if self.vae is None else encode_clips(self.vae, clips).to(self._execution_device)
+
+    def _read(self, videos: Any, name: str, height: int | None = None, width: int | None = None) -> torch.Tensor:
+        image_size = self.model.config.codec_config.image_size
+        return read_clips(videos, image_size, name, height, width).to(self._execution_device)
+
+    def _check_vae(self) -> None:
+        config = self.model.config.codec_config
+        if self.vae is None and (config.num_channels, config.spatial_compression) != (3, 1):
+            raise ValueError(
+                f"this model makes latents of {config.num_channels} channels for an external autoencoder; pass it as `vae`."
+            )
+
+    @torch.no_grad()
+    def encode(self, videos: Any) -> TokComVideoPipelineOutput:
+        """Clips -> `.latents (B, N, C)`, and `.codes (B, N, R)` of a codec with a quantiser."""
+        encoded = self.model.encode(pixel_values=self._to_codec(self._read(videos, "videos")))
+        self.maybe_free_model_hooks()
+        return TokComVideoPipelineOutput(latents=encoded.latents, codes=encoded.codes)
+
+    @torch.no_grad()
+    def decode(
+        self, latents: torch.Tensor, output_type: str = "pil", height: int | None = None, width: int | None = None
+    ) -> TokComVideoPipelineOutput:
+        """Latents `(B, N, C)` or integer codes `(B, N, R)` -> `.videos`, by default of the size of training."""
+        self.check_inputs(output_type=output_type)
+        return self._show(self._to_latents(latents), output_type, self._size_of(None, height, width))
+
+    @torch.no_grad()
+    def reconstruct(self, videos: Any, output_type: str = "pil") -> TokComVideoPipelineOutput:
+        """Encode and decode: clips as the codec remembers them."""
+        clips = self._read(videos, "videos")
+        return self.decode(self.encode(clips).latents, output_type, *clips.shape[-2:])
+
+    def _show(
+        self, latents: torch.Tensor, output_type: str, size: tuple[int, int], given: torch.Tensor | None = None
+    ) -> TokComVideoPipelineOutput:
+        """Latents as clips of `size`, which begin with the frames `given (B, 3, F, H, W)` as they are."""
+        self._check_vae()
+        videos = None
+        if output_type != "latent":
+            factor = self.model.config.codec_config.spatial_compression
+            videos = self.model.decode(latents, height=size[0] // factor, width=size[1] // factor).pixel_values
+            if self.vae is not None:
+                videos = decode_clips(self.vae, videos)
+            if given is not None:
+                videos[:, :, : given.shape[2]] = given
+            if output_type == "pil":
+                videos = [self.image_processor.postprocess(clip.transpose(0, 1)) for clip in videos]
+        self.maybe_free_model_hooks()
+        return TokComVideoPipelineOutput(videos=videos, latents=latents)
+
+
+# ---- several streams ----
+
+
+@dataclass
+class TokComOmniPipelineOutput(BaseOutput):
+    """Output of `TokComOmniPipeline`.
+
+    Args:
+        streams (`dict[str, list]`): the content of each stream by name: texts, pictures, clips, sounds.
+        latents (`torch.FloatTensor` of shape `(B, N, C)`): of all streams, 0 where one is absent.
+        texts, images, videos, audios (`list`): the first stream of each kind; None if there is none.
+    """
+
+    streams: dict[str, list] | None = None
+    latents: torch.FloatTensor | None = None
+    texts: list[str] | None = None
+    images: list[Image.Image] | None = None
+    videos: list[list[Image.Image]] | None = None
+    audios: list[np.ndarray] | None = None
+
+
+class TokComOmniPipeline(TokComBasePipeline):
+    """Make any streams (texts, pictures, clips, sounds) for any others that are given.
+
+    See `TokComBasePipeline` for the arguments. Streams are a dictionary: name -> a text, a picture, a clip or a sound (an array at
+    the codec's rate, or a .wav file), or a list of them; all lists have one length.
+    """
+
+    modality = "several"
+    output_types = ("content", "latent")
+
+    def _card_facts(self) -> CardFacts:
+        codec = self.model.config.codec_config
+        kinds = {name: stream.kind for name, stream in codec.stream_configs().items()}
+        first, *others = sorted(kinds, key=lambda name: kinds[name] != "text")
+        given = f'{{{first!r}: "a word"}}, ' if kinds[first] == "text" and others else ""
+        return CardFacts(
+            task="any-to-any",
+            does=f"makes any of the streams {', '.join(kinds)} for any others by denoising {codec.num_tokens} latents",
+            example=f"print(pipe({given}generate=[{(others or [first])[0]!r}]).streams)",
+        )
+
+    @property
+    def sampling_rates(self) -> dict[str, int]:
+        """Samples a second of every stream of sounds."""
+        codecs = self.model.config.codec_config.stream_configs().items()
+        return {name: codec.sampling_rate for name, codec in codecs if codec.kind == "audio"}
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        given: Mapping[str, Any] | None = None,
+        generate: str | Sequence[str] | None = None,
+        batch_size: int = 1,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | Mapping[str, float] = 1.0,
+        num_candidates: int = 1,
+        generator: Generators = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "content",
+        return_dict: bool = True,
+        callback_on_step_end: Callback = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+    ) -> TokComOmniPipelineOutput | tuple:
+        """Some streams for others that are given, or from nothing: `pipe({"text": "a frog"}, generate="image")`.
+
+        Args:
+            given: streams; see the class.
+            generate: names of the streams to make; by default all that are not given.
+            batch_size: how many, if nothing is given.
+            guidance_scale: 1 is off; above 1 strengthens what is given at twice the cost. A dictionary names a scale for each
+                given stream, at the cost of one more evaluation for each that is not 1.
+            num_candidates: above 1, so many are made for each, and the one is kept whose texts the others resemble most:
+                better guesses, less variety, at so many times the cost.
+            latents: initial noise `(B * num_candidates, n, C)` of the latents to generate.
+            output_type: `"content"` or `"latent"`.
+
+        Returns `.streams`, a list for each name, those given as they are, and `.latents (B, N, C)`. Raises `ValueError` for
+        arguments out of range.
+        """
+        self.check_inputs(num_inference_steps, output_type, callback_on_step_end_tensor_inputs)
+        codec = self.model.codec
+        contents = as_lists(codec, {} if given is None else given, "given")
+        names = names_to_make(codec, generate, list(contents), num_candidates)
+        batch_size = len(next(iter(contents.values()), range(batch_size)))
+        context, whole = self._read_given(contents, batch_size, num_candidates)
+        omissions = guidance_omissions(codec, guidance_scale, list(contents), context)
+        index = codec.index_of(names, self._execution_device)
+        noise = self.prepare_latents(len(whole), len(index), generator, latents)
+        task = TokComTask(noise, context, codec.positions(index).expand(len(whole), -1, -1))
+        sampling = TokComSampling(num_inference_steps, omissions=omissions, generator=generator)
+        on_step_end = self._step_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        result, _ = self.sample_latents(task, sampling, False, on_step_end)
+        whole[:, index] = result.to(whole.dtype)
+        if num_candidates > 1:
+            whole = self._choose(whole, names, num_candidates)
+        output = self._collect(whole, contents, names, output_type)
+        return output if return_dict else output.to_tuple()
+
+    @torch.no_grad()
+    def encode(self, streams: Mapping[str, Any]) -> TokComOmniPipelineOutput:
+        """Streams -> `.latents (B, N, C)` of all, 0 where a stream is absent."""
+        contents = as_lists(self.model.codec, streams, "streams")
+        if not contents:
+            raise ValueError(f"`streams` is empty; give at least one of the streams {self.model.codec.names}.")
+        _, latents = self._read_given(contents, 0)
+        self.maybe_free_model_hooks()
+        return TokComOmniPipelineOutput(latents=latents)
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor, names: Sequence[str] | None = None) -> TokComOmniPipelineOutput:
+        """Latents `(B, N, C)` of all streams -> `.streams`, by default all, otherwise those with `names`."""
+        names = self.model.codec.names if names is None else list(names)
+        self.model.codec.check_names(names)
+        return self._collect(self._to_latents(latents), {}, names, "content")
+
+    def reconstruct(self, streams: Mapping[str, Any]) -> TokComOmniPipelineOutput:
+        """Encode and decode: streams as their codecs remember them."""
+        return self.decode(self.encode(streams).latents, list(streams))
+
+    # ---- content <-> latents ----
+
+    def _read_given(
+        self, contents: dict[str, list], batch_size: int, copies: int = 1
+    ) -> tuple[TokComCodecOutput | None, torch.Tensor]:
+        """The latents of the given streams alone, and those of all `(B, N, C)`, 0 if not given; each row `copies` times."""
+        codec, device = self.model.codec, self._execution_device
+        if not contents:
+            return None, torch.zeros(batch_size * copies, codec.num_latents, codec.num_channels, device=device)
+        streams = {name: read_stream(codec, name, v, self.tokenizer).to(device) for name, v in contents.items()}
+        encoded = self.model.encode(streams=streams)
+        index = codec.index_of(list(contents), encoded.latents.device)
+        latents = encoded.latents.repeat_interleave(copies, 0)
+        positions = encoded.position_ids.repeat_interleave(copies, 0)
+        mask = encoded.mask.repeat_interleave(copies, 0)
+        return TokComCodecOutput(latents[:, index], positions[:, index], mask[:, index]), latents.float()
+
+    def _stream_ids(self, name: str, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids of a stream of texts, of latents `(B, N, C)` of all, and the mask of what stands before their end."""
+        codec = self.model.codec
+        ids = codec.streams[name].to_ids(codec.stream_of(latents, name))
+        return end_at_eos(ids, getattr(self.tokenizer, "eos_token_id", None), self._pad_token_id)
+
+    def _write_stream(self, name: str, latents: torch.Tensor) -> list:
+        """The content of a stream of latents `(B, N, C)` of all: texts, pictures, clips or sounds."""
+        config = self.model.codec.streams[name].config
+        if config.kind == "text":
+            ids, mask = self._stream_ids(name, latents)
+            return ids.tolist() if self.tokenizer is None else decode_rows(self.tokenizer, ids, mask)
+        output = self.model.decode_stream(name, latents)
+        if config.kind == "audio":
+            return TokComAudioProcessor(config).postprocess(output.input_features)
+        processor = TokComImageProcessor(config.image_size)
+        pixels = output.pixel_values
+        if config.kind == "video":
+            return [processor.postprocess(clip.transpose(0, 1)) for clip in pixels]
+        return processor.postprocess(pixels if pixels.ndim == 4 else pixels[:, :, 0])
+
+    def _choose(self, latents: torch.Tensor, names: list[str], num_candidates: int) -> torch.Tensor:
+        """Of every `num_candidates` rows of latents `(B, N, C)` the one whose texts the others resemble most."""
+        rows: list[list[tuple[str, int]]] = [[] for _ in latents]
+        for name in [name for name in names if self.model.codec.streams[name].config.has_tokens]:
+            ids, mask = self._stream_ids(name, latents)
+            for row, values, kept in zip(rows, ids.tolist(), mask.tolist()):
+                row += [(name, value) for value, keep in zip(values, kept) if keep]
+        starts = range(0, len(rows), num_candidates)
+        return latents[[start + most_alike(rows[start : start + num_candidates]) for start in starts]]
+
+    def _collect(
+        self, latents: torch.Tensor, given: dict[str, list], names: list[str], output_type: str
+    ) -> TokComOmniPipelineOutput:
+        """The output: the `given` streams as they are, and those with `names` from their latents."""
+        streams = None
+        first_of_kind: dict[str, list] = {}
+        if output_type == "content":
+            made = given | {name: self._write_stream(name, latents) for name in names}
+            streams = {name: made[name] for name in self.model.codec.names if name in made}
+            for name, content in streams.items():
+                first_of_kind.setdefault(KIND_FIELDS[self.model.codec.streams[name].config.kind], content)
+        self.maybe_free_model_hooks()
+        return TokComOmniPipelineOutput(streams=streams, latents=latents, **first_of_kind)
+
+
+# ---- which pipeline belongs to which model ----
+
+PIPELINES: dict[str, type[TokComBasePipeline]] = {
+    pipeline.modality: pipeline
+    for pipeline in (TokComPipeline, TokComImagePipeline, TokComVideoPipeline, TokComOmniPipeline)
+}
+
+
+def pipeline_class(config: TokComConfig) -> type[TokComBasePipeline]:
+    """The pipeline that runs models of this configuration."""
+    return PIPELINES[config.codec_config.modality]
+
+
+def build_pipeline(
+    model: TokComModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    scheduler: SchedulerMixin | None = None,
+    vae: ModelMixin | None = None,
+) -> TokComBasePipeline:
+    """A pipeline of the right class; the scheduler is by default the one that the model's training implies."""
+    scheduler = scheduler or TokComFlowMatchScheduler.from_model_config(model.config)
+    components = {} if vae is None else {"vae": vae}
+    return pipeline_class(model.config)(model, scheduler, tokenizer, **components)
+
+
+def load_pipeline(path: str | os.PathLike, **kwargs: Any) -> TokComBasePipeline:
+    """Load a directory or a Hub repository with the pipeline of its modality.
+
+    `kwargs` are those of `DiffusionPipeline.from_pretrained`, such as `dtype` and `revision`.
+    """
+    hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+    config = TokComConfig.from_pretrained(path, **hub)
+    return pipeline_class(config).from_pretrained(path, **kwargs)
+
+
+__all__ = [
+    "PIPELINES",
+    "TokComImagePipeline",
+    "TokComImagePipelineOutput",
+    "TokComOmniPipeline",
+    "TokComOmniPipelineOutput",
+    "TokComVideoPipeline",
+    "TokComVideoPipelineOutput",
+    "build_pipeline",
+    "load_pipeline",
+    "pipeline_class",
+]
