@@ -9,7 +9,8 @@ from importlib import import_module
 _MODULES = {
     "TokComConfig": "configuration_tokcom",
     "TokComModel": "modeling_tokcom",
-    "TokComOutput": "modeling_tokcom",
+    "TokComForCausalLM": "modeling_causal_tokcom",
+    "TokComOutput": "objective_tokcom",
     "TokComFlowMatchScheduler": "scheduling_tokcom",
     "TokComPipeline": "pipeline_tokcom",
     "TokComPipelineOutput": "pipeline_tokcom",

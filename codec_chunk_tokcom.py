@@ -12,7 +12,9 @@ Shape legend: B batch, T tokens, K tokens per chunk, N = T/K latents, C latent c
 E embedding, V vocabulary.
 """
 
-from dataclasses import dataclass
+import difflib
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +53,17 @@ class TokComCodecOutput(ModelOutput):
     position_ids: torch.LongTensor | None = None
     mask: torch.BoolTensor | None = None
     codes: torch.LongTensor | None = None
+
+
+def check_settings(kind: type, settings: dict[str, Any], prefix: str = "") -> None:
+    """Raise `ValueError` for a setting that the dataclass `kind` does not have, and name the
+    nearest one."""
+    known = [field.name for field in fields(kind)]
+    for name in settings:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known are {known}."
+            raise ValueError(f"there is no setting {prefix}{name}; {hint}")
 
 
 @dataclass
@@ -136,9 +149,32 @@ class TokComChunkTransformer(nn.Module):
         return hidden_states[:, -1] if self.encoder else hidden_states
 
 
+@dataclass
+class TokComCodecLoss:
+    """Settings of a codec's `training_loss`, by default none. They belong to a training run, not to
+    a model."""
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if name.endswith("_dropout") and not 0 <= value < 1:
+                raise ValueError(f"`{name}` ({value}) is a probability and must be in [0, 1).")
+            if value < 0:
+                raise ValueError(f"`{name}` ({value}) must not be negative.")
+
+
 class TokComCodec(TokComPreTrainedModel):
     """Base class of all codecs. Subclasses define `encode`, `decode`, `positions` and
     `training_loss`; token codecs also `to_chunks`, `to_ids` and `nll`."""
+
+    loss_class: type[TokComCodecLoss] = TokComCodecLoss
+
+    def set_loss(self, **settings) -> None:
+        """Set the fields of `loss_class` for `training_loss`; all others take their defaults.
+
+        Raises `ValueError` for unknown or impossible settings.
+        """
+        check_settings(self.loss_class, settings, "codec.objective.")
+        self.loss_settings = self.loss_class(**settings)
 
     def known(
         self,
@@ -173,6 +209,23 @@ class TokComCodec(TokComPreTrainedModel):
 CHUNK_NETWORKS = {"mlp": TokComChunkMLP, "attention": TokComChunkTransformer}
 
 
+@dataclass
+class TokComChunkCodecLoss(TokComCodecLoss):
+    """Settings of `TokComChunkCodec.training_loss`.
+
+    Args:
+        kl_weight: weight of the KL term.
+        kl_free_nats: nats per channel that cost nothing.
+        token_dropout: share of the tokens that the encoder does not see.
+        latent_dropout: share of the channels that the decoder does not see.
+    """
+
+    kl_weight: float = 1e-3
+    kl_free_nats: float = 0.5
+    token_dropout: float = 0.15
+    latent_dropout: float = 0.15
+
+
 class TokComChunkCodec(TokComCodec):
     """Variational autoencoder of token chunks (CALM, Shao et al. 2025, and TokCom v5.2).
 
@@ -182,6 +235,7 @@ class TokComChunkCodec(TokComCodec):
     """
 
     config: TokComChunkCodecConfig
+    loss_class = TokComChunkCodecLoss
     main_input_name = "input_ids"
 
     def __init__(self, config: TokComChunkCodecConfig):
@@ -211,6 +265,7 @@ class TokComChunkCodec(TokComCodec):
         )
         self.latent_mean = nn.Buffer(torch.zeros(config.latent_channels))
         self.latent_std = nn.Buffer(torch.ones(config.latent_channels))
+        self.set_loss()
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -280,14 +335,9 @@ class TokComChunkCodec(TokComCodec):
         norms = -0.5 * means.square().sum(-1, keepdim=True)
         return states, torch.cat((weight, means, norms), dim=-1)
 
-    def _denormalize(self, latents: torch.Tensor, quantized: bool = False) -> torch.Tensor:
-        """Standardised latents `(B, N, C)` -> raw latents `(M, C)`, quantised if the decoder
-        expects that."""
-        raw_latents = (latents * self.latent_std + self.latent_mean).flatten(0, -2)  # (M, C)
-        # with `quantized_latents=False` the quantiser is the first part of the decoder
-        if self.quantizer is None or self.config.quantized_latents or quantized:
-            return raw_latents
-        return self.quantizer(raw_latents, frozen=True).latents
+    def _denormalize(self, latents: torch.Tensor) -> torch.Tensor:
+        """Standardised latents `(B, N, C)` -> raw latents `(M, C)`."""
+        return (latents * self.latent_std + self.latent_mean).flatten(0, -2)  # (M, C)
 
     def to_chunks(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
@@ -321,7 +371,7 @@ class TokComChunkCodec(TokComCodec):
         codes = None
         if self.quantizer is not None:
             quantized = self.quantizer(mean, frozen=True)
-            mean = quantized.latents if self.config.quantized_latents else mean
+            mean = quantized.latents
             codes = quantized.codes.unflatten(0, chunks.shape[:2])
         latents = (mean - self.latent_mean) / self.latent_std
         latents = latents.unflatten(0, chunks.shape[:2])  # (B, N, C)
@@ -330,7 +380,7 @@ class TokComChunkCodec(TokComCodec):
     def from_codes(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes `(B, N, R)` of `encode` -> standardised latents `(B, N, C)`.
 
-        Decode them with `quantized=True`. Raises `ValueError` if the codec has no quantiser.
+        Raises `ValueError` if the codec has no quantiser.
         """
         if self.quantizer is None:
             raise ValueError(
@@ -344,13 +394,9 @@ class TokComChunkCodec(TokComCodec):
         """Index of latents in reading order `(...)` -> their positions `(..., A)`."""
         return index[..., None]
 
-    def decode(self, latents: torch.Tensor, quantized: bool = False) -> TokComDecoderOutput:
-        """Standardised latents `(B, N, C)` -> logits `(B, N * K, V)`.
-
-        Set `quantized` for latents of `from_codes`: a codec with `quantized_latents=False` then
-        does not quantise them again.
-        """
-        raw_latents = self._denormalize(latents, quantized)
+    def decode(self, latents: torch.Tensor) -> TokComDecoderOutput:
+        """Standardised latents `(B, N, C)` -> logits `(B, N * K, V)`."""
+        raw_latents = self._denormalize(latents)
         states = self._token_states(raw_latents)  # (B * N, K, E)
         # likelihoods are differences of large numbers: not in bfloat16
         with torch.autocast(states.device.type, enabled=False):
@@ -383,15 +429,13 @@ class TokComChunkCodec(TokComCodec):
         """Symbols `(B, N, K)` -> token ids `(B, N * K)`."""
         return symbols.flatten(1)
 
-    def to_ids(self, latents: torch.Tensor, quantized: bool = False) -> torch.Tensor:
+    def to_ids(self, latents: torch.Tensor) -> torch.Tensor:
         """Standardised latents `(B, N, C)` -> the most likely ids `(B, N * K)`.
 
         Works on a few latents at a time, so that the logits of a long text are never all in memory.
         """
         pieces = latents.flatten(0, 1).split(DECODE_CHUNK)
-        ids = torch.cat(
-            [self.decode(piece[None], quantized).logits[0].argmax(-1) for piece in pieces]
-        )
+        ids = torch.cat([self.decode(piece[None]).logits[0].argmax(-1) for piece in pieces])
         return ids.view(latents.shape[0], -1)
 
     def nll(self, latents: torch.Tensor, chunks: torch.Tensor) -> torch.Tensor:
@@ -415,36 +459,35 @@ class TokComChunkCodec(TokComCodec):
         """Loss of the codec stage: K x cross-entropy per token + `kl_weight` x KL.
 
         The KL of each channel is clipped below at `kl_free_nats`. With a quantiser, its commitment
-        loss replaces the KL. Dropouts act in training mode only.
+        loss replaces the KL. Dropouts and the noise of the posterior act in training mode only.
 
         Returns: the scalar loss, and its detached parts `ce_loss` (nats per token) and `kl_loss`
             (nats per chunk).
         """
-        config = self.config
+        settings = self.loss_settings
         chunks, real = self.to_chunks(input_ids, attention_mask)
         inputs = chunks  # dropout changes what is read, never what is predicted
-        if self.training and config.token_dropout:
-            dropped = torch.rand(chunks.shape, device=chunks.device) < config.token_dropout
-            inputs = torch.where(dropped, config.mask_token_id, chunks)
+        if self.training and settings.token_dropout:
+            dropped = torch.rand(chunks.shape, device=chunks.device) < settings.token_dropout
+            inputs = torch.where(dropped, self.config.mask_token_id, chunks)
         latents, log_variance = self._posterior(inputs.flatten(0, 1))
         kl = latents.new_zeros(())
         if self.quantizer is not None:
             quantized = self.quantizer(latents)
             latents = quantized.latents
-            penalty = quantized.loss
         elif log_variance is not None:
             divergence = 0.5 * (latents.square() + log_variance.exp() - 1 - log_variance)  # (M, C)
             # free nats: a channel that is below them has no reason to collapse further
-            kl = divergence.clamp_min(config.kl_free_nats).sum(-1)
+            kl = divergence.clamp_min(settings.kl_free_nats).sum(-1)
             kl = (kl * real.flatten(0, 1).any(-1)).sum() / real.any(-1).sum().clamp_min(1)
             if self.training:  # the reparametrisation trick
                 latents = latents + torch.randn_like(latents) * (0.5 * log_variance).exp()
-        if self.training and config.latent_dropout:
-            latents = F.dropout(latents, config.latent_dropout)
+        if self.training and settings.latent_dropout:
+            latents = F.dropout(latents, settings.latent_dropout)
         nll = self._token_nll(latents, chunks)
         cross_entropy = (nll * real).sum() / real.sum().clamp_min(1)
-        penalty = config.kl_weight * kl if self.quantizer is None else penalty
-        loss = config.chunk_size * cross_entropy + penalty
+        penalty = settings.kl_weight * kl if self.quantizer is None else quantized.loss
+        loss = self.config.chunk_size * cross_entropy + penalty
         return loss, {"ce_loss": cross_entropy.detach(), "kl_loss": kl.detach()}
 
     @torch.no_grad()
@@ -454,4 +497,12 @@ class TokComChunkCodec(TokComCodec):
         self.latent_std.copy_(std.clamp_min(1e-6))
 
 
-__all__ = ["TokComChunkCodec", "TokComCodec", "TokComCodecOutput", "TokComDecoderOutput"]
+__all__ = [
+    "TokComChunkCodec",
+    "TokComChunkCodecLoss",
+    "TokComCodec",
+    "TokComCodecLoss",
+    "TokComCodecOutput",
+    "TokComDecoderOutput",
+    "check_settings",
+]

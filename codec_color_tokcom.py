@@ -22,6 +22,9 @@ from .configuration_tokcom import TokComColorCodecConfig
 NEAREST_ROWS = 512  # rows of distances to all ids that exist at once
 
 
+DIGIT_SIGMA = 0.25  # width, in digits, of the Gaussian that turns a channel into digit logits
+
+
 def spell(ids: torch.Tensor, base: int, count: int) -> torch.Tensor:
     """Ids `(...)` -> `count` digits of `base`, `(..., count)`, least significant first."""
     return ids[..., None] // base ** torch.arange(count, device=ids.device) % base
@@ -40,6 +43,7 @@ class TokComColorCodec(TokComCodec):
 
     def __init__(self, config: TokComColorCodecConfig):
         super().__init__(config)
+        self.set_loss()
         self.post_init()
 
     def get_input_embeddings(self):
@@ -235,14 +239,14 @@ class TokComColorCodec(TokComCodec):
     def _digit_logits(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents `(B, N, C)` -> logits of digits `(B, N, K * G, base)`.
 
-        They are log-likelihoods of a Gaussian that is `digit_sigma` digits wide.
+        They are log-likelihoods of a Gaussian that is `DIGIT_SIGMA` digits wide.
         """
         table = self._digit_table(latents.device)
         return -0.5 * ((latents.float()[..., None] - table) / self._sigma(latents.device)).square()
 
     def _sigma(self, device: torch.device) -> torch.Tensor:
-        """`digit_sigma` in units of each channel: `(K * G, 1)`."""
-        sigma = (self.config.digit_sigma / self._scale[1]).to(device)  # (G,)
+        """`DIGIT_SIGMA` in units of each channel: `(K * G, 1)`."""
+        sigma = (DIGIT_SIGMA / self._scale[1]).to(device)  # (G,)
         return sigma.repeat(self.config.chunk_size)[:, None]
 
     def decode(self, latents: torch.Tensor) -> TokComDecoderOutput:

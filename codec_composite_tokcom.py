@@ -30,7 +30,8 @@ from .codec_chunk_tokcom import (
 from .codec_color_tokcom import TokComColorCodec
 from .codec_style_tokcom import TokComImageOutput, TokComStyleCodec
 from .codec_video_tokcom import TokComVideoCodec, TokComVideoOutput, read_clips
-from .configuration_codec_tokcom import TokComAudioCodecConfig, TokComCompositeCodecConfig
+from .configuration_codec_tokcom import TokComAudioCodecConfig
+from .configuration_tokcom import TokComCompositeCodecConfig
 from .processing_tokcom import (
     TokComAudioProcessor,
     TokComImageProcessor,
@@ -116,12 +117,14 @@ class TokComCompositeCodec(TokComCodec):
         self.num_latents = place
         self.num_channels = channel
         self.num_axes = config.num_position_axes
-        weights = config.stream_weights or {}
-        rates = config.generation_rates or {}
-        self.weights = {name: float(weights.get(name, 1.0)) for name in configs}
-        self.rates = [float(rates.get(name, 0.5)) for name in configs]
         self.gradient_checkpointing = False
         self.post_init()
+
+    def set_loss(self, **settings) -> None:
+        """Settings of the codecs: stream -> the fields of its codec's `loss_class`."""
+        self.check_names(settings)
+        for name, codec in self.streams.items():
+            codec.set_loss(**settings.get(name, {}))
 
     def get_input_embeddings(self):
         return None
@@ -268,21 +271,25 @@ class TokComCompositeCodec(TokComCodec):
                 parts[key] = parts.get(key, 0.0) + value
         return loss, parts
 
-    def draw_task(self, exists: torch.Tensor, dropout: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def draw_task(
+        self, exists: torch.Tensor, dropout: float, rates: dict[str, float] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw a task for every row: which streams are generated, given or dropped.
 
-        Of the streams that exist, at least one is generated, each by its `generation_rates`. Each
-        other stream is given, or dropped with probability `dropout`.
+        Of the streams that exist, at least one is generated, each by its rate. Each other stream is
+        given, or dropped with probability `dropout`.
 
         Args:
             exists (`torch.BoolTensor` of shape `(B, N)`): latents of the streams that a row has.
+            rates: how often a stream is generated, by name; 0.5 by default.
 
         Returns: which latents are given, and which are used at all, both `(B, N)`.
         """
         index = [self.places[name].start for name in self.names]  # one latent tells for its stream
         has = exists[:, index]
         shape = (len(exists), len(index))  # (B, S)
-        rates = torch.tensor(self.rates, device=exists.device)
+        rates = [float((rates or {}).get(name, 0.5)) for name in self.names]
+        rates = torch.tensor(rates, device=exists.device)
         draws = torch.rand(len(has), 32, len(index), device=exists.device)
         subsets = has[:, None] & (draws < rates)
         subsets[:, -1] = has  # the last draw is never empty
@@ -298,8 +305,10 @@ class TokComCompositeCodec(TokComCodec):
         lengths = torch.tensor(list(self.lengths.values()), device=streams.device)
         return streams.repeat_interleave(lengths, dim=1)
 
-    def squared_error(self, errors: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
-        """Weighted sum over streams of the mean squared error.
+    def squared_error(
+        self, errors: torch.Tensor, loss_mask: torch.Tensor, weights: dict[str, float] | None = None
+    ) -> torch.Tensor:
+        """Weighted sum over streams of the mean squared error; weights are 1 by default.
 
         The mean is over the stream's latents in `loss_mask (B, N)` and over its own channels of
         `errors (B, M, N, C)`.
@@ -309,11 +318,15 @@ class TokComCompositeCodec(TokComCodec):
             counted = loss_mask[:, None, self.places[name]].float()  # (B, 1, n)
             error = self.stream_of(errors, name).square().mean(-1) * counted
             count = (errors.shape[1] * counted.sum()).clamp_min(1)
-            total = total + self.weights[name] * error.sum() / count
+            total = total + float((weights or {}).get(name, 1.0)) * error.sum() / count
         return total
 
     def text_nll(
-        self, estimate: torch.Tensor, streams: dict[str, torch.Tensor], loss_mask: torch.Tensor
+        self,
+        estimate: torch.Tensor,
+        streams: dict[str, torch.Tensor],
+        loss_mask: torch.Tensor,
+        weights: dict[str, float] | None = None,
     ) -> torch.Tensor | None:
         """Weighted nats per token of the texts in `streams` given `estimate (B, N, C)`.
 
@@ -325,8 +338,8 @@ class TokComCompositeCodec(TokComCodec):
                 continue
             chunks, _ = codec.to_chunks(self._inputs(name, streams[name]), None)  # (B, n, K)
             counted = loss_mask[:, self.places[name], None].expand_as(chunks)
-            nats = codec.nll(self.stream_of(estimate, name), chunks) * counted  # (B, n, K)
-            mean = self.weights[name] * nats.sum() / counted.sum().clamp_min(1)
+            nats = codec.nll(self.stream_of(estimate, name), chunks) * counted
+            mean = float((weights or {}).get(name, 1.0)) * nats.sum() / counted.sum().clamp_min(1)
             total = mean if total is None else total + mean
         return total
 

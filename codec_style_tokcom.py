@@ -19,7 +19,7 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
-from .codec_chunk_tokcom import TokComCodec, TokComCodecOutput
+from .codec_chunk_tokcom import TokComCodec, TokComCodecLoss, TokComCodecOutput
 from .configuration_codec_tokcom import TokComStyleCodecConfig
 from .layers_tokcom import TokComRMSNorm
 from .quantization_tokcom import VectorQuantizer, code_statistics, kmeans, nearest_codes
@@ -240,6 +240,25 @@ class TokComSoftCodebook(nn.Module):
             )
 
 
+@dataclass
+class TokComStyleCodecLoss(TokComCodecLoss):
+    """Settings of `TokComStyleCodec.training_loss`.
+
+    Args:
+        kl_weight: weight of the KL term of a Gaussian bottleneck.
+        bottleneck_noise: length of the noise on a spherical bottleneck, relative to the tokens.
+        tail_dropout: share of the images of which only the first k tokens are kept, k uniform in
+            1..N.
+        gradient_weight: of the error of image gradients on several scales, beside the squared
+            error.
+    """
+
+    kl_weight: float = 1e-4
+    bottleneck_noise: float = 0.1
+    tail_dropout: float = 0.5
+    gradient_weight: float = 0.2
+
+
 class TokComStyleCodec(TokComCodec):
     """Autoencoder of images whose N tokens are ordered from coarse to fine.
 
@@ -248,6 +267,7 @@ class TokComStyleCodec(TokComCodec):
     """
 
     config: TokComStyleCodecConfig
+    loss_class = TokComStyleCodecLoss
     main_input_name = "pixel_values"
 
     def __init__(self, config: TokComStyleCodecConfig):
@@ -265,7 +285,10 @@ class TokComStyleCodec(TokComCodec):
         self.quantizer = VectorQuantizer(config.num_codes, channels) if config.num_codes else None
         self.latent_mean = nn.Buffer(torch.zeros(count, channels))
         self.latent_std = nn.Buffer(torch.ones(count, channels))
-        self.feature_loss = None  # set by training: an additional distance between two images
+        self.set_loss()
+        self.feature_loss = (
+            None  # set by training: a distance of two images besides the squared error
+        )
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -402,6 +425,7 @@ class TokComStyleCodec(TokComCodec):
         """Loss of the codec stage on images `(B, 3, H, W)`, and its parts: squared error and KL per
         token."""
         config = self.config
+        settings = self.loss_settings
         self._check(pixel_values)
         tokens, log_variance = self._raw_tokens(pixel_values)
         kl = tokens.new_zeros(())
@@ -412,20 +436,19 @@ class TokComStyleCodec(TokComCodec):
             if log_variance is not None:
                 tokens = tokens + torch.randn_like(tokens) * (0.5 * log_variance).exp()
             elif config.bottleneck == "sphere":
-                tokens = tokens + torch.randn_like(tokens) * config.bottleneck_noise
-            # nested dropout: a share `tail_dropout` of the images keeps only its first tokens
+                tokens = tokens + torch.randn_like(tokens) * settings.bottleneck_noise
             draws = torch.rand(2, len(tokens), 1, device=tokens.device)
             count = torch.where(
-                draws[0] < config.tail_dropout,
+                draws[0] < settings.tail_dropout,
                 1 + (draws[1] * config.num_tokens).long(),
                 config.num_tokens,
             )
             kept = torch.arange(config.num_tokens, device=tokens.device) < count
         output = self._decode(tokens, kept).float()
         error = F.mse_loss(output, pixel_values.float())
-        loss = error + config.kl_weight * kl
-        if config.gradient_weight:
-            loss = loss + config.gradient_weight * gradient_loss(output, pixel_values.float())
+        loss = error + settings.kl_weight * kl
+        if settings.gradient_weight:
+            loss = loss + settings.gradient_weight * gradient_loss(output, pixel_values.float())
         if self.feature_loss is not None:
             loss = loss + self.feature_loss(output, pixel_values.float())
         return loss, {"mse_loss": error.detach(), "kl_loss": kl.detach()}

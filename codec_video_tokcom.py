@@ -74,6 +74,7 @@ class TokComVideoCodec(TokComCodec):
             )
         self.latent_mean = nn.Buffer(torch.zeros(channels))
         self.latent_std = nn.Buffer(torch.ones(channels))
+        self.set_loss()
         self.gradient_checkpointing = False
         self.post_init()
 

@@ -22,12 +22,6 @@ def check_positive(config: PreTrainedConfig, *names: str) -> None:
             raise ValueError(f"`{name}` ({getattr(config, name)}) must be at least 1.")
 
 
-def check_fraction(config: PreTrainedConfig, *names: str) -> None:
-    for name in names:
-        if not 0.0 <= getattr(config, name) < 1.0:
-            raise ValueError(f"`{name}` ({getattr(config, name)}) is a probability and must be in [0, 1).")
-
-
 def check_known_keys(config_class: type[PreTrainedConfig], values: dict[str, Any], prefix: str) -> None:
     """Reject misspelt keys, which `PreTrainedConfig` would keep as attributes that nothing reads."""
     known = {k for c in config_class.__mro__ for k in getattr(c, "__annotations__", {})}
@@ -160,17 +154,13 @@ class TokComChunkCodecConfig(TokComCodecConfig):
         embedding_size (`int`): width of the tied token embedding; equals `hidden_size` in the attention form.
         variational (`bool`): a Gaussian posterior head and linear maps to and from C channels. `False` is the
             published autoencoder, whose latent is the last hidden state, so `latent_channels == hidden_size`.
-        kl_weight (`float`), kl_free_nats (`float`): weight of the KL term, and the nats per channel that cost nothing.
         encoder_type (`str`): `"chunk"`, a network over the K tokens, or `"token"`, C / K channels per token, which makes
             the mean latent of token probabilities exact (`prediction_type="tokens"`).
-        token_dropout (`float`), latent_dropout (`float`): training probabilities in [0, 1).
         quantizer (`str`): `"none"`, `"vq"` or `"fsq"`: latents take one of finitely many values, so that a text is stored as
             codes. Then there is no posterior noise and no KL.
         num_codes (`int`), num_quantizers (`int`): for `"vq"`: codes of a codebook, and codebooks, each of which quantises what
             the ones before it left over.
         fsq_levels (`list[int]`): for `"fsq"`: levels of every latent channel.
-        quantized_latents (`bool`): whether the flow learns the quantised latents, or those before the quantiser, which then is
-            the first part of the decoder.
     """
 
     model_type = "tokcom_chunk_codec"
@@ -193,15 +183,10 @@ class TokComChunkCodecConfig(TokComCodecConfig):
     rope_theta: float | int = 10000.0
     rms_norm_eps: float = 1e-6
     variational: bool = True
-    kl_weight: float | int = 1e-3
-    kl_free_nats: float | int = 0.5
-    token_dropout: float | int = 0.15
-    latent_dropout: float | int = 0.15
     quantizer: str = "none"
     num_codes: int = 1024
     num_quantizers: int = 1
     fsq_levels: list[int] | None = None
-    quantized_latents: bool = True
     initializer_range: float = 0.02
 
     @property
@@ -238,7 +223,6 @@ class TokComChunkCodecConfig(TokComCodecConfig):
     def validate_architecture(self):
         sizes = ("vocab_size", "chunk_size", "latent_channels", "embedding_size", "hidden_size", "intermediate_size")
         check_positive(self, *sizes, "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-        check_fraction(self, "token_dropout", "latent_dropout")
         if self.layer_type not in ("mlp", "attention"):
             raise ValueError(f"`layer_type` ({self.layer_type!r}) must be 'mlp' or 'attention'.")
         if self.encoder_type not in ("chunk", "token"):
@@ -294,7 +278,6 @@ class TokComColorCodecConfig(TokComCodecConfig):
         image_size (`int`): width of that image in pixels, a multiple of `patch_size`; also spaces the patches' positions.
         standardize (`bool`): give every digit mean 0 and standard deviation 1 over the vocabulary; `False` maps 0..255 to
             -1..1 as published, which leaves high digits that hardly vary to the noise.
-        digit_sigma (`float`): width, in digits, of the Gaussian that turns a predicted channel into digit logits.
     """
 
     model_type = "tokcom_color_codec"
@@ -308,7 +291,6 @@ class TokComColorCodecConfig(TokComCodecConfig):
     layout: str = "contiguous"
     image_size: int = 64
     standardize: bool = True
-    digit_sigma: float | int = 0.25
 
     @property
     def num_position_axes(self) -> int:
@@ -375,8 +357,6 @@ class TokComColorCodecConfig(TokComCodecConfig):
             )
         if self.digits == "color" and self.vocab_size > 256**3:
             raise ValueError(f"`vocab_size` ({self.vocab_size}) is more than the {256**3} colors; use digits='bits'.")
-        if self.digit_sigma <= 0:
-            raise ValueError(f"`digit_sigma` ({self.digit_sigma}) must be positive.")
 
 
 @strict
@@ -391,12 +371,9 @@ class TokComStyleCodecConfig(TokComCodecConfig):
         num_expert_layers, expert_intermediate_size (`int`): last layers of the encoder, in which every token has a
             feed-forward network of its own, and the width of those.
         decoder_hidden_size, decoder_intermediate_size, decoder_num_attention_heads (`int`): of the decoder.
-        num_styled_layers (`int`): decoder layers that two tokens each style and join.
         num_decoder_layers (`int`): plain layers after them.
-        bottleneck (`str`): `"gaussian"`, a posterior with `kl_weight`; `"sphere"`, tokens of one length, in training with
-            noise `bottleneck_noise` times as long; `"cosine"`, mean-centred weights of a soft codebook.
-        tail_dropout (`float`): share of the training images of which only the first k tokens are kept, k uniform in 1..N.
-        gradient_weight (`float`): of the error of image gradients on several scales, beside the squared error.
+        bottleneck (`str`): `"gaussian"`, a posterior; `"sphere"`, tokens of one length, with noise in training;
+            `"cosine"`, mean-centred weights of a soft codebook.
         num_codes (`int`): size of a codebook of all tokens that k-means has made after training; 0 is none.
     """
 
@@ -416,16 +393,16 @@ class TokComStyleCodecConfig(TokComCodecConfig):
     decoder_hidden_size: int = 192
     decoder_intermediate_size: int = 384
     decoder_num_attention_heads: int = 4
-    num_styled_layers: int = 18
     num_decoder_layers: int = 2
     rms_norm_eps: float = 1e-6
     bottleneck: str = "gaussian"
-    bottleneck_noise: float | int = 0.1
-    kl_weight: float | int = 1e-4
-    tail_dropout: float | int = 0.5
-    gradient_weight: float | int = 0.2
     num_codes: int = 0
     initializer_range: float = 0.02
+
+    @property
+    def num_styled_layers(self) -> int:
+        """Decoder layers that two tokens each style and join."""
+        return self.num_tokens // 2
 
     @property
     def num_patches(self) -> int:
@@ -435,17 +412,12 @@ class TokComStyleCodecConfig(TokComCodecConfig):
         sizes = ("image_size", "patch_size", "num_tokens", "latent_channels", "hidden_size")
         check_positive(self, *sizes, "intermediate_size", "num_attention_heads", "expert_intermediate_size")
         check_positive(self, "decoder_hidden_size", "decoder_intermediate_size", "decoder_num_attention_heads")
-        check_positive(self, "num_styled_layers")
-        check_fraction(self, "tail_dropout")
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"`image_size` ({self.image_size}) must be a multiple of `patch_size` ({self.patch_size})."
             )
-        if self.num_tokens != 2 * self.num_styled_layers:
-            raise ValueError(
-                f"`num_tokens` ({self.num_tokens}) must be twice `num_styled_layers` ({self.num_styled_layers}): every styled "
-                "layer takes two tokens."
-            )
+        if self.num_tokens % 2:
+            raise ValueError(f"`num_tokens` ({self.num_tokens}) must be even: every styled layer takes two tokens.")
         for width, heads in (
             ("hidden_size", "num_attention_heads"),
             ("decoder_hidden_size", "decoder_num_attention_heads"),
@@ -458,15 +430,8 @@ class TokComStyleCodecConfig(TokComCodecConfig):
             raise ValueError("`num_hidden_layers`, `num_expert_layers` and `num_decoder_layers` must not be negative.")
         if self.bottleneck not in ("gaussian", "sphere", "cosine"):
             raise ValueError(f"`bottleneck` ({self.bottleneck!r}) must be 'gaussian', 'sphere' or 'cosine'.")
-        if (
-            min(self.bottleneck_noise, self.kl_weight, self.gradient_weight) < 0
-            or self.num_codes < 0
-            or self.num_codes == 1
-        ):
-            raise ValueError(
-                f"`bottleneck_noise` ({self.bottleneck_noise}), `kl_weight` ({self.kl_weight}) and `gradient_weight` "
-                f"({self.gradient_weight}) must not be negative, `num_codes` ({self.num_codes}) 0 or at least 2."
-            )
+        if self.num_codes < 0 or self.num_codes == 1:
+            raise ValueError(f"`num_codes` ({self.num_codes}) must be 0 or at least 2.")
         width, experts = self.hidden_size, self.num_tokens * self.expert_intermediate_size + self.intermediate_size
         parameters = self.num_hidden_layers * width * (4 * width + 2 * self.intermediate_size)
         parameters += self.num_expert_layers * width * (4 * width + 2 * experts)
@@ -642,98 +607,6 @@ STREAM_CONFIGS: dict[str, type[PreTrainedConfig]] = {
 }
 
 
-@strict
-class TokComCompositeCodecConfig(TokComCodecConfig):
-    r"""Configuration of several codecs side by side, whose latents make one sequence.
-
-    Args:
-        streams (`dict[str, dict]`): name of a stream -> its codec's configuration; None removes a preset's. By default one text. In the sequence they
-            follow each other by name. A latent uses channels of its stream only, so the transformer's maps in and out are
-            different for every stream.
-        text_latents (`int`): latents of a text; what is left of them after it is EOS.
-        stream_weights (`dict[str, float]`, *optional*): of the streams in the loss, 1 by default.
-        generation_rates (`dict[str, float]`, *optional*): how often a training row that has a stream generates it, 0.5 by default.
-    """
-
-    model_type = "tokcom_composite_codec"
-    modality = "several"
-
-    streams: dict[str, dict[str, Any] | None] | None = None
-    text_latents: int = 8
-    stream_weights: dict[str, float | int] | None = None
-    generation_rates: dict[str, float | int] | None = None
-    initializer_range: float = 0.02
-
-    def stream_configs(self) -> dict[str, TokComCodecConfig]:
-        """The configuration of every stream's codec."""
-        configs = {}
-        streams = {"text": {}} if self.streams is None else self.streams
-        for name, fields in sorted(streams.items()):  # JSON does not keep an order
-            if fields is None:
-                continue
-            kind = fields.get("model_type", TokComChunkCodecConfig.model_type)
-            if kind not in STREAM_CONFIGS:
-                raise ValueError(f"stream {name!r} has the codec {kind!r}; known are {sorted(STREAM_CONFIGS)}.")
-            fields = {key: value for key, value in fields.items() if key != "model_type"}
-            check_known_keys(STREAM_CONFIGS[kind], fields, f"codec_config.streams.{name}.")
-            configs[name] = STREAM_CONFIGS[kind](**fields)
-        return configs
-
-    def stream_lengths(self) -> dict[str, int]:
-        """Latents of every stream."""
-        configs = self.stream_configs().items()
-        return {name: self.text_latents if codec.has_tokens else codec.num_tokens for name, codec in configs}
-
-    @property
-    def text_vocab_size(self) -> int:
-        return max((codec.text_vocab_size for codec in self.stream_configs().values()), default=0)
-
-    @property
-    def num_position_axes(self) -> int:
-        """The stream's index and the axes of the stream that has most."""
-        return 1 + max((codec.num_position_axes for codec in self.stream_configs().values()), default=1)
-
-    @property
-    def latent_channels(self) -> int:
-        return sum(codec.latent_channels for codec in self.stream_configs().values())
-
-    @property
-    def num_tokens(self) -> int:
-        """N, latents of all streams."""
-        return sum(self.stream_lengths().values())
-
-    def validate_architecture(self):
-        check_positive(self, "text_latents")
-        configs, weights, rates = self.stream_configs(), self.stream_weights or {}, self.generation_rates or {}
-        if not configs:
-            raise ValueError("`streams` is empty; name at least one stream and its codec.")
-        for name in configs:
-            if not name.isidentifier():
-                raise ValueError(f"the stream {name!r} must be named like an argument: letters, digits and '_'.")
-        vocabularies = {codec.text_vocab_size for codec in configs.values() if codec.has_tokens}
-        if len(vocabularies) > 1:
-            raise ValueError(
-                f"all texts share one tokenizer, but `vocab_size` is {sorted(vocabularies)}; make them equal."
-            )
-        if set(weights) - set(configs) or min(weights.values(), default=1) < 0 or not sum(weights.values() or [1]):
-            raise ValueError(
-                f"`stream_weights` ({weights}) must be of the streams {sorted(configs)}, not negative and not all 0."
-            )
-        if set(rates) - set(configs) or not all(0 < rate <= 1 for rate in rates.values()):
-            raise ValueError(f"`generation_rates` ({rates}) must be of the streams {sorted(configs)}, in (0, 1].")
-        for name, codec in configs.items():
-            if getattr(codec, "spatial_compression", 1) != 1:
-                raise ValueError(
-                    f"stream {name!r} must be of pixels: `spatial_compression` ({codec.spatial_compression}) is not 1."
-                )
-
-
-CODEC_CONFIGS: dict[str, type[PreTrainedConfig]] = {
-    **STREAM_CONFIGS,
-    TokComCompositeCodecConfig.model_type: TokComCompositeCodecConfig,
-}
-
-
 def vocabulary_fields(size: int) -> dict[str, Any]:
     """A tokenizer of `size` tokens and the mask token, which also pads."""
     return {"vocab_size": size + 1, "mask_token_id": size, "pad_token_id": size}
@@ -746,6 +619,5 @@ __all__ = [
     "TokComStyleCodecConfig",
     "TokComVideoCodecConfig",
     "TokComAudioCodecConfig",
-    "TokComCompositeCodecConfig",
-    "CODEC_CONFIGS",
+    "STREAM_CONFIGS",
 ]

@@ -288,7 +288,8 @@ class TokComTokenHead(nn.Module):
             results.append(function(empty.new_zeros(0, len(empty)), empty[:, :-1], *rows))
         return self._whole(choice, torch.cat(results))
 
-    def _logits(self, states: torch.Tensor) -> torch.Tensor:
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Logits `(..., V)` of tokens of which no channel is known, given network states `(..., E)`; float32."""
         return F.linear(states, self.embedding.weight, self.prior.to(states.dtype)).float()
 
     # ---- reading ----
@@ -361,7 +362,7 @@ class TokComTokenHead(nn.Module):
         """E[x1 | x_t] `(B, N, C)`; tokens that are clean stay as they are."""
 
         def mean(likelihood: torch.Tensor, table: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-            probabilities = (self._logits(states) + likelihood).softmax(-1)  # (R, V)
+            probabilities = (self.logits(states) + likelihood).softmax(-1)  # (R, V)
             return probabilities @ table if table.ndim == 2 else (probabilities[:, None] @ table)[:, 0]
 
         states = states.unflatten(-1, (self.num_symbols, -1))
@@ -377,7 +378,7 @@ class TokComTokenHead(nn.Module):
         """
 
         def ids(likelihood: torch.Tensor, table: torch.Tensor, states: torch.Tensor, uniform: torch.Tensor):
-            probabilities = (self._logits(states) / temperature + likelihood).softmax(-1)  # (R, V)
+            probabilities = (self.logits(states) / temperature + likelihood).softmax(-1)  # (R, V)
             if top_p < 1:
                 probabilities = nucleus(probabilities, top_p)
             edges = probabilities.cumsum(-1)
@@ -393,7 +394,7 @@ class TokComTokenHead(nn.Module):
         """The most likely ids `(B, N, K)` of all tokens."""
 
         def ids(likelihood: torch.Tensor, table: torch.Tensor, states: torch.Tensor):
-            return (self._logits(states) + likelihood).argmax(-1)
+            return (self.logits(states) + likelihood).argmax(-1)
 
         everywhere = TokComChoice.of(torch.ones_like(times, dtype=torch.bool))
         return self._map(ids, everywhere, symbols, latents, times, states.unflatten(-1, (self.num_symbols, -1)))

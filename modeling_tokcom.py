@@ -1,58 +1,43 @@
 """TokComModel: a codec and the transformer that learns the flow between noise and the codec's latents.
 
-Notable choices: `x_t = (1 - t) x0 + t x1` with t = 1 clean; the transformer predicts x1 and is trained by regression,
-with cross-entropy through the frozen decoder as an auxiliary; `forward` returns the loss of the stage in
-`config.stage`; the order in which latents are generated is a tensor, so left-to-right blocks, infilling and the
-bidirectional model share one code path.
+Notable choices:
+- `x_t = (1 - t) x0 + t x1` with t = 1 clean; the transformer predicts x1.
+- What training minimises is an object, `objective`, which `set_stage` chooses; `forward` returns its loss.
+- The order in which latents are generated is a tensor, so left-to-right blocks, infilling and the bidirectional model
+  share one code path.
 
 Shape legend: B batch, T tokens, K tokens per chunk, N = T/K latents, C latent channels, A position axes, V vocabulary.
 """
 
+import inspect
 import json
-import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import wraps
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel  # noqa: F401  diffusers looks the base class up in the module of a component
 from transformers.cache_utils import Cache
-from transformers.utils import ModelOutput
 
 from .codec_chunk_tokcom import TokComCodecOutput, TokComDecoderOutput
 from .codec_composite_tokcom import STREAM_CODECS, TokComAudioOutput, TokComCompositeCodec
 from .codec_style_tokcom import TokComImageOutput
 from .codec_video_tokcom import TokComVideoOutput
-from .configuration_codec_tokcom import TokComCompositeCodecConfig
-from .configuration_tokcom import STAGES, TokComConfig
+from .configuration_tokcom import TokComCompositeCodecConfig, TokComConfig
 from .heads_tokcom import TokComChoice, TokComLatentHead, TokComSymbols, TokComTokenHead
 from .layers_tokcom import TokComPreTrainedModel, TokComTokenEmbedding
-from .objective_tokcom import EARLY, token_loss
-from .transformer_tokcom import TokComTransformer, TokComTransformerOutput, block_causal_mask
+from .objective_tokcom import TokComObjective, TokComOutput, build_objective
+from .scheduling_tokcom import sample_times
+from .transformer_tokcom import (
+    TokComTransformer,
+    TokComTransformerOutput,
+    block_causal_mask,
+    draw_known,
+    generation_order,
+)
 
 CODECS = {**STREAM_CODECS, TokComCompositeCodecConfig.model_type: TokComCompositeCodec}
-
-
-@dataclass
-class TokComOutput(ModelOutput):
-    """What `TokComModel.forward` returns.
-
-    Args:
-        loss (`torch.FloatTensor`): scalar loss of the current stage; the only field with a gradient.
-        ce_loss (`torch.FloatTensor`, *optional*): cross-entropy through the decoder, nats per real token; None for images.
-        mse_loss (`torch.FloatTensor`, *optional*): flow stage: squared error of x1 per channel; codec stage of images: of
-            pixels.
-        kl_loss (`torch.FloatTensor`, *optional*): codec stage: KL, nats per latent.
-        token_losses (`torch.FloatTensor` of shape `(B, N, K)`, *optional*): flow stage: the cross-entropy of each token,
-            0 where nothing is predicted; None in training with `ce_share` below 1.
-    """
-
-    loss: torch.FloatTensor | None = None
-    ce_loss: torch.FloatTensor | None = None
-    mse_loss: torch.FloatTensor | None = None
-    kl_loss: torch.FloatTensor | None = None
-    token_losses: torch.FloatTensor | None = None
 
 
 def _entry_point(method: Callable) -> Callable:
@@ -81,56 +66,28 @@ def _check_shards(directory: str | os.PathLike) -> None:
             )
 
 
-def generation_order(
-    valid: torch.Tensor, block_size: int | None, infill_rate: float, group_size: int = 1
-) -> torch.Tensor:
-    """Draw, for training, the step at which each latent is generated.
+class NoisedPass(NamedTuple):
+    """One pass over noisy latents.
 
-    Blocks of `block_size` in reading order from a random offset, so that a prompt may end anywhere; in a share
-    `infill_rate` of the rows one random span is generated last, after the text that follows it. `None` is one block. Offset and
-    span are multiples of `group_size`.
-
-    Args: `valid (B, N)` gives shape and device. Returns `torch.LongTensor` of shape `(B, N)`.
+    `states (B, M, N, ...)` are the transformer's outputs, `loss_mask (B, N)` where they are trained, `noisy
+    (B, M * N, C)` what was read, `times (B, M * N)` the times of latents and, with a token head, `place_times
+    (B, M * N, K)` those of their places.
     """
-    batch, length = valid.shape
-    index = torch.arange(length, device=valid.device).expand(batch, -1)
-    if block_size is None:
-        return torch.zeros_like(index)
-    draws = torch.rand(4, batch, 1, device=valid.device)
-    groups = length // group_size
-    order = (index + (draws[0] * (block_size // group_size)).long() * group_size) // block_size
-    start, end = (draws[1:3] * (groups + 1)).long().sort(dim=0).values * group_size  # (B, 1) each
-    in_gap = (index >= start) & (index < end) & (draws[3] < infill_rate)
-    return torch.where(in_gap, length + (index - start) // block_size, order)
+
+    states: torch.Tensor
+    loss_mask: torch.Tensor
+    noisy: torch.Tensor
+    times: torch.Tensor
+    place_times: torch.Tensor | None
 
 
-def draw_known(valid: torch.Tensor, infill_rate: float, group_size: int = 1) -> torch.Tensor:
-    """Latents a bidirectional model is shown clean in training: nothing, a prefix, or in a share `infill_rate` of the rows all but
-    a gap, in whole groups of `group_size`; `(B, N)` in and out. At least one group that exists stays unknown."""
-    draws = torch.rand(3, len(valid), 1, device=valid.device)
-    rank = (valid.cumsum(1) - 1) // group_size  # among those that exist
-    count = valid.sum(1, keepdim=True) // group_size
-    start, end = (draws[:2] * count).long().sort(dim=0).values
-    gap = torch.where(draws[2] < infill_rate, rank > end, False)
-    return valid & ((rank < start) | gap)
+class _Seen(NamedTuple):
+    """`times (B, M * N)` of the noise, the times that the network is `told`, its attention mask, and the loss mask."""
 
-
-def signal_time(signal: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """The time t of the flow at which the ratio of signal to noise is that of `signal * x1 + noise * x0`."""
-    return signal / (signal + noise)
-
-
-def diffusion_times(shares: torch.Tensor, schedule: str) -> torch.Tensor:
-    """Times of the flow that stand for `shares` in [0, 1] of the way from clean to noise in a variance-preserving diffusion, with
-    `"linear"` betas from 0.0001 to 0.02 in 1000 steps or the `"cosine"` of Nichol and Dhariwal 2021."""
-    if schedule == "linear":
-        remains = torch.exp(-(0.1 * shares + (20 - 0.1) * shares.square() / 2))
-    else:
-        remains = (
-            torch.cos((shares + 0.008) / 1.008 * torch.pi / 2).square() / math.cos(0.008 / 1.008 * math.pi / 2) ** 2
-        )
-    remains = remains.clamp(0, 1)
-    return signal_time(remains.sqrt(), (1 - remains).sqrt())
+    times: torch.Tensor
+    told: torch.Tensor
+    attention_mask: torch.Tensor
+    loss_mask: torch.Tensor
 
 
 class TokComModel(TokComPreTrainedModel):
@@ -150,7 +107,7 @@ class TokComModel(TokComPreTrainedModel):
             width = config.transformer_config.hidden_size
             self.condition_embedding = TokComTokenEmbedding(config.condition_vocab_size, width)
         self.post_init()
-        self.set_stage(config.stage)
+        self.set_stage("flow")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path=None, *args, **kwargs):
@@ -158,31 +115,29 @@ class TokComModel(TokComPreTrainedModel):
             _check_shards(pretrained_model_name_or_path)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model.set_stage(model.config.stage)  # loading replaces the parameters, and with them what was frozen
+        model.set_stage("flow")  # loading replaces the parameters, and with them what was frozen
         return loaded
 
     def get_input_embeddings(self):
         return self.codec.get_input_embeddings()
 
-    def set_stage(self, stage: str) -> None:
-        """Choose the stage, `"codec"`, `"flow"` or `"head"`, that `forward` trains; all other parts are frozen."""
-        if stage not in STAGES or (stage == "head" and self.latent_head is None):
-            raise ValueError(f"`stage` ({stage!r}) must be one of {STAGES}, and 'head' needs `latent_head`.")
-        self.config.stage = stage
-        flow = [self.transformer, self.token_head, self.condition_embedding]
-        parts = {"codec": [self.codec], "flow": flow, "head": [self.latent_head]}
-        for name, modules in parts.items():
-            for module in modules:
-                if module is not None:
-                    module.requires_grad_(name == stage)
+    def set_stage(self, stage: str, **settings) -> None:
+        """Choose what `forward` returns the loss of and which parts are trained; all other parts are frozen.
+
+        `stage` is `"codec"`, `"flow"` or `"head"`. The `settings` are the fields of its objective, those of stage codec
+        the fields of the codec's `loss_class`. Neither is saved: they belong to a training run. Raises `ValueError` for
+        unknown or impossible ones.
+        """
+        self.objective = build_objective(self.config, stage, settings)
+        if stage == "codec":
+            self.codec.set_loss(**settings)
+        self.requires_grad_(False)
+        for part in self.objective.trained_parts(self):
+            part.requires_grad_(True)
 
     def compilable_parts(self) -> list[torch.nn.Module]:
         """The networks that the stage trains; their `.compile()` works in place and keeps the names of parameters."""
-        if self.config.transformer_config.start_latents and self.config.stage == "flow":
-            return list(self.transformer.layers)  # how many rows pass them differs from step to step
-        if self.config.stage != "codec":
-            return [self.transformer]
-        return [part for part in (getattr(self.codec, "encoder", None), getattr(self.codec, "decoder", None)) if part]
+        return self.objective.compilable_parts(self)
 
     def _check_ids(self, input_ids: torch.Tensor) -> None:
         vocab_size = self.config.text_vocab_size
@@ -216,11 +171,11 @@ class TokComModel(TokComPreTrainedModel):
         Returns: `latents (B, N, C)`, `position_ids (B, N, A)`, `mask (B, N)`. Raises `ValueError` on a bad length or id.
         """
         if self.config.codec_config.modality == "several":
-            self._check_streams(self._required(streams, "streams"))
+            self._check_streams(self.require(streams, "streams"))
             return self.codec.encode(streams, present)
         if not self.config.codec_config.has_tokens:
-            return self.codec.encode(self._required(pixel_values, "pixel_values"))
-        self._check_ids(self._required(input_ids, "input_ids"))
+            return self.codec.encode(self.require(pixel_values, "pixel_values"))
+        self._check_ids(self.require(input_ids, "input_ids"))
         return self.codec.encode(input_ids, attention_mask)
 
     def _check_streams(self, streams: dict[str, torch.Tensor]) -> None:
@@ -229,7 +184,7 @@ class TokComModel(TokComPreTrainedModel):
             if self.codec.streams[name].config.has_tokens:
                 self._check_ids(value)
 
-    def _required(self, value: torch.Tensor | None, name: str) -> torch.Tensor:
+    def require(self, value: torch.Tensor | None, name: str) -> torch.Tensor:
         if value is None:
             raise ValueError(f"`{name}` is missing, which a model with {self.config.codec_config.model_type!r} reads.")
         return value
@@ -370,9 +325,9 @@ class TokComModel(TokComPreTrainedModel):
         return self.codec.decode_stream(name, latents)
 
     @_entry_point
-    def to_ids(self, latents: torch.Tensor, **kwargs) -> torch.Tensor:
-        """Standardised latents `(B, N, C)` -> the most likely token ids `(B, N * K)`; those of `from_codes` are `quantized=True`."""
-        return self.codec.to_ids(latents, **kwargs)
+    def to_ids(self, latents: torch.Tensor) -> torch.Tensor:
+        """Standardised latents `(B, N, C)` -> the most likely token ids `(B, N * K)`."""
+        return self.codec.to_ids(latents)
 
     def forward(
         self,
@@ -387,149 +342,56 @@ class TokComModel(TokComPreTrainedModel):
         given: list[str] | None = None,
         text_start: torch.Tensor | None = None,
     ) -> TokComOutput:
-        """Loss of `config.stage` on token ids `(B, T)`; `attention_mask (B, T)` is 0 on padding.
+        """The loss of the objective that `set_stage` has chosen; `objective_tokcom.py` says what each one reads.
 
-        Of a model of images, `pixel_values (B, 3, H, W)` are what it learns, of clips `(B, c, F, H, W)`, and the ids their
-        captions, if it reads any.
+        Args:
+            input_ids, attention_mask (`(B, T)`): a text, 0 on padding; of a model of pictures or clips, the captions.
+            timestep (`float`, *optional*): one t in [0, 1] for all latents, in stage flow; drawn by default.
+            known_mask (`(B, T)`, *optional*): 1 on tokens that are given, such as a prompt. They are clean and not
+                predicted, and a share `context_dropout` of the rows does without them.
+            latents (`(B, N, C)`, *optional*): what `encode` gives for this text, which saves encoding it; no token may
+                be padding.
+            pixel_values (`(B, 3, H, W)`, of clips `(B, c, F, H, W)`): what a model of pictures or clips learns.
+            streams, present: as `encode` reads them. given (`list[str]`, *optional*): streams that are clean in all rows
+                that have them; by default every row draws a task of its own.
+            text_start (`torch.BoolTensor` of shape `(B,)`, *optional*): rows that begin where a text begins, for models
+                with `start_latents`; all by default.
 
-        `known_mask (B, T)` is 1 on tokens that are given, such as a prompt: in the flow stage they are clean and not predicted,
-        and a share `context_dropout` of the rows does without them. Models that regress latents know whole latents only.
-
-        `text_start (B,)` is true for rows that begin where a text begins, by default all, and matters to models with
-        `start_latents`.
-
-        Of a model of several `streams`, as `encode` reads them, the streams named by `given` are clean in all rows that have them
-        and the others generated; by default every row draws a task of its own.
-
-        `latents (B, N, C)`, what `encode` gives for these ids, save encoding them; then no token may be padding.
-
-        `timestep` in [0, 1] fixes t in the flow stage, which evaluation uses to measure CE(t); by default it is drawn.
-        In eval mode nothing is dropped, every block follows its whole context, and there is no self-conditioning.
+        Raises `ValueError` for an input that is missing, or that this objective does not read.
         """
-        if self.config.codec_config.modality == "several":
-            self._check_streams(self._required(streams, "streams"))
-            return self._stream_loss(streams, present, given, timestep)
-        if self.config.codec_config.has_tokens:
-            source = self._required(input_ids, "input_ids"), attention_mask
-        else:
-            source = (None if latents is not None else self._required(pixel_values, "pixel_values")), None
-        # elsewhere the check would wait for the device at every step
-        if input_ids is not None and input_ids.device.type == "cpu":
-            self._check_ids(input_ids)
-        if self.config.stage == "codec":
-            loss, parts = self.codec.training_loss(*source)
-            return TokComOutput(loss=loss, **parts)
-        if self.config.transformer_config.start_latents:
-            loss, tokens = token_loss(self, *source, timestep, known_mask, text_start)
-            return TokComOutput(
-                loss=loss, ce_loss=loss.detach(), mse_loss=loss.new_zeros(()), token_losses=tokens.detach()
-            )
-        with torch.no_grad():
-            clean = self.codec.encode(*source) if latents is None else self.codec.known(latents.to(self.dtype))
-        if self.token_head is not None:
-            return self._token_loss(clean, input_ids, attention_mask, timestep, known_mask)
-        return self._latent_loss(clean, input_ids, attention_mask, timestep, known_mask)
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "timestep": timestep,
+            "known_mask": known_mask,
+            "latents": latents,
+            "pixel_values": pixel_values,
+            "streams": streams,
+            "present": present,
+            "given": given,
+            "text_start": text_start,
+        }
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        self._check_inputs(inputs)
+        return self.objective.loss(self, **inputs)
 
-    def _latent_loss(self, clean, input_ids, attention_mask, timestep, known_mask) -> TokComOutput:
-        config, trains_head, prefix = self.config, self.config.stage == "head", None
-        if self.condition_embedding is not None:
-            prefix = self.condition(self._required(input_ids, "input_ids"), attention_mask)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not trains_head):
-            known = None if known_mask is None else self.codec.to_chunks(known_mask, None)[0].bool().all(-1)
-            prediction, loss_mask, *_ = self._predict_noised(
-                clean, timestep, known=known, hides_known=known is not None, prefix=prefix
-            )
-        errors = self.quantize(prediction.float()) - clean.latents[:, None].float()
-        counted = loss_mask[:, None] / (prediction.shape[1] * loss_mask.sum()).clamp_min(1)  # (B, 1, N)
-        mse = (errors.square().mean(-1) * counted).sum()
-        loss = config.mse_weight * mse
-        if not config.codec_config.has_tokens:
-            return TokComOutput(loss=loss, mse_loss=mse.detach())
-        if trains_head:
-            estimate, loss = self.latent_head(prediction[:, 0])
-        else:
-            estimate = prediction[:, 0]
-        with torch.set_grad_enabled(torch.is_grad_enabled() and (trains_head or config.ce_weight > 0)):
-            tokens, count = self._decoded_nll(estimate, loss_mask, input_ids, attention_mask)
-            cross_entropy = tokens.sum() / count
-        loss = loss + (1.0 if trains_head else config.ce_weight) * cross_entropy
-        tokens = None if tokens.shape[1] != loss_mask.shape[1] else tokens.detach()
-        return TokComOutput(loss=loss, ce_loss=cross_entropy.detach(), mse_loss=mse.detach(), token_losses=tokens)
-
-    def _stream_loss(self, streams, present, given, timestep) -> TokComOutput:
-        """Loss of several streams: of each row the ones that its task generates."""
-        config = self.config
-        if config.stage == "codec":
-            loss, parts = self.codec.training_loss(streams, present)
-            return TokComOutput(loss=loss, **parts)
-        with torch.no_grad():
-            clean = self.codec.encode(streams, present)
-        if given is None:
-            task = self.codec.draw_task(clean.mask, config.context_dropout if self.training else 0.0)
-        else:
-            self.codec.check_names(given)
-            everywhere = clean.mask.new_ones(len(clean.mask))
-            known = self.codec.exists(dict.fromkeys(given, everywhere), len(everywhere), everywhere.device)
-            task = known & clean.mask, clean.mask
-        shown = [name for name in streams if clean.mask[:, self.codec.places[name].start].any()]
-        if not shown:
-            raise ValueError("no row of this batch has any stream; `present` must be true somewhere.")
-        prediction, loss_mask = self._predict_streams(clean, timestep, task, shown)
-        mse = self.codec.squared_error(prediction.float() - clean.latents[:, None].float(), loss_mask)
-        loss, cross_entropy = config.mse_weight * mse, None
-        if config.ce_weight:
-            cross_entropy = self.codec.text_nll(prediction[:, 0], streams, loss_mask)
-            loss = loss if cross_entropy is None else loss + config.ce_weight * cross_entropy
-            cross_entropy = loss.new_zeros(()) if cross_entropy is None else cross_entropy.detach()
-        return TokComOutput(loss=loss, ce_loss=cross_entropy, mse_loss=mse.detach())
-
-    def _predict_streams(self, clean, timestep, task, names) -> tuple[torch.Tensor, torch.Tensor]:
-        """`_predict_noised` of the latents of the streams `names`; the others are not in the sequence, and 0 in what is returned."""
-        if len(names) == len(self.codec.names):
-            return self._predict_noised(clean, timestep, task=task)[:2]
-        places = self.codec.index_of(names, clean.latents.device)
-        part = TokComCodecOutput(*(value[:, places] for value in (clean.latents, clean.position_ids, clean.mask)))
-        found, wanted, *_ = self._predict_noised(part, timestep, task=tuple(mask[:, places] for mask in task))
-        prediction = found.new_zeros(*found.shape[:2], *clean.latents.shape[1:]).index_copy(2, places, found)
-        return prediction, torch.zeros_like(clean.mask).index_copy(1, places, wanted)
-
-    def _decoded_nll(self, estimate, loss_mask, input_ids, attention_mask) -> tuple[torch.Tensor, torch.Tensor]:
-        """Nats `(B, n, K)` of the tokens that `estimate (B, N, C)` stands for, where `loss_mask (B, N)`, and how many they
-        are; n is N, or in training a share `ce_share` of it, drawn at random."""
-        chunks, real = self.codec.to_chunks(input_ids, attention_mask)  # (B, N, K)
-        counted = real & loss_mask[..., None]
-        if self.training and self.config.ce_share < 1:
-            count = max(1, round(self.config.ce_share * estimate.shape[1]))
-            chosen = torch.rand(loss_mask.shape, device=loss_mask.device).argsort(1)[:, :count, None]
-            estimate, chunks, counted = (
-                x.gather(1, chosen.expand(-1, -1, x.shape[2])) for x in (estimate, chunks, counted)
-            )
-        return self.codec.nll(estimate, chunks) * counted, counted.sum().clamp_min(1)
-
-    def _token_loss(self, clean, input_ids, attention_mask, timestep, known_mask) -> TokComOutput:
-        chunks, real = self.codec.symbols(input_ids, attention_mask)  # (B, N, K)
-        symbols, given = self.symbols(), None
-        if known_mask is not None:
-            given = self.codec.symbols(input_ids, known_mask)[1]
-        elif self.training and self._shows_some:
-            tokens = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-            known_tokens = draw_known(tokens.bool(), self.config.infill_rate)
-            given = self.codec.symbols(input_ids, known_tokens)[1]
-        states, _, noisy, t, times = self._predict_noised(
-            clean, timestep, chunks, symbols, given, hides_known=known_mask is not None
-        )
-        draws = states.shape[1]
-        progress = self.token_head.progress(t)  # (B, M * N, K)
-        wanted = real if given is None else real & ~given
-        chosen = wanted.repeat(1, draws, 1) & (progress > -EARLY) & (progress < 1)
-        repeated = chunks.repeat(1, draws, 1)
-        cross_entropy, tokens = self.token_head.nll(states.flatten(1, 2), symbols, noisy, times, repeated, chosen)
-        return TokComOutput(
-            loss=cross_entropy,
-            ce_loss=cross_entropy.detach(),
-            mse_loss=cross_entropy.new_zeros(()),
-            token_losses=tokens.unflatten(1, (draws, -1))[:, 0].detach(),
-        )
+    def _check_inputs(self, inputs: dict[str, Any]) -> None:
+        """Raise `ValueError` for inputs that are missing, of the wrong kind, or ids outside the vocabulary."""
+        codec = self.config.codec_config
+        if codec.modality == "several":
+            self._check_streams(self.require(inputs.get("streams"), "streams"))
+        elif codec.has_tokens:
+            self.require(inputs.get("input_ids"), "input_ids")
+        elif "latents" not in inputs:
+            self.require(inputs.get("pixel_values"), "pixel_values")
+        read = inspect.signature(self.objective.loss).parameters
+        unread = sorted(set(inputs) - set(read))
+        if unread:
+            raise ValueError(f"{type(self.objective).__name__} does not read {unread}; leave them out.")
+        # on other devices the check would wait for them at every step
+        ids = inputs.get("input_ids")
+        if ids is not None and ids.device.type == "cpu":
+            self._check_ids(ids)
 
     def channel_times(self, timestep: torch.Tensor) -> torch.Tensor:
         """Times of latents `(B, N)` -> t of each channel in [0, 1], `(B, N, C)`, or `(B, N, 1)` if all have the same."""
@@ -538,117 +400,126 @@ class TokComModel(TokComPreTrainedModel):
         channels = self.config.codec_config.latent_channels // self.token_head.num_symbols
         return self.token_head.place_times(timestep).repeat_interleave(channels, dim=-1)
 
-    def _sample_times(self, order: torch.Tensor, draws: int) -> torch.Tensor:
-        """Times `(B, M, N)` of the latents of blocks `order (B, N)`: one per block and draw, the draws in strata."""
-        batch, length = order.shape
-        shares = torch.rand(batch, draws, 2 * length + 1, device=order.device)
-        shares = (shares + torch.arange(draws, device=order.device)[:, None]) / draws
-        if self.config.timestep_sampling in ("linear", "cosine"):
-            shares = diffusion_times(shares, self.config.timestep_sampling)
-        elif self.config.timestep_sampling == "logit_normal":
-            normal = torch.special.ndtri(shares.clamp(1e-6, 1 - 1e-6))
-            shares = 1 - torch.sigmoid(normal + self.config.timestep_loc)
-        return shares.gather(2, order[:, None].expand(-1, draws, -1))
+    # ---- training: noise, and a pass over it ----
 
     @property
-    def _shows_some(self) -> bool:
-        """Whether training shows a part of every text or picture clean: of a bidirectional model that knows times apart."""
+    def shows_some(self) -> bool:
+        """Whether training shows a part of every row clean: of bidirectional models that know times apart."""
         config = self.config.transformer_config
         return config.block_size is None and config.per_latent_timestep
 
-    def _predict_noised(
+    def predict_noised(
         self,
+        objective: TokComObjective,
         clean: TokComCodecOutput,
-        timestep: float | None,
+        timestep: float | None = None,
+        known_latents: torch.Tensor | None = None,
+        known_tokens: torch.Tensor | None = None,
+        hides_known: bool = False,
+        task: tuple[torch.Tensor, torch.Tensor] | None = None,
         chunks: torch.Tensor | None = None,
         symbols: TokComSymbols | None = None,
-        given: torch.Tensor | None = None,
-        known: torch.Tensor | None = None,
-        hides_known: bool = False,
         prefix: tuple[torch.Tensor, ...] | None = None,
-        task: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ) -> tuple[torch.Tensor, ...]:
-        """Noise the latents, M = `noise_draws` times with one time per block, and estimate them again.
+    ) -> NoisedPass:
+        """Noise the latents M times, with one time per block, and let the transformer predict from them.
 
         Args:
-            chunks, symbols, given: for a token head, the ids `(B, N, K)`, the codec's `symbols`, and which tokens are
-                clean, `(B, N, K)`.
-            known (`torch.BoolTensor` of shape `(B, N)`): instead, latents that are clean; without either a bidirectional
-                model in training draws some.
-            hides_known (`bool`): rows that lose their context, a share `context_dropout`, do not see what is known;
-                otherwise it is unknown there.
-            prefix: what `condition` gives. task: of several streams, which latents are known and which are seen at all.
-
-        Returns: the transformer's outputs `(B, M, N, ...)`, the loss mask `(B, N)`, the noisy latents `(B, M * N, C)`, the
-        times of latents `(B, M * N)` and, with a token head, of places `(B, M * N, K)`.
+            objective: says M and how often context is dropped and gaps are made, in training.
+            known_latents (`(B, N)`), known_tokens (`(B, N, K)`): what is clean, if the caller says so.
+            hides_known: rows that lose their context do not see what is known; otherwise it is unknown there.
+            task: of several streams, which latents are given and which are used at all, `(B, N)` each.
+            chunks (`(B, N, K)`), symbols: ids and table of a token head. prefix: what `condition` gives.
         """
-        config, latents, valid = self.config, clean.latents, clean.mask
-        batch, length = valid.shape
-        draws = config.noise_draws if self.training else 1
-        block_size = config.transformer_config.block_size
-        group, infill_rate = config.codec_config.group_size, config.infill_rate if self.training else 0.0
-        order = generation_order(valid, block_size, infill_rate, group)
-        t = self._sample_times(order, draws)
+        valid = clean.mask
+        block_size = self.config.transformer_config.block_size
+        draws = objective.noise_draws if self.training else 1
+        dropout = objective.context_dropout if self.training else 0.0
+        infill_rate = objective.infill_rate if self.training else 0.0
+        if known_tokens is not None:
+            known_latents = known_tokens.all(-1)
+
+        order = generation_order(valid, block_size, infill_rate, self.config.codec_config.group_size)
+        times = sample_times(self.config, order, draws)
         if timestep is not None:
-            t = torch.full_like(t, timestep)
-        t = t.flatten(1)  # (B, M * N)
-        dropout = config.context_dropout if self.training else 0.0
-        sees_context = torch.rand(batch, device=latents.device) >= dropout
-        loss_mask, position_ids = valid, clean.position_ids
-        if given is not None:
-            known = given.all(-1)
-            given = given & sees_context[:, None, None]
-        if hides_known:
-            loss_mask = valid & ~known
-        if block_size is None:
-            if known is None:
-                shows = self.training and self._shows_some
-                known = draw_known(valid, infill_rate, group) if shows else torch.zeros_like(valid)
+            times = torch.full_like(times, timestep)
+        times = times.flatten(1)  # (B, M * N)
+        sees_context = torch.rand(len(valid), device=valid.device) >= dropout
+
+        loss_mask = valid & ~known_latents if hides_known else valid
+        if block_size is not None:
+            seen = _Seen(times, times, block_causal_mask(order, valid, sees_context, draws), loss_mask)
+        else:
+            if known_latents is None:  # several streams draw it, too: a seed keeps its meaning
+                known_latents = self._draw_known(valid, infill_rate)
+            seen = self._see_all(valid, known_latents, times, sees_context, hides_known, task, loss_mask)
+        if known_tokens is not None:
+            known_tokens = known_tokens & sees_context[:, None, None]
+        noisy, place_times = self._add_noise(clean.latents, seen.times, draws, known_tokens)
+        if prefix is not None:
+            prefix = (prefix[0], prefix[1] & sees_context[:, None], prefix[2])
+        states = self._predict_from(clean, noisy, seen, place_times, chunks, symbols, prefix, draws)
+        return NoisedPass(states, seen.loss_mask, noisy, seen.times, place_times)
+
+    def _draw_known(self, valid: torch.Tensor, infill_rate: float) -> torch.Tensor:
+        """What a bidirectional model is shown clean in training, `(B, N)`; nothing in eval mode."""
+        if self.training and self.shows_some:
+            return draw_known(valid, infill_rate, self.config.codec_config.group_size)
+        return torch.zeros_like(valid)
+
+    def _see_all(self, valid, known, times, sees_context, hides_known: bool, task, loss_mask) -> _Seen:
+        """What a bidirectional model sees: everything at once, the known part of it clean."""
+        if task is not None:
+            known, attention_mask = task
+            loss_mask = attention_mask
+        else:
             attention_mask = valid & ~(known & ~sees_context[:, None]) if hides_known else valid
             known = known & sees_context[:, None]
-            if task is not None:
-                known, attention_mask = task
-                loss_mask = attention_mask
-            told, t, loss_mask = t, torch.where(known, 1.0, t), loss_mask & ~known
-            if config.transformer_config.per_latent_timestep:  # else what is known has its neighbours' time
-                told = t
-        else:
-            told, attention_mask = t, block_causal_mask(order, valid, sees_context, draws)
-            position_ids = position_ids.repeat(1, 1 + draws, 1)
-        if prefix is not None:
-            prefix = prefix[0], prefix[1] & sees_context[:, None], prefix[2]
-        targets = latents.repeat(1, draws, 1)
-        noise = torch.randn_like(targets) * config.noise_std
-        times, signal = None, t[..., None].clamp(0, 1)
-        if self.token_head is not None:
-            times = self.token_head.place_times(t)
-            if given is not None:
-                times = torch.where(given.repeat(1, draws, 1), 1.0, times)
-            signal = times.repeat_interleave(targets.shape[-1] // times.shape[-1], dim=-1)
-        noisy = (1 - signal) * noise + signal * targets  # (B, M * N, C)
+        known_times = torch.where(known, 1.0, times)
+        # a network with one time for all tells known latents the time of their neighbours
+        told = known_times if self.config.transformer_config.per_latent_timestep else times
+        return _Seen(known_times, told, attention_mask, loss_mask & ~known)
 
+    def _add_noise(self, latents, times, draws: int, known_tokens) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Noisy copies `(B, M * N, C)` of latents; with a token head also the times `(B, M * N, K)` of places."""
+        targets = latents.repeat(1, draws, 1)
+        noise = torch.randn_like(targets) * self.config.noise_std
+        place_times = None
+        signal = times[..., None].clamp(0, 1)
+        if self.token_head is not None:
+            place_times = self.token_head.place_times(times)
+            if known_tokens is not None:
+                place_times = torch.where(known_tokens.repeat(1, draws, 1), 1.0, place_times)
+            signal = place_times.repeat_interleave(targets.shape[-1] // place_times.shape[-1], dim=-1)
+        return (1 - signal) * noise + signal * targets, place_times
+
+    def _predict_from(self, clean, noisy, seen, place_times, chunks, symbols, prefix, draws: int) -> torch.Tensor:
+        """The transformer's outputs `(B, M, N, ...)`; block-causal models read the clean latents first."""
+        batch, length = clean.mask.shape
+        is_causal = self.config.transformer_config.block_size is not None
         features = None
         if self.token_head is not None:
-            features = self.token_head.read(symbols, noisy, times, chunks.repeat(1, draws, 1))
-            if block_size is not None:
-                known = self.token_head.read(symbols, latents, torch.ones_like(times[:, :length]), chunks)
-                features = torch.cat((known, features), dim=1)
-
-        inputs, time, num_context = noisy, told.clamp(0, 1), 0
-        if block_size is not None:
-            inputs, num_context = torch.cat((latents, noisy), dim=1), length
-            time = torch.cat((t.new_ones(batch, length), time), dim=1)
+            features = self.token_head.read(symbols, noisy, place_times, chunks.repeat(1, draws, 1))
+            if is_causal:
+                ones = torch.ones_like(place_times[:, :length])
+                context = self.token_head.read(symbols, clean.latents, ones, chunks)
+                features = torch.cat((context, features), dim=1)
+        inputs = noisy
+        told = seen.told.clamp(0, 1)
+        position_ids = clean.position_ids
+        if is_causal:
+            inputs = torch.cat((clean.latents, noisy), dim=1)
+            told = torch.cat((told.new_ones(batch, length), told), dim=1)
+            position_ids = position_ids.repeat(1, 1 + draws, 1)
         output = self.transformer(
             inputs.to(self.dtype),
-            time,
+            told,
             position_ids,
-            attention_mask,
-            num_context=num_context,
+            seen.attention_mask,
+            num_context=length if is_causal else 0,
             features=features,
             prefix=prefix,
         )
-        estimate = output.latents[:, -draws * length :].unflatten(1, (draws, length))
-        return estimate, loss_mask, noisy, t, times
+        return output.latents[:, -draws * length :].unflatten(1, (draws, length))
 
 
 TokComConfig.register_for_auto_class()

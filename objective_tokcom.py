@@ -1,163 +1,610 @@
-"""What training minimises where a context network reads chunks and a light head predicts their tokens in turn.
+"""What training minimises: one class per objective, each with its own settings.
+
+| class | stage | model |
+|---|---|---|
+| `TokComCodecObjective` | codec | any: data -> latents -> data |
+| `TokComNextChunkObjective` | flow | token probabilities, a context network and a light head (`start_latents`) |
+| `TokComTokenObjective` | flow | token probabilities, one network for context and noisy latents |
+| `TokComLatentObjective` | flow | regression of the latents of pictures and clips |
+| `TokComTextLatentObjective` | flow | regression of the latents of texts, with cross-entropy through the decoder |
+| `TokComStreamObjective` | flow | regression of the latents of several streams |
+| `TokComHeadObjective` | head | the latent head of a finished model |
 
 Notable choices:
-- The context network reads a text once, as `[start, chunk 0, chunk 1, ...]`; the state at each place is all that the
-  head learns of what stands before the next chunk.
-- A chunk may be known in part. Its known tokens are clean, whatever their turn: so a prompt goes on inside its last
-  chunk, and a gap begins and ends anywhere.
-- In rows with gaps, the state before a gap is computed last: it has seen what follows. The chunk in which a gap ends
-  is read with its unknown tokens blank.
-- Only what has a loss passes the head: the chunks and times at which some token has its turn.
+- `x_t = (1 - t) x0 + t x1`, so t = 1 is clean; networks predict x1.
+- Settings are not part of a model: `config.json` does not hold them, a training run gives them to `set_stage`.
+- In eval mode nothing is dropped and no gaps are drawn; objectives of tokens then give likelihoods.
 
-Shape legend: B batch, T tokens, K tokens per chunk, N = T/K chunks, M noise draws, R rows that pass the head, D width.
+Shape legend: B batch, T tokens, K tokens per chunk, N = T/K latents, C latent channels, M noise draws, D width.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.utils import ModelOutput
 
-from .transformer_tokcom import INSIDE_TEXT, START_OF_TEXT
+from .codec_chunk_tokcom import TokComCodecOutput, check_settings
+from .transformer_tokcom import INSIDE_TEXT, START_OF_TEXT, ContextPlan, draw_gaps, draw_known
 
 EARLY = 0.1  # training begins with a token this long before its turn, since sampling steps are not infinitely small
-LONGEST_GAP = 24  # tokens
-SHORT_GAP = 3  # tokens; the longest gap of half of the rows that have gaps
+STAGES = ("codec", "flow", "head")
 
 
-def draw_gaps(rows: int, length: int, device: torch.device) -> torch.Tensor:
-    """Draw where texts of `length` tokens are known: runs of known tokens and gaps in turn, `(rows, length)`, true if known.
-
-    Half of the rows have gaps of 1 to `LONGEST_GAP` tokens, half of 1 to `SHORT_GAP`; what stands between two gaps is 1
-    to four times as long. Every row begins with either.
-    """
-    longest = torch.where(torch.rand(rows, 1, device=device) < 0.5, LONGEST_GAP, SHORT_GAP)  # (rows, 1)
-    draws = torch.rand(2, rows, length, device=device)
-    gaps = (draws[0] * longest).long() + 1
-    runs = (draws[1] * 4 * longest).long() + 1
-    pairs = torch.stack((runs, gaps), dim=-1).flatten(1)  # run, gap, run, gap, ...
-    ends = pairs.cumsum(1)
-    offset = (torch.rand(rows, 1, device=device) * ends[:, 1:2]).long()  # so that gaps also stand at the start
-    places = torch.arange(length, device=device) + offset
-    return torch.searchsorted(ends, places, right=True) % 2 == 0
-
-
-class ContextPlan(NamedTuple):
-    """In which order the context network reads `[start, chunk 0, ...]` of rows whose tokens are partly known.
-
-    `order (B, 1 + N)` is the step at which each is read: it sees what is read no later. `partial (B, N)` marks chunks
-    that are read with their unknown tokens blank, before those are known.
-    """
-
-    order: torch.Tensor
-    partial: torch.Tensor
-
-    @classmethod
-    def of(cls, given: torch.Tensor, has_gaps: torch.Tensor) -> "ContextPlan":
-        """The plan of rows `has_gaps (B,)` whose `given (B, N, K)` tokens are known; other rows are read in order.
-
-        What is known is read first, then for each gap the state before it, then the gap's chunks as they are filled.
-        """
-        batch, length, _ = given.shape
-        index = torch.arange(length + 1, device=given.device).expand(batch, -1)
-        gap = ~given.all(-1) & has_gaps[:, None]  # (B, N)
-        inside = torch.nn.functional.pad(gap[:, 1:], (0, 1))  # whether the gap goes on in the next chunk
-        partial = gap & ~inside & given.any(-1)
-        starts = torch.nn.functional.pad(gap, (0, 1))  # (B, 1 + N): whether the place before a gap's chunk
-        late = starts | torch.nn.functional.pad(gap & ~partial, (1, 0))
-        return cls(torch.where(late, index + length + 1, index), partial)
-
-    def mask(self, valid: torch.Tensor) -> torch.Tensor:
-        """Which key each query sees, `(B, 1 + N, 1 + N)`; `valid (B, N)` are chunks that are no padding."""
-        exists = torch.nn.functional.pad(valid, (1, 0), value=True)
-        sees = (self.order[:, None, :] <= self.order[:, :, None]) & exists[:, None, :]
-        return sees | torch.eye(sees.shape[-1], dtype=torch.bool, device=sees.device)
-
-
-def _turn_times(model, shape: tuple[int, int, int], device: torch.device, timestep: float | None) -> torch.Tensor:
-    """Times `(B, M, N)` of chunks: drawn in M strata, in a share `turn_share` of the rows where a turn begins; in eval mode
-    every turn of each chunk."""
-    batch, draws, length = shape
-    if timestep is not None:
-        return torch.full(shape, timestep, device=device)
-    turns = model.token_head.num_symbols
-    if not model.training:
-        return (torch.arange(turns, device=device) / turns)[None, :, None].expand(batch, turns, length)
-    shares = (torch.rand(shape, device=device) + torch.arange(draws, device=device)[:, None]) / draws
-    on_turn = torch.rand(batch, 1, 1, device=device) < model.config.turn_share
-    return torch.where(on_turn, (shares * turns).floor() / turns, shares)
-
-
-def token_loss(
-    model,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
-    timestep: float | None = None,
-    known_mask: torch.Tensor | None = None,
-    text_start: torch.Tensor | None = None,
-    fills_gaps: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean nats of the tokens whose turn it is, with a gradient, and those of each token, `(B, N, K)`.
+@dataclass
+class TokComOutput(ModelOutput):
+    """What `TokComModel.forward` returns.
 
     Args:
-        model (`TokComModel`): one with `start_latents`, in train mode with gaps and `noise_draws`, in eval mode with
-            every turn of each chunk, which gives its exact likelihood if `token_stagger` is 1.
-        input_ids, attention_mask, known_mask (`(B, T)`): ids, 0 on padding, and 1 on tokens that are given.
-        timestep (`float`, *optional*): one time of all chunks.
-        text_start (`torch.BoolTensor` of shape `(B,)`, *optional*): rows that begin where a text begins; by default all.
-        fills_gaps (`bool`): what is not known are gaps, which see what follows them, and no continuation.
+        loss (`torch.FloatTensor`): scalar loss of the stage; the only field with a gradient.
+        ce_loss (`torch.FloatTensor`, *optional*): cross-entropy, nats per real token; None for images.
+        mse_loss (`torch.FloatTensor`, *optional*): stage flow: squared error of x1 per channel; stage codec of
+            images: of pixels.
+        kl_loss (`torch.FloatTensor`, *optional*): stage codec: KL divergence, nats per latent.
+        token_losses (`torch.FloatTensor` of shape `(B, N, K)`, *optional*): stage flow: the cross-entropy of each
+            token, 0 where nothing is predicted; None in training with `ce_share` below 1.
     """
-    config, head = model.config, model.token_head
-    chunks, real = model.codec.symbols(input_ids, attention_mask)  # (B, N, K)
-    batch, length, size = chunks.shape
-    device, training = chunks.device, model.training
-    symbols = model.symbols()
-    given = torch.zeros_like(real)
-    if known_mask is not None:
-        given = model.codec.symbols(input_ids, known_mask)[1]
-    has_gaps = torch.full((batch,), fills_gaps, device=device)
-    begins = torch.ones_like(has_gaps) if text_start is None else text_start.bool()
-    dropped = torch.zeros_like(has_gaps)
-    if training:
-        draws = torch.rand(2, batch, device=device)
-        dropped = draws[0] < config.context_dropout
-        if known_mask is None:
-            has_gaps = (draws[1] < config.infill_rate) & ~dropped
-            known = draw_gaps(batch, length * size, device).view(given.shape)
-            given = known & has_gaps[:, None, None]
 
+    loss: torch.FloatTensor | None = None
+    ce_loss: torch.FloatTensor | None = None
+    mse_loss: torch.FloatTensor | None = None
+    kl_loss: torch.FloatTensor | None = None
+    token_losses: torch.FloatTensor | None = None
+
+
+# ---- objectives ----
+
+
+@dataclass
+class TokComObjective:
+    """What a stage minimises. Subclasses define `loss` and what they train; their fields are settings of a run."""
+
+    stage: ClassVar[str] = "flow"
+
+    def check(self, config) -> None:
+        """Raise `ValueError` where the settings do not fit a model with this configuration."""
+
+    def trained_parts(self, model) -> list[nn.Module]:
+        """The parts of the model that have gradients; all others are frozen."""
+        parts = (model.transformer, model.token_head, model.condition_embedding)
+        return [part for part in parts if part is not None]
+
+    def compilable_parts(self, model) -> list[nn.Module]:
+        """The networks to compile; `.compile()` works in place and keeps the names of parameters."""
+        return [model.transformer]
+
+    def loss(self, model, **inputs) -> TokComOutput:
+        """The loss of a batch; `inputs` are the arguments of `TokComModel.forward` that are not None."""
+        raise NotImplementedError
+
+
+@dataclass
+class TokComCodecObjective(TokComObjective):
+    """Reconstruction by the codec; its settings are the fields of the codec's `loss_class`."""
+
+    stage: ClassVar[str] = "codec"
+
+    def trained_parts(self, model) -> list[nn.Module]:
+        return [model.codec]
+
+    def compilable_parts(self, model) -> list[nn.Module]:
+        parts = (getattr(model.codec, name, None) for name in ("encoder", "decoder"))
+        return [part for part in parts if part is not None]
+
+    def loss(
+        self,
+        model,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        streams: dict[str, torch.Tensor] | None = None,
+        present: dict[str, torch.Tensor] | None = None,
+        text_start: torch.Tensor | None = None,
+        known_mask: torch.Tensor | None = None,
+    ) -> TokComOutput:
+        """Captions, `text_start` and `known_mask` come with the data and do not matter here."""
+        if streams is not None:
+            loss, parts = model.codec.training_loss(streams, present)
+        elif pixel_values is not None:
+            loss, parts = model.codec.training_loss(pixel_values)
+        else:
+            loss, parts = model.codec.training_loss(input_ids, attention_mask)
+        return TokComOutput(loss=loss, **parts)
+
+
+@dataclass
+class TokComFlowObjective(TokComObjective):
+    """What the objectives of stage flow share.
+
+    Args:
+        context_dropout: share of the rows that lose their context, which classifier-free guidance needs.
+        infill_rate: share of the rows with a gap that is generated after what follows it.
+        noise_draws: M, noisy copies of every latent that one pass over the clean text trains; 1 for bidirectional
+            models, which have no clean half to share.
+    """
+
+    context_dropout: float = 0.1
+    infill_rate: float = 0.1
+    noise_draws: int = 1
+
+    def __post_init__(self):
+        for name in ("context_dropout", "infill_rate"):
+            value = getattr(self, name, 0.0)
+            if not 0 <= value < 1:
+                raise ValueError(f"`{name}` ({value}) is a probability and must be in [0, 1).")
+
+    def check(self, config) -> None:
+        if self.noise_draws < 1 or (self.noise_draws > 1 and config.transformer_config.block_size is None):
+            raise ValueError(
+                f"`noise_draws` ({self.noise_draws}) must be at least 1, and 1 for a bidirectional model "
+                "(`block_size=None`), which has no clean half to share."
+            )
+
+
+@dataclass
+class TokComNextChunkObjective(TokComFlowObjective):
+    """Cross-entropy of the tokens of every next chunk, taken in turn, given the state of a context network.
+
+    Source: the network is split as in CALM (Shao et al. 2025), the turns are those of `token_stagger`.
+
+    Args:
+        turn_share: share of the rows whose times are exactly those at which a token's turn begins, which is where K
+            sampling steps are; the times of the other rows lie anywhere in between.
+    """
+
+    turn_share: float = 0.75
+
+    def check(self, config) -> None:
+        super().check(config)
+        if not 0 <= self.turn_share <= 1 or (self.turn_share and config.token_stagger != 1):
+            raise ValueError(
+                f"`turn_share` ({self.turn_share}) must be in [0, 1], and 0 unless `token_stagger` "
+                f"({config.token_stagger}) is 1."
+            )
+
+    def compilable_parts(self, model) -> list[nn.Module]:
+        return list(model.transformer.layers)  # how many rows pass them differs from step to step
+
+    def loss(
+        self,
+        model,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        timestep: float | None = None,
+        known_mask: torch.Tensor | None = None,
+        text_start: torch.Tensor | None = None,
+        fills_gaps: bool = False,
+    ) -> TokComOutput:
+        """Mean nats of the tokens whose turn it is.
+
+        In eval mode every turn of each chunk is taken, which gives the exact likelihood if `token_stagger` is 1.
+
+        Args:
+            input_ids, attention_mask, known_mask (`(B, T)`): ids, 0 on padding, and 1 on tokens that are given.
+            timestep (`float`, *optional*): one time of all chunks.
+            text_start (`torch.BoolTensor` of shape `(B,)`, *optional*): rows that begin where a text begins; all by
+                default.
+            fills_gaps (`bool`): what is not known are gaps, which see what follows them, and no continuation.
+        """
+        head = model.token_head
+        symbols = model.symbols()
+        chunks, real = model.codec.symbols(input_ids, attention_mask)  # (B, N, K)
+        given, has_gaps, dropped = self._draw_rows(model, chunks, known_mask, input_ids, fills_gaps)
+        begins = torch.ones_like(dropped) if text_start is None else text_start.bool()
+        states = _read_text(model, symbols, chunks, real, given, has_gaps, begins & ~dropped)  # (B, 1 + N, D)
+
+        # only the chunks and times at which some token has its turn pass the head
+        times = self._times(model, chunks, timestep)  # (B, M, N)
+        progress = head.progress(times)  # (B, M, N, K)
+        has_begun = progress > -EARLY if model.training else progress >= 0
+        wanted = (real & ~given)[:, None] & (progress < 1) & has_begun
+        row, draw, place = wanted.any(-1).nonzero(as_tuple=True)  # (R,) each
+        before = states[row, torch.where(dropped[row], 0, place)]  # (R, D)
+        place_times = torch.where(given[row, place], 1.0, head.warp(progress[row, draw, place]))  # (R, K)
+        own = chunks[row, place]
+        noisy = _noisy_chunks(model, symbols, own, place_times)
+        states = model.transformer(
+            noisy[None].to(model.dtype),
+            times[row, draw, place][None],
+            features=head.read(symbols, noisy[None], place_times[None], own[None]),
+            entry=before[None],
+        ).latents  # (1, R, K * E)
+        chosen = wanted[row, draw, place]
+        mean, losses = head.nll(states, symbols, noisy[None], place_times[None], own[None], chosen[None])
+        everywhere = losses.new_zeros(chunks.shape)
+        counts = everywhere.index_put((row, place), chosen.float(), accumulate=True)
+        tokens = everywhere.index_put((row, place), losses[0], accumulate=True) / counts.clamp_min(1)
+        return TokComOutput(
+            loss=mean,
+            ce_loss=mean.detach(),
+            mse_loss=mean.new_zeros(()),
+            token_losses=tokens.detach(),
+        )
+
+    def _draw_rows(
+        self, model, chunks, known_mask, input_ids, fills_gaps: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Tokens that are given, `(B, N, K)`, rows with gaps and rows without context, `(B,)`."""
+        batch, length, size = chunks.shape
+        device = chunks.device
+        given = torch.zeros(chunks.shape, dtype=torch.bool, device=device)
+        if known_mask is not None:
+            given = model.codec.symbols(input_ids, known_mask)[1]
+        has_gaps = torch.full((batch,), fills_gaps, device=device)
+        dropped = torch.zeros_like(has_gaps)
+        if model.training:
+            draws = torch.rand(2, batch, device=device)
+            dropped = draws[0] < self.context_dropout
+            if known_mask is None:
+                has_gaps = (draws[1] < self.infill_rate) & ~dropped
+                known = draw_gaps(batch, length * size, device).view(given.shape)
+                given = known & has_gaps[:, None, None]
+        return given, has_gaps, dropped
+
+    def _times(self, model, chunks: torch.Tensor, timestep: float | None) -> torch.Tensor:
+        """Times `(B, M, N)` of chunks `(B, N, K)`, in training in M strata; in eval mode M is every turn."""
+        batch, length, _ = chunks.shape
+        device = chunks.device
+        turns = model.token_head.num_symbols
+        if timestep is not None:
+            return torch.full((batch, 1, length), timestep, device=device)
+        if not model.training:
+            return (torch.arange(turns, device=device) / turns)[None, :, None].expand(batch, turns, length)
+        draws = self.noise_draws
+        shares = torch.rand(batch, draws, length, device=device)
+        shares = (shares + torch.arange(draws, device=device)[:, None]) / draws
+        on_turn = torch.rand(batch, 1, 1, device=device) < self.turn_share
+        return torch.where(on_turn, (shares * turns).floor() / turns, shares)
+
+
+def _read_text(model, symbols, chunks, real, given, has_gaps, begins) -> torch.Tensor:
+    """States `(B, 1 + N, D)` of the context network after `[start, chunk 0, chunk 1, ...]`.
+
+    The state at each place is all that the head learns of what stands before the next chunk. In rows with gaps the
+    state before a gap is computed last, so it has seen what follows. The chunk in which a gap ends is read with its
+    unknown tokens blank.
+    """
+    batch, length, _ = chunks.shape
     plan = ContextPlan.of(given, has_gaps)
-    valid = real.any(-1)
     blank = (plan.partial[..., None] & ~given) | ~real
-    read_times = torch.where(blank, 0.0, 1.0)  # (B, N, K)
-    features = head.read(symbols, None, read_times, chunks)  # (B, N, K * E)
-    features = torch.nn.functional.pad(features, (0, 0, 1, 0))
-    positions = torch.arange(-1, length, device=device).repeat(batch, 1)
-    positions[:, 0] = torch.where(begins & ~dropped, START_OF_TEXT, INSIDE_TEXT)
-    states = model.transformer.read_context(features, positions[..., None], plan.mask(valid))  # (B, 1 + N, D)
+    features = model.token_head.read(symbols, None, torch.where(blank, 0.0, 1.0), chunks)  # (B, N, K * E)
+    features = F.pad(features, (0, 0, 1, 0))
+    positions = torch.arange(-1, length, device=chunks.device).repeat(batch, 1)
+    positions[:, 0] = torch.where(begins, START_OF_TEXT, INSIDE_TEXT)
+    return model.transformer.read_context(features, positions[..., None], plan.mask(real.any(-1)))
 
-    times = _turn_times(model, (batch, config.noise_draws if timestep is None else 1, length), device, timestep)
-    draws = times.shape[1]
-    progress = head.progress(times)  # (B, M, N, K)
-    wanted = (real & ~given)[:, None] & (progress < 1) & ((progress > -EARLY) if training else (progress >= 0))
-    row, draw, place = wanted.any(-1).nonzero(as_tuple=True)  # (R,) each
-    before = states[row, torch.where(dropped[row], 0, place)]  # (R, D)
-    place_times = torch.where(given[row, place], 1.0, head.warp(progress[row, draw, place]))  # (R, K)
-    own = chunks[row, place]
-    clean = symbols.table[torch.arange(size, device=device), own].flatten(1)  # (R, C)
+
+def _noisy_chunks(model, symbols, chunks: torch.Tensor, place_times: torch.Tensor) -> torch.Tensor:
+    """Noisy latents `(R, C)` of chunks `(R, K)` whose tokens stand at `place_times (R, K)`."""
+    size = chunks.shape[1]
+    clean = symbols.table[torch.arange(size, device=chunks.device), chunks].flatten(1)  # (R, C)
     signal = place_times.repeat_interleave(clean.shape[1] // size, dim=1)
-    noisy = (1 - signal) * torch.randn_like(clean) * config.noise_std + signal * clean
-    chosen = wanted[row, draw, place]
-
-    states = model.transformer(
-        noisy[None].to(model.dtype),
-        times[row, draw, place][None],
-        features=head.read(symbols, noisy[None], place_times[None], own[None]),
-        entry=before[None],
-    ).latents  # (1, R, K * E)
-    mean, losses = head.nll(states, symbols, noisy[None], place_times[None], own[None], chosen[None])
-    everywhere = losses.new_zeros(batch, length, size)
-    counts = everywhere.index_put((row, place), chosen.float(), accumulate=True)
-    tokens = everywhere.index_put((row, place), losses[0], accumulate=True) / counts.clamp_min(1)
-    return mean, tokens
+    return (1 - signal) * torch.randn_like(clean) * model.config.noise_std + signal * clean
 
 
-__all__ = ["ContextPlan", "draw_gaps", "token_loss"]
+def _clean_latents(model, latents, *source) -> TokComCodecOutput:
+    """What the frozen codec makes of the data, or the `latents` that were encoded before."""
+    with torch.no_grad():
+        return model.codec.encode(*source) if latents is None else model.codec.known(latents.to(model.dtype))
+
+
+@dataclass
+class TokComTokenObjective(TokComFlowObjective):
+    """Cross-entropy of the tokens of noisy chunks, for models in which one network reads context and noise."""
+
+    def loss(
+        self,
+        model,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        timestep: float | None = None,
+        known_mask: torch.Tensor | None = None,
+        latents: torch.Tensor | None = None,
+        text_start: torch.Tensor | None = None,
+    ) -> TokComOutput:
+        """`text_start` comes with the data and does not matter here."""
+        clean = _clean_latents(model, latents, input_ids, attention_mask)
+        chunks, real = model.codec.symbols(input_ids, attention_mask)  # (B, N, K)
+        symbols = model.symbols()
+        given = None
+        if known_mask is not None:
+            given = model.codec.symbols(input_ids, known_mask)[1]
+        elif model.training and model.shows_some:
+            tokens = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            given = model.codec.symbols(input_ids, draw_known(tokens.bool(), self.infill_rate))[1]
+        found = model.predict_noised(
+            self,
+            clean,
+            timestep,
+            known_tokens=given,
+            hides_known=known_mask is not None,
+            chunks=chunks,
+            symbols=symbols,
+        )
+        draws = found.states.shape[1]
+        progress = model.token_head.progress(found.times)  # (B, M * N, K)
+        wanted = real if given is None else real & ~given
+        chosen = wanted.repeat(1, draws, 1) & (progress > -EARLY) & (progress < 1)
+        mean, tokens = model.token_head.nll(
+            found.states.flatten(1, 2),
+            symbols,
+            found.noisy,
+            found.place_times,
+            chunks.repeat(1, draws, 1),
+            chosen,
+        )
+        return TokComOutput(
+            loss=mean,
+            ce_loss=mean.detach(),
+            mse_loss=mean.new_zeros(()),
+            token_losses=tokens.unflatten(1, (draws, -1))[:, 0].detach(),
+        )
+
+
+@dataclass
+class TokComLatentObjective(TokComFlowObjective):
+    """Squared error of the clean latents of pictures and clips, with captions in front if the model reads any."""
+
+    def loss(
+        self,
+        model,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        timestep: float | None = None,
+        latents: torch.Tensor | None = None,
+    ) -> TokComOutput:
+        """`input_ids` and `attention_mask (B, L)` are those of captions."""
+        clean = _clean_latents(model, latents, pixel_values)
+        prefix = None
+        if model.condition_embedding is not None:
+            prefix = model.condition(model.require(input_ids, "input_ids"), attention_mask)
+        found = model.predict_noised(self, clean, timestep, prefix=prefix)
+        error = mean_squared_error(model, clean, found)
+        return TokComOutput(loss=error, mse_loss=error.detach())
+
+
+def mean_squared_error(model, clean: TokComCodecOutput, found) -> torch.Tensor:
+    """Mean over the latents that are trained, draws and channels of the squared error of x1."""
+    errors = model.quantize(found.states.float()) - clean.latents[:, None].float()
+    count = (found.states.shape[1] * found.loss_mask.sum()).clamp_min(1)
+    weights = found.loss_mask[:, None] / count  # (B, 1, N)
+    return (errors.square().mean(-1) * weights).sum()
+
+
+@dataclass
+class TokComTextLatentObjective(TokComFlowObjective):
+    """Squared error of the clean latents of texts, and cross-entropy of the first estimate through the decoder.
+
+    Args:
+        mse_weight, ce_weight: of the two terms; not negative, and not both 0.
+        ce_share: in (0, 1], share of the latents, drawn at every step, that the cross-entropy is computed of. The
+            decoder is most of a step where it is as deep as the transformer.
+    """
+
+    mse_weight: float = 1.0
+    ce_weight: float = 0.2
+    ce_share: float = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.mse_weight < 0 or self.ce_weight < 0 or self.mse_weight + self.ce_weight == 0:
+            raise ValueError(
+                f"`mse_weight` ({self.mse_weight}) and `ce_weight` ({self.ce_weight}) must not be negative, "
+                "and one of them must be positive."
+            )
+        if not 0 < self.ce_share <= 1:
+            raise ValueError(f"`ce_share` ({self.ce_share}) must be in (0, 1].")
+
+    def loss(
+        self,
+        model,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        timestep: float | None = None,
+        known_mask: torch.Tensor | None = None,
+        latents: torch.Tensor | None = None,
+        text_start: torch.Tensor | None = None,
+    ) -> TokComOutput:
+        """A latent is known if all its tokens are; `text_start` does not matter here."""
+        clean = _clean_latents(model, latents, input_ids, attention_mask)
+        found = self._predict(model, clean, timestep, known_mask)
+        error = mean_squared_error(model, clean, found)
+        loss = self.mse_weight * error
+        estimate, loss, weight = self._estimate(model, found.states[:, 0], loss)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and weight > 0):
+            tokens, count = self._decoded_nll(model, estimate, found.loss_mask, input_ids, attention_mask)
+            cross_entropy = tokens.sum() / count
+        is_whole = tokens.shape[1] == found.loss_mask.shape[1]
+        return TokComOutput(
+            loss=loss + weight * cross_entropy,
+            ce_loss=cross_entropy.detach(),
+            mse_loss=error.detach(),
+            token_losses=tokens.detach() if is_whole else None,
+        )
+
+    def _predict(self, model, clean, timestep, known_mask):
+        known = None
+        if known_mask is not None:
+            known = model.codec.to_chunks(known_mask, None)[0].bool().all(-1)  # (B, N)
+        return model.predict_noised(self, clean, timestep, known_latents=known, hides_known=known is not None)
+
+    def _estimate(self, model, states, loss) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """What is decoded, the loss so far, and the weight of the cross-entropy."""
+        return states, loss, self.ce_weight
+
+    def _decoded_nll(self, model, estimate, loss_mask, input_ids, attention_mask):
+        """Nats `(B, n, K)` of the tokens that `estimate (B, N, C)` stands for, and how many are counted.
+
+        n is N, or in training a share `ce_share` of it, drawn at random.
+        """
+        chunks, real = model.codec.to_chunks(input_ids, attention_mask)  # (B, N, K)
+        counted = real & loss_mask[..., None]
+        if model.training and self.ce_share < 1:
+            count = max(1, round(self.ce_share * estimate.shape[1]))
+            chosen = torch.rand(loss_mask.shape, device=loss_mask.device).argsort(1)[:, :count, None]
+            estimate = estimate.gather(1, chosen.expand(-1, -1, estimate.shape[2]))
+            chunks = chunks.gather(1, chosen.expand(-1, -1, chunks.shape[2]))
+            counted = counted.gather(1, chosen.expand(-1, -1, counted.shape[2]))
+        return model.codec.nll(estimate, chunks) * counted, counted.sum().clamp_min(1)
+
+
+@dataclass
+class TokComHeadObjective(TokComTextLatentObjective):
+    """The loss of the latent head of a finished model that regresses latents, and cross-entropy through the decoder."""
+
+    stage: ClassVar[str] = "head"
+
+    def check(self, config) -> None:
+        super().check(config)
+        if not config.has_latent_head:
+            raise ValueError("stage 'head' trains `latent_head` and `latent_refiner`, but both are 'none'.")
+
+    def trained_parts(self, model) -> list[nn.Module]:
+        return [model.latent_head]
+
+    def _predict(self, model, clean, timestep, known_mask):
+        with torch.no_grad():
+            return super()._predict(model, clean, timestep, known_mask)
+
+    def _estimate(self, model, states, loss) -> tuple[torch.Tensor, torch.Tensor, float]:
+        estimate, loss = model.latent_head(states)
+        return estimate, loss, 1.0
+
+
+@dataclass
+class TokComStreamObjective(TokComObjective):
+    """Of every row the streams that its task generates: squared error of latents, and cross-entropy of texts.
+
+    Args:
+        mse_weight, ce_weight: of the two terms; not negative, and not both 0.
+        context_dropout: share of the given streams that are left out, which classifier-free guidance needs.
+        stream_weights: stream -> weight in the loss, 1 by default.
+        generation_rates: stream -> how often a row that has it generates it, in (0, 1], 0.5 by default.
+    """
+
+    mse_weight: float = 1.0
+    ce_weight: float = 1.0
+    context_dropout: float = 0.1
+    stream_weights: dict[str, float] | None = None
+    generation_rates: dict[str, float] | None = None
+
+    infill_rate: ClassVar[float] = 0.0
+    noise_draws: ClassVar[int] = 1
+
+    def check(self, config) -> None:
+        names = sorted(config.codec_config.stream_configs())
+        weights = self.stream_weights or {}
+        rates = self.generation_rates or {}
+        if not 0 <= self.context_dropout < 1:
+            raise ValueError(f"`context_dropout` ({self.context_dropout}) must be in [0, 1).")
+        if self.mse_weight < 0 or self.ce_weight < 0 or self.mse_weight + self.ce_weight == 0:
+            raise ValueError(
+                f"`mse_weight` ({self.mse_weight}) and `ce_weight` ({self.ce_weight}) must not be negative, "
+                "and one of them must be positive."
+            )
+        if set(weights) - set(names) or min(weights.values(), default=1) < 0 or not sum(weights.values() or [1]):
+            raise ValueError(
+                f"`stream_weights` ({weights}) must be of the streams {names}, not negative and not all 0."
+            )
+        if set(rates) - set(names) or not all(0 < rate <= 1 for rate in rates.values()):
+            raise ValueError(f"`generation_rates` ({rates}) must be of the streams {names}, in (0, 1].")
+
+    def loss(
+        self,
+        model,
+        streams: dict[str, torch.Tensor],
+        present: dict[str, torch.Tensor] | None = None,
+        given: list[str] | None = None,
+        timestep: float | None = None,
+    ) -> TokComOutput:
+        """The streams named by `given` are clean in all rows that have them; by default every row draws its task."""
+        codec = model.codec
+        with torch.no_grad():
+            clean = codec.encode(streams, present)
+        task = self._task(model, clean, given)
+        shown = [name for name in streams if clean.mask[:, codec.places[name].start].any()]
+        if not shown:
+            raise ValueError("no row of this batch has any stream; `present` must be true somewhere.")
+        prediction, loss_mask = self._predict(model, clean, timestep, task, shown)
+        errors = prediction.float() - clean.latents[:, None].float()
+        error = codec.squared_error(errors, loss_mask, self.stream_weights)
+        loss = self.mse_weight * error
+        cross_entropy = None
+        if self.ce_weight:
+            cross_entropy = codec.text_nll(prediction[:, 0], streams, loss_mask, self.stream_weights)
+            loss = loss if cross_entropy is None else loss + self.ce_weight * cross_entropy
+            cross_entropy = loss.new_zeros(()) if cross_entropy is None else cross_entropy.detach()
+        return TokComOutput(loss=loss, ce_loss=cross_entropy, mse_loss=error.detach())
+
+    def _task(self, model, clean, given) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which latents are given and which are used at all, `(B, N)` each."""
+        if given is None:
+            dropout = self.context_dropout if model.training else 0.0
+            return model.codec.draw_task(clean.mask, dropout, self.generation_rates)
+        model.codec.check_names(given)
+        everywhere = clean.mask.new_ones(len(clean.mask))
+        known = model.codec.exists(dict.fromkeys(given, everywhere), len(everywhere), everywhere.device)
+        return known & clean.mask, clean.mask
+
+    def _predict(self, model, clean, timestep, task, names) -> tuple[torch.Tensor, torch.Tensor]:
+        """States and loss mask of all latents, though only those of the streams `names` pass the network."""
+        if len(names) == len(model.codec.names):
+            found = model.predict_noised(self, clean, timestep, task=task)
+            return found.states, found.loss_mask
+        places = model.codec.index_of(names, clean.latents.device)
+        part = TokComCodecOutput(clean.latents[:, places], clean.position_ids[:, places], clean.mask[:, places])
+        task = tuple(mask[:, places] for mask in task)
+        found = model.predict_noised(self, part, timestep, task=task)
+        states = found.states.new_zeros(*found.states.shape[:2], *clean.latents.shape[1:])
+        states = states.index_copy(2, places, found.states)
+        return states, torch.zeros_like(clean.mask).index_copy(1, places, found.loss_mask)
+
+
+# ---- which one ----
+
+
+def objective_class(config, stage: str) -> type[TokComObjective]:
+    """The objective of a stage of a model with this configuration; raises `ValueError` for an unknown stage."""
+    if stage not in STAGES:
+        raise ValueError(f"`stage` ({stage!r}) must be one of {STAGES}.")
+    if stage == "codec":
+        return TokComCodecObjective
+    if stage == "head":
+        return TokComHeadObjective
+    if config.codec_config.modality == "several":
+        return TokComStreamObjective
+    if config.prediction_type == "tokens":
+        has_context = config.transformer_config.start_latents
+        return TokComNextChunkObjective if has_context else TokComTokenObjective
+    return TokComTextLatentObjective if config.codec_config.has_tokens else TokComLatentObjective
+
+
+def build_objective(config, stage: str, settings: dict[str, Any]) -> TokComObjective:
+    """The objective of a stage with these settings; raises `ValueError` for unknown or impossible ones."""
+    kind = objective_class(config, stage)
+    if kind is TokComCodecObjective:
+        return kind()
+    check_settings(kind, settings, f"{stage}.objective.")
+    objective = kind(**settings)
+    objective.check(config)
+    return objective
+
+
+__all__ = [
+    "STAGES",
+    "EARLY",
+    "TokComCodecObjective",
+    "TokComHeadObjective",
+    "TokComLatentObjective",
+    "TokComNextChunkObjective",
+    "TokComObjective",
+    "TokComOutput",
+    "TokComStreamObjective",
+    "TokComTextLatentObjective",
+    "TokComTokenObjective",
+    "build_objective",
+    "objective_class",
+]

@@ -29,7 +29,7 @@ from .context_tokcom import TokComTask, lay_out_clip
 from .heads_tokcom import TokComTokenHead  # noqa: F401
 from .layers_tokcom import TokComBlock  # noqa: F401
 from .modeling_tokcom import TokComModel
-from .objective_tokcom import token_loss  # noqa: F401
+from .objective_tokcom import TokComObjective  # noqa: F401
 from .pipeline_base_tokcom import CardFacts, TokComBasePipeline
 from .pipeline_tokcom import TokComPipeline
 from .processing_tokcom import TokComAudioProcessor, TokComImageProcessor, decode_rows, end_at_eos

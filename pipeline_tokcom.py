@@ -32,7 +32,7 @@ from .context_tokcom import TokComGiven, TokComTask, latent_gap_task, prompt_con
 from .heads_tokcom import TokComTokenHead  # noqa: F401
 from .layers_tokcom import TokComBlock  # noqa: F401
 from .modeling_tokcom import TokComModel  # noqa: F401
-from .objective_tokcom import token_loss  # noqa: F401
+from .objective_tokcom import TokComObjective  # noqa: F401
 from .pipeline_base_tokcom import CardFacts, StepCallback, TokComBasePipeline
 from .processing_tokcom import (
     StreamedText,
@@ -403,9 +403,8 @@ class TokComPipeline(TokComBasePipeline):
         """
         if not isinstance(latents, torch.Tensor):
             latents, attention_mask = read_latents(latents, self.chunk_size)
-        are_codes = not latents.is_floating_point()
         latents = self._to_latents(latents)
-        sequences = self.model.to_ids(latents, **({"quantized": True} if are_codes else {}))
+        sequences = self.model.to_ids(latents)
         self.maybe_free_model_hooks()
         mask = torch.ones_like(sequences) if attention_mask is None else attention_mask.to(sequences.device)
         if mask.shape != sequences.shape:

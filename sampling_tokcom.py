@@ -27,7 +27,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from .context_tokcom import CachedContext, Context, TokComGiven, TokComStep, TokComTask, VisibleContext
 from .heads_tokcom import TokComChoice
-from .modeling_tokcom import TokComModel, signal_time
+from .modeling_tokcom import TokComModel
+from .scheduling_tokcom import signal_time
 
 Blocks = Iterator[tuple[torch.Tensor, torch.Tensor | None]]  # latents (B, Q, C) and ids (B, Q * K) of each block
 

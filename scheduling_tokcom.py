@@ -175,4 +175,42 @@ class TokComFlowMatchScheduler(SchedulerMixin, ConfigMixin):
         return self.config.num_train_timesteps
 
 
-__all__ = ["TokComFlowMatchScheduler", "TokComFlowMatchSchedulerOutput"]
+def signal_time(signal: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """The time t of the flow with the signal-to-noise ratio of `signal * x1 + noise * x0`."""
+    return signal / (signal + noise)
+
+
+def diffusion_times(shares: torch.Tensor, schedule: str) -> torch.Tensor:
+    """Times of the flow for `shares` in [0, 1] of the way from clean to noise in a variance-preserving diffusion.
+
+    `schedule` is `"linear"`, betas from 0.0001 to 0.02 in 1000 steps, or `"cosine"` (Nichol and Dhariwal 2021).
+    """
+    if schedule == "linear":
+        remains = torch.exp(-(0.1 * shares + (20 - 0.1) * shares.square() / 2))
+    else:
+        start = math.cos(0.008 / 1.008 * math.pi / 2) ** 2
+        remains = torch.cos((shares + 0.008) / 1.008 * torch.pi / 2).square() / start
+    remains = remains.clamp(0, 1)
+    return signal_time(remains.sqrt(), (1 - remains).sqrt())
+
+
+def sample_times(config, order: torch.Tensor, draws: int) -> torch.Tensor:
+    """Draw times `(B, M, N)` for latents of blocks `order (B, N)`: one per block and draw, the draws in strata."""
+    batch, length = order.shape
+    shares = torch.rand(batch, draws, 2 * length + 1, device=order.device)
+    shares = (shares + torch.arange(draws, device=order.device)[:, None]) / draws
+    if config.timestep_sampling in ("linear", "cosine"):
+        shares = diffusion_times(shares, config.timestep_sampling)
+    elif config.timestep_sampling == "logit_normal":
+        normal = torch.special.ndtri(shares.clamp(1e-6, 1 - 1e-6))
+        shares = 1 - torch.sigmoid(normal + config.timestep_loc)
+    return shares.gather(2, order[:, None].expand(-1, draws, -1))
+
+
+__all__ = [
+    "TokComFlowMatchScheduler",
+    "TokComFlowMatchSchedulerOutput",
+    "diffusion_times",
+    "sample_times",
+    "signal_time",
+]

@@ -42,8 +42,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from tokcom.codec_video_tokcom import decode_clips
-from tokcom.configuration_tokcom import STAGES, TokComConfig, merge_overrides
+from tokcom.configuration_tokcom import TokComConfig
 from tokcom.modeling_tokcom import TokComModel
+from tokcom.objective_tokcom import STAGES
 from tokcom.pipeline_base_tokcom import TokComBasePipeline
 from tokcom.pipeline_media_tokcom import build_pipeline, load_pipeline
 from tokcom.processing_tokcom import vocabulary_size
@@ -57,12 +58,13 @@ from tokcom.training.images import picture_grid
 from tokcom.training.optimizer import build_optimizer, build_schedule
 from tokcom.training.perceptual import FeatureLoss
 from tokcom.training.precision import resolve_precision
+from tokcom.training.presets import merge_overrides, preset_config
 from tokcom.training.tracking import check_tracker, log_picture, log_table
 
 ATTENTIONS = ("sdpa", "sdpa_float32", "eager")  # what `attention=auto` chooses from
 EXTRA = "extra.pt"  # of a checkpoint: progress, schedule and average
 SPIKES_AFTER = 50  # updates before the average gradient norm means something
-SAME_RUN = ("model_preset", "model", "tokenizer", "tokenizer_vocab_size", "init_from", "codec_from", "seed", "data")
+SAME_RUN = ("preset", "model", "tokenizer", "tokenizer_vocab_size", "init_from", "codec_from", "seed", "data")
 METRIC_PREFIX = {"codec": "vae", "flow": "diffusion", "head": "head"}  # the names of the published training script
 
 
@@ -82,7 +84,7 @@ def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase | None) 
     """
     donor, size = config.init_from or config.codec_from, None if tokenizer is None else vocabulary_size(tokenizer)
     if donor is None:
-        model = TokComModel(TokComConfig.from_preset(config.model_preset, size, **config.model))
+        model = TokComModel(preset_config(config.preset, size, **config.model))
     else:
         source = TokComModel.from_pretrained(donor, dtype=torch.float32)
         model = TokComModel(derived_config(config, source.config, size))
@@ -111,7 +113,7 @@ def derived_config(config: TrainConfig, source: TokComConfig, vocab_size: int | 
     if config.init_from:
         fields = source.to_dict()
     else:
-        fields = TokComConfig.from_preset(config.model_preset, vocab_size).to_dict()
+        fields = preset_config(config.preset, vocab_size).to_dict()
         fields["transformer_config"]["latent_channels"] = source.codec_config.latent_channels
     fields["codec_config"] = codec
     merge_overrides(fields, config.model)
@@ -154,7 +156,7 @@ class StageTrainer:
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
         )
         self._check_launch()
-        model.set_stage(stage)
+        model.set_stage(stage, **self.options.objective)
         if stage == "codec" and config.perceptual_model:
             if model.config.codec_config.modality != "image":
                 raise ValueError(

@@ -8,6 +8,7 @@ Shape legend: B batch, N latents, S sequence positions, C latent channels, D wid
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,12 @@ from .layers_tokcom import (
     rotary_embedding,
 )
 
-START_OF_TEXT, INSIDE_TEXT = -1, -2  # positions of the learned latent before the first one
+# positions of the learned latent before the first one
+START_OF_TEXT = -1
+INSIDE_TEXT = -2
+
+LONGEST_GAP = 24  # tokens
+SHORT_GAP = 3  # tokens; the longest gap of half of the rows that have gaps
 
 
 @dataclass
@@ -72,6 +78,91 @@ def block_causal_mask(
         mask[:, draw, :, draw] = same
     mask = (mask & valid[:, None, None, None]).view(len(order), (1 + draws) * length, -1)
     return mask | torch.eye(mask.shape[-1], dtype=torch.bool, device=mask.device)
+
+
+def generation_order(
+    valid: torch.Tensor, block_size: int | None, infill_rate: float, group_size: int = 1
+) -> torch.Tensor:
+    """Draw the step at which each latent is generated, `(B, N)`, for rows of the shape of `valid (B, N)`.
+
+    Blocks of `block_size` follow each other from a random offset, so that a prompt may end anywhere. In a share
+    `infill_rate` of the rows one random span comes last, after the text that follows it. Offset and span are multiples
+    of `group_size`. With `block_size=None` everything is one block.
+    """
+    batch, length = valid.shape
+    index = torch.arange(length, device=valid.device).expand(batch, -1)
+    if block_size is None:
+        return torch.zeros_like(index)
+    draws = torch.rand(4, batch, 1, device=valid.device)
+    groups = length // group_size
+    offset = (draws[0] * (block_size // group_size)).long() * group_size
+    order = (index + offset) // block_size
+    start, end = (draws[1:3] * (groups + 1)).long().sort(dim=0).values * group_size  # (B, 1) each
+    in_gap = (index >= start) & (index < end) & (draws[3] < infill_rate)
+    return torch.where(in_gap, length + (index - start) // block_size, order)
+
+
+def draw_known(valid: torch.Tensor, infill_rate: float, group_size: int = 1) -> torch.Tensor:
+    """Draw what a bidirectional model is shown clean, `(B, N)`, of the latents that exist, `valid (B, N)`.
+
+    That is a prefix, or in a share `infill_rate` of the rows all but a gap, in whole groups of `group_size`. At least
+    one group stays unknown.
+    """
+    draws = torch.rand(3, len(valid), 1, device=valid.device)
+    rank = (valid.cumsum(1) - 1) // group_size  # among those that exist
+    count = valid.sum(1, keepdim=True) // group_size
+    start, end = (draws[:2] * count).long().sort(dim=0).values
+    after_gap = torch.where(draws[2] < infill_rate, rank > end, False)
+    return valid & ((rank < start) | after_gap)
+
+
+def draw_gaps(rows: int, length: int, device: torch.device) -> torch.Tensor:
+    """Draw where texts of `length` tokens are known: runs of known tokens and gaps in turn, `(rows, length)`, true if known.
+
+    Half of the rows have gaps of 1 to `LONGEST_GAP` tokens, half of 1 to `SHORT_GAP`; what stands between two gaps is 1
+    to four times as long. Every row begins with either.
+    """
+    longest = torch.where(torch.rand(rows, 1, device=device) < 0.5, LONGEST_GAP, SHORT_GAP)  # (rows, 1)
+    draws = torch.rand(2, rows, length, device=device)
+    gaps = (draws[0] * longest).long() + 1
+    runs = (draws[1] * 4 * longest).long() + 1
+    pairs = torch.stack((runs, gaps), dim=-1).flatten(1)  # run, gap, run, gap, ...
+    ends = pairs.cumsum(1)
+    offset = (torch.rand(rows, 1, device=device) * ends[:, 1:2]).long()  # so that gaps also stand at the start
+    places = torch.arange(length, device=device) + offset
+    return torch.searchsorted(ends, places, right=True) % 2 == 0
+
+
+class ContextPlan(NamedTuple):
+    """In which order the context network reads `[start, chunk 0, ...]` of rows whose tokens are partly known.
+
+    `order (B, 1 + N)` is the step at which each is read: it sees what is read no later. `partial (B, N)` marks chunks
+    that are read with their unknown tokens blank, before those are known.
+    """
+
+    order: torch.Tensor
+    partial: torch.Tensor
+
+    @classmethod
+    def of(cls, given: torch.Tensor, has_gaps: torch.Tensor) -> "ContextPlan":
+        """The plan of rows `has_gaps (B,)` whose `given (B, N, K)` tokens are known; other rows are read in order.
+
+        What is known is read first, then for each gap the state before it, then the gap's chunks as they are filled.
+        """
+        batch, length, _ = given.shape
+        index = torch.arange(length + 1, device=given.device).expand(batch, -1)
+        gap = ~given.all(-1) & has_gaps[:, None]  # (B, N)
+        inside = F.pad(gap[:, 1:], (0, 1))  # whether the gap goes on in the next chunk
+        partial = gap & ~inside & given.any(-1)
+        starts = F.pad(gap, (0, 1))  # (B, 1 + N): whether the place before a gap's chunk
+        late = starts | F.pad(gap & ~partial, (1, 0))
+        return cls(torch.where(late, index + length + 1, index), partial)
+
+    def mask(self, valid: torch.Tensor) -> torch.Tensor:
+        """Which key each query sees, `(B, 1 + N, 1 + N)`; `valid (B, N)` are chunks that are no padding."""
+        exists = F.pad(valid, (1, 0), value=True)
+        sees = (self.order[:, None, :] <= self.order[:, :, None]) & exists[:, None, :]
+        return sees | torch.eye(sees.shape[-1], dtype=torch.bool, device=sees.device)
 
 
 class _Factorized:
@@ -145,24 +236,28 @@ class TokComTransformer(TokComPreTrainedModel):
         return torch.where(position_ids[..., :1] < 0, starts, hidden_states)
 
     def read_context(
-        self, features: torch.Tensor, position_ids: torch.Tensor, attention_mask: torch.Tensor
+        self,
+        features: torch.Tensor,
+        position_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        past_key_values: Cache | None = None,
     ) -> torch.Tensor:
         """What the context layers know at each clean latent, as the layers after them are told: `(B, S, D)`.
 
         Args:
             features (`torch.FloatTensor` of shape `(B, S, feature_size)`): what the clean latents hold.
-            position_ids (`torch.LongTensor` of shape `(B, S, 1)`): negative where a learned latent stands, otherwise the
-                same in all rows.
-            attention_mask (`torch.BoolTensor` of shape `(B, S, S)`): which key each query sees.
+            position_ids (`torch.LongTensor` of shape `(B, S, 1)`): negative where a learned latent stands.
+            attention_mask (`torch.BoolTensor` of shape `(B, S, S_kv)`): which key each query sees.
+            past_key_values: keys and values of latents that were read before; those of this call are added.
         """
         config = self.config
         hidden_states = self._place_starts(self.proj_in(features), position_ids)  # (B, S, D)
         head_size = config.hidden_size // config.num_attention_heads
-        tables = rotary_embedding(position_ids[:1].clamp_min(-1), head_size, config.rope_theta)
-        implementation, length = config._attn_implementation, features.shape[1]
-        mask = expand_attention_mask(attention_mask, length, implementation, hidden_states.dtype)
+        tables = rotary_embedding(position_ids.clamp_min(-1), head_size, config.rope_theta)
+        implementation = config._attn_implementation
+        mask = expand_attention_mask(attention_mask, features.shape[1], implementation, hidden_states.dtype)
         for layer in self.layers[: config.num_context_layers]:
-            hidden_states = layer(hidden_states, None, tables, mask)
+            hidden_states = layer(hidden_states, None, tables, mask, past_key_values)
         return self.context_proj(self.context_norm(hidden_states))
 
     def modulate(self, timestep: torch.Tensor) -> list[torch.Tensor]:
@@ -367,4 +462,14 @@ class TokComTransformer(TokComPreTrainedModel):
         return self.context_proj(torch.where(earlier.any(-1, keepdim=True), nearest, 0))
 
 
-__all__ = ["TokComTransformer", "TokComTransformerOutput", "block_causal_mask", "START_OF_TEXT", "INSIDE_TEXT"]
+__all__ = [
+    "ContextPlan",
+    "INSIDE_TEXT",
+    "START_OF_TEXT",
+    "TokComTransformer",
+    "TokComTransformerOutput",
+    "block_causal_mask",
+    "draw_gaps",
+    "draw_known",
+    "generation_order",
+]

@@ -31,6 +31,7 @@ from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 from tokcom.training.card import evaluation_section
 from tokcom.training.checkpoints import first_line
 from tokcom.training.images import encode_all, read_pictures
+from tokcom.training.presets import preset_config
 
 REQUIRED = ("model_args", "config", "vae_model_state_dict", "denoised_model_state_dict")
 MODEL_ARGS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
@@ -117,12 +118,11 @@ def published_config(checkpoint: dict, pad_token_id: int) -> TokComConfig:
     tokens = {"vocab_size": args["vocab_size"], "mask_token_id": args["omni_token_id"], "pad_token_id": pad_token_id}
     chunk_size = settings.get("chunk_size", 4)
     length = settings.get("max_length", 1024) // chunk_size
-    return TokComConfig.from_preset(
+    return preset_config(
         "v5.2",
         codec_config={**shape, **tokens, "embedding_size": width, "chunk_size": chunk_size},
         transformer_config={**shape, "conditioning_size": width, "max_position_embeddings": length},
         noise_std=settings.get("noise_std", 0.05),
-        stage="codec" if checkpoint.get("stage") == "vae" else "flow",
     )
 
 
@@ -171,7 +171,6 @@ def load_published_pipeline(path: str | Path, tokenizer: str | None = None) -> T
         raise ValueError(
             f"the weights in {path} do not fit its own model_args ({len(problems)} problems): {problems[0].strip()}"
         ) from error
-    model.set_stage(config.stage)
     return TokComPipeline(model.eval(), TokComFlowMatchScheduler.from_model_config(config), loaded)
 
 

@@ -28,6 +28,7 @@ import torch
 from tqdm.auto import tqdm
 
 from tokcom.training.precision import has_fast_bfloat16
+from tokcom.training.presets import preset_config
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PEAK_SIZES = (1024, 2048, 4096)
@@ -88,7 +89,6 @@ def build_training(
     options after commas (`"cached latents"`, `"ce_share 0.25"`, `"checkpointing"`), or
     `"published"`.
     """
-    from tokcom.configuration_tokcom import TokComConfig
     from tokcom.evaluation.published import PublishedTokCom
     from tokcom.modeling_tokcom import TokComModel
 
@@ -96,15 +96,12 @@ def build_training(
     if name == "TokCom":
         layers = {"num_hidden_layers": args.layers}
         share = [float(option.split()[1]) for option in options if option.startswith("ce_share")]
-        sizes = {
-            "codec_config": layers,
-            "transformer_config": layers,
-            "ce_share": (share or [1.0])[0],
-        }
-        config = TokComConfig.from_preset("v5.2", args.vocab_size, stage=stage, **sizes)
+        config = preset_config(
+            "v5.2", args.vocab_size, codec_config=layers, transformer_config=layers
+        )
         with torch.device(DEVICE):
             model = TokComModel(config).train()
-        model.set_stage(stage)
+        model.set_stage(stage, **({"ce_share": share[0]} if share else {}))
         if "checkpointing" in options:
             model.gradient_checkpointing_enable()
         known = {}
@@ -201,12 +198,11 @@ def tokcom_generator(
     preset: str, compiled: bool = False, **overrides
 ) -> Callable[[int, int, int | None], None]:
     """`generate(batch_size, tokens, steps)` with a model of random weights."""
-    from tokcom.configuration_tokcom import TokComConfig
     from tokcom.modeling_tokcom import TokComModel
     from tokcom.pipeline_tokcom import TokComPipeline
     from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 
-    config = TokComConfig.from_preset(preset, **overrides)
+    config = preset_config(preset, **overrides)
     pipe = TokComPipeline(
         TokComModel(config).eval(), TokComFlowMatchScheduler.from_model_config(config)
     ).to(DEVICE)
@@ -227,13 +223,10 @@ def llama_generator(
     """The same for a Llama with as many layers and parameters and the same width."""
     from transformers import LlamaForCausalLM
 
-    from tokcom.configuration_tokcom import PRESETS
     from tokcom.evaluation.autoregressive import llama_config
 
-    shape = PRESETS[preset]["transformer_config"]
-    config = llama_config(
-        vocab_size, shape["hidden_size"], shape["num_hidden_layers"], parameters, 0
-    )
+    shape = preset_config(preset).transformer_config
+    config = llama_config(vocab_size, shape.hidden_size, shape.num_hidden_layers, parameters, 0)
     model = LlamaForCausalLM(config).eval().to(DEVICE)
     model.generation_config.eos_token_id = None  # always generate the full length
     if compiled:  # needs a cache whose tensors keep their shapes
@@ -282,9 +275,7 @@ def _published_size(width: int, intermediate_size: int, vocab_size: int) -> int:
 
 def sampling(args: argparse.Namespace) -> dict:
     """Milliseconds per token over batch sizes, lengths and steps. Systems take turns."""
-    from tokcom.configuration_tokcom import PRESETS
-
-    vocab_size = args.vocab_size or PRESETS[args.preset]["codec_config"]["vocab_size"] - 1
+    vocab_size = args.vocab_size or preset_config(args.preset).codec_config.vocab_size - 1
     ours = tokcom_generator(args.preset, vocab_size=vocab_size)
     systems = {"Llama with KV cache": llama_generator(args.preset, ours.parameters, vocab_size)}
     systems["published"] = published_generator(ours.parameters, vocab_size)

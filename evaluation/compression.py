@@ -95,7 +95,7 @@ def measure(model: TokComModel, ids: torch.Tensor, picture: Path) -> dict:
     }
     if encoded.codes is None:
         return facts
-    stored = model.to_ids(model.codec.from_codes(encoded.codes), quantized=True)
+    stored = model.to_ids(model.codec.from_codes(encoded.codes))
     facts["same from codes"] = bool(torch.equal(stored, decoded))
     if config.quantizer == "fsq":  # it has more codes than any text could use: no usage
         used = len(encoded.codes.unique())

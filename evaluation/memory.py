@@ -17,9 +17,10 @@ from dataclasses import dataclass
 
 import torch
 
-from tokcom.configuration_tokcom import PRESETS, TokComConfig
+from tokcom.configuration_tokcom import TokComConfig
 from tokcom.evaluation.report import table
 from tokcom.modeling_tokcom import TokComModel
+from tokcom.training.presets import preset_config, preset_names
 
 GIB = 2**30
 BYTES_PER_PARAMETER = 16  # weight, gradient and two moments in float32
@@ -171,20 +172,16 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    known = sorted(name for name in PRESETS if name.startswith("video-"))
+    known = sorted(name for name in preset_names() if name.startswith("video-"))
     parser.add_argument("--presets", nargs="+", choices=known, default=known)
     parser.add_argument("--run", action="store_true", help="also run one step of the first preset")
     args = parser.parse_args(argv)
     if args.run:
-        print(
-            f"one step of {args.presets[0]}:", run_step(TokComConfig.from_preset(args.presets[0]))
-        )
+        print(f"one step of {args.presets[0]}:", run_step(preset_config(args.presets[0])))
     rows = []
     for name in args.presets:
         for attention in ("full", "factorized"):
-            config = TokComConfig.from_preset(
-                name, transformer_config={"attention_type": attention}
-            )
+            config = preset_config(name, transformer_config={"attention_type": attention})
             found = dataclasses.asdict(cost(config))
             gib = [
                 f"{found[key] / GIB:.2f}"

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from tokcom.scheduling_tokcom import sample_times
 from tokcom.training.precision import half_precision
 
 NOISE_LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)  # standard deviations of the latents
@@ -122,7 +123,7 @@ def share_of_informative_draws(
 ) -> float:
     """Share of training's t at which CE(t) lies between 5 % and 95 % of the unigram entropy."""
     torch.manual_seed(0)
-    t = model._sample_times(torch.arange(draws)[None], 1).flatten().numpy()
+    t = sample_times(model.config, torch.arange(draws)[None], 1).flatten().numpy()
     values = np.interp(t, TIMESTEPS, [curve[f"denoiser_ce_t_{t}"] for t in TIMESTEPS])
     return float(((values > 0.05 * unigram) & (values < 0.95 * unigram)).mean())
 

@@ -14,10 +14,11 @@ import random
 
 import torch
 
-from tokcom.configuration_tokcom import PRESETS, TokComConfig
+from tokcom.configuration_tokcom import TokComConfig
 from tokcom.evaluation.flops import training_flops_per_token
 from tokcom.evaluation.report import table
 from tokcom.modeling_tokcom import TokComModel
+from tokcom.training.presets import preset_config, preset_names
 
 # `base` grown to a billion parameters in the transformer
 ONE_B = {
@@ -50,7 +51,7 @@ GIB = 2**30
 def scaled_config(preset: str, vocab_size: int | None) -> TokComConfig:
     """The configuration of a preset, or of `1b`, in the flow stage."""
     name, overrides = ("base", ONE_B) if preset == "1b" else (preset, {})
-    return TokComConfig.from_preset(name, vocab_size, stage="flow", **overrides)
+    return preset_config(name, vocab_size, **overrides)
 
 
 def saved_bytes(model: TokComModel, ids: torch.Tensor) -> int:
@@ -132,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--preset", default="base", choices=[*PRESETS, "1b"])
+    parser.add_argument("--preset", default="base", choices=[*preset_names(), "1b"])
     parser.add_argument("--vocab_size", type=int, help="of the tokenizer; by default the preset's")
     parser.add_argument(
         "--length", type=int, help="tokens of a window; by default as many as the model sees"

@@ -28,11 +28,15 @@ except ImportError:
     from modeling_tokcom import TokComModel
     from training.optimizer import build_optimizer
     from training.precision import half_precision
+try:
+    from tokcom.training.presets import preset_config
+except ImportError:  # before version 0.2.1 presets were in the configuration
+    preset_config = TokComConfig.from_preset
 torch.set_num_threads(1)
 options = json.loads({options!r})
 torch.manual_seed(0)
-model = TokComModel(TokComConfig.from_preset({preset!r}, 4096, **options.get("model", {{}})))
-model.set_stage("flow")
+model = TokComModel(preset_config({preset!r}, 4096, **options.get("model", {{}})))
+model.set_stage("flow", **options.get("objective", {{}}))
 model.train()
 if "attention" in options:
     model.set_attn_implementation(options["attention"])
@@ -53,7 +57,7 @@ print(json.dumps({{"seconds": seconds[2:], "loss": loss.item()}}))
 
 
 def parse_options(pairs: list[str]) -> dict:
-    """`attention=eager model.turn_share=1.0` as nested options."""
+    """`attention=eager objective.turn_share=1.0` as nested options."""
     options: dict = {}
     for pair in pairs:
         key, _, value = pair.partition("=")
@@ -90,7 +94,7 @@ def main() -> None:
         "--old_options",
         nargs="*",
         default=[],
-        help="attention=NAME, model.FIELD=VALUE in the old tree",
+        help="attention=NAME, model.FIELD=VALUE, objective.FIELD=VALUE in the old tree",
     )
     parser.add_argument("--new_options", nargs="*", default=[], help="the same in the new tree")
     args = parser.parse_args()

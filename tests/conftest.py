@@ -41,7 +41,6 @@ def build(tokenizer):
 
     def make(**overrides) -> TokComPipeline:
         torch.manual_seed(0)
-        overrides.setdefault("stage", "flow")
         model = TokComModel(tiny_config(vocabulary_size(tokenizer), **overrides)).eval()
         for name, parameter in model.transformer.named_parameters():
             if "modulation" in name:  # a block at initialisation is the identity, which would hide mistakes

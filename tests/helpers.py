@@ -16,6 +16,7 @@ from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_base_tokcom import TokComBasePipeline
 from tokcom.pipeline_media_tokcom import build_pipeline
 from tokcom.processing_tokcom import vocabulary_size
+from tokcom.training.presets import preset_config
 
 ROOT = Path(__file__).resolve().parents[1]
 STOCK_SCHEDULERS = [
@@ -38,16 +39,14 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 def tiny_config(vocab_size: int = 320, **overrides) -> TokComConfig:
     transformer = {"max_position_embeddings": 32, **overrides.pop("transformer_config", {})}
-    return TokComConfig.from_preset("debug", vocab_size, transformer_config=transformer, **overrides)
+    return preset_config("debug", vocab_size, transformer_config=transformer, **overrides)
 
 
 TURNS = {
     "prediction_type": "tokens",
     "codec_config": {"encoder_type": "token"},
-    "stage": "flow",
     "token_stagger": 1.0,
     "timestep_sampling": "uniform",
-    "noise_draws": 4,
 }
 SPLIT = {
     "num_context_layers": 1,
@@ -56,6 +55,13 @@ SPLIT = {
     "head_attention": False,
     "start_latents": True,
 }
+
+
+def tiny_model(stage: str = "flow", objective: dict | None = None, vocab_size: int = 320, **overrides) -> TokComModel:
+    """A tiny model that is set to train a stage with an `objective` of these settings."""
+    model = TokComModel(tiny_config(vocab_size, **overrides))
+    model.set_stage(stage, **(objective or {}))
+    return model
 
 
 def build_model(vocab_size: int = 320, **overrides) -> TokComModel:
@@ -80,7 +86,7 @@ MEDIA = {
             **dict(image_size=16, patch_size=4, num_tokens=6, latent_channels=4, hidden_size=32, intermediate_size=48),
             **dict(num_attention_heads=2, num_hidden_layers=1, num_expert_layers=1, expert_intermediate_size=16),
             **dict(decoder_hidden_size=24, decoder_intermediate_size=32, decoder_num_attention_heads=2),
-            **dict(num_styled_layers=3, num_decoder_layers=1),
+            **dict(num_decoder_layers=1),
         },
         "transformer_config": {"latent_channels": 4, "max_position_embeddings": 6},
     },
@@ -108,7 +114,7 @@ def tiny_pipeline(modality: str, tokenizer=None) -> TokComBasePipeline:
     size = None if tokenizer is None else vocabulary_size(tokenizer)
     if modality == "several":
         size = size or 300
-    config = TokComConfig.from_preset(parts.pop("preset"), size, stage="flow", transformer_config=small, **parts)
+    config = preset_config(parts.pop("preset"), size, transformer_config=small, **parts)
     model = TokComModel(config).eval()
     for name, parameter in model.named_parameters():
         if "modulation" in name:  # a block at initialisation is the identity, which would hide mistakes

@@ -11,11 +11,11 @@ import pytest
 from helpers import ROOT, seeded
 
 from tokcom.app import CSS, FONTS, Demo, build_page, colored
-from tokcom.configuration_tokcom import TokComConfig
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.processing_tokcom import vocabulary_size
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
+from tokcom.training.presets import preset_config
 
 TURNS = {
     "prediction_type": "tokens",
@@ -92,9 +92,7 @@ def test_mistakes_become_messages_and_the_page_goes_on(demo, call, message):
 
 def test_a_pixel_model_brings_a_tab(build):
     words = build()
-    config = TokComConfig.from_preset(
-        "pixel-tiny", vocabulary_size(words.tokenizer), transformer_config={"num_hidden_layers": 1}
-    )
+    config = preset_config("pixel-tiny", vocabulary_size(words.tokenizer), transformer_config={"num_hidden_layers": 1})
     scheduler = TokComFlowMatchScheduler.from_model_config(config)
     demo = Demo(words, TokComPipeline(TokComModel(config).eval(), scheduler, words.tokenizer))
     picture, text = demo.to_picture("Mr. Rabbit went home.")

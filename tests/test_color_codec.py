@@ -6,7 +6,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import get_scheduler
 
 from tokcom.codec_color_tokcom import TokComColorCodec
-from tokcom.configuration_tokcom import PRESETS, TokComColorCodecConfig, TokComConfig
+from tokcom.configuration_tokcom import TokComColorCodecConfig
 from tokcom.context_tokcom import TokComTask
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_tokcom import TokComPipeline
@@ -14,6 +14,7 @@ from tokcom.processing_tokcom import vocabulary_size
 from tokcom.sampling_tokcom import TokComSampling
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 from tokcom.training.optimizer import build_optimizer
+from tokcom.training.presets import preset_config, preset_names
 
 VOCABULARY = 151665
 
@@ -38,9 +39,7 @@ def pixel_model(vocab_size: int = 320, digits: str = "color", **overrides) -> To
     shape |= dict(num_key_value_heads=4, conditioning_size=32, latent_channels=channels, max_position_embeddings=32)
     shape |= overrides.pop("transformer_config", {})
     overrides.setdefault("token_stagger", 0.0)
-    config = TokComConfig.from_preset(
-        "pixel-tiny", vocab_size, codec_config=code, transformer_config=shape, stage="flow", **overrides
-    )
+    config = preset_config("pixel-tiny", vocab_size, codec_config=code, transformer_config=shape, **overrides)
     return TokComModel(config)
 
 
@@ -96,10 +95,10 @@ def test_digits_have_cross_entropies_that_see_the_distance():
     assert model.loss(latents + 0.5, ids).min() > 1
 
 
-@pytest.mark.parametrize("name", [n for n in PRESETS if n.startswith("pixel")])
+@pytest.mark.parametrize("name", [n for n in preset_names() if n.startswith("pixel")])
 def test_presets_are_models(name):
     with torch.device("meta"):
-        model = TokComModel(TokComConfig.from_preset(name))
+        model = TokComModel(preset_config(name))
     published = {"pixel-b4": 127.68, "pixel-b16": 129.34, "pixel-b32": 134.64, "pixel-l16": 455.73}
     published |= {"pixel-l32": 462.79, "pixel-h16": 947.28, "pixel-h32": 956.11}
     millions = sum(p.numel() for p in model.parameters()) / 1e6
@@ -178,7 +177,7 @@ def test_the_mask_token_is_never_decoded_to():
 def test_texts_are_no_pictures_of_other_models(tokenizer):
     from tokcom.modeling_tokcom import TokComModel as Model
 
-    other = Model(TokComConfig.from_preset("debug", vocabulary_size(tokenizer)))
+    other = Model(preset_config("debug", vocabulary_size(tokenizer)))
     pipe = TokComPipeline(other, TokComFlowMatchScheduler.from_model_config(other.config), tokenizer)
     with pytest.raises(ValueError, match="load a pixel model"):
         pipe.text_to_image("Squinty")

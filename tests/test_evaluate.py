@@ -5,12 +5,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, tiny_config
+from helpers import ROOT, tiny_config, tiny_model
 from transformers import LlamaForCausalLM
 
 from tokcom import demo
 from tokcom.cli.evaluate import SECTIONS, main
-from tokcom.configuration_tokcom import TokComConfig
 from tokcom.context_tokcom import TokComTask
 from tokcom.evaluation import compression, metrics
 from tokcom.evaluation.ablation import ROWS, row_overrides
@@ -30,8 +29,9 @@ from tokcom.sampling_tokcom import TokComSampling
 from tokcom.train_accelerate import build_model, derived_config
 from tokcom.training.config import load_train_config
 from tokcom.training.data import train_tokenizer
+from tokcom.training.presets import preset_config
 
-RECIPE = TokComConfig.from_preset("tiny", 4096)
+RECIPE = preset_config("tiny", 4096)
 WORDS = np.random.default_rng(0)
 
 
@@ -132,8 +132,8 @@ def test_counting_operations_changes_no_gradient_and_no_random_state():
 def test_noise_draws_are_counted():
     ids = torch.zeros(1, 32, dtype=torch.long)
 
-    def cost(**overrides) -> float:
-        model = TokComModel(tiny_config(stage="flow", ce_weight=0.0, **overrides))
+    def cost(noise_draws: int = 1, **overrides) -> float:
+        model = tiny_model(objective={"ce_weight": 0.0, "noise_draws": noise_draws}, **overrides)
         return training_flops_per_token(model, ids)
 
     plain = cost()
@@ -180,7 +180,7 @@ def test_every_ablation_row_is_a_model(name):
         assert build_model(config, train_tokenizer(["a"], 4096)).config.codec_config.model_type == "tokcom_color_codec"
         return
     codec = load_train_config("tiny", [*ROWS["codec_common"], *ROWS["codecs"][row["codec"]]])
-    donor = TokComConfig.from_preset("tiny", 4096, **codec.model)
+    donor = preset_config("tiny", 4096, **codec.model)
     config = load_train_config("tiny", [*row_overrides(row), "codec_from=x"])
     derived = derived_config(config, donor)
     assert derived.codec_config.to_dict() == donor.codec_config.to_dict()
@@ -382,7 +382,7 @@ def test_costs_of_many_layers_follow_from_few():
         {"num_hidden_layers": 4, "block_size": 2},
     ]
     for transformer in shapes:
-        config = tiny_config(stage="flow", transformer_config=transformer)
+        config = tiny_config(transformer_config=transformer)
         found, model = count(config, 64), TokComModel(config).train()
         ids = torch.randint(0, 320, (1, 64))
         assert found["flops"] == pytest.approx(training_flops_per_token(model, ids), rel=1e-9)

@@ -15,12 +15,12 @@ from transformers import AutoTokenizer
 from tokcom import distill_accelerate, train_accelerate
 from tokcom.cli import convert as convert_tokcom
 from tokcom.cli.main import COMMANDS
-from tokcom.configuration_tokcom import TokComConfig
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_base_tokcom import TokComBasePipeline
 from tokcom.pipeline_media_tokcom import build_pipeline
 from tokcom.processing_tokcom import vocabulary_size
 from tokcom.training.data import train_tokenizer
+from tokcom.training.presets import preset_config
 
 QUICK = [
     *("codec.max_steps=2", "codec.eval_batches=1", "codec.batch_size=2", "codec.sequence_length=32", "seed=1"),
@@ -97,7 +97,7 @@ def blocks(language: str) -> list[tuple[str, str]]:
 
 
 def untrained(preset: str, tokenizer, **overrides) -> TokComBasePipeline:
-    config = TokComConfig.from_preset(preset, vocabulary_size(tokenizer), **overrides)
+    config = preset_config(preset, vocabulary_size(tokenizer), **overrides)
     return build_pipeline(TokComModel(config), tokenizer)
 
 

@@ -20,12 +20,13 @@ from hypothesis import strategies as st
 from test_training import QUICK, launch, quick
 
 from tokcom import train_accelerate
-from tokcom.configuration_tokcom import PRESETS, TokComChunkCodecConfig, TokComConfig, TokComTransformerConfig
+from tokcom.configuration_tokcom import TokComChunkCodecConfig, TokComConfig, TokComTransformerConfig
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.processing_tokcom import vocabulary_size
 from tokcom.train_accelerate import TrainingStopped, run
 from tokcom.training.checkpoints import CheckpointError, Checkpoints, damage, seal
 from tokcom.training.data import read_patiently
+from tokcom.training.presets import preset_config, preset_names
 
 TEXT = ROOT / "sample_data" / "stories_validation.jsonl"
 
@@ -414,13 +415,13 @@ REFUSALS = (ValueError, TypeError, StrictDataclassError)
 
 
 @settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-@given(st.sampled_from(sorted(PRESETS)), st.lists(OVERRIDE, min_size=1, max_size=4))
+@given(st.sampled_from(sorted(preset_names())), st.lists(OVERRIDE, min_size=1, max_size=4))
 def test_a_thousand_random_configurations_are_built_or_refused_before_anything_is_allocated(preset, overrides):
     fields: dict = {}
     for part, name, value in overrides:
         (fields.setdefault(part, {}) if part else fields)[name] = value
     try:
-        config = TokComConfig.from_preset(preset, **fields)
+        config = preset_config(preset, **fields)
     except REFUSALS as error:
         assert str(error)
         return
@@ -442,7 +443,7 @@ def test_a_thousand_random_configurations_are_built_or_refused_before_anything_i
 )
 def test_a_petabyte_is_refused(fields):
     with pytest.raises(REFUSALS, match="parameters"):
-        TokComConfig.from_preset("debug", **fields)
+        preset_config("debug", **fields)
 
 
 TEXTS = st.text(st.characters(codec=None, exclude_categories=[]), max_size=60)
@@ -457,9 +458,7 @@ def small_pipe(tokenizer):
     from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 
     torch.manual_seed(0)
-    model = TokComModel(
-        tiny_config(vocabulary_size(tokenizer), stage="flow", transformer_config={"num_hidden_layers": 1})
-    ).eval()
+    model = TokComModel(tiny_config(vocabulary_size(tokenizer), transformer_config={"num_hidden_layers": 1})).eval()
     pipe = TokComPipeline(model, TokComFlowMatchScheduler.from_model_config(model.config), tokenizer)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -17,7 +17,7 @@ from transformers import ResNetConfig, ResNetModel
 from tokcom import app
 from tokcom.cli.convert import main as convert
 from tokcom.codec_style_tokcom import TokComStyleCodec, gradient_loss
-from tokcom.configuration_tokcom import PRESETS, TokComConfig, TokComStyleCodecConfig
+from tokcom.configuration_tokcom import TokComConfig, TokComStyleCodecConfig
 from tokcom.evaluation.images import PCA, frechet, jpeg, main, order_facts, psnr, ssim
 from tokcom.inference import main as infer
 from tokcom.modeling_tokcom import TokComModel
@@ -31,11 +31,12 @@ from tokcom.training.config import DataConfig, TrainConfig
 from tokcom.training.data import train_tokenizer
 from tokcom.training.images import ImageDataset, pad_captions, picture_grid
 from tokcom.training.perceptual import FeatureLoss
+from tokcom.training.presets import preset_config, preset_names
 
 CODEC = dict(image_size=16, patch_size=4, num_tokens=6, latent_channels=4, hidden_size=32, intermediate_size=48)
 CODEC |= dict(num_attention_heads=2, num_hidden_layers=1, num_expert_layers=1, expert_intermediate_size=16)
 CODEC |= dict(decoder_hidden_size=24, decoder_intermediate_size=32, decoder_num_attention_heads=2)
-CODEC |= dict(num_styled_layers=3, num_decoder_layers=1)
+CODEC |= dict(num_decoder_layers=1)
 FLOW = dict(latent_channels=4, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
 FLOW |= dict(num_key_value_heads=2, max_position_embeddings=6, conditioning_size=16, block_size=None)
 FLOW |= dict(per_latent_timestep=False)
@@ -50,7 +51,7 @@ def codec(**overrides) -> TokComStyleCodec:
 def model(condition_vocab_size: int = 0, **overrides) -> TokComModel:
     torch.manual_seed(0)
     fields = dict(codec_config={"model_type": "tokcom_style_codec", **CODEC, **overrides}, transformer_config=FLOW)
-    config = TokComConfig(**fields, ce_weight=0.0, stage="flow", condition_vocab_size=condition_vocab_size)
+    config = TokComConfig(**fields, condition_vocab_size=condition_vocab_size)
     return TokComModel(config).eval()
 
 
@@ -76,7 +77,7 @@ def pipeline(captions: bool = True) -> TokComImagePipeline:
 
 @pytest.mark.parametrize("size,patch,tokens", [(16, 4, 6), (32, 8, 2), (12, 3, 10)])
 def test_images_of_any_size_become_tokens_and_images_again(size, patch, tokens):
-    net = codec(image_size=size, patch_size=patch, num_tokens=tokens, num_styled_layers=tokens // 2)
+    net = codec(image_size=size, patch_size=patch, num_tokens=tokens)
     encoded = net.encode(torch.zeros(2, 3, size, size))
     assert encoded.latents.shape == (2, tokens, 4) and encoded.position_ids.shape == (2, tokens, 1)
     assert net.decode(encoded.latents).pixel_values.shape == (2, 3, size, size)
@@ -115,7 +116,7 @@ def test_grouped_experts_are_one_network_for_each_place():
 
 @pytest.mark.parametrize("bottleneck", ["gaussian", "sphere", "cosine"])
 def test_bottlenecks_are_not_collapsed_at_initialization(bottleneck):
-    net = codec(bottleneck=bottleneck, latent_channels=16, num_tokens=36, num_styled_layers=18)
+    net = codec(bottleneck=bottleneck, latent_channels=16, num_tokens=36)
     tokens = torch.nn.functional.normalize(net.encode(pictures(8)).latents.flatten(0, 1), dim=-1)
     cosines = tokens @ tokens.T
     count = len(tokens)
@@ -168,7 +169,7 @@ def test_left_out_tokens_have_no_influence_and_tail_dropout_leaves_out_the_tail(
     assert torch.equal(net.decode(latents, num_tokens=2).pixel_values, net.decode(other, num_tokens=2).pixel_values)
     kept = []
     net.train()._decode = lambda tokens, mask: kept.append(mask) or torch.zeros(len(tokens), 3, 16, 16)
-    net.config.tail_dropout = 0.5
+    net.set_loss(tail_dropout=0.5)
     net.training_loss(pictures(1).expand(2000, -1, -1, -1))
     count = kept[0].sum(-1)
     assert (kept[0] == (torch.arange(6) < count[:, None])).all() and count.min() == 1
@@ -176,7 +177,8 @@ def test_left_out_tokens_have_no_influence_and_tail_dropout_leaves_out_the_tail(
 
 
 def test_the_codec_learns_one_batch():
-    net, images = codec(tail_dropout=0.0, kl_weight=0.0), pictures(4)
+    net, images = codec(), pictures(4)
+    net.set_loss(tail_dropout=0.0, kl_weight=0.0)
     optimizer = torch.optim.AdamW(net.parameters(), 3e-3)
     net.train()
     first = net.training_loss(images)[1]["mse_loss"]
@@ -199,7 +201,7 @@ def test_gradient_loss_sees_edges_and_not_brightness():
 def test_published_presets_have_the_published_experts():
     published = {"style-768-128": 2365.8, "style-768-64": 2353.2, "style-512-128": 2241.5, "style-512-64": 2228.9}
     for name, millions in published.items():
-        config = TokComConfig.from_preset(name).codec_config
+        config = preset_config(name).codec_config
         with torch.device("meta"):
             net = TokComStyleCodec._from_config(config)
         experts = sum(p.numel() for layer in net.encoder.layers if layer.experts for p in layer.parameters())
@@ -239,15 +241,14 @@ def test_codes_without_a_codebook_are_refused():
 
 
 def test_configurations_that_mix_images_and_tokens_are_refused():
-    with pytest.raises(StrictDataclassError, match="ce_weight"):
-        TokComConfig(codec_config={"model_type": "tokcom_style_codec", **CODEC}, transformer_config=FLOW)
+    with pytest.raises(StrictDataclassError, match="latent_head"):
+        codec = {"model_type": "tokcom_style_codec", **CODEC}
+        TokComConfig(codec_config=codec, transformer_config=FLOW, latent_head="mlp")
     with pytest.raises(StrictDataclassError, match="condition_vocab_size"):
-        TokComConfig.from_preset("debug", condition_vocab_size=10)
+        preset_config("debug", condition_vocab_size=10)
     with pytest.raises(StrictDataclassError, match="max_position_embeddings"):
         fields = {**FLOW, "max_position_embeddings": 5}
-        TokComConfig(
-            codec_config={"model_type": "tokcom_style_codec", **CODEC}, transformer_config=fields, ce_weight=0.0
-        )
+        TokComConfig(codec_config={"model_type": "tokcom_style_codec", **CODEC}, transformer_config=fields)
 
 
 def test_captions_that_are_padded_change_nothing():
@@ -606,4 +607,4 @@ def test_order_is_the_share_of_the_gain():
 
 
 def test_every_style_preset_is_listed():
-    assert {name for name in PRESETS if name.startswith("style-")} >= {"style-tiny", "style-768-128"}
+    assert {name for name in preset_names() if name.startswith("style-")} >= {"style-tiny", "style-768-128"}

@@ -3,8 +3,8 @@ import sys
 import pytest
 import torch
 
-from tokcom.configuration_tokcom import TokComConfig
 from tokcom.inference import accelerate_pipeline, build_parser, main
+from tokcom.training.presets import preset_config
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_defaults_are_the_documented_ones():
     documented = dict(mode="generate", num_chunks=256, num_generate_chunks=64, num_steps=None, noise_level=0.5)
     assert {name: getattr(args, name) for name in documented} == documented
     assert args.batch_size == 1 and args.output_file is None
-    assert TokComConfig.from_preset("v5.2").num_inference_steps == 50
+    assert preset_config("v5.2").num_inference_steps == 50
 
 
 def fails(capsys, *arguments) -> str:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import build_model, seeded
 
-from tokcom.objective_tokcom import ContextPlan, draw_gaps
+from tokcom.transformer_tokcom import ContextPlan, draw_gaps
 
 
 def test_gaps_begin_and_end_anywhere_and_have_the_lengths_that_were_asked_for():
@@ -80,7 +80,9 @@ def test_the_start_of_a_text_differs_from_the_start_of_a_window():
 
 @pytest.mark.parametrize("turn_share", [0.0, 1.0])
 def test_training_reaches_every_weight_with_gaps_and_without(turn_share):
-    model, ids = build_model(infill_rate=0.5, turn_share=turn_share).train(), torch.randint(0, 320, (16, 64))
+    model = build_model().train()
+    model.set_stage("flow", noise_draws=4, infill_rate=0.5, turn_share=turn_share)
+    ids = torch.randint(0, 320, (16, 64))
     model(ids).loss.backward()
     missing = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
     assert missing == []

@@ -29,6 +29,7 @@ from tokcom.train_accelerate import build_model
 from tokcom.train_accelerate import main as train
 from tokcom.training.config import DataConfig, load_train_config
 from tokcom.training.data import load_documents, train_tokenizer
+from tokcom.training.presets import preset_config
 from tokcom.training.streams import OmniDataset, read_sound
 
 STREAMS = {
@@ -48,9 +49,7 @@ def words():
 def model(vocab_size=300, codec=None, **overrides) -> TokComModel:
     torch.manual_seed(0)
     parts = dict(codec_config={"text_latents": 4, "streams": STREAMS, **(codec or {})}, transformer_config=FLOW)
-    net = TokComModel(
-        TokComConfig.from_preset("omni-tiny", vocab_size, **{"stage": "flow", **parts, **overrides})
-    ).eval()
+    net = TokComModel(preset_config("omni-tiny", vocab_size, **{**parts, **overrides})).eval()
     for name, parameter in net.transformer.named_parameters():
         if "modulation" in name:  # a block at initialisation is the identity, which would hide mistakes
             torch.nn.init.normal_(parameter, std=0.3)
@@ -143,9 +142,6 @@ def test_an_estimate_is_zero_in_the_channels_of_other_streams_and_reads_only_its
             },
             "vocab_size",
         ),
-        ({"codec": {"stream_weights": {"smell": 1.0}}}, "stream_weights"),
-        ({"codec": {"generation_rates": {"smell": 0.5}}}, "generation_rates"),
-        ({"codec": {"generation_rates": {"text": 0.0}}}, "generation_rates"),
         ({"codec": {"text_latents": 0}}, "text_latents"),
         ({"codec": {"streams": {**STREAMS, "audio": {"hop_length": 1024}}}}, "hop_length"),
         ({"condition_vocab_size": 10}, "captions"),
@@ -157,11 +153,25 @@ def test_impossible_configurations_are_named(overrides, named):
         model(**overrides)
 
 
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"stream_weights": {"smell": 1.0}}, "stream_weights"),
+        ({"generation_rates": {"smell": 0.5}}, "generation_rates"),
+        ({"generation_rates": {"text": 0.0}}, "generation_rates"),
+        ({"infill_rate": 0.1}, "no setting flow.objective.infill_rate"),
+    ],
+)
+def test_impossible_settings_of_the_objective_are_named(settings, named):
+    with pytest.raises(ValueError, match=named):
+        model().set_stage("flow", **settings)
+
+
 def test_a_sound_alone_is_a_composite_of_one_stream():
     with pytest.raises(StrictDataclassError, match="composite"):
-        TokComConfig(codec_config={"model_type": "tokcom_audio_codec"}, ce_weight=0.0)
+        TokComConfig(codec_config={"model_type": "tokcom_audio_codec"})
     streams = {"text": None, "image": None, "audio": STREAMS["audio"]}
-    net = model(codec={"streams": streams}, ce_weight=0.0)
+    net = model(codec={"streams": streams})
     assert net.codec.names == ["audio"] and torch.isfinite(net(streams={"audio": inputs()["audio"]}).loss)
 
 
@@ -186,14 +196,12 @@ def test_bad_streams_are_named():
 
 
 def test_a_stream_may_get_another_codec_than_the_preset_names():
-    style = dict(model_type="tokcom_style_codec", image_size=16, num_tokens=4, num_styled_layers=2, hidden_size=32)
+    style = dict(model_type="tokcom_style_codec", image_size=16, num_tokens=4, hidden_size=32)
     style |= dict(decoder_hidden_size=32, expert_intermediate_size=32, intermediate_size=32)
     flow = {**FLOW, "max_position_embeddings": 60}
     net = model(codec={"streams": {**STREAMS, "image": style}}, transformer_config=flow)
     assert net.codec.places["image"] == slice(4, 8) and net.codec.streams["image"].config.num_tokens == 4
-    config = TokComConfig.from_preset(
-        "omni-tiny", 300, codec_config={"streams": {"title": {}}}, transformer_config=flow
-    )
+    config = preset_config("omni-tiny", 300, codec_config={"streams": {"title": {}}}, transformer_config=flow)
     assert config.codec_config.stream_configs()["title"].vocab_size == 301
 
 
@@ -250,8 +258,9 @@ def test_all_choices_of_what_is_generated_are_as_likely():
 
 
 def test_generation_rates_say_how_often_each_stream_is_generated():
-    net = model(codec={"generation_rates": {"text": 0.9, "image": 0.2}})
-    given, used = net.codec.draw_task(torch.ones(7000, 12, dtype=torch.bool), dropout=0.0)
+    net = model()
+    rates = {"text": 0.9, "image": 0.2}
+    given, used = net.codec.draw_task(torch.ones(7000, 12, dtype=torch.bool), 0.0, rates)
     made, share = used & ~given, 1 - 0.1 * 0.8 * 0.5  # of the draws that generate anything
     for name, rate in {"text": 0.9, "image": 0.2, "audio": 0.5}.items():
         found = made[:, net.codec.places[name].start].float().mean()
@@ -265,9 +274,10 @@ def test_streams_that_no_row_has_are_not_computed_and_the_loss_is_the_same(monke
     settings = dict(given=["text"], timestep=0.5)
     absent = net(streams=inputs(), present={"audio": torch.tensor([False] * 3)}, **settings)
     streams = {name: value for name, value in inputs().items() if name != "audio"}
-    unnamed, predict = net(streams=streams, **settings), net._predict_streams
+    unnamed = net(streams=streams, **settings)
+    predict = net.objective._predict
     net(streams=inputs(), present={"audio": torch.tensor([False, True, False])}, **settings)
-    monkeypatch.setattr(net, "_predict_streams", lambda *args: predict(*args[:-1], net.codec.names))
+    monkeypatch.setattr(net.objective, "_predict", lambda *args: predict(*args[:-1], net.codec.names))
     whole = net(streams=streams, **settings)
     shorter = 12 - net.codec.lengths["audio"]
     assert lengths == [shorter, shorter, 12, 12]
@@ -276,13 +286,15 @@ def test_streams_that_no_row_has_are_not_computed_and_the_loss_is_the_same(monke
 
 
 def test_a_codec_without_data_for_what_it_trains_is_named():
-    net = model(stage="codec")
+    net = model()
+    net.set_stage("codec")
     with pytest.raises(ValueError, match="nothing to train"):
         net.codec.training_loss({"image": inputs()["image"]})
 
 
 def test_the_loss_counts_generated_streams_only_each_by_its_weight():
-    net = model(codec={"stream_weights": {"audio": 0.0, "image": 2.0}})
+    net = model()
+    net.set_stage("flow", stream_weights={"audio": 0.0, "image": 2.0})
     losses = {}
     for made in net.codec.names:
         torch.manual_seed(0)
@@ -475,7 +487,7 @@ def test_scripts_for_texts_name_a_model_of_several_streams(pipe, tmp_path):
 
 
 def test_a_tone_keeps_its_pitch_on_the_way_to_log_mel_and_back(pipe):
-    config = TokComConfig.from_preset("omni-tiny").codec_config.stream_configs()["audio"]
+    config = preset_config("omni-tiny").codec_config.stream_configs()["audio"]
     processor = TokComAudioProcessor(config)
     for pitch in (440.0, 1500.0):
         (sound,) = processor.postprocess(processor(tone(pitch, config.num_samples))["input_features"])
@@ -485,7 +497,7 @@ def test_a_tone_keeps_its_pitch_on_the_way_to_log_mel_and_back(pipe):
 
 
 def test_loudness_does_not_matter_and_a_sound_is_cut_or_ends_in_silence():
-    processor = TokComAudioProcessor(TokComConfig.from_preset("omni-tiny").codec_config.stream_configs()["audio"])
+    processor = TokComAudioProcessor(preset_config("omni-tiny").codec_config.stream_configs()["audio"])
     long, quiet = tone(440, 20000), 0.1 * tone(440, 20000)
     a, b = processor([long, quiet])["input_features"]
     torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
@@ -494,7 +506,7 @@ def test_loudness_does_not_matter_and_a_sound_is_cut_or_ends_in_silence():
 
 
 def test_what_is_cut_off_does_not_change_the_loudness(pipe):
-    processor = TokComAudioProcessor(TokComConfig.from_preset("omni-tiny").codec_config.stream_configs()["audio"])
+    processor = TokComAudioProcessor(preset_config("omni-tiny").codec_config.stream_configs()["audio"])
     quiet = 0.05 * tone(440, 16000)
     loud_end = np.where(np.arange(16000) > 12000, 20 * quiet, quiet)
     torch.testing.assert_close(processor(quiet)["input_features"], processor(loud_end)["input_features"])
@@ -505,7 +517,7 @@ def test_wav_files_round_trip_and_another_rate_is_refused(tmp_path):
     write_wav(sound, tmp_path / "a.wav", 8000)
     again, rate = read_wav(tmp_path / "a.wav")
     assert rate == 8000 and np.abs(again - sound).max() < 1e-4
-    processor = TokComAudioProcessor(TokComConfig.from_preset("omni-tiny").codec_config.stream_configs()["audio"])
+    processor = TokComAudioProcessor(preset_config("omni-tiny").codec_config.stream_configs()["audio"])
     assert processor(tmp_path / "a.wav")["input_features"].shape == (1, 40, 64)
     write_wav(sound, tmp_path / "b.wav", 16000)
     with pytest.raises(ValueError, match="16000.*8000"):

@@ -5,12 +5,12 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from helpers import build_model, seeded
 
-from tokcom.configuration_tokcom import TokComConfig
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.processing_tokcom import text_ids, vocabulary_size
 from tokcom.sampling_tokcom import TokComSampling, kept_tokens
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
+from tokcom.training.presets import preset_config
 
 TEXT = "Once upon a time there was a little rabbit who lived in a wood."
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
@@ -98,7 +98,7 @@ def test_fewer_steps_than_turns_say_what_they_cost(pipe):
 @pytest.mark.parametrize("before", ["There was a", ""])
 def test_the_first_token_of_a_gap_depends_on_what_follows(tokenizer, preset, before):
     torch.manual_seed(0)
-    config = TokComConfig.from_preset(preset, vocabulary_size(tokenizer), transformer_config=PRESETS[preset])
+    config = preset_config(preset, vocabulary_size(tokenizer), transformer_config=PRESETS[preset])
     model = TokComModel(config).eval()
     for name, parameter in model.named_parameters():
         if "modulation" in name:

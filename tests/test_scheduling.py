@@ -3,8 +3,8 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from helpers import STOCK_SCHEDULERS
 
-from tokcom.configuration_tokcom import TokComConfig
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
+from tokcom.training.presets import preset_config
 
 
 def posterior_mean(x, sigma, mean, std, noise_std=1.0):
@@ -77,12 +77,12 @@ def test_add_noise_takes_continuous_times_per_latent():
 
 
 def test_grid_is_shifted_as_training_times_are():
-    config = TokComConfig.from_preset("debug")
+    config = preset_config("debug")
     scheduler = TokComFlowMatchScheduler.from_model_config(config)
     scheduler.set_timesteps(2)
     # training's median sigma is sigmoid(loc); so is the middle of the grid
     assert scheduler.sigmas[1].item() == pytest.approx(torch.sigmoid(torch.tensor(config.timestep_loc)).item())
-    uniform = TokComFlowMatchScheduler.from_model_config(TokComConfig.from_preset("v5.2"))
+    uniform = TokComFlowMatchScheduler.from_model_config(preset_config("v5.2"))
     assert uniform.config.shift == 1.0 and uniform.config.noise_std == 0.05
 
 

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import torch
-from helpers import ROOT, tiny_config
+from helpers import ROOT, tiny_model
 
 WORKER = """
 import random, sys
@@ -38,10 +38,9 @@ dist.destroy_process_group()
 
 
 def build():
-    from tokcom.modeling_tokcom import TokComModel
 
     torch.manual_seed(0)
-    return TokComModel(tiny_config(stage="flow")).train()
+    return tiny_model().train()
 
 
 def train(model, steps: int, optimizer=None, average=None):
@@ -87,7 +86,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch.distributed.device_mesh import init_device_mesh
 from tokcom.modeling_tokcom import TokComModel
-from helpers import ROOT, tiny_config
+from helpers import ROOT, tiny_model
 from tokcom.training.ema import embeddings_in_the_root
 
 dist.init_process_group("gloo")
@@ -105,7 +104,7 @@ accelerator = SimpleNamespace(
 for stage in ("codec", "flow"):
     torch.manual_seed(0)
     random.seed(0)  # decides how many passes all processes make
-    model = TokComModel(tiny_config(stage=stage)).train()
+    model = tiny_model(stage).train()
     with embeddings_in_the_root(model):
         model = fsdp2_prepare_model(accelerator, model)
     model(torch.randint(0, 300, (2, 32))).loss.backward()

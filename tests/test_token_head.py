@@ -8,8 +8,9 @@ from tokcom.context_tokcom import TokComTask
 from tokcom.heads_tokcom import TokComChoice, nucleus
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.sampling_tokcom import TokComSampling
+from tokcom.scheduling_tokcom import sample_times
 
-TOKENS = {"prediction_type": "tokens", "codec_config": {"encoder_type": "token"}, "stage": "flow"}
+TOKENS = {"prediction_type": "tokens", "codec_config": {"encoder_type": "token"}}
 
 
 def token_model(**overrides) -> TokComModel:
@@ -76,7 +77,7 @@ def test_token_probabilities_are_bayes_rule(stagger):
 @pytest.mark.parametrize("stagger", [0.0, 1.0])
 def test_sampling_draws_tokens_with_the_probabilities_that_the_network_expects(build, stagger, steps):
     """Tokens that do not depend on each other are drawn with the network's probabilities, however few the steps."""
-    overrides = {k: v for k, v in TOKENS.items() if k != "stage"}
+    overrides = dict(TOKENS)
     split = {"num_context_layers": 1, "block_size": 1}
     pipe = build(**overrides, token_stagger=stagger, timestep_sampling="uniform", transformer_config=split)
     model = token_model(token_stagger=stagger, timestep_sampling="uniform")
@@ -109,8 +110,8 @@ def test_places_take_their_turns():
 
 
 def test_draws_of_one_text_are_spread_over_time():
-    model, order = token_model(noise_draws=4, timestep_sampling="uniform"), torch.zeros(50, 8, dtype=torch.long)
-    times = model._sample_times(order, 4)  # (B, M, N)
+    model = token_model(timestep_sampling="uniform")
+    times = sample_times(model.config, torch.zeros(50, 8, dtype=torch.long), 4)  # (B, M, N)
     assert torch.equal((times[..., 0] * 4).long(), torch.arange(4).expand(50, -1))
     assert (times == times[..., :1]).all()  # one block
 
@@ -128,7 +129,8 @@ def test_only_tokens_whose_turn_it_is_are_trained():
 
 
 def test_loss_ignores_padding_and_reaches_every_trained_parameter():
-    model = token_model(token_stagger=0.5, noise_draws=2).train()
+    model = token_model(token_stagger=0.5).train()
+    model.set_stage("flow", noise_draws=2)
     ids, mask = torch.randint(0, 320, (2, 32)), torch.ones(2, 32, dtype=torch.long)
     mask[0, :3] = 0
     model(ids, mask).loss.backward()

@@ -16,25 +16,27 @@ from safetensors.torch import load_file
 
 from tokcom.cli.evaluate import main as evaluate
 from tokcom.codec_video_tokcom import _device_of, decode_clips, encode_clips
-from tokcom.configuration_tokcom import TokComConfig, TokComVideoCodecConfig
+from tokcom.configuration_tokcom import TokComVideoCodecConfig
 from tokcom.context_tokcom import TokComTask
 from tokcom.distill_accelerate import ModelDenoiser
 from tokcom.distill_accelerate import main as distill
 from tokcom.evaluation.memory import activations, operations, resized, run_step, saved_bytes
 from tokcom.evaluation.videos import main as measure_videos
 from tokcom.inference import main as infer
-from tokcom.modeling_tokcom import TokComModel, diffusion_times, draw_known, generation_order
+from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_media_tokcom import TokComVideoPipeline
 from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.processing_tokcom import vocabulary_size
 from tokcom.quantization_tokcom import code_statistics
 from tokcom.sampling_tokcom import TokComBlockSampler, TokComSampling
-from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
+from tokcom.scheduling_tokcom import TokComFlowMatchScheduler, diffusion_times
 from tokcom.train_accelerate import main as train
 from tokcom.training.config import DataConfig
 from tokcom.training.data import load_documents, train_tokenizer
 from tokcom.training.films import write_film
 from tokcom.training.images import Frames, ImageDataset
+from tokcom.training.presets import preset_config
+from tokcom.transformer_tokcom import draw_known, generation_order
 
 CODEC = dict(num_frames=4, height=16, width=24, patch_size=8)
 FLOW = dict(hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
@@ -44,7 +46,7 @@ QUANTIZED = dict(hidden_size=32, intermediate_size=32, latent_channels=8, quanti
 def model(codec=None, transformer=None, vocab_size=None, **overrides) -> TokComModel:
     torch.manual_seed(0)
     parts = dict(codec_config={**CODEC, **(codec or {})}, transformer_config={**FLOW, **(transformer or {})})
-    net = TokComModel(TokComConfig.from_preset("video-tiny", vocab_size, stage="flow", **parts, **overrides)).eval()
+    net = TokComModel(preset_config("video-tiny", vocab_size, **parts, **overrides)).eval()
     for name, parameter in net.transformer.named_parameters():
         if "modulation" in name:  # a block at initialisation is the identity, which would hide mistakes
             torch.nn.init.normal_(parameter, std=0.3)
@@ -118,7 +120,7 @@ def test_impossible_configurations_are_named(overrides, named):
 def test_factorized_attention_is_refused_for_texts():
     with pytest.raises(StrictDataclassError, match="factorized"):
         flow = {"attention_type": "factorized", "block_size": None, "num_position_axes": 3}
-        TokComConfig.from_preset("debug", transformer_config=flow)
+        preset_config("debug", transformer_config=flow)
 
 
 @pytest.mark.parametrize("kind", ["vq", "fsq"])
@@ -568,13 +570,13 @@ def test_the_command_line_animates_a_picture(tmp_path, capsys):
 
 def test_memory_of_a_larger_model_is_foretold_by_smaller_ones():
     for attention in ("full", "factorized"):
-        config = TokComConfig.from_preset("video-tiny", transformer_config={"attention_type": attention})
+        config = preset_config("video-tiny", transformer_config={"attention_type": attention})
         config = resized(config, layers=6, frames=6, side=8)
         for checkpointing in (False, True):
             wanted = saved_bytes(config, checkpointing)
             assert abs(activations(config, checkpointing) - wanted) < 0.02 * wanted
     full, factorized = (
-        operations(TokComConfig.from_preset("video-large", transformer_config={"attention_type": kind}), 10**9)
+        operations(preset_config("video-large", transformer_config={"attention_type": kind}), 10**9)
         for kind in ("full", "factorized")
     )
     assert full > 3 * factorized
@@ -582,7 +584,7 @@ def test_memory_of_a_larger_model_is_foretold_by_smaller_ones():
 
 @pytest.mark.slow
 def test_small_takes_a_training_step_of_its_published_size():
-    found = run_step(TokComConfig.from_preset("video-small"))
+    found = run_step(preset_config("video-small"))
     assert 0 < found["loss"] < 10
 
 
@@ -591,7 +593,7 @@ def test_small_takes_a_training_step_of_its_published_size():
 )
 def test_published_presets_have_their_published_size(name, millions):
     with torch.device("meta"):
-        net = TokComModel(TokComConfig.from_preset(name))
+        net = TokComModel(preset_config(name))
     assert abs(sum(p.numel() for p in net.parameters()) / 1e6 - millions) < 0.02 * millions
 
 

@@ -36,7 +36,7 @@ def training_card(config: TrainConfig, pipe: TokComBasePipeline) -> str:
                 f"{options.muon_learning_rate:g} | {options.sequence_length} | {facts['best_validation_loss']:.4f} |"
             )
     head = "| stage | steps | tokens seen | AdamW rate | Muon rate | window | best validation loss |\n|---|---|---|---|---|---|---|\n"
-    started = f"Preset `{config.model_preset}`, seed {config.seed}, mixed precision {config.mixed_precision or 'no'}."
+    started = f"Preset `{config.preset}`, seed {config.seed}, mixed precision {config.mixed_precision or 'no'}."
     if config.init_from:
         started += f" Started from `{Path(config.init_from).name}`."
     sections = {

@@ -7,8 +7,9 @@ from typing import Any
 
 import yaml
 
+from tokcom.training.presets import read_preset
+
 ROOT = Path(__file__).resolve().parent.parent
-PRESET_DIR = ROOT / "presets"
 
 
 @dataclass
@@ -57,14 +58,15 @@ class StageConfig:
     eval_batches: int = 8
     checkpoint_steps: int = 500
     checkpoints_total_limit: int = 2
+    objective: dict[str, Any] = field(default_factory=dict)  # settings of the loss, see objective_tokcom.py
 
 
 @dataclass
 class TrainConfig:
     """Everything `train_accelerate.py` needs to know."""
 
-    model_preset: str = "debug"
-    model: dict[str, Any] = field(default_factory=dict)  # overrides of the preset, same keys as config.json
+    preset: str = "debug"
+    model: dict[str, Any] = field(default_factory=dict)  # overrides of the preset's model, same keys as config.json
     init_from: str | None = None  # model directory or Hub id whose weights and configuration training starts from
     codec_from: str | None = None  # model directory or Hub id whose codec a new transformer is trained for
     tokenizer: str | None = None  # any AutoTokenizer; None trains a BPE tokenizer on the data
@@ -163,11 +165,9 @@ def load_train_config(preset: str, overrides: list[str]) -> TrainConfig:
     Values are YAML, so `flow.max_steps=100`, `validation=null` and lists work. Raises `ValueError` on unknown presets,
     keys and types.
     """
-    path = Path(preset) if preset.endswith((".yaml", ".yml")) else PRESET_DIR / f"{preset}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in PRESET_DIR.glob("*.yaml")))
-        raise ValueError(f"no training preset at {path}; known presets are {known}.")
-    values = yaml.safe_load(path.read_text()) or {}
+    values = read_preset(preset)
+    values["model"] = {}  # only what is overridden; `preset_config` reads the preset's
+    values["preset"] = preset
     for key, source in values.get("data", {}).items():
         if isinstance(source, str) and (ROOT / source).exists():  # text that ships with the repository
             values["data"][key] = str(ROOT / source)

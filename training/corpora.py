@@ -52,7 +52,7 @@ class Corpus:
         """Training and validation dataset of the stage whose options these are; raises `ValueError` if a window does not fit."""
         shape, latents = self._shape(model, config, options), None
         rest = self.tokenizer.eos_token_id, config.seed
-        if config.cache_latents and model.config.stage != "codec":
+        if config.cache_latents and model.objective.stage != "codec":
             if shape.marks_starts:
                 raise ValueError("this model reads token ids and no latents; set cache_latents=false.")
             if not list(model.codec.parameters()):
@@ -62,7 +62,7 @@ class Corpus:
                 latents = cache_latents(model.to(accelerator.device).eval(), self.train, file)
         held_out = PackedDataset(self.validation, shape, *rest, training=False)
         train = PackedDataset(self.train, shape, *rest, training=True, latents=latents)
-        return (CodecMix(train, self.tokenizer, config.seed) if model.config.stage == "codec" else train), held_out
+        return (CodecMix(train, self.tokenizer, config.seed) if model.objective.stage == "codec" else train), held_out
 
     @staticmethod
     def _shape(model: TokComModel, config: TrainConfig, options: StageConfig) -> WindowShape:
@@ -79,7 +79,7 @@ class Corpus:
         longest = model.config.transformer_config.max_position_embeddings * chunk_size
         if options.sequence_length > longest:
             raise ValueError(
-                f"`{model.config.stage}.sequence_length` ({options.sequence_length}) is longer than the model's maximum of "
+                f"`{model.objective.stage}.sequence_length` ({options.sequence_length}) is longer than the model's maximum of "
                 f"{longest} tokens; shorten it or raise transformer_config.max_position_embeddings."
             )
         return WindowShape.of(model.config, options.sequence_length)

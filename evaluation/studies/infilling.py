@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from tokcom.objective_tokcom import token_loss
 from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.processing_tokcom import text_ids
 
@@ -34,11 +33,10 @@ def gap_nats(model, ids: list[int], start: int, stop: int) -> tuple[float, float
     known = real.clone()
     known[0, start:stop] = 0
     # padding after the text is not a gap
-    _, both = token_loss(
-        model, whole, real, known_mask=torch.where(real.bool(), known, 1), fills_gaps=True
-    )
-    _, left = token_loss(model, whole, real)
-    return tuple(float(losses.flatten()[start:stop].sum()) for losses in (both, left))
+    known = torch.where(real.bool(), known, 1)
+    both = model.objective.loss(model, whole, real, known_mask=known, fills_gaps=True)
+    left = model.objective.loss(model, whole, real)
+    return tuple(float(output.token_losses.flatten()[start:stop].sum()) for output in (both, left))
 
 
 def main(argv: list[str] | None = None) -> None:

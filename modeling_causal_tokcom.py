@@ -1,0 +1,327 @@
+"""TokComForCausalLM: a TokCom model as the causal language model that transformers, PEFT and other tools expect.
+
+Notable choices:
+- A model whose blocks are one chunk and whose tokens take turns gives each token an exact probability given all tokens
+  before it. Nothing is sampled or approximated to compute `logits`.
+- Chunks count from the first real token of each row, so rows with different padding are at different places of their
+  chunks. What the cache holds is therefore addressed by row.
+- The context network runs once per finished chunk, the light head once per token.
+
+Shape legend: B rows, S new tokens, K tokens per chunk, N chunks, R rows that pass the head, D width, V vocabulary.
+"""
+
+import torch
+from transformers import (
+    GenerationMixin,
+    PreTrainedModel,  # noqa: F401  diffusers looks the base class up in the module of a component
+)
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .configuration_tokcom import TokComConfig
+from .modeling_tokcom import TokComModel
+from .transformer_tokcom import START_OF_TEXT
+
+SUPPORTED_MODES = (
+    GenerationMode.GREEDY_SEARCH,
+    GenerationMode.SAMPLE,
+    GenerationMode.BEAM_SEARCH,
+    GenerationMode.BEAM_SAMPLE,
+)
+
+
+class TokComTextCache:
+    """What has been read of texts: ids, keys and values of the context layers, and the state after each chunk.
+
+    Place 0 of keys, values and states is the learned start of a text, place n + 1 is chunk n. Rows are independent: each
+    has `lengths` real tokens, whatever padding stood before or between them.
+    """
+
+    is_compileable = False
+    is_croppable = False
+
+    def __init__(self, num_layers: int):
+        self.keys: list[torch.Tensor | None] = [None] * num_layers
+        self.values: list[torch.Tensor | None] = [None] * num_layers
+        self.states: torch.Tensor | None = None  # (B, 1 + N, D)
+        self.ids: torch.Tensor | None = None  # (B, N * K)
+        self.lengths: torch.Tensor | None = None  # (B,), real tokens of each row
+        self.lengths_before: torch.Tensor | None = None  # the same before this call
+        self.symbols = None  # of the token head
+        self.seen = 0  # tokens, padding included
+        self.rows: torch.Tensor | None = None  # that read chunks now, (R,)
+        self.places: torch.Tensor | None = None  # of those chunks, (R, m)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens that were read, padding included."""
+        return self.seen
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add keys and values `(R, H, m, size)` at `places` of `rows`, and return all of those rows.
+
+        The first call of a layer, for all rows, makes its buffers.
+        """
+        if self.rows is None:
+            self.keys[layer_idx] = keys
+            self.values[layer_idx] = values
+            return keys, values
+        found = []
+        for store, new in ((self.keys, keys), (self.values, values)):
+            buffer = _grown(store[layer_idx], 2, int(self.places.max()) + 1)
+            buffer[self.rows[:, None], :, self.places] = new.transpose(1, 2)
+            store[layer_idx] = buffer
+            found.append(buffer[self.rows])
+        return found[0], found[1]
+
+    def _map(self, function) -> None:
+        """Replace every tensor `(B, ...)` by `function` of it."""
+        self.keys = [None if x is None else function(x) for x in self.keys]
+        self.values = [None if x is None else function(x) for x in self.values]
+        self.states = function(self.states)
+        self.ids = function(self.ids)
+        self.lengths = function(self.lengths)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._map(lambda x: x[indices])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
+
+
+def _grown(tensor: torch.Tensor, dim: int, size: int) -> torch.Tensor:
+    """`tensor` with zeros behind it so that it has at least `size` places along `dim`; room for more is added at once."""
+    missing = size - tensor.shape[dim]
+    if missing <= 0:
+        return tensor
+    shape = list(tensor.shape)
+    shape[dim] = max(missing, tensor.shape[dim])
+    return torch.cat((tensor, tensor.new_zeros(shape)), dim=dim)
+
+
+class TokComForCausalLM(TokComModel, GenerationMixin):
+    """A text model that predicts tokens in turn, with the interface of a causal language model.
+
+    Its weights are those of `TokComModel`. `generate` takes what it takes for other models of transformers: greedy
+    decoding, sampling with its processors, beams, stop strings, streamers. Raises `ValueError` for other models: those
+    that regress latents, decide several chunks at once or have no turns have no exact probability of a next token.
+    """
+
+    main_input_name = "input_ids"
+    _supports_cache_class = False
+
+    def __init__(self, config: TokComConfig):
+        if not config.is_causal_lm:
+            transformer = config.transformer_config
+            raise ValueError(
+                "only a model whose blocks are one chunk and whose tokens take turns is a causal language model; this one has "
+                f"`prediction_type` {config.prediction_type!r}, `block_size` {transformer.block_size}, `start_latents` "
+                f"{transformer.start_latents} and `token_stagger` {config.token_stagger}. Load it with AutoModel, and "
+                "generate with its pipeline."
+            )
+        super().__init__(config)
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # `forward` makes its own
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        """Refused: the codec's latents stand for the vocabulary it was trained with."""
+        raise ValueError(
+            f"the vocabulary of {self.config.vocab_size} ids cannot be resized: the codec's latents stand for these "
+            "tokens. Use the tokenizer saved beside the model, or train a model for another one."
+        )
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        past_key_values: TokComTextCache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **loss_kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Exact logits of every next token.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, S)`): any S; with `past_key_values` only what is new.
+            attention_mask (`torch.Tensor` of shape `(B, S)` or `(B, past + S)`, *optional*): 0 marks padding, on
+                either side. Chunks count from the first real token of each row.
+            labels (`torch.LongTensor` of shape `(B, S)`, *optional*): the same ids, -100 where nothing is scored. They are
+                shifted here, so the first token of a text is never scored.
+            past_key_values (`TokComTextCache`, *optional*): what an earlier call returned.
+            use_cache (`bool`, *optional*): return a cache; by default only if one is given.
+            logits_to_keep (`int`): compute the logits of the last tokens only; 0 is all.
+            position_ids: not needed, the mask says where tokens stand. loss_kwargs: those of transformers' loss, such as
+                `num_items_in_batch`.
+
+        Returns: `logits (B, S, V)`, where `logits[:, i]` are those of the token after `input_ids[:, i]` given all before
+        it, `loss` (mean nats of the labels) and `past_key_values`. Raises `ValueError` for ids outside the vocabulary
+        and texts longer than `max_position_embeddings`.
+        """
+        if inputs_embeds is not None or output_attentions or output_hidden_states:
+            raise ValueError(
+                "`inputs_embeds`, `output_attentions` and `output_hidden_states` do not exist here: the model reads "
+                "chunks of ids. Give `input_ids`."
+            )
+        if input_ids.device.type == "cpu":
+            self._check_ids(input_ids)
+        cache = TokComTextCache(self.config.transformer_config.num_context_layers)
+        is_kept = bool(use_cache) or past_key_values is not None
+        if past_key_values is not None:
+            cache = past_key_values
+        if cache.symbols is None:
+            cache.symbols = self.symbols()
+        real = torch.ones_like(input_ids, dtype=torch.bool)
+        if attention_mask is not None:
+            real = attention_mask[:, -input_ids.shape[1] :].bool()
+        where = self._append(cache, input_ids, real)  # (B, S)
+        self._read_chunks(cache, is_kept)
+        kept = min(logits_to_keep or input_ids.shape[1], input_ids.shape[1])
+        logits = self._next_logits(cache, where[:, -kept:], real[:, -kept:])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels[:, -kept:], vocab_size=logits.shape[-1], **loss_kwargs
+            )
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache if is_kept else None)
+
+    def _append(self, cache: TokComTextCache, input_ids: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        """Add the real tokens to the ids of their rows; returns the place of each in its text, `(B, S)`."""
+        size = self.config.codec_config.chunk_size
+        batch = len(input_ids)
+        if cache.ids is None:
+            cache.ids = input_ids.new_zeros(batch, 0)
+            cache.lengths = input_ids.new_zeros(batch)
+        where = cache.lengths[:, None] + real.cumsum(1) - 1  # (B, S)
+        lengths = cache.lengths + real.sum(1)
+        longest = int(lengths.max())
+        if longest > self.config.max_position_embeddings:
+            raise ValueError(
+                f"a text has {longest} tokens, more than the model's maximum of {self.config.max_position_embeddings} "
+                "(`max_position_embeddings`); shorten it, or generate with TokComPipeline, which goes on over a window."
+            )
+        room = -(-(longest + 1) // size) * size
+        ids = input_ids.new_zeros(batch, room + 1)  # padding goes to the last place
+        ids[:, : min(room, cache.ids.shape[1])] = cache.ids[:, :room]
+        ids.scatter_(1, torch.where(real, where, room), input_ids)
+        cache.ids = ids[:, :room]
+        cache.lengths_before = cache.lengths
+        cache.lengths = lengths
+        cache.seen += input_ids.shape[1]
+        return where
+
+    def _read_chunks(self, cache: TokComTextCache, is_kept: bool) -> None:
+        """Let the context network read the chunks that are whole now, and at first the start of the texts."""
+        size = self.config.codec_config.chunk_size
+        done = cache.lengths // size
+        chunks = cache.ids.unflatten(1, (-1, size))  # (B, N, K)
+        if cache.states is None:
+            count = int(done.max())
+            places = torch.arange(-1, count, device=chunks.device).expand(len(chunks), -1)  # (B, 1 + n)
+            sees = places[:, None, :] <= places[:, :, None]
+            features = self._features(cache, chunks[:, :count])
+            features = torch.nn.functional.pad(features, (0, 0, 1, 0))
+            places = torch.where(places < 0, START_OF_TEXT, places)
+            memory = cache if is_kept else None
+            cache.states = self.transformer.read_context(features, places[..., None], sees, memory)
+            return
+        before = cache.lengths_before // size
+        rows = (done > before).nonzero()[:, 0]
+        if not len(rows):
+            return
+        count = int((done - before).max())
+        index = before[rows, None] + torch.arange(count, device=rows.device)  # (R, m)
+        # a row with fewer new chunks reads one that is not whole; it is read again when it is
+        index = index.clamp_max(chunks.shape[1] - 1)
+        cache.rows = rows
+        cache.places = index + 1
+        used = max(int(cache.places.max()) + 1, cache.keys[0].shape[2])
+        cache.keys = [_grown(keys, 2, used) for keys in cache.keys]
+        cache.values = [_grown(values, 2, used) for values in cache.values]
+        sees = torch.arange(cache.keys[0].shape[2], device=rows.device) <= cache.places[..., None]  # (R, m, W)
+        features = self._features(cache, chunks[rows[:, None], index])
+        found = self.transformer.read_context(features, index[..., None], sees, cache)
+        states = _grown(cache.states, 1, used)
+        states[rows[:, None], cache.places] = found.to(states.dtype)
+        cache.states = states
+
+    def _features(self, cache: TokComTextCache, chunks: torch.Tensor) -> torch.Tensor:
+        """What the network reads of whole chunks `(B, n, K)`: `(B, n, K * E)`."""
+        return self.token_head.read(cache.symbols, None, torch.ones_like(chunks, dtype=torch.float32), chunks)
+
+    def _next_logits(self, cache: TokComTextCache, where: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        """Logits `(B, S, V)` of the tokens after those at `where (B, S)`; 0 on padding."""
+        head = self.token_head
+        size = self.config.codec_config.chunk_size
+        row, column = real.nonzero(as_tuple=True)  # (R,) each
+        following = where[row, column] + 1
+        chunk = following // size
+        place = following % size
+        turns = torch.arange(size, device=row.device)
+        own = cache.ids.unflatten(1, (-1, size))[row, chunk]  # (R, K)
+        is_known = turns < place[:, None]
+        times = is_known.float()  # tokens before this one are clean, this one and those after it are noise
+        features = head.read(cache.symbols, None, times[None], own[None])  # (1, R, K * E)
+        noise = features.new_zeros(1, len(row), self.config.codec_config.latent_channels)
+        states = self.transformer(
+            noise,
+            (place / size)[None],
+            features=features,
+            entry=cache.states[row, chunk][None].to(features.dtype),
+        ).latents[0]
+        states = states.unflatten(-1, (size, -1))[torch.arange(len(row), device=row.device), place]  # (R, E)
+        found = head.logits(states)
+        logits = found.new_zeros(*where.shape, found.shape[-1])
+        return logits.index_put((row, column), found)
+
+    # ---- generation ----
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ) -> None:
+        """Refuse what cannot be done before anything is; `forward` makes the cache."""
+        if generation_mode not in SUPPORTED_MODES:
+            raise ValueError(
+                f"generation by {generation_mode} does not exist here; use greedy decoding, sampling or beams "
+                "(`do_sample`, `num_beams`), without an assistant."
+            )
+        if generation_config.cache_implementation is not None:
+            raise ValueError(
+                f"`cache_implementation` ({generation_config.cache_implementation!r}) does not exist here; leave it out, the "
+                "model has a cache of its own."
+            )
+        longest = self.config.max_position_embeddings
+        if max_cache_length > longest:
+            raise ValueError(
+                f"prompt and new tokens are {max_cache_length + 1}, more than the model's maximum of {longest + 1} tokens; "
+                "lower `max_new_tokens`, shorten the prompt, or use TokComPipeline, which goes on over a window."
+            )
+
+    @torch.no_grad()
+    def generate(self, inputs=None, *args, temperature: float | None = None, seed: int | None = None, **kwargs):
+        """`GenerationMixin.generate`, in which `temperature=0` is greedy and `seed` makes samples reproducible."""
+        if temperature is not None and temperature == 0:
+            kwargs["do_sample"] = False
+        elif temperature is not None:
+            kwargs["temperature"] = temperature
+        if seed is None:
+            return super().generate(inputs, *args, **kwargs)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return super().generate(inputs, *args, **kwargs)
+
+
+TokComForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+
+__all__ = ["TokComForCausalLM", "TokComTextCache"]

@@ -1,0 +1,179 @@
+"""Laws of `TokComForCausalLM`: exact logits at every place, whatever the padding, the cache or the company in a batch."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import build_model, seeded, tiny_config
+from transformers import TextStreamer
+
+from tokcom.modeling_causal_tokcom import TokComForCausalLM
+from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.processing_tokcom import vocabulary_size
+from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
+
+GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 320}
+
+
+def causal(**overrides) -> TokComForCausalLM:
+    base = build_model(**overrides)
+    model = TokComForCausalLM(base.config).eval()
+    model.load_state_dict(base.state_dict())
+    return model
+
+
+@pytest.fixture(scope="module")
+def model() -> TokComForCausalLM:
+    return causal()
+
+
+def text(length: int = 32, rows: int = 2) -> torch.Tensor:
+    return torch.randint(0, 320, (rows, length), generator=seeded())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [29, 30, 31, 32])
+def test_logits_are_the_likelihood_of_the_objective_at_every_length(model, length):
+    ids = text(length)
+    padded = F.pad(ids, (0, -length % 4))
+    mask = F.pad(torch.ones_like(ids), (0, -length % 4))
+    expected = model.objective.loss(model, padded, mask).token_losses.flatten(1)[:, 1:length]
+    found = F.cross_entropy(model(ids).logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_what_follows_never_changes_the_logits_of_a_prefix(model):
+    ids = text()
+    whole = model(ids).logits
+    for length in (1, 2, 13, 16, 19):
+        torch.testing.assert_close(model(ids[:, :length]).logits, whole[:, :length], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padding", [1, 3, 6])
+def test_padding_on_either_side_changes_nothing(model, padding):
+    ids = text(19)
+    expected = model(ids).logits
+    mask = torch.ones_like(ids)
+    left = model(F.pad(ids, (padding, 0), value=7), F.pad(mask, (padding, 0))).logits
+    torch.testing.assert_close(left[:, padding:], expected, atol=1e-4, rtol=1e-4)
+    right = model(F.pad(ids, (0, padding), value=7), F.pad(mask, (0, padding))).logits
+    torch.testing.assert_close(right[:, :19], expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cuts", [[9, *range(10, 25)], [9, 24], [3, 4, 17, 24], [1, 24]])
+def test_a_cache_changes_nothing_though_rows_are_at_different_places_of_their_chunks(model, cuts):
+    ids = text(24, rows=3)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    mask[1, :2] = 0
+    expected = model(ids, mask).logits
+    cache = None
+    parts = []
+    start = 0
+    for stop in cuts:
+        output = model(ids[:, start:stop], mask[:, :stop], past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        parts.append(output.logits)
+        start = stop
+    torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_greedy_text_is_the_same_with_and_without_a_cache_and_in_any_batch(model):
+    ids = text(10, rows=3)
+    cached = model.generate(ids, max_new_tokens=14, **GREEDY)
+    assert torch.equal(cached, model.generate(ids, max_new_tokens=14, use_cache=False, **GREEDY))
+    alone = model.generate(ids[1:2], max_new_tokens=14, **GREEDY)
+    assert torch.equal(cached[1:2], alone)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    ragged = model.generate(ids, attention_mask=mask, max_new_tokens=6, **GREEDY)
+    short = model.generate(ids[:1, 3:], max_new_tokens=6, **GREEDY)
+    assert torch.equal(ragged[0, 10:], short[0, 7:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("remainder", [0, 1, 2, 3])
+def test_the_block_sampler_draws_from_these_logits(tokenizer, stories, remainder):
+    """At every length of a prompt modulo K: shares of 2,000 draws of the pipeline against `exp(logits)`."""
+    model = causal(vocab_size=vocabulary_size(tokenizer), num_inference_steps=4)  # one step a turn
+    kept = [30, 50, 200]
+    model.token_head.bias.data[:] = -30.0  # all but these become impossible
+    model.token_head.bias.data[kept] = torch.tensor([1.0, 0.5, 0.0])
+    ids = tokenizer(stories[0])["input_ids"]
+    prompts = (tokenizer.decode(ids[: 8 + n]) for n in range(remainder, 40, 4))
+    prompt = next(p for p in prompts if len(tokenizer(p)["input_ids"]) % 4 == remainder)
+    expected = model(torch.tensor([tokenizer(prompt)["input_ids"]])).logits[0, -1].softmax(-1)[kept]
+    pipe = TokComPipeline(model, TokComFlowMatchScheduler.from_model_config(model.config), tokenizer)
+    pipe.set_progress_bar_config(disable=True)
+    drawn = pipe([prompt] * 2000, gen_length=1, generator=seeded(), output_type="seq").sequences[:, -1]
+    shares = torch.stack([(drawn == token).float().mean() for token in kept])
+    torch.testing.assert_close(shares, expected, atol=0.04, rtol=0)
+
+
+def test_labels_give_the_mean_of_what_is_scored_and_a_gradient(model):
+    ids = text(21)
+    labels = ids.clone()
+    labels[0, :9] = -100
+    output = model(ids, labels=labels)
+    losses = F.cross_entropy(output.logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none")
+    torch.testing.assert_close(output.loss, losses.sum() / (labels[:, 1:] != -100).sum())
+    output.loss.backward()
+    trained = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    assert trained == {"transformer", "token_head"}
+
+
+@torch.no_grad()
+def test_only_the_logits_that_are_kept_are_computed(model):
+    ids = text(14)
+    torch.testing.assert_close(model(ids, logits_to_keep=2).logits, model(ids).logits[:, -2:])
+
+
+@torch.no_grad()
+def test_generate_takes_what_tools_pass(model):
+    ids = text(9)
+    options = {"max_new_tokens": 5, "eos_token_id": None, "pad_token_id": 320}
+    first = model.generate(ids, do_sample=True, seed=3, top_k=20, top_p=0.9, **options)
+    assert torch.equal(first, model.generate(ids, do_sample=True, seed=3, top_k=20, top_p=0.9, **options))
+    assert model.generate(ids, num_beams=3, **options).shape == (2, 14)
+    assert model.generate(ids, do_sample=True, num_return_sequences=2, **options).shape == (4, 14)
+    cold = model.generate(ids, do_sample=True, temperature=0, **options)
+    assert torch.equal(cold, model.generate(ids, do_sample=False, **options))
+
+
+@torch.no_grad()
+def test_the_pad_token_is_never_generated(model):
+    assert model(text(7)).logits[..., 320].isinf().all()
+
+
+@torch.no_grad()
+def test_a_streamer_receives_the_text(model, tokenizer, capsys):
+    streamer = TextStreamer(tokenizer, skip_prompt=False)
+    ids = text(9, rows=1)
+    generated = model.generate(ids.clamp_max(299), max_new_tokens=5, streamer=streamer, **GREEDY)
+    assert tokenizer.decode(generated[0]) in capsys.readouterr().out
+
+
+def test_what_cannot_be_done_is_refused_by_name(model):
+    ids = text(9)
+    with pytest.raises(ValueError, match="more than the model's maximum of 128"):
+        model(torch.zeros(1, 129, dtype=torch.long))
+    with pytest.raises(ValueError, match="lower `max_new_tokens`"):
+        model.generate(ids, max_new_tokens=500, **GREEDY)
+    with pytest.raises(ValueError, match="assistant"):
+        model.generate(ids, prompt_lookup_num_tokens=3, max_new_tokens=5, **GREEDY)
+    with pytest.raises(ValueError, match="inputs_embeds"):
+        model(ids, inputs_embeds=torch.zeros(1, 1, 1))
+    with pytest.raises(ValueError, match="cannot be resized"):
+        model.resize_token_embeddings(400)
+    with pytest.raises(ValueError, match="prediction_type.*'latents'"):
+        TokComForCausalLM(tiny_config())
+
+
+def test_the_configuration_answers_what_tools_ask(model):
+    config = model.config
+    answers = (config.vocab_size, config.hidden_size, config.num_hidden_layers, config.max_position_embeddings)
+    assert answers == (321, 64, 2, 128)

@@ -1,0 +1,137 @@
+"""Presets: a YAML file holds the shape of a model, `model`, and the settings of its training, everything else.
+
+A file may begin with `extends: NAME` and say only what differs. These files are the only place of presets. The
+functions import torch when they need it, so that a command line can name its presets at once.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+if TYPE_CHECKING:
+    from tokcom.configuration_tokcom import TokComConfig
+
+DEFAULT_CODEC = "tokcom_chunk_codec"
+PRESET_DIR = Path(__file__).resolve().parent.parent / "presets"
+
+
+def preset_names() -> list[str]:
+    """The presets that come with the package."""
+    return sorted(file.stem for file in PRESET_DIR.glob("*.yaml"))
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """The settings of a preset, or of a YAML file, with what it extends.
+
+    Raises `ValueError` for an unknown name and for a file that is no dictionary.
+    """
+    file = PRESET_DIR / f"{name}.yaml"
+    if not file.is_file() and Path(name).suffix in (".yaml", ".yml"):
+        file = Path(name)
+    if not file.is_file():
+        raise ValueError(f"unknown preset {name!r}; known are {preset_names()}, or give the path of a YAML file.")
+    settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file} holds no settings; it needs lines of `key: value`.")
+    parent = settings.pop("extends", None)
+    if parent is None:
+        return settings
+    merged = read_preset(parent)
+    _merge(merged.setdefault("model", {}), settings.pop("model", {}))
+    for key, value in settings.items():
+        known = merged.get(key)
+        merged[key] = {**known, **value} if isinstance(known, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def preset_config(name: str, vocab_size: int | None = None, **overrides) -> "TokComConfig":
+    """The configuration of the model of a preset.
+
+    Args:
+        name: a preset, or the path of a YAML file.
+        vocab_size: the *tokenizer's* length, by default `tokenizer_vocab_size` of the preset. The model's vocabulary is
+            one larger (the mask token). Of pictures and clips it is that of their captions, and the model has none by
+            default.
+        overrides: top-level fields, and dictionaries for `codec_config` and `transformer_config`.
+
+    Raises `ValueError` for an unknown name or key.
+    """
+    from tokcom.configuration_tokcom import TokComConfig
+
+    settings = read_preset(name)
+    fields = settings.get("model", {})
+    merge_overrides(fields, overrides)
+    codec = fields.setdefault("codec_config", {})
+    modality = _codec_class(codec).modality
+    if modality in ("text", "several"):
+        size = vocab_size or settings.get("tokenizer_vocab_size", 512)
+        streams = codec.get("streams") or {"text": {}} if modality == "several" else {"text": codec}
+        for stream in streams.values():
+            if stream is not None and getattr(_codec_class(stream), "modality", None) == "text":
+                _set_vocabulary(stream, size, vocab_size is not None)
+        if modality == "several":
+            codec["streams"] = streams
+    elif vocab_size is not None:
+        fields["condition_vocab_size"] = vocab_size + 1
+    return TokComConfig(**fields)
+
+
+def _set_vocabulary(codec: dict[str, Any], size: int, is_given: bool) -> None:
+    from tokcom.configuration_codec_tokcom import vocabulary_fields
+
+    for key, value in vocabulary_fields(size).items():
+        if is_given or "vocab_size" not in codec:
+            codec[key] = value
+        else:
+            codec.setdefault(key, codec["vocab_size"] - 1)
+
+
+def _codec_class(fields: dict[str, Any]):
+    """The configuration class of a codec's fields; None if there is none, which building the model reports."""
+    from tokcom.configuration_tokcom import CODEC_CONFIGS
+
+    return CODEC_CONFIGS.get(fields.get("model_type", DEFAULT_CODEC))
+
+
+def merge_overrides(fields: dict[str, Any], overrides: dict[str, Any]) -> None:
+    """Write `overrides`, top-level values or dictionaries for a sub-configuration, into the `fields` of a TokComConfig.
+
+    Raises `ValueError` for an unknown top-level key; unknown keys of sub-configurations fail when the config is built.
+    """
+    from tokcom.configuration_codec_tokcom import check_known_keys
+    from tokcom.configuration_tokcom import TRAINING, TokComConfig
+
+    for name in _names(overrides):
+        if name in TRAINING:
+            raise ValueError(
+                f"`{name}` is a setting of training, not of the model: give `flow.objective.{name}=...`, or for the "
+                f"codec `codec.objective.{name}=...`."
+            )
+    check_known_keys(TokComConfig, overrides, "")
+    _merge(fields, overrides)
+
+
+def _names(fields: dict[str, Any]) -> Iterator[str]:
+    """All keys of nested dictionaries."""
+    for name, value in fields.items():
+        yield name
+        if isinstance(value, dict):
+            yield from _names(value)
+
+
+def _merge(fields: dict[str, Any], overrides: dict[str, Any]) -> None:
+    """Dictionaries are merged, but those of another codec replaced."""
+    for key, value in overrides.items():
+        known = fields.get(key)
+        if isinstance(value, dict) and isinstance(known, dict):
+            kind = known.get("model_type", DEFAULT_CODEC)
+            if value.get("model_type", kind) == kind:
+                merged = dict(known)
+                _merge(merged, value)
+                value = merged
+        fields[key] = value
+
+
+__all__ = ["PRESET_DIR", "merge_overrides", "preset_config", "preset_names", "read_preset"]
