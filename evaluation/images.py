@@ -553,7 +553,7 @@ def main(argv: list[str] | None = None) -> None:
         "--steps", type=int, nargs="*", default=[], help="numbers of denoising steps to compare"
     )
     parser.add_argument(
-        "--students", nargs="*", default=[], help="what distill_accelerate.py made of the model"
+        "--students", nargs="*", default=[], help="students of the model, made by stage=distill"
     )
     parser.add_argument("--num_samples", type=int, default=512)
     parser.add_argument("--num_inference_steps", type=int)

@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         help="numbers of denoising steps; by default the model's",
     )
     parser.add_argument(
-        "--students", nargs="*", default=[], help="what distill_accelerate.py made of the model"
+        "--students", nargs="*", default=[], help="students of the model, made by stage=distill"
     )
     parser.add_argument("--first", type=int, default=1, help="frames given in the pictures")
     parser.add_argument(
