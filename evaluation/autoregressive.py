@@ -99,6 +99,30 @@ def llama_config(
     )
 
 
+def training_arguments(
+    directory: Path, max_steps: int, batch_size: int, seed: int
+) -> TrainingArguments:
+    """Settings of the Trainer. Raises `ValueError` if one process would use several GPUs."""
+    options = TrainingArguments(
+        output_dir=str(directory),
+        max_steps=max_steps,
+        per_device_train_batch_size=batch_size,
+        max_grad_norm=1.0,
+        bf16=has_fast_bfloat16("cuda" if torch.cuda.is_available() else "cpu"),
+        use_cpu=not torch.cuda.is_available(),
+        logging_steps=50,
+        save_strategy="no",
+        report_to=[],
+        seed=seed,
+    )
+    if options.n_gpu > 1:
+        raise ValueError(
+            f"{options.n_gpu} GPUs in one process would multiply the batch, and with it the "
+            "budget; use accelerate launch, or set CUDA_VISIBLE_DEVICES=0."
+        )
+    return options
+
+
 def train(
     tokens: np.ndarray,
     tokenizer: PreTrainedTokenizerBase,
@@ -134,23 +158,7 @@ def train(
     per_step = training_flops_per_step(model, batch_size * PROCESSES, sequence_length, optimizer_of)
     if training_flops is not None:
         max_steps = max(1, round(training_flops / per_step))
-    options = TrainingArguments(
-        output_dir=str(Path(output_dir) / "run"),
-        max_steps=max_steps,
-        per_device_train_batch_size=batch_size,
-        max_grad_norm=1.0,
-        bf16=has_fast_bfloat16("cuda" if torch.cuda.is_available() else "cpu"),
-        use_cpu=not torch.cuda.is_available(),
-        logging_steps=50,
-        save_strategy="no",
-        report_to=[],
-        seed=seed,
-    )
-    if options.n_gpu > 1:
-        raise ValueError(
-            f"{options.n_gpu} GPUs in one process would multiply the batch, and with it the "
-            "budget; use accelerate launch, or set CUDA_VISIBLE_DEVICES=0."
-        )
+    options = training_arguments(Path(output_dir) / "run", max_steps, batch_size, seed)
     started = time.perf_counter()
     optimizer = optimizer_of(model)
     schedule = get_scheduler("cosine", optimizer, max(1, min(200, max_steps // 10)), max_steps)
@@ -160,20 +168,26 @@ def train(
     model = model.eval()
     if not trainer.is_world_process_zero():  # one process writes the files
         return model
-    model.save_pretrained(output_dir)
-    tokenizer.save_pretrained(output_dir)
-    seen = max_steps * batch_size * PROCESSES * sequence_length
     facts = {
-        "parameters": sum(p.numel() for p in model.parameters()),
         "steps": max_steps,
-        "tokens": seen,
+        "tokens": max_steps * batch_size * PROCESSES * sequence_length,
         "training_flops": per_step * max_steps,
         "seconds": time.perf_counter() - started,
         "mean_training_loss": loss,
         "seed": seed,
     }
-    (Path(output_dir) / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
+    save(model, tokenizer, Path(output_dir), facts)
     return model
+
+
+def save(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, directory: Path, facts: dict
+) -> None:
+    """Write the model, its tokenizer and `training.json`."""
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    facts = {"parameters": sum(p.numel() for p in model.parameters()), **facts}
+    (directory / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
 def main(argv: list[str] | None = None) -> None:

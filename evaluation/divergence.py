@@ -211,7 +211,7 @@ def measure(student, teacher: Teacher, texts: list[str], args: argparse.Namespac
     return facts
 
 
-def main(argv: list[str] | None = None) -> None:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -258,7 +258,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the samples (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="JSON file for the results")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
     pipe = TokComPipeline.from_pretrained(args.model)
     pipe.set_progress_bar_config(disable=True)
     texts = datasets.load_dataset("parquet", data_files=args.data, split="train")["text"][

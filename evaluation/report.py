@@ -193,6 +193,11 @@ def benchmark_plot(command: str, rows: list[dict], file: Path) -> None:
         axes.set_ylim(bottom=0)
         _finish(figure, axes, "generated tokens", "ms per token", file)
         return
+    _plot_sampling(rows, file)
+
+
+def _plot_sampling(rows: list[dict], file: Path) -> None:
+    """Milliseconds per token against length, batch, steps and chunk size."""
     plain = [row for row in rows if row["steps"] == "default"]
     first = min(row["batch"] for row in rows)
     smallest = min(row["tokens"] for row in rows)

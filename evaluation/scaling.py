@@ -129,7 +129,7 @@ def memory(
     return fixed + saved
 
 
-def main(argv: list[str] | None = None) -> None:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -156,7 +156,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--no_average", action="store_true", help="without the moving average of the weights"
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
     config = scaled_config(args.preset, args.vocab_size)
     window = config.transformer_config.max_position_embeddings * config.codec_config.chunk_size
     length = args.length or window

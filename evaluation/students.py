@@ -96,7 +96,7 @@ def plot(facts: dict, file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
-def main(argv: list[str] | None = None) -> dict:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -114,7 +114,11 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=5, help="of the measurement of time")
     parser.add_argument("--output_dir", type=Path, required=True)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> dict:
+    args = build_parser().parse_args(argv)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     try:
         teacher, *students = (

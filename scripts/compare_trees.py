@@ -39,7 +39,7 @@ for seed in range(3):
 
 def environment(tree: Path, links: Path) -> dict[str, str]:
     """One thread, no network, and `tree` importable as `tokcom`, whatever its folder's name."""
-    link = links / tree.name
+    link = links / str(tree).strip("/").replace("/", "-")  # two trees may have the same name
     link.mkdir(parents=True, exist_ok=True)
     if not (link / "tokcom").exists():
         (link / "tokcom").symlink_to(tree, target_is_directory=True)
