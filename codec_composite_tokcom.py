@@ -1,10 +1,14 @@
-"""Composite codec: several streams, such as a text, a picture and a sound <-> one sequence of latents.
+"""Composite codec: several streams, such as a text, a picture and a sound <-> one sequence.
 
-Notable choices: every stream has a codec of its own, a fixed place in the sequence and channels of its own, so that one linear map
-into the transformer and one out of it are a different map for every stream; which streams exist is the mask of the
-latents, and the task of a training row, which of them are given, generated or left out, is drawn from those that exist.
+Notable choices:
+- Every stream has its own codec, a fixed place in the sequence, and its own channels. One linear
+  map into the transformer, and one out of it, therefore act as a different map for each stream.
+- The mask of the latents says which streams exist.
+- The task of a training row says which of its streams are given, generated or dropped. It is drawn
+  from the streams that exist.
 
-Shape legend: B batch, N latents of all streams, S streams, C channels of all streams, A position axes, M noise draws.
+Shape legend: B batch, N latents of all streams, S streams, C channels of all streams,
+A position axes, M noise draws.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +21,12 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
-from .codec_chunk_tokcom import TokComChunkCodec, TokComCodec, TokComCodecOutput, TokComDecoderOutput
+from .codec_chunk_tokcom import (
+    TokComChunkCodec,
+    TokComCodec,
+    TokComCodecOutput,
+    TokComDecoderOutput,
+)
 from .codec_color_tokcom import TokComColorCodec
 from .codec_style_tokcom import TokComImageOutput, TokComStyleCodec
 from .codec_video_tokcom import TokComVideoCodec, TokComVideoOutput, read_clips
@@ -48,13 +57,14 @@ class TokComAudioCodec(TokComVideoCodec):
     main_input_name = "input_features"
 
     def to_patches(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Log-mel `(B, mel bands, F)` -> `(B, N, P)`; raises `ValueError` for a shape that does not fit."""
-        if pixel_values.ndim != 3 or pixel_values.shape[1] != self.config.num_channels:
+        """Log-mel `(B, mel bands, F)` -> `(B, N, P)`. Raises `ValueError` for other shapes."""
+        bands = self.config.num_channels
+        if pixel_values.ndim != 3 or pixel_values.shape[1] != bands:
             raise ValueError(
-                f"`input_features` has shape {tuple(pixel_values.shape)} but (B, {self.config.num_channels}, F) is needed; give "
-                "sounds as the audio processor makes them."
+                f"`input_features` has shape {tuple(pixel_values.shape)} but (B, {bands}, F) is "
+                "needed; pass sounds through the audio processor."
             )
-        return super().to_patches(pixel_values[..., None, None])
+        return super().to_patches(pixel_values[..., None, None])  # (B, bands, F, 1, 1)
 
     @staticmethod
     def size_of(pixel_values: torch.Tensor) -> tuple[int, int, int]:
@@ -67,29 +77,46 @@ class TokComAudioCodec(TokComVideoCodec):
 
 STREAM_CODECS: dict[str, type[TokComCodec]] = {
     codec.config_class.model_type: codec
-    for codec in (TokComChunkCodec, TokComColorCodec, TokComStyleCodec, TokComVideoCodec, TokComAudioCodec)
+    for codec in (
+        TokComChunkCodec,
+        TokComColorCodec,
+        TokComStyleCodec,
+        TokComVideoCodec,
+        TokComAudioCodec,
+    )
 }
 
 
 class TokComCompositeCodec(TokComCodec):
-    """Codecs side by side; `streams[name]` is one of them, `places[name]` and `channels[name]` are its slices of N and of C."""
+    """Several codecs side by side.
+
+    `streams[name]` is the codec of a stream; `places[name]` and `channels[name]` are its slices of
+    N and C.
+    """
 
     config: TokComCompositeCodecConfig
 
     def __init__(self, config: TokComCompositeCodecConfig):
         super().__init__(config)
-        configs, self.lengths = config.stream_configs(), config.stream_lengths()
-        self.streams = nn.ModuleDict(
-            {name: STREAM_CODECS[codec.model_type]._from_config(codec) for name, codec in configs.items()}
-        )
-        self.names, self.places, self.channels = list(configs), {}, {}
+        configs = config.stream_configs()
+        self.lengths = config.stream_lengths()
+        self.streams = nn.ModuleDict()
+        for name, codec in configs.items():
+            self.streams[name] = STREAM_CODECS[codec.model_type]._from_config(codec)
+        self.names = list(configs)
+        self.places = {}
+        self.channels = {}
         place = channel = 0
+        # streams lie one after the other, in the sequence and in the channels
         for name, codec in configs.items():
             self.places[name] = slice(place, place + self.lengths[name])
             self.channels[name] = slice(channel, channel + codec.latent_channels)
-            place, channel = self.places[name].stop, self.channels[name].stop
-        # the configuration would build those of all streams again at every step
-        self.num_latents, self.num_channels, self.num_axes = place, channel, config.num_position_axes
+            place = self.places[name].stop
+            channel = self.channels[name].stop
+        # kept here, since the configuration would compute them anew at every step
+        self.num_latents = place
+        self.num_channels = channel
+        self.num_axes = config.num_position_axes
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -105,20 +132,23 @@ class TokComCompositeCodec(TokComCodec):
     # ---- where latents stand ----
 
     def positions(self, index: torch.Tensor) -> torch.Tensor:
-        """Index of latents `(...)` in the sequence of all streams -> stream and place in it, `(..., A)`."""
+        """Index of latents in the whole sequence `(...)` -> stream and position, `(..., A)`."""
         parts = []
         for i, name in enumerate(self.names):
-            where = self.streams[name].positions(torch.arange(self.lengths[name], device=index.device))  # (n, axes)
+            own = torch.arange(self.lengths[name], device=index.device)
+            where = self.streams[name].positions(own)  # (n, axes of the stream)
+            # streams with fewer axes than others have position 0 on the missing ones
             where = F.pad(where, (1, self.num_axes - 1 - where.shape[1]))
-            where[:, 0] = i
+            where[:, 0] = i  # the first axis is the stream
             parts.append(where)
         return torch.cat(parts)[index]
 
     def index_of(self, names: list[str], device: torch.device | str = "cpu") -> torch.Tensor:
-        """Where the latents of these streams are in the sequence, `(n,)`."""
-        places = [
-            torch.arange(self.places[name].start, self.places[name].stop) for name in self.names if name in names
-        ]
+        """Index `(n,)` of the latents of the streams `names` in the sequence, in its order."""
+        places = []
+        for name in self.names:
+            if name in names:
+                places.append(torch.arange(self.places[name].start, self.places[name].stop))
         return torch.cat(places).to(device)
 
     def stream_of(self, latents: torch.Tensor, name: str) -> torch.Tensor:
@@ -128,27 +158,33 @@ class TokComCompositeCodec(TokComCodec):
     # ---- streams <-> latents ----
 
     def check_names(self, names) -> None:
-        """Raise `ValueError` for the name of a stream that does not exist."""
+        """Raise `ValueError` if a name is not a stream of this model."""
         unknown = set(names) - set(self.names)
         if unknown:
-            raise ValueError(f"there is no stream {sorted(unknown)}; this model's are {self.names}.")
+            raise ValueError(
+                f"there is no stream {sorted(unknown)}; this model has the streams {self.names}."
+            )
 
     def text_length(self, name: str) -> int:
-        """Ids of a text of the stream `name`."""
+        """Length in tokens of a text of the stream `name`."""
         return self.lengths[name] * self.streams[name].config.chunk_size
 
     def _inputs(self, name: str, value: torch.Tensor) -> torch.Tensor:
-        """What a stream's codec reads: a picture is a clip of one frame."""
+        """The input of a stream's codec. A picture is a clip of one frame."""
         codec = self.streams[name].config
         if codec.has_tokens and value.shape[1] != self.text_length(name):
             raise ValueError(
-                f"stream {name!r} holds texts of {self.text_length(name)} ids (`text_latents`), not {value.shape[1]}; fill them up "
-                "with EOS."
+                f"stream {name!r} holds texts of {self.text_length(name)} ids (`text_latents`), "
+                f"not {value.shape[1]}; pad them with EOS."
             )
-        return value[:, :, None] if codec.modality == "video" and value.ndim == 4 else value
+        if codec.modality == "video" and value.ndim == 4:
+            return value[:, :, None]
+        return value
 
-    def exists(self, present: dict[str, torch.Tensor], batch: int, device: torch.device) -> torch.Tensor:
-        """`present`, rows `(B,)` that have a stream -> which latents exist, `(B, N)`."""
+    def exists(
+        self, present: dict[str, torch.Tensor], batch: int, device: torch.device
+    ) -> torch.Tensor:
+        """Rows `(B,)` that have a stream, by name -> which latents exist, `(B, N)`."""
         mask = torch.zeros(batch, self.num_latents, dtype=torch.bool, device=device)
         for name, rows in present.items():
             mask[:, self.places[name]] = rows.bool()[:, None]
@@ -157,54 +193,77 @@ class TokComCompositeCodec(TokComCodec):
     def encode(
         self, streams: dict[str, torch.Tensor], present: dict[str, torch.Tensor] | None = None
     ) -> TokComCodecOutput:
-        """Streams by name, each as its codec reads it -> latents `(B, N, C)`, 0 in the channels of other streams and where a
-        stream is missing; rows `(B,)` of `present` say who has one, by default all who are named."""
+        """Streams by name -> latents `(B, N, C)` of all streams.
+
+        A latent is 0 in the channels of other streams and where its stream is missing.
+
+        Args:
+            streams: the input of each stream's codec, all of one batch size.
+            present: rows `(B,)` that have a stream, by name; by default all rows.
+
+        Raises `ValueError` for unknown names and sizes that do not fit.
+        """
         if not streams:
             raise ValueError(f"`streams` is empty; give some of {self.names}.")
         self.check_names(streams)
         batches = {name: len(value) for name, value in streams.items()}
         if len(set(batches.values())) > 1:
-            raise ValueError(f"streams must have one batch size, not {batches}.")
-        parts = {name: self.streams[name].encode(self._inputs(name, value)) for name, value in streams.items()}
+            raise ValueError(f"all streams must have the same batch size, not {batches}.")
+        parts = {}
+        for name, value in streams.items():
+            parts[name] = self.streams[name].encode(self._inputs(name, value))
         for name, part in parts.items():
-            length = self.lengths[name]
-            if part.latents.shape[1] != length:
+            found = part.latents.shape[1]
+            if found != self.lengths[name]:
                 raise ValueError(
-                    f"stream {name!r} of shape {tuple(streams[name].shape)} has {part.latents.shape[1]} latents where the model has "
-                    f"{length}; give it the size and length that the configuration names."
+                    f"stream {name!r} of shape {tuple(streams[name].shape)} has {found} latents, "
+                    f"but the model needs {self.lengths[name]}; give it the size and length that "
+                    "the configuration names."
                 )
         first = next(iter(parts.values())).latents
-        latents = first.new_zeros(len(first), self.num_latents, self.num_channels)
+        latents = first.new_zeros(len(first), self.num_latents, self.num_channels)  # (B, N, C)
         everywhere = torch.ones(len(first), dtype=torch.bool, device=first.device)
         present = {name: (present or {}).get(name, everywhere) for name in streams}
         for name, part in parts.items():
-            latents[:, self.places[name], self.channels[name]] = (
-                part.latents.to(latents.dtype) * present[name].bool()[:, None, None]
-            )
+            own = part.latents.to(latents.dtype) * present[name].bool()[:, None, None]
+            latents[:, self.places[name], self.channels[name]] = own
         return self.known(latents, self.exists(present, len(first), first.device))
 
     def decode_stream(
         self, name: str, latents: torch.Tensor
     ) -> TokComDecoderOutput | TokComImageOutput | TokComVideoOutput | TokComAudioOutput:
-        """What a stream's codec makes of its part of the latents `(B, N, C)`."""
+        """Decode one stream from the latents `(B, N, C)` of all."""
         return self.streams[name].decode(self.stream_of(latents, name))
 
     # ---- training ----
 
-    def training_loss(self, streams: dict[str, torch.Tensor], present: dict[str, torch.Tensor] | None = None):
-        """The sum of the losses of all codecs that have parameters, each of the rows that have its stream, and their parts."""
+    def training_loss(
+        self, streams: dict[str, torch.Tensor], present: dict[str, torch.Tensor] | None = None
+    ):
+        """Sum of the losses of all codecs with parameters, and its parts.
+
+        Each codec only sees the rows that have its stream.
+        """
         trained = {name: codec for name, codec in self.streams.items() if list(codec.parameters())}
         if not set(trained) & set(streams):
-            raise ValueError("no stream has a codec with parameters, so there is nothing to train; use stage='flow'.")
-        loss, parts = 0.0, {}
+            raise ValueError(
+                "no stream has a codec with parameters, so there is nothing to train; use "
+                "stage='flow'."
+            )
+        loss = 0.0
+        parts = {}
         for name, codec in trained.items():
             inputs = self._inputs(name, streams[name]) if name in streams else ()
+            # rows without this stream hold zeros in its place, which must not be learned
             if name in streams and name in (present or {}):
                 inputs = inputs[present[name].bool()]
             if len(inputs):
                 own, found = codec.training_loss(inputs)
-            else:  # processes must have the same gradients and codebooks
-                own, found = 0.0 * sum(p.sum() for p in codec.parameters()), {}
+            else:
+                # every process must have gradients for the same parameters, and take part in the
+                # update of the codebooks
+                own = 0.0 * sum(p.sum() for p in codec.parameters())
+                found = {}
                 if self.training and hasattr(getattr(codec, "quantizer", None), "skip"):
                     codec.quantizer.skip()
             loss = loss + own
@@ -215,39 +274,51 @@ class TokComCompositeCodec(TokComCodec):
     def draw_task(
         self, exists: torch.Tensor, dropout: float, rates: dict[str, float] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """For every row one of the tasks that its streams allow: which latents are given and which are used, `(B, N)` each.
+        """Draw a task for every row: which streams are generated, given or dropped.
 
-        At least one of the streams that exist, `(B, N)`, is generated, each by its rate (0.5 by default); each of the
-        others is given, or with probability `dropout` left out.
+        Of the streams that exist, at least one is generated, each by its rate. Each other stream is
+        given, or dropped with probability `dropout`.
+
+        Args:
+            exists (`torch.BoolTensor` of shape `(B, N)`): latents of the streams that a row has.
+            rates: how often a stream is generated, by name; 0.5 by default.
+
+        Returns: which latents are given, and which are used at all, both `(B, N)`.
         """
-        index = [self.places[name].start for name in self.names]
-        has, shape = exists[:, index], (len(exists), len(index))  # (B, S)
+        index = [self.places[name].start for name in self.names]  # one latent tells for its stream
+        has = exists[:, index]
+        shape = (len(exists), len(index))  # (B, S)
         rates = [float((rates or {}).get(name, 0.5)) for name in self.names]
         rates = torch.tensor(rates, device=exists.device)
-        subsets = has[:, None] & (torch.rand(len(has), 32, len(index), device=exists.device) < rates)
-        subsets[:, -1] = has
-        first = subsets.any(-1).float().argmax(-1)  # the first that is not empty: with equal rates all are as likely
-        made = subsets[torch.arange(len(has), device=has.device), first]
+        draws = torch.rand(len(has), 32, len(index), device=exists.device)
+        subsets = has[:, None] & (draws < rates)
+        subsets[:, -1] = has  # the last draw is never empty
+        # Rejection sampling: take the first of 32 draws that is not empty. With equal rates all
+        # subsets are then equally likely.
+        first = subsets.any(-1).float().argmax(-1)
+        made = subsets[torch.arange(len(has), device=has.device), first]  # (B, S)
         kept = torch.rand(shape, device=exists.device) >= dropout
         return self.spread(has & ~made & kept), self.spread(made | (has & kept))
 
     def spread(self, streams: torch.Tensor) -> torch.Tensor:
-        """Of every stream `(B, S)` -> of every latent `(B, N)`."""
+        """Repeat values of streams `(B, S)` for all of their latents, `(B, N)`."""
         lengths = torch.tensor(list(self.lengths.values()), device=streams.device)
         return streams.repeat_interleave(lengths, dim=1)
 
     def squared_error(
         self, errors: torch.Tensor, loss_mask: torch.Tensor, weights: dict[str, float] | None = None
     ) -> torch.Tensor:
-        """Mean square of errors `(B, M, N, C)` over the latents of `loss_mask (B, N)` and channels of each stream, and the
-        weighted sum of those means; weights are 1 by default."""
+        """Weighted sum over streams of the mean squared error; weights are 1 by default.
+
+        The mean is over the stream's latents in `loss_mask (B, N)` and over its own channels of
+        `errors (B, M, N, C)`.
+        """
         total = errors.new_zeros(())
         for name in self.names:
             counted = loss_mask[:, None, self.places[name]].float()  # (B, 1, n)
             error = self.stream_of(errors, name).square().mean(-1) * counted
-            total = total + float((weights or {}).get(name, 1.0)) * error.sum() / (
-                errors.shape[1] * counted.sum()
-            ).clamp_min(1)
+            count = (errors.shape[1] * counted.sum()).clamp_min(1)
+            total = total + float((weights or {}).get(name, 1.0)) * error.sum() / count
         return total
 
     def text_nll(
@@ -257,8 +328,10 @@ class TokComCompositeCodec(TokComCodec):
         loss_mask: torch.Tensor,
         weights: dict[str, float] | None = None,
     ) -> torch.Tensor | None:
-        """Weighted nats per token of the texts that `estimate (B, N, C)` is decoded to, of the latents of `loss_mask (B, N)`; None
-        without a text."""
+        """Weighted nats per token of the texts in `streams` given `estimate (B, N, C)`.
+
+        Only latents in `loss_mask (B, N)` count. None if there is no text stream.
+        """
         total = None
         for name, codec in self.streams.items():
             if not codec.config.has_tokens or name not in streams:
@@ -288,7 +361,8 @@ def _as_list(kind: str, value: Any, name: str) -> list:
 def read_stream(
     codec: TokComCompositeCodec, name: str, values: list, tokenizer: PreTrainedTokenizerBase | None
 ) -> torch.Tensor:
-    """The content of a stream, a list, as its codec reads it; raises `ValueError` for what does not fit."""
+    """The content of a stream, a list, as its codec reads it; raises `ValueError` for what does not
+    fit."""
     config = codec.streams[name].config
     if config.has_tokens:
         rows = tokenize_texts(tokenizer, values, name)
@@ -296,7 +370,8 @@ def read_stream(
         longest = codec.text_length(name)
         if length > longest:
             raise ValueError(
-                f"`{name}` has {length} tokens, more than the model's maximum of {longest} (`text_latents`); shorten it."
+                f"`{name}` has {length} tokens, more than the model's maximum of {longest} "
+                "(`text_latents`); shorten it."
             )
         return text_rows(rows, longest, tokenizer.eos_token_id)
     if config.kind == "audio":
@@ -306,22 +381,35 @@ def read_stream(
     return TokComImageProcessor(config.image_size)(values)["pixel_values"]
 
 
-def as_lists(codec: TokComCompositeCodec, streams: Mapping[str, Any], argument: str) -> dict[str, list]:
+def as_lists(
+    codec: TokComCompositeCodec, streams: Mapping[str, Any], argument: str
+) -> dict[str, list]:
     """Streams as lists of one length; raises `ValueError` if they have none, or not one."""
     if not isinstance(streams, Mapping):
-        raise ValueError(f"`{argument}` must be a dictionary of {codec.names}, not a {type(streams).__name__}.")
+        raise ValueError(
+            f"`{argument}` must be a dictionary of {codec.names}, not a {type(streams).__name__}."
+        )
     codec.check_names(list(streams))
-    contents = {name: _as_list(codec.streams[name].config.kind, value, name) for name, value in streams.items()}
+    contents = {
+        name: _as_list(codec.streams[name].config.kind, value, name)
+        for name, value in streams.items()
+    }
     lengths = {name: len(values) for name, values in contents.items()}
     if len(set(lengths.values())) > 1 or 0 in lengths.values():
-        raise ValueError(f"all streams of `{argument}` must have one number of entries above 0, not {lengths}.")
+        raise ValueError(
+            f"all streams of `{argument}` must have one number of entries above 0, not {lengths}."
+        )
     return contents
 
 
 def names_to_make(
-    codec: TokComCompositeCodec, generate: str | Sequence[str] | None, given: list[str], num_candidates: int
+    codec: TokComCompositeCodec,
+    generate: str | Sequence[str] | None,
+    given: list[str],
+    num_candidates: int,
 ) -> list[str]:
-    """The streams to make, by default all that are not given; raises `ValueError` for what makes no sense."""
+    """The streams to make, by default all that are not given; raises `ValueError` for what makes no
+    sense."""
     if generate is None:
         names = [name for name in codec.names if name not in given]
     else:
@@ -329,12 +417,14 @@ def names_to_make(
     codec.check_names(names)
     if not names or set(names) & set(given):
         raise ValueError(
-            f"`generate` ({names}) must name at least one stream, and none that is given ({sorted(given)})."
+            f"`generate` ({names}) must name at least one stream, and none that is given "
+            f"({sorted(given)})."
         )
     has_text = any(codec.streams[name].config.has_tokens for name in names)
     if num_candidates < 1 or (num_candidates > 1 and not has_text):
         raise ValueError(
-            f"`num_candidates` ({num_candidates}) must be at least 1, and above 1 needs a text among {names} to compare."
+            f"`num_candidates` ({num_candidates}) must be at least 1, and above 1 needs a text "
+            f"among {names} to compare."
         )
     return names
 
@@ -345,9 +435,11 @@ def guidance_omissions(
     given: list[str],
     context: TokComCodecOutput | None,
 ) -> list[tuple[torch.Tensor, float]]:
-    """Which context latents, `(S,)`, guidance leaves out in turn, and the scale of each that is not 1.
+    """Which context latents, `(S,)`, guidance leaves out in turn, and the scale of each that is not
+    1.
 
-    One scale is for all given streams together. Raises `ValueError` for the scale of a stream that is not given.
+    One scale is for all given streams together. Raises `ValueError` for the scale of a stream that
+    is not given.
     """
     if isinstance(scale, Mapping):
         scales = [([name], float(value)) for name, value in scale.items()]
@@ -359,7 +451,8 @@ def guidance_omissions(
             continue
         if not part or set(part) - set(given):
             raise ValueError(
-                f"`guidance_scale` ({scale}) needs streams that are given (here {given}) to move towards; leave it at 1."
+                f"`guidance_scale` ({scale}) needs streams that are given (here {given}) to move "
+                "towards; leave it at 1."
             )
         streams = context.position_ids[0, :, 0]  # the first axis of a position is its stream
         numbers = torch.tensor([codec.names.index(name) for name in part], device=streams.device)

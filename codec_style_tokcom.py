@@ -1,8 +1,11 @@
 """Style codec: an image <-> N ordered tokens, from coarse to fine (Styled_vae_vq).
 
-Notable choices: every token has an expert network of its own, all of them one grouped product; two tokens style each
-decoder layer and stay in its sequence; in training the tail of the tokens is dropped at random, which is what makes the
-first ones hold most (nested dropout, Rippel et al. 2014); a codebook of all tokens comes after training, by k-means.
+Notable choices:
+- Every token has an expert network of its own; all of them are one grouped product.
+- Two tokens style each decoder layer and stay in its sequence.
+- Training drops the tail of the tokens at random, so the first tokens hold most of the image
+  (nested dropout, Rippel et al. 2014).
+- A codebook for all tokens is made after training, by k-means.
 
 Shape legend: B batch, N tokens, C channels of a token, P patches, D width, H x W pixels.
 """
@@ -22,7 +25,7 @@ from .layers_tokcom import TokComRMSNorm
 from .quantization_tokcom import VectorQuantizer, code_statistics, kmeans, nearest_codes
 
 COLORS = 3
-GRADIENT_SCALES = 3  # the gradient loss sees the image, and halves of it so many times less one
+GRADIENT_SCALES = 3  # sizes at which the gradient loss compares images, each half the one before
 
 
 @dataclass
@@ -33,7 +36,7 @@ class TokComImageOutput(ModelOutput):
 
 
 class TokComStyleAttention(nn.Module):
-    """Multi-head attention among all `(B, S, D)`, as in ViT."""
+    """Multi-head self-attention without mask and positions, as in ViT."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -42,7 +45,9 @@ class TokComStyleAttention(nn.Module):
         self.o_proj = nn.Linear(width, width)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        heads = self.qkv_proj(hidden_states).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        """`(B, S, D)` in and out."""
+        heads = self.qkv_proj(hidden_states).unflatten(-1, (3, self.heads, -1))
+        heads = heads.permute(2, 0, 3, 1, 4)  # (3, B, heads, S, head_dim)
         output = F.scaled_dot_product_attention(*heads)  # (B, heads, S, head_dim)
         return self.o_proj(output.transpose(1, 2).flatten(2))
 
@@ -55,7 +60,7 @@ class TokComStyleMLP(nn.Sequential):
 
 
 class TokComSlotMLP(nn.Module):
-    """A GELU feed-forward network for each of N places, all in one grouped product."""
+    """A GELU feed-forward network for each of N places, computed as one grouped product."""
 
     def __init__(self, places: int, width: int, inner: int):
         super().__init__()
@@ -72,17 +77,24 @@ class TokComSlotMLP(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(B, N, D)` in and out."""
         inputs = hidden_states.transpose(0, 1)  # (N, B, D)
-        inner = F.gelu(torch.baddbmm(self.up_bias, inputs, self.up))
+        inner = F.gelu(torch.baddbmm(self.up_bias, inputs, self.up))  # (N, B, inner)
         return torch.baddbmm(self.down_bias, inner, self.down).transpose(0, 1)
 
 
 class TokComStyleBlock(GradientCheckpointingLayer):
-    """Pre-norm attention and feed-forward layer; with `experts`, the last N places have networks of their own."""
+    """Pre-norm attention and feed-forward layer.
 
-    def __init__(self, width: int, heads: int, inner: int, eps: float, experts: TokComSlotMLP | None = None):
+    With `experts`, the last N places have feed-forward networks of their own.
+    """
+
+    def __init__(
+        self, width: int, heads: int, inner: int, eps: float, experts: TokComSlotMLP | None = None
+    ):
         super().__init__()
-        self.attention_norm, self.mlp_norm = TokComRMSNorm(width, eps), TokComRMSNorm(width, eps)
-        self.self_attn, self.mlp = TokComStyleAttention(width, heads), TokComStyleMLP(width, inner)
+        self.attention_norm = TokComRMSNorm(width, eps)
+        self.mlp_norm = TokComRMSNorm(width, eps)
+        self.self_attn = TokComStyleAttention(width, heads)
+        self.mlp = TokComStyleMLP(width, inner)
         self.experts = experts
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -91,68 +103,87 @@ class TokComStyleBlock(GradientCheckpointingLayer):
         inputs = self.mlp_norm(hidden_states)
         if self.experts is None:
             return hidden_states + self.mlp(inputs)
-        shared = inputs.shape[1] - len(self.experts.up)
+        shared = inputs.shape[1] - len(self.experts.up)  # positions without an expert
         update = torch.cat((self.mlp(inputs[:, :shared]), self.experts(inputs[:, shared:])), dim=1)
         return hidden_states + update
 
 
 class TokComStyledBlock(GradientCheckpointingLayer):
-    """A decoder layer that two tokens style by scale and shift, the attention and the feed-forward half one each, and join."""
+    """A decoder layer that two tokens style and join.
+
+    The first token scales and shifts the input of attention, the second that of the feed-forward
+    half.
+    """
 
     def __init__(self, channels: int, width: int, heads: int, inner: int, eps: float):
         super().__init__()
-        self.attention_norm, self.mlp_norm = TokComRMSNorm(width, eps), TokComRMSNorm(width, eps)
-        self.self_attn, self.mlp = TokComStyleAttention(width, heads), TokComStyleMLP(width, inner)
+        self.attention_norm = TokComRMSNorm(width, eps)
+        self.mlp_norm = TokComRMSNorm(width, eps)
+        self.self_attn = TokComStyleAttention(width, heads)
+        self.mlp = TokComStyleMLP(width, inner)
         self.attention_style, self.mlp_style = (nn.Linear(channels, 2 * width) for _ in range(2))
         self.registers = nn.ModuleList(nn.Linear(channels, width) for _ in range(2))
 
     def forward(self, hidden_states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """`hidden_states (B, S, D)` and two `tokens (B, 2, C)` -> `(B, S + 2, D)`, the two in front."""
+        """`hidden_states (B, S, D)` and two `tokens (B, 2, C)` -> `(B, S + 2, D)`, tokens first."""
         first, second = tokens.unbind(1)
-        scale, shift = self.attention_style(first)[:, None].chunk(2, dim=-1)
+        scale, shift = self.attention_style(first)[:, None].chunk(2, dim=-1)  # (B, 1, D) each
         normed = self.attention_norm(hidden_states) * (1 + scale) + shift
-        joining = torch.stack([layer(token) for layer, token in zip(self.registers, (first, second))], dim=1)
+        joining = torch.stack((self.registers[0](first), self.registers[1](second)), dim=1)
         update = self.self_attn(torch.cat((self.attention_norm(joining), normed), dim=1))
+        # the two tokens enter the residual stream at 0 and become what attention makes of them
         hidden_states = F.pad(hidden_states, (0, 0, 2, 0)) + update
         scale, shift = self.mlp_style(second)[:, None].chunk(2, dim=-1)
         return hidden_states + self.mlp(self.mlp_norm(hidden_states) * (1 + scale) + shift)
 
 
 class TokComStyleEncoder(nn.Module):
-    """ViT whose last N places are learned queries: `pixel_values (B, 3, H, W)` -> `(B, N, D)`."""
+    """ViT whose last N positions are learned queries: images `(B, 3, H, W)` -> `(B, N, D)`."""
 
     def __init__(self, config: TokComStyleCodecConfig):
         super().__init__()
-        width, heads, eps = config.hidden_size, config.num_attention_heads, config.rms_norm_eps
+        width = config.hidden_size
+        heads = config.num_attention_heads
+        eps = config.rms_norm_eps
         self.num_tokens = config.num_tokens
         self.patch_embedding = nn.Conv2d(COLORS, width, config.patch_size, config.patch_size)
-        self.positions = nn.Parameter(torch.empty(1, 1 + config.num_patches + config.num_tokens, width))
+        length = 1 + config.num_patches + config.num_tokens  # class position, patches, queries
+        self.positions = nn.Parameter(torch.empty(1, length, width))
         self.layers = nn.ModuleList()
         for i in range(config.num_hidden_layers + config.num_expert_layers):
             experts = None
             if i >= config.num_hidden_layers:
                 experts = TokComSlotMLP(config.num_tokens, width, config.expert_intermediate_size)
-            self.layers.append(TokComStyleBlock(width, heads, config.intermediate_size, eps, experts))
+            self.layers.append(
+                TokComStyleBlock(width, heads, config.intermediate_size, eps, experts)
+            )
         self.norm = TokComRMSNorm(width, eps)
 
     def initialize_parameters(self) -> None:
-        init.normal_(self.positions, std=1.0)  # of the size of a patch, or the queries would all see the same
+        # as large as a patch: with small positions all queries would see the same
+        init.normal_(self.positions, std=1.0)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)  # (B, P, D)
-        hidden_states = self.positions + F.pad(patches, (0, 0, 1, self.num_tokens))  # class place, patches, queries
+        hidden_states = self.positions + F.pad(patches, (0, 0, 1, self.num_tokens))
         for layer in self.layers:
             hidden_states = layer(hidden_states)
-        return self.norm(hidden_states[:, -self.num_tokens :])
+        return self.norm(hidden_states[:, -self.num_tokens :])  # the queries
 
 
 class TokComStyleDecoder(nn.Module):
-    """Learned positions, styled by the tokens layer by layer: `(B, N, C)` -> `pixel_values (B, 3, H, W)`."""
+    """Learned positions that the tokens style layer by layer.
+
+    Tokens `(B, N, C)` -> `pixel_values (B, 3, H, W)`.
+    """
 
     def __init__(self, config: TokComStyleCodecConfig):
         super().__init__()
-        width, heads, eps = config.decoder_hidden_size, config.decoder_num_attention_heads, config.rms_norm_eps
-        inner, self.num_patches = config.decoder_intermediate_size, config.num_patches
+        width = config.decoder_hidden_size
+        heads = config.decoder_num_attention_heads
+        eps = config.rms_norm_eps
+        inner = config.decoder_intermediate_size
+        self.num_patches = config.num_patches
         self.shape = COLORS, config.patch_size, config.image_size // config.patch_size
         self.positions = nn.Parameter(torch.empty(1, config.num_patches, width))
         self.styled_layers = nn.ModuleList(
@@ -169,22 +200,25 @@ class TokComStyleDecoder(nn.Module):
         init.normal_(self.positions, std=1.0)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.positions.expand(len(tokens), -1, -1)
+        hidden_states = self.positions.expand(len(tokens), -1, -1)  # (B, P, D)
         for i, layer in enumerate(self.styled_layers):
             hidden_states = layer(hidden_states, tokens[:, 2 * i : 2 * i + 2])
         for layer in self.layers:
             hidden_states = layer(hidden_states)
-        patches = self.proj_out(self.norm(hidden_states[:, -self.num_patches :]))  # (B, P, 3 * size^2)
+        patches = self.norm(hidden_states[:, -self.num_patches :])
+        patches = self.proj_out(patches)  # (B, P, 3 * size^2)
         channels, size, side = self.shape
-        grid = patches.unflatten(2, (channels, size, size)).unflatten(1, (side, side))  # (B, row, column, 3, y, x)
+        grid = patches.unflatten(2, (channels, size, size))
+        grid = grid.unflatten(1, (side, side))  # (B, row, column, 3, y, x)
         return grid.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
 
 class TokComSoftCodebook(nn.Module):
-    """Soft cosine codebook: what `(..., C)` becomes as a mixture of C learned directions, weighted by its cosines to them.
+    """Soft cosine codebook: maps `(..., C)` to a mixture of C learned directions, weighted by its
+    cosines to them.
 
-    The published weights, `cosine + 1`, are nearly alike for every input, so that all outputs are the same at first (mean
-    pairwise cosine 0.988); here their mean is taken away.
+    The published weights, `cosine + 1`, are almost equal for every input, so all outputs start out
+    the same (mean pairwise cosine 0.988). Here their mean is subtracted.
     """
 
     def __init__(self, channels: int):
@@ -196,11 +230,14 @@ class TokComSoftCodebook(nn.Module):
         init.normal_(self.directions)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(inputs.device.type, enabled=False):  # the mean hides small differences
+        # in float32: small differences remain when the mean is subtracted
+        with torch.autocast(inputs.device.type, enabled=False):
             directions = self.directions.float()
             weights = F.normalize(inputs.float(), dim=-1) @ F.normalize(directions, dim=-1).T
             mixed = (weights - weights.mean(-1, keepdim=True)) @ directions
-            return F.layer_norm(mixed, mixed.shape[-1:], self.norm.weight.float(), self.norm.bias.float())
+            return F.layer_norm(
+                mixed, mixed.shape[-1:], self.norm.weight.float(), self.norm.bias.float()
+            )
 
 
 @dataclass
@@ -210,8 +247,10 @@ class TokComStyleCodecLoss(TokComCodecLoss):
     Args:
         kl_weight: weight of the KL term of a Gaussian bottleneck.
         bottleneck_noise: length of the noise on a spherical bottleneck, relative to the tokens.
-        tail_dropout: share of the images of which only the first k tokens are kept, k uniform in 1..N.
-        gradient_weight: of the error of image gradients on several scales, beside the squared error.
+        tail_dropout: share of the images of which only the first k tokens are kept, k uniform in
+            1..N.
+        gradient_weight: of the error of image gradients on several scales, beside the squared
+            error.
     """
 
     kl_weight: float = 1e-4
@@ -223,8 +262,8 @@ class TokComStyleCodecLoss(TokComCodecLoss):
 class TokComStyleCodec(TokComCodec):
     """Autoencoder of images whose N tokens are ordered from coarse to fine.
 
-    What the bottleneck gives, standardised per token and channel with the buffers `latent_mean` and `latent_std`, are the
-    latents. `fit_codebook` makes a codebook of them, after which `encode` also gives `codes`.
+    Latents are the outputs of the bottleneck, standardised per token and channel with the buffers
+    `latent_mean` and `latent_std`. After `fit_codebook`, `encode` also returns `codes`.
     """
 
     config: TokComStyleCodecConfig
@@ -233,16 +272,23 @@ class TokComStyleCodec(TokComCodec):
 
     def __init__(self, config: TokComStyleCodecConfig):
         super().__init__(config)
-        count, channels = config.num_tokens, config.latent_channels
-        self.encoder, self.decoder = TokComStyleEncoder(config), TokComStyleDecoder(config)
-        self.to_tokens = nn.Linear(config.hidden_size, channels * (2 if config.bottleneck == "gaussian" else 1))
+        count = config.num_tokens
+        channels = config.latent_channels
+        self.encoder = TokComStyleEncoder(config)
+        self.decoder = TokComStyleDecoder(config)
+        outputs = channels
+        if config.bottleneck == "gaussian":
+            outputs = 2 * channels  # mean and log-variance
+        self.to_tokens = nn.Linear(config.hidden_size, outputs)
         self.soft_codebook = TokComSoftCodebook(channels) if config.bottleneck == "cosine" else None
-        self.missing = nn.Parameter(torch.empty(count, channels))  # what stands for tokens that are left out
+        self.missing = nn.Parameter(torch.empty(count, channels))  # replaces dropped tokens
         self.quantizer = VectorQuantizer(config.num_codes, channels) if config.num_codes else None
         self.latent_mean = nn.Buffer(torch.zeros(count, channels))
         self.latent_std = nn.Buffer(torch.ones(count, channels))
         self.set_loss()
-        self.feature_loss = None  # set by training: a distance of two images besides the squared error
+        self.feature_loss = (
+            None  # set by training: a distance of two images besides the squared error
+        )
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -255,9 +301,9 @@ class TokComStyleCodec(TokComCodec):
         return None
 
     def set_latent_statistics(self, mean: torch.Tensor, std: torch.Tensor) -> None:
-        """Standardise latents with these `mean (N, C)` and `std (N, C)` from now on."""
+        """Store mean and standard deviation `(N, C)` of raw latents, measured on training data."""
         self.latent_mean.copy_(mean)
-        self.latent_std.copy_(std.clamp_min(1e-4))
+        self.latent_std.copy_(std.clamp_min(1e-4))  # a dead channel must not be divided by 0
 
     def positions(self, index: torch.Tensor) -> torch.Tensor:
         """Index of tokens `(...)` -> position `(..., 1)`."""
@@ -267,25 +313,33 @@ class TokComStyleCodec(TokComCodec):
         size = self.config.image_size
         if pixel_values.shape[1:] != (COLORS, size, size):
             raise ValueError(
-                f"`pixel_values` has shape {tuple(pixel_values.shape)} but (B, {COLORS}, {size}, {size}) is "
-                "needed; use the image processor saved beside the model."
+                f"`pixel_values` has shape {tuple(pixel_values.shape)} but (B, {COLORS}, {size}, "
+                f"{size}) is needed; use the image processor saved beside the model."
             )
 
     def _raw_tokens(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Images -> tokens `(B, N, C)` and their log-variance, the latter None without a posterior."""
-        tokens, log_variance = self.to_tokens(self.encoder(pixel_values.to(self.dtype))).float(), None
+        """Images -> raw latents and their log-variance `(B, N, C)`; no log-variance without a
+        posterior."""
+        tokens = self.to_tokens(self.encoder(pixel_values.to(self.dtype))).float()
+        log_variance = None
         if self.config.bottleneck == "gaussian":
             tokens, log_variance = tokens.chunk(2, dim=-1)
-            log_variance = log_variance.clamp(-12.0, 4.0)
+            log_variance = log_variance.clamp(-12.0, 4.0)  # keeps exp finite
         elif self.config.bottleneck == "sphere":
+            # of length sqrt(C), so that channels have about unit variance
             tokens = F.normalize(tokens, dim=-1) * tokens.shape[-1] ** 0.5
         else:
             tokens = self.soft_codebook(tokens)
         return tokens, log_variance
 
-    def encode(self, pixel_values: torch.Tensor, attention_mask: torch.Tensor | None = None) -> TokComCodecOutput:
-        """Images `(B, 3, H, W)`, -1 black and 1 white, -> standardised latents `(B, N, C)`, and `codes (B, N, 1)` if there is a
-        codebook. Raises `ValueError` for another size."""
+    def encode(
+        self, pixel_values: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> TokComCodecOutput:
+        """Images `(B, 3, H, W)`, -1 for black and 1 for white -> standardised latents `(B, N, C)`.
+
+        With a codebook the output also has `codes (B, N, 1)`. Raises `ValueError` for another image
+        size.
+        """
         self._check(pixel_values)
         latents = (self._raw_tokens(pixel_values)[0] - self.latent_mean) / self.latent_std
         fitted = self.quantizer is not None and self.quantizer.is_fitted
@@ -295,12 +349,18 @@ class TokComStyleCodec(TokComCodec):
         return latents.to(self.latent_std) * self.latent_std + self.latent_mean
 
     def to_codes(self, latents: torch.Tensor) -> torch.Tensor:
-        """Standardised latents `(B, N, C)` -> the nearest codes `(B, N, 1)`; raises `ValueError` without a codebook."""
+        """Standardised latents `(B, N, C)` -> the nearest codes `(B, N, 1)`.
+
+        Raises `ValueError` without a codebook.
+        """
         codes = nearest_codes(self._unstandardize(latents).flatten(0, 1), self._fitted().codebook)
         return codes.view(*latents.shape[:2], 1)
 
     def from_codes(self, codes: torch.Tensor) -> torch.Tensor:
-        """Codes `(B, N, 1)` -> standardised latents `(B, N, C)`; raises `ValueError` without a codebook."""
+        """Codes `(B, N, 1)` -> standardised latents `(B, N, C)`.
+
+        Raises `ValueError` without a codebook.
+        """
         return (self._fitted().decode(codes) - self.latent_mean) / self.latent_std
 
     def _fitted(self) -> VectorQuantizer:
@@ -309,36 +369,50 @@ class TokComStyleCodec(TokComCodec):
         return self.quantizer
 
     def _decode(self, tokens: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
-        if kept is not None:
+        if kept is not None:  # dropped tokens become a learned value, not 0
             tokens = torch.where(kept[..., None], tokens, self.missing.to(tokens))
         return self.decoder(tokens.to(self.dtype))
 
     def decode(self, latents: torch.Tensor, num_tokens: int | None = None) -> TokComImageOutput:
-        """Standardised latents `(B, N, C)` -> `.pixel_values (B, 3, H, W)`, of the first `num_tokens` only if given."""
-        kept, count = None, self.config.num_tokens
+        """Standardised latents `(B, N, C)` -> `.pixel_values (B, 3, H, W)`.
+
+        With `num_tokens`, only the first tokens are used. Raises `ValueError` if it is out of
+        range.
+        """
+        kept = None
+        count = self.config.num_tokens
         if num_tokens is not None:
             if not 0 <= num_tokens <= count:
                 raise ValueError(f"`num_tokens` ({num_tokens}) must be between 0 and {count}.")
-            kept = (torch.arange(count, device=latents.device) < num_tokens).expand(len(latents), -1)
+            kept = torch.arange(count, device=latents.device) < num_tokens
+            kept = kept.expand(len(latents), -1)  # (B, N)
         tokens = self._unstandardize(latents)
         return TokComImageOutput(pixel_values=self._decode(tokens, kept).clamp(-1, 1))
 
     @torch.no_grad()
     def fit_codebook(
-        self, latents: torch.Tensor, num_codes: int, metric: str = "euclidean", iterations: int = 20, seed: int = 0
+        self,
+        latents: torch.Tensor,
+        num_codes: int,
+        metric: str = "euclidean",
+        iterations: int = 20,
+        seed: int = 0,
     ) -> dict[str, float]:
-        """Make a codebook of the tokens of pictures whose standardised `latents (M, N, C)` are known, by k-means.
+        """Fit a codebook to the tokens of pictures with `latents (M, N, C)`, by k-means.
 
-        Returns `code_statistics` of these pictures and `distortion`, the codes' squared error over the tokens' variance.
+        Returns: `code_statistics` of these pictures, and `distortion`, the squared error of the
+            codes over the variance of the tokens.
         """
         tokens = self._unstandardize(latents).flatten(0, 1)
         codebook = kmeans(tokens.split(65536), num_codes, iterations, metric, seed=seed)
-        if metric == "cosine":  # centres are of length 1: give each the length of its tokens
+        if metric == "cosine":  # centres have length 1: give each the mean length of its tokens
             codes = nearest_codes(F.normalize(tokens, dim=-1), codebook)
             lengths = tokens.new_zeros(num_codes).index_add_(0, codes, tokens.norm(dim=-1))
-            codebook = codebook * (lengths / codes.bincount(minlength=num_codes).clamp_min(1))[:, None]
+            used = codes.bincount(minlength=num_codes).clamp_min(1)
+            codebook = codebook * (lengths / used)[:, None]
         codes = nearest_codes(tokens, codebook)
         counts = codes.bincount(minlength=num_codes).float()
+        # counts and sums are those of one pass over the data, as if the codebook had been trained
         self.config.num_codes = num_codes
         self.quantizer = VectorQuantizer(num_codes, tokens.shape[1]).to(tokens.device)
         self.quantizer.codebook.copy_(codebook)
@@ -348,7 +422,8 @@ class TokComStyleCodec(TokComCodec):
         return code_statistics(codes, num_codes) | {"distortion": error.item()}
 
     def training_loss(self, pixel_values: torch.Tensor, attention_mask: torch.Tensor | None = None):
-        """Loss of stage "codec" on images `(B, 3, H, W)`, and its parts: squared error, KL per token."""
+        """Loss of the codec stage on images `(B, 3, H, W)`, and its parts: squared error and KL per
+        token."""
         config = self.config
         settings = self.loss_settings
         self._check(pixel_values)
@@ -364,7 +439,9 @@ class TokComStyleCodec(TokComCodec):
                 tokens = tokens + torch.randn_like(tokens) * settings.bottleneck_noise
             draws = torch.rand(2, len(tokens), 1, device=tokens.device)
             count = torch.where(
-                draws[0] < settings.tail_dropout, 1 + (draws[1] * config.num_tokens).long(), config.num_tokens
+                draws[0] < settings.tail_dropout,
+                1 + (draws[1] * config.num_tokens).long(),
+                config.num_tokens,
             )
             kept = torch.arange(config.num_tokens, device=tokens.device) < count
         output = self._decode(tokens, kept).float()
@@ -377,18 +454,24 @@ class TokComStyleCodec(TokComCodec):
         return loss, {"mse_loss": error.detach(), "kl_loss": kl.detach()}
 
 
-def gradient_loss(output: torch.Tensor, target: torch.Tensor, scales: int = GRADIENT_SCALES) -> torch.Tensor:
-    """Mean absolute error of horizontal and vertical differences of images `(B, 3, H, W)`, over halved sizes.
+def gradient_loss(
+    output: torch.Tensor, target: torch.Tensor, scales: int = GRADIENT_SCALES
+) -> torch.Tensor:
+    """Mean absolute error of horizontal and vertical differences of images `(B, 3, H, W)`.
 
-    It sees edges, which the squared error of a blurred image does not; it is not a perceptual distance such as LPIPS.
+    Averages over `scales` sizes, each half the one before. It penalises blurred edges, which the
+    squared error hardly does, but is not a perceptual distance such as LPIPS.
     """
-    difference, total = output - target, 0.0
+    difference = output - target
+    total = 0.0
     for scale in range(scales):
         if scale:
             difference = F.avg_pool2d(difference, 2)
-        if min(difference.shape[-2:]) < 2:
+        if min(difference.shape[-2:]) < 2:  # nothing is left to compare
             break
-        total = total + (difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()) / scales
+        horizontal = difference.diff(dim=-1).abs().mean()
+        vertical = difference.diff(dim=-2).abs().mean()
+        total = total + (horizontal + vertical) / scales
     return total
 
 

@@ -1,10 +1,14 @@
-"""Video codec: a clip <-> one latent per patch of space and time.
+"""Video codec: a clip <-> one latent per space-time patch.
 
-Notable choices: positions have three axes, time, row and column, and are made from the size of the clip at hand, so one model reads
-clips of any size; without a network the values of a patch are its latent and nothing is lost; with one, a quantiser may
-stand in the middle. Clips are pixels, or the latents of an external autoencoder, of which only the number of channels differs.
+Notable choices:
+- Positions have three axes: time, row and column. They are computed from the size of the clip, so
+  one model reads clips of any size.
+- Without a network the values of a patch are its latent, and nothing is lost. With a network, a
+  quantiser may sit in the middle.
+- Clips are pixels, or latents of an external autoencoder. Only the number of channels differs.
 
-Shape legend: B batch, N latents, C latent channels, c channels of the clip, F frames, H x W pixels, P values in a patch.
+Shape legend: B batch, N latents, C latent channels, c channels of the clip, F frames, H x W pixels,
+P values in a patch.
 """
 
 from collections.abc import Sequence
@@ -26,7 +30,10 @@ from .quantization_tokcom import build_quantizer
 
 @dataclass
 class TokComVideoOutput(ModelOutput):
-    """What the video codec's `decode` returns: `pixel_values (B, c, F, H, W)`, of pixels -1 black and 1 white."""
+    """What the video codec's `decode` returns: `pixel_values (B, c, F, H, W)`.
+
+    Pixels are -1 for black and 1 for white.
+    """
 
     pixel_values: torch.FloatTensor | None = None
 
@@ -42,20 +49,28 @@ class TokComPatchNetwork(nn.Sequential):
 
 
 class TokComVideoCodec(TokComCodec):
-    """Space-time patches as latents, standardised per channel with the buffers `latent_mean` and `latent_std`."""
+    """Space-time patches as latents.
+
+    Latents are standardised per channel with the buffers `latent_mean` and `latent_std`.
+    """
 
     config: TokComVideoCodecConfig
     main_input_name = "pixel_values"
 
     def __init__(self, config: TokComVideoCodecConfig):
         super().__init__(config)
-        channels, values = config.latent_channels, config.patch_values
+        channels = config.latent_channels
+        values = config.patch_values
         self.encoder = self.decoder = self.quantizer = None
         if config.hidden_size:
             self.encoder = TokComPatchNetwork(config, values, channels)
             self.decoder = TokComPatchNetwork(config, channels, values)
             self.quantizer = build_quantizer(
-                config.quantizer, channels, config.num_codes, config.num_quantizers, config.fsq_levels
+                config.quantizer,
+                channels,
+                config.num_codes,
+                config.num_quantizers,
+                config.fsq_levels,
             )
         self.latent_mean = nn.Buffer(torch.zeros(channels))
         self.latent_std = nn.Buffer(torch.ones(channels))
@@ -71,68 +86,87 @@ class TokComVideoCodec(TokComCodec):
         return None
 
     def set_latent_statistics(self, mean: torch.Tensor, std: torch.Tensor) -> None:
-        """Standardise latents with these `mean` and `std`, `(C,)` or `(N, C)` of which the mean over N is taken."""
-        if mean.ndim == 2:
+        """Store mean and standard deviation of raw latents, `(C,)`, or `(N, C)` to be pooled over
+        N."""
+        if mean.ndim == 2:  # law of total variance
             std = (std.square().mean(0) + mean.var(0, correction=0)).sqrt()
             mean = mean.mean(0)
         self.latent_mean.copy_(mean)
-        self.latent_std.copy_(std.clamp_min(1e-2))  # values that hardly vary must not become noise
+        self.latent_std.copy_(std.clamp_min(1e-2))  # do not amplify values that hardly vary
 
     # ---- where latents stand ----
 
     def positions(self, index: torch.Tensor) -> torch.Tensor:
-        """Index of latents `(...)` of a clip of the configured height and width -> moment, row and column, `(..., 3)`."""
+        """Index of latents `(...)` -> moment, row and column, `(..., 3)`, for clips of the
+        configured height and width."""
         columns = self.config.width // self.config.patch_size
-        moment, place = index // self.config.group_size, index % self.config.group_size
+        moment = index // self.config.group_size
+        place = index % self.config.group_size
         return torch.stack((moment, place // columns, place % columns), dim=-1)
 
-    def grid(self, frames: int, height: int, width: int, device: torch.device | str = "cpu") -> torch.Tensor:
-        """Positions `(N, 3)` of the latents of a clip of this size; raises `ValueError` if patches do not divide it."""
+    def grid(
+        self, frames: int, height: int, width: int, device: torch.device | str = "cpu"
+    ) -> torch.Tensor:
+        """Positions `(N, 3)` of the latents of a clip of this size.
+
+        Raises `ValueError` if patches do not divide the clip.
+        """
         self.config.check_shape(frames, height, width)
         size = self.config.patch_size
         axes = frames // self.config.frames_per_patch, height // size, width // size
+        # time changes slowest, so latents are in the order of moments
         return torch.cartesian_prod(*(torch.arange(n, device=device) for n in axes)).view(-1, 3)
 
     @staticmethod
     def size_of(pixel_values: torch.Tensor) -> tuple[int, int, int]:
-        """Frames, height and width of what `encode` is given."""
+        """Frames, height and width of the input of `encode`."""
         return tuple(pixel_values.shape[2:])
 
     # ---- clips <-> patches ----
 
     def to_patches(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Clips `(B, c, F, H, W)` -> `(B, N, P)`; raises `ValueError` for a shape that does not fit."""
+        """Clips `(B, c, F, H, W)` -> `(B, N, P)`. Raises `ValueError` for a wrong shape."""
         config = self.config
         if pixel_values.ndim != 5 or pixel_values.shape[1] != config.num_channels:
             raise ValueError(
-                f"`pixel_values` has shape {tuple(pixel_values.shape)} but (B, {config.num_channels}, F, H, W) is needed; give "
-                "clips as the image processor and an external autoencoder, if the model has one, make them."
+                f"`pixel_values` has shape {tuple(pixel_values.shape)} but (B, "
+                f"{config.num_channels}, F, H, W) is needed; pass clips through the image "
+                "processor, and through the external autoencoder if the model has one."
             )
         config.check_shape(*pixel_values.shape[2:])
-        time, size = config.frames_per_patch, config.patch_size
-        parts = pixel_values.unflatten(4, (-1, size)).unflatten(3, (-1, size)).unflatten(2, (-1, time))
-        return (
-            parts.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
-        )  # (B, moment, row, column, c, frame, y, x)
+        time = config.frames_per_patch
+        size = config.patch_size
+        parts = pixel_values.unflatten(4, (-1, size)).unflatten(3, (-1, size))
+        parts = parts.unflatten(2, (-1, time))
+        parts = parts.permute(0, 2, 4, 6, 1, 3, 5, 7)  # (B, moment, row, column, c, frame, y, x)
+        return parts.flatten(4).flatten(1, 3)  # (B, N, P)
 
     def from_patches(self, patches: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """`(B, N, P)` of clips of this size -> `(B, c, F, H, W)`; raises `ValueError` if N does not fit."""
-        config, size = self.config, self.config.patch_size
-        rows, columns = height // size, width // size
+        """Patches `(B, N, P)` -> clips `(B, c, F, H, W)` of this height and width.
+
+        Raises `ValueError` if N patches do not fill whole moments.
+        """
+        config = self.config
+        size = self.config.patch_size
+        rows = height // size
+        columns = width // size
         if patches.shape[1] % (rows * columns):
             raise ValueError(
-                f"{patches.shape[1]} latents do not fill moments of {rows * columns} patches ({height} x {width}); give the "
-                "`height` and `width` of the clip."
+                f"{patches.shape[1]} latents do not fill moments of {rows * columns} patches "
+                f"({height} x {width}); give the `height` and `width` of the clip."
             )
         parts = patches.unflatten(2, (config.num_channels, config.frames_per_patch, size, size))
         parts = parts.unflatten(1, (-1, rows, columns)).permute(0, 4, 1, 5, 2, 6, 3, 7)
-        return parts.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+        return parts.flatten(6, 7).flatten(4, 5).flatten(2, 3)  # (B, c, F, H, W)
 
     # ---- clips <-> latents ----
 
     def _raw_latents(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Clips -> latents `(B, N, C)` in float32, before standardisation."""
         patches = self.to_patches(pixel_values)
-        return patches.float() if self.encoder is None else self.encoder(patches.to(self.dtype)).float()
+        if self.encoder is not None:
+            patches = self.encoder(patches.to(self.dtype))
+        return patches.float()
 
     def _standardize(self, raw: torch.Tensor) -> torch.Tensor:
         return (raw - self.latent_mean) / self.latent_std
@@ -140,54 +174,85 @@ class TokComVideoCodec(TokComCodec):
     def _unstandardize(self, latents: torch.Tensor) -> torch.Tensor:
         return latents.to(self.latent_std) * self.latent_std + self.latent_mean
 
-    def encode(self, pixel_values: torch.Tensor, attention_mask: torch.Tensor | None = None) -> TokComCodecOutput:
-        """Clips `(B, c, F, H, W)` of any size that patches divide -> standardised latents `(B, N, C)`, moment by moment, and
-        `codes (B, N, R)` if there is a quantiser."""
-        raw, codes = self._raw_latents(pixel_values), None
+    def encode(
+        self, pixel_values: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> TokComCodecOutput:
+        """Clips `(B, c, F, H, W)` -> standardised latents `(B, N, C)`, moment by moment.
+
+        Clips may have any size that patches divide. With a quantiser the output also has
+        `codes (B, N, R)`.
+        """
+        raw = self._raw_latents(pixel_values)  # (B, N, C)
+        codes = None
         if self.quantizer is not None:
             quantized = self.quantizer(raw, frozen=True)
-            raw, codes = quantized.latents, quantized.codes
+            raw = quantized.latents
+            codes = quantized.codes
         output = self.known(self._standardize(raw), codes=codes)
+        # not those of `known`, which assumes the configured size
         where = self.grid(*self.size_of(pixel_values), device=raw.device)
         output.position_ids = where.expand(len(raw), -1, -1)
         return output
 
     def snap(self, latents: torch.Tensor) -> torch.Tensor:
-        """Standardised latents `(B, N, C)` -> their nearest quantised ones; the gradient passes straight through."""
+        """Standardised latents `(B, N, C)` -> the nearest quantised ones, straight-through."""
+        # codebooks hold raw latents
         nearest = self._quantizer().nearest(self._unstandardize(latents)).latents
         return self._standardize(nearest).to(latents.dtype)
 
     def to_codes(self, latents: torch.Tensor) -> torch.Tensor:
-        """Standardised latents `(B, N, C)` -> codes `(B, N, R)`; raises `ValueError` without a quantiser."""
+        """Standardised latents `(B, N, C)` -> codes `(B, N, R)`.
+
+        Raises `ValueError` without a quantiser.
+        """
         return self._quantizer().nearest(self._unstandardize(latents)).codes
 
     def from_codes(self, codes: torch.Tensor) -> torch.Tensor:
-        """Codes `(B, N, R)` -> standardised latents `(B, N, C)`; raises `ValueError` without a quantiser."""
+        """Codes `(B, N, R)` -> standardised latents `(B, N, C)`.
+
+        Raises `ValueError` without a quantiser.
+        """
         return self._standardize(self._quantizer().decode(codes))
 
     def _quantizer(self) -> nn.Module:
         if self.quantizer is None:
-            raise ValueError("this codec has no quantiser, so its latents have no codes; train one with `quantizer`.")
+            raise ValueError(
+                "this codec has no quantiser, so its latents have no codes; train one with "
+                "`quantizer=vq` or `fsq`."
+            )
         return self.quantizer
 
-    def decode(self, latents: torch.Tensor, height: int | None = None, width: int | None = None) -> TokComVideoOutput:
-        """Standardised latents `(B, N, C)` -> `.pixel_values (B, c, F, H, W)`; H and W are the configured ones by default, F
-        follows."""
-        raw = self._unstandardize(latents)
-        patches = raw if self.decoder is None else self.decoder(raw.to(self.dtype)).float()
+    def decode(
+        self, latents: torch.Tensor, height: int | None = None, width: int | None = None
+    ) -> TokComVideoOutput:
+        """Standardised latents `(B, N, C)` -> `.pixel_values (B, c, F, H, W)`.
+
+        H and W are those of the configuration by default; F follows from N.
+        """
+        patches = self._unstandardize(latents)
+        if self.decoder is not None:
+            patches = self.decoder(patches.to(self.dtype)).float()
         clip = self.from_patches(patches, height or self.config.height, width or self.config.width)
-        pixels = self.config.spatial_compression == 1 and self.config.num_channels == 3
-        return TokComVideoOutput(pixel_values=clip.clamp(-1, 1) if pixels else clip)
+        if self.config.spatial_compression == 1 and self.config.num_channels == 3:
+            clip = clip.clamp(-1, 1)  # pixels; latents of an external autoencoder have no range
+        return TokComVideoOutput(pixel_values=clip)
 
     def training_loss(self, pixel_values: torch.Tensor, attention_mask: torch.Tensor | None = None):
-        """Loss of stage "codec" on clips `(B, c, F, H, W)`, and its parts; raises `ValueError` if there is nothing to train."""
+        """Loss of the codec stage on clips `(B, c, F, H, W)`, and its parts.
+
+        Raises `ValueError` if the codec has no parameters.
+        """
         if self.encoder is None:
-            raise ValueError("this codec has no parameters, so there is nothing to train; use stage='flow'.")
+            raise ValueError(
+                "this codec has no parameters, so there is nothing to train; use stage='flow'."
+            )
         patches = self.to_patches(pixel_values).to(self.dtype)
-        latents, commitment = self.encoder(patches), patches.new_zeros(())
+        latents = self.encoder(patches)
+        commitment = patches.new_zeros(())  # without a quantiser there is nothing to commit to
         if self.quantizer is not None:
             quantized = self.quantizer(latents)
-            latents, commitment = quantized.latents, quantized.loss
+            latents = quantized.latents
+            commitment = quantized.loss
         error = F.mse_loss(self.decoder(latents).float(), patches.float())
         return error + commitment, {"mse_loss": error.detach()}
 
@@ -196,16 +261,24 @@ class TokComVideoCodec(TokComCodec):
 
 
 def read_clips(
-    videos: Any, image_size: Sequence[int], name: str, height: int | None = None, width: int | None = None
+    videos: Any,
+    image_size: Sequence[int],
+    name: str,
+    height: int | None = None,
+    width: int | None = None,
 ) -> torch.Tensor:
-    """Clips, as `as_clips` takes them, as `(B, 3, F, H, W)`: all of one length and size, or a `ValueError` with their `name`.
+    """Clips, as `as_clips` takes them, as `(B, 3, F, H, W)`: all of one length and size, or a
+    `ValueError` with their `name`.
 
-    Pictures are brought to `height` and `width`, by default `image_size`; tensors keep their size if there is no other wish.
+    Pictures are brought to `height` and `width`, by default `image_size`; tensors keep their size
+    if there is no other wish.
     """
     clips = as_clips(videos, name)
     lengths = {clip.shape[1] if isinstance(clip, torch.Tensor) else len(clip) for clip in clips}
     if len(lengths) != 1 or 0 in lengths:
-        raise ValueError(f"`{name}` must be clips of one length above 0, not of {sorted(lengths)} frames.")
+        raise ValueError(
+            f"`{name}` must be clips of one length above 0, not of {sorted(lengths)} frames."
+        )
     processor = TokComImageProcessor([height or image_size[0], width or image_size[1]])
     pixels = []
     for clip in clips:
@@ -240,7 +313,8 @@ def _device_of(autoencoder: nn.Module) -> torch.device:
 def encode_clips(autoencoder: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
     """Clips of pixels `(B, 3, F, H, W)` -> latents `(B, c, F', h, w)`, the mode of the posterior.
 
-    The autoencoder is an `AutoencoderKL*` or `AutoencoderTiny` of diffusers; one of pictures codes every frame on its own.
+    The autoencoder is an `AutoencoderKL*` or `AutoencoderTiny` of diffusers; one of pictures codes
+    every frame on its own.
     """
     pixel_values = pixel_values.to(_device_of(autoencoder), autoencoder.dtype)
     takes_clips = _codes_time(autoencoder)
@@ -254,7 +328,8 @@ def encode_clips(autoencoder: nn.Module, pixel_values: torch.Tensor) -> torch.Te
 
 @torch.no_grad()
 def decode_clips(autoencoder: nn.Module, latents: torch.Tensor) -> torch.Tensor:
-    """The latents `(B, c, F', h, w)` that `encode_clips` gives -> clips `(B, 3, F, H, W)` in [-1, 1]."""
+    """The latents `(B, c, F', h, w)` that `encode_clips` gives -> clips `(B, 3, F, H, W)` in [-1,
+    1]."""
     latents = latents.to(_device_of(autoencoder), autoencoder.dtype)
     if _codes_time(autoencoder):
         return autoencoder.decode(latents).sample.float().clamp(-1, 1)

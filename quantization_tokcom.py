@@ -1,9 +1,14 @@
 """Vector quantisers: continuous latents <-> codes.
 
-Notable choices: codebooks are buffers that follow moving averages, never parameters, so no optimizer touches them; the
-gradient passes straight through; codes that nobody uses are replaced by inputs; all processes compute the same codebook
-from summed statistics. `FiniteScalarQuantizer` needs no codebook and cannot collapse. `kmeans` builds a codebook from
-finished latents. This file is remote code and imports torch and transformers only, which is why no quantisation library is used here.
+Notable choices:
+- Codebooks are buffers that follow moving averages. No optimizer touches them.
+- The gradient passes straight through.
+- Unused codes are replaced by inputs.
+- All processes compute the same codebook from summed statistics.
+- `FiniteScalarQuantizer` needs no codebook and cannot collapse.
+- `kmeans` builds a codebook from finished latents.
+- This file is remote code and may only import torch and transformers, so it uses no quantisation
+  library.
 
 Shape legend: M vectors, C channels, S codes, R residual levels.
 """
@@ -27,7 +32,8 @@ class TokComQuantizerOutput(ModelOutput):
     """What every quantiser returns.
 
     Args:
-        latents (`torch.FloatTensor` of shape `(..., C)`): quantised latents; their gradient is that of the input.
+        latents (`torch.FloatTensor` of shape `(..., C)`): quantised latents. Their gradient goes
+            straight to the input.
         codes (`torch.LongTensor` of shape `(..., R)`): ids of the codes.
         loss (`torch.FloatTensor`): scalar commitment loss, 0 where there is none.
     """
@@ -38,20 +44,27 @@ class TokComQuantizerOutput(ModelOutput):
 
 
 def nearest_codes(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    """The nearest row of `codebook (S, C)` to each of `vectors (M, C)` by Euclidean distance: ids `(M,)`."""
-    codebook = codebook.float()
-    return torch.cat([torch.cdist(part.float(), codebook).argmin(-1) for part in vectors.split(DISTANCE_ROWS)])
+    """Ids `(M,)` of the rows of `codebook (S, C)` that are nearest to `vectors (M, C)`."""
+    codebook = codebook.float()  # distances in bfloat16 would often tie
+    return torch.cat(
+        [torch.cdist(part.float(), codebook).argmin(-1) for part in vectors.split(DISTANCE_ROWS)]
+    )
 
 
 def code_statistics(codes: torch.Tensor, size: int) -> dict[str, float]:
-    """How `codes (...)` use a codebook of `size`: share used, entropy in bits, perplexity, number of dead codes."""
-    counts = (
-        codes.flatten().unique(return_counts=True)[1].double()
-    )  # a finite scalar quantiser has more codes than memory
+    """How `codes (...)` use a codebook of `size` codes: share used, entropy in bits, perplexity,
+    dead codes."""
+    # not bincount: a finite scalar quantiser may have more codes than fit into memory
+    counts = codes.flatten().unique(return_counts=True)[1].double()
     shares = counts / counts.sum().clamp_min(1)
-    entropy = -(shares * shares.log2()).sum().item()
+    entropy = -(shares * shares.log2()).sum().item()  # all shares are above 0 here
     used = len(counts)
-    return {"usage": used / size, "entropy_bits": entropy, "perplexity": 2**entropy, "dead_codes": size - used}
+    return {
+        "usage": used / size,
+        "entropy_bits": entropy,
+        "perplexity": 2**entropy,
+        "dead_codes": size - used,
+    }
 
 
 def _sum_over_processes(*tensors: torch.Tensor) -> None:
@@ -64,6 +77,7 @@ def _first_with(vectors: torch.Tensor) -> int | None:
     """Rank of the first process that has `vectors (M, C)`, None if none has."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return 0 if len(vectors) else None
+    # a process without vectors reports a rank that does not exist, so the minimum ignores it
     ranks = distributed.get_world_size()
     first = torch.tensor(distributed.get_rank() if len(vectors) else ranks, device=vectors.device)
     distributed.all_reduce(first, distributed.ReduceOp.MIN)
@@ -71,8 +85,8 @@ def _first_with(vectors: torch.Tensor) -> int | None:
 
 
 def _draw_rows(vectors: torch.Tensor, count: int, source: int) -> torch.Tensor:
-    """`count` random rows of `vectors (M, C)`, the same in all processes: those of the process `source`."""
-    rows = vectors.new_empty(count, vectors.shape[1])
+    """`count` random rows of `vectors (M, C)`, drawn by the process `source` for all processes."""
+    rows = vectors.new_empty(count, vectors.shape[1])  # overwritten by the broadcast
     if len(vectors):
         rows = vectors[torch.randint(len(vectors), (count,), device=vectors.device)]
     if distributed.is_available() and distributed.is_initialized():
@@ -81,14 +95,16 @@ def _draw_rows(vectors: torch.Tensor, count: int, source: int) -> torch.Tensor:
 
 
 class VectorQuantizer(nn.Module):
-    """One codebook `(S, C)` that follows exponential moving averages of its inputs (VQ-VAE, van den Oord et al. 2017).
+    """A codebook `(S, C)` that follows moving averages of its inputs (VQ-VAE, van den Oord et al.
+    2017).
 
     Args:
         num_codes (`int`), channels (`int`): S and C.
-        decay (`float`): of the moving averages, per training step.
-        commitment_weight (`float`): of the loss that draws inputs to their codes.
-        dead_threshold (`float`): a code that is used less often than this share of the average code is replaced by a random
-            input; the new one has to be used within some 70 steps (at a decay of 0.99).
+        decay (`float`): decay of the moving averages per training step.
+        commitment_weight (`float`): weight of the loss that pulls inputs to their codes.
+        dead_threshold (`float`): a code whose usage is below this share of the average is replaced
+            by a random input. The new code must be used within about 70 steps (at a decay of 0.99),
+            or it is replaced again.
     """
 
     def __init__(
@@ -101,10 +117,15 @@ class VectorQuantizer(nn.Module):
     ):
         super().__init__()
         if num_codes < 2 or not 0 < decay < 1:
-            raise ValueError(f"`num_codes` ({num_codes}) must be at least 2 and `decay` ({decay}) in (0, 1).")
-        self.decay, self.commitment_weight, self.dead_threshold = decay, commitment_weight, dead_threshold
+            raise ValueError(
+                f"`num_codes` ({num_codes}) must be at least 2 and `decay` ({decay}) in (0, 1)."
+            )
+        self.decay = decay
+        self.commitment_weight = commitment_weight
+        self.dead_threshold = dead_threshold
         self.codebook = nn.Buffer(torch.randn(num_codes, channels))
-        self.counts = nn.Buffer(torch.zeros(num_codes))  # moving average of how often each code is used; 0 at first
+        # moving averages: how often each code is used, and the sum of its inputs; 0 before any data
+        self.counts = nn.Buffer(torch.zeros(num_codes))
         self.sums = nn.Buffer(torch.zeros(num_codes, channels))
 
     def initialize_parameters(self) -> None:
@@ -122,17 +143,20 @@ class VectorQuantizer(nn.Module):
         return bool(self.counts.any())
 
     def forward(self, latents: torch.Tensor, frozen: bool = False) -> TokComQuantizerOutput:
-        """Quantise `latents (..., C)`; in training mode, where gradients are asked for, the codebook moves first unless it
-        is `frozen`."""
-        flat = latents.detach().float().flatten(0, -2)
+        """Quantise `latents (..., C)`.
+
+        In training mode with gradients enabled, the codebook first moves towards its inputs, unless
+        `frozen`.
+        """
+        flat = latents.detach().float().flatten(0, -2)  # (M, C)
+        # without gradients, training code only measures: the codebook must stay
         if self.training and torch.is_grad_enabled() and not frozen:
             self._update(flat)
         codes = nearest_codes(flat, self.codebook)
         quantised = self.codebook[codes].view(latents.shape).to(latents.dtype)
         loss = self.commitment_weight * F.mse_loss(latents.float(), quantised.float())
-        return TokComQuantizerOutput(
-            latents + (quantised - latents).detach(), codes.view(*latents.shape[:-1], 1), loss
-        )
+        straight = latents + (quantised - latents).detach()  # the gradient skips the quantiser
+        return TokComQuantizerOutput(straight, codes.view(*latents.shape[:-1], 1), loss)
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes `(..., 1)` -> latents `(..., C)`."""
@@ -140,35 +164,43 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def _update(self, flat: torch.Tensor) -> None:
-        """Move every used code towards the mean of its inputs; give unused ones a new place among the inputs. All processes
-        call it, those without inputs `(0, C)`, too."""
-        source, first = _first_with(flat), not self.is_fitted
-        if source is None:
+        """Move used codes towards the mean of their inputs, and replace unused codes by inputs.
+
+        A collective operation: processes without inputs call it with `flat (0, C)`.
+        """
+        source = _first_with(flat)
+        first = not self.is_fitted
+        if source is None:  # no process has inputs
             return
-        if first:
+        if first:  # start at inputs: random codes may be far from all of them and never be used
             self.codebook.copy_(_draw_rows(flat, self.num_codes, source))
         codes = nearest_codes(flat, self.codebook)
         counts = torch.bincount(codes, minlength=self.num_codes).float()
         sums = torch.zeros_like(self.sums, dtype=torch.float32).index_add_(0, codes, flat)
-        _sum_over_processes(counts, sums)
+        _sum_over_processes(counts, sums)  # so all processes compute the same codebook
         decay = 0.0 if first else self.decay
         self.counts.mul_(decay).add_(counts, alpha=1 - decay)
         self.sums.mul_(decay).add_(sums, alpha=1 - decay)
         least = self.dead_threshold * self.counts.mean()
-        alive = self.counts > least
-        means = self.sums / self.counts.clamp_min(1e-12)[:, None]
-        self.codebook.copy_(torch.where(alive[:, None], means, _draw_rows(flat, self.num_codes, source)))
-        # a new code starts twice above the threshold: not replaced at once, and moved by the first inputs that choose it
+        alive = self.counts > least  # (S,)
+        means = self.sums / self.counts.clamp_min(1e-12)[:, None]  # (S, C)
+        self.codebook.copy_(
+            torch.where(alive[:, None], means, _draw_rows(flat, self.num_codes, source))
+        )
+        # A new code starts just above the threshold. It survives for a while, and the first inputs
+        # that choose it still move it.
         self.counts.copy_(torch.where(alive, self.counts, 2 * least))
         self.sums.copy_(torch.where(alive[:, None], self.sums, self.codebook * 2 * least))
 
 
 class ResidualQuantizer(nn.Module):
-    """R codebooks, each of which quantises what the ones before it left over (RQ-VAE, Lee et al. 2022)."""
+    """R codebooks; each quantises the residual of the ones before it (RQ-VAE, Lee et al. 2022)."""
 
     def __init__(self, num_codes: int, channels: int, num_levels: int, **options):
         super().__init__()
-        self.levels = nn.ModuleList(VectorQuantizer(num_codes, channels, **options) for _ in range(num_levels))
+        self.levels = nn.ModuleList(
+            VectorQuantizer(num_codes, channels, **options) for _ in range(num_levels)
+        )
 
     @property
     def num_levels(self) -> int:
@@ -180,21 +212,29 @@ class ResidualQuantizer(nn.Module):
 
     def forward(self, latents: torch.Tensor, frozen: bool = False) -> TokComQuantizerOutput:
         """Quantise `latents (..., C)`; codes are `(..., R)`."""
-        left, total, codes, loss = latents, torch.zeros_like(latents), [], 0.0
+        left = latents  # the residual that the next level quantises
+        total = torch.zeros_like(latents)
+        codes = []
+        loss = 0.0
         for level in self.levels:
             output = level(left, frozen)
+            # not `output.latents`, which passes gradients straight through: the residual would lose
+            # its gradient, and with it the commitment loss of the later levels
             found = level.decode(output.codes).to(latents.dtype)
-            total, left = total + found, left - found
+            total = total + found
+            left = left - found
             codes.append(output.codes)
             loss = loss + output.loss
-        return TokComQuantizerOutput(latents + (total - latents).detach(), torch.cat(codes, dim=-1), loss)
+        return TokComQuantizerOutput(
+            latents + (total - latents).detach(), torch.cat(codes, dim=-1), loss
+        )
 
     def nearest(self, latents: torch.Tensor) -> TokComQuantizerOutput:
-        """What latents `(..., C)` that are quantised already, but for an error, were: as `forward`, which learns nothing."""
+        """Snap estimates of quantised latents `(..., C)` to the nearest codes; learns nothing."""
         return self(latents, frozen=True)
 
     def skip(self) -> None:
-        """Take part, without inputs, in the update of the codebooks of processes that have some."""
+        """Join the codebook update of the other processes without inputs of one's own."""
         for level in self.levels:
             level._update(level.codebook[:0].float())
 
@@ -204,8 +244,10 @@ class ResidualQuantizer(nn.Module):
 
 
 class FiniteScalarQuantizer(nn.Module):
-    """Every channel is rounded to one of a few levels; a code is the number that the channels' digits make (FSQ, Mentzer
-    et al. 2023). No codebook, no auxiliary loss, no dead codes by construction.
+    """Rounds every channel to one of a few levels (FSQ, Mentzer et al. 2023).
+
+    The levels of the channels are the digits of the code. There is no codebook, no auxiliary loss,
+    and no dead code by construction.
 
     Args:
         levels (`tuple[int, ...]`): levels of each channel, each at least 2; S is their product.
@@ -222,8 +264,9 @@ class FiniteScalarQuantizer(nn.Module):
         return int(torch.tensor(self.levels).prod())
 
     def _shape(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Levels of each channel, and the place value of its digit in a code, `(C,)` each."""
         levels = torch.tensor(self.levels, device=like.device)
-        places = torch.cat((levels.new_ones(1), levels[:-1].cumprod(0)))
+        places = torch.cat((levels.new_ones(1), levels[:-1].cumprod(0)))  # mixed radix
         return levels, places
 
     def forward(self, latents: torch.Tensor, frozen: bool = False) -> TokComQuantizerOutput:
@@ -231,8 +274,11 @@ class FiniteScalarQuantizer(nn.Module):
         return self._round(torch.tanh(latents.float()), latents)
 
     def nearest(self, latents: torch.Tensor) -> TokComQuantizerOutput:
-        """What latents `(..., C)` that are quantised already, but for an error, were: their nearest levels. The gradient passes
-        straight through."""
+        """Snap estimates of quantised latents `(..., C)` to the nearest levels.
+
+        There is no tanh, because the input is bounded already. The gradient passes straight
+        through.
+        """
         output = self._round(latents.detach().float().clamp(-1, 1), latents)
         output.latents = latents + (output.latents - latents).detach()
         return output
@@ -241,9 +287,11 @@ class FiniteScalarQuantizer(nn.Module):
         levels, places = self._shape(latents)
         position = (bounded + 1) / 2 * (levels - 1)  # 0 .. levels - 1
         digits = position.detach().round()
-        rounded = position + (digits - position).detach()
+        rounded = position + (digits - position).detach()  # straight-through
         codes = (digits.long() * places).sum(-1, keepdim=True)
-        return TokComQuantizerOutput((rounded / (levels - 1) * 2 - 1).to(latents.dtype), codes, latents.new_zeros(()))
+        return TokComQuantizerOutput(
+            (rounded / (levels - 1) * 2 - 1).to(latents.dtype), codes, latents.new_zeros(())
+        )
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes `(..., 1)` -> latents `(..., C)`."""
@@ -252,7 +300,9 @@ class FiniteScalarQuantizer(nn.Module):
         return digits / (levels - 1) * 2 - 1
 
 
-def build_quantizer(kind: str, channels: int, num_codes: int, num_quantizers: int, levels: list[int] | None):
+def build_quantizer(
+    kind: str, channels: int, num_codes: int, num_quantizers: int, levels: list[int] | None
+):
     """The quantiser of a codec's configuration, or None for `"none"`."""
     if kind == "none":
         return None
@@ -270,15 +320,17 @@ def kmeans(
     weights: Iterable[torch.Tensor] | None = None,
     seed: int = 0,
 ) -> torch.Tensor:
-    """Lloyd's algorithm over vectors that need not fit into memory together.
+    """Lloyd's algorithm over batches of vectors, which need not fit into memory together.
+
+    A centre without vectors moves to the vector that is farthest from its own centre.
 
     Args:
-        batches: tensors `(M, C)`; it is iterated once per iteration, so give a list or another re-iterable.
-        metric (`str`): `"euclidean"`, or `"cosine"`, which works on normalised vectors and gives normalised centres.
-        weights: how often each vector counts, tensors `(M,)` in the same order.
+        batches: tensors `(M, C)`. Every iteration reads them again, so pass a list or another
+            re-iterable.
+        metric (`str`): `"euclidean"`, or `"cosine"` for normalised vectors and centres.
+        weights: weight of each vector, tensors `(M,)` in the order of `batches`.
 
-    A centre without vectors is put on the vector that is farthest from its own centre. Returns `(num_codes, C)`; raises
-    `ValueError` when there are fewer vectors than centres.
+    Returns: centres `(num_codes, C)`. Raises `ValueError` if there are fewer vectors than centres.
     """
     if metric not in ("euclidean", "cosine"):
         raise ValueError(f"`metric` ({metric!r}) must be 'euclidean' or 'cosine'.")
@@ -286,12 +338,19 @@ def kmeans(
     def read():
         given = iter(weights) if weights is not None else None
         for batch in batches:
-            batch = F.normalize(batch.float(), dim=-1) if metric == "cosine" else batch.float()
-            yield batch, torch.ones(len(batch), device=batch.device) if given is None else next(given).float()
+            batch = batch.float()
+            if metric == "cosine":
+                batch = F.normalize(batch, dim=-1)
+            if given is None:
+                yield batch, torch.ones(len(batch), device=batch.device)
+            else:
+                yield batch, next(given).float()
 
     centres = _first_centres(read(), num_codes, torch.Generator().manual_seed(seed))
     for _ in range(iterations):
-        sums, counts, worst = torch.zeros_like(centres), centres.new_zeros(num_codes), []
+        sums = torch.zeros_like(centres)  # (S, C)
+        counts = centres.new_zeros(num_codes)
+        worst = []  # of each batch, the vectors that are farthest from their centres
         for batch, weight in read():
             nearest = [torch.cdist(part, centres).min(-1) for part in batch.split(DISTANCE_ROWS)]
             distances, codes = (torch.cat(x) for x in zip(*nearest))
@@ -300,30 +359,42 @@ def kmeans(
             far = distances.topk(min(num_codes, len(batch)))
             worst.append((far.values, batch[far.indices]))
         empty = (counts == 0).nonzero()[:, 0]
+        # centres without vectors keep their place here and move below
         centres = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1e-12)[:, None], centres)
         if len(empty):
             values, rows = (torch.cat(x) for x in zip(*worst))
             order = values.argsort(descending=True)[: len(empty)]
             centres[empty[: len(order)]] = rows[order]
-        if metric == "cosine":
+        if metric == "cosine":  # a mean of unit vectors is shorter than 1
             centres = F.normalize(centres, dim=-1)
     return centres
 
 
-def _first_centres(batches: Iterable[tuple[torch.Tensor, torch.Tensor]], count: int, generator) -> torch.Tensor:
-    """`count` vectors far from each other: k-means++ (Arthur and Vassilvitskii 2007) on a random sample of all batches."""
-    keys, rows = torch.zeros(0), None
-    for batch, _ in batches:  # reservoir sampling by random keys
+def _first_centres(
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]], count: int, generator
+) -> torch.Tensor:
+    """`count` distant vectors: k-means++ (Arthur and Vassilvitskii 2007) on a random sample of all
+    batches."""
+    keys = torch.zeros(0)
+    rows = None
+    # reservoir sampling: the rows with the largest random keys are a uniform sample of all batches
+    for batch, _ in batches:
         keys = torch.cat((keys, torch.rand(len(batch), generator=generator)))
         rows = batch if rows is None else torch.cat((rows, batch))
         best = keys.topk(min(SAMPLE_PER_CENTRE * count, len(keys))).indices
-        keys, rows = keys[best], rows[best.to(rows.device)]
+        keys = keys[best]
+        rows = rows[best.to(rows.device)]
     if rows is None or len(rows) < count:
-        raise ValueError(f"{0 if rows is None else len(rows)} vectors cannot give {count} centres; lower `num_codes`.")
-    chosen, distances = [0], (rows - rows[0]).square().sum(-1)
+        found = 0 if rows is None else len(rows)
+        raise ValueError(f"{found} vectors cannot give {count} centres; lower `num_codes`.")
+    chosen = [0]  # rows are in random order
+    distances = (rows - rows[0]).square().sum(-1)
     for draw in torch.rand(count - 1, generator=generator).tolist():
+        # draw a row with probability proportional to its squared distance from the chosen ones
         edges = distances.double().cumsum(0)
-        index = int(torch.searchsorted(edges, edges[-1] * draw, right=True).clamp_max(len(rows) - 1))
+        index = int(
+            torch.searchsorted(edges, edges[-1] * draw, right=True).clamp_max(len(rows) - 1)
+        )
         chosen.append(index)
         distances = torch.minimum(distances, (rows - rows[index]).square().sum(-1))
     return rows[chosen]

@@ -25,7 +25,14 @@ import torch
 from diffusers import SchedulerMixin
 from transformers.generation.streamers import BaseStreamer
 
-from .context_tokcom import CachedContext, Context, TokComGiven, TokComStep, TokComTask, VisibleContext
+from .context_tokcom import (
+    CachedContext,
+    Context,
+    TokComGiven,
+    TokComStep,
+    TokComTask,
+    VisibleContext,
+)
 from .heads_tokcom import TokComChoice
 from .modeling_tokcom import TokComModel
 from .scheduling_tokcom import signal_time

@@ -1,11 +1,13 @@
 """Train and measure one row of the ablation table at a fixed number of training operations.
 
-    python -m tokcom.evaluation.ablation --row split --train books.parquet --validation held_out.parquet --judge judge/
+    python -m tokcom.evaluation.ablation --row split --train books.parquet \
+        --validation held_out.parquet --judge judge/
     python -m tokcom.evaluation.ablation --table docs/ablations.md
 
-Rows are in `evaluation/ablations.yaml`. A row trains the flow stage for `--training_flops` operations on a codec that
-rows share, continues held-out prompts of 32 tokens by 64, and writes `WORK_DIR/rows/ROW-SEED.json`. Rows of the
-pixel models need no codec, and are measured by the tokens they recover from noise instead.
+Rows are in `evaluation/ablations.yaml`. A row trains the flow stage for `--training_flops`
+operations on a codec that rows share. It then continues held-out prompts of 32 tokens by 64 and
+writes `WORK_DIR/rows/ROW-SEED.json`. Rows of pixel models need no codec; they are measured by the
+tokens that they recover from noise.
 """
 
 import argparse
@@ -19,7 +21,13 @@ import yaml
 from tokcom.evaluation.flops import training_flops_per_step
 from tokcom.evaluation.judges import TokenJudge
 from tokcom.evaluation.metrics import sample_entropy
-from tokcom.evaluation.protocol import CONTINUATION, PROMPT, at_entropy, held_out_windows, measure_setting
+from tokcom.evaluation.protocol import (
+    CONTINUATION,
+    PROMPT,
+    at_entropy,
+    held_out_windows,
+    measure_setting,
+)
 from tokcom.evaluation.reconstruction import held_out_nll, token_recovery
 from tokcom.evaluation.report import table
 from tokcom.evaluation.samplers import TokComSampler
@@ -31,19 +39,19 @@ from tokcom.training.data import get_tokenizer, load_documents, tokenize_documen
 from tokcom.training.optimizer import build_optimizer
 
 ROWS = yaml.safe_load((Path(__file__).parent / "ablations.yaml").read_text())
-PROMPTS = 256
-RECOVERY_WINDOWS = 64
+PROMPTS = 256  # held-out prompts that are continued
+RECOVERY_WINDOWS = 64  # held-out windows of pixel models
 SWEEPS = {"tokens": "temperature", "latents": "noise_scale"}  # what trades quality for diversity
 VALUES = (1.0, 0.9, 0.8)
 
 
 def row_overrides(row: dict) -> list[str]:
-    """What a row of the file changes in the training preset it starts from."""
+    """Overrides that a row of the file applies to its training preset."""
     return [*ROWS["common"], *ROWS["bases"][row.get("base", "recipe")], *row.get("overrides", [])]
 
 
 def trained_codec(name: str, data: list[str], work: Path) -> Path:
-    """The directory of the codec that rows share; it is trained if no other row has."""
+    """Directory of a codec that rows share; trains it if no other row has."""
     codec = work / "codecs" / name
     if not (codec / "config.json").is_file():
         overrides = [*ROWS["codec_common"], *ROWS["codecs"][name], *data, f"output_dir={codec}"]
@@ -52,13 +60,22 @@ def trained_codec(name: str, data: list[str], work: Path) -> Path:
 
 
 def train_row(args: argparse.Namespace) -> tuple[Path, dict]:
-    """Train the row's codec, if no other row has, and its flow stage; returns the model and what it cost."""
-    row, work = ROWS["rows"][args.row], Path(args.work_dir)
-    data = [f"data.train={args.train}", f"data.validation={args.validation}", f"tokenizer={args.checkpoint}"]
+    """Train the codec of a row, unless another row has, and its flow stage.
+
+    Returns: the directory of the model, and what it cost.
+    """
+    row = ROWS["rows"][args.row]
+    work = Path(args.work_dir)
+    data = [
+        f"data.train={args.train}",
+        f"data.validation={args.validation}",
+        f"tokenizer={args.checkpoint}",
+    ]
     output = work / "models" / f"{args.row}-{args.seed}"
     codec = [] if "codec" not in row else [f"codec_from={trained_codec(row['codec'], data, work)}"]
     overrides = [*row_overrides(row), *data, *codec, f"seed={args.seed}", f"output_dir={output}"]
     config = load_train_config(row.get("preset", "tiny"), overrides)
+    # a model only to count operations: the budget sets the number of steps
     model = build_model(config, get_tokenizer(args.checkpoint, 0, [], ""))
     model.set_stage("flow")
     flow = config.flow
@@ -66,7 +83,8 @@ def train_row(args: argparse.Namespace) -> tuple[Path, dict]:
     per_step = training_flops_per_step(
         model, flow.batch_size, flow.sequence_length, lambda m: build_optimizer(m, *rates)
     )
-    flow.max_steps = flow.eval_steps = flow.checkpoint_steps = steps = max(1, round(args.training_flops / per_step))
+    steps = max(1, round(args.training_flops / per_step))
+    flow.max_steps = flow.eval_steps = flow.checkpoint_steps = steps
     started = time.perf_counter()
     run(config)
     return output, {
@@ -81,41 +99,54 @@ def train_row(args: argparse.Namespace) -> tuple[Path, dict]:
 
 
 def measure(checkpoint: Path, judge: TokenJudge, tokens: np.ndarray, **sampling) -> dict:
-    """Conditional judge NLL, by place in the chunk and at the entropy of real text, over a sweep."""
+    """Judge NLL of continuations over a sweep: by place in the chunk, and at the entropy of real
+    text."""
     windows = held_out_windows(tokens, PROMPT + CONTINUATION, PROMPTS)
-    prompts, real = windows[:, :PROMPT], windows[:, PROMPT:]
+    prompts = windows[:, :PROMPT]
+    real = windows[:, PROMPT:]
     pipe = TokComPipeline.from_pretrained(checkpoint)
-    facts = {"real_nll": float(judge.nll(real, prompts).mean()), "real_entropy": sample_entropy(real)}
+    facts = {
+        "real_nll": float(judge.nll(real, prompts).mean()),
+        "real_entropy": sample_entropy(real),
+    }
     curve = []
     setting = SWEEPS[pipe.model.config.prediction_type]
     for value in VALUES:
         sampler = TokComSampler(pipe, **{setting: value}, **sampling)
-        curve.append(measure_setting(judge, prompts, f"{setting} {value}", sampler, pipe.chunk_size))
+        curve.append(
+            measure_setting(judge, prompts, f"{setting} {value}", sampler, pipe.chunk_size)
+        )
     own = held_out_nll(pipe.model, held_out_windows(tokens, 512, 48), 32)
     facts |= {"curve": curve, "plain": curve[0], "held_out_nll": own}
-    facts["nll_at_real_entropy"] = at_entropy(curve, facts["real_entropy"])  # None: outside what was measured
+    # None if the entropy of real text lies outside the sweep
+    facts["nll_at_real_entropy"] = at_entropy(curve, facts["real_entropy"])
     return facts
 
 
 def measure_recovery(checkpoint: Path, tokens: np.ndarray) -> dict:
-    """What a bidirectional model recovers of held-out windows from noise, beside what the noisy latents alone tell."""
+    """Tokens of held-out windows that a bidirectional model recovers from noise, and that decoding
+    the noisy latents recovers."""
     model = TokComPipeline.from_pretrained(checkpoint).model
-    return {"recovery": token_recovery(model, held_out_windows(tokens, 512, RECOVERY_WINDOWS), seed=0)}
+    windows = held_out_windows(tokens, 512, RECOVERY_WINDOWS)
+    return {"recovery": token_recovery(model, windows, seed=0)}
 
 
 def write_recovery_table(rows: list[dict]) -> str:
     signals = list(rows[0]["recovery"])
-    cells = [
-        [row["row"], row["seed"], row["tokens"] / 1e6, row["training_flops"] / 1e12]
-        + [f"{100 * row['recovery'][s]['model']:.1f} ({100 * row['recovery'][s]['alone']:.1f})" for s in signals]
-        for row in rows
-    ]
+    cells = []
+    for row in rows:
+        cell = [row["row"], row["seed"], row["tokens"] / 1e6, row["training_flops"] / 1e12]
+        for signal in signals:
+            found = row["recovery"][signal]
+            cell.append(f"{100 * found['model']:.1f} ({100 * found['alone']:.1f})")
+        cells.append(cell)
     return table(["row", "seed", "M tokens", "TFLOP", *(f"t = {s}" for s in signals)], cells)
 
 
 def write_table(work: Path, file: str) -> None:
     """Collect all rows measured so far into a Markdown table."""
-    rows = sorted((json.loads(f.read_text()) for f in (work / "rows").glob("*.json")), key=lambda r: r["row"])
+    rows = [json.loads(f.read_text()) for f in (work / "rows").glob("*.json")]
+    rows.sort(key=lambda row: row["row"])
     recovery = [row for row in rows if "recovery" in row]
     rows = [row for row in rows if "recovery" not in row]
     columns = [
@@ -131,7 +162,8 @@ def write_table(work: Path, file: str) -> None:
     ]
     cells = []
     for row in rows:
-        plain, cost = row["plain"], (row["tokens"] / 1e6, row["training_flops"] / 1e12, round(row["seconds"]))
+        plain = row["plain"]
+        cost = (row["tokens"] / 1e6, row["training_flops"] / 1e12, round(row["seconds"]))
         quality = row["held_out_nll"], row["nll_at_real_entropy"], plain["nll"], plain["entropy"]
         cells.append([row["row"], row["seed"], *cost, *quality])
     text = table(columns, cells) + (write_recovery_table(recovery) if recovery else "")
@@ -140,9 +172,13 @@ def write_table(work: Path, file: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--row", choices=ROWS["rows"])
-    parser.add_argument("--table", help="Markdown file that collects all rows measured in --work_dir")
+    parser.add_argument(
+        "--table", help="Markdown file that collects all rows measured in --work_dir"
+    )
     parser.add_argument("--checkpoint", default=".", help="where the tokenizer comes from")
     parser.add_argument("--train")
     parser.add_argument("--validation")
@@ -156,9 +192,17 @@ def main(argv: list[str] | None = None) -> None:
         if not (args.train and args.validation and (args.judge or reads_pixels)):
             parser.error("--row needs --train, --validation and --judge")
         model, facts = train_row(args)
-        documents = load_documents(args.validation, load_train_config("tiny", []).data, "validation")
-        tokens = tokenize_documents(documents, TokComPipeline.from_pretrained(model).tokenizer, "text", "held-out")
-        facts |= measure_recovery(model, tokens) if reads_pixels else measure(model, TokenJudge(args.judge), tokens)
+        documents = load_documents(
+            args.validation, load_train_config("tiny", []).data, "validation"
+        )
+        tokens = tokenize_documents(
+            documents, TokComPipeline.from_pretrained(model).tokenizer, "text", "held-out"
+        )
+        facts |= (
+            measure_recovery(model, tokens)
+            if reads_pixels
+            else measure(model, TokenJudge(args.judge), tokens)
+        )
         file = Path(args.work_dir) / "rows" / f"{args.row}-{args.seed}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(facts, indent=2) + "\n")

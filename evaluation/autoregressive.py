@@ -1,13 +1,14 @@
-"""Train an autoregressive Llama on the same tokens: the peer TokCom is compared with, and the judge of both.
+"""Train an autoregressive Llama on TokCom's tokens, as peer in comparisons or judge of samples.
 
-    python -m tokcom.evaluation.autoregressive --checkpoint . --data books.parquet --output_dir peer \
-        --num_parameters 9400000 --training_flops 3.1e14
-    python -m tokcom.evaluation.autoregressive --checkpoint . --data books.parquet --output_dir judge \
-        --hidden_size 256 --num_hidden_layers 4 --max_steps 1000 --seed 1234
+    python -m tokcom.evaluation.autoregressive --checkpoint . --data books.parquet \
+        --output_dir peer --num_parameters 9400000 --training_flops 3.1e14
+    python -m tokcom.evaluation.autoregressive --checkpoint . --data books.parquet \
+        --output_dir judge --hidden_size 256 --num_hidden_layers 4 --max_steps 1000 --seed 1234
 
-The tokenizer is that of `--checkpoint`. `--num_parameters` widens the feed-forward layers until the total matches;
-`--training_flops` sets the number of steps. The model, its tokenizer and `training.json` (tokens, operations, seconds)
-end in `--output_dir`, which `AutoModelForCausalLM` loads. Under `accelerate launch -m` every process takes `--batch_size` rows.
+The tokenizer is that of `--checkpoint`. `--num_parameters` widens the feed-forward layers until the
+total matches. `--training_flops` sets the number of steps. `--output_dir` receives the model, its
+tokenizer and `training.json` (tokens, operations, seconds); `AutoModelForCausalLM` loads it. Under
+`accelerate launch -m` every process takes `--batch_size` rows.
 """
 
 import argparse
@@ -40,7 +41,8 @@ PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 
 
 class CausalWindows(torch.utils.data.Dataset):
-    """Windows of packed documents with the labels that a causal language model wants; a new offset per epoch."""
+    """Windows of packed documents with labels for a causal language model; each epoch has another
+    offset."""
 
     def __init__(self, tokens: np.ndarray, sequence_length: int, eos_token_id: int, seed: int):
         self.windows = PackedDataset(
@@ -52,6 +54,7 @@ class CausalWindows(torch.utils.data.Dataset):
         return len(self.windows)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        # the Trainer tells no epoch to a dataset, so count what this process has served
         self.windows.set_epoch(self.served * PROCESSES // len(self.windows))
         self.served += 1
         ids = self.windows[index]["input_ids"]
@@ -59,22 +62,28 @@ class CausalWindows(torch.utils.data.Dataset):
 
 
 def llama_config(
-    vocab_size: int, hidden_size: int, num_hidden_layers: int, num_parameters: int | None, eos_token_id: int
+    vocab_size: int,
+    hidden_size: int,
+    num_hidden_layers: int,
+    num_parameters: int | None,
+    eos_token_id: int,
 ) -> LlamaConfig:
-    """A Llama with tied embeddings; with `num_parameters`, as wide a feed-forward layer as makes the total match.
+    """A Llama with tied embeddings. `num_parameters` sets the width of its feed-forward layers.
 
-    Raises `ValueError` when the rest of the model is already larger.
+    Raises `ValueError` if the rest of the model already has more parameters.
     """
     if hidden_size % 64:
         raise ValueError(f"`hidden_size` ({hidden_size}) must be a multiple of the head size, 64.")
-    intermediate = -(-8 * hidden_size // 3 // 64) * 64
+    intermediate = -(-8 * hidden_size // 3 // 64) * 64  # 8/3 of the width, as Llama has it
     if num_parameters is not None:
-        others = vocab_size * hidden_size + hidden_size + num_hidden_layers * (4 * hidden_size + 2) * hidden_size
+        # embeddings, final norm, and attention with its two norms in every layer
+        layers = num_hidden_layers * (4 * hidden_size + 2) * hidden_size
+        others = vocab_size * hidden_size + hidden_size + layers
         intermediate = round((num_parameters - others) / (3 * hidden_size * num_hidden_layers))
         if intermediate < hidden_size:
             raise ValueError(
-                f"{num_parameters} parameters leave a feed-forward width of {intermediate}; lower `hidden_size` "
-                f"({hidden_size}) or `num_hidden_layers` ({num_hidden_layers})."
+                f"{num_parameters} parameters leave a feed-forward width of {intermediate}; lower "
+                f"`hidden_size` ({hidden_size}) or `num_hidden_layers` ({num_hidden_layers})."
             )
     return LlamaConfig(
         vocab_size=vocab_size,
@@ -88,6 +97,30 @@ def llama_config(
         bos_token_id=None,
         eos_token_id=eos_token_id,
     )
+
+
+def training_arguments(
+    directory: Path, max_steps: int, batch_size: int, seed: int
+) -> TrainingArguments:
+    """Settings of the Trainer. Raises `ValueError` if one process would use several GPUs."""
+    options = TrainingArguments(
+        output_dir=str(directory),
+        max_steps=max_steps,
+        per_device_train_batch_size=batch_size,
+        max_grad_norm=1.0,
+        bf16=has_fast_bfloat16("cuda" if torch.cuda.is_available() else "cpu"),
+        use_cpu=not torch.cuda.is_available(),
+        logging_steps=50,
+        save_strategy="no",
+        report_to=[],
+        seed=seed,
+    )
+    if options.n_gpu > 1:
+        raise ValueError(
+            f"{options.n_gpu} GPUs in one process would multiply the batch, and with it the "
+            "budget; use accelerate launch, or set CUDA_VISIBLE_DEVICES=0."
+        )
+    return options
 
 
 def train(
@@ -105,10 +138,17 @@ def train(
     muon_learning_rate: float = 0.0,
     seed: int = 0,
 ) -> LlamaForCausalLM:
-    """Train on `tokens (T,)` with TokCom's optimizer, bfloat16 where it is fast, and a cosine schedule; returns and saves the model."""
+    """Train on `tokens (T,)` with TokCom's optimizer and a cosine schedule, then save the model.
+
+    Uses bfloat16 where it is fast. Raises `ValueError` if one process would use several GPUs.
+    """
     set_seed(seed)
     config = llama_config(
-        vocabulary_size(tokenizer), hidden_size, num_hidden_layers, num_parameters, tokenizer.eos_token_id
+        vocabulary_size(tokenizer),
+        hidden_size,
+        num_hidden_layers,
+        num_parameters,
+        tokenizer.eos_token_id,
     )
     model = LlamaForCausalLM(config)
 
@@ -118,23 +158,7 @@ def train(
     per_step = training_flops_per_step(model, batch_size * PROCESSES, sequence_length, optimizer_of)
     if training_flops is not None:
         max_steps = max(1, round(training_flops / per_step))
-    options = TrainingArguments(
-        output_dir=str(Path(output_dir) / "run"),
-        max_steps=max_steps,
-        per_device_train_batch_size=batch_size,
-        max_grad_norm=1.0,
-        bf16=has_fast_bfloat16("cuda" if torch.cuda.is_available() else "cpu"),
-        use_cpu=not torch.cuda.is_available(),
-        logging_steps=50,
-        save_strategy="no",
-        report_to=[],
-        seed=seed,
-    )
-    if options.n_gpu > 1:
-        raise ValueError(
-            f"{options.n_gpu} GPUs in one process would multiply the batch, and with it the budget; use accelerate launch, or set "
-            "CUDA_VISIBLE_DEVICES=0."
-        )
+    options = training_arguments(Path(output_dir) / "run", max_steps, batch_size, seed)
     started = time.perf_counter()
     optimizer = optimizer_of(model)
     schedule = get_scheduler("cosine", optimizer, max(1, min(200, max_steps // 10)), max_steps)
@@ -142,38 +166,59 @@ def train(
     trainer = Trainer(model, options, train_dataset=data, optimizers=(optimizer, schedule))
     loss = trainer.train().training_loss
     model = model.eval()
-    if not trainer.is_world_process_zero():
+    if not trainer.is_world_process_zero():  # one process writes the files
         return model
-    model.save_pretrained(output_dir)
-    tokenizer.save_pretrained(output_dir)
-    seen = max_steps * batch_size * PROCESSES * sequence_length
     facts = {
-        "parameters": sum(p.numel() for p in model.parameters()),
         "steps": max_steps,
-        "tokens": seen,
+        "tokens": max_steps * batch_size * PROCESSES * sequence_length,
         "training_flops": per_step * max_steps,
         "seconds": time.perf_counter() - started,
         "mean_training_loss": loss,
         "seed": seed,
     }
-    (Path(output_dir) / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
+    save(model, tokenizer, Path(output_dir), facts)
     return model
 
 
+def save(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, directory: Path, facts: dict
+) -> None:
+    """Write the model, its tokenizer and `training.json`."""
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    facts = {"parameters": sum(p.numel() for p in model.parameters()), **facts}
+    (directory / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default=".", help="model or directory whose tokenizer is used")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--checkpoint", default=".", help="model or directory whose tokenizer is used"
+    )
     parser.add_argument("--data", required=True, help="training text: file, folder or Hub dataset")
     parser.add_argument("--text_column", default="text")
     parser.add_argument("--output_dir", required=True)
-    parser.add_argument("--num_parameters", type=int, help="total to match; default: a feed-forward width of 8/3")
+    parser.add_argument(
+        "--num_parameters", type=int, help="total to match; default: a feed-forward width of 8/3"
+    )
     parser.add_argument("--training_flops", type=float, help="total to match; default: max_steps")
-    numbers = {"hidden_size": 320, "num_hidden_layers": 6, "max_steps": 1000, "batch_size": 8, "seed": 0}
+    numbers = {
+        "hidden_size": 320,
+        "num_hidden_layers": 6,
+        "max_steps": 1000,
+        "batch_size": 8,
+        "seed": 0,
+    }
     for name, value in {**numbers, "sequence_length": 512}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--learning_rate", type=float, default=1.5e-3, help="of AdamW")
+    parser.add_argument("--learning_rate", type=float, default=1.5e-3, help="AdamW's learning rate")
     parser.add_argument(
-        "--muon_learning_rate", type=float, default=0.0, help="of Muon on inner matrices; 0 is AdamW only"
+        "--muon_learning_rate",
+        type=float,
+        default=0.0,
+        help="Muon's learning rate for inner matrices; 0 trains all with AdamW",
     )
     args = vars(parser.parse_args(argv))
     tokenizer = AutoTokenizer.from_pretrained(args.pop("checkpoint"))

@@ -1,13 +1,14 @@
-"""Speed and memory, measured against what a user would otherwise run; every comparison is made in one run, as a ratio.
+"""Measure speed and memory against what a user would otherwise run, as ratios within one run.
 
-    python -m tokcom.evaluation.benchmark training --stage flow codec   # a training step against the published code
-    python -m tokcom.evaluation.benchmark sampling --preset tiny        # milliseconds per token against a Llama with KV cache
-    python -m tokcom.evaluation.benchmark length --checkpoint .         # time and peak memory against the length of a text
-    python -m tokcom.evaluation.benchmark serving --checkpoint .        # requests to the server, one after the other and at once
+    python -m tokcom.evaluation.benchmark training --stage flow codec  # a step, published code
+    python -m tokcom.evaluation.benchmark sampling --preset tiny  # ms per token, Llama with cache
+    python -m tokcom.evaluation.benchmark length --checkpoint .   # time and memory against length
+    python -m tokcom.evaluation.benchmark serving --checkpoint .  # requests one by one and at once
 
-`training` and `length` measure every system in a process of its own, since peak memory cannot be reset; they take turns.
-Numbers are medians. Weights are random except for `length`: speed does not depend on them. With `--output_dir` each
-command leaves `<command>.json`, `<command>.md` and a plot there.
+`training` and `length` run every system in a process of its own, because peak memory cannot be
+reset. Systems take turns, and numbers are medians. Weights are random except for `length`; speed
+does not depend on them. With `--output_dir` each command writes `<command>.json`, `<command>.md`
+and a plot there.
 """
 
 import argparse
@@ -33,7 +34,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PEAK_SIZES = (1024, 2048, 4096)
 CACHED = "TokCom, cached latents"
 SYSTEMS = {  # of the training benchmark, besides the published code
-    "flow": ["TokCom", CACHED, f"{CACHED}, ce_share 0.25", f"{CACHED}, ce_share 0.25, checkpointing"],
+    "flow": [
+        "TokCom",
+        CACHED,
+        f"{CACHED}, ce_share 0.25",
+        f"{CACHED}, ce_share 0.25, checkpointing",
+    ],
     "codec": ["TokCom", "TokCom, checkpointing"],
 }
 
@@ -52,7 +58,7 @@ def seconds_of(function: Callable, *arguments) -> float:
 
 
 def peak_mib() -> float:
-    """The most memory this process has used: the device's, or the resident set on the CPU."""
+    """Peak memory of this process: of the device, or the resident set on the CPU."""
     if DEVICE == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     status = Path("/proc/self/status")
@@ -62,12 +68,12 @@ def peak_mib() -> float:
 
 
 def matmul_peak(dtype: torch.dtype = torch.bfloat16) -> float:
-    """Operations per second of the fastest of a few square matrix products: what this machine can do at most."""
+    """Peak operations per second of this machine: the fastest of a few square matrix products."""
     best = 0.0
     for size in PEAK_SIZES:
         left, right = (torch.randn(size, size, device=DEVICE, dtype=dtype) for _ in range(2))
         times = [seconds_of(torch.matmul, left, right) for _ in range(4)]
-        best = max(best, 2 * size**3 / min(times))
+        best = max(best, 2 * size**3 / min(times))  # the fastest: other work only slows down
     return best
 
 
@@ -77,9 +83,11 @@ def matmul_peak(dtype: torch.dtype = torch.bfloat16) -> float:
 def build_training(
     system: str, stage: str, args: argparse.Namespace
 ) -> tuple[Callable[[torch.Tensor], torch.Tensor], list]:
-    """A loss of ids `(B, T)` and the parameters it trains, of preset `v5.2` at `args.layers` layers.
+    """A loss function of ids `(B, T)`, and the parameters that it trains.
 
-    `system` is `"TokCom"` with options after commas (`"cached latents"`, `"ce_share 0.25"`, `"checkpointing"`) or `"published"`.
+    The model is preset `v5.2` with `args.layers` layers. `system` is `"TokCom"`, followed by
+    options after commas (`"cached latents"`, `"ce_share 0.25"`, `"checkpointing"`), or
+    `"published"`.
     """
     from tokcom.evaluation.published import PublishedTokCom
     from tokcom.modeling_tokcom import TokComModel
@@ -88,7 +96,9 @@ def build_training(
     if name == "TokCom":
         layers = {"num_hidden_layers": args.layers}
         share = [float(option.split()[1]) for option in options if option.startswith("ce_share")]
-        config = preset_config("v5.2", args.vocab_size, codec_config=layers, transformer_config=layers)
+        config = preset_config(
+            "v5.2", args.vocab_size, codec_config=layers, transformer_config=layers
+        )
         with torch.device(DEVICE):
             model = TokComModel(config).train()
         model.set_stage(stage, **({"ce_share": share[0]} if share else {}))
@@ -96,12 +106,18 @@ def build_training(
             model.gradient_checkpointing_enable()
         known = {}
         if "cached latents" in options:
-            shape = args.batch_size, args.tokens // config.codec_config.chunk_size, config.codec_config.latent_channels
+            shape = (
+                args.batch_size,
+                args.tokens // config.codec_config.chunk_size,
+                config.codec_config.latent_channels,
+            )
             known["latents"] = torch.randn(shape, device=DEVICE)
         forward = torch.compile(model) if args.compile else model
-        return lambda ids: forward(input_ids=ids, **known).loss, [p for p in model.parameters() if p.requires_grad]
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        return lambda ids: forward(input_ids=ids, **known).loss, parameters
+    vocab_size = args.vocab_size + 1  # and the omni token
     with torch.device(DEVICE):
-        model = PublishedTokCom.random(896, 4864, args.layers, 14, 2, args.vocab_size + 1)  # and the omni token
+        model = PublishedTokCom.random(896, 4864, args.layers, 14, 2, vocab_size)
     trained = {"codec": model.vae, "flow": model.denoiser}[stage]
     parameters = list({id(p): p for n, p in trained.items() if not n.endswith("inv_freq")}.values())
     for parameter in parameters:
@@ -110,7 +126,7 @@ def build_training(
 
 
 def measure_training(system: str, stage: str, args: argparse.Namespace) -> dict:
-    """Tokens per second, operations and peak memory of whole training steps of one system, in this process."""
+    """Seconds, operations and peak memory of training steps of one system, in this process."""
     from tokcom.evaluation.flops import count_flops
 
     torch.manual_seed(0)
@@ -126,7 +142,7 @@ def measure_training(system: str, stage: str, args: argparse.Namespace) -> dict:
         optimizer.step()
         optimizer.zero_grad()
 
-    step()
+    step()  # warm-up: allocates the optimizer's state
     times = [seconds_of(step) for _ in range(args.steps)]
     facts = {"seconds": statistics.median(times), "peak_mib": peak_mib()}
     if system.startswith("TokCom") and not args.compile:
@@ -135,8 +151,10 @@ def measure_training(system: str, stage: str, args: argparse.Namespace) -> dict:
 
 
 def training(args: argparse.Namespace) -> dict:
-    """Every system and stage in turn, `args.rounds` times; medians and ratios to the published code."""
-    results, peak = {}, matmul_peak(torch.bfloat16 if has_fast_bfloat16(DEVICE) else torch.float32)
+    """Measure every system and stage in turn, `args.rounds` times: medians, and ratios to the
+    published code."""
+    results = {}
+    peak = matmul_peak(torch.bfloat16 if has_fast_bfloat16(DEVICE) else torch.float32)
     for stage in args.stage:
         systems = [*SYSTEMS[stage], "published"]
         if has_fast_bfloat16(DEVICE):
@@ -145,8 +163,12 @@ def training(args: argparse.Namespace) -> dict:
         for _ in tqdm(range(args.rounds), desc=f"training: {stage}"):
             for system in systems:
                 runs[system].append(_in_process(args, ["--measure", system, "--stage", stage]))
-        rows = {n: {k: statistics.median(r[k] for r in found) for k in found[0]} for n, found in runs.items()}
-        published, tokens = rows["published"], args.batch_size * args.tokens
+        rows = {
+            n: {k: statistics.median(r[k] for r in found) for k in found[0]}
+            for n, found in runs.items()
+        }
+        published = rows["published"]
+        tokens = args.batch_size * args.tokens
         for row in rows.values():
             row["tokens_per_second"] = tokens / row["seconds"]
             row["times_published"] = published["seconds"] / row["seconds"]
@@ -158,7 +180,10 @@ def training(args: argparse.Namespace) -> dict:
 
 
 def _in_process(args: argparse.Namespace, extra: list[str]) -> dict:
-    """Run this command with `--measure` in a process of its own and read its last line."""
+    """Run this command with `--measure` in its own process, and read the last line of its output.
+
+    Raises `RuntimeError` with the end of its log if it fails.
+    """
     command = [sys.executable, "-m", "tokcom.evaluation.benchmark", *args.arguments, *extra]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -169,14 +194,18 @@ def _in_process(args: argparse.Namespace, extra: list[str]) -> dict:
 # ---- sampling ----
 
 
-def tokcom_generator(preset: str, compiled: bool = False, **overrides) -> Callable[[int, int, int | None], None]:
+def tokcom_generator(
+    preset: str, compiled: bool = False, **overrides
+) -> Callable[[int, int, int | None], None]:
     """`generate(batch_size, tokens, steps)` with a model of random weights."""
     from tokcom.modeling_tokcom import TokComModel
     from tokcom.pipeline_tokcom import TokComPipeline
     from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 
     config = preset_config(preset, **overrides)
-    pipe = TokComPipeline(TokComModel(config).eval(), TokComFlowMatchScheduler.from_model_config(config)).to(DEVICE)
+    pipe = TokComPipeline(
+        TokComModel(config).eval(), TokComFlowMatchScheduler.from_model_config(config)
+    ).to(DEVICE)
     pipe.set_progress_bar_config(disable=True)
     if compiled:
         pipe.model.transformer.compile()
@@ -191,7 +220,7 @@ def tokcom_generator(preset: str, compiled: bool = False, **overrides) -> Callab
 def llama_generator(
     preset: str, parameters: int, vocab_size: int, compiled: bool = False
 ) -> Callable[[int, int, int | None], None]:
-    """The same with an autoregressive Llama of as many layers, of that width and as many parameters."""
+    """The same for a Llama with as many layers and parameters and the same width."""
     from transformers import LlamaForCausalLM
 
     from tokcom.evaluation.autoregressive import llama_config
@@ -199,22 +228,26 @@ def llama_generator(
     shape = preset_config(preset).transformer_config
     config = llama_config(vocab_size, shape.hidden_size, shape.num_hidden_layers, parameters, 0)
     model = LlamaForCausalLM(config).eval().to(DEVICE)
-    model.generation_config.eos_token_id = None
+    model.generation_config.eos_token_id = None  # always generate the full length
     if compiled:  # needs a cache whose tensors keep their shapes
-        model.forward, model.generation_config.cache_implementation = torch.compile(model.forward), "static"
+        model.forward = torch.compile(model.forward)
+        model.generation_config.cache_implementation = "static"
 
     @torch.no_grad()
     def generate(batch_size: int, tokens: int, steps: int | None) -> None:
         ids = torch.zeros(batch_size, 1, dtype=torch.long, device=DEVICE)
         mask = torch.ones_like(ids)
-        model.generate(ids, attention_mask=mask, max_new_tokens=tokens, do_sample=True, top_k=0, pad_token_id=0)
+        model.generate(
+            ids, attention_mask=mask, max_new_tokens=tokens, do_sample=True, top_k=0, pad_token_id=0
+        )
 
     generate.parameters = sum(p.numel() for p in model.parameters())
     return generate
 
 
 def published_generator(parameters: int, vocab_size: int) -> Callable[[int, int, int | None], None]:
-    """The published sampler at as many parameters: all latents at once, no cache, one decoder pass at the end."""
+    """The same for the published sampler with as many parameters: all latents at once, no cache,
+    one decoder pass at the end."""
     from tokcom.evaluation.published import PublishedTokCom
 
     width = 64
@@ -234,20 +267,25 @@ def published_generator(parameters: int, vocab_size: int) -> Callable[[int, int,
 
 
 def _published_size(width: int, intermediate_size: int, vocab_size: int) -> int:
-    """Parameters of matrices of the published model: three networks of 4 layers with one key/value head of 64."""
+    """Matrix parameters of the published model: three networks of 4 layers, one key/value head of
+    64."""
     layer = 2 * width * width + 2 * 64 * width + 3 * width * intermediate_size
     return vocab_size * width + 12 * layer + 16 * width * width + 9 * width * width
 
 
 def sampling(args: argparse.Namespace) -> dict:
-    """Milliseconds per token over batch sizes, lengths and steps; the systems take turns."""
+    """Milliseconds per token over batch sizes, lengths and steps. Systems take turns."""
     vocab_size = args.vocab_size or preset_config(args.preset).codec_config.vocab_size - 1
     ours = tokcom_generator(args.preset, vocab_size=vocab_size)
     systems = {"Llama with KV cache": llama_generator(args.preset, ours.parameters, vocab_size)}
     systems["published"] = published_generator(ours.parameters, vocab_size)
     if args.compile:
-        systems["TokCom compiled"] = tokcom_generator(args.preset, compiled=True, vocab_size=vocab_size)
-        systems["Llama compiled"] = llama_generator(args.preset, ours.parameters, vocab_size, compiled=True)
+        systems["TokCom compiled"] = tokcom_generator(
+            args.preset, compiled=True, vocab_size=vocab_size
+        )
+        systems["Llama compiled"] = llama_generator(
+            args.preset, ours.parameters, vocab_size, compiled=True
+        )
     cases = [(batch, length, None) for batch in args.batch_sizes for length in args.lengths]
     cases += [(args.batch_sizes[0], args.lengths[0], steps) for steps in args.steps]
     rows = []
@@ -255,11 +293,14 @@ def sampling(args: argparse.Namespace) -> dict:
         runs = {"TokCom": ours}
         runs |= systems if steps is None else {}
         times = {name: [] for name in runs}
-        for _ in range(args.rounds + 1):
+        for _ in range(args.rounds + 1):  # the first round is a warm-up
             for name, generate in runs.items():
                 times[name].append(seconds_of(generate, batch, length, steps))
         row = {"batch": batch, "tokens": length, "steps": steps or "default"}
-        row |= {f"{n} ms/token": 1000 * statistics.median(t[1:]) / (batch * length) for n, t in times.items()}
+        row |= {
+            f"{n} ms/token": 1000 * statistics.median(t[1:]) / (batch * length)
+            for n, t in times.items()
+        }
         for name in systems if steps is None else ():
             row[f"{name} / TokCom"] = row[f"{name} ms/token"] / row["TokCom ms/token"]
         rows.append(row)
@@ -272,7 +313,8 @@ def sampling(args: argparse.Namespace) -> dict:
             transformer_config={"latent_channels": 16 * size},
             num_inference_steps=size,
         )
-        batch, length = args.batch_sizes[0], args.lengths[0]
+        batch = args.batch_sizes[0]
+        length = args.lengths[0]
         times = [seconds_of(generate, batch, length, None) for _ in range(args.rounds + 1)]
         rows.append({"batch": batch, "tokens": length, "steps": size, "chunk_size": size})
         rows[-1]["TokCom ms/token"] = 1000 * statistics.median(times[1:]) / (batch * length)
@@ -283,7 +325,7 @@ def sampling(args: argparse.Namespace) -> dict:
 
 
 def measure_length(checkpoint: str, length: int, steps: int | None) -> dict:
-    """Generate `length` tokens after a warm-up; seconds, and the peak memory of this process."""
+    """Generate `length` tokens after a warm-up; returns seconds and peak memory of this process."""
     from tokcom.pipeline_tokcom import TokComPipeline
 
     pipe = TokComPipeline.from_pretrained(checkpoint).to(DEVICE)
@@ -291,11 +333,14 @@ def measure_length(checkpoint: str, length: int, steps: int | None) -> dict:
     options = dict(num_inference_steps=steps, output_type="latent")  # latents do not end at EOS
     pipe("Once upon a time", gen_length=16, **options)
     generator = torch.Generator().manual_seed(0)
-    seconds = seconds_of(lambda: pipe("Once upon a time", gen_length=length, generator=generator, **options))
+    seconds = seconds_of(
+        lambda: pipe("Once upon a time", gen_length=length, generator=generator, **options)
+    )
     return {"tokens": length, "seconds": seconds, "peak_mib": peak_mib()}
 
 
 def length(args: argparse.Namespace) -> dict:
+    """Time and memory over lengths, and their ratios to the first length."""
     rows = [_in_process(args, ["--measure", str(n)]) for n in tqdm(args.lengths, desc="lengths")]
     for row in rows:
         row["ms_per_token"] = 1000 * row["seconds"] / row["tokens"]
@@ -308,7 +353,7 @@ def length(args: argparse.Namespace) -> dict:
 
 
 def serving(args: argparse.Namespace) -> dict:
-    """Tokens per second of the OpenAI-compatible server for requests that come one after the other and all at once."""
+    """Tokens per second of the OpenAI-compatible server, requests one by one and all at once."""
     import threading
     from concurrent.futures import ThreadPoolExecutor
 
@@ -320,7 +365,9 @@ def serving(args: argparse.Namespace) -> dict:
 
     pipe = TokComPipeline.from_pretrained(args.checkpoint).to(DEVICE)
     pipe.set_progress_bar_config(disable=True)
-    server = uvicorn.Server(uvicorn.Config(build_app(pipe, ServerSettings()), port=0, log_level="warning"))
+    server = uvicorn.Server(
+        uvicorn.Config(build_app(pipe, ServerSettings()), port=0, log_level="warning")
+    )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
@@ -338,13 +385,16 @@ def serving(args: argparse.Namespace) -> dict:
             tokens = sum(pool.map(ask, range(args.requests)))
             return tokens / (time.perf_counter() - started)
 
-    rates = {1: [], args.requests: []}
+    rates = {1: [], args.requests: []}  # by the number of requests at once
     for _ in tqdm(range(args.rounds), desc="serving"):
         for workers, found in rates.items():
             found.append(rate(workers))
     server.should_exit = True
     thread.join()
-    rows = [{"requests at once": n, "tokens_per_second": statistics.median(found)} for n, found in rates.items()]
+    rows = [
+        {"requests at once": n, "tokens_per_second": statistics.median(found)}
+        for n, found in rates.items()
+    ]
     for row in rows:
         row["times_one_at_a_time"] = row["tokens_per_second"] / rows[0]["tokens_per_second"]
     return {"rows": rows}
@@ -354,10 +404,8 @@ def serving(args: argparse.Namespace) -> dict:
 
 
 def report(command: str, results: dict, directory: Path | None) -> None:
-    from tokcom.evaluation.report import (  # not above: matplotlib would count in the measured processes
-        benchmark_plot,
-        table,
-    )
+    # not at the top: matplotlib would count as memory of the measured processes
+    from tokcom.evaluation.report import benchmark_plot, table
 
     if command == "training":
         rows = [
@@ -369,7 +417,8 @@ def report(command: str, results: dict, directory: Path | None) -> None:
     else:
         rows = results["rows"]
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    text = f"`{results['about']['command']}`, {results['about']['machine']}, {results['about']['date']}\n\n"
+    about = results["about"]
+    text = f"`{about['command']}`, {about['machine']}, {about['date']}\n\n"
     text += table(columns, [[row.get(column) for column in columns] for row in rows])
     print(text)
     if directory is not None:
@@ -380,9 +429,13 @@ def report(command: str, results: dict, directory: Path | None) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("training", help="tokens per second and peak memory of a training step")
+    train = commands.add_parser(
+        "training", help="tokens per second and peak memory of a training step"
+    )
     train.add_argument("--stage", nargs="+", default=["flow", "codec"], choices=["flow", "codec"])
     for name, value in {
         "layers": 4,
@@ -398,7 +451,9 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--preset", default="tiny")
     sample.add_argument("--vocab_size", type=int, help="of the tokenizer; by default the preset's")
     sample.add_argument("--rounds", type=int, default=3)
-    sample.add_argument("--compile", action="store_true", help="both systems with torch.compile, too")
+    sample.add_argument(
+        "--compile", action="store_true", help="both systems with torch.compile, too"
+    )
     for name, values in {
         "batch_sizes": [1, 8, 32],
         "lengths": [256, 1024, 4096],
@@ -409,13 +464,19 @@ def build_parser() -> argparse.ArgumentParser:
     long = commands.add_parser("length", help="time and peak memory against the length of a text")
     long.add_argument("--checkpoint", default=".")
     long.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 4096, 16384])
-    long.add_argument("--steps", type=int, help="denoising steps per block; by default the model's own")
-    serve = commands.add_parser("serving", help="throughput of the server, requests one by one and at once")
+    long.add_argument(
+        "--steps", type=int, help="denoising steps per block; by default the model's own"
+    )
+    serve = commands.add_parser(
+        "serving", help="throughput of the server, requests one by one and at once"
+    )
     serve.add_argument("--checkpoint", default=".")
     for name, value in {"requests": 50, "tokens": 64, "rounds": 3}.items():
         serve.add_argument(f"--{name}", type=int, default=value)
     for command in (train, sample, long, serve):
-        command.add_argument("--output_dir", type=Path, help="where the numbers, the table and the plot are written")
+        command.add_argument(
+            "--output_dir", type=Path, help="where the numbers, the table and the plot are written"
+        )
         command.add_argument("--measure", help=argparse.SUPPRESS)
     return parser
 
@@ -429,8 +490,11 @@ def main(argv: list[str] | None = None) -> None:
         else:
             print(json.dumps(measure_length(args.checkpoint, int(args.measure), args.steps)))
         return
-    results = {"training": training, "sampling": sampling, "length": length, "serving": serving}[args.command](args)
-    device = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{os.cpu_count()} CPU cores ({platform.machine()})"
+    commands = {"training": training, "sampling": sampling, "length": length, "serving": serving}
+    results = commands[args.command](args)
+    device = f"{os.cpu_count()} CPU cores ({platform.machine()})"
+    if DEVICE == "cuda":
+        device = torch.cuda.get_device_name()
     results["about"] = {
         "command": " ".join(["python -m tokcom.evaluation.benchmark", *args.arguments]),
         "machine": f"{device}, torch {torch.__version__}, {torch.get_num_threads()} threads",

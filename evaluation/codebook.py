@@ -1,9 +1,10 @@
-"""How the codes of a quantised codec are used, and what they stand for.
+"""Measure how a quantised codec uses its codes, and show what they stand for.
 
     tokcom evaluate codebook --model model --data held_out.parquet --output_dir outputs/codebook
 
-For every quantiser: share of codes used, perplexity, entropy, dead codes, on held-out texts, pictures or clips; `usage.png`, and for
-codecs of patches `codes.png`, what the most used codes decode to.
+Reports for every quantiser the share of codes used, perplexity, entropy and dead codes on held-out
+texts, pictures or clips. Draws `usage.png`, and for clips `codes.png`: what the most used codes
+decode to.
 """
 
 import argparse
@@ -27,27 +28,45 @@ BATCH = 64
 
 @torch.no_grad()
 def held_out_codes(pipe: TokComBasePipeline, args: argparse.Namespace) -> torch.Tensor:
-    """Codes `(M, R)` of the data; raises `ValueError` for a codec without a quantiser."""
-    model, codec, parts = pipe.model, pipe.model.config.codec_config, []
+    """Codes `(M, R)` of the data. Raises `ValueError` for a codec without a quantiser."""
+    model = pipe.model
+    codec = pipe.model.config.codec_config
+    parts = []
     if getattr(model.codec, "quantizer", None) is None:
         if codec.modality == "several":
-            raise ValueError(f"{args.model} has several streams; codes of one are counted on a model of it alone.")
-        raise ValueError(f"{args.model} has no quantiser, so there are no codes to count.")
+            raise ValueError(
+                f"{args.model} has several streams; count the codes on a model of one stream."
+            )
+        raise ValueError(
+            f"{args.model} has no quantiser, so there are no codes to count; train one with "
+            "`quantizer=vq` or `fsq`."
+        )
     if codec.has_tokens:
         documents = load_documents(args.data, DataConfig(text_column=args.text_column), "train")
-        tokens = torch.from_numpy(tokenize_documents(documents, pipe.tokenizer, args.text_column, "held-out text"))
-        tokens = tokens[: len(tokens) // codec.chunk_size * codec.chunk_size].long().view(-1, codec.chunk_size)
+        tokens = tokenize_documents(documents, pipe.tokenizer, args.text_column, "held-out text")
+        whole = len(tokens) // codec.chunk_size * codec.chunk_size
+        tokens = torch.from_numpy(tokens)[:whole].long().view(-1, codec.chunk_size)  # (M, K)
         batches = tokens[: args.limit * BATCH].split(16 * BATCH)
-        return torch.cat([model.encode(part).codes.flatten(0, 1) for part in tqdm(batches, desc="encoding")])
-    data = read_pictures(args.data, codec, args.image_column, limit=args.limit, autoencoder=getattr(pipe, "vae", None))
+        return torch.cat(
+            [model.encode(part).codes.flatten(0, 1) for part in tqdm(batches, desc="encoding")]
+        )
+    data = read_pictures(
+        args.data,
+        codec,
+        args.image_column,
+        limit=args.limit,
+        autoencoder=getattr(pipe, "vae", None),
+    )
     for start in tqdm(range(0, len(data), BATCH), desc="encoding"):
-        pixels = torch.stack([data[i]["pixel_values"] for i in range(start, min(start + BATCH, len(data)))])
+        pixels = torch.stack(
+            [data[i]["pixel_values"] for i in range(start, min(start + BATCH, len(data)))]
+        )
         parts.append(model.encode(pixel_values=pixels).codes.flatten(0, 1))
     return torch.cat(parts)
 
 
 def sizes(pipe: TokComBasePipeline, levels: int) -> list[int]:
-    """How many codes each of the `levels` columns of codes may take."""
+    """Number of possible codes in each of the `levels` columns of codes."""
     quantizer = pipe.model.codec.quantizer
     if isinstance(quantizer, FiniteScalarQuantizer):
         return [quantizer.num_codes]
@@ -62,18 +81,22 @@ def show_codes(
     file: Path,
     shown: int = 256,
 ) -> None:
-    """What the most used codes of the first level stand for, each as the patch it decodes to, most used first."""
-    codec, (values, counts) = pipe.model.codec, column
+    """Draw the patches that the most used codes of the first level decode to, most used first."""
+    codec = pipe.model.codec
+    values, counts = column
     best = values[counts.argsort(descending=True)[:shown]]
-    rest = codes.mode(0).values[None, 1:].expand(len(best), -1)  # the other levels at their most frequent code
+    # the other levels at their most frequent code
+    rest = codes.mode(0).values[None, 1:].expand(len(best), -1)
     latents = codec.from_codes(torch.cat((best[:, None], rest), dim=1)[:, None])
     size = codec.config.patch_size
     patches = codec.decode(latents, height=size, width=size).pixel_values[:, :3, 0]
     images = pipe.image_processor.postprocess(patches)
-    picture_grid([images[i : i + 16] for i in range(0, len(images), 16)], scale=max(1, 32 // size)).save(file)
+    rows = [images[i : i + 16] for i in range(0, len(images), 16)]
+    picture_grid(rows, scale=max(1, 32 // size)).save(file)
 
 
 def plot_usage(columns: list[tuple[torch.Tensor, torch.Tensor]], file: Path) -> None:
+    """Plot how often each code of each level is used, most used first."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -89,14 +112,18 @@ def plot_usage(columns: list[tuple[torch.Tensor, torch.Tensor]], file: Path) -> 
 
 def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(
-        prog="tokcom evaluate codebook", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="tokcom evaluate codebook",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True, help="held-out texts, pictures or clips")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/codebook"))
     parser.add_argument("--image_column", default="image")
     parser.add_argument("--text_column", default="text")
-    parser.add_argument("--limit", type=int, default=1024, help="pictures or clips, or 64 chunks of text each")
+    parser.add_argument(
+        "--limit", type=int, default=1024, help="pictures or clips, or 64 chunks of text each"
+    )
     args = parser.parse_args(argv)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     try:
@@ -104,7 +131,8 @@ def main(argv: list[str] | None = None) -> dict:
         codes = held_out_codes(pipe, args)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    found, columns = [], []
+    found = []
+    columns = []
     for level, size in enumerate(sizes(pipe, codes.shape[1])):
         found.append({"level": level + 1, "codes": size, **code_statistics(codes[:, level], size)})
         columns.append(codes[:, level].unique(return_counts=True))

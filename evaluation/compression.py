@@ -1,10 +1,12 @@
-"""Rate and distortion of quantised codecs: bits per token against the tokens that survive, beside gzip and zstd.
+"""Rate and distortion of quantised codecs: bits per token against the share of tokens kept.
 
-    python -m tokcom.evaluation.compression --train books.parquet --validation held_out.parquet --max_steps 600 --rows vq_k4_1k fsq_k4
+    python -m tokcom.evaluation.compression --train books.parquet --validation held_out.parquet \
+        --max_steps 600 --rows vq_k4_1k fsq_k4
     python -m tokcom.evaluation.compression --table docs/compression.md
 
-Rows are in ROWS. Each trains one codec in `WORK_DIR/NAME` with the settings of the preset `tiny` and measures it on held-out text.
-gzip and zstd compress the same text without loss; their bits are divided by the same number of tokens.
+Rows are in ROWS. Each trains one codec in `WORK_DIR/NAME` with the settings of the preset `tiny`
+and measures it on held-out text. For comparison, gzip and zstd compress the same text without loss;
+their bits are divided by the same number of tokens.
 """
 
 import argparse
@@ -48,10 +50,25 @@ ROWS: dict[str, dict] = {
 
 
 def train_row(name: str, args: argparse.Namespace) -> TokComModel:
+    """Train the codec of a row."""
     output = Path(args.work_dir) / name
-    overrides = [f"data.train={args.train}", f"data.validation={args.validation}", f"tokenizer={args.checkpoint}"]
-    overrides += ["stage=codec", "num_samples=0", "report_to=none", f"seed={args.seed}", f"output_dir={output}"]
-    overrides += [f"codec.max_steps={args.max_steps}", f"codec.eval_steps={args.max_steps}", "codec.eval_batches=4"]
+    overrides = [
+        f"data.train={args.train}",
+        f"data.validation={args.validation}",
+        f"tokenizer={args.checkpoint}",
+    ]
+    overrides += [
+        "stage=codec",
+        "num_samples=0",
+        "report_to=none",
+        f"seed={args.seed}",
+        f"output_dir={output}",
+    ]
+    overrides += [
+        f"codec.max_steps={args.max_steps}",
+        f"codec.eval_steps={args.max_steps}",
+        "codec.eval_batches=4",
+    ]
     overrides += [f"codec.checkpoint_steps={args.max_steps}", "model.prediction_type=latents"]
     overrides += [
         "model.transformer_config.head_attention=true",
@@ -66,24 +83,35 @@ def train_row(name: str, args: argparse.Namespace) -> TokComModel:
 
 @torch.no_grad()
 def measure(model: TokComModel, ids: torch.Tensor, picture: Path) -> dict:
-    """Bits per token, share of the tokens of `ids (1, T)` that survive, and how the codes are used."""
+    """Bits per token, share of `ids (1, T)` that the codec returns, and usage of the codes."""
     config = model.config.codec_config
     encoded = model.encode(ids)
     decoded = model.to_ids(encoded.latents)
     kept = (decoded == ids).float().mean().item()
-    facts = {"K": config.chunk_size, "bits per token": config.bits_per_token, "token accuracy": kept}
+    facts = {
+        "K": config.chunk_size,
+        "bits per token": config.bits_per_token,
+        "token accuracy": kept,
+    }
     if encoded.codes is None:
         return facts
     stored = model.to_ids(model.codec.from_codes(encoded.codes))
     facts["same from codes"] = bool(torch.equal(stored, decoded))
-    if config.quantizer == "fsq":  # the product of its levels is a number of codes that no text could use
+    if config.quantizer == "fsq":  # it has more codes than any text could use: no usage
         used = len(encoded.codes.unique())
         return facts | {"usage": None, "perplexity": None, "distinct codes": used}
-    uses = [code_statistics(encoded.codes[..., level], config.num_codes) for level in range(config.num_quantizers)]
+    uses = [
+        code_statistics(encoded.codes[..., level], config.num_codes)
+        for level in range(config.num_quantizers)
+    ]
     figure, axes = plt.subplots(figsize=(5, 3.5))
     for level in range(config.num_quantizers):
         counts = torch.bincount(encoded.codes[..., level].flatten(), minlength=config.num_codes)
-        axes.loglog(range(1, config.num_codes + 1), counts.sort(descending=True).values + 0.5, label=f"level {level}")
+        axes.loglog(
+            range(1, config.num_codes + 1),
+            counts.sort(descending=True).values + 0.5,
+            label=f"level {level}",
+        )
     axes.set_xlabel("code, by frequency")
     axes.set_ylabel("uses (+ 0.5)")
     axes.legend(fontsize=7)
@@ -96,18 +124,28 @@ def measure(model: TokComModel, ids: torch.Tensor, picture: Path) -> dict:
 
 
 def draw_rates(rows: list[dict], file: str) -> None:
-    """Token accuracy against bits per token, one colour for each K; entropy-coded rates as hollow points."""
+    """Plot token accuracy against bits per token, one colour for each K.
+
+    Hollow points are the rates after entropy coding.
+    """
     figure, axes = plt.subplots(figsize=(7, 4.5))
     for row in rows:
-        bits, accuracy, size = row["bits per token"], row["token accuracy"], row.get("K")
+        bits = row["bits per token"]
+        accuracy = row["token accuracy"]
+        size = row.get("K")
         if bits is None:
             continue
-        color = "black" if size is None else plt.cm.viridis({2: 0.0, 4: 0.3, 8: 0.6, 16: 0.9}.get(size, 1.0))
+        color = "black"  # lossless compressors have no K
+        if size is not None:
+            color = plt.cm.viridis({2: 0.0, 4: 0.3, 8: 0.6, 16: 0.9}.get(size, 1.0))
         axes.scatter(bits, accuracy, color=color)
-        if row.get("entropy, bits per token"):
-            axes.scatter(row["entropy, bits per token"], accuracy, facecolors="none", edgecolors=[color])
-            axes.plot([row["entropy, bits per token"], bits], [accuracy] * 2, color=color, linewidth=0.7)
-        axes.annotate(row["row"], (bits, accuracy), xytext=(5, -3), textcoords="offset points", fontsize=7)
+        entropy = row.get("entropy, bits per token")
+        if entropy:
+            axes.scatter(entropy, accuracy, facecolors="none", edgecolors=[color])
+            axes.plot([entropy, bits], [accuracy] * 2, color=color, linewidth=0.7)
+        axes.annotate(
+            row["row"], (bits, accuracy), xytext=(5, -3), textcoords="offset points", fontsize=7
+        )
     axes.set_xscale("log", base=2)
     axes.set_xlabel("bits per token (hollow: entropy of the codes)")
     axes.set_ylabel("tokens that survive")
@@ -118,20 +156,30 @@ def draw_rates(rows: list[dict], file: str) -> None:
 
 
 def lossless(text: str, tokens: int) -> list[dict]:
+    """Bits per token of the text as UTF-8, and after gzip and zstd."""
     raw = text.encode()
     sizes = {
         "UTF-8": len(raw),
         "gzip -9": len(gzip.compress(raw, 9)),
         "zstd -19": len(zstandard.compress(raw, 19)),
     }
-    return [{"row": name, "bits per token": 8 * size / tokens, "token accuracy": 1.0} for name, size in sizes.items()]
+    return [
+        {"row": name, "bits per token": 8 * size / tokens, "token accuracy": 1.0}
+        for name, size in sizes.items()
+    ]
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", nargs="*", choices=ROWS, default=[])
-    parser.add_argument("--table", help="Markdown file that collects all rows measured in --work_dir")
-    parser.add_argument("--picture", help="PNG of the same rows: token accuracy against bits per token")
+    parser.add_argument(
+        "--table", help="Markdown file that collects all rows measured in --work_dir"
+    )
+    parser.add_argument(
+        "--picture", help="PNG of the same rows: token accuracy against bits per token"
+    )
     parser.add_argument("--checkpoint", default=".", help="where the tokenizer comes from")
     parser.add_argument("--train")
     parser.add_argument("--validation")
@@ -151,13 +199,25 @@ def main(argv: list[str] | None = None) -> None:
         baselines = lossless(tokenizer.decode(ids[0], skip_special_tokens=True), ids.numel())
         (work / "lossless.json").write_text(json.dumps(baselines, indent=2) + "\n")
     for name in args.rows:
-        facts = {"row": name, "steps": args.max_steps} | measure(train_row(name, args), ids, work / f"{name}.png")
+        facts = {"row": name, "steps": args.max_steps} | measure(
+            train_row(name, args), ids, work / f"{name}.png"
+        )
         (work / f"{name}.json").write_text(json.dumps([facts], indent=2) + "\n")
         print(json.dumps(facts))
     if args.table:
-        found = [row for file in sorted(work.glob("*.json")) for row in json.loads(file.read_text())]
+        found = [
+            row for file in sorted(work.glob("*.json")) for row in json.loads(file.read_text())
+        ]
         found.sort(key=lambda row: row["bits per token"] or float("inf"))
-        columns = ["row", "K", "bits per token", "entropy, bits per token", "token accuracy", "usage", "perplexity"]
+        columns = [
+            "row",
+            "K",
+            "bits per token",
+            "entropy, bits per token",
+            "token accuracy",
+            "usage",
+            "perplexity",
+        ]
         columns += ["distinct codes", "steps"]
         text = table(columns, [[row.get(column) for column in columns] for row in found])
         Path(args.table).write_text(text)

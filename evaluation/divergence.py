@@ -1,16 +1,19 @@
-"""How far a model's text is from its teacher's, in excess nats per character, both ways.
+"""Measure how far a model's text is from its teacher's, in excess nats per character, both ways.
 
-    python -m tokcom.evaluation.divergence --model . --teacher stories15M --data held_out.parquet --output divergence.json
+    python -m tokcom.evaluation.divergence --model . --teacher stories15M \
+        --data held_out.parquet --output divergence.json
 
-A teacher whose text a model learns is an exact reference:
+The teacher wrote the training text, so it is an exact reference:
 
-- *Forward*: the model's nats on held-out teacher text minus those of the distribution it was sampled from, with its top-k and min-p.
-  High when the model does not expect what the teacher writes.
-- *Reverse*: the plain teacher's nats on the model's samples minus the model's own, at the temperature of the samples. High when the
-  model writes what the teacher would not.
+- *Forward*: the model's nats on held-out teacher text, minus those of the distribution that the
+  text was sampled from (with its top-k and min-p). High if the model does not expect what the
+  teacher writes.
+- *Reverse*: the plain teacher's nats on the model's samples, minus the model's own at the
+  temperature of the samples. High if the model writes what the teacher would not.
 
-The end of a text counts as one of its tokens. An autoregressive peer (`--peer`, a causal language model with the model's tokenizer) is
-measured by the same code. A teacher does not judge quality: that is for a judge who wrote none of the text.
+The end of a text counts as one of its tokens. The same code measures an autoregressive peer
+(`--peer`, a causal language model with the model's tokenizer). A teacher does not judge quality;
+that needs a judge who wrote none of the text.
 """
 
 import argparse
@@ -37,29 +40,34 @@ ROWS = 16  # texts scored at once
 
 
 def truncate(logits: torch.Tensor, top_k: int, min_p: float) -> torch.Tensor:
-    """Log-probabilities `(..., V)` of what sampling with `top_k` and `min_p` draws from; -inf where it draws nothing."""
+    """Log-probabilities `(..., V)` after `top_k` and `min_p`; -inf for tokens that are cut."""
     kept, index = logits.topk(top_k, dim=-1)
     kept = kept.masked_fill(kept < kept[..., :1] + np.log(min_p), float("-inf"))
     return torch.full_like(logits, float("-inf")).scatter(-1, index, kept.log_softmax(-1))
 
 
 class Teacher:
-    """A causal language model that starts a text with its BOS token and ends it with `end_token_id`.
+    """A causal language model that starts a text with BOS and ends it with `end` (EOS or BOS).
 
-    Args: `path`, and the `top_k` and `min_p` that its text was sampled with.
+    `top_k` and `min_p` are those that its text was sampled with.
     """
 
     def __init__(self, path: str, top_k: int, min_p: float, end: str = "eos"):
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-        self.top_k, self.min_p = top_k, min_p
+        self.top_k = top_k
+        self.min_p = min_p
         self.end = getattr(self.tokenizer, f"{end}_token_id")
 
     @torch.no_grad()
     def nats(self, texts: list[str], ended: list[bool], truncated: bool) -> tuple[np.ndarray, int]:
-        """Nats of each text `(B,)`, its end included if it has `ended`, and how many tokens the truncated distribution does
-        not allow; these are scored by the plain one."""
-        totals, impossible = [], 0
+        """Nats of each text `(B,)`, with its end if it has `ended`.
+
+        The plain distribution scores tokens that the `truncated` one does not allow; the second
+        result counts them.
+        """
+        totals = []
+        impossible = 0
         for text, has_end in zip(tqdm(texts, desc="teacher", leave=False), ended):
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             ids = [self.tokenizer.bos_token_id, *ids, *([self.end] if has_end else [])]
@@ -69,6 +77,7 @@ class Teacher:
             plain = logits.log_softmax(-1).gather(-1, targets)[:, 0]
             if truncated:
                 cut = truncate(logits, self.top_k, self.min_p).gather(-1, targets)[:, 0]
+                # min-p in another precision may cut a token that was sampled
                 impossible += int(cut.isinf().sum())
                 plain = torch.where(cut.isinf(), plain, cut)
             totals.append(-float(plain.sum()))
@@ -77,8 +86,11 @@ class Teacher:
 
 @contextlib.contextmanager
 def tempered(model, temperature: float) -> Iterator[None]:
-    """Let the likelihood of a token model be that of its samples at a temperature."""
-    head, nll, bias = model.token_head, model.token_head.nll, model.token_head.bias.data.clone()
+    """Make the likelihood of a token model that of its samples at a temperature."""
+    head = model.token_head
+    nll = model.token_head.nll
+    bias = model.token_head.bias.data.clone()
+    # logits are states @ embeddings + bias: dividing both divides the logits
     head.nll = lambda states, *args: nll(states / temperature, *args)
     head.bias.data = bias / temperature
     try:
@@ -89,16 +101,17 @@ def tempered(model, temperature: float) -> Iterator[None]:
 
 
 class TokComStudent:
-    """A TokCom pipeline whose tokens take turns, as something with a likelihood and samples."""
+    """A TokCom pipeline whose tokens take turns, with a likelihood and samples."""
 
     def __init__(self, pipe: TokComPipeline):
-        self.pipe, self.tokenizer = pipe, pipe.tokenizer
+        self.pipe = pipe
+        self.tokenizer = pipe.tokenizer
         pipe.model.set_stage("flow")
         pipe.model.eval()
 
     @torch.no_grad()
     def nats(self, rows: list[list[int]], temperature: float = 1.0) -> np.ndarray:
-        """Nats of rows of ids, each a text from its start, `(B,)`."""
+        """Nats `(B,)` of rows of ids, each a text from its start."""
         totals = []
         with tempered(self.pipe.model, temperature):
             for start in tqdm(range(0, len(rows), ROWS), desc="model", leave=False):
@@ -108,10 +121,15 @@ class TokComStudent:
 
     @torch.no_grad()
     def sample(self, count: int, length: int, temperature: float, seed: int) -> list[list[int]]:
-        """Ids of texts from nothing, up to and including EOS."""
-        pipe, rows = self.pipe, []
-        noise = pipe.prepare_latents(count, pipe._num_latents(length), torch.Generator().manual_seed(seed))
-        sampling = TokComSampling(temperature=temperature, generator=torch.Generator().manual_seed(seed))
+        """Ids of unconditional texts, up to and including EOS."""
+        pipe = self.pipe
+        rows = []
+        noise = pipe.prepare_latents(
+            count, pipe._num_latents(length), torch.Generator().manual_seed(seed)
+        )
+        sampling = TokComSampling(
+            temperature=temperature, generator=torch.Generator().manual_seed(seed)
+        )
         eos = self.tokenizer.eos_token_id
         blocks = pipe.sample_blocks(TokComTask(noise), sampling)
         _, ids = join_blocks(until_all_ended(blocks, eos, [0] * count), noise)
@@ -134,7 +152,9 @@ class AutoregressiveStudent:
             whole = torch.tensor([[self.tokenizer.eos_token_id, *row]])
             with half_precision("cpu"):
                 logits = self.model(input_ids=whole).logits[0, :-1]
-            totals.append(float(F.cross_entropy(logits.float() / temperature, whole[0, 1:], reduction="sum")))
+            totals.append(
+                float(F.cross_entropy(logits.float() / temperature, whole[0, 1:], reduction="sum"))
+            )
         return np.array(totals)
 
     @torch.no_grad()
@@ -144,7 +164,9 @@ class AutoregressiveStudent:
         start = torch.full((count, 1), eos)
         self.model.generation_config.eos_token_id = eos
         settings = {"do_sample": True, "temperature": temperature, "top_k": 0, "pad_token_id": eos}
-        ids = self.model.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=length, **settings)
+        ids = self.model.generate(
+            start, attention_mask=torch.ones_like(start), max_new_tokens=length, **settings
+        )
         rows = []
         for row in ids[:, 1:].tolist():
             rows.append(row[: row.index(eos) + 1] if eos in row else row)
@@ -152,9 +174,11 @@ class AutoregressiveStudent:
 
 
 def measure(student, teacher: Teacher, texts: list[str], args: argparse.Namespace) -> dict:
-    """Excess nats per character of a student, forward on held-out `texts` and reverse on its own samples."""
+    """Excess nats per character of a student: forward on held-out `texts`, reverse on its own
+    samples."""
     tokenizer = student.tokenizer
-    eos, size = tokenizer.eos_token_id, vocabulary_size(tokenizer)
+    eos = tokenizer.eos_token_id
+    size = vocabulary_size(tokenizer)
     characters = sum(map(len, texts))
     own = student.nats([[*text_ids(tokenizer, text), eos] for text in texts])
     reference, impossible = teacher.nats(texts, [True] * len(texts), truncated=True)
@@ -187,28 +211,64 @@ def measure(student, teacher: Teacher, texts: list[str], args: argparse.Namespac
     return facts
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=".", help="TokCom model directory or Hub id (default: %(default)s)")
-    parser.add_argument("--peer", help="autoregressive model with the same tokenizer")
-    parser.add_argument("--teacher", required=True, help="causal language model that wrote the training text")
-    parser.add_argument("--teacher_end", choices=("eos", "bos"), default="eos", help="token that ends its texts")
-    parser.add_argument("--top_k", type=int, default=64, help="of the sampling of its text (default: %(default)s)")
-    parser.add_argument("--min_p", type=float, default=0.02, help="of the sampling of its text (default: %(default)s)")
-    parser.add_argument("--data", required=True, help="parquet file with held-out teacher text in a column `text`")
-    parser.add_argument("--texts", type=int, default=300, help="held-out texts that are scored (default: %(default)s)")
-    parser.add_argument("--samples", type=int, default=200, help="texts of each system (default: %(default)s)")
-    parser.add_argument("--length", type=int, default=320, help="tokens of a sample at most (default: %(default)s)")
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--temperatures", type=float, nargs="+", default=[1.0, 0.7], help="of the samples (default: %(default)s)"
+        "--model", default=".", help="TokCom model directory or Hub id (default: %(default)s)"
+    )
+    parser.add_argument("--peer", help="autoregressive model with the same tokenizer")
+    parser.add_argument(
+        "--teacher", required=True, help="causal language model that wrote the training text"
+    )
+    parser.add_argument(
+        "--teacher_end", choices=("eos", "bos"), default="eos", help="token that ends its texts"
+    )
+    parser.add_argument(
+        "--top_k", type=int, default=64, help="of the sampling of its text (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--min_p",
+        type=float,
+        default=0.02,
+        help="of the sampling of its text (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--data", required=True, help="parquet file with held-out teacher text in a column `text`"
+    )
+    parser.add_argument(
+        "--texts",
+        type=int,
+        default=300,
+        help="held-out texts that are scored (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--samples", type=int, default=200, help="texts of each system (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--length", type=int, default=320, help="tokens of a sample at most (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--temperatures",
+        type=float,
+        nargs="+",
+        default=[1.0, 0.7],
+        help="of the samples (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the samples (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="JSON file for the results")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
     pipe = TokComPipeline.from_pretrained(args.model)
     pipe.set_progress_bar_config(disable=True)
-    texts = datasets.load_dataset("parquet", data_files=args.data, split="train")["text"][: args.texts]
-    longest = pipe.max_length - 1
+    texts = datasets.load_dataset("parquet", data_files=args.data, split="train")["text"][
+        : args.texts
+    ]
+    longest = pipe.max_length - 1  # and EOS
     kept = [text for text in texts if len(text_ids(pipe.tokenizer, text)) <= longest]
     teacher = Teacher(args.teacher, args.top_k, args.min_p, args.teacher_end)
     students = {"tokcom": TokComStudent(pipe)}

@@ -1,11 +1,10 @@
-"""Floating-point operations, counted while the real code runs (`torch.utils.flop_counter`), not from a formula.
+"""Count floating-point operations while the real code runs (`torch.utils.flop_counter`).
 
-A multiply-add is two operations; matrix products and attention are counted, element-wise work is not. Attention is
-counted dense: a mask does not make it cheaper, as it does not on the CPU.
+A multiply-add is two operations. Matrix products and attention are counted, element-wise work is
+not. Attention is counted dense: on the CPU a mask does not make it cheaper.
 """
 
 import copy
-import random
 from collections.abc import Callable
 
 import torch
@@ -15,32 +14,33 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def count_flops(function: Callable[[], object]) -> int:
-    """Operations of one call of `function`, backward passes inside it included."""
+    """Operations of one call of `function`, including its backward passes."""
+    # plain matrix products, so that attention counts the same on every device
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         function()
     return counter.get_total_flops()
 
 
 def training_flops_per_token(model: nn.Module, input_ids: torch.Tensor) -> float:
-    """Forward and backward operations per token of `input_ids (B, T)`, for TokCom or any causal language model.
+    """Forward and backward operations per token of `input_ids (B, T)`, for TokCom or any causal
+    language model.
 
-    A self-conditioned TokCom step costs one more forward pass in half of the cases: both cases are counted and
-    averaged. Weights and gradients are left as they were found.
+    Averages two steps, because how many chunks have a loss varies with the random draws. Weights,
+    gradients and the random state are left unchanged.
     """
-    was_training, costs = model.training, []
+    was_training = model.training
+    costs = []
     labels = {} if hasattr(model, "codec") else {"labels": input_ids}
 
     def step():
         model(input_ids=input_ids, **labels).loss.backward()
 
     model.train()
-    state, torch_state = random.getstate(), torch.get_rng_state()
+    state = torch.get_rng_state()
     kept = [p.grad for p in model.parameters()]
-    for coin in (_seed_with(True), _seed_with(False)):  # the model's coin is `random.random() < 0.5`
-        random.seed(coin)
+    for _ in range(2):
         costs.append(count_flops(step))
-    random.setstate(state)
-    torch.set_rng_state(torch_state)
+    torch.set_rng_state(state)
     for parameter, grad in zip(model.parameters(), kept):
         parameter.grad = grad
     model.train(was_training)
@@ -48,20 +48,20 @@ def training_flops_per_token(model: nn.Module, input_ids: torch.Tensor) -> float
 
 
 def training_flops_per_step(
-    model: nn.Module, batch_size: int, sequence_length: int, build: Callable[[nn.Module], torch.optim.Optimizer]
+    model: nn.Module,
+    batch_size: int,
+    sequence_length: int,
+    build: Callable[[nn.Module], torch.optim.Optimizer],
 ) -> float:
-    """Operations of one optimizer step on `batch_size` rows of `sequence_length` tokens, the optimizer's included."""
+    """Operations of one training step on `batch_size` rows of `sequence_length` tokens, including
+    the optimizer."""
     per_token = training_flops_per_token(model, torch.zeros(1, sequence_length, dtype=torch.long))
     return per_token * batch_size * sequence_length + optimizer_flops(model, build)
 
 
-def _seed_with(below_half: bool) -> int:
-    return next(s for s in range(100) if (random.Random(s).random() < 0.5) == below_half)
-
-
 def optimizer_flops(model: nn.Module, build: Callable[[nn.Module], torch.optim.Optimizer]) -> int:
-    """Operations of one step of the optimizer that `build(model)` makes; Muon multiplies matrices, AdamW does not."""
-    twin = copy.deepcopy(model)
+    """Operations of one optimizer step. Muon multiplies matrices, AdamW does not."""
+    twin = copy.deepcopy(model)  # its weights will change
     optimizer = build(twin)
     for group in optimizer.param_groups:
         for parameter in group["params"]:

@@ -1,10 +1,12 @@
-"""The OmniFlow decoder experiments: heads between a frozen transformer and its frozen decoder, with numbers.
+"""OmniFlow's decoder experiments: latent heads between a frozen transformer and a frozen decoder.
 
-    python -m tokcom.evaluation.heads --checkpoint backbone --train captions.parquet --validation held_out.parquet --seeds 0 1 2
+    python -m tokcom.evaluation.heads --checkpoint backbone --train captions.parquet \
+        --validation held_out.parquet --seeds 0 1 2
 
-Trains each of EXPERIMENTS on `--checkpoint`, a finished model that regresses latents, once per seed; re-denoises held-out
-texts from `--noise_level` and decodes them from latents alone; writes one `predictions.json` each and prints one table of means
-and standard deviations, with the model without any head beside it.
+Trains each of EXPERIMENTS on `--checkpoint`, a finished model that regresses latents, once per
+seed. Re-denoises held-out texts from `--noise_level`, decodes them from latents alone, and writes
+one `predictions.json` each. Prints a table of means and standard deviations, including the model
+without a head.
 """
 
 import argparse
@@ -31,21 +33,31 @@ BATCH = 50
 
 
 def held_out_texts(args: argparse.Namespace) -> list[str]:
-    """The beginnings of held-out documents; `ValueError` if one of them is a training document."""
+    """The first words of held-out documents.
+
+    Raises `ValueError` if one of the documents is also in the training data.
+    """
     data = DataConfig(train=args.train, text_column=args.text_column)
-    column, sources = args.text_column, {"train": args.train, "validation": args.validation}
-    train, validation = (load_documents(path, data, split)[column] for split, path in sources.items())
+    column = args.text_column
+    sources = {"train": args.train, "validation": args.validation}
+    train, validation = (
+        load_documents(path, data, split)[column] for split, path in sources.items()
+    )
     shared = set(train) & set(validation)
     if shared:
         raise ValueError(
-            f"{len(shared)} documents of {args.validation} are training documents, e.g. {min(shared)[:60]!r}."
+            f"{len(shared)} documents of {args.validation} are training documents, e.g. "
+            f"{min(shared)[:60]!r}; hold out others."
         )
-    return [" ".join(text.split()[: args.words]) for text in validation if text.strip()][: args.samples]
+    return [" ".join(text.split()[: args.words]) for text in validation if text.strip()][
+        : args.samples
+    ]
 
 
 def predict(pipe: TokComPipeline, texts: list[str], noise_level: float, seed: int) -> list[str]:
-    """Texts that were encoded, mixed with noise, denoised, passed through the head and decoded."""
-    generator, predictions = torch.Generator().manual_seed(seed), []
+    """Encode texts, mix them with noise, denoise them, pass them through the head and decode."""
+    generator = torch.Generator().manual_seed(seed)
+    predictions = []
     pipe.set_progress_bar_config(disable=True)
     for start in tqdm(range(0, len(texts), BATCH), desc="predicting"):
         part = texts[start : start + BATCH]
@@ -54,15 +66,22 @@ def predict(pipe: TokComPipeline, texts: list[str], noise_level: float, seed: in
 
 
 def write_predictions(file: Path, texts: list[str], predictions: list[str]) -> str:
-    rows = [{"id": i, "reference": r, "prediction": p} for i, (r, p) in enumerate(zip(texts, predictions))]
+    rows = [
+        {"id": i, "reference": r, "prediction": p}
+        for i, (r, p) in enumerate(zip(texts, predictions))
+    ]
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
     return str(file)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="finished model with prediction_type='latents'")
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--checkpoint", required=True, help="finished model with prediction_type='latents'"
+    )
     parser.add_argument("--train", required=True)
     parser.add_argument("--validation", required=True)
     parser.add_argument("--text_column", default="text")
@@ -70,14 +89,26 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max_steps", type=int, default=300)
     parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--words", type=int, default=48, help="length of the held-out texts")
-    parser.add_argument("--noise_level", type=float, default=0.5, help="t from which texts are denoised")
+    parser.add_argument(
+        "--noise_level", type=float, default=0.5, help="t from which texts are denoised"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/heads"))
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
     TokComPipeline.from_pretrained(args.checkpoint)  # raises for a model without text
-    texts, files = held_out_texts(args), []
+    texts = held_out_texts(args)
+    files = []
     for seed in args.seeds:
-        plain = predict(TokComPipeline.from_pretrained(args.checkpoint).to(args.device), texts, args.noise_level, seed)
+        plain = predict(
+            TokComPipeline.from_pretrained(args.checkpoint).to(args.device),
+            texts,
+            args.noise_level,
+            seed,
+        )
         file = write_predictions(args.work_dir / f"none-{seed}" / "predictions.json", texts, plain)
         files.append(f"no head={file}")
     for name, head in EXPERIMENTS.items():
@@ -89,13 +120,30 @@ def main(argv: list[str] | None = None) -> None:
                 "stage=head",
                 "num_samples=0",
             ]
-            overrides += [f"data.text_column={args.text_column}", f"init_from={args.checkpoint}", f"seed={seed}"]
+            overrides += [
+                f"data.text_column={args.text_column}",
+                f"init_from={args.checkpoint}",
+                f"seed={seed}",
+            ]
             overrides += [f"model.{key}={value}" for key, value in head.items()]
-            overrides += [f"head.max_steps={args.max_steps}", f"head.eval_steps={args.max_steps}", "head.batch_size=8"]
-            overrides += ["head.sequence_length=128", "head.learning_rate=3.0e-4", "head.warmup_steps=20"]
+            overrides += [
+                f"head.max_steps={args.max_steps}",
+                f"head.eval_steps={args.max_steps}",
+                "head.batch_size=8",
+            ]
+            overrides += [
+                "head.sequence_length=128",
+                "head.learning_rate=3.0e-4",
+                "head.warmup_steps=20",
+            ]
             overrides += ["head.eval_batches=8", "report_to=none", f"output_dir={output}"]
             run(load_train_config("tiny", overrides))
-            found = predict(TokComPipeline.from_pretrained(output).to(args.device), texts, args.noise_level, seed)
+            found = predict(
+                TokComPipeline.from_pretrained(output).to(args.device),
+                texts,
+                args.noise_level,
+                seed,
+            )
             files.append(f"{name}={write_predictions(output / 'predictions.json', texts, found)}")
     print(compare(files))
 

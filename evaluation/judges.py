@@ -8,31 +8,38 @@ from tokcom.training.precision import half_precision
 
 
 @torch.no_grad()
-def token_nll(model, ids: np.ndarray, prompts: np.ndarray | None = None, batch_size: int = 64) -> np.ndarray:
-    """Nats of every token of `ids (B, T)` given the tokens before it, `prompts (B, P)` included, by a causal language
-    model: `(B, T)`.
+def token_nll(
+    model, ids: np.ndarray, prompts: np.ndarray | None = None, batch_size: int = 64
+) -> np.ndarray:
+    """Nats `(B, T)` of every token of `ids (B, T)` under a causal language model, given
+    `prompts (B, P)` and the tokens before it.
 
-    Without a prompt the first token has no context and is NaN; take means with `np.nanmean`.
+    Without a prompt the first token has no context and is NaN: use `np.nanmean` for means.
     """
     whole = ids if prompts is None else np.concatenate((prompts, ids), axis=1)
     rows = []
     for start in range(0, len(whole), batch_size):
-        batch = torch.from_numpy(whole[start : start + batch_size].astype(np.int64)).to(model.device)
+        batch = torch.from_numpy(whole[start : start + batch_size].astype(np.int64)).to(
+            model.device
+        )
         with half_precision(batch.device.type):
             logits = model(input_ids=batch).logits[:, :-1]
         losses = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="none"
         )
         rows.append(losses.view(len(batch), -1).cpu().numpy())
+    # the first token of a row has no prediction
     losses = np.pad(np.concatenate(rows), ((0, 0), (1, 0)), constant_values=np.nan)
     return losses[:, -ids.shape[1] :]
 
 
 class TokenJudge:
-    """A causal language model with TokCom's own tokenizer, such as `evaluation.autoregressive` trains."""
+    """A causal language model with TokCom's tokenizer, as `evaluation.autoregressive` trains it."""
 
     def __init__(self, path: str, device: str = "cpu"):
-        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device).eval()
+        self.model = (
+            AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device).eval()
+        )
 
     def nll(self, ids: np.ndarray, prompts: np.ndarray | None = None) -> np.ndarray:
         """`token_nll` of the judge."""
@@ -40,21 +47,27 @@ class TokenJudge:
 
 
 class TextJudge:
-    """Any Hugging Face causal language model, by path or name: scores detokenised text with its own tokenizer."""
+    """Any causal language model of transformers. It scores plain text with its own tokenizer."""
 
     def __init__(self, path: str, device: str = "cpu"):
         self.tokenizer = AutoTokenizer.from_pretrained(path)
-        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device).eval()
+        self.model = (
+            AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device).eval()
+        )
 
     @torch.no_grad()
     def nats_per_character(self, texts: list[str], prompts: list[str] | None = None) -> np.ndarray:
-        """Nats per character of each text `(B,)`, given its prompt if there is one; NaN for an empty text."""
+        """Nats per character of each text `(B,)`, given its prompt; NaN for an empty text."""
         prompts = prompts or [""] * len(texts)
         results = []
         for prompt, text in zip(prompts, texts):
-            encoded = self.tokenizer(prompt + text, return_tensors="pt", return_offsets_mapping=True)
-            whole, ends = encoded["input_ids"].to(self.model.device), encoded["offset_mapping"][0, :, 1]
-            known = max(1, int((ends <= len(prompt)).sum()))  # a token that reaches into the text is scored
+            encoded = self.tokenizer(
+                prompt + text, return_tensors="pt", return_offsets_mapping=True
+            )
+            whole = encoded["input_ids"].to(self.model.device)
+            ends = encoded["offset_mapping"][0, :, 1]
+            # a token that begins in the prompt but reaches into the text is scored
+            known = max(1, int((ends <= len(prompt)).sum()))
             if whole.shape[1] <= known:
                 results.append(float("nan"))
                 continue

@@ -1,15 +1,25 @@
-"""Measure a model of a text, a picture and a sound in all six directions, and its text beside a model of text alone.
+"""Evaluate an omni model of text, picture and sound in all six directions, and its text beside a
+text-only model.
 
-    python -m tokcom.evaluation.omni --model model --pictures icons/train.parquet --pictures_test icons/test.parquet \
-        --digits digits/train.parquet --digits_test digits/test.parquet --text_model text --judge judge --output_dir results
+    python -m tokcom.evaluation.omni --model model --pictures icons/train.parquet \
+        --pictures_test icons/test.parquet --digits digits/train.parquet \
+        --digits_test digits/test.parquet --text_model text --judge judge --output_dir results
 
-Pictures have `image` and `caption`; digits `image`, `caption` and `audio`, where one caption is one class. Text to picture: a small
-contrastive model, trained on the real pairs, looks for the caption of each picture among 20; beside it the training picture whose caption
-has most words in common. Picture to text: exact nouns (what comes before the comma) and BLEU, beside the caption of the nearest training
-picture, and as *real data* the captions as their codec gives them back. Sound to text and to picture: held-out recordings, beside what
-goes with the nearest training recording. Text and picture to sound: the inputs are the classes, which training has seen; a classifier,
-trained on the real recordings, hears the generated .wav, and their distance to the nearest training recording and from each other stands
-beside that of held-out recordings. Writes `results.json` after each part, `results.md`, `pictures.png`, `sounds.png` and a .wav of each class.
+Pictures have columns `image` and `caption`; digits `image`, `caption` and `audio`, with one caption
+per class.
+
+- Text to picture: a small contrastive model, trained on real pairs, looks for the caption of each
+  picture among 20. Baseline: the training picture whose caption shares most words.
+- Picture to text: exact nouns (the words before the comma) and BLEU. Baseline: the caption of the
+  nearest training picture. *Real data* are the captions after encoding and decoding.
+- Sound to text and to picture: held-out recordings. Baseline: the partner of the nearest training
+  recording.
+- Text and picture to sound: the inputs are the classes, which training has seen. A classifier of
+  real recordings judges the generated sounds. Their distances to the nearest training recording and
+  to each other are compared with those of held-out recordings.
+
+Writes `results.json` after each part, `results.md`, `pictures.png`, `sounds.png` and a .wav of each
+class.
 """
 
 import argparse
@@ -30,41 +40,56 @@ from tokcom.evaluation.images import Classifier, recognised, train_classifier
 from tokcom.evaluation.judges import TokenJudge
 from tokcom.evaluation.report import table
 from tokcom.pipeline_media_tokcom import TokComOmniPipeline
-from tokcom.processing_tokcom import TokComAudioProcessor, TokComImageProcessor, vocabulary_size, write_wav
+from tokcom.processing_tokcom import (
+    TokComAudioProcessor,
+    TokComImageProcessor,
+    vocabulary_size,
+    write_wav,
+)
 from tokcom.training.config import DataConfig
 from tokcom.training.data import load_documents
 from tokcom.training.images import picture_grid
 from tokcom.training.streams import OmniDataset
 
-CANDIDATES, BATCH = 20, 50
+CANDIDATES = 20  # captions among which that of a picture is looked for
+BATCH = 50  # records generated at once
 
 
 class Pairs(nn.Module):
-    """Pictures and captions as unit vectors, near where they belong together (Radford et al. 2021), at small size."""
+    """A small contrastive model: unit vectors of pictures and captions that belong together are
+    close (Radford et al. 2021)."""
 
     def __init__(self, vocab_size: int, size: int = 64):
         super().__init__()
-        self.picture, self.scale = Classifier([size]), nn.Parameter(torch.tensor(2.3))
+        self.picture = Classifier([size])
+        self.scale = nn.Parameter(torch.tensor(2.3))
         self.words = nn.EmbeddingBag(vocab_size, 128)
         self.text = nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, size))
 
     def see(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Vectors `(B, size)` of pictures `(B, 3, H, W)`."""
         return F.normalize(self.picture(pixels)[0], dim=-1)
 
     def read(self, rows: list[list[int]]) -> torch.Tensor:
+        """Vectors `(B, size)` of captions as rows of ids."""
         offsets = torch.tensor([0, *map(len, rows[:-1])]).cumsum(0)
         return F.normalize(self.text(self.words(torch.tensor(sum(rows, [])), offsets)), dim=-1)
 
     def score(self, pixels: torch.Tensor, rows: list[list[int]]) -> torch.Tensor:
+        """Similarity of every picture with every caption, `(B, B)`."""
         return self.scale.exp() * self.see(pixels) @ self.read(rows).T
 
 
-def train_pairs(pixels: torch.Tensor, rows: list[list[int]], vocab_size: int, steps: int, seed: int) -> Pairs:
+def train_pairs(
+    pixels: torch.Tensor, rows: list[list[int]], vocab_size: int, steps: int, seed: int
+) -> Pairs:
     torch.manual_seed(seed)
-    pairs, labels = Pairs(vocab_size).train(), torch.arange(128)
+    pairs = Pairs(vocab_size).train()
+    labels = torch.arange(128)
     optimizer = torch.optim.AdamW(pairs.parameters(), 2e-3, weight_decay=0.05)
     for _ in trange(steps, desc="contrastive model", leave=False):
         chosen = torch.randint(0, len(rows), (128,))
+        # small shifts, so that the model cannot learn pictures by heart
         shifted = pixels[chosen].roll(tuple(torch.randint(-2, 3, (2,)).tolist()), (2, 3))
         scores = pairs.score(shifted, [rows[i] for i in chosen])
         loss = F.cross_entropy(scores, labels) + F.cross_entropy(scores.T, labels)
@@ -76,8 +101,10 @@ def train_pairs(pixels: torch.Tensor, rows: list[list[int]], vocab_size: int, st
 
 @torch.no_grad()
 def retrieved(pairs: Pairs, pixels: torch.Tensor, rows: list[list[int]], seed: int) -> float:
-    """Share of pictures whose caption is found among `CANDIDATES`, the others drawn from those of the other pictures."""
-    scores, rng, hits = pairs.score(pixels, rows), np.random.default_rng(seed), []
+    """Share of pictures whose caption is found among `CANDIDATES` captions of other pictures."""
+    scores = pairs.score(pixels, rows)
+    rng = np.random.default_rng(seed)
+    hits = []
     for i in range(len(rows)):
         others = [j for j in rng.permutation(len(rows)) if rows[j] != rows[i]][: CANDIDATES - 1]
         hits.append(bool(scores[i, i] > scores[i, others].max()))
@@ -85,12 +112,12 @@ def retrieved(pairs: Pairs, pixels: torch.Tensor, rows: list[list[int]], seed: i
 
 
 def noun(caption: str) -> str:
-    """What a caption names: without its beginning and what comes after a comma."""
+    """The noun of a caption: without its fixed beginning and the text after a comma."""
     return caption.removeprefix("an emoji of ").split(",")[0].split(":")[0].strip().lower()
 
 
 def copied(captions: list[str], known: list[str]) -> list[int]:
-    """For each caption the index of that of `known` with the largest share of words in common."""
+    """For each caption, the index of the caption in `known` that shares the most words."""
     sets = [set(text.lower().split()) for text in known]
     return [
         int(np.argmax([len(words & other) / len(words | other) for other in sets]))
@@ -99,18 +126,23 @@ def copied(captions: list[str], known: list[str]) -> list[int]:
 
 
 class Study:
-    """The model, the real records, and what is made of them; `generate` runs in batches with one seed."""
+    """The model and the real records. `generate` runs in batches with one seed."""
 
     def __init__(self, pipe: TokComOmniPipeline, args: argparse.Namespace):
-        self.pipe, self.args = pipe, args
+        self.pipe = pipe
+        self.args = args
         self.look = TokComImageProcessor(pipe.model.codec.streams["image"].config.image_size)
         wanted = {"pictures": ("text", "image"), "digits": ("text", "image", "audio")}
         self.data = {
             name: self._load(getattr(args, name), wanted[name.removesuffix("_test")])
             for name in ("pictures", "pictures_test", "digits", "digits_test")
         }
-        if unknown := set(self.data["digits_test"]["caption"]) - set(self.data["digits"]["caption"]):
-            raise ValueError(f"{args.digits_test} has captions that {args.digits} lacks, such as {min(unknown)!r}.")
+        unknown = set(self.data["digits_test"]["caption"]) - set(self.data["digits"]["caption"])
+        if unknown:
+            raise ValueError(
+                f"{args.digits_test} has captions that {args.digits} lacks, such as "
+                f"{min(unknown)!r}; every class needs training recordings."
+            )
         self.processor = TokComAudioProcessor(pipe.model.codec.streams["audio"].config)
 
     def _load(self, source: str, wanted: tuple[str, ...]) -> dict[str, list]:
@@ -123,14 +155,22 @@ class Study:
         if not rows:
             raise ValueError(f"{source} has no record with all of {wanted}.")
         found = {name: [contents[i][name] for i in rows] for name in wanted}
-        found["caption"] = [records[i]["text"] for i in rows]  # whole; `text` is cut to what the model reads
+        # the whole caption; `text` is cut to the length that the model reads
+        found["caption"] = [records[i]["text"] for i in rows]
         return found | {"pixels": self.pixels(found["image"])}
 
     def generate(self, stream: str, given: dict[str, list], scale: float = 1.0) -> list:
-        generator, made, count = torch.Generator().manual_seed(self.args.seed), [], len(next(iter(given.values())))
+        """Generate `stream` from the streams `given` at guidance `scale`."""
+        generator = torch.Generator().manual_seed(self.args.seed)
+        made = []
+        count = len(next(iter(given.values())))
         for start in trange(0, count, BATCH, desc=f"{'+'.join(given)} to {stream}", leave=False):
             part = {name: values[start : start + BATCH] for name, values in given.items()}
-            options = {"num_inference_steps": self.args.steps, "guidance_scale": scale, "generator": generator}
+            options = {
+                "num_inference_steps": self.args.steps,
+                "guidance_scale": scale,
+                "generator": generator,
+            }
             options["num_candidates"] = self.args.num_candidates if stream == "text" else 1
             made += self.pipe(part, stream, **options).streams[stream]
         return made
@@ -144,27 +184,44 @@ class Study:
 
 
 def measure_pictures(study: Study) -> dict:
-    """Text to picture and picture to text on held-out pictures."""
-    args, train, test = study.args, study.data["pictures"], study.data["pictures_test"]
+    """Measure text to picture and picture to text on held-out pictures."""
+    args = study.args
+    train = study.data["pictures"]
+    test = study.data["pictures_test"]
     tokenizer = study.pipe.tokenizer
     rows = {
         name: tokenizer(part["caption"], add_special_tokens=False)["input_ids"]
         for name, part in (("train", train), ("test", test))
     }
-    pairs = train_pairs(train["pixels"], rows["train"], vocabulary_size(tokenizer), args.contrastive_steps, args.seed)
-    found = {"direction": "text to picture", "measure": f"caption found among {CANDIDATES}", "chance": 1 / CANDIDATES}
+    pairs = train_pairs(
+        train["pixels"],
+        rows["train"],
+        vocabulary_size(tokenizer),
+        args.contrastive_steps,
+        args.seed,
+    )
+    found = {
+        "direction": "text to picture",
+        "measure": f"caption found among {CANDIDATES}",
+        "chance": 1 / CANDIDATES,
+    }
     found["nearest training record"] = retrieved(
         pairs, train["pixels"][copied(test["caption"], train["caption"])], rows["test"], args.seed
     )
     found["real data"] = retrieved(pairs, test["pixels"], rows["test"], args.seed)
-    drawn, written = {}, {}
+    drawn = {}
+    written = {}
     for scale in args.guidance_scales:
         drawn[scale] = study.generate("image", {"text": test["text"]}, scale)
         written[scale] = study.generate("text", {"image": test["image"]}, scale)
-        found[f"guidance {scale:g}"] = retrieved(pairs, study.pixels(drawn[scale]), rows["test"], args.seed)
+        found[f"guidance {scale:g}"] = retrieved(
+            pairs, study.pixels(drawn[scale]), rows["test"], args.seed
+        )
     distance = torch.cdist(test["pixels"].flatten(1), train["pixels"].flatten(1))
     nearest = [train["caption"][i] for i in distance.argmin(1)]
-    named, bleu = ({"direction": "picture to text", "measure": name} for name in ("noun exact", "BLEU"))
+    named, bleu = (
+        {"direction": "picture to text", "measure": name} for name in ("noun exact", "BLEU")
+    )
     kinds = (
         ("nearest training record", nearest),
         ("real data", study.pipe.reconstruct({"text": test["text"]}).texts),
@@ -172,7 +229,8 @@ def measure_pictures(study: Study) -> dict:
     for name, texts in (*kinds, *((f"guidance {s:g}", t) for s, t in written.items())):
         named[name] = float(np.mean([noun(a) == noun(b) for a, b in zip(texts, test["caption"])]))
         bleu[name] = sacrebleu.corpus_bleu(texts, [test["caption"]]).score
-    first, size = min(args.guidance_scales), study.pipe.model.codec.streams["image"].config.image_size
+    first = min(args.guidance_scales)
+    size = study.pipe.model.codec.streams["image"].config.image_size
     shown = [test["image"][:12], drawn[first][:12], drawn[max(args.guidance_scales)][:12]]
     shown = [[image.convert("RGB").resize(size[::-1]) for image in row] for row in shown]
     picture_grid(shown, 2).save(args.output_dir / "pictures.png")
@@ -181,8 +239,10 @@ def measure_pictures(study: Study) -> dict:
 
 
 def closeness(made: torch.Tensor, train: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    """Of sounds as features: mean distance to the nearest training recording, and from others with the same of `labels (M,)`."""
-    made, train = made[:, 0].flatten(1), train[:, 0].flatten(1)
+    """Mean distances of sounds (as features) to the nearest training recording, and to other sounds
+    with the same label of `labels (M,)`."""
+    made = made[:, 0].flatten(1)
+    train = train[:, 0].flatten(1)
     apart = torch.cdist(made, made)
     same = (labels[:, None] == labels) & ~torch.eye(len(made), dtype=torch.bool)
     return {
@@ -192,17 +252,23 @@ def closeness(made: torch.Tensor, train: torch.Tensor, labels: torch.Tensor) -> 
 
 
 def measure_digits(study: Study) -> dict:
-    """The four directions of sounds."""
-    args, train, test = study.args, study.data["digits"], study.data["digits_test"]
+    """Measure the four directions from and to sounds."""
+    args = study.args
+    train = study.data["digits"]
+    test = study.data["digits_test"]
     classes = sorted(set(train["caption"]))
     labels = {
         name: torch.tensor([[classes.index(t)] for t in part["caption"]])
         for name, part in (("train", train), ("test", test))
     }
-    known, held_out, wanted = study.sounds(train["audio"]), study.sounds(test["audio"]), labels["test"][:, 0]
+    known = study.sounds(train["audio"])
+    held_out = study.sounds(test["audio"])
+    wanted = labels["test"][:, 0]
     ear = train_classifier(known, labels["train"], args.epochs, args.seed)
     heard = recognised(ear, held_out, labels["test"])[0]
-    nearest = labels["train"][torch.cdist(held_out[:, 0].flatten(1), known[:, 0].flatten(1)).argmin(1), 0]
+    nearest = labels["train"][
+        torch.cdist(held_out[:, 0].flatten(1), known[:, 0].flatten(1)).argmin(1), 0
+    ]
     nearest = float((nearest == wanted).float().mean())
     icons = torch.stack([train["pixels"][train["caption"].index(name)] for name in classes])
     rows = [
@@ -227,19 +293,24 @@ def measure_digits(study: Study) -> dict:
         said = study.generate("text", {"audio": test["audio"]}, scale)
         rows[0][key] = float(np.mean([a == b for a, b in zip(said, test["caption"])]))
         drawn = study.pixels(study.generate("image", {"audio": test["audio"]}, scale))
-        rows[1][key] = float((torch.cdist(drawn.flatten(1), icons.flatten(1)).argmin(1) == wanted).float().mean())
+        rows[1][key] = float(
+            (torch.cdist(drawn.flatten(1), icons.flatten(1)).argmin(1) == wanted).float().mean()
+        )
         for row, given in ((rows[2], "text"), (rows[3], "image")):
             made = study.generate("audio", {given: test[given]}, scale)
             features = study.sounds(made)
             row[key] = recognised(ear, features, labels["test"])[0]
-            sounds.append({"sounds": f"{row['direction']}, {key}", **closeness(features, known, wanted)})
+            sounds.append(
+                {"sounds": f"{row['direction']}, {key}", **closeness(features, known, wanted)}
+            )
             if given == "text" and scale == args.guidance_scales[-1]:
                 keep_sounds(study, classes, made, test)
     return {"directions": [{"chance": 1 / len(classes), **row} for row in rows], "sounds": sounds}
 
 
 def keep_sounds(study: Study, classes: list[str], sounds: list[np.ndarray], test: dict) -> None:
-    """`sounds.png`: log-mel of a real recording of each class above a generated one; some of those as .wav files."""
+    """Draw `sounds.png`, log-mel of a real recording of each class above a generated one, and write
+    the generated ones as .wav files."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -247,15 +318,21 @@ def keep_sounds(study: Study, classes: list[str], sounds: list[np.ndarray], test
 
     classes = [name for name in classes if name in test["caption"]]
     first = [test["caption"].index(name) for name in classes]
-    figure, axes = pyplot.subplots(2, len(classes), figsize=(1.2 * len(classes), 2.6), layout="constrained")
+    figure, axes = pyplot.subplots(
+        2, len(classes), figsize=(1.2 * len(classes), 2.6), layout="constrained"
+    )
     for column, index in enumerate(first):
         for row, sound in enumerate((test["audio"][index], sounds[index])):
             axes[row, column].imshow(
-                study.processor(sound)["input_features"][0], origin="lower", aspect="auto", cmap="magma"
+                study.processor(sound)["input_features"][0],
+                origin="lower",
+                aspect="auto",
+                cmap="magma",
             )
             axes[row, column].set(xticks=[], yticks=[])
         axes[0, column].set_title(classes[column].split()[-1], fontsize=8)
-        word, rate = classes[column].split()[-1], study.pipe.sampling_rates["audio"]
+        word = classes[column].split()[-1]
+        rate = study.pipe.sampling_rates["audio"]
         write_wav(sounds[index], study.args.output_dir / f"{word}.wav", rate)
     axes[0, 0].set_ylabel("recorded", fontsize=8)
     axes[1, 0].set_ylabel("generated", fontsize=8)
@@ -263,16 +340,25 @@ def keep_sounds(study: Study, classes: list[str], sounds: list[np.ndarray], test
 
 
 def measure_text(
-    pipes: dict[str, TokComOmniPipeline], judge: TokenJudge, real: list[str], args: argparse.Namespace
+    pipes: dict[str, TokComOmniPipeline],
+    judge: TokenJudge,
+    real: list[str],
+    args: argparse.Namespace,
 ) -> list[dict]:
-    """As many texts from nothing as there are `real` ones, of the joint model and of one of text alone, by a judge with their
-    tokenizer. Entropy is that of their tokens taken together."""
-    rows, tokenizer = [], next(iter(pipes.values())).tokenizer
+    """Judge unconditional texts of the joint and the text-only model, as many as there are `real`
+    ones.
+
+    The judge has their tokenizer. Entropy is that of the tokens of all texts together.
+    """
+    rows = []
+    tokenizer = next(iter(pipes.values())).tokenizer
     for name, pipe in {"real": None, **pipes}.items():
-        texts, generator = real if pipe is None else [], torch.Generator().manual_seed(args.seed)
+        texts = real if pipe is None else []
+        generator = torch.Generator().manual_seed(args.seed)
         while len(texts) < len(real):
             texts = texts + pipe({}, "text", BATCH, args.steps, generator=generator).texts
-        texts, eos = texts[: len(real)], tokenizer.eos_token_id
+        texts = texts[: len(real)]
+        eos = tokenizer.eos_token_id
         ids = [[*row, eos] for row in tokenizer(texts, add_special_tokens=False)["input_ids"]]
         nats = np.concatenate([judge.nll(np.array([[eos, *row]]))[0, 1:] for row in ids])
         counts = np.unique(np.concatenate(ids), return_counts=True)[1]
@@ -290,7 +376,9 @@ def measure_text(
 def report(facts: dict) -> str:
     columns = ["direction", "measure", "chance", "nearest training record", "real data"]
     columns += [key for key in facts["directions"][0] if key.startswith("guidance")]
-    text = "## Six directions\n\n" + table(columns, [[row.get(key) for key in columns] for row in facts["directions"]])
+    text = "## Six directions\n\n" + table(
+        columns, [[row.get(key) for key in columns] for row in facts["directions"]]
+    )
     text += "\n## Captions\n\n" + table(["real", "model", "nearest"], facts["captions"])
     for name in ("sounds", "text"):
         if facts.get(name):
@@ -303,38 +391,58 @@ def report(facts: dict) -> str:
     return text + "\n"
 
 
-def load(args: argparse.Namespace) -> tuple[Study, dict[str, TokComOmniPipeline], TokenJudge | None]:
-    """The study, the models whose texts are judged, and the judge; raises `ValueError` if they do not fit each other."""
-    pipes, judge = {"joint model": TokComOmniPipeline.from_pretrained(args.model)}, None
+def load(
+    args: argparse.Namespace,
+) -> tuple[Study, dict[str, TokComOmniPipeline], TokenJudge | None]:
+    """The study, the models whose texts are judged, and the judge.
+
+    Raises `ValueError` if their streams or tokenizers do not fit.
+    """
+    pipes = {"joint model": TokComOmniPipeline.from_pretrained(args.model)}
+    judge = None
     if args.text_model:
         pipes["text alone"] = TokComOmniPipeline.from_pretrained(args.text_model)
     for pipe, streams in zip(pipes.values(), ({"audio", "image", "text"}, {"text"})):
         if not streams <= set(pipe.model.codec.names):
-            raise ValueError(f"{args.model}, {args.text_model}: the streams {sorted(streams)} are needed.")
+            raise ValueError(
+                f"{args.model}, {args.text_model}: the streams {sorted(streams)} are needed, but "
+                "one of the models lacks them."
+            )
         pipe.set_progress_bar_config(disable=True)
     if args.judge:
         judge = TokenJudge(args.judge)
-        vocabularies = [AutoTokenizer.from_pretrained(args.judge), *(pipe.tokenizer for pipe in pipes.values())]
+        vocabularies = [
+            AutoTokenizer.from_pretrained(args.judge),
+            *(pipe.tokenizer for pipe in pipes.values()),
+        ]
         if any(tokenizer.get_vocab() != vocabularies[0].get_vocab() for tokenizer in vocabularies):
             raise ValueError(
-                f"{args.judge} and the models have different tokenizers; train the judge with --checkpoint {args.model}."
+                f"{args.judge} and the models have different tokenizers; train the judge with "
+                f"--checkpoint {args.model}."
             )
     elif args.text_model:
-        raise ValueError(f"{args.text_model}: to compare texts give a --judge.")
+        raise ValueError(f"--text_model ({args.text_model}) needs a --judge to compare the texts.")
     return Study(pipes["joint model"], args), pipes, judge
 
 
 def main(argv: list[str] | None = None) -> dict:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True)
     for name in ("pictures", "pictures_test", "digits", "digits_test"):
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--text_model", help="model of the text stream alone")
-    parser.add_argument("--judge", help="autoregressive judge of captions with the model's tokenizer")
+    parser.add_argument(
+        "--judge", help="autoregressive judge of captions with the model's tokenizer"
+    )
     parser.add_argument("--guidance_scales", type=float, nargs="+", default=[1.0, 2.0])
     parser.add_argument("--steps", type=int, help="denoising steps; the model's own by default")
     parser.add_argument(
-        "--num_candidates", type=int, default=1, help="texts of which the one most like the others counts"
+        "--num_candidates",
+        type=int,
+        default=1,
+        help="texts of which the one most like the others counts",
     )
     parser.add_argument("--contrastive_steps", type=int, default=1500)
     parser.add_argument("--epochs", type=int, default=10, help="of the classifier of sounds")

@@ -1,7 +1,8 @@
-"""The protocol: controls, unconditional samples, prefix continuation, the entropy frontier, memorisation, latency.
+"""The evaluation protocol of text models: controls, unconditional samples, continuations, the
+entropy frontier, memorisation, latency.
 
-Every function returns plain dictionaries that go into `results.json`. A `system` is a name and a sampler; the controls
-are real text and three ways to fake it.
+Every function returns plain dictionaries for `results.json`. A `system` is a name and a sampler.
+The controls are real text and three ways to fake it.
 """
 
 import time
@@ -25,18 +26,23 @@ from tokcom.evaluation.metrics import (
 from tokcom.evaluation.reconstruction import held_out_nll
 from tokcom.evaluation.samplers import TokComSampler
 
-PROMPT, CONTINUATION, BRIER_PROMPT = 32, 64, 32
+PROMPT = 32  # tokens
+CONTINUATION = 64
+BRIER_PROMPT = 32
 
 
 @dataclass
 class Study:
-    """What every measurement needs: texts, judges and sizes.
+    """Texts, judges and sizes, which every measurement needs.
 
     Args:
-        train, held_out (`np.ndarray` of shape `(T,)`): token ids. `decode`: ids `(T,)` -> text.
-        token_judge: scores token ids; `text_judges`: by name, score detokenised text.
-        chunk_size (`int`): K. `length` (`int`): tokens of an unconditional sample.
-        samples (`int`), seeds (`int`): samples per seed, and how many seeds.
+        train, held_out (`np.ndarray` of shape `(T,)`): token ids.
+        decode (`Callable`): ids `(T,)` -> text.
+        token_judge (`TokenJudge`): scores token ids.
+        text_judges (`dict[str, TextJudge]`): score plain text, by name.
+        chunk_size (`int`): K.
+        length (`int`): tokens of an unconditional sample.
+        samples (`int`), seeds (`int`): samples per seed, and number of seeds.
     """
 
     train: np.ndarray
@@ -58,19 +64,21 @@ class Study:
 
 
 def held_out_windows(tokens: np.ndarray, length: int, count: int) -> np.ndarray:
-    """At most `count` windows `(count, length)` of `tokens (T,)`, spread evenly and not overlapping."""
+    """At most `count` windows of `tokens (T,)`, `(count, length)`, evenly spaced, no overlap."""
     starts = np.linspace(0, len(tokens) - length, min(count, len(tokens) // length)).astype(int)
     return tokens[starts[:, None] + np.arange(length)]
 
 
 def nll_by_place(nll: np.ndarray, chunk_size: int) -> list[float]:
-    """Mean of `nll (B, T)` at each place of the chunk; a last chunk that is not whole is left out."""
+    """Mean of `nll (B, T)` at each place of the chunk; an incomplete last chunk is left out."""
     whole = nll[:, : nll.shape[1] // chunk_size * chunk_size]
     return np.nanmean(whole.reshape(len(nll), -1, chunk_size), axis=(0, 1)).tolist()
 
 
-def measure_setting(judge: TokenJudge, prompts: np.ndarray, setting: str, sampler, chunk_size: int) -> dict:
-    """Conditional NLL, also by place in the chunk, and entropy of one sampling setting; a point of the frontier."""
+def measure_setting(
+    judge: TokenJudge, prompts: np.ndarray, setting: str, sampler, chunk_size: int
+) -> dict:
+    """One point of the frontier: NLL of continuations, also by place in the chunk, and entropy."""
     ids = sampler.sample(prompts, CONTINUATION, seed=0)
     nll = judge.nll(ids, prompts)
     facts = {"setting": setting, "nll": float(nll.mean()), "entropy": sample_entropy(ids)}
@@ -78,10 +86,12 @@ def measure_setting(judge: TokenJudge, prompts: np.ndarray, setting: str, sample
 
 
 def control_texts(study: Study, length: int, count: int, seed: int) -> dict[str, np.ndarray]:
-    """Real held-out text, the same with shuffled tokens, random training chunks, and a repeated phrase."""
+    """Real held-out text, the same with shuffled tokens, random training chunks, and a repeated
+    phrase."""
     generator = np.random.default_rng(seed)
     real = study.windows(length, count)
-    size, count = study.chunk_size, len(real)
+    size = study.chunk_size
+    count = len(real)
     starts = generator.integers(0, len(study.train) - size, (count, -(-length // size)))
     chunks = study.train[starts[..., None] + np.arange(size)].reshape(count, -1)[:, :length]
     phrase = np.tile(real[:, :8], (1, -(-length // 8)))[:, :length]
@@ -94,9 +104,9 @@ def control_texts(study: Study, length: int, count: int, seed: int) -> dict[str,
 
 
 def describe(study: Study, ids: np.ndarray, prompts: np.ndarray | None = None) -> dict:
-    """All measures of one set of samples `(B, T)`, which continue `prompts (B, P)` if there are any."""
+    """All measures of one set of samples `(B, T)`, which may continue `prompts (B, P)`."""
     nll = study.token_judge.nll(ids, prompts)
-    per_sample = np.nanmean(nll, axis=1)
+    per_sample = np.nanmean(nll, axis=1)  # tokens of one sample are not independent, samples are
     low, high = bootstrap_interval(per_sample)
     on_grid, off_grid = study.ngrams.chunks_seen(ids, study.chunk_size)
     facts = {
@@ -112,25 +122,31 @@ def describe(study: Study, ids: np.ndarray, prompts: np.ndarray | None = None) -
         "chunks_seen_off_grid": off_grid,
     }
     texts = [study.decode(row) for row in spread(ids, study.text_judge_samples)]
-    before = None if prompts is None else [study.decode(row) for row in spread(prompts, study.text_judge_samples)]
+    before = None
+    if prompts is not None:
+        before = [study.decode(row) for row in spread(prompts, study.text_judge_samples)]
     for name, judge in study.text_judges.items():
-        facts[f"nats_per_character_{name}"] = float(np.nanmean(judge.nats_per_character(texts, before)))
+        nats = judge.nats_per_character(texts, before)
+        facts[f"nats_per_character_{name}"] = float(np.nanmean(nats))
     return facts
 
 
 def over_seeds(runs: list[dict]) -> dict:
-    """Means over seeds of `describe` results, with the standard deviation of `nll`, `entropy` and `rep_4`."""
+    """Means over seeds of `describe` results, with the standard deviation of `nll`, `entropy` and
+    `rep_4`."""
     mean = {key: np.mean([run[key] for run in runs], axis=0).tolist() for key in runs[0]}
     spread = {
-        f"{key}_std_over_seeds": float(np.std([run[key] for run in runs])) for key in ("nll", "entropy", "rep_4")
+        f"{key}_std_over_seeds": float(np.std([run[key] for run in runs]))
+        for key in ("nll", "entropy", "rep_4")
     }
     return mean | (spread if len(runs) > 1 else {})
 
 
 def unconditional(study: Study, systems: dict) -> dict:
-    """Samples from nothing, and the controls of the same size; `{name: describe(...)}`."""
+    """Unconditional samples, and controls of the same size: `{name: describe(...)}`."""
     controls = control_texts(study, study.length, study.samples, 0)
-    results, count = {name: describe(study, ids) for name, ids in controls.items()}, len(controls["real text"])
+    results = {name: describe(study, ids) for name, ids in controls.items()}
+    count = len(controls["real text"])
     for name, sampler in systems.items():
         runs = []
         for seed in tqdm(range(study.seeds), desc=f"unconditional: {name}"):
@@ -140,11 +156,18 @@ def unconditional(study: Study, systems: dict) -> dict:
 
 
 def continuation(study: Study, systems: dict) -> dict:
-    """Continue held-out prompts of 32 tokens by 64, and of 33..35 tokens (a prompt need not fill its last chunk)."""
+    """Continue held-out prompts of 32 tokens by 64, and also prompts of 33..35 tokens, whose last
+    chunk is incomplete."""
     windows = study.windows(PROMPT + CONTINUATION, study.samples)
-    prompts, real = windows[:, :PROMPT], windows[:, PROMPT:]
-    controls = {"real text": real, "shuffled tokens": np.random.default_rng(0).permuted(real, axis=1)}
-    controls["random training chunks"] = control_texts(study, CONTINUATION, len(real), 0)["random training chunks"]
+    prompts = windows[:, :PROMPT]
+    real = windows[:, PROMPT:]
+    controls = {
+        "real text": real,
+        "shuffled tokens": np.random.default_rng(0).permuted(real, axis=1),
+    }
+    controls["random training chunks"] = control_texts(study, CONTINUATION, len(real), 0)[
+        "random training chunks"
+    ]
     controls["repeated phrase"] = np.tile(prompts[:, -8:], (1, CONTINUATION // 8))
     results = {name: describe(study, ids, prompts) for name, ids in controls.items()}
     for name, sampler in systems.items():
@@ -156,20 +179,29 @@ def continuation(study: Study, systems: dict) -> dict:
         for extra in range(1, study.chunk_size):
             odd = study.windows(PROMPT + extra, study.samples)
             ids = sampler.sample(odd, CONTINUATION, 0)
-            results[name][f"nll_prompt_plus_{extra}"] = float(study.token_judge.nll(ids, odd).mean())
+            results[name][f"nll_prompt_plus_{extra}"] = float(
+                study.token_judge.nll(ids, odd).mean()
+            )
     return results
 
 
 def frontier(study: Study, make_sampler: dict, count: int) -> dict:
-    """Conditional NLL against entropy over sampling settings, and by interpolation at the entropy of real text.
+    """NLL of continuations against entropy over sampling settings, and interpolated at the entropy
+    of real text.
 
-    Args: `make_sampler` maps a system's name to `{setting: sampler}`; `count` prompts.
-    Returns `{name: {"points": [...], "nll_at_real_entropy": ..., "setting_at_real_entropy": ...}}`.
+    Args:
+        make_sampler (`dict`): the name of a system -> `{setting: sampler}`.
+        count (`int`): prompts.
+
+    Returns: `{name: {"points": [...], "nll_at_real_entropy": ..., "setting_at_real_entropy": ...}}`
     """
     windows = study.windows(PROMPT + CONTINUATION, count)
-    prompts, real = windows[:, :PROMPT], windows[:, PROMPT:]
+    prompts = windows[:, :PROMPT]
+    real = windows[:, PROMPT:]
     target = sample_entropy(real)
-    results = {"real text": {"entropy": target, "nll": float(study.token_judge.nll(real, prompts).mean())}}
+    results = {
+        "real text": {"entropy": target, "nll": float(study.token_judge.nll(real, prompts).mean())}
+    }
     for name, settings in make_sampler.items():
         points = [
             measure_setting(study.token_judge, prompts, setting, sampler, study.chunk_size)
@@ -182,9 +214,10 @@ def frontier(study: Study, make_sampler: dict, count: int) -> dict:
 
 
 def at_entropy(points: list[dict], target: float) -> float | None:
-    """The lowest NLL that one sweep reaches at entropy `target`, by linear interpolation; None if no sweep encloses it.
+    """The lowest NLL of any sweep at entropy `target`, by linear interpolation.
 
-    A sweep is the settings whose names start with the same word, such as "temperature 0.9".
+    A sweep consists of the settings whose names start with the same word, such as
+    "temperature 0.9". None if no sweep encloses the target.
     """
     sweeps = {}
     for point in sorted(points, key=lambda p: p["entropy"]):
@@ -201,18 +234,26 @@ def at_entropy(points: list[dict], target: float) -> float | None:
 def brier(study: Study, systems: dict, count: int) -> dict:
     """BrierLM of the four tokens after `count` held-out prompts of 32 tokens."""
     windows = study.windows(BRIER_PROMPT + 4, count)
-    prompts, real = windows[:, :BRIER_PROMPT], windows[:, BRIER_PROMPT:]
+    prompts = windows[:, :BRIER_PROMPT]
+    real = windows[:, BRIER_PROMPT:]
     results = {}
     for name, sampler in systems.items():
+        # two independent samples make the estimate unbiased
         first, second = (sampler.sample(prompts, 4, seed) for seed in (101, 102))
         results[name] = brier_lm(first, second, real) | {"prompts": len(prompts)}
     return results
 
 
-def likelihood(study: Study, systems: dict, windows: int = 48, length: int = 512, skipped: int = 32) -> dict:
-    """Nats per token of held-out text under each system's own probabilities, of `windows` windows without their first
-    `skipped` tokens. None for a TokCom model that decides several tokens in one step, whose likelihood is not known."""
-    ids, results = study.windows(length, windows), {}
+def likelihood(
+    study: Study, systems: dict, windows: int = 48, length: int = 512, skipped: int = 32
+) -> dict:
+    """Nats per token of held-out text under each system's own probabilities.
+
+    Scores `windows` windows without their first `skipped` tokens. None for a TokCom model that
+    draws several tokens in one step, because its likelihood is not known.
+    """
+    ids = study.windows(length, windows)
+    results = {}
     for name, sampler in systems.items():
         if isinstance(sampler, TokComSampler):
             nll = held_out_nll(sampler.pipe.model, ids, skipped)
@@ -223,19 +264,26 @@ def likelihood(study: Study, systems: dict, windows: int = 48, length: int = 512
 
 
 def memorisation(study: Study, systems: dict) -> dict:
-    """8-gram overlap with training and the longest shared n-gram, beside held-out real text of the same size."""
+    """8-gram overlap with the training text and longest shared n-gram, also of held-out text of the
+    same size."""
     results = {}
     samples = {"real text": study.windows(study.length, study.samples)}
     for name, sampler in systems.items():
         samples[name] = sampler.sample(None, study.length, 0, len(samples["real text"]))
     for name, ids in samples.items():
-        results[name] = {"overlap_8": study.ngrams.overlap(ids, 8), "longest": study.ngrams.longest(ids)}
+        results[name] = {
+            "overlap_8": study.ngrams.overlap(ids, 8),
+            "longest": study.ngrams.longest(ids),
+        }
     return results
 
 
-def latency(study: Study, systems: dict, batches=(1, 32), length: int = 64, repeats: int = 20) -> dict:
-    """Milliseconds per generated token: median of `repeats` after 3 warm-ups, systems in turn, same threads."""
-    prompts, results = study.windows(PROMPT, max(batches)), {name: {} for name in systems}
+def latency(
+    study: Study, systems: dict, batches=(1, 32), length: int = 64, repeats: int = 20
+) -> dict:
+    """Milliseconds per generated token: median of `repeats` after 3 warm-ups, in turn."""
+    prompts = study.windows(PROMPT, max(batches))
+    results = {name: {} for name in systems}
     for batch in batches:
         times = {name: [] for name in systems}
         for repeat in tqdm(range(repeats + 3), desc=f"latency: batch {batch}"):

@@ -1,7 +1,8 @@
-"""TokCom v5.2 as it was published, its equations written out once more and without any optimisation.
+"""The equations of TokCom v5.2 as published, written out without any optimisation.
 
-Conversion is checked against it, and training and sampling speed are compared with it: attention inside B * N chunks of
-K positions as matrix products, rotary tables in float32 at every call, all logits at once, no cache.
+Tests check conversion against this file, and benchmarks compare speed with it. Attention inside the
+B * N chunks of K positions is plain matrix products, rotary tables are computed in float32 at every
+call, all logits exist at once, and there is no cache.
 """
 
 import math
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-State = dict[str, torch.Tensor]
+State = dict[str, torch.Tensor]  # weights by their published names
 
 
 @dataclass
@@ -18,9 +19,12 @@ class PublishedTokCom:
     """The published model as functions of its two state dictionaries.
 
     Args:
-        vae, denoiser (`dict[str, torch.Tensor]`): `vae_model_state_dict` and `denoised_model_state_dict`.
-        num_layers, num_heads, num_groups (`int`): of each of encoder, decoder and denoiser; groups share keys and values.
-        chunk_size (`int`): K. `omni_token_id` (`int`): the id whose embedding the decoder reads at places 1..K-1.
+        vae, denoiser (`dict[str, torch.Tensor]`): `vae_model_state_dict` and
+            `denoised_model_state_dict`.
+        num_layers, num_heads, num_groups (`int`): of encoder, decoder and denoiser alike; the heads
+            of a group share keys and values.
+        omni_token_id (`int`): the id whose embedding the decoder reads at places 1..K-1.
+        chunk_size (`int`): K.
     """
 
     vae: State
@@ -42,10 +46,13 @@ class PublishedTokCom:
         num_groups: int,
         vocab_size: int,
     ) -> "PublishedTokCom":
-        """Random weights of the published names and shapes; the last of `vocab_size` ids is the omni token."""
+        """Random weights with the published names and shapes. The last of `vocab_size` ids is the
+        omni token."""
         wide = 4 * hidden_size
-        vae = {"embed_tokens.weight": torch.randn(vocab_size, hidden_size)}
-        vae["encoder.embed_tokens.weight"] = vae["decoder.lm_head.weight"] = vae["embed_tokens.weight"]
+        embeddings = torch.randn(vocab_size, hidden_size)  # tied
+        vae = {"embed_tokens.weight": embeddings}
+        vae["encoder.embed_tokens.weight"] = embeddings
+        vae["decoder.lm_head.weight"] = embeddings
         denoiser = {"norm.weight": 1 + 0.1 * torch.randn(hidden_size)}
         linears = {"time_mlp.0": (wide, hidden_size), "time_mlp.2": (hidden_size, wide)}
         linears["output_proj"] = (hidden_size, hidden_size)
@@ -53,10 +60,13 @@ class PublishedTokCom:
         for i in range(num_layers):
             sizes = hidden_size, intermediate_size, key_size
             for side in ("encoder", "decoder"):
-                vae |= _block(f"{side}.layers.{i}.", ("input_layernorm", "post_attention_layernorm"), *sizes)
+                vae |= _block(
+                    f"{side}.layers.{i}.", ("input_layernorm", "post_attention_layernorm"), *sizes
+                )
             denoiser |= _block(f"layers.{i}.", ("adaln_attn.norm", "adaln_mlp.norm"), *sizes)
             for part in ("attn", "mlp"):
-                linears[f"layers.{i}.adaln_{part}.scale_shift_mlp.1"] = (2 * hidden_size, hidden_size)
+                name = f"layers.{i}.adaln_{part}.scale_shift_mlp.1"
+                linears[name] = (2 * hidden_size, hidden_size)
         for side in ("encoder", "decoder"):
             vae[f"{side}.norm.weight"] = 1 + 0.1 * torch.randn(hidden_size)
         for name, shape in linears.items():
@@ -67,42 +77,50 @@ class PublishedTokCom:
     # ---- the two networks ----
 
     def encode(self, ids: torch.Tensor) -> torch.Tensor:
-        """Ids `(B, T)` -> latents `(B, N, D)`: the last position of a transformer inside each chunk."""
+        """Ids `(B, T)` -> latents `(B, N, D)`: the last state of a transformer in each chunk."""
         chunks = ids.view(-1, self.chunk_size)
         states = self._stack(self.vae["embed_tokens.weight"][chunks], "encoder")
         return states[:, -1].view(len(ids), -1, states.shape[-1])
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents `(B, N, D)` -> logits `(B, N * K, V)`."""
-        embeddings, flat = self.vae["embed_tokens.weight"], latents.reshape(-1, 1, latents.shape[-1])
+        embeddings = self.vae["embed_tokens.weight"]
+        flat = latents.reshape(-1, 1, latents.shape[-1])
         omni = embeddings[self.omni_token_id].expand(len(flat), self.chunk_size - 1, -1)
         states = self._stack(torch.cat((flat, omni), 1), "decoder")
         return (states @ embeddings.T).view(len(latents), -1, len(embeddings))
 
     def denoise(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """Noisy latents `(B, N, D)` and one t per row `(B,)` -> the estimate of the clean latents."""
-        state, half = self.denoiser, x.shape[-1] // 2
-        angles = t[:, None] * torch.exp(-math.log(10000) * torch.arange(half, device=x.device) / half)
+        """Noisy latents `(B, N, D)` and one t per row `(B,)` -> estimate of the clean latents."""
+        state = self.denoiser
+        half = x.shape[-1] // 2
+        exponents = -math.log(10000) * torch.arange(half, device=x.device) / half
+        angles = t[:, None] * torch.exp(exponents)
         wave = torch.cat((angles.cos(), angles.sin()), -1)
         hidden = F.silu(wave @ state["time_mlp.0.weight"].T + state["time_mlp.0.bias"])
         condition = F.silu(hidden @ state["time_mlp.2.weight"].T + state["time_mlp.2.bias"])
 
         def modulated(x: torch.Tensor, prefix: str) -> torch.Tensor:
-            weight, bias = (state[f"{prefix}scale_shift_mlp.1.{part}"] for part in ("weight", "bias"))
+            weight = state[f"{prefix}scale_shift_mlp.1.weight"]
+            bias = state[f"{prefix}scale_shift_mlp.1.bias"]
             scale, shift = (condition @ weight.T + bias).chunk(2, -1)
-            return _rms_norm(x, state[f"{prefix}norm.weight"]) * (1 + scale[:, None]) + shift[:, None]
+            normed = _rms_norm(x, state[f"{prefix}norm.weight"])
+            return normed * (1 + scale[:, None]) + shift[:, None]
 
         for i in range(self.num_layers):
-            x = x + self._attention(modulated(x, f"layers.{i}.adaln_attn."), state, f"layers.{i}.self_attn.")
+            inputs = modulated(x, f"layers.{i}.adaln_attn.")
+            x = x + self._attention(inputs, state, f"layers.{i}.self_attn.")
             x = x + _mlp(modulated(x, f"layers.{i}.adaln_mlp."), state, f"layers.{i}.mlp.")
-        return _rms_norm(x, state["norm.weight"]) @ state["output_proj.weight"].T + state["output_proj.bias"]
+        x = _rms_norm(x, state["norm.weight"])
+        return x @ state["output_proj.weight"].T + state["output_proj.bias"]
 
     def _stack(self, x: torch.Tensor, side: str) -> torch.Tensor:
         for i in range(self.num_layers):
             prefix = f"{side}.layers.{i}."
             normed = _rms_norm(x, self.vae[f"{prefix}input_layernorm.weight"])
             x = x + self._attention(normed, self.vae, f"{prefix}self_attn.")
-            x = x + _mlp(_rms_norm(x, self.vae[f"{prefix}post_attention_layernorm.weight"]), self.vae, f"{prefix}mlp.")
+            normed = _rms_norm(x, self.vae[f"{prefix}post_attention_layernorm.weight"])
+            x = x + _mlp(normed, self.vae, f"{prefix}mlp.")
         return _rms_norm(x, self.vae[f"{side}.norm.weight"])
 
     def _attention(self, x: torch.Tensor, state: State, prefix: str) -> torch.Tensor:
@@ -132,16 +150,28 @@ class PublishedTokCom:
         """Stage 1: cross-entropy of the reconstruction of ids `(B, T)`."""
         return F.cross_entropy(self.decode(self.encode(ids)).flatten(0, 1), ids.flatten())
 
-    def flow_loss(self, ids: torch.Tensor, noise_std: float = 0.05, t: float | None = None) -> torch.Tensor:
-        """Stage 2: cross-entropy of ids `(B, T)` through the frozen decoder, one t per row, drawn unless it is given."""
+    def flow_loss(
+        self, ids: torch.Tensor, noise_std: float = 0.05, t: float | None = None
+    ) -> torch.Tensor:
+        """Stage 2: cross-entropy of ids `(B, T)` through the frozen decoder.
+
+        There is one t per row, drawn unless it is given.
+        """
         with torch.no_grad():
             clean = self.encode(ids)
-        t = torch.rand(len(ids), device=ids.device) if t is None else torch.full((len(ids),), t, device=ids.device)
-        noisy = (1 - t[:, None, None]) * torch.randn_like(clean) * noise_std + t[:, None, None] * clean
+        if t is None:
+            t = torch.rand(len(ids), device=ids.device)
+        else:
+            t = torch.full((len(ids),), t, device=ids.device)
+        signal = t[:, None, None]
+        noisy = (1 - signal) * torch.randn_like(clean) * noise_std + signal * clean
         return F.cross_entropy(self.decode(self.denoise(noisy, t)).flatten(0, 1), ids.flatten())
 
-    def euler(self, x: torch.Tensor, steps: int, start: float = 0.0, keep: torch.Tensor | None = None) -> torch.Tensor:
-        """Integrate `x (B, N, D)` from t = `start` to 1 in `steps (1 - start)` steps, after the latents `keep` if given."""
+    def euler(
+        self, x: torch.Tensor, steps: int, start: float = 0.0, keep: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Integrate `x (B, N, D)` from t = `start` to 1 in `steps (1 - start)` steps, behind the
+        clean latents `keep` if given."""
         for i in range(round(steps * (1 - start))):
             t = start + i / steps
             whole = x if keep is None else torch.cat((keep, x), 1)
@@ -150,12 +180,17 @@ class PublishedTokCom:
         return x
 
 
-def _block(prefix: str, norms: tuple[str, str], hidden_size: int, intermediate_size: int, key_size: int) -> State:
+def _block(
+    prefix: str, norms: tuple[str, str], hidden_size: int, intermediate_size: int, key_size: int
+) -> State:
     shapes = {"self_attn.q_proj": (hidden_size, hidden_size)}
     shapes |= {f"self_attn.{n}_proj": (key_size, hidden_size) for n in "kv"}
     state = {f"{prefix}{n}.bias": torch.randn(s[0]) * 0.1 for n, s in shapes.items()}
     shapes |= {f"mlp.{n}_proj": (intermediate_size, hidden_size) for n in ("gate", "up")}
-    shapes |= {"mlp.down_proj": (hidden_size, intermediate_size), "self_attn.o_proj": (hidden_size, hidden_size)}
+    shapes |= {
+        "mlp.down_proj": (hidden_size, intermediate_size),
+        "self_attn.o_proj": (hidden_size, hidden_size),
+    }
     state |= {f"{prefix}{n}.weight": torch.randn(s) / s[1] ** 0.5 for n, s in shapes.items()}
     state |= {f"{prefix}{n}.weight": 1 + 0.1 * torch.randn(hidden_size) for n in norms}
     return state | {f"{prefix}self_attn.rope.inv_freq": torch.zeros(4)}
@@ -166,5 +201,6 @@ def _rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _mlp(x: torch.Tensor, state: State, prefix: str) -> torch.Tensor:
-    gate, up = x @ state[f"{prefix}gate_proj.weight"].T, x @ state[f"{prefix}up_proj.weight"].T
+    gate = x @ state[f"{prefix}gate_proj.weight"].T
+    up = x @ state[f"{prefix}up_proj.weight"].T
     return (F.silu(gate) * up) @ state[f"{prefix}down_proj.weight"].T

@@ -1,10 +1,10 @@
-"""Reference metrics of predictions in files: exact match, BLEU-4, ROUGE-L and METEOR.
+"""Compare predictions with references: exact match, BLEU-4, ROUGE-L and METEOR.
 
-    tokcom evaluate predictions.json             # {"id", "reference", "prediction"} records
-    tokcom evaluate baseline=*.json refiner=*.json   # one row per name: mean and spread over its files
+    tokcom evaluate predictions.json  # {"id", "reference", "prediction"} records
+    tokcom evaluate baseline=*.json refiner=*.json  # a row per name: mean and spread over its files
 
-A file holds a JSON list or JSON lines; `"references": [...]` gives several. METEOR needs no WordNet here: it matches
-exact words and stems, and is labelled so.
+A file holds a JSON list or JSON lines; `"references": [...]` gives several. METEOR here matches
+exact words and stems without WordNet, and is labelled so.
 """
 
 import json
@@ -21,37 +21,46 @@ from tokcom.evaluation.report import table
 
 
 class NoSynonyms:
-    """Stands in for WordNet, which is a download: no word has a synonym."""
+    """Replaces WordNet, which would be a download: no word has a synonym."""
 
     def synsets(self, word: str) -> list:
         return []
 
 
 def normalize_answer(text: str) -> str:
-    """Lower case without punctuation, articles and spare spaces, as SQuAD compares answers (Rajpurkar et al. 2016)."""
+    """Lower case without punctuation, articles and extra spaces, as in SQuAD (Rajpurkar et al.
+    2016)."""
     text = re.sub(r"[^\w\s]", "", text.lower())
     return " ".join(word for word in text.split() if word not in ("a", "an", "the"))
 
 
 def reference_metrics(predictions: list[str], references: list[list[str]]) -> dict[str, float]:
-    """Share of exact matches, corpus BLEU-4, mean ROUGE-L F1 and METEOR, all in [0, 1]; several references per prediction
-    are allowed.
+    """Share of exact matches, corpus BLEU-4, mean ROUGE-L F1 and METEOR, all in [0, 1].
 
-    Raises `ValueError` when the lists differ in length or a prediction has no reference.
+    A prediction may have several references. Raises `ValueError` if the lists differ in length or a
+    prediction has no reference.
     """
     if len(predictions) != len(references) or not all(references):
         raise ValueError(
-            f"{len(predictions)} predictions need as many non-empty lists of references, got {len(references)}."
+            f"{len(predictions)} predictions need as many non-empty lists of references, got "
+            f"{len(references)}."
         )
     most = max(map(len, references))
     columns = [[row[i] if i < len(row) else None for row in references] for i in range(most)]
-    rouge, stemmer = RougeScorer(["rougeL"], use_stemmer=True), PorterStemmer()
+    rouge = RougeScorer(["rougeL"], use_stemmer=True)
+    stemmer = PorterStemmer()
     meteor = [
         meteor_score([r.split() for r in row], text.split(), stemmer=stemmer, wordnet=NoSynonyms())
         for text, row in zip(predictions, references)
     ]
-    best = [rouge.score_multi(row, text)["rougeL"].fmeasure for text, row in zip(predictions, references)]
-    pairs = [(normalize_answer(text), map(normalize_answer, row)) for text, row in zip(predictions, references)]
+    best = [
+        rouge.score_multi(row, text)["rougeL"].fmeasure
+        for text, row in zip(predictions, references)
+    ]
+    pairs = [
+        (normalize_answer(text), map(normalize_answer, row))
+        for text, row in zip(predictions, references)
+    ]
     return {
         "exact match": float(np.mean([text in row for text, row in pairs])),
         "BLEU-4": BLEU().corpus_score(predictions, columns).score / 100,
@@ -61,22 +70,27 @@ def reference_metrics(predictions: list[str], references: list[list[str]]) -> di
 
 
 def read_predictions(file: str | Path) -> dict[str, float]:
-    """`reference_metrics` of a file of records; `ValueError` names what is missing."""
+    """`reference_metrics` of a file of records. Raises `ValueError` for an incomplete record."""
     text = Path(file).read_text()
-    rows = (
-        json.loads(text) if text.lstrip().startswith("[") else [json.loads(x) for x in text.splitlines() if x.strip()]
-    )
+    if text.lstrip().startswith("["):
+        rows = json.loads(text)
+    else:
+        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
     for i, row in enumerate(rows):
         if "prediction" not in row or not ("reference" in row or row.get("references")):
             raise ValueError(
-                f"record {i} of {file} needs 'prediction' and 'reference' or 'references', has {sorted(row)}."
+                f"record {i} of {file} needs 'prediction' and 'reference' or 'references', has "
+                f"{sorted(row)}."
             )
     references = [row["references"] if "references" in row else [row["reference"]] for row in rows]
     return reference_metrics([row["prediction"] for row in rows], references)
 
 
 def compare(files: list[str]) -> str:
-    """A Markdown table, one row per name of the `files`, given as `NAME=FILE` or `FILE`: means and standard deviations."""
+    """A Markdown table of means and standard deviations, one row per name.
+
+    `files` are given as `NAME=FILE` or `FILE`.
+    """
     found: dict[str, list[dict[str, float]]] = {}
     for item in files:
         name, _, file = item.rpartition("=")
@@ -84,6 +98,9 @@ def compare(files: list[str]) -> str:
     rows = []
     for name, runs in found.items():
         values = {key: [run[key] for run in runs] for key in runs[0]}
-        spread = [f"{np.mean(v):.4f}" + (f" ± {np.std(v, ddof=1):.4f}" if len(v) > 1 else "") for v in values.values()]
+        spread = [
+            f"{np.mean(v):.4f}" + (f" ± {np.std(v, ddof=1):.4f}" if len(v) > 1 else "")
+            for v in values.values()
+        ]
         rows.append([name, len(runs), *spread])
     return table(["", "files", *values], rows)

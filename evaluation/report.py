@@ -7,11 +7,21 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-SAMPLE_COLUMNS = ("nll", "nll_interval", "entropy", "distinct_1", "distinct_2", "distinct_3", "rep_4", "self_bleu_4")
+SAMPLE_COLUMNS = (
+    "nll",
+    "nll_interval",
+    "entropy",
+    "distinct_1",
+    "distinct_2",
+    "distinct_3",
+    "rep_4",
+    "self_bleu_4",
+)
 SAMPLE_COLUMNS += ("chunks_seen_on_grid", "chunks_seen_off_grid")
 
 
 def table(columns: list[str], rows: list[list]) -> str:
+    """A Markdown table."""
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     return "\n".join([*lines, *("| " + " | ".join(map(_cell, row)) + " |" for row in rows)]) + "\n"
 
@@ -25,7 +35,7 @@ def _cell(value) -> str:
 
 
 def markdown(results: dict) -> str:
-    """All tables of one run, with what reproduces them."""
+    """All tables of one run, with the command, machine, seed and date."""
     about = results["about"]
     parts = [f"`{about['command']}`, {about['machine']}, seed {about['seed']}, {about['date']}\n"]
     if "reconstruction" in results:
@@ -33,12 +43,26 @@ def markdown(results: dict) -> str:
             "## Codec and denoiser\n",
             table(["measure", "value"], list(map(list, results["reconstruction"].items()))),
         ]
-    for name, title in (("unconditional", "Samples from nothing"), ("continuation", "Prefix continuation")):
+    for name, title in (
+        ("unconditional", "Unconditional samples"),
+        ("continuation", "Prefix continuation"),
+    ):
         if name in results:
-            extra = sorted({k for row in results[name].values() for k in row if k.startswith("nats_per_character")})
-            extra += sorted({k for row in results[name].values() for k in row if k.startswith("nll_prompt")})
+            extra = sorted(
+                {
+                    k
+                    for row in results[name].values()
+                    for k in row
+                    if k.startswith("nats_per_character")
+                }
+            )
+            extra += sorted(
+                {k for row in results[name].values() for k in row if k.startswith("nll_prompt")}
+            )
             columns = [*SAMPLE_COLUMNS, "nll_by_place", *extra]
-            rows = [[system, *(row.get(c) for c in columns)] for system, row in results[name].items()]
+            rows = [
+                [system, *(row.get(c) for c in columns)] for system, row in results[name].items()
+            ]
             parts += [f"## {title}\n", table(["", *columns], rows)]
     for name, title in (
         ("frontier", "Conditional NLL at the entropy of real text"),
@@ -49,45 +73,77 @@ def markdown(results: dict) -> str:
     ):
         if name in results:
             columns = sorted({k for row in results[name].values() for k in row if k != "points"})
-            rows = [[system, *(row.get(c) for c in columns)] for system, row in results[name].items()]
+            rows = [
+                [system, *(row.get(c) for c in columns)] for system, row in results[name].items()
+            ]
             parts += [f"## {title}\n", table(["", *columns], rows)]
     return "\n".join(parts)
 
 
 def plots(results: dict, directory: Path) -> None:
-    """Frontier, CE(t), accuracy against latent noise, NLL by place in the chunk."""
+    """Plot the frontier, CE(t), accuracy against latent noise, and NLL by place in the chunk."""
     if "reconstruction" in results:
         _plot_reconstruction(results["reconstruction"], directory)
     if "continuation" in results:
         figure, axes = plt.subplots(figsize=(6, 4))
         for system, row in results["continuation"].items():
             axes.plot(range(len(row["nll_by_place"])), row["nll_by_place"], "o-", label=system)
-        _finish(figure, axes, "place in the chunk", "conditional judge NLL, nats", directory / "nll_by_place.png")
+        _finish(
+            figure,
+            axes,
+            "place in the chunk",
+            "conditional judge NLL, nats",
+            directory / "nll_by_place.png",
+        )
     if "frontier" in results:
         figure, axes = plt.subplots(figsize=(6, 4))
         for system, row in results["frontier"].items():
             points = sorted(row.get("points", [row]), key=lambda p: p["entropy"])
-            axes.plot([p["entropy"] for p in points], [p["nll"] for p in points], "o-", label=system)
+            axes.plot(
+                [p["entropy"] for p in points], [p["nll"] for p in points], "o-", label=system
+            )
         axes.axvline(results["frontier"]["real text"]["entropy"], color="grey", linewidth=0.8)
         _finish(
-            figure, axes, "entropy within a sample, nats", "conditional judge NLL, nats", directory / "frontier.png"
+            figure,
+            axes,
+            "entropy within a sample, nats",
+            "conditional judge NLL, nats",
+            directory / "frontier.png",
         )
 
 
 def _plot_reconstruction(facts: dict, directory: Path) -> None:
     figure, axes = plt.subplots(figsize=(6, 4))
     curve = {
-        float(k.rsplit("_", 1)[1]): v for k, v in facts.items() if k.startswith("denoiser_ce_t_") and "pos" not in k
+        float(k.rsplit("_", 1)[1]): v
+        for k, v in facts.items()
+        if k.startswith("denoiser_ce_t_") and "pos" not in k
     }
-    axes.plot(list(curve), list(curve.values()), "o-", label="denoiser, clean text before the block")
+    axes.plot(
+        list(curve), list(curve.values()), "o-", label="denoiser, clean text before the block"
+    )
     axes.axhline(facts["unigram_entropy"], color="grey", linewidth=0.8, label="unigram entropy")
-    _finish(figure, axes, "t (0 is noise, 1 is clean)", "cross-entropy, nats per token", directory / "ce_of_t.png")
+    _finish(
+        figure,
+        axes,
+        "t (0 is noise, 1 is clean)",
+        "cross-entropy, nats per token",
+        directory / "ce_of_t.png",
+    )
     figure, axes = plt.subplots(figsize=(6, 4))
     for kind in ("token", "chunk"):
-        levels = {float(k.rsplit("_", 1)[1]): v for k, v in facts.items() if k.startswith(f"{kind}_accuracy_noise")}
+        levels = {
+            float(k.rsplit("_", 1)[1]): v
+            for k, v in facts.items()
+            if k.startswith(f"{kind}_accuracy_noise")
+        }
         axes.plot(list(levels), list(levels.values()), "o-", label=f"{kind}s")
     _finish(
-        figure, axes, "latent noise, standard deviations", "decoded correctly", directory / "accuracy_of_noise.png"
+        figure,
+        axes,
+        "latent noise, standard deviations",
+        "decoded correctly",
+        directory / "accuracy_of_noise.png",
     )
 
 
@@ -116,7 +172,10 @@ def benchmark_plot(command: str, rows: list[dict], file: Path) -> None:
         return
     if command == "serving":
         figure, axes = plt.subplots(figsize=(5, 3))
-        axes.bar([str(row["requests at once"]) for row in rows], [row["tokens_per_second"] for row in rows])
+        axes.bar(
+            [str(row["requests at once"]) for row in rows],
+            [row["tokens_per_second"] for row in rows],
+        )
         axes.set_xlabel("requests at once")
         axes.set_ylabel("tokens per second")
         figure.tight_layout()
@@ -125,23 +184,43 @@ def benchmark_plot(command: str, rows: list[dict], file: Path) -> None:
         return
     if command == "length":
         figure, axes = plt.subplots(figsize=(5, 3.5))
-        axes.semilogx([row["tokens"] for row in rows], [row["ms_per_token"] for row in rows], "o-", label="TokCom")
+        axes.semilogx(
+            [row["tokens"] for row in rows],
+            [row["ms_per_token"] for row in rows],
+            "o-",
+            label="TokCom",
+        )
         axes.set_ylim(bottom=0)
         _finish(figure, axes, "generated tokens", "ms per token", file)
         return
+    _plot_sampling(rows, file)
+
+
+def _plot_sampling(rows: list[dict], file: Path) -> None:
+    """Milliseconds per token against length, batch, steps and chunk size."""
     plain = [row for row in rows if row["steps"] == "default"]
-    first, smallest = min(row["batch"] for row in rows), min(row["tokens"] for row in rows)
+    first = min(row["batch"] for row in rows)
+    smallest = min(row["tokens"] for row in rows)
     panels = [
         ("generated tokens", "tokens", [row for row in plain if row["batch"] == first]),
         ("batch", "batch", [row for row in plain if row["tokens"] == smallest]),
-        ("steps per block", "steps", [row for row in rows if row["steps"] != "default" and "chunk_size" not in row]),
+        (
+            "steps per block",
+            "steps",
+            [row for row in rows if row["steps"] != "default" and "chunk_size" not in row],
+        ),
         ("K (with K steps)", "chunk_size", [row for row in rows if "chunk_size" in row]),
     ]
     figure, axes = plt.subplots(1, 4, figsize=(15, 3.5))
     for panel, (title, key, found) in zip(axes, panels):
         systems = dict.fromkeys(name for row in found for name in row if name.endswith(" ms/token"))
         for name in systems:
-            panel.loglog([r[key] for r in found], [r[name] for r in found], "o-", label=name.removesuffix(" ms/token"))
+            panel.loglog(
+                [r[key] for r in found],
+                [r[name] for r in found],
+                "o-",
+                label=name.removesuffix(" ms/token"),
+            )
         panel.set_xlabel(title)
         panel.set_ylabel("ms per token")
         panel.grid(alpha=0.3)

@@ -1,7 +1,7 @@
-"""Samplers with one interface, so that TokCom and its autoregressive peer are measured by the same code.
+"""One sampling interface for TokCom and its autoregressive peer, so the same code measures both.
 
-`sampler.sample(prompts, length, seed, count)` -> ids `(B, length)`, continuing `prompts (B, P)`, or from nothing when
-`prompts` is None and `count` samples are wanted.
+`sampler.sample(prompts, length, seed, count)` returns ids `(B, length)` that continue
+`prompts (B, P)`, or `count` unconditional samples if `prompts` is None.
 """
 
 from dataclasses import dataclass
@@ -20,8 +20,11 @@ from tokcom.training.precision import half_precision
 
 @dataclass
 class TokComSampler:
-    """Sample from a TokCom pipeline; `noise_scale` multiplies the initial noise, of few-step students also what is drawn anew,
-    `eta` is the scheduler's."""
+    """Sample from a TokCom pipeline.
+
+    `noise_scale` multiplies the initial noise, and for few-step students also the noise drawn in
+    each step. `eta` is the scheduler's.
+    """
 
     pipe: TokComPipeline
     num_inference_steps: int | None = None
@@ -33,11 +36,16 @@ class TokComSampler:
     batch_size: int = 256
 
     @torch.no_grad()
-    def sample(self, prompts: np.ndarray | None, length: int, seed: int, count: int = 0) -> np.ndarray:
-        pipe, rows = self.pipe, []
+    def sample(
+        self, prompts: np.ndarray | None, length: int, seed: int, count: int = 0
+    ) -> np.ndarray:
+        pipe = self.pipe
+        rows = []
         pipe.scheduler.register_to_config(eta=self.eta)
         if pipe.scheduler.config.get("stochastic_sampling"):
-            pipe.scheduler.register_to_config(noise_std=pipe.model.config.noise_std * self.noise_scale)
+            pipe.scheduler.register_to_config(
+                noise_std=pipe.model.config.noise_std * self.noise_scale
+            )
         pipe.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(seed)
         total = count if prompts is None else len(prompts)
@@ -51,18 +59,19 @@ class TokComSampler:
                 generator=generator,
             )
             with half_precision(pipe._execution_device.type):
-                if prompts is None:
+                if prompts is None:  # not `pipe.generate`, which cannot scale the noise
                     noise = pipe.prepare_latents(size, pipe._num_latents(length), generator)
                     _, ids = pipe.sample_latents(TokComTask(noise * self.noise_scale), sampling)
                 else:
                     known = prompts[start : start + size].tolist()
-                    skip, blocks = pipe.continue_ids(known, length, sampling, noise_scale=self.noise_scale)
+                    skip, blocks = pipe.continue_ids(
+                        known, length, sampling, noise_scale=self.noise_scale
+                    )
                     ids = torch.cat([ids for _, ids in blocks], dim=1)[:, skip[0] :]
             rows.append(ids[:, :length].cpu().numpy())
         ids = np.concatenate(rows)
-        return np.where(
-            ids < vocabulary_size(pipe.tokenizer), ids, pipe.tokenizer.eos_token_id
-        )  # judges know no mask token
+        # judges have no pad token
+        return np.where(ids < vocabulary_size(pipe.tokenizer), ids, pipe.tokenizer.eos_token_id)
 
 
 @dataclass
@@ -76,14 +85,21 @@ class AutoregressiveSampler:
     batch_size: int = 256
 
     @torch.no_grad()
-    def sample(self, prompts: np.ndarray | None, length: int, seed: int, count: int = 0) -> np.ndarray:
+    def sample(
+        self, prompts: np.ndarray | None, length: int, seed: int, count: int = 0
+    ) -> np.ndarray:
         torch.manual_seed(seed)
-        self.model.generation_config.eos_token_id = None  # the end of a document is a token like any other here
-        if prompts is None:  # the end of a document is the only context that a new text has
+        # samples have a fixed length: EOS is a token like any other
+        self.model.generation_config.eos_token_id = None
+        if prompts is None:  # a new text begins after the end of a document
             prompts = np.full((count, 1), self.start_token)
         rows = []
-        for start in tqdm(range(0, len(prompts), self.batch_size), desc="autoregressive", leave=False):
-            ids = torch.from_numpy(prompts[start : start + self.batch_size].astype(np.int64)).to(self.model.device)
+        for start in tqdm(
+            range(0, len(prompts), self.batch_size), desc="autoregressive", leave=False
+        ):
+            ids = torch.from_numpy(prompts[start : start + self.batch_size].astype(np.int64)).to(
+                self.model.device
+            )
             with half_precision(ids.device.type):
                 output = self.model.generate(
                     ids,

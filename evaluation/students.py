@@ -1,11 +1,13 @@
-"""Few-step students of a text model beside their teacher: judged quality at the entropy of real text, and time.
+"""Compare few-step students of a text model with their teacher: quality at the entropy of real
+text, and time.
 
-    python -m tokcom.evaluation.students --teacher text --students student-1 student-4 --steps 1 2 4 8 16 32 --judge judge \
-        --data held_out.parquet --peer peer --output_dir results
+    python -m tokcom.evaluation.students --teacher text --students student-1 student-4 \
+        --steps 1 2 4 8 16 32 --judge judge --data held_out.parquet --peer peer \
+        --output_dir results
 
-A sweep over the size of the noise trades quality for diversity; *at real entropy* interpolates it. Texts continue 32 held-out tokens by
-64. `--peer` is an autoregressive model whose time with a key/value cache stands beside. Writes `results.json`, `results.md` and
-`steps.png`.
+Texts continue 32 held-out tokens by 64. A sweep over the size of the noise trades quality for
+diversity; *at real entropy* interpolates it. `--peer` is an autoregressive model whose time with a
+key/value cache is measured too. Writes `results.json`, `results.md` and `steps.png`.
 """
 
 import argparse
@@ -35,13 +37,19 @@ from tokcom.training.config import DataConfig
 from tokcom.training.data import load_documents, tokenize_documents
 
 
-def measure(name: str, sampler: TokComSampler, judge: TokenJudge, windows: np.ndarray, scales: list[float]) -> dict:
-    """A system's row: NLL and entropy at noise of size 1, and NLL at the entropy of real text over all sizes."""
-    prompts, real = windows[:, :PROMPT], windows[:, PROMPT:]
+def measure(
+    name: str, sampler: TokComSampler, judge: TokenJudge, windows: np.ndarray, scales: list[float]
+) -> dict:
+    """The row of a system: NLL and entropy at noise 1, and NLL at the entropy of real text over all
+    noise sizes."""
+    prompts = windows[:, :PROMPT]
+    real = windows[:, PROMPT:]
     curve = []
     for scale in scales:
         sampler.noise_scale = scale
-        curve.append(measure_setting(judge, prompts, f"noise {scale}", sampler, sampler.pipe.chunk_size))
+        curve.append(
+            measure_setting(judge, prompts, f"noise {scale}", sampler, sampler.pipe.chunk_size)
+        )
     sampler.noise_scale = 1.0
     plain = min(curve, key=lambda point: abs(float(point["setting"].split()[1]) - 1))
     config = sampler.pipe.model.config
@@ -75,7 +83,10 @@ def plot(facts: dict, file: Path) -> None:
     for name, rows in groups.items():
         steps = [row["evaluations a chunk"] for row in rows]
         (line,) = axes.plot(steps, [row["NLL"] for row in rows], "o-", label=f"{name}, noise 1")
-        matched = [np.nan if row["NLL at real entropy"] is None else row["NLL at real entropy"] for row in rows]
+        matched = [
+            np.nan if row["NLL at real entropy"] is None else row["NLL at real entropy"]
+            for row in rows
+        ]
         axes.plot(steps, matched, "s--", color=line.get_color(), label=f"{name}, at real entropy")
     axes.axhline(facts["real_nll"], color="grey", label="real text")
     axes.set(xlabel="evaluations of the network a chunk", ylabel="judge NLL, nats a token")
@@ -85,11 +96,15 @@ def plot(facts: dict, file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
-def main(argv: list[str] | None = None) -> dict:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--teacher", required=True)
     parser.add_argument("--students", nargs="*", default=[])
-    parser.add_argument("--judge", required=True, help="autoregressive judge with the same tokenizer")
+    parser.add_argument(
+        "--judge", required=True, help="autoregressive judge with the same tokenizer"
+    )
     parser.add_argument("--data", required=True, help="held-out text")
     parser.add_argument("--text_column", default="text")
     parser.add_argument("--peer", help="autoregressive model whose time is measured, too")
@@ -99,22 +114,41 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=5, help="of the measurement of time")
     parser.add_argument("--output_dir", type=Path, required=True)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> dict:
+    args = build_parser().parse_args(argv)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     try:
-        teacher, *students = (TokComPipeline.from_pretrained(name) for name in (args.teacher, *args.students))
+        teacher, *students = (
+            TokComPipeline.from_pretrained(name) for name in (args.teacher, *args.students)
+        )
         if not teacher.model.config.codec_config.has_tokens:
-            raise ValueError(f"{args.teacher} writes no text; use evaluation.images or evaluation.videos.")
+            raise ValueError(
+                f"{args.teacher} writes no text; use evaluation.images or evaluation.videos."
+            )
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     documents = load_documents(args.data, DataConfig(text_column=args.text_column), "train")
     tokens = tokenize_documents(documents, teacher.tokenizer, args.text_column, "held-out text")
-    windows, judge = held_out_windows(tokens, PROMPT + CONTINUATION, args.samples), TokenJudge(args.judge)
-    systems = [("teacher", TokComSampler(teacher, steps, args.guidance_scale)) for steps in args.steps]
-    systems += [(Path(name).name, TokComSampler(pipe)) for name, pipe in zip(args.students, students)]
-    prompts, real = windows[:, :PROMPT], windows[:, PROMPT:]
-    facts = {"real_nll": float(judge.nll(real, prompts).mean()), "real_entropy": sample_entropy(real)}
-    facts["rows"] = [measure(name, sampler, judge, windows, args.noise_scales) for name, sampler in systems]
+    windows = held_out_windows(tokens, PROMPT + CONTINUATION, args.samples)
+    judge = TokenJudge(args.judge)
+    systems = [
+        ("teacher", TokComSampler(teacher, steps, args.guidance_scale)) for steps in args.steps
+    ]
+    systems += [
+        (Path(name).name, TokComSampler(pipe)) for name, pipe in zip(args.students, students)
+    ]
+    prompts = windows[:, :PROMPT]
+    real = windows[:, PROMPT:]
+    facts = {
+        "real_nll": float(judge.nll(real, prompts).mean()),
+        "real_entropy": sample_entropy(real),
+    }
+    facts["rows"] = [
+        measure(name, sampler, judge, windows, args.noise_scales) for name, sampler in systems
+    ]
     timed = {f"{name}, {s.num_inference_steps or 'own'} steps": s for name, s in systems}
     if args.peer:
         peer = AutoModelForCausalLM.from_pretrained(args.peer).eval()

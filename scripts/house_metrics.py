@@ -1,14 +1,18 @@
-"""Count what makes a tree hard to live in, so that two trees can be compared: `python scripts/house_metrics.py TREE [TREE ...]`.
+"""Count what makes a tree hard to live in, so that two trees can be compared:
+`python scripts/house_metrics.py TREE [TREE ...]`.
 
 Definitions, over the Python files that git tracks outside tests/:
 
-- *root files*: Python files at the root. *largest file*, *longest function*: in lines, from `def` to its last statement.
+- *root files*: Python files at the root.
+- *largest file*, *longest function*: in lines, from `def` to the last statement.
 - *long lines*: share of non-empty lines over 100 characters.
 - *tuple packings*: assignments `a, b = x, y` with as many values as targets, per 100 lines of code.
-- *comments*: lines that hold nothing but a comment, and trailing comments, per 100 lines of code; shape comments count.
-- *modality branches*: conditions (`if`, `elif`, conditional expressions, `assert`, comprehension filters), dictionaries by name, and
-  `isinstance` or `getattr` calls that mention a modality or a codec class of one.
-- *fallback lines*: lines of `except ImportError` handlers and their `try` around an import of the project's own modules.
+- *comments*: whole-line and trailing comments per 100 lines of code, shape comments included.
+- *modality branches*: conditions (`if`, `elif`, conditional expressions, `assert`, comprehension
+  filters), dictionaries by name, and `isinstance` or `getattr` calls that mention a modality or one
+  of its codec classes.
+- *fallback lines*: lines of `try` / `except ImportError` around imports of the project's own
+  modules.
 - *fields that never vary*: configuration fields to which no preset gives a value.
 - *README lines*.
 """
@@ -35,11 +39,13 @@ def python_files(tree: Path) -> list[Path]:
 
 
 def comments_of(file: Path) -> int:
+    """Number of comments in a file."""
     with file.open("rb") as stream:
         return sum(token.type == tokenize.COMMENT for token in tokenize.tokenize(stream.readline))
 
 
 def is_packing(node: ast.AST) -> bool:
+    """Whether a node is an assignment such as `a, b = x, y`."""
     if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Tuple):
         return False
     target = node.targets[0]
@@ -56,9 +62,8 @@ def modality_branches(tree: ast.AST) -> int:
         elif isinstance(node, ast.comprehension):
             tests = node.ifs
         elif isinstance(node, ast.Dict):
-            tests = [key for key in node.keys if isinstance(key, ast.Constant)]
-            tests = tests[:1] if any(key.value in ("image", "video", "audio", "several") for key in tests) else []
-            count += len(tests)
+            keys = [key.value for key in node.keys if isinstance(key, ast.Constant)]
+            count += any(key in ("image", "video", "audio", "several") for key in keys)
             continue
         count += any(MODALITY.search(ast.unparse(test)) for test in tests)
     return count
@@ -68,7 +73,9 @@ def fallback_lines(tree: ast.AST) -> int:
     """Lines of `try` blocks that import the project's own modules in two ways."""
     count = 0
     for node in ast.walk(tree):
-        own = isinstance(node, ast.Try) and any(isinstance(x, ast.ImportFrom) and x.level for x in node.body)
+        own = isinstance(node, ast.Try) and any(
+            isinstance(x, ast.ImportFrom) and x.level for x in node.body
+        )
         count += (node.end_lineno - node.lineno + 1) if own else 0
     return count
 
@@ -82,7 +89,9 @@ def constant_fields(tree: Path) -> int:
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.ClassDef) and node.name.endswith("Config"):
                 fields |= {
-                    x.target.id for x in node.body if isinstance(x, ast.AnnAssign) and isinstance(x.target, ast.Name)
+                    x.target.id
+                    for x in node.body
+                    if isinstance(x, ast.AnnAssign) and isinstance(x.target, ast.Name)
                 }
         start = re.search(r"^def _pixels|^PRESETS", text, re.MULTILINE)
         used += text[start.start() :] if start else ""
@@ -121,7 +130,9 @@ def measure(tree: Path) -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("trees", type=Path, nargs="+", help="checkouts to measure")
     args = parser.parse_args()
     results = [measure(tree.resolve()) for tree in args.trees]

@@ -1,10 +1,11 @@
-"""Measure in one checkout what version 0.2 mended in text models; run it in an old and a new one to compare.
+"""Measure the defects of text models that version 0.2 fixed, in one checkout.
 
-    python scripts/text_defects.py MODEL --data held_out.parquet --judge stories15M [--codec NEW_CODEC]
+    python scripts/text_defects.py MODEL --data held_out.parquet --judge stories15M [--codec CODEC]
 
-With an old checkout, run it there: `cd OLD && python NEW/scripts/text_defects.py ...`. It prints the nats of one text at every
-alignment of its chunks, fillings of one gap before three endings, whether a shorter length gives the beginning of a text, what a judge
-says of texts at two shifts of the scheduler, and how many strings survive the codec.
+To compare with an old checkout, run it there too: `cd OLD && python NEW/scripts/text_defects.py
+...`. It prints the nats of one text at every alignment of its chunks, the filling of one gap before
+three endings, whether a shorter length gives the beginning of a text, a judge's score of texts at
+two shifts of the scheduler, and how many strings survive the codec.
 """
 
 import argparse
@@ -30,13 +31,19 @@ except ImportError:
 
     ALIGNMENTS = (0,)
 
-ENDINGS = (" who lived in a big wood.", " that had no door and no window.", ", and the king was angry.")
+ENDINGS = (
+    " who lived in a big wood.",
+    " that had no door and no window.",
+    ", and the king was angry.",
+)
 TEXT = "“Do you know Zürich?” – he said… “No,” I said — naïve. 😀\u00a0x\r\n"
-PROMPT, CONTEXT, SCORED = "Once upon a time", 64, 60
+PROMPT = "Once upon a time"
+CONTEXT = 64
+SCORED = 60
 
 
 def random_string(generator: np.random.Generator) -> str:
-    """Up to 60 characters from all planes of Unicode, half of them from Latin and its neighbours."""
+    """Up to 60 characters from all planes of Unicode, half of them from its first blocks."""
     length = int(generator.integers(1, 60))
     points = np.where(
         generator.random(length) < 0.5,
@@ -48,8 +55,10 @@ def random_string(generator: np.random.Generator) -> str:
 
 @torch.no_grad()
 def nats_at(pipe: TokComPipeline, ids: torch.Tensor, padding: int) -> float:
-    """Nats per token of `SCORED` tokens behind `CONTEXT` when chunks begin `padding` tokens before the text."""
-    shifted = torch.cat((torch.zeros(len(ids), padding, dtype=torch.long), ids), dim=1)[:, : ids.shape[1]]
+    """Nats per token of `SCORED` tokens after `CONTEXT` tokens, if chunks begin `padding` tokens
+    before the text."""
+    shifted = torch.cat((torch.zeros(len(ids), padding, dtype=torch.long), ids), dim=1)
+    shifted = shifted[:, : ids.shape[1]]
     mask = torch.ones_like(shifted)
     mask[:, :padding] = 0
     losses = token_losses_at(pipe.model, shifted, 0.0, mask).flatten(1)
@@ -58,7 +67,7 @@ def nats_at(pipe: TokComPipeline, ids: torch.Tensor, padding: int) -> float:
 
 @torch.no_grad()
 def survives(pipe: TokComPipeline, text: str) -> tuple[bool, str]:
-    """Whether the codec gives back the ids of a text, and what they spell."""
+    """Whether the codec returns the ids of a text, and the text that it returns."""
     ids = pipe.tokenizer(text, add_special_tokens=False)["input_ids"]
     count = len(ids)
     whole = torch.tensor([ids + [0] * (-count % pipe.chunk_size)])
@@ -69,9 +78,13 @@ def survives(pipe: TokComPipeline, text: str) -> tuple[bool, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", help="directory of a text model whose tokens take turns")
-    parser.add_argument("--data", required=True, help="parquet file with held-out text in a column `text`")
+    parser.add_argument(
+        "--data", required=True, help="parquet file with held-out text in a column `text`"
+    )
     parser.add_argument("--judge", required=True, help="causal language model that scores samples")
     parser.add_argument("--codec", help="another model whose codec is tried with random strings")
     args = parser.parse_args()
@@ -87,22 +100,32 @@ def main() -> None:
     rows = [pipe.tokenizer(text, add_special_tokens=False)["input_ids"][:128] for text in texts]
     ids = torch.tensor([row for row in rows if len(row) == 128])
     for padding in ALIGNMENTS:
-        print(f"chunks begin {padding} tokens before the text: {nats_at(pipe, ids, padding):.3f} nats per token")
+        nats = nats_at(pipe, ids, padding)
+        print(f"chunks begin {padding} tokens before the text: {nats:.3f} nats per token")
     for ending in ENDINGS:
-        filled = pipe.infill(f"{PROMPT} there was a ____{ending}", gap_length=4, generator=seed(0)).texts[0]
+        filled = pipe.infill(
+            f"{PROMPT} there was a ____{ending}", gap_length=4, generator=seed(0)
+        ).texts[0]
         print(f"filled: {filled!r}")
-    long, short = (pipe(PROMPT, gen_length=n, generator=seed(0), output_type="seq").sequences[0] for n in (40, 12))
+    long, short = (
+        pipe(PROMPT, gen_length=n, generator=seed(0), output_type="seq").sequences[0]
+        for n in (40, 12)
+    )
     print(f"gen_length 12 is the beginning of gen_length 40: {bool((long[:12] == short).all())}")
     judge = TextJudge(args.judge)
     for shift in (1.0, 1.82):
         pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-        written = [pipe(PROMPT, gen_length=64, temperature=0.7, generator=seed(i)).texts[0] for i in range(40)]
+        written = [
+            pipe(PROMPT, gen_length=64, temperature=0.7, generator=seed(i)).texts[0]
+            for i in range(40)
+        ]
         nats = np.nanmean(judge.nats_per_character(written, [PROMPT] * len(written)))
         print(f"stock scheduler, shift {shift}: {nats:.3f} nats per character of the judge")
     codec = TokComPipeline.from_pretrained(args.codec) if args.codec else pipe
     generator = np.random.default_rng(1)
     exact = sum(survives(codec, random_string(generator))[0] for _ in range(1000))
-    print(f"random Unicode strings that survive: {exact} of 1000\n{TEXT!r} becomes {survives(codec, TEXT)[1]!r}")
+    print(f"random Unicode strings that survive: {exact} of 1000")
+    print(f"{TEXT!r} becomes {survives(codec, TEXT)[1]!r}")
 
 
 if __name__ == "__main__":

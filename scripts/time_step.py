@@ -1,9 +1,11 @@
-"""Time training steps of a text preset in two checkouts, in turn, on one thread, and print the ratio.
+"""Time training steps of a text preset in two checkouts, on one thread, and print the ratio.
 
-    git worktree add ../before v0.1 && python scripts/time_step.py ../before . --new_options attention=eager
+    git worktree add ../before v0.1
+    python scripts/time_step.py ../before . --new_options attention=eager
 
-Steps are those of the flow stage at their real size: forward, backward and optimizer, on random ids, in bfloat16 where the processor
-multiplies it fast. Each round starts a process in each tree; the ratio is that of the medians of all steps.
+Steps are those of the flow stage at real size: forward, backward and optimizer on random ids, in
+bfloat16 where the processor is fast at it. Each round starts a process in each tree. The ratio is
+that of the medians of all steps.
 """
 
 import argparse
@@ -72,13 +74,21 @@ def parse_options(pairs: list[str]) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("old", type=Path, help="checkout of the earlier commit")
     parser.add_argument("new", type=Path, help="checkout to compare with it")
     parser.add_argument("--preset", default="tiny", help="model preset (default: %(default)s)")
-    parser.add_argument("--rows", type=int, default=16, help="rows of a batch (default: %(default)s)")
-    parser.add_argument("--length", type=int, default=512, help="tokens of a row (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps per round (default: %(default)s)")
+    parser.add_argument(
+        "--rows", type=int, default=16, help="rows of a batch (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--length", type=int, default=512, help="tokens of a row (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=5, help="timed steps per round (default: %(default)s)"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="rounds (default: %(default)s)")
     parser.add_argument(
         "--old_options",
@@ -88,14 +98,23 @@ def main() -> None:
     )
     parser.add_argument("--new_options", nargs="*", default=[], help="the same in the new tree")
     args = parser.parse_args()
-    trees = {"old": (args.old.resolve(), args.old_options), "new": (args.new.resolve(), args.new_options)}
+    trees = {
+        "old": (args.old.resolve(), args.old_options),
+        "new": (args.new.resolve(), args.new_options),
+    }
     seconds: dict[str, list[float]] = {name: [] for name in trees}
     with tempfile.TemporaryDirectory() as links:
         for _ in range(args.rounds):
             for name, (tree, options) in trees.items():
-                shape = {"preset": args.preset, "rows": args.rows, "length": args.length, "steps": args.steps}
+                shape = {
+                    "preset": args.preset,
+                    "rows": args.rows,
+                    "length": args.length,
+                    "steps": args.steps,
+                }
                 code = STEPS.format(options=json.dumps(parse_options(options)), **shape)
-                seconds[name] += json.loads(run(code, tree, Path(links)).splitlines()[-1])["seconds"]
+                last_line = run(code, tree, Path(links)).splitlines()[-1]
+                seconds[name] += json.loads(last_line)["seconds"]
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     for name, median in medians.items():
         print(f"{name}: {median:.3f} s, {args.rows * args.length / median:,.0f} tokens/s")

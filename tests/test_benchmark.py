@@ -7,7 +7,13 @@ import torch
 
 from tokcom.cli.convert import load_published_pipeline
 from tokcom.evaluation import benchmark
-from tokcom.evaluation.benchmark import build_parser, build_training, main, measure_length, published_generator
+from tokcom.evaluation.benchmark import (
+    build_parser,
+    build_training,
+    main,
+    measure_length,
+    published_generator,
+)
 from tokcom.evaluation.published import PublishedTokCom
 
 ARGS = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48)

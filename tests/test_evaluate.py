@@ -20,7 +20,12 @@ from tokcom.evaluation.heads import EXPERIMENTS
 from tokcom.evaluation.heads import main as heads_main
 from tokcom.evaluation.judges import TokenJudge
 from tokcom.evaluation.protocol import Study, at_entropy, control_texts
-from tokcom.evaluation.reconstruction import NOISE_LEVELS, TIMESTEPS, rarest_ids, reconstruction_accuracy
+from tokcom.evaluation.reconstruction import (
+    NOISE_LEVELS,
+    TIMESTEPS,
+    rarest_ids,
+    reconstruction_accuracy,
+)
 from tokcom.evaluation.reference import read_predictions, reference_metrics
 from tokcom.evaluation.samplers import AutoregressiveSampler, TokComSampler
 from tokcom.modeling_tokcom import TokComModel

@@ -5,7 +5,12 @@ from transformers import DynamicCache
 
 from tokcom import layers_tokcom
 from tokcom.configuration_tokcom import TokComTransformerConfig
-from tokcom.layers_tokcom import apply_rotary, chunked_cross_entropy, expand_attention_mask, rotary_embedding
+from tokcom.layers_tokcom import (
+    apply_rotary,
+    chunked_cross_entropy,
+    expand_attention_mask,
+    rotary_embedding,
+)
 from tokcom.transformer_tokcom import TokComTransformer
 
 SMALL = dict(latent_channels=8, hidden_size=32, intermediate_size=48, num_hidden_layers=2, conditioning_size=16)

@@ -22,7 +22,13 @@ from tokcom.evaluation.omni import main as measure_streams
 from tokcom.inference import main as infer
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_media_tokcom import TokComOmniPipeline
-from tokcom.processing_tokcom import TokComAudioProcessor, TokComImageProcessor, read_wav, vocabulary_size, write_wav
+from tokcom.processing_tokcom import (
+    TokComAudioProcessor,
+    TokComImageProcessor,
+    read_wav,
+    vocabulary_size,
+    write_wav,
+)
 from tokcom.sampling_tokcom import most_alike
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 from tokcom.train_accelerate import main as train

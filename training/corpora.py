@@ -29,7 +29,12 @@ from tokcom.training.data import (
     tokenize_documents,
 )
 from tokcom.training.export import measure_latent_statistics
-from tokcom.training.images import ImageDataset, check_autoencoder, load_autoencoder, measure_image_statistics
+from tokcom.training.images import (
+    ImageDataset,
+    check_autoencoder,
+    load_autoencoder,
+    measure_image_statistics,
+)
 from tokcom.training.streams import OmniDataset, is_text, measure_stream_statistics
 
 
