@@ -22,17 +22,24 @@ def check_positive(config: PreTrainedConfig, *names: str) -> None:
             raise ValueError(f"`{name}` ({getattr(config, name)}) must be at least 1.")
 
 
-def check_known_keys(config_class: type[PreTrainedConfig], values: dict[str, Any], prefix: str) -> None:
+def check_known_keys(
+    config_class: type[PreTrainedConfig], values: dict[str, Any], prefix: str
+) -> None:
     """Reject misspelt keys, which `PreTrainedConfig` would keep as attributes that nothing reads."""
     known = {k for c in config_class.__mro__ for k in getattr(c, "__annotations__", {})}
     for key in set(values) - known:
         if key not in config_class().to_dict() and not key.startswith("_"):
-            raise ValueError(f"unknown configuration key '{prefix}{key}'; see {config_class.__name__}.")
+            raise ValueError(
+                f"unknown configuration key '{prefix}{key}'; see {config_class.__name__}."
+            )
 
 
 def check_size(config: PreTrainedConfig, parameters: int) -> None:
     """Refuse what no machine can hold, before anything is allocated."""
-    layers = max(getattr(config, f"num_{name}_layers", 0) for name in ("hidden", "expert", "styled", "decoder"))
+    layers = max(
+        getattr(config, f"num_{name}_layers", 0)
+        for name in ("hidden", "expert", "styled", "decoder")
+    )
     if layers > MAX_LAYERS or parameters > MAX_PARAMETERS:
         raise ValueError(
             f"{type(config).__name__} asks for about {parameters:.1e} parameters in {layers} layers; at most "
@@ -194,7 +201,9 @@ class TokComChunkCodecConfig(TokComCodecConfig):
         """Bits that store one token as codes; None without a quantiser."""
         if self.quantizer == "none":
             return None
-        sizes = self.fsq_levels if self.quantizer == "fsq" else [self.num_codes] * self.num_quantizers
+        sizes = (
+            self.fsq_levels if self.quantizer == "fsq" else [self.num_codes] * self.num_quantizers
+        )
         return sum(math.log2(size) for size in sizes) / self.chunk_size
 
     @property
@@ -221,13 +230,24 @@ class TokComChunkCodecConfig(TokComCodecConfig):
         return self.vocab_size
 
     def validate_architecture(self):
-        sizes = ("vocab_size", "chunk_size", "latent_channels", "embedding_size", "hidden_size", "intermediate_size")
-        check_positive(self, *sizes, "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+        sizes = (
+            "vocab_size",
+            "chunk_size",
+            "latent_channels",
+            "embedding_size",
+            "hidden_size",
+            "intermediate_size",
+        )
+        check_positive(
+            self, *sizes, "num_hidden_layers", "num_attention_heads", "num_key_value_heads"
+        )
         if self.layer_type not in ("mlp", "attention"):
             raise ValueError(f"`layer_type` ({self.layer_type!r}) must be 'mlp' or 'attention'.")
         if self.encoder_type not in ("chunk", "token"):
             raise ValueError(f"`encoder_type` ({self.encoder_type!r}) must be 'chunk' or 'token'.")
-        if self.encoder_type == "token" and (self.latent_channels % self.chunk_size or not self.variational):
+        if self.encoder_type == "token" and (
+            self.latent_channels % self.chunk_size or not self.variational
+        ):
             raise ValueError(
                 f"`encoder_type='token'` needs `variational=True` and `latent_channels` ({self.latent_channels}) to be a "
                 f"multiple of `chunk_size` ({self.chunk_size})."
@@ -251,7 +271,9 @@ class TokComChunkCodecConfig(TokComCodecConfig):
             )
         for name in ("mask_token_id", "pad_token_id"):
             if not 0 <= getattr(self, name) < self.vocab_size:
-                raise ValueError(f"`{name}` ({getattr(self, name)}) must be in [0, vocab_size={self.vocab_size}).")
+                raise ValueError(
+                    f"`{name}` ({getattr(self, name)}) must be in [0, vocab_size={self.vocab_size})."
+                )
         layer = self.hidden_size * (
             4 * self.hidden_size * (self.layer_type == "attention") + 3 * self.intermediate_size
         )
@@ -356,7 +378,9 @@ class TokComColorCodecConfig(TokComCodecConfig):
                 f"`image_size` ({self.image_size}) must be a multiple of `patch_size` ({self.patch_size})."
             )
         if self.digits == "color" and self.vocab_size > 256**3:
-            raise ValueError(f"`vocab_size` ({self.vocab_size}) is more than the {256**3} colors; use digits='bits'.")
+            raise ValueError(
+                f"`vocab_size` ({self.vocab_size}) is more than the {256**3} colors; use digits='bits'."
+            )
 
 
 @strict
@@ -410,14 +434,20 @@ class TokComStyleCodecConfig(TokComCodecConfig):
 
     def validate_architecture(self):
         sizes = ("image_size", "patch_size", "num_tokens", "latent_channels", "hidden_size")
-        check_positive(self, *sizes, "intermediate_size", "num_attention_heads", "expert_intermediate_size")
-        check_positive(self, "decoder_hidden_size", "decoder_intermediate_size", "decoder_num_attention_heads")
+        check_positive(
+            self, *sizes, "intermediate_size", "num_attention_heads", "expert_intermediate_size"
+        )
+        check_positive(
+            self, "decoder_hidden_size", "decoder_intermediate_size", "decoder_num_attention_heads"
+        )
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"`image_size` ({self.image_size}) must be a multiple of `patch_size` ({self.patch_size})."
             )
         if self.num_tokens % 2:
-            raise ValueError(f"`num_tokens` ({self.num_tokens}) must be even: every styled layer takes two tokens.")
+            raise ValueError(
+                f"`num_tokens` ({self.num_tokens}) must be even: every styled layer takes two tokens."
+            )
         for width, heads in (
             ("hidden_size", "num_attention_heads"),
             ("decoder_hidden_size", "decoder_num_attention_heads"),
@@ -427,12 +457,19 @@ class TokComStyleCodecConfig(TokComCodecConfig):
                     f"`{width}` ({getattr(self, width)}) must be a multiple of `{heads}` ({getattr(self, heads)})."
                 )
         if min(self.num_hidden_layers, self.num_expert_layers, self.num_decoder_layers) < 0:
-            raise ValueError("`num_hidden_layers`, `num_expert_layers` and `num_decoder_layers` must not be negative.")
+            raise ValueError(
+                "`num_hidden_layers`, `num_expert_layers` and `num_decoder_layers` must not be negative."
+            )
         if self.bottleneck not in ("gaussian", "sphere", "cosine"):
-            raise ValueError(f"`bottleneck` ({self.bottleneck!r}) must be 'gaussian', 'sphere' or 'cosine'.")
+            raise ValueError(
+                f"`bottleneck` ({self.bottleneck!r}) must be 'gaussian', 'sphere' or 'cosine'."
+            )
         if self.num_codes < 0 or self.num_codes == 1:
             raise ValueError(f"`num_codes` ({self.num_codes}) must be 0 or at least 2.")
-        width, experts = self.hidden_size, self.num_tokens * self.expert_intermediate_size + self.intermediate_size
+        width, experts = (
+            self.hidden_size,
+            self.num_tokens * self.expert_intermediate_size + self.intermediate_size,
+        )
         parameters = self.num_hidden_layers * width * (4 * width + 2 * self.intermediate_size)
         parameters += self.num_expert_layers * width * (4 * width + 2 * experts)
         width = self.decoder_hidden_size
@@ -519,20 +556,31 @@ class TokComVideoCodecConfig(TokComCodecConfig):
         return (self.num_frames - 1) * self.temporal_compression + 1
 
     def validate_architecture(self):
-        check_positive(self, "num_frames", "height", "width", "num_channels", "frames_per_patch", "patch_size")
-        check_positive(self, "spatial_compression", "temporal_compression", "intermediate_size", "latent_channels")
+        check_positive(
+            self, "num_frames", "height", "width", "num_channels", "frames_per_patch", "patch_size"
+        )
+        check_positive(
+            self,
+            "spatial_compression",
+            "temporal_compression",
+            "intermediate_size",
+            "latent_channels",
+        )
         self.check_shape(self.num_frames, self.height, self.width)
         if min(self.hidden_size, self.num_hidden_layers) < 0:
             raise ValueError("`hidden_size` and `num_hidden_layers` must not be negative.")
         check_quantizer(self)
-        if not self.hidden_size and (self.latent_channels != self.patch_values or self.quantizer != "none"):
+        if not self.hidden_size and (
+            self.latent_channels != self.patch_values or self.quantizer != "none"
+        ):
             raise ValueError(
                 f"without a network (`hidden_size` 0) `latent_channels` ({self.latent_channels}) must be the "
                 f"{self.patch_values} values of a patch, and `quantizer` ({self.quantizer!r}) 'none'; set `hidden_size`."
             )
         layer = 3 * self.hidden_size * self.intermediate_size
         parameters = (
-            2 * self.hidden_size * (self.patch_values + self.latent_channels) + 2 * self.num_hidden_layers * layer
+            2 * self.hidden_size * (self.patch_values + self.latent_channels)
+            + 2 * self.num_hidden_layers * layer
         )
         if self.quantizer == "vq":
             parameters += 2 * self.num_quantizers * self.num_codes * self.latent_channels
@@ -540,7 +588,12 @@ class TokComVideoCodecConfig(TokComCodecConfig):
 
     def check_shape(self, frames: int, height: int, width: int) -> None:
         """Raise `ValueError` unless patches divide a clip of this size."""
-        if frames % self.frames_per_patch or height % self.patch_size or width % self.patch_size or not frames:
+        if (
+            frames % self.frames_per_patch
+            or height % self.patch_size
+            or width % self.patch_size
+            or not frames
+        ):
             raise ValueError(
                 f"a clip of {frames} frames of {height} x {width} does not divide into patches of "
                 f"`frames_per_patch` ({self.frames_per_patch}) frames and `patch_size` ({self.patch_size}) squared; cut it to "

@@ -85,7 +85,8 @@ def drop_removed(*parts: dict[str, Any]) -> None:
         )
     if dropped:
         warnings.warn(
-            f"dropped fields that are no longer part of a model: {', '.join(sorted(dropped))}.", stacklevel=3
+            f"dropped fields that are no longer part of a model: {', '.join(sorted(dropped))}.",
+            stacklevel=3,
         )
 
 
@@ -151,8 +152,12 @@ class TokComTransformerConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
     def validate_architecture(self):
-        check_positive(self, "latent_channels", "hidden_size", "intermediate_size", "num_hidden_layers")
-        check_positive(self, "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+        check_positive(
+            self, "latent_channels", "hidden_size", "intermediate_size", "num_hidden_layers"
+        )
+        check_positive(
+            self, "num_attention_heads", "num_key_value_heads", "max_position_embeddings"
+        )
         check_positive(self, "num_position_axes", "conditioning_size")
         check_heads(self)
         head_size = self.hidden_size // self.num_attention_heads
@@ -162,9 +167,13 @@ class TokComTransformerConfig(PreTrainedConfig):
                 "`hidden_size` or `num_attention_heads`."
             )
         if self.conditioning_size % 2:
-            raise ValueError(f"`conditioning_size` ({self.conditioning_size}) must be even: half cosines, half sines.")
+            raise ValueError(
+                f"`conditioning_size` ({self.conditioning_size}) must be even: half cosines, half sines."
+            )
         if self.block_size is not None and self.block_size < 1:
-            raise ValueError(f"`block_size` ({self.block_size}) must be at least 1, or None for bidirectional.")
+            raise ValueError(
+                f"`block_size` ({self.block_size}) must be at least 1, or None for bidirectional."
+            )
         if self.block_size is not None and self.block_size >= self.max_position_embeddings:
             raise ValueError(
                 f"`block_size` ({self.block_size}) must be smaller than `max_position_embeddings` "
@@ -191,8 +200,12 @@ class TokComTransformerConfig(PreTrainedConfig):
                 "the latent before it."
             )
         if self.attention_type not in ("full", "factorized"):
-            raise ValueError(f"`attention_type` ({self.attention_type!r}) must be 'full' or 'factorized'.")
-        if self.attention_type == "factorized" and (self.block_size is not None or self.num_position_axes != 3):
+            raise ValueError(
+                f"`attention_type` ({self.attention_type!r}) must be 'full' or 'factorized'."
+            )
+        if self.attention_type == "factorized" and (
+            self.block_size is not None or self.num_position_axes != 3
+        ):
             raise ValueError(
                 f"`attention_type='factorized'` needs `block_size=None` (got {self.block_size}) and three position axes (got "
                 f"{self.num_position_axes}): time, row and column."
@@ -207,7 +220,9 @@ class TokComTransformerConfig(PreTrainedConfig):
                 f"`input_projection=False` needs `latent_channels` ({self.latent_channels}) equal to `hidden_size` "
                 f"({self.hidden_size}); set `input_projection=True`."
             )
-        layer = self.hidden_size * (4 * self.hidden_size + 3 * self.intermediate_size + 6 * self.conditioning_size)
+        layer = self.hidden_size * (
+            4 * self.hidden_size + 3 * self.intermediate_size + 6 * self.conditioning_size
+        )
         ends = self.hidden_size * (2 * self.feature_size + 3 * self.latent_channels)
         check_size(self, self.num_hidden_layers * layer + ends)
 
@@ -242,7 +257,9 @@ class TokComCompositeCodecConfig(TokComCodecConfig):
                 continue
             kind = fields.get("model_type", TokComChunkCodecConfig.model_type)
             if kind not in STREAM_CONFIGS:
-                raise ValueError(f"stream {name!r} has the codec {kind!r}; known are {sorted(STREAM_CONFIGS)}.")
+                raise ValueError(
+                    f"stream {name!r} has the codec {kind!r}; known are {sorted(STREAM_CONFIGS)}."
+                )
             fields = {key: value for key, value in fields.items() if key != "model_type"}
             check_known_keys(STREAM_CONFIGS[kind], fields, f"codec_config.streams.{name}.")
             configs[name] = STREAM_CONFIGS[kind](**fields)
@@ -251,7 +268,10 @@ class TokComCompositeCodecConfig(TokComCodecConfig):
     def stream_lengths(self) -> dict[str, int]:
         """Latents of every stream."""
         configs = self.stream_configs().items()
-        return {name: self.text_latents if codec.has_tokens else codec.num_tokens for name, codec in configs}
+        return {
+            name: self.text_latents if codec.has_tokens else codec.num_tokens
+            for name, codec in configs
+        }
 
     @property
     def text_vocab_size(self) -> int:
@@ -260,7 +280,9 @@ class TokComCompositeCodecConfig(TokComCodecConfig):
     @property
     def num_position_axes(self) -> int:
         """The stream's index and the axes of the stream that has most."""
-        return 1 + max((codec.num_position_axes for codec in self.stream_configs().values()), default=1)
+        return 1 + max(
+            (codec.num_position_axes for codec in self.stream_configs().values()), default=1
+        )
 
     @property
     def latent_channels(self) -> int:
@@ -278,7 +300,9 @@ class TokComCompositeCodecConfig(TokComCodecConfig):
             raise ValueError("`streams` is empty; name at least one stream and its codec.")
         for name in configs:
             if not name.isidentifier():
-                raise ValueError(f"the stream {name!r} must be named like an argument: letters, digits and '_'.")
+                raise ValueError(
+                    f"the stream {name!r} must be named like an argument: letters, digits and '_'."
+                )
         vocabularies = {codec.text_vocab_size for codec in configs.values() if codec.has_tokens}
         if len(vocabularies) > 1:
             raise ValueError(
@@ -330,7 +354,10 @@ class TokComConfig(PreTrainedConfig):
     """
 
     model_type = "tokcom"
-    sub_configs = {"codec_config": TokComChunkCodecConfig, "transformer_config": TokComTransformerConfig}
+    sub_configs = {
+        "codec_config": TokComChunkCodecConfig,
+        "transformer_config": TokComTransformerConfig,
+    }
 
     codec_config: PreTrainedConfig | dict[str, Any] | None = None
     transformer_config: PreTrainedConfig | dict[str, Any] | None = None
@@ -357,13 +384,17 @@ class TokComConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         parts = (self.codec_config, self.transformer_config)
         subs = [deepcopy(part or {}) for part in parts if isinstance(part, dict | None)]
-        streams = [stream for part in subs for stream in (part.get("streams") or {}).values() if stream]
+        streams = [
+            stream for part in subs for stream in (part.get("streams") or {}).values() if stream
+        ]
         drop_removed(kwargs, *subs, *streams)
         if not isinstance(self.codec_config, PreTrainedConfig):
             fields = subs.pop(0)
             codec_type = fields.pop("model_type", TokComChunkCodecConfig.model_type)
             if codec_type not in CODEC_CONFIGS:
-                raise ValueError(f"unknown codec type {codec_type!r}; known are {sorted(CODEC_CONFIGS)}.")
+                raise ValueError(
+                    f"unknown codec type {codec_type!r}; known are {sorted(CODEC_CONFIGS)}."
+                )
             check_known_keys(CODEC_CONFIGS[codec_type], fields, "codec_config.")
             self.codec_config = CODEC_CONFIGS[codec_type](**fields)
         if not isinstance(self.transformer_config, PreTrainedConfig):
@@ -372,12 +403,20 @@ class TokComConfig(PreTrainedConfig):
             self.transformer_config = TokComTransformerConfig(**fields)
         codec, transformer = self.codec_config, self.transformer_config
         composite = isinstance(codec, TokComCompositeCodecConfig)
-        if composite or isinstance(codec, (TokComColorCodecConfig, TokComVideoCodecConfig)):  # the codec decides
+        if composite or isinstance(
+            codec, (TokComColorCodecConfig, TokComVideoCodecConfig)
+        ):  # the codec decides
             transformer.latent_channels = codec.latent_channels
         if composite:
-            transformer.stream_channels = [stream.latent_channels for stream in codec.stream_configs().values()]
+            transformer.stream_channels = [
+                stream.latent_channels for stream in codec.stream_configs().values()
+            ]
             transformer.num_position_axes = codec.num_position_axes
-        width = self.codec_config.num_symbols * self.token_embedding_size if self.prediction_type == "tokens" else 0
+        width = (
+            self.codec_config.num_symbols * self.token_embedding_size
+            if self.prediction_type == "tokens"
+            else 0
+        )
         self.transformer_config.feature_size = width
         if not width:  # the start of a text only matters to models that predict tokens
             self.transformer_config.start_latents = False
@@ -392,7 +431,9 @@ class TokComConfig(PreTrainedConfig):
         self._validate_head()
         self._validate_images()
         if self.timestep_sampling not in TIMESTEP_SAMPLINGS:
-            raise ValueError(f"`timestep_sampling` ({self.timestep_sampling!r}) must be one of {TIMESTEP_SAMPLINGS}.")
+            raise ValueError(
+                f"`timestep_sampling` ({self.timestep_sampling!r}) must be one of {TIMESTEP_SAMPLINGS}."
+            )
         if self.timestep_sampling in ("linear", "cosine") and (
             self.prediction_type != "latents" or self.noise_std != 1
         ):
@@ -401,7 +442,9 @@ class TokComConfig(PreTrainedConfig):
                 f"{self.prediction_type!r}) and `noise_std` 1 (got {self.noise_std}), as DDIM does."
             )
         if self.prediction_type not in ("latents", "tokens"):
-            raise ValueError(f"`prediction_type` ({self.prediction_type!r}) must be 'latents' or 'tokens'.")
+            raise ValueError(
+                f"`prediction_type` ({self.prediction_type!r}) must be 'latents' or 'tokens'."
+            )
         if self.prediction_type == "tokens" and not self.codec_config.has_symbols:
             raise ValueError(
                 "`prediction_type='tokens'` needs `codec_config.encoder_type='token'`, or a codec of digits: only then is "
@@ -410,7 +453,9 @@ class TokComConfig(PreTrainedConfig):
         block_size = self.transformer_config.block_size
         row = self.codec_config.latents_multiple
         if block_size is not None and block_size % row:
-            raise ValueError(f"`block_size` ({block_size}) must be a multiple of the {row} patches of a raster's row.")
+            raise ValueError(
+                f"`block_size` ({block_size}) must be a multiple of the {row} patches of a raster's row."
+            )
         if not 0 <= self.token_stagger <= 1 or self.token_shift <= 0:
             raise ValueError(
                 f"`token_stagger` ({self.token_stagger}) must be in [0, 1] and `token_shift` ({self.token_shift}) positive."
@@ -457,7 +502,11 @@ class TokComConfig(PreTrainedConfig):
         return self.latent_head != "none" or self.latent_refiner != "none"
 
     def _validate_images(self):
-        codec, transformer, condition = self.codec_config, self.transformer_config, self.condition_vocab_size
+        codec, transformer, condition = (
+            self.codec_config,
+            self.transformer_config,
+            self.condition_vocab_size,
+        )
         images = not codec.has_tokens
         if condition < 0 or (condition and (not images or transformer.block_size is not None)):
             raise ValueError(
@@ -465,7 +514,9 @@ class TokComConfig(PreTrainedConfig):
                 "`transformer_config.block_size=None`; a text continues its prompt."
             )
         self._validate_streams()
-        if not codec.text_vocab_size and (self.prediction_type != "latents" or self.has_latent_head):
+        if not codec.text_vocab_size and (
+            self.prediction_type != "latents" or self.has_latent_head
+        ):
             raise ValueError(
                 f"images have no tokens to predict: `prediction_type` ({self.prediction_type!r}) must be 'latents', "
                 f"and `latent_head` ({self.latent_head!r}) and `latent_refiner` ({self.latent_refiner!r}) 'none'."
@@ -516,7 +567,10 @@ class TokComConfig(PreTrainedConfig):
             )
 
     def _validate_head(self):
-        if self.latent_head not in ("none", "mlp", "vq") or self.latent_refiner not in ("none", "mlp"):
+        if self.latent_head not in ("none", "mlp", "vq") or self.latent_refiner not in (
+            "none",
+            "mlp",
+        ):
             raise ValueError(
                 f"`latent_head` ({self.latent_head!r}) must be 'none', 'mlp' or 'vq', and `latent_refiner` "
                 f"({self.latent_refiner!r}) 'none' or 'mlp'."
@@ -526,10 +580,18 @@ class TokComConfig(PreTrainedConfig):
                 f"`latent_head` ({self.latent_head!r}) and `latent_refiner` ({self.latent_refiner!r}) need "
                 "`prediction_type='latents'`: tokens that are drawn have exact latents."
             )
-        check_positive(self, "latent_head_size", "latent_refiner_size", "latent_head_codes", "token_embedding_size")
+        check_positive(
+            self,
+            "latent_head_size",
+            "latent_refiner_size",
+            "latent_head_codes",
+            "token_embedding_size",
+        )
         check_positive(self, "condition_length")
         channels = self.codec_config.latent_channels
-        head = channels * (self.latent_head_size + self.latent_refiner_size + self.latent_head_codes)
+        head = channels * (
+            self.latent_head_size + self.latent_refiner_size + self.latent_head_codes
+        )
         table = self.codec_config.symbol_vocab_size * self.token_embedding_size
         captions = self.condition_vocab_size * self.transformer_config.hidden_size
         if max(head, table, captions) > MAX_PARAMETERS:
@@ -544,7 +606,9 @@ class TokComConfig(PreTrainedConfig):
         fields = super().to_diff_dict()
         for name in self.sub_configs:
             own = getattr(self, name).to_diff_dict()
-            fields[name] = {key: value for key, value in own.items() if key != "transformers_version"}
+            fields[name] = {
+                key: value for key, value in own.items() if key != "transformers_version"
+            }
         return fields
 
 

@@ -154,7 +154,9 @@ def token_gap_task(
     is_open = ~given.mask[0].all(-1)  # (N,)
     is_needed = codec.to_chunks((is_real & ~is_known).long(), None)[0][0].bool().any(-1)
     if model.config.transformer_config.start_latents:
-        gaps, context_at, generated = lay_out_gaps(is_open.tolist(), is_needed.tolist(), given.mask[0])
+        gaps, context_at, generated = lay_out_gaps(
+            is_open.tolist(), is_needed.tolist(), given.mask[0]
+        )
     else:
         gaps = None
         context_at = (~is_open).nonzero()[:, 0].tolist()
@@ -163,7 +165,9 @@ def token_gap_task(
     if context_at:
         clean = model.encode(tokens, is_known.long())
         index = torch.tensor(context_at, device=device)
-        context = TokComCodecOutput(clean.latents[:, index], codec.positions(index[None]), clean.mask[:, index])
+        context = TokComCodecOutput(
+            clean.latents[:, index], codec.positions(index[None]), clean.mask[:, index]
+        )
     places = torch.tensor(generated, device=device)
     task = TokComTask(
         make_noise(len(generated)),
@@ -203,7 +207,9 @@ def latent_gap_task(
     context = model.encode(ids, mask)
     context.position_ids = codec.positions(torch.tensor([known_at], device=device))
     positions = codec.positions(torch.tensor([gap_at], device=device))
-    return TokComTask(noise, context, positions, edges=tuple(range(gap_length, len(gap_at), gap_length)))
+    return TokComTask(
+        noise, context, positions, edges=tuple(range(gap_length, len(gap_at), gap_length))
+    )
 
 
 def lay_out_clip(
@@ -218,7 +224,9 @@ def lay_out_clip(
     num_frames = config.clip_length if num_frames is None else num_frames
     frames_per_step = config.temporal_compression
     if num_frames < 1 or (num_frames - 1) % frames_per_step:
-        raise ValueError(f"`num_frames` ({num_frames}) must be 1 more than a multiple of {frames_per_step} frames.")
+        raise ValueError(
+            f"`num_frames` ({num_frames}) must be 1 more than a multiple of {frames_per_step} frames."
+        )
     height, width = (side // config.spatial_compression for side in size)
     moments = (num_frames - 1) // frames_per_step + 1
     position_ids = codec.grid(moments, height, width, device=model.device)
@@ -253,11 +261,15 @@ class TokComStep(NamedTuple):
     """One step of a block; it is the same for all blocks of one length."""
 
     time: torch.Tensor  # (1, Q), of the latents
-    times: torch.Tensor | None  # (B, Q, K), of their tokens; like the next two None without a token head
+    times: (
+        torch.Tensor | None
+    )  # (B, Q, K), of their tokens; like the next two None without a token head
     uncertain: TokComChoice | None  # tokens that are partly noise
     chosen: TokComChoice | None  # tokens to draw in this step
     modulations: list[torch.Tensor]  # (1, Q, ...) of each layer
-    gain: torch.Tensor | float | None  # velocity per x - estimate; None if the scheduler takes the estimate itself
+    gain: (
+        torch.Tensor | float | None
+    )  # velocity per x - estimate; None if the scheduler takes the estimate itself
     scale: float = 1.0  # from the scheduler's x to that of the flow
 
     def with_given(self, known: torch.Tensor) -> "TokComStep":
@@ -282,7 +294,9 @@ class _WindowLayer:
         self.keys: torch.Tensor | None = None
         self.values: torch.Tensor | None = None
 
-    def update(self, keys: torch.Tensor, values: torch.Tensor, first: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, first: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the block's keys and values, and return all; if they are the `first`, of any number, return them alone."""
         if self.keys is None:
             self.keys = keys.new_zeros(*keys.shape[:2], self.window, keys.shape[3])
@@ -383,7 +397,9 @@ class VisibleContext(Context):
         keys = exists if self.context is None else torch.cat((self.context.mask, exists), dim=1)
         self.keys = None if bool(keys.all()) else keys
 
-    def predict(self, x: torch.Tensor, step: TokComStep, chunks: torch.Tensor | None) -> list[torch.Tensor]:
+    def predict(
+        self, x: torch.Tensor, step: TokComStep, chunks: torch.Tensor | None
+    ) -> list[torch.Tensor]:
         """What the network predicts of `x (B, Q, C)`: first with all that is known, then what guidance compares it with.
 
         `chunks (B, Q, K)` are the ids of the tokens that are decided.
@@ -397,7 +413,9 @@ class VisibleContext(Context):
             states.append(self._predict_beside_context(x, step, keys))
         return states + [self._predict(x, step, chunks, self.own_keys)] if self.guided else states
 
-    def _predict_beside_context(self, x: torch.Tensor, step: TokComStep, keys: torch.Tensor | None) -> torch.Tensor:
+    def _predict_beside_context(
+        self, x: torch.Tensor, step: TokComStep, keys: torch.Tensor | None
+    ) -> torch.Tensor:
         """The prediction for `[context | x]`, of which only that of x is kept."""
         context = self.context
         time = step.time.expand(x.shape[:2])
@@ -428,7 +446,9 @@ class CachedContext(Context):
         self.num_starts = int(config.start_latents)  # the learned latent of where a text starts
         self.window = config.max_position_embeddings + self.num_starts
         self.length = 0  # latents in the window
-        num_layers = config.num_hidden_layers + (config.num_context_layers > 0)  # one more for the context's states
+        num_layers = config.num_hidden_layers + (
+            config.num_context_layers > 0
+        )  # one more for the context's states
         self.cache = TokComWindowCache(num_layers, self.window)
         noise = task.noise
         self.filled = torch.zeros(len(noise), self.window, dtype=torch.bool, device=noise.device)
@@ -440,7 +460,9 @@ class CachedContext(Context):
         if self.context is not None:
             self._read_context(self.context)
 
-    def _with_start(self, context: TokComCodecOutput | None, noise: torch.Tensor) -> TokComCodecOutput:
+    def _with_start(
+        self, context: TokComCodecOutput | None, noise: torch.Tensor
+    ) -> TokComCodecOutput:
         """The context behind the learned latent of where a text starts."""
         batch, device = len(noise), noise.device
         latents = noise.new_zeros(batch, 1, noise.shape[-1])
@@ -461,7 +483,9 @@ class CachedContext(Context):
         if self.gaps is not None:
             for anchor in self.gaps.anchors:
                 is_read[0 if anchor is None else anchor + 1] = False
-            partial_tokens = torch.nn.functional.pad(self.gaps.partial, (0, 0, 1, 0))  # all of the start is known
+            partial_tokens = torch.nn.functional.pad(
+                self.gaps.partial, (0, 0, 1, 0)
+            )  # all of the start is known
             self.times = torch.where(partial_tokens, 0.0, 1.0)
         where = is_read.nonzero()[:, 0]
         if not len(where):
@@ -491,9 +515,13 @@ class CachedContext(Context):
     def _without_context(self) -> torch.Tensor:
         """What the head is told `(1, 1, D)` where nothing is known, not even that a text starts."""
         transformer, device = self.model.transformer, self.filled.device
-        features = torch.zeros(1, 1, transformer.config.feature_size, device=device, dtype=self.model.dtype)
+        features = torch.zeros(
+            1, 1, transformer.config.feature_size, device=device, dtype=self.model.dtype
+        )
         position_ids = torch.full((1, 1, 1), INSIDE_TEXT, device=device)
-        return transformer.read_context(features, position_ids, torch.ones(1, 1, 1, dtype=torch.bool, device=device))
+        return transformer.read_context(
+            features, position_ids, torch.ones(1, 1, 1, dtype=torch.bool, device=device)
+        )
 
     def begin(self, position_ids: torch.Tensor, exists: torch.Tensor, guided: bool) -> None:
         """Turn to the block at `position_ids (B, Q, A)`, of which `exists (B, Q)` are no padding."""
@@ -502,7 +530,9 @@ class CachedContext(Context):
         self.own_keys = None if bool(exists.all()) else exists
         self.guided = guided and self.length > self.num_starts
         self.keys = self.filled.clone()
-        self.keys[:, -exists.shape[1] :] = exists  # the last places of the window are those of the current block
+        self.keys[:, -exists.shape[1] :] = (
+            exists  # the last places of the window are those of the current block
+        )
         self.entries = []  # what the context layers say of the block: with context and, if guided, without
         if self.model.config.transformer_config.num_context_layers:
             enter = self.model.transformer.entry
@@ -515,7 +545,9 @@ class CachedContext(Context):
             elif self.guided:
                 self.entries.append(enter(self.position_ids))
 
-    def predict(self, x: torch.Tensor, step: TokComStep, chunks: torch.Tensor | None) -> list[torch.Tensor]:
+    def predict(
+        self, x: torch.Tensor, step: TokComStep, chunks: torch.Tensor | None
+    ) -> list[torch.Tensor]:
         """What the network predicts of `x (B, Q, C)` with its context and, if guided, without.
 
         `chunks (B, Q, K)` are the ids of the tokens that are decided.
@@ -524,11 +556,17 @@ class CachedContext(Context):
             # only the entry tells with context from without, so both fit in one batch
             count = len(self.entries)
             position_ids = torch.cat([self.position_ids] * count)
-            states = self._predict(x, step, chunks, position_ids=position_ids, entry=torch.cat(self.entries))
+            states = self._predict(
+                x, step, chunks, position_ids=position_ids, entry=torch.cat(self.entries)
+            )
             return list(states.chunk(count))
         entry, free_entry = self.entries[:1] or [None], self.entries[1:] or [None]
-        states = [self._predict(x, step, chunks, self.keys, past_key_values=self.cache, entry=entry[0])]
-        if self.guided:  # a cached key cannot exist for one half of a batch only, so this is a pass of its own
+        states = [
+            self._predict(x, step, chunks, self.keys, past_key_values=self.cache, entry=entry[0])
+        ]
+        if (
+            self.guided
+        ):  # a cached key cannot exist for one half of a batch only, so this is a pass of its own
             states.append(self._predict(x, step, chunks, self.own_keys, entry=free_entry[0]))
         return states
 

@@ -31,7 +31,9 @@ def seed(number: int) -> torch.Generator:
 
 def main() -> None:
     started = time.perf_counter()
-    pipe = TokComPipeline.from_pretrained(Path(__file__).resolve().parent)  # or the id of a repository
+    pipe = TokComPipeline.from_pretrained(
+        Path(__file__).resolve().parent
+    )  # or the id of a repository
     pipe.set_progress_bar_config(desc="denoising", leave=False)
     size = sum(parameter.numel() for parameter in pipe.model.parameters()) / 1e6
     print(f"\nTokCom: {size:.1f} M parameters, {pipe.chunk_size} tokens in each latent.")

@@ -27,7 +27,9 @@ from .layers_tokcom import CROSS_ENTROPY_CHUNK, TokComTokenEmbedding
 from .quantization_tokcom import VectorQuantizer
 
 MIN_SIGMA = 0.05  # the likelihood of clean latents would be infinite
-SMALL_VOCABULARY = 512  # so few symbols (digits, bits) are computed for all places of a chunk at once
+SMALL_VOCABULARY = (
+    512  # so few symbols (digits, bits) are computed for all places of a chunk at once
+)
 
 
 def nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
@@ -106,7 +108,11 @@ class _CrossEntropy(torch.autograd.Function):
         with torch.autocast(states.device.type, enabled=False):
             matrix, row, inputs = weight.to(dtype), bias.to(dtype), states.to(dtype)
             if trained:
-                gradients = (torch.empty_like(inputs), torch.zeros_like(weight), torch.zeros_like(bias))
+                gradients = (
+                    torch.empty_like(inputs),
+                    torch.zeros_like(weight),
+                    torch.zeros_like(bias),
+                )
             for part in parts:
                 logits = F.linear(inputs[part.rows], matrix, row)  # (r, V)
                 likelihood = part.likelihood()
@@ -135,7 +141,13 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx, gradient, _):
         states, weight, bias = ctx.saved_tensors
         states = states.to(ctx.dtype) * (gradient / ctx.count).to(ctx.dtype)
-        return states, weight * gradient.to(weight.dtype), bias * gradient.to(bias.dtype), None, None
+        return (
+            states,
+            weight * gradient.to(weight.dtype),
+            bias * gradient.to(bias.dtype),
+            None,
+            None,
+        )
 
 
 class _MeanEmbedding(torch.autograd.Function):
@@ -151,7 +163,9 @@ class _MeanEmbedding(torch.autograd.Function):
         ctx.weight = weight.dtype, weight.shape
         with torch.autocast(weight.device.type, enabled=False):
             matrix = weight.to(ctx.dtype)
-            return torch.cat([_MeanEmbedding.probabilities(ctx, part, prior) @ matrix for part in parts])
+            return torch.cat(
+                [_MeanEmbedding.probabilities(ctx, part, prior) @ matrix for part in parts]
+            )
 
     @staticmethod
     def probabilities(ctx, part: _Part, prior: torch.Tensor) -> torch.Tensor:
@@ -200,7 +214,10 @@ class TokComTokenHead(nn.Module):
     def progress(self, timestep: torch.Tensor) -> torch.Tensor:
         """Times of latents `(...)` -> how far each place has come, `(..., K)`; below 0 is not begun, above 1 is done."""
         places = torch.arange(self.num_symbols, device=timestep.device)
-        progress = timestep[..., None] * (1 + self.stagger * (self.num_symbols - 1)) - self.stagger * places
+        progress = (
+            timestep[..., None] * (1 + self.stagger * (self.num_symbols - 1))
+            - self.stagger * places
+        )
         # where a turn begins or ends is a whole number, whatever rounding says
         whole = progress.round()
         return torch.where((progress - whole).abs() < 1e-5, whole, progress)
@@ -241,7 +258,9 @@ class TokComTokenHead(nn.Module):
 
     # ---- rows ----
 
-    def _groups(self, choice: TokComChoice, symbols: TokComSymbols) -> Iterator[tuple[slice, int | torch.Tensor]]:
+    def _groups(
+        self, choice: TokComChoice, symbols: TokComSymbols
+    ) -> Iterator[tuple[slice, int | torch.Tensor]]:
         """Rows of the choice and their place; with a small vocabulary, of any places."""
         if symbols.table.shape[1] <= SMALL_VOCABULARY:
             yield slice(0, len(choice.index)), choice.index % self.num_symbols
@@ -257,10 +276,14 @@ class TokComTokenHead(nn.Module):
 
         `latents (B, N, C)` and `times (B, N, K)` are those of all tokens.
         """
-        own = latents.float().unflatten(-1, (self.num_symbols, -1)).flatten(0, -2)[choice.index]  # (R, C / K)
+        own = (
+            latents.float().unflatten(-1, (self.num_symbols, -1)).flatten(0, -2)[choice.index]
+        )  # (R, C / K)
         signal = times.float().flatten()[choice.index, None]
         precision = ((1 - signal).clamp_min(MIN_SIGMA) * self.noise_std) ** -2
-        factors = torch.cat((signal * precision * own, signal.square() * precision), dim=-1)  # (R, C / K + 1)
+        factors = torch.cat(
+            (signal * precision * own, signal.square() * precision), dim=-1
+        )  # (R, C / K + 1)
         parts = []
         for rows, place in self._groups(choice, symbols):
             for start in range(rows.start, rows.stop, CROSS_ENTROPY_CHUNK):
@@ -274,7 +297,9 @@ class TokComTokenHead(nn.Module):
         whole = values.new_zeros(choice.mask.numel(), *values.shape[1:])
         return whole.index_copy(0, choice.index, values).view(*choice.mask.shape, *values.shape[1:])
 
-    def _map(self, function: Callable, choice: TokComChoice, symbols, latents, times, *extra) -> torch.Tensor:
+    def _map(
+        self, function: Callable, choice: TokComChoice, symbols, latents, times, *extra
+    ) -> torch.Tensor:
         """`function(log-likelihood (r, V), columns, *extra rows)` of the chosen tokens, `(B, N, K, ...)`, 0 elsewhere.
 
         `extra` are tensors `(B, N, K, ...)`. Without a gradient.
@@ -286,7 +311,9 @@ class TokComTokenHead(nn.Module):
         for part in parts:
             with torch.autocast(latents.device.type, enabled=False):
                 likelihood = part.likelihood()
-            results.append(function(likelihood, part.columns[..., :-1], *(x[part.rows] for x in more)))
+            results.append(
+                function(likelihood, part.columns[..., :-1], *(x[part.rows] for x in more))
+            )
         if not results:  # an empty call says the shape of a row
             empty = symbols.columns[0]
             rows = [x[:0] for x in more]
@@ -332,10 +359,14 @@ class TokComTokenHead(nn.Module):
         table = torch.cat(table) * weight.shape[1] ** 0.5
         return F.embedding(rows, table).flatten(2)
 
-    def recognise(self, symbols: TokComSymbols, latents: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+    def recognise(
+        self, symbols: TokComSymbols, latents: torch.Tensor, times: torch.Tensor
+    ) -> torch.Tensor:
         """Ids `(B, N, K)` of the tokens that are clean, the others 0."""
         clean = TokComChoice.of(times == 1)
-        return self._map(lambda likelihood, table: likelihood.argmax(-1), clean, symbols, latents, times)
+        return self._map(
+            lambda likelihood, table: likelihood.argmax(-1), clean, symbols, latents, times
+        )
 
     # ---- predicting ----
 
@@ -355,7 +386,9 @@ class TokComTokenHead(nn.Module):
             for start in range(0, count, CROSS_ENTROPY_CHUNK)
         ]
         with torch.autocast(latents.device.type, enabled=False):
-            for rows, *rest in self._parts(noisy, symbols, latents, times) if len(noisy.index) else []:
+            for rows, *rest in (
+                self._parts(noisy, symbols, latents, times) if len(noisy.index) else []
+            ):
                 parts.append(_Part(slice(rows.start + count, rows.stop + count), *rest))
         rows = states.unflatten(-1, (self.num_symbols, -1)).flatten(0, -2)[index]  # (R, E)
         ids = chunks.flatten()[index]
@@ -366,30 +399,53 @@ class TokComTokenHead(nn.Module):
     def mean_latents(self, states, symbols: TokComSymbols, latents, times) -> torch.Tensor:
         """E[x1 | x_t] `(B, N, C)`; tokens that are clean stay as they are."""
 
-        def mean(likelihood: torch.Tensor, table: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        def mean(
+            likelihood: torch.Tensor, table: torch.Tensor, states: torch.Tensor
+        ) -> torch.Tensor:
             probabilities = (self.logits(states) + likelihood).softmax(-1)  # (R, V)
-            return probabilities @ table if table.ndim == 2 else (probabilities[:, None] @ table)[:, 0]
+            return (
+                probabilities @ table if table.ndim == 2 else (probabilities[:, None] @ table)[:, 0]
+            )
 
         states = states.unflatten(-1, (self.num_symbols, -1))
-        values = self._map(mean, TokComChoice.of(times < 1), symbols, latents, times, states)  # (B, N, K, C / K)
-        return torch.where((times == 1)[..., None], latents.float().view(values.shape), values).flatten(2)
+        values = self._map(
+            mean, TokComChoice.of(times < 1), symbols, latents, times, states
+        )  # (B, N, K, C / K)
+        return torch.where(
+            (times == 1)[..., None], latents.float().view(values.shape), values
+        ).flatten(2)
 
     def draw(
-        self, states, symbols: TokComSymbols, latents, times, chosen: TokComChoice, uniform, temperature=1.0, top_p=1.0
+        self,
+        states,
+        symbols: TokComSymbols,
+        latents,
+        times,
+        chosen: TokComChoice,
+        uniform,
+        temperature=1.0,
+        top_p=1.0,
     ) -> torch.Tensor:
         """Draw the `chosen` tokens with `uniform (B, N, K)` numbers in [0, 1); returns ids `(B, N, K)`.
 
         `temperature` divides what the network expects, not the likelihood; `top_p` cuts the result to its nucleus.
         """
 
-        def ids(likelihood: torch.Tensor, table: torch.Tensor, states: torch.Tensor, uniform: torch.Tensor):
+        def ids(
+            likelihood: torch.Tensor,
+            table: torch.Tensor,
+            states: torch.Tensor,
+            uniform: torch.Tensor,
+        ):
             probabilities = (self.logits(states) / temperature + likelihood).softmax(-1)  # (R, V)
             if top_p < 1:
                 probabilities = nucleus(probabilities, top_p)
             edges = probabilities.cumsum(-1)
             # just below the sum, so that rounding never selects what has no probability
             total = edges[:, -1:].nextafter(edges.new_zeros(()))
-            drawn = torch.searchsorted(edges, torch.minimum(uniform[:, None] * edges[:, -1:], total), right=True)
+            drawn = torch.searchsorted(
+                edges, torch.minimum(uniform[:, None] * edges[:, -1:], total), right=True
+            )
             return drawn[:, 0]
 
         states = states.unflatten(-1, (self.num_symbols, -1))
@@ -402,7 +458,9 @@ class TokComTokenHead(nn.Module):
             return (self.logits(states) + likelihood).argmax(-1)
 
         everywhere = TokComChoice.of(torch.ones_like(times, dtype=torch.bool))
-        return self._map(ids, everywhere, symbols, latents, times, states.unflatten(-1, (self.num_symbols, -1)))
+        return self._map(
+            ids, everywhere, symbols, latents, times, states.unflatten(-1, (self.num_symbols, -1))
+        )
 
 
 class TokComZeroNorm(nn.LayerNorm):
@@ -448,4 +506,11 @@ class TokComLatentHead(nn.Module):
         return latents, loss
 
 
-__all__ = ["TokComTokenHead", "TokComChoice", "TokComSymbols", "TokComLatentHead", "TokComLatentMLP", "nucleus"]
+__all__ = [
+    "TokComTokenHead",
+    "TokComChoice",
+    "TokComSymbols",
+    "TokComLatentHead",
+    "TokComLatentMLP",
+    "nucleus",
+]

@@ -215,10 +215,15 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
                 logits=logits, labels=labels[:, -kept:], vocab_size=logits.shape[-1], **loss_kwargs
             )
         return TokComCausalOutput(
-            loss=loss, logits=logits, past_key_values=cache if is_kept else None, last_hidden_state=states
+            loss=loss,
+            logits=logits,
+            past_key_values=cache if is_kept else None,
+            last_hidden_state=states,
         )
 
-    def _append(self, cache: TokComTextCache, input_ids: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    def _append(
+        self, cache: TokComTextCache, input_ids: torch.Tensor, real: torch.Tensor
+    ) -> torch.Tensor:
         """Add the real tokens to the ids of their rows; returns the place of each in its text, `(B, S)`."""
         size = self.config.codec_config.chunk_size
         batch = len(input_ids)
@@ -250,7 +255,9 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
         chunks = cache.ids.unflatten(1, (-1, size))  # (B, N, K)
         if cache.states is None:
             count = int(done.max())
-            places = torch.arange(-1, count, device=chunks.device).expand(len(chunks), -1)  # (B, 1 + n)
+            places = torch.arange(-1, count, device=chunks.device).expand(
+                len(chunks), -1
+            )  # (B, 1 + n)
             sees = places[:, None, :] <= places[:, :, None]
             features = self._features(cache, chunks[:, :count])
             features = torch.nn.functional.pad(features, (0, 0, 1, 0))
@@ -271,7 +278,9 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
         used = max(int(cache.places.max()) + 1, cache.keys[0].shape[2])
         cache.keys = [_grown(keys, 2, used) for keys in cache.keys]
         cache.values = [_grown(values, 2, used) for values in cache.values]
-        sees = torch.arange(cache.keys[0].shape[2], device=rows.device) <= cache.places[..., None]  # (R, m, W)
+        sees = (
+            torch.arange(cache.keys[0].shape[2], device=rows.device) <= cache.places[..., None]
+        )  # (R, m, W)
         features = self._features(cache, chunks[rows[:, None], index])
         found = self.transformer.read_context(features, index[..., None], sees, cache)
         states = _grown(cache.states, 1, used)
@@ -280,7 +289,9 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
 
     def _features(self, cache: TokComTextCache, chunks: torch.Tensor) -> torch.Tensor:
         """What the network reads of whole chunks `(B, n, K)`: `(B, n, K * E)`."""
-        return self.token_head.read(cache.symbols, None, torch.ones_like(chunks, dtype=torch.float32), chunks)
+        return self.token_head.read(
+            cache.symbols, None, torch.ones_like(chunks, dtype=torch.float32), chunks
+        )
 
     def _next_logits(
         self, cache: TokComTextCache, where: torch.Tensor, real: torch.Tensor
@@ -295,7 +306,9 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
         turns = torch.arange(size, device=row.device)
         own = cache.ids.unflatten(1, (-1, size))[row, chunk]  # (R, K)
         is_known = turns < place[:, None]
-        times = is_known.float()  # tokens before this one are clean, this one and those after it are noise
+        times = (
+            is_known.float()
+        )  # tokens before this one are clean, this one and those after it are noise
         features = head.read(cache.symbols, None, times[None], own[None])  # (1, R, K * E)
         noise = features.new_zeros(1, len(row), self.config.codec_config.latent_channels)
         states = self.transformer(
@@ -304,7 +317,9 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
             features=features,
             entry=cache.states[row, chunk][None].to(features.dtype),
         ).latents[0]
-        states = states.unflatten(-1, (size, -1))[torch.arange(len(row), device=row.device), place]  # (R, E)
+        states = states.unflatten(-1, (size, -1))[
+            torch.arange(len(row), device=row.device), place
+        ]  # (R, E)
         found = head.logits(states)
         whole = states.new_zeros(*where.shape, states.shape[-1]).index_put((row, column), states)
         logits = found.new_zeros(*where.shape, found.shape[-1]).index_put((row, column), found)
@@ -334,7 +349,14 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
             )
 
     @torch.no_grad()
-    def generate(self, inputs=None, *args, temperature: float | None = None, seed: int | None = None, **kwargs):
+    def generate(
+        self,
+        inputs=None,
+        *args,
+        temperature: float | None = None,
+        seed: int | None = None,
+        **kwargs,
+    ):
         """`GenerationMixin.generate`, in which `temperature=0` is greedy and `seed` makes samples reproducible."""
         if temperature is not None and temperature == 0:
             kwargs["do_sample"] = False

@@ -186,7 +186,9 @@ class TokComModel(TokComPreTrainedModel):
 
     def require(self, value: torch.Tensor | None, name: str) -> torch.Tensor:
         if value is None:
-            raise ValueError(f"`{name}` is missing, which a model with {self.config.codec_config.model_type!r} reads.")
+            raise ValueError(
+                f"`{name}` is missing, which a model with {self.config.codec_config.model_type!r} reads."
+            )
         return value
 
     @_entry_point
@@ -207,8 +209,16 @@ class TokComModel(TokComPreTrainedModel):
             raise ValueError(
                 f"a caption has {length} tokens, more than the model's maximum of {longest} (`condition_length`); shorten it."
             )
-        real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        return self.condition_embedding(input_ids), real, torch.arange(length, device=input_ids.device) - longest
+        real = (
+            torch.ones_like(input_ids, dtype=torch.bool)
+            if attention_mask is None
+            else attention_mask.bool()
+        )
+        return (
+            self.condition_embedding(input_ids),
+            real,
+            torch.arange(length, device=input_ids.device) - longest,
+        )
 
     def denoise(
         self, latents: torch.Tensor, timestep: torch.Tensor | float, *args, **kwargs
@@ -311,7 +321,9 @@ class TokComModel(TokComPreTrainedModel):
         return self.codec.from_codes(codes)
 
     @_entry_point
-    def decode(self, latents: torch.Tensor, **kwargs) -> TokComDecoderOutput | TokComImageOutput | TokComVideoOutput:
+    def decode(
+        self, latents: torch.Tensor, **kwargs
+    ) -> TokComDecoderOutput | TokComImageOutput | TokComVideoOutput:
         """Standardised latents `(B, N, C)` -> `.logits (B, N * K, V)`, or `.pixel_values (B, 3, H, W)` of images, for which
         `num_tokens` keeps the first ones only, or `(B, c, F, H, W)` of clips, for which `height` and `width` may differ from
         those of training."""
@@ -387,7 +399,9 @@ class TokComModel(TokComPreTrainedModel):
         read = inspect.signature(self.objective.loss).parameters
         unread = sorted(set(inputs) - set(read))
         if unread:
-            raise ValueError(f"{type(self.objective).__name__} does not read {unread}; leave them out.")
+            raise ValueError(
+                f"{type(self.objective).__name__} does not read {unread}; leave them out."
+            )
         # on other devices the check would wait for them at every step
         ids = inputs.get("input_ids")
         if ids is not None and ids.device.type == "cpu":
@@ -438,7 +452,9 @@ class TokComModel(TokComPreTrainedModel):
         if known_tokens is not None:
             known_latents = known_tokens.all(-1)
 
-        order = generation_order(valid, block_size, infill_rate, self.config.codec_config.group_size)
+        order = generation_order(
+            valid, block_size, infill_rate, self.config.codec_config.group_size
+        )
         times = sample_times(self.config, order, draws)
         if timestep is not None:
             times = torch.full_like(times, timestep)
@@ -447,11 +463,15 @@ class TokComModel(TokComPreTrainedModel):
 
         loss_mask = valid & ~known_latents if hides_known else valid
         if block_size is not None:
-            seen = _Seen(times, times, block_causal_mask(order, valid, sees_context, draws), loss_mask)
+            seen = _Seen(
+                times, times, block_causal_mask(order, valid, sees_context, draws), loss_mask
+            )
         else:
             if known_latents is None:  # several streams draw it, too: a seed keeps its meaning
                 known_latents = self._draw_known(valid, infill_rate)
-            seen = self._see_all(valid, known_latents, times, sees_context, hides_known, task, loss_mask)
+            seen = self._see_all(
+                valid, known_latents, times, sees_context, hides_known, task, loss_mask
+            )
         if known_tokens is not None:
             known_tokens = known_tokens & sees_context[:, None, None]
         noisy, place_times = self._add_noise(clean.latents, seen.times, draws, known_tokens)
@@ -466,7 +486,9 @@ class TokComModel(TokComPreTrainedModel):
             return draw_known(valid, infill_rate, self.config.codec_config.group_size)
         return torch.zeros_like(valid)
 
-    def _see_all(self, valid, known, times, sees_context, hides_known: bool, task, loss_mask) -> _Seen:
+    def _see_all(
+        self, valid, known, times, sees_context, hides_known: bool, task, loss_mask
+    ) -> _Seen:
         """What a bidirectional model sees: everything at once, the known part of it clean."""
         if task is not None:
             known, attention_mask = task
@@ -479,7 +501,9 @@ class TokComModel(TokComPreTrainedModel):
         told = known_times if self.config.transformer_config.per_latent_timestep else times
         return _Seen(known_times, told, attention_mask, loss_mask & ~known)
 
-    def _add_noise(self, latents, times, draws: int, known_tokens) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _add_noise(
+        self, latents, times, draws: int, known_tokens
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Noisy copies `(B, M * N, C)` of latents; with a token head also the times `(B, M * N, K)` of places."""
         targets = latents.repeat(1, draws, 1)
         noise = torch.randn_like(targets) * self.config.noise_std
@@ -489,10 +513,14 @@ class TokComModel(TokComPreTrainedModel):
             place_times = self.token_head.place_times(times)
             if known_tokens is not None:
                 place_times = torch.where(known_tokens.repeat(1, draws, 1), 1.0, place_times)
-            signal = place_times.repeat_interleave(targets.shape[-1] // place_times.shape[-1], dim=-1)
+            signal = place_times.repeat_interleave(
+                targets.shape[-1] // place_times.shape[-1], dim=-1
+            )
         return (1 - signal) * noise + signal * targets, place_times
 
-    def _predict_from(self, clean, noisy, seen, place_times, chunks, symbols, prefix, draws: int) -> torch.Tensor:
+    def _predict_from(
+        self, clean, noisy, seen, place_times, chunks, symbols, prefix, draws: int
+    ) -> torch.Tensor:
         """The transformer's outputs `(B, M, N, ...)`; block-causal models read the clean latents first."""
         batch, length = clean.mask.shape
         is_causal = self.config.transformer_config.block_size is not None

@@ -136,7 +136,9 @@ class TokComFlowObjective(TokComObjective):
                 raise ValueError(f"`{name}` ({value}) is a probability and must be in [0, 1).")
 
     def check(self, config) -> None:
-        if self.noise_draws < 1 or (self.noise_draws > 1 and config.transformer_config.block_size is None):
+        if self.noise_draws < 1 or (
+            self.noise_draws > 1 and config.transformer_config.block_size is None
+        ):
             raise ValueError(
                 f"`noise_draws` ({self.noise_draws}) must be at least 1, and 1 for a bidirectional model "
                 "(`block_size=None`), which has no clean half to share."
@@ -193,7 +195,9 @@ class TokComNextChunkObjective(TokComFlowObjective):
         chunks, real = model.codec.symbols(input_ids, attention_mask)  # (B, N, K)
         given, has_gaps, dropped = self._draw_rows(model, chunks, known_mask, input_ids, fills_gaps)
         begins = torch.ones_like(dropped) if text_start is None else text_start.bool()
-        states = _read_text(model, symbols, chunks, real, given, has_gaps, begins & ~dropped)  # (B, 1 + N, D)
+        states = _read_text(
+            model, symbols, chunks, real, given, has_gaps, begins & ~dropped
+        )  # (B, 1 + N, D)
 
         # only the chunks and times at which some token has its turn pass the head
         times = self._times(model, chunks, timestep)  # (B, M, N)
@@ -202,7 +206,9 @@ class TokComNextChunkObjective(TokComFlowObjective):
         wanted = (real & ~given)[:, None] & (progress < 1) & has_begun
         row, draw, place = wanted.any(-1).nonzero(as_tuple=True)  # (R,) each
         before = states[row, torch.where(dropped[row], 0, place)]  # (R, D)
-        place_times = torch.where(given[row, place], 1.0, head.warp(progress[row, draw, place]))  # (R, K)
+        place_times = torch.where(
+            given[row, place], 1.0, head.warp(progress[row, draw, place])
+        )  # (R, K)
         own = chunks[row, place]
         noisy = _noisy_chunks(model, symbols, own, place_times)
         states = model.transformer(
@@ -212,10 +218,14 @@ class TokComNextChunkObjective(TokComFlowObjective):
             entry=before[None],
         ).latents  # (1, R, K * E)
         chosen = wanted[row, draw, place]
-        mean, losses = head.nll(states, symbols, noisy[None], place_times[None], own[None], chosen[None])
+        mean, losses = head.nll(
+            states, symbols, noisy[None], place_times[None], own[None], chosen[None]
+        )
         everywhere = losses.new_zeros(chunks.shape)
         counts = everywhere.index_put((row, place), chosen.float(), accumulate=True)
-        tokens = everywhere.index_put((row, place), losses[0], accumulate=True) / counts.clamp_min(1)
+        tokens = everywhere.index_put((row, place), losses[0], accumulate=True) / counts.clamp_min(
+            1
+        )
         return TokComOutput(
             loss=mean,
             ce_loss=mean.detach(),
@@ -251,7 +261,9 @@ class TokComNextChunkObjective(TokComFlowObjective):
         if timestep is not None:
             return torch.full((batch, 1, length), timestep, device=device)
         if not model.training:
-            return (torch.arange(turns, device=device) / turns)[None, :, None].expand(batch, turns, length)
+            return (torch.arange(turns, device=device) / turns)[None, :, None].expand(
+                batch, turns, length
+            )
         draws = self.noise_draws
         shares = torch.rand(batch, draws, length, device=device)
         shares = (shares + torch.arange(draws, device=device)[:, None]) / draws
@@ -269,7 +281,9 @@ def _read_text(model, symbols, chunks, real, given, has_gaps, begins) -> torch.T
     batch, length, _ = chunks.shape
     plan = ContextPlan.of(given, has_gaps)
     blank = (plan.partial[..., None] & ~given) | ~real
-    features = model.token_head.read(symbols, None, torch.where(blank, 0.0, 1.0), chunks)  # (B, N, K * E)
+    features = model.token_head.read(
+        symbols, None, torch.where(blank, 0.0, 1.0), chunks
+    )  # (B, N, K * E)
     features = F.pad(features, (0, 0, 1, 0))
     positions = torch.arange(-1, length, device=chunks.device).repeat(batch, 1)
     positions[:, 0] = torch.where(begins, START_OF_TEXT, INSIDE_TEXT)
@@ -287,7 +301,11 @@ def _noisy_chunks(model, symbols, chunks: torch.Tensor, place_times: torch.Tenso
 def _clean_latents(model, latents, *source) -> TokComCodecOutput:
     """What the frozen codec makes of the data, or the `latents` that were encoded before."""
     with torch.no_grad():
-        return model.codec.encode(*source) if latents is None else model.codec.known(latents.to(model.dtype))
+        return (
+            model.codec.encode(*source)
+            if latents is None
+            else model.codec.known(latents.to(model.dtype))
+        )
 
 
 @dataclass
@@ -415,7 +433,9 @@ class TokComTextLatentObjective(TokComFlowObjective):
         loss = self.mse_weight * error
         estimate, loss, weight = self._estimate(model, found.states[:, 0], loss)
         with torch.set_grad_enabled(torch.is_grad_enabled() and weight > 0):
-            tokens, count = self._decoded_nll(model, estimate, found.loss_mask, input_ids, attention_mask)
+            tokens, count = self._decoded_nll(
+                model, estimate, found.loss_mask, input_ids, attention_mask
+            )
             cross_entropy = tokens.sum() / count
         is_whole = tokens.shape[1] == found.loss_mask.shape[1]
         return TokComOutput(
@@ -429,7 +449,9 @@ class TokComTextLatentObjective(TokComFlowObjective):
         known = None
         if known_mask is not None:
             known = model.codec.to_chunks(known_mask, None)[0].bool().all(-1)  # (B, N)
-        return model.predict_noised(self, clean, timestep, known_latents=known, hides_known=known is not None)
+        return model.predict_noised(
+            self, clean, timestep, known_latents=known, hides_known=known is not None
+        )
 
     def _estimate(self, model, states, loss) -> tuple[torch.Tensor, torch.Tensor, float]:
         """What is decoded, the loss so far, and the weight of the cross-entropy."""
@@ -444,7 +466,9 @@ class TokComTextLatentObjective(TokComFlowObjective):
         counted = real & loss_mask[..., None]
         if model.training and self.ce_share < 1:
             count = max(1, round(self.ce_share * estimate.shape[1]))
-            chosen = torch.rand(loss_mask.shape, device=loss_mask.device).argsort(1)[:, :count, None]
+            chosen = torch.rand(loss_mask.shape, device=loss_mask.device).argsort(1)[
+                :, :count, None
+            ]
             estimate = estimate.gather(1, chosen.expand(-1, -1, estimate.shape[2]))
             chunks = chunks.gather(1, chosen.expand(-1, -1, chunks.shape[2]))
             counted = counted.gather(1, chosen.expand(-1, -1, counted.shape[2]))
@@ -460,7 +484,9 @@ class TokComHeadObjective(TokComTextLatentObjective):
     def check(self, config) -> None:
         super().check(config)
         if not config.has_latent_head:
-            raise ValueError("stage 'head' trains `latent_head` and `latent_refiner`, but both are 'none'.")
+            raise ValueError(
+                "stage 'head' trains `latent_head` and `latent_refiner`, but both are 'none'."
+            )
 
     def trained_parts(self, model) -> list[nn.Module]:
         return [model.latent_head]
@@ -505,12 +531,18 @@ class TokComStreamObjective(TokComObjective):
                 f"`mse_weight` ({self.mse_weight}) and `ce_weight` ({self.ce_weight}) must not be negative, "
                 "and one of them must be positive."
             )
-        if set(weights) - set(names) or min(weights.values(), default=1) < 0 or not sum(weights.values() or [1]):
+        if (
+            set(weights) - set(names)
+            or min(weights.values(), default=1) < 0
+            or not sum(weights.values() or [1])
+        ):
             raise ValueError(
                 f"`stream_weights` ({weights}) must be of the streams {names}, not negative and not all 0."
             )
         if set(rates) - set(names) or not all(0 < rate <= 1 for rate in rates.values()):
-            raise ValueError(f"`generation_rates` ({rates}) must be of the streams {names}, in (0, 1].")
+            raise ValueError(
+                f"`generation_rates` ({rates}) must be of the streams {names}, in (0, 1]."
+            )
 
     def loss(
         self,
@@ -527,14 +559,18 @@ class TokComStreamObjective(TokComObjective):
         task = self._task(model, clean, given)
         shown = [name for name in streams if clean.mask[:, codec.places[name].start].any()]
         if not shown:
-            raise ValueError("no row of this batch has any stream; `present` must be true somewhere.")
+            raise ValueError(
+                "no row of this batch has any stream; `present` must be true somewhere."
+            )
         prediction, loss_mask = self._predict(model, clean, timestep, task, shown)
         errors = prediction.float() - clean.latents[:, None].float()
         error = codec.squared_error(errors, loss_mask, self.stream_weights)
         loss = self.mse_weight * error
         cross_entropy = None
         if self.ce_weight:
-            cross_entropy = codec.text_nll(prediction[:, 0], streams, loss_mask, self.stream_weights)
+            cross_entropy = codec.text_nll(
+                prediction[:, 0], streams, loss_mask, self.stream_weights
+            )
             loss = loss if cross_entropy is None else loss + self.ce_weight * cross_entropy
             cross_entropy = loss.new_zeros(()) if cross_entropy is None else cross_entropy.detach()
         return TokComOutput(loss=loss, ce_loss=cross_entropy, mse_loss=error.detach())
@@ -546,7 +582,9 @@ class TokComStreamObjective(TokComObjective):
             return model.codec.draw_task(clean.mask, dropout, self.generation_rates)
         model.codec.check_names(given)
         everywhere = clean.mask.new_ones(len(clean.mask))
-        known = model.codec.exists(dict.fromkeys(given, everywhere), len(everywhere), everywhere.device)
+        known = model.codec.exists(
+            dict.fromkeys(given, everywhere), len(everywhere), everywhere.device
+        )
         return known & clean.mask, clean.mask
 
     def _predict(self, model, clean, timestep, task, names) -> tuple[torch.Tensor, torch.Tensor]:
@@ -555,7 +593,9 @@ class TokComStreamObjective(TokComObjective):
             found = model.predict_noised(self, clean, timestep, task=task)
             return found.states, found.loss_mask
         places = model.codec.index_of(names, clean.latents.device)
-        part = TokComCodecOutput(clean.latents[:, places], clean.position_ids[:, places], clean.mask[:, places])
+        part = TokComCodecOutput(
+            clean.latents[:, places], clean.position_ids[:, places], clean.mask[:, places]
+        )
         task = tuple(mask[:, places] for mask in task)
         found = model.predict_noised(self, part, timestep, task=task)
         states = found.states.new_zeros(*found.states.shape[:2], *clean.latents.shape[1:])

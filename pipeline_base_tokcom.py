@@ -46,8 +46,13 @@ PIPELINE_NAMES = {
 }
 CARD = "README.md"
 HTTP_ERROR = HfHubHTTPError.__bases__[0]  # of the client that huggingface_hub uses, whichever it is
-WEIGHTS = ["model*.safetensors", "model.safetensors.index.json"]  # of earlier pushes, which these replace
-WHERE = re.compile(r'^path_or_id = ".*"', re.MULTILINE)  # the line of a card's example that names the repository
+WEIGHTS = [
+    "model*.safetensors",
+    "model.safetensors.index.json",
+]  # of earlier pushes, which these replace
+WHERE = re.compile(
+    r'^path_or_id = ".*"', re.MULTILINE
+)  # the line of a card's example that names the repository
 PICTURE = re.compile(r"!\[[^\]]*\]\(([^)\s]+)\)")
 CARD_TEXT = """---
 library_name: transformers
@@ -87,7 +92,9 @@ def explain_hub_errors(repo_id: str) -> Iterator[None]:
             f"pushing to {repo_id!r} needs a token: run `hf auth login`, set HF_TOKEN, or pass `token`."
         ) from error
     except HFValidationError as error:
-        raise ValueError(f"{repo_id!r} is not a valid repository id: write it as 'user/name'. ({error})") from error
+        raise ValueError(
+            f"{repo_id!r} is not a valid repository id: write it as 'user/name'. ({error})"
+        ) from error
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else None
         remedy = {
@@ -118,7 +125,12 @@ def with_section(card: str, heading: str, body: str) -> str:
     found = re.search(rf"^## {re.escape(heading)}\n.*?(?=^## |\Z)", card, re.MULTILINE | re.DOTALL)
     if found is None:
         return card.rstrip() + "\n\n" + section
-    return card[: found.start()] + section + ("\n" if found.end() < len(card) else "") + card[found.end() :]
+    return (
+        card[: found.start()]
+        + section
+        + ("\n" if found.end() < len(card) else "")
+        + card[found.end() :]
+    )
 
 
 def copy_pictures(card: str, source: Path, target: Path) -> None:
@@ -222,11 +234,17 @@ class TokComBasePipeline(DiffusionPipeline):
         facts = self._card_facts()
         codec = sum(p.numel() for p in self.model.codec.parameters())
         total = sum(p.numel() for p in self.model.parameters())
-        objective = {"tokens": "predicts token probabilities", "latents": "predicts latents"}[config.prediction_type]
+        objective = {"tokens": "predicts token probabilities", "latents": "predicts latents"}[
+            config.prediction_type
+        ]
         block_size = config.transformer_config.block_size
-        objective += ", all latents at once" if block_size is None else f", {block_size} latent(s) at a time"
+        objective += (
+            ", all latents at once" if block_size is None else f", {block_size} latent(s) at a time"
+        )
         text = CARD_TEXT.format(
-            more="".join(f"{key}: {json.dumps(value)}\n" for key, value in metadata.items() if value),
+            more="".join(
+                f"{key}: {json.dumps(value)}\n" for key, value in metadata.items() if value
+            ),
             title=title,
             parameters=f"{total:,}",
             codec=f"{codec:,}",
@@ -235,7 +253,9 @@ class TokComBasePipeline(DiffusionPipeline):
             objective=objective,
             **facts._asdict(),
         )
-        return text + "".join(f"\n## {heading}\n\n{body.strip()}\n" for heading, body in (sections or {}).items())
+        return text + "".join(
+            f"\n## {heading}\n\n{body.strip()}\n" for heading, body in (sections or {}).items()
+        )
 
     def _save_components(self, directory: Path) -> None:
         """Save everything but the model and the code."""
@@ -262,10 +282,14 @@ class TokComBasePipeline(DiffusionPipeline):
         directory.mkdir(parents=True, exist_ok=True)
         # what was there stays if this fails
         with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as partial:
-            self.model.save_pretrained(partial, **({"max_shard_size": max_shard_size} if max_shard_size else {}))
+            self.model.save_pretrained(
+                partial, **({"max_shard_size": max_shard_size} if max_shard_size else {})
+            )
             written = sorted(Path(partial).iterdir())
             # one file and several shards must not lie side by side: the one file would be loaded
-            stale = {file.name for pattern in WEIGHTS for file in directory.glob(pattern)} - {f.name for f in written}
+            stale = {file.name for pattern in WEIGHTS for file in directory.glob(pattern)} - {
+                f.name for f in written
+            }
             for file in written:
                 file.replace(directory / file.name)
             for name in stale:
@@ -278,7 +302,9 @@ class TokComBasePipeline(DiffusionPipeline):
         if push_to_hub:
             text = (directory / CARD).read_text()
             name = repo_id or directory.resolve().name
-            self.push_to_hub(name, private=private, token=token, max_shard_size=max_shard_size, card=text)
+            self.push_to_hub(
+                name, private=private, token=token, max_shard_size=max_shard_size, card=text
+            )
 
     def push_to_hub(
         self,
@@ -301,7 +327,9 @@ class TokComBasePipeline(DiffusionPipeline):
             repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
             if revision is not None and not revision.startswith("refs/"):
                 create_branch(repo_id, branch=revision, token=token, exist_ok=True)
-            text = WHERE.sub(f'path_or_id = "{repo_id}"', card or self.model_card(repo_id.split("/")[-1]))
+            text = WHERE.sub(
+                f'path_or_id = "{repo_id}"', card or self.model_card(repo_id.split("/")[-1])
+            )
             self.save_pretrained(folder, max_shard_size, card=text)
             if pictures is not None:
                 copy_pictures(text, Path(pictures), Path(folder))
@@ -334,9 +362,13 @@ class TokComBasePipeline(DiffusionPipeline):
 
     @property
     def _pad_token_id(self) -> int:
-        return getattr(self.model.config.codec_config, "pad_token_id", self.model.config.text_vocab_size - 1)
+        return getattr(
+            self.model.config.codec_config, "pad_token_id", self.model.config.text_vocab_size - 1
+        )
 
-    def _tokenize(self, texts: Sequence[str], name: str, special_tokens: bool = False) -> list[list[int]]:
+    def _tokenize(
+        self, texts: Sequence[str], name: str, special_tokens: bool = False
+    ) -> list[list[int]]:
         """Ids of each text; raises `ValueError` with the argument's `name` for an empty one, or without a tokenizer."""
         return tokenize_texts(self.tokenizer, texts, name, special_tokens)
 
@@ -360,10 +392,14 @@ class TokComBasePipeline(DiffusionPipeline):
             return batch_size, None
         captions = [prompt] if isinstance(prompt, str) else prompt
         if not isinstance(captions, (list, tuple)):
-            raise ValueError(f"`prompt` must be a caption or a list of captions, not a {type(prompt).__name__}.")
+            raise ValueError(
+                f"`prompt` must be a caption or a list of captions, not a {type(prompt).__name__}."
+            )
         if not captions:
             raise ValueError("`prompt` is an empty list; give at least one caption.")
-        rows = [[] if caption == "" else self._tokenize([caption], "prompt")[0] for caption in captions]
+        rows = [
+            [] if caption == "" else self._tokenize([caption], "prompt")[0] for caption in captions
+        ]
         return len(rows), self.model.condition(*self._pad(rows, "right"))
 
     def _to_latents(self, latents: torch.Tensor) -> torch.Tensor:
@@ -377,7 +413,9 @@ class TokComBasePipeline(DiffusionPipeline):
             latents = self.model.from_codes(latents.long())
         channels = self.model.config.codec_config.latent_channels
         if latents.ndim != 3 or latents.shape[-1] != channels:
-            raise ValueError(f"`latents` has shape {tuple(latents.shape)} but (B, N, {channels}) is needed.")
+            raise ValueError(
+                f"`latents` has shape {tuple(latents.shape)} but (B, N, {channels}) is needed."
+            )
         return latents
 
     # ---- checks of arguments ----
@@ -395,7 +433,9 @@ class TokComBasePipeline(DiffusionPipeline):
         if length is not None and length[1] < 1:
             raise ValueError(f"`{length[0]}` ({length[1]}) must be at least 1.")
         if output_type is not None and output_type not in self.output_types:
-            raise ValueError(f"`output_type` ({output_type!r}) must be one of {self.output_types} for this model.")
+            raise ValueError(
+                f"`output_type` ({output_type!r}) must be one of {self.output_types} for this model."
+            )
         unknown = set(callback_on_step_end_tensor_inputs or []) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(
@@ -435,7 +475,9 @@ class TokComBasePipeline(DiffusionPipeline):
         return TokComBlockSampler(self.model, self.scheduler, sampling or TokComSampling())
 
     def _step_callback(
-        self, callback: Callable[[Any, int, int, dict], dict] | None, tensor_inputs: list[str] | None
+        self,
+        callback: Callable[[Any, int, int, dict], dict] | None,
+        tensor_inputs: list[str] | None,
     ) -> StepCallback | None:
         """The user's `callback_on_step_end` as `sample_blocks` calls it: x in, x out."""
         if callback is None:
@@ -477,9 +519,13 @@ class TokComBasePipeline(DiffusionPipeline):
         num_blocks = len(split_blocks(task.noise.shape[1], block_size, task.edges))
         bar = None
 
-        def after_step(block: int, step: int, timestep: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        def after_step(
+            block: int, step: int, timestep: torch.Tensor, x: torch.Tensor
+        ) -> torch.Tensor:
             nonlocal bar
-            steps = len(self.scheduler.timesteps)  # known only now: some schedulers add steps of their own
+            steps = len(
+                self.scheduler.timesteps
+            )  # known only now: some schedulers add steps of their own
             self._num_timesteps = steps * num_blocks
             if bar is None:
                 bar = self.progress_bar(total=self._num_timesteps)
@@ -499,4 +545,11 @@ class TokComBasePipeline(DiffusionPipeline):
                 bar.close()
 
 
-__all__ = ["PIPELINE_NAMES", "CardFacts", "TokComBasePipeline", "copy_pictures", "explain_hub_errors", "with_section"]
+__all__ = [
+    "PIPELINE_NAMES",
+    "CardFacts",
+    "TokComBasePipeline",
+    "copy_pictures",
+    "explain_hub_errors",
+    "with_section",
+]

@@ -127,13 +127,19 @@ class TokComImagePipeline(TokComBasePipeline):
         self.check_inputs(num_inference_steps, output_type, callback_on_step_end_tensor_inputs)
         batch_size, prefix = self._caption_prefix(prompt, batch_size)
         if prefix is None and guidance_scale != 1.0:
-            raise ValueError(f"`guidance_scale` ({guidance_scale}) needs a `prompt` to move towards; leave it at 1.")
-        noise = self.prepare_latents(batch_size, self.model.config.codec_config.num_tokens, generator, latents)
+            raise ValueError(
+                f"`guidance_scale` ({guidance_scale}) needs a `prompt` to move towards; leave it at 1."
+            )
+        noise = self.prepare_latents(
+            batch_size, self.model.config.codec_config.num_tokens, generator, latents
+        )
         result, _ = self.sample_latents(
             TokComTask(noise, prefix=prefix),
             TokComSampling(num_inference_steps, guidance_scale, generator=generator),
             decode=False,
-            on_step_end=self._step_callback(callback_on_step_end, callback_on_step_end_tensor_inputs),
+            on_step_end=self._step_callback(
+                callback_on_step_end, callback_on_step_end_tensor_inputs
+            ),
         )
         output = self._show(result, output_type)
         return output if return_dict else output.to_tuple()
@@ -155,7 +161,9 @@ class TokComImagePipeline(TokComBasePipeline):
         latents = self._to_latents(latents)
         config = self.model.config.codec_config
         if latents.shape[1] != config.num_tokens:
-            raise ValueError(f"`latents` has shape {tuple(latents.shape)} but {config.num_tokens} tokens are needed.")
+            raise ValueError(
+                f"`latents` has shape {tuple(latents.shape)} but {config.num_tokens} tokens are needed."
+            )
         return self._show(latents, output_type, num_tokens)
 
     def reconstruct(
@@ -283,13 +291,17 @@ class TokComVideoPipeline(TokComBasePipeline):
         """
         self.check_inputs(num_inference_steps, output_type, callback_on_step_end_tensor_inputs)
         given = None if frames is None else self._read(frames, "frames", height, width)
-        batch_size, prefix = self._caption_prefix(prompt, batch_size if given is None else len(given))
+        batch_size, prefix = self._caption_prefix(
+            prompt, batch_size if given is None else len(given)
+        )
         if guidance_scale != 1.0 and prefix is None and given is None:
             raise ValueError(
                 f"`guidance_scale` ({guidance_scale}) needs captions or frames to move towards; leave it at 1."
             )
         if given is not None and len(given) != batch_size:
-            raise ValueError(f"there are {batch_size} captions but {len(given)} clips of first frames; give one each.")
+            raise ValueError(
+                f"there are {batch_size} captions but {len(given)} clips of first frames; give one each."
+            )
         size = self._size_of(given, height, width)
         inputs = None if given is None else self._to_codec(given)
         context, position_ids = lay_out_clip(self.model, inputs, num_frames, size)
@@ -305,7 +317,9 @@ class TokComVideoPipeline(TokComBasePipeline):
         output = self._show(result, output_type, size, given)
         return output if return_dict else output.to_tuple()
 
-    def _size_of(self, clips: torch.Tensor | None, height: int | None, width: int | None) -> tuple[int, int]:
+    def _size_of(
+        self, clips: torch.Tensor | None, height: int | None, width: int | None
+    ) -> tuple[int, int]:
         """Height and width in pixels: those of clips, those asked for, or those of training."""
         if clips is not None:
             return clips.shape[-2], clips.shape[-1]
@@ -315,9 +329,13 @@ class TokComVideoPipeline(TokComBasePipeline):
     def _to_codec(self, clips: torch.Tensor) -> torch.Tensor:
         """What the codec reads of clips of pixels: themselves, or their latents in the external autoencoder."""
         self._check_vae()
-        return clips if self.vae is None else encode_clips(self.vae, clips).to(self._execution_device)
+        return (
+            clips if self.vae is None else encode_clips(self.vae, clips).to(self._execution_device)
+        )
 
-    def _read(self, videos: Any, name: str, height: int | None = None, width: int | None = None) -> torch.Tensor:
+    def _read(
+        self, videos: Any, name: str, height: int | None = None, width: int | None = None
+    ) -> torch.Tensor:
         image_size = self.model.config.codec_config.image_size
         return read_clips(videos, image_size, name, height, width).to(self._execution_device)
 
@@ -337,11 +355,17 @@ class TokComVideoPipeline(TokComBasePipeline):
 
     @torch.no_grad()
     def decode(
-        self, latents: torch.Tensor, output_type: str = "pil", height: int | None = None, width: int | None = None
+        self,
+        latents: torch.Tensor,
+        output_type: str = "pil",
+        height: int | None = None,
+        width: int | None = None,
     ) -> TokComVideoPipelineOutput:
         """Latents `(B, N, C)` or integer codes `(B, N, R)` -> `.videos`, by default of the size of training."""
         self.check_inputs(output_type=output_type)
-        return self._show(self._to_latents(latents), output_type, self._size_of(None, height, width))
+        return self._show(
+            self._to_latents(latents), output_type, self._size_of(None, height, width)
+        )
 
     @torch.no_grad()
     def reconstruct(self, videos: Any, output_type: str = "pil") -> TokComVideoPipelineOutput:
@@ -350,14 +374,20 @@ class TokComVideoPipeline(TokComBasePipeline):
         return self.decode(self.encode(clips).latents, output_type, *clips.shape[-2:])
 
     def _show(
-        self, latents: torch.Tensor, output_type: str, size: tuple[int, int], given: torch.Tensor | None = None
+        self,
+        latents: torch.Tensor,
+        output_type: str,
+        size: tuple[int, int],
+        given: torch.Tensor | None = None,
     ) -> TokComVideoPipelineOutput:
         """Latents as clips of `size`, which begin with the frames `given (B, 3, F, H, W)` as they are."""
         self._check_vae()
         videos = None
         if output_type != "latent":
             factor = self.model.config.codec_config.spatial_compression
-            videos = self.model.decode(latents, height=size[0] // factor, width=size[1] // factor).pixel_values
+            videos = self.model.decode(
+                latents, height=size[0] // factor, width=size[1] // factor
+            ).pixel_values
             if self.vae is not None:
                 videos = decode_clips(self.vae, videos)
             if given is not None:
@@ -472,13 +502,17 @@ class TokComOmniPipeline(TokComBasePipeline):
         """Streams -> `.latents (B, N, C)` of all, 0 where a stream is absent."""
         contents = as_lists(self.model.codec, streams, "streams")
         if not contents:
-            raise ValueError(f"`streams` is empty; give at least one of the streams {self.model.codec.names}.")
+            raise ValueError(
+                f"`streams` is empty; give at least one of the streams {self.model.codec.names}."
+            )
         _, latents = self._read_given(contents, 0)
         self.maybe_free_model_hooks()
         return TokComOmniPipelineOutput(latents=latents)
 
     @torch.no_grad()
-    def decode(self, latents: torch.Tensor, names: Sequence[str] | None = None) -> TokComOmniPipelineOutput:
+    def decode(
+        self, latents: torch.Tensor, names: Sequence[str] | None = None
+    ) -> TokComOmniPipelineOutput:
         """Latents `(B, N, C)` of all streams -> `.streams`, by default all, otherwise those with `names`."""
         names = self.model.codec.names if names is None else list(names)
         self.model.codec.check_names(names)
@@ -496,14 +530,21 @@ class TokComOmniPipeline(TokComBasePipeline):
         """The latents of the given streams alone, and those of all `(B, N, C)`, 0 if not given; each row `copies` times."""
         codec, device = self.model.codec, self._execution_device
         if not contents:
-            return None, torch.zeros(batch_size * copies, codec.num_latents, codec.num_channels, device=device)
-        streams = {name: read_stream(codec, name, v, self.tokenizer).to(device) for name, v in contents.items()}
+            return None, torch.zeros(
+                batch_size * copies, codec.num_latents, codec.num_channels, device=device
+            )
+        streams = {
+            name: read_stream(codec, name, v, self.tokenizer).to(device)
+            for name, v in contents.items()
+        }
         encoded = self.model.encode(streams=streams)
         index = codec.index_of(list(contents), encoded.latents.device)
         latents = encoded.latents.repeat_interleave(copies, 0)
         positions = encoded.position_ids.repeat_interleave(copies, 0)
         mask = encoded.mask.repeat_interleave(copies, 0)
-        return TokComCodecOutput(latents[:, index], positions[:, index], mask[:, index]), latents.float()
+        return TokComCodecOutput(
+            latents[:, index], positions[:, index], mask[:, index]
+        ), latents.float()
 
     def _stream_ids(self, name: str, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids of a stream of texts, of latents `(B, N, C)` of all, and the mask of what stands before their end."""
@@ -516,7 +557,9 @@ class TokComOmniPipeline(TokComBasePipeline):
         config = self.model.codec.streams[name].config
         if config.kind == "text":
             ids, mask = self._stream_ids(name, latents)
-            return ids.tolist() if self.tokenizer is None else decode_rows(self.tokenizer, ids, mask)
+            return (
+                ids.tolist() if self.tokenizer is None else decode_rows(self.tokenizer, ids, mask)
+            )
         output = self.model.decode_stream(name, latents)
         if config.kind == "audio":
             return TokComAudioProcessor(config).postprocess(output.input_features)
@@ -534,7 +577,9 @@ class TokComOmniPipeline(TokComBasePipeline):
             for row, values, kept in zip(rows, ids.tolist(), mask.tolist()):
                 row += [(name, value) for value, keep in zip(values, kept) if keep]
         starts = range(0, len(rows), num_candidates)
-        return latents[[start + most_alike(rows[start : start + num_candidates]) for start in starts]]
+        return latents[
+            [start + most_alike(rows[start : start + num_candidates]) for start in starts]
+        ]
 
     def _collect(
         self, latents: torch.Tensor, given: dict[str, list], names: list[str], output_type: str
@@ -546,7 +591,9 @@ class TokComOmniPipeline(TokComBasePipeline):
             made = given | {name: self._write_stream(name, latents) for name in names}
             streams = {name: made[name] for name in self.model.codec.names if name in made}
             for name, content in streams.items():
-                first_of_kind.setdefault(KIND_FIELDS[self.model.codec.streams[name].config.kind], content)
+                first_of_kind.setdefault(
+                    KIND_FIELDS[self.model.codec.streams[name].config.kind], content
+                )
         self.maybe_free_model_hooks()
         return TokComOmniPipelineOutput(streams=streams, latents=latents, **first_of_kind)
 

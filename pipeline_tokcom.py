@@ -143,11 +143,16 @@ class TokComPipeline(TokComBasePipeline):
         Raises `ValueError` for an empty or too long prompt and for arguments out of range.
         """
         self.check_inputs(
-            num_inference_steps, output_type, callback_on_step_end_tensor_inputs, ("gen_length", gen_length)
+            num_inference_steps,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+            ("gen_length", gen_length),
         )
         prompts = as_prompts(self.tokenizer, prompt)
         if streamer is not None and (len(prompts) > 1 or output_type == "latent"):
-            raise ValueError(f"`streamer` shows text of one prompt, not {len(prompts)} prompts as {output_type!r}.")
+            raise ValueError(
+                f"`streamer` shows text of one prompt, not {len(prompts)} prompts as {output_type!r}."
+            )
         rows = prompt_ids(self.tokenizer, prompts, self.max_length)
         skip, blocks = self.continue_ids(
             rows,
@@ -155,7 +160,9 @@ class TokComPipeline(TokComBasePipeline):
             TokComSampling(num_inference_steps, guidance_scale, [], temperature, top_p, generator),
             latents=latents,
             stop=output_type != "latent",
-            on_step_end=self._step_callback(callback_on_step_end, callback_on_step_end_tensor_inputs),
+            on_step_end=self._step_callback(
+                callback_on_step_end, callback_on_step_end_tensor_inputs
+            ),
         )
         if streamer is not None:
             streamer.put(torch.tensor(rows))
@@ -246,7 +253,9 @@ class TokComPipeline(TokComBasePipeline):
         if output.texts is not None:
             lengths = output.attention_mask.sum(-1).tolist()
             new = [ids[:length] for ids, length in zip(output.sequences.tolist(), lengths)]
-            output.texts = [continue_text(self.tokenizer, *parts) for parts in zip(prompts, rows, new)]
+            output.texts = [
+                continue_text(self.tokenizer, *parts) for parts in zip(prompts, rows, new)
+            ]
         return output
 
     def _finish(
@@ -261,9 +270,13 @@ class TokComPipeline(TokComBasePipeline):
         self.maybe_free_model_hooks()
         if output_type == "latent":
             return TokComPipelineOutput(latents=latents)
-        sequences, mask = take_new(ids, gen_length, skip or [0] * len(ids), self._eos_token_id, self._pad_token_id)
+        sequences, mask = take_new(
+            ids, gen_length, skip or [0] * len(ids), self._eos_token_id, self._pad_token_id
+        )
         texts = decode_rows(self.tokenizer, sequences, mask) if output_type == "text" else None
-        return TokComPipelineOutput(texts=texts, sequences=sequences, latents=latents, attention_mask=mask)
+        return TokComPipelineOutput(
+            texts=texts, sequences=sequences, latents=latents, attention_mask=mask
+        )
 
     @property
     def _eos_token_id(self) -> int | None:
@@ -296,7 +309,9 @@ class TokComPipeline(TokComBasePipeline):
         The arguments are those of `__call__`. Characters whose bytes are not complete yet wait for the next piece.
         """
         if not isinstance(prompt, str):
-            raise ValueError(f"`prompt` must be one text, not {prompt!r}; call stream_batch for several.")
+            raise ValueError(
+                f"`prompt` must be one text, not {prompt!r}; call stream_batch for several."
+            )
         for (piece,) in self.stream_batch(
             [prompt], gen_length, num_inference_steps, guidance_scale, temperature, top_p, generator
         ):
@@ -323,7 +338,9 @@ class TokComPipeline(TokComBasePipeline):
         """
         lengths = [gen_length] * len(prompts) if isinstance(gen_length, int) else list(gen_length)
         if not prompts or len(lengths) != len(prompts):
-            raise ValueError(f"`gen_length` has {len(lengths)} entries for {len(prompts)} prompts; give one each.")
+            raise ValueError(
+                f"`gen_length` has {len(lengths)} entries for {len(prompts)} prompts; give one each."
+            )
         self.check_inputs(num_inference_steps, length=("gen_length", min(lengths)))
 
         def ask_to_stop(pipe, step, timestep, x):
@@ -338,7 +355,9 @@ class TokComPipeline(TokComBasePipeline):
             stop=True,
             on_step_end=None if should_stop is None else ask_to_stop,
         )
-        texts = [StreamedText(self.tokenizer, *parts) for parts in zip(prompts, rows, lengths, skip)]
+        texts = [
+            StreamedText(self.tokenizer, *parts) for parts in zip(prompts, rows, lengths, skip)
+        ]
         for _, block in blocks:
             if self._interrupt:  # the block may be unfinished
                 break
@@ -370,12 +389,18 @@ class TokComPipeline(TokComBasePipeline):
             )
         self._check_length(num_chunks)
         noise = self.prepare_latents(batch_size, num_chunks, generator, latents)
-        sampling = TokComSampling(num_inference_steps, temperature=temperature, top_p=top_p, generator=generator)
-        new_latents, ids = self.sample_latents(TokComTask(noise), sampling, decode=output_type != "latent")
+        sampling = TokComSampling(
+            num_inference_steps, temperature=temperature, top_p=top_p, generator=generator
+        )
+        new_latents, ids = self.sample_latents(
+            TokComTask(noise), sampling, decode=output_type != "latent"
+        )
         return self._finish(new_latents, ids, num_chunks * self.chunk_size, output_type)
 
     @torch.no_grad()
-    def encode(self, text: str | list[str], output_file: str | os.PathLike | None = None) -> TokComPipelineOutput:
+    def encode(
+        self, text: str | list[str], output_file: str | os.PathLike | None = None
+    ) -> TokComPipelineOutput:
         """Mode 4: texts -> latents, and a safetensors file with `latents` and `attention_mask` if a name is given.
 
         A codec with a quantiser also gives `codes`, which are what the file then holds.
@@ -388,7 +413,9 @@ class TokComPipeline(TokComBasePipeline):
         self.maybe_free_model_hooks()
         if output_file is not None:
             write_latents(output_file, encoded.latents, encoded.codes, mask, self.chunk_size)
-        return TokComPipelineOutput(sequences=ids, latents=encoded.latents, attention_mask=mask, codes=encoded.codes)
+        return TokComPipelineOutput(
+            sequences=ids, latents=encoded.latents, attention_mask=mask, codes=encoded.codes
+        )
 
     @torch.no_grad()
     def decode(
@@ -403,11 +430,19 @@ class TokComPipeline(TokComBasePipeline):
         latents = self._to_latents(latents)
         sequences = self.model.to_ids(latents)
         self.maybe_free_model_hooks()
-        mask = torch.ones_like(sequences) if attention_mask is None else attention_mask.to(sequences.device)
+        mask = (
+            torch.ones_like(sequences)
+            if attention_mask is None
+            else attention_mask.to(sequences.device)
+        )
         if mask.shape != sequences.shape:
-            raise ValueError(f"`attention_mask` has shape {tuple(mask.shape)} but {tuple(sequences.shape)} is needed.")
+            raise ValueError(
+                f"`attention_mask` has shape {tuple(mask.shape)} but {tuple(sequences.shape)} is needed."
+            )
         texts = decode_rows(self.tokenizer, sequences, mask)
-        return TokComPipelineOutput(texts=texts, sequences=sequences, latents=latents, attention_mask=mask)
+        return TokComPipelineOutput(
+            texts=texts, sequences=sequences, latents=latents, attention_mask=mask
+        )
 
     def reconstruct(self, text: str | list[str]) -> TokComPipelineOutput:
         """Mode 2: encode and decode; the text as the codec remembers it."""
@@ -433,13 +468,17 @@ class TokComPipeline(TokComBasePipeline):
         `num_inference_steps * (1 - noise_level)` steps, at least one. How many tokens survive is in docs/modes.md.
         """
         if not 0.0 <= noise_level <= 1.0:
-            raise ValueError(f"`noise_level` ({noise_level}) must be in [0, 1]: 0 is pure noise, 1 is the clean text.")
+            raise ValueError(
+                f"`noise_level` ({noise_level}) must be in [0, 1]: 0 is pure noise, 1 is the clean text."
+            )
         self.check_inputs(num_inference_steps)
         encoded = self.encode(text)
         if noise_level == 1.0:
             return self.decode(encoded.latents, encoded.attention_mask)
         self._check_length(encoded.latents.shape[1])
-        sampling = TokComSampling(num_inference_steps, temperature=temperature, top_p=top_p, generator=generator)
+        sampling = TokComSampling(
+            num_inference_steps, temperature=temperature, top_p=top_p, generator=generator
+        )
         if self._predicts_tokens:
             return self._redraw_tokens(encoded, noise_level, sampling)
         return self._redraw_latents(encoded, noise_level, sampling)
@@ -457,7 +496,9 @@ class TokComPipeline(TokComBasePipeline):
             exists=encoded.attention_mask.unflatten(1, (-1, self.chunk_size)).any(-1),
             sigma_start=1 - noise_level,
         )
-        result, _ = self.sample_latents(task, replace(sampling, num_inference_steps=steps), decode=False)
+        result, _ = self.sample_latents(
+            task, replace(sampling, num_inference_steps=steps), decode=False
+        )
         return self.decode(result, encoded.attention_mask)
 
     def _redraw_tokens(
@@ -473,7 +514,9 @@ class TokComPipeline(TokComBasePipeline):
             sequences[row, real] = torch.tensor(filled, device=sequences.device)
         self.maybe_free_model_hooks()
         texts = decode_rows(self.tokenizer, sequences, encoded.attention_mask)
-        return TokComPipelineOutput(texts=texts, sequences=sequences, attention_mask=encoded.attention_mask)
+        return TokComPipelineOutput(
+            texts=texts, sequences=sequences, attention_mask=encoded.attention_mask
+        )
 
     # ---- gaps ----
 
@@ -497,10 +540,16 @@ class TokComPipeline(TokComBasePipeline):
             raise ValueError(f"`text` must be one text, not {text!r}; call infill for each.")
         pieces = text.split(GAP)
         if len(pieces) < 2 or not any(piece.strip() for piece in pieces):
-            raise ValueError(f"`text` ({text!r}) must hold known text and at least one gap, written {GAP!r}.")
-        known = [piece.rstrip(" ") for piece in pieces[:-1]] + pieces[-1:]  # a gap's first word brings its own space
+            raise ValueError(
+                f"`text` ({text!r}) must hold known text and at least one gap, written {GAP!r}."
+            )
+        known = [piece.rstrip(" ") for piece in pieces[:-1]] + pieces[
+            -1:
+        ]  # a gap's first word brings its own space
         rows = [self._tokenize([piece], "text")[0] if piece.strip() else [] for piece in known]
-        sampling = TokComSampling(num_inference_steps, guidance_scale, [], temperature, top_p, generator)
+        sampling = TokComSampling(
+            num_inference_steps, guidance_scale, [], temperature, top_p, generator
+        )
         fill = self._fill_tokens if self._predicts_tokens else self._fill_latents
         gaps, latents = fill(rows, gap_length, sampling)
         self.maybe_free_model_hooks()
@@ -564,7 +613,10 @@ class TokComPipeline(TokComBasePipeline):
         Gaps are whole chunks, and the text before the first is padded on its left.
         """
         gap_latents = self._num_latents(gap_length)
-        pieces = [self._pad([row], "right" if i else "left") if row else None for i, row in enumerate(rows)]
+        pieces = [
+            self._pad([row], "right" if i else "left") if row else None
+            for i, row in enumerate(rows)
+        ]
         known = sum(piece[0].shape[1] for piece in pieces if piece is not None)
         self._check_filled_length(known + gap_latents * self.chunk_size * (len(rows) - 1))
         noise = self.prepare_latents(1, gap_latents * (len(rows) - 1), sampling.generator)

@@ -45,7 +45,10 @@ def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBas
 
     The model's last id is that of padding, so tokenizer and model have the same number of ids.
     """
-    if tokenizer.pad_token_id == len(tokenizer) - 1 and tokenizer.pad_token_id != tokenizer.eos_token_id:
+    if (
+        tokenizer.pad_token_id == len(tokenizer) - 1
+        and tokenizer.pad_token_id != tokenizer.eos_token_id
+    ):
         return tokenizer
     vocabulary = tokenizer.get_vocab()
     new = next(token for token in PAD_TOKENS if token not in vocabulary)
@@ -59,25 +62,36 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     return last if tokenizer.pad_token_id == last != tokenizer.eos_token_id else len(tokenizer)
 
 
-def text_ids(tokenizer: PreTrainedTokenizerBase, text: str | list[str], special_tokens: bool = False) -> list:
+def text_ids(
+    tokenizer: PreTrainedTokenizerBase, text: str | list[str], special_tokens: bool = False
+) -> list:
     """Ids of one text, or of each of several, without start or end tokens.
 
     What spells a special token, such as `</s>`, is text like any other. With `special_tokens` it is the token instead, as
     in the text that a chat template makes.
     """
-    options = {"add_special_tokens": False, "verbose": False, "split_special_tokens": not special_tokens}
+    options = {
+        "add_special_tokens": False,
+        "verbose": False,
+        "split_special_tokens": not special_tokens,
+    }
     return tokenizer(text, **options)["input_ids"]
 
 
 def tokenize_texts(
-    tokenizer: PreTrainedTokenizerBase | None, texts: Sequence[str], name: str, special_tokens: bool = False
+    tokenizer: PreTrainedTokenizerBase | None,
+    texts: Sequence[str],
+    name: str,
+    special_tokens: bool = False,
 ) -> list[list[int]]:
     """Ids of each text; raises `ValueError` with the argument's `name` for an empty one, or without a tokenizer."""
     for text in texts:
         if not isinstance(text, str):
             raise ValueError(f"`{name}` must be a text or a list of texts, not {_describe(text)}.")
     if tokenizer is None:
-        raise ValueError(f"`{name}` is text, but this pipeline has no tokenizer; pass one when building it.")
+        raise ValueError(
+            f"`{name}` is text, but this pipeline has no tokenizer; pass one when building it."
+        )
     rows = [text_ids(tokenizer, text, special_tokens) for text in texts]
     for text, row in zip(texts, rows):
         if not row:
@@ -87,7 +101,9 @@ def tokenize_texts(
     return rows
 
 
-def pad_ids(rows: list[list[int]], length: int, pad_token_id: int, side: str) -> tuple[torch.Tensor, torch.Tensor]:
+def pad_ids(
+    rows: list[list[int]], length: int, pad_token_id: int, side: str
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of ids, padded on the `side` "left" or "right" -> ids and mask of what is real, both `(B, length)`."""
     ids = torch.full((len(rows), length), pad_token_id)
     mask = torch.zeros_like(ids)
@@ -117,7 +133,9 @@ def end_at_eos(
     sequences: torch.Tensor, eos_token_id: int | None, pad_token_id: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids `(B, T)` with the pad id behind the first EOS of each row, and the mask of what is kept."""
-    ended = torch.zeros_like(sequences) if eos_token_id is None else (sequences == eos_token_id).long()
+    ended = (
+        torch.zeros_like(sequences) if eos_token_id is None else (sequences == eos_token_id).long()
+    )
     mask = (ended.cumsum(-1) - ended == 0).long()  # the EOS itself is kept
     return torch.where(mask.bool(), sequences, pad_token_id), mask
 
@@ -140,7 +158,9 @@ def text_rows(rows: list[list[int]], length: int, eos_token_id: int) -> torch.Te
     return torch.tensor([[*row[:length], *[eos_token_id] * (length - len(row))] for row in rows])
 
 
-def continue_text(tokenizer: PreTrainedTokenizerBase, text: str, known: list[int], new: list[int]) -> str:
+def continue_text(
+    tokenizer: PreTrainedTokenizerBase, text: str, known: list[int], new: list[int]
+) -> str:
     """What to append to `text`, whose ids are `known`, for the ids `new`.
 
     Both are decoded together, since many tokenizers drop a space at the start of what they decode; a space that
@@ -202,7 +222,9 @@ class StreamedText:
             reason = "length"
         text = continue_text(self.tokenizer, self.prompt, self.prompt_ids, self.ids)
         if reason is None:
-            text = text.rstrip("\ufffd")  # a character whose bytes are not complete waits for the next block
+            text = text.rstrip(
+                "\ufffd"
+            )  # a character whose bytes are not complete waits for the next block
         self.piece = TokComPiece(text[len(self.shown) :], len(self.ids), reason)
         self.shown = max(self.shown, text, key=len)
         return self.piece
@@ -231,7 +253,9 @@ def as_prompts(tokenizer: PreTrainedTokenizerBase | None, prompt: Any) -> list[s
 # ---- files of latents ----
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase | None, prompts: list[str], max_length: int) -> list[list[int]]:
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase | None, prompts: list[str], max_length: int
+) -> list[list[int]]:
     """Ids of prompts; raises `ValueError` for one that is empty or longer than `max_length`.
 
     Trailing spaces are left to the continuation, whose first word carries its own.
@@ -239,10 +263,14 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase | None, prompts: list[str], ma
     rows = []
     for prompt in prompts:
         text = prompt.rstrip(" ") if isinstance(prompt, str) else prompt
-        rows += tokenize_texts(tokenizer, [text], "prompt", special_tokens=isinstance(prompt, ChatText))
+        rows += tokenize_texts(
+            tokenizer, [text], "prompt", special_tokens=isinstance(prompt, ChatText)
+        )
     longest = max(map(len, rows))
     if longest > max_length:
-        raise ValueError(f"`prompt` has {longest} tokens, more than the model's maximum of {max_length}; shorten it.")
+        raise ValueError(
+            f"`prompt` has {longest} tokens, more than the model's maximum of {max_length}; shorten it."
+        )
     return rows
 
 
@@ -255,21 +283,35 @@ def write_latents(
 ) -> None:
     """Write the codes if there are any, in the smallest integers that hold them, otherwise the latents; and the mask."""
     if codes is None:
-        tensors = {"latents": latents.float().cpu().contiguous(), "attention_mask": attention_mask.cpu().contiguous()}
+        tensors = {
+            "latents": latents.float().cpu().contiguous(),
+            "attention_mask": attention_mask.cpu().contiguous(),
+        }
     else:
-        fitting = [dtype for dtype in (torch.int16, torch.int32) if int(codes.max()) <= torch.iinfo(dtype).max]
+        fitting = [
+            dtype
+            for dtype in (torch.int16, torch.int32)
+            if int(codes.max()) <= torch.iinfo(dtype).max
+        ]
         dtype = fitting[0] if fitting else codes.dtype
-        tensors = {"codes": codes.to(dtype).cpu(), "attention_mask": attention_mask.to(torch.uint8).cpu()}
+        tensors = {
+            "codes": codes.to(dtype).cpu(),
+            "attention_mask": attention_mask.to(torch.uint8).cpu(),
+        }
     save_file(tensors, str(file), metadata={"format": "pt", "chunk_size": str(chunk_size)})
 
 
-def read_latents(file: str | os.PathLike, chunk_size: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+def read_latents(
+    file: str | os.PathLike, chunk_size: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Latents or codes, and the mask, of a file that `encode` wrote; `ValueError` if it did not, or for another model."""
     try:
         with safe_open(str(file), framework="pt") as tensors:
             found = (tensors.metadata() or {}).get("chunk_size", str(chunk_size))
             latents = tensors.get_tensor("codes" if "codes" in tensors.keys() else "latents")
-            mask = tensors.get_tensor("attention_mask") if "attention_mask" in tensors.keys() else None
+            mask = (
+                tensors.get_tensor("attention_mask") if "attention_mask" in tensors.keys() else None
+            )
     except SafetensorError as error:
         raise ValueError(f"{file} is not a latents file written by encode ({error}).") from error
     if found != str(chunk_size):
@@ -293,7 +335,9 @@ def _open_picture(file: str | os.PathLike) -> Image.Image:
         image = Image.open(file)
         image.load()
     except (OSError, SyntaxError) as error:
-        raise ValueError(f"{os.fspath(file)!r} is not a picture that can be read ({error}).") from error
+        raise ValueError(
+            f"{os.fspath(file)!r} is not a picture that can be read ({error})."
+        ) from error
     return image
 
 
@@ -310,7 +354,9 @@ def as_pictures(images: Any, name: str = "images") -> list[Any]:
         raise ValueError(f"`{name}` is an empty list; give at least one picture.")
     for picture in pictures:
         if not (isinstance(picture, Image.Image) or _is_file(picture) or _is_array(picture, 2, 3)):
-            raise ValueError(f"`{name}` must be {PICTURE_FORMS}, or a list of these, not {_describe(picture)}.")
+            raise ValueError(
+                f"`{name}` must be {PICTURE_FORMS}, or a list of these, not {_describe(picture)}."
+            )
     return pictures
 
 
@@ -331,7 +377,9 @@ def as_clips(videos: Any, name: str = "videos") -> list[torch.Tensor | list[Any]
 def _one_clip(clip: Any, name: str) -> torch.Tensor | list[Any]:
     if isinstance(clip, torch.Tensor) and clip.ndim == 4:
         if clip.shape[0] != 3:
-            raise ValueError(f"`{name}` as a tensor must be (3, F, H, W) or (B, 3, F, H, W), not {tuple(clip.shape)}.")
+            raise ValueError(
+                f"`{name}` as a tensor must be (3, F, H, W) or (B, 3, F, H, W), not {tuple(clip.shape)}."
+            )
         return clip
     if _is_file(clip):
         return [frame.convert("RGBA") for frame in ImageSequence.Iterator(_open_picture(clip))]
@@ -390,7 +438,9 @@ class TokComAudioProcessor:
         try:
             sound = np.asarray(sound, dtype=np.float32)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"a sound must be samples (n,) or a .wav file, not {_describe(sound)}.") from error
+            raise ValueError(
+                f"a sound must be samples (n,) or a .wav file, not {_describe(sound)}."
+            ) from error
         if sound.ndim != 1 or not sound.size or not np.isfinite(sound).all():
             raise ValueError(
                 f"a sound must be finite samples (n,) of one channel, not an array of shape {sound.shape}; mix channels first."
@@ -419,14 +469,24 @@ class TokComAudioProcessor:
         try:
             import librosa
         except ImportError as error:
-            raise ValueError("to hear log-mel features librosa is needed: pip install librosa") from error
-        options = {"hop_length": self.config.hop_length, "win_length": self.config.fft_length, "random_state": 0}
+            raise ValueError(
+                "to hear log-mel features librosa is needed: pip install librosa"
+            ) from error
+        options = {
+            "hop_length": self.config.hop_length,
+            "win_length": self.config.fft_length,
+            "random_state": 0,
+        }
         sounds = []
         for features in input_features.float().cpu().numpy():
             bands = np.maximum(10.0 ** np.minimum(features, 6), FLOOR) - FLOOR
             spectrum = librosa.util.nnls(self.filters.T, bands) ** 0.5  # magnitudes
             sound = librosa.griffinlim(
-                spectrum, n_iter=ITERATIONS, n_fft=self.config.fft_length, length=self.config.num_samples, **options
+                spectrum,
+                n_iter=ITERATIONS,
+                n_fft=self.config.fft_length,
+                length=self.config.num_samples,
+                **options,
             )
             sounds.append((0.95 * sound / max(np.abs(sound).max(), 1e-4)).astype(np.float32))
         return sounds
@@ -437,7 +497,9 @@ def read_wav(file: str | Path) -> tuple[np.ndarray, int]:
     try:
         with wave.open(str(file)) as stream:
             if stream.getsampwidth() != 2:
-                raise ValueError(f"{file} has {8 * stream.getsampwidth()} bits a sample; 16 are read.")
+                raise ValueError(
+                    f"{file} has {8 * stream.getsampwidth()} bits a sample; 16 are read."
+                )
             samples = np.frombuffer(stream.readframes(stream.getnframes()), dtype="<i2")
             return samples.reshape(-1, stream.getnchannels()).mean(1) / 32768, stream.getframerate()
     except (wave.Error, EOFError, OSError) as error:
@@ -501,11 +563,15 @@ class TokComImageProcessor(BaseImageProcessor):
     def _prepare_image(self, image: Image.Image) -> torch.Tensor:
         image = ImageOps.exif_transpose(image)  # cameras store how they were held
         if min(image.size) < 1:
-            raise ValueError(f"a picture of {image.width} x {image.height} pixels shows nothing; leave it out.")
+            raise ValueError(
+                f"a picture of {image.width} x {image.height} pixels shows nothing; leave it out."
+            )
         if image.mode.startswith("I;16"):  # 16 bits a pixel
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if image.mode in ("I", "F"):
-            raise ValueError(f"a picture of mode {image.mode!r} has no known range; convert it to 8 bits first.")
+            raise ValueError(
+                f"a picture of mode {image.mode!r} has no known range; convert it to 8 bits first."
+            )
         if image.mode != "RGB":  # what is transparent becomes white
             image = image.convert("RGBA")
             white = Image.new("RGBA", image.size, (255, 255, 255, 255))

@@ -37,13 +37,17 @@ from .heads_tokcom import TokComChoice
 from .modeling_tokcom import TokComModel
 from .scheduling_tokcom import signal_time
 
-Blocks = Iterator[tuple[torch.Tensor, torch.Tensor | None]]  # latents (B, Q, C) and ids (B, Q * K) of each block
+Blocks = Iterator[
+    tuple[torch.Tensor, torch.Tensor | None]
+]  # latents (B, Q, C) and ids (B, Q * K) of each block
 
 
 # ---- random numbers ----
 
 
-def spawn_generators(generator: torch.Generator | list[torch.Generator] | None, rows: int) -> list[torch.Generator]:
+def spawn_generators(
+    generator: torch.Generator | list[torch.Generator] | None, rows: int
+) -> list[torch.Generator]:
     """A generator for each of `rows`, seeded by one draw from `generator`, or from each of a list.
 
     The numbers of a row depend on that draw and on the row's index alone, not on how many rows there are.
@@ -64,7 +68,10 @@ def spawn_generators(generator: torch.Generator | list[torch.Generator] | None, 
 
 def row_noise(generators: list[torch.Generator], num_latents: int, channels: int) -> torch.Tensor:
     """Standard normal noise `(B, n, C)` on the CPU; that of a latent does not depend on how many follow it."""
-    rows = [[torch.randn(channels, generator=source) for _ in range(num_latents)] for source in generators]
+    rows = [
+        [torch.randn(channels, generator=source) for _ in range(num_latents)]
+        for source in generators
+    ]
     return torch.stack([torch.stack(row) for row in rows])
 
 
@@ -104,7 +111,9 @@ class TokComSampling:
 
         Raises `ValueError` for values out of range, and for a temperature of a model without probabilities.
         """
-        if isinstance(self.guidance_scale, bool) or not isinstance(self.guidance_scale, (int, float)):
+        if isinstance(self.guidance_scale, bool) or not isinstance(
+            self.guidance_scale, (int, float)
+        ):
             raise ValueError(
                 f"`guidance_scale` ({self.guidance_scale!r}) must be one number for this model; give a number."
             )
@@ -118,7 +127,11 @@ class TokComSampling:
             found.top_p = config.sampling_top_p if has_probabilities else 1.0
         for name in ("temperature", "top_p"):
             value = getattr(found, name)
-            if value <= 0 or (value != 1.0 and not has_probabilities) or (name == "top_p" and value > 1):
+            if (
+                value <= 0
+                or (value != 1.0 and not has_probabilities)
+                or (name == "top_p" and value > 1)
+            ):
                 raise ValueError(
                     f"`{name}` ({value}) must be positive, `top_p` at most 1, and both 1 for `prediction_type="
                     f"{config.prediction_type!r}`: only 'tokens' has probabilities."
@@ -229,7 +242,9 @@ class TokComStepPlanner:
                 f"{name} (eta {config.get('eta')}) cannot sample `prediction_type='tokens'`, whose tokens have times of "
                 "their own; use TokComFlowMatchScheduler with eta 0 or FlowMatchEulerDiscreteScheduler."
             )
-        if self.is_diffusion and (config.prediction_type != "sample" or self.model.config.noise_std != 1):
+        if self.is_diffusion and (
+            config.prediction_type != "sample" or self.model.config.noise_std != 1
+        ):
             raise ValueError(
                 f"{name} has `prediction_type={config.prediction_type!r}`, but the model estimates the sample, with noise of "
                 f"standard deviation {self.model.config.noise_std}; use 'sample' and a model of `noise_std` 1."
@@ -238,7 +253,9 @@ class TokComStepPlanner:
     @property
     def is_diffusion(self) -> bool:
         """Whether the scheduler is that of a variance-preserving diffusion, not of a flow."""
-        return hasattr(self.scheduler, "alphas_cumprod") and not self.scheduler.config.get("use_flow_sigmas")
+        return hasattr(self.scheduler, "alphas_cumprod") and not self.scheduler.config.get(
+            "use_flow_sigmas"
+        )
 
     @property
     def takes_turns(self) -> bool:
@@ -262,9 +279,13 @@ class TokComStepPlanner:
             )
             return [round(step * turns / steps) / turns for step in range(steps)] + [1.0]
         counts = [steps // turns + (turn < steps % turns) for turn in range(turns)]
-        return [(turn + i / count) / turns for turn, count in enumerate(counts) for i in range(count)] + [1.0]
+        return [
+            (turn + i / count) / turns for turn, count in enumerate(counts) for i in range(count)
+        ] + [1.0]
 
-    def set_timesteps(self, sigma_start: float, device: torch.device, turns: list[float] | None = None) -> None:
+    def set_timesteps(
+        self, sigma_start: float, device: torch.device, turns: list[float] | None = None
+    ) -> None:
         """Lay out the scheduler's grid from `sigma_start`, or on the times `turns` of a latent, whatever its shift.
 
         Raises `ValueError` if the scheduler cannot do that.
@@ -287,7 +308,11 @@ class TokComStepPlanner:
             found = scheduler.sigmas[:-1].double().cpu()
             if turns is None and abs(float(found[0]) - sigma_start) < 1e-3:
                 return
-            if turns is not None and len(found) == len(sigmas) and float((found - wanted).abs().max()) < 1e-3:
+            if (
+                turns is not None
+                and len(found) == len(sigmas)
+                and float((found - wanted).abs().max()) < 1e-3
+            ):
                 return
         if turns is not None:
             raise ValueError(
@@ -303,9 +328,13 @@ class TokComStepPlanner:
         """Lay out the scheduler's grid for a block `x (B, Q, C)`, and what each step needs that no block changes."""
         length = x.shape[1]
         turns = self._turn_grid() if self.takes_turns and sigma_start == 1 else None
-        self.set_timesteps(sigma_start, x.device, turns)  # also resets the scheduler for the next block
+        self.set_timesteps(
+            sigma_start, x.device, turns
+        )  # also resets the scheduler for the next block
         if length not in self._plans:
-            self._plans[length] = self._diffusion_plan(x) if self.is_diffusion else self._flow_plan(x, turns)
+            self._plans[length] = (
+                self._diffusion_plan(x) if self.is_diffusion else self._flow_plan(x, turns)
+            )
         return self._plans[length]
 
     def _flow_plan(self, x: torch.Tensor, turns: list[float] | None) -> list[TokComStep]:
@@ -328,7 +357,9 @@ class TokComStepPlanner:
             # scheduler's Euler step is exact for every token
             signal = self.model.channel_times(now)
             next_signal = self.model.channel_times(following)
-            gain = (next_signal - signal) / (1 - signal).clamp_min(1e-6) / (sigmas[i] - sigmas[i + 1])
+            gain = (
+                (next_signal - signal) / (1 - signal).clamp_min(1e-6) / (sigmas[i] - sigmas[i + 1])
+            )
             plan.append(TokComStep(now, times, uncertain, chosen, modulations, gain))
         return plan
 
@@ -342,7 +373,11 @@ class TokComStepPlanner:
             now = torch.full((1, x.shape[1]), float(signal_time(signal, noise)), device=x.device)
             modulations = self.model.transformer.modulate(now)
             # signal * x1 + noise * x0 is (signal + noise) times the flow's x at that time
-            plan.append(TokComStep(now, None, None, None, modulations, gain=None, scale=float(1 / (signal + noise))))
+            plan.append(
+                TokComStep(
+                    now, None, None, None, modulations, gain=None, scale=float(1 / (signal + noise))
+                )
+            )
         return plan
 
 
@@ -363,7 +398,9 @@ class TokComBlockSampler:
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, time: float) -> torch.Tensor:
         """Clean `latents (B, n, C)` and `noise` -> x at the `time` in [0, 1]."""
-        signal = self.model.channel_times(torch.full(latents.shape[:2], time, device=latents.device))
+        signal = self.model.channel_times(
+            torch.full(latents.shape[:2], time, device=latents.device)
+        )
         return (1 - signal) * noise + signal * latents
 
     def blocks(
@@ -386,16 +423,24 @@ class TokComBlockSampler:
             exists = torch.ones(noise.shape[:2], dtype=torch.bool, device=noise.device)
         block_size = self.model.config.transformer_config.block_size
         if block_size is None:
-            context = VisibleContext(self.model, task, [part for part, _ in self.sampling.omissions])
+            context = VisibleContext(
+                self.model, task, [part for part, _ in self.sampling.omissions]
+            )
         else:
             context = CachedContext(self.model, task)
         sources = spawn_generators(self.sampling.generator, len(noise))
-        first_blocks, last_blocks = ({}, set()) if task.gaps is None else task.gaps.bounds(block_size)
+        first_blocks, last_blocks = (
+            ({}, set()) if task.gaps is None else task.gaps.bounds(block_size)
+        )
         for index, block in enumerate(split_blocks(noise.shape[1], block_size, task.edges)):
             if index in first_blocks:
                 context.read_anchor(first_blocks[index])
-            context.begin(position_ids[:, block], exists[:, block], guided=self.sampling.guidance_scale != 1.0)
-            x = noise[:, block].clone(memory_format=torch.contiguous_format)  # compiled code depends on strides
+            context.begin(
+                position_ids[:, block], exists[:, block], guided=self.sampling.guidance_scale != 1.0
+            )
+            x = noise[:, block].clone(
+                memory_format=torch.contiguous_format
+            )  # compiled code depends on strides
             given = None if task.given is None else task.given.part(block)
             after_step = None if on_step_end is None else partial(on_step_end, index)
             x, ids = self._denoise(x, context, task.sigma_start, given, sources, after_step)
@@ -405,7 +450,9 @@ class TokComBlockSampler:
             if ids is None and not is_last and model_has_tokens:
                 ids = self.model.to_ids(x)
             yield x, ids
-            if not is_last and index not in last_blocks:  # the chunk in which a gap ends is in the context already
+            if (
+                not is_last and index not in last_blocks
+            ):  # the chunk in which a gap ends is in the context already
                 context.append(x, ids)
 
     def _denoise(
@@ -423,13 +470,17 @@ class TokComBlockSampler:
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         extra = {"generator": sources} if takes_generator else {}
         chunks = None  # (B, Q, K), the ids of the tokens that are decided
-        uniform: list[torch.Tensor | None] = [None] * len(plan)  # (B, Q, K) random numbers for every step
+        uniform: list[torch.Tensor | None] = [None] * len(
+            plan
+        )  # (B, Q, K) random numbers for every step
         if head is not None:
             chunks = torch.zeros_like(plan[0].times, dtype=torch.long)
             if sigma_start != 1:
                 chunks = head.recognise(context.symbols, x, plan[0].times)
             shape = (len(plan), *chunks.shape[1:])
-            uniform = torch.stack([torch.rand(shape, generator=source) for source in sources], dim=1).to(x.device)
+            uniform = torch.stack(
+                [torch.rand(shape, generator=source) for source in sources], dim=1
+            ).to(x.device)
             if given is not None:
                 plan = [step.with_given(given.mask) for step in plan]
                 chunks = torch.where(given.mask, given.chunks, chunks)
@@ -444,7 +495,9 @@ class TokComBlockSampler:
             output = estimate if step.gain is None else (x - estimate) * step.gain
             moved = scheduler.step(output, timestep, x, **extra, return_dict=False)[0]
             x = moved if on_step_end is None else on_step_end(i, timestep, moved)
-            if chunks is not None and x is not moved:  # a callback has changed it, so the ids are those of its x
+            if (
+                chunks is not None and x is not moved
+            ):  # a callback has changed it, so the ids are those of its x
                 following = plan[i + 1].times if i + 1 < len(plan) else torch.ones_like(step.times)
                 chunks = head.recognise(context.symbols, x, following)
         if chunks is None:
@@ -470,7 +523,14 @@ class TokComBlockSampler:
         if head is None:
             return self.model.quantize(states.float()), None
         drawn = head.draw(
-            states, context.symbols, x, step.times, step.chosen, uniform, sampling.temperature, sampling.top_p
+            states,
+            context.symbols,
+            x,
+            step.times,
+            step.chosen,
+            uniform,
+            sampling.temperature,
+            sampling.top_p,
         )
         chunks = torch.where(step.times == 1, chunks, drawn)
         return head.latents_of(context.symbols, chunks), chunks

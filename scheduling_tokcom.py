@@ -68,7 +68,9 @@ class TokComFlowMatchScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"`eta` ({eta}) must be in [0, 1].")
         self.register_to_config(flow_shift=shift)
         # stock `from_config` drops every value that equals a default of *this* class when it sees this key
-        self._internal_dict = FrozenDict({k: v for k, v in self.config.items() if k != "_use_default_values"})
+        self._internal_dict = FrozenDict(
+            {k: v for k, v in self.config.items() if k != "_use_default_values"}
+        )
         self._step_index = self._begin_index = None
         self.set_timesteps(num_train_timesteps)
 
@@ -77,7 +79,11 @@ class TokComFlowMatchScheduler(SchedulerMixin, ConfigMixin):
         """The scheduler whose grid matches how a `TokComConfig` was trained: DDIM of the sample for the times of a diffusion."""
         if config.timestep_sampling in BETA_SCHEDULES:
             schedule = BETA_SCHEDULES[config.timestep_sampling]
-            options = {"prediction_type": "sample", "clip_sample": False, "timestep_spacing": "trailing"}
+            options = {
+                "prediction_type": "sample",
+                "clip_sample": False,
+                "timestep_spacing": "trailing",
+            }
             return DDIMScheduler(beta_schedule=schedule, **options)
         shift = math.exp(config.timestep_loc) if config.timestep_sampling == "logit_normal" else 1.0
         return cls(shift=shift, noise_std=config.noise_std)
@@ -112,7 +118,9 @@ class TokComFlowMatchScheduler(SchedulerMixin, ConfigMixin):
         """
         if sigmas is None:
             if num_inference_steps is None or num_inference_steps < 1:
-                raise ValueError(f"`num_inference_steps` ({num_inference_steps}) must be at least 1.")
+                raise ValueError(
+                    f"`num_inference_steps` ({num_inference_steps}) must be at least 1."
+                )
             sigmas = torch.linspace(1.0, 0.0, num_inference_steps + 1)[:-1]
         sigmas = torch.as_tensor(sigmas, dtype=torch.float32)
         sigmas = self.config.shift * sigmas / (1 + (self.config.shift - 1) * sigmas)
@@ -121,7 +129,9 @@ class TokComFlowMatchScheduler(SchedulerMixin, ConfigMixin):
         self.sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
         self._step_index = self._begin_index = None
 
-    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    def add_noise(
+        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+    ) -> torch.Tensor:
         """Forward process at any continuous timestep, `sigma * num_train_timesteps`.
 
         Args: `original_samples` x1 and standard normal `noise`, both `(B, ...)`; `timesteps` of shape `()` or a
@@ -148,19 +158,30 @@ class TokComFlowMatchScheduler(SchedulerMixin, ConfigMixin):
             generator: source of the fresh noise when there is any.
         """
         if self._step_index is None:
-            nearest = int((self.timesteps - torch.as_tensor(timestep).to(self.timesteps)).abs().argmin())
+            nearest = int(
+                (self.timesteps - torch.as_tensor(timestep).to(self.timesteps)).abs().argmin()
+            )
             self._step_index = nearest if self._begin_index is None else self._begin_index
-        sigma, sigma_next = self.sigmas[self._step_index].item(), self.sigmas[self._step_index + 1].item()
+        sigma, sigma_next = (
+            self.sigmas[self._step_index].item(),
+            self.sigmas[self._step_index + 1].item(),
+        )
         x, velocity = sample.float(), model_output.float()
         x1 = x - sigma * velocity
         if self.config.stochastic_sampling:
-            noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype) * self.config.noise_std
+            noise = (
+                randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+                * self.config.noise_std
+            )
             prev_sample = (1 - sigma_next) * x1 + sigma_next * noise
         elif self.config.eta > 0 and sigma_next > 0:
             # of the noise left at sigma_next, `fresh` is new and the rest is the estimate of the old noise x0 = x1 + v
             kept = sigma_next * (1 - sigma) / ((1 - sigma_next) * sigma)
             fresh = self.config.eta * sigma_next * math.sqrt(1 - kept**2)
-            noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype) * self.config.noise_std
+            noise = (
+                randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+                * self.config.noise_std
+            )
             old = math.sqrt(sigma_next**2 - fresh**2)
             prev_sample = (1 - sigma_next) * x1 + old * (x1 + velocity) + fresh * noise
         else:
@@ -169,7 +190,9 @@ class TokComFlowMatchScheduler(SchedulerMixin, ConfigMixin):
         prev_sample = prev_sample.to(sample.dtype)
         if not return_dict:
             return (prev_sample,)
-        return TokComFlowMatchSchedulerOutput(prev_sample=prev_sample, pred_original_sample=x1.to(sample.dtype))
+        return TokComFlowMatchSchedulerOutput(
+            prev_sample=prev_sample, pred_original_sample=x1.to(sample.dtype)
+        )
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps

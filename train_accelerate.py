@@ -83,7 +83,13 @@ def main(argv: list[str] | None = None) -> None:
         run(config)
     except TrainingStopped as stopped:
         print(stopped)
-    except (ValueError, FileNotFoundError, NonFiniteLossError, CheckpointError, StrictDataclassError) as error:
+    except (
+        ValueError,
+        FileNotFoundError,
+        NonFiniteLossError,
+        CheckpointError,
+        StrictDataclassError,
+    ) as error:
         sys.exit(f"error: {error}")
 
 

@@ -52,7 +52,10 @@ class TokComTransformerOutput(ModelOutput):
 
 
 def block_causal_mask(
-    order: torch.Tensor, valid: torch.Tensor, sees_context: torch.Tensor | None = None, draws: int = 1
+    order: torch.Tensor,
+    valid: torch.Tensor,
+    sees_context: torch.Tensor | None = None,
+    draws: int = 1,
 ) -> torch.Tensor:
     """Mask of the training sequence `[clean | noisy]`, or with M `draws` `[clean | noisy | noisy ...]`.
 
@@ -122,13 +125,17 @@ def draw_gaps(rows: int, length: int, device: torch.device) -> torch.Tensor:
     Half of the rows have gaps of 1 to `LONGEST_GAP` tokens, half of 1 to `SHORT_GAP`; what stands between two gaps is 1
     to four times as long. Every row begins with either.
     """
-    longest = torch.where(torch.rand(rows, 1, device=device) < 0.5, LONGEST_GAP, SHORT_GAP)  # (rows, 1)
+    longest = torch.where(
+        torch.rand(rows, 1, device=device) < 0.5, LONGEST_GAP, SHORT_GAP
+    )  # (rows, 1)
     draws = torch.rand(2, rows, length, device=device)
     gaps = (draws[0] * longest).long() + 1
     runs = (draws[1] * 4 * longest).long() + 1
     pairs = torch.stack((runs, gaps), dim=-1).flatten(1)  # run, gap, run, gap, ...
     ends = pairs.cumsum(1)
-    offset = (torch.rand(rows, 1, device=device) * ends[:, 1:2]).long()  # so that gaps also stand at the start
+    offset = (
+        torch.rand(rows, 1, device=device) * ends[:, 1:2]
+    ).long()  # so that gaps also stand at the start
     places = torch.arange(length, device=device) + offset
     return torch.searchsorted(ends, places, right=True) % 2 == 0
 
@@ -200,11 +207,18 @@ class TokComTransformer(TokComPreTrainedModel):
         super().__init__(config)
         inputs = config.feature_size or config.latent_channels
         linear = TokComProjection if config.feature_size else nn.Linear
-        self.proj_in = linear(inputs, config.hidden_size) if config.input_projection else nn.Identity()
-        self.time_embedding = TokComTimestepEmbedding(config.conditioning_size, config.timestep_scale)
+        self.proj_in = (
+            linear(inputs, config.hidden_size) if config.input_projection else nn.Identity()
+        )
+        self.time_embedding = TokComTimestepEmbedding(
+            config.conditioning_size, config.timestep_scale
+        )
         self.layers = nn.ModuleList(
             TokComBlock(
-                config, i, i >= config.num_context_layers, i < config.num_context_layers or config.head_attention
+                config,
+                i,
+                i >= config.num_context_layers,
+                i < config.num_context_layers or config.head_attention,
             )
             for i in range(config.num_hidden_layers)
         )
@@ -227,7 +241,9 @@ class TokComTransformer(TokComPreTrainedModel):
         owner = torch.arange(len(channels), device=channels.device).repeat_interleave(channels)
         return position_ids[..., :1].long() == owner
 
-    def _place_starts(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+    def _place_starts(
+        self, hidden_states: torch.Tensor, position_ids: torch.Tensor
+    ) -> torch.Tensor:
         """Put the learned latents where `position_ids (B, S, 1)` are negative: `START_OF_TEXT` or `INSIDE_TEXT`."""
         if self.start_embedding is None:
             return hidden_states
@@ -255,7 +271,9 @@ class TokComTransformer(TokComPreTrainedModel):
         head_size = config.hidden_size // config.num_attention_heads
         tables = rotary_embedding(position_ids.clamp_min(-1), head_size, config.rope_theta)
         implementation = config._attn_implementation
-        mask = expand_attention_mask(attention_mask, features.shape[1], implementation, hidden_states.dtype)
+        mask = expand_attention_mask(
+            attention_mask, features.shape[1], implementation, hidden_states.dtype
+        )
         for layer in self.layers[: config.num_context_layers]:
             hidden_states = layer(hidden_states, None, tables, mask, past_key_values)
         return self.context_proj(self.context_norm(hidden_states))
@@ -263,7 +281,10 @@ class TokComTransformer(TokComPreTrainedModel):
     def modulate(self, timestep: torch.Tensor) -> list[torch.Tensor]:
         """t `(B, S)` -> the scales, shifts and gates `(B, S, ...)` of every layer after the context layers."""
         conditioning = F.silu(self.time_embedding(timestep))
-        return [layer.modulation(conditioning) for layer in self.layers[self.config.num_context_layers :]]
+        return [
+            layer.modulation(conditioning)
+            for layer in self.layers[self.config.num_context_layers :]
+        ]
 
     def entry(
         self,
@@ -282,7 +303,10 @@ class TokComTransformer(TokComPreTrainedModel):
             known, known_where = layers[-1].keys[:, 0], layers[-1].values[:, 0, :, 0]
         else:
             shape = len(where), 0, self.config.hidden_size
-            known, known_where = torch.zeros(shape, dtype=self.dtype, device=where.device), where[:, :0]
+            known, known_where = (
+                torch.zeros(shape, dtype=self.dtype, device=where.device),
+                where[:, :0],
+            )
         return self._nearest(known, known_where, where, attention_mask)
 
     @capture_outputs
@@ -349,10 +373,18 @@ class TokComTransformer(TokComPreTrainedModel):
             )
         if config.head_attention:
             implementation, queries = config._attn_implementation, hidden_states.shape[1]
-            mask = expand_attention_mask(attention_mask, queries, implementation, hidden_states.dtype)
+            mask = expand_attention_mask(
+                attention_mask, queries, implementation, hidden_states.dtype
+            )
         if reads:
             hidden_states = self._enter(
-                hidden_states, num_context, position_ids, attention_mask, tables, past_key_values, **kwargs
+                hidden_states,
+                num_context,
+                position_ids,
+                attention_mask,
+                tables,
+                past_key_values,
+                **kwargs,
             )
         elif entry is not None:
             hidden_states = hidden_states + entry
@@ -366,11 +398,15 @@ class TokComTransformer(TokComPreTrainedModel):
             return TokComTransformerOutput(latents=self.proj_out(self.norm(hidden_states)))
         for i, layer in enumerate(self.layers[config.num_context_layers :]):
             known = {} if modulations is None else {"modulation": modulations[i]}
-            hidden_states = layer(hidden_states, conditioning, tables, mask, past_key_values, **known, **kwargs)
+            hidden_states = layer(
+                hidden_states, conditioning, tables, mask, past_key_values, **known, **kwargs
+            )
         if prefix is not None:
             hidden_states = hidden_states[:, prefix[0].shape[1] :]
         latents = self.proj_out(self.norm(hidden_states))
-        return TokComTransformerOutput(latents=latents if own is None else torch.where(own, latents, 0))
+        return TokComTransformerOutput(
+            latents=latents if own is None else torch.where(own, latents, 0)
+        )
 
     def _attend_in_turns(
         self, hidden_states, conditioning, modulations, position_ids, attention_mask, **kwargs
@@ -384,36 +420,57 @@ class TokComTransformer(TokComPreTrainedModel):
             if seen is not None:
                 seen = folded.fold(attention_mask, along_time, batch)
                 implementation = config._attn_implementation
-                seen = expand_attention_mask(seen, where.shape[1], implementation, hidden_states.dtype)
+                seen = expand_attention_mask(
+                    seen, where.shape[1], implementation, hidden_states.dtype
+                )
             head_size = config.hidden_size // config.num_attention_heads
             layouts.append((rotary_embedding(where, head_size, config.rope_theta), seen))
         for i, layer in enumerate(self.layers):
             along_time = bool(i % 2)
-            inputs = (hidden_states, conditioning) if modulations is None else (hidden_states, modulations[i])
+            inputs = (
+                (hidden_states, conditioning)
+                if modulations is None
+                else (hidden_states, modulations[i])
+            )
             inputs = [folded.fold(x, along_time, batch) for x in inputs]
             known = {} if modulations is None else {"modulation": inputs[1]}
-            output = layer(inputs[0], None if known else inputs[1], *layouts[along_time], **known, **kwargs)
+            output = layer(
+                inputs[0], None if known else inputs[1], *layouts[along_time], **known, **kwargs
+            )
             hidden_states = folded.unfold(output, along_time, batch)
         return hidden_states
 
-    def _prepend(self, prefix, hidden_states, timestep, position_ids, attention_mask) -> tuple[torch.Tensor, ...]:
+    def _prepend(
+        self, prefix, hidden_states, timestep, position_ids, attention_mask
+    ) -> tuple[torch.Tensor, ...]:
         """States, times, positions and the mask of keys with those of a prefix in front."""
         states, exists, places = prefix
         (batch, length, _), axes = hidden_states.shape, self.config.num_position_axes
         if position_ids is None:
-            position_ids = torch.arange(length, device=states.device)[None, :, None].expand(batch, -1, axes)
+            position_ids = torch.arange(length, device=states.device)[None, :, None].expand(
+                batch, -1, axes
+            )
         places = places[None, :, None].expand(batch, -1, axes)
         if attention_mask is None:
             attention_mask = torch.ones(batch, length, dtype=torch.bool, device=states.device)
         return (
             torch.cat((states.to(hidden_states.dtype), hidden_states), dim=1),
-            torch.cat((timestep.new_ones(batch, states.shape[1]), timestep.expand(batch, -1)), dim=1),
+            torch.cat(
+                (timestep.new_ones(batch, states.shape[1]), timestep.expand(batch, -1)), dim=1
+            ),
             torch.cat((places, position_ids.expand(batch, -1, -1)), dim=1),
             torch.cat((exists, attention_mask), dim=1),
         )
 
     def _enter(
-        self, hidden_states, num_context, position_ids, attention_mask, tables, past_key_values, **kwargs
+        self,
+        hidden_states,
+        num_context,
+        position_ids,
+        attention_mask,
+        tables,
+        past_key_values,
+        **kwargs,
     ) -> torch.Tensor:
         """Pass the first `num_context` latents through the context layers, and give all others the state of the
         nearest visible context latent before them. `hidden_states (B, S, D)` in and out.
@@ -429,7 +486,9 @@ class TokComTransformer(TokComPreTrainedModel):
         if num_context:
             keys = None if visible is None else visible.shape[-1] - queries + num_context
             mask = None if visible is None else visible[:, :num_context, :keys]
-            mask = expand_attention_mask(mask, num_context, self.config._attn_implementation, known.dtype)
+            mask = expand_attention_mask(
+                mask, num_context, self.config._attn_implementation, known.dtype
+            )
             known_tables = tuple(table[:, :, :num_context] for table in tables)
             for layer in self.layers[: self.config.num_context_layers]:
                 known = layer(known, None, known_tables, mask, past_key_values, **kwargs)

@@ -65,7 +65,9 @@ def colored(tokens: list[tuple[str, float]], given: str = "") -> str:
     spans = [given_text(given)] if given else []
     for text, score in tokens:
         style = f"background:hsl({120 * score:.0f},70%,80%)"
-        spans.append(f'<span style="{style}" title="{100 * score:.0f} %">{html.escape(text)}</span>')
+        spans.append(
+            f'<span style="{style}" title="{100 * score:.0f} %">{html.escape(text)}</span>'
+        )
     return text_box("".join(spans))
 
 
@@ -187,7 +189,9 @@ class Demo:
             torch.manual_seed(0)
             losses = token_losses_at(self.pipe.model, whole, 0.0, mask)
         else:
-            losses = self.pipe.model.codec.loss(self.pipe.model.encode(whole, mask).latents, whole, mask)
+            losses = self.pipe.model.codec.loss(
+                self.pipe.model.encode(whole, mask).latents, whole, mask
+            )
         return (-losses.flatten()).exp()[len(row) - len(ids) : len(row)].tolist()
 
     def write(
@@ -218,7 +222,9 @@ class Demo:
             while isinstance(frame := writing.frames.get(), list):
                 if slowly and time.monotonic() < until:
                     time.sleep(slowly)
-                elif not writing.frames.empty():  # the page is slower than the model: show the newest
+                elif (
+                    not writing.frames.empty()
+                ):  # the page is slower than the model: show the newest
                     continue
                 yield colored(frame, prompt), "denoising"
             if isinstance(frame, Exception):
@@ -238,7 +244,9 @@ class Demo:
         settings = {"temperature": temperature} if self.predicts_tokens else {}
         try:
             with self.busy:
-                output = self.pipe.infill(text, int(gap_length), generator=_generator(seed), **settings)
+                output = self.pipe.infill(
+                    text, int(gap_length), generator=_generator(seed), **settings
+                )
         except ValueError as error:
             raise _explained(error) from error
         spans = []
@@ -256,7 +264,9 @@ class Demo:
         """Raise `ValueError` for a text that would keep the page from all others."""
         count = len(text_ids(self.pipe.tokenizer, text))
         if count > LONGEST:
-            raise ValueError(f"the text has {count} tokens, and this page reads at most {LONGEST}; shorten it.")
+            raise ValueError(
+                f"the text has {count} tokens, and this page reads at most {LONGEST}; shorten it."
+            )
 
     def renoise(self, text: str, noise_level: float, seed: int) -> tuple[str, str, str]:
         """What noisy latents of a text decode to, before and after denoising, and without noise."""
@@ -268,12 +278,16 @@ class Demo:
                 again = torch.Generator()  # denoising draws the noise that is shown once more
                 again.set_state(generator.get_state())
                 seen = self._seen(encoded, noise_level, generator)
-                denoised = self.pipe.denoise_reconstruct(text, noise_level, generator=again).texts[0]
+                denoised = self.pipe.denoise_reconstruct(text, noise_level, generator=again).texts[
+                    0
+                ]
                 return colored(seen), denoised, self.pipe.reconstruct(text).texts[0]
         except ValueError as error:
             raise _explained(error) from error
 
-    def _seen(self, encoded, noise_level: float, generator: torch.Generator) -> list[tuple[str, float]]:
+    def _seen(
+        self, encoded, noise_level: float, generator: torch.Generator
+    ) -> list[tuple[str, float]]:
         """What the model sees of a text at a noise level: tokens, and how clean they are."""
         count = int(encoded.attention_mask.sum())
         if self.pipe.model.token_head is None:
@@ -295,7 +309,11 @@ class Demo:
         size = self.pipe.chunk_size
         latents = encoded.latents[0].float()
         if len(latents) < 3:
-            raise _explained(ValueError(f"a map needs at least three chunks, {3 * size} tokens; give a longer text."))
+            raise _explained(
+                ValueError(
+                    f"a map needs at least three chunks, {3 * size} tokens; give a longer text."
+                )
+            )
         centred = latents - latents.mean(0)
         _, sizes, axes = torch.linalg.svd(centred, full_matrices=False)
         points = centred @ axes[:2].T
@@ -313,7 +331,9 @@ class Demo:
             plot.annotate(label, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=9)
         plot.set_xlabel(f"first principal component ({100 * shares[0]:.0f} % of the variance)")
         plot.set_ylabel(f"second ({100 * shares[1]:.0f} %)")
-        plot.set_title(f"{len(points)} latents of {latents.shape[1]} numbers, read from dark to light")
+        plot.set_title(
+            f"{len(points)} latents of {latents.shape[1]} numbers, read from dark to light"
+        )
         return figure
 
     def to_picture(self, text: str):
@@ -323,7 +343,9 @@ class Demo:
             raise _explained(error) from error
         return enlarged(image, 8), self.pixels.image_to_text(image)
 
-    def draw(self, caption: str, steps: int, guidance: float, seed: int) -> list[tuple[Image.Image, str]]:
+    def draw(
+        self, caption: str, steps: int, guidance: float, seed: int
+    ) -> list[tuple[Image.Image, str]]:
         """Pictures for a caption: of its first tokens only, and of all."""
         prompt = caption.strip() or None
         try:
@@ -386,7 +408,9 @@ def build_page(demo: Demo) -> gr.Blocks:
                 pixel_text = gr.Textbox(STORY, label="Text", lines=3)
                 picture = gr.Image(label="One pixel per token", format="png")
                 back = gr.Textbox(label="Read back from the picture", interactive=False)
-                gr.Button("Draw", variant="primary").click(demo.to_picture, pixel_text, [picture, back])
+                gr.Button("Draw", variant="primary").click(
+                    demo.to_picture, pixel_text, [picture, back]
+                )
         if demo.images is not None:
             with gr.Tab("Images"):
                 _image_tab(demo)
@@ -398,10 +422,14 @@ def _write_tab(demo: Demo) -> None:
     tokens = demo.predicts_tokens
     with gr.Row():
         with gr.Column(scale=2):
-            prompt = gr.Textbox("Once upon a time", label="Prompt", lines=2, max_length=4000, elem_id="prompt")
+            prompt = gr.Textbox(
+                "Once upon a time", label="Prompt", lines=2, max_length=4000, elem_id="prompt"
+            )
             with gr.Row():
                 length = gr.Slider(4, LONGEST, 96, step=4, label="Tokens to write")
-                steps = gr.Slider(1, 32, config.num_inference_steps, step=1, label="Denoising steps per block")
+                steps = gr.Slider(
+                    1, 32, config.num_inference_steps, step=1, label="Denoising steps per block"
+                )
             with gr.Accordion("Sampling", open=False):
                 temperature = _temperature(demo)
                 top_p = gr.Slider(0.1, 1, config.sampling_top_p, label="Top-p", interactive=tokens)
@@ -438,7 +466,9 @@ def _fill_tab(demo: Demo) -> None:
 
 def _noise_tab(demo: Demo) -> None:
     text = gr.Textbox(STORY, label="Text", lines=2)
-    level = gr.Slider(0, 1, 0.6, step=0.05, label="Noise level (0 is pure noise, 1 is the clean text)")
+    level = gr.Slider(
+        0, 1, 0.6, step=0.05, label="Noise level (0 is pure noise, 1 is the clean text)"
+    )
     seed = gr.Number(0, label="Seed", precision=0)
     seen = gr.HTML(colored([]), label="The noisy latents decode to")
     denoised = gr.Textbox(label="After denoising", interactive=False)

@@ -61,7 +61,9 @@ TRANSFORMER_NAMES = [
 ]
 
 
-def _rename(state: dict[str, torch.Tensor], rules: list[tuple[str, str | None]]) -> dict[str, torch.Tensor]:
+def _rename(
+    state: dict[str, torch.Tensor], rules: list[tuple[str, str | None]]
+) -> dict[str, torch.Tensor]:
     renamed = {}
     for name, tensor in state.items():
         name = re.sub(r"^(module\.|_orig_mod\.)+", "", name)
@@ -79,8 +81,12 @@ def _merge_modulation(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     merged = {}
     for name, tensor in state.items():
         if ".adaln_attn.scale_shift_mlp.1." in name:
-            other = state.get(name.replace("adaln_attn", "adaln_mlp"), tensor[:0])  # loading reports what is missing
-            merged[name.replace("adaln_attn.scale_shift_mlp.1", "modulation")] = torch.cat((tensor, other))
+            other = state.get(
+                name.replace("adaln_attn", "adaln_mlp"), tensor[:0]
+            )  # loading reports what is missing
+            merged[name.replace("adaln_attn.scale_shift_mlp.1", "modulation")] = torch.cat(
+                (tensor, other)
+            )
         elif ".adaln_mlp.scale_shift_mlp.1." not in name:
             merged[name] = tensor
     return merged
@@ -93,7 +99,9 @@ def read_published(path: str | Path) -> dict:
         raise FileNotFoundError(f"checkpoint {path} does not exist.")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler raises nearly anything on bytes that are no checkpoint
+    except (
+        Exception
+    ) as error:  # the unpickler raises nearly anything on bytes that are no checkpoint
         raise ValueError(
             f"checkpoint {path} cannot be read ({type(error).__name__}); it is truncated, is no "
             "checkpoint, or holds more than tensors and plain values, which is never loaded."
@@ -105,7 +113,9 @@ def read_published(path: str | Path) -> dict:
         )
     absent = [key for key in MODEL_ARGS if key not in checkpoint["model_args"]]
     if absent:
-        raise ValueError(f"`model_args` in {path} lacks {', '.join(absent)}, so the shape of the model is unknown.")
+        raise ValueError(
+            f"`model_args` in {path} lacks {', '.join(absent)}, so the shape of the model is unknown."
+        )
     return checkpoint
 
 
@@ -172,7 +182,9 @@ def load_published_pipeline(path: str | Path, tokenizer: str | None = None) -> T
     eos = loaded.eos_token_id if loaded is not None else LLAMA_EOS
     config = published_config(checkpoint, eos)
     codec = _rename(checkpoint["vae_model_state_dict"], CODEC_NAMES)
-    transformer = _rename(_merge_modulation(checkpoint["denoised_model_state_dict"]), TRANSFORMER_NAMES)
+    transformer = _rename(
+        _merge_modulation(checkpoint["denoised_model_state_dict"]), TRANSFORMER_NAMES
+    )
     state = {f"codec.{name}": tensor for name, tensor in codec.items()}
     state |= {f"transformer.{name}": tensor for name, tensor in transformer.items()}
     channels = config.codec_config.latent_channels
@@ -205,7 +217,9 @@ def publish(args: argparse.Namespace) -> None:
     """Push a model directory to the Hub, with its code, its card and the card's pictures."""
     directory = Path(args.model)
     if not (directory / "model_index.json").is_file():
-        raise FileNotFoundError(f"{directory} holds no model_index.json, so it is not a TokCom model directory.")
+        raise FileNotFoundError(
+            f"{directory} holds no model_index.json, so it is not a TokCom model directory."
+        )
     pipe = load_pipeline(directory)
     card = directory / "README.md"
     text = card.read_text() if card.is_file() else pipe.model_card(args.repo_id.split("/")[-1])
@@ -228,10 +242,14 @@ def fit_codebook(args: argparse.Namespace) -> None:
     """Cluster the tokens of pictures by k-means, so that an image model gives codes."""
     check_model_path(args.model, "MODEL")
     pipe = TokComImagePipeline.from_pretrained(args.model)
-    dataset = read_pictures(args.data, pipe.model.config.codec_config, args.image_column, seed=args.seed)
+    dataset = read_pictures(
+        args.data, pipe.model.config.codec_config, args.image_column, seed=args.seed
+    )
     rows = np.random.default_rng(args.seed).permutation(len(dataset))[: args.limit]
     latents = encode_all(pipe.model, dataset, rows)
-    facts = pipe.model.codec.fit_codebook(latents, args.num_codes, args.metric, args.iterations, args.seed)
+    facts = pipe.model.codec.fit_codebook(
+        latents, args.num_codes, args.metric, args.iterations, args.seed
+    )
     pipe.save_pretrained(args.output_dir)
     told = ", ".join(f"{name} {value:.4g}" for name, value in facts.items())
     print(f"written to {args.output_dir}")

@@ -36,7 +36,9 @@ from tokcom.training.data import PackedDataset, WindowShape, load_documents, tok
 JUDGE_STEPS = 200  # of the judge that is trained when none is given
 
 
-def reconstruction(pipe: TokComPipeline, held_out: np.ndarray, train: np.ndarray, max_tokens: int, seed: int) -> dict:
+def reconstruction(
+    pipe: TokComPipeline, held_out: np.ndarray, train: np.ndarray, max_tokens: int, seed: int
+) -> dict:
     """Accuracy against latent noise, CE(t), and whether true continuations are preferred."""
     model = pipe.model.eval()
     model.set_stage("flow")
@@ -55,7 +57,9 @@ def reconstruction(pipe: TokComPipeline, held_out: np.ndarray, train: np.ndarray
     # of the whole text: few tokens would estimate it too low
     results["unigram_entropy"] = unigram_entropy(held_out)
     results |= cross_entropy_at(model, batches, seed)
-    results["informative_share_of_t"] = share_of_informative_draws(model, results, results["unigram_entropy"])
+    results["informative_share_of_t"] = share_of_informative_draws(
+        model, results, results["unigram_entropy"]
+    )
     pairs = rows[:, : length // 128 * 128].reshape(-1, min(length, 128))
     split = protocol.PROMPT // pipe.chunk_size * pipe.chunk_size
     if len(pairs) > 1 and split < pairs.shape[1]:
@@ -65,7 +69,9 @@ def reconstruction(pipe: TokComPipeline, held_out: np.ndarray, train: np.ndarray
     return results
 
 
-def load_judges(args: argparse.Namespace, tokenizer, train: np.ndarray) -> tuple[TokenJudge, dict[str, TextJudge]]:
+def load_judges(
+    args: argparse.Namespace, tokenizer, train: np.ndarray
+) -> tuple[TokenJudge, dict[str, TextJudge]]:
     """A judge of token ids, trained if none shares our tokenizer, and the judges of text."""
     token_judge = None
     text_judges = {}
@@ -115,7 +121,9 @@ def tokcom_settings(pipe: TokComPipeline, steps: int) -> dict[str, TokComSampler
 
 
 def peer_settings(sampler: AutoregressiveSampler) -> dict[str, AutoregressiveSampler]:
-    return sweep_settings(AutoregressiveSampler(sampler.model, sampler.start_token), PROBABILITY_SWEEPS)
+    return sweep_settings(
+        AutoregressiveSampler(sampler.model, sampler.start_token), PROBABILITY_SWEEPS
+    )
 
 
 def load_systems(args: argparse.Namespace, pipe: TokComPipeline) -> dict:
@@ -131,8 +139,12 @@ def load_systems(args: argparse.Namespace, pipe: TokComPipeline) -> dict:
     systems = {"TokCom": ours}
     for peer in args.peer:
         name, path = peer.split("=", 1)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(args.device).eval()
-        systems[name] = AutoregressiveSampler(model, pipe.tokenizer.eos_token_id, args.peer_temperature)
+        model = (
+            AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(args.device).eval()
+        )
+        systems[name] = AutoregressiveSampler(
+            model, pipe.tokenizer.eos_token_id, args.peer_temperature
+        )
     return systems
 
 
@@ -186,7 +198,9 @@ def evaluate(args: argparse.Namespace) -> dict:
     return results
 
 
-def _measure_systems(args: argparse.Namespace, study: protocol.Study, pipe, systems: dict, keep) -> None:
+def _measure_systems(
+    args: argparse.Namespace, study: protocol.Study, pipe, systems: dict, keep
+) -> None:
     if "unconditional" in args.sections:
         keep("unconditional", protocol.unconditional(study, systems))
     if "continuation" in args.sections:

@@ -41,7 +41,9 @@ def check_model_path(checkpoint: str, option: str = "--checkpoint") -> None:
     # a Hub id is USER/NAME; everything else that is not there was meant as a path
     is_hub_id = checkpoint.count("/") == 1 and not checkpoint.startswith((".", "/"))
     if not path.exists() and not is_hub_id:
-        raise FileNotFoundError(f"{option} {checkpoint} does not exist; give a model directory, Hub id or .pt file.")
+        raise FileNotFoundError(
+            f"{option} {checkpoint} does not exist; give a model directory, Hub id or .pt file."
+        )
 
 
 def open_pipeline(checkpoint: str, device: str | None = None, option: str = "--checkpoint"):
@@ -67,7 +69,9 @@ def open_pipeline(checkpoint: str, device: str | None = None, option: str = "--c
     try:
         return pipe.to(device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} cannot be used ({first_line(error)}); try --device cpu.") from error
+        raise ValueError(
+            f"device {device!r} cannot be used ({first_line(error)}); try --device cpu."
+        ) from error
 
 
 def check_modality(pipe, checkpoint: str, mode: str) -> None:
@@ -76,7 +80,9 @@ def check_modality(pipe, checkpoint: str, mode: str) -> None:
     found = pipe.model.config.codec_config.modality
     if found != wanted:
         made, commands = MODALITIES[found]
-        raise ValueError(f"{checkpoint} is a model of {made}, not {MODALITIES[wanted][0]}: use {commands}.")
+        raise ValueError(
+            f"{checkpoint} is a model of {made}, not {MODALITIES[wanted][0]}: use {commands}."
+        )
 
 
 def speed_up(pipe, int8: bool, compiled: bool) -> None:
@@ -86,7 +92,9 @@ def speed_up(pipe, int8: bool, compiled: bool) -> None:
         try:
             from torchao.quantization import Int8WeightOnlyConfig, quantize_
         except ImportError as error:
-            raise ValueError("--int8 needs torchao; install it with: pip install torchao") from error
+            raise ValueError(
+                "--int8 needs torchao; install it with: pip install torchao"
+            ) from error
         quantize_(pipe.model.transformer, Int8WeightOnlyConfig())
     if compiled:
         pipe.model.transformer.compile()

@@ -68,7 +68,9 @@ COMMANDS = {
     "infill": _mode_command("infill", "fill the gaps ____ in TEXT"),
     "reconstruct": _mode_command("reconstruct", "encode and decode TEXT or a picture"),
     "denoise": _mode_command("denoise", "keep a share of TEXT and make up the rest"),
-    "encode": _mode_command("encode", "turn TEXT into latents, or into a picture with a pixel model"),
+    "encode": _mode_command(
+        "encode", "turn TEXT into latents, or into a picture with a pixel model"
+    ),
     "decode": _mode_command("decode", "turn what encode wrote back into text"),
     "draw": _mode_command("draw", "draw a picture for CAPTION"),
     "animate": _mode_command("animate", "make a clip for CAPTION or after first frames"),
@@ -95,8 +97,12 @@ COMMANDS = {
         "cli.convert:convert",
         options.add_convert_options,
     ),
-    "kmeans": Command("make a codebook for an image model", "cli.convert:fit_codebook", options.add_kmeans_options),
-    "publish": Command("push a model directory to the Hub", "cli.convert:publish", options.add_publish_options),
+    "kmeans": Command(
+        "make a codebook for an image model", "cli.convert:fit_codebook", options.add_kmeans_options
+    ),
+    "publish": Command(
+        "push a model directory to the Hub", "cli.convert:publish", options.add_publish_options
+    ),
     "verify": Command(
         "check that a model directory is whole and loads",
         "cli.verify:verify",
@@ -125,7 +131,9 @@ def build_parser(name: str) -> argparse.ArgumentParser:
     """The parser of a command that has `add_options`."""
     command = COMMANDS[name]
     description = f"{command.help[0].upper()}{command.help[1:]}.\n{command.description}"
-    parser = argparse.ArgumentParser(prog=f"tokcom {name}", description=description, formatter_class=HelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog=f"tokcom {name}", description=description, formatter_class=HelpFormatter
+    )
     command.add_options(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
@@ -171,7 +179,9 @@ def main(argv: list[str] | None = None) -> None:
         return
     name, *rest = arguments
     if name not in COMMANDS:
-        print(f"error: tokcom has no command {name!r}; it has {', '.join(COMMANDS)}.", file=sys.stderr)
+        print(
+            f"error: tokcom has no command {name!r}; it has {', '.join(COMMANDS)}.", file=sys.stderr
+        )
         sys.exit(2)
     call(name, *rest)
 

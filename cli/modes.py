@@ -36,7 +36,9 @@ def check_files(args: argparse.Namespace) -> None:
         file = getattr(args, name, None)
         if file is not None and not Path(file).resolve().parent.is_dir():
             folder = Path(file).parent
-            raise FileNotFoundError(f"--{name} {file}: the folder {folder} does not exist; create it first.")
+            raise FileNotFoundError(
+                f"--{name} {file}: the folder {folder} does not exist; create it first."
+            )
 
 
 def run_mode(args: argparse.Namespace) -> None:
@@ -114,7 +116,9 @@ def stream(pipe, prompt: str, tokens: int, options: dict[str, Any]) -> str:
 
 def infill(pipe, args: argparse.Namespace) -> list[str]:
     options = {"guidance_scale": args.guidance_scale, **token_sampling(args)}
-    text = re.sub("_{3,}", GAP, args.input_text)  # a gap is as wide as it was drawn; its length is an option
+    text = re.sub(
+        "_{3,}", GAP, args.input_text
+    )  # a gap is as wide as it was drawn; its length is an option
     return show(pipe.infill(text, args.gap_length, **options))
 
 
@@ -183,7 +187,9 @@ def animate(pipe, args: argparse.Namespace) -> list[str]:
 
 def any_to_any(pipe, args: argparse.Namespace) -> list[str]:
     """The streams that an output file is named for, or a text, from those that are given."""
-    names = {codec.kind: name for name, codec in pipe.model.config.codec_config.stream_configs().items()}
+    names = {
+        codec.kind: name for name, codec in pipe.model.config.codec_config.stream_configs().items()
+    }
     inputs = {"text": args.input_text, "audio": args.input_audio, "image": args.input_image}
     given = {kind: value for kind, value in inputs.items() if value is not None}
     files = {"image": args.image_file, "audio": args.audio_file}

@@ -40,11 +40,17 @@ CHECKPOINT = "model directory or Hub id"
 DEVICE = "cpu, cuda, cuda:1 ... (default: cuda if there is one, else cpu)"
 OPTIONS: dict[str, dict] = {
     "checkpoint": {"default": ".", "help": f"{CHECKPOINT}, or a published .pt file"},
-    "input_text": {"help": "text to work on; for infill with gaps of three or more underscores (default: none)"},
+    "input_text": {
+        "help": "text to work on; for infill with gaps of three or more underscores (default: none)"
+    },
     "prompt": {"help": "text to continue, or the caption of a picture or clip (default: none)"},
     "latents_file": {"help": "file that encode wrote (default: none)"},
-    "image_file": {"help": "picture to write; of decode and image_to_text the one to read (default: none)"},
-    "input_image": {"help": "picture to read; of animate the first frame, or a film of them (default: none)"},
+    "image_file": {
+        "help": "picture to write; of decode and image_to_text the one to read (default: none)"
+    },
+    "input_image": {
+        "help": "picture to read; of animate the first frame, or a film of them (default: none)"
+    },
     "input_audio": {"help": ".wav file to read (default: none)"},
     "audio_file": {"help": ".wav file to write (default: none)"},
     "video_file": {"help": ".gif, .webp or .mp4 file to write (default: none)"},
@@ -153,8 +159,12 @@ MODES = {
         chosen_by="image_file",
     ),
     "decode": Mode("decode", ("latents_file", "output_file"), needs=("latents_file",)),
-    "image_to_text": Mode("decode", ("image_file", "output_file"), needs=("image_file",), chosen_by="image_file"),
-    "draw": Mode("draw", ("prompt", "image_file", "guidance_scale", *SAMPLING), needs=("image_file",)),
+    "image_to_text": Mode(
+        "decode", ("image_file", "output_file"), needs=("image_file",), chosen_by="image_file"
+    ),
+    "draw": Mode(
+        "draw", ("prompt", "image_file", "guidance_scale", *SAMPLING), needs=("image_file",)
+    ),
     "animate": Mode(
         "animate",
         ("prompt", "input_image", "video_file", "num_frames", "fps", "guidance_scale", *SAMPLING),
@@ -235,13 +245,17 @@ def check_mode(
         parser.error(f"--batch_size {args.batch_size}: there must be at least 1 sample")
 
 
-def refuse_unused(parser: argparse.ArgumentParser, mode: str, args: argparse.Namespace, names) -> None:
+def refuse_unused(
+    parser: argparse.ArgumentParser, mode: str, args: argparse.Namespace, names
+) -> None:
     """End with a usage error if an option among `names` was given that `mode` does not read."""
     for name in names:
         default = OPTIONS[name].get("default")
         if name not in MODES[mode].options and getattr(args, name) not in (default, False):
             takers = ", ".join(taker for taker, other in MODES.items() if name in other.options)
-            parser.error(f"--{name} {getattr(args, name)} has no effect in mode {mode}; it is an option of: {takers}")
+            parser.error(
+                f"--{name} {getattr(args, name)} has no effect in mode {mode}; it is an option of: {takers}"
+            )
 
 
 # ---- the other commands ----
@@ -264,7 +278,9 @@ def add_sample_corpus_options(parser: argparse.ArgumentParser) -> None:
     add("--batch_size", type=int, default=128, help="texts sampled side by side")
     add("--max_new_tokens", type=int, default=255, help="longest text, in tokens")
     add("--temperature", type=float, default=1.0, help="divides the logits; below 1 is safer")
-    add("--min_p", type=float, default=0.02, help="least share of the likeliest token's probability")
+    add(
+        "--min_p", type=float, default=0.02, help="least share of the likeliest token's probability"
+    )
     add("--top_k", type=int, default=64, help="sample among this many tokens; 0 for all of them")
     add("--min_characters", type=int, default=1, help="leave shorter texts out")
     add("--prompt", help="what every text begins with, kept in it (default: the BOS token)")
@@ -378,7 +394,9 @@ def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
 def add_convert_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="published .pt file")
     parser.add_argument("output_dir", help="directory to create")
-    parser.add_argument("--tokenizer", help="folder or Hub id of a tokenizer (default: the one the file names)")
+    parser.add_argument(
+        "--tokenizer", help="folder or Hub id of a tokenizer (default: the one the file names)"
+    )
 
 
 def add_kmeans_options(parser: argparse.ArgumentParser) -> None:

@@ -310,7 +310,9 @@ class Corpus:
         self.state["texts"] = len(self.texts)
         for name, content in (("provenance", provenance), ("state", self.state)):
             text = json.dumps(content, indent=2) + "\n"
-            replace_file(self.folder / f"{name}.json", lambda part, text=text: part.write_text(text))
+            replace_file(
+                self.folder / f"{name}.json", lambda part, text=text: part.write_text(text)
+            )
 
 
 def run(args: argparse.Namespace, stop: threading.Event | None = None) -> dict[str, int]:

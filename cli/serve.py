@@ -97,9 +97,18 @@ class CompletionRequest(BaseModel):
 class RequestError(Exception):
     """What a client is told: an HTTP status, a message and OpenAI's names for the kind of error."""
 
-    def __init__(self, status: int, message: str, kind: str = "invalid_request_error", code: str | None = None):
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        kind: str = "invalid_request_error",
+        code: str | None = None,
+    ):
         super().__init__(message)
-        self.status, self.body = status, {"error": {"message": message, "type": kind, "param": None, "code": code}}
+        self.status, self.body = (
+            status,
+            {"error": {"message": message, "type": kind, "param": None, "code": code}},
+        )
 
 
 def _closing() -> RequestError:
@@ -142,7 +151,9 @@ class Engine:
             self.waiting = deque(job for job in self.waiting if not job.cancelled)
             if len(self.waiting) + len(jobs) > self.settings.max_queue:
                 limit = self.settings.max_queue
-                raise RequestError(429, f"more than {limit} texts would wait; try again later.", "rate_limit_error")
+                raise RequestError(
+                    429, f"more than {limit} texts would wait; try again later.", "rate_limit_error"
+                )
             self.waiting.extend(jobs)
             self.changed.notify_all()
 
@@ -162,10 +173,15 @@ class Engine:
             first = self.waiting[0]
 
             def fitting() -> list[Job]:
-                return [job for job in self.waiting if (job.settings, job.company) == (first.settings, first.company)]
+                return [
+                    job
+                    for job in self.waiting
+                    if (job.settings, job.company) == (first.settings, first.company)
+                ]
 
             self.changed.wait_for(
-                lambda: self.closed or len(fitting()) >= self.settings.max_batch, self.settings.batch_wait
+                lambda: self.closed or len(fitting()) >= self.settings.max_batch,
+                self.settings.batch_wait,
             )
             batch = fitting()[: self.settings.max_batch]
             taken = {id(job) for job in batch}
@@ -213,7 +229,14 @@ class Choice:
     """The text of one job as it grows, cut at a stop sequence."""
 
     def __init__(self, job: Job, stops: list[str]):
-        self.job, self.stops, self.text, self.shown, self.tokens, self.finish_reason = job, stops, "", 0, 0, None
+        self.job, self.stops, self.text, self.shown, self.tokens, self.finish_reason = (
+            job,
+            stops,
+            "",
+            0,
+            0,
+            None,
+        )
 
     async def grow(self) -> str:
         """Wait for the next piece and return what can be shown of it: the beginning of a stop sequence is held back."""
@@ -228,7 +251,10 @@ class Choice:
         held = 0
         if self.finish_reason is None:
             ends = ((stop, range(1, min(len(stop), len(self.text) + 1))) for stop in self.stops)
-            held = max((n for stop, sizes in ends for n in sizes if self.text.endswith(stop[:n])), default=0)
+            held = max(
+                (n for stop, sizes in ends for n in sizes if self.text.endswith(stop[:n])),
+                default=0,
+            )
         end = max(self.shown, len(self.text) - held)
         new, self.shown = self.text[self.shown : end], end
         return new
@@ -245,38 +271,56 @@ def _jobs(request: CompletionRequest, pipe: TokComPipeline, settings: ServerSett
         except UnicodeEncodeError as error:
             raise RequestError(400, f"a text is not valid Unicode ({error}).") from error
     if len(request.stops) > MAX_STOPS or any(len(stop) > MAX_STOP_LENGTH for stop in request.stops):
-        raise RequestError(400, f"`stop` takes {MAX_STOPS} sequences of at most {MAX_STOP_LENGTH} characters.")
+        raise RequestError(
+            400, f"`stop` takes {MAX_STOPS} sequences of at most {MAX_STOP_LENGTH} characters."
+        )
     if (request.num_inference_steps or 1) > settings.max_steps:
         steps = request.num_inference_steps
         raise RequestError(
-            400, f"`num_inference_steps` ({steps}) is above this server's limit of {settings.max_steps}."
+            400,
+            f"`num_inference_steps` ({steps}) is above this server's limit of {settings.max_steps}.",
         )
     if len(prompts) * request.n > settings.max_choices:
         wanted = len(prompts) * request.n
         raise RequestError(
-            400, f"{wanted} texts are more than the {settings.max_choices} of one request; send several."
+            400,
+            f"{wanted} texts are more than the {settings.max_choices} of one request; send several.",
         )
     if request.max_tokens > settings.max_tokens:
         raise RequestError(
-            400, f"`max_tokens` ({request.max_tokens}) is above this server's limit of {settings.max_tokens}."
+            400,
+            f"`max_tokens` ({request.max_tokens}) is above this server's limit of {settings.max_tokens}.",
         )
     if request.model not in (None, settings.model_name):
-        message = f"the model {request.model!r} does not exist; this server has {settings.model_name!r}."
+        message = (
+            f"the model {request.model!r} does not exist; this server has {settings.model_name!r}."
+        )
         raise RequestError(404, message, code="model_not_found")
     ids = text_ids(pipe.tokenizer, [p.rstrip(" ") for p in prompts])
     sizes = [len(row) for row in ids]  # as the pipeline reads them
     for size in sizes:
         if size > pipe.max_length:
-            message = f"`prompt` has {size} tokens, more than the model's {pipe.max_length}; shorten it."
+            message = (
+                f"`prompt` has {size} tokens, more than the model's {pipe.max_length}; shorten it."
+            )
             raise RequestError(400, message, code="context_length_exceeded")
     temperature = None if request.temperature is None else max(request.temperature, GREEDY)
     sampling = request.num_inference_steps, request.guidance_scale, temperature, request.top_p
     seed = secrets.randbits(32) if request.seed is None else request.seed % 2**63
     loop = asyncio.get_running_loop()
-    alone = pipe.model.config.transformer_config.block_size is None  # would see the padding of others
+    alone = (
+        pipe.model.config.transformer_config.block_size is None
+    )  # would see the padding of others
     copies = [(prompt, size) for prompt, size in zip(prompts, sizes) for _ in range(request.n)]
     return [
-        Job(prompt, request.max_tokens, sampling, seed + i, loop, (size, request.max_tokens) if alone else None)
+        Job(
+            prompt,
+            request.max_tokens,
+            sampling,
+            seed + i,
+            loop,
+            (size, request.max_tokens) if alone else None,
+        )
         for i, (prompt, size) in enumerate(copies)
     ]
 
@@ -291,7 +335,9 @@ def build_app(pipe: TokComPipeline, settings: ServerSettings) -> FastAPI:
         yield
         await asyncio.to_thread(engine.close)
 
-    app = FastAPI(title="TokCom", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        title="TokCom", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None
+    )
     app.state.engine = engine
 
     @app.exception_handler(RequestError)
@@ -303,36 +349,62 @@ def build_app(pipe: TokComPipeline, settings: ServerSettings) -> FastAPI:
     async def explain_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         place = (
-            "body" if first["type"] == "json_invalid" else ".".join(str(part) for part in first["loc"][1:]) or "body"
+            "body"
+            if first["type"] == "json_invalid"
+            else ".".join(str(part) for part in first["loc"][1:]) or "body"
         )
         return JSONResponse(RequestError(400, f"`{place}`: {first['msg']}").body, 400)
 
     @app.exception_handler(HTTPException)
     async def explain_others(request: Request, error: HTTPException) -> JSONResponse:
-        return JSONResponse(RequestError(error.status_code, str(error.detail)).body, error.status_code)
+        return JSONResponse(
+            RequestError(error.status_code, str(error.detail)).body, error.status_code
+        )
 
     @app.middleware("http")
     async def guard(request: Request, call_next):
         key = settings.api_key
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if key and request.url.path != "/health" and not secrets.compare_digest(given.encode(), key.encode()):
-            error = RequestError(401, "the API key is missing or wrong.", "authentication_error", "invalid_api_key")
+        if (
+            key
+            and request.url.path != "/health"
+            and not secrets.compare_digest(given.encode(), key.encode())
+        ):
+            error = RequestError(
+                401, "the API key is missing or wrong.", "authentication_error", "invalid_api_key"
+            )
             return await explain(request, error)
-        sized = request.headers.get("content-length", "").isdigit() and "transfer-encoding" not in request.headers
+        sized = (
+            request.headers.get("content-length", "").isdigit()
+            and "transfer-encoding" not in request.headers
+        )
         if request.method == "POST" and not sized:
-            return await explain(request, RequestError(411, "the request must say its Content-Length."))
+            return await explain(
+                request, RequestError(411, "the request must say its Content-Length.")
+            )
         if int(request.headers.get("content-length") or 0) > settings.max_body:
-            return await explain(request, RequestError(413, f"the body is larger than {settings.max_body} bytes."))
+            return await explain(
+                request, RequestError(413, f"the body is larger than {settings.max_body} bytes.")
+            )
         return await call_next(request)
 
     @app.get("/health")
     async def health() -> dict:
         alive = engine.thread.is_alive()
-        return {"status": "ok" if alive else "stopped", "waiting": len(engine.waiting), "running": engine.running}
+        return {
+            "status": "ok" if alive else "stopped",
+            "waiting": len(engine.waiting),
+            "running": engine.running,
+        }
 
     @app.get("/v1/models")
     async def models() -> dict:
-        entry = {"id": settings.model_name, "object": "model", "created": created, "owned_by": "tokcom"}
+        entry = {
+            "id": settings.model_name,
+            "object": "model",
+            "created": created,
+            "owned_by": "tokcom",
+        }
         return {"object": "list", "data": [entry]}
 
     @app.post("/v1/completions")
@@ -351,10 +423,18 @@ class Answer:
     """A response to one request, whole or as server-sent events; either way its jobs are cancelled when it ends."""
 
     def __init__(
-        self, request: CompletionRequest, choices: list[Choice], pipe: TokComPipeline, settings: ServerSettings
+        self,
+        request: CompletionRequest,
+        choices: list[Choice],
+        pipe: TokComPipeline,
+        settings: ServerSettings,
     ):
         self.request, self.choices, self.pipe, self.settings = request, choices, pipe, settings
-        self.head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time())}
+        self.head = {
+            "id": f"cmpl-{uuid.uuid4().hex}",
+            "object": "text_completion",
+            "created": int(time.time()),
+        }
         self.head["model"] = settings.model_name
 
     def _choice(self, index: int, text: str, finish_reason: str | None) -> dict:
@@ -373,9 +453,13 @@ class Answer:
         try:
             while tasks:
                 left = deadline - time.monotonic()
-                done, _ = await asyncio.wait(tasks, timeout=max(0.0, left), return_when=asyncio.FIRST_COMPLETED)
+                done, _ = await asyncio.wait(
+                    tasks, timeout=max(0.0, left), return_when=asyncio.FIRST_COMPLETED
+                )
                 if not done:
-                    raise RequestError(504, f"not finished within {self.settings.timeout:g} seconds.", "timeout")
+                    raise RequestError(
+                        504, f"not finished within {self.settings.timeout:g} seconds.", "timeout"
+                    )
                 for task in sorted(done, key=tasks.get):
                     index = tasks.pop(task)
                     new = task.result()
@@ -418,7 +502,10 @@ class Answer:
             async for index, new in self._grown():
                 if new or self.choices[index].finish_reason:
                     yield self._event([self._choice(index, new, self.choices[index].finish_reason)])
-        except (RequestError, ValueError) as error:  # the status line is sent already, so the stream says it
+        except (
+            RequestError,
+            ValueError,
+        ) as error:  # the status line is sent already, so the stream says it
             yield f"data: {json.dumps(error.body if isinstance(error, RequestError) else RequestError(400, str(error)).body)}\n\n"
             return
         finally:
@@ -433,19 +520,29 @@ class Answer:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--checkpoint", default=str(Path(__file__).resolve().parents[1]), help="model directory or Hub id"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for all interfaces; give an API key then")
+    parser.add_argument(
+        "--checkpoint",
+        default=str(Path(__file__).resolve().parents[1]),
+        help="model directory or Hub id",
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="0.0.0.0 for all interfaces; give an API key then"
+    )
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--api_key", default=os.environ.get("TOKCOM_API_KEY"), help="or TOKCOM_API_KEY")
+    parser.add_argument(
+        "--api_key", default=os.environ.get("TOKCOM_API_KEY"), help="or TOKCOM_API_KEY"
+    )
     defaults = ServerSettings()
     for name in ("max_batch", "max_queue", "max_tokens", "max_choices", "max_steps", "timeout"):
         value = getattr(defaults, name)
         parser.add_argument(f"--{name}", type=type(value), default=value)
-    parser.add_argument("--model_name", default=defaults.model_name, help="the name clients ask for")
+    parser.add_argument(
+        "--model_name", default=defaults.model_name, help="the name clients ask for"
+    )
     return parser
 
 
@@ -459,18 +556,31 @@ def is_loopback(host: str) -> bool:
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
-    names = ("model_name", "api_key", "max_batch", "max_queue", "max_tokens", "max_choices", "max_steps", "timeout")
+    names = (
+        "model_name",
+        "api_key",
+        "max_batch",
+        "max_queue",
+        "max_tokens",
+        "max_choices",
+        "max_steps",
+        "timeout",
+    )
     try:
         pipe = TokComPipeline.from_pretrained(args.checkpoint).to(args.device)
     except (ValueError, OSError, StrictDataclassError) as error:
         parser.exit(1, f"error: {error}\n")
     if pipe.tokenizer is None:
-        parser.exit(1, f"error: {args.checkpoint} has no tokenizer, so there is no text to serve.\n")
+        parser.exit(
+            1, f"error: {args.checkpoint} has no tokenizer, so there is no text to serve.\n"
+        )
     pipe.set_progress_bar_config(disable=True)
     if not is_loopback(args.host) and not args.api_key:
         print(f"warning: {args.host} can be reached from other machines and there is no --api_key.")
     app = build_app(pipe, ServerSettings(**{name: getattr(args, name) for name in names}))
-    print(f"serving {args.checkpoint} as {args.model_name!r} on http://{args.host}:{args.port}/v1/completions")
+    print(
+        f"serving {args.checkpoint} as {args.model_name!r} on http://{args.host}:{args.port}/v1/completions"
+    )
     uvicorn.run(app, host=args.host, port=args.port, log_level="warning")
 
 

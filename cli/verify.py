@@ -54,14 +54,20 @@ def released_files(directory: Path) -> list[Path]:
     """The files of a model directory that `checksums.json` covers, in order of their names."""
     found = {file for pattern in RELEASED for file in directory.glob(pattern) if file.is_file()}
     # a subfolder with a model of its own, such as a run beside it, is another directory to verify
-    own = {file for file in found if file.parent == directory or not (file.parent / "model_index.json").exists()}
+    own = {
+        file
+        for file in found
+        if file.parent == directory or not (file.parent / "model_index.json").exists()
+    }
     return sorted(own - {directory / CHECKSUMS})
 
 
 def write_checksums(directory: str | Path) -> Path:
     """Write `checksums.json`, file name -> SHA-256, of a model directory; returns its path."""
     directory = Path(directory)
-    digests = {file.relative_to(directory).as_posix(): _digest(file) for file in released_files(directory)}
+    digests = {
+        file.relative_to(directory).as_posix(): _digest(file) for file in released_files(directory)
+    }
     target = directory / CHECKSUMS
     target.write_text(json.dumps(digests, indent=2) + "\n")
     return target
@@ -78,10 +84,14 @@ def check_checksums(directory: str | Path) -> int:
         digests = json.loads((directory / CHECKSUMS).read_text())
         expected = dict(digests.items())
     except (json.JSONDecodeError, AttributeError) as error:
-        raise ValueError(f"{directory / CHECKSUMS} is not a table of checksums ({error}).") from error
+        raise ValueError(
+            f"{directory / CHECKSUMS} is not a table of checksums ({error})."
+        ) from error
     missing = [name for name in expected if not (directory / name).is_file()]
     changed = [
-        name for name, digest in expected.items() if name not in missing and _digest(directory / name) != digest
+        name
+        for name, digest in expected.items()
+        if name not in missing and _digest(directory / name) != digest
     ]
     problems = []
     if missing:
@@ -141,7 +151,9 @@ def check_loading(directory: Path) -> str:
 def check_tokenizer(directory: Path) -> str:
     config = TokComConfig.from_pretrained(directory)
     # the class by its name: AutoTokenizer would ask whether to run the code of the directory
-    name = json.loads((directory / "model_index.json").read_text()).get("tokenizer", [None, None])[1]
+    name = json.loads((directory / "model_index.json").read_text()).get("tokenizer", [None, None])[
+        1
+    ]
     if name is None:
         return "none; ids and latents work, text does not"
     tokenizer = getattr(transformers, name).from_pretrained(directory)

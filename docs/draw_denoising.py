@@ -53,7 +53,13 @@ def main() -> None:
     palette = frames[len(frames) // 2].quantize(64)
     frames = [frame.quantize(palette=palette) for frame in frames]
     times = [120] * (len(frames) - 1) + [3000]
-    frames[0].save(ROOT / "docs" / "denoising.gif", save_all=True, append_images=frames[1:], duration=times, loop=0)
+    frames[0].save(
+        ROOT / "docs" / "denoising.gif",
+        save_all=True,
+        append_images=frames[1:],
+        duration=times,
+        loop=0,
+    )
 
 
 if __name__ == "__main__":

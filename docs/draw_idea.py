@@ -28,8 +28,13 @@ def main() -> None:
         signal = pipe.model.channel_times(torch.full_like(noise[..., 0], t))
         ids = pipe.model.to_ids((1 - signal) * noise + signal * encoded.latents)[0].tolist()
         real = encoded.attention_mask[0].tolist()
-        tokens = [pipe.tokenizer.decode([i]) if r and i < len(pipe.tokenizer) else "" for i, r in zip(ids, real)]
-        rows.append(["".join(tokens[i : i + size]).replace("\n", "⏎") for i in range(0, len(tokens), size)])
+        tokens = [
+            pipe.tokenizer.decode([i]) if r and i < len(pipe.tokenizer) else ""
+            for i, r in zip(ids, real)
+        ]
+        rows.append(
+            ["".join(tokens[i : i + size]).replace("\n", "⏎") for i in range(0, len(tokens), size)]
+        )
 
     figure, axes = plt.subplots(figsize=(12, 4.2))
     axes.set_xlim(0, len(rows[0])), axes.set_ylim(-1.6, len(rows)), axes.axis("off")
@@ -38,7 +43,11 @@ def main() -> None:
         axes.text(-0.1, height + 0.5, f"t = {t:.1f}", ha="right", va="center", fontsize=11)
         for x, text in enumerate(row):
             box = plt.Rectangle(
-                (x + 0.03, height + 0.08), 0.94, 0.84, facecolor=plt.cm.viridis(0.25 + 0.6 * t), alpha=0.35
+                (x + 0.03, height + 0.08),
+                0.94,
+                0.84,
+                facecolor=plt.cm.viridis(0.25 + 0.6 * t),
+                alpha=0.35,
             )
             axes.add_patch(box)
             axes.text(x + 0.5, height + 0.5, text[:26], ha="center", va="center", fontsize=9)

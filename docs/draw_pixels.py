@@ -14,7 +14,9 @@ SCALE, GAP, LABEL = 8, 8, 14
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--prompt", default="Once upon a time there was a little")
     parser.add_argument("--gen_length", type=int, default=256)

@@ -43,7 +43,9 @@ def ssim(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """Structural similarity (Wang et al. 2004) of images `(B, 3, H, W)` in [-1, 1] with a Gaussian window of 11: `(B,)`."""
     size, sigma = 11, 1.5
     line = torch.exp(-0.5 * ((torch.arange(size) - size // 2) / sigma) ** 2)
-    window = (line[:, None] * line / line.sum() ** 2).to(images).expand(images.shape[1], 1, size, size)
+    window = (
+        (line[:, None] * line / line.sum() ** 2).to(images).expand(images.shape[1], 1, size, size)
+    )
 
     def blur(x: torch.Tensor) -> torch.Tensor:
         return F.conv2d(x, window, groups=x.shape[1])
@@ -70,7 +72,9 @@ class PCA:
     def __init__(self, images: torch.Tensor):
         flat = images.flatten(1).double()
         self.mean, self.shape = flat.mean(0), images.shape[1:]
-        self.components = torch.linalg.svd(flat - self.mean, full_matrices=False).Vh.T  # largest first
+        self.components = torch.linalg.svd(
+            flat - self.mean, full_matrices=False
+        ).Vh.T  # largest first
 
     def reconstruct(self, images: torch.Tensor, count: int) -> torch.Tensor:
         basis = self.components[:, :count]
@@ -85,13 +89,18 @@ def jpeg(image: Image.Image, scale: int, level: int) -> tuple[Image.Image, int]:
     small.save(buffer, "JPEG", quality=level, optimize=True)
     data = buffer.getvalue()
     start = data.rindex(b"\xff\xda")
-    scan = len(data) - start - 2 - int.from_bytes(data[start + 2 : start + 4], "big") - 2  # less the end marker
+    scan = (
+        len(data) - start - 2 - int.from_bytes(data[start + 2 : start + 4], "big") - 2
+    )  # less the end marker
     return Image.open(io.BytesIO(data)).resize(image.size, Image.Resampling.BICUBIC), scan
 
 
 def best_jpeg(images: torch.Tensor, processor, budget: float) -> dict[str, float]:
     """Quality of JPEG at the scale and level that serve best among those whose scans take at most `budget` bytes on average."""
-    pictures, best = processor.postprocess(images), {"psnr": None, "ssim": None}  # if nothing is small enough
+    pictures, best = (
+        processor.postprocess(images),
+        {"psnr": None, "ssim": None},
+    )  # if nothing is small enough
     for scale in (1, 2, 4, 8):
         for level in (1, 5, 10, 20, 40, 60, 80, 95):
             coded, sizes = zip(*(jpeg(picture, scale, level) for picture in pictures))
@@ -115,7 +124,9 @@ def encode(codec, images: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def decode(codec, latents: torch.Tensor, num_tokens: int | None = None) -> torch.Tensor:
     """Images `(B, 3, H, W)` of latents `(B, N, C)`, or of their first tokens."""
-    return torch.cat([codec.decode(part, num_tokens=num_tokens).pixel_values for part in latents.split(256)])
+    return torch.cat(
+        [codec.decode(part, num_tokens=num_tokens).pixel_values for part in latents.split(256)]
+    )
 
 
 def order_curve(codec, latents: torch.Tensor, images: torch.Tensor) -> list[float]:
@@ -141,7 +152,12 @@ class Classifier(nn.Module):
         layers, channels = [], 3
         for i in range(3):
             inner = width * 2**i
-            layers += [nn.Conv2d(channels, inner, 3, padding=1), nn.BatchNorm2d(inner), nn.ReLU(), nn.MaxPool2d(2)]
+            layers += [
+                nn.Conv2d(channels, inner, 3, padding=1),
+                nn.BatchNorm2d(inner),
+                nn.ReLU(),
+                nn.MaxPool2d(2),
+            ]
             channels = inner
         self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten())
         self.heads = nn.ModuleList(nn.Linear(4 * channels, count) for count in classes)
@@ -153,13 +169,19 @@ class Classifier(nn.Module):
     @torch.no_grad()
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """What the heads read, averaged over places: `(M, channels)`."""
-        return torch.cat([self.body(part).unflatten(1, (-1, 4)).mean(-1) for part in images.split(256)])
+        return torch.cat(
+            [self.body(part).unflatten(1, (-1, 4)).mean(-1) for part in images.split(256)]
+        )
 
 
-def train_classifier(images: torch.Tensor, labels: torch.Tensor, epochs: int, seed: int) -> Classifier:
+def train_classifier(
+    images: torch.Tensor, labels: torch.Tensor, epochs: int, seed: int
+) -> Classifier:
     """A classifier of images `(M, 3, H, W)` with labels `(M, columns)`."""
     if len(images) < BATCH:
-        raise ValueError(f"{len(images)} pictures do not train a classifier; give at least {BATCH}.")
+        raise ValueError(
+            f"{len(images)} pictures do not train a classifier; give at least {BATCH}."
+        )
     torch.manual_seed(seed)
     model = Classifier([int(column.max()) + 1 for column in labels.T])
     steps = epochs * (len(images) // BATCH)
@@ -167,7 +189,9 @@ def train_classifier(images: torch.Tensor, labels: torch.Tensor, epochs: int, se
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in tqdm(range(steps), desc="classifier", unit="step"):
         rows = torch.randint(len(images), (BATCH,))
-        loss = sum(F.cross_entropy(logits, labels[rows, i]) for i, logits in enumerate(model(images[rows])))
+        loss = sum(
+            F.cross_entropy(logits, labels[rows, i]) for i, logits in enumerate(model(images[rows]))
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -179,7 +203,9 @@ def train_classifier(images: torch.Tensor, labels: torch.Tensor, epochs: int, se
 def recognised(classifier: Classifier, images: torch.Tensor, labels: torch.Tensor) -> list[float]:
     """Share of images whose label is found, for every column of `labels (M, columns)`."""
     found = [torch.cat(parts) for parts in zip(*(classifier(part) for part in images.split(256)))]
-    return [(logits.argmax(-1) == labels[:, i]).float().mean().item() for i, logits in enumerate(found)]
+    return [
+        (logits.argmax(-1) == labels[:, i]).float().mean().item() for i, logits in enumerate(found)
+    ]
 
 
 def frechet(features: torch.Tensor, others: torch.Tensor) -> float:
@@ -198,12 +224,21 @@ def frechet(features: torch.Tensor, others: torch.Tensor) -> float:
 class Pictures:
     """All pictures of a source, their captions and labels."""
 
-    def __init__(self, source: str, pipe: TokComImagePipeline, args: argparse.Namespace, limit: int):
+    def __init__(
+        self, source: str, pipe: TokComImagePipeline, args: argparse.Namespace, limit: int
+    ):
         columns = args.image_column, args.caption_column
         dataset = read_pictures(source, pipe.model.config.codec_config, *columns, limit, args.seed)
-        rows, records = tqdm(range(len(dataset)), desc="reading pictures", unit="picture"), dataset.records
+        rows, records = (
+            tqdm(range(len(dataset)), desc="reading pictures", unit="picture"),
+            dataset.records,
+        )
         self.images = torch.stack([dataset[i]["pixel_values"] for i in rows])
-        self.captions = list(records[args.caption_column]) if args.caption_column in records.column_names else None
+        self.captions = (
+            list(records[args.caption_column])
+            if args.caption_column in records.column_names
+            else None
+        )
 
 
 def read_labels(source: str, columns: list[str], count: int, names: list[list]) -> torch.Tensor:
@@ -222,23 +257,34 @@ def read_labels(source: str, columns: list[str], count: int, names: list[list]) 
 
 @torch.no_grad()
 def measure_codec(
-    pipe: TokComImagePipeline, train: Pictures, test: Pictures, latents: torch.Tensor, args: argparse.Namespace
+    pipe: TokComImagePipeline,
+    train: Pictures,
+    test: Pictures,
+    latents: torch.Tensor,
+    args: argparse.Namespace,
 ) -> dict:
     """Reconstruction, order and codebook on held-out pictures, whose `latents` are known, beside PCA and JPEG."""
     codec, images, facts = pipe.model.codec, test.images, {"rows": []}
     config = codec.config
     coefficients = config.num_tokens * config.latent_channels
-    facts["rows"].append({"codec": "style", "numbers": coefficients, **quality(decode(codec, latents), images)})
+    facts["rows"].append(
+        {"codec": "style", "numbers": coefficients, **quality(decode(codec, latents), images)}
+    )
     pca = PCA(train.images)
     facts["rows"].append(
-        {"codec": "PCA", "numbers": coefficients, **quality(pca.reconstruct(images, coefficients), images)}
+        {
+            "codec": "PCA",
+            "numbers": coefficients,
+            **quality(pca.reconstruct(images, coefficients), images),
+        }
     )
     mean = train.images.mean(0).expand_as(images)
     facts["rows"].append({"codec": "mean picture", "numbers": 0, **quality(mean, images)})
     facts["curve"] = order_curve(codec, latents, images)
     steps = range(1, config.num_tokens + 1)
     facts["pca_curve"] = [facts["rows"][2]["psnr"]] + [
-        psnr(pca.reconstruct(images, k * config.latent_channels), images).mean().item() for k in steps
+        psnr(pca.reconstruct(images, k * config.latent_channels), images).mean().item()
+        for k in steps
     ]
     quarter = config.num_tokens // 4
     facts["order"] = order_facts(facts["curve"], quarter)
@@ -248,19 +294,30 @@ def measure_codec(
         facts["unordered"] = order_facts(facts["unordered_curve"], quarter)
     if args.codebook:
         coded = TokComImagePipeline.from_pretrained(args.codebook)
-        codes = torch.cat([coded.model.encode(pixel_values=part).codes for part in images.split(256)])
-        decoded = torch.cat([coded.decode(part, output_type="pt").images for part in codes.split(256)])
+        codes = torch.cat(
+            [coded.model.encode(pixel_values=part).codes for part in images.split(256)]
+        )
+        decoded = torch.cat(
+            [coded.decode(part, output_type="pt").images for part in codes.split(256)]
+        )
         size = coded.model.config.codec_config.num_codes
         budget = config.num_tokens * math.log2(size) / 8
         facts["codebook"] = code_statistics(codes, size) | {"codes": size}
         row = {"codec": f"style, {size} codes", "bytes": budget, **quality(decoded, images)}
-        facts["rows"] += [row, {"codec": "JPEG scan", **best_jpeg(images, pipe.image_processor, budget)}]
-        facts["used"] = codes.flatten().bincount(minlength=size).sort(descending=True).values.tolist()
+        facts["rows"] += [
+            row,
+            {"codec": "JPEG scan", **best_jpeg(images, pipe.image_processor, budget)},
+        ]
+        facts["used"] = (
+            codes.flatten().bincount(minlength=size).sort(descending=True).values.tolist()
+        )
     _codec_pictures(pipe, test, latents, args.output_dir)
     return facts
 
 
-def _codec_pictures(pipe: TokComImagePipeline, test: Pictures, latents: torch.Tensor, directory: Path) -> None:
+def _codec_pictures(
+    pipe: TokComImagePipeline, test: Pictures, latents: torch.Tensor, directory: Path
+) -> None:
     show = pipe.image_processor.postprocess
     originals = show(test.images[:16])
     rebuilt = pipe.decode(latents[:16]).images
@@ -269,7 +326,9 @@ def _codec_pictures(pipe: TokComImagePipeline, test: Pictures, latents: torch.Te
     )
     count = pipe.model.config.codec_config.num_tokens
     rows = [pipe.decode(latents[:6], k).images for k in PREFIXES if k <= count]
-    picture_grid([list(row) for row in zip(*rows, originals[:6])], scale=3).save(directory / "prefixes.png")
+    picture_grid([list(row) for row in zip(*rows, originals[:6])], scale=3).save(
+        directory / "prefixes.png"
+    )
 
 
 @torch.no_grad()
@@ -278,23 +337,34 @@ def draw(pipe: TokComImagePipeline, captions: list[str], args: argparse.Namespac
     generator, parts = torch.Generator().manual_seed(args.seed), []
     pipe.set_progress_bar_config(disable=True)
     for start in tqdm(range(0, len(captions), 64), desc="drawing", unit="batch"):
-        settings = {"guidance_scale": args.guidance_scale, "num_inference_steps": args.num_inference_steps}
+        settings = {
+            "guidance_scale": args.guidance_scale,
+            "num_inference_steps": args.num_inference_steps,
+        }
         chosen = captions[start : start + 64]
         parts.append(pipe(chosen, generator=generator, output_type="pt", **settings).images)
     return torch.cat(parts)
 
 
 def measure_steps(
-    pipe: TokComImagePipeline, classifier: Classifier, test: Pictures, labels: torch.Tensor, args: argparse.Namespace
+    pipe: TokComImagePipeline,
+    classifier: Classifier,
+    test: Pictures,
+    labels: torch.Tensor,
+    args: argparse.Namespace,
 ) -> list[dict]:
     """The model at every number of `--steps`, and each of `--students` at its own: recognised, Frechet distance, seconds."""
     rows, real = [], classifier.features(test.images)
     systems = [("model", pipe, steps, args.guidance_scale) for steps in args.steps]
     for directory in args.students:
         student = TokComImagePipeline.from_pretrained(directory)
-        systems.append((Path(directory).name, student, student.model.config.num_inference_steps, 1.0))
+        systems.append(
+            (Path(directory).name, student, student.model.config.num_inference_steps, 1.0)
+        )
     for name, system, steps, guidance in systems:
-        settings = argparse.Namespace(**{**vars(args), "num_inference_steps": steps, "guidance_scale": guidance})
+        settings = argparse.Namespace(
+            **{**vars(args), "num_inference_steps": steps, "guidance_scale": guidance}
+        )
         started = time.perf_counter()
         drawn = draw(system, test.captions[: len(labels)], settings)
         seconds = time.perf_counter() - started
@@ -312,7 +382,11 @@ def measure_steps(
 
 
 def measure_generation(
-    pipe: TokComImagePipeline, train: Pictures, test: Pictures, latents: torch.Tensor, args: argparse.Namespace
+    pipe: TokComImagePipeline,
+    train: Pictures,
+    test: Pictures,
+    latents: torch.Tensor,
+    args: argparse.Namespace,
 ) -> dict:
     """How often a classifier of real pictures recognises what the model draws for held-out captions, and the held-out pictures
     themselves as their `latents` remember them."""
@@ -322,9 +396,18 @@ def measure_generation(
     classifier = train_classifier(train.images, labels, args.classifier_epochs, args.seed)
     count = min(args.num_samples, len(test.captions))
     drawn = draw(pipe, test.captions[:count], args)
-    kinds = {"real": test.images, "reconstructed": decode(pipe.model.codec, latents), "drawn": drawn}
-    found = {kind: recognised(classifier, images, held_out[: len(images)]) for kind, images in kinds.items()}
-    shuffled = held_out[:count][torch.randperm(count, generator=torch.Generator().manual_seed(args.seed))]
+    kinds = {
+        "real": test.images,
+        "reconstructed": decode(pipe.model.codec, latents),
+        "drawn": drawn,
+    }
+    found = {
+        kind: recognised(classifier, images, held_out[: len(images)])
+        for kind, images in kinds.items()
+    }
+    shuffled = held_out[:count][
+        torch.randperm(count, generator=torch.Generator().manual_seed(args.seed))
+    ]
     found["drawn for another caption"] = recognised(classifier, drawn, shuffled)
     show = pipe.image_processor.postprocess
     rows = [show(drawn[i : i + 8]) for i in range(0, min(32, count), 8)]
@@ -335,7 +418,11 @@ def measure_generation(
     for kind, shares in found.items():
         for row, share in zip(rows, shares):
             row[kind] = share
-    steps = measure_steps(pipe, classifier, test, held_out[:count], args) if args.steps or args.students else []
+    steps = (
+        measure_steps(pipe, classifier, test, held_out[:count], args)
+        if args.steps or args.students
+        else []
+    )
     return {"generation": rows, "steps": steps}
 
 
@@ -349,7 +436,11 @@ def report(facts: dict) -> str:
     text += table(["codec", "numbers a picture", "bytes a picture", "PSNR, dB", "SSIM"], cells)
     text += "\n\n## Order of the tokens\n\n"
     shown = [k for k in (0, 1, 2, 4, 8, 9, 16, 24, 36) if k < len(facts["curve"])]
-    curves = [("style", "curve"), ("style, tail_dropout=0", "unordered_curve"), ("PCA", "pca_curve")]
+    curves = [
+        ("style", "curve"),
+        ("style, tail_dropout=0", "unordered_curve"),
+        ("PCA", "pca_curve"),
+    ]
     rows = [[name, *(facts[key][k] for k in shown)] for name, key in curves if key in facts]
     text += table(["PSNR, dB, of the first", *map(str, shown)], rows)
     for name, key in (("", "order"), (" with tail_dropout=0", "unordered")):
@@ -361,9 +452,13 @@ def report(facts: dict) -> str:
         text += "\n\n## Codebook\n\n" + table(list(used), [list(used.values())])
     if "generation" in facts:
         text += "\n\n## Drawn for captions\n\n"
-        text += table(list(facts["generation"][0]), [list(row.values()) for row in facts["generation"]])
+        text += table(
+            list(facts["generation"][0]), [list(row.values()) for row in facts["generation"]]
+        )
     if facts.get("steps"):
-        text += "\n\n## Steps\n\n" + table(list(facts["steps"][0]), [list(row.values()) for row in facts["steps"]])
+        text += "\n\n## Steps\n\n" + table(
+            list(facts["steps"][0]), [list(row.values()) for row in facts["steps"]]
+        )
     return text + "\n"
 
 
@@ -375,7 +470,11 @@ def plots(facts: dict, directory: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    for name, key in (("nested dropout", "curve"), ("without", "unordered_curve"), ("PCA", "pca_curve")):
+    for name, key in (
+        ("nested dropout", "curve"),
+        ("without", "unordered_curve"),
+        ("PCA", "pca_curve"),
+    ):
         if key in facts:
             axes.plot(facts[key], label=name)
     axes.set(xlabel="tokens kept", ylabel="PSNR, dB")
@@ -386,33 +485,53 @@ def plots(facts: dict, directory: Path) -> None:
         for name in dict.fromkeys(row["system"] for row in facts["steps"]):
             rows = [row for row in facts["steps"] if row["system"] == name]
             axes.plot(
-                [row["evaluations"] for row in rows], [row["Frechet distance"] for row in rows], "o-", label=name
+                [row["evaluations"] for row in rows],
+                [row["Frechet distance"] for row in rows],
+                "o-",
+                label=name,
             )
         axes.set(
-            xlabel="evaluations of the network", ylabel="Frechet distance of a classifier's features", xscale="log"
+            xlabel="evaluations of the network",
+            ylabel="Frechet distance of a classifier's features",
+            xscale="log",
         )
         axes.legend()
         figure.savefig(directory / "steps.png", dpi=120)
     if "used" in facts:
         figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
         axes.plot(facts["used"])
-        axes.set(xlabel="code, most used first", ylabel="tokens of held-out pictures", yscale="symlog")
+        axes.set(
+            xlabel="code, most used first", ylabel="tokens of held-out pictures", yscale="symlog"
+        )
         figure.savefig(directory / "codebook.png", dpi=120)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True)
-    parser.add_argument("--train", required=True, help="pictures of which PCA and classifier are made")
+    parser.add_argument(
+        "--train", required=True, help="pictures of which PCA and classifier are made"
+    )
     parser.add_argument("--test", required=True)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--codebook")
     parser.add_argument("--unordered")
     parser.add_argument("--image_column", default="image")
     parser.add_argument("--caption_column", default="caption")
-    parser.add_argument("--label_columns", nargs="*", default=[], help="of local parquet files; asks for drawing, too")
-    parser.add_argument("--steps", type=int, nargs="*", default=[], help="numbers of denoising steps to compare")
-    parser.add_argument("--students", nargs="*", default=[], help="students of the model, made by stage=distill")
+    parser.add_argument(
+        "--label_columns",
+        nargs="*",
+        default=[],
+        help="of local parquet files; asks for drawing, too",
+    )
+    parser.add_argument(
+        "--steps", type=int, nargs="*", default=[], help="numbers of denoising steps to compare"
+    )
+    parser.add_argument(
+        "--students", nargs="*", default=[], help="students of the model, made by stage=distill"
+    )
     parser.add_argument("--num_samples", type=int, default=512)
     parser.add_argument("--num_inference_steps", type=int)
     parser.add_argument("--guidance_scale", type=float, default=1.0)
@@ -423,7 +542,9 @@ def main(argv: list[str] | None = None) -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     try:
         pipe = TokComImagePipeline.from_pretrained(args.model)
-        train, test = (Pictures(source, pipe, args, args.limit) for source in (args.train, args.test))
+        train, test = (
+            Pictures(source, pipe, args, args.limit) for source in (args.train, args.test)
+        )
         latents = encode(pipe.model.codec, test.images)
         facts = measure_codec(pipe, train, test, latents, args)
         if args.label_columns:

@@ -32,11 +32,20 @@ def sharpness(frames: torch.Tensor) -> float:
 
 
 def predict(
-    pipe: TokComVideoPipeline, clips: torch.Tensor, known: int, steps: int | None, batch_size: int, seed: int
+    pipe: TokComVideoPipeline,
+    clips: torch.Tensor,
+    known: int,
+    steps: int | None,
+    batch_size: int,
+    seed: int,
 ) -> torch.Tensor:
     """The frame `(B, 3, H, W)` that follows the first `known` of `clips (B, 3, F, H, W)`."""
     causal = pipe.model.config.transformer_config.block_size is not None
-    length, generator, frames = (known + 1 if causal else None), torch.Generator().manual_seed(seed), []
+    length, generator, frames = (
+        (known + 1 if causal else None),
+        torch.Generator().manual_seed(seed),
+        [],
+    )
     for part in tqdm(clips.split(batch_size), desc=f"{known} known, {steps} steps", leave=False):
         given = part[:, :, :known]
         options = {"num_inference_steps": steps, "generator": generator, "output_type": "pt"}
@@ -49,8 +58,14 @@ def measure(systems: list[tuple], clips: torch.Tensor, args: argparse.Namespace)
     """A row for each system and number of steps, and one for copying; values are means over `args.known`."""
     rows, real = [], {k: clips[:, :, k] for k in args.known}
     copies = {k: psnr(clips[:, :, k - 1], real[k]).mean().item() for k in args.known}
-    row = {"system": "copy of the last frame", "steps": "-", **{f"{k} known": copies[k] for k in args.known}}
-    rows.append({**row, "mean": float(np.mean(list(copies.values()))), "sharpness": "-", "ms a frame": "-"})
+    row = {
+        "system": "copy of the last frame",
+        "steps": "-",
+        **{f"{k} known": copies[k] for k in args.known},
+    }
+    rows.append(
+        {**row, "mean": float(np.mean(list(copies.values()))), "sharpness": "-", "ms a frame": "-"}
+    )
     for name, pipe, steps in systems:
         found, sharp, started = {}, [], time.perf_counter()
         for k in args.known:
@@ -79,7 +94,9 @@ def pictures(pipe: TokComVideoPipeline, clips: torch.Tensor, args: argparse.Name
     still = [clip + [clip[-1]] * (len(made[0]) - len(clip)) for clip in real]
     frames = []
     for i in range(len(made[0])):
-        frames.append(picture_grid([[clip[i] for clip in still], [clip[i] for clip in made]], scale=3))
+        frames.append(
+            picture_grid([[clip[i] for clip in still], [clip[i] for clip in made]], scale=3)
+        )
     write_film([*frames, *[frames[-1]] * 4], args.output_dir / "clips.gif", fps=6)
 
 
@@ -89,20 +106,33 @@ def report(rows: list[dict]) -> str:
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True, help="held-out clips")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--image_column", default="image")
     parser.add_argument(
-        "--known", type=int, nargs="+", help="how many frames are given; by default 1, half and all but one"
+        "--known",
+        type=int,
+        nargs="+",
+        help="how many frames are given; by default 1, half and all but one",
     )
     parser.add_argument(
-        "--steps", type=int, nargs="*", default=[], help="numbers of denoising steps; by default the model's"
+        "--steps",
+        type=int,
+        nargs="*",
+        default=[],
+        help="numbers of denoising steps; by default the model's",
     )
-    parser.add_argument("--students", nargs="*", default=[], help="students of the model, made by stage=distill")
+    parser.add_argument(
+        "--students", nargs="*", default=[], help="students of the model, made by stage=distill"
+    )
     parser.add_argument("--first", type=int, default=1, help="frames given in the pictures")
-    parser.add_argument("--long", type=int, help="frames of the clips in the pictures, of block-causal models")
+    parser.add_argument(
+        "--long", type=int, help="frames of the clips in the pictures, of block-causal models"
+    )
     parser.add_argument("--num_samples", type=int, default=512)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
@@ -112,8 +142,12 @@ def main(argv: list[str] | None = None) -> list[dict]:
         pipes = [TokComVideoPipeline.from_pretrained(name) for name in (args.model, *args.students)]
         for pipe in pipes:
             pipe.set_progress_bar_config(disable=True)
-        data = read_pictures(args.data, pipes[0].model.config.codec_config, args.image_column, limit=args.num_samples)
-        clips = torch.stack([data[i]["pixel_values"] for i in tqdm(range(len(data)), desc="reading clips")])
+        data = read_pictures(
+            args.data, pipes[0].model.config.codec_config, args.image_column, limit=args.num_samples
+        )
+        clips = torch.stack(
+            [data[i]["pixel_values"] for i in tqdm(range(len(data)), desc="reading clips")]
+        )
         length = clips.shape[2]
         args.known = args.known or sorted({1, length // 2, length - 1})
         if not all(1 <= k < length for k in args.known):
@@ -124,7 +158,11 @@ def main(argv: list[str] | None = None) -> list[dict]:
         pictures(pipes[0], clips, args)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    facts = {"rows": rows, "clips": len(clips), "settings": {name: str(value) for name, value in vars(args).items()}}
+    facts = {
+        "rows": rows,
+        "clips": len(clips),
+        "settings": {name: str(value) for name, value in vars(args).items()},
+    }
     (args.output_dir / "results.json").write_text(json.dumps(facts, indent=1) + "\n")
     (args.output_dir / "results.md").write_text(report(rows))
     print(report(rows))

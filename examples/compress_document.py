@@ -56,10 +56,14 @@ def report(pipe: TokComPipeline, text: str, file: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--document", help="text file (default: a held-out story)")
     parser.add_argument("--output_dir", help="folder for codec and codes (default: none are kept)")
-    parser.add_argument("overrides", nargs="*", help="settings of the training, e.g. codec.max_steps=2000")
+    parser.add_argument(
+        "overrides", nargs="*", help="settings of the training, e.g. codec.max_steps=2000"
+    )
     args = parser.parse_intermixed_args(argv)
     text = read_document(args.document)
     with tempfile.TemporaryDirectory() as temporary:

@@ -82,7 +82,9 @@ def train_regression(teacher: Denoiser, pairs: tuple, steps: int, batch: int) ->
     return student
 
 
-def train_student(teacher: Denoiser, pairs: tuple, steps: int, batch: int, weight: float) -> Denoiser:
+def train_student(
+    teacher: Denoiser, pairs: tuple, steps: int, batch: int, weight: float
+) -> Denoiser:
     """A one-step student by distribution matching, with regression of some `weight` beside it."""
     student = copy.deepcopy(teacher).requires_grad_(True)
     fake = copy.deepcopy(teacher).requires_grad_(True)
@@ -90,8 +92,13 @@ def train_student(teacher: Denoiser, pairs: tuple, steps: int, batch: int, weigh
         torch.optim.AdamW(student.parameters(), 5e-4, (0.0, 0.99)),
         torch.optim.AdamW(fake.parameters(), 1e-3),
     )
-    schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(o, n) for o, n in zip(optimizers, (steps, 5 * steps))]
-    distiller = Distiller(teacher, fake, student, *optimizers, regression_weight=weight, pairs=pairs)
+    schedules = [
+        torch.optim.lr_scheduler.CosineAnnealingLR(o, n)
+        for o, n in zip(optimizers, (steps, 5 * steps))
+    ]
+    distiller = Distiller(
+        teacher, fake, student, *optimizers, regression_weight=weight, pairs=pairs
+    )
     for _ in tqdm(range(steps), desc=f"matching, regression {weight}"):
         distiller.step((batch, 2))
         schedules[0].step()
@@ -109,18 +116,25 @@ def run(seed: int, teacher_steps: int, student_steps: int, batch: int) -> dict[s
     start = torch.randn(16384, 2)
     pairs = start, integrate(teacher, start, 100)
     noise = torch.randn(4096, 2)
-    found = {f"teacher, {steps} step{'s' * (steps > 1)}": integrate(teacher, noise, steps) for steps in (100, 4, 1)}
+    found = {
+        f"teacher, {steps} step{'s' * (steps > 1)}": integrate(teacher, noise, steps)
+        for steps in (100, 4, 1)
+    }
     with torch.enable_grad():
         students = {
             "regression, 1 step": train_regression(teacher, pairs, student_steps, batch),
             "matching, 1 step": train_student(teacher, pairs, student_steps, batch, 0.0),
-            "matching + regression, 1 step": train_student(teacher, pairs, student_steps, batch, 0.25),
+            "matching + regression, 1 step": train_student(
+                teacher, pairs, student_steps, batch, 0.25
+            ),
         }
     return found | {name: generate(student, noise, (0.0,)) for name, student in students.items()}
 
 
 def main(argv: list[str] | None = None) -> dict[str, tuple[float, int]]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--seed", type=int, default=0, help="of everything (default: 0)")
     add("--teacher_steps", type=int, default=4000, help="training steps (default: 4000)")
@@ -133,11 +147,15 @@ def main(argv: list[str] | None = None) -> dict[str, tuple[float, int]]:
     for name, (near, modes) in results.items():
         print(f"{name:30} {near:.2f} near a mode, {modes} of 8 modes")
     if args.picture:
-        figure, axes = plt.subplots(1, len(samples), figsize=(3 * len(samples), 3.3), sharex=True, sharey=True)
+        figure, axes = plt.subplots(
+            1, len(samples), figsize=(3 * len(samples), 3.3), sharex=True, sharey=True
+        )
         for panel, (name, points) in zip(axes, samples.items()):
             panel.scatter(*points.T, s=1, alpha=0.3)
             panel.scatter(*MODES.T, s=20, marker="x", color="black")
-            panel.set_title(f"{name}\n{results[name][0]:.2f} near, {results[name][1]}/8 modes", fontsize=9)
+            panel.set_title(
+                f"{name}\n{results[name][0]:.2f} near, {results[name][1]}/8 modes", fontsize=9
+            )
             panel.set(xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
         figure.tight_layout()
         figure.savefig(args.picture, dpi=90)

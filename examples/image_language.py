@@ -50,7 +50,9 @@ def read_codes(
     return list(dataset.records["caption"]), codes[..., 0]
 
 
-def sequences(tokenizer, captions: list[str], codes: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+def sequences(
+    tokenizer, captions: list[str], codes: torch.Tensor, first: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids `(2 M, L)` and labels: pictures after their captions, and captions after pictures."""
     begin, end = tokenizer.convert_tokens_to_ids([BEGIN, END])
     texts = tokenizer(captions, add_special_tokens=False)["input_ids"]
@@ -63,7 +65,9 @@ def sequences(tokenizer, captions: list[str], codes: torch.Tensor, first: int) -
     return ids, torch.where(real, ids, -100)
 
 
-def train(model: LlamaForCausalLM, ids: torch.Tensor, labels: torch.Tensor, steps: int, batch_size: int) -> None:
+def train(
+    model: LlamaForCausalLM, ids: torch.Tensor, labels: torch.Tensor, steps: int, batch_size: int
+) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
     bar = tqdm(range(steps), desc="language model", unit="step")
@@ -160,7 +164,9 @@ def report(model, tokenizer, pipe: TokComImagePipeline, words: int, args) -> Non
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--model", required=True, help="image model with captions and a codebook")
     add("--train", required=True, help="pictures to learn, with captions")

@@ -60,7 +60,9 @@ def as_webp(frames: list[Image.Image]) -> bytes:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pictures", required=True, help="parquet with `image` and `caption`")
     parser.add_argument("--output", required=True, help="parquet file to write")
     parser.add_argument("--count", type=int, default=96, help="clips to make (default: 96)")

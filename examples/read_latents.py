@@ -49,11 +49,15 @@ def show_way(pipe: TokComPipeline, first: str, second: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     chunks = " said the little girl, and she went into the garden"
     parser.add_argument("--checkpoint", default=str(ROOT), help="model directory or Hub id")
     parser.add_argument("--text", default=chunks, help="whose chunks are looked up")
-    parser.add_argument("--first", default="The old king was very sad.", help="where the way begins")
+    parser.add_argument(
+        "--first", default="The old king was very sad.", help="where the way begins"
+    )
     parser.add_argument("--second", default="The young fox ran away fast.", help="where it ends")
     args = parser.parse_args(argv)
     pipe = TokComPipeline.from_pretrained(args.checkpoint)

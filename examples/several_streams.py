@@ -30,7 +30,9 @@ def index_captions(captions: list[str]) -> dict[str, list[int]]:
     return found
 
 
-def join(pictures: datasets.Dataset, sounds: datasets.Dataset, silent: bool) -> list[tuple[int, dict]]:
+def join(
+    pictures: datasets.Dataset, sounds: datasets.Dataset, silent: bool
+) -> list[tuple[int, dict]]:
     """Pairs of a picture's index and a record; `silent` keeps pictures without a sound."""
     by_caption = index_captions(pictures["caption"])
     records = []
@@ -45,7 +47,9 @@ def join(pictures: datasets.Dataset, sounds: datasets.Dataset, silent: bool) -> 
         heard.add(index)
         picture = pictures[index]
         text = picture["caption"] if digit is None else sound["caption"]
-        records.append((index, {"caption": text, "image": picture["image"], "audio": sound["audio"]}))
+        records.append(
+            (index, {"caption": text, "image": picture["image"], "audio": sound["audio"]})
+        )
     if silent:
         for index in sorted(set(range(len(pictures))) - heard):
             picture = pictures[index]
@@ -54,7 +58,9 @@ def join(pictures: datasets.Dataset, sounds: datasets.Dataset, silent: bool) -> 
     return records
 
 
-def hold_out(records: list[tuple[int, dict]], captions: list[str], count: int) -> tuple[list[dict], list[dict]]:
+def hold_out(
+    records: list[tuple[int, dict]], captions: list[str], count: int
+) -> tuple[list[dict], list[dict]]:
     """Records to learn, and those of `count` random pictures, none of them of a digit."""
     by_picture = defaultdict(list)
     for index, record in records:
@@ -83,7 +89,9 @@ def write(records: list[dict], names: list[str], output: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--pictures", required=True, help="parquet with `image` and `caption`")
     add("--sounds", help="parquet with `audio`, `caption`, and of digits `digit` (default: none)")

@@ -30,14 +30,18 @@ def write(pipe: TokComPipeline, steps: int) -> str:
     """A text from the same noise every time, or why the scheduler does not fit."""
     generator = torch.Generator().manual_seed(0)
     try:
-        output = pipe("Once upon a time", gen_length=32, num_inference_steps=steps, generator=generator)
+        output = pipe(
+            "Once upon a time", gen_length=32, num_inference_steps=steps, generator=generator
+        )
     except ValueError as error:  # it says which schedulers fit
         return f"cannot: {error}"
     return repr(output.texts[0])
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--checkpoint", help="model directory or Hub id (default: train one)")
     parser.add_argument("--steps", type=int, default=16, help="denoising steps (default: 16)")
     parser.add_argument("overrides", nargs="*", help="settings of the training")

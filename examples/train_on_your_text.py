@@ -45,12 +45,16 @@ TRAINING = [
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     stories = str(ROOT / "sample_data" / "stories_train.jsonl")
     add = parser.add_argument
     add("text", nargs="?", default=stories, help="what to learn (default: the stories shipped)")
     add("--output_dir", default="my-model", help="folder of the model (default: my-model)")
-    add("--prompt", default="Once upon a time", help="to continue at the end (default: %(default)s)")
+    add(
+        "--prompt", default="Once upon a time", help="to continue at the end (default: %(default)s)"
+    )
     add("overrides", nargs="*", help="more settings of training, e.g. flow.max_steps=2000")
     args = parser.parse_intermixed_args(argv)
     # as JSON, because a path may hold what YAML would read as more than text

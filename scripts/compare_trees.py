@@ -19,7 +19,9 @@ from safetensors.torch import load_file
 
 PRESETS = ("debug", "pixel-tiny", "style-tiny", "video-tiny", "omni-tiny")
 SHORT = ["report_to=none", "num_samples=0", "mixed_precision=no", "attention=sdpa"]
-SHORT += [f"{stage}.{key}" for stage in ("codec", "flow") for key in ("eval_batches=1", "batch_size=4")]
+SHORT += [
+    f"{stage}.{key}" for stage in ("codec", "flow") for key in ("eval_batches=1", "batch_size=4")
+]
 WRITE = """
 import torch
 try:
@@ -47,15 +49,23 @@ def environment(tree: Path, links: Path) -> dict[str, str]:
 def run(command: list[str] | str, tree: Path, links: Path) -> str:
     """Run a command, or Python code, in a tree and return what it prints; exits with its last lines if it fails."""
     command = [sys.executable, "-c", command] if isinstance(command, str) else command
-    done = subprocess.run(command, cwd=tree, env=environment(tree, links), capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=tree, env=environment(tree, links), capture_output=True, text=True
+    )
     if done.returncode:
         sys.exit(f"{' '.join(command)[:200]} failed in {tree}:\n{done.stderr[-2000:]}")
     return done.stdout
 
 
-def train(tree: Path, preset: str, steps: int, output: Path, extra: list[str], links: Path) -> dict[str, torch.Tensor]:
+def train(
+    tree: Path, preset: str, steps: int, output: Path, extra: list[str], links: Path
+) -> dict[str, torch.Tensor]:
     """The weights of a short run."""
-    lengths = [f"{stage}.{key}={steps}" for stage in ("codec", "flow") for key in ("max_steps", "eval_steps")]
+    lengths = [
+        f"{stage}.{key}={steps}"
+        for stage in ("codec", "flow")
+        for key in ("max_steps", "eval_steps")
+    ]
     command = [
         sys.executable,
         "train_accelerate.py",
@@ -73,22 +83,37 @@ def train(tree: Path, preset: str, steps: int, output: Path, extra: list[str], l
 def differences(old: dict[str, torch.Tensor], new: dict[str, torch.Tensor]) -> list[str]:
     """Names of tensors that are not the same in both."""
     missing = sorted(old.keys() ^ new.keys())
-    return missing + [name for name in sorted(old.keys() & new.keys()) if not torch.equal(old[name], new[name])]
+    return missing + [
+        name for name in sorted(old.keys() & new.keys()) if not torch.equal(old[name], new[name])
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("old", type=Path, help="checkout of the earlier commit, e.g. a worktree")
     parser.add_argument("new", type=Path, help="checkout to compare with it")
-    parser.add_argument("--presets", nargs="+", default=PRESETS, help="presets to train (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=20, help="steps per stage (default: %(default)s)")
-    parser.add_argument("--old_overrides", nargs="*", default=[], help="key=value overrides for the old tree alone")
-    parser.add_argument("--new_overrides", nargs="*", default=[], help="key=value overrides for the new tree alone")
+    parser.add_argument(
+        "--presets", nargs="+", default=PRESETS, help="presets to train (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=20, help="steps per stage (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--old_overrides", nargs="*", default=[], help="key=value overrides for the old tree alone"
+    )
+    parser.add_argument(
+        "--new_overrides", nargs="*", default=[], help="key=value overrides for the new tree alone"
+    )
     args = parser.parse_args()
     failed = False
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        trees = {"old": (args.old.resolve(), args.old_overrides), "new": (args.new.resolve(), args.new_overrides)}
+        trees = {
+            "old": (args.old.resolve(), args.old_overrides),
+            "new": (args.new.resolve(), args.new_overrides),
+        }
         for preset in args.presets:
             weights = {
                 name: train(tree, preset, args.steps, root / name / preset, extra, root / "links")
@@ -96,7 +121,10 @@ def main() -> None:
             }
             changed = differences(weights["old"], weights["new"])
             failed |= bool(changed)
-            print(f"{preset}: {len(weights['new'])} tensors, {len(changed)} differ {changed[:3] or ''}", flush=True)
+            print(
+                f"{preset}: {len(weights['new'])} tensors, {len(changed)} differ {changed[:3] or ''}",
+                flush=True,
+            )
         code = WRITE.format(model=str(args.new.resolve()))
         texts = [run(code, tree, root / "links") for tree, _ in trees.values()]
         failed |= texts[0] != texts[1]

@@ -5,7 +5,9 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # workers, and the processes that they start, share the cores: one job of two threads beside another is many times slower
-if "PYTEST_XDIST_WORKER" in os.environ:  # what starts them has read this file too, and hands its own number down
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # what starts them has read this file too, and hands its own number down
     os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
@@ -43,9 +45,13 @@ def build(tokenizer):
         torch.manual_seed(0)
         model = TokComModel(tiny_config(vocabulary_size(tokenizer), **overrides)).eval()
         for name, parameter in model.transformer.named_parameters():
-            if "modulation" in name:  # a block at initialisation is the identity, which would hide mistakes
+            if (
+                "modulation" in name
+            ):  # a block at initialisation is the identity, which would hide mistakes
                 torch.nn.init.normal_(parameter, std=0.3)
-        pipe = TokComPipeline(model, TokComFlowMatchScheduler.from_model_config(model.config), tokenizer)
+        pipe = TokComPipeline(
+            model, TokComFlowMatchScheduler.from_model_config(model.config), tokenizer
+        )
         pipe.set_progress_bar_config(disable=True)
         return pipe
 

@@ -57,7 +57,9 @@ SPLIT = {
 }
 
 
-def tiny_model(stage: str = "flow", objective: dict | None = None, vocab_size: int = 320, **overrides) -> TokComModel:
+def tiny_model(
+    stage: str = "flow", objective: dict | None = None, vocab_size: int = 320, **overrides
+) -> TokComModel:
     """A tiny model that is set to train a stage with an `objective` of these settings."""
     model = TokComModel(tiny_config(vocab_size, **overrides))
     model.set_stage(stage, **(objective or {}))
@@ -67,7 +69,9 @@ def tiny_model(stage: str = "flow", objective: dict | None = None, vocab_size: i
 def build_model(vocab_size: int = 320, **overrides) -> TokComModel:
     """A seeded model whose tokens take turns, with a context network, and blocks that do something."""
     torch.manual_seed(0)
-    model = TokComModel(tiny_config(vocab_size, **TURNS, transformer_config=SPLIT, **overrides)).eval()
+    model = TokComModel(
+        tiny_config(vocab_size, **TURNS, transformer_config=SPLIT, **overrides)
+    ).eval()
     with torch.no_grad():
         model.codec.embed_tokens.weight.normal_()
         model.codec.to_posterior.weight.normal_(std=0.3)
@@ -83,20 +87,43 @@ MEDIA = {
     "image": {
         "preset": "style-tiny",
         "codec_config": {
-            **dict(image_size=16, patch_size=4, num_tokens=6, latent_channels=4, hidden_size=32, intermediate_size=48),
-            **dict(num_attention_heads=2, num_hidden_layers=1, num_expert_layers=1, expert_intermediate_size=16),
-            **dict(decoder_hidden_size=24, decoder_intermediate_size=32, decoder_num_attention_heads=2),
+            **dict(
+                image_size=16,
+                patch_size=4,
+                num_tokens=6,
+                latent_channels=4,
+                hidden_size=32,
+                intermediate_size=48,
+            ),
+            **dict(
+                num_attention_heads=2,
+                num_hidden_layers=1,
+                num_expert_layers=1,
+                expert_intermediate_size=16,
+            ),
+            **dict(
+                decoder_hidden_size=24, decoder_intermediate_size=32, decoder_num_attention_heads=2
+            ),
             **dict(num_styled_layers=3, num_decoder_layers=1),
         },
         "transformer_config": {"latent_channels": 4, "max_position_embeddings": 6},
     },
-    "video": {"preset": "video-tiny", "codec_config": dict(num_frames=4, height=16, width=24, patch_size=8)},
+    "video": {
+        "preset": "video-tiny",
+        "codec_config": dict(num_frames=4, height=16, width=24, patch_size=8),
+    },
     "several": {
         "preset": "omni-tiny",
         "codec_config": {
             "text_latents": 4,
             "streams": {
-                "text": dict(chunk_size=2, latent_channels=8, embedding_size=16, hidden_size=32, intermediate_size=32),
+                "text": dict(
+                    chunk_size=2,
+                    latent_channels=8,
+                    embedding_size=16,
+                    hidden_size=32,
+                    intermediate_size=32,
+                ),
                 "image": dict(height=16, width=16),
                 "audio": dict(num_frames=16, num_channels=10, fft_length=128, hop_length=64),
             },
@@ -114,10 +141,14 @@ def tiny_pipeline(modality: str, tokenizer=None) -> TokComBasePipeline:
     size = None if tokenizer is None else vocabulary_size(tokenizer)
     if modality == "several":
         size = size or 300
-    config = preset_config(parts.pop("preset"), size, stage="flow", transformer_config=small, **parts)
+    config = preset_config(
+        parts.pop("preset"), size, stage="flow", transformer_config=small, **parts
+    )
     model = TokComModel(config).eval()
     for name, parameter in model.named_parameters():
-        if "modulation" in name:  # a block at initialisation is the identity, which would hide mistakes
+        if (
+            "modulation" in name
+        ):  # a block at initialisation is the identity, which would hide mistakes
             torch.nn.init.normal_(parameter, std=0.3)
     pipe = build_pipeline(model, tokenizer)
     pipe.set_progress_bar_config(disable=True)

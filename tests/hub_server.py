@@ -47,8 +47,12 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *args) -> None:
         pass
 
-    def _answer(self, status: int, body: object = None, error: str | None = None, **headers: str) -> None:
-        data = body if isinstance(body, bytes) else json.dumps({} if body is None else body).encode()
+    def _answer(
+        self, status: int, body: object = None, error: str | None = None, **headers: str
+    ) -> None:
+        data = (
+            body if isinstance(body, bytes) else json.dumps({} if body is None else body).encode()
+        )
         self.send_response(status)
         headers.setdefault("Content_Type", "application/json")
         headers.setdefault("Content_Length", str(len(data)))
@@ -82,14 +86,19 @@ class _Handler(BaseHTTPRequestHandler):
         """The repository, or None after an answer that says why not."""
         repo = self.state.repos.get(repo_id)
         if repo is None or (repo["private"] and not self._known):
-            self._answer(401 if not self._known else 404, {"error": "Repository not found"}, "RepoNotFound")
+            self._answer(
+                401 if not self._known else 404, {"error": "Repository not found"}, "RepoNotFound"
+            )
             return None
         return repo
 
     def whoami(self, body: bytes) -> None:
         if not self._known:
             return self._answer(401, {"error": "Invalid credentials"})
-        self._answer(200, {"name": USER, "type": "user", "orgs": [], "auth": {"accessToken": {"role": "write"}}})
+        self._answer(
+            200,
+            {"name": USER, "type": "user", "orgs": [], "auth": {"accessToken": {"role": "write"}}},
+        )
 
     def validate(self, body: bytes) -> None:
         self._answer(200, {"errors": [], "warnings": []})
@@ -104,7 +113,11 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(409, url | {"error": "You already created this model repo"})
         private = bool(wanted.get("private") or wanted.get("visibility") == "private")
         first = hashlib.sha1(repo_id.encode()).hexdigest()
-        self.state.repos[repo_id] = {"private": private, "revisions": {first: {}}, "branches": {"main": first}}
+        self.state.repos[repo_id] = {
+            "private": private,
+            "revisions": {first: {}},
+            "branches": {"main": first},
+        }
         self._answer(200, url)
 
     def preupload(self, body: bytes, repo_id: str, revision: str) -> None:
@@ -115,7 +128,9 @@ class _Handler(BaseHTTPRequestHandler):
         files = [
             {
                 "path": f["path"],
-                "uploadMode": "lfs" if f["path"].endswith((".safetensors", ".png")) or f["size"] > 10e6 else "regular",
+                "uploadMode": "lfs"
+                if f["path"].endswith((".safetensors", ".png")) or f["size"] > 10e6
+                else "regular",
                 "shouldIgnore": False,
             }
             for f in json.loads(body)["files"]
@@ -152,7 +167,9 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = self.state.objects[value["oid"]]
             elif entry["key"] == "deletedFile":
                 files.pop(value["path"], None)
-        sha = hashlib.sha1(repr(sorted(files.items())).encode() + str(len(repo["revisions"])).encode()).hexdigest()
+        sha = hashlib.sha1(
+            repr(sorted(files.items())).encode() + str(len(repo["revisions"])).encode()
+        ).hexdigest()
         repo["revisions"][sha], repo["branches"][revision] = files, sha
         url = f"{self.state.endpoint}/{repo_id}/commit/{sha}"
         self._answer(200, {"success": True, "commitOid": sha, "commitUrl": url, "hookOutput": ""})
@@ -165,14 +182,25 @@ class _Handler(BaseHTTPRequestHandler):
         if sha not in repo["revisions"]:
             return self._answer(404, {"error": f"Invalid rev id: {revision}"}, "RevisionNotFound")
         siblings = [{"rfilename": path} for path in sorted(repo["revisions"][sha])]
-        facts = {"id": repo_id, "modelId": repo_id, "sha": sha, "private": repo["private"], "siblings": siblings}
+        facts = {
+            "id": repo_id,
+            "modelId": repo_id,
+            "sha": sha,
+            "private": repo["private"],
+            "siblings": siblings,
+        }
         self._answer(200, facts | {"tags": [], "downloads": 0, "likes": 0})
 
     def tree(self, body: bytes, repo_id: str, revision: str) -> None:
         if self._find(repo_id) is None:
             return
         files = self.state.files(repo_id, revision) or {}
-        entry = lambda p, d: {"type": "file", "path": p, "size": len(d), "oid": hashlib.sha1(d).hexdigest()}  # noqa: E731
+        entry = lambda p, d: {
+            "type": "file",
+            "path": p,
+            "size": len(d),
+            "oid": hashlib.sha1(d).hexdigest(),
+        }  # noqa: E731
         self._answer(200, [entry(path, data) for path, data in sorted(files.items())])
 
     def resolve(self, body: bytes, repo_id: str, revision: str, path: str) -> None:
@@ -186,7 +214,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(404, b"", "EntryNotFound", X_Repo_Commit=sha)
         data = repo["revisions"][sha][path]
         etag = f'"{hashlib.sha256(data).hexdigest()}"'
-        self._answer(200, data, X_Repo_Commit=sha, ETag=etag, Content_Type="application/octet-stream")
+        self._answer(
+            200, data, X_Repo_Commit=sha, ETag=etag, Content_Type="application/octet-stream"
+        )
 
 
 _ID = r"([\w.-]+/[\w.-]+)"

@@ -46,11 +46,15 @@ def test_frames_end_with_the_pipelines_text_and_its_speed(demo):
     frames = list(demo.write("Squinty", length=16, **SETTINGS))
     expected = demo.pipe("Squinty", gen_length=16, num_inference_steps=4, generator=seeded(3))
     count = int(expected.attention_mask.sum())
-    assert plain(frames[-1][0]) == "Squinty" + "".join(demo._tokens(expected.sequences[0, :count].tolist()))
+    assert plain(frames[-1][0]) == "Squinty" + "".join(
+        demo._tokens(expected.sequences[0, :count].tolist())
+    )
     assert f"{count} tokens in" in frames[-1][1] and "ms per token" in frames[-1][1]
     assert len(frames) > 1 and all("hsl(" in page for page, _ in frames)
     slow = list(demo.write("Squinty", length=16, slowly=0.001, **SETTINGS))
-    assert len(slow) == 4 * 2 + 1 and slow[-1][0] == frames[-1][0]  # 2 blocks of 2 chunks, 4 steps each
+    assert (
+        len(slow) == 4 * 2 + 1 and slow[-1][0] == frames[-1][0]
+    )  # 2 blocks of 2 chunks, 4 steps each
 
 
 def test_text_cannot_smuggle_markup_into_the_page(demo):
@@ -66,8 +70,16 @@ def test_gaps_noise_and_map_show_the_pipelines_results(demo):
     story = "Mr. Rabbit went home to his wife and said that it was a fine day."
     seen, denoised, kept = demo.renoise(story, 1.0, 0)
     assert denoised == kept == demo.pipe.reconstruct(story).texts[0]
-    assert plain(seen) == "".join(demo._tokens(demo.pipe.reconstruct(story).sequences[0].tolist()))[: len(plain(seen))]
-    assert demo.renoise(story, 0.5, 2)[1] == demo.pipe.denoise_reconstruct(story, 0.5, generator=seeded(2)).texts[0]
+    assert (
+        plain(seen)
+        == "".join(demo._tokens(demo.pipe.reconstruct(story).sequences[0].tolist()))[
+            : len(plain(seen))
+        ]
+    )
+    assert (
+        demo.renoise(story, 0.5, 2)[1]
+        == demo.pipe.denoise_reconstruct(story, 0.5, generator=seeded(2)).texts[0]
+    )
     figure = demo.latent_map(story)
     assert len(figure.axes[0].texts) == demo.pipe.encode(story).latents.shape[1]
 
@@ -95,12 +107,16 @@ def test_mistakes_become_messages_and_the_page_goes_on(demo, call, message):
 
 def test_a_pixel_model_brings_a_tab(build):
     words = build()
-    config = preset_config("pixel-tiny", vocabulary_size(words.tokenizer), transformer_config={"num_hidden_layers": 1})
+    config = preset_config(
+        "pixel-tiny", vocabulary_size(words.tokenizer), transformer_config={"num_hidden_layers": 1}
+    )
     scheduler = TokComFlowMatchScheduler.from_model_config(config)
     demo = Demo(words, TokComPipeline(TokComModel(config).eval(), scheduler, words.tokenizer))
     picture, text = demo.to_picture("Mr. Rabbit went home.")
     assert picture.width % 8 == 0 and text.startswith("Mr. Rabbit went home.")
-    labels = [block.label for block in build_page(demo).blocks.values() if isinstance(block, gr.Tab)]
+    labels = [
+        block.label for block in build_page(demo).blocks.values() if isinstance(block, gr.Tab)
+    ]
     assert labels == ["Write", "Fill gaps", "Noise", "Latent map", "Pixels"]
 
 
@@ -146,7 +162,9 @@ def test_a_browser_writes_text_by_click_and_by_keyboard_on_wide_and_narrow_scree
         port = probe.getsockname()[1]
     page = build_page(Demo(TokComPipeline.from_pretrained(ROOT)))
     options = dict(server_name="127.0.0.1", server_port=port, prevent_thread_lock=True, quiet=True)
-    page.queue(default_concurrency_limit=1).launch(css=CSS, theme=gr.themes.Default(**FONTS), **options)
+    page.queue(default_concurrency_limit=1).launch(
+        css=CSS, theme=gr.themes.Default(**FONTS), **options
+    )
     try:
         wait = WebDriverWait(browser, 60)
         browser.get(f"http://127.0.0.1:{port}/")
@@ -171,7 +189,11 @@ def test_a_browser_writes_text_by_click_and_by_keyboard_on_wide_and_narrow_scree
             browser.switch_to.active_element.send_keys(Keys.TAB)
         assert browser.switch_to.active_element.get_attribute("id") == "write"
         browser.switch_to.active_element.send_keys(Keys.SPACE)
-        wait.until(lambda b: words(b).startswith("The king") and words(b) != first and "ms per token" in speed(b))
+        wait.until(
+            lambda b: (
+                words(b).startswith("The king") and words(b) != first and "ms per token" in speed(b)
+            )
+        )
 
         prompt.send_keys(Keys.CONTROL, "a")
         prompt.send_keys(Keys.DELETE)
@@ -181,7 +203,9 @@ def test_a_browser_writes_text_by_click_and_by_keyboard_on_wide_and_narrow_scree
         browser.refresh()
         button = wait.until(lambda b: b.find_element(By.CSS_SELECTOR, "button#write"))
         wait.until(lambda b: button.is_displayed())
-        width = browser.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
+        width = browser.execute_script(
+            "return document.documentElement.scrollWidth - window.innerWidth"
+        )
         assert width <= 0, "the page is wider than a narrow screen"
         screenshot(browser, "app_narrow.png")
     finally:

@@ -16,7 +16,13 @@ from tokcom.evaluation.benchmark import (
 )
 from tokcom.evaluation.published import PublishedTokCom
 
-ARGS = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48)
+ARGS = dict(
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=48,
+)
 
 
 @pytest.mark.filterwarnings("ignore:the checkpoint names no tokenizer")
@@ -27,14 +33,20 @@ def test_training_follows_the_loss_curve_of_the_plain_implementation(tmp_path, s
     published = PublishedTokCom.random(32, 48, 2, 4, 2, 51)
     published.vae["embed_tokens.weight"].mul_(0.2)
     args = ARGS | dict(rms_norm_eps=1e-6, rope_theta=1e6, vocab_size=51, omni_token_id=50)
-    checkpoint = dict(epoch=0, stage="vae" if stage == "codec" else "diffusion", val_loss=0.0, model_args=args)
+    checkpoint = dict(
+        epoch=0, stage="vae" if stage == "codec" else "diffusion", val_loss=0.0, model_args=args
+    )
     checkpoint |= dict(config=dict(max_length=64, chunk_size=4, noise_std=1e-9))
-    checkpoint |= dict(vae_model_state_dict=published.vae, denoised_model_state_dict=published.denoiser)
+    checkpoint |= dict(
+        vae_model_state_dict=published.vae, denoised_model_state_dict=published.denoiser
+    )
     torch.save(checkpoint, tmp_path / "model.pt")
     model = load_published_pipeline(tmp_path / "model.pt").model.train()
 
     trained = {"codec": published.vae, "flow": published.denoiser}[stage]
-    parameters = list({id(p): p.requires_grad_() for n, p in trained.items() if "inv_freq" not in n}.values())
+    parameters = list(
+        {id(p): p.requires_grad_() for n, p in trained.items() if "inv_freq" not in n}.values()
+    )
     plain = torch.optim.AdamW(parameters, 3e-3)
     fused = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 3e-3, fused=True)
     curves = []
@@ -57,7 +69,9 @@ def test_training_follows_the_loss_curve_of_the_plain_implementation(tmp_path, s
 def test_published_and_our_training_have_the_same_number_of_parameters():
     args = build_parser().parse_args(["training", "--layers", "1", "--vocab_size", "64"])
     for stage in ("codec", "flow"):
-        ours, published = (build_training(system, stage, args)[1] for system in ("TokCom", "published"))
+        ours, published = (
+            build_training(system, stage, args)[1] for system in ("TokCom", "published")
+        )
         assert sum(p.numel() for p in ours) == sum(p.numel() for p in published)
 
 
@@ -85,16 +99,36 @@ def test_training_command_compares_the_systems(tmp_path, monkeypatch):
     ]
     main(["training", "--stage", "flow", *small, "--output_dir", str(tmp_path)])
     rows = json.loads((tmp_path / "training.json").read_text())["flow"]
-    assert rows["published"]["times_published"] == 1 and rows["TokCom, cached latents"]["memory_ratio"] > 0
+    assert (
+        rows["published"]["times_published"] == 1
+        and rows["TokCom, cached latents"]["memory_ratio"] > 0
+    )
     assert 0 < rows["TokCom"]["share_of_peak"] < 1
-    assert (tmp_path / "training.png").is_file() and "published" in (tmp_path / "training.md").read_text()
+    assert (tmp_path / "training.png").is_file() and "published" in (
+        tmp_path / "training.md"
+    ).read_text()
 
 
 def test_sampling_command_measures_length_batch_steps_and_chunks(tmp_path):
-    sizes = ["--batch_sizes", "1", "2", "--lengths", "16", "--steps", "1", "2", "--chunk_sizes", "2", "--rounds", "1"]
+    sizes = [
+        "--batch_sizes",
+        "1",
+        "2",
+        "--lengths",
+        "16",
+        "--steps",
+        "1",
+        "2",
+        "--chunk_sizes",
+        "2",
+        "--rounds",
+        "1",
+    ]
     main(["sampling", *sizes, "--output_dir", str(tmp_path)])
     found = json.loads((tmp_path / "sampling.json").read_text())
-    assert abs(found["parameters"]["Llama with KV cache"] / found["parameters"]["TokCom"] - 1) < 0.001
+    assert (
+        abs(found["parameters"]["Llama with KV cache"] / found["parameters"]["TokCom"] - 1) < 0.001
+    )
     assert len(found["rows"]) == 2 + 2 + 1
     assert found["rows"][0]["Llama with KV cache / TokCom"] > 0
     assert (tmp_path / "sampling.png").is_file()
@@ -109,7 +143,11 @@ def test_length_is_measured_on_a_saved_model(build, tmp_path):
 def test_serving_command_counts_the_tokens_of_all_requests(build, tmp_path):
     build().save_pretrained(tmp_path / "model")
     small = ["--requests", "3", "--tokens", "4", "--rounds", "1"]
-    main(["serving", "--checkpoint", str(tmp_path / "model"), *small, "--output_dir", str(tmp_path)])
+    main(
+        ["serving", "--checkpoint", str(tmp_path / "model"), *small, "--output_dir", str(tmp_path)]
+    )
     rows = json.loads((tmp_path / "serving.json").read_text())["rows"]
-    assert [row["requests at once"] for row in rows] == [1, 3] and all(row["tokens_per_second"] > 0 for row in rows)
+    assert [row["requests at once"] for row in rows] == [1, 3] and all(
+        row["tokens_per_second"] > 0 for row in rows
+    )
     assert (tmp_path / "serving.png").is_file()

@@ -46,7 +46,9 @@ def test_what_follows_never_changes_the_logits_of_a_prefix(model):
     ids = text()
     whole = model(ids).logits
     for length in (1, 2, 13, 16, 19):
-        torch.testing.assert_close(model(ids[:, :length]).logits, whole[:, :length], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            model(ids[:, :length]).logits, whole[:, :length], atol=1e-4, rtol=1e-4
+        )
 
 
 @torch.no_grad()
@@ -106,9 +108,13 @@ def test_the_block_sampler_draws_from_these_logits(tokenizer, stories, remainder
     prompts = (tokenizer.decode(ids[: 8 + n]) for n in range(remainder, 40, 4))
     prompt = next(p for p in prompts if len(tokenizer(p)["input_ids"]) % 4 == remainder)
     expected = model(torch.tensor([tokenizer(prompt)["input_ids"]])).logits[0, -1].softmax(-1)[kept]
-    pipe = TokComPipeline(model, TokComFlowMatchScheduler.from_model_config(model.config), tokenizer)
+    pipe = TokComPipeline(
+        model, TokComFlowMatchScheduler.from_model_config(model.config), tokenizer
+    )
     pipe.set_progress_bar_config(disable=True)
-    drawn = pipe([prompt] * 2000, gen_length=1, generator=seeded(), output_type="seq").sequences[:, -1]
+    drawn = pipe([prompt] * 2000, gen_length=1, generator=seeded(), output_type="seq").sequences[
+        :, -1
+    ]
     shares = torch.stack([(drawn == token).float().mean() for token in kept])
     torch.testing.assert_close(shares, expected, atol=0.04, rtol=0)
 
@@ -137,7 +143,9 @@ def test_generate_takes_what_tools_pass(model):
     ids = text(9)
     options = {"max_new_tokens": 5, "eos_token_id": None, "pad_token_id": 320}
     first = model.generate(ids, do_sample=True, seed=3, top_k=20, top_p=0.9, **options)
-    assert torch.equal(first, model.generate(ids, do_sample=True, seed=3, top_k=20, top_p=0.9, **options))
+    assert torch.equal(
+        first, model.generate(ids, do_sample=True, seed=3, top_k=20, top_p=0.9, **options)
+    )
     assert model.generate(ids, num_beams=3, **options).shape == (2, 14)
     assert model.generate(ids, do_sample=True, num_return_sequences=2, **options).shape == (4, 14)
     cold = model.generate(ids, do_sample=True, temperature=0, **options)
@@ -175,5 +183,10 @@ def test_what_cannot_be_done_is_refused_by_name(model):
 
 def test_the_configuration_answers_what_tools_ask(model):
     config = model.config
-    answers = (config.vocab_size, config.hidden_size, config.num_hidden_layers, config.max_position_embeddings)
+    answers = (
+        config.vocab_size,
+        config.hidden_size,
+        config.num_hidden_layers,
+        config.max_position_embeddings,
+    )
     assert answers == (321, 64, 2, 128)

@@ -45,7 +45,9 @@ def model(tmp_path_factory, stories):
 
     path = tmp_path_factory.mktemp("model") / "tiny"
     torch.manual_seed(0)
-    pipe = TokComPipeline(TokComModel(tiny_config()), TokComFlowMatchScheduler(), train_tokenizer(stories, 320))
+    pipe = TokComPipeline(
+        TokComModel(tiny_config()), TokComFlowMatchScheduler(), train_tokenizer(stories, 320)
+    )
     pipe.save_pretrained(path)
     return path
 
@@ -53,7 +55,9 @@ def model(tmp_path_factory, stories):
 # ---- help ----
 
 
-@pytest.mark.parametrize("arguments", [[], *([name] for name in OWN)], ids=lambda names: "".join(names) or "list")
+@pytest.mark.parametrize(
+    "arguments", [[], *([name] for name in OWN)], ids=lambda names: "".join(names) or "list"
+)
 def test_help_imports_nothing_heavy_and_comes_at_once(arguments):
     code = (
         "import sys, time\n"
@@ -164,7 +168,9 @@ def test_a_missing_path_is_named_in_one_sentence(name, tmp_path, monkeypatch):
     assert "\n" not in message.strip() and "unexpected" not in message
 
 
-@pytest.mark.parametrize("error", [ValueError("so wrong"), FileNotFoundError(2, "No such file", "there")])
+@pytest.mark.parametrize(
+    "error", [ValueError("so wrong"), FileNotFoundError(2, "No such file", "there")]
+)
 def test_an_expected_error_is_one_sentence_and_status_1(error):
     with pytest.raises(SystemExit) as end, report_errors():
         raise error
@@ -186,14 +192,22 @@ def test_an_unexpected_error_keeps_its_traceback_only_when_asked(monkeypatch):
 
 def test_processes_end_with_the_documented_status():
     wrong = run("verify", "nowhere")
-    assert wrong.returncode == 1 and wrong.stderr.startswith("error: ") and "Traceback" not in wrong.stderr
+    assert (
+        wrong.returncode == 1
+        and wrong.stderr.startswith("error: ")
+        and "Traceback" not in wrong.stderr
+    )
     assert "Traceback" in run("verify", "nowhere", "--debug").stderr
     assert "Traceback" in run("verify", "nowhere", TOKCOM_DEBUG="1").stderr
 
 
 def test_a_package_that_is_not_installed_is_named_with_its_remedy():
-    assert "pip install gradio" in explain(ModuleNotFoundError("No module named 'gradio'", name="gradio"))
-    assert "unexpected" in explain(ModuleNotFoundError("No module named 'tokcom.x'", name="tokcom.x"))
+    assert "pip install gradio" in explain(
+        ModuleNotFoundError("No module named 'gradio'", name="gradio")
+    )
+    assert "unexpected" in explain(
+        ModuleNotFoundError("No module named 'tokcom.x'", name="tokcom.x")
+    )
 
 
 # ---- the work ----
@@ -206,7 +220,10 @@ def test_a_leading_argument_is_the_text_or_the_prompt():
     assert parse("decode", ["latents.safetensors"]).mode == "decode"
     assert parse("decode", ["--image_file", "a.png"]).mode == "image_to_text"
     assert parse("encode", ["a", "--image_file", "a.png"]).mode == "text_to_image"
-    assert parse("reconstruct", ["--input_image", "a.png", "--image_file", "b.png"]).mode == "reconstruct_image"
+    assert (
+        parse("reconstruct", ["--input_image", "a.png", "--image_file", "b.png"]).mode
+        == "reconstruct_image"
+    )
 
 
 def test_both_entrances_write_the_same_texts(model, capsys):
@@ -257,7 +274,9 @@ def test_a_model_of_another_modality_is_refused_with_the_command_to_use(model, n
         call(name, "--checkpoint", str(model), "--device", "cpu", *files.get(name, []))
 
 
-@pytest.mark.parametrize(("modality", "command"), [("image", "draw"), ("video", "animate"), ("several", "any-to-any")])
+@pytest.mark.parametrize(
+    ("modality", "command"), [("image", "draw"), ("video", "animate"), ("several", "any-to-any")]
+)
 def test_commands_for_text_name_the_command_of_other_models(modality, command):
     from tokcom.cli.loading import check_modality
 
@@ -316,7 +335,9 @@ def test_checksums_name_changed_and_missing_files(copy, capsys):
 
 def test_a_number_that_is_not_finite_is_found(copy, capsys):
     def spoil(tensors):
-        tensors[next(name for name in tensors if name.endswith("weight"))].view(-1)[0] = float("nan")
+        tensors[next(name for name in tensors if name.endswith("weight"))].view(-1)[0] = float(
+            "nan"
+        )
 
     change_weights(copy, spoil)
     assert failures(copy, capsys) == {"numbers"}

@@ -8,9 +8,15 @@ from tokcom.configuration_tokcom import TokComChunkCodecConfig
 
 FORMS = {
     "mlp": {},
-    "attention": dict(layer_type="attention", embedding_size=32, num_attention_heads=4, num_key_value_heads=2),
+    "attention": dict(
+        layer_type="attention", embedding_size=32, num_attention_heads=4, num_key_value_heads=2
+    ),
     "published": dict(
-        layer_type="attention", variational=False, latent_channels=32, embedding_size=32, num_attention_heads=4
+        layer_type="attention",
+        variational=False,
+        latent_channels=32,
+        embedding_size=32,
+        num_attention_heads=4,
     ),
 }
 
@@ -18,9 +24,16 @@ FORMS = {
 def codec(form="mlp", **overrides) -> TokComChunkCodec:
     torch.manual_seed(0)
     fields = dict(
-        vocab_size=61, mask_token_id=60, pad_token_id=60, chunk_size=4, latent_channels=12, embedding_size=16
+        vocab_size=61,
+        mask_token_id=60,
+        pad_token_id=60,
+        chunk_size=4,
+        latent_channels=12,
+        embedding_size=16,
     )
-    fields |= dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1) | FORMS[form] | overrides
+    fields |= (
+        dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1) | FORMS[form] | overrides
+    )
     return TokComChunkCodec(TokComChunkCodecConfig(**fields))
 
 
@@ -66,14 +79,18 @@ def test_training_loss_averages_over_real_tokens_only():
     mask = torch.tensor([[1, 1, 1, 1, 1, 1, 0, 0]])
     _, parts = model.training_loss(ids, mask)
     states = model._token_states(model.encode(ids, mask).latents.flatten(0, 1)).flatten(0, 1)
-    nll = torch.nn.functional.cross_entropy(states @ model.embed_tokens.weight[:-1].T, ids[0], reduction="none")
+    nll = torch.nn.functional.cross_entropy(
+        states @ model.embed_tokens.weight[:-1].T, ids[0], reduction="none"
+    )
     torch.testing.assert_close(parts["ce_loss"], nll[:6].mean().detach())
     assert not torch.isclose(parts["ce_loss"], nll.mean())
 
 
 def test_latent_mask_marks_chunks_with_a_real_token():
     mask = torch.tensor([[0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1]])
-    assert codec().encode(torch.zeros(1, 12, dtype=torch.long), mask).mask.tolist() == [[False, True, True]]
+    assert codec().encode(torch.zeros(1, 12, dtype=torch.long), mask).mask.tolist() == [
+        [False, True, True]
+    ]
 
 
 def test_statistics_standardize_and_decode_undoes_them():
@@ -92,7 +109,9 @@ def test_kl_is_clipped_from_below():
     model = codec().eval()
     model.set_loss(kl_free_nats=0.5)
     torch.nn.init.zeros_(model.to_posterior.weight)
-    torch.nn.init.zeros_(model.to_posterior.bias)  # the posterior equals the prior: KL 0, clipped to 0.5 a channel
+    torch.nn.init.zeros_(
+        model.to_posterior.bias
+    )  # the posterior equals the prior: KL 0, clipped to 0.5 a channel
     _, parts = model.training_loss(torch.randint(0, 60, (2, 8)))
     assert parts["kl_loss"].item() == pytest.approx(0.5 * 12)
 
@@ -106,7 +125,9 @@ def test_dropout_and_sampling_act_in_training_only():
     assert not torch.equal(model.training_loss(ids)[0], model.training_loss(ids)[0])
 
 
-@pytest.mark.parametrize("settings", [{"token_dropout": 1.0}, {"kl_weight": -1.0}, {"kl_wait": 1.0}])
+@pytest.mark.parametrize(
+    "settings", [{"token_dropout": 1.0}, {"kl_weight": -1.0}, {"kl_wait": 1.0}]
+)
 def test_impossible_settings_of_the_loss_are_named(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         codec().set_loss(**settings)

@@ -36,10 +36,17 @@ def pixel_model(vocab_size: int = 320, digits: str = "color", **overrides) -> To
     }
     channels = 4 * (3 if digits == "color" else (vocab_size).bit_length())
     shape = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
-    shape |= dict(num_key_value_heads=4, conditioning_size=32, latent_channels=channels, max_position_embeddings=32)
+    shape |= dict(
+        num_key_value_heads=4,
+        conditioning_size=32,
+        latent_channels=channels,
+        max_position_embeddings=32,
+    )
     shape |= overrides.pop("transformer_config", {})
     overrides.setdefault("token_stagger", 0.0)
-    config = preset_config("pixel-tiny", vocab_size, codec_config=code, transformer_config=shape, **overrides)
+    config = preset_config(
+        "pixel-tiny", vocab_size, codec_config=code, transformer_config=shape, **overrides
+    )
     return TokComModel(config)
 
 
@@ -64,7 +71,9 @@ def test_standardised_digits_have_mean_zero_and_deviation_one():
     model = codec(4096)
     latents = model.encode(torch.arange(4096).view(1, -1)).latents.view(-1, 3)
     torch.testing.assert_close(latents.mean(0), torch.zeros(3), atol=1e-4, rtol=0)
-    torch.testing.assert_close(latents.std(0, correction=0), torch.tensor([1.0, 1.0, 0.0]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        latents.std(0, correction=0), torch.tensor([1.0, 1.0, 0.0]), atol=1e-4, rtol=0
+    )
     published = codec(4096, standardize=False).encode(torch.tensor([[255] * 16])).latents
     assert published.view(-1, 3)[0].tolist() == [1.0, -1.0, -1.0]
 
@@ -81,7 +90,24 @@ def test_impossible_colors_decode_to_the_nearest_valid_id():
 def test_raster_patches_hold_runs_of_the_rows():
     model = codec(4096, layout="raster", image_size=8)
     ids = torch.arange(64).view(1, 64)
-    assert model.to_patches(ids)[0, 0].tolist() == [0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27]
+    assert model.to_patches(ids)[0, 0].tolist() == [
+        0,
+        1,
+        2,
+        3,
+        8,
+        9,
+        10,
+        11,
+        16,
+        17,
+        18,
+        19,
+        24,
+        25,
+        26,
+        27,
+    ]
     assert torch.equal(model.from_patches(model.to_patches(ids)), ids)
     with pytest.raises(ValueError, match="32"):
         model.encode(ids[:, :40])
@@ -124,7 +150,9 @@ def test_what_a_masked_prefix_holds_changes_no_output():
     latents = model.encode(ids).latents
     other = latents.clone()
     other[:, :4] = torch.randn(2, 4, 12)
-    first, second = (model.predict(x, 0.5, attention_mask=mask).latents[:, 4:] for x in (latents, other))
+    first, second = (
+        model.predict(x, 0.5, attention_mask=mask).latents[:, 4:] for x in (latents, other)
+    )
     assert (first - second).abs().max() == 0
 
 
@@ -140,8 +168,12 @@ def test_raster_models_take_whole_rows_of_patches(tokenizer):
     raster = {"layout": "raster"}
     with pytest.raises(StrictDataclassError, match=r"`block_size` \(3\).*4 patches"):
         pixel_model(codec_config=raster, transformer_config={"block_size": 3})
-    model = pixel_model(vocabulary_size(tokenizer), codec_config=raster, transformer_config={"block_size": 4}).eval()
-    pipe = TokComPipeline(model, TokComFlowMatchScheduler.from_model_config(model.config), tokenizer)
+    model = pixel_model(
+        vocabulary_size(tokenizer), codec_config=raster, transformer_config={"block_size": 4}
+    ).eval()
+    pipe = TokComPipeline(
+        model, TokComFlowMatchScheduler.from_model_config(model.config), tokenizer
+    )
     with pytest.raises(ValueError, match=r"`num_chunks` \(3\).*multiple of 4"):
         pipe.generate(num_chunks=3)
     assert pipe.generate(num_chunks=8, num_inference_steps=1).sequences.shape == (1, 32)
@@ -151,7 +183,9 @@ def test_raster_models_take_whole_rows_of_patches(tokenizer):
 @pytest.mark.parametrize("width", [None, 7, 4000])
 def test_a_text_survives_as_a_png_of_any_width(tokenizer, tmp_path, digits, width):
     model = pixel_model(vocabulary_size(tokenizer), digits)
-    pipe = TokComPipeline(model, TokComFlowMatchScheduler.from_model_config(model.config), tokenizer)
+    pipe = TokComPipeline(
+        model, TokComFlowMatchScheduler.from_model_config(model.config), tokenizer
+    )
     text = "Squinty was a little pig. " * 40 + tokenizer.eos_token
     image = pipe.text_to_image(text, width)
     assert image.width == (width or model.config.codec_config.image_size)
@@ -178,7 +212,9 @@ def test_texts_are_no_pictures_of_other_models(tokenizer):
     from tokcom.modeling_tokcom import TokComModel as Model
 
     other = Model(preset_config("debug", vocabulary_size(tokenizer)))
-    pipe = TokComPipeline(other, TokComFlowMatchScheduler.from_model_config(other.config), tokenizer)
+    pipe = TokComPipeline(
+        other, TokComFlowMatchScheduler.from_model_config(other.config), tokenizer
+    )
     with pytest.raises(ValueError, match="load a pixel model"):
         pipe.text_to_image("Squinty")
 
@@ -200,7 +236,9 @@ def test_pixel_model_learns_one_batch_and_writes_it_from_noise(tokenizer, digits
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-    pipe = TokComPipeline(model.eval(), TokComFlowMatchScheduler.from_model_config(model.config), tokenizer)
+    pipe = TokComPipeline(
+        model.eval(), TokComFlowMatchScheduler.from_model_config(model.config), tokenizer
+    )
     pipe.set_progress_bar_config(disable=True)
     context = model.encode(prompt)
     known = context.mask.shape[1]

@@ -88,7 +88,9 @@ NEVER_VARY = {
 
 def own_fields(fields: dict) -> dict:
     """Fields that the library's base class does not have."""
-    return {name: value for name, value in fields.items() if name not in PreTrainedConfig().to_dict()}
+    return {
+        name: value for name, value in fields.items() if name not in PreTrainedConfig().to_dict()
+    }
 
 
 def collect(fields: dict, found: dict) -> None:
@@ -115,9 +117,15 @@ def test_every_field_varies_between_presets_or_has_a_reason():
 
 
 def test_fields_of_earlier_versions_are_dropped_with_one_warning():
-    fields = preset_config("debug").to_dict() | {"stage": "flow", "ce_weight": 0.3, "latent_stagger": 0.0}
+    fields = preset_config("debug").to_dict() | {
+        "stage": "flow",
+        "ce_weight": 0.3,
+        "latent_stagger": 0.0,
+    }
     fields["codec_config"] |= {"kl_weight": 0.1, "quantized_latents": True}
-    with pytest.warns(UserWarning, match="ce_weight, kl_weight, latent_stagger, quantized_latents, stage") as caught:
+    with pytest.warns(
+        UserWarning, match="ce_weight, kl_weight, latent_stagger, quantized_latents, stage"
+    ) as caught:
         config = TokComConfig(**fields)
     assert len(caught) == 1 and not hasattr(config, "ce_weight")
 

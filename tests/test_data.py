@@ -60,7 +60,9 @@ def test_every_format_gives_the_same_documents(files, name, streaming):
 
 
 def test_several_sources_are_joined(files):
-    documents = load_documents([str(files / "a.jsonl"), str(files / "a.parquet")], DataConfig(), "train")
+    documents = load_documents(
+        [str(files / "a.jsonl"), str(files / "a.parquet")], DataConfig(), "train"
+    )
     assert len(documents) == 4
 
 
@@ -76,7 +78,9 @@ def test_a_name_that_is_no_file_is_asked_of_the_hub(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     config = DataConfig(name="wikitext-2-raw-v1")
     assert len(load_documents("Salesforce/wikitext", config, "validation")) == 2
-    assert asked == [(("Salesforce/wikitext", "wikitext-2-raw-v1"), {"split": "validation", "streaming": False})]
+    assert asked == [
+        (("Salesforce/wikitext", "wikitext-2-raw-v1"), {"split": "validation", "streaming": False})
+    ]
 
 
 def test_missing_field_empty_data_and_unknown_files_are_named(files):
@@ -116,7 +120,9 @@ def test_an_epoch_covers_the_corpus_from_a_new_offset():
     for epoch in range(20):
         dataset.set_epoch(epoch)
         rows = torch.stack([dataset[i]["input_ids"] for i in range(len(dataset))])
-        assert torch.equal(rows.flatten(), torch.arange(rows.numel()) + rows[0, 0])  # no gap, no overlap
+        assert torch.equal(
+            rows.flatten(), torch.arange(rows.numel()) + rows[0, 0]
+        )  # no gap, no overlap
         starts.add(int(rows[0, 0]) % 4)
     assert starts == {0, 1, 2, 3}  # chunk boundaries fall everywhere
     held_out = PackedDataset(tokens, WindowShape(64, 4), 9999, seed=0, training=False)
@@ -155,11 +161,15 @@ def test_half_of_the_windows_begin_where_a_document_begins_and_all_say_whether_t
     assert not any(item["attention_mask"].eq(0).any() for item in items)  # nothing is padded
     lead = PackedDataset(tokens, WindowShape(128, 1, lead=1), 0, seed=0, training=True)
     firsts = [int(lead[i]["input_ids"][0]) for i in range(len(lead))]
-    assert 0.4 < np.mean([first == 0 for first in firsts]) < 0.6  # an autoregressive model begins from EOS
+    assert (
+        0.4 < np.mean([first == 0 for first in firsts]) < 0.6
+    )  # an autoregressive model begins from EOS
 
 
 def test_codec_training_sees_every_token_and_random_unicode(tokenizer):
-    text = PackedDataset(np.full(64_000, 7, dtype=np.int32), WindowShape(64, 4), 0, seed=0, training=True)
+    text = PackedDataset(
+        np.full(64_000, 7, dtype=np.int32), WindowShape(64, 4), 0, seed=0, training=True
+    )
     mix = CodecMix(text, tokenizer, seed=0)
     rows = torch.stack([mix[i]["input_ids"] for i in range(900)])
     assert rows.unique().numel() == vocabulary_size(tokenizer)
@@ -186,23 +196,44 @@ def test_the_last_token_of_every_tokenizer_is_its_pad_token(tokenizer):
     other.pad_token = other.eos_token  # as many do
     assert vocabulary_size(other) == len(other)
     padded = with_pad_token(other)
-    assert padded.pad_token_id == len(padded) - 1 != padded.eos_token_id and padded.pad_token != "<pad>"
+    assert (
+        padded.pad_token_id == len(padded) - 1 != padded.eos_token_id
+        and padded.pad_token != "<pad>"
+    )
 
 
 def test_stream_gives_full_windows_of_the_same_tokens():
-    path, config = str(ROOT / "sample_data" / "stories_validation.jsonl"), DataConfig(streaming=True)
+    path, config = (
+        str(ROOT / "sample_data" / "stories_validation.jsonl"),
+        DataConfig(streaming=True),
+    )
     tokenizer = train_tokenizer((r["text"] for r in load_documents(path, config, "train")), 320)
-    stream = StreamingPackedDataset(load_documents(path, config, "train"), tokenizer, "text", LEFT, 0, 1)
+    stream = StreamingPackedDataset(
+        load_documents(path, config, "train"), tokenizer, "text", LEFT, 0, 1
+    )
     rows = list(stream)
-    total = sum(len(tokenize_document(tokenizer, r["text"])) for r in load_documents(path, DataConfig(), "train"))
+    total = sum(
+        len(tokenize_document(tokenizer, r["text"]))
+        for r in load_documents(path, DataConfig(), "train")
+    )
     assert total - 128 <= sum(len(r["input_ids"]) for r in rows) <= total
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(rows, stream))
 
 
 FORMS = [
     {"prompt": "What is a pig?", "answer": "An animal."},
-    {"messages": [{"role": "user", "content": "What is a pig?"}, {"role": "assistant", "content": "An animal."}]},
-    {"conversations": [{"from": "human", "value": "What is a pig?"}, {"from": "gpt", "value": "An animal."}]},
+    {
+        "messages": [
+            {"role": "user", "content": "What is a pig?"},
+            {"role": "assistant", "content": "An animal."},
+        ]
+    },
+    {
+        "conversations": [
+            {"from": "human", "value": "What is a pig?"},
+            {"from": "gpt", "value": "An animal."},
+        ]
+    },
 ]
 
 
@@ -232,13 +263,17 @@ def test_an_answer_begins_inside_the_last_chunk_of_its_prompt_and_nothing_is_lea
 
 def test_chat_templates_shape_the_prompt(tokenizer):
     templated = copy.deepcopy(tokenizer)
-    templated.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+    templated.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+    )
     ids = tokenize_prompt(templated, messages_of(FORMS[0])[:-1])
     assert tokenizer.decode(ids) == "<user>What is a pig?<assistant>"
 
 
 def test_long_dialogues_keep_the_end_of_the_prompt_and_the_beginning_of_the_answer():
-    window = DialogueDataset([(list(range(100)), list(range(100, 200)))], WindowShape(32, 8), 999)[0]
+    window = DialogueDataset([(list(range(100)), list(range(100, 200)))], WindowShape(32, 8), 999)[
+        0
+    ]
     assert window["input_ids"].tolist() == [*range(76, 100), *range(100, 108)]
     with pytest.raises(ValueError, match=r"`sequence_length` \(8\)"):
         DialogueDataset([], WindowShape(8, 8), 999)
@@ -268,9 +303,14 @@ def test_sources_are_mixed_by_weight_and_cut_to_size(tmp_path):
     (tmp_path / "mix.yaml").write_text(yaml.safe_dump(mixed))
     for source in (mixed, str(tmp_path / "mix.yaml")):
         texts = load_documents(source, DataConfig(train=source), "train")["text"]
-        assert {t for t in texts if t[0] == "a"} == {f"a {i}" for i in range(300)}  # nothing is lost
+        assert {t for t in texts if t[0] == "a"} == {
+            f"a {i}" for i in range(300)
+        }  # nothing is lost
         assert 0.65 < sum(t[0] == "a" for t in texts) / len(texts) < 0.85
-    cut = [{"path": first, "max_samples": 7}, {"path": second, "field": "caption", "fraction": 0.25}]
+    cut = [
+        {"path": first, "max_samples": 7},
+        {"path": second, "field": "caption", "fraction": 0.25},
+    ]
     texts = load_documents(cut, DataConfig(train=cut), "train")["text"]
     assert len(texts) == 7 + 25 and len(set(texts)) == 32
 
@@ -278,7 +318,11 @@ def test_sources_are_mixed_by_weight_and_cut_to_size(tmp_path):
 def test_weighted_sources_need_validation_text_of_their_own(tmp_path):
     first = write_rows(tmp_path / "a.jsonl", "text", ["a text"] * 30)
     with pytest.raises(ValueError, match="repeat documents"):
-        read_data(TrainConfig(output_dir=str(tmp_path), data=DataConfig(train=[{"path": first, "weight": 1.0}])))
+        read_data(
+            TrainConfig(
+                output_dir=str(tmp_path), data=DataConfig(train=[{"path": first, "weight": 1.0}])
+            )
+        )
 
 
 def test_a_dialogue_has_the_same_ids_in_training_and_in_the_pipeline(build):
@@ -293,7 +337,10 @@ def test_a_dialogue_has_the_same_ids_in_training_and_in_the_pipeline(build):
 def test_a_stream_of_sources_is_mixed_and_its_head_taken(tmp_path):
     first = write_rows(tmp_path / "a.jsonl", "text", [f"a {i}" for i in range(50)])
     second = write_rows(tmp_path / "b.jsonl", "caption", [f"b {i}" for i in range(50)])
-    source = [{"path": first, "weight": 1.0, "max_samples": 10}, {"path": second, "field": "caption", "weight": 1.0}]
+    source = [
+        {"path": first, "weight": 1.0, "max_samples": 10},
+        {"path": second, "field": "caption", "weight": 1.0},
+    ]
     rows = list(load_documents(source, DataConfig(train=source, streaming=True), "train"))
     assert {row["text"] for row in rows if row["text"][0] == "a"} == {f"a {i}" for i in range(10)}
     with pytest.raises(ValueError, match="max_samples"):
@@ -337,7 +384,9 @@ def test_names_are_looked_up_at_the_endpoint_that_the_environment_names(tmp_path
         "HF_HOME": str(tmp_path),
         "HF_HUB_OFFLINE": "0",
     }
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | settings, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | settings, capture_output=True
+    )
     server.shutdown()
     assert done.returncode != 0 and any("someone/stories" in path for path in asked)
 
@@ -346,14 +395,21 @@ def test_cached_latents_are_those_of_their_windows(tmp_path, build):
     model, file = build().model, tmp_path / "latents.f32"
     tokens = np.random.default_rng(0).integers(0, 320, 4 * 100 + 3).astype(np.int32)
     latents = cache_latents(model, tokens, file, rows=64)
-    data = PackedDataset(tokens, WindowShape(32, 4, pads_left=True), 999, seed=0, training=True, latents=latents)
+    data = PackedDataset(
+        tokens, WindowShape(32, 4, pads_left=True), 999, seed=0, training=True, latents=latents
+    )
     for epoch in range(3):
         data.set_epoch(epoch)
         for item in (data[0], data[len(data) - 1]):
             assert item["attention_mask"].all()
-            torch.testing.assert_close(item["latents"], model.encode(item["input_ids"][None]).latents[0])
+            torch.testing.assert_close(
+                item["latents"], model.encode(item["input_ids"][None]).latents[0]
+            )
     written = file.stat().st_mtime_ns
-    assert np.array_equal(cache_latents(model, tokens, file), latents) and file.stat().st_mtime_ns == written
+    assert (
+        np.array_equal(cache_latents(model, tokens, file), latents)
+        and file.stat().st_mtime_ns == written
+    )
     with pytest.raises(ValueError, match="do not fill a window of 512"):
         PackedDataset(tokens, WindowShape(512, 4), 999, seed=0, training=True, latents=latents)
 
@@ -365,7 +421,10 @@ def test_sources_whose_files_have_other_kinds_of_strings_are_joined(tmp_path):
     table = pyarrow.table({"text": pyarrow.array(TEXTS, pyarrow.large_string())})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    sources = [{"path": str(tmp_path / name), "weight": weight} for name, weight in (("a.parquet", 1), ("b.jsonl", 1))]
+    sources = [
+        {"path": str(tmp_path / name), "weight": weight}
+        for name, weight in (("a.parquet", 1), ("b.jsonl", 1))
+    ]
     assert set(load_documents(sources, DataConfig(train="x"), "train")["text"][:]) == set(TEXTS)
     plain = [str(tmp_path / "a.parquet"), str(tmp_path / "b.jsonl")]
     assert load_documents(plain, DataConfig(train="x"), "train")["text"][:] == 2 * TEXTS

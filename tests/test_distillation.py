@@ -93,7 +93,10 @@ def test_the_best_denoiser_has_the_least_loss():
     torch.manual_seed(0)
     x1, t, noise = 1.5 + 0.5 * torch.randn(4096, 1), draw_times(4096), torch.randn(4096, 1)
     best = denoising_loss(gaussian(1.5, 0.5), x1, t, noise)
-    assert best < min(denoising_loss(gaussian(m, s), x1, t, noise) for m, s in ((1.3, 0.5), (1.5, 0.8), (1.5, 0.3)))
+    assert best < min(
+        denoising_loss(gaussian(m, s), x1, t, noise)
+        for m, s in ((1.3, 0.5), (1.5, 0.8), (1.5, 0.3))
+    )
 
 
 def test_euler_recovers_the_gaussian_of_the_teacher():
@@ -161,7 +164,14 @@ def test_one_step_reaches_all_eight_modes_of_the_plane(seed):
 
 PICTURES = str(ROOT / "sample_data/emoji_validation.parquet")
 STORIES = str(ROOT / "sample_data/stories_validation.jsonl")
-SMALL = ["max_steps=2", "batch_size=2", "num_pairs=4", "pair_steps=2", "sequence_length=64", "checkpoint_steps=1"]
+SMALL = [
+    "max_steps=2",
+    "batch_size=2",
+    "num_pairs=4",
+    "pair_steps=2",
+    "sequence_length=64",
+    "checkpoint_steps=1",
+]
 SMALL += ["learning_rate=1e-2", "fake_learning_rate=1e-2"]
 
 
@@ -172,7 +182,13 @@ def options(*settings: str) -> list[str]:
 
 def student(teacher, output, *settings: str) -> list[str]:
     """The command line that distils a teacher."""
-    return ["stage=distill", f"init_from={teacher}", f"output_dir={output}", "report_to=none", *settings]
+    return [
+        "stage=distill",
+        f"init_from={teacher}",
+        f"output_dir={output}",
+        "report_to=none",
+        *settings,
+    ]
 
 
 def teacher_of(kind: str, build, directory) -> list[str]:
@@ -191,7 +207,9 @@ def teacher_of(kind: str, build, directory) -> list[str]:
 
 @pytest.mark.parametrize("kind", ["images", "blocks", "bidirectional"])
 @pytest.mark.parametrize("method", ["dmd", "regression", "both"])
-def test_a_student_of_any_teacher_is_a_model_that_says_how_it_is_sampled(kind, method, build, tmp_path):
+def test_a_student_of_any_teacher_is_a_model_that_says_how_it_is_sampled(
+    kind, method, build, tmp_path
+):
     arguments = teacher_of(kind, build, tmp_path / "teacher")
     before = load_file(tmp_path / "teacher/model.safetensors")
     output = tmp_path / "student"
@@ -274,7 +292,12 @@ def test_teachers_that_cannot_be_distilled_are_refused(build, tmp_path):
         train(command)
     with pytest.raises(SystemExit, match="method.*'gan'"):
         train([*command, "distill.method=gan"])
-    wrong = ("mixed_precision=fp16", "data.streaming=true", "distill.checkpoint_steps=0", "distill.num_pairs=0")
+    wrong = (
+        "mixed_precision=fp16",
+        "data.streaming=true",
+        "distill.checkpoint_steps=0",
+        "distill.num_pairs=0",
+    )
     for setting in (*wrong, "cache_latents=true", "model.ce_weight=0.5"):
         with pytest.raises(SystemExit, match=setting.partition("=")[0].rpartition(".")[2]):
             train([*command, setting])
@@ -305,17 +328,47 @@ def test_students_of_texts_are_measured_beside_their_teacher(build, tmp_path, to
         num_attention_heads=2,
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "judge")
-    arguments = ["--teacher", str(tmp_path / "teacher"), "--students", str(tmp_path / "student"), "--data", STORIES]
-    arguments += ["--judge", str(tmp_path / "judge"), "--peer", str(tmp_path / "judge"), "--samples", "4", "--steps"]
-    facts = measure_students([*arguments, "1", "3", "--noise_scales", "1", "0.5", "--output_dir", str(tmp_path)])
+    arguments = [
+        "--teacher",
+        str(tmp_path / "teacher"),
+        "--students",
+        str(tmp_path / "student"),
+        "--data",
+        STORIES,
+    ]
+    arguments += [
+        "--judge",
+        str(tmp_path / "judge"),
+        "--peer",
+        str(tmp_path / "judge"),
+        "--samples",
+        "4",
+        "--steps",
+    ]
+    facts = measure_students(
+        [*arguments, "1", "3", "--noise_scales", "1", "0.5", "--output_dir", str(tmp_path)]
+    )
     assert [(r["system"], r["evaluations a chunk"]) for r in facts["rows"]] == [
         ("teacher", 1),
         ("teacher", 3),
         ("student", 2),
     ]
-    curve = facts["rows"][2]["curve"]  # less noise is other text, also where a student draws it anew
+    curve = facts["rows"][2][
+        "curve"
+    ]  # less noise is other text, also where a student draws it anew
     assert curve[0]["nll"] != curve[1]["nll"] and len(facts["latency"]) == 4
-    assert "real text" in (tmp_path / "results.md").read_text() and (tmp_path / "steps.png").is_file()
+    assert (
+        "real text" in (tmp_path / "results.md").read_text() and (tmp_path / "steps.png").is_file()
+    )
     with pytest.raises(SystemExit, match="writes no text"):
         teacher_of("images", build, tmp_path / "pictures")
-        measure_students([*arguments[2:], "1", "--output_dir", str(tmp_path), "--teacher", str(tmp_path / "pictures")])
+        measure_students(
+            [
+                *arguments[2:],
+                "1",
+                "--output_dir",
+                str(tmp_path),
+                "--teacher",
+                str(tmp_path / "pictures"),
+            ]
+        )

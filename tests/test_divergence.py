@@ -24,13 +24,19 @@ def test_the_likelihood_at_a_temperature_is_that_of_samples_at_it(tokenizer):
     plain = model(torch.zeros(1, 8, dtype=torch.long)).token_losses
     with tempered(model, 1.0):
         torch.testing.assert_close(model(torch.zeros(1, 8, dtype=torch.long)).token_losses, plain)
-    pipe = TokComPipeline(model, TokComFlowMatchScheduler.from_model_config(model.config), tokenizer)
+    pipe = TokComPipeline(
+        model, TokComFlowMatchScheduler.from_model_config(model.config), tokenizer
+    )
     pipe.set_progress_bar_config(disable=True)
     student = TokComStudent(pipe)
     prompt = text_ids(tokenizer, "The pig")[:3]
-    every = student.nats([[*prompt, token] for token in range(vocabulary_size(tokenizer))], temperature=0.5)
+    every = student.nats(
+        [[*prompt, token] for token in range(vocabulary_size(tokenizer))], temperature=0.5
+    )
     probabilities = torch.from_numpy(every[0] - every).float().softmax(0)
-    _, blocks = pipe.continue_ids([prompt] * 2000, 1, TokComSampling(temperature=0.5, generator=seeded()))
+    _, blocks = pipe.continue_ids(
+        [prompt] * 2000, 1, TokComSampling(temperature=0.5, generator=seeded())
+    )
     drawn = torch.cat([ids for _, ids in blocks], dim=1)[:, 3]
     shares = torch.bincount(drawn, minlength=len(probabilities))[: len(probabilities)] / 2000
     assert (shares - probabilities).abs().max() < 0.03
@@ -39,9 +45,14 @@ def test_the_likelihood_at_a_temperature_is_that_of_samples_at_it(tokenizer):
 @torch.no_grad()
 def test_nats_of_a_text_do_not_depend_on_the_others(tokenizer):
     model = build_model(vocabulary_size(tokenizer))
-    pipe = TokComPipeline(model, TokComFlowMatchScheduler.from_model_config(model.config), tokenizer)
+    pipe = TokComPipeline(
+        model, TokComFlowMatchScheduler.from_model_config(model.config), tokenizer
+    )
     student = TokComStudent(pipe)
-    rows = [text_ids(tokenizer, text) for text in ("A pig.", "There was a rabbit who ran home.", "Squinty")]
+    rows = [
+        text_ids(tokenizer, text)
+        for text in ("A pig.", "There was a rabbit who ran home.", "Squinty")
+    ]
     together = student.nats(rows)
     alone = [student.nats([row])[0] for row in rows]
     assert all(abs(a - b) < 1e-3 for a, b in zip(together, alone))

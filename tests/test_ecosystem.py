@@ -62,10 +62,18 @@ def alone(repository, tmp_path):
     """Run code in a fresh process in an empty folder; returns what it prints."""
 
     def run(code: str) -> str:
-        names = {"root": str(ROOT), "model": str(repository), "data": str(ROOT / "sample_data/stories_train.jsonl")}
+        names = {
+            "root": str(ROOT),
+            "model": str(repository),
+            "data": str(ROOT / "sample_data/stories_train.jsonl"),
+        }
         code = (ALONE + code).replace("{root!r}", repr(names["root"]))
-        code = code.replace("{model!r}", repr(names["model"])).replace("{data!r}", repr(names["data"]))
-        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+        code = code.replace("{model!r}", repr(names["model"])).replace(
+            "{data!r}", repr(names["data"])
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
 
@@ -139,7 +147,17 @@ def test_the_evaluation_harness_scores_choices_and_perplexity(repository, tmp_pa
         + common.replace("'{{text}}'", "''")
         + "metric_list: [{metric: bits_per_byte}]\n"
     )
-    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--device", "cpu", "--output_path", "results.json"]
+    command = [
+        sys.executable,
+        "-m",
+        "lm_eval",
+        "--model",
+        "hf",
+        "--device",
+        "cpu",
+        "--output_path",
+        "results.json",
+    ]
     command += ["--model_args", f"pretrained={repository},trust_remote_code=True,dtype=float32"]
     command += ["--tasks", "choice,perplexity", "--include_path", str(tmp_path)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

@@ -43,7 +43,9 @@ WORDS = np.random.default_rng(0)
 def test_entropy_of_uniform_tokens_is_log_v():
     assert metrics.unigram_entropy(np.arange(50)) == pytest.approx(math.log(50))
     assert metrics.unigram_entropy(np.zeros(50)) == 0.0
-    assert metrics.sample_entropy(np.stack([np.arange(50), np.zeros(50)])) == pytest.approx(math.log(50) / 2)
+    assert metrics.sample_entropy(np.stack([np.arange(50), np.zeros(50)])) == pytest.approx(
+        math.log(50) / 2
+    )
 
 
 def test_ngram_keys_are_equal_exactly_when_the_ngrams_are():
@@ -57,14 +59,22 @@ def test_ngram_keys_are_equal_exactly_when_the_ngrams_are():
 
 def test_diversity_of_constant_and_of_distinct_samples():
     constant, distinct = np.zeros((4, 20), int), np.arange(80).reshape(4, 20)
-    assert metrics.distinct_n(constant, 2) == pytest.approx(1 / 76) and metrics.distinct_n(distinct, 2) == 1
-    assert metrics.repetition(constant) == pytest.approx(16 / 17) and metrics.repetition(distinct) == 0
+    assert (
+        metrics.distinct_n(constant, 2) == pytest.approx(1 / 76)
+        and metrics.distinct_n(distinct, 2) == 1
+    )
+    assert (
+        metrics.repetition(constant) == pytest.approx(16 / 17) and metrics.repetition(distinct) == 0
+    )
     assert metrics.self_bleu(constant) == pytest.approx(1) and metrics.self_bleu(distinct) < 0.05
 
 
 def test_rows_are_chosen_from_all_of_a_text_in_its_order():
     windows = np.arange(1000)[:, None]
-    assert metrics.spread(windows, 100)[[0, 99], 0].tolist() == [0, 999] and len(metrics.spread(windows[:7], 100)) == 7
+    assert (
+        metrics.spread(windows, 100)[[0, 99], 0].tolist() == [0, 999]
+        and len(metrics.spread(windows[:7], 100)) == 7
+    )
     alike = np.concatenate(
         (np.zeros((50, 20), int), np.arange(20 * 950).reshape(950, 20))
     )  # one document repeats itself
@@ -80,7 +90,9 @@ def test_memorised_text_is_found():
     assert ngrams.overlap(fresh) == 0 and ngrams.longest(fresh) == 0
     assert ngrams.overlap(stolen) == pytest.approx(13 / (2 * 57)) and ngrams.longest(stolen) == 20
     assert ngrams.chunks_seen(train[None, :64], 4) == (1.0, 1.0)
-    seen = train[: 64 * 4].reshape(-1, 4)[::2].reshape(1, -1)  # whole chunks, from places that are not neighbours
+    seen = (
+        train[: 64 * 4].reshape(-1, 4)[::2].reshape(1, -1)
+    )  # whole chunks, from places that are not neighbours
     on_grid, off_grid = ngrams.chunks_seen(seen, 4)
     assert on_grid == 1.0 and off_grid < 0.1
 
@@ -92,14 +104,24 @@ def test_brier_is_maximal_for_certain_truth_and_unbiased():
     wrong = metrics.brier_lm(real + 50, real + 50, real)
     assert wrong["brier_1"] == -100 and wrong["brier_lm"] == 0
     coins = WORDS.integers(0, 2, (3, 100_000, 1)).repeat(4, axis=-1)
-    assert metrics.brier_lm(*coins)["brier_1"] == pytest.approx(50, abs=1)  # 2 p(y) - sum p^2 = 1 - 1/2
+    assert metrics.brier_lm(*coins)["brier_1"] == pytest.approx(
+        50, abs=1
+    )  # 2 p(y) - sum p^2 = 1 - 1/2
 
 
 def test_nll_at_an_entropy_is_interpolated_within_a_sweep():
-    values = [("t 1", 3.0, 7.0), ("t 2", 1.0, 5.0), ("t 3", 2.5, 9.0), ("p 1", 2.0, 1.0), ("p 2", 4.0, 2.0)]
+    values = [
+        ("t 1", 3.0, 7.0),
+        ("t 2", 1.0, 5.0),
+        ("t 3", 2.5, 9.0),
+        ("p 1", 2.0, 1.0),
+        ("p 2", 4.0, 2.0),
+    ]
     points = [{"setting": s, "entropy": e, "nll": n} for s, e, n in values]
     assert at_entropy(points[:3], 2.0) == pytest.approx(5 + 4 * (2 / 3))
-    assert at_entropy(points[:3], 2.75) == pytest.approx(8.0) and at_entropy(points[:3], 4.0) is None
+    assert (
+        at_entropy(points[:3], 2.75) == pytest.approx(8.0) and at_entropy(points[:3], 4.0) is None
+    )
     assert at_entropy(points, 2.75) == pytest.approx(1.375)  # the better of two sweeps
 
 
@@ -116,8 +138,14 @@ def llama() -> LlamaForCausalLM:
 def test_operations_are_those_of_the_matrix_products():
     model, length = llama(), 32
     config = model.config
-    layer = 4 * config.hidden_size**2 + 3 * config.hidden_size * config.intermediate_size + 2 * length * 64
-    forward = 2 * (2 * layer + config.vocab_size * config.hidden_size)  # per token; a multiply-add is two
+    layer = (
+        4 * config.hidden_size**2
+        + 3 * config.hidden_size * config.intermediate_size
+        + 2 * length * 64
+    )
+    forward = 2 * (
+        2 * layer + config.vocab_size * config.hidden_size
+    )  # per token; a multiply-add is two
     ids = torch.zeros(2, length, dtype=torch.long)
     with torch.no_grad():
         counted = count_flops(lambda: model(ids)) / ids.numel()
@@ -169,11 +197,18 @@ def test_judge_gives_the_language_models_own_loss(tmp_path):
 def test_samplers_continue_prompts_of_any_length_reproducibly(build):
     pipe = build(transformer_config={"block_size": 1})
     prompts = WORDS.integers(0, 300, (3, 7))
-    samplers = TokComSampler(pipe, num_inference_steps=2, batch_size=2), AutoregressiveSampler(llama(), 0)
+    samplers = (
+        TokComSampler(pipe, num_inference_steps=2, batch_size=2),
+        AutoregressiveSampler(llama(), 0),
+    )
     for sampler in samplers:
         rows = prompts % 97
         first, again, other = (sampler.sample(rows, 10, seed) for seed in (0, 0, 1))
-        assert first.shape == (3, 10) and np.array_equal(first, again) and not np.array_equal(first, other)
+        assert (
+            first.shape == (3, 10)
+            and np.array_equal(first, again)
+            and not np.array_equal(first, other)
+        )
         assert sampler.sample(None, 6, 0, count=5).shape == (5, 6)
 
 
@@ -182,7 +217,10 @@ def test_every_ablation_row_is_a_model(name):
     row = ROWS["rows"][name]
     if "codec" not in row:
         config = load_train_config(row["preset"], row_overrides(row))
-        assert build_model(config, train_tokenizer(["a"], 4096)).config.codec_config.model_type == "tokcom_color_codec"
+        assert (
+            build_model(config, train_tokenizer(["a"], 4096)).config.codec_config.model_type
+            == "tokcom_color_codec"
+        )
         return
     codec = load_train_config("tiny", [*ROWS["codec_common"], *ROWS["codecs"][row["codec"]]])
     donor = preset_config("tiny", 4096, **codec.model)
@@ -193,7 +231,9 @@ def test_every_ablation_row_is_a_model(name):
     assert config.flow.sequence_length <= window
     differs = (
         derived.to_dict()
-        != derived_config(load_train_config("tiny", ["stage=flow", "codec_from=x"]), RECIPE).to_dict()
+        != derived_config(
+            load_train_config("tiny", ["stage=flow", "codec_from=x"]), RECIPE
+        ).to_dict()
     )
     assert differs or name in ("recipe", "adamw")
 
@@ -241,23 +281,39 @@ def test_rarest_ids_are_the_least_frequent():
 def test_command_writes_every_measure_beside_its_controls(build, tmp_path, capsys):
     pipe = build()
     pipe.save_pretrained(tmp_path / "model")
-    peer = LlamaForCausalLM(llama_config(vocabulary_size(pipe.tokenizer), 64, 1, None, pipe.tokenizer.eos_token_id))
+    peer = LlamaForCausalLM(
+        llama_config(vocabulary_size(pipe.tokenizer), 64, 1, None, pipe.tokenizer.eos_token_id)
+    )
     for name in ("judge", "peer"):
         peer.save_pretrained(tmp_path / name)
         pipe.tokenizer.save_pretrained(tmp_path / name)
     data = str(ROOT / "sample_data" / "stories_validation.jsonl")
     sizes = "--max_tokens 2048 --samples 8 --seeds 2 --length 16 --steps 2 --device cpu".split()
     judge = ["--judge", str(tmp_path / "judge"), "--peer", f"AR={tmp_path / 'peer'}"]
-    arguments = ["--checkpoint", str(tmp_path / "model"), "--data", data, "--train_data", data, *sizes, *judge]
+    arguments = [
+        "--checkpoint",
+        str(tmp_path / "model"),
+        "--data",
+        data,
+        "--train_data",
+        data,
+        *sizes,
+        *judge,
+    ]
     call("evaluate", *arguments, "--output_dir", str(tmp_path / "out"))
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert set(SECTIONS) <= set(results)
     assert all(f"denoiser_ce_t_{t}" in results["reconstruction"] for t in TIMESTEPS)
     for section in ("unconditional", "continuation"):
         rows = results[section]
-        assert set(rows) == {*control_names(), "TokCom", "AR"} and "nll_std_over_seeds" in rows["TokCom"]
+        assert (
+            set(rows) == {*control_names(), "TokCom", "AR"}
+            and "nll_std_over_seeds" in rows["TokCom"]
+        )
         assert all(len(row["nll_by_place"]) == 4 for row in rows.values())
-    assert results["memorisation"]["real text"]["overlap_8"] == 1.0  # here the held-out text is the training text
+    assert (
+        results["memorisation"]["real text"]["overlap_8"] == 1.0
+    )  # here the held-out text is the training text
     printed = capsys.readouterr().out
     assert "| token_accuracy_noise_0.5 |" in printed and "| random training chunks |" in printed
     pictures = {"frontier.png", "ce_of_t.png", "accuracy_of_noise.png", "nll_by_place.png"}
@@ -281,9 +337,18 @@ def test_reference_metrics_of_perfect_partial_and_wrong_predictions(tmp_path, ca
     assert either["BLEU-4"] == pytest.approx(1) and either["ROUGE-L"] == pytest.approx(1)
     with pytest.raises(ValueError, match="2 predictions"):
         reference_metrics(texts, [["one"]])
-    (tmp_path / "p.jsonl").write_text(json.dumps({"prediction": texts[0], "reference": texts[0]}) + "\n")
-    (tmp_path / "q.json").write_text(json.dumps([{"id": 0, "prediction": "A goat", "reference": "Two goats!"}]))
-    call("evaluate", f"one={tmp_path / 'p.jsonl'}", f"one={tmp_path / 'q.json'}", str(tmp_path / "q.json"))
+    (tmp_path / "p.jsonl").write_text(
+        json.dumps({"prediction": texts[0], "reference": texts[0]}) + "\n"
+    )
+    (tmp_path / "q.json").write_text(
+        json.dumps([{"id": 0, "prediction": "A goat", "reference": "Two goats!"}])
+    )
+    call(
+        "evaluate",
+        f"one={tmp_path / 'p.jsonl'}",
+        f"one={tmp_path / 'q.json'}",
+        str(tmp_path / "q.json"),
+    )
     one, other = (line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:4])
     assert one[:3] == ["| one", "2", "0.5000 ± 0.7071"] and other[:3] == ["| q", "1", "0.0000"]
     (tmp_path / "q.json").write_text(json.dumps([{"prediction": "A goat"}]))
@@ -300,14 +365,30 @@ def test_guidance_zero_answers_without_the_question(build, tmp_path, capsys):
     build(transformer_config={"block_size": None}).save_pretrained(tmp_path / "model")
     rows = [{"prompt": f"Who was {name}?", "answer": "a pig"} for name in ("Squinty", "Don")]
     (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = ["--guidance", "0", "2", "--gen_length", "8", "--steps", "2", "--output_dir", str(tmp_path / "out")]
-    answers_main(["--checkpoint", str(tmp_path / "model"), "--data", str(tmp_path / "qa.jsonl"), *options])
+    options = [
+        "--guidance",
+        "0",
+        "2",
+        "--gen_length",
+        "8",
+        "--steps",
+        "2",
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
+    answers_main(
+        ["--checkpoint", str(tmp_path / "model"), "--data", str(tmp_path / "qa.jsonl"), *options]
+    )
     assert "guidance 2" in capsys.readouterr().out
     found = json.loads((tmp_path / "out" / "predictions_0.json").read_text())
-    assert [row["reference"] for row in found] == ["a pig", "a pig"] and found[1]["prompt"] == "Who was Don?"
+    assert [row["reference"] for row in found] == ["a pig", "a pig"] and found[1][
+        "prompt"
+    ] == "Who was Don?"
     rows = [{**row, "prompt": row["prompt"].replace("Who", "How")} for row in rows]
     (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    answers_main(["--checkpoint", str(tmp_path / "model"), "--data", str(tmp_path / "qa.jsonl"), *options])
+    answers_main(
+        ["--checkpoint", str(tmp_path / "model"), "--data", str(tmp_path / "qa.jsonl"), *options]
+    )
     again = json.loads((tmp_path / "out" / "predictions_0.json").read_text())
     assert [row["prediction"] for row in found] == [row["prediction"] for row in again]
 
@@ -315,7 +396,9 @@ def test_guidance_zero_answers_without_the_question(build, tmp_path, capsys):
 def test_the_head_experiments_are_one_command(build, tmp_path, capsys):
     build().save_pretrained(tmp_path / "backbone")
     rows = [
-        json.dumps({"text": f"Squinty was a little pig, number {i}, who ran home to his pen again."})
+        json.dumps(
+            {"text": f"Squinty was a little pig, number {i}, who ran home to his pen again."}
+        )
         for i in range(60)
     ]
     (tmp_path / "train.jsonl").write_text("\n".join(rows[:50]))
@@ -329,7 +412,16 @@ def test_the_head_experiments_are_one_command(build, tmp_path, capsys):
         "0",
         "1",
     ]
-    options += ["--max_steps", "1", "--samples", "3", "--words", "4", "--work_dir", str(tmp_path / "out")]
+    options += [
+        "--max_steps",
+        "1",
+        "--samples",
+        "3",
+        "--words",
+        "4",
+        "--work_dir",
+        str(tmp_path / "out"),
+    ]
     heads_main([*options, "--validation", str(tmp_path / "held_out.jsonl")])
     printed = capsys.readouterr().out
     assert all(f"| {name} | 2 |" in printed for name in ["no head", *EXPERIMENTS])
@@ -357,7 +449,11 @@ def test_rate_and_distortion_of_a_codec(build, tmp_path):
     ids = torch.randint(0, 300, (1, 64))
     model.codec.train().training_loss(ids)
     facts = compression.measure(model.eval(), ids, tmp_path / "codes.png")
-    assert facts["bits per token"] == 3.0 and facts["same from codes"] and (tmp_path / "codes.png").is_file()
+    assert (
+        facts["bits per token"] == 3.0
+        and facts["same from codes"]
+        and (tmp_path / "codes.png").is_file()
+    )
     assert 0 < facts["entropy, bits per token"] <= 3.0 and 0 <= facts["token accuracy"] <= 1
     plain, *packed = compression.lossless("the little pig " * 100, 300)
     assert plain["bits per token"] == 40.0 and all(row["bits per token"] < 5 for row in packed)
@@ -386,15 +482,34 @@ def test_costs_of_many_layers_follow_from_few():
         assert found["checkpointed"] < found["saved"]
         trained, frozen = parameters(config)
         assert trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
-        assert memory(trained, frozen, 0, 4, True, True) * 4 == memory(trained, frozen, 0, 4, False, True)
+        assert memory(trained, frozen, 0, 4, True, True) * 4 == memory(
+            trained, frozen, 0, 4, False, True
+        )
 
 
 def test_rates_become_a_table_and_a_picture(tmp_path):
     rows = [
-        {"row": "a", "K": 4, "bits per token": 2.5, "token accuracy": 0.3, "entropy, bits per token": 2.0, "steps": 1}
+        {
+            "row": "a",
+            "K": 4,
+            "bits per token": 2.5,
+            "token accuracy": 0.3,
+            "entropy, bits per token": 2.0,
+            "steps": 1,
+        }
     ]
     rows.append({"row": "none", "K": 4, "bits per token": None, "token accuracy": 0.9, "steps": 1})
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    options = ["--table", str(tmp_path / "t.md"), "--picture", str(tmp_path / "t.png"), "--work_dir", str(tmp_path)]
+    options = [
+        "--table",
+        str(tmp_path / "t.md"),
+        "--picture",
+        str(tmp_path / "t.png"),
+        "--work_dir",
+        str(tmp_path),
+    ]
     compression.main(options)
-    assert "| a | 4 | 2.500 |" in (tmp_path / "t.md").read_text() and (tmp_path / "t.png").stat().st_size > 1000
+    assert (
+        "| a | 4 | 2.500 |" in (tmp_path / "t.md").read_text()
+        and (tmp_path / "t.png").stat().st_size > 1000
+    )

@@ -39,7 +39,9 @@ STREAMS = str(ROOT / "sample_data" / "streams_validation.parquet")
 
 def speak_of_images(folder: Path) -> list[str]:
     """Arguments for a language model of pictures, whose codec is made first."""
-    steps = [f"{stage}.{key}=2" for stage in ("codec", "flow") for key in ("max_steps", "batch_size")]
+    steps = [
+        f"{stage}.{key}=2" for stage in ("codec", "flow") for key in ("max_steps", "batch_size")
+    ]
     model, coded = str(folder / "model"), str(folder / "coded")
     options = [
         "--preset",
@@ -131,8 +133,12 @@ def test_the_demo_shows_every_use_of_the_shipped_model_with_progress(capsys):
     printed = capsys.readouterr()
     assert demo.PROMPT in printed.out and demo.GAPPED in printed.out
     before, after = demo.GAPPED.split("____")
-    assert printed.out.count(before) == 2 and printed.out.count(after) == 2  # the gap, and what fills it
-    assert printed.out.count(demo.TEXT) == 2  # all of it is kept at noise level 1, and by its latents
+    assert (
+        printed.out.count(before) == 2 and printed.out.count(after) == 2
+    )  # the gap, and what fills it
+    assert (
+        printed.out.count(demo.TEXT) == 2
+    )  # all of it is kept at noise level 1, and by its latents
     assert "denoising" in printed.err
 
 
@@ -150,19 +156,27 @@ def untrained(preset: str, tokenizer, **overrides) -> TokComBasePipeline:
 
 @pytest.mark.parametrize(("file", "code"), blocks("python"))
 def test_python_in_the_documents_runs(file, code, tmp_path):
-    pixels, pictures, clips, streams = (tmp_path / name for name in ("pixels", "pictures", "clips", "streams"))
+    pixels, pictures, clips, streams = (
+        tmp_path / name for name in ("pixels", "pictures", "clips", "streams")
+    )
     one_layer = {"transformer_config": {"num_hidden_layers": 1}}
     if "pixel_model" in code:
-        untrained("pixel-tiny", AutoTokenizer.from_pretrained(ROOT), **one_layer).save_pretrained(pixels)
+        untrained("pixel-tiny", AutoTokenizer.from_pretrained(ROOT), **one_layer).save_pretrained(
+            pixels
+        )
     if "image_model" in code:
         pipe = untrained("style-tiny", train_tokenizer(["a cat"], 300))
         config = pipe.model.config.codec_config
         pipe.model.codec.fit_codebook(torch.randn(8, config.num_tokens, config.latent_channels), 16)
         pipe.save_pretrained(pictures)
     if "video_model" in code:
-        untrained("video-tiny", train_tokenizer(["a cat, turning"], 300), **one_layer).save_pretrained(clips)
+        untrained(
+            "video-tiny", train_tokenizer(["a cat, turning"], 300), **one_layer
+        ).save_pretrained(clips)
     if "omni_model" in code:
-        untrained("omni-tiny", train_tokenizer(["the spoken digit seven"], 300), **one_layer).save_pretrained(streams)
+        untrained(
+            "omni-tiny", train_tokenizer(["the spoken digit seven"], 300), **one_layer
+        ).save_pretrained(streams)
     script = f"import sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\npath_or_id, pixel_model, image_model = {str(ROOT)!r}, {str(pixels)!r}, {str(pictures)!r}\nvideo_model, omni_model = {str(clips)!r}, {str(streams)!r}\n{code}"
     here = ROOT if 'from_pretrained(".")' in code else tmp_path
     done = subprocess.run([sys.executable, "-c", script], cwd=here, capture_output=True, text=True)
@@ -171,7 +185,9 @@ def test_python_in_the_documents_runs(file, code, tmp_path):
 
 def commands() -> list[tuple[str, str]]:
     """Every command line of the documents, continuation lines joined and comments cut."""
-    lines = [(f, line) for f, code in blocks("bash") for line in code.replace("\\\n", " ").splitlines()]
+    lines = [
+        (f, line) for f, code in blocks("bash") for line in code.replace("\\\n", " ").splitlines()
+    ]
     cut = [(file, line.split(" #")[0].split("   #")[0].strip()) for file, line in lines]
     return [(file, line) for file, line in cut if line and not line.startswith("#")]
 
@@ -180,7 +196,9 @@ def commands() -> list[tuple[str, str]]:
 def test_commands_in_the_documents_exist_and_their_options_are_known(file, line):
     """Scripts, targets, presets and configurations exist, and every option is one that the script's
     help knows."""
-    words = [w for w in shlex.split(line.replace("...", "x")) if not re.fullmatch(r"[A-Z_]+=\S*", w)]
+    words = [
+        w for w in shlex.split(line.replace("...", "x")) if not re.fullmatch(r"[A-Z_]+=\S*", w)
+    ]
     if words[0] == "make":
         for target in words[1:]:
             assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), line
@@ -210,11 +228,15 @@ def test_commands_in_the_documents_exist_and_their_options_are_known(file, line)
         assert words[0] in ("accelerate", "pip", "curl", "git", "hf", "rm"), line
         return
     script = words[2] if words[1] == "-m" else words[1]
-    path = ROOT / (script.removeprefix("tokcom.").replace(".", "/") + ".py" if words[1] == "-m" else script)
+    path = ROOT / (
+        script.removeprefix("tokcom.").replace(".", "/") + ".py" if words[1] == "-m" else script
+    )
     assert path.is_file(), line
     known = path.read_text()
     for option in (w.split("=")[0] for w in words if w.startswith("--")):
-        assert re.search(rf"[\"'({{]{option}[\"'}}]|\b{option[2:]}\b", known), f"{option} in {file}: {line}"
+        assert re.search(rf"[\"'({{]{option}[\"'}}]|\b{option[2:]}\b", known), (
+            f"{option} in {file}: {line}"
+        )
 
 
 @pytest.mark.slow
@@ -227,6 +249,8 @@ def test_the_first_training_command_of_the_readme_runs(tmp_path):
         "--preset",
         "debug",
     ]
-    done = subprocess.run([*command, f"output_dir={tmp_path}"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, f"output_dir={tmp_path}"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert (Path(tmp_path) / "model.safetensors").is_file()

@@ -73,7 +73,9 @@ def mutate(file, generator: random.Random) -> str:
 
 def test_two_hundred_mutations_of_every_file_of_a_checkpoint_are_all_noticed(trained, tmp_path):
     generator, names, silent = random.Random(0), set(), []
-    files = sorted(p.relative_to(trained) for p in (trained / "checkpoint-6").rglob("*") if p.is_file())
+    files = sorted(
+        p.relative_to(trained) for p in (trained / "checkpoint-6").rglob("*") if p.is_file()
+    )
     for case in range(200):
         work = tmp_path / str(case)
         shutil.copytree(trained / "checkpoint-3", work / "checkpoint-3")
@@ -107,7 +109,10 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint(tmp_path):
 def test_a_run_whose_checkpoints_are_all_broken_says_so(trained, tmp_path):
     shutil.copytree(trained / "checkpoint-3", tmp_path / "checkpoint-3")
     (tmp_path / "checkpoint-3" / "optimizer.bin").unlink()
-    with pytest.warns(UserWarning), pytest.raises(CheckpointError, match="optimizer.bin is missing.*start again"):
+    with (
+        pytest.warns(UserWarning),
+        pytest.raises(CheckpointError, match="optimizer.bin is missing.*start again"),
+    ):
         Checkpoints(tmp_path, 2).newest()
     assert Checkpoints(tmp_path / "empty", 2).newest() is None
 
@@ -135,7 +140,9 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_ones_before(trained, tmp
         raise OSError(28, "No space left on device")
 
     store = Checkpoints(tmp_path, 2)
-    with pytest.raises(CheckpointError, match="No space left on device.*the last one is .*checkpoint-3"):
+    with pytest.raises(
+        CheckpointError, match="No space left on device.*the last one is .*checkpoint-3"
+    ):
         store.write(6, fail, True, lambda: None)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-3"] and store.newest() is not None
 
@@ -170,12 +177,28 @@ class Exploit:
 
 def test_a_signal_saves_exits_with_success_and_says_how_to_go_on(tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    command = [sys.executable, str(ROOT / "train_accelerate.py"), "--preset", "debug", *QUICK, f"data.train={TEXT}"]
-    command += ["data.validation=null", "stage=codec", "codec.max_steps=300", "codec.checkpoint_steps=20"]
+    command = [
+        sys.executable,
+        str(ROOT / "train_accelerate.py"),
+        "--preset",
+        "debug",
+        *QUICK,
+        f"data.train={TEXT}",
+    ]
+    command += [
+        "data.validation=null",
+        "stage=codec",
+        "codec.max_steps=300",
+        "codec.checkpoint_steps=20",
+    ]
     command += ["codec.eval_steps=300", "codec.batch_size=16"]
     env = dict(os.environ, OMP_NUM_THREADS="1")
     process = subprocess.Popen(
-        [*command, f"output_dir={stopped}"], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*command, f"output_dir={stopped}"],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     while not (stopped / "run" / "codec" / "checkpoint-20").is_dir():
         assert process.poll() is None
@@ -183,20 +206,39 @@ def test_a_signal_saves_exits_with_success_and_says_how_to_go_on(tmp_path):
     process.send_signal(signal.SIGTERM)
     printed, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors[-2000:]
-    assert "stopped by SIGTERM after codec step" in printed and "run the same command again" in printed
+    assert (
+        "stopped by SIGTERM after codec step" in printed and "run the same command again" in printed
+    )
     assert not (stopped / "model.safetensors").exists()
-    assert subprocess.run([*command, f"output_dir={stopped}"], env=env, capture_output=True).returncode == 0
-    assert subprocess.run([*command, f"output_dir={whole}"], env=env, capture_output=True).returncode == 0
+    assert (
+        subprocess.run([*command, f"output_dir={stopped}"], env=env, capture_output=True).returncode
+        == 0
+    )
+    assert (
+        subprocess.run([*command, f"output_dir={whole}"], env=env, capture_output=True).returncode
+        == 0
+    )
     assert same_weights(whole, stopped)
 
 
 def accelerate_command(processes: int, output, *extra: str) -> list[str]:
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     if processes == 2:
-        command += ["--config_file", str(ROOT / "accelerate_configs" / "cpu_2proc.yaml"), "--main_process_port", "0"]
+        command += [
+            "--config_file",
+            str(ROOT / "accelerate_configs" / "cpu_2proc.yaml"),
+            "--main_process_port",
+            "0",
+        ]
     else:
         command += ["--num_processes", "1", "--cpu"]
-    command += [str(ROOT / "train_accelerate.py"), "--preset", "debug", *QUICK, f"data.train={TEXT}"]
+    command += [
+        str(ROOT / "train_accelerate.py"),
+        "--preset",
+        "debug",
+        *QUICK,
+        f"data.train={TEXT}",
+    ]
     return [*command, "data.validation=null", f"output_dir={output}", *extra]
 
 
@@ -211,7 +253,9 @@ def test_two_processes_train_what_one_process_does_that_accumulates(tmp_path):
     one = accelerate_command(1, tmp_path / "one", *half)
     two = accelerate_command(2, tmp_path / "two", *[o for o in half if "accumulation" not in o])
     for command in (one, two):
-        done = subprocess.run(command, cwd=tmp_path, env=accelerate_environment(), capture_output=True, text=True)
+        done = subprocess.run(
+            command, cwd=tmp_path, env=accelerate_environment(), capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr[-3000:]
     assert same_weights(tmp_path / "one", tmp_path / "two")
 
@@ -225,7 +269,11 @@ def test_twenty_kills_at_random_moments_change_no_bit(tmp_path):
         process, began = launch(tmp_path / "broken", *extra), time.monotonic()
         stage = tmp_path / "broken" / "run" / "flow"
         known = set(stage.glob("checkpoint-*"))
-        while process.poll() is None and not set(stage.glob("checkpoint-*")) - known and time.monotonic() - began < 60:
+        while (
+            process.poll() is None
+            and not set(stage.glob("checkpoint-*")) - known
+            and time.monotonic() - began < 60
+        ):
             time.sleep(0.02)  # past the start, so that kills fall into training and saving
         time.sleep(generator.uniform(0, 0.5))
         if process.poll() is not None:
@@ -241,14 +289,23 @@ def test_twenty_kills_at_random_moments_change_no_bit(tmp_path):
 @pytest.mark.slow
 def test_a_dying_process_ends_the_run_and_the_same_command_goes_on(tmp_path):
     extra = ["stage=codec", "codec.max_steps=60", "codec.checkpoint_steps=5", "codec.eval_steps=60"]
-    options = dict(cwd=tmp_path, env=accelerate_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    assert subprocess.run(accelerate_command(2, tmp_path / "whole", *extra), **options).returncode == 0
+    options = dict(
+        cwd=tmp_path,
+        env=accelerate_environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    assert (
+        subprocess.run(accelerate_command(2, tmp_path / "whole", *extra), **options).returncode == 0
+    )
     command = accelerate_command(2, tmp_path / "broken", *extra)
     process = subprocess.Popen(command, **options)
     while not list((tmp_path / "broken" / "run" / "codec").glob("checkpoint-[12]?")):
         assert process.poll() is None
         time.sleep(0.05)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+    ).stdout.split()
     os.kill(int(children[-1]), signal.SIGKILL)
     assert process.wait(120) != 0
     assert subprocess.run(command, **options).returncode == 0
@@ -259,10 +316,14 @@ def test_a_dying_process_ends_the_run_and_the_same_command_goes_on(tmp_path):
 def test_a_full_disk_is_said_and_costs_nothing_but_the_newest_checkpoint(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(disk)], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(disk)], capture_output=True
+    ).returncode:
         pytest.skip("needs the right to mount a small file system")
     try:
-        command = accelerate_command(1, disk / "out", "stage=codec", "codec.max_steps=40", "codec.checkpoint_steps=5")
+        command = accelerate_command(
+            1, disk / "out", "stage=codec", "codec.max_steps=40", "codec.checkpoint_steps=5"
+        )
         options = dict(cwd=tmp_path, env=accelerate_environment(), capture_output=True, text=True)
         filler = disk / "filler"
         process = subprocess.Popen(
@@ -346,7 +407,9 @@ def test_a_directory_in_use_is_refused_until_its_process_has_ended(tmp_path):
     lock.release()
     assert not file.exists()
     file.write_text(json.dumps({**owner, "host": "elsewhere"}))
-    with pytest.raises(ValueError, match="on elsewhere is training here; if that run has ended, remove the file"):
+    with pytest.raises(
+        ValueError, match="on elsewhere is training here; if that run has ended, remove the file"
+    ):
         RunLock(file).acquire()
 
 
@@ -381,14 +444,18 @@ def test_a_folder_that_replaces_another_is_whole_or_the_other_is_there(tmp_path,
     recover_folder(target)
     assert (target / "weights").read_text() == "old"
     replace_folder(tmp_path / "new", target)
-    assert (target / "weights").read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["best"]
+    assert (target / "weights").read_text() == "new" and [p.name for p in tmp_path.iterdir()] == [
+        "best"
+    ]
 
 
 def test_sizes_of_later_stages_are_checked_before_the_first_one_trains(tmp_path):
     with pytest.raises(ValueError, match="fewer than one batch of 5000.*lower flow.batch_size"):
         run(quick(tmp_path, "flow.batch_size=5000"))
     assert not (tmp_path / "out" / "run" / "codec").exists()
-    run(quick(tmp_path, "stage=codec", "seed=7"))  # what was refused has left nothing that binds the directory
+    run(
+        quick(tmp_path, "stage=codec", "seed=7")
+    )  # what was refused has left nothing that binds the directory
     assert not (tmp_path / "out" / "run" / "lock").exists()
 
 
@@ -403,7 +470,9 @@ def test_a_finished_run_that_is_asked_for_more_steps_goes_on(tmp_path, capsys):
     run(quick(tmp_path, "flow.max_steps=8", "flow.learning_rate=1e-4"))
     assert "resumed flow from" in capsys.readouterr().out and (stage / "checkpoint-8").is_dir()
     assert json.loads((stage / "summary.json").read_text())["steps"] == 8
-    rates = torch.load(stage / "checkpoint-8" / "extra.pt", weights_only=True)["scheduler"]["base_lrs"]
+    rates = torch.load(stage / "checkpoint-8" / "extra.pt", weights_only=True)["scheduler"][
+        "base_lrs"
+    ]
     assert set(rates) == {1e-4}
     run(quick(tmp_path, "flow.max_steps=8"))
     assert "stage flow is already finished" in capsys.readouterr().out
@@ -446,7 +515,9 @@ def test_progress_of_an_earlier_version_is_taken_to_have_had_the_batches_of_now(
     assert progress.relocate(8, 2, 1, 100) is None and progress.micro_batch == 5
 
 
-def test_a_run_goes_on_with_smaller_batches_and_the_average_switched_off_or_on(tmp_path, monkeypatch, capsys):
+def test_a_run_goes_on_with_smaller_batches_and_the_average_switched_off_or_on(
+    tmp_path, monkeypatch, capsys
+):
     seen = []
     forward = TokComModel.forward
 
@@ -456,20 +527,35 @@ def test_a_run_goes_on_with_smaller_batches_and_the_average_switched_off_or_on(t
         return forward(self, input_ids, **kwargs)
 
     monkeypatch.setattr(TokComModel, "forward", spy)
-    run(quick(tmp_path, "stage=codec", "codec.max_steps=3", "codec.batch_size=8", "codec.ema_half_life=0.2"))
+    run(
+        quick(
+            tmp_path,
+            "stage=codec",
+            "codec.max_steps=3",
+            "codec.batch_size=8",
+            "codec.ema_half_life=0.2",
+        )
+    )
     more = ["codec.batch_size=4", "codec.gradient_accumulation_steps=2", "codec.max_steps=6"]
     run(quick(tmp_path, "stage=codec", *more))
     printed = capsys.readouterr().out
-    assert "(8, 1, 1) became (4, 1, 2)" in printed and "averaged weights of the checkpoint are dropped" in printed
+    assert (
+        "(8, 1, 1) became (4, 1, 2)" in printed
+        and "averaged weights of the checkpoint are dropped" in printed
+    )
     assert [len(batch) for batch in seen] == [8] * 3 + [4] * 6
     other = tmp_path / "other"
     other.mkdir()
     half = len(seen)
     run(quick(other, "stage=codec", "codec.max_steps=6", "codec.batch_size=8"))
-    assert torch.equal(torch.cat(seen[:half]), torch.cat(seen[half:]))  # the rows of a run that did not change
+    assert torch.equal(
+        torch.cat(seen[:half]), torch.cat(seen[half:])
+    )  # the rows of a run that did not change
     run(quick(tmp_path, "stage=codec", *more[:2], "codec.max_steps=9", "codec.ema_half_life=0.2"))
     assert "averaging begins at step 6" in capsys.readouterr().out
-    assert "average" in torch.load(tmp_path / "out/run/codec/checkpoint-9/extra.pt", weights_only=True)
+    assert "average" in torch.load(
+        tmp_path / "out/run/codec/checkpoint-9/extra.pt", weights_only=True
+    )
 
 
 # ---- data ----
@@ -538,7 +624,9 @@ def test_processes_and_workers_read_disjoint_parts_of_a_stream(tmp_path, tokeniz
 
     files = []
     for part in range(3):
-        lines = [json.dumps({"text": f"<{part}-{i}> " + "word " * (10 + 40 * part)}) for i in range(20)]
+        lines = [
+            json.dumps({"text": f"<{part}-{i}> " + "word " * (10 + 40 * part)}) for i in range(20)
+        ]
         files.append(tmp_path / f"{part}.jsonl")
         files[-1].write_text("\n".join(lines))
     stream = load_dataset("json", data_files=[str(f) for f in files], split="train", streaming=True)
@@ -548,7 +636,10 @@ def test_processes_and_workers_read_disjoint_parts_of_a_stream(tmp_path, tokeniz
         data = StreamingPackedDataset(stream, tokenizer, *shape, rank, 2)
         loader = torch.utils.data.DataLoader(data, None, num_workers=2)
         parts.append([tokenizer.decode(item["input_ids"]) for item in loader])
-    whole = [tokenizer.decode(item["input_ids"]) for item in StreamingPackedDataset(stream, tokenizer, *shape)]
+    whole = [
+        tokenizer.decode(item["input_ids"])
+        for item in StreamingPackedDataset(stream, tokenizer, *shape)
+    ]
     found = [set(re.findall(r"<\d-\d+>", " ".join(p))) for p in parts]
     assert found[0] and found[1] and not found[0] & found[1]
     assert len(whole) >= len(parts[0]) + len(parts[1]) >= 0.8 * len(whole)
@@ -564,7 +655,21 @@ VALUES = st.one_of(
     st.floats(allow_nan=True, allow_infinity=True),
     st.text(max_size=8),
     st.lists(st.integers(-3, 3), max_size=3),
-    st.sampled_from(["tokens", "latents", "vq", "fsq", "mlp", "none", "token", "chunk", "attention", "head", "bits"]),
+    st.sampled_from(
+        [
+            "tokens",
+            "latents",
+            "vq",
+            "fsq",
+            "mlp",
+            "none",
+            "token",
+            "chunk",
+            "attention",
+            "head",
+            "bits",
+        ]
+    ),
 )
 FIELDS = {
     "codec_config": sorted(TokComChunkCodecConfig.__annotations__),
@@ -577,9 +682,13 @@ OVERRIDE = st.sampled_from(sorted(FIELDS)).flatmap(
 REFUSALS = (ValueError, TypeError, StrictDataclassError)
 
 
-@settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(
+    max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+)
 @given(st.sampled_from(sorted(preset_names())), st.lists(OVERRIDE, min_size=1, max_size=4))
-def test_a_thousand_random_configurations_are_built_or_refused_before_anything_is_allocated(preset, overrides):
+def test_a_thousand_random_configurations_are_built_or_refused_before_anything_is_allocated(
+    preset, overrides
+):
     fields: dict = {}
     for part, name, value in overrides:
         (fields.setdefault(part, {}) if part else fields)[name] = value
@@ -600,7 +709,11 @@ def test_a_thousand_random_configurations_are_built_or_refused_before_anything_i
         {"codec_config": {"vocab_size": 10**15}},
         {"codec_config": {"embedding_size": 2**50}},
         {"codec_config": {"quantizer": "vq", "num_codes": 10**14}},
-        {"token_embedding_size": 10**14, "prediction_type": "tokens", "codec_config": {"encoder_type": "token"}},
+        {
+            "token_embedding_size": 10**14,
+            "prediction_type": "tokens",
+            "codec_config": {"encoder_type": "token"},
+        },
         {"latent_head": "vq", "latent_head_codes": 10**14},
     ],
 )
@@ -610,7 +723,9 @@ def test_a_petabyte_is_refused(fields):
 
 
 TEXTS = st.text(st.characters(codec=None, exclude_categories=[]), max_size=60)
-ANYTHING = st.one_of(TEXTS, st.none(), st.integers(), st.lists(TEXTS, max_size=2), st.binary(max_size=4))
+ANYTHING = st.one_of(
+    TEXTS, st.none(), st.integers(), st.lists(TEXTS, max_size=2), st.binary(max_size=4)
+)
 
 
 @pytest.fixture(scope="module")
@@ -621,8 +736,12 @@ def small_pipe(tokenizer):
     from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 
     torch.manual_seed(0)
-    model = TokComModel(tiny_config(vocabulary_size(tokenizer), transformer_config={"num_hidden_layers": 1})).eval()
-    pipe = TokComPipeline(model, TokComFlowMatchScheduler.from_model_config(model.config), tokenizer)
+    model = TokComModel(
+        tiny_config(vocabulary_size(tokenizer), transformer_config={"num_hidden_layers": 1})
+    ).eval()
+    pipe = TokComPipeline(
+        model, TokComFlowMatchScheduler.from_model_config(model.config), tokenizer
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -631,7 +750,9 @@ CALLS = st.sampled_from(["call", "stream", "infill", "encode", "reconstruct", "r
 NUMBERS = st.one_of(st.integers(-3, 12), st.floats(allow_nan=True, allow_infinity=True, width=16))
 
 
-@settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(
+    max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+)
 @given(CALLS, ANYTHING, NUMBERS)
 def test_a_thousand_random_prompts_give_text_or_an_explanation(small_pipe, call, text, number):
     length = int(number) if np.isfinite(number) and abs(number) < 20 else 4

@@ -34,22 +34,62 @@ REMOTE_FILES = {
     "quantization_tokcom.py": {"collections", "dataclasses", "torch", "transformers"},
     "objective_tokcom.py": {"typing", "torch"},
     "modeling_tokcom.py": {
-        *("json", "math", "os", "random", "collections", "dataclasses", "functools", "torch", "transformers"),
+        *(
+            "json",
+            "math",
+            "os",
+            "random",
+            "collections",
+            "dataclasses",
+            "functools",
+            "torch",
+            "transformers",
+        ),
     },
     "sampling_tokcom.py": {
         *("collections", "dataclasses", "functools", "inspect", "random", "warnings"),
         *("torch", "diffusers", "transformers"),
     },
     "pipeline_base_tokcom.py": {
-        *("collections", "contextlib", "json", "os", "pathlib", "re", "shutil", "tempfile", "typing"),
+        *(
+            "collections",
+            "contextlib",
+            "json",
+            "os",
+            "pathlib",
+            "re",
+            "shutil",
+            "tempfile",
+            "typing",
+        ),
         *("torch", "diffusers", "huggingface_hub", "transformers"),
     },
     "scheduling_tokcom.py": {"math", "dataclasses", "torch", "diffusers"},
     "pipeline_tokcom.py": {
-        *("collections", "dataclasses", "os", "typing", "numpy", "torch", "diffusers", "PIL", "transformers"),
+        *(
+            "collections",
+            "dataclasses",
+            "os",
+            "typing",
+            "numpy",
+            "torch",
+            "diffusers",
+            "PIL",
+            "transformers",
+        ),
     },
     "pipeline_media_tokcom.py": {
-        *("collections", "dataclasses", "os", "typing", "numpy", "torch", "diffusers", "PIL", "transformers"),
+        *(
+            "collections",
+            "dataclasses",
+            "os",
+            "typing",
+            "numpy",
+            "torch",
+            "diffusers",
+            "PIL",
+            "transformers",
+        ),
     },
 }
 IMPORT = re.compile(r"^\s*(?:from\s+([\w.]+)\s+import|import\s+([\w.]+))", re.MULTILINE)
@@ -100,8 +140,14 @@ def fresh(code: str, path, cache) -> object:
     head = f"PATH = {str(path)!r}\nC = {channels}\nimport json{PRELUDE}{NO_NETWORK}"
     script = f"{head}{code}\nprint('RESULT', json.dumps(value))"
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "HF_HUB_OFFLINE")}
-    env |= {"HF_HOME": str(cache), "HF_MODULES_CACHE": str(cache / "modules"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", script], env=env, cwd=cache, capture_output=True, text=True)
+    env |= {
+        "HF_HOME": str(cache),
+        "HF_MODULES_CACHE": str(cache / "modules"),
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=env, cwd=cache, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.split("RESULT", 1)[1])
 
@@ -111,7 +157,13 @@ def root_copy(tmp_path_factory):
     """What a user downloads: the Hub files of the repository root, and nothing else."""
     path = tmp_path_factory.mktemp("hub") / "TokCom"
     path.mkdir()
-    names = [*REMOTE_FILES, "config.json", "model.safetensors", "model_index.json", "tokenizer.json"]
+    names = [
+        *REMOTE_FILES,
+        "config.json",
+        "model.safetensors",
+        "model_index.json",
+        "tokenizer.json",
+    ]
     for name in [*names, "tokenizer_config.json"]:
         shutil.copy(ROOT / name, path / name)
     shutil.copytree(ROOT / "scheduler", path / "scheduler")
@@ -139,7 +191,9 @@ def test_sharded_export_loads_in_a_fresh_process(how, build, tmp_path):
     pipe.save_pretrained(tmp_path / "out", max_shard_size="200KB")
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
     torch.set_num_threads(1)
-    assert fresh(LOADERS[how], tmp_path / "out", tmp_path) == pytest.approx(digest(pipe.model), rel=1e-6)
+    assert fresh(LOADERS[how], tmp_path / "out", tmp_path) == pytest.approx(
+        digest(pipe.model), rel=1e-6
+    )
 
 
 def test_pipeline_saves_and_reloads_everything(build, tmp_path):
@@ -147,16 +201,25 @@ def test_pipeline_saves_and_reloads_everything(build, tmp_path):
     pipe.save_pretrained(tmp_path / "a")
     again = TokComPipeline.from_pretrained(tmp_path / "a")
     again.save_pretrained(tmp_path / "b")
-    for name in ("model.safetensors", "model_index.json", "tokenizer.json", "scheduler/scheduler_config.json"):
+    for name in (
+        "model.safetensors",
+        "model_index.json",
+        "tokenizer.json",
+        "scheduler/scheduler_config.json",
+    ):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
     options = dict(gen_length=8, num_inference_steps=2)
-    first, second = (p("Squinty", generator=torch.Generator().manual_seed(0), **options) for p in (pipe, again))
+    first, second = (
+        p("Squinty", generator=torch.Generator().manual_seed(0), **options) for p in (pipe, again)
+    )
     assert torch.equal(first.sequences, second.sequences)
 
 
 def test_the_list_of_remote_files_and_their_imports_is_pinned(build, tmp_path):
     build().save_pretrained(tmp_path / "text")
-    assert {p.name for p in (tmp_path / "text").glob("*.py")} == set(REMOTE_FILES) - {"pipeline_media_tokcom.py"}
+    assert {p.name for p in (tmp_path / "text").glob("*.py")} == set(REMOTE_FILES) - {
+        "pipeline_media_tokcom.py"
+    }
     tiny_pipeline("image").save_pretrained(tmp_path / "image")
     assert {p.name for p in (tmp_path / "image").glob("*.py")} == set(REMOTE_FILES)
     for name, allowed in REMOTE_FILES.items():
@@ -167,17 +230,22 @@ def test_the_list_of_remote_files_and_their_imports_is_pinned(build, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "pipeline, others", [("pipeline_tokcom.py", {"pipeline_media_tokcom.py"}), ("pipeline_media_tokcom.py", set())]
+    "pipeline, others",
+    [("pipeline_tokcom.py", {"pipeline_media_tokcom.py"}), ("pipeline_media_tokcom.py", set())],
 )
 def test_pipelines_name_every_module_that_they_need(pipeline, others):
     text = (ROOT / pipeline).read_text()
     for name in set(REMOTE_FILES) - {pipeline} - others:
-        assert f"from .{name.removesuffix('.py')} import" in text, f"diffusers would not copy {name}"
+        assert f"from .{name.removesuffix('.py')} import" in text, (
+            f"diffusers would not copy {name}"
+        )
 
 
 @pytest.mark.parametrize("custom", ["", ", custom_pipeline=PATH"])
 @pytest.mark.parametrize("modality", ["image", "video", "several"])
-def test_a_model_of_any_modality_loads_as_its_own_pipeline_from_its_own_code(modality, custom, tmp_path):
+def test_a_model_of_any_modality_loads_as_its_own_pipeline_from_its_own_code(
+    modality, custom, tmp_path
+):
     pipe = tiny_pipeline(modality)
     pipe.save_pretrained(tmp_path / "out")
     code = f"""from diffusers import DiffusionPipeline
@@ -215,7 +283,9 @@ def test_a_full_disk_leaves_the_weights_that_were_there(build, tmp_path, monkeyp
     monkeypatch.setattr(TokComModel, "save_pretrained", full)
     with pytest.raises(OSError, match="No space"):
         pipe.save_pretrained(tmp_path)
-    assert (tmp_path / "model.safetensors").read_bytes() == before and not list(tmp_path.glob(".saving-*"))
+    assert (tmp_path / "model.safetensors").read_bytes() == before and not list(
+        tmp_path.glob(".saving-*")
+    )
 
 
 def test_weights_outside_the_directory_are_refused(build, tmp_path):

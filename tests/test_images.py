@@ -34,12 +34,29 @@ from tokcom.training.perceptual import FeatureLoss
 from tokcom.training.presets import preset_config, preset_names
 from tokcom.training.trainer import Trainer
 
-CODEC = dict(image_size=16, patch_size=4, num_tokens=6, latent_channels=4, hidden_size=32, intermediate_size=48)
-CODEC |= dict(num_attention_heads=2, num_hidden_layers=1, num_expert_layers=1, expert_intermediate_size=16)
+CODEC = dict(
+    image_size=16,
+    patch_size=4,
+    num_tokens=6,
+    latent_channels=4,
+    hidden_size=32,
+    intermediate_size=48,
+)
+CODEC |= dict(
+    num_attention_heads=2, num_hidden_layers=1, num_expert_layers=1, expert_intermediate_size=16
+)
 CODEC |= dict(decoder_hidden_size=24, decoder_intermediate_size=32, decoder_num_attention_heads=2)
 CODEC |= dict(num_decoder_layers=1)
-FLOW = dict(latent_channels=4, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
-FLOW |= dict(num_key_value_heads=2, max_position_embeddings=6, conditioning_size=16, block_size=None)
+FLOW = dict(
+    latent_channels=4,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+)
+FLOW |= dict(
+    num_key_value_heads=2, max_position_embeddings=6, conditioning_size=16, block_size=None
+)
 FLOW |= dict(per_latent_timestep=False)
 EMOJI = str(ROOT / "sample_data/emoji_train.parquet")
 
@@ -51,7 +68,10 @@ def codec(**overrides) -> TokComStyleCodec:
 
 def model(condition_vocab_size: int = 0, **overrides) -> TokComModel:
     torch.manual_seed(0)
-    fields = dict(codec_config={"model_type": "tokcom_style_codec", **CODEC, **overrides}, transformer_config=FLOW)
+    fields = dict(
+        codec_config={"model_type": "tokcom_style_codec", **CODEC, **overrides},
+        transformer_config=FLOW,
+    )
     config = TokComConfig(**fields, condition_vocab_size=condition_vocab_size)
     return TokComModel(config).eval()
 
@@ -70,7 +90,9 @@ def pictures(count: int = 3) -> torch.Tensor:
 def pipeline(captions: bool = True) -> TokComImagePipeline:
     tokenizer = train_tokenizer(["a red ball", "a blue cat"], 300) if captions else None
     net = randomized(model(vocabulary_size(tokenizer) + 1 if captions else 0))
-    return TokComImagePipeline(net, TokComFlowMatchScheduler.from_model_config(net.config), tokenizer)
+    return TokComImagePipeline(
+        net, TokComFlowMatchScheduler.from_model_config(net.config), tokenizer
+    )
 
 
 # ---- the codec ----
@@ -127,7 +149,9 @@ def test_bottlenecks_are_not_collapsed_at_initialization(bottleneck):
 def test_the_published_soft_codebook_is_collapsed_and_ours_is_its_centred_form():
     soft, inputs = codec(bottleneck="cosine", latent_channels=64).soft_codebook, torch.randn(50, 64)
     weights = (
-        torch.nn.functional.normalize(inputs, dim=-1) @ torch.nn.functional.normalize(soft.directions, dim=-1).T + 1
+        torch.nn.functional.normalize(inputs, dim=-1)
+        @ torch.nn.functional.normalize(soft.directions, dim=-1).T
+        + 1
     )
     published = soft.norm(weights / weights.sum(-1, keepdim=True) @ soft.directions)
     similar = torch.nn.functional.cosine_similarity(published[1:], published[:-1]).mean()
@@ -156,7 +180,9 @@ def test_two_tokens_are_needed_for_every_styled_layer():
 def test_a_decoder_layer_sees_no_later_token():
     net, latents = randomized(codec(num_decoder_layers=0)), torch.randn(1, 6, 4)
     seen = []
-    net.decoder.styled_layers[1].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    net.decoder.styled_layers[1].register_forward_hook(
+        lambda module, inputs, output: seen.append(output)
+    )
     net.decode(latents)
     latents[:, 4:] += 1
     net.decode(latents)
@@ -167,9 +193,13 @@ def test_left_out_tokens_have_no_influence_and_tail_dropout_leaves_out_the_tail(
     net, latents = randomized(codec()), torch.randn(2, 6, 4)
     other = latents.clone()
     other[:, 2:] = 7
-    assert torch.equal(net.decode(latents, num_tokens=2).pixel_values, net.decode(other, num_tokens=2).pixel_values)
+    assert torch.equal(
+        net.decode(latents, num_tokens=2).pixel_values, net.decode(other, num_tokens=2).pixel_values
+    )
     kept = []
-    net.train()._decode = lambda tokens, mask: kept.append(mask) or torch.zeros(len(tokens), 3, 16, 16)
+    net.train()._decode = lambda tokens, mask: (
+        kept.append(mask) or torch.zeros(len(tokens), 3, 16, 16)
+    )
     net.set_loss(tail_dropout=0.5)
     net.training_loss(pictures(1).expand(2000, -1, -1, -1))
     count = kept[0].sum(-1)
@@ -200,12 +230,19 @@ def test_gradient_loss_sees_edges_and_not_brightness():
 
 
 def test_published_presets_have_the_published_experts():
-    published = {"style-768-128": 2365.8, "style-768-64": 2353.2, "style-512-128": 2241.5, "style-512-64": 2228.9}
+    published = {
+        "style-768-128": 2365.8,
+        "style-768-64": 2353.2,
+        "style-512-128": 2241.5,
+        "style-512-64": 2228.9,
+    }
     for name, millions in published.items():
         config = preset_config(name).codec_config
         with torch.device("meta"):
             net = TokComStyleCodec._from_config(config)
-        experts = sum(p.numel() for layer in net.encoder.layers if layer.experts for p in layer.parameters())
+        experts = sum(
+            p.numel() for layer in net.encoder.layers if layer.experts for p in layer.parameters()
+        )
         total = sum(p.numel() for p in net.parameters()) / 1e6
         assert round(experts / 1e9, 2) == 1.89 and 0.965 < total / millions < 1
 
@@ -249,7 +286,9 @@ def test_configurations_that_mix_images_and_tokens_are_refused():
         preset_config("debug", condition_vocab_size=10)
     with pytest.raises(StrictDataclassError, match="max_position_embeddings"):
         fields = {**FLOW, "max_position_embeddings": 5}
-        TokComConfig(codec_config={"model_type": "tokcom_style_codec", **CODEC}, transformer_config=fields)
+        TokComConfig(
+            codec_config={"model_type": "tokcom_style_codec", **CODEC}, transformer_config=fields
+        )
 
 
 def test_captions_that_are_padded_change_nothing():
@@ -261,9 +300,13 @@ def test_captions_that_are_padded_change_nothing():
     first = net.predict(latents, time, prefix=net.condition(padded, mask)).latents
     torch.testing.assert_close(first, net.predict(latents, time, prefix=net.condition(ids)).latents)
     padded[:, 3:] = 2
-    assert torch.equal(first, net.predict(latents, time, prefix=net.condition(padded, mask)).latents)
+    assert torch.equal(
+        first, net.predict(latents, time, prefix=net.condition(padded, mask)).latents
+    )
     padded[:, 0] = 9
-    assert not torch.equal(first, net.predict(latents, time, prefix=net.condition(padded, mask)).latents)
+    assert not torch.equal(
+        first, net.predict(latents, time, prefix=net.condition(padded, mask)).latents
+    )
 
 
 def test_a_caption_that_is_dropped_is_no_caption():
@@ -279,7 +322,10 @@ def test_the_loss_of_the_flow_reaches_transformer_and_captions_only():
     output = net(torch.tensor([[3, 4], [6, 7]]), torch.ones(2, 2), pixel_values=pictures(2))
     output.loss.backward()
     assert output.ce_loss is None and output.mse_loss > 0
-    assert net.condition_embedding.weight.grad.abs().sum() > 0 and net.transformer.proj_out.weight.grad.abs().sum() > 0
+    assert (
+        net.condition_embedding.weight.grad.abs().sum() > 0
+        and net.transformer.proj_out.weight.grad.abs().sum() > 0
+    )
     assert all(parameter.grad is None for parameter in net.codec.parameters())
 
 
@@ -311,10 +357,14 @@ def test_the_processor_lays_pictures_on_white_and_keeps_their_shape():
     array = np.zeros((4, 4, 3), dtype=np.uint8)
     array[0, 0] = 255, 0, 51
     values = processor([array])["pixel_values"]
-    assert values.shape == (1, 3, 4, 4) and values[0, :, 0, 0].tolist() == pytest.approx([1, -1, -0.6])
+    assert values.shape == (1, 3, 4, 4) and values[0, :, 0, 0].tolist() == pytest.approx(
+        [1, -1, -0.6]
+    )
     assert np.array_equal(np.array(processor.postprocess(values)[0]), array)
     deep = Image.fromarray(np.full((4, 4), 128 * 256, dtype=np.uint16))
-    assert processor(deep)["pixel_values"].unique().item() == pytest.approx(128 / 127.5 - 1, abs=1e-5)
+    assert processor(deep)["pixel_values"].unique().item() == pytest.approx(
+        128 / 127.5 - 1, abs=1e-5
+    )
     for wrong, message in (
         (np.zeros((4, 4, 3), dtype=np.int64), "int64"),
         (np.zeros((4, 4, 1), np.uint8), "4, 4, 1"),
@@ -328,19 +378,30 @@ def test_pictures_are_drawn_for_captions_and_alike_for_one_seed():
     pipe = pipeline()
     pipe.set_progress_bar_config(disable=True)
     outputs = [
-        pipe(["a red ball", "a cat"], num_inference_steps=3, generator=torch.Generator().manual_seed(0))
+        pipe(
+            ["a red ball", "a cat"],
+            num_inference_steps=3,
+            generator=torch.Generator().manual_seed(0),
+        )
         for _ in range(2)
     ]
     assert len(outputs[0].images) == 2 and outputs[0].images[0].size == (16, 16)
     assert torch.equal(outputs[0].latents, outputs[1].latents)
-    alone = pipe("a red ball", num_inference_steps=1, latents=torch.ones(1, 6, 4), output_type="latent").latents
+    alone = pipe(
+        "a red ball", num_inference_steps=1, latents=torch.ones(1, 6, 4), output_type="latent"
+    ).latents
     company = pipe(
-        ["a red ball", "a blue cat " * 4, ""], num_inference_steps=1, latents=torch.ones(3, 6, 4), output_type="latent"
+        ["a red ball", "a blue cat " * 4, ""],
+        num_inference_steps=1,
+        latents=torch.ones(3, 6, 4),
+        output_type="latent",
     )
     torch.testing.assert_close(alone[0], company.latents[0], atol=1e-5, rtol=1e-5)
     free = pipe(num_inference_steps=1, latents=torch.ones(1, 6, 4), output_type="latent").latents
     torch.testing.assert_close(free[0], company.latents[2], atol=1e-5, rtol=1e-5)
-    other = pipe(["a blue cat", "a cat"], num_inference_steps=3, generator=torch.Generator().manual_seed(0)).latents
+    other = pipe(
+        ["a blue cat", "a cat"], num_inference_steps=3, generator=torch.Generator().manual_seed(0)
+    ).latents
     assert not torch.equal(other[0], outputs[0].latents[0])
 
 
@@ -349,7 +410,9 @@ def test_guidance_of_one_and_a_half_lies_beyond_the_captioned_prediction():
     pipe.set_progress_bar_config(disable=True)
     noise = torch.randn(1, 6, 4)
     free, plain, guided = (
-        pipe(prompt, num_inference_steps=1, latents=noise, output_type="latent", guidance_scale=g).latents
+        pipe(
+            prompt, num_inference_steps=1, latents=noise, output_type="latent", guidance_scale=g
+        ).latents
         for prompt, g in ((None, 1.0), ("a red ball", 1.0), ("a red ball", 1.5))
     )
     torch.testing.assert_close(guided, free + 1.5 * (plain - free), atol=1e-4, rtol=1e-4)
@@ -383,7 +446,9 @@ def animated(frames: int = 5) -> bytes:
 
 
 def test_an_animated_picture_gives_another_frame_in_other_epochs():
-    dataset = ImageDataset(datasets.Dataset.from_dict({"image": [animated()]}), "image", "", None, 0, training=True)
+    dataset = ImageDataset(
+        datasets.Dataset.from_dict({"image": [animated()]}), "image", "", None, 0, training=True
+    )
     seen = set()
     for epoch in range(20):
         dataset.set_epoch(epoch)
@@ -395,7 +460,9 @@ def test_broken_pictures_are_named():
     buffer = io.BytesIO()
     Image.effect_noise((64, 64), 50).save(buffer, "PNG")
     for value in (b"not a picture", buffer.getvalue()[:-400]):
-        dataset = ImageDataset(datasets.Dataset.from_dict({"image": [value]}), "image", "", None, 0, training=True)
+        dataset = ImageDataset(
+            datasets.Dataset.from_dict({"image": [value]}), "image", "", None, 0, training=True
+        )
         with pytest.raises(ValueError, match="record 0 .* holds no picture"):
             dataset[0]
 
@@ -407,8 +474,14 @@ def test_captions_are_padded_to_the_longest():
 
 
 def test_grids_hold_every_picture():
-    grid = picture_grid([[Image.new("RGB", (4, 4), "red")] * 3, [Image.new("RGB", (4, 4), "blue")]], scale=2)
-    assert grid.size == (28, 18) and grid.getpixel((27, 0)) == (255, 0, 0) and grid.getpixel((0, 17)) == (0, 0, 255)
+    grid = picture_grid(
+        [[Image.new("RGB", (4, 4), "red")] * 3, [Image.new("RGB", (4, 4), "blue")]], scale=2
+    )
+    assert (
+        grid.size == (28, 18)
+        and grid.getpixel((27, 0)) == (255, 0, 0)
+        and grid.getpixel((0, 17)) == (0, 0, 255)
+    )
 
 
 def test_feature_distance_is_zero_for_equal_images_and_reaches_the_output(tmp_path):
@@ -419,7 +492,9 @@ def test_feature_distance_is_zero_for_equal_images_and_reaches_the_output(tmp_pa
     assert distance(images, images) == 0
     output = (images + 0.1 * torch.randn_like(images)).requires_grad_()
     distance(output, images).backward()
-    assert output.grad.abs().sum() > 0 and all(p.grad is None for p in distance.network.parameters())
+    assert output.grad.abs().sum() > 0 and all(
+        p.grad is None for p in distance.network.parameters()
+    )
     with pytest.raises(ValueError, match="perceptual_model.*nowhere"):
         FeatureLoss(str(tmp_path / "nowhere"), 1.0)
 
@@ -435,8 +510,17 @@ def test_a_picture_is_read_as_its_camera_was_held():
 
 
 SMALL = [f"model.codec_config.{k}={v}" for k, v in CODEC.items()]
-SMALL += [f"model.transformer_config.{k}={'null' if v is None else str(v).lower()}" for k, v in FLOW.items()]
-SMALL += ["codec.max_steps=2", "flow.max_steps=2", "codec.batch_size=4", "flow.batch_size=4", "report_to=none"]
+SMALL += [
+    f"model.transformer_config.{k}={'null' if v is None else str(v).lower()}"
+    for k, v in FLOW.items()
+]
+SMALL += [
+    "codec.max_steps=2",
+    "flow.max_steps=2",
+    "codec.batch_size=4",
+    "flow.batch_size=4",
+    "report_to=none",
+]
 
 
 @pytest.fixture(scope="module")
@@ -449,7 +533,9 @@ def trained(tmp_path_factory):
 def test_training_on_the_sample_pictures_gives_a_repository_that_draws(trained):
     from transformers import AutoImageProcessor, AutoModel
 
-    assert (trained / "run/codec/samples-2.png").is_file() and (trained / "run/flow/samples-2.png").is_file()
+    assert (trained / "run/codec/samples-2.png").is_file() and (
+        trained / "run/flow/samples-2.png"
+    ).is_file()
     processor = AutoImageProcessor.from_pretrained(trained, trust_remote_code=True)
     pixel_values = processor(Image.new("RGB", (30, 40)))["pixel_values"]
     net = AutoModel.from_pretrained(trained, trust_remote_code=True)
@@ -460,26 +546,49 @@ def test_training_on_the_sample_pictures_gives_a_repository_that_draws(trained):
     card = (trained / "README.md").read_text()
     assert "text-to-image" in card and '.images[0].save("picture.png")' in card
     latents = net.encode(pixel_values=pixel_values).latents
-    assert net.codec.latent_std.shape == (6, 4) and not torch.equal(net.codec.latent_std, torch.ones(6, 4))
+    assert net.codec.latent_std.shape == (6, 4) and not torch.equal(
+        net.codec.latent_std, torch.ones(6, 4)
+    )
     assert latents.isfinite().all()
 
 
 def test_the_command_line_draws_and_rebuilds(trained, tmp_path, capsys):
     files = [str(tmp_path / name) for name in ("drawn.png", "rebuilt.png")]
     here = ["--checkpoint", str(trained), "--num_steps", "2"]
-    infer([*here, "--image_file", files[0], "--mode", "draw", "--prompt", "a cat", "--guidance_scale", "2"])
+    infer(
+        [
+            *here,
+            "--image_file",
+            files[0],
+            "--mode",
+            "draw",
+            "--prompt",
+            "a cat",
+            "--guidance_scale",
+            "2",
+        ]
+    )
     rebuild = ["--mode", "reconstruct_image", "--input_image", files[0], "--num_tokens", "3"]
     infer([*here, *rebuild, "--image_file", files[1]])
-    assert [Image.open(file).size for file in files] == [(16, 16)] * 2 and "written" in capsys.readouterr().out
+    assert [Image.open(file).size for file in files] == [
+        (16, 16)
+    ] * 2 and "written" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="pictures, not text: use `tokcom draw`"):
         infer(["--checkpoint", str(trained), "--mode", "reconstruct", "--input_text", "a cat"])
 
 
 def test_the_page_draws_captions_and_rebuilds_pictures(trained):
-    demo = app.Demo(TokComPipeline.from_pretrained(ROOT), images=TokComImagePipeline.from_pretrained(trained))
+    demo = app.Demo(
+        TokComPipeline.from_pretrained(ROOT), images=TokComImagePipeline.from_pretrained(trained)
+    )
     assert app.build_page(demo) is not None
     shown = demo.draw("a cat", 2, 2.0, 0)
-    assert [text for _, text in shown] == ["6 of 6 tokens", "4 of 6 tokens", "2 of 6 tokens", "1 of 6 tokens"]
+    assert [text for _, text in shown] == [
+        "6 of 6 tokens",
+        "4 of 6 tokens",
+        "2 of 6 tokens",
+        "1 of 6 tokens",
+    ]
     assert demo.rebuild(Image.new("RGB", (40, 30)))[0][0].size == (192, 192)
     with pytest.raises(gradio.Error, match="no picture"):
         demo.rebuild(None)
@@ -498,15 +607,45 @@ def test_kmeans_writes_a_model_that_gives_codes(trained, tmp_path, capsys):
 
 def test_images_are_evaluated_by_one_command(trained, tmp_path):
     convert(["kmeans", str(trained), str(tmp_path / "coded"), "--data", EMOJI, "--num_codes", "8"])
-    arguments = ["--model", str(trained), "--train", EMOJI, "--test", EMOJI.replace("train", "validation")]
-    arguments += ["--codebook", str(tmp_path / "coded"), "--unordered", str(trained), "--label_columns", "caption"]
-    settings = ["--num_samples", "4", "--classifier_epochs", "1", "--num_inference_steps", "2", "--limit", "40"]
-    arguments[5] = arguments[3]  # classes of the test pictures must be those of the training pictures
+    arguments = [
+        "--model",
+        str(trained),
+        "--train",
+        EMOJI,
+        "--test",
+        EMOJI.replace("train", "validation"),
+    ]
+    arguments += [
+        "--codebook",
+        str(tmp_path / "coded"),
+        "--unordered",
+        str(trained),
+        "--label_columns",
+        "caption",
+    ]
+    settings = [
+        "--num_samples",
+        "4",
+        "--classifier_epochs",
+        "1",
+        "--num_inference_steps",
+        "2",
+        "--limit",
+        "40",
+    ]
+    arguments[5] = arguments[
+        3
+    ]  # classes of the test pictures must be those of the training pictures
     settings += ["--steps", "1", "2", "--students", str(trained)]
     main([*arguments, *settings, "--output_dir", str(tmp_path / "results")])
     facts = json.loads((tmp_path / "results/results.json").read_text())
     assert len(facts["curve"]) == 7 and facts["curve"] == facts["unordered_curve"]
-    assert {row["codec"] for row in facts["rows"]} >= {"style", "PCA", "style, 8 codes", "JPEG scan"}
+    assert {row["codec"] for row in facts["rows"]} >= {
+        "style",
+        "PCA",
+        "style, 8 codes",
+        "JPEG scan",
+    }
     assert [row["steps"] for row in facts["steps"]] == [1, 2, 32]
     for name in (
         "results.md",
@@ -523,7 +662,10 @@ def test_images_are_evaluated_by_one_command(trained, tmp_path):
 def test_a_codec_is_reused_for_a_new_flow(trained, tmp_path):
     options = [*SMALL[len(CODEC) :], "stage=flow", f"codec_from={trained}", "num_samples=0"]
     train(["--preset", "style-tiny", "--output_dir", str(tmp_path / "flow"), *options])
-    weights = [TokComModel.from_pretrained(path).codec.to_tokens.weight for path in (trained, tmp_path / "flow")]
+    weights = [
+        TokComModel.from_pretrained(path).codec.to_tokens.weight
+        for path in (trained, tmp_path / "flow")
+    ]
     assert torch.equal(*weights)
 
 
@@ -532,7 +674,9 @@ def test_folders_name_the_classes_of_the_pictures_in_them(tmp_path):
         (tmp_path / "data" / name).mkdir(parents=True)
         for i in range(4):
             Image.new("RGB", (20, 20), color).save(tmp_path / "data" / name / f"{i}.png")
-    config = TrainConfig(output_dir=str(tmp_path / "out"), data=DataConfig(train=str(tmp_path / "data")))
+    config = TrainConfig(
+        output_dir=str(tmp_path / "out"), data=DataConfig(train=str(tmp_path / "data"))
+    )
     config.data.validation_fraction = 0.25
     corpus = read_data(config)
     train, captions = corpus.train, corpus.train.captions["input_ids"]
@@ -548,10 +692,21 @@ def test_text_for_a_model_of_images_and_the_reverse_are_refused(tmp_path):
     with pytest.raises(SystemExit, match="reads pictures"):
         train(["--preset", "style-tiny", "--output_dir", str(tmp_path / "a"), text, *SMALL])
     with pytest.raises(SystemExit, match="data are pictures"):
-        train(["--preset", "debug", "--output_dir", str(tmp_path / "b"), f"data.train={EMOJI}", "codec.max_steps=1"])
+        train(
+            [
+                "--preset",
+                "debug",
+                "--output_dir",
+                str(tmp_path / "b"),
+                f"data.train={EMOJI}",
+                "codec.max_steps=1",
+            ]
+        )
 
 
-def test_training_on_pictures_that_was_stopped_ends_with_the_same_weights(tmp_path, monkeypatch, capsys):
+def test_training_on_pictures_that_was_stopped_ends_with_the_same_weights(
+    tmp_path, monkeypatch, capsys
+):
     options = [option for option in SMALL if "max_steps" not in option]
     options += ["stage=codec", "num_samples=0", "codec.max_steps=4", "codec.warmup_steps=1"]
     ask = Trainer._stop_if_told
@@ -604,8 +759,13 @@ def test_frechet_distance_of_gaussians_is_that_of_their_means_and_covariances():
 
 def test_order_is_the_share_of_the_gain():
     facts = order_facts([10.0, 18.0, 17.5, 20.0], 1)
-    assert facts["share_of_gain"] == pytest.approx(0.8) and facts["largest_fall"] == pytest.approx(0.5)
+    assert facts["share_of_gain"] == pytest.approx(0.8) and facts["largest_fall"] == pytest.approx(
+        0.5
+    )
 
 
 def test_every_style_preset_is_listed():
-    assert {name for name in preset_names() if name.startswith("style-")} >= {"style-tiny", "style-768-128"}
+    assert {name for name in preset_names() if name.startswith("style-")} >= {
+        "style-tiny",
+        "style-768-128",
+    }

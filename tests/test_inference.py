@@ -21,7 +21,9 @@ def checkpoint(tmp_path_factory, stories):
 
     path = tmp_path_factory.mktemp("model") / "tiny"
     torch.manual_seed(0)
-    pipe = TokComPipeline(TokComModel(tiny_config()), TokComFlowMatchScheduler(), train_tokenizer(stories, 320))
+    pipe = TokComPipeline(
+        TokComModel(tiny_config()), TokComFlowMatchScheduler(), train_tokenizer(stories, 320)
+    )
     pipe.save_pretrained(path)
     return path
 
@@ -63,7 +65,9 @@ def run(checkpoint, capsys, *arguments) -> str:
     ],
 )
 def test_every_mode_prints_and_saves_texts(checkpoint, capsys, tmp_path, arguments):
-    printed = run(checkpoint, capsys, *arguments, "--seed", "0", "--output_file", str(tmp_path / "out.txt"))
+    printed = run(
+        checkpoint, capsys, *arguments, "--seed", "0", "--output_file", str(tmp_path / "out.txt")
+    )
     assert printed.startswith("[1] ")
     assert (tmp_path / "out.txt").read_text().startswith("[1] ")
     if "--prompt" in arguments:
@@ -72,13 +76,17 @@ def test_every_mode_prints_and_saves_texts(checkpoint, capsys, tmp_path, argumen
 
 def test_encode_writes_a_file_that_decode_reads(checkpoint, capsys, tmp_path):
     file = str(tmp_path / "latents.safetensors")
-    assert "mean" in run(checkpoint, capsys, "--mode", "encode", "--input_text", "Squinty", "--output_file", file)
+    assert "mean" in run(
+        checkpoint, capsys, "--mode", "encode", "--input_text", "Squinty", "--output_file", file
+    )
     assert run(checkpoint, capsys, "--mode", "decode", "--latents_file", file).startswith("[1] ")
 
 
 def test_defaults_are_the_documented_ones():
     args = build_parser().parse_args(["--checkpoint", "x"])
-    documented = dict(mode="generate", num_chunks=256, num_generate_chunks=64, num_steps=None, noise_level=0.5)
+    documented = dict(
+        mode="generate", num_chunks=256, num_generate_chunks=64, num_steps=None, noise_level=0.5
+    )
     documented |= dict(batch_size=1, output_file=None, input_text=None, prompt=None)
     assert {name: getattr(args, name) for name in documented} == documented
     assert build_parser().parse_args([]).checkpoint == "."
@@ -93,15 +101,21 @@ def fails(capsys, *arguments) -> str:
 
 
 def test_bad_arguments_are_named(checkpoint, capsys, tmp_path):
-    assert "invalid choice: 'dream'" in fails(capsys, "--checkpoint", str(checkpoint), "--mode", "dream")
-    assert "--prompt is required" in fails(capsys, "--checkpoint", str(checkpoint), "--mode", "conditional")
+    assert "invalid choice: 'dream'" in fails(
+        capsys, "--checkpoint", str(checkpoint), "--mode", "dream"
+    )
+    assert "--prompt is required" in fails(
+        capsys, "--checkpoint", str(checkpoint), "--mode", "conditional"
+    )
     missing = fails(capsys, "--checkpoint", str(tmp_path / "nothing"))
     assert "does not exist" in missing and "nothing" in missing
     (tmp_path / "empty").mkdir()
     assert "model_index.json" in fails(capsys, "--checkpoint", str(tmp_path / "empty"))
     options = ("--checkpoint", str(checkpoint), "--device", "cpu")
     assert "`num_inference_steps` (0)" in fails(capsys, *options, "--num_steps", "0")
-    assert "nowhere" in fails(capsys, *options, "--output_file", str(tmp_path / "nowhere" / "x.txt"))
+    assert "nowhere" in fails(
+        capsys, *options, "--output_file", str(tmp_path / "nowhere" / "x.txt")
+    )
     assert "--device cpu" in fails(capsys, "--checkpoint", str(checkpoint), "--device", "quantum")
     arguments = ("--mode", "denoise_reconstruct", "--input_text", "Hi", "--noise_level", "2")
     assert "`noise_level` (2.0)" in fails(capsys, *options, *arguments)
@@ -134,7 +148,9 @@ def test_eight_bit_weights_without_their_library_name_the_remedy(build):
 
 
 def test_eight_bit_weights_change_predictions_little_and_text_goes_on(build, tmp_path, capsys):
-    pytest.importorskip("torchao", reason="optional: prints warnings at every import of transformers")
+    pytest.importorskip(
+        "torchao", reason="optional: prints warnings at every import of transformers"
+    )
     pipe, plain = build(), build()
     speed_up(pipe, int8=True, compiled=False)
     linears = [m for m in pipe.model.transformer.modules() if isinstance(m, torch.nn.Linear)]
@@ -168,12 +184,16 @@ def test_eight_bit_weights_change_predictions_little_and_text_goes_on(build, tmp
         ("reconstruct", "top_p", "0.9"),
     ],
 )
-def test_an_option_without_effect_is_refused_with_the_modes_that_read_it(capsys, mode, option, value):
+def test_an_option_without_effect_is_refused_with_the_modes_that_read_it(
+    capsys, mode, option, value
+):
     with pytest.raises(SystemExit) as end:
         main(["--checkpoint", "x", "--mode", mode, "--input_text", "a ____", f"--{option}", value])
     assert end.value.code == 2
     printed = capsys.readouterr().err
-    assert f"--{option} {value} has no effect in mode {mode}" in printed and "conditional" in printed
+    assert (
+        f"--{option} {value} has no effect in mode {mode}" in printed and "conditional" in printed
+    )
 
 
 def test_a_continuation_is_printed_while_it_is_written(checkpoint, monkeypatch):

@@ -14,13 +14,23 @@ SMALL = {"latent_head_size": 32, "latent_refiner_size": 16, "latent_head_codes":
 
 
 def published(head: str, refiner: str) -> TokComLatentHead:
-    channels = {"codec_config": {"latent_channels": 64}, "transformer_config": {"latent_channels": 64}}
-    return TokComLatentHead(preset_config("debug", **channels, latent_head=head, latent_refiner=refiner))
+    channels = {
+        "codec_config": {"latent_channels": 64},
+        "transformer_config": {"latent_channels": 64},
+    }
+    return TokComLatentHead(
+        preset_config("debug", **channels, latent_head=head, latent_refiner=refiner)
+    )
 
 
 @pytest.mark.parametrize(
     "head, refiner, count",
-    [("mlp", "none", 536_768), ("none", "mlp", 33_728), ("vq", "none", 1_061_056), ("vq", "mlp", 1_094_784)],
+    [
+        ("mlp", "none", 536_768),
+        ("none", "mlp", 33_728),
+        ("vq", "none", 1_061_056),
+        ("vq", "mlp", 1_094_784),
+    ],
 )
 def test_heads_have_the_published_numbers_of_parameters(head, refiner, count):
     module = published(head, refiner)
@@ -35,7 +45,9 @@ def test_an_untrained_head_changes_nothing(build, head, refiner):
     latents = torch.randn(2, 4, 16)
     assert torch.equal(other.model.refine(latents), latents)
     options = dict(gen_length=16, num_inference_steps=2)
-    first, second = (pipe("Squinty", generator=seeded(), **options).sequences for pipe in (plain, other))
+    first, second = (
+        pipe("Squinty", generator=seeded(), **options).sequences for pipe in (plain, other)
+    )
     assert torch.equal(first, second)
 
 
@@ -51,7 +63,9 @@ def trained(pipe, steps: int = 5) -> TokComModel:
 
 
 @pytest.mark.parametrize("head, refiner", HEADS)
-def test_training_a_head_leaves_the_backbone_bit_identical_and_changes_what_is_decoded(build, tmp_path, head, refiner):
+def test_training_a_head_leaves_the_backbone_bit_identical_and_changes_what_is_decoded(
+    build, tmp_path, head, refiner
+):
     pipe = build(latent_head=head, latent_refiner=refiner, **SMALL)
     before = {name: value.clone() for name, value in pipe.model.state_dict().items()}
     model = trained(pipe)
@@ -61,7 +75,9 @@ def test_training_a_head_leaves_the_backbone_bit_identical_and_changes_what_is_d
     assert not torch.equal(model.refine(latents), latents)
     options = dict(num_chunks=4, num_inference_steps=2, output_type="seq")
     samples = pipe.generate(generator=seeded(), **options)
-    assert torch.equal(samples.sequences, model.to_ids(samples.latents))  # the refined latents are what is decoded
+    assert torch.equal(
+        samples.sequences, model.to_ids(samples.latents)
+    )  # the refined latents are what is decoded
     pipe.save_pretrained(tmp_path / "out")
     again = type(pipe).from_pretrained(tmp_path / "out")
     again.set_progress_bar_config(disable=True)
@@ -87,7 +103,9 @@ def test_a_head_learns(build):
 
 
 def test_codebooks_work_in_half_precision(build):
-    model = trained(build(latent_head="vq", codec_config={"quantizer": "vq", "num_codes": 16}, **SMALL)).bfloat16()
+    model = trained(
+        build(latent_head="vq", codec_config={"quantizer": "vq", "num_codes": 16}, **SMALL)
+    ).bfloat16()
     with torch.no_grad():
         encoded = model.encode(torch.randint(0, 300, (1, 16)))
         refined = model.refine(encoded.latents)
@@ -99,11 +117,20 @@ def test_codebooks_work_in_half_precision(build):
     [
         ({"latent_head": "linear"}, "'none', 'mlp' or 'vq'"),
         ({"latent_refiner": "unet"}, "'none' or 'mlp'"),
-        ({"latent_head": "mlp", "prediction_type": "tokens", "codec_config": {"encoder_type": "token"}}, "latents"),
+        (
+            {
+                "latent_head": "mlp",
+                "prediction_type": "tokens",
+                "codec_config": {"encoder_type": "token"},
+            },
+            "latents",
+        ),
     ],
 )
 def test_impossible_heads_are_named(overrides, message):
-    with pytest.raises(Exception, match="architecture") as error:  # the strict dataclass wraps the ValueError
+    with pytest.raises(
+        Exception, match="architecture"
+    ) as error:  # the strict dataclass wraps the ValueError
         preset_config("debug", **overrides)
     assert message in str(error.value.__cause__ or error.value)
 

@@ -13,7 +13,13 @@ from tokcom.layers_tokcom import (
 )
 from tokcom.transformer_tokcom import TokComTransformer
 
-SMALL = dict(latent_channels=8, hidden_size=32, intermediate_size=48, num_hidden_layers=2, conditioning_size=16)
+SMALL = dict(
+    latent_channels=8,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    conditioning_size=16,
+)
 HEADS = dict(num_attention_heads=4, num_key_value_heads=2)
 
 
@@ -22,7 +28,9 @@ def test_rotary_scores_depend_on_relative_position_only():
     query, key = torch.randn(2, 1, 1, 1, 24)
     scores = []
     for shift in (0.0, 7.0):
-        positions = torch.tensor([[[3.0, 1.0, 4.0]], [[1.0, 5.0, 9.0]]]) + shift  # two points on three axes
+        positions = (
+            torch.tensor([[[3.0, 1.0, 4.0]], [[1.0, 5.0, 9.0]]]) + shift
+        )  # two points on three axes
         tables = rotary_embedding(positions, 24, 100.0)
         rotated = apply_rotary(torch.cat((query, key)), tables)
         scores.append((rotated[0] * rotated[1]).sum())
@@ -47,7 +55,8 @@ def test_chunked_cross_entropy_equals_the_direct_one(monkeypatch):
     direct = F.cross_entropy(hidden @ weight.T, targets, reduction="none")
     torch.testing.assert_close(chunked, direct)
     for ours, theirs in zip(
-        torch.autograd.grad(chunked.sum(), (hidden, weight)), torch.autograd.grad(direct.sum(), (hidden, weight))
+        torch.autograd.grad(chunked.sum(), (hidden, weight)),
+        torch.autograd.grad(direct.sum(), (hidden, weight)),
     ):
         torch.testing.assert_close(ours, theirs)
 
@@ -60,7 +69,9 @@ def test_training_never_holds_all_logits(monkeypatch):
 
     def largest(loss) -> int:
         kept.clear()
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: kept.append(t.numel()) or t, lambda t: t
+        ):
             loss()
         return max(kept)
 
@@ -111,7 +122,9 @@ def test_key_masks_work_with_a_cache_on_every_implementation(implementation):
         model(torch.randn(1, 8, 8), torch.ones(1, 8), past_key_values=cache)
         keys = torch.tensor([[False, False] + [True] * 8])
         outputs.append(
-            model(torch.randn(1, 2, 8), torch.ones(1, 2), attention_mask=keys, past_key_values=cache).latents
+            model(
+                torch.randn(1, 2, 8), torch.ones(1, 2), attention_mask=keys, past_key_values=cache
+            ).latents
         )
     torch.testing.assert_close(outputs[0], outputs[1], atol=1e-4, rtol=1e-4)
 
@@ -119,17 +132,23 @@ def test_key_masks_work_with_a_cache_on_every_implementation(implementation):
 @pytest.mark.parametrize("keys", [8, 24, 40])
 def test_flex_attention_is_right_on_the_cpu_at_lengths_its_kernel_misreads(keys):
     latents, time = torch.randn(2, keys, 8), torch.rand(2, keys)
-    results = [randomize(transformer(name))(latents, time).latents for name in ("sdpa", "flex_attention")]
+    results = [
+        randomize(transformer(name))(latents, time).latents for name in ("sdpa", "flex_attention")
+    ]
     torch.testing.assert_close(*results)
     results[1].sum().backward()
 
 
 @pytest.mark.parametrize("shape", [(2, 10), (2, 3, 10)])
 def test_the_block_mask_of_flex_attention_says_what_the_boolean_mask_says(shape, monkeypatch):
-    monkeypatch.setattr(layers_tokcom, "attention_backend", lambda implementation, device: implementation)
+    monkeypatch.setattr(
+        layers_tokcom, "attention_backend", lambda implementation, device: implementation
+    )
     mask = torch.rand(shape) > 0.5
     block_mask = expand_attention_mask(mask, 3, "flex_attention", torch.float32)
-    batch, query, key = torch.meshgrid(torch.arange(2), torch.arange(3), torch.arange(10), indexing="ij")
+    batch, query, key = torch.meshgrid(
+        torch.arange(2), torch.arange(3), torch.arange(10), indexing="ij"
+    )
     said = block_mask.mask_mod(batch, torch.zeros_like(batch), query, key)
     assert torch.equal(said, (mask[:, None] if mask.ndim == 2 else mask).expand(2, 3, 10))
 

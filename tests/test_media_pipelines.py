@@ -44,7 +44,9 @@ def test_a_saved_model_is_loaded_by_its_own_pipeline_and_refused_by_all_others(m
 
 
 @pytest.mark.parametrize("modality", MODALITIES)
-def test_an_index_that_names_the_one_class_of_earlier_versions_still_loads(modality, tmp_path, caplog):
+def test_an_index_that_names_the_one_class_of_earlier_versions_still_loads(
+    modality, tmp_path, caplog
+):
     pipe = tiny_pipeline(modality)
     pipe.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
@@ -97,7 +99,11 @@ def test_a_picture_in_any_form_gives_the_same_latents(tmp_path):
         for several in (picture, [picture]):
             torch.testing.assert_close(pipe.encode(several).latents, expected, msg=form)
     both = np.stack([array, array])
-    assert len(pipe.encode(both).latents) == len(pipe.encode(torch.from_numpy(both).permute(0, 3, 1, 2)).latents) == 2
+    assert (
+        len(pipe.encode(both).latents)
+        == len(pipe.encode(torch.from_numpy(both).permute(0, 3, 1, 2)).latents)
+        == 2
+    )
 
 
 @pytest.mark.parametrize("modality, field", [("image", "images"), ("video", "videos")])
@@ -179,7 +185,9 @@ def test_a_callback_may_change_the_latents_of_pictures():
 
 def test_streams_survive_encoding_and_decoding():
     pipe = tiny_pipeline("several")
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    picture = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    )
     latents = pipe.encode({"image": picture}).latents
     assert not latents[:, pipe.model.codec.places["audio"]].any()
     decoded = pipe.decode(latents, ["image"])
@@ -198,7 +206,10 @@ def test_guidance_of_several_prompts_is_that_of_each_alone(tokenizer):
     prompts = ["The pig ran home", "Squinty was a pig, and"]
     options = dict(gen_length=8, guidance_scale=1.5, output_type="seq")
     together = pipe(prompts, generator=[seeded(0), seeded(1)], **options).sequences
-    alone = [pipe(prompt, generator=[seeded(i)], **options).sequences[0] for i, prompt in enumerate(prompts)]
+    alone = [
+        pipe(prompt, generator=[seeded(i)], **options).sequences[0]
+        for i, prompt in enumerate(prompts)
+    ]
     assert torch.equal(together, torch.stack(alone))
 
 

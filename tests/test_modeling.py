@@ -32,7 +32,9 @@ def test_save_and_reload_gives_identical_outputs(tmp_path):
     assert torch.equal(reloaded.encode(ids).latents, latents)
     assert torch.equal(reloaded.decode(latents).logits, model.decode(latents).logits)
     time = torch.rand(2, 4)
-    assert torch.equal(reloaded.denoise(latents, time).latents, model.denoise(latents, time).latents)
+    assert torch.equal(
+        reloaded.denoise(latents, time).latents, model.denoise(latents, time).latents
+    )
     assert not any(p.requires_grad for p in reloaded.codec.parameters())
 
 
@@ -154,7 +156,11 @@ def test_bfloat16_weights_need_no_casts_by_the_caller():
     latents = model.encode(ids).latents
     prediction = model.denoise(latents, torch.rand(1, 4)).latents
     assert prediction.dtype == latents.dtype == torch.bfloat16
-    assert model.decode(latents).logits.shape == model.decode(latents.float()).logits.shape == (1, 16, 321)
+    assert (
+        model.decode(latents).logits.shape
+        == model.decode(latents.float()).logits.shape
+        == (1, 16, 321)
+    )
     for stage in ("codec", "flow"):
         model.set_stage(stage)
         model(ids).loss.backward()
@@ -220,7 +226,9 @@ def test_known_latents_of_pixels_give_the_loss_of_encoding():
     assert torch.equal(*losses)
 
 
-@pytest.mark.parametrize("prediction", [{}, {"prediction_type": "tokens", "codec_config": {"encoder_type": "token"}}])
+@pytest.mark.parametrize(
+    "prediction", [{}, {"prediction_type": "tokens", "codec_config": {"encoder_type": "token"}}]
+)
 def test_latents_that_are_known_give_the_loss_of_encoding(prediction):
     torch.manual_seed(0)
     model = TokComModel(tiny_config(**prediction)).train()

@@ -36,7 +36,9 @@ def test_the_state_before_a_gap_is_read_after_what_follows_the_gap():
 def test_rows_without_gaps_are_read_in_order():
     plan = ContextPlan.of(torch.zeros(2, 5, 4, dtype=torch.bool), torch.tensor([False, False]))
     assert plan.order.tolist() == [list(range(6))] * 2 and not plan.partial.any()
-    assert torch.equal(plan.mask(torch.ones(2, 5, dtype=torch.bool))[0], torch.ones(6, 6).tril().bool())
+    assert torch.equal(
+        plan.mask(torch.ones(2, 5, dtype=torch.bool))[0], torch.ones(6, 6).tril().bool()
+    )
 
 
 @torch.no_grad()
@@ -68,13 +70,17 @@ def test_known_tokens_of_a_chunk_are_not_predicted_and_change_nothing_before_the
     known[0, :10] = 1
     losses = model(ids, known_mask=known).token_losses.flatten()
     assert not losses[:10].any() and (losses[10:] > 0).all()
-    torch.testing.assert_close(losses[10:], model(ids).token_losses.flatten()[10:])  # the prompt comes first anyway
+    torch.testing.assert_close(
+        losses[10:], model(ids).token_losses.flatten()[10:]
+    )  # the prompt comes first anyway
 
 
 @torch.no_grad()
 def test_the_start_of_a_text_differs_from_the_start_of_a_window():
     model, ids = build_model(), torch.randint(0, 320, (1, 32), generator=seeded())
-    start, inside = (model(ids, text_start=torch.tensor([kind])).token_losses for kind in (True, False))
+    start, inside = (
+        model(ids, text_start=torch.tensor([kind])).token_losses for kind in (True, False)
+    )
     assert not torch.allclose(start[0, 0], inside[0, 0])
 
 
@@ -84,7 +90,11 @@ def test_training_reaches_every_weight_with_gaps_and_without(turn_share):
     model.set_stage("flow", noise_draws=4, infill_rate=0.5, turn_share=turn_share)
     ids = torch.randint(0, 320, (16, 64))
     model(ids).loss.backward()
-    missing = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    missing = [
+        n
+        for n, p in model.named_parameters()
+        if p.requires_grad and (p.grad is None or not p.grad.any())
+    ]
     assert missing == []
 
 

@@ -39,12 +39,22 @@ from tokcom.training.presets import preset_config
 from tokcom.training.streams import OmniDataset, read_sound
 
 STREAMS = {
-    "text": dict(chunk_size=2, latent_channels=8, embedding_size=16, hidden_size=32, intermediate_size=32),
+    "text": dict(
+        chunk_size=2, latent_channels=8, embedding_size=16, hidden_size=32, intermediate_size=32
+    ),
     "image": dict(height=16, width=16),
     "audio": dict(num_frames=16, num_channels=10, fft_length=128, hop_length=64),
 }
-FLOW = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
-SUBSETS = [names for size in range(4) for names in itertools.combinations(("audio", "image", "text"), size)]
+FLOW = dict(
+    hidden_size=64,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+)
+SUBSETS = [
+    names for size in range(4) for names in itertools.combinations(("audio", "image", "text"), size)
+]
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +64,15 @@ def words():
 
 def model(vocab_size=300, codec=None, **overrides) -> TokComModel:
     torch.manual_seed(0)
-    parts = dict(codec_config={"text_latents": 4, "streams": STREAMS, **(codec or {})}, transformer_config=FLOW)
+    parts = dict(
+        codec_config={"text_latents": 4, "streams": STREAMS, **(codec or {})},
+        transformer_config=FLOW,
+    )
     net = TokComModel(preset_config("omni-tiny", vocab_size, **{**parts, **overrides})).eval()
     for name, parameter in net.transformer.named_parameters():
-        if "modulation" in name:  # a block at initialisation is the identity, which would hide mistakes
+        if (
+            "modulation" in name
+        ):  # a block at initialisation is the identity, which would hide mistakes
             torch.nn.init.normal_(parameter, std=0.3)
     return net
 
@@ -104,8 +119,12 @@ def test_every_stream_has_places_and_channels_of_its_own_and_comes_back():
         alone = codec.encode(net.codec._inputs(name, given[name])).latents
         torch.testing.assert_close(net.codec.stream_of(encoded.latents, name), alone)
     assert encoded.latents.count_nonzero() <= 3 * (4 * 8 + 4 * 192 + 4 * 40)
-    torch.testing.assert_close(net.decode_stream("image", encoded.latents).pixel_values[:, :, 0], given["image"])
-    torch.testing.assert_close(net.decode_stream("audio", encoded.latents).input_features, given["audio"])
+    torch.testing.assert_close(
+        net.decode_stream("image", encoded.latents).pixel_values[:, :, 0], given["image"]
+    )
+    torch.testing.assert_close(
+        net.decode_stream("audio", encoded.latents).input_features, given["audio"]
+    )
 
 
 def test_streams_stand_in_the_order_of_their_names_which_saving_keeps(tmp_path):
@@ -117,7 +136,8 @@ def test_streams_stand_in_the_order_of_their_names_which_saving_keeps(tmp_path):
     torch.testing.assert_close(a.latents, b.latents)
     noisy = torch.randn(3, 12, 240, generator=seeded())
     torch.testing.assert_close(
-        net.denoise(noisy, 0.5, a.position_ids).latents, again.denoise(noisy, 0.5, b.position_ids).latents
+        net.denoise(noisy, 0.5, a.position_ids).latents,
+        again.denoise(noisy, 0.5, b.position_ids).latents,
     )
 
 
@@ -131,7 +151,11 @@ def test_an_estimate_is_zero_in_the_channels_of_other_streams_and_reads_only_its
     for name in net.codec.names:
         mine = torch.zeros_like(noisy, dtype=torch.bool)
         mine[:, net.codec.places[name], net.codec.channels[name]] = True
-        own = torch.where(mine | ~torch.isin(torch.arange(12), net.codec.index_of([name]))[None, :, None], own, 7.0)
+        own = torch.where(
+            mine | ~torch.isin(torch.arange(12), net.codec.index_of([name]))[None, :, None],
+            own,
+            7.0,
+        )
     assert torch.equal(net.denoise(own, 0.5, clean.position_ids).latents, estimate)
 
 
@@ -139,11 +163,19 @@ def test_an_estimate_is_zero_in_the_channels_of_other_streams_and_reads_only_its
     "overrides,named",
     [
         ({"codec": {"streams": {**STREAMS, "text": {"chunk": 2}}}}, "streams.text.chunk"),
-        ({"codec": {"streams": {**STREAMS, "text": {"model_type": "tokcom_smell_codec"}}}}, "smell"),
+        (
+            {"codec": {"streams": {**STREAMS, "text": {"model_type": "tokcom_smell_codec"}}}},
+            "smell",
+        ),
         ({"codec": {"streams": {"my image": {"model_type": "tokcom_style_codec"}}}}, "my image"),
         (
             {
-                "codec": {"streams": {**STREAMS, "more": {"vocab_size": 20, "mask_token_id": 1, "pad_token_id": 1}}},
+                "codec": {
+                    "streams": {
+                        **STREAMS,
+                        "more": {"vocab_size": 20, "mask_token_id": 1, "pad_token_id": 1},
+                    }
+                },
                 "vocab_size": None,
             },
             "vocab_size",
@@ -178,7 +210,9 @@ def test_a_sound_alone_is_a_composite_of_one_stream():
         TokComConfig(codec_config={"model_type": "tokcom_audio_codec"})
     streams = {"text": None, "image": None, "audio": STREAMS["audio"]}
     net = model(codec={"streams": streams})
-    assert net.codec.names == ["audio"] and torch.isfinite(net(streams={"audio": inputs()["audio"]}).loss)
+    assert net.codec.names == ["audio"] and torch.isfinite(
+        net(streams={"audio": inputs()["audio"]}).loss
+    )
 
 
 def test_bad_streams_are_named():
@@ -206,8 +240,13 @@ def test_a_stream_may_get_another_codec_than_the_preset_names():
     style |= dict(decoder_hidden_size=32, expert_intermediate_size=32, intermediate_size=32)
     flow = {**FLOW, "max_position_embeddings": 60}
     net = model(codec={"streams": {**STREAMS, "image": style}}, transformer_config=flow)
-    assert net.codec.places["image"] == slice(4, 8) and net.codec.streams["image"].config.num_tokens == 4
-    config = preset_config("omni-tiny", 300, codec_config={"streams": {"title": {}}}, transformer_config=flow)
+    assert (
+        net.codec.places["image"] == slice(4, 8)
+        and net.codec.streams["image"].config.num_tokens == 4
+    )
+    config = preset_config(
+        "omni-tiny", 300, codec_config={"streams": {"title": {}}}, transformer_config=flow
+    )
     assert config.codec_config.stream_configs()["title"].vocab_size == 301
 
 
@@ -219,11 +258,14 @@ def test_given_streams_are_at_time_1_generated_ones_at_t_and_absent_ones_hidden(
     """A table over all subsets that exist and all that are given, of what the transformer is told."""
     net, seen = model(), {}
     handle = net.transformer.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.update(time=args[1], x=args[0], mask=args[3]), with_kwargs=True
+        lambda module, args, kwargs: seen.update(time=args[1], x=args[0], mask=args[3]),
+        with_kwargs=True,
     )
     clean = net.encode(streams=inputs())
     # the last row has all streams, so that none is left out of the sequence
-    rows = {name: torch.tensor([name in present, name in present, True]) for name in net.codec.names}
+    rows = {
+        name: torch.tensor([name in present, name in present, True]) for name in net.codec.names
+    }
     for given in SUBSETS:
         if set(given) >= set(present) or not set(given) <= set(present):
             continue
@@ -232,7 +274,10 @@ def test_given_streams_are_at_time_1_generated_ones_at_t_and_absent_ones_hidden(
             place = net.codec.places[name]
             assert bool((seen["mask"][:2, place] == (name in present)).all())
             assert bool((seen["time"][:2, place] == (1.0 if name in given else 0.25)).all())
-            kept = torch.equal(net.codec.stream_of(seen["x"], name)[:2], net.codec.stream_of(clean.latents, name)[:2])
+            kept = torch.equal(
+                net.codec.stream_of(seen["x"], name)[:2],
+                net.codec.stream_of(clean.latents, name)[:2],
+            )
             assert kept == (name in given)
     handle.remove()
 
@@ -245,7 +290,9 @@ def test_every_row_draws_a_task_of_its_streams_and_all_tasks_occur():
     given, used = net.codec.draw_task(exists, dropout=0.3)
     made, starts = used & ~given, [net.codec.places[name].start for name in net.codec.names]
     assert bool((used <= exists).all() and (given <= used).all() and made.any(1).all())
-    tasks = {(i % 3, *row) for i, row in enumerate((given.int() + 2 * made.int())[:, starts].tolist())}
+    tasks = {
+        (i % 3, *row) for i, row in enumerate((given.int() + 2 * made.int())[:, starts].tolist())
+    }
     whole = {(0, *t) for t in itertools.product(range(3), repeat=3) if 2 in t}
     assert {t for t in tasks if t[0] == 0} == whole
     assert {t[1:] for t in tasks if t[0] == 2} == {(0, 2, 0)}
@@ -283,7 +330,9 @@ def test_streams_that_no_row_has_are_not_computed_and_the_loss_is_the_same(monke
     unnamed = net(streams=streams, **settings)
     predict = net.objective._predict
     net(streams=inputs(), present={"audio": torch.tensor([False, True, False])}, **settings)
-    monkeypatch.setattr(net.objective, "_predict", lambda *args: predict(*args[:-1], net.codec.names))
+    monkeypatch.setattr(
+        net.objective, "_predict", lambda *args: predict(*args[:-1], net.codec.names)
+    )
     whole = net(streams=streams, **settings)
     shorter = 12 - net.codec.lengths["audio"]
     assert lengths == [shorter, shorter, 12, 12]
@@ -304,7 +353,9 @@ def test_the_loss_counts_generated_streams_only_each_by_its_weight():
     losses = {}
     for made in net.codec.names:
         torch.manual_seed(0)
-        output = net(streams=inputs(), given=[name for name in net.codec.names if name != made], timestep=0.3)
+        output = net(
+            streams=inputs(), given=[name for name in net.codec.names if name != made], timestep=0.3
+        )
         losses[made] = output.mse_loss
         assert (output.ce_loss > 0) == (made == "text")
     assert losses["audio"] == 0 and losses["image"] > 0 and losses["text"] > 0
@@ -321,7 +372,9 @@ def test_an_absent_stream_influences_nothing():
         given = {**inputs(), "audio": inputs(seed=seed)["audio"]}
         torch.manual_seed(0)
         clean = net.encode(streams=given, present=rows)
-        noisy = torch.where(clean.mask[..., None], torch.randn(clean.latents.shape, generator=seeded()), float(seed))
+        noisy = torch.where(
+            clean.mask[..., None], torch.randn(clean.latents.shape, generator=seeded()), float(seed)
+        )
         results.append(net.denoise(noisy, 0.5, clean.position_ids, clean.mask).latents[clean.mask])
         torch.manual_seed(0)
         results.append(net(streams=given, present=rows, given=["text"], timestep=0.5).loss)
@@ -330,7 +383,9 @@ def test_an_absent_stream_influences_nothing():
 
 def test_gradients_reach_the_maps_of_generated_streams_only():
     net = model()
-    net(streams=inputs(), present={"audio": torch.tensor([False] * 3)}, given=["text"]).loss.backward()
+    net(
+        streams=inputs(), present={"audio": torch.tensor([False] * 3)}, given=["text"]
+    ).loss.backward()
     grad = net.transformer.proj_out.weight.grad
     for name in net.codec.names:
         assert bool(grad[net.codec.channels[name]].any()) == (name == "image")
@@ -346,13 +401,17 @@ def test_any_streams_make_any_others_and_given_ones_come_back_as_they_were(pipe,
     for size in range(1, len(others) + 1):
         made = others[:size]
         output = pipe(values, made, batch_size=2, num_inference_steps=2, generator=seeded())
-        assert set(output.streams) == {*given, *made} and all(len(v) == 2 for v in output.streams.values())
+        assert set(output.streams) == {*given, *made} and all(
+            len(v) == 2 for v in output.streams.values()
+        )
         for name in given:
             assert all(a is b for a, b in zip(output.streams[name], values[name]))
             read = read_stream(pipe.model.codec, name, values[name], pipe.tokenizer)
             encoded = pipe.model.encode(streams={name: read}).latents
             codec = pipe.model.codec
-            assert torch.equal(codec.stream_of(output.latents, name), codec.stream_of(encoded, name))
+            assert torch.equal(
+                codec.stream_of(output.latents, name), codec.stream_of(encoded, name)
+            )
         for name in set(others) - set(made):
             assert not output.latents[:, pipe.model.codec.places[name]].any()
     kinds = {"text": str, "image": Image.Image, "audio": np.ndarray}
@@ -360,10 +419,17 @@ def test_any_streams_make_any_others_and_given_ones_come_back_as_they_were(pipe,
 
 
 def test_the_pipeline_takes_streams_by_name(pipe):
-    output = pipe({"text": "a red cat"}, ["image", "audio"], num_inference_steps=2, generator=seeded())
+    output = pipe(
+        {"text": "a red cat"}, ["image", "audio"], num_inference_steps=2, generator=seeded()
+    )
     assert output.texts == ["a red cat"] and output.images[0].size == (16, 16)
     assert output.audios[0].shape == (15 * 64,) and pipe.sampling_rates == {"audio": 8000}
-    again = pipe(given={"text": ["a red cat"]}, generate=["image", "audio"], num_inference_steps=2, generator=seeded())
+    again = pipe(
+        given={"text": ["a red cat"]},
+        generate=["image", "audio"],
+        num_inference_steps=2,
+        generator=seeded(),
+    )
     assert torch.equal(again.latents, output.latents)
     assert len(pipe(num_inference_steps=1).streams) == 3
     seen = []
@@ -377,7 +443,11 @@ def test_the_pipeline_takes_streams_by_name(pipe):
 
 
 def test_of_candidates_the_text_most_like_the_others_is_kept(pipe):
-    assert most_alike([[7, 8, 9], [1, 2], [1, 2, 3]]) == 1 and most_alike([[4], [], []]) == 1 and most_alike([[]]) == 0
+    assert (
+        most_alike([[7, 8, 9], [1, 2], [1, 2, 3]]) == 1
+        and most_alike([[4], [], []]) == 1
+        and most_alike([[]]) == 0
+    )
     settings = dict(generate=["text", "audio"], num_inference_steps=2)
     pictures = content("image")
     codec = pipe.model.codec
@@ -387,7 +457,9 @@ def test_of_candidates_the_text_most_like_the_others_is_kept(pipe):
     kept = pipe({"image": pictures}, latents=latents, num_candidates=3, **settings)
     ids = codec.streams["text"].to_ids(codec.stream_of(every.latents, "text")).tolist()
     eos = pipe.tokenizer.eos_token_id
-    assert len(kept.texts) == len(kept.audios) == 2 and all(a is b for a, b in zip(kept.images, pictures))
+    assert len(kept.texts) == len(kept.audios) == 2 and all(
+        a is b for a, b in zip(kept.images, pictures)
+    )
     for i in range(2):
         rows = [[*row, eos][: [*row, eos].index(eos)] for row in ids[3 * i : 3 * i + 3]]
         assert torch.equal(kept.latents[i], every.latents[3 * i + most_alike(rows)])
@@ -398,12 +470,22 @@ def test_guidance_moves_away_from_the_estimate_without_each_given_stream(pipe):
 
     def made(scale):
         return pipe(
-            values, "image", num_inference_steps=1, guidance_scale=scale, generator=seeded(), output_type="latent"
+            values,
+            "image",
+            num_inference_steps=1,
+            guidance_scale=scale,
+            generator=seeded(),
+            output_type="latent",
         ).latents[:, pipe.model.codec.places["image"]]
 
     alone = {
         name: pipe(
-            {name: values[name]} if name else {}, "image", 2, 1, generator=seeded(), output_type="latent"
+            {name: values[name]} if name else {},
+            "image",
+            2,
+            1,
+            generator=seeded(),
+            output_type="latent",
         ).latents[:, pipe.model.codec.places["image"]]
         for name in ("text", "audio", None)
     }
@@ -441,10 +523,17 @@ def test_bad_arguments_are_named(pipe, arguments, named):
 def test_codecs_give_streams_back_without_the_transformer(pipe):
     values = {name: content(name) for name in ("image", "audio", "text")}
     output, look = pipe.reconstruct(values), TokComImageProcessor((16, 16))
-    torch.testing.assert_close(look(output.images)["pixel_values"], look(values["image"])["pixel_values"])
-    assert [len(sound) for sound in output.audios] == [15 * 64] * 2 and list(output.streams) == pipe.model.codec.names
+    torch.testing.assert_close(
+        look(output.images)["pixel_values"], look(values["image"])["pixel_values"]
+    )
+    assert [len(sound) for sound in output.audios] == [15 * 64] * 2 and list(
+        output.streams
+    ) == pipe.model.codec.names
     text = pipe.reconstruct({"text": values["text"][0]})
-    assert text.texts == output.texts[:1] and not text.latents[:, pipe.model.codec.places["image"]].any()
+    assert (
+        text.texts == output.texts[:1]
+        and not text.latents[:, pipe.model.codec.places["image"]].any()
+    )
     with pytest.raises(ValueError, match="at least one of the streams"):
         pipe.reconstruct({})
 
@@ -453,7 +542,10 @@ def test_a_saved_pipeline_of_several_streams_makes_the_same(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     again = TokComOmniPipeline.from_pretrained(tmp_path)
     again.set_progress_bar_config(disable=True)
-    a, b = (p({"text": "a cat"}, "image", num_inference_steps=2, generator=seeded()).latents for p in (pipe, again))
+    a, b = (
+        p({"text": "a cat"}, "image", num_inference_steps=2, generator=seeded()).latents
+        for p in (pipe, again)
+    )
     assert torch.equal(a, b)
     assert "any-to-any" in (tmp_path / "README.md").read_text()
 
@@ -461,16 +553,47 @@ def test_a_saved_pipeline_of_several_streams_makes_the_same(pipe, tmp_path):
 def test_the_command_line_makes_streams_for_others(pipe, tmp_path, capsys):
     pipe.save_pretrained(tmp_path / "model")
     content("image")[0].save(tmp_path / "a.png")
-    options = ["--checkpoint", str(tmp_path / "model"), "--mode", "any_to_any", "--num_steps", "1", "--device", "cpu"]
+    options = [
+        "--checkpoint",
+        str(tmp_path / "model"),
+        "--mode",
+        "any_to_any",
+        "--num_steps",
+        "1",
+        "--device",
+        "cpu",
+    ]
     image, audio = tmp_path / "b.png", tmp_path / "b.wav"
-    infer([*options, "--input_text", "a red cat", "--image_file", str(image), "--audio_file", str(audio)])
+    infer(
+        [
+            *options,
+            "--input_text",
+            "a red cat",
+            "--image_file",
+            str(image),
+            "--audio_file",
+            str(audio),
+        ]
+    )
     assert Image.open(image).size == (16, 16) and len(read_wav(audio)[0]) == 15 * 64
-    infer([*options, "--input_audio", str(audio), "--input_image", str(tmp_path / "a.png"), "--seed", "1"])
+    infer(
+        [
+            *options,
+            "--input_audio",
+            str(audio),
+            "--input_image",
+            str(tmp_path / "a.png"),
+            "--seed",
+            "1",
+        ]
+    )
     assert "[1]" in capsys.readouterr().out
     infer([*options, "--input_audio", str(audio), "--batch_size", "3"])
     assert "[3]" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="batch_size 3"):
-        infer([*options, "--input_audio", str(audio), "--image_file", str(image), "--batch_size", "3"])
+        infer(
+            [*options, "--input_audio", str(audio), "--image_file", str(image), "--batch_size", "3"]
+        )
     with pytest.raises(SystemExit, match="c.wav"):
         infer([*options, "--input_audio", str(tmp_path / "c.wav")])
     with pytest.raises(SystemExit, match="several|Omni"):
@@ -482,7 +605,9 @@ def test_scripts_for_texts_name_a_model_of_several_streams(pipe, tmp_path):
     text = str(ROOT / "sample_data/held_out.jsonl")
     with pytest.raises(SystemExit, match="several streams"):
         output = ["--output_dir", str(tmp_path / "out")]
-        call("evaluate", "--checkpoint", str(tmp_path), "--data", text, "--train_data", text, *output)
+        call(
+            "evaluate", "--checkpoint", str(tmp_path), "--data", text, "--train_data", text, *output
+        )
     with pytest.raises(SystemExit, match="several"):
         codebook(["--data", text, "--model", str(tmp_path)])
 
@@ -494,14 +619,18 @@ def test_a_tone_keeps_its_pitch_on_the_way_to_log_mel_and_back(pipe):
     config = preset_config("omni-tiny").codec_config.stream_configs()["audio"]
     processor = TokComAudioProcessor(config)
     for pitch in (440.0, 1500.0):
-        (sound,) = processor.postprocess(processor(tone(pitch, config.num_samples))["input_features"])
+        (sound,) = processor.postprocess(
+            processor(tone(pitch, config.num_samples))["input_features"]
+        )
         spectrum = np.abs(np.fft.rfft(sound * np.hanning(len(sound))))
         found = np.fft.rfftfreq(len(sound), 1 / 8000)[spectrum.argmax()]
         assert abs(found / pitch - 1) < 0.08, (pitch, found)
 
 
 def test_loudness_does_not_matter_and_a_sound_is_cut_or_ends_in_silence():
-    processor = TokComAudioProcessor(preset_config("omni-tiny").codec_config.stream_configs()["audio"])
+    processor = TokComAudioProcessor(
+        preset_config("omni-tiny").codec_config.stream_configs()["audio"]
+    )
     long, quiet = tone(440, 20000), 0.1 * tone(440, 20000)
     a, b = processor([long, quiet])["input_features"]
     torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
@@ -510,10 +639,14 @@ def test_loudness_does_not_matter_and_a_sound_is_cut_or_ends_in_silence():
 
 
 def test_what_is_cut_off_does_not_change_the_loudness(pipe):
-    processor = TokComAudioProcessor(preset_config("omni-tiny").codec_config.stream_configs()["audio"])
+    processor = TokComAudioProcessor(
+        preset_config("omni-tiny").codec_config.stream_configs()["audio"]
+    )
     quiet = 0.05 * tone(440, 16000)
     loud_end = np.where(np.arange(16000) > 12000, 20 * quiet, quiet)
-    torch.testing.assert_close(processor(quiet)["input_features"], processor(loud_end)["input_features"])
+    torch.testing.assert_close(
+        processor(quiet)["input_features"], processor(loud_end)["input_features"]
+    )
 
 
 def test_wav_files_round_trip_and_another_rate_is_refused(tmp_path):
@@ -521,7 +654,9 @@ def test_wav_files_round_trip_and_another_rate_is_refused(tmp_path):
     write_wav(sound, tmp_path / "a.wav", 8000)
     again, rate = read_wav(tmp_path / "a.wav")
     assert rate == 8000 and np.abs(again - sound).max() < 1e-4
-    processor = TokComAudioProcessor(preset_config("omni-tiny").codec_config.stream_configs()["audio"])
+    processor = TokComAudioProcessor(
+        preset_config("omni-tiny").codec_config.stream_configs()["audio"]
+    )
     assert processor(tmp_path / "a.wav")["input_features"].shape == (1, 40, 64)
     write_wav(sound, tmp_path / "b.wav", 16000)
     with pytest.raises(ValueError, match="16000.*8000"):
@@ -545,17 +680,32 @@ def test_recordings_of_another_rate_are_resampled(tmp_path):
 
 def sources(tmp_path) -> str:
     pictures, sounds = tmp_path / "pictures.parquet", tmp_path / "sounds.parquet"
-    emoji = datasets.load_dataset("parquet", data_files=str(ROOT / "sample_data/emoji_train.parquet"), split="train")
+    emoji = datasets.load_dataset(
+        "parquet", data_files=str(ROOT / "sample_data/emoji_train.parquet"), split="train"
+    )
     emoji.select(range(6)).to_parquet(pictures)
     encoded = []
     for i in range(4):
         write_wav(tone(300 + 200 * i), tmp_path / "a.wav", 8000)
         caption = "the sound of: " + emoji[i]["caption"]
-        encoded.append({"audio": {"bytes": (tmp_path / "a.wav").read_bytes(), "path": None}, "caption": caption})
+        encoded.append(
+            {
+                "audio": {"bytes": (tmp_path / "a.wav").read_bytes(), "path": None},
+                "caption": caption,
+            }
+        )
     sound = datasets.Dataset.from_list(encoded).cast_column("audio", datasets.Audio(decode=False))
     sound.to_parquet(sounds)
     join_streams(
-        ["--pictures", str(pictures), "--sounds", str(sounds), "--silent", "--output", str(tmp_path / "both.parquet")]
+        [
+            "--pictures",
+            str(pictures),
+            "--sounds",
+            str(sounds),
+            "--silent",
+            "--output",
+            str(tmp_path / "both.parquet"),
+        ]
     )
     mix = [
         {
@@ -583,11 +733,17 @@ def test_sources_are_mixed_and_their_records_may_lack_streams(tmp_path, words):
             assert there or bool((value[i] == (words.eos_token_id if name == "text" else 0)).all())
 
 
-def test_features_of_a_sound_are_computed_once_for_all_its_records_while_they_fit(tmp_path, words, monkeypatch):
+def test_features_of_a_sound_are_computed_once_for_all_its_records_while_they_fit(
+    tmp_path, words, monkeypatch
+):
     records = load_documents(sources(tmp_path), DataConfig(train="x"), "train")
-    dataset = OmniDataset(datasets.concatenate_datasets([records] * 2), words).fit(model(vocabulary_size(words)).codec)
+    dataset = OmniDataset(datasets.concatenate_datasets([records] * 2), words).fit(
+        model(vocabulary_size(words)).codec
+    )
     made, compute = [], TokComAudioProcessor.__call__
-    monkeypatch.setattr(TokComAudioProcessor, "__call__", lambda self, *a: made.append(1) or compute(self, *a))
+    monkeypatch.setattr(
+        TokComAudioProcessor, "__call__", lambda self, *a: made.append(1) or compute(self, *a)
+    )
     rows = np.flatnonzero(dataset.present["audio"]).tolist()
     sounds = {sound["bytes"] for sound in records["audio"] if sound is not None}
     first = [dataset[i]["streams"]["audio"] for i in rows]
@@ -595,7 +751,9 @@ def test_features_of_a_sound_are_computed_once_for_all_its_records_while_they_fi
     assert len(rows) > len(made) == len(sounds) > 1
     monkeypatch.setattr("tokcom.training.streams.KEPT_SOUNDS", 0)
     dataset.features.clear()
-    assert all(torch.equal(dataset[i]["streams"]["audio"], sound) for i, sound in zip(rows * 2, first * 2))
+    assert all(
+        torch.equal(dataset[i]["streams"]["audio"], sound) for i, sound in zip(rows * 2, first * 2)
+    )
     assert len(made) == len(sounds) + 2 * len(rows)
 
 
@@ -612,7 +770,9 @@ def test_batches_hold_records_of_the_same_streams_and_every_record_is_shown_once
     for epoch in (0, 1, 0):
         dataset.set_epoch(epoch)
         orders.append(list(dataset.sampler(3, 7)))
-    assert orders[0] == orders[2] != orders[1] and sorted(orders[0]) == sorted(orders[1]) == list(range(len(dataset)))
+    assert orders[0] == orders[2] != orders[1] and sorted(orders[0]) == sorted(orders[1]) == list(
+        range(len(dataset))
+    )
     kinds = np.stack(list(dataset.present.values()), 1)[orders[0]]
     batches = kinds[: len(kinds) // 3 * 3].reshape(-1, 3, len(dataset.present))
     mixed = (batches != batches[:, :1]).any((1, 2)).sum()
@@ -622,7 +782,9 @@ def test_batches_hold_records_of_the_same_streams_and_every_record_is_shown_once
 
 def test_held_out_pictures_are_of_no_digit_and_of_no_training_record(tmp_path):
     pictures = str(ROOT / "sample_data/emoji_train.parquet")
-    join_streams(["--pictures", pictures, "--hold_out", "10", "--output", str(tmp_path / "a.parquet")])
+    join_streams(
+        ["--pictures", pictures, "--hold_out", "10", "--output", str(tmp_path / "a.parquet")]
+    )
     parts = [
         load_documents(
             str(tmp_path / f"{name}.parquet"),
@@ -637,19 +799,33 @@ def test_held_out_pictures_are_of_no_digit_and_of_no_training_record(tmp_path):
 
 def test_a_held_out_picture_is_shown_with_no_sound_of_training(tmp_path):
     names = [f"animal {i}" for i in range(4)]
-    pictures = [{"caption": name, "image": {"bytes": name.encode(), "path": None}} for name in names]
-    sounds = [
-        {"caption": f"sound: {name}", "audio": {"bytes": b"0", "path": None}} for name in names for _ in range(3)
+    pictures = [
+        {"caption": name, "image": {"bytes": name.encode(), "path": None}} for name in names
     ]
-    for name, rows, kind in (("image", pictures, datasets.Image), ("audio", sounds, datasets.Audio)):
+    sounds = [
+        {"caption": f"sound: {name}", "audio": {"bytes": b"0", "path": None}}
+        for name in names
+        for _ in range(3)
+    ]
+    for name, rows, kind in (
+        ("image", pictures, datasets.Image),
+        ("audio", sounds, datasets.Audio),
+    ):
         stored = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
         features = datasets.Features({"caption": datasets.Value("string"), name: stored})
         found = datasets.Dataset.from_list(rows, features).cast_column(name, kind(decode=False))
         found.to_parquet(tmp_path / f"{name}.parquet")
-    files = ["--pictures", str(tmp_path / "image.parquet"), "--sounds", str(tmp_path / "audio.parquet")]
+    files = [
+        "--pictures",
+        str(tmp_path / "image.parquet"),
+        "--sounds",
+        str(tmp_path / "audio.parquet"),
+    ]
     join_streams([*files, "--hold_out", "2", "--output", str(tmp_path / "a.parquet")])
     learnt, held_out = (
-        datasets.load_dataset("parquet", data_files=str(tmp_path / f"{name}.parquet"), split="train")["caption"][:]
+        datasets.load_dataset(
+            "parquet", data_files=str(tmp_path / f"{name}.parquet"), split="train"
+        )["caption"][:]
         for name in ("a", "a_test")
     )
     assert len(learnt) == len(held_out) == 6 and not set(learnt) & set(held_out)
@@ -663,16 +839,22 @@ def test_bad_sources_of_streams_are_named(tmp_path, words):
     ):
         with pytest.raises(ValueError, match=named):
             load_documents([source], DataConfig(train="x"), "train")
-    records = load_documents([{"path": path, "fields": {"image": "caption"}}], DataConfig(train="x"), "train")
+    records = load_documents(
+        [{"path": path, "fields": {"image": "caption"}}], DataConfig(train="x"), "train"
+    )
     with pytest.raises(ValueError, match="'image'"):
         OmniDataset(records, words).fit(model(vocabulary_size(words)).codec)
-    records = load_documents([{"path": path, "fields": {"smell": "caption"}}], DataConfig(train="x"), "train")
+    records = load_documents(
+        [{"path": path, "fields": {"smell": "caption"}}], DataConfig(train="x"), "train"
+    )
     with pytest.raises(ValueError, match="smell"):
         OmniDataset(records, words).fit(model(vocabulary_size(words)).codec)
 
 
 def test_a_text_is_cut_between_characters_to_what_the_model_reads(tmp_path, words):
-    datasets.Dataset.from_dict({"caption": ["红色的球和蓝色的猫", "a cat"]}).to_parquet(tmp_path / "a.parquet")
+    datasets.Dataset.from_dict({"caption": ["红色的球和蓝色的猫", "a cat"]}).to_parquet(
+        tmp_path / "a.parquet"
+    )
     source = [{"path": str(tmp_path / "a.parquet"), "fields": {"text": "caption"}}]
     dataset = OmniDataset(load_documents(source, DataConfig(train="x"), "train"), words)
     net = model(vocabulary_size(words))
@@ -690,24 +872,52 @@ def test_a_misspelt_field_of_all_sources_is_named(tmp_path):
 
 def test_validation_of_the_codec_may_have_batches_without_a_stream(tmp_path):
     path = str(ROOT / "sample_data/emoji_train.parquet")
-    pictures = datasets.load_dataset("parquet", data_files=path, split="train").select_columns("image")
+    pictures = datasets.load_dataset("parquet", data_files=path, split="train").select_columns(
+        "image"
+    )
     pictures.to_parquet(tmp_path / "silent.parquet")
     held_out = [{"path": path, "fields": {"text": "caption"}, "max_samples": 2}]
-    held_out.append({"path": str(tmp_path / "silent.parquet"), "fields": {"image": "image"}, "max_samples": 9})
-    options = [f"data.train={sources(tmp_path)}", f"data.validation={json.dumps(held_out)}", "stage=codec"]
-    train(tiny_run(tmp_path, *options, "codec.batch_size=1", "codec.eval_batches=11", "num_samples=0"))
+    held_out.append(
+        {"path": str(tmp_path / "silent.parquet"), "fields": {"image": "image"}, "max_samples": 9}
+    )
+    options = [
+        f"data.train={sources(tmp_path)}",
+        f"data.validation={json.dumps(held_out)}",
+        "stage=codec",
+    ]
+    train(
+        tiny_run(tmp_path, *options, "codec.batch_size=1", "codec.eval_batches=11", "num_samples=0")
+    )
 
 
 def tiny_run(tmp_path, *more: str) -> list[str]:
-    parts = [f"model.codec_config.streams={json.dumps(STREAMS)}", "model.codec_config.text_latents=8"]
-    parts += [f"model.transformer_config={json.dumps(FLOW)}", "tokenizer_vocab_size=300", "report_to=none"]
+    parts = [
+        f"model.codec_config.streams={json.dumps(STREAMS)}",
+        "model.codec_config.text_latents=8",
+    ]
+    parts += [
+        f"model.transformer_config={json.dumps(FLOW)}",
+        "tokenizer_vocab_size=300",
+        "report_to=none",
+    ]
     for stage in ("codec", "flow"):
-        parts += [f"{stage}.max_steps=4", f"{stage}.batch_size=4", f"{stage}.eval_steps=4", f"{stage}.eval_batches=1"]
+        parts += [
+            f"{stage}.max_steps=4",
+            f"{stage}.batch_size=4",
+            f"{stage}.eval_steps=4",
+            f"{stage}.eval_batches=1",
+        ]
     return ["--preset", "omni-tiny", f"output_dir={tmp_path / 'out'}", *parts, *more]
 
 
 def test_training_ends_with_a_pipeline_of_all_streams_and_measured_latents(tmp_path, capsys):
-    train(tiny_run(tmp_path, f"data.train={sources(tmp_path)}", f"data.validation={tmp_path / 'both.parquet'}"))
+    train(
+        tiny_run(
+            tmp_path,
+            f"data.train={sources(tmp_path)}",
+            f"data.validation={tmp_path / 'both.parquet'}",
+        )
+    )
     pipe = TokComOmniPipeline.from_pretrained(tmp_path / "out")
     assert pipe.model.codec.streams["image"].latent_std.std() > 0  # measured
     assert (tmp_path / "out/run/flow/samples-4.png").is_file()
@@ -716,8 +926,17 @@ def test_training_ends_with_a_pipeline_of_all_streams_and_measured_latents(tmp_p
 
 def test_a_resumed_run_of_streams_changes_no_bit(pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "donor")
-    options = [f"data.train={sources(tmp_path)}", f"data.validation={tmp_path / 'both.parquet'}", "num_samples=0"]
-    options += [f"init_from={tmp_path / 'donor'}", "stage=flow", "flow.max_steps=24", "flow.checkpoint_steps=8"]
+    options = [
+        f"data.train={sources(tmp_path)}",
+        f"data.validation={tmp_path / 'both.parquet'}",
+        "num_samples=0",
+    ]
+    options += [
+        f"init_from={tmp_path / 'donor'}",
+        "stage=flow",
+        "flow.max_steps=24",
+        "flow.checkpoint_steps=8",
+    ]
     options += ["flow.eval_steps=6", "flow.batch_size=2", "flow.warmup_steps=2"]
     train(tiny_run(tmp_path, *options))
     shutil.copytree(tmp_path / "out", tmp_path / "whole")
@@ -730,7 +949,12 @@ def test_a_resumed_run_of_streams_changes_no_bit(pipe, tmp_path):
 
 def test_a_new_transformer_takes_over_a_codec_of_several_streams(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
-    options = ["stage=flow", f"codec_from={tmp_path}", "data.train=x", "model.transformer_config.num_hidden_layers=1"]
+    options = [
+        "stage=flow",
+        f"codec_from={tmp_path}",
+        "data.train=x",
+        "model.transformer_config.num_hidden_layers=1",
+    ]
     net = build_model(load_train_config("omni-tiny", options), pipe.tokenizer)
     assert net.config.transformer_config.num_hidden_layers == 1
     codec = pipe.model.codec.state_dict()
@@ -738,9 +962,16 @@ def test_a_new_transformer_takes_over_a_codec_of_several_streams(pipe, tmp_path)
 
 
 def test_data_and_models_of_different_kinds_are_named(tmp_path):
-    emoji, stories = ROOT / "sample_data/emoji_train.parquet", ROOT / "sample_data/stories_train.jsonl"
+    emoji, stories = (
+        ROOT / "sample_data/emoji_train.parquet",
+        ROOT / "sample_data/stories_train.jsonl",
+    )
     for preset, data, named in (
-        ("debug", [f"data.train={emoji}", "data.fields={text: caption, image: image}"], "omni-tiny"),
+        (
+            "debug",
+            [f"data.train={emoji}", "data.fields={text: caption, image: image}"],
+            "omni-tiny",
+        ),
         ("omni-tiny", [f"data.train={stories}", "data.fields=null"], "data.fields"),
         ("omni-tiny", [f"data.train={emoji}", "data.fields=null"], "omni-tiny|pictures"),
     ):
@@ -749,7 +980,10 @@ def test_data_and_models_of_different_kinds_are_named(tmp_path):
 
 
 def test_the_evaluation_measures_six_directions_and_writes_pictures_and_sounds(tmp_path, words):
-    net = model(vocabulary_size(words), codec={"streams": {**STREAMS, "audio": dict(num_frames=32, num_channels=16)}})
+    net = model(
+        vocabulary_size(words),
+        codec={"streams": {**STREAMS, "audio": dict(num_frames=32, num_channels=16)}},
+    )
     pipe = TokComOmniPipeline(net, TokComFlowMatchScheduler.from_model_config(net.config), words)
     pipe.save_pretrained(tmp_path / "model")
     sample = str(ROOT / "sample_data/streams_{}.parquet")
@@ -757,18 +991,43 @@ def test_the_evaluation_measures_six_directions_and_writes_pictures_and_sounds(t
         records = datasets.load_dataset("parquet", data_files=sample.format(name), split="train")
         heard = [audio is not None for audio in records.data["audio"].to_pylist()]
         rows = [i for i, sound in enumerate(heard) if sound]
-        records.select(rows * (2 if name == "train" else 1)).to_parquet(tmp_path / f"{name}.parquet")
+        records.select(rows * (2 if name == "train" else 1)).to_parquet(
+            tmp_path / f"{name}.parquet"
+        )
     pictures = [str(ROOT / f"sample_data/emoji_{name}.parquet") for name in ("train", "train")]
     facts = measure_streams(
         [
-            *("--model", str(tmp_path / "model"), "--pictures", pictures[0], "--pictures_test", pictures[1]),
-            *("--digits", str(tmp_path / "train.parquet"), "--digits_test", str(tmp_path / "validation.parquet")),
-            *("--guidance_scales", "1", "--steps", "1", "--contrastive_steps", "30", "--epochs", "8"),
+            *(
+                "--model",
+                str(tmp_path / "model"),
+                "--pictures",
+                pictures[0],
+                "--pictures_test",
+                pictures[1],
+            ),
+            *(
+                "--digits",
+                str(tmp_path / "train.parquet"),
+                "--digits_test",
+                str(tmp_path / "validation.parquet"),
+            ),
+            *(
+                "--guidance_scales",
+                "1",
+                "--steps",
+                "1",
+                "--contrastive_steps",
+                "30",
+                "--epochs",
+                "8",
+            ),
             *("--output_dir", str(tmp_path / "results")),
         ]
     )
     directions = {row["direction"] for row in facts["directions"]}
-    assert len(directions) == 6 and all(0 <= row["guidance 1"] <= 100 for row in facts["directions"])
+    assert len(directions) == 6 and all(
+        0 <= row["guidance 1"] <= 100 for row in facts["directions"]
+    )
     nearest = [row for row in facts["directions"] if row["measure"] == "noun exact"][0]
     assert nearest["nearest training record"] == 1.0  # here the test pictures are the training ones
     for name in ("results.md", "pictures.png", "sounds.png", "seven.wav"):

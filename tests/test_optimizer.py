@@ -31,14 +31,19 @@ def test_muon_gets_the_inner_matrices_and_every_parameter_belongs_to_one():
     owned = [id(p) for g in optimizer.param_groups for p in g["params"]]
     assert sorted(owned) == sorted(id(p) for p in model.parameters() if p.requires_grad)
     decays = {id(p): g["weight_decay"] for g in adamw.param_groups for p in g["params"]}
-    assert decays[id(model[0].weight)] == 0.1 and decays[id(model[2].weight)] == decays[id(model[1].bias)] == 0.0
+    assert (
+        decays[id(model[0].weight)] == 0.1
+        and decays[id(model[2].weight)] == decays[id(model[1].bias)] == 0.0
+    )
 
 
 def test_muon_leaves_the_network_that_embeds_the_time_to_adamw():
     model = nn.ModuleDict(dict(time=TokComTimestepEmbedding(8, 1000.0), proj=nn.Linear(8, 8)))
     adamw, muon = build_optimizer(model, 1e-2, 1e-2, 0.1).parts
     assert [p is model["proj"].weight for g in muon.param_groups for p in g["params"]] == [True]
-    assert {id(p) for p in model["time"].parameters()} < {id(p) for g in adamw.param_groups for p in g["params"]}
+    assert {id(p) for p in model["time"].parameters()} < {
+        id(p) for g in adamw.param_groups for p in g["params"]
+    }
 
 
 def test_without_a_muon_rate_it_is_adamw():
@@ -77,12 +82,16 @@ def test_float32_muon_follows_torchs_up_to_its_rounding():
         for optimizer in optimizers:
             optimizer.step()
     assert (ours - theirs).norm() < 0.02 * theirs.norm()
-    assert torch.allclose(*(o.state[p]["momentum_buffer"] for o, p in zip(optimizers, (ours, theirs))))
+    assert torch.allclose(
+        *(o.state[p]["momentum_buffer"] for o, p in zip(optimizers, (ours, theirs)))
+    )
 
 
 def test_automatic_precision_is_bfloat16_only_where_it_is_fast(monkeypatch):
     for fast, expected in ((True, "bf16"), (False, "no")):
-        monkeypatch.setattr("tokcom.training.precision.has_fast_bfloat16", lambda device_type, fast=fast: fast)
+        monkeypatch.setattr(
+            "tokcom.training.precision.has_fast_bfloat16", lambda device_type, fast=fast: fast
+        )
         assert resolve_precision("auto", "cpu") == expected
         assert resolve_precision("fp16", "cpu") == "fp16" and resolve_precision(None, "cpu") is None
     with pytest.warns(UserWarning, match="mixed_precision=auto"):

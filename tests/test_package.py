@@ -31,7 +31,10 @@ def test_public_names_are_found_and_others_are_named():
 
 
 def test_version_is_that_of_the_project_file():
-    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == tokcom.__version__
+    assert (
+        tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+        == tokcom.__version__
+    )
 
 
 @pytest.mark.parametrize("file", REMOTE, ids=lambda file: file.name)

@@ -33,7 +33,11 @@ KINDS = {
     "one network": {},
     "context layers": {"transformer_config": {"num_context_layers": 1}},
     "tokens": {**TOKENS, "transformer_config": {"num_context_layers": 1}},
-    "tokens in turns": {**TOKENS, "token_stagger": 0.5, "transformer_config": {"num_context_layers": 1}},
+    "tokens in turns": {
+        **TOKENS,
+        "token_stagger": 0.5,
+        "transformer_config": {"num_context_layers": 1},
+    },
     "head without attention": {
         **TOKENS,
         "token_stagger": 1.0,
@@ -61,7 +65,9 @@ def test_block_causal_sampling_with_cache_equals_the_uncached_computation(build,
         sampled = pipe.generate(num_chunks=4, **options)
         known, real = torch.zeros(1, 0, 16), torch.ones(1, 0, dtype=torch.bool)
     else:
-        prompt = pipe.tokenizer.decode(pipe.tokenizer("The family of four was not at home.")["input_ids"][:8])
+        prompt = pipe.tokenizer.decode(
+            pipe.tokenizer("The family of four was not at home.")["input_ids"][:8]
+        )
         sampled = pipe(prompt, gen_length=16, **options)
         context, _ = pipe.encode_prompt([prompt])
         known, real = context.latents, context.mask
@@ -74,13 +80,21 @@ def test_block_causal_sampling_with_cache_equals_the_uncached_computation(build,
         valid = torch.cat((real, torch.ones(1, m - n + size, dtype=torch.bool)), dim=1)
         mask = block_causal_mask(order, valid)[:, : m + size, : m + size]
         pipe.scheduler.set_timesteps(2)
-        grid = pipe.scheduler.sigmas.tolist() if not pipe._sampler().planner.takes_turns else [1.0, 0.5, 0.0]
-        uniforms = torch.rand(2, size, 4, generator=draws) if pipe.model.token_head else [None, None]
+        grid = (
+            pipe.scheduler.sigmas.tolist()
+            if not pipe._sampler().planner.takes_turns
+            else [1.0, 0.5, 0.0]
+        )
+        uniforms = (
+            torch.rand(2, size, 4, generator=draws) if pipe.model.token_head else [None, None]
+        )
         for sigma, following, uniform in zip(grid, grid[1:], uniforms):
             now, then = (torch.full((1, size), 1 - s) for s in (sigma, following))
             both, time = torch.cat((done, x), dim=1), torch.cat((torch.ones(1, m), now), dim=1)
             with torch.no_grad():
-                states = pipe.model.predict(both, time, attention_mask=mask, num_context=m).latents[:, -size:]
+                states = pipe.model.predict(both, time, attention_mask=mask, num_context=m).latents[
+                    :, -size:
+                ]
                 x1, head = states, pipe.model.token_head
                 if head is not None:
                     symbols, times = pipe.model.symbols(), head.place_times(now)
@@ -92,7 +106,9 @@ def test_block_causal_sampling_with_cache_equals_the_uncached_computation(build,
             x = x + (then - now) / (1 - now).clamp_min(1e-6) * (x1 - x)
         blocks.append(x)
         decoded = pipe.model.to_ids(x) if head is None else ids.flatten(1)
-        done = torch.cat((done, pipe.model.encode(decoded).latents), dim=1)  # the context is clean text
+        done = torch.cat(
+            (done, pipe.model.encode(decoded).latents), dim=1
+        )  # the context is clean text
     torch.testing.assert_close(sampled.latents, torch.cat(blocks, dim=1), atol=1e-4, rtol=1e-3)
 
 
@@ -100,7 +116,13 @@ def test_block_causal_sampling_with_cache_equals_the_uncached_computation(build,
 def test_same_generator_same_text_and_other_seed_other_text(build, transformer_config):
     pipe = build(transformer_config=transformer_config)
     first, second, third = (
-        pipe("Squinty", gen_length=16, num_inference_steps=2, generator=seeded(s), output_type="latent").latents
+        pipe(
+            "Squinty",
+            gen_length=16,
+            num_inference_steps=2,
+            generator=seeded(s),
+            output_type="latent",
+        ).latents
         for s in (0, 0, 1)
     )
     assert torch.equal(first, second) and not torch.equal(first, third)
@@ -142,7 +164,9 @@ def test_continuation_keeps_the_space_of_tokenizers_that_strip_it(build):
     pipe = build()
     decode = pipe.tokenizer.decode
     known, new = pipe.tokenizer("He was")["input_ids"], pipe.tokenizer(" here")["input_ids"]
-    pipe.tokenizer = type(pipe.tokenizer)(tokenizer_object=pipe.tokenizer.backend_tokenizer, eos_token="</s>")
+    pipe.tokenizer = type(pipe.tokenizer)(
+        tokenizer_object=pipe.tokenizer.backend_tokenizer, eos_token="</s>"
+    )
     pipe.tokenizer.decode = lambda ids, **k: decode(ids, **k).removeprefix(" ")
     assert continue_text(pipe.tokenizer, "He was", known, new) == " here"
 
@@ -159,17 +183,27 @@ def test_callback_sees_and_replaces_latents(build):
         steps.append(index)
         return {"latents": torch.zeros_like(tensors["latents"])}
 
-    output = pipe("Hi", gen_length=16, num_inference_steps=3, callback_on_step_end=callback, output_type="latent")
+    output = pipe(
+        "Hi",
+        gen_length=16,
+        num_inference_steps=3,
+        callback_on_step_end=callback,
+        output_type="latent",
+    )
     assert steps == list(range(6)) and not output.latents.any()
 
 
 @pytest.mark.parametrize("transformer_config", FORMS)
-def test_guidance_of_one_is_off_and_two_extrapolates_from_the_unconditional(build, transformer_config):
+def test_guidance_of_one_is_off_and_two_extrapolates_from_the_unconditional(
+    build, transformer_config
+):
     pipe = build(transformer_config={**transformer_config})
     noise = torch.randn(1, 2, 16, generator=seeded())
 
     def one_step(**options):
-        options = dict(gen_length=8, num_inference_steps=1, latents=noise, output_type="latent") | options
+        options = (
+            dict(gen_length=8, num_inference_steps=1, latents=noise, output_type="latent") | options
+        )
         return pipe("Squinty was", **options).latents
 
     context = pipe.encode_prompt(["Squinty was"])[0].latents.shape[1]
@@ -177,7 +211,9 @@ def test_guidance_of_one_is_off_and_two_extrapolates_from_the_unconditional(buil
     with torch.no_grad():
         free = pipe.model.denoise(noise, 0.0, positions).latents
     conditional = one_step()
-    torch.testing.assert_close(one_step(guidance_scale=3.0), free + 3 * (conditional - free), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        one_step(guidance_scale=3.0), free + 3 * (conditional - free), atol=1e-3, rtol=1e-3
+    )
 
 
 def test_text_longer_than_the_window_is_generated_with_a_bounded_cache(build):
@@ -204,7 +240,10 @@ def test_text_longer_than_the_window_is_generated_with_a_bounded_cache(build):
 def test_reconstruct_denoise_encode_and_decode_agree(build, tmp_path):
     pipe, texts = build(), ["Squinty was a little pig.", "Hi"]
     encoded = pipe.encode(texts, tmp_path / "latents.safetensors")
-    assert encoded.latents.shape[0] == 2 and encoded.latents.shape[1] * 4 == encoded.attention_mask.shape[1]
+    assert (
+        encoded.latents.shape[0] == 2
+        and encoded.latents.shape[1] * 4 == encoded.attention_mask.shape[1]
+    )
     plain = pipe.reconstruct(texts)
     assert pipe.decode(tmp_path / "latents.safetensors").texts == plain.texts
     assert pipe.decode(encoded.latents, encoded.attention_mask).texts == plain.texts
@@ -223,7 +262,9 @@ def test_denoise_reconstruct_keeps_the_promised_share_of_the_text(build):
     pipe.model.predict = oracle
     for level, steps in ((0.0, 20), (0.3, 14), (0.75, 5), (0.9, 2)):
         calls.clear()
-        output = pipe.denoise_reconstruct("Squinty was a little pig.", level, num_inference_steps=20)
+        output = pipe.denoise_reconstruct(
+            "Squinty was a little pig.", level, num_inference_steps=20
+        )
         assert output.texts == pipe.reconstruct("Squinty was a little pig.").texts
         assert len(calls) == steps and calls[0] == pytest.approx(level, abs=1e-6)
 
@@ -246,9 +287,13 @@ def test_infill_keeps_the_known_text_and_depends_on_what_follows(build, transfor
 def test_stock_schedulers_bring_the_pipeline_to_an_oracles_answer(build, stock):
     pipe = build(transformer_config={"block_size": None})
     target = torch.randn(1, 4, 16, generator=seeded(5))
-    pipe.model.predict = lambda latents, *a, **k: type("O", (), {"latents": target.expand(len(latents), -1, -1)})()
+    pipe.model.predict = lambda latents, *a, **k: type(
+        "O", (), {"latents": target.expand(len(latents), -1, -1)}
+    )()
     pipe.scheduler = stock.from_config(pipe.scheduler.config)
-    latents = pipe.generate(num_chunks=4, num_inference_steps=12, output_type="latent", generator=seeded()).latents
+    latents = pipe.generate(
+        num_chunks=4, num_inference_steps=12, output_type="latent", generator=seeded()
+    ).latents
     torch.testing.assert_close(latents, target, atol=2e-2, rtol=2e-2)
 
 
@@ -284,7 +329,10 @@ def test_starting_between_noise_and_text_works_or_is_refused_by_name(build, stoc
         (lambda p: p.denoise_reconstruct("Hi", noise_level=1.1), r"\(1.1\).*\[0, 1\]"),
         (lambda p: p.denoise_reconstruct("Hi", num_inference_steps=0), r"\(0\)"),
         (lambda p: p.generate(num_chunks=0), r"\(0\)"),
-        (lambda p: p("Hi", streamer=TextStreamer(p.tokenizer), output_type="latent"), "`streamer` shows text"),
+        (
+            lambda p: p("Hi", streamer=TextStreamer(p.tokenizer), output_type="latent"),
+            "`streamer` shows text",
+        ),
         (lambda p: p("Hi", guidance_scale={"text": 2.0}), "give a number"),
         (lambda p: p.infill("no gap"), "____"),
         (lambda p: p.infill("____"), "____"),
@@ -406,7 +454,10 @@ def test_a_quantised_text_is_stored_as_codes(build, tmp_path):
     assert pipe.decode(tmp_path / "codes.safetensors").texts == texts
     assert pipe.decode(encoded.codes, encoded.attention_mask).texts == texts
     with safe_open(tmp_path / "codes.safetensors", "pt") as stored:
-        assert set(stored.keys()) == {"codes", "attention_mask"} and stored.get_tensor("codes").dtype == torch.int16
+        assert (
+            set(stored.keys()) == {"codes", "attention_mask"}
+            and stored.get_tensor("codes").dtype == torch.int16
+        )
 
 
 def test_a_dialogue_is_its_chat_template_or_its_lines(build):
@@ -429,7 +480,11 @@ def test_a_dialogue_is_its_chat_template_or_its_lines(build):
 def test_one_compiled_graph_serves_all_blocks(build, head_attention):
     """No graph breaks, and after the first blocks nothing is compiled again, however long the text."""
     shape = {"block_size": 1, "num_context_layers": 1, "head_attention": head_attention}
-    config = {"prediction_type": "tokens", "codec_config": {"encoder_type": "token"}, "transformer_config": shape}
+    config = {
+        "prediction_type": "tokens",
+        "codec_config": {"encoder_type": "token"},
+        "transformer_config": shape,
+    }
     plain, pipe = build(**config), build(**config)
     torch._dynamo.reset()
     graphs, compiled = [], None
@@ -441,7 +496,9 @@ def test_one_compiled_graph_serves_all_blocks(build, head_attention):
     pipe.model.requires_grad_(False).transformer.compile(backend=count, fullgraph=True)
     for num_chunks in (3, 40):  # the window holds 32 latents
         options = dict(num_chunks=num_chunks, num_inference_steps=3, output_type="seq")
-        found, expected = (p.generate(generator=seeded(), **options).sequences for p in (pipe, plain))
+        found, expected = (
+            p.generate(generator=seeded(), **options).sequences for p in (pipe, plain)
+        )
         assert torch.equal(found, expected)
         compiled = compiled if num_chunks == 40 else len(graphs)
     assert len(graphs) == compiled
@@ -483,14 +540,17 @@ def test_rows_of_a_streamed_batch_are_the_texts_of_each_at_its_own_length(build)
 def test_a_default_temperature_is_nothing_to_models_without_probabilities(build):
     pipe = build(sampling_temperature=0.85, sampling_top_p=0.9)
     plain = build()
-    made = (p.generate(4, num_inference_steps=2, generator=seeded()).sequences for p in (pipe, plain))
+    made = (
+        p.generate(4, num_inference_steps=2, generator=seeded()).sequences for p in (pipe, plain)
+    )
     assert torch.equal(*made)
     with pytest.raises(ValueError, match="temperature.*0.85"):
         pipe.generate(4, temperature=0.85)
 
 
 @pytest.mark.parametrize(
-    "codes, message", [([[[99]]], "between 99 and 99.*16"), ([[[-1]]], "-1"), ([[[1, 2]]], r"\(1, 1, 2\)")]
+    "codes, message",
+    [([[[99]]], "between 99 and 99.*16"), ([[[-1]]], "-1"), ([[[1, 2]]], r"\(1, 1, 2\)")],
 )
 def test_codes_that_do_not_exist_are_named(build, codes, message):
     quantizer = {"quantizer": "fsq", "fsq_levels": [2, 2, 2, 2], "latent_channels": 4}

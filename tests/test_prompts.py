@@ -13,16 +13,28 @@ from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 from tokcom.training.presets import preset_config
 
 TEXT = "Once upon a time there was a little rabbit who lived in a wood."
-SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
 SPLIT = {**SMALL, "num_hidden_layers": 2, "num_context_layers": 1, "conditioning_size": 16}
 WHOLE = {**SMALL, "num_hidden_layers": 2, "conditioning_size": 16}
-PRESETS = {"tiny": SPLIT, "base": SPLIT, "pixel-tiny": WHOLE, "pixel-b4": {**WHOLE, "max_position_embeddings": 64}}
+PRESETS = {
+    "tiny": SPLIT,
+    "base": SPLIT,
+    "pixel-tiny": WHOLE,
+    "pixel-b4": {**WHOLE, "max_position_embeddings": 64},
+}
 
 
 @pytest.fixture
 def pipe(tokenizer) -> TokComPipeline:
     model = build_model(vocabulary_size(tokenizer))
-    pipe = TokComPipeline(model, TokComFlowMatchScheduler.from_model_config(model.config), tokenizer)
+    pipe = TokComPipeline(
+        model, TokComFlowMatchScheduler.from_model_config(model.config), tokenizer
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -43,16 +55,22 @@ def drawn_from(pipe: TokComPipeline) -> list[torch.Tensor]:
 
 @torch.no_grad()
 @pytest.mark.parametrize("length", range(4, 12))
-def test_the_next_token_has_the_probability_that_the_likelihood_says_at_every_prompt_length(pipe, length):
+def test_the_next_token_has_the_probability_that_the_likelihood_says_at_every_prompt_length(
+    pipe, length
+):
     ids = text_ids(pipe.tokenizer, TEXT)[: length + 1]
     padded = torch.tensor([ids + [0] * (-len(ids) % 4)])
     expected = pipe.model(padded).token_losses.flatten()[length]
     calls = drawn_from(pipe)
-    _, blocks = pipe.continue_ids([ids[:length]], 4, TokComSampling(temperature=1.0, generator=seeded()))
+    _, blocks = pipe.continue_ids(
+        [ids[:length]], 4, TokComSampling(temperature=1.0, generator=seeded())
+    )
     next(iter(blocks))
     # steps before the first new token draw nothing
     first = next(call for call in calls if len(call))
-    torch.testing.assert_close(-first[0].log_softmax(-1)[ids[length]], expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        -first[0].log_softmax(-1)[ids[length]], expected, atol=1e-4, rtol=1e-4
+    )
 
 
 @torch.no_grad()
@@ -70,9 +88,13 @@ def test_a_shorter_length_gives_the_beginning_of_the_same_text_in_any_batch(pipe
     for length in (1, 6, 13):
         part = pipe(TEXT, gen_length=length, generator=seeded(3), **options).sequences
         assert torch.equal(part, whole[:, :length])
-    company = pipe([TEXT, "Squinty", "The family"], gen_length=13, generator=seeded(3), **options).sequences
+    company = pipe(
+        [TEXT, "Squinty", "The family"], gen_length=13, generator=seeded(3), **options
+    ).sequences
     assert torch.equal(company[:1], whole[:, :13])
-    rows = pipe(["Squinty", TEXT], gen_length=13, generator=[seeded(8), seeded(3)], **options).sequences
+    rows = pipe(
+        ["Squinty", TEXT], gen_length=13, generator=[seeded(8), seeded(3)], **options
+    ).sequences
     assert torch.equal(rows[1:], whole[:, :13])
 
 
@@ -80,7 +102,10 @@ def test_a_shorter_length_gives_the_beginning_of_the_same_text_in_any_batch(pipe
 def test_steps_lie_on_the_turns_whatever_the_shift_of_the_scheduler(pipe, steps):
     options = {"gen_length": 16, "num_inference_steps": steps, "output_type": "seq"}
     expected = pipe(TEXT, generator=seeded(), **options).sequences
-    for scheduler in (TokComFlowMatchScheduler(shift=1.82), FlowMatchEulerDiscreteScheduler(shift=3.0)):
+    for scheduler in (
+        TokComFlowMatchScheduler(shift=1.82),
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+    ):
         pipe.scheduler = scheduler
         assert torch.equal(pipe(TEXT, generator=seeded(), **options).sequences, expected)
     pipe.scheduler = FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)
@@ -141,12 +166,16 @@ def test_a_gap_is_filled_with_the_probabilities_that_training_shows(pipe):
     given, gap = known.view(1, 6, 4), torch.tensor([True])
     plan, chunks, symbols = ContextPlan.of(given, gap), ids.view(1, 6, 4), model.symbols()
     times = torch.where(plan.partial[..., None] & ~given, 0.0, 1.0)
-    features = torch.nn.functional.pad(model.token_head.read(symbols, None, times, chunks), (0, 0, 1, 0))
+    features = torch.nn.functional.pad(
+        model.token_head.read(symbols, None, times, chunks), (0, 0, 1, 0)
+    )
     mask = plan.mask(torch.ones(1, 6, dtype=torch.bool))
     states = model.transformer.read_context(features, torch.arange(-1, 6)[None, :, None], mask)
     time, place_times = torch.tensor([[0.5]]), torch.tensor([[[1.0, 1.0, 0.0, 0.0]]])
     read = model.token_head.read(symbols, torch.zeros(1, 1, 16), place_times, chunks[:, 1:2])
-    output = model.transformer(torch.zeros(1, 1, 16), time, features=read, entry=states[:, 1:2]).latents
+    output = model.transformer(
+        torch.zeros(1, 1, 16), time, features=read, entry=states[:, 1:2]
+    ).latents
     expected = model.token_head.logits(output.view(4, -1)[2])
     calls = drawn_from(pipe)
     pipe.fill_ids(ids[0].tolist(), known.tolist(), TokComSampling(generator=seeded()))

@@ -31,13 +31,28 @@ def hub():
     server.close()
 
 
-def python(code: str, hub: StandInHub, home, token: str | None = TOKEN, **environment) -> subprocess.CompletedProcess:
+def python(
+    code: str, hub: StandInHub, home, token: str | None = TOKEN, **environment
+) -> subprocess.CompletedProcess:
     """Run `code` in a fresh interpreter whose Hub is the stand-in; `home` keeps its cache."""
-    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "HF_HUB_OFFLINE", "HF_TOKEN")}
-    env |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
-    env |= {"HF_HUB_DISABLE_TELEMETRY": "1", **({"HF_TOKEN": token} if token else {}), **environment}
+    env = {
+        k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "HF_HUB_OFFLINE", "HF_TOKEN")
+    }
+    env |= {
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    env |= {
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        **({"HF_TOKEN": token} if token else {}),
+        **environment,
+    }
     home.mkdir(exist_ok=True)
-    return subprocess.run([sys.executable, "-c", code], env=env, cwd=home, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", code], env=env, cwd=home, capture_output=True, text=True
+    )
 
 
 def result(done: subprocess.CompletedProcess) -> object:
@@ -47,13 +62,20 @@ def result(done: subprocess.CompletedProcess) -> object:
 
 def loaded(name: str, code: str, hub: StandInHub, home, **options) -> list[float]:
     """The digest of the model that `code` of LOADERS loads by its id, in a fresh interpreter."""
-    script = f"ID = {name!r}\nimport json{PRELUDE}{code}\nprint('RESULT', json.dumps(digest(model)))"
+    script = (
+        f"ID = {name!r}\nimport json{PRELUDE}{code}\nprint('RESULT', json.dumps(digest(model)))"
+    )
     return result(python(script, hub, home, **options))
 
 
 def push(path, call: str, hub: StandInHub, home, **options) -> subprocess.CompletedProcess:
     head = "from tokcom import TokComPipeline\n"
-    return python(f"{head}pipe = TokComPipeline.from_pretrained({str(path)!r})\nprint({call})", hub, home, **options)
+    return python(
+        f"{head}pipe = TokComPipeline.from_pretrained({str(path)!r})\nprint({call})",
+        hub,
+        home,
+        **options,
+    )
 
 
 def test_a_pushed_pipeline_loads_by_id_in_four_ways_offline_too_and_generates(build, hub, tmp_path):
@@ -61,7 +83,12 @@ def test_a_pushed_pipeline_loads_by_id_in_four_ways_offline_too_and_generates(bu
     pipe.save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "run").mkdir()
     (tmp_path / "model" / "run" / "checkpoint.bin").write_bytes(b"secret")
-    done = push(tmp_path / "model", "pipe.push_to_hub('tester/tiny', max_shard_size='200KB')", hub, tmp_path / "push")
+    done = push(
+        tmp_path / "model",
+        "pipe.push_to_hub('tester/tiny', max_shard_size='200KB')",
+        hub,
+        tmp_path / "push",
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     files = hub.files("tester/tiny")
     assert {"config.json", "model_index.json", "README.md", "pipeline_base_tokcom.py"} <= set(files)
@@ -71,7 +98,10 @@ def test_a_pushed_pipeline_loads_by_id_in_four_ways_offline_too_and_generates(bu
     expected = pytest.approx(digest(pipe.model), rel=1e-5)
     for how, code in LOADERS.items():
         assert loaded("tester/tiny", code, hub, tmp_path / "home", token=None) == expected, how
-    assert loaded("tester/tiny", LOADERS["AutoModel"], hub, tmp_path / "home", HF_HUB_OFFLINE="1") == expected
+    assert (
+        loaded("tester/tiny", LOADERS["AutoModel"], hub, tmp_path / "home", HF_HUB_OFFLINE="1")
+        == expected
+    )
     snippet = files["README.md"].decode().split("```python\n")[1].split("```")[0]
     done = python(snippet, hub, tmp_path / "home", token=None)
     assert done.returncode == 0 and len(done.stdout.strip()) > 0, done.stderr[-3000:]
@@ -90,7 +120,9 @@ def test_a_pinned_revision_stays_what_it_was(build, hub, tmp_path):
     for revision, expected in zip([*revisions, "main"], [*digests, digests[-1]]):
         code = "from transformers import AutoModel\nmodel = AutoModel.from_pretrained(ID, trust_remote_code=True, "
         code += f"revision={revision!r}, code_revision={revision!r})"
-        assert loaded("tester/tiny", code, hub, tmp_path / "home") == pytest.approx(expected, rel=1e-5)
+        assert loaded("tester/tiny", code, hub, tmp_path / "home") == pytest.approx(
+            expected, rel=1e-5
+        )
 
 
 def test_private_repositories_need_the_token_and_refusals_say_what_to_do(build, hub, tmp_path):
@@ -102,9 +134,7 @@ def test_private_repositories_need_the_token_and_refusals_say_what_to_do(build, 
     done = push(tmp_path / "model", "pipe.push_to_hub('a/b/c')", hub, tmp_path / "home")
     assert done.returncode and "'user/name'" in done.stderr.splitlines()[-1]
     assert push(tmp_path / "model", pushing, hub, tmp_path / "home").returncode == 0
-    loading = (
-        "from transformers import AutoConfig\nAutoConfig.from_pretrained('tester/hidden', trust_remote_code=True)"
-    )
+    loading = "from transformers import AutoConfig\nAutoConfig.from_pretrained('tester/hidden', trust_remote_code=True)"
     assert python(loading, hub, tmp_path / "a", token=None).returncode
     assert python(loading, hub, tmp_path / "b").returncode == 0
 
@@ -112,7 +142,9 @@ def test_private_repositories_need_the_token_and_refusals_say_what_to_do(build, 
 def test_a_model_is_pushed_without_its_pipeline(build, hub, tmp_path):
     pipe = build()
     pipe.save_pretrained(tmp_path / "model")
-    done = push(tmp_path / "model", "pipe.model.push_to_hub('tester/model')", hub, tmp_path / "push")
+    done = push(
+        tmp_path / "model", "pipe.model.push_to_hub('tester/model')", hub, tmp_path / "push"
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     found = loaded("tester/model", LOADERS["AutoModel"], hub, tmp_path / "home")
     assert found == pytest.approx(digest(pipe.model), rel=1e-5)
@@ -120,16 +152,37 @@ def test_a_model_is_pushed_without_its_pipeline(build, hub, tmp_path):
 
 def test_training_pushes_a_card_of_the_run_and_publish_adds_the_evaluation(hub, tmp_path):
     output = tmp_path / "my-model"
-    command = ["--preset", "debug", "--push_to_hub", "tester/trained", "hub_license=mit", f"output_dir={output}"]
-    command += [f"data.train={ROOT}/sample_data/stories_validation.jsonl", "report_to=none", "num_samples=0"]
-    command += [f"{stage}.{key}" for stage in ("codec", "flow") for key in ("max_steps=3", "eval_batches=1")]
+    command = [
+        "--preset",
+        "debug",
+        "--push_to_hub",
+        "tester/trained",
+        "hub_license=mit",
+        f"output_dir={output}",
+    ]
+    command += [
+        f"data.train={ROOT}/sample_data/stories_validation.jsonl",
+        "report_to=none",
+        "num_samples=0",
+    ]
+    command += [
+        f"{stage}.{key}" for stage in ("codec", "flow") for key in ("max_steps=3", "eval_batches=1")
+    ]
     code = f"from tokcom import train_accelerate\ntrain_accelerate.main({command!r})"
     done = python(code, hub, tmp_path / "home")
     assert done.returncode == 0, done.stderr[-3000:]
     card = hub.files("tester/trained")["README.md"].decode()
     assert 'license: "mit"' in card and "# trained" in card and "`stories_validation.jsonl`" in card
-    assert str(ROOT) not in card and "| flow | 3 |" in card and "seeds 0 to 2" in card and "## Limitations" in card
-    assert 'path_or_id = "tester/trained"' in card and 'path_or_id = "."' in (output / "README.md").read_text()
+    assert (
+        str(ROOT) not in card
+        and "| flow | 3 |" in card
+        and "seeds 0 to 2" in card
+        and "## Limitations" in card
+    )
+    assert (
+        'path_or_id = "tester/trained"' in card
+        and 'path_or_id = "."' in (output / "README.md").read_text()
+    )
     assert not any(name.startswith("run") for name in hub.files("tester/trained"))
 
     (tmp_path / "results.md").write_text("## Continuations\n\n| NLL |\n|---|\n| 4.2 |\n")
@@ -141,7 +194,11 @@ def test_training_pushes_a_card_of_the_run_and_publish_adds_the_evaluation(hub, 
     done = python(code, hub, tmp_path / "home")
     assert done.returncode == 0, done.stderr[-3000:]
     files = hub.files("tester/again")
-    assert hub.repos["tester/again"]["private"] and "curve.png" in files and not any("secret" in n for n in files)
+    assert (
+        hub.repos["tester/again"]["private"]
+        and "curve.png" in files
+        and not any("secret" in n for n in files)
+    )
     assert "## Evaluation\n\n### Continuations" in files["README.md"].decode()
 
 

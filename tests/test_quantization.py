@@ -19,12 +19,18 @@ from tokcom.quantization_tokcom import (
 def clusters(count: int = 256, per_cluster: int = 20, channels: int = 8) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     centres = 4 * torch.randn(count, 1, channels, generator=generator)
-    return (centres + 0.1 * torch.randn(count, per_cluster, channels, generator=generator)).flatten(0, 1)
+    return (centres + 0.1 * torch.randn(count, per_cluster, channels, generator=generator)).flatten(
+        0, 1
+    )
 
 
 def quantizers() -> list[torch.nn.Module]:
     torch.manual_seed(0)
-    return [VectorQuantizer(64, 4), ResidualQuantizer(16, 4, 3), FiniteScalarQuantizer((5, 5, 4, 3))]
+    return [
+        VectorQuantizer(64, 4),
+        ResidualQuantizer(16, 4, 3),
+        FiniteScalarQuantizer((5, 5, 4, 3)),
+    ]
 
 
 def test_nearest_codes_are_those_of_all_distances():
@@ -104,7 +110,12 @@ def test_kmeans_counts_weights_and_survives_empty_clusters():
 
 
 def _train_on_half(rank: int, port: int, results) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "WORLD_SIZE": "2",
+    }
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     torch.manual_seed(rank)
@@ -123,7 +134,9 @@ def test_two_processes_have_the_same_codebook_even_if_one_has_no_inputs():
     context, port = multiprocessing.get_context("spawn"), get_free_port()
     with context.Manager() as manager:
         results = manager.dict()
-        workers = [context.Process(target=_train_on_half, args=(rank, port, results)) for rank in range(2)]
+        workers = [
+            context.Process(target=_train_on_half, args=(rank, port, results)) for rank in range(2)
+        ]
         for worker in workers:
             worker.start()
         for worker in workers:

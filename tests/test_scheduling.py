@@ -73,7 +73,9 @@ def test_add_noise_takes_continuous_times_per_latent():
     timesteps = torch.tensor([[0.0, 250.0, 1000.0]]).expand(2, -1)
     noisy = scheduler.add_noise(x1, noise, timesteps)
     assert torch.equal(noisy[0, :, 0], torch.tensor([1.0, 0.75 + 0.25, 1.0]))
-    torch.testing.assert_close(scheduler.add_noise(x1, noise, torch.tensor(500.0)), 0.5 * x1 + 0.5 * 2.0 * noise)
+    torch.testing.assert_close(
+        scheduler.add_noise(x1, noise, torch.tensor(500.0)), 0.5 * x1 + 0.5 * 2.0 * noise
+    )
 
 
 def test_grid_is_shifted_as_training_times_are():
@@ -81,7 +83,9 @@ def test_grid_is_shifted_as_training_times_are():
     scheduler = TokComFlowMatchScheduler.from_model_config(config)
     scheduler.set_timesteps(2)
     # training's median sigma is sigmoid(loc); so is the middle of the grid
-    assert scheduler.sigmas[1].item() == pytest.approx(torch.sigmoid(torch.tensor(config.timestep_loc)).item())
+    assert scheduler.sigmas[1].item() == pytest.approx(
+        torch.sigmoid(torch.tensor(config.timestep_loc)).item()
+    )
     uniform = TokComFlowMatchScheduler.from_model_config(preset_config("v5.2"))
     assert uniform.config.shift == 1.0 and uniform.config.noise_std == 0.05
 

@@ -21,7 +21,12 @@ TOKENS = {
     "prediction_type": "tokens",
     "codec_config": {"encoder_type": "token"},
     "transformer_config": {
-        **{"num_hidden_layers": 3, "num_context_layers": 2, "head_attention": False, "block_size": 1},
+        **{
+            "num_hidden_layers": 3,
+            "num_context_layers": 2,
+            "head_attention": False,
+            "block_size": 1,
+        },
     },
     "token_stagger": 1.0,
     "num_inference_steps": 4,
@@ -41,7 +46,9 @@ class Running:
         self.port = self.server.servers[0].sockets[0].getsockname()[1]
 
     def client(self, key: str = "key") -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key=key, max_retries=0)
+        return openai.OpenAI(
+            base_url=f"http://127.0.0.1:{self.port}/v1", api_key=key, max_retries=0
+        )
 
     def stop(self) -> None:
         self.server.should_exit = True
@@ -71,11 +78,19 @@ def test_a_seed_gives_the_pipelines_text_whole_and_streamed(pipe, start):
     options = {"model": "tokcom", "prompt": "Squinty was", "max_tokens": 23, "seed": 7}
     expected = pipe("Squinty was", gen_length=23, generator=seeded(7)).texts[0]
     answer = client.completions.create(**options)
-    assert answer.choices[0].text == expected and answer.model == "tokcom" and answer.object == "text_completion"
+    assert (
+        answer.choices[0].text == expected
+        and answer.model == "tokcom"
+        and answer.object == "text_completion"
+    )
     assert answer.usage.completion_tokens <= 23
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
-    assert answer.choices[0].finish_reason == ("length" if answer.usage.completion_tokens == 23 else "stop")
-    pieces = list(client.completions.create(stream=True, stream_options={"include_usage": True}, **options))
+    assert answer.choices[0].finish_reason == (
+        "length" if answer.usage.completion_tokens == 23 else "stop"
+    )
+    pieces = list(
+        client.completions.create(stream=True, stream_options={"include_usage": True}, **options)
+    )
     assert "".join(c.text for p in pieces for c in p.choices) == expected and len(pieces) > 3
     assert pieces[-1].usage == answer.usage
 
@@ -96,19 +111,26 @@ def test_a_batch_gives_every_request_what_it_would_get_alone(pipe, start):
     server = start(pipe, max_batch=8, batch_wait=0.5)
     client = server.client()
     prompts = ["Squinty was", "Mr. Rabbit went home", "The", "One fine day the"]
-    ask = lambda i: client.completions.create(model="tokcom", prompt=prompts[i], max_tokens=9 + 4 * i, seed=i)  # noqa: E731
+    ask = lambda i: client.completions.create(
+        model="tokcom", prompt=prompts[i], max_tokens=9 + 4 * i, seed=i
+    )  # noqa: E731
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(ask, range(4)))
     assert server.app.state.engine.batches == 1
     for i, answer in enumerate(answers):
-        assert answer.choices[0].text == pipe(prompts[i], gen_length=9 + 4 * i, generator=seeded(i)).texts[0]
+        assert (
+            answer.choices[0].text
+            == pipe(prompts[i], gen_length=9 + 4 * i, generator=seeded(i)).texts[0]
+        )
 
 
 def test_fifty_concurrent_requests_share_batches_without_an_error(pipe, start):
     server = start(pipe, max_batch=16)
     client = server.client()
     with ThreadPoolExecutor(50) as pool:
-        ask = lambda i: client.completions.create(model="tokcom", prompt="Squinty", max_tokens=16, seed=i)  # noqa: E731
+        ask = lambda i: client.completions.create(
+            model="tokcom", prompt="Squinty", max_tokens=16, seed=i
+        )  # noqa: E731
         answers = list(pool.map(ask, range(50)))
     assert len(answers) == 50 and all(a.choices[0].finish_reason for a in answers)
     assert 50 / 16 <= server.app.state.engine.batches < 50
@@ -142,7 +164,9 @@ def test_bad_requests_are_explained(pipe, start, options, error, message):
     client = start(pipe).client()
     with pytest.raises(error, match=message):
         client.completions.create(**{"model": "tokcom", "prompt": "Squinty", **options})
-    assert client.completions.create(model="tokcom", prompt="Squinty", max_tokens=4).choices  # the server goes on
+    assert client.completions.create(
+        model="tokcom", prompt="Squinty", max_tokens=4
+    ).choices  # the server goes on
 
 
 def test_settings_that_the_model_refuses_are_the_clients_error(build, start):
@@ -150,7 +174,11 @@ def test_settings_that_the_model_refuses_are_the_clients_error(build, start):
     with pytest.raises(openai.BadRequestError, match="temperature"):
         client.completions.create(model="tokcom", prompt="Squinty", temperature=0.5)
     with pytest.raises(openai.APIError, match="temperature"):
-        list(client.completions.create(model="tokcom", prompt="Squinty", temperature=0.5, stream=True))
+        list(
+            client.completions.create(
+                model="tokcom", prompt="Squinty", temperature=0.5, stream=True
+            )
+        )
 
 
 def test_a_full_queue_and_a_slow_answer_are_said(pipe, start):
@@ -207,7 +235,9 @@ def test_only_loopback_hosts_are_private():
 def post(port: int, body: bytes, **headers: str) -> tuple[int, dict]:
     """A request of the standard library's, which sends what the `openai` client would not."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-    connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json", **headers})
+    connection.request(
+        "POST", "/v1/completions", body, {"Content-Type": "application/json", **headers}
+    )
     answer = connection.getresponse()
     return answer.status, json.loads(answer.read())
 
@@ -218,7 +248,12 @@ def test_malformed_requests_get_errors_in_the_same_form(pipe, start):
         (b"{", {}, 400, "body"),
         (b'{"prompt": "\\ud800"}', {}, 400, "not valid Unicode"),
         (b'{"prompt": "x", "num_inference_steps": 9}', {}, 400, "limit of 8"),
-        (json.dumps({"prompt": "x", "stop": ["y" * 300]}).encode(), {}, 400, "at most 256 characters"),
+        (
+            json.dumps({"prompt": "x", "stop": ["y" * 300]}).encode(),
+            {},
+            400,
+            "at most 256 characters",
+        ),
         (b'{"prompt": "x"}', {"Transfer-Encoding": "chunked"}, 411, "Content-Length"),
     ]
     for body, headers, status, message in cases:
@@ -252,11 +287,15 @@ def test_bidirectional_models_keep_texts_of_other_lengths_apart(build, start):
     server = start(pipe, batch_wait=0.3)
     client = server.client()
     jobs = [("Squinty", 8), ("Mr. Rabbit went home to his", 60), ("Squinty", 8), ("S" + " " * 6, 8)]
-    ask = lambda job: client.completions.create(model="tokcom", prompt=job[0], max_tokens=job[1], seed=1)  # noqa: E731
+    ask = lambda job: client.completions.create(
+        model="tokcom", prompt=job[0], max_tokens=job[1], seed=1
+    )  # noqa: E731
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(ask, jobs))
     for (prompt, length), answer in zip(jobs, answers):
-        assert answer.choices[0].text == pipe(prompt, gen_length=length, generator=seeded(1)).texts[0]
+        assert (
+            answer.choices[0].text == pipe(prompt, gen_length=length, generator=seeded(1)).texts[0]
+        )
     assert server.app.state.engine.batches == 3  # spaces at the end are not read
 
 

@@ -46,12 +46,16 @@ def build():
 def train(model, steps: int, optimizer=None, average=None):
     from tokcom.training.ema import ShardedEMAModel
 
-    optimizer = optimizer or torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    optimizer = optimizer or torch.optim.SGD(
+        [p for p in model.parameters() if p.requires_grad], 0.1
+    )
     average = average or ShardedEMAModel(model.parameters(), decay=0.5)
     for step in range(steps):
         torch.manual_seed(step)
         random.seed(step)
-        ids = torch.randint(0, 300, (2, 32))  # the same on both processes, so that the mean is that of one
+        ids = torch.randint(
+            0, 300, (2, 32)
+        )  # the same on both processes, so that the mean is that of one
         model(ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -60,10 +64,22 @@ def train(model, steps: int, optimizer=None, average=None):
 
 
 def test_sharded_training_average_and_export_are_those_of_one_process(tmp_path):
-    (tmp_path / "worker.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\n{WORKER}")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    (tmp_path / "worker.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\n{WORKER}"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--standalone",
+    ]
     done = subprocess.run(
-        [*command, str(tmp_path / "worker.py"), str(tmp_path / "out.pt")], capture_output=True, text=True, timeout=300
+        [*command, str(tmp_path / "worker.py"), str(tmp_path / "out.pt")],
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = torch.load(tmp_path / "out.pt", weights_only=True)
@@ -115,7 +131,18 @@ dist.destroy_process_group()
 
 
 def test_both_stages_take_a_step_as_accelerate_shards_them(tmp_path):
-    (tmp_path / "worker.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\n{PREPARED}")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    done = subprocess.run([*command, str(tmp_path / "worker.py")], capture_output=True, text=True, timeout=300)
+    (tmp_path / "worker.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\n{PREPARED}"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--standalone",
+    ]
+    done = subprocess.run(
+        [*command, str(tmp_path / "worker.py")], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -31,10 +31,15 @@ def test_clean_latents_are_read_as_their_tokens():
     model, ids = token_model(), torch.randint(0, 320, (2, 8))
     symbols, clean, chunks = model.symbols(), model.encode(ids), ids.view(2, 2, 4)
     read = model.token_head.read(symbols, clean.latents, torch.ones(2, 2, 4))
-    torch.testing.assert_close(read, model.token_head.read(symbols, clean.latents, torch.ones(2, 2, 4), chunks))
+    torch.testing.assert_close(
+        read, model.token_head.read(symbols, clean.latents, torch.ones(2, 2, 4), chunks)
+    )
     expected = model.token_head.embedding(chunks).flatten(2) * 128**0.5
     torch.testing.assert_close(read, expected, atol=1e-4, rtol=1e-4)
-    noise = [model.token_head.read(symbols, torch.randn(2, 2, 16), torch.zeros(2, 2, 4)) for _ in range(2)]
+    noise = [
+        model.token_head.read(symbols, torch.randn(2, 2, 16), torch.zeros(2, 2, 4))
+        for _ in range(2)
+    ]
     assert torch.equal(*noise)  # pure noise says nothing
 
 
@@ -46,7 +51,9 @@ def test_expected_latent_of_certain_tokens_is_their_encoding():
     sure = head.mean_latents(states, symbols, torch.randn_like(latents), torch.zeros(2, 2, 4))
     torch.testing.assert_close(sure, latents, atol=1e-4, rtol=1e-4)
     # and when the network expects nothing, nearly clean latents are recognised by their likelihood
-    recognised = head.mean_latents(torch.zeros_like(states), symbols, 0.99 * latents, torch.full((2, 2, 4), 0.98))
+    recognised = head.mean_latents(
+        torch.zeros_like(states), symbols, 0.99 * latents, torch.full((2, 2, 4), 0.98)
+    )
     torch.testing.assert_close(recognised, latents, atol=1e-3, rtol=1e-3)
 
 
@@ -55,12 +62,18 @@ def test_expected_latent_of_certain_tokens_is_their_encoding():
 def test_token_probabilities_are_bayes_rule(stagger):
     model, ids = token_model(noise_std=0.7, token_stagger=stagger), torch.randint(0, 320, (2, 8))
     head, symbols = model.token_head, model.symbols()
-    states, noisy, time = torch.randn(2, 2, 4 * 128), torch.randn(2, 2, 16), torch.tensor([[0.1, 0.3], [0.35, 0.2]])
+    states, noisy, time = (
+        torch.randn(2, 2, 4 * 128),
+        torch.randn(2, 2, 16),
+        torch.tensor([[0.1, 0.3], [0.35, 0.2]]),
+    )
     chosen = torch.ones(2, 2, 4, dtype=torch.bool)
     times = head.place_times(time)
     mean, nll = head.nll(states, symbols, noisy, times, ids.view(2, 2, 4), chosen)
     torch.testing.assert_close(mean, nll.mean())
-    prior = (states.view(2, 2, 4, 128) @ head.embedding.weight.T + head.prior).log_softmax(-1)  # (B, N, K, V)
+    prior = (states.view(2, 2, 4, 128) @ head.embedding.weight.T + head.prior).log_softmax(
+        -1
+    )  # (B, N, K, V)
     t = times[..., None, None]
     normal = torch.distributions.Normal(t * symbols.table, (1 - t) * 0.7)
     posterior = (prior + normal.log_prob(noisy.view(2, 2, 4, 1, 4)).sum(-1)).log_softmax(-1)
@@ -75,11 +88,15 @@ def test_token_probabilities_are_bayes_rule(stagger):
 @torch.no_grad()
 @pytest.mark.parametrize("steps", [1, 3, 16])
 @pytest.mark.parametrize("stagger", [0.0, 1.0])
-def test_sampling_draws_tokens_with_the_probabilities_that_the_network_expects(build, stagger, steps):
+def test_sampling_draws_tokens_with_the_probabilities_that_the_network_expects(
+    build, stagger, steps
+):
     """Tokens that do not depend on each other are drawn with the network's probabilities, however few the steps."""
     overrides = dict(TOKENS)
     split = {"num_context_layers": 1, "block_size": 1}
-    pipe = build(**overrides, token_stagger=stagger, timestep_sampling="uniform", transformer_config=split)
+    pipe = build(
+        **overrides, token_stagger=stagger, timestep_sampling="uniform", transformer_config=split
+    )
     model = token_model(token_stagger=stagger, timestep_sampling="uniform")
     pipe.model.load_state_dict(model.state_dict())
     torch.nn.init.zeros_(pipe.model.transformer.proj_out.weight)
@@ -100,11 +117,21 @@ def test_sampling_draws_tokens_with_the_probabilities_that_the_network_expects(b
 
 
 def test_places_take_their_turns():
-    together, turns = token_model().token_head, token_model(token_stagger=1.0, token_shift=1.0).token_head
+    together, turns = (
+        token_model().token_head,
+        token_model(token_stagger=1.0, token_shift=1.0).token_head,
+    )
     time = torch.linspace(0, 1, 9)
     assert (together.place_times(time)[:, :1] == together.place_times(time)).all()
     times = turns.place_times(time)
-    expected = [[0, 0, 0, 0], [0.5, 0, 0, 0], [1, 0, 0, 0], [1, 0.5, 0, 0], [1, 1, 0, 0], [1, 1, 0.5, 0]]
+    expected = [
+        [0, 0, 0, 0],
+        [0.5, 0, 0, 0],
+        [1, 0, 0, 0],
+        [1, 0.5, 0, 0],
+        [1, 1, 0, 0],
+        [1, 1, 0.5, 0],
+    ]
     torch.testing.assert_close(times[:6], torch.tensor(expected))
     assert (times[0] == 0).all() and (times[-1] == 1).all()
 
@@ -119,12 +146,16 @@ def test_draws_of_one_text_are_spread_over_time():
 @torch.no_grad()
 def test_nucleus_keeps_the_fewest_tokens_that_reach_top_p():
     kept = nucleus(torch.tensor([[0.1, 0.5, 0.15, 0.25], [0.97, 0.01, 0.01, 0.01]]), 0.7)
-    assert torch.equal(kept > 0, torch.tensor([[False, True, False, True], [True, False, False, False]]))
+    assert torch.equal(
+        kept > 0, torch.tensor([[False, True, False, True], [True, False, False, False]])
+    )
 
 
 def test_only_tokens_whose_turn_it_is_are_trained():
     model = token_model(token_stagger=1.0)
-    losses = model(torch.randint(0, 320, (2, 32)), timestep=0.375).token_losses  # the second of four is half done
+    losses = model(
+        torch.randint(0, 320, (2, 32)), timestep=0.375
+    ).token_losses  # the second of four is half done
     assert (losses[..., 1] > 0).all() and not losses[..., [0, 2, 3]].any()
 
 
@@ -134,7 +165,11 @@ def test_loss_ignores_padding_and_reaches_every_trained_parameter():
     ids, mask = torch.randint(0, 320, (2, 32)), torch.ones(2, 32, dtype=torch.long)
     mask[0, :3] = 0
     model(ids, mask).loss.backward()
-    missing = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    missing = [
+        n
+        for n, p in model.named_parameters()
+        if p.requires_grad and (p.grad is None or not p.grad.any())
+    ]
     # adaLN-zero: nothing behind a closed gate is reached at initialisation, nor what those layers read
     assert not [n for n in missing if "layers" not in n and "time_embedding" not in n]
     model.eval()
@@ -148,7 +183,11 @@ def test_loss_ignores_padding_and_reaches_every_trained_parameter():
 
 @torch.no_grad()
 def test_temperature_sharpens_what_the_network_expects_and_not_the_likelihood():
-    model, states, ids = token_model(token_shift=1.0), torch.randn(1, 2, 4 * 128), torch.randint(0, 320, (1, 8))
+    model, states, ids = (
+        token_model(token_shift=1.0),
+        torch.randn(1, 2, 4 * 128),
+        torch.randint(0, 320, (1, 8)),
+    )
     head, symbols, latents = model.token_head, model.symbols(), model.encode(ids).latents
     best = (states.view(1, 8, -1) @ head.embedding.weight.T + head.bias)[..., :320].argmax(-1)
     assert (best != ids).all()

@@ -27,15 +27,32 @@ from tokcom.training.presets import PRESET_DIR
 from tokcom.training.progress import NonFiniteLossError, UpdateGuard
 
 QUICK = [
-    *("report_to=none", "num_samples=0", "tokenizer_vocab_size=320", "model.transformer_config.num_hidden_layers=1"),
-    *("codec.max_steps=6", "codec.checkpoint_steps=3", "codec.eval_steps=3", "codec.eval_batches=1"),
+    *(
+        "report_to=none",
+        "num_samples=0",
+        "tokenizer_vocab_size=320",
+        "model.transformer_config.num_hidden_layers=1",
+    ),
+    *(
+        "codec.max_steps=6",
+        "codec.checkpoint_steps=3",
+        "codec.eval_steps=3",
+        "codec.eval_batches=1",
+    ),
     *("flow.max_steps=6", "flow.checkpoint_steps=3", "flow.eval_steps=3", "flow.eval_batches=1"),
-    *("codec.sequence_length=32", "flow.sequence_length=32", "codec.batch_size=4", "flow.batch_size=4"),
+    *(
+        "codec.sequence_length=32",
+        "flow.sequence_length=32",
+        "codec.batch_size=4",
+        "flow.batch_size=4",
+    ),
 ]
 
 
 def quick(tmp_path, *overrides):
-    brought = any(o.startswith("init_from=") for o in overrides)  # then the model's configuration comes along
+    brought = any(
+        o.startswith("init_from=") for o in overrides
+    )  # then the model's configuration comes along
     base = [o for o in QUICK if not (brought and o.startswith("model."))]
     data = [f"data.train={ROOT}/sample_data/stories_validation.jsonl", "data.validation=null"]
     return load_train_config("debug", [*base, *data, f"output_dir={tmp_path}/out", *overrides])
@@ -88,7 +105,9 @@ def test_one_batch_overfits_end_to_end(tokenizer, stories, kind):
             measure_latent_statistics(model, ids.flatten().numpy())
     model.eval()
     assert (model.to_ids(model.encode(ids).latents) == ids).float().mean() > 0.99
-    pipe = TokComPipeline(model, TokComFlowMatchScheduler.from_model_config(model.config), tokenizer)
+    pipe = TokComPipeline(
+        model, TokComFlowMatchScheduler.from_model_config(model.config), tokenizer
+    )
     pipe.set_progress_bar_config(disable=True)
     context = model.encode(ids[:, :16])
     noise = torch.randn(4, 12, 16, generator=torch.Generator().manual_seed(0))
@@ -118,7 +137,9 @@ def test_documented_metric_names_and_tables_are_logged(tmp_path):
         tags |= set(events.Tags()["scalars"]) | set(events.Tags()["tensors"])
     wanted = {"vae/batch_loss", "diffusion/batch_ce_loss", "diffusion/batch_mse_loss"}
     for prefix in ("vae", "diffusion"):
-        wanted |= {f"{prefix}/{n}" for n in ("train_loss", "val_loss", "best_val_loss", "learning_rate")}
+        wanted |= {
+            f"{prefix}/{n}" for n in ("train_loss", "val_loss", "best_val_loss", "learning_rate")
+        }
     tables = ("vae/samples", "diffusion/generated", "diffusion/reconstructed")
     assert wanted <= tags and all(any(t.startswith(name) for t in tags) for name in tables)
 
@@ -126,17 +147,31 @@ def test_documented_metric_names_and_tables_are_logged(tmp_path):
 def test_checkpoints_rotate_and_the_best_is_kept(tmp_path):
     run(quick(tmp_path, "codec.max_steps=9", "codec.checkpoints_total_limit=2", "stage=codec"))
     names = sorted(p.name for p in (tmp_path / "out" / "run" / "codec").iterdir())
-    assert [n for n in names if n.startswith("checkpoint")] == ["checkpoint-6", "checkpoint-9"] and "best" in names
+    assert [n for n in names if n.startswith("checkpoint")] == [
+        "checkpoint-6",
+        "checkpoint-9",
+    ] and "best" in names
 
 
 def launch(output, *extra):
-    command = [sys.executable, str(ROOT / "train_accelerate.py"), "--preset", "debug", *QUICK, f"output_dir={output}"]
+    command = [
+        sys.executable,
+        str(ROOT / "train_accelerate.py"),
+        "--preset",
+        "debug",
+        *QUICK,
+        f"output_dir={output}",
+    ]
     data = [f"data.train={ROOT}/sample_data/stories_validation.jsonl", "data.validation=null"]
     steps = ["flow.max_steps=120", "flow.checkpoint_steps=10", "flow.gradient_accumulation_steps=2"]
     steps += ["flow.batch_size=24", *extra]  # 12.5 steps an epoch: the kill comes in a later one
     env = dict(os.environ, OMP_NUM_THREADS="1")
     return subprocess.Popen(
-        [*command, *data, *steps], cwd=output.parent, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [*command, *data, *steps],
+        cwd=output.parent,
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
 
 
@@ -145,7 +180,10 @@ def test_killed_and_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(tmp_pat
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     extra = [f"data.streaming={streaming}"]
     if streaming == "true":
-        extra += [f"data.validation={ROOT}/sample_data/stories_validation.jsonl", "flow.max_steps=60"]
+        extra += [
+            f"data.validation={ROOT}/sample_data/stories_validation.jsonl",
+            "flow.max_steps=60",
+        ]
     assert launch(whole, *extra).wait(300) == 0
     process = launch(broken, *extra)
     while not list((broken / "run" / "flow").glob("checkpoint-[3-9]0")):
@@ -180,16 +218,27 @@ def test_two_processes_see_different_windows_and_keep_one_set_of_weights(tmp_pat
     command += [str(ROOT / "accelerate_configs" / "cpu_2proc.yaml"), "--main_process_port", "0"]
     command += [str(tmp_path / "spy.py"), str(tmp_path / "seen"), "--preset", "debug", *QUICK]
     command += [f"data.train={ROOT}/sample_data/stories_validation.jsonl", "data.validation=null"]
-    command += ["stage=codec", "codec.batch_size=100", "--output_dir", str(tmp_path / "out")]  # 3 steps an epoch
+    command += [
+        "stage=codec",
+        "codec.batch_size=100",
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]  # 3 steps an epoch
     env = dict(os.environ, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = ([json.loads(line) for line in open(tmp_path / f"seen{rank}")] for rank in "01")
     assert len(first) == len(second) == 6
     for a, b in zip(first, second):
         assert a[:2] != b[:2] and a[2] == b[2]
     assert first[0][2] != first[-1][2]
-    epochs = [sorted(sum((row[0] for row in rank[k : k + 3]), [])) for rank in (first, second) for k in (0, 3)]
+    epochs = [
+        sorted(sum((row[0] for row in rank[k : k + 3]), []))
+        for rank in (first, second)
+        for k in (0, 3)
+    ]
     assert epochs[0] != epochs[1] and epochs[2] != epochs[3]  # new offsets in the second epoch
     assert TokComPipeline.from_pretrained(tmp_path / "out").reconstruct("x").texts
 
@@ -219,7 +268,9 @@ def test_a_nan_loss_is_left_out_and_counted(tmp_path, monkeypatch, capsys):
     assert all(torch.isfinite(v).all() for v in load_file(output / "model.safetensors").values())
 
 
-def test_a_nan_loss_is_left_out_where_a_scaler_has_unscaled_the_gradients(tmp_path, monkeypatch, capsys):
+def test_a_nan_loss_is_left_out_where_a_scaler_has_unscaled_the_gradients(
+    tmp_path, monkeypatch, capsys
+):
     prepare, clip = processes.Accelerator.prepare, processes.Accelerator.clip_grad_norm_
 
     def clipped(self, *args, **kwargs):  # what accelerate does with mixed_precision=fp16 on a GPU
@@ -240,7 +291,9 @@ def test_a_nan_loss_is_left_out_where_a_scaler_has_unscaled_the_gradients(tmp_pa
 
 def test_loss_that_stays_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
     poison(monkeypatch, lambda call: call >= 5)
-    with pytest.raises(NonFiniteLossError, match=r"step 5; stopped.*checkpoint-3.*learning_rate \(0.003\)"):
+    with pytest.raises(
+        NonFiniteLossError, match=r"step 5; stopped.*checkpoint-3.*learning_rate \(0.003\)"
+    ):
         run(quick(tmp_path, "stage=codec", "codec.max_skipped_steps=2"))
     kept = tmp_path / "out" / "run" / "codec"
     assert [p.name for p in kept.glob("checkpoint-*")] == ["checkpoint-3"]
@@ -276,11 +329,22 @@ def test_a_spike_of_the_gradient_is_left_out(tmp_path, monkeypatch, capsys):
 def test_gradient_accumulation_equals_one_large_batch(tmp_path, monkeypatch):
     """Without noise (dropouts off, no posterior) two half batches give the update of one whole batch."""
     off = [f"codec.objective.{n}=0.0" for n in ("token_dropout", "latent_dropout", "kl_weight")]
-    off += ["model.codec_config.variational=false", "model.codec_config.latent_channels=64", "stage=codec"]
-    off += ["model.transformer_config.latent_channels=64", "codec.max_steps=1", "codec.warmup_steps=0"]
+    off += [
+        "model.codec_config.variational=false",
+        "model.codec_config.latent_channels=64",
+        "stage=codec",
+    ]
+    off += [
+        "model.transformer_config.latent_channels=64",
+        "codec.max_steps=1",
+        "codec.warmup_steps=0",
+    ]
     monkeypatch.setattr(PackedDataset, "__getitem__", _unpadded)
     weights = []
-    for name, options in (("a", ["codec.batch_size=8"]), ("b", ["codec.gradient_accumulation_steps=2"])):
+    for name, options in (
+        ("a", ["codec.batch_size=8"]),
+        ("b", ["codec.gradient_accumulation_steps=2"]),
+    ):
         (tmp_path / name).mkdir()
         run(quick(tmp_path / name, *off, *options))
         weights.append(load_file(tmp_path / name / "out" / "model.safetensors"))
@@ -303,7 +367,10 @@ def test_flow_goes_on_from_the_codec_of_its_directory_and_not_from_none(tmp_path
     state = load_file(run(quick(tmp_path, "stage=codec")) / "model.safetensors")
     codec = {name: value for name, value in state.items() if name.startswith("codec.")}
     both = load_file(run(quick(tmp_path, "stage=flow")) / "model.safetensors")
-    assert all(torch.equal(both[name], value) for name, value in codec.items()) and both["codec.latent_std"].std() > 0
+    assert (
+        all(torch.equal(both[name], value) for name, value in codec.items())
+        and both["codec.latent_std"].std() > 0
+    )
 
 
 @pytest.mark.parametrize("how", ["init_from", "codec_from"])
@@ -314,14 +381,23 @@ def test_flow_starts_from_another_models_codec(tmp_path, how):
         options.append("model.transformer_config.num_hidden_layers=3")
     second = run(quick(tmp_path, *options))
     state, codec = load_file(second / "model.safetensors"), load_file(first / "model.safetensors")
-    assert all(torch.equal(state[name], value) for name, value in codec.items() if name.startswith("codec."))
+    assert all(
+        torch.equal(state[name], value)
+        for name, value in codec.items()
+        if name.startswith("codec.")
+    )
     layers = TokComModel.from_pretrained(second).config.transformer_config.num_hidden_layers
     assert layers == (3 if how == "codec_from" else 1)
 
 
 def test_a_model_goes_on_under_other_settings_but_not_other_shapes(tmp_path):
     first = run(quick(tmp_path, "stage=codec"))
-    options = ["stage=flow", f"init_from={first}", f"output_dir={tmp_path}/second", "flow.objective.ce_weight=0.5"]
+    options = [
+        "stage=flow",
+        f"init_from={first}",
+        f"output_dir={tmp_path}/second",
+        "flow.objective.ce_weight=0.5",
+    ]
     second = run(quick(tmp_path, *options, "model.transformer_config.block_size=1"))
     config = TokComModel.from_pretrained(second).config
     assert config.transformer_config.block_size == 1
@@ -345,7 +421,9 @@ def test_workers_of_the_suite_compute_with_one_thread_each():
 
 
 def test_too_little_text_for_a_batch_is_named(tmp_path):
-    with pytest.raises(ValueError, match="windows of 32 tokens, fewer than one batch of 5000.*batch_size"):
+    with pytest.raises(
+        ValueError, match="windows of 32 tokens, fewer than one batch of 5000.*batch_size"
+    ):
         run(quick(tmp_path, "codec.batch_size=5000"))
 
 
@@ -413,7 +491,10 @@ def test_a_dictionary_replaces_that_of_the_preset_and_a_section_completes_it():
 def test_own_training_text_is_validated_on_itself_unless_told_otherwise(tmp_path):
     assert load_train_config("debug", []).data.validation is not None
     assert load_train_config("debug", ["data.train=x.txt"]).data.validation is None
-    assert load_train_config("debug", ["data.train=x.txt", "data.validation=y.txt"]).data.validation == "y.txt"
+    assert (
+        load_train_config("debug", ["data.train=x.txt", "data.validation=y.txt"]).data.validation
+        == "y.txt"
+    )
 
 
 def test_sequence_longer_than_the_model_is_an_error(tmp_path):
@@ -423,7 +504,9 @@ def test_sequence_longer_than_the_model_is_an_error(tmp_path):
 
 def test_tokenizer_of_another_vocabulary_is_refused(tmp_path):
     first = run(quick(tmp_path, "stage=codec"))
-    other = quick(tmp_path, f"init_from={first}", f"tokenizer={ROOT}", f"output_dir={tmp_path}/second")
+    other = quick(
+        tmp_path, f"init_from={first}", f"tokenizer={ROOT}", f"output_dir={tmp_path}/second"
+    )
     with pytest.raises(ValueError, match="321 tokens.*tokenizer has"):
         run(other)
 
@@ -432,16 +515,22 @@ def test_tokenizer_of_another_vocabulary_is_refused(tmp_path):
 def test_compiled_training_gives_the_same_loss(tmp_path):
     losses = []
     for compiled in ("false", "true"):
-        output = run(quick(tmp_path / compiled, f"torch_compile={compiled}", "report_to=tensorboard"))
+        output = run(
+            quick(tmp_path / compiled, f"torch_compile={compiled}", "report_to=tensorboard")
+        )
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-        logs = EventAccumulator(str(next((output / "run" / "flow" / "logs").rglob("events*")).parent)).Reload()
+        logs = EventAccumulator(
+            str(next((output / "run" / "flow" / "logs").rglob("events*")).parent)
+        ).Reload()
         losses.append([event.value for event in logs.Scalars("diffusion/batch_ce_loss")])
     assert len(losses[0]) == 6
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
-def test_a_run_with_cached_latents_writes_them_once_and_starts_windows_at_chunks(tmp_path, monkeypatch):
+def test_a_run_with_cached_latents_writes_them_once_and_starts_windows_at_chunks(
+    tmp_path, monkeypatch
+):
     seen = []
     forward = TokComModel.forward
 
@@ -462,11 +551,17 @@ def test_text_that_cannot_be_cached_is_an_error(tmp_path):
         run(quick(tmp_path, "cache_latents=true", "data.streaming=true", held_out))
 
 
-def test_the_attention_that_was_fastest_is_kept_in_checkpoints_and_not_timed_again(tmp_path, monkeypatch):
+def test_the_attention_that_was_fastest_is_kept_in_checkpoints_and_not_timed_again(
+    tmp_path, monkeypatch
+):
     run(quick(tmp_path, "attention=auto", "stage=codec"))
     seconds = {"sdpa": 3.0, "sdpa_float32": 2.0, "eager": 1.0}
-    monkeypatch.setattr(attention, "time_step", lambda model, batch, name, accelerator: seconds[name])
-    monkeypatch.setattr(UpdateGuard, "problem", lambda self, *args: stop() if self.progress.step >= 2 else None)
+    monkeypatch.setattr(
+        attention, "time_step", lambda model, batch, name, accelerator: seconds[name]
+    )
+    monkeypatch.setattr(
+        UpdateGuard, "problem", lambda self, *args: stop() if self.progress.step >= 2 else None
+    )
 
     def stop():
         raise KeyboardInterrupt
@@ -476,5 +571,8 @@ def test_the_attention_that_was_fastest_is_kept_in_checkpoints_and_not_timed_aga
     monkeypatch.undo()
     monkeypatch.setattr(attention, "time_step", lambda *args: pytest.fail("timed again"))
     run(quick(tmp_path, "attention=auto", "flow.checkpoint_steps=1"))
-    newest = max((tmp_path / "out" / "run" / "flow").glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    newest = max(
+        (tmp_path / "out" / "run" / "flow").glob("checkpoint-*"),
+        key=lambda p: int(p.name.split("-")[1]),
+    )
     assert torch.load(newest / "extra.pt", weights_only=True)["attention"] == "eager"

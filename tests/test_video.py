@@ -38,16 +38,28 @@ from tokcom.training.presets import preset_config
 from tokcom.transformer_tokcom import draw_known, generation_order
 
 CODEC = dict(num_frames=4, height=16, width=24, patch_size=8)
-FLOW = dict(hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
-QUANTIZED = dict(hidden_size=32, intermediate_size=32, latent_channels=8, quantizer="vq", num_codes=16)
+FLOW = dict(
+    hidden_size=48,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+)
+QUANTIZED = dict(
+    hidden_size=32, intermediate_size=32, latent_channels=8, quantizer="vq", num_codes=16
+)
 
 
 def model(codec=None, transformer=None, vocab_size=None, **overrides) -> TokComModel:
     torch.manual_seed(0)
-    parts = dict(codec_config={**CODEC, **(codec or {})}, transformer_config={**FLOW, **(transformer or {})})
+    parts = dict(
+        codec_config={**CODEC, **(codec or {})}, transformer_config={**FLOW, **(transformer or {})}
+    )
     net = TokComModel(preset_config("video-tiny", vocab_size, **parts, **overrides)).eval()
     for name, parameter in net.transformer.named_parameters():
-        if "modulation" in name:  # a block at initialisation is the identity, which would hide mistakes
+        if (
+            "modulation" in name
+        ):  # a block at initialisation is the identity, which would hide mistakes
             torch.nn.init.normal_(parameter, std=0.3)
     return net
 
@@ -55,7 +67,9 @@ def model(codec=None, transformer=None, vocab_size=None, **overrides) -> TokComM
 def pipeline(*args, captions: bool = False, **kwargs) -> TokComVideoPipeline:
     tokenizer = train_tokenizer(["a red ball", "a blue cat"], 300) if captions else None
     net = model(*args, vocab_size=vocabulary_size(tokenizer) if captions else None, **kwargs)
-    pipe = TokComVideoPipeline(net, TokComFlowMatchScheduler.from_model_config(net.config), tokenizer)
+    pipe = TokComVideoPipeline(
+        net, TokComFlowMatchScheduler.from_model_config(net.config), tokenizer
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -69,7 +83,9 @@ def clips(count=2, frames=4, height=16, width=24, channels=3) -> torch.Tensor:
 
 @pytest.mark.parametrize("frames,height,width", [(4, 16, 24), (1, 8, 8), (7, 40, 16)])
 @pytest.mark.parametrize("time", [1, 2])
-def test_patches_hold_a_clip_of_any_size_exactly_and_say_where_they_stand(frames, height, width, time):
+def test_patches_hold_a_clip_of_any_size_exactly_and_say_where_they_stand(
+    frames, height, width, time
+):
     codec = model(codec=dict(frames_per_patch=time)).codec
     frames *= time
     clip = clips(2, frames, height, width)
@@ -88,7 +104,9 @@ def test_positions_of_a_clip_of_the_trained_size_are_those_of_its_index():
     torch.testing.assert_close(codec.positions(torch.arange(24)), codec.grid(4, 16, 24))
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 4, 16, 20), (2, 3, 4, 12, 24), (2, 4, 4, 16, 24), (2, 3, 16, 24)])
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 4, 16, 20), (2, 3, 4, 12, 24), (2, 4, 4, 16, 24), (2, 3, 16, 24)]
+)
 def test_clips_that_patches_do_not_divide_are_refused(shape):
     with pytest.raises(ValueError, match="patch_size|shape"):
         model().encode(pixel_values=torch.zeros(shape))
@@ -155,7 +173,13 @@ def test_the_codec_learns_clips_and_uses_its_codebook():
     net.set_stage("codec")
     net.train()
     optimizer = torch.optim.Adam(net.codec.parameters(), 3e-3)
-    flat = torch.rand(64, 3, 4, 2, 3, generator=seeded()).repeat_interleave(8, 3).repeat_interleave(8, 4) * 2 - 1
+    flat = (
+        torch.rand(64, 3, 4, 2, 3, generator=seeded())
+        .repeat_interleave(8, 3)
+        .repeat_interleave(8, 4)
+        * 2
+        - 1
+    )
     losses = []
     for _ in range(60):
         output = net(pixel_values=flat[torch.randperm(64)[:16]])
@@ -183,27 +207,37 @@ def test_frame_0_influences_other_frames_and_order_matters(attention):
         changed[:, 0] += 1
         moved = (net.denoise(changed, 0.5, positions).latents - plain).abs().amax(-1)[0].view(4, 6)
         assert (moved[1:].amax(1) > 1e-5).all() and (moved[0] > 1e-5).all()
-        for order in (torch.arange(24).view(4, 6).flip(0).flatten(), torch.arange(24).view(4, 6).flip(1).flatten()):
+        for order in (
+            torch.arange(24).view(4, 6).flip(0).flatten(),
+            torch.arange(24).view(4, 6).flip(1).flatten(),
+        ):
             permuted = net.denoise(x[:, order], 0.5, positions).latents
             assert (permuted - plain[:, order]).abs().max() > 1e-4
 
 
 def test_factorized_attention_is_attention_within_a_moment_and_then_along_time():
     net = model(transformer=dict(attention_type="factorized"))
-    x, positions = torch.randn(2, 24, 192, generator=seeded()), net.codec.grid(4, 16, 24).expand(2, -1, -1)
+    x, positions = (
+        torch.randn(2, 24, 192, generator=seeded()),
+        net.codec.grid(4, 16, 24).expand(2, -1, -1),
+    )
     moment, place = positions[0, :, 0], positions[0, :, 1] * 3 + positions[0, :, 2]
     masks = [(a[:, None] == a).expand(2, -1, -1) for a in (moment, place)]
     with torch.no_grad():
         found = net.transformer(x, torch.full((2, 24), 0.5), positions).latents
         net.transformer.config.attention_type = "full"
         hidden = net.transformer.proj_in(x)
-        conditioning = torch.nn.functional.silu(net.transformer.time_embedding(torch.full((2, 24), 0.5)))
+        conditioning = torch.nn.functional.silu(
+            net.transformer.time_embedding(torch.full((2, 24), 0.5))
+        )
         from tokcom.layers_tokcom import rotary_embedding
 
         tables = rotary_embedding(positions, 24, net.config.transformer_config.rope_theta)
         for layer, mask in zip(net.transformer.layers, masks):
             hidden = layer(hidden, conditioning, tables, mask[:, None])
-        torch.testing.assert_close(found, net.transformer.proj_out(net.transformer.norm(hidden)), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            found, net.transformer.proj_out(net.transformer.norm(hidden)), atol=1e-5, rtol=1e-4
+        )
 
 
 def test_known_parts_and_blocks_are_whole_moments():
@@ -230,7 +264,9 @@ def analytic(net, mean=1.5, std=0.5):
     net.predict = predict
 
 
-@pytest.mark.parametrize("schedule", ["uniform", "logit_normal", "linear", "cosine", *STOCK_SCHEDULERS])
+@pytest.mark.parametrize(
+    "schedule", ["uniform", "logit_normal", "linear", "cosine", *STOCK_SCHEDULERS]
+)
 def test_every_sampler_recovers_a_gaussian_in_fifty_steps(schedule):
     named = isinstance(schedule, str)
     net = model(timestep_sampling=schedule if named else "uniform")
@@ -279,7 +315,9 @@ def test_a_cache_changes_nothing_and_a_clip_may_be_longer_than_the_window():
     pipe = pipeline(transformer=dict(block_size=6))
     pipe.model.config.transformer_config.max_position_embeddings = 24
     known = clips(1, frames=2)
-    frames = pipe(frames=known, num_inference_steps=3, generator=seeded(), output_type="latent").latents
+    frames = pipe(
+        frames=known, num_inference_steps=3, generator=seeded(), output_type="latent"
+    ).latents
     net, codec = pipe.model, pipe.model.codec
     noise = pipe.prepare_latents(1, 12, seeded())
     done = codec.encode(known).latents
@@ -294,7 +332,9 @@ def test_a_cache_changes_nothing_and_a_clip_may_be_longer_than_the_window():
             for now, then in zip(sigmas, sigmas[1:]):
                 times = torch.cat((torch.ones(1, count), torch.full((1, 6), 1 - now)), dim=1)
                 places = codec.positions(torch.arange(count + 6))[None]
-                estimate = net.denoise(torch.cat((done, x), dim=1), times, places, sees).latents[:, -6:]
+                estimate = net.denoise(torch.cat((done, x), dim=1), times, places, sees).latents[
+                    :, -6:
+                ]
                 x = x + (then - now) * (x - estimate) / now
             done = torch.cat((done, x), dim=1)
     torch.testing.assert_close(frames, done, atol=1e-4, rtol=1e-3)
@@ -305,13 +345,24 @@ def test_a_cache_changes_nothing_and_a_clip_may_be_longer_than_the_window():
 def test_captions_and_frames_guide_together():
     pipe = pipeline(captions=True)
     torch.nn.init.normal_(pipe.model.condition_embedding.weight)
-    options = dict(num_inference_steps=2, output_type="latent", latents=torch.randn(1, 18, 192, generator=seeded()))
+    options = dict(
+        num_inference_steps=2,
+        output_type="latent",
+        latents=torch.randn(1, 18, 192, generator=seeded()),
+    )
     known = clips(1, frames=1)
     red, blue, none, guided = (
         pipe(prompt, known, guidance_scale=g, **options).latents
-        for prompt, g in (("a red ball", 1.0), ("a blue cat", 1.0), (None, 1.0), ("a red ball", 3.0))
+        for prompt, g in (
+            ("a red ball", 1.0),
+            ("a blue cat", 1.0),
+            (None, 1.0),
+            ("a red ball", 3.0),
+        )
     )
-    assert min((red - blue).abs().max(), (red - none).abs().max(), (red - guided).abs().max()) > 1e-4
+    assert (
+        min((red - blue).abs().max(), (red - none).abs().max(), (red - guided).abs().max()) > 1e-4
+    )
     assert len(pipe(["a red ball", "a blue cat"], num_inference_steps=1).videos) == 2
 
 
@@ -361,15 +412,21 @@ def test_an_autoencoder_reads_where_offloading_computes():
 def autoencoder(kind: str):
     torch.manual_seed(0)
     if kind == "pictures":
-        blocks = dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
-        return AutoencoderKL(**blocks, block_out_channels=(8, 8), latent_channels=4, norm_num_groups=4).eval()
+        blocks = dict(
+            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2
+        )
+        return AutoencoderKL(
+            **blocks, block_out_channels=(8, 8), latent_channels=4, norm_num_groups=4
+        ).eval()
     return AutoencoderKLWan(
         base_dim=4, z_dim=4, dim_mult=[1, 1, 1], num_res_blocks=1, temperal_downsample=[True, False]
     ).eval()
 
 
 @pytest.mark.parametrize("kind,spatial,temporal", [("pictures", 2, 1), ("clips", 4, 2)])
-def test_a_model_learns_the_latents_of_an_external_autoencoder_and_shows_pixels(kind, spatial, temporal, tmp_path):
+def test_a_model_learns_the_latents_of_an_external_autoencoder_and_shows_pixels(
+    kind, spatial, temporal, tmp_path
+):
     vae = autoencoder(kind)
     vae.save_pretrained(tmp_path / "vae")
     pixels = clips(1, frames=1 + 2 * temporal, height=32, width=32)
@@ -381,17 +438,33 @@ def test_a_model_learns_the_latents_of_an_external_autoencoder_and_shows_pixels(
     shape |= dict(spatial_compression=spatial, temporal_compression=temporal)
     overrides = [f"model.codec_config.{name}={value}" for name, value in shape.items()]
     overrides += [f"model.transformer_config.{name}={value}" for name, value in FLOW.items()]
-    overrides += ["flow.max_steps=1", "flow.batch_size=2", "flow.eval_batches=1", "report_to=none", "num_samples=1"]
+    overrides += [
+        "flow.max_steps=1",
+        "flow.batch_size=2",
+        "flow.eval_batches=1",
+        "report_to=none",
+        "num_samples=1",
+    ]
     overrides += [
         f"data.train={films(tmp_path / 'films')}",
         "data.validation_fraction=0.3",
         "data.caption_column=none",
     ]
-    train(["--preset", "video-tiny", *overrides, f"autoencoder={tmp_path / 'vae'}", f"output_dir={tmp_path / 'out'}"])
+    train(
+        [
+            "--preset",
+            "video-tiny",
+            *overrides,
+            f"autoencoder={tmp_path / 'vae'}",
+            f"output_dir={tmp_path / 'out'}",
+        ]
+    )
     pipe = TokComVideoPipeline.from_pretrained(tmp_path / "out")
     assert type(pipe.vae) is type(vae) and float(pipe.model.codec.latent_std.min()) > 0
     pipe.set_progress_bar_config(disable=True)
-    made = pipe(frames=[[Image.new("RGB", (32, 32))]], num_inference_steps=1, output_type="pt").videos
+    made = pipe(
+        frames=[[Image.new("RGB", (32, 32))]], num_inference_steps=1, output_type="pt"
+    ).videos
     assert made.shape == pixels.shape
     with pytest.raises(SystemExit, match="shape.*codec reads"):
         train(
@@ -470,7 +543,9 @@ def test_clips_come_from_folders_of_films_of_frames_and_from_parquet(kind, tmp_p
     config.frame_folders = kind == "folders"
     records = load_documents(str(source), config, "train")
     assert len(records) == 4 and set(records["caption"]) == {"left", "right"}
-    dataset = ImageDataset(records, "image", "caption", None, 0, True).fit(TokComVideoCodecConfig(num_frames=4))
+    dataset = ImageDataset(records, "image", "caption", None, 0, True).fit(
+        TokComVideoCodecConfig(num_frames=4)
+    )
     dataset.set_epoch(0)
     item = dataset[0]["pixel_values"]
     assert item.shape == (3, 4, 32, 32) and torch.equal(item, dataset[0]["pixel_values"])
@@ -489,7 +564,10 @@ def test_clips_come_from_folders_of_films_of_frames_and_from_parquet(kind, tmp_p
 TINY = [f"model.transformer_config.{name}={value}" for name, value in FLOW.items()]
 TINY += ["report_to=tensorboard", "num_samples=1", "codec.batch_size=4", "flow.batch_size=4"]
 for stage in ("codec", "flow"):
-    TINY += [f"{stage}.{name}={value}" for name, value in (("max_steps", 2), ("eval_batches", 1), ("warmup_steps", 1))]
+    TINY += [
+        f"{stage}.{name}={value}"
+        for name, value in (("max_steps", 2), ("eval_batches", 1), ("warmup_steps", 1))
+    ]
 
 
 @pytest.mark.parametrize("kind", ["captions", "blocks", "quantized"])
@@ -514,14 +592,26 @@ def test_one_command_trains_a_model_of_the_shipped_clips_and_its_student(kind, t
     data += ["data.caption_column=none"] if kind == "blocks" else []
     small = ["max_steps=1", "batch_size=2", "num_pairs=4", "pair_steps=2", "num_inference_steps=2"]
     small = [f"distill.{option}" for option in small]
-    student = ["stage=distill", f"init_from={output}", f"output_dir={tmp_path / 'student'}", "report_to=none"]
+    student = [
+        "stage=distill",
+        f"init_from={output}",
+        f"output_dir={tmp_path / 'student'}",
+        "report_to=none",
+    ]
     train([*student, *small, *data])
-    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "student"))
+    before, after = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("out", "student")
+    )
     moved = {name for name in before if not torch.equal(before[name], after[name])}
-    assert moved or kind == "quantized"  # whose student and teacher round to the same codes so early
+    assert (
+        moved or kind == "quantized"
+    )  # whose student and teacher round to the same codes so early
     assert all(name.startswith(("transformer.", "condition_embedding")) for name in moved)
     student = TokComVideoPipeline.from_pretrained(tmp_path / "student")
-    assert student.scheduler.config.stochastic_sampling and student.model.config.num_inference_steps == 2
+    assert (
+        student.scheduler.config.stochastic_sampling
+        and student.model.config.num_inference_steps == 2
+    )
     given = Image.new("RGB", (32, 32), (200, 0, 0))
     assert np.array_equal(np.asarray(student(frames=[[given]]).videos[0][0]), np.asarray(given))
 
@@ -529,18 +619,44 @@ def test_one_command_trains_a_model_of_the_shipped_clips_and_its_student(kind, t
 def test_the_next_frame_is_measured_beside_copying_it(tmp_path):
     pipeline(codec=dict(num_frames=8, height=32, width=32)).save_pretrained(tmp_path / "model")
     source = str(ROOT / "sample_data/clips_validation.parquet")
-    arguments = ["--model", str(tmp_path / "model"), "--data", source, "--num_samples", "3", "--steps", "1", "2"]
-    rows = measure_videos([*arguments, "--students", str(tmp_path / "model"), "--output_dir", str(tmp_path / "out")])
+    arguments = [
+        "--model",
+        str(tmp_path / "model"),
+        "--data",
+        source,
+        "--num_samples",
+        "3",
+        "--steps",
+        "1",
+        "2",
+    ]
+    rows = measure_videos(
+        [*arguments, "--students", str(tmp_path / "model"), "--output_dir", str(tmp_path / "out")]
+    )
     assert [row["system"] for row in rows] == ["copy of the last frame", "model", "model", "model"]
     records = ImageDataset(
-        datasets.load_dataset("parquet", data_files=source, split="train"), "image", "", None, 0, False
+        datasets.load_dataset("parquet", data_files=source, split="train"),
+        "image",
+        "",
+        None,
+        0,
+        False,
     )
-    clips = torch.stack([records.fit(TokComVideoCodecConfig())[i]["pixel_values"] for i in range(3)])
+    clips = torch.stack(
+        [records.fit(TokComVideoCodecConfig())[i]["pixel_values"] for i in range(3)]
+    )
     error = (clips[:, :, 0] - clips[:, :, 1]).square().flatten(1).mean(1) / 4
     assert abs(rows[0]["1 known"] - float((-10 * error.log10()).mean())) < 1e-3
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"results.json", "results.md", "strips.png", "clips.gif"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "results.json",
+        "results.md",
+        "strips.png",
+        "clips.gif",
+    }
     with pytest.raises(SystemExit, match="use TokComPipeline"):
-        measure_videos(["--model", str(ROOT), "--data", source, "--output_dir", str(tmp_path / "out")])
+        measure_videos(
+            ["--model", str(ROOT), "--data", source, "--output_dir", str(tmp_path / "out")]
+        )
 
 
 def test_the_codes_of_held_out_clips_are_counted_and_shown(tmp_path):
@@ -551,7 +667,11 @@ def test_the_codes_of_held_out_clips_are_counted_and_shown(tmp_path):
     facts = call("evaluate", "codebook", "--model", str(tmp_path / "model"), *options)
     assert facts["latents"] == 16 * 128
     level = facts["levels"][0]
-    assert level["codes"] == 16 and 0 < level["usage"] <= 1 and level["dead_codes"] == round(16 * (1 - level["usage"]))
+    assert (
+        level["codes"] == 16
+        and 0 < level["usage"] <= 1
+        and level["dead_codes"] == round(16 * (1 - level["usage"]))
+    )
     assert Image.open(tmp_path / "codes.png").size[0] > 0 and (tmp_path / "usage.png").is_file()
     with pytest.raises(SystemExit, match="no quantiser"):
         call("evaluate", "codebook", "--model", str(ROOT), *options)
@@ -560,14 +680,39 @@ def test_the_codes_of_held_out_clips_are_counted_and_shown(tmp_path):
 def test_the_command_line_animates_a_picture(tmp_path, capsys):
     pipeline(transformer=dict(block_size=6)).save_pretrained(tmp_path / "model")
     Image.new("RGB", (40, 30), (10, 200, 10)).save(tmp_path / "first.png")
-    arguments = ["--checkpoint", str(tmp_path / "model"), "--mode", "animate", "--num_steps", "1", "--seed", "0"]
-    infer([*arguments, "--input_image", str(tmp_path / "first.png"), "--video_file", str(tmp_path / "a.mp4")])
+    arguments = [
+        "--checkpoint",
+        str(tmp_path / "model"),
+        "--mode",
+        "animate",
+        "--num_steps",
+        "1",
+        "--seed",
+        "0",
+    ]
+    infer(
+        [
+            *arguments,
+            "--input_image",
+            str(tmp_path / "first.png"),
+            "--video_file",
+            str(tmp_path / "a.mp4"),
+        ]
+    )
     infer([*arguments, "--video_file", str(tmp_path / "b.gif"), "--num_frames", "9"])
     assert "4 frames written" in capsys.readouterr().out
     assert len(Frames(str(tmp_path / "a.mp4"))) == 4 and len(Frames(str(tmp_path / "b.gif"))) == 9
     with pytest.raises(SystemExit, match="input_image holds no picture"):
         (tmp_path / "bad.png").write_text("no")
-        infer([*arguments, "--input_image", str(tmp_path / "bad.png"), "--video_file", str(tmp_path / "c.gif")])
+        infer(
+            [
+                *arguments,
+                "--input_image",
+                str(tmp_path / "bad.png"),
+                "--video_file",
+                str(tmp_path / "c.gif"),
+            ]
+        )
 
 
 def test_memory_of_a_larger_model_is_foretold_by_smaller_ones():
@@ -591,7 +736,8 @@ def test_small_takes_a_training_step_of_its_published_size():
 
 
 @pytest.mark.parametrize(
-    "name,millions", [("video-small", 22.3), ("video-medium", 164.6), ("video-large", 1257), ("video-dmd", 164.6)]
+    "name,millions",
+    [("video-small", 22.3), ("video-medium", 164.6), ("video-large", 1257), ("video-dmd", 164.6)],
 )
 def test_published_presets_have_their_published_size(name, millions):
     with torch.device("meta"):
@@ -607,14 +753,20 @@ def test_a_bidirectional_teacher_is_distilled_at_the_positions_of_its_patches():
     x = torch.randn(2, 24, 192)
     estimate = ModelDenoiser(net)(x, torch.tensor([0.3, 0.7]), {})
     assert torch.equal(seen[0][1], net.codec.grid(4, 16, 24))
-    wanted = net.denoise(x, torch.tensor([0.3, 0.7]), net.codec.grid(4, 16, 24).expand(2, -1, -1)).latents
+    wanted = net.denoise(
+        x, torch.tensor([0.3, 0.7]), net.codec.grid(4, 16, 24).expand(2, -1, -1)
+    ).latents
     torch.testing.assert_close(estimate, wanted)
 
 
 @pytest.mark.parametrize("attention", ["full", "factorized"])
 def test_a_guided_teacher_of_clips_leaves_out_what_the_pipeline_leaves_out(attention):
     net = model(transformer={"attention_type": attention})
-    latents, x, known = torch.randn(2, 24, 192), torch.randn(2, 24, 192), torch.zeros(2, 24, dtype=torch.bool)
+    latents, x, known = (
+        torch.randn(2, 24, 192),
+        torch.randn(2, 24, 192),
+        torch.zeros(2, 24, dtype=torch.bool),
+    )
     known[:, :12] = True
     t, where = torch.tensor([0.3, 0.7]), net.codec.grid(4, 16, 24).expand(2, -1, -1)
     given = {"known": known, "latents": latents}
@@ -630,8 +782,18 @@ def test_codes_are_counted_without_room_for_those_that_never_occur():
 
 
 def test_a_text_model_with_the_schedule_of_a_diffusion_trains_and_shows_samples(tmp_path):
-    small = [f"{stage}.{key}=2" for stage in ("codec", "flow") for key in ("max_steps", "batch_size", "eval_batches")]
+    small = [
+        f"{stage}.{key}=2"
+        for stage in ("codec", "flow")
+        for key in ("max_steps", "batch_size", "eval_batches")
+    ]
     small += [f"{stage}.sequence_length=32" for stage in ("codec", "flow")]
-    options = ["--preset", "debug", f"output_dir={tmp_path}", "model.timestep_sampling=linear", "num_samples=1"]
+    options = [
+        "--preset",
+        "debug",
+        f"output_dir={tmp_path}",
+        "model.timestep_sampling=linear",
+        "num_samples=1",
+    ]
     train([*options, *small, "report_to=none"])
     assert TokComPipeline.from_pretrained(tmp_path).scheduler.config.prediction_type == "sample"

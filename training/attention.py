@@ -18,7 +18,9 @@ def saved_attention(extra_file: Path) -> str:
     return torch.load(extra_file, map_location="cpu", weights_only=True).get("attention", "sdpa")
 
 
-def fastest_attention(model: TokComModel, dataset: Dataset, batch_size: int, accelerator: Accelerator) -> str:
+def fastest_attention(
+    model: TokComModel, dataset: Dataset, batch_size: int, accelerator: Accelerator
+) -> str:
     """The function with the fastest training step on this machine; all processes agree on that of the first."""
     batch = next(iter(DataLoader(dataset, batch_size)))
     seconds = {name: time_step(model, batch, name, accelerator) for name in ATTENTIONS}
@@ -28,7 +30,9 @@ def fastest_attention(model: TokComModel, dataset: Dataset, batch_size: int, acc
     return fastest
 
 
-def time_step(model: TokComModel, batch: dict[str, torch.Tensor], attention: str, accelerator: Accelerator) -> float:
+def time_step(
+    model: TokComModel, batch: dict[str, torch.Tensor], attention: str, accelerator: Accelerator
+) -> float:
     """Seconds of one forward and backward pass with an attention function, the faster of two."""
     model.set_attn_implementation(attention)
     model.train()

@@ -12,7 +12,9 @@ from tokcom.training.directory import RunDirectory
 from tokcom.training.presets import merge_overrides, preset_config
 
 
-def model_of_stage(config: TrainConfig, stage: str, corpus: Corpus, directory: RunDirectory) -> TokComModel:
+def model_of_stage(
+    config: TrainConfig, stage: str, corpus: Corpus, directory: RunDirectory
+) -> TokComModel:
     """The model that `stage` starts from, in float32.
 
     The flow stage goes on with the codec that this run has trained. Raises `ValueError` if there is none and nothing else brings
@@ -20,7 +22,11 @@ def model_of_stage(config: TrainConfig, stage: str, corpus: Corpus, directory: R
     """
     donor = config.init_from or config.codec_from
     codec = directory.final("codec")
-    if stage == "flow" and (config.stage == "all" or not donor) and (codec / "config.json").is_file():
+    if (
+        stage == "flow"
+        and (config.stage == "all" or not donor)
+        and (codec / "config.json").is_file()
+    ):
         return TokComModel.from_pretrained(codec, dtype=torch.float32)
     model = build_model(config, corpus.tokenizer)
     if stage != "flow" or donor:
@@ -67,15 +73,21 @@ def _load_weights(model: TokComModel, source: TokComModel, donor: str, codec_onl
     target = model.codec if codec_only else model
     weights = source.codec.state_dict() if codec_only else source.state_dict()
     if not codec_only and model.latent_head is not None and source.latent_head is None:
-        weights |= {f"latent_head.{name}": value for name, value in model.latent_head.state_dict().items()}
+        weights |= {
+            f"latent_head.{name}": value for name, value in model.latent_head.state_dict().items()
+        }
     try:
         target.load_state_dict(weights)
     except RuntimeError as error:
         problem = str(error).splitlines()[1].strip()
-        raise ValueError(f"the weights of {donor} do not fit the overrides in `model`: {problem}") from error
+        raise ValueError(
+            f"the weights of {donor} do not fit the overrides in `model`: {problem}"
+        ) from error
 
 
-def derived_config(config: TrainConfig, source: TokComConfig, vocab_size: int | None = None) -> TokComConfig:
+def derived_config(
+    config: TrainConfig, source: TokComConfig, vocab_size: int | None = None
+) -> TokComConfig:
     """The configuration of a model that starts from one with configuration `source`, or from its codec only.
 
     `vocab_size` is the number of ids of text, which a codec of pictures does not know.

@@ -17,7 +17,15 @@ LIMITATIONS = (
     "A language model repeats what its training text says, errors and prejudice included, and states falsehoods as fluently as "
     "facts. The losses above are of this run's own validation text; no other quality was measured unless a section says so."
 )
-COLUMNS = ("stage", "steps", "tokens seen", "AdamW rate", "Muon rate", "window", "best validation loss")
+COLUMNS = (
+    "stage",
+    "steps",
+    "tokens seen",
+    "AdamW rate",
+    "Muon rate",
+    "window",
+    "best validation loss",
+)
 
 
 def publish(config: TrainConfig, directory: RunDirectory) -> None:
@@ -47,7 +55,9 @@ def training_card(config: TrainConfig, pipe: TokComBasePipeline) -> str:
         "Training": _training(config, summaries),
         "Samples": _samples(pipe),
         "Limitations": LIMITATIONS,
-        "Licence": f"`{config.hub_license}`" if config.hub_license else "Not stated by whoever trained this model.",
+        "Licence": f"`{config.hub_license}`"
+        if config.hub_license
+        else "Not stated by whoever trained this model.",
     }
     card = ModelCard(pipe.model_card(name, sections))
     card.data.license = config.hub_license
@@ -64,7 +74,9 @@ def read_summaries(config: TrainConfig) -> dict[str, dict[str, float]]:
     return {stage: json.loads(file.read_text()) for stage, file in files.items() if file.is_file()}
 
 
-def _results(config: TrainConfig, task: str, summaries: dict[str, dict[str, float]]) -> list[EvalResult] | None:
+def _results(
+    config: TrainConfig, task: str, summaries: dict[str, dict[str, float]]
+) -> list[EvalResult] | None:
     """The validation losses, in the form that the Hub reads."""
     validation = config.data.validation or config.data.train
     names = source_names(DataConfig(train=validation))
@@ -98,7 +110,13 @@ def _training(config: TrainConfig, summaries: dict[str, dict[str, float]]) -> st
         options = getattr(config, stage)
         muon = getattr(options, "muon_learning_rate", 0.0)
         best = facts.get("best_validation_loss")
-        cells = [stage, f"{facts['steps']:,}", f"{facts['tokens']:,}", f"{options.learning_rate:g}", f"{muon:g}"]
+        cells = [
+            stage,
+            f"{facts['steps']:,}",
+            f"{facts['tokens']:,}",
+            f"{options.learning_rate:g}",
+            f"{muon:g}",
+        ]
         cells += [str(options.sequence_length), "-" if best is None else f"{best:.4f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return started + "\n\n" + "\n".join(lines)
@@ -121,5 +139,9 @@ def evaluation_section(directory: Path) -> str:
     """What `tokcom evaluate --output_dir` wrote, as a section; raises `ValueError` if it wrote nothing there."""
     file = directory / "results.md"
     if not file.is_file():
-        raise ValueError(f"{directory} has no results.md; run tokcom evaluate --output_dir {directory} first.")
-    return "\n".join(f"#{line}" if line.startswith("##") else line for line in file.read_text().splitlines())
+        raise ValueError(
+            f"{directory} has no results.md; run tokcom evaluate --output_dir {directory} first."
+        )
+    return "\n".join(
+        f"#{line}" if line.startswith("##") else line for line in file.read_text().splitlines()
+    )

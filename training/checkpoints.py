@@ -84,7 +84,11 @@ class Checkpoints:
 
     def all(self) -> list[Path]:
         """Oldest first, by step."""
-        found = (p for p in self.directory.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit())
+        found = (
+            p
+            for p in self.directory.glob("checkpoint-*")
+            if p.name.removeprefix("checkpoint-").isdigit()
+        )
         return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
 
     def newest(self) -> Path | None:
@@ -106,7 +110,9 @@ class Checkpoints:
             )
         return None
 
-    def write(self, step: int, save: Callable[[str], object], is_main: bool, wait: Callable[[], None]) -> None:
+    def write(
+        self, step: int, save: Callable[[str], object], is_main: bool, wait: Callable[[], None]
+    ) -> None:
         """Call `save(folder)` on every process, seal the folder, give it its name and remove old ones.
 
         `wait` is a barrier. Raises `CheckpointError` if it cannot be written; then the ones before are as they were.
@@ -121,7 +127,9 @@ class Checkpoints:
             wait()
             if is_main:
                 seal(partial)
-        except Exception as error:  # torch, safetensors and the system name a full disk in ways of their own
+        except (
+            Exception
+        ) as error:  # torch, safetensors and the system name a full disk in ways of their own
             if is_main:
                 shutil.rmtree(partial, ignore_errors=True)
             kept = ([None] + self.all())[-1]

@@ -15,7 +15,9 @@ def check_sizes(
     config: TrainConfig, model: TokComModel, corpus: Corpus, stages: list[str], state: PartialState
 ) -> None:
     """Raise `ValueError` if the data do not fit the settings of one of `stages`."""
-    uncached = dataclasses.replace(config, cache_latents=False)  # caching waits for the trained codec
+    uncached = dataclasses.replace(
+        config, cache_latents=False
+    )  # caching waits for the trained codec
     before = model.objective
     for stage in stages:
         if stage == "codec" and not has_trainable_codec(model):
@@ -25,11 +27,15 @@ def check_sizes(
         train, held_out = corpus.datasets(model, uncached, options, state)
         check_rows(corpus, train, stage, options, state.num_processes)
         if not len(held_out):
-            raise ValueError("the validation data give no row; give more, or data.validation=null to hold some out.")
+            raise ValueError(
+                "the validation data give no row; give more, or data.validation=null to hold some out."
+            )
     model.objective = before
 
 
-def check_rows(corpus: Corpus, dataset: Dataset, stage: str, options: LoopConfig, processes: int) -> None:
+def check_rows(
+    corpus: Corpus, dataset: Dataset, stage: str, options: LoopConfig, processes: int
+) -> None:
     """Raise `ValueError` if the training data of a stage give less than one batch; how long a stream is, nobody knows."""
     if corpus.streamed or len(dataset) >= options.batch_size * processes:
         return

@@ -28,10 +28,14 @@ def parse_config(description: str | None, argv: list[str] | None) -> TrainConfig
 
 def build_parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=description, epilog=keys_help(), formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description,
+        epilog=keys_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--preset", default="debug", help="a file in presets/, or a path to a YAML file (default: debug)"
+        "--preset",
+        default="debug",
+        help="a file in presets/, or a path to a YAML file (default: debug)",
     )
     parser.add_argument("--output_dir", help="the same as output_dir=...")
     parser.add_argument(
@@ -60,7 +64,9 @@ def keys_help() -> str:
         kind = getattr(field.type, "__name__", str(field.type))
         if isinstance(field.type, types.GenericAlias | types.UnionType):
             kind = str(field.type)
-        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        default = (
+            field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        )
         shown_key = f"{section}.{name}" if section else name
         lines.append(f"  {shown_key}  [{kind.removeprefix('typing.')}, {_as_yaml(default)}]")
         lines.append(f"      {field.metadata['help']}")

@@ -19,7 +19,12 @@ from tokcom.training.presets import read_preset
 
 ROOT = Path(__file__).resolve().parent.parent
 
-STAGES = ("codec", "flow", "head", "distill")  # their order seeds the noise of each stage: append, never insert
+STAGES = (
+    "codec",
+    "flow",
+    "head",
+    "distill",
+)  # their order seeds the noise of each stage: append, never insert
 PRECISIONS = (None, "auto", "no", "bf16", "fp16")
 TRACKERS = ("tensorboard", "wandb", "trackio", "none")
 METHODS = ("dmd", "regression", "both")
@@ -49,16 +54,26 @@ class DataConfig:
     the same, or None to hold out the last `validation_fraction` of the documents.
     """
 
-    train: Any = option("", "file, folder or Hub dataset, a list of those, or a .yaml file with a list")
-    validation: Any = option(None, "the same for validation; null holds out the end of the training data")
+    train: Any = option(
+        "", "file, folder or Hub dataset, a list of those, or a .yaml file with a list"
+    )
+    validation: Any = option(
+        None, "the same for validation; null holds out the end of the training data"
+    )
     name: str | None = option(None, "configuration of a Hub dataset, e.g. wikitext-2-raw-v1")
     text_column: str = option("text", "field that holds the text")
     image_column: str = option("image", "field that holds pictures or clips")
-    caption_column: str = option("caption", "field that holds their captions; a name that no record has: no captions")
-    fields: dict[str, str] | None = option(None, "several streams: which field holds which, e.g. {text: caption}")
+    caption_column: str = option(
+        "caption", "field that holds their captions; a name that no record has: no captions"
+    )
+    fields: dict[str, str] | None = option(
+        None, "several streams: which field holds which, e.g. {text: caption}"
+    )
     frame_folders: bool = option(False, "every folder of pictures is one clip")
     streaming: bool = option(False, "read and tokenize text on the fly")
-    validation_fraction: float = option(0.02, "share of the documents to hold out if there is no validation set")
+    validation_fraction: float = option(
+        0.02, "share of the documents to hold out if there is no validation set"
+    )
     shuffle_buffer: int = option(1000, "documents to shuffle at a time when streaming")
 
 
@@ -72,7 +87,9 @@ class LoopConfig:
     sequence_length: int = option(256, "tokens per row of text")
     learning_rate: float = option(1e-3, "peak learning rate of AdamW")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
-    ema_half_life: float = option(0.0, "half-life of the averaged weights, as a share of max_steps; 0: no average")
+    ema_half_life: float = option(
+        0.0, "half-life of the averaged weights, as a share of max_steps; 0: no average"
+    )
     checkpoint_steps: int = option(500, "steps between checkpoints")
     checkpoints_total_limit: int = option(2, "checkpoints to keep")
 
@@ -81,12 +98,18 @@ class LoopConfig:
 class StageConfig(LoopConfig):
     """Optimisation of the stage `codec`, `flow` or `head`."""
 
-    muon_learning_rate: float = option(0.0, "learning rate of Muon for inner matrices; 0 leaves them to AdamW")
+    muon_learning_rate: float = option(
+        0.0, "learning rate of Muon for inner matrices; 0 leaves them to AdamW"
+    )
     weight_decay: float = option(0.01, "weight decay of matrices")
     warmup_steps: int = option(100, "steps of linear warm-up")
-    cooldown_share: float = option(0.0, "share of max_steps in which a constant rate falls to 0; 0: a cosine instead")
+    cooldown_share: float = option(
+        0.0, "share of max_steps in which a constant rate falls to 0; 0: a cosine instead"
+    )
     max_skipped_steps: int = option(10, "bad updates left out in a row before the run stops")
-    spike_factor: float = option(20.0, "a gradient norm this many times its average is a bad update; 0: never")
+    spike_factor: float = option(
+        20.0, "a gradient norm this many times its average is a bad update; 0: never"
+    )
     eval_steps: int = option(500, "steps between validations")
     eval_batches: int = option(8, "batches per validation")
     objective: dict[str, Any] = option(
@@ -100,12 +123,20 @@ class DistillConfig(LoopConfig):
 
     batch_size: int = option(32, "rows per micro-batch and process")
     learning_rate: float = option(1e-4, "learning rate of the student")
-    ema_half_life: float = option(0.05, "half-life of the student's averaged weights, as a share of max_steps")
+    ema_half_life: float = option(
+        0.05, "half-life of the student's averaged weights, as a share of max_steps"
+    )
     checkpoint_steps: int = option(100, "steps between checkpoints")
-    method: str = option("both", "dmd (distribution matching), regression (on the teacher's trajectories) or both")
+    method: str = option(
+        "both", "dmd (distribution matching), regression (on the teacher's trajectories) or both"
+    )
     num_inference_steps: int = option(4, "sampling steps of the student")
-    guidance_scale: float = option(1.0, "guidance of the teacher, which the student learns to do without")
-    fake_updates: int = option(5, "updates of the model of the student's samples per update of the student")
+    guidance_scale: float = option(
+        1.0, "guidance of the teacher, which the student learns to do without"
+    )
+    fake_updates: int = option(
+        5, "updates of the model of the student's samples per update of the student"
+    )
     fake_learning_rate: float = option(2e-4, "learning rate of the model of the student's samples")
     regression_weight: float = option(0.25, "weight of the regression in method both")
     num_pairs: int = option(512, "trajectories of the teacher for the regression")
@@ -117,29 +148,55 @@ class TrainConfig:
     """Everything that `train_accelerate.py` needs to know."""
 
     preset: str = option("debug", "preset, or YAML file, of the model's shape")
-    model: dict[str, Any] = option(dict, "overrides of the model's configuration, with the keys of config.json")
-    init_from: str | None = option(None, "model directory or Hub id to start from (stage distill: the teacher)")
-    codec_from: str | None = option(None, "model directory or Hub id whose codec a new transformer is trained for")
-    tokenizer: str | None = option(None, "any AutoTokenizer; null trains a BPE tokenizer on the data")
+    model: dict[str, Any] = option(
+        dict, "overrides of the model's configuration, with the keys of config.json"
+    )
+    init_from: str | None = option(
+        None, "model directory or Hub id to start from (stage distill: the teacher)"
+    )
+    codec_from: str | None = option(
+        None, "model directory or Hub id whose codec a new transformer is trained for"
+    )
+    tokenizer: str | None = option(
+        None, "any AutoTokenizer; null trains a BPE tokenizer on the data"
+    )
     tokenizer_vocab_size: int = option(512, "vocabulary of a tokenizer that is trained")
     stage: str = option("all", "codec, flow, head, distill, or all (codec, then flow)")
     output_dir: str = option("tokcom-out", "where checkpoints and the finished model go")
     seed: int = option(0, "seed of weights, data order and noise")
-    mixed_precision: str | None = option(None, "auto (bf16 where it is fast), no, bf16, fp16; null: as launched")
-    gradient_checkpointing: bool = option(False, "compute activations again in the backward pass, to save memory")
-    attention: str = option("sdpa", "sdpa, sdpa_float32, eager, ...; auto times them on a CPU and keeps the fastest")
-    torch_compile: bool = option(False, "compile the network; the first step takes about a minute longer")
-    autoencoder: str | None = option(None, "clips: directory or Hub id of an AutoencoderKL* whose latents are learnt")
-    perceptual_model: str | None = option(None, "images, stage codec: AutoModel whose features are compared, too")
+    mixed_precision: str | None = option(
+        None, "auto (bf16 where it is fast), no, bf16, fp16; null: as launched"
+    )
+    gradient_checkpointing: bool = option(
+        False, "compute activations again in the backward pass, to save memory"
+    )
+    attention: str = option(
+        "sdpa", "sdpa, sdpa_float32, eager, ...; auto times them on a CPU and keeps the fastest"
+    )
+    torch_compile: bool = option(
+        False, "compile the network; the first step takes about a minute longer"
+    )
+    autoencoder: str | None = option(
+        None, "clips: directory or Hub id of an AutoencoderKL* whose latents are learnt"
+    )
+    perceptual_model: str | None = option(
+        None, "images, stage codec: AutoModel whose features are compared, too"
+    )
     perceptual_weight: float = option(0.1, "weight of that comparison")
-    cache_latents: bool = option(False, "stages flow and head: encode the training text once, to a file")
+    cache_latents: bool = option(
+        False, "stages flow and head: encode the training text once, to a file"
+    )
     num_workers: int = option(0, "processes that load data, per training process")
     report_to: str = option("tensorboard", "tensorboard, wandb, trackio or none")
     resume: bool = option(True, "go on from the newest checkpoint in output_dir")
     num_samples: int = option(2, "rows of the tables of samples; 0: none")
     push_to_hub: bool = option(False, "push the finished model to the Hub")
-    hub_model_id: str | None = option(None, "user/name of the repository; null: the name of output_dir")
-    hub_private: bool | None = option(None, "whether the repository is private; null: the account's default")
+    hub_model_id: str | None = option(
+        None, "user/name of the repository; null: the name of output_dir"
+    )
+    hub_private: bool | None = option(
+        None, "whether the repository is private; null: the account's default"
+    )
     hub_license: str | None = option(None, "licence of the model, for its card, e.g. mit")
     data: DataConfig = option(DataConfig, "where the training data come from")
     codec: StageConfig = option(StageConfig, "stage codec: tokens <-> latents")
@@ -151,19 +208,31 @@ class TrainConfig:
         if self.mixed_precision == "False":  # YAML reads a bare `no` as false
             self.mixed_precision = "no"
         if self.mixed_precision not in PRECISIONS:
-            raise ValueError(f"`mixed_precision` ({self.mixed_precision!r}) must be auto, no, bf16 or fp16.")
+            raise ValueError(
+                f"`mixed_precision` ({self.mixed_precision!r}) must be auto, no, bf16 or fp16."
+            )
         if self.stage not in (*STAGES, "all"):
             raise ValueError(f"`stage` ({self.stage!r}) must be one of {', '.join(STAGES)} or all.")
         if self.stage in ("head", "distill") and not self.init_from:
-            raise ValueError(f"stage {self.stage!r} starts from a finished model; give its directory as `init_from`.")
+            raise ValueError(
+                f"stage {self.stage!r} starts from a finished model; give its directory as `init_from`."
+            )
         if self.report_to not in TRACKERS:
-            raise ValueError(f"`report_to` ({self.report_to!r}) must be one of {', '.join(TRACKERS)}.")
+            raise ValueError(
+                f"`report_to` ({self.report_to!r}) must be one of {', '.join(TRACKERS)}."
+            )
         if not self.data.train:
-            raise ValueError("no training data; give `data.train` a file, a folder or the name of a Hub dataset.")
+            raise ValueError(
+                "no training data; give `data.train` a file, a folder or the name of a Hub dataset."
+            )
         if self.init_from and self.codec_from:
-            raise ValueError(f"`init_from` ({self.init_from}) brings its own codec; remove `codec_from`.")
+            raise ValueError(
+                f"`init_from` ({self.init_from}) brings its own codec; remove `codec_from`."
+            )
         if self.codec_from and (self.stage != "flow" or "codec_config" in self.model):
-            raise ValueError("`codec_from` reuses a finished codec: set stage=flow and no model.codec_config.*.")
+            raise ValueError(
+                "`codec_from` reuses a finished codec: set stage=flow and no model.codec_config.*."
+            )
         for name in STAGES:
             check_positive(getattr(self, name), f"{name}.", allow_zero=("warmup_steps",))
         if self.stage == "distill":
@@ -171,17 +240,25 @@ class TrainConfig:
 
     def _check_distillation(self) -> None:
         if self.distill.method not in METHODS:
-            raise ValueError(f"`distill.method` ({self.distill.method!r}) must be one of {', '.join(METHODS)}.")
+            raise ValueError(
+                f"`distill.method` ({self.distill.method!r}) must be one of {', '.join(METHODS)}."
+            )
         if self.mixed_precision == "fp16":
             raise ValueError(
                 "`mixed_precision` (fp16) needs a scaled loss, which stage distill lacks; use auto or bf16."
             )
         if self.data.streaming:
-            raise ValueError("stage distill draws rows at random, which a stream cannot; set data.streaming=false.")
+            raise ValueError(
+                "stage distill draws rows at random, which a stream cannot; set data.streaming=false."
+            )
         if self.cache_latents:
-            raise ValueError("stage distill encodes the rows that it draws; set cache_latents=false.")
+            raise ValueError(
+                "stage distill encodes the rows that it draws; set cache_latents=false."
+            )
         if self.model:
-            raise ValueError(f"a student has its teacher's configuration; remove model.{sorted(self.model)[0]}.")
+            raise ValueError(
+                f"a student has its teacher's configuration; remove model.{sorted(self.model)[0]}."
+            )
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -189,7 +266,9 @@ class TrainConfig:
         return ("codec", "flow") if self.stage == "all" else (self.stage,)
 
 
-def known_keys(cls: type = TrainConfig, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field]]:
+def known_keys(
+    cls: type = TrainConfig, prefix: str = ""
+) -> Iterator[tuple[str, dataclasses.Field]]:
     """Every dotted key of a configuration class with its field, the nested ones after their parents."""
     nested = []
     for field in dataclasses.fields(cls):
@@ -208,11 +287,15 @@ def load_train_config(preset: str, overrides: list[str]) -> TrainConfig:
     and keys, and for values of the wrong type.
     """
     values = read_preset(preset)
-    values.pop("model", None)  # `preset_config` reads the preset's; `model.*` holds what is overridden
+    values.pop(
+        "model", None
+    )  # `preset_config` reads the preset's; `model.*` holds what is overridden
     values["preset"] = preset
     data = values.setdefault("data", {})
     for key, source in data.items():
-        if isinstance(source, str) and (ROOT / source).exists():  # data that ship with the repository
+        if (
+            isinstance(source, str) and (ROOT / source).exists()
+        ):  # data that ship with the repository
             data[key] = str(ROOT / source)
     given = {override.partition("=")[0] for override in overrides}
     if "data.train" in given and "data.validation" not in given:
@@ -233,10 +316,14 @@ def build_config(values: dict[str, Any], overrides: list[str]) -> TrainConfig:
 def _apply(config: DictConfig, override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator:
-        raise ValueError(f"override {override!r} must have the form key=value, e.g. flow.max_steps=100.")
+        raise ValueError(
+            f"override {override!r} must have the form key=value, e.g. flow.max_steps=100."
+        )
     value = OmegaConf.from_dotlist([f"value={text}"])["value"]
     # a section is completed; any other value, also a dictionary such as data.fields, is replaced
-    is_section = dataclasses.is_dataclass({f.name: f.type for f in dataclasses.fields(TrainConfig)}.get(key))
+    is_section = dataclasses.is_dataclass(
+        {f.name: f.type for f in dataclasses.fields(TrainConfig)}.get(key)
+    )
     OmegaConf.update(config, key, value, merge=is_section)
 
 

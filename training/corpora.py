@@ -52,22 +52,34 @@ class Corpus:
         self.train, self.validation, self.tokenizer = train, validation, tokenizer
 
     def datasets(
-        self, model: TokComModel, config: TrainConfig, options: StageConfig, accelerator: Accelerator
+        self,
+        model: TokComModel,
+        config: TrainConfig,
+        options: StageConfig,
+        accelerator: Accelerator,
     ) -> tuple[torch.utils.data.Dataset, torch.utils.data.Dataset]:
         """Training and validation dataset of the stage whose options these are; raises `ValueError` if a window does not fit."""
         shape, latents = self._shape(model, config, options), None
         rest = self.tokenizer.eos_token_id, config.seed
         if config.cache_latents and model.objective.stage != "codec":
             if shape.marks_starts:
-                raise ValueError("this model reads token ids and no latents; set cache_latents=false.")
+                raise ValueError(
+                    "this model reads token ids and no latents; set cache_latents=false."
+                )
             if not list(model.codec.parameters()):
-                raise ValueError("a codec without parameters encodes at no cost; set cache_latents=false.")
+                raise ValueError(
+                    "a codec without parameters encodes at no cost; set cache_latents=false."
+                )
             with accelerator.main_process_first():  # which writes the file
                 file = Path(config.output_dir) / WORK / "latents.f32"
                 latents = cache_latents(model.to(accelerator.device).eval(), self.train, file)
         held_out = PackedDataset(self.validation, shape, *rest, training=False)
         train = PackedDataset(self.train, shape, *rest, training=True, latents=latents)
-        return (CodecMix(train, self.tokenizer, config.seed) if model.objective.stage == "codec" else train), held_out
+        return (
+            CodecMix(train, self.tokenizer, config.seed)
+            if model.objective.stage == "codec"
+            else train
+        ), held_out
 
     @staticmethod
     def _shape(model: TokComModel, config: TrainConfig, options: StageConfig) -> WindowShape:
@@ -121,8 +133,12 @@ class StreamCorpus(Corpus):
         shape = self._shape(model, config, options)
         place = str(config.data.train), accelerator.process_index, accelerator.num_processes
         settings = shape, config.seed, config.data.shuffle_buffer
-        stream = StreamingPackedDataset(self.train, self.tokenizer, self.text_column, *settings, *place)
-        held_out = PackedDataset(self.validation, shape, self.tokenizer.eos_token_id, config.seed, training=False)
+        stream = StreamingPackedDataset(
+            self.train, self.tokenizer, self.text_column, *settings, *place
+        )
+        held_out = PackedDataset(
+            self.validation, shape, self.tokenizer.eos_token_id, config.seed, training=False
+        )
         return stream, held_out
 
     def first_tokens(self, count: int = 1_000_000) -> np.ndarray:
@@ -132,7 +148,9 @@ class StreamCorpus(Corpus):
             total += len(row[self.text_column] or "")
             if total > 4 * count:
                 break
-        return tokenize_documents(rows, self.tokenizer, self.text_column, "a sample for latent statistics")[:count]
+        return tokenize_documents(
+            rows, self.tokenizer, self.text_column, "a sample for latent statistics"
+        )[:count]
 
 
 class DialogueCorpus(Corpus):
@@ -145,7 +163,9 @@ class DialogueCorpus(Corpus):
         return DialogueDataset(self.train, *rest), DialogueDataset(self.validation, *rest)
 
     def first_tokens(self, count: int = 1_000_000) -> np.ndarray:
-        return np.concatenate([np.asarray([*prompt, *answer]) for prompt, answer in self.train])[:count]
+        return np.concatenate([np.asarray([*prompt, *answer]) for prompt, answer in self.train])[
+            :count
+        ]
 
 
 class PictureCorpus(Corpus):
@@ -178,13 +198,18 @@ class PictureCorpus(Corpus):
         """A part of the data as the codec reads it; raises `ValueError` if it does not fit."""
         if codec.modality == "video" and self.autoencoder is not None:
             check_autoencoder(self.autoencoder, codec)
-        elif codec.modality == "video" and (codec.num_channels, codec.spatial_compression) != (3, 1):
+        elif codec.modality == "video" and (codec.num_channels, codec.spatial_compression) != (
+            3,
+            1,
+        ):
             raise ValueError(
                 f"the codec reads clips of {codec.num_channels} channels, the latents of an autoencoder; give its directory as "
                 "`autoencoder`, or set model.codec_config.num_channels=3 and spatial_compression=1 for pixels."
             )
         elif self.autoencoder is not None and codec.modality != "video":
-            raise ValueError(f"`autoencoder` is for clips, not for the codec {codec.model_type!r}; remove it.")
+            raise ValueError(
+                f"`autoencoder` is for clips, not for the codec {codec.model_type!r}; remove it."
+            )
         return dataset.fit(codec, self.autoencoder)
 
     def count(self, batch: dict[str, torch.Tensor], codec_config) -> int:
@@ -206,14 +231,20 @@ class OmniCorpus(Corpus):
                 "choose a preset of several streams such as omni-tiny, or remove `data.fields`."
             )
         if config.cache_latents:
-            raise ValueError("the latents of several streams are not cached; set cache_latents=false.")
+            raise ValueError(
+                "the latents of several streams are not cached; set cache_latents=false."
+            )
         return self.train.fit(model.codec), self.validation.fit(model.codec)
 
     def sampler(self, dataset, batch_size, seed):
         return dataset.sampler(batch_size, seed)
 
     def count(self, batch, codec_config) -> int:
-        return sum(len(rows) * self.train.lengths[name] for name, rows in batch["present"].items() if rows.any())
+        return sum(
+            len(rows) * self.train.lengths[name]
+            for name, rows in batch["present"].items()
+            if rows.any()
+        )
 
     def measure(self, model: TokComModel) -> None:
         measure_stream_statistics(model, self.train.fit(model.codec))
@@ -226,7 +257,10 @@ def has_tokenizer(name: str) -> bool:
 
 def read_streams(config: TrainConfig, train, validation, saved: Path) -> OmniCorpus:
     """The corpus of records whose columns are streams; texts of all streams share a tokenizer."""
-    columns, tokenizer = [name for name, feature in train.features.items() if is_text(feature)], None
+    columns, tokenizer = (
+        [name for name, feature in train.features.items() if is_text(feature)],
+        None,
+    )
     if more := set(validation.column_names) - set(train.column_names):
         raise ValueError(
             f"`data.validation` has the streams {sorted(more)}, which `data.train` lacks; correct `fields`."
@@ -252,7 +286,9 @@ def read_data(config: TrainConfig) -> Corpus:
                 "weighted sources repeat documents, so the last ones cannot be held out; give `data.validation` of its own."
             )
         if data.streaming:
-            raise ValueError("a stream has no last documents to hold out; give `data.validation` or streaming=false.")
+            raise ValueError(
+                "a stream has no last documents to hold out; give `data.validation` or streaming=false."
+            )
         if (
             len(train) == 1 and data.text_column in (train.column_names or ()) and not data.fields
         ):  # such as one .txt file
@@ -261,7 +297,9 @@ def read_data(config: TrainConfig) -> Corpus:
             train = train.shuffle(seed=0)  # folders come class by class
         held_out = max(1, int(len(train) * data.validation_fraction))
         if len(train) < 2:
-            raise ValueError("one dialogue cannot be split; give `data.validation` or more of them.")
+            raise ValueError(
+                "one dialogue cannot be split; give `data.validation` or more of them."
+            )
         cut = len(train) - held_out
         train, validation = train.select(range(cut)), train.select(range(cut, len(train)))
     else:
@@ -288,7 +326,10 @@ def read_data(config: TrainConfig) -> Corpus:
         )
     if pictures:
         columns = data.image_column, text_column, tokenizer, config.seed
-        parts = ImageDataset(train, *columns, training=True), ImageDataset(validation, *columns, training=False)
+        parts = (
+            ImageDataset(train, *columns, training=True),
+            ImageDataset(validation, *columns, training=False),
+        )
         return PictureCorpus(*parts, tokenizer, config.autoencoder)
     if is_dialogue(train) != is_dialogue(validation):
         raise ValueError(
@@ -299,7 +340,10 @@ def read_data(config: TrainConfig) -> Corpus:
             raise ValueError(
                 "dialogues are neither streamed nor cached; set data.streaming and cache_latents to false."
             )
-        pairs = (tokenize_dialogues(d, tokenizer, n) for d, n in ((train, "dialogues"), (validation, "validation")))
+        pairs = (
+            tokenize_dialogues(d, tokenizer, n)
+            for d, n in ((train, "dialogues"), (validation, "validation"))
+        )
         return DialogueCorpus(*pairs, tokenizer)
     if data.streaming and config.cache_latents:
         raise ValueError("a stream is not cached; set data.streaming=false or cache_latents=false.")

@@ -26,7 +26,13 @@ from tokcom.training.checkpoints import first_line
 from tokcom.training.config import DataConfig
 
 DIALOGUES = ("prompt", "messages", "conversations")  # fields that make a record a dialogue
-ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "user": "user",
+    "assistant": "assistant",
+    "system": "system",
+}
 SLOW = 30.0  # seconds for one record of a stream, after which it is named
 FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
@@ -39,10 +45,16 @@ def _local_files(source: str) -> tuple[str, list[str]] | None:
     path = Path(source)
     if not path.exists():
         if path.suffix in FORMATS:
-            raise FileNotFoundError(f"data file {source} does not exist; give an existing file, folder or Hub name.")
+            raise FileNotFoundError(
+                f"data file {source} does not exist; give an existing file, folder or Hub name."
+            )
         return None
-    for builder, kinds in (("videofolder", FILMS), ("imagefolder", PICTURES)) if path.is_dir() else ():
-        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in kinds or p.stem == "metadata")
+    for builder, kinds in (
+        (("videofolder", FILMS), ("imagefolder", PICTURES)) if path.is_dir() else ()
+    ):
+        found = sorted(
+            p for p in path.rglob("*") if p.suffix.lower() in kinds or p.stem == "metadata"
+        )
         if any(p.suffix.lower() in kinds for p in found):
             return builder, [str(p) for p in found]
     files = sorted(p for p in path.rglob("*") if p.suffix in FORMATS) if path.is_dir() else [path]
@@ -59,8 +71,12 @@ def _folders_of_frames(path: Path, config: DataConfig) -> datasets.Dataset:
     names of those are captions."""
     folders = sorted({p.parent for p in path.rglob("*") if p.suffix.lower() in PICTURES})
     if not folders:
-        raise ValueError(f"{path} holds no pictures; with data.frame_folders=true every folder of pictures is a clip.")
-    frames = [[str(p) for p in sorted(f.iterdir()) if p.suffix.lower() in PICTURES] for f in folders]
+        raise ValueError(
+            f"{path} holds no pictures; with data.frame_folders=true every folder of pictures is a clip."
+        )
+    frames = [
+        [str(p) for p in sorted(f.iterdir()) if p.suffix.lower() in PICTURES] for f in folders
+    ]
     classes = [folder.parent.name for folder in folders]
     columns = {config.image_column: frames}
     if len(set(classes)) > 1:
@@ -98,7 +114,9 @@ class Source:
                 )
             self.fields = {self.modality: self.field}
         if self.max_samples is not None and self.max_samples < 1:
-            raise ValueError(f"source {self.path}: `max_samples` ({self.max_samples}) must be at least 1.")
+            raise ValueError(
+                f"source {self.path}: `max_samples` ({self.max_samples}) must be at least 1."
+            )
 
     def load(self, config: DataConfig, split: str):
         """Its records with the fields that training reads."""
@@ -118,7 +136,9 @@ class Source:
                 )
             except datasets.exceptions.DatasetGenerationError as error:
                 reason = first_line(error.__cause__ or error)
-                raise ValueError(f"{self.path} cannot be read ({reason}); repair or remove the file.") from error
+                raise ValueError(
+                    f"{self.path} cannot be read ({reason}); repair or remove the file."
+                ) from error
             if builder == "videofolder" and config.image_column not in part.column_names:
                 part = part.rename_column("video", config.image_column)
         part = self._select(part, config)
@@ -130,23 +150,33 @@ class Source:
             return self._streams(part, fields, config)
         columns = part.column_names or list(next(iter(part), {}))
         text = self.field or config.text_column
-        if config.image_column in columns and (text not in columns or text == config.caption_column):
+        if config.image_column in columns and (
+            text not in columns or text == config.caption_column
+        ):
             return self._pictures(part, config)
         wanted = [text]
         if columns and text not in columns:
-            wanted = [] if self.field else [name for name in (*DIALOGUES, "answer") if name in columns]
+            wanted = (
+                [] if self.field else [name for name in (*DIALOGUES, "answer") if name in columns]
+            )
             if not wanted or ("prompt" in wanted) != ("answer" in wanted):
                 raise ValueError(
                     f"records of {self.path} have no field {text!r} (fields: {', '.join(columns)}); set "
                     "`data.text_column` to one of them, or give dialogues: `prompt` and `answer`, `messages`, `conversations`."
                 )
         part = as_stored(part.select_columns(wanted))
-        return part if wanted != [text] or text == config.text_column else part.rename_column(text, config.text_column)
+        return (
+            part
+            if wanted != [text] or text == config.text_column
+            else part.rename_column(text, config.text_column)
+        )
 
     def _streams(self, part, fields: dict[str, str], config: DataConfig):
         """The fields of several streams under the names of the streams, undecoded."""
         if config.streaming:
-            raise ValueError("records of several streams are not streamed; set data.streaming=false.")
+            raise ValueError(
+                "records of several streams are not streamed; set data.streaming=false."
+            )
         missing = [field for field in fields.values() if field not in part.column_names]
         if self.fields and missing or len(missing) == len(fields):
             raise ValueError(
@@ -154,7 +184,9 @@ class Source:
             )
         columns = {stream: field for stream, field in fields.items() if field not in missing}
         part = part.select_columns(list(columns.values()))
-        part = part.rename_columns({field: stream for stream, field in columns.items() if field != stream})
+        part = part.rename_columns(
+            {field: stream for stream, field in columns.items() if field != stream}
+        )
         return as_stored(part)
 
     @staticmethod
@@ -164,10 +196,16 @@ class Source:
             raise ValueError("pictures are not streamed; set data.streaming=false.")
         image, caption = config.image_column, config.caption_column
         label = part.features.get("label")
-        if caption not in part.column_names and isinstance(label, datasets.ClassLabel) and label.num_classes > 1:
+        if (
+            caption not in part.column_names
+            and isinstance(label, datasets.ClassLabel)
+            and label.num_classes > 1
+        ):
             names = [label.names[i] for i in part["label"]]
             part = part.remove_columns("label").add_column(caption, names)
-        return as_stored(part.select_columns([name for name in (image, caption) if name in part.column_names]))
+        return as_stored(
+            part.select_columns([name for name in (image, caption) if name in part.column_names])
+        )
 
     def _part_of(self, part, streaming: bool):
         if streaming:
@@ -207,7 +245,9 @@ def as_stored(part):
     return part
 
 
-def load_documents(source: str | dict | list[str | dict], config: DataConfig, split: str) -> Iterable[str]:
+def load_documents(
+    source: str | dict | list[str | dict], config: DataConfig, split: str
+) -> Iterable[str]:
     """Records of one or several sources as an iterable that can be iterated again: with field `config.text_column`, or if
     there is none with those of a dialogue: `prompt` and `answer`, `messages`, or `conversations`.
 
@@ -219,14 +259,18 @@ def load_documents(source: str | dict | list[str | dict], config: DataConfig, sp
     if any(item.weight is not None for item in sources):
         weights = np.array([1.0 if item.weight is None else item.weight for item in sources])
         shares = (weights / weights.sum()).tolist()
-        joined = datasets.interleave_datasets(parts, shares, seed=0, stopping_strategy="all_exhausted")
+        joined = datasets.interleave_datasets(
+            parts, shares, seed=0, stopping_strategy="all_exhausted"
+        )
     else:
         joined = datasets.concatenate_datasets(parts)
     if config.streaming:
         return joined
     first = joined.column_names[0] if joined.column_names else None
     if any(item.fields for item in sources) or config.fields:
-        shared = split == "train" and any(item.fields is None for item in sources)  # else each names its own
+        shared = split == "train" and any(
+            item.fields is None for item in sources
+        )  # else each names its own
         missing = set(config.fields or ()) - set(joined.column_names) if shared else set()
         if missing or not len(joined):
             raise ValueError(
@@ -235,7 +279,9 @@ def load_documents(source: str | dict | list[str | dict], config: DataConfig, sp
             )
         return joined
     if len(joined) == 0 or not any(str(row or "").strip() for row in joined[first]):
-        raise ValueError(f"no text in {source}: the dataset is empty; check the path and `data.text_column`.")
+        raise ValueError(
+            f"no text in {source}: the dataset is empty; check the path and `data.text_column`."
+        )
     return joined
 
 
@@ -277,18 +323,26 @@ def get_tokenizer(
     if name is not None:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         if tokenizer.eos_token_id is None:
-            raise ValueError(f"tokenizer {name!r} has no EOS token, which ends a document; choose one that has.")
+            raise ValueError(
+                f"tokenizer {name!r} has no EOS token, which ends a document; choose one that has."
+            )
         return with_pad_token(tokenizer)
     texts = (
         text
         for row in tqdm(documents, desc="training tokenizer", unit="doc")
-        for text in ([row[text_column]] if text_column in row else [turn["content"] for turn in messages_of(row)])
+        for text in (
+            [row[text_column]]
+            if text_column in row
+            else [turn["content"] for turn in messages_of(row)]
+        )
         if isinstance(text, str)
     )
     tokenizer = train_tokenizer(texts, vocab_size)
     smallest = vocabulary_size(tokenizer)
     if smallest > vocab_size:
-        raise ValueError(f"`tokenizer_vocab_size` ({vocab_size}) must be at least {smallest}: 256 bytes and </s>.")
+        raise ValueError(
+            f"`tokenizer_vocab_size` ({vocab_size}) must be at least {smallest}: 256 bytes and </s>."
+        )
     return tokenizer
 
 
@@ -306,7 +360,9 @@ def tokenize_rows(
     for index, row in enumerate(documents):
         text = row[text_column]
         if not isinstance(text, str):
-            raise ValueError(f"record {index} has no text in field {text_column!r} ({text!r}); repair or remove it.")
+            raise ValueError(
+                f"record {index} has no text in field {text_column!r} ({text!r}); repair or remove it."
+            )
         if text.strip():
             yield tokenize_document(tokenizer, text)
 
@@ -316,9 +372,13 @@ def tokenize_documents(
 ) -> np.ndarray:
     """All documents as one array of ids `(tokens,)`."""
     rows = tqdm(documents, desc=f"tokenizing {desc}", unit="doc")
-    pieces = [np.asarray(ids, dtype=np.int32) for ids in tokenize_rows(rows, tokenizer, text_column)]
+    pieces = [
+        np.asarray(ids, dtype=np.int32) for ids in tokenize_rows(rows, tokenizer, text_column)
+    ]
     if not pieces:
-        raise ValueError(f"{desc} has no record with text in field {text_column!r}; give other data or another field.")
+        raise ValueError(
+            f"{desc} has no record with text in field {text_column!r}; give other data or another field."
+        )
     return np.concatenate(pieces)
 
 
@@ -330,11 +390,15 @@ def is_dialogue(documents) -> bool:
 def messages_of(record: dict) -> list[dict[str, str]]:
     """`[{"role", "content"}, ...]` of a record of any of the three forms; `ValueError` if it does not end with an answer."""
     if record.get("prompt") is not None:
-        return [{"role": "user", "content": record["prompt"]}, {"role": "assistant", "content": record["answer"]}]
+        return [
+            {"role": "user", "content": record["prompt"]},
+            {"role": "assistant", "content": record["answer"]},
+        ]
     turns = record.get("messages") or record.get("conversations") or []
     try:
         pairs = [
-            (turn["role"], turn["content"]) if "role" in turn else (turn["from"], turn["value"]) for turn in turns
+            (turn["role"], turn["content"]) if "role" in turn else (turn["from"], turn["value"])
+            for turn in turns
         ]
         messages = [{"role": ROLES[role], "content": text} for role, text in pairs]
     except KeyError as error:
@@ -342,11 +406,15 @@ def messages_of(record: dict) -> list[dict[str, str]]:
             f"a turn of {turns!r} has no or an unknown {error}; known roles are {sorted(ROLES)}."
         ) from error
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise ValueError(f"the dialogue {turns!r} must end with an answer of the assistant to something.")
+        raise ValueError(
+            f"the dialogue {turns!r} must end with an answer of the assistant to something."
+        )
     return messages
 
 
-def tokenize_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
+def tokenize_prompt(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]
+) -> list[int]:
     """Ids of the turns before an answer: by the tokenizer's chat template, or if it has none their texts, line by line."""
     if tokenizer.chat_template:
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
@@ -355,7 +423,9 @@ def tokenize_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str,
     return text_ids(tokenizer, text.rstrip(" "))  # as the pipeline does
 
 
-def tokenize_dialogues(documents: Iterable[dict], tokenizer: PreTrainedTokenizerBase, desc: str) -> list[tuple]:
+def tokenize_dialogues(
+    documents: Iterable[dict], tokenizer: PreTrainedTokenizerBase, desc: str
+) -> list[tuple]:
     """Ids of the prompt and of the last answer, which EOS ends, of every record."""
     pairs = []
     for record in tqdm(documents, desc=f"tokenizing {desc}", unit="doc"):
@@ -468,13 +538,17 @@ class PackedDataset(torch.utils.data.Dataset):
         latents: np.ndarray | None = None,
     ):
         if len(tokens) == 0:
-            raise ValueError("the dataset is empty: no token after tokenization; check the data path.")
+            raise ValueError(
+                "the dataset is empty: no token after tokenization; check the data path."
+            )
         if latents is not None and len(tokens) < shape.length:
             raise ValueError(
                 f"`cache_latents` needs more text: {len(tokens)} tokens do not fill a window of {shape.length}."
             )
         self.tokens, self.shape, self.length = tokens, shape, shape.length
-        self.starts = np.concatenate(([0], np.flatnonzero(tokens[:-1] == eos_token_id) + 1))  # of documents
+        self.starts = np.concatenate(
+            ([0], np.flatnonzero(tokens[:-1] == eos_token_id) + 1)
+        )  # of documents
         self.seed, self.training, self.epoch, self.latents = seed, training, 0, latents
         self.windows = max(1, len(tokens) // shape.length - int(training))
 
@@ -494,14 +568,25 @@ class PackedDataset(torch.utils.data.Dataset):
         if self.latents is not None:
             window = self.tokens[start : start + self.length]
             places = slice(start // multiple, (start + self.length) // multiple)
-            return _window(window, self.length, 0) | {"latents": torch.from_numpy(self.latents[places].copy())}
+            return _window(window, self.length, 0) | {
+                "latents": torch.from_numpy(self.latents[places].copy())
+            }
         generator = np.random.default_rng((self.seed, self.epoch, index))
-        begin = int(self.starts[np.searchsorted(self.starts, start, side="right") - 1])  # of the document
-        if not self.shape.pads_left and self.training and generator.random() < 0.5 and start - begin < self.length:
+        begin = int(
+            self.starts[np.searchsorted(self.starts, start, side="right") - 1]
+        )  # of the document
+        if (
+            not self.shape.pads_left
+            and self.training
+            and generator.random() < 0.5
+            and start - begin < self.length
+        ):
             start = max(0, begin - self.shape.lead)
         left = _left_padding(generator, multiple) if self.training and self.shape.pads_left else 0
         item = _window(self.tokens[start : start + self.length], self.length, left)
-        return item | ({"text_start": torch.tensor(start == begin)} if self.shape.marks_starts else {})
+        return item | (
+            {"text_start": torch.tensor(start == begin)} if self.shape.marks_starts else {}
+        )
 
 
 class CodecMix(torch.utils.data.Dataset):
@@ -510,7 +595,9 @@ class CodecMix(torch.utils.data.Dataset):
     One window in four holds ids drawn uniformly, one in eight random Unicode text, which is mostly single bytes.
     """
 
-    def __init__(self, dataset: torch.utils.data.Dataset, tokenizer: PreTrainedTokenizerBase, seed: int):
+    def __init__(
+        self, dataset: torch.utils.data.Dataset, tokenizer: PreTrainedTokenizerBase, seed: int
+    ):
         self.dataset, self.tokenizer, self.seed, self.epoch = dataset, tokenizer, seed, 0
         self.size = vocabulary_size(tokenizer)
 
@@ -539,7 +626,9 @@ def random_unicode(generator: np.random.Generator, length: int) -> str:
     near = generator.integers(1, 0x3000, size=length)
     far = generator.integers(1, 0x110000, size=length)
     points = np.where(generator.random(length) < 0.5, near, far)
-    return "".join(chr(point) for point in points if not 0xD800 <= point < 0xE000)  # surrogates are no characters
+    return "".join(
+        chr(point) for point in points if not 0xD800 <= point < 0xE000
+    )  # surrogates are no characters
 
 
 @torch.no_grad()
@@ -568,7 +657,9 @@ def cache_latents(model, tokens: np.ndarray, file: Path, rows: int = 16384) -> n
         written = np.memmap(partial, np.float32, "w+", shape=shape)
         stride = rows // codec.chunk_size
         for start in tqdm(range(0, shape[0], stride), desc="encoding training text", unit="batch"):
-            part = tokens[start * codec.chunk_size : min(start + stride, shape[0]) * codec.chunk_size]
+            part = tokens[
+                start * codec.chunk_size : min(start + stride, shape[0]) * codec.chunk_size
+            ]
             ids = torch.from_numpy(part.astype(np.int64))[None].to(model.device)
             written[start : start + stride] = model.encode(ids).latents[0].float().cpu().numpy()
         written.flush()
@@ -577,7 +668,9 @@ def cache_latents(model, tokens: np.ndarray, file: Path, rows: int = 16384) -> n
     return np.memmap(file, np.float32, "r", shape=shape)
 
 
-def read_patiently(documents: Iterable[dict], name: str, attempts: int = 5, wait: float = 1.0) -> Iterator[dict]:
+def read_patiently(
+    documents: Iterable[dict], name: str, attempts: int = 5, wait: float = 1.0
+) -> Iterator[dict]:
     """Records of a stream. What fails is opened again, where it failed, after `wait` seconds, then twice as many, up to
     `attempts` times in a row; what is slow is named.
 
@@ -591,13 +684,18 @@ def read_patiently(documents: Iterable[dict], name: str, attempts: int = 5, wait
                 if index < done:
                     continue
                 if time.monotonic() - asked > SLOW:
-                    warnings.warn(f"{name} took {time.monotonic() - asked:.0f} s for record {index}.", stacklevel=2)
+                    warnings.warn(
+                        f"{name} took {time.monotonic() - asked:.0f} s for record {index}.",
+                        stacklevel=2,
+                    )
                 done, failures = done + 1, 0
                 yield record
                 asked = time.monotonic()
             return
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{name}: record {done} cannot be read ({first_line(error)}).") from error
+            raise ValueError(
+                f"{name}: record {done} cannot be read ({first_line(error)})."
+            ) from error
         except Exception as error:
             failures += 1
             if failures > attempts:
@@ -606,7 +704,9 @@ def read_patiently(documents: Iterable[dict], name: str, attempts: int = 5, wait
                     "command again."
                 ) from error
             pause = wait * 2 ** (failures - 1)
-            warnings.warn(f"{name} failed at record {done} ({error}); again in {pause:g} s.", stacklevel=2)
+            warnings.warn(
+                f"{name} failed at record {done} ({error}); again in {pause:g} s.", stacklevel=2
+            )
             time.sleep(pause)
 
 
@@ -630,7 +730,12 @@ class StreamingPackedDataset(torch.utils.data.IterableDataset):
         world=1,
     ):
         self.documents, self.tokenizer, self.text_column = documents, tokenizer, text_column
-        self.shape, self.length, self.seed, self.shuffle_buffer = shape, shape.length, seed, shuffle_buffer
+        self.shape, self.length, self.seed, self.shuffle_buffer = (
+            shape,
+            shape.length,
+            seed,
+            shuffle_buffer,
+        )
         self.name, self.rank, self.world = name, rank, world
         self.epoch = 0
 
@@ -639,8 +744,12 @@ class StreamingPackedDataset(torch.utils.data.IterableDataset):
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         worker = torch.utils.data.get_worker_info()
-        generator = np.random.default_rng((self.seed, self.epoch, self.rank, 0 if worker is None else worker.id))
-        documents = self.documents.shuffle(seed=self.seed + self.epoch, buffer_size=self.shuffle_buffer)
+        generator = np.random.default_rng(
+            (self.seed, self.epoch, self.rank, 0 if worker is None else worker.id)
+        )
+        documents = self.documents.shuffle(
+            seed=self.seed + self.epoch, buffer_size=self.shuffle_buffer
+        )
         if self.world > 1:
             documents = split_dataset_by_node(documents, self.rank, self.world)
         documents = read_patiently(documents, self.name)
@@ -659,8 +768,14 @@ class StreamingPackedDataset(torch.utils.data.IterableDataset):
                     if len(buffer) < start + self.length:
                         break
                 left = _left_padding(generator, shape.multiple) if shape.pads_left else 0
-                item = _window(np.asarray(buffer[start : start + self.length], dtype=np.int32), self.length, left)
-                yield item | ({"text_start": torch.tensor(start in begins)} if shape.marks_starts else {})
+                item = _window(
+                    np.asarray(buffer[start : start + self.length], dtype=np.int32),
+                    self.length,
+                    left,
+                )
+                yield item | (
+                    {"text_start": torch.tensor(start in begins)} if shape.marks_starts else {}
+                )
                 start, skip = start + self.length, 0
             if skip == 0:
                 buffer = buffer[start:]

@@ -34,7 +34,9 @@ class ModelDenoiser(nn.Module):
         free = self._estimate(x, t, context, sees_context=False)
         return free + self.guidance_scale * (guided - free)
 
-    def _estimate(self, x: torch.Tensor, t: torch.Tensor, context: Context, sees_context: bool) -> torch.Tensor:
+    def _estimate(
+        self, x: torch.Tensor, t: torch.Tensor, context: Context, sees_context: bool
+    ) -> torch.Tensor:
         if self.model.config.transformer_config.block_size is None:
             return self._estimate_at_once(x, t, context, sees_context)
         return self._estimate_blocks(x, t, context, sees_context)
@@ -56,9 +58,15 @@ class ModelDenoiser(nn.Module):
             known is not None and not sees_context
         ):  # the pipeline guides so, too: without what is given in the sequence
             seen = ~known if seen is None else seen & ~known
-        positions = model.codec.positions(torch.arange(length, device=x.device)).expand(len(x), -1, -1)
+        positions = model.codec.positions(torch.arange(length, device=x.device)).expand(
+            len(x), -1, -1
+        )
         estimate = model.denoise(x, times, positions, seen, prefix=prefix).latents.float()
-        return estimate if known is None else torch.where(known[..., None], context["latents"], estimate)
+        return (
+            estimate
+            if known is None
+            else torch.where(known[..., None], context["latents"], estimate)
+        )
 
     def _estimate_blocks(self, x, t, context: Context, sees_context: bool) -> torch.Tensor:
         """Block-causal models: all blocks at once, each after the clean text before it."""
@@ -67,9 +75,13 @@ class ModelDenoiser(nn.Module):
         sees = torch.full((len(x),), sees_context, device=x.device)
         mask = block_causal_mask(context["order"], context["valid"], sees)
         positions = model.codec.positions(torch.arange(length, device=x.device).expand(len(x), -1))
-        times = torch.cat((t.new_ones(len(x), length), t[:, None].expand(-1, length)), dim=1)  # (B, 2 N)
+        times = torch.cat(
+            (t.new_ones(len(x), length), t[:, None].expand(-1, length)), dim=1
+        )  # (B, 2 N)
         both = torch.cat((context["latents"], x), dim=1)  # (B, 2 N, C)
-        latents = model.denoise(both, times, positions.repeat(1, 2, 1), mask, num_context=length).latents
+        latents = model.denoise(
+            both, times, positions.repeat(1, 2, 1), mask, num_context=length
+        ).latents
         return latents[:, -length:].float()
 
     @torch.no_grad()
@@ -96,4 +108,8 @@ class ModelDenoiser(nn.Module):
             given = torch.as_tensor(rows, device=device) % (length // codec.group_size)
             return {**captions, "latents": clean.latents, "known": moments < given[:, None]}
         order = torch.arange(length, device=device) // (block_size or length)
-        return {"latents": clean.latents, "order": order.expand(len(clean.mask), -1), "valid": clean.mask}
+        return {
+            "latents": clean.latents,
+            "order": order.expand(len(clean.mask), -1),
+            "valid": clean.mask,
+        }

@@ -23,9 +23,27 @@ from tokcom.training.config import STAGES, TrainConfig
 from tokcom.training.export import recover_folder
 
 WORK = "run"
-SAME_RUN = ("preset", "model", "tokenizer", "tokenizer_vocab_size", "init_from", "codec_from", "seed", "data")
-MAY_CHANGE = ("max_steps", "checkpoint_steps", "checkpoints_total_limit")  # of a distillation that goes on
-OVERWRITTEN = ("config.json", "model.safetensors", "model_index.json", "README.md")  # by a finished run
+SAME_RUN = (
+    "preset",
+    "model",
+    "tokenizer",
+    "tokenizer_vocab_size",
+    "init_from",
+    "codec_from",
+    "seed",
+    "data",
+)
+MAY_CHANGE = (
+    "max_steps",
+    "checkpoint_steps",
+    "checkpoints_total_limit",
+)  # of a distillation that goes on
+OVERWRITTEN = (
+    "config.json",
+    "model.safetensors",
+    "model_index.json",
+    "README.md",
+)  # by a finished run
 
 
 def write_atomically(file: Path, text: str) -> None:
@@ -168,7 +186,9 @@ class RunDirectory:
         started = json.loads(self.settings.read_text())
         now = json.loads(json.dumps(self.config, default=vars))
         if started.get("data"):  # settings that are younger than the run are at their defaults
-            now["data"] = {name: value for name, value in now["data"].items() if name in started["data"]}
+            now["data"] = {
+                name: value for name, value in now["data"].items() if name in started["data"]
+            }
         self._compare(started, {key: now[key] for key in SAME_RUN})
         if self.config.stage == "distill":
             options = {key: value for key, value in now["distill"].items() if key not in MAY_CHANGE}

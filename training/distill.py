@@ -37,7 +37,9 @@ def load_teacher(name: str) -> TokComBasePipeline:
     pipe = load_pipeline(name)
     model = pipe.model.float().eval()
     if model.config.codec_config.modality == "several":
-        raise ValueError(f"{name} has several streams, which cannot be distilled; give a model of one.")
+        raise ValueError(
+            f"{name} has several streams, which cannot be distilled; give a model of one."
+        )
     if model.config.prediction_type != "latents":
         raise ValueError(
             f"{name} has `prediction_type={model.config.prediction_type!r}`: it is trained by cross-entropy and reads nothing from "
@@ -57,14 +59,18 @@ class DistillTrainer(Trainer):
 
     def __init__(self, config: TrainConfig, corpus: Corpus):
         # the student is called more than once before each backward pass, between which its buffers must not be written
-        super().__init__(config, "distill", corpus, [DistributedDataParallelKwargs(broadcast_buffers=False)])
+        super().__init__(
+            config, "distill", corpus, [DistributedDataParallelKwargs(broadcast_buffers=False)]
+        )
         if self.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
             kind = self.accelerator.distributed_type.value
             raise ValueError(
                 f"stage distill needs whole models on every process; use multi_gpu_ddp.yaml instead of {kind}."
             )
         self.pipe = load_teacher(config.init_from)
-        self.real = ModelDenoiser(self.pipe.model, self.options.guidance_scale).to(self.accelerator.device)
+        self.real = ModelDenoiser(self.pipe.model, self.options.guidance_scale).to(
+            self.accelerator.device
+        )
         self.dataset = self._read_dataset(self.pipe.model)
         self.models: dict[str, torch.nn.Module] = {}
         self.parameters: dict[str, list[torch.nn.Parameter]] = {}
@@ -141,7 +147,9 @@ class DistillTrainer(Trainer):
                 self._seed(0, start)
                 noise = torch.randn(self._shape(len(rows), context), device=accelerator.device)
                 with accelerator.autocast():
-                    end = integrate(lambda x, t, c=context: self.real(x, t, c), noise, options.pair_steps)
+                    end = integrate(
+                        lambda x, t, c=context: self.real(x, t, c), noise, options.pair_steps
+                    )
                 ends.append((noise.cpu(), end.cpu()))
             partial = file.with_suffix(".tmp")
             partial.parent.mkdir(parents=True, exist_ok=True)
@@ -156,7 +164,9 @@ class DistillTrainer(Trainer):
     def _context(self, rows: np.ndarray) -> Context:
         """What the estimates of these rows of the data depend on."""
         batch = default_collate([self.dataset[int(i)] for i in rows])
-        return self.real.context({name: value.to(self.accelerator.device) for name, value in batch.items()}, rows)
+        return self.real.context(
+            {name: value.to(self.accelerator.device) for name, value in batch.items()}, rows
+        )
 
     def _seed(self, *words: int) -> np.random.Generator:
         """Everything drawn in a micro-batch depends on the seed and its place in the run alone."""
@@ -180,7 +190,10 @@ class DistillTrainer(Trainer):
             losses = {}
             for place, name in enumerate(self.distiller.schedule()):
                 losses[name] = self._update(name, place)
-            yield {"loss": losses["student"], **{f"{name}_loss": loss for name, loss in losses.items()}}
+            yield {
+                "loss": losses["student"],
+                **{f"{name}_loss": loss for name, loss in losses.items()},
+            }
 
     def _update(self, name: str, place: int) -> float:
         """One update of `name` from all micro-batches of all processes; returns their mean loss.
@@ -193,7 +206,9 @@ class DistillTrainer(Trainer):
         total = torch.zeros((), device=accelerator.device)
         for micro in range(count):
             with accelerator.accumulate(self.models[name]):
-                loss = self._loss(name, place, micro * accelerator.num_processes + accelerator.process_index)
+                loss = self._loss(
+                    name, place, micro * accelerator.num_processes + accelerator.process_index
+                )
                 accelerator.backward(loss)
                 total += loss.detach() / count
                 if accelerator.sync_gradients:

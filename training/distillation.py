@@ -51,7 +51,9 @@ def matching_loss(samples: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor
     return 0.5 * (samples - target).square().flatten(1).sum(1).mean()
 
 
-def denoising_loss(denoise: Denoiser, x1: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+def denoising_loss(
+    denoise: Denoiser, x1: torch.Tensor, t: torch.Tensor, noise: torch.Tensor
+) -> torch.Tensor:
     """Squared error of the estimate of `x1 (B, ...)`. The flow-matching loss weights it by 1 / (1 - t)^2; the best estimate is
     the same at every t, and without the weight times near 1 do not drown the others."""
     return (denoise(add_noise(x1, t, noise), t).float() - x1.float()).square().mean()
@@ -67,7 +69,9 @@ def integrate(denoise: Denoiser, noise: torch.Tensor, steps: int) -> torch.Tenso
     return x
 
 
-def generate(denoise: Denoiser, noise: torch.Tensor, times: Sequence[float], stop: int | None = None) -> torch.Tensor:
+def generate(
+    denoise: Denoiser, noise: torch.Tensor, times: Sequence[float], stop: int | None = None
+) -> torch.Tensor:
     """The sample of a few-step student: estimate, noise again to the next of `times` (the first is 0), estimate, ...
 
     With `stop`, only the first `stop + 1` estimates are made, and only the last has a gradient (backward simulation).
@@ -111,7 +115,12 @@ class Distiller:
         regression_weight: float = 0.0,
         pairs: tuple[torch.Tensor, torch.Tensor] | None = None,
     ):
-        if not times or times[0] != 0 or any(a >= b for a, b in zip(times, times[1:])) or times[-1] >= 1:
+        if (
+            not times
+            or times[0] != 0
+            or any(a >= b for a, b in zip(times, times[1:]))
+            or times[-1] >= 1
+        ):
             raise ValueError(f"`times` ({tuple(times)}) must rise from 0 and stay below 1.")
         if min(matching_weight, regression_weight) < 0 or matching_weight + regression_weight == 0:
             raise ValueError(
@@ -119,7 +128,9 @@ class Distiller:
                 "one of them must be positive."
             )
         if regression_weight and pairs is None:
-            raise ValueError(f"`regression_weight` ({regression_weight}) needs `pairs` of noise and teacher samples.")
+            raise ValueError(
+                f"`regression_weight` ({regression_weight}) needs `pairs` of noise and teacher samples."
+            )
         self.real, self.fake, self.student = real, fake, student
         self.student_optimizer, self.fake_optimizer = student_optimizer, fake_optimizer
         self.times, self.fake_updates = tuple(times), fake_updates if matching_weight else 0
@@ -150,7 +161,9 @@ class Distiller:
         with torch.no_grad():
             samples = self._sample(shape, device, context)
         noise = torch.randn(shape, device=device)
-        return denoising_loss(_given(self.fake, context), samples, draw_times(shape[0], device), noise)
+        return denoising_loss(
+            _given(self.fake, context), samples, draw_times(shape[0], device), noise
+        )
 
     def student_loss(
         self,
@@ -181,9 +194,13 @@ class Distiller:
         x = add_noise(end, t, torch.randn_like(end)) if index else start
         return (_given(self.student, context)(x, t) - end).square().flatten(1).sum(1).mean()
 
-    def _sample(self, shape: tuple[int, ...], device: torch.device | str, context: Any) -> torch.Tensor:
+    def _sample(
+        self, shape: tuple[int, ...], device: torch.device | str, context: Any
+    ) -> torch.Tensor:
         stop = int(torch.randint(len(self.times), ()))
-        return generate(_given(self.student, context), torch.randn(shape, device=device), self.times, stop)
+        return generate(
+            _given(self.student, context), torch.randn(shape, device=device), self.times, stop
+        )
 
 
 def _given(denoise: Callable, context: Any) -> Denoiser:

@@ -67,9 +67,15 @@ def measure_latent_statistics(model: TokComModel, tokens: np.ndarray, rows: int 
     """Set the codec's per-channel mean and standard deviation from up to `rows` random chunks `(rows, K)`."""
     codec = model.codec.eval()
     size = codec.config.chunk_size
-    starts = np.random.default_rng(0).integers(0, max(1, len(tokens) - size + 1), size=min(rows, len(tokens)))
+    starts = np.random.default_rng(0).integers(
+        0, max(1, len(tokens) - size + 1), size=min(rows, len(tokens))
+    )
     chunks = torch.from_numpy(np.stack([tokens[s : s + size] for s in starts]).astype(np.int64))
-    codec.set_latent_statistics(torch.zeros_like(codec.latent_mean), torch.ones_like(codec.latent_std))
+    codec.set_latent_statistics(
+        torch.zeros_like(codec.latent_mean), torch.ones_like(codec.latent_std)
+    )
     device = codec.latent_mean.device
-    latents = torch.cat([codec.encode(part.to(device)).latents[:, 0] for part in chunks.split(4096)]).float()
+    latents = torch.cat(
+        [codec.encode(part.to(device)).latents[:, 0] for part in chunks.split(4096)]
+    ).float()
     codec.set_latent_statistics(latents.mean(0), latents.std(0))

@@ -31,7 +31,9 @@ def open_image(value: Any, name: str = "a record") -> Image.Image:
         image.load()
         return image
     except (OSError, AttributeError, SyntaxError) as error:
-        raise ValueError(f"{name} holds no picture that can be read ({error}); repair or remove it.") from error
+        raise ValueError(
+            f"{name} holds no picture that can be read ({error}); repair or remove it."
+        ) from error
 
 
 def read_film(value: Any, name: str) -> list[Image.Image]:
@@ -39,14 +41,20 @@ def read_film(value: Any, name: str) -> list[Image.Image]:
     try:
         import av
     except ImportError as error:
-        raise ValueError(f"{name} is a film, which needs PyAV to be read: pip install av") from error
+        raise ValueError(
+            f"{name} is a film, which needs PyAV to be read: pip install av"
+        ) from error
     if isinstance(value, dict):
         value = value["path"] if value.get("bytes") is None else value["bytes"]
     try:
-        with av.open(io.BytesIO(value) if isinstance(value, (bytes, bytearray)) else str(value)) as container:
+        with av.open(
+            io.BytesIO(value) if isinstance(value, (bytes, bytearray)) else str(value)
+        ) as container:
             frames = [frame.to_image() for frame in container.decode(video=0)]
     except (av.FFmpegError, IndexError, OSError) as error:
-        raise ValueError(f"{name} holds no film that can be read ({error}); repair or remove it.") from error
+        raise ValueError(
+            f"{name} holds no film that can be read ({error}); repair or remove it."
+        ) from error
     if not frames:
         raise ValueError(f"{name} holds a film without frames; remove it.")
     return frames
@@ -66,7 +74,11 @@ class Frames:
             raise ValueError(f"{name} has no frames; remove it.")
 
     def __len__(self) -> int:
-        return len(self.source) if isinstance(self.source, (list, tuple)) else getattr(self.source, "n_frames", 1)
+        return (
+            len(self.source)
+            if isinstance(self.source, (list, tuple))
+            else getattr(self.source, "n_frames", 1)
+        )
 
     def __getitem__(self, index: int) -> Image.Image:
         if isinstance(self.source, (list, tuple)):
@@ -76,7 +88,9 @@ class Frames:
                 self.source.seek(index)
             return self.source.copy()
         except (OSError, EOFError) as error:
-            raise ValueError(f"{self.name}: frame {index} cannot be read ({error}); repair or remove it.") from error
+            raise ValueError(
+                f"{self.name}: frame {index} cannot be read ({error}); repair or remove it."
+            ) from error
 
     def clip(self, start: int, count: int) -> list[Image.Image]:
         """`count` frames from `start` on; where they end the last one stays."""
@@ -111,17 +125,27 @@ class ImageDataset(torch.utils.data.Dataset):
         seed: int,
         training: bool,
     ):
-        self.records, self.image_column, self.processor = records, image_column, TokComImageProcessor()
+        self.records, self.image_column, self.processor = (
+            records,
+            image_column,
+            TokComImageProcessor(),
+        )
         self.seed, self.training, self.epoch, self.captions = seed, training, 0, None
         self.clip_length, self.autoencoder = None, None
         if tokenizer is not None:
-            rows = [row or "" for row in tqdm(records[caption_column], desc="reading captions", unit="caption")]
+            rows = [
+                row or ""
+                for row in tqdm(records[caption_column], desc="reading captions", unit="caption")
+            ]
             self.captions = pad_captions(text_ids(tokenizer, rows), vocabulary_size(tokenizer))
 
     def fit(self, codec_config, autoencoder=None) -> "ImageDataset":
         """Give pictures, or clips, of the size that a codec sees from now on; clips as the latents of a frozen `autoencoder` of
         diffusers, if there is one."""
-        self.processor, self.autoencoder = TokComImageProcessor(codec_config.image_size), autoencoder
+        self.processor, self.autoencoder = (
+            TokComImageProcessor(codec_config.image_size),
+            autoencoder,
+        )
         self.clip_length = codec_config.clip_length if codec_config.modality == "video" else None
         return self
 
@@ -133,15 +157,21 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def frames(self, index: int) -> Frames:
         """All frames of a record."""
-        return Frames(self.records[index][self.image_column], f"record {index} ({self.image_column})")
+        return Frames(
+            self.records[index][self.image_column], f"record {index} ({self.image_column})"
+        )
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         frames = self.frames(index)
         start = 0
         if len(frames) > (self.clip_length or 1):
             words = (self.seed, self.epoch if self.training else 0, index)
-            start = int(np.random.default_rng(words).integers(len(frames) + 1 - (self.clip_length or 1)))
-        pixels = self.processor(frames.clip(start, self.clip_length or 1))["pixel_values"]  # (F, 3, H, W)
+            start = int(
+                np.random.default_rng(words).integers(len(frames) + 1 - (self.clip_length or 1))
+            )
+        pixels = self.processor(frames.clip(start, self.clip_length or 1))[
+            "pixel_values"
+        ]  # (F, 3, H, W)
         item = {"pixel_values": pixels[0] if self.clip_length is None else pixels.transpose(0, 1)}
         if self.autoencoder is not None:
             item["pixel_values"] = encode_clips(self.autoencoder, item["pixel_values"][None])[0]
@@ -166,7 +196,9 @@ def read_pictures(
     config = DataConfig(train=source, image_column=image_column, caption_column=caption_column)
     records = load_documents(source, config, "train")
     if image_column not in records.column_names:
-        raise ValueError(f"{source} has no pictures in the field {image_column!r}; name the field that holds them.")
+        raise ValueError(
+            f"{source} has no pictures in the field {image_column!r}; name the field that holds them."
+        )
     records = records if limit is None else records.select(range(min(limit, len(records))))
     return ImageDataset(records, image_column, caption_column, None, seed, training=False).fit(
         codec_config, autoencoder
@@ -178,14 +210,25 @@ def load_autoencoder(name: str) -> torch.nn.Module:
     try:
         return diffusers.AutoModel.from_pretrained(name).requires_grad_(False).eval()
     except (OSError, ValueError) as error:
-        raise ValueError(f"{name} holds no autoencoder of diffusers ({first_line(error)}).") from error
+        raise ValueError(
+            f"{name} holds no autoencoder of diffusers ({first_line(error)})."
+        ) from error
 
 
 def check_autoencoder(autoencoder: torch.nn.Module, codec_config) -> None:
     """Raise `ValueError` unless its latents are of the shape that a video codec reads."""
     height, width = codec_config.image_size
-    found = tuple(encode_clips(autoencoder, torch.zeros(1, 3, codec_config.clip_length, height, width)).shape[1:])
-    wanted = codec_config.num_channels, codec_config.num_frames, codec_config.height, codec_config.width
+    found = tuple(
+        encode_clips(autoencoder, torch.zeros(1, 3, codec_config.clip_length, height, width)).shape[
+            1:
+        ]
+    )
+    wanted = (
+        codec_config.num_channels,
+        codec_config.num_frames,
+        codec_config.height,
+        codec_config.width,
+    )
     if found != wanted:
         raise ValueError(
             f"the autoencoder turns {codec_config.clip_length} frames of {height} x {width} pixels into latents of shape {found}, but "
@@ -200,17 +243,24 @@ def pad_captions(rows: list[list[int]], pad_id: int) -> dict[str, torch.Tensor]:
     input_ids = torch.full((len(rows), length), pad_id)
     attention_mask = torch.zeros_like(input_ids)
     for i, row in enumerate(rows):
-        input_ids[i, : len(row)], attention_mask[i, : len(row)] = torch.tensor(row, dtype=torch.long), 1
+        input_ids[i, : len(row)], attention_mask[i, : len(row)] = (
+            torch.tensor(row, dtype=torch.long),
+            1,
+        )
     return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
 @torch.no_grad()
-def encode_all(model, dataset, rows: np.ndarray | None = None, batch_size: int = 256) -> torch.Tensor:
+def encode_all(
+    model, dataset, rows: np.ndarray | None = None, batch_size: int = 256
+) -> torch.Tensor:
     """Standardised latents `(M, N, C)` of the pictures of a dataset, in its order, or of those at `rows (M,)`."""
     rows, parts = np.arange(len(dataset)) if rows is None else rows, []
     for start in tqdm(range(0, len(rows), batch_size), desc="encoding pictures", unit="batch"):
         pixels = [dataset[int(i)]["pixel_values"] for i in rows[start : start + batch_size]]
-        parts.append(model.encode(pixel_values=torch.stack(pixels).to(model.device)).latents.float().cpu())
+        parts.append(
+            model.encode(pixel_values=torch.stack(pixels).to(model.device)).latents.float().cpu()
+        )
     return torch.cat(parts)
 
 
@@ -218,7 +268,9 @@ def encode_all(model, dataset, rows: np.ndarray | None = None, batch_size: int =
 def measure_image_statistics(model, dataset: ImageDataset, limit: int = 8192) -> None:
     """Set the codec's mean and standard deviation of every token and channel from up to `limit` pictures."""
     codec = model.codec.eval()
-    codec.set_latent_statistics(torch.zeros_like(codec.latent_mean), torch.ones_like(codec.latent_std))
+    codec.set_latent_statistics(
+        torch.zeros_like(codec.latent_mean), torch.ones_like(codec.latent_std)
+    )
     rows = np.random.default_rng(0).permutation(len(dataset))[:limit]
     latents = encode_all(model, dataset, rows).to(codec.latent_mean.device)
     codec.set_latent_statistics(latents.mean(0), latents.std(0))
@@ -228,10 +280,13 @@ def picture_grid(rows: list[list[Image.Image]], scale: int = 1, gap: int = 2) ->
     """Rows of pictures of one size as one, on white; each `scale` times as large."""
     width, height = (scale * side for side in rows[0][0].size)
     longest = max(map(len, rows))
-    grid = Image.new("RGB", (longest * (width + gap) - gap, len(rows) * (height + gap) - gap), "white")
+    grid = Image.new(
+        "RGB", (longest * (width + gap) - gap, len(rows) * (height + gap) - gap), "white"
+    )
     for y, row in enumerate(rows):
         for x, image in enumerate(row):
             grid.paste(
-                image.resize((width, height), Image.Resampling.NEAREST), (x * (width + gap), y * (height + gap))
+                image.resize((width, height), Image.Resampling.NEAREST),
+                (x * (width + gap), y * (height + gap)),
             )
     return grid

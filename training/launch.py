@@ -28,7 +28,9 @@ def start_processes() -> PartialState:
     return state
 
 
-def build_accelerator(config: TrainConfig, options: LoopConfig, directory: str, handlers: list) -> Accelerator:
+def build_accelerator(
+    config: TrainConfig, options: LoopConfig, directory: str, handlers: list
+) -> Accelerator:
     """The accelerator of one stage, whose checkpoints and logs go to `directory`."""
     return Accelerator(
         mixed_precision=resolve_precision(config.mixed_precision, PartialState().device.type),

@@ -14,7 +14,9 @@ class ChainedOptimizer(torch.optim.Optimizer):
 
     def __init__(self, parts: list[torch.optim.Optimizer]):
         self.parts = parts
-        super().__init__([p for part in parts for group in part.param_groups for p in group["params"]], {})
+        super().__init__(
+            [p for part in parts for group in part.param_groups for p in group["params"]], {}
+        )
         self._link()
 
     def _link(self) -> None:
@@ -55,7 +57,9 @@ class Float32Muon(torch.optim.Muon):
                 momentum, grad = state["momentum_buffer"], parameter.grad
                 momentum.lerp_(grad, 1 - group["momentum"])
                 update = grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-                update = orthogonalize(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
+                update = orthogonalize(
+                    update, group["ns_coefficients"], group["ns_steps"], group["eps"]
+                )
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.add_(update, alpha=-0.2 * max(parameter.shape) ** 0.5 * group["lr"])
         return loss
@@ -83,9 +87,13 @@ def build_schedule(
     the rate does not depend on `max_steps`, so a run can be made longer, or be cooled down earlier, at any time.
     """
     if not cooldown_share:
-        return get_scheduler("cosine", optimizer, num_warmup_steps=warmup_steps, num_training_steps=max_steps)
+        return get_scheduler(
+            "cosine", optimizer, num_warmup_steps=warmup_steps, num_training_steps=max_steps
+        )
     cooldown_steps = max_steps - round(max_steps * (1 - cooldown_share))
-    return get_wsd_schedule(optimizer, warmup_steps, cooldown_steps, num_training_steps=max_steps, decay_type="1-sqrt")
+    return get_wsd_schedule(
+        optimizer, warmup_steps, cooldown_steps, num_training_steps=max_steps, decay_type="1-sqrt"
+    )
 
 
 def build_optimizer(
@@ -111,10 +119,14 @@ def build_optimizer(
     others = [p for p in trained if id(p) not in taken]
     groups = [{"params": [p for p in others if p.ndim >= 2]}]
     groups.append({"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0})
-    adamw = torch.optim.AdamW(groups, learning_rate, (0.9, 0.98), weight_decay=weight_decay, fused=True)
+    adamw = torch.optim.AdamW(
+        groups, learning_rate, (0.9, 0.98), weight_decay=weight_decay, fused=True
+    )
     if not inner:
         return adamw
     fast = has_fast_bfloat16((device or inner[0].device).type)
     muon_class = torch.optim.Muon if fast else Float32Muon
-    muon = muon_class(inner, muon_learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+    muon = muon_class(
+        inner, muon_learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
     return ChainedOptimizer([adamw, muon])

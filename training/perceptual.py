@@ -33,7 +33,9 @@ class FeatureLoss:
         """Weighted distance of images `(B, 3, H, W)` in [-1, 1]; its gradient reaches `output`."""
         both = torch.cat((output, target)) / 2 + 0.5
         total = 0.0
-        layers = self.network((both - self.mean) / self.std, output_hidden_states=True).hidden_states
+        layers = self.network(
+            (both - self.mean) / self.std, output_hidden_states=True
+        ).hidden_states
         for features in layers:
             features = (
                 features.flatten(2).transpose(1, 2) if features.ndim == 4 else features

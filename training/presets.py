@@ -31,7 +31,9 @@ def read_preset(name: str) -> dict[str, Any]:
     if not file.is_file() and Path(name).suffix in (".yaml", ".yml"):
         file = Path(name)
     if not file.is_file():
-        raise ValueError(f"unknown preset {name!r}; known presets are {preset_names()}, or give the path of a YAML file.")
+        raise ValueError(
+            f"unknown preset {name!r}; known presets are {preset_names()}, or give the path of a YAML file."
+        )
     try:
         settings = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
@@ -45,7 +47,9 @@ def read_preset(name: str) -> dict[str, Any]:
     _merge(merged.setdefault("model", {}), settings.pop("model", {}))
     for key, value in settings.items():
         known = merged.get(key)
-        merged[key] = {**known, **value} if isinstance(known, dict) and isinstance(value, dict) else value
+        merged[key] = (
+            {**known, **value} if isinstance(known, dict) and isinstance(value, dict) else value
+        )
     return merged
 
 

@@ -42,7 +42,9 @@ class Progress:
     def load_state_dict(self, state: dict) -> None:
         vars(self).update(state)
 
-    def relocate(self, batch_size: int, processes: int, accumulation: int, rows: int | None) -> str | None:
+    def relocate(
+        self, batch_size: int, processes: int, accumulation: int, rows: int | None
+    ) -> str | None:
         """Count in batches of another size or number from now on; returns what changed, or None.
 
         `rows` is the size of an epoch, None of a stream. No row is seen twice in an epoch: a batch that would begin among rows
@@ -54,7 +56,9 @@ class Progress:
             return None
         old_rows = self.batch_size * self.processes  # in one micro-batch of all processes
         new_rows = batch_size * processes
-        epoch, done = (0, self.micro_batch) if rows is None else divmod(self.micro_batch, rows // old_rows)
+        epoch, done = (
+            (0, self.micro_batch) if rows is None else divmod(self.micro_batch, rows // old_rows)
+        )
         micro_batch = math.ceil(done * old_rows / new_rows)
         if rows is not None:
             micro_batch += epoch * (rows // new_rows)
@@ -67,10 +71,14 @@ class Progress:
 class UpdateGuard:
     """Decides which updates to leave out: those whose loss or gradient is not finite, or whose gradient is a spike."""
 
-    def __init__(self, progress: Progress, options: StageConfig, loss_is_scaled: bool, can_skip: bool):
+    def __init__(
+        self, progress: Progress, options: StageConfig, loss_is_scaled: bool, can_skip: bool
+    ):
         self.progress = progress
         self.options = options
-        self.loss_is_scaled = loss_is_scaled  # a scaler expects infinite gradients, and skips them by itself
+        self.loss_is_scaled = (
+            loss_is_scaled  # a scaler expects infinite gradients, and skips them by itself
+        )
         self.can_skip = can_skip
 
     @property

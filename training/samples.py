@@ -46,7 +46,9 @@ class TextSamples:
         samples = pipe.generate(num_chunks=chunks, batch_size=self.count, generator=generator).texts
         rows = [[i + 1, text] for i, text in enumerate(samples)]
         log_table(self.accelerator, "diffusion/generated", ["Sample", "Generated Text"], rows, step)
-        if hasattr(pipe.scheduler, "alphas_cumprod"):  # a diffusion cannot start between noise and text
+        if hasattr(
+            pipe.scheduler, "alphas_cumprod"
+        ):  # a diffusion cannot start between noise and text
             return
         rebuilt = pipe.denoise_reconstruct(texts, noise_level=0.5, generator=generator).texts
         self._compare("diffusion/reconstructed", texts, rebuilt, step)
@@ -73,7 +75,11 @@ class ImageSamples(TextSamples):
         self._show("vae/samples" if self.stage == "codec" else "diffusion/generated", rows, step)
 
     def _rows(
-        self, pipe: TokComBasePipeline, pixels: torch.Tensor, captions: list[str] | None, generator: torch.Generator
+        self,
+        pipe: TokComBasePipeline,
+        pixels: torch.Tensor,
+        captions: list[str] | None,
+        generator: torch.Generator,
     ) -> list[list[Image.Image]]:
         originals = pipe.image_processor.postprocess(pixels)
         if self.stage == "codec":
@@ -107,12 +113,17 @@ class StreamSamples(TextSamples):
         dataset = loader.dataset
         contents = [dataset.content(i) for i in range(min(4 * self.count, len(dataset)))]
         generator = torch.Generator().manual_seed(0)
-        kinds = {name: codec.kind for name, codec in pipe.model.config.codec_config.stream_configs().items()}
+        kinds = {
+            name: codec.kind
+            for name, codec in pipe.model.config.codec_config.stream_configs().items()
+        }
         table: list[list[Any]] = []
         pictures = []
         for name in kinds:
             found = [content for content in contents if name in content]
-            others = [other for other in kinds if other != name and kinds[other] in ("text", "image")]
+            others = [
+                other for other in kinds if other != name and kinds[other] in ("text", "image")
+            ]
             if not found or not others:
                 continue
             made = pipe({name: [c[name] for c in found]}, others, generator=generator).streams
@@ -120,11 +131,19 @@ class StreamSamples(TextSamples):
                 if kinds[other] == "image":
                     pictures.append(made[other])
                 else:
-                    table += [[name, content.get(other, ""), text] for content, text in zip(found, made[other])]
+                    table += [
+                        [name, content.get(other, ""), text]
+                        for content, text in zip(found, made[other])
+                    ]
         columns = ["Given", "Original", "Generated Text"]
         log_table(self.accelerator, "diffusion/generated", columns, table, step)
         if pictures:
             self._show("diffusion/pictures", pictures, step)
 
 
-SAMPLES = {"text": TextSamples, "image": ImageSamples, "video": VideoSamples, "several": StreamSamples}
+SAMPLES = {
+    "text": TextSamples,
+    "image": ImageSamples,
+    "video": VideoSamples,
+    "several": StreamSamples,
+}

@@ -60,9 +60,13 @@ class StageTrainer(Trainer):
 
     def _add_feature_loss(self, model: TokComModel) -> None:
         if model.config.codec_config.modality != "image":
-            raise ValueError("`perceptual_model` compares pictures; remove it for texts, clips and several streams.")
+            raise ValueError(
+                "`perceptual_model` compares pictures; remove it for texts, clips and several streams."
+            )
         name = self.config.perceptual_model
-        model.codec.feature_loss = FeatureLoss(name, self.config.perceptual_weight, self.accelerator.device)
+        model.codec.feature_loss = FeatureLoss(
+            name, self.config.perceptual_weight, self.accelerator.device
+        )
 
     def _choose_attention(self, model: TokComModel) -> str:
         if self.config.attention != "auto":
@@ -83,8 +87,12 @@ class StageTrainer(Trainer):
         loader = self._loader()
         rates = options.learning_rate, options.muon_learning_rate, options.weight_decay
         optimizer = build_optimizer(model, *rates, self.accelerator.device)
-        self.lr_scheduler = build_schedule(optimizer, options.max_steps, options.warmup_steps, options.cooldown_share)
-        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:  # it sees no loader to ask
+        self.lr_scheduler = build_schedule(
+            optimizer, options.max_steps, options.warmup_steps, options.cooldown_share
+        )
+        if (
+            self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        ):  # it sees no loader to ask
             plugin = self.accelerator.state.deepspeed_plugin
             plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = options.batch_size
         with embeddings_in_the_root(model):
@@ -95,7 +103,8 @@ class StageTrainer(Trainer):
             self.progress,
             options,
             loss_is_scaled=self.accelerator.scaler is not None,
-            can_skip=self.accelerator.distributed_type != DistributedType.DEEPSPEED,  # which steps by itself
+            can_skip=self.accelerator.distributed_type
+            != DistributedType.DEEPSPEED,  # which steps by itself
         )
         self.start_average()
 
@@ -117,12 +126,19 @@ class StageTrainer(Trainer):
     def _loader(self) -> DataLoader:
         batch_size = self.options.batch_size
         workers = self.config.num_workers
-        check_rows(self.corpus, self.dataset, self.stage, self.options, self.accelerator.num_processes)
+        check_rows(
+            self.corpus, self.dataset, self.stage, self.options, self.accelerator.num_processes
+        )
         if self.corpus.streamed:
             return DataLoader(self.dataset, batch_size, drop_last=True, num_workers=workers)
         sampler = self.corpus.sampler(self.dataset, batch_size, self.config.seed)
         return DataLoader(
-            self.dataset, batch_size, sampler is None, sampler=sampler, drop_last=True, num_workers=workers
+            self.dataset,
+            batch_size,
+            sampler is None,
+            sampler=sampler,
+            drop_last=True,
+            num_workers=workers,
         )
 
     @property
@@ -201,7 +217,9 @@ class StageTrainer(Trainer):
             accelerator.backward(output.loss)
             self.pending.append(output)
             if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(self.model.parameters(), self.options.max_grad_norm)
+                norm = accelerator.clip_grad_norm_(
+                    self.model.parameters(), self.options.max_grad_norm
+                )
                 loss = self._reduced("loss")
                 problem = self.guard.problem(loss, norm)
             if problem is None:
@@ -212,7 +230,9 @@ class StageTrainer(Trainer):
                 accelerator.scaler.update()  # it has unscaled the gradients of this update, and expects to hear of it
             self.optimizer.zero_grad()
         progress.micro_batch += 1
-        progress.tokens += self.corpus.count(batch, self.module.config.codec_config) * accelerator.num_processes
+        progress.tokens += (
+            self.corpus.count(batch, self.module.config.codec_config) * accelerator.num_processes
+        )
         if problem is not None:
             self.pending = []
             accelerator.print(
@@ -288,7 +308,10 @@ class StageTrainer(Trainer):
             with self.accelerator.autocast():
                 outputs.append(module(**send_to_device(batch, self.accelerator.device)))
         found = {name: [getattr(o, name) for o in outputs] for name in PARTS}
-        found = {name: [value.float() for value in values if value is not None] for name, values in found.items()}
+        found = {
+            name: [value.float() for value in values if value is not None]
+            for name, values in found.items()
+        }
         return {name: torch.stack(values).mean().item() for name, values in found.items() if values}
 
     def _full_copy(self) -> TokComModel | None:
@@ -304,10 +327,14 @@ class StageTrainer(Trainer):
         """Keep the best weights, and log samples."""
         tokenizer = self.corpus.tokenizer
         if improved:
-            export_repository(model, tokenizer, self.directory / "best", autoencoder=self.corpus.autoencoder)
+            export_repository(
+                model, tokenizer, self.directory / "best", autoencoder=self.corpus.autoencoder
+            )
         if not self.config.num_samples:
             return
-        pipe = build_pipeline(model.to(self.accelerator.device), tokenizer, vae=self.corpus.autoencoder)
+        pipe = build_pipeline(
+            model.to(self.accelerator.device), tokenizer, vae=self.corpus.autoencoder
+        )
         pipe.set_progress_bar_config(disable=True)
         self.samples.log(pipe, self.validation_loader, self.progress.step)
 
@@ -332,7 +359,9 @@ class StageTrainer(Trainer):
                 f"{progress.batch_size} instead of {batch_size}."
             )
         rows = None if self.corpus.streamed else len(self.dataset)
-        changed = progress.relocate(batch_size, processes, self.options.gradient_accumulation_steps, rows)
+        changed = progress.relocate(
+            batch_size, processes, self.options.gradient_accumulation_steps, rows
+        )
         if changed:
             self.accelerator.step = 0  # micro-batches of the update at hand, which begins here
             self.accelerator.print(
@@ -344,7 +373,9 @@ class StageTrainer(Trainer):
             model = TokComModel.from_pretrained(self.directory / "best")
             if self.stage == "codec":
                 self.corpus.measure(model)
-            export_repository(model, self.corpus.tokenizer, target, autoencoder=self.corpus.autoencoder)
+            export_repository(
+                model, self.corpus.tokenizer, target, autoencoder=self.corpus.autoencoder
+            )
             self.write_summary()
         self.accelerator.wait_for_everyone()
         self.accelerator.free_memory()

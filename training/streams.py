@@ -32,13 +32,17 @@ def read_sound(value: Any, sampling_rate: int, name: str = "a record") -> np.nda
             source = value["path"] if value.get("bytes") is None else io.BytesIO(value["bytes"])
             sound, rate = soundfile.read(source, dtype="float32")
     except (soundfile.SoundFileError, OSError, TypeError, KeyError) as error:
-        raise ValueError(f"{name} holds no sound that can be read ({error}); repair or remove it.") from error
+        raise ValueError(
+            f"{name} holds no sound that can be read ({error}); repair or remove it."
+        ) from error
     sound = sound.mean(1) if sound.ndim == 2 else sound
     if rate != sampling_rate:
         from scipy.signal import resample_poly
 
         common = gcd(int(rate), sampling_rate)
-        sound = resample_poly(sound, sampling_rate // common, int(rate) // common).astype(np.float32)
+        sound = resample_poly(sound, sampling_rate // common, int(rate) // common).astype(
+            np.float32
+        )
     return sound
 
 
@@ -59,12 +63,16 @@ class OmniDataset(torch.utils.data.Dataset):
         self.rows, self.present = {}, {}  # ids of the texts of a stream; which records have it
         for name, feature in records.features.items():
             if is_text(feature):
-                texts = [text or "" for text in tqdm(records[name], desc=f"reading {name}", unit="text")]
+                texts = [
+                    text or "" for text in tqdm(records[name], desc=f"reading {name}", unit="text")
+                ]
                 self.rows[name] = text_ids(tokenizer, texts)
                 self.present[name] = np.array([bool(text.strip()) for text in texts])
             else:
                 tables = records.select_columns([name]).with_format("arrow").iter(1000)
-                self.present[name] = np.concatenate([table.column(0).is_valid().to_numpy() for table in tables])
+                self.present[name] = np.concatenate(
+                    [table.column(0).is_valid().to_numpy() for table in tables]
+                )
 
     def fit(self, codec) -> "OmniDataset":
         """Give streams as the `TokComCompositeCodec` reads them from now on; raises `ValueError` if it has none of these or a column
@@ -80,12 +88,19 @@ class OmniDataset(torch.utils.data.Dataset):
                 raise ValueError(
                     f"stream {name!r} of the data is not of the kind that {type(codec.streams[name]).__name__} reads."
                 )
-        self.configs = {name: module.config for name, module in codec.streams.items() if name in found}
+        self.configs = {
+            name: module.config for name, module in codec.streams.items() if name in found
+        }
         self.lengths = codec.lengths
         self.text_lengths = {
-            name: codec.text_length(name) for name, config in self.configs.items() if config.has_tokens
+            name: codec.text_length(name)
+            for name, config in self.configs.items()
+            if config.has_tokens
         }
-        self.processors, self.features = {}, {}  # features: of sounds that were read, by stream and samples
+        self.processors, self.features = (
+            {},
+            {},
+        )  # features: of sounds that were read, by stream and samples
         for name, config in self.configs.items():
             if config.kind == "audio":
                 self.processors[name] = TokComAudioProcessor(config)
@@ -147,14 +162,22 @@ class OmniDataset(torch.utils.data.Dataset):
             value = content.get(name)
             if config.has_tokens:
                 rows = [[] if value is None else self.rows[name][index]]
-                streams[name] = text_rows(rows, self.text_lengths[name], self.tokenizer.eos_token_id)[0]
+                streams[name] = text_rows(
+                    rows, self.text_lengths[name], self.tokenizer.eos_token_id
+                )[0]
             elif config.kind == "audio":
                 shape = config.num_channels, config.num_frames
                 streams[name] = torch.zeros(shape) if value is None else self.sound(value, name)
             else:
                 frames = [] if value is None else value if config.kind == "video" else [value]
-                shape = (1 if config.kind == "image" else config.clip_length, 3, *self.processors[name]._size)
-                pixels = self.processors[name](frames)["pixel_values"] if frames else torch.zeros(shape)
+                shape = (
+                    1 if config.kind == "image" else config.clip_length,
+                    3,
+                    *self.processors[name]._size,
+                )
+                pixels = (
+                    self.processors[name](frames)["pixel_values"] if frames else torch.zeros(shape)
+                )
                 streams[name] = pixels[0] if config.kind == "image" else pixels.transpose(0, 1)
         present = {name: torch.tensor(name in content) for name in self.configs}
         if not content:
@@ -171,7 +194,9 @@ class StreamSampler(torch.utils.data.Sampler):
 
     def __init__(self, dataset: OmniDataset, batch_size: int, seed: int):
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
-        self.kinds = np.unique(np.stack(list(dataset.present.values()), 1), axis=0, return_inverse=True)[1].reshape(-1)
+        self.kinds = np.unique(
+            np.stack(list(dataset.present.values()), 1), axis=0, return_inverse=True
+        )[1].reshape(-1)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -187,16 +212,25 @@ class StreamSampler(torch.utils.data.Sampler):
 
 
 @torch.no_grad()
-def measure_stream_statistics(model, dataset: OmniDataset, limit: int = 4096, batch_size: int = 128) -> None:
+def measure_stream_statistics(
+    model, dataset: OmniDataset, limit: int = 4096, batch_size: int = 128
+) -> None:
     """Set the mean and standard deviation of every stream's latents from up to `limit` records."""
     codec = model.codec.eval()
     for name in dataset.configs:
         part = codec.streams[name]
         if hasattr(part, "latent_mean"):
-            part.set_latent_statistics(torch.zeros_like(part.latent_mean), torch.ones_like(part.latent_std))
-    rows, found = np.random.default_rng(0).permutation(len(dataset))[:limit], {name: [] for name in dataset.configs}
+            part.set_latent_statistics(
+                torch.zeros_like(part.latent_mean), torch.ones_like(part.latent_std)
+            )
+    rows, found = (
+        np.random.default_rng(0).permutation(len(dataset))[:limit],
+        {name: [] for name in dataset.configs},
+    )
     for start in tqdm(range(0, len(rows), batch_size), desc="measuring streams", unit="batch"):
-        batch = torch.utils.data.default_collate([dataset[int(i)] for i in rows[start : start + batch_size]])
+        batch = torch.utils.data.default_collate(
+            [dataset[int(i)] for i in rows[start : start + batch_size]]
+        )
         device = next(codec.parameters(), torch.empty(0)).device
         streams = {name: value.to(device) for name, value in batch["streams"].items()}
         encoded = codec.encode(streams)

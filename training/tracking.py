@@ -16,13 +16,16 @@ def check_tracker(name: str) -> None:
         )
 
 
-def log_table(accelerator: Accelerator, name: str, columns: list[str], rows: list[list], step: int) -> None:
+def log_table(
+    accelerator: Accelerator, name: str, columns: list[str], rows: list[list], step: int
+) -> None:
     """Write a table of samples to every active tracker."""
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
             lines += [
-                "| " + " | ".join(str(c).replace("|", "\\|").replace("\n", " ") for c in row) + " |" for row in rows
+                "| " + " | ".join(str(c).replace("|", "\\|").replace("\n", " ") for c in row) + " |"
+                for row in rows
             ]
             tracker.writer.add_text(name, "\n".join(lines), step)
         elif tracker.name == "wandb":
@@ -33,7 +36,9 @@ def log_table(accelerator: Accelerator, name: str, columns: list[str], rows: lis
             import pandas
             import trackio
 
-            tracker.log({name: trackio.Table(dataframe=pandas.DataFrame(rows, columns=columns))}, step=step)
+            tracker.log(
+                {name: trackio.Table(dataframe=pandas.DataFrame(rows, columns=columns))}, step=step
+            )
 
 
 def log_picture(accelerator: Accelerator, name: str, picture: Image.Image, step: int) -> None:

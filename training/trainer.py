@@ -44,9 +44,13 @@ class Trainer:
         self.options: LoopConfig = getattr(config, stage)
         self.directory = Path(config.output_dir) / WORK / stage
         self.checkpoints = Checkpoints(self.directory, self.options.checkpoints_total_limit)
-        self.accelerator: Accelerator = build_accelerator(config, self.options, str(self.directory), list(handlers))
+        self.accelerator: Accelerator = build_accelerator(
+            config, self.options, str(self.directory), list(handlers)
+        )
         self.progress = Progress(
-            self.options.batch_size, self.accelerator.num_processes, self.options.gradient_accumulation_steps
+            self.options.batch_size,
+            self.accelerator.num_processes,
+            self.options.gradient_accumulation_steps,
         )
         self.signals = StopSignals()
         self.lr_scheduler: torch.optim.lr_scheduler.LambdaLR | None = None
@@ -75,7 +79,9 @@ class Trainer:
         max_steps = self.options.max_steps
         if self.config.report_to != "none":
             settings = {"stage": self.stage, **vars(self.options)}
-            settings["objective"] = json.dumps(settings.get("objective", {}))  # trackers take no dictionaries
+            settings["objective"] = json.dumps(
+                settings.get("objective", {})
+            )  # trackers take no dictionaries
             self.accelerator.init_trackers("tokcom", config=settings)
         self._resume()
         bar = tqdm(
@@ -155,7 +161,9 @@ class Trainer:
         """Begin to average the parameters as they are now, if the settings ask for it."""
         if self.options.ema_half_life:
             # EMAModel starts with a short memory and lengthens it, so early weights do not linger
-            self.ema = ShardedEMAModel(self.averaged_parameters(), decay=self._decay(), foreach=True)
+            self.ema = ShardedEMAModel(
+                self.averaged_parameters(), decay=self._decay(), foreach=True
+            )
 
     def _decay(self) -> float:
         return decay_from_half_life(self.options.ema_half_life * self.options.max_steps)
@@ -191,7 +199,9 @@ class Trainer:
             if accelerator.is_main_process:
                 torch.save(extra, Path(folder) / EXTRA)
 
-        self.checkpoints.write(self.progress.step, save, accelerator.is_main_process, accelerator.wait_for_everyone)
+        self.checkpoints.write(
+            self.progress.step, save, accelerator.is_main_process, accelerator.wait_for_everyone
+        )
 
     def newest_checkpoint(self) -> Path | None:
         """The newest whole checkpoint, as the main process sees it."""
@@ -205,7 +215,9 @@ class Trainer:
         if newest is None:
             return
         if not self.config.resume:
-            raise ValueError(f"{newest} exists and `resume` is false; choose another output_dir or remove it.")
+            raise ValueError(
+                f"{newest} exists and `resume` is false; choose another output_dir or remove it."
+            )
         groups = [] if self.lr_scheduler is None else self.lr_scheduler.optimizer.param_groups
         decays = [group["weight_decay"] for group in groups]
         self.accelerator.load_state(str(newest))
@@ -224,9 +236,12 @@ class Trainer:
         schedule.load_state_dict(saved)
         schedule.base_lrs = rates
         schedule._last_lr = [
-            rate * factor(schedule.last_epoch) for rate, factor in zip(rates, schedule.lr_lambdas, strict=True)
+            rate * factor(schedule.last_epoch)
+            for rate, factor in zip(rates, schedule.lr_lambdas, strict=True)
         ]
-        settings = zip(schedule.optimizer.param_groups, rates, schedule._last_lr, decays, strict=True)
+        settings = zip(
+            schedule.optimizer.param_groups, rates, schedule._last_lr, decays, strict=True
+        )
         for group, initial, current, decay in settings:
             group.update({"initial_lr": initial, "lr": current, "weight_decay": decay})
 
