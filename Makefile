@@ -22,6 +22,10 @@ $(VENV)/.ready-dev: $(VENV)/.ready requirements-dev.txt
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	touch $@
 
+$(VENV)/.ready-slow: $(VENV)/.ready-dev requirements-slow.txt
+	$(BIN)/python -m pip install --quiet -r requirements-slow.txt
+	touch $@
+
 app: setup
 	$(BIN)/tokcom app
 
@@ -29,12 +33,12 @@ serve: setup
 	$(BIN)/tokcom serve
 
 demo: setup
-	$(BIN)/python demo.py
+	$(BIN)/python examples/demo.py
 
 test: setup-dev
 	$(BIN)/python -m pytest
 
-test-slow: setup-dev
+test-slow: $(VENV)/.ready-slow
 	$(BIN)/python -m pytest -m slow
 
 lint: setup-dev

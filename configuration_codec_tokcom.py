@@ -466,10 +466,8 @@ class TokComStyleCodecConfig(TokComCodecConfig):
             )
         if self.num_codes < 0 or self.num_codes == 1:
             raise ValueError(f"`num_codes` ({self.num_codes}) must be 0 or at least 2.")
-        width, experts = (
-            self.hidden_size,
-            self.num_tokens * self.expert_intermediate_size + self.intermediate_size,
-        )
+        width = self.hidden_size
+        experts = self.num_tokens * self.expert_intermediate_size + self.intermediate_size
         parameters = self.num_hidden_layers * width * (4 * width + 2 * self.intermediate_size)
         parameters += self.num_expert_layers * width * (4 * width + 2 * experts)
         width = self.decoder_hidden_size

@@ -401,7 +401,8 @@ class TokComConfig(PreTrainedConfig):
             fields = {k: v for k, v in subs.pop(0).items() if k != "model_type"}
             check_known_keys(TokComTransformerConfig, fields, "transformer_config.")
             self.transformer_config = TokComTransformerConfig(**fields)
-        codec, transformer = self.codec_config, self.transformer_config
+        codec = self.codec_config
+        transformer = self.transformer_config
         composite = isinstance(codec, TokComCompositeCodecConfig)
         if composite or isinstance(
             codec, (TokComColorCodecConfig, TokComVideoCodecConfig)
@@ -502,11 +503,9 @@ class TokComConfig(PreTrainedConfig):
         return self.latent_head != "none" or self.latent_refiner != "none"
 
     def _validate_images(self):
-        codec, transformer, condition = (
-            self.codec_config,
-            self.transformer_config,
-            self.condition_vocab_size,
-        )
+        codec = self.codec_config
+        transformer = self.transformer_config
+        condition = self.condition_vocab_size
         images = not codec.has_tokens
         if condition < 0 or (condition and (not images or transformer.block_size is not None)):
             raise ValueError(
@@ -544,7 +543,8 @@ class TokComConfig(PreTrainedConfig):
             raise ValueError("`quantize_prediction` needs a video codec with a `quantizer`.")
 
     def _validate_streams(self):
-        codec, transformer = self.codec_config, self.transformer_config
+        codec = self.codec_config
+        transformer = self.transformer_config
         several = codec.modality == "several"
         if codec.modality == "audio":
             raise ValueError(

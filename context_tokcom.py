@@ -59,7 +59,8 @@ class TokComGaps:
 
     def bounds(self, block_size: int) -> tuple[dict[int, int | None], set[int]]:
         """Index of each gap's first block -> its anchor, and the last blocks of the gaps that end inside a chunk."""
-        first_blocks, last_blocks = {}, set()
+        first_blocks = {}
+        last_blocks = set()
         block = 0
         for length, anchor, end_known in zip(self.lengths, self.anchors, self.ends_known):
             first_blocks[block] = anchor
@@ -149,7 +150,8 @@ def token_gap_task(
     `tokens`, `is_known` and `is_real`, which are no padding, are `(1, T)`; `make_noise(n)` gives `(1, n, C)`. Where a gap ends
     inside a chunk, the known end of that chunk is in the context, too.
     """
-    codec, device = model.codec, tokens.device
+    codec = model.codec
+    device = tokens.device
     given = TokComGiven(*codec.symbols(tokens, is_known.long()))
     is_open = ~given.mask[0].all(-1)  # (N,)
     is_needed = codec.to_chunks((is_real & ~is_known).long(), None)[0][0].bool().any(-1)
@@ -188,7 +190,8 @@ def latent_gap_task(
     A piece is its ids and mask `(1, T)`, whole chunks of them, or None if nothing is known there; `noise (1, n, C)` is shared
     equally by the gaps.
     """
-    codec, device = model.codec, noise.device
+    codec = model.codec
+    device = noise.device
     gap_length = noise.shape[1] // (len(pieces) - 1)
     known_at: list[int] = []
     gap_at: list[int] = []
@@ -220,7 +223,8 @@ def lay_out_clip(
     `num_frames`, by default as in training, and the `size`, height and width, are those of the whole clip in pixels. Raises
     `ValueError` if they do not fit the model.
     """
-    codec, config = model.codec, model.config.codec_config
+    codec = model.codec
+    config = model.config.codec_config
     num_frames = config.clip_length if num_frames is None else num_frames
     frames_per_step = config.temporal_compression
     if num_frames < 1 or (num_frames - 1) % frames_per_step:
@@ -464,7 +468,8 @@ class CachedContext(Context):
         self, context: TokComCodecOutput | None, noise: torch.Tensor
     ) -> TokComCodecOutput:
         """The context behind the learned latent of where a text starts."""
-        batch, device = len(noise), noise.device
+        batch = len(noise)
+        device = noise.device
         latents = noise.new_zeros(batch, 1, noise.shape[-1])
         position_ids = torch.full((batch, 1, 1), START_OF_TEXT, device=device)
         mask = torch.ones(batch, 1, dtype=torch.bool, device=device)
@@ -514,7 +519,8 @@ class CachedContext(Context):
     @cached_property
     def _without_context(self) -> torch.Tensor:
         """What the head is told `(1, 1, D)` where nothing is known, not even that a text starts."""
-        transformer, device = self.model.transformer, self.filled.device
+        transformer = self.model.transformer
+        device = self.filled.device
         features = torch.zeros(
             1, 1, transformer.config.feature_size, device=device, dtype=self.model.dtype
         )
@@ -560,7 +566,8 @@ class CachedContext(Context):
                 x, step, chunks, position_ids=position_ids, entry=torch.cat(self.entries)
             )
             return list(states.chunk(count))
-        entry, free_entry = self.entries[:1] or [None], self.entries[1:] or [None]
+        entry = self.entries[:1] or [None]
+        free_entry = self.entries[1:] or [None]
         states = [
             self._predict(x, step, chunks, self.keys, past_key_values=self.cache, entry=entry[0])
         ]

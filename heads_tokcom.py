@@ -101,12 +101,15 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, states, weight, bias, ids, parts: list[_Part]):
-        dtype, trained = _working_dtype(states), any(ctx.needs_input_grad[:3])
+        dtype = _working_dtype(states)
+        trained = any(ctx.needs_input_grad[:3])
         count = max(1, len(states))
         losses = states.new_empty(len(states), dtype=torch.float32)
         gradients = None
         with torch.autocast(states.device.type, enabled=False):
-            matrix, row, inputs = weight.to(dtype), bias.to(dtype), states.to(dtype)
+            matrix = weight.to(dtype)
+            row = bias.to(dtype)
+            inputs = states.to(dtype)
             if trained:
                 gradients = (
                     torch.empty_like(inputs),
@@ -133,7 +136,8 @@ class _CrossEntropy(torch.autograd.Function):
                 gradients[1].add_(error.T @ inputs[part.rows], alpha=1 / count)
         if trained:
             ctx.save_for_backward(*gradients)
-            ctx.count, ctx.dtype = count, states.dtype
+            ctx.count = count
+            ctx.dtype = states.dtype
         ctx.mark_non_differentiable(losses)
         return losses.sum() / count, losses
 
@@ -158,7 +162,8 @@ class _MeanEmbedding(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, weight, prior, parts: list[_Part]):
-        ctx.dtype, ctx.parts = _working_dtype(weight), parts
+        ctx.dtype = _working_dtype(weight)
+        ctx.parts = parts
         ctx.save_for_backward(prior)
         ctx.weight = weight.dtype, weight.shape
         with torch.autocast(weight.device.type, enabled=False):
@@ -198,8 +203,10 @@ class TokComTokenHead(nn.Module):
     def __init__(self, config: TokComConfig):
         super().__init__()
         codec = config.codec_config
-        self.num_symbols, self.noise_std = codec.num_symbols, config.noise_std
-        self.stagger, self.shift = config.token_stagger, config.token_shift
+        self.num_symbols = codec.num_symbols
+        self.noise_std = config.noise_std
+        self.stagger = config.token_stagger
+        self.shift = config.token_shift
         self.impossible_symbol = codec.impossible_symbol
         self.embedding = TokComTokenEmbedding(codec.symbol_vocab_size, config.token_embedding_size)
         self.bias = nn.Parameter(torch.zeros(codec.symbol_vocab_size))
@@ -247,7 +254,8 @@ class TokComTokenHead(nn.Module):
 
     def symbols(self, table: torch.Tensor) -> TokComSymbols:
         """What every call needs to know of the codec's `table (K, V, C / K)`."""
-        weight, prior = self.embedding.weight, self.prior.detach().softmax(-1)
+        weight = self.embedding.weight
+        prior = self.prior.detach().softmax(-1)
         frequent = F.linear(prior[None].to(weight.dtype), weight.T)[0]
         columns = torch.cat((table, -0.5 * table.square().sum(-1, keepdim=True)), dim=-1)
         return TokComSymbols(table, columns, frequent)
@@ -502,7 +510,8 @@ class TokComLatentHead(nn.Module):
             latents = self.mlp(latents)
         if self.quantizer is not None and (self.training or self.quantizer.is_fitted):
             output = self.quantizer(latents)
-            latents, loss = output.latents, output.loss
+            latents = output.latents
+            loss = output.loss
         return latents, loss
 
 

@@ -204,7 +204,8 @@ class TokComModel(TokComPreTrainedModel):
             raise ValueError(
                 "this model was trained without captions (`condition_vocab_size` is 0); leave the prompt out."
             )
-        longest, length = self.config.condition_length, input_ids.shape[1]
+        longest = self.config.condition_length
+        length = input_ids.shape[1]
         if length > longest:
             raise ValueError(
                 f"a caption has {length} tokens, more than the model's maximum of {longest} (`condition_length`); shorten it."
@@ -259,7 +260,8 @@ class TokComModel(TokComPreTrainedModel):
         `chunks (B, S, K)`, the ids of the tokens that are clean already, `uncertain`, those that are partly noise, and
         `entry (M * B, S, D)`: M of them per latent, such as with and without context, give M predictions in one pass.
         """
-        timestep, features = self._spread(timestep, latents), None
+        timestep = self._spread(timestep, latents)
+        features = None
         if self.token_head is not None:
             times = self.token_head.place_times(timestep) if times is None else times
             symbols = self.symbols() if symbols is None else symbols
@@ -309,7 +311,8 @@ class TokComModel(TokComPreTrainedModel):
         """Codes `(B, N, R)` of a codec with a quantiser -> standardised latents `(B, N, C)`; raises `ValueError` for others."""
         quantizer = getattr(self.codec, "quantizer", None)
         if quantizer is not None:
-            levels, size = getattr(quantizer, "num_levels", 1), quantizer.num_codes
+            levels = getattr(quantizer, "num_levels", 1)
+            size = quantizer.num_codes
             if codes.ndim != 3 or codes.shape[2] != levels:
                 raise ValueError(
                     f"codes have shape {tuple(codes.shape)} but (B, N, {levels}) is needed; give what encode gave."

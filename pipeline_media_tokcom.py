@@ -528,7 +528,8 @@ class TokComOmniPipeline(TokComBasePipeline):
         self, contents: dict[str, list], batch_size: int, copies: int = 1
     ) -> tuple[TokComCodecOutput | None, torch.Tensor]:
         """The latents of the given streams alone, and those of all `(B, N, C)`, 0 if not given; each row `copies` times."""
-        codec, device = self.model.codec, self._execution_device
+        codec = self.model.codec
+        device = self._execution_device
         if not contents:
             return None, torch.zeros(
                 batch_size * copies, codec.num_latents, codec.num_channels, device=device

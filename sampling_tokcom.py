@@ -415,7 +415,8 @@ class TokComBlockSampler:
         """
         noise = task.noise
         model_has_tokens = self.model.config.codec_config.has_tokens
-        position_ids, exists = task.position_ids, task.exists
+        position_ids = task.position_ids
+        exists = task.exists
         if position_ids is None:
             index = torch.arange(noise.shape[1], device=noise.device)
             position_ids = self.model.codec.positions(index.expand(len(noise), -1))
@@ -465,7 +466,8 @@ class TokComBlockSampler:
         on_step_end: Callable | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """One block `x (B, Q, C)`, at `sigma_start`, becomes clean latents; and ids if the model draws tokens."""
-        scheduler, head = self.scheduler, self.model.token_head
+        scheduler = self.scheduler
+        head = self.model.token_head
         plan = self.planner.plan(x, sigma_start)
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         extra = {"generator": sources} if takes_generator else {}

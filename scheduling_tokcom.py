@@ -162,11 +162,10 @@ class TokComFlowMatchScheduler(SchedulerMixin, ConfigMixin):
                 (self.timesteps - torch.as_tensor(timestep).to(self.timesteps)).abs().argmin()
             )
             self._step_index = nearest if self._begin_index is None else self._begin_index
-        sigma, sigma_next = (
-            self.sigmas[self._step_index].item(),
-            self.sigmas[self._step_index + 1].item(),
-        )
-        x, velocity = sample.float(), model_output.float()
+        sigma = self.sigmas[self._step_index].item()
+        sigma_next = self.sigmas[self._step_index + 1].item()
+        x = sample.float()
+        velocity = model_output.float()
         x1 = x - sigma * velocity
         if self.config.stochastic_sampling:
             noise = (

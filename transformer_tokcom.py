@@ -71,8 +71,10 @@ def block_causal_mask(
     Returns: `torch.BoolTensor` of shape `(B, (1 + M) N, (1 + M) N)`.
     """
     length = order.shape[1]
-    query, key = order[:, :, None], order[:, None, :]
-    same, earlier = key == query, key < query  # (B, N, N)
+    query = order[:, :, None]
+    key = order[:, None, :]
+    same = key == query  # (B, N, N)
+    earlier = key < query
     visible = earlier if sees_context is None else earlier & sees_context[:, None, None]
     mask = same.new_zeros(len(order), 1 + draws, length, 1 + draws, length)
     mask[:, 0, :, 0] = earlier | same
@@ -266,15 +268,10 @@ class TokComTransformer(TokComPreTrainedModel):
             attention_mask (`torch.BoolTensor` of shape `(B, S, S_kv)`): which key each query sees.
             past_key_values: keys and values of latents that were read before; those of this call are added.
         """
-        config = self.config
         hidden_states = self._place_starts(self.proj_in(features), position_ids)  # (B, S, D)
-        head_size = config.hidden_size // config.num_attention_heads
-        tables = rotary_embedding(position_ids.clamp_min(-1), head_size, config.rope_theta)
-        implementation = config._attn_implementation
-        mask = expand_attention_mask(
-            attention_mask, features.shape[1], implementation, hidden_states.dtype
-        )
-        for layer in self.layers[: config.num_context_layers]:
+        tables = self._rotary(position_ids)
+        mask = self._expand(attention_mask, hidden_states)
+        for layer in self.layers[: self.config.num_context_layers]:
             hidden_states = layer(hidden_states, None, tables, mask, past_key_values)
         return self.context_proj(self.context_norm(hidden_states))
 
@@ -300,13 +297,12 @@ class TokComTransformer(TokComPreTrainedModel):
         where = position_ids[..., 0].float()
         layers = [] if past_key_values is None else past_key_values.layers
         if len(layers) > len(self.layers):
-            known, known_where = layers[-1].keys[:, 0], layers[-1].values[:, 0, :, 0]
+            known = layers[-1].keys[:, 0]
+            known_where = layers[-1].values[:, 0, :, 0]
         else:
             shape = len(where), 0, self.config.hidden_size
-            known, known_where = (
-                torch.zeros(shape, dtype=self.dtype, device=where.device),
-                where[:, :0],
-            )
+            known = torch.zeros(shape, dtype=self.dtype, device=where.device)
+            known_where = where[:, :0]
         return self._nearest(known, known_where, where, attention_mask)
 
     @capture_outputs
@@ -344,38 +340,20 @@ class TokComTransformer(TokComPreTrainedModel):
         Without `head_attention` nothing is estimated for the first `num_context` latents, and the output has no place
         for them.
         """
-        config, own = self.config, None
-        if self.stream_embedding is not None:
-            if position_ids is None:
-                raise ValueError(
-                    "`position_ids` is missing: its first axis says which stream a latent is of; `encode` gives it."
-                )
-            own = self._own_channels(position_ids)
-            latents = torch.where(own, latents, 0)
-        hidden_states = self.proj_in(features if config.feature_size else latents)  # (B, S, D)
-        if position_ids is not None:
-            hidden_states = self._place_starts(hidden_states, position_ids)
-        if own is not None:
-            hidden_states = hidden_states + self.stream_embedding(position_ids[..., 0].long())
+        config = self.config
+        hidden_states, own = self._read(latents, features, position_ids)  # (B, S, D)
         if prefix is not None:
             modulations = None
             hidden_states, timestep, position_ids, attention_mask = self._prepend(
                 prefix, hidden_states, timestep, position_ids, attention_mask
             )
-        tables, mask, reads = None, None, config.num_context_layers and entry is None
-        if config.head_attention or reads:
+        reads = bool(config.num_context_layers) and entry is None
+        tables = None
+        if config.head_attention or reads:  # others attend to nothing
             if position_ids is None:
-                position_ids = torch.arange(latents.shape[1], device=latents.device)[None, :, None]
-            tables = rotary_embedding(
-                position_ids.clamp_min(-1) if config.start_latents else position_ids,
-                config.hidden_size // config.num_attention_heads,
-                config.rope_theta,
-            )
-        if config.head_attention:
-            implementation, queries = config._attn_implementation, hidden_states.shape[1]
-            mask = expand_attention_mask(
-                attention_mask, queries, implementation, hidden_states.dtype
-            )
+                length = hidden_states.shape[1]
+                position_ids = torch.arange(length, device=latents.device)[None, :, None]
+            tables = self._rotary(position_ids)
         if reads:
             hidden_states = self._enter(
                 hidden_states,
@@ -389,34 +367,78 @@ class TokComTransformer(TokComPreTrainedModel):
         elif entry is not None:
             hidden_states = hidden_states + entry
         if not config.head_attention and num_context:
-            hidden_states, timestep = hidden_states[:, num_context:], timestep[:, num_context:]
+            hidden_states = hidden_states[:, num_context:]
+            timestep = timestep[:, num_context:]
         conditioning = F.silu(self.time_embedding(timestep)) if modulations is None else None
         if config.attention_type == "factorized":
             hidden_states = self._attend_in_turns(
                 hidden_states, conditioning, modulations, position_ids, attention_mask, **kwargs
             )
-            return TokComTransformerOutput(latents=self.proj_out(self.norm(hidden_states)))
-        for i, layer in enumerate(self.layers[config.num_context_layers :]):
-            known = {} if modulations is None else {"modulation": modulations[i]}
-            hidden_states = layer(
-                hidden_states, conditioning, tables, mask, past_key_values, **known, **kwargs
-            )
+        else:
+            mask = None
+            if config.head_attention:
+                mask = self._expand(attention_mask, hidden_states)
+            for i, layer in enumerate(self.layers[config.num_context_layers :]):
+                known = {} if modulations is None else {"modulation": modulations[i]}
+                hidden_states = layer(
+                    hidden_states, conditioning, tables, mask, past_key_values, **known, **kwargs
+                )
         if prefix is not None:
             hidden_states = hidden_states[:, prefix[0].shape[1] :]
         latents = self.proj_out(self.norm(hidden_states))
-        return TokComTransformerOutput(
-            latents=latents if own is None else torch.where(own, latents, 0)
+        if own is not None:
+            latents = torch.where(own, latents, 0)
+        return TokComTransformerOutput(latents=latents)
+
+    def _read(
+        self,
+        latents: torch.Tensor,
+        features: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """States `(B, S, D)` of what is read, and of several streams the channels `(B, S, C)` each latent uses."""
+        own = None
+        if self.stream_embedding is not None:
+            if position_ids is None:
+                raise ValueError(
+                    "`position_ids` is missing: its first axis says which stream a latent is of; `encode` gives it."
+                )
+            own = self._own_channels(position_ids)
+            latents = torch.where(own, latents, 0)
+        hidden_states = self.proj_in(features if self.config.feature_size else latents)
+        if position_ids is not None:
+            hidden_states = self._place_starts(hidden_states, position_ids)
+        if own is not None:
+            hidden_states = hidden_states + self.stream_embedding(position_ids[..., 0].long())
+        return hidden_states, own
+
+    def _rotary(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tables of the rotary embedding; the learned starts of a text stand just before its first latent."""
+        config = self.config
+        if config.start_latents:
+            position_ids = position_ids.clamp_min(-1)
+        head_size = config.hidden_size // config.num_attention_heads
+        return rotary_embedding(position_ids, head_size, config.rope_theta)
+
+    def _expand(self, attention_mask: torch.Tensor | None, hidden_states: torch.Tensor):
+        """The boolean mask in the form that the attention function of this model wants."""
+        implementation = self.config._attn_implementation
+        return expand_attention_mask(
+            attention_mask, hidden_states.shape[1], implementation, hidden_states.dtype
         )
 
     def _attend_in_turns(
         self, hidden_states, conditioning, modulations, position_ids, attention_mask, **kwargs
     ) -> torch.Tensor:
         """All layers of a model with factorised attention: even ones within a moment, odd ones along time."""
-        config, batch = self.config, len(hidden_states)
+        config = self.config
+        batch = len(hidden_states)
         position_ids = position_ids.expand(batch, -1, -1)
-        folded, layouts = _Factorized(position_ids), []
+        folded = _Factorized(position_ids)
+        layouts = []
         for along_time in (False, True):
-            where, seen = folded.fold(position_ids, along_time, batch), attention_mask
+            where = folded.fold(position_ids, along_time, batch)
+            seen = attention_mask
             if seen is not None:
                 seen = folded.fold(attention_mask, along_time, batch)
                 implementation = config._attn_implementation
@@ -445,7 +467,8 @@ class TokComTransformer(TokComPreTrainedModel):
     ) -> tuple[torch.Tensor, ...]:
         """States, times, positions and the mask of keys with those of a prefix in front."""
         states, exists, places = prefix
-        (batch, length, _), axes = hidden_states.shape, self.config.num_position_axes
+        batch, length, _ = hidden_states.shape
+        axes = self.config.num_position_axes
         if position_ids is None:
             position_ids = torch.arange(length, device=states.device)[None, :, None].expand(
                 batch, -1, axes
@@ -478,7 +501,8 @@ class TokComTransformer(TokComPreTrainedModel):
         One more layer of the cache holds states and positions of the context.
         """
         batch, queries, _ = hidden_states.shape
-        known, noisy = hidden_states[:, :num_context], hidden_states[:, num_context:]
+        known = hidden_states[:, :num_context]
+        noisy = hidden_states[:, num_context:]
         where = position_ids[..., 0].float().expand(batch, -1)
         visible = attention_mask
         if visible is not None and visible.ndim == 2:
@@ -492,12 +516,14 @@ class TokComTransformer(TokComPreTrainedModel):
             known_tables = tuple(table[:, :, :num_context] for table in tables)
             for layer in self.layers[: self.config.num_context_layers]:
                 known = layer(known, None, known_tables, mask, past_key_values, **kwargs)
-            states, positions = self.context_norm(known), where[:, :num_context]
+            states = self.context_norm(known)
+            positions = where[:, :num_context]
             if past_key_values is not None:
                 states, positions = past_key_values.update(
                     states[:, None], positions[:, None, :, None], len(self.layers)
                 )
-                states, positions = states[:, 0], positions[:, 0, :, 0]
+                states = states[:, 0]
+                positions = positions[:, 0, :, 0]
         if not noisy.shape[1]:
             return known
         visible = None if visible is None else visible[:, num_context:]

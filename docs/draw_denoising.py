@@ -13,21 +13,30 @@ from tokcom.cli.app import Demo
 from tokcom.pipeline_tokcom import TokComPipeline
 
 ROOT = Path(__file__).resolve().parents[1]
-PROMPT, TOKENS, SEED = "Once upon a time", 64, 5
-WIDTH, HEIGHT, MARGIN, LINE = 760, 155, 16, 32
+PROMPT = "Once upon a time"
+TOKENS = 64
+SEED = 5
+WIDTH = 760
+HEIGHT = 155
+MARGIN = 16
+LINE = 32
 FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
 
 
 def draw(tokens: list[tuple[str, float]]) -> Image.Image:
     """One frame: the prompt in grey, tokens on a ground from red (noise) to green (denoised)."""
     image = Image.new("RGB", (WIDTH, HEIGHT), "white")
-    pen, font = ImageDraw.Draw(image), ImageFont.truetype(str(FONT), 19)
-    x, y = MARGIN, MARGIN
+    pen = ImageDraw.Draw(image)
+    font = ImageFont.truetype(str(FONT), 19)
+    x = MARGIN
+    y = MARGIN
     for text, t in [(PROMPT, None), *tokens]:
         text = text.replace("\n", " ")
         width = pen.textlength(text, font=font)
         if x + width > WIDTH - MARGIN:
-            x, y, text = MARGIN, y + LINE, text.lstrip(" ")
+            x = MARGIN
+            y = y + LINE
+            text = text.lstrip(" ")
             width = pen.textlength(text, font=font)
         if t is not None:
             pen.rectangle((x, y, x + width, y + 25), fill=f"hsl({120 * t:.0f}, 70%, 82%)")
@@ -38,7 +47,10 @@ def draw(tokens: list[tuple[str, float]]) -> Image.Image:
 
 def main() -> None:
     pipe = TokComPipeline.from_pretrained(ROOT)
-    demo, frames, done, current = Demo(pipe), [], [], []
+    demo = Demo(pipe)
+    frames = []
+    done = []
+    current = []
 
     def after_step(pipe, step, timestep, tensors):
         nonlocal done, current

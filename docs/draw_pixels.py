@@ -10,7 +10,9 @@ from PIL import Image, ImageDraw
 
 from tokcom.pipeline_tokcom import TokComPipeline
 
-SCALE, GAP, LABEL = 8, 8, 14
+SCALE = 8
+GAP = 8
+LABEL = 14
 
 
 def main() -> None:
@@ -25,7 +27,8 @@ def main() -> None:
     parser.add_argument("--output", default="docs/pixels.png")
     args = parser.parse_args()
     pipe = TokComPipeline.from_pretrained(args.checkpoint)
-    steps, frames = pipe.model.config.num_inference_steps, []
+    steps = pipe.model.config.num_inference_steps
+    frames = []
 
     def keep(pipe, step: int, timestep: torch.Tensor, tensors: dict) -> dict:
         if step + 1 in {1, steps // 4, steps // 2, 3 * steps // 4, steps - 2, steps}:

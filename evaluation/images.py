@@ -41,7 +41,8 @@ def psnr(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
 
 def ssim(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """Structural similarity (Wang et al. 2004) of images `(B, 3, H, W)` in [-1, 1] with a Gaussian window of 11: `(B,)`."""
-    size, sigma = 11, 1.5
+    size = 11
+    sigma = 1.5
     line = torch.exp(-0.5 * ((torch.arange(size) - size // 2) / sigma) ** 2)
     window = (
         (line[:, None] * line / line.sum() ** 2).to(images).expand(images.shape[1], 1, size, size)
@@ -50,11 +51,15 @@ def ssim(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     def blur(x: torch.Tensor) -> torch.Tensor:
         return F.conv2d(x, window, groups=x.shape[1])
 
-    a, b = images / 2 + 0.5, others / 2 + 0.5
-    mean_a, mean_b = blur(a), blur(b)
-    var_a, var_b = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2
+    a = images / 2 + 0.5
+    b = others / 2 + 0.5
+    mean_a = blur(a)
+    mean_b = blur(b)
+    var_a = blur(a * a) - mean_a**2
+    var_b = blur(b * b) - mean_b**2
     covariance = blur(a * b) - mean_a * mean_b
-    c1, c2 = 0.01**2, 0.03**2
+    c1 = 0.01**2
+    c2 = 0.03**2
     value = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
     return (value / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).flatten(1).mean(1)
 
@@ -71,7 +76,8 @@ class PCA:
 
     def __init__(self, images: torch.Tensor):
         flat = images.flatten(1).double()
-        self.mean, self.shape = flat.mean(0), images.shape[1:]
+        self.mean = flat.mean(0)
+        self.shape = images.shape[1:]
         self.components = torch.linalg.svd(
             flat - self.mean, full_matrices=False
         ).Vh.T  # largest first
@@ -97,10 +103,9 @@ def jpeg(image: Image.Image, scale: int, level: int) -> tuple[Image.Image, int]:
 
 def best_jpeg(images: torch.Tensor, processor, budget: float) -> dict[str, float]:
     """Quality of JPEG at the scale and level that serve best among those whose scans take at most `budget` bytes on average."""
-    pictures, best = (
-        processor.postprocess(images),
-        {"psnr": None, "ssim": None},
-    )  # if nothing is small enough
+    # if nothing is small enough
+    pictures = processor.postprocess(images)
+    best = {"psnr": None, "ssim": None}
     for scale in (1, 2, 4, 8):
         for level in (1, 5, 10, 20, 40, 60, 80, 95):
             coded, sizes = zip(*(jpeg(picture, scale, level) for picture in pictures))
@@ -149,7 +154,8 @@ class Classifier(nn.Module):
 
     def __init__(self, classes: list[int], width: int = 32):
         super().__init__()
-        layers, channels = [], 3
+        layers = []
+        channels = 3
         for i in range(3):
             inner = width * 2**i
             layers += [
@@ -210,8 +216,10 @@ def recognised(classifier: Classifier, images: torch.Tensor, labels: torch.Tenso
 
 def frechet(features: torch.Tensor, others: torch.Tensor) -> float:
     """Frechet distance of the Gaussians fitted to two sets of features `(M, channels)`, as in FID (Heusel et al. 2017)."""
-    a, b = features.double(), others.double()
-    cov_a, cov_b = a.T.cov(), b.T.cov()
+    a = features.double()
+    b = others.double()
+    cov_a = a.T.cov()
+    cov_b = b.T.cov()
     values, vectors = torch.linalg.eigh(cov_a)
     root = vectors * values.clamp_min(0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp_min(0).sqrt().sum()
@@ -229,10 +237,8 @@ class Pictures:
     ):
         columns = args.image_column, args.caption_column
         dataset = read_pictures(source, pipe.model.config.codec_config, *columns, limit, args.seed)
-        rows, records = (
-            tqdm(range(len(dataset)), desc="reading pictures", unit="picture"),
-            dataset.records,
-        )
+        rows = tqdm(range(len(dataset)), desc="reading pictures", unit="picture")
+        records = dataset.records
         self.images = torch.stack([dataset[i]["pixel_values"] for i in rows])
         self.captions = (
             list(records[args.caption_column])
@@ -264,7 +270,9 @@ def measure_codec(
     args: argparse.Namespace,
 ) -> dict:
     """Reconstruction, order and codebook on held-out pictures, whose `latents` are known, beside PCA and JPEG."""
-    codec, images, facts = pipe.model.codec, test.images, {"rows": []}
+    codec = pipe.model.codec
+    images = test.images
+    facts = {"rows": []}
     config = codec.config
     coefficients = config.num_tokens * config.latent_channels
     facts["rows"].append(
@@ -334,7 +342,8 @@ def _codec_pictures(
 @torch.no_grad()
 def draw(pipe: TokComImagePipeline, captions: list[str], args: argparse.Namespace) -> torch.Tensor:
     """Pictures `(B, 3, H, W)` for captions, at the settings of the command."""
-    generator, parts = torch.Generator().manual_seed(args.seed), []
+    generator = torch.Generator().manual_seed(args.seed)
+    parts = []
     pipe.set_progress_bar_config(disable=True)
     for start in tqdm(range(0, len(captions), 64), desc="drawing", unit="batch"):
         settings = {
@@ -354,7 +363,8 @@ def measure_steps(
     args: argparse.Namespace,
 ) -> list[dict]:
     """The model at every number of `--steps`, and each of `--students` at its own: recognised, Frechet distance, seconds."""
-    rows, real = [], classifier.features(test.images)
+    rows = []
+    real = classifier.features(test.images)
     systems = [("model", pipe, steps, args.guidance_scale) for steps in args.steps]
     for directory in args.students:
         student = TokComImagePipeline.from_pretrained(directory)
@@ -445,7 +455,8 @@ def report(facts: dict) -> str:
     text += table(["PSNR, dB, of the first", *map(str, shown)], rows)
     for name, key in (("", "order"), (" with tail_dropout=0", "unordered")):
         if key in facts:
-            share, fall = facts[key]["share_of_gain"], facts[key]["largest_fall"]
+            share = facts[key]["share_of_gain"]
+            fall = facts[key]["largest_fall"]
             text += f"\n\nThe first quarter of the tokens{name} holds {share:.0%} of the gain; the largest fall is {fall:.3f} dB."
     if "codebook" in facts:
         used = facts["codebook"]

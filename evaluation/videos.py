@@ -41,11 +41,9 @@ def predict(
 ) -> torch.Tensor:
     """The frame `(B, 3, H, W)` that follows the first `known` of `clips (B, 3, F, H, W)`."""
     causal = pipe.model.config.transformer_config.block_size is not None
-    length, generator, frames = (
-        (known + 1 if causal else None),
-        torch.Generator().manual_seed(seed),
-        [],
-    )
+    length = known + 1 if causal else None
+    generator = torch.Generator().manual_seed(seed)
+    frames = []
     for part in tqdm(clips.split(batch_size), desc=f"{known} known, {steps} steps", leave=False):
         given = part[:, :, :known]
         options = {"num_inference_steps": steps, "generator": generator, "output_type": "pt"}
@@ -56,7 +54,8 @@ def predict(
 
 def measure(systems: list[tuple], clips: torch.Tensor, args: argparse.Namespace) -> list[dict]:
     """A row for each system and number of steps, and one for copying; values are means over `args.known`."""
-    rows, real = [], {k: clips[:, :, k] for k in args.known}
+    rows = []
+    real = {k: clips[:, :, k] for k in args.known}
     copies = {k: psnr(clips[:, :, k - 1], real[k]).mean().item() for k in args.known}
     row = {
         "system": "copy of the last frame",
@@ -67,7 +66,9 @@ def measure(systems: list[tuple], clips: torch.Tensor, args: argparse.Namespace)
         {**row, "mean": float(np.mean(list(copies.values()))), "sharpness": "-", "ms a frame": "-"}
     )
     for name, pipe, steps in systems:
-        found, sharp, started = {}, [], time.perf_counter()
+        found = {}
+        sharp = []
+        started = time.perf_counter()
         for k in args.known:
             made = predict(pipe, clips, k, steps, args.batch_size, args.seed)
             found[k] = psnr(made, real[k]).mean().item()

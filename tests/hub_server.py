@@ -195,12 +195,15 @@ class _Handler(BaseHTTPRequestHandler):
         if self._find(repo_id) is None:
             return
         files = self.state.files(repo_id, revision) or {}
-        entry = lambda p, d: {
-            "type": "file",
-            "path": p,
-            "size": len(d),
-            "oid": hashlib.sha1(d).hexdigest(),
-        }  # noqa: E731
+
+        def entry(p, d):
+            return {
+                "type": "file",
+                "path": p,
+                "size": len(d),
+                "oid": hashlib.sha1(d).hexdigest(),
+            }
+
         self._answer(200, [entry(path, data) for path, data in sorted(files.items())])
 
     def resolve(self, body: bytes, repo_id: str, revision: str, path: str) -> None:

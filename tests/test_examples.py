@@ -2,17 +2,19 @@
 
 import importlib.util
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import ROOT
 from transformers import AutoTokenizer
 
-from tokcom import demo, inference, train_accelerate
+from tokcom import inference, train_accelerate
 from tokcom.cli.main import COMMANDS, call, parse
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_base_tokcom import TokComBasePipeline
@@ -129,6 +131,7 @@ def test_no_example_is_left_out():
 
 
 def test_the_demo_shows_every_use_of_the_shipped_model_with_progress(capsys):
+    demo = SimpleNamespace(**runpy.run_path(str(ROOT / "examples/demo.py")))
     demo.main()
     printed = capsys.readouterr()
     assert demo.PROMPT in printed.out and demo.GAPPED in printed.out

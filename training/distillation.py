@@ -40,7 +40,8 @@ def matching_gradient(
     """Where `samples (B, ...)` should *not* go: the difference of the two estimates of their noisy selves, `fake - real`, over
     the mean distance of each sample from the real estimate, in float32. 0 where both models agree."""
     noisy = add_noise(samples, t, noise)
-    wanted, found = real(noisy, t).float(), fake(noisy, t).float()
+    wanted = real(noisy, t).float()
+    found = fake(noisy, t).float()
     scale = (samples.float() - wanted).abs().flatten(1).mean(1) + EPSILON
     return (found - wanted) / spread(scale, samples)
 
@@ -131,11 +132,17 @@ class Distiller:
             raise ValueError(
                 f"`regression_weight` ({regression_weight}) needs `pairs` of noise and teacher samples."
             )
-        self.real, self.fake, self.student = real, fake, student
-        self.student_optimizer, self.fake_optimizer = student_optimizer, fake_optimizer
-        self.times, self.fake_updates = tuple(times), fake_updates if matching_weight else 0
-        self.matching_weight, self.regression_weight = matching_weight, regression_weight
-        self.pairs, self.updates = pairs, {"fake": 0, "student": 0}
+        self.real = real
+        self.fake = fake
+        self.student = student
+        self.student_optimizer = student_optimizer
+        self.fake_optimizer = fake_optimizer
+        self.times = tuple(times)
+        self.fake_updates = fake_updates if matching_weight else 0
+        self.matching_weight = matching_weight
+        self.regression_weight = regression_weight
+        self.pairs = pairs
+        self.updates = {"fake": 0, "student": 0}
 
     def schedule(self) -> list[str]:
         """Which model each update of one round is of."""
@@ -176,8 +183,10 @@ class Distiller:
         """Matching loss of new samples of `shape (B, ...)` plus the weighted regression on `pairs`, by default some drawn from all."""
         total = torch.zeros((), device=device)
         if self.matching_weight:
-            samples, noise = self._sample(shape, device, context), torch.randn(shape, device=device)
-            real, fake = _given(self.real, context), _given(self.fake, context)
+            samples = self._sample(shape, device, context)
+            noise = torch.randn(shape, device=device)
+            real = _given(self.real, context)
+            fake = _given(self.fake, context)
             gradient = matching_gradient(samples, draw_times(shape[0], device), noise, real, fake)
             total = total + self.matching_weight * matching_loss(samples, gradient)
         if self.regression_weight:

@@ -54,7 +54,8 @@ class Float32Muon(torch.optim.Muon):
                 state = self.state[parameter]
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(parameter)
-                momentum, grad = state["momentum_buffer"], parameter.grad
+                momentum = state["momentum_buffer"]
+                grad = parameter.grad
                 momentum.lerp_(grad, 1 - group["momentum"])
                 update = grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
                 update = orthogonalize(

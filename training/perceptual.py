@@ -5,7 +5,9 @@ from transformers import AutoModel
 
 from tokcom.training.checkpoints import first_line
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which backbones expect
+# of ImageNet, which backbones expect
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
 
 
 class FeatureLoss:

@@ -1,6 +1,6 @@
 """What `make demo` runs: the shipped model continues, streams, fills a gap and mends a noisy text.
 
-    python demo.py
+    python examples/demo.py
 
 Everything is in this directory, so it needs no network. It is also the shortest tour of the Python
 interface.
@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 if importlib.util.find_spec("tokcom") is None:
-    remedy = "run `make setup`, then `.venv/bin/python demo.py`"
+    remedy = "run `make setup`, then `.venv/bin/python examples/demo.py`"
     sys.exit(f"error: the package tokcom is not installed; {remedy}.")
 
 import torch
@@ -31,9 +31,8 @@ def seed(number: int) -> torch.Generator:
 
 def main() -> None:
     started = time.perf_counter()
-    pipe = TokComPipeline.from_pretrained(
-        Path(__file__).resolve().parent
-    )  # or the id of a repository
+    root = Path(__file__).resolve().parents[1]
+    pipe = TokComPipeline.from_pretrained(root)  # or the id of a repository
     pipe.set_progress_bar_config(desc="denoising", leave=False)
     size = sum(parameter.numel() for parameter in pipe.model.parameters()) / 1e6
     print(f"\nTokCom: {size:.1f} M parameters, {pipe.chunk_size} tokens in each latent.")
