@@ -87,12 +87,13 @@ class TokComPipelineOutput(BaseOutput):
 
 
 class TokComPiece(NamedTuple):
-    """What one text has gained in a block: its new `text`, the `tokens` it has by now (EOS included), and once it has ended
-    the `finish_reason`, `"stop"` (EOS) or `"length"`."""
+    """What one text has gained in a block: its new `text`, the `tokens` it has by now (EOS included), once it has ended
+    the `finish_reason`, `"stop"` (EOS) or `"length"`, and the new `ids`."""
 
     text: str
     tokens: int
     finish_reason: str | None
+    ids: tuple[int, ...] = ()
 
 
 class TokComTextMixin:
@@ -195,10 +196,12 @@ class TokComTextMixin:
         return self._encode_rows(rows), rows
 
     def _prompt_rows(self, prompt: list[str]) -> list[list[int]]:
-        """Ids of prompts, none of which is longer than the model can see."""
-        special = [isinstance(p, _Rendered) for p in prompt]
-        texts = [p.rstrip(" ") if isinstance(p, str) else p for p in prompt]
-        rows = [self._tokenize([text], "prompt", kind)[0] for text, kind in zip(texts, special)]
+        """Ids of prompts, which may be such rows already; none is longer than the model can see."""
+        rows = []
+        for item in prompt:
+            text = item.rstrip(" ") if isinstance(item, str) else item
+            is_row = isinstance(item, list) and item and all(isinstance(i, int) for i in item)
+            rows.append(item if is_row else self._tokenize([text], "prompt", isinstance(item, _Rendered))[0])
         longest = max(map(len, rows))
         if longest > self.max_length:
             raise ValueError(
@@ -333,7 +336,7 @@ class TokComTextMixin:
     @torch.no_grad()
     def stream_batch(
         self,
-        prompts: list[str],
+        prompts: list[str] | list[list[int]],
         gen_length: int | list[int] = 256,
         num_inference_steps: int | None = None,
         guidance_scale: float = 1.0,
@@ -342,7 +345,7 @@ class TokComTextMixin:
         generator: torch.Generator | list[torch.Generator] | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> Iterator[list[TokComPiece]]:
-        """Continue several prompts at once, `gen_length` tokens or as many as it says for each, and yield a list with the
+        """Continue several prompts, texts or rows of token ids, at once, `gen_length` tokens or as many as it says for each, and yield a list with the
         new piece of every text whenever a block is finished. A text that has ended gives empty pieces. With a generator for
         each prompt, a text does not depend on its company, unless the model is bidirectional and lengths differ. It ends early
         when `should_stop()`, which is asked after every denoising step."""
@@ -377,16 +380,18 @@ class TokComTextMixin:
                 skipped = min(skip[i], len(new))
                 new, skip[i] = new[skipped:], skip[i] - skipped
                 if pieces[i].finish_reason is not None:
-                    pieces[i] = pieces[i]._replace(text="")
+                    pieces[i] = pieces[i]._replace(text="", ids=())
                     continue
                 ended = self._eos_token_id in new
                 new = new[: new.index(self._eos_token_id) + 1] if ended else new
                 ended = ended and len(ids[i]) + len(new) <= lengths[i]
-                ids[i] = (ids[i] + new)[: lengths[i]]
+                new = new[: lengths[i] - len(ids[i])]
+                ids[i] += new
                 reason = "stop" if ended else "length" if len(ids[i]) == lengths[i] else None
-                text = self._continue_text(prompts[i], known[i], ids[i])
+                prompt = prompts[i] if isinstance(prompts[i], str) else ""
+                text = self._continue_text(prompt, known[i], ids[i])
                 text = text if reason else text.rstrip("\ufffd")
-                pieces[i] = TokComPiece(text[len(shown[i]) :], len(ids[i]), reason)
+                pieces[i] = TokComPiece(text[len(shown[i]) :], len(ids[i]), reason, tuple(new))
                 shown[i] = max(shown[i], text, key=len)
             yield list(pieces)
             if all(piece.finish_reason for piece in pieces):
