@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import contextlib
 import copy
+import gc
 import ipaddress
 import json
 import logging
@@ -468,6 +469,7 @@ def main(argv: list[str] | None = None) -> None:
     last = math.ceil(settings.grace) + 5  # for clients that do not read what they are sent
     config = uvicorn.Config(app, host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=last)
     print(f"serving {args.checkpoint} as {args.model_name!r} on http://{args.host}:{args.port}/v1", flush=True)
+    gc.freeze()  # the model lives as long as the server, so collections need not walk through it
     DrainingServer(config, settings.grace).run()
 
 

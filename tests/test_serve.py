@@ -13,7 +13,8 @@ import openai
 import pytest
 import torch
 import uvicorn
-from helpers import build_model, seeded
+from harness.server_load import measure
+from helpers import ROOT, build_model, seeded
 
 from tokcom.cli import openai_format
 from tokcom.cli.openai_format import ServerSettings
@@ -579,3 +580,17 @@ def test_what_is_not_finished_within_the_grace_is_told(pipe, start, monkeypatch)
                 each.result(30)
             assert caught.value.status_code == 503
     wait_until(lambda: not server.thread.is_alive(), 5)
+
+
+@pytest.mark.slow
+def test_the_shipped_model_survives_hostile_load():
+    """The figures of docs/serving.md, for a shorter time; limits are loose, since the machine may do other work."""
+    results = measure(ROOT.parent, seconds=6)
+    for name in ("whole", "streamed"):
+        assert results[f"dead_clients_{name}"]["cpu_seconds"] < 2
+    small = results["small_requests"]
+    assert small["beside"]["p50"] < 4 * small["alone"]["p50"] + 1
+    nonsense = results["nonsense"]
+    assert nonsense["answers_afterwards"] and nonsense["explained"] == len(nonsense["statuses"])
+    assert all(400 <= status < 500 for status in nonsense["statuses"])
+    assert results["sigterm"]["exit"] == 0 and results["sigterm"]["request"] == 200
