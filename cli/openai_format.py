@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from tokcom.cli.scheduling import Job, RequestError, Sampling, Scores
 from tokcom.cli.scoring import require_exact_scores
-from tokcom.pipeline_text_tokcom import GAP, text_ids
-from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.pipeline_text_tokcom import text_ids
+from tokcom.pipeline_tokcom import GAP, TokComPipeline
 
 GREEDY = 0.01  # what a temperature of 0 means: probabilities of all but the likeliest token vanish
 MAX_STOPS = 4
@@ -337,6 +337,16 @@ def _check_infill(request: CompletionRequest) -> None:
         raise _bad("suffix", "`suffix` does not go with `logprobs`, `echo` or `max_tokens` 0; leave them out.")
 
 
+def _check_window(pipe: TokComPipeline, param: str, size: int, more: int) -> None:
+    """Refuse a prompt of `size` tokens that, with `more` new ones, is longer than the model can see at once."""
+    multiple = pipe.model.config.codec_config.length_multiple
+    if -(-(size + more) // multiple) * multiple <= pipe.max_length:
+        return
+    beside = f" and asks for {more} more" if more else ""
+    message = f"`{param}` has {size} tokens{beside}, more than the model's {pipe.max_length}; shorten it."
+    raise _bad(param, message, code="context_length_exceeded")
+
+
 def read_request(
     request: CompletionRequest | ChatRequest,
     pipe: TokComPipeline,
@@ -373,18 +383,9 @@ def read_request(
     if infills:
         prompts[0].ids = prompts[0].ids + text_ids(tokenizer, request.suffix)
     bidirectional = pipe.model.config.transformer_config.block_size is None
+    must_fit = tokens if scores or infills or bidirectional else 0  # a window slides over other texts
     for prompt in prompts:
-        # a window slides over longer texts; what fills gaps, scores, or denoises all at once must see the whole
-        size = len(prompt.ids)
-        whole = size + tokens if scores or infills or bidirectional else size
-        multiple = pipe.model.config.codec_config.length_multiple
-        if max(size, -(-whole // multiple) * multiple) > pipe.max_length:
-            beside = "" if whole == size else f" and asks for {tokens} more"
-            raise _bad(
-                param,
-                f"`{param}` has {size} tokens{beside}, more than the model's {pipe.max_length}; shorten it.",
-                code="context_length_exceeded",
-            )
+        _check_window(pipe, param, len(prompt.ids), must_fit)
 
     temperature = None if request.temperature is None else max(request.temperature, GREEDY)
     sampling = Sampling(request.num_inference_steps, request.guidance_scale, temperature, request.top_p)

@@ -25,8 +25,7 @@ from typing import NamedTuple
 import torch
 
 from tokcom.cli.scoring import score_tokens
-from tokcom.pipeline_text_tokcom import GAP
-from tokcom.pipeline_tokcom import TokComPiece, TokComPipeline
+from tokcom.pipeline_tokcom import GAP, TokComPiece, TokComPipeline
 
 LANES = 2  # batches of one class of lengths at a time
 CLASS_RATIO = 4  # the longest text of a class is at most so many times as long as its shortest

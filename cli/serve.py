@@ -304,6 +304,32 @@ def error_response(error: RequestError) -> JSONResponse:
     return JSONResponse(error.body, error.status, headers)
 
 
+def _explain_errors(app: FastAPI) -> None:
+    """Whatever goes wrong is said in OpenAI's form."""
+
+    @app.exception_handler(RequestError)
+    async def explain(request: Request, error: RequestError) -> JSONResponse:
+        return error_response(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def explain_form(request: Request, error: RequestValidationError) -> JSONResponse:
+        return error_response(explain_invalid(error.errors()))
+
+    @app.exception_handler(HTTPException)
+    async def explain_others(request: Request, error: HTTPException) -> JSONResponse:
+        message = str(error.detail)
+        if error.status_code == 404:
+            paths = "/v1/completions, /v1/chat/completions and /v1/models"
+            message = f"there is nothing at {request.url.path}; this server has {paths}."
+        if error.status_code == 405:
+            message = f"{request.method} is not the method of {request.url.path}."
+        return error_response(RequestError(error.status_code, message))
+
+    @app.exception_handler(Exception)
+    async def explain_failure(request: Request, error: Exception) -> JSONResponse:
+        return error_response(RequestError(500, "the server failed; its log says why.", "server_error"))
+
+
 def build_app(pipe: TokComPipeline, settings: ServerSettings) -> FastAPI:
     """The web application; its `state.engine` runs the model."""
     engine = Engine(pipe, settings.max_batch, settings.max_queue, settings.batch_wait)
@@ -323,26 +349,7 @@ def build_app(pipe: TokComPipeline, settings: ServerSettings) -> FastAPI:
     app.state.engine = engine
     app.add_middleware(Guard, settings=settings)
 
-    @app.exception_handler(RequestError)
-    async def explain(request: Request, error: RequestError) -> JSONResponse:
-        return error_response(error)
-
-    @app.exception_handler(RequestValidationError)
-    async def explain_form(request: Request, error: RequestValidationError) -> JSONResponse:
-        return error_response(explain_invalid(error.errors()))
-
-    @app.exception_handler(HTTPException)
-    async def explain_others(request: Request, error: HTTPException) -> JSONResponse:
-        message = str(error.detail)
-        if error.status_code == 404:
-            message = f"there is nothing at {request.url.path}; this server has /v1/completions, /v1/chat/completions, /v1/models."
-        if error.status_code == 405:
-            message = f"{request.method} is not the method of {request.url.path}."
-        return error_response(RequestError(error.status_code, message))
-
-    @app.exception_handler(Exception)
-    async def explain_failure(request: Request, error: Exception) -> JSONResponse:
-        return error_response(RequestError(500, "the server failed; its log says why.", "server_error"))
+    _explain_errors(app)
 
     @app.get("/health")
     async def health() -> dict:
