@@ -3,10 +3,11 @@
 Notable choices:
 - Jobs with the same settings and a similar length are denoised as one *batch*; a batch is a generator that one turn advances
   by one block.
-- The batch that has had the fewest turns goes first, so a short text is delayed by a long one only for the block at hand; every
-  `PATIENCE`-th turn goes to the batch that has waited longest, so long texts go on whatever else arrives.
-- Lengths fall into *classes* with `LANES` batches each. Long texts cannot occupy the lanes of short ones, and what waits for a
-  lane gathers into a larger batch meanwhile, which costs little more than a batch of one.
+- Lengths fall into *classes*, and the shortest goes first, so a short text is delayed by a long one only for the block at hand;
+  within a class the batch with the fewest turns goes first. Every `PATIENCE`-th turn goes to the batch that has waited longest,
+  so long texts go on whatever else arrives.
+- A class has `LANES` batches at a time. Long texts cannot occupy the lanes of short ones, and what waits for a lane gathers into
+  a larger batch meanwhile, which costs little more than a batch of one.
 - Clients are served evenly: the next place in a batch belongs to the client with the fewest texts in front of it.
 - Jobs whose client has left are dropped at the next denoising step.
 """
@@ -448,7 +449,7 @@ class Engine:
         if self._turns % PATIENCE == 0:
             batch = min(self.active, key=lambda b: b.last_turn)
         else:
-            batch = min(self.active, key=lambda b: (b.turns, b.last_turn))
+            batch = min(self.active, key=lambda b: (b.length_class, b.turns, b.last_turn))
         batch.last_turn = self._turns
         more = batch.advance()
         if not more:

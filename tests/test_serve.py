@@ -444,7 +444,7 @@ def test_a_long_text_delays_a_short_one_by_at_most_two_blocks(pipe, idle_engine)
     engine.waiting.append(make_job(pipe, 2000))
     engine._admit()
     (long,) = engine.active
-    for _ in range(12):
+    for _ in range(2):
         engine._take_turn()
     # besides these turns, the block at hand when the short text comes
     assert max(turns_until_finished(engine, make_job(pipe, 40), long) for _ in range(2)) <= 1
@@ -520,6 +520,15 @@ def test_a_client_that_leaves_is_dropped_at_the_next_step(pipe, start, monkeypat
     wait_until(lambda: not server.engine.active and not server.engine.running, 5)
     assert batch.turns < 400
     assert server.client().completions.create(model="tokcom", prompt=PROMPT, max_tokens=4).choices
+
+
+def test_a_gap_takes_turns_and_is_dropped_when_its_client_leaves(pipe):
+    job = make_job(pipe, 60, infill=(PROMPT, " home."))
+    batch = Batch([job], pipe)
+    assert batch.advance() and batch.advance()
+    job.cancelled = True
+    assert not batch.advance()
+    assert not any(thread.name == "tokcom-paused" for thread in threading.enumerate())
 
 
 def test_a_slow_answer_is_given_up(pipe, start, monkeypatch):

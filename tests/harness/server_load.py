@@ -120,7 +120,7 @@ def dead_clients(
     return {"seconds": busy, "cpu_seconds": cpu_seconds(process) - spent}
 
 
-def small_requests(port: int, seconds: float, every: float = 1.0, tokens: int = 16) -> list[float]:
+def small_requests(port: int, seconds: float, every: float = 2.0, tokens: int = 16) -> list[float]:
     """Latencies of small requests of one client, one begun `every` seconds, in seconds; infinite for one that failed."""
     latencies: list[float] = []
 
