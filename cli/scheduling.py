@@ -96,7 +96,7 @@ class Job:
         ids: the prompt's token ids.
         max_tokens: tokens to write; 0 only scores the prompt.
         client: whom it is for. Clients are served evenly.
-        deadline: when it is given up, in seconds of `time.monotonic`.
+        deadline: when the answer is given up, in seconds of `time.monotonic`.
         company: only jobs with equal values are denoised together.
         infill: the text before and after a gap of `max_tokens` tokens, for a job that fills one.
         num_logprobs: how many of the likeliest tokens to name in each place; None scores nothing.
@@ -119,7 +119,8 @@ class Job:
     @property
     def gone(self) -> bool:
         """Whether nobody waits for it any more."""
-        return self.cancelled or time.monotonic() > self.deadline
+        # at the deadline the answer itself cancels its jobs, unless it cannot since its client does not read
+        return self.cancelled or time.monotonic() > self.deadline + 1
 
     @property
     def length_class(self) -> int:

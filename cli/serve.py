@@ -156,7 +156,7 @@ class Answer:
 
         Raises `ClientLeft` as soon as the client does, and `RequestError` after the timeout or when a text failed.
         """
-        deadline = time.monotonic() + self.timeout
+        deadline = self.choices[0].job.deadline
         leaves = asyncio.ensure_future(self._client_leaves())
         tasks = {asyncio.ensure_future(choice.grow()): i for i, choice in enumerate(self.choices)}
         try:
