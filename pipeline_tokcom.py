@@ -321,7 +321,7 @@ class TokComPipeline(TokComBasePipeline):
     @torch.no_grad()
     def stream_batch(
         self,
-        prompts: list[str],
+        prompts: list[str] | list[list[int]],
         gen_length: int | list[int] = 256,
         num_inference_steps: int | None = None,
         guidance_scale: float = 1.0,

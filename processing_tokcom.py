@@ -175,13 +175,14 @@ def continue_text(
 class TokComPiece(NamedTuple):
     """What one text has gained in a block.
 
-    `text` is new; `tokens` is how many the text has by now, EOS included; `finish_reason` is "stop" (EOS) or "length" once
-    the text has ended, and None before.
+    `text` and `ids` are new; `tokens` is how many the text has by now, EOS included; `finish_reason` is "stop" (EOS) or
+    "length" once the text has ended, and None before.
     """
 
     text: str
     tokens: int
     finish_reason: str | None
+    ids: tuple[int, ...] = ()
 
 
 class ChatText(str):
@@ -193,7 +194,7 @@ class StreamedText:
     """One text of `stream_batch` while it grows."""
 
     tokenizer: PreTrainedTokenizerBase
-    prompt: str
+    prompt: str | list[int]
     prompt_ids: list[int]
     max_length: int
     skip: int  # tokens that its next blocks repeat of the prompt
@@ -207,25 +208,26 @@ class StreamedText:
         self.skip -= skipped
         new = block[skipped:]
         if self.piece.finish_reason is not None:
-            self.piece = self.piece._replace(text="")
+            self.piece = self.piece._replace(text="", ids=())
             return self.piece
         eos = self.tokenizer.eos_token_id
         ended = eos in new
         if ended:
             new = new[: new.index(eos) + 1]
             ended = len(self.ids) + len(new) <= self.max_length
-        self.ids = (self.ids + new)[: self.max_length]
+        new = new[: self.max_length - len(self.ids)]
+        self.ids = self.ids + new
         reason = None
         if ended:
             reason = "stop"
         elif len(self.ids) == self.max_length:
             reason = "length"
-        text = continue_text(self.tokenizer, self.prompt, self.prompt_ids, self.ids)
+        prompt = self.prompt if isinstance(self.prompt, str) else ""
+        text = continue_text(self.tokenizer, prompt, self.prompt_ids, self.ids)
         if reason is None:
-            text = text.rstrip(
-                "\ufffd"
-            )  # a character whose bytes are not complete waits for the next block
-        self.piece = TokComPiece(text[len(self.shown) :], len(self.ids), reason)
+            # a character whose bytes are not complete waits for the next block
+            text = text.rstrip("\ufffd")
+        self.piece = TokComPiece(text[len(self.shown) :], len(self.ids), reason, tuple(new))
         self.shown = max(self.shown, text, key=len)
         return self.piece
 
@@ -254,14 +256,20 @@ def as_prompts(tokenizer: PreTrainedTokenizerBase | None, prompt: Any) -> list[s
 
 
 def prompt_ids(
-    tokenizer: PreTrainedTokenizerBase | None, prompts: list[str], max_length: int
+    tokenizer: PreTrainedTokenizerBase | None,
+    prompts: list[str] | list[list[int]],
+    max_length: int,
 ) -> list[list[int]]:
-    """Ids of prompts; raises `ValueError` for one that is empty or longer than `max_length`.
+    """Ids of prompts, which may be rows of ids already.
 
-    Trailing spaces are left to the continuation, whose first word carries its own.
+    Trailing spaces are left to the continuation, whose first word carries its own. Raises `ValueError` for a prompt that
+    is empty or longer than `max_length`.
     """
     rows = []
     for prompt in prompts:
+        if isinstance(prompt, list) and prompt and all(isinstance(i, int) for i in prompt):
+            rows.append(prompt)
+            continue
         text = prompt.rstrip(" ") if isinstance(prompt, str) else prompt
         rows += tokenize_texts(
             tokenizer, [text], "prompt", special_tokens=isinstance(prompt, ChatText)

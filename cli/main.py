@@ -84,7 +84,9 @@ COMMANDS = {
     ),
     "inspect": Command("look inside a model or a run", "cli.inspect:main"),
     "train": Command("train a model, stage by stage", "train_accelerate:main"),
-    "serve": Command("serve OpenAI's completions interface", "cli.serve:main"),
+    "serve": Command(
+        "serve OpenAI's completions and chat interfaces", "cli.serve:run", options.add_serve_options
+    ),
     "app": Command("open a page to play with a model", "cli.app:run", options.add_app_options),
     "evaluate": Command(
         "measure a text model against controls, judges and a peer",

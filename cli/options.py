@@ -10,6 +10,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from tokcom.cli.server_settings import LIMITS, ServerSettings
+
 EVALUATION_SECTIONS = (
     "reconstruction",
     "unconditional",
@@ -329,6 +331,23 @@ def add_app_options(parser: argparse.ArgumentParser) -> None:
         help="address to listen at",
     )
     add("--port", type=int, default=7860, help="port to listen at")
+
+
+def add_serve_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--checkpoint", default=".", help=CHECKPOINT)
+    add("--host", default="127.0.0.1", help="0.0.0.0 for all interfaces; give an API key then")
+    add("--port", type=int, default=8000, help="0 takes a free one")
+    add("--device", help=DEVICE)
+    add(
+        "--api_key",
+        default=os.environ.get("TOKCOM_API_KEY"),
+        help="asked of every request but /health; or TOKCOM_API_KEY in the environment",
+    )
+    add("--model_name", default=ServerSettings.model_name, help="the name clients ask for")
+    for name, text in LIMITS.items():
+        value = getattr(ServerSettings, name)
+        add(f"--{name}", type=type(value), default=value, help=text)
 
 
 def add_evaluate_options(parser: argparse.ArgumentParser) -> None:

@@ -360,7 +360,8 @@ def serving(args: argparse.Namespace) -> dict:
     import openai
     import uvicorn
 
-    from tokcom.cli.serve import ServerSettings, build_app
+    from tokcom.cli.serve import build_app
+    from tokcom.cli.server_settings import ServerSettings
     from tokcom.pipeline_tokcom import TokComPipeline
 
     pipe = TokComPipeline.from_pretrained(args.checkpoint).to(DEVICE)
