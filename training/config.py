@@ -32,6 +32,12 @@ class DataConfig:
     streaming: bool = False
     validation_fraction: float = 0.02
     shuffle_buffer: int = 1000  # documents, streaming only
+    kind: str | None = (
+        None  # of a folder that holds several kinds: text, pictures, sounds or records; None: the preset's
+    )
+    encoding: str | None = None  # of text files without a byte-order mark; None is UTF-8
+    max_skipped: int = 0  # records that cannot be read and are left out, before it is an error
+    num_proc: int = 1  # processes that tokenize
 
 
 @dataclass
