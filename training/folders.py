@@ -68,6 +68,8 @@ class MediaFolder:
         """Columns `image_column`, `audio` and `caption_column`, those that there are."""
         metadata = metadata_files(self.listing)
         side = side_files(self.listing)
+        if not metadata and self._asked() and self.config.caption_column not in CAPTIONS:
+            find_caption_column([], self.config, f"{self.listing.root} (which has no file {METADATA!r})")
         captions = self._from_metadata(metadata) if metadata else None
         if captions is None and side and self._asked():
             captions = {path: self._side_text(file) for path, file in side.items()}
@@ -143,8 +145,6 @@ class MediaFolder:
     def _from_folders(self) -> dict[Path, list[str]] | None:
         names = {path.parent.name for path in self.media}
         if len(names) < 2:
-            if self.config.caption_column != CAPTIONS[0]:
-                find_caption_column([], self.config, str(self.listing.root))
             return None
         self.source.notes.append(f"captions are the names of {len(names)} folders: {some(sorted(names))}")
         return {path: [path.parent.name] for path in self.media}

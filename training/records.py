@@ -174,13 +174,18 @@ def _csv_rows(path: Path, suffix: str, encoding: str | None) -> Iterator[tuple[s
             yield where, dict(zip(header, row))
 
 
-def columns_of(files: list[Path], encoding: str | None = None) -> list[str]:
-    """The fields of the first record of every file."""
-    columns: dict[str, None] = {}
-    for path in files:
-        record = next((row for _, row in read_rows(path, encoding) if isinstance(row, dict)), {})
-        columns |= dict.fromkeys(record)
-    return list(columns)
+def first_record(path: Path, encoding: str | None = None) -> dict | None:
+    """The first object of a file, which says what its fields are; None if it holds no record at all. A file that cannot be read
+    holds one without fields: why is found when its records are."""
+    found = None
+    try:
+        for _, record in read_rows(path, encoding):
+            if isinstance(record, dict):
+                return record
+            found = {}
+    except (ValueError, OSError, EOFError):
+        return {}
+    return found
 
 
 def text_of(record: Any, column: str, where: str) -> str:

@@ -5,6 +5,7 @@ the content of the files, so a changed file is read again and a moved one is not
 """
 
 import glob
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from itertools import groupby
@@ -28,7 +29,7 @@ from tokcom.training.folders import (
 )
 from tokcom.training.records import (
     DIALOGUES,
-    columns_of,
+    first_record,
     messages_of,
     near_miss,
     read_rows,
@@ -228,7 +229,14 @@ class Source:
 
     def _table(self, files: list[Path], config: DataConfig, source: SourceReport):
         """JSON and CSV: texts and dialogues are checked while they are read, other records are kept as they are."""
-        columns = columns_of(files, config.encoding)
+        firsts = {file: first_record(file, config.encoding) for file in files}
+        for file in (path for path in files if firsts[path] is None):
+            source.listing.leave_out(file, "without records")
+        files = [file for file in files if firsts[file] is not None]
+        if not files:
+            raise ValueError(f"{self.path} holds no records, it is empty; give a file with data.")
+        source.used = len(files)
+        columns = list(dict.fromkeys(name for first in firsts.values() for name in first or ()))
         if (self.fields or config.fields) or _holds_pictures(columns, config, self.field):
             rows = [pair for file in files for pair in read_rows(file, config.encoding)]
             for _, record in rows:
@@ -282,6 +290,12 @@ class Source:
                 schemas[file] = pyarrow.parquet.read_schema(file)
             except (OSError, pyarrow.ArrowInvalid) as error:
                 raise ValueError(f"{file} cannot be read ({first_line(error)}); repair or remove the file.") from error
+        for file in [path for path in files if not pyarrow.parquet.read_metadata(path).num_rows]:
+            source.listing.leave_out(file, "without records")
+            files.remove(file)
+        if not files:
+            raise ValueError(f"{self.path} holds no records, it is empty; give a file with data.")
+        source.used = len(files)
         parts = []
         for _, group in groupby(files, lambda file: str(schemas[file])):
             names = [glob.escape(str(file)) for file in group]  # a name is a pattern to datasets
@@ -473,9 +487,13 @@ def load_documents(
     Sources follow each other, or if any has a weight are mixed, the smaller ones repeated until all are used up. What was found
     is noted in `report`. Raises `ValueError` when a source has no such field and when there is no document.
     """
-    report = Report(config.max_skipped) if report is None else report
+    shown = report is not None  # else nobody would hear of files that are left out
+    report = report or Report(config.max_skipped)
     sources = read_sources(source)
     parts = [item.load(config, split, report) for item in sources]
+    for found in () if shown else report.sources:
+        if found.listing is not None and found.listing.left_out:
+            warnings.warn("\n".join(found.lines()), stacklevel=2)
     kinds = {part_kind(part, config): item.path for item, part in zip(sources, parts)}
     if not any(item.fields for item in sources) and len(kinds) > 1:
         found = ", ".join(f"{path} holds {kind}" for kind, path in kinds.items())

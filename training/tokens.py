@@ -130,11 +130,12 @@ def tokenize_documents(
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """What the ids of a text depend on: it does not change when the tokenizer is used, as its pickle does."""
     if tokenizer.is_fast:
-        content = tokenizer.backend_tokenizer.to_str()
+        content = json.loads(tokenizer.backend_tokenizer.to_str())
+        content |= {"truncation": None, "padding": None}  # of the last call
     else:
         content = repr((type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())))
     ends = tokenizer.bos_token_id, tokenizer.eos_token_id
-    return datasets.fingerprint.Hasher.hash([TOKENIZING, content, ends])
+    return datasets.fingerprint.Hasher.hash(json.dumps([TOKENIZING, content, ends]))
 
 
 def _content_digest(documents: datasets.Dataset, text_column: str) -> str:
