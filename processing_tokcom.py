@@ -124,10 +124,7 @@ def read_sound(
         rate = sampling_rate if rate is None else rate
     if not isinstance(rate, (int, float)) or not 0 < rate < 10**7:
         raise ValueError(f"{name} has a `sampling_rate` of {rate!r}; give samples a second.")
-    if not sound.size:
-        raise ValueError(f"{name} is a sound without samples; remove it.")
-    if not np.isfinite(sound).all():
-        raise ValueError(f"{name} has samples that are not finite; repair or remove it.")
+    _check_samples(sound, name)
     length = len(sound) if length is None else length
     if facts is not None:
         facts |= {"mixed to one channel": sound.ndim == 2 and sound.shape[1] > 1, "resampled": rate != sampling_rate}
@@ -143,6 +140,13 @@ def read_sound(
         common = gcd(int(rate), sampling_rate)
         sound = resample_poly(sound, sampling_rate // common, int(rate) // common)
     return sound.astype(np.float32)
+
+
+def _check_samples(sound: np.ndarray, name: str) -> None:
+    if not sound.size:
+        raise ValueError(f"{name} is a sound without samples; remove it.")
+    if not np.isfinite(sound).all():
+        raise ValueError(f"{name} has samples that are not finite; repair or remove it.")
 
 
 def _samples(value: Any, name: str) -> np.ndarray:
@@ -249,6 +253,7 @@ def _claimed_bytes(head: bytes) -> int:
 def read_wav(file: str | Path) -> tuple[np.ndarray, int]:
     """Any sound file -> samples `(n,)` in [-1, 1], the mean of its channels, and their rate."""
     sound, rate, _ = _decode_sound(file, str(file), None)
+    _check_samples(sound, str(file))
     return sound.mean(1), rate
 
 

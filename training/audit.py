@@ -63,7 +63,7 @@ def audit(dataset, part: PartReport, report: Report, setting: Any = None, num_wo
             good.append(index)
             part.add(outcome["facts"])
     if not good:
-        raise ValueError(f"no record of the {part.name} data can be read.")
+        raise ValueError(f"no record of the {part.name} can be read.")
     return dataset if len(good) == len(dataset) else dataset.select(good)
 
 
@@ -74,7 +74,7 @@ def _decode_all(dataset, name: str, max_skipped: int, num_workers: int) -> list[
     loader = DataLoader(_Outcomes(dataset), None, num_workers=num_workers, generator=generator, collate_fn=_same)
     outcomes = []
     problems = 0
-    for outcome in tqdm(loader, desc=f"reading {name} data", unit="record"):
+    for outcome in tqdm(loader, desc=f"decoding {name}", unit="record"):
         outcomes.append(outcome)
         problems += "problem" in outcome
         if problems > max_skipped:

@@ -300,7 +300,7 @@ class Reading:
         return train.select(range(cut)), train.select(range(cut, len(train)))
 
     def _audited(self, dataset, name: str, setting):
-        part = self.report.part(f"{name}, as the model reads them")
+        part = self.report.part(name)
         dataset = audit(dataset, part, self.report, repr(setting), self.config.num_workers)
         part.counts = Counter({"records": len(dataset)}) + part.counts
         part.examples = [dataset.describe(index) for index in range(min(EXAMPLES, len(dataset)))]
