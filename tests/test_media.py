@@ -137,7 +137,7 @@ def test_a_picture_that_cannot_be_read_is_one_error_or_left_out_and_counted(name
 
 def test_everything_is_decoded_once_also_by_a_second_run(tmp_path, monkeypatch):
     codec = TokComStyleCodecConfig()
-    for i, image in enumerate(shades(3, codec.image_size[::-1])):
+    for i, image in enumerate(shades(3, (codec.image_size, codec.image_size))):
         image.save(tmp_path / f"{i}.png")
 
     def run(report):
@@ -151,7 +151,7 @@ def test_everything_is_decoded_once_also_by_a_second_run(tmp_path, monkeypatch):
     assert torch.equal(state, torch.get_rng_state())  # initial weights depend on it
     with monkeypatch.context() as patch:
         patch.setattr(ImageDataset, "__getitem__", lambda *a: pytest.fail("decoded again"))
-        assert run(Report())[1].sizes["width"] == [codec.image_size[1]] * 3
+        assert run(Report())[1].sizes["width"] == [codec.image_size] * 3
     (tmp_path / "1.png").write_bytes(b"broken now")
     with pytest.raises(ValueError, match=r"1\.png"):
         run(Report())

@@ -5,7 +5,6 @@ Every kind gives the datasets of a stage, says how much a batch holds, and measu
 
 import dataclasses
 import os
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -260,11 +259,14 @@ class Reading:
         self.report = Report(config.data.max_skipped)
         self.saved = Path(config.output_dir) / WORK / "tokenizer"
 
-    def corpus(self) -> Corpus:
+    def corpus(self, hold_out: bool = True) -> Corpus:
+        """Everything, read; without `hold_out` all of it is training data, and is shown as validation data, too."""
         data = self.data
         train = load_documents(data.train, data, "train", self.report)
         several = bool(data.fields) or any(source.fields for source in read_sources(data.train))
-        if data.validation is None:
+        if not hold_out:
+            validation = train
+        elif data.validation is None:
             train, validation = self._split(train, several)
         else:
             validation = load_documents(data.validation, data, "validation", self.report)
@@ -299,12 +301,20 @@ class Reading:
         cut = len(train) - held_out
         return train.select(range(cut)), train.select(range(cut, len(train)))
 
-    def _audited(self, dataset, name: str, setting):
-        part = self.report.part(name)
-        dataset = audit(dataset, part, self.report, repr(setting), self.config.num_workers)
-        part.counts = Counter({"records": len(dataset)}) + part.counts
-        part.examples = [dataset.describe(index) for index in range(min(EXAMPLES, len(dataset)))]
-        return dataset
+    def _audited(self, parts: dict, setting) -> dict:
+        """The two parts of the data, decoded once; what is one and the same is decoded and counted once."""
+        audited = {}
+        same = len({id(dataset.records) for dataset in parts.values()}) == 1
+        for name, dataset in parts.items():
+            if audited and same:
+                audited[name] = next(iter(audited.values()))
+                continue
+            part = self.report.part(name)
+            dataset = audit(dataset, part, self.report, repr(setting), self.config.num_workers)
+            part.records = len(dataset)
+            part.examples = [dataset.describe(index) for index in range(min(EXAMPLES, len(dataset)))]
+            audited[name] = dataset
+        return audited
 
     def _streams(self, train, validation) -> OmniCorpus:
         """The corpus of records whose columns are streams; texts of all streams share a tokenizer."""
@@ -321,12 +331,13 @@ class Reading:
         elif columns or (name is not None and has_tokenizer(name)):
             texts = [{"text": row or ""} for column in columns for row in train[column]]
             tokenizer = get_tokenizer(name, config.tokenizer_vocab_size, texts, "text")
-        validation = validation.shuffle(seed=0)  # of several sources, too, the first batches show all
+        if validation is not train:
+            validation = validation.shuffle(seed=0)  # of several sources, too, the first batches show all
         parts = {"training data": OmniDataset(train, tokenizer), "validation data": OmniDataset(validation, tokenizer)}
         if self.codec_config is not None and self.codec_config.modality == "several":
             with torch.device("meta"), torch.random.fork_rng(devices=[]):  # its lengths are asked for, not its weights
                 codec = CODECS[self.codec_config.model_type]._from_config(self.codec_config)
-            parts = {name: self._audited(part.fit(codec), name, self.codec_config) for name, part in parts.items()}
+            parts = self._audited({name: part.fit(codec) for name, part in parts.items()}, self.codec_config)
         return OmniCorpus(*parts.values(), tokenizer)
 
     def _pictures(self, train, validation) -> PictureCorpus:
@@ -346,7 +357,7 @@ class Reading:
         codec = self.codec_config
         if codec is not None and codec.modality in ("image", "video"):
             size = codec.image_size, codec.clip_length if codec.modality == "video" else None
-            parts = {name: self._audited(part.fit(codec), name, size) for name, part in parts.items()}
+            parts = self._audited({name: part.fit(codec) for name, part in parts.items()}, size)
         return PictureCorpus(*parts.values(), tokenizer, self.config.autoencoder)
 
     def _tokenizer(self, documents, text_column: str, pictures: bool = False) -> PreTrainedTokenizerBase:
@@ -371,17 +382,17 @@ class Reading:
                 raise ValueError(
                     "dialogues are neither streamed nor cached; set data.streaming and cache_latents to false."
                 )
-            return DialogueCorpus(
-                self._dialogues(train, tokenizer, "dialogues"),
-                self._dialogues(validation, tokenizer, "validation"),
-                tokenizer,
-            )
+            pairs = self._dialogues(train, tokenizer, "dialogues")
+            held_out = pairs if validation is train else self._dialogues(validation, tokenizer, "validation")
+            return DialogueCorpus(pairs, held_out, tokenizer)
         if data.streaming and self.config.cache_latents:
             raise ValueError("a stream is not cached; set data.streaming=false or cache_latents=false.")
-        validation = self._tokens(validation, tokenizer, "validation text")
+        same = validation is train
+        validation = self._tokens(validation, tokenizer, "training text" if same else "validation text")
         if data.streaming:
             return StreamCorpus(train, validation, tokenizer, data.text_column)
-        return Corpus(self._tokens(train, tokenizer, "training text"), validation, tokenizer)
+        train = validation if same else self._tokens(train, tokenizer, "training text")
+        return Corpus(train, validation, tokenizer)
 
     def _tokens(self, documents, tokenizer: PreTrainedTokenizerBase, name: str) -> np.ndarray:
         part = self.report.part(name)
@@ -398,7 +409,7 @@ class Reading:
     def _dialogues(self, documents, tokenizer: PreTrainedTokenizerBase, name: str) -> list[tuple]:
         part = self.report.part(name)
         pairs = tokenize_dialogues(documents, tokenizer, name, self.report)
-        part.counts["dialogues"] = len(pairs)
+        part.records = len(pairs)
         for prompt, answer in pairs:
             part.add({"tokens of the prompt": len(prompt), "tokens of the answer": len(answer)})
         for prompt, answer in pairs[:EXAMPLES]:

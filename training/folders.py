@@ -5,6 +5,7 @@ name beside it, then in the name of its folder. A picture may have several: rows
 caption field, or the lines of its side file.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import datasets
@@ -68,53 +69,66 @@ class MediaFolder:
         """Columns `image_column`, `audio` and `caption_column`, those that there are."""
         metadata = metadata_files(self.listing)
         side = side_files(self.listing)
-        if not metadata and self._asked() and self.config.caption_column not in CAPTIONS:
+        asked = self.config.caption_column not in (None, NO_CAPTIONS)
+        if not metadata and asked and self.config.caption_column not in CAPTIONS:
             find_caption_column([], self.config, f"{self.listing.root} (which has no file {METADATA!r})")
-        captions = self._from_metadata(metadata) if metadata else None
-        if captions is None and side and self._asked():
-            captions = {path: self._side_text(file) for path, file in side.items()}
-            self.source.notes.append(
-                f"captions from text files of the same name: {len(captions)} of {len(self.media)}"
-            )
-        if captions is None and self._asked():
-            captions = self._from_folders()
-        if captions is None:
+        captions = self._from_metadata(metadata)
+        if asked:
+            lacking = [path for path in self.media if path in side and not captions.get(path)]
+            captions |= {path: self._side_text(side[path]) for path in lacking}
+            if lacking:
+                count = f"{len(lacking)} of {len(self.media)}"
+                self.source.notes.append(f"captions from text files of the same name: {count}")
+            captions = captions or self._from_folders()
+        else:
+            side = {}
+        if not captions:
             self.source.notes.append("no captions")
-        self._leave_out(set(metadata) | set(side.values()) if captions is not None else set(metadata))
+        self._leave_out({*metadata, *side.values()})
         columns = self._columns(captions)
-        self.source.used = len(self.media) + len(metadata) + (len(side) if captions is not None else 0)
+        self.source.used = len(self.media) + len(metadata) + len(side)
         self.source.records = len(next(iter(columns.values())))
         self.source.fields = list(columns)
         counts = [(kind, len([p for p in self.media if kind_of(p) == kind])) for kind in self.kinds]
         self.source.kind = ", ".join(several(count, kind) for kind, count in counts if count)
         return datasets.Dataset.from_dict(columns)
 
-    def _asked(self) -> bool:
-        return self.config.caption_column not in (None, NO_CAPTIONS)
+    def _from_metadata(self, files: list[Path]) -> dict[Path, list[str]]:
+        """Captions by file, of each metadata file from the field that holds them there."""
+        rows = {file: self._rows(file) for file in files}
+        columns = {file: _columns_of(row for _, row in rows[file]) for file in files}
+        asked = self.config.caption_column
+        if files and not any(asked in names for names in columns.values()):  # in none of them
+            every = list(dict.fromkeys(name for names in columns.values() for name in names))
+            find_caption_column(every, self.config, ", ".join(map(str, files)))
+        captions: dict[Path, list[str]] = {}
+        for file in files:
+            column = asked if asked in columns[file] else None
+            if asked == CAPTIONS[0]:
+                column = find_caption_column(columns[file], self.config, str(file))
+            found = self._captions_in(file, rows[file], column)
+            captions |= {path: captions.get(path, []) + texts for path, texts in found.items()}
+            name = self.listing.name(file)
+            if column is None:
+                self.source.notes.append(f"no captions in {name}; its fields are {', '.join(columns[file]) or 'none'}")
+            else:
+                count = sum(map(bool, found.values()))
+                self.source.notes.append(f"captions from field {column!r} of {name}: {count} of {len(self.media)}")
+        return {path: texts for path, texts in captions.items() if texts}
 
-    def _from_metadata(self, files: list[Path]) -> dict[Path, list[str]] | None:
-        """Captions by file; None if the rows hold none."""
-        rows = [(file, where, row) for file in files for where, row in self._rows(file)]
-        columns = list(dict.fromkeys(name for _, _, row in rows for name in row if name != FILE_NAME))
-        column = find_caption_column(columns, self.config, ", ".join(map(str, files)))
+    def _captions_in(self, file: Path, rows: list[tuple[str, dict]], column: str | None) -> dict[Path, list[str]]:
+        """Captions by file in the rows of a metadata file; a row without a file is a problem."""
         known = set(self.media)
         captions: dict[Path, list[str]] = {}
-        for file, where, row in rows:
+        for where, row in rows:
             if not isinstance(row.get(FILE_NAME), str):
                 self.report.skip(f"{where} has no file in field {FILE_NAME!r} but {shown(row.get(FILE_NAME))}.")
                 continue
             path = file.parent / row[FILE_NAME]
-            if path not in known:
-                if kind_of(path) in self.kinds or not path.exists():
-                    self.report.skip(f"{where} names {row[FILE_NAME]!r}, which is not in the folder or is left out.")
-                continue
-            captions.setdefault(path, []).extend(self._strings(row.get(column), where) if column else [])
-        if column is None:
-            others = f"; its fields are {', '.join(columns)}" if columns else ""
-            self.source.notes.append(f"no captions in {files[0].name} (data.caption_column){others}")
-            return None
-        found = sum(bool(texts) for texts in captions.values())
-        self.source.notes.append(f"captions from field {column!r} of {files[0].name}: {found} of {len(self.media)}")
+            if path in known:
+                captions.setdefault(path, []).extend(self._strings(row.get(column), where) if column else [])
+            elif kind_of(path) in self.kinds or not path.exists():
+                self.report.skip(f"{where} names {row[FILE_NAME]!r}, which is not in the folder or is left out.")
         return captions
 
     def _rows(self, file: Path) -> list[tuple[str, dict]]:
@@ -142,10 +156,10 @@ class MediaFolder:
         lines = read_text(file, self.config.encoding).split("\n")
         return [line.strip() for line in lines if line.strip()]
 
-    def _from_folders(self) -> dict[Path, list[str]] | None:
+    def _from_folders(self) -> dict[Path, list[str]]:
         names = {path.parent.name for path in self.media}
         if len(names) < 2:
-            return None
+            return {}
         self.source.notes.append(f"captions are the names of {len(names)} folders: {some(sorted(names))}")
         return {path: [path.parent.name] for path in self.media}
 
@@ -155,7 +169,7 @@ class MediaFolder:
             if path not in read and kind_of(path) not in self.kinds:
                 self.listing.leave_out(path, f"{kind_of(path) or 'caption'} beside {' and '.join(self.kinds)} files")
 
-    def _columns(self, captions: dict[Path, list[str]] | None) -> dict[str, list]:
+    def _columns(self, captions: dict[Path, list[str]]) -> dict[str, list]:
         names = {"picture": self.config.image_column, "clip": self.config.image_column, "sound": "audio"}
         records: dict[tuple, dict] = {}
         for path in self.media:
@@ -165,13 +179,17 @@ class MediaFolder:
                 key = (path,)
             record = records.setdefault(key, {})
             record[column] = {"bytes": None, "path": str(path)}
-            if captions is not None and path in captions:
+            if path in captions:
                 record.setdefault("", []).extend(t for t in captions[path] if t not in record.get("", []))
         columns = {name: [record.get(name) for record in records.values()] for name in dict.fromkeys(names.values())}
         columns = {name: column for name, column in columns.items() if any(column)}
-        if captions is not None:
+        if captions:
             columns[self.config.caption_column] = as_captions([record.get("", []) for record in records.values()])
         return columns
+
+
+def _columns_of(rows: Iterable[dict]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row if name != FILE_NAME))
 
 
 def as_captions(rows: list[list[str]]) -> list:

@@ -55,6 +55,7 @@ class PartReport:
     """The training or the validation data as their loader yields them: named counts, sizes, and decoded examples."""
 
     name: str
+    records: int | None = None
     counts: Counter = field(default_factory=Counter)
     sizes: dict[str, list[float]] = field(default_factory=dict)  # by unit, one for each record
     examples: list[str] = field(default_factory=list)
@@ -70,8 +71,10 @@ class PartReport:
 
     def lines(self) -> list[str]:
         lines = [f"{self.name}:"]
-        if self.counts:
-            lines.append("  " + ", ".join(f"{count:,} {name}" for name, count in self.counts.items()))
+        counted = [] if self.records is None else [several(self.records, "record")]
+        counted += [f"{count:,} {name}" for name, count in self.counts.items() if count]
+        if counted:
+            lines.append("  " + ", ".join(counted))
         for name, values in self.sizes.items():
             low, middle, high = np.percentile(values, (0, 50, 100))
             total = f", {sum(values):,g} in all" if name in ADDED else ""
