@@ -20,6 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from .codec_chunk_tokcom import TokComCodecOutput
 from .codec_color_tokcom import TokComColorCodec
+from .processing_tokcom import warn_of_new_characters
 from .sampling_tokcom import TokComGaps, TokComGiven, spawn_generators
 
 GAP = "____"
@@ -119,6 +120,7 @@ class TokComTextMixin:
                 raise ValueError(
                     f"`{name}` is empty ({text!r}); give some text, or call generate() to start from noise."
                 )
+        warn_of_new_characters(self.tokenizer, texts)
         return rows
 
     def _pad(self, rows: list[list[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,6 +10,7 @@ Notable choices:
 """
 
 import io
+import warnings
 import wave
 from math import gcd
 from pathlib import Path
@@ -23,11 +24,25 @@ from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
 from .configuration_codec_tokcom import TokComAudioCodecConfig
 
+CHARACTERS = "training_characters"  # entry of a tokenizer's configuration: every character of the training text
 FLOOR = 1e-3  # power of a band that counts as silence, at a peak of 1
 ITERATIONS = 60
 HEAD = 1 << 16  # bytes of a sound file in which the header of its samples lies
 BLOCK = 1 << 20  # samples that are decoded at a time
 MAX_EXPANSION = 20_000  # samples for a byte: silence in FLAC has some thousand
+
+
+def warn_of_new_characters(tokenizer: Any, texts: list[str]) -> None:
+    """Warn, once for a tokenizer, of characters that the texts of its model's training never had, if it tells which they had."""
+    known = tokenizer.init_kwargs.get(CHARACTERS)
+    if not known or getattr(tokenizer, "has_warned_of_characters", False):
+        return
+    if new := sorted(character for character in set("".join(texts)) - set(known) if not character.isspace()):
+        tokenizer.has_warned_of_characters = True
+        warnings.warn(
+            f"`prompt` has characters that the training text never had ({' '.join(new[:20])}); expect nonsense after them.",
+            stacklevel=2,
+        )
 
 
 class TokComAudioProcessor:

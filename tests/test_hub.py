@@ -39,7 +39,7 @@ REMOTE_FILES = {
             "transformers",
             "typing",
         ),
-        "wave",
+        *("warnings", "wave"),
     },
     "pipeline_omni_tokcom.py": {"collections", "typing", "numpy", "torch", "PIL"},
     "pipeline_video_tokcom.py": {"collections", "typing", "torch"},

@@ -84,6 +84,40 @@ def test_the_default_picture_of_an_apng_is_no_frame():
     assert frames[2].getpixel((0, 0))[:3] == rest[2].getpixel((0, 0))
 
 
+def transparent(mode: str) -> bytes:
+    """A picture of a mode all of which is transparent, black underneath."""
+    if mode in ("LA", "RGBA"):
+        return encoded(Image.new(mode, (32, 32), 0), "PNG")
+    if mode == "P":
+        return encoded(Image.new("P", (32, 32), 0), "PNG", transparency=bytes([0]))
+    if mode == "GIF":
+        return encoded(Image.new("P", (32, 32), 0), "GIF", transparency=0)
+    if mode == "I;16":
+        return encoded(Image.fromarray(np.full((32, 32), 7, np.uint16)), "PNG", transparency=7)
+    if mode in ("WEBP", "AVIF"):
+        return encoded(Image.new("RGBA", (32, 32), (0, 0, 0, 0)), mode, lossless=True, quality=100)
+    return encoded(Image.new(mode, (32, 32), 0), "PNG", transparency=(0, 0, 0) if mode == "RGB" else 0)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "GIF", "RGB", "RGBA", "I;16", "WEBP", "AVIF"])
+def test_what_is_transparent_becomes_white_in_every_mode(mode):
+    records = datasets.Dataset.from_dict({"image": [transparent(mode)]})
+    item = ImageDataset(records, "image", "", None, 0, False).fit(TokComStyleCodecConfig())[0]["pixel_values"]
+    assert float(item.min()) > 0.97
+
+
+def test_modes_without_a_known_range_are_named_with_their_record():
+    content = encoded(Image.new("F", (8, 8)), "TIFF")
+    records = datasets.Dataset.from_dict({"image": [content]})
+    with pytest.raises(ValueError, match=r"record 0 \(image\).*mode 'F'"):
+        audit(
+            ImageDataset(records, "image", "", None, 0, False).fit(TokComStyleCodecConfig()),
+            PartReport("x"),
+            Report(),
+            0,
+        )
+
+
 def broken_exif(block: bytes) -> bytes:
     return encoded(Image.new("RGB", (32, 32)), "JPEG", exif=b"Exif\0\0" + block)
 

@@ -8,6 +8,7 @@ import warnings
 import datasets
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from tokcom.pipeline_text_tokcom import text_ids
 from tokcom.training.config import DataConfig
@@ -301,3 +302,20 @@ def test_reading_warns_of_nothing_without_a_reason(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_documents(str(tmp_path), DataConfig(train="x"), "train")
+
+
+def test_a_prompt_with_characters_that_the_training_text_never_had_warns_once(build, tmp_path, stories):
+    pipe = build()
+    pipe.tokenizer = copy.deepcopy(pipe.tokenizer)
+    pipe.tokenizer.init_kwargs["training_characters"] = "".join(sorted(set("".join(stories))))
+    pipe.tokenizer.save_pretrained(tmp_path)
+    pipe.tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    options = {"gen_length": 4, "num_inference_steps": 1}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        pipe("Once upon a time\n", **options)
+    with pytest.warns(UserWarning, match="never had .京 北."):
+        pipe("北京 is far", **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        pipe("北京 is far", **options)

@@ -39,6 +39,14 @@ class DataConfig:
     max_skipped: int = 0  # records that cannot be read and are left out, before it is an error
     num_proc: int = 1  # processes that tokenize
 
+    def __post_init__(self):
+        if self.kind not in (None, "text", "pictures", "sounds", "records"):
+            raise ValueError(f"`data.kind` ({self.kind!r}) must be text, pictures, sounds or records, or null.")
+        if self.max_skipped < 0 or self.num_proc < 1:
+            raise ValueError(
+                f"`data.max_skipped` ({self.max_skipped}) must be at least 0, `data.num_proc` ({self.num_proc}) at least 1."
+            )
+
 
 @dataclass
 class StageConfig:

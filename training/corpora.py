@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from tokcom.configuration_codec_tokcom import TokComCodecConfig
 from tokcom.configuration_tokcom import TokComConfig, merge_overrides
 from tokcom.modeling_tokcom import CODECS, TokComModel
+from tokcom.processing_tokcom import CHARACTERS
 from tokcom.training.audit import audit
 from tokcom.training.card import WORK
 from tokcom.training.config import StageConfig, TrainConfig
@@ -354,6 +355,8 @@ class Reading:
             "training data": ImageDataset(train, *columns, training=True),
             "validation data": ImageDataset(validation, *columns, training=False),
         }
+        if tokenizer is not None:
+            self._remember(tokenizer, "".join(parts["training data"].letters))
         codec = self.codec_config
         if codec is not None and codec.modality in ("image", "video"):
             size = codec.image_size, codec.clip_length if codec.modality == "video" else None
@@ -388,6 +391,8 @@ class Reading:
         if data.streaming and self.config.cache_latents:
             raise ValueError("a stream is not cached; set data.streaming=false or cache_latents=false.")
         same = validation is train
+        if data.streaming and same:
+            return StreamCorpus(train, np.zeros(0, np.int32), tokenizer, data.text_column)
         validation = self._tokens(validation, tokenizer, "training text" if same else "validation text")
         if data.streaming:
             return StreamCorpus(train, validation, tokenizer, data.text_column)
@@ -403,12 +408,24 @@ class Reading:
                 ids = tokens[start : start + EXAMPLE_TOKENS]
                 part.examples.append(repr(tokenizer.decode(ids.tolist(), skip_special_tokens=True)))
         if name == "training text":
-            tokenizer.init_kwargs["training_characters"] = part.letters[:MOST_LETTERS]
+            self._remember(tokenizer, part.letters)
         return tokens
+
+    def _remember(self, tokenizer: PreTrainedTokenizerBase, letters: str) -> None:
+        """Keep with the tokenizer which characters the training texts have, so that a pipeline can tell which they never had. Of a
+        model that training starts from they are known if its tokenizer tells."""
+        known = tokenizer.init_kwargs.get(CHARACTERS)
+        if known is None and (self.config.init_from or self.config.codec_from):
+            return
+        together = "".join(sorted(set(letters) | set(known or "")))
+        if len(together) <= MOST_LETTERS:
+            tokenizer.init_kwargs[CHARACTERS] = together
 
     def _dialogues(self, documents, tokenizer: PreTrainedTokenizerBase, name: str) -> list[tuple]:
         part = self.report.part(name)
-        pairs = tokenize_dialogues(documents, tokenizer, name, self.report)
+        pairs = tokenize_dialogues(documents, tokenizer, name, self.report, part)
+        if name == "dialogues":
+            self._remember(tokenizer, part.letters)
         part.records = len(pairs)
         for prompt, answer in pairs:
             part.add({"tokens of the prompt": len(prompt), "tokens of the answer": len(answer)})

@@ -130,13 +130,23 @@ class Frames:
 
 
 def _upright(image: Image.Image, name: str) -> Image.Image:
-    """A picture turned as its camera was held."""
+    """A picture turned as its camera was held, with what is transparent in a mode that has alpha."""
     try:
-        return ImageOps.exif_transpose(image)
+        image = ImageOps.exif_transpose(image)
     except Exception as error:  # whatever a broken EXIF makes Pillow raise
         raise ValueError(
             f"{name} has an EXIF block that cannot be read ({first_line(error)}); save it without."
         ) from error
+    key = image.info.get("transparency")
+    if image.mode in ("La", "RGBa"):  # colours multiplied by alpha
+        return image.convert(image.mode.upper())
+    if key is not None and image.mode in ("1", "L", "RGB"):
+        return image.convert("RGBA")
+    if isinstance(key, int) and image.mode.startswith("I;16"):
+        levels = np.asarray(image)
+        alpha = np.where(levels == key, 0, 255).astype(np.uint8)
+        return Image.fromarray(np.stack([(levels >> 8).astype(np.uint8), alpha], 2), "LA")
+    return image
 
 
 class ImageDataset(torch.utils.data.Dataset):
@@ -171,6 +181,7 @@ class ImageDataset(torch.utils.data.Dataset):
             self.first_caption = np.cumsum([0, *map(len, texts)])  # of every record, and the end
             self.captioned = np.array([any(text.strip() for text in row) for row in texts])
             self.captions = pad_captions(text_ids(tokenizer, flat), vocabulary_size(tokenizer))
+            self.letters = set().union(*flat)
 
     def fit(self, codec_config, autoencoder=None) -> "ImageDataset":
         """Give pictures, or clips, of the size that a codec sees from now on; clips as the latents of a frozen `autoencoder` of
@@ -219,7 +230,10 @@ class ImageDataset(torch.utils.data.Dataset):
             start = int(generator.integers(len(frames) + 1 - length))
         clip = frames.clip(start, length)
         self.facts = self._facts(frames, clip[0], index)
-        pixels = self.processor(clip)["pixel_values"]  # (F, 3, H, W)
+        try:
+            pixels = self.processor(clip)["pixel_values"]  # (F, 3, H, W)
+        except ValueError as error:
+            raise ValueError(f"{frames.name}: {error}") from error
         item = {"pixel_values": pixels[0] if self.clip_length is None else pixels.transpose(0, 1)}
         if self.autoencoder is not None:
             item["pixel_values"] = encode_clips(self.autoencoder, item["pixel_values"][None])[0]

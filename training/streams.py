@@ -170,6 +170,12 @@ class OmniDataset(torch.utils.data.Dataset):
                 self.features[key] = found
         return found
 
+    def _pixels(self, name: str, frames: list, index: int) -> torch.Tensor:
+        try:
+            return self.processors[name](frames)["pixel_values"]
+        except ValueError as error:
+            raise ValueError(f"record {index} ({name}): {error}") from error
+
     def __getitem__(self, index: int) -> dict[str, dict[str, torch.Tensor]]:
         content, streams = self.content(index), {}
         for name, config in self.configs.items():
@@ -183,7 +189,7 @@ class OmniDataset(torch.utils.data.Dataset):
             else:
                 frames = [] if value is None else value if config.kind == "video" else [value]
                 shape = (1 if config.kind == "image" else config.clip_length, 3, *self.processors[name]._size)
-                pixels = self.processors[name](frames)["pixel_values"] if frames else torch.zeros(shape)
+                pixels = self._pixels(name, frames, index) if frames else torch.zeros(shape)
                 streams[name] = pixels[0] if config.kind == "image" else pixels.transpose(0, 1)
         present = {name: torch.tensor(name in content) for name in self.configs}
         if not content:

@@ -231,11 +231,16 @@ def tokenize_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str,
 
 
 def tokenize_dialogues(
-    documents: Iterable[dict], tokenizer: PreTrainedTokenizerBase, desc: str, report: Report | None = None
+    documents: Iterable[dict],
+    tokenizer: PreTrainedTokenizerBase,
+    desc: str,
+    report: Report | None = None,
+    part: PartReport | None = None,
 ) -> list[tuple]:
     """Ids of the prompt and of the last answer, which EOS ends, of every record; `report` counts or refuses those that are no
-    dialogues."""
+    dialogues, and `part` is told which characters there are."""
     report = Report() if report is None else report
+    letters: set[str] = set()
     pairs = []
     for index, record in enumerate(tqdm(documents, desc=f"tokenizing {desc}", unit="doc")):
         try:
@@ -243,6 +248,9 @@ def tokenize_dialogues(
         except ValueError as error:
             report.skip(str(error))
             continue
+        letters.update(answer["content"], *(message["content"] for message in before))
         ids = text_ids(tokenizer, answer["content"])
         pairs.append((tokenize_prompt(tokenizer, before), [*ids, tokenizer.eos_token_id]))
+    if part is not None:
+        part.letters = "".join(letters)
     return pairs
