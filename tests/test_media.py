@@ -8,6 +8,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image, PngImagePlugin
 
 from tokcom.configuration_codec_tokcom import TokComStyleCodecConfig, TokComVideoCodecConfig
@@ -503,3 +504,28 @@ def test_pictures_of_the_processor_and_of_training_are_the_same():
     item = ImageDataset(records, "image", "", None, 0, False).fit(codec)[0]
     wanted = TokComImageProcessor(codec.image_size)(open_image(content))["pixel_values"][0]
     assert torch.equal(item["pixel_values"], wanted)
+
+
+def test_clips_that_stay_the_same_are_encoded_once_in_batches_and_others_when_they_are_drawn(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
+    vae = AutoencoderKL(**blocks, block_out_channels=(8,), latent_channels=4, norm_num_groups=4).eval()
+    for name, count in (("a", 3), ("b", 4), ("c", 4), ("d", 9)):
+        write_film([Image.effect_noise((32, 32), 9 * i + 9) for i in range(count)], tmp_path / f"{name}.gif")
+    records = load_documents(str(tmp_path), DataConfig(train="x"), "train", Report())
+
+    def dataset():
+        return ImageDataset(records, "image", "", None, 0, True).fit(TokComVideoCodecConfig(num_frames=4), vae)
+
+    plain, cached = dataset(), dataset()
+    cached.encode_once(torch.device("cpu"), batch_size=2)
+    assert sorted(cached.places) == [0, 1, 2]
+    for epoch in range(2):
+        for data in (plain, cached):
+            data.set_epoch(epoch)
+        for index in range(4):
+            torch.testing.assert_close(cached[index]["pixel_values"], plain[index]["pixel_values"])
+    monkeypatch.setattr("tokcom.training.images.encode_clips", lambda *a: pytest.fail("encoded again"))
+    again = dataset()
+    again.encode_once(torch.device("cpu"))
+    assert torch.equal(again[1]["pixel_values"], cached[1]["pixel_values"])

@@ -20,6 +20,13 @@ from tokcom.training.report import PartReport, Report
 AUDIT = 1  # version of what the cache holds
 
 
+def cache_folder() -> Path:
+    """Where what is found or computed once is kept: beside what `datasets` keeps."""
+    folder = datasets.config.HF_DATASETS_CACHE / "tokcom"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 class _Outcomes(Dataset):
     """What was found while an item of a dataset was made, or why it could not be."""
 
@@ -44,9 +51,7 @@ def _plain(value: Any) -> Any:
 def audit(dataset, part: PartReport, report: Report, setting: Any = None, num_workers: int = 0):
     """The dataset without the records that cannot be decoded, which `report` counts or refuses; what the others hold is counted in
     `part`. `setting` is what their decoding depends on besides the records."""
-    folder = datasets.config.HF_DATASETS_CACHE / "tokcom"
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"audit-{_key(dataset.records, setting)}.json"
+    file = cache_folder() / f"audit-{records_digest(dataset.records, (AUDIT, setting))}.json"
     with FileLock(file.with_suffix(".lock")):
         if file.is_file():
             outcomes = json.loads(file.read_text(encoding="utf-8"))
@@ -62,6 +67,7 @@ def audit(dataset, part: PartReport, report: Report, setting: Any = None, num_wo
         else:
             good.append(index)
             part.add(outcome["facts"])
+    dataset.lengths = [outcome["facts"].get("frames", 1) for outcome in outcomes if "facts" in outcome]
     if not good:
         raise ValueError(f"no record of the {part.name} can be read.")
     return dataset if len(good) == len(dataset) else dataset.select(good)
@@ -86,9 +92,9 @@ def _same(item: Any) -> Any:
     return item
 
 
-def _key(records: datasets.Dataset, setting: Any) -> str:
-    """A digest of the records and of the state of the files that they name."""
-    digest = xxhash.xxh3_128(repr((AUDIT, setting, len(records))).encode())
+def records_digest(records: datasets.Dataset, setting: Any) -> str:
+    """A digest of a setting, of records, and of the state of the files that they name."""
+    digest = xxhash.xxh3_128(repr((setting, len(records))).encode())
     if records.cache_files and not any(_names_files(feature) for feature in records.features.values()):
         digest.update(records._fingerprint.encode())
         return digest.hexdigest()

@@ -174,9 +174,10 @@ class PictureCorpus(Corpus):
             )
         if config.cache_latents:
             raise ValueError("the latents of pictures are not cached; set cache_latents=false.")
-        return self._fitted(self.train, codec), self._fitted(self.validation, codec)
+        device = accelerator.device
+        return self._fitted(self.train, codec, device), self._fitted(self.validation, codec, device)
 
-    def _fitted(self, dataset: ImageDataset, codec) -> ImageDataset:
+    def _fitted(self, dataset: ImageDataset, codec, device: torch.device) -> ImageDataset:
         """A part of the data as the codec reads it; raises `ValueError` if it does not fit."""
         if codec.modality == "video" and self.autoencoder is not None:
             check_autoencoder(self.autoencoder, codec)
@@ -187,13 +188,16 @@ class PictureCorpus(Corpus):
             )
         elif self.autoencoder is not None and codec.modality != "video":
             raise ValueError(f"`autoencoder` is for clips, not for the codec {codec.model_type!r}; remove it.")
-        return dataset.fit(codec, self.autoencoder)
+        dataset.fit(codec, self.autoencoder)
+        if self.autoencoder is not None:
+            dataset.encode_once(device)
+        return dataset
 
     def count(self, batch: dict[str, torch.Tensor], codec_config) -> int:
         return len(batch["pixel_values"]) * codec_config.num_tokens
 
     def measure(self, model: TokComModel) -> None:
-        measure_image_statistics(model, self._fitted(self.train, model.config.codec_config))
+        measure_image_statistics(model, self._fitted(self.train, model.config.codec_config, model.device))
 
 
 class OmniCorpus(Corpus):

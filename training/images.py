@@ -8,6 +8,8 @@ import datasets
 import diffusers
 import numpy as np
 import torch
+import xxhash
+from filelock import FileLock
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -15,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from tokcom.pipeline_text_tokcom import text_ids, vocabulary_size
 from tokcom.pipeline_video_tokcom import encode_clips
 from tokcom.processing_tokcom import TokComImageProcessor
+from tokcom.training.audit import cache_folder, records_digest
 from tokcom.training.checkpoints import first_line
 from tokcom.training.config import DataConfig
 from tokcom.training.films import HEAD, Film, is_film, stored, timeline
@@ -172,6 +175,8 @@ class ImageDataset(torch.utils.data.Dataset):
         self.records, self.image_column, self.processor = records, image_column, TokComImageProcessor()
         self.seed, self.training, self.epoch, self.captions = seed, training, 0, None
         self.clip_length, self.autoencoder = None, None
+        self.lengths: list[float] | None = None  # frames of every record, once all have been decoded
+        self.latents: np.ndarray | None = None  # of the records that give the same clip in every epoch
         self.facts: dict[str, float] = {}
         self.caption_column = None if tokenizer is None else caption_column
         if tokenizer is not None:
@@ -188,7 +193,40 @@ class ImageDataset(torch.utils.data.Dataset):
         diffusers, if there is one."""
         self.processor, self.autoencoder = TokComImageProcessor(codec_config.image_size), autoencoder
         self.clip_length = codec_config.clip_length if codec_config.modality == "video" else None
+        self.latents = None
         return self
+
+    @torch.no_grad()
+    def encode_once(self, device: torch.device, batch_size: int = 16) -> None:
+        """Encode with the autoencoder all clips that are the same in every epoch, those of films that are no longer than a clip, in
+        batches on `device`, into a file of the cache of `datasets`. Other films are encoded when they are drawn."""
+        if self.lengths is None:
+            self.lengths = [len(self.frames(index)) for index in range(len(self))]
+        rows = [index for index, length in enumerate(self.lengths) if length <= self.clip_length]
+        if not rows:
+            return
+        setting = rows, self.clip_length, self.processor._size, autoencoder_digest(self.autoencoder)
+        file = cache_folder() / f"latents-{records_digest(self.records, setting)}.npy"
+        with FileLock(file.with_suffix(".lock")):
+            if not file.is_file():
+                self._encode(rows, file.with_suffix(".tmp"), device, batch_size)
+                file.with_suffix(".tmp").rename(file)
+        self.places = dict(zip(rows, range(len(rows))))
+        self.latents = np.load(file, mmap_mode="r")
+
+    def _encode(self, rows: list[int], file: Path, device: torch.device, batch_size: int) -> None:
+        home = next(self.autoencoder.parameters()).device
+        self.autoencoder.to(device)
+        written = None
+        for start in tqdm(range(0, len(rows), batch_size), desc="encoding clips", unit="batch"):
+            clips = [self._clip(index)[0] for index in rows[start : start + batch_size]]
+            latents = encode_clips(self.autoencoder, torch.stack(clips)).cpu().numpy()
+            if written is None:
+                shape = len(rows), *latents.shape[1:]
+                written = np.lib.format.open_memmap(file, "w+", np.float32, shape)
+            written[start : start + len(latents)] = latents
+        written.flush()
+        self.autoencoder.to(home)
 
     def select(self, rows: list[int]) -> "ImageDataset":
         """Only these records from now on, in this order."""
@@ -221,26 +259,32 @@ class ImageDataset(torch.utils.data.Dataset):
         return f"{name}: {captions_of(record[self.caption_column])}"
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if self.latents is not None and index in self.places:
+            pixels = torch.from_numpy(self.latents[self.places[index]].copy())
+        else:
+            pixels, self.facts = self._clip(index)
+            if self.autoencoder is not None:
+                pixels = encode_clips(self.autoencoder, pixels[None])[0]
+        item = {"pixel_values": pixels}
+        if self.captions is not None:
+            place = self._caption(index, self.epoch if self.training else 0)
+            item |= {name: value[place] for name, value in self.captions.items()}
+        return item
+
+    def _clip(self, index: int) -> tuple[torch.Tensor, dict[str, float]]:
+        """A picture `(3, H, W)`, or a clip `(3, F, H, W)`, of a record in this epoch, and what was found."""
         frames = self.frames(index)
         length = self.clip_length or 1
-        epoch = self.epoch if self.training else 0
         start = 0
         if len(frames) > length:
-            generator = np.random.default_rng((self.seed, epoch, index))
+            generator = np.random.default_rng((self.seed, self.epoch if self.training else 0, index))
             start = int(generator.integers(len(frames) + 1 - length))
         clip = frames.clip(start, length)
-        self.facts = self._facts(frames, clip[0], index)
         try:
             pixels = self.processor(clip)["pixel_values"]  # (F, 3, H, W)
         except ValueError as error:
             raise ValueError(f"{frames.name}: {error}") from error
-        item = {"pixel_values": pixels[0] if self.clip_length is None else pixels.transpose(0, 1)}
-        if self.autoencoder is not None:
-            item["pixel_values"] = encode_clips(self.autoencoder, item["pixel_values"][None])[0]
-        if self.captions is not None:
-            place = self._caption(index, epoch)
-            item |= {name: value[place] for name, value in self.captions.items()}
-        return item
+        return pixels[0] if self.clip_length is None else pixels.transpose(0, 1), self._facts(frames, clip[0], index)
 
     def _caption(self, index: int, epoch: int) -> int:
         """The place of the caption of a record: of several one is drawn in every epoch, and the first is held out."""
@@ -307,6 +351,15 @@ def load_autoencoder(name: str) -> torch.nn.Module:
         return diffusers.AutoModel.from_pretrained(name).requires_grad_(False).eval()
     except (OSError, ValueError) as error:
         raise ValueError(f"{name} holds no autoencoder of diffusers ({first_line(error)}).") from error
+
+
+def autoencoder_digest(autoencoder: torch.nn.Module) -> str:
+    """A digest of the configuration and of the weights."""
+    config = sorted((name, value) for name, value in autoencoder.config.items() if not name.startswith("_"))
+    digest = xxhash.xxh3_128(repr(config).encode())
+    for name, value in sorted(autoencoder.state_dict().items()):
+        digest.update(name.encode() + value.cpu().float().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def check_autoencoder(autoencoder: torch.nn.Module, codec_config) -> None:

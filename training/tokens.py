@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tokcom.pipeline_text_tokcom import text_ids, vocabulary_size, with_pad_token
+from tokcom.training.audit import cache_folder
 from tokcom.training.records import DIALOGUES, messages_of
 from tokcom.training.report import PartReport, Report
 
@@ -155,9 +156,7 @@ def _cached_tokens(
     """Ids from the cache, where they are written first if they are not there. A process waits at the lock of a file, not at a
     barrier of the process group, which would time out."""
     key = datasets.fingerprint.Hasher.hash([_content_digest(documents, text_column), tokenizer_digest(tokenizer)])
-    folder = datasets.config.HF_DATASETS_CACHE / "tokcom"
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"tokens-{key}-{len(documents)}.i32"
+    file = cache_folder() / f"tokens-{key}-{len(documents)}.i32"
     facts = file.with_suffix(".json")
     with FileLock(file.with_suffix(".lock")):
         if not facts.is_file():
