@@ -170,9 +170,11 @@ def test_texts_of_the_same_name_are_captions(suffix, tmp_path):
         draw(tmp_path / f"{i}.{('png', 'JPG', 'webp')[i]}", i)
     (tmp_path / f"0.{suffix}").write_text("\ufeffeine Kuh\r\n", encoding="utf-8")
     (tmp_path / f"1.{suffix}").write_text("a cow\nthe same cow\n")
+    draw(tmp_path / "3.png")
+    (tmp_path / f"3.png.{suffix}").write_text("a dog")
     report = Report()
-    assert read(tmp_path, report)["caption"][:] == [["eine Kuh"], ["a cow", "the same cow"], []]
-    assert "2 of 3" in str(report)
+    assert read(tmp_path, report)["caption"][:] == [["eine Kuh"], ["a cow", "the same cow"], [], ["a dog"]]
+    assert "3 of 4" in str(report)
 
 
 def test_names_of_folders_are_captions_and_only_none_means_none(tmp_path):

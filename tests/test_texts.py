@@ -195,6 +195,14 @@ def test_parquet_of_another_type_and_nulls_are_named(tmp_path):
     assert read(tmp_path / "a.parquet", max_skipped=1)["text"][:] == ["a", "b"]
     with pytest.raises(ValueError, match="'number'.*int64.*not texts"):
         read(tmp_path / "a.parquet", text_column="number")
+    (tmp_path / "folder").mkdir()
+    for name, values in (("a", ["x", "y"]), ("b", ["z", None]), ("c", ["0"])):
+        datasets.Dataset.from_dict({"text": values}).to_parquet(tmp_path / f"folder/{name}.parquet")
+    with pytest.raises(ValueError, match="b.parquet, record 1 has no text"):
+        read(tmp_path / "folder")
+    datasets.Dataset.from_dict({"text": [1, 2]}).to_parquet(tmp_path / "folder/b.parquet")
+    with pytest.raises(ValueError, match="'text' of .*b.parquet holds .*int64"):
+        read(tmp_path / "folder")
     (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:200])
     with pytest.raises(ValueError, match="b.parquet cannot be read"):
         read(tmp_path)

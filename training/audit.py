@@ -67,10 +67,12 @@ def audit(dataset, part: PartReport, report: Report, setting: Any = None, num_wo
         else:
             good.append(index)
             part.add(outcome["facts"])
-    dataset.lengths = [outcome["facts"].get("frames", 1) for outcome in outcomes if "facts" in outcome]
     if not good:
         raise ValueError(f"no record of the {part.name} can be read.")
-    return dataset if len(good) == len(dataset) else dataset.select(good)
+    kept = dataset if len(good) == len(dataset) else dataset.select(good)
+    if hasattr(kept, "frame_counts"):
+        kept.frame_counts = [outcomes[index]["facts"].get("frames", 1) for index in good]
+    return kept
 
 
 def _decode_all(dataset, name: str, max_skipped: int, num_workers: int) -> list[dict]:

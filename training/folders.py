@@ -26,10 +26,10 @@ def metadata_files(listing: Listing) -> list[Path]:
 
 
 def side_files(listing: Listing) -> dict[Path, Path]:
-    """Media files and the text file beside each that has its name."""
+    """Media files and the text file beside each that has its name: 01.txt or 01.jpg.txt of 01.jpg."""
     texts = {path.with_suffix(""): path for path in listing.files if path.suffix.lower() in SIDE_TEXTS}
-    media = listing.of_kind(*MEDIA)
-    return {path: texts[path.with_suffix("")] for path in media if path.with_suffix("") in texts}
+    found = {path: texts.get(path.with_suffix(""), texts.get(path)) for path in listing.of_kind(*MEDIA)}
+    return {path: text for path, text in found.items() if text is not None}
 
 
 def find_caption_column(columns: list[str], config: DataConfig, where: str) -> str | None:

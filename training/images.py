@@ -82,11 +82,11 @@ def _reason(error: Exception, value: Any) -> str:
 class Frames:
     """The frames of a picture, an animated picture, a film, or a list of pictures, decoded when they are asked for.
 
-    A frame that is shown longer than others is there several times. Raises `ValueError` with the `name` of the record if it cannot
+    A frame that is shown longer than others is there several times: `steps`, if they are known. Raises `ValueError` with the `name` of the record if it cannot
     be read.
     """
 
-    def __init__(self, value: Any, name: str = "a record"):
+    def __init__(self, value: Any, name: str = "a record", steps: list[int] | None = None):
         self.name, self.source = name, value
         self.steps: list[int] = []  # of an animation, the picture at each step
         if value is None:
@@ -102,7 +102,7 @@ class Frames:
             return
         self.source = open_image(value, name)
         try:
-            self.steps = timeline(self.source)
+            self.steps = steps or timeline(self.source)
         except Exception as error:
             raise ValueError(
                 f"{name} has a frame that cannot be read ({first_line(error)}); repair or remove it."
@@ -175,7 +175,8 @@ class ImageDataset(torch.utils.data.Dataset):
         self.records, self.image_column, self.processor = records, image_column, TokComImageProcessor()
         self.seed, self.training, self.epoch, self.captions = seed, training, 0, None
         self.clip_length, self.autoencoder = None, None
-        self.lengths: list[float] | None = None  # frames of every record, once all have been decoded
+        self.steps: dict[int, list[int]] = {}  # of the animations that were decoded, the picture at each step
+        self.frame_counts: list[float] | None = None  # frames of every record, once all have been decoded
         self.latents: np.ndarray | None = None  # of the records that give the same clip in every epoch
         self.facts: dict[str, float] = {}
         self.caption_column = None if tokenizer is None else caption_column
@@ -200,9 +201,9 @@ class ImageDataset(torch.utils.data.Dataset):
     def encode_once(self, device: torch.device, batch_size: int = 16) -> None:
         """Encode with the autoencoder all clips that are the same in every epoch, those of films that are no longer than a clip, in
         batches on `device`, into a file of the cache of `datasets`. Other films are encoded when they are drawn."""
-        if self.lengths is None:
-            self.lengths = [len(self.frames(index)) for index in range(len(self))]
-        rows = [index for index, length in enumerate(self.lengths) if length <= self.clip_length]
+        if self.frame_counts is None:
+            self.frame_counts = [len(self.frames(index)) for index in range(len(self))]
+        rows = [index for index, length in enumerate(self.frame_counts) if length <= self.clip_length]
         if not rows:
             return
         setting = rows, self.clip_length, self.processor._size, autoencoder_digest(self.autoencoder)
@@ -231,6 +232,8 @@ class ImageDataset(torch.utils.data.Dataset):
     def select(self, rows: list[int]) -> "ImageDataset":
         """Only these records from now on, in this order."""
         self.records = self.records.select(rows)
+        self.steps = {}
+        self.frame_counts = None
         if self.captions is not None:
             places = [np.arange(self.first_caption[i], self.first_caption[i + 1]) for i in rows]
             kept = np.concatenate(places)
@@ -248,7 +251,10 @@ class ImageDataset(torch.utils.data.Dataset):
     def frames(self, index: int) -> Frames:
         """All frames of a record."""
         value = self.records[index][self.image_column]
-        return Frames(value, record_name(index, self.image_column, value))
+        frames = Frames(value, record_name(index, self.image_column, value), self.steps.get(index))
+        if isinstance(frames.source, Image.Image) and len(frames) > 1:
+            self.steps[index] = frames.steps  # all frames are decoded to know them
+        return frames
 
     def describe(self, index: int) -> str:
         """A record in words."""

@@ -134,6 +134,7 @@ class Source:
     def load(self, config: DataConfig, split: str, report: Report):
         """Its records with the fields that training reads; notes in `report` what they are."""
         self.report = report
+        self.group: list[Path] = []  # parquet files that are read together
         path = Path(self.path)
         if not path.exists():
             part = self._from_hub(config, split)
@@ -298,7 +299,8 @@ class Source:
         source.used = len(files)
         parts = []
         for _, group in groupby(files, lambda file: str(schemas[file])):
-            names = [glob.escape(str(file)) for file in group]  # a name is a pattern to datasets
+            self.group = list(group)
+            names = [glob.escape(str(file)) for file in self.group]  # a name is a pattern to datasets
             try:
                 part = datasets.load_dataset("parquet", data_files=names, split="train", streaming=config.streaming)
             except datasets.exceptions.DatasetGenerationError as error:
@@ -348,15 +350,27 @@ class Source:
             text = wanted[0]
             feature = (part.features or {}).get(text)
             if feature is not None and getattr(feature, "dtype", None) not in ("string", "null"):
-                raise ValueError(f"field {text!r} of {self.path} holds {feature}, not texts; name another field.")
+                raise ValueError(
+                    f"field {text!r} of {self._place(0)[0]} holds {feature}, not texts; name another field."
+                )
             if not isinstance(part, datasets.IterableDataset):
                 nulls = np.flatnonzero(part.data.column(text).is_null().to_numpy())
                 part = self._without(part, {int(i): self._null(int(i), text) for i in nulls})
             part = part if text == config.text_column else part.rename_column(text, config.text_column)
         return part
 
+    def _place(self, index: int) -> tuple[str, int]:
+        """The file of a record of parquet files, and its number there; of others the source."""
+        for file in self.group:
+            rows = pyarrow.parquet.read_metadata(file).num_rows
+            if index < rows:
+                return str(file), index
+            index -= rows
+        return self.path, index
+
     def _null(self, index: int, text: str) -> str:
-        return f"{self.path}, record {index} has no text in field {text!r} but null; repair or remove it."
+        path, row = self._place(index)
+        return f"{path}, record {row} has no text in field {text!r} but null; repair or remove it."
 
     def _streams(self, part, fields: dict[str, str], config: DataConfig):
         """The fields of several streams under the names of the streams, undecoded."""
