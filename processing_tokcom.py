@@ -6,15 +6,13 @@ Notable choices:
   `as_sounds` make lists of it; an error says in one sentence what does not fit.
 - Pictures follow transformers' convention, `AutoImageProcessor.from_pretrained(...)(images)`. Transparent ones are laid on
   white, and pictures are cropped before scaling, so that nothing is stretched; -1 is black and 1 is white.
-- Sounds become log-mel features with transformers' analysis. The way back, bands to a spectrum and phases by Griffin and
-  Lim 1984, is librosa's, which is only needed to hear something. All sounds are brought to one loudness.
+- Sounds are in `sounds_tokcom.py`.
 """
 
 import os
-import wave
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,15 +21,11 @@ from PIL import Image, ImageOps, ImageSequence
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
-from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
-from .configuration_codec_tokcom import TokComAudioCodecConfig
+from .sounds_tokcom import TokComAudioProcessor, is_samples, read_sound, read_wav, write_wav
 
-FLOOR = 1e-3  # power of a band that counts as silence, at a peak of 1
-ITERATIONS = 60
-
-
+CHARACTERS = "training_characters"  # of a tokenizer: every character of the training text
 PAD_TOKENS = ("<pad>", "<|pad|>", "<|tokcom_pad|>")
 PICTURE_FORMS = "a PIL image, a file, an array (H, W, 3) or a tensor (3, H, W)"
 CLIP_FORMS = "a list of pictures, an animated file, an array (F, H, W, 3), a tensor (3, F, H, W), or several of these"
@@ -78,6 +72,21 @@ def text_ids(
     return tokenizer(text, **options)["input_ids"]
 
 
+def warn_of_new_characters(tokenizer: Any, texts: list[str]) -> None:
+    """Warn, once for a tokenizer, of characters that the texts of its model's training never had, if it tells which they had."""
+    known = tokenizer.init_kwargs.get(CHARACTERS)
+    if not known or getattr(tokenizer, "has_warned_of_characters", False):
+        return
+    if new := sorted(
+        character for character in set("".join(texts)) - set(known) if not character.isspace()
+    ):
+        tokenizer.has_warned_of_characters = True
+        warnings.warn(
+            f"`prompt` has characters that the training text never had ({' '.join(new[:20])}); expect nonsense after them.",
+            stacklevel=2,
+        )
+
+
 def tokenize_texts(
     tokenizer: PreTrainedTokenizerBase | None,
     texts: Sequence[str],
@@ -98,6 +107,7 @@ def tokenize_texts(
             raise ValueError(
                 f"`{name}` is empty ({text!r}); give some text; a text pipeline starts from nothing with generate()."
             )
+    warn_of_new_characters(tokenizer, list(texts))
     return rows
 
 
@@ -402,8 +412,7 @@ def as_sounds(sounds: Any) -> list[Any]:
     """One sound or several as a list; a list of numbers is one sound."""
     if not isinstance(sounds, (list, tuple)):
         return [sounds]
-    is_one = bool(sounds) and np.isscalar(sounds[0]) and not isinstance(sounds[0], str)
-    return [sounds] if is_one else list(sounds)
+    return [sounds] if is_samples(sounds) else list(sounds)
 
 
 def _describe(value: Any) -> str:
@@ -411,116 +420,6 @@ def _describe(value: Any) -> str:
     if isinstance(value, (np.ndarray, torch.Tensor)):
         return f"values of {value.dtype} and shape {tuple(value.shape)}"
     return f"{value!r:.60} of type {type(value).__name__}"
-
-
-# ---- sounds ----
-
-
-class TokComAudioProcessor:
-    """Sounds `(samples,)` in [-1, 1] -> `input_features (B, mel bands, F)`, log10 of the power, and back."""
-
-    def __init__(self, config: TokComAudioCodecConfig):
-        self.config = config
-        bins = 1 + config.fft_length // 2
-        rate = config.sampling_rate
-        self.filters = mel_filter_bank(
-            bins, config.num_channels, 0.0, rate / 2, rate, norm="slaney", mel_scale="slaney"
-        )
-        self.window = window_function(config.fft_length, "hann")
-
-    def __call__(self, sounds: Any, sampling_rate: int | None = None) -> dict[str, torch.Tensor]:
-        """One sound or a list of them: arrays, tensors or paths of .wav files; `sampling_rate` is that of arrays.
-
-        Raises `ValueError` for another rate than the codec's, or a sound without samples.
-        """
-        sounds = as_sounds(sounds)
-        if not sounds:
-            raise ValueError("`audio` is an empty list; give at least one sound.")
-        features = [self._features(sound, sampling_rate) for sound in sounds]
-        return {"input_features": torch.from_numpy(np.stack(features))}
-
-    def _features(self, sound: Any, rate: int | None) -> np.ndarray:
-        config = self.config
-        if _is_file(sound):
-            sound, rate = read_wav(sound)
-        try:
-            sound = np.asarray(sound, dtype=np.float32)
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"a sound must be samples (n,) or a .wav file, not {_describe(sound)}."
-            ) from error
-        if sound.ndim != 1 or not sound.size or not np.isfinite(sound).all():
-            raise ValueError(
-                f"a sound must be finite samples (n,) of one channel, not an array of shape {sound.shape}; mix channels first."
-            )
-        if rate not in (None, config.sampling_rate):
-            raise ValueError(
-                f"a sound has {rate} samples a second, the model {config.sampling_rate} (`sampling_rate`); resample it, for "
-                "example with librosa.resample."
-            )
-        sound = sound[: config.num_samples]
-        sound = sound / max(np.abs(sound).max(), 1e-4)
-        sound = np.pad(sound, (0, config.num_samples - len(sound)))
-        bands = spectrogram(
-            sound,
-            self.window,
-            config.fft_length,
-            config.hop_length,
-            power=2.0,
-            mel_filters=self.filters,
-            mel_floor=FLOOR,
-        )
-        return np.log10(bands).astype(np.float32)
-
-    def postprocess(self, input_features: torch.Tensor) -> list[np.ndarray]:
-        """`input_features (B, mel bands, F)` -> sounds `(samples,)` with a peak of 0.95; needs librosa."""
-        try:
-            import librosa
-        except ImportError as error:
-            raise ValueError(
-                "to hear log-mel features librosa is needed: pip install librosa"
-            ) from error
-        options = {
-            "hop_length": self.config.hop_length,
-            "win_length": self.config.fft_length,
-            "random_state": 0,
-        }
-        sounds = []
-        for features in input_features.float().cpu().numpy():
-            bands = np.maximum(10.0 ** np.minimum(features, 6), FLOOR) - FLOOR
-            spectrum = librosa.util.nnls(self.filters.T, bands) ** 0.5  # magnitudes
-            sound = librosa.griffinlim(
-                spectrum,
-                n_iter=ITERATIONS,
-                n_fft=self.config.fft_length,
-                length=self.config.num_samples,
-                **options,
-            )
-            sounds.append((0.95 * sound / max(np.abs(sound).max(), 1e-4)).astype(np.float32))
-        return sounds
-
-
-def read_wav(file: str | Path) -> tuple[np.ndarray, int]:
-    """A .wav file of 16 bits -> samples `(n,)` in [-1, 1], the mean of its channels, and their rate."""
-    try:
-        with wave.open(str(file)) as stream:
-            if stream.getsampwidth() != 2:
-                raise ValueError(
-                    f"{file} has {8 * stream.getsampwidth()} bits a sample; 16 are read."
-                )
-            samples = np.frombuffer(stream.readframes(stream.getnframes()), dtype="<i2")
-            return samples.reshape(-1, stream.getnchannels()).mean(1) / 32768, stream.getframerate()
-    except (wave.Error, EOFError, OSError) as error:
-        raise ValueError(f"{file} is no .wav file that can be read ({error}).") from error
-
-
-def write_wav(sound: np.ndarray, file: str | Path, sampling_rate: int) -> None:
-    """Write samples `(n,)` in [-1, 1] as a .wav file of 16 bits."""
-    with wave.open(str(file), "wb") as stream:
-        stream.setnchannels(1)
-        stream.setsampwidth(2)
-        stream.setframerate(sampling_rate)
-        stream.writeframes((np.clip(sound, -1, 1) * 32767).round().astype("<i2").tobytes())
 
 
 # ---- pictures ----
@@ -657,12 +556,14 @@ __all__ = [
     "pixels_of_tensor",
     "prompt_ids",
     "read_latents",
+    "read_sound",
     "read_wav",
     "take_new",
     "text_ids",
     "text_rows",
     "tokenize_texts",
     "vocabulary_size",
+    "warn_of_new_characters",
     "with_pad_token",
     "write_latents",
     "write_wav",

@@ -75,6 +75,24 @@ class DataConfig:
         0.02, "share of the documents to hold out if there is no validation set"
     )
     shuffle_buffer: int = option(1000, "documents to shuffle at a time when streaming")
+    kind: str | None = option(
+        None,
+        "of a folder of several kinds: text, pictures, sounds or records; null: the preset's",
+    )
+    encoding: str | None = option(None, "of text files without a byte-order mark; null: UTF-8")
+    max_skipped: int = option(0, "unreadable records that are left out before it is an error")
+    num_proc: int = option(1, "processes that tokenize")
+
+    def __post_init__(self):
+        if self.kind not in (None, "text", "pictures", "sounds", "records"):
+            raise ValueError(
+                f"`data.kind` ({self.kind!r}) must be text, pictures, sounds or records, or null."
+            )
+        if self.max_skipped < 0 or self.num_proc < 1:
+            raise ValueError(
+                f"`data.max_skipped` ({self.max_skipped}) must be at least 0, `data.num_proc` "
+                f"({self.num_proc}) at least 1."
+            )
 
 
 @dataclass

@@ -3,14 +3,21 @@
 Every kind gives the datasets of a stage, says how much a batch holds, and measures the statistics of a codec's latents.
 """
 
+import dataclasses
+import os
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from tokcom.modeling_tokcom import TokComModel
+from tokcom.configuration_codec_tokcom import TokComCodecConfig
+from tokcom.configuration_tokcom import TokComConfig
+from tokcom.modeling_tokcom import CODECS, TokComModel
+from tokcom.processing_tokcom import CHARACTERS
+from tokcom.training.audit import audit
 from tokcom.training.card import WORK
 from tokcom.training.config import StageConfig, TrainConfig
 from tokcom.training.data import (
@@ -20,13 +27,6 @@ from tokcom.training.data import (
     StreamingPackedDataset,
     WindowShape,
     cache_latents,
-    cut_document,
-    get_tokenizer,
-    is_dialogue,
-    load_documents,
-    read_sources,
-    tokenize_dialogues,
-    tokenize_documents,
 )
 from tokcom.training.export import measure_latent_statistics
 from tokcom.training.images import (
@@ -35,7 +35,19 @@ from tokcom.training.images import (
     load_autoencoder,
     measure_image_statistics,
 )
+from tokcom.training.presets import merge_overrides, preset_config
+from tokcom.training.report import EXAMPLES, Report
+from tokcom.training.sources import cut_document, load_documents, read_sources
 from tokcom.training.streams import OmniDataset, is_text, measure_stream_statistics
+from tokcom.training.tokens import (
+    get_tokenizer,
+    is_dialogue,
+    tokenize_dialogues,
+    tokenize_documents,
+)
+
+EXAMPLE_TOKENS = 40  # of a text that is shown
+MOST_LETTERS = 20_000  # characters of the training text that are kept with the tokenizer
 
 
 class Corpus:
@@ -47,6 +59,7 @@ class Corpus:
     """
 
     streamed, rows, autoencoder = False, "windows of {} tokens", None
+    report: Report | None = None  # what was read
 
     def __init__(self, train, validation, tokenizer: PreTrainedTokenizerBase | None):
         self.train, self.validation, self.tokenizer = train, validation, tokenizer
@@ -192,9 +205,10 @@ class PictureCorpus(Corpus):
             )
         if config.cache_latents:
             raise ValueError("the latents of pictures are not cached; set cache_latents=false.")
-        return self._fitted(self.train, codec), self._fitted(self.validation, codec)
+        device = accelerator.device
+        return self._fitted(self.train, codec, device), self._fitted(self.validation, codec, device)
 
-    def _fitted(self, dataset: ImageDataset, codec) -> ImageDataset:
+    def _fitted(self, dataset: ImageDataset, codec, device: torch.device) -> ImageDataset:
         """A part of the data as the codec reads it; raises `ValueError` if it does not fit."""
         if codec.modality == "video" and self.autoencoder is not None:
             check_autoencoder(self.autoencoder, codec)
@@ -210,13 +224,18 @@ class PictureCorpus(Corpus):
             raise ValueError(
                 f"`autoencoder` is for clips, not for the codec {codec.model_type!r}; remove it."
             )
-        return dataset.fit(codec, self.autoencoder)
+        dataset.fit(codec, self.autoencoder)
+        if self.autoencoder is not None:
+            dataset.encode_once(device)
+        return dataset
 
     def count(self, batch: dict[str, torch.Tensor], codec_config) -> int:
         return len(batch["pixel_values"]) * codec_config.num_tokens
 
     def measure(self, model: TokComModel) -> None:
-        measure_image_statistics(model, self._fitted(self.train, model.config.codec_config))
+        measure_image_statistics(
+            model, self._fitted(self.train, model.config.codec_config, model.device)
+        )
 
 
 class OmniCorpus(Corpus):
@@ -255,32 +274,64 @@ def has_tokenizer(name: str) -> bool:
     return not Path(name).is_dir() or (Path(name) / "tokenizer_config.json").is_file()
 
 
-def read_streams(config: TrainConfig, train, validation, saved: Path) -> OmniCorpus:
-    """The corpus of records whose columns are streams; texts of all streams share a tokenizer."""
-    columns, tokenizer = (
-        [name for name, feature in train.features.items() if is_text(feature)],
-        None,
-    )
-    if more := set(validation.column_names) - set(train.column_names):
-        raise ValueError(
-            f"`data.validation` has the streams {sorted(more)}, which `data.train` lacks; correct `fields`."
-        )
-    name = config.tokenizer or config.init_from or config.codec_from
-    if saved.is_dir():
-        tokenizer = AutoTokenizer.from_pretrained(saved)
-    elif columns or (name is not None and has_tokenizer(name)):
-        texts = [{"text": row or ""} for column in columns for row in train[column]]
-        tokenizer = get_tokenizer(name, config.tokenizer_vocab_size, texts, "text")
-    validation = validation.shuffle(seed=0)  # of several sources, too, the first batches show all
-    return OmniCorpus(OmniDataset(train, tokenizer), OmniDataset(validation, tokenizer), tokenizer)
+def codec_config_of(config: TrainConfig) -> TokComCodecConfig | None:
+    """The configuration of the codec that the run will have; None if there is none, which whoever builds the model explains."""
+    donor = config.init_from or config.codec_from
+    try:
+        if donor is None:
+            fields = preset_config(config.preset, config.tokenizer_vocab_size).to_dict()
+        else:
+            fields = TokComConfig.from_pretrained(donor).to_dict()
+        merge_overrides(fields, config.model)
+        return TokComConfig(**fields).codec_config
+    except (ValueError, TypeError, KeyError, OSError, StrictDataclassError):
+        return None
 
 
-def read_data(config: TrainConfig) -> Corpus:
-    """The data of a run; a tokenizer that `output_dir/run` keeps is used again. Raises `ValueError` for data that do not serve."""
-    data = config.data
-    train = load_documents(data.train, data, "train")
-    several = bool(data.fields) or any(source.fields for source in read_sources(data.train))
-    if data.validation is None:
+def kind_read_by(codec_config: TokComCodecConfig | None) -> str | None:
+    """What `data.kind` is for a codec."""
+    if codec_config is None:
+        return None
+    kinds = {"image": "pictures", "video": "pictures", "several": "records", "audio": "sounds"}
+    return kinds.get(codec_config.modality, "text")
+
+
+class Reading:
+    """What a run reads: `corpus()` opens its sources, decodes or tokenizes them, and says in `report` what they are."""
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+        self.codec_config = codec_config_of(config)
+        self.data = config.data
+        if config.data.kind is None:
+            self.data = dataclasses.replace(config.data, kind=kind_read_by(self.codec_config))
+        self.report = Report(config.data.max_skipped)
+        self.saved = Path(config.output_dir) / WORK / "tokenizer"
+
+    def corpus(self, hold_out: bool = True) -> Corpus:
+        """Everything, read; without `hold_out` all of it is training data, and is shown as validation data, too."""
+        data = self.data
+        train = load_documents(data.train, data, "train", self.report)
+        several = bool(data.fields) or any(source.fields for source in read_sources(data.train))
+        if not hold_out:
+            validation = train
+        elif data.validation is None:
+            train, validation = self._split(train, several)
+        else:
+            validation = load_documents(data.validation, data, "validation", self.report)
+        if several:
+            return self._streams(train, validation)
+        if "audio" in (train.column_names or ()):
+            raise ValueError(
+                f"{data.train} holds sounds; say which stream they are: data.fields={{audio: audio}}, with a preset of several streams."
+            )
+        if data.image_column in (train.column_names or ()):
+            return self._pictures(train, validation)
+        return self._texts(train, validation)
+
+    def _split(self, train, several: bool):
+        """Hold out the last documents."""
+        data = self.data
         if any(source.weight is not None for source in read_sources(data.train)):
             raise ValueError(
                 "weighted sources repeat documents, so the last ones cannot be held out; give `data.validation` of its own."
@@ -289,66 +340,190 @@ def read_data(config: TrainConfig) -> Corpus:
             raise ValueError(
                 "a stream has no last documents to hold out; give `data.validation` or streaming=false."
             )
-        if (
-            len(train) == 1 and data.text_column in (train.column_names or ()) and not data.fields
-        ):  # such as one .txt file
-            train = cut_document(train, data)
+        if len(train) == 1 and data.text_column in (train.column_names or ()) and not data.fields:
+            train = cut_document(train, data)  # such as one .txt file
         if data.image_column in train.column_names or several:
             train = train.shuffle(seed=0)  # folders come class by class
         held_out = max(1, int(len(train) * data.validation_fraction))
         if len(train) < 2:
             raise ValueError(
-                "one dialogue cannot be split; give `data.validation` or more of them."
+                f"{data.train} holds one record, of which none can be held out; give `data.validation` or more of them."
             )
         cut = len(train) - held_out
-        train, validation = train.select(range(cut)), train.select(range(cut, len(train)))
-    else:
-        validation = load_documents(data.validation, data, "validation")
-    saved = Path(config.output_dir) / WORK / "tokenizer"
-    if several:
-        return read_streams(config, train, validation, saved)
-    pictures = data.image_column in (train.column_names or ())
-    text_column = data.caption_column if pictures else data.text_column
-    if pictures and text_column not in train.column_names:
+        return train.select(range(cut)), train.select(range(cut, len(train)))
+
+    def _audited(self, parts: dict, setting) -> dict:
+        """The two parts of the data, decoded once; what is one and the same is decoded and counted once."""
+        audited = {}
+        same = len({id(dataset.records) for dataset in parts.values()}) == 1
+        for name, dataset in parts.items():
+            if audited and same:
+                audited[name] = next(iter(audited.values()))
+                continue
+            part = self.report.part(name)
+            dataset = audit(dataset, part, self.report, repr(setting), self.config.num_workers)
+            part.records = len(dataset)
+            part.examples = [
+                dataset.describe(index) for index in range(min(EXAMPLES, len(dataset)))
+            ]
+            audited[name] = dataset
+        return audited
+
+    def _streams(self, train, validation) -> OmniCorpus:
+        """The corpus of records whose columns are streams; texts of all streams share a tokenizer."""
+        config = self.config
+        columns = [name for name in train.column_names if is_text(train, name)]
+        if more := set(validation.column_names) - set(train.column_names):
+            raise ValueError(
+                f"`data.validation` has the streams {sorted(more)}, which `data.train` lacks; correct `fields`."
+            )
         tokenizer = None
-    elif saved.is_dir():
-        tokenizer = AutoTokenizer.from_pretrained(saved)
-    else:
+        name = config.tokenizer or config.init_from or config.codec_from
+        if self.saved.is_dir():
+            tokenizer = AutoTokenizer.from_pretrained(self.saved)
+        elif columns or (name is not None and has_tokenizer(name)):
+            texts = [{"text": row or ""} for column in columns for row in train[column]]
+            tokenizer = get_tokenizer(name, config.tokenizer_vocab_size, texts, "text")
+        if validation is not train:
+            validation = validation.shuffle(
+                seed=0
+            )  # of several sources, too, the first batches show all
+        parts = {
+            "training data": OmniDataset(train, tokenizer),
+            "validation data": OmniDataset(validation, tokenizer),
+        }
+        if self.codec_config is not None and self.codec_config.modality == "several":
+            with (
+                torch.device("meta"),
+                torch.random.fork_rng(devices=[]),
+            ):  # its lengths are asked for, not its weights
+                codec = CODECS[self.codec_config.model_type]._from_config(self.codec_config)
+            parts = self._audited(
+                {name: part.fit(codec) for name, part in parts.items()}, self.codec_config
+            )
+        return OmniCorpus(*parts.values(), tokenizer)
+
+    def _pictures(self, train, validation) -> PictureCorpus:
+        data = self.data
+        captions = data.caption_column
+        tokenizer = (
+            self._tokenizer(train, captions, pictures=True)
+            if captions in train.column_names
+            else None
+        )
+        if tokenizer is not None and captions not in validation.column_names:
+            raise ValueError(
+                f"`data.train` has captions ({captions!r}) and `data.validation` has none; give both or remove the captions by "
+                "data.caption_column=none."
+            )
+        columns = data.image_column, captions, tokenizer, self.config.seed
+        parts = {
+            "training data": ImageDataset(train, *columns, training=True),
+            "validation data": ImageDataset(validation, *columns, training=False),
+        }
+        if tokenizer is not None:
+            self._remember(tokenizer, "".join(parts["training data"].letters))
+        codec = self.codec_config
+        if codec is not None and codec.modality in ("image", "video"):
+            size = codec.image_size, codec.clip_length if codec.modality == "video" else None
+            parts = self._audited({name: part.fit(codec) for name, part in parts.items()}, size)
+        return PictureCorpus(*parts.values(), tokenizer, self.config.autoencoder)
+
+    def _tokenizer(
+        self, documents, text_column: str, pictures: bool = False
+    ) -> PreTrainedTokenizerBase:
+        config = self.config
+        if self.saved.is_dir():
+            return AutoTokenizer.from_pretrained(self.saved)
         name = config.tokenizer or config.init_from or config.codec_from
         if pictures and name == config.codec_from and name is not None and not has_tokenizer(name):
             name = None  # a codec of pictures without captions
-        texts = train.select_columns(text_column) if pictures else train
-        tokenizer = get_tokenizer(name, config.tokenizer_vocab_size, texts, text_column)
-    if pictures and tokenizer is not None and text_column not in validation.column_names:
-        raise ValueError(
-            f"`data.train` has captions ({text_column!r}) and `data.validation` has none; give both or remove the captions by "
-            "data.caption_column=none."
-        )
-    if pictures:
-        columns = data.image_column, text_column, tokenizer, config.seed
-        parts = (
-            ImageDataset(train, *columns, training=True),
-            ImageDataset(validation, *columns, training=False),
-        )
-        return PictureCorpus(*parts, tokenizer, config.autoencoder)
-    if is_dialogue(train) != is_dialogue(validation):
-        raise ValueError(
-            "of `data.train` and `data.validation` one holds dialogues and the other texts; give the same kind."
-        )
-    if is_dialogue(train):
-        if data.streaming or config.cache_latents:
+        texts = documents.select_columns(text_column) if pictures else documents
+        return get_tokenizer(name, config.tokenizer_vocab_size, texts, text_column)
+
+    def _texts(self, train, validation) -> Corpus:
+        data = self.data
+        tokenizer = self._tokenizer(train, data.text_column)
+        if is_dialogue(train) != is_dialogue(validation):
             raise ValueError(
-                "dialogues are neither streamed nor cached; set data.streaming and cache_latents to false."
+                "of `data.train` and `data.validation` one holds dialogues and the other texts; give the same kind."
             )
-        pairs = (
-            tokenize_dialogues(d, tokenizer, n)
-            for d, n in ((train, "dialogues"), (validation, "validation"))
+        if is_dialogue(train):
+            if data.streaming or self.config.cache_latents:
+                raise ValueError(
+                    "dialogues are neither streamed nor cached; set data.streaming and cache_latents to false."
+                )
+            pairs = self._dialogues(train, tokenizer, "dialogues")
+            held_out = (
+                pairs
+                if validation is train
+                else self._dialogues(validation, tokenizer, "validation")
+            )
+            return DialogueCorpus(pairs, held_out, tokenizer)
+        if data.streaming and self.config.cache_latents:
+            raise ValueError(
+                "a stream is not cached; set data.streaming=false or cache_latents=false."
+            )
+        same = validation is train
+        if data.streaming and same:
+            return StreamCorpus(train, np.zeros(0, np.int32), tokenizer, data.text_column)
+        validation = self._tokens(
+            validation, tokenizer, "training text" if same else "validation text"
         )
-        return DialogueCorpus(*pairs, tokenizer)
-    if data.streaming and config.cache_latents:
-        raise ValueError("a stream is not cached; set data.streaming=false or cache_latents=false.")
-    validation = tokenize_documents(validation, tokenizer, data.text_column, "validation text")
-    if data.streaming:
-        return StreamCorpus(train, validation, tokenizer, data.text_column)
-    train = tokenize_documents(train, tokenizer, data.text_column, "training text")
-    return Corpus(train, validation, tokenizer)
+        if data.streaming:
+            return StreamCorpus(train, validation, tokenizer, data.text_column)
+        train = validation if same else self._tokens(train, tokenizer, "training text")
+        return Corpus(train, validation, tokenizer)
+
+    def _tokens(self, documents, tokenizer: PreTrainedTokenizerBase, name: str) -> np.ndarray:
+        part = self.report.part(name)
+        tokens = tokenize_documents(
+            documents, tokenizer, self.data.text_column, name, self.data.num_proc, part
+        )
+        ends = np.flatnonzero(tokens[: 1 << 20] == tokenizer.eos_token_id)
+        for start in [0, *(ends + 1)][:EXAMPLES]:
+            if start < len(tokens):
+                ids = tokens[start : start + EXAMPLE_TOKENS]
+                part.examples.append(repr(tokenizer.decode(ids.tolist(), skip_special_tokens=True)))
+        if name == "training text":
+            self._remember(tokenizer, part.letters)
+        return tokens
+
+    def _remember(self, tokenizer: PreTrainedTokenizerBase, letters: str) -> None:
+        """Keep with the tokenizer which characters the training texts have, so that a pipeline can tell which they never had. Of a
+        model that training starts from they are known if its tokenizer tells."""
+        known = tokenizer.init_kwargs.get(CHARACTERS)
+        if known is None and (self.config.init_from or self.config.codec_from):
+            return
+        together = "".join(sorted(set(letters) | set(known or "")))
+        if len(together) <= MOST_LETTERS:
+            tokenizer.init_kwargs[CHARACTERS] = together
+
+    def _dialogues(self, documents, tokenizer: PreTrainedTokenizerBase, name: str) -> list[tuple]:
+        part = self.report.part(name)
+        pairs = tokenize_dialogues(documents, tokenizer, name, self.report, part)
+        if name == "dialogues":
+            self._remember(tokenizer, part.letters)
+        part.records = len(pairs)
+        for prompt, answer in pairs:
+            part.add({"tokens of the prompt": len(prompt), "tokens of the answer": len(answer)})
+        for prompt, answer in pairs[:EXAMPLES]:
+            texts = (
+                tokenizer.decode(ids[:EXAMPLE_TOKENS], skip_special_tokens=True)
+                for ids in (prompt, answer)
+            )
+            part.examples.append(" -> ".join(map(repr, texts)))
+        return pairs
+
+
+def read_data(config: TrainConfig) -> Corpus:
+    """The data of a run; the main process prints what was read. A tokenizer that `output_dir/run` keeps is used again.
+
+    Raises `ValueError` for data that do not serve.
+    """
+    reading = Reading(config)
+    corpus = reading.corpus()
+    corpus.report = reading.report
+    if os.environ.get("RANK", "0") == "0":
+        print(reading.report, flush=True)
+    return corpus

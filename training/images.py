@@ -8,85 +8,120 @@ import datasets
 import diffusers
 import numpy as np
 import torch
-from PIL import Image
+import xxhash
+from filelock import FileLock
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from tokcom.codec_video_tokcom import encode_clips
 from tokcom.processing_tokcom import TokComImageProcessor, text_ids, vocabulary_size
+from tokcom.training.audit import cache_folder, records_digest
 from tokcom.training.checkpoints import first_line
 from tokcom.training.config import DataConfig
-from tokcom.training.data import FILMS, load_documents
+from tokcom.training.films import HEAD, Film, is_film, stored, timeline
+from tokcom.training.sources import load_documents
 
 
 def open_image(value: Any, name: str = "a record") -> Image.Image:
-    """A picture as datasets give it: PIL, encoded bytes, or a dictionary with `bytes` or `path`; `ValueError` with the `name` of the
-    record if it cannot be read."""
-    if isinstance(value, dict):
-        value = value["path"] if value.get("bytes") is None else value["bytes"]
-    if isinstance(value, (bytes, bytearray)):
-        value = io.BytesIO(value)
+    """A picture as datasets give it: PIL, encoded bytes, or a dictionary with `bytes` or `path`; turned as its camera was held.
+
+    Raises `ValueError` with the `name` of the record if it cannot be read, EXIF included.
+    """
+    value = stored(value)
     try:
-        image = value if isinstance(value, Image.Image) else Image.open(value)
+        image = value if isinstance(value, Image.Image) else _opened(value)
         image.load()
         return image
-    except (OSError, AttributeError, SyntaxError) as error:
+    except Exception as error:  # decoders raise nearly anything for a broken file
         raise ValueError(
-            f"{name} holds no picture that can be read ({error}); repair or remove it."
+            f"{name} holds no picture that can be read ({_reason(error, value)}); repair or remove it."
         ) from error
 
 
-def read_film(value: Any, name: str) -> list[Image.Image]:
-    """All frames of an mp4, webm, mov, avi or mkv file or of its bytes; needs PyAV. `ValueError` if there are none."""
+def _opened(value: Any) -> Image.Image:
+    if isinstance(value, bytes) and not value:
+        raise ValueError("it is empty")
     try:
-        import av
-    except ImportError as error:
-        raise ValueError(
-            f"{name} is a film, which needs PyAV to be read: pip install av"
-        ) from error
-    if isinstance(value, dict):
-        value = value["path"] if value.get("bytes") is None else value["bytes"]
+        image = Image.open(io.BytesIO(value) if isinstance(value, bytes) else value)
+    except UnidentifiedImageError:
+        if is_film(value):
+            raise ValueError("it is a film") from None
+        if not _register_heif():
+            raise
+        image = Image.open(io.BytesIO(value) if isinstance(value, bytes) else value)
+    if image.info.get("exif"):
+        Image.Exif().load(
+            image.info["exif"]
+        )  # how the camera was held is not known of a broken one
+    return image
+
+
+def _register_heif() -> bool:
+    """Let Pillow read HEIC with pillow-heif, if that is installed."""
     try:
-        with av.open(
-            io.BytesIO(value) if isinstance(value, (bytes, bytearray)) else str(value)
-        ) as container:
-            frames = [frame.to_image() for frame in container.decode(video=0)]
-    except (av.FFmpegError, IndexError, OSError) as error:
-        raise ValueError(
-            f"{name} holds no film that can be read ({error}); repair or remove it."
-        ) from error
-    if not frames:
-        raise ValueError(f"{name} holds a film without frames; remove it.")
-    return frames
+        import pillow_heif
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener()
+    return True
+
+
+def _reason(error: Exception, value: Any) -> str:
+    """What is wrong with a picture, without the address of the buffer that Pillow names."""
+    if isinstance(error, UnidentifiedImageError):
+        start = value[:HEAD] if isinstance(value, bytes) else b""
+        if isinstance(value, (str, Path)):
+            with open(value, "rb") as stream:
+                start = stream.read(HEAD)
+        if start[4:8] == b"ftyp" and start[8:11] in (b"hei", b"hev", b"mif"):
+            return "HEIC, which needs pillow-heif: pip install pillow-heif"
+        return f"its first bytes are {start!r}" if start else "it is empty"
+    return first_line(error)
 
 
 class Frames:
     """The frames of a picture, an animated picture, a film, or a list of pictures, decoded when they are asked for.
 
-    Raises `ValueError` with the `name` of the record if it cannot be read.
+    A frame that is shown longer than others is there several times: `steps`, if they are known. Raises `ValueError` with the `name` of the record if it cannot
+    be read.
     """
 
-    def __init__(self, value: Any, name: str = "a record"):
+    def __init__(self, value: Any, name: str = "a record", steps: list[int] | None = None):
         self.name, self.source = name, value
-        if not isinstance(value, (list, tuple)):
-            self.source = read_film(value, name) if is_film(value) else open_image(value, name)
-        elif not value:
-            raise ValueError(f"{name} has no frames; remove it.")
+        self.steps: list[int] = []  # of an animation, the picture at each step
+        if value is None:
+            raise ValueError(f"{name} holds nothing; remove it.")
+        if isinstance(value, (list, tuple)):
+            if not value:
+                raise ValueError(f"{name} has no frames; remove it.")
+            self.steps = list(range(len(value)))
+            return
+        if is_film(value):
+            self.source = Film(value, name)
+            self.steps = list(range(len(self.source)))
+            return
+        self.source = open_image(value, name)
+        try:
+            self.steps = steps or timeline(self.source)
+        except Exception as error:
+            raise ValueError(
+                f"{name} has a frame that cannot be read ({first_line(error)}); repair or remove it."
+            ) from error
 
     def __len__(self) -> int:
-        return (
-            len(self.source)
-            if isinstance(self.source, (list, tuple))
-            else getattr(self.source, "n_frames", 1)
-        )
+        return len(self.steps)
 
     def __getitem__(self, index: int) -> Image.Image:
+        step = self.steps[index]
+        if isinstance(self.source, Film):
+            return self.source.clip(step, 1)[0]
         if isinstance(self.source, (list, tuple)):
-            return open_image(self.source[index], self.name)
+            return _upright(open_image(self.source[step], f"{self.name}, frame {step}"), self.name)
         try:
             if len(self) > 1:
-                self.source.seek(index)
-            return self.source.copy()
+                self.source.seek(step)
+            return _upright(self.source.copy(), self.name)
         except (OSError, EOFError) as error:
             raise ValueError(
                 f"{self.name}: frame {index} cannot be read ({error}); repair or remove it."
@@ -94,26 +129,41 @@ class Frames:
 
     def clip(self, start: int, count: int) -> list[Image.Image]:
         """`count` frames from `start` on; where they end the last one stays."""
+        if isinstance(self.source, Film):
+            frames = self.source.clip(start, count)
+            return frames + [frames[-1]] * (count - len(frames))
         return [self[min(start + i, len(self) - 1)] for i in range(count)]
 
 
-def is_film(value: Any) -> bool:
-    """Whether a record is a film, by the name of its file or by its first bytes."""
-    if isinstance(value, dict):
-        value = value["path"] if value.get("bytes") is None else value["bytes"]
-    if isinstance(value, (bytes, bytearray)):
-        return value[4:8] == b"ftyp" or value[:4] == b"\x1a\x45\xdf\xa3" or value[8:11] == b"AVI"
-    return isinstance(value, (str, Path)) and Path(value).suffix.lower() in FILMS
+def _upright(image: Image.Image, name: str) -> Image.Image:
+    """A picture turned as its camera was held, with what is transparent in a mode that has alpha."""
+    try:
+        image = ImageOps.exif_transpose(image)
+    except Exception as error:  # whatever a broken EXIF makes Pillow raise
+        raise ValueError(
+            f"{name} has an EXIF block that cannot be read ({first_line(error)}); save it without."
+        ) from error
+    key = image.info.get("transparency")
+    if image.mode in ("La", "RGBa"):  # colours multiplied by alpha
+        return image.convert(image.mode.upper())
+    if key is not None and image.mode in ("1", "L", "RGB"):
+        return image.convert("RGBA")
+    if isinstance(key, int) and image.mode.startswith("I;16"):
+        levels = np.asarray(image)
+        alpha = np.where(levels == key, 0, 255).astype(np.uint8)
+        return Image.fromarray(np.stack([(levels >> 8).astype(np.uint8), alpha], 2), "LA")
+    return image
 
 
 class ImageDataset(torch.utils.data.Dataset):
-    """One picture or clip and the ids of its caption; of a longer film another part in every epoch.
+    """One picture or clip and the ids of its caption; of a longer film another part, and of several captions another one, in every
+    epoch.
 
     Args:
-        records: rows with `image_column`, and `caption_column` if there is a tokenizer.
+        records: rows with `image_column`, and `caption_column` if there is a tokenizer: a caption or a list of them.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): of the captions, which are padded to the longest.
 
-    `fit` says for which codec.
+    `fit` says for which codec. `facts` has what was found while the last item was made.
     """
 
     def __init__(
@@ -132,12 +182,25 @@ class ImageDataset(torch.utils.data.Dataset):
         )
         self.seed, self.training, self.epoch, self.captions = seed, training, 0, None
         self.clip_length, self.autoencoder = None, None
+        self.steps: dict[
+            int, list[int]
+        ] = {}  # of the animations that were decoded, the picture at each step
+        self.frame_counts: list[float] | None = (
+            None  # frames of every record, once all have been decoded
+        )
+        self.latents: np.ndarray | None = (
+            None  # of the records that give the same clip in every epoch
+        )
+        self.facts: dict[str, float] = {}
+        self.caption_column = None if tokenizer is None else caption_column
         if tokenizer is not None:
-            rows = [
-                row or ""
-                for row in tqdm(records[caption_column], desc="reading captions", unit="caption")
-            ]
-            self.captions = pad_captions(text_ids(tokenizer, rows), vocabulary_size(tokenizer))
+            rows = tqdm(records[caption_column], desc="reading captions", unit="caption")
+            texts = [captions_of(row) or [""] for row in rows]
+            flat = [text for row in texts for text in row]
+            self.first_caption = np.cumsum([0, *map(len, texts)])  # of every record, and the end
+            self.captioned = np.array([any(text.strip() for text in row) for row in texts])
+            self.captions = pad_captions(text_ids(tokenizer, flat), vocabulary_size(tokenizer))
+            self.letters = set().union(*flat)
 
     def fit(self, codec_config, autoencoder=None) -> "ImageDataset":
         """Give pictures, or clips, of the size that a codec sees from now on; clips as the latents of a frozen `autoencoder` of
@@ -147,6 +210,54 @@ class ImageDataset(torch.utils.data.Dataset):
             autoencoder,
         )
         self.clip_length = codec_config.clip_length if codec_config.modality == "video" else None
+        self.latents = None
+        return self
+
+    @torch.no_grad()
+    def encode_once(self, device: torch.device, batch_size: int = 16) -> None:
+        """Encode with the autoencoder all clips that are the same in every epoch, those of films that are no longer than a clip, in
+        batches on `device`, into a file of the cache of `datasets`. Other films are encoded when they are drawn."""
+        if self.frame_counts is None:
+            self.frame_counts = [len(self.frames(index)) for index in range(len(self))]
+        rows = [
+            index for index, length in enumerate(self.frame_counts) if length <= self.clip_length
+        ]
+        if not rows:
+            return
+        setting = rows, self.clip_length, self.processor._size, autoencoder_digest(self.autoencoder)
+        file = cache_folder() / f"latents-{records_digest(self.records, setting)}.npy"
+        with FileLock(file.with_suffix(".lock")):
+            if not file.is_file():
+                self._encode(rows, file.with_suffix(".tmp"), device, batch_size)
+                file.with_suffix(".tmp").rename(file)
+        self.places = dict(zip(rows, range(len(rows))))
+        self.latents = np.load(file, mmap_mode="r")
+
+    def _encode(self, rows: list[int], file: Path, device: torch.device, batch_size: int) -> None:
+        home = next(self.autoencoder.parameters()).device
+        self.autoencoder.to(device)
+        written = None
+        for start in tqdm(range(0, len(rows), batch_size), desc="encoding clips", unit="batch"):
+            clips = [self._clip(index)[0] for index in rows[start : start + batch_size]]
+            latents = encode_clips(self.autoencoder, torch.stack(clips)).cpu().numpy()
+            if written is None:
+                shape = len(rows), *latents.shape[1:]
+                written = np.lib.format.open_memmap(file, "w+", np.float32, shape)
+            written[start : start + len(latents)] = latents
+        written.flush()
+        self.autoencoder.to(home)
+
+    def select(self, rows: list[int]) -> "ImageDataset":
+        """Only these records from now on, in this order."""
+        self.records = self.records.select(rows)
+        self.steps = {}
+        self.frame_counts = None
+        if self.captions is not None:
+            places = [np.arange(self.first_caption[i], self.first_caption[i + 1]) for i in rows]
+            kept = np.concatenate(places)
+            self.captions = {name: value[kept] for name, value in self.captions.items()}
+            self.first_caption = np.cumsum([0, *map(len, places)])
+            self.captioned = self.captioned[rows]
         return self
 
     def set_epoch(self, epoch: int) -> None:
@@ -157,27 +268,90 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def frames(self, index: int) -> Frames:
         """All frames of a record."""
-        return Frames(
-            self.records[index][self.image_column], f"record {index} ({self.image_column})"
-        )
+        value = self.records[index][self.image_column]
+        frames = Frames(value, record_name(index, self.image_column, value), self.steps.get(index))
+        if isinstance(frames.source, Image.Image) and len(frames) > 1:
+            self.steps[index] = frames.steps  # all frames are decoded to know them
+        return frames
+
+    def describe(self, index: int) -> str:
+        """A record in words."""
+        record = self.records[index]
+        name = record_name(index, self.image_column, record[self.image_column])
+        if self.caption_column is None:
+            return name
+        return f"{name}: {captions_of(record[self.caption_column])}"
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        frames = self.frames(index)
-        start = 0
-        if len(frames) > (self.clip_length or 1):
-            words = (self.seed, self.epoch if self.training else 0, index)
-            start = int(
-                np.random.default_rng(words).integers(len(frames) + 1 - (self.clip_length or 1))
-            )
-        pixels = self.processor(frames.clip(start, self.clip_length or 1))[
-            "pixel_values"
-        ]  # (F, 3, H, W)
-        item = {"pixel_values": pixels[0] if self.clip_length is None else pixels.transpose(0, 1)}
-        if self.autoencoder is not None:
-            item["pixel_values"] = encode_clips(self.autoencoder, item["pixel_values"][None])[0]
+        if self.latents is not None and index in self.places:
+            pixels = torch.from_numpy(self.latents[self.places[index]].copy())
+        else:
+            pixels, self.facts = self._clip(index)
+            if self.autoencoder is not None:
+                pixels = encode_clips(self.autoencoder, pixels[None])[0]
+        item = {"pixel_values": pixels}
         if self.captions is not None:
-            item |= {name: value[index] for name, value in self.captions.items()}
+            place = self._caption(index, self.epoch if self.training else 0)
+            item |= {name: value[place] for name, value in self.captions.items()}
         return item
+
+    def _clip(self, index: int) -> tuple[torch.Tensor, dict[str, float]]:
+        """A picture `(3, H, W)`, or a clip `(3, F, H, W)`, of a record in this epoch, and what was found."""
+        frames = self.frames(index)
+        length = self.clip_length or 1
+        start = 0
+        if len(frames) > length:
+            generator = np.random.default_rng(
+                (self.seed, self.epoch if self.training else 0, index)
+            )
+            start = int(generator.integers(len(frames) + 1 - length))
+        clip = frames.clip(start, length)
+        try:
+            pixels = self.processor(clip)["pixel_values"]  # (F, 3, H, W)
+        except ValueError as error:
+            raise ValueError(f"{frames.name}: {error}") from error
+        return pixels[0] if self.clip_length is None else pixels.transpose(0, 1), self._facts(
+            frames, clip[0], index
+        )
+
+    def _caption(self, index: int, epoch: int) -> int:
+        """The place of the caption of a record: of several one is drawn in every epoch, and the first is held out."""
+        first, end = self.first_caption[index : index + 2]
+        if end - first == 1 or not self.training:
+            return int(first)
+        return int(
+            first + np.random.default_rng((self.seed, epoch, index, 2)).integers(end - first)
+        )
+
+    def _facts(self, frames: Frames, image: Image.Image, index: int) -> dict[str, float]:
+        height, width = self.processor._size
+        facts = {
+            "resized": min(image.height / height, image.width / width) != 1,
+            "with sides cut off": image.height * width != image.width * height,
+        }
+        if self.captions is not None:
+            facts["with a caption"] = bool(self.captioned[index])
+        if self.clip_length is not None:
+            facts["longer than a clip"] = len(frames) > self.clip_length
+            facts["padded with their last frame"] = len(frames) < self.clip_length
+            facts["frames"] = len(frames)
+        elif len(frames) > 1:
+            facts["animated"] = True
+        return facts | {"width": image.width, "height": image.height}
+
+
+def record_name(index: int, column: str, value: Any) -> str:
+    """A record as messages name it, with its file if it has one."""
+    path = (
+        value.get("path") if isinstance(value, dict) else value if isinstance(value, str) else None
+    )
+    return f"record {index} ({column}{f', {path}' if path else ''})"
+
+
+def captions_of(row: str | list[str] | None) -> list[str]:
+    """The captions of a record, whether it has none, one or several."""
+    rows = row if isinstance(row, list) else [row]
+    return [text for text in rows if text]
 
 
 def read_pictures(
@@ -213,6 +387,17 @@ def load_autoencoder(name: str) -> torch.nn.Module:
         raise ValueError(
             f"{name} holds no autoencoder of diffusers ({first_line(error)})."
         ) from error
+
+
+def autoencoder_digest(autoencoder: torch.nn.Module) -> str:
+    """A digest of the configuration and of the weights."""
+    config = sorted(
+        (name, value) for name, value in autoencoder.config.items() if not name.startswith("_")
+    )
+    digest = xxhash.xxh3_128(repr(config).encode())
+    for name, value in sorted(autoencoder.state_dict().items()):
+        digest.update(name.encode() + value.cpu().float().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def check_autoencoder(autoencoder: torch.nn.Module, codec_config) -> None:

@@ -1,8 +1,7 @@
 """Records with several streams in: a text, a picture, a clip, a sound, any of which may be missing; batches of all streams out."""
 
 import hashlib
-import io
-from math import gcd
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -11,68 +10,75 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from tokcom.processing_tokcom import TokComAudioProcessor, TokComImageProcessor, text_ids, text_rows
-from tokcom.training.images import Frames
+from tokcom.processing_tokcom import (
+    TokComAudioProcessor,
+    TokComImageProcessor,
+    read_sound,
+    text_ids,
+    text_rows,
+)
+from tokcom.training.files import MEDIA, kind_of
+from tokcom.training.images import Frames, captions_of, record_name
 
 KEPT_SOUNDS = 512 * 2**20  # bytes of features that a dataset keeps, in each process that reads it
 
 
-def read_sound(value: Any, sampling_rate: int, name: str = "a record") -> np.ndarray:
-    """Samples `(n,)` at `sampling_rate` of a sound as datasets gives it: encoded bytes or a path in a dictionary, or samples with
-    their rate; `ValueError` with the `name` of the record if it cannot be read."""
-    try:
-        import soundfile
-    except ImportError as error:
-        raise ValueError("sounds are read with soundfile: pip install soundfile") from error
-    value = value if isinstance(value, dict) else {"path": value}
-    try:
-        if value.get("array") is not None:
-            sound, rate = np.asarray(value["array"], dtype=np.float32), value["sampling_rate"]
-        else:
-            source = value["path"] if value.get("bytes") is None else io.BytesIO(value["bytes"])
-            sound, rate = soundfile.read(source, dtype="float32")
-    except (soundfile.SoundFileError, OSError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"{name} holds no sound that can be read ({error}); repair or remove it."
-        ) from error
-    sound = sound.mean(1) if sound.ndim == 2 else sound
-    if rate != sampling_rate:
-        from scipy.signal import resample_poly
-
-        common = gcd(int(rate), sampling_rate)
-        sound = resample_poly(sound, sampling_rate // common, int(rate) // common).astype(
-            np.float32
-        )
-    return sound
-
-
-def is_text(feature) -> bool:
-    """Whether a column of a dataset holds texts."""
-    return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
+def is_text(records: datasets.Dataset, name: str) -> bool:
+    """Whether a column holds texts, one or several a record, and not the names of files."""
+    feature = records.features[name]
+    inner = feature.feature if isinstance(feature, datasets.List) else feature
+    if not isinstance(inner, datasets.Value) or inner.dtype not in ("string", "large_string"):
+        return False
+    first = next((texts[0] for texts in map(captions_of, records[name]) if texts), "")
+    return kind_of(first) not in MEDIA or not Path(first).is_file()
 
 
 class OmniDataset(torch.utils.data.Dataset):
     """Records whose columns are streams; None is a stream that a record lacks.
 
     An item has `streams`, the tensors that the codecs read, zeros where a stream is missing, and `present`, which are not; a stream
-    without a column is in neither. A text that is too long loses its end. `fit` says for which composite codec.
+    without a column is in neither. A text that is too long loses its end; of several texts the first is taken. `fit` says for which
+    composite codec. `facts` has what was found while the last item was made.
     """
 
     def __init__(self, records: datasets.Dataset, tokenizer: PreTrainedTokenizerBase | None):
         self.records, self.tokenizer, self.epoch = records, tokenizer, 0
-        self.rows, self.present = {}, {}  # ids of the texts of a stream; which records have it
-        for name, feature in records.features.items():
-            if is_text(feature):
+        self.texts: dict[str, list[str]] = {}  # of a stream of texts, all of them
+        self.rows: dict[str, list[list[int]]] = {}  # their ids
+        self.first: dict[
+            str, np.ndarray
+        ] = {}  # the place of the first text of every record, and the end
+        self.present: dict[str, np.ndarray] = {}  # which records have a stream
+        self.facts: dict[str, float] = {}
+        for name in records.column_names:
+            if is_text(records, name):
                 texts = [
-                    text or "" for text in tqdm(records[name], desc=f"reading {name}", unit="text")
+                    captions_of(row) or [""]
+                    for row in tqdm(records[name], desc=f"reading {name}", unit="text")
                 ]
-                self.rows[name] = text_ids(tokenizer, texts)
-                self.present[name] = np.array([bool(text.strip()) for text in texts])
+                self.texts[name] = [text for row in texts for text in row]
+                self.first[name] = np.cumsum([0, *map(len, texts)])
+                self.rows[name] = text_ids(tokenizer, self.texts[name])
+                self.present[name] = np.array([any(text.strip() for text in row) for row in texts])
             else:
                 tables = records.select_columns([name]).with_format("arrow").iter(1000)
                 self.present[name] = np.concatenate(
                     [table.column(0).is_valid().to_numpy() for table in tables]
                 )
+
+    def select(self, rows: list[int]) -> "OmniDataset":
+        """A dataset of these records, in this order."""
+        return OmniDataset(self.records.select(rows), self.tokenizer)
+
+    def describe(self, index: int) -> str:
+        """A record in words: its texts, and the names of its other streams."""
+        record = self.records[index]
+        there = {name: value for name, value in record.items() if self.present[name][index]}
+        shown = {
+            name: repr(there[name]) if name in self.texts else record_name(index, name, there[name])
+            for name in there
+        }
+        return ", ".join(f"{name} {value}" for name, value in shown.items())
 
     def fit(self, codec) -> "OmniDataset":
         """Give streams as the `TokComCompositeCodec` reads them from now on; raises `ValueError` if it has none of these or a column
@@ -84,7 +90,7 @@ class OmniDataset(torch.utils.data.Dataset):
                 "add them to model.codec_config.streams."
             )
         for name in found:
-            if is_text(self.records.features[name]) != codec.streams[name].config.has_tokens:
+            if (name in self.texts) != codec.streams[name].config.has_tokens:
                 raise ValueError(
                     f"stream {name!r} of the data is not of the kind that {type(codec.streams[name]).__name__} reads."
                 )
@@ -120,20 +126,53 @@ class OmniDataset(torch.utils.data.Dataset):
 
     def content(self, index: int) -> dict[str, Any]:
         """What a record holds, as the pipeline takes it: texts, pictures, clips and sounds by name."""
-        record, content = self.records[index], {}
+        record = self.records[index]
+        content = {}
+        facts: dict[str, float] = {}
         for name, value in record.items():
             if not self.present[name][index]:
                 continue
-            config, where = self.configs[name], f"record {index} ({name})"
-            if config.kind == "audio":
-                value = read_sound(value, config.sampling_rate, where)
-            elif name in self.rows:
-                value = self.cut(value, self.rows[name][index], self.text_lengths[name])
+            config = self.configs[name]
+            facts[f"with {name}"] = True
+            if name in self.rows:
+                place = self._text(name, index)
+                facts |= {
+                    f"{name} cut at its end": len(self.rows[name][place]) > self.text_lengths[name]
+                }
+                content[name] = self.cut(
+                    self.texts[name][place], self.rows[name][place], self.text_lengths[name]
+                )
+            elif config.kind == "audio":
+                content[name] = self._sound(value, name, index, facts)
             else:
-                frames = Frames(value, where)
-                value = frames[0] if config.kind == "image" else frames.clip(0, config.clip_length)
-            content[name] = value
+                frames = Frames(value, record_name(index, name, value))
+                if config.kind == "image":
+                    content[name] = frames[0]
+                else:
+                    content[name] = frames.clip(0, config.clip_length)
+                    facts[f"{name} padded with its last frame"] = len(frames) < config.clip_length
+                    facts[f"{name} longer than a clip"] = len(frames) > config.clip_length
+        self.facts = facts
         return content
+
+    def _text(self, name: str, index: int) -> int:
+        """The place of the text of a record: of several one is drawn in every epoch."""
+        first, end = self.first[name][index : index + 2]
+        if end - first == 1:
+            return int(first)
+        return int(first + np.random.default_rng((self.epoch, index, 2)).integers(end - first))
+
+    def _sound(self, value: Any, name: str, index: int, facts: dict[str, float]) -> np.ndarray:
+        config = self.configs[name]
+        found: dict[str, float] = {}
+        longest = config.num_samples / config.sampling_rate
+        sound = read_sound(
+            value, config.sampling_rate, record_name(index, name, value), None, longest, found
+        )
+        seconds = found.pop("seconds")
+        found |= {"cut at its end": seconds > longest, "padded with silence": seconds < longest}
+        facts |= {f"{name} {what}": value for what, value in found.items()} | {"seconds": seconds}
+        return sound
 
     def cut(self, text: str, ids: list[int], longest: int) -> str:
         """A text, or of a longer one as much as `longest` ids hold; a cut inside a character loses it."""
@@ -156,12 +195,18 @@ class OmniDataset(torch.utils.data.Dataset):
                 self.features[key] = found
         return found
 
+    def _pixels(self, name: str, frames: list, index: int) -> torch.Tensor:
+        try:
+            return self.processors[name](frames)["pixel_values"]
+        except ValueError as error:
+            raise ValueError(f"record {index} ({name}): {error}") from error
+
     def __getitem__(self, index: int) -> dict[str, dict[str, torch.Tensor]]:
         content, streams = self.content(index), {}
         for name, config in self.configs.items():
             value = content.get(name)
             if config.has_tokens:
-                rows = [[] if value is None else self.rows[name][index]]
+                rows = [[] if value is None else self.rows[name][self._text(name, index)]]
                 streams[name] = text_rows(
                     rows, self.text_lengths[name], self.tokenizer.eos_token_id
                 )[0]
@@ -175,9 +220,7 @@ class OmniDataset(torch.utils.data.Dataset):
                     3,
                     *self.processors[name]._size,
                 )
-                pixels = (
-                    self.processors[name](frames)["pixel_values"] if frames else torch.zeros(shape)
-                )
+                pixels = self._pixels(name, frames, index) if frames else torch.zeros(shape)
                 streams[name] = pixels[0] if config.kind == "image" else pixels.transpose(0, 1)
         present = {name: torch.tensor(name in content) for name in self.configs}
         if not content:

@@ -1,0 +1,302 @@
+"""Sounds as models read them, and back.
+
+Notable choices:
+- Sounds become log-mel features with transformers' analysis. The way back, bands to a spectrum and phases by Griffin and
+  Lim 1984, is librosa's, which is only needed to hear something. All sounds are brought to one loudness.
+- Training, the pipeline and the command line read sounds with the same function, `read_sound`. It needs soundfile, and
+  scipy for other rates, which librosa brings along.
+"""
+
+import io
+import wave
+from math import gcd
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
+
+from .configuration_codec_tokcom import TokComAudioCodecConfig
+
+FLOOR = 1e-3  # power of a band that counts as silence, at a peak of 1
+ITERATIONS = 60
+HEAD = 1 << 16  # bytes of a sound file in which the header of its samples lies
+BLOCK = 1 << 20  # samples that are decoded at a time
+MAX_EXPANSION = 20_000  # samples for a byte: silence in FLAC has some thousand
+
+
+class TokComAudioProcessor:
+    """Sounds `(samples,)` in [-1, 1] -> `input_features (B, mel bands, F)`, log10 of the power, and back."""
+
+    def __init__(self, config: TokComAudioCodecConfig):
+        self.config = config
+        bins, rate = 1 + config.fft_length // 2, config.sampling_rate
+        self.filters = mel_filter_bank(
+            bins, config.num_channels, 0.0, rate / 2, rate, norm="slaney", mel_scale="slaney"
+        )
+        self.window = window_function(config.fft_length, "hann")
+
+    def __call__(self, sounds: Any, sampling_rate: int | None = None) -> dict[str, torch.Tensor]:
+        """One sound or a list of them, whatever `read_sound` takes; `sampling_rate` is that of arrays, by default the codec's.
+
+        Raises `ValueError` for a sound without samples or one that cannot be read.
+        """
+        sounds = (
+            list(sounds)
+            if isinstance(sounds, (list, tuple)) and not is_samples(sounds)
+            else [sounds]
+        )
+        if not sounds:
+            raise ValueError("`audio` is an empty list; give at least one sound.")
+        features = [self._features(sound, sampling_rate) for sound in sounds]
+        return {"input_features": torch.from_numpy(np.stack(features))}
+
+    def _features(self, sound: Any, rate: int | None) -> np.ndarray:
+        config = self.config
+        longest = config.num_samples / config.sampling_rate
+        sound = read_sound(sound, config.sampling_rate, "a sound", rate, longest)
+        sound = sound[: config.num_samples]
+        sound = sound / max(np.abs(sound).max(), 1e-4)
+        sound = np.pad(sound, (0, config.num_samples - len(sound)))
+        bands = spectrogram(
+            sound,
+            self.window,
+            config.fft_length,
+            config.hop_length,
+            power=2.0,
+            mel_filters=self.filters,
+            mel_floor=FLOOR,
+        )
+        return np.log10(bands).astype(np.float32)
+
+    def postprocess(self, input_features: torch.Tensor) -> list[np.ndarray]:
+        """`input_features (B, mel bands, F)` -> sounds `(samples,)` with a peak of 0.95; needs librosa."""
+        try:
+            import librosa
+        except ImportError as error:
+            raise ValueError(
+                "to hear log-mel features librosa is needed: pip install librosa"
+            ) from error
+        options = {
+            "hop_length": self.config.hop_length,
+            "win_length": self.config.fft_length,
+            "random_state": 0,
+        }
+        sounds = []
+        for features in input_features.float().cpu().numpy():
+            bands = np.maximum(10.0 ** np.minimum(features, 6), FLOOR) - FLOOR
+            spectrum = librosa.util.nnls(self.filters.T, bands) ** 0.5  # magnitudes
+            sound = librosa.griffinlim(
+                spectrum,
+                n_iter=ITERATIONS,
+                n_fft=self.config.fft_length,
+                length=self.config.num_samples,
+                **options,
+            )
+            sounds.append((0.95 * sound / max(np.abs(sound).max(), 1e-4)).astype(np.float32))
+        return sounds
+
+
+def is_samples(value: Any) -> bool:
+    """Whether a list holds the samples of one sound, and not several sounds."""
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) > 0
+        and isinstance(value[0], (int, float, np.number))
+    )
+
+
+def read_sound(
+    value: Any,
+    sampling_rate: int,
+    name: str = "a sound",
+    rate: int | None = None,
+    seconds: float | None = None,
+    facts: dict[str, float] | None = None,
+) -> np.ndarray:
+    """Samples `(n,)`, float32, at `sampling_rate` of any sound: a path or encoded bytes of wav, flac, mp3 or ogg, an array or tensor
+    `(n,)`, `(channels, n)` or `(n, channels)` of `rate` samples a second, or a dictionary as datasets gives it, with `bytes` or
+    `path`, or with `array` and `sampling_rate`. Channels are mixed, and other rates resampled.
+
+    Of a longer sound at least the first `seconds` are read. `facts`, if given, is told what was done. Raises `ValueError` with `name`
+    for what is no sound, is empty, cut off or not finite, or whose header claims more than its file can hold.
+    """
+    if hasattr(value, "get_all_samples"):  # the decoder that datasets puts in a column of sounds
+        samples = value.get_all_samples()
+        value = {"array": samples.data, "sampling_rate": samples.sample_rate}
+    if isinstance(value, dict) and value.get("array") is not None:
+        rate = value.get("sampling_rate", rate)
+        value = value["array"]
+    elif isinstance(value, dict):
+        value = value.get("path") if value.get("bytes") is None else value["bytes"]
+    length = None
+    if isinstance(value, (str, Path, bytes, bytearray)):
+        sound, rate, length = _decode_sound(value, name, seconds)
+    else:
+        sound = _samples(value, name)
+        rate = sampling_rate if rate is None else rate
+    if not isinstance(rate, (int, float)) or not 0 < rate < 10**7:
+        raise ValueError(f"{name} has a `sampling_rate` of {rate!r}; give samples a second.")
+    _check_samples(sound, name)
+    length = len(sound) if length is None else length
+    if facts is not None:
+        facts |= {
+            "mixed to one channel": sound.ndim == 2 and sound.shape[1] > 1,
+            "resampled": rate != sampling_rate,
+        }
+        facts["seconds"] = length / rate
+    if seconds is not None:
+        sound = sound[
+            : int((seconds + 1) * rate) + 1
+        ]  # a second for what the filter of another rate sees behind the end
+    sound = sound.mean(1) if sound.ndim == 2 else sound
+    if rate != sampling_rate:
+        from scipy.signal import resample_poly
+
+        common = gcd(int(rate), sampling_rate)
+        sound = resample_poly(sound, sampling_rate // common, int(rate) // common)
+    return sound.astype(np.float32)
+
+
+def _check_samples(sound: np.ndarray, name: str) -> None:
+    if not sound.size:
+        raise ValueError(f"{name} is a sound without samples; remove it.")
+    if not np.isfinite(sound).all():
+        raise ValueError(f"{name} has samples that are not finite; repair or remove it.")
+
+
+def _samples(value: Any, name: str) -> np.ndarray:
+    """An array, tensor or list as float32 `(n,)` or `(n, channels)`; whole numbers are divided by the largest of their type."""
+    try:
+        value = (
+            value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+        )
+    except ValueError as error:
+        raise ValueError(f"{name} has channels of unlike lengths ({error}); repair it.") from error
+    if value.dtype.kind not in "iuf" or value.ndim not in (1, 2):
+        raise ValueError(
+            f"{name} is no sound: a path, encoded bytes, or samples (n,) or (channels, n) are, not {type(value).__name__} of "
+            f"{value.dtype} of shape {value.shape}."
+        )
+    if (
+        value.ndim == 2 and value.shape[0] <= value.shape[1]
+    ):  # there are fewer channels than samples
+        value = value.T
+    if value.dtype == np.uint8:
+        return (value.astype(np.float32) - 128) / 128
+    scale = np.iinfo(value.dtype).max if value.dtype in (np.int16, np.int32) else 1
+    return value.astype(np.float32) / scale
+
+
+def _decode_sound(value: Any, name: str, seconds: float | None) -> tuple[np.ndarray, int, int]:
+    """Samples `(n, channels)` of an encoded sound, at least the first `seconds`, their rate, and how many there are in all."""
+    if isinstance(value, (str, Path)):
+        try:
+            size = Path(value).stat().st_size
+            with open(value, "rb") as stream:
+                head = stream.read(HEAD)
+        except OSError as error:
+            raise ValueError(
+                f"{name} holds no sound that can be read ({error}); repair or remove it."
+            ) from error
+    else:
+        size = len(value)
+        head = bytes(value[:HEAD])
+    if not size:
+        raise ValueError(f"{name} is an empty file; remove it.")
+    claimed = _claimed_bytes(head)
+    if claimed > size:
+        raise ValueError(
+            f"{name} is cut off, or its header is wrong: it claims {claimed:,} bytes, the file has {size:,}; repair or remove it."
+        )
+    try:
+        import soundfile
+    except ImportError as error:
+        raise ValueError("sounds are read with soundfile: pip install soundfile") from error
+    source = str(value) if isinstance(value, (str, Path)) else io.BytesIO(value)
+    try:
+        with soundfile.SoundFile(source) as stream:
+            frames, rate, channels = stream.frames, stream.samplerate, stream.channels
+            if frames * channels > MAX_EXPANSION * size:
+                raise ValueError(
+                    f"{name} claims {frames:,} samples of {channels} channels, more than {size:,} bytes can hold; remove it."
+                )
+            wanted = frames if seconds is None else min(frames, int((seconds + 1) * rate) + 1)
+            blocks = []
+            while (
+                left := wanted - sum(map(len, blocks))
+            ) > 0:  # never more room than the file has filled
+                blocks.append(stream.read(min(left, BLOCK), dtype="float32", always_2d=True))
+                if len(blocks[-1]) < min(left, BLOCK):
+                    break
+    except (soundfile.SoundFileError, OSError, TypeError) as error:
+        if (found := _decode_with_av(value)) is not None:
+            return found
+        raise ValueError(
+            f"{name} holds no sound that can be read ({error}); repair or remove it."
+        ) from error
+    sound = np.concatenate(blocks) if blocks else np.zeros((0, channels), np.float32)
+    if len(sound) < wanted:
+        raise ValueError(
+            f"{name} is cut off: {len(sound):,} of {frames:,} samples are there; repair or remove it."
+        )
+    return sound, rate, frames
+
+
+def _decode_with_av(value: Any) -> tuple[np.ndarray, int, int] | None:
+    """What soundfile does not read, such as .m4a, with PyAV; None if that is not installed or reads it neither."""
+    try:
+        import av
+    except ImportError:
+        return None
+    try:
+        with av.open(
+            str(value) if isinstance(value, (str, Path)) else io.BytesIO(value)
+        ) as container:
+            stream = container.streams.audio[0]
+            to_floats = av.AudioResampler(format="fltp", layout="mono", rate=stream.rate)
+            frames = [
+                made for frame in container.decode(stream) for made in to_floats.resample(frame)
+            ]
+            rate = stream.rate
+    except (av.FFmpegError, IndexError, OSError, ValueError):
+        return None
+    if not frames:
+        return None
+    sound = np.concatenate([frame.to_ndarray().T for frame in frames])
+    return sound, rate, len(sound)
+
+
+def _claimed_bytes(head: bytes) -> int:
+    """How many bytes a .wav or .aiff file has by the header of its samples, 0 of any other file."""
+    kinds = {b"RIFF": ("little", b"data"), b"FORM": ("big", b"SSND")}
+    if head[:4] not in kinds:
+        return 0
+    order, wanted = kinds[head[:4]]
+    place = 12
+    while place + 8 <= len(head):
+        length = int.from_bytes(head[place + 4 : place + 8], order)
+        if head[place : place + 4] == wanted:
+            return place + 8 + length
+        place += 8 + length + length % 2
+    return 0
+
+
+def read_wav(file: str | Path) -> tuple[np.ndarray, int]:
+    """Any sound file -> samples `(n,)` in [-1, 1], the mean of its channels, and their rate."""
+    sound, rate, _ = _decode_sound(file, str(file), None)
+    _check_samples(sound, str(file))
+    return sound.mean(1), rate
+
+
+def write_wav(sound: np.ndarray, file: str | Path, sampling_rate: int) -> None:
+    """Write samples `(n,)` in [-1, 1] as a .wav file of 16 bits."""
+    with wave.open(str(file), "wb") as stream:
+        stream.setnchannels(1)
+        stream.setsampwidth(2)
+        stream.setframerate(sampling_rate)
+        stream.writeframes((np.clip(sound, -1, 1) * 32767).round().astype("<i2").tobytes())
+
+
+__all__ = ["TokComAudioProcessor", "is_samples", "read_sound", "read_wav", "write_wav"]

@@ -1,0 +1,170 @@
+"""`tokcom inspect`: the report of what a preset reads, counted from what its loader yields, and a contact sheet."""
+
+import io
+import json
+
+import datasets
+import numpy as np
+import pytest
+from helpers import ROOT
+from PIL import Image
+
+from tokcom.cli.inspect import main
+from tokcom.processing_tokcom import write_wav
+from tokcom.train_accelerate import read_data
+from tokcom.training.config import load_train_config
+from tokcom.training.films import write_film
+
+
+def inspect(capsys, *arguments) -> str:
+    main([*map(str, arguments)])
+    return capsys.readouterr().out
+
+
+def everything(folder):
+    """A folder of all kinds at once, as people have them."""
+    write_film([Image.new("RGB", (40, 30), (i, 9, 9)) for i in range(12)], folder / "film.mp4")
+    write_film([Image.new("RGB", (32, 32), (i, 9, 9)) for i in range(5)], folder / "moving.gif")
+    for i, suffix in enumerate(("png", "JPG", "tif", "avif", "webp")):
+        Image.new("RGB", (40 + i, 30), (50 * i, 0, 0)).save(folder / f"{i}.{suffix}")
+    (folder / "0.txt").write_text("a black picture")
+    (folder / "README.md").write_text("# My data")
+    (folder / "notes.txt").write_text("some notes\n")
+    (folder / "more").mkdir()
+    (folder / "more/.DS_Store").write_bytes(b"x")
+    write_wav(np.sin(np.arange(8000)), folder / "more/sound.wav", 8000)
+    return folder
+
+
+def test_a_folder_of_all_kinds_at_once_is_reported(tmp_path, capsys):
+    folder = everything(tmp_path)
+    report = inspect(capsys, folder, "--preset", "style-tiny", "--sheet", tmp_path / "sheet.PNG")
+    for line in (
+        "6 pictures, 1 clip",
+        "12 files found, 8 used, 4 left out",
+        "left out (no kind of file that is read): README.md",
+        "left out (hidden): more/.DS_Store",
+        "left out (text beside picture and clip files): notes.txt",
+        "left out (sound beside picture and clip files): more/sound.wav",
+        "captions from text files of the same name: 1 of 7",
+        "7 records, 6 resized, 6 with sides cut off, 1 with a caption, 2 animated",
+        "['a black picture']",
+    ):
+        assert line in report, report
+    assert Image.open(tmp_path / "sheet.PNG").size[0] > 300
+
+
+def test_the_same_folder_is_read_as_another_preset_asks(tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    folder = everything(tmp_path / "data")
+    sheet = ("--sheet", tmp_path / "sheet.png")
+    report = inspect(capsys, folder, "--preset", "debug", *sheet)
+    assert (
+        "picture beside texts" in report
+        and "notes.txt" not in report.split("training text")[0].split("fields")[0]
+    )
+    report = inspect(capsys, folder, "--preset", "video-tiny", *sheet)
+    assert (
+        "7 records" in report
+        and "6 padded with their last frame" in report
+        and "1 longer than a clip" in report
+    )
+    fields = "data.fields={text: caption, image: image, audio: audio}"
+    (folder / "film.mp4").unlink()
+    report = inspect(capsys, folder, "--preset", "omni-tiny", fields, *sheet)
+    assert (
+        "7 records" in report
+        and "1 with audio" in report
+        and "1 with text" in report
+        and "6 with image" in report
+    )
+
+
+@pytest.mark.parametrize(
+    "preset, data, wanted",
+    [
+        ("style-tiny", "emoji_validation.parquet", "8 records, 8 resized, 8 with a caption"),
+        ("video-tiny", "clips_validation.parquet", "frames: 8 to 8, median 8, 128 in all"),
+        ("omni-tiny", "streams_validation.parquet", "18 with image, 10 with audio"),
+        ("debug", "stories_validation.jsonl", "8 documents, "),
+    ],
+)
+def test_shipped_data_are_reported_with_three_examples(preset, data, wanted, tmp_path, capsys):
+    report = inspect(
+        capsys, ROOT / "sample_data" / data, "--preset", preset, "--sheet", tmp_path / "a.png"
+    )
+    assert (
+        wanted in report
+        and "example 3:" in report
+        and "example 4:" not in report
+        and "validation" not in report.split("training")[1]
+    )
+    assert (tmp_path / "a.png").is_file()
+
+
+def test_what_training_reads_is_printed_before_the_first_stage_and_counts_what_is_held_out(
+    tmp_path, capsys
+):
+    lines = [json.dumps({"text": f"story {i} of {tmp_path}"}) for i in range(60)]
+    (tmp_path / "a.jsonl").write_text("\n".join(['{"text": " "}', *lines, '{"text": 5}']))
+    settings = [f"data.train={tmp_path / 'a.jsonl'}", f"output_dir={tmp_path / 'out'}"]
+    with pytest.raises(ValueError, match=r"a.jsonl, record 61 \(line 62\)"):
+        read_data(load_train_config("debug", settings))
+    corpus = read_data(
+        load_train_config("debug", [*settings, "data.max_skipped=1", "data.num_proc=2"])
+    )
+    printed = capsys.readouterr().out
+    assert (
+        "61 records" in printed
+        and "60 documents" in printed
+        and f"{len(corpus.train):,} tokens" in printed
+    )
+    assert "1 blank and left out" in printed and "1 record left out (data.max_skipped=1)" in printed
+    assert corpus.tokenizer.init_kwargs["training_characters"].startswith(" ")
+
+
+def test_dialogues_and_streams_of_text_are_reported(tmp_path, capsys):
+    lines = [json.dumps({"prompt": f"what is {i}?", "answer": "a number"}) for i in range(5)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    report = inspect(capsys, tmp_path / "a.jsonl", "--sheet", tmp_path / "a.png")
+    assert "5 records, fields prompt, answer" in report and "'what is 0?' -> 'a number'" in report
+    (tmp_path / "b.jsonl").write_text(
+        "\n".join(json.dumps({"text": f"story {i}"}) for i in range(5))
+    )
+    report = inspect(
+        capsys, tmp_path / "b.jsonl", "data.streaming=true", "--sheet", tmp_path / "a.png"
+    )
+    assert "a stream of records" in report
+
+
+@pytest.mark.parametrize(
+    "data, settings, named",
+    [
+        ("pictures", ["data.caption_column=captoin"], "captoin"),
+        ("pictures", ["data.kind=smells"], "data.kind.*smells"),
+        ("pictures", [], "broken.png.*data.max_skipped=1"),
+        ("nowhere", [], "nowhere"),
+    ],
+)
+def test_what_cannot_be_read_ends_with_one_sentence(data, settings, named, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    buffer = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(buffer, "PNG")
+    (tmp_path / "pictures/broken.png").write_bytes(buffer.getvalue()[:-500])
+    with pytest.raises(SystemExit, match=f"error: .*{named}"):
+        main(
+            [
+                str(tmp_path / data),
+                "--preset",
+                "style-tiny",
+                "--sheet",
+                str(tmp_path / "a.png"),
+                *settings,
+            ]
+        )
+
+
+def test_clips_in_a_column_of_another_name_are_found_in_the_message(tmp_path):
+    datasets.Dataset.from_dict({"video": [b"x"], "label": [1]}).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(SystemExit, match="fields: video, label.*data.image_column"):
+        main([str(tmp_path / "a.parquet"), "--preset", "video-tiny"])

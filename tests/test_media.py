@@ -1,0 +1,619 @@
+"""Pictures, clips and sounds as they lie on people's disks: what is read of them, and what is named instead."""
+
+import io
+import struct
+import zlib
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image, PngImagePlugin
+
+from tokcom.configuration_codec_tokcom import TokComStyleCodecConfig, TokComVideoCodecConfig
+from tokcom.processing_tokcom import (
+    TokComAudioProcessor,
+    TokComImageProcessor,
+    read_sound,
+    read_wav,
+    write_wav,
+)
+from tokcom.training.audit import audit
+from tokcom.training.config import DataConfig
+from tokcom.training.films import Film, is_film, repeats, timeline, write_film
+from tokcom.training.images import Frames, ImageDataset, open_image
+from tokcom.training.presets import preset_config
+from tokcom.training.report import PartReport, Report
+from tokcom.training.sources import load_documents
+
+av = pytest.importorskip("av")
+soundfile = pytest.importorskip("soundfile")
+
+
+def encoded(image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def shades(count: int, size=(32, 32)) -> list[Image.Image]:
+    return [Image.new("RGB", size, (20 * i, 255 - 20 * i, 40)) for i in range(count)]
+
+
+# ---- pictures ----
+
+
+@pytest.mark.parametrize(
+    "kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "TGA", "ICO", "JPEG2000"]
+)
+def test_every_format_of_pictures_is_read_from_bytes_and_from_a_file(kind, tmp_path):
+    content = encoded(Image.new("RGB", (32, 32), (200, 30, 40)), kind)
+    (tmp_path / "picture").write_bytes(content)
+    for value in (
+        content,
+        str(tmp_path / "picture"),
+        {"bytes": content, "path": None},
+        {"bytes": None, "path": str(tmp_path / "picture")},
+    ):
+        frames = Frames(value)
+        assert len(frames) == 1
+        assert (
+            np.abs(np.asarray(frames[0].convert("RGB"))[16, 16].astype(int) - (200, 30, 40)).max()
+            < 12
+        )
+
+
+@pytest.mark.parametrize("kind", ["MPO", "TIFF", "ICO", "PDF"])
+def test_further_pictures_in_a_still_are_no_frames(kind):
+    first, second = shades(2)
+    if kind == "ICO":
+        content = encoded(first, "ICO", sizes=[(16, 16), (32, 32)])
+    elif kind == "PDF":
+        with pytest.raises(ValueError, match="holds no picture"):
+            Frames(encoded(first, "PDF"))
+        return
+    else:
+        content = encoded(first, kind, save_all=True, append_images=[second])
+    assert len(Frames(content)) == 1
+    assert Frames(content).clip(0, 3)[2].getpixel((5, 5))[1] > 240
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "AVIF"])
+def test_sequences_of_the_four_animated_formats_are_animations(kind):
+    images = [Image.effect_noise((32, 32), 20 * i + 20).convert("RGB") for i in range(4)]
+    content = encoded(images[0], kind, save_all=True, append_images=images[1:], duration=100)
+    assert not is_film(content) and len(Frames(content)) == 4
+
+
+def test_the_default_picture_of_an_apng_is_no_frame():
+    first, *rest = shades(4)
+    content = encoded(
+        first, "PNG", save_all=True, append_images=rest, default_image=True, duration=100
+    )
+    frames = Frames(content)
+    assert len(frames) == 3 and frames[0].getpixel((0, 0))[:3] == rest[0].getpixel((0, 0))
+    assert frames[2].getpixel((0, 0))[:3] == rest[2].getpixel((0, 0))
+
+
+def transparent(mode: str) -> bytes:
+    """A picture of a mode all of which is transparent, black underneath."""
+    if mode in ("LA", "RGBA"):
+        return encoded(Image.new(mode, (32, 32), 0), "PNG")
+    if mode == "P":
+        return encoded(Image.new("P", (32, 32), 0), "PNG", transparency=bytes([0]))
+    if mode == "GIF":
+        return encoded(Image.new("P", (32, 32), 0), "GIF", transparency=0)
+    if mode == "I;16":
+        return encoded(Image.fromarray(np.full((32, 32), 7, np.uint16)), "PNG", transparency=7)
+    if mode in ("WEBP", "AVIF"):
+        return encoded(Image.new("RGBA", (32, 32), (0, 0, 0, 0)), mode, lossless=True, quality=100)
+    return encoded(
+        Image.new(mode, (32, 32), 0), "PNG", transparency=(0, 0, 0) if mode == "RGB" else 0
+    )
+
+
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "LA", "P", "GIF", "RGB", "RGBA", "I;16", "WEBP", "AVIF"]
+)
+def test_what_is_transparent_becomes_white_in_every_mode(mode):
+    records = datasets.Dataset.from_dict({"image": [transparent(mode)]})
+    item = ImageDataset(records, "image", "", None, 0, False).fit(TokComStyleCodecConfig())[0][
+        "pixel_values"
+    ]
+    assert float(item.min()) > 0.97
+
+
+def test_modes_without_a_known_range_are_named_with_their_record():
+    content = encoded(Image.new("F", (8, 8)), "TIFF")
+    records = datasets.Dataset.from_dict({"image": [content]})
+    with pytest.raises(ValueError, match=r"record 0 \(image\).*mode 'F'"):
+        audit(
+            ImageDataset(records, "image", "", None, 0, False).fit(TokComStyleCodecConfig()),
+            PartReport("x"),
+            Report(),
+            0,
+        )
+
+
+def broken_exif(block: bytes) -> bytes:
+    return encoded(Image.new("RGB", (32, 32)), "JPEG", exif=b"Exif\0\0" + block)
+
+
+def large_text() -> bytes:
+    info = PngImagePlugin.PngInfo()
+    info.add_text("comment", "x" * (PngImagePlugin.MAX_TEXT_CHUNK + 10), zip=True)
+    return encoded(Image.new("RGB", (8, 8)), "PNG", pnginfo=info)
+
+
+def bomb() -> bytes:
+    """A PNG whose header claims 60,000 x 60,000 pixels."""
+    content = encoded(Image.new("L", (8, 8)), "PNG")
+    header = b"IHDR" + struct.pack(">II", 60_000, 60_000) + content[24:29]
+    return content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:]
+
+
+NOISE = Image.effect_noise((64, 64), 50).convert("RGB")
+BROKEN = {
+    "EXIF of garbage": lambda: broken_exif(b"garbage"),
+    "EXIF that is cut": lambda: broken_exif(b"II*\0"),
+    "EXIF of nothing but zeros": lambda: broken_exif(bytes(20)),
+    "bomb": bomb,
+    "text chunk": large_text,
+    "cut JPEG": lambda: encoded(NOISE, "JPEG")[:-900],
+    "cut PNG": lambda: encoded(NOISE, "PNG")[:-900],
+    "cut WebP": lambda: encoded(NOISE, "WEBP")[:-300],
+    "cut GIF": lambda: encoded(
+        NOISE, "GIF", save_all=True, append_images=[Image.effect_noise((64, 64), 90)]
+    )[:-900],
+    "cut AVIF": lambda: encoded(NOISE, "AVIF")[:-300],
+    "cut TIFF": lambda: encoded(NOISE, "TIFF")[:-3000],
+    "text": lambda: b"not a picture at all",
+    "nothing": lambda: b"",
+    "HTML": lambda: b"<html>404 Not Found</html>",
+    "HEIC": lambda: b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_picture_that_cannot_be_read_is_one_error_or_left_out_and_counted(name):
+    good = encoded(Image.new("RGB", (8, 8), "white"), "PNG")
+    records = datasets.Dataset.from_dict({"image": [good, BROKEN[name](), good]})
+    dataset = ImageDataset(records, "image", "", None, 0, True).fit(TokComStyleCodecConfig())
+    with pytest.raises(ValueError, match=r"record 1 \(image\).*data.max_skipped=1"):
+        audit(dataset, PartReport("training data"), Report(), name)
+    report, part = Report(1), PartReport("training data")
+    kept = audit(dataset, part, report, name)
+    assert len(kept) == 2 and len(report.problems) == 1 and part.counts["resized"] == 2
+    assert "record 1" in str(report)
+    assert torch.equal(kept[1]["pixel_values"], torch.ones_like(kept[1]["pixel_values"]))
+
+
+def test_everything_is_decoded_once_also_by_a_second_run(tmp_path, monkeypatch):
+    codec = TokComStyleCodecConfig()
+    for i, image in enumerate(shades(3, (codec.image_size, codec.image_size))):
+        image.save(tmp_path / f"{i}.png")
+
+    def run(report):
+        records = load_documents(str(tmp_path), DataConfig(train="x"), "train", report)
+        dataset = ImageDataset(records, "image", "", None, 0, True).fit(codec)
+        part = PartReport("training data")
+        return audit(dataset, part, report, "32"), part
+
+    state = torch.get_rng_state()
+    assert run(Report())[1].counts["resized"] == 0
+    assert torch.equal(state, torch.get_rng_state())  # initial weights depend on it
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageDataset, "__getitem__", lambda *a: pytest.fail("decoded again"))
+        assert run(Report())[1].sizes["width"] == [codec.image_size] * 3
+    (tmp_path / "1.png").write_bytes(b"broken now")
+    with pytest.raises(ValueError, match=r"1\.png"):
+        run(Report())
+
+
+def test_a_picture_is_read_as_its_camera_was_held():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = encoded(Image.new("RGB", (32, 16)), "JPEG", exif=exif)
+    assert Frames(content)[0].size == (16, 32)
+    assert open_image(encoded(Image.new("RGB", (4, 4)), "JPEG", exif=b"Exif\0\0")).size == (4, 4)
+
+
+# ---- clips ----
+
+
+def film(path, frames, rate=8, rotation=None, codec="libx264", **options):
+    with av.open(str(path), "w", **options) as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.width, stream.height, stream.pix_fmt = *frames[0].size, "yuv420p"
+        for image in frames:
+            container.mux(stream.encode(av.VideoFrame.from_image(image)))
+        container.mux(stream.encode())
+    return path
+
+
+def turned(path, quarter_turns: int):
+    """Set the display matrix in the track header of an mp4."""
+    content = path.read_bytes()
+    place = content.index(b"tkhd") + 4 + 40
+    cos, sin = {0: (1, 0), 1: (0, 1), 2: (-1, 0), 3: (0, -1)}[quarter_turns]
+    fixed = [cos << 16, sin << 16, 0, -sin << 16, cos << 16, 0, 0, 0, 1 << 30]
+    path.write_bytes(content[:place] + struct.pack(">9i", *fixed) + content[place + 36 :])
+    return path
+
+
+@pytest.mark.parametrize("quarter_turns", [0, 1, 2, 3])
+def test_a_clip_is_turned_as_its_container_says(quarter_turns, tmp_path):
+    image = Image.new("RGB", (64, 48), "black")
+    image.paste(
+        "white", (0, 0, 20, 20)
+    )  # at the top left, and after a quarter turn clockwise at the top right
+    path = turned(film(tmp_path / "a.mp4", [image] * 3), quarter_turns)
+    (frame,) = Frames(str(path)).clip(0, 1)
+    assert frame.size == ((64, 48), (48, 64))[quarter_turns % 2]
+    corner = [(5, 5), (-6, 5), (-6, -6), (5, -6)][quarter_turns]
+    assert frame.getpixel((corner[0] % frame.width, corner[1] % frame.height))[0] > 200
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mov", "mkv", "avi", "webm", "mpg", "ts", "m4v", "flv"])
+def test_containers_are_told_by_their_content_whatever_their_name(suffix, tmp_path):
+    codec = {"webm": "libvpx", "mpg": "mpeg2video", "avi": "mpeg4", "flv": "flv"}.get(
+        suffix, "libx264"
+    )
+    path = film(tmp_path / f"a.{suffix}", shades(6), 25, codec=codec)
+    (tmp_path / "a.gif").write_bytes(path.read_bytes())
+    for value in (str(path), path.read_bytes(), {"bytes": None, "path": str(tmp_path / "a.gif")}):
+        assert is_film(value) and len(Frames(value)) == 6
+
+
+@pytest.mark.parametrize("brand", [b"avif", b"avis", b"heic", b"mif1"])
+def test_pictures_in_a_container_of_films_are_pictures(brand):
+    assert not is_film(b"\0\0\0\x20ftyp" + brand + bytes(20))
+    content = encoded(Image.new("RGB", (16, 16), "red"), "AVIF")
+    assert content[4:8] == b"ftyp" and len(Frames(content)) == 1
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "mp4"])
+@pytest.mark.parametrize("fps", [8, 12.5, 29.97])
+def test_still_frames_that_are_written_are_read_again(suffix, fps, tmp_path):
+    noise = Image.effect_noise((32, 32), 80).convert("RGB")
+    frames = [noise] * 4 + [Image.new("RGB", (32, 32), (200, 10, 10))] * 4
+    write_film(frames, tmp_path / f"a.{suffix}", fps)
+    read = Frames(str(tmp_path / f"a.{suffix}"))
+    assert len(read) == 8
+    for i, frame in enumerate(read.clip(0, 8)):
+        error = np.abs(np.asarray(frame.convert("RGB"), float) - np.asarray(frames[i], float))
+        assert error.mean() < (0.5 if suffix != "mp4" else 12)
+    if suffix == "mp4":
+        with av.open(str(tmp_path / "a.mp4")) as container:
+            assert abs(float(container.streams.video[0].average_rate) - fps) < 0.001
+    else:
+        with Image.open(tmp_path / f"a.{suffix}") as image:
+            assert abs(seconds(image) - 8 / fps) < 0.011
+
+
+def seconds(image) -> float:
+    total = 0
+    for i in range(image.n_frames):
+        image.seek(i)
+        image.load()
+        total += image.info["duration"]
+    return total / 1000
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "AVIF"])
+def test_a_frame_that_stays_longer_is_there_several_times(kind):
+    images = [Image.effect_noise((32, 32), 20 * i + 20).convert("RGB") for i in range(3)]
+    content = encoded(
+        images[0], kind, save_all=True, append_images=images[1:], duration=[100, 300, 100]
+    )
+    with Image.open(io.BytesIO(content)) as image:
+        assert timeline(image) == [0, 1, 1, 1, 2]
+    clip = Frames(content).clip(0, 6)
+    assert [clip[1].tobytes() == frame.tobytes() for frame in clip] == [
+        False,
+        True,
+        True,
+        True,
+        False,
+        False,
+    ]
+
+
+@pytest.mark.parametrize(
+    "durations, wanted",
+    [
+        ([125] * 8, [1] * 8),
+        ([500, 500], [1, 1]),
+        ([500, 125, 500], [4, 1, 4]),
+        ([30, 30, 40, 30], [1, 1, 1, 1]),  # 30 a second in steps of 10 ms
+        ([100, 150], [2, 3]),
+        ([0, 0, 0], [1, 1, 1]),
+        ([10, 100], [1, 1]),
+        ([40, 40, 2000], [1, 1, 50]),
+    ],
+)
+def test_durations_become_steps_of_one_rate(durations, wanted):
+    assert repeats(durations) == wanted
+
+
+def test_cut_and_empty_films_are_named_and_long_ones_are_not_kept(tmp_path, monkeypatch):
+    frames = [Image.effect_noise((64, 64), 90).convert("RGB") for _ in range(30)]
+    path = film(tmp_path / "a.mkv", frames)
+    monkeypatch.setattr("tokcom.training.films.KEPT_FRAMES", 5 * 64 * 64 * 3)
+    long = Frames(str(path))
+    assert len(long) == 30 and len(long.source.kept) == 5 and len(long.clip(20, 12)) == 12
+    monkeypatch.undo()
+    whole = Frames(str(path)).clip(20, 12)
+    assert all(np.array_equal(a, b) for a, b in zip(long.clip(20, 12), whole))
+    fast = film(tmp_path / "fast.mp4", frames, options={"movflags": "faststart"})
+    fast.write_bytes(fast.read_bytes()[: fast.stat().st_size // 2])
+    with pytest.raises(ValueError, match="record 7 (is cut off: .* of its 30|holds no film)"):
+        Frames(str(fast), "record 7")
+    for content in (
+        path.read_bytes()[:60],
+        b"\0\0\0\x20ftypisom" + bytes(100),
+        b"\x1a\x45\xdf\xa3",
+    ):
+        with pytest.raises(ValueError, match="record 7"):
+            Frames(content, "record 7")
+    write_wav(np.zeros(800), tmp_path / "a.wav", 8000)
+    with pytest.raises(ValueError, match="x holds no film"):
+        Film(str(tmp_path / "a.wav"), "x")
+
+
+def test_clips_that_are_too_short_end_with_their_last_frame_and_are_counted(tmp_path):
+    for name, count in (("short", 3), ("long", 12), ("right", 8)):
+        write_film(shades(count), tmp_path / f"{name}.gif")
+    report, part = Report(), PartReport("training data")
+    records = load_documents(str(tmp_path), DataConfig(train="x"), "train", report)
+    dataset = ImageDataset(records, "image", "", None, 0, True).fit(
+        TokComVideoCodecConfig(num_frames=8)
+    )
+    audit(dataset, part, report, "8 frames")
+    assert part.counts["padded with their last frame"] == 1 == part.counts["longer than a clip"]
+    assert sorted(part.sizes["frames"]) == [3, 8, 12] and "23 in all" in "\n".join(part.lines())
+    short = dataset[
+        [i for i, row in enumerate(records["image"]) if row["path"].endswith("short.gif")][0]
+    ]["pixel_values"]
+    assert torch.equal(short[:, 2], short[:, 7]) and not torch.equal(short[:, 1], short[:, 2])
+
+
+# ---- sounds ----
+
+
+def tone(pitch: float, rate: int = 8000, length: int = 8000) -> np.ndarray:
+    return (0.5 * np.sin(2 * np.pi * pitch * np.arange(length) / rate)).astype(np.float32)
+
+
+def same(found, wanted, error=0.02):
+    assert found.dtype == np.float32 and found.ndim == 1 and abs(len(found) - len(wanted)) <= 1
+    inner = slice(200, min(len(found), len(wanted)) - 200)
+    assert np.abs(found[inner] - wanted[inner]).max() < error
+
+
+@pytest.mark.parametrize("channels", [1, 2, 6])
+@pytest.mark.parametrize(
+    "suffix, subtype",
+    [
+        ("wav", "PCM_16"),
+        ("wav", "PCM_U8"),
+        ("wav", "PCM_24"),
+        ("wav", "PCM_32"),
+        ("wav", "FLOAT"),
+        ("wav", "DOUBLE"),
+    ]
+    + [("flac", "PCM_16"), ("flac", "PCM_24"), ("aiff", "PCM_16"), ("wav", "ULAW")],
+)
+def test_any_width_and_any_number_of_channels_is_read(suffix, subtype, channels, tmp_path):
+    path = tmp_path / f"a.{suffix}"
+    soundfile.write(path, np.stack([tone(440)] * channels, 1), 8000, subtype)
+    for value in (
+        path,
+        str(path),
+        path.read_bytes(),
+        {"bytes": path.read_bytes(), "path": None},
+        {"bytes": None, "path": str(path)},
+    ):
+        same(read_sound(value, 8000), tone(440), 0.03)
+
+
+@pytest.mark.parametrize("rate", [11025, 16000, 22050, 44100, 48000, 8000.0])
+@pytest.mark.parametrize("suffix", ["wav", "flac", "mp3", "ogg"])
+def test_any_rate_and_compression_is_resampled(suffix, rate, tmp_path):
+    path = tmp_path / f"a.{suffix}"
+    soundfile.write(path, tone(440, rate, int(rate)), int(rate))
+    found = read_sound(path, 8000)
+    spectrum = np.abs(np.fft.rfft(found[:8000] * np.hanning(len(found[:8000]))))
+    assert abs(len(found) - 8000) < 1200 and abs(int(spectrum.argmax()) - 440) < 3
+    config = preset_config("omni-tiny").codec_config.stream_configs()["audio"]
+    assert (
+        TokComAudioProcessor(config)([str(path), {"path": str(path)}])["input_features"].shape[0]
+        == 2
+    )
+
+
+def test_opus_and_m4a_are_read(tmp_path):
+    with av.open(str(tmp_path / "a.m4a"), "w") as container:
+        stream = container.add_stream("aac", rate=16000, layout="mono")
+        sound = tone(440, 16000, 16384)
+        for start in range(0, 16384, 1024):
+            frame = av.AudioFrame.from_ndarray(sound[None, start : start + 1024], "fltp", "mono")
+            frame.sample_rate, frame.pts = 16000, start
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    soundfile.write(
+        tmp_path / "a.opus", tone(440, 48000, 48000), 48000, format="OGG", subtype="OPUS"
+    )
+    for name in ("a.m4a", "a.opus"):
+        found = read_sound(tmp_path / name, 8000)
+        spectrum = np.abs(np.fft.rfft(found[:8000] * np.hanning(8000)))
+        assert abs(int(spectrum.argmax()) - 440) < 3
+
+
+STEREO = np.stack([tone(440), 0 * tone(440)])
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        STEREO,
+        STEREO.T,
+        STEREO.tolist(),
+        STEREO.T.tolist(),
+        torch.from_numpy(STEREO),
+        STEREO.astype(np.float64),
+    ]
+    + [
+        (STEREO * 32767).astype(np.int16),
+        (STEREO.T * 32767).astype(np.int16),
+        (STEREO * 127 + 128).astype(np.uint8),
+    ],
+)
+def test_channels_are_mixed_in_either_layout(value):
+    for form in (value, {"array": value, "sampling_rate": 8000}):
+        same(read_sound(form, 8000), tone(440) / 2)
+    half = {"array": value, "sampling_rate": 16000}
+    assert len(read_sound(half, 8000)) == 4000
+
+
+def test_a_list_of_numbers_is_one_sound_and_a_list_of_arrays_are_several():
+    config = preset_config("omni-tiny").codec_config.stream_configs()["audio"]
+    processor = TokComAudioProcessor(config)
+    one, two = (
+        processor(tone(440).tolist())["input_features"],
+        processor([tone(440), tone(880)])["input_features"],
+    )
+    assert len(one) == 1 and len(two) == 2 and torch.equal(one[0], two[0])
+
+
+def claims(content: bytes, samples: int) -> bytes:
+    """A .wav of 44 bytes of header that claims other samples."""
+    return (
+        content[:4]
+        + struct.pack("<I", 36 + samples)
+        + content[8:40]
+        + struct.pack("<I", samples)
+        + content[44:]
+    )
+
+
+def broken_sounds(folder) -> dict[str, bytes]:
+    write_wav(tone(440), folder / "a.wav", 8000)
+    wav = (folder / "a.wav").read_bytes()
+    soundfile.write(folder / "a.flac", tone(440), 8000)
+    flac = (folder / "a.flac").read_bytes()
+    info = int.from_bytes(flac[18:26], "big")  # rate, channels, bits, and in 36 bits the samples
+    huge = flac[:18] + ((info & ~((1 << 36) - 1)) | (1 << 35)).to_bytes(8, "big") + flac[26:]
+    write_wav(np.zeros(0), folder / "b.wav", 8000)
+    nan = io.BytesIO()
+    soundfile.write(nan, np.array([0.1, np.nan]), 8000, "FLOAT", format="WAV")
+    return {
+        "cut .wav": wav[:-999],
+        "odd .wav": wav[:-1],
+        "gigabytes": claims(wav, 2**31 - 100),
+        "a stream that never ended": claims(wav, 2**32 - 40)[:4]
+        + wav[4:40]
+        + b"\xff" * 4
+        + wav[44:],
+        "gigabytes of FLAC": huge,
+        "cut FLAC": flac[: len(flac) // 2],
+        "no samples": (folder / "b.wav").read_bytes(),
+        "no header": wav[:30],
+        "text": b"no sound",
+        "nothing": b"",
+        "not finite": nan.getvalue(),
+    }
+
+
+NAMES = [
+    "cut .wav",
+    "odd .wav",
+    "gigabytes",
+    "a stream that never ended",
+    "gigabytes of FLAC",
+    "cut FLAC",
+    "no samples",
+    "no header",
+]
+
+
+@pytest.mark.parametrize("name", [*NAMES, "text", "nothing", "not finite"])
+def test_empty_cut_and_lying_sounds_are_named(name, tmp_path):
+    content = broken_sounds(tmp_path)[name]
+    (tmp_path / "c.wav").write_bytes(content)
+    for value in (content, str(tmp_path / "c.wav")):
+        with pytest.raises(
+            ValueError,
+            match="record 3 .*(cut off|claims|without samples|no sound|empty|not finite)",
+        ):
+            read_sound(value, 8000, "record 3 (audio)")
+    with pytest.raises(ValueError, match="c.wav"):
+        read_wav(tmp_path / "c.wav")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [5, None, np.zeros((2, 3, 4)), np.array(["a"]), [[1.0], [1.0, 2.0]], np.zeros(0), object()],
+)
+def test_what_is_no_sound_gets_one_sentence(value):
+    with pytest.raises(ValueError, match="record 3"):
+        read_sound(value, 8000, "record 3")
+    with pytest.raises(ValueError, match="sampling_rate"):
+        read_sound({"array": tone(440), "sampling_rate": 0}, 8000)
+
+
+def test_a_long_sound_is_read_only_as_far_as_it_is_used_and_what_was_done_is_told(tmp_path):
+    long = np.stack([tone(440, 44100, 60 * 44100)] * 2, 1)
+    soundfile.write(tmp_path / "a.wav", long, 44100)
+    facts = {}
+    found = read_sound(tmp_path / "a.wav", 8000, seconds=2, facts=facts)
+    assert 2 * 8000 <= len(found) <= 3.1 * 8000
+    assert facts == {"mixed to one channel": True, "resampled": True, "seconds": 60.0}
+    whole = read_sound(tmp_path / "a.wav", 8000)
+    assert np.array_equal(found[: 2 * 8000], whole[: 2 * 8000])
+
+
+def test_pictures_of_the_processor_and_of_training_are_the_same():
+    content = encoded(Image.effect_noise((50, 40), 60).convert("RGB"), "PNG")
+    records = datasets.Dataset.from_dict({"image": [content]})
+    codec = TokComStyleCodecConfig()
+    item = ImageDataset(records, "image", "", None, 0, False).fit(codec)[0]
+    wanted = TokComImageProcessor(codec.image_size)(open_image(content))["pixel_values"][0]
+    assert torch.equal(item["pixel_values"], wanted)
+
+
+def test_clips_that_stay_the_same_are_encoded_once_in_batches_and_others_when_they_are_drawn(
+    tmp_path, monkeypatch
+):
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
+    vae = AutoencoderKL(
+        **blocks, block_out_channels=(8,), latent_channels=4, norm_num_groups=4
+    ).eval()
+    for name, count in (("a", 3), ("b", 4), ("c", 4), ("d", 9)):
+        write_film(
+            [Image.effect_noise((32, 32), 9 * i + 9) for i in range(count)],
+            tmp_path / f"{name}.gif",
+        )
+    records = load_documents(str(tmp_path), DataConfig(train="x"), "train", Report())
+
+    def dataset():
+        return ImageDataset(records, "image", "", None, 0, True).fit(
+            TokComVideoCodecConfig(num_frames=4), vae
+        )
+
+    plain, cached = dataset(), dataset()
+    cached.encode_once(torch.device("cpu"), batch_size=2)
+    assert sorted(cached.places) == [0, 1, 2]
+    for epoch in range(2):
+        for data in (plain, cached):
+            data.set_epoch(epoch)
+        for index in range(4):
+            torch.testing.assert_close(cached[index]["pixel_values"], plain[index]["pixel_values"])
+    monkeypatch.setattr(
+        "tokcom.training.images.encode_clips", lambda *a: pytest.fail("encoded again")
+    )
+    again = dataset()
+    again.encode_once(torch.device("cpu"))
+    assert torch.equal(again[1]["pixel_values"], cached[1]["pixel_values"])

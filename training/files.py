@@ -1,0 +1,178 @@
+"""Which files of a folder are read, and as what.
+
+A suffix counts in any case. Files that systems and editors leave behind are left out, and so is what cannot be told by its
+name; `Listing.left_out` says which and why, so that nothing is dropped in silence. File names are names, not patterns.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+TEXTS = (".txt", ".text")
+TABLES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+PICTURES = (
+    *(
+        ".png",
+        ".apng",
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".webp",
+        ".gif",
+        ".bmp",
+        ".dib",
+        ".tif",
+        ".tiff",
+    ),
+    *(
+        ".avif",
+        ".avifs",
+        ".heic",
+        ".heif",
+        ".jp2",
+        ".j2k",
+        ".tga",
+        ".ppm",
+        ".pgm",
+        ".pbm",
+        ".pnm",
+        ".ico",
+    ),
+)
+FILMS = (
+    *(
+        ".mp4",
+        ".m4v",
+        ".webm",
+        ".mov",
+        ".avi",
+        ".mkv",
+        ".mpg",
+        ".mpeg",
+        ".ogv",
+        ".3gp",
+        ".wmv",
+        ".flv",
+        ".m2ts",
+    ),
+)
+SOUNDS = (
+    ".wav",
+    ".wave",
+    ".flac",
+    ".mp3",
+    ".ogg",
+    ".oga",
+    ".opus",
+    ".aif",
+    ".aiff",
+    ".m4a",
+    ".aac",
+)
+SIDE_TEXTS = (".txt", ".text", ".caption")  # beside a picture, clip or sound of the same name
+KINDS = {
+    **dict.fromkeys(TEXTS, "text"),
+    **dict.fromkeys(TABLES, "table"),
+    **dict.fromkeys(PICTURES, "picture"),
+    **dict.fromkeys(FILMS, "clip"),
+    **dict.fromkeys(SOUNDS, "sound"),
+}
+MEDIA = ("picture", "clip", "sound")
+COMPRESSED = (".gz", ".bz2", ".xz")  # of texts and of tables
+SYSTEM_FILES = ("thumbs.db", "desktop.ini", "__macosx")
+
+
+@dataclass
+class Listing:
+    """The files below `root` by kind, and the ones that are left out by reason."""
+
+    root: Path
+    files: list[Path] = field(default_factory=list)
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+
+    def of_kind(self, *kinds: str) -> list[Path]:
+        return [path for path in self.files if kind_of(path) in kinds]
+
+    def leave_out(self, path: Path | str, reason: str) -> None:
+        name = path if isinstance(path, str) else self.name(path)
+        self.left_out.setdefault(reason, []).append(name)
+
+    def name(self, path: Path) -> str:
+        """A path as messages show it: below the root, or its last part."""
+        return str(path.relative_to(self.root)) if path != self.root else path.name
+
+
+def kind_of(path: Path | str) -> str | None:
+    """text, table, picture, clip or sound; None for any other suffix."""
+    path = Path(path)
+    if path.suffix.lower() in COMPRESSED:
+        inner = KINDS.get(Path(path.stem).suffix.lower())
+        return (
+            inner
+            if inner in ("text", "table") and not path.stem.lower().endswith(".parquet")
+            else None
+        )
+    return KINDS.get(path.suffix.lower())
+
+
+def natural_key(path: Path | str) -> list:
+    """Sorts names as people number them: frame 2 before frame 10."""
+    parts = re.split(r"(\d+)", str(path))
+    return [(int(part), part) if i % 2 else (0, part) for i, part in enumerate(parts)]
+
+
+def list_files(source: str | Path) -> Listing:
+    """What a file or folder holds. A file that is named itself is taken whatever its name."""
+    root = Path(source)
+    listing = Listing(root)
+    if root.is_file():
+        listing.files.append(root)
+        return listing
+    for path in sorted(_walk(root, listing)):
+        kind = kind_of(path)
+        if kind is None and path.suffix.lower() not in SIDE_TEXTS:
+            listing.leave_out(path, "no kind of file that is read")
+        elif not path.exists():
+            listing.leave_out(path, "broken link")
+        elif path.stat().st_size == 0:
+            listing.leave_out(path, "empty")
+        else:
+            listing.files.append(path)
+    return listing
+
+
+def _walk(root: Path, listing: Listing) -> Iterator[Path]:
+    """Every file below `root` once. Real folders come before links to folders, so a link that leads back to one of them, or
+    to a folder above, ends there."""
+    seen = {os.path.realpath(root)}
+    waiting = [root]
+    links = []
+    while waiting or links:
+        folder = waiting.pop() if waiting else links.pop(0)
+        if folder.is_symlink() and folder != root:
+            target = os.path.realpath(folder)
+            if target in seen:
+                listing.leave_out(folder, "link to a folder that is read already")
+                continue
+            seen.add(target)
+        for path in sorted(folder.iterdir()):
+            if reason := _reason_to_skip(path):
+                listing.leave_out(path, reason)
+            elif not path.is_dir():
+                yield path
+            elif path.is_symlink():
+                links.append(path)
+            elif (real := os.path.realpath(path)) not in seen:
+                seen.add(real)
+                waiting.append(path)
+
+
+def _reason_to_skip(path: Path) -> str | None:
+    if path.name.startswith("._") or path.name.lower() in SYSTEM_FILES:
+        return "system file"
+    if path.name == ".ipynb_checkpoints":
+        return "notebook checkpoints"
+    return "hidden" if path.name.startswith(".") else None

@@ -1,0 +1,265 @@
+"""Folders of pictures, clips and sounds, and the captions that people keep with them.
+
+A caption is looked for in a `metadata` file (.jsonl, .json, .csv, .tsv, .parquet) with `file_name`, then in a text file of the same
+name beside it, then in the name of its folder. A picture may have several: rows of `metadata` for one file, a list in its
+caption field, or the lines of its side file.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import datasets
+
+from tokcom.training.config import DataConfig
+from tokcom.training.files import MEDIA, PICTURES, SIDE_TEXTS, Listing, kind_of, natural_key
+from tokcom.training.records import near_miss, read_rows, read_text, shown
+from tokcom.training.report import Report, SourceReport, several, some
+
+METADATA = "metadata"  # stem of the file with captions
+FILE_NAME = "file_name"
+CAPTIONS = ("caption", "text")  # fields that hold captions if none is named
+NO_CAPTIONS = "none"  # as data.caption_column
+
+
+def metadata_files(listing: Listing) -> list[Path]:
+    return [path for path in listing.of_kind("table") if path.stem.lower() == METADATA]
+
+
+def side_files(listing: Listing) -> dict[Path, Path]:
+    """Media files and the text file beside each that has its name: 01.txt or 01.jpg.txt of 01.jpg."""
+    texts = {
+        path.with_suffix(""): path for path in listing.files if path.suffix.lower() in SIDE_TEXTS
+    }
+    found = {
+        path: texts.get(path.with_suffix(""), texts.get(path)) for path in listing.of_kind(*MEDIA)
+    }
+    return {path: text for path, text in found.items() if text is not None}
+
+
+def find_caption_column(columns: list[str], config: DataConfig, where: str) -> str | None:
+    """The field that holds captions: the one that is asked for, or by default `caption` or `text`.
+
+    Raises `ValueError`, with the near miss, if another one is asked for and missing. Only `none` means none.
+    """
+    asked = config.caption_column
+    if asked in (None, NO_CAPTIONS):
+        return None
+    if asked in columns:
+        return asked
+    if asked != CAPTIONS[0]:
+        raise ValueError(
+            f"{where} has no captions in {asked!r} (fields: {', '.join(columns) or 'none'}){near_miss(asked, columns)} "
+            f"Set `data.caption_column` to one of them, or to {NO_CAPTIONS!r} to train without."
+        )
+    return next((name for name in CAPTIONS if name in columns), None)
+
+
+class MediaFolder:
+    """A folder as records: a picture, a clip or a sound each, with its captions.
+
+    Args:
+        kinds: those of `MEDIA` that are read.
+
+    With sounds among the kinds, files of one name and different kinds are one record of several streams.
+    """
+
+    def __init__(
+        self, listing: Listing, kinds: tuple[str, ...], config: DataConfig, report: Report
+    ):
+        self.listing, self.kinds, self.config, self.report = listing, kinds, config, report
+        self.media = listing.of_kind(*kinds)
+        self.source = SourceReport(str(listing.root), listing=listing)
+        report.sources.append(self.source)
+
+    def load(self) -> datasets.Dataset:
+        """Columns `image_column`, `audio` and `caption_column`, those that there are."""
+        metadata = metadata_files(self.listing)
+        side = side_files(self.listing)
+        asked = self.config.caption_column not in (None, NO_CAPTIONS)
+        if not metadata and asked and self.config.caption_column not in CAPTIONS:
+            find_caption_column(
+                [], self.config, f"{self.listing.root} (which has no file {METADATA!r})"
+            )
+        captions = self._from_metadata(metadata)
+        if asked:
+            lacking = [path for path in self.media if path in side and not captions.get(path)]
+            captions |= {path: self._side_text(side[path]) for path in lacking}
+            if lacking:
+                count = f"{len(lacking)} of {len(self.media)}"
+                self.source.notes.append(f"captions from text files of the same name: {count}")
+            captions = captions or self._from_folders()
+        else:
+            side = {}
+        if not captions:
+            self.source.notes.append("no captions")
+        self._leave_out({*metadata, *side.values()})
+        columns = self._columns(captions)
+        self.source.used = len(self.media) + len(metadata) + len(side)
+        self.source.records = len(next(iter(columns.values())))
+        self.source.fields = list(columns)
+        counts = [(kind, len([p for p in self.media if kind_of(p) == kind])) for kind in self.kinds]
+        self.source.kind = ", ".join(several(count, kind) for kind, count in counts if count)
+        return datasets.Dataset.from_dict(columns)
+
+    def _from_metadata(self, files: list[Path]) -> dict[Path, list[str]]:
+        """Captions by file, of each metadata file from the field that holds them there."""
+        rows = {file: self._rows(file) for file in files}
+        columns = {file: _columns_of(row for _, row in rows[file]) for file in files}
+        asked = self.config.caption_column
+        if files and not any(asked in names for names in columns.values()):  # in none of them
+            every = list(dict.fromkeys(name for names in columns.values() for name in names))
+            find_caption_column(every, self.config, ", ".join(map(str, files)))
+        captions: dict[Path, list[str]] = {}
+        for file in files:
+            column = asked if asked in columns[file] else None
+            if asked == CAPTIONS[0]:
+                column = find_caption_column(columns[file], self.config, str(file))
+            found = self._captions_in(file, rows[file], column)
+            captions |= {path: captions.get(path, []) + texts for path, texts in found.items()}
+            name = self.listing.name(file)
+            if column is None:
+                self.source.notes.append(
+                    f"no captions in {name}; its fields are {', '.join(columns[file]) or 'none'}"
+                )
+            else:
+                count = sum(map(bool, found.values()))
+                self.source.notes.append(
+                    f"captions from field {column!r} of {name}: {count} of {len(self.media)}"
+                )
+        return {path: texts for path, texts in captions.items() if texts}
+
+    def _captions_in(
+        self, file: Path, rows: list[tuple[str, dict]], column: str | None
+    ) -> dict[Path, list[str]]:
+        """Captions by file in the rows of a metadata file; a row without a file is a problem."""
+        known = set(self.media)
+        captions: dict[Path, list[str]] = {}
+        for where, row in rows:
+            if not isinstance(row.get(FILE_NAME), str):
+                self.report.skip(
+                    f"{where} has no file in field {FILE_NAME!r} but {shown(row.get(FILE_NAME))}."
+                )
+                continue
+            path = file.parent / row[FILE_NAME]
+            if path in known:
+                captions.setdefault(path, []).extend(
+                    self._strings(row.get(column), where) if column else []
+                )
+            elif kind_of(path) in self.kinds or not path.exists():
+                self.report.skip(
+                    f"{where} names {row[FILE_NAME]!r}, which is not in the folder or is left out."
+                )
+        return captions
+
+    def _rows(self, file: Path) -> list[tuple[str, dict]]:
+        if file.suffix.lower() == ".parquet":
+            import pyarrow.parquet
+
+            table = pyarrow.parquet.ParquetFile(file).read()
+            return [(f"{file}, record {index}", row) for index, row in enumerate(table.to_pylist())]
+        rows = []
+        for where, row in read_rows(file, self.config.encoding):
+            if isinstance(row, dict):
+                rows.append((where, row))
+            else:
+                self.report.skip(
+                    str(row)
+                    if isinstance(row, ValueError)
+                    else f"{where} is {shown(row)}, no object."
+                )
+        return rows
+
+    def _strings(self, value: object, where: str) -> list[str]:
+        """One caption or a list of them as those that are not blank."""
+        values = value if isinstance(value, list) else [value]
+        if bad := [text for text in values if not isinstance(text, str) and text is not None]:
+            raise ValueError(f"{where}: a caption is {shown(bad[0])}, not a text; repair it.")
+        return [text for text in values if text and text.strip()]
+
+    def _side_text(self, file: Path) -> list[str]:
+        lines = read_text(file, self.config.encoding).split("\n")
+        return [line.strip() for line in lines if line.strip()]
+
+    def _from_folders(self) -> dict[Path, list[str]]:
+        names = {path.parent.name for path in self.media}
+        if len(names) < 2:
+            return {}
+        self.source.notes.append(
+            f"captions are the names of {len(names)} folders: {some(sorted(names))}"
+        )
+        return {path: [path.parent.name] for path in self.media}
+
+    def _leave_out(self, read: set[Path]) -> None:
+        """Note the files of other kinds than those that are read."""
+        for path in self.listing.files:
+            if path not in read and kind_of(path) not in self.kinds:
+                self.listing.leave_out(
+                    path, f"{kind_of(path) or 'caption'} beside {' and '.join(self.kinds)} files"
+                )
+
+    def _columns(self, captions: dict[Path, list[str]]) -> dict[str, list]:
+        names = {
+            "picture": self.config.image_column,
+            "clip": self.config.image_column,
+            "sound": "audio",
+        }
+        records: dict[tuple, dict] = {}
+        for path in self.media:
+            column = names[kind_of(path)]
+            key = (path.with_suffix(""),) if "sound" in self.kinds else (path,)
+            if column in records.get(key, {}):
+                key = (path,)
+            record = records.setdefault(key, {})
+            record[column] = {"bytes": None, "path": str(path)}
+            if path in captions:
+                record.setdefault("", []).extend(
+                    t for t in captions[path] if t not in record.get("", [])
+                )
+        columns = {
+            name: [record.get(name) for record in records.values()]
+            for name in dict.fromkeys(names.values())
+        }
+        columns = {name: column for name, column in columns.items() if any(column)}
+        if captions:
+            columns[self.config.caption_column] = as_captions(
+                [record.get("", []) for record in records.values()]
+            )
+        return columns
+
+
+def _columns_of(rows: Iterable[dict]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row if name != FILE_NAME))
+
+
+def as_captions(rows: list[list[str]]) -> list:
+    """Texts if no row has several, else lists of texts."""
+    if any(len(row) > 1 for row in rows):
+        return rows
+    return [row[0] if row else "" for row in rows]
+
+
+def folders_of_frames(listing: Listing, config: DataConfig, report: Report) -> datasets.Dataset:
+    """Every folder that holds pictures as one clip of them in the order of their numbers; with several folders of such folders
+    the names of those are captions."""
+    pictures = listing.of_kind("picture")
+    if not pictures:
+        raise ValueError(
+            f"{listing.root} holds no pictures ({', '.join(PICTURES)}); with data.frame_folders=true every folder of pictures is a clip."
+        )
+    folders: dict[Path, list[Path]] = {}
+    for path in pictures:
+        folders.setdefault(path.parent, []).append(path)
+    folders = dict(sorted(folders.items()))
+    frames = [[str(path) for path in sorted(paths, key=natural_key)] for paths in folders.values()]
+    classes = [folder.parent.name for folder in folders]
+    columns: dict[str, list] = {config.image_column: frames}
+    if len(set(classes)) > 1 and config.caption_column not in (None, NO_CAPTIONS):
+        columns[config.caption_column] = classes
+    for path in listing.files:
+        if kind_of(path) != "picture":
+            listing.leave_out(path, f"{kind_of(path)} beside folders of frames")
+    source = SourceReport(
+        str(listing.root), "folders of frames", listing, len(pictures), len(frames), list(columns)
+    )
+    report.sources.append(source)
+    return datasets.Dataset.from_dict(columns)

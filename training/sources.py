@@ -1,0 +1,627 @@
+"""From what `data.train` names, one source or several, to a dataset of records.
+
+A source is a file, a folder, or a name on the Hub. Local texts and tables are read once into the cache of `datasets`, whose key is
+the content of the files, so a changed file is read again and a moved one is not.
+"""
+
+import glob
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+from itertools import groupby
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow.parquet
+import xxhash
+import yaml
+
+from tokcom.training.checkpoints import first_line
+from tokcom.training.config import DataConfig
+from tokcom.training.files import KINDS, MEDIA, Listing, kind_of, list_files
+from tokcom.training.folders import (
+    MediaFolder,
+    find_caption_column,
+    folders_of_frames,
+    metadata_files,
+    side_files,
+)
+from tokcom.training.records import (
+    DIALOGUES,
+    first_record,
+    messages_of,
+    near_miss,
+    read_rows,
+    read_text,
+    shown,
+    text_of,
+)
+from tokcom.training.report import Report, SourceReport, several
+
+PROBLEM = "problem"  # column that says what is wrong with a record
+READER = 1  # version of what the cache holds
+TURNS = [{"role": datasets.Value("string"), "content": datasets.Value("string")}]
+
+
+def text_records(files: list[str], column: str, encoding: str | None) -> Iterator[dict]:
+    """A record for every text file; one that cannot be read has a problem instead of a text."""
+    for file in files:
+        try:
+            yield {column: read_text(Path(file), encoding), PROBLEM: None}
+        except ValueError as error:
+            yield {column: None, PROBLEM: str(error)}
+
+
+def table_records(
+    files: list[str], field: str | None, column: str, encoding: str | None
+) -> Iterator[dict]:
+    """The texts in `field` of JSON and CSV files, as `column`, or without a field their dialogues, as `messages`."""
+    name = "messages" if field is None else column
+    for file in files:
+        try:
+            for where, record in read_rows(Path(file), encoding):
+                yield _table_record(record, where, field, name)
+        except (ValueError, OSError, EOFError) as error:  # the file, not one of its records
+            yield {
+                name: None,
+                PROBLEM: f"{file}: {first_line(error)}" if file not in str(error) else str(error),
+            }
+
+
+def _table_record(record: object, where: str, field: str | None, name: str) -> dict:
+    try:
+        if isinstance(record, ValueError):
+            raise record
+        if field is not None:
+            return {name: text_of(record, field, where), PROBLEM: None}
+        if not isinstance(record, dict):
+            raise ValueError(f"{where} is {shown(record)}, not an object with fields.")
+        return {name: messages_of(record, where), PROBLEM: None}
+    except ValueError as error:
+        return {name: None, PROBLEM: str(error)}
+
+
+def good_records(generator, max_skipped: int, **arguments) -> Iterator[dict]:
+    """The records of a generator without problems, for a stream; `ValueError` after `max_skipped` of the others."""
+    report = Report(max_skipped)
+    for record in generator(**arguments):
+        problem = record.pop(PROBLEM)
+        if problem is None:
+            yield record
+        else:
+            report.skip(problem)
+
+
+def content_digest(files: list[Path]) -> str:
+    """A digest of the names and the content of files."""
+    digest = xxhash.xxh3_128()
+    for file in files:
+        digest.update(f"{file}\0{file.stat().st_size}\0".encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+@dataclass
+class Source:
+    """One of several sources: where it lies, which of its fields holds the text, and how much of it is used.
+
+    `weight` is the share of documents drawn from it, relative to the other sources; `fraction` in (0, 1] or `max_samples`
+    take a part, of a stream its head. `fields` names for each of several streams the field that holds it; `modality` with `field` is
+    short for one.
+    """
+
+    path: str
+    field: str | None = None
+    fields: dict[str, str] | None = None
+    modality: str | None = None
+    name: str | None = None  # configuration of a Hub dataset
+    weight: float | None = None
+    max_samples: int | None = None
+    fraction: float = 1.0
+
+    def __post_init__(self):
+        if (self.weight is not None and self.weight <= 0) or not 0 < self.fraction <= 1:
+            raise ValueError(
+                f"source {self.path}: `weight` ({self.weight}) must be positive, `fraction` ({self.fraction}) in (0, 1]."
+            )
+        if self.modality is not None:
+            if self.field is None or self.fields is not None:
+                raise ValueError(
+                    f"source {self.path}: `modality` ({self.modality!r}) is that of one `field`; name it."
+                )
+            self.fields = {self.modality: self.field}
+        if self.max_samples is not None and self.max_samples < 1:
+            raise ValueError(
+                f"source {self.path}: `max_samples` ({self.max_samples}) must be at least 1."
+            )
+
+    def load(self, config: DataConfig, split: str, report: Report):
+        """Its records with the fields that training reads; notes in `report` what they are."""
+        self.report = report
+        self.group: list[Path] = []  # parquet files that are read together
+        path = Path(self.path)
+        if not path.exists():
+            part = self._from_hub(config, split)
+        elif path.is_dir() and (
+            (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+        ):
+            part = self._saved(path, config, split)
+        else:
+            part = self._local(config)
+        return self._part_of(part, config.streaming)
+
+    def _from_hub(self, config: DataConfig, split: str):
+        path = Path(self.path)
+        if kind_of(path) or path.is_absolute() or self.path.startswith(".") or len(path.parts) > 2:
+            raise FileNotFoundError(
+                f"data file {self.path} does not exist; give an existing file, folder or Hub name."
+            )
+        part = datasets.load_dataset(
+            self.path, self.name or config.name, split=split, streaming=config.streaming
+        )
+        return self._select(part, config, SourceReport(self.path, "dataset of the Hub"))
+
+    def _saved(self, path: Path, config: DataConfig, split: str):
+        """What `Dataset.save_to_disk` wrote."""
+        part = datasets.load_from_disk(str(path))
+        if isinstance(part, datasets.DatasetDict):
+            if split not in part:
+                raise ValueError(
+                    f"{path} has no split {split!r}; it has {', '.join(part)}. Give the folder of one."
+                )
+            part = part[split]
+        part = part.to_iterable_dataset() if config.streaming else part
+        return self._select(part, config, SourceReport(self.path, "saved dataset"))
+
+    def _local(self, config: DataConfig):
+        listing = list_files(self.path)
+        if config.frame_folders:
+            return folders_of_frames(listing, config, self.report)
+        kinds = self._media_kinds(listing, config)
+        if not kinds:
+            return self._documents(listing, config)
+        if config.streaming:
+            raise ValueError(
+                f"{self.path}: pictures, clips and sounds are not streamed; set data.streaming=false."
+            )
+        part = MediaFolder(listing, kinds, config, self.report).load()
+        for name, kind in ((config.image_column, datasets.Image), ("audio", datasets.Audio)):
+            if name in part.column_names:
+                part = part.cast_column(name, kind(decode=False))
+        if chosen := self.fields or config.fields:
+            return self._streams(part, chosen, config)
+        return part
+
+    def _media_kinds(self, listing: Listing, config: DataConfig) -> tuple[str, ...]:
+        """The kinds of media that are read; none if texts or tables are.
+
+        What the run reads decides. If that is not known, what there is more of does, but captions belong to media.
+        """
+        side = set(side_files(listing).values())
+        documents = [p for p in listing.of_kind("text") if p not in side]
+        documents += set(listing.of_kind("table")) - set(metadata_files(listing))
+        shapes = listing.of_kind("picture", "clip")
+        media = listing.of_kind(*MEDIA)
+        if not media or (documents and config.kind == "text"):
+            return ()
+        captioned = bool(side) or bool(metadata_files(listing))
+        if documents and config.kind is None and not captioned and len(documents) >= len(media):
+            return ()
+        if self.fields or config.fields or config.kind == "records":
+            return MEDIA
+        if config.kind == "sounds" or not shapes:
+            return ("sound",)
+        return ("picture", "clip")
+
+    def _documents(self, listing: Listing, config: DataConfig):
+        """Texts and tables of one format."""
+        formats = {path: _format(path) for path in listing.of_kind("text", "table")}
+        if len(set(formats.values())) > 1:
+            found = {
+                name: [listing.name(p) for p in formats if formats[p] == name][0]
+                for name in formats.values()
+            }
+            named = ", ".join(f"{name} (such as {file})" for name, file in found.items())
+            raise ValueError(
+                f"{self.path}: expected files of one kind, found {named}; which of them hold the data? Give those as a list."
+            )
+        if not formats:
+            known = ", ".join(KINDS)
+            left_out = "; ".join(
+                f"{reason}: {', '.join(names[:3])}" for reason, names in listing.left_out.items()
+            )
+            reasons = left_out or ", ".join(path.name for path in listing.files) or "it is empty"
+            raise ValueError(
+                f"{self.path} holds no file that is read ({reasons}); known are {known}."
+            )
+        for path in listing.files:
+            if path not in formats:
+                listing.leave_out(path, f"{kind_of(path) or 'caption'} beside texts")
+        files = list(formats)
+        if all(file.stat().st_size == 0 for file in files):
+            raise ValueError(f"{self.path} is empty; give a file with data.")
+        source = SourceReport(self.path, formats[files[0]], listing, used=len(files))
+        if source.kind == "parquet":
+            return self._parquet(files, config, source)
+        if source.kind == "text":
+            return self._read(text_records, files, config, source, column=config.text_column)
+        return self._table(files, config, source)
+
+    def _table(self, files: list[Path], config: DataConfig, source: SourceReport):
+        """JSON and CSV: texts and dialogues are checked while they are read, other records are kept as they are."""
+        firsts = {file: first_record(file, config.encoding) for file in files}
+        for file in (path for path in files if firsts[path] is None):
+            source.listing.leave_out(file, "without records")
+        files = [file for file in files if firsts[file] is not None]
+        if not files:
+            raise ValueError(f"{self.path} holds no records, it is empty; give a file with data.")
+        source.used = len(files)
+        columns = list(dict.fromkeys(name for first in firsts.values() for name in first or ()))
+        if (self.fields or config.fields) or _holds_pictures(columns, config, self.field):
+            rows = [pair for file in files for pair in read_rows(file, config.encoding)]
+            for _, record in rows:
+                if not isinstance(record, dict):
+                    self.report.skip(str(record))
+            return self._select(
+                datasets.Dataset.from_list([r for _, r in rows if isinstance(r, dict)]),
+                config,
+                source,
+            )
+        wanted = self._text_columns(columns, config)
+        field = None if wanted[0] in DIALOGUES else wanted[0]
+        source.fields = wanted
+        return self._read(
+            table_records, files, config, source, field=field, column=config.text_column
+        )
+
+    def _read(
+        self, generator, files: list[Path], config: DataConfig, source: SourceReport, **arguments
+    ):
+        """Records of a generator over files, from the cache if it holds them, without those that have a problem."""
+        dialogues = arguments.get("field", "") is None
+        text = config.text_column
+        features = datasets.Features(
+            {"messages": TURNS} if dialogues else {text: datasets.Value("string")}
+        )
+        arguments |= {"files": [str(file) for file in files], "encoding": config.encoding}
+        source.fields = source.fields or [text]
+        if config.streaming:
+            arguments |= {"generator": generator, "max_skipped": config.max_skipped}
+            self.report.sources.append(source)
+            return _stream(arguments, features)
+        key = datasets.fingerprint.Hasher.hash(
+            [READER, generator.__name__, arguments, content_digest(files)]
+        )
+        features = datasets.Features(features | {PROBLEM: datasets.Value("string")})
+        part = datasets.Dataset.from_generator(
+            generator, features, gen_kwargs=arguments, fingerprint=key
+        )
+        problems = {i: text for i, text in enumerate(part[PROBLEM]) if text is not None}
+        part = self._without(part.remove_columns(PROBLEM), problems)
+        return self._noted(part, source)
+
+    def _without(self, part: datasets.Dataset, problems: dict[int, str]) -> datasets.Dataset:
+        """The records without those that have a problem, which the report counts or refuses."""
+        for problem in problems.values():
+            self.report.skip(problem)
+        if not problems:
+            return part
+        return part.select([i for i in range(len(part)) if i not in problems])
+
+    def _noted(self, part, source: SourceReport):
+        source.records = None if isinstance(part, datasets.IterableDataset) else len(part)
+        source.fields = source.fields or list(part.column_names or ())
+        self.report.sources.append(source)
+        return part
+
+    def _parquet(self, files: list[Path], config: DataConfig, source: SourceReport):
+        """Files that have other columns than their neighbours are read on their own, then joined."""
+        schemas = {}
+        for file in files:
+            try:
+                schemas[file] = pyarrow.parquet.read_schema(file)
+            except (OSError, pyarrow.ArrowInvalid) as error:
+                raise ValueError(
+                    f"{file} cannot be read ({first_line(error)}); repair or remove the file."
+                ) from error
+        for file in [path for path in files if not pyarrow.parquet.read_metadata(path).num_rows]:
+            source.listing.leave_out(file, "without records")
+            files.remove(file)
+        if not files:
+            raise ValueError(f"{self.path} holds no records, it is empty; give a file with data.")
+        source.used = len(files)
+        parts = []
+        for _, group in groupby(files, lambda file: str(schemas[file])):
+            self.group = list(group)
+            names = [
+                glob.escape(str(file)) for file in self.group
+            ]  # a name is a pattern to datasets
+            try:
+                part = datasets.load_dataset(
+                    "parquet", data_files=names, split="train", streaming=config.streaming
+                )
+            except datasets.exceptions.DatasetGenerationError as error:
+                reason = first_line(error.__cause__ or error)
+                raise ValueError(
+                    f"{self.path} cannot be read ({reason}); repair or remove the file."
+                ) from error
+            parts.append(self._select(part, config, source, len(parts)))
+        if len(parts) == 1:
+            return parts[0]
+        source.records = None if config.streaming else sum(map(len, parts))
+        return datasets.concatenate_datasets(alike(parts, config))
+
+    # ---- the fields of records ----
+
+    def _select(self, part, config: DataConfig, source: SourceReport, index: int = 0):
+        """The fields that training reads; of several groups of files (`index`) the first is noted."""
+        if chosen := self.fields or config.fields:
+            part = self._streams(part, chosen, config)
+        else:
+            columns = part.column_names or list(next(iter(part), {}))
+            if _holds_pictures(columns, config, self.field):
+                part = self._pictures(part, config, source)
+            else:
+                part = self._texts(part, columns, config)
+        return part if index else self._noted(part, source)
+
+    def _text_columns(self, columns: list[str], config: DataConfig) -> list[str]:
+        """The field of the text, or those of a dialogue; `ValueError` if there is neither."""
+        text = self.field or config.text_column
+        if text in columns or not columns:
+            return [text]
+        if not config.streaming and config.image_column != "image" and config.kind != "text":
+            text = config.image_column
+        default = text == "text" and not self.field
+        wanted = [name for name in (*DIALOGUES, "answer") if name in columns] if default else []
+        if not wanted or ("prompt" in wanted) != ("answer" in wanted):
+            raise ValueError(
+                f"records of {self.path} have no field {text!r} (fields: {', '.join(columns)}){near_miss(text, columns)} Set "
+                "`data.text_column` (or of pictures `data.image_column`) to one of them, or give dialogues: `prompt` and "
+                "`answer`, `messages`, `conversations`."
+            )
+        return wanted
+
+    def _texts(self, part, columns: list[str], config: DataConfig):
+        wanted = self._text_columns(columns, config)
+        part = as_stored(part.select_columns(wanted))
+        if wanted[0] not in DIALOGUES:
+            text = wanted[0]
+            feature = (part.features or {}).get(text)
+            if feature is not None and getattr(feature, "dtype", None) not in ("string", "null"):
+                raise ValueError(
+                    f"field {text!r} of {self._place(0)[0]} holds {feature}, not texts; name another field."
+                )
+            if not isinstance(part, datasets.IterableDataset):
+                nulls = np.flatnonzero(part.data.column(text).is_null().to_numpy())
+                part = self._without(part, {int(i): self._null(int(i), text) for i in nulls})
+            part = (
+                part if text == config.text_column else part.rename_column(text, config.text_column)
+            )
+        return part
+
+    def _place(self, index: int) -> tuple[str, int]:
+        """The file of a record of parquet files, and its number there; of others the source."""
+        for file in self.group:
+            rows = pyarrow.parquet.read_metadata(file).num_rows
+            if index < rows:
+                return str(file), index
+            index -= rows
+        return self.path, index
+
+    def _null(self, index: int, text: str) -> str:
+        path, row = self._place(index)
+        return f"{path}, record {row} has no text in field {text!r} but null; repair or remove it."
+
+    def _streams(self, part, fields: dict[str, str], config: DataConfig):
+        """The fields of several streams under the names of the streams, undecoded."""
+        if config.streaming:
+            raise ValueError(
+                "records of several streams are not streamed; set data.streaming=false."
+            )
+        missing = [field for field in fields.values() if field not in part.column_names]
+        if self.fields and missing or len(missing) == len(fields):
+            names = part.column_names
+            raise ValueError(
+                f"records of {self.path} have no field {missing[0]!r} (fields: {', '.join(names)})"
+                f"{near_miss(missing[0], names)} Correct `fields`."
+            )
+        columns = {stream: field for stream, field in fields.items() if field not in missing}
+        part = part.select_columns(list(columns.values()))
+        part = part.rename_columns(
+            {field: stream for stream, field in columns.items() if field != stream}
+        )
+        return as_stored(part)
+
+    def _pictures(self, part, config: DataConfig, source: SourceReport):
+        """Pictures with their captions; the names of classes serve where there are none."""
+        if config.streaming:
+            raise ValueError("pictures are not streamed; set data.streaming=false.")
+        image, named = config.image_column, config.caption_column
+        source.kind += " with pictures or clips"
+        label = part.features.get("label")
+        classes = (
+            isinstance(label, datasets.ClassLabel) and label.num_classes > 1 and named == "caption"
+        )
+        if classes and not {"caption", "text"} & set(part.column_names):
+            names = [label.names[i] for i in part["label"]]
+            source.notes.append("captions are the names of the classes in field 'label'")
+            return as_stored(part.select_columns([image]).add_column(named, names))
+        others = [name for name in part.column_names if name != image]
+        caption = find_caption_column(others, config, f"{self.path}")
+        if caption is None:
+            source.notes.append(f"no captions (other fields: {', '.join(others) or 'none'})")
+            return as_stored(part.select_columns([image]))
+        part = as_stored(part.select_columns([image, caption]))
+        feature = part.features[caption]
+        inner = feature.feature if isinstance(feature, datasets.List) else feature
+        if getattr(inner, "dtype", None) not in ("string", "null"):
+            raise ValueError(
+                f"field {caption!r} of {self.path} holds {feature}, not captions; name another field."
+            )
+        source.notes.append(f"captions from field {caption!r}")
+        return part if caption == named else part.rename_column(caption, named)
+
+    def _part_of(self, part, streaming: bool):
+        if streaming:
+            if self.fraction < 1:
+                raise ValueError(
+                    f"source {self.path}: the length of a stream is unknown, so `fraction` cannot be taken; use `max_samples`."
+                )
+            return part if self.max_samples is None else part.take(self.max_samples)
+        count = max(1, round(self.fraction * len(part)))
+        count = count if self.max_samples is None else min(count, self.max_samples)
+        if count >= len(part):
+            return part
+        self.report.sources[-1].notes.append(f"a part of it: {several(count, 'record')}")
+        return part.shuffle(seed=0).select(range(count))
+
+
+def _format(path: Path) -> str:
+    """text, json, csv or parquet."""
+    if kind_of(path) == "text":
+        return "text"
+    suffixes = "".join(path.suffixes).lower()
+    return (
+        "parquet"
+        if ".parquet" in suffixes
+        else "csv"
+        if ".csv" in suffixes or ".tsv" in suffixes
+        else "json"
+    )
+
+
+def _stream(arguments: dict, features: datasets.Features) -> datasets.IterableDataset:
+    return datasets.IterableDataset.from_generator(good_records, features, gen_kwargs=arguments)
+
+
+def _holds_pictures(columns: list[str], config: DataConfig, field: str | None) -> bool:
+    """Whether records are read as pictures, not as the texts that they hold, too."""
+    if config.image_column not in columns:
+        return False
+    text = field or config.text_column
+    if text not in columns or text == config.caption_column:
+        return True
+    return config.kind != "text" and field is None and config.text_column == "text"
+
+
+def read_sources(source: str | dict | list[str | dict]) -> list[Source]:
+    """`data.train`: one source or several, each a path or name, a dictionary of `Source`'s fields, or a .yaml list of them."""
+    if isinstance(source, str) and Path(source).suffix in (".yaml", ".yml"):
+        source = yaml.safe_load(Path(source).read_text(encoding="utf-8"))
+    known = {field.name for field in fields(Source)}
+    sources = []
+    for item in source if isinstance(source, list) else [source]:
+        values = item if isinstance(item, dict) else {"path": item}
+        if "path" not in values or set(values) - known:
+            raise ValueError(
+                f"a data source must have `path` and may have {sorted(known - {'path'})}, not {values!r}."
+            )
+        sources.append(Source(**values))
+    return sources
+
+
+def as_stored(part):
+    """Records whose pictures, films and sounds are not decoded, and whose texts are of one type: sources are joined by equal ones,
+    and parquet knows two."""
+    for name, feature in (part.features or {}).items():
+        if type(feature) in (datasets.Image, datasets.Video, datasets.Audio):
+            part = part.cast_column(name, type(feature)(decode=False))
+        elif getattr(feature, "dtype", None) == "large_string":
+            part = part.cast_column(name, datasets.Value("string"))
+    return part
+
+
+def alike(parts: list, config: DataConfig) -> list:
+    """Parts whose captions are all texts or all lists of texts, so that they can be joined."""
+    name = config.caption_column
+    if config.streaming or not any(
+        isinstance(part.features.get(name), datasets.List) for part in parts
+    ):
+        return parts
+    same = []
+    for part in parts:
+        if name in part.column_names and not isinstance(part.features[name], datasets.List):
+            rows = [[text] if text else [] for text in part[name]]
+            feature = datasets.List(datasets.Value("string"))
+            part = part.remove_columns(name).add_column(name, rows, feature=feature)
+        same.append(part)
+    return same
+
+
+def load_documents(
+    source: str | dict | list[str | dict],
+    config: DataConfig,
+    split: str,
+    report: Report | None = None,
+) -> Iterable[dict]:
+    """Records of one or several sources as an iterable that can be iterated again: with field `config.text_column`, or if
+    there is none with those of a dialogue, or with pictures and captions, or with the fields of several streams.
+
+    Sources follow each other, or if any has a weight are mixed, the smaller ones repeated until all are used up. What was found
+    is noted in `report`. Raises `ValueError` when a source has no such field and when there is no document.
+    """
+    shown = report is not None  # else nobody would hear of files that are left out
+    report = report or Report(config.max_skipped)
+    sources = read_sources(source)
+    parts = [item.load(config, split, report) for item in sources]
+    for found in () if shown else report.sources:
+        if found.listing is not None and found.listing.left_out:
+            warnings.warn("\n".join(found.lines()), stacklevel=2)
+    kinds = {part_kind(part, config): item.path for item, part in zip(sources, parts)}
+    if not any(item.fields for item in sources) and len(kinds) > 1:
+        found = ", ".join(f"{path} holds {kind}" for kind, path in kinds.items())
+        raise ValueError(f"{found}; sources of one run must hold the same.")
+    parts = alike(parts, config)
+    if any(item.weight is not None for item in sources):
+        weights = np.array([1.0 if item.weight is None else item.weight for item in sources])
+        shares = (weights / weights.sum()).tolist()
+        joined = datasets.interleave_datasets(
+            parts, shares, seed=0, stopping_strategy="all_exhausted"
+        )
+    else:
+        joined = datasets.concatenate_datasets(parts)
+    if config.streaming:
+        return joined
+    first = joined.column_names[0] if joined.column_names else None
+    if any(item.fields for item in sources) or config.fields:
+        shared = split == "train" and any(
+            item.fields is None for item in sources
+        )  # else each names its own
+        missing = set(config.fields or ()) - set(joined.column_names) if shared else set()
+        if missing or not len(joined):
+            raise ValueError(
+                f"{source} has no record with {sorted(missing) or 'a stream'}; correct `data.fields` ({config.fields}), which names "
+                "the field of each stream."
+            )
+        return joined
+    if len(joined) == 0 or not any(str(row or "").strip() for row in joined[first]):
+        raise ValueError(
+            f"no text in {source}: the dataset is empty; check the path and `data.text_column`."
+        )
+    return joined
+
+
+def part_kind(part, config: DataConfig) -> str:
+    """pictures, sounds, dialogues or texts."""
+    columns = part.column_names or list(next(iter(part), {}))
+    if config.image_column in columns:
+        return "pictures"
+    if set(DIALOGUES) & set(columns):
+        return "dialogues"
+    return "sounds" if "audio" in columns else "texts"
+
+
+def cut_document(documents: datasets.Dataset, config: DataConfig) -> datasets.Dataset:
+    """One text as two documents, the second `validation_fraction` of it from the beginning of a line or a word."""
+    text = documents[0][config.text_column]
+    place = int(len(text) * (1 - config.validation_fraction))
+    for mark in ("\n", " "):
+        found = text.rfind(mark, int(0.9 * place), place)
+        if found > 0:
+            place = found + 1
+            break
+    return datasets.Dataset.from_dict({config.text_column: [text[:place], text[place:]]})

@@ -1,0 +1,285 @@
+"""Texts and dialogues in, ids out: tokenizers are trained here, and documents tokenized once, into a cache."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import datasets
+import numpy as np
+import xxhash
+from filelock import FileLock
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from tokcom.processing_tokcom import text_ids, vocabulary_size, with_pad_token
+from tokcom.training.audit import cache_folder
+from tokcom.training.records import DIALOGUES, messages_of
+from tokcom.training.report import PartReport, Report
+
+EOS_TOKEN = "</s>"
+BATCH_BYTES = 1 << 22  # of text that is tokenized at once, whose ids take many times as much
+TOKENIZING = 1  # version of what the cache holds
+TOKENIZED = {
+    "ids": datasets.List(datasets.Value("int32")),
+    "characters": datasets.Value("int64"),
+    "letters": datasets.Value("string"),
+}
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of `vocab_size` tokens, one of which, `</s>`, ends a document, and a pad token behind them.
+
+    Every text round-trips exactly, since every byte is a token.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS_TOKEN],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    options = {"eos_token": EOS_TOKEN, "clean_up_tokenization_spaces": False}
+    return with_pad_token(PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options))
+
+
+def get_tokenizer(
+    name: str | None, vocab_size: int, documents: Iterable[dict], text_column: str
+) -> PreTrainedTokenizerBase:
+    """Load any AutoTokenizer by name or path, or train a BPE tokenizer on the documents."""
+    if name is not None:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                f"tokenizer {name!r} has no EOS token, which ends a document; choose one that has."
+            )
+        return with_pad_token(tokenizer)
+    texts = (
+        text
+        for row in tqdm(documents, desc="training tokenizer", unit="doc")
+        for text in _texts_of(row, text_column)
+        if isinstance(text, str)
+    )
+    tokenizer = train_tokenizer(texts, vocab_size)
+    smallest = vocabulary_size(tokenizer)
+    if smallest > vocab_size:
+        raise ValueError(
+            f"`tokenizer_vocab_size` ({vocab_size}) must be at least {smallest}: 256 bytes and </s>."
+        )
+    return tokenizer
+
+
+def _texts_of(record: dict, text_column: str) -> list:
+    """The texts of a record: one, the several captions of a picture, or the turns of a dialogue; none of a broken dialogue, which
+    is named when it is tokenized."""
+    if text_column in record:
+        text = record[text_column]
+        return text if isinstance(text, list) else [text]
+    try:
+        return [turn["content"] for turn in messages_of(record)]
+    except ValueError:
+        return []
+
+
+def tokenize_document(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """BOS (if the tokenizer has one) + ids + EOS."""
+    ids = text_ids(tokenizer, text)
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return [*start, *ids, tokenizer.eos_token_id]
+
+
+def tokenize_rows(
+    documents: Iterable[dict], tokenizer: PreTrainedTokenizerBase, text_column: str
+) -> Iterator[list[int]]:
+    """Ids of every document that is not blank; raises `ValueError` on a record whose text is missing."""
+    for index, row in enumerate(documents):
+        text = row[text_column]
+        if not isinstance(text, str):
+            raise ValueError(
+                f"record {index} has no text in field {text_column!r} ({text!r}); repair or remove it."
+            )
+        if text.strip():
+            yield tokenize_document(tokenizer, text)
+
+
+def tokenize_documents(
+    documents: Iterable[dict],
+    tokenizer: PreTrainedTokenizerBase,
+    text_column: str,
+    desc: str,
+    num_proc: int = 1,
+    part: PartReport | None = None,
+) -> np.ndarray:
+    """All documents as one array of ids `(tokens,)`, int32.
+
+    Those of a `datasets.Dataset` are tokenized in batches by `num_proc` processes, once: the ids are mapped from a file in the
+    cache of `datasets`, which other processes and later runs read, too. What was read is counted in `part`.
+    """
+    if isinstance(documents, datasets.Dataset):
+        tokens, facts = _cached_tokens(documents, tokenizer, text_column, desc, num_proc)
+    else:
+        rows = tqdm(documents, desc=f"tokenizing {desc}", unit="doc")
+        pieces = [
+            np.asarray(ids, dtype=np.int32) for ids in tokenize_rows(rows, tokenizer, text_column)
+        ]
+        tokens = np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
+        facts = {}
+    if not len(tokens):
+        raise ValueError(
+            f"{desc} has no record with text in field {text_column!r}; give other data or another field."
+        )
+    if part is not None and facts:
+        counted = {"documents": facts["documents"], "blank and left out": facts["blank"]}
+        part.counts |= counted | {"characters": facts["characters"], "tokens": len(tokens)}
+        part.letters = facts["letters"]
+    return tokens
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the ids of a text depend on: it does not change when the tokenizer is used, as its pickle does."""
+    if tokenizer.is_fast:
+        content = json.loads(tokenizer.backend_tokenizer.to_str())
+        content |= {"truncation": None, "padding": None}  # of the last call
+    else:
+        content = repr((type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())))
+    ends = tokenizer.bos_token_id, tokenizer.eos_token_id
+    return datasets.fingerprint.Hasher.hash(json.dumps([TOKENIZING, content, ends]))
+
+
+def _content_digest(documents: datasets.Dataset, text_column: str) -> str:
+    """Of records on the disk the fingerprint that `datasets` derived from their files, of others a digest of their texts."""
+    if documents.cache_files:
+        return documents._fingerprint
+    digest = xxhash.xxh3_128()
+    for text in documents[text_column]:
+        content = (text or "").encode()
+        digest.update(f"{len(content)}:".encode() + content)
+    return digest.hexdigest()
+
+
+def _cached_tokens(
+    documents: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    text_column: str,
+    desc: str,
+    num_proc: int,
+) -> tuple[np.ndarray, dict]:
+    """Ids from the cache, where they are written first if they are not there. A process waits at the lock of a file, not at a
+    barrier of the process group, which would time out."""
+    key = datasets.fingerprint.Hasher.hash(
+        [_content_digest(documents, text_column), tokenizer_digest(tokenizer)]
+    )
+    file = cache_folder() / f"tokens-{key}-{len(documents)}.i32"
+    facts = file.with_suffix(".json")
+    with FileLock(file.with_suffix(".lock")):
+        if not facts.is_file():
+            found = _write_tokens(file, documents, tokenizer, text_column, desc, num_proc)
+            partial = facts.with_suffix(".tmp")
+            partial.write_text(json.dumps(found), encoding="utf-8")
+            partial.rename(facts)  # last, so that facts beside a file mean that it is whole
+    if file.stat().st_size == 0:
+        return np.zeros(0, np.int32), json.loads(facts.read_text(encoding="utf-8"))
+    return np.asarray(np.memmap(file, np.int32, "r")), json.loads(facts.read_text(encoding="utf-8"))
+
+
+def _write_tokens(
+    file: Path, documents: datasets.Dataset, tokenizer, text_column: str, desc: str, num_proc: int
+) -> dict:
+    """Tokenize to a file; returns how many documents, blank ones and characters there were, and which characters."""
+    mean = documents.data.nbytes / max(1, documents.data.num_rows)
+    mapped = documents.select_columns([text_column]).map(
+        _tokenize_batch,
+        with_indices=True,
+        batched=True,
+        batch_size=int(min(1000, max(1, BATCH_BYTES // max(1.0, mean)))),
+        remove_columns=[text_column],
+        fn_kwargs={"tokenizer": tokenizer, "column": text_column},
+        features=datasets.Features(TOKENIZED),
+        num_proc=num_proc if 1 < num_proc <= len(documents) else None,
+        cache_file_name=str(file.with_suffix(".arrow")),
+        new_fingerprint=file.stem,
+        load_from_cache_file=False,
+        desc=f"tokenizing {desc}",
+    )
+    facts = {"documents": len(documents), "blank": 0, "characters": 0}
+    letters: set[str] = set()
+    with file.open("wb") as stream:
+        for table in mapped.with_format("arrow").iter(1000):
+            stream.write(
+                table["ids"].combine_chunks().flatten().to_numpy(zero_copy_only=False).tobytes()
+            )
+            facts["blank"] += sum(
+                length == 0 for length in table["ids"].combine_chunks().value_lengths().to_pylist()
+            )
+            facts["characters"] += sum(table["characters"].to_pylist())
+            letters.update(*(row for row in table["letters"].to_pylist() if row))
+    written = [entry["filename"] for entry in mapped.cache_files]
+    del mapped
+    for name in written:
+        Path(name).unlink(missing_ok=True)
+    return facts | {"letters": "".join(sorted(letters))}
+
+
+def _tokenize_batch(
+    rows: dict[str, list], indices: list[int], tokenizer, column: str
+) -> dict[str, list]:
+    texts = rows[column]
+    for index, text in zip(indices, texts):
+        if not isinstance(text, str):
+            raise ValueError(
+                f"record {index} has no text in field {column!r} ({text!r}); repair or remove it."
+            )
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    found = iter(
+        text_ids(tokenizer, [text for text in texts if text.strip()])
+        if any(map(str.strip, texts))
+        else []
+    )
+    ids = [[*start, *next(found), tokenizer.eos_token_id] if text.strip() else [] for text in texts]
+    letters = ["".join(set().union(*texts)), *[""] * (len(texts) - 1)]  # once for the batch
+    return {"ids": ids, "characters": list(map(len, texts)), "letters": letters}
+
+
+def is_dialogue(documents) -> bool:
+    """Whether records are dialogues, not texts."""
+    return bool(set(DIALOGUES) & set(documents.column_names or next(iter(documents), {})))
+
+
+def tokenize_prompt(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]
+) -> list[int]:
+    """Ids of the turns before an answer: by the tokenizer's chat template, or if it has none their texts, line by line."""
+    if tokenizer.chat_template:
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return text_ids(tokenizer, text.rstrip(" "), special_tokens=True)
+    text = "\n".join(message["content"] for message in messages)
+    return text_ids(tokenizer, text.rstrip(" "))  # as the pipeline does
+
+
+def tokenize_dialogues(
+    documents: Iterable[dict],
+    tokenizer: PreTrainedTokenizerBase,
+    desc: str,
+    report: Report | None = None,
+    part: PartReport | None = None,
+) -> list[tuple]:
+    """Ids of the prompt and of the last answer, which EOS ends, of every record; `report` counts or refuses those that are no
+    dialogues, and `part` is told which characters there are."""
+    report = Report() if report is None else report
+    letters: set[str] = set()
+    pairs = []
+    for index, record in enumerate(tqdm(documents, desc=f"tokenizing {desc}", unit="doc")):
+        try:
+            *before, answer = messages_of(record, f"{desc}, record {index}")
+        except ValueError as error:
+            report.skip(str(error))
+            continue
+        letters.update(answer["content"], *(message["content"] for message in before))
+        ids = text_ids(tokenizer, answer["content"])
+        pairs.append((tokenize_prompt(tokenizer, before), [*ids, tokenizer.eos_token_id]))
+    if part is not None:
+        part.letters = "".join(letters)
+    return pairs
