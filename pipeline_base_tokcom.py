@@ -20,7 +20,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from huggingface_hub import create_branch, create_repo, upload_folder
 from huggingface_hub.constants import ENDPOINT as HF_ENDPOINT
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 
 from .context_tokcom import TokComTask
@@ -295,6 +295,7 @@ class TokComBasePipeline(DiffusionPipeline):
             for name in stale:
                 (directory / name).unlink()
         self._save_components(directory)
+        self._save_language_model(directory)
         self.save_config(directory)
         custom_object_save(self, directory)
         if card is not None or not (directory / CARD).is_file():
@@ -305,6 +306,26 @@ class TokComBasePipeline(DiffusionPipeline):
             self.push_to_hub(
                 name, private=private, token=token, max_shard_size=max_shard_size, card=text
             )
+
+    def _save_language_model(self, directory: Path) -> None:
+        """Let `AutoModelForCausalLM` find a model of texts that has exact probabilities of the next token."""
+        config = self.model.config
+        if not config.is_causal_lm:
+            return
+        file = directory / "config.json"
+        fields = json.loads(file.read_text())
+        where = "modeling_causal_tokcom.TokComForCausalLM"
+        fields.setdefault("auto_map", {})["AutoModelForCausalLM"] = where
+        file.write_text(json.dumps(fields, indent=2) + "\n")
+        eos = None if self.tokenizer is None else self.tokenizer.eos_token_id
+        GenerationConfig(
+            do_sample=True,
+            temperature=config.sampling_temperature,
+            top_p=config.sampling_top_p,
+            top_k=0,
+            eos_token_id=eos,
+            pad_token_id=config.vocab_size - 1,
+        ).save_pretrained(directory)
 
     def push_to_hub(
         self,

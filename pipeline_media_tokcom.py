@@ -28,6 +28,7 @@ from .configuration_tokcom import TokComConfig
 from .context_tokcom import TokComTask, lay_out_clip
 from .heads_tokcom import TokComTokenHead  # noqa: F401
 from .layers_tokcom import TokComBlock  # noqa: F401
+from .modeling_causal_tokcom import TokComForCausalLM  # noqa: F401
 from .modeling_tokcom import TokComModel
 from .objective_tokcom import TokComObjective  # noqa: F401
 from .pipeline_base_tokcom import CardFacts, TokComBasePipeline
@@ -36,6 +37,7 @@ from .processing_tokcom import TokComAudioProcessor, TokComImageProcessor, decod
 from .quantization_tokcom import VectorQuantizer  # noqa: F401
 from .sampling_tokcom import TokComSampling, most_alike
 from .scheduling_tokcom import TokComFlowMatchScheduler
+from .sounds_tokcom import read_sound  # noqa: F401
 from .transformer_tokcom import TokComTransformer  # noqa: F401
 
 Generators = torch.Generator | list[torch.Generator] | None

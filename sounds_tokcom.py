@@ -152,8 +152,10 @@ def read_sound(
         ]  # a second for what the filter of another rate sees behind the end
     sound = sound.mean(1) if sound.ndim == 2 else sound
     if rate != sampling_rate:
-        from scipy.signal import resample_poly
-
+        try:
+            from scipy.signal import resample_poly
+        except ImportError as error:
+            raise ValueError("other rates need scipy to be resampled: pip install scipy") from error
         common = gcd(int(rate), sampling_rate)
         sound = resample_poly(sound, sampling_rate // common, int(rate) // common)
     return sound.astype(np.float32)
