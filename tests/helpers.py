@@ -142,7 +142,7 @@ def tiny_pipeline(modality: str, tokenizer=None) -> TokComBasePipeline:
     if modality == "several":
         size = size or 300
     config = preset_config(
-        parts.pop("preset"), size, stage="flow", transformer_config=small, **parts
+        parts.pop("preset"), size, transformer_config=small, **parts
     )
     model = TokComModel(config).eval()
     for name, parameter in model.named_parameters():
