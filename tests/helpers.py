@@ -141,9 +141,7 @@ def tiny_pipeline(modality: str, tokenizer=None) -> TokComBasePipeline:
     size = None if tokenizer is None else vocabulary_size(tokenizer)
     if modality == "several":
         size = size or 300
-    config = preset_config(
-        parts.pop("preset"), size, transformer_config=small, **parts
-    )
+    config = preset_config(parts.pop("preset"), size, transformer_config=small, **parts)
     model = TokComModel(config).eval()
     for name, parameter in model.named_parameters():
         if (

@@ -11,8 +11,8 @@ from PIL import Image
 
 from tokcom.cli.inspect import main
 from tokcom.processing_tokcom import write_wav
-from tokcom.train_accelerate import read_data
 from tokcom.training.config import load_train_config
+from tokcom.training.corpora import read_data
 from tokcom.training.films import write_film
 
 
