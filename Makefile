@@ -44,6 +44,7 @@ test-slow: $(VENV)/.ready-slow
 lint: setup-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python scripts/check_types.py
 
 format: setup-dev
 	$(BIN)/ruff check --fix .

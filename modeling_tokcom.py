@@ -27,7 +27,12 @@ from .codec_video_tokcom import TokComVideoOutput
 from .configuration_tokcom import TokComCompositeCodecConfig, TokComConfig
 from .heads_tokcom import TokComChoice, TokComLatentHead, TokComSymbols, TokComTokenHead
 from .layers_tokcom import TokComPreTrainedModel, TokComTokenEmbedding
-from .objective_tokcom import TokComObjective, TokComOutput, build_objective
+from .objective_tokcom import (
+    TokComFlowObjective,
+    TokComOutput,
+    TokComStreamObjective,
+    build_objective,
+)
 from .scheduling_tokcom import sample_times
 from .transformer_tokcom import (
     TokComTransformer,
@@ -37,7 +42,10 @@ from .transformer_tokcom import (
     generation_order,
 )
 
-CODECS = {**STREAM_CODECS, TokComCompositeCodecConfig.model_type: TokComCompositeCodec}
+CODECS: dict[str, Any] = {
+    **STREAM_CODECS,
+    TokComCompositeCodecConfig.model_type: TokComCompositeCodec,
+}
 
 
 def _entry_point(method: Callable) -> Callable:
@@ -64,6 +72,13 @@ def _check_shards(directory: str | os.PathLike) -> None:
             raise ValueError(
                 f"{index} names the file {name!r}, which is not in its directory; do not use this checkpoint."
             )
+
+
+def _repeat(tensor: torch.Tensor | None, copies: int) -> torch.Tensor | None:
+    """`copies` of a batch one after the other."""
+    if tensor is None or copies == 1:
+        return tensor
+    return torch.cat([tensor] * copies)
 
 
 class NoisedPass(NamedTuple):
@@ -266,18 +281,14 @@ class TokComModel(TokComPreTrainedModel):
             times = self.token_head.place_times(timestep) if times is None else times
             symbols = self.symbols() if symbols is None else symbols
             features = self.token_head.read(symbols, latents, times, chunks, uncertain)
-        inputs = latents.to(self.dtype), timestep.clamp(0, 1), features
-        if entry is not None and len(entry) != len(latents):
-            copies = len(entry) // len(latents)
-            inputs = (None if x is None else torch.cat([x] * copies) for x in inputs)
-        latents, timestep, features = inputs
+        copies = 1 if entry is None else len(entry) // len(latents)
         return self.transformer(
-            latents,
-            timestep,
+            _repeat(latents.to(self.dtype), copies),
+            _repeat(timestep.clamp(0, 1), copies),
             position_ids=position_ids,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
-            features=features,
+            features=_repeat(features, copies),
             entry=entry,
             **kwargs,
         )
@@ -427,7 +438,7 @@ class TokComModel(TokComPreTrainedModel):
 
     def predict_noised(
         self,
-        objective: TokComObjective,
+        objective: TokComFlowObjective | TokComStreamObjective,
         clean: TokComCodecOutput,
         timestep: float | None = None,
         known_latents: torch.Tensor | None = None,

@@ -638,6 +638,7 @@ __all__ = [
     "EARLY",
     "TokComCodecObjective",
     "TokComHeadObjective",
+    "TokComFlowObjective",
     "TokComLatentObjective",
     "TokComNextChunkObjective",
     "TokComObjective",

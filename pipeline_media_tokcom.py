@@ -8,7 +8,7 @@ sequence at all; guidance moves away from the prediction without them. `load_pip
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ from .scheduling_tokcom import TokComFlowMatchScheduler
 from .sounds_tokcom import read_sound  # noqa: F401
 from .transformer_tokcom import TokComTransformer  # noqa: F401
 
-Generators = torch.Generator | list[torch.Generator] | None
+Generators: TypeAlias = torch.Generator | list[torch.Generator] | None
 Callback = Callable[[Any, int, int, dict], dict] | None
 KIND_FIELDS = {
     "text": "texts",

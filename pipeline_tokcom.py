@@ -358,7 +358,8 @@ class TokComPipeline(TokComBasePipeline):
             on_step_end=None if should_stop is None else ask_to_stop,
         )
         texts = [
-            StreamedText(self.tokenizer, *parts) for parts in zip(prompts, rows, lengths, skip)
+            StreamedText(self.tokenizer, prompt, row, length, repeated)
+            for prompt, row, length, repeated in zip(list[Any](prompts), rows, lengths, skip)
         ]
         for _, block in blocks:
             if self._interrupt:  # the block may be unfinished

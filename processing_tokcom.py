@@ -280,7 +280,7 @@ def prompt_ids(
         if isinstance(prompt, list) and prompt and all(isinstance(i, int) for i in prompt):
             rows.append(prompt)
             continue
-        text = prompt.rstrip(" ") if isinstance(prompt, str) else prompt
+        text: Any = prompt.rstrip(" ") if isinstance(prompt, str) else prompt
         rows += tokenize_texts(
             tokenizer, [text], "prompt", special_tokens=isinstance(prompt, ChatText)
         )

@@ -71,7 +71,8 @@ class TokComFlowMatchScheduler(SchedulerMixin, ConfigMixin):
         self._internal_dict = FrozenDict(
             {k: v for k, v in self.config.items() if k != "_use_default_values"}
         )
-        self._step_index = self._begin_index = None
+        self._step_index: int | None = None
+        self._begin_index: int | None = None
         self.set_timesteps(num_train_timesteps)
 
     @classmethod

@@ -11,7 +11,7 @@ import io
 import wave
 from math import gcd
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -225,10 +225,9 @@ def _decode_sound(value: Any, name: str, seconds: float | None) -> tuple[np.ndar
                     f"{name} claims {frames:,} samples of {channels} channels, more than {size:,} bytes can hold; remove it."
                 )
             wanted = frames if seconds is None else min(frames, int((seconds + 1) * rate) + 1)
-            blocks = []
-            while (
-                left := wanted - sum(map(len, blocks))
-            ) > 0:  # never more room than the file has filled
+            blocks: list[np.ndarray] = []
+            # never more room than the file has filled
+            while (left := wanted - sum(len(block) for block in blocks)) > 0:
                 blocks.append(stream.read(min(left, BLOCK), dtype="float32", always_2d=True))
                 if len(blocks[-1]) < min(left, BLOCK):
                     break
@@ -272,10 +271,15 @@ def _decode_with_av(value: Any) -> tuple[np.ndarray, int, int] | None:
 
 def _claimed_bytes(head: bytes) -> int:
     """How many bytes a .wav or .aiff file has by the header of its samples, 0 of any other file."""
-    kinds = {b"RIFF": ("little", b"data"), b"FORM": ("big", b"SSND")}
-    if head[:4] not in kinds:
+    order: Literal["little", "big"]
+    if head[:4] == b"RIFF":
+        order = "little"
+        wanted = b"data"
+    elif head[:4] == b"FORM":
+        order = "big"
+        wanted = b"SSND"
+    else:
         return 0
-    order, wanted = kinds[head[:4]]
     place = 12
     while place + 8 <= len(head):
         length = int.from_bytes(head[place + 4 : place + 8], order)

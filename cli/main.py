@@ -162,16 +162,17 @@ def call(name: str, *argv: str) -> Any:
         module = "evaluation.codebook"
         function = "main"
         arguments = arguments[1:]
+    given: argparse.Namespace | list[str] = arguments
     if command.add_options is not None:
-        arguments = parse(name, arguments)
+        given = parse(name, arguments)
         # reports quote the command that made them
-        arguments.command_line = shlex.join(["tokcom", name, *argv])
+        given.command_line = shlex.join(["tokcom", name, *argv])
     elif debug:
         arguments.remove("--debug")
     # importing is part of the work: it fails where an optional package is missing
     with report_errors(debug):
         work = getattr(import_module(f"tokcom.{module}"), function)
-        return work(arguments)
+        return work(given)
 
 
 def main(argv: list[str] | None = None) -> None:

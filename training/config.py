@@ -295,6 +295,7 @@ def known_keys(
         else:
             yield f"{prefix}{field.name}", field
     for field in nested:
+        assert isinstance(field.type, type)
         yield from known_keys(field.type, f"{prefix}{field.name}.")
 
 
