@@ -2,7 +2,7 @@
 
     python -m tokcom.evaluation.compression --train books.parquet --validation held_out.parquet \
         --max_steps 600 --rows vq_k4_1k fsq_k4
-    python -m tokcom.evaluation.compression --table docs/compression.md
+    python -m tokcom.evaluation.compression --table table.md
 
 Rows are in ROWS. Each trains one codec in `WORK_DIR/NAME` with the settings of the preset `tiny`
 and measures it on held-out text. For comparison, gzip and zstd compress the same text without loss;
