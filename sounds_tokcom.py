@@ -31,7 +31,8 @@ class TokComAudioProcessor:
 
     def __init__(self, config: TokComAudioCodecConfig):
         self.config = config
-        bins, rate = 1 + config.fft_length // 2, config.sampling_rate
+        bins = 1 + config.fft_length // 2
+        rate = config.sampling_rate
         self.filters = mel_filter_bank(
             bins, config.num_channels, 0.0, rate / 2, rate, norm="slaney", mel_scale="slaney"
         )
@@ -219,7 +220,9 @@ def _decode_sound(value: Any, name: str, seconds: float | None) -> tuple[np.ndar
     source = str(value) if isinstance(value, (str, Path)) else io.BytesIO(value)
     try:
         with soundfile.SoundFile(source) as stream:
-            frames, rate, channels = stream.frames, stream.samplerate, stream.channels
+            frames = stream.frames
+            rate = stream.samplerate
+            channels = stream.channels
             if frames * channels > MAX_EXPANSION * size:
                 raise ValueError(
                     f"{name} claims {frames:,} samples of {channels} channels, more than {size:,} bytes can hold; remove it."

@@ -23,7 +23,8 @@ COLUMNS = 6  # records side by side, of pictures
 TILE = 96  # pixels of the height of a picture
 LINE = 14  # pixels of a line of text
 LETTERS = 6  # pixels of the width of a letter, about
-PAPER, INK = "white", "black"
+PAPER = "white"
+INK = "black"
 
 
 def picture_of(pixels: torch.Tensor) -> Image.Image:

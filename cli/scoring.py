@@ -29,7 +29,8 @@ def score_tokens(model: TokComModel, ids: list[int]) -> torch.Tensor:
     longer than the model can see.
     """
     require_exact_scores(model)
-    head, codec = model.token_head, model.codec
+    head = model.token_head
+    codec = model.codec
     size = head.num_symbols
     length = -(-len(ids) // size)
     limit = model.config.transformer_config.max_position_embeddings * size

@@ -58,11 +58,15 @@ class Corpus:
         tokenizer (`PreTrainedTokenizerBase`, *optional*): of the text or the captions.
     """
 
-    streamed, rows, autoencoder = False, "windows of {} tokens", None
+    streamed = False
+    rows = "windows of {} tokens"
+    autoencoder = None
     report: Report | None = None  # what was read
 
     def __init__(self, train, validation, tokenizer: PreTrainedTokenizerBase | None):
-        self.train, self.validation, self.tokenizer = train, validation, tokenizer
+        self.train = train
+        self.validation = validation
+        self.tokenizer = tokenizer
 
     def datasets(
         self,
@@ -72,7 +76,8 @@ class Corpus:
         accelerator: Accelerator,
     ) -> tuple[torch.utils.data.Dataset, torch.utils.data.Dataset]:
         """Training and validation dataset of the stage whose options these are; raises `ValueError` if a window does not fit."""
-        shape, latents = self._shape(model, config, options), None
+        shape = self._shape(model, config, options)
+        latents = None
         rest = self.tokenizer.eos_token_id, config.seed
         if config.cache_latents and model.objective.stage != "codec":
             if shape.marks_starts:
@@ -155,7 +160,8 @@ class StreamCorpus(Corpus):
         return stream, held_out
 
     def first_tokens(self, count: int = 1_000_000) -> np.ndarray:
-        rows, total = [], 0
+        rows = []
+        total = 0
         for row in self.train:
             rows.append(row)
             total += len(row[self.text_column] or "")

@@ -113,7 +113,9 @@ class DialogueDataset(torch.utils.data.Dataset):
             raise ValueError(
                 f"`sequence_length` ({shape.length}) must hold a prompt and an answer; use at least {2 * shape.multiple}."
             )
-        self.pairs, self.shape, self.eos_token_id = pairs, shape, eos_token_id
+        self.pairs = pairs
+        self.shape = shape
+        self.eos_token_id = eos_token_id
 
     def set_epoch(self, epoch: int) -> None:
         """Windows are the same in every epoch."""
@@ -123,7 +125,8 @@ class DialogueDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         prompt, answer = self.pairs[index]
-        length, multiple = self.shape.length, self.shape.multiple
+        length = self.shape.length
+        multiple = self.shape.multiple
         prompt = prompt[-(length - multiple) :]
         start = len(prompt)
         if self.shape.pads_left:
@@ -171,11 +174,16 @@ class PackedDataset(torch.utils.data.Dataset):
             raise ValueError(
                 f"`cache_latents` needs more text: {len(tokens)} tokens do not fill a window of {shape.length}."
             )
-        self.tokens, self.shape, self.length = tokens, shape, shape.length
+        self.tokens = tokens
+        self.shape = shape
+        self.length = shape.length
         self.starts = np.concatenate(
             ([0], np.flatnonzero(tokens[:-1] == eos_token_id) + 1)
         )  # of documents
-        self.seed, self.training, self.epoch, self.latents = seed, training, 0, latents
+        self.seed = seed
+        self.training = training
+        self.epoch = 0
+        self.latents = latents
         self.windows = max(1, len(tokens) // shape.length - int(training))
 
     def set_epoch(self, epoch: int) -> None:
@@ -224,7 +232,10 @@ class CodecMix(torch.utils.data.Dataset):
     def __init__(
         self, dataset: torch.utils.data.Dataset, tokenizer: PreTrainedTokenizerBase, seed: int
     ):
-        self.dataset, self.tokenizer, self.seed, self.epoch = dataset, tokenizer, seed, 0
+        self.dataset = dataset
+        self.tokenizer = tokenizer
+        self.seed = seed
+        self.epoch = 0
         self.size = vocabulary_size(tokenizer)
 
     def set_epoch(self, epoch: int) -> None:
@@ -314,7 +325,8 @@ def read_patiently(
                         f"{name} took {time.monotonic() - asked:.0f} s for record {index}.",
                         stacklevel=2,
                     )
-                done, failures = done + 1, 0
+                done = done + 1
+                failures = 0
                 yield record
                 asked = time.monotonic()
             return
@@ -355,14 +367,16 @@ class StreamingPackedDataset(torch.utils.data.IterableDataset):
         rank=0,
         world=1,
     ):
-        self.documents, self.tokenizer, self.text_column = documents, tokenizer, text_column
-        self.shape, self.length, self.seed, self.shuffle_buffer = (
-            shape,
-            shape.length,
-            seed,
-            shuffle_buffer,
-        )
-        self.name, self.rank, self.world = name, rank, world
+        self.documents = documents
+        self.tokenizer = tokenizer
+        self.text_column = text_column
+        self.shape = shape
+        self.length = shape.length
+        self.seed = seed
+        self.shuffle_buffer = shuffle_buffer
+        self.name = name
+        self.rank = rank
+        self.world = world
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -402,7 +416,8 @@ class StreamingPackedDataset(torch.utils.data.IterableDataset):
                 yield item | (
                     {"text_start": torch.tensor(start in begins)} if shape.marks_starts else {}
                 )
-                start, skip = start + self.length, 0
+                start = start + self.length
+                skip = 0
             if skip == 0:
                 buffer = buffer[start:]
                 begins = [begin - start for begin in begins if begin >= start]

@@ -250,7 +250,9 @@ class DistillTrainer(Trainer):
             model = self.accelerator.unwrap_model(self.models["student"]).model.cpu()
             model.config.num_inference_steps = self.options.num_inference_steps
             scheduler = TokComFlowMatchScheduler(stochastic_sampling=True)
-            export_repository(model, self.pipe.tokenizer, target, scheduler, self.corpus.autoencoder)
+            export_repository(
+                model, self.pipe.tokenizer, target, scheduler, self.corpus.autoencoder
+            )
             self.write_summary()
         self.accelerator.wait_for_everyone()
         self.accelerator.free_memory()

@@ -66,7 +66,10 @@ class MediaFolder:
     def __init__(
         self, listing: Listing, kinds: tuple[str, ...], config: DataConfig, report: Report
     ):
-        self.listing, self.kinds, self.config, self.report = listing, kinds, config, report
+        self.listing = listing
+        self.kinds = kinds
+        self.config = config
+        self.report = report
         self.media = listing.of_kind(*kinds)
         self.source = SourceReport(str(listing.root), listing=listing)
         report.sources.append(self.source)

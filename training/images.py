@@ -88,7 +88,8 @@ class Frames:
     """
 
     def __init__(self, value: Any, name: str = "a record", steps: list[int] | None = None):
-        self.name, self.source = name, value
+        self.name = name
+        self.source = value
         self.steps: list[int] = []  # of an animation, the picture at each step
         if value is None:
             raise ValueError(f"{name} holds nothing; remove it.")
@@ -180,8 +181,12 @@ class ImageDataset(torch.utils.data.Dataset):
             image_column,
             TokComImageProcessor(),
         )
-        self.seed, self.training, self.epoch, self.captions = seed, training, 0, None
-        self.clip_length, self.autoencoder = None, None
+        self.seed = seed
+        self.training = training
+        self.epoch = 0
+        self.captions = None
+        self.clip_length = None
+        self.autoencoder = None
         self.steps: dict[
             int, list[int]
         ] = {}  # of the animations that were decoded, the picture at each step
@@ -205,10 +210,8 @@ class ImageDataset(torch.utils.data.Dataset):
     def fit(self, codec_config, autoencoder=None) -> "ImageDataset":
         """Give pictures, or clips, of the size that a codec sees from now on; clips as the latents of a frozen `autoencoder` of
         diffusers, if there is one."""
-        self.processor, self.autoencoder = (
-            TokComImageProcessor(codec_config.image_size),
-            autoencoder,
-        )
+        self.processor = TokComImageProcessor(codec_config.image_size)
+        self.autoencoder = autoencoder
         self.clip_length = codec_config.clip_length if codec_config.modality == "video" else None
         self.latents = None
         return self
@@ -428,10 +431,8 @@ def pad_captions(rows: list[list[int]], pad_id: int) -> dict[str, torch.Tensor]:
     input_ids = torch.full((len(rows), length), pad_id)
     attention_mask = torch.zeros_like(input_ids)
     for i, row in enumerate(rows):
-        input_ids[i, : len(row)], attention_mask[i, : len(row)] = (
-            torch.tensor(row, dtype=torch.long),
-            1,
-        )
+        input_ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+        attention_mask[i, : len(row)] = 1
     return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
@@ -440,7 +441,8 @@ def encode_all(
     model, dataset, rows: np.ndarray | None = None, batch_size: int = 256
 ) -> torch.Tensor:
     """Standardised latents `(M, N, C)` of the pictures of a dataset, in its order, or of those at `rows (M,)`."""
-    rows, parts = np.arange(len(dataset)) if rows is None else rows, []
+    rows = np.arange(len(dataset)) if rows is None else rows
+    parts = []
     for start in tqdm(range(0, len(rows), batch_size), desc="encoding pictures", unit="batch"):
         pixels = [dataset[int(i)]["pixel_values"] for i in rows[start : start + batch_size]]
         parts.append(

@@ -440,7 +440,8 @@ class Source:
         """Pictures with their captions; the names of classes serve where there are none."""
         if config.streaming:
             raise ValueError("pictures are not streamed; set data.streaming=false.")
-        image, named = config.image_column, config.caption_column
+        image = config.image_column
+        named = config.caption_column
         source.kind += " with pictures or clips"
         label = part.features.get("label")
         classes = (

@@ -42,7 +42,9 @@ class OmniDataset(torch.utils.data.Dataset):
     """
 
     def __init__(self, records: datasets.Dataset, tokenizer: PreTrainedTokenizerBase | None):
-        self.records, self.tokenizer, self.epoch = records, tokenizer, 0
+        self.records = records
+        self.tokenizer = tokenizer
+        self.epoch = 0
         self.texts: dict[str, list[str]] = {}  # of a stream of texts, all of them
         self.rows: dict[str, list[list[int]]] = {}  # their ids
         self.first: dict[
@@ -83,7 +85,8 @@ class OmniDataset(torch.utils.data.Dataset):
     def fit(self, codec) -> "OmniDataset":
         """Give streams as the `TokComCompositeCodec` reads them from now on; raises `ValueError` if it has none of these or a column
         is of another kind."""
-        found, wanted = set(self.records.column_names), set(codec.names)
+        found = set(self.records.column_names)
+        wanted = set(codec.names)
         if not found <= wanted:
             raise ValueError(
                 f"the data have the streams {sorted(found)} but the codec {sorted(wanted)}; name them alike in `data.fields`, or "
@@ -103,10 +106,9 @@ class OmniDataset(torch.utils.data.Dataset):
             for name, config in self.configs.items()
             if config.has_tokens
         }
-        self.processors, self.features = (
-            {},
-            {},
-        )  # features: of sounds that were read, by stream and samples
+        # features: of sounds that were read, by stream and samples
+        self.processors = {}
+        self.features = {}
         for name, config in self.configs.items():
             if config.kind == "audio":
                 self.processors[name] = TokComAudioProcessor(config)
@@ -202,7 +204,8 @@ class OmniDataset(torch.utils.data.Dataset):
             raise ValueError(f"record {index} ({name}): {error}") from error
 
     def __getitem__(self, index: int) -> dict[str, dict[str, torch.Tensor]]:
-        content, streams = self.content(index), {}
+        content = self.content(index)
+        streams = {}
         for name, config in self.configs.items():
             value = content.get(name)
             if config.has_tokens:
@@ -236,7 +239,9 @@ class StreamSampler(torch.utils.data.Sampler):
     """
 
     def __init__(self, dataset: OmniDataset, batch_size: int, seed: int):
-        self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.seed = seed
         self.kinds = np.unique(
             np.stack(list(dataset.present.values()), 1), axis=0, return_inverse=True
         )[1].reshape(-1)
@@ -245,7 +250,8 @@ class StreamSampler(torch.utils.data.Sampler):
         return len(self.dataset)
 
     def __iter__(self):
-        rng, size = np.random.default_rng((self.seed, self.dataset.epoch)), self.batch_size
+        rng = np.random.default_rng((self.seed, self.dataset.epoch))
+        size = self.batch_size
         order = rng.permutation(len(self))
         kinds = [order[self.kinds[order] == kind] for kind in range(self.kinds.max() + 1)]
         rest = rng.permutation(np.concatenate([rows[len(rows) // size * size :] for rows in kinds]))
@@ -266,10 +272,8 @@ def measure_stream_statistics(
             part.set_latent_statistics(
                 torch.zeros_like(part.latent_mean), torch.ones_like(part.latent_std)
             )
-    rows, found = (
-        np.random.default_rng(0).permutation(len(dataset))[:limit],
-        {name: [] for name in dataset.configs},
-    )
+    rows = np.random.default_rng(0).permutation(len(dataset))[:limit]
+    found = {name: [] for name in dataset.configs}
     for start in tqdm(range(0, len(rows), batch_size), desc="measuring streams", unit="batch"):
         batch = torch.utils.data.default_collate(
             [dataset[int(i)] for i in rows[start : start + batch_size]]
@@ -280,7 +284,8 @@ def measure_stream_statistics(
         for name, present in batch["present"].items():
             found[name].append(codec.stream_of(encoded.latents, name)[present].float().cpu())
     for name, parts in found.items():
-        part, latents = codec.streams[name], torch.cat(parts)
+        part = codec.streams[name]
+        latents = torch.cat(parts)
         if not hasattr(part, "latent_mean") or not len(latents):
             continue
         if part.latent_mean.ndim == 1:  # of all places alike
