@@ -13,10 +13,10 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
+from transformers import PreTrainedModel
 
 from .codec_chunk_tokcom import TokComCodecOutput
 from .heads_tokcom import TokComChoice
-from .modeling_tokcom import TokComModel
 from .transformer_tokcom import INSIDE_TEXT, START_OF_TEXT, block_causal_mask
 
 # ---- the task ----
@@ -129,7 +129,9 @@ class TokComTask:
     gaps: TokComGaps | None = None
 
 
-def prompt_context(model: TokComModel, ids: torch.Tensor, mask: torch.Tensor) -> TokComCodecOutput:
+def prompt_context(
+    model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor
+) -> TokComCodecOutput:
     """Whole chunks of prompts, ids and mask `(B, T)`, padded on the left -> context latents, counted from the first real one."""
     context = model.encode(ids, mask)
     num_hidden = (~context.mask).sum(1, keepdim=True)
@@ -139,7 +141,7 @@ def prompt_context(model: TokComModel, ids: torch.Tensor, mask: torch.Tensor) ->
 
 
 def token_gap_task(
-    model: TokComModel,
+    model: PreTrainedModel,
     tokens: torch.Tensor,
     is_known: torch.Tensor,
     is_real: torch.Tensor,
@@ -183,7 +185,9 @@ def token_gap_task(
 
 
 def latent_gap_task(
-    model: TokComModel, pieces: list[tuple[torch.Tensor, torch.Tensor] | None], noise: torch.Tensor
+    model: PreTrainedModel,
+    pieces: list[tuple[torch.Tensor, torch.Tensor] | None],
+    noise: torch.Tensor,
 ) -> TokComTask:
     """The task of filling the gaps between pieces of a text, for a model that regresses latents: gaps are whole chunks.
 
@@ -216,7 +220,10 @@ def latent_gap_task(
 
 
 def lay_out_clip(
-    model: TokComModel, given: torch.Tensor | None, num_frames: int | None, size: tuple[int, int]
+    model: PreTrainedModel,
+    given: torch.Tensor | None,
+    num_frames: int | None,
+    size: tuple[int, int],
 ) -> tuple[TokComCodecOutput | None, torch.Tensor]:
     """Latents of the first frames, `given` as the codec reads them, and positions `(n, 3)` of the latents to generate.
 
@@ -349,7 +356,7 @@ class TokComWindowCache:
 class Context:
     """What is known while blocks are denoised: the part that both kinds of model share."""
 
-    def __init__(self, model: TokComModel):
+    def __init__(self, model: PreTrainedModel):
         self.model = model
         self.symbols = model.symbols()
         self.guided = False
@@ -384,7 +391,7 @@ class Context:
 class VisibleContext(Context):
     """The context of a bidirectional model, which stands beside the noise at every step, and the captions before it."""
 
-    def __init__(self, model: TokComModel, task: TokComTask, omitted: list[torch.Tensor]):
+    def __init__(self, model: PreTrainedModel, task: TokComTask, omitted: list[torch.Tensor]):
         super().__init__(model)
         self.context = task.context
         self.prefix = task.prefix
@@ -443,7 +450,7 @@ class VisibleContext(Context):
 class CachedContext(Context):
     """The context of a block-causal model: keys and values of what was read and of what was generated, in a window."""
 
-    def __init__(self, model: TokComModel, task: TokComTask):
+    def __init__(self, model: PreTrainedModel, task: TokComTask):
         super().__init__(model)
         config = model.config.transformer_config
         self.block_size = config.block_size

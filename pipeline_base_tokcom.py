@@ -20,11 +20,10 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from huggingface_hub import create_branch, create_repo, upload_folder
 from huggingface_hub.constants import ENDPOINT as HF_ENDPOINT
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 
 from .context_tokcom import TokComTask
-from .modeling_tokcom import TokComModel
 from .processing_tokcom import pad_ids, tokenize_texts, vocabulary_size, with_pad_token
 from .sampling_tokcom import (
     Blocks,
@@ -35,9 +34,8 @@ from .sampling_tokcom import (
     spawn_generators,
     split_blocks,
 )
-from .scheduling_tokcom import TokComFlowMatchScheduler
 
-# modality of a codec -> the pipeline of its models, for errors; the classes are in `PIPELINES` (pipeline_media_tokcom.py)
+# modality of a codec -> the pipeline of its models
 PIPELINE_NAMES = {
     "text": "TokComPipeline",
     "image": "TokComImagePipeline",
@@ -159,15 +157,16 @@ class TokComBasePipeline(DiffusionPipeline):
     model_cpu_offload_seq = "model"
     _callback_tensor_inputs = ["latents"]
     _optional_components = ["tokenizer"]
-    # components that our own modules define, which are loaded from there whatever `model_index.json` says
+    # components that our own modules define, which are loaded from there whatever `model_index.json` says:
+    # class -> the library that the index names, and the module
     _local_classes = {
-        "TokComModel": ("transformers", TokComModel),
-        "TokComFlowMatchScheduler": ("diffusers", TokComFlowMatchScheduler),
+        "TokComModel": ("transformers", "modeling_tokcom"),
+        "TokComFlowMatchScheduler": ("diffusers", "scheduling_tokcom"),
     }
 
     def __init__(
         self,
-        model: TokComModel,
+        model: PreTrainedModel,
         scheduler: SchedulerMixin,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ):
@@ -197,7 +196,8 @@ class TokComBasePipeline(DiffusionPipeline):
         for name, value in config_dict.items():
             is_component = isinstance(value, (list, tuple))
             if is_component and value[-1] in cls._local_classes:
-                value = [cls._local_classes[value[-1]][1].__module__, value[-1]]
+                package = __name__.rpartition(".")[0]
+                value = [f"{package}.{cls._local_classes[value[-1]][1]}", value[-1]]
             # an index of an earlier version names a `vae` for all modalities
             if is_component and value[0] is None and name not in cls._optional_components:
                 continue
@@ -313,6 +313,10 @@ class TokComBasePipeline(DiffusionPipeline):
         if not config.is_causal_lm:
             return
         file = directory / "config.json"
+        code = Path(__file__).with_name("modeling_causal_tokcom.py")
+        if not code.is_file():  # diffusers copied only what the pipeline itself needs
+            return
+        shutil.copy(code, directory)
         fields = json.loads(file.read_text())
         where = "modeling_causal_tokcom.TokComForCausalLM"
         fields.setdefault("auto_map", {})["AutoModelForCausalLM"] = where

@@ -5,7 +5,6 @@ those to generate; given streams are the context and those asked for the noise, 
 sequence at all; guidance moves away from the prediction without them. `load_pipeline` picks the class for a saved model.
 """
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -24,19 +23,15 @@ from .codec_composite_tokcom import as_lists, guidance_omissions, names_to_make,
 from .codec_style_tokcom import TokComStyleCodec  # noqa: F401
 from .codec_video_tokcom import decode_clips, encode_clips, read_clips
 from .configuration_codec_tokcom import TokComCodecConfig  # noqa: F401
-from .configuration_tokcom import TokComConfig
 from .context_tokcom import TokComTask, lay_out_clip
 from .heads_tokcom import TokComTokenHead  # noqa: F401
 from .layers_tokcom import TokComBlock  # noqa: F401
-from .modeling_causal_tokcom import TokComForCausalLM  # noqa: F401
 from .modeling_tokcom import TokComModel
 from .objective_tokcom import TokComObjective  # noqa: F401
 from .pipeline_base_tokcom import CardFacts, TokComBasePipeline
-from .pipeline_tokcom import TokComPipeline
 from .processing_tokcom import TokComAudioProcessor, TokComImageProcessor, decode_rows, end_at_eos
 from .quantization_tokcom import VectorQuantizer  # noqa: F401
 from .sampling_tokcom import TokComSampling, most_alike
-from .scheduling_tokcom import TokComFlowMatchScheduler
 from .sounds_tokcom import read_sound  # noqa: F401
 from .transformer_tokcom import TokComTransformer  # noqa: F401
 
@@ -48,7 +43,6 @@ KIND_FIELDS = {
     "video": "videos",
     "audio": "audios",
 }  # of the output of several streams
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
 
 # ---- pictures ----
@@ -601,50 +595,11 @@ class TokComOmniPipeline(TokComBasePipeline):
         return TokComOmniPipelineOutput(streams=streams, latents=latents, **first_of_kind)
 
 
-# ---- which pipeline belongs to which model ----
-
-PIPELINES: dict[str, type[TokComBasePipeline]] = {
-    pipeline.modality: pipeline
-    for pipeline in (TokComPipeline, TokComImagePipeline, TokComVideoPipeline, TokComOmniPipeline)
-}
-
-
-def pipeline_class(config: TokComConfig) -> type[TokComBasePipeline]:
-    """The pipeline that runs models of this configuration."""
-    return PIPELINES[config.codec_config.modality]
-
-
-def build_pipeline(
-    model: TokComModel,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    scheduler: SchedulerMixin | None = None,
-    vae: ModelMixin | None = None,
-) -> TokComBasePipeline:
-    """A pipeline of the right class; the scheduler is by default the one that the model's training implies."""
-    scheduler = scheduler or TokComFlowMatchScheduler.from_model_config(model.config)
-    components = {} if vae is None else {"vae": vae}
-    return pipeline_class(model.config)(model, scheduler, tokenizer, **components)
-
-
-def load_pipeline(path: str | os.PathLike, **kwargs: Any) -> TokComBasePipeline:
-    """Load a directory or a Hub repository with the pipeline of its modality.
-
-    `kwargs` are those of `DiffusionPipeline.from_pretrained`, such as `dtype` and `revision`.
-    """
-    hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-    config = TokComConfig.from_pretrained(path, **hub)
-    return pipeline_class(config).from_pretrained(path, **kwargs)
-
-
 __all__ = [
-    "PIPELINES",
     "TokComImagePipeline",
     "TokComImagePipelineOutput",
     "TokComOmniPipeline",
     "TokComOmniPipelineOutput",
     "TokComVideoPipeline",
     "TokComVideoPipelineOutput",
-    "build_pipeline",
-    "load_pipeline",
-    "pipeline_class",
 ]

@@ -29,7 +29,6 @@ from .configuration_tokcom import TokComConfig  # noqa: F401
 from .context_tokcom import TokComGiven, TokComTask, latent_gap_task, prompt_context, token_gap_task
 from .heads_tokcom import TokComTokenHead  # noqa: F401
 from .layers_tokcom import TokComBlock  # noqa: F401
-from .modeling_causal_tokcom import TokComForCausalLM  # noqa: F401
 from .modeling_tokcom import TokComModel  # noqa: F401
 from .objective_tokcom import TokComObjective  # noqa: F401
 from .pipeline_base_tokcom import CardFacts, StepCallback, TokComBasePipeline

@@ -23,6 +23,7 @@ from functools import partial
 
 import torch
 from diffusers import SchedulerMixin
+from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from .context_tokcom import (
@@ -34,7 +35,6 @@ from .context_tokcom import (
     VisibleContext,
 )
 from .heads_tokcom import TokComChoice
-from .modeling_tokcom import TokComModel
 from .scheduling_tokcom import signal_time
 
 Blocks = Iterator[
@@ -225,7 +225,7 @@ class TokComStepPlanner:
     Raises `ValueError` if scheduler and model do not fit.
     """
 
-    def __init__(self, model: TokComModel, scheduler: SchedulerMixin, num_inference_steps: int):
+    def __init__(self, model: PreTrainedModel, scheduler: SchedulerMixin, num_inference_steps: int):
         self.model = model
         self.scheduler = scheduler
         self.num_inference_steps = num_inference_steps
@@ -388,7 +388,7 @@ class TokComBlockSampler:
     Raises `ValueError` if scheduler and model do not fit.
     """
 
-    def __init__(self, model: TokComModel, scheduler: SchedulerMixin, sampling: TokComSampling):
+    def __init__(self, model: PreTrainedModel, scheduler: SchedulerMixin, sampling: TokComSampling):
         self.model = model
         self.scheduler = scheduler
         self.sampling = sampling.resolve(model.config)

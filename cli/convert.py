@@ -23,8 +23,9 @@ from tokcom.cli.loading import check_model_path
 from tokcom.configuration_tokcom import TokComConfig
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_base_tokcom import with_section
-from tokcom.pipeline_media_tokcom import TokComImagePipeline, load_pipeline
+from tokcom.pipeline_media_tokcom import TokComImagePipeline
 from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.pipelines import load_pipeline
 from tokcom.processing_tokcom import vocabulary_size
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 from tokcom.training.card import evaluation_section

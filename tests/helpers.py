@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tokcom.configuration_tokcom import TokComConfig
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_base_tokcom import TokComBasePipeline
-from tokcom.pipeline_media_tokcom import build_pipeline
+from tokcom.pipelines import build_pipeline
 from tokcom.processing_tokcom import vocabulary_size
 from tokcom.training.presets import preset_config
 

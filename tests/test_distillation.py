@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tokcom.evaluation.students import main as measure_students
 from tokcom.modeling_tokcom import TokComModel
-from tokcom.pipeline_media_tokcom import build_pipeline, load_pipeline
+from tokcom.pipelines import build_pipeline, load_pipeline
 from tokcom.processing_tokcom import vocabulary_size
 from tokcom.sampling_tokcom import spawn_generators
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler

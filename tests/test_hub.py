@@ -1,5 +1,6 @@
 """The repository root and every export load as Hub repositories, each in a fresh interpreter, offline."""
 
+import functools
 import json
 import os
 import re
@@ -241,11 +242,14 @@ def test_pipeline_saves_and_reloads_everything(build, tmp_path):
 
 def test_the_list_of_remote_files_and_their_imports_is_pinned(build, tmp_path):
     build().save_pretrained(tmp_path / "text")
-    assert {p.name for p in (tmp_path / "text").glob("*.py")} == set(REMOTE_FILES) - {
-        "pipeline_media_tokcom.py"
-    }
+    other = {"pipeline_media_tokcom.py", "modeling_causal_tokcom.py"}
+    assert python_files(tmp_path / "text") == set(REMOTE_FILES) - other
     tiny_pipeline("image").save_pretrained(tmp_path / "image")
-    assert {p.name for p in (tmp_path / "image").glob("*.py")} == set(REMOTE_FILES)
+    other = {"pipeline_tokcom.py", "modeling_causal_tokcom.py"}
+    assert python_files(tmp_path / "image") == set(REMOTE_FILES) - other
+    TokComPipeline.from_pretrained(ROOT).save_pretrained(tmp_path / "causal")
+    other = {"pipeline_media_tokcom.py"}
+    assert python_files(tmp_path / "causal") == set(REMOTE_FILES) - other
     for name, allowed in REMOTE_FILES.items():
         found = {(a or b) for a, b in IMPORT.findall((ROOT / name).read_text())}
         local = {f.removesuffix(".py") for f in REMOTE_FILES}
@@ -253,16 +257,43 @@ def test_the_list_of_remote_files_and_their_imports_is_pinned(build, tmp_path):
         assert outside <= allowed, f"{name} imports {outside - allowed}"
 
 
-@pytest.mark.parametrize(
-    "pipeline, others",
-    [("pipeline_tokcom.py", {"pipeline_media_tokcom.py"}), ("pipeline_media_tokcom.py", set())],
-)
-def test_pipelines_name_every_module_that_they_need(pipeline, others):
-    text = (ROOT / pipeline).read_text()
-    for name in set(REMOTE_FILES) - {pipeline} - others:
-        assert f"from .{name.removesuffix('.py')} import" in text, (
-            f"diffusers would not copy {name}"
-        )
+def python_files(directory) -> set[str]:
+    return {file.name for file in directory.glob("*.py")}
+
+
+def relative_imports(name: str) -> set[str]:
+    return set(re.findall(r"^from \.(\w+) import", (ROOT / f"{name}.py").read_text(), re.MULTILINE))
+
+
+@pytest.mark.parametrize("pipeline", ["pipeline_tokcom", "pipeline_media_tokcom"])
+def test_pipelines_name_every_module_that_they_need(pipeline):
+    needed = set()
+    waiting = [pipeline]
+    while waiting:
+        new = relative_imports(waiting.pop()) - needed
+        needed |= new
+        waiting += new
+    missing = needed - relative_imports(pipeline)
+    assert not missing, f"diffusers would not copy {missing}"
+
+
+@pytest.mark.parametrize("pipeline", ["pipeline_tokcom", "pipeline_media_tokcom"])
+def test_a_pipeline_by_id_asks_the_hub_a_few_hundred_times_at_most(pipeline):
+    """diffusers follows every chain of relative imports anew and asks the Hub at each link, so chains must be short."""
+
+    @functools.cache
+    def links(name: str) -> int:
+        return 1 + sum(links(other) for other in relative_imports(name))
+
+    assert links(pipeline) < 300
+
+
+def test_a_saved_text_model_is_found_by_AutoModelForCausalLM(tmp_path):  # noqa: N802
+    TokComPipeline.from_pretrained(ROOT).save_pretrained(tmp_path)
+    names = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert names["AutoModelForCausalLM"] == "modeling_causal_tokcom.TokComForCausalLM"
+    settings = json.loads((tmp_path / "generation_config.json").read_text())
+    assert settings["temperature"] == 0.7 and settings["pad_token_id"] == 4096
 
 
 @pytest.mark.parametrize("custom", ["", ", custom_pipeline=PATH"])

@@ -10,14 +10,12 @@ from helpers import ROOT, build_model, seeded, tiny_pipeline
 from PIL import Image
 
 from tokcom.pipeline_media_tokcom import (
-    PIPELINES,
     TokComImagePipeline,
     TokComOmniPipeline,
     TokComVideoPipeline,
-    build_pipeline,
-    load_pipeline,
 )
 from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.pipelines import PIPELINES, build_pipeline, load_pipeline
 from tokcom.processing_tokcom import vocabulary_size
 
 MODALITIES = ["image", "video", "several"]

@@ -7,7 +7,7 @@ import torch
 from huggingface_hub import EvalResult, ModelCard
 
 from tokcom.pipeline_base_tokcom import TokComBasePipeline
-from tokcom.pipeline_media_tokcom import load_pipeline
+from tokcom.pipelines import load_pipeline
 from tokcom.training.config import STAGES, DataConfig, TrainConfig
 from tokcom.training.data import read_sources
 from tokcom.training.directory import WORK, RunDirectory, write_atomically

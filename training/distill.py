@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_base_tokcom import TokComBasePipeline
-from tokcom.pipeline_media_tokcom import load_pipeline
+from tokcom.pipelines import load_pipeline
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 from tokcom.training.config import DistillConfig, TrainConfig
 from tokcom.training.corpora import Corpus

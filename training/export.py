@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from tokcom.modeling_tokcom import TokComModel
-from tokcom.pipeline_media_tokcom import build_pipeline
+from tokcom.pipelines import build_pipeline
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 from tokcom.training.checkpoints import CheckpointError, first_line, flush_all
 

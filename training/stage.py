@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from tokcom.configuration_tokcom import TokComConfig
 from tokcom.modeling_tokcom import TokComModel
-from tokcom.pipeline_media_tokcom import build_pipeline
+from tokcom.pipelines import build_pipeline
 from tokcom.training.attention import fastest_attention, saved_attention
 from tokcom.training.checks import check_rows
 from tokcom.training.config import STAGES, StageConfig, TrainConfig

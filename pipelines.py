@@ -1,0 +1,53 @@
+"""Which pipeline belongs to which model.
+
+Not among the files that the Hub runs: there, `model_index.json` names the class.
+"""
+
+import os
+from typing import Any
+
+from diffusers import ModelMixin, SchedulerMixin
+from transformers import PreTrainedTokenizerBase
+
+from .configuration_tokcom import TokComConfig
+from .modeling_tokcom import TokComModel
+from .pipeline_base_tokcom import TokComBasePipeline
+from .pipeline_media_tokcom import TokComImagePipeline, TokComOmniPipeline, TokComVideoPipeline
+from .pipeline_tokcom import TokComPipeline
+from .scheduling_tokcom import TokComFlowMatchScheduler
+
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+PIPELINES: dict[str, type[TokComBasePipeline]] = {
+    pipeline.modality: pipeline
+    for pipeline in (TokComPipeline, TokComImagePipeline, TokComVideoPipeline, TokComOmniPipeline)
+}
+
+
+def pipeline_class(config: TokComConfig) -> type[TokComBasePipeline]:
+    """The pipeline that runs models of this configuration."""
+    return PIPELINES[config.codec_config.modality]
+
+
+def build_pipeline(
+    model: TokComModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    scheduler: SchedulerMixin | None = None,
+    vae: ModelMixin | None = None,
+) -> TokComBasePipeline:
+    """A pipeline of the right class; the scheduler is by default the one that the model's training implies."""
+    scheduler = scheduler or TokComFlowMatchScheduler.from_model_config(model.config)
+    components = {} if vae is None else {"vae": vae}
+    return pipeline_class(model.config)(model, scheduler, tokenizer, **components)
+
+
+def load_pipeline(path: str | os.PathLike, **kwargs: Any) -> TokComBasePipeline:
+    """Load a directory or a Hub repository with the pipeline of its modality.
+
+    `kwargs` are those of `DiffusionPipeline.from_pretrained`, such as `dtype` and `revision`.
+    """
+    hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+    config = TokComConfig.from_pretrained(path, **hub)
+    return pipeline_class(config).from_pretrained(path, **kwargs)
+
+
+__all__ = ["PIPELINES", "build_pipeline", "load_pipeline", "pipeline_class"]
