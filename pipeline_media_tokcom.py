@@ -16,13 +16,13 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-# diffusers copies only the direct relative imports of this file, so every module that it needs is named here
 from .codec_chunk_tokcom import TokComCodecOutput
 from .codec_color_tokcom import TokComColorCodec  # noqa: F401
 from .codec_composite_tokcom import as_lists, guidance_omissions, names_to_make, read_stream
 from .codec_style_tokcom import TokComStyleCodec  # noqa: F401
 from .codec_video_tokcom import decode_clips, encode_clips, read_clips
 from .configuration_codec_tokcom import TokComCodecConfig  # noqa: F401
+from .configuration_tokcom import TokComTransformerConfig  # noqa: F401
 from .context_tokcom import TokComTask, lay_out_clip
 from .heads_tokcom import TokComTokenHead  # noqa: F401
 from .layers_tokcom import TokComBlock  # noqa: F401
@@ -32,6 +32,9 @@ from .pipeline_base_tokcom import CardFacts, TokComBasePipeline
 from .processing_tokcom import TokComAudioProcessor, TokComImageProcessor, decode_rows, end_at_eos
 from .quantization_tokcom import VectorQuantizer  # noqa: F401
 from .sampling_tokcom import TokComSampling, most_alike
+
+# diffusers copies only the direct relative imports of this file, so every module that it needs is named here
+from .scheduling_tokcom import TokComFlowMatchSchedulerOutput  # noqa: F401
 from .sounds_tokcom import read_sound  # noqa: F401
 from .transformer_tokcom import TokComTransformer  # noqa: F401
 

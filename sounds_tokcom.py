@@ -130,7 +130,12 @@ def read_sound(
         rate = value.get("sampling_rate", rate)
         value = value["array"]
     elif isinstance(value, dict):
+        keys = sorted(value)
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
+        if value is None:
+            raise ValueError(
+                f"{name} is a dictionary with {keys}; it needs `bytes`, `path`, or `array` and `sampling_rate`."
+            )
     length = None
     if isinstance(value, (str, Path, bytes, bytearray)):
         sound, rate, length = _decode_sound(value, name, seconds)
@@ -177,9 +182,10 @@ def _samples(value: Any, name: str) -> np.ndarray:
         )
     except ValueError as error:
         raise ValueError(f"{name} has channels of unlike lengths ({error}); repair it.") from error
+    kind = type(value).__name__
     if value.dtype.kind not in "iuf" or value.ndim not in (1, 2):
         raise ValueError(
-            f"{name} is no sound: a path, encoded bytes, or samples (n,) or (channels, n) are, not {type(value).__name__} of "
+            f"{name} is no sound: a path, encoded bytes, or samples (n,) or (channels, n) are, not {kind} of "
             f"{value.dtype} of shape {value.shape}."
         )
     if (

@@ -342,7 +342,7 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--api_key",
         default=os.environ.get("TOKCOM_API_KEY"),
-        help="asked of every request but /health; or TOKCOM_API_KEY in the environment",
+        help="asked of every request but /health (default: TOKCOM_API_KEY, or no key)",
     )
     add("--model_name", default=ServerSettings.model_name, help="the name clients ask for")
     for name, text in LIMITS.items():

@@ -28,7 +28,7 @@ import torch
 from tqdm.auto import tqdm
 
 from tokcom.training.precision import has_fast_bfloat16
-from tokcom.training.presets import preset_config
+from tokcom.training.presets import preset_config, read_preset
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PEAK_SIZES = (1024, 2048, 4096)
@@ -101,7 +101,8 @@ def build_training(
         )
         with torch.device(DEVICE):
             model = TokComModel(config).train()
-        model.set_stage(stage, **({"ce_share": share[0]} if share else {}))
+        objective = read_preset("v5.2")[stage]["objective"]
+        model.set_stage(stage, **objective, **({"ce_share": share[0]} if share else {}))
         if "checkpointing" in options:
             model.gradient_checkpointing_enable()
         known = {}

@@ -15,6 +15,7 @@ from tokcom.evaluation.benchmark import (
     published_generator,
 )
 from tokcom.evaluation.published import PublishedTokCom
+from tokcom.training.presets import read_preset
 
 ARGS = dict(
     hidden_size=32,
@@ -42,6 +43,7 @@ def test_training_follows_the_loss_curve_of_the_plain_implementation(tmp_path, s
     )
     torch.save(checkpoint, tmp_path / "model.pt")
     model = load_published_pipeline(tmp_path / "model.pt").model.train()
+    model.set_stage(stage, **read_preset("v5.2")[stage]["objective"])
 
     trained = {"codec": published.vae, "flow": published.denoiser}[stage]
     parameters = list(

@@ -146,6 +146,7 @@ MISSING = {
     "sample-corpus": ["--model", "PATH", "--output", "corpus", "--num_texts", "1"],
     "app": ["--checkpoint", "PATH"],
     "evaluate": ["--checkpoint", "PATH"],
+    "serve": ["--checkpoint", "PATH"],
     "convert": ["PATH", "out"],
     "kmeans": ["PATH", "out", "--data", "x"],
     "publish": ["PATH", "user/name"],

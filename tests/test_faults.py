@@ -564,11 +564,11 @@ def test_a_run_goes_on_with_smaller_batches_and_the_average_switched_off_or_on(
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b'{"text": "broken', "cannot be read"),
-        (b"\xff\xfe\x00", "cannot be read"),
-        (b'{"text": 7}', "cannot be read|has no text"),
-        (b'{"text": null}', "has no text"),
-        (b"[1, 2]", "cannot be read"),
+        (b'{"text": "broken', r"record 3 \(line 4\) is no JSON"),
+        (b"\xff\xfe\x00", r"record 3 \(line 4\): byte 0"),
+        (b'{"text": 7}', "record 3|has no text"),
+        (b'{"text": null}', "record 3|has no text"),
+        (b"[1, 2]", r"record 3 \(line 4\) is the list"),
     ],
 )
 def test_corrupt_records_are_named(tmp_path, line, message):

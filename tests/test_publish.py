@@ -172,7 +172,7 @@ def test_training_pushes_a_card_of_the_run_and_publish_adds_the_evaluation(hub, 
     done = python(code, hub, tmp_path / "home")
     assert done.returncode == 0, done.stderr[-3000:]
     card = hub.files("tester/trained")["README.md"].decode()
-    assert 'license: "mit"' in card and "# trained" in card and "`stories_validation.jsonl`" in card
+    assert "license: mit" in card and "# trained" in card and "`stories_validation.jsonl`" in card
     assert (
         str(ROOT) not in card
         and "| flow | 3 |" in card
