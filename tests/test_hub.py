@@ -59,7 +59,7 @@ REMOTE_FILES = {
         "transformers",
         "typing",
     },
-    "transformer_tokcom.py": {"dataclasses", "torch", "transformers", "transformers", "typing"},
+    "transformer_tokcom.py": {"dataclasses", "torch", "transformers", "typing"},
     "heads_tokcom.py": {"collections", "torch", "typing"},
     "quantization_tokcom.py": {"collections", "dataclasses", "torch", "transformers"},
     "objective_tokcom.py": {"dataclasses", "torch", "transformers", "typing"},
