@@ -8,9 +8,10 @@ padded on the left to whole chunks; new ids are decoded together with those befo
 """
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from .context_tokcom import TokComGiven, TokComTask, latent_gap_task, prompt_con
 from .heads_tokcom import TokComTokenHead  # noqa: F401
 from .layers_tokcom import TokComBlock  # noqa: F401
 from .modeling_tokcom import TokComModel  # noqa: F401
-from .objective_tokcom import TokComObjective  # noqa: F401
+from .objective_tokcom import objective_class
 from .pipeline_base_tokcom import CardFacts, StepCallback, TokComBasePipeline
 from .processing_tokcom import (
     StreamedText,
@@ -59,6 +60,7 @@ from .sounds_tokcom import read_sound  # noqa: F401
 from .transformer_tokcom import TokComTransformer  # noqa: F401
 
 GAP = "____"
+LONGEST_CANDIDATE = 8  # tokens of a gap of unknown length
 Prompt = str | list[str] | list[dict[str, str]] | list[list[dict[str, str]]]
 
 
@@ -79,6 +81,23 @@ class TokComPipelineOutput(BaseOutput):
     latents: torch.FloatTensor | None = None
     attention_mask: torch.LongTensor | None = None
     codes: torch.LongTensor | None = None
+
+
+class TokComScore(NamedTuple):
+    """The likelihood of a text: its `nats` in all, and of each of its tokens; how many tokens and characters it has."""
+
+    nats: float
+    tokens: int
+    characters: int
+    token_nats: list[float]
+
+    @property
+    def nats_per_token(self) -> float:
+        return self.nats / self.tokens
+
+    @property
+    def nats_per_character(self) -> float:
+        return self.nats / self.characters
 
 
 class TokComPipeline(TokComBasePipeline):
@@ -526,21 +545,37 @@ class TokComPipeline(TokComBasePipeline):
     def infill(
         self,
         text: str,
-        gap_length: int = 16,
+        gap_length: int | None = 16,
         num_inference_steps: int | None = None,
         guidance_scale: float = 1.0,
         temperature: float | None = None,
         top_p: float | None = None,
         generator: torch.Generator | None = None,
+        num_candidates: int = 16,
     ) -> TokComPipelineOutput:
-        """Fill every gap `____` in `text` with `gap_length` tokens that see what stands before and after it.
+        """Fill every gap `____` in `text` with tokens that see what stands before and after it.
+
+        Three or more underscores are one gap. Every gap gets `gap_length` tokens. With `gap_length=None` the length is
+        unknown: `num_candidates` fillings of 1 to 8 tokens are drawn, and the one is kept whose whole text the model finds
+        most likely per character (see `score`).
 
         Returns the whole text. Raises `ValueError` when there is no gap or nothing but gaps.
         """
-        self.check_inputs(num_inference_steps, length=("gap_length", gap_length))
         if not isinstance(text, str):
             raise ValueError(f"`text` must be one text, not {text!r}; call infill for each.")
-        pieces = text.split(GAP)
+        if gap_length is None:
+            self.check_inputs(None, length=("num_candidates", num_candidates))
+            settings = (num_inference_steps, guidance_scale, temperature, top_p)
+            sources = spawn_generators(generator, num_candidates)
+            found = [
+                self.infill(text, 1 + i % LONGEST_CANDIDATE, *settings, source)
+                for i, source in enumerate(sources)
+            ]
+            scores = self.score([output.texts[0] for output in found])
+            best = min(range(len(found)), key=lambda i: scores[i].nats_per_character)
+            return found[best]
+        self.check_inputs(num_inference_steps, length=("gap_length", gap_length))
+        pieces = re.split("_{3,}", text)
         if len(pieces) < 2 or not any(piece.strip() for piece in pieces):
             raise ValueError(
                 f"`text` ({text!r}) must hold known text and at least one gap, written {GAP!r}."
@@ -559,6 +594,35 @@ class TokComPipeline(TokComBasePipeline):
         for row, gap, piece in zip(rows, gaps, pieces[1:]):
             filled += continue_text(self.tokenizer, filled, row, gap) + piece
         return TokComPipelineOutput(texts=[filled], sequences=torch.tensor(gaps), latents=latents)
+
+    @torch.no_grad()
+    def score(self, texts: str | list[str]) -> list[TokComScore]:
+        """The exact likelihood of texts under the model, at temperature 1 and from their first token on.
+
+        Raises `ValueError` for an empty text, one longer than the model sees at once, and for models that have no exact
+        probability of a next token (`is_causal_lm` of the configuration is false).
+        """
+        config = self.model.config
+        if not config.is_causal_lm:
+            raise ValueError(
+                "only models whose tokens take turns within blocks of one chunk have exact likelihoods "
+                f"(`token_stagger` is {config.token_stagger}, `block_size` {config.transformer_config.block_size})."
+            )
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        rows = self._tokenize(texts, "texts")
+        longest = max(len(row) for row in rows)
+        self._check_filled_length(longest)
+        length = -(-longest // self.chunk_size) * self.chunk_size
+        ids, mask = pad_ids(rows, length, config.vocab_size - 1, "right")
+        device = self._execution_device
+        objective = objective_class(config, "flow")()
+        losses = objective.loss(self.model.eval(), ids.to(device), mask.to(device)).token_losses
+        self.maybe_free_model_hooks()
+        nats = losses.flatten(1).tolist()
+        return [
+            TokComScore(sum(row[: len(tokens)]), len(tokens), len(text), row[: len(tokens)])
+            for row, tokens, text in zip(nats, rows, texts)
+        ]
 
     def _check_filled_length(self, tokens: int) -> None:
         if tokens > self.max_length:
@@ -647,4 +711,4 @@ class TokComPipeline(TokComBasePipeline):
         return self.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
 
 
-__all__ = ["GAP", "TokComPiece", "TokComPipeline", "TokComPipelineOutput"]
+__all__ = ["GAP", "TokComPiece", "TokComPipeline", "TokComPipelineOutput", "TokComScore"]

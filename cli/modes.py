@@ -5,7 +5,6 @@ list of texts.
 """
 
 import argparse
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from PIL import Image
 
 from tokcom.cli.loading import check_modality, open_pipeline, speed_up
 from tokcom.cli.options import MODES, READ, WRITTEN
-from tokcom.pipeline_tokcom import GAP
 from tokcom.processing_tokcom import write_wav
 from tokcom.training.films import write_film
 from tokcom.training.images import Frames
@@ -116,10 +114,7 @@ def stream(pipe, prompt: str, tokens: int, options: dict[str, Any]) -> str:
 
 def infill(pipe, args: argparse.Namespace) -> list[str]:
     options = {"guidance_scale": args.guidance_scale, **token_sampling(args)}
-    text = re.sub(
-        "_{3,}", GAP, args.input_text
-    )  # a gap is as wide as it was drawn; its length is an option
-    return show(pipe.infill(text, args.gap_length, **options))
+    return show(pipe.infill(args.input_text, args.gap_length, **options))
 
 
 def reconstruct(pipe, args: argparse.Namespace) -> list[str]:

@@ -38,6 +38,12 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 # ---- options of the modes; `inference.py` has all of them, a command those of its modes ----
 
+
+def gap_length(text: str) -> int | None:
+    """A number of tokens, or None for `auto`."""
+    return None if text == "auto" else int(text)
+
+
 CHECKPOINT = "model directory or Hub id"
 DEVICE = "cpu, cuda, cuda:1 ... (default: cuda if there is one, else cpu)"
 OPTIONS: dict[str, dict] = {
@@ -62,7 +68,11 @@ OPTIONS: dict[str, dict] = {
     "image_width": {"type": int, "help": "pixels in a row (default: the model's)"},
     "num_chunks": {"type": int, "default": 256, "help": "chunks to generate from nothing"},
     "num_generate_chunks": {"type": int, "default": 64, "help": "chunks to write after the prompt"},
-    "gap_length": {"type": int, "default": 16, "help": "tokens in each gap"},
+    "gap_length": {
+        "type": gap_length,
+        "default": 16,
+        "help": "tokens in each gap; auto tries several lengths and keeps the likeliest text",
+    },
     "temperature": {
         "type": float,
         "help": "of token probabilities; lower is safer text (default: the model's)",

@@ -9,6 +9,7 @@ from transformers import TextStreamer
 from tokcom.modeling_causal_tokcom import TokComForCausalLM
 from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.processing_tokcom import vocabulary_size
+from tokcom.sampling_tokcom import spawn_generators
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 320}
@@ -150,6 +151,45 @@ def test_generate_takes_what_tools_pass(model):
     assert model.generate(ids, do_sample=True, num_return_sequences=2, **options).shape == (4, 14)
     cold = model.generate(ids, do_sample=True, temperature=0, **options)
     assert torch.equal(cold, model.generate(ids, do_sample=False, **options))
+
+
+@pytest.fixture(scope="module")
+def pipe(tokenizer) -> TokComPipeline:
+    model = causal(vocab_size=vocabulary_size(tokenizer), num_inference_steps=4)
+    pipe = TokComPipeline(
+        model, TokComFlowMatchScheduler.from_model_config(model.config), tokenizer
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@torch.no_grad()
+def test_a_score_is_the_likelihood_of_the_logits_in_any_batch(pipe, tokenizer):
+    texts = ["Squinty was a pig.", "He", "Mr. Rabbit went home to his wife."]
+    for text, score in zip(texts, pipe.score(texts)):
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        losses = F.cross_entropy(pipe.model(ids).logits[0, :-1], ids[0, 1:], reduction="none")
+        assert (score.tokens, score.characters) == (ids.shape[1], len(text))
+        assert score.token_nats[1:] == pytest.approx(losses.tolist(), rel=1e-4, abs=1e-4)
+        assert score.nats == pytest.approx(sum(score.token_nats))
+        assert score.nats_per_character == pytest.approx(score.nats / len(text))
+        alone = pipe.score(text)[0]
+        assert alone.nats == pytest.approx(score.nats, rel=1e-4)
+
+
+def test_a_gap_of_unknown_length_gets_the_likeliest_of_several(pipe):
+    text = "Squinty was a _______ pig."
+    best = pipe.infill(text, gap_length=None, num_candidates=8, generator=seeded()).texts[0]
+    assert best.startswith("Squinty was a") and best.endswith(" pig.") and "_" not in best
+    sources = spawn_generators(seeded(), 8)
+    others = [pipe.infill(text, 1 + i, generator=s).texts[0] for i, s in enumerate(sources)]
+    scores = {text: pipe.score(text)[0].nats_per_character for text in others}
+    assert best == min(scores, key=scores.get)
+
+
+def test_models_without_exact_likelihoods_score_nothing(build):
+    with pytest.raises(ValueError, match="exact likelihoods"):
+        build().score("Squinty")
 
 
 @torch.no_grad()
