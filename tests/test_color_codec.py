@@ -221,7 +221,11 @@ def test_texts_are_no_pictures_of_other_models(tokenizer):
 
 @pytest.mark.parametrize(
     "digits, steps, share",
-    [("color", 400, 0.85), ("bits", 400, 0.85), ("bits of tokens", 800, 0.95)],
+    [
+        ("bits", 400, 0.85),
+        pytest.param("color", 400, 0.85, marks=pytest.mark.slow),
+        pytest.param("bits of tokens", 800, 0.95, marks=pytest.mark.slow),
+    ],
 )
 def test_pixel_model_learns_one_batch_and_writes_it_from_noise(tokenizer, digits, steps, share):
     size = vocabulary_size(tokenizer)

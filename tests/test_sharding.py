@@ -4,6 +4,7 @@ import random
 import subprocess
 import sys
 
+import pytest
 import torch
 from helpers import ROOT, tiny_model
 
@@ -130,6 +131,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_both_stages_take_a_step_as_accelerate_shards_them(tmp_path):
     (tmp_path / "worker.py").write_text(
         f"import sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\n{PREPARED}"

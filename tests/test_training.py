@@ -79,7 +79,7 @@ OVERFIT = {
 }
 
 
-@pytest.mark.parametrize("kind", ["latents", "tokens"])
+@pytest.mark.parametrize("kind", [pytest.param("latents", marks=pytest.mark.slow), "tokens"])
 def test_one_batch_overfits_end_to_end(tokenizer, stories, kind):
     """Codec, then flow, then sampling from noise with the prompt: more than 99 % of the tokens come back."""
     torch.manual_seed(0)
@@ -175,7 +175,7 @@ def launch(output, *extra):
     )
 
 
-@pytest.mark.parametrize("streaming", ["false", "true"])
+@pytest.mark.parametrize("streaming", ["false", pytest.param("true", marks=pytest.mark.slow)])
 def test_killed_and_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(tmp_path, streaming):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     extra = [f"data.streaming={streaming}"]
