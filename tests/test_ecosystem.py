@@ -1,6 +1,7 @@
 """Other people's tools on the shipped model, each in a fresh process, as remote code without the package installed."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -71,8 +72,13 @@ def alone(repository, tmp_path):
         code = code.replace("{model!r}", repr(names["model"])).replace(
             "{data!r}", repr(names["data"])
         )
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         done = subprocess.run(
-            [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+            [sys.executable, "-c", code],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
