@@ -50,7 +50,9 @@ def run_mode(args: argparse.Namespace) -> None:
     if output_file is None:
         return
     if args.mode != "encode":  # which has written its latents already
-        Path(output_file).write_text("".join(f"[{i + 1}] {text}\n" for i, text in enumerate(texts)))
+        Path(output_file).write_text(
+            "".join(f"[{i + 1}] {text}\n" for i, text in enumerate(texts)), encoding="utf-8"
+        )
     print(f"written to {output_file}")
 
 

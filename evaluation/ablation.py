@@ -167,7 +167,7 @@ def write_table(work: Path, file: str) -> None:
         quality = row["held_out_nll"], row["nll_at_real_entropy"], plain["nll"], plain["entropy"]
         cells.append([row["row"], row["seed"], *cost, *quality])
     text = table(columns, cells) + (write_recovery_table(recovery) if recovery else "")
-    Path(file).write_text(text)
+    Path(file).write_text(text, encoding="utf-8")
     print(text)
 
 

@@ -63,7 +63,7 @@ def peak_mib() -> float:
         return torch.cuda.max_memory_allocated() / 2**20
     status = Path("/proc/self/status")
     if status.is_file():  # unlike `ru_maxrss`, not inherited from the process that started this one
-        return int(re.search(r"VmHWM:\s*(\d+)", status.read_text()).group(1)) / 1024
+        return int(re.search(r"VmHWM:\s*(\d+)", status.read_text(encoding="utf-8")).group(1)) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 

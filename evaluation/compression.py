@@ -220,7 +220,7 @@ def main(argv: list[str] | None = None) -> None:
         ]
         columns += ["distinct codes", "steps"]
         text = table(columns, [[row.get(column) for column in columns] for row in found])
-        Path(args.table).write_text(text)
+        Path(args.table).write_text(text, encoding="utf-8")
         print(text)
         if args.picture:
             draw_rates(found, args.picture)

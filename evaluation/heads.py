@@ -71,7 +71,7 @@ def write_predictions(file: Path, texts: list[str], predictions: list[str]) -> s
         for i, (r, p) in enumerate(zip(texts, predictions))
     ]
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+    file.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return str(file)
 
 

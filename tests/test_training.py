@@ -229,7 +229,10 @@ def test_two_processes_see_different_windows_and_keep_one_set_of_weights(tmp_pat
         command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    first, second = ([json.loads(line) for line in open(tmp_path / f"seen{rank}")] for rank in "01")
+    first, second = (
+        [json.loads(line) for line in open(tmp_path / f"seen{rank}", encoding="utf-8")]
+        for rank in "01"
+    )
     assert len(first) == len(second) == 6
     for a, b in zip(first, second):
         assert a[:2] != b[:2] and a[2] == b[2]

@@ -1,6 +1,7 @@
 """The processes of a run, and where they would run past each other."""
 
 import os
+from datetime import timedelta
 
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
@@ -14,11 +15,15 @@ from accelerate.utils import (
 from tokcom.training.config import LoopConfig, TrainConfig
 from tokcom.training.precision import resolve_precision
 
+# One process reads, tokenizes and caches the data while the others wait, longer than the ten minutes of torch's default.
+PATIENCE = timedelta(hours=12)
+
 
 def start_processes() -> PartialState:
     """Find the other processes of this launch; raises `RuntimeError` if they do not find each other."""
     AcceleratorState._reset_state()  # each run has its own precision, also several in one Python process
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    use_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
+    state = PartialState(cpu=use_cpu, timeout=PATIENCE)
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world != state.num_processes:
         raise RuntimeError(

@@ -104,7 +104,9 @@ def seconds_busy(port: int, started: float, limit: float = 300.0) -> float:
 
 def cpu_seconds(process: subprocess.Popen) -> float:
     """Processor time of a process so far, which does not depend on what else the machine does."""
-    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    fields = (
+        Path(f"/proc/{process.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    )
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
