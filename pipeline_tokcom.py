@@ -616,7 +616,8 @@ class TokComPipeline(TokComBasePipeline):
         ids, mask = pad_ids(rows, length, config.vocab_size - 1, "right")
         device = self._execution_device
         objective = objective_class(config, "flow")()
-        losses = objective.loss(self.model.eval(), ids.to(device), mask.to(device)).token_losses
+        inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+        losses = objective.loss(self.model.eval(), **inputs).token_losses
         self.maybe_free_model_hooks()
         nats = losses.flatten(1).tolist()
         return [
