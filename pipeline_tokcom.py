@@ -376,7 +376,7 @@ class TokComPipeline(TokComBasePipeline):
             on_step_end=None if should_stop is None else ask_to_stop,
         )
         texts = [
-            StreamedText(self.tokenizer, prompt, row, length, repeated)
+            StreamedText(self.tokenizer, prompt, row, length, repeated, self._eos_token_id)
             for prompt, row, length, repeated in zip(list[Any](prompts), rows, lengths, skip)
         ]
         for _, block in blocks:

@@ -208,6 +208,7 @@ class StreamedText:
     prompt_ids: list[int]
     max_length: int
     skip: int  # tokens that its next blocks repeat of the prompt
+    eos_token_id: int | None  # ends the text
     ids: list[int] = field(default_factory=list)
     shown: str = ""
     piece: TokComPiece = TokComPiece("", 0, None)
@@ -220,10 +221,9 @@ class StreamedText:
         if self.piece.finish_reason is not None:
             self.piece = self.piece._replace(text="", ids=())
             return self.piece
-        eos = self.tokenizer.eos_token_id
-        ended = eos in new
+        ended = self.eos_token_id in new
         if ended:
-            new = new[: new.index(eos) + 1]
+            new = new[: new.index(self.eos_token_id) + 1]
             ended = len(self.ids) + len(new) <= self.max_length
         new = new[: self.max_length - len(self.ids)]
         self.ids = self.ids + new

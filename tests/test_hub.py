@@ -102,6 +102,7 @@ REMOTE_FILES = {
         "typing",
     },
     "pipeline_tokcom.py": {
+        "re",
         "PIL",
         "collections",
         "dataclasses",
