@@ -78,7 +78,7 @@ class TokComTextCache:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Add keys and values `(R, H, m, size)` at `places` of `rows`, and return all of those rows.
 
-        The first call of a layer, for all rows, makes its buffers.
+        The first call of a layer, for all rows, makes its buffers; whoever sets `places` makes room for them.
         """
         if self.rows is None:
             self.keys[layer_idx] = keys
@@ -86,9 +86,8 @@ class TokComTextCache:
             return keys, values
         found = []
         for store, new in ((self.keys, keys), (self.values, values)):
-            buffer = _grown(store[layer_idx], 2, int(self.places.max()) + 1)
+            buffer = store[layer_idx]
             buffer[self.rows[:, None], :, self.places] = new.transpose(1, 2)
-            store[layer_idx] = buffer
             found.append(buffer[self.rows])
         return found[0], found[1]
 

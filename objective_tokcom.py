@@ -298,6 +298,15 @@ def _noisy_chunks(model, symbols, chunks: torch.Tensor, place_times: torch.Tenso
     return (1 - signal) * torch.randn_like(clean) * model.config.noise_std + signal * clean
 
 
+def _check_weights(mse_weight: float, ce_weight: float) -> None:
+    """Raise `ValueError` unless the weights of the two terms of a loss are not negative and not both 0."""
+    if mse_weight < 0 or ce_weight < 0 or mse_weight + ce_weight == 0:
+        raise ValueError(
+            f"`mse_weight` ({mse_weight}) and `ce_weight` ({ce_weight}) must not be negative, "
+            "and one of them must be positive."
+        )
+
+
 def _clean_latents(model, latents, *source) -> TokComCodecOutput:
     """What the frozen codec makes of the data, or the `latents` that were encoded before."""
     with torch.no_grad():
@@ -408,11 +417,7 @@ class TokComTextLatentObjective(TokComFlowObjective):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.mse_weight < 0 or self.ce_weight < 0 or self.mse_weight + self.ce_weight == 0:
-            raise ValueError(
-                f"`mse_weight` ({self.mse_weight}) and `ce_weight` ({self.ce_weight}) must not be negative, "
-                "and one of them must be positive."
-            )
+        _check_weights(self.mse_weight, self.ce_weight)
         if not 0 < self.ce_share <= 1:
             raise ValueError(f"`ce_share` ({self.ce_share}) must be in (0, 1].")
 
@@ -526,11 +531,7 @@ class TokComStreamObjective(TokComObjective):
         rates = self.generation_rates or {}
         if not 0 <= self.context_dropout < 1:
             raise ValueError(f"`context_dropout` ({self.context_dropout}) must be in [0, 1).")
-        if self.mse_weight < 0 or self.ce_weight < 0 or self.mse_weight + self.ce_weight == 0:
-            raise ValueError(
-                f"`mse_weight` ({self.mse_weight}) and `ce_weight` ({self.ce_weight}) must not be negative, "
-                "and one of them must be positive."
-            )
+        _check_weights(self.mse_weight, self.ce_weight)
         if (
             set(weights) - set(names)
             or min(weights.values(), default=1) < 0

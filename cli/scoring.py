@@ -70,10 +70,7 @@ def score_tokens(model: TokComModel, ids: list[int]) -> torch.Tensor:
             features=head.read(symbols, latents, times, chunks),
             entry=before,
         ).latents.unflatten(-1, (size, -1))[:, :, turn]  # (1, N, E)
-        logits = torch.nn.functional.linear(
-            expected, head.embedding.weight, head.prior.to(expected.dtype)
-        )
-        logprobs.append(logits[0].float().log_softmax(-1))
+        logprobs.append(head.logits(expected)[0].log_softmax(-1))
     return torch.stack(logprobs, dim=1).flatten(0, 1)[: len(ids)]  # (T, V)
 
 
