@@ -195,7 +195,7 @@ class TokComNextChunkObjective(TokComFlowObjective):
         chunks, real = model.codec.symbols(input_ids, attention_mask)  # (B, N, K)
         given, has_gaps, dropped = self._draw_rows(model, chunks, known_mask, input_ids, fills_gaps)
         begins = torch.ones_like(dropped) if text_start is None else text_start.bool()
-        states = _read_text(
+        states = read_text(
             model, symbols, chunks, real, given, has_gaps, begins & ~dropped
         )  # (B, 1 + N, D)
 
@@ -271,7 +271,7 @@ class TokComNextChunkObjective(TokComFlowObjective):
         return torch.where(on_turn, (shares * turns).floor() / turns, shares)
 
 
-def _read_text(model, symbols, chunks, real, given, has_gaps, begins) -> torch.Tensor:
+def read_text(model, symbols, chunks, real, given, has_gaps, begins) -> torch.Tensor:
     """States `(B, 1 + N, D)` of the context network after `[start, chunk 0, chunk 1, ...]`.
 
     The state at each place is all that the head learns of what stands before the next chunk. In rows with gaps the
@@ -649,4 +649,5 @@ __all__ = [
     "TokComTokenObjective",
     "build_objective",
     "objective_class",
+    "read_text",
 ]

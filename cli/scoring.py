@@ -6,7 +6,7 @@ One function, so that a causal language model class can replace it.
 import torch
 
 from tokcom.modeling_tokcom import TokComModel
-from tokcom.transformer_tokcom import START_OF_TEXT
+from tokcom.objective_tokcom import read_text
 
 
 def require_exact_scores(model: TokComModel) -> None:
@@ -42,17 +42,12 @@ def score_tokens(model: TokComModel, ids: list[int]) -> torch.Tensor:
     row = torch.tensor(
         [ids + [0] * (length * size - len(ids))], device=model.device
     )  # what follows changes nothing
-    chunks = codec.symbols(row, torch.ones_like(row))[0]  # (1, N, K)
+    chunks, real = codec.symbols(row, torch.ones_like(row))  # (1, N, K) each
     symbols = model.symbols()
-    clean = torch.ones(chunks.shape, device=model.device)
-    features = head.read(symbols, None, clean, chunks)  # (1, N, K * E)
-    features = torch.nn.functional.pad(features, (0, 0, 1, 0))
-    positions = torch.arange(-1, length, device=model.device)
-    positions[0] = START_OF_TEXT
-    causal = torch.ones(length + 1, length + 1, dtype=torch.bool, device=model.device).tril()
-    states = model.transformer.read_context(
-        features, positions[None, :, None], causal[None]
-    )  # (1, 1 + N, D)
+    nothing = torch.zeros_like(real)  # is known beforehand
+    no_gaps = torch.zeros(1, dtype=torch.bool, device=model.device)
+    begins = torch.ones_like(no_gaps)
+    states = read_text(model, symbols, chunks, real, nothing, no_gaps, begins)  # (1, 1 + N, D)
     before = states[:, :-1]  # what is known when a chunk begins
 
     logprobs = []
