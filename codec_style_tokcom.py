@@ -48,8 +48,13 @@ class TokComStyleAttention(nn.Module):
         """`(B, S, D)` in and out."""
         heads = self.qkv_proj(hidden_states).unflatten(-1, (3, self.heads, -1))
         heads = heads.permute(2, 0, 3, 1, 4)  # (3, B, heads, S, head_dim)
-        output = F.scaled_dot_product_attention(*heads)  # (B, heads, S, head_dim)
-        return self.o_proj(output.transpose(1, 2).flatten(2))
+        if heads.device.type == "cpu":  # in bfloat16 the backward pass is six times as slow
+            with torch.autocast("cpu", enabled=False):
+                output = F.scaled_dot_product_attention(*heads.float())
+        else:
+            output = F.scaled_dot_product_attention(*heads)
+        output = output.to(heads.dtype).transpose(1, 2).flatten(2)  # (B, S, D)
+        return self.o_proj(output)
 
 
 class TokComStyleMLP(nn.Sequential):
