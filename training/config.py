@@ -254,7 +254,7 @@ class TrainConfig:
                 "`codec_from` reuses a finished codec: set stage=flow and no model.codec_config.*."
             )
         for name in STAGES:
-            check_positive(getattr(self, name), f"{name}.", allow_zero=("warmup_steps",))
+            check_positive(getattr(self, name), f"{name}.", allow_zero=("warmup_steps", "shift"))
         if self.stage == "distill":
             self._check_distillation()
 

@@ -1,6 +1,7 @@
 """Pictures or clips and their captions in, batches of `pixel_values` and caption ids out."""
 
 import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -497,18 +498,35 @@ def pad_captions(rows: list[list[int]], pad_id: int) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def encode_all(
-    model, dataset, rows: np.ndarray | None = None, batch_size: int = 256
-) -> torch.Tensor:
-    """Standardised latents `(M, N, C)` of the pictures of a dataset, in its order, or of those at `rows (M,)`."""
-    rows = np.arange(len(dataset)) if rows is None else rows
-    parts = []
+def encode_parts(model, dataset, rows: np.ndarray, batch_size: int = 256) -> Iterator[torch.Tensor]:
+    """Standardised latents `(batch_size, N, C)` of the pictures of a dataset at `rows (M,)`, part after part."""
     for start in tqdm(range(0, len(rows), batch_size), desc="encoding pictures", unit="batch"):
         pixels = [dataset[int(i)]["pixel_values"] for i in rows[start : start + batch_size]]
-        parts.append(
-            model.encode(pixel_values=torch.stack(pixels).to(model.device)).latents.float().cpu()
-        )
-    return torch.cat(parts)
+        yield model.encode(pixel_values=torch.stack(pixels).to(model.device)).latents.float().cpu()
+
+
+def encode_all(model, dataset, rows: np.ndarray | None = None) -> torch.Tensor:
+    """Standardised latents `(M, N, C)` of the pictures of a dataset, in its order, or of those at `rows (M,)`."""
+    rows = np.arange(len(dataset)) if rows is None else rows
+    return torch.cat(list(encode_parts(model, dataset, rows)))
+
+
+class FiledLatents:
+    """The latents of `encode_all` in a file, read part after part, again and again: only a part is in memory."""
+
+    def __init__(self, file: Path, model, dataset, rows: np.ndarray):
+        self.file = file
+        self.shapes = []
+        with file.open("wb") as stream:
+            for part in encode_parts(model, dataset, rows):
+                self.shapes.append(part.shape)
+                stream.write(part.numpy().tobytes())
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        with self.file.open("rb") as stream:
+            for shape in self.shapes:
+                values = np.fromfile(stream, np.float32, shape.numel())
+                yield torch.from_numpy(values).view(shape)
 
 
 @torch.no_grad()
