@@ -57,6 +57,7 @@ def speak_of_images(folder: Path) -> list[str]:
     train_accelerate.main([*options, "num_samples=0", "data.validation_fraction=0.3"])
     call("kmeans", model, coded, "--data", PICTURES, "--num_codes", "16")
     small = ["--max_steps", "2", "--hidden_size", "32", "--num_hidden_layers", "1"]
+    small += ["--proxy_codes", "8"]
     return [
         "--model",
         coded,
@@ -110,7 +111,7 @@ EXPECTED = {
     "swap_schedulers": "UniPCMultistepScheduler",
     "read_latents": "1.00 'The young fox ran away fast.",
     "compress_document": "bits per token",
-    "image_language": "of words at their places",
+    "image_language": "dB by patches in one step",
     "distill_2d": "matching + regression, 1 step",
     "moving_pictures": "6 clips of 8 frames",
 }
