@@ -132,9 +132,9 @@ def test_no_example_is_left_out():
     assert {file.stem for file in (ROOT / "examples").glob("*.py")} == set(EXAMPLES) | elsewhere
 
 
-def test_the_demo_shows_every_use_of_the_shipped_model_with_progress(capsys):
+def test_the_demo_shows_every_use_of_the_shipped_model_with_progress(capsys, tmp_path):
     demo = SimpleNamespace(**runpy.run_path(str(ROOT / "examples/demo.py")))
-    demo.main()
+    demo.main(["--only", "text", "--output_dir", str(tmp_path)])
     printed = capsys.readouterr()
     assert demo.PROMPT in printed.out and demo.GAPPED in printed.out
     before, after = demo.GAPPED.split("____")
