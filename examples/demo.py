@@ -36,7 +36,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "Lily had a little dog named Max. One day,"
 TEXT = "Once upon a time there was a little rabbit who lived in a big wood."
 GAPPED = "Lily was sad because she lost her ____. Her mom helped her find it."
-MEANING = "name[The Punter], eatType[pub], food[Italian], area[riverside]"
+MEANING = (
+    "name[Cotto], eatType[coffee shop], food[Chinese], priceRange[moderate], area[riverside], "
+    "familyFriendly[yes], near[The Portland Arms]"
+)
 EMOJI = (
     "woman cook, medium skin tone",
     "grinning face",
