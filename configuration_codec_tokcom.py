@@ -1,9 +1,12 @@
-"""Configurations of the codecs: token chunks, pixels, images as ordered tokens, clips and sounds as patches, and several at once.
+"""Configurations of the codecs: token chunks, pixels, images as ordered tokens, clips and sounds as
+patches, and several at once.
 
-Notable choices: every codec says what it codes (`modality`) and how its latents relate to it through the same few properties
-(`chunk_size`, `length_multiple`, `has_symbols`, `group_size`); all checks live in `validate_architecture`.
+Notable choices: every codec says what it codes (`modality`) and how its latents relate to it
+through the same few properties (`chunk_size`, `length_multiple`, `has_symbols`, `group_size`); all
+checks live in `validate_architecture`.
 
-Shape legend: B batch, T tokens, K tokens per chunk, N = T/K latents, C latent channels, D width, V vocabulary.
+Shape legend: B batch, T tokens, K tokens per chunk, N = T/K latents, C latent channels, D width, V
+vocabulary.
 """
 
 import math
@@ -25,7 +28,8 @@ def check_positive(config: PreTrainedConfig, *names: str) -> None:
 def check_known_keys(
     config_class: type[PreTrainedConfig], values: dict[str, Any], prefix: str
 ) -> None:
-    """Reject misspelt keys, which `PreTrainedConfig` would keep as attributes that nothing reads."""
+    """Reject misspelt keys, which `PreTrainedConfig` would keep as attributes that nothing
+    reads."""
     known = {k for c in config_class.__mro__ for k in getattr(c, "__annotations__", {})}
     for key in set(values) - known:
         if key not in config_class().to_dict() and not key.startswith("_"):
@@ -42,21 +46,23 @@ def check_size(config: PreTrainedConfig, parameters: int) -> None:
     )
     if layers > MAX_LAYERS or parameters > MAX_PARAMETERS:
         raise ValueError(
-            f"{type(config).__name__} asks for about {parameters:.1e} parameters in {layers} layers; at most "
-            f"{MAX_PARAMETERS:.0e} in {MAX_LAYERS} are built. Check its sizes, or whom the file comes from."
+            f"{type(config).__name__} asks for about {parameters:.1e} parameters in {layers} "
+            f"layers; at most {MAX_PARAMETERS:.0e} in {MAX_LAYERS} are built. Check its sizes, or "
+            "whom the file comes from."
         )
 
 
 def check_heads(config: PreTrainedConfig) -> None:
     if config.hidden_size % (2 * config.num_attention_heads):
         raise ValueError(
-            f"`hidden_size` ({config.hidden_size}) must be an even multiple of `num_attention_heads` "
-            f"({config.num_attention_heads}); rotary embedding pairs the channels of a head."
+            f"`hidden_size` ({config.hidden_size}) must be an even multiple of "
+            f"`num_attention_heads` ({config.num_attention_heads}); rotary embedding pairs the "
+            "channels of a head."
         )
     if config.num_attention_heads % config.num_key_value_heads:
         raise ValueError(
-            f"`num_attention_heads` ({config.num_attention_heads}) must be a multiple of `num_key_value_heads` "
-            f"({config.num_key_value_heads}) for grouped-query attention."
+            f"`num_attention_heads` ({config.num_attention_heads}) must be a multiple of "
+            f"`num_key_value_heads` ({config.num_key_value_heads}) for grouped-query attention."
         )
 
 
@@ -65,17 +71,18 @@ def check_quantizer(config: PreTrainedConfig) -> None:
         raise ValueError(f"`quantizer` ({config.quantizer!r}) must be 'none', 'vq' or 'fsq'.")
     if config.quantizer == "vq" and (config.num_codes < 2 or config.num_quantizers < 1):
         raise ValueError(
-            f"`num_codes` ({config.num_codes}) must be at least 2 and `num_quantizers` ({config.num_quantizers}) at least 1."
+            f"`num_codes` ({config.num_codes}) must be at least 2 and `num_quantizers` "
+            f"({config.num_quantizers}) at least 1."
         )
     if config.quantizer == "fsq" and len(config.fsq_levels or ()) != config.latent_channels:
         raise ValueError(
-            f"`fsq_levels` ({config.fsq_levels}) must give the levels of every one of the {config.latent_channels} "
-            "`latent_channels`."
+            f"`fsq_levels` ({config.fsq_levels}) must give the levels of every one of the "
+            f"{config.latent_channels} `latent_channels`."
         )
     if config.quantizer == "fsq" and math.prod(config.fsq_levels) >= 2**63:
         raise ValueError(
-            f"`fsq_levels` ({config.fsq_levels}) have {math.prod(config.fsq_levels):.1e} codes, more than 64 bits; lower the "
-            "levels or `latent_channels`."
+            f"`fsq_levels` ({config.fsq_levels}) have {math.prod(config.fsq_levels):.1e} codes, "
+            "more than 64 bits; lower the levels or `latent_channels`."
         )
 
 
@@ -107,7 +114,8 @@ class TokComCodecConfig(PreTrainedConfig):
 
     @property
     def has_symbols(self) -> bool:
-        """Whether a latent is the concatenation of its symbols' latents, so that `prediction_type="tokens"` can be used."""
+        """Whether a latent is the concatenation of its symbols' latents, so that
+        `prediction_type="tokens"` can be used."""
         return False
 
     @property
@@ -141,7 +149,8 @@ class TokComCodecConfig(PreTrainedConfig):
 
     @property
     def group_size(self) -> int:
-        """Latents that are known or unknown, and generated, together: those of one moment of a clip."""
+        """Latents that are known or unknown, and generated, together: those of one moment of a
+        clip."""
         return 1
 
 
@@ -150,23 +159,28 @@ class TokComChunkCodecConfig(TokComCodecConfig):
     r"""Configuration of the codec `tokens <-> one latent per chunk`.
 
     Args:
-        vocab_size (`int`): V, the tokenizer's length plus one: the last row is the learned mask token.
-        mask_token_id (`int`): id of that extra token. It replaces dropped and padded tokens at the encoder and is the
-            decoder's query in the attention form (the published "omni" token).
-        pad_token_id (`int`): id written into padded places before encoding; `mask_token_id` except in converted v5.2.
+        vocab_size (`int`): V, the tokenizer's length plus one: the last row is the learned mask
+            token.
+        mask_token_id (`int`): id of that extra token. It replaces dropped and padded tokens at the
+            encoder and is the decoder's query in the attention form (the published "omni" token).
+        pad_token_id (`int`): id written into padded places before encoding; `mask_token_id` except
+            in converted v5.2.
         chunk_size (`int`): K, tokens per latent.
         latent_channels (`int`): C.
-        layer_type (`str`): `"mlp"`, residual SwiGLU layers on the concatenated embeddings of a chunk, or
-            `"attention"`, the published transformer inside each chunk.
-        embedding_size (`int`): width of the tied token embedding; equals `hidden_size` in the attention form.
-        variational (`bool`): a Gaussian posterior head and linear maps to and from C channels. `False` is the
-            published autoencoder, whose latent is the last hidden state, so `latent_channels == hidden_size`.
-        encoder_type (`str`): `"chunk"`, a network over the K tokens, or `"token"`, C / K channels per token, which makes
-            the mean latent of token probabilities exact (`prediction_type="tokens"`).
-        quantizer (`str`): `"none"`, `"vq"` or `"fsq"`: latents take one of finitely many values, so that a text is stored as
-            codes. Then there is no posterior noise and no KL.
-        num_codes (`int`), num_quantizers (`int`): for `"vq"`: codes of a codebook, and codebooks, each of which quantises what
-            the ones before it left over.
+        layer_type (`str`): `"mlp"`, residual SwiGLU layers on the concatenated embeddings of a
+            chunk, or `"attention"`, the published transformer inside each chunk.
+        embedding_size (`int`): width of the tied token embedding; equals `hidden_size` in the
+            attention form.
+        variational (`bool`): a Gaussian posterior head and linear maps to and from C channels.
+            `False` is the published autoencoder, whose latent is the last hidden state, so
+            `latent_channels == hidden_size`.
+        encoder_type (`str`): `"chunk"`, a network over the K tokens, or `"token"`, C / K channels
+            per token, which makes the mean latent of token probabilities exact
+            (`prediction_type="tokens"`).
+        quantizer (`str`): `"none"`, `"vq"` or `"fsq"`: latents take one of finitely many values, so
+            that a text is stored as codes. Then there is no posterior noise and no KL.
+        num_codes (`int`), num_quantizers (`int`): for `"vq"`: codes of a codebook, and codebooks,
+            each of which quantises what the ones before it left over.
         fsq_levels (`list[int]`): for `"fsq"`: levels of every latent channel.
     """
 
@@ -249,30 +263,33 @@ class TokComChunkCodecConfig(TokComCodecConfig):
             self.latent_channels % self.chunk_size or not self.variational
         ):
             raise ValueError(
-                f"`encoder_type='token'` needs `variational=True` and `latent_channels` ({self.latent_channels}) to be a "
-                f"multiple of `chunk_size` ({self.chunk_size})."
+                "`encoder_type='token'` needs `variational=True` and `latent_channels` "
+                f"({self.latent_channels}) to be a multiple of `chunk_size` ({self.chunk_size})."
             )
         check_quantizer(self)
         if self.quantizer != "none" and self.encoder_type != "chunk":
             raise ValueError(
-                f"`quantizer` ({self.quantizer!r}) needs `encoder_type='chunk'`, not {self.encoder_type!r}."
+                f"`quantizer` ({self.quantizer!r}) needs `encoder_type='chunk'`, not "
+                f"{self.encoder_type!r}."
             )
         if self.layer_type == "attention":
             check_heads(self)
             if self.embedding_size != self.hidden_size:
                 raise ValueError(
-                    f"`embedding_size` ({self.embedding_size}) must equal `hidden_size` ({self.hidden_size}) "
-                    "when `layer_type` is 'attention'."
+                    f"`embedding_size` ({self.embedding_size}) must equal `hidden_size` "
+                    f"({self.hidden_size}) when `layer_type` is 'attention'."
                 )
         if not self.variational and self.latent_channels != self.hidden_size:
             raise ValueError(
-                f"`latent_channels` ({self.latent_channels}) must equal `hidden_size` ({self.hidden_size}) when "
-                "`variational` is False, because the hidden state itself is the latent; set `variational=True`."
+                f"`latent_channels` ({self.latent_channels}) must equal `hidden_size` "
+                f"({self.hidden_size}) when `variational` is False, because the hidden state "
+                "itself is the latent; set `variational=True`."
             )
         for name in ("mask_token_id", "pad_token_id"):
             if not 0 <= getattr(self, name) < self.vocab_size:
                 raise ValueError(
-                    f"`{name}` ({getattr(self, name)}) must be in [0, vocab_size={self.vocab_size})."
+                    f"`{name}` ({getattr(self, name)}) must be in [0, "
+                    f"vocab_size={self.vocab_size})."
                 )
         layer = self.hidden_size * (
             4 * self.hidden_size * (self.layer_type == "attention") + 3 * self.intermediate_size
@@ -290,16 +307,20 @@ class TokComColorCodecConfig(TokComCodecConfig):
     r"""Configuration of the codec `token id <-> pixel` (PixelDLM), which has no parameters.
 
     Args:
-        vocab_size, mask_token_id, pad_token_id (`int`): as in `TokComChunkCodecConfig`; the mask token is never decoded to.
-        digits (`str`): `"color"`, three digits of base 256 (red, green, blue), or `"bits"`, the binary digits (analog
-            bits, Chen et al. 2023).
-        symbols (`str`): what `prediction_type="tokens"` gives probabilities to: `"digits"`, each on its own, or `"tokens"`,
-            whole tokens of which the digits are noisy channels.
+        vocab_size, mask_token_id, pad_token_id (`int`): as in `TokComChunkCodecConfig`; the mask
+            token is never decoded to.
+        digits (`str`): `"color"`, three digits of base 256 (red, green, blue), or `"bits"`, the
+            binary digits (analog bits, Chen et al. 2023).
+        symbols (`str`): what `prediction_type="tokens"` gives probabilities to: `"digits"`, each on
+            its own, or `"tokens"`, whole tokens of which the digits are noisy channels.
         patch_size (`int`): a latent is a patch of `patch_size` x `patch_size` tokens.
-        layout (`str`): `"contiguous"`, a patch holds consecutive tokens, or `"raster"`, tokens fill the rows of an image.
-        image_size (`int`): width of that image in pixels, a multiple of `patch_size`; also spaces the patches' positions.
-        standardize (`bool`): give every digit mean 0 and standard deviation 1 over the vocabulary; `False` maps 0..255 to
-            -1..1 as published, which leaves high digits that hardly vary to the noise.
+        layout (`str`): `"contiguous"`, a patch holds consecutive tokens, or `"raster"`, tokens fill
+            the rows of an image.
+        image_size (`int`): width of that image in pixels, a multiple of `patch_size`; also spaces
+            the patches' positions.
+        standardize (`bool`): give every digit mean 0 and standard deviation 1 over the vocabulary;
+            `False` maps 0..255 to -1..1 as published, which leaves high digits that hardly vary to
+            the noise.
     """
 
     model_type = "tokcom_color_codec"
@@ -362,7 +383,8 @@ class TokComColorCodecConfig(TokComCodecConfig):
 
     @property
     def length_multiple(self) -> int:
-        """Tokens of which a text must hold a multiple: a patch, or in raster order a row of patches."""
+        """Tokens of which a text must hold a multiple: a patch, or in raster order a row of
+        patches."""
         return self.chunk_size if self.layout == "contiguous" else self.image_size * self.patch_size
 
     def validate_architecture(self):
@@ -375,11 +397,13 @@ class TokComColorCodecConfig(TokComCodecConfig):
             raise ValueError(f"`layout` ({self.layout!r}) must be 'contiguous' or 'raster'.")
         if self.image_size % self.patch_size:
             raise ValueError(
-                f"`image_size` ({self.image_size}) must be a multiple of `patch_size` ({self.patch_size})."
+                f"`image_size` ({self.image_size}) must be a multiple of `patch_size` "
+                f"({self.patch_size})."
             )
         if self.digits == "color" and self.vocab_size > 256**3:
             raise ValueError(
-                f"`vocab_size` ({self.vocab_size}) is more than the {256**3} colors; use digits='bits'."
+                f"`vocab_size` ({self.vocab_size}) is more than the {256**3} colors; use "
+                "digits='bits'."
             )
 
 
@@ -388,17 +412,21 @@ class TokComStyleCodecConfig(TokComCodecConfig):
     r"""Configuration of the codec `image <-> ordered tokens` (Styled_vae_vq).
 
     Args:
-        image_size (`int`), patch_size (`int`): pixels of a side, and of a patch's side; there are three colors.
+        image_size (`int`), patch_size (`int`): pixels of a side, and of a patch's side; there are
+            three colors.
         num_tokens (`int`): N, latents of an image, from coarse to fine; two for every styled layer.
         latent_channels (`int`): C, channels of a token.
-        hidden_size, intermediate_size, num_attention_heads, num_hidden_layers (`int`): of the encoder's plain layers.
-        num_expert_layers, expert_intermediate_size (`int`): last layers of the encoder, in which every token has a
-            feed-forward network of its own, and the width of those.
-        decoder_hidden_size, decoder_intermediate_size, decoder_num_attention_heads (`int`): of the decoder.
+        hidden_size, intermediate_size, num_attention_heads, num_hidden_layers (`int`): of the
+            encoder's plain layers.
+        num_expert_layers, expert_intermediate_size (`int`): last layers of the encoder, in which
+            every token has a feed-forward network of its own, and the width of those.
+        decoder_hidden_size, decoder_intermediate_size, decoder_num_attention_heads (`int`): of the
+            decoder.
         num_decoder_layers (`int`): plain layers after them.
-        bottleneck (`str`): `"gaussian"`, a posterior; `"sphere"`, tokens of one length, with noise in training;
-            `"cosine"`, mean-centred weights of a soft codebook.
-        num_codes (`int`): size of a codebook of all tokens that k-means has made after training; 0 is none.
+        bottleneck (`str`): `"gaussian"`, a posterior; `"sphere"`, tokens of one length, with noise
+            in training; `"cosine"`, mean-centred weights of a soft codebook.
+        num_codes (`int`): size of a codebook of all tokens that k-means has made after training; 0
+            is none.
     """
 
     model_type = "tokcom_style_codec"
@@ -442,11 +470,13 @@ class TokComStyleCodecConfig(TokComCodecConfig):
         )
         if self.image_size % self.patch_size:
             raise ValueError(
-                f"`image_size` ({self.image_size}) must be a multiple of `patch_size` ({self.patch_size})."
+                f"`image_size` ({self.image_size}) must be a multiple of `patch_size` "
+                f"({self.patch_size})."
             )
         if self.num_tokens % 2:
             raise ValueError(
-                f"`num_tokens` ({self.num_tokens}) must be even: every styled layer takes two tokens."
+                f"`num_tokens` ({self.num_tokens}) must be even: every styled layer takes two "
+                "tokens."
             )
         for width, heads in (
             ("hidden_size", "num_attention_heads"),
@@ -454,11 +484,13 @@ class TokComStyleCodecConfig(TokComCodecConfig):
         ):
             if getattr(self, width) % getattr(self, heads):
                 raise ValueError(
-                    f"`{width}` ({getattr(self, width)}) must be a multiple of `{heads}` ({getattr(self, heads)})."
+                    f"`{width}` ({getattr(self, width)}) must be a multiple of `{heads}` "
+                    f"({getattr(self, heads)})."
                 )
         if min(self.num_hidden_layers, self.num_expert_layers, self.num_decoder_layers) < 0:
             raise ValueError(
-                "`num_hidden_layers`, `num_expert_layers` and `num_decoder_layers` must not be negative."
+                "`num_hidden_layers`, `num_expert_layers` and `num_decoder_layers` must not be "
+                "negative."
             )
         if self.bottleneck not in ("gaussian", "sphere", "cosine"):
             raise ValueError(
@@ -485,14 +517,18 @@ class TokComVideoCodecConfig(TokComCodecConfig):
     r"""Configuration of the codec `clip <-> one latent per patch of space and time`.
 
     Args:
-        num_frames, height, width (`int`): F, H and W of the clips that training sees; other sizes that patches divide fit, too.
-        num_channels (`int`): 3 for pixels, or the channels of an external autoencoder whose latents the clips are.
-        spatial_compression, temporal_compression (`int`): pixels of a side, and frames, that one value of those latents stands
-            for; 1 for pixels.
+        num_frames, height, width (`int`): F, H and W of the clips that training sees; other sizes
+            that patches divide fit, too.
+        num_channels (`int`): 3 for pixels, or the channels of an external autoencoder whose latents
+            the clips are.
+        spatial_compression, temporal_compression (`int`): pixels of a side, and frames, that one
+            value of those latents stands for; 1 for pixels.
         frames_per_patch, patch_size (`int`): frames, and pixels of a side, of a patch.
-        hidden_size, intermediate_size, num_hidden_layers (`int`): residual MLP between a patch and its latent, on either side;
-            `hidden_size` 0 is none: the values of a patch are its latent, and nothing is lost.
-        latent_channels (`int`): C; 0, the only choice without a network, is the number of values in a patch.
+        hidden_size, intermediate_size, num_hidden_layers (`int`): residual MLP between a patch and
+            its latent, on either side; `hidden_size` 0 is none: the values of a patch are its
+            latent, and nothing is lost.
+        latent_channels (`int`): C; 0, the only choice without a network, is the number of values in
+            a patch.
         quantizer, num_codes, num_quantizers, fsq_levels: as in `TokComChunkCodecConfig`.
     """
 
@@ -550,7 +586,8 @@ class TokComVideoCodecConfig(TokComCodecConfig):
 
     @property
     def clip_length(self) -> int:
-        """Frames of a clip of pixels; an autoencoder that compresses time codes the first frame on its own."""
+        """Frames of a clip of pixels; an autoencoder that compresses time codes the first frame on
+        its own."""
         return (self.num_frames - 1) * self.temporal_compression + 1
 
     def validate_architecture(self):
@@ -572,8 +609,9 @@ class TokComVideoCodecConfig(TokComCodecConfig):
             self.latent_channels != self.patch_values or self.quantizer != "none"
         ):
             raise ValueError(
-                f"without a network (`hidden_size` 0) `latent_channels` ({self.latent_channels}) must be the "
-                f"{self.patch_values} values of a patch, and `quantizer` ({self.quantizer!r}) 'none'; set `hidden_size`."
+                f"without a network (`hidden_size` 0) `latent_channels` ({self.latent_channels}) "
+                f"must be the {self.patch_values} values of a patch, and `quantizer` "
+                f"({self.quantizer!r}) 'none'; set `hidden_size`."
             )
         layer = 3 * self.hidden_size * self.intermediate_size
         parameters = (
@@ -594,14 +632,15 @@ class TokComVideoCodecConfig(TokComCodecConfig):
         ):
             raise ValueError(
                 f"a clip of {frames} frames of {height} x {width} does not divide into patches of "
-                f"`frames_per_patch` ({self.frames_per_patch}) frames and `patch_size` ({self.patch_size}) squared; cut it to "
-                "a multiple of these."
+                f"`frames_per_patch` ({self.frames_per_patch}) frames and `patch_size` "
+                f"({self.patch_size}) squared; cut it to a multiple of these."
             )
 
 
 @strict
 class TokComAudioCodecConfig(TokComVideoCodecConfig):
-    r"""Configuration of the codec `sound <-> one latent per patch of log-mel frames`: a clip whose channels are the bands.
+    r"""Configuration of the codec `sound <-> one latent per patch of log-mel frames`: a clip whose
+    channels are the bands.
 
     Args:
         sampling_rate (`int`): samples a second; training resamples other sounds.
@@ -609,7 +648,8 @@ class TokComAudioCodecConfig(TokComVideoCodecConfig):
         num_channels (`int`): mel bands.
         num_frames (`int`): frames of a sound; shorter ones end in silence, longer ones are cut.
         frames_per_patch (`int`): frames of a latent.
-        hidden_size, intermediate_size, num_hidden_layers, latent_channels, quantizer ...: as in `TokComVideoCodecConfig`.
+        hidden_size, intermediate_size, num_hidden_layers, latent_channels, quantizer ...: as in
+        `TokComVideoCodecConfig`.
     """
 
     model_type = "tokcom_audio_codec"
@@ -639,13 +679,15 @@ class TokComAudioCodecConfig(TokComVideoCodecConfig):
         check_positive(self, "sampling_rate", "fft_length", "hop_length")
         if (self.height, self.width, self.patch_size) != (1, 1, 1) or self.num_frames < 2:
             raise ValueError(
-                f"`height` ({self.height}), `width` ({self.width}) and `patch_size` ({self.patch_size}) of a sound must be 1, and "
-                f"`num_frames` ({self.num_frames}) at least 2."
+                f"`height` ({self.height}), `width` ({self.width}) and `patch_size` "
+                f"({self.patch_size}) of a sound must be 1, and `num_frames` ({self.num_frames}) "
+                "at least 2."
             )
         if self.hop_length > self.fft_length or 2 * self.num_channels > self.fft_length:
             raise ValueError(
-                f"`fft_length` ({self.fft_length}) must be at least `hop_length` ({self.hop_length}) and twice `num_channels` "
-                f"({self.num_channels}), or some bands hold nothing."
+                f"`fft_length` ({self.fft_length}) must be at least `hop_length` "
+                f"({self.hop_length}) and twice `num_channels` ({self.num_channels}), or some "
+                "bands hold nothing."
             )
 
 

@@ -1,10 +1,13 @@
-"""What is to be generated, and what is known while it is: tokens inside a chunk, gaps, captions, clean latents.
+"""What is to be generated, and what is known while it is: tokens inside a chunk, gaps, captions,
+clean latents.
 
-`TokComTask` is all that the sampler is told. Two classes hold what is known during sampling: `CachedContext` for block-causal
-models, which read it once into a key/value cache, and `VisibleContext` for bidirectional ones, which read it at every step.
+`TokComTask` is all that the sampler is told. Two classes hold what is known during sampling:
+`CachedContext` for block-causal models, which read it once into a key/value cache, and
+`VisibleContext` for bidirectional ones, which read it at every step.
 
-Notable choices: the cache has a constant size, so text may have any length and one compiled graph serves all blocks; what
-stands right before a gap is read last, when it can see what follows the gap.
+Notable choices: the cache has a constant size, so text may have any length and one compiled graph
+serves all blocks; what stands right before a gap is read last, when it can see what follows the
+gap.
 """
 
 from collections.abc import Callable
@@ -24,7 +27,8 @@ from .transformer_tokcom import INSIDE_TEXT, START_OF_TEXT, block_causal_mask
 
 @dataclass
 class TokComGiven:
-    """Tokens that are known inside latents that are generated: the end of a prompt, the edges of a gap.
+    """Tokens that are known inside latents that are generated: the end of a prompt, the edges of a
+    gap.
 
     Args:
         chunks (`torch.LongTensor` of shape `(B, n, K)`): ids, as the token head counts them.
@@ -46,10 +50,13 @@ class TokComGaps:
 
     Args:
         lengths (`list[int]`): latents of each gap, in reading order.
-        anchors (`list[int | None]`): index of the context latent right before each gap. It is read last, when everything
-            else is known, because its state is all that the gap's first latent learns of its context. None is the start.
-        ends_known (`list[bool]`): whether a gap ends inside a chunk; that chunk is already part of the context.
-        partial (`torch.BoolTensor` of shape `(B, S, K)`): tokens of the context that are not known yet.
+        anchors (`list[int | None]`): index of the context latent right before each gap. It is read
+            last, when everything else is known, because its state is all that the gap's first
+            latent learns of its context. None is the start.
+        ends_known (`list[bool]`): whether a gap ends inside a chunk; that chunk is already part of
+            the context.
+        partial (`torch.BoolTensor` of shape `(B, S, K)`): tokens of the context that are not known
+        yet.
     """
 
     lengths: list[int]
@@ -58,7 +65,8 @@ class TokComGaps:
     partial: torch.Tensor
 
     def bounds(self, block_size: int) -> tuple[dict[int, int | None], set[int]]:
-        """Index of each gap's first block -> its anchor, and the last blocks of the gaps that end inside a chunk."""
+        """Index of each gap's first block -> its anchor, and the last blocks of the gaps that end
+        inside a chunk."""
         first_blocks = {}
         last_blocks = set()
         block = 0
@@ -80,7 +88,8 @@ def lay_out_gaps(
         needed: which of them hold a token that is asked for; the others are padding.
         known (`torch.BoolTensor` of shape `(n, K)`): the known tokens.
 
-    Returns: the gaps, the indices of the chunks in the context, and those of the chunks to generate.
+    Returns: the gaps, the indices of the chunks in the context, and those of the chunks to
+    generate.
     """
     count = len(open_chunks)
     is_last = [open_chunks[i] and (i + 1 == count or not open_chunks[i + 1]) for i in range(count)]
@@ -107,15 +116,16 @@ class TokComTask:
     """What is to be generated, and what is known around it.
 
     Args:
-        noise (`torch.FloatTensor` of shape `(B, n, C)`): where the new latents start, in the order of generation.
-        context (`TokComCodecOutput`, *optional*): clean latents `(B, S, C)` with their positions.
-        position_ids (`torch.Tensor` of shape `(B, n, A)`, *optional*): where the new latents stand; by default 0..n-1.
-        exists (`torch.BoolTensor` of shape `(B, n)`, *optional*): which of the new latents are no padding.
-        sigma_start (`float`): share of noise in `noise`; below 1 something is left of clean latents.
-        edges (`tuple[int, ...]`): indices among the n latents that no block crosses, since something known lies there.
-        prefix (`tuple`, *optional*): what `TokComModel.condition` makes of captions, for bidirectional models.
-        given (`TokComGiven`, *optional*): known tokens inside the new latents.
-        gaps (`TokComGaps`, *optional*): how a context with gaps is read.
+        noise (`torch.FloatTensor` of shape `(B, n, C)`): where the new latents start, in the order
+        of generation. context (`TokComCodecOutput`, *optional*): clean latents `(B, S, C)` with
+        their positions. position_ids (`torch.Tensor` of shape `(B, n, A)`, *optional*): where the
+        new latents stand; by default 0..n-1. exists (`torch.BoolTensor` of shape `(B, n)`,
+        *optional*): which of the new latents are no padding. sigma_start (`float`): share of noise
+        in `noise`; below 1 something is left of clean latents. edges (`tuple[int, ...]`): indices
+        among the n latents that no block crosses, since something known lies there. prefix
+        (`tuple`, *optional*): what `TokComModel.condition` makes of captions, for bidirectional
+        models. given (`TokComGiven`, *optional*): known tokens inside the new latents. gaps
+        (`TokComGaps`, *optional*): how a context with gaps is read.
     """
 
     noise: torch.Tensor
@@ -132,7 +142,8 @@ class TokComTask:
 def prompt_context(
     model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor
 ) -> TokComCodecOutput:
-    """Whole chunks of prompts, ids and mask `(B, T)`, padded on the left -> context latents, counted from the first real one."""
+    """Whole chunks of prompts, ids and mask `(B, T)`, padded on the left -> context latents,
+    counted from the first real one."""
     context = model.encode(ids, mask)
     num_hidden = (~context.mask).sum(1, keepdim=True)
     index = torch.arange(context.mask.shape[1], device=num_hidden.device) - num_hidden
@@ -147,10 +158,12 @@ def token_gap_task(
     is_real: torch.Tensor,
     make_noise: Callable[[int], torch.Tensor],
 ) -> tuple[TokComTask, torch.Tensor]:
-    """The task of filling a text for a model that predicts tokens, and the indices `(n,)` of the chunks it generates.
+    """The task of filling a text for a model that predicts tokens, and the indices `(n,)` of the
+    chunks it generates.
 
-    `tokens`, `is_known` and `is_real`, which are no padding, are `(1, T)`; `make_noise(n)` gives `(1, n, C)`. Where a gap ends
-    inside a chunk, the known end of that chunk is in the context, too.
+    `tokens`, `is_known` and `is_real`, which are no padding, are `(1, T)`; `make_noise(n)` gives
+    `(1, n, C)`. Where a gap ends inside a chunk, the known end of that chunk is in the context,
+    too.
     """
     codec = model.codec
     device = tokens.device
@@ -189,10 +202,11 @@ def latent_gap_task(
     pieces: list[tuple[torch.Tensor, torch.Tensor] | None],
     noise: torch.Tensor,
 ) -> TokComTask:
-    """The task of filling the gaps between pieces of a text, for a model that regresses latents: gaps are whole chunks.
+    """The task of filling the gaps between pieces of a text, for a model that regresses latents:
+    gaps are whole chunks.
 
-    A piece is its ids and mask `(1, T)`, whole chunks of them, or None if nothing is known there; `noise (1, n, C)` is shared
-    equally by the gaps.
+    A piece is its ids and mask `(1, T)`, whole chunks of them, or None if nothing is known there;
+    `noise (1, n, C)` is shared equally by the gaps.
     """
     codec = model.codec
     device = noise.device
@@ -225,10 +239,11 @@ def lay_out_clip(
     num_frames: int | None,
     size: tuple[int, int],
 ) -> tuple[TokComCodecOutput | None, torch.Tensor]:
-    """Latents of the first frames, `given` as the codec reads them, and positions `(n, 3)` of the latents to generate.
+    """Latents of the first frames, `given` as the codec reads them, and positions `(n, 3)` of the
+    latents to generate.
 
-    `num_frames`, by default as in training, and the `size`, height and width, are those of the whole clip in pixels. Raises
-    `ValueError` if they do not fit the model.
+    `num_frames`, by default as in training, and the `size`, height and width, are those of the
+    whole clip in pixels. Raises `ValueError` if they do not fit the model.
     """
     codec = model.codec
     config = model.config.codec_config
@@ -236,7 +251,8 @@ def lay_out_clip(
     frames_per_step = config.temporal_compression
     if num_frames < 1 or (num_frames - 1) % frames_per_step:
         raise ValueError(
-            f"`num_frames` ({num_frames}) must be 1 more than a multiple of {frames_per_step} frames."
+            f"`num_frames` ({num_frames}) must be 1 more than a multiple of {frames_per_step} "
+            "frames."
         )
     height, width = (side // config.spatial_compression for side in size)
     moments = (num_frames - 1) // frames_per_step + 1
@@ -248,19 +264,21 @@ def lay_out_clip(
         known = context.latents.shape[1]
         if known >= total:
             raise ValueError(
-                f"`frames` are {known} latents of {total} already, so nothing is left to generate; raise `num_frames` "
-                f"({num_frames})."
+                f"`frames` are {known} latents of {total} already, so nothing is left to generate; "
+                f"raise `num_frames` ({num_frames})."
             )
         position_ids = position_ids[known:]
     transformer = model.config.transformer_config
     if transformer.block_size is None and total > transformer.max_position_embeddings:
         raise ValueError(
-            f"a clip of {num_frames} frames of {size[0]} x {size[1]} has {total} latents, more than the model's maximum of "
-            f"{transformer.max_position_embeddings}; make it shorter or smaller, or train a block-causal model."
+            f"a clip of {num_frames} frames of {size[0]} x {size[1]} has {total} latents, more "
+            f"than the model's maximum of {transformer.max_position_embeddings}; make it shorter "
+            "or smaller, or train a block-causal model."
         )
     if transformer.block_size is not None and (height, width) != (config.height, config.width):
         raise ValueError(
-            f"a block-causal model makes frames of the size it was trained with, {config.image_size}, not {list(size)}."
+            "a block-causal model makes frames of the size it was trained with, "
+            f"{config.image_size}, not {list(size)}."
         )
     return context, position_ids
 
@@ -284,7 +302,8 @@ class TokComStep(NamedTuple):
     scale: float = 1.0  # from the scheduler's x to that of the flow
 
     def with_given(self, known: torch.Tensor) -> "TokComStep":
-        """The step of a block in which the `known (B, Q, K)` tokens are clean from the beginning."""
+        """The step of a block in which the `known (B, Q, K)` tokens are clean from the
+        beginning."""
         times = torch.where(known, 1.0, self.times)
         chosen = TokComChoice.of(self.chosen.mask & ~known)
         uncertain = TokComChoice.of((times > 0) & (times < 1))
@@ -295,9 +314,11 @@ class TokComStep(NamedTuple):
 
 
 class _WindowLayer:
-    """Keys and values `(B, H, W, head_dim)` of one layer for the W latents of a window, in tensors that never move.
+    """Keys and values `(B, H, W, head_dim)` of one layer for the W latents of a window, in tensors
+    that never move.
 
-    The last places are those of the current block, which every pass overwrites until `keep` gives it a place of its own.
+    The last places are those of the current block, which every pass overwrites until `keep` gives
+    it a place of its own.
     """
 
     def __init__(self, window: int):
@@ -308,7 +329,8 @@ class _WindowLayer:
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, first: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the block's keys and values, and return all; if they are the `first`, of any number, return them alone."""
+        """Write the block's keys and values, and return all; if they are the `first`, of any
+        number, return them alone."""
         if self.keys is None:
             self.keys = keys.new_zeros(*keys.shape[:2], self.window, keys.shape[3])
             self.values = values.new_zeros(*values.shape[:2], self.window, values.shape[3])
@@ -330,7 +352,8 @@ class _WindowLayer:
 
 
 class TokComWindowCache:
-    """A key/value cache of constant size for text of any length: new latents take the places of the oldest.
+    """A key/value cache of constant size for text of any length: new latents take the places of the
+    oldest.
 
     Its tensors keep their shapes and addresses, so compiled graphs serve every block.
     """
@@ -389,7 +412,8 @@ class Context:
 
 
 class VisibleContext(Context):
-    """The context of a bidirectional model, which stands beside the noise at every step, and the captions before it."""
+    """The context of a bidirectional model, which stands beside the noise at every step, and the
+    captions before it."""
 
     def __init__(self, model: PreTrainedModel, task: TokComTask, omitted: list[torch.Tensor]):
         super().__init__(model)
@@ -398,7 +422,8 @@ class VisibleContext(Context):
         self.omitted = omitted  # parts of the context without which guidance also predicts
 
     def begin(self, position_ids: torch.Tensor, exists: torch.Tensor, guided: bool) -> None:
-        """Turn to the latents at `position_ids (B, Q, A)`, of which `exists (B, Q)` are no padding."""
+        """Turn to the latents at `position_ids (B, Q, A)`, of which `exists (B, Q)` are no
+        padding."""
         self.position_ids = position_ids.clone(memory_format=torch.contiguous_format)
         self.exists = exists
         has_context = self.context is not None and self.context.mask.shape[1] > 0
@@ -411,7 +436,8 @@ class VisibleContext(Context):
     def predict(
         self, x: torch.Tensor, step: TokComStep, chunks: torch.Tensor | None
     ) -> list[torch.Tensor]:
-        """What the network predicts of `x (B, Q, C)`: first with all that is known, then what guidance compares it with.
+        """What the network predicts of `x (B, Q, C)`: first with all that is known, then what
+        guidance compares it with.
 
         `chunks (B, Q, K)` are the ids of the tokens that are decided.
         """
@@ -448,7 +474,8 @@ class VisibleContext(Context):
 
 
 class CachedContext(Context):
-    """The context of a block-causal model: keys and values of what was read and of what was generated, in a window."""
+    """The context of a block-causal model: keys and values of what was read and of what was
+    generated, in a window."""
 
     def __init__(self, model: PreTrainedModel, task: TokComTask):
         super().__init__(model)
@@ -487,7 +514,8 @@ class CachedContext(Context):
         return TokComCodecOutput(latents, position_ids, mask)
 
     def _read_context(self, context: TokComCodecOutput) -> None:
-        """Run the context through the model, except what stands right before a gap: that is read when its turn comes."""
+        """Run the context through the model, except what stands right before a gap: that is read
+        when its turn comes."""
         batch, length = context.mask.shape
         device = context.mask.device
         order = (torch.arange(length, device=device) + -length % self.block_size) // self.block_size
@@ -537,7 +565,8 @@ class CachedContext(Context):
         )
 
     def begin(self, position_ids: torch.Tensor, exists: torch.Tensor, guided: bool) -> None:
-        """Turn to the block at `position_ids (B, Q, A)`, of which `exists (B, Q)` are no padding."""
+        """Turn to the block at `position_ids (B, Q, A)`, of which `exists (B, Q)` are no
+        padding."""
         self.position_ids = position_ids.clone(memory_format=torch.contiguous_format)
         self.exists = exists
         self.own_keys = None if bool(exists.all()) else exists
@@ -546,7 +575,8 @@ class CachedContext(Context):
         self.keys[:, -exists.shape[1] :] = (
             exists  # the last places of the window are those of the current block
         )
-        self.entries = []  # what the context layers say of the block: with context and, if guided, without
+        # what the context layers say of the block: with context and, if guided, without
+        self.entries = []
         if self.model.config.transformer_config.num_context_layers:
             enter = self.model.transformer.entry
             if self.length:
@@ -585,9 +615,11 @@ class CachedContext(Context):
         return states
 
     def append(self, x: torch.Tensor, ids: torch.Tensor | None) -> None:
-        """Remember the finished block `x (B, Q, C)`; that of a text as the clean latents of its ids `(B, Q * K)`.
+        """Remember the finished block `x (B, Q, C)`; that of a text as the clean latents of its ids
+        `(B, Q * K)`.
 
-        Training shows such latents, and what the decoder forgives in x does not reach the next block.
+        Training shows such latents, and what the decoder forgives in x does not reach the next
+        block.
         """
         chunks = None if self.symbols is None else self.model.codec.symbols(ids, None)[0]
         clean = x if ids is None else self.model.encode(ids).latents
@@ -602,7 +634,8 @@ class CachedContext(Context):
         chunks: torch.Tensor | None = None,
         times: torch.Tensor | None = None,
     ) -> None:
-        """Run clean latents through the model for what they leave in the cache; tokens at time 0 are not known."""
+        """Run clean latents through the model for what they leave in the cache; tokens at time 0
+        are not known."""
         self.model.predict(
             clean,
             1.0,
@@ -616,7 +649,8 @@ class CachedContext(Context):
         )
 
     def _keep(self, exists: torch.Tensor) -> None:
-        """Give the latents just remembered, `exists (B, Q)`, places in the window: the oldest ones' if it is full."""
+        """Give the latents just remembered, `exists (B, Q)`, places in the window: the oldest ones'
+        if it is full."""
         capacity = self.window - self.block_size
         count = min(exists.shape[1], capacity)
         if count < 1:

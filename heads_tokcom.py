@@ -1,18 +1,20 @@
 """Heads: networks between the transformer and what is predicted.
 
-The token head reads noisy latents as uncertain tokens and turns network states into token probabilities. A latent head
-refines the estimates of a model that regresses latents.
+The token head reads noisy latents as uncertain tokens and turns network states into token
+probabilities. A latent head refines the estimates of a model that regresses latents.
 
 Notable choices:
-- The likelihood of noisy channels is known exactly (Bayes' rule), so the network only predicts what it expects.
+- The likelihood of noisy channels is known exactly (Bayes' rule), so the network only predicts what
+  it expects.
 - The likelihood of all tokens is one matrix product, `[s x / n^2, s^2 / n^2] @ [table, -norms]^T`.
 - Tokens whose channels are pure noise have a constant likelihood, which is never computed.
-- The training loss computes its gradient on the way forward: logits exist once, a few rows at a time.
-- What a latent head makes of an estimate is what is decoded, so training and sampling take the same path; every part of
-  it starts as the identity, a codebook until it has seen its first batch.
+- The training loss computes its gradient on the way forward: logits exist once, a few rows at a
+  time.
+- What a latent head makes of an estimate is what is decoded, so training and sampling take the same
+  path; every part of it starts as the identity, a codebook until it has seen its first batch.
 
-Shape legend: B batch, N latents, K symbols of a chunk (tokens, for most codecs), C channels, E embedding,
-V vocabulary, R rows: the tokens that a call works on.
+Shape legend: B batch, N latents, K symbols of a chunk (tokens, for most codecs), C channels, E
+embedding, V vocabulary, R rows: the tokens that a call works on.
 """
 
 from collections.abc import Callable, Iterator
@@ -33,7 +35,8 @@ SMALL_VOCABULARY = (
 
 
 def nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Set to 0 all but the fewest of `probabilities (R, V)` that sum to `top_p` (Holtzman et al. 2020)."""
+    """Set to 0 all but the fewest of `probabilities (R, V)` that sum to `top_p` (Holtzman et al.
+    2020)."""
     ordered, index = probabilities.sort(dim=-1, descending=True)
     ordered = ordered.where(ordered.cumsum(-1) - ordered < top_p, 0.0)
     return torch.zeros_like(probabilities).scatter(-1, index, ordered)
@@ -42,8 +45,9 @@ def nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
 class TokComSymbols(NamedTuple):
     """What a codec's tokens look like.
 
-    `table (K, V, C / K)` holds their latents, `columns (K, V, C / K + 1)` the same followed by minus half their
-    squared norms, in float32, and `frequent (E,)` is the embedding of a token of which nothing is known.
+    `table (K, V, C / K)` holds their latents, `columns (K, V, C / K + 1)` the same followed by
+    minus half their squared norms, in float32, and `frequent (E,)` is the embedding of a token of
+    which nothing is known.
     """
 
     table: torch.Tensor
@@ -52,7 +56,8 @@ class TokComSymbols(NamedTuple):
 
 
 class TokComChoice(NamedTuple):
-    """The tokens that `mask (B, N, K)` marks, sorted by place: how many at each, and their flat `index (R,)`.
+    """The tokens that `mask (B, N, K)` marks, sorted by place: how many at each, and their flat
+    `index (R,)`.
 
     Making one waits for the device; the sampler makes it once for all blocks.
     """
@@ -69,8 +74,9 @@ class TokComChoice(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """Some rows of one place, or of any place for small vocabularies: which `rows`, their likelihood's `factors`
-    `(r, c + 1)` and `columns (V, c + 1)` or `(r, V, c + 1)`; both are None where it is constant."""
+    """Some rows of one place, or of any place for small vocabularies: which `rows`, their
+    likelihood's `factors` `(r, c + 1)` and `columns (V, c + 1)` or `(r, V, c + 1)`; both are None
+    where it is constant."""
 
     rows: slice
     factors: torch.Tensor | None
@@ -92,11 +98,13 @@ def _working_dtype(tensor: torch.Tensor) -> torch.dtype:
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Sum over rows of the cross-entropy of `states @ weight^T + bias + likelihood` against `ids`, divided by R.
+    """Sum over rows of the cross-entropy of `states @ weight^T + bias + likelihood` against `ids`,
+    divided by R.
 
-    The gradient of the logits is known as soon as they are (it is `softmax - one_hot`), so the forward pass
-    multiplies it into the gradients of states, weight and bias at once. That saves a second computation of the
-    logits, which a checkpoint would need, and never holds more than some rows of them.
+    The gradient of the logits is known as soon as they are (it is `softmax - one_hot`), so the
+    forward pass multiplies it into the gradients of states, weight and bias at once. That saves a
+    second computation of the logits, which a checkpoint would need, and never holds more than some
+    rows of them.
     """
 
     @staticmethod
@@ -157,7 +165,8 @@ class _CrossEntropy(torch.autograd.Function):
 class _MeanEmbedding(torch.autograd.Function):
     """`softmax(likelihood + prior) @ weight`, rows `(R, E)`; only `weight` has a gradient.
 
-    The backward pass computes the probabilities again, a few rows at a time, rather than keep `(R, V)` of them.
+    The backward pass computes the probabilities again, a few rows at a time, rather than keep
+    `(R, V)` of them.
     """
 
     @staticmethod
@@ -189,15 +198,18 @@ class _MeanEmbedding(torch.autograd.Function):
 
 
 class TokComTokenHead(nn.Module):
-    """Reads noisy latents as uncertain tokens, and turns what the network expects into token probabilities.
+    """Reads noisy latents as uncertain tokens, and turns what the network expects into token
+    probabilities.
 
-    Bayes' rule: p(token | x_t, rest) is p(token | rest), which the network predicts, times the likelihood
-    N(x_t; t z, (1 - t)^2) of the token's own channels z in the codec's table, which is known. So the network learns
-    language and not the geometry of the latents (score interpolation, CDCD, Dieleman et al. 2022, made exact).
+    Bayes' rule: p(token | x_t, rest) is p(token | rest), which the network predicts, times the
+    likelihood N(x_t; t z, (1 - t)^2) of the token's own channels z in the codec's table, which is
+    known. So the network learns language and not the geometry of the latents (score interpolation,
+    CDCD, Dieleman et al. 2022, made exact).
 
     The places of a chunk have their own times: at the latent's time t, place k has progressed by
-    `t (1 + s (K - 1)) - s k`, cut to [0, 1], with s = `token_stagger`; 0 denoises the tokens of a chunk together, 1 one
-    after the other (AR-Diffusion, Wu et al. 2023). `token_shift` warps progress towards noise, like a sampling grid.
+    `t (1 + s (K - 1)) - s k`, cut to [0, 1], with s = `token_stagger`; 0 denoises the tokens of a
+    chunk together, 1 one after the other (AR-Diffusion, Wu et al. 2023). `token_shift` warps
+    progress towards noise, like a sampling grid.
     """
 
     def __init__(self, config: TokComConfig):
@@ -213,13 +225,15 @@ class TokComTokenHead(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The `(V, E)` that gives logits, under the name that an output layer has; `bias` is its own."""
+        """The `(V, E)` that gives logits, under the name that an output layer has; `bias` is its
+        own."""
         return self.embedding.weight
 
     # ---- times ----
 
     def progress(self, timestep: torch.Tensor) -> torch.Tensor:
-        """Times of latents `(...)` -> how far each place has come, `(..., K)`; below 0 is not begun, above 1 is done."""
+        """Times of latents `(...)` -> how far each place has come, `(..., K)`; below 0 is not
+        begun, above 1 is done."""
         places = torch.arange(self.num_symbols, device=timestep.device)
         progress = (
             timestep[..., None] * (1 + self.stagger * (self.num_symbols - 1))
@@ -239,7 +253,8 @@ class TokComTokenHead(nn.Module):
         return self.warp(self.progress(timestep))
 
     def latent_time(self, t: float) -> float:
-        """The time of a latent at which its places are at `t`, without `token_stagger`: the inverse of `place_times`."""
+        """The time of a latent at which its places are at `t`, without `token_stagger`: the inverse
+        of `place_times`."""
         return 1 - (1 - t) / (self.shift - (self.shift - 1) * (1 - t))
 
     # ---- what tokens look like ----
@@ -280,7 +295,8 @@ class TokComTokenHead(nn.Module):
             start += count
 
     def _parts(self, choice: TokComChoice, symbols: TokComSymbols, latents, times) -> list[_Part]:
-        """The chosen rows in parts of at most `CROSS_ENTROPY_CHUNK`, with what gives their likelihood.
+        """The chosen rows in parts of at most `CROSS_ENTROPY_CHUNK`, with what gives their
+        likelihood.
 
         `latents (B, N, C)` and `times (B, N, K)` are those of all tokens.
         """
@@ -308,7 +324,8 @@ class TokComTokenHead(nn.Module):
     def _map(
         self, function: Callable, choice: TokComChoice, symbols, latents, times, *extra
     ) -> torch.Tensor:
-        """`function(log-likelihood (r, V), columns, *extra rows)` of the chosen tokens, `(B, N, K, ...)`, 0 elsewhere.
+        """`function(log-likelihood (r, V), columns, *extra rows)` of the chosen tokens,
+        `(B, N, K, ...)`, 0 elsewhere.
 
         `extra` are tensors `(B, N, K, ...)`. Without a gradient.
         """
@@ -329,7 +346,8 @@ class TokComTokenHead(nn.Module):
         return self._whole(choice, torch.cat(results))
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """Logits `(..., V)` of tokens of which no channel is known, given network states `(..., E)`; float32."""
+        """Logits `(..., V)` of tokens of which no channel is known, given network states
+        `(..., E)`; float32."""
         return F.linear(states, self.embedding.weight, self.prior.to(states.dtype)).float()
 
     # ---- reading ----
@@ -342,19 +360,22 @@ class TokComTokenHead(nn.Module):
         chunks: torch.Tensor | None = None,
         uncertain: TokComChoice | None = None,
     ) -> torch.Tensor:
-        """Mean token embeddings `(B, N, K * E)` given each token's own noisy channels and its frequency.
+        """Mean token embeddings `(B, N, K * E)` given each token's own noisy channels and its
+        frequency.
 
-        `latents (B, N, C)` are only read where a token is uncertain, or to find the ids of clean ones.
+        `latents (B, N, C)` are only read where a token is uncertain, or to find the ids of clean
+        ones.
 
-        `times (B, N, K)` are those of the places. If they are known, `chunks (B, N, K)` are the ids of what is clean
-        already, and `uncertain` the tokens that are neither clean nor pure noise.
+        `times (B, N, K)` are those of the places. If they are known, `chunks (B, N, K)` are the ids
+        of what is clean already, and `uncertain` the tokens that are neither clean nor pure noise.
         """
         weight = self.embedding.weight
         if chunks is None:
             chunks = self.recognise(symbols, latents, times)
         if uncertain is None:
             uncertain = TokComChoice.of((times > 0) & (times < 1))
-        # one table of all embeddings that are needed: of every token, of an unknown one, of each uncertain one
+        # one table of all embeddings that are needed: of every token, of an unknown one, of each
+        # uncertain one
         unknown = len(weight)
         rows = torch.where(times == 1, chunks, unknown)
         table = [weight, symbols.frequent[None].to(weight.dtype)]
@@ -381,9 +402,11 @@ class TokComTokenHead(nn.Module):
     def nll(
         self, states, symbols: TokComSymbols, latents, times, chunks, chosen: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The mean cross-entropy of the tokens that `chosen (B, N, K)` marks, and the nats of each, `(B, N, K)`.
+        """The mean cross-entropy of the tokens that `chosen (B, N, K)` marks, and the nats of each,
+        `(B, N, K)`.
 
-        `states (B, N, K * E)` is what the network expects, `chunks (B, N, K)` the ids. Only the mean has a gradient.
+        `states (B, N, K * E)` is what the network expects, `chunks (B, N, K)` the ids. Only the
+        mean has a gradient.
         """
         blank = TokComChoice.of(chosen & (times == 0))
         noisy = TokComChoice.of(chosen & (times > 0))
@@ -434,9 +457,11 @@ class TokComTokenHead(nn.Module):
         temperature=1.0,
         top_p=1.0,
     ) -> torch.Tensor:
-        """Draw the `chosen` tokens with `uniform (B, N, K)` numbers in [0, 1); returns ids `(B, N, K)`.
+        """Draw the `chosen` tokens with `uniform (B, N, K)` numbers in [0, 1); returns ids
+        `(B, N, K)`.
 
-        `temperature` divides what the network expects, not the likelihood; `top_p` cuts the result to its nucleus.
+        `temperature` divides what the network expects, not the likelihood; `top_p` cuts the result
+        to its nucleus.
         """
 
         def ids(
@@ -476,7 +501,8 @@ class TokComZeroNorm(nn.LayerNorm):
 
 
 class TokComLatentMLP(nn.Module):
-    """x + LN(W2 GELU(LN(W1 x))) on latents `(..., C)`: OmniFlow's text-decoder head, and smaller its LatentRefiner."""
+    """x + LN(W2 GELU(LN(W1 x))) on latents `(..., C)`: OmniFlow's text-decoder head, and smaller
+    its LatentRefiner."""
 
     def __init__(self, channels: int, hidden_size: int):
         super().__init__()
@@ -488,7 +514,8 @@ class TokComLatentMLP(nn.Module):
 
 
 class TokComLatentHead(nn.Module):
-    """`config.latent_refiner`, then `config.latent_head`: estimates `(B, N, C)` -> what is decoded, and a scalar loss."""
+    """`config.latent_refiner`, then `config.latent_head`: estimates `(B, N, C)` -> what is decoded,
+    and a scalar loss."""
 
     def __init__(self, config: TokComConfig):
         super().__init__()

@@ -12,10 +12,12 @@
 
 Notable choices:
 - `x_t = (1 - t) x0 + t x1`, so t = 1 is clean; networks predict x1.
-- Settings are not part of a model: `config.json` does not hold them, a training run gives them to `set_stage`.
+- Settings are not part of a model: `config.json` does not hold them, a training run gives them to
+  `set_stage`.
 - In eval mode nothing is dropped and no gaps are drawn; objectives of tokens then give likelihoods.
 
-Shape legend: B batch, T tokens, K tokens per chunk, N = T/K latents, C latent channels, M noise draws, D width.
+Shape legend: B batch, T tokens, K tokens per chunk, N = T/K latents, C latent channels, M noise
+draws, D width.
 """
 
 from dataclasses import dataclass
@@ -29,7 +31,9 @@ from transformers.utils import ModelOutput
 from .codec_chunk_tokcom import TokComCodecOutput, check_settings
 from .transformer_tokcom import INSIDE_TEXT, START_OF_TEXT, ContextPlan, draw_gaps, draw_known
 
-EARLY = 0.1  # training begins with a token this long before its turn, since sampling steps are not infinitely small
+# training begins with a token this long before its turn, since sampling steps are not infinitely
+# small
+EARLY = 0.1
 STAGES = ("codec", "flow", "head")
 
 
@@ -39,12 +43,14 @@ class TokComOutput(ModelOutput):
 
     Args:
         loss (`torch.FloatTensor`): scalar loss of the stage; the only field with a gradient.
-        ce_loss (`torch.FloatTensor`, *optional*): cross-entropy, nats per real token; None for images.
-        mse_loss (`torch.FloatTensor`, *optional*): stage flow: squared error of x1 per channel; stage codec of
-            images: of pixels.
+        ce_loss (`torch.FloatTensor`, *optional*): cross-entropy, nats per real token; None for
+            images.
+        mse_loss (`torch.FloatTensor`, *optional*): stage flow: squared error of x1 per channel;
+            stage codec of images: of pixels.
         kl_loss (`torch.FloatTensor`, *optional*): stage codec: KL divergence, nats per latent.
-        token_losses (`torch.FloatTensor` of shape `(B, N, K)`, *optional*): stage flow: the cross-entropy of each
-            token, 0 where nothing is predicted; None in training with `ce_share` below 1.
+        token_losses (`torch.FloatTensor` of shape `(B, N, K)`, *optional*): stage flow: the
+            cross-entropy of each token, 0 where nothing is predicted; None in training with
+            `ce_share` below 1.
     """
 
     loss: torch.FloatTensor | None = None
@@ -59,7 +65,8 @@ class TokComOutput(ModelOutput):
 
 @dataclass
 class TokComObjective:
-    """What a stage minimises. Subclasses define `loss` and what they train; their fields are settings of a run."""
+    """What a stage minimises. Subclasses define `loss` and what they train; their fields are
+    settings of a run."""
 
     stage: ClassVar[str] = "flow"
 
@@ -72,11 +79,13 @@ class TokComObjective:
         return [part for part in parts if part is not None]
 
     def compilable_parts(self, model) -> list[nn.Module]:
-        """The networks to compile; `.compile()` works in place and keeps the names of parameters."""
+        """The networks to compile; `.compile()` works in place and keeps the names of
+        parameters."""
         return [model.transformer]
 
     def loss(self, model, **inputs) -> TokComOutput:
-        """The loss of a batch; `inputs` are the arguments of `TokComModel.forward` that are not None."""
+        """The loss of a batch; `inputs` are the arguments of `TokComModel.forward` that are not
+        None."""
         raise NotImplementedError
 
 
@@ -119,10 +128,11 @@ class TokComFlowObjective(TokComObjective):
     """What the objectives of stage flow share.
 
     Args:
-        context_dropout: share of the rows that lose their context, which classifier-free guidance needs.
+        context_dropout: share of the rows that lose their context, which classifier-free guidance
+            needs.
         infill_rate: share of the rows with a gap that is generated after what follows it.
-        noise_draws: M, noisy copies of every latent that one pass over the clean text trains; 1 for bidirectional
-            models, which have no clean half to share.
+        noise_draws: M, noisy copies of every latent that one pass over the clean text trains; 1 for
+            bidirectional models, which have no clean half to share.
     """
 
     context_dropout: float = 0.1
@@ -140,20 +150,23 @@ class TokComFlowObjective(TokComObjective):
             self.noise_draws > 1 and config.transformer_config.block_size is None
         ):
             raise ValueError(
-                f"`noise_draws` ({self.noise_draws}) must be at least 1, and 1 for a bidirectional model "
-                "(`block_size=None`), which has no clean half to share."
+                f"`noise_draws` ({self.noise_draws}) must be at least 1, and 1 for a bidirectional "
+                "model (`block_size=None`), which has no clean half to share."
             )
 
 
 @dataclass
 class TokComNextChunkObjective(TokComFlowObjective):
-    """Cross-entropy of the tokens of every next chunk, taken in turn, given the state of a context network.
+    """Cross-entropy of the tokens of every next chunk, taken in turn, given the state of a context
+    network.
 
-    Source: the network is split as in CALM (Shao et al. 2025), the turns are those of `token_stagger`.
+    Source: the network is split as in CALM (Shao et al. 2025), the turns are those of
+    `token_stagger`.
 
     Args:
-        turn_share: share of the rows whose times are exactly those at which a token's turn begins, which is where K
-            sampling steps are; the times of the other rows lie anywhere in between.
+        turn_share: share of the rows whose times are exactly those at which a token's turn begins,
+            which is where K sampling steps are; the times of the other rows lie anywhere in
+            between.
     """
 
     turn_share: float = 0.75
@@ -181,14 +194,16 @@ class TokComNextChunkObjective(TokComFlowObjective):
     ) -> TokComOutput:
         """Mean nats of the tokens whose turn it is.
 
-        In eval mode every turn of each chunk is taken, which gives the exact likelihood if `token_stagger` is 1.
+        In eval mode every turn of each chunk is taken, which gives the exact likelihood if
+        `token_stagger` is 1.
 
         Args:
-            input_ids, attention_mask, known_mask (`(B, T)`): ids, 0 on padding, and 1 on tokens that are given.
-            timestep (`float`, *optional*): one time of all chunks.
-            text_start (`torch.BoolTensor` of shape `(B,)`, *optional*): rows that begin where a text begins; all by
-                default.
-            fills_gaps (`bool`): what is not known are gaps, which see what follows them, and no continuation.
+            input_ids, attention_mask, known_mask (`(B, T)`): ids, 0 on padding, and 1 on tokens
+            that are given. timestep (`float`, *optional*): one time of all chunks.
+            text_start (`torch.BoolTensor` of shape `(B,)`, *optional*): rows that begin where a
+                text begins; all by default.
+            fills_gaps (`bool`): what is not known are gaps, which see what follows them, and no
+                continuation.
         """
         head = model.token_head
         symbols = model.symbols()
@@ -254,7 +269,8 @@ class TokComNextChunkObjective(TokComFlowObjective):
         return given, has_gaps, dropped
 
     def _times(self, model, chunks: torch.Tensor, timestep: float | None) -> torch.Tensor:
-        """Times `(B, M, N)` of chunks `(B, N, K)`, in training in M strata; in eval mode M is every turn."""
+        """Times `(B, M, N)` of chunks `(B, N, K)`, in training in M strata; in eval mode M is every
+        turn."""
         batch, length, _ = chunks.shape
         device = chunks.device
         turns = model.token_head.num_symbols
@@ -274,9 +290,9 @@ class TokComNextChunkObjective(TokComFlowObjective):
 def read_text(model, symbols, chunks, real, given, has_gaps, begins) -> torch.Tensor:
     """States `(B, 1 + N, D)` of the context network after `[start, chunk 0, chunk 1, ...]`.
 
-    The state at each place is all that the head learns of what stands before the next chunk. In rows with gaps the
-    state before a gap is computed last, so it has seen what follows. The chunk in which a gap ends is read with its
-    unknown tokens blank.
+    The state at each place is all that the head learns of what stands before the next chunk. In
+    rows with gaps the state before a gap is computed last, so it has seen what follows. The chunk
+    in which a gap ends is read with its unknown tokens blank.
     """
     batch, length, _ = chunks.shape
     plan = ContextPlan.of(given, has_gaps)
@@ -299,7 +315,8 @@ def _noisy_chunks(model, symbols, chunks: torch.Tensor, place_times: torch.Tenso
 
 
 def _check_weights(mse_weight: float, ce_weight: float) -> None:
-    """Raise `ValueError` unless the weights of the two terms of a loss are not negative and not both 0."""
+    """Raise `ValueError` unless the weights of the two terms of a loss are not negative and not
+    both 0."""
     if mse_weight < 0 or ce_weight < 0 or mse_weight + ce_weight == 0:
         raise ValueError(
             f"`mse_weight` ({mse_weight}) and `ce_weight` ({ce_weight}) must not be negative, "
@@ -319,7 +336,8 @@ def _clean_latents(model, latents, *source) -> TokComCodecOutput:
 
 @dataclass
 class TokComTokenObjective(TokComFlowObjective):
-    """Cross-entropy of the tokens of noisy chunks, for models in which one network reads context and noise."""
+    """Cross-entropy of the tokens of noisy chunks, for models in which one network reads context
+    and noise."""
 
     def loss(
         self,
@@ -372,7 +390,8 @@ class TokComTokenObjective(TokComFlowObjective):
 
 @dataclass
 class TokComLatentObjective(TokComFlowObjective):
-    """Squared error of the clean latents of pictures and clips, with captions in front if the model reads any."""
+    """Squared error of the clean latents of pictures and clips, with captions in front if the model
+    reads any."""
 
     def loss(
         self,
@@ -403,12 +422,13 @@ def mean_squared_error(model, clean: TokComCodecOutput, found) -> torch.Tensor:
 
 @dataclass
 class TokComTextLatentObjective(TokComFlowObjective):
-    """Squared error of the clean latents of texts, and cross-entropy of the first estimate through the decoder.
+    """Squared error of the clean latents of texts, and cross-entropy of the first estimate through
+    the decoder.
 
     Args:
         mse_weight, ce_weight: of the two terms; not negative, and not both 0.
-        ce_share: in (0, 1], share of the latents, drawn at every step, that the cross-entropy is computed of. The
-            decoder is most of a step where it is as deep as the transformer.
+        ce_share: in (0, 1], share of the latents, drawn at every step, that the cross-entropy is
+            computed of. The decoder is most of a step where it is as deep as the transformer.
     """
 
     mse_weight: float = 1.0
@@ -463,7 +483,8 @@ class TokComTextLatentObjective(TokComFlowObjective):
         return states, loss, self.ce_weight
 
     def _decoded_nll(self, model, estimate, loss_mask, input_ids, attention_mask):
-        """Nats `(B, n, K)` of the tokens that `estimate (B, N, C)` stands for, and how many are counted.
+        """Nats `(B, n, K)` of the tokens that `estimate (B, N, C)` stands for, and how many are
+        counted.
 
         n is N, or in training a share `ce_share` of it, drawn at random.
         """
@@ -482,7 +503,8 @@ class TokComTextLatentObjective(TokComFlowObjective):
 
 @dataclass
 class TokComHeadObjective(TokComTextLatentObjective):
-    """The loss of the latent head of a finished model that regresses latents, and cross-entropy through the decoder."""
+    """The loss of the latent head of a finished model that regresses latents, and cross-entropy
+    through the decoder."""
 
     stage: ClassVar[str] = "head"
 
@@ -507,13 +529,16 @@ class TokComHeadObjective(TokComTextLatentObjective):
 
 @dataclass
 class TokComStreamObjective(TokComObjective):
-    """Of every row the streams that its task generates: squared error of latents, and cross-entropy of texts.
+    """Of every row the streams that its task generates: squared error of latents, and cross-entropy
+    of texts.
 
     Args:
         mse_weight, ce_weight: of the two terms; not negative, and not both 0.
-        context_dropout: share of the given streams that are left out, which classifier-free guidance needs.
+        context_dropout: share of the given streams that are left out, which classifier-free
+            guidance needs.
         stream_weights: stream -> weight in the loss, 1 by default.
-        generation_rates: stream -> how often a row that has it generates it, in (0, 1], 0.5 by default.
+        generation_rates: stream -> how often a row that has it generates it, in (0, 1], 0.5 by
+            default.
     """
 
     mse_weight: float = 1.0
@@ -538,7 +563,8 @@ class TokComStreamObjective(TokComObjective):
             or not sum(weights.values() or [1])
         ):
             raise ValueError(
-                f"`stream_weights` ({weights}) must be of the streams {names}, not negative and not all 0."
+                f"`stream_weights` ({weights}) must be of the streams {names}, not negative and "
+                "not all 0."
             )
         if set(rates) - set(names) or not all(0 < rate <= 1 for rate in rates.values()):
             raise ValueError(
@@ -553,7 +579,8 @@ class TokComStreamObjective(TokComObjective):
         given: list[str] | None = None,
         timestep: float | None = None,
     ) -> TokComOutput:
-        """The streams named by `given` are clean in all rows that have them; by default every row draws its task."""
+        """The streams named by `given` are clean in all rows that have them; by default every row
+        draws its task."""
         codec = model.codec
         with torch.no_grad():
             clean = codec.encode(streams, present)
@@ -589,7 +616,8 @@ class TokComStreamObjective(TokComObjective):
         return known & clean.mask, clean.mask
 
     def _predict(self, model, clean, timestep, task, names) -> tuple[torch.Tensor, torch.Tensor]:
-        """States and loss mask of all latents, though only those of the streams `names` pass the network."""
+        """States and loss mask of all latents, though only those of the streams `names` pass the
+        network."""
         if len(names) == len(model.codec.names):
             found = model.predict_noised(self, clean, timestep, task=task)
             return found.states, found.loss_mask
@@ -608,7 +636,8 @@ class TokComStreamObjective(TokComObjective):
 
 
 def objective_class(config, stage: str) -> type[TokComObjective]:
-    """The objective of a stage of a model with this configuration; raises `ValueError` for an unknown stage."""
+    """The objective of a stage of a model with this configuration; raises `ValueError` for an
+    unknown stage."""
     if stage not in STAGES:
         raise ValueError(f"`stage` ({stage!r}) must be one of {STAGES}.")
     if stage == "codec":
@@ -624,7 +653,8 @@ def objective_class(config, stage: str) -> type[TokComObjective]:
 
 
 def build_objective(config, stage: str, settings: dict[str, Any]) -> TokComObjective:
-    """The objective of a stage with these settings; raises `ValueError` for unknown or impossible ones."""
+    """The objective of a stage with these settings; raises `ValueError` for unknown or impossible
+    ones."""
     kind = objective_class(config, stage)
     if kind is TokComCodecObjective:
         return kind()

@@ -1,8 +1,10 @@
-"""The pipelines of pictures, of clips and of several streams, and which pipeline belongs to which model.
+"""The pipelines of pictures, of clips and of several streams, and which pipeline belongs to which
+model.
 
-Notable choices: the sampler is that of texts; captions take the place of a prompt, and first frames are clean latents before
-those to generate; given streams are the context and those asked for the noise, and a stream that is neither is not in the
-sequence at all; guidance moves away from the prediction without them. `load_pipeline` picks the class for a saved model.
+Notable choices: the sampler is that of texts; captions take the place of a prompt, and first frames
+are clean latents before those to generate; given streams are the context and those asked for the
+noise, and a stream that is neither is not in the sequence at all; guidance moves away from the
+prediction without them. `load_pipeline` picks the class for a saved model.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +35,8 @@ from .processing_tokcom import TokComAudioProcessor, TokComImageProcessor, decod
 from .quantization_tokcom import VectorQuantizer  # noqa: F401
 from .sampling_tokcom import TokComSampling, most_alike
 
-# diffusers copies only the direct relative imports of this file, so every module that it needs is named here
+# diffusers copies only the direct relative imports of this file, so every module that it needs is
+# named here
 from .scheduling_tokcom import TokComFlowMatchSchedulerOutput  # noqa: F401
 from .sounds_tokcom import read_sound  # noqa: F401
 from .transformer_tokcom import TokComTransformer  # noqa: F401
@@ -56,9 +59,10 @@ class TokComImagePipelineOutput(BaseOutput):
     """Output of `TokComImagePipeline`; fields that do not apply are None.
 
     Args:
-        images (`list[PIL.Image.Image]` or `torch.FloatTensor` of shape `(B, 3, H, W)`): pictures; tensors are in [-1, 1].
-        latents (`torch.FloatTensor` of shape `(B, N, C)`): standardised latents.
-        codes (`torch.LongTensor` of shape `(B, N, 1)`): what stores the latents of a codec with a codebook.
+        images (`list[PIL.Image.Image]` or `torch.FloatTensor` of shape `(B, 3, H, W)`): pictures;
+        tensors are in [-1, 1]. latents (`torch.FloatTensor` of shape `(B, N, C)`): standardised
+        latents. codes (`torch.LongTensor` of shape `(B, N, 1)`): what stores the latents of a codec
+        with a codebook.
     """
 
     images: list[Image.Image] | torch.FloatTensor | None = None
@@ -67,10 +71,11 @@ class TokComImagePipelineOutput(BaseOutput):
 
 
 class TokComImagePipeline(TokComBasePipeline):
-    """Draw pictures for captions or from nothing; encode them as ordered tokens or codes, and decode these.
+    """Draw pictures for captions or from nothing; encode them as ordered tokens or codes, and
+    decode these.
 
-    See `TokComBasePipeline` for the arguments. Pictures are given as files, PIL images, arrays `(H, W, 3)` or tensors `(3, H, W)`,
-    one or a list of them; see `TokComImageProcessor`.
+    See `TokComBasePipeline` for the arguments. Pictures are given as files, PIL images, arrays
+    `(H, W, 3)` or tensors `(3, H, W)`, one or a list of them; see `TokComImageProcessor`.
     """
 
     modality = "image"
@@ -113,13 +118,15 @@ class TokComImagePipeline(TokComBasePipeline):
         """New pictures for one or several captions, or without captions `batch_size` of them.
 
         Args:
-            prompt: a caption or a list of them, "" for none; for models that were trained with captions.
+            prompt: a caption or a list of them, "" for none; for models that were trained with
+                captions.
             num_inference_steps: denoising steps; by default `config.num_inference_steps`.
             guidance_scale: 1 is off; above 1 strengthens the caption at twice the cost.
             generator: `torch.Generator` or one per picture, for reproducible samples.
             latents: initial noise of shape `(B, N, C)`.
             output_type: `"pil"`, `"pt"` (values in [-1, 1]) or `"latent"`.
-            callback_on_step_end: called as `f(pipe, step, timestep, {"latents": ...})`; may return new latents.
+            callback_on_step_end: called as `f(pipe, step, timestep, {"latents": ...})`; may return
+                new latents.
 
         Returns `.images` and `.latents (B, N, C)`. Raises `ValueError` for arguments out of range.
         """
@@ -127,7 +134,8 @@ class TokComImagePipeline(TokComBasePipeline):
         batch_size, prefix = self._caption_prefix(prompt, batch_size)
         if prefix is None and guidance_scale != 1.0:
             raise ValueError(
-                f"`guidance_scale` ({guidance_scale}) needs a `prompt` to move towards; leave it at 1."
+                f"`guidance_scale` ({guidance_scale}) needs a `prompt` to move towards; leave it "
+                "at 1."
             )
         noise = self.prepare_latents(
             batch_size, self.model.config.codec_config.num_tokens, generator, latents
@@ -155,20 +163,23 @@ class TokComImagePipeline(TokComBasePipeline):
     def decode(
         self, latents: torch.Tensor, num_tokens: int | None = None, output_type: str = "pil"
     ) -> TokComImagePipelineOutput:
-        """Latents `(B, N, C)` or integer codes `(B, N, 1)` -> `.images`, of the first `num_tokens` only if given."""
+        """Latents `(B, N, C)` or integer codes `(B, N, 1)` -> `.images`, of the first `num_tokens`
+        only if given."""
         self.check_inputs(output_type=output_type)
         latents = self._to_latents(latents)
         config = self.model.config.codec_config
         if latents.shape[1] != config.num_tokens:
             raise ValueError(
-                f"`latents` has shape {tuple(latents.shape)} but {config.num_tokens} tokens are needed."
+                f"`latents` has shape {tuple(latents.shape)} but {config.num_tokens} tokens are "
+                "needed."
             )
         return self._show(latents, output_type, num_tokens)
 
     def reconstruct(
         self, images: Any, num_tokens: int | None = None, output_type: str = "pil"
     ) -> TokComImagePipelineOutput:
-        """Encode and decode: what the first `num_tokens` tokens of pictures, by default all, remember of them."""
+        """Encode and decode: what the first `num_tokens` tokens of pictures, by default all,
+        remember of them."""
         return self.decode(self.encode(images).latents, num_tokens, output_type)
 
     def _show(
@@ -191,9 +202,10 @@ class TokComVideoPipelineOutput(BaseOutput):
     """Output of `TokComVideoPipeline`; fields that do not apply are None.
 
     Args:
-        videos (`list[list[PIL.Image.Image]]` or `torch.FloatTensor` of shape `(B, 3, F, H, W)`): clips; tensors in [-1, 1].
-        latents (`torch.FloatTensor` of shape `(B, N, C)`): standardised latents.
-        codes (`torch.LongTensor` of shape `(B, N, R)`): what stores the latents of a codec with a quantiser.
+        videos (`list[list[PIL.Image.Image]]` or `torch.FloatTensor` of shape `(B, 3, F, H, W)`):
+        clips; tensors in [-1, 1]. latents (`torch.FloatTensor` of shape `(B, N, C)`): standardised
+        latents. codes (`torch.LongTensor` of shape `(B, N, R)`): what stores the latents of a codec
+        with a quantiser.
     """
 
     videos: list[list[Image.Image]] | torch.FloatTensor | None = None
@@ -204,12 +216,14 @@ class TokComVideoPipelineOutput(BaseOutput):
 class TokComVideoPipeline(TokComBasePipeline):
     """Make clips for captions, after first frames or from nothing; encode and decode clips.
 
-    A clip is a list of pictures (files, PIL images, arrays, tensors), an animated file, an array `(F, H, W, 3)` or a tensor
-    `(3, F, H, W)` in [-1, 1]; several are a list of clips, or one more axis in front. A single picture is a clip of one frame.
+    A clip is a list of pictures (files, PIL images, arrays, tensors), an animated file, an array
+    `(F, H, W, 3)` or a tensor `(3, F, H, W)` in [-1, 1]; several are a list of clips, or one more
+    axis in front. A single picture is a clip of one frame.
 
     Args:
         model, scheduler, tokenizer: see `TokComBasePipeline`.
-        vae (`AutoencoderKL*` of diffusers, *optional*): for models that were trained on its latents.
+        vae (`AutoencoderKL*` of diffusers, *optional*): for models that were trained on its
+            latents.
     """
 
     modality = "video"
@@ -270,23 +284,28 @@ class TokComVideoPipeline(TokComBasePipeline):
         callback_on_step_end: Callback = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
     ) -> TokComVideoPipelineOutput | tuple:
-        """New clips for one or several captions, after first frames that are given, or from nothing.
+        """New clips for one or several captions, after first frames that are given, or from
+        nothing.
 
         Args:
-            prompt: a caption or a list of them, "" for none; for models that were trained with captions.
+            prompt: a caption or a list of them, "" for none; for models that were trained with
+                captions.
             frames: the first frames of one or several clips; see the class.
-            num_frames: of the whole clip, those given included; by default that of training. Block-causal models go on for any
-                length, over a window of what they saw in training.
+            num_frames: of the whole clip, those given included; by default that of training.
+                Block-causal models go on for any length, over a window of what they saw in
+                training.
             batch_size: number of clips, if neither captions nor frames say how many.
-            num_inference_steps: denoising steps, of block-causal models per block; by default those of the config.
-            guidance_scale: 1 is off; above 1 strengthens caption and first frames at twice the cost.
+            num_inference_steps: denoising steps, of block-causal models per block; by default those
+                of the config.
+            guidance_scale: 1 is off; above 1 strengthens caption and first frames at twice the
+                cost.
             generator: `torch.Generator` or one per clip, for reproducible samples.
             latents: initial noise of shape `(B, n, C)` of the latents to generate.
             output_type: `"pil"`, `"pt"` (values in [-1, 1]) or `"latent"`.
             height, width: pixels, if other than those of training; bidirectional models only.
 
-        Returns `.videos`, a list of pictures for each clip or `(B, 3, F, H, W)`, and `.latents (B, N, C)`. Raises
-        `ValueError` for arguments out of range.
+        Returns `.videos`, a list of pictures for each clip or `(B, 3, F, H, W)`, and
+        `.latents (B, N, C)`. Raises `ValueError` for arguments out of range.
         """
         self.check_inputs(num_inference_steps, output_type, callback_on_step_end_tensor_inputs)
         given = None if frames is None else self._read(frames, "frames", height, width)
@@ -295,11 +314,13 @@ class TokComVideoPipeline(TokComBasePipeline):
         )
         if guidance_scale != 1.0 and prefix is None and given is None:
             raise ValueError(
-                f"`guidance_scale` ({guidance_scale}) needs captions or frames to move towards; leave it at 1."
+                f"`guidance_scale` ({guidance_scale}) needs captions or frames to move towards; "
+                "leave it at 1."
             )
         if given is not None and len(given) != batch_size:
             raise ValueError(
-                f"there are {batch_size} captions but {len(given)} clips of first frames; give one each."
+                f"there are {batch_size} captions but {len(given)} clips of first frames; give one "
+                "each."
             )
         size = self._size_of(given, height, width)
         inputs = None if given is None else self._to_codec(given)
@@ -326,7 +347,8 @@ class TokComVideoPipeline(TokComBasePipeline):
         return height or own[0], width or own[1]
 
     def _to_codec(self, clips: torch.Tensor) -> torch.Tensor:
-        """What the codec reads of clips of pixels: themselves, or their latents in the external autoencoder."""
+        """What the codec reads of clips of pixels: themselves, or their latents in the external
+        autoencoder."""
         self._check_vae()
         return (
             clips if self.vae is None else encode_clips(self.vae, clips).to(self._execution_device)
@@ -342,7 +364,8 @@ class TokComVideoPipeline(TokComBasePipeline):
         config = self.model.config.codec_config
         if self.vae is None and (config.num_channels, config.spatial_compression) != (3, 1):
             raise ValueError(
-                f"this model makes latents of {config.num_channels} channels for an external autoencoder; pass it as `vae`."
+                f"this model makes latents of {config.num_channels} channels for an external "
+                "autoencoder; pass it as `vae`."
             )
 
     @torch.no_grad()
@@ -360,7 +383,8 @@ class TokComVideoPipeline(TokComBasePipeline):
         height: int | None = None,
         width: int | None = None,
     ) -> TokComVideoPipelineOutput:
-        """Latents `(B, N, C)` or integer codes `(B, N, R)` -> `.videos`, by default of the size of training."""
+        """Latents `(B, N, C)` or integer codes `(B, N, R)` -> `.videos`, by default of the size of
+        training."""
         self.check_inputs(output_type=output_type)
         return self._show(
             self._to_latents(latents), output_type, self._size_of(None, height, width)
@@ -379,7 +403,8 @@ class TokComVideoPipeline(TokComBasePipeline):
         size: tuple[int, int],
         given: torch.Tensor | None = None,
     ) -> TokComVideoPipelineOutput:
-        """Latents as clips of `size`, which begin with the frames `given (B, 3, F, H, W)` as they are."""
+        """Latents as clips of `size`, which begin with the frames `given (B, 3, F, H, W)` as they
+        are."""
         self._check_vae()
         videos = None
         if output_type != "latent":
@@ -405,9 +430,11 @@ class TokComOmniPipelineOutput(BaseOutput):
     """Output of `TokComOmniPipeline`.
 
     Args:
-        streams (`dict[str, list]`): the content of each stream by name: texts, pictures, clips, sounds.
+        streams (`dict[str, list]`): the content of each stream by name: texts, pictures, clips,
+            sounds.
         latents (`torch.FloatTensor` of shape `(B, N, C)`): of all streams, 0 where one is absent.
-        texts, images, videos, audios (`list`): the first stream of each kind; None if there is none.
+        texts, images, videos, audios (`list`): the first stream of each kind; None if there is
+            none.
     """
 
     streams: dict[str, list] | None = None
@@ -421,8 +448,9 @@ class TokComOmniPipelineOutput(BaseOutput):
 class TokComOmniPipeline(TokComBasePipeline):
     """Make any streams (texts, pictures, clips, sounds) for any others that are given.
 
-    See `TokComBasePipeline` for the arguments. Streams are a dictionary: name -> a text, a picture, a clip or a sound (an array at
-    the codec's rate, or a .wav file), or a list of them; all lists have one length.
+    See `TokComBasePipeline` for the arguments. Streams are a dictionary: name -> a text, a picture,
+    a clip or a sound (an array at the codec's rate, or a .wav file), or a list of them; all lists
+    have one length.
     """
 
     modality = "several"
@@ -461,21 +489,23 @@ class TokComOmniPipeline(TokComBasePipeline):
         callback_on_step_end: Callback = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
     ) -> TokComOmniPipelineOutput | tuple:
-        """Some streams for others that are given, or from nothing: `pipe({"text": "a frog"}, generate="image")`.
+        """Some streams for others that are given, or from nothing:
+        `pipe({"text": "a frog"}, generate="image")`.
 
         Args:
             given: streams; see the class.
             generate: names of the streams to make; by default all that are not given.
             batch_size: how many, if nothing is given.
-            guidance_scale: 1 is off; above 1 strengthens what is given at twice the cost. A dictionary names a scale for each
-                given stream, at the cost of one more evaluation for each that is not 1.
-            num_candidates: above 1, so many are made for each, and the one is kept whose texts the others resemble most:
-                better guesses, less variety, at so many times the cost.
+            guidance_scale: 1 is off; above 1 strengthens what is given at twice the cost. A
+                dictionary names a scale for each given stream, at the cost of one more evaluation
+                for each that is not 1.
+            num_candidates: above 1, so many are made for each, and the one is kept whose texts the
+                others resemble most: better guesses, less variety, at so many times the cost.
             latents: initial noise `(B * num_candidates, n, C)` of the latents to generate.
             output_type: `"content"` or `"latent"`.
 
-        Returns `.streams`, a list for each name, those given as they are, and `.latents (B, N, C)`. Raises `ValueError` for
-        arguments out of range.
+        Returns `.streams`, a list for each name, those given as they are, and `.latents (B, N, C)`.
+        Raises `ValueError` for arguments out of range.
         """
         self.check_inputs(num_inference_steps, output_type, callback_on_step_end_tensor_inputs)
         codec = self.model.codec
@@ -512,7 +542,8 @@ class TokComOmniPipeline(TokComBasePipeline):
     def decode(
         self, latents: torch.Tensor, names: Sequence[str] | None = None
     ) -> TokComOmniPipelineOutput:
-        """Latents `(B, N, C)` of all streams -> `.streams`, by default all, otherwise those with `names`."""
+        """Latents `(B, N, C)` of all streams -> `.streams`, by default all, otherwise those with
+        `names`."""
         names = self.model.codec.names if names is None else list(names)
         self.model.codec.check_names(names)
         return self._collect(self._to_latents(latents), {}, names, "content")
@@ -526,7 +557,8 @@ class TokComOmniPipeline(TokComBasePipeline):
     def _read_given(
         self, contents: dict[str, list], batch_size: int, copies: int = 1
     ) -> tuple[TokComCodecOutput | None, torch.Tensor]:
-        """The latents of the given streams alone, and those of all `(B, N, C)`, 0 if not given; each row `copies` times."""
+        """The latents of the given streams alone, and those of all `(B, N, C)`, 0 if not given;
+        each row `copies` times."""
         codec = self.model.codec
         device = self._execution_device
         if not contents:
@@ -547,13 +579,15 @@ class TokComOmniPipeline(TokComBasePipeline):
         ), latents.float()
 
     def _stream_ids(self, name: str, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids of a stream of texts, of latents `(B, N, C)` of all, and the mask of what stands before their end."""
+        """Ids of a stream of texts, of latents `(B, N, C)` of all, and the mask of what stands
+        before their end."""
         codec = self.model.codec
         ids = codec.streams[name].to_ids(codec.stream_of(latents, name))
         return end_at_eos(ids, getattr(self.tokenizer, "eos_token_id", None), self._pad_token_id)
 
     def _write_stream(self, name: str, latents: torch.Tensor) -> list:
-        """The content of a stream of latents `(B, N, C)` of all: texts, pictures, clips or sounds."""
+        """The content of a stream of latents `(B, N, C)` of all: texts, pictures, clips or
+        sounds."""
         config = self.model.codec.streams[name].config
         if config.kind == "text":
             ids, mask = self._stream_ids(name, latents)
@@ -570,7 +604,8 @@ class TokComOmniPipeline(TokComBasePipeline):
         return processor.postprocess(pixels if pixels.ndim == 4 else pixels[:, :, 0])
 
     def _choose(self, latents: torch.Tensor, names: list[str], num_candidates: int) -> torch.Tensor:
-        """Of every `num_candidates` rows of latents `(B, N, C)` the one whose texts the others resemble most."""
+        """Of every `num_candidates` rows of latents `(B, N, C)` the one whose texts the others
+        resemble most."""
         rows: list[list[tuple[str, int]]] = [[] for _ in latents]
         for name in [name for name in names if self.model.codec.streams[name].config.has_tokens]:
             ids, mask = self._stream_ids(name, latents)
@@ -584,7 +619,8 @@ class TokComOmniPipeline(TokComBasePipeline):
     def _collect(
         self, latents: torch.Tensor, given: dict[str, list], names: list[str], output_type: str
     ) -> TokComOmniPipelineOutput:
-        """The output: the `given` streams as they are, and those with `names` from their latents."""
+        """The output: the `given` streams as they are, and those with `names` from their
+        latents."""
         streams = None
         first_of_kind: dict[str, list] = {}
         if output_type == "content":

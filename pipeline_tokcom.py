@@ -1,10 +1,13 @@
-"""TokComPipeline: prompt in, text out; also texts from noise, latents of texts and back, texts with gaps, texts as pixels.
+"""TokComPipeline: prompt in, text out; also texts from noise, latents of texts and back, texts with
+gaps, texts as pixels.
 
-Read `TokComPipeline.__call__` first: `continue_ids` lays out what the sampler gets, `_finish` makes text of what it gives.
+Read `TokComPipeline.__call__` first: `continue_ids` lays out what the sampler gets, `_finish` makes
+text of what it gives.
 
-Notable choices: what is generated is a set of latents with positions, given clean latents with positions, so all modes are one
-sampler; a model that predicts tokens goes on inside the last chunk of a prompt, and one that regresses latents gets prompts
-padded on the left to whole chunks; new ids are decoded together with those before them, so pieces of a stream join to the text.
+Notable choices: what is generated is a set of latents with positions, given clean latents with
+positions, so all modes are one sampler; a model that predicts tokens goes on inside the last chunk
+of a prompt, and one that regresses latents gets prompts padded on the left to whole chunks; new ids
+are decoded together with those before them, so pieces of a stream join to the text.
 """
 
 import os
@@ -19,7 +22,8 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 from transformers.generation.streamers import BaseStreamer
 
-# diffusers copies only the direct relative imports of this file, so every module that it needs is named here
+# diffusers copies only the direct relative imports of this file, so every module that it needs is
+# named here
 from .codec_chunk_tokcom import TokComCodecOutput
 from .codec_color_tokcom import TokComColorCodec
 from .codec_composite_tokcom import TokComCompositeCodec  # noqa: F401
@@ -69,11 +73,13 @@ class TokComPipelineOutput(BaseOutput):
     """Output of every method; fields that do not apply are None.
 
     Args:
-        texts (`list[str]`): for a prompt, its continuation (`prompt + text` reads on); else the whole text.
+        texts (`list[str]`): for a prompt, its continuation (`prompt + text` reads on); else the
+            whole text.
         sequences (`torch.LongTensor` of shape `(B, T)`): token ids; what follows EOS is the pad id.
         latents (`torch.FloatTensor` of shape `(B, N, C)`): standardised latents.
         attention_mask (`torch.LongTensor` of shape `(B, T)`): 1 on the ids that belong to the text.
-        codes (`torch.LongTensor` of shape `(B, N, R)`): what stores the latents of a codec with a quantiser.
+        codes (`torch.LongTensor` of shape `(B, N, R)`): what stores the latents of a codec with a
+        quantiser.
     """
 
     texts: list[str] | None = None
@@ -84,7 +90,8 @@ class TokComPipelineOutput(BaseOutput):
 
 
 class TokComScore(NamedTuple):
-    """The likelihood of a text: its `nats` in all, and of each of its tokens; how many tokens and characters it has."""
+    """The likelihood of a text: its `nats` in all, and of each of its tokens; how many tokens and
+    characters it has."""
 
     nats: float
     tokens: int
@@ -101,9 +108,11 @@ class TokComScore(NamedTuple):
 
 
 class TokComPipeline(TokComBasePipeline):
-    """Continue prompts, generate, reconstruct, re-denoise, encode and decode texts, and fill gaps in them.
+    """Continue prompts, generate, reconstruct, re-denoise, encode and decode texts, and fill gaps
+    in them.
 
-    The model is one of texts, or of pixels that stand for tokens; see `TokComBasePipeline` for the arguments.
+    The model is one of texts, or of pixels that stand for tokens; see `TokComBasePipeline` for the
+    arguments.
     """
 
     modality = "text"
@@ -147,18 +156,24 @@ class TokComPipeline(TokComBasePipeline):
         """Continue one or several prompts.
 
         Args:
-            prompt: a text or a list of texts, none empty. A dialogue, `[{"role", "content"}, ...]`, or a list of them goes
-                through the tokenizer's chat template; without one, its turns are lines.
+            prompt: a text or a list of texts, none empty. A dialogue, `[{"role", "content"}, ...]`,
+                or a list of them goes through the tokenizer's chat template; without one, its turns
+                are lines.
             gen_length: tokens to generate; a text ends earlier at EOS.
             num_inference_steps: denoising steps per block; by default `config.num_inference_steps`.
-            guidance_scale: 1 is off; above 1 strengthens the influence of the prompt at twice the cost.
-            temperature, top_p: of token probabilities, for `prediction_type="tokens"`; by default those of the config.
-            generator: one, or one per prompt. A smaller `gen_length` gives the beginning of the same text, and a prompt's
-                text depends on its place among the prompts only.
-            latents: initial noise `(B, n, C)`, for the longest unfinished chunk of a prompt and `gen_length` more tokens.
+            guidance_scale: 1 is off; above 1 strengthens the influence of the prompt at twice the
+                cost.
+            temperature, top_p: of token probabilities, for `prediction_type="tokens"`; by default
+                those of the config.
+            generator: one, or one per prompt. A smaller `gen_length` gives the beginning of the
+                same text, and a prompt's text depends on its place among the prompts only.
+            latents: initial noise `(B, n, C)`, for the longest unfinished chunk of a prompt and
+                `gen_length` more tokens.
             output_type: `"text"`, `"seq"` (ids only) or `"latent"`.
-            streamer: of transformers, for one prompt; it receives the prompt's ids, then those of every block.
-            callback_on_step_end: called as `f(pipe, step, timestep, {"latents": ...})`; may return new latents.
+            streamer: of transformers, for one prompt; it receives the prompt's ids, then those of
+                every block.
+            callback_on_step_end: called as `f(pipe, step, timestep, {"latents": ...})`; may return
+                new latents.
 
         Raises `ValueError` for an empty or too long prompt and for arguments out of range.
         """
@@ -171,7 +186,8 @@ class TokComPipeline(TokComBasePipeline):
         prompts = as_prompts(self.tokenizer, prompt)
         if streamer is not None and (len(prompts) > 1 or output_type == "latent"):
             raise ValueError(
-                f"`streamer` shows text of one prompt, not {len(prompts)} prompts as {output_type!r}."
+                f"`streamer` shows text of one prompt, not {len(prompts)} prompts as "
+                f"{output_type!r}."
             )
         rows = prompt_ids(self.tokenizer, prompts, self.max_length)
         skip, blocks = self.continue_ids(
@@ -192,20 +208,23 @@ class TokComPipeline(TokComBasePipeline):
 
     @property
     def _predicts_tokens(self) -> bool:
-        """Whether the model can know part of a chunk; one that regresses latents knows whole chunks only."""
+        """Whether the model can know part of a chunk; one that regresses latents knows whole chunks
+        only."""
         return self.model.token_head is not None
 
     def encode_prompt(self, prompt: list[str]) -> tuple[TokComCodecOutput | None, list[list[int]]]:
-        """Prompts -> clean context latents, None if no prompt fills a chunk, and the prompts' ids."""
+        """Prompts -> clean context latents, None if no prompt fills a chunk, and the prompts'
+        ids."""
         rows = prompt_ids(self.tokenizer, prompt, self.max_length)
         return self._encode_rows(rows), rows
 
     def _encode_rows(self, rows: list[list[int]]) -> TokComCodecOutput | None:
         """The whole chunks of rows of ids as context latents.
 
-        Chunks count from the first token of each row; shorter rows have hidden chunks in front. The tokens of an unfinished
-        chunk are not in the context, since a model that predicts tokens goes on inside it. For one that regresses latents
-        rows are padded on the left to whole chunks instead.
+        Chunks count from the first token of each row; shorter rows have hidden chunks in front. The
+        tokens of an unfinished chunk are not in the context, since a model that predicts tokens
+        goes on inside it. For one that regresses latents rows are padded on the left to whole
+        chunks instead.
         """
         if not self._predicts_tokens:
             return self.model.encode(*self._pad(rows, "left"))
@@ -225,9 +244,11 @@ class TokComPipeline(TokComBasePipeline):
         stop: bool = False,
         on_step_end: StepCallback | None = None,
     ) -> tuple[list[int], Blocks]:
-        """Continue rows of ids: how many tokens of its prompt each row's first blocks repeat, and the blocks.
+        """Continue rows of ids: how many tokens of its prompt each row's first blocks repeat, and
+        the blocks.
 
-        `noise_scale` multiplies the initial noise; with `stop` the blocks end when every row has ended.
+        `noise_scale` multiplies the initial noise; with `stop` the blocks end when every row has
+        ended.
         """
         context = self._encode_rows(rows)
         unit = self.model.config.codec_config.length_multiple if self._predicts_tokens else 1
@@ -286,7 +307,8 @@ class TokComPipeline(TokComBasePipeline):
         output_type: str,
         skip: list[int] | None = None,
     ) -> TokComPipelineOutput:
-        """End texts at EOS, pad to `gen_length`; the first `skip` ids of each row are those of its prompt."""
+        """End texts at EOS, pad to `gen_length`; the first `skip` ids of each row are those of its
+        prompt."""
         self.maybe_free_model_hooks()
         if output_type == "latent":
             return TokComPipelineOutput(latents=latents)
@@ -303,12 +325,13 @@ class TokComPipeline(TokComBasePipeline):
         return getattr(self.tokenizer, "eos_token_id", None)
 
     def _check_length(self, num_latents: int) -> None:
-        """Block-causal models generate any length over a sliding window; bidirectional ones see all at once."""
+        """Block-causal models generate any length over a sliding window; bidirectional ones see all
+        at once."""
         tokens = num_latents * self.chunk_size
         if self.model.config.transformer_config.block_size is None and tokens > self.max_length:
             raise ValueError(
-                f"prompt and generated text are {tokens} tokens together, more than the model's maximum of "
-                f"{self.max_length}; reduce `gen_length` or the prompt."
+                f"prompt and generated text are {tokens} tokens together, more than the model's "
+                f"maximum of {self.max_length}; reduce `gen_length` or the prompt."
             )
 
     # ---- streaming ----
@@ -324,9 +347,11 @@ class TokComPipeline(TokComBasePipeline):
         top_p: float | None = None,
         generator: torch.Generator | None = None,
     ) -> Iterator[str]:
-        """Continue one prompt and yield pieces of text as blocks are finished; joined, they are `__call__`'s text.
+        """Continue one prompt and yield pieces of text as blocks are finished; joined, they are
+        `__call__`'s text.
 
-        The arguments are those of `__call__`. Characters whose bytes are not complete yet wait for the next piece.
+        The arguments are those of `__call__`. Characters whose bytes are not complete yet wait for
+        the next piece.
         """
         if not isinstance(prompt, str):
             raise ValueError(
@@ -350,16 +375,19 @@ class TokComPipeline(TokComBasePipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> Iterator[list[TokComPiece]]:
-        """Continue several prompts at once and yield the new pieces of all texts whenever a block is finished.
+        """Continue several prompts at once and yield the new pieces of all texts whenever a block
+        is finished.
 
-        `gen_length` tokens are generated, or as many as it says for each prompt; a text that has ended gives empty pieces.
-        With a generator for each prompt, a text does not depend on the others, unless the model is bidirectional and the
-        lengths differ. It ends early when `should_stop()`, which is asked after every denoising step.
+        `gen_length` tokens are generated, or as many as it says for each prompt; a text that has
+        ended gives empty pieces. With a generator for each prompt, a text does not depend on the
+        others, unless the model is bidirectional and the lengths differ. It ends early when
+        `should_stop()`, which is asked after every denoising step.
         """
         lengths = [gen_length] * len(prompts) if isinstance(gen_length, int) else list(gen_length)
         if not prompts or len(lengths) != len(prompts):
             raise ValueError(
-                f"`gen_length` has {len(lengths)} entries for {len(prompts)} prompts; give one each."
+                f"`gen_length` has {len(lengths)} entries for {len(prompts)} prompts; give one "
+                "each."
             )
         self.check_inputs(num_inference_steps, length=("gen_length", min(lengths)))
 
@@ -401,12 +429,14 @@ class TokComPipeline(TokComBasePipeline):
         latents: torch.Tensor | None = None,
         output_type: str = "text",
     ) -> TokComPipelineOutput:
-        """Mode 1: new texts of `num_chunks` chunks from noise; see `__call__` for the other arguments."""
+        """Mode 1: new texts of `num_chunks` chunks from noise; see `__call__` for the other
+        arguments."""
         self.check_inputs(num_inference_steps, output_type, length=("num_chunks", num_chunks))
         multiple = self.model.config.codec_config.latents_multiple
         if num_chunks % multiple:
             raise ValueError(
-                f"`num_chunks` ({num_chunks}) must be a multiple of {multiple}, a row of patches of this model."
+                f"`num_chunks` ({num_chunks}) must be a multiple of {multiple}, a row of patches "
+                "of this model."
             )
         self._check_length(num_chunks)
         noise = self.prepare_latents(batch_size, num_chunks, generator, latents)
@@ -422,7 +452,8 @@ class TokComPipeline(TokComBasePipeline):
     def encode(
         self, text: str | list[str], output_file: str | os.PathLike | None = None
     ) -> TokComPipelineOutput:
-        """Mode 4: texts -> latents, and a safetensors file with `latents` and `attention_mask` if a name is given.
+        """Mode 4: texts -> latents, and a safetensors file with `latents` and `attention_mask` if a
+        name is given.
 
         A codec with a quantiser also gives `codes`, which are what the file then holds.
         """
@@ -458,7 +489,8 @@ class TokComPipeline(TokComBasePipeline):
         )
         if mask.shape != sequences.shape:
             raise ValueError(
-                f"`attention_mask` has shape {tuple(mask.shape)} but {tuple(sequences.shape)} is needed."
+                f"`attention_mask` has shape {tuple(mask.shape)} but {tuple(sequences.shape)} is "
+                "needed."
             )
         texts = decode_rows(self.tokenizer, sequences, mask)
         return TokComPipelineOutput(
@@ -482,15 +514,18 @@ class TokComPipeline(TokComBasePipeline):
     ) -> TokComPipelineOutput:
         """Mode 3: keep a part of what a text says, and let the model make up the rest.
 
-        `noise_level` in [0, 1] is the share of the information that is kept: 0 is pure noise, 1 plain reconstruction. A
-        model that predicts tokens keeps each token with that probability and draws the others given those around them; a
-        token that is kept at one level is kept at every higher one. A model that regresses latents keeps that share of
-        them, `noise_level * latents + (1 - noise_level) * noise`, and takes the remaining
-        `num_inference_steps * (1 - noise_level)` steps, at least one. How many tokens survive is in docs/modes.md.
+        `noise_level` in [0, 1] is the share of the information that is kept: 0 is pure noise, 1
+        plain reconstruction. A model that predicts tokens keeps each token with that probability
+        and draws the others given those around them; a token that is kept at one level is kept at
+        every higher one. A model that regresses latents keeps that share of them,
+        `noise_level * latents + (1 - noise_level) * noise`, and takes the remaining
+        `num_inference_steps * (1 - noise_level)` steps, at least one. How many tokens survive is in
+        docs/modes.md.
         """
         if not 0.0 <= noise_level <= 1.0:
             raise ValueError(
-                f"`noise_level` ({noise_level}) must be in [0, 1]: 0 is pure noise, 1 is the clean text."
+                f"`noise_level` ({noise_level}) must be in [0, 1]: 0 is pure noise, 1 is the clean "
+                "text."
             )
         self.check_inputs(num_inference_steps)
         encoded = self.encode(text)
@@ -525,7 +560,8 @@ class TokComPipeline(TokComBasePipeline):
     def _redraw_tokens(
         self, encoded: TokComPipelineOutput, noise_level: float, sampling: TokComSampling
     ) -> TokComPipelineOutput:
-        """Texts of which each token is kept with probability `noise_level`, and the others are drawn."""
+        """Texts of which each token is kept with probability `noise_level`, and the others are
+        drawn."""
         sequences = encoded.sequences.clone()
         for row, source in enumerate(spawn_generators(sampling.generator, len(sequences))):
             real = encoded.attention_mask[row].bool()
@@ -555,9 +591,10 @@ class TokComPipeline(TokComBasePipeline):
     ) -> TokComPipelineOutput:
         """Fill every gap `____` in `text` with tokens that see what stands before and after it.
 
-        Three or more underscores are one gap. Every gap gets `gap_length` tokens. With `gap_length=None` the length is
-        unknown: `num_candidates` fillings of 1 to 8 tokens are drawn, and the one is kept whose whole text the model finds
-        most likely per character (see `score`).
+        Three or more underscores are one gap. Every gap gets `gap_length` tokens. With
+        `gap_length=None` the length is unknown: `num_candidates` fillings of 1 to 8 tokens are
+        drawn, and the one is kept whose whole text the model finds most likely per character (see
+        `score`).
 
         Returns the whole text. Raises `ValueError` when there is no gap or nothing but gaps.
         """
@@ -597,16 +634,19 @@ class TokComPipeline(TokComBasePipeline):
 
     @torch.no_grad()
     def score(self, texts: str | list[str]) -> list[TokComScore]:
-        """The exact likelihood of texts under the model, at temperature 1 and from their first token on.
+        """The exact likelihood of texts under the model, at temperature 1 and from their first
+        token on.
 
-        Raises `ValueError` for an empty text, one longer than the model sees at once, and for models that have no exact
-        probability of a next token (`is_causal_lm` of the configuration is false).
+        Raises `ValueError` for an empty text, one longer than the model sees at once, and for
+        models that have no exact probability of a next token (`is_causal_lm` of the configuration
+        is false).
         """
         config = self.model.config
         if not config.is_causal_lm:
             raise ValueError(
-                "only models whose tokens take turns within blocks of one chunk have exact likelihoods "
-                f"(`token_stagger` is {config.token_stagger}, `block_size` {config.transformer_config.block_size})."
+                "only models whose tokens take turns within blocks of one chunk have exact "
+                f"likelihoods (`token_stagger` is {config.token_stagger}, `block_size` "
+                f"{config.transformer_config.block_size})."
             )
         texts = [texts] if isinstance(texts, str) else list(texts)
         rows = self._tokenize(texts, "texts")
@@ -628,13 +668,15 @@ class TokComPipeline(TokComBasePipeline):
     def _check_filled_length(self, tokens: int) -> None:
         if tokens > self.max_length:
             raise ValueError(
-                f"`text` with its gaps has {tokens} tokens, more than the model's maximum of {self.max_length}; shorten it."
+                f"`text` with its gaps has {tokens} tokens, more than the model's maximum of "
+                f"{self.max_length}; shorten it."
             )
 
     def _fill_tokens(
         self, rows: list[list[int]], gap_length: int, sampling: TokComSampling
     ) -> tuple[list[list[int]], torch.Tensor | None]:
-        """Ids for the gaps between `rows` of ids, and the latents `(1, n, C)` of what was generated."""
+        """Ids for the gaps between `rows` of ids, and the latents `(1, n, C)` of what was
+        generated."""
         ids = list(rows[0])
         known = [True] * len(ids)
         starts = []
@@ -648,10 +690,12 @@ class TokComPipeline(TokComBasePipeline):
     def fill_ids(
         self, ids: list[int], known: list[bool], sampling: TokComSampling
     ) -> tuple[list[int], torch.Tensor | None]:
-        """Draw the ids of one text that are not `known`, anywhere in a chunk; for models that predict tokens.
+        """Draw the ids of one text that are not `known`, anywhere in a chunk; for models that
+        predict tokens.
 
-        Chunks of which everything is known are context. The others are generated in reading order, given their known
-        tokens. Returns all ids, and the latents `(1, n, C)` of what was generated, None if nothing was.
+        Chunks of which everything is known are context. The others are generated in reading order,
+        given their known tokens. Returns all ids, and the latents `(1, n, C)` of what was
+        generated, None if nothing was.
         """
         if all(known):
             return ids, None
@@ -699,7 +743,8 @@ class TokComPipeline(TokComBasePipeline):
         return self.model.codec
 
     def text_to_image(self, text: str, width: int | None = None) -> Image.Image:
-        """A text as a picture, one pixel for each token; `.save("text.png")` keeps it exactly, JPEG does not."""
+        """A text as a picture, one pixel for each token; `.save("text.png")` keeps it exactly, JPEG
+        does not."""
         codec = self._color_codec()
         pixels = codec.to_image(torch.tensor(self._tokenize([text], "text")[0]), width)
         return Image.fromarray(pixels.numpy())

@@ -1,8 +1,10 @@
-"""Flow-matching scheduler: `x_sigma = (1 - sigma) x1 + sigma * noise_std * noise`, with sigma = 1 - t.
+"""Flow-matching scheduler: `x_sigma = (1 - sigma) x1 + sigma * noise_std * noise`, with sigma = 1 -
+t.
 
-Notable choices: `step` takes the velocity dx/dsigma, as every stock flow scheduler does, so FlowMatchEuler,
-FlowMatchHeun, DPM++ and UniPC are drop-in replacements through `from_config`; the grid is shifted towards noise as
-much as training's times are (`shift = exp(timestep_loc)`); `eta` re-noises with the model's own noise scale.
+Notable choices: `step` takes the velocity dx/dsigma, as every stock flow scheduler does, so
+FlowMatchEuler, FlowMatchHeun, DPM++ and UniPC are drop-in replacements through `from_config`; the
+grid is shifted towards noise as much as training's times are (`shift = exp(timestep_loc)`); `eta`
+re-noises with the model's own noise scale.
 """
 
 import math
@@ -28,18 +30,20 @@ class TokComFlowMatchSchedulerOutput(SchedulerOutput):
 
 
 class TokComFlowMatchScheduler(SchedulerMixin, ConfigMixin):
-    """Euler (`eta=0`) to ancestral (`eta=1`) sampler for rectified flow (Liu et al. 2022; Lipman et al. 2022).
+    """Euler (`eta=0`) to ancestral (`eta=1`) sampler for rectified flow (Liu et al. 2022; Lipman et
+    al. 2022).
 
     Args:
         num_train_timesteps (`int`): `timesteps` are `sigma * num_train_timesteps`.
-        shift (`float`): warp of the grid, `sigma -> shift sigma / (1 + (shift - 1) sigma)`; above 1 spends more steps
-            on noise (SD3, Esser et al. 2024).
+        shift (`float`): warp of the grid, `sigma -> shift sigma / (1 + (shift - 1) sigma)`; above 1
+            spends more steps on noise (SD3, Esser et al. 2024).
         noise_std (`float`): standard deviation of x0.
         eta (`float`): in [0, 1]; the share of the noise that is drawn anew at each step.
-        stochastic_sampling (`bool`): at each step all noise is drawn anew, as few-step students are trained to expect; it is
-            the option of that name of FlowMatchEulerDiscreteScheduler, and `eta` has no effect.
-        prediction_type, use_flow_sigmas, flow_shift: what stock multistep solvers read from this config;
-            `flow_shift` always equals `shift`.
+        stochastic_sampling (`bool`): at each step all noise is drawn anew, as few-step students are
+            trained to expect; it is the option of that name of FlowMatchEulerDiscreteScheduler, and
+            `eta` has no effect.
+        prediction_type, use_flow_sigmas, flow_shift: what stock multistep solvers read from this
+            config; `flow_shift` always equals `shift`.
     """
 
     _compatibles = [
@@ -67,7 +71,8 @@ class TokComFlowMatchScheduler(SchedulerMixin, ConfigMixin):
         if not 0 <= eta <= 1:
             raise ValueError(f"`eta` ({eta}) must be in [0, 1].")
         self.register_to_config(flow_shift=shift)
-        # stock `from_config` drops every value that equals a default of *this* class when it sees this key
+        # stock `from_config` drops every value that equals a default of *this* class when it sees
+        # this key
         self._internal_dict = FrozenDict(
             {k: v for k, v in self.config.items() if k != "_use_default_values"}
         )
@@ -77,7 +82,8 @@ class TokComFlowMatchScheduler(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def from_model_config(cls, config) -> "TokComFlowMatchScheduler | DDIMScheduler":
-        """The scheduler whose grid matches how a `TokComConfig` was trained: DDIM of the sample for the times of a diffusion."""
+        """The scheduler whose grid matches how a `TokComConfig` was trained: DDIM of the sample for
+        the times of a diffusion."""
         if config.timestep_sampling in BETA_SCHEDULES:
             schedule = BETA_SCHEDULES[config.timestep_sampling]
             options = {
@@ -113,7 +119,8 @@ class TokComFlowMatchScheduler(SchedulerMixin, ConfigMixin):
         device: str | torch.device | None = None,
         sigmas: list[float] | torch.Tensor | None = None,
     ) -> None:
-        """Lay out a decreasing grid from sigma = 1, or from given unshifted `sigmas`, to 0; both get shifted.
+        """Lay out a decreasing grid from sigma = 1, or from given unshifted `sigmas`, to 0; both
+        get shifted.
 
         Raises `ValueError` for fewer than one step.
         """
@@ -135,8 +142,8 @@ class TokComFlowMatchScheduler(SchedulerMixin, ConfigMixin):
     ) -> torch.Tensor:
         """Forward process at any continuous timestep, `sigma * num_train_timesteps`.
 
-        Args: `original_samples` x1 and standard normal `noise`, both `(B, ...)`; `timesteps` of shape `()` or a
-        leading part of the sample's shape, e.g. `(B,)` or `(B, N)`.
+        Args: `original_samples` x1 and standard normal `noise`, both `(B, ...)`; `timesteps` of
+        shape `()` or a leading part of the sample's shape, e.g. `(B,)` or `(B, N)`.
         """
         sigma = torch.as_tensor(timesteps, dtype=torch.float32, device=original_samples.device)
         sigma = (sigma / self.config.num_train_timesteps).to(original_samples.dtype)
@@ -154,7 +161,8 @@ class TokComFlowMatchScheduler(SchedulerMixin, ConfigMixin):
         """One step from the current sigma to the next.
 
         Args:
-            model_output (`torch.Tensor`): velocity dx/dsigma = (x - x1) / sigma, same shape as `sample`.
+            model_output (`torch.Tensor`): velocity dx/dsigma = (x - x1) / sigma, same shape as
+                `sample`.
             timestep: the element of `timesteps` that belongs to this step.
             generator: source of the fresh noise when there is any.
         """
@@ -175,7 +183,8 @@ class TokComFlowMatchScheduler(SchedulerMixin, ConfigMixin):
             )
             prev_sample = (1 - sigma_next) * x1 + sigma_next * noise
         elif self.config.eta > 0 and sigma_next > 0:
-            # of the noise left at sigma_next, `fresh` is new and the rest is the estimate of the old noise x0 = x1 + v
+            # of the noise left at sigma_next, `fresh` is new and the rest is the estimate of the
+            # old noise x0 = x1 + v
             kept = sigma_next * (1 - sigma) / ((1 - sigma_next) * sigma)
             fresh = self.config.eta * sigma_next * math.sqrt(1 - kept**2)
             noise = (
@@ -204,9 +213,11 @@ def signal_time(signal: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
 
 
 def diffusion_times(shares: torch.Tensor, schedule: str) -> torch.Tensor:
-    """Times of the flow for `shares` in [0, 1] of the way from clean to noise in a variance-preserving diffusion.
+    """Times of the flow for `shares` in [0, 1] of the way from clean to noise in a
+    variance-preserving diffusion.
 
-    `schedule` is `"linear"`, betas from 0.0001 to 0.02 in 1000 steps, or `"cosine"` (Nichol and Dhariwal 2021).
+    `schedule` is `"linear"`, betas from 0.0001 to 0.02 in 1000 steps, or `"cosine"` (Nichol and
+    Dhariwal 2021).
     """
     if schedule == "linear":
         remains = torch.exp(-(0.1 * shares + (20 - 0.1) * shares.square() / 2))
@@ -218,7 +229,8 @@ def diffusion_times(shares: torch.Tensor, schedule: str) -> torch.Tensor:
 
 
 def sample_times(config, order: torch.Tensor, draws: int) -> torch.Tensor:
-    """Draw times `(B, M, N)` for latents of blocks `order (B, N)`: one per block and draw, the draws in strata."""
+    """Draw times `(B, M, N)` for latents of blocks `order (B, N)`: one per block and draw, the
+    draws in strata."""
     batch, length = order.shape
     shares = torch.rand(batch, draws, 2 * length + 1, device=order.device)
     shares = (shares + torch.arange(draws, device=order.device)[:, None]) / draws

@@ -1,8 +1,9 @@
 """The x1 network: noisy latents, one time and one position per latent -> the clean latents.
 
-Notable choices: the timestep is per latent, so clean prompts, infilling and block-wise generation are data, not modes;
-positions have any number of axes; which latent may see which is one boolean mask, and `block_causal_mask` builds the
-one that trains block-wise generation (BD3-LM, Arriola et al. 2025) from the order in which latents are generated.
+Notable choices: the timestep is per latent, so clean prompts, infilling and block-wise generation
+are data, not modes; positions have any number of axes; which latent may see which is one boolean
+mask, and `block_causal_mask` builds the one that trains block-wise generation (BD3-LM, Arriola et
+al. 2025) from the order in which latents are generated.
 
 Shape legend: B batch, N latents, S sequence positions, C latent channels, D width, A position axes.
 """
@@ -43,7 +44,8 @@ class TokComTransformerOutput(ModelOutput):
 
     Args:
         latents (`torch.FloatTensor` of shape `(B, S, C)`): the estimate of the clean latents x1.
-        hidden_states, attentions (`tuple`, *optional*): per layer, on request (`attentions` with eager attention).
+        hidden_states, attentions (`tuple`, *optional*): per layer, on request (`attentions` with
+            eager attention).
     """
 
     latents: torch.FloatTensor | None = None
@@ -57,16 +59,20 @@ def block_causal_mask(
     sees_context: torch.Tensor | None = None,
     draws: int = 1,
 ) -> torch.Tensor:
-    """Mask of the training sequence `[clean | noisy]`, or with M `draws` `[clean | noisy | noisy ...]`.
+    """Mask of the training sequence `[clean | noisy]`, or with M `draws`
+    `[clean | noisy | noisy ...]`.
 
-    A clean latent sees clean latents generated no later than itself; a noisy one sees clean latents generated earlier
-    and the noisy ones of its own block and draw. Every position sees itself, so that no softmax row is empty.
+    A clean latent sees clean latents generated no later than itself; a noisy one sees clean latents
+    generated earlier and the noisy ones of its own block and draw. Every position sees itself, so
+    that no softmax row is empty.
 
     Args:
-        order (`torch.LongTensor` of shape `(B, N)`): the step at which each latent's block is generated. It need not
-            follow the positions: a gap generated after what follows it trains infilling.
+        order (`torch.LongTensor` of shape `(B, N)`): the step at which each latent's block is
+            generated. It need not follow the positions: a gap generated after what follows it
+            trains infilling.
         valid (`torch.BoolTensor` of shape `(B, N)`): latents that are not padding.
-        sees_context (`torch.BoolTensor` of shape `(B,)`, *optional*): rows whose noisy half sees the clean half.
+        sees_context (`torch.BoolTensor` of shape `(B,)`, *optional*): rows whose noisy half sees
+        the clean half.
 
     Returns: `torch.BoolTensor` of shape `(B, (1 + M) N, (1 + M) N)`.
     """
@@ -88,11 +94,13 @@ def block_causal_mask(
 def generation_order(
     valid: torch.Tensor, block_size: int | None, infill_rate: float, group_size: int = 1
 ) -> torch.Tensor:
-    """Draw the step at which each latent is generated, `(B, N)`, for rows of the shape of `valid (B, N)`.
+    """Draw the step at which each latent is generated, `(B, N)`, for rows of the shape of
+    `valid (B, N)`.
 
-    Blocks of `block_size` follow each other from a random offset, so that a prompt may end anywhere. In a share
-    `infill_rate` of the rows one random span comes last, after the text that follows it. Offset and span are multiples
-    of `group_size`. With `block_size=None` everything is one block.
+    Blocks of `block_size` follow each other from a random offset, so that a prompt may end
+    anywhere. In a share `infill_rate` of the rows one random span comes last, after the text that
+    follows it. Offset and span are multiples of `group_size`. With `block_size=None` everything is
+    one block.
     """
     batch, length = valid.shape
     index = torch.arange(length, device=valid.device).expand(batch, -1)
@@ -108,10 +116,11 @@ def generation_order(
 
 
 def draw_known(valid: torch.Tensor, infill_rate: float, group_size: int = 1) -> torch.Tensor:
-    """Draw what a bidirectional model is shown clean, `(B, N)`, of the latents that exist, `valid (B, N)`.
+    """Draw what a bidirectional model is shown clean, `(B, N)`, of the latents that exist,
+    `valid (B, N)`.
 
-    That is a prefix, or in a share `infill_rate` of the rows all but a gap, in whole groups of `group_size`. At least
-    one group stays unknown.
+    That is a prefix, or in a share `infill_rate` of the rows all but a gap, in whole groups of
+    `group_size`. At least one group stays unknown.
     """
     draws = torch.rand(3, len(valid), 1, device=valid.device)
     rank = (valid.cumsum(1) - 1) // group_size  # among those that exist
@@ -122,10 +131,11 @@ def draw_known(valid: torch.Tensor, infill_rate: float, group_size: int = 1) -> 
 
 
 def draw_gaps(rows: int, length: int, device: torch.device) -> torch.Tensor:
-    """Draw where texts of `length` tokens are known: runs of known tokens and gaps in turn, `(rows, length)`, true if known.
+    """Draw where texts of `length` tokens are known: runs of known tokens and gaps in turn,
+    `(rows, length)`, true if known.
 
-    Half of the rows have gaps of 1 to `LONGEST_GAP` tokens, half of 1 to `SHORT_GAP`; what stands between two gaps is 1
-    to four times as long. Every row begins with either.
+    Half of the rows have gaps of 1 to `LONGEST_GAP` tokens, half of 1 to `SHORT_GAP`; what stands
+    between two gaps is 1 to four times as long. Every row begins with either.
     """
     longest = torch.where(
         torch.rand(rows, 1, device=device) < 0.5, LONGEST_GAP, SHORT_GAP
@@ -143,10 +153,12 @@ def draw_gaps(rows: int, length: int, device: torch.device) -> torch.Tensor:
 
 
 class ContextPlan(NamedTuple):
-    """In which order the context network reads `[start, chunk 0, ...]` of rows whose tokens are partly known.
+    """In which order the context network reads `[start, chunk 0, ...]` of rows whose tokens are
+    partly known.
 
-    `order (B, 1 + N)` is the step at which each is read: it sees what is read no later. `partial (B, N)` marks chunks
-    that are read with their unknown tokens blank, before those are known.
+    `order (B, 1 + N)` is the step at which each is read: it sees what is read no later.
+    `partial (B, N)` marks chunks that are read with their unknown tokens blank, before those are
+    known.
     """
 
     order: torch.Tensor
@@ -154,9 +166,11 @@ class ContextPlan(NamedTuple):
 
     @classmethod
     def of(cls, given: torch.Tensor, has_gaps: torch.Tensor) -> "ContextPlan":
-        """The plan of rows `has_gaps (B,)` whose `given (B, N, K)` tokens are known; other rows are read in order.
+        """The plan of rows `has_gaps (B,)` whose `given (B, N, K)` tokens are known; other rows are
+        read in order.
 
-        What is known is read first, then for each gap the state before it, then the gap's chunks as they are filled.
+        What is known is read first, then for each gap the state before it, then the gap's chunks as
+        they are filled.
         """
         batch, length, _ = given.shape
         index = torch.arange(length + 1, device=given.device).expand(batch, -1)
@@ -168,22 +182,25 @@ class ContextPlan(NamedTuple):
         return cls(torch.where(late, index + length + 1, index), partial)
 
     def mask(self, valid: torch.Tensor) -> torch.Tensor:
-        """Which key each query sees, `(B, 1 + N, 1 + N)`; `valid (B, N)` are chunks that are no padding."""
+        """Which key each query sees, `(B, 1 + N, 1 + N)`; `valid (B, N)` are chunks that are no
+        padding."""
         exists = F.pad(valid, (1, 0), value=True)
         sees = (self.order[:, None, :] <= self.order[:, :, None]) & exists[:, None, :]
         return sees | torch.eye(sees.shape[-1], dtype=torch.bool, device=sees.device)
 
 
 class _Factorized:
-    """Folds sequences of G moments of P latents so that layers attend within a moment, `(B G, P, ...)`, or along time, `(B P, G,
-    ...)`. `position_ids (B, G P, A)` must be moment after moment."""
+    """Folds sequences of G moments of P latents so that layers attend within a moment,
+    `(B G, P, ...)`, or along time, `(B P, G, ...)`. `position_ids (B, G P, A)` must be moment after
+    moment."""
 
     def __init__(self, position_ids: torch.Tensor):
         moments = position_ids[0, :, 0]
         self.places = int((moments == moments[0]).sum())
         if position_ids.shape[1] % self.places:
             raise ValueError(
-                f"`attention_type='factorized'` needs whole moments of {self.places} latents, not {position_ids.shape[1]} latents."
+                f"`attention_type='factorized'` needs whole moments of {self.places} latents, not "
+                f"{position_ids.shape[1]} latents."
             )
 
     def fold(self, x: torch.Tensor, along_time: bool, batch: int) -> torch.Tensor:
@@ -198,7 +215,8 @@ class _Factorized:
 class TokComTransformer(TokComPreTrainedModel):
     """Transformer with per-latent adaLN conditioning that predicts clean latents.
 
-    After DiT (Peebles and Xie 2023) with rotary positions, QK-norm, SwiGLU and grouped-query attention.
+    After DiT (Peebles and Xie 2023) with rotary positions, QK-norm, SwiGLU and grouped-query
+    attention.
     """
 
     config: TokComTransformerConfig
@@ -238,7 +256,8 @@ class TokComTransformer(TokComPreTrainedModel):
         self.post_init()
 
     def _own_channels(self, position_ids: torch.Tensor) -> torch.Tensor:
-        """Which channels the latents at `position_ids (B, S, A)`, whose first axis is the stream, use: `(B, S, C)`."""
+        """Which channels the latents at `position_ids (B, S, A)`, whose first axis is the stream,
+        use: `(B, S, C)`."""
         channels = torch.tensor(self.config.stream_channels, device=position_ids.device)
         owner = torch.arange(len(channels), device=channels.device).repeat_interleave(channels)
         return position_ids[..., :1].long() == owner
@@ -246,7 +265,8 @@ class TokComTransformer(TokComPreTrainedModel):
     def _place_starts(
         self, hidden_states: torch.Tensor, position_ids: torch.Tensor
     ) -> torch.Tensor:
-        """Put the learned latents where `position_ids (B, S, 1)` are negative: `START_OF_TEXT` or `INSIDE_TEXT`."""
+        """Put the learned latents where `position_ids (B, S, 1)` are negative: `START_OF_TEXT` or
+        `INSIDE_TEXT`."""
         if self.start_embedding is None:
             return hidden_states
         kind = (position_ids[..., 0] == INSIDE_TEXT).long()
@@ -260,13 +280,15 @@ class TokComTransformer(TokComPreTrainedModel):
         attention_mask: torch.Tensor,
         past_key_values: Cache | None = None,
     ) -> torch.Tensor:
-        """What the context layers know at each clean latent, as the layers after them are told: `(B, S, D)`.
+        """What the context layers know at each clean latent, as the layers after them are told:
+        `(B, S, D)`.
 
         Args:
-            features (`torch.FloatTensor` of shape `(B, S, feature_size)`): what the clean latents hold.
-            position_ids (`torch.LongTensor` of shape `(B, S, 1)`): negative where a learned latent stands.
-            attention_mask (`torch.BoolTensor` of shape `(B, S, S_kv)`): which key each query sees.
-            past_key_values: keys and values of latents that were read before; those of this call are added.
+            features (`torch.FloatTensor` of shape `(B, S, feature_size)`): what the clean latents
+            hold. position_ids (`torch.LongTensor` of shape `(B, S, 1)`): negative where a learned
+            latent stands. attention_mask (`torch.BoolTensor` of shape `(B, S, S_kv)`): which key
+            each query sees. past_key_values: keys and values of latents that were read before;
+            those of this call are added.
         """
         hidden_states = self._place_starts(self.proj_in(features), position_ids)  # (B, S, D)
         tables = self._rotary(position_ids)
@@ -276,7 +298,8 @@ class TokComTransformer(TokComPreTrainedModel):
         return self.context_proj(self.context_norm(hidden_states))
 
     def modulate(self, timestep: torch.Tensor) -> list[torch.Tensor]:
-        """t `(B, S)` -> the scales, shifts and gates `(B, S, ...)` of every layer after the context layers."""
+        """t `(B, S)` -> the scales, shifts and gates `(B, S, ...)` of every layer after the context
+        layers."""
         conditioning = F.silu(self.time_embedding(timestep))
         return [
             layer.modulation(conditioning)
@@ -289,10 +312,11 @@ class TokComTransformer(TokComPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
     ) -> torch.Tensor:
-        """What the layers after the context layers are told of the context, `(B, S, D)`: the same at every time.
+        """What the layers after the context layers are told of the context, `(B, S, D)`: the same
+        at every time.
 
-        The arguments are those of `forward`, of the latents to denoise; the context is what `past_key_values` holds. A
-        model with `head_attention` also attends to the context.
+        The arguments are those of `forward`, of the latents to denoise; the context is what
+        `past_key_values` holds. A model with `head_attention` also attends to the context.
         """
         where = position_ids[..., 0].float()
         layers = [] if past_key_values is None else past_key_values.layers
@@ -322,23 +346,27 @@ class TokComTransformer(TokComPreTrainedModel):
     ) -> TokComTransformerOutput:
         """
         Args:
-            latents (`torch.FloatTensor` of shape `(B, S, C)`): noisy latents, clean where `timestep` is 1.
-            timestep (`torch.FloatTensor` of shape `(B, S)`): t in [0, 1]; 0 is noise, 1 is clean.
-            position_ids (`torch.Tensor` of shape `(B, S, A)`, *optional*): defaults to 0..S-1 on one axis.
-            attention_mask (`torch.BoolTensor`, *optional*): `(B, S_kv)` keys that exist, or `(B, S, S_kv)` keys that
-                each query sees; S_kv includes what is cached.
-            past_key_values (`Cache`, *optional*): keys and values of earlier blocks; this call's are appended.
-            num_context (`int`): the first latents, which are clean and pass the context layers; all others enter after
-                them. Without context layers it makes no difference.
-            features (`torch.FloatTensor` of shape `(B, S, feature_size)`, *optional*): read instead of the latents.
-            modulations (`list[torch.FloatTensor]`, *optional*): what `modulate` makes of `timestep`, if it is known already.
-            entry (`torch.FloatTensor` of shape `(B, S, D)`, *optional*): what the method of that name gives, if it is known
+            latents (`torch.FloatTensor` of shape `(B, S, C)`): noisy latents, clean where
+            `timestep` is 1. timestep (`torch.FloatTensor` of shape `(B, S)`): t in [0, 1]; 0 is
+            noise, 1 is clean. position_ids (`torch.Tensor` of shape `(B, S, A)`, *optional*):
+            defaults to 0..S-1 on one axis. attention_mask (`torch.BoolTensor`, *optional*):
+                `(B, S_kv)` keys that exist, or `(B, S, S_kv)` keys that each query sees; S_kv
+                includes what is cached.
+            past_key_values (`Cache`, *optional*): keys and values of earlier blocks; this call's
+                are appended.
+            num_context (`int`): the first latents, which are clean and pass the context layers; all
+                others enter after them. Without context layers it makes no difference.
+            features (`torch.FloatTensor` of shape `(B, S, feature_size)`, *optional*): read instead
+            of the latents. modulations (`list[torch.FloatTensor]`, *optional*): what `modulate`
+            makes of `timestep`, if it is known already. entry (`torch.FloatTensor` of shape
+                `(B, S, D)`, *optional*): what the method of that name gives, if it is known
                 already; then there are no context latents in this call.
-            prefix (`tuple[torch.FloatTensor, torch.BoolTensor, torch.LongTensor]`, *optional*): states `(B, L, D)` at time 1 before
-                all latents, which of them exist, `(B, L)`, and their positions `(L,)`; for bidirectional models.
+            prefix (`tuple[torch.FloatTensor, torch.BoolTensor, torch.LongTensor]`, *optional*):
+                states `(B, L, D)` at time 1 before all latents, which of them exist, `(B, L)`, and
+                their positions `(L,)`; for bidirectional models.
 
-        Without `head_attention` nothing is estimated for the first `num_context` latents, and the output has no place
-        for them.
+        Without `head_attention` nothing is estimated for the first `num_context` latents, and the
+        output has no place for them.
         """
         config = self.config
         hidden_states, own = self._read(latents, features, position_ids)  # (B, S, D)
@@ -396,12 +424,14 @@ class TokComTransformer(TokComPreTrainedModel):
         features: torch.Tensor | None,
         position_ids: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """States `(B, S, D)` of what is read, and of several streams the channels `(B, S, C)` each latent uses."""
+        """States `(B, S, D)` of what is read, and of several streams the channels `(B, S, C)` each
+        latent uses."""
         own = None
         if self.stream_embedding is not None:
             if position_ids is None:
                 raise ValueError(
-                    "`position_ids` is missing: its first axis says which stream a latent is of; `encode` gives it."
+                    "`position_ids` is missing: its first axis says which stream a latent is of; "
+                    "`encode` gives it."
                 )
             own = self._own_channels(position_ids)
             latents = torch.where(own, latents, 0)
@@ -413,7 +443,8 @@ class TokComTransformer(TokComPreTrainedModel):
         return hidden_states, own
 
     def _rotary(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tables of the rotary embedding; the learned starts of a text stand just before its first latent."""
+        """Tables of the rotary embedding; the learned starts of a text stand just before its first
+        latent."""
         config = self.config
         if config.start_latents:
             position_ids = position_ids.clamp_min(-1)
@@ -430,7 +461,8 @@ class TokComTransformer(TokComPreTrainedModel):
     def _attend_in_turns(
         self, hidden_states, conditioning, modulations, position_ids, attention_mask, **kwargs
     ) -> torch.Tensor:
-        """All layers of a model with factorised attention: even ones within a moment, odd ones along time."""
+        """All layers of a model with factorised attention: even ones within a moment, odd ones
+        along time."""
         config = self.config
         batch = len(hidden_states)
         position_ids = position_ids.expand(batch, -1, -1)
@@ -495,8 +527,9 @@ class TokComTransformer(TokComPreTrainedModel):
         past_key_values,
         **kwargs,
     ) -> torch.Tensor:
-        """Pass the first `num_context` latents through the context layers, and give all others the state of the
-        nearest visible context latent before them. `hidden_states (B, S, D)` in and out.
+        """Pass the first `num_context` latents through the context layers, and give all others the
+        state of the nearest visible context latent before them. `hidden_states (B, S, D)` in and
+        out.
 
         One more layer of the cache holds states and positions of the context.
         """
@@ -534,8 +567,9 @@ class TokComTransformer(TokComPreTrainedModel):
         return torch.cat((known, noisy + entry), dim=1)
 
     def _nearest(self, states, positions, where, visible) -> torch.Tensor:
-        """Of context `states (B, S_context, D)` at `positions (B, S_context)`, for each latent at `where (B, S)` that of the
-        last one before it that `visible (B, S_kv)` or `(B, S, S_kv)` shows it, projected: `(B, S, D)`."""
+        """Of context `states (B, S_context, D)` at `positions (B, S_context)`, for each latent at
+        `where (B, S)` that of the last one before it that `visible (B, S_kv)` or `(B, S, S_kv)`
+        shows it, projected: `(B, S, D)`."""
         if not states.shape[1]:
             return self.context_proj(states.new_zeros(*where.shape, states.shape[2]))
         earlier = positions[:, None] < where[..., None]  # (B, S, S_context)
