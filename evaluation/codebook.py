@@ -17,11 +17,11 @@ from tqdm.auto import tqdm
 
 from tokcom.evaluation.report import table
 from tokcom.pipeline_base_tokcom import TokComBasePipeline
-from tokcom.pipelines import load_pipeline
 from tokcom.quantization_tokcom import FiniteScalarQuantizer, code_statistics
 from tokcom.training.config import DataConfig
 from tokcom.training.data import load_documents, tokenize_documents
 from tokcom.training.images import picture_grid, read_pictures
+from tokcom.training.pipelines import load_pipeline
 
 BATCH = 64
 
