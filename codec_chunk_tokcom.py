@@ -23,7 +23,7 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
-from .configuration_tokcom import TokComChunkCodecConfig
+from .configuration_codec_tokcom import TokComChunkCodecConfig
 from .layers_tokcom import (
     TokComBlock,
     TokComMLP,

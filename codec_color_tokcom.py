@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from .codec_chunk_tokcom import TokComCodec, TokComCodecOutput, TokComDecoderOutput
-from .configuration_tokcom import TokComColorCodecConfig
+from .configuration_codec_tokcom import TokComColorCodecConfig
 
 NEAREST_ROWS = 512  # rows of distances to all ids that exist at once
 

@@ -30,8 +30,7 @@ from .codec_chunk_tokcom import (
 from .codec_color_tokcom import TokComColorCodec
 from .codec_style_tokcom import TokComImageOutput, TokComStyleCodec
 from .codec_video_tokcom import TokComVideoCodec, TokComVideoOutput, read_clips
-from .configuration_codec_tokcom import TokComAudioCodecConfig
-from .configuration_tokcom import TokComCompositeCodecConfig
+from .configuration_media_tokcom import TokComAudioCodecConfig, TokComCompositeCodecConfig
 from .processing_tokcom import (
     TokComAudioProcessor,
     TokComImageProcessor,

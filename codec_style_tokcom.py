@@ -20,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from .codec_chunk_tokcom import TokComCodec, TokComCodecLoss, TokComCodecOutput
-from .configuration_codec_tokcom import TokComStyleCodecConfig
+from .configuration_media_tokcom import TokComStyleCodecConfig
 from .layers_tokcom import TokComRMSNorm
 from .quantization_tokcom import VectorQuantizer, code_statistics, kmeans, nearest_codes
 

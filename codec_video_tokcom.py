@@ -22,7 +22,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .codec_chunk_tokcom import TokComCodec, TokComCodecOutput, TokComResidualMLP
-from .configuration_codec_tokcom import TokComVideoCodecConfig
+from .configuration_media_tokcom import TokComVideoCodecConfig
 from .layers_tokcom import TokComRMSNorm
 from .processing_tokcom import TokComImageProcessor, as_clips, pixels_of_tensor
 from .quantization_tokcom import build_quantizer

@@ -21,17 +21,14 @@ from transformers import PreTrainedConfig
 
 from .configuration_codec_tokcom import (
     MAX_PARAMETERS,
-    STREAM_CONFIGS,
     TokComChunkCodecConfig,
-    TokComCodecConfig,
-    TokComColorCodecConfig,
-    TokComStyleCodecConfig,
-    TokComVideoCodecConfig,
+    check_choice,
     check_heads,
     check_known_keys,
     check_positive,
     check_size,
 )
+from .configuration_media_tokcom import CODEC_CONFIGS
 
 # Fields of earlier versions, and the value at which leaving them out changes nothing; None is any.
 REMOVED = {
@@ -45,26 +42,11 @@ REMOVED = {
 }
 
 # Fields of earlier versions that say how a model was trained, not what it is.
-TRAINING = {
-    "stage",
-    "mse_weight",
-    "ce_weight",
-    "ce_share",
-    "noise_draws",
-    "context_dropout",
-    "infill_rate",
-    "turn_share",
-    "kl_weight",
-    "kl_free_nats",
-    "token_dropout",
-    "latent_dropout",
-    "bottleneck_noise",
-    "tail_dropout",
-    "gradient_weight",
-    "stream_weights",
-    "generation_rates",
-    "micro_decoder_dropout",
-}
+TRAINING = frozenset(
+    "stage mse_weight ce_weight ce_share noise_draws context_dropout infill_rate turn_share "
+    "kl_weight kl_free_nats token_dropout latent_dropout bottleneck_noise tail_dropout "
+    "gradient_weight stream_weights generation_rates micro_decoder_dropout".split()
+)
 
 
 def drop_removed(*parts: dict[str, Any]) -> None:
@@ -245,100 +227,6 @@ TIMESTEP_SAMPLINGS = ("logit_normal", "uniform", "linear", "cosine")
 
 
 @strict
-class TokComCompositeCodecConfig(TokComCodecConfig):
-    r"""Configuration of several codecs side by side, whose latents make one sequence.
-
-    Args:
-        streams (`dict[str, dict]`): name of a stream -> its codec's configuration; None removes a
-            preset's. By default one text. In the sequence they follow each other by name. A latent
-            uses channels of its stream only, so the transformer's maps in and out are different for
-            every stream.
-        text_latents (`int`): latents of a text; what is left of them after it is EOS.
-    """
-
-    model_type = "tokcom_composite_codec"
-    modality = "several"
-
-    streams: dict[str, dict[str, Any] | None] | None = None
-    text_latents: int = 8
-    initializer_range: float = 0.02
-
-    def stream_configs(self) -> dict[str, TokComCodecConfig]:
-        """The configuration of every stream's codec."""
-        configs = {}
-        streams = {"text": {}} if self.streams is None else self.streams
-        for name, fields in sorted(streams.items()):  # JSON does not keep an order
-            if fields is None:
-                continue
-            kind = fields.get("model_type", TokComChunkCodecConfig.model_type)
-            if kind not in STREAM_CONFIGS:
-                raise ValueError(
-                    f"stream {name!r} has the codec {kind!r}; known are {sorted(STREAM_CONFIGS)}."
-                )
-            fields = {key: value for key, value in fields.items() if key != "model_type"}
-            check_known_keys(STREAM_CONFIGS[kind], fields, f"codec_config.streams.{name}.")
-            configs[name] = STREAM_CONFIGS[kind](**fields)
-        return configs
-
-    def stream_lengths(self) -> dict[str, int]:
-        """Latents of every stream."""
-        configs = self.stream_configs().items()
-        return {
-            name: self.text_latents if codec.has_tokens else codec.num_tokens
-            for name, codec in configs
-        }
-
-    @property
-    def text_vocab_size(self) -> int:
-        return max((codec.text_vocab_size for codec in self.stream_configs().values()), default=0)
-
-    @property
-    def num_position_axes(self) -> int:
-        """The stream's index and the axes of the stream that has most."""
-        return 1 + max(
-            (codec.num_position_axes for codec in self.stream_configs().values()), default=1
-        )
-
-    @property
-    def latent_channels(self) -> int:
-        return sum(codec.latent_channels for codec in self.stream_configs().values())
-
-    @property
-    def num_tokens(self) -> int:
-        """N, latents of all streams."""
-        return sum(self.stream_lengths().values())
-
-    def validate_architecture(self):
-        check_positive(self, "text_latents")
-        configs = self.stream_configs()
-        if not configs:
-            raise ValueError("`streams` is empty; name at least one stream and its codec.")
-        for name in configs:
-            if not name.isidentifier():
-                raise ValueError(
-                    f"the stream {name!r} must be named like an argument: letters, digits and '_'."
-                )
-        vocabularies = {codec.text_vocab_size for codec in configs.values() if codec.has_tokens}
-        if len(vocabularies) > 1:
-            raise ValueError(
-                f"all texts share one tokenizer, but `vocab_size` is {sorted(vocabularies)}; make "
-                "them equal."
-            )
-        for name, codec in configs.items():
-            if getattr(codec, "spatial_compression", 1) != 1:
-                raise ValueError(
-                    f"stream {name!r} must be of pixels: `spatial_compression` "
-                    f"({codec.spatial_compression}) is not 1."
-                )
-
-
-CODEC_CONFIGS: dict[str, type[PreTrainedConfig]] = {
-    **STREAM_CONFIGS,
-    TokComCompositeCodecConfig.model_type: TokComCompositeCodecConfig,
-}
-
-
-@strict
 class TokComConfig(PreTrainedConfig):
     r"""Configuration of a TokCom model: its codec, its transformer, and the flow between noise and
     latents.
@@ -427,23 +315,10 @@ class TokComConfig(PreTrainedConfig):
             fields = {k: v for k, v in subs.pop(0).items() if k != "model_type"}
             check_known_keys(TokComTransformerConfig, fields, "transformer_config.")
             self.transformer_config = TokComTransformerConfig(**fields)
-        codec = self.codec_config
-        transformer = self.transformer_config
-        composite = isinstance(codec, TokComCompositeCodecConfig)
-        if composite or isinstance(
-            codec, (TokComColorCodecConfig, TokComVideoCodecConfig)
-        ):  # the codec decides
-            transformer.latent_channels = codec.latent_channels
-        if composite:
-            transformer.stream_channels = [
-                stream.latent_channels for stream in codec.stream_configs().values()
-            ]
-            transformer.num_position_axes = codec.num_position_axes
-        width = (
-            self.codec_config.num_symbols * self.token_embedding_size
-            if self.prediction_type == "tokens"
-            else 0
-        )
+        self.codec_config.fit_transformer(self.transformer_config)
+        width = 0
+        if self.prediction_type == "tokens":
+            width = self.codec_config.num_symbols * self.token_embedding_size
         self.transformer_config.feature_size = width
         if not width:  # the start of a text only matters to models that predict tokens
             self.transformer_config.start_latents = False
@@ -457,12 +332,9 @@ class TokComConfig(PreTrainedConfig):
                 "must be equal."
             )
         self._validate_head()
-        self._validate_images()
-        if self.timestep_sampling not in TIMESTEP_SAMPLINGS:
-            raise ValueError(
-                f"`timestep_sampling` ({self.timestep_sampling!r}) must be one of "
-                f"{TIMESTEP_SAMPLINGS}."
-            )
+        self.codec_config.check_model(self)
+        check_choice(self, timestep_sampling=TIMESTEP_SAMPLINGS)
+        check_choice(self, prediction_type=("latents", "tokens"))
         if self.timestep_sampling in ("linear", "cosine") and (
             self.prediction_type != "latents" or self.noise_std != 1
         ):
@@ -471,21 +343,10 @@ class TokComConfig(PreTrainedConfig):
                 f"`prediction_type='latents'` (got {self.prediction_type!r}) and `noise_std` 1 "
                 f"(got {self.noise_std}), as DDIM does."
             )
-        if self.prediction_type not in ("latents", "tokens"):
-            raise ValueError(
-                f"`prediction_type` ({self.prediction_type!r}) must be 'latents' or 'tokens'."
-            )
         if self.prediction_type == "tokens" and not self.codec_config.has_symbols:
             raise ValueError(
                 "`prediction_type='tokens'` needs `codec_config.encoder_type='token'`, or a codec "
                 "of digits: only then is the mean latent of token probabilities known."
-            )
-        block_size = self.transformer_config.block_size
-        row = self.codec_config.latents_multiple
-        if block_size is not None and block_size % row:
-            raise ValueError(
-                f"`block_size` ({block_size}) must be a multiple of the {row} patches of a "
-                "raster's row."
             )
         if not 0 <= self.token_stagger <= 1 or self.token_shift <= 0:
             raise ValueError(
@@ -536,100 +397,16 @@ class TokComConfig(PreTrainedConfig):
     def has_latent_head(self) -> bool:
         return self.latent_head != "none" or self.latent_refiner != "none"
 
-    def _validate_images(self):
-        codec = self.codec_config
-        transformer = self.transformer_config
-        condition = self.condition_vocab_size
-        images = not codec.has_tokens
-        if condition < 0 or (condition and (not images or transformer.block_size is not None)):
-            raise ValueError(
-                f"`condition_vocab_size` ({condition}) must not be negative, and needs a codec of "
-                "images or clips and `transformer_config.block_size=None`; a text continues its "
-                "prompt."
-            )
-        self._validate_streams()
-        if not codec.text_vocab_size and (
-            self.prediction_type != "latents" or self.has_latent_head
-        ):
-            raise ValueError(
-                f"images have no tokens to predict: `prediction_type` ({self.prediction_type!r}) "
-                f"must be 'latents', and `latent_head` ({self.latent_head!r}) and `latent_refiner` "
-                f"({self.latent_refiner!r}) 'none'."
-            )
-        if images and transformer.max_position_embeddings < codec.num_tokens:
-            raise ValueError(
-                "`transformer_config.max_position_embeddings` "
-                f"({transformer.max_position_embeddings}) must hold the {codec.num_tokens} tokens "
-                f"of {codec.modality} data."
-            )
-        if transformer.attention_type == "factorized" and (codec.modality != "video" or condition):
-            raise ValueError(
-                "`attention_type='factorized'` is for clips without captions, not for "
-                f"{codec.modality!r} with `condition_vocab_size` {condition}; use 'full'."
-            )
-        if transformer.block_size is not None and transformer.block_size % codec.group_size:
-            raise ValueError(
-                f"`transformer_config.block_size` ({transformer.block_size}) must be a multiple of "
-                f"the {codec.group_size} latents of one moment of a clip, which are generated "
-                "together."
-            )
-        if (
-            self.quantize_prediction
-            and getattr(codec, "quantizer", "none") == "none"
-            or (self.quantize_prediction and codec.modality != "video")
-        ):
-            raise ValueError("`quantize_prediction` needs a video codec with a `quantizer`.")
-
-    def _validate_streams(self):
-        codec = self.codec_config
-        transformer = self.transformer_config
-        several = codec.modality == "several"
-        if codec.modality == "audio":
-            raise ValueError(
-                "a sound is a stream of a composite codec; use "
-                "`model_type='tokcom_composite_codec'` with one stream."
-            )
-        if several != (transformer.stream_channels is not None):
-            raise ValueError(
-                f"`transformer_config.stream_channels` ({transformer.stream_channels}) is set by a "
-                f"composite codec, not by {codec.model_type!r}; leave it out."
-            )
-        if several and (transformer.block_size is not None or not transformer.per_latent_timestep):
-            raise ValueError(
-                "several streams need `transformer_config.block_size=None` (got "
-                f"{transformer.block_size}) and `per_latent_timestep=True` (got "
-                f"{transformer.per_latent_timestep}): what is given is clean."
-            )
-        if several and (self.has_latent_head or self.condition_vocab_size):
-            raise ValueError(
-                "several streams have no captions besides (`condition_vocab_size` "
-                f"{self.condition_vocab_size}) and no latent head ({self.latent_head!r}, "
-                f"{self.latent_refiner!r})."
-            )
-
     def _validate_head(self):
-        if self.latent_head not in ("none", "mlp", "vq") or self.latent_refiner not in (
-            "none",
-            "mlp",
-        ):
-            raise ValueError(
-                f"`latent_head` ({self.latent_head!r}) must be 'none', 'mlp' or 'vq', and "
-                f"`latent_refiner` ({self.latent_refiner!r}) 'none' or 'mlp'."
-            )
+        check_choice(self, latent_head=("none", "mlp", "vq"), latent_refiner=("none", "mlp"))
         if self.has_latent_head and self.prediction_type != "latents":
             raise ValueError(
                 f"`latent_head` ({self.latent_head!r}) and `latent_refiner` "
                 f"({self.latent_refiner!r}) need `prediction_type='latents'`: tokens that are "
                 "drawn have exact latents."
             )
-        check_positive(
-            self,
-            "latent_head_size",
-            "latent_refiner_size",
-            "latent_head_codes",
-            "token_embedding_size",
-        )
-        check_positive(self, "condition_length")
+        check_positive(self, "latent_head_size", "latent_refiner_size", "latent_head_codes")
+        check_positive(self, "token_embedding_size", "condition_length")
         channels = self.codec_config.latent_channels
         head = channels * (
             self.latent_head_size + self.latent_refiner_size + self.latent_head_codes
@@ -656,14 +433,4 @@ class TokComConfig(PreTrainedConfig):
         return fields
 
 
-__all__ = [
-    "TokComConfig",
-    "TokComChunkCodecConfig",
-    "TokComColorCodecConfig",
-    "TokComStyleCodecConfig",
-    "TokComVideoCodecConfig",
-    "TokComCompositeCodecConfig",
-    "TokComTransformerConfig",
-    "CODEC_CONFIGS",
-    "TRAINING",
-]
+__all__ = ["TRAINING", "TokComConfig", "TokComTransformerConfig"]

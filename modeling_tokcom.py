@@ -27,7 +27,8 @@ from .codec_chunk_tokcom import TokComCodecOutput, TokComDecoderOutput
 from .codec_composite_tokcom import STREAM_CODECS, TokComAudioOutput, TokComCompositeCodec
 from .codec_style_tokcom import TokComImageOutput
 from .codec_video_tokcom import TokComVideoOutput
-from .configuration_tokcom import TokComCompositeCodecConfig, TokComConfig
+from .configuration_media_tokcom import TokComCompositeCodecConfig
+from .configuration_tokcom import TokComConfig
 from .heads_tokcom import TokComChoice, TokComLatentHead, TokComSymbols, TokComTokenHead
 from .layers_tokcom import TokComPreTrainedModel, TokComTokenEmbedding
 from .objective_tokcom import (

@@ -24,6 +24,7 @@ from .codec_composite_tokcom import as_lists, guidance_omissions, names_to_make,
 from .codec_style_tokcom import TokComStyleCodec  # noqa: F401
 from .codec_video_tokcom import decode_clips, encode_clips, read_clips
 from .configuration_codec_tokcom import TokComCodecConfig  # noqa: F401
+from .configuration_media_tokcom import TokComMediaCodecConfig  # noqa: F401
 from .configuration_tokcom import TokComTransformerConfig  # noqa: F401
 from .context_tokcom import TokComTask, lay_out_clip
 from .heads_tokcom import TokComTokenHead  # noqa: F401

@@ -30,6 +30,7 @@ from .codec_composite_tokcom import TokComCompositeCodec  # noqa: F401
 from .codec_style_tokcom import TokComStyleCodec  # noqa: F401
 from .codec_video_tokcom import TokComVideoCodec  # noqa: F401
 from .configuration_codec_tokcom import TokComCodecConfig  # noqa: F401
+from .configuration_media_tokcom import TokComMediaCodecConfig  # noqa: F401
 from .configuration_tokcom import TokComConfig  # noqa: F401
 from .context_tokcom import TokComGiven, TokComTask, latent_gap_task, prompt_context, token_gap_task
 from .heads_tokcom import TokComTokenHead  # noqa: F401

@@ -6,7 +6,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import get_scheduler
 
 from tokcom.codec_color_tokcom import TokComColorCodec
-from tokcom.configuration_tokcom import TokComColorCodecConfig
+from tokcom.configuration_codec_tokcom import TokComColorCodecConfig
 from tokcom.context_tokcom import TokComTask
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_tokcom import TokComPipeline

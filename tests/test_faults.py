@@ -21,11 +21,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_training import QUICK, launch, quick
 
-from tokcom.configuration_tokcom import (
-    TokComChunkCodecConfig,
-    TokComConfig,
-    TokComTransformerConfig,
-)
+from tokcom.configuration_codec_tokcom import TokComChunkCodecConfig
+from tokcom.configuration_tokcom import TokComConfig, TokComTransformerConfig
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.processing_tokcom import vocabulary_size
 from tokcom.train_accelerate import run

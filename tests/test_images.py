@@ -17,7 +17,8 @@ from transformers import ResNetConfig, ResNetModel
 from tokcom.cli import app
 from tokcom.cli.main import main as convert
 from tokcom.codec_style_tokcom import TokComStyleCodec, gradient_loss
-from tokcom.configuration_tokcom import TokComConfig, TokComStyleCodecConfig
+from tokcom.configuration_media_tokcom import TokComStyleCodecConfig
+from tokcom.configuration_tokcom import TokComConfig
 from tokcom.evaluation.images import PCA, frechet, jpeg, main, order_facts, psnr, ssim
 from tokcom.inference import main as infer
 from tokcom.modeling_tokcom import TokComModel

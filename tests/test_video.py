@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from tokcom.cli.main import call
 from tokcom.codec_video_tokcom import _device_of, decode_clips, encode_clips
-from tokcom.configuration_tokcom import TokComVideoCodecConfig
+from tokcom.configuration_media_tokcom import TokComVideoCodecConfig
 from tokcom.context_tokcom import TokComTask
 from tokcom.evaluation.memory import activations, operations, resized, run_step, saved_bytes
 from tokcom.evaluation.videos import main as measure_videos
