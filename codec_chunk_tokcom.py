@@ -164,7 +164,7 @@ class TokComCodecLoss:
 
 class TokComCodec(TokComPreTrainedModel):
     """Base class of all codecs. Subclasses define `encode`, `decode`, `positions` and
-    `training_loss`; token codecs also `to_chunks`, `to_ids` and `nll`."""
+    `training_loss`."""
 
     loss_class: type[TokComCodecLoss] = TokComCodecLoss
 
@@ -191,6 +191,41 @@ class TokComCodec(TokComPreTrainedModel):
         return TokComCodecOutput(
             latents, position_ids=self.positions(index), mask=mask, codes=codes
         )
+
+    def token_ids(self, inputs: Any) -> list[torch.Tensor]:
+        """The token ids among the inputs of `encode`, which a model checks; here none."""
+        return []
+
+    def to_ids(self, latents: torch.Tensor) -> torch.Tensor | None:
+        """Ids that latents stand for; None for codecs of other data than texts."""
+        return None
+
+    def as_stream(self, inputs: torch.Tensor, num_latents: int) -> torch.Tensor:
+        """The inputs of `encode` for a stream of `num_latents` in a composite codec."""
+        return inputs
+
+    def stream_nll(self, latents: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor | None:
+        """Nats `(B, n, K)` of a stream's tokens given its latents; None without tokens."""
+        return None
+
+
+class TokComTextCodec(TokComCodec):
+    """Base class of codecs of texts, which also define `to_chunks`, `to_ids` and `nll`."""
+
+    def token_ids(self, inputs: torch.Tensor) -> list[torch.Tensor]:
+        return [inputs]
+
+    def as_stream(self, inputs: torch.Tensor, num_latents: int) -> torch.Tensor:
+        length = num_latents * self.config.chunk_size
+        if inputs.shape[1] != length:
+            raise ValueError(
+                f"a stream holds texts of {length} ids (`text_latents`), not {inputs.shape[1]}; "
+                "pad them with EOS."
+            )
+        return inputs
+
+    def stream_nll(self, latents: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+        return self.nll(latents, self.to_chunks(inputs, None)[0])
 
     def loss(
         self,
@@ -226,7 +261,7 @@ class TokComChunkCodecLoss(TokComCodecLoss):
     latent_dropout: float = 0.15
 
 
-class TokComChunkCodec(TokComCodec):
+class TokComChunkCodec(TokComTextCodec):
     """Variational autoencoder of token chunks (CALM, Shao et al. 2025, and TokCom v5.2).
 
     The latent is the encoder's posterior mean, standardised per channel with the persistent buffers
@@ -504,5 +539,6 @@ __all__ = [
     "TokComCodecLoss",
     "TokComCodecOutput",
     "TokComDecoderOutput",
+    "TokComTextCodec",
     "check_settings",
 ]

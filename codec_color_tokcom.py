@@ -16,7 +16,7 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
-from .codec_chunk_tokcom import TokComCodec, TokComCodecOutput, TokComDecoderOutput
+from .codec_chunk_tokcom import TokComCodecOutput, TokComDecoderOutput, TokComTextCodec
 from .configuration_codec_tokcom import TokComColorCodecConfig
 
 NEAREST_ROWS = 512  # rows of distances to all ids that exist at once
@@ -30,7 +30,7 @@ def spell(ids: torch.Tensor, base: int, count: int) -> torch.Tensor:
     return ids[..., None] // base ** torch.arange(count, device=ids.device) % base
 
 
-class TokComColorCodec(TokComCodec):
+class TokComColorCodec(TokComTextCodec):
     """Patches of `patch_size` x `patch_size` pixels, one token each.
 
     In the `contiguous` layout a patch holds consecutive tokens. In the published `raster` layout

@@ -94,6 +94,9 @@ class TokComVideoCodec(TokComCodec):
         self.latent_mean.copy_(mean)
         self.latent_std.copy_(std.clamp_min(1e-2))  # do not amplify values that hardly vary
 
+    def as_stream(self, inputs: torch.Tensor, num_latents: int) -> torch.Tensor:
+        return inputs[:, :, None] if inputs.ndim == 4 else inputs  # a picture is one frame
+
     # ---- where latents stand ----
 
     def positions(self, index: torch.Tensor) -> torch.Tensor:

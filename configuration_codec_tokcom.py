@@ -109,6 +109,7 @@ class TokComCodecConfig(PreTrainedConfig):
 
     base_config_key = "codec_config"
     modality = "text"  # what is coded: "text", "image", "video", "audio" or "several"
+    input_name = "input_ids"  # what a model encodes
     has_tokens = True  # whether the latents stand for token ids
     reads_captions = False  # whether a model may generate its data for captions
     has_moments = False  # whether the latents stand at moments and places

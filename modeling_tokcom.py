@@ -24,9 +24,13 @@ from transformers import PreTrainedModel  # noqa: F401  diffusers looks the base
 from transformers.cache_utils import Cache
 
 from .codec_chunk_tokcom import TokComCodecOutput, TokComDecoderOutput
-from .codec_composite_tokcom import STREAM_CODECS, TokComAudioOutput, TokComCompositeCodec
-from .codec_style_tokcom import TokComImageOutput
-from .codec_video_tokcom import TokComVideoOutput
+from .codec_composite_tokcom import (
+    STREAM_CODECS,
+    TokComAudioOutput,
+    TokComCompositeCodec,
+    TokComImageOutput,
+    TokComVideoOutput,
+)
 from .configuration_media_tokcom import TokComCompositeCodecConfig
 from .configuration_tokcom import TokComConfig
 from .heads_tokcom import TokComChoice, TokComLatentHead, TokComSymbols, TokComTokenHead
@@ -196,19 +200,12 @@ class TokComModel(TokComPreTrainedModel):
         Returns: `latents (B, N, C)`, `position_ids (B, N, A)`, `mask (B, N)`. Raises `ValueError`
         on a bad length or id.
         """
-        if self.config.codec_config.modality == "several":
-            self._check_streams(self.require(streams, "streams"))
-            return self.codec.encode(streams, present)
-        if not self.config.codec_config.has_tokens:
-            return self.codec.encode(self.require(pixel_values, "pixel_values"))
-        self._check_ids(self.require(input_ids, "input_ids"))
-        return self.codec.encode(input_ids, attention_mask)
-
-    def _check_streams(self, streams: dict[str, torch.Tensor]) -> None:
-        self.codec.check_names(streams)
-        for name, value in streams.items():
-            if self.codec.streams[name].config.has_tokens:
-                self._check_ids(value)
+        inputs = {"input_ids": input_ids, "pixel_values": pixel_values, "streams": streams}
+        name = self.config.codec_config.input_name
+        value = self.require(inputs[name], name)
+        for ids in self.codec.token_ids(value):
+            self._check_ids(ids)
+        return self.codec.encode(value, attention_mask if streams is None else present)
 
     def require(self, value: torch.Tensor | None, name: str) -> torch.Tensor:
         if value is None:
@@ -433,23 +430,21 @@ class TokComModel(TokComPreTrainedModel):
     def _check_inputs(self, inputs: dict[str, Any]) -> None:
         """Raise `ValueError` for inputs that are missing, of the wrong kind, or ids outside the
         vocabulary."""
-        codec = self.config.codec_config
-        if codec.modality == "several":
-            self._check_streams(self.require(inputs.get("streams"), "streams"))
-        elif codec.has_tokens:
-            self.require(inputs.get("input_ids"), "input_ids")
-        elif "latents" not in inputs:
-            self.require(inputs.get("pixel_values"), "pixel_values")
         read = inspect.signature(self.objective.loss).parameters
+        name = self.config.codec_config.input_name
+        # encoded latents replace what was encoded, unless the loss needs it too
+        if "latents" not in inputs or read[name].default is inspect.Parameter.empty:
+            self.require(inputs.get(name), name)
         unread = sorted(set(inputs) - set(read))
         if unread:
             raise ValueError(
                 f"{type(self.objective).__name__} does not read {unread}; leave them out."
             )
-        # on other devices the check would wait for them at every step
-        ids = inputs.get("input_ids")
-        if ids is not None and ids.device.type == "cpu":
-            self._check_ids(ids)
+        captions = [inputs.get("input_ids")]  # unless the texts are what is encoded
+        for ids in self.codec.token_ids(inputs.get(name)) or captions:
+            # on other devices the check would wait for them at every step
+            if ids is not None and ids.device.type == "cpu":
+                self._check_ids(ids)
 
     def channel_times(self, timestep: torch.Tensor) -> torch.Tensor:
         """Times of latents `(B, N)` -> t of each channel in [0, 1], `(B, N, C)`, or `(B, N, 1)` if

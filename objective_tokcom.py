@@ -634,6 +634,13 @@ class TokComStreamObjective(TokComObjective):
 
 # ---- which one ----
 
+# what a model encodes -> the regression of its latents
+LATENT_OBJECTIVES: dict[str, type[TokComObjective]] = {
+    "input_ids": TokComTextLatentObjective,
+    "pixel_values": TokComLatentObjective,
+    "streams": TokComStreamObjective,
+}
+
 
 def objective_class(config, stage: str) -> type[TokComObjective]:
     """The objective of a stage of a model with this configuration; raises `ValueError` for an
@@ -644,22 +651,20 @@ def objective_class(config, stage: str) -> type[TokComObjective]:
         return TokComCodecObjective
     if stage == "head":
         return TokComHeadObjective
-    if config.codec_config.modality == "several":
-        return TokComStreamObjective
     if config.prediction_type == "tokens":
         has_context = config.transformer_config.start_latents
         return TokComNextChunkObjective if has_context else TokComTokenObjective
-    return TokComTextLatentObjective if config.codec_config.has_tokens else TokComLatentObjective
+    return LATENT_OBJECTIVES[config.codec_config.input_name]
 
 
 def build_objective(config, stage: str, settings: dict[str, Any]) -> TokComObjective:
     """The objective of a stage with these settings; raises `ValueError` for unknown or impossible
     ones."""
-    kind = objective_class(config, stage)
-    if kind is TokComCodecObjective:
-        return kind()
-    check_settings(kind, settings, f"{stage}.objective.")
-    objective = kind(**settings)
+    chosen = objective_class(config, stage)
+    if chosen is TokComCodecObjective:
+        return chosen()
+    check_settings(chosen, settings, f"{stage}.objective.")
+    objective = chosen(**settings)
     objective.check(config)
     return objective
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .codec_chunk_tokcom import TokComCodecOutput
 from .codec_color_tokcom import TokComColorCodec  # noqa: F401
-from .codec_composite_tokcom import as_lists, guidance_omissions, names_to_make, read_stream
+from .codec_composite_tokcom import as_lists, guidance_omissions, names_to_make
 from .codec_style_tokcom import TokComStyleCodec  # noqa: F401
 from .codec_video_tokcom import decode_clips, encode_clips, read_clips
 from .configuration_codec_tokcom import TokComCodecConfig  # noqa: F401
@@ -32,7 +32,7 @@ from .layers_tokcom import TokComBlock  # noqa: F401
 from .modeling_tokcom import TokComModel
 from .objective_tokcom import TokComObjective  # noqa: F401
 from .pipeline_base_tokcom import CardFacts, TokComBasePipeline
-from .processing_tokcom import TokComAudioProcessor, TokComImageProcessor, decode_rows, end_at_eos
+from .processing_tokcom import TokComImageProcessor, decode_rows, end_at_eos
 from .quantization_tokcom import VectorQuantizer  # noqa: F401
 from .sampling_tokcom import TokComSampling, most_alike
 
@@ -44,12 +44,6 @@ from .transformer_tokcom import TokComTransformer  # noqa: F401
 
 Generators: TypeAlias = torch.Generator | list[torch.Generator] | None
 Callback = Callable[[Any, int, int, dict], dict] | None
-KIND_FIELDS = {
-    "text": "texts",
-    "image": "images",
-    "video": "videos",
-    "audio": "audios",
-}  # of the output of several streams
 
 
 # ---- pictures ----
@@ -472,7 +466,8 @@ class TokComOmniPipeline(TokComBasePipeline):
     def sampling_rates(self) -> dict[str, int]:
         """Samples a second of every stream of sounds."""
         codecs = self.model.config.codec_config.stream_configs().items()
-        return {name: codec.sampling_rate for name, codec in codecs if codec.kind == "audio"}
+        rates = {name: getattr(codec, "sampling_rate", None) for name, codec in codecs}
+        return {name: rate for name, rate in rates.items() if rate is not None}
 
     @torch.no_grad()
     def __call__(
@@ -567,8 +562,8 @@ class TokComOmniPipeline(TokComBasePipeline):
                 batch_size * copies, codec.num_latents, codec.num_channels, device=device
             )
         streams = {
-            name: read_stream(codec, name, v, self.tokenizer).to(device)
-            for name, v in contents.items()
+            name: codec.contents[name].read(values, name, self.tokenizer).to(device)
+            for name, values in contents.items()
         }
         encoded = self.model.encode(streams=streams)
         index = codec.index_of(list(contents), encoded.latents.device)
@@ -589,26 +584,16 @@ class TokComOmniPipeline(TokComBasePipeline):
     def _write_stream(self, name: str, latents: torch.Tensor) -> list:
         """The content of a stream of latents `(B, N, C)` of all: texts, pictures, clips or
         sounds."""
-        config = self.model.codec.streams[name].config
-        if config.kind == "text":
-            ids, mask = self._stream_ids(name, latents)
-            return (
-                ids.tolist() if self.tokenizer is None else decode_rows(self.tokenizer, ids, mask)
-            )
-        output = self.model.decode_stream(name, latents)
-        if config.kind == "audio":
-            return TokComAudioProcessor(config).postprocess(output.input_features)
-        processor = TokComImageProcessor(config.image_size)
-        pixels = output.pixel_values
-        if config.kind == "video":
-            return [processor.postprocess(clip.transpose(0, 1)) for clip in pixels]
-        return processor.postprocess(pixels if pixels.ndim == 4 else pixels[:, :, 0])
+        if name not in self.model.codec.text_names:
+            return self.model.codec.contents[name].write(self.model.decode_stream(name, latents))
+        ids, mask = self._stream_ids(name, latents)
+        return ids.tolist() if self.tokenizer is None else decode_rows(self.tokenizer, ids, mask)
 
     def _choose(self, latents: torch.Tensor, names: list[str], num_candidates: int) -> torch.Tensor:
         """Of every `num_candidates` rows of latents `(B, N, C)` the one whose texts the others
         resemble most."""
         rows: list[list[tuple[str, int]]] = [[] for _ in latents]
-        for name in [name for name in names if self.model.codec.streams[name].config.has_tokens]:
+        for name in [name for name in self.model.codec.text_names if name in names]:
             ids, mask = self._stream_ids(name, latents)
             for row, values, kept in zip(rows, ids.tolist(), mask.tolist()):
                 row += [(name, value) for value, keep in zip(values, kept) if keep]
@@ -628,9 +613,7 @@ class TokComOmniPipeline(TokComBasePipeline):
             made = given | {name: self._write_stream(name, latents) for name in names}
             streams = {name: made[name] for name in self.model.codec.names if name in made}
             for name, content in streams.items():
-                first_of_kind.setdefault(
-                    KIND_FIELDS[self.model.codec.streams[name].config.kind], content
-                )
+                first_of_kind.setdefault(self.model.codec.contents[name].field, content)
         self.maybe_free_model_hooks()
         return TokComOmniPipelineOutput(streams=streams, latents=latents, **first_of_kind)
 

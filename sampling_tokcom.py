@@ -474,7 +474,7 @@ class TokComBlockSampler:
             if self._unfinished and block_size is not None and (index or model_has_tokens):
                 return  # the block is still noise
             is_last = block.stop == noise.shape[1]
-            if ids is None and not is_last and model_has_tokens:
+            if ids is None and not is_last:
                 ids = self.model.to_ids(x)
             yield x, ids
             if (

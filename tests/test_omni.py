@@ -15,7 +15,6 @@ from PIL import Image
 
 from examples.several_streams import main as join_streams
 from tokcom.cli.main import call
-from tokcom.codec_composite_tokcom import read_stream
 from tokcom.configuration_tokcom import TokComConfig
 from tokcom.evaluation.codebook import main as codebook
 from tokcom.evaluation.omni import main as measure_streams
@@ -407,7 +406,7 @@ def test_any_streams_make_any_others_and_given_ones_come_back_as_they_were(pipe,
         )
         for name in given:
             assert all(a is b for a, b in zip(output.streams[name], values[name]))
-            read = read_stream(pipe.model.codec, name, values[name], pipe.tokenizer)
+            read = pipe.model.codec.contents[name].read(values[name], name, pipe.tokenizer)
             encoded = pipe.model.encode(streams={name: read}).latents
             codec = pipe.model.codec
             assert torch.equal(
