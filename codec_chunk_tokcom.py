@@ -224,6 +224,14 @@ class TokComTextCodec(TokComCodec):
             )
         return inputs
 
+    def to_image(self, ids: torch.Tensor, width: int | None = None) -> torch.Tensor:
+        """Ids `(T,)` as a picture; raises `ValueError` unless tokens are pixels."""
+        raise ValueError("the tokens of this model are not pixels; load a pixel model.")
+
+    def from_image(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The inverse of `to_image`."""
+        raise ValueError("the tokens of this model are not pixels; load a pixel model.")
+
     def stream_nll(self, latents: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
         return self.nll(latents, self.to_chunks(inputs, None)[0])
 
@@ -459,6 +467,10 @@ class TokComChunkCodec(TokComTextCodec):
         """The symbols that `symbol_table` has rows for, and their mask, as `to_chunks` returns
         them. Here a symbol is a token."""
         return self.to_chunks(input_ids, attention_mask)
+
+    def from_chunks(self, chunks: torch.Tensor) -> torch.Tensor:
+        """Ids `(B, N, K)` -> ids `(B, N * K)` in reading order: the inverse of `to_chunks`."""
+        return chunks.flatten(1)
 
     def from_symbols(self, symbols: torch.Tensor) -> torch.Tensor:
         """Symbols `(B, N, K)` -> token ids `(B, N * K)`."""

@@ -151,6 +151,10 @@ class TokComColorCodec(TokComTextCodec):
         ids = torch.where(real, input_ids, self.config.pad_token_id)
         return self.to_patches(ids), self.to_patches(real)
 
+    def from_chunks(self, chunks: torch.Tensor) -> torch.Tensor:
+        """Ids `(B, N, K)` -> ids `(B, N * K)` in reading order."""
+        return self.from_patches(chunks)
+
     # ---- ids <-> images ----
 
     def to_image(self, ids: torch.Tensor, width: int | None = None) -> torch.Tensor:

@@ -25,8 +25,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 
-from .context_tokcom import TokComTask
-from .processing_tokcom import pad_ids, tokenize_texts, vocabulary_size, with_pad_token
+from .processing_tokcom import tokenize_texts, vocabulary_size, with_pad_token
 from .sampling_tokcom import (
     Blocks,
     TokComBlockSampler,
@@ -36,6 +35,7 @@ from .sampling_tokcom import (
     spawn_generators,
     split_blocks,
 )
+from .tasks_tokcom import TokComTask, pad_rows
 
 # modality of a codec -> the pipeline of its models
 PIPELINE_NAMES = {
@@ -400,12 +400,6 @@ class TokComBasePipeline(DiffusionPipeline):
 
     # ---- what the model reads ----
 
-    @property
-    def _pad_token_id(self) -> int:
-        return getattr(
-            self.model.config.codec_config, "pad_token_id", self.model.config.text_vocab_size - 1
-        )
-
     def _tokenize(
         self, texts: Sequence[str], name: str, special_tokens: bool = False
     ) -> list[list[int]]:
@@ -413,17 +407,9 @@ class TokComBasePipeline(DiffusionPipeline):
         without a tokenizer."""
         return tokenize_texts(self.tokenizer, texts, name, special_tokens)
 
-    def _num_latents(self, tokens: int) -> int:
-        """Latents that hold at least so many tokens."""
-        codec = self.model.config.codec_config
-        rows = -(-tokens // codec.length_multiple)
-        return rows * codec.length_multiple // codec.chunk_size
-
     def _pad(self, rows: list[list[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of ids -> `input_ids (B, T)` and `attention_mask (B, T)`, T a multiple of K."""
-        length = self._num_latents(max(map(len, rows))) * self.model.config.codec_config.chunk_size
-        ids, mask = pad_ids(rows, length, self._pad_token_id, side)
-        return ids.to(self._execution_device), mask.to(self._execution_device)
+        return pad_rows(self.model.config, rows, side, self._execution_device)
 
     def _caption_prefix(
         self, prompt: str | Sequence[str] | None, batch_size: int

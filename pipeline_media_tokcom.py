@@ -26,7 +26,7 @@ from .codec_video_tokcom import decode_clips, encode_clips, read_clips
 from .configuration_codec_tokcom import TokComCodecConfig  # noqa: F401
 from .configuration_media_tokcom import TokComMediaCodecConfig  # noqa: F401
 from .configuration_tokcom import TokComTransformerConfig  # noqa: F401
-from .context_tokcom import TokComTask, lay_out_clip
+from .context_tokcom import TokComStep  # noqa: F401
 from .heads_tokcom import TokComTokenHead  # noqa: F401
 from .layers_tokcom import TokComBlock  # noqa: F401
 from .modeling_tokcom import TokComModel
@@ -36,10 +36,10 @@ from .processing_tokcom import TokComImageProcessor, decode_rows, end_at_eos
 from .quantization_tokcom import VectorQuantizer  # noqa: F401
 from .sampling_tokcom import TokComSampling, most_alike
 
-# diffusers copies only the direct relative imports of this file, so every module that it needs is
-# named here
+# diffusers copies direct imports only, so every module that this file needs is named here
 from .scheduling_tokcom import TokComFlowMatchSchedulerOutput  # noqa: F401
 from .sounds_tokcom import read_sound  # noqa: F401
+from .tasks_tokcom import TokComTask, lay_out_clip, pad_token_id
 from .transformer_tokcom import TokComTransformer  # noqa: F401
 
 Generators: TypeAlias = torch.Generator | list[torch.Generator] | None
@@ -579,7 +579,9 @@ class TokComOmniPipeline(TokComBasePipeline):
         before their end."""
         codec = self.model.codec
         ids = codec.streams[name].to_ids(codec.stream_of(latents, name))
-        return end_at_eos(ids, getattr(self.tokenizer, "eos_token_id", None), self._pad_token_id)
+        return end_at_eos(
+            ids, getattr(self.tokenizer, "eos_token_id", None), pad_token_id(self.model.config)
+        )
 
     def _write_stream(self, name: str, latents: torch.Tensor) -> list:
         """The content of a stream of latents `(B, N, C)` of all: texts, pictures, clips or

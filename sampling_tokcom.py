@@ -1,6 +1,6 @@
 """The sampler: noise, and what is already known, become clean latents, block after block.
 
-Read it in this order: `TokComTask` (context_tokcom.py) says what to generate and what is known,
+Read it in this order: `TokComTask` (tasks_tokcom.py) says what to generate and what is known,
 `TokComSampling` how; `TokComBlockSampler.blocks` is the loop over blocks, `_denoise` the loop over
 the steps of one block, `_estimate` one evaluation of the network; `TokComStepPlanner` lays out the
 steps.
@@ -29,16 +29,10 @@ from diffusers import SchedulerMixin
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from .context_tokcom import (
-    CachedContext,
-    Context,
-    TokComGiven,
-    TokComStep,
-    TokComTask,
-    VisibleContext,
-)
+from .context_tokcom import CachedContext, Context, TokComStep, VisibleContext
 from .heads_tokcom import TokComChoice
 from .scheduling_tokcom import signal_time
+from .tasks_tokcom import TokComGiven, TokComTask
 
 Blocks = Iterator[
     tuple[torch.Tensor, torch.Tensor | None]

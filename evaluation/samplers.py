@@ -11,10 +11,10 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from tokcom.context_tokcom import TokComTask
 from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.processing_tokcom import vocabulary_size
 from tokcom.sampling_tokcom import TokComSampling
+from tokcom.tasks_tokcom import TokComTask
 from tokcom.training.precision import half_precision
 
 

@@ -19,6 +19,7 @@ from tokcom.pipeline_tokcom import TokComPipeline
 REMOTE_FILES = {
     "configuration_tokcom.py": {"copy", "huggingface_hub", "transformers", "typing", "warnings"},
     "configuration_codec_tokcom.py": {"huggingface_hub", "math", "transformers", "typing"},
+    "configuration_media_tokcom.py": {"huggingface_hub", "transformers", "typing"},
     "layers_tokcom.py": {"collections", "math", "torch", "transformers"},
     "codec_chunk_tokcom.py": {"dataclasses", "difflib", "torch", "transformers", "typing"},
     "codec_color_tokcom.py": {"functools", "torch"},
@@ -59,6 +60,7 @@ REMOTE_FILES = {
         "transformers",
         "typing",
     },
+    "tasks_tokcom.py": {"collections", "dataclasses", "torch", "transformers", "typing"},
     "transformer_tokcom.py": {"dataclasses", "torch", "transformers", "typing"},
     "heads_tokcom.py": {"collections", "torch", "typing"},
     "quantization_tokcom.py": {"collections", "dataclasses", "torch", "transformers"},

@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from tokcom.cli.main import call
 from tokcom.codec_video_tokcom import _device_of, decode_clips, encode_clips
 from tokcom.configuration_media_tokcom import TokComVideoCodecConfig
-from tokcom.context_tokcom import TokComTask
 from tokcom.evaluation.memory import activations, operations, resized, run_step, saved_bytes
 from tokcom.evaluation.videos import main as measure_videos
 from tokcom.inference import main as infer
@@ -28,6 +27,7 @@ from tokcom.processing_tokcom import vocabulary_size
 from tokcom.quantization_tokcom import code_statistics
 from tokcom.sampling_tokcom import TokComBlockSampler, TokComSampling
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler, diffusion_times
+from tokcom.tasks_tokcom import TokComTask
 from tokcom.train_accelerate import main as train
 from tokcom.training.config import DataConfig
 from tokcom.training.data import load_documents, train_tokenizer
