@@ -28,11 +28,13 @@ def check_positive(config: PreTrainedConfig, *names: str) -> None:
             raise ValueError(f"`{name}` ({getattr(config, name)}) must be at least 1.")
 
 
-def check_choice(config: PreTrainedConfig, **choices: tuple[str, ...]) -> None:
+def check_choice(config: PreTrainedConfig, **fields: tuple[str, ...]) -> None:
     """Raise `ValueError` for a field that has none of its choices."""
-    for name, allowed in choices.items():
+    for name, allowed in fields.items():
         if getattr(config, name) not in allowed:
-            raise ValueError(f"`{name}` ({getattr(config, name)!r}) must be one of {allowed}.")
+            *others, last = map(repr, allowed)
+            choices = f"{', '.join(others)} or {last}"
+            raise ValueError(f"`{name}` ({getattr(config, name)!r}) must be {choices}.")
 
 
 def check_multiple(config: PreTrainedConfig, name: str, unit: str) -> None:
@@ -172,6 +174,11 @@ class TokComCodecConfig(PreTrainedConfig):
         return 1
 
     @property
+    def stream_channels(self) -> list[int] | None:
+        """Channels of every stream, of a codec of several."""
+        return None
+
+    @property
     def quantizes_estimates(self) -> bool:
         """Whether estimates of latents can be replaced by their nearest codes."""
         return False
@@ -194,7 +201,7 @@ class TokComCodecConfig(PreTrainedConfig):
                 "images or clips and `transformer_config.block_size=None`; a text continues its "
                 "prompt."
             )
-        if (transformer.stream_channels is None) == (self.modality == "several"):
+        if transformer.stream_channels != self.stream_channels:
             raise ValueError(
                 f"`transformer_config.stream_channels` ({transformer.stream_channels}) is set by a "
                 f"composite codec, not by {self.model_type!r}; leave it out."

@@ -356,14 +356,15 @@ class TokComCompositeCodecConfig(TokComMediaCodecConfig):
         for name, fields in sorted(streams.items()):  # JSON does not keep an order
             if fields is None:
                 continue
-            kind = fields.get("model_type", TokComChunkCodecConfig.model_type)
-            if kind not in STREAM_CONFIGS:
+            codec_type = fields.get("model_type", TokComChunkCodecConfig.model_type)
+            if codec_type not in STREAM_CONFIGS:
                 raise ValueError(
-                    f"stream {name!r} has the codec {kind!r}; known are {sorted(STREAM_CONFIGS)}."
+                    f"stream {name!r} has the codec {codec_type!r}; known are "
+                    f"{sorted(STREAM_CONFIGS)}."
                 )
             fields = {key: value for key, value in fields.items() if key != "model_type"}
-            check_known_keys(STREAM_CONFIGS[kind], fields, f"codec_config.streams.{name}.")
-            configs[name] = STREAM_CONFIGS[kind](**fields)
+            check_known_keys(STREAM_CONFIGS[codec_type], fields, f"codec_config.streams.{name}.")
+            configs[name] = STREAM_CONFIGS[codec_type](**fields)
         return configs
 
     def stream_lengths(self) -> dict[str, int]:
@@ -391,10 +392,13 @@ class TokComCompositeCodecConfig(TokComMediaCodecConfig):
         """N, latents of all streams."""
         return sum(self.stream_lengths().values())
 
+    @property
+    def stream_channels(self) -> list[int]:
+        return [codec.latent_channels for codec in self.stream_configs().values()]
+
     def fit_transformer(self, transformer: PreTrainedConfig) -> None:
         transformer.latent_channels = self.latent_channels
-        channels = [codec.latent_channels for codec in self.stream_configs().values()]
-        transformer.stream_channels = channels
+        transformer.stream_channels = self.stream_channels
         transformer.num_position_axes = self.num_position_axes
 
     def check_model(self, model: PreTrainedConfig) -> None:

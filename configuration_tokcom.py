@@ -190,14 +190,20 @@ class TokComTransformerConfig(PreTrainedConfig):
                 f"layers (got {self.num_context_layers}): the latents of a block would not see "
                 "each other."
             )
+        check_choice(self, attention_type=("full", "factorized"))
+        self._check_published()
+        layer = self.hidden_size * (
+            4 * self.hidden_size + 3 * self.intermediate_size + 6 * self.conditioning_size
+        )
+        ends = self.hidden_size * (2 * self.feature_size + 3 * self.latent_channels)
+        check_size(self, self.num_hidden_layers * layer + ends)
+
+    def _check_published(self) -> None:
+        """Options that need each other: the heads, and the forms of published models."""
         if self.start_latents and self.head_attention:
             raise ValueError(
                 "`start_latents` needs context layers and `head_attention=False`: the head reads "
                 "the context through the latent before it."
-            )
-        if self.attention_type not in ("full", "factorized"):
-            raise ValueError(
-                f"`attention_type` ({self.attention_type!r}) must be 'full' or 'factorized'."
             )
         if self.attention_type == "factorized" and (
             self.block_size is not None or self.num_position_axes != 3
@@ -216,11 +222,6 @@ class TokComTransformerConfig(PreTrainedConfig):
                 f"`input_projection=False` needs `latent_channels` ({self.latent_channels}) equal "
                 f"to `hidden_size` ({self.hidden_size}); set `input_projection=True`."
             )
-        layer = self.hidden_size * (
-            4 * self.hidden_size + 3 * self.intermediate_size + 6 * self.conditioning_size
-        )
-        ends = self.hidden_size * (2 * self.feature_size + 3 * self.latent_channels)
-        check_size(self, self.num_hidden_layers * layer + ends)
 
 
 TIMESTEP_SAMPLINGS = ("logit_normal", "uniform", "linear", "cosine")

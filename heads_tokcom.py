@@ -279,6 +279,14 @@ class TokComTokenHead(nn.Module):
         """Ids `(B, N, K)` -> their clean latents `(B, N, C)`."""
         return symbols.table[torch.arange(self.num_symbols, device=ids.device), ids].flatten(2)
 
+    def add_noise(
+        self, symbols: TokComSymbols, chunks: torch.Tensor, place_times: torch.Tensor
+    ) -> torch.Tensor:
+        """Noisy latents `(R, C)` of chunks `(R, K)` whose tokens stand at `place_times (R, K)`."""
+        clean = self.latents_of(symbols, chunks[None])[0]
+        signal = place_times.repeat_interleave(clean.shape[1] // self.num_symbols, dim=1)
+        return (1 - signal) * torch.randn_like(clean) * self.noise_std + signal * clean
+
     # ---- rows ----
 
     def _groups(

@@ -13,14 +13,12 @@ axes, V vocabulary.
 """
 
 import inspect
-import json
-import os
-from collections.abc import Callable
-from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
-from transformers import PreTrainedModel  # noqa: F401  diffusers looks the base class up in the module of a component
+
+# diffusers looks a component's base class up in the module of the component
+from transformers import PreTrainedModel  # noqa: F401
 from transformers.cache_utils import Cache
 
 from .codec_chunk_tokcom import TokComCodecOutput, TokComDecoderOutput
@@ -34,53 +32,24 @@ from .codec_composite_tokcom import (
 from .configuration_media_tokcom import TokComCompositeCodecConfig
 from .configuration_tokcom import TokComConfig
 from .heads_tokcom import TokComChoice, TokComLatentHead, TokComSymbols, TokComTokenHead
-from .layers_tokcom import TokComPreTrainedModel, TokComTokenEmbedding
+from .layers_tokcom import TokComPreTrainedModel, TokComTokenEmbedding, check_shards, entry_point
 from .objective_tokcom import (
     TokComFlowObjective,
     TokComOutput,
     TokComStreamObjective,
     build_objective,
 )
-from .scheduling_tokcom import sample_times
+from .scheduling_tokcom import draw_known, generation_order, sample_times
 from .transformer_tokcom import (
     TokComTransformer,
     TokComTransformerOutput,
     block_causal_mask,
-    draw_known,
-    generation_order,
 )
 
 CODECS: dict[str, Any] = {
     **STREAM_CODECS,
     TokComCompositeCodecConfig.model_type: TokComCompositeCodec,
 }
-
-
-def _entry_point(method: Callable) -> Callable:
-    """Let accelerate's offload hook, which is installed for `forward`, act for this method too."""
-
-    @wraps(method)
-    def wrapper(self, *args, **kwargs):
-        if hasattr(getattr(self, "_hf_hook", None), "pre_forward"):
-            self._hf_hook.pre_forward(self)
-        return method(self, *args, **kwargs)
-
-    return wrapper
-
-
-def _check_shards(directory: str | os.PathLike) -> None:
-    """Refuse an index of weights that names files outside its own directory."""
-    index = os.path.join(directory, "model.safetensors.index.json")
-    if not os.path.isfile(index):
-        return
-    with open(index, encoding="utf-8") as file:
-        names = set(json.load(file).get("weight_map", {}).values())
-    for name in sorted(names):
-        if os.path.basename(name) != name:
-            raise ValueError(
-                f"{index} names the file {name!r}, which is not in its directory; do not use this "
-                "checkpoint."
-            )
 
 
 def _repeat(tensor: torch.Tensor | None, copies: int) -> torch.Tensor | None:
@@ -138,7 +107,7 @@ class TokComModel(TokComPreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path=None, *args, **kwargs):
         if pretrained_model_name_or_path is not None:
-            _check_shards(pretrained_model_name_or_path)
+            check_shards(pretrained_model_name_or_path)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.set_stage("flow")  # loading replaces the parameters, and with them what was frozen
@@ -176,7 +145,7 @@ class TokComModel(TokComPreTrainedModel):
                 "tokenize with the tokenizer saved beside the model."
             )
 
-    @_entry_point
+    @entry_point
     def encode(
         self,
         input_ids: torch.Tensor | None = None,
@@ -215,7 +184,7 @@ class TokComModel(TokComPreTrainedModel):
             )
         return value
 
-    @_entry_point
+    @entry_point
     def condition(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -266,7 +235,7 @@ class TokComModel(TokComPreTrainedModel):
         otherwise itself."""
         return self.codec.snap(latents) if self.config.quantize_prediction else latents
 
-    @_entry_point
+    @entry_point
     def predict(
         self,
         latents: torch.Tensor,
@@ -318,7 +287,7 @@ class TokComModel(TokComPreTrainedModel):
             timestep = timestep[:, None]
         return timestep.expand(latents.shape[:2])
 
-    @_entry_point
+    @entry_point
     def symbols(self) -> TokComSymbols | None:
         """What the codec's tokens look like; None for models that do not predict tokens."""
         if self.token_head is None:
@@ -327,7 +296,7 @@ class TokComModel(TokComPreTrainedModel):
             table = self.codec.symbol_table().to(self.device)
         return self.token_head.symbols(table)
 
-    @_entry_point
+    @entry_point
     def refine(self, latents: torch.Tensor) -> torch.Tensor:
         """What is decoded for the transformer's final estimate `(B, N, C)`: itself, unless there is
         a latent head."""
@@ -335,7 +304,7 @@ class TokComModel(TokComPreTrainedModel):
             return latents
         return self.latent_head(latents.to(self.dtype))[0].to(latents.dtype)
 
-    @_entry_point
+    @entry_point
     def from_codes(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes `(B, N, R)` of a codec with a quantiser -> standardised latents `(B, N, C)`; raises
         `ValueError` for others."""
@@ -355,7 +324,7 @@ class TokComModel(TokComPreTrainedModel):
                 )
         return self.codec.from_codes(codes)
 
-    @_entry_point
+    @entry_point
     def decode(
         self, latents: torch.Tensor, **kwargs
     ) -> TokComDecoderOutput | TokComImageOutput | TokComVideoOutput:
@@ -365,7 +334,7 @@ class TokComModel(TokComPreTrainedModel):
         training."""
         return self.codec.decode(latents, **kwargs)
 
-    @_entry_point
+    @entry_point
     def decode_stream(
         self, name: str, latents: torch.Tensor
     ) -> TokComDecoderOutput | TokComImageOutput | TokComVideoOutput | TokComAudioOutput:
@@ -373,7 +342,7 @@ class TokComModel(TokComPreTrainedModel):
         `decode` gives."""
         return self.codec.decode_stream(name, latents)
 
-    @_entry_point
+    @entry_point
     def to_ids(self, latents: torch.Tensor) -> torch.Tensor:
         """Standardised latents `(B, N, C)` -> the most likely token ids `(B, N * K)`."""
         return self.codec.to_ids(latents)
@@ -396,16 +365,18 @@ class TokComModel(TokComPreTrainedModel):
 
         Args:
             input_ids, attention_mask (`(B, T)`): a text, 0 on padding; of a model of pictures or
-            clips, the captions. timestep (`float`, *optional*): one t in [0, 1] for all latents, in
-            stage flow; drawn by default. known_mask (`(B, T)`, *optional*): 1 on tokens that are
-                given, such as a prompt. They are clean and not predicted, and a share
-                `context_dropout` of the rows does without them.
+                clips, the captions.
+            timestep (`float`, *optional*): one t in [0, 1] for all latents, in stage flow; drawn by
+                default.
+            known_mask (`(B, T)`, *optional*): 1 on tokens that are given, such as a prompt. They
+                are clean and not predicted, and a share `context_dropout` of the rows does without
+                them.
             latents (`(B, N, C)`, *optional*): what `encode` gives for this text, which saves
                 encoding it; no token may be padding.
             pixel_values (`(B, 3, H, W)`, of clips `(B, c, F, H, W)`): what a model of pictures or
-            clips learns. streams, present: as `encode` reads them. given (`list[str]`, *optional*):
-                streams that are clean in all rows that have them; by default every row draws a task
-                of its own.
+                clips learns.
+            streams, present: as `encode` reads them. given (`list[str]`, *optional*): streams that
+                are clean in all rows that have them; by default every row draws a task of its own.
             text_start (`torch.BoolTensor` of shape `(B,)`, *optional*): rows that begin where a
                 text begins, for models with `start_latents`; all by default.
 
@@ -456,6 +427,20 @@ class TokComModel(TokComPreTrainedModel):
 
     # ---- training: noise, and a pass over it ----
 
+    @torch.no_grad()
+    def clean_latents(self, latents: torch.Tensor | None, *source) -> TokComCodecOutput:
+        """What the frozen codec makes of the data, or the `latents` that were encoded before."""
+        if latents is None:
+            return self.codec.encode(*source)
+        return self.codec.known(latents.to(self.dtype))
+
+    def mean_squared_error(self, clean: TokComCodecOutput, found: NoisedPass) -> torch.Tensor:
+        """Mean over trained latents, draws and channels of the squared error of x1."""
+        errors = self.quantize(found.states.float()) - clean.latents[:, None].float()
+        count = (found.states.shape[1] * found.loss_mask.sum()).clamp_min(1)
+        weights = found.loss_mask[:, None] / count  # (B, 1, N)
+        return (errors.square().mean(-1) * weights).sum()
+
     @property
     def shows_some(self) -> bool:
         """Whether training shows a part of every row clean: of bidirectional models that know times
@@ -476,15 +461,14 @@ class TokComModel(TokComPreTrainedModel):
         symbols: TokComSymbols | None = None,
         prefix: tuple[torch.Tensor, ...] | None = None,
     ) -> NoisedPass:
-        """Noise the latents M times, with one time per block, and let the transformer predict from
-        them.
+        """Noise the latents M times, with one time per block, and predict from them.
 
         Args:
             objective: says M and how often context is dropped and gaps are made, in training.
-            known_latents (`(B, N)`), known_tokens (`(B, N, K)`): what is clean, if the caller says
-            so. hides_known: rows that lose their context do not see what is known; otherwise it is
-            unknown there. task: of several streams, which latents are given and which are used at
-            all, `(B, N)` each. chunks (`(B, N, K)`), symbols: ids and table of a token head.
+            known_latents (`(B, N)`), known_tokens (`(B, N, K)`): what is clean, if that is known.
+            hides_known: rows that lose their context do not see what is known, so it is no noise.
+            task: of several streams, which latents are given and which are used, `(B, N)` each.
+            chunks (`(B, N, K)`), symbols: ids and table of a token head.
             prefix: what `condition` gives.
         """
         valid = clean.mask

@@ -73,7 +73,8 @@ pipe = DiffusionPipeline.from_pretrained(path_or_id, trust_remote_code=True)
 {example}
 ```
 
-`trust_remote_code=True` runs the `*_tokcom.py` files of this repository: read them and pin `revision=`.
+`trust_remote_code=True` runs the `*_tokcom.py` files of this repository: read them, and pin
+`revision=`.
 """
 
 StepCallback = Callable[["TokComBasePipeline", int, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -99,8 +100,8 @@ def explain_hub_errors(repo_id: str) -> Iterator[None]:
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else None
         remedy = {
-            401: "the token is missing, expired or wrong: run `hf auth login`, set HF_TOKEN, or pass `token`",
-            403: "the token may not write there: make one with write access, or push to your own namespace",
+            401: "the token is missing, expired or wrong: run `hf auth login` or pass `token`",
+            403: "the token may not write there: make one with write access, or push to yours",
             404: "there is no such repository or namespace for this token",
         }.get(status)
         if remedy is None:

@@ -1,6 +1,6 @@
 """TokComPipeline: prompt in, text out; also texts from noise, to latents and back, and with gaps.
 
-Read `TokComPipeline.__call__` first. `tasks_tokcom.py` lays out what the sampler gets, and `_finish`
+Read `TokComPipeline.__call__` first. `tasks_tokcom.py` lays out what the sampler gets, `_finish`
 makes text of what it gives.
 
 Notable choices:
@@ -101,7 +101,7 @@ class TokComPipelineOutput(BaseOutput):
 class TokComPipeline(TokComBasePipeline):
     """Continue, generate, reconstruct, re-denoise, encode, decode and score texts, and fill gaps.
 
-    For models of texts, and of pixels that stand for tokens; see `TokComBasePipeline` for arguments.
+    For models of texts, and of pixels that stand for tokens. Arguments: see `TokComBasePipeline`.
     """
 
     modality = "text"
@@ -145,7 +145,7 @@ class TokComPipeline(TokComBasePipeline):
         """Continue one or several prompts.
 
         Args:
-            prompt: a text or a list of texts, none empty; or dialogues `[{"role", "content"}, ...]`,
+            prompt: a text or a list of them, none empty; or dialogues `[{"role", "content"}, ...]`,
                 which go through the chat template, or without one become lines.
             gen_length: tokens to generate; a text ends earlier at EOS.
             num_inference_steps: denoising steps per block; by default `config.num_inference_steps`.
@@ -180,15 +180,7 @@ class TokComPipeline(TokComBasePipeline):
         if streamer is not None:
             streamer.put(torch.tensor(rows))
             blocks = feed_streamer(streamer, blocks, gen_length, skip[0], self._eos_token_id)
-        empty = torch.empty(len(rows), 0, self.model.config.codec_config.latent_channels)
-        found = join_blocks(blocks, empty.to(self._execution_device))  # this runs the sampler
-        output = self._finish(*found, gen_length, output_type, skip)
-        if output.texts is not None:  # only what follows the prompts
-            lengths = output.attention_mask.sum(-1).tolist()
-            new = [ids[:length] for ids, length in zip(output.sequences.tolist(), lengths)]
-            output.texts = [
-                continue_text(self.tokenizer, *parts) for parts in zip(prompts, rows, new)
-            ]
+        output = self._finish_continuation(prompts, rows, blocks, gen_length, output_type, skip)
         return output if return_dict else output.to_tuple()
 
     @property
@@ -213,7 +205,7 @@ class TokComPipeline(TokComBasePipeline):
     ) -> tuple[list[int], Blocks]:
         """How many tokens of its prompt each row's first blocks repeat, and the blocks of new text.
 
-        `noise_scale` multiplies the initial noise. With `stop` the blocks end when every row has.
+        `noise_scale` multiplies the noise. With `stop` the blocks end when every row has ended.
         """
 
         def make_noise(count: int) -> torch.Tensor:
@@ -225,6 +217,20 @@ class TokComPipeline(TokComBasePipeline):
         blocks = self.sample_blocks(task, sampling, decode=True, on_step_end=on_step_end)
         return skip, until_all_ended(blocks, self._eos_token_id, skip) if stop else blocks
 
+    def _finish_continuation(
+        self, prompts, rows, blocks: Blocks, gen_length: int, output_type: str, skip: list[int]
+    ) -> TokComPipelineOutput:
+        """Run the sampler; of a text only what follows its prompt."""
+        empty = torch.empty(len(rows), 0, self.model.config.codec_config.latent_channels)
+        found = join_blocks(blocks, empty.to(self._execution_device))
+        output = self._finish(*found, gen_length, output_type, skip)
+        if output.texts is not None:
+            lengths = output.attention_mask.sum(-1).tolist()
+            new = [ids[:length] for ids, length in zip(output.sequences.tolist(), lengths)]
+            texts = zip(prompts, rows, new)
+            output.texts = [continue_text(self.tokenizer, *parts) for parts in texts]
+        return output
+
     def _finish(
         self,
         latents: torch.Tensor,
@@ -233,7 +239,7 @@ class TokComPipeline(TokComBasePipeline):
         output_type: str,
         skip: list[int] | None = None,
     ) -> TokComPipelineOutput:
-        """End texts at EOS and pad to `gen_length`; the first `skip` ids of a row are its prompt's."""
+        """End texts at EOS and pad to `gen_length`; a row's first `skip` ids are its prompt's."""
         self.maybe_free_model_hooks()
         if output_type == "latent":
             return TokComPipelineOutput(latents=latents)
@@ -260,10 +266,7 @@ class TokComPipeline(TokComBasePipeline):
         top_p: float | None = None,
         generator: torch.Generator | None = None,
     ) -> Iterator[str]:
-        """Continue one prompt and yield pieces of its text, which join to that of `__call__`.
-
-        A finished block gives a piece; characters whose bytes are not complete wait for the next.
-        """
+        """Continue one prompt and yield pieces of its text, which join to that of `__call__`."""
         if not isinstance(prompt, str):
             raise ValueError(f"`prompt` must be one text, not {prompt!r}; use stream_batch.")
         for (piece,) in self.stream_batch(
@@ -294,7 +297,7 @@ class TokComPipeline(TokComBasePipeline):
         lengths = [gen_length] * len(prompts) if isinstance(gen_length, int) else list(gen_length)
         if not prompts or len(lengths) != len(prompts):
             raise ValueError(
-                f"`gen_length` has {len(lengths)} entries for {len(prompts)} prompts; give each one."
+                f"`gen_length` has {len(lengths)} entries for {len(prompts)} prompts; give each 1."
             )
         self.check_inputs(num_inference_steps, length=("gen_length", min(lengths)))
 
@@ -408,13 +411,11 @@ class TokComPipeline(TokComBasePipeline):
     ) -> TokComPipelineOutput:
         """Mode 3: keep a part of what a text says, and let the model make up the rest.
 
-        `noise_level` in [0, 1] is the share of the information that is kept: 0 is pure noise, 1
-        plain reconstruction. A model that predicts tokens keeps each token with that probability
-        and draws the others given those around them; a token that is kept at one level is kept at
-        every higher one. A model that regresses latents keeps that share of them,
-        `noise_level * latents + (1 - noise_level) * noise`, and takes the remaining
-        `num_inference_steps * (1 - noise_level)` steps, at least one. How many tokens survive is in
-        docs/modes.md.
+        `noise_level` in [0, 1] is the share that is kept: 0 is noise, 1 plain reconstruction. A
+        model that predicts tokens keeps each token with that probability, those of one level at
+        every higher one, and draws the others. A model that regresses latents begins at
+        `noise_level * latents + (1 - noise_level) * noise` and takes the remaining steps, at least
+        one. docs/modes.md says how many tokens survive.
         """
         if not 0.0 <= noise_level <= 1.0:
             raise ValueError(
@@ -480,8 +481,7 @@ class TokComPipeline(TokComBasePipeline):
 
         Three or more underscores are one gap. Every gap gets `gap_length` tokens. With
         `gap_length=None` the length is unknown: `num_candidates` fillings of 1 to 8 tokens are
-        drawn, and the one is kept whose whole text the model finds most likely per character (see
-        `score`).
+        drawn, and the one is kept whose text is most likely per character (see `score`).
 
         Returns the whole text. Raises `ValueError` when there is no gap or nothing but gaps.
         """
@@ -507,8 +507,8 @@ class TokComPipeline(TokComBasePipeline):
         # a gap's first word brings its own space
         known = [piece.rstrip(" ") for piece in pieces[:-1]] + pieces[-1:]
         rows = [self._tokenize([piece], "text")[0] if piece.strip() else [] for piece in known]
-        settings = (num_inference_steps, guidance_scale, [], temperature, top_p, generator)
-        sampling = TokComSampling(*settings)
+        sampling = TokComSampling(num_inference_steps, guidance_scale, [], temperature, top_p)
+        sampling.generator = generator
         fill = self._fill_tokens if self._predicts_tokens else self._fill_latents
         gaps, latents = fill(rows, gap_length, sampling)
         self.maybe_free_model_hooks()
@@ -547,7 +547,7 @@ class TokComPipeline(TokComBasePipeline):
     def _fill_tokens(
         self, rows: list[list[int]], gap_length: int, sampling: TokComSampling
     ) -> tuple[list[list[int]], torch.Tensor | None]:
-        """Ids for the gaps between `rows` of ids, and the latents `(1, n, C)` that were generated."""
+        """Ids for the gaps between `rows` of ids, and the new latents `(1, n, C)`."""
         ids, known, starts = join_rows(rows, gap_length)
         filled, latents = self.fill_ids(ids, known, sampling)
         return [filled[start : start + gap_length] for start in starts], latents

@@ -301,12 +301,12 @@ class FiniteScalarQuantizer(nn.Module):
 
 
 def build_quantizer(
-    kind: str, channels: int, num_codes: int, num_quantizers: int, levels: list[int] | None
+    name: str, channels: int, num_codes: int, num_quantizers: int, levels: list[int] | None
 ):
     """The quantiser of a codec's configuration, or None for `"none"`."""
-    if kind == "none":
+    if name == "none":
         return None
-    if kind == "fsq":
+    if name == "fsq":
         return FiniteScalarQuantizer(tuple(levels))
     return ResidualQuantizer(num_codes, channels, num_quantizers)
 

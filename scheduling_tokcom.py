@@ -1,10 +1,12 @@
-"""Flow-matching scheduler: `x_sigma = (1 - sigma) x1 + sigma * noise_std * noise`, with sigma = 1 -
-t.
+"""Times: the grid of sampling, and what training draws (times, orders of generation, gaps).
 
-Notable choices: `step` takes the velocity dx/dsigma, as every stock flow scheduler does, so
-FlowMatchEuler, FlowMatchHeun, DPM++ and UniPC are drop-in replacements through `from_config`; the
-grid is shifted towards noise as much as training's times are (`shift = exp(timestep_loc)`); `eta`
-re-noises with the model's own noise scale.
+`x_sigma = (1 - sigma) x1 + sigma * noise_std * noise`, with sigma = 1 - t.
+
+Notable choices:
+- `step` takes the velocity dx/dsigma, as every stock flow scheduler does, so FlowMatchEuler,
+  FlowMatchHeun, DPM++ and UniPC are drop-in replacements through `from_config`.
+- The grid is shifted towards noise as much as training's times are (`shift = exp(timestep_loc)`).
+- `eta` re-noises with the model's own noise scale.
 """
 
 import math
@@ -16,10 +18,10 @@ from diffusers.configuration_utils import FrozenDict, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-BETA_SCHEDULES = {
-    "linear": "linear",
-    "cosine": "squaredcos_cap_v2",
-}  # `timestep_sampling` -> what DDIMScheduler calls it
+# `timestep_sampling` -> what DDIMScheduler calls it
+BETA_SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
+LONGEST_GAP = 24  # tokens
+SHORT_GAP = 3  # tokens; the longest gap of half of the rows that have gaps
 
 
 @dataclass
@@ -228,6 +230,67 @@ def diffusion_times(shares: torch.Tensor, schedule: str) -> torch.Tensor:
     return signal_time(remains.sqrt(), (1 - remains).sqrt())
 
 
+def generation_order(
+    valid: torch.Tensor, block_size: int | None, infill_rate: float, group_size: int = 1
+) -> torch.Tensor:
+    """Draw the step at which each latent is generated, `(B, N)`, for rows of the shape of
+    `valid (B, N)`.
+
+    Blocks of `block_size` follow each other from a random offset, so that a prompt may end
+    anywhere. In a share `infill_rate` of the rows one random span comes last, after the text that
+    follows it. Offset and span are multiples of `group_size`. With `block_size=None` everything is
+    one block.
+    """
+    batch, length = valid.shape
+    index = torch.arange(length, device=valid.device).expand(batch, -1)
+    if block_size is None:
+        return torch.zeros_like(index)
+    draws = torch.rand(4, batch, 1, device=valid.device)
+    groups = length // group_size
+    offset = (draws[0] * (block_size // group_size)).long() * group_size
+    order = (index + offset) // block_size
+    start, end = (draws[1:3] * (groups + 1)).long().sort(dim=0).values * group_size  # (B, 1) each
+    in_gap = (index >= start) & (index < end) & (draws[3] < infill_rate)
+    return torch.where(in_gap, length + (index - start) // block_size, order)
+
+
+def draw_known(valid: torch.Tensor, infill_rate: float, group_size: int = 1) -> torch.Tensor:
+    """Draw what a bidirectional model is shown clean, `(B, N)`, of the latents that exist,
+    `valid (B, N)`.
+
+    That is a prefix, or in a share `infill_rate` of the rows all but a gap, in whole groups of
+    `group_size`. At least one group stays unknown.
+    """
+    draws = torch.rand(3, len(valid), 1, device=valid.device)
+    rank = (valid.cumsum(1) - 1) // group_size  # among those that exist
+    count = valid.sum(1, keepdim=True) // group_size
+    start, end = (draws[:2] * count).long().sort(dim=0).values
+    after_gap = torch.where(draws[2] < infill_rate, rank > end, False)
+    return valid & ((rank < start) | after_gap)
+
+
+def draw_gaps(rows: int, length: int, device: torch.device) -> torch.Tensor:
+    """Draw where texts of `length` tokens are known: runs of known tokens and gaps in turn,
+    `(rows, length)`, true if known.
+
+    Half of the rows have gaps of 1 to `LONGEST_GAP` tokens, half of 1 to `SHORT_GAP`; what stands
+    between two gaps is 1 to four times as long. Every row begins with either.
+    """
+    longest = torch.where(
+        torch.rand(rows, 1, device=device) < 0.5, LONGEST_GAP, SHORT_GAP
+    )  # (rows, 1)
+    draws = torch.rand(2, rows, length, device=device)
+    gaps = (draws[0] * longest).long() + 1
+    runs = (draws[1] * 4 * longest).long() + 1
+    pairs = torch.stack((runs, gaps), dim=-1).flatten(1)  # run, gap, run, gap, ...
+    ends = pairs.cumsum(1)
+    offset = (
+        torch.rand(rows, 1, device=device) * ends[:, 1:2]
+    ).long()  # so that gaps also stand at the start
+    places = torch.arange(length, device=device) + offset
+    return torch.searchsorted(ends, places, right=True) % 2 == 0
+
+
 def sample_times(config, order: torch.Tensor, draws: int) -> torch.Tensor:
     """Draw times `(B, M, N)` for latents of blocks `order (B, N)`: one per block and draw, the
     draws in strata."""
@@ -246,6 +309,9 @@ __all__ = [
     "TokComFlowMatchScheduler",
     "TokComFlowMatchSchedulerOutput",
     "diffusion_times",
+    "draw_gaps",
+    "draw_known",
+    "generation_order",
     "sample_times",
     "signal_time",
 ]

@@ -117,15 +117,20 @@ class TokComTask:
 
     Args:
         noise (`torch.FloatTensor` of shape `(B, n, C)`): where the new latents start, in the order
-        of generation. context (`TokComCodecOutput`, *optional*): clean latents `(B, S, C)` with
-        their positions. position_ids (`torch.Tensor` of shape `(B, n, A)`, *optional*): where the
-        new latents stand; by default 0..n-1. exists (`torch.BoolTensor` of shape `(B, n)`,
-        *optional*): which of the new latents are no padding. sigma_start (`float`): share of noise
-        in `noise`; below 1 something is left of clean latents. edges (`tuple[int, ...]`): indices
-        among the n latents that no block crosses, since something known lies there. prefix
-        (`tuple`, *optional*): what `TokComModel.condition` makes of captions, for bidirectional
-        models. given (`TokComGiven`, *optional*): known tokens inside the new latents. gaps
-        (`TokComGaps`, *optional*): how a context with gaps is read.
+            of generation.
+        context (`TokComCodecOutput`, *optional*): clean latents `(B, S, C)` with their positions.
+        position_ids (`torch.Tensor` of shape `(B, n, A)`, *optional*): where the new latents stand;
+            by default 0..n-1.
+        exists (`torch.BoolTensor` of shape `(B, n)`, *optional*): which of the new latents are no
+            padding.
+        sigma_start (`float`): share of noise in `noise`; below 1 something is left of clean
+            latents.
+        edges (`tuple[int, ...]`): indices among the n latents that no block crosses, since
+            something known lies there.
+        prefix (`tuple`, *optional*): what `TokComModel.condition` makes of captions, for
+            bidirectional models.
+        given (`TokComGiven`, *optional*): known tokens inside the new latents.
+        gaps (`TokComGaps`, *optional*): how a context with gaps is read.
     """
 
     noise: torch.Tensor
@@ -160,7 +165,7 @@ def pad_rows(
     device: torch.device,
     length: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of ids, padded on the `side` "left" or "right" -> ids and mask of what is real, `(B, T)`.
+    """Rows of ids, padded on the `side` "left" or "right" -> ids and mask of real ones, `(B, T)`.
 
     T is `length`, by default the smallest multiple of K that holds all rows.
     """
@@ -263,8 +268,8 @@ def continuation_task(
 
 
 def join_rows(rows: list[list[int]], gap_length: int) -> tuple[list[int], list[bool], list[int]]:
-    """Rows of ids with gaps of `gap_length` tokens between them -> ids, which of them are known, and
-    where each gap begins."""
+    """Rows of ids with gaps of `gap_length` tokens between them -> ids, which are known, and where
+    each gap begins."""
     ids = list(rows[0])
     known = [True] * len(ids)
     starts = []
@@ -276,8 +281,7 @@ def join_rows(rows: list[list[int]], gap_length: int) -> tuple[list[int], list[b
 
 
 class TokComGapText(NamedTuple):
-    """A text with gaps: its ids and which of them are known, `(1, T)`, and the indices `(n,)` of the
-    chunks to generate."""
+    """A text with gaps: its ids, which are known, `(1, T)`, and the chunks to generate, `(n,)`."""
 
     tokens: torch.Tensor
     is_known: torch.Tensor
@@ -348,8 +352,8 @@ def latent_gap_task(
 ) -> TokComTask:
     """The task of filling the gaps between rows of ids, for a model that regresses latents.
 
-    Gaps are whole chunks of at least `gap_length` tokens, and the text before the first is padded on
-    its left. Raises `ValueError` for a text that is too long.
+    Gaps are whole chunks of at least `gap_length` tokens, and the text before the first is padded
+    on its left. Raises `ValueError` for a text that is too long.
     """
     codec = model.codec
     size = codec.config.chunk_size

@@ -34,9 +34,6 @@ from .layers_tokcom import (
 START_OF_TEXT = -1
 INSIDE_TEXT = -2
 
-LONGEST_GAP = 24  # tokens
-SHORT_GAP = 3  # tokens; the longest gap of half of the rows that have gaps
-
 
 @dataclass
 class TokComTransformerOutput(ModelOutput):
@@ -91,67 +88,6 @@ def block_causal_mask(
     return mask | torch.eye(mask.shape[-1], dtype=torch.bool, device=mask.device)
 
 
-def generation_order(
-    valid: torch.Tensor, block_size: int | None, infill_rate: float, group_size: int = 1
-) -> torch.Tensor:
-    """Draw the step at which each latent is generated, `(B, N)`, for rows of the shape of
-    `valid (B, N)`.
-
-    Blocks of `block_size` follow each other from a random offset, so that a prompt may end
-    anywhere. In a share `infill_rate` of the rows one random span comes last, after the text that
-    follows it. Offset and span are multiples of `group_size`. With `block_size=None` everything is
-    one block.
-    """
-    batch, length = valid.shape
-    index = torch.arange(length, device=valid.device).expand(batch, -1)
-    if block_size is None:
-        return torch.zeros_like(index)
-    draws = torch.rand(4, batch, 1, device=valid.device)
-    groups = length // group_size
-    offset = (draws[0] * (block_size // group_size)).long() * group_size
-    order = (index + offset) // block_size
-    start, end = (draws[1:3] * (groups + 1)).long().sort(dim=0).values * group_size  # (B, 1) each
-    in_gap = (index >= start) & (index < end) & (draws[3] < infill_rate)
-    return torch.where(in_gap, length + (index - start) // block_size, order)
-
-
-def draw_known(valid: torch.Tensor, infill_rate: float, group_size: int = 1) -> torch.Tensor:
-    """Draw what a bidirectional model is shown clean, `(B, N)`, of the latents that exist,
-    `valid (B, N)`.
-
-    That is a prefix, or in a share `infill_rate` of the rows all but a gap, in whole groups of
-    `group_size`. At least one group stays unknown.
-    """
-    draws = torch.rand(3, len(valid), 1, device=valid.device)
-    rank = (valid.cumsum(1) - 1) // group_size  # among those that exist
-    count = valid.sum(1, keepdim=True) // group_size
-    start, end = (draws[:2] * count).long().sort(dim=0).values
-    after_gap = torch.where(draws[2] < infill_rate, rank > end, False)
-    return valid & ((rank < start) | after_gap)
-
-
-def draw_gaps(rows: int, length: int, device: torch.device) -> torch.Tensor:
-    """Draw where texts of `length` tokens are known: runs of known tokens and gaps in turn,
-    `(rows, length)`, true if known.
-
-    Half of the rows have gaps of 1 to `LONGEST_GAP` tokens, half of 1 to `SHORT_GAP`; what stands
-    between two gaps is 1 to four times as long. Every row begins with either.
-    """
-    longest = torch.where(
-        torch.rand(rows, 1, device=device) < 0.5, LONGEST_GAP, SHORT_GAP
-    )  # (rows, 1)
-    draws = torch.rand(2, rows, length, device=device)
-    gaps = (draws[0] * longest).long() + 1
-    runs = (draws[1] * 4 * longest).long() + 1
-    pairs = torch.stack((runs, gaps), dim=-1).flatten(1)  # run, gap, run, gap, ...
-    ends = pairs.cumsum(1)
-    offset = (
-        torch.rand(rows, 1, device=device) * ends[:, 1:2]
-    ).long()  # so that gaps also stand at the start
-    places = torch.arange(length, device=device) + offset
-    return torch.searchsorted(ends, places, right=True) % 2 == 0
-
-
 class ContextPlan(NamedTuple):
     """In which order the context network reads `[start, chunk 0, ...]` of rows whose tokens are
     partly known.
@@ -187,6 +123,25 @@ class ContextPlan(NamedTuple):
         exists = F.pad(valid, (1, 0), value=True)
         sees = (self.order[:, None, :] <= self.order[:, :, None]) & exists[:, None, :]
         return sees | torch.eye(sees.shape[-1], dtype=torch.bool, device=sees.device)
+
+
+def read_text(model, symbols, chunks, real, given, has_gaps, begins) -> torch.Tensor:
+    """States `(B, 1 + N, D)` of the context network after `[start, chunk 0, chunk 1, ...]`.
+
+    The state at each place is all that the head learns of what stands before the next chunk. In
+    rows with gaps the state before a gap is computed last, so it has seen what follows. The chunk
+    in which a gap ends is read with its unknown tokens blank.
+    """
+    batch, length, _ = chunks.shape
+    plan = ContextPlan.of(given, has_gaps)
+    blank = (plan.partial[..., None] & ~given) | ~real
+    features = model.token_head.read(
+        symbols, None, torch.where(blank, 0.0, 1.0), chunks
+    )  # (B, N, K * E)
+    features = F.pad(features, (0, 0, 1, 0))
+    positions = torch.arange(-1, length, device=chunks.device).repeat(batch, 1)
+    positions[:, 0] = torch.where(begins, START_OF_TEXT, INSIDE_TEXT)
+    return model.transformer.read_context(features, positions[..., None], plan.mask(real.any(-1)))
 
 
 class _Factorized:
@@ -285,10 +240,12 @@ class TokComTransformer(TokComPreTrainedModel):
 
         Args:
             features (`torch.FloatTensor` of shape `(B, S, feature_size)`): what the clean latents
-            hold. position_ids (`torch.LongTensor` of shape `(B, S, 1)`): negative where a learned
-            latent stands. attention_mask (`torch.BoolTensor` of shape `(B, S, S_kv)`): which key
-            each query sees. past_key_values: keys and values of latents that were read before;
-            those of this call are added.
+                hold.
+            position_ids (`torch.LongTensor` of shape `(B, S, 1)`): negative where a learned latent
+                stands.
+            attention_mask (`torch.BoolTensor` of shape `(B, S, S_kv)`): which key each query sees.
+            past_key_values: keys and values of latents that were read before; those of this call
+                are added.
         """
         hidden_states = self._place_starts(self.proj_in(features), position_ids)  # (B, S, D)
         tables = self._rotary(position_ids)
@@ -344,29 +301,21 @@ class TokComTransformer(TokComPreTrainedModel):
         prefix: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
         **kwargs,
     ) -> TokComTransformerOutput:
-        """
-        Args:
-            latents (`torch.FloatTensor` of shape `(B, S, C)`): noisy latents, clean where
-            `timestep` is 1. timestep (`torch.FloatTensor` of shape `(B, S)`): t in [0, 1]; 0 is
-            noise, 1 is clean. position_ids (`torch.Tensor` of shape `(B, S, A)`, *optional*):
-            defaults to 0..S-1 on one axis. attention_mask (`torch.BoolTensor`, *optional*):
-                `(B, S_kv)` keys that exist, or `(B, S, S_kv)` keys that each query sees; S_kv
-                includes what is cached.
-            past_key_values (`Cache`, *optional*): keys and values of earlier blocks; this call's
-                are appended.
-            num_context (`int`): the first latents, which are clean and pass the context layers; all
-                others enter after them. Without context layers it makes no difference.
-            features (`torch.FloatTensor` of shape `(B, S, feature_size)`, *optional*): read instead
-            of the latents. modulations (`list[torch.FloatTensor]`, *optional*): what `modulate`
-            makes of `timestep`, if it is known already. entry (`torch.FloatTensor` of shape
-                `(B, S, D)`, *optional*): what the method of that name gives, if it is known
-                already; then there are no context latents in this call.
-            prefix (`tuple[torch.FloatTensor, torch.BoolTensor, torch.LongTensor]`, *optional*):
-                states `(B, L, D)` at time 1 before all latents, which of them exist, `(B, L)`, and
-                their positions `(L,)`; for bidirectional models.
+        """Noisy latents -> the estimate of the clean ones.
 
-        Without `head_attention` nothing is estimated for the first `num_context` latents, and the
-        output has no place for them.
+        Args:
+            latents (`(B, S, C)`): noisy latents, clean where `timestep` is 1.
+            timestep (`(B, S)`): t in [0, 1]; 0 is noise, 1 is clean.
+            position_ids (`(B, S, A)`): by default 0..S-1 on one axis.
+            attention_mask (bool): `(B, S_kv)` keys that exist, or `(B, S, S_kv)` keys that each
+                query sees; S_kv includes the `past_key_values`, to which this call's are appended.
+            num_context: the first latents, which are clean and pass the context layers; all others
+                enter after them. Without `head_attention` the output has no place for them.
+            features (`(B, S, feature_size)`, *optional*): read instead of the latents.
+            modulations, entry (`(B, S, D)`) (*optional*): what the methods `modulate` and `entry`
+                give; with an entry there are no context latents in this call.
+            prefix (*optional*): of bidirectional models, states `(B, L, D)` at time 1 before all
+                latents, which of them exist, `(B, L)`, and their positions `(L,)`.
         """
         config = self.config
         hidden_states, own = self._read(latents, features, position_ids)  # (B, S, D)
@@ -379,44 +328,54 @@ class TokComTransformer(TokComPreTrainedModel):
         tables = None
         if config.head_attention or reads:  # others attend to nothing
             if position_ids is None:
-                length = hidden_states.shape[1]
-                position_ids = torch.arange(length, device=latents.device)[None, :, None]
+                index = torch.arange(hidden_states.shape[1], device=latents.device)
+                position_ids = index[None, :, None]
             tables = self._rotary(position_ids)
+        where = position_ids, attention_mask, tables, past_key_values
         if reads:
-            hidden_states = self._enter(
-                hidden_states,
-                num_context,
-                position_ids,
-                attention_mask,
-                tables,
-                past_key_values,
-                **kwargs,
-            )
+            hidden_states = self._enter(hidden_states, num_context, *where, **kwargs)
         elif entry is not None:
             hidden_states = hidden_states + entry
         if not config.head_attention and num_context:
             hidden_states = hidden_states[:, num_context:]
             timestep = timestep[:, num_context:]
         conditioning = F.silu(self.time_embedding(timestep)) if modulations is None else None
-        if config.attention_type == "factorized":
-            hidden_states = self._attend_in_turns(
-                hidden_states, conditioning, modulations, position_ids, attention_mask, **kwargs
-            )
-        else:
-            mask = None
-            if config.head_attention:
-                mask = self._expand(attention_mask, hidden_states)
-            for i, layer in enumerate(self.layers[config.num_context_layers :]):
-                known = {} if modulations is None else {"modulation": modulations[i]}
-                hidden_states = layer(
-                    hidden_states, conditioning, tables, mask, past_key_values, **known, **kwargs
-                )
+        hidden_states = self._denoise(hidden_states, conditioning, modulations, *where, **kwargs)
         if prefix is not None:
             hidden_states = hidden_states[:, prefix[0].shape[1] :]
         latents = self.proj_out(self.norm(hidden_states))
         if own is not None:
             latents = torch.where(own, latents, 0)
         return TokComTransformerOutput(latents=latents)
+
+    def _denoise(
+        self,
+        hidden_states: torch.Tensor,
+        conditioning: torch.Tensor | None,
+        modulations: list[torch.Tensor] | None,
+        position_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        tables: tuple[torch.Tensor, torch.Tensor] | None,
+        past_key_values: Cache | None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """The layers after the context layers, `(B, S, D)` in and out.
+
+        They read the time as `conditioning`, or as the `modulations` that were made of it.
+        """
+        if self.config.attention_type == "factorized":
+            return self._attend_in_turns(
+                hidden_states, conditioning, modulations, position_ids, attention_mask, **kwargs
+            )
+        mask = None
+        if self.config.head_attention:
+            mask = self._expand(attention_mask, hidden_states)
+        for i, layer in enumerate(self.layers[self.config.num_context_layers :]):
+            known = {} if modulations is None else {"modulation": modulations[i]}
+            hidden_states = layer(
+                hidden_states, conditioning, tables, mask, past_key_values, **known, **kwargs
+            )
+        return hidden_states
 
     def _read(
         self,
@@ -588,7 +547,5 @@ __all__ = [
     "TokComTransformer",
     "TokComTransformerOutput",
     "block_causal_mask",
-    "draw_gaps",
-    "draw_known",
-    "generation_order",
+    "read_text",
 ]

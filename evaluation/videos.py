@@ -111,7 +111,7 @@ def report(rows: list[dict]) -> str:
     return text + table(list(rows[0]), [list(row.values()) for row in rows]) + "\n"
 
 
-def main(argv: list[str] | None = None) -> list[dict]:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -142,7 +142,11 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--num_samples", type=int, default=512)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    args = build_parser().parse_args(argv)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     try:
         pipes = [TokComVideoPipeline.from_pretrained(name) for name in (args.model, *args.students)]

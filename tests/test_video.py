@@ -26,7 +26,12 @@ from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.processing_tokcom import vocabulary_size
 from tokcom.quantization_tokcom import code_statistics
 from tokcom.sampling_tokcom import TokComBlockSampler, TokComSampling
-from tokcom.scheduling_tokcom import TokComFlowMatchScheduler, diffusion_times
+from tokcom.scheduling_tokcom import (
+    TokComFlowMatchScheduler,
+    diffusion_times,
+    draw_known,
+    generation_order,
+)
 from tokcom.tasks_tokcom import TokComTask
 from tokcom.train_accelerate import main as train
 from tokcom.training.config import DataConfig
@@ -35,7 +40,6 @@ from tokcom.training.denoiser import ModelDenoiser
 from tokcom.training.films import write_film
 from tokcom.training.images import Frames, ImageDataset
 from tokcom.training.presets import preset_config
-from tokcom.transformer_tokcom import draw_known, generation_order
 
 CODEC = dict(num_frames=4, height=16, width=24, patch_size=8)
 FLOW = dict(
