@@ -38,6 +38,7 @@ def nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
     """Set to 0 all but the fewest of `probabilities (R, V)` that sum to `top_p` (Holtzman et al.
     2020)."""
     ordered, index = probabilities.sort(dim=-1, descending=True)
+    # a token stays if those before it sum to less than `top_p`, so at least one stays
     ordered = ordered.where(ordered.cumsum(-1) - ordered < top_p, 0.0)
     return torch.zeros_like(probabilities).scatter(-1, index, ordered)
 
@@ -128,6 +129,7 @@ class _CrossEntropy(torch.autograd.Function):
                 logits = F.linear(inputs[part.rows], matrix, row)  # (r, V)
                 likelihood = part.likelihood()
                 if likelihood is not None:
+                    # log p(token | x_t, rest) = log p(token | rest) + log p(x_t | token) + constant
                     logits = likelihood.add_(logits)
                 probabilities = logits.softmax(-1, dtype=torch.float32)
                 own = ids[part.rows, None]
@@ -137,6 +139,7 @@ class _CrossEntropy(torch.autograd.Function):
                 chosen = probabilities.gather(1, own)
                 if not trained:
                     continue
+                # the gradient of the logits: softmax - one_hot
                 error = probabilities.scatter_(1, own, chosen - 1)
                 gradients[2].add_(error.sum(0), alpha=1 / count)
                 error = error.to(dtype)
@@ -152,6 +155,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient, _):
         states, weight, bias = ctx.saved_tensors
+        # the forward pass has done the work, up to this factor
         states = states.to(ctx.dtype) * (gradient / ctx.count).to(ctx.dtype)
         return (
             states,
@@ -235,6 +239,7 @@ class TokComTokenHead(nn.Module):
         """Times of latents `(...)` -> how far each place has come, `(..., K)`; below 0 is not
         begun, above 1 is done."""
         places = torch.arange(self.num_symbols, device=timestep.device)
+        # K turns of equal length that overlap by 1 - stagger; the last one ends at t = 1
         progress = (
             timestep[..., None] * (1 + self.stagger * (self.num_symbols - 1))
             - self.stagger * places
@@ -245,6 +250,7 @@ class TokComTokenHead(nn.Module):
 
     def warp(self, progress: torch.Tensor) -> torch.Tensor:
         """Progress of places -> their t: 0 is noise, 1 is clean."""
+        # the shift of a flow's sampling grid, applied to what is left
         left = 1 - progress.clamp(0, 1)
         return 1 - self.shift * left / (1 + (self.shift - 1) * left)
 
@@ -264,6 +270,7 @@ class TokComTokenHead(nn.Module):
         """The logits `(V,)` of tokens of which nothing is known; the pad token is impossible."""
         if self.impossible_symbol is None:
             return self.bias
+        # the pad token is in the vocabulary, but no text holds it
         where = torch.arange(len(self.bias), device=self.bias.device) == self.impossible_symbol
         return self.bias.masked_fill(where, float("-inf"))
 
@@ -272,6 +279,8 @@ class TokComTokenHead(nn.Module):
         weight = self.embedding.weight
         prior = self.prior.detach().softmax(-1)
         frequent = F.linear(prior[None].to(weight.dtype), weight.T)[0]
+        # log N(x; t z, n^2) = t x z / n^2 - t^2 |z|^2 / (2 n^2) + constant: one product with these
+        # columns
         columns = torch.cat((table, -0.5 * table.square().sum(-1, keepdim=True)), dim=-1)
         return TokComSymbols(table, columns, frequent)
 
@@ -311,7 +320,9 @@ class TokComTokenHead(nn.Module):
         own = (
             latents.float().unflatten(-1, (self.num_symbols, -1)).flatten(0, -2)[choice.index]
         )  # (R, C / K)
+        # t, by which the clean channels are scaled in x_t
         signal = times.float().flatten()[choice.index, None]
+        # 1 / n^2, of noise of standard deviation n = (1 - t) * noise_std
         precision = ((1 - signal).clamp_min(MIN_SIGMA) * self.noise_std) ** -2
         factors = torch.cat(
             (signal * precision * own, signal.square() * precision), dim=-1
@@ -320,6 +331,7 @@ class TokComTokenHead(nn.Module):
         for rows, place in self._groups(choice, symbols):
             for start in range(rows.start, rows.stop, CROSS_ENTROPY_CHUNK):
                 some = slice(start, min(start + CROSS_ENTROPY_CHUNK, rows.stop))
+                # one table for all rows if they are of one place, else a table for every row
                 where = place if isinstance(place, int) else place[some]
                 parts.append(_Part(some, factors[some], symbols.columns[where]))
         return parts
@@ -393,6 +405,7 @@ class TokComTokenHead(nn.Module):
             table.append(_MeanEmbedding.apply(weight, self.prior.detach(), parts).to(weight.dtype))
             own = torch.arange(unknown + 1, unknown + 1 + len(uncertain.index), device=rows.device)
             rows = rows.flatten().index_copy(0, uncertain.index, own).view(rows.shape)
+        # rows have length 1; the network wants channels of variance 1
         table = torch.cat(table) * weight.shape[1] ** 0.5
         return F.embedding(rows, table).flatten(2)
 
@@ -416,6 +429,7 @@ class TokComTokenHead(nn.Module):
         `states (B, N, K * E)` is what the network expects, `chunks (B, N, K)` the ids. Only the
         mean has a gradient.
         """
+        # pure noise says nothing of a token, so its likelihood is left out
         blank = TokComChoice.of(chosen & (times == 0))
         noisy = TokComChoice.of(chosen & (times > 0))
         index = torch.cat((blank.index, noisy.index))
@@ -441,6 +455,7 @@ class TokComTokenHead(nn.Module):
         def mean(
             likelihood: torch.Tensor, table: torch.Tensor, states: torch.Tensor
         ) -> torch.Tensor:
+            # Bayes' rule: the posterior given the token's own channels and everything else
             probabilities = (self.logits(states) + likelihood).softmax(-1)  # (R, V)
             return (
                 probabilities @ table if table.ndim == 2 else (probabilities[:, None] @ table)[:, 0]
@@ -481,6 +496,8 @@ class TokComTokenHead(nn.Module):
             probabilities = (self.logits(states) / temperature + likelihood).softmax(-1)  # (R, V)
             if top_p < 1:
                 probabilities = nucleus(probabilities, top_p)
+            # inverse transform sampling: the first token whose cumulative probability exceeds the
+            # number
             edges = probabilities.cumsum(-1)
             # just below the sum, so that rounding never selects what has no probability
             total = edges[:, -1:].nextafter(edges.new_zeros(()))

@@ -102,6 +102,7 @@ class TokComModel(TokComPreTrainedModel):
             width = config.transformer_config.hidden_size
             self.condition_embedding = TokComTokenEmbedding(config.condition_vocab_size, width)
         self.post_init()
+        # most models are loaded to sample or to train the flow
         self.set_stage("flow")
 
     @classmethod
@@ -394,6 +395,7 @@ class TokComModel(TokComPreTrainedModel):
             "given": given,
             "text_start": text_start,
         }
+        # an objective names what it reads, so an input that it would ignore is an error
         inputs = {name: value for name, value in inputs.items() if value is not None}
         self._check_inputs(inputs)
         return self.objective.loss(self, **inputs)
@@ -422,6 +424,7 @@ class TokComModel(TokComPreTrainedModel):
         all have the same."""
         if self.token_head is None:
             return timestep[..., None].clamp(0, 1)
+        # every token has its own share of the channels, and its own time
         channels = self.config.codec_config.latent_channels // self.token_head.num_symbols
         return self.token_head.place_times(timestep).repeat_interleave(channels, dim=-1)
 
@@ -436,6 +439,7 @@ class TokComModel(TokComPreTrainedModel):
 
     def mean_squared_error(self, clean: TokComCodecOutput, found: NoisedPass) -> torch.Tensor:
         """Mean over trained latents, draws and channels of the squared error of x1."""
+        # float32: a mean over many small squares
         errors = self.quantize(found.states.float()) - clean.latents[:, None].float()
         count = (found.states.shape[1] * found.loss_mask.sum()).clamp_min(1)
         weights = found.loss_mask[:, None] / count  # (B, 1, N)
@@ -479,15 +483,19 @@ class TokComModel(TokComPreTrainedModel):
         if known_tokens is not None:
             known_latents = known_tokens.all(-1)
 
+        # times, masks and losses all follow from the order
         order = generation_order(
             valid, block_size, infill_rate, self.config.codec_config.group_size
         )
         times = sample_times(self.config, order, draws)
         if timestep is not None:
             times = torch.full_like(times, timestep)
+        # the M draws of a latent lie one behind the other in the sequence
         times = times.flatten(1)  # (B, M * N)
+        # dropped for whole rows: guidance needs the model without any context
         sees_context = torch.rand(len(valid), device=valid.device) >= dropout
 
+        # what is given is not predicted, and padding never is
         loss_mask = valid & ~known_latents if hides_known else valid
         if block_size is not None:
             seen = _Seen(
@@ -500,9 +508,11 @@ class TokComModel(TokComPreTrainedModel):
                 valid, known_latents, times, sees_context, hides_known, task, loss_mask
             )
         if known_tokens is not None:
+            # a row without context knows nothing
             known_tokens = known_tokens & sees_context[:, None, None]
         noisy, place_times = self._add_noise(clean.latents, seen.times, draws, known_tokens)
         if prefix is not None:
+            # captions are context too
             prefix = (prefix[0], prefix[1] & sees_context[:, None], prefix[2])
         states = self._predict_from(clean, noisy, seen, place_times, chunks, symbols, prefix, draws)
         return NoisedPass(states, seen.loss_mask, noisy, seen.times, place_times)
@@ -523,6 +533,7 @@ class TokComModel(TokComPreTrainedModel):
         else:
             attention_mask = valid & ~(known & ~sees_context[:, None]) if hides_known else valid
             known = known & sees_context[:, None]
+        # t = 1 is clean
         known_times = torch.where(known, 1.0, times)
         # a network with one time for all tells known latents the time of their neighbours
         told = known_times if self.config.transformer_config.per_latent_timestep else times
@@ -533,6 +544,7 @@ class TokComModel(TokComPreTrainedModel):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Noisy copies `(B, M * N, C)` of latents; with a token head also the times `(B, M * N, K)`
         of places."""
+        # M noisy copies of every latent
         targets = latents.repeat(1, draws, 1)
         noise = torch.randn_like(targets) * self.config.noise_std
         place_times = None
@@ -541,9 +553,11 @@ class TokComModel(TokComPreTrainedModel):
             place_times = self.token_head.place_times(times)
             if known_tokens is not None:
                 place_times = torch.where(known_tokens.repeat(1, draws, 1), 1.0, place_times)
+            # the tokens of a chunk have times of their own, and each its own channels
             signal = place_times.repeat_interleave(
                 targets.shape[-1] // place_times.shape[-1], dim=-1
             )
+        # the flow: x_t = (1 - t) x0 + t x1
         return (1 - signal) * noise + signal * targets, place_times
 
     def _predict_from(
@@ -564,6 +578,7 @@ class TokComModel(TokComPreTrainedModel):
         told = seen.told.clamp(0, 1)
         position_ids = clean.position_ids
         if is_causal:
+            # clean latents are context for all draws, so they are read once
             inputs = torch.cat((clean.latents, noisy), dim=1)
             told = torch.cat((told.new_ones(batch, length), told), dim=1)
             position_ids = position_ids.repeat(1, 1 + draws, 1)

@@ -133,6 +133,7 @@ class TokComFlowMatchScheduler(SchedulerMixin, ConfigMixin):
                 )
             sigmas = torch.linspace(1.0, 0.0, num_inference_steps + 1)[:-1]
         sigmas = torch.as_tensor(sigmas, dtype=torch.float32)
+        # shifts towards noise: the log odds of sigma move by log(shift)
         sigmas = self.config.shift * sigmas / (1 + (self.config.shift - 1) * sigmas)
         self.num_inference_steps = len(sigmas)
         self.timesteps = (sigmas * self.config.num_train_timesteps).to(device)
@@ -169,6 +170,7 @@ class TokComFlowMatchScheduler(SchedulerMixin, ConfigMixin):
             generator: source of the fresh noise when there is any.
         """
         if self._step_index is None:
+            # the caller may begin in the middle of the grid
             nearest = int(
                 (self.timesteps - torch.as_tensor(timestep).to(self.timesteps)).abs().argmin()
             )
@@ -177,6 +179,7 @@ class TokComFlowMatchScheduler(SchedulerMixin, ConfigMixin):
         sigma_next = self.sigmas[self._step_index + 1].item()
         x = sample.float()
         velocity = model_output.float()
+        # x = x1 + sigma * v, so the estimate of x1 lies sigma back along the velocity
         x1 = x - sigma * velocity
         if self.config.stochastic_sampling:
             noise = (
@@ -196,6 +199,7 @@ class TokComFlowMatchScheduler(SchedulerMixin, ConfigMixin):
             old = math.sqrt(sigma_next**2 - fresh**2)
             prev_sample = (1 - sigma_next) * x1 + old * (x1 + velocity) + fresh * noise
         else:
+            # Euler: a straight line along the velocity
             prev_sample = x + (sigma_next - sigma) * velocity
         self._step_index += 1
         prev_sample = prev_sample.to(sample.dtype)
@@ -222,8 +226,10 @@ def diffusion_times(shares: torch.Tensor, schedule: str) -> torch.Tensor:
     Dhariwal 2021).
     """
     if schedule == "linear":
+        # the limit of many small steps: exp(-integral of beta), beta from 0.1 to 20
         remains = torch.exp(-(0.1 * shares + (20 - 0.1) * shares.square() / 2))
     else:
+        # the offset keeps betas from vanishing near the data
         start = math.cos(0.008 / 1.008 * math.pi / 2) ** 2
         remains = torch.cos((shares + 0.008) / 1.008 * torch.pi / 2).square() / start
     remains = remains.clamp(0, 1)
@@ -247,10 +253,13 @@ def generation_order(
         return torch.zeros_like(index)
     draws = torch.rand(4, batch, 1, device=valid.device)
     groups = length // group_size
+    # a random offset, so that a prompt may end at any latent when sampling
     offset = (draws[0] * (block_size // group_size)).long() * group_size
     order = (index + offset) // block_size
+    # two sorted numbers bound the span that comes last
     start, end = (draws[1:3] * (groups + 1)).long().sort(dim=0).values * group_size  # (B, 1) each
     in_gap = (index >= start) & (index < end) & (draws[3] < infill_rate)
+    # behind every other order, and still block after block
     return torch.where(in_gap, length + (index - start) // block_size, order)
 
 
@@ -262,8 +271,10 @@ def draw_known(valid: torch.Tensor, infill_rate: float, group_size: int = 1) -> 
     `group_size`. At least one group stays unknown.
     """
     draws = torch.rand(3, len(valid), 1, device=valid.device)
+    # counted among the latents that exist, since padding may stand in between
     rank = (valid.cumsum(1) - 1) // group_size  # among those that exist
     count = valid.sum(1, keepdim=True) // group_size
+    # below `count`, so that at least one group stays unknown
     start, end = (draws[:2] * count).long().sort(dim=0).values
     after_gap = torch.where(draws[2] < infill_rate, rank > end, False)
     return valid & ((rank < start) | after_gap)
@@ -276,18 +287,22 @@ def draw_gaps(rows: int, length: int, device: torch.device) -> torch.Tensor:
     Half of the rows have gaps of 1 to `LONGEST_GAP` tokens, half of 1 to `SHORT_GAP`; what stands
     between two gaps is 1 to four times as long. Every row begins with either.
     """
+    # both kinds of gap are common: a word that is missing, and a sentence
     longest = torch.where(
         torch.rand(rows, 1, device=device) < 0.5, LONGEST_GAP, SHORT_GAP
     )  # (rows, 1)
     draws = torch.rand(2, rows, length, device=device)
     gaps = (draws[0] * longest).long() + 1
     runs = (draws[1] * 4 * longest).long() + 1
+    # where every run and gap ends, in tokens
     pairs = torch.stack((runs, gaps), dim=-1).flatten(1)  # run, gap, run, gap, ...
     ends = pairs.cumsum(1)
+    # rows begin anywhere in their first pair
     offset = (
         torch.rand(rows, 1, device=device) * ends[:, 1:2]
     ).long()  # so that gaps also stand at the start
     places = torch.arange(length, device=device) + offset
+    # even intervals are runs, odd ones gaps
     return torch.searchsorted(ends, places, right=True) % 2 == 0
 
 
@@ -296,12 +311,15 @@ def sample_times(config, order: torch.Tensor, draws: int) -> torch.Tensor:
     draws in strata."""
     batch, length = order.shape
     shares = torch.rand(batch, draws, 2 * length + 1, device=order.device)
+    # stratified: draw m falls into the m-th of M equal parts, so the times of a latent differ
     shares = (shares + torch.arange(draws, device=order.device)[:, None]) / draws
     if config.timestep_sampling in ("linear", "cosine"):
         shares = diffusion_times(shares, config.timestep_sampling)
     elif config.timestep_sampling == "logit_normal":
+        # the inverse normal distribution keeps the strata
         normal = torch.special.ndtri(shares.clamp(1e-6, 1 - 1e-6))
         shares = 1 - torch.sigmoid(normal + config.timestep_loc)
+    # latents of one block have the same order, so they get the same time
     return shares.gather(2, order[:, None].expand(-1, draws, -1))
 
 

@@ -79,12 +79,16 @@ def block_causal_mask(
     same = key == query  # (B, N, N)
     earlier = key < query
     visible = earlier if sees_context is None else earlier & sees_context[:, None, None]
+    # axes: copy and latent of the query, copy and latent of the key; copy 0 is the clean one
     mask = same.new_zeros(len(order), 1 + draws, length, 1 + draws, length)
     mask[:, 0, :, 0] = earlier | same
+    # a noisy latent reads what is finished: clean latents of earlier blocks, never its own
     mask[:, 1:, :, 0] = visible[:, None]
     for draw in range(1, 1 + draws):
+        # draws are independent samples, so they must not see each other
         mask[:, draw, :, draw] = same
     mask = (mask & valid[:, None, None, None]).view(len(order), (1 + draws) * length, -1)
+    # a row without any key would be 0 / 0 in the softmax
     return mask | torch.eye(mask.shape[-1], dtype=torch.bool, device=mask.device)
 
 
@@ -110,17 +114,22 @@ class ContextPlan(NamedTuple):
         """
         batch, length, _ = given.shape
         index = torch.arange(length + 1, device=given.device).expand(batch, -1)
+        # chunks of a gap are those of which some token is not known
         gap = ~given.all(-1) & has_gaps[:, None]  # (B, N)
         inside = F.pad(gap[:, 1:], (0, 1))  # whether the gap goes on in the next chunk
+        # only the last chunk of a gap can hold known tokens that are read before it is filled
         partial = gap & ~inside & given.any(-1)
+        # the state before a gap must wait, since it tells the head what follows the gap
         starts = F.pad(gap, (0, 1))  # (B, 1 + N): whether the place before a gap's chunk
         late = starts | F.pad(gap & ~partial, (1, 0))
+        # late places follow all others, and keep their order among themselves
         return cls(torch.where(late, index + length + 1, index), partial)
 
     def mask(self, valid: torch.Tensor) -> torch.Tensor:
         """Which key each query sees, `(B, 1 + N, 1 + N)`; `valid (B, N)` are chunks that are no
         padding."""
         exists = F.pad(valid, (1, 0), value=True)
+        # a place also sees itself, whose order is equal
         sees = (self.order[:, None, :] <= self.order[:, :, None]) & exists[:, None, :]
         return sees | torch.eye(sees.shape[-1], dtype=torch.bool, device=sees.device)
 
@@ -138,8 +147,10 @@ def read_text(model, symbols, chunks, real, given, has_gaps, begins) -> torch.Te
     features = model.token_head.read(
         symbols, None, torch.where(blank, 0.0, 1.0), chunks
     )  # (B, N, K * E)
+    # the learned start is put in place of this row of zeros
     features = F.pad(features, (0, 0, 1, 0))
     positions = torch.arange(-1, length, device=chunks.device).repeat(batch, 1)
+    # the first place tells a text that begins from a window inside one
     positions[:, 0] = torch.where(begins, START_OF_TEXT, INSIDE_TEXT)
     return model.transformer.read_context(features, positions[..., None], plan.mask(real.any(-1)))
 
@@ -214,6 +225,7 @@ class TokComTransformer(TokComPreTrainedModel):
         """Which channels the latents at `position_ids (B, S, A)`, whose first axis is the stream,
         use: `(B, S, C)`."""
         channels = torch.tensor(self.config.stream_channels, device=position_ids.device)
+        # channel c belongs to the stream into whose slice of the C channels it falls
         owner = torch.arange(len(channels), device=channels.device).repeat_interleave(channels)
         return position_ids[..., :1].long() == owner
 
@@ -224,7 +236,9 @@ class TokComTransformer(TokComPreTrainedModel):
         `INSIDE_TEXT`."""
         if self.start_embedding is None:
             return hidden_states
+        # row 0 of the table is the start of a text, row 1 that of a window inside one
         kind = (position_ids[..., 0] == INSIDE_TEXT).long()
+        # in the dtype of its neighbours, whatever autocast made of them
         starts = self.start_embedding(kind).to(hidden_states.dtype)
         return torch.where(position_ids[..., :1] < 0, starts, hidden_states)
 
@@ -276,6 +290,7 @@ class TokComTransformer(TokComPreTrainedModel):
         `past_key_values` holds. A model with `head_attention` also attends to the context.
         """
         where = position_ids[..., 0].float()
+        # the layer of the cache behind the last one of the network holds states and positions
         layers = [] if past_key_values is None else past_key_values.layers
         if len(layers) > len(self.layers):
             known = layers[-1].keys[:, 0]
@@ -320,6 +335,7 @@ class TokComTransformer(TokComPreTrainedModel):
         config = self.config
         hidden_states, own = self._read(latents, features, position_ids)  # (B, S, D)
         if prefix is not None:
+            # they are those of the latents alone, and captions have a time too
             modulations = None
             hidden_states, timestep, position_ids, attention_mask = self._prepend(
                 prefix, hidden_states, timestep, position_ids, attention_mask
@@ -337,6 +353,7 @@ class TokComTransformer(TokComPreTrainedModel):
         elif entry is not None:
             hidden_states = hidden_states + entry
         if not config.head_attention and num_context:
+            # without attention nothing after this needs the clean latents
             hidden_states = hidden_states[:, num_context:]
             timestep = timestep[:, num_context:]
         conditioning = F.silu(self.time_embedding(timestep)) if modulations is None else None
@@ -369,6 +386,7 @@ class TokComTransformer(TokComPreTrainedModel):
             )
         mask = None
         if self.config.head_attention:
+            # layers without attention have no use for a mask
             mask = self._expand(attention_mask, hidden_states)
         for i, layer in enumerate(self.layers[self.config.num_context_layers :]):
             known = {} if modulations is None else {"modulation": modulations[i]}
@@ -439,6 +457,7 @@ class TokComTransformer(TokComPreTrainedModel):
             head_size = config.hidden_size // config.num_attention_heads
             layouts.append((rotary_embedding(where, head_size, config.rope_theta), seen))
         for i, layer in enumerate(self.layers):
+            # even layers attend within a moment, odd ones along time
             along_time = bool(i % 2)
             inputs = (
                 (hidden_states, conditioning)
@@ -498,8 +517,10 @@ class TokComTransformer(TokComPreTrainedModel):
         where = position_ids[..., 0].float().expand(batch, -1)
         visible = attention_mask
         if visible is not None and visible.ndim == 2:
+            # one row of keys serves all queries
             visible = visible[:, None].expand(-1, queries, -1)
         if num_context:
+            # context latents see what is cached and each other, but none of the noisy ones
             keys = None if visible is None else visible.shape[-1] - queries + num_context
             mask = None if visible is None else visible[:, :num_context, :keys]
             mask = expand_attention_mask(
@@ -508,6 +529,7 @@ class TokComTransformer(TokComPreTrainedModel):
             known_tables = tuple(table[:, :, :num_context] for table in tables)
             for layer in self.layers[: self.config.num_context_layers]:
                 known = layer(known, None, known_tables, mask, past_key_values, **kwargs)
+            # normed here, once, since every denoising layer and step reads them
             states = self.context_norm(known)
             positions = where[:, :num_context]
             if past_key_values is not None:
@@ -531,10 +553,12 @@ class TokComTransformer(TokComPreTrainedModel):
         shows it, projected: `(B, S, D)`."""
         if not states.shape[1]:
             return self.context_proj(states.new_zeros(*where.shape, states.shape[2]))
+        # strictly earlier: a latent must not read its own clean self
         earlier = positions[:, None] < where[..., None]  # (B, S, S_context)
         if visible is not None:
             visible = visible[:, None] if visible.ndim == 2 else visible
             earlier = earlier & visible[..., : states.shape[1]]
+        # the largest position that is earlier and visible
         nearest = positions[:, None].masked_fill(~earlier, float("-inf")).argmax(-1)  # (B, S)
         nearest = states.gather(1, nearest[..., None].expand(-1, -1, states.shape[2]))
         return self.context_proj(torch.where(earlier.any(-1, keepdim=True), nearest, 0))
