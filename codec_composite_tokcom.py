@@ -247,6 +247,7 @@ class TokComCompositeCodec(TokComCodec):
 
         Each codec only sees the rows that have its stream.
         """
+        # codecs without parameters have nothing to learn
         trained = {name: codec for name, codec in self.streams.items() if list(codec.parameters())}
         if not set(trained) & set(streams):
             raise ValueError(
@@ -289,6 +290,7 @@ class TokComCompositeCodec(TokComCodec):
         Returns: which latents are given, and which are used at all, both `(B, N)`.
         """
         index = [self.places[name].start for name in self.names]  # one latent tells for its stream
+        # a stream exists as a whole or not at all
         has = exists[:, index]
         shape = (len(exists), len(index))  # (B, S)
         rates = [float((rates or {}).get(name, 0.5)) for name in self.names]
@@ -319,6 +321,7 @@ class TokComCompositeCodec(TokComCodec):
         total = errors.new_zeros(())
         for name in self.names:
             counted = loss_mask[:, None, self.places[name]].float()  # (B, 1, n)
+            # over the stream's own channels; the others are 0 by construction
             error = self.stream_of(errors, name).square().mean(-1) * counted
             count = (errors.shape[1] * counted.sum()).clamp_min(1)
             total = total + float((weights or {}).get(name, 1.0)) * error.sum() / count

@@ -71,6 +71,7 @@ class _WindowLayer:
             self.keys = keys.new_zeros(*keys.shape[:2], self.window, keys.shape[3])
             self.values = values.new_zeros(*values.shape[:2], self.window, values.shape[3])
         if first:
+            # a context longer than the window keeps its end
             count = min(self.window, keys.shape[2])
             self.keys[:, :, -count:] = keys[:, :, -count:]
             self.values[:, :, -count:] = values[:, :, -count:]
@@ -254,10 +255,12 @@ class CachedContext(Context):
         when its turn comes."""
         batch, length = context.mask.shape
         device = context.mask.device
+        # blocks are counted from the end, so that the last one is whole
         order = (torch.arange(length, device=device) + -length % self.block_size) // self.block_size
         is_read = torch.ones(length, dtype=torch.bool, device=device)
         if self.gaps is not None:
             for anchor in self.gaps.anchors:
+                # place 0 is the start, so a latent of the context stands one further
                 is_read[0 if anchor is None else anchor + 1] = False
             partial_tokens = torch.nn.functional.pad(
                 self.gaps.partial, (0, 0, 1, 0)
@@ -266,6 +269,7 @@ class CachedContext(Context):
         where = is_read.nonzero()[:, 0]
         if not len(where):
             return
+        # clean latents only: the first quarter of the mask of training
         sees = block_causal_mask(order[None].expand(batch, -1), context.mask)[:, :length, :length]
         self.cache.first = True
         self._remember(
@@ -281,6 +285,7 @@ class CachedContext(Context):
         """Read the context latent before a gap, which sees everything that is known by now."""
         where = slice(0, 1) if anchor is None else slice(anchor + 1, anchor + 2)
         context = self.context
+        # the anchor is read into the last place, like a block
         sees = self.filled.clone()
         sees[:, -1:] = context.mask[:, where]
         times = None if self.times is None else self.times[:, where]
@@ -306,6 +311,7 @@ class CachedContext(Context):
         self.position_ids = position_ids.clone(memory_format=torch.contiguous_format)
         self.exists = exists
         self.own_keys = None if bool(exists.all()) else exists
+        # without any context there is nothing to compare with
         self.guided = guided and self.length > self.num_starts
         self.keys = self.filled.clone()
         self.keys[:, -exists.shape[1] :] = (
@@ -358,6 +364,7 @@ class CachedContext(Context):
         block.
         """
         chunks = None if self.symbols is None else self.model.codec.symbols(ids, None)[0]
+        # a text is remembered as its tokens, not as the sampler left x
         clean = x if ids is None else self.model.encode(ids).latents
         self._remember(clean, self.position_ids, self.keys, chunks)
         self._keep(self.exists)
@@ -387,6 +394,7 @@ class CachedContext(Context):
     def _keep(self, exists: torch.Tensor) -> None:
         """Give the latents just remembered, `exists (B, Q)`, places in the window: the oldest ones'
         if it is full."""
+        # the last places of the window belong to the current block
         capacity = self.window - self.block_size
         count = min(exists.shape[1], capacity)
         if count < 1:

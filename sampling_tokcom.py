@@ -53,6 +53,7 @@ def spawn_generators(
 
     def seed(source: torch.Generator | None) -> int:
         device = "cpu" if source is None else source.device
+        # one draw, however many rows there are, so the caller's generator moves on alike
         return int(torch.randint(2**62, (), generator=source, device=device))
 
     if isinstance(generator, list):
@@ -60,6 +61,7 @@ def spawn_generators(
     else:
         base = seed(generator)
         bases = [(base, row) for row in range(rows)]
+    # hashed, since neighbouring seeds of torch's generators give related numbers
     seeds = [random.Random(f"{base}/{row}").getrandbits(63) for base, row in bases]
     return [torch.Generator().manual_seed(value) for value in seeds]
 
@@ -150,6 +152,7 @@ def split_blocks(length: int, block_size: int | None, edges: tuple[int, ...] = (
     if block_size is None:
         return [slice(0, length)]
     bounds = [0, *edges, length]
+    # a block ends at an edge even if it is not full
     starts = [s for low, high in zip(bounds, bounds[1:]) for s in range(low, high, block_size)]
     return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], length])]
 
@@ -292,6 +295,7 @@ class TokComStepPlanner:
                 stacklevel=2,
             )
             return [round(step * turns / steps) / turns for step in range(steps)] + [1.0]
+        # what does not divide goes to the first turns
         counts = [steps // turns + (turn < steps % turns) for turn in range(turns)]
         return [
             (turn + i / count) / turns for turn, count in enumerate(counts) for i in range(count)
@@ -348,6 +352,7 @@ class TokComStepPlanner:
         self.set_timesteps(
             sigma_start, x.device, turns
         )  # also resets the scheduler for the next block
+        # blocks of one length take the same steps
         if length not in self._plans:
             self._plans[length] = (
                 self._diffusion_plan(x) if self.is_diffusion else self._flow_plan(x, turns)
@@ -515,6 +520,7 @@ class TokComBlockSampler:
             if self._unfinished:
                 return x, None
             estimate, chunks = self._estimate(x, step, context, chunks, uniform[i])
+            # flow schedulers take a velocity, those of a diffusion the estimate itself
             output = estimate if step.gain is None else (x - estimate) * step.gain
             moved = scheduler.step(output, timestep, x, **extra, return_dict=False)[0]
             x = moved if on_step_end is None else on_step_end(i, timestep, moved)
@@ -542,6 +548,7 @@ class TokComBlockSampler:
         scales = [scale for _, scale in sampling.omissions] or [sampling.guidance_scale]
         states = full
         for other, scale in zip(others, scales):
+            # classifier-free guidance: away from the prediction that knows less
             states = states + (scale - 1) * (full - other)
         head = self.model.token_head
         if head is None:
@@ -556,6 +563,7 @@ class TokComBlockSampler:
             sampling.temperature,
             sampling.top_p,
         )
+        # tokens that are clean already stay what they are
         chunks = torch.where(step.times == 1, chunks, drawn)
         return head.latents_of(context.symbols, chunks), chunks
 

@@ -92,7 +92,9 @@ def lay_out_gaps(
     generate.
     """
     count = len(open_chunks)
+    # a gap ends where the next chunk is known, or where the text does
     is_last = [open_chunks[i] and (i + 1 == count or not open_chunks[i + 1]) for i in range(count)]
+    # that chunk is read with blanks before it is generated
     ends_inside = [is_last[i] and bool(known[i].any()) for i in range(count)]
     context_at = [i for i in range(count) if not open_chunks[i] or ends_inside[i]]
     generated = [i for i in range(count) if open_chunks[i] and needed[i]]
@@ -103,6 +105,7 @@ def lay_out_gaps(
         starts_gap = i == 0 or generated[i - 1] != chunk - 1
         if starts_gap:
             lengths.append(0)
+            # the chunk before a gap is always in the context, unless the text begins with the gap
             anchors.append(context_at.index(chunk - 1) if chunk else None)
             ends_known.append(False)
         lengths[-1] += 1
@@ -251,6 +254,7 @@ def continuation_task(
     context_length = 0 if context is None else context.mask.shape[1]
     check_length(config, context_length + length)
     noise = make_noise(length)
+    # counted on from the last whole chunk of each prompt
     places = torch.arange(length, device=noise.device).expand(len(rows), -1)
     if context is not None and knows_tokens:
         places = places + context.mask.sum(1, keepdim=True)  # rows are of different lengths
@@ -314,7 +318,9 @@ def token_gap_task(
     is_known = torch.zeros_like(is_real)
     is_known[0, : len(ids)] = torch.tensor(known, device=device)
     given = TokComGiven(*codec.symbols(tokens, is_known.long()))
+    # one unknown token is enough for a chunk to be generated
     is_open = ~given.mask[0].all(-1)  # (N,)
+    # padding is unknown too, but nobody asks for it
     is_needed = codec.to_chunks((is_real & ~is_known).long(), None)[0][0].bool().any(-1)
     if model.config.transformer_config.start_latents:
         gaps, context_at, generated = lay_out_gaps(
@@ -411,6 +417,7 @@ def lay_out_clip(
             "frames."
         )
     height, width = (side // config.spatial_compression for side in size)
+    # an autoencoder that compresses time codes the first frame on its own
     moments = (num_frames - 1) // frames_per_step + 1
     position_ids = codec.grid(moments, height, width, device=model.device)
     total = len(position_ids)
@@ -423,6 +430,7 @@ def lay_out_clip(
                 f"`frames` are {known} latents of {total} already, so nothing is left to generate; "
                 f"raise `num_frames` ({num_frames})."
             )
+        # positions are moment after moment, and given frames come first
         position_ids = position_ids[known:]
     transformer = model.config.transformer_config
     if transformer.block_size is None and total > transformer.max_position_embeddings:
