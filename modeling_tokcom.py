@@ -484,9 +484,8 @@ class TokComModel(TokComPreTrainedModel):
             known_latents = known_tokens.all(-1)
 
         # times, masks and losses all follow from the order
-        order = generation_order(
-            valid, block_size, infill_rate, self.config.codec_config.group_size
-        )
+        group_size = self.config.codec_config.group_size
+        order = generation_order(valid, block_size, infill_rate, group_size)
         times = sample_times(self.config, order, draws)
         if timestep is not None:
             times = torch.full_like(times, timestep)
@@ -498,9 +497,8 @@ class TokComModel(TokComPreTrainedModel):
         # what is given is not predicted, and padding never is
         loss_mask = valid & ~known_latents if hides_known else valid
         if block_size is not None:
-            seen = _Seen(
-                times, times, block_causal_mask(order, valid, sees_context, draws), loss_mask
-            )
+            mask = block_causal_mask(order, valid, sees_context, draws)
+            seen = _Seen(times, times, mask, loss_mask)
         else:
             if known_latents is None:  # several streams draw it, too: a seed keeps its meaning
                 known_latents = self._draw_known(valid, infill_rate)
@@ -508,11 +506,9 @@ class TokComModel(TokComPreTrainedModel):
                 valid, known_latents, times, sees_context, hides_known, task, loss_mask
             )
         if known_tokens is not None:
-            # a row without context knows nothing
             known_tokens = known_tokens & sees_context[:, None, None]
         noisy, place_times = self._add_noise(clean.latents, seen.times, draws, known_tokens)
         if prefix is not None:
-            # captions are context too
             prefix = (prefix[0], prefix[1] & sees_context[:, None], prefix[2])
         states = self._predict_from(clean, noisy, seen, place_times, chunks, symbols, prefix, draws)
         return NoisedPass(states, seen.loss_mask, noisy, seen.times, place_times)

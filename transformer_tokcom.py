@@ -335,8 +335,7 @@ class TokComTransformer(TokComPreTrainedModel):
         config = self.config
         hidden_states, own = self._read(latents, features, position_ids)  # (B, S, D)
         if prefix is not None:
-            # they are those of the latents alone, and captions have a time too
-            modulations = None
+            modulations = None  # they are those of the latents alone
             hidden_states, timestep, position_ids, attention_mask = self._prepend(
                 prefix, hidden_states, timestep, position_ids, attention_mask
             )
@@ -353,7 +352,6 @@ class TokComTransformer(TokComPreTrainedModel):
         elif entry is not None:
             hidden_states = hidden_states + entry
         if not config.head_attention and num_context:
-            # without attention nothing after this needs the clean latents
             hidden_states = hidden_states[:, num_context:]
             timestep = timestep[:, num_context:]
         conditioning = F.silu(self.time_embedding(timestep)) if modulations is None else None
