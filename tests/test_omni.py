@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import seeded
 from huggingface_hub.errors import StrictDataclassError
-from streams import FLOW, STREAMS, SUBSETS, build_pipe, inputs, model, train_words
+from tiny_streams import FLOW, STREAMS, SUBSETS, build_pipe, inputs, model, train_words
 
 from tokcom.configuration_tokcom import TokComConfig
 from tokcom.modeling_tokcom import TokComModel

@@ -5,7 +5,7 @@ import pytest
 import torch
 from helpers import ROOT, seeded
 from PIL import Image
-from streams import SUBSETS, build_pipe, content, tone, train_words
+from tiny_streams import SUBSETS, build_pipe, content, tone, train_words
 
 from tokcom.cli.main import call
 from tokcom.evaluation.codebook import main as codebook

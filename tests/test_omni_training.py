@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from helpers import ROOT, same_weights
-from streams import FLOW, STREAMS, build_pipe, inputs, model, tone, train_words
+from tiny_streams import FLOW, STREAMS, build_pipe, inputs, model, tone, train_words
 
 from examples.several_streams import main as join_streams
 from tokcom.evaluation.omni import main as measure_streams
