@@ -100,7 +100,7 @@ def llama_config(
 
 
 def training_arguments(
-    directory: Path, max_steps: int, batch_size: int, seed: int
+    directory: Path, max_steps: int, batch_size: int, seed: int, torch_compile: bool = False
 ) -> TrainingArguments:
     """Settings of the Trainer. Raises `ValueError` if one process would use several GPUs."""
     options = TrainingArguments(
@@ -114,6 +114,7 @@ def training_arguments(
         save_strategy="no",
         report_to=[],
         seed=seed,
+        torch_compile=torch_compile,
     )
     if options.n_gpu > 1:
         raise ValueError(
@@ -137,6 +138,7 @@ def train(
     learning_rate: float = 1.5e-3,
     muon_learning_rate: float = 0.0,
     seed: int = 0,
+    torch_compile: bool = False,
 ) -> LlamaForCausalLM:
     """Train on `tokens (T,)` with TokCom's optimizer and a cosine schedule, then save the model.
 
@@ -158,7 +160,9 @@ def train(
     per_step = training_flops_per_step(model, batch_size * PROCESSES, sequence_length, optimizer_of)
     if training_flops is not None:
         max_steps = max(1, round(training_flops / per_step))
-    options = training_arguments(Path(output_dir) / "run", max_steps, batch_size, seed)
+    options = training_arguments(
+        Path(output_dir) / "run", max_steps, batch_size, seed, torch_compile
+    )
     started = time.perf_counter()
     optimizer = optimizer_of(model)
     schedule = get_scheduler("cosine", optimizer, max(1, min(200, max_steps // 10)), max_steps)
@@ -220,6 +224,7 @@ def main(argv: list[str] | None = None) -> None:
         default=0.0,
         help="Muon's learning rate for inner matrices; 0 trains all with AdamW",
     )
+    parser.add_argument("--torch_compile", action="store_true", help="compile the network")
     args = vars(parser.parse_args(argv))
     tokenizer = AutoTokenizer.from_pretrained(args.pop("checkpoint"))
     column = args.pop("text_column")

@@ -27,9 +27,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from tokcom.evaluation.report import table
-from tokcom.pipelines import load_pipeline
 from tokcom.processing_tokcom import TokComImageProcessor
 from tokcom.training.images import picture_grid, read_pictures
+from tokcom.training.pipelines import load_pipeline
 
 CHOICES = 20  # captions among which the right one is to be found
 BUCKETS = 4096  # of the letters of words, which say a little of words that training never had

@@ -5,10 +5,12 @@
 To compare with an old checkout, run it there too: `cd OLD && python NEW/scripts/text_defects.py
 ...`. It prints the nats of one text at every alignment of its chunks, the filling of one gap before
 three endings, whether a shorter length gives the beginning of a text, a judge's score of texts at
-two shifts of the scheduler, and how many strings survive the codec.
+two shifts of the scheduler, and how many strings survive the codec: random ones, and with
+`--passages` as many passages of real text that hold characters beyond ASCII.
 """
 
 import argparse
+import itertools
 import os
 import sys
 
@@ -77,6 +79,12 @@ def survives(pipe: TokComPipeline, text: str) -> tuple[bool, str]:
     return bool((found == whole[0, :count]).all()), pipe.tokenizer.decode(found)
 
 
+def passages_beyond_ascii(texts: list[str], count: int, length: int = 300) -> list[str]:
+    """The first `count` passages of up to `length` characters that hold a character beyond ASCII."""
+    pieces = (text[at : at + length] for text in texts for at in range(0, len(text), length))
+    return list(itertools.islice((piece for piece in pieces if not piece.isascii()), count))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -87,6 +95,9 @@ def main() -> None:
     )
     parser.add_argument("--judge", required=True, help="causal language model that scores samples")
     parser.add_argument("--codec", help="another model whose codec is tried with random strings")
+    parser.add_argument(
+        "--passages", help="parquet file with a column `text` full of quotes, dashes and accents"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     pipe = TokComPipeline.from_pretrained(args.model)
@@ -125,6 +136,11 @@ def main() -> None:
     generator = np.random.default_rng(1)
     exact = sum(survives(codec, random_string(generator))[0] for _ in range(1000))
     print(f"random Unicode strings that survive: {exact} of 1000")
+    if args.passages:
+        texts = datasets.load_dataset("parquet", data_files=args.passages, split="train")["text"]
+        passages = passages_beyond_ascii(texts, 1000)
+        exact = sum(survives(codec, passage)[0] for passage in passages)
+        print(f"passages beyond ASCII that survive: {exact} of {len(passages)}")
     print(f"{TEXT!r} becomes {survives(codec, TEXT)[1]!r}")
 
 

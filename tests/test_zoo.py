@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from tokcom.evaluation import retrieval
 from tokcom.evaluation.linear_codecs import PCA, QuantisedPCA, lloyd
-from tokcom.pipelines import load_pipeline
+from tokcom.training.pipelines import load_pipeline
 
 ZOO = sorted(file.parent for file in (ROOT / "zoo").glob("*/model_index.json"))
 MOST = 10_000_000  # parameters of all together
