@@ -298,14 +298,15 @@ def get_judge(args: argparse.Namespace) -> Judge:
 
 
 def contact_sheet(clips: torch.Tensor, captions: list[str], directory: Path, name: str) -> None:
-    """The first pictures, or the middle frames of the first clips, with their captions in a file beside."""
-    shown = clips[: 4 * SHOWN, :, clips.shape[2] // 2]
+    """Pictures, or the middle frames of clips, spread evenly over all, and their captions in a
+    file beside."""
+    places = torch.linspace(0, len(clips) - 1, min(4 * SHOWN, len(clips))).long()
+    shown = clips[places, :, clips.shape[2] // 2]
     images = TokComImageProcessor(shown.shape[-1]).postprocess(shown)
     rows = [images[i : i + SHOWN] for i in range(0, len(images), SHOWN)]
     picture_grid(rows, scale=3).save(directory / f"{name}.png")
-    (directory / f"{name}.txt").write_text(
-        "\n".join(captions[: len(shown)]) + "\n", encoding="utf-8"
-    )
+    text = "\n".join(captions[i] for i in places.tolist()) + "\n"
+    (directory / f"{name}.txt").write_text(text, encoding="utf-8")
 
 
 def measure(judge: Judge, args: argparse.Namespace) -> list[dict]:
