@@ -28,6 +28,7 @@ from .heads_tokcom import TokComTokenHead  # noqa: F401
 from .layers_tokcom import TokComBlock  # noqa: F401
 from .modeling_tokcom import TokComModel
 from .objective_tokcom import TokComObjective  # noqa: F401
+from .pictures_tokcom import Frames  # noqa: F401
 from .pipeline_base_tokcom import CardFacts, TokComBasePipeline
 from .processing_tokcom import TokComAudioProcessor, TokComImageProcessor, decode_rows, end_at_eos
 from .quantization_tokcom import VectorQuantizer  # noqa: F401

@@ -32,6 +32,7 @@ from .heads_tokcom import TokComTokenHead  # noqa: F401
 from .layers_tokcom import TokComBlock  # noqa: F401
 from .modeling_tokcom import TokComModel  # noqa: F401
 from .objective_tokcom import objective_class
+from .pictures_tokcom import Frames  # noqa: F401
 from .pipeline_base_tokcom import CardFacts, StepCallback, TokComBasePipeline
 from .processing_tokcom import (
     StreamedText,

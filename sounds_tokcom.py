@@ -56,7 +56,8 @@ class TokComAudioProcessor:
     def _features(self, sound: Any, rate: int | None) -> np.ndarray:
         config = self.config
         longest = config.num_samples / config.sampling_rate
-        sound = read_sound(sound, config.sampling_rate, "a sound", rate, longest)
+        name = f"sound {str(sound)!r}" if isinstance(sound, (str, Path)) else "a sound"
+        sound = read_sound(sound, config.sampling_rate, name, rate, longest)
         sound = sound[: config.num_samples]
         sound = sound / max(np.abs(sound).max(), 1e-4)
         sound = np.pad(sound, (0, config.num_samples - len(sound)))
@@ -127,7 +128,9 @@ def read_sound(
         samples = value.get_all_samples()
         value = {"array": samples.data, "sampling_rate": samples.sample_rate}
     if isinstance(value, dict) and value.get("array") is not None:
-        rate = value.get("sampling_rate", rate)
+        rate = value.get("sampling_rate") or rate
+        if rate is None:
+            raise ValueError(f"{name} is an array without `sampling_rate`; give samples a second.")
         value = value["array"]
     elif isinstance(value, dict):
         keys = sorted(value)
@@ -137,10 +140,12 @@ def read_sound(
                 f"{name} is a dictionary with {keys}; it needs `bytes`, `path`, or `array` and `sampling_rate`."
             )
     length = None
+    unknown = False
     if isinstance(value, (str, Path, bytes, bytearray)):
         sound, rate, length = _decode_sound(value, name, seconds)
     else:
         sound = _samples(value, name)
+        unknown = rate is None
         rate = sampling_rate if rate is None else rate
     if not isinstance(rate, (int, float)) or not 0 < rate < 10**7:
         raise ValueError(f"{name} has a `sampling_rate` of {rate!r}; give samples a second.")
@@ -151,6 +156,8 @@ def read_sound(
             "mixed to one channel": sound.ndim == 2 and sound.shape[1] > 1,
             "resampled": rate != sampling_rate,
         }
+        if unknown:
+            facts["of no known rate, taken as the model's"] = True
         facts["seconds"] = length / rate
     if seconds is not None:
         sound = sound[

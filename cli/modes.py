@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from tokcom.cli.loading import check_modality, open_pipeline, speed_up
 from tokcom.cli.options import MODES, READ, WRITTEN
 from tokcom.processing_tokcom import write_wav
 from tokcom.training.films import write_film
-from tokcom.training.images import Frames
 
 
 def check_files(args: argparse.Namespace) -> None:
@@ -161,23 +159,18 @@ def draw(pipe, args: argparse.Namespace) -> list[str]:
 
 
 def reconstruct_image(pipe, args: argparse.Namespace) -> list[str]:
-    with Image.open(args.input_image) as picture:
-        images = pipe.reconstruct(picture, num_tokens=args.num_tokens).images
+    images = pipe.reconstruct(args.input_image, num_tokens=args.num_tokens).images
     images[0].save(args.image_file)
     return tell(f"picture written to {args.image_file}")
 
 
 def animate(pipe, args: argparse.Namespace) -> list[str]:
-    given = None
-    if args.input_image is not None:
-        source = Frames(args.input_image, "--input_image")
-        given = [source.clip(0, len(source))]
     options = {
         "num_frames": args.num_frames,
         "guidance_scale": args.guidance_scale,
         **sampling(args),
     }
-    frames = pipe(args.prompt, frames=given, **options).videos[0]
+    frames = pipe(args.prompt, frames=args.input_image, **options).videos[0]
     write_film(frames, args.video_file, args.fps)
     return tell(f"{len(frames)} frames written to {args.video_file}")
 
@@ -198,8 +191,6 @@ def any_to_any(pipe, args: argparse.Namespace) -> list[str]:
         raise ValueError(
             f"--batch_size {args.batch_size}: --image_file and --audio_file hold one sample each; leave it at 1."
         )
-    if "image" in given:
-        given["image"] = Frames(given["image"], "--input_image")[0]
     made = pipe(
         {names[kind]: [value] * args.batch_size for kind, value in given.items()},
         [names[kind] for kind in wanted],

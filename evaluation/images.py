@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from tokcom.evaluation.report import table
 from tokcom.pipeline_media_tokcom import TokComImagePipeline
 from tokcom.quantization_tokcom import code_statistics
-from tokcom.training.images import picture_grid, read_pictures
+from tokcom.training.images import captions_of, picture_grid, read_pictures
 
 BATCH = 32  # pictures in a step of the classifier
 PREFIXES = (1, 2, 4, 8, 16, 36)
@@ -240,11 +240,11 @@ class Pictures:
         rows = tqdm(range(len(dataset)), desc="reading pictures", unit="picture")
         records = dataset.records
         self.images = torch.stack([dataset[i]["pixel_values"] for i in rows])
-        self.captions = (
-            list(records[args.caption_column])
-            if args.caption_column in records.column_names
-            else None
-        )
+        column = args.caption_column or "caption"
+        self.captions = None
+        if column in records.column_names:  # of several the first, and "" of none
+            rows = map(captions_of, records[column])
+            self.captions = [row[0] if row else "" for row in rows]
 
 
 def read_labels(source: str, columns: list[str], count: int, names: list[list]) -> torch.Tensor:
@@ -530,7 +530,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--codebook")
     parser.add_argument("--unordered")
     parser.add_argument("--image_column", default="image")
-    parser.add_argument("--caption_column", default="caption")
+    parser.add_argument("--caption_column", help="default: caption or text, if there is one")
     parser.add_argument(
         "--label_columns",
         nargs="*",

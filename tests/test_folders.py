@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tokcom.pictures_tokcom import Frames
 from tokcom.processing_tokcom import write_wav
 from tokcom.training.config import DataConfig
 from tokcom.training.files import kind_of, list_files, natural_key
 from tokcom.training.films import write_film
-from tokcom.training.images import Frames, ImageDataset
+from tokcom.training.images import ImageDataset
 from tokcom.training.report import Report
 from tokcom.training.sources import load_documents
 

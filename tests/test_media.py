@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL
 from PIL import Image, PngImagePlugin
 
 from tokcom.configuration_codec_tokcom import TokComStyleCodecConfig, TokComVideoCodecConfig
+from tokcom.pictures_tokcom import Film, Frames, is_film, open_image, repeats, timeline
 from tokcom.processing_tokcom import (
     TokComAudioProcessor,
     TokComImageProcessor,
@@ -21,8 +22,8 @@ from tokcom.processing_tokcom import (
 )
 from tokcom.training.audit import audit
 from tokcom.training.config import DataConfig
-from tokcom.training.films import Film, is_film, repeats, timeline, write_film
-from tokcom.training.images import Frames, ImageDataset, open_image
+from tokcom.training.films import write_film
+from tokcom.training.images import ImageDataset
 from tokcom.training.presets import preset_config
 from tokcom.training.report import PartReport, Report
 from tokcom.training.sources import load_documents
@@ -340,7 +341,7 @@ def test_durations_become_steps_of_one_rate(durations, wanted):
 def test_cut_and_empty_films_are_named_and_long_ones_are_not_kept(tmp_path, monkeypatch):
     frames = [Image.effect_noise((64, 64), 90).convert("RGB") for _ in range(30)]
     path = film(tmp_path / "a.mkv", frames)
-    monkeypatch.setattr("tokcom.training.films.KEPT_FRAMES", 5 * 64 * 64 * 3)
+    monkeypatch.setattr("tokcom.pictures_tokcom.KEPT_FRAMES", 5 * 64 * 64 * 3)
     long = Frames(str(path))
     assert len(long) == 30 and len(long.source.kept) == 5 and len(long.clip(20, 12)) == 12
     monkeypatch.undo()

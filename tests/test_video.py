@@ -22,6 +22,7 @@ from tokcom.evaluation.memory import activations, operations, resized, run_step,
 from tokcom.evaluation.videos import main as measure_videos
 from tokcom.inference import main as infer
 from tokcom.modeling_tokcom import TokComModel
+from tokcom.pictures_tokcom import Frames
 from tokcom.pipeline_media_tokcom import TokComVideoPipeline
 from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.processing_tokcom import vocabulary_size
@@ -33,7 +34,7 @@ from tokcom.training.config import DataConfig
 from tokcom.training.data import load_documents, train_tokenizer
 from tokcom.training.denoiser import ModelDenoiser
 from tokcom.training.films import write_film
-from tokcom.training.images import Frames, ImageDataset
+from tokcom.training.images import ImageDataset
 from tokcom.training.presets import preset_config
 from tokcom.transformer_tokcom import draw_known, generation_order
 

@@ -411,7 +411,7 @@ class Reading:
 
     def _pictures(self, train, validation) -> PictureCorpus:
         data = self.data
-        captions = data.caption_column
+        captions = data.captions
         tokenizer = (
             self._tokenizer(train, captions, pictures=True)
             if captions in train.column_names

@@ -189,6 +189,8 @@ class RunDirectory:
             now["data"] = {
                 name: value for name, value in now["data"].items() if name in started["data"]
             }
+            if started["data"].get("caption_column") == "caption":  # what null was once called
+                now["data"]["caption_column"] = now["data"]["caption_column"] or "caption"
         self._compare(started, {key: now[key] for key in SAME_RUN})
         if self.config.stage == "distill":
             options = {key: value for key, value in now["distill"].items() if key not in MAY_CHANGE}

@@ -1,6 +1,5 @@
 """Pictures or clips and their captions in, batches of `pixel_values` and caption ids out."""
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -10,150 +9,19 @@ import numpy as np
 import torch
 import xxhash
 from filelock import FileLock
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from tokcom.codec_video_tokcom import encode_clips
+from tokcom.pictures_tokcom import Frames
 from tokcom.processing_tokcom import TokComImageProcessor, text_ids, vocabulary_size
 from tokcom.training.audit import cache_folder, records_digest
 from tokcom.training.checkpoints import first_line
 from tokcom.training.config import DataConfig
-from tokcom.training.films import HEAD, Film, is_film, stored, timeline
 from tokcom.training.sources import load_documents
 
-
-def open_image(value: Any, name: str = "a record") -> Image.Image:
-    """A picture as datasets give it: PIL, encoded bytes, or a dictionary with `bytes` or `path`; turned as its camera was held.
-
-    Raises `ValueError` with the `name` of the record if it cannot be read, EXIF included.
-    """
-    value = stored(value)
-    try:
-        image = value if isinstance(value, Image.Image) else _opened(value)
-        image.load()
-        return image
-    except Exception as error:  # decoders raise nearly anything for a broken file
-        raise ValueError(
-            f"{name} holds no picture that can be read ({_reason(error, value)}); repair or remove it."
-        ) from error
-
-
-def _opened(value: Any) -> Image.Image:
-    if isinstance(value, bytes) and not value:
-        raise ValueError("it is empty")
-    try:
-        image = Image.open(io.BytesIO(value) if isinstance(value, bytes) else value)
-    except UnidentifiedImageError:
-        if is_film(value):
-            raise ValueError("it is a film") from None
-        if not _register_heif():
-            raise
-        image = Image.open(io.BytesIO(value) if isinstance(value, bytes) else value)
-    if image.info.get("exif"):
-        Image.Exif().load(
-            image.info["exif"]
-        )  # how the camera was held is not known of a broken one
-    return image
-
-
-def _register_heif() -> bool:
-    """Let Pillow read HEIC with pillow-heif, if that is installed."""
-    try:
-        import pillow_heif
-    except ImportError:
-        return False
-    pillow_heif.register_heif_opener()
-    return True
-
-
-def _reason(error: Exception, value: Any) -> str:
-    """What is wrong with a picture, without the address of the buffer that Pillow names."""
-    if isinstance(error, UnidentifiedImageError):
-        start = value[:HEAD] if isinstance(value, bytes) else b""
-        if isinstance(value, (str, Path)):
-            with open(value, "rb") as stream:
-                start = stream.read(HEAD)
-        if start[4:8] == b"ftyp" and start[8:11] in (b"hei", b"hev", b"mif"):
-            return "HEIC, which needs pillow-heif: pip install pillow-heif"
-        return f"its first bytes are {start!r}" if start else "it is empty"
-    return first_line(error)
-
-
-class Frames:
-    """The frames of a picture, an animated picture, a film, or a list of pictures, decoded when they are asked for.
-
-    A frame that is shown longer than others is there several times: `steps`, if they are known. Raises `ValueError` with the `name` of the record if it cannot
-    be read.
-    """
-
-    def __init__(self, value: Any, name: str = "a record", steps: list[int] | None = None):
-        self.name = name
-        self.source = value
-        self.steps: list[int] = []  # of an animation, the picture at each step
-        if value is None:
-            raise ValueError(f"{name} holds nothing; remove it.")
-        if isinstance(value, (list, tuple)):
-            if not value:
-                raise ValueError(f"{name} has no frames; remove it.")
-            self.steps = list(range(len(value)))
-            return
-        if is_film(value):
-            self.source = Film(value, name)
-            self.steps = list(range(len(self.source)))
-            return
-        self.source = open_image(value, name)
-        try:
-            self.steps = steps or timeline(self.source)
-        except Exception as error:
-            raise ValueError(
-                f"{name} has a frame that cannot be read ({first_line(error)}); repair or remove it."
-            ) from error
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def __getitem__(self, index: int) -> Image.Image:
-        step = self.steps[index]
-        if isinstance(self.source, Film):
-            return self.source.clip(step, 1)[0]
-        if isinstance(self.source, (list, tuple)):
-            return _upright(open_image(self.source[step], f"{self.name}, frame {step}"), self.name)
-        try:
-            if len(self) > 1:
-                self.source.seek(step)
-            return _upright(self.source.copy(), self.name)
-        except (OSError, EOFError) as error:
-            raise ValueError(
-                f"{self.name}: frame {index} cannot be read ({error}); repair or remove it."
-            ) from error
-
-    def clip(self, start: int, count: int) -> list[Image.Image]:
-        """`count` frames from `start` on; where they end the last one stays."""
-        if isinstance(self.source, Film):
-            frames = self.source.clip(start, count)
-            return frames + [frames[-1]] * (count - len(frames))
-        return [self[min(start + i, len(self) - 1)] for i in range(count)]
-
-
-def _upright(image: Image.Image, name: str) -> Image.Image:
-    """A picture turned as its camera was held, with what is transparent in a mode that has alpha."""
-    try:
-        image = ImageOps.exif_transpose(image)
-    except Exception as error:  # whatever a broken EXIF makes Pillow raise
-        raise ValueError(
-            f"{name} has an EXIF block that cannot be read ({first_line(error)}); save it without."
-        ) from error
-    key = image.info.get("transparency")
-    if image.mode in ("La", "RGBa"):  # colours multiplied by alpha
-        return image.convert(image.mode.upper())
-    if key is not None and image.mode in ("1", "L", "RGB"):
-        return image.convert("RGBA")
-    if isinstance(key, int) and image.mode.startswith("I;16"):
-        levels = np.asarray(image)
-        alpha = np.where(levels == key, 0, 255).astype(np.uint8)
-        return Image.fromarray(np.stack([(levels >> 8).astype(np.uint8), alpha], 2), "LA")
-    return image
+LONGEST_NAME = 200  # characters of the path of a record in a message
 
 
 class ImageDataset(torch.utils.data.Dataset):
@@ -345,10 +213,10 @@ class ImageDataset(torch.utils.data.Dataset):
 
 def record_name(index: int, column: str, value: Any) -> str:
     """A record as messages name it, with its file if it has one."""
-    path = (
-        value.get("path") if isinstance(value, dict) else value if isinstance(value, str) else None
-    )
-    return f"record {index} ({column}{f', {path}' if path else ''})"
+    path = value.get("path") if isinstance(value, dict) else value
+    if not isinstance(path, str) or not path:
+        return f"record {index} ({column})"
+    return f"record {index} ({column}, {path[:LONGEST_NAME]})"
 
 
 def captions_of(row: str | list[str] | None) -> list[str]:
@@ -361,12 +229,12 @@ def read_pictures(
     source: str,
     codec_config,
     image_column: str = "image",
-    caption_column: str = "caption",
+    caption_column: str | None = None,
     limit: int | None = None,
     seed: int = 0,
     autoencoder: torch.nn.Module | None = None,
 ) -> ImageDataset:
-    """The first `limit` pictures of a source, for a codec, clips of an `autoencoder` as its latents; their captions, if there are any, are a column of `.records`.
+    """The first `limit` pictures of a source, for a codec, clips of an `autoencoder` as its latents; their captions, if there are any, are the column `caption` of `.records`, or `caption_column`.
 
     Raises `ValueError` if the source has no pictures in `image_column`.
     """
@@ -377,7 +245,7 @@ def read_pictures(
             f"{source} has no pictures in the field {image_column!r}; name the field that holds them."
         )
     records = records if limit is None else records.select(range(min(limit, len(records))))
-    return ImageDataset(records, image_column, caption_column, None, seed, training=False).fit(
+    return ImageDataset(records, image_column, config.captions, None, seed, training=False).fit(
         codec_config, autoencoder
     )
 

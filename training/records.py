@@ -13,6 +13,7 @@ import io
 import json
 import lzma
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -45,6 +46,9 @@ COMMON = (
     "koi8_r",
 )  # guesses to make
 SHOWN = 60  # characters of a bad value in a message
+# what a file raises that is missing, cut off or damaged, compressed or not
+UNREADABLE = (ValueError, OSError, EOFError, lzma.LZMAError, zlib.error)
+SEPARATORS = ",;\t|"  # of a .csv file, told by its header
 
 
 def near_miss(name: str, names: list[str]) -> str:
@@ -75,8 +79,11 @@ def open_bytes(path: Path) -> BinaryIO:
 
 
 def _encoding(path: Path, encoding: str | None) -> str:
-    with open_bytes(path) as stream:
-        start = stream.read(4)
+    try:
+        with open_bytes(path) as stream:
+            start = stream.read(4)
+    except UNREADABLE as error:
+        raise ValueError(f"{path} cannot be read ({error}); repair or remove the file.") from error
     return next(
         (name for mark, name in MARKS.items() if start.startswith(mark)), encoding or "utf-8"
     )
@@ -85,8 +92,11 @@ def _encoding(path: Path, encoding: str | None) -> str:
 def read_text(path: Path, encoding: str | None = None) -> str:
     """The text of a file, with `\\n` at the end of every line; `ValueError` if it is none."""
     encoding = _encoding(path, encoding)
-    with open_bytes(path) as stream:
-        content = stream.read()
+    try:
+        with open_bytes(path) as stream:
+            content = stream.read()
+    except UNREADABLE as error:
+        raise ValueError(f"{path} cannot be read ({error}); repair or remove the file.") from error
     try:
         text = content.decode(encoding)
     except UnicodeDecodeError as error:
@@ -113,7 +123,10 @@ def _not_text(content: bytes, encoding: str, error: UnicodeDecodeError) -> str:
     guess = from_bytes(content[: 1 << 20], cp_isolation=list(COMMON)).best()
     if guess is None or "\0" in str(guess):
         return f"{found}, and it looks like no text at all; convert or remove the file."
-    return f"{found}; perhaps it is {guess.encoding}: convert the file, or set data.encoding={guess.encoding}."
+    # of encodings that give the same text, the most common one
+    alike = {guess.encoding, *guess.could_be_from_charset}
+    name = next((name for name in COMMON if name in alike), guess.encoding)
+    return f"{found}; perhaps it is {name}: convert the file, or set data.encoding={name}."
 
 
 def read_rows(path: Path, encoding: str | None = None) -> Iterator[tuple[str, Any]]:
@@ -175,21 +188,32 @@ def _line_rows(path: Path, encoding: str | None) -> Iterator[tuple[str, Any]]:
 def _csv_rows(path: Path, suffix: str, encoding: str | None) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     text = read_text(path, encoding)
-    first = text.partition("\n")[0]
-    separators = "\t" if suffix == ".tsv" else max(",;\t", key=first.count)
-    reader = csv.reader(
-        io.StringIO(text), delimiter=separators[0] if suffix == ".tsv" else separators
-    )
-    header = next(reader, [])
+    first, _, rest = text.partition("\n")
+    if first.startswith("sep=") and len(first) == 5:  # Excel's way of naming it
+        separator = first[-1]
+        text = rest
+    elif suffix == ".tsv":
+        separator = "\t"
+    else:
+        separator = max(SEPARATORS, key=first.count)
+    # strict, for a quote that is never closed would make one text of all lines behind it
+    reader = csv.reader(io.StringIO(text), delimiter=separator, strict=True)
+    rows = _csv_fields(reader)
+    header = next(rows, [])
+    if isinstance(header, ValueError):
+        yield f"{path}", ValueError(f"{path} has a header that is no CSV ({header}).")
+        return
     if len(set(header)) < len(header):
         yield (
             f"{path}",
             ValueError(f"{path} names a column twice ({', '.join(header)}); rename one."),
         )
         return
-    for index, row in enumerate(row for row in reader if row):
+    for index, row in enumerate(row for row in rows if row):
         where = f"{path}, record {index} (line {reader.line_num})"
-        if len(row) != len(header):
+        if isinstance(row, ValueError):
+            yield where, ValueError(f"{where} is no CSV ({row}); close its quotes, or double them.")
+        elif len(row) != len(header):
             yield (
                 where,
                 ValueError(
@@ -198,6 +222,17 @@ def _csv_rows(path: Path, suffix: str, encoding: str | None) -> Iterator[tuple[s
             )
         else:
             yield where, dict(zip(header, row))
+
+
+def _csv_fields(reader) -> Iterator[list[str] | ValueError]:
+    """The rows of a reader; where it fails the reason, and then the next row."""
+    while True:
+        try:
+            yield next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield ValueError(str(error))
 
 
 def first_record(path: Path, encoding: str | None = None) -> dict | None:
@@ -209,7 +244,7 @@ def first_record(path: Path, encoding: str | None = None) -> dict | None:
             if isinstance(record, dict):
                 return record
             found = {}
-    except (ValueError, OSError, EOFError):
+    except UNREADABLE:
         return {}
     return found
 
@@ -242,7 +277,12 @@ def messages_of(record: dict, where: str = "the dialogue") -> list[dict[str, str
     if record.get("prompt") is not None:
         pairs = [("user", record["prompt"]), ("assistant", record.get("answer"))]
     else:
-        pairs = _turns(record.get("messages") or record.get("conversations") or [], where)
+        turns = record.get("messages") or record.get("conversations")
+        if turns is None and not set(DIALOGUES) & set(record):
+            raise ValueError(
+                f"{where} has none of the fields {', '.join(DIALOGUES)} (fields: {', '.join(record)}); repair or remove it."
+            )
+        pairs = _turns(turns or [], where)
     messages = []
     for number, (role, content) in enumerate(pairs):
         if not isinstance(content, str):
@@ -256,6 +296,8 @@ def messages_of(record: dict, where: str = "the dialogue") -> list[dict[str, str
         raise ValueError(
             f"{where} {pairs!r:.200} must end with an answer of the assistant to something."
         )
+    if not messages[-1]["content"].strip():
+        raise ValueError(f"{where} {pairs!r:.200} has a blank answer; repair or remove it.")
     return messages
 
 

@@ -1,7 +1,7 @@
 """From what `data.train` names, one source or several, to a dataset of records.
 
-A source is a file, a folder, or a name on the Hub. Local texts and tables are read once into the cache of `datasets`, whose key is
-the content of the files, so a changed file is read again and a moved one is not.
+A source is a file, a folder, or a name on the Hub. Local texts and tables are read by `documents.py`, folders of pictures,
+clips and sounds by `folders.py`.
 """
 
 import glob
@@ -14,11 +14,20 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pyarrow.parquet
-import xxhash
 import yaml
 
 from tokcom.training.checkpoints import first_line
 from tokcom.training.config import DataConfig
+from tokcom.training.documents import (
+    PROBLEM,
+    READER,
+    TURNS,
+    content_digest,
+    format_of,
+    good_records,
+    table_records,
+    text_records,
+)
 from tokcom.training.files import KINDS, MEDIA, Listing, kind_of, list_files
 from tokcom.training.folders import (
     MediaFolder,
@@ -30,78 +39,11 @@ from tokcom.training.folders import (
 from tokcom.training.records import (
     DIALOGUES,
     first_record,
-    messages_of,
     near_miss,
     read_rows,
-    read_text,
     shown,
-    text_of,
 )
 from tokcom.training.report import Report, SourceReport, several
-
-PROBLEM = "problem"  # column that says what is wrong with a record
-READER = 1  # version of what the cache holds
-TURNS = [{"role": datasets.Value("string"), "content": datasets.Value("string")}]
-
-
-def text_records(files: list[str], column: str, encoding: str | None) -> Iterator[dict]:
-    """A record for every text file; one that cannot be read has a problem instead of a text."""
-    for file in files:
-        try:
-            yield {column: read_text(Path(file), encoding), PROBLEM: None}
-        except ValueError as error:
-            yield {column: None, PROBLEM: str(error)}
-
-
-def table_records(
-    files: list[str], field: str | None, column: str, encoding: str | None
-) -> Iterator[dict]:
-    """The texts in `field` of JSON and CSV files, as `column`, or without a field their dialogues, as `messages`."""
-    name = "messages" if field is None else column
-    for file in files:
-        try:
-            for where, record in read_rows(Path(file), encoding):
-                yield _table_record(record, where, field, name)
-        except (ValueError, OSError, EOFError) as error:  # the file, not one of its records
-            yield {
-                name: None,
-                PROBLEM: f"{file}: {first_line(error)}" if file not in str(error) else str(error),
-            }
-
-
-def _table_record(record: object, where: str, field: str | None, name: str) -> dict:
-    try:
-        if isinstance(record, ValueError):
-            raise record
-        if field is not None:
-            return {name: text_of(record, field, where), PROBLEM: None}
-        if not isinstance(record, dict):
-            raise ValueError(f"{where} is {shown(record)}, not an object with fields.")
-        return {name: messages_of(record, where), PROBLEM: None}
-    except ValueError as error:
-        return {name: None, PROBLEM: str(error)}
-
-
-def good_records(generator, max_skipped: int, **arguments) -> Iterator[dict]:
-    """The records of a generator without problems, for a stream; `ValueError` after `max_skipped` of the others."""
-    report = Report(max_skipped)
-    for record in generator(**arguments):
-        problem = record.pop(PROBLEM)
-        if problem is None:
-            yield record
-        else:
-            report.skip(problem)
-
-
-def content_digest(files: list[Path]) -> str:
-    """A digest of the names and the content of files."""
-    digest = xxhash.xxh3_128()
-    for file in files:
-        digest.update(f"{file}\0{file.stat().st_size}\0".encode())
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 @dataclass
@@ -217,17 +159,30 @@ class Source:
         return ("picture", "clip")
 
     def _documents(self, listing: Listing, config: DataConfig):
-        """Texts and tables of one format."""
-        formats = {path: _format(path) for path in listing.of_kind("text", "table")}
-        if len(set(formats.values())) > 1:
-            found = {
-                name: [listing.name(p) for p in formats if formats[p] == name][0]
-                for name in formats.values()
-            }
-            named = ", ".join(f"{name} (such as {file})" for name, file in found.items())
-            raise ValueError(
-                f"{self.path}: expected files of one kind, found {named}; which of them hold the data? Give those as a list."
-            )
+        """Texts and tables, those of each format on their own, then joined."""
+        formats = self._formats(listing, config)
+        for path in listing.files:
+            if path not in formats:
+                listing.leave_out(path, f"{kind_of(path) or 'caption'} beside texts")
+        if all(file.stat().st_size == 0 for file in formats):
+            raise ValueError(f"{self.path} is empty; give a file with data.")
+        parts = {}
+        for name in dict.fromkeys(formats.values()):
+            files = [file for file in formats if formats[file] == name]
+            source = SourceReport(self.path, name, listing, used=len(files))
+            parts[name] = self._one_format(files, config, source)
+            listing = Listing(listing.root)  # whose other files have been told
+        if len(parts) == 1:
+            return parts[name]
+        kinds = {part_kind(part, config): name for name, part in parts.items()}
+        if len(kinds) > 1:
+            found = ", ".join(f"{kind} ({name})" for kind, name in kinds.items())
+            raise ValueError(f"{self.path} holds {found}; give the files of one of them as a list.")
+        return datasets.concatenate_datasets(alike(list(parts.values()), config))
+
+    def _formats(self, listing: Listing, config: DataConfig) -> dict[Path, str]:
+        """Texts and tables by file: text, json, csv or parquet. Of several formats tables that hold no text are left out."""
+        formats = {path: format_of(path) for path in listing.of_kind("text", "table")}
         if not formats:
             known = ", ".join(KINDS)
             left_out = "; ".join(
@@ -237,13 +192,29 @@ class Source:
             raise ValueError(
                 f"{self.path} holds no file that is read ({reasons}); known are {known}."
             )
-        for path in listing.files:
-            if path not in formats:
-                listing.leave_out(path, f"{kind_of(path) or 'caption'} beside texts")
-        files = list(formats)
-        if all(file.stat().st_size == 0 for file in files):
-            raise ValueError(f"{self.path} is empty; give a file with data.")
-        source = SourceReport(self.path, formats[files[0]], listing, used=len(files))
+        if len(set(formats.values())) == 1:
+            return formats
+        text = self.field or config.text_column
+        fitting = {}
+        for path, name in formats.items():
+            columns = [] if name == "text" else self._columns_of(path, config)
+            if not columns or {text, *DIALOGUES} & set(columns):
+                fitting[path] = name
+            else:
+                listing.leave_out(path, f"table without field {text!r}")
+        listing.files = [path for path in listing.files if path in fitting or path not in formats]
+        return fitting or formats
+
+    def _columns_of(self, path: Path, config: DataConfig) -> list[str]:
+        """The fields of a table; none of one that cannot be read, which is named when it is."""
+        if format_of(path) != "parquet":
+            return list(first_record(path, config.encoding) or ())
+        try:
+            return pyarrow.parquet.read_schema(path).names
+        except (OSError, pyarrow.ArrowInvalid):
+            return []
+
+    def _one_format(self, files: list[Path], config: DataConfig, source: SourceReport):
         if source.kind == "parquet":
             return self._parquet(files, config, source)
         if source.kind == "text":
@@ -261,21 +232,29 @@ class Source:
         source.used = len(files)
         columns = list(dict.fromkeys(name for first in firsts.values() for name in first or ()))
         if (self.fields or config.fields) or _holds_pictures(columns, config, self.field):
-            rows = [pair for file in files for pair in read_rows(file, config.encoding)]
-            for _, record in rows:
-                if not isinstance(record, dict):
-                    self.report.skip(str(record))
-            return self._select(
-                datasets.Dataset.from_list([r for _, r in rows if isinstance(r, dict)]),
-                config,
-                source,
-            )
+            rows = [row for file in files for row in self._rows(file, columns, config)]
+            return self._select(datasets.Dataset.from_list(rows), config, source)
         wanted = self._text_columns(columns, config)
         field = None if wanted[0] in DIALOGUES else wanted[0]
         source.fields = wanted
         return self._read(
             table_records, files, config, source, field=field, column=config.text_column
         )
+
+    def _rows(self, file: Path, columns: list[str], config: DataConfig) -> Iterator[dict]:
+        """The records of a JSON or CSV file as they are; names of files in them are seen from its folder, too."""
+        fields = self.fields or config.fields or {"": config.image_column}
+        for where, record in read_rows(file, config.encoding):
+            if not isinstance(record, dict):
+                problem = record if isinstance(record, ValueError) else None
+                self.report.skip(str(problem or f"{where} is {shown(record)}, no object."))
+                continue
+            for name in fields.values():
+                value = record.get(name)
+                if isinstance(value, str) and 0 < len(value) < 1000 and kind_of(value) in MEDIA:
+                    beside = file.parent / value
+                    record[name] = str(beside) if beside.is_file() else value
+            yield record
 
     def _read(
         self, generator, files: list[Path], config: DataConfig, source: SourceReport, **arguments
@@ -291,7 +270,9 @@ class Source:
         if config.streaming:
             arguments |= {"generator": generator, "max_skipped": config.max_skipped}
             self.report.sources.append(source)
-            return _stream(arguments, features)
+            return datasets.IterableDataset.from_generator(
+                good_records, features, gen_kwargs=arguments
+            )
         key = datasets.fingerprint.Hasher.hash(
             [READER, generator.__name__, arguments, content_digest(files)]
         )
@@ -441,11 +422,13 @@ class Source:
         if config.streaming:
             raise ValueError("pictures are not streamed; set data.streaming=false.")
         image = config.image_column
-        named = config.caption_column
+        named = config.captions
         source.kind += " with pictures or clips"
         label = part.features.get("label")
         classes = (
-            isinstance(label, datasets.ClassLabel) and label.num_classes > 1 and named == "caption"
+            isinstance(label, datasets.ClassLabel)
+            and label.num_classes > 1
+            and config.caption_column is None
         )
         if classes and not {"caption", "text"} & set(part.column_names):
             names = [label.names[i] for i in part["label"]]
@@ -481,30 +464,12 @@ class Source:
         return part.shuffle(seed=0).select(range(count))
 
 
-def _format(path: Path) -> str:
-    """text, json, csv or parquet."""
-    if kind_of(path) == "text":
-        return "text"
-    suffixes = "".join(path.suffixes).lower()
-    return (
-        "parquet"
-        if ".parquet" in suffixes
-        else "csv"
-        if ".csv" in suffixes or ".tsv" in suffixes
-        else "json"
-    )
-
-
-def _stream(arguments: dict, features: datasets.Features) -> datasets.IterableDataset:
-    return datasets.IterableDataset.from_generator(good_records, features, gen_kwargs=arguments)
-
-
 def _holds_pictures(columns: list[str], config: DataConfig, field: str | None) -> bool:
     """Whether records are read as pictures, not as the texts that they hold, too."""
     if config.image_column not in columns:
         return False
     text = field or config.text_column
-    if text not in columns or text == config.caption_column:
+    if text not in columns or text == config.captions:
         return True
     return config.kind != "text" and field is None and config.text_column == "text"
 
@@ -538,7 +503,7 @@ def as_stored(part):
 
 def alike(parts: list, config: DataConfig) -> list:
     """Parts whose captions are all texts or all lists of texts, so that they can be joined."""
-    name = config.caption_column
+    name = config.captions
     if config.streaming or not any(
         isinstance(part.features.get(name), datasets.List) for part in parts
     ):

@@ -10,6 +10,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from tokcom.pictures_tokcom import Frames
 from tokcom.processing_tokcom import (
     TokComAudioProcessor,
     TokComImageProcessor,
@@ -18,7 +19,7 @@ from tokcom.processing_tokcom import (
     text_rows,
 )
 from tokcom.training.files import MEDIA, kind_of
-from tokcom.training.images import Frames, captions_of, record_name
+from tokcom.training.images import captions_of, record_name
 
 KEPT_SOUNDS = 512 * 2**20  # bytes of features that a dataset keeps, in each process that reads it
 

@@ -1,0 +1,93 @@
+"""Text files and tables as records: generators, whose outcome `datasets` keeps in its cache.
+
+The key of the cache is the content of the files, so a changed file is read again and a moved one is not.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+import xxhash
+
+from tokcom.training.files import kind_of
+from tokcom.training.records import (
+    UNREADABLE,
+    messages_of,
+    read_rows,
+    read_text,
+    shown,
+    text_of,
+)
+from tokcom.training.report import Report
+
+PROBLEM = "problem"  # column that says what is wrong with a record
+READER = 2  # version of what the cache holds
+TURNS = [{"role": datasets.Value("string"), "content": datasets.Value("string")}]
+
+
+def text_records(files: list[str], column: str, encoding: str | None) -> Iterator[dict]:
+    """A record for every text file; one that cannot be read has a problem instead of a text."""
+    for file in files:
+        try:
+            yield {column: read_text(Path(file), encoding), PROBLEM: None}
+        except ValueError as error:
+            yield {column: None, PROBLEM: str(error)}
+
+
+def table_records(
+    files: list[str], field: str | None, column: str, encoding: str | None
+) -> Iterator[dict]:
+    """The texts in `field` of JSON and CSV files, as `column`, or without a field their dialogues, as `messages`."""
+    name = "messages" if field is None else column
+    for file in files:
+        try:
+            for where, record in read_rows(Path(file), encoding):
+                yield _table_record(record, where, field, name)
+        except UNREADABLE as error:  # the file, not one of its records
+            reason = str(error) if file in str(error) else f"{file} cannot be read ({error})."
+            yield {name: None, PROBLEM: reason}
+
+
+def _table_record(record: object, where: str, field: str | None, name: str) -> dict:
+    try:
+        if isinstance(record, ValueError):
+            raise record
+        if field is not None:
+            return {name: text_of(record, field, where), PROBLEM: None}
+        if not isinstance(record, dict):
+            raise ValueError(f"{where} is {shown(record)}, not an object with fields.")
+        return {name: messages_of(record, where), PROBLEM: None}
+    except ValueError as error:
+        return {name: None, PROBLEM: str(error)}
+
+
+def good_records(generator, max_skipped: int, **arguments) -> Iterator[dict]:
+    """The records of a generator without problems, for a stream; `ValueError` after `max_skipped` of the others."""
+    report = Report(max_skipped)
+    for record in generator(**arguments):
+        problem = record.pop(PROBLEM)
+        if problem is None:
+            yield record
+        else:
+            report.skip(problem)
+
+
+def content_digest(files: list[Path]) -> str:
+    """A digest of the names and the content of files."""
+    digest = xxhash.xxh3_128()
+    for file in files:
+        digest.update(f"{file}\0{file.stat().st_size}\0".encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def format_of(path: Path) -> str:
+    """text, json, csv or parquet."""
+    if kind_of(path) == "text":
+        return "text"
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    if ".parquet" in suffixes:
+        return "parquet"
+    return "csv" if ".csv" in suffixes or ".tsv" in suffixes else "json"
