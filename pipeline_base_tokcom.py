@@ -299,9 +299,9 @@ class TokComBasePipeline(DiffusionPipeline):
         self.save_config(directory)
         custom_object_save(self, directory)
         if card is not None or not (directory / CARD).is_file():
-            (directory / CARD).write_text(card or self.model_card())
+            (directory / CARD).write_text(card or self.model_card(), encoding="utf-8")
         if push_to_hub:
-            text = (directory / CARD).read_text()
+            text = (directory / CARD).read_text(encoding="utf-8")
             name = repo_id or directory.resolve().name
             self.push_to_hub(
                 name, private=private, token=token, max_shard_size=max_shard_size, card=text
@@ -317,10 +317,10 @@ class TokComBasePipeline(DiffusionPipeline):
         if not code.is_file():  # diffusers copied only what the pipeline itself needs
             return
         shutil.copy(code, directory)
-        fields = json.loads(file.read_text())
+        fields = json.loads(file.read_text(encoding="utf-8"))
         where = "modeling_causal_tokcom.TokComForCausalLM"
         fields.setdefault("auto_map", {})["AutoModelForCausalLM"] = where
-        file.write_text(json.dumps(fields, indent=2) + "\n")
+        file.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         eos = None if self.tokenizer is None else self.tokenizer.eos_token_id
         GenerationConfig(
             do_sample=True,

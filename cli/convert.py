@@ -223,7 +223,11 @@ def publish(args: argparse.Namespace) -> None:
         )
     pipe = load_pipeline(directory)
     card = directory / "README.md"
-    text = card.read_text() if card.is_file() else pipe.model_card(args.repo_id.split("/")[-1])
+    text = (
+        card.read_text(encoding="utf-8")
+        if card.is_file()
+        else pipe.model_card(args.repo_id.split("/")[-1])
+    )
     if args.evaluation:
         text = with_section(text, "Evaluation", evaluation_section(args.evaluation))
     url = pipe.push_to_hub(

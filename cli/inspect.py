@@ -78,6 +78,10 @@ def contact_sheet(corpus: Corpus) -> Image.Image:
     """The first records as the model is given them: pictures, frames, spectra of sounds and captions; of texts the examples."""
     dataset = corpus.train
     if isinstance(corpus, OmniCorpus):
+        if dataset.codec is None:
+            raise ValueError(
+                "the data have several streams, which the preset does not read; choose one such as omni-tiny."
+            )
         return stacked(
             [_row_of_streams(dataset, index) for index in range(min(RECORDS, len(dataset)))]
         )

@@ -422,7 +422,9 @@ def measure_generation(
     show = pipe.image_processor.postprocess
     rows = [show(drawn[i : i + 8]) for i in range(0, min(32, count), 8)]
     picture_grid(rows, scale=3).save(args.output_dir / "drawn.png")
-    (args.output_dir / "drawn.txt").write_text("\n".join(test.captions[: min(32, count)]) + "\n")
+    (args.output_dir / "drawn.txt").write_text(
+        "\n".join(test.captions[: min(32, count)]) + "\n", encoding="utf-8"
+    )
     chance = [1 / len(column) for column in names]
     rows = [{"label": name, "chance": c} for name, c in zip(args.label_columns, chance)]
     for kind, shares in found.items():
@@ -563,8 +565,10 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     facts["settings"] = {name: str(value) for name, value in vars(args).items()}
-    (args.output_dir / "results.json").write_text(json.dumps(facts, indent=1) + "\n")
-    (args.output_dir / "results.md").write_text(report(facts))
+    (args.output_dir / "results.json").write_text(
+        json.dumps(facts, indent=1) + "\n", encoding="utf-8"
+    )
+    (args.output_dir / "results.md").write_text(report(facts), encoding="utf-8")
     plots(facts, args.output_dir)
     print(report(facts))
 

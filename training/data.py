@@ -280,7 +280,11 @@ def cache_latents(model, tokens: np.ndarray, file: Path, rows: int = 16384) -> n
     for name, value in sorted(model.codec.state_dict().items()):
         digest.update(name.encode() + value.cpu().float().numpy().tobytes())
     key = file.with_suffix(".sha256")
-    if not file.is_file() or not key.is_file() or key.read_text() != digest.hexdigest():
+    if (
+        not file.is_file()
+        or not key.is_file()
+        or key.read_text(encoding="utf-8") != digest.hexdigest()
+    ):
         partial = file.with_suffix(".tmp")
         for old in (file, key, partial):
             old.unlink(missing_ok=True)
@@ -301,7 +305,7 @@ def cache_latents(model, tokens: np.ndarray, file: Path, rows: int = 16384) -> n
             written[start : start + stride] = model.encode(ids).latents[0].float().cpu().numpy()
         written.flush()
         partial.rename(file)
-        key.write_text(digest.hexdigest())
+        key.write_text(digest.hexdigest(), encoding="utf-8")
     return np.memmap(file, np.float32, "r", shape=shape)
 
 

@@ -42,9 +42,16 @@ def write_film(frames: Sequence[Image.Image], file: str | Path, fps: float = 8) 
 
 
 def _durations(count: int, fps: float, unit: int) -> list[int]:
-    """Milliseconds of every frame, multiples of `unit`, that together keep a rate which is no multiple itself."""
+    """Milliseconds of every frame, multiples of `unit`, that together keep a rate which is no multiple itself.
+
+    Browsers show frames of less than 20 ms for 100 ms, so rates above 50 cannot be kept, which is an error.
+    """
+    if 1000 / fps < QUICK:
+        raise ValueError(
+            f"`fps` ({fps:g}) is more than the {1000 // QUICK} that a .gif or .webp can show; write an .mp4."
+        )
     ends = [round(1000 * i / (fps * unit)) * unit for i in range(count + 1)]
-    return [max(QUICK, end - start) for start, end in zip(ends, ends[1:])]
+    return [end - start for start, end in zip(ends, ends[1:])]
 
 
 def _write_gif(frames: Sequence[Image.Image], file: Path, fps: float) -> None:

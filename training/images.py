@@ -21,6 +21,7 @@ from tokcom.training.checkpoints import first_line
 from tokcom.training.config import DataConfig
 from tokcom.training.sources import load_documents
 
+CLIPS = 2  # version of what the cache holds
 LONGEST_NAME = 200  # characters of the path of a record in a message
 
 
@@ -62,7 +63,7 @@ class ImageDataset(torch.utils.data.Dataset):
             None  # frames of every record, once all have been decoded
         )
         self.latents: np.ndarray | None = (
-            None  # of the records that give the same clip in every epoch
+            None  # of the clips of all records, once they have been encoded
         )
         self.facts: dict[str, float] = {}
         self.caption_column = None if tokenizer is None else caption_column
@@ -86,35 +87,39 @@ class ImageDataset(torch.utils.data.Dataset):
 
     @torch.no_grad()
     def encode_once(self, device: torch.device, batch_size: int = 16) -> None:
-        """Encode with the autoencoder all clips that are the same in every epoch, those of films that are no longer than a clip, in
-        batches on `device`, into a file of the cache of `datasets`. Other films are encoded when they are drawn."""
+        """Encode with the autoencoder, in batches on `device`, into a file of the cache of `datasets`: each film as the
+        clips that follow each other in it, and the one that ends it. Which of them is shown is drawn in every epoch."""
         if self.frame_counts is None:
             self.frame_counts = [len(self.frames(index)) for index in range(len(self))]
-        rows = [
-            index for index, length in enumerate(self.frame_counts) if length <= self.clip_length
-        ]
-        if not rows:
-            return
-        setting = rows, self.clip_length, self.processor._size, autoencoder_digest(self.autoencoder)
-        file = cache_folder() / f"latents-{records_digest(self.records, setting)}.npy"
+        starts = [clip_starts(int(count), self.clip_length) for count in self.frame_counts]
+        self.first_clip = np.cumsum([0, *map(len, starts)])  # of every record, and the end
+        setting = self.clip_length, self.processor._size, autoencoder_digest(self.autoencoder)
+        file = cache_folder() / f"latents-{records_digest(self.records, (CLIPS, setting))}.npy"
         with FileLock(file.with_suffix(".lock")):
             if not file.is_file():
-                self._encode(rows, file.with_suffix(".tmp"), device, batch_size)
+                self._encode(starts, file.with_suffix(".tmp"), device, batch_size)
                 file.with_suffix(".tmp").rename(file)
-        self.places = dict(zip(rows, range(len(rows))))
         self.latents = np.load(file, mmap_mode="r")
 
-    def _encode(self, rows: list[int], file: Path, device: torch.device, batch_size: int) -> None:
+    def _encode(
+        self, starts: list[list[int]], file: Path, device: torch.device, batch_size: int
+    ) -> None:
         home = next(self.autoencoder.parameters()).device
         self.autoencoder.to(device)
         written = None
-        for start in tqdm(range(0, len(rows), batch_size), desc="encoding clips", unit="batch"):
-            clips = [self._clip(index)[0] for index in rows[start : start + batch_size]]
-            latents = encode_clips(self.autoencoder, torch.stack(clips)).cpu().numpy()
-            if written is None:
-                shape = len(rows), *latents.shape[1:]
-                written = np.lib.format.open_memmap(file, "w+", np.float32, shape)
-            written[start : start + len(latents)] = latents
+        done = 0
+        clips: list[torch.Tensor] = []
+        for index in tqdm(range(len(self)), desc="encoding clips", unit="film"):
+            frames = self.frames(index)
+            clips += [self._pixels(frames, start) for start in starts[index]]
+            while len(clips) >= batch_size or (clips and index + 1 == len(self)):
+                latents = encode_clips(self.autoencoder, torch.stack(clips[:batch_size]))
+                clips = clips[batch_size:]
+                if written is None:
+                    shape = int(self.first_clip[-1]), *latents.shape[1:]
+                    written = np.lib.format.open_memmap(file, "w+", np.float32, shape)
+                written[done : done + len(latents)] = latents.cpu().numpy()
+                done += len(latents)
         written.flush()
         self.autoencoder.to(home)
 
@@ -154,8 +159,10 @@ class ImageDataset(torch.utils.data.Dataset):
         return f"{name}: {captions_of(record[self.caption_column])}"
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        if self.latents is not None and index in self.places:
-            pixels = torch.from_numpy(self.latents[self.places[index]].copy())
+        if self.latents is not None:
+            first, end = self.first_clip[index : index + 2]
+            place = first + self._draw(index, int(end - first))
+            pixels = torch.from_numpy(self.latents[place].copy())
         else:
             pixels, self.facts = self._clip(index)
             if self.autoencoder is not None:
@@ -170,20 +177,24 @@ class ImageDataset(torch.utils.data.Dataset):
         """A picture `(3, H, W)`, or a clip `(3, F, H, W)`, of a record in this epoch, and what was found."""
         frames = self.frames(index)
         length = self.clip_length or 1
-        start = 0
-        if len(frames) > length:
-            generator = np.random.default_rng(
-                (self.seed, self.epoch if self.training else 0, index)
-            )
-            start = int(generator.integers(len(frames) + 1 - length))
-        clip = frames.clip(start, length)
+        start = self._draw(index, max(1, len(frames) + 1 - length))
+        pixels = self._pixels(frames, start)
+        return pixels, self._facts(frames, frames[start], index)
+
+    def _draw(self, index: int, count: int) -> int:
+        """One of `count` parts of a record, another one in every epoch of training."""
+        if count == 1:
+            return 0
+        generator = np.random.default_rng((self.seed, self.epoch if self.training else 0, index))
+        return int(generator.integers(count))
+
+    def _pixels(self, frames: Frames, start: int) -> torch.Tensor:
+        """A picture `(3, H, W)`, or a clip `(3, F, H, W)`, from a frame on."""
         try:
-            pixels = self.processor(clip)["pixel_values"]  # (F, 3, H, W)
+            pixels = self.processor(frames.clip(start, self.clip_length or 1))["pixel_values"]
         except ValueError as error:
             raise ValueError(f"{frames.name}: {error}") from error
-        return pixels[0] if self.clip_length is None else pixels.transpose(0, 1), self._facts(
-            frames, clip[0], index
-        )
+        return pixels[0] if self.clip_length is None else pixels.transpose(0, 1)
 
     def _caption(self, index: int, epoch: int) -> int:
         """The place of the caption of a record: of several one is drawn in every epoch, and the first is held out."""
@@ -209,6 +220,13 @@ class ImageDataset(torch.utils.data.Dataset):
         elif len(frames) > 1:
             facts["animated"] = True
         return facts | {"width": image.width, "height": image.height}
+
+
+def clip_starts(count: int, length: int) -> list[int]:
+    """Where clips of `length` begin that follow each other in a film of `count` frames, the last one at its end."""
+    if count <= length:
+        return [0]
+    return sorted({*range(0, count - length + 1, length), count - length})
 
 
 def record_name(index: int, column: str, value: Any) -> str:

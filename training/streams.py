@@ -53,6 +53,7 @@ class OmniDataset(torch.utils.data.Dataset):
         ] = {}  # the place of the first text of every record, and the end
         self.present: dict[str, np.ndarray] = {}  # which records have a stream
         self.facts: dict[str, float] = {}
+        self.codec = None
         for name in records.column_names:
             if is_text(records, name):
                 texts = [
@@ -70,8 +71,11 @@ class OmniDataset(torch.utils.data.Dataset):
                 )
 
     def select(self, rows: list[int]) -> "OmniDataset":
-        """A dataset of these records, in this order."""
-        return OmniDataset(self.records.select(rows), self.tokenizer)
+        """A dataset of these records, in this order, for the same codec."""
+        kept = OmniDataset(self.records.select(rows), self.tokenizer)
+        if self.codec is not None:
+            kept.fit(self.codec)
+        return kept
 
     def describe(self, index: int) -> str:
         """A record in words: its texts, and the names of its other streams."""
@@ -86,6 +90,7 @@ class OmniDataset(torch.utils.data.Dataset):
     def fit(self, codec) -> "OmniDataset":
         """Give streams as the `TokComCompositeCodec` reads them from now on; raises `ValueError` if it has none of these or a column
         is of another kind."""
+        self.codec = codec
         found = set(self.records.column_names)
         wanted = set(codec.names)
         if not found <= wanted:
