@@ -273,6 +273,8 @@ class Film:
         packets = 0
         try:
             with self.open(source) as container:
+                if not container.streams.video:
+                    raise ValueError("it has no pictures")
                 stream = next(
                     (s for s in container.streams.video if not _is_cover(s)),
                     container.streams.video[0],

@@ -149,12 +149,19 @@ def test_texts_beside_a_cover_are_read_as_the_run_asks_and_the_rest_is_named(
     assert named in str(report)
 
 
-def test_texts_of_several_formats_are_named_with_a_remedy(tmp_path):
+def test_texts_of_several_formats_are_read_and_what_holds_none_is_named(tmp_path):
     (tmp_path / "a.txt").write_text("one")
     (tmp_path / "b.jsonl").write_text('{"text": "two"}\n')
-    with pytest.raises(
-        ValueError, match="one kind.*text .such as a.txt.*json .such as b.jsonl.*list"
-    ):
+    (tmp_path / "c.csv").write_text("text;id\nthree;3\n")
+    (tmp_path / "d.csv").write_text("name,price\nx,3\n")
+    datasets.Dataset.from_dict({"text": ["four"]}).to_parquet(tmp_path / "e.parquet")
+    for kind in (None, "text"):
+        report = Report()
+        found = read(tmp_path, report, kind=kind)["text"][:]
+        assert sorted(found) == ["four", "one", "three", "two"]
+        assert "left out (table without field 'text'): d.csv" in str(report)
+    (tmp_path / "b.jsonl").write_text('{"prompt": "what?", "answer": "that"}\n')
+    with pytest.raises(ValueError, match="holds texts .* dialogues .json.; give the files of one"):
         read(tmp_path)
     with pytest.raises(ValueError, match="holds no file that is read.*kind of file.*b.xyz"):
         (tmp_path / "other").mkdir()

@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image, PngImagePlugin
 
+from tokcom.codec_video_tokcom import encode_clips
 from tokcom.configuration_codec_tokcom import TokComStyleCodecConfig, TokComVideoCodecConfig
 from tokcom.pictures_tokcom import Film, Frames, is_film, open_image, repeats, timeline
 from tokcom.processing_tokcom import (
@@ -23,7 +24,7 @@ from tokcom.processing_tokcom import (
 from tokcom.training.audit import audit
 from tokcom.training.config import DataConfig
 from tokcom.training.films import write_film
-from tokcom.training.images import ImageDataset
+from tokcom.training.images import ImageDataset, clip_starts
 from tokcom.training.presets import preset_config
 from tokcom.training.report import PartReport, Report
 from tokcom.training.sources import load_documents
@@ -584,7 +585,7 @@ def test_pictures_of_the_processor_and_of_training_are_the_same():
     assert torch.equal(item["pixel_values"], wanted)
 
 
-def test_clips_that_stay_the_same_are_encoded_once_in_batches_and_others_when_they_are_drawn(
+def test_films_are_encoded_once_in_batches_as_the_clips_that_follow_each_other(
     tmp_path, monkeypatch
 ):
     torch.manual_seed(0)
@@ -592,7 +593,7 @@ def test_clips_that_stay_the_same_are_encoded_once_in_batches_and_others_when_th
     vae = AutoencoderKL(
         **blocks, block_out_channels=(8,), latent_channels=4, norm_num_groups=4
     ).eval()
-    for name, count in (("a", 3), ("b", 4), ("c", 4), ("d", 9)):
+    for name, count in (("a", 3), ("b", 4), ("c", 9)):
         write_film(
             [Image.effect_noise((32, 32), 9 * i + 9) for i in range(count)],
             tmp_path / f"{name}.gif",
@@ -604,17 +605,31 @@ def test_clips_that_stay_the_same_are_encoded_once_in_batches_and_others_when_th
             TokComVideoCodecConfig(num_frames=4), vae
         )
 
-    plain, cached = dataset(), dataset()
-    cached.encode_once(torch.device("cpu"), batch_size=2)
-    assert sorted(cached.places) == [0, 1, 2]
-    for epoch in range(2):
-        for data in (plain, cached):
-            data.set_epoch(epoch)
-        for index in range(4):
-            torch.testing.assert_close(cached[index]["pixel_values"], plain[index]["pixel_values"])
+    data = dataset()
+    plain = [encode_clips(vae, data._pixels(data.frames(i), 0)[None])[0] for i in (0, 1)]
+    starts = (0, 4, 5)  # of clips of 4 in 9 frames
+    long = [encode_clips(vae, data._pixels(data.frames(2), i)[None])[0] for i in starts]
+    data.encode_once(torch.device("cpu"), batch_size=2)
     monkeypatch.setattr(
         "tokcom.training.images.encode_clips", lambda *a: pytest.fail("encoded again")
     )
     again = dataset()
     again.encode_once(torch.device("cpu"))
-    assert torch.equal(again[1]["pixel_values"], cached[1]["pixel_values"])
+    drawn = set()
+    for epoch in range(12):
+        again.set_epoch(epoch)
+        for index in (0, 1):
+            torch.testing.assert_close(again[index]["pixel_values"], plain[index])
+        found = again[2]["pixel_values"]
+        drawn |= {i for i in range(3) if torch.allclose(found, long[i], atol=1e-5)}
+    assert drawn == {0, 1, 2}
+
+
+def test_clips_follow_each_other_and_the_last_one_ends_the_film():
+    assert [clip_starts(count, 4) for count in (1, 4, 5, 8, 9)] == [
+        [0],
+        [0],
+        [0, 1],
+        [0, 4],
+        [0, 4, 5],
+    ]

@@ -161,7 +161,7 @@ def test_a_changed_file_is_read_again_and_an_unchanged_one_from_the_cache(tmp_pa
     path.write_text("other")
     os.utime(path, ns=(times, times))  # as a copy that keeps the times
     assert read(path)["text"][:] == ["other"]
-    monkeypatch.setattr("tokcom.training.sources.read_text", lambda *a: pytest.fail("read again"))
+    monkeypatch.setattr("tokcom.training.documents.read_text", lambda *a: pytest.fail("read again"))
     assert read(path)["text"][:] == ["other"]
 
 

@@ -487,9 +487,9 @@ class Reading:
             documents, tokenizer, self.data.text_column, name, self.data.num_proc, part
         )
         ends = np.flatnonzero(tokens[: 1 << 20] == tokenizer.eos_token_id)
-        for start in [0, *(ends + 1)][:EXAMPLES]:
-            if start < len(tokens):
-                ids = tokens[start : start + EXAMPLE_TOKENS]
+        for start, end in list(zip([0, *(ends + 1)], [*ends, len(tokens)]))[:EXAMPLES]:
+            if start < end:
+                ids = tokens[start : min(end, start + EXAMPLE_TOKENS)]
                 part.examples.append(repr(tokenizer.decode(ids.tolist(), skip_special_tokens=True)))
         if name == "training text":
             self._remember(tokenizer, part.letters)

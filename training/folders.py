@@ -169,7 +169,7 @@ class MediaFolder:
             elif kind_of(path) in self.kinds or not path.exists():
                 hint = near_miss(row[FILE_NAME], [self.listing.name(media) for media in self.media])
                 self.report.skip(
-                    f"{where} names {row[FILE_NAME]!r}, which is not in the folder or is left out{hint or '.'}"
+                    f"{where} names {row[FILE_NAME]!r}, which is not in the folder or is left out{hint}"
                 )
         return captions
 

@@ -193,6 +193,8 @@ class ImageDataset(torch.utils.data.Dataset):
         try:
             pixels = self.processor(frames.clip(start, self.clip_length or 1))["pixel_values"]
         except ValueError as error:
+            if frames.name in str(error):
+                raise
             raise ValueError(f"{frames.name}: {error}") from error
         return pixels[0] if self.clip_length is None else pixels.transpose(0, 1)
 

@@ -52,10 +52,10 @@ SEPARATORS = ",;\t|"  # of a .csv file, told by its header
 
 
 def near_miss(name: str, names: list[str]) -> str:
-    """A hint at the name that was meant, for the end of a sentence, or nothing."""
+    """The end of a sentence: a hint at the name that was meant, or a full stop."""
     close = difflib.get_close_matches(name.lower(), [known.lower() for known in names], 1, 0.6)
     meant = [known for known in names if known.lower() in close]
-    return f"; did you mean {meant[0]!r}?" if meant else ""
+    return f"; did you mean {meant[0]!r}?" if meant else "."
 
 
 def shown(value: Any) -> str:

@@ -121,4 +121,6 @@ class Report:
                 f"  {several(len(self.problems), 'record')} left out (data.max_skipped={self.max_skipped}):"
             )
             lines += [f"    {problem}" for problem in self.problems[:NAMED]]
+            if len(self.problems) > NAMED:
+                lines.append(f"    and {len(self.problems) - NAMED:,} more")
         return "\n".join(lines)
