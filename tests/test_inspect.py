@@ -69,6 +69,17 @@ def test_the_same_folder_is_read_as_another_preset_asks(tmp_path, capsys):
         and "6 padded with their last frame" in report
         and "1 longer than a clip" in report
     )
+    (folder / "table.csv").write_text("id;text\n1;a text of a table\n")
+    for kind in ([], ["data.kind=text"]):
+        report = inspect(capsys, folder, "--preset", "tiny", *kind, *sheet)
+        for line in (
+            "left out (clip beside texts): film.mp4",
+            "left out (sound beside texts): more/sound.wav",
+            "2 records, fields text",
+            "3 documents, ",
+            "example 3: 'a text of a table'",
+        ):
+            assert line in report, report
     fields = "data.fields={text: caption, image: image, audio: audio}"
     (folder / "film.mp4").unlink()
     report = inspect(capsys, folder, "--preset", "omni-tiny", fields, *sheet)
@@ -78,6 +89,21 @@ def test_the_same_folder_is_read_as_another_preset_asks(tmp_path, capsys):
         and "1 with text" in report
         and "6 with image" in report
     )
+
+
+def test_records_of_several_streams_of_which_one_cannot_be_read_are_counted(tmp_path, capsys):
+    for i in range(3):
+        Image.new("RGB", (32, 32), (90 * i, 0, 0)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(f"picture {i}")
+    (tmp_path / "1.png").write_bytes(b"broken")
+    given = tmp_path, "--preset", "omni-tiny", "data.fields={text: caption, image: image}"
+    sheet = ("--sheet", tmp_path / "sheet.jpg")
+    with pytest.raises(SystemExit, match="record 1 .*1.png.* holds no picture.*data.max_skipped=1"):
+        inspect(capsys, *given, *sheet)
+    report = inspect(capsys, *given, *sheet, "data.max_skipped=1")
+    assert "2 records, 2 with text, 2 with image" in report and "1 record left out" in report
+    with pytest.raises(SystemExit, match="several streams, which the preset does not read"):
+        inspect(capsys, tmp_path, "--preset", "debug", given[3], *sheet)
 
 
 @pytest.mark.parametrize(

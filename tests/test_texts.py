@@ -1,5 +1,6 @@
 """Texts and dialogues as people write them: encodings, records of unlike shape, and what is wrong with one."""
 
+import ast
 import codecs
 import copy
 import json
@@ -8,11 +9,12 @@ import warnings
 import datasets
 import numpy as np
 import pytest
+from helpers import ROOT
 from transformers import AutoTokenizer
 
 from tokcom.processing_tokcom import text_ids
 from tokcom.training.config import DataConfig
-from tokcom.training.records import messages_of
+from tokcom.training.records import OPENERS, messages_of
 from tokcom.training.report import PartReport, Report
 from tokcom.training.sources import load_documents
 from tokcom.training.tokens import (
@@ -61,7 +63,7 @@ def test_a_byte_order_mark_says_the_encoding_and_is_removed(suffix, encoding, tm
     [
         (
             "Überraschung für größere Jungen, die schöne Bäume mögen".encode("cp1252"),
-            "data.encoding=cp1252|perhaps it is",
+            "perhaps it is cp1252: .*data.encoding=cp1252",
         ),
         ("a text".encode("utf-16-le"), "UTF-16 without a mark.*data.encoding=utf-16-le"),
         (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + bytes(range(256)), "convert"),
@@ -210,6 +212,34 @@ def test_csv_is_read_as_spreadsheets_write_it(tmp_path):
         ValueError, match=r"b.csv, record 0 \(line 2\) has 3 fields, but the header 2"
     ):
         read(tmp_path / "b.csv")
+    (tmp_path / "c.csv").write_text("sep=;\nid;text\n1;a, b\n")
+    (tmp_path / "d.csv").write_text("id|text\n1|c, d\n")
+    assert [read(tmp_path / f"{name}.csv")["text"][0] for name in "cd"] == ["a, b", "c, d"]
+    (tmp_path / "e.csv").write_text('id,text\n1,ok\n2,"never closed\n3,lost\n')
+    with pytest.raises(
+        ValueError, match=r"e.csv, record 1 \(line 4\) is no CSV .*close its quotes"
+    ):
+        read(tmp_path / "e.csv")
+    assert read(tmp_path / "e.csv", max_skipped=1)["text"][:] == ["ok"]
+
+
+@pytest.mark.parametrize("suffix", ["gz", "bz2", "xz"])
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "csv"])
+def test_a_compressed_file_that_is_cut_off_is_named_or_left_out(kind, suffix, tmp_path):
+    rows = {"txt": "words and words ", "jsonl": '{"text": "words"}\n', "csv": "text\n"}
+    compress = OPENERS[f".{suffix}"]
+    (tmp_path / f"a.{kind}").write_text(rows[kind] + "words\n" * (kind == "csv"))
+    with compress(tmp_path / f"b.{kind}.{suffix}", "wb") as stream:
+        stream.write(b"".join(b"%d, %s" % (i, rows[kind].encode()) for i in range(900)))
+    path = tmp_path / f"b.{kind}.{suffix}"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match=rf"b.{kind}.{suffix}"):
+        read(tmp_path)
+    (tmp_path / f"c.{kind}.{suffix}").write_bytes(b"not compressed at all")
+    with pytest.raises(ValueError, match=rf"c.{kind}.{suffix} cannot be read"):
+        read(tmp_path / f"c.{kind}.{suffix}")
+    if kind == "txt":
+        assert len(read(tmp_path, max_skipped=2)) == 1
 
 
 def test_parquet_of_another_type_and_nulls_are_named(tmp_path):
@@ -259,6 +289,8 @@ BAD_DIALOGUES = [
     ({"messages": None}, "must end with an answer"),
     ({"prompt": "hi", "answer": None}, "turn 1 .assistant.*null"),
     ({"prompt": "hi"}, "turn 1 .assistant.*null"),
+    ({"prompt": "hi", "answer": " "}, "blank answer"),
+    ({"text": "hi"}, "none of the fields prompt, messages, conversations .fields: text"),
     ({"prompt": 7, "answer": "x"}, "number 7"),
     (
         {"conversations": [{"from": "human", "value": None}, {"from": "gpt", "value": "x"}]},
@@ -353,6 +385,21 @@ def test_texts_are_tokenized_once_for_a_tokenizer_and_again_for_another(
         )
     assert len(tokenize_documents(documents, other, "text", "x")) < len(first)
     assert text_ids(tokenizer, "text 0 of")[0] == first[0]
+
+
+def test_every_file_that_holds_text_is_opened_with_its_encoding():
+    """Windows opens files in another one."""
+    found = []
+    for path in sorted(ROOT.glob("**/*.py")):
+        if path.relative_to(ROOT).parts[0] in ("tests", ".venv", "build"):
+            continue
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute):
+                continue
+            texts = call.func.attr in ("read_text", "write_text")
+            if texts and "encoding" not in [word.arg for word in call.keywords]:
+                found.append(f"{path.relative_to(ROOT)}:{call.lineno}")
+    assert not found
 
 
 def test_reading_warns_of_nothing_without_a_reason(tmp_path):
