@@ -123,7 +123,9 @@ def open_image(value: Any, name: str = "a record") -> Image.Image:
 
 
 def _opened(value: Any) -> Image.Image:
-    if isinstance(value, bytes) and not value:
+    if not isinstance(value, (str, os.PathLike, bytes)):
+        raise ValueError(f"a {type(value).__name__} is neither a file nor its bytes")
+    if not value:
         raise ValueError("it is empty")
     try:
         return Image.open(io.BytesIO(value) if isinstance(value, bytes) else value)

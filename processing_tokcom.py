@@ -255,6 +255,11 @@ def as_prompts(tokenizer: PreTrainedTokenizerBase | None, prompt: Any) -> list[s
             continue
         if not all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in turns):
             raise ValueError(f"a dialogue must be a list of {{'role', 'content'}}, not {turns!r}.")
+        for turn in turns:
+            if not isinstance(turn["content"], str):
+                raise ValueError(
+                    f"what a turn of a dialogue says must be a text, not {_describe(turn['content'])}."
+                )
         if getattr(tokenizer, "chat_template", None):
             text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
             prompts[i] = ChatText(text)

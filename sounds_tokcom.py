@@ -8,6 +8,7 @@ Notable choices:
 """
 
 import io
+import warnings
 import wave
 from math import gcd
 from pathlib import Path
@@ -57,7 +58,13 @@ class TokComAudioProcessor:
         config = self.config
         longest = config.num_samples / config.sampling_rate
         name = f"sound {str(sound)!r}" if isinstance(sound, (str, Path)) else "a sound"
-        sound = read_sound(sound, config.sampling_rate, name, rate, longest)
+        facts: dict[str, Any] = {}
+        sound = read_sound(sound, config.sampling_rate, name, rate, longest, facts)
+        if facts["seconds"] > longest + 0.01:
+            warnings.warn(
+                f"{name} of {facts['seconds']:.1f} s is cut to the {longest:.1f} s that the model hears.",
+                stacklevel=4,
+            )
         sound = sound[: config.num_samples]
         sound = sound / max(np.abs(sound).max(), 1e-4)
         sound = np.pad(sound, (0, config.num_samples - len(sound)))

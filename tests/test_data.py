@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
@@ -97,6 +98,13 @@ def test_trained_tokenizer_round_trips_any_text():
     tokenizer = train_tokenizer(TEXTS, 300)
     for text in [*TEXTS, "never seen: ñ 🐷\t\r\n  e\u0301"]:
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_a_word_of_any_length_is_learnt_from_in_time():
+    begin = time.monotonic()
+    tokenizer = train_tokenizer(["a text", "ACGT" * 50_000], 270)
+    assert time.monotonic() - begin < 20  # minutes, if it were one word
+    assert tokenizer.decode(text_ids(tokenizer, "a text ACGTACGT")) == "a text ACGTACGT"
 
 
 def test_documents_are_separated_by_eos():

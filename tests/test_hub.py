@@ -62,6 +62,7 @@ REMOTE_FILES = {
         "torch",
         "transformers",
         "typing",
+        "warnings",
         "wave",
     },
     "context_tokcom.py": {

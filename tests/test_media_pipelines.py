@@ -1,14 +1,19 @@
 """One pipeline class for each modality: which is picked, what it takes, what it refuses."""
 
+import argparse
 import inspect
+import io
 import json
+import warnings
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from helpers import ROOT, build_model, seeded, tiny_pipeline
 from PIL import Image
 
+from tokcom.evaluation.images import Pictures
 from tokcom.pictures_tokcom import Frames
 from tokcom.pipeline_media_tokcom import (
     TokComImagePipeline,
@@ -251,3 +256,24 @@ def test_classes_are_exported_by_the_package():
     assert tokcom.load_pipeline is load_pipeline
     for pipeline in (TokComPipeline, TokComImagePipeline, TokComVideoPipeline, TokComOmniPipeline):
         assert getattr(tokcom, pipeline.__name__) is pipeline
+
+
+def test_of_several_captions_an_evaluation_takes_the_first(tmp_path):
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16), "red").save(buffer, "PNG")
+    rows = {"image": [buffer.getvalue()] * 3, "text": [["a cat", "a pet"], [], ["a dog"]]}
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "a.parquet")
+    args = argparse.Namespace(image_column="image", caption_column=None, seed=0)
+    found = Pictures(str(tmp_path / "a.parquet"), tiny_pipeline("image"), args, 3)
+    assert found.captions == ["a cat", "", "a dog"]
+
+
+def test_a_long_sound_is_cut_with_a_word():
+    pipe = tiny_pipeline("several")
+    config = pipe.model.config.codec_config.stream_configs()["audio"]
+    sound = np.sin(np.arange(4 * config.num_samples))
+    with pytest.warns(UserWarning, match="a sound of .* s is cut to the .* s that the model hears"):
+        pipe.encode({"audio": sound})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe.encode({"audio": sound[: config.num_samples]})

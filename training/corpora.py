@@ -511,8 +511,11 @@ class Reading:
         if name == "dialogues":
             self._remember(tokenizer, part.letters)
         part.records = len(pairs)
+        window = self.config.flow.sequence_length
         for prompt, answer in pairs:
             part.add({"tokens of the prompt": len(prompt), "tokens of the answer": len(answer)})
+            cut = len(prompt) + len(answer) > window
+            part.add({f"cut to a window of {window} tokens": cut})
         for prompt, answer in pairs[:EXAMPLES]:
             texts = (
                 tokenizer.decode(ids[:EXAMPLE_TOKENS], skip_special_tokens=True)

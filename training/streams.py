@@ -180,7 +180,7 @@ class OmniDataset(torch.utils.data.Dataset):
         seconds = found.pop("seconds")
         found |= {"cut at its end": seconds > longest, "padded with silence": seconds < longest}
         facts |= {f"{name} {what}": value for what, value in found.items()} | {"seconds": seconds}
-        return sound
+        return sound[: config.num_samples]
 
     def cut(self, text: str, ids: list[int], longest: int) -> str:
         """A text, or of a longer one as much as `longest` ids hold; a cut inside a character loses it."""

@@ -1,6 +1,7 @@
 """Texts and dialogues in, ids out: tokenizers are trained here, and documents tokenized once, into a cache."""
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from tokcom.training.report import PartReport, Report
 
 EOS_TOKEN = "</s>"
 BATCH_BYTES = 1 << 22  # of text that is tokenized at once, whose ids take many times as much
+LONGEST_WORD = 2000  # characters: the time that a word takes to learn from grows with its square
 TOKENIZING = 1  # version of what the cache holds
 TOKENIZED = {
     "ids": datasets.List(datasets.Value("int32")),
@@ -41,9 +43,19 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    pieces = (piece for text in texts for piece in _without_long_words(text))
+    tokenizer.train_from_iterator(pieces, trainer)
     options = {"eos_token": EOS_TOKEN, "clean_up_tokenization_spaces": False}
     return with_pad_token(PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options))
+
+
+def _without_long_words(text: str) -> Iterator[str]:
+    """A text in pieces that hold no word that is too long, such as a file in base64 or a genome; mostly the whole text."""
+    start = 0
+    for word in re.finditer(rf"\w{{{LONGEST_WORD}}}", text):
+        yield text[start : word.end()]
+        start = word.end()
+    yield text[start:]
 
 
 def get_tokenizer(
@@ -270,6 +282,7 @@ def tokenize_dialogues(
     dialogues, and `part` is told which characters there are."""
     report = Report() if report is None else report
     letters: set[str] = set()
+    characters = 0
     pairs = []
     for index, record in enumerate(tqdm(documents, desc=f"tokenizing {desc}", unit="doc")):
         try:
@@ -278,8 +291,10 @@ def tokenize_dialogues(
             report.skip(str(error))
             continue
         letters.update(answer["content"], *(message["content"] for message in before))
+        characters += sum(len(message["content"]) for message in (*before, answer))
         ids = text_ids(tokenizer, answer["content"])
         pairs.append((tokenize_prompt(tokenizer, before), [*ids, tokenizer.eos_token_id]))
     if part is not None:
         part.letters = "".join(letters)
+        part.counts["characters"] = characters
     return pairs
