@@ -149,6 +149,22 @@ def test_what_training_reads_is_printed_before_the_first_stage_and_counts_what_i
     assert corpus.tokenizer.init_kwargs["training_characters"].startswith(" ")
 
 
+def test_a_record_keeps_its_number_where_records_are_drawn(tmp_path):
+    rows = [_picture(10 * i) for i in range(9)]
+    datasets.Dataset.from_dict({"image": [*rows[:7], b"broken", *rows[7:]]}).to_parquet(
+        tmp_path / "a.parquet"
+    )
+    settings = [f"data.train={tmp_path / 'a.parquet'}", f"output_dir={tmp_path / 'out'}"]
+    with pytest.raises(ValueError, match=r"record 7 \(image\) holds no picture"):
+        read_data(load_train_config("style-tiny", settings))
+
+
+def _picture(shade: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (shade, 0, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def test_dialogues_and_streams_of_text_are_reported(tmp_path, capsys):
     lines = [json.dumps({"prompt": f"what is {i}?", "answer": "a number"}) for i in range(5)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))

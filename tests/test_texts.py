@@ -327,6 +327,15 @@ def test_a_bad_dialogue_of_a_parquet_file_is_counted(tokenizer):
         tokenize_dialogues(datasets.Dataset.from_list(rows), tokenizer, "dialogues")
 
 
+def test_a_bad_dialogue_of_several_parquet_files_is_named_with_its_file(tmp_path):
+    good = {"prompt": "a", "answer": "b"}
+    for name, rows in (("a", [good] * 3), ("b", [good, {"prompt": "a", "answer": None}])):
+        datasets.Dataset.from_list(rows).to_parquet(tmp_path / f"{name}.parquet")
+    with pytest.raises(ValueError, match="b.parquet, record 1: turn 1 .assistant.*null"):
+        read(tmp_path)
+    assert len(read(tmp_path, max_skipped=1)) == 4
+
+
 def test_sources_of_texts_and_of_dialogues_are_not_joined(tmp_path):
     lines(tmp_path / "a.jsonl", {"text": "a"})
     lines(tmp_path / "b.jsonl", {"prompt": "a", "answer": "b"})

@@ -1,4 +1,4 @@
-"""Text files and tables as records: generators, whose outcome `datasets` keeps in its cache.
+"""Text files and tables as records: generators, whose outcome `datasets` keeps in its cache, and what makes parts alike.
 
 The key of the cache is the content of the files, so a changed file is read again and a moved one is not.
 """
@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
+import pyarrow.parquet
 import xxhash
 
+from tokcom.training.config import DataConfig
 from tokcom.training.files import kind_of
 from tokcom.training.records import (
     UNREADABLE,
+    first_record,
     messages_of,
     read_rows,
     read_text,
@@ -91,3 +94,41 @@ def format_of(path: Path) -> str:
     if ".parquet" in suffixes:
         return "parquet"
     return "csv" if ".csv" in suffixes or ".tsv" in suffixes else "json"
+
+
+def columns_of(path: Path, encoding: str | None) -> list[str]:
+    """The fields of a table; none of one that cannot be read, which is named when it is."""
+    if format_of(path) != "parquet":
+        return list(first_record(path, encoding) or ())
+    try:
+        return pyarrow.parquet.read_schema(path).names
+    except (OSError, pyarrow.ArrowInvalid):
+        return []
+
+
+def as_stored(part):
+    """Records whose pictures, films and sounds are not decoded, and whose texts are of one type: sources are joined by equal ones,
+    and parquet knows two."""
+    for name, feature in (part.features or {}).items():
+        if type(feature) in (datasets.Image, datasets.Video, datasets.Audio):
+            part = part.cast_column(name, type(feature)(decode=False))
+        elif getattr(feature, "dtype", None) == "large_string":
+            part = part.cast_column(name, datasets.Value("string"))
+    return part
+
+
+def alike(parts: list, config: DataConfig) -> list:
+    """Parts whose captions are all texts or all lists of texts, so that they can be joined."""
+    name = config.captions
+    if config.streaming or not any(
+        isinstance(part.features.get(name), datasets.List) for part in parts
+    ):
+        return parts
+    same = []
+    for part in parts:
+        if name in part.column_names and not isinstance(part.features[name], datasets.List):
+            rows = [[text] if text else [] for text in part[name]]
+            feature = datasets.List(datasets.Value("string"))
+            part = part.remove_columns(name).add_column(name, rows, feature=feature)
+        same.append(part)
+    return same

@@ -4,6 +4,7 @@ A suffix counts in any case. Files that systems and editors leave behind are lef
 name; `Listing.left_out` says which and why, so that nothing is dropped in silence. File names are names, not patterns.
 """
 
+import errno
 import os
 import re
 import stat
@@ -155,8 +156,9 @@ def _reason_to_drop(path: Path) -> str | None:
         found = path.stat()
     except FileNotFoundError:
         return "broken link"
-    except OSError:
-        return "link that leads to itself"
+    except OSError as error:
+        loops = error.errno == errno.ELOOP
+        return "link that leads to itself" if loops else (error.strerror or "unreadable").lower()
     if not stat.S_ISREG(found.st_mode):
         return "pipe, socket or device"
     return None if found.st_size else "empty"

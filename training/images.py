@@ -145,7 +145,8 @@ class ImageDataset(torch.utils.data.Dataset):
     def frames(self, index: int) -> Frames:
         """All frames of a record."""
         value = self.records[index][self.image_column]
-        frames = Frames(value, record_name(index, self.image_column, value), self.steps.get(index))
+        name = record_name(self.records, index, self.image_column, value)
+        frames = Frames(value, name, self.steps.get(index))
         if isinstance(frames.source, Image.Image) and len(frames) > 1:
             self.steps[index] = frames.steps  # all frames are decoded to know them
         return frames
@@ -153,7 +154,7 @@ class ImageDataset(torch.utils.data.Dataset):
     def describe(self, index: int) -> str:
         """A record in words."""
         record = self.records[index]
-        name = record_name(index, self.image_column, record[self.image_column])
+        name = record_name(self.records, index, self.image_column, record[self.image_column])
         if self.caption_column is None:
             return name
         return f"{name}: {captions_of(record[self.caption_column])}"
@@ -231,8 +232,15 @@ def clip_starts(count: int, length: int) -> list[int]:
     return sorted({*range(0, count - length + 1, length), count - length})
 
 
-def record_name(index: int, column: str, value: Any) -> str:
+def row_number(records: datasets.Dataset, index: int) -> int:
+    """The number that a record has in its source, where it may have another place: held-out records are drawn."""
+    indices = records._indices
+    return index if indices is None else indices.column(0)[index].as_py()
+
+
+def record_name(records: datasets.Dataset, index: int, column: str, value: Any) -> str:
     """A record as messages name it, with its file if it has one."""
+    index = row_number(records, index)
     path = value.get("path") if isinstance(value, dict) else value
     if not isinstance(path, str) or not path:
         return f"record {index} ({column})"

@@ -22,6 +22,9 @@ from tokcom.training.documents import (
     PROBLEM,
     READER,
     TURNS,
+    alike,
+    as_stored,
+    columns_of,
     content_digest,
     format_of,
     good_records,
@@ -39,6 +42,7 @@ from tokcom.training.folders import (
 from tokcom.training.records import (
     DIALOGUES,
     first_record,
+    messages_of,
     near_miss,
     read_rows,
     shown,
@@ -82,8 +86,10 @@ class Source:
 
     def load(self, config: DataConfig, split: str, report: Report):
         """Its records with the fields that training reads; notes in `report` what they are."""
+        if self.path.startswith("~"):
+            self.path = str(Path(self.path).expanduser())
         self.report = report
-        self.group: list[Path] = []  # parquet files that are read together
+        self.group: dict[Path, int] = {}  # rows of the parquet files that are read together
         path = Path(self.path)
         if not path.exists():
             part = self._from_hub(config, split)
@@ -197,22 +203,13 @@ class Source:
         text = self.field or config.text_column
         fitting = {}
         for path, name in formats.items():
-            columns = [] if name == "text" else self._columns_of(path, config)
+            columns = [] if name == "text" else columns_of(path, config.encoding)
             if not columns or {text, *DIALOGUES} & set(columns):
                 fitting[path] = name
             else:
                 listing.leave_out(path, f"table without field {text!r}")
         listing.files = [path for path in listing.files if path in fitting or path not in formats]
         return fitting or formats
-
-    def _columns_of(self, path: Path, config: DataConfig) -> list[str]:
-        """The fields of a table; none of one that cannot be read, which is named when it is."""
-        if format_of(path) != "parquet":
-            return list(first_record(path, config.encoding) or ())
-        try:
-            return pyarrow.parquet.read_schema(path).names
-        except (OSError, pyarrow.ArrowInvalid):
-            return []
 
     def _one_format(self, files: list[Path], config: DataConfig, source: SourceReport):
         if source.kind == "parquet":
@@ -316,7 +313,7 @@ class Source:
         source.used = len(files)
         parts = []
         for _, group in groupby(files, lambda file: str(schemas[file])):
-            self.group = list(group)
+            self.group = {file: pyarrow.parquet.read_metadata(file).num_rows for file in group}
             names = [
                 glob.escape(str(file)) for file in self.group
             ]  # a name is a pattern to datasets
@@ -382,12 +379,23 @@ class Source:
             part = (
                 part if text == config.text_column else part.rename_column(text, config.text_column)
             )
+        elif not isinstance(part, datasets.IterableDataset):
+            part = self._without(part, self._bad_dialogues(part))
         return part
+
+    def _bad_dialogues(self, part: datasets.Dataset) -> dict[int, str]:
+        """What is wrong with the dialogues of which something is."""
+        problems = {}
+        for index, record in enumerate(part):
+            try:
+                messages_of(record, "{}, record {}".format(*self._place(index)))
+            except ValueError as error:
+                problems[index] = str(error)
+        return problems
 
     def _place(self, index: int) -> tuple[str, int]:
         """The file of a record of parquet files, and its number there; of others the source."""
-        for file in self.group:
-            rows = pyarrow.parquet.read_metadata(file).num_rows
+        for file, rows in self.group.items():
             if index < rows:
                 return str(file), index
             index -= rows
@@ -488,34 +496,6 @@ def read_sources(source: str | dict | list[str | dict]) -> list[Source]:
             )
         sources.append(Source(**values))
     return sources
-
-
-def as_stored(part):
-    """Records whose pictures, films and sounds are not decoded, and whose texts are of one type: sources are joined by equal ones,
-    and parquet knows two."""
-    for name, feature in (part.features or {}).items():
-        if type(feature) in (datasets.Image, datasets.Video, datasets.Audio):
-            part = part.cast_column(name, type(feature)(decode=False))
-        elif getattr(feature, "dtype", None) == "large_string":
-            part = part.cast_column(name, datasets.Value("string"))
-    return part
-
-
-def alike(parts: list, config: DataConfig) -> list:
-    """Parts whose captions are all texts or all lists of texts, so that they can be joined."""
-    name = config.captions
-    if config.streaming or not any(
-        isinstance(part.features.get(name), datasets.List) for part in parts
-    ):
-        return parts
-    same = []
-    for part in parts:
-        if name in part.column_names and not isinstance(part.features[name], datasets.List):
-            rows = [[text] if text else [] for text in part[name]]
-            feature = datasets.List(datasets.Value("string"))
-            part = part.remove_columns(name).add_column(name, rows, feature=feature)
-        same.append(part)
-    return same
 
 
 def load_documents(

@@ -19,7 +19,7 @@ from tokcom.processing_tokcom import (
     text_rows,
 )
 from tokcom.training.files import MEDIA, kind_of
-from tokcom.training.images import captions_of, record_name
+from tokcom.training.images import captions_of, record_name, row_number
 
 KEPT_SOUNDS = 512 * 2**20  # bytes of features that a dataset keeps, in each process that reads it
 
@@ -82,7 +82,9 @@ class OmniDataset(torch.utils.data.Dataset):
         record = self.records[index]
         there = {name: value for name, value in record.items() if self.present[name][index]}
         shown = {
-            name: repr(there[name]) if name in self.texts else record_name(index, name, there[name])
+            name: repr(there[name])
+            if name in self.texts
+            else record_name(self.records, index, name, there[name])
             for name in there
         }
         return ", ".join(f"{name} {value}" for name, value in shown.items())
@@ -153,7 +155,7 @@ class OmniDataset(torch.utils.data.Dataset):
             elif config.kind == "audio":
                 content[name] = self._sound(value, name, index, facts)
             else:
-                frames = Frames(value, record_name(index, name, value))
+                frames = Frames(value, record_name(self.records, index, name, value))
                 if config.kind == "image":
                     content[name] = frames[0]
                 else:
@@ -175,7 +177,12 @@ class OmniDataset(torch.utils.data.Dataset):
         found: dict[str, float] = {}
         longest = config.num_samples / config.sampling_rate
         sound = read_sound(
-            value, config.sampling_rate, record_name(index, name, value), None, longest, found
+            value,
+            config.sampling_rate,
+            record_name(self.records, index, name, value),
+            None,
+            longest,
+            found,
         )
         seconds = found.pop("seconds")
         found |= {"cut at its end": seconds > longest, "padded with silence": seconds < longest}
@@ -207,7 +214,8 @@ class OmniDataset(torch.utils.data.Dataset):
         try:
             return self.processors[name](frames)["pixel_values"]
         except ValueError as error:
-            raise ValueError(f"record {index} ({name}): {error}") from error
+            number = row_number(self.records, index)
+            raise ValueError(f"record {number} ({name}): {error}") from error
 
     def __getitem__(self, index: int) -> dict[str, dict[str, torch.Tensor]]:
         content = self.content(index)
@@ -233,7 +241,7 @@ class OmniDataset(torch.utils.data.Dataset):
                 streams[name] = pixels[0] if config.kind == "image" else pixels.transpose(0, 1)
         present = {name: torch.tensor(name in content) for name in self.configs}
         if not content:
-            raise ValueError(f"record {index} is empty; remove it.")
+            raise ValueError(f"record {row_number(self.records, index)} is empty; remove it.")
         return {"streams": streams, "present": present}
 
 
