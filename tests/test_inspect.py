@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import datasets
 import numpy as np
@@ -210,3 +211,11 @@ def test_clips_in_a_column_of_another_name_are_found_in_the_message(tmp_path):
     datasets.Dataset.from_dict({"video": [b"x"], "label": [1]}).to_parquet(tmp_path / "a.parquet")
     with pytest.raises(SystemExit, match="fields: video, label.*data.image_column"):
         main([str(tmp_path / "a.parquet"), "--preset", "video-tiny"])
+
+
+def test_the_table_of_inputs_names_tests_that_there_are():
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs/data.md").read_text(encoding="utf-8")))
+    there = set()
+    for file in (ROOT / "tests").glob("test_*.py"):
+        there |= set(re.findall(r"^def (test_\w+)", file.read_text(encoding="utf-8"), re.MULTILINE))
+    assert len(named) > 10 and named <= there
