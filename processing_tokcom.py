@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
-from .pictures_tokcom import Frames, is_stored, upright
+from .pictures_tokcom import Frames, is_film, is_stored, upright
 from .sounds_tokcom import TokComAudioProcessor, is_samples, read_sound, read_wav, write_wav
 
 CHARACTERS = "training_characters"  # of a tokenizer: every character of the training text
@@ -393,7 +393,9 @@ def as_clips(videos: Any, name: str = "videos") -> list[torch.Tensor | list[Any]
 
 def _moves(value: Any) -> bool:
     """Whether a file holds a film or an animation."""
-    return is_stored(value) and len(Frames(value, _name_of(value, "videos"))) > 1
+    if not is_stored(value):
+        return False
+    return is_film(value) or len(Frames(value, _name_of(value, "videos"))) > 1
 
 
 def _one_clip(clip: Any, name: str) -> torch.Tensor | list[Any]:

@@ -183,7 +183,7 @@ def read_sound(
 
 def _check_samples(sound: np.ndarray, name: str) -> None:
     if not sound.size:
-        raise ValueError(f"{name} is a sound without samples; remove it.")
+        raise ValueError(f"{name} is without samples; remove it.")
     if not np.isfinite(sound).all():
         raise ValueError(f"{name} has samples that are not finite; repair or remove it.")
 
@@ -191,16 +191,19 @@ def _check_samples(sound: np.ndarray, name: str) -> None:
 def _samples(value: Any, name: str) -> np.ndarray:
     """An array, tensor or list as float32 `(n,)` or `(n, channels)`; whole numbers are divided by the largest of their type."""
     try:
-        value = (
-            value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
-        )
+        if isinstance(value, torch.Tensor):
+            value = value.detach().cpu()
+            # numpy has no bfloat16
+            value = (value.float() if value.is_floating_point() else value).numpy()
+        else:
+            value = np.asarray(value)
     except ValueError as error:
         raise ValueError(f"{name} has channels of unlike lengths ({error}); repair it.") from error
     kind = type(value).__name__
     if value.dtype.kind not in "iuf" or value.ndim not in (1, 2):
         raise ValueError(
-            f"{name} is no sound: a path, encoded bytes, or samples (n,) or (channels, n) are, not {kind} of "
-            f"{value.dtype} of shape {value.shape}."
+            f"{name} must be a path, encoded bytes, or samples (n,) or (channels, n), not {kind} of {value.dtype} and shape "
+            f"{value.shape}."
         )
     if (
         value.ndim == 2 and value.shape[0] <= value.shape[1]

@@ -313,6 +313,7 @@ STEREO = np.stack([tone(440), 0 * tone(440)])
         STEREO.T.tolist(),
         torch.from_numpy(STEREO),
         STEREO.astype(np.float64),
+        torch.from_numpy(STEREO).bfloat16(),
     ]
     + [
         (STEREO * 32767).astype(np.int16),
