@@ -310,6 +310,20 @@ def test_pictures_in_a_table_are_found_beside_it(suffix, tmp_path):
     assert Frames(row["image"])[0].size == (8, 8) and row["caption"] == "a cup"
 
 
+def test_captions_of_a_table_may_be_texts_beside_lists_and_other_fields_anything(tmp_path):
+    draw(tmp_path / "1.png")
+    values = [None, ["two", "three"], "one", 5]
+    rows = [{"image": "1.png", "caption": v, "id": i or "x"} for i, v in enumerate(values)]
+    del rows[0]["caption"]  # the first record does not tell all fields
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=r"record 3 \(line 4\): its caption is the number 5"):
+        read(tmp_path / "a.jsonl")
+    found = read(tmp_path / "a.jsonl", Report(1))
+    assert found["caption"][:] == [None, ["two", "three"], ["one"]]
+    with pytest.raises(ValueError, match="field 'id' of .* holds values of several kinds"):
+        read(tmp_path / "a.jsonl", Report(1), fields={"image": "image", "text": "id"})
+
+
 def test_what_is_no_file_of_data_is_named_and_does_not_stop_a_run(tmp_path):
     (tmp_path / "a.txt").write_text("a text")
     os.mkfifo(tmp_path / "pipe.txt")  # which would wait for someone to write

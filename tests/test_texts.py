@@ -116,8 +116,13 @@ def test_a_bad_record_is_named_with_its_file_and_line(bad, named, tmp_path):
         read(tmp_path / "c.json")
 
 
-@pytest.mark.parametrize("line", ['{"text": "a"', "{'text': 'a'}", '{"text": "a"} x', "not json"])
+@pytest.mark.parametrize(
+    "line", ['{"text": "a"', "{'text': 'a'}", '{"text": "a"} x', "not json", "[" * 9999]
+)
 def test_a_line_that_is_no_json_is_named(line, tmp_path):
+    (tmp_path / "whole.json").write_text("[" + line)
+    with pytest.raises(ValueError, match="whole.json is no JSON"):
+        read(tmp_path / "whole.json")
     (tmp_path / "a.jsonl").write_text(f'{{"text": "one"}}\n{line}\n')
     with pytest.raises(ValueError, match=r"a.jsonl, record 1 \(line 2\) is no JSON"):
         read(tmp_path / "a.jsonl")

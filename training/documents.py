@@ -106,6 +106,28 @@ def columns_of(path: Path, encoding: str | None) -> list[str]:
         return []
 
 
+def table_of(
+    rows: list[dict], columns: list[str], needed: list[str], path: str
+) -> datasets.Dataset:
+    """Records of several fields. Texts beside lists of texts become lists; a field that mixes other kinds is left out,
+    or if it is `needed` a `ValueError`."""
+    found = {}
+    for name in columns:
+        values = [row.get(name) for row in rows]
+        if any(isinstance(value, list) for value in values):
+            values = [[value] if isinstance(value, str) else value for value in values]
+        try:
+            pyarrow.array(values)
+        except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
+            if name in needed:
+                raise ValueError(
+                    f"field {name!r} of {path} holds values of several kinds ({error}); make them alike."
+                ) from error
+            continue
+        found[name] = values
+    return datasets.Dataset.from_dict(found)
+
+
 def as_stored(part):
     """Records whose pictures, films and sounds are not decoded, and whose texts are of one type: sources are joined by equal ones,
     and parquet knows two."""

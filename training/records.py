@@ -156,7 +156,7 @@ def _json_rows(path: Path, encoding: str | None) -> Iterator[tuple[str, Any]]:
     text = read_text(path, encoding)
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         yield f"{path}", ValueError(f"{path} is no JSON ({error}).")
         return
     for index, record in enumerate(content if isinstance(content, list) else [content]):

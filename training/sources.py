@@ -28,6 +28,7 @@ from tokcom.training.documents import (
     content_digest,
     format_of,
     good_records,
+    table_of,
     table_records,
     text_records,
 )
@@ -229,8 +230,7 @@ class Source:
         source.used = len(files)
         columns = list(dict.fromkeys(name for first in firsts.values() for name in first or ()))
         if (self.fields or config.fields) or _holds_pictures(columns, config, self.field):
-            rows = [row for file in files for row in self._rows(file, columns, config)]
-            return self._select(datasets.Dataset.from_list(rows), config, source)
+            return self._select(self._records(files, config), config, source)
         wanted = self._text_columns(columns, config)
         field = None if wanted[0] in DIALOGUES else wanted[0]
         source.fields = wanted
@@ -238,20 +238,41 @@ class Source:
             table_records, files, config, source, field=field, column=config.text_column
         )
 
-    def _rows(self, file: Path, columns: list[str], config: DataConfig) -> Iterator[dict]:
-        """The records of a JSON or CSV file as they are; names of files in them are seen from its folder, too."""
-        fields = self.fields or config.fields or {"": config.image_column}
-        for where, record in read_rows(file, config.encoding):
-            if not isinstance(record, dict):
-                problem = record if isinstance(record, ValueError) else None
-                self.report.skip(str(problem or f"{where} is {shown(record)}, no object."))
-                continue
-            for name in fields.values():
+    def _records(self, files: list[Path], config: DataConfig) -> datasets.Dataset:
+        """The records of JSON and CSV files as they are."""
+        found = []
+        for file in files:
+            for where, record in read_rows(file, config.encoding):
+                if isinstance(record, dict):
+                    found.append((file, where, record))
+                else:
+                    problem = record if isinstance(record, ValueError) else None
+                    self.report.skip(str(problem or f"{where} is {shown(record)}, no object."))
+        columns = list(dict.fromkeys(name for _, _, record in found for name in record))
+        fields = self.fields or config.fields
+        caption = None if fields else find_caption_column(columns, config, self.path)
+        needed = list(fields.values()) if fields else [config.image_column, caption]
+        return table_of(list(self._checked(found, needed, caption)), columns, needed, self.path)
+
+    def _checked(
+        self, found: list[tuple[Path, str, dict]], needed: list[str], caption: str | None
+    ) -> Iterator[dict]:
+        """Records whose captions are texts; names of files in them are seen from the folder of their table, too."""
+        for file, where, record in found:
+            for name in needed:
                 value = record.get(name)
                 if isinstance(value, str) and 0 < len(value) < 1000 and kind_of(value) in MEDIA:
                     beside = file.parent / value
                     record[name] = str(beside) if beside.is_file() else value
-            yield record
+            texts = record.get(caption)
+            for text in texts if isinstance(texts, list) else [texts]:
+                if text is not None and not isinstance(text, str):
+                    self.report.skip(
+                        f"{where}: its caption is {shown(text)}, not a text; repair it."
+                    )
+                    break
+            else:
+                yield record
 
     def _read(
         self, generator, files: list[Path], config: DataConfig, source: SourceReport, **arguments
@@ -544,7 +565,8 @@ def load_documents(
                 "the field of each stream."
             )
         return joined
-    if len(joined) == 0 or not any(str(row or "").strip() for row in joined[first]):
+    is_text = "pictures" not in kinds and "sounds" not in kinds
+    if len(joined) == 0 or (is_text and not any(str(row or "").strip() for row in joined[first])):
         raise ValueError(
             f"no text in {source}: the dataset is empty; check the path and `data.text_column`."
         )
