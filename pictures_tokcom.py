@@ -1,12 +1,13 @@
 """Pictures and films as they lie on disks: one reader for training, pipelines and the command line.
 
 Notable choices:
-- What a file is, its first bytes say, not its name; a container that begins with `ftyp` is told by its brand, since AVIF
-  and HEIC are pictures.
-- Only GIF, WebP, APNG and AVIF are animations: a second picture in a JPEG of a phone, or a page of a TIFF, is no frame.
+- What a file is, its first bytes say, not its name; a container that begins with `ftyp` is told
+  by its brand, since AVIF and HEIC are pictures.
+- Only GIF, WebP, APNG and AVIF are animations: a second picture in a JPEG of a phone, or a page
+  of a TIFF, is no frame.
 - A model sees frames at one rate, so a frame that stays longer than others is there several times.
-- What is broken, cut off or damaged is one `ValueError` that names it. Films are read with PyAV, and HEIC with
-  pillow-heif, if they are installed.
+- What is broken, cut off or damaged is one `ValueError` that names it. Films are read with PyAV,
+  and HEIC with pillow-heif, if they are installed.
 """
 
 import io
@@ -58,7 +59,8 @@ LONGEST_REASON = 200  # characters of what a decoder says
 
 
 def is_stored(value: Any) -> bool:
-    """Whether a value is a file, encoded bytes, or what `datasets` makes of them: a dictionary of both."""
+    """Whether a value is a file, encoded bytes, or what `datasets` makes of them: a dictionary
+    of both."""
     if isinstance(value, dict):
         return value.get("bytes") is not None or value.get("path") is not None
     return isinstance(value, (str, os.PathLike, bytes, bytearray))
@@ -118,7 +120,8 @@ def open_image(value: Any, name: str = "a record") -> Image.Image:
         if image is not None and image is not value:
             image.close()
         raise ValueError(
-            f"{name} holds no picture that can be read ({_reason(error, value)}); repair or remove it."
+            f"{name} holds no picture that can be read ({_reason(error, value)}); repair or "
+            "remove it."
         ) from error
 
 
@@ -160,10 +163,11 @@ def _reason(error: Exception, value: Any) -> str:
 
 
 class Frames:
-    """The frames of a picture, an animated picture, a film, or a list of pictures, decoded when they are asked for.
+    """The frames of a picture, an animated picture, a film, or a list of pictures, decoded when
+    they are asked for.
 
-    A frame that is shown longer than others is there several times: `steps`, if they are known. Raises `ValueError`
-    with the `name` of the record if it cannot be read.
+    A frame that is shown longer than others is there several times: `steps`, if they are known.
+    Raises `ValueError` with the `name` of the record if it cannot be read.
     """
 
     def __init__(self, value: Any, name: str = "a record", steps: list[int] | None = None):
@@ -204,7 +208,8 @@ class Frames:
             return upright(self.source.copy(), self.name)
         except (OSError, EOFError) as error:
             raise ValueError(
-                f"{self.name}: frame {index} cannot be read ({reason_of(error)}); repair or remove it."
+                f"{self.name}: frame {index} cannot be read ({reason_of(error)}); repair or "
+                "remove it."
             ) from error
 
     def clip(self, start: int, count: int) -> list[Image.Image]:
@@ -216,7 +221,8 @@ class Frames:
 
 
 def upright(image: Image.Image, name: str = "a picture") -> Image.Image:
-    """A picture turned as its camera was held, with what is transparent in a mode that has alpha."""
+    """A picture turned as its camera was held, with what is transparent in a mode that has
+    alpha."""
     try:
         image = ImageOps.exif_transpose(image)
     except Exception as error:  # whatever a broken EXIF makes Pillow raise
@@ -236,10 +242,11 @@ def upright(image: Image.Image, name: str = "a picture") -> Image.Image:
 
 
 class Film:
-    """The frames of a film as it is shown: turned as its container says, and with square pixels. Needs PyAV.
+    """The frames of a film as it is shown: turned as its container says, and with square pixels.
+    Needs PyAV.
 
-    `steps` says which frame is shown at each step of a constant rate. Raises `ValueError` with the `name` of the record if
-    it cannot be read, has no frames, is damaged, or is cut off.
+    `steps` says which frame is shown at each step of a constant rate. Raises `ValueError` with
+    the `name` of the record if it cannot be read, has no frames, is damaged, or is cut off.
     """
 
     def __init__(self, value: Any, name: str):
@@ -297,7 +304,8 @@ class Film:
                 self.missing = _missing(container, stream, packets, end)
         except self.errors as error:
             raise ValueError(
-                f"{self.name} holds no film that can be read ({reason_of(error)}); repair or remove it."
+                f"{self.name} holds no film that can be read ({reason_of(error)}); repair or "
+                "remove it."
             ) from error
 
     def __len__(self) -> int:
@@ -321,7 +329,8 @@ class Film:
 
 
 def _missing(container, stream, packets: int, end: float) -> str:
-    """What a container claims and does not hold, or nothing: a frame or two may be left out by how a film was edited."""
+    """What a container claims and does not hold, or nothing: a frame or two may be left out by
+    how a film was edited."""
     if packets < stream.frames - max(1, stream.frames // 200):
         return f"{packets} of its {stream.frames} frames are there"
     length = (container.duration or 0) / 1_000_000
@@ -332,8 +341,8 @@ def _missing(container, stream, packets: int, end: float) -> str:
 
 
 def steps_of(times: Sequence[float]) -> list[int]:
-    """Which frame is shown at each step, the usual time between two of them: cameras and screen recorders leave out frames
-    that show nothing new."""
+    """Which frame is shown at each step, the usual time between two of them: cameras and screen
+    recorders leave out frames that show nothing new."""
     gaps = [after - before for before, after in zip(times, times[1:])]
     usual = median(gaps) if gaps else 0.0
     if usual <= 0 or min(gaps) <= 0 or max(gaps) < 1.5 * usual:
@@ -373,8 +382,8 @@ def timeline(image: Image.Image) -> list[int]:
 
 
 def repeats(durations: Sequence[float]) -> list[int]:
-    """How many steps each frame is shown, for the longest step by which all durations are whole, with a third of a step to spare for
-    formats that round them to 10 ms."""
+    """How many steps each frame is shown, for the longest step by which all durations are whole,
+    with a third of a step to spare for formats that round them to 10 ms."""
     durations = [duration if duration >= QUICK else 100 for duration in durations]
     shortest = min(durations)
     if max(durations) == shortest:

@@ -1,6 +1,8 @@
-"""Text files and tables as records: generators, whose outcome `datasets` keeps in its cache, and what makes parts alike.
+"""Text files and tables as records: generators, whose outcome `datasets` keeps in its cache, and
+what makes parts alike.
 
-The key of the cache is the content of the files, so a changed file is read again and a moved one is not.
+The key of the cache is the content of the files, so a changed file is read again and a moved one
+is not.
 """
 
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ import xxhash
 from tokcom.training.config import DataConfig
 from tokcom.training.files import kind_of
 from tokcom.training.records import (
+    DIALOGUES,
     UNREADABLE,
     first_record,
     messages_of,
@@ -40,7 +43,8 @@ def text_records(files: list[str], column: str, encoding: str | None) -> Iterato
 def table_records(
     files: list[str], field: str | None, column: str, encoding: str | None
 ) -> Iterator[dict]:
-    """The texts in `field` of JSON and CSV files, as `column`, or without a field their dialogues, as `messages`."""
+    """The texts in `field` of JSON and CSV files, as `column`, or without a field their
+    dialogues, as `messages`."""
     name = "messages" if field is None else column
     for file in files:
         try:
@@ -65,7 +69,8 @@ def _table_record(record: object, where: str, field: str | None, name: str) -> d
 
 
 def good_records(generator, max_skipped: int, **arguments) -> Iterator[dict]:
-    """The records of a generator without problems, for a stream; `ValueError` after `max_skipped` of the others."""
+    """The records of a generator without problems, for a stream; `ValueError` after
+    `max_skipped` of the others."""
     report = Report(max_skipped)
     for record in generator(**arguments):
         problem = record.pop(PROBLEM)
@@ -109,8 +114,8 @@ def columns_of(path: Path, encoding: str | None) -> list[str]:
 def table_of(
     rows: list[dict], columns: list[str], needed: list[str], path: str
 ) -> datasets.Dataset:
-    """Records of several fields. Texts beside lists of texts become lists; a field that mixes other kinds is left out,
-    or if it is `needed` a `ValueError`."""
+    """Records of several fields. Texts beside lists of texts become lists; a field that mixes
+    other kinds is left out, or if it is `needed` a `ValueError`."""
     found = {}
     for name in columns:
         values = [row.get(name) for row in rows]
@@ -121,7 +126,8 @@ def table_of(
         except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
             if name in needed:
                 raise ValueError(
-                    f"field {name!r} of {path} holds values of several kinds ({error}); make them alike."
+                    f"field {name!r} of {path} holds values of several kinds ({error}); make them "
+                    "alike."
                 ) from error
             continue
         found[name] = values
@@ -129,8 +135,8 @@ def table_of(
 
 
 def as_stored(part):
-    """Records whose pictures, films and sounds are not decoded, and whose texts are of one type: sources are joined by equal ones,
-    and parquet knows two."""
+    """Records whose pictures, films and sounds are not decoded, and whose texts are of one type:
+    sources are joined by equal ones, and parquet knows two."""
     for name, feature in (part.features or {}).items():
         if type(feature) in (datasets.Image, datasets.Video, datasets.Audio):
             part = part.cast_column(name, type(feature)(decode=False))
@@ -154,3 +160,26 @@ def alike(parts: list, config: DataConfig) -> list:
             part = part.remove_columns(name).add_column(name, rows, feature=feature)
         same.append(part)
     return same
+
+
+def part_kind(part, config: DataConfig) -> str:
+    """pictures, sounds, dialogues or texts."""
+    columns = part.column_names or list(next(iter(part), {}))
+    if config.image_column in columns:
+        return "pictures"
+    if set(DIALOGUES) & set(columns):
+        return "dialogues"
+    return "sounds" if "audio" in columns else "texts"
+
+
+def cut_document(documents: datasets.Dataset, config: DataConfig) -> datasets.Dataset:
+    """One text as two documents, the second `validation_fraction` of it from the beginning of a
+    line or a word."""
+    text = documents[0][config.text_column]
+    place = int(len(text) * (1 - config.validation_fraction))
+    for mark in ("\n", " "):
+        found = text.rfind(mark, int(0.9 * place), place)
+        if found > 0:
+            place = found + 1
+            break
+    return datasets.Dataset.from_dict({config.text_column: [text[:place], text[place:]]})

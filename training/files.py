@@ -1,7 +1,8 @@
 """Which files of a folder are read, and as what.
 
-A suffix counts in any case. Files that systems and editors leave behind are left out, and so is what cannot be told by its
-name; `Listing.left_out` says which and why, so that nothing is dropped in silence. File names are names, not patterns.
+A suffix counts in any case. Files that systems and editors leave behind are left out, and so is
+what cannot be told by its name; `Listing.left_out` says which and why, so that nothing is
+dropped in silence. File names are names, not patterns.
 """
 
 import errno
@@ -173,8 +174,8 @@ def _is_utf8(name: str) -> bool:
 
 
 def _walk(root: Path, listing: Listing) -> Iterator[Path]:
-    """Every file below `root` once. Real folders come before links to folders, so a link that leads back to one of them, or
-    to a folder above, ends there."""
+    """Every file below `root` once. Real folders come before links to folders, so a link that
+    leads back to one of them, or to a folder above, ends there."""
     seen = {os.path.realpath(root)}
     waiting = [root]
     links = []

@@ -1,6 +1,7 @@
 """Films are written here, as mp4, GIF or WebP files. How they are read is in `pictures_tokcom.py`.
 
-What is written is read again frame for frame: encoders join equal neighbours, so they are kept apart.
+What is written is read again frame for frame: encoders join equal neighbours, so they are kept
+apart.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,8 @@ ANIMATED = (".gif", ".webp")
 
 
 def write_film(frames: Sequence[Image.Image], file: str | Path, fps: float = 8) -> None:
-    """Write frames of one size to a `.gif` or `.webp` that is shown again and again, or to an `.mp4`, which needs PyAV.
+    """Write frames of one size to a `.gif` or `.webp` that is shown again and again, or to an
+    `.mp4`, which needs PyAV.
 
     Raises `ValueError` for another ending, or a rate that is not positive.
     """
@@ -42,20 +44,24 @@ def write_film(frames: Sequence[Image.Image], file: str | Path, fps: float = 8) 
 
 
 def _durations(count: int, fps: float, unit: int) -> list[int]:
-    """Milliseconds of every frame, multiples of `unit`, that together keep a rate which is no multiple itself.
+    """Milliseconds of every frame, multiples of `unit`, that together keep a rate which is no
+    multiple itself.
 
-    Browsers show frames of less than 20 ms for 100 ms, so rates above 50 cannot be kept, which is an error.
+    Browsers show frames of less than 20 ms for 100 ms, so rates above 50 cannot be kept, which
+    is an error.
     """
     if 1000 / fps < QUICK:
         raise ValueError(
-            f"`fps` ({fps:g}) is more than the {1000 // QUICK} that a .gif or .webp can show; write an .mp4."
+            f"`fps` ({fps:g}) is more than the {1000 // QUICK} that a .gif or .webp can show; "
+            "write an .mp4."
         )
     ends = [round(1000 * i / (fps * unit)) * unit for i in range(count + 1)]
     return [end - start for start, end in zip(ends, ends[1:])]
 
 
 def _write_gif(frames: Sequence[Image.Image], file: Path, fps: float) -> None:
-    """Every frame whole, with colours of its own: Pillow's `save_all` would join equal neighbours."""
+    """Every frame whole, with colours of its own: Pillow's `save_all` would join equal
+    neighbours."""
     options = {"include_color_table": True, "disposal": 1}
     with file.open("wb") as stream:
         for index, (frame, duration) in enumerate(zip(frames, _durations(len(frames), fps, 10))):
@@ -68,7 +74,8 @@ def _write_gif(frames: Sequence[Image.Image], file: Path, fps: float) -> None:
 
 
 def _kept_apart(frames: Sequence[Image.Image]) -> list[Image.Image]:
-    """Frames of which no two neighbours are equal to an encoder: every second of a run of equals has a corner of opacity 254."""
+    """Frames of which no two neighbours are equal to an encoder: every second of a run of equals
+    has a corner of opacity 254."""
     apart = [frames[0]]
     for before, frame in zip(frames, frames[1:]):
         if (

@@ -1,8 +1,9 @@
 """Folders of pictures, clips and sounds, and the captions that people keep with them.
 
-A caption is looked for in a `metadata` file (.jsonl, .json, .csv, .tsv, .parquet) with `file_name`, then in a text file of the same
-name beside it, then in the name of its folder. A picture may have several: rows of `metadata` for one file, a list in its
-caption field, or the lines of its side file.
+A caption is looked for in a `metadata` file (.jsonl, .json, .csv, .tsv, .parquet) with
+`file_name`, then in a text file of the same name beside it, then in the name of its folder. A
+picture may have several: rows of `metadata` for one file, a list in its caption field, or the
+lines of its side file.
 """
 
 import os
@@ -28,7 +29,8 @@ def metadata_files(listing: Listing) -> list[Path]:
 
 
 def side_files(listing: Listing) -> dict[Path, Path]:
-    """Media files and the text file beside each that has its name: 01.txt or 01.jpg.txt of 01.jpg."""
+    """Media files and the text file beside each that has its name: 01.txt or 01.jpg.txt of
+    01.jpg."""
     texts = {
         path.with_suffix(""): path for path in listing.files if path.suffix.lower() in SIDE_TEXTS
     }
@@ -39,9 +41,11 @@ def side_files(listing: Listing) -> dict[Path, Path]:
 
 
 def find_caption_column(columns: list[str], config: DataConfig, where: str) -> str | None:
-    """The field that holds captions: the one that is asked for, or else `caption` or `text`, if there is one.
+    """The field that holds captions: the one that is asked for, or else `caption` or `text`, if
+    there is one.
 
-    Raises `ValueError`, with the near miss, if the one that is asked for is missing. Only `none` means none.
+    Raises `ValueError`, with the near miss, if the one that is asked for is missing. Only `none`
+    means none.
     """
     asked = config.caption_column
     if asked == NO_CAPTIONS:
@@ -50,7 +54,8 @@ def find_caption_column(columns: list[str], config: DataConfig, where: str) -> s
         return next((name for name in CAPTIONS if name in columns), None)
     if asked not in columns:
         raise ValueError(
-            f"{where} has no captions in {asked!r} (fields: {', '.join(columns) or 'none'}){near_miss(asked, columns)} "
+            f"{where} has no captions in {asked!r} (fields: "
+            f"{', '.join(columns) or 'none'}){near_miss(asked, columns)} "
             f"Set `data.caption_column` to one of them, or to {NO_CAPTIONS!r} to train without."
         )
     return asked
@@ -62,7 +67,8 @@ class MediaFolder:
     Args:
         kinds: those of `MEDIA` that are read.
 
-    With sounds among the kinds, files of one name and different kinds are one record of several streams.
+    With sounds among the kinds, files of one name and different kinds are one record of several
+    streams.
     """
 
     def __init__(
@@ -152,7 +158,8 @@ class MediaFolder:
         names = list(dict.fromkeys(name for _, row in rows for name in row))
         if names and FILE_NAME not in names:
             raise ValueError(
-                f"{file} has no field {FILE_NAME!r}, which names the file of each caption (fields: {some(names)})"
+                f"{file} has no field {FILE_NAME!r}, which names the file of each caption "
+                f"(fields: {some(names)})"
                 f"{near_miss(FILE_NAME, names)}"
             )
         for where, row in rows:
@@ -169,7 +176,8 @@ class MediaFolder:
             elif kind_of(path) in self.kinds or not path.exists():
                 hint = near_miss(row[FILE_NAME], [self.listing.name(media) for media in self.media])
                 self.report.skip(
-                    f"{where} names {row[FILE_NAME]!r}, which is not in the folder or is left out{hint}"
+                    f"{where} names {row[FILE_NAME]!r}, which is not in the folder or is left "
+                    f"out{hint}"
                 )
         return captions
 
@@ -192,18 +200,21 @@ class MediaFolder:
         return rows
 
     def _strings(self, value: object, where: str, media: Path) -> list[str]:
-        """One caption or a list of them as those that are not blank; what is no text is a problem of its file."""
+        """One caption or a list of them as those that are not blank; what is no text is a
+        problem of its file."""
         values = value if isinstance(value, list) else [value]
         if bad := [text for text in values if not isinstance(text, str) and text is not None]:
             self.bad.add(media)
             self.report.skip(
-                f"{where}: the caption of {self.listing.name(media)} is {shown(bad[0])}, not a text; repair it."
+                f"{where}: the caption of {self.listing.name(media)} is {shown(bad[0])}, not a "
+                "text; repair it."
             )
             return []
         return [text for text in values if text and text.strip()]
 
     def _side_text(self, file: Path, media: Path) -> list[str]:
-        """The captions in a text file, one a line; one that cannot be read is a problem of its file."""
+        """The captions in a text file, one a line; one that cannot be read is a problem of its
+        file."""
         try:
             lines = read_text(file, self.config.encoding).split("\n")
         except ValueError as error:
@@ -265,7 +276,8 @@ class MediaFolder:
 
 
 def _normal(path: Path) -> str:
-    """A path in the form in which it is compared: macOS writes an accent as a character of its own."""
+    """A path in the form in which it is compared: macOS writes an accent as a character of its
+    own."""
     return unicodedata.normalize("NFC", os.path.normpath(path))
 
 
@@ -281,12 +293,13 @@ def as_captions(rows: list[list[str]]) -> list:
 
 
 def folders_of_frames(listing: Listing, config: DataConfig, report: Report) -> datasets.Dataset:
-    """Every folder that holds pictures as one clip of them in the order of their numbers; with several folders of such folders
-    the names of those are captions."""
+    """Every folder that holds pictures as one clip of them in the order of their numbers; with
+    several folders of such folders the names of those are captions."""
     pictures = listing.of_kind("picture")
     if not pictures:
         raise ValueError(
-            f"{listing.root} holds no pictures ({', '.join(PICTURES)}); with data.frame_folders=true every folder of pictures is a clip."
+            f"{listing.root} holds no pictures ({', '.join(PICTURES)}); with "
+            "data.frame_folders=true every folder of pictures is a clip."
         )
     folders: dict[Path, list[Path]] = {}
     for path in pictures:

@@ -26,12 +26,14 @@ LONGEST_NAME = 200  # characters of the path of a record in a message
 
 
 class ImageDataset(torch.utils.data.Dataset):
-    """One picture or clip and the ids of its caption; of a longer film another part, and of several captions another one, in every
-    epoch.
+    """One picture or clip and the ids of its caption; of a longer film another part, and of
+    several captions another one, in every epoch.
 
     Args:
-        records: rows with `image_column`, and `caption_column` if there is a tokenizer: a caption or a list of them.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): of the captions, which are padded to the longest.
+        records: rows with `image_column`, and `caption_column` if there is a tokenizer: a
+            caption or a list of them.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): of the captions, which are padded to
+            the longest.
 
     `fit` says for which codec. `facts` has what was found while the last item was made.
     """
@@ -77,8 +79,8 @@ class ImageDataset(torch.utils.data.Dataset):
             self.letters = set().union(*flat)
 
     def fit(self, codec_config, autoencoder=None) -> "ImageDataset":
-        """Give pictures, or clips, of the size that a codec sees from now on; clips as the latents of a frozen `autoencoder` of
-        diffusers, if there is one."""
+        """Give pictures, or clips, of the size that a codec sees from now on; clips as the
+        latents of a frozen `autoencoder` of diffusers, if there is one."""
         self.processor = TokComImageProcessor(codec_config.image_size)
         self.autoencoder = autoencoder
         self.clip_length = codec_config.clip_length if codec_config.modality == "video" else None
@@ -87,8 +89,9 @@ class ImageDataset(torch.utils.data.Dataset):
 
     @torch.no_grad()
     def encode_once(self, device: torch.device, batch_size: int = 16) -> None:
-        """Encode with the autoencoder, in batches on `device`, into a file of the cache of `datasets`: each film as the
-        clips that follow each other in it, and the one that ends it. Which of them is shown is drawn in every epoch."""
+        """Encode with the autoencoder, in batches on `device`, into a file of the cache of
+        `datasets`: each film as the clips that follow each other in it, and the one that ends
+        it. Which of them is shown is drawn in every epoch."""
         if self.frame_counts is None:
             self.frame_counts = [len(self.frames(index)) for index in range(len(self))]
         starts = [clip_starts(int(count), self.clip_length) for count in self.frame_counts]
@@ -175,7 +178,8 @@ class ImageDataset(torch.utils.data.Dataset):
         return item
 
     def _clip(self, index: int) -> tuple[torch.Tensor, dict[str, float]]:
-        """A picture `(3, H, W)`, or a clip `(3, F, H, W)`, of a record in this epoch, and what was found."""
+        """A picture `(3, H, W)`, or a clip `(3, F, H, W)`, of a record in this epoch, and what
+        was found."""
         frames = self.frames(index)
         length = self.clip_length or 1
         start = self._draw(index, max(1, len(frames) + 1 - length))
@@ -200,7 +204,8 @@ class ImageDataset(torch.utils.data.Dataset):
         return pixels[0] if self.clip_length is None else pixels.transpose(0, 1)
 
     def _caption(self, index: int, epoch: int) -> int:
-        """The place of the caption of a record: of several one is drawn in every epoch, and the first is held out."""
+        """The place of the caption of a record: of several one is drawn in every epoch, and the
+        first is held out."""
         first, end = self.first_caption[index : index + 2]
         if end - first == 1 or not self.training:
             return int(first)
@@ -226,14 +231,16 @@ class ImageDataset(torch.utils.data.Dataset):
 
 
 def clip_starts(count: int, length: int) -> list[int]:
-    """Where clips of `length` begin that follow each other in a film of `count` frames, the last one at its end."""
+    """Where clips of `length` begin that follow each other in a film of `count` frames, the last
+    one at its end."""
     if count <= length:
         return [0]
     return sorted({*range(0, count - length + 1, length), count - length})
 
 
 def row_number(records: datasets.Dataset, index: int) -> int:
-    """The number that a record has in its source, where it may have another place: held-out records are drawn."""
+    """The number that a record has in its source, where it may have another place: held-out
+    records are drawn."""
     indices = records._indices
     return index if indices is None else indices.column(0)[index].as_py()
 
@@ -262,7 +269,9 @@ def read_pictures(
     seed: int = 0,
     autoencoder: torch.nn.Module | None = None,
 ) -> ImageDataset:
-    """The first `limit` pictures of a source, for a codec, clips of an `autoencoder` as its latents; their captions, if there are any, are the column `caption` of `.records`, or `caption_column`.
+    """The first `limit` pictures of a source, for a codec, clips of an `autoencoder` as its
+    latents; their captions, if there are any, are the column `caption` of `.records`, or
+    `caption_column`.
 
     Raises `ValueError` if the source has no pictures in `image_column`.
     """
@@ -270,7 +279,8 @@ def read_pictures(
     records = load_documents(source, config, "train")
     if image_column not in records.column_names:
         raise ValueError(
-            f"{source} has no pictures in the field {image_column!r}; name the field that holds them."
+            f"{source} has no pictures in the field {image_column!r}; name the field that holds "
+            "them."
         )
     records = records if limit is None else records.select(range(min(limit, len(records))))
     return ImageDataset(records, image_column, config.captions, None, seed, training=False).fit(
@@ -279,7 +289,8 @@ def read_pictures(
 
 
 def load_autoencoder(name: str) -> torch.nn.Module:
-    """A frozen `AutoencoderKL*` or `AutoencoderTiny` of diffusers, of which `name` is the directory or the Hub id."""
+    """A frozen `AutoencoderKL*` or `AutoencoderTiny` of diffusers, of which `name` is the
+    directory or the Hub id."""
     try:
         return diffusers.AutoModel.from_pretrained(name).requires_grad_(False).eval()
     except (OSError, ValueError) as error:
@@ -315,8 +326,10 @@ def check_autoencoder(autoencoder: torch.nn.Module, codec_config) -> None:
     )
     if found != wanted:
         raise ValueError(
-            f"the autoencoder turns {codec_config.clip_length} frames of {height} x {width} pixels into latents of shape {found}, but "
-            f"the codec reads {wanted}; set num_channels, num_frames, height, width, spatial_compression and "
+            f"the autoencoder turns {codec_config.clip_length} frames of {height} x {width} "
+            f"pixels into latents of shape {found}, but "
+            f"the codec reads {wanted}; set num_channels, num_frames, height, width, "
+            "spatial_compression and "
             "temporal_compression of model.codec_config to what it makes."
         )
 
@@ -336,7 +349,8 @@ def pad_captions(rows: list[list[int]], pad_id: int) -> dict[str, torch.Tensor]:
 def encode_all(
     model, dataset, rows: np.ndarray | None = None, batch_size: int = 256
 ) -> torch.Tensor:
-    """Standardised latents `(M, N, C)` of the pictures of a dataset, in its order, or of those at `rows (M,)`."""
+    """Standardised latents `(M, N, C)` of the pictures of a dataset, in its order, or of those
+    at `rows (M,)`."""
     rows = np.arange(len(dataset)) if rows is None else rows
     parts = []
     for start in tqdm(range(0, len(rows), batch_size), desc="encoding pictures", unit="batch"):
@@ -349,7 +363,8 @@ def encode_all(
 
 @torch.no_grad()
 def measure_image_statistics(model, dataset: ImageDataset, limit: int = 8192) -> None:
-    """Set the codec's mean and standard deviation of every token and channel from up to `limit` pictures."""
+    """Set the codec's mean and standard deviation of every token and channel from up to `limit`
+    pictures."""
     codec = model.codec.eval()
     codec.set_latent_statistics(
         torch.zeros_like(codec.latent_mean), torch.ones_like(codec.latent_std)

@@ -1,7 +1,9 @@
-"""Records of text, JSON and CSV files, one after the other, each with what is wrong with it, if anything is.
+"""Records of text, JSON and CSV files, one after the other, each with what is wrong with it, if
+anything is.
 
-A byte-order mark is removed. What is no UTF-8 is refused, with a guess at what it is, unless `data.encoding` names it: a wrong
-guess would be learnt. A record is known by its file, its number from 0 and, where there are lines, its line from 1.
+A byte-order mark is removed. What is no UTF-8 is refused, with a guess at what it is, unless
+`data.encoding` names it: a wrong guess would be learnt. A record is known by its file, its
+number from 0 and, where there are lines, its line from 1.
 """
 
 import bz2
@@ -107,7 +109,8 @@ def read_text(path: Path, encoding: str | None = None) -> str:
         ) from error
     if "\0" in text:
         raise ValueError(
-            f"{path} has a NUL character at {text.index(chr(0))}, so it is no text, or it is UTF-16 without a mark; convert it "
+            f"{path} has a NUL character at {text.index(chr(0))}, so it is no text, or it is "
+            "UTF-16 without a mark; convert it "
             "to UTF-8, or name its encoding by data.encoding=utf-16-le."
         )
     return text.replace("\r\n", "\n").replace("\r", "\n")
@@ -130,7 +133,8 @@ def _not_text(content: bytes, encoding: str, error: UnicodeDecodeError) -> str:
 
 
 def read_rows(path: Path, encoding: str | None = None) -> Iterator[tuple[str, Any]]:
-    """`(where, record)` of a .json, .jsonl, .csv or .tsv file. A record that cannot be read is a `ValueError` in its place."""
+    """`(where, record)` of a .json, .jsonl, .csv or .tsv file. A record that cannot be read is a
+    `ValueError` in its place."""
     suffix = Path(path.stem).suffix if path.suffix.lower() in OPENERS else path.suffix
     if suffix.lower() in (".csv", ".tsv"):
         return _csv_rows(path, suffix.lower(), encoding)
@@ -236,8 +240,8 @@ def _csv_fields(reader) -> Iterator[list[str] | ValueError]:
 
 
 def first_record(path: Path, encoding: str | None = None) -> dict | None:
-    """The first object of a file, which says what its fields are; None if it holds no record at all. A file that cannot be read
-    holds one without fields: why is found when its records are."""
+    """The first object of a file, which says what its fields are; None if it holds no record at
+    all. A file that cannot be read holds one without fields: why is found when its records are."""
     found = None
     try:
         for _, record in read_rows(path, encoding):
@@ -256,7 +260,8 @@ def text_of(record: Any, column: str, where: str) -> str:
     if column not in record:
         fields = list(record)
         raise ValueError(
-            f"{where} has no field {column!r} (fields: {', '.join(fields)}){near_miss(column, fields)} Repair or remove it."
+            f"{where} has no field {column!r} (fields: "
+            f"{', '.join(fields)}){near_miss(column, fields)} Repair or remove it."
         )
     text = record[column]
     if not isinstance(text, str):
@@ -273,21 +278,24 @@ def text_of(record: Any, column: str, where: str) -> str:
 
 
 def messages_of(record: dict, where: str = "the dialogue") -> list[dict[str, str]]:
-    """`[{"role", "content"}, ...]` of a record of any of the three forms; `ValueError` if it does not end with an answer."""
+    """`[{"role", "content"}, ...]` of a record of any of the three forms; `ValueError` if it
+    does not end with an answer."""
     if record.get("prompt") is not None:
         pairs = [("user", record["prompt"]), ("assistant", record.get("answer"))]
     else:
         turns = record.get("messages") or record.get("conversations")
         if turns is None and not set(DIALOGUES) & set(record):
             raise ValueError(
-                f"{where} has none of the fields {', '.join(DIALOGUES)} (fields: {', '.join(record)}); repair or remove it."
+                f"{where} has none of the fields {', '.join(DIALOGUES)} (fields: "
+                f"{', '.join(record)}); repair or remove it."
             )
         pairs = _turns(turns or [], where)
     messages = []
     for number, (role, content) in enumerate(pairs):
         if not isinstance(content, str):
             raise ValueError(
-                f"{where}: turn {number} ({role}) of {pairs!r:.200} holds {shown(content)} instead of a text; repair or remove it."
+                f"{where}: turn {number} ({role}) of {pairs!r:.200} holds {shown(content)} "
+                "instead of a text; repair or remove it."
             )
         messages.append(
             {"role": ROLES[role], "content": text_of({"content": content}, "content", where)}
@@ -313,7 +321,8 @@ def _turns(turns: Any, where: str) -> list[tuple[str, Any]]:
         role, content = ("role", "content") if "role" in turn else ("from", "value")
         if turn.get(role) not in list(ROLES) or content not in turn:
             raise ValueError(
-                f"{where}: a turn of {turns!r:.200} has no {content!r} or an unknown {role!r}; known roles are {sorted(ROLES)}."
+                f"{where}: a turn of {turns!r:.200} has no {content!r} or an unknown {role!r}; "
+                f"known roles are {sorted(ROLES)}."
             )
         pairs.append((turn[role], turn[content]))
     return pairs

@@ -1,7 +1,7 @@
 """From what `data.train` names, one source or several, to a dataset of records.
 
-A source is a file, a folder, or a name on the Hub. Local texts and tables are read by `documents.py`, folders of pictures,
-clips and sounds by `folders.py`.
+A source is a file, a folder, or a name on the Hub. Local texts and tables are read by
+`documents.py`, folders of pictures, clips and sounds by `folders.py`.
 """
 
 import glob
@@ -28,6 +28,7 @@ from tokcom.training.documents import (
     content_digest,
     format_of,
     good_records,
+    part_kind,
     table_of,
     table_records,
     text_records,
@@ -53,11 +54,12 @@ from tokcom.training.report import Report, SourceReport, several
 
 @dataclass
 class Source:
-    """One of several sources: where it lies, which of its fields holds the text, and how much of it is used.
+    """One of several sources: where it lies, which of its fields holds the text, and how much of
+    it is used.
 
-    `weight` is the share of documents drawn from it, relative to the other sources; `fraction` in (0, 1] or `max_samples`
-    take a part, of a stream its head. `fields` names for each of several streams the field that holds it; `modality` with `field` is
-    short for one.
+    `weight` is the share of documents drawn from it, relative to the other sources; `fraction`
+    in (0, 1] or `max_samples` take a part, of a stream its head. `fields` names for each of
+    several streams the field that holds it; `modality` with `field` is short for one.
     """
 
     path: str
@@ -72,12 +74,14 @@ class Source:
     def __post_init__(self):
         if (self.weight is not None and self.weight <= 0) or not 0 < self.fraction <= 1:
             raise ValueError(
-                f"source {self.path}: `weight` ({self.weight}) must be positive, `fraction` ({self.fraction}) in (0, 1]."
+                f"source {self.path}: `weight` ({self.weight}) must be positive, `fraction` "
+                f"({self.fraction}) in (0, 1]."
             )
         if self.modality is not None:
             if self.field is None or self.fields is not None:
                 raise ValueError(
-                    f"source {self.path}: `modality` ({self.modality!r}) is that of one `field`; name it."
+                    f"source {self.path}: `modality` ({self.modality!r}) is that of one `field`; "
+                    "name it."
                 )
             self.fields = {self.modality: self.field}
         if self.max_samples is not None and self.max_samples < 1:
@@ -119,7 +123,8 @@ class Source:
         if isinstance(part, datasets.DatasetDict):
             if split not in part:
                 raise ValueError(
-                    f"{path} has no split {split!r}; it has {', '.join(part)}. Give the folder of one."
+                    f"{path} has no split {split!r}; it has {', '.join(part)}. Give the folder of "
+                    "one."
                 )
             part = part[split]
         part = part.to_iterable_dataset() if config.streaming else part
@@ -134,7 +139,8 @@ class Source:
             return self._documents(listing, config)
         if config.streaming:
             raise ValueError(
-                f"{self.path}: pictures, clips and sounds are not streamed; set data.streaming=false."
+                f"{self.path}: pictures, clips and sounds are not streamed; set "
+                "data.streaming=false."
             )
         part = MediaFolder(listing, kinds, config, self.report).load()
         for name, kind in ((config.image_column, datasets.Image), ("audio", datasets.Audio)):
@@ -147,7 +153,8 @@ class Source:
     def _media_kinds(self, listing: Listing, config: DataConfig) -> tuple[str, ...]:
         """The kinds of media that are read; none if texts or tables are.
 
-        What the run reads decides. If that is not known, what there is more of does, but captions belong to media.
+        What the run reads decides. If that is not known, what there is more of does, but
+        captions belong to media.
         """
         side = set(side_files(listing).values())
         documents = [p for p in listing.of_kind("text") if p not in side]
@@ -188,7 +195,8 @@ class Source:
         return datasets.concatenate_datasets(alike(list(parts.values()), config))
 
     def _formats(self, listing: Listing, config: DataConfig) -> dict[Path, str]:
-        """Texts and tables by file: text, json, csv or parquet. Of several formats tables that hold no text are left out."""
+        """Texts and tables by file: text, json, csv or parquet. Of several formats tables that
+        hold no text are left out."""
         formats = {path: format_of(path) for path in listing.of_kind("text", "table")}
         if not formats:
             known = ", ".join(KINDS)
@@ -220,7 +228,8 @@ class Source:
         return self._table(files, config, source)
 
     def _table(self, files: list[Path], config: DataConfig, source: SourceReport):
-        """JSON and CSV: texts and dialogues are checked while they are read, other records are kept as they are."""
+        """JSON and CSV: texts and dialogues are checked while they are read, other records are
+        kept as they are."""
         firsts = {file: first_record(file, config.encoding) for file in files}
         for file in (path for path in files if firsts[path] is None):
             source.listing.leave_out(file, "without records")
@@ -257,7 +266,8 @@ class Source:
     def _checked(
         self, found: list[tuple[Path, str, dict]], needed: list[str], caption: str | None
     ) -> Iterator[dict]:
-        """Records whose captions are texts; names of files in them are seen from the folder of their table, too."""
+        """Records whose captions are texts; names of files in them are seen from the folder of
+        their table, too."""
         for file, where, record in found:
             for name in needed:
                 value = record.get(name)
@@ -277,7 +287,8 @@ class Source:
     def _read(
         self, generator, files: list[Path], config: DataConfig, source: SourceReport, **arguments
     ):
-        """Records of a generator over files, from the cache if it holds them, without those that have a problem."""
+        """Records of a generator over files, from the cache if it holds them, without those that
+        have a problem."""
         dialogues = arguments.get("field", "") is None
         text = config.text_column
         features = datasets.Features(
@@ -317,7 +328,8 @@ class Source:
         return part
 
     def _parquet(self, files: list[Path], config: DataConfig, source: SourceReport):
-        """Files that have other columns than their neighbours are read on their own, then joined."""
+        """Files that have other columns than their neighbours are read on their own, then
+        joined."""
         schemas = {}
         for file in files:
             try:
@@ -356,7 +368,8 @@ class Source:
     # ---- the fields of records ----
 
     def _select(self, part, config: DataConfig, source: SourceReport, index: int = 0):
-        """The fields that training reads; of several groups of files (`index`) the first is noted."""
+        """The fields that training reads; of several groups of files (`index`) the first is
+        noted."""
         if chosen := self.fields or config.fields:
             part = self._streams(part, chosen, config)
         else:
@@ -378,8 +391,10 @@ class Source:
         wanted = [name for name in (*DIALOGUES, "answer") if name in columns] if default else []
         if not wanted or ("prompt" in wanted) != ("answer" in wanted):
             raise ValueError(
-                f"records of {self.path} have no field {text!r} (fields: {', '.join(columns)}){near_miss(text, columns)} Set "
-                "`data.text_column` (or of pictures `data.image_column`) to one of them, or give dialogues: `prompt` and "
+                f"records of {self.path} have no field {text!r} (fields: "
+                f"{', '.join(columns)}){near_miss(text, columns)} Set "
+                "`data.text_column` (or of pictures `data.image_column`) to one of them, or give "
+                "dialogues: `prompt` and "
                 "`answer`, `messages`, `conversations`."
             )
         return wanted
@@ -392,7 +407,8 @@ class Source:
             feature = (part.features or {}).get(text)
             if feature is not None and getattr(feature, "dtype", None) not in ("string", "null"):
                 raise ValueError(
-                    f"field {text!r} of {self._place(0)[0]} holds {feature}, not texts; name another field."
+                    f"field {text!r} of {self._place(0)[0]} holds {feature}, not texts; name "
+                    "another field."
                 )
             if not isinstance(part, datasets.IterableDataset):
                 nulls = np.flatnonzero(part.data.column(text).is_null().to_numpy())
@@ -473,7 +489,8 @@ class Source:
         inner = feature.feature if isinstance(feature, datasets.List) else feature
         if getattr(inner, "dtype", None) not in ("string", "null"):
             raise ValueError(
-                f"field {caption!r} of {self.path} holds {feature}, not captions; name another field."
+                f"field {caption!r} of {self.path} holds {feature}, not captions; name another "
+                "field."
             )
         source.notes.append(f"captions from field {caption!r}")
         return part if caption == named else part.rename_column(caption, named)
@@ -482,7 +499,8 @@ class Source:
         if streaming:
             if self.fraction < 1:
                 raise ValueError(
-                    f"source {self.path}: the length of a stream is unknown, so `fraction` cannot be taken; use `max_samples`."
+                    f"source {self.path}: the length of a stream is unknown, so `fraction` cannot "
+                    "be taken; use `max_samples`."
                 )
             return part if self.max_samples is None else part.take(self.max_samples)
         count = max(1, round(self.fraction * len(part)))
@@ -504,7 +522,8 @@ def _holds_pictures(columns: list[str], config: DataConfig, field: str | None) -
 
 
 def read_sources(source: str | dict | list[str | dict]) -> list[Source]:
-    """`data.train`: one source or several, each a path or name, a dictionary of `Source`'s fields, or a .yaml list of them."""
+    """`data.train`: one source or several, each a path or name, a dictionary of `Source`'s
+    fields, or a .yaml list of them."""
     if isinstance(source, str) and Path(source).suffix in (".yaml", ".yml"):
         source = yaml.safe_load(Path(source).read_text(encoding="utf-8"))
     known = {field.name for field in fields(Source)}
@@ -513,7 +532,8 @@ def read_sources(source: str | dict | list[str | dict]) -> list[Source]:
         values = item if isinstance(item, dict) else {"path": item}
         if "path" not in values or set(values) - known:
             raise ValueError(
-                f"a data source must have `path` and may have {sorted(known - {'path'})}, not {values!r}."
+                f"a data source must have `path` and may have {sorted(known - {'path'})}, not "
+                f"{values!r}."
             )
         sources.append(Source(**values))
     return sources
@@ -525,11 +545,13 @@ def load_documents(
     split: str,
     report: Report | None = None,
 ) -> Iterable[dict]:
-    """Records of one or several sources as an iterable that can be iterated again: with field `config.text_column`, or if
-    there is none with those of a dialogue, or with pictures and captions, or with the fields of several streams.
+    """Records of one or several sources as an iterable that can be iterated again: with field
+    `config.text_column`, or if there is none with those of a dialogue, or with pictures and
+    captions, or with the fields of several streams.
 
-    Sources follow each other, or if any has a weight are mixed, the smaller ones repeated until all are used up. What was found
-    is noted in `report`. Raises `ValueError` when a source has no such field and when there is no document.
+    Sources follow each other, or if any has a weight are mixed, the smaller ones repeated until
+    all are used up. What was found is noted in `report`. Raises `ValueError` when a source has
+    no such field and when there is no document.
     """
     shown = report is not None  # else nobody would hear of files that are left out
     report = report or Report(config.max_skipped)
@@ -561,7 +583,8 @@ def load_documents(
         missing = set(config.fields or ()) - set(joined.column_names) if shared else set()
         if missing or not len(joined):
             raise ValueError(
-                f"{source} has no record with {sorted(missing) or 'a stream'}; correct `data.fields` ({config.fields}), which names "
+                f"{source} has no record with {sorted(missing) or 'a stream'}; correct "
+                f"`data.fields` ({config.fields}), which names "
                 "the field of each stream."
             )
         return joined
@@ -571,25 +594,3 @@ def load_documents(
             f"no text in {source}: the dataset is empty; check the path and `data.text_column`."
         )
     return joined
-
-
-def part_kind(part, config: DataConfig) -> str:
-    """pictures, sounds, dialogues or texts."""
-    columns = part.column_names or list(next(iter(part), {}))
-    if config.image_column in columns:
-        return "pictures"
-    if set(DIALOGUES) & set(columns):
-        return "dialogues"
-    return "sounds" if "audio" in columns else "texts"
-
-
-def cut_document(documents: datasets.Dataset, config: DataConfig) -> datasets.Dataset:
-    """One text as two documents, the second `validation_fraction` of it from the beginning of a line or a word."""
-    text = documents[0][config.text_column]
-    place = int(len(text) * (1 - config.validation_fraction))
-    for mark in ("\n", " "):
-        found = text.rfind(mark, int(0.9 * place), place)
-        if found > 0:
-            place = found + 1
-            break
-    return datasets.Dataset.from_dict({config.text_column: [text[:place], text[place:]]})

@@ -1,4 +1,5 @@
-"""Records with several streams in: a text, a picture, a clip, a sound, any of which may be missing; batches of all streams out."""
+"""Records with several streams in: a text, a picture, a clip, a sound, any of which may be
+missing; batches of all streams out."""
 
 import hashlib
 from pathlib import Path
@@ -37,9 +38,10 @@ def is_text(records: datasets.Dataset, name: str) -> bool:
 class OmniDataset(torch.utils.data.Dataset):
     """Records whose columns are streams; None is a stream that a record lacks.
 
-    An item has `streams`, the tensors that the codecs read, zeros where a stream is missing, and `present`, which are not; a stream
-    without a column is in neither. A text that is too long loses its end; of several texts the first is taken. `fit` says for which
-    composite codec. `facts` has what was found while the last item was made.
+    An item has `streams`, the tensors that the codecs read, zeros where a stream is missing, and
+    `present`, which are not; a stream without a column is in neither. A text that is too long
+    loses its end; of several texts the first is taken. `fit` says for which composite codec.
+    `facts` has what was found while the last item was made.
     """
 
     def __init__(self, records: datasets.Dataset, tokenizer: PreTrainedTokenizerBase | None):
@@ -90,20 +92,22 @@ class OmniDataset(torch.utils.data.Dataset):
         return ", ".join(f"{name} {value}" for name, value in shown.items())
 
     def fit(self, codec) -> "OmniDataset":
-        """Give streams as the `TokComCompositeCodec` reads them from now on; raises `ValueError` if it has none of these or a column
-        is of another kind."""
+        """Give streams as the `TokComCompositeCodec` reads them from now on; raises `ValueError`
+        if it has none of these or a column is of another kind."""
         self.codec = codec
         found = set(self.records.column_names)
         wanted = set(codec.names)
         if not found <= wanted:
             raise ValueError(
-                f"the data have the streams {sorted(found)} but the codec {sorted(wanted)}; name them alike in `data.fields`, or "
+                f"the data have the streams {sorted(found)} but the codec {sorted(wanted)}; name "
+                "them alike in `data.fields`, or "
                 "add them to model.codec_config.streams."
             )
         for name in found:
             if (name in self.texts) != codec.streams[name].config.has_tokens:
                 raise ValueError(
-                    f"stream {name!r} of the data is not of the kind that {type(codec.streams[name]).__name__} reads."
+                    f"stream {name!r} of the data is not of the kind that "
+                    f"{type(codec.streams[name]).__name__} reads."
                 )
         self.configs = {
             name: module.config for name, module in codec.streams.items() if name in found
@@ -135,7 +139,8 @@ class OmniDataset(torch.utils.data.Dataset):
         return len(self.records)
 
     def content(self, index: int) -> dict[str, Any]:
-        """What a record holds, as the pipeline takes it: texts, pictures, clips and sounds by name."""
+        """What a record holds, as the pipeline takes it: texts, pictures, clips and sounds by
+        name."""
         record = self.records[index]
         content = {}
         facts: dict[str, float] = {}
@@ -190,7 +195,8 @@ class OmniDataset(torch.utils.data.Dataset):
         return sound[: config.num_samples]
 
     def cut(self, text: str, ids: list[int], longest: int) -> str:
-        """A text, or of a longer one as much as `longest` ids hold; a cut inside a character loses it."""
+        """A text, or of a longer one as much as `longest` ids hold; a cut inside a character
+        loses it."""
         kept = min(longest, len(ids))
         while len(ids) > longest:
             text = self.tokenizer.decode(ids[:kept]).rstrip("\ufffd")
@@ -200,8 +206,9 @@ class OmniDataset(torch.utils.data.Dataset):
         return text
 
     def sound(self, value: np.ndarray, name: str) -> torch.Tensor:
-        """Features of a sound of the stream `name`: they cost more than all else of a record, and sources that are mixed repeat
-        their sounds, so each sound's are computed once while they fit."""
+        """Features of a sound of the stream `name`: they cost more than all else of a record,
+        and sources that are mixed repeat their sounds, so each sound's are computed once while
+        they fit."""
         key = name, hashlib.sha256(value.tobytes()).digest()
         found = self.features.get(key)
         if found is None:
@@ -246,10 +253,11 @@ class OmniDataset(torch.utils.data.Dataset):
 
 
 class StreamSampler(torch.utils.data.Sampler):
-    """Indices in an order in which the records of a batch have the same streams, so that no other is computed for it.
+    """Indices in an order in which the records of a batch have the same streams, so that no
+    other is computed for it.
 
-    What does not fill a batch of its kind is mixed into batches with the rest of the other kinds, so every record is shown. Epoch and
-    `seed` decide the order, alike on all processes.
+    What does not fill a batch of its kind is mixed into batches with the rest of the other
+    kinds, so every record is shown. Epoch and `seed` decide the order, alike on all processes.
     """
 
     def __init__(self, dataset: OmniDataset, batch_size: int, seed: int):
