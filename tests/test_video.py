@@ -703,7 +703,7 @@ def test_the_command_line_animates_a_picture(tmp_path, capsys):
     infer([*arguments, "--video_file", str(tmp_path / "b.gif"), "--num_frames", "9"])
     assert "4 frames written" in capsys.readouterr().out
     assert len(Frames(str(tmp_path / "a.mp4"))) == 4 and len(Frames(str(tmp_path / "b.gif"))) == 9
-    with pytest.raises(SystemExit, match="input_image holds no picture"):
+    with pytest.raises(SystemExit, match="bad.png. holds no picture"):
         (tmp_path / "bad.png").write_text("no")
         infer(
             [
