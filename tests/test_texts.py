@@ -220,6 +220,8 @@ def test_csv_is_read_as_spreadsheets_write_it(tmp_path):
     (tmp_path / "c.csv").write_text("sep=;\nid;text\n1;a, b\n")
     (tmp_path / "d.csv").write_text("id|text\n1|c, d\n")
     assert [read(tmp_path / f"{name}.csv")["text"][0] for name in "cd"] == ["a, b", "c, d"]
+    (tmp_path / "f.tsv").write_text("id\ttext\n1\te, f; g\n")
+    assert read(tmp_path / "f.tsv")["text"][:] == ["e, f; g"]
     (tmp_path / "e.csv").write_text('id,text\n1,ok\n2,"never closed\n3,lost\n')
     with pytest.raises(
         ValueError, match=r"e.csv, record 1 \(line 4\) is no CSV .*close its quotes"
@@ -237,6 +239,8 @@ def test_a_compressed_file_that_is_cut_off_is_named_or_left_out(kind, suffix, tm
     with compress(tmp_path / f"b.{kind}.{suffix}", "wb") as stream:
         stream.write(b"".join(b"%d, %s" % (i, rows[kind].encode()) for i in range(900)))
     path = tmp_path / f"b.{kind}.{suffix}"
+    if kind == "txt":
+        assert read(path)["text"][0].startswith("0, words and words 1, words")
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ValueError, match=rf"b.{kind}.{suffix}"):
         read(tmp_path)
