@@ -10,8 +10,11 @@ Notable choices:
 - Cross-entropy never holds the full `(tokens, vocabulary)` logits.
 """
 
+import json
 import math
+import os
 from collections.abc import Callable
+from functools import wraps
 
 import torch
 import torch.nn.functional as F
@@ -350,6 +353,33 @@ class TokComPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
         if hasattr(module, "initialize_parameters"):  # parameters and buffers outside torch layers
             module.initialize_parameters()
+
+
+def entry_point(method: Callable) -> Callable:
+    """Let accelerate's offload hook, which is installed for `forward`, act for this method too."""
+
+    @wraps(method)
+    def wrapper(self, *args, **kwargs):
+        if hasattr(getattr(self, "_hf_hook", None), "pre_forward"):
+            self._hf_hook.pre_forward(self)
+        return method(self, *args, **kwargs)
+
+    return wrapper
+
+
+def check_shards(directory: str | os.PathLike) -> None:
+    """Refuse an index of weights that names files outside its own directory."""
+    index = os.path.join(directory, "model.safetensors.index.json")
+    if not os.path.isfile(index):
+        return
+    with open(index, encoding="utf-8") as file:
+        names = set(json.load(file).get("weight_map", {}).values())
+    for name in sorted(names):
+        if os.path.basename(name) != name:
+            raise ValueError(
+                f"{index} names the file {name!r}, which is not in its directory; do not use this "
+                "checkpoint."
+            )
 
 
 def chunked_cross_entropy(

@@ -124,10 +124,6 @@ def main(argv: list[str] | None = None) -> dict:
         teacher, *students = (
             TokComPipeline.from_pretrained(name) for name in (args.teacher, *args.students)
         )
-        if not teacher.model.config.codec_config.has_tokens:
-            raise ValueError(
-                f"{args.teacher} writes no text; use evaluation.images or evaluation.videos."
-            )
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     documents = load_documents(args.data, DataConfig(text_column=args.text_column), "train")

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from tokcom.codec_video_tokcom import encode_clips
-from tokcom.configuration_codec_tokcom import TokComVideoCodecConfig
+from tokcom.configuration_media_tokcom import TokComVideoCodecConfig
 from tokcom.pictures_tokcom import Film, Frames, is_film, repeats, steps_of, timeline
 from tokcom.processing_tokcom import write_wav
 from tokcom.training.audit import audit

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
-from tokcom.configuration_codec_tokcom import TokComStyleCodecConfig
+from tokcom.configuration_media_tokcom import TokComStyleCodecConfig
 from tokcom.pictures_tokcom import Frames, is_film, open_image
 from tokcom.processing_tokcom import (
     TokComAudioProcessor,

@@ -21,9 +21,9 @@ from tokcom.pipeline_media_tokcom import (
     TokComVideoPipeline,
 )
 from tokcom.pipeline_tokcom import TokComPipeline
-from tokcom.pipelines import PIPELINES, build_pipeline, load_pipeline
 from tokcom.processing_tokcom import TokComImageProcessor, as_clips, vocabulary_size
 from tokcom.training.films import write_film
+from tokcom.training.pipelines import PIPELINES, build_pipeline, load_pipeline
 
 MODALITIES = ["image", "video", "several"]
 

@@ -7,10 +7,10 @@ import torch
 from huggingface_hub import EvalResult, ModelCard
 
 from tokcom.pipeline_base_tokcom import TokComBasePipeline
-from tokcom.pipelines import load_pipeline
 from tokcom.training.config import STAGES, DataConfig, TrainConfig
 from tokcom.training.data import read_sources
 from tokcom.training.directory import WORK, RunDirectory, write_atomically
+from tokcom.training.pipelines import load_pipeline
 
 SAMPLES = 3
 LIMITATIONS = (

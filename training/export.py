@@ -8,9 +8,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from tokcom.modeling_tokcom import TokComModel
-from tokcom.pipelines import build_pipeline
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 from tokcom.training.checkpoints import CheckpointError, first_line, flush_all
+from tokcom.training.pipelines import build_pipeline
 
 
 def export_repository(
