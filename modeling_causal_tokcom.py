@@ -15,9 +15,11 @@ from dataclasses import dataclass
 import torch
 from transformers import (
     GenerationMixin,
+    LogitsProcessorList,
     PreTrainedModel,  # noqa: F401  diffusers looks the base class up in the module of a component
 )
 from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_tokcom import TokComConfig
@@ -66,6 +68,10 @@ class TokComTextCache:
         self.lengths_before: torch.Tensor | None = None  # the same before this call
         self.symbols = None  # of the token head
         self.seen = 0  # tokens, padding included
+        self.keeps_expected = False  # whether somebody wants to see drafts
+        self.expected: torch.Tensor | None = (
+            None  # states (K - k, E) of the last chunk's tokens from k on
+        )
         self.rows: torch.Tensor | None = None  # that read chunks now, (R,)
         self.places: torch.Tensor | None = None  # of those chunks, (R, m)
 
@@ -107,6 +113,25 @@ class TokComTextCache:
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._map(lambda x: x.repeat_interleave(repeats, dim=0))
+
+
+class DraftProcessor:
+    """Shows a streamer what the model makes of the chunk at hand before each token is drawn; changes nothing.
+
+    A logits processor of `generate`. The draft is the likeliest token of every place of the chunk that is still open.
+    """
+
+    def __init__(self, streamer, model: "TokComForCausalLM", cache: TokComTextCache):
+        self.streamer = streamer
+        self.model = model
+        self.cache = cache
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        logits = self.model.token_head.logits(self.cache.expected)
+        draft = logits.argmax(-1)  # (K - k,)
+        draft[0] = scores[0].argmax()  # what the other processors allow
+        self.streamer.put_draft(draft.cpu())
+        return scores
 
 
 def _grown(tensor: torch.Tensor, dim: int, size: int) -> torch.Tensor:
@@ -316,9 +341,10 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
             features=features,
             entry=cache.states[row, chunk][None].to(features.dtype),
         ).latents[0]
-        states = states.unflatten(-1, (size, -1))[
-            torch.arange(len(row), device=row.device), place
-        ]  # (R, E)
+        states = states.unflatten(-1, (size, -1))
+        if cache.keeps_expected:
+            cache.expected = states[-1, int(place[-1]) :]
+        states = states[torch.arange(len(row), device=row.device), place]  # (R, E)
         found = head.logits(states)
         whole = states.new_zeros(*where.shape, states.shape[-1]).index_put((row, column), states)
         logits = found.new_zeros(*where.shape, found.shape[-1]).index_put((row, column), found)
@@ -347,6 +373,25 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
                 "lower `max_new_tokens`, shorten the prompt, or use TokComPipeline, which goes on over a window."
             )
 
+    def _draft_arguments(
+        self, streamer, past_key_values=None, use_cache=None, logits_processor=None, **others
+    ) -> dict:
+        """Arguments of `generate` with which a streamer receives drafts: they are read from the cache."""
+        if use_cache is False:
+            raise ValueError(
+                f"{type(streamer).__name__} shows drafts, which come from the cache; leave out `use_cache=False`, or use "
+                "TextStreamer."
+            )
+        cache = past_key_values
+        if cache is None:
+            cache = TokComTextCache(self.config.transformer_config.num_context_layers)
+        cache.keeps_expected = True
+        processors = [*(logits_processor or []), DraftProcessor(streamer, self, cache)]
+        return {
+            "past_key_values": cache,
+            "logits_processor": LogitsProcessorList(processors),
+        }
+
     @torch.no_grad()
     def generate(
         self,
@@ -354,9 +399,17 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
         *args,
         temperature: float | None = None,
         seed: int | None = None,
+        streamer: BaseStreamer | None = None,
         **kwargs,
     ):
-        """`GenerationMixin.generate`, in which `temperature=0` is greedy and `seed` makes samples reproducible."""
+        """`GenerationMixin.generate`, in which `temperature=0` is greedy and `seed` makes samples reproducible.
+
+        A `streamer` with `put_draft` (`TextDiffusionStreamer`) also receives, before each token, the likeliest ones of
+        the whole chunk.
+        """
+        if hasattr(streamer, "put_draft"):
+            kwargs.update(self._draft_arguments(streamer, **kwargs))
+        kwargs["streamer"] = streamer
         if temperature is not None and temperature == 0:
             kwargs["do_sample"] = False
         elif temperature is not None:

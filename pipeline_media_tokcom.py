@@ -19,6 +19,7 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
+from .arguments_tokcom import near_miss  # noqa: F401
 from .codec_chunk_tokcom import TokComCodecOutput
 from .codec_color_tokcom import TokComColorCodec  # noqa: F401
 from .codec_composite_tokcom import as_lists, guidance_omissions, names_to_make

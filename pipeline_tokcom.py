@@ -23,6 +23,7 @@ from PIL import Image
 from transformers.generation.streamers import BaseStreamer
 
 # diffusers copies direct imports only, so every module that this file needs is named here
+from .arguments_tokcom import near_miss  # noqa: F401
 from .codec_chunk_tokcom import TokComCodecOutput
 from .codec_color_tokcom import TokComColorCodec  # noqa: F401
 from .codec_composite_tokcom import TokComCompositeCodec  # noqa: F401
@@ -52,8 +53,8 @@ from .processing_tokcom import (
 from .quantization_tokcom import VectorQuantizer  # noqa: F401
 from .sampling_tokcom import (
     Blocks,
+    StreamerFeed,
     TokComSampling,
-    feed_streamer,
     join_blocks,
     kept_tokens,
     spawn_generators,
@@ -141,6 +142,7 @@ class TokComPipeline(TokComBasePipeline):
         streamer: BaseStreamer | None = None,
         callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
+        truncation: str | None = None,
     ) -> TokComPipelineOutput | tuple:
         """Continue one or several prompts.
 
@@ -155,8 +157,10 @@ class TokComPipeline(TokComBasePipeline):
                 same text, and a prompt's text depends on its place among the prompts only.
             latents: initial noise `(B, n, C)` of the unfinished chunk and `gen_length` more tokens.
             output_type: `"text"`, `"seq"` (ids only) or `"latent"`.
-            streamer: of transformers, for one prompt; gets its ids, then those of every block.
+            streamer: of transformers, for one prompt; gets its ids, then those of every block. One
+                with `put_draft` also gets what each denoising step makes of the block.
             callback_on_step_end: `f(pipe, step, timestep, {"latents": ...})`; may return new ones.
+            truncation: `"left"` leaves out the beginning of a prompt longer than the window.
 
         Raises `ValueError` for an empty or too long prompt and for arguments out of range.
         """
@@ -167,19 +171,23 @@ class TokComPipeline(TokComBasePipeline):
             raise ValueError(
                 f"`streamer` shows text of 1 prompt, not {len(prompts)} prompts ({output_type!r})."
             )
-        rows = prompt_ids(self.tokenizer, prompts, self.max_length)
-        on_step_end = self._step_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        rows = self._prompt_ids(prompts, gen_length, truncation)
+        after_step = self._step_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        feed = None
+        if streamer is not None:
+            feed = StreamerFeed(streamer, gen_length, self._eos_token_id)
+            after_step = feed.after_step(after_step)
         skip, blocks = self.continue_ids(
             rows,
             gen_length,
             TokComSampling(num_inference_steps, guidance_scale, [], temperature, top_p, generator),
             latents=latents,
             stop=output_type != "latent",
-            on_step_end=on_step_end,
+            on_step_end=after_step,
         )
-        if streamer is not None:
+        if feed is not None:
             streamer.put(torch.tensor(rows))
-            blocks = feed_streamer(streamer, blocks, gen_length, skip[0], self._eos_token_id)
+            blocks = feed.blocks(blocks, skip[0])
         output = self._finish_continuation(prompts, rows, blocks, gen_length, output_type, skip)
         return output if return_dict else output.to_tuple()
 
@@ -187,6 +195,24 @@ class TokComPipeline(TokComBasePipeline):
     def _predicts_tokens(self) -> bool:
         """Whether the model can know part of a chunk, not only whole ones."""
         return self.model.token_head is not None
+
+    def _prompt_ids(self, prompts: list, gen_length: int, truncation: str | None) -> list:
+        """Ids of prompts; where the model sees all at once, room is left for `gen_length` more."""
+        room = self.max_length
+        if self.model.config.transformer_config.block_size is None and truncation is not None:
+            room -= self._num_latents(gen_length) * self.chunk_size
+            if room < 1:
+                raise ValueError(
+                    f"`gen_length` ({gen_length}) leaves no room for a prompt in the model's "
+                    f"{self.max_length} tokens; reduce it."
+                )
+        return prompt_ids(
+            self.tokenizer,
+            prompts,
+            room,
+            truncation,
+            self.model.config.codec_config.length_multiple,
+        )
 
     def encode_prompt(self, prompt: list[str]) -> tuple[TokComCodecOutput | None, list[list[int]]]:
         """Prompts -> clean context latents, None if no prompt fills a chunk, and their ids."""
@@ -265,13 +291,13 @@ class TokComPipeline(TokComBasePipeline):
         temperature: float | None = None,
         top_p: float | None = None,
         generator: torch.Generator | None = None,
+        truncation: str | None = None,
     ) -> Iterator[str]:
         """Continue one prompt and yield pieces of its text, which join to that of `__call__`."""
         if not isinstance(prompt, str):
             raise ValueError(f"`prompt` must be one text, not {prompt!r}; use stream_batch.")
-        for (piece,) in self.stream_batch(
-            [prompt], gen_length, num_inference_steps, guidance_scale, temperature, top_p, generator
-        ):
+        settings = (num_inference_steps, guidance_scale, temperature, top_p, generator)
+        for (piece,) in self.stream_batch([prompt], gen_length, *settings, truncation=truncation):
             if piece.text:
                 yield piece.text
 
@@ -286,6 +312,7 @@ class TokComPipeline(TokComBasePipeline):
         top_p: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         should_stop: Callable[[], bool] | None = None,
+        truncation: str | None = None,
     ) -> Iterator[list[TokComPiece]]:
         """Continue several prompts at once and yield the pieces of all texts after each block.
 
@@ -305,7 +332,7 @@ class TokComPipeline(TokComBasePipeline):
             pipe._interrupt = should_stop()
             return x
 
-        rows = prompt_ids(self.tokenizer, prompts, self.max_length)
+        rows = self._prompt_ids(prompts, max(lengths), truncation)
         skip, blocks = self.continue_ids(
             rows,
             max(lengths),
@@ -339,7 +366,7 @@ class TokComPipeline(TokComBasePipeline):
         latents: torch.Tensor | None = None,
         output_type: str = "text",
     ) -> TokComPipelineOutput:
-        """Mode 1: new texts of `num_chunks` chunks from noise; otherwise as `__call__`."""
+        """New texts of `num_chunks` chunks from noise; otherwise as `__call__`."""
         self.check_inputs(num_inference_steps, output_type, length=("num_chunks", num_chunks))
         multiple = self.model.config.codec_config.latents_multiple
         if num_chunks % multiple:
@@ -357,7 +384,7 @@ class TokComPipeline(TokComBasePipeline):
     def encode(
         self, text: str | list[str], output_file: str | os.PathLike | None = None
     ) -> TokComPipelineOutput:
-        """Mode 4: texts -> latents, and with `output_file` a safetensors file of them.
+        """Texts -> latents, and with `output_file` a safetensors file of them.
 
         It also holds `attention_mask`; of a codec with a quantiser `codes` instead of `latents`.
         """
@@ -395,7 +422,7 @@ class TokComPipeline(TokComBasePipeline):
         return TokComPipelineOutput(texts, sequences, latents, mask)
 
     def reconstruct(self, text: str | list[str]) -> TokComPipelineOutput:
-        """Mode 2: encode and decode; the text as the codec remembers it."""
+        """Encode and decode: the text as the codec remembers it."""
         encoded = self.encode(text)
         return self.decode(encoded.latents, encoded.attention_mask)
 
@@ -409,7 +436,7 @@ class TokComPipeline(TokComBasePipeline):
         top_p: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> TokComPipelineOutput:
-        """Mode 3: keep a part of what a text says, and let the model make up the rest.
+        """Keep a part of what a text says, and let the model make up the rest.
 
         `noise_level` in [0, 1] is the share that is kept: 0 is noise, 1 plain reconstruction. A
         model that predicts tokens keeps each token with that probability, those of one level at

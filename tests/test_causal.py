@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import build_model, seeded, tiny_config
-from transformers import TextStreamer
+from helpers import build_model, seeded, tiny_config, tiny_pipeline
+from transformers import TextDiffusionStreamer, TextStreamer
 
 from tokcom.modeling_causal_tokcom import TokComForCausalLM
 from tokcom.pipeline_tokcom import TokComPipeline
@@ -203,6 +203,98 @@ def test_a_streamer_receives_the_text(model, tokenizer, capsys):
     ids = text(9, rows=1)
     generated = model.generate(ids.clamp_max(299), max_new_tokens=5, streamer=streamer, **GREEDY)
     assert tokenizer.decode(generated[0]) in capsys.readouterr().out
+
+
+class Recorder(TextDiffusionStreamer):
+    """Keeps what it receives instead of printing it."""
+
+    def __init__(self, tokenizer):
+        super().__init__(tokenizer)
+        self.received: list[tuple[str, list[int]]] = []
+
+    def put_draft(self, value, **kwargs):
+        self.received.append(("draft", value.tolist()))
+
+    def put(self, value):
+        self.received.append(("put", value.flatten().tolist()))
+
+    def end(self):
+        self.received.append(("end", []))
+
+    def all(self, kind: str) -> list[list[int]]:
+        return [ids for what, ids in self.received if what == kind]
+
+
+@torch.no_grad()
+def test_a_streamer_with_drafts_sees_the_rest_of_the_chunk_before_each_token(model, tokenizer):
+    ids = text(10, rows=1)
+    streamer = Recorder(tokenizer)
+    generated = model.generate(ids, max_new_tokens=6, streamer=streamer, **GREEDY)
+    assert torch.equal(generated, model.generate(ids, max_new_tokens=6, **GREEDY))
+    new = generated[0, 10:].tolist()
+    drafts = streamer.all("draft")
+    assert [len(draft) for draft in drafts] == [2, 1, 4, 3, 2, 1]
+    assert [draft[0] for draft in drafts] == new  # greedy text is what was likeliest
+    assert streamer.all("put") == [ids[0].tolist(), *([token] for token in new)]
+    with pytest.raises(ValueError, match="drafts, which come from the cache"):
+        model.generate(ids, max_new_tokens=2, streamer=streamer, use_cache=False, **GREEDY)
+
+
+def test_the_pipeline_shows_every_denoising_step_to_a_streamer_with_drafts(pipe, tokenizer):
+    prompt = "Squinty was a pig."
+    streamer = Recorder(tokenizer)
+    output = pipe(prompt, 10, streamer=streamer, generator=seeded())
+    assert output.texts == pipe(prompt, 10, generator=seeded()).texts
+    first, *blocks = streamer.all("put")
+    assert first == tokenizer(prompt)["input_ids"]
+    assert sum(blocks, []) == output.sequences[0].tolist()
+    kinds = [kind for kind, _ in streamer.received[1:]]
+    assert kinds == (["draft"] * 4 + ["put"]) * len(blocks) + ["end"]
+    lengths = [len(ids) for _, ids in streamer.received[1:-1]]
+    assert lengths == [len(block) for block in blocks for _ in range(5)]
+
+
+def test_the_beginning_of_a_prompt_beyond_the_window_is_left_out_on_request(pipe, tokenizer):
+    words = "Squinty was a pig. " * 40
+    ids = tokenizer(words.rstrip(" "))["input_ids"]
+    limit = pipe.max_length
+    assert len(ids) > limit
+    with pytest.raises(ValueError, match="truncation='left'"):
+        pipe(words)
+    kept = ids[-(-(len(ids) - limit) // 4) * 4 :]  # whole chunks are left out
+    streamer = Recorder(tokenizer)
+    output = pipe(words, 6, truncation="left", streamer=streamer, generator=seeded())
+    assert streamer.all("put")[0] == kept
+    pieces = pipe.stream(words, 6, truncation="left", generator=seeded())
+    assert "".join(pieces) == output.texts[0]
+    with pytest.raises(ValueError, match="must be None or 'left'"):
+        pipe(words, truncation=True)
+
+
+@pytest.mark.parametrize(
+    ["method", "argument", "advice"],
+    [
+        ("__call__", "max_new_tokens", "write `gen_length`"),
+        ("__call__", "seed", r"write generator=torch.Generator\(\).manual_seed\(seed\)"),
+        ("__call__", "guidence_scale", "write `guidance_scale`"),
+        ("stream", "max_length", "write `gen_length`"),
+        ("infill", "max_new_tokens", "write `gap_length`"),
+        ("generate", "max_tokens", "write `num_chunks`"),
+        ("score", "text", "write `texts`"),
+        ("encode", "verbose", r"\(it takes text, output_file\)"),
+    ],
+)
+def test_an_unknown_argument_is_called_so_and_the_near_miss_is_named(
+    pipe, method, argument, advice
+):
+    with pytest.raises(TypeError, match=f"{method} has no argument `{argument}`.*{advice}"):
+        getattr(pipe, method)("Squinty", **{argument: 1})
+
+
+def test_media_pipelines_name_near_misses_too():
+    image = tiny_pipeline("image")
+    with pytest.raises(TypeError, match="no argument `num_steps`; write `num_inference_steps`"):
+        image(num_steps=3)
 
 
 def test_what_cannot_be_done_is_refused_by_name(model):
