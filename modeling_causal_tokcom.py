@@ -167,6 +167,21 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
         super().__init__(config)
 
     @classmethod
+    def sharing(cls, model: TokComModel) -> "TokComForCausalLM":
+        """The causal language model whose modules are those of `model`, such as a pipeline's: nothing is copied.
+
+        Raises `ValueError` for a model that is none.
+        """
+        if isinstance(model, cls):
+            return model
+        with torch.device("meta"):
+            causal = cls(model.config)
+        for name, module in model.named_children():
+            setattr(causal, name, module)
+        causal.training = model.training
+        return causal
+
+    @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # `forward` makes its own
 

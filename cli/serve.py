@@ -32,6 +32,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tokcom.cli.fair_turns import Engine, Job, Piece, RequestError, Scores
 from tokcom.cli.loading import open_pipeline
 from tokcom.cli.openai_format import (
     ChatFormat,
@@ -45,7 +46,6 @@ from tokcom.cli.openai_format import (
     explain_invalid,
     read_request,
 )
-from tokcom.cli.scheduling import Engine, Job, Piece, RequestError, Scores
 from tokcom.cli.server_settings import LIMITS, ServerSettings
 from tokcom.pipeline_tokcom import TokComPipeline
 

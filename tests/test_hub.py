@@ -102,6 +102,7 @@ REMOTE_FILES = {
         "contextlib",
         "diffusers",
         "huggingface_hub",
+        "inspect",
         "json",
         "os",
         "pathlib",
