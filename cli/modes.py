@@ -5,6 +5,7 @@ list of texts.
 """
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,8 @@ from PIL import Image
 
 from tokcom.cli.loading import check_modality, open_pipeline, speed_up
 from tokcom.cli.options import MODES, READ, WRITTEN
+from tokcom.cli.terminal import TerminalStreamer
 from tokcom.processing_tokcom import write_wav
-from tokcom.training.films import write_film
-from tokcom.training.images import Frames
 
 
 def check_files(args: argparse.Namespace) -> None:
@@ -92,7 +92,13 @@ def generate(pipe, args: argparse.Namespace) -> list[str]:
 def continue_prompt(pipe, args: argparse.Namespace) -> list[str]:
     """Print one continuation while it is written; several appear together at the end."""
     tokens = args.num_generate_chunks * pipe.chunk_size
-    options = {"guidance_scale": args.guidance_scale, **token_sampling(args)}
+    options = {
+        "guidance_scale": args.guidance_scale,
+        "truncation": args.truncation,
+        **token_sampling(args),
+    }
+    if args.watch:
+        return [watch(pipe, args, tokens, options)]
     if args.batch_size == 1 and pipe.tokenizer is not None:
         return [stream(pipe, args.prompt, tokens, options)]
     output = pipe([args.prompt] * args.batch_size, tokens, **options)
@@ -112,6 +118,19 @@ def stream(pipe, prompt: str, tokens: int, options: dict[str, Any]) -> str:
         text += piece
     print("" if text != prompt else f"[1] {prompt}")
     return text
+
+
+def watch(pipe, args: argparse.Namespace, tokens: int, options: dict[str, Any]) -> str:
+    """Draw a prompt and its continuation while it is denoised; returns both."""
+    if args.batch_size > 1 or pipe.tokenizer is None:
+        raise ValueError("--watch shows one text of a model with a tokenizer; leave it out.")
+    if not sys.stdout.isatty():
+        raise ValueError(
+            "--watch draws in a terminal, but the output goes elsewhere; leave it out."
+        )
+    pipe.set_progress_bar_config(disable=True)
+    output = pipe(args.prompt, tokens, streamer=TerminalStreamer(pipe.tokenizer), **options)
+    return args.prompt + output.texts[0]
 
 
 def infill(pipe, args: argparse.Namespace) -> list[str]:
@@ -167,10 +186,19 @@ def reconstruct_image(pipe, args: argparse.Namespace) -> list[str]:
     return tell(f"picture written to {args.image_file}")
 
 
+def frames_of(file: str):
+    """The frames of a picture or film; training reads them too, with packages that texts do without."""
+    from tokcom.training.images import Frames
+
+    return Frames(file, "--input_image")
+
+
 def animate(pipe, args: argparse.Namespace) -> list[str]:
+    from tokcom.training.films import write_film
+
     given = None
     if args.input_image is not None:
-        source = Frames(args.input_image, "--input_image")
+        source = frames_of(args.input_image)
         given = [source.clip(0, len(source))]
     options = {
         "num_frames": args.num_frames,
@@ -199,7 +227,7 @@ def any_to_any(pipe, args: argparse.Namespace) -> list[str]:
             f"--batch_size {args.batch_size}: --image_file and --audio_file hold one sample each; leave it at 1."
         )
     if "image" in given:
-        given["image"] = Frames(given["image"], "--input_image")[0]
+        given["image"] = frames_of(given["image"])[0]
     made = pipe(
         {names[kind]: [value] * args.batch_size for kind, value in given.items()},
         [names[kind] for kind in wanted],

@@ -5,6 +5,7 @@ code that builds and exports models; `cli/` and `evaluation/` load theirs throug
 """
 
 import os
+from pathlib import Path
 from typing import Any
 
 from diffusers import ModelMixin, SchedulerMixin
@@ -45,11 +46,12 @@ def build_pipeline(
     return pipeline_class(model.config)(model, scheduler, tokenizer, **components)
 
 
-def load_pipeline(path: str | os.PathLike, **kwargs: Any) -> TokComBasePipeline:
-    """Load a directory or a Hub repository with the pipeline of its modality.
+def load_pipeline(path: str | os.PathLike | None = None, **kwargs: Any) -> TokComBasePipeline:
+    """Load a directory or a Hub repository with the pipeline of its modality; by default the model that ships with tokcom.
 
     `kwargs` are those of `DiffusionPipeline.from_pretrained`, such as `dtype` and `revision`.
     """
+    path = Path(__file__).parent if path is None else path
     hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
     config = TokComConfig.from_pretrained(path, **hub)
     return pipeline_class(config).from_pretrained(path, **kwargs)
