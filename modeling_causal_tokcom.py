@@ -10,6 +10,7 @@ Notable choices:
 Shape legend: B rows, S new tokens, K tokens per chunk, N chunks, R rows that pass the head, D width, V vocabulary.
 """
 
+import inspect
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,6 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,  # noqa: F401  diffusers looks the base class up in the module of a component
 )
-from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -26,12 +26,28 @@ from .configuration_tokcom import TokComConfig
 from .modeling_tokcom import TokComModel
 from .transformer_tokcom import START_OF_TEXT
 
-SUPPORTED_MODES = (
-    GenerationMode.GREEDY_SEARCH,
-    GenerationMode.SAMPLE,
-    GenerationMode.BEAM_SEARCH,
-    GenerationMode.BEAM_SAMPLE,
-)
+# transformers 5.24 renames the cache in `generate`, and passes it to `forward` by its new name
+PREPARE = inspect.signature(GenerationMixin.prepare_inputs_for_generation)
+CACHE = "cache" if "cache" in PREPARE.parameters else "past_key_values"
+MODES = "use greedy decoding, sampling or beams (`do_sample`, `num_beams`)"
+# arguments of `generate` that do nothing sensible here, and what to do instead
+REFUSED = {
+    "assistant_model": MODES,
+    "prompt_lookup_num_tokens": MODES,
+    "assistant_early_exit": MODES,
+    "penalty_alpha": MODES,
+    "dola_layers": MODES,
+    "num_beam_groups": MODES,
+    "force_words_ids": MODES,
+    "constraints": MODES,
+    "guidance_scale": "use TokComPipeline, whose `guidance_scale` strengthens the prompt",
+    "cache_implementation": "leave it out, the model has a cache of its own",
+    "prefill_chunk_size": "leave it out, a prompt is read at once",
+    "token_healing": "leave it out, a prompt may end inside a chunk",
+    "inputs_embeds": "give `input_ids`, the model reads chunks of ids",
+    "output_attentions": "leave it out, the layers read chunks and not tokens",
+    "output_hidden_states": "leave it out, the layers read chunks and not tokens",
+}
 
 
 @dataclass
@@ -60,6 +76,9 @@ class TokComTextCache:
     is_croppable = False
 
     def __init__(self, num_layers: int):
+        self.is_linear = [
+            False
+        ] * num_layers  # asked by `generate`: no layer has a state instead of keys
         self.keys: list[torch.Tensor | None] = [None] * num_layers
         self.values: list[torch.Tensor | None] = [None] * num_layers
         self.states: torch.Tensor | None = None  # (B, 1 + N, D)
@@ -208,6 +227,7 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cache: TokComTextCache | None = None,
         **loss_kwargs,
     ) -> TokComCausalOutput:
         """Exact logits of every next token.
@@ -218,7 +238,8 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
                 either side. Chunks count from the first real token of each row.
             labels (`torch.LongTensor` of shape `(B, S)`, *optional*): the same ids, -100 where nothing is scored. They are
                 shifted here, so the first token of a text is never scored.
-            past_key_values (`TokComTextCache`, *optional*): what an earlier call returned.
+            past_key_values (`TokComTextCache`, *optional*): what an earlier call returned; `cache` is its name in newer
+                versions of transformers.
             use_cache (`bool`, *optional*): return a cache; by default only if one is given.
             logits_to_keep (`int`): compute the logits of the last tokens only; 0 is all.
             position_ids: not needed, the mask says where tokens stand. loss_kwargs: those of transformers' loss, such as
@@ -235,10 +256,9 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
             )
         if input_ids.device.type == "cpu":
             self._check_ids(input_ids)
-        cache = TokComTextCache(self.config.transformer_config.num_context_layers)
-        is_kept = bool(use_cache) or past_key_values is not None
-        if past_key_values is not None:
-            cache = past_key_values
+        given = past_key_values if cache is None else cache
+        is_kept = bool(use_cache) or given is not None
+        cache = given or TokComTextCache(self.config.transformer_config.num_context_layers)
         if cache.symbols is None:
             cache.symbols = self.symbols()
         real = torch.ones_like(input_ids, dtype=torch.bool)
@@ -256,8 +276,8 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
         return TokComCausalOutput(
             loss=loss,
             logits=logits,
-            past_key_values=cache if is_kept else None,
             last_hidden_state=states,
+            **{CACHE: cache if is_kept else None},
         )
 
     def _append(
@@ -370,17 +390,7 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ) -> None:
-        """Refuse what cannot be done before anything is; `forward` makes the cache."""
-        if generation_mode not in SUPPORTED_MODES:
-            raise ValueError(
-                f"generation by {generation_mode} does not exist here; use greedy decoding, sampling or beams "
-                "(`do_sample`, `num_beams`), without an assistant."
-            )
-        if generation_config.cache_implementation is not None:
-            raise ValueError(
-                f"`cache_implementation` ({generation_config.cache_implementation!r}) does not exist here; leave it out, the "
-                "model has a cache of its own."
-            )
+        """Refuse texts that are too long before anything is done; `forward` makes the cache."""
         longest = self.config.max_position_embeddings
         if max_cache_length > longest:
             raise ValueError(
@@ -388,24 +398,33 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
                 "lower `max_new_tokens`, shorten the prompt, or use TokComPipeline, which goes on over a window."
             )
 
-    def _draft_arguments(
-        self, streamer, past_key_values=None, use_cache=None, logits_processor=None, **others
-    ) -> dict:
-        """Arguments of `generate` with which a streamer receives drafts: they are read from the cache."""
-        if use_cache is False:
+    def _refuse_unsupported(self, arguments: dict) -> None:
+        """Raise `ValueError` if the `arguments` of `generate`, or its configuration, ask for what is `REFUSED`."""
+        settings = arguments.get("generation_config") or self.generation_config
+        for name, remedy in REFUSED.items():
+            value = arguments.get(name)
+            if value is None:
+                value = getattr(settings, name, None)
+            is_neutral = name in ("guidance_scale", "num_beam_groups") and value == 1
+            if value is None or value is False or is_neutral:
+                continue
+            shown = value if isinstance(value, (str, int, float)) else type(value).__name__
+            raise ValueError(f"`{name}` ({shown}) does not exist here; {remedy}.")
+
+    def _draft_arguments(self, streamer, arguments: dict) -> dict:
+        """The `arguments` of `generate` with which a streamer receives drafts: they are read from the cache."""
+        if arguments.get("use_cache") is False:
             raise ValueError(
                 f"{type(streamer).__name__} shows drafts, which come from the cache; leave out `use_cache=False`, or use "
                 "TextStreamer."
             )
-        cache = past_key_values
+        cache = arguments.get(CACHE)
         if cache is None:
             cache = TokComTextCache(self.config.transformer_config.num_context_layers)
         cache.keeps_expected = True
-        processors = [*(logits_processor or []), DraftProcessor(streamer, self, cache)]
-        return {
-            "past_key_values": cache,
-            "logits_processor": LogitsProcessorList(processors),
-        }
+        processors = arguments.get("logits_processor") or []
+        processors = LogitsProcessorList([*processors, DraftProcessor(streamer, self, cache)])
+        return {**arguments, CACHE: cache, "logits_processor": processors}
 
     @torch.no_grad()
     def generate(
@@ -422,8 +441,9 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
         A `streamer` with `put_draft` (`TextDiffusionStreamer`) also receives, before each token, the likeliest ones of
         the whole chunk.
         """
+        self._refuse_unsupported(kwargs)
         if hasattr(streamer, "put_draft"):
-            kwargs.update(self._draft_arguments(streamer, **kwargs))
+            kwargs = self._draft_arguments(streamer, kwargs)
         kwargs["streamer"] = streamer
         if temperature is not None and temperature == 0:
             kwargs["do_sample"] = False

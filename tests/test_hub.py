@@ -84,7 +84,7 @@ REMOTE_FILES = {
         "transformers",
         "typing",
     },
-    "modeling_causal_tokcom.py": {"dataclasses", "torch", "transformers"},
+    "modeling_causal_tokcom.py": {"dataclasses", "inspect", "torch", "transformers"},
     "sampling_tokcom.py": {
         "collections",
         "dataclasses",
