@@ -1,8 +1,9 @@
 """OpenAI's formats: what a client may send, what of it this server refuses and why, and how answers look.
 
-Everything here is about formats; `scheduling.py` decides when a text is written, `serve.py` is the web application.
+Everything here is about formats; `fair_turns.py` decides when a text is written, `serve.py` is the web application.
 """
 
+import re
 import secrets
 import time
 import uuid
@@ -318,8 +319,11 @@ def _check_infill(request: CompletionRequest) -> None:
     """Refuse what does not go together with `suffix`."""
     if isinstance(request.prompt, list):
         raise _bad("suffix", "`suffix` fills the gap behind one `prompt`, which must be a text.")
-    if GAP in request.prompt or GAP in request.suffix:
-        raise _bad("suffix", f"with `suffix`, no text may hold {GAP!r}, which stands for a gap.")
+    if re.findall("_{3,}", request.prompt + GAP + request.suffix) != [GAP]:
+        raise _bad(
+            "suffix",
+            "with `suffix`, no text may hold three underscores, which stand for a gap, or one beside the gap.",
+        )
     if not request.prompt.strip() and not request.suffix.strip():
         raise _bad(
             "suffix", "`prompt` and `suffix` are both empty; give text on one side of the gap."

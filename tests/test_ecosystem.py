@@ -232,6 +232,27 @@ def test_the_trainer_of_transformers_trains_evaluates_and_keeps_the_best(alone):
     alone(PREPARE + TRAIN + "train(model)")
 
 
+def test_a_plain_loop_trains(alone):
+    alone(
+        PREPARE
+        + """
+import torch
+rows = [tokenizer(row["text"], truncation=True, max_length=61)["input_ids"] for row in data]
+batch = tokenizer.pad({"input_ids": rows[:8]}, return_tensors="pt")
+labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
+losses = []
+for _ in range(5):
+    loss = model(**batch, labels=labels).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    losses.append(loss.item())
+assert losses[-1] < losses[0] - 0.1, losses
+"""
+    )
+
+
 def test_a_lora_adapter_is_trained_saved_merged_and_writes(alone):
     pytest.importorskip("peft")
     text = alone(
