@@ -1,13 +1,14 @@
-"""TokComForCausalLM: a TokCom model as the causal language model that transformers, PEFT and other tools expect.
+"""TokComForCausalLM: a TokCom model as the causal language model that other people's tools expect.
 
 Notable choices:
-- A model whose blocks are one chunk and whose tokens take turns gives each token an exact probability given all tokens
-  before it. Nothing is sampled or approximated to compute `logits`.
-- Chunks count from the first real token of each row, so rows with different padding are at different places of their
-  chunks. What the cache holds is therefore addressed by row.
+- A model whose blocks are one chunk and whose tokens take turns gives each token an exact
+  probability given all tokens before it. Nothing is sampled or approximated to compute `logits`.
+- Chunks count from the first real token of each row, so rows with different padding are at
+  different places of their chunks. What the cache holds is therefore addressed by row.
 - The context network runs once per finished chunk, the light head once per token.
 
-Shape legend: B rows, S new tokens, K tokens per chunk, N chunks, R rows that pass the head, D width, V vocabulary.
+Shape legend: B rows, S new tokens, K tokens per chunk, N chunks, R rows that pass the head,
+D width, V vocabulary.
 """
 
 import inspect
@@ -58,18 +59,18 @@ class TokComCausalOutput(CausalLMOutputWithPast):
         loss (`torch.FloatTensor`, *optional*): mean nats of the labels.
         logits (`torch.FloatTensor` of shape `(B, S, V)`): of the token after each.
         past_key_values (`TokComTextCache`, *optional*): what the next call needs.
-        last_hidden_state (`torch.FloatTensor` of shape `(B, S, E)`): what the output layer, `get_output_embeddings()`, turns
-            into logits; trainers with a fused loss read it.
+        last_hidden_state (`torch.FloatTensor` of shape `(B, S, E)`): what the output layer,
+            `get_output_embeddings()`, turns into logits; trainers with a fused loss read it.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
 
 
 class TokComTextCache:
-    """What has been read of texts: ids, keys and values of the context layers, and the state after each chunk.
+    """What has been read of texts: ids, the context layers' keys and values, a state per chunk.
 
-    Place 0 of keys, values and states is the learned start of a text, place n + 1 is chunk n. Rows are independent: each
-    has `lengths` real tokens, whatever padding stood before or between them.
+    Place 0 of keys, values and states is the learned start of a text, place n + 1 is chunk n. Rows
+    are independent: each has `lengths` real tokens, whatever padding stood before or between them.
     """
 
     is_compileable = False
@@ -101,9 +102,10 @@ class TokComTextCache:
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add keys and values `(R, H, m, size)` at `places` of `rows`, and return all of those rows.
+        """Add keys and values `(R, H, m, size)` at `places` of `rows`; returns all of those rows.
 
-        The first call of a layer, for all rows, makes its buffers; whoever sets `places` makes room for them.
+        The first call of a layer, for all rows, makes its buffers; whoever sets `places` makes room
+        for them.
         """
         if self.rows is None:
             self.keys[layer_idx] = keys
@@ -135,9 +137,10 @@ class TokComTextCache:
 
 
 class DraftProcessor:
-    """Shows a streamer what the model makes of the chunk at hand before each token is drawn; changes nothing.
+    """Shows a streamer what the model makes of the chunk at hand before each token is drawn.
 
-    A logits processor of `generate`. The draft is the likeliest token of every place of the chunk that is still open.
+    A logits processor of `generate`. The draft is the likeliest token of every place of the chunk
+    that is still open.
     """
 
     def __init__(self, streamer, model: "TokComForCausalLM", cache: TokComTextCache):
@@ -154,7 +157,7 @@ class DraftProcessor:
 
 
 def _grown(tensor: torch.Tensor, dim: int, size: int) -> torch.Tensor:
-    """`tensor` with zeros behind it so that it has at least `size` places along `dim`; room for more is added at once."""
+    """`tensor` with zeros behind it, to at least `size` places along `dim` and often more."""
     missing = size - tensor.shape[dim]
     if missing <= 0:
         return tensor
@@ -166,9 +169,10 @@ def _grown(tensor: torch.Tensor, dim: int, size: int) -> torch.Tensor:
 class TokComForCausalLM(TokComModel, GenerationMixin):
     """A text model that predicts tokens in turn, with the interface of a causal language model.
 
-    Its weights are those of `TokComModel`. `generate` takes what it takes for other models of transformers: greedy
-    decoding, sampling with its processors, beams, stop strings, streamers. Raises `ValueError` for other models: those
-    that regress latents, decide several chunks at once or have no turns have no exact probability of a next token.
+    Its weights are those of `TokComModel`. `generate` takes what it takes for other models of
+    transformers: greedy decoding, sampling with its processors, beams, stop strings, streamers.
+    Raises `ValueError` for other models: those that regress latents, decide several chunks at once
+    or have no turns have no exact probability of a next token.
     """
 
     main_input_name = "input_ids"
@@ -178,18 +182,19 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
         if not config.is_causal_lm:
             transformer = config.transformer_config
             raise ValueError(
-                "only a model whose blocks are one chunk and whose tokens take turns is a causal language model; this one has "
-                f"`prediction_type` {config.prediction_type!r}, `block_size` {transformer.block_size}, `start_latents` "
-                f"{transformer.start_latents} and `token_stagger` {config.token_stagger}. Load it with AutoModel, and "
-                "generate with its pipeline."
+                "only a model whose blocks are one chunk and whose tokens take turns is a causal "
+                f"language model; this one has `prediction_type` {config.prediction_type!r}, "
+                f"`block_size` {transformer.block_size}, `start_latents` "
+                f"{transformer.start_latents} and `token_stagger` {config.token_stagger}. Load it "
+                "with AutoModel, and generate with its pipeline."
             )
         super().__init__(config)
 
     @classmethod
     def sharing(cls, model: TokComModel) -> "TokComForCausalLM":
-        """The causal language model whose modules are those of `model`, such as a pipeline's: nothing is copied.
+        """The causal language model that has the modules of `model`, such as a pipeline's.
 
-        Raises `ValueError` for a model that is none.
+        Nothing is copied. Raises `ValueError` for a model that is none.
         """
         if isinstance(model, cls):
             return model
@@ -210,8 +215,9 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
     def resize_token_embeddings(self, *args, **kwargs):
         """Refused: the codec's latents stand for the vocabulary it was trained with."""
         raise ValueError(
-            f"the vocabulary of {self.config.vocab_size} ids cannot be resized: the codec's latents stand for these "
-            "tokens. Use the tokenizer saved beside the model, or train a model for another one."
+            f"the vocabulary of {self.config.vocab_size} ids cannot be resized: the codec's latents "
+            "stand for these tokens. Use the tokenizer saved beside the model, or train a model for "
+            "another one."
         )
 
     def forward(
@@ -233,26 +239,27 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
         """Exact logits of every next token.
 
         Args:
-            input_ids (`torch.LongTensor` of shape `(B, S)`): any S; with `past_key_values` only what is new.
-            attention_mask (`torch.Tensor` of shape `(B, S)` or `(B, past + S)`, *optional*): 0 marks padding, on
-                either side. Chunks count from the first real token of each row.
-            labels (`torch.LongTensor` of shape `(B, S)`, *optional*): the same ids, -100 where nothing is scored. They are
-                shifted here, so the first token of a text is never scored.
-            past_key_values (`TokComTextCache`, *optional*): what an earlier call returned; `cache` is its name in newer
-                versions of transformers.
+            input_ids (`torch.LongTensor` of shape `(B, S)`): any S; with a cache only what is new.
+            attention_mask (`torch.Tensor` of shape `(B, S)` or `(B, past + S)`, *optional*): 0
+                marks padding, on either side. Chunks count from the first real token of each row.
+            labels (`torch.LongTensor` of shape `(B, S)`, *optional*): the same ids, -100 where
+                nothing is scored. They are shifted here, so the first token of a text is never
+                scored.
+            past_key_values (`TokComTextCache`, *optional*): what an earlier call returned; `cache`
+                is its name in newer versions of transformers.
             use_cache (`bool`, *optional*): return a cache; by default only if one is given.
             logits_to_keep (`int`): compute the logits of the last tokens only; 0 is all.
-            position_ids: not needed, the mask says where tokens stand. loss_kwargs: those of transformers' loss, such as
-                `num_items_in_batch`.
+            position_ids: not needed, the mask says where tokens stand.
+            loss_kwargs: those of transformers' loss, such as `num_items_in_batch`.
 
-        Returns: `logits (B, S, V)`, where `logits[:, i]` are those of the token after `input_ids[:, i]` given all before
-        it, `loss` (mean nats of the labels) and `past_key_values`. Raises `ValueError` for ids outside the vocabulary
-        and texts longer than `max_position_embeddings`.
+        Returns `logits (B, S, V)`, of which `logits[:, i]` belong to the token after
+        `input_ids[:, i]`, given all up to it; `loss` (mean nats of the labels) and the cache. Raises
+        `ValueError` for ids outside the vocabulary and texts longer than `max_position_embeddings`.
         """
         if inputs_embeds is not None or output_attentions or output_hidden_states:
             raise ValueError(
-                "`inputs_embeds`, `output_attentions` and `output_hidden_states` do not exist here: the model reads "
-                "chunks of ids. Give `input_ids`."
+                "`inputs_embeds`, `output_attentions` and `output_hidden_states` do not exist here: "
+                "the model reads chunks of ids. Give `input_ids`."
             )
         if input_ids.device.type == "cpu":
             self._check_ids(input_ids)
@@ -283,7 +290,7 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
     def _append(
         self, cache: TokComTextCache, input_ids: torch.Tensor, real: torch.Tensor
     ) -> torch.Tensor:
-        """Add the real tokens to the ids of their rows; returns the place of each in its text, `(B, S)`."""
+        """Add the real tokens to the ids of their rows; returns each one's place, `(B, S)`."""
         size = self.config.codec_config.chunk_size
         batch = len(input_ids)
         if cache.ids is None:
@@ -294,8 +301,9 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
         longest = int(lengths.max())
         if longest > self.config.max_position_embeddings:
             raise ValueError(
-                f"a text has {longest} tokens, more than the model's maximum of {self.config.max_position_embeddings} "
-                "(`max_position_embeddings`); shorten it, or generate with TokComPipeline, which goes on over a window."
+                f"a text has {longest} tokens, more than the model's maximum of "
+                f"{self.config.max_position_embeddings} (`max_position_embeddings`); shorten it, or "
+                "generate with TokComPipeline, which goes on over a window."
             )
         room = -(-(longest + 1) // size) * size
         ids = input_ids.new_zeros(batch, room + 1)  # padding goes to the last place
@@ -308,7 +316,7 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
         return where
 
     def _read_chunks(self, cache: TokComTextCache, is_kept: bool) -> None:
-        """Let the context network read the chunks that are whole now, and at first the start of the texts."""
+        """Let the context network read the chunks that are whole now; at first also the start."""
         size = self.config.codec_config.chunk_size
         done = cache.lengths // size
         chunks = cache.ids.unflatten(1, (-1, size))  # (B, N, K)
@@ -355,7 +363,7 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
     def _next_logits(
         self, cache: TokComTextCache, where: torch.Tensor, real: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """States `(B, S, E)` and logits `(B, S, V)` of the tokens after those at `where (B, S)`; 0 on padding."""
+        """States `(B, S, E)` and logits `(B, S, V)` of what follows `where`; 0 on padding."""
         head = self.token_head
         size = self.config.codec_config.chunk_size
         row, column = real.nonzero(as_tuple=True)  # (R,) each
@@ -394,12 +402,13 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
         longest = self.config.max_position_embeddings
         if max_cache_length > longest:
             raise ValueError(
-                f"prompt and new tokens are {max_cache_length + 1}, more than the model's maximum of {longest + 1} tokens; "
-                "lower `max_new_tokens`, shorten the prompt, or use TokComPipeline, which goes on over a window."
+                f"prompt and new tokens are {max_cache_length + 1}, more than the model's maximum "
+                f"of {longest + 1} tokens; lower `max_new_tokens`, shorten the prompt, or use "
+                "TokComPipeline, which goes on over a window."
             )
 
     def _refuse_unsupported(self, arguments: dict) -> None:
-        """Raise `ValueError` if the `arguments` of `generate`, or its configuration, ask for what is `REFUSED`."""
+        """Raise `ValueError` if the arguments or settings of `generate` ask for what is refused."""
         settings = arguments.get("generation_config") or self.generation_config
         for name, remedy in REFUSED.items():
             value = arguments.get(name)
@@ -412,11 +421,11 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
             raise ValueError(f"`{name}` ({shown}) does not exist here; {remedy}.")
 
     def _draft_arguments(self, streamer, arguments: dict) -> dict:
-        """The `arguments` of `generate` with which a streamer receives drafts: they are read from the cache."""
+        """The arguments of `generate` with which a streamer gets drafts: the cache holds them."""
         if arguments.get("use_cache") is False:
             raise ValueError(
-                f"{type(streamer).__name__} shows drafts, which come from the cache; leave out `use_cache=False`, or use "
-                "TextStreamer."
+                f"{type(streamer).__name__} shows drafts, which come from the cache; leave out "
+                "`use_cache=False`, or use TextStreamer."
             )
         cache = arguments.get(CACHE)
         if cache is None:
@@ -436,10 +445,10 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
         streamer: BaseStreamer | None = None,
         **kwargs,
     ):
-        """`GenerationMixin.generate`, in which `temperature=0` is greedy and `seed` makes samples reproducible.
+        """`GenerationMixin.generate` with a `seed`, and in which `temperature=0` is greedy.
 
-        A `streamer` with `put_draft` (`TextDiffusionStreamer`) also receives, before each token, the likeliest ones of
-        the whole chunk.
+        A `streamer` with `put_draft` (`TextDiffusionStreamer`) also receives, before each token,
+        the likeliest ones of the whole chunk.
         """
         self._refuse_unsupported(kwargs)
         if hasattr(streamer, "put_draft"):

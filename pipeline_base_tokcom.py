@@ -26,7 +26,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 
-from .arguments_tokcom import explain_unknown_arguments
+from .interface_tokcom import explain_unknown_arguments
 from .processing_tokcom import tokenize_texts, vocabulary_size, with_pad_token
 from .sampling_tokcom import (
     Blocks,

@@ -1,7 +1,6 @@
 """TokComPipeline: prompt in, text out; also texts from noise, to latents and back, and with gaps.
 
-Read `TokComPipeline.__call__` first. `tasks_tokcom.py` lays out what the sampler gets, `_finish`
-makes text of what it gives.
+Read `__call__` first: `tasks_tokcom.py` lays out what the sampler gets, `_finish` makes the text.
 
 Notable choices:
 - All modes are one sampler: new latents with positions, given clean latents with positions.
@@ -23,7 +22,6 @@ from PIL import Image
 from transformers.generation.streamers import BaseStreamer
 
 # diffusers copies direct imports only, so every module that this file needs is named here
-from .arguments_tokcom import near_miss  # noqa: F401
 from .codec_chunk_tokcom import TokComCodecOutput
 from .codec_color_tokcom import TokComColorCodec  # noqa: F401
 from .codec_composite_tokcom import TokComCompositeCodec  # noqa: F401
@@ -34,6 +32,7 @@ from .configuration_media_tokcom import TokComMediaCodecConfig  # noqa: F401
 from .configuration_tokcom import TokComConfig  # noqa: F401
 from .context_tokcom import TokComStep  # noqa: F401
 from .heads_tokcom import TokComTokenHead  # noqa: F401
+from .interface_tokcom import StreamerFeed, prompt_room
 from .layers_tokcom import TokComBlock  # noqa: F401
 from .modeling_tokcom import TokComModel  # noqa: F401
 from .objective_tokcom import objective_class
@@ -53,7 +52,6 @@ from .processing_tokcom import (
 from .quantization_tokcom import VectorQuantizer  # noqa: F401
 from .sampling_tokcom import (
     Blocks,
-    StreamerFeed,
     TokComSampling,
     join_blocks,
     kept_tokens,
@@ -157,8 +155,7 @@ class TokComPipeline(TokComBasePipeline):
                 same text, and a prompt's text depends on its place among the prompts only.
             latents: initial noise `(B, n, C)` of the unfinished chunk and `gen_length` more tokens.
             output_type: `"text"`, `"seq"` (ids only) or `"latent"`.
-            streamer: of transformers, for one prompt; gets its ids, then those of every block. One
-                with `put_draft` also gets what each denoising step makes of the block.
+            streamer: of transformers, for one prompt; with `put_draft` it sees every draft too.
             callback_on_step_end: `f(pipe, step, timestep, {"latents": ...})`; may return new ones.
             truncation: `"left"` leaves out the beginning of a prompt longer than the window.
 
@@ -169,25 +166,20 @@ class TokComPipeline(TokComBasePipeline):
         prompts = as_prompts(self.tokenizer, prompt)
         if streamer is not None and (len(prompts) > 1 or output_type == "latent"):
             raise ValueError(
-                f"`streamer` shows text of 1 prompt, not {len(prompts)} prompts ({output_type!r})."
+                f"`streamer` shows text of 1 prompt, not {len(prompts)} ({output_type})."
             )
-        rows = self._prompt_ids(prompts, gen_length, truncation)
-        after_step = self._step_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        feed = None
-        if streamer is not None:
-            feed = StreamerFeed(streamer, gen_length, self._eos_token_id)
-            after_step = feed.after_step(after_step)
+        rows = prompt_ids(self.tokenizer, prompts, *prompt_room(self.model, gen_length, truncation))
+        feed = StreamerFeed(streamer, gen_length, self._eos_token_id)
+        callback = self._step_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         skip, blocks = self.continue_ids(
             rows,
             gen_length,
             TokComSampling(num_inference_steps, guidance_scale, [], temperature, top_p, generator),
             latents=latents,
             stop=output_type != "latent",
-            on_step_end=after_step,
+            on_step_end=feed.after_step(callback),
         )
-        if feed is not None:
-            streamer.put(torch.tensor(rows))
-            blocks = feed.blocks(blocks, skip[0])
+        blocks = feed.blocks(blocks, rows, skip)
         output = self._finish_continuation(prompts, rows, blocks, gen_length, output_type, skip)
         return output if return_dict else output.to_tuple()
 
@@ -195,24 +187,6 @@ class TokComPipeline(TokComBasePipeline):
     def _predicts_tokens(self) -> bool:
         """Whether the model can know part of a chunk, not only whole ones."""
         return self.model.token_head is not None
-
-    def _prompt_ids(self, prompts: list, gen_length: int, truncation: str | None) -> list:
-        """Ids of prompts; where the model sees all at once, room is left for `gen_length` more."""
-        room = self.max_length
-        if self.model.config.transformer_config.block_size is None and truncation is not None:
-            room -= self._num_latents(gen_length) * self.chunk_size
-            if room < 1:
-                raise ValueError(
-                    f"`gen_length` ({gen_length}) leaves no room for a prompt in the model's "
-                    f"{self.max_length} tokens; reduce it."
-                )
-        return prompt_ids(
-            self.tokenizer,
-            prompts,
-            room,
-            truncation,
-            self.model.config.codec_config.length_multiple,
-        )
 
     def encode_prompt(self, prompt: list[str]) -> tuple[TokComCodecOutput | None, list[list[int]]]:
         """Prompts -> clean context latents, None if no prompt fills a chunk, and their ids."""
@@ -332,7 +306,8 @@ class TokComPipeline(TokComBasePipeline):
             pipe._interrupt = should_stop()
             return x
 
-        rows = self._prompt_ids(prompts, max(lengths), truncation)
+        room = prompt_room(self.model, max(lengths), truncation)
+        rows = prompt_ids(self.tokenizer, prompts, *room)
         skip, blocks = self.continue_ids(
             rows,
             max(lengths),

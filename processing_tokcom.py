@@ -278,13 +278,15 @@ def prompt_ids(
 ) -> list[list[int]]:
     """Ids of prompts, which may be rows of ids already.
 
-    Trailing spaces are left to the continuation, whose first word carries its own. With `truncation="left"` a prompt of
-    more than `max_length` tokens loses its first ones, in whole chunks, so that the others stay where they are in theirs.
+    Trailing spaces are left to the continuation, whose first word carries its own. With
+    `truncation="left"` a prompt of more than `max_length` tokens loses its first ones, in whole
+    chunks, so that the others stay where they are in theirs.
     Raises `ValueError` for a prompt that is empty or too long.
     """
     if truncation not in (None, "left"):
         raise ValueError(
-            f"`truncation` ({truncation!r}) must be None or 'left': the end of a prompt is what is continued."
+            f"`truncation` ({truncation!r}) must be None or 'left': the end of a prompt is what is "
+            "continued."
         )
     rows = []
     for prompt in prompts:
@@ -298,8 +300,8 @@ def prompt_ids(
     longest = max(map(len, rows))
     if longest > max_length and truncation is None:
         raise ValueError(
-            f"`prompt` has {longest} tokens, more than the model's maximum of {max_length}; shorten it, or pass "
-            "truncation='left' to leave its beginning out."
+            f"`prompt` has {longest} tokens, more than the model's maximum of {max_length}; shorten "
+            "it, or pass truncation='left' to leave its beginning out."
         )
     beyond = [-(-max(0, len(row) - max_length) // chunk_size) * chunk_size for row in rows]
     return [row[first:] for row, first in zip(rows, beyond)]

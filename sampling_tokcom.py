@@ -27,7 +27,6 @@ from functools import partial
 import torch
 from diffusers import SchedulerMixin
 from transformers import PreTrainedModel
-from transformers.generation.streamers import BaseStreamer
 
 from .context_tokcom import CachedContext, Context, TokComStep, VisibleContext
 from .heads_tokcom import TokComChoice
@@ -190,54 +189,6 @@ def until_all_ended(blocks: Blocks, eos_token_id: int | None, skip: list[int]) -
         if bool(ended.all()):
             break
     blocks.close()  # of the progress bar
-
-
-class StreamerFeed:
-    """Passes one text on to a streamer of transformers: finished ids to `put`, drafts to `put_draft`.
-
-    A streamer that has `put_draft`, such as `TextDiffusionStreamer`, receives after every denoising
-    step what the block at hand decodes to. The text ends at EOS or after `gen_length` ids.
-    """
-
-    def __init__(self, streamer: BaseStreamer, gen_length: int, eos_token_id: int | None):
-        self._streamer = streamer
-        self._left = gen_length
-        self._skip = 0
-        self._eos_token_id = eos_token_id
-
-    def _new(self, ids: torch.Tensor) -> torch.Tensor:
-        """Those of a block's ids `(1, T)` that belong to the new text, `(n,)` on the CPU."""
-        new = ids[0, self._skip : self._skip + self._left].cpu()
-        ends = (new == self._eos_token_id).nonzero()
-        return new if self._eos_token_id is None or not len(ends) else new[: int(ends[0]) + 1]
-
-    def after_step(self, callback: Callable | None) -> Callable | None:
-        """What the sampler calls after a step: `callback(pipe, step, timestep, x) -> x`, and then
-        the draft is shown."""
-        if not hasattr(self._streamer, "put_draft"):
-            return callback
-
-        def show(pipe, step: int, timestep: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-            if callback is not None:
-                x = callback(pipe, step, timestep, x)
-            draft = self._new(pipe.model.to_ids(x))
-            if len(draft):
-                self._streamer.put_draft(draft)
-            return x
-
-        return show
-
-    def blocks(self, blocks: Blocks, skip: int) -> Blocks:
-        """The same blocks, whose ids are put as they come; the first `skip` are of the prompt."""
-        self._skip = skip
-        for latents, ids in blocks:
-            new = self._new(ids)
-            self._left -= max(0, min(self._left, ids.shape[1] - self._skip))
-            self._skip = max(0, self._skip - ids.shape[1])
-            if len(new):
-                self._streamer.put(new)
-            yield latents, ids
-        self._streamer.end()
 
 
 def most_alike(rows: Sequence[Sequence]) -> int:
@@ -595,7 +546,6 @@ class TokComBlockSampler:
 
 
 __all__ = [
-    "StreamerFeed",
     "TokComBlockSampler",
     "TokComSampling",
     "TokComStepPlanner",

@@ -1,7 +1,7 @@
 """A text in the terminal while it is denoised, for `tokcom generate --watch`.
 
-What is finished stands as it is; what the current denoising step makes of the rest is yellow. Lines are broken before
-they reach the edge, so that only the last one has to be drawn again.
+What is finished stands as it is; what the current denoising step makes of the rest is yellow. Lines
+are broken before they reach the edge, so that only the last one has to be drawn again.
 """
 
 import shutil

@@ -17,7 +17,14 @@ from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_tokcom import TokComPipeline
 
 REMOTE_FILES = {
-    "arguments_tokcom.py": {"collections", "difflib", "functools", "inspect"},
+    "interface_tokcom.py": {
+        "collections",
+        "difflib",
+        "functools",
+        "inspect",
+        "torch",
+        "transformers",
+    },
     "configuration_tokcom.py": {"copy", "huggingface_hub", "transformers", "typing", "warnings"},
     "configuration_codec_tokcom.py": {"huggingface_hub", "math", "transformers", "typing"},
     "configuration_media_tokcom.py": {"huggingface_hub", "transformers", "typing"},

@@ -73,6 +73,7 @@ from tokcom.cli.main import main
 main(["generate", "Once upon a time", "--seed", "0", "--num_generate_chunks", "4"])
 import tokcom
 assert tokcom.__file__.startswith({str(site)!r})
+assert tokcom.load_pipeline().model.config.is_causal_lm
 main(["serve"])
 """
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
