@@ -4,8 +4,7 @@ Read `__call__` first: `tasks_tokcom.py` lays out what the sampler gets, `_finis
 
 Notable choices:
 - All modes are one sampler: new latents with positions, given clean latents with positions.
-- A model that predicts tokens goes on inside the last chunk of a prompt. One that regresses latents
-  gets prompts padded on the left to whole chunks.
+- A model of tokens goes on inside a prompt's last chunk; for one of latents prompts are padded.
 - New ids are decoded together with those before them, so pieces of a stream join to the text.
 """
 
@@ -166,7 +165,7 @@ class TokComPipeline(TokComBasePipeline):
         prompts = as_prompts(self.tokenizer, prompt)
         if streamer is not None and (len(prompts) > 1 or output_type == "latent"):
             raise ValueError(
-                f"`streamer` shows text of 1 prompt, not {len(prompts)} ({output_type})."
+                f"`streamer` shows text of 1 prompt, not {len(prompts)} {output_type}s."
             )
         rows = prompt_ids(self.tokenizer, prompts, *prompt_room(self.model, gen_length, truncation))
         feed = StreamerFeed(streamer, gen_length, self._eos_token_id)
