@@ -164,9 +164,7 @@ class TokComPipeline(TokComBasePipeline):
         self.check_inputs(length=("gen_length", gen_length))
         prompts = as_prompts(self.tokenizer, prompt)
         if streamer is not None and (len(prompts) > 1 or output_type == "latent"):
-            raise ValueError(
-                f"`streamer` shows text of 1 prompt, not {len(prompts)} {output_type}s."
-            )
+            raise ValueError(f"`streamer` shows text of 1 prompt, not {len(prompts)} {output_type}")
         rows = prompt_ids(self.tokenizer, prompts, *prompt_room(self.model, gen_length, truncation))
         feed = StreamerFeed(streamer, gen_length, self._eos_token_id)
         callback = self._step_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
