@@ -8,6 +8,7 @@ and logs of a training run cannot slip in; the Hub's refusals are explained. `To
 """
 
 import contextlib
+import inspect
 import json
 import os
 import re
@@ -25,6 +26,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 
+from .interface_tokcom import explain_unknown_arguments
 from .processing_tokcom import tokenize_texts, vocabulary_size, with_pad_token
 from .sampling_tokcom import (
     Blocks,
@@ -170,6 +172,12 @@ class TokComBasePipeline(DiffusionPipeline):
         "TokComModel": ("transformers", "modeling_tokcom"),
         "TokComFlowMatchScheduler": ("diffusers", "scheduling_tokcom"),
     }
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        for name, value in list(vars(cls).items()):
+            if inspect.isfunction(value) and (name == "__call__" or not name.startswith("_")):
+                setattr(cls, name, explain_unknown_arguments(value))
 
     def __init__(
         self,

@@ -279,12 +279,21 @@ def prompt_ids(
     tokenizer: PreTrainedTokenizerBase | None,
     prompts: list[str] | list[list[int]],
     max_length: int,
+    truncation: str | None = None,
+    chunk_size: int = 1,
 ) -> list[list[int]]:
     """Ids of prompts, which may be rows of ids already.
 
-    Trailing spaces are left to the continuation, whose first word carries its own. Raises `ValueError` for a prompt that
-    is empty or longer than `max_length`.
+    Trailing spaces are left to the continuation, whose first word carries its own. With
+    `truncation="left"` a prompt of more than `max_length` tokens loses its first ones, in whole
+    chunks, so that the others stay where they are in theirs.
+    Raises `ValueError` for a prompt that is empty or too long.
     """
+    if truncation not in (None, "left"):
+        raise ValueError(
+            f"`truncation` ({truncation!r}) must be None or 'left': the end of a prompt is what is "
+            "continued."
+        )
     rows = []
     for prompt in prompts:
         if isinstance(prompt, list) and prompt and all(isinstance(i, int) for i in prompt):
@@ -295,11 +304,13 @@ def prompt_ids(
             tokenizer, [text], "prompt", special_tokens=isinstance(prompt, ChatText)
         )
     longest = max(map(len, rows))
-    if longest > max_length:
+    if longest > max_length and truncation is None:
         raise ValueError(
-            f"`prompt` has {longest} tokens, more than the model's maximum of {max_length}; shorten it."
+            f"`prompt` has {longest} tokens, more than the model's maximum of {max_length}; shorten "
+            "it, or pass truncation='left' to leave its beginning out."
         )
-    return rows
+    beyond = [-(-max(0, len(row) - max_length) // chunk_size) * chunk_size for row in rows]
+    return [row[first:] for row, first in zip(rows, beyond)]
 
 
 def write_latents(

@@ -5,6 +5,7 @@ list of texts.
 """
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ import torch
 
 from tokcom.cli.loading import check_modality, open_pipeline, speed_up
 from tokcom.cli.options import MODES, READ, WRITTEN
+from tokcom.cli.terminal import TerminalStreamer
 from tokcom.processing_tokcom import write_wav
-from tokcom.training.films import write_film
 
 
 def check_files(args: argparse.Namespace) -> None:
@@ -90,7 +91,13 @@ def generate(pipe, args: argparse.Namespace) -> list[str]:
 def continue_prompt(pipe, args: argparse.Namespace) -> list[str]:
     """Print one continuation while it is written; several appear together at the end."""
     tokens = args.num_generate_chunks * pipe.chunk_size
-    options = {"guidance_scale": args.guidance_scale, **token_sampling(args)}
+    options = {
+        "guidance_scale": args.guidance_scale,
+        "truncation": args.truncation,
+        **token_sampling(args),
+    }
+    if args.watch:
+        return [watch(pipe, args, tokens, options)]
     if args.batch_size == 1 and pipe.tokenizer is not None:
         return [stream(pipe, args.prompt, tokens, options)]
     output = pipe([args.prompt] * args.batch_size, tokens, **options)
@@ -110,6 +117,19 @@ def stream(pipe, prompt: str, tokens: int, options: dict[str, Any]) -> str:
         text += piece
     print("" if text != prompt else f"[1] {prompt}")
     return text
+
+
+def watch(pipe, args: argparse.Namespace, tokens: int, options: dict[str, Any]) -> str:
+    """Draw a prompt and its continuation while it is denoised; returns both."""
+    if args.batch_size > 1 or pipe.tokenizer is None:
+        raise ValueError("--watch shows one text of a model with a tokenizer; leave it out.")
+    if not sys.stdout.isatty():
+        raise ValueError(
+            "--watch draws in a terminal, but the output goes elsewhere; leave it out."
+        )
+    pipe.set_progress_bar_config(disable=True)
+    output = pipe(args.prompt, tokens, streamer=TerminalStreamer(pipe.tokenizer), **options)
+    return args.prompt + output.texts[0]
 
 
 def infill(pipe, args: argparse.Namespace) -> list[str]:
@@ -165,6 +185,8 @@ def reconstruct_image(pipe, args: argparse.Namespace) -> list[str]:
 
 
 def animate(pipe, args: argparse.Namespace) -> list[str]:
+    from tokcom.training.films import write_film
+
     options = {
         "num_frames": args.num_frames,
         "guidance_scale": args.guidance_scale,

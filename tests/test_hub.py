@@ -17,6 +17,14 @@ from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_tokcom import TokComPipeline
 
 REMOTE_FILES = {
+    "interface_tokcom.py": {
+        "collections",
+        "difflib",
+        "functools",
+        "inspect",
+        "torch",
+        "transformers",
+    },
     "configuration_tokcom.py": {"copy", "huggingface_hub", "transformers", "typing", "warnings"},
     "configuration_codec_tokcom.py": {"huggingface_hub", "math", "transformers", "typing"},
     "configuration_media_tokcom.py": {"huggingface_hub", "transformers", "typing"},
@@ -97,7 +105,7 @@ REMOTE_FILES = {
         "transformers",
         "typing",
     },
-    "modeling_causal_tokcom.py": {"dataclasses", "torch", "transformers"},
+    "modeling_causal_tokcom.py": {"dataclasses", "inspect", "torch", "transformers"},
     "sampling_tokcom.py": {
         "collections",
         "dataclasses",
@@ -115,6 +123,7 @@ REMOTE_FILES = {
         "contextlib",
         "diffusers",
         "huggingface_hub",
+        "inspect",
         "json",
         "os",
         "pathlib",
