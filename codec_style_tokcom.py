@@ -10,6 +10,7 @@ Notable choices:
 Shape legend: B batch, N tokens, C channels of a token, P patches, D width, H x W pixels.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,9 +23,10 @@ from transformers.utils import ModelOutput
 from .codec_chunk_tokcom import TokComCodec, TokComCodecLoss, TokComCodecOutput
 from .configuration_media_tokcom import TokComStyleCodecConfig
 from .layers_tokcom import TokComRMSNorm
-from .quantization_tokcom import VectorQuantizer, code_statistics, kmeans, nearest_codes
+from .quantization_tokcom import VectorQuantizer, count_statistics, kmeans, nearest_codes
 
 COLORS = 3
+KMEANS_ROWS = 65536  # tokens of a step of k-means
 GRADIENT_SCALES = 3  # sizes at which the gradient loss compares images, each half the one before
 
 
@@ -48,8 +50,13 @@ class TokComStyleAttention(nn.Module):
         """`(B, S, D)` in and out."""
         heads = self.qkv_proj(hidden_states).unflatten(-1, (3, self.heads, -1))
         heads = heads.permute(2, 0, 3, 1, 4)  # (3, B, heads, S, head_dim)
-        output = F.scaled_dot_product_attention(*heads)  # (B, heads, S, head_dim)
-        return self.o_proj(output.transpose(1, 2).flatten(2))
+        if heads.device.type == "cpu":  # in bfloat16 the backward pass is six times as slow
+            with torch.autocast("cpu", enabled=False):
+                output = F.scaled_dot_product_attention(*heads.float())
+        else:
+            output = F.scaled_dot_product_attention(*heads)
+        output = output.to(heads.dtype).transpose(1, 2).flatten(2)  # (B, S, D)
+        return self.o_proj(output)
 
 
 class TokComStyleMLP(nn.Sequential):
@@ -395,7 +402,7 @@ class TokComStyleCodec(TokComCodec):
     @torch.no_grad()
     def fit_codebook(
         self,
-        latents: torch.Tensor,
+        latents: torch.Tensor | Iterable[torch.Tensor],
         num_codes: int,
         metric: str = "euclidean",
         iterations: int = 20,
@@ -403,26 +410,36 @@ class TokComStyleCodec(TokComCodec):
     ) -> dict[str, float]:
         """Fit a codebook to the tokens of pictures with `latents (M, N, C)`, by k-means.
 
+        For more pictures than fit into memory, `latents` is a list or another re-iterable of parts
+        of them, which is read `iterations` + 3 times.
+
         Returns: `code_statistics` of these pictures, and `distortion`, the squared error of the
             codes over the variance of the tokens.
         """
-        tokens = self._unstandardize(latents).flatten(0, 1)
-        codebook = kmeans(tokens.split(65536), num_codes, iterations, metric, seed=seed)
+        if isinstance(latents, torch.Tensor):
+            latents = latents.split(KMEANS_ROWS // latents.shape[1])
+        tokens = _Tokens(self, latents)
+        codebook = kmeans(tokens, num_codes, iterations, metric, seed=seed)
         if metric == "cosine":  # centres have length 1: give each the mean length of its tokens
-            codes = nearest_codes(F.normalize(tokens, dim=-1), codebook)
-            lengths = tokens.new_zeros(num_codes).index_add_(0, codes, tokens.norm(dim=-1))
-            used = codes.bincount(minlength=num_codes).clamp_min(1)
-            codebook = codebook * (lengths / used)[:, None]
-        codes = nearest_codes(tokens, codebook)
-        counts = codes.bincount(minlength=num_codes).float()
+            codebook = codebook * _mean_lengths(tokens, codebook)[:, None]
+        counts = codebook.new_zeros(num_codes, dtype=torch.double)
+        sums = codebook.new_zeros(2, codebook.shape[1], dtype=torch.double)  # of x, and of x^2
+        error = 0.0
+        for part in tokens:
+            codes = nearest_codes(part, codebook)
+            counts += codes.bincount(minlength=num_codes)
+            error += (part - codebook[codes]).double().square().sum().item()
+            sums += torch.stack((part.double().sum(0), part.double().square().sum(0)))
+        mean, square = sums / counts.sum()
+        variance = (square - mean**2).sum().item()
         # counts and sums are those of one pass over the data, as if the codebook had been trained
         self.config.num_codes = num_codes
-        self.quantizer = VectorQuantizer(num_codes, tokens.shape[1]).to(tokens.device)
+        self.quantizer = VectorQuantizer(num_codes, codebook.shape[1]).to(codebook.device)
         self.quantizer.codebook.copy_(codebook)
         self.quantizer.counts.copy_(counts)
-        self.quantizer.sums.copy_(codebook * counts[:, None])
-        error = (tokens - codebook[codes]).square().sum(-1).mean() / tokens.var(0).sum()
-        return code_statistics(codes, num_codes) | {"distortion": error.item()}
+        self.quantizer.sums.copy_(codebook * counts.float()[:, None])
+        distortion = error / counts.sum().item() / variance
+        return count_statistics(counts, num_codes) | {"distortion": distortion}
 
     def training_loss(self, pixel_values: torch.Tensor, attention_mask: torch.Tensor | None = None):
         """Loss of the codec stage on images `(B, 3, H, W)`, and its parts: squared error and KL per
@@ -455,6 +472,29 @@ class TokComStyleCodec(TokComCodec):
         if self.feature_loss is not None:
             loss = loss + self.feature_loss(output, pixel_values.float())
         return loss, {"mse_loss": error.detach(), "kl_loss": kl.detach()}
+
+
+class _Tokens:
+    """Standardised latents, part after part `(M, N, C)`, as raw tokens `(M N, C)`, again and again."""
+
+    def __init__(self, codec: TokComStyleCodec, latents: Iterable[torch.Tensor]):
+        self.codec = codec
+        self.latents = latents
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for part in self.latents:
+            yield self.codec._unstandardize(part).flatten(0, 1)
+
+
+def _mean_lengths(tokens: Iterable[torch.Tensor], centres: torch.Tensor) -> torch.Tensor:
+    """The mean length `(S,)` of the tokens whose direction is nearest to each of `centres (S, C)`."""
+    lengths = centres.new_zeros(len(centres))
+    used = centres.new_zeros(len(centres))
+    for part in tokens:
+        codes = nearest_codes(F.normalize(part, dim=-1), centres)
+        lengths.index_add_(0, codes, part.norm(dim=-1))
+        used += codes.bincount(minlength=len(centres))
+    return lengths / used.clamp_min(1)
 
 
 def gradient_loss(

@@ -55,7 +55,13 @@ def code_statistics(codes: torch.Tensor, size: int) -> dict[str, float]:
     """How `codes (...)` use a codebook of `size` codes: share used, entropy in bits, perplexity,
     dead codes."""
     # not bincount: a finite scalar quantiser may have more codes than fit into memory
-    counts = codes.flatten().unique(return_counts=True)[1].double()
+    counts = codes.flatten().unique(return_counts=True)[1]
+    return count_statistics(counts, size)
+
+
+def count_statistics(counts: torch.Tensor, size: int) -> dict[str, float]:
+    """`code_statistics` of how often codes occur, `counts (...)`, if that is known already."""
+    counts = counts[counts > 0].double()
     shares = counts / counts.sum().clamp_min(1)
     entropy = -(shares * shares.log2()).sum().item()  # all shares are above 0 here
     used = len(counts)
@@ -352,21 +358,23 @@ def kmeans(
         # one pass: sums and counts of the vectors that are nearest to each centre
         sums = torch.zeros_like(centres)  # (S, C)
         counts = centres.new_zeros(num_codes)
-        worst = []  # of each batch, the vectors that are farthest from their centres
+        # the vectors that are farthest from their centres, no more of them than there are centres
+        worst = centres.new_zeros(0)
+        outliers = centres[:0]
         for batch, weight in read():
             nearest = [torch.cdist(part, centres).min(-1) for part in batch.split(DISTANCE_ROWS)]
             distances, codes = (torch.cat(x) for x in zip(*nearest))
             counts.index_add_(0, codes, weight)
             sums.index_add_(0, codes, batch * weight[:, None])
-            far = distances.topk(min(num_codes, len(batch)))
-            worst.append((far.values, batch[far.indices]))
+            distances = torch.cat((worst, distances))
+            worst, far = distances.topk(min(num_codes, len(distances)))
+            outliers = torch.cat((outliers, batch))[far]
         empty = (counts == 0).nonzero()[:, 0]
         # centres without vectors keep their place here and move below
         centres = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1e-12)[:, None], centres)
         if len(empty):
-            values, rows = (torch.cat(x) for x in zip(*worst))
-            order = values.argsort(descending=True)[: len(empty)]
-            centres[empty[: len(order)]] = rows[order]
+            found = outliers[: len(empty)]  # the farthest first
+            centres[empty[: len(found)]] = found
         if metric == "cosine":  # a mean of unit vectors is shorter than 1
             centres = F.normalize(centres, dim=-1)
     return centres
@@ -411,4 +419,5 @@ __all__ = [
     "kmeans",
     "nearest_codes",
     "code_statistics",
+    "count_statistics",
 ]

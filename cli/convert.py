@@ -12,6 +12,7 @@ it cannot run code.
 
 import argparse
 import re
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from tokcom.processing_tokcom import vocabulary_size
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 from tokcom.training.card import evaluation_section
 from tokcom.training.checkpoints import first_line
-from tokcom.training.images import encode_all, read_pictures
+from tokcom.training.images import FiledLatents, read_pictures
 from tokcom.training.pipelines import load_pipeline
 from tokcom.training.presets import preset_config
 
@@ -254,11 +255,11 @@ def fit_codebook(args: argparse.Namespace) -> None:
         args.data, pipe.model.config.codec_config, args.image_column, seed=args.seed
     )
     rows = np.random.default_rng(args.seed).permutation(len(dataset))[: args.limit]
-    latents = encode_all(pipe.model, dataset, rows)
-    facts = pipe.model.codec.fit_codebook(
-        latents, args.num_codes, args.metric, args.iterations, args.seed
-    )
+    with tempfile.TemporaryDirectory() as folder:  # for more pictures than fit into memory
+        latents = FiledLatents(Path(folder) / "latents.f32", pipe.model, dataset, rows)
+        settings = args.num_codes, args.metric, args.iterations, args.seed
+        facts = pipe.model.codec.fit_codebook(latents, *settings)
     pipe.save_pretrained(args.output_dir)
     told = ", ".join(f"{name} {value:.4g}" for name, value in facts.items())
     print(f"written to {args.output_dir}")
-    print(f"{args.num_codes} codes of {latents.shape[0]} pictures; {told}")
+    print(f"{args.num_codes} codes of {len(rows)} pictures; {told}")

@@ -23,6 +23,7 @@ from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
+from tokcom.evaluation.linear_codecs import PCA, QuantisedPCA
 from tokcom.evaluation.report import table
 from tokcom.pipeline_media_tokcom import TokComImagePipeline
 from tokcom.quantization_tokcom import code_statistics
@@ -73,23 +74,6 @@ def quality(images: torch.Tensor, others: torch.Tensor) -> dict[str, float]:
 
 
 # ---- what others do ----
-
-
-class PCA:
-    """The best linear codec of images `(M, 3, H, W)`."""
-
-    def __init__(self, images: torch.Tensor):
-        flat = images.flatten(1).double()
-        self.mean = flat.mean(0)
-        self.shape = images.shape[1:]
-        self.components = torch.linalg.svd(
-            flat - self.mean, full_matrices=False
-        ).Vh.T  # largest first
-
-    def reconstruct(self, images: torch.Tensor, count: int) -> torch.Tensor:
-        basis = self.components[:, :count]
-        rebuilt = (images.flatten(1).double() - self.mean) @ basis @ basis.T + self.mean
-        return rebuilt.float().view(-1, *self.shape).clamp(-1, 1)
 
 
 def jpeg(image: Image.Image, scale: int, level: int) -> tuple[Image.Image, int]:
@@ -326,6 +310,11 @@ def measure_codec(
             row,
             {"codec": "JPEG scan", **best_jpeg(images, pipe.image_processor, budget)},
         ]
+        linear = QuantisedPCA(train.images, round(8 * budget))
+        rebuilt = linear.reconstruct(images)
+        facts["rows"].append(
+            {"codec": "quantised PCA", "bytes": linear.bits / 8, **quality(rebuilt, images)}
+        )
         facts["used"] = (
             codes.flatten().bincount(minlength=size).sort(descending=True).values.tolist()
         )

@@ -41,21 +41,30 @@ def predict(
     steps: int | None,
     batch_size: int,
     seed: int,
+    captions: list[str] | None = None,
 ) -> torch.Tensor:
-    """The frame `(B, 3, H, W)` that follows the first `known` of `clips (B, 3, F, H, W)`."""
+    """The frame `(B, 3, H, W)` that follows the first `known` of `clips (B, 3, F, H, W)`, whose captions
+    are given to a model that reads any."""
     causal = pipe.model.config.transformer_config.block_size is not None
     length = known + 1 if causal else None
     generator = torch.Generator().manual_seed(seed)
     frames = []
-    for part in tqdm(clips.split(batch_size), desc=f"{known} known, {steps} steps", leave=False):
-        given = part[:, :, :known]
+    for start in tqdm(range(0, len(clips), batch_size), desc=f"{known} known, {steps} steps"):
+        given = clips[start : start + batch_size, :, :known]
         options = {"num_inference_steps": steps, "generator": generator, "output_type": "pt"}
+        if captions is not None and pipe.model.config.condition_vocab_size:
+            options["prompt"] = captions[start : start + batch_size]
         made = pipe(frames=given, num_frames=length, **options).videos
         frames.append(made[:, :, known].cpu())
     return torch.cat(frames)
 
 
-def measure(systems: list[tuple], clips: torch.Tensor, args: argparse.Namespace) -> list[dict]:
+def measure(
+    systems: list[tuple],
+    clips: torch.Tensor,
+    args: argparse.Namespace,
+    captions: list[str] | None = None,
+) -> list[dict]:
     """A row for each system and number of steps, and one for copying; values are means over
     `args.known`."""
     rows = []
@@ -74,7 +83,7 @@ def measure(systems: list[tuple], clips: torch.Tensor, args: argparse.Namespace)
         sharp = []
         started = time.perf_counter()
         for k in args.known:
-            made = predict(pipe, clips, k, steps, args.batch_size, args.seed)
+            made = predict(pipe, clips, k, steps, args.batch_size, args.seed, captions)
             found[k] = psnr(made, real[k]).mean().item()
             sharp.append(sharpness(made) / sharpness(real[k]))
         seconds = time.perf_counter() - started
@@ -164,7 +173,9 @@ def main(argv: list[str] | None = None) -> list[dict]:
             raise ValueError(f"`known` ({args.known}) must be between 1 and {length - 1}.")
         systems = [("model", pipes[0], steps) for steps in args.steps or [None]]
         systems += [(Path(name).name, pipe, None) for name, pipe in zip(args.students, pipes[1:])]
-        rows = measure(systems, clips, args)
+        has_captions = "caption" in data.records.column_names
+        captions = list(data.records["caption"]) if has_captions else None
+        rows = measure(systems, clips, args, captions)
         pictures(pipes[0], clips, args)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -6,6 +6,10 @@
 CODED is an image model with captions and a codebook (`tokcom kmeans`). Its tokenizer gets one more
 token for every code, and `<image>` and `</image>`. The language model is a Llama of transformers,
 so `AutoModelForCausalLM` and `generate` do the rest: caption -> codes, and codes -> caption.
+
+With `--proxy_codes 256` there are two vocabularies and two heads, as the published document plans:
+the ordered codes are predicted one after the other, and then the codes of a proxy, one for each
+patch of the picture, all in one step. The proxy is a codebook of patches, made by k-means.
 """
 
 import argparse
@@ -13,6 +17,9 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import (
     AutoTokenizer,
@@ -23,8 +30,11 @@ from transformers import (
 )
 
 from tokcom import TokComImagePipeline
+from tokcom.evaluation.images import psnr
+from tokcom.quantization_tokcom import kmeans, nearest_codes
 from tokcom.training.images import encode_all, picture_grid, read_pictures
 
+PATCH = 4  # pixels of a side of what one code of the proxy stands for
 BEGIN = "<image>"
 END = "</image>"
 
@@ -41,13 +51,51 @@ class CodesOnly(LogitsProcessor):
         return masked
 
 
+class ProxyHead(nn.Module):
+    """The second head: the codes of all patches in one step, from the states of the ordered codes.
+
+    Each patch has a query of its own, which attends to these states. `centres (S, C)` are the
+    patches that the codes stand for.
+    """
+
+    def __init__(self, width: int, patches: int, centres: torch.Tensor):
+        super().__init__()
+        self.centres = nn.Buffer(centres)
+        self.queries = nn.Parameter(torch.randn(1, patches, width) * 0.02)
+        self.attention = nn.MultiheadAttention(width, 4, batch_first=True)
+        self.norm = nn.LayerNorm(width)
+        self.logits = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, len(centres))
+        )
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """States of the ordered codes `(B, N, D)` -> logits of the patches `(B, P, S)`."""
+        queries = self.queries.expand(len(states), -1, -1)
+        return self.logits(self.norm(self.attention(queries, states, states)[0] + queries))
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Pictures `(B, 3, H, W)` -> the nearest codes of their patches `(B, P)`."""
+        patches = cut_patches(images)
+        return nearest_codes(patches.flatten(0, 1), self.centres).view(patches.shape[:2])
+
+    def decode(self, codes: torch.Tensor, side: int) -> torch.Tensor:
+        """Codes `(B, P)` -> pictures `(B, 3, side, side)`."""
+        return F.fold(self.centres[codes].transpose(1, 2), side, PATCH, stride=PATCH)
+
+
+def cut_patches(images: torch.Tensor) -> torch.Tensor:
+    """Pictures `(B, 3, H, W)` -> patches `(B, P, 3 * PATCH^2)`, row after row."""
+    return F.unfold(images, PATCH, stride=PATCH).transpose(1, 2)
+
+
 def read_codes(
     pipe: TokComImagePipeline, source: str, image_column: str, limit: int
-) -> tuple[list[str], torch.Tensor]:
-    """Captions and codes `(M, N)` of the pictures of a source."""
+) -> tuple[list[str], torch.Tensor, torch.Tensor]:
+    """Captions, codes `(M, N)` and pixels `(M, 3, H, W)` of the pictures of a source."""
     dataset = read_pictures(source, pipe.model.config.codec_config, image_column, limit=limit)
     codes = pipe.model.codec.to_codes(encode_all(pipe.model, dataset))
-    return list(dataset.records["caption"]), codes[..., 0]
+    pixels = torch.stack([dataset[i]["pixel_values"] for i in range(len(dataset))])
+    return list(dataset.records["caption"]), codes[..., 0], pixels
 
 
 def sequences(
@@ -65,18 +113,41 @@ def sequences(
     return ids, torch.where(real, ids, -100)
 
 
+def code_states(hidden_states: torch.Tensor, ids: torch.Tensor, first: int, count: int):
+    """The states `(B, N, D)` at the codes of rows `ids (B, L)`, each of which has one picture."""
+    is_code = (ids >= first) & (ids < first + count)
+    return hidden_states[is_code].view(len(ids), -1, hidden_states.shape[-1])
+
+
 def train(
-    model: LlamaForCausalLM, ids: torch.Tensor, labels: torch.Tensor, steps: int, batch_size: int
+    model: LlamaForCausalLM,
+    ids: torch.Tensor,
+    labels: torch.Tensor,
+    steps: int,
+    batch_size: int,
+    proxy: tuple[ProxyHead, torch.Tensor, int] | None = None,
 ) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.05)
+    """Train on rows `ids (M, L)`, and with `proxy`, a head, the codes of the patches `(M, P)` and
+    the id of the first ordered code, the second head, too."""
+    parameters = list(model.parameters())
+    if proxy is not None:
+        parameters += proxy[0].parameters()
+    optimizer = torch.optim.AdamW(parameters, 1e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
     bar = tqdm(range(steps), desc="language model", unit="step")
     for _ in bar:
         rows = torch.randint(len(ids), (batch_size,))
-        loss = model(input_ids=ids[rows], labels=labels[rows]).loss
+        shows = proxy is not None
+        output = model(input_ids=ids[rows], labels=labels[rows], output_hidden_states=shows)
+        loss = output.loss
+        if proxy is not None:
+            head, patches, first = proxy
+            count = model.config.vocab_size - first - len((BEGIN, END))
+            states = code_states(output.hidden_states[-1], ids[rows], first, count)
+            loss = loss + F.cross_entropy(head(states).flatten(0, 1), patches[rows].flatten())
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
@@ -145,13 +216,48 @@ def build_llama(words: int, args: argparse.Namespace, tokenizer) -> LlamaForCaus
     return model
 
 
+def build_proxy(pixels: torch.Tensor, args: argparse.Namespace) -> ProxyHead:
+    """A head for a codebook of the patches of these pictures `(M, 3, H, W)`."""
+    parts = [cut_patches(part).flatten(0, 1) for part in pixels.split(256)]
+    centres = kmeans(parts, args.proxy_codes, 10, seed=args.seed)
+    return ProxyHead(args.hidden_size, (pixels.shape[-1] // PATCH) ** 2, centres)
+
+
 @torch.no_grad()
-def report(model, tokenizer, pipe: TokComImagePipeline, words: int, args) -> None:
+def report_proxy(
+    model, head: ProxyHead, ids: torch.Tensor, codes, pixels, pipe, words: int, args
+) -> None:
+    """Print how well the patches follow from the ordered codes, and draw them beside the decoder."""
+    states = model(input_ids=ids, output_hidden_states=True).hidden_states[-1]
+    count = pipe.model.config.codec_config.num_codes
+    logits = head(code_states(states, ids, words, count))
+    wanted = head.encode(pixels)
+    loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten()).item()
+    side = pixels.shape[-1]
+    drawn = head.decode(logits.argmax(-1), side)
+    decoded = pipe.decode(codes[..., None], output_type="pt").images
+    print(f"held-out loss, ordered codes -> all patches in one step: {loss:.3f} nats")
+    for name, pictures in (
+        ("patches in one step", drawn),
+        ("the decoder of the ordered codes", decoded),
+        ("the codebook of patches itself", head.decode(wanted, side)),
+    ):
+        print(f"  {psnr(pictures.clamp(-1, 1), pixels).mean().item():.2f} dB by {name}")
+    rows = [pixels[:8], decoded[:8], drawn[:8].clamp(-1, 1)]
+    show = pipe.image_processor.postprocess
+    picture_grid([show(row) for row in rows], scale=3).save(args.output_dir / "proxy.png")
+
+
+@torch.no_grad()
+def report(model, tokenizer, pipe: TokComImagePipeline, words: int, args, proxy=None) -> None:
     """Print how well the pictures of `args.test` are described, and draw some of their captions."""
-    captions, codes = read_codes(pipe, args.test, args.image_column, args.limit)
+    captions, codes, pixels = read_codes(pipe, args.test, args.image_column, args.limit)
     ids, labels = sequences(tokenizer, captions, codes, words)
     loss = model(input_ids=ids[:256], labels=labels[:256]).loss.item()
     print(f"held-out loss, caption -> codes: {loss:.3f} nats")
+    if proxy is not None:
+        shown = min(128, len(codes))
+        report_proxy(model, proxy, ids[:shown], codes[:shown], pixels[:shown], pipe, words, args)
     found = describe(model, tokenizer, codes[:128], words)
     share = word_accuracy(found, captions[:128])
     print(f"codes -> caption: {share:.1%} of words at their places")
@@ -178,6 +284,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--max_steps", type=int, default=600, help="training steps (default: 600)")
     add("--batch_size", type=int, default=32, help="texts in each step (default: 32)")
     add("--limit", type=int, default=5000, help="pictures of each source (default: 5000)")
+    add("--proxy_codes", type=int, default=0, help="patches of the second head (default: 0, none)")
     add("--seed", type=int, default=0, help="of everything (default: 0)")
     args = parser.parse_args(argv)
     torch.manual_seed(args.seed)
@@ -190,12 +297,18 @@ def main(argv: list[str] | None = None) -> None:
     marks = [f"<image_{i}>" for i in range(num_codes)] + [BEGIN, END]
     tokenizer.add_tokens(marks, special_tokens=True)
     model = build_llama(words, args, tokenizer)
-    captions, codes = read_codes(pipe, args.train, args.image_column, args.limit)
+    captions, codes, pixels = read_codes(pipe, args.train, args.image_column, args.limit)
     ids, labels = sequences(tokenizer, captions, codes, words)
-    train(model, ids, labels, args.max_steps, args.batch_size)
+    head = build_proxy(pixels, args) if args.proxy_codes else None
+    proxy = None
+    if head is not None:  # a picture is in two rows: after its caption, and before it
+        proxy = head, head.encode(pixels).repeat(2, 1), words
+    train(model, ids, labels, args.max_steps, args.batch_size, proxy)
     model.eval().save_pretrained(args.output_dir)
     tokenizer.save_pretrained(args.output_dir)
-    report(model, tokenizer, pipe, words, args)
+    if head is not None:
+        save_file(head.eval().state_dict(), args.output_dir / "proxy_head.safetensors")
+    report(model, tokenizer, pipe, words, args, head)
 
 
 if __name__ == "__main__":

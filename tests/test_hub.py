@@ -39,7 +39,7 @@ REMOTE_FILES = {
     },
     "codec_chunk_tokcom.py": {"dataclasses", "difflib", "torch", "transformers", "typing"},
     "codec_color_tokcom.py": {"functools", "torch"},
-    "codec_style_tokcom.py": {"dataclasses", "torch", "transformers"},
+    "codec_style_tokcom.py": {"collections", "dataclasses", "torch", "transformers"},
     "codec_video_tokcom.py": {"collections", "dataclasses", "torch", "transformers", "typing"},
     "codec_composite_tokcom.py": {"collections", "dataclasses", "torch", "transformers", "typing"},
     "processing_tokcom.py": {

@@ -83,6 +83,8 @@ def test_a_pushed_pipeline_loads_by_id_in_four_ways_offline_too_and_generates(bu
     pipe.save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "run").mkdir()
     (tmp_path / "model" / "run" / "checkpoint.bin").write_bytes(b"secret")
+    (tmp_path / "model" / "zoo" / "other").mkdir(parents=True)
+    (tmp_path / "model" / "zoo" / "other" / "model.safetensors").write_bytes(b"another model")
     done = push(
         tmp_path / "model",
         "pipe.push_to_hub('tester/tiny', max_shard_size='200KB')",
@@ -93,7 +95,7 @@ def test_a_pushed_pipeline_loads_by_id_in_four_ways_offline_too_and_generates(bu
     files = hub.files("tester/tiny")
     assert {"config.json", "model_index.json", "README.md", "pipeline_base_tokcom.py"} <= set(files)
     assert len([name for name in files if name.startswith("model-0")]) > 1
-    assert not any("run/" in name or "__pycache__" in name for name in files)
+    assert not any(part in name for name in files for part in ("run/", "zoo/", "__pycache__"))
     assert b'path_or_id = "tester/tiny"' in files["README.md"]
     expected = pytest.approx(digest(pipe.model), rel=1e-5)
     for how, code in LOADERS.items():

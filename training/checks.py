@@ -8,7 +8,7 @@ from torch.utils.data import Dataset
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.training.build import has_trainable_codec
 from tokcom.training.config import LoopConfig, TrainConfig
-from tokcom.training.corpora import Corpus
+from tokcom.training.corpora import Corpus, PictureCorpus
 
 
 def check_sizes(
@@ -26,6 +26,11 @@ def check_sizes(
         model.set_stage(stage, **options.objective)  # names bad settings of the loss, too
         train, held_out = corpus.datasets(model, uncached, options, state)
         check_rows(corpus, train, stage, options, state.num_processes)
+        if (options.flip or options.shift) and not isinstance(corpus, PictureCorpus):
+            raise ValueError(
+                f"`{stage}.flip` ({options.flip}) and `{stage}.shift` ({options.shift}) move pictures and clips, and the "
+                "data are neither; set both to 0."
+            )
         if not len(held_out):
             raise ValueError(
                 "the validation data give no row; give more, or data.validation=null to hold some out."

@@ -114,6 +114,8 @@ class LoopConfig:
     ema_half_life: float = option(
         0.0, "half-life of the averaged weights, as a share of max_steps; 0: no average"
     )
+    flip: float = option(0.0, "pictures and clips: share of the rows that are mirrored")
+    shift: int = option(0, "pictures and clips: most pixels that a row is moved by, either way")
     checkpoint_steps: int = option(500, "steps between checkpoints")
     checkpoints_total_limit: int = option(2, "checkpoints to keep")
 
@@ -258,7 +260,7 @@ class TrainConfig:
                 "`codec_from` reuses a finished codec: set stage=flow and no model.codec_config.*."
             )
         for name in STAGES:
-            check_positive(getattr(self, name), f"{name}.", allow_zero=("warmup_steps",))
+            check_positive(getattr(self, name), f"{name}.", allow_zero=("warmup_steps", "shift"))
         if self.stage == "distill":
             self._check_distillation()
 

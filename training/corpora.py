@@ -221,7 +221,9 @@ class PictureCorpus(Corpus):
         if config.cache_latents:
             raise ValueError("the latents of pictures are not cached; set cache_latents=false.")
         device = accelerator.device
-        return self._fitted(self.train, codec, device), self._fitted(self.validation, codec, device)
+        train = self._fitted(self.train, codec, device)
+        train.augment(options.flip, options.shift)
+        return train, self._fitted(self.validation, codec, device)
 
     def _fitted(self, dataset: ImageDataset, codec, device: torch.device) -> ImageDataset:
         """A part of the data as the codec reads it; raises `ValueError` if it does not fit."""

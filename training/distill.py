@@ -68,6 +68,9 @@ class DistillTrainer(Trainer):
                 f"stage distill needs whole models on every process; use multi_gpu_ddp.yaml instead of {kind}."
             )
         self.pipe = load_teacher(config.init_from)
+        # `auto` times a step of one model, and here three take turns
+        self.attention = "sdpa" if config.attention == "auto" else config.attention
+        self.pipe.model.set_attn_implementation(self.attention)
         self.real = ModelDenoiser(self.pipe.model, self.options.guidance_scale).to(
             self.accelerator.device
         )
@@ -102,6 +105,7 @@ class DistillTrainer(Trainer):
         teacher = self.pipe.model
         model = TokComModel(type(teacher.config).from_dict(teacher.config.to_dict()))
         model.load_state_dict(teacher.state_dict())
+        model.set_attn_implementation(self.attention)
         model.set_stage("flow")
         model.eval()  # nothing is dropped: the student must give what it gives later
         denoiser = ModelDenoiser(model)

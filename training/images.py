@@ -1,5 +1,6 @@
 """Pictures or clips and their captions in, batches of `pixel_values` and caption ids out."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from tokcom.training.sources import load_documents
 
 CLIPS = 2  # version of what the cache holds
 LONGEST_NAME = 200  # characters of the path of a record in a message
+# of the pixels that a dataset keeps, so that small ones are decoded once
+PREPARED_BYTES = 512 * 2**20
 
 
 class ImageDataset(torch.utils.data.Dataset):
@@ -67,6 +70,10 @@ class ImageDataset(torch.utils.data.Dataset):
         self.latents: np.ndarray | None = (
             None  # of the clips of all records, once they have been encoded
         )
+        self.flip = 0.0
+        self.shift = 0
+        self.prepared: dict[int, tuple[torch.Tensor, dict[str, float]]] = {}  # see `_clip`
+        self.prepared_bytes = 0
         self.facts: dict[str, float] = {}
         self.caption_column = None if tokenizer is None else caption_column
         if tokenizer is not None:
@@ -85,7 +92,31 @@ class ImageDataset(torch.utils.data.Dataset):
         self.autoencoder = autoencoder
         self.clip_length = codec_config.clip_length if codec_config.modality == "video" else None
         self.latents = None
+        self.flip = 0.0
+        self.shift = 0
+        self.forget()
         return self
+
+    def augment(self, flip: float, shift: int) -> None:
+        """From now on mirror a share `flip` of the training rows, and move each by up to `shift` pixels, in every epoch anew.
+
+        Raises `ValueError` for a share that is none, and for clips of an autoencoder, which are encoded once.
+        """
+        if not 0 <= flip <= 1 or shift < 0:
+            raise ValueError(
+                f"`flip` ({flip}) must be a share in [0, 1], and `shift` ({shift}) not negative."
+            )
+        if (flip or shift) and self.autoencoder is not None:
+            raise ValueError(
+                f"clips of an autoencoder are encoded once; set flip ({flip}) and shift ({shift}) to 0."
+            )
+        self.flip = flip
+        self.shift = shift
+
+    def forget(self) -> None:
+        """Read pictures from their records again."""
+        self.prepared = {}
+        self.prepared_bytes = 0
 
     @torch.no_grad()
     def encode_once(self, device: torch.device, batch_size: int = 16) -> None:
@@ -130,6 +161,7 @@ class ImageDataset(torch.utils.data.Dataset):
         """Only these records from now on, in this order."""
         self.records = self.records.select(rows)
         self.steps = {}
+        self.forget()
         self.frame_counts = None
         if self.captions is not None:
             places = [np.arange(self.first_caption[i], self.first_caption[i + 1]) for i in rows]
@@ -171,15 +203,41 @@ class ImageDataset(torch.utils.data.Dataset):
             pixels, self.facts = self._clip(index)
             if self.autoencoder is not None:
                 pixels = encode_clips(self.autoencoder, pixels[None])[0]
+            elif self.training and (self.flip or self.shift):
+                pixels = self._moved(pixels, index)
         item = {"pixel_values": pixels}
         if self.captions is not None:
             place = self._caption(index, self.epoch if self.training else 0)
             item |= {name: value[place] for name, value in self.captions.items()}
         return item
 
+    def _moved(self, pixels: torch.Tensor, index: int) -> torch.Tensor:
+        """Pixels `(..., H, W)` as this epoch mirrors and moves them; what comes into view repeats the border."""
+        generator = np.random.default_rng((self.seed, self.epoch, index, 3))
+        if generator.random() < self.flip:
+            pixels = pixels.flip(-1)
+        if not self.shift:
+            return pixels
+        y, x = (int(place) for place in generator.integers(2 * self.shift + 1, size=2))
+        height, width = pixels.shape[-2:]
+        flat = pixels.reshape(1, -1, height, width)
+        padded = torch.nn.functional.pad(flat, [self.shift] * 4, mode="replicate")
+        return padded[..., y : y + height, x : x + width].reshape(pixels.shape).clone()
+
     def _clip(self, index: int) -> tuple[torch.Tensor, dict[str, float]]:
-        """A picture `(3, H, W)`, or a clip `(3, F, H, W)`, of a record in this epoch, and what
-        was found."""
+        """What `_read_clip` gives; rows that are the same in every epoch are kept, up to `PREPARED_BYTES` of them."""
+        if index in self.prepared:
+            pixels, facts = self.prepared[index]
+            return pixels.clone(), facts
+        pixels, facts = self._read_clip(index)
+        same_always = not facts.get("longer than a clip") and not facts.get("animated")
+        if same_always and self.prepared_bytes + pixels.nbytes <= PREPARED_BYTES:
+            self.prepared[index] = pixels.clone(), facts
+            self.prepared_bytes += pixels.nbytes
+        return pixels, facts
+
+    def _read_clip(self, index: int) -> tuple[torch.Tensor, dict[str, float]]:
+        """A picture `(3, H, W)`, or a clip `(3, F, H, W)`, of a record in this epoch, and what was found."""
         frames = self.frames(index)
         length = self.clip_length or 1
         start = self._draw(index, max(1, len(frames) + 1 - length))
@@ -346,19 +404,35 @@ def pad_captions(rows: list[list[int]], pad_id: int) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def encode_all(
-    model, dataset, rows: np.ndarray | None = None, batch_size: int = 256
-) -> torch.Tensor:
-    """Standardised latents `(M, N, C)` of the pictures of a dataset, in its order, or of those
-    at `rows (M,)`."""
-    rows = np.arange(len(dataset)) if rows is None else rows
-    parts = []
+def encode_parts(model, dataset, rows: np.ndarray, batch_size: int = 256) -> Iterator[torch.Tensor]:
+    """Standardised latents `(batch_size, N, C)` of the pictures of a dataset at `rows (M,)`, part after part."""
     for start in tqdm(range(0, len(rows), batch_size), desc="encoding pictures", unit="batch"):
         pixels = [dataset[int(i)]["pixel_values"] for i in rows[start : start + batch_size]]
-        parts.append(
-            model.encode(pixel_values=torch.stack(pixels).to(model.device)).latents.float().cpu()
-        )
-    return torch.cat(parts)
+        yield model.encode(pixel_values=torch.stack(pixels).to(model.device)).latents.float().cpu()
+
+
+def encode_all(model, dataset, rows: np.ndarray | None = None) -> torch.Tensor:
+    """Standardised latents `(M, N, C)` of the pictures of a dataset, in its order, or of those at `rows (M,)`."""
+    rows = np.arange(len(dataset)) if rows is None else rows
+    return torch.cat(list(encode_parts(model, dataset, rows)))
+
+
+class FiledLatents:
+    """The latents of `encode_all` in a file, read part after part, again and again: only a part is in memory."""
+
+    def __init__(self, file: Path, model, dataset, rows: np.ndarray):
+        self.file = file
+        self.shapes = []
+        with file.open("wb") as stream:
+            for part in encode_parts(model, dataset, rows):
+                self.shapes.append(part.shape)
+                stream.write(part.numpy().tobytes())
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        with self.file.open("rb") as stream:
+            for shape in self.shapes:
+                values = np.fromfile(stream, np.float32, shape.numel())
+                yield torch.from_numpy(values).view(shape)
 
 
 @torch.no_grad()
