@@ -10,7 +10,7 @@ from helpers import ROOT
 from PIL import Image
 
 from tokcom.codec_style_tokcom import TokComStyleCodec
-from tokcom.configuration_tokcom import TokComStyleCodecConfig
+from tokcom.configuration_media_tokcom import TokComStyleCodecConfig
 from tokcom.quantization_tokcom import kmeans
 from tokcom.train_accelerate import main as train
 from tokcom.training import images
