@@ -1,4 +1,4 @@
-"""What a Space of the Hub starts: the page of `tokcom app`, with the same options."""
+"""The page of `tokcom app`, with the same options. The page of a Space of the Hub is `space/app.py`."""
 
 import importlib.util
 import sys

@@ -1,35 +1,54 @@
-"""TokComForCausalLM: a TokCom model as the causal language model that transformers, PEFT and other tools expect.
+"""TokComForCausalLM: a TokCom model as the causal language model that other people's tools expect.
 
 Notable choices:
-- A model whose blocks are one chunk and whose tokens take turns gives each token an exact probability given all tokens
-  before it. Nothing is sampled or approximated to compute `logits`.
-- Chunks count from the first real token of each row, so rows with different padding are at different places of their
-  chunks. What the cache holds is therefore addressed by row.
+- A model whose blocks are one chunk and whose tokens take turns gives each token an exact
+  probability given all tokens before it. Nothing is sampled or approximated to compute `logits`.
+- Chunks count from the first real token of each row, so rows with different padding are at
+  different places of their chunks. What the cache holds is therefore addressed by row.
 - The context network runs once per finished chunk, the light head once per token.
 
-Shape legend: B rows, S new tokens, K tokens per chunk, N chunks, R rows that pass the head, D width, V vocabulary.
+Shape legend: B rows, S new tokens, K tokens per chunk, N chunks, R rows that pass the head,
+D width, V vocabulary.
 """
 
+import inspect
 from dataclasses import dataclass
 
 import torch
 from transformers import (
     GenerationMixin,
+    LogitsProcessorList,
     PreTrainedModel,  # noqa: F401  diffusers looks the base class up in the module of a component
 )
-from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_tokcom import TokComConfig
 from .modeling_tokcom import TokComModel
 from .transformer_tokcom import START_OF_TEXT
 
-SUPPORTED_MODES = (
-    GenerationMode.GREEDY_SEARCH,
-    GenerationMode.SAMPLE,
-    GenerationMode.BEAM_SEARCH,
-    GenerationMode.BEAM_SAMPLE,
-)
+# transformers 5.24 renames the cache in `generate`, and passes it to `forward` by its new name
+PREPARE = inspect.signature(GenerationMixin.prepare_inputs_for_generation)
+CACHE = "cache" if "cache" in PREPARE.parameters else "past_key_values"
+MODES = "use greedy decoding, sampling or beams (`do_sample`, `num_beams`)"
+# arguments of `generate` that do nothing sensible here, and what to do instead
+REFUSED = {
+    "assistant_model": MODES,
+    "prompt_lookup_num_tokens": MODES,
+    "assistant_early_exit": MODES,
+    "penalty_alpha": MODES,
+    "dola_layers": MODES,
+    "num_beam_groups": MODES,
+    "force_words_ids": MODES,
+    "constraints": MODES,
+    "guidance_scale": "use TokComPipeline, whose `guidance_scale` strengthens the prompt",
+    "cache_implementation": "leave it out, the model has a cache of its own",
+    "prefill_chunk_size": "leave it out, a prompt is read at once",
+    "token_healing": "leave it out, a prompt may end inside a chunk",
+    "inputs_embeds": "give `input_ids`, the model reads chunks of ids",
+    "output_attentions": "leave it out, the layers read chunks and not tokens",
+    "output_hidden_states": "leave it out, the layers read chunks and not tokens",
+}
 
 
 @dataclass
@@ -40,24 +59,27 @@ class TokComCausalOutput(CausalLMOutputWithPast):
         loss (`torch.FloatTensor`, *optional*): mean nats of the labels.
         logits (`torch.FloatTensor` of shape `(B, S, V)`): of the token after each.
         past_key_values (`TokComTextCache`, *optional*): what the next call needs.
-        last_hidden_state (`torch.FloatTensor` of shape `(B, S, E)`): what the output layer, `get_output_embeddings()`, turns
-            into logits; trainers with a fused loss read it.
+        last_hidden_state (`torch.FloatTensor` of shape `(B, S, E)`): what the output layer,
+            `get_output_embeddings()`, turns into logits; trainers with a fused loss read it.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
 
 
 class TokComTextCache:
-    """What has been read of texts: ids, keys and values of the context layers, and the state after each chunk.
+    """What has been read of texts: ids, the context layers' keys and values, a state per chunk.
 
-    Place 0 of keys, values and states is the learned start of a text, place n + 1 is chunk n. Rows are independent: each
-    has `lengths` real tokens, whatever padding stood before or between them.
+    Place 0 of keys, values and states is the learned start of a text, place n + 1 is chunk n. Rows
+    are independent: each has `lengths` real tokens, whatever padding stood before or between them.
     """
 
     is_compileable = False
     is_croppable = False
 
     def __init__(self, num_layers: int):
+        self.is_linear = [
+            False
+        ] * num_layers  # asked by `generate`: no layer has a state instead of keys
         self.keys: list[torch.Tensor | None] = [None] * num_layers
         self.values: list[torch.Tensor | None] = [None] * num_layers
         self.states: torch.Tensor | None = None  # (B, 1 + N, D)
@@ -66,6 +88,10 @@ class TokComTextCache:
         self.lengths_before: torch.Tensor | None = None  # the same before this call
         self.symbols = None  # of the token head
         self.seen = 0  # tokens, padding included
+        self.keeps_expected = False  # whether somebody wants to see drafts
+        self.expected: torch.Tensor | None = (
+            None  # states (K - k, E) of the last chunk's tokens from k on
+        )
         self.rows: torch.Tensor | None = None  # that read chunks now, (R,)
         self.places: torch.Tensor | None = None  # of those chunks, (R, m)
 
@@ -76,9 +102,10 @@ class TokComTextCache:
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add keys and values `(R, H, m, size)` at `places` of `rows`, and return all of those rows.
+        """Add keys and values `(R, H, m, size)` at `places` of `rows`; returns all of those rows.
 
-        The first call of a layer, for all rows, makes its buffers; whoever sets `places` makes room for them.
+        The first call of a layer, for all rows, makes its buffers; whoever sets `places` makes room
+        for them.
         """
         if self.rows is None:
             self.keys[layer_idx] = keys
@@ -109,8 +136,28 @@ class TokComTextCache:
         self._map(lambda x: x.repeat_interleave(repeats, dim=0))
 
 
+class DraftProcessor:
+    """Shows a streamer what the model makes of the chunk at hand before each token is drawn.
+
+    A logits processor of `generate`. The draft is the likeliest token of every place of the chunk
+    that is still open.
+    """
+
+    def __init__(self, streamer, model: "TokComForCausalLM", cache: TokComTextCache):
+        self.streamer = streamer
+        self.model = model
+        self.cache = cache
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        logits = self.model.token_head.logits(self.cache.expected)
+        draft = logits.argmax(-1)  # (K - k,)
+        draft[0] = scores[0].argmax()  # what the other processors allow
+        self.streamer.put_draft(draft.cpu())
+        return scores
+
+
 def _grown(tensor: torch.Tensor, dim: int, size: int) -> torch.Tensor:
-    """`tensor` with zeros behind it so that it has at least `size` places along `dim`; room for more is added at once."""
+    """`tensor` with zeros behind it, to at least `size` places along `dim` and often more."""
     missing = size - tensor.shape[dim]
     if missing <= 0:
         return tensor
@@ -122,9 +169,10 @@ def _grown(tensor: torch.Tensor, dim: int, size: int) -> torch.Tensor:
 class TokComForCausalLM(TokComModel, GenerationMixin):
     """A text model that predicts tokens in turn, with the interface of a causal language model.
 
-    Its weights are those of `TokComModel`. `generate` takes what it takes for other models of transformers: greedy
-    decoding, sampling with its processors, beams, stop strings, streamers. Raises `ValueError` for other models: those
-    that regress latents, decide several chunks at once or have no turns have no exact probability of a next token.
+    Its weights are those of `TokComModel`. `generate` takes what it takes for other models of
+    transformers: greedy decoding, sampling with its processors, beams, stop strings, streamers.
+    Raises `ValueError` for other models: those that regress latents, decide several chunks at once
+    or have no turns have no exact probability of a next token.
     """
 
     main_input_name = "input_ids"
@@ -134,12 +182,28 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
         if not config.is_causal_lm:
             transformer = config.transformer_config
             raise ValueError(
-                "only a model whose blocks are one chunk and whose tokens take turns is a causal language model; this one has "
-                f"`prediction_type` {config.prediction_type!r}, `block_size` {transformer.block_size}, `start_latents` "
-                f"{transformer.start_latents} and `token_stagger` {config.token_stagger}. Load it with AutoModel, and "
-                "generate with its pipeline."
+                "only a model whose blocks are one chunk and whose tokens take turns is a causal "
+                f"language model; this one has `prediction_type` {config.prediction_type!r}, "
+                f"`block_size` {transformer.block_size}, `start_latents` "
+                f"{transformer.start_latents} and `token_stagger` {config.token_stagger}. Load it "
+                "with AutoModel, and generate with its pipeline."
             )
         super().__init__(config)
+
+    @classmethod
+    def sharing(cls, model: TokComModel) -> "TokComForCausalLM":
+        """The causal language model that has the modules of `model`, such as a pipeline's.
+
+        Nothing is copied. Raises `ValueError` for a model that is none.
+        """
+        if isinstance(model, cls):
+            return model
+        with torch.device("meta"):
+            causal = cls(model.config)
+        for name, module in model.named_children():
+            setattr(causal, name, module)
+        causal.training = model.training
+        return causal
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -151,8 +215,9 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
     def resize_token_embeddings(self, *args, **kwargs):
         """Refused: the codec's latents stand for the vocabulary it was trained with."""
         raise ValueError(
-            f"the vocabulary of {self.config.vocab_size} ids cannot be resized: the codec's latents stand for these "
-            "tokens. Use the tokenizer saved beside the model, or train a model for another one."
+            f"the vocabulary of {self.config.vocab_size} ids cannot be resized: the codec's latents "
+            "stand for these tokens. Use the tokenizer saved beside the model, or train a model for "
+            "another one."
         )
 
     def forward(
@@ -168,37 +233,39 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cache: TokComTextCache | None = None,
         **loss_kwargs,
     ) -> TokComCausalOutput:
         """Exact logits of every next token.
 
         Args:
-            input_ids (`torch.LongTensor` of shape `(B, S)`): any S; with `past_key_values` only what is new.
-            attention_mask (`torch.Tensor` of shape `(B, S)` or `(B, past + S)`, *optional*): 0 marks padding, on
-                either side. Chunks count from the first real token of each row.
-            labels (`torch.LongTensor` of shape `(B, S)`, *optional*): the same ids, -100 where nothing is scored. They are
-                shifted here, so the first token of a text is never scored.
-            past_key_values (`TokComTextCache`, *optional*): what an earlier call returned.
+            input_ids (`torch.LongTensor` of shape `(B, S)`): any S; with a cache only what is new.
+            attention_mask (`torch.Tensor` of shape `(B, S)` or `(B, past + S)`, *optional*): 0
+                marks padding, on either side. Chunks count from the first real token of each row.
+            labels (`torch.LongTensor` of shape `(B, S)`, *optional*): the same ids, -100 where
+                nothing is scored. They are shifted here, so the first token of a text is never
+                scored.
+            past_key_values (`TokComTextCache`, *optional*): what an earlier call returned; `cache`
+                is its name in newer versions of transformers.
             use_cache (`bool`, *optional*): return a cache; by default only if one is given.
             logits_to_keep (`int`): compute the logits of the last tokens only; 0 is all.
-            position_ids: not needed, the mask says where tokens stand. loss_kwargs: those of transformers' loss, such as
-                `num_items_in_batch`.
+            position_ids: not needed, the mask says where tokens stand.
+            loss_kwargs: those of transformers' loss, such as `num_items_in_batch`.
 
-        Returns: `logits (B, S, V)`, where `logits[:, i]` are those of the token after `input_ids[:, i]` given all before
-        it, `loss` (mean nats of the labels) and `past_key_values`. Raises `ValueError` for ids outside the vocabulary
-        and texts longer than `max_position_embeddings`.
+        Returns `logits (B, S, V)`, of which `logits[:, i]` belong to the token after
+        `input_ids[:, i]`, given all up to it; `loss` (mean nats of the labels) and the cache. Raises
+        `ValueError` for ids outside the vocabulary and texts longer than `max_position_embeddings`.
         """
         if inputs_embeds is not None or output_attentions or output_hidden_states:
             raise ValueError(
-                "`inputs_embeds`, `output_attentions` and `output_hidden_states` do not exist here: the model reads "
-                "chunks of ids. Give `input_ids`."
+                "`inputs_embeds`, `output_attentions` and `output_hidden_states` do not exist here: "
+                "the model reads chunks of ids. Give `input_ids`."
             )
         if input_ids.device.type == "cpu":
             self._check_ids(input_ids)
-        cache = TokComTextCache(self.config.transformer_config.num_context_layers)
-        is_kept = bool(use_cache) or past_key_values is not None
-        if past_key_values is not None:
-            cache = past_key_values
+        given = past_key_values if cache is None else cache
+        is_kept = bool(use_cache) or given is not None
+        cache = given or TokComTextCache(self.config.transformer_config.num_context_layers)
         if cache.symbols is None:
             cache.symbols = self.symbols()
         real = torch.ones_like(input_ids, dtype=torch.bool)
@@ -216,14 +283,14 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
         return TokComCausalOutput(
             loss=loss,
             logits=logits,
-            past_key_values=cache if is_kept else None,
             last_hidden_state=states,
+            **{CACHE: cache if is_kept else None},
         )
 
     def _append(
         self, cache: TokComTextCache, input_ids: torch.Tensor, real: torch.Tensor
     ) -> torch.Tensor:
-        """Add the real tokens to the ids of their rows; returns the place of each in its text, `(B, S)`."""
+        """Add the real tokens to the ids of their rows; returns each one's place, `(B, S)`."""
         size = self.config.codec_config.chunk_size
         batch = len(input_ids)
         if cache.ids is None:
@@ -234,8 +301,9 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
         longest = int(lengths.max())
         if longest > self.config.max_position_embeddings:
             raise ValueError(
-                f"a text has {longest} tokens, more than the model's maximum of {self.config.max_position_embeddings} "
-                "(`max_position_embeddings`); shorten it, or generate with TokComPipeline, which goes on over a window."
+                f"a text has {longest} tokens, more than the model's maximum of "
+                f"{self.config.max_position_embeddings} (`max_position_embeddings`); shorten it, or "
+                "generate with TokComPipeline, which goes on over a window."
             )
         room = -(-(longest + 1) // size) * size
         ids = input_ids.new_zeros(batch, room + 1)  # padding goes to the last place
@@ -248,7 +316,7 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
         return where
 
     def _read_chunks(self, cache: TokComTextCache, is_kept: bool) -> None:
-        """Let the context network read the chunks that are whole now, and at first the start of the texts."""
+        """Let the context network read the chunks that are whole now; at first also the start."""
         size = self.config.codec_config.chunk_size
         done = cache.lengths // size
         chunks = cache.ids.unflatten(1, (-1, size))  # (B, N, K)
@@ -295,7 +363,7 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
     def _next_logits(
         self, cache: TokComTextCache, where: torch.Tensor, real: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """States `(B, S, E)` and logits `(B, S, V)` of the tokens after those at `where (B, S)`; 0 on padding."""
+        """States `(B, S, E)` and logits `(B, S, V)` of what follows `where`; 0 on padding."""
         head = self.token_head
         size = self.config.codec_config.chunk_size
         row, column = real.nonzero(as_tuple=True)  # (R,) each
@@ -316,9 +384,10 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
             features=features,
             entry=cache.states[row, chunk][None].to(features.dtype),
         ).latents[0]
-        states = states.unflatten(-1, (size, -1))[
-            torch.arange(len(row), device=row.device), place
-        ]  # (R, E)
+        states = states.unflatten(-1, (size, -1))
+        if cache.keeps_expected:
+            cache.expected = states[-1, int(place[-1]) :]
+        states = states[torch.arange(len(row), device=row.device), place]  # (R, E)
         found = head.logits(states)
         whole = states.new_zeros(*where.shape, states.shape[-1]).index_put((row, column), states)
         logits = found.new_zeros(*where.shape, found.shape[-1]).index_put((row, column), found)
@@ -329,23 +398,42 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ) -> None:
-        """Refuse what cannot be done before anything is; `forward` makes the cache."""
-        if generation_mode not in SUPPORTED_MODES:
-            raise ValueError(
-                f"generation by {generation_mode} does not exist here; use greedy decoding, sampling or beams "
-                "(`do_sample`, `num_beams`), without an assistant."
-            )
-        if generation_config.cache_implementation is not None:
-            raise ValueError(
-                f"`cache_implementation` ({generation_config.cache_implementation!r}) does not exist here; leave it out, the "
-                "model has a cache of its own."
-            )
+        """Refuse texts that are too long before anything is done; `forward` makes the cache."""
         longest = self.config.max_position_embeddings
         if max_cache_length > longest:
             raise ValueError(
-                f"prompt and new tokens are {max_cache_length + 1}, more than the model's maximum of {longest + 1} tokens; "
-                "lower `max_new_tokens`, shorten the prompt, or use TokComPipeline, which goes on over a window."
+                f"prompt and new tokens are {max_cache_length + 1}, more than the model's maximum "
+                f"of {longest + 1} tokens; lower `max_new_tokens`, shorten the prompt, or use "
+                "TokComPipeline, which goes on over a window."
             )
+
+    def _refuse_unsupported(self, arguments: dict) -> None:
+        """Raise `ValueError` if the arguments or settings of `generate` ask for what is refused."""
+        settings = arguments.get("generation_config") or self.generation_config
+        for name, remedy in REFUSED.items():
+            value = arguments.get(name)
+            if value is None:
+                value = getattr(settings, name, None)
+            is_neutral = name in ("guidance_scale", "num_beam_groups") and value == 1
+            if value is None or value is False or is_neutral:
+                continue
+            shown = value if isinstance(value, (str, int, float)) else type(value).__name__
+            raise ValueError(f"`{name}` ({shown}) does not exist here; {remedy}.")
+
+    def _draft_arguments(self, streamer, arguments: dict) -> dict:
+        """The arguments of `generate` with which a streamer gets drafts: the cache holds them."""
+        if arguments.get("use_cache") is False:
+            raise ValueError(
+                f"{type(streamer).__name__} shows drafts, which come from the cache; leave out "
+                "`use_cache=False`, or use TextStreamer."
+            )
+        cache = arguments.get(CACHE)
+        if cache is None:
+            cache = TokComTextCache(self.config.transformer_config.num_context_layers)
+        cache.keeps_expected = True
+        processors = arguments.get("logits_processor") or []
+        processors = LogitsProcessorList([*processors, DraftProcessor(streamer, self, cache)])
+        return {**arguments, CACHE: cache, "logits_processor": processors}
 
     @torch.no_grad()
     def generate(
@@ -354,9 +442,18 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
         *args,
         temperature: float | None = None,
         seed: int | None = None,
+        streamer: BaseStreamer | None = None,
         **kwargs,
     ):
-        """`GenerationMixin.generate`, in which `temperature=0` is greedy and `seed` makes samples reproducible."""
+        """`GenerationMixin.generate` with a `seed`, and in which `temperature=0` is greedy.
+
+        A `streamer` with `put_draft` (`TextDiffusionStreamer`) also receives, before each token,
+        the likeliest ones of the whole chunk.
+        """
+        self._refuse_unsupported(kwargs)
+        if hasattr(streamer, "put_draft"):
+            kwargs = self._draft_arguments(streamer, kwargs)
+        kwargs["streamer"] = streamer
         if temperature is not None and temperature == 0:
             kwargs["do_sample"] = False
         elif temperature is not None:

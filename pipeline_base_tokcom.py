@@ -8,6 +8,7 @@ and logs of a training run cannot slip in; the Hub's refusals are explained. `To
 """
 
 import contextlib
+import inspect
 import json
 import os
 import re
@@ -25,6 +26,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 
+from .interface_tokcom import explain_unknown_arguments
 from .processing_tokcom import tokenize_texts, vocabulary_size, with_pad_token
 from .sampling_tokcom import (
     Blocks,
@@ -171,6 +173,12 @@ class TokComBasePipeline(DiffusionPipeline):
         "TokComFlowMatchScheduler": ("diffusers", "scheduling_tokcom"),
     }
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        for name, value in list(vars(cls).items()):
+            if inspect.isfunction(value) and (name == "__call__" or not name.startswith("_")):
+                setattr(cls, name, explain_unknown_arguments(value))
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -312,9 +320,9 @@ class TokComBasePipeline(DiffusionPipeline):
         self.save_config(directory)
         custom_object_save(self, directory)
         if card is not None or not (directory / CARD).is_file():
-            (directory / CARD).write_text(card or self.model_card())
+            (directory / CARD).write_text(card or self.model_card(), encoding="utf-8")
         if push_to_hub:
-            text = (directory / CARD).read_text()
+            text = (directory / CARD).read_text(encoding="utf-8")
             name = repo_id or directory.resolve().name
             self.push_to_hub(
                 name, private=private, token=token, max_shard_size=max_shard_size, card=text
@@ -331,10 +339,10 @@ class TokComBasePipeline(DiffusionPipeline):
         if not code.is_file():  # diffusers copied only what the pipeline itself needs
             return
         shutil.copy(code, directory)
-        fields = json.loads(file.read_text())
+        fields = json.loads(file.read_text(encoding="utf-8"))
         where = "modeling_causal_tokcom.TokComForCausalLM"
         fields.setdefault("auto_map", {})["AutoModelForCausalLM"] = where
-        file.write_text(json.dumps(fields, indent=2) + "\n")
+        file.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         eos = None if self.tokenizer is None else self.tokenizer.eos_token_id
         GenerationConfig(
             do_sample=True,

@@ -3,8 +3,7 @@
 Notable choices:
 - The sampler is that of texts. Captions take the place of a prompt, and first frames are clean
   latents before those to generate.
-- Given streams are the context, and those asked for the noise. A stream that is neither is not in
-  the sequence at all.
+- Given streams are the context, those asked for the noise, and others are not in the sequence.
 - Guidance moves away from the prediction without captions, frames or given streams.
 """
 
@@ -29,9 +28,11 @@ from .configuration_media_tokcom import TokComMediaCodecConfig  # noqa: F401
 from .configuration_tokcom import TokComTransformerConfig  # noqa: F401
 from .context_tokcom import TokComStep  # noqa: F401
 from .heads_tokcom import TokComTokenHead  # noqa: F401
+from .interface_tokcom import near_miss  # noqa: F401
 from .layers_tokcom import TokComBlock  # noqa: F401
 from .modeling_tokcom import TokComModel
 from .objective_tokcom import TokComObjective  # noqa: F401
+from .pictures_tokcom import Frames  # noqa: F401
 from .pipeline_base_tokcom import CardFacts, TokComBasePipeline
 from .processing_tokcom import TokComImageProcessor, decode_rows, end_at_eos
 from .quantization_tokcom import VectorQuantizer  # noqa: F401

@@ -1,12 +1,10 @@
 """TokComPipeline: prompt in, text out; also texts from noise, to latents and back, and with gaps.
 
-Read `TokComPipeline.__call__` first. `tasks_tokcom.py` lays out what the sampler gets, `_finish`
-makes text of what it gives.
+Read `__call__` first: `tasks_tokcom.py` lays out what the sampler gets, `_finish` makes the text.
 
 Notable choices:
 - All modes are one sampler: new latents with positions, given clean latents with positions.
-- A model that predicts tokens goes on inside the last chunk of a prompt. One that regresses latents
-  gets prompts padded on the left to whole chunks.
+- A model of tokens goes on inside a prompt's last chunk; for one of latents prompts are padded.
 - New ids are decoded together with those before them, so pieces of a stream join to the text.
 """
 
@@ -33,9 +31,11 @@ from .configuration_media_tokcom import TokComMediaCodecConfig  # noqa: F401
 from .configuration_tokcom import TokComConfig  # noqa: F401
 from .context_tokcom import TokComStep  # noqa: F401
 from .heads_tokcom import TokComTokenHead  # noqa: F401
+from .interface_tokcom import StreamerFeed, prompt_room
 from .layers_tokcom import TokComBlock  # noqa: F401
 from .modeling_tokcom import TokComModel  # noqa: F401
 from .objective_tokcom import objective_class
+from .pictures_tokcom import Frames  # noqa: F401
 from .pipeline_base_tokcom import CardFacts, StepCallback, TokComBasePipeline
 from .processing_tokcom import (
     StreamedText,
@@ -53,7 +53,6 @@ from .quantization_tokcom import VectorQuantizer  # noqa: F401
 from .sampling_tokcom import (
     Blocks,
     TokComSampling,
-    feed_streamer,
     join_blocks,
     kept_tokens,
     spawn_generators,
@@ -141,6 +140,7 @@ class TokComPipeline(TokComBasePipeline):
         streamer: BaseStreamer | None = None,
         callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
+        truncation: str | None = None,
     ) -> TokComPipelineOutput | tuple:
         """Continue one or several prompts.
 
@@ -155,8 +155,9 @@ class TokComPipeline(TokComBasePipeline):
                 same text, and a prompt's text depends on its place among the prompts only.
             latents: initial noise `(B, n, C)` of the unfinished chunk and `gen_length` more tokens.
             output_type: `"text"`, `"seq"` (ids only) or `"latent"`.
-            streamer: of transformers, for one prompt; gets its ids, then those of every block.
+            streamer: of transformers, for one prompt; with `put_draft` it sees every draft too.
             callback_on_step_end: `f(pipe, step, timestep, {"latents": ...})`; may return new ones.
+            truncation: `"left"` leaves out the beginning of a prompt longer than the window.
 
         Raises `ValueError` for an empty or too long prompt and for arguments out of range.
         """
@@ -164,22 +165,19 @@ class TokComPipeline(TokComBasePipeline):
         self.check_inputs(length=("gen_length", gen_length))
         prompts = as_prompts(self.tokenizer, prompt)
         if streamer is not None and (len(prompts) > 1 or output_type == "latent"):
-            raise ValueError(
-                f"`streamer` shows text of 1 prompt, not {len(prompts)} prompts ({output_type!r})."
-            )
-        rows = prompt_ids(self.tokenizer, prompts, self.max_length)
-        on_step_end = self._step_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
+            raise ValueError(f"`streamer` shows text of 1 prompt, not {len(prompts)} {output_type}")
+        rows = prompt_ids(self.tokenizer, prompts, *prompt_room(self.model, gen_length, truncation))
+        feed = StreamerFeed(streamer, gen_length, self._eos_token_id)
+        callback = self._step_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         skip, blocks = self.continue_ids(
             rows,
             gen_length,
             TokComSampling(num_inference_steps, guidance_scale, [], temperature, top_p, generator),
             latents=latents,
             stop=output_type != "latent",
-            on_step_end=on_step_end,
+            on_step_end=feed.after_step(callback),
         )
-        if streamer is not None:
-            streamer.put(torch.tensor(rows))
-            blocks = feed_streamer(streamer, blocks, gen_length, skip[0], self._eos_token_id)
+        blocks = feed.blocks(blocks, rows, skip)
         output = self._finish_continuation(prompts, rows, blocks, gen_length, output_type, skip)
         return output if return_dict else output.to_tuple()
 
@@ -265,13 +263,13 @@ class TokComPipeline(TokComBasePipeline):
         temperature: float | None = None,
         top_p: float | None = None,
         generator: torch.Generator | None = None,
+        truncation: str | None = None,
     ) -> Iterator[str]:
         """Continue one prompt and yield pieces of its text, which join to that of `__call__`."""
         if not isinstance(prompt, str):
             raise ValueError(f"`prompt` must be one text, not {prompt!r}; use stream_batch.")
-        for (piece,) in self.stream_batch(
-            [prompt], gen_length, num_inference_steps, guidance_scale, temperature, top_p, generator
-        ):
+        settings = (num_inference_steps, guidance_scale, temperature, top_p, generator)
+        for (piece,) in self.stream_batch([prompt], gen_length, *settings, truncation=truncation):
             if piece.text:
                 yield piece.text
 
@@ -286,6 +284,7 @@ class TokComPipeline(TokComBasePipeline):
         top_p: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         should_stop: Callable[[], bool] | None = None,
+        truncation: str | None = None,
     ) -> Iterator[list[TokComPiece]]:
         """Continue several prompts at once and yield the pieces of all texts after each block.
 
@@ -305,7 +304,8 @@ class TokComPipeline(TokComBasePipeline):
             pipe._interrupt = should_stop()
             return x
 
-        rows = prompt_ids(self.tokenizer, prompts, self.max_length)
+        room = prompt_room(self.model, max(lengths), truncation)
+        rows = prompt_ids(self.tokenizer, prompts, *room)
         skip, blocks = self.continue_ids(
             rows,
             max(lengths),
@@ -339,7 +339,7 @@ class TokComPipeline(TokComBasePipeline):
         latents: torch.Tensor | None = None,
         output_type: str = "text",
     ) -> TokComPipelineOutput:
-        """Mode 1: new texts of `num_chunks` chunks from noise; otherwise as `__call__`."""
+        """New texts of `num_chunks` chunks from noise; otherwise as `__call__`."""
         self.check_inputs(num_inference_steps, output_type, length=("num_chunks", num_chunks))
         multiple = self.model.config.codec_config.latents_multiple
         if num_chunks % multiple:
@@ -357,7 +357,7 @@ class TokComPipeline(TokComBasePipeline):
     def encode(
         self, text: str | list[str], output_file: str | os.PathLike | None = None
     ) -> TokComPipelineOutput:
-        """Mode 4: texts -> latents, and with `output_file` a safetensors file of them.
+        """Texts -> latents, and with `output_file` a safetensors file of them.
 
         It also holds `attention_mask`; of a codec with a quantiser `codes` instead of `latents`.
         """
@@ -395,7 +395,7 @@ class TokComPipeline(TokComBasePipeline):
         return TokComPipelineOutput(texts, sequences, latents, mask)
 
     def reconstruct(self, text: str | list[str]) -> TokComPipelineOutput:
-        """Mode 2: encode and decode; the text as the codec remembers it."""
+        """Encode and decode: the text as the codec remembers it."""
         encoded = self.encode(text)
         return self.decode(encoded.latents, encoded.attention_mask)
 
@@ -409,7 +409,7 @@ class TokComPipeline(TokComBasePipeline):
         top_p: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> TokComPipelineOutput:
-        """Mode 3: keep a part of what a text says, and let the model make up the rest.
+        """Keep a part of what a text says, and let the model make up the rest.
 
         `noise_level` in [0, 1] is the share that is kept: 0 is noise, 1 plain reconstruction. A
         model that predicts tokens keeps each token with that probability, those of one level at

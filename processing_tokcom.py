@@ -2,11 +2,11 @@
 
 Notable choices:
 - A tokenizer's last token is its pad token, and what spells a special token is text like any other.
-- Whatever people hold is taken: files, PIL images, numpy arrays, tensors, one or a list. `as_pictures`, `as_clips` and
-  `as_sounds` make lists of it; an error says in one sentence what does not fit.
+- Whatever people hold is taken: files, encoded bytes, PIL images, numpy arrays, tensors, one or a list. `as_pictures`,
+  `as_clips` and `as_sounds` make lists of it; an error says in one sentence what does not fit.
+- Files are read as in training, by `pictures_tokcom.py` and `sounds_tokcom.py`.
 - Pictures follow transformers' convention, `AutoImageProcessor.from_pretrained(...)(images)`. Transparent ones are laid on
   white, and pictures are cropped before scaling, so that nothing is stretched; -1 is black and 1 is white.
-- Sounds are in `sounds_tokcom.py`.
 """
 
 import os
@@ -17,18 +17,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, ImageSequence
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
+from .pictures_tokcom import Frames, is_film, is_stored, upright
 from .sounds_tokcom import TokComAudioProcessor, is_samples, read_sound, read_wav, write_wav
 
 CHARACTERS = "training_characters"  # of a tokenizer: every character of the training text
 PAD_TOKENS = ("<pad>", "<|pad|>", "<|tokcom_pad|>")
-PICTURE_FORMS = "a PIL image, a file, an array (H, W, 3) or a tensor (3, H, W)"
-CLIP_FORMS = "a list of pictures, an animated file, an array (F, H, W, 3), a tensor (3, F, H, W), or several of these"
+PICTURE_FORMS = "a PIL image, a file, its bytes, an array (H, W, 3) or a tensor (3, H, W)"
+CLIP_FORMS = "a list of pictures, an animated file or film, an array (F, H, W, 3), a tensor (3, F, H, W), or several of these"
 
 
 # ---- texts ----
@@ -258,6 +259,11 @@ def as_prompts(tokenizer: PreTrainedTokenizerBase | None, prompt: Any) -> list[s
             continue
         if not all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in turns):
             raise ValueError(f"a dialogue must be a list of {{'role', 'content'}}, not {turns!r}.")
+        for turn in turns:
+            if not isinstance(turn["content"], str):
+                raise ValueError(
+                    f"what a turn of a dialogue says must be a text, not {_describe(turn['content'])}."
+                )
         if getattr(tokenizer, "chat_template", None):
             text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
             prompts[i] = ChatText(text)
@@ -273,12 +279,21 @@ def prompt_ids(
     tokenizer: PreTrainedTokenizerBase | None,
     prompts: list[str] | list[list[int]],
     max_length: int,
+    truncation: str | None = None,
+    chunk_size: int = 1,
 ) -> list[list[int]]:
     """Ids of prompts, which may be rows of ids already.
 
-    Trailing spaces are left to the continuation, whose first word carries its own. Raises `ValueError` for a prompt that
-    is empty or longer than `max_length`.
+    Trailing spaces are left to the continuation, whose first word carries its own. With
+    `truncation="left"` a prompt of more than `max_length` tokens loses its first ones, in whole
+    chunks, so that the others stay where they are in theirs.
+    Raises `ValueError` for a prompt that is empty or too long.
     """
+    if truncation not in (None, "left"):
+        raise ValueError(
+            f"`truncation` ({truncation!r}) must be None or 'left': the end of a prompt is what is "
+            "continued."
+        )
     rows = []
     for prompt in prompts:
         if isinstance(prompt, list) and prompt and all(isinstance(i, int) for i in prompt):
@@ -289,11 +304,13 @@ def prompt_ids(
             tokenizer, [text], "prompt", special_tokens=isinstance(prompt, ChatText)
         )
     longest = max(map(len, rows))
-    if longest > max_length:
+    if longest > max_length and truncation is None:
         raise ValueError(
-            f"`prompt` has {longest} tokens, more than the model's maximum of {max_length}; shorten it."
+            f"`prompt` has {longest} tokens, more than the model's maximum of {max_length}; shorten "
+            "it, or pass truncation='left' to leave its beginning out."
         )
-    return rows
+    beyond = [-(-max(0, len(row) - max_length) // chunk_size) * chunk_size for row in rows]
+    return [row[first:] for row, first in zip(rows, beyond)]
 
 
 def write_latents(
@@ -344,23 +361,15 @@ def read_latents(
 # ---- lists of what people hold ----
 
 
-def _is_file(value: Any) -> bool:
-    return isinstance(value, (str, os.PathLike))
-
-
 def _is_array(value: Any, *dimensions: int) -> bool:
     return isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim in dimensions
 
 
-def _open_picture(file: str | os.PathLike) -> Image.Image:
-    try:
-        image = Image.open(file)
-        image.load()
-    except (OSError, SyntaxError) as error:
-        raise ValueError(
-            f"{os.fspath(file)!r} is not a picture that can be read ({error})."
-        ) from error
-    return image
+def _name_of(value: Any, name: str) -> str:
+    """A file or an argument as messages name it."""
+    if isinstance(value, dict):
+        value = value.get("path")
+    return repr(os.fspath(value)) if isinstance(value, (str, os.PathLike)) else f"`{name}`"
 
 
 def as_pictures(images: Any, name: str = "images") -> list[Any]:
@@ -375,7 +384,7 @@ def as_pictures(images: Any, name: str = "images") -> list[Any]:
     if not pictures:
         raise ValueError(f"`{name}` is an empty list; give at least one picture.")
     for picture in pictures:
-        if not (isinstance(picture, Image.Image) or _is_file(picture) or _is_array(picture, 2, 3)):
+        if not (isinstance(picture, Image.Image) or is_stored(picture) or _is_array(picture, 2, 3)):
             raise ValueError(
                 f"`{name}` must be {PICTURE_FORMS}, or a list of these, not {_describe(picture)}."
             )
@@ -391,9 +400,17 @@ def as_clips(videos: Any, name: str = "videos") -> list[torch.Tensor | list[Any]
         return [_one_clip(clip, name) for clip in videos]
     if isinstance(videos, (list, tuple)):
         clips = [isinstance(part, (list, tuple)) or _is_array(part, 4) for part in videos]
-        if clips and all(clips):
+        films = bool(videos) and all(map(is_stored, videos)) and all(map(_moves, videos))
+        if films or (clips and all(clips)):
             return [_one_clip(clip, name) for clip in videos]
     return [_one_clip(videos, name)]
+
+
+def _moves(value: Any) -> bool:
+    """Whether a file holds a film or an animation."""
+    if not is_stored(value):
+        return False
+    return is_film(value) or len(Frames(value, _name_of(value, "videos"))) > 1
 
 
 def _one_clip(clip: Any, name: str) -> torch.Tensor | list[Any]:
@@ -403,17 +420,23 @@ def _one_clip(clip: Any, name: str) -> torch.Tensor | list[Any]:
                 f"`{name}` as a tensor must be (3, F, H, W) or (B, 3, F, H, W), not {tuple(clip.shape)}."
             )
         return clip
-    if _is_file(clip):
-        return [frame.convert("RGBA") for frame in ImageSequence.Iterator(_open_picture(clip))]
-    if isinstance(clip, Image.Image) or _is_array(clip, 2, 3):
+    if is_stored(clip) or isinstance(clip, Image.Image):
+        frames = Frames(clip, _name_of(clip, name))
+        return frames.clip(0, len(frames))
+    if _is_array(clip, 2, 3):
         return [clip]
     if isinstance(clip, (list, tuple)) or _is_array(clip, 4):
-        return as_pictures(list(clip), name) if len(clip) else []
+        pictures = as_pictures(list(clip), name) if len(clip) else []
+        if any(map(_moves, pictures)):
+            raise ValueError(f"`{name}` has films among its pictures; give films alone, or frames.")
+        return pictures
     raise ValueError(f"`{name}` must be {CLIP_FORMS}, not {_describe(clip)}.")
 
 
 def as_sounds(sounds: Any) -> list[Any]:
-    """One sound or several as a list; a list of numbers is one sound."""
+    """One sound or several as a list; a list of numbers is one sound, a single number is none."""
+    if isinstance(sounds, (bool, int, float, np.number)):
+        raise ValueError(f"a sound must be a file, its bytes or samples, not {_describe(sounds)}.")
     if not isinstance(sounds, (list, tuple)):
         return [sounds]
     return [sounds] if is_samples(sounds) else list(sounds)
@@ -453,15 +476,15 @@ class TokComImageProcessor(BaseImageProcessor):
     def preprocess(self, images: Any, return_tensors: str | None = "pt", **kwargs) -> BatchFeature:
         """One picture or a list of them -> `pixel_values (B, 3, height, width)`, float32 in [-1, 1].
 
-        A picture is a PIL image, a file, an array `(H, W)`, `(H, W, 3)` or `(H, W, 4)` of uint8 or of floats in [0, 1], or a
+        A picture is a PIL image, a file or its bytes, an array `(H, W)`, `(H, W, 3)` or `(H, W, 4)` of uint8 or of floats in [0, 1], or a
         tensor `(3, H, W)` of uint8 or of floats in [-1, 1], such as `output_type="pt"` gives. Raises `ValueError` for others.
         """
         pixels = torch.stack([self._prepare(image) for image in as_pictures(images)])
         return BatchFeature({"pixel_values": pixels.numpy()}, tensor_type=return_tensors)
 
     def _prepare(self, image: Any) -> torch.Tensor:
-        if _is_file(image):
-            image = _open_picture(image)
+        if is_stored(image):
+            image = Frames(image, _name_of(image, "images"))[0]
         elif isinstance(image, torch.Tensor) and (image.is_floating_point() or image.shape[0] == 3):
             pixels = pixels_of_tensor(image)
             if tuple(pixels.shape) == (3, *self._size):
@@ -472,7 +495,7 @@ class TokComImageProcessor(BaseImageProcessor):
         return self._prepare_image(image)
 
     def _prepare_image(self, image: Image.Image) -> torch.Tensor:
-        image = ImageOps.exif_transpose(image)  # cameras store how they were held
+        image = upright(image)
         if min(image.size) < 1:
             raise ValueError(
                 f"a picture of {image.width} x {image.height} pixels shows nothing; leave it out."

@@ -27,7 +27,6 @@ from functools import partial
 import torch
 from diffusers import SchedulerMixin
 from transformers import PreTrainedModel
-from transformers.generation.streamers import BaseStreamer
 
 from .context_tokcom import CachedContext, Context, TokComStep, VisibleContext
 from .heads_tokcom import TokComChoice
@@ -190,28 +189,6 @@ def until_all_ended(blocks: Blocks, eos_token_id: int | None, skip: list[int]) -
         if bool(ended.all()):
             break
     blocks.close()  # of the progress bar
-
-
-def feed_streamer(
-    streamer: BaseStreamer, blocks: Blocks, gen_length: int, skip: int, eos_token_id: int | None
-) -> Blocks:
-    """Pass the blocks of one text on, and the ids of each, up to EOS or `gen_length`, to a streamer
-    of transformers.
-
-    The first `skip` ids are those of the prompt.
-    """
-    left = gen_length
-    for latents, ids in blocks:
-        new = ids[:, skip : skip + left]
-        skip = max(0, skip - ids.shape[1])
-        left -= new.shape[1]
-        row = new[0].tolist()
-        if eos_token_id in row:
-            new = new[:, : row.index(eos_token_id) + 1]
-        if new.shape[1]:
-            streamer.put(new[0].cpu())
-        yield latents, ids
-    streamer.end()
 
 
 def most_alike(rows: Sequence[Sequence]) -> int:
@@ -572,7 +549,6 @@ __all__ = [
     "TokComBlockSampler",
     "TokComSampling",
     "TokComStepPlanner",
-    "feed_streamer",
     "join_blocks",
     "kept_tokens",
     "most_alike",

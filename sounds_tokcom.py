@@ -8,6 +8,7 @@ Notable choices:
 """
 
 import io
+import warnings
 import wave
 from math import gcd
 from pathlib import Path
@@ -56,7 +57,14 @@ class TokComAudioProcessor:
     def _features(self, sound: Any, rate: int | None) -> np.ndarray:
         config = self.config
         longest = config.num_samples / config.sampling_rate
-        sound = read_sound(sound, config.sampling_rate, "a sound", rate, longest)
+        name = f"sound {str(sound)!r}" if isinstance(sound, (str, Path)) else "a sound"
+        facts: dict[str, Any] = {}
+        sound = read_sound(sound, config.sampling_rate, name, rate, longest, facts)
+        if facts["seconds"] > longest + 0.01:
+            warnings.warn(
+                f"{name} of {facts['seconds']:.1f} s is cut to the {longest:.1f} s that the model hears.",
+                stacklevel=4,
+            )
         sound = sound[: config.num_samples]
         sound = sound / max(np.abs(sound).max(), 1e-4)
         sound = np.pad(sound, (0, config.num_samples - len(sound)))
@@ -127,7 +135,9 @@ def read_sound(
         samples = value.get_all_samples()
         value = {"array": samples.data, "sampling_rate": samples.sample_rate}
     if isinstance(value, dict) and value.get("array") is not None:
-        rate = value.get("sampling_rate", rate)
+        rate = value.get("sampling_rate") or rate
+        if rate is None:
+            raise ValueError(f"{name} is an array without `sampling_rate`; give samples a second.")
         value = value["array"]
     elif isinstance(value, dict):
         keys = sorted(value)
@@ -137,10 +147,12 @@ def read_sound(
                 f"{name} is a dictionary with {keys}; it needs `bytes`, `path`, or `array` and `sampling_rate`."
             )
     length = None
+    unknown = False
     if isinstance(value, (str, Path, bytes, bytearray)):
         sound, rate, length = _decode_sound(value, name, seconds)
     else:
         sound = _samples(value, name)
+        unknown = rate is None
         rate = sampling_rate if rate is None else rate
     if not isinstance(rate, (int, float)) or not 0 < rate < 10**7:
         raise ValueError(f"{name} has a `sampling_rate` of {rate!r}; give samples a second.")
@@ -151,6 +163,8 @@ def read_sound(
             "mixed to one channel": sound.ndim == 2 and sound.shape[1] > 1,
             "resampled": rate != sampling_rate,
         }
+        if unknown:
+            facts["of no known rate, taken as the model's"] = True
         facts["seconds"] = length / rate
     if seconds is not None:
         sound = sound[
@@ -169,7 +183,7 @@ def read_sound(
 
 def _check_samples(sound: np.ndarray, name: str) -> None:
     if not sound.size:
-        raise ValueError(f"{name} is a sound without samples; remove it.")
+        raise ValueError(f"{name} is without samples; remove it.")
     if not np.isfinite(sound).all():
         raise ValueError(f"{name} has samples that are not finite; repair or remove it.")
 
@@ -177,16 +191,19 @@ def _check_samples(sound: np.ndarray, name: str) -> None:
 def _samples(value: Any, name: str) -> np.ndarray:
     """An array, tensor or list as float32 `(n,)` or `(n, channels)`; whole numbers are divided by the largest of their type."""
     try:
-        value = (
-            value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
-        )
+        if isinstance(value, torch.Tensor):
+            value = value.detach().cpu()
+            # numpy has no bfloat16
+            value = (value.float() if value.is_floating_point() else value).numpy()
+        else:
+            value = np.asarray(value)
     except ValueError as error:
         raise ValueError(f"{name} has channels of unlike lengths ({error}); repair it.") from error
     kind = type(value).__name__
     if value.dtype.kind not in "iuf" or value.ndim not in (1, 2):
         raise ValueError(
-            f"{name} is no sound: a path, encoded bytes, or samples (n,) or (channels, n) are, not {kind} of "
-            f"{value.dtype} of shape {value.shape}."
+            f"{name} must be a path, encoded bytes, or samples (n,) or (channels, n), not {kind} of {value.dtype} and shape "
+            f"{value.shape}."
         )
     if (
         value.ndim == 2 and value.shape[0] <= value.shape[1]

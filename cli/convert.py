@@ -111,12 +111,14 @@ def read_published(path: str | Path) -> dict:
     missing = [key for key in REQUIRED if not isinstance(checkpoint, dict) or key not in checkpoint]
     if missing:
         raise ValueError(
-            f"checkpoint {path} lacks {', '.join(missing)}; it is not a published TokCom v5.2 checkpoint."
+            f"checkpoint {path} lacks {', '.join(missing)}; it is not a published TokCom v5.2 "
+            "checkpoint."
         )
     absent = [key for key in MODEL_ARGS if key not in checkpoint["model_args"]]
     if absent:
         raise ValueError(
-            f"`model_args` in {path} lacks {', '.join(absent)}, so the shape of the model is unknown."
+            f"`model_args` in {path} lacks {', '.join(absent)}, so the shape of the model is "
+            "unknown."
         )
     return checkpoint
 
@@ -198,7 +200,8 @@ def load_published_pipeline(path: str | Path, tokenizer: str | None = None) -> T
     except RuntimeError as error:
         problems = str(error).splitlines()[1:]
         raise ValueError(
-            f"the weights in {path} do not fit its own model_args ({len(problems)} problems): {problems[0].strip()}"
+            f"the weights in {path} do not fit its own model_args ({len(problems)} problems): "
+            f"{problems[0].strip()}"
         ) from error
     return TokComPipeline(model.eval(), TokComFlowMatchScheduler.from_model_config(config), loaded)
 
@@ -224,7 +227,11 @@ def publish(args: argparse.Namespace) -> None:
         )
     pipe = load_pipeline(directory)
     card = directory / "README.md"
-    text = card.read_text() if card.is_file() else pipe.model_card(args.repo_id.split("/")[-1])
+    text = (
+        card.read_text(encoding="utf-8")
+        if card.is_file()
+        else pipe.model_card(args.repo_id.split("/")[-1])
+    )
     if args.evaluation:
         text = with_section(text, "Evaluation", evaluation_section(args.evaluation))
     url = pipe.push_to_hub(

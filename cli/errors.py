@@ -6,8 +6,10 @@ command line with status 2. A traceback is for bugs: it is shown with `--debug` 
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, requires
 
 
 def wants_traceback(debug: bool = False) -> bool:
@@ -23,6 +25,20 @@ def _explain_os_error(error: OSError) -> str:
     return f"{error.filename} cannot be used: {error.strerror}."
 
 
+def missing_package(module: str) -> str:
+    """What to do about a package that is not installed: the extra of tokcom that brings it, or its name."""
+    package = {"yaml": "PyYAML"}.get(module, module.partition(".")[0]).replace("_", "-")
+    try:
+        lines = requires("tokcom") or []
+    except PackageNotFoundError:  # remote code of a clone
+        lines = []
+    for line in lines:
+        found = re.match(r"([\w.-]+).*extra == ['\"](\w+)['\"]", line)
+        if found and found[1].lower() == package.lower():
+            return f"pip install 'tokcom[{found[2]}]', or {package} alone"
+    return f"pip install {package}"
+
+
 def explain(error: Exception) -> str:
     """What went wrong, in words for the person at the keyboard."""
     # imported here, because --help must not wait for it
@@ -31,7 +47,7 @@ def explain(error: Exception) -> str:
     if isinstance(error, OSError):
         return _explain_os_error(error)
     if isinstance(error, ModuleNotFoundError) and not (error.name or "tokcom").startswith("tokcom"):
-        return f"this command needs {error.name}, which is not installed: pip install {error.name}"
+        return f"this command needs {error.name}, which is not installed: {missing_package(error.name)}"
     if isinstance(error, StrictDataclassError):
         return str(error.__cause__ or error)  # without the name of the validator
     if isinstance(error, ValueError):

@@ -174,7 +174,7 @@ def evaluate(args: argparse.Namespace) -> dict:
 
     def keep(name: str, facts: dict) -> None:
         results[name] = facts
-        (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
     if "reconstruction" in args.sections:
         keep("reconstruction", reconstruction(pipe, held_out, train, args.max_tokens, args.seed))
@@ -193,7 +193,7 @@ def evaluate(args: argparse.Namespace) -> dict:
         )
         systems = load_systems(args, pipe)
         _measure_systems(args, study, pipe, systems, keep)
-    (output / "results.md").write_text(report.markdown(results))
+    (output / "results.md").write_text(report.markdown(results), encoding="utf-8")
     report.plots(results, output)
     return results
 
@@ -226,5 +226,5 @@ def run(args: argparse.Namespace) -> dict:
         return {}
     args.device = best_device(args.device)  # judges and peers go to the same one
     results = evaluate(args)
-    print((Path(args.output_dir) / "results.md").read_text())
+    print((Path(args.output_dir) / "results.md").read_text(encoding="utf-8"))
     return results

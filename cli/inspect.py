@@ -1,9 +1,11 @@
-"""Say what a preset would read of some data, before anything is trained on it, and draw a contact sheet.
+"""Say what a preset would read of some data, before anything is trained on it, and draw a
+contact sheet.
 
     tokcom inspect my_pictures --preset style-tiny
     tokcom inspect stories.jsonl --preset tiny --sheet sheet.png data.text_column=body
 
-Every record is read, decoded or tokenized as in training. What cannot be read is named, and the command fails.
+Every record is read, decoded or tokenized as in training. What cannot be read is named, and the
+command fails.
 """
 
 import argparse
@@ -75,9 +77,15 @@ def stacked(rows: list[Image.Image]) -> Image.Image:
 
 
 def contact_sheet(corpus: Corpus) -> Image.Image:
-    """The first records as the model is given them: pictures, frames, spectra of sounds and captions; of texts the examples."""
+    """The first records as the model is given them: pictures, frames, spectra of sounds and
+    captions; of texts the examples."""
     dataset = corpus.train
     if isinstance(corpus, OmniCorpus):
+        if dataset.codec is None:
+            raise ValueError(
+                "the data have several streams, which the preset does not read; choose one such "
+                "as omni-tiny."
+            )
         return stacked(
             [_row_of_streams(dataset, index) for index in range(min(RECORDS, len(dataset)))]
         )

@@ -5,18 +5,17 @@ list of texts.
 """
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from tokcom.cli.loading import check_modality, open_pipeline, speed_up
 from tokcom.cli.options import MODES, READ, WRITTEN
+from tokcom.cli.terminal import TerminalStreamer
 from tokcom.processing_tokcom import write_wav
-from tokcom.training.films import write_film
-from tokcom.training.images import Frames
 
 
 def check_files(args: argparse.Namespace) -> None:
@@ -92,7 +91,13 @@ def generate(pipe, args: argparse.Namespace) -> list[str]:
 def continue_prompt(pipe, args: argparse.Namespace) -> list[str]:
     """Print one continuation while it is written; several appear together at the end."""
     tokens = args.num_generate_chunks * pipe.chunk_size
-    options = {"guidance_scale": args.guidance_scale, **token_sampling(args)}
+    options = {
+        "guidance_scale": args.guidance_scale,
+        "truncation": args.truncation,
+        **token_sampling(args),
+    }
+    if args.watch:
+        return [watch(pipe, args, tokens, options)]
     if args.batch_size == 1 and pipe.tokenizer is not None:
         return [stream(pipe, args.prompt, tokens, options)]
     output = pipe([args.prompt] * args.batch_size, tokens, **options)
@@ -112,6 +117,19 @@ def stream(pipe, prompt: str, tokens: int, options: dict[str, Any]) -> str:
         text += piece
     print("" if text != prompt else f"[1] {prompt}")
     return text
+
+
+def watch(pipe, args: argparse.Namespace, tokens: int, options: dict[str, Any]) -> str:
+    """Draw a prompt and its continuation while it is denoised; returns both."""
+    if args.batch_size > 1 or pipe.tokenizer is None:
+        raise ValueError("--watch shows one text of a model with a tokenizer; leave it out.")
+    if not sys.stdout.isatty():
+        raise ValueError(
+            "--watch draws in a terminal, but the output goes elsewhere; leave it out."
+        )
+    pipe.set_progress_bar_config(disable=True)
+    output = pipe(args.prompt, tokens, streamer=TerminalStreamer(pipe.tokenizer), **options)
+    return args.prompt + output.texts[0]
 
 
 def infill(pipe, args: argparse.Namespace) -> list[str]:
@@ -161,23 +179,20 @@ def draw(pipe, args: argparse.Namespace) -> list[str]:
 
 
 def reconstruct_image(pipe, args: argparse.Namespace) -> list[str]:
-    with Image.open(args.input_image) as picture:
-        images = pipe.reconstruct(picture, num_tokens=args.num_tokens).images
+    images = pipe.reconstruct(args.input_image, num_tokens=args.num_tokens).images
     images[0].save(args.image_file)
     return tell(f"picture written to {args.image_file}")
 
 
 def animate(pipe, args: argparse.Namespace) -> list[str]:
-    given = None
-    if args.input_image is not None:
-        source = Frames(args.input_image, "--input_image")
-        given = [source.clip(0, len(source))]
+    from tokcom.training.films import write_film
+
     options = {
         "num_frames": args.num_frames,
         "guidance_scale": args.guidance_scale,
         **sampling(args),
     }
-    frames = pipe(args.prompt, frames=given, **options).videos[0]
+    frames = pipe(args.prompt, frames=args.input_image, **options).videos[0]
     write_film(frames, args.video_file, args.fps)
     return tell(f"{len(frames)} frames written to {args.video_file}")
 
@@ -198,8 +213,6 @@ def any_to_any(pipe, args: argparse.Namespace) -> list[str]:
         raise ValueError(
             f"--batch_size {args.batch_size}: --image_file and --audio_file hold one sample each; leave it at 1."
         )
-    if "image" in given:
-        given["image"] = Frames(given["image"], "--input_image")[0]
     made = pipe(
         {names[kind]: [value] * args.batch_size for kind, value in given.items()},
         [names[kind] for kind in wanted],

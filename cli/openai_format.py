@@ -1,8 +1,9 @@
 """OpenAI's formats: what a client may send, what of it this server refuses and why, and how answers look.
 
-Everything here is about formats; `scheduling.py` decides when a text is written, `serve.py` is the web application.
+Everything here is about formats; `fair_turns.py` decides when a text is written, `serve.py` is the web application.
 """
 
+import re
 import secrets
 import time
 import uuid
@@ -13,8 +14,7 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationInfo, field_validator
 from transformers import PreTrainedTokenizerBase
 
-from tokcom.cli.scheduling import Job, RequestError, Sampling, Scores
-from tokcom.cli.scoring import require_exact_scores
+from tokcom.cli.fair_turns import Job, RequestError, Sampling, Scores
 from tokcom.cli.server_settings import ServerSettings
 from tokcom.pipeline_tokcom import GAP, TokComPipeline
 from tokcom.processing_tokcom import text_ids
@@ -305,10 +305,12 @@ def _check_options(request: TextRequest, pipe: TokComPipeline, settings: ServerS
                 "logprobs",
                 "`logprobs` come when a text is complete; leave out `stream` or `logprobs`.",
             )
-        try:
-            require_exact_scores(pipe.model)
-        except ValueError as error:
-            raise _bad("logprobs", str(error)) from error
+        if not pipe.model.config.is_causal_lm:
+            raise _bad(
+                "logprobs",
+                "`logprobs`: this model does not decide its tokens one after the other, so it has no exact probabilities of "
+                "them; leave `logprobs` out, or serve a model with `token_stagger=1`, `block_size=1` and `start_latents=True`.",
+            )
     elif getattr(request, "top_logprobs", None) is not None:
         raise _bad("top_logprobs", "`top_logprobs` needs `logprobs`: true.")
 
@@ -317,8 +319,11 @@ def _check_infill(request: CompletionRequest) -> None:
     """Refuse what does not go together with `suffix`."""
     if isinstance(request.prompt, list):
         raise _bad("suffix", "`suffix` fills the gap behind one `prompt`, which must be a text.")
-    if GAP in request.prompt or GAP in request.suffix:
-        raise _bad("suffix", f"with `suffix`, no text may hold {GAP!r}, which stands for a gap.")
+    if re.findall("_{3,}", request.prompt + GAP + request.suffix) != [GAP]:
+        raise _bad(
+            "suffix",
+            "with `suffix`, no text may hold three underscores, which stand for a gap, or one beside the gap.",
+        )
     if not request.prompt.strip() and not request.suffix.strip():
         raise _bad(
             "suffix", "`prompt` and `suffix` are both empty; give text on one side of the gap."
@@ -461,7 +466,7 @@ def completion_logprobs(scored: ScoredText, tokens: TokenTexts, count: int) -> d
             best.setdefault(
                 tokens.of(token), value
             )  # several ids may spell the same; the likeliest comes first
-        own.append(scored.scores.own[i] if i else None)
+        own.append(scored.scores.own[i])
         likeliest.append(best if i else None)
     return {
         "tokens": scored.texts,

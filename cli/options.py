@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import tokcom
 from tokcom.cli.server_settings import LIMITS, ServerSettings
 
 EVALUATION_SECTIONS = (
@@ -44,10 +45,22 @@ def gap_length(text: str) -> int | None:
     return None if text == "auto" else int(text)
 
 
+def default_checkpoint() -> str:
+    """The current directory if it holds a model, else the model that ships with the package."""
+    shipped = Path(tokcom.__file__).parent
+    if Path("model_index.json").is_file() or not (shipped / "model_index.json").is_file():
+        return "."
+    return str(shipped)
+
+
 CHECKPOINT = "model directory or Hub id"
 DEVICE = "cpu, cuda, cuda:1 ... (default: cuda if there is one, else cpu)"
 OPTIONS: dict[str, dict] = {
-    "checkpoint": {"default": ".", "help": f"{CHECKPOINT}, or a published .pt file"},
+    "checkpoint": {
+        "default": default_checkpoint(),
+        "help": f"{CHECKPOINT}, or a published .pt file (default: the current directory if it is "
+        "a model, else the one that ships with tokcom)",
+    },
     "input_text": {
         "help": "text to work on; for infill with gaps of three or more underscores (default: none)"
     },
@@ -91,6 +104,15 @@ OPTIONS: dict[str, dict] = {
         "type": float,
         "default": 1.0,
         "help": "above 1 follows the prompt more closely, at twice the cost",
+    },
+    "truncation": {
+        "choices": ("left",),
+        "help": "left: leave out the beginning of a prompt that is longer than the model sees at "
+        "once (default: refuse it)",
+    },
+    "watch": {
+        "action": "store_true",
+        "help": "show every denoising step; for one text in a terminal",
     },
     "batch_size": {"type": int, "default": 1, "help": "samples to make"},
     "num_candidates": {
@@ -144,7 +166,10 @@ MODES = {
     "generate": Mode("generate", ("num_chunks", "batch_size", *TOKENS, "output_file")),
     "conditional": Mode(
         "generate",
-        ("prompt", "num_generate_chunks", "guidance_scale", "batch_size", *TOKENS, "output_file"),
+        (
+            *("prompt", "num_generate_chunks", "truncation", "watch", "guidance_scale"),
+            *("batch_size", *TOKENS, "output_file"),
+        ),
         needs=("prompt",),
         chosen_by="prompt",
     ),
@@ -326,7 +351,7 @@ def add_app_options(parser: argparse.ArgumentParser) -> None:
     # a Space can be configured by its environment alone
     add(
         "--checkpoint",
-        default=os.environ.get("TOKCOM_MODEL", "."),
+        default=os.environ.get("TOKCOM_MODEL", default_checkpoint()),
         help=f"{CHECKPOINT} of a text model",
     )
     add("--pixels", help="a pixel model, for a tab of texts as pictures (default: no such tab)")
@@ -345,7 +370,7 @@ def add_app_options(parser: argparse.ArgumentParser) -> None:
 
 def add_serve_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--checkpoint", default=".", help=CHECKPOINT)
+    add("--checkpoint", default=default_checkpoint(), help=CHECKPOINT)
     add("--host", default="127.0.0.1", help="0.0.0.0 for all interfaces; give an API key then")
     add("--port", type=int, default=8000, help="0 takes a free one")
     add("--device", help=DEVICE)

@@ -311,7 +311,8 @@ class Corpus:
         for name, content in (("provenance", provenance), ("state", self.state)):
             text = json.dumps(content, indent=2) + "\n"
             replace_file(
-                self.folder / f"{name}.json", lambda part, text=text: part.write_text(text)
+                self.folder / f"{name}.json",
+                lambda part, text=text: part.write_text(text, encoding="utf-8"),
             )
 
 

@@ -4,7 +4,7 @@
     curl http://127.0.0.1:8000/v1/completions -H "Content-Type: application/json" \
         -d '{"model": "tokcom", "prompt": "Once upon a time", "max_tokens": 64, "stream": true}'
 
-Notable choices: one thread runs the model and gives all requests their turns (`scheduling.py`), another one reads requests
+Notable choices: one thread runs the model and gives all requests their turns (`fair_turns.py`), another one reads requests
 (`openai_format.py`), so the event loop only passes pieces of text on; every text has noise of its own, so a seed gives the same
 text in any company. Listens on the loopback interface unless told otherwise; `--api_key`, or TOKCOM_API_KEY in the environment,
 is then asked of every request but /health. docs/serving.md describes what it understands and what it was measured to do.
@@ -32,6 +32,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tokcom.cli.fair_turns import Engine, Job, Piece, RequestError, Scores
 from tokcom.cli.loading import open_pipeline
 from tokcom.cli.openai_format import (
     ChatFormat,
@@ -45,7 +46,6 @@ from tokcom.cli.openai_format import (
     explain_invalid,
     read_request,
 )
-from tokcom.cli.scheduling import Engine, Job, Piece, RequestError, Scores
 from tokcom.cli.server_settings import LIMITS, ServerSettings
 from tokcom.pipeline_tokcom import TokComPipeline
 

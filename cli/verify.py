@@ -69,7 +69,7 @@ def write_checksums(directory: str | Path) -> Path:
         file.relative_to(directory).as_posix(): _digest(file) for file in released_files(directory)
     }
     target = directory / CHECKSUMS
-    target.write_text(json.dumps(digests, indent=2) + "\n")
+    target.write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
     return target
 
 
@@ -81,7 +81,7 @@ def check_checksums(directory: str | Path) -> int:
     """
     directory = Path(directory)
     try:
-        digests = json.loads((directory / CHECKSUMS).read_text())
+        digests = json.loads((directory / CHECKSUMS).read_text(encoding="utf-8"))
         expected = dict(digests.items())
     except (json.JSONDecodeError, AttributeError) as error:
         raise ValueError(
@@ -151,9 +151,9 @@ def check_loading(directory: Path) -> str:
 def check_tokenizer(directory: Path) -> str:
     config = TokComConfig.from_pretrained(directory)
     # the class by its name: AutoTokenizer would ask whether to run the code of the directory
-    name = json.loads((directory / "model_index.json").read_text()).get("tokenizer", [None, None])[
-        1
-    ]
+    name = json.loads((directory / "model_index.json").read_text(encoding="utf-8")).get(
+        "tokenizer", [None, None]
+    )[1]
     if name is None:
         return "none; ids and latents work, text does not"
     tokenizer = getattr(transformers, name).from_pretrained(directory)

@@ -38,7 +38,7 @@ from tokcom.training.config import load_train_config
 from tokcom.training.data import get_tokenizer, load_documents, tokenize_documents
 from tokcom.training.optimizer import build_optimizer
 
-ROWS = yaml.safe_load((Path(__file__).parent / "ablations.yaml").read_text())
+ROWS = yaml.safe_load((Path(__file__).parent / "ablations.yaml").read_text(encoding="utf-8"))
 PROMPTS = 256  # held-out prompts that are continued
 RECOVERY_WINDOWS = 64  # held-out windows of pixel models
 SWEEPS = {"tokens": "temperature", "latents": "noise_scale"}  # what trades quality for diversity
@@ -145,7 +145,7 @@ def write_recovery_table(rows: list[dict]) -> str:
 
 def write_table(work: Path, file: str) -> None:
     """Collect all rows measured so far into a Markdown table."""
-    rows = [json.loads(f.read_text()) for f in (work / "rows").glob("*.json")]
+    rows = [json.loads(f.read_text(encoding="utf-8")) for f in (work / "rows").glob("*.json")]
     rows.sort(key=lambda row: row["row"])
     recovery = [row for row in rows if "recovery" in row]
     rows = [row for row in rows if "recovery" not in row]
@@ -205,7 +205,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         file = Path(args.work_dir) / "rows" / f"{args.row}-{args.seed}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(facts, indent=2) + "\n")
+        file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         print(json.dumps(facts, indent=2))
     if args.table:
         write_table(Path(args.work_dir), args.table)

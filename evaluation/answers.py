@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
             for i, (turns, text) in enumerate(zip(dialogues, texts))
         ]
         file = args.output_dir / f"predictions_{scale:g}.json"
-        file.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+        file.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         files.append(f"guidance {scale:g}={file}")
     print(compare(files))
 

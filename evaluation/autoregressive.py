@@ -191,7 +191,7 @@ def save(
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     facts = {"parameters": sum(p.numel() for p in model.parameters()), **facts}
-    (directory / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
+    (directory / "training.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> None:

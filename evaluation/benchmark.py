@@ -425,8 +425,10 @@ def report(command: str, results: dict, directory: Path | None) -> None:
     print(text)
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / f"{command}.json").write_text(json.dumps(results, indent=2) + "\n")
-        (directory / f"{command}.md").write_text(text)
+        (directory / f"{command}.json").write_text(
+            json.dumps(results, indent=2) + "\n", encoding="utf-8"
+        )
+        (directory / f"{command}.md").write_text(text, encoding="utf-8")
         benchmark_plot(command, rows, directory / f"{command}.png")
 
 

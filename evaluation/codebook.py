@@ -137,8 +137,10 @@ def main(argv: list[str] | None = None) -> dict:
         show_codes(pipe, codes, columns[0], args.output_dir / "codes.png")
     text = table(list(found[0]), [list(row.values()) for row in found]) + "\n"
     facts = {"model": args.model, "data": args.data, "latents": len(codes), "levels": found}
-    (args.output_dir / "codebook.json").write_text(json.dumps(facts, indent=1) + "\n")
-    (args.output_dir / "codebook.md").write_text(text)
+    (args.output_dir / "codebook.json").write_text(
+        json.dumps(facts, indent=1) + "\n", encoding="utf-8"
+    )
+    (args.output_dir / "codebook.md").write_text(text, encoding="utf-8")
     print(text)
     return facts
 

@@ -197,16 +197,20 @@ def main(argv: list[str] | None = None) -> None:
         tokens = tokenize_documents(documents, tokenizer, "text", "held-out text")[:TEXTS]
         ids = torch.from_numpy(tokens[: len(tokens) // 16 * 16].astype(np.int64))[None]
         baselines = lossless(tokenizer.decode(ids[0], skip_special_tokens=True), ids.numel())
-        (work / "lossless.json").write_text(json.dumps(baselines, indent=2) + "\n")
+        (work / "lossless.json").write_text(
+            json.dumps(baselines, indent=2) + "\n", encoding="utf-8"
+        )
     for name in args.rows:
         facts = {"row": name, "steps": args.max_steps} | measure(
             train_row(name, args), ids, work / f"{name}.png"
         )
-        (work / f"{name}.json").write_text(json.dumps([facts], indent=2) + "\n")
+        (work / f"{name}.json").write_text(json.dumps([facts], indent=2) + "\n", encoding="utf-8")
         print(json.dumps(facts))
     if args.table:
         found = [
-            row for file in sorted(work.glob("*.json")) for row in json.loads(file.read_text())
+            row
+            for file in sorted(work.glob("*.json"))
+            for row in json.loads(file.read_text(encoding="utf-8"))
         ]
         found.sort(key=lambda row: row["bits per token"] or float("inf"))
         columns = [

@@ -283,7 +283,9 @@ def main(argv: list[str] | None = None) -> None:
         results[name] = measure(student, teacher, kept, args)
         print(name, json.dumps(results[name], indent=2, ensure_ascii=False))
         if args.output:
-            args.output.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+            args.output.write_text(
+                json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
 
 
 if __name__ == "__main__":

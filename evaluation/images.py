@@ -27,7 +27,7 @@ from tokcom.evaluation.linear_codecs import PCA, QuantisedPCA
 from tokcom.evaluation.report import table
 from tokcom.pipeline_media_tokcom import TokComImagePipeline
 from tokcom.quantization_tokcom import code_statistics
-from tokcom.training.images import picture_grid, read_pictures
+from tokcom.training.images import captions_of, picture_grid, read_pictures
 
 BATCH = 32  # pictures in a step of the classifier
 PREFIXES = (1, 2, 4, 8, 16, 36)
@@ -232,11 +232,11 @@ class Pictures:
         rows = tqdm(range(len(dataset)), desc="reading pictures", unit="picture")
         records = dataset.records
         self.images = torch.stack([dataset[i]["pixel_values"] for i in rows])
-        self.captions = (
-            list(records[args.caption_column])
-            if args.caption_column in records.column_names
-            else None
-        )
+        column = args.caption_column or "caption"
+        self.captions = None
+        if column in records.column_names:  # of several the first, and "" of none
+            rows = map(captions_of, records[column])
+            self.captions = [row[0] if row else "" for row in rows]
 
 
 def read_labels(source: str, columns: list[str], count: int, names: list[list]) -> torch.Tensor:
@@ -422,7 +422,9 @@ def measure_generation(
     show = pipe.image_processor.postprocess
     rows = [show(drawn[i : i + 8]) for i in range(0, min(32, count), 8)]
     picture_grid(rows, scale=3).save(args.output_dir / "drawn.png")
-    (args.output_dir / "drawn.txt").write_text("\n".join(test.captions[: min(32, count)]) + "\n")
+    (args.output_dir / "drawn.txt").write_text(
+        "\n".join(test.captions[: min(32, count)]) + "\n", encoding="utf-8"
+    )
     chance = [1 / len(column) for column in names]
     rows = [{"label": name, "chance": c} for name, c in zip(args.label_columns, chance)]
     for kind, shares in found.items():
@@ -530,7 +532,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--codebook")
     parser.add_argument("--unordered")
     parser.add_argument("--image_column", default="image")
-    parser.add_argument("--caption_column", default="caption")
+    parser.add_argument("--caption_column", help="default: caption or text, if there is one")
     parser.add_argument(
         "--label_columns",
         nargs="*",
@@ -563,8 +565,10 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     facts["settings"] = {name: str(value) for name, value in vars(args).items()}
-    (args.output_dir / "results.json").write_text(json.dumps(facts, indent=1) + "\n")
-    (args.output_dir / "results.md").write_text(report(facts))
+    (args.output_dir / "results.json").write_text(
+        json.dumps(facts, indent=1) + "\n", encoding="utf-8"
+    )
+    (args.output_dir / "results.md").write_text(report(facts), encoding="utf-8")
     plots(facts, args.output_dir)
     print(report(facts))
 

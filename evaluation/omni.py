@@ -457,13 +457,17 @@ def main(argv: list[str] | None = None) -> dict:
             found = measure(study)
             found["directions"] = facts.get("directions", []) + found["directions"]
             facts |= found
-            (args.output_dir / "results.json").write_text(json.dumps(facts, indent=1) + "\n")
+            (args.output_dir / "results.json").write_text(
+                json.dumps(facts, indent=1) + "\n", encoding="utf-8"
+            )
         if judge is not None:
             facts["text"] = measure_text(pipes, judge, study.data["pictures_test"]["text"], args)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    (args.output_dir / "results.json").write_text(json.dumps(facts, indent=1) + "\n")
-    (args.output_dir / "results.md").write_text(report(facts))
+    (args.output_dir / "results.json").write_text(
+        json.dumps(facts, indent=1) + "\n", encoding="utf-8"
+    )
+    (args.output_dir / "results.md").write_text(report(facts), encoding="utf-8")
     print(report(facts))
     return facts
 

@@ -153,8 +153,10 @@ def main(argv: list[str] | None = None) -> dict:
     facts["latency"] = latency(study, timed, repeats=args.repeats)
     facts["threads"] = torch.get_num_threads()
     facts["settings"] = {name: str(value) for name, value in vars(args).items()}
-    (args.output_dir / "results.json").write_text(json.dumps(facts, indent=1) + "\n")
-    (args.output_dir / "results.md").write_text(report(facts))
+    (args.output_dir / "results.json").write_text(
+        json.dumps(facts, indent=1) + "\n", encoding="utf-8"
+    )
+    (args.output_dir / "results.md").write_text(report(facts), encoding="utf-8")
     plot(facts, args.output_dir / "steps.png")
     print(report(facts))
     return facts

@@ -184,8 +184,10 @@ def main(argv: list[str] | None = None) -> list[dict]:
         "clips": len(clips),
         "settings": {name: str(value) for name, value in vars(args).items()},
     }
-    (args.output_dir / "results.json").write_text(json.dumps(facts, indent=1) + "\n")
-    (args.output_dir / "results.md").write_text(report(rows))
+    (args.output_dir / "results.json").write_text(
+        json.dumps(facts, indent=1) + "\n", encoding="utf-8"
+    )
+    (args.output_dir / "results.md").write_text(report(rows), encoding="utf-8")
     print(report(rows))
     return rows
 

@@ -34,7 +34,9 @@ def read_document(file: str | None) -> str:
     """The text of a file, or of the first held-out story."""
     if file is not None:
         return Path(file).read_text(encoding="utf-8")
-    first_line = (ROOT / "sample_data" / "held_out.jsonl").read_text().splitlines()[0]
+    first_line = (
+        (ROOT / "sample_data" / "held_out.jsonl").read_text(encoding="utf-8").splitlines()[0]
+    )
     return json.loads(first_line)["text"]
 
 

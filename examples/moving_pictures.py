@@ -14,7 +14,7 @@ import datasets
 import numpy as np
 from PIL import Image
 
-from tokcom.training.images import open_image
+from tokcom.pictures_tokcom import open_image
 
 SIZE = 32  # pixels
 FRAMES = 8

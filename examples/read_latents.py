@@ -23,7 +23,7 @@ def chunk_texts(pipe: TokComPipeline, ids: torch.Tensor) -> list[str]:
 
 def show_neighbours(pipe: TokComPipeline, text: str) -> None:
     """Print the chunks of held-out text whose latents are nearest to those of `text`."""
-    lines = (ROOT / "sample_data" / "held_out.jsonl").read_text().splitlines()
+    lines = (ROOT / "sample_data" / "held_out.jsonl").read_text(encoding="utf-8").splitlines()
     known = pipe.encode(" ".join(json.loads(line)["text"] for line in lines))
     library = known.latents[0]  # (n, C)
     chunks = chunk_texts(pipe, known.sequences)

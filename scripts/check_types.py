@@ -19,6 +19,7 @@ MODULES = (
     "tokcom.objective_tokcom",
     "tokcom.scheduling_tokcom",
     "tokcom.processing_tokcom",
+    "tokcom.pictures_tokcom",
     "tokcom.sounds_tokcom",
     "tokcom.pipeline_base_tokcom",
     "tokcom.pipeline_tokcom",

@@ -83,9 +83,9 @@ def fallback_lines(tree: ast.AST) -> int:
 def constant_fields(tree: Path) -> int:
     """Fields of the configurations that no preset names."""
     fields: set[str] = set()
-    used = "\n".join(file.read_text() for file in tree.glob("presets/*.yaml"))
+    used = "\n".join(file.read_text(encoding="utf-8") for file in tree.glob("presets/*.yaml"))
     for file in tree.glob("configuration*_tokcom.py"):
-        text = file.read_text()
+        text = file.read_text(encoding="utf-8")
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.ClassDef) and node.name.endswith("Config"):
                 fields |= {
@@ -101,9 +101,14 @@ def constant_fields(tree: Path) -> int:
 def measure(tree: Path) -> dict[str, str]:
     """All metrics of one tree, as text."""
     files = python_files(tree)
-    lines = [line for file in files for line in file.read_text().splitlines() if line.strip()]
-    trees = {file: ast.parse(file.read_text()) for file in files}
-    sizes = {file: len(file.read_text().splitlines()) for file in files}
+    lines = [
+        line
+        for file in files
+        for line in file.read_text(encoding="utf-8").splitlines()
+        if line.strip()
+    ]
+    trees = {file: ast.parse(file.read_text(encoding="utf-8")) for file in files}
+    sizes = {file: len(file.read_text(encoding="utf-8").splitlines()) for file in files}
     functions = [
         (node.end_lineno - node.lineno + 1, f"{file.name}:{node.name}")
         for file, code in trees.items()
@@ -125,7 +130,7 @@ def measure(tree: Path) -> dict[str, str]:
         "modality branches": str(sum(map(modality_branches, trees.values()))),
         "fields that never vary": str(constant_fields(tree)),
         "fallback lines": str(sum(map(fallback_lines, trees.values()))),
-        "README lines": str(len((tree / "README.md").read_text().splitlines())),
+        "README lines": str(len((tree / "README.md").read_text(encoding="utf-8").splitlines())),
     }
 
 

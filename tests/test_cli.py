@@ -3,6 +3,7 @@ entrance."""
 
 import argparse
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -203,7 +204,7 @@ def test_processes_end_with_the_documented_status():
 
 
 def test_a_package_that_is_not_installed_is_named_with_its_remedy():
-    assert "pip install gradio" in explain(
+    assert "pip install 'tokcom[app]', or gradio alone" in explain(
         ModuleNotFoundError("No module named 'gradio'", name="gradio")
     )
     assert "unexpected" in explain(
@@ -367,3 +368,65 @@ def test_an_impossible_configuration_is_found(copy, capsys):
     config["transformer_config"]["num_attention_heads"] = 0
     (copy / "config.json").write_text(json.dumps(config))
     assert "configuration" in failures(copy, capsys)
+
+
+# ---- a text that is watched ----
+
+
+class Screen:
+    """What a terminal shows of what is written to it."""
+
+    def __init__(self):
+        self.lines = [""]
+        self.widest = 0
+
+    def write(self, text: str) -> None:
+        for line in re.split(r"(\n|\r\033\[K)", re.sub(r"\033\[33m|\033\[0m", "", text)):
+            if line == "\n":
+                self.lines.append("")
+            elif line == "\r\033[K":
+                self.lines[-1] = ""
+            else:
+                self.lines[-1] += line
+            self.widest = max(self.widest, len(self.lines[-1]))
+
+    def flush(self) -> None:
+        pass
+
+
+def test_a_watched_text_ends_as_the_text_whatever_the_drafts_and_the_width(tokenizer, stories):
+    from tokcom.cli.terminal import TerminalStreamer
+
+    text = stories[0][:300]
+    ids = torch.tensor(tokenizer(text)["input_ids"])
+    for width in (20, 80):
+        screen = Screen()
+        streamer = TerminalStreamer(tokenizer, pause=0, file=screen, width=width)
+        for block in ids.split(4):
+            streamer.put_draft(block.flip(0))
+            streamer.put(block)
+        streamer.end()
+        assert " ".join(screen.lines).split() == text.split()
+        assert screen.widest < width
+
+
+def test_watching_needs_a_terminal(model, capsys):
+    with pytest.raises(SystemExit, match="draws in a terminal"):
+        main(["generate", "Squinty", "--checkpoint", str(model), "--watch"])
+
+
+def test_a_prompt_beyond_the_window_is_cut_on_request(model, capsys):
+    words = "Squinty was a pig. " * 60
+    arguments = ["generate", words, "--checkpoint", str(model), "--num_generate_chunks", "1"]
+    with pytest.raises(SystemExit, match="truncation='left'"):
+        main(arguments)
+    main([*arguments, "--truncation", "left"])
+    assert capsys.readouterr().out.startswith("[1] Squinty was a pig.")
+
+
+def test_without_a_model_in_the_current_directory_the_shipped_one_is_used(monkeypatch, tmp_path):
+    assert options.default_checkpoint() == "."
+    monkeypatch.chdir(tmp_path)
+    assert options.default_checkpoint() == str(ROOT)
+    (tmp_path / "model_index.json").write_text("{}")
+    assert options.default_checkpoint() == "."

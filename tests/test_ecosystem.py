@@ -48,6 +48,56 @@ def train(model):
 """
 
 
+GENERATE = """
+import contextlib, io, threading
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import TextDiffusionStreamer, TextIteratorStreamer, TextStreamer
+config = AutoConfig.from_pretrained({model!r}, trust_remote_code=True)
+assert (config.vocab_size, config.max_position_embeddings) == (4097, 512)
+assert config.hidden_size and config.num_hidden_layers
+tokenizer = AutoTokenizer.from_pretrained({model!r}, trust_remote_code=True)
+assert tokenizer.pad_token == "<pad>" and tokenizer.pad_token_id == 4096
+model = AutoModelForCausalLM.from_pretrained({model!r}, trust_remote_code=True)
+prompt = tokenizer("Once upon a time", return_tensors="pt")
+size = prompt.input_ids.shape[1]
+def generate(**options):
+    return model.generate(**{**prompt, "max_new_tokens": 12, "seed": 0, **options})
+greedy = generate(do_sample=False)
+def is_greedy(**options):
+    return torch.equal(greedy, generate(**options))
+"""
+ARGUMENTS = {
+    "max_new_tokens": "generate(max_new_tokens=7).shape[1] == size + 7",
+    "max_length": "model.generate(**prompt, max_length=20, seed=0).shape[1] == 20",
+    "do_sample": "is_greedy(do_sample=False, seed=5)",
+    "temperature": "is_greedy(do_sample=True, temperature=0) and is_greedy(temperature=0.0)",
+    "top_k": "is_greedy(do_sample=True, top_k=1)",
+    "top_p": "is_greedy(do_sample=True, top_p=1e-6)",
+    "num_return_sequences": "len({tuple(row) for row in generate(num_return_sequences=3).tolist()}) == 3",
+    "seed": "torch.equal(generate(seed=3), generate(seed=3)) and not is_greedy(seed=4)",
+    "use_cache": "is_greedy(do_sample=False, use_cache=False)",
+    "num_beams": "generate(num_beams=3).shape[1] == size + 12",
+    "penalties": "not is_greedy(do_sample=False, repetition_penalty=3.0, no_repeat_ngram_size=2)",
+    "eos_token_id": "generate(do_sample=False, eos_token_id=int(greedy[0, size + 4])).shape[1] <= size + 5",
+}
+REFUSED = {
+    "assistant_model": "model",
+    "prompt_lookup_num_tokens": "3",
+    "penalty_alpha": "0.6",
+    "num_beam_groups": "2",
+    "force_words_ids": "[[5]]",
+    "guidance_scale": "1.5",
+    "cache_implementation": "'static'",
+    "prefill_chunk_size": "2",
+    "token_healing": "True",
+    "output_attentions": "True",
+    "inputs_embeds": "torch.zeros(1, 2, 8)",
+    "gen_length": "3",
+}
+
+
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory) -> Path:
     """The shipped model as a user downloads it."""
@@ -95,8 +145,112 @@ print(writer("Once upon a time", max_new_tokens=20)[0]["generated_text"])
     assert text.startswith("Once upon a time") and len(text) > 50
 
 
+def test_generate_takes_every_argument_that_tools_pass_on_a_copy(alone):
+    checks = [f"assert {code}, {name!r}" for name, code in ARGUMENTS.items()]
+    alone(
+        GENERATE
+        + "\n".join(checks)
+        + """
+ends = generate(do_sample=False, max_new_tokens=60, stop_strings=["."], tokenizer=tokenizer)
+assert tokenizer.decode(ends[0]).endswith(".")
+class Stop(StoppingCriteria):
+    def __call__(self, ids, scores, **kwargs):
+        return torch.full((len(ids),), ids.shape[1] >= size + 5)
+assert generate(stopping_criteria=StoppingCriteriaList([Stop()])).shape[1] == size + 5
+several = tokenizer(
+    ["Once upon a time", "The dog"], return_tensors="pt", padding=True, padding_side="left"
+)
+eos = int(greedy[0, size + 3])
+rows = model.generate(
+    **several, max_new_tokens=12, do_sample=False, eos_token_id=eos, pad_token_id=4096
+)
+assert rows[0].tolist()[:size + 4] == greedy[0, :size + 4].tolist()
+assert set(rows[0, size + 4:].tolist()) <= {4096}
+"""
+    )
+
+
+def test_streamers_show_the_text_and_its_drafts_on_a_copy(alone):
+    alone(
+        GENERATE
+        + """
+shown = io.StringIO()
+with contextlib.redirect_stdout(shown):
+    generate(do_sample=False, streamer=TextStreamer(tokenizer))
+assert shown.getvalue().strip() == tokenizer.decode(greedy[0]).strip()
+drafts = io.StringIO()
+with contextlib.redirect_stdout(drafts):
+    generate(do_sample=False, streamer=TextDiffusionStreamer(tokenizer))
+assert "\\033[33m" in drafts.getvalue()
+pieces = TextIteratorStreamer(tokenizer, skip_prompt=True)
+thread = threading.Thread(target=lambda: generate(do_sample=False, streamer=pieces))
+thread.start()
+assert "".join(pieces).strip() == tokenizer.decode(greedy[0, size:]).strip()
+thread.join()
+"""
+    )
+
+
+def test_what_generate_cannot_do_is_refused_by_name_on_a_copy(alone):
+    calls = [f"({name!r}, lambda: generate({name}={value}))" for name, value in REFUSED.items()]
+    alone(
+        GENERATE
+        + f"calls = [{', '.join(calls)}]"
+        + """
+calls.append(("max_new_tokens", lambda: generate(max_new_tokens=1000)))
+calls.append(("resized", lambda: model.resize_token_embeddings(5000)))
+for name, call in calls:
+    try:
+        call()
+    except ValueError as error:
+        assert name in str(error), (name, str(error))
+    else:
+        raise AssertionError(name)
+assert model.get_input_embeddings().weight.shape[0] == 4097
+"""
+    )
+
+
+def test_the_pipeline_of_transformers_takes_device_map_dtype_and_several_texts(alone):
+    alone("""
+import torch
+from transformers import AutoModelForCausalLM, pipeline
+writer = pipeline(
+    "text-generation", model={model!r}, trust_remote_code=True, device_map="auto", dtype="bfloat16"
+)
+assert writer.model.dtype == torch.bfloat16
+texts = writer(["Once", "The dog"], batch_size=2, max_new_tokens=4, return_full_text=False)
+assert len(texts) == 2 and all(row[0]["generated_text"] for row in texts)
+model = AutoModelForCausalLM.from_pretrained(
+    {model!r}, trust_remote_code=True, device_map="cpu", dtype=torch.float16
+)
+assert model.dtype == torch.float16
+""")
+
+
 def test_the_trainer_of_transformers_trains_evaluates_and_keeps_the_best(alone):
     alone(PREPARE + TRAIN + "train(model)")
+
+
+def test_a_plain_loop_trains(alone):
+    alone(
+        PREPARE
+        + """
+import torch
+rows = [tokenizer(row["text"], truncation=True, max_length=61)["input_ids"] for row in data]
+batch = tokenizer.pad({"input_ids": rows[:8]}, return_tensors="pt")
+labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
+losses = []
+for _ in range(5):
+    loss = model(**batch, labels=labels).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    losses.append(loss.item())
+assert losses[-1] < losses[0] - 0.1, losses
+"""
+    )
 
 
 def test_a_lora_adapter_is_trained_saved_merged_and_writes(alone):

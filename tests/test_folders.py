@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tokcom.pictures_tokcom import Frames
 from tokcom.processing_tokcom import write_wav
 from tokcom.training.config import DataConfig
 from tokcom.training.files import kind_of, list_files, natural_key
 from tokcom.training.films import write_film
-from tokcom.training.images import Frames, ImageDataset
+from tokcom.training.images import ImageDataset
 from tokcom.training.report import Report
 from tokcom.training.sources import load_documents
 
@@ -148,12 +149,19 @@ def test_texts_beside_a_cover_are_read_as_the_run_asks_and_the_rest_is_named(
     assert named in str(report)
 
 
-def test_texts_of_several_formats_are_named_with_a_remedy(tmp_path):
+def test_texts_of_several_formats_are_read_and_what_holds_none_is_named(tmp_path):
     (tmp_path / "a.txt").write_text("one")
     (tmp_path / "b.jsonl").write_text('{"text": "two"}\n')
-    with pytest.raises(
-        ValueError, match="one kind.*text .such as a.txt.*json .such as b.jsonl.*list"
-    ):
+    (tmp_path / "c.csv").write_text("text;id\nthree;3\n")
+    (tmp_path / "d.csv").write_text("name,price\nx,3\n")
+    datasets.Dataset.from_dict({"text": ["four"]}).to_parquet(tmp_path / "e.parquet")
+    for kind in (None, "text"):
+        report = Report()
+        found = read(tmp_path, report, kind=kind)["text"][:]
+        assert sorted(found) == ["four", "one", "three", "two"]
+        assert "left out (table without field 'text'): d.csv" in str(report)
+    (tmp_path / "b.jsonl").write_text('{"prompt": "what?", "answer": "that"}\n')
+    with pytest.raises(ValueError, match="holds texts .* dialogues .json.; give the files of one"):
         read(tmp_path)
     with pytest.raises(ValueError, match="holds no file that is read.*kind of file.*b.xyz"):
         (tmp_path / "other").mkdir()
@@ -211,6 +219,11 @@ def test_names_of_folders_are_captions_and_only_none_means_none(tmp_path):
     assert read(tmp_path, caption_column="none").column_names == ["image"]
     with pytest.raises(ValueError, match="captoin"):
         read(tmp_path, caption_column="captoin")
+    draw(tmp_path / "loose.png")
+    report = Report()
+    captions = {row["image"]["path"][-8:]: row["caption"] for row in read(tmp_path, report)}
+    assert captions == {"at/1.png": "cat", "og/1.png": "dog", "oose.png": ""}
+    assert "1 file outside of them without one" in str(report)
 
 
 @pytest.mark.parametrize("source", ["metadata", "parquet", "jsonl"])
@@ -235,6 +248,8 @@ def test_a_column_that_is_asked_for_and_missing_is_an_error_with_the_near_miss(s
     assert read(path, caption_column="Caption_en")["Caption_en"][:] == ["a cat"]
     report = Report()
     assert "caption" not in read(path, report).column_names and "no captions" in str(report)
+    with pytest.raises(ValueError, match="no captions in 'caption' .fields: .*'none' to train"):
+        read(path, caption_column="caption")
     with pytest.raises(ValueError, match="no field 'imagge'"):
         read(
             tmp_path / "p.parquet" if source == "parquet" else write_table(tmp_path),
@@ -242,9 +257,89 @@ def test_a_column_that_is_asked_for_and_missing_is_an_error_with_the_near_miss(s
         )
 
 
+def test_captions_that_are_asked_for_must_be_there_in_folders_of_any_kind(tmp_path):
+    draw(tmp_path / "1.png")
+    for folder in (False, True):
+        with pytest.raises(ValueError, match="no captions in 'caption'.*'none' to train without"):
+            read(tmp_path, caption_column="caption", frame_folders=folder)
+    (tmp_path / "1.txt").write_text("a cat")
+    assert read(tmp_path, caption_column="caption")["caption"][:] == ["a cat"]
+    assert read(tmp_path, caption_column="none").column_names == ["image"]
+
+
 def write_table(folder):
     datasets.Dataset.from_dict({"image": [b"x"], "title": ["x"]}).to_parquet(folder / "t.parquet")
     return folder / "t.parquet"
+
+
+def test_a_caption_that_cannot_be_read_is_a_problem_of_its_picture(tmp_path):
+    for i in range(3):
+        draw(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_bytes("café".encode("latin-1" if i == 1 else "utf-8"))
+    with pytest.raises(ValueError, match="1.txt: byte 3 .*caption of 1.png.*data.max_skipped=1"):
+        read(tmp_path)
+    report = Report(1)
+    assert read(tmp_path, report)["caption"][:] == ["café", "café"]
+    assert "left out (caption that cannot be read): 1.png" in str(report)
+    rows = [{"file_name": f"{i}.png", "text": "a" if i else 5} for i in range(3)]
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(
+        ValueError, match=r"record 0 .line 1.: the caption of 0.png is the number 5"
+    ):
+        read(tmp_path)
+    assert read(tmp_path, Report(1))["caption"][:] == ["a", "a"]
+
+
+@pytest.mark.parametrize("written", ["in\\café.png", "./in/café.png", "in/caf\u0065\u0301.png"])
+def test_files_are_found_as_other_systems_write_their_names(written, tmp_path):
+    draw(tmp_path / "in/café.png")
+    (tmp_path / "metadata.csv").write_text(f"file_name,text\n{written},a cup\n", encoding="utf-8")
+    assert read(tmp_path)["caption"][:] == ["a cup"]
+    (tmp_path / "metadata.csv").write_text("filename,text\nin/café.png,a cup\n")
+    with pytest.raises(ValueError, match="no field 'file_name'.*did you mean 'filename'"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "json"])
+def test_pictures_in_a_table_are_found_beside_it(suffix, tmp_path):
+    draw(tmp_path / "in/1.png")
+    rows = [{"image": "in/1.png", "caption": "a cup"}]
+    text = {"csv": "image,caption\nin/1.png,a cup\n", "json": json.dumps(rows)}
+    (tmp_path / f"a.{suffix}").write_text(text.get(suffix, json.dumps(rows[0]) + "\n"))
+    (row,) = read(tmp_path / f"a.{suffix}")
+    assert Frames(row["image"])[0].size == (8, 8) and row["caption"] == "a cup"
+
+
+def test_captions_of_a_table_may_be_texts_beside_lists_and_other_fields_anything(tmp_path):
+    draw(tmp_path / "1.png")
+    values = [None, ["two", "three"], "one", 5]
+    rows = [{"image": "1.png", "caption": v, "id": i or "x"} for i, v in enumerate(values)]
+    del rows[0]["caption"]  # the first record does not tell all fields
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=r"record 3 \(line 4\): its caption is the number 5"):
+        read(tmp_path / "a.jsonl")
+    found = read(tmp_path / "a.jsonl", Report(1))
+    assert found["caption"][:] == [None, ["two", "three"], ["one"]]
+    with pytest.raises(ValueError, match="field 'id' of .* holds values of several kinds"):
+        read(tmp_path / "a.jsonl", Report(1), fields={"image": "image", "text": "id"})
+
+
+def test_what_is_no_file_of_data_is_named_and_does_not_stop_a_run(tmp_path):
+    (tmp_path / "a.txt").write_text("a text")
+    os.mkfifo(tmp_path / "pipe.txt")  # which would wait for someone to write
+    (tmp_path / "loop.txt").symlink_to("loop.txt")
+    (tmp_path / "b.tar.gz").write_bytes(b"x")
+    (tmp_path / "c.zip").write_bytes(b"x")
+    with open(os.fsencode(tmp_path) + b"/\xff.txt", "wb") as stream:
+        stream.write(b"whose name is no UTF-8")
+    report = Report()
+    assert read(tmp_path, report)["text"][:] == ["a text"]
+    assert report.sources[0].listing.left_out == {
+        "archive, which is not opened": ["b.tar.gz", "c.zip"],
+        "link that leads to itself": ["loop.txt"],
+        "pipe, socket or device": ["pipe.txt"],
+        "name that is no UTF-8": ["\\udcff.txt"],
+    }
 
 
 def test_rows_of_metadata_without_a_file_are_named(tmp_path):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import datasets
 import numpy as np
@@ -69,6 +70,17 @@ def test_the_same_folder_is_read_as_another_preset_asks(tmp_path, capsys):
         and "6 padded with their last frame" in report
         and "1 longer than a clip" in report
     )
+    (folder / "table.csv").write_text("id;text\n1;a text of a table\n")
+    for kind in ([], ["data.kind=text"]):
+        report = inspect(capsys, folder, "--preset", "tiny", *kind, *sheet)
+        for line in (
+            "left out (clip beside texts): film.mp4",
+            "left out (sound beside texts): more/sound.wav",
+            "2 records, fields text",
+            "3 documents, ",
+            "example 3: 'a text of a table'",
+        ):
+            assert line in report, report
     fields = "data.fields={text: caption, image: image, audio: audio}"
     (folder / "film.mp4").unlink()
     report = inspect(capsys, folder, "--preset", "omni-tiny", fields, *sheet)
@@ -78,6 +90,21 @@ def test_the_same_folder_is_read_as_another_preset_asks(tmp_path, capsys):
         and "1 with text" in report
         and "6 with image" in report
     )
+
+
+def test_records_of_several_streams_of_which_one_cannot_be_read_are_counted(tmp_path, capsys):
+    for i in range(3):
+        Image.new("RGB", (32, 32), (90 * i, 0, 0)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(f"picture {i}")
+    (tmp_path / "1.png").write_bytes(b"broken")
+    given = tmp_path, "--preset", "omni-tiny", "data.fields={text: caption, image: image}"
+    sheet = ("--sheet", tmp_path / "sheet.jpg")
+    with pytest.raises(SystemExit, match="record 1 .*1.png.* holds no picture.*data.max_skipped=1"):
+        inspect(capsys, *given, *sheet)
+    report = inspect(capsys, *given, *sheet, "data.max_skipped=1")
+    assert "2 records, 2 with text, 2 with image" in report and "1 record left out" in report
+    with pytest.raises(SystemExit, match="several streams, which the preset does not read"):
+        inspect(capsys, tmp_path, "--preset", "debug", given[3], *sheet)
 
 
 @pytest.mark.parametrize(
@@ -121,6 +148,22 @@ def test_what_training_reads_is_printed_before_the_first_stage_and_counts_what_i
     )
     assert "1 blank and left out" in printed and "1 record left out (data.max_skipped=1)" in printed
     assert corpus.tokenizer.init_kwargs["training_characters"].startswith(" ")
+
+
+def test_a_record_keeps_its_number_where_records_are_drawn(tmp_path):
+    rows = [_picture(10 * i) for i in range(9)]
+    datasets.Dataset.from_dict({"image": [*rows[:7], b"broken", *rows[7:]]}).to_parquet(
+        tmp_path / "a.parquet"
+    )
+    settings = [f"data.train={tmp_path / 'a.parquet'}", f"output_dir={tmp_path / 'out'}"]
+    with pytest.raises(ValueError, match=r"record 7 \(image\) holds no picture"):
+        read_data(load_train_config("style-tiny", settings))
+
+
+def _picture(shade: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (shade, 0, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def test_dialogues_and_streams_of_text_are_reported(tmp_path, capsys):
@@ -168,3 +211,11 @@ def test_clips_in_a_column_of_another_name_are_found_in_the_message(tmp_path):
     datasets.Dataset.from_dict({"video": [b"x"], "label": [1]}).to_parquet(tmp_path / "a.parquet")
     with pytest.raises(SystemExit, match="fields: video, label.*data.image_column"):
         main([str(tmp_path / "a.parquet"), "--preset", "video-tiny"])
+
+
+def test_the_table_of_inputs_names_tests_that_there_are():
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs/data.md").read_text(encoding="utf-8")))
+    there = set()
+    for file in (ROOT / "tests").glob("test_*.py"):
+        there |= set(re.findall(r"^def (test_\w+)", file.read_text(encoding="utf-8"), re.MULTILINE))
+    assert len(named) > 10 and named <= there

@@ -8,10 +8,10 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image, PngImagePlugin
 
-from tokcom.configuration_media_tokcom import TokComStyleCodecConfig, TokComVideoCodecConfig
+from tokcom.configuration_media_tokcom import TokComStyleCodecConfig
+from tokcom.pictures_tokcom import Frames, is_film, open_image
 from tokcom.processing_tokcom import (
     TokComAudioProcessor,
     TokComImageProcessor,
@@ -21,8 +21,7 @@ from tokcom.processing_tokcom import (
 )
 from tokcom.training.audit import audit
 from tokcom.training.config import DataConfig
-from tokcom.training.films import Film, is_film, repeats, timeline, write_film
-from tokcom.training.images import Frames, ImageDataset, open_image
+from tokcom.training.images import ImageDataset
 from tokcom.training.presets import preset_config
 from tokcom.training.report import PartReport, Report
 from tokcom.training.sources import load_documents
@@ -62,6 +61,16 @@ def test_every_format_of_pictures_is_read_from_bytes_and_from_a_file(kind, tmp_p
             np.abs(np.asarray(frames[0].convert("RGB"))[16, 16].astype(int) - (200, 30, 40)).max()
             < 12
         )
+
+
+def test_heic_is_read_with_pillow_heif():
+    pillow_heif = pytest.importorskip("pillow_heif")
+    buffer = io.BytesIO()
+    pillow_heif.from_pillow(Image.new("RGB", (64, 48), (200, 30, 40))).save(buffer)
+    assert buffer.getvalue()[4:8] == b"ftyp" and not is_film(buffer.getvalue())
+    frames = Frames(buffer.getvalue())
+    assert len(frames) == 1 and frames[0].size == (64, 48)
+    assert abs(frames[0].getpixel((20, 20))[0] - 200) < 20
 
 
 @pytest.mark.parametrize("kind", ["MPO", "TIFF", "ICO", "PDF"])
@@ -219,166 +228,6 @@ def test_a_picture_is_read_as_its_camera_was_held():
     assert open_image(encoded(Image.new("RGB", (4, 4)), "JPEG", exif=b"Exif\0\0")).size == (4, 4)
 
 
-# ---- clips ----
-
-
-def film(path, frames, rate=8, rotation=None, codec="libx264", **options):
-    with av.open(str(path), "w", **options) as container:
-        stream = container.add_stream(codec, rate=rate)
-        stream.width, stream.height, stream.pix_fmt = *frames[0].size, "yuv420p"
-        for image in frames:
-            container.mux(stream.encode(av.VideoFrame.from_image(image)))
-        container.mux(stream.encode())
-    return path
-
-
-def turned(path, quarter_turns: int):
-    """Set the display matrix in the track header of an mp4."""
-    content = path.read_bytes()
-    place = content.index(b"tkhd") + 4 + 40
-    cos, sin = {0: (1, 0), 1: (0, 1), 2: (-1, 0), 3: (0, -1)}[quarter_turns]
-    fixed = [cos << 16, sin << 16, 0, -sin << 16, cos << 16, 0, 0, 0, 1 << 30]
-    path.write_bytes(content[:place] + struct.pack(">9i", *fixed) + content[place + 36 :])
-    return path
-
-
-@pytest.mark.parametrize("quarter_turns", [0, 1, 2, 3])
-def test_a_clip_is_turned_as_its_container_says(quarter_turns, tmp_path):
-    image = Image.new("RGB", (64, 48), "black")
-    image.paste(
-        "white", (0, 0, 20, 20)
-    )  # at the top left, and after a quarter turn clockwise at the top right
-    path = turned(film(tmp_path / "a.mp4", [image] * 3), quarter_turns)
-    (frame,) = Frames(str(path)).clip(0, 1)
-    assert frame.size == ((64, 48), (48, 64))[quarter_turns % 2]
-    corner = [(5, 5), (-6, 5), (-6, -6), (5, -6)][quarter_turns]
-    assert frame.getpixel((corner[0] % frame.width, corner[1] % frame.height))[0] > 200
-
-
-@pytest.mark.parametrize("suffix", ["mp4", "mov", "mkv", "avi", "webm", "mpg", "ts", "m4v", "flv"])
-def test_containers_are_told_by_their_content_whatever_their_name(suffix, tmp_path):
-    codec = {"webm": "libvpx", "mpg": "mpeg2video", "avi": "mpeg4", "flv": "flv"}.get(
-        suffix, "libx264"
-    )
-    path = film(tmp_path / f"a.{suffix}", shades(6), 25, codec=codec)
-    (tmp_path / "a.gif").write_bytes(path.read_bytes())
-    for value in (str(path), path.read_bytes(), {"bytes": None, "path": str(tmp_path / "a.gif")}):
-        assert is_film(value) and len(Frames(value)) == 6
-
-
-@pytest.mark.parametrize("brand", [b"avif", b"avis", b"heic", b"mif1"])
-def test_pictures_in_a_container_of_films_are_pictures(brand):
-    assert not is_film(b"\0\0\0\x20ftyp" + brand + bytes(20))
-    content = encoded(Image.new("RGB", (16, 16), "red"), "AVIF")
-    assert content[4:8] == b"ftyp" and len(Frames(content)) == 1
-
-
-@pytest.mark.parametrize("suffix", ["gif", "webp", "mp4"])
-@pytest.mark.parametrize("fps", [8, 12.5, 29.97])
-def test_still_frames_that_are_written_are_read_again(suffix, fps, tmp_path):
-    noise = Image.effect_noise((32, 32), 80).convert("RGB")
-    frames = [noise] * 4 + [Image.new("RGB", (32, 32), (200, 10, 10))] * 4
-    write_film(frames, tmp_path / f"a.{suffix}", fps)
-    read = Frames(str(tmp_path / f"a.{suffix}"))
-    assert len(read) == 8
-    for i, frame in enumerate(read.clip(0, 8)):
-        error = np.abs(np.asarray(frame.convert("RGB"), float) - np.asarray(frames[i], float))
-        assert error.mean() < (0.5 if suffix != "mp4" else 12)
-    if suffix == "mp4":
-        with av.open(str(tmp_path / "a.mp4")) as container:
-            assert abs(float(container.streams.video[0].average_rate) - fps) < 0.001
-    else:
-        with Image.open(tmp_path / f"a.{suffix}") as image:
-            assert abs(seconds(image) - 8 / fps) < 0.011
-
-
-def seconds(image) -> float:
-    total = 0
-    for i in range(image.n_frames):
-        image.seek(i)
-        image.load()
-        total += image.info["duration"]
-    return total / 1000
-
-
-@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "AVIF"])
-def test_a_frame_that_stays_longer_is_there_several_times(kind):
-    images = [Image.effect_noise((32, 32), 20 * i + 20).convert("RGB") for i in range(3)]
-    content = encoded(
-        images[0], kind, save_all=True, append_images=images[1:], duration=[100, 300, 100]
-    )
-    with Image.open(io.BytesIO(content)) as image:
-        assert timeline(image) == [0, 1, 1, 1, 2]
-    clip = Frames(content).clip(0, 6)
-    assert [clip[1].tobytes() == frame.tobytes() for frame in clip] == [
-        False,
-        True,
-        True,
-        True,
-        False,
-        False,
-    ]
-
-
-@pytest.mark.parametrize(
-    "durations, wanted",
-    [
-        ([125] * 8, [1] * 8),
-        ([500, 500], [1, 1]),
-        ([500, 125, 500], [4, 1, 4]),
-        ([30, 30, 40, 30], [1, 1, 1, 1]),  # 30 a second in steps of 10 ms
-        ([100, 150], [2, 3]),
-        ([0, 0, 0], [1, 1, 1]),
-        ([10, 100], [1, 1]),
-        ([40, 40, 2000], [1, 1, 50]),
-    ],
-)
-def test_durations_become_steps_of_one_rate(durations, wanted):
-    assert repeats(durations) == wanted
-
-
-def test_cut_and_empty_films_are_named_and_long_ones_are_not_kept(tmp_path, monkeypatch):
-    frames = [Image.effect_noise((64, 64), 90).convert("RGB") for _ in range(30)]
-    path = film(tmp_path / "a.mkv", frames)
-    monkeypatch.setattr("tokcom.training.films.KEPT_FRAMES", 5 * 64 * 64 * 3)
-    long = Frames(str(path))
-    assert len(long) == 30 and len(long.source.kept) == 5 and len(long.clip(20, 12)) == 12
-    monkeypatch.undo()
-    whole = Frames(str(path)).clip(20, 12)
-    assert all(np.array_equal(a, b) for a, b in zip(long.clip(20, 12), whole))
-    fast = film(tmp_path / "fast.mp4", frames, options={"movflags": "faststart"})
-    fast.write_bytes(fast.read_bytes()[: fast.stat().st_size // 2])
-    with pytest.raises(ValueError, match="record 7 (is cut off: .* of its 30|holds no film)"):
-        Frames(str(fast), "record 7")
-    for content in (
-        path.read_bytes()[:60],
-        b"\0\0\0\x20ftypisom" + bytes(100),
-        b"\x1a\x45\xdf\xa3",
-    ):
-        with pytest.raises(ValueError, match="record 7"):
-            Frames(content, "record 7")
-    write_wav(np.zeros(800), tmp_path / "a.wav", 8000)
-    with pytest.raises(ValueError, match="x holds no film"):
-        Film(str(tmp_path / "a.wav"), "x")
-
-
-def test_clips_that_are_too_short_end_with_their_last_frame_and_are_counted(tmp_path):
-    for name, count in (("short", 3), ("long", 12), ("right", 8)):
-        write_film(shades(count), tmp_path / f"{name}.gif")
-    report, part = Report(), PartReport("training data")
-    records = load_documents(str(tmp_path), DataConfig(train="x"), "train", report)
-    dataset = ImageDataset(records, "image", "", None, 0, True).fit(
-        TokComVideoCodecConfig(num_frames=8)
-    )
-    audit(dataset, part, report, "8 frames")
-    assert part.counts["padded with their last frame"] == 1 == part.counts["longer than a clip"]
-    assert sorted(part.sizes["frames"]) == [3, 8, 12] and "23 in all" in "\n".join(part.lines())
-    short = dataset[
-        [i for i, row in enumerate(records["image"]) if row["path"].endswith("short.gif")][0]
-    ]["pixel_values"]
-    assert torch.equal(short[:, 2], short[:, 7]) and not torch.equal(short[:, 1], short[:, 2])
-
-
 # ---- sounds ----
 
 
@@ -433,8 +282,9 @@ def test_any_rate_and_compression_is_resampled(suffix, rate, tmp_path):
     )
 
 
-def test_opus_and_m4a_are_read(tmp_path):
-    with av.open(str(tmp_path / "a.m4a"), "w") as container:
+@pytest.mark.parametrize("name, kind", [("a.m4a", None), ("a.aac", "adts")])
+def test_sounds_of_telephones_are_read(name, kind, tmp_path):
+    with av.open(str(tmp_path / name), "w", format=kind) as container:
         stream = container.add_stream("aac", rate=16000, layout="mono")
         sound = tone(440, 16000, 16384)
         for start in range(0, 16384, 1024):
@@ -445,8 +295,8 @@ def test_opus_and_m4a_are_read(tmp_path):
     soundfile.write(
         tmp_path / "a.opus", tone(440, 48000, 48000), 48000, format="OGG", subtype="OPUS"
     )
-    for name in ("a.m4a", "a.opus"):
-        found = read_sound(tmp_path / name, 8000)
+    for file in (name, "a.opus"):
+        found = read_sound(tmp_path / file, 8000)
         spectrum = np.abs(np.fft.rfft(found[:8000] * np.hanning(8000)))
         assert abs(int(spectrum.argmax()) - 440) < 3
 
@@ -463,6 +313,7 @@ STEREO = np.stack([tone(440), 0 * tone(440)])
         STEREO.T.tolist(),
         torch.from_numpy(STEREO),
         STEREO.astype(np.float64),
+        torch.from_numpy(STEREO).bfloat16(),
     ]
     + [
         (STEREO * 32767).astype(np.int16),
@@ -559,8 +410,12 @@ def test_empty_cut_and_lying_sounds_are_named(name, tmp_path):
 def test_what_is_no_sound_gets_one_sentence(value):
     with pytest.raises(ValueError, match="record 3"):
         read_sound(value, 8000, "record 3")
-    with pytest.raises(ValueError, match="sampling_rate"):
-        read_sound({"array": tone(440), "sampling_rate": 0}, 8000)
+    for number in ({}, {"sampling_rate": 0}, {"sampling_rate": None}):
+        with pytest.raises(ValueError, match="record 3 is an array without `sampling_rate`"):
+            read_sound({"array": tone(440), **number}, 8000, "record 3")
+    facts = {}
+    assert len(read_sound(tone(440).tolist(), 8000, facts=facts)) == 8000
+    assert facts["of no known rate, taken as the model's"]
 
 
 def test_a_long_sound_is_read_only_as_far_as_it_is_used_and_what_was_done_is_told(tmp_path):
@@ -581,39 +436,3 @@ def test_pictures_of_the_processor_and_of_training_are_the_same():
     item = ImageDataset(records, "image", "", None, 0, False).fit(codec)[0]
     wanted = TokComImageProcessor(codec.image_size)(open_image(content))["pixel_values"][0]
     assert torch.equal(item["pixel_values"], wanted)
-
-
-def test_clips_that_stay_the_same_are_encoded_once_in_batches_and_others_when_they_are_drawn(
-    tmp_path, monkeypatch
-):
-    torch.manual_seed(0)
-    blocks = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
-    vae = AutoencoderKL(
-        **blocks, block_out_channels=(8,), latent_channels=4, norm_num_groups=4
-    ).eval()
-    for name, count in (("a", 3), ("b", 4), ("c", 4), ("d", 9)):
-        write_film(
-            [Image.effect_noise((32, 32), 9 * i + 9) for i in range(count)],
-            tmp_path / f"{name}.gif",
-        )
-    records = load_documents(str(tmp_path), DataConfig(train="x"), "train", Report())
-
-    def dataset():
-        return ImageDataset(records, "image", "", None, 0, True).fit(
-            TokComVideoCodecConfig(num_frames=4), vae
-        )
-
-    plain, cached = dataset(), dataset()
-    cached.encode_once(torch.device("cpu"), batch_size=2)
-    assert sorted(cached.places) == [0, 1, 2]
-    for epoch in range(2):
-        for data in (plain, cached):
-            data.set_epoch(epoch)
-        for index in range(4):
-            torch.testing.assert_close(cached[index]["pixel_values"], plain[index]["pixel_values"])
-    monkeypatch.setattr(
-        "tokcom.training.images.encode_clips", lambda *a: pytest.fail("encoded again")
-    )
-    again = dataset()
-    again.encode_once(torch.device("cpu"))
-    assert torch.equal(again[1]["pixel_values"], cached[1]["pixel_values"])

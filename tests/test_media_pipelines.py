@@ -1,21 +1,28 @@
 """One pipeline class for each modality: which is picked, what it takes, what it refuses."""
 
+import argparse
 import inspect
+import io
 import json
+import warnings
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from helpers import ROOT, build_model, seeded, tiny_pipeline
 from PIL import Image
 
+from tokcom.evaluation.images import Pictures
+from tokcom.pictures_tokcom import Frames
 from tokcom.pipeline_media_tokcom import (
     TokComImagePipeline,
     TokComOmniPipeline,
     TokComVideoPipeline,
 )
 from tokcom.pipeline_tokcom import TokComPipeline
-from tokcom.processing_tokcom import vocabulary_size
+from tokcom.processing_tokcom import TokComImageProcessor, as_clips, vocabulary_size
+from tokcom.training.films import write_film
 from tokcom.training.pipelines import PIPELINES, build_pipeline, load_pipeline
 
 MODALITIES = ["image", "video", "several"]
@@ -140,13 +147,43 @@ def test_first_frames_in_any_form_give_the_same_clip(tmp_path):
     torch.testing.assert_close(one[:, :6], expected[:, :6])
 
 
+def test_files_of_pictures_and_clips_are_read_as_in_training(tmp_path):
+    first, *rest = [Image.effect_noise((24, 16), 20 * i + 20).convert("RGB") for i in range(5)]
+    options = dict(save_all=True, append_images=rest)
+    first.save(tmp_path / "pages.tif", **options)
+    first.save(tmp_path / "default.png", **options, default_image=True, duration=100)
+    first.save(tmp_path / "long.gif", **options, duration=[100, 300, 100, 100, 100])
+    first.save(tmp_path / "phone.jpg", "MPO", **options)
+    write_film([first, *rest], tmp_path / "film.mp4")
+    counts = {"phone.jpg": 1, "pages.tif": 1, "default.png": 4, "long.gif": 7, "film.mp4": 5}
+    pipe = tiny_pipeline("video")
+    pictures = TokComImageProcessor([16, 24])
+    for name, count in counts.items():
+        path = tmp_path / name
+        trained = Frames(str(path))
+        (wanted,) = as_clips([trained.clip(0, len(trained))])
+        for value in (str(path), path, path.read_bytes(), {"bytes": None, "path": str(path)}):
+            clip = pipe._read(value, "videos")
+            assert clip.shape[2] == count, name
+            expected = pictures(wanted)["pixel_values"].transpose(0, 1)[None]
+            torch.testing.assert_close(clip, expected)
+            torch.testing.assert_close(pictures(value)["pixel_values"][0], expected[0, :, 0])
+    films = [tmp_path / "film.mp4", str(tmp_path / "film.mp4")]
+    assert pipe._read(films, "videos").shape[:3] == (2, 3, 5)
+    with pytest.raises(ValueError, match="`videos` has films among its pictures"):
+        pipe._read([tmp_path / "film.mp4", first], "videos")
+    with pytest.raises(ValueError, match="cut.mp4' (is cut off|holds no film)"):
+        (tmp_path / "cut.mp4").write_bytes((tmp_path / "film.mp4").read_bytes()[:-400])
+        pipe._read(tmp_path / "cut.mp4", "videos")
+
+
 @pytest.mark.parametrize(
     "modality, call, message",
     [
         ("image", lambda p: p.encode(3), "`images` must be a PIL image.*int"),
         ("image", lambda p: p.encode([]), "empty"),
         ("image", lambda p: p.encode("no-such-file.png"), "no-such-file.png"),
-        ("image", lambda p: p.encode(__file__), "not a picture"),
+        ("image", lambda p: p.encode(__file__), "no picture that can be read"),
         ("image", lambda p: p.encode(torch.zeros(3, 16, 16) + 9), r"\[-1, 1\]"),
         ("image", lambda p: p.encode(np.full((16, 16, 3), np.nan)), r"\[0, 1\]"),
         ("image", lambda p: p.encode(np.zeros((16, 16, 3), dtype=np.int64)), "int64"),
@@ -159,6 +196,8 @@ def test_first_frames_in_any_form_give_the_same_clip(tmp_path):
         ("several", lambda p: p("a frog"), "`given` must be a dictionary.*str"),
         ("several", lambda p: p({"image": 3}), "`image` must be a PIL image.*int"),
         ("several", lambda p: p({"audio": {}}), "a sound is a dictionary"),
+        ("several", lambda p: p({"audio": 5}), "a sound must be a file.*int"),
+        ("several", lambda p: p({"audio": {"array": [0.1] * 99}}), "without `sampling_rate`"),
         ("several", lambda p: p({"text": 3}, "image"), "text.*tokenizer|text.*int"),
     ],
 )
@@ -217,3 +256,24 @@ def test_classes_are_exported_by_the_package():
     assert tokcom.load_pipeline is load_pipeline
     for pipeline in (TokComPipeline, TokComImagePipeline, TokComVideoPipeline, TokComOmniPipeline):
         assert getattr(tokcom, pipeline.__name__) is pipeline
+
+
+def test_of_several_captions_an_evaluation_takes_the_first(tmp_path):
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16), "red").save(buffer, "PNG")
+    rows = {"image": [buffer.getvalue()] * 3, "text": [["a cat", "a pet"], [], ["a dog"]]}
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "a.parquet")
+    args = argparse.Namespace(image_column="image", caption_column=None, seed=0)
+    found = Pictures(str(tmp_path / "a.parquet"), tiny_pipeline("image"), args, 3)
+    assert found.captions == ["a cat", "", "a dog"]
+
+
+def test_a_long_sound_is_cut_with_a_word():
+    pipe = tiny_pipeline("several")
+    config = pipe.model.config.codec_config.stream_configs()["audio"]
+    sound = np.sin(np.arange(4 * config.num_samples))
+    with pytest.warns(UserWarning, match="a sound of .* s is cut to the .* s that the model hears"):
+        pipe.encode({"audio": sound})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe.encode({"audio": sound[: config.num_samples]})

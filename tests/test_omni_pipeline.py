@@ -149,7 +149,7 @@ def test_guidance_moves_away_from_the_estimate_without_each_given_stream(pipe):
         (dict(given={"text": "a cat"}, guidance_scale={"image": 2.0}), "guidance_scale"),
         (dict(guidance_scale=2.0), "guidance_scale"),
         (dict(given={"text": "a cat"}, output_type="pil"), "output_type"),
-        (dict(given={"audio": np.zeros((2, 3, 4))}), "no sound"),
+        (dict(given={"audio": np.zeros((2, 3, 4))}), "a sound must be a path"),
         (dict(given={"text": "a cat"}, num_inference_steps=0), "num_inference_steps"),
         (dict(given={"text": "a cat"}, generate=["image"], num_candidates=2), "num_candidates"),
         (dict(generate=["text"], num_candidates=0), "num_candidates"),

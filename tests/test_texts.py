@@ -1,5 +1,6 @@
 """Texts and dialogues as people write them: encodings, records of unlike shape, and what is wrong with one."""
 
+import ast
 import codecs
 import copy
 import json
@@ -8,11 +9,12 @@ import warnings
 import datasets
 import numpy as np
 import pytest
+from helpers import ROOT
 from transformers import AutoTokenizer
 
 from tokcom.processing_tokcom import text_ids
 from tokcom.training.config import DataConfig
-from tokcom.training.records import messages_of
+from tokcom.training.records import OPENERS, messages_of
 from tokcom.training.report import PartReport, Report
 from tokcom.training.sources import load_documents
 from tokcom.training.tokens import (
@@ -61,7 +63,7 @@ def test_a_byte_order_mark_says_the_encoding_and_is_removed(suffix, encoding, tm
     [
         (
             "Überraschung für größere Jungen, die schöne Bäume mögen".encode("cp1252"),
-            "data.encoding=cp1252|perhaps it is",
+            "perhaps it is cp1252: .*data.encoding=cp1252",
         ),
         ("a text".encode("utf-16-le"), "UTF-16 without a mark.*data.encoding=utf-16-le"),
         (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + bytes(range(256)), "convert"),
@@ -114,8 +116,13 @@ def test_a_bad_record_is_named_with_its_file_and_line(bad, named, tmp_path):
         read(tmp_path / "c.json")
 
 
-@pytest.mark.parametrize("line", ['{"text": "a"', "{'text': 'a'}", '{"text": "a"} x', "not json"])
+@pytest.mark.parametrize(
+    "line", ['{"text": "a"', "{'text': 'a'}", '{"text": "a"} x', "not json", "[" * 9999]
+)
 def test_a_line_that_is_no_json_is_named(line, tmp_path):
+    (tmp_path / "whole.json").write_text("[" + line)
+    with pytest.raises(ValueError, match="whole.json is no JSON"):
+        read(tmp_path / "whole.json")
     (tmp_path / "a.jsonl").write_text(f'{{"text": "one"}}\n{line}\n')
     with pytest.raises(ValueError, match=r"a.jsonl, record 1 \(line 2\) is no JSON"):
         read(tmp_path / "a.jsonl")
@@ -161,7 +168,7 @@ def test_a_changed_file_is_read_again_and_an_unchanged_one_from_the_cache(tmp_pa
     path.write_text("other")
     os.utime(path, ns=(times, times))  # as a copy that keeps the times
     assert read(path)["text"][:] == ["other"]
-    monkeypatch.setattr("tokcom.training.sources.read_text", lambda *a: pytest.fail("read again"))
+    monkeypatch.setattr("tokcom.training.documents.read_text", lambda *a: pytest.fail("read again"))
     assert read(path)["text"][:] == ["other"]
 
 
@@ -210,6 +217,38 @@ def test_csv_is_read_as_spreadsheets_write_it(tmp_path):
         ValueError, match=r"b.csv, record 0 \(line 2\) has 3 fields, but the header 2"
     ):
         read(tmp_path / "b.csv")
+    (tmp_path / "c.csv").write_text("sep=;\nid;text\n1;a, b\n")
+    (tmp_path / "d.csv").write_text("id|text\n1|c, d\n")
+    assert [read(tmp_path / f"{name}.csv")["text"][0] for name in "cd"] == ["a, b", "c, d"]
+    (tmp_path / "f.tsv").write_text("id\ttext\n1\te, f; g\n")
+    assert read(tmp_path / "f.tsv")["text"][:] == ["e, f; g"]
+    (tmp_path / "e.csv").write_text('id,text\n1,ok\n2,"never closed\n3,lost\n')
+    with pytest.raises(
+        ValueError, match=r"e.csv, record 1 \(line 4\) is no CSV .*close its quotes"
+    ):
+        read(tmp_path / "e.csv")
+    assert read(tmp_path / "e.csv", max_skipped=1)["text"][:] == ["ok"]
+
+
+@pytest.mark.parametrize("suffix", ["gz", "bz2", "xz"])
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "csv"])
+def test_a_compressed_file_that_is_cut_off_is_named_or_left_out(kind, suffix, tmp_path):
+    rows = {"txt": "words and words ", "jsonl": '{"text": "words"}\n', "csv": "text\n"}
+    compress = OPENERS[f".{suffix}"]
+    (tmp_path / f"a.{kind}").write_text(rows[kind] + "words\n" * (kind == "csv"))
+    with compress(tmp_path / f"b.{kind}.{suffix}", "wb") as stream:
+        stream.write(b"".join(b"%d, %s" % (i, rows[kind].encode()) for i in range(900)))
+    path = tmp_path / f"b.{kind}.{suffix}"
+    if kind == "txt":
+        assert read(path)["text"][0].startswith("0, words and words 1, words")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match=rf"b.{kind}.{suffix}"):
+        read(tmp_path)
+    (tmp_path / f"c.{kind}.{suffix}").write_bytes(b"not compressed at all")
+    with pytest.raises(ValueError, match=rf"c.{kind}.{suffix} cannot be read"):
+        read(tmp_path / f"c.{kind}.{suffix}")
+    if kind == "txt":
+        assert len(read(tmp_path, max_skipped=2)) == 1
 
 
 def test_parquet_of_another_type_and_nulls_are_named(tmp_path):
@@ -259,6 +298,8 @@ BAD_DIALOGUES = [
     ({"messages": None}, "must end with an answer"),
     ({"prompt": "hi", "answer": None}, "turn 1 .assistant.*null"),
     ({"prompt": "hi"}, "turn 1 .assistant.*null"),
+    ({"prompt": "hi", "answer": " "}, "blank answer"),
+    ({"text": "hi"}, "none of the fields prompt, messages, conversations .fields: text"),
     ({"prompt": 7, "answer": "x"}, "number 7"),
     (
         {"conversations": [{"from": "human", "value": None}, {"from": "gpt", "value": "x"}]},
@@ -293,6 +334,15 @@ def test_a_bad_dialogue_of_a_parquet_file_is_counted(tokenizer):
     )
     with pytest.raises(ValueError, match="dialogues, record 1"):
         tokenize_dialogues(datasets.Dataset.from_list(rows), tokenizer, "dialogues")
+
+
+def test_a_bad_dialogue_of_several_parquet_files_is_named_with_its_file(tmp_path):
+    good = {"prompt": "a", "answer": "b"}
+    for name, rows in (("a", [good] * 3), ("b", [good, {"prompt": "a", "answer": None}])):
+        datasets.Dataset.from_list(rows).to_parquet(tmp_path / f"{name}.parquet")
+    with pytest.raises(ValueError, match="b.parquet, record 1: turn 1 .assistant.*null"):
+        read(tmp_path)
+    assert len(read(tmp_path, max_skipped=1)) == 4
 
 
 def test_sources_of_texts_and_of_dialogues_are_not_joined(tmp_path):
@@ -353,6 +403,21 @@ def test_texts_are_tokenized_once_for_a_tokenizer_and_again_for_another(
         )
     assert len(tokenize_documents(documents, other, "text", "x")) < len(first)
     assert text_ids(tokenizer, "text 0 of")[0] == first[0]
+
+
+def test_every_file_that_holds_text_is_opened_with_its_encoding():
+    """Windows opens files in another one."""
+    found = []
+    for path in sorted(ROOT.glob("**/*.py")):
+        if path.relative_to(ROOT).parts[0] in ("tests", ".venv", "build"):
+            continue
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute):
+                continue
+            texts = call.func.attr in ("read_text", "write_text")
+            if texts and "encoding" not in [word.arg for word in call.keywords]:
+                found.append(f"{path.relative_to(ROOT)}:{call.lineno}")
+    assert not found
 
 
 def test_reading_warns_of_nothing_without_a_reason(tmp_path):

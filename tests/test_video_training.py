@@ -18,6 +18,7 @@ from tokcom.evaluation.memory import activations, operations, resized, run_step,
 from tokcom.evaluation.videos import main as measure_videos
 from tokcom.inference import main as infer
 from tokcom.modeling_tokcom import TokComModel
+from tokcom.pictures_tokcom import Frames
 from tokcom.pipeline_media_tokcom import TokComVideoPipeline
 from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.quantization_tokcom import code_statistics
@@ -26,7 +27,7 @@ from tokcom.training.config import DataConfig
 from tokcom.training.data import load_documents
 from tokcom.training.denoiser import ModelDenoiser
 from tokcom.training.films import write_film
-from tokcom.training.images import Frames, ImageDataset
+from tokcom.training.images import ImageDataset
 from tokcom.training.presets import preset_config
 
 # ---- data ----
@@ -234,7 +235,7 @@ def test_the_command_line_animates_a_picture(tmp_path, capsys):
     infer([*arguments, "--video_file", str(tmp_path / "b.gif"), "--num_frames", "9"])
     assert "4 frames written" in capsys.readouterr().out
     assert len(Frames(str(tmp_path / "a.mp4"))) == 4 and len(Frames(str(tmp_path / "b.gif"))) == 9
-    with pytest.raises(SystemExit, match="input_image holds no picture"):
+    with pytest.raises(SystemExit, match="bad.png. holds no picture"):
         (tmp_path / "bad.png").write_text("no")
         infer(
             [

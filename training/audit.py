@@ -1,7 +1,9 @@
-"""Decode every picture, clip and sound once before training begins, as the loader will, and count what comes out.
+"""Decode every picture, clip and sound once before training begins, as the loader will, and
+count what comes out.
 
-What cannot be read is named then, not when its batch is drawn hours later. The outcome is kept in the cache of `datasets`, so
-other processes and later runs on the same files do not decode them again.
+What cannot be read is named then, not when its batch is drawn hours later. The outcome is kept
+in the cache of `datasets`, so other processes and later runs on the same files do not decode
+them again.
 """
 
 import json
@@ -51,8 +53,9 @@ def _plain(value: Any) -> Any:
 
 
 def audit(dataset, part: PartReport, report: Report, setting: Any = None, num_workers: int = 0):
-    """The dataset without the records that cannot be decoded, which `report` counts or refuses; what the others hold is counted in
-    `part`. `setting` is what their decoding depends on besides the records."""
+    """The dataset without the records that cannot be decoded, which `report` counts or refuses;
+    what the others hold is counted in `part`. `setting` is what their decoding depends on
+    besides the records."""
     file = cache_folder() / f"audit-{records_digest(dataset.records, (AUDIT, setting))}.json"
     with FileLock(file.with_suffix(".lock")):
         if file.is_file():

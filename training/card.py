@@ -71,7 +71,11 @@ def training_card(config: TrainConfig, pipe: TokComBasePipeline) -> str:
 def read_summaries(config: TrainConfig) -> dict[str, dict[str, float]]:
     """What each finished stage wrote about itself: steps, tokens and its best validation loss, if it has one."""
     files = {stage: Path(config.output_dir) / WORK / stage / "summary.json" for stage in STAGES}
-    return {stage: json.loads(file.read_text()) for stage, file in files.items() if file.is_file()}
+    return {
+        stage: json.loads(file.read_text(encoding="utf-8"))
+        for stage, file in files.items()
+        if file.is_file()
+    }
 
 
 def _results(
@@ -143,5 +147,6 @@ def evaluation_section(directory: Path) -> str:
             f"{directory} has no results.md; run tokcom evaluate --output_dir {directory} first."
         )
     return "\n".join(
-        f"#{line}" if line.startswith("##") else line for line in file.read_text().splitlines()
+        f"#{line}" if line.startswith("##") else line
+        for line in file.read_text(encoding="utf-8").splitlines()
     )

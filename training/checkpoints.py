@@ -45,7 +45,7 @@ def _files(folder: Path) -> list[Path]:
 def seal(folder: Path) -> None:
     """Write the manifest of a finished folder, and flush all of it."""
     entries = {str(p.relative_to(folder)): [p.stat().st_size, _digest(p)] for p in _files(folder)}
-    (folder / MANIFEST).write_text(json.dumps(entries, indent=2) + "\n")
+    (folder / MANIFEST).write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
     flush_all(folder)
 
 
@@ -58,7 +58,7 @@ def flush_all(folder: Path) -> None:
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None if every file is as its manifest says."""
     try:
-        entries = json.loads((folder / MANIFEST).read_text())
+        entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if not isinstance(entries, dict) or not entries:
             return f"{MANIFEST} lists no files"
         for name, (size, digest) in entries.items():

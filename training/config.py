@@ -63,8 +63,9 @@ class DataConfig:
     name: str | None = option(None, "configuration of a Hub dataset, e.g. wikitext-2-raw-v1")
     text_column: str = option("text", "field that holds the text")
     image_column: str = option("image", "field that holds pictures or clips")
-    caption_column: str = option(
-        "caption", "field that holds their captions; a name that no record has: no captions"
+    caption_column: str | None = option(
+        None,
+        "field that holds their captions; null: caption or text, if there is one; none: no captions",
     )
     fields: dict[str, str] | None = option(
         None, "several streams: which field holds which, e.g. {text: caption}"
@@ -82,6 +83,11 @@ class DataConfig:
     encoding: str | None = option(None, "of text files without a byte-order mark; null: UTF-8")
     max_skipped: int = option(0, "unreadable records that are left out before it is an error")
     num_proc: int = option(1, "processes that tokenize")
+
+    @property
+    def captions(self) -> str:
+        """The column of the records that are read that holds captions, if there are any."""
+        return self.caption_column or "caption"
 
     def __post_init__(self):
         if self.kind not in (None, "text", "pictures", "sounds", "records"):

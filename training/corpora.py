@@ -1,6 +1,7 @@
 """What a run learns from: packed text, a stream of it, dialogues, or pictures.
 
-Every kind gives the datasets of a stage, says how much a batch holds, and measures the statistics of a codec's latents.
+Every kind gives the datasets of a stage, says how much a batch holds, and measures the
+statistics of a codec's latents.
 """
 
 import dataclasses
@@ -28,6 +29,7 @@ from tokcom.training.data import (
     WindowShape,
     cache_latents,
 )
+from tokcom.training.documents import cut_document
 from tokcom.training.export import measure_latent_statistics
 from tokcom.training.images import (
     ImageDataset,
@@ -37,7 +39,7 @@ from tokcom.training.images import (
 )
 from tokcom.training.presets import merge_overrides, preset_config
 from tokcom.training.report import EXAMPLES, Report
-from tokcom.training.sources import cut_document, load_documents, read_sources
+from tokcom.training.sources import load_documents, read_sources
 from tokcom.training.streams import OmniDataset, is_text, measure_stream_statistics
 from tokcom.training.tokens import (
     get_tokenizer,
@@ -75,7 +77,8 @@ class Corpus:
         options: StageConfig,
         accelerator: Accelerator,
     ) -> tuple[torch.utils.data.Dataset, torch.utils.data.Dataset]:
-        """Training and validation dataset of the stage whose options these are; raises `ValueError` if a window does not fit."""
+        """Training and validation dataset of the stage whose options these are; raises
+        `ValueError` if a window does not fit."""
         shape = self._shape(model, config, options)
         latents = None
         rest = self.tokenizer.eos_token_id, config.seed
@@ -103,18 +106,22 @@ class Corpus:
     def _shape(model: TokComModel, config: TrainConfig, options: StageConfig) -> WindowShape:
         if model.config.codec_config.modality == "several":
             raise ValueError(
-                "the model has several streams; say which fields hold them: data.fields={text: caption, ...}."
+                "the model has several streams; say which fields hold them: data.fields={text: "
+                "caption, ...}."
             )
         if not model.config.codec_config.has_tokens:
             raise ValueError(
-                f"the codec {model.config.codec_config.model_type!r} reads pictures but the data have no field "
-                f"{config.data.image_column!r} (`data.image_column`); give pictures, or choose a preset of text."
+                f"the codec {model.config.codec_config.model_type!r} reads pictures but the data "
+                "have no field "
+                f"{config.data.image_column!r} (`data.image_column`); give pictures, or choose a "
+                "preset of text."
             )
         chunk_size = model.config.codec_config.chunk_size
         longest = model.config.transformer_config.max_position_embeddings * chunk_size
         if options.sequence_length > longest:
             raise ValueError(
-                f"`{model.objective.stage}.sequence_length` ({options.sequence_length}) is longer than the model's maximum of "
+                f"`{model.objective.stage}.sequence_length` ({options.sequence_length}) is longer "
+                "than the model's maximum of "
                 f"{longest} tokens; shorten it or raise transformer_config.max_position_embeddings."
             )
         return WindowShape.of(model.config, options.sequence_length)
@@ -188,7 +195,8 @@ class DialogueCorpus(Corpus):
 
 
 class PictureCorpus(Corpus):
-    """Pictures or clips, with captions if there is a tokenizer; clips as the latents of a frozen autoencoder, if there is one."""
+    """Pictures or clips, with captions if there is a tokenizer; clips as the latents of a frozen
+    autoencoder, if there is one."""
 
     rows = "pictures"
 
@@ -200,7 +208,8 @@ class PictureCorpus(Corpus):
         codec = model.config.codec_config
         if codec.modality not in ("image", "video"):
             raise ValueError(
-                f"the data are pictures but the codec is {codec.model_type!r}; choose a preset of images such as style-tiny, or of "
+                f"the data are pictures but the codec is {codec.model_type!r}; choose a preset of "
+                "images such as style-tiny, or of "
                 "clips such as video-tiny."
             )
         longest = 0 if self.train.captions is None else self.train.captions["input_ids"].shape[1]
@@ -225,8 +234,10 @@ class PictureCorpus(Corpus):
             1,
         ):
             raise ValueError(
-                f"the codec reads clips of {codec.num_channels} channels, the latents of an autoencoder; give its directory as "
-                "`autoencoder`, or set model.codec_config.num_channels=3 and spatial_compression=1 for pixels."
+                f"the codec reads clips of {codec.num_channels} channels, the latents of an "
+                "autoencoder; give its directory as "
+                "`autoencoder`, or set model.codec_config.num_channels=3 and "
+                "spatial_compression=1 for pixels."
             )
         elif self.autoencoder is not None and codec.modality != "video":
             raise ValueError(
@@ -254,7 +265,8 @@ class OmniCorpus(Corpus):
     def datasets(self, model, config, options, accelerator):
         if model.config.codec_config.modality != "several":
             raise ValueError(
-                f"the data have the streams {self.train.records.column_names} but the codec is {model.config.codec_config.model_type!r}; "
+                f"the data have the streams {self.train.records.column_names} but the codec is "
+                f"{model.config.codec_config.model_type!r}; "
                 "choose a preset of several streams such as omni-tiny, or remove `data.fields`."
             )
         if config.cache_latents:
@@ -278,12 +290,14 @@ class OmniCorpus(Corpus):
 
 
 def has_tokenizer(name: str) -> bool:
-    """Whether a local model directory holds a tokenizer; of others nothing is known, and it is taken to."""
+    """Whether a local model directory holds a tokenizer; of others nothing is known, and it is
+    taken to."""
     return not Path(name).is_dir() or (Path(name) / "tokenizer_config.json").is_file()
 
 
 def codec_config_of(config: TrainConfig) -> TokComCodecConfig | None:
-    """The configuration of the codec that the run will have; None if there is none, which whoever builds the model explains."""
+    """The configuration of the codec that the run will have; None if there is none, which
+    whoever builds the model explains."""
     donor = config.init_from or config.codec_from
     try:
         if donor is None:
@@ -305,7 +319,8 @@ def kind_read_by(codec_config: TokComCodecConfig | None) -> str | None:
 
 
 class Reading:
-    """What a run reads: `corpus()` opens its sources, decodes or tokenizes them, and says in `report` what they are."""
+    """What a run reads: `corpus()` opens its sources, decodes or tokenizes them, and says in
+    `report` what they are."""
 
     def __init__(self, config: TrainConfig):
         self.config = config
@@ -317,7 +332,8 @@ class Reading:
         self.saved = Path(config.output_dir) / WORK / "tokenizer"
 
     def corpus(self, hold_out: bool = True) -> Corpus:
-        """Everything, read; without `hold_out` all of it is training data, and is shown as validation data, too."""
+        """Everything, read; without `hold_out` all of it is training data, and is shown as
+        validation data, too."""
         data = self.data
         train = load_documents(data.train, data, "train", self.report)
         several = bool(data.fields) or any(source.fields for source in read_sources(data.train))
@@ -331,7 +347,8 @@ class Reading:
             return self._streams(train, validation)
         if "audio" in (train.column_names or ()):
             raise ValueError(
-                f"{data.train} holds sounds; say which stream they are: data.fields={{audio: audio}}, with a preset of several streams."
+                f"{data.train} holds sounds; say which stream they are: "
+                f"data.fields={{audio: audio}}, with a preset of several streams."
             )
         if data.image_column in (train.column_names or ()):
             return self._pictures(train, validation)
@@ -342,11 +359,13 @@ class Reading:
         data = self.data
         if any(source.weight is not None for source in read_sources(data.train)):
             raise ValueError(
-                "weighted sources repeat documents, so the last ones cannot be held out; give `data.validation` of its own."
+                "weighted sources repeat documents, so the last ones cannot be held out; give "
+                "`data.validation` of its own."
             )
         if data.streaming:
             raise ValueError(
-                "a stream has no last documents to hold out; give `data.validation` or streaming=false."
+                "a stream has no last documents to hold out; give `data.validation` or "
+                "streaming=false."
             )
         if len(train) == 1 and data.text_column in (train.column_names or ()) and not data.fields:
             train = cut_document(train, data)  # such as one .txt file
@@ -355,13 +374,15 @@ class Reading:
         held_out = max(1, int(len(train) * data.validation_fraction))
         if len(train) < 2:
             raise ValueError(
-                f"{data.train} holds one record, of which none can be held out; give `data.validation` or more of them."
+                f"{data.train} holds one record, of which none can be held out; give "
+                "`data.validation` or more of them."
             )
         cut = len(train) - held_out
         return train.select(range(cut)), train.select(range(cut, len(train)))
 
     def _audited(self, parts: dict, setting) -> dict:
-        """The two parts of the data, decoded once; what is one and the same is decoded and counted once."""
+        """The two parts of the data, decoded once; what is one and the same is decoded and
+        counted once."""
         audited = {}
         same = len({id(dataset.records) for dataset in parts.values()}) == 1
         for name, dataset in parts.items():
@@ -378,12 +399,14 @@ class Reading:
         return audited
 
     def _streams(self, train, validation) -> OmniCorpus:
-        """The corpus of records whose columns are streams; texts of all streams share a tokenizer."""
+        """The corpus of records whose columns are streams; texts of all streams share a
+        tokenizer."""
         config = self.config
         columns = [name for name in train.column_names if is_text(train, name)]
         if more := set(validation.column_names) - set(train.column_names):
             raise ValueError(
-                f"`data.validation` has the streams {sorted(more)}, which `data.train` lacks; correct `fields`."
+                f"`data.validation` has the streams {sorted(more)}, which `data.train` lacks; "
+                "correct `fields`."
             )
         tokenizer = None
         name = config.tokenizer or config.init_from or config.codec_from
@@ -413,7 +436,7 @@ class Reading:
 
     def _pictures(self, train, validation) -> PictureCorpus:
         data = self.data
-        captions = data.caption_column
+        captions = data.captions
         tokenizer = (
             self._tokenizer(train, captions, pictures=True)
             if captions in train.column_names
@@ -421,7 +444,8 @@ class Reading:
         )
         if tokenizer is not None and captions not in validation.column_names:
             raise ValueError(
-                f"`data.train` has captions ({captions!r}) and `data.validation` has none; give both or remove the captions by "
+                f"`data.train` has captions ({captions!r}) and `data.validation` has none; give "
+                "both or remove the captions by "
                 "data.caption_column=none."
             )
         columns = data.image_column, captions, tokenizer, self.config.seed
@@ -454,12 +478,14 @@ class Reading:
         tokenizer = self._tokenizer(train, data.text_column)
         if is_dialogue(train) != is_dialogue(validation):
             raise ValueError(
-                "of `data.train` and `data.validation` one holds dialogues and the other texts; give the same kind."
+                "of `data.train` and `data.validation` one holds dialogues and the other texts; "
+                "give the same kind."
             )
         if is_dialogue(train):
             if data.streaming or self.config.cache_latents:
                 raise ValueError(
-                    "dialogues are neither streamed nor cached; set data.streaming and cache_latents to false."
+                    "dialogues are neither streamed nor cached; set data.streaming and "
+                    "cache_latents to false."
                 )
             pairs = self._dialogues(train, tokenizer, "dialogues")
             held_out = (
@@ -489,17 +515,18 @@ class Reading:
             documents, tokenizer, self.data.text_column, name, self.data.num_proc, part
         )
         ends = np.flatnonzero(tokens[: 1 << 20] == tokenizer.eos_token_id)
-        for start in [0, *(ends + 1)][:EXAMPLES]:
-            if start < len(tokens):
-                ids = tokens[start : start + EXAMPLE_TOKENS]
+        for start, end in list(zip([0, *(ends + 1)], [*ends, len(tokens)]))[:EXAMPLES]:
+            if start < end:
+                ids = tokens[start : min(end, start + EXAMPLE_TOKENS)]
                 part.examples.append(repr(tokenizer.decode(ids.tolist(), skip_special_tokens=True)))
         if name == "training text":
             self._remember(tokenizer, part.letters)
         return tokens
 
     def _remember(self, tokenizer: PreTrainedTokenizerBase, letters: str) -> None:
-        """Keep with the tokenizer which characters the training texts have, so that a pipeline can tell which they never had. Of a
-        model that training starts from they are known if its tokenizer tells."""
+        """Keep with the tokenizer which characters the training texts have, so that a pipeline
+        can tell which they never had. Of a model that training starts from they are known if its
+        tokenizer tells."""
         known = tokenizer.init_kwargs.get(CHARACTERS)
         if known is None and (self.config.init_from or self.config.codec_from):
             return
@@ -513,8 +540,11 @@ class Reading:
         if name == "dialogues":
             self._remember(tokenizer, part.letters)
         part.records = len(pairs)
+        window = self.config.flow.sequence_length
         for prompt, answer in pairs:
             part.add({"tokens of the prompt": len(prompt), "tokens of the answer": len(answer)})
+            cut = len(prompt) + len(answer) > window
+            part.add({f"cut to a window of {window} tokens": cut})
         for prompt, answer in pairs[:EXAMPLES]:
             texts = (
                 tokenizer.decode(ids[:EXAMPLE_TOKENS], skip_special_tokens=True)
@@ -525,7 +555,8 @@ class Reading:
 
 
 def read_data(config: TrainConfig) -> Corpus:
-    """The data of a run; the main process prints what was read. A tokenizer that `output_dir/run` keeps is used again.
+    """The data of a run; the main process prints what was read. A tokenizer that
+    `output_dir/run` keeps is used again.
 
     Raises `ValueError` for data that do not serve.
     """

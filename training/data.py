@@ -1,8 +1,9 @@
 """Windows of packed tokens, and dialogues, as training reads them.
 
-Documents are joined with the tokenizer's BOS / EOS and cut into windows from an offset that is drawn anew for every epoch, so
-nearly every position holds a real token and chunk boundaries fall everywhere. How documents are found and tokenized is in
-`sources.py` and `tokens.py`, whose functions can be imported from here, too.
+Documents are joined with the tokenizer's BOS / EOS and cut into windows from an offset that is
+drawn anew for every epoch, so nearly every position holds a real token and chunk boundaries fall
+everywhere. How documents are found and tokenized is in `sources.py` and `tokens.py`, whose
+functions can be imported from here, too.
 """
 
 import hashlib
@@ -66,14 +67,17 @@ class WindowShape:
     """How texts are cut into the windows that a model is trained on.
 
     Args:
-        length (`int`): tokens of a window. multiple (`int`): tokens of which a window holds a multiple, K of most models.
-        pads_left (`bool`): of models that regress latents, which know whole chunks only: a prompt is padded on its left
-            to whole chunks. Others go on inside a prompt's last chunk.
-        marks_starts (`bool`): windows say whether they begin where a text begins, for models that tell it apart.
-        ends_at_eos (`bool`): nothing is learnt after the chunk with the first EOS; bidirectional models, which denoise all
-            at once, learn to fill the rest with EOS.
-        lead (`int`): tokens before a document that a window moved to its beginning holds: 1 is the EOS from which an
-            autoregressive model begins a text.
+        length (`int`): tokens of a window. multiple (`int`): tokens of which a window holds a
+            multiple, K of most models.
+        pads_left (`bool`): of models that regress latents, which know whole chunks only: a
+            prompt is padded on its left to whole chunks. Others go on inside a prompt's last
+            chunk.
+        marks_starts (`bool`): windows say whether they begin where a text begins, for models
+            that tell it apart.
+        ends_at_eos (`bool`): nothing is learnt after the chunk with the first EOS; bidirectional
+            models, which denoise all at once, learn to fill the rest with EOS.
+        lead (`int`): tokens before a document that a window moved to its beginning holds: 1 is
+            the EOS from which an autoregressive model begins a text.
     """
 
     length: int
@@ -86,7 +90,8 @@ class WindowShape:
     def __post_init__(self):
         if self.length % self.multiple:
             raise ValueError(
-                f"`sequence_length` ({self.length}) must be a multiple of `chunk_size` ({self.multiple}); "
+                f"`sequence_length` ({self.length}) must be a multiple of `chunk_size` "
+                f"({self.multiple}); "
                 f"use {self.length + -self.length % self.multiple}."
             )
 
@@ -103,7 +108,8 @@ class WindowShape:
 
 
 class DialogueDataset(torch.utils.data.Dataset):
-    """One prompt and its answer per window; `known_mask` is 1 on the prompt, which is given clean and not predicted.
+    """One prompt and its answer per window; `known_mask` is 1 on the prompt, which is given
+    clean and not predicted.
 
     A long prompt loses its beginning, a long answer its end. What follows the answer is EOS.
     """
@@ -111,7 +117,8 @@ class DialogueDataset(torch.utils.data.Dataset):
     def __init__(self, pairs: list[tuple], shape: WindowShape, eos_token_id: int):
         if shape.length < 2 * shape.multiple:
             raise ValueError(
-                f"`sequence_length` ({shape.length}) must hold a prompt and an answer; use at least {2 * shape.multiple}."
+                f"`sequence_length` ({shape.length}) must hold a prompt and an answer; use at "
+                f"least {2 * shape.multiple}."
             )
         self.pairs = pairs
         self.shape = shape
@@ -149,12 +156,13 @@ class DialogueDataset(torch.utils.data.Dataset):
 class PackedDataset(torch.utils.data.Dataset):
     """Windows over the packed documents, from a random offset per epoch.
 
-    Training moves every second window back to where its document begins, if that is less than a window away: prompts
-    mostly begin there, too. A corpus shorter than a window gives one window padded at the end. Of models that pad
-    prompts on the left, one window in four has its first 0..K-1 tokens masked instead.
+    Training moves every second window back to where its document begins, if that is less than a
+    window away: prompts mostly begin there, too. A corpus shorter than a window gives one window
+    padded at the end. Of models that pad prompts on the left, one window in four has its first
+    0..K-1 tokens masked instead.
 
-    With `latents (T // K, C)`, those of the whole corpus, each window brings its own, begins at a multiple of K and has no
-    token masked.
+    With `latents (T // K, C)`, those of the whole corpus, each window brings its own, begins at
+    a multiple of K and has no token masked.
     """
 
     def __init__(
@@ -172,7 +180,8 @@ class PackedDataset(torch.utils.data.Dataset):
             )
         if latents is not None and len(tokens) < shape.length:
             raise ValueError(
-                f"`cache_latents` needs more text: {len(tokens)} tokens do not fill a window of {shape.length}."
+                f"`cache_latents` needs more text: {len(tokens)} tokens do not fill a window of "
+                f"{shape.length}."
             )
         self.tokens = tokens
         self.shape = shape
@@ -224,9 +233,11 @@ class PackedDataset(torch.utils.data.Dataset):
 
 
 class CodecMix(torch.utils.data.Dataset):
-    """Windows of another dataset, some of them replaced by what its text lacks, so that a codec learns every token.
+    """Windows of another dataset, some of them replaced by what its text lacks, so that a codec
+    learns every token.
 
-    One window in four holds ids drawn uniformly, one in eight random Unicode text, which is mostly single bytes.
+    One window in four holds ids drawn uniformly, one in eight random Unicode text, which is
+    mostly single bytes.
     """
 
     def __init__(
@@ -259,7 +270,8 @@ class CodecMix(torch.utils.data.Dataset):
 
 
 def random_unicode(generator: np.random.Generator, length: int) -> str:
-    """A string of `length` characters from all planes of Unicode; half of them from Latin and its neighbours."""
+    """A string of `length` characters from all planes of Unicode; half of them from Latin and
+    its neighbours."""
     near = generator.integers(1, 0x3000, size=length)
     far = generator.integers(1, 0x110000, size=length)
     points = np.where(generator.random(length) < 0.5, near, far)
@@ -272,7 +284,8 @@ def random_unicode(generator: np.random.Generator, length: int) -> str:
 def cache_latents(model, tokens: np.ndarray, file: Path, rows: int = 16384) -> np.ndarray:
     """The standardised latents `(T // K, C)` of `tokens (T,)`, float32, memory-mapped from `file`.
 
-    The file is written once, whole or not at all, and read again as long as text and codec are the same.
+    The file is written once, whole or not at all, and read again as long as text and codec are
+    the same.
     """
     codec = model.config.codec_config
     shape = len(tokens) // codec.chunk_size, codec.latent_channels
@@ -280,7 +293,11 @@ def cache_latents(model, tokens: np.ndarray, file: Path, rows: int = 16384) -> n
     for name, value in sorted(model.codec.state_dict().items()):
         digest.update(name.encode() + value.cpu().float().numpy().tobytes())
     key = file.with_suffix(".sha256")
-    if not file.is_file() or not key.is_file() or key.read_text() != digest.hexdigest():
+    if (
+        not file.is_file()
+        or not key.is_file()
+        or key.read_text(encoding="utf-8") != digest.hexdigest()
+    ):
         partial = file.with_suffix(".tmp")
         for old in (file, key, partial):
             old.unlink(missing_ok=True)
@@ -289,7 +306,8 @@ def cache_latents(model, tokens: np.ndarray, file: Path, rows: int = 16384) -> n
         free = shutil.disk_usage(file.parent).free
         if size > free:
             raise ValueError(
-                f"`cache_latents` would write {size / 2**30:.1f} GiB but {file.parent} has {free / 2**30:.1f} GiB free."
+                f"`cache_latents` would write {size / 2**30:.1f} GiB but {file.parent} has "
+                f"{free / 2**30:.1f} GiB free."
             )
         written = np.memmap(partial, np.float32, "w+", shape=shape)
         stride = rows // codec.chunk_size
@@ -301,17 +319,18 @@ def cache_latents(model, tokens: np.ndarray, file: Path, rows: int = 16384) -> n
             written[start : start + stride] = model.encode(ids).latents[0].float().cpu().numpy()
         written.flush()
         partial.rename(file)
-        key.write_text(digest.hexdigest())
+        key.write_text(digest.hexdigest(), encoding="utf-8")
     return np.memmap(file, np.float32, "r", shape=shape)
 
 
 def read_patiently(
     documents: Iterable[dict], name: str, attempts: int = 5, wait: float = 1.0
 ) -> Iterator[dict]:
-    """Records of a stream. What fails is opened again, where it failed, after `wait` seconds, then twice as many, up to
-    `attempts` times in a row; what is slow is named.
+    """Records of a stream. What fails is opened again, where it failed, after `wait` seconds,
+    then twice as many, up to `attempts` times in a row; what is slow is named.
 
-    Raises `ConnectionError` when it keeps failing, and at once `ValueError` for records that cannot be parsed.
+    Raises `ConnectionError` when it keeps failing, and at once `ValueError` for records that
+    cannot be parsed.
     """
     done = failures = 0
     while True:
@@ -338,7 +357,8 @@ def read_patiently(
             failures += 1
             if failures > attempts:
                 raise ConnectionError(
-                    f"{name} failed {failures} times in a row at record {done} ({error}); check the source, then run the same "
+                    f"{name} failed {failures} times in a row at record {done} ({error}); check "
+                    "the source, then run the same "
                     "command again."
                 ) from error
             pause = wait * 2 ** (failures - 1)
@@ -351,8 +371,9 @@ def read_patiently(
 class StreamingPackedDataset(torch.utils.data.IterableDataset):
     """The same windows from documents that are read as a stream, tokenized on the fly.
 
-    Of `world` processes every one reads documents of its own: whole files if their number is a multiple of it, else every so many
-    documents. Its workers share its files. Half of the windows leave out what remains of a document and begin with the next.
+    Of `world` processes every one reads documents of its own: whole files if their number is a
+    multiple of it, else every so many documents. Its workers share its files. Half of the
+    windows leave out what remains of a document and begin with the next.
     """
 
     def __init__(

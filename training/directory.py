@@ -49,7 +49,7 @@ OVERWRITTEN = (
 def write_atomically(file: Path, text: str) -> None:
     """Write a text file that is either complete or as it was before."""
     partial = file.with_name(file.name + ".tmp")
-    with partial.open("w") as stream:
+    with partial.open("w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
@@ -86,7 +86,7 @@ class RunLock:
         except FileExistsError:
             self._remove_if_stale()
             descriptor = os.open(self.file, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-        with os.fdopen(descriptor, "w") as stream:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
             json.dump(self.owner, stream)
 
     def release(self) -> None:
@@ -95,7 +95,7 @@ class RunLock:
 
     def _read(self) -> dict[str, Any] | None:
         try:
-            owner = json.loads(self.file.read_text())
+            owner = json.loads(self.file.read_text(encoding="utf-8"))
         except (OSError, ValueError):  # gone, or its writer was killed while it wrote
             return None
         return owner if isinstance(owner, dict) and {"pid", "host"} <= owner.keys() else None
@@ -183,12 +183,14 @@ class RunDirectory:
             )
         if not self.settings.is_file():
             return
-        started = json.loads(self.settings.read_text())
+        started = json.loads(self.settings.read_text(encoding="utf-8"))
         now = json.loads(json.dumps(self.config, default=vars))
         if started.get("data"):  # settings that are younger than the run are at their defaults
             now["data"] = {
                 name: value for name, value in now["data"].items() if name in started["data"]
             }
+            if started["data"].get("caption_column") == "caption":  # what null was once called
+                now["data"]["caption_column"] = now["data"]["caption_column"] or "caption"
         self._compare(started, {key: now[key] for key in SAME_RUN})
         if self.config.stage == "distill":
             options = {key: value for key, value in now["distill"].items() if key not in MAY_CHANGE}
@@ -229,7 +231,7 @@ class RunDirectory:
         has_checkpoint = any(work.glob("checkpoint-*"))
         if not summary.is_file():  # it is written last: the run was killed before
             return not has_checkpoint
-        made = json.loads(summary.read_text())["steps"]
+        made = json.loads(summary.read_text(encoding="utf-8"))["steps"]
         wanted = getattr(self.config, stage).max_steps
         if made >= wanted:
             return True

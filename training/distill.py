@@ -95,7 +95,7 @@ class DistillTrainer(Trainer):
             )
         if teacher.condition_embedding is not None and "input_ids" not in dataset[0]:
             raise ValueError(
-                f"the teacher reads captions but the data have no field {config.data.caption_column!r}; set "
+                f"the teacher reads captions but the data have no field {config.data.captions!r}; set "
                 "`data.caption_column`."
             )
         return dataset

@@ -1,11 +1,14 @@
 """Which files of a folder are read, and as what.
 
-A suffix counts in any case. Files that systems and editors leave behind are left out, and so is what cannot be told by its
-name; `Listing.left_out` says which and why, so that nothing is dropped in silence. File names are names, not patterns.
+A suffix counts in any case. Files that systems and editors leave behind are left out, and so is
+what cannot be told by its name; `Listing.left_out` says which and why, so that nothing is
+dropped in silence. File names are names, not patterns.
 """
 
+import errno
 import os
 import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,6 +85,7 @@ KINDS = {
 }
 MEDIA = ("picture", "clip", "sound")
 COMPRESSED = (".gz", ".bz2", ".xz")  # of texts and of tables
+ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar", ".zst")  # named, since they may hold the data
 SYSTEM_FILES = ("thumbs.db", "desktop.ini", "__macosx")
 
 
@@ -98,6 +102,9 @@ class Listing:
 
     def leave_out(self, path: Path | str, reason: str) -> None:
         name = path if isinstance(path, str) else self.name(path)
+        name = name.encode(
+            errors="backslashreplace"
+        ).decode()  # one that is no UTF-8 can be printed
         self.left_out.setdefault(reason, []).append(name)
 
     def name(self, path: Path) -> str:
@@ -132,21 +139,43 @@ def list_files(source: str | Path) -> Listing:
         listing.files.append(root)
         return listing
     for path in sorted(_walk(root, listing)):
-        kind = kind_of(path)
-        if kind is None and path.suffix.lower() not in SIDE_TEXTS:
-            listing.leave_out(path, "no kind of file that is read")
-        elif not path.exists():
-            listing.leave_out(path, "broken link")
-        elif path.stat().st_size == 0:
-            listing.leave_out(path, "empty")
+        if reason := _reason_to_drop(path):
+            listing.leave_out(path, reason)
         else:
             listing.files.append(path)
     return listing
 
 
+def _reason_to_drop(path: Path) -> str | None:
+    """Why a file of a folder is not read, if it is not."""
+    if not str(path).isprintable() and not _is_utf8(str(path)):
+        return "name that is no UTF-8"
+    if kind_of(path) is None and path.suffix.lower() not in SIDE_TEXTS:
+        archive = {path.suffix.lower(), *map(str.lower, path.suffixes[-2:-1])} & set(ARCHIVES)
+        return "archive, which is not opened" if archive else "no kind of file that is read"
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return "broken link"
+    except OSError as error:
+        loops = error.errno == errno.ELOOP
+        return "link that leads to itself" if loops else (error.strerror or "unreadable").lower()
+    if not stat.S_ISREG(found.st_mode):
+        return "pipe, socket or device"
+    return None if found.st_size else "empty"
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _walk(root: Path, listing: Listing) -> Iterator[Path]:
-    """Every file below `root` once. Real folders come before links to folders, so a link that leads back to one of them, or
-    to a folder above, ends there."""
+    """Every file below `root` once. Real folders come before links to folders, so a link that
+    leads back to one of them, or to a folder above, ends there."""
     seen = {os.path.realpath(root)}
     waiting = [root]
     links = []

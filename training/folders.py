@@ -1,10 +1,13 @@
 """Folders of pictures, clips and sounds, and the captions that people keep with them.
 
-A caption is looked for in a `metadata` file (.jsonl, .json, .csv, .tsv, .parquet) with `file_name`, then in a text file of the same
-name beside it, then in the name of its folder. A picture may have several: rows of `metadata` for one file, a list in its
-caption field, or the lines of its side file.
+A caption is looked for in a `metadata` file (.jsonl, .json, .csv, .tsv, .parquet) with
+`file_name`, then in a text file of the same name beside it, then in the name of its folder. A
+picture may have several: rows of `metadata` for one file, a list in its caption field, or the
+lines of its side file.
 """
 
+import os
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -26,7 +29,8 @@ def metadata_files(listing: Listing) -> list[Path]:
 
 
 def side_files(listing: Listing) -> dict[Path, Path]:
-    """Media files and the text file beside each that has its name: 01.txt or 01.jpg.txt of 01.jpg."""
+    """Media files and the text file beside each that has its name: 01.txt or 01.jpg.txt of
+    01.jpg."""
     texts = {
         path.with_suffix(""): path for path in listing.files if path.suffix.lower() in SIDE_TEXTS
     }
@@ -37,21 +41,24 @@ def side_files(listing: Listing) -> dict[Path, Path]:
 
 
 def find_caption_column(columns: list[str], config: DataConfig, where: str) -> str | None:
-    """The field that holds captions: the one that is asked for, or by default `caption` or `text`.
+    """The field that holds captions: the one that is asked for, or else `caption` or `text`, if
+    there is one.
 
-    Raises `ValueError`, with the near miss, if another one is asked for and missing. Only `none` means none.
+    Raises `ValueError`, with the near miss, if the one that is asked for is missing. Only `none`
+    means none.
     """
     asked = config.caption_column
-    if asked in (None, NO_CAPTIONS):
+    if asked == NO_CAPTIONS:
         return None
-    if asked in columns:
-        return asked
-    if asked != CAPTIONS[0]:
+    if asked is None:
+        return next((name for name in CAPTIONS if name in columns), None)
+    if asked not in columns:
         raise ValueError(
-            f"{where} has no captions in {asked!r} (fields: {', '.join(columns) or 'none'}){near_miss(asked, columns)} "
+            f"{where} has no captions in {asked!r} (fields: "
+            f"{', '.join(columns) or 'none'}){near_miss(asked, columns)} "
             f"Set `data.caption_column` to one of them, or to {NO_CAPTIONS!r} to train without."
         )
-    return next((name for name in CAPTIONS if name in columns), None)
+    return asked
 
 
 class MediaFolder:
@@ -60,7 +67,8 @@ class MediaFolder:
     Args:
         kinds: those of `MEDIA` that are read.
 
-    With sounds among the kinds, files of one name and different kinds are one record of several streams.
+    With sounds among the kinds, files of one name and different kinds are one record of several
+    streams.
     """
 
     def __init__(
@@ -71,31 +79,41 @@ class MediaFolder:
         self.config = config
         self.report = report
         self.media = listing.of_kind(*kinds)
+        self.bad: set[Path] = set()  # whose captions cannot be read
         self.source = SourceReport(str(listing.root), listing=listing)
         report.sources.append(self.source)
 
     def load(self) -> datasets.Dataset:
-        """Columns `image_column`, `audio` and `caption_column`, those that there are."""
+        """Columns `image_column`, `audio` and that of the captions, those that there are."""
         metadata = metadata_files(self.listing)
         side = side_files(self.listing)
-        asked = self.config.caption_column not in (None, NO_CAPTIONS)
-        if not metadata and asked and self.config.caption_column not in CAPTIONS:
-            find_caption_column(
-                [], self.config, f"{self.listing.root} (which has no file {METADATA!r})"
-            )
+        asked = self.config.caption_column
         captions = self._from_metadata(metadata)
-        if asked:
+        if asked == NO_CAPTIONS:
+            side = {}
+        else:
             lacking = [path for path in self.media if path in side and not captions.get(path)]
-            captions |= {path: self._side_text(side[path]) for path in lacking}
+            captions |= {path: self._side_text(side[path], path) for path in lacking}
             if lacking:
                 count = f"{len(lacking)} of {len(self.media)}"
                 self.source.notes.append(f"captions from text files of the same name: {count}")
             captions = captions or self._from_folders()
-        else:
-            side = {}
+        if (
+            not metadata
+            and asked not in (None, NO_CAPTIONS)
+            and (asked not in CAPTIONS or not any(captions.values()))
+        ):
+            find_caption_column(
+                [], self.config, f"{self.listing.root} (which has no file {METADATA!r})"
+            )
         if not captions:
             self.source.notes.append("no captions")
         self._leave_out({*metadata, *side.values()})
+        for path in self.bad:
+            self.listing.leave_out(path, "caption that cannot be read")
+        self.media = [path for path in self.media if path not in self.bad]
+        if not self.media:
+            raise ValueError(f"{self.listing.root} holds no record that can be read.")
         columns = self._columns(captions)
         self.source.used = len(self.media) + len(metadata) + len(side)
         self.source.records = len(next(iter(columns.values())))
@@ -115,7 +133,7 @@ class MediaFolder:
         captions: dict[Path, list[str]] = {}
         for file in files:
             column = asked if asked in columns[file] else None
-            if asked == CAPTIONS[0]:
+            if asked is None:
                 column = find_caption_column(columns[file], self.config, str(file))
             found = self._captions_in(file, rows[file], column)
             captions |= {path: captions.get(path, []) + texts for path, texts in found.items()}
@@ -135,22 +153,31 @@ class MediaFolder:
         self, file: Path, rows: list[tuple[str, dict]], column: str | None
     ) -> dict[Path, list[str]]:
         """Captions by file in the rows of a metadata file; a row without a file is a problem."""
-        known = set(self.media)
+        known = {_normal(path): path for path in self.media}
         captions: dict[Path, list[str]] = {}
+        names = list(dict.fromkeys(name for _, row in rows for name in row))
+        if names and FILE_NAME not in names:
+            raise ValueError(
+                f"{file} has no field {FILE_NAME!r}, which names the file of each caption "
+                f"(fields: {some(names)})"
+                f"{near_miss(FILE_NAME, names)}"
+            )
         for where, row in rows:
             if not isinstance(row.get(FILE_NAME), str):
                 self.report.skip(
                     f"{where} has no file in field {FILE_NAME!r} but {shown(row.get(FILE_NAME))}."
                 )
                 continue
-            path = file.parent / row[FILE_NAME]
-            if path in known:
-                captions.setdefault(path, []).extend(
-                    self._strings(row.get(column), where) if column else []
-                )
+            path = file.parent / row[FILE_NAME].replace("\\", "/")  # as Windows writes it
+            found = known.get(_normal(path))
+            if found is not None:
+                texts = self._strings(row.get(column), where, found) if column else []
+                captions.setdefault(found, []).extend(texts)
             elif kind_of(path) in self.kinds or not path.exists():
+                hint = near_miss(row[FILE_NAME], [self.listing.name(media) for media in self.media])
                 self.report.skip(
-                    f"{where} names {row[FILE_NAME]!r}, which is not in the folder or is left out."
+                    f"{where} names {row[FILE_NAME]!r}, which is not in the folder or is left "
+                    f"out{hint}"
                 )
         return captions
 
@@ -172,25 +199,43 @@ class MediaFolder:
                 )
         return rows
 
-    def _strings(self, value: object, where: str) -> list[str]:
-        """One caption or a list of them as those that are not blank."""
+    def _strings(self, value: object, where: str, media: Path) -> list[str]:
+        """One caption or a list of them as those that are not blank; what is no text is a
+        problem of its file."""
         values = value if isinstance(value, list) else [value]
         if bad := [text for text in values if not isinstance(text, str) and text is not None]:
-            raise ValueError(f"{where}: a caption is {shown(bad[0])}, not a text; repair it.")
+            self.bad.add(media)
+            self.report.skip(
+                f"{where}: the caption of {self.listing.name(media)} is {shown(bad[0])}, not a "
+                "text; repair it."
+            )
+            return []
         return [text for text in values if text and text.strip()]
 
-    def _side_text(self, file: Path) -> list[str]:
-        lines = read_text(file, self.config.encoding).split("\n")
+    def _side_text(self, file: Path, media: Path) -> list[str]:
+        """The captions in a text file, one a line; one that cannot be read is a problem of its
+        file."""
+        try:
+            lines = read_text(file, self.config.encoding).split("\n")
+        except ValueError as error:
+            self.bad.add(media)
+            self.report.skip(f"{error} It is the caption of {self.listing.name(media)}.")
+            return []
         return [line.strip() for line in lines if line.strip()]
 
     def _from_folders(self) -> dict[Path, list[str]]:
-        names = {path.parent.name for path in self.media}
+        """The names of sub-folders as captions; what lies in the folder itself has none."""
+        root = self.listing.root
+        inside = [path for path in self.media if path.parent != root]
+        names = {path.parent.name for path in inside}
         if len(names) < 2:
             return {}
+        rest = len(self.media) - len(inside)
+        without = f"; {several(rest, 'file')} outside of them without one" if rest else ""
         self.source.notes.append(
-            f"captions are the names of {len(names)} folders: {some(sorted(names))}"
+            f"captions are the names of {len(names)} folders: {some(sorted(names))}{without}"
         )
-        return {path: [path.parent.name] for path in self.media}
+        return {path: [path.parent.name] for path in inside}
 
     def _leave_out(self, read: set[Path]) -> None:
         """Note the files of other kinds than those that are read."""
@@ -224,10 +269,16 @@ class MediaFolder:
         }
         columns = {name: column for name, column in columns.items() if any(column)}
         if captions:
-            columns[self.config.caption_column] = as_captions(
+            columns[self.config.captions] = as_captions(
                 [record.get("", []) for record in records.values()]
             )
         return columns
+
+
+def _normal(path: Path) -> str:
+    """A path in the form in which it is compared: macOS writes an accent as a character of its
+    own."""
+    return unicodedata.normalize("NFC", os.path.normpath(path))
 
 
 def _columns_of(rows: Iterable[dict]) -> list[str]:
@@ -242,12 +293,13 @@ def as_captions(rows: list[list[str]]) -> list:
 
 
 def folders_of_frames(listing: Listing, config: DataConfig, report: Report) -> datasets.Dataset:
-    """Every folder that holds pictures as one clip of them in the order of their numbers; with several folders of such folders
-    the names of those are captions."""
+    """Every folder that holds pictures as one clip of them in the order of their numbers; with
+    several folders of such folders the names of those are captions."""
     pictures = listing.of_kind("picture")
     if not pictures:
         raise ValueError(
-            f"{listing.root} holds no pictures ({', '.join(PICTURES)}); with data.frame_folders=true every folder of pictures is a clip."
+            f"{listing.root} holds no pictures ({', '.join(PICTURES)}); with "
+            "data.frame_folders=true every folder of pictures is a clip."
         )
     folders: dict[Path, list[Path]] = {}
     for path in pictures:
@@ -256,8 +308,12 @@ def folders_of_frames(listing: Listing, config: DataConfig, report: Report) -> d
     frames = [[str(path) for path in sorted(paths, key=natural_key)] for paths in folders.values()]
     classes = [folder.parent.name for folder in folders]
     columns: dict[str, list] = {config.image_column: frames}
-    if len(set(classes)) > 1 and config.caption_column not in (None, NO_CAPTIONS):
-        columns[config.caption_column] = classes
+    asked = config.caption_column
+    named = len(set(classes)) > 1
+    if asked not in (None, NO_CAPTIONS) and not (named and asked in CAPTIONS):
+        find_caption_column([], config, f"{listing.root} (whose captions are names of folders)")
+    if named and asked != NO_CAPTIONS:
+        columns[config.captions] = classes
     for path in listing.files:
         if kind_of(path) != "picture":
             listing.leave_out(path, f"{kind_of(path)} beside folders of frames")

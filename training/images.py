@@ -1,6 +1,5 @@
 """Pictures or clips and their captions in, batches of `pixel_values` and caption ids out."""
 
-import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,163 +10,33 @@ import numpy as np
 import torch
 import xxhash
 from filelock import FileLock
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from tokcom.codec_video_tokcom import encode_clips
+from tokcom.pictures_tokcom import Frames
 from tokcom.processing_tokcom import TokComImageProcessor, text_ids, vocabulary_size
 from tokcom.training.audit import cache_folder, records_digest
 from tokcom.training.checkpoints import first_line
 from tokcom.training.config import DataConfig
-from tokcom.training.films import HEAD, Film, is_film, stored, timeline
 from tokcom.training.sources import load_documents
 
-PREPARED_BYTES = (
-    512 * 2**20
-)  # of the pixels that a dataset keeps, so that small ones are decoded once
-
-
-def open_image(value: Any, name: str = "a record") -> Image.Image:
-    """A picture as datasets give it: PIL, encoded bytes, or a dictionary with `bytes` or `path`; turned as its camera was held.
-
-    Raises `ValueError` with the `name` of the record if it cannot be read, EXIF included.
-    """
-    value = stored(value)
-    try:
-        image = value if isinstance(value, Image.Image) else _opened(value)
-        image.load()
-        return image
-    except Exception as error:  # decoders raise nearly anything for a broken file
-        raise ValueError(
-            f"{name} holds no picture that can be read ({_reason(error, value)}); repair or remove it."
-        ) from error
-
-
-def _opened(value: Any) -> Image.Image:
-    if isinstance(value, bytes) and not value:
-        raise ValueError("it is empty")
-    try:
-        image = Image.open(io.BytesIO(value) if isinstance(value, bytes) else value)
-    except UnidentifiedImageError:
-        if is_film(value):
-            raise ValueError("it is a film") from None
-        if not _register_heif():
-            raise
-        image = Image.open(io.BytesIO(value) if isinstance(value, bytes) else value)
-    if image.info.get("exif"):
-        Image.Exif().load(
-            image.info["exif"]
-        )  # how the camera was held is not known of a broken one
-    return image
-
-
-def _register_heif() -> bool:
-    """Let Pillow read HEIC with pillow-heif, if that is installed."""
-    try:
-        import pillow_heif
-    except ImportError:
-        return False
-    pillow_heif.register_heif_opener()
-    return True
-
-
-def _reason(error: Exception, value: Any) -> str:
-    """What is wrong with a picture, without the address of the buffer that Pillow names."""
-    if isinstance(error, UnidentifiedImageError):
-        start = value[:HEAD] if isinstance(value, bytes) else b""
-        if isinstance(value, (str, Path)):
-            with open(value, "rb") as stream:
-                start = stream.read(HEAD)
-        if start[4:8] == b"ftyp" and start[8:11] in (b"hei", b"hev", b"mif"):
-            return "HEIC, which needs pillow-heif: pip install pillow-heif"
-        return f"its first bytes are {start!r}" if start else "it is empty"
-    return first_line(error)
-
-
-class Frames:
-    """The frames of a picture, an animated picture, a film, or a list of pictures, decoded when they are asked for.
-
-    A frame that is shown longer than others is there several times: `steps`, if they are known. Raises `ValueError` with the `name` of the record if it cannot
-    be read.
-    """
-
-    def __init__(self, value: Any, name: str = "a record", steps: list[int] | None = None):
-        self.name = name
-        self.source = value
-        self.steps: list[int] = []  # of an animation, the picture at each step
-        if value is None:
-            raise ValueError(f"{name} holds nothing; remove it.")
-        if isinstance(value, (list, tuple)):
-            if not value:
-                raise ValueError(f"{name} has no frames; remove it.")
-            self.steps = list(range(len(value)))
-            return
-        if is_film(value):
-            self.source = Film(value, name)
-            self.steps = list(range(len(self.source)))
-            return
-        self.source = open_image(value, name)
-        try:
-            self.steps = steps or timeline(self.source)
-        except Exception as error:
-            raise ValueError(
-                f"{name} has a frame that cannot be read ({first_line(error)}); repair or remove it."
-            ) from error
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def __getitem__(self, index: int) -> Image.Image:
-        step = self.steps[index]
-        if isinstance(self.source, Film):
-            return self.source.clip(step, 1)[0]
-        if isinstance(self.source, (list, tuple)):
-            return _upright(open_image(self.source[step], f"{self.name}, frame {step}"), self.name)
-        try:
-            if len(self) > 1:
-                self.source.seek(step)
-            return _upright(self.source.copy(), self.name)
-        except (OSError, EOFError) as error:
-            raise ValueError(
-                f"{self.name}: frame {index} cannot be read ({error}); repair or remove it."
-            ) from error
-
-    def clip(self, start: int, count: int) -> list[Image.Image]:
-        """`count` frames from `start` on; where they end the last one stays."""
-        if isinstance(self.source, Film):
-            frames = self.source.clip(start, count)
-            return frames + [frames[-1]] * (count - len(frames))
-        return [self[min(start + i, len(self) - 1)] for i in range(count)]
-
-
-def _upright(image: Image.Image, name: str) -> Image.Image:
-    """A picture turned as its camera was held, with what is transparent in a mode that has alpha."""
-    try:
-        image = ImageOps.exif_transpose(image)
-    except Exception as error:  # whatever a broken EXIF makes Pillow raise
-        raise ValueError(
-            f"{name} has an EXIF block that cannot be read ({first_line(error)}); save it without."
-        ) from error
-    key = image.info.get("transparency")
-    if image.mode in ("La", "RGBa"):  # colours multiplied by alpha
-        return image.convert(image.mode.upper())
-    if key is not None and image.mode in ("1", "L", "RGB"):
-        return image.convert("RGBA")
-    if isinstance(key, int) and image.mode.startswith("I;16"):
-        levels = np.asarray(image)
-        alpha = np.where(levels == key, 0, 255).astype(np.uint8)
-        return Image.fromarray(np.stack([(levels >> 8).astype(np.uint8), alpha], 2), "LA")
-    return image
+CLIPS = 2  # version of what the cache holds
+LONGEST_NAME = 200  # characters of the path of a record in a message
+# of the pixels that a dataset keeps, so that small ones are decoded once
+PREPARED_BYTES = 512 * 2**20
 
 
 class ImageDataset(torch.utils.data.Dataset):
-    """One picture or clip and the ids of its caption; of a longer film another part, and of several captions another one, in every
-    epoch.
+    """One picture or clip and the ids of its caption; of a longer film another part, and of
+    several captions another one, in every epoch.
 
     Args:
-        records: rows with `image_column`, and `caption_column` if there is a tokenizer: a caption or a list of them.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): of the captions, which are padded to the longest.
+        records: rows with `image_column`, and `caption_column` if there is a tokenizer: a
+            caption or a list of them.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): of the captions, which are padded to
+            the longest.
 
     `fit` says for which codec. `facts` has what was found while the last item was made.
     """
@@ -199,7 +68,7 @@ class ImageDataset(torch.utils.data.Dataset):
             None  # frames of every record, once all have been decoded
         )
         self.latents: np.ndarray | None = (
-            None  # of the records that give the same clip in every epoch
+            None  # of the clips of all records, once they have been encoded
         )
         self.flip = 0.0
         self.shift = 0
@@ -217,8 +86,8 @@ class ImageDataset(torch.utils.data.Dataset):
             self.letters = set().union(*flat)
 
     def fit(self, codec_config, autoencoder=None) -> "ImageDataset":
-        """Give pictures, or clips, of the size that a codec sees from now on; clips as the latents of a frozen `autoencoder` of
-        diffusers, if there is one."""
+        """Give pictures, or clips, of the size that a codec sees from now on; clips as the
+        latents of a frozen `autoencoder` of diffusers, if there is one."""
         self.processor = TokComImageProcessor(codec_config.image_size)
         self.autoencoder = autoencoder
         self.clip_length = codec_config.clip_length if codec_config.modality == "video" else None
@@ -251,35 +120,40 @@ class ImageDataset(torch.utils.data.Dataset):
 
     @torch.no_grad()
     def encode_once(self, device: torch.device, batch_size: int = 16) -> None:
-        """Encode with the autoencoder all clips that are the same in every epoch, those of films that are no longer than a clip, in
-        batches on `device`, into a file of the cache of `datasets`. Other films are encoded when they are drawn."""
+        """Encode with the autoencoder, in batches on `device`, into a file of the cache of
+        `datasets`: each film as the clips that follow each other in it, and the one that ends
+        it. Which of them is shown is drawn in every epoch."""
         if self.frame_counts is None:
             self.frame_counts = [len(self.frames(index)) for index in range(len(self))]
-        rows = [
-            index for index, length in enumerate(self.frame_counts) if length <= self.clip_length
-        ]
-        if not rows:
-            return
-        setting = rows, self.clip_length, self.processor._size, autoencoder_digest(self.autoencoder)
-        file = cache_folder() / f"latents-{records_digest(self.records, setting)}.npy"
+        starts = [clip_starts(int(count), self.clip_length) for count in self.frame_counts]
+        self.first_clip = np.cumsum([0, *map(len, starts)])  # of every record, and the end
+        setting = self.clip_length, self.processor._size, autoencoder_digest(self.autoencoder)
+        file = cache_folder() / f"latents-{records_digest(self.records, (CLIPS, setting))}.npy"
         with FileLock(file.with_suffix(".lock")):
             if not file.is_file():
-                self._encode(rows, file.with_suffix(".tmp"), device, batch_size)
+                self._encode(starts, file.with_suffix(".tmp"), device, batch_size)
                 file.with_suffix(".tmp").rename(file)
-        self.places = dict(zip(rows, range(len(rows))))
         self.latents = np.load(file, mmap_mode="r")
 
-    def _encode(self, rows: list[int], file: Path, device: torch.device, batch_size: int) -> None:
+    def _encode(
+        self, starts: list[list[int]], file: Path, device: torch.device, batch_size: int
+    ) -> None:
         home = next(self.autoencoder.parameters()).device
         self.autoencoder.to(device)
         written = None
-        for start in tqdm(range(0, len(rows), batch_size), desc="encoding clips", unit="batch"):
-            clips = [self._clip(index)[0] for index in rows[start : start + batch_size]]
-            latents = encode_clips(self.autoencoder, torch.stack(clips)).cpu().numpy()
-            if written is None:
-                shape = len(rows), *latents.shape[1:]
-                written = np.lib.format.open_memmap(file, "w+", np.float32, shape)
-            written[start : start + len(latents)] = latents
+        done = 0
+        clips: list[torch.Tensor] = []
+        for index in tqdm(range(len(self)), desc="encoding clips", unit="film"):
+            frames = self.frames(index)
+            clips += [self._pixels(frames, start) for start in starts[index]]
+            while len(clips) >= batch_size or (clips and index + 1 == len(self)):
+                latents = encode_clips(self.autoencoder, torch.stack(clips[:batch_size]))
+                clips = clips[batch_size:]
+                if written is None:
+                    shape = int(self.first_clip[-1]), *latents.shape[1:]
+                    written = np.lib.format.open_memmap(file, "w+", np.float32, shape)
+                written[done : done + len(latents)] = latents.cpu().numpy()
+                done += len(latents)
         written.flush()
         self.autoencoder.to(home)
 
@@ -306,7 +180,8 @@ class ImageDataset(torch.utils.data.Dataset):
     def frames(self, index: int) -> Frames:
         """All frames of a record."""
         value = self.records[index][self.image_column]
-        frames = Frames(value, record_name(index, self.image_column, value), self.steps.get(index))
+        name = record_name(self.records, index, self.image_column, value)
+        frames = Frames(value, name, self.steps.get(index))
         if isinstance(frames.source, Image.Image) and len(frames) > 1:
             self.steps[index] = frames.steps  # all frames are decoded to know them
         return frames
@@ -314,14 +189,16 @@ class ImageDataset(torch.utils.data.Dataset):
     def describe(self, index: int) -> str:
         """A record in words."""
         record = self.records[index]
-        name = record_name(index, self.image_column, record[self.image_column])
+        name = record_name(self.records, index, self.image_column, record[self.image_column])
         if self.caption_column is None:
             return name
         return f"{name}: {captions_of(record[self.caption_column])}"
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        if self.latents is not None and index in self.places:
-            pixels = torch.from_numpy(self.latents[self.places[index]].copy())
+        if self.latents is not None:
+            first, end = self.first_clip[index : index + 2]
+            place = first + self._draw(index, int(end - first))
+            pixels = torch.from_numpy(self.latents[place].copy())
         else:
             pixels, self.facts = self._clip(index)
             if self.autoencoder is not None:
@@ -363,23 +240,30 @@ class ImageDataset(torch.utils.data.Dataset):
         """A picture `(3, H, W)`, or a clip `(3, F, H, W)`, of a record in this epoch, and what was found."""
         frames = self.frames(index)
         length = self.clip_length or 1
-        start = 0
-        if len(frames) > length:
-            generator = np.random.default_rng(
-                (self.seed, self.epoch if self.training else 0, index)
-            )
-            start = int(generator.integers(len(frames) + 1 - length))
-        clip = frames.clip(start, length)
+        start = self._draw(index, max(1, len(frames) + 1 - length))
+        pixels = self._pixels(frames, start)
+        return pixels, self._facts(frames, frames[start], index)
+
+    def _draw(self, index: int, count: int) -> int:
+        """One of `count` parts of a record, another one in every epoch of training."""
+        if count == 1:
+            return 0
+        generator = np.random.default_rng((self.seed, self.epoch if self.training else 0, index))
+        return int(generator.integers(count))
+
+    def _pixels(self, frames: Frames, start: int) -> torch.Tensor:
+        """A picture `(3, H, W)`, or a clip `(3, F, H, W)`, from a frame on."""
         try:
-            pixels = self.processor(clip)["pixel_values"]  # (F, 3, H, W)
+            pixels = self.processor(frames.clip(start, self.clip_length or 1))["pixel_values"]
         except ValueError as error:
+            if frames.name in str(error):
+                raise
             raise ValueError(f"{frames.name}: {error}") from error
-        return pixels[0] if self.clip_length is None else pixels.transpose(0, 1), self._facts(
-            frames, clip[0], index
-        )
+        return pixels[0] if self.clip_length is None else pixels.transpose(0, 1)
 
     def _caption(self, index: int, epoch: int) -> int:
-        """The place of the caption of a record: of several one is drawn in every epoch, and the first is held out."""
+        """The place of the caption of a record: of several one is drawn in every epoch, and the
+        first is held out."""
         first, end = self.first_caption[index : index + 2]
         if end - first == 1 or not self.training:
             return int(first)
@@ -404,12 +288,28 @@ class ImageDataset(torch.utils.data.Dataset):
         return facts | {"width": image.width, "height": image.height}
 
 
-def record_name(index: int, column: str, value: Any) -> str:
+def clip_starts(count: int, length: int) -> list[int]:
+    """Where clips of `length` begin that follow each other in a film of `count` frames, the last
+    one at its end."""
+    if count <= length:
+        return [0]
+    return sorted({*range(0, count - length + 1, length), count - length})
+
+
+def row_number(records: datasets.Dataset, index: int) -> int:
+    """The number that a record has in its source, where it may have another place: held-out
+    records are drawn."""
+    indices = records._indices
+    return index if indices is None else indices.column(0)[index].as_py()
+
+
+def record_name(records: datasets.Dataset, index: int, column: str, value: Any) -> str:
     """A record as messages name it, with its file if it has one."""
-    path = (
-        value.get("path") if isinstance(value, dict) else value if isinstance(value, str) else None
-    )
-    return f"record {index} ({column}{f', {path}' if path else ''})"
+    index = row_number(records, index)
+    path = value.get("path") if isinstance(value, dict) else value
+    if not isinstance(path, str) or not path:
+        return f"record {index} ({column})"
+    return f"record {index} ({column}, {path[:LONGEST_NAME]})"
 
 
 def captions_of(row: str | list[str] | None) -> list[str]:
@@ -422,12 +322,14 @@ def read_pictures(
     source: str,
     codec_config,
     image_column: str = "image",
-    caption_column: str = "caption",
+    caption_column: str | None = None,
     limit: int | None = None,
     seed: int = 0,
     autoencoder: torch.nn.Module | None = None,
 ) -> ImageDataset:
-    """The first `limit` pictures of a source, for a codec, clips of an `autoencoder` as its latents; their captions, if there are any, are a column of `.records`.
+    """The first `limit` pictures of a source, for a codec, clips of an `autoencoder` as its
+    latents; their captions, if there are any, are the column `caption` of `.records`, or
+    `caption_column`.
 
     Raises `ValueError` if the source has no pictures in `image_column`.
     """
@@ -435,16 +337,18 @@ def read_pictures(
     records = load_documents(source, config, "train")
     if image_column not in records.column_names:
         raise ValueError(
-            f"{source} has no pictures in the field {image_column!r}; name the field that holds them."
+            f"{source} has no pictures in the field {image_column!r}; name the field that holds "
+            "them."
         )
     records = records if limit is None else records.select(range(min(limit, len(records))))
-    return ImageDataset(records, image_column, caption_column, None, seed, training=False).fit(
+    return ImageDataset(records, image_column, config.captions, None, seed, training=False).fit(
         codec_config, autoencoder
     )
 
 
 def load_autoencoder(name: str) -> torch.nn.Module:
-    """A frozen `AutoencoderKL*` or `AutoencoderTiny` of diffusers, of which `name` is the directory or the Hub id."""
+    """A frozen `AutoencoderKL*` or `AutoencoderTiny` of diffusers, of which `name` is the
+    directory or the Hub id."""
     try:
         return diffusers.AutoModel.from_pretrained(name).requires_grad_(False).eval()
     except (OSError, ValueError) as error:
@@ -480,8 +384,10 @@ def check_autoencoder(autoencoder: torch.nn.Module, codec_config) -> None:
     )
     if found != wanted:
         raise ValueError(
-            f"the autoencoder turns {codec_config.clip_length} frames of {height} x {width} pixels into latents of shape {found}, but "
-            f"the codec reads {wanted}; set num_channels, num_frames, height, width, spatial_compression and "
+            f"the autoencoder turns {codec_config.clip_length} frames of {height} x {width} "
+            f"pixels into latents of shape {found}, but "
+            f"the codec reads {wanted}; set num_channels, num_frames, height, width, "
+            "spatial_compression and "
             "temporal_compression of model.codec_config to what it makes."
         )
 
@@ -531,7 +437,8 @@ class FiledLatents:
 
 @torch.no_grad()
 def measure_image_statistics(model, dataset: ImageDataset, limit: int = 8192) -> None:
-    """Set the codec's mean and standard deviation of every token and channel from up to `limit` pictures."""
+    """Set the codec's mean and standard deviation of every token and channel from up to `limit`
+    pictures."""
     codec = model.codec.eval()
     codec.set_latent_statistics(
         torch.zeros_like(codec.latent_mean), torch.ones_like(codec.latent_std)

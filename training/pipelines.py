@@ -5,6 +5,7 @@ code that builds and exports models; `cli/` and `evaluation/` load theirs throug
 """
 
 import os
+from pathlib import Path
 from typing import Any
 
 from diffusers import ModelMixin, SchedulerMixin
@@ -39,17 +40,19 @@ def build_pipeline(
     scheduler: SchedulerMixin | None = None,
     vae: ModelMixin | None = None,
 ) -> TokComBasePipeline:
-    """A pipeline of the right class; the scheduler is by default the one that the model's training implies."""
+    """A pipeline of the right class, by default with the scheduler that training implies."""
     scheduler = scheduler or TokComFlowMatchScheduler.from_model_config(model.config)
     components = {} if vae is None else {"vae": vae}
     return pipeline_class(model.config)(model, scheduler, tokenizer, **components)
 
 
-def load_pipeline(path: str | os.PathLike, **kwargs: Any) -> TokComBasePipeline:
+def load_pipeline(path: str | os.PathLike | None = None, **kwargs: Any) -> TokComBasePipeline:
     """Load a directory or a Hub repository with the pipeline of its modality.
 
-    `kwargs` are those of `DiffusionPipeline.from_pretrained`, such as `dtype` and `revision`.
+    Without a `path` it is the model that ships with tokcom. `kwargs` are those of
+    `DiffusionPipeline.from_pretrained`, such as `dtype` and `revision`.
     """
+    path = Path(__file__).parents[1] if path is None else path
     hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
     config = TokComConfig.from_pretrained(path, **hub)
     return pipeline_class(config).from_pretrained(path, **kwargs)

@@ -1,7 +1,9 @@
-"""Records of text, JSON and CSV files, one after the other, each with what is wrong with it, if anything is.
+"""Records of text, JSON and CSV files, one after the other, each with what is wrong with it, if
+anything is.
 
-A byte-order mark is removed. What is no UTF-8 is refused, with a guess at what it is, unless `data.encoding` names it: a wrong
-guess would be learnt. A record is known by its file, its number from 0 and, where there are lines, its line from 1.
+A byte-order mark is removed. What is no UTF-8 is refused, with a guess at what it is, unless
+`data.encoding` names it: a wrong guess would be learnt. A record is known by its file, its
+number from 0 and, where there are lines, its line from 1.
 """
 
 import bz2
@@ -13,6 +15,7 @@ import io
 import json
 import lzma
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -45,13 +48,16 @@ COMMON = (
     "koi8_r",
 )  # guesses to make
 SHOWN = 60  # characters of a bad value in a message
+# what a file raises that is missing, cut off or damaged, compressed or not
+UNREADABLE = (ValueError, OSError, EOFError, lzma.LZMAError, zlib.error)
+SEPARATORS = ",;\t|"  # of a .csv file, told by its header
 
 
 def near_miss(name: str, names: list[str]) -> str:
-    """A hint at the name that was meant, for the end of a sentence, or nothing."""
+    """The end of a sentence: a hint at the name that was meant, or a full stop."""
     close = difflib.get_close_matches(name.lower(), [known.lower() for known in names], 1, 0.6)
     meant = [known for known in names if known.lower() in close]
-    return f"; did you mean {meant[0]!r}?" if meant else ""
+    return f"; did you mean {meant[0]!r}?" if meant else "."
 
 
 def shown(value: Any) -> str:
@@ -75,8 +81,11 @@ def open_bytes(path: Path) -> BinaryIO:
 
 
 def _encoding(path: Path, encoding: str | None) -> str:
-    with open_bytes(path) as stream:
-        start = stream.read(4)
+    try:
+        with open_bytes(path) as stream:
+            start = stream.read(4)
+    except UNREADABLE as error:
+        raise ValueError(f"{path} cannot be read ({error}); repair or remove the file.") from error
     return next(
         (name for mark, name in MARKS.items() if start.startswith(mark)), encoding or "utf-8"
     )
@@ -85,8 +94,11 @@ def _encoding(path: Path, encoding: str | None) -> str:
 def read_text(path: Path, encoding: str | None = None) -> str:
     """The text of a file, with `\\n` at the end of every line; `ValueError` if it is none."""
     encoding = _encoding(path, encoding)
-    with open_bytes(path) as stream:
-        content = stream.read()
+    try:
+        with open_bytes(path) as stream:
+            content = stream.read()
+    except UNREADABLE as error:
+        raise ValueError(f"{path} cannot be read ({error}); repair or remove the file.") from error
     try:
         text = content.decode(encoding)
     except UnicodeDecodeError as error:
@@ -97,7 +109,8 @@ def read_text(path: Path, encoding: str | None = None) -> str:
         ) from error
     if "\0" in text:
         raise ValueError(
-            f"{path} has a NUL character at {text.index(chr(0))}, so it is no text, or it is UTF-16 without a mark; convert it "
+            f"{path} has a NUL character at {text.index(chr(0))}, so it is no text, or it is "
+            "UTF-16 without a mark; convert it "
             "to UTF-8, or name its encoding by data.encoding=utf-16-le."
         )
     return text.replace("\r\n", "\n").replace("\r", "\n")
@@ -113,11 +126,15 @@ def _not_text(content: bytes, encoding: str, error: UnicodeDecodeError) -> str:
     guess = from_bytes(content[: 1 << 20], cp_isolation=list(COMMON)).best()
     if guess is None or "\0" in str(guess):
         return f"{found}, and it looks like no text at all; convert or remove the file."
-    return f"{found}; perhaps it is {guess.encoding}: convert the file, or set data.encoding={guess.encoding}."
+    # of encodings that give the same text, the most common one
+    alike = {guess.encoding, *guess.could_be_from_charset}
+    name = next((name for name in COMMON if name in alike), guess.encoding)
+    return f"{found}; perhaps it is {name}: convert the file, or set data.encoding={name}."
 
 
 def read_rows(path: Path, encoding: str | None = None) -> Iterator[tuple[str, Any]]:
-    """`(where, record)` of a .json, .jsonl, .csv or .tsv file. A record that cannot be read is a `ValueError` in its place."""
+    """`(where, record)` of a .json, .jsonl, .csv or .tsv file. A record that cannot be read is a
+    `ValueError` in its place."""
     suffix = Path(path.stem).suffix if path.suffix.lower() in OPENERS else path.suffix
     if suffix.lower() in (".csv", ".tsv"):
         return _csv_rows(path, suffix.lower(), encoding)
@@ -143,7 +160,7 @@ def _json_rows(path: Path, encoding: str | None) -> Iterator[tuple[str, Any]]:
     text = read_text(path, encoding)
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         yield f"{path}", ValueError(f"{path} is no JSON ({error}).")
         return
     for index, record in enumerate(content if isinstance(content, list) else [content]):
@@ -175,21 +192,32 @@ def _line_rows(path: Path, encoding: str | None) -> Iterator[tuple[str, Any]]:
 def _csv_rows(path: Path, suffix: str, encoding: str | None) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     text = read_text(path, encoding)
-    first = text.partition("\n")[0]
-    separators = "\t" if suffix == ".tsv" else max(",;\t", key=first.count)
-    reader = csv.reader(
-        io.StringIO(text), delimiter=separators[0] if suffix == ".tsv" else separators
-    )
-    header = next(reader, [])
+    first, _, rest = text.partition("\n")
+    if first.startswith("sep=") and len(first) == 5:  # Excel's way of naming it
+        separator = first[-1]
+        text = rest
+    elif suffix == ".tsv":
+        separator = "\t"
+    else:
+        separator = max(SEPARATORS, key=first.count)
+    # strict, for a quote that is never closed would make one text of all lines behind it
+    reader = csv.reader(io.StringIO(text), delimiter=separator, strict=True)
+    rows = _csv_fields(reader)
+    header = next(rows, [])
+    if isinstance(header, ValueError):
+        yield f"{path}", ValueError(f"{path} has a header that is no CSV ({header}).")
+        return
     if len(set(header)) < len(header):
         yield (
             f"{path}",
             ValueError(f"{path} names a column twice ({', '.join(header)}); rename one."),
         )
         return
-    for index, row in enumerate(row for row in reader if row):
+    for index, row in enumerate(row for row in rows if row):
         where = f"{path}, record {index} (line {reader.line_num})"
-        if len(row) != len(header):
+        if isinstance(row, ValueError):
+            yield where, ValueError(f"{where} is no CSV ({row}); close its quotes, or double them.")
+        elif len(row) != len(header):
             yield (
                 where,
                 ValueError(
@@ -200,16 +228,27 @@ def _csv_rows(path: Path, suffix: str, encoding: str | None) -> Iterator[tuple[s
             yield where, dict(zip(header, row))
 
 
+def _csv_fields(reader) -> Iterator[list[str] | ValueError]:
+    """The rows of a reader; where it fails the reason, and then the next row."""
+    while True:
+        try:
+            yield next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield ValueError(str(error))
+
+
 def first_record(path: Path, encoding: str | None = None) -> dict | None:
-    """The first object of a file, which says what its fields are; None if it holds no record at all. A file that cannot be read
-    holds one without fields: why is found when its records are."""
+    """The first object of a file, which says what its fields are; None if it holds no record at
+    all. A file that cannot be read holds one without fields: why is found when its records are."""
     found = None
     try:
         for _, record in read_rows(path, encoding):
             if isinstance(record, dict):
                 return record
             found = {}
-    except (ValueError, OSError, EOFError):
+    except UNREADABLE:
         return {}
     return found
 
@@ -221,7 +260,8 @@ def text_of(record: Any, column: str, where: str) -> str:
     if column not in record:
         fields = list(record)
         raise ValueError(
-            f"{where} has no field {column!r} (fields: {', '.join(fields)}){near_miss(column, fields)} Repair or remove it."
+            f"{where} has no field {column!r} (fields: "
+            f"{', '.join(fields)}){near_miss(column, fields)} Repair or remove it."
         )
     text = record[column]
     if not isinstance(text, str):
@@ -238,16 +278,24 @@ def text_of(record: Any, column: str, where: str) -> str:
 
 
 def messages_of(record: dict, where: str = "the dialogue") -> list[dict[str, str]]:
-    """`[{"role", "content"}, ...]` of a record of any of the three forms; `ValueError` if it does not end with an answer."""
+    """`[{"role", "content"}, ...]` of a record of any of the three forms; `ValueError` if it
+    does not end with an answer."""
     if record.get("prompt") is not None:
         pairs = [("user", record["prompt"]), ("assistant", record.get("answer"))]
     else:
-        pairs = _turns(record.get("messages") or record.get("conversations") or [], where)
+        turns = record.get("messages") or record.get("conversations")
+        if turns is None and not set(DIALOGUES) & set(record):
+            raise ValueError(
+                f"{where} has none of the fields {', '.join(DIALOGUES)} (fields: "
+                f"{', '.join(record)}); repair or remove it."
+            )
+        pairs = _turns(turns or [], where)
     messages = []
     for number, (role, content) in enumerate(pairs):
         if not isinstance(content, str):
             raise ValueError(
-                f"{where}: turn {number} ({role}) of {pairs!r:.200} holds {shown(content)} instead of a text; repair or remove it."
+                f"{where}: turn {number} ({role}) of {pairs!r:.200} holds {shown(content)} "
+                "instead of a text; repair or remove it."
             )
         messages.append(
             {"role": ROLES[role], "content": text_of({"content": content}, "content", where)}
@@ -256,6 +304,8 @@ def messages_of(record: dict, where: str = "the dialogue") -> list[dict[str, str
         raise ValueError(
             f"{where} {pairs!r:.200} must end with an answer of the assistant to something."
         )
+    if not messages[-1]["content"].strip():
+        raise ValueError(f"{where} {pairs!r:.200} has a blank answer; repair or remove it.")
     return messages
 
 
@@ -271,7 +321,8 @@ def _turns(turns: Any, where: str) -> list[tuple[str, Any]]:
         role, content = ("role", "content") if "role" in turn else ("from", "value")
         if turn.get(role) not in list(ROLES) or content not in turn:
             raise ValueError(
-                f"{where}: a turn of {turns!r:.200} has no {content!r} or an unknown {role!r}; known roles are {sorted(ROLES)}."
+                f"{where}: a turn of {turns!r:.200} has no {content!r} or an unknown {role!r}; "
+                f"known roles are {sorted(ROLES)}."
             )
         pairs.append((turn[role], turn[content]))
     return pairs

@@ -1,6 +1,8 @@
-"""What a run has read, in words: one block for each source, and one for each part of the data as the loader yields it.
+"""What a run has read, in words: one block for each source, and one for each part of the data as
+the loader yields it.
 
-Nothing is counted in a pass of its own: sources note what they find while they are opened, data sets what they decode.
+Nothing is counted in a pass of its own: sources note what they find while they are opened, data
+sets what they decode.
 """
 
 from collections import Counter
@@ -44,7 +46,8 @@ class SourceReport:
             found = self.listing.left_out
             count = sum(map(len, found.values()))
             lines.append(
-                f"  {several(self.used + count, 'file')} found, {self.used:,} used, {count:,} left out"
+                f"  {several(self.used + count, 'file')} found, {self.used:,} used, {count:,} "
+                "left out"
             )
             lines += [f"    left out ({reason}): {some(names)}" for reason, names in found.items()]
         records = "a stream of records" if self.records is None else several(self.records, "record")
@@ -54,7 +57,8 @@ class SourceReport:
 
 @dataclass
 class PartReport:
-    """The training or the validation data as their loader yields them: named counts, sizes, and decoded examples."""
+    """The training or the validation data as their loader yields them: named counts, sizes, and
+    decoded examples."""
 
     name: str
     records: int | None = None
@@ -107,7 +111,8 @@ class Report:
                 f"data.max_skipped={len(self.problems)} leaves it out"
                 if not self.max_skipped
                 else (
-                    f"it is one more than data.max_skipped={self.max_skipped}: {some(self.problems[:-1])}"
+                    f"it is one more than data.max_skipped={self.max_skipped}: "
+                    f"{some(self.problems[:-1])}"
                 )
             )
             raise ValueError(f"{problem.rstrip()} ({remedy})")
@@ -118,7 +123,10 @@ class Report:
             lines += [f"  {line}" for line in part.lines()]
         if self.problems:
             lines.append(
-                f"  {several(len(self.problems), 'record')} left out (data.max_skipped={self.max_skipped}):"
+                f"  {several(len(self.problems), 'record')} left out "
+                f"(data.max_skipped={self.max_skipped}):"
             )
             lines += [f"    {problem}" for problem in self.problems[:NAMED]]
+            if len(self.problems) > NAMED:
+                lines.append(f"    and {len(self.problems) - NAMED:,} more")
         return "\n".join(lines)

@@ -1,7 +1,7 @@
 """From what `data.train` names, one source or several, to a dataset of records.
 
-A source is a file, a folder, or a name on the Hub. Local texts and tables are read once into the cache of `datasets`, whose key is
-the content of the files, so a changed file is read again and a moved one is not.
+A source is a file, a folder, or a name on the Hub. Local texts and tables are read by
+`documents.py`, folders of pictures, clips and sounds by `folders.py`.
 """
 
 import glob
@@ -14,11 +14,25 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pyarrow.parquet
-import xxhash
 import yaml
 
 from tokcom.training.checkpoints import first_line
 from tokcom.training.config import DataConfig
+from tokcom.training.documents import (
+    PROBLEM,
+    READER,
+    TURNS,
+    alike,
+    as_stored,
+    columns_of,
+    content_digest,
+    format_of,
+    good_records,
+    part_kind,
+    table_of,
+    table_records,
+    text_records,
+)
 from tokcom.training.files import KINDS, MEDIA, Listing, kind_of, list_files
 from tokcom.training.folders import (
     MediaFolder,
@@ -33,84 +47,19 @@ from tokcom.training.records import (
     messages_of,
     near_miss,
     read_rows,
-    read_text,
     shown,
-    text_of,
 )
 from tokcom.training.report import Report, SourceReport, several
-
-PROBLEM = "problem"  # column that says what is wrong with a record
-READER = 1  # version of what the cache holds
-TURNS = [{"role": datasets.Value("string"), "content": datasets.Value("string")}]
-
-
-def text_records(files: list[str], column: str, encoding: str | None) -> Iterator[dict]:
-    """A record for every text file; one that cannot be read has a problem instead of a text."""
-    for file in files:
-        try:
-            yield {column: read_text(Path(file), encoding), PROBLEM: None}
-        except ValueError as error:
-            yield {column: None, PROBLEM: str(error)}
-
-
-def table_records(
-    files: list[str], field: str | None, column: str, encoding: str | None
-) -> Iterator[dict]:
-    """The texts in `field` of JSON and CSV files, as `column`, or without a field their dialogues, as `messages`."""
-    name = "messages" if field is None else column
-    for file in files:
-        try:
-            for where, record in read_rows(Path(file), encoding):
-                yield _table_record(record, where, field, name)
-        except (ValueError, OSError, EOFError) as error:  # the file, not one of its records
-            yield {
-                name: None,
-                PROBLEM: f"{file}: {first_line(error)}" if file not in str(error) else str(error),
-            }
-
-
-def _table_record(record: object, where: str, field: str | None, name: str) -> dict:
-    try:
-        if isinstance(record, ValueError):
-            raise record
-        if field is not None:
-            return {name: text_of(record, field, where), PROBLEM: None}
-        if not isinstance(record, dict):
-            raise ValueError(f"{where} is {shown(record)}, not an object with fields.")
-        return {name: messages_of(record, where), PROBLEM: None}
-    except ValueError as error:
-        return {name: None, PROBLEM: str(error)}
-
-
-def good_records(generator, max_skipped: int, **arguments) -> Iterator[dict]:
-    """The records of a generator without problems, for a stream; `ValueError` after `max_skipped` of the others."""
-    report = Report(max_skipped)
-    for record in generator(**arguments):
-        problem = record.pop(PROBLEM)
-        if problem is None:
-            yield record
-        else:
-            report.skip(problem)
-
-
-def content_digest(files: list[Path]) -> str:
-    """A digest of the names and the content of files."""
-    digest = xxhash.xxh3_128()
-    for file in files:
-        digest.update(f"{file}\0{file.stat().st_size}\0".encode())
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 @dataclass
 class Source:
-    """One of several sources: where it lies, which of its fields holds the text, and how much of it is used.
+    """One of several sources: where it lies, which of its fields holds the text, and how much of
+    it is used.
 
-    `weight` is the share of documents drawn from it, relative to the other sources; `fraction` in (0, 1] or `max_samples`
-    take a part, of a stream its head. `fields` names for each of several streams the field that holds it; `modality` with `field` is
-    short for one.
+    `weight` is the share of documents drawn from it, relative to the other sources; `fraction`
+    in (0, 1] or `max_samples` take a part, of a stream its head. `fields` names for each of
+    several streams the field that holds it; `modality` with `field` is short for one.
     """
 
     path: str
@@ -125,12 +74,14 @@ class Source:
     def __post_init__(self):
         if (self.weight is not None and self.weight <= 0) or not 0 < self.fraction <= 1:
             raise ValueError(
-                f"source {self.path}: `weight` ({self.weight}) must be positive, `fraction` ({self.fraction}) in (0, 1]."
+                f"source {self.path}: `weight` ({self.weight}) must be positive, `fraction` "
+                f"({self.fraction}) in (0, 1]."
             )
         if self.modality is not None:
             if self.field is None or self.fields is not None:
                 raise ValueError(
-                    f"source {self.path}: `modality` ({self.modality!r}) is that of one `field`; name it."
+                    f"source {self.path}: `modality` ({self.modality!r}) is that of one `field`; "
+                    "name it."
                 )
             self.fields = {self.modality: self.field}
         if self.max_samples is not None and self.max_samples < 1:
@@ -140,8 +91,10 @@ class Source:
 
     def load(self, config: DataConfig, split: str, report: Report):
         """Its records with the fields that training reads; notes in `report` what they are."""
+        if self.path.startswith("~"):
+            self.path = str(Path(self.path).expanduser())
         self.report = report
-        self.group: list[Path] = []  # parquet files that are read together
+        self.group: dict[Path, int] = {}  # rows of the parquet files that are read together
         path = Path(self.path)
         if not path.exists():
             part = self._from_hub(config, split)
@@ -170,7 +123,8 @@ class Source:
         if isinstance(part, datasets.DatasetDict):
             if split not in part:
                 raise ValueError(
-                    f"{path} has no split {split!r}; it has {', '.join(part)}. Give the folder of one."
+                    f"{path} has no split {split!r}; it has {', '.join(part)}. Give the folder of "
+                    "one."
                 )
             part = part[split]
         part = part.to_iterable_dataset() if config.streaming else part
@@ -185,7 +139,8 @@ class Source:
             return self._documents(listing, config)
         if config.streaming:
             raise ValueError(
-                f"{self.path}: pictures, clips and sounds are not streamed; set data.streaming=false."
+                f"{self.path}: pictures, clips and sounds are not streamed; set "
+                "data.streaming=false."
             )
         part = MediaFolder(listing, kinds, config, self.report).load()
         for name, kind in ((config.image_column, datasets.Image), ("audio", datasets.Audio)):
@@ -198,7 +153,8 @@ class Source:
     def _media_kinds(self, listing: Listing, config: DataConfig) -> tuple[str, ...]:
         """The kinds of media that are read; none if texts or tables are.
 
-        What the run reads decides. If that is not known, what there is more of does, but captions belong to media.
+        What the run reads decides. If that is not known, what there is more of does, but
+        captions belong to media.
         """
         side = set(side_files(listing).values())
         documents = [p for p in listing.of_kind("text") if p not in side]
@@ -217,17 +173,31 @@ class Source:
         return ("picture", "clip")
 
     def _documents(self, listing: Listing, config: DataConfig):
-        """Texts and tables of one format."""
-        formats = {path: _format(path) for path in listing.of_kind("text", "table")}
-        if len(set(formats.values())) > 1:
-            found = {
-                name: [listing.name(p) for p in formats if formats[p] == name][0]
-                for name in formats.values()
-            }
-            named = ", ".join(f"{name} (such as {file})" for name, file in found.items())
-            raise ValueError(
-                f"{self.path}: expected files of one kind, found {named}; which of them hold the data? Give those as a list."
-            )
+        """Texts and tables, those of each format on their own, then joined."""
+        formats = self._formats(listing, config)
+        for path in listing.files:
+            if path not in formats:
+                listing.leave_out(path, f"{kind_of(path) or 'caption'} beside texts")
+        if all(file.stat().st_size == 0 for file in formats):
+            raise ValueError(f"{self.path} is empty; give a file with data.")
+        parts = {}
+        for name in dict.fromkeys(formats.values()):
+            files = [file for file in formats if formats[file] == name]
+            source = SourceReport(self.path, name, listing, used=len(files))
+            parts[name] = self._one_format(files, config, source)
+            listing = Listing(listing.root)  # whose other files have been told
+        if len(parts) == 1:
+            return parts[name]
+        kinds = {part_kind(part, config): name for name, part in parts.items()}
+        if len(kinds) > 1:
+            found = ", ".join(f"{kind} ({name})" for kind, name in kinds.items())
+            raise ValueError(f"{self.path} holds {found}; give the files of one of them as a list.")
+        return datasets.concatenate_datasets(alike(list(parts.values()), config))
+
+    def _formats(self, listing: Listing, config: DataConfig) -> dict[Path, str]:
+        """Texts and tables by file: text, json, csv or parquet. Of several formats tables that
+        hold no text are left out."""
+        formats = {path: format_of(path) for path in listing.of_kind("text", "table")}
         if not formats:
             known = ", ".join(KINDS)
             left_out = "; ".join(
@@ -237,13 +207,20 @@ class Source:
             raise ValueError(
                 f"{self.path} holds no file that is read ({reasons}); known are {known}."
             )
-        for path in listing.files:
-            if path not in formats:
-                listing.leave_out(path, f"{kind_of(path) or 'caption'} beside texts")
-        files = list(formats)
-        if all(file.stat().st_size == 0 for file in files):
-            raise ValueError(f"{self.path} is empty; give a file with data.")
-        source = SourceReport(self.path, formats[files[0]], listing, used=len(files))
+        if len(set(formats.values())) == 1:
+            return formats
+        text = self.field or config.text_column
+        fitting = {}
+        for path, name in formats.items():
+            columns = [] if name == "text" else columns_of(path, config.encoding)
+            if not columns or {text, *DIALOGUES} & set(columns):
+                fitting[path] = name
+            else:
+                listing.leave_out(path, f"table without field {text!r}")
+        listing.files = [path for path in listing.files if path in fitting or path not in formats]
+        return fitting or formats
+
+    def _one_format(self, files: list[Path], config: DataConfig, source: SourceReport):
         if source.kind == "parquet":
             return self._parquet(files, config, source)
         if source.kind == "text":
@@ -251,7 +228,8 @@ class Source:
         return self._table(files, config, source)
 
     def _table(self, files: list[Path], config: DataConfig, source: SourceReport):
-        """JSON and CSV: texts and dialogues are checked while they are read, other records are kept as they are."""
+        """JSON and CSV: texts and dialogues are checked while they are read, other records are
+        kept as they are."""
         firsts = {file: first_record(file, config.encoding) for file in files}
         for file in (path for path in files if firsts[path] is None):
             source.listing.leave_out(file, "without records")
@@ -261,15 +239,7 @@ class Source:
         source.used = len(files)
         columns = list(dict.fromkeys(name for first in firsts.values() for name in first or ()))
         if (self.fields or config.fields) or _holds_pictures(columns, config, self.field):
-            rows = [pair for file in files for pair in read_rows(file, config.encoding)]
-            for _, record in rows:
-                if not isinstance(record, dict):
-                    self.report.skip(str(record))
-            return self._select(
-                datasets.Dataset.from_list([r for _, r in rows if isinstance(r, dict)]),
-                config,
-                source,
-            )
+            return self._select(self._records(files, config), config, source)
         wanted = self._text_columns(columns, config)
         field = None if wanted[0] in DIALOGUES else wanted[0]
         source.fields = wanted
@@ -277,10 +247,48 @@ class Source:
             table_records, files, config, source, field=field, column=config.text_column
         )
 
+    def _records(self, files: list[Path], config: DataConfig) -> datasets.Dataset:
+        """The records of JSON and CSV files as they are."""
+        found = []
+        for file in files:
+            for where, record in read_rows(file, config.encoding):
+                if isinstance(record, dict):
+                    found.append((file, where, record))
+                else:
+                    problem = record if isinstance(record, ValueError) else None
+                    self.report.skip(str(problem or f"{where} is {shown(record)}, no object."))
+        columns = list(dict.fromkeys(name for _, _, record in found for name in record))
+        fields = self.fields or config.fields
+        caption = None if fields else find_caption_column(columns, config, self.path)
+        needed = list(fields.values()) if fields else [config.image_column, caption]
+        return table_of(list(self._checked(found, needed, caption)), columns, needed, self.path)
+
+    def _checked(
+        self, found: list[tuple[Path, str, dict]], needed: list[str], caption: str | None
+    ) -> Iterator[dict]:
+        """Records whose captions are texts; names of files in them are seen from the folder of
+        their table, too."""
+        for file, where, record in found:
+            for name in needed:
+                value = record.get(name)
+                if isinstance(value, str) and 0 < len(value) < 1000 and kind_of(value) in MEDIA:
+                    beside = file.parent / value
+                    record[name] = str(beside) if beside.is_file() else value
+            texts = record.get(caption)
+            for text in texts if isinstance(texts, list) else [texts]:
+                if text is not None and not isinstance(text, str):
+                    self.report.skip(
+                        f"{where}: its caption is {shown(text)}, not a text; repair it."
+                    )
+                    break
+            else:
+                yield record
+
     def _read(
         self, generator, files: list[Path], config: DataConfig, source: SourceReport, **arguments
     ):
-        """Records of a generator over files, from the cache if it holds them, without those that have a problem."""
+        """Records of a generator over files, from the cache if it holds them, without those that
+        have a problem."""
         dialogues = arguments.get("field", "") is None
         text = config.text_column
         features = datasets.Features(
@@ -291,7 +299,9 @@ class Source:
         if config.streaming:
             arguments |= {"generator": generator, "max_skipped": config.max_skipped}
             self.report.sources.append(source)
-            return _stream(arguments, features)
+            return datasets.IterableDataset.from_generator(
+                good_records, features, gen_kwargs=arguments
+            )
         key = datasets.fingerprint.Hasher.hash(
             [READER, generator.__name__, arguments, content_digest(files)]
         )
@@ -318,7 +328,8 @@ class Source:
         return part
 
     def _parquet(self, files: list[Path], config: DataConfig, source: SourceReport):
-        """Files that have other columns than their neighbours are read on their own, then joined."""
+        """Files that have other columns than their neighbours are read on their own, then
+        joined."""
         schemas = {}
         for file in files:
             try:
@@ -335,7 +346,7 @@ class Source:
         source.used = len(files)
         parts = []
         for _, group in groupby(files, lambda file: str(schemas[file])):
-            self.group = list(group)
+            self.group = {file: pyarrow.parquet.read_metadata(file).num_rows for file in group}
             names = [
                 glob.escape(str(file)) for file in self.group
             ]  # a name is a pattern to datasets
@@ -357,7 +368,8 @@ class Source:
     # ---- the fields of records ----
 
     def _select(self, part, config: DataConfig, source: SourceReport, index: int = 0):
-        """The fields that training reads; of several groups of files (`index`) the first is noted."""
+        """The fields that training reads; of several groups of files (`index`) the first is
+        noted."""
         if chosen := self.fields or config.fields:
             part = self._streams(part, chosen, config)
         else:
@@ -379,8 +391,10 @@ class Source:
         wanted = [name for name in (*DIALOGUES, "answer") if name in columns] if default else []
         if not wanted or ("prompt" in wanted) != ("answer" in wanted):
             raise ValueError(
-                f"records of {self.path} have no field {text!r} (fields: {', '.join(columns)}){near_miss(text, columns)} Set "
-                "`data.text_column` (or of pictures `data.image_column`) to one of them, or give dialogues: `prompt` and "
+                f"records of {self.path} have no field {text!r} (fields: "
+                f"{', '.join(columns)}){near_miss(text, columns)} Set "
+                "`data.text_column` (or of pictures `data.image_column`) to one of them, or give "
+                "dialogues: `prompt` and "
                 "`answer`, `messages`, `conversations`."
             )
         return wanted
@@ -393,7 +407,8 @@ class Source:
             feature = (part.features or {}).get(text)
             if feature is not None and getattr(feature, "dtype", None) not in ("string", "null"):
                 raise ValueError(
-                    f"field {text!r} of {self._place(0)[0]} holds {feature}, not texts; name another field."
+                    f"field {text!r} of {self._place(0)[0]} holds {feature}, not texts; name "
+                    "another field."
                 )
             if not isinstance(part, datasets.IterableDataset):
                 nulls = np.flatnonzero(part.data.column(text).is_null().to_numpy())
@@ -401,12 +416,23 @@ class Source:
             part = (
                 part if text == config.text_column else part.rename_column(text, config.text_column)
             )
+        elif not isinstance(part, datasets.IterableDataset):
+            part = self._without(part, self._bad_dialogues(part))
         return part
+
+    def _bad_dialogues(self, part: datasets.Dataset) -> dict[int, str]:
+        """What is wrong with the dialogues of which something is."""
+        problems = {}
+        for index, record in enumerate(part):
+            try:
+                messages_of(record, "{}, record {}".format(*self._place(index)))
+            except ValueError as error:
+                problems[index] = str(error)
+        return problems
 
     def _place(self, index: int) -> tuple[str, int]:
         """The file of a record of parquet files, and its number there; of others the source."""
-        for file in self.group:
-            rows = pyarrow.parquet.read_metadata(file).num_rows
+        for file, rows in self.group.items():
             if index < rows:
                 return str(file), index
             index -= rows
@@ -441,11 +467,13 @@ class Source:
         if config.streaming:
             raise ValueError("pictures are not streamed; set data.streaming=false.")
         image = config.image_column
-        named = config.caption_column
+        named = config.captions
         source.kind += " with pictures or clips"
         label = part.features.get("label")
         classes = (
-            isinstance(label, datasets.ClassLabel) and label.num_classes > 1 and named == "caption"
+            isinstance(label, datasets.ClassLabel)
+            and label.num_classes > 1
+            and config.caption_column is None
         )
         if classes and not {"caption", "text"} & set(part.column_names):
             names = [label.names[i] for i in part["label"]]
@@ -461,7 +489,8 @@ class Source:
         inner = feature.feature if isinstance(feature, datasets.List) else feature
         if getattr(inner, "dtype", None) not in ("string", "null"):
             raise ValueError(
-                f"field {caption!r} of {self.path} holds {feature}, not captions; name another field."
+                f"field {caption!r} of {self.path} holds {feature}, not captions; name another "
+                "field."
             )
         source.notes.append(f"captions from field {caption!r}")
         return part if caption == named else part.rename_column(caption, named)
@@ -470,7 +499,8 @@ class Source:
         if streaming:
             if self.fraction < 1:
                 raise ValueError(
-                    f"source {self.path}: the length of a stream is unknown, so `fraction` cannot be taken; use `max_samples`."
+                    f"source {self.path}: the length of a stream is unknown, so `fraction` cannot "
+                    "be taken; use `max_samples`."
                 )
             return part if self.max_samples is None else part.take(self.max_samples)
         count = max(1, round(self.fraction * len(part)))
@@ -481,36 +511,19 @@ class Source:
         return part.shuffle(seed=0).select(range(count))
 
 
-def _format(path: Path) -> str:
-    """text, json, csv or parquet."""
-    if kind_of(path) == "text":
-        return "text"
-    suffixes = "".join(path.suffixes).lower()
-    return (
-        "parquet"
-        if ".parquet" in suffixes
-        else "csv"
-        if ".csv" in suffixes or ".tsv" in suffixes
-        else "json"
-    )
-
-
-def _stream(arguments: dict, features: datasets.Features) -> datasets.IterableDataset:
-    return datasets.IterableDataset.from_generator(good_records, features, gen_kwargs=arguments)
-
-
 def _holds_pictures(columns: list[str], config: DataConfig, field: str | None) -> bool:
     """Whether records are read as pictures, not as the texts that they hold, too."""
     if config.image_column not in columns:
         return False
     text = field or config.text_column
-    if text not in columns or text == config.caption_column:
+    if text not in columns or text == config.captions:
         return True
     return config.kind != "text" and field is None and config.text_column == "text"
 
 
 def read_sources(source: str | dict | list[str | dict]) -> list[Source]:
-    """`data.train`: one source or several, each a path or name, a dictionary of `Source`'s fields, or a .yaml list of them."""
+    """`data.train`: one source or several, each a path or name, a dictionary of `Source`'s
+    fields, or a .yaml list of them."""
     if isinstance(source, str) and Path(source).suffix in (".yaml", ".yml"):
         source = yaml.safe_load(Path(source).read_text(encoding="utf-8"))
     known = {field.name for field in fields(Source)}
@@ -519,38 +532,11 @@ def read_sources(source: str | dict | list[str | dict]) -> list[Source]:
         values = item if isinstance(item, dict) else {"path": item}
         if "path" not in values or set(values) - known:
             raise ValueError(
-                f"a data source must have `path` and may have {sorted(known - {'path'})}, not {values!r}."
+                f"a data source must have `path` and may have {sorted(known - {'path'})}, not "
+                f"{values!r}."
             )
         sources.append(Source(**values))
     return sources
-
-
-def as_stored(part):
-    """Records whose pictures, films and sounds are not decoded, and whose texts are of one type: sources are joined by equal ones,
-    and parquet knows two."""
-    for name, feature in (part.features or {}).items():
-        if type(feature) in (datasets.Image, datasets.Video, datasets.Audio):
-            part = part.cast_column(name, type(feature)(decode=False))
-        elif getattr(feature, "dtype", None) == "large_string":
-            part = part.cast_column(name, datasets.Value("string"))
-    return part
-
-
-def alike(parts: list, config: DataConfig) -> list:
-    """Parts whose captions are all texts or all lists of texts, so that they can be joined."""
-    name = config.caption_column
-    if config.streaming or not any(
-        isinstance(part.features.get(name), datasets.List) for part in parts
-    ):
-        return parts
-    same = []
-    for part in parts:
-        if name in part.column_names and not isinstance(part.features[name], datasets.List):
-            rows = [[text] if text else [] for text in part[name]]
-            feature = datasets.List(datasets.Value("string"))
-            part = part.remove_columns(name).add_column(name, rows, feature=feature)
-        same.append(part)
-    return same
 
 
 def load_documents(
@@ -559,11 +545,13 @@ def load_documents(
     split: str,
     report: Report | None = None,
 ) -> Iterable[dict]:
-    """Records of one or several sources as an iterable that can be iterated again: with field `config.text_column`, or if
-    there is none with those of a dialogue, or with pictures and captions, or with the fields of several streams.
+    """Records of one or several sources as an iterable that can be iterated again: with field
+    `config.text_column`, or if there is none with those of a dialogue, or with pictures and
+    captions, or with the fields of several streams.
 
-    Sources follow each other, or if any has a weight are mixed, the smaller ones repeated until all are used up. What was found
-    is noted in `report`. Raises `ValueError` when a source has no such field and when there is no document.
+    Sources follow each other, or if any has a weight are mixed, the smaller ones repeated until
+    all are used up. What was found is noted in `report`. Raises `ValueError` when a source has
+    no such field and when there is no document.
     """
     shown = report is not None  # else nobody would hear of files that are left out
     report = report or Report(config.max_skipped)
@@ -595,34 +583,14 @@ def load_documents(
         missing = set(config.fields or ()) - set(joined.column_names) if shared else set()
         if missing or not len(joined):
             raise ValueError(
-                f"{source} has no record with {sorted(missing) or 'a stream'}; correct `data.fields` ({config.fields}), which names "
+                f"{source} has no record with {sorted(missing) or 'a stream'}; correct "
+                f"`data.fields` ({config.fields}), which names "
                 "the field of each stream."
             )
         return joined
-    if len(joined) == 0 or not any(str(row or "").strip() for row in joined[first]):
+    is_text = "pictures" not in kinds and "sounds" not in kinds
+    if len(joined) == 0 or (is_text and not any(str(row or "").strip() for row in joined[first])):
         raise ValueError(
             f"no text in {source}: the dataset is empty; check the path and `data.text_column`."
         )
     return joined
-
-
-def part_kind(part, config: DataConfig) -> str:
-    """pictures, sounds, dialogues or texts."""
-    columns = part.column_names or list(next(iter(part), {}))
-    if config.image_column in columns:
-        return "pictures"
-    if set(DIALOGUES) & set(columns):
-        return "dialogues"
-    return "sounds" if "audio" in columns else "texts"
-
-
-def cut_document(documents: datasets.Dataset, config: DataConfig) -> datasets.Dataset:
-    """One text as two documents, the second `validation_fraction` of it from the beginning of a line or a word."""
-    text = documents[0][config.text_column]
-    place = int(len(text) * (1 - config.validation_fraction))
-    for mark in ("\n", " "):
-        found = text.rfind(mark, int(0.9 * place), place)
-        if found > 0:
-            place = found + 1
-            break
-    return datasets.Dataset.from_dict({config.text_column: [text[:place], text[place:]]})

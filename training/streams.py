@@ -1,4 +1,5 @@
-"""Records with several streams in: a text, a picture, a clip, a sound, any of which may be missing; batches of all streams out."""
+"""Records with several streams in: a text, a picture, a clip, a sound, any of which may be
+missing; batches of all streams out."""
 
 import hashlib
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from tokcom.pictures_tokcom import Frames
 from tokcom.processing_tokcom import (
     TokComAudioProcessor,
     TokComImageProcessor,
@@ -18,7 +20,7 @@ from tokcom.processing_tokcom import (
     text_rows,
 )
 from tokcom.training.files import MEDIA, kind_of
-from tokcom.training.images import Frames, captions_of, record_name
+from tokcom.training.images import captions_of, record_name, row_number
 
 KEPT_SOUNDS = 512 * 2**20  # bytes of features that a dataset keeps, in each process that reads it
 
@@ -36,9 +38,10 @@ def is_text(records: datasets.Dataset, name: str) -> bool:
 class OmniDataset(torch.utils.data.Dataset):
     """Records whose columns are streams; None is a stream that a record lacks.
 
-    An item has `streams`, the tensors that the codecs read, zeros where a stream is missing, and `present`, which are not; a stream
-    without a column is in neither. A text that is too long loses its end; of several texts the first is taken. `fit` says for which
-    composite codec. `facts` has what was found while the last item was made.
+    An item has `streams`, the tensors that the codecs read, zeros where a stream is missing, and
+    `present`, which are not; a stream without a column is in neither. A text that is too long
+    loses its end; of several texts the first is taken. `fit` says for which composite codec.
+    `facts` has what was found while the last item was made.
     """
 
     def __init__(self, records: datasets.Dataset, tokenizer: PreTrainedTokenizerBase | None):
@@ -52,6 +55,7 @@ class OmniDataset(torch.utils.data.Dataset):
         ] = {}  # the place of the first text of every record, and the end
         self.present: dict[str, np.ndarray] = {}  # which records have a stream
         self.facts: dict[str, float] = {}
+        self.codec = None
         for name in records.column_names:
             if is_text(records, name):
                 texts = [
@@ -69,33 +73,41 @@ class OmniDataset(torch.utils.data.Dataset):
                 )
 
     def select(self, rows: list[int]) -> "OmniDataset":
-        """A dataset of these records, in this order."""
-        return OmniDataset(self.records.select(rows), self.tokenizer)
+        """A dataset of these records, in this order, for the same codec."""
+        kept = OmniDataset(self.records.select(rows), self.tokenizer)
+        if self.codec is not None:
+            kept.fit(self.codec)
+        return kept
 
     def describe(self, index: int) -> str:
         """A record in words: its texts, and the names of its other streams."""
         record = self.records[index]
         there = {name: value for name, value in record.items() if self.present[name][index]}
         shown = {
-            name: repr(there[name]) if name in self.texts else record_name(index, name, there[name])
+            name: repr(there[name])
+            if name in self.texts
+            else record_name(self.records, index, name, there[name])
             for name in there
         }
         return ", ".join(f"{name} {value}" for name, value in shown.items())
 
     def fit(self, codec) -> "OmniDataset":
-        """Give streams as the `TokComCompositeCodec` reads them from now on; raises `ValueError` if it has none of these or a column
-        is of another kind."""
+        """Give streams as the `TokComCompositeCodec` reads them from now on; raises `ValueError`
+        if it has none of these or a column is of another kind."""
+        self.codec = codec
         found = set(self.records.column_names)
         wanted = set(codec.names)
         if not found <= wanted:
             raise ValueError(
-                f"the data have the streams {sorted(found)} but the codec {sorted(wanted)}; name them alike in `data.fields`, or "
+                f"the data have the streams {sorted(found)} but the codec {sorted(wanted)}; name "
+                "them alike in `data.fields`, or "
                 "add them to model.codec_config.streams."
             )
         for name in found:
             if (name in self.texts) != codec.streams[name].config.has_tokens:
                 raise ValueError(
-                    f"stream {name!r} of the data is not of the kind that {type(codec.streams[name]).__name__} reads."
+                    f"stream {name!r} of the data is not of the kind that "
+                    f"{type(codec.streams[name]).__name__} reads."
                 )
         self.configs = {
             name: module.config for name, module in codec.streams.items() if name in found
@@ -127,7 +139,8 @@ class OmniDataset(torch.utils.data.Dataset):
         return len(self.records)
 
     def content(self, index: int) -> dict[str, Any]:
-        """What a record holds, as the pipeline takes it: texts, pictures, clips and sounds by name."""
+        """What a record holds, as the pipeline takes it: texts, pictures, clips and sounds by
+        name."""
         record = self.records[index]
         content = {}
         facts: dict[str, float] = {}
@@ -147,7 +160,7 @@ class OmniDataset(torch.utils.data.Dataset):
             elif config.kind == "audio":
                 content[name] = self._sound(value, name, index, facts)
             else:
-                frames = Frames(value, record_name(index, name, value))
+                frames = Frames(value, record_name(self.records, index, name, value))
                 if config.kind == "image":
                     content[name] = frames[0]
                 else:
@@ -169,15 +182,21 @@ class OmniDataset(torch.utils.data.Dataset):
         found: dict[str, float] = {}
         longest = config.num_samples / config.sampling_rate
         sound = read_sound(
-            value, config.sampling_rate, record_name(index, name, value), None, longest, found
+            value,
+            config.sampling_rate,
+            record_name(self.records, index, name, value),
+            None,
+            longest,
+            found,
         )
         seconds = found.pop("seconds")
         found |= {"cut at its end": seconds > longest, "padded with silence": seconds < longest}
         facts |= {f"{name} {what}": value for what, value in found.items()} | {"seconds": seconds}
-        return sound
+        return sound[: config.num_samples]
 
     def cut(self, text: str, ids: list[int], longest: int) -> str:
-        """A text, or of a longer one as much as `longest` ids hold; a cut inside a character loses it."""
+        """A text, or of a longer one as much as `longest` ids hold; a cut inside a character
+        loses it."""
         kept = min(longest, len(ids))
         while len(ids) > longest:
             text = self.tokenizer.decode(ids[:kept]).rstrip("\ufffd")
@@ -187,8 +206,9 @@ class OmniDataset(torch.utils.data.Dataset):
         return text
 
     def sound(self, value: np.ndarray, name: str) -> torch.Tensor:
-        """Features of a sound of the stream `name`: they cost more than all else of a record, and sources that are mixed repeat
-        their sounds, so each sound's are computed once while they fit."""
+        """Features of a sound of the stream `name`: they cost more than all else of a record,
+        and sources that are mixed repeat their sounds, so each sound's are computed once while
+        they fit."""
         key = name, hashlib.sha256(value.tobytes()).digest()
         found = self.features.get(key)
         if found is None:
@@ -201,7 +221,8 @@ class OmniDataset(torch.utils.data.Dataset):
         try:
             return self.processors[name](frames)["pixel_values"]
         except ValueError as error:
-            raise ValueError(f"record {index} ({name}): {error}") from error
+            number = row_number(self.records, index)
+            raise ValueError(f"record {number} ({name}): {error}") from error
 
     def __getitem__(self, index: int) -> dict[str, dict[str, torch.Tensor]]:
         content = self.content(index)
@@ -227,15 +248,16 @@ class OmniDataset(torch.utils.data.Dataset):
                 streams[name] = pixels[0] if config.kind == "image" else pixels.transpose(0, 1)
         present = {name: torch.tensor(name in content) for name in self.configs}
         if not content:
-            raise ValueError(f"record {index} is empty; remove it.")
+            raise ValueError(f"record {row_number(self.records, index)} is empty; remove it.")
         return {"streams": streams, "present": present}
 
 
 class StreamSampler(torch.utils.data.Sampler):
-    """Indices in an order in which the records of a batch have the same streams, so that no other is computed for it.
+    """Indices in an order in which the records of a batch have the same streams, so that no
+    other is computed for it.
 
-    What does not fill a batch of its kind is mixed into batches with the rest of the other kinds, so every record is shown. Epoch and
-    `seed` decide the order, alike on all processes.
+    What does not fill a batch of its kind is mixed into batches with the rest of the other
+    kinds, so every record is shown. Epoch and `seed` decide the order, alike on all processes.
     """
 
     def __init__(self, dataset: OmniDataset, batch_size: int, seed: int):

@@ -1,6 +1,8 @@
-"""Texts and dialogues in, ids out: tokenizers are trained here, and documents tokenized once, into a cache."""
+"""Texts and dialogues in, ids out: tokenizers are trained here, and documents tokenized once,
+into a cache."""
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from tokcom.training.report import PartReport, Report
 
 EOS_TOKEN = "</s>"
 BATCH_BYTES = 1 << 22  # of text that is tokenized at once, whose ids take many times as much
+LONGEST_WORD = 2000  # characters: the time that a word takes to learn from grows with its square
 TOKENIZING = 1  # version of what the cache holds
 TOKENIZED = {
     "ids": datasets.List(datasets.Value("int32")),
@@ -28,7 +31,8 @@ TOKENIZED = {
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of `vocab_size` tokens, one of which, `</s>`, ends a document, and a pad token behind them.
+    """Byte-level BPE of `vocab_size` tokens, one of which, `</s>`, ends a document, and a pad
+    token behind them.
 
     Every text round-trips exactly, since every byte is a token.
     """
@@ -41,9 +45,20 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    pieces = (piece for text in texts for piece in _without_long_words(text))
+    tokenizer.train_from_iterator(pieces, trainer)
     options = {"eos_token": EOS_TOKEN, "clean_up_tokenization_spaces": False}
     return with_pad_token(PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options))
+
+
+def _without_long_words(text: str) -> Iterator[str]:
+    """A text in pieces that hold no word that is too long, such as a file in base64 or a genome;
+    mostly the whole text."""
+    start = 0
+    for word in re.finditer(rf"\w{{{LONGEST_WORD}}}", text):
+        yield text[start : word.end()]
+        start = word.end()
+    yield text[start:]
 
 
 def get_tokenizer(
@@ -67,14 +82,15 @@ def get_tokenizer(
     smallest = vocabulary_size(tokenizer)
     if smallest > vocab_size:
         raise ValueError(
-            f"`tokenizer_vocab_size` ({vocab_size}) must be at least {smallest}: 256 bytes and </s>."
+            f"`tokenizer_vocab_size` ({vocab_size}) must be at least {smallest}: 256 bytes and "
+            "</s>."
         )
     return tokenizer
 
 
 def _texts_of(record: dict, text_column: str) -> list:
-    """The texts of a record: one, the several captions of a picture, or the turns of a dialogue; none of a broken dialogue, which
-    is named when it is tokenized."""
+    """The texts of a record: one, the several captions of a picture, or the turns of a dialogue;
+    none of a broken dialogue, which is named when it is tokenized."""
     if text_column in record:
         text = record[text_column]
         return text if isinstance(text, list) else [text]
@@ -94,12 +110,14 @@ def tokenize_document(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int
 def tokenize_rows(
     documents: Iterable[dict], tokenizer: PreTrainedTokenizerBase, text_column: str
 ) -> Iterator[list[int]]:
-    """Ids of every document that is not blank; raises `ValueError` on a record whose text is missing."""
+    """Ids of every document that is not blank; raises `ValueError` on a record whose text is
+    missing."""
     for index, row in enumerate(documents):
         text = row[text_column]
         if not isinstance(text, str):
             raise ValueError(
-                f"record {index} has no text in field {text_column!r} ({text!r}); repair or remove it."
+                f"record {index} has no text in field {text_column!r} ({text!r}); repair or "
+                "remove it."
             )
         if text.strip():
             yield tokenize_document(tokenizer, text)
@@ -115,8 +133,9 @@ def tokenize_documents(
 ) -> np.ndarray:
     """All documents as one array of ids `(tokens,)`, int32.
 
-    Those of a `datasets.Dataset` are tokenized in batches by `num_proc` processes, once: the ids are mapped from a file in the
-    cache of `datasets`, which other processes and later runs read, too. What was read is counted in `part`.
+    Those of a `datasets.Dataset` are tokenized in batches by `num_proc` processes, once: the ids
+    are mapped from a file in the cache of `datasets`, which other processes and later runs read,
+    too. What was read is counted in `part`.
     """
     if isinstance(documents, datasets.Dataset):
         tokens, facts = _cached_tokens(documents, tokenizer, text_column, desc, num_proc)
@@ -129,7 +148,8 @@ def tokenize_documents(
         facts = {}
     if not len(tokens):
         raise ValueError(
-            f"{desc} has no record with text in field {text_column!r}; give other data or another field."
+            f"{desc} has no record with text in field {text_column!r}; give other data or another "
+            "field."
         )
     if part is not None and facts:
         counted = {"documents": facts["documents"], "blank and left out": facts["blank"]}
@@ -139,7 +159,8 @@ def tokenize_documents(
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the ids of a text depend on: it does not change when the tokenizer is used, as its pickle does."""
+    """What the ids of a text depend on: it does not change when the tokenizer is used, as its
+    pickle does."""
     if tokenizer.is_fast:
         content = json.loads(tokenizer.backend_tokenizer.to_str())
         content |= {"truncation": None, "padding": None}  # of the last call
@@ -150,7 +171,8 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _content_digest(documents: datasets.Dataset, text_column: str) -> str:
-    """Of records on the disk the fingerprint that `datasets` derived from their files, of others a digest of their texts."""
+    """Of records on the disk the fingerprint that `datasets` derived from their files, of others
+    a digest of their texts."""
     if documents.cache_files:
         return documents._fingerprint
     digest = xxhash.xxh3_128()
@@ -167,8 +189,8 @@ def _cached_tokens(
     desc: str,
     num_proc: int,
 ) -> tuple[np.ndarray, dict]:
-    """Ids from the cache, where they are written first if they are not there. A process waits at the lock of a file, not at a
-    barrier of the process group, which would time out."""
+    """Ids from the cache, where they are written first if they are not there. A process waits at
+    the lock of a file, not at a barrier of the process group, which would time out."""
     key = datasets.fingerprint.Hasher.hash(
         [_content_digest(documents, text_column), tokenizer_digest(tokenizer)]
     )
@@ -188,7 +210,8 @@ def _cached_tokens(
 def _write_tokens(
     file: Path, documents: datasets.Dataset, tokenizer, text_column: str, desc: str, num_proc: int
 ) -> dict:
-    """Tokenize to a file; returns how many documents, blank ones and characters there were, and which characters."""
+    """Tokenize to a file; returns how many documents, blank ones and characters there were, and
+    which characters."""
     mean = documents.data.nbytes / max(1, documents.data.num_rows)
     mapped = documents.select_columns([text_column]).map(
         _tokenize_batch,
@@ -251,7 +274,8 @@ def is_dialogue(documents) -> bool:
 def tokenize_prompt(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]
 ) -> list[int]:
-    """Ids of the turns before an answer: by the tokenizer's chat template, or if it has none their texts, line by line."""
+    """Ids of the turns before an answer: by the tokenizer's chat template, or if it has none
+    their texts, line by line."""
     if tokenizer.chat_template:
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         return text_ids(tokenizer, text.rstrip(" "), special_tokens=True)
@@ -266,10 +290,11 @@ def tokenize_dialogues(
     report: Report | None = None,
     part: PartReport | None = None,
 ) -> list[tuple]:
-    """Ids of the prompt and of the last answer, which EOS ends, of every record; `report` counts or refuses those that are no
-    dialogues, and `part` is told which characters there are."""
+    """Ids of the prompt and of the last answer, which EOS ends, of every record; `report` counts
+    or refuses those that are no dialogues, and `part` is told which characters there are."""
     report = Report() if report is None else report
     letters: set[str] = set()
+    characters = 0
     pairs = []
     for index, record in enumerate(tqdm(documents, desc=f"tokenizing {desc}", unit="doc")):
         try:
@@ -278,8 +303,10 @@ def tokenize_dialogues(
             report.skip(str(error))
             continue
         letters.update(answer["content"], *(message["content"] for message in before))
+        characters += sum(len(message["content"]) for message in (*before, answer))
         ids = text_ids(tokenizer, answer["content"])
         pairs.append((tokenize_prompt(tokenizer, before), [*ids, tokenizer.eos_token_id]))
     if part is not None:
         part.letters = "".join(letters)
+        part.counts["characters"] = characters
     return pairs

@@ -73,11 +73,11 @@ class Scores(NamedTuple):
     """Log-probabilities of the tokens of a text.
 
     `ids` are those of the prompt and of what was written, `own[i]` is the log-probability of token i given those before it, and
-    `best[i]` the likeliest ids in its place with theirs.
+    `best[i]` the likeliest ids in its place with theirs. The first token has none.
     """
 
     ids: list[int]
-    own: list[float]
+    own: list[float | None]
     best: list[list[tuple[int, float]]]
 
 
@@ -312,11 +312,12 @@ class Batch:
 
     def _score(self, job: Job, written: list[int]) -> Scores:
         ids = job.ids + written
-        logprobs = score_tokens(self.pipe.model, ids)  # (T, V)
-        own = logprobs.gather(1, torch.tensor(ids, device=logprobs.device)[:, None])[:, 0].tolist()
+        logprobs = score_tokens(self.pipe.model, ids)  # (T - 1, V)
+        following = torch.tensor(ids[1:], device=logprobs.device)
+        own = logprobs.gather(1, following[:, None])[:, 0].tolist()
         values, likeliest = logprobs.topk(max(1, job.num_logprobs), dim=-1)
         best = [list(zip(*row)) for row in zip(likeliest.tolist(), values.tolist())]
-        return Scores(ids, own, best)
+        return Scores(ids, [None, *own], [[], *best])
 
     def _infill(self) -> Iterator[None]:
         """Fill the gap of the one job of this batch."""

@@ -1,0 +1,90 @@
+"""A text in the terminal while it is denoised, for `tokcom generate --watch`.
+
+What is finished stands as it is; what the current denoising step makes of the rest is yellow. Lines
+are broken before they reach the edge, so that only the last one has to be drawn again.
+"""
+
+import shutil
+import sys
+import time
+from typing import TextIO
+
+import torch
+from transformers import PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
+
+from tokcom.processing_tokcom import decode_ids
+
+YELLOW = "\033[33m"
+PLAIN = "\033[0m"
+CLEAR = "\r\033[K"  # back to the start of the line, and nothing behind it
+
+
+class TerminalStreamer(BaseStreamer):
+    """Receives a prompt, drafts and finished ids of one text, and draws them.
+
+    Args:
+        tokenizer: of the ids.
+        pause: seconds for which each draft is shown.
+        file: where to write, by default standard output.
+        width: columns of the terminal, by default as it is.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        pause: float = 0.05,
+        file: TextIO | None = None,
+        width: int | None = None,
+    ):
+        self.tokenizer = tokenizer
+        self.pause = pause
+        self.file = file or sys.stdout
+        self.width = width or shutil.get_terminal_size().columns
+        self.ids: list[int] = []
+        self.line = ""  # what is finished of the last line
+        self.shown = ""  # all finished text
+
+    def _draw(self, draft: str = "") -> None:
+        room = max(0, self.width - 1 - len(self.line))
+        draft = draft.replace("\n", " ")[:room]
+        colored = f"{YELLOW}{draft}{PLAIN}" if draft else ""
+        self.file.write(f"{CLEAR}{self.line}{colored}")
+        self.file.flush()
+
+    def put(self, value: torch.Tensor) -> None:
+        self.ids += value.flatten().tolist()
+        text = decode_ids(self.tokenizer, self.ids).rstrip("\ufffd")
+        new = text[len(self.shown) :]
+        self.shown = text
+        for character in new:
+            self.line += character
+            if character == "\n":
+                self._break(len(self.line) - 1, len(self.line))
+            elif len(self.line) >= self.width:
+                space = self.line.rfind(" ", 1)
+                at = space if space > 0 else len(self.line) - 1
+                self._break(at, at + (space > 0))
+        self._draw()
+
+    def _break(self, end: int, start: int) -> None:
+        """End the line at `end`; what is from `start` on begins the next."""
+        rest = self.line[start:]
+        self.line = self.line[:end]
+        self._draw()
+        self.file.write("\n")
+        self.line = rest
+
+    def put_draft(self, value: torch.Tensor, **kwargs) -> None:
+        known = decode_ids(self.tokenizer, self.ids).rstrip("\ufffd")
+        text = decode_ids(self.tokenizer, self.ids + value.flatten().tolist())
+        self._draw(text[len(known) :])
+        time.sleep(self.pause)
+
+    def end(self) -> None:
+        self._draw()
+        self.file.write("\n")
+        self.file.flush()
+
+
+__all__ = ["TerminalStreamer"]
