@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from moving_pictures import MOTIONS, as_webp, move
 
-from tokcom.training.images import open_image
+from tokcom.pictures_tokcom import open_image
 
 PREFIX = "an emoji of "
 LEFT_OUT = (

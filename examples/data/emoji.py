@@ -16,8 +16,8 @@ import datasets
 import numpy as np
 from PIL import Image
 
+from tokcom.pictures_tokcom import open_image
 from tokcom.processing_tokcom import TokComImageProcessor
-from tokcom.training.images import open_image
 
 PREFIX = "an emoji of "
 SIZE = 32  # pixels
