@@ -26,6 +26,15 @@ from .codec_style_tokcom import TokComImageOutput
 from .codec_video_tokcom import TokComVideoOutput
 from .configuration_tokcom import TokComCompositeCodecConfig, TokComConfig
 from .heads_tokcom import TokComChoice, TokComLatentHead, TokComSymbols, TokComTokenHead
+from .integrity_tokcom import (
+    check_keys,
+    check_types,
+    check_values,
+    explain_loading,
+    verified,
+    weight_files,
+    write_checksums,
+)
 from .layers_tokcom import TokComPreTrainedModel, TokComTokenEmbedding
 from .objective_tokcom import (
     TokComFlowObjective,
@@ -125,13 +134,38 @@ class TokComModel(TokComPreTrainedModel):
         self.set_stage("flow")
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path=None, *args, **kwargs):
-        if pretrained_model_name_or_path is not None:
-            _check_shards(pretrained_model_name_or_path)
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+    def from_pretrained(
+        cls, pretrained_model_name_or_path=None, *args, verify: bool = False, **kwargs
+    ):
+        """As in transformers, but what does not fit or is not finite is refused.
+
+        With `verify` the files are first compared with the directory's `checksums.json`. Raises `ValueError` for missing,
+        unexpected, misshapen or non-finite weights; `ignore_mismatched_sizes=True` allows all but the last.
+        """
+        where = pretrained_model_name_or_path
+        if where is None:
+            return super().from_pretrained(where, *args, **kwargs)
+        if verify:
+            where = verified(where, revision=kwargs.get("revision"), token=kwargs.get("token"))
+        _check_shards(where)
+        wants_facts = kwargs.pop("output_loading_info", False)
+        may_differ = kwargs.pop("ignore_mismatched_sizes", False)
+        with explain_loading(str(where)):
+            model, facts = super().from_pretrained(
+                where, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
+        if getattr(model, "hf_quantizer", None) is None:  # which stores weights in its own way
+            check_keys(str(where), facts, may_differ)
+            check_types(weight_files(where, kwargs), model)
+            check_values(model, str(where))
         model.set_stage("flow")  # loading replaces the parameters, and with them what was frozen
-        return loaded
+        return (model, facts) if wants_facts else model
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in transformers, with the checksums of what lies in the directory then."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            write_checksums(save_directory)
 
     def get_input_embeddings(self):
         return self.codec.get_input_embeddings()

@@ -24,6 +24,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.dynamic_module_utils import custom_object_save
 
 from .context_tokcom import TokComTask
+from .integrity_tokcom import check_files, verified, write_checksums
 from .processing_tokcom import pad_ids, tokenize_texts, vocabulary_size, with_pad_token
 from .sampling_tokcom import (
     Blocks,
@@ -190,6 +191,19 @@ class TokComBasePipeline(DiffusionPipeline):
     # ---- loading and saving ----
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, verify: bool = False, **kwargs):
+        """As in diffusers; with `verify` the files are first compared with the repository's `checksums.json`.
+
+        Raises `ValueError` or `FileNotFoundError` that names the file that is missing or damaged.
+        """
+        where = pretrained_model_name_or_path
+        if verify:
+            where = verified(where, revision=kwargs.get("revision"), token=kwargs.get("token"))
+        if os.path.isdir(where):
+            check_files(where)
+        return super().from_pretrained(where, **kwargs)
+
+    @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs):
         """Resolve TokCom components of `model_index.json` to the classes this module imported."""
         resolved = {}
@@ -298,6 +312,7 @@ class TokComBasePipeline(DiffusionPipeline):
         self._save_language_model(directory)
         self.save_config(directory)
         custom_object_save(self, directory)
+        write_checksums(directory)
         if card is not None or not (directory / CARD).is_file():
             (directory / CARD).write_text(card or self.model_card())
         if push_to_hub:

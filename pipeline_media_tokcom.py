@@ -25,6 +25,7 @@ from .configuration_codec_tokcom import TokComCodecConfig  # noqa: F401
 from .configuration_tokcom import TokComTransformerConfig  # noqa: F401
 from .context_tokcom import TokComTask, lay_out_clip
 from .heads_tokcom import TokComTokenHead  # noqa: F401
+from .integrity_tokcom import check_files  # noqa: F401
 from .layers_tokcom import TokComBlock  # noqa: F401
 from .modeling_tokcom import TokComModel
 from .objective_tokcom import TokComObjective  # noqa: F401

@@ -29,6 +29,7 @@ from .configuration_codec_tokcom import TokComCodecConfig  # noqa: F401
 from .configuration_tokcom import TokComConfig  # noqa: F401
 from .context_tokcom import TokComGiven, TokComTask, latent_gap_task, prompt_context, token_gap_task
 from .heads_tokcom import TokComTokenHead  # noqa: F401
+from .integrity_tokcom import check_files  # noqa: F401
 from .layers_tokcom import TokComBlock  # noqa: F401
 from .modeling_tokcom import TokComModel  # noqa: F401
 from .objective_tokcom import objective_class

@@ -10,6 +10,7 @@ from diffusers import ModelMixin, SchedulerMixin
 from transformers import PreTrainedTokenizerBase
 
 from .configuration_tokcom import TokComConfig
+from .integrity_tokcom import check_files, verified
 from .modeling_tokcom import TokComModel
 from .pipeline_base_tokcom import TokComBasePipeline
 from .pipeline_media_tokcom import TokComImagePipeline, TokComOmniPipeline, TokComVideoPipeline
@@ -40,12 +41,20 @@ def build_pipeline(
     return pipeline_class(model.config)(model, scheduler, tokenizer, **components)
 
 
-def load_pipeline(path: str | os.PathLike, **kwargs: Any) -> TokComBasePipeline:
+def load_pipeline(
+    path: str | os.PathLike, verify: bool = False, **kwargs: Any
+) -> TokComBasePipeline:
     """Load a directory or a Hub repository with the pipeline of its modality.
 
-    `kwargs` are those of `DiffusionPipeline.from_pretrained`, such as `dtype` and `revision`.
+    With `verify` the files are first compared with the repository's `checksums.json`. `kwargs` are those of
+    `DiffusionPipeline.from_pretrained`, such as `dtype` and `revision`. Raises `ValueError` or `FileNotFoundError` that
+    names what is missing or damaged.
     """
     hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+    if verify:
+        path = verified(path, **{name: hub[name] for name in hub if name != "proxies"})
+    if os.path.isdir(path):
+        check_files(path)
     config = TokComConfig.from_pretrained(path, **hub)
     return pipeline_class(config).from_pretrained(path, **kwargs)
 

@@ -20,6 +20,12 @@ BETA_SCHEDULES = {
 }  # `timestep_sampling` -> what DDIMScheduler calls it
 
 
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    """Raise `ValueError` unless `value` is a number between `low` and `high`; NaN is none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise ValueError(f"`{name}` ({value!r}) must be a number between {low:g} and {high:g}.")
+
+
 @dataclass
 class TokComFlowMatchSchedulerOutput(SchedulerOutput):
     """`prev_sample`: x at the next, smaller sigma. `pred_original_sample`: the estimate of x1."""
@@ -62,10 +68,14 @@ class TokComFlowMatchScheduler(SchedulerMixin, ConfigMixin):
         use_flow_sigmas: bool = True,
         flow_shift: float | None = None,
     ):
-        if shift <= 0:
-            raise ValueError(f"`shift` ({shift}) must be positive; 1 is the unshifted grid.")
-        if not 0 <= eta <= 1:
-            raise ValueError(f"`eta` ({eta}) must be in [0, 1].")
+        check_range("shift", shift, 1e-6, 1e6)
+        check_range("eta", eta, 0.0, 1.0)
+        check_range("noise_std", noise_std, 1e-6, 1e3)
+        check_range("num_train_timesteps", num_train_timesteps, 1, 1_000_000)
+        if not isinstance(num_train_timesteps, int):
+            raise ValueError(
+                f"`num_train_timesteps` ({num_train_timesteps}) must be a whole number."
+            )
         self.register_to_config(flow_shift=shift)
         # stock `from_config` drops every value that equals a default of *this* class when it sees this key
         self._internal_dict = FrozenDict(

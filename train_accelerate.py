@@ -13,9 +13,9 @@ This file is the recipe; what it calls is in training/: config.py (settings), co
 (the loop), stage.py and distill.py (what a stage minimises), directory.py (what is written where), card.py.
 """
 
-import sys
 from pathlib import Path
 
+from tokcom.cli.errors import report_errors
 from tokcom.training.command import parse_config
 from tokcom.training.config import TrainConfig
 
@@ -67,30 +67,16 @@ def run(config: TrainConfig) -> Path:
     return directory.root
 
 
+@report_errors()
 def main(argv: list[str] | None = None) -> None:
     """Train as the command line says; mistakes end in one sentence, and so does a stop by a signal."""
-    try:
-        config = parse_config(__doc__, argv)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    from huggingface_hub.errors import StrictDataclassError
-
-    from tokcom.training.checkpoints import CheckpointError
-    from tokcom.training.progress import NonFiniteLossError
+    config = parse_config(__doc__, argv)
     from tokcom.training.stopping import TrainingStopped
 
     try:
         run(config)
     except TrainingStopped as stopped:
         print(stopped)
-    except (
-        ValueError,
-        FileNotFoundError,
-        NonFiniteLossError,
-        CheckpointError,
-        StrictDataclassError,
-    ) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+from tokcom.cli.errors import report_errors
 from tokcom.training.precision import has_fast_bfloat16
 from tokcom.training.presets import preset_config, read_preset
 
@@ -483,6 +484,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@report_errors()
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     args.arguments = list(sys.argv[1:] if argv is None else argv)

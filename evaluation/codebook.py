@@ -9,12 +9,12 @@ decode to.
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
+from tokcom.cli.errors import report_errors
 from tokcom.evaluation.report import table
 from tokcom.pipeline_base_tokcom import TokComBasePipeline
 from tokcom.pipelines import load_pipeline
@@ -110,6 +110,7 @@ def plot_usage(columns: list[tuple[torch.Tensor, torch.Tensor]], file: Path) -> 
     figure.savefig(file, dpi=120)
 
 
+@report_errors()
 def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(
         prog="tokcom evaluate codebook",
@@ -126,11 +127,8 @@ def main(argv: list[str] | None = None) -> dict:
     )
     args = parser.parse_args(argv)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    try:
-        pipe = load_pipeline(args.model)
-        codes = held_out_codes(pipe, args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    pipe = load_pipeline(args.model)
+    codes = held_out_codes(pipe, args)
     found = []
     columns = []
     for level, size in enumerate(sizes(pipe, codes.shape[1])):

@@ -11,7 +11,6 @@ import argparse
 import io
 import json
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
+from tokcom.cli.errors import report_errors
 from tokcom.evaluation.report import table
 from tokcom.pipeline_media_tokcom import TokComImagePipeline
 from tokcom.quantization_tokcom import code_statistics
@@ -517,6 +517,7 @@ def plots(facts: dict, directory: Path) -> None:
         figure.savefig(directory / "codebook.png", dpi=120)
 
 
+@report_errors()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -551,17 +552,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    try:
-        pipe = TokComImagePipeline.from_pretrained(args.model)
-        train, test = (
-            Pictures(source, pipe, args, args.limit) for source in (args.train, args.test)
-        )
-        latents = encode(pipe.model.codec, test.images)
-        facts = measure_codec(pipe, train, test, latents, args)
-        if args.label_columns:
-            facts |= measure_generation(pipe, train, test, latents, args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    pipe = TokComImagePipeline.from_pretrained(args.model)
+    train, test = (Pictures(source, pipe, args, args.limit) for source in (args.train, args.test))
+    latents = encode(pipe.model.codec, test.images)
+    facts = measure_codec(pipe, train, test, latents, args)
+    if args.label_columns:
+        facts |= measure_generation(pipe, train, test, latents, args)
     facts["settings"] = {name: str(value) for name, value in vars(args).items()}
     (args.output_dir / "results.json").write_text(json.dumps(facts, indent=1) + "\n")
     (args.output_dir / "results.md").write_text(report(facts))

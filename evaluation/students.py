@@ -12,13 +12,13 @@ key/value cache is measured too. Writes `results.json`, `results.md` and `steps.
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
+from tokcom.cli.errors import report_errors
 from tokcom.evaluation.judges import TokenJudge
 from tokcom.evaluation.metrics import sample_entropy
 from tokcom.evaluation.protocol import (
@@ -117,19 +117,17 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@report_errors()
 def main(argv: list[str] | None = None) -> dict:
     args = build_parser().parse_args(argv)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    try:
-        teacher, *students = (
-            TokComPipeline.from_pretrained(name) for name in (args.teacher, *args.students)
+    teacher, *students = (
+        TokComPipeline.from_pretrained(name) for name in (args.teacher, *args.students)
+    )
+    if not teacher.model.config.codec_config.has_tokens:
+        raise ValueError(
+            f"{args.teacher} writes no text; use evaluation.images or evaluation.videos."
         )
-        if not teacher.model.config.codec_config.has_tokens:
-            raise ValueError(
-                f"{args.teacher} writes no text; use evaluation.images or evaluation.videos."
-            )
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
     documents = load_documents(args.data, DataConfig(text_column=args.text_column), "train")
     tokens = tokenize_documents(documents, teacher.tokenizer, args.text_column, "held-out text")
     windows = held_out_windows(tokens, PROMPT + CONTINUATION, args.samples)

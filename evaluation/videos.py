@@ -9,7 +9,6 @@ that of the real frames) stands beside it. Writes `results.json`, `results.md`, 
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from tokcom.cli.errors import report_errors
 from tokcom.evaluation.images import psnr
 from tokcom.evaluation.report import table
 from tokcom.pipeline_media_tokcom import TokComVideoPipeline
@@ -106,6 +106,7 @@ def report(rows: list[dict]) -> str:
     return text + table(list(rows[0]), [list(row.values()) for row in rows]) + "\n"
 
 
+@report_errors()
 def main(argv: list[str] | None = None) -> list[dict]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -139,26 +140,23 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    try:
-        pipes = [TokComVideoPipeline.from_pretrained(name) for name in (args.model, *args.students)]
-        for pipe in pipes:
-            pipe.set_progress_bar_config(disable=True)
-        data = read_pictures(
-            args.data, pipes[0].model.config.codec_config, args.image_column, limit=args.num_samples
-        )
-        clips = torch.stack(
-            [data[i]["pixel_values"] for i in tqdm(range(len(data)), desc="reading clips")]
-        )
-        length = clips.shape[2]
-        args.known = args.known or sorted({1, length // 2, length - 1})
-        if not all(1 <= k < length for k in args.known):
-            raise ValueError(f"`known` ({args.known}) must be between 1 and {length - 1}.")
-        systems = [("model", pipes[0], steps) for steps in args.steps or [None]]
-        systems += [(Path(name).name, pipe, None) for name, pipe in zip(args.students, pipes[1:])]
-        rows = measure(systems, clips, args)
-        pictures(pipes[0], clips, args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    pipes = [TokComVideoPipeline.from_pretrained(name) for name in (args.model, *args.students)]
+    for pipe in pipes:
+        pipe.set_progress_bar_config(disable=True)
+    data = read_pictures(
+        args.data, pipes[0].model.config.codec_config, args.image_column, limit=args.num_samples
+    )
+    clips = torch.stack(
+        [data[i]["pixel_values"] for i in tqdm(range(len(data)), desc="reading clips")]
+    )
+    length = clips.shape[2]
+    args.known = args.known or sorted({1, length // 2, length - 1})
+    if not all(1 <= k < length for k in args.known):
+        raise ValueError(f"`known` ({args.known}) must be between 1 and {length - 1}.")
+    systems = [("model", pipes[0], steps) for steps in args.steps or [None]]
+    systems += [(Path(name).name, pipe, None) for name, pipe in zip(args.students, pipes[1:])]
+    rows = measure(systems, clips, args)
+    pictures(pipes[0], clips, args)
     facts = {
         "rows": rows,
         "clips": len(clips),

@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 from tokcom import TokComPipeline
+from tokcom.cli.errors import report_errors
 from tokcom.train_accelerate import run
 from tokcom.training.config import load_train_config
 
@@ -55,6 +56,7 @@ def report(pipe: TokComPipeline, text: str, file: Path) -> None:
     print(f"gzip:  {zipped:,} bytes without loss")
 
 
+@report_errors()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -18,6 +18,7 @@ if importlib.util.find_spec("tokcom") is None:
 import torch
 
 from tokcom import TokComPipeline
+from tokcom.cli.errors import report_errors
 
 PROMPT = "Lily had a little dog named Max. One day,"
 TEXT = "Once upon a time there was a little rabbit who lived in a big wood."
@@ -29,6 +30,7 @@ def seed(number: int) -> torch.Generator:
     return torch.Generator().manual_seed(number)
 
 
+@report_errors()
 def main() -> None:
     started = time.perf_counter()
     root = Path(__file__).resolve().parents[1]

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from tokcom import TokComImagePipeline
+from tokcom.cli.errors import report_errors
 from tokcom.training.images import encode_all, picture_grid, read_pictures
 
 BEGIN = "<image>"
@@ -163,6 +164,7 @@ def report(model, tokenizer, pipe: TokComImagePipeline, words: int, args) -> Non
     print(f"pictures for the first captions: {file}")
 
 
+@report_errors()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from tokcom import TokComPipeline
+from tokcom.cli.errors import report_errors
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -48,6 +49,7 @@ def show_way(pipe: TokComPipeline, first: str, second: str) -> None:
         print(f"  {share:4.2f} {pipe.decode(mixed).texts[0]!r}")
 
 
+@report_errors()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter

@@ -15,6 +15,7 @@ import diffusers
 import torch
 
 from tokcom import TokComPipeline
+from tokcom.cli.errors import report_errors
 from tokcom.train_accelerate import run
 from tokcom.training.config import load_train_config
 
@@ -38,6 +39,7 @@ def write(pipe: TokComPipeline, steps: int) -> str:
     return repr(output.texts[0])
 
 
+@report_errors()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -17,8 +17,29 @@ from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_tokcom import TokComPipeline
 
 REMOTE_FILES = {
-    "configuration_tokcom.py": {"copy", "huggingface_hub", "transformers", "typing", "warnings"},
+    "configuration_tokcom.py": {
+        "copy",
+        "difflib",
+        "huggingface_hub",
+        "transformers",
+        "typing",
+        "warnings",
+    },
     "configuration_codec_tokcom.py": {"huggingface_hub", "math", "transformers", "typing"},
+    "integrity_tokcom.py": {
+        "collections",
+        "contextlib",
+        "hashlib",
+        "huggingface_hub",
+        "json",
+        "logging",
+        "os",
+        "pathlib",
+        "safetensors",
+        "torch",
+        "transformers",
+        "typing",
+    },
     "layers_tokcom.py": {"collections", "math", "torch", "transformers"},
     "codec_chunk_tokcom.py": {"dataclasses", "difflib", "torch", "transformers", "typing"},
     "codec_color_tokcom.py": {"functools", "torch"},
@@ -80,6 +101,7 @@ REMOTE_FILES = {
         "diffusers",
         "functools",
         "inspect",
+        "math",
         "random",
         "torch",
         "transformers",

@@ -14,19 +14,20 @@ from accelerate.utils import (
 
 from tokcom.training.config import LoopConfig, TrainConfig
 from tokcom.training.precision import resolve_precision
+from tokcom.training.stopping import TrainingError
 
 # One process reads, tokenizes and caches the data while the others wait, longer than the ten minutes of torch's default.
 PATIENCE = timedelta(hours=12)
 
 
 def start_processes() -> PartialState:
-    """Find the other processes of this launch; raises `RuntimeError` if they do not find each other."""
+    """Find the other processes of this launch; raises `TrainingError` if they do not find each other."""
     AcceleratorState._reset_state()  # each run has its own precision, also several in one Python process
     use_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
     state = PartialState(cpu=use_cpu, timeout=PATIENCE)
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world != state.num_processes:
-        raise RuntimeError(
+        raise TrainingError(
             f"{world} processes were launched but accelerate formed a group of {state.num_processes}, so they would overwrite "
             "each other; on CPU set ACCELERATE_USE_CPU=true (accelerate_configs/cpu_2proc.yaml)."
         )

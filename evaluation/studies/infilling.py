@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from tokcom.cli.errors import report_errors
 from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.processing_tokcom import text_ids
 
@@ -39,6 +40,7 @@ def gap_nats(model, ids: list[int], start: int, stop: int) -> tuple[float, float
     return tuple(float(output.token_losses.flatten()[start:stop].sum()) for output in (both, left))
 
 
+@report_errors()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

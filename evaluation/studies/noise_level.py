@@ -9,6 +9,7 @@ import datasets
 import torch
 from tqdm.auto import tqdm
 
+from tokcom.cli.errors import report_errors
 from tokcom.pipeline_tokcom import TokComPipeline
 
 LEVELS = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
@@ -28,6 +29,7 @@ def share_kept(pipe: TokComPipeline, texts: list[str], level: float) -> float:
     return equal / count
 
 
+@report_errors()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
