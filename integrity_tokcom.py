@@ -24,7 +24,12 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file
 
 CHECKSUMS = "checksums.json"
-DATA = ("*.safetensors", "*.json", "*.jinja", "*.model", "*/*.safetensors", "*/*.json")
+DATA = (
+    *("model*.safetensors", "model*.safetensors.index.json", "model_index.json", "config.json"),
+    *("generation_config.json", "preprocessor_config.json", "tokenizer*.json", "tokenizer.model"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "*.jinja"),
+    *("scheduler/*.json", "vae/*.json", "vae/*.safetensors"),
+)
 CODE = ("*_tokcom.py",)
 TOKENIZERS = (
     "tokenizer.json",
@@ -54,10 +59,7 @@ def released_files(directory: Path) -> list[Path]:
     is_checkout = (directory / "pyproject.toml").is_file()
     patterns = DATA if is_checkout else DATA + CODE
     found = {file for pattern in patterns for file in directory.glob(pattern) if file.is_file()}
-    # a subfolder with a model of its own, such as a run beside it, is another directory to verify
-    component = {"scheduler", "vae"}
-    own = {file for file in found if file.parent == directory or file.parent.name in component}
-    return sorted(own - {directory / CHECKSUMS})
+    return sorted(found)
 
 
 def write_checksums(directory: str | os.PathLike) -> Path:

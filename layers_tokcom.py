@@ -328,8 +328,11 @@ class TokComPreTrainedModel(PreTrainedModel):
 
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    # `device_map` must not spread a residual block over devices
-    _no_split_modules = ["TokComBlock", "TokComStyleBlock", "TokComStyledBlock"]
+    # what `device_map` must not spread over devices, and what FSDP gathers at once
+    _no_split_modules = [
+        *("TokComBlock", "TokComResidualMLP", "TokComStyleBlock", "TokComStyledBlock"),
+        "TokComSlotMLP",  # of some codecs most of their weights
+    ]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True

@@ -45,6 +45,8 @@ class TokComOutput(ModelOutput):
         kl_loss (`torch.FloatTensor`, *optional*): stage codec: KL divergence, nats per latent.
         token_losses (`torch.FloatTensor` of shape `(B, N, K)`, *optional*): stage flow: the cross-entropy of each
             token, 0 where nothing is predicted; None in training with `ce_share` below 1.
+        weight (`torch.FloatTensor`, *optional*): how many tokens or latents `loss` is a mean of, by which means over
+            several batches weigh them.
     """
 
     loss: torch.FloatTensor | None = None
@@ -52,6 +54,7 @@ class TokComOutput(ModelOutput):
     mse_loss: torch.FloatTensor | None = None
     kl_loss: torch.FloatTensor | None = None
     token_losses: torch.FloatTensor | None = None
+    weight: torch.FloatTensor | None = None
 
 
 # ---- objectives ----
@@ -111,7 +114,10 @@ class TokComCodecObjective(TokComObjective):
             loss, parts = model.codec.training_loss(pixel_values)
         else:
             loss, parts = model.codec.training_loss(input_ids, attention_mask)
-        return TokComOutput(loss=loss, **parts)
+        weight = None  # pictures, clips and streams are means over rows, of which all batches have as many
+        if pixel_values is None and streams is None:
+            weight = model.codec.to_chunks(input_ids, attention_mask)[1].sum().float()
+        return TokComOutput(loss=loss, weight=weight, **parts)
 
 
 @dataclass
@@ -231,6 +237,7 @@ class TokComNextChunkObjective(TokComFlowObjective):
             ce_loss=mean.detach(),
             mse_loss=mean.new_zeros(()),
             token_losses=tokens.detach(),
+            weight=chosen.sum().float(),
         )
 
     def _draw_rows(
@@ -309,12 +316,17 @@ def _check_weights(mse_weight: float, ce_weight: float) -> None:
 
 def _clean_latents(model, latents, *source) -> TokComCodecOutput:
     """What the frozen codec makes of the data, or the `latents` that were encoded before."""
-    with torch.no_grad():
+    with torch.no_grad(), in_full_precision(model):
         return (
             model.codec.encode(*source)
             if latents is None
             else model.codec.known(latents.to(model.dtype))
         )
+
+
+def in_full_precision(model) -> torch.autocast:
+    """Outside autocast: latents are targets, and those that are encoded now must be those that were cached."""
+    return torch.autocast(model.device.type, enabled=False)
 
 
 @dataclass
@@ -367,6 +379,7 @@ class TokComTokenObjective(TokComFlowObjective):
             ce_loss=mean.detach(),
             mse_loss=mean.new_zeros(()),
             token_losses=tokens.unflatten(1, (draws, -1))[:, 0].detach(),
+            weight=chosen.sum().float(),
         )
 
 
@@ -390,7 +403,9 @@ class TokComLatentObjective(TokComFlowObjective):
             prefix = model.condition(model.require(input_ids, "input_ids"), attention_mask)
         found = model.predict_noised(self, clean, timestep, prefix=prefix)
         error = mean_squared_error(model, clean, found)
-        return TokComOutput(loss=error, mse_loss=error.detach())
+        return TokComOutput(
+            loss=error, mse_loss=error.detach(), weight=found.loss_mask.sum().float()
+        )
 
 
 def mean_squared_error(model, clean: TokComCodecOutput, found) -> torch.Tensor:
@@ -448,6 +463,7 @@ class TokComTextLatentObjective(TokComFlowObjective):
             ce_loss=cross_entropy.detach(),
             mse_loss=error.detach(),
             token_losses=tokens.detach() if is_whole else None,
+            weight=found.loss_mask.sum().float(),
         )
 
     def _predict(self, model, clean, timestep, known_mask):
@@ -555,7 +571,7 @@ class TokComStreamObjective(TokComObjective):
     ) -> TokComOutput:
         """The streams named by `given` are clean in all rows that have them; by default every row draws its task."""
         codec = model.codec
-        with torch.no_grad():
+        with torch.no_grad(), in_full_precision(model):
             clean = codec.encode(streams, present)
         task = self._task(model, clean, given)
         shown = [name for name in streams if clean.mask[:, codec.places[name].start].any()]
@@ -574,7 +590,12 @@ class TokComStreamObjective(TokComObjective):
             )
             loss = loss if cross_entropy is None else loss + self.ce_weight * cross_entropy
             cross_entropy = loss.new_zeros(()) if cross_entropy is None else cross_entropy.detach()
-        return TokComOutput(loss=loss, ce_loss=cross_entropy, mse_loss=error.detach())
+        return TokComOutput(
+            loss=loss,
+            ce_loss=cross_entropy,
+            mse_loss=error.detach(),
+            weight=loss_mask.sum().float(),
+        )
 
     def _task(self, model, clean, given) -> tuple[torch.Tensor, torch.Tensor]:
         """Which latents are given and which are used at all, `(B, N)` each."""

@@ -334,6 +334,10 @@ class TokComStepPlanner:
         self.set_timesteps(
             sigma_start, x.device, turns
         )  # also resets the scheduler for the next block
+        if hasattr(
+            self.scheduler, "set_begin_index"
+        ):  # or it looks for the first step on the device
+            self.scheduler.set_begin_index(0)
         if length not in self._plans:
             self._plans[length] = (
                 self._diffusion_plan(x) if self.is_diffusion else self._flow_plan(x, turns)

@@ -138,6 +138,7 @@ class TokComFlowMatchScheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps = len(sigmas)
         self.timesteps = (sigmas * self.config.num_train_timesteps).to(device)
         self.sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
+        self._sigmas = self.sigmas.tolist()  # read once, not at every step
         self._step_index = self._begin_index = None
 
     def add_noise(
@@ -173,8 +174,8 @@ class TokComFlowMatchScheduler(SchedulerMixin, ConfigMixin):
                 (self.timesteps - torch.as_tensor(timestep).to(self.timesteps)).abs().argmin()
             )
             self._step_index = nearest if self._begin_index is None else self._begin_index
-        sigma = self.sigmas[self._step_index].item()
-        sigma_next = self.sigmas[self._step_index + 1].item()
+        sigma = self._sigmas[self._step_index]
+        sigma_next = self._sigmas[self._step_index + 1]
         x = sample.float()
         velocity = model_output.float()
         x1 = x - sigma * velocity

@@ -29,6 +29,7 @@ def run(config: TrainConfig) -> Path:
     from tokcom.training.card import publish
     from tokcom.training.checks import check_sizes
     from tokcom.training.corpora import read_data
+    from tokcom.training.digest import check_unchanged
     from tokcom.training.directory import RunDirectory
     from tokcom.training.distill import DistillTrainer
     from tokcom.training.launch import start_processes
@@ -41,6 +42,8 @@ def run(config: TrainConfig) -> Path:
         with processes.main_process_first():  # it trains the tokenizer and fills caches
             corpus = read_data(config)
             directory.keep_tokenizer(corpus.tokenizer)
+            if processes.is_main_process:
+                corpus.digest = check_unchanged(config, corpus, directory)
         unfinished = [stage for stage in config.stages if not directory.is_finished(stage)]
         set_seed(config.seed)
         for stage in config.stages:
@@ -61,7 +64,7 @@ def run(config: TrainConfig) -> Path:
             trainer.train()
             trainer.export(directory.final(stage))
         if processes.is_main_process:
-            publish(config, directory)
+            publish(config, directory, processes.device)
         processes.wait_for_everyone()
     processes.destroy_process_group()
     return directory.root

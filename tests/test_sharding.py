@@ -110,7 +110,6 @@ dist.init_process_group("gloo")
 settings = yaml.safe_load((ROOT / "accelerate_configs/fsdp2.yaml").read_text())["fsdp_config"]
 plugin = FullyShardedDataParallelPlugin(
     fsdp_version=2, auto_wrap_policy="transformer_based_wrap", state_dict_type="SHARDED_STATE_DICT", cpu_offload=False,
-    transformer_cls_names_to_wrap=[settings["fsdp_transformer_layer_cls_to_wrap"]],
     cpu_ram_efficient_loading=settings["fsdp_cpu_ram_efficient_loading"],
 )
 # accelerate itself refuses FSDP2 on a CPU, so what it would call is called here

@@ -22,7 +22,6 @@ PATIENCE = timedelta(hours=12)
 
 def start_processes() -> PartialState:
     """Find the other processes of this launch; raises `TrainingError` if they do not find each other."""
-    AcceleratorState._reset_state()  # each run has its own precision, also several in one Python process
     use_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
     state = PartialState(cpu=use_cpu, timeout=PATIENCE)
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -38,6 +37,8 @@ def build_accelerator(
     config: TrainConfig, options: LoopConfig, directory: str, handlers: list
 ) -> Accelerator:
     """The accelerator of one stage, whose checkpoints and logs go to `directory`."""
+    # it keeps the precision of the first accelerator of a process, but each run has its own
+    AcceleratorState._reset_state()
     return Accelerator(
         mixed_precision=resolve_precision(config.mixed_precision, PartialState().device.type),
         # windows left over at the end of an epoch count towards the next step, so a step has one size
