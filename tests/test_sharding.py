@@ -1,5 +1,7 @@
 """FSDP2 on two gloo processes: sharded training, its average and its export are those of one process."""
 
+import json
+import os
 import random
 import subprocess
 import sys
@@ -147,3 +149,16 @@ def test_both_stages_take_a_step_as_accelerate_shards_them(tmp_path):
         [*command, str(tmp_path / "worker.py")], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_the_check_for_gpus_runs_every_part_at_tiny_sizes_on_a_cpu(tmp_path):
+    environment = dict(os.environ, DEVICE="cpu", SMALL="1", PYTHON=sys.executable)
+    command = [str(ROOT / "scripts" / "gpu_check.sh"), str(tmp_path / "out")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    logs = {log.name: log.read_text()[-500:] for log in (tmp_path / "out").glob("*.log")}
+    assert done.returncode == 0, (done.stdout, logs)
+    found = {file.stem for file in (tmp_path / "out").glob("*.json")}
+    assert found == {"training_debug", "attention", "sampling"}
+    rows = json.loads((tmp_path / "out" / "attention.json").read_text())["rows"]
+    assert [row["attention"] for row in rows if "seconds" in row][:2] == ["reference", "sdpa"]
