@@ -239,9 +239,8 @@ class TokComTransformer(TokComPreTrainedModel):
 
     def _own_channels(self, position_ids: torch.Tensor) -> torch.Tensor:
         """Which channels the latents at `position_ids (B, S, A)`, whose first axis is the stream, use: `(B, S, C)`."""
-        channels = torch.tensor(self.config.stream_channels, device=position_ids.device)
-        owner = torch.arange(len(channels), device=channels.device).repeat_interleave(channels)
-        return position_ids[..., :1].long() == owner
+        owner = [i for i, count in enumerate(self.config.stream_channels) for _ in range(count)]
+        return position_ids[..., :1].long() == torch.tensor(owner, device=position_ids.device)
 
     def _place_starts(
         self, hidden_states: torch.Tensor, position_ids: torch.Tensor

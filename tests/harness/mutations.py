@@ -527,7 +527,10 @@ def command_line(mutation: Mutation, saved: Path, work: Path, parent: Path) -> t
     command = [sys.executable, "-m", "tokcom.cli.main", "generate", "--checkpoint", str(directory)]
     command += ["--num_chunks", "2", "--seed", "0"]
     environment = dict(os.environ, PYTHONPATH=str(parent))
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    except subprocess.TimeoutExpired:
+        return "raw", "no answer within 300 s"
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     if done.returncode == 0:
         return "silent", done.stdout.strip()[:100]
