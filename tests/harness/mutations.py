@@ -26,9 +26,9 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -518,27 +518,43 @@ def outcome(mutation: Mutation, saved: Path, work: Path) -> tuple[str, str]:
     return "silent (only a hash can see it)", said
 
 
-def command_line(mutation: Mutation, saved: Path, work: Path, parent: Path) -> tuple[str, str]:
-    """The same through `tokcom generate`, in a process of its own."""
+def command_line(mutation: Mutation, saved: Path, work: Path) -> tuple[str, str]:
+    """The same through `tokcom generate`, in a fork of this process, which has imported everything."""
     directory = work / "model"
     shutil.rmtree(directory, ignore_errors=True)
     shutil.copytree(saved / mutation.model, directory)
     mutation.change(directory)
-    command = [sys.executable, "-m", "tokcom.cli.main", "generate", "--checkpoint", str(directory)]
-    command += ["--num_chunks", "2", "--seed", "0"]
-    environment = dict(os.environ, PYTHONPATH=str(parent))
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    except subprocess.TimeoutExpired:
-        return "raw", "no answer within 300 s"
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    if done.returncode == 0:
-        return "silent", done.stdout.strip()[:100]
-    if "Traceback" in done.stderr:
+    log = work / "stderr"
+    child = os.fork()
+    if child == 0:
+        descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(descriptor, 2)
+        signal.alarm(SECONDS)
+        code = 0
+        try:
+            from tokcom.cli.main import main as tokcom
+
+            tokcom(["generate", "--checkpoint", str(directory), "--num_chunks", "2", "--seed", "0"])
+        except SystemExit as ended:
+            code = ended.code if isinstance(ended.code, int) else 1
+            if isinstance(ended.code, str):
+                print(ended.code, file=sys.stderr, flush=True)
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        os._exit(code)
+    _, status = os.waitpid(child, 0)
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    if status == 0:
+        return "silent", "status 0"
+    if any(line.startswith("Traceback") for line in lines):
         return "raw", f"traceback of {len(lines)} lines"
-    message = (lines or [""])[-1].removeprefix("error: ")
-    result = judge(message, mutation, directory)
-    return ("raw" if len(lines) > 3 else result), message
+    told = [line for line in lines if line.startswith("error: ")]
+    if not told:
+        return "raw", f"status {os.waitstatus_to_exitcode(status)} and {len(lines)} lines"
+    message = told[-1].removeprefix("error: ")
+    return judge(message, mutation, directory), message
 
 
 def main() -> None:
@@ -571,7 +587,7 @@ def main() -> None:
             texts = [m for m in mutations if m.model in ("turns", "latents") and not m.valid]
             many = min(args.command_lines, len(texts))
             picked = [texts[i * len(texts) // many] for i in range(many)]
-            runs = [(m, lambda *given: command_line(*given, parent)) for m in picked]
+            runs = [(m, command_line) for m in picked]
         for mutation, run in runs:
             result, said = run(mutation, saved, Path(folder))
             counts[mutation.name.split("/")[0]][result] += 1
