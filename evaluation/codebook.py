@@ -15,6 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from tokcom.cli.errors import report_errors
+from tokcom.cli.loading import add_device_option
 from tokcom.evaluation.report import table
 from tokcom.pipeline_base_tokcom import TokComBasePipeline
 from tokcom.pipelines import load_pipeline
@@ -48,7 +49,10 @@ def held_out_codes(pipe: TokComBasePipeline, args: argparse.Namespace) -> torch.
         tokens = torch.from_numpy(tokens)[:whole].long().view(-1, codec.chunk_size)  # (M, K)
         batches = tokens[: args.limit * BATCH].split(16 * BATCH)
         return torch.cat(
-            [model.encode(part).codes.flatten(0, 1) for part in tqdm(batches, desc="encoding")]
+            [
+                model.encode(part.to(model.device)).codes.flatten(0, 1).cpu()
+                for part in tqdm(batches, desc="encoding")
+            ]
         )
     data = read_pictures(
         args.data,
@@ -125,9 +129,10 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument(
         "--limit", type=int, default=1024, help="pictures or clips, or 64 chunks of text each"
     )
+    add_device_option(parser)
     args = parser.parse_args(argv)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    pipe = load_pipeline(args.model)
+    pipe = load_pipeline(args.model).to(args.device)
     codes = held_out_codes(pipe, args)
     found = []
     columns = []

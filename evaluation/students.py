@@ -19,6 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tokcom.cli.errors import report_errors
+from tokcom.cli.loading import add_device_option
 from tokcom.evaluation.judges import TokenJudge
 from tokcom.evaluation.metrics import sample_entropy
 from tokcom.evaluation.protocol import (
@@ -114,6 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=5, help="of the measurement of time")
     parser.add_argument("--output_dir", type=Path, required=True)
+    add_device_option(parser)
     return parser
 
 
@@ -122,7 +124,8 @@ def main(argv: list[str] | None = None) -> dict:
     args = build_parser().parse_args(argv)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     teacher, *students = (
-        TokComPipeline.from_pretrained(name) for name in (args.teacher, *args.students)
+        TokComPipeline.from_pretrained(name).to(args.device)
+        for name in (args.teacher, *args.students)
     )
     if not teacher.model.config.codec_config.has_tokens:
         raise ValueError(
@@ -131,7 +134,7 @@ def main(argv: list[str] | None = None) -> dict:
     documents = load_documents(args.data, DataConfig(text_column=args.text_column), "train")
     tokens = tokenize_documents(documents, teacher.tokenizer, args.text_column, "held-out text")
     windows = held_out_windows(tokens, PROMPT + CONTINUATION, args.samples)
-    judge = TokenJudge(args.judge)
+    judge = TokenJudge(args.judge, args.device)
     systems = [
         ("teacher", TokComSampler(teacher, steps, args.guidance_scale)) for steps in args.steps
     ]
@@ -149,7 +152,7 @@ def main(argv: list[str] | None = None) -> dict:
     ]
     timed = {f"{name}, {s.num_inference_steps or 'own'} steps": s for name, s in systems}
     if args.peer:
-        peer = AutoModelForCausalLM.from_pretrained(args.peer).eval()
+        peer = AutoModelForCausalLM.from_pretrained(args.peer).to(args.device).eval()
         timed["autoregressive peer"] = AutoregressiveSampler(peer, teacher.tokenizer.eos_token_id)
     study = Study(tokens[:1000], tokens, None, judge, {}, teacher.chunk_size)
     facts["latency"] = latency(study, timed, repeats=args.repeats)

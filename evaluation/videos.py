@@ -17,6 +17,7 @@ import torch
 from tqdm.auto import tqdm
 
 from tokcom.cli.errors import report_errors
+from tokcom.cli.loading import add_device_option
 from tokcom.evaluation.images import psnr
 from tokcom.evaluation.report import table
 from tokcom.pipeline_media_tokcom import TokComVideoPipeline
@@ -138,9 +139,13 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--num_samples", type=int, default=512)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
+    add_device_option(parser)
     args = parser.parse_args(argv)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    pipes = [TokComVideoPipeline.from_pretrained(name) for name in (args.model, *args.students)]
+    pipes = [
+        TokComVideoPipeline.from_pretrained(name).to(args.device)
+        for name in (args.model, *args.students)
+    ]
     for pipe in pipes:
         pipe.set_progress_bar_config(disable=True)
     data = read_pictures(

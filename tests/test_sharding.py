@@ -10,6 +10,8 @@ import pytest
 import torch
 from helpers import ROOT, tiny_model
 
+from tokcom.evaluation.scaling import memory
+
 WORKER = """
 import random, sys
 import torch
@@ -149,6 +151,57 @@ def test_both_stages_take_a_step_as_accelerate_shards_them(tmp_path):
         [*command, str(tmp_path / "worker.py")], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+MEMORY = """
+import json, sys
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from helpers import tiny_model
+from tokcom.training.ema import ShardedEMAModel
+
+dist.init_process_group("gloo")
+mesh = init_device_mesh("cpu", (2,))
+torch.manual_seed(0)
+model = tiny_model().train()
+units = [m for m in model.modules() if type(m).__name__ in model._no_split_modules]
+for unit in units:
+    fully_shard(unit, mesh=mesh)
+fully_shard(model, mesh=mesh)
+trained = [p for p in model.parameters() if p.requires_grad]
+optimizer = torch.optim.AdamW(trained)
+average = ShardedEMAModel(trained, decay=0.5)
+model(torch.randint(0, 300, (2, 32))).loss.backward()
+optimizer.step()
+local = lambda tensors: sum(t.to_local().nbytes if hasattr(t, "to_local") else t.nbytes for t in tensors)
+moments = [v for state in optimizer.state.values() for v in state.values() if v.ndim]
+parts = list(model.parameters()), [p.grad for p in trained], moments, average.shadow_params
+found = [0] * 2
+dist.all_gather_object(found, sum(map(local, parts)))
+if dist.get_rank() == 0:
+    print("RESULT", json.dumps(found))
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_the_memory_of_a_rank_is_what_was_foretold(tmp_path):
+    """Weights, gradients, moments and average of two processes, beside `evaluation/scaling.py`."""
+    path = f"import sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\n"
+    (tmp_path / "worker.py").write_text(path + MEMORY)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["--standalone", str(tmp_path / "worker.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.partition("RESULT ")[2])
+    model = tiny_model()
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters()) - trained
+    foretold = memory(trained, frozen, 0.0, ranks=2, sharded=True, average=True)
+    print(f"foretold {foretold:,.0f} bytes, measured {found}")
+    assert all(abs(bytes_ - foretold) < 0.03 * foretold for bytes_ in found), (found, foretold)
 
 
 @pytest.mark.slow

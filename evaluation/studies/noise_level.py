@@ -10,6 +10,7 @@ import torch
 from tqdm.auto import tqdm
 
 from tokcom.cli.errors import report_errors
+from tokcom.cli.loading import add_device_option
 from tokcom.pipeline_tokcom import TokComPipeline
 
 LEVELS = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
@@ -46,8 +47,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--characters", type=int, default=300, help="of each, from its start (default: %(default)s)"
     )
+    add_device_option(parser)
     args = parser.parse_args(argv)
-    pipe = TokComPipeline.from_pretrained(args.model)
+    pipe = TokComPipeline.from_pretrained(args.model).to(args.device)
     pipe.set_progress_bar_config(disable=True)
     texts = datasets.load_dataset("parquet", data_files=args.data, split="train")["text"][
         : args.texts

@@ -180,7 +180,9 @@ def changed_data(work: Path) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("what", choices=sorted(POINTS))
     parser.add_argument("--package_parent", help="folder that holds the checkout `tokcom`")
     parser.add_argument("--points", type=int)

@@ -193,7 +193,9 @@ def judge(reader: str, file: Path, may_be_read: bool) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--package_parent", help="folder that holds the checkout `tokcom`")
     parser.add_argument("--show", action="store_true", help="one line for each file")
     args = parser.parse_args()
@@ -210,7 +212,9 @@ def main() -> None:
             found[result.split(":")[0]] += 1
             if args.show or result.split(":")[0] not in ("clear", "read"):
                 print(f"{reader:8} {kind:5} {damage:15} {result}", flush=True)
-    print(f"{found.total()} files: " + ", ".join(f"{n} {word}" for word, n in sorted(found.items())))
+    print(
+        f"{found.total()} files: " + ", ".join(f"{n} {word}" for word, n in sorted(found.items()))
+    )
 
 
 if __name__ == "__main__":
