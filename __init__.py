@@ -17,8 +17,8 @@ _MODULES = {
     "TokComImagePipeline": "pipeline_media_tokcom",
     "TokComVideoPipeline": "pipeline_media_tokcom",
     "TokComOmniPipeline": "pipeline_media_tokcom",
-    "build_pipeline": "pipelines",
-    "load_pipeline": "pipelines",
+    "build_pipeline": "training.pipelines",
+    "load_pipeline": "training.pipelines",
 }
 __all__ = list(_MODULES)
 __version__ = "0.2.0"

@@ -23,7 +23,7 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
-from .configuration_tokcom import TokComChunkCodecConfig
+from .configuration_codec_tokcom import TokComChunkCodecConfig
 from .layers_tokcom import (
     TokComBlock,
     TokComMLP,
@@ -164,7 +164,7 @@ class TokComCodecLoss:
 
 class TokComCodec(TokComPreTrainedModel):
     """Base class of all codecs. Subclasses define `encode`, `decode`, `positions` and
-    `training_loss`; token codecs also `to_chunks`, `to_ids` and `nll`."""
+    `training_loss`."""
 
     loss_class: type[TokComCodecLoss] = TokComCodecLoss
 
@@ -191,6 +191,49 @@ class TokComCodec(TokComPreTrainedModel):
         return TokComCodecOutput(
             latents, position_ids=self.positions(index), mask=mask, codes=codes
         )
+
+    def token_ids(self, inputs: Any) -> list[torch.Tensor]:
+        """The token ids among the inputs of `encode`, which a model checks; here none."""
+        return []
+
+    def to_ids(self, latents: torch.Tensor) -> torch.Tensor | None:
+        """Ids that latents stand for; None for codecs of other data than texts."""
+        return None
+
+    def as_stream(self, inputs: torch.Tensor, num_latents: int) -> torch.Tensor:
+        """The inputs of `encode` for a stream of `num_latents` in a composite codec."""
+        return inputs
+
+    def stream_nll(self, latents: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor | None:
+        """Nats `(B, n, K)` of a stream's tokens given its latents; None without tokens."""
+        return None
+
+
+class TokComTextCodec(TokComCodec):
+    """Base class of codecs of texts, which also define `to_chunks`, `to_ids` and `nll`."""
+
+    def token_ids(self, inputs: torch.Tensor) -> list[torch.Tensor]:
+        return [inputs]
+
+    def as_stream(self, inputs: torch.Tensor, num_latents: int) -> torch.Tensor:
+        length = num_latents * self.config.chunk_size
+        if inputs.shape[1] != length:
+            raise ValueError(
+                f"a stream holds texts of {length} ids (`text_latents`), not {inputs.shape[1]}; "
+                "pad them with EOS."
+            )
+        return inputs
+
+    def to_image(self, ids: torch.Tensor, width: int | None = None) -> torch.Tensor:
+        """Ids `(T,)` as a picture; raises `ValueError` unless tokens are pixels."""
+        raise ValueError("the tokens of this model are not pixels; load a pixel model.")
+
+    def from_image(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The inverse of `to_image`."""
+        raise ValueError("the tokens of this model are not pixels; load a pixel model.")
+
+    def stream_nll(self, latents: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+        return self.nll(latents, self.to_chunks(inputs, None)[0])
 
     def loss(
         self,
@@ -226,7 +269,7 @@ class TokComChunkCodecLoss(TokComCodecLoss):
     latent_dropout: float = 0.15
 
 
-class TokComChunkCodec(TokComCodec):
+class TokComChunkCodec(TokComTextCodec):
     """Variational autoencoder of token chunks (CALM, Shao et al. 2025, and TokCom v5.2).
 
     The latent is the encoder's posterior mean, standardised per channel with the persistent buffers
@@ -425,6 +468,10 @@ class TokComChunkCodec(TokComCodec):
         them. Here a symbol is a token."""
         return self.to_chunks(input_ids, attention_mask)
 
+    def from_chunks(self, chunks: torch.Tensor) -> torch.Tensor:
+        """Ids `(B, N, K)` -> ids `(B, N * K)` in reading order: the inverse of `to_chunks`."""
+        return chunks.flatten(1)
+
     def from_symbols(self, symbols: torch.Tensor) -> torch.Tensor:
         """Symbols `(B, N, K)` -> token ids `(B, N * K)`."""
         return symbols.flatten(1)
@@ -504,5 +551,6 @@ __all__ = [
     "TokComCodecLoss",
     "TokComCodecOutput",
     "TokComDecoderOutput",
+    "TokComTextCodec",
     "check_settings",
 ]

@@ -16,8 +16,8 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
-from .codec_chunk_tokcom import TokComCodec, TokComCodecOutput, TokComDecoderOutput
-from .configuration_tokcom import TokComColorCodecConfig
+from .codec_chunk_tokcom import TokComCodecOutput, TokComDecoderOutput, TokComTextCodec
+from .configuration_codec_tokcom import TokComColorCodecConfig
 
 NEAREST_ROWS = 512  # rows of distances to all ids that exist at once
 
@@ -30,7 +30,7 @@ def spell(ids: torch.Tensor, base: int, count: int) -> torch.Tensor:
     return ids[..., None] // base ** torch.arange(count, device=ids.device) % base
 
 
-class TokComColorCodec(TokComCodec):
+class TokComColorCodec(TokComTextCodec):
     """Patches of `patch_size` x `patch_size` pixels, one token each.
 
     In the `contiguous` layout a patch holds consecutive tokens. In the published `raster` layout
@@ -150,6 +150,10 @@ class TokComColorCodec(TokComCodec):
         real = attention_mask.bool()
         ids = torch.where(real, input_ids, self.config.pad_token_id)
         return self.to_patches(ids), self.to_patches(real)
+
+    def from_chunks(self, chunks: torch.Tensor) -> torch.Tensor:
+        """Ids `(B, N, K)` -> ids `(B, N * K)` in reading order."""
+        return self.from_patches(chunks)
 
     # ---- ids <-> images ----
 

@@ -30,8 +30,8 @@ from .codec_chunk_tokcom import (
 from .codec_color_tokcom import TokComColorCodec
 from .codec_style_tokcom import TokComImageOutput, TokComStyleCodec
 from .codec_video_tokcom import TokComVideoCodec, TokComVideoOutput, read_clips
-from .configuration_codec_tokcom import TokComAudioCodecConfig
-from .configuration_tokcom import TokComCompositeCodecConfig
+from .configuration_codec_tokcom import TokComCodecConfig
+from .configuration_media_tokcom import TokComAudioCodecConfig, TokComCompositeCodecConfig
 from .processing_tokcom import (
     TokComAudioProcessor,
     TokComImageProcessor,
@@ -90,8 +90,8 @@ STREAM_CODECS: dict[str, type[TokComCodec]] = {
 class TokComCompositeCodec(TokComCodec):
     """Several codecs side by side.
 
-    `streams[name]` is the codec of a stream; `places[name]` and `channels[name]` are its slices of
-    N and C.
+    `streams[name]` is the codec of a stream, `contents[name]` what people hold of it;
+    `places[name]` and `channels[name]` are its slices of N and C.
     """
 
     config: TokComCompositeCodecConfig
@@ -113,6 +113,11 @@ class TokComCompositeCodec(TokComCodec):
             self.channels[name] = slice(channel, channel + codec.latent_channels)
             place = self.places[name].stop
             channel = self.channels[name].stop
+        self.contents = {
+            name: CONTENTS[codec.kind](codec, self.lengths[name] * codec.chunk_size)
+            for name, codec in configs.items()
+        }
+        self.text_names = [name for name, codec in configs.items() if codec.text_vocab_size]
         # kept here, since the configuration would compute them anew at every step
         self.num_latents = place
         self.num_channels = channel
@@ -169,17 +174,15 @@ class TokComCompositeCodec(TokComCodec):
         """Length in tokens of a text of the stream `name`."""
         return self.lengths[name] * self.streams[name].config.chunk_size
 
+    def token_ids(self, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        self.check_names(inputs)
+        return [
+            ids for name, value in inputs.items() for ids in self.streams[name].token_ids(value)
+        ]
+
     def _inputs(self, name: str, value: torch.Tensor) -> torch.Tensor:
-        """The input of a stream's codec. A picture is a clip of one frame."""
-        codec = self.streams[name].config
-        if codec.has_tokens and value.shape[1] != self.text_length(name):
-            raise ValueError(
-                f"stream {name!r} holds texts of {self.text_length(name)} ids (`text_latents`), "
-                f"not {value.shape[1]}; pad them with EOS."
-            )
-        if codec.modality == "video" and value.ndim == 4:
-            return value[:, :, None]
-        return value
+        """The input of a stream's codec."""
+        return self.streams[name].as_stream(value, self.lengths[name])
 
     def exists(
         self, present: dict[str, torch.Tensor], batch: int, device: torch.device
@@ -244,6 +247,7 @@ class TokComCompositeCodec(TokComCodec):
 
         Each codec only sees the rows that have its stream.
         """
+        # codecs without parameters have nothing to learn
         trained = {name: codec for name, codec in self.streams.items() if list(codec.parameters())}
         if not set(trained) & set(streams):
             raise ValueError(
@@ -286,6 +290,7 @@ class TokComCompositeCodec(TokComCodec):
         Returns: which latents are given, and which are used at all, both `(B, N)`.
         """
         index = [self.places[name].start for name in self.names]  # one latent tells for its stream
+        # a stream exists as a whole or not at all
         has = exists[:, index]
         shape = (len(exists), len(index))  # (B, S)
         rates = [float((rates or {}).get(name, 0.5)) for name in self.names]
@@ -318,6 +323,7 @@ class TokComCompositeCodec(TokComCodec):
         total = errors.new_zeros(())
         for name in self.names:
             counted = loss_mask[:, None, self.places[name]].float()  # (B, 1, n)
+            # over the stream's own channels; the others are 0 by construction
             error = self.stream_of(errors, name).square().mean(-1) * counted
             count = (errors.shape[1] * counted.sum()).clamp_min(1)
             total = total + float((weights or {}).get(name, 1.0)) * error.sum() / count
@@ -335,12 +341,14 @@ class TokComCompositeCodec(TokComCodec):
         Only latents in `loss_mask (B, N)` count. None if there is no text stream.
         """
         total = None
-        for name, codec in self.streams.items():
-            if not codec.config.has_tokens or name not in streams:
+        for name, value in streams.items():
+            nats = self.streams[name].stream_nll(
+                self.stream_of(estimate, name), self._inputs(name, value)
+            )
+            if nats is None:
                 continue
-            chunks, _ = codec.to_chunks(self._inputs(name, streams[name]), None)  # (B, n, K)
-            counted = loss_mask[:, self.places[name], None].expand_as(chunks)
-            nats = codec.nll(self.stream_of(estimate, name), chunks) * counted
+            counted = loss_mask[:, self.places[name], None].expand_as(nats)
+            nats = nats * counted
             mean = float((weights or {}).get(name, 1.0)) * nats.sum() / counted.sum().clamp_min(1)
             total = mean if total is None else total + mean
         return total
@@ -349,38 +357,99 @@ class TokComCompositeCodec(TokComCodec):
 # ---- streams that people hold ----
 
 
-def _as_list(kind: str, value: Any, name: str) -> list:
-    """One text, picture, clip or sound of a stream, or a list of them, as a list."""
-    if isinstance(value, (list, tuple)) and not value:
-        return []
-    if kind == "text":
+class TokComContents:
+    """What people hold of one stream, in lists <-> what its codec reads and decodes to.
+
+    Args:
+        config: of the stream's codec.
+        longest: of a text, its length in tokens.
+    """
+
+    field: str  # of the output of `TokComOmniPipeline`
+
+    def __init__(self, config: TokComCodecConfig, longest: int):
+        self.config = config
+        self.longest = longest
+
+    def as_list(self, value: Any, name: str) -> list:
+        """One entry of the stream, or a list of them, as a list."""
+        return as_pictures(value, name)
+
+    def read(
+        self, values: list, name: str, tokenizer: PreTrainedTokenizerBase | None
+    ) -> torch.Tensor:
+        """Entries as the codec reads them; raises `ValueError` for what does not fit."""
+        raise NotImplementedError
+
+    def write(self, output: ModelOutput) -> list:
+        """The output of the codec's `decode` as entries."""
+        raise NotImplementedError
+
+
+class TokComTexts(TokComContents):
+    field = "texts"
+
+    def as_list(self, value: Any, name: str) -> list:
         return list(value) if isinstance(value, (list, tuple)) else [value]
-    if kind == "audio":
-        return as_sounds(value)
-    return as_clips(value, name) if kind == "video" else as_pictures(value, name)
 
-
-def read_stream(
-    codec: TokComCompositeCodec, name: str, values: list, tokenizer: PreTrainedTokenizerBase | None
-) -> torch.Tensor:
-    """The content of a stream, a list, as its codec reads it; raises `ValueError` for what does not
-    fit."""
-    config = codec.streams[name].config
-    if config.has_tokens:
+    def read(
+        self, values: list, name: str, tokenizer: PreTrainedTokenizerBase | None
+    ) -> torch.Tensor:
         rows = tokenize_texts(tokenizer, values, name)
         length = max(map(len, rows))
-        longest = codec.text_length(name)
-        if length > longest:
+        if length > self.longest:
             raise ValueError(
-                f"`{name}` has {length} tokens, more than the model's maximum of {longest} "
+                f"`{name}` has {length} tokens, more than the model's maximum of {self.longest} "
                 "(`text_latents`); shorten it."
             )
-        return text_rows(rows, longest, tokenizer.eos_token_id)
-    if config.kind == "audio":
-        return TokComAudioProcessor(config)(values)["input_features"]
-    if config.kind == "video":
-        return read_clips(values, config.image_size, name)
-    return TokComImageProcessor(config.image_size)(values)["pixel_values"]
+        return text_rows(rows, self.longest, tokenizer.eos_token_id)
+
+
+class TokComPictures(TokComContents):
+    field = "images"
+
+    def read(self, values: list, name: str, tokenizer: Any) -> torch.Tensor:
+        return TokComImageProcessor(self.config.image_size)(values)["pixel_values"]
+
+    def write(self, output: ModelOutput) -> list:
+        pixels = output.pixel_values
+        pixels = pixels if pixels.ndim == 4 else pixels[:, :, 0]  # a clip of one frame
+        return TokComImageProcessor(self.config.image_size).postprocess(pixels)
+
+
+class TokComClips(TokComContents):
+    field = "videos"
+
+    def as_list(self, value: Any, name: str) -> list:
+        return as_clips(value, name)
+
+    def read(self, values: list, name: str, tokenizer: Any) -> torch.Tensor:
+        return read_clips(values, self.config.image_size, name)
+
+    def write(self, output: ModelOutput) -> list:
+        processor = TokComImageProcessor(self.config.image_size)
+        return [processor.postprocess(clip.transpose(0, 1)) for clip in output.pixel_values]
+
+
+class TokComSounds(TokComContents):
+    field = "audios"
+
+    def as_list(self, value: Any, name: str) -> list:
+        return as_sounds(value)
+
+    def read(self, values: list, name: str, tokenizer: Any) -> torch.Tensor:
+        return TokComAudioProcessor(self.config)(values)["input_features"]
+
+    def write(self, output: ModelOutput) -> list:
+        return TokComAudioProcessor(self.config).postprocess(output.input_features)
+
+
+CONTENTS: dict[str, type[TokComContents]] = {
+    "text": TokComTexts,
+    "image": TokComPictures,
+    "video": TokComClips,
+    "audio": TokComSounds,
+}
 
 
 def as_lists(
@@ -392,10 +461,10 @@ def as_lists(
             f"`{argument}` must be a dictionary of {codec.names}, not a {type(streams).__name__}."
         )
     codec.check_names(list(streams))
-    contents = {
-        name: _as_list(codec.streams[name].config.kind, value, name)
-        for name, value in streams.items()
-    }
+    contents = {}
+    for name, value in streams.items():
+        is_empty = isinstance(value, (list, tuple)) and not value
+        contents[name] = [] if is_empty else codec.contents[name].as_list(value, name)
     lengths = {name: len(values) for name, values in contents.items()}
     if len(set(lengths.values())) > 1 or 0 in lengths.values():
         raise ValueError(
@@ -422,7 +491,7 @@ def names_to_make(
             f"`generate` ({names}) must name at least one stream, and none that is given "
             f"({sorted(given)})."
         )
-    has_text = any(codec.streams[name].config.has_tokens for name in names)
+    has_text = any(name in codec.text_names for name in names)
     if num_candidates < 1 or (num_candidates > 1 and not has_text):
         raise ValueError(
             f"`num_candidates` ({num_candidates}) must be at least 1, and above 1 needs a text "
@@ -467,8 +536,9 @@ __all__ = [
     "TokComAudioCodec",
     "TokComAudioOutput",
     "TokComCompositeCodec",
+    "TokComImageOutput",
+    "TokComVideoOutput",
     "as_lists",
     "guidance_omissions",
     "names_to_make",
-    "read_stream",
 ]

@@ -20,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from .codec_chunk_tokcom import TokComCodec, TokComCodecLoss, TokComCodecOutput
-from .configuration_codec_tokcom import TokComStyleCodecConfig
+from .configuration_media_tokcom import TokComStyleCodecConfig
 from .layers_tokcom import TokComRMSNorm
 from .quantization_tokcom import VectorQuantizer, code_statistics, kmeans, nearest_codes
 
@@ -127,6 +127,7 @@ class TokComStyledBlock(GradientCheckpointingLayer):
     def forward(self, hidden_states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """`hidden_states (B, S, D)` and two `tokens (B, 2, C)` -> `(B, S + 2, D)`, tokens first."""
         first, second = tokens.unbind(1)
+        # adaptive normalisation, as in StyleGAN, with a token in place of a style
         scale, shift = self.attention_style(first)[:, None].chunk(2, dim=-1)  # (B, 1, D) each
         normed = self.attention_norm(hidden_states) * (1 + scale) + shift
         joining = torch.stack((self.registers[0](first), self.registers[1](second)), dim=1)
@@ -165,6 +166,7 @@ class TokComStyleEncoder(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)  # (B, P, D)
+        # patches and queries share one sequence; queries begin as their position alone
         hidden_states = self.positions + F.pad(patches, (0, 0, 1, self.num_tokens))
         for layer in self.layers:
             hidden_states = layer(hidden_states)
@@ -233,6 +235,7 @@ class TokComSoftCodebook(nn.Module):
         # in float32: small differences remain when the mean is subtracted
         with torch.autocast(inputs.device.type, enabled=False):
             directions = self.directions.float()
+            # cosines of the inputs to all directions
             weights = F.normalize(inputs.float(), dim=-1) @ F.normalize(directions, dim=-1).T
             mixed = (weights - weights.mean(-1, keepdim=True)) @ directions
             return F.layer_norm(
@@ -471,6 +474,7 @@ def gradient_loss(
             break
         horizontal = difference.diff(dim=-1).abs().mean()
         vertical = difference.diff(dim=-2).abs().mean()
+        # every size counts alike
         total = total + (horizontal + vertical) / scales
     return total
 

@@ -22,7 +22,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .codec_chunk_tokcom import TokComCodec, TokComCodecOutput, TokComResidualMLP
-from .configuration_codec_tokcom import TokComVideoCodecConfig
+from .configuration_media_tokcom import TokComVideoCodecConfig
 from .layers_tokcom import TokComRMSNorm
 from .processing_tokcom import TokComImageProcessor, as_clips, pixels_of_tensor
 from .quantization_tokcom import build_quantizer
@@ -93,6 +93,9 @@ class TokComVideoCodec(TokComCodec):
             mean = mean.mean(0)
         self.latent_mean.copy_(mean)
         self.latent_std.copy_(std.clamp_min(1e-2))  # do not amplify values that hardly vary
+
+    def as_stream(self, inputs: torch.Tensor, num_latents: int) -> torch.Tensor:
+        return inputs[:, :, None] if inputs.ndim == 4 else inputs  # a picture is one frame
 
     # ---- where latents stand ----
 

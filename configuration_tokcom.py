@@ -1,13 +1,15 @@
-"""TokCom configuration: what a model is. One codec, one transformer, and the flow between noise and latents.
+"""TokCom configuration: what a model is. One codec, one transformer, and the flow between noise and
+latents.
 
 Notable choices:
 - A field exists because two presets differ in it; the exceptions and their reasons are in
   `tests/test_configuration.py`.
 - All checks live in `validate_architecture`, which the strict dataclass runs after construction.
-- Presets are in `presets/*.yaml`, settings of training in `training/config.py` and `objective_tokcom.py`.
+- Presets are in `presets/*.yaml`, settings of training in `training/config.py` and
+  `objective_tokcom.py`.
 
-Shape legend used in every file: B batch, T tokens, K tokens per chunk, N = T/K latents, C latent channels,
-D width, H heads, A position axes, V vocabulary.
+Shape legend used in every file: B batch, T tokens, K tokens per chunk, N = T/K latents, C latent
+channels, D width, H heads, A position axes, V vocabulary.
 """
 
 import difflib
@@ -20,18 +22,15 @@ from transformers import PreTrainedConfig
 
 from .configuration_codec_tokcom import (
     MAX_PARAMETERS,
-    STREAM_CONFIGS,
     TokComChunkCodecConfig,
-    TokComCodecConfig,
-    TokComColorCodecConfig,
-    TokComStyleCodecConfig,
-    TokComVideoCodecConfig,
+    check_choice,
     check_heads,
     check_known_keys,
     check_numbers,
     check_positive,
     check_size,
 )
+from .configuration_media_tokcom import CODEC_CONFIGS
 
 # Fields of earlier versions, and the value at which leaving them out changes nothing; None is any.
 REMOVED = {
@@ -45,26 +44,11 @@ REMOVED = {
 }
 
 # Fields of earlier versions that say how a model was trained, not what it is.
-TRAINING = {
-    "stage",
-    "mse_weight",
-    "ce_weight",
-    "ce_share",
-    "noise_draws",
-    "context_dropout",
-    "infill_rate",
-    "turn_share",
-    "kl_weight",
-    "kl_free_nats",
-    "token_dropout",
-    "latent_dropout",
-    "bottleneck_noise",
-    "tail_dropout",
-    "gradient_weight",
-    "stream_weights",
-    "generation_rates",
-    "micro_decoder_dropout",
-}
+TRAINING = frozenset(
+    "stage mse_weight ce_weight ce_share noise_draws context_dropout infill_rate turn_share "
+    "kl_weight kl_free_nats token_dropout latent_dropout bottleneck_noise tail_dropout "
+    "gradient_weight stream_weights generation_rates micro_decoder_dropout".split()
+)
 
 
 def check_spelling(config: PreTrainedConfig, others: dict[str, Any]) -> None:
@@ -77,7 +61,8 @@ def check_spelling(config: PreTrainedConfig, others: dict[str, Any]) -> None:
 
 
 def drop_removed(*parts: dict[str, Any]) -> None:
-    """Take the fields of earlier versions out of `parts` of a configuration, with one warning that names them.
+    """Take the fields of earlier versions out of `parts` of a configuration, with one warning that
+    names them.
 
     Raises `ValueError` for one that was in use: such a model cannot be what it was.
     """
@@ -91,8 +76,8 @@ def drop_removed(*parts: dict[str, Any]) -> None:
                 used[name] = value
     if used:
         raise ValueError(
-            f"this model was trained with {used}, which version 0.2 removed after it had lost its ablation; use "
-            "version 0.1."
+            f"this model was trained with {used}, which version 0.2 removed after it had lost its "
+            "ablation; use version 0.1."
         )
     if dropped:
         warnings.warn(
@@ -107,30 +92,38 @@ class TokComTransformerConfig(PreTrainedConfig):
 
     Args:
         latent_channels (`int`): C, equal to the codec's.
-        max_position_embeddings (`int`): the longest sequence in latents that training sees. Longer prompts are an error;
-            block-causal generation goes on over a window of this size.
-        num_position_axes (`int`): A, the axes of `position_ids (B, N, A)` among which a head's channels are split.
+        max_position_embeddings (`int`): the longest sequence in latents that training sees. Longer
+            prompts are an error; block-causal generation goes on over a window of this size.
+        num_position_axes (`int`): A, the axes of `position_ids (B, N, A)` among which a head's
+            channels are split.
         conditioning_size (`int`): width of the timestep embedding that feeds adaLN.
-        timestep_scale (`float`): factor on t before the sinusoids. 1000 tells neighbouring times apart; the published
-            v5.2 used 1.
-        adaln_gates (`bool`): gated adaLN-zero (a block is the identity at init); `False` is the published form.
-        input_projection (`bool`): a linear map C -> D before the blocks; `False` (published) needs `C == D`.
-        per_latent_timestep (`bool`): known latents are told t = 1. `False` (published): one t for the whole sequence,
-            so training never shows a clean prompt and sampling tells it the time of its neighbours.
-        block_size (`int`, *optional*): Q, latents denoised at once under block-causal attention; `None` is the
-            published bidirectional model.
-        num_context_layers (`int`): the first layers, which only clean latents pass, once; noisy latents enter after
-            them and are all that is repeated at every sampling step. 0 is one network for both.
-        head_attention (`bool`): whether the layers after the context layers attend to context and block, or see the
-            context only through the state of its last latent.
-        start_latents (`bool`): for `prediction_type="tokens"`: a learned latent stands before the first one: one kind at the start of a text, another
-            where a window begins inside one. It may see what follows a gap that nothing precedes.
-        attention_type (`str`): `"full"`, or for clips `"factorized"`: even layers attend within a moment, odd ones along time at
-            one place (Bertasius et al. 2021), so that the cost grows with F^2 + (H W)^2 instead of (F H W)^2.
-        stream_channels (`list[int]`, *optional*): for several streams in one sequence: how many of the C channels each uses, one
-            after the other; the first axis of `position_ids` is the stream. Set by a composite codec.
-        feature_size (`int`): width of an input that is read instead of the latents, and of the output; 0 reads and
-            predicts latents. Set by `prediction_type="tokens"`.
+        timestep_scale (`float`): factor on t before the sinusoids. 1000 tells neighbouring times
+            apart; the published v5.2 used 1.
+        adaln_gates (`bool`): gated adaLN-zero (a block is the identity at init); `False` is the
+            published form.
+        input_projection (`bool`): a linear map C -> D before the blocks; `False` (published) needs
+            `C == D`.
+        per_latent_timestep (`bool`): known latents are told t = 1. `False` (published): one t for
+            the whole sequence, so training never shows a clean prompt and sampling tells it the
+            time of its neighbours.
+        block_size (`int`, *optional*): Q, latents denoised at once under block-causal attention;
+            `None` is the published bidirectional model.
+        num_context_layers (`int`): the first layers, which only clean latents pass, once; noisy
+            latents enter after them and are all that is repeated at every sampling step. 0 is one
+            network for both.
+        head_attention (`bool`): whether the layers after the context layers attend to context and
+            block, or see the context only through the state of its last latent.
+        start_latents (`bool`): for `prediction_type="tokens"`: a learned latent stands before the
+            first one: one kind at the start of a text, another where a window begins inside one. It
+            may see what follows a gap that nothing precedes.
+        attention_type (`str`): `"full"`, or for clips `"factorized"`: even layers attend within a
+            moment, odd ones along time at one place (Bertasius et al. 2021), so that the cost grows
+            with F^2 + (H W)^2 instead of (F H W)^2.
+        stream_channels (`list[int]`, *optional*): for several streams in one sequence: how many of
+            the C channels each uses, one after the other; the first axis of `position_ids` is the
+            stream. Set by a composite codec.
+        feature_size (`int`): width of an input that is read instead of the latents, and of the
+            output; 0 reads and predicts latents. Set by `prediction_type="tokens"`.
     """
 
     model_type = "tokcom_transformer"
@@ -177,12 +170,13 @@ class TokComTransformerConfig(PreTrainedConfig):
         head_size = self.hidden_size // self.num_attention_heads
         if head_size < 2 * self.num_position_axes:
             raise ValueError(
-                f"the head size ({head_size}) must be at least 2 x `num_position_axes` ({self.num_position_axes}); change "
-                "`hidden_size` or `num_attention_heads`."
+                f"the head size ({head_size}) must be at least 2 x `num_position_axes` "
+                f"({self.num_position_axes}); change `hidden_size` or `num_attention_heads`."
             )
         if self.conditioning_size % 2:
             raise ValueError(
-                f"`conditioning_size` ({self.conditioning_size}) must be even: half cosines, half sines."
+                f"`conditioning_size` ({self.conditioning_size}) must be even: half cosines, half "
+                "sines."
             )
         if self.block_size is not None and self.block_size < 1:
             raise ValueError(
@@ -191,180 +185,101 @@ class TokComTransformerConfig(PreTrainedConfig):
         if self.block_size is not None and self.block_size >= self.max_position_embeddings:
             raise ValueError(
                 f"`block_size` ({self.block_size}) must be smaller than `max_position_embeddings` "
-                f"({self.max_position_embeddings}), or nothing fits before a block; use None to see all at once."
+                f"({self.max_position_embeddings}), or nothing fits before a block; use None to "
+                "see all at once."
             )
         if not 0 <= self.num_context_layers < self.num_hidden_layers:
             raise ValueError(
-                f"`num_context_layers` ({self.num_context_layers}) must be at least 0 and below `num_hidden_layers` "
-                f"({self.num_hidden_layers}): the rest denoise."
+                f"`num_context_layers` ({self.num_context_layers}) must be at least 0 and below "
+                f"`num_hidden_layers` ({self.num_hidden_layers}): the rest denoise."
             )
         if self.num_context_layers and self.block_size is None:
             raise ValueError(
-                f"`num_context_layers` ({self.num_context_layers}) needs a `block_size`: a bidirectional model has no "
-                "context that is finished."
+                f"`num_context_layers` ({self.num_context_layers}) needs a `block_size`: a "
+                "bidirectional model has no context that is finished."
             )
         if not self.head_attention and (self.block_size != 1 or not self.num_context_layers):
             raise ValueError(
-                f"`head_attention=False` needs `block_size=1` (got {self.block_size}) and context layers "
-                f"(got {self.num_context_layers}): the latents of a block would not see each other."
+                f"`head_attention=False` needs `block_size=1` (got {self.block_size}) and context "
+                f"layers (got {self.num_context_layers}): the latents of a block would not see "
+                "each other."
             )
-        if self.start_latents and self.head_attention:
-            raise ValueError(
-                "`start_latents` needs context layers and `head_attention=False`: the head reads the context through "
-                "the latent before it."
-            )
-        if self.attention_type not in ("full", "factorized"):
-            raise ValueError(
-                f"`attention_type` ({self.attention_type!r}) must be 'full' or 'factorized'."
-            )
-        if self.attention_type == "factorized" and (
-            self.block_size is not None or self.num_position_axes != 3
-        ):
-            raise ValueError(
-                f"`attention_type='factorized'` needs `block_size=None` (got {self.block_size}) and three position axes (got "
-                f"{self.num_position_axes}): time, row and column."
-            )
-        if not self.per_latent_timestep and self.block_size is not None:
-            raise ValueError(
-                f"`per_latent_timestep=False` needs `block_size=None`, got {self.block_size}: block-causal generation "
-                "conditions on clean latents."
-            )
-        if not self.input_projection and self.latent_channels != self.hidden_size:
-            raise ValueError(
-                f"`input_projection=False` needs `latent_channels` ({self.latent_channels}) equal to `hidden_size` "
-                f"({self.hidden_size}); set `input_projection=True`."
-            )
+        check_choice(self, attention_type=("full", "factorized"))
+        self._check_published()
         layer = self.hidden_size * (
             4 * self.hidden_size + 3 * self.intermediate_size + 6 * self.conditioning_size
         )
         ends = self.hidden_size * (2 * self.feature_size + 3 * self.latent_channels)
         check_size(self, self.num_hidden_layers * layer + ends)
 
+    def _check_published(self) -> None:
+        """Options that need each other: the heads, and the forms of published models."""
+        if self.start_latents and self.head_attention:
+            raise ValueError(
+                "`start_latents` needs context layers and `head_attention=False`: the head reads "
+                "the context through the latent before it."
+            )
+        if self.attention_type == "factorized" and (
+            self.block_size is not None or self.num_position_axes != 3
+        ):
+            raise ValueError(
+                f"`attention_type='factorized'` needs `block_size=None` (got {self.block_size}) "
+                f"and three position axes (got {self.num_position_axes}): time, row and column."
+            )
+        if not self.per_latent_timestep and self.block_size is not None:
+            raise ValueError(
+                f"`per_latent_timestep=False` needs `block_size=None`, got {self.block_size}: "
+                "block-causal generation conditions on clean latents."
+            )
+        if not self.input_projection and self.latent_channels != self.hidden_size:
+            raise ValueError(
+                f"`input_projection=False` needs `latent_channels` ({self.latent_channels}) equal "
+                f"to `hidden_size` ({self.hidden_size}); set `input_projection=True`."
+            )
+
 
 TIMESTEP_SAMPLINGS = ("logit_normal", "uniform", "linear", "cosine")
 
 
 @strict
-class TokComCompositeCodecConfig(TokComCodecConfig):
-    r"""Configuration of several codecs side by side, whose latents make one sequence.
-
-    Args:
-        streams (`dict[str, dict]`): name of a stream -> its codec's configuration; None removes a preset's. By default one text. In the sequence they
-            follow each other by name. A latent uses channels of its stream only, so the transformer's maps in and out are
-            different for every stream.
-        text_latents (`int`): latents of a text; what is left of them after it is EOS.
-    """
-
-    model_type = "tokcom_composite_codec"
-    modality = "several"
-
-    streams: dict[str, dict[str, Any] | None] | None = None
-    text_latents: int = 8
-    initializer_range: float = 0.02
-
-    def stream_configs(self) -> dict[str, TokComCodecConfig]:
-        """The configuration of every stream's codec."""
-        configs = {}
-        streams = {"text": {}} if self.streams is None else self.streams
-        for name, fields in sorted(streams.items()):  # JSON does not keep an order
-            if fields is None:
-                continue
-            kind = fields.get("model_type", TokComChunkCodecConfig.model_type)
-            if kind not in STREAM_CONFIGS:
-                raise ValueError(
-                    f"stream {name!r} has the codec {kind!r}; known are {sorted(STREAM_CONFIGS)}."
-                )
-            fields = {key: value for key, value in fields.items() if key != "model_type"}
-            check_known_keys(STREAM_CONFIGS[kind], fields, f"codec_config.streams.{name}.")
-            configs[name] = STREAM_CONFIGS[kind](**fields)
-        return configs
-
-    def stream_lengths(self) -> dict[str, int]:
-        """Latents of every stream."""
-        configs = self.stream_configs().items()
-        return {
-            name: self.text_latents if codec.has_tokens else codec.num_tokens
-            for name, codec in configs
-        }
-
-    @property
-    def text_vocab_size(self) -> int:
-        return max((codec.text_vocab_size for codec in self.stream_configs().values()), default=0)
-
-    @property
-    def num_position_axes(self) -> int:
-        """The stream's index and the axes of the stream that has most."""
-        return 1 + max(
-            (codec.num_position_axes for codec in self.stream_configs().values()), default=1
-        )
-
-    @property
-    def latent_channels(self) -> int:
-        return sum(codec.latent_channels for codec in self.stream_configs().values())
-
-    @property
-    def num_tokens(self) -> int:
-        """N, latents of all streams."""
-        return sum(self.stream_lengths().values())
-
-    def validate_architecture(self):
-        check_positive(self, "text_latents")
-        configs = self.stream_configs()
-        if not configs:
-            raise ValueError("`streams` is empty; name at least one stream and its codec.")
-        for name in configs:
-            if not name.isidentifier():
-                raise ValueError(
-                    f"the stream {name!r} must be named like an argument: letters, digits and '_'."
-                )
-        vocabularies = {codec.text_vocab_size for codec in configs.values() if codec.has_tokens}
-        if len(vocabularies) > 1:
-            raise ValueError(
-                f"all texts share one tokenizer, but `vocab_size` is {sorted(vocabularies)}; make them equal."
-            )
-        for name, codec in configs.items():
-            if getattr(codec, "spatial_compression", 1) != 1:
-                raise ValueError(
-                    f"stream {name!r} must be of pixels: `spatial_compression` ({codec.spatial_compression}) is not 1."
-                )
-
-
-CODEC_CONFIGS: dict[str, type[PreTrainedConfig]] = {
-    **STREAM_CONFIGS,
-    TokComCompositeCodecConfig.model_type: TokComCompositeCodecConfig,
-}
-
-
-@strict
 class TokComConfig(PreTrainedConfig):
-    r"""Configuration of a TokCom model: its codec, its transformer, and the flow between noise and latents.
+    r"""Configuration of a TokCom model: its codec, its transformer, and the flow between noise and
+    latents.
 
-    How a model is trained is not part of it: losses and their settings are in `objective_tokcom.py`.
+    How a model is trained is not part of it: losses and their settings are in
+    `objective_tokcom.py`.
 
     Args:
-        codec_config, transformer_config: sub-configurations or their dictionaries; `model_type` of the codec's chooses
-            its class.
-        prediction_type (`str`): `"latents"`, the transformer predicts x1, or `"tokens"`, it predicts token
-            probabilities and x1 is the mean latent under them.
-        token_embedding_size (`int`): width of the embedding through which `"tokens"` reads and predicts tokens.
-        token_stagger (`float`): in [0, 1], for `"tokens"`: how much later each token of a chunk is denoised than the
-            one before it. 0 is all together, 1 one after the other.
-        token_shift (`float`): for `"tokens"`: warp of each token's time; above 1 spends more of it on noise.
-        noise_std (`float`): standard deviation of x0; 1 on standardised latents, 0.05 in published v5.2.
-        timestep_sampling (`str`): how training draws times. `"logit_normal"`, t = 1 - sigmoid(N(timestep_loc, 1)),
-            `"uniform"`, or the times at which a diffusion with `"linear"` betas (DDPM, Ho et al. 2020) or a
-            `"cosine"` (Nichol and Dhariwal 2021) has the same signal-to-noise ratio; DDIM samples the last two.
+        codec_config, transformer_config: sub-configurations or their dictionaries; `model_type` of
+            the codec's chooses its class.
+        prediction_type (`str`): `"latents"`, the transformer predicts x1, or `"tokens"`, it
+            predicts token probabilities and x1 is the mean latent under them.
+        token_embedding_size (`int`): width of the embedding through which `"tokens"` reads and
+            predicts tokens.
+        token_stagger (`float`): in [0, 1], for `"tokens"`: how much later each token of a chunk is
+            denoised than the one before it. 0 is all together, 1 one after the other.
+        token_shift (`float`): for `"tokens"`: warp of each token's time; above 1 spends more of it
+            on noise.
+        noise_std (`float`): standard deviation of x0; 1 on standardised latents, 0.05 in published
+            v5.2.
+        timestep_sampling (`str`): how training draws times. `"logit_normal"`, t = 1 -
+            sigmoid(N(timestep_loc, 1)), `"uniform"`, or the times at which a diffusion with
+            `"linear"` betas (DDPM, Ho et al. 2020) or a `"cosine"` (Nichol and Dhariwal 2021) has
+            the same signal-to-noise ratio; DDIM samples the last two.
         timestep_loc (`float`): larger is noisier; the sampling grid is shifted by the same amount.
-        quantize_prediction (`bool`): every estimate becomes the nearest codes of a video codec's quantiser, with a
-            straight-through gradient, as in the published video model.
-        latent_head (`str`), latent_refiner (`str`): networks between the estimate and the decoder, for `"latents"`:
-            `"none"`, `"mlp"` or `"vq"` (an MLP and a codebook), and `"none"` or `"mlp"`. Trained in stage head.
+        quantize_prediction (`bool`): every estimate becomes the nearest codes of a video codec's
+            quantiser, with a straight-through gradient, as in the published video model.
+        latent_head (`str`), latent_refiner (`str`): networks between the estimate and the decoder,
+            for `"latents"`: `"none"`, `"mlp"` or `"vq"` (an MLP and a codebook), and `"none"` or
+            `"mlp"`. Trained in stage head.
         latent_head_size, latent_refiner_size, latent_head_codes (`int`): their widths and codes.
-        condition_vocab_size (`int`): of models of images and clips: ids of the captions they are generated for, those
-            of the tokenizer and one more; 0 is without captions.
-        condition_length (`int`): the longest caption in tokens; captions take so many positions before the image.
-        num_inference_steps (`int`), sampling_temperature, sampling_top_p (`float`): what the pipeline samples with by
-            default: steps per block, and how token probabilities are sharpened.
+        condition_vocab_size (`int`): of models of images and clips: ids of the captions they are
+            generated for, those of the tokenizer and one more; 0 is without captions.
+        condition_length (`int`): the longest caption in tokens; captions take so many positions
+            before the image.
+        num_inference_steps (`int`), sampling_temperature, sampling_top_p (`float`): what the
+            pipeline samples with by default: steps per block, and how token probabilities are
+            sharpened.
     """
 
     model_type = "tokcom"
@@ -416,23 +331,10 @@ class TokComConfig(PreTrainedConfig):
             fields = {k: v for k, v in subs.pop(0).items() if k != "model_type"}
             check_known_keys(TokComTransformerConfig, fields, "transformer_config.")
             self.transformer_config = TokComTransformerConfig(**fields)
-        codec = self.codec_config
-        transformer = self.transformer_config
-        composite = isinstance(codec, TokComCompositeCodecConfig)
-        if composite or isinstance(
-            codec, (TokComColorCodecConfig, TokComVideoCodecConfig)
-        ):  # the codec decides
-            transformer.latent_channels = codec.latent_channels
-        if composite:
-            transformer.stream_channels = [
-                stream.latent_channels for stream in codec.stream_configs().values()
-            ]
-            transformer.num_position_axes = codec.num_position_axes
-        width = (
-            self.codec_config.num_symbols * self.token_embedding_size
-            if self.prediction_type == "tokens"
-            else 0
-        )
+        self.codec_config.fit_transformer(self.transformer_config)
+        width = 0
+        if self.prediction_type == "tokens":
+            width = self.codec_config.num_symbols * self.token_embedding_size
         self.transformer_config.feature_size = width
         if not width:  # the start of a text only matters to models that predict tokens
             self.transformer_config.start_latents = False
@@ -445,53 +347,46 @@ class TokComConfig(PreTrainedConfig):
         if self.codec_config.latent_channels != self.transformer_config.latent_channels:
             raise ValueError(
                 f"`codec_config.latent_channels` ({self.codec_config.latent_channels}) and "
-                f"`transformer_config.latent_channels` ({self.transformer_config.latent_channels}) must be equal."
+                f"`transformer_config.latent_channels` ({self.transformer_config.latent_channels}) "
+                "must be equal."
             )
         self._validate_head()
-        self._validate_images()
-        if self.timestep_sampling not in TIMESTEP_SAMPLINGS:
-            raise ValueError(
-                f"`timestep_sampling` ({self.timestep_sampling!r}) must be one of {TIMESTEP_SAMPLINGS}."
-            )
+        self.codec_config.check_model(self)
+        check_choice(self, timestep_sampling=TIMESTEP_SAMPLINGS)
+        check_choice(self, prediction_type=("latents", "tokens"))
         if self.timestep_sampling in ("linear", "cosine") and (
             self.prediction_type != "latents" or self.noise_std != 1
         ):
             raise ValueError(
-                f"`timestep_sampling` ({self.timestep_sampling!r}) needs `prediction_type='latents'` (got "
-                f"{self.prediction_type!r}) and `noise_std` 1 (got {self.noise_std}), as DDIM does."
-            )
-        if self.prediction_type not in ("latents", "tokens"):
-            raise ValueError(
-                f"`prediction_type` ({self.prediction_type!r}) must be 'latents' or 'tokens'."
+                f"`timestep_sampling` ({self.timestep_sampling!r}) needs "
+                f"`prediction_type='latents'` (got {self.prediction_type!r}) and `noise_std` 1 "
+                f"(got {self.noise_std}), as DDIM does."
             )
         if self.prediction_type == "tokens" and not self.codec_config.has_symbols:
             raise ValueError(
-                "`prediction_type='tokens'` needs `codec_config.encoder_type='token'`, or a codec of digits: only then is "
-                "the mean latent of token probabilities known."
-            )
-        block_size = self.transformer_config.block_size
-        row = self.codec_config.latents_multiple
-        if block_size is not None and block_size % row:
-            raise ValueError(
-                f"`block_size` ({block_size}) must be a multiple of the {row} patches of a raster's row."
+                "`prediction_type='tokens'` needs `codec_config.encoder_type='token'`, or a codec "
+                "of digits: only then is the mean latent of token probabilities known."
             )
         if not 0 <= self.token_stagger <= 1 or self.token_shift <= 0:
             raise ValueError(
-                f"`token_stagger` ({self.token_stagger}) must be in [0, 1] and `token_shift` ({self.token_shift}) positive."
+                f"`token_stagger` ({self.token_stagger}) must be in [0, 1] and `token_shift` "
+                f"({self.token_shift}) positive."
             )
         if self.noise_std <= 0:
             raise ValueError(f"`noise_std` ({self.noise_std}) must be positive.")
 
     @property
     def text_vocab_size(self) -> int:
-        """Ids of the text that a model reads: the tokenizer's and the mask token; 0 if it reads none."""
+        """Ids of the text that a model reads: the tokenizer's and the mask token; 0 if it reads
+        none."""
         return self.codec_config.text_vocab_size or self.condition_vocab_size
 
     # what tools ask of a language model
 
     @property
     def vocab_size(self) -> int:
-        """Ids of the text that a model reads and writes; the last one is the mask token, which also pads."""
+        """Ids of the text that a model reads and writes; the last one is the mask token, which also
+        pads."""
         return self.text_vocab_size
 
     @property
@@ -513,99 +408,24 @@ class TokComConfig(PreTrainedConfig):
 
     @property
     def is_causal_lm(self) -> bool:
-        """Whether the model gives exact probabilities of the next token: one chunk a block, its tokens in turn."""
+        """Whether the model gives exact probabilities of the next token: one chunk a block, its
+        tokens in turn."""
         return self.transformer_config.start_latents and self.token_stagger == 1
 
     @property
     def has_latent_head(self) -> bool:
         return self.latent_head != "none" or self.latent_refiner != "none"
 
-    def _validate_images(self):
-        codec = self.codec_config
-        transformer = self.transformer_config
-        condition = self.condition_vocab_size
-        images = not codec.has_tokens
-        if condition < 0 or (condition and (not images or transformer.block_size is not None)):
-            raise ValueError(
-                f"`condition_vocab_size` ({condition}) must not be negative, and needs a codec of images or clips and "
-                "`transformer_config.block_size=None`; a text continues its prompt."
-            )
-        self._validate_streams()
-        if not codec.text_vocab_size and (
-            self.prediction_type != "latents" or self.has_latent_head
-        ):
-            raise ValueError(
-                f"images have no tokens to predict: `prediction_type` ({self.prediction_type!r}) must be 'latents', "
-                f"and `latent_head` ({self.latent_head!r}) and `latent_refiner` ({self.latent_refiner!r}) 'none'."
-            )
-        if images and transformer.max_position_embeddings < codec.num_tokens:
-            raise ValueError(
-                f"`transformer_config.max_position_embeddings` ({transformer.max_position_embeddings}) must hold "
-                f"the {codec.num_tokens} tokens of {codec.modality} data."
-            )
-        if transformer.attention_type == "factorized" and (codec.modality != "video" or condition):
-            raise ValueError(
-                f"`attention_type='factorized'` is for clips without captions, not for {codec.modality!r} with "
-                f"`condition_vocab_size` {condition}; use 'full'."
-            )
-        if transformer.block_size is not None and transformer.block_size % codec.group_size:
-            raise ValueError(
-                f"`transformer_config.block_size` ({transformer.block_size}) must be a multiple of the {codec.group_size} latents "
-                "of one moment of a clip, which are generated together."
-            )
-        if (
-            self.quantize_prediction
-            and getattr(codec, "quantizer", "none") == "none"
-            or (self.quantize_prediction and codec.modality != "video")
-        ):
-            raise ValueError("`quantize_prediction` needs a video codec with a `quantizer`.")
-
-    def _validate_streams(self):
-        codec = self.codec_config
-        transformer = self.transformer_config
-        several = codec.modality == "several"
-        if codec.modality == "audio":
-            raise ValueError(
-                "a sound is a stream of a composite codec; use `model_type='tokcom_composite_codec'` with one stream."
-            )
-        if several != (transformer.stream_channels is not None):
-            raise ValueError(
-                f"`transformer_config.stream_channels` ({transformer.stream_channels}) is set by a composite codec, not by "
-                f"{codec.model_type!r}; leave it out."
-            )
-        if several and (transformer.block_size is not None or not transformer.per_latent_timestep):
-            raise ValueError(
-                f"several streams need `transformer_config.block_size=None` (got {transformer.block_size}) and "
-                f"`per_latent_timestep=True` (got {transformer.per_latent_timestep}): what is given is clean."
-            )
-        if several and (self.has_latent_head or self.condition_vocab_size):
-            raise ValueError(
-                f"several streams have no captions besides (`condition_vocab_size` {self.condition_vocab_size}) and no "
-                f"latent head ({self.latent_head!r}, {self.latent_refiner!r})."
-            )
-
     def _validate_head(self):
-        if self.latent_head not in ("none", "mlp", "vq") or self.latent_refiner not in (
-            "none",
-            "mlp",
-        ):
-            raise ValueError(
-                f"`latent_head` ({self.latent_head!r}) must be 'none', 'mlp' or 'vq', and `latent_refiner` "
-                f"({self.latent_refiner!r}) 'none' or 'mlp'."
-            )
+        check_choice(self, latent_head=("none", "mlp", "vq"), latent_refiner=("none", "mlp"))
         if self.has_latent_head and self.prediction_type != "latents":
             raise ValueError(
-                f"`latent_head` ({self.latent_head!r}) and `latent_refiner` ({self.latent_refiner!r}) need "
-                "`prediction_type='latents'`: tokens that are drawn have exact latents."
+                f"`latent_head` ({self.latent_head!r}) and `latent_refiner` "
+                f"({self.latent_refiner!r}) need `prediction_type='latents'`: tokens that are "
+                "drawn have exact latents."
             )
-        check_positive(
-            self,
-            "latent_head_size",
-            "latent_refiner_size",
-            "latent_head_codes",
-            "token_embedding_size",
-        )
-        check_positive(self, "condition_length")
+        check_positive(self, "latent_head_size", "latent_refiner_size", "latent_head_codes")
+        check_positive(self, "token_embedding_size", "condition_length")
         channels = self.codec_config.latent_channels
         head = channels * (
             self.latent_head_size + self.latent_refiner_size + self.latent_head_codes
@@ -614,13 +434,15 @@ class TokComConfig(PreTrainedConfig):
         captions = self.condition_vocab_size * self.transformer_config.hidden_size
         if max(head, table, captions) > MAX_PARAMETERS:
             raise ValueError(
-                f"`latent_head_size` ({self.latent_head_size}), `latent_refiner_size` ({self.latent_refiner_size}), "
-                f"`latent_head_codes` ({self.latent_head_codes}), `token_embedding_size` ({self.token_embedding_size}) or "
-                f"`condition_vocab_size` ({self.condition_vocab_size}) ask for more than {MAX_PARAMETERS:.0e} parameters."
+                f"`latent_head_size` ({self.latent_head_size}), `latent_refiner_size` "
+                f"({self.latent_refiner_size}), `latent_head_codes` ({self.latent_head_codes}), "
+                f"`token_embedding_size` ({self.token_embedding_size}) or `condition_vocab_size` "
+                f"({self.condition_vocab_size}) ask for more than {MAX_PARAMETERS:.0e} parameters."
             )
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What config.json holds: in the sub-configurations, too, only what differs from the library's defaults."""
+        """What config.json holds: in the sub-configurations, too, only what differs from the
+        library's defaults."""
         fields = super().to_diff_dict()
         for name in self.sub_configs:
             own = getattr(self, name).to_diff_dict()
@@ -630,14 +452,4 @@ class TokComConfig(PreTrainedConfig):
         return fields
 
 
-__all__ = [
-    "TokComConfig",
-    "TokComChunkCodecConfig",
-    "TokComColorCodecConfig",
-    "TokComStyleCodecConfig",
-    "TokComVideoCodecConfig",
-    "TokComCompositeCodecConfig",
-    "TokComTransformerConfig",
-    "CODEC_CONFIGS",
-    "TRAINING",
-]
+__all__ = ["TRAINING", "TokComConfig", "TokComTransformerConfig"]

@@ -1,18 +1,20 @@
 """Heads: networks between the transformer and what is predicted.
 
-The token head reads noisy latents as uncertain tokens and turns network states into token probabilities. A latent head
-refines the estimates of a model that regresses latents.
+The token head reads noisy latents as uncertain tokens and turns network states into token
+probabilities. A latent head refines the estimates of a model that regresses latents.
 
 Notable choices:
-- The likelihood of noisy channels is known exactly (Bayes' rule), so the network only predicts what it expects.
+- The likelihood of noisy channels is known exactly (Bayes' rule), so the network only predicts what
+  it expects.
 - The likelihood of all tokens is one matrix product, `[s x / n^2, s^2 / n^2] @ [table, -norms]^T`.
 - Tokens whose channels are pure noise have a constant likelihood, which is never computed.
-- The training loss computes its gradient on the way forward: logits exist once, a few rows at a time.
-- What a latent head makes of an estimate is what is decoded, so training and sampling take the same path; every part of
-  it starts as the identity, a codebook until it has seen its first batch.
+- The training loss computes its gradient on the way forward: logits exist once, a few rows at a
+  time.
+- What a latent head makes of an estimate is what is decoded, so training and sampling take the same
+  path; every part of it starts as the identity, a codebook until it has seen its first batch.
 
-Shape legend: B batch, N latents, K symbols of a chunk (tokens, for most codecs), C channels, E embedding,
-V vocabulary, R rows: the tokens that a call works on.
+Shape legend: B batch, N latents, K symbols of a chunk (tokens, for most codecs), C channels, E
+embedding, V vocabulary, R rows: the tokens that a call works on.
 """
 
 from collections.abc import Callable, Iterator
@@ -33,8 +35,10 @@ SMALL_VOCABULARY = (
 
 
 def nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Set to 0 all but the fewest of `probabilities (R, V)` that sum to `top_p` (Holtzman et al. 2020)."""
+    """Set to 0 all but the fewest of `probabilities (R, V)` that sum to `top_p` (Holtzman et al.
+    2020)."""
     ordered, index = probabilities.sort(dim=-1, descending=True)
+    # a token stays if those before it sum to less than `top_p`, so at least one stays
     ordered = ordered.where(ordered.cumsum(-1) - ordered < top_p, 0.0)
     return torch.zeros_like(probabilities).scatter(-1, index, ordered)
 
@@ -42,8 +46,9 @@ def nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
 class TokComSymbols(NamedTuple):
     """What a codec's tokens look like.
 
-    `table (K, V, C / K)` holds their latents, `columns (K, V, C / K + 1)` the same followed by minus half their
-    squared norms, in float32, and `frequent (E,)` is the embedding of a token of which nothing is known.
+    `table (K, V, C / K)` holds their latents, `columns (K, V, C / K + 1)` the same followed by
+    minus half their squared norms, in float32, and `frequent (E,)` is the embedding of a token of
+    which nothing is known.
     """
 
     table: torch.Tensor
@@ -52,7 +57,8 @@ class TokComSymbols(NamedTuple):
 
 
 class TokComChoice(NamedTuple):
-    """The tokens that `mask (B, N, K)` marks, sorted by place: how many at each, and their flat `index (R,)`.
+    """The tokens that `mask (B, N, K)` marks, sorted by place: how many at each, and their flat
+    `index (R,)`.
 
     Making one waits for the device; the sampler makes it once for all blocks.
     """
@@ -69,8 +75,9 @@ class TokComChoice(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """Some rows of one place, or of any place for small vocabularies: which `rows`, their likelihood's `factors`
-    `(r, c + 1)` and `columns (V, c + 1)` or `(r, V, c + 1)`; both are None where it is constant."""
+    """Some rows of one place, or of any place for small vocabularies: which `rows`, their
+    likelihood's `factors` `(r, c + 1)` and `columns (V, c + 1)` or `(r, V, c + 1)`; both are None
+    where it is constant."""
 
     rows: slice
     factors: torch.Tensor | None
@@ -92,11 +99,13 @@ def _working_dtype(tensor: torch.Tensor) -> torch.dtype:
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Sum over rows of the cross-entropy of `states @ weight^T + bias + likelihood` against `ids`, divided by R.
+    """Sum over rows of the cross-entropy of `states @ weight^T + bias + likelihood` against `ids`,
+    divided by R.
 
-    The gradient of the logits is known as soon as they are (it is `softmax - one_hot`), so the forward pass
-    multiplies it into the gradients of states, weight and bias at once. That saves a second computation of the
-    logits, which a checkpoint would need, and never holds more than some rows of them.
+    The gradient of the logits is known as soon as they are (it is `softmax - one_hot`), so the
+    forward pass multiplies it into the gradients of states, weight and bias at once. That saves a
+    second computation of the logits, which a checkpoint would need, and never holds more than some
+    rows of them.
     """
 
     @staticmethod
@@ -120,6 +129,7 @@ class _CrossEntropy(torch.autograd.Function):
                 logits = F.linear(inputs[part.rows], matrix, row)  # (r, V)
                 likelihood = part.likelihood()
                 if likelihood is not None:
+                    # log p(token | x_t, rest) = log p(token | rest) + log p(x_t | token) + constant
                     logits = likelihood.add_(logits)
                 probabilities = logits.softmax(-1, dtype=torch.float32)
                 own = ids[part.rows, None]
@@ -129,6 +139,7 @@ class _CrossEntropy(torch.autograd.Function):
                 chosen = probabilities.gather(1, own)
                 if not trained:
                     continue
+                # the gradient of the logits: softmax - one_hot
                 error = probabilities.scatter_(1, own, chosen - 1)
                 gradients[2].add_(error.sum(0), alpha=1 / count)
                 error = error.to(dtype)
@@ -144,6 +155,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient, _):
         states, weight, bias = ctx.saved_tensors
+        # the forward pass has done the work, up to this factor
         states = states.to(ctx.dtype) * (gradient / ctx.count).to(ctx.dtype)
         return (
             states,
@@ -157,7 +169,8 @@ class _CrossEntropy(torch.autograd.Function):
 class _MeanEmbedding(torch.autograd.Function):
     """`softmax(likelihood + prior) @ weight`, rows `(R, E)`; only `weight` has a gradient.
 
-    The backward pass computes the probabilities again, a few rows at a time, rather than keep `(R, V)` of them.
+    The backward pass computes the probabilities again, a few rows at a time, rather than keep
+    `(R, V)` of them.
     """
 
     @staticmethod
@@ -189,15 +202,18 @@ class _MeanEmbedding(torch.autograd.Function):
 
 
 class TokComTokenHead(nn.Module):
-    """Reads noisy latents as uncertain tokens, and turns what the network expects into token probabilities.
+    """Reads noisy latents as uncertain tokens, and turns what the network expects into token
+    probabilities.
 
-    Bayes' rule: p(token | x_t, rest) is p(token | rest), which the network predicts, times the likelihood
-    N(x_t; t z, (1 - t)^2) of the token's own channels z in the codec's table, which is known. So the network learns
-    language and not the geometry of the latents (score interpolation, CDCD, Dieleman et al. 2022, made exact).
+    Bayes' rule: p(token | x_t, rest) is p(token | rest), which the network predicts, times the
+    likelihood N(x_t; t z, (1 - t)^2) of the token's own channels z in the codec's table, which is
+    known. So the network learns language and not the geometry of the latents (score interpolation,
+    CDCD, Dieleman et al. 2022, made exact).
 
     The places of a chunk have their own times: at the latent's time t, place k has progressed by
-    `t (1 + s (K - 1)) - s k`, cut to [0, 1], with s = `token_stagger`; 0 denoises the tokens of a chunk together, 1 one
-    after the other (AR-Diffusion, Wu et al. 2023). `token_shift` warps progress towards noise, like a sampling grid.
+    `t (1 + s (K - 1)) - s k`, cut to [0, 1], with s = `token_stagger`; 0 denoises the tokens of a
+    chunk together, 1 one after the other (AR-Diffusion, Wu et al. 2023). `token_shift` warps
+    progress towards noise, like a sampling grid.
     """
 
     def __init__(self, config: TokComConfig):
@@ -213,14 +229,17 @@ class TokComTokenHead(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The `(V, E)` that gives logits, under the name that an output layer has; `bias` is its own."""
+        """The `(V, E)` that gives logits, under the name that an output layer has; `bias` is its
+        own."""
         return self.embedding.weight
 
     # ---- times ----
 
     def progress(self, timestep: torch.Tensor) -> torch.Tensor:
-        """Times of latents `(...)` -> how far each place has come, `(..., K)`; below 0 is not begun, above 1 is done."""
+        """Times of latents `(...)` -> how far each place has come, `(..., K)`; below 0 is not
+        begun, above 1 is done."""
         places = torch.arange(self.num_symbols, device=timestep.device)
+        # K turns of equal length that overlap by 1 - stagger; the last one ends at t = 1
         progress = (
             timestep[..., None] * (1 + self.stagger * (self.num_symbols - 1))
             - self.stagger * places
@@ -231,6 +250,7 @@ class TokComTokenHead(nn.Module):
 
     def warp(self, progress: torch.Tensor) -> torch.Tensor:
         """Progress of places -> their t: 0 is noise, 1 is clean."""
+        # the shift of a flow's sampling grid, applied to what is left
         left = 1 - progress.clamp(0, 1)
         return 1 - self.shift * left / (1 + (self.shift - 1) * left)
 
@@ -239,7 +259,8 @@ class TokComTokenHead(nn.Module):
         return self.warp(self.progress(timestep))
 
     def latent_time(self, t: float) -> float:
-        """The time of a latent at which its places are at `t`, without `token_stagger`: the inverse of `place_times`."""
+        """The time of a latent at which its places are at `t`, without `token_stagger`: the inverse
+        of `place_times`."""
         return 1 - (1 - t) / (self.shift - (self.shift - 1) * (1 - t))
 
     # ---- what tokens look like ----
@@ -249,6 +270,7 @@ class TokComTokenHead(nn.Module):
         """The logits `(V,)` of tokens of which nothing is known; the pad token is impossible."""
         if self.impossible_symbol is None:
             return self.bias
+        # the pad token is in the vocabulary, but no text holds it
         where = torch.arange(len(self.bias), device=self.bias.device) == self.impossible_symbol
         return self.bias.masked_fill(where, float("-inf"))
 
@@ -257,12 +279,22 @@ class TokComTokenHead(nn.Module):
         weight = self.embedding.weight
         prior = self.prior.detach().softmax(-1)
         frequent = F.linear(prior[None].to(weight.dtype), weight.T)[0]
+        # log N(x; t z, n^2) = t x z / n^2 - t^2 |z|^2 / (2 n^2) + constant: one product with these
+        # columns
         columns = torch.cat((table, -0.5 * table.square().sum(-1, keepdim=True)), dim=-1)
         return TokComSymbols(table, columns, frequent)
 
     def latents_of(self, symbols: TokComSymbols, ids: torch.Tensor) -> torch.Tensor:
         """Ids `(B, N, K)` -> their clean latents `(B, N, C)`."""
         return symbols.table[torch.arange(self.num_symbols, device=ids.device), ids].flatten(2)
+
+    def add_noise(
+        self, symbols: TokComSymbols, chunks: torch.Tensor, place_times: torch.Tensor
+    ) -> torch.Tensor:
+        """Noisy latents `(R, C)` of chunks `(R, K)` whose tokens stand at `place_times (R, K)`."""
+        clean = self.latents_of(symbols, chunks[None])[0]
+        signal = place_times.repeat_interleave(clean.shape[1] // self.num_symbols, dim=1)
+        return (1 - signal) * torch.randn_like(clean) * self.noise_std + signal * clean
 
     # ---- rows ----
 
@@ -280,14 +312,17 @@ class TokComTokenHead(nn.Module):
             start += count
 
     def _parts(self, choice: TokComChoice, symbols: TokComSymbols, latents, times) -> list[_Part]:
-        """The chosen rows in parts of at most `CROSS_ENTROPY_CHUNK`, with what gives their likelihood.
+        """The chosen rows in parts of at most `CROSS_ENTROPY_CHUNK`, with what gives their
+        likelihood.
 
         `latents (B, N, C)` and `times (B, N, K)` are those of all tokens.
         """
         own = (
             latents.float().unflatten(-1, (self.num_symbols, -1)).flatten(0, -2)[choice.index]
         )  # (R, C / K)
+        # t, by which the clean channels are scaled in x_t
         signal = times.float().flatten()[choice.index, None]
+        # 1 / n^2, of noise of standard deviation n = (1 - t) * noise_std
         precision = ((1 - signal).clamp_min(MIN_SIGMA) * self.noise_std) ** -2
         factors = torch.cat(
             (signal * precision * own, signal.square() * precision), dim=-1
@@ -296,6 +331,7 @@ class TokComTokenHead(nn.Module):
         for rows, place in self._groups(choice, symbols):
             for start in range(rows.start, rows.stop, CROSS_ENTROPY_CHUNK):
                 some = slice(start, min(start + CROSS_ENTROPY_CHUNK, rows.stop))
+                # one table for all rows if they are of one place, else a table for every row
                 where = place if isinstance(place, int) else place[some]
                 parts.append(_Part(some, factors[some], symbols.columns[where]))
         return parts
@@ -308,7 +344,8 @@ class TokComTokenHead(nn.Module):
     def _map(
         self, function: Callable, choice: TokComChoice, symbols, latents, times, *extra
     ) -> torch.Tensor:
-        """`function(log-likelihood (r, V), columns, *extra rows)` of the chosen tokens, `(B, N, K, ...)`, 0 elsewhere.
+        """`function(log-likelihood (r, V), columns, *extra rows)` of the chosen tokens,
+        `(B, N, K, ...)`, 0 elsewhere.
 
         `extra` are tensors `(B, N, K, ...)`. Without a gradient.
         """
@@ -329,7 +366,8 @@ class TokComTokenHead(nn.Module):
         return self._whole(choice, torch.cat(results))
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """Logits `(..., V)` of tokens of which no channel is known, given network states `(..., E)`; float32."""
+        """Logits `(..., V)` of tokens of which no channel is known, given network states
+        `(..., E)`; float32."""
         return F.linear(states, self.embedding.weight, self.prior.to(states.dtype)).float()
 
     # ---- reading ----
@@ -342,19 +380,22 @@ class TokComTokenHead(nn.Module):
         chunks: torch.Tensor | None = None,
         uncertain: TokComChoice | None = None,
     ) -> torch.Tensor:
-        """Mean token embeddings `(B, N, K * E)` given each token's own noisy channels and its frequency.
+        """Mean token embeddings `(B, N, K * E)` given each token's own noisy channels and its
+        frequency.
 
-        `latents (B, N, C)` are only read where a token is uncertain, or to find the ids of clean ones.
+        `latents (B, N, C)` are only read where a token is uncertain, or to find the ids of clean
+        ones.
 
-        `times (B, N, K)` are those of the places. If they are known, `chunks (B, N, K)` are the ids of what is clean
-        already, and `uncertain` the tokens that are neither clean nor pure noise.
+        `times (B, N, K)` are those of the places. If they are known, `chunks (B, N, K)` are the ids
+        of what is clean already, and `uncertain` the tokens that are neither clean nor pure noise.
         """
         weight = self.embedding.weight
         if chunks is None:
             chunks = self.recognise(symbols, latents, times)
         if uncertain is None:
             uncertain = TokComChoice.of((times > 0) & (times < 1))
-        # one table of all embeddings that are needed: of every token, of an unknown one, of each uncertain one
+        # one table of all embeddings that are needed: of every token, of an unknown one, of each
+        # uncertain one
         unknown = len(weight)
         rows = torch.where(times == 1, chunks, unknown)
         table = [weight, symbols.frequent[None].to(weight.dtype)]
@@ -364,6 +405,7 @@ class TokComTokenHead(nn.Module):
             table.append(_MeanEmbedding.apply(weight, self.prior.detach(), parts).to(weight.dtype))
             own = torch.arange(unknown + 1, unknown + 1 + len(uncertain.index), device=rows.device)
             rows = rows.flatten().index_copy(0, uncertain.index, own).view(rows.shape)
+        # rows have length 1; the network wants channels of variance 1
         table = torch.cat(table) * weight.shape[1] ** 0.5
         return F.embedding(rows, table).flatten(2)
 
@@ -381,10 +423,13 @@ class TokComTokenHead(nn.Module):
     def nll(
         self, states, symbols: TokComSymbols, latents, times, chunks, chosen: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The mean cross-entropy of the tokens that `chosen (B, N, K)` marks, and the nats of each, `(B, N, K)`.
+        """The mean cross-entropy of the tokens that `chosen (B, N, K)` marks, and the nats of each,
+        `(B, N, K)`.
 
-        `states (B, N, K * E)` is what the network expects, `chunks (B, N, K)` the ids. Only the mean has a gradient.
+        `states (B, N, K * E)` is what the network expects, `chunks (B, N, K)` the ids. Only the
+        mean has a gradient.
         """
+        # pure noise says nothing of a token, so its likelihood is left out
         blank = TokComChoice.of(chosen & (times == 0))
         noisy = TokComChoice.of(chosen & (times > 0))
         index = torch.cat((blank.index, noisy.index))
@@ -410,6 +455,7 @@ class TokComTokenHead(nn.Module):
         def mean(
             likelihood: torch.Tensor, table: torch.Tensor, states: torch.Tensor
         ) -> torch.Tensor:
+            # Bayes' rule: the posterior given the token's own channels and everything else
             probabilities = (self.logits(states) + likelihood).softmax(-1)  # (R, V)
             return (
                 probabilities @ table if table.ndim == 2 else (probabilities[:, None] @ table)[:, 0]
@@ -434,9 +480,11 @@ class TokComTokenHead(nn.Module):
         temperature=1.0,
         top_p=1.0,
     ) -> torch.Tensor:
-        """Draw the `chosen` tokens with `uniform (B, N, K)` numbers in [0, 1); returns ids `(B, N, K)`.
+        """Draw the `chosen` tokens with `uniform (B, N, K)` numbers in [0, 1); returns ids
+        `(B, N, K)`.
 
-        `temperature` divides what the network expects, not the likelihood; `top_p` cuts the result to its nucleus.
+        `temperature` divides what the network expects, not the likelihood; `top_p` cuts the result
+        to its nucleus.
         """
 
         def ids(
@@ -448,6 +496,8 @@ class TokComTokenHead(nn.Module):
             probabilities = (self.logits(states) / temperature + likelihood).softmax(-1)  # (R, V)
             if top_p < 1:
                 probabilities = nucleus(probabilities, top_p)
+            # inverse transform sampling: the first token whose cumulative probability exceeds the
+            # number
             edges = probabilities.cumsum(-1)
             # just below the sum, so that rounding never selects what has no probability
             total = edges[:, -1:].nextafter(edges.new_zeros(()))
@@ -477,7 +527,8 @@ class TokComZeroNorm(nn.LayerNorm):
 
 
 class TokComLatentMLP(nn.Module):
-    """x + LN(W2 GELU(LN(W1 x))) on latents `(..., C)`: OmniFlow's text-decoder head, and smaller its LatentRefiner."""
+    """x + LN(W2 GELU(LN(W1 x))) on latents `(..., C)`: OmniFlow's text-decoder head, and smaller
+    its LatentRefiner."""
 
     def __init__(self, channels: int, hidden_size: int):
         super().__init__()
@@ -489,7 +540,8 @@ class TokComLatentMLP(nn.Module):
 
 
 class TokComLatentHead(nn.Module):
-    """`config.latent_refiner`, then `config.latent_head`: estimates `(B, N, C)` -> what is decoded, and a scalar loss."""
+    """`config.latent_refiner`, then `config.latent_head`: estimates `(B, N, C)` -> what is decoded,
+    and a scalar loss."""
 
     def __init__(self, config: TokComConfig):
         super().__init__()

@@ -261,7 +261,80 @@ def check_values(model: torch.nn.Module, where: str) -> None:
         )
 
 
+def check_shards(directory: str | os.PathLike) -> None:
+    """Refuse an index of weights that names files outside its own directory."""
+    index = os.path.join(directory, "model.safetensors.index.json")
+    if not os.path.isfile(index):
+        return
+    with open(index, encoding="utf-8") as file:
+        names = set(json.load(file).get("weight_map", {}).values())
+    for name in sorted(names):
+        if os.path.basename(name) != name:
+            raise ValueError(
+                f"{index} names the file {name!r}, which is not in its directory; do not use this "
+                "checkpoint."
+            )
+
+
+class CheckedWeights:
+    """Loading that refuses what does not fit or is not finite, and saving with checksums; mixed into models."""
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path=None, *args, verify: bool = False, **kwargs
+    ):
+        """As in transformers; with `verify` the files are first compared with the directory's `checksums.json`.
+
+        Raises `ValueError` for missing, unexpected, misshapen or non-finite weights; `ignore_mismatched_sizes=True`
+        allows all but the last.
+        """
+        where = pretrained_model_name_or_path
+        if where is None:
+            return super().from_pretrained(where, *args, **kwargs)
+        if verify:
+            where = verified(where, revision=kwargs.get("revision"), token=kwargs.get("token"))
+        check_shards(where)
+        wants_facts = kwargs.pop("output_loading_info", False)
+        may_differ = kwargs.pop("ignore_mismatched_sizes", False)
+        with explain_loading(str(where)):
+            model, facts = super().from_pretrained(
+                where, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
+        if getattr(model, "hf_quantizer", None) is None:  # which stores weights in its own way
+            check_keys(str(where), facts, may_differ)
+            check_types(weight_files(where, kwargs), model)
+            check_values(model, str(where))
+        model.set_stage("flow")  # loading replaces the parameters, and with them what was frozen
+        return (model, facts) if wants_facts else model
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in transformers, with the checksums of what lies in the directory then."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            write_checksums(save_directory)
+
+
+class CheckedFiles:
+    """Loading that names the file that is missing or damaged; mixed into pipelines."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, verify: bool = False, **kwargs):
+        """As in diffusers; with `verify` the files are first compared with the repository's `checksums.json`.
+
+        Raises `ValueError` or `FileNotFoundError`.
+        """
+        where = pretrained_model_name_or_path
+        if verify:
+            where = verified(where, revision=kwargs.get("revision"), token=kwargs.get("token"))
+        if os.path.isdir(where):
+            check_files(where)
+        return super().from_pretrained(where, **kwargs)
+
+
 __all__ = [
+    "CheckedFiles",
+    "CheckedWeights",
+    "check_shards",
     "CHECKSUMS",
     "SafetensorError",
     "check_checksums",

@@ -12,6 +12,7 @@ Notable choices:
 
 import math
 from collections.abc import Callable
+from functools import wraps
 
 import torch
 import torch.nn.functional as F
@@ -353,6 +354,18 @@ class TokComPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
         if hasattr(module, "initialize_parameters"):  # parameters and buffers outside torch layers
             module.initialize_parameters()
+
+
+def entry_point(method: Callable) -> Callable:
+    """Let accelerate's offload hook, which is installed for `forward`, act for this method too."""
+
+    @wraps(method)
+    def wrapper(self, *args, **kwargs):
+        if hasattr(getattr(self, "_hf_hook", None), "pre_forward"):
+            self._hf_hook.pre_forward(self)
+        return method(self, *args, **kwargs)
+
+    return wrapper
 
 
 def chunked_cross_entropy(

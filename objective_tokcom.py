@@ -3,58 +3,34 @@
 | class | stage | model |
 |---|---|---|
 | `TokComCodecObjective` | codec | any: data -> latents -> data |
-| `TokComNextChunkObjective` | flow | token probabilities, a context network and a light head (`start_latents`) |
+| `TokComNextChunkObjective` | flow | token probabilities, with `start_latents` |
 | `TokComTokenObjective` | flow | token probabilities, one network for context and noisy latents |
 | `TokComLatentObjective` | flow | regression of the latents of pictures and clips |
-| `TokComTextLatentObjective` | flow | regression of the latents of texts, with cross-entropy through the decoder |
+| `TokComTextLatentObjective` | flow | regression of the latents of texts, and decoded tokens |
 | `TokComStreamObjective` | flow | regression of the latents of several streams |
 | `TokComHeadObjective` | head | the latent head of a finished model |
 
 Notable choices:
 - `x_t = (1 - t) x0 + t x1`, so t = 1 is clean; networks predict x1.
-- Settings are not part of a model: `config.json` does not hold them, a training run gives them to `set_stage`.
+- Settings belong to a training run, which gives them to `set_stage`, not to `config.json`.
 - In eval mode nothing is dropped and no gaps are drawn; objectives of tokens then give likelihoods.
 
-Shape legend: B batch, T tokens, K tokens per chunk, N = T/K latents, C latent channels, M noise draws, D width.
+Shape legend: B batch, T tokens, K tokens per chunk, N = T/K latents, C latent channels, M noise
+draws, D width.
 """
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from transformers.utils import ModelOutput
 
 from .codec_chunk_tokcom import TokComCodecOutput, check_settings
-from .transformer_tokcom import INSIDE_TEXT, START_OF_TEXT, ContextPlan, draw_gaps, draw_known
+from .scheduling_tokcom import draw_gaps, draw_known
+from .transformer_tokcom import TokComOutput, read_text
 
-EARLY = 0.1  # training begins with a token this long before its turn, since sampling steps are not infinitely small
+EARLY = 0.1  # training begins with a token this long before its turn: sampling steps are not small
 STAGES = ("codec", "flow", "head")
-
-
-@dataclass
-class TokComOutput(ModelOutput):
-    """What `TokComModel.forward` returns.
-
-    Args:
-        loss (`torch.FloatTensor`): scalar loss of the stage; the only field with a gradient.
-        ce_loss (`torch.FloatTensor`, *optional*): cross-entropy, nats per real token; None for images.
-        mse_loss (`torch.FloatTensor`, *optional*): stage flow: squared error of x1 per channel; stage codec of
-            images: of pixels.
-        kl_loss (`torch.FloatTensor`, *optional*): stage codec: KL divergence, nats per latent.
-        token_losses (`torch.FloatTensor` of shape `(B, N, K)`, *optional*): stage flow: the cross-entropy of each
-            token, 0 where nothing is predicted; None in training with `ce_share` below 1.
-        weight (`torch.FloatTensor`, *optional*): how many tokens or latents `loss` is a mean of, by which means over
-            several batches weigh them.
-    """
-
-    loss: torch.FloatTensor | None = None
-    ce_loss: torch.FloatTensor | None = None
-    mse_loss: torch.FloatTensor | None = None
-    kl_loss: torch.FloatTensor | None = None
-    token_losses: torch.FloatTensor | None = None
-    weight: torch.FloatTensor | None = None
 
 
 # ---- objectives ----
@@ -62,7 +38,7 @@ class TokComOutput(ModelOutput):
 
 @dataclass
 class TokComObjective:
-    """What a stage minimises. Subclasses define `loss` and what they train; their fields are settings of a run."""
+    """What a stage minimises. The fields of its subclasses are settings of a run."""
 
     stage: ClassVar[str] = "flow"
 
@@ -75,11 +51,11 @@ class TokComObjective:
         return [part for part in parts if part is not None]
 
     def compilable_parts(self, model) -> list[nn.Module]:
-        """The networks to compile; `.compile()` works in place and keeps the names of parameters."""
+        """The networks to compile in place, which keeps the names of parameters."""
         return [model.transformer]
 
     def loss(self, model, **inputs) -> TokComOutput:
-        """The loss of a batch; `inputs` are the arguments of `TokComModel.forward` that are not None."""
+        """The loss of a batch: the arguments of `TokComModel.forward` that are not None."""
         raise NotImplementedError
 
 
@@ -125,10 +101,10 @@ class TokComFlowObjective(TokComObjective):
     """What the objectives of stage flow share.
 
     Args:
-        context_dropout: share of the rows that lose their context, which classifier-free guidance needs.
+        context_dropout: share of the rows that lose their context, for classifier-free guidance.
         infill_rate: share of the rows with a gap that is generated after what follows it.
-        noise_draws: M, noisy copies of every latent that one pass over the clean text trains; 1 for bidirectional
-            models, which have no clean half to share.
+        noise_draws: M, noisy copies of every latent that one pass over the clean text trains; 1 for
+            bidirectional models, which have no clean half to share.
     """
 
     context_dropout: float = 0.1
@@ -142,24 +118,23 @@ class TokComFlowObjective(TokComObjective):
                 raise ValueError(f"`{name}` ({value}) is a probability and must be in [0, 1).")
 
     def check(self, config) -> None:
-        if self.noise_draws < 1 or (
-            self.noise_draws > 1 and config.transformer_config.block_size is None
-        ):
+        is_causal = config.transformer_config.block_size is not None
+        if self.noise_draws < 1 or (self.noise_draws > 1 and not is_causal):
             raise ValueError(
-                f"`noise_draws` ({self.noise_draws}) must be at least 1, and 1 for a bidirectional model "
-                "(`block_size=None`), which has no clean half to share."
+                f"`noise_draws` ({self.noise_draws}) must be at least 1, and 1 for a bidirectional "
+                "model (`block_size=None`), which has no clean half to share."
             )
 
 
 @dataclass
 class TokComNextChunkObjective(TokComFlowObjective):
-    """Cross-entropy of the tokens of every next chunk, taken in turn, given the state of a context network.
+    """Cross-entropy of the tokens of every next chunk, in turn, given the state of its context.
 
-    Source: the network is split as in CALM (Shao et al. 2025), the turns are those of `token_stagger`.
+    Source: the network is split as in CALM (Shao et al. 2025); turns are those of `token_stagger`.
 
     Args:
-        turn_share: share of the rows whose times are exactly those at which a token's turn begins, which is where K
-            sampling steps are; the times of the other rows lie anywhere in between.
+        turn_share: share of the rows whose times are exactly those at which a token's turn begins,
+            which is where K sampling steps are. The times of other rows lie anywhere in between.
     """
 
     turn_share: float = 0.75
@@ -187,23 +162,23 @@ class TokComNextChunkObjective(TokComFlowObjective):
     ) -> TokComOutput:
         """Mean nats of the tokens whose turn it is.
 
-        In eval mode every turn of each chunk is taken, which gives the exact likelihood if `token_stagger` is 1.
+        In eval mode every turn of each chunk is taken, which gives the exact likelihood if
+        `token_stagger` is 1.
 
         Args:
-            input_ids, attention_mask, known_mask (`(B, T)`): ids, 0 on padding, and 1 on tokens that are given.
+            input_ids, attention_mask, known_mask (`(B, T)`): ids, 0 on padding, and 1 on tokens
+                that are given.
             timestep (`float`, *optional*): one time of all chunks.
-            text_start (`torch.BoolTensor` of shape `(B,)`, *optional*): rows that begin where a text begins; all by
-                default.
-            fills_gaps (`bool`): what is not known are gaps, which see what follows them, and no continuation.
+            text_start (`(B,)`, *optional*): rows that begin where a text does; all by default.
+            fills_gaps (`bool`): what is not known are gaps, which see what follows them.
         """
         head = model.token_head
         symbols = model.symbols()
         chunks, real = model.codec.symbols(input_ids, attention_mask)  # (B, N, K)
         given, has_gaps, dropped = self._draw_rows(model, chunks, known_mask, input_ids, fills_gaps)
         begins = torch.ones_like(dropped) if text_start is None else text_start.bool()
-        states = read_text(
-            model, symbols, chunks, real, given, has_gaps, begins & ~dropped
-        )  # (B, 1 + N, D)
+        begins = begins & ~dropped
+        states = read_text(model, symbols, chunks, real, given, has_gaps, begins)  # (B, 1 + N, D)
 
         # only the chunks and times at which some token has its turn pass the head
         times = self._times(model, chunks, timestep)  # (B, M, N)
@@ -212,11 +187,10 @@ class TokComNextChunkObjective(TokComFlowObjective):
         wanted = (real & ~given)[:, None] & (progress < 1) & has_begun
         row, draw, place = wanted.any(-1).nonzero(as_tuple=True)  # (R,) each
         before = states[row, torch.where(dropped[row], 0, place)]  # (R, D)
-        place_times = torch.where(
-            given[row, place], 1.0, head.warp(progress[row, draw, place])
-        )  # (R, K)
+        place_times = head.warp(progress[row, draw, place])  # (R, K)
+        place_times = torch.where(given[row, place], 1.0, place_times)
         own = chunks[row, place]
-        noisy = _noisy_chunks(model, symbols, own, place_times)
+        noisy = head.add_noise(symbols, own, place_times)  # (R, C)
         states = model.transformer(
             noisy[None].to(model.dtype),
             times[row, draw, place][None],
@@ -224,21 +198,12 @@ class TokComNextChunkObjective(TokComFlowObjective):
             entry=before[None],
         ).latents  # (1, R, K * E)
         chosen = wanted[row, draw, place]
-        mean, losses = head.nll(
-            states, symbols, noisy[None], place_times[None], own[None], chosen[None]
-        )
+        inputs = (noisy[None], place_times[None], own[None], chosen[None])
+        mean, losses = head.nll(states, symbols, *inputs)
         everywhere = losses.new_zeros(chunks.shape)
         counts = everywhere.index_put((row, place), chosen.float(), accumulate=True)
-        tokens = everywhere.index_put((row, place), losses[0], accumulate=True) / counts.clamp_min(
-            1
-        )
-        return TokComOutput(
-            loss=mean,
-            ce_loss=mean.detach(),
-            mse_loss=mean.new_zeros(()),
-            token_losses=tokens.detach(),
-            weight=chosen.sum().float(),
-        )
+        tokens = everywhere.index_put((row, place), losses[0], accumulate=True)
+        return _token_output(mean, tokens / counts.clamp_min(1), chosen)
 
     def _draw_rows(
         self, model, chunks, known_mask, input_ids, fills_gaps: bool
@@ -261,16 +226,15 @@ class TokComNextChunkObjective(TokComFlowObjective):
         return given, has_gaps, dropped
 
     def _times(self, model, chunks: torch.Tensor, timestep: float | None) -> torch.Tensor:
-        """Times `(B, M, N)` of chunks `(B, N, K)`, in training in M strata; in eval mode M is every turn."""
+        """Times `(B, M, N)` of chunks `(B, N, K)`: M strata, or in eval mode all turns."""
         batch, length, _ = chunks.shape
         device = chunks.device
         turns = model.token_head.num_symbols
         if timestep is not None:
             return torch.full((batch, 1, length), timestep, device=device)
         if not model.training:
-            return (torch.arange(turns, device=device) / turns)[None, :, None].expand(
-                batch, turns, length
-            )
+            starts = torch.arange(turns, device=device) / turns
+            return starts[:, None].expand(batch, turns, length)
         draws = self.noise_draws
         shares = torch.rand(batch, draws, length, device=device)
         shares = (shares + torch.arange(draws, device=device)[:, None]) / draws
@@ -278,35 +242,18 @@ class TokComNextChunkObjective(TokComFlowObjective):
         return torch.where(on_turn, (shares * turns).floor() / turns, shares)
 
 
-def read_text(model, symbols, chunks, real, given, has_gaps, begins) -> torch.Tensor:
-    """States `(B, 1 + N, D)` of the context network after `[start, chunk 0, chunk 1, ...]`.
-
-    The state at each place is all that the head learns of what stands before the next chunk. In rows with gaps the
-    state before a gap is computed last, so it has seen what follows. The chunk in which a gap ends is read with its
-    unknown tokens blank.
-    """
-    batch, length, _ = chunks.shape
-    plan = ContextPlan.of(given, has_gaps)
-    blank = (plan.partial[..., None] & ~given) | ~real
-    features = model.token_head.read(
-        symbols, None, torch.where(blank, 0.0, 1.0), chunks
-    )  # (B, N, K * E)
-    features = F.pad(features, (0, 0, 1, 0))
-    positions = torch.arange(-1, length, device=chunks.device).repeat(batch, 1)
-    positions[:, 0] = torch.where(begins, START_OF_TEXT, INSIDE_TEXT)
-    return model.transformer.read_context(features, positions[..., None], plan.mask(real.any(-1)))
-
-
-def _noisy_chunks(model, symbols, chunks: torch.Tensor, place_times: torch.Tensor) -> torch.Tensor:
-    """Noisy latents `(R, C)` of chunks `(R, K)` whose tokens stand at `place_times (R, K)`."""
-    size = chunks.shape[1]
-    clean = symbols.table[torch.arange(size, device=chunks.device), chunks].flatten(1)  # (R, C)
-    signal = place_times.repeat_interleave(clean.shape[1] // size, dim=1)
-    return (1 - signal) * torch.randn_like(clean) * model.config.noise_std + signal * clean
+def _token_output(
+    loss: torch.Tensor, token_losses: torch.Tensor, chosen: torch.Tensor
+) -> TokComOutput:
+    """The output of an objective that is the mean cross-entropy of the `chosen` tokens."""
+    nothing = loss.new_zeros(())
+    output = TokComOutput(loss, loss.detach(), nothing, token_losses=token_losses.detach())
+    output.weight = chosen.sum().float()
+    return output
 
 
 def _check_weights(mse_weight: float, ce_weight: float) -> None:
-    """Raise `ValueError` unless the weights of the two terms of a loss are not negative and not both 0."""
+    """Raise `ValueError` if a weight of the two terms of a loss is negative, or both are 0."""
     if mse_weight < 0 or ce_weight < 0 or mse_weight + ce_weight == 0:
         raise ValueError(
             f"`mse_weight` ({mse_weight}) and `ce_weight` ({ce_weight}) must not be negative, "
@@ -314,24 +261,10 @@ def _check_weights(mse_weight: float, ce_weight: float) -> None:
         )
 
 
-def _clean_latents(model, latents, *source) -> TokComCodecOutput:
-    """What the frozen codec makes of the data, or the `latents` that were encoded before."""
-    with torch.no_grad(), in_full_precision(model):
-        return (
-            model.codec.encode(*source)
-            if latents is None
-            else model.codec.known(latents.to(model.dtype))
-        )
-
-
-def in_full_precision(model) -> torch.autocast:
-    """Outside autocast: latents are targets, and those that are encoded now must be those that were cached."""
-    return torch.autocast(model.device.type, enabled=False)
-
-
 @dataclass
 class TokComTokenObjective(TokComFlowObjective):
-    """Cross-entropy of the tokens of noisy chunks, for models in which one network reads context and noise."""
+    """Cross-entropy of the tokens of noisy chunks, for models in which one network reads context
+    and noise."""
 
     def loss(
         self,
@@ -344,24 +277,18 @@ class TokComTokenObjective(TokComFlowObjective):
         text_start: torch.Tensor | None = None,
     ) -> TokComOutput:
         """`text_start` comes with the data and does not matter here."""
-        clean = _clean_latents(model, latents, input_ids, attention_mask)
+        clean = model.clean_latents(latents, input_ids, attention_mask)
         chunks, real = model.codec.symbols(input_ids, attention_mask)  # (B, N, K)
         symbols = model.symbols()
         given = None
         if known_mask is not None:
             given = model.codec.symbols(input_ids, known_mask)[1]
         elif model.training and model.shows_some:
-            tokens = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-            given = model.codec.symbols(input_ids, draw_known(tokens.bool(), self.infill_rate))[1]
-        found = model.predict_noised(
-            self,
-            clean,
-            timestep,
-            known_tokens=given,
-            hides_known=known_mask is not None,
-            chunks=chunks,
-            symbols=symbols,
-        )
+            exists = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            given = model.codec.symbols(input_ids, draw_known(exists.bool(), self.infill_rate))[1]
+        hides = known_mask is not None
+        tokens = {"known_tokens": given, "chunks": chunks, "symbols": symbols}
+        found = model.predict_noised(self, clean, timestep, hides_known=hides, **tokens)
         draws = found.states.shape[1]
         progress = model.token_head.progress(found.times)  # (B, M * N, K)
         wanted = real if given is None else real & ~given
@@ -374,18 +301,12 @@ class TokComTokenObjective(TokComFlowObjective):
             chunks.repeat(1, draws, 1),
             chosen,
         )
-        return TokComOutput(
-            loss=mean,
-            ce_loss=mean.detach(),
-            mse_loss=mean.new_zeros(()),
-            token_losses=tokens.unflatten(1, (draws, -1))[:, 0].detach(),
-            weight=chosen.sum().float(),
-        )
+        return _token_output(mean, tokens.unflatten(1, (draws, -1))[:, 0], chosen)
 
 
 @dataclass
 class TokComLatentObjective(TokComFlowObjective):
-    """Squared error of the clean latents of pictures and clips, with captions in front if the model reads any."""
+    """Squared error of the clean latents of pictures and clips, perhaps with captions in front."""
 
     def loss(
         self,
@@ -397,33 +318,24 @@ class TokComLatentObjective(TokComFlowObjective):
         latents: torch.Tensor | None = None,
     ) -> TokComOutput:
         """`input_ids` and `attention_mask (B, L)` are those of captions."""
-        clean = _clean_latents(model, latents, pixel_values)
+        clean = model.clean_latents(latents, pixel_values)
         prefix = None
         if model.condition_embedding is not None:
             prefix = model.condition(model.require(input_ids, "input_ids"), attention_mask)
         found = model.predict_noised(self, clean, timestep, prefix=prefix)
-        error = mean_squared_error(model, clean, found)
-        return TokComOutput(
-            loss=error, mse_loss=error.detach(), weight=found.loss_mask.sum().float()
-        )
-
-
-def mean_squared_error(model, clean: TokComCodecOutput, found) -> torch.Tensor:
-    """Mean over the latents that are trained, draws and channels of the squared error of x1."""
-    errors = model.quantize(found.states.float()) - clean.latents[:, None].float()
-    count = (found.states.shape[1] * found.loss_mask.sum()).clamp_min(1)
-    weights = found.loss_mask[:, None] / count  # (B, 1, N)
-    return (errors.square().mean(-1) * weights).sum()
+        error = model.mean_squared_error(clean, found)
+        weight = found.loss_mask.sum().float()
+        return TokComOutput(loss=error, mse_loss=error.detach(), weight=weight)
 
 
 @dataclass
 class TokComTextLatentObjective(TokComFlowObjective):
-    """Squared error of the clean latents of texts, and cross-entropy of the first estimate through the decoder.
+    """Squared error of the clean latents of texts, and cross-entropy through the decoder.
 
     Args:
         mse_weight, ce_weight: of the two terms; not negative, and not both 0.
-        ce_share: in (0, 1], share of the latents, drawn at every step, that the cross-entropy is computed of. The
-            decoder is most of a step where it is as deep as the transformer.
+        ce_share: in (0, 1], share of the latents, drawn at every step, that the cross-entropy is
+            computed of. The decoder is most of a step where it is as deep as the transformer.
     """
 
     mse_weight: float = 1.0
@@ -447,15 +359,14 @@ class TokComTextLatentObjective(TokComFlowObjective):
         text_start: torch.Tensor | None = None,
     ) -> TokComOutput:
         """A latent is known if all its tokens are; `text_start` does not matter here."""
-        clean = _clean_latents(model, latents, input_ids, attention_mask)
+        clean = model.clean_latents(latents, input_ids, attention_mask)
         found = self._predict(model, clean, timestep, known_mask)
-        error = mean_squared_error(model, clean, found)
+        error = model.mean_squared_error(clean, found)
         loss = self.mse_weight * error
         estimate, loss, weight = self._estimate(model, found.states[:, 0], loss)
         with torch.set_grad_enabled(torch.is_grad_enabled() and weight > 0):
-            tokens, count = self._decoded_nll(
-                model, estimate, found.loss_mask, input_ids, attention_mask
-            )
+            texts = (input_ids, attention_mask)
+            tokens, count = self._decoded_nll(model, estimate, found.loss_mask, *texts)
             cross_entropy = tokens.sum() / count
         is_whole = tokens.shape[1] == found.loss_mask.shape[1]
         return TokComOutput(
@@ -479,7 +390,7 @@ class TokComTextLatentObjective(TokComFlowObjective):
         return states, loss, self.ce_weight
 
     def _decoded_nll(self, model, estimate, loss_mask, input_ids, attention_mask):
-        """Nats `(B, n, K)` of the tokens that `estimate (B, N, C)` stands for, and how many are counted.
+        """Nats `(B, n, K)` of the tokens that `estimate (B, N, C)` stands for, and their number.
 
         n is N, or in training a share `ce_share` of it, drawn at random.
         """
@@ -487,9 +398,8 @@ class TokComTextLatentObjective(TokComFlowObjective):
         counted = real & loss_mask[..., None]
         if model.training and self.ce_share < 1:
             count = max(1, round(self.ce_share * estimate.shape[1]))
-            chosen = torch.rand(loss_mask.shape, device=loss_mask.device).argsort(1)[
-                :, :count, None
-            ]
+            shuffled = torch.rand(loss_mask.shape, device=loss_mask.device).argsort(1)
+            chosen = shuffled[:, :count, None]
             estimate = estimate.gather(1, chosen.expand(-1, -1, estimate.shape[2]))
             chunks = chunks.gather(1, chosen.expand(-1, -1, chunks.shape[2]))
             counted = counted.gather(1, chosen.expand(-1, -1, counted.shape[2]))
@@ -498,7 +408,7 @@ class TokComTextLatentObjective(TokComFlowObjective):
 
 @dataclass
 class TokComHeadObjective(TokComTextLatentObjective):
-    """The loss of the latent head of a finished model that regresses latents, and cross-entropy through the decoder."""
+    """The loss of a finished model's latent head, and cross-entropy through the decoder."""
 
     stage: ClassVar[str] = "head"
 
@@ -523,13 +433,13 @@ class TokComHeadObjective(TokComTextLatentObjective):
 
 @dataclass
 class TokComStreamObjective(TokComObjective):
-    """Of every row the streams that its task generates: squared error of latents, and cross-entropy of texts.
+    """Squared error of the streams that a row's task generates, and cross-entropy of its texts.
 
     Args:
         mse_weight, ce_weight: of the two terms; not negative, and not both 0.
-        context_dropout: share of the given streams that are left out, which classifier-free guidance needs.
+        context_dropout: share of the given streams that are left out, for classifier-free guidance.
         stream_weights: stream -> weight in the loss, 1 by default.
-        generation_rates: stream -> how often a row that has it generates it, in (0, 1], 0.5 by default.
+        generation_rates: stream -> how often rows that have it generate it, 0.5 by default.
     """
 
     mse_weight: float = 1.0
@@ -554,7 +464,8 @@ class TokComStreamObjective(TokComObjective):
             or not sum(weights.values() or [1])
         ):
             raise ValueError(
-                f"`stream_weights` ({weights}) must be of the streams {names}, not negative and not all 0."
+                f"`stream_weights` ({weights}) must be of the streams {names}, not negative and "
+                "not all 0."
             )
         if set(rates) - set(names) or not all(0 < rate <= 1 for rate in rates.values()):
             raise ValueError(
@@ -569,9 +480,10 @@ class TokComStreamObjective(TokComObjective):
         given: list[str] | None = None,
         timestep: float | None = None,
     ) -> TokComOutput:
-        """The streams named by `given` are clean in all rows that have them; by default every row draws its task."""
+        """The streams named by `given` are clean in all rows that have them; by default every row
+        draws its task."""
         codec = model.codec
-        with torch.no_grad(), in_full_precision(model):
+        with torch.no_grad(), model.without_autocast():
             clean = codec.encode(streams, present)
         task = self._task(model, clean, given)
         shown = [name for name in streams if clean.mask[:, codec.places[name].start].any()]
@@ -610,7 +522,8 @@ class TokComStreamObjective(TokComObjective):
         return known & clean.mask, clean.mask
 
     def _predict(self, model, clean, timestep, task, names) -> tuple[torch.Tensor, torch.Tensor]:
-        """States and loss mask of all latents, though only those of the streams `names` pass the network."""
+        """States and loss mask of all latents, though only those of the streams `names` pass the
+        network."""
         if len(names) == len(model.codec.names):
             found = model.predict_noised(self, clean, timestep, task=task)
             return found.states, found.loss_mask
@@ -627,30 +540,37 @@ class TokComStreamObjective(TokComObjective):
 
 # ---- which one ----
 
+# what a model encodes -> the regression of its latents
+LATENT_OBJECTIVES: dict[str, type[TokComObjective]] = {
+    "input_ids": TokComTextLatentObjective,
+    "pixel_values": TokComLatentObjective,
+    "streams": TokComStreamObjective,
+}
+
 
 def objective_class(config, stage: str) -> type[TokComObjective]:
-    """The objective of a stage of a model with this configuration; raises `ValueError` for an unknown stage."""
+    """The objective of a stage of a model with this configuration; raises `ValueError` for an
+    unknown stage."""
     if stage not in STAGES:
         raise ValueError(f"`stage` ({stage!r}) must be one of {STAGES}.")
     if stage == "codec":
         return TokComCodecObjective
     if stage == "head":
         return TokComHeadObjective
-    if config.codec_config.modality == "several":
-        return TokComStreamObjective
     if config.prediction_type == "tokens":
         has_context = config.transformer_config.start_latents
         return TokComNextChunkObjective if has_context else TokComTokenObjective
-    return TokComTextLatentObjective if config.codec_config.has_tokens else TokComLatentObjective
+    return LATENT_OBJECTIVES[config.codec_config.input_name]
 
 
 def build_objective(config, stage: str, settings: dict[str, Any]) -> TokComObjective:
-    """The objective of a stage with these settings; raises `ValueError` for unknown or impossible ones."""
-    kind = objective_class(config, stage)
-    if kind is TokComCodecObjective:
-        return kind()
-    check_settings(kind, settings, f"{stage}.objective.")
-    objective = kind(**settings)
+    """The objective of a stage with these settings; raises `ValueError` for unknown or impossible
+    ones."""
+    chosen = objective_class(config, stage)
+    if chosen is TokComCodecObjective:
+        return chosen()
+    check_settings(chosen, settings, f"{stage}.objective.")
+    objective = chosen(**settings)
     objective.check(config)
     return objective
 
@@ -670,5 +590,4 @@ __all__ = [
     "TokComTokenObjective",
     "build_objective",
     "objective_class",
-    "read_text",
 ]

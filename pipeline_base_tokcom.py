@@ -1,8 +1,10 @@
-"""What all pipelines share: how they lie on disk and on the Hub, noise, the sampler, progress and callbacks.
+"""What all pipelines share: how they lie on disk and on the Hub, noise, the sampler, progress and
+callbacks.
 
-Notable choices: weights, tokenizer, card and code lie at the root of one flat repository, the scheduler in `scheduler/`; a
-push writes everything anew into an empty folder, so that checkpoints and logs of a training run cannot slip in; the Hub's
-refusals are explained. `TokComPipeline` (texts) and the pipelines of `pipeline_media_tokcom.py` add the calls.
+Notable choices: weights, tokenizer, card and code lie at the root of one flat repository, the
+scheduler in `scheduler/`; a push writes everything anew into an empty folder, so that checkpoints
+and logs of a training run cannot slip in; the Hub's refusals are explained. `TokComPipeline`
+(texts) and the pipelines of `pipeline_media_tokcom.py` add the calls.
 """
 
 import contextlib
@@ -23,9 +25,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 
-from .context_tokcom import TokComTask
-from .integrity_tokcom import check_files, verified, write_checksums
-from .processing_tokcom import pad_ids, tokenize_texts, vocabulary_size, with_pad_token
+from .integrity_tokcom import CheckedFiles, write_checksums
+from .processing_tokcom import tokenize_texts, vocabulary_size, with_pad_token
 from .sampling_tokcom import (
     Blocks,
     TokComBlockSampler,
@@ -35,6 +36,7 @@ from .sampling_tokcom import (
     spawn_generators,
     split_blocks,
 )
+from .tasks_tokcom import TokComTask, pad_rows
 
 # modality of a codec -> the pipeline of its models
 PIPELINE_NAMES = {
@@ -72,7 +74,8 @@ pipe = DiffusionPipeline.from_pretrained(path_or_id, trust_remote_code=True)
 {example}
 ```
 
-`trust_remote_code=True` runs the `*_tokcom.py` files of this repository: read them and pin `revision=`.
+`trust_remote_code=True` runs the `*_tokcom.py` files of this repository: read them, and pin
+`revision=`.
 """
 
 StepCallback = Callable[["TokComBasePipeline", int, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -88,7 +91,8 @@ def explain_hub_errors(repo_id: str) -> Iterator[None]:
         yield
     except LocalTokenNotFoundError as error:
         raise ValueError(
-            f"pushing to {repo_id!r} needs a token: run `hf auth login`, set HF_TOKEN, or pass `token`."
+            f"pushing to {repo_id!r} needs a token: run `hf auth login`, set HF_TOKEN, or pass "
+            "`token`."
         ) from error
     except HFValidationError as error:
         raise ValueError(
@@ -97,8 +101,8 @@ def explain_hub_errors(repo_id: str) -> Iterator[None]:
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else None
         remedy = {
-            401: "the token is missing, expired or wrong: run `hf auth login`, set HF_TOKEN, or pass `token`",
-            403: "the token may not write there: make one with write access, or push to your own namespace",
+            401: "the token is missing, expired or wrong: run `hf auth login` or pass `token`",
+            403: "the token may not write there: make one with write access, or push to yours",
             404: "there is no such repository or namespace for this token",
         }.get(status)
         if remedy is None:
@@ -133,7 +137,8 @@ def with_section(card: str, heading: str, body: str) -> str:
 
 
 def copy_pictures(card: str, source: Path, target: Path) -> None:
-    """Copy the pictures that a card shows by relative path, if they lie inside `source`, to the same places in `target`."""
+    """Copy the pictures that a card shows by relative path, if they lie inside `source`, to the
+    same places in `target`."""
     for name in PICTURE.findall(card):
         file = (source / name).resolve()
         if file.is_file() and file.is_relative_to(source.resolve()):
@@ -144,13 +149,15 @@ def copy_pictures(card: str, source: Path, target: Path) -> None:
 # ---- the base class ----
 
 
-class TokComBasePipeline(DiffusionPipeline):
+class TokComBasePipeline(CheckedFiles, DiffusionPipeline):
     """Loading, saving, publishing and sampling for the pipelines of all modalities.
 
     Args:
-        model (`TokComModel`): of the pipeline's modality; `ValueError` names the right pipeline for another.
+        model (`TokComModel`): of the pipeline's modality; `ValueError` names the right pipeline for
+            another.
         scheduler (`TokComFlowMatchScheduler` or a stock flow scheduler).
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): needed for text; ids and latents work without.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): needed for text; ids and latents work
+            without.
     """
 
     modality: str  # of the models it runs; set by subclasses
@@ -158,8 +165,8 @@ class TokComBasePipeline(DiffusionPipeline):
     model_cpu_offload_seq = "model"
     _callback_tensor_inputs = ["latents"]
     _optional_components = ["tokenizer"]
-    # components that our own modules define, which are loaded from there whatever `model_index.json` says:
-    # class -> the library that the index names, and the module
+    # components that our own modules define, which are loaded from there whatever
+    # `model_index.json` says: class -> the library that the index names, and the module
     _local_classes = {
         "TokComModel": ("transformers", "modeling_tokcom"),
         "TokComFlowMatchScheduler": ("diffusers", "scheduling_tokcom"),
@@ -175,33 +182,22 @@ class TokComBasePipeline(DiffusionPipeline):
         modality = model.config.codec_config.modality
         if modality != self.modality:
             raise ValueError(
-                f"{type(self).__name__} runs models of modality {self.modality!r}, but this model has modality "
-                f"{modality!r}: use {PIPELINE_NAMES[modality]}, or load_pipeline, which picks the class."
+                f"{type(self).__name__} runs models of modality {self.modality!r}, but this model "
+                f"has modality {modality!r}: use {PIPELINE_NAMES[modality]}, or load_pipeline, "
+                "which picks the class."
             )
         if tokenizer is not None:
             size = vocabulary_size(tokenizer)
             if size + 1 != model.config.text_vocab_size:
                 raise ValueError(
                     f"the tokenizer has {size} tokens but the model was built for "
-                    f"{model.config.text_vocab_size - 1}; load the tokenizer saved beside the model."
+                    f"{model.config.text_vocab_size - 1}; load the tokenizer saved beside the "
+                    "model."
                 )
             tokenizer = with_pad_token(tokenizer)
         self.register_modules(model=model, scheduler=scheduler, tokenizer=tokenizer)
 
     # ---- loading and saving ----
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, verify: bool = False, **kwargs):
-        """As in diffusers; with `verify` the files are first compared with the repository's `checksums.json`.
-
-        Raises `ValueError` or `FileNotFoundError` that names the file that is missing or damaged.
-        """
-        where = pretrained_model_name_or_path
-        if verify:
-            where = verified(where, revision=kwargs.get("revision"), token=kwargs.get("token"))
-        if os.path.isdir(where):
-            check_files(where)
-        return super().from_pretrained(where, **kwargs)
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs):
@@ -224,7 +220,8 @@ class TokComBasePipeline(DiffusionPipeline):
         return {**super()._dict_from_json_file(json_file), "_class_name": cls.__name__}
 
     def to_json_string(self) -> str:
-        """`model_index.json`: names the file and class of this pipeline, so that `DiffusionPipeline` finds them."""
+        """`model_index.json`: names the file and class of this pipeline, so that
+        `DiffusionPipeline` finds them."""
         index = json.loads(super().to_json_string())
         index["_class_name"] = [type(self).__module__.split(".")[-1], type(self).__name__]
         for name, value in index.items():
@@ -242,7 +239,8 @@ class TokComBasePipeline(DiffusionPipeline):
     ) -> str:
         """A model card for this pipeline.
 
-        `sections` (heading -> Markdown) follow the example; `metadata` (license, language, ...) joins the header.
+        `sections` (heading -> Markdown) follow the example; `metadata` (license, language, ...)
+        joins the header.
         """
         config = self.model.config
         facts = self._card_facts()
@@ -287,10 +285,12 @@ class TokComBasePipeline(DiffusionPipeline):
         private: bool | None = None,
         token: str | None = None,
     ) -> None:
-        """Write a flat Hub repository: weights, tokenizer, scheduler, `model_index.json`, the code, and a model card.
+        """Write a flat Hub repository: weights, tokenizer, scheduler, `model_index.json`, the code,
+        and a model card.
 
-        The card is `card`; without it, and if the directory has none, one that says what the configuration tells. With
-        `push_to_hub` it is also pushed to `repo_id`, by default named like the directory.
+        The card is `card`; without it, and if the directory has none, one that says what the
+        configuration tells. With `push_to_hub` it is also pushed to `repo_id`, by default named
+        like the directory.
         """
         directory = Path(save_directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -323,7 +323,8 @@ class TokComBasePipeline(DiffusionPipeline):
             )
 
     def _save_language_model(self, directory: Path) -> None:
-        """Let `AutoModelForCausalLM` find a model of texts that has exact probabilities of the next token."""
+        """Let `AutoModelForCausalLM` find a model of texts that has exact probabilities of the next
+        token."""
         config = self.model.config
         if not config.is_causal_lm:
             return
@@ -358,10 +359,12 @@ class TokComBasePipeline(DiffusionPipeline):
         pictures: str | os.PathLike | None = None,
         revision: str | None = None,
     ) -> str:
-        """Create the repository `user/name` if there is none and upload the pipeline as one commit; returns its address.
+        """Create the repository `user/name` if there is none and upload the pipeline as one commit;
+        returns its address.
 
-        `card` is the README, in whose example the repository's id replaces `path_or_id`; pictures that it shows are taken
-        from the folder `pictures`. Raises `ValueError` when the Hub refuses name or token.
+        `card` is the README, in whose example the repository's id replaces `path_or_id`; pictures
+        that it shows are taken from the folder `pictures`. Raises `ValueError` when the Hub refuses
+        name or token.
         """
         with explain_hub_errors(repo_id), tempfile.TemporaryDirectory() as folder:
             repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
@@ -400,34 +403,22 @@ class TokComBasePipeline(DiffusionPipeline):
 
     # ---- what the model reads ----
 
-    @property
-    def _pad_token_id(self) -> int:
-        return getattr(
-            self.model.config.codec_config, "pad_token_id", self.model.config.text_vocab_size - 1
-        )
-
     def _tokenize(
         self, texts: Sequence[str], name: str, special_tokens: bool = False
     ) -> list[list[int]]:
-        """Ids of each text; raises `ValueError` with the argument's `name` for an empty one, or without a tokenizer."""
+        """Ids of each text; raises `ValueError` with the argument's `name` for an empty one, or
+        without a tokenizer."""
         return tokenize_texts(self.tokenizer, texts, name, special_tokens)
-
-    def _num_latents(self, tokens: int) -> int:
-        """Latents that hold at least so many tokens."""
-        codec = self.model.config.codec_config
-        rows = -(-tokens // codec.length_multiple)
-        return rows * codec.length_multiple // codec.chunk_size
 
     def _pad(self, rows: list[list[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of ids -> `input_ids (B, T)` and `attention_mask (B, T)`, T a multiple of K."""
-        length = self._num_latents(max(map(len, rows))) * self.model.config.codec_config.chunk_size
-        ids, mask = pad_ids(rows, length, self._pad_token_id, side)
-        return ids.to(self._execution_device), mask.to(self._execution_device)
+        return pad_rows(self.model.config, rows, side, self._execution_device)
 
     def _caption_prefix(
         self, prompt: str | Sequence[str] | None, batch_size: int
     ) -> tuple[int, tuple[torch.Tensor, ...] | None]:
-        """How many samples captions ask for, by default `batch_size`, and what the transformer reads of them."""
+        """How many samples captions ask for, by default `batch_size`, and what the transformer
+        reads of them."""
         if prompt is None:
             return batch_size, None
         captions = [prompt] if isinstance(prompt, str) else prompt
@@ -443,10 +434,12 @@ class TokComBasePipeline(DiffusionPipeline):
         return len(rows), self.model.condition(*self._pad(rows, "right"))
 
     def _to_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents `(B, N, C)` as they are, or those that integer codes `(B, N, R)` stand for; `ValueError` for others."""
+        """Latents `(B, N, C)` as they are, or those that integer codes `(B, N, R)` stand for;
+        `ValueError` for others."""
         if not isinstance(latents, torch.Tensor):
             raise ValueError(
-                f"`latents` must be a tensor of latents or of integer codes, not a {type(latents).__name__}."
+                "`latents` must be a tensor of latents or of integer codes, not a "
+                f"{type(latents).__name__}."
             )
         latents = latents.to(self._execution_device)
         if not latents.is_floating_point():
@@ -474,12 +467,14 @@ class TokComBasePipeline(DiffusionPipeline):
             raise ValueError(f"`{length[0]}` ({length[1]}) must be at least 1.")
         if output_type is not None and output_type not in self.output_types:
             raise ValueError(
-                f"`output_type` ({output_type!r}) must be one of {self.output_types} for this model."
+                f"`output_type` ({output_type!r}) must be one of {self.output_types} for this "
+                "model."
             )
         unknown = set(callback_on_step_end_tensor_inputs or []) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(
-                f"callback inputs {sorted(unknown)} are unknown; known are {self._callback_tensor_inputs}."
+                f"callback inputs {sorted(unknown)} are unknown; known are "
+                f"{self._callback_tensor_inputs}."
             )
 
     # ---- the sampler ----
@@ -491,16 +486,18 @@ class TokComBasePipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None,
         latents: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Initial noise `(B, n, C)` in float32 with the model's `noise_std`, or the given `latents`, checked.
+        """Initial noise `(B, n, C)` in float32 with the model's `noise_std`, or the given
+        `latents`, checked.
 
-        The noise of a latent depends on the generator, its row and its place alone, not on how many rows or latents
-        there are.
+        The noise of a latent depends on the generator, its row and its place alone, not on how many
+        rows or latents there are.
         """
         if batch_size < 1:
             raise ValueError(f"`batch_size` ({batch_size}) must be at least 1.")
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
-                f"`generator` has {len(generator)} entries but there are {batch_size} samples; give one each."
+                f"`generator` has {len(generator)} entries but there are {batch_size} samples; "
+                "give one each."
             )
         channels = self.model.config.codec_config.latent_channels
         if latents is None:
@@ -547,10 +544,11 @@ class TokComBasePipeline(DiffusionPipeline):
         decode: bool = True,
         on_step_end: StepCallback | None = None,
     ) -> Blocks:
-        """Run the sampler with a progress bar and yield blocks of clean latents `(B, Q, C)` and ids `(B, Q * K)`.
+        """Run the sampler with a progress bar and yield blocks of clean latents `(B, Q, C)` and ids
+        `(B, Q * K)`.
 
-        Without `decode` the ids may be None. `on_step_end(pipe, step, timestep, x)` returns x; it may set
-        `pipe._interrupt` to stop.
+        Without `decode` the ids may be None. `on_step_end(pipe, step, timestep, x)` returns x; it
+        may set `pipe._interrupt` to stop.
         """
         sampler = self._sampler(sampling)
         self._guidance_scale = sampler.sampling.guidance_scale

@@ -1,8 +1,10 @@
-"""The pipelines of pictures, of clips and of several streams, and which pipeline belongs to which model.
+"""The pipelines of pictures, of clips and of several streams.
 
-Notable choices: the sampler is that of texts; captions take the place of a prompt, and first frames are clean latents before
-those to generate; given streams are the context and those asked for the noise, and a stream that is neither is not in the
-sequence at all; guidance moves away from the prediction without them. `load_pipeline` picks the class for a saved model.
+Notable choices:
+- The sampler is that of texts. Captions take the place of a prompt, and first frames are clean
+  latents before those to generate.
+- Given streams are the context, those asked for the noise, and all others are left out.
+- Guidance moves away from the prediction without captions, frames or given streams.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,35 +20,31 @@ from transformers import PreTrainedTokenizerBase
 
 from .codec_chunk_tokcom import TokComCodecOutput
 from .codec_color_tokcom import TokComColorCodec  # noqa: F401
-from .codec_composite_tokcom import as_lists, guidance_omissions, names_to_make, read_stream
+from .codec_composite_tokcom import as_lists, guidance_omissions, names_to_make
 from .codec_style_tokcom import TokComStyleCodec  # noqa: F401
 from .codec_video_tokcom import decode_clips, encode_clips, read_clips
 from .configuration_codec_tokcom import TokComCodecConfig  # noqa: F401
+from .configuration_media_tokcom import TokComMediaCodecConfig  # noqa: F401
 from .configuration_tokcom import TokComTransformerConfig  # noqa: F401
-from .context_tokcom import TokComTask, lay_out_clip
+from .context_tokcom import TokComStep  # noqa: F401
 from .heads_tokcom import TokComTokenHead  # noqa: F401
 from .integrity_tokcom import check_files  # noqa: F401
 from .layers_tokcom import TokComBlock  # noqa: F401
 from .modeling_tokcom import TokComModel
 from .objective_tokcom import TokComObjective  # noqa: F401
 from .pipeline_base_tokcom import CardFacts, TokComBasePipeline
-from .processing_tokcom import TokComAudioProcessor, TokComImageProcessor, decode_rows, end_at_eos
+from .processing_tokcom import TokComImageProcessor, decode_rows, end_at_eos
 from .quantization_tokcom import VectorQuantizer  # noqa: F401
 from .sampling_tokcom import TokComSampling, most_alike
 
-# diffusers copies only the direct relative imports of this file, so every module that it needs is named here
+# diffusers copies direct imports only, so every module that this file needs is named here
 from .scheduling_tokcom import TokComFlowMatchSchedulerOutput  # noqa: F401
 from .sounds_tokcom import read_sound  # noqa: F401
+from .tasks_tokcom import TokComTask, lay_out_clip, pad_token_id
 from .transformer_tokcom import TokComTransformer  # noqa: F401
 
 Generators: TypeAlias = torch.Generator | list[torch.Generator] | None
 Callback = Callable[[Any, int, int, dict], dict] | None
-KIND_FIELDS = {
-    "text": "texts",
-    "image": "images",
-    "video": "videos",
-    "audio": "audios",
-}  # of the output of several streams
 
 
 # ---- pictures ----
@@ -57,9 +55,9 @@ class TokComImagePipelineOutput(BaseOutput):
     """Output of `TokComImagePipeline`; fields that do not apply are None.
 
     Args:
-        images (`list[PIL.Image.Image]` or `torch.FloatTensor` of shape `(B, 3, H, W)`): pictures; tensors are in [-1, 1].
+        images (`list[PIL.Image.Image]`, or a tensor `(B, 3, H, W)` in [-1, 1]): pictures.
         latents (`torch.FloatTensor` of shape `(B, N, C)`): standardised latents.
-        codes (`torch.LongTensor` of shape `(B, N, 1)`): what stores the latents of a codec with a codebook.
+        codes (`torch.LongTensor` of shape `(B, N, 1)`): of a codec with a codebook.
     """
 
     images: list[Image.Image] | torch.FloatTensor | None = None
@@ -67,24 +65,28 @@ class TokComImagePipelineOutput(BaseOutput):
     codes: torch.LongTensor | None = None
 
 
-class TokComImagePipeline(TokComBasePipeline):
-    """Draw pictures for captions or from nothing; encode them as ordered tokens or codes, and decode these.
+class TokComPixelPipeline(TokComBasePipeline):
+    """What the pipelines of pictures and clips share."""
 
-    See `TokComBasePipeline` for the arguments. Pictures are given as files, PIL images, arrays `(H, W, 3)` or tensors `(3, H, W)`,
-    one or a list of them; see `TokComImageProcessor`.
-    """
-
-    modality = "image"
     output_types = ("pil", "pt", "latent")
 
     @property
     def image_processor(self) -> TokComImageProcessor:
-        """Pictures <-> `pixel_values`."""
+        """Pictures or frames <-> `pixel_values`."""
         return TokComImageProcessor(self.model.config.codec_config.image_size)
 
     def _save_components(self, directory: Any) -> None:
         super()._save_components(directory)
         self.image_processor.save_pretrained(directory)
+
+
+class TokComImagePipeline(TokComPixelPipeline):
+    """Draw pictures for captions or from nothing; encode them as ordered tokens and decode these.
+
+    Arguments: see `TokComBasePipeline`. `TokComImageProcessor` says in what forms pictures come.
+    """
+
+    modality = "image"
 
     def _card_facts(self) -> CardFacts:
         codec = self.model.config.codec_config
@@ -93,7 +95,10 @@ class TokComImagePipeline(TokComBasePipeline):
         call = 'pipe("a caption")' if with_captions else "pipe()"
         return CardFacts(
             task="text-to-image" if with_captions else "unconditional-image-generation",
-            does=f"makes pictures of {size}x{size} pixels by denoising {codec.num_tokens} ordered tokens",
+            does=(
+                f"makes pictures of {size}x{size} pixels by denoising {codec.num_tokens} ordered "
+                "tokens"
+            ),
             example=f'{call}.images[0].save("picture.png")',
         )
 
@@ -114,13 +119,13 @@ class TokComImagePipeline(TokComBasePipeline):
         """New pictures for one or several captions, or without captions `batch_size` of them.
 
         Args:
-            prompt: a caption or a list of them, "" for none; for models that were trained with captions.
+            prompt: a caption or a list of them, "" for none; of models trained with captions.
             num_inference_steps: denoising steps; by default `config.num_inference_steps`.
             guidance_scale: 1 is off; above 1 strengthens the caption at twice the cost.
             generator: `torch.Generator` or one per picture, for reproducible samples.
             latents: initial noise of shape `(B, N, C)`.
             output_type: `"pil"`, `"pt"` (values in [-1, 1]) or `"latent"`.
-            callback_on_step_end: called as `f(pipe, step, timestep, {"latents": ...})`; may return new latents.
+            callback_on_step_end: `f(pipe, step, timestep, {"latents": ...})`; may return new ones.
 
         Returns `.images` and `.latents (B, N, C)`. Raises `ValueError` for arguments out of range.
         """
@@ -128,19 +133,14 @@ class TokComImagePipeline(TokComBasePipeline):
         batch_size, prefix = self._caption_prefix(prompt, batch_size)
         if prefix is None and guidance_scale != 1.0:
             raise ValueError(
-                f"`guidance_scale` ({guidance_scale}) needs a `prompt` to move towards; leave it at 1."
+                f"`guidance_scale` ({guidance_scale}) needs a `prompt`; leave it at 1."
             )
-        noise = self.prepare_latents(
-            batch_size, self.model.config.codec_config.num_tokens, generator, latents
-        )
-        result, _ = self.sample_latents(
-            TokComTask(noise, prefix=prefix),
-            TokComSampling(num_inference_steps, guidance_scale, generator=generator),
-            decode=False,
-            on_step_end=self._step_callback(
-                callback_on_step_end, callback_on_step_end_tensor_inputs
-            ),
-        )
+        num_tokens = self.model.config.codec_config.num_tokens
+        noise = self.prepare_latents(batch_size, num_tokens, generator, latents)
+        sampling = TokComSampling(num_inference_steps, guidance_scale, generator=generator)
+        on_step_end = self._step_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        task = TokComTask(noise, prefix=prefix)
+        result, _ = self.sample_latents(task, sampling, False, on_step_end)
         output = self._show(result, output_type)
         return output if return_dict else output.to_tuple()
 
@@ -156,20 +156,21 @@ class TokComImagePipeline(TokComBasePipeline):
     def decode(
         self, latents: torch.Tensor, num_tokens: int | None = None, output_type: str = "pil"
     ) -> TokComImagePipelineOutput:
-        """Latents `(B, N, C)` or integer codes `(B, N, 1)` -> `.images`, of the first `num_tokens` only if given."""
+        """Latents `(B, N, C)` or codes `(B, N, 1)` -> `.images`, of the first `num_tokens`."""
         self.check_inputs(output_type=output_type)
         latents = self._to_latents(latents)
         config = self.model.config.codec_config
         if latents.shape[1] != config.num_tokens:
             raise ValueError(
-                f"`latents` has shape {tuple(latents.shape)} but {config.num_tokens} tokens are needed."
+                f"`latents` has shape {tuple(latents.shape)} but {config.num_tokens} tokens are "
+                "needed."
             )
         return self._show(latents, output_type, num_tokens)
 
     def reconstruct(
         self, images: Any, num_tokens: int | None = None, output_type: str = "pil"
     ) -> TokComImagePipelineOutput:
-        """Encode and decode: what the first `num_tokens` tokens of pictures, by default all, remember of them."""
+        """Encode and decode: what the first `num_tokens` tokens, by default all, remember."""
         return self.decode(self.encode(images).latents, num_tokens, output_type)
 
     def _show(
@@ -192,9 +193,9 @@ class TokComVideoPipelineOutput(BaseOutput):
     """Output of `TokComVideoPipeline`; fields that do not apply are None.
 
     Args:
-        videos (`list[list[PIL.Image.Image]]` or `torch.FloatTensor` of shape `(B, 3, F, H, W)`): clips; tensors in [-1, 1].
+        videos (`list[list[PIL.Image.Image]]`, or a tensor `(B, 3, F, H, W)` in [-1, 1]): clips.
         latents (`torch.FloatTensor` of shape `(B, N, C)`): standardised latents.
-        codes (`torch.LongTensor` of shape `(B, N, R)`): what stores the latents of a codec with a quantiser.
+        codes (`torch.LongTensor` of shape `(B, N, R)`): of a codec with a quantiser.
     """
 
     videos: list[list[Image.Image]] | torch.FloatTensor | None = None
@@ -202,19 +203,19 @@ class TokComVideoPipelineOutput(BaseOutput):
     codes: torch.LongTensor | None = None
 
 
-class TokComVideoPipeline(TokComBasePipeline):
+class TokComVideoPipeline(TokComPixelPipeline):
     """Make clips for captions, after first frames or from nothing; encode and decode clips.
 
-    A clip is a list of pictures (files, PIL images, arrays, tensors), an animated file, an array `(F, H, W, 3)` or a tensor
-    `(3, F, H, W)` in [-1, 1]; several are a list of clips, or one more axis in front. A single picture is a clip of one frame.
+    A clip is a list of pictures (files, PIL images, arrays, tensors), an animated file, an array
+    `(F, H, W, 3)` or a tensor `(3, F, H, W)` in [-1, 1]; several are a list of clips, or one more
+    axis in front. A single picture is a clip of one frame.
 
     Args:
         model, scheduler, tokenizer: see `TokComBasePipeline`.
-        vae (`AutoencoderKL*` of diffusers, *optional*): for models that were trained on its latents.
+        vae (`AutoencoderKL*` of diffusers, *optional*): for models trained on its latents.
     """
 
     modality = "video"
-    output_types = ("pil", "pt", "latent")
     model_cpu_offload_seq = "model->vae"
     _optional_components = ["tokenizer", "vae"]
 
@@ -228,14 +229,8 @@ class TokComVideoPipeline(TokComBasePipeline):
         super().__init__(model, scheduler, tokenizer)
         self.register_modules(vae=vae)
 
-    @property
-    def image_processor(self) -> TokComImageProcessor:
-        """Frames <-> `pixel_values`."""
-        return TokComImageProcessor(self.model.config.codec_config.image_size)
-
     def _save_components(self, directory: Any) -> None:
         super()._save_components(directory)
-        self.image_processor.save_pretrained(directory)
         if self.vae is not None:
             self.vae.save_pretrained(directory / "vae")
 
@@ -246,7 +241,10 @@ class TokComVideoPipeline(TokComBasePipeline):
         size = "x".join(map(str, [*codec.image_size, codec.clip_length]))
         return CardFacts(
             task="text-to-video" if with_captions else "image-to-video",
-            does=f"makes clips of {size} pixels and frames by denoising {codec.num_tokens} patches of space and time",
+            does=(
+                f"makes clips of {size} pixels and frames by denoising {codec.num_tokens} patches "
+                "of space and time"
+            ),
             example=(
                 f"first, *others = {call}.videos[0]\n"
                 'first.save("clip.gif", save_all=True, append_images=others, duration=125, loop=0)'
@@ -271,37 +269,29 @@ class TokComVideoPipeline(TokComBasePipeline):
         callback_on_step_end: Callback = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
     ) -> TokComVideoPipelineOutput | tuple:
-        """New clips for one or several captions, after first frames that are given, or from nothing.
+        """New clips for captions, after first frames that are given, or from nothing.
 
         Args:
-            prompt: a caption or a list of them, "" for none; for models that were trained with captions.
+            prompt: a caption or a list of them, "" for none; of models trained with captions.
             frames: the first frames of one or several clips; see the class.
-            num_frames: of the whole clip, those given included; by default that of training. Block-causal models go on for any
-                length, over a window of what they saw in training.
+            num_frames: of the whole clip, those given included; by default that of training.
+                Block-causal models go on for any length.
             batch_size: number of clips, if neither captions nor frames say how many.
-            num_inference_steps: denoising steps, of block-causal models per block; by default those of the config.
-            guidance_scale: 1 is off; above 1 strengthens caption and first frames at twice the cost.
+            num_inference_steps: steps, of block-causal models per block; by default the config's.
+            guidance_scale: above 1 strengthens caption and first frames at twice the cost.
             generator: `torch.Generator` or one per clip, for reproducible samples.
             latents: initial noise of shape `(B, n, C)` of the latents to generate.
             output_type: `"pil"`, `"pt"` (values in [-1, 1]) or `"latent"`.
             height, width: pixels, if other than those of training; bidirectional models only.
 
-        Returns `.videos`, a list of pictures for each clip or `(B, 3, F, H, W)`, and `.latents (B, N, C)`. Raises
-        `ValueError` for arguments out of range.
+        Returns `.videos`, a list of pictures for each clip or `(B, 3, F, H, W)`, and
+        `.latents (B, N, C)`. Raises `ValueError` for arguments out of range.
         """
         self.check_inputs(num_inference_steps, output_type, callback_on_step_end_tensor_inputs)
         given = None if frames is None else self._read(frames, "frames", height, width)
-        batch_size, prefix = self._caption_prefix(
-            prompt, batch_size if given is None else len(given)
-        )
-        if guidance_scale != 1.0 and prefix is None and given is None:
-            raise ValueError(
-                f"`guidance_scale` ({guidance_scale}) needs captions or frames to move towards; leave it at 1."
-            )
-        if given is not None and len(given) != batch_size:
-            raise ValueError(
-                f"there are {batch_size} captions but {len(given)} clips of first frames; give one each."
-            )
+        batch_size = batch_size if given is None else len(given)
+        batch_size, prefix = self._caption_prefix(prompt, batch_size)
+        self._check_conditions(guidance_scale, prefix, given, batch_size)
         size = self._size_of(given, height, width)
         inputs = None if given is None else self._to_codec(given)
         context, position_ids = lay_out_clip(self.model, inputs, num_frames, size)
@@ -309,13 +299,25 @@ class TokComVideoPipeline(TokComBasePipeline):
         position_ids = position_ids.expand(batch_size, -1, -1).to(noise.device)
         sampling = TokComSampling(num_inference_steps, guidance_scale, generator=generator)
         on_step_end = self._step_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        result, _ = self.sample_latents(
-            TokComTask(noise, context, position_ids, prefix=prefix), sampling, False, on_step_end
-        )
+        task = TokComTask(noise, context, position_ids, prefix=prefix)
+        result, _ = self.sample_latents(task, sampling, False, on_step_end)
         if context is not None:
             result = torch.cat((context.latents.float(), result), dim=1)
         output = self._show(result, output_type, size, given)
         return output if return_dict else output.to_tuple()
+
+    @staticmethod
+    def _check_conditions(
+        guidance_scale: float, prefix: tuple | None, given: torch.Tensor | None, batch_size: int
+    ) -> None:
+        if guidance_scale != 1.0 and prefix is None and given is None:
+            raise ValueError(
+                f"`guidance_scale` ({guidance_scale}) needs captions or frames; leave it at 1."
+            )
+        if given is not None and len(given) != batch_size:
+            raise ValueError(
+                f"there are {batch_size} captions for {len(given)} clips; give one each."
+            )
 
     def _size_of(
         self, clips: torch.Tensor | None, height: int | None, width: int | None
@@ -327,11 +329,11 @@ class TokComVideoPipeline(TokComBasePipeline):
         return height or own[0], width or own[1]
 
     def _to_codec(self, clips: torch.Tensor) -> torch.Tensor:
-        """What the codec reads of clips of pixels: themselves, or their latents in the external autoencoder."""
+        """What the codec reads of clips: pixels, or latents of the external autoencoder."""
         self._check_vae()
-        return (
-            clips if self.vae is None else encode_clips(self.vae, clips).to(self._execution_device)
-        )
+        if self.vae is None:
+            return clips
+        return encode_clips(self.vae, clips).to(self._execution_device)
 
     def _read(
         self, videos: Any, name: str, height: int | None = None, width: int | None = None
@@ -343,7 +345,8 @@ class TokComVideoPipeline(TokComBasePipeline):
         config = self.model.config.codec_config
         if self.vae is None and (config.num_channels, config.spatial_compression) != (3, 1):
             raise ValueError(
-                f"this model makes latents of {config.num_channels} channels for an external autoencoder; pass it as `vae`."
+                f"this model makes latents of {config.num_channels} channels for an external "
+                "autoencoder; pass it as `vae`."
             )
 
     @torch.no_grad()
@@ -361,11 +364,10 @@ class TokComVideoPipeline(TokComBasePipeline):
         height: int | None = None,
         width: int | None = None,
     ) -> TokComVideoPipelineOutput:
-        """Latents `(B, N, C)` or integer codes `(B, N, R)` -> `.videos`, by default of the size of training."""
+        """Latents `(B, N, C)` or codes `(B, N, R)` -> `.videos` of this size."""
         self.check_inputs(output_type=output_type)
-        return self._show(
-            self._to_latents(latents), output_type, self._size_of(None, height, width)
-        )
+        size = self._size_of(None, height, width)
+        return self._show(self._to_latents(latents), output_type, size)
 
     @torch.no_grad()
     def reconstruct(self, videos: Any, output_type: str = "pil") -> TokComVideoPipelineOutput:
@@ -380,14 +382,13 @@ class TokComVideoPipeline(TokComBasePipeline):
         size: tuple[int, int],
         given: torch.Tensor | None = None,
     ) -> TokComVideoPipelineOutput:
-        """Latents as clips of `size`, which begin with the frames `given (B, 3, F, H, W)` as they are."""
+        """Latents as clips of `size`, which begin with the frames `given (B, 3, F, H, W)`."""
         self._check_vae()
         videos = None
         if output_type != "latent":
             factor = self.model.config.codec_config.spatial_compression
-            videos = self.model.decode(
-                latents, height=size[0] // factor, width=size[1] // factor
-            ).pixel_values
+            sides = {"height": size[0] // factor, "width": size[1] // factor}
+            videos = self.model.decode(latents, **sides).pixel_values
             if self.vae is not None:
                 videos = decode_clips(self.vae, videos)
             if given is not None:
@@ -406,9 +407,9 @@ class TokComOmniPipelineOutput(BaseOutput):
     """Output of `TokComOmniPipeline`.
 
     Args:
-        streams (`dict[str, list]`): the content of each stream by name: texts, pictures, clips, sounds.
+        streams (`dict[str, list]`): texts, pictures, clips and sounds by the name of their stream.
         latents (`torch.FloatTensor` of shape `(B, N, C)`): of all streams, 0 where one is absent.
-        texts, images, videos, audios (`list`): the first stream of each kind; None if there is none.
+        texts, images, videos, audios (`list`): the first stream of each kind, or None.
     """
 
     streams: dict[str, list] | None = None
@@ -422,8 +423,8 @@ class TokComOmniPipelineOutput(BaseOutput):
 class TokComOmniPipeline(TokComBasePipeline):
     """Make any streams (texts, pictures, clips, sounds) for any others that are given.
 
-    See `TokComBasePipeline` for the arguments. Streams are a dictionary: name -> a text, a picture, a clip or a sound (an array at
-    the codec's rate, or a .wav file), or a list of them; all lists have one length.
+    Arguments: see `TokComBasePipeline`. Streams are a dictionary: name -> a text, a picture, a clip
+    or a sound (an array at the codec's rate, or a .wav file), or a list of them of one length.
     """
 
     modality = "several"
@@ -436,7 +437,10 @@ class TokComOmniPipeline(TokComBasePipeline):
         given = f'{{{first!r}: "a word"}}, ' if kinds[first] == "text" and others else ""
         return CardFacts(
             task="any-to-any",
-            does=f"makes any of the streams {', '.join(kinds)} for any others by denoising {codec.num_tokens} latents",
+            does=(
+                f"makes any of the streams {', '.join(kinds)} for any others by denoising "
+                f"{codec.num_tokens} latents"
+            ),
             example=f"print(pipe({given}generate=[{(others or [first])[0]!r}]).streams)",
         )
 
@@ -444,7 +448,8 @@ class TokComOmniPipeline(TokComBasePipeline):
     def sampling_rates(self) -> dict[str, int]:
         """Samples a second of every stream of sounds."""
         codecs = self.model.config.codec_config.stream_configs().items()
-        return {name: codec.sampling_rate for name, codec in codecs if codec.kind == "audio"}
+        rates = {name: getattr(codec, "sampling_rate", None) for name, codec in codecs}
+        return {name: rate for name, rate in rates.items() if rate is not None}
 
     @torch.no_grad()
     def __call__(
@@ -462,21 +467,21 @@ class TokComOmniPipeline(TokComBasePipeline):
         callback_on_step_end: Callback = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
     ) -> TokComOmniPipelineOutput | tuple:
-        """Some streams for others that are given, or from nothing: `pipe({"text": "a frog"}, generate="image")`.
+        """Streams for others, or from nothing: `pipe({"text": "a frog"}, generate="image")`.
 
         Args:
             given: streams; see the class.
             generate: names of the streams to make; by default all that are not given.
             batch_size: how many, if nothing is given.
-            guidance_scale: 1 is off; above 1 strengthens what is given at twice the cost. A dictionary names a scale for each
-                given stream, at the cost of one more evaluation for each that is not 1.
-            num_candidates: above 1, so many are made for each, and the one is kept whose texts the others resemble most:
-                better guesses, less variety, at so many times the cost.
+            guidance_scale: above 1 strengthens what is given at twice the cost. A dictionary names
+                a scale for each given stream; each that is not 1 costs one more evaluation.
+            num_candidates: above 1, so many are made for each, and the one is kept whose texts the
+                others resemble most: better guesses, less variety, at so many times the cost.
             latents: initial noise `(B * num_candidates, n, C)` of the latents to generate.
             output_type: `"content"` or `"latent"`.
 
-        Returns `.streams`, a list for each name, those given as they are, and `.latents (B, N, C)`. Raises `ValueError` for
-        arguments out of range.
+        Returns `.streams`, a list for each name, those given as they are, and `.latents (B, N, C)`.
+        Raises `ValueError` for arguments out of range.
         """
         self.check_inputs(num_inference_steps, output_type, callback_on_step_end_tensor_inputs)
         codec = self.model.codec
@@ -513,7 +518,7 @@ class TokComOmniPipeline(TokComBasePipeline):
     def decode(
         self, latents: torch.Tensor, names: Sequence[str] | None = None
     ) -> TokComOmniPipelineOutput:
-        """Latents `(B, N, C)` of all streams -> `.streams`, by default all, otherwise those with `names`."""
+        """Latents `(B, N, C)` of all streams -> `.streams`, of those with `names` if given."""
         names = self.model.codec.names if names is None else list(names)
         self.model.codec.check_names(names)
         return self._collect(self._to_latents(latents), {}, names, "content")
@@ -527,74 +532,60 @@ class TokComOmniPipeline(TokComBasePipeline):
     def _read_given(
         self, contents: dict[str, list], batch_size: int, copies: int = 1
     ) -> tuple[TokComCodecOutput | None, torch.Tensor]:
-        """The latents of the given streams alone, and those of all `(B, N, C)`, 0 if not given; each row `copies` times."""
+        """Latents of the given streams alone, and `(B, N, C)` of all, 0 elsewhere; in `copies`."""
         codec = self.model.codec
         device = self._execution_device
         if not contents:
-            return None, torch.zeros(
-                batch_size * copies, codec.num_latents, codec.num_channels, device=device
-            )
+            shape = (batch_size * copies, codec.num_latents, codec.num_channels)
+            return None, torch.zeros(shape, device=device)
         streams = {
-            name: read_stream(codec, name, v, self.tokenizer).to(device)
-            for name, v in contents.items()
+            name: codec.contents[name].read(values, name, self.tokenizer).to(device)
+            for name, values in contents.items()
         }
         encoded = self.model.encode(streams=streams)
         index = codec.index_of(list(contents), encoded.latents.device)
         latents = encoded.latents.repeat_interleave(copies, 0)
         positions = encoded.position_ids.repeat_interleave(copies, 0)
         mask = encoded.mask.repeat_interleave(copies, 0)
-        return TokComCodecOutput(
-            latents[:, index], positions[:, index], mask[:, index]
-        ), latents.float()
+        context = TokComCodecOutput(latents[:, index], positions[:, index], mask[:, index])
+        return context, latents.float()
 
     def _stream_ids(self, name: str, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids of a stream of texts, of latents `(B, N, C)` of all, and the mask of what stands before their end."""
+        """Ids of a stream of texts in latents `(B, N, C)`, and a mask until their end."""
         codec = self.model.codec
         ids = codec.streams[name].to_ids(codec.stream_of(latents, name))
-        return end_at_eos(ids, getattr(self.tokenizer, "eos_token_id", None), self._pad_token_id)
+        eos = getattr(self.tokenizer, "eos_token_id", None)
+        return end_at_eos(ids, eos, pad_token_id(self.model.config))
 
     def _write_stream(self, name: str, latents: torch.Tensor) -> list:
-        """The content of a stream of latents `(B, N, C)` of all: texts, pictures, clips or sounds."""
-        config = self.model.codec.streams[name].config
-        if config.kind == "text":
-            ids, mask = self._stream_ids(name, latents)
-            return (
-                ids.tolist() if self.tokenizer is None else decode_rows(self.tokenizer, ids, mask)
-            )
-        output = self.model.decode_stream(name, latents)
-        if config.kind == "audio":
-            return TokComAudioProcessor(config).postprocess(output.input_features)
-        processor = TokComImageProcessor(config.image_size)
-        pixels = output.pixel_values
-        if config.kind == "video":
-            return [processor.postprocess(clip.transpose(0, 1)) for clip in pixels]
-        return processor.postprocess(pixels if pixels.ndim == 4 else pixels[:, :, 0])
+        """What one stream of the latents `(B, N, C)` holds: texts, pictures, clips or sounds."""
+        if name not in self.model.codec.text_names:
+            return self.model.codec.contents[name].write(self.model.decode_stream(name, latents))
+        ids, mask = self._stream_ids(name, latents)
+        return ids.tolist() if self.tokenizer is None else decode_rows(self.tokenizer, ids, mask)
 
     def _choose(self, latents: torch.Tensor, names: list[str], num_candidates: int) -> torch.Tensor:
-        """Of every `num_candidates` rows of latents `(B, N, C)` the one whose texts the others resemble most."""
+        """Of every `num_candidates` rows `(B, N, C)` the one whose texts resemble the others."""
         rows: list[list[tuple[str, int]]] = [[] for _ in latents]
-        for name in [name for name in names if self.model.codec.streams[name].config.has_tokens]:
+        for name in [name for name in self.model.codec.text_names if name in names]:
             ids, mask = self._stream_ids(name, latents)
             for row, values, kept in zip(rows, ids.tolist(), mask.tolist()):
                 row += [(name, value) for value, keep in zip(values, kept) if keep]
         starts = range(0, len(rows), num_candidates)
-        return latents[
-            [start + most_alike(rows[start : start + num_candidates]) for start in starts]
-        ]
+        best = [start + most_alike(rows[start : start + num_candidates]) for start in starts]
+        return latents[best]
 
     def _collect(
         self, latents: torch.Tensor, given: dict[str, list], names: list[str], output_type: str
     ) -> TokComOmniPipelineOutput:
-        """The output: the `given` streams as they are, and those with `names` from their latents."""
+        """The output: the `given` streams as they are, others with `names` from their latents."""
         streams = None
         first_of_kind: dict[str, list] = {}
         if output_type == "content":
             made = given | {name: self._write_stream(name, latents) for name in names}
             streams = {name: made[name] for name in self.model.codec.names if name in made}
             for name, content in streams.items():
-                first_of_kind.setdefault(
-                    KIND_FIELDS[self.model.codec.streams[name].config.kind], content
-                )
+                first_of_kind.setdefault(self.model.codec.contents[name].field, content)
         self.maybe_free_model_hooks()
         return TokComOmniPipelineOutput(streams=streams, latents=latents, **first_of_kind)
 

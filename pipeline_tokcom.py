@@ -1,17 +1,19 @@
-"""TokComPipeline: prompt in, text out; also texts from noise, latents of texts and back, texts with gaps, texts as pixels.
+"""TokComPipeline: prompt in, text out; also texts from noise, to latents and back, and with gaps.
 
-Read `TokComPipeline.__call__` first: `continue_ids` lays out what the sampler gets, `_finish` makes text of what it gives.
+Read `TokComPipeline.__call__` first. `tasks_tokcom.py` lays out what the sampler gets.
 
-Notable choices: what is generated is a set of latents with positions, given clean latents with positions, so all modes are one
-sampler; a model that predicts tokens goes on inside the last chunk of a prompt, and one that regresses latents gets prompts
-padded on the left to whole chunks; new ids are decoded together with those before them, so pieces of a stream join to the text.
+Notable choices:
+- All modes are one sampler: new latents with positions, given clean latents with positions.
+- A model that predicts tokens goes on inside the last chunk of a prompt. One that regresses latents
+  gets prompts padded on the left to whole chunks.
+- New ids are decoded together with those before them, so pieces of a stream join to the text.
 """
 
 import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,15 +21,16 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 from transformers.generation.streamers import BaseStreamer
 
-# diffusers copies only the direct relative imports of this file, so every module that it needs is named here
+# diffusers copies direct imports only, so every module that this file needs is named here
 from .codec_chunk_tokcom import TokComCodecOutput
-from .codec_color_tokcom import TokComColorCodec
+from .codec_color_tokcom import TokComColorCodec  # noqa: F401
 from .codec_composite_tokcom import TokComCompositeCodec  # noqa: F401
 from .codec_style_tokcom import TokComStyleCodec  # noqa: F401
 from .codec_video_tokcom import TokComVideoCodec  # noqa: F401
 from .configuration_codec_tokcom import TokComCodecConfig  # noqa: F401
+from .configuration_media_tokcom import TokComMediaCodecConfig  # noqa: F401
 from .configuration_tokcom import TokComConfig  # noqa: F401
-from .context_tokcom import TokComGiven, TokComTask, latent_gap_task, prompt_context, token_gap_task
+from .context_tokcom import TokComStep  # noqa: F401
 from .heads_tokcom import TokComTokenHead  # noqa: F401
 from .integrity_tokcom import check_files  # noqa: F401
 from .layers_tokcom import TokComBlock  # noqa: F401
@@ -37,10 +40,10 @@ from .pipeline_base_tokcom import CardFacts, StepCallback, TokComBasePipeline
 from .processing_tokcom import (
     StreamedText,
     TokComPiece,
+    TokComScore,
     as_prompts,
     continue_text,
     decode_rows,
-    pad_ids,
     prompt_ids,
     read_latents,
     take_new,
@@ -58,6 +61,17 @@ from .sampling_tokcom import (
 )
 from .scheduling_tokcom import TokComFlowMatchScheduler  # noqa: F401
 from .sounds_tokcom import read_sound  # noqa: F401
+from .tasks_tokcom import (
+    TokComTask,
+    check_length,
+    check_whole_length,
+    context_of_rows,
+    continuation_task,
+    join_rows,
+    latent_gap_task,
+    pad_token_id,
+    token_gap_task,
+)
 from .transformer_tokcom import TokComTransformer  # noqa: F401
 
 GAP = "____"
@@ -70,11 +84,11 @@ class TokComPipelineOutput(BaseOutput):
     """Output of every method; fields that do not apply are None.
 
     Args:
-        texts (`list[str]`): for a prompt, its continuation (`prompt + text` reads on); else the whole text.
+        texts (`list[str]`): of a prompt what follows it (`prompt + text` reads on), or all of it.
         sequences (`torch.LongTensor` of shape `(B, T)`): token ids; what follows EOS is the pad id.
         latents (`torch.FloatTensor` of shape `(B, N, C)`): standardised latents.
         attention_mask (`torch.LongTensor` of shape `(B, T)`): 1 on the ids that belong to the text.
-        codes (`torch.LongTensor` of shape `(B, N, R)`): what stores the latents of a codec with a quantiser.
+        codes (`torch.LongTensor` of shape `(B, N, R)`): of a codec with a quantiser.
     """
 
     texts: list[str] | None = None
@@ -84,27 +98,10 @@ class TokComPipelineOutput(BaseOutput):
     codes: torch.LongTensor | None = None
 
 
-class TokComScore(NamedTuple):
-    """The likelihood of a text: its `nats` in all, and of each of its tokens; how many tokens and characters it has."""
-
-    nats: float
-    tokens: int
-    characters: int
-    token_nats: list[float]
-
-    @property
-    def nats_per_token(self) -> float:
-        return self.nats / self.tokens
-
-    @property
-    def nats_per_character(self) -> float:
-        return self.nats / self.characters
-
-
 class TokComPipeline(TokComBasePipeline):
-    """Continue prompts, generate, reconstruct, re-denoise, encode and decode texts, and fill gaps in them.
+    """Continue, generate, reconstruct, re-denoise, encode, decode and score texts, and fill gaps.
 
-    The model is one of texts, or of pixels that stand for tokens; see `TokComBasePipeline` for the arguments.
+    For models of texts, and of pixels that stand for tokens. Arguments: see `TokComBasePipeline`.
     """
 
     modality = "text"
@@ -148,42 +145,37 @@ class TokComPipeline(TokComBasePipeline):
         """Continue one or several prompts.
 
         Args:
-            prompt: a text or a list of texts, none empty. A dialogue, `[{"role", "content"}, ...]`, or a list of them goes
-                through the tokenizer's chat template; without one, its turns are lines.
+            prompt: a text or a list of them, none empty; or dialogues `[{"role", "content"}, ...]`,
+                which go through the chat template, or without one become lines.
             gen_length: tokens to generate; a text ends earlier at EOS.
             num_inference_steps: denoising steps per block; by default `config.num_inference_steps`.
-            guidance_scale: 1 is off; above 1 strengthens the influence of the prompt at twice the cost.
-            temperature, top_p: of token probabilities, for `prediction_type="tokens"`; by default those of the config.
-            generator: one, or one per prompt. A smaller `gen_length` gives the beginning of the same text, and a prompt's
-                text depends on its place among the prompts only.
-            latents: initial noise `(B, n, C)`, for the longest unfinished chunk of a prompt and `gen_length` more tokens.
+            guidance_scale: above 1 strengthens the influence of the prompt at twice the cost.
+            temperature, top_p: of token probabilities; by default those of the config.
+            generator: one, or one per prompt. A smaller `gen_length` gives the beginning of the
+                same text, and a prompt's text depends on its place among the prompts only.
+            latents: initial noise `(B, n, C)` of the unfinished chunk and `gen_length` more tokens.
             output_type: `"text"`, `"seq"` (ids only) or `"latent"`.
-            streamer: of transformers, for one prompt; it receives the prompt's ids, then those of every block.
-            callback_on_step_end: called as `f(pipe, step, timestep, {"latents": ...})`; may return new latents.
+            streamer: of transformers, for one prompt; gets its ids, then those of every block.
+            callback_on_step_end: `f(pipe, step, timestep, {"latents": ...})`; may return new ones.
 
         Raises `ValueError` for an empty or too long prompt and for arguments out of range.
         """
-        self.check_inputs(
-            num_inference_steps,
-            output_type,
-            callback_on_step_end_tensor_inputs,
-            ("gen_length", gen_length),
-        )
+        self.check_inputs(num_inference_steps, output_type, callback_on_step_end_tensor_inputs)
+        self.check_inputs(length=("gen_length", gen_length))
         prompts = as_prompts(self.tokenizer, prompt)
         if streamer is not None and (len(prompts) > 1 or output_type == "latent"):
             raise ValueError(
-                f"`streamer` shows text of one prompt, not {len(prompts)} prompts as {output_type!r}."
+                f"`streamer` shows text of 1 prompt, not {len(prompts)} prompts ({output_type!r})."
             )
         rows = prompt_ids(self.tokenizer, prompts, self.max_length)
+        on_step_end = self._step_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         skip, blocks = self.continue_ids(
             rows,
             gen_length,
             TokComSampling(num_inference_steps, guidance_scale, [], temperature, top_p, generator),
             latents=latents,
             stop=output_type != "latent",
-            on_step_end=self._step_callback(
-                callback_on_step_end, callback_on_step_end_tensor_inputs
-            ),
+            on_step_end=on_step_end,
         )
         if streamer is not None:
             streamer.put(torch.tensor(rows))
@@ -193,28 +185,13 @@ class TokComPipeline(TokComBasePipeline):
 
     @property
     def _predicts_tokens(self) -> bool:
-        """Whether the model can know part of a chunk; one that regresses latents knows whole chunks only."""
+        """Whether the model can know part of a chunk, not only whole ones."""
         return self.model.token_head is not None
 
     def encode_prompt(self, prompt: list[str]) -> tuple[TokComCodecOutput | None, list[list[int]]]:
-        """Prompts -> clean context latents, None if no prompt fills a chunk, and the prompts' ids."""
+        """Prompts -> clean context latents, None if no prompt fills a chunk, and their ids."""
         rows = prompt_ids(self.tokenizer, prompt, self.max_length)
-        return self._encode_rows(rows), rows
-
-    def _encode_rows(self, rows: list[list[int]]) -> TokComCodecOutput | None:
-        """The whole chunks of rows of ids as context latents.
-
-        Chunks count from the first token of each row; shorter rows have hidden chunks in front. The tokens of an unfinished
-        chunk are not in the context, since a model that predicts tokens goes on inside it. For one that regresses latents
-        rows are padded on the left to whole chunks instead.
-        """
-        if not self._predicts_tokens:
-            return self.model.encode(*self._pad(rows, "left"))
-        unit = self.model.config.codec_config.length_multiple
-        rows = [row[: len(row) // unit * unit] for row in rows]
-        if not any(rows):
-            return None
-        return prompt_context(self.model, *self._pad(rows, "left"))
+        return context_of_rows(self.model, rows, self._execution_device), rows
 
     def continue_ids(
         self,
@@ -226,57 +203,32 @@ class TokComPipeline(TokComBasePipeline):
         stop: bool = False,
         on_step_end: StepCallback | None = None,
     ) -> tuple[list[int], Blocks]:
-        """Continue rows of ids: how many tokens of its prompt each row's first blocks repeat, and the blocks.
+        """How many tokens of its prompt each row's first blocks repeat, and the blocks of new text.
 
-        `noise_scale` multiplies the initial noise; with `stop` the blocks end when every row has ended.
+        `noise_scale` multiplies the noise. With `stop` the blocks end when every row has ended.
         """
-        context = self._encode_rows(rows)
-        unit = self.model.config.codec_config.length_multiple if self._predicts_tokens else 1
-        tails = [row[len(row) // unit * unit :] for row in rows]  # tokens of the unfinished chunk
-        skip = [len(tail) for tail in tails]
-        length = self._num_latents(max(skip) + gen_length)
-        context_length = 0 if context is None else context.mask.shape[1]
-        self._check_length(context_length + length)
-        noise = self.prepare_latents(len(rows), length, sampling.generator, latents) * noise_scale
-        places = torch.arange(length, device=noise.device).expand(len(rows), -1)
-        if context is not None and self._predicts_tokens:
-            places = places + context.mask.sum(1, keepdim=True)  # rows are of different lengths
-        else:
-            places = places + context_length
-        task = TokComTask(
-            noise,
-            context,
-            self.model.codec.positions(places),
-            given=self._given_tails(tails, length) if any(skip) else None,
+
+        def make_noise(count: int) -> torch.Tensor:
+            return self.prepare_latents(len(rows), count, sampling.generator, latents) * noise_scale
+
+        task, skip = continuation_task(
+            self.model, rows, gen_length, make_noise, self._execution_device
         )
         blocks = self.sample_blocks(task, sampling, decode=True, on_step_end=on_step_end)
         return skip, until_all_ended(blocks, self._eos_token_id, skip) if stop else blocks
 
-    def _given_tails(self, tails: list[list[int]], length: int) -> TokComGiven:
-        """Rows of ids at the beginning of `length` latents, as what is known of them."""
-        ids, mask = pad_ids(tails, length * self.chunk_size, self._pad_token_id, "right")
-        device = self._execution_device
-        return TokComGiven(*self.model.codec.symbols(ids.to(device), mask.to(device)))
-
     def _finish_continuation(
-        self,
-        prompts: list[str],
-        rows: list[list[int]],
-        blocks: Blocks,
-        gen_length: int,
-        output_type: str,
-        skip: list[int],
+        self, prompts, rows, blocks: Blocks, gen_length: int, output_type: str, skip: list[int]
     ) -> TokComPipelineOutput:
-        """Run the sampler; of a text what follows its prompt."""
-        channels = self.model.config.codec_config.latent_channels
-        empty = torch.empty(len(rows), 0, channels, device=self._execution_device)
-        output = self._finish(*join_blocks(blocks, empty), gen_length, output_type, skip)
+        """Run the sampler; of a text only what follows its prompt."""
+        empty = torch.empty(len(rows), 0, self.model.config.codec_config.latent_channels)
+        found = join_blocks(blocks, empty.to(self._execution_device))
+        output = self._finish(*found, gen_length, output_type, skip)
         if output.texts is not None:
             lengths = output.attention_mask.sum(-1).tolist()
             new = [ids[:length] for ids, length in zip(output.sequences.tolist(), lengths)]
-            output.texts = [
-                continue_text(self.tokenizer, *parts) for parts in zip(prompts, rows, new)
-            ]
+            texts = zip(prompts, rows, new)
+            output.texts = [continue_text(self.tokenizer, *parts) for parts in texts]
         return output
 
     def _finish(
@@ -287,30 +239,19 @@ class TokComPipeline(TokComBasePipeline):
         output_type: str,
         skip: list[int] | None = None,
     ) -> TokComPipelineOutput:
-        """End texts at EOS, pad to `gen_length`; the first `skip` ids of each row are those of its prompt."""
+        """End texts at EOS and pad to `gen_length`; a row's first `skip` ids are its prompt's."""
         self.maybe_free_model_hooks()
         if output_type == "latent":
             return TokComPipelineOutput(latents=latents)
-        sequences, mask = take_new(
-            ids, gen_length, skip or [0] * len(ids), self._eos_token_id, self._pad_token_id
-        )
+        skip = skip or [0] * len(ids)
+        pad = pad_token_id(self.model.config)
+        sequences, mask = take_new(ids, gen_length, skip, self._eos_token_id, pad)
         texts = decode_rows(self.tokenizer, sequences, mask) if output_type == "text" else None
-        return TokComPipelineOutput(
-            texts=texts, sequences=sequences, latents=latents, attention_mask=mask
-        )
+        return TokComPipelineOutput(texts, sequences, latents, mask)
 
     @property
     def _eos_token_id(self) -> int | None:
         return getattr(self.tokenizer, "eos_token_id", None)
-
-    def _check_length(self, num_latents: int) -> None:
-        """Block-causal models generate any length over a sliding window; bidirectional ones see all at once."""
-        tokens = num_latents * self.chunk_size
-        if self.model.config.transformer_config.block_size is None and tokens > self.max_length:
-            raise ValueError(
-                f"prompt and generated text are {tokens} tokens together, more than the model's maximum of "
-                f"{self.max_length}; reduce `gen_length` or the prompt."
-            )
 
     # ---- streaming ----
 
@@ -325,14 +266,9 @@ class TokComPipeline(TokComBasePipeline):
         top_p: float | None = None,
         generator: torch.Generator | None = None,
     ) -> Iterator[str]:
-        """Continue one prompt and yield pieces of text as blocks are finished; joined, they are `__call__`'s text.
-
-        The arguments are those of `__call__`. Characters whose bytes are not complete yet wait for the next piece.
-        """
+        """Continue one prompt and yield pieces of its text, which join to that of `__call__`."""
         if not isinstance(prompt, str):
-            raise ValueError(
-                f"`prompt` must be one text, not {prompt!r}; call stream_batch for several."
-            )
+            raise ValueError(f"`prompt` must be one text, not {prompt!r}; use stream_batch.")
         for (piece,) in self.stream_batch(
             [prompt], gen_length, num_inference_steps, guidance_scale, temperature, top_p, generator
         ):
@@ -351,16 +287,17 @@ class TokComPipeline(TokComBasePipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> Iterator[list[TokComPiece]]:
-        """Continue several prompts at once and yield the new pieces of all texts whenever a block is finished.
+        """Continue several prompts at once and yield the pieces of all texts after each block.
 
-        `gen_length` tokens are generated, or as many as it says for each prompt; a text that has ended gives empty pieces.
-        With a generator for each prompt, a text does not depend on the others, unless the model is bidirectional and the
-        lengths differ. It ends early when `should_stop()`, which is asked after every denoising step.
+        `gen_length` tokens are generated, or as many as it says for each prompt; a text that has
+        ended gives empty pieces. With a generator for each prompt, a text does not depend on the
+        others, unless the model is bidirectional and the lengths differ. It ends early when
+        `should_stop()`, which is asked after every denoising step.
         """
         lengths = [gen_length] * len(prompts) if isinstance(gen_length, int) else list(gen_length)
         if not prompts or len(lengths) != len(prompts):
             raise ValueError(
-                f"`gen_length` has {len(lengths)} entries for {len(prompts)} prompts; give one each."
+                f"`gen_length` has {len(lengths)} entries for {len(prompts)} prompts; give each 1."
             )
         self.check_inputs(num_inference_steps, length=("gen_length", min(lengths)))
 
@@ -402,30 +339,27 @@ class TokComPipeline(TokComBasePipeline):
         latents: torch.Tensor | None = None,
         output_type: str = "text",
     ) -> TokComPipelineOutput:
-        """Mode 1: new texts of `num_chunks` chunks from noise; see `__call__` for the other arguments."""
+        """Mode 1: new texts of `num_chunks` chunks from noise; otherwise as `__call__`."""
         self.check_inputs(num_inference_steps, output_type, length=("num_chunks", num_chunks))
         multiple = self.model.config.codec_config.latents_multiple
         if num_chunks % multiple:
             raise ValueError(
-                f"`num_chunks` ({num_chunks}) must be a multiple of {multiple}, a row of patches of this model."
+                f"`num_chunks` ({num_chunks}) must be a multiple of {multiple}, a row of patches."
             )
-        self._check_length(num_chunks)
+        check_length(self.model.config, num_chunks)
         noise = self.prepare_latents(batch_size, num_chunks, generator, latents)
-        sampling = TokComSampling(
-            num_inference_steps, temperature=temperature, top_p=top_p, generator=generator
-        )
-        new_latents, ids = self.sample_latents(
-            TokComTask(noise), sampling, decode=output_type != "latent"
-        )
+        sampling = TokComSampling(num_inference_steps, 1.0, [], temperature, top_p, generator)
+        decode = output_type != "latent"
+        new_latents, ids = self.sample_latents(TokComTask(noise), sampling, decode)
         return self._finish(new_latents, ids, num_chunks * self.chunk_size, output_type)
 
     @torch.no_grad()
     def encode(
         self, text: str | list[str], output_file: str | os.PathLike | None = None
     ) -> TokComPipelineOutput:
-        """Mode 4: texts -> latents, and a safetensors file with `latents` and `attention_mask` if a name is given.
+        """Mode 4: texts -> latents, and with `output_file` a safetensors file of them.
 
-        A codec with a quantiser also gives `codes`, which are what the file then holds.
+        It also holds `attention_mask`; of a codec with a quantiser `codes` instead of `latents`.
         """
         texts = list(text) if isinstance(text, (list, tuple)) else [text]
         if not texts:
@@ -435,9 +369,7 @@ class TokComPipeline(TokComBasePipeline):
         self.maybe_free_model_hooks()
         if output_file is not None:
             write_latents(output_file, encoded.latents, encoded.codes, mask, self.chunk_size)
-        return TokComPipelineOutput(
-            sequences=ids, latents=encoded.latents, attention_mask=mask, codes=encoded.codes
-        )
+        return TokComPipelineOutput(None, ids, encoded.latents, mask, encoded.codes)
 
     @torch.no_grad()
     def decode(
@@ -452,19 +384,15 @@ class TokComPipeline(TokComBasePipeline):
         latents = self._to_latents(latents)
         sequences = self.model.to_ids(latents)
         self.maybe_free_model_hooks()
-        mask = (
-            torch.ones_like(sequences)
-            if attention_mask is None
-            else attention_mask.to(sequences.device)
-        )
+        mask = torch.ones_like(sequences) if attention_mask is None else attention_mask
         if mask.shape != sequences.shape:
+            shape = tuple(sequences.shape)
             raise ValueError(
-                f"`attention_mask` has shape {tuple(mask.shape)} but {tuple(sequences.shape)} is needed."
+                f"`attention_mask` has shape {tuple(mask.shape)} but {shape} is needed."
             )
+        mask = mask.to(sequences.device)
         texts = decode_rows(self.tokenizer, sequences, mask)
-        return TokComPipelineOutput(
-            texts=texts, sequences=sequences, latents=latents, attention_mask=mask
-        )
+        return TokComPipelineOutput(texts, sequences, latents, mask)
 
     def reconstruct(self, text: str | list[str]) -> TokComPipelineOutput:
         """Mode 2: encode and decode; the text as the codec remembers it."""
@@ -483,24 +411,22 @@ class TokComPipeline(TokComBasePipeline):
     ) -> TokComPipelineOutput:
         """Mode 3: keep a part of what a text says, and let the model make up the rest.
 
-        `noise_level` in [0, 1] is the share of the information that is kept: 0 is pure noise, 1 plain reconstruction. A
-        model that predicts tokens keeps each token with that probability and draws the others given those around them; a
-        token that is kept at one level is kept at every higher one. A model that regresses latents keeps that share of
-        them, `noise_level * latents + (1 - noise_level) * noise`, and takes the remaining
-        `num_inference_steps * (1 - noise_level)` steps, at least one. How many tokens survive is in docs/modes.md.
+        `noise_level` in [0, 1] is the share that is kept: 0 is noise, 1 plain reconstruction. A
+        model that predicts tokens keeps each token with that probability, those of one level at
+        every higher one, and draws the others. A model that regresses latents begins at
+        `noise_level * latents + (1 - noise_level) * noise` and takes the remaining steps, at least
+        one. docs/modes.md says how many tokens survive.
         """
         if not 0.0 <= noise_level <= 1.0:
             raise ValueError(
-                f"`noise_level` ({noise_level}) must be in [0, 1]: 0 is pure noise, 1 is the clean text."
+                f"`noise_level` ({noise_level}) must be in [0, 1]: 0 is noise, 1 the clean text."
             )
         self.check_inputs(num_inference_steps)
         encoded = self.encode(text)
         if noise_level == 1.0:
             return self.decode(encoded.latents, encoded.attention_mask)
-        self._check_length(encoded.latents.shape[1])
-        sampling = TokComSampling(
-            num_inference_steps, temperature=temperature, top_p=top_p, generator=generator
-        )
+        check_length(self.model.config, encoded.latents.shape[1])
+        sampling = TokComSampling(num_inference_steps, 1.0, [], temperature, top_p, generator)
         if self._predicts_tokens:
             return self._redraw_tokens(encoded, noise_level, sampling)
         return self._redraw_latents(encoded, noise_level, sampling)
@@ -518,15 +444,14 @@ class TokComPipeline(TokComBasePipeline):
             exists=encoded.attention_mask.unflatten(1, (-1, self.chunk_size)).any(-1),
             sigma_start=1 - noise_level,
         )
-        result, _ = self.sample_latents(
-            task, replace(sampling, num_inference_steps=steps), decode=False
-        )
+        sampling = replace(sampling, num_inference_steps=steps)
+        result, _ = self.sample_latents(task, sampling, decode=False)
         return self.decode(result, encoded.attention_mask)
 
     def _redraw_tokens(
         self, encoded: TokComPipelineOutput, noise_level: float, sampling: TokComSampling
     ) -> TokComPipelineOutput:
-        """Texts of which each token is kept with probability `noise_level`, and the others are drawn."""
+        """Texts of which each token is kept with probability `noise_level`; others are drawn."""
         sequences = encoded.sequences.clone()
         for row, source in enumerate(spawn_generators(sampling.generator, len(sequences))):
             real = encoded.attention_mask[row].bool()
@@ -536,9 +461,7 @@ class TokComPipeline(TokComBasePipeline):
             sequences[row, real] = torch.tensor(filled, device=sequences.device)
         self.maybe_free_model_hooks()
         texts = decode_rows(self.tokenizer, sequences, encoded.attention_mask)
-        return TokComPipelineOutput(
-            texts=texts, sequences=sequences, attention_mask=encoded.attention_mask
-        )
+        return TokComPipelineOutput(texts, sequences, None, encoded.attention_mask)
 
     # ---- gaps ----
 
@@ -556,9 +479,9 @@ class TokComPipeline(TokComBasePipeline):
     ) -> TokComPipelineOutput:
         """Fill every gap `____` in `text` with tokens that see what stands before and after it.
 
-        Three or more underscores are one gap. Every gap gets `gap_length` tokens. With `gap_length=None` the length is
-        unknown: `num_candidates` fillings of 1 to 8 tokens are drawn, and the one is kept whose whole text the model finds
-        most likely per character (see `score`).
+        Three or more underscores are one gap. Every gap gets `gap_length` tokens. With
+        `gap_length=None` the length is unknown: `num_candidates` fillings of 1 to 8 tokens are
+        drawn, and the one is kept whose text is most likely per character (see `score`).
 
         Returns the whole text. Raises `ValueError` when there is no gap or nothing but gaps.
         """
@@ -581,13 +504,11 @@ class TokComPipeline(TokComBasePipeline):
             raise ValueError(
                 f"`text` ({text!r}) must hold known text and at least one gap, written {GAP!r}."
             )
-        known = [piece.rstrip(" ") for piece in pieces[:-1]] + pieces[
-            -1:
-        ]  # a gap's first word brings its own space
+        # a gap's first word brings its own space
+        known = [piece.rstrip(" ") for piece in pieces[:-1]] + pieces[-1:]
         rows = [self._tokenize([piece], "text")[0] if piece.strip() else [] for piece in known]
-        sampling = TokComSampling(
-            num_inference_steps, guidance_scale, [], temperature, top_p, generator
-        )
+        sampling = TokComSampling(num_inference_steps, guidance_scale, [], temperature, top_p)
+        sampling.generator = generator
         fill = self._fill_tokens if self._predicts_tokens else self._fill_latents
         gaps, latents = fill(rows, gap_length, sampling)
         self.maybe_free_model_hooks()
@@ -598,27 +519,24 @@ class TokComPipeline(TokComBasePipeline):
 
     @torch.no_grad()
     def score(self, texts: str | list[str]) -> list[TokComScore]:
-        """The exact likelihood of texts under the model, at temperature 1 and from their first token on.
+        """The exact likelihood of texts under the model, from their first token on.
 
-        Raises `ValueError` for an empty text, one longer than the model sees at once, and for models that have no exact
-        probability of a next token (`is_causal_lm` of the configuration is false).
+        Raises `ValueError` for an empty text, one longer than the model sees at once, and for
+        models that have no exact probability of a next token (`config.is_causal_lm` is false).
         """
         config = self.model.config
         if not config.is_causal_lm:
             raise ValueError(
-                "only models whose tokens take turns within blocks of one chunk have exact likelihoods "
-                f"(`token_stagger` is {config.token_stagger}, `block_size` {config.transformer_config.block_size})."
+                "only models whose tokens take turns within blocks of one chunk have exact "
+                f"likelihoods (`token_stagger` is {config.token_stagger}, `block_size` "
+                f"{config.transformer_config.block_size})."
             )
         texts = [texts] if isinstance(texts, str) else list(texts)
         rows = self._tokenize(texts, "texts")
-        longest = max(len(row) for row in rows)
-        self._check_filled_length(longest)
-        length = -(-longest // self.chunk_size) * self.chunk_size
-        ids, mask = pad_ids(rows, length, config.vocab_size - 1, "right")
-        device = self._execution_device
+        check_whole_length(config, max(len(row) for row in rows))
+        ids, mask = self._pad(rows, "right")
         objective = objective_class(config, "flow")()
-        inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-        losses = objective.loss(self.model.eval(), **inputs).token_losses
+        losses = objective.loss(self.model.eval(), input_ids=ids, attention_mask=mask).token_losses
         self.maybe_free_model_hooks()
         nats = losses.flatten(1).tolist()
         return [
@@ -626,90 +544,56 @@ class TokComPipeline(TokComBasePipeline):
             for row, tokens, text in zip(nats, rows, texts)
         ]
 
-    def _check_filled_length(self, tokens: int) -> None:
-        if tokens > self.max_length:
-            raise ValueError(
-                f"`text` with its gaps has {tokens} tokens, more than the model's maximum of {self.max_length}; shorten it."
-            )
-
     def _fill_tokens(
         self, rows: list[list[int]], gap_length: int, sampling: TokComSampling
     ) -> tuple[list[list[int]], torch.Tensor | None]:
-        """Ids for the gaps between `rows` of ids, and the latents `(1, n, C)` of what was generated."""
-        ids = list(rows[0])
-        known = [True] * len(ids)
-        starts = []
-        for row in rows[1:]:
-            starts.append(len(ids))
-            ids += [0] * gap_length + row
-            known += [False] * gap_length + [True] * len(row)
+        """Ids for the gaps between `rows` of ids, and the new latents `(1, n, C)`."""
+        ids, known, starts = join_rows(rows, gap_length)
         filled, latents = self.fill_ids(ids, known, sampling)
         return [filled[start : start + gap_length] for start in starts], latents
 
     def fill_ids(
         self, ids: list[int], known: list[bool], sampling: TokComSampling
     ) -> tuple[list[int], torch.Tensor | None]:
-        """Draw the ids of one text that are not `known`, anywhere in a chunk; for models that predict tokens.
+        """Draw the ids of one text that are not `known`; for models that predict tokens.
 
-        Chunks of which everything is known are context. The others are generated in reading order, given their known
-        tokens. Returns all ids, and the latents `(1, n, C)` of what was generated, None if nothing was.
+        Chunks of which everything is known are context. The others are generated in reading order,
+        given their known tokens. Returns all ids, and the latents `(1, n, C)` of what was
+        generated, None if nothing was.
         """
         if all(known):
             return ids, None
-        codec = self.model.codec
-        tokens, is_real = self._pad([ids], "right")  # (1, T)
-        self._check_filled_length(tokens.shape[1])
-        is_known = torch.zeros_like(is_real).bool()
-        is_known[0, : len(ids)] = torch.tensor(known, device=is_known.device)
-
-        def make_noise(count: int) -> torch.Tensor:
-            return self.prepare_latents(1, count, sampling.generator)
-
-        task, generated = token_gap_task(self.model, tokens, is_known, is_real.bool(), make_noise)
+        task, text = token_gap_task(
+            self.model, ids, known, self._noise_maker(sampling), self._execution_device
+        )
         latents, drawn = self.sample_latents(task, sampling)
-        # tokens of chunks that were not generated are known, so they never show
-        chunks = codec.to_chunks(tokens, None)[0].clone()
-        chunks[0, generated] = codec.to_chunks(drawn, None)[0][0]
-        whole = codec.from_patches(chunks) if hasattr(codec, "from_patches") else chunks.flatten(1)
-        return torch.where(is_known, tokens, whole)[0, : len(ids)].tolist(), latents
+        return text.join(self.model.codec, drawn)[0, : len(ids)].tolist(), latents
+
+    def _noise_maker(self, sampling: TokComSampling) -> Callable[[int], torch.Tensor]:
+        """n -> the initial noise `(1, n, C)` of one text."""
+        return lambda count: self.prepare_latents(1, count, sampling.generator)
 
     def _fill_latents(
         self, rows: list[list[int]], gap_length: int, sampling: TokComSampling
     ) -> tuple[list[list[int]], torch.Tensor]:
-        """The same as `_fill_tokens` for a model that regresses latents.
-
-        Gaps are whole chunks, and the text before the first is padded on its left.
-        """
-        gap_latents = self._num_latents(gap_length)
-        pieces = [
-            self._pad([row], "right" if i else "left") if row else None
-            for i, row in enumerate(rows)
-        ]
-        known = sum(piece[0].shape[1] for piece in pieces if piece is not None)
-        self._check_filled_length(known + gap_latents * self.chunk_size * (len(rows) - 1))
-        noise = self.prepare_latents(1, gap_latents * (len(rows) - 1), sampling.generator)
-        task = latent_gap_task(self.model, pieces, noise)
+        """The same for a model that regresses latents, whose gaps are whole chunks."""
+        task = latent_gap_task(
+            self.model, rows, gap_length, self._noise_maker(sampling), self._execution_device
+        )
         latents, drawn = self.sample_latents(task, sampling)
         return drawn.view(len(rows) - 1, -1)[:, :gap_length].tolist(), latents
 
     # ---- texts as pictures, for models whose tokens are pixels ----
 
-    def _color_codec(self) -> TokComColorCodec:
-        if not isinstance(self.model.codec, TokComColorCodec):
-            raise ValueError("the tokens of this model are not pixels; load a pixel model.")
-        return self.model.codec
-
     def text_to_image(self, text: str, width: int | None = None) -> Image.Image:
-        """A text as a picture, one pixel for each token; `.save("text.png")` keeps it exactly, JPEG does not."""
-        codec = self._color_codec()
-        pixels = codec.to_image(torch.tensor(self._tokenize([text], "text")[0]), width)
-        return Image.fromarray(pixels.numpy())
+        """A text as a picture, one pixel a token. PNG keeps it exactly, JPEG does not."""
+        ids = torch.tensor(self._tokenize([text], "text")[0])
+        return Image.fromarray(self.model.codec.to_image(ids, width).numpy())
 
     def image_to_text(self, image: Image.Image | str | os.PathLike) -> str:
         """The text of a picture of any size, or of such a file."""
-        codec = self._color_codec()
         image = image if isinstance(image, Image.Image) else Image.open(image)
-        ids = codec.from_image(torch.from_numpy(np.array(image.convert("RGB"))))
+        ids = self.model.codec.from_image(torch.from_numpy(np.array(image.convert("RGB"))))
         return self.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
 
 

@@ -111,19 +111,6 @@ def tokenize_texts(
     return rows
 
 
-def pad_ids(
-    rows: list[list[int]], length: int, pad_token_id: int, side: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of ids, padded on the `side` "left" or "right" -> ids and mask of what is real, both `(B, length)`."""
-    ids = torch.full((len(rows), length), pad_token_id)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        place = slice(length - len(row), length) if side == "left" else slice(0, len(row))
-        ids[i, place] = torch.tensor(row, dtype=torch.long)
-        mask[i, place] = 1
-    return ids, mask
-
-
 def decode_ids(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     """The text of ids, without special tokens and without ids that the tokenizer does not have."""
     return tokenizer.decode([i for i in ids if i < len(tokenizer)], skip_special_tokens=True)
@@ -193,6 +180,23 @@ class TokComPiece(NamedTuple):
     tokens: int
     finish_reason: str | None
     ids: tuple[int, ...] = ()
+
+
+class TokComScore(NamedTuple):
+    """The likelihood of a text: its `nats` in all, and `token_nats` of each of its tokens."""
+
+    nats: float
+    tokens: int
+    characters: int
+    token_nats: list[float]
+
+    @property
+    def nats_per_token(self) -> float:
+        return self.nats / self.tokens
+
+    @property
+    def nats_per_character(self) -> float:
+        return self.nats / self.characters
 
 
 class ChatText(str):
@@ -544,6 +548,7 @@ __all__ = [
     "TokComAudioProcessor",
     "TokComImageProcessor",
     "TokComPiece",
+    "TokComScore",
     "as_clips",
     "as_pictures",
     "as_prompts",
@@ -552,7 +557,6 @@ __all__ = [
     "decode_ids",
     "decode_rows",
     "end_at_eos",
-    "pad_ids",
     "pixels_of_tensor",
     "prompt_ids",
     "read_latents",

@@ -288,6 +288,7 @@ class FiniteScalarQuantizer(nn.Module):
     def _round(self, bounded: torch.Tensor, latents: torch.Tensor) -> TokComQuantizerOutput:
         levels, places = self._shape(latents)
         position = (bounded + 1) / 2 * (levels - 1)  # 0 .. levels - 1
+        # the nearest level; `position` carries the gradient past the rounding
         digits = position.detach().round()
         rounded = position + (digits - position).detach()  # straight-through
         codes = (digits.long() * places).sum(-1, keepdim=True)
@@ -303,12 +304,12 @@ class FiniteScalarQuantizer(nn.Module):
 
 
 def build_quantizer(
-    kind: str, channels: int, num_codes: int, num_quantizers: int, levels: list[int] | None
+    name: str, channels: int, num_codes: int, num_quantizers: int, levels: list[int] | None
 ):
     """The quantiser of a codec's configuration, or None for `"none"`."""
-    if kind == "none":
+    if name == "none":
         return None
-    if kind == "fsq":
+    if name == "fsq":
         return FiniteScalarQuantizer(tuple(levels))
     return ResidualQuantizer(num_codes, channels, num_quantizers)
 
@@ -350,6 +351,7 @@ def kmeans(
 
     centres = _first_centres(read(), num_codes, torch.Generator().manual_seed(seed))
     for _ in range(iterations):
+        # one pass: sums and counts of the vectors that are nearest to each centre
         sums = torch.zeros_like(centres)  # (S, C)
         counts = centres.new_zeros(num_codes)
         worst = []  # of each batch, the vectors that are farthest from their centres

@@ -1,16 +1,19 @@
 """The sampler: noise, and what is already known, become clean latents, block after block.
 
-Read it in this order: `TokComTask` (context_tokcom.py) says what to generate and what is known, `TokComSampling` how;
-`TokComBlockSampler.blocks` is the loop over blocks, `_denoise` the loop over the steps of one block, `_estimate` one evaluation
-of the network; `TokComStepPlanner` lays out the steps.
+Read it in this order: `TokComTask` (tasks_tokcom.py) says what to generate and what is known,
+`TokComSampling` how; `TokComBlockSampler.blocks` is the loop over blocks, `_denoise` the loop over
+the steps of one block, `_estimate` one evaluation of the network; `TokComStepPlanner` lays out the
+steps.
 
 Notable choices:
-- Any flow scheduler fits, since it only sees velocities. Diffusion schedulers that take an estimate of the sample fit too:
-  their x is that of the flow times a number.
-- A model that predicts token probabilities draws tokens at every step and moves towards the draw, not towards the mean. x at
-  the next time then has the right distribution however few the steps are, except that tokens drawn in the same step are
-  drawn independently. So its steps are laid on the turns of the tokens, whatever the scheduler's grid.
-- Every row has random numbers of its own: neither the other rows nor its own length change how a row begins.
+- Any flow scheduler fits, since it only sees velocities. Diffusion schedulers that take an estimate
+  of the sample fit too: their x is that of the flow times a number.
+- A model that predicts token probabilities draws tokens at every step and moves towards the draw,
+  not towards the mean. x at the next time then has the right distribution however few the steps
+  are, except that tokens drawn in the same step are drawn independently. So its steps are laid on
+  the turns of the tokens, whatever the scheduler's grid.
+- Every row has random numbers of its own: neither the other rows nor its own length change how a
+  row begins.
 """
 
 import inspect
@@ -27,16 +30,10 @@ from diffusers import SchedulerMixin
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from .context_tokcom import (
-    CachedContext,
-    Context,
-    TokComGiven,
-    TokComStep,
-    TokComTask,
-    VisibleContext,
-)
+from .context_tokcom import CachedContext, Context, TokComStep, VisibleContext
 from .heads_tokcom import TokComChoice
 from .scheduling_tokcom import signal_time
+from .tasks_tokcom import TokComGiven, TokComTask
 
 Blocks = Iterator[
     tuple[torch.Tensor, torch.Tensor | None]
@@ -51,11 +48,13 @@ def spawn_generators(
 ) -> list[torch.Generator]:
     """A generator for each of `rows`, seeded by one draw from `generator`, or from each of a list.
 
-    The numbers of a row depend on that draw and on the row's index alone, not on how many rows there are.
+    The numbers of a row depend on that draw and on the row's index alone, not on how many rows
+    there are.
     """
 
     def seed(source: torch.Generator | None) -> int:
         device = "cpu" if source is None else source.device
+        # one draw, however many rows there are, so the caller's generator moves on alike
         return int(torch.randint(2**62, (), generator=source, device=device))
 
     if isinstance(generator, list):
@@ -63,12 +62,14 @@ def spawn_generators(
     else:
         base = seed(generator)
         bases = [(base, row) for row in range(rows)]
+    # hashed, since neighbouring seeds of torch's generators give related numbers
     seeds = [random.Random(f"{base}/{row}").getrandbits(63) for base, row in bases]
     return [torch.Generator().manual_seed(value) for value in seeds]
 
 
 def row_noise(generators: list[torch.Generator], num_latents: int, channels: int) -> torch.Tensor:
-    """Standard normal noise `(B, n, C)` on the CPU; that of a latent does not depend on how many follow it."""
+    """Standard normal noise `(B, n, C)` on the CPU; that of a latent does not depend on how many
+    follow it."""
     rows = [
         [torch.randn(channels, generator=source) for _ in range(num_latents)]
         for source in generators
@@ -93,10 +94,13 @@ class TokComSampling:
 
     Args:
         num_inference_steps (`int`, *optional*): steps per block.
-        guidance_scale (`float`): 1 is off; above 1 the prediction moves away from the one without context.
-        omissions (`list[tuple[torch.BoolTensor, float]]`): the same for parts of the context of a bidirectional model: which
-            of the S context latents, `(S,)`, and the guidance scale for them. They replace `guidance_scale`.
-        temperature, top_p (`float`, *optional*): of token probabilities; see `TokComTokenHead.draw`.
+        guidance_scale (`float`): 1 is off; above 1 the prediction moves away from the one without
+            context.
+        omissions (`list[tuple[torch.BoolTensor, float]]`): the same for parts of the context of a
+            bidirectional model: which of the S context latents, `(S,)`, and the guidance scale for
+            them. They replace `guidance_scale`.
+        temperature, top_p (`float`, *optional*): of token probabilities; see
+            `TokComTokenHead.draw`.
         generator: source of what is drawn during sampling, one or one per row.
     """
 
@@ -110,13 +114,15 @@ class TokComSampling:
     def resolve(self, config) -> "TokComSampling":
         """The same with every value set, from a `TokComConfig` where it was None.
 
-        Raises `ValueError` for values out of range, and for a temperature of a model without probabilities.
+        Raises `ValueError` for values out of range, and for a temperature of a model without
+        probabilities.
         """
         if isinstance(self.guidance_scale, bool) or not isinstance(
             self.guidance_scale, (int, float)
         ):
             raise ValueError(
-                f"`guidance_scale` ({self.guidance_scale!r}) must be one number for this model; give a number."
+                f"`guidance_scale` ({self.guidance_scale!r}) must be one number for this model; "
+                "give a number."
             )
         if not math.isfinite(self.guidance_scale):
             raise ValueError(f"`guidance_scale` ({self.guidance_scale}) must be finite.")
@@ -136,17 +142,20 @@ class TokComSampling:
                 or (name == "top_p" and value > 1)
             ):
                 raise ValueError(
-                    f"`{name}` ({value}) must be positive and finite, `top_p` at most 1, and both 1 for `prediction_type="
-                    f"{config.prediction_type!r}`: only 'tokens' has probabilities."
+                    f"`{name}` ({value}) must be positive and finite, `top_p` at most 1, and both 1 for "
+                    f"`prediction_type={config.prediction_type!r}`: only 'tokens' has "
+                    "probabilities."
                 )
         return found
 
 
 def split_blocks(length: int, block_size: int | None, edges: tuple[int, ...] = ()) -> list[slice]:
-    """Cut `length` latents into blocks of at most `block_size` that do not cross `edges`; None is one block."""
+    """Cut `length` latents into blocks of at most `block_size` that do not cross `edges`; None is
+    one block."""
     if block_size is None:
         return [slice(0, length)]
     bounds = [0, *edges, length]
+    # a block ends at an edge even if it is not full
     starts = [s for low, high in zip(bounds, bounds[1:]) for s in range(low, high, block_size)]
     return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], length])]
 
@@ -155,7 +164,8 @@ def split_blocks(length: int, block_size: int | None, edges: tuple[int, ...] = (
 
 
 def join_blocks(blocks: Blocks, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Latents `(B, n, C)` and ids `(B, n * K)` of all blocks; the ids are None if those of a block are.
+    """Latents `(B, n, C)` and ids `(B, n * K)` of all blocks; the ids are None if those of a block
+    are.
 
     Without any block n is 0, and the other sizes are those of `like (B, ..., C)`.
     """
@@ -167,7 +177,8 @@ def join_blocks(blocks: Blocks, like: torch.Tensor) -> tuple[torch.Tensor, torch
 
 
 def until_all_ended(blocks: Blocks, eos_token_id: int | None, skip: list[int]) -> Blocks:
-    """The blocks up to the one in which the last row ends; the first `skip` tokens of each row do not count."""
+    """The blocks up to the one in which the last row ends; the first `skip` tokens of each row do
+    not count."""
     position = 0
     ended: torch.Tensor | None = None
     for latents, ids in blocks:
@@ -187,7 +198,8 @@ def until_all_ended(blocks: Blocks, eos_token_id: int | None, skip: list[int]) -
 def feed_streamer(
     streamer: BaseStreamer, blocks: Blocks, gen_length: int, skip: int, eos_token_id: int | None
 ) -> Blocks:
-    """Pass the blocks of one text on, and the ids of each, up to EOS or `gen_length`, to a streamer of transformers.
+    """Pass the blocks of one text on, and the ids of each, up to EOS or `gen_length`, to a streamer
+    of transformers.
 
     The first `skip` ids are those of the prompt.
     """
@@ -223,7 +235,8 @@ def most_alike(rows: Sequence[Sequence]) -> int:
 
 
 class TokComStepPlanner:
-    """Lays out the steps that a model takes with a scheduler, and what each needs that is the same for all blocks.
+    """Lays out the steps that a model takes with a scheduler, and what each needs that is the same
+    for all blocks.
 
     Raises `ValueError` if scheduler and model do not fit.
     """
@@ -242,15 +255,17 @@ class TokComStepPlanner:
         adds_noise = config.get("eta") or config.get("stochastic_sampling")
         if self.model.token_head is not None and (not is_euler or adds_noise):
             raise ValueError(
-                f"{name} (eta {config.get('eta')}) cannot sample `prediction_type='tokens'`, whose tokens have times of "
-                "their own; use TokComFlowMatchScheduler with eta 0 or FlowMatchEulerDiscreteScheduler."
+                f"{name} (eta {config.get('eta')}) cannot sample `prediction_type='tokens'`, whose "
+                "tokens have times of their own; use TokComFlowMatchScheduler with eta 0 or "
+                "FlowMatchEulerDiscreteScheduler."
             )
         if self.is_diffusion and (
             config.prediction_type != "sample" or self.model.config.noise_std != 1
         ):
             raise ValueError(
-                f"{name} has `prediction_type={config.prediction_type!r}`, but the model estimates the sample, with noise of "
-                f"standard deviation {self.model.config.noise_std}; use 'sample' and a model of `noise_std` 1."
+                f"{name} has `prediction_type={config.prediction_type!r}`, but the model estimates "
+                f"the sample, with noise of standard deviation {self.model.config.noise_std}; use "
+                "'sample' and a model of `noise_std` 1."
             )
 
     @property
@@ -267,20 +282,23 @@ class TokComStepPlanner:
         return head is not None and head.stagger == 1 and head.num_symbols > 1
 
     def _turn_grid(self) -> list[float]:
-        """Times of a latent, 0 to 1, between which the steps of a model whose tokens take turns lie.
+        """Times of a latent, 0 to 1, between which the steps of a model whose tokens take turns
+        lie.
 
-        All turns get the same number of steps, or one more, so that no step decides tokens of two turns. With fewer steps
-        than turns some steps must, and a warning says so.
+        All turns get the same number of steps, or one more, so that no step decides tokens of two
+        turns. With fewer steps than turns some steps must, and a warning says so.
         """
         steps = self.num_inference_steps
         turns = self.model.token_head.num_symbols
         if steps < turns:
             warnings.warn(
-                f"{steps} steps for the {turns} tokens of a chunk: tokens that are decided in the same step are drawn "
-                f"independently of each other, which costs quality; use `num_inference_steps={turns}`.",
+                f"{steps} steps for the {turns} tokens of a chunk: tokens that are decided in the "
+                "same step are drawn independently of each other, which costs quality; use "
+                f"`num_inference_steps={turns}`.",
                 stacklevel=2,
             )
             return [round(step * turns / steps) / turns for step in range(steps)] + [1.0]
+        # what does not divide goes to the first turns
         counts = [steps // turns + (turn < steps % turns) for turn in range(turns)]
         return [
             (turn + i / count) / turns for turn, count in enumerate(counts) for i in range(count)
@@ -289,7 +307,8 @@ class TokComStepPlanner:
     def set_timesteps(
         self, sigma_start: float, device: torch.device, turns: list[float] | None = None
     ) -> None:
-        """Lay out the scheduler's grid from `sigma_start`, or on the times `turns` of a latent, whatever its shift.
+        """Lay out the scheduler's grid from `sigma_start`, or on the times `turns` of a latent,
+        whatever its shift.
 
         Raises `ValueError` if the scheduler cannot do that.
         """
@@ -319,25 +338,26 @@ class TokComStepPlanner:
                 return
         if turns is not None:
             raise ValueError(
-                f"{type(scheduler).__name__} does not put its steps where the tokens of this model have their turns; use "
-                "TokComFlowMatchScheduler."
+                f"{type(scheduler).__name__} does not put its steps where the tokens of this model "
+                "have their turns; use TokComFlowMatchScheduler."
             )
         raise ValueError(
-            f"{type(scheduler).__name__} cannot start between noise and text (sigma {sigma_start:.2f}); "
-            "use TokComFlowMatchScheduler, FlowMatchEulerDiscreteScheduler or UniPCMultistepScheduler."
+            f"{type(scheduler).__name__} cannot start between noise and text (sigma "
+            f"{sigma_start:.2f}); use TokComFlowMatchScheduler, FlowMatchEulerDiscreteScheduler or "
+            "UniPCMultistepScheduler."
         )
 
     def plan(self, x: torch.Tensor, sigma_start: float) -> list[TokComStep]:
-        """Lay out the scheduler's grid for a block `x (B, Q, C)`, and what each step needs that no block changes."""
+        """Lay out the scheduler's grid for a block `x (B, Q, C)`, and what each step needs that no
+        block changes."""
         length = x.shape[1]
         turns = self._turn_grid() if self.takes_turns and sigma_start == 1 else None
         self.set_timesteps(
             sigma_start, x.device, turns
         )  # also resets the scheduler for the next block
-        if hasattr(
-            self.scheduler, "set_begin_index"
-        ):  # or it looks for the first step on the device
+        if hasattr(self.scheduler, "set_begin_index"):  # or it is looked for on the device
             self.scheduler.set_begin_index(0)
+        # blocks of one length take the same steps
         if length not in self._plans:
             self._plans[length] = (
                 self._diffusion_plan(x) if self.is_diffusion else self._flow_plan(x, turns)
@@ -360,8 +380,8 @@ class TokComStepPlanner:
             # tokens are drawn from the step in which their turn begins
             chosen = TokComChoice.of((times < 1) & (head.progress(following) > 0))
             uncertain = TokComChoice.of((times > 0) & (times < 1))
-            # each token has a time of its own, so the gain is its mean velocity until the next sigma: with it the
-            # scheduler's Euler step is exact for every token
+            # each token has a time of its own, so the gain is its mean velocity until the next
+            # sigma: with it the scheduler's Euler step is exact for every token
             signal = self.model.channel_times(now)
             next_signal = self.model.channel_times(following)
             gain = (
@@ -371,7 +391,8 @@ class TokComStepPlanner:
         return plan
 
     def _diffusion_plan(self, x: torch.Tensor) -> list[TokComStep]:
-        """The steps of a diffusion's scheduler, each of whose timesteps stands for a time of the flow."""
+        """The steps of a diffusion's scheduler, each of whose timesteps stands for a time of the
+        flow."""
         plan = []
         for timestep in self.scheduler.timesteps.tolist():
             remains = self.scheduler.alphas_cumprod[int(timestep)].double()
@@ -391,7 +412,8 @@ class TokComStepPlanner:
 class TokComBlockSampler:
     """Denoises blocks of latents with one model, one scheduler and one `TokComSampling`.
 
-    Set `interrupt` to leave out the remaining steps and blocks, and the unfinished block of a block-causal text.
+    Set `interrupt` to leave out the remaining steps and blocks, and the unfinished block of a
+    block-causal text.
     Raises `ValueError` if scheduler and model do not fit.
     """
 
@@ -416,10 +438,11 @@ class TokComBlockSampler:
         task: TokComTask,
         on_step_end: Callable[[int, int, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     ) -> Blocks:
-        """Denoise the noise of a task and yield every block when it is clean: latents `(B, Q, C)` and ids `(B, Q * K)`.
+        """Denoise the noise of a task and yield every block when it is clean: latents `(B, Q, C)`
+        and ids `(B, Q * K)`.
 
-        The ids of the last block are None for a model that does not draw tokens. `on_step_end(block, step, timestep, x)`
-        returns x.
+        The ids of the last block are None for a model that does not draw tokens.
+        `on_step_end(block, step, timestep, x)` returns x.
         """
         noise = task.noise
         model_has_tokens = self.model.config.codec_config.has_tokens
@@ -456,7 +479,7 @@ class TokComBlockSampler:
             if self._unfinished and block_size is not None and (index or model_has_tokens):
                 return  # the block is still noise
             is_last = block.stop == noise.shape[1]
-            if ids is None and not is_last and model_has_tokens:
+            if ids is None and not is_last:
                 ids = self.model.to_ids(x)
             yield x, ids
             if (
@@ -473,7 +496,8 @@ class TokComBlockSampler:
         sources: list[torch.Generator],
         on_step_end: Callable | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """One block `x (B, Q, C)`, at `sigma_start`, becomes clean latents; and ids if the model draws tokens."""
+        """One block `x (B, Q, C)`, at `sigma_start`, becomes clean latents; and ids if the model
+        draws tokens."""
         scheduler = self.scheduler
         head = self.model.token_head
         plan = self.planner.plan(x, sigma_start)
@@ -503,6 +527,7 @@ class TokComBlockSampler:
             if self._unfinished:
                 return x, None
             estimate, chunks = self._estimate(x, step, context, chunks, uniform[i])
+            # flow schedulers take a velocity, those of a diffusion the estimate itself
             output = estimate if step.gain is None else (x - estimate) * step.gain
             moved = scheduler.step(output, timestep, x, **extra, return_dict=False)[0]
             x = moved if on_step_end is None else on_step_end(i, timestep, moved)
@@ -530,12 +555,14 @@ class TokComBlockSampler:
         chunks: torch.Tensor | None,
         uniform: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Clean latents `(B, Q, C)` in float32 as the block `x` suggests them, and ids `(B, Q, K)` if tokens are drawn."""
+        """Clean latents `(B, Q, C)` in float32 as the block `x` suggests them, and ids `(B, Q, K)`
+        if tokens are drawn."""
         sampling = self.sampling
         full, *others = context.predict(x if step.scale == 1 else x * step.scale, step, chunks)
         scales = [scale for _, scale in sampling.omissions] or [sampling.guidance_scale]
         states = full
         for other, scale in zip(others, scales):
+            # classifier-free guidance: away from the prediction that knows less
             states = states + (scale - 1) * (full - other)
         self._finite &= torch.isfinite(states).all()
         head = self.model.token_head
@@ -551,6 +578,7 @@ class TokComBlockSampler:
             sampling.temperature,
             sampling.top_p,
         )
+        # tokens that are clean already stay what they are
         chunks = torch.where(step.times == 1, chunks, drawn)
         return head.latents_of(context.symbols, chunks), chunks
 

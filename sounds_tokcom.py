@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 
-from .configuration_codec_tokcom import TokComAudioCodecConfig
+from .configuration_media_tokcom import TokComAudioCodecConfig
 
 FLOOR = 1e-3  # power of a band that counts as silence, at a peak of 1
 ITERATIONS = 60

@@ -1,8 +1,9 @@
 """The x1 network: noisy latents, one time and one position per latent -> the clean latents.
 
-Notable choices: the timestep is per latent, so clean prompts, infilling and block-wise generation are data, not modes;
-positions have any number of axes; which latent may see which is one boolean mask, and `block_causal_mask` builds the
-one that trains block-wise generation (BD3-LM, Arriola et al. 2025) from the order in which latents are generated.
+Notable choices: the timestep is per latent, so clean prompts, infilling and block-wise generation
+are data, not modes; positions have any number of axes; which latent may see which is one boolean
+mask, and `block_causal_mask` builds the one that trains block-wise generation (BD3-LM, Arriola et
+al. 2025) from the order in which latents are generated.
 
 Shape legend: B batch, N latents, S sequence positions, C latent channels, D width, A position axes.
 """
@@ -33,8 +34,28 @@ from .layers_tokcom import (
 START_OF_TEXT = -1
 INSIDE_TEXT = -2
 
-LONGEST_GAP = 24  # tokens
-SHORT_GAP = 3  # tokens; the longest gap of half of the rows that have gaps
+
+@dataclass
+class TokComOutput(ModelOutput):
+    """What `TokComModel.forward` returns.
+
+    Args:
+        loss (`torch.FloatTensor`): scalar loss of the stage; the only field with a gradient.
+        ce_loss (`torch.FloatTensor`): cross-entropy, nats per real token; None for images.
+        mse_loss (`torch.FloatTensor`): squared error of x1 per channel; in stage codec, of pixels.
+        kl_loss (`torch.FloatTensor`): in stage codec, KL divergence, nats per latent.
+        token_losses (`torch.FloatTensor` of shape `(B, N, K)`): in stage flow, the cross-entropy of
+            each token, 0 where nothing is predicted; None in training with `ce_share` below 1.
+        weight (`torch.FloatTensor`): how many tokens or latents `loss` is a mean of, by which means
+            over several batches weigh them.
+    """
+
+    loss: torch.FloatTensor | None = None
+    ce_loss: torch.FloatTensor | None = None
+    mse_loss: torch.FloatTensor | None = None
+    kl_loss: torch.FloatTensor | None = None
+    token_losses: torch.FloatTensor | None = None
+    weight: torch.FloatTensor | None = None
 
 
 @dataclass
@@ -43,7 +64,8 @@ class TokComTransformerOutput(ModelOutput):
 
     Args:
         latents (`torch.FloatTensor` of shape `(B, S, C)`): the estimate of the clean latents x1.
-        hidden_states, attentions (`tuple`, *optional*): per layer, on request (`attentions` with eager attention).
+        hidden_states, attentions (`tuple`, *optional*): per layer, on request (`attentions` with
+            eager attention).
     """
 
     latents: torch.FloatTensor | None = None
@@ -57,16 +79,20 @@ def block_causal_mask(
     sees_context: torch.Tensor | None = None,
     draws: int = 1,
 ) -> torch.Tensor:
-    """Mask of the training sequence `[clean | noisy]`, or with M `draws` `[clean | noisy | noisy ...]`.
+    """Mask of the training sequence `[clean | noisy]`, or with M `draws`
+    `[clean | noisy | noisy ...]`.
 
-    A clean latent sees clean latents generated no later than itself; a noisy one sees clean latents generated earlier
-    and the noisy ones of its own block and draw. Every position sees itself, so that no softmax row is empty.
+    A clean latent sees clean latents generated no later than itself; a noisy one sees clean latents
+    generated earlier and the noisy ones of its own block and draw. Every position sees itself, so
+    that no softmax row is empty.
 
     Args:
-        order (`torch.LongTensor` of shape `(B, N)`): the step at which each latent's block is generated. It need not
-            follow the positions: a gap generated after what follows it trains infilling.
+        order (`torch.LongTensor` of shape `(B, N)`): the step at which each latent's block is
+            generated. It need not follow the positions: a gap generated after what follows it
+            trains infilling.
         valid (`torch.BoolTensor` of shape `(B, N)`): latents that are not padding.
-        sees_context (`torch.BoolTensor` of shape `(B,)`, *optional*): rows whose noisy half sees the clean half.
+        sees_context (`torch.BoolTensor` of shape `(B,)`, *optional*): rows whose noisy half sees
+        the clean half.
 
     Returns: `torch.BoolTensor` of shape `(B, (1 + M) N, (1 + M) N)`.
     """
@@ -76,77 +102,26 @@ def block_causal_mask(
     same = key == query  # (B, N, N)
     earlier = key < query
     visible = earlier if sees_context is None else earlier & sees_context[:, None, None]
+    # axes: copy and latent of the query, copy and latent of the key; copy 0 is the clean one
     mask = same.new_zeros(len(order), 1 + draws, length, 1 + draws, length)
     mask[:, 0, :, 0] = earlier | same
+    # a noisy latent reads what is finished: clean latents of earlier blocks, never its own
     mask[:, 1:, :, 0] = visible[:, None]
     for draw in range(1, 1 + draws):
+        # draws are independent samples, so they must not see each other
         mask[:, draw, :, draw] = same
     mask = (mask & valid[:, None, None, None]).view(len(order), (1 + draws) * length, -1)
+    # a row without any key would be 0 / 0 in the softmax
     return mask | torch.eye(mask.shape[-1], dtype=torch.bool, device=mask.device)
 
 
-def generation_order(
-    valid: torch.Tensor, block_size: int | None, infill_rate: float, group_size: int = 1
-) -> torch.Tensor:
-    """Draw the step at which each latent is generated, `(B, N)`, for rows of the shape of `valid (B, N)`.
-
-    Blocks of `block_size` follow each other from a random offset, so that a prompt may end anywhere. In a share
-    `infill_rate` of the rows one random span comes last, after the text that follows it. Offset and span are multiples
-    of `group_size`. With `block_size=None` everything is one block.
-    """
-    batch, length = valid.shape
-    index = torch.arange(length, device=valid.device).expand(batch, -1)
-    if block_size is None:
-        return torch.zeros_like(index)
-    draws = torch.rand(4, batch, 1, device=valid.device)
-    groups = length // group_size
-    offset = (draws[0] * (block_size // group_size)).long() * group_size
-    order = (index + offset) // block_size
-    start, end = (draws[1:3] * (groups + 1)).long().sort(dim=0).values * group_size  # (B, 1) each
-    in_gap = (index >= start) & (index < end) & (draws[3] < infill_rate)
-    return torch.where(in_gap, length + (index - start) // block_size, order)
-
-
-def draw_known(valid: torch.Tensor, infill_rate: float, group_size: int = 1) -> torch.Tensor:
-    """Draw what a bidirectional model is shown clean, `(B, N)`, of the latents that exist, `valid (B, N)`.
-
-    That is a prefix, or in a share `infill_rate` of the rows all but a gap, in whole groups of `group_size`. At least
-    one group stays unknown.
-    """
-    draws = torch.rand(3, len(valid), 1, device=valid.device)
-    rank = (valid.cumsum(1) - 1) // group_size  # among those that exist
-    count = valid.sum(1, keepdim=True) // group_size
-    start, end = (draws[:2] * count).long().sort(dim=0).values
-    after_gap = torch.where(draws[2] < infill_rate, rank > end, False)
-    return valid & ((rank < start) | after_gap)
-
-
-def draw_gaps(rows: int, length: int, device: torch.device) -> torch.Tensor:
-    """Draw where texts of `length` tokens are known: runs of known tokens and gaps in turn, `(rows, length)`, true if known.
-
-    Half of the rows have gaps of 1 to `LONGEST_GAP` tokens, half of 1 to `SHORT_GAP`; what stands between two gaps is 1
-    to four times as long. Every row begins with either.
-    """
-    longest = torch.where(
-        torch.rand(rows, 1, device=device) < 0.5, LONGEST_GAP, SHORT_GAP
-    )  # (rows, 1)
-    draws = torch.rand(2, rows, length, device=device)
-    gaps = (draws[0] * longest).long() + 1
-    runs = (draws[1] * 4 * longest).long() + 1
-    pairs = torch.stack((runs, gaps), dim=-1).flatten(1)  # run, gap, run, gap, ...
-    ends = pairs.cumsum(1)
-    offset = (
-        torch.rand(rows, 1, device=device) * ends[:, 1:2]
-    ).long()  # so that gaps also stand at the start
-    places = torch.arange(length, device=device) + offset
-    return torch.searchsorted(ends, places, right=True) % 2 == 0
-
-
 class ContextPlan(NamedTuple):
-    """In which order the context network reads `[start, chunk 0, ...]` of rows whose tokens are partly known.
+    """In which order the context network reads `[start, chunk 0, ...]` of rows whose tokens are
+    partly known.
 
-    `order (B, 1 + N)` is the step at which each is read: it sees what is read no later. `partial (B, N)` marks chunks
-    that are read with their unknown tokens blank, before those are known.
+    `order (B, 1 + N)` is the step at which each is read: it sees what is read no later.
+    `partial (B, N)` marks chunks that are read with their unknown tokens blank, before those are
+    known.
     """
 
     order: torch.Tensor
@@ -154,36 +129,67 @@ class ContextPlan(NamedTuple):
 
     @classmethod
     def of(cls, given: torch.Tensor, has_gaps: torch.Tensor) -> "ContextPlan":
-        """The plan of rows `has_gaps (B,)` whose `given (B, N, K)` tokens are known; other rows are read in order.
+        """The plan of rows `has_gaps (B,)` whose `given (B, N, K)` tokens are known; other rows are
+        read in order.
 
-        What is known is read first, then for each gap the state before it, then the gap's chunks as they are filled.
+        What is known is read first, then for each gap the state before it, then the gap's chunks as
+        they are filled.
         """
         batch, length, _ = given.shape
         index = torch.arange(length + 1, device=given.device).expand(batch, -1)
+        # chunks of a gap are those of which some token is not known
         gap = ~given.all(-1) & has_gaps[:, None]  # (B, N)
         inside = F.pad(gap[:, 1:], (0, 1))  # whether the gap goes on in the next chunk
+        # only the last chunk of a gap can hold known tokens that are read before it is filled
         partial = gap & ~inside & given.any(-1)
+        # the state before a gap must wait, since it tells the head what follows the gap
         starts = F.pad(gap, (0, 1))  # (B, 1 + N): whether the place before a gap's chunk
         late = starts | F.pad(gap & ~partial, (1, 0))
+        # late places follow all others, and keep their order among themselves
         return cls(torch.where(late, index + length + 1, index), partial)
 
     def mask(self, valid: torch.Tensor) -> torch.Tensor:
-        """Which key each query sees, `(B, 1 + N, 1 + N)`; `valid (B, N)` are chunks that are no padding."""
+        """Which key each query sees, `(B, 1 + N, 1 + N)`; `valid (B, N)` are chunks that are no
+        padding."""
         exists = F.pad(valid, (1, 0), value=True)
+        # a place also sees itself, whose order is equal
         sees = (self.order[:, None, :] <= self.order[:, :, None]) & exists[:, None, :]
         return sees | torch.eye(sees.shape[-1], dtype=torch.bool, device=sees.device)
 
 
+def read_text(model, symbols, chunks, real, given, has_gaps, begins) -> torch.Tensor:
+    """States `(B, 1 + N, D)` of the context network after `[start, chunk 0, chunk 1, ...]`.
+
+    The state at each place is all that the head learns of what stands before the next chunk. In
+    rows with gaps the state before a gap is computed last, so it has seen what follows. The chunk
+    in which a gap ends is read with its unknown tokens blank.
+    """
+    batch, length, _ = chunks.shape
+    plan = ContextPlan.of(given, has_gaps)
+    blank = (plan.partial[..., None] & ~given) | ~real
+    features = model.token_head.read(
+        symbols, None, torch.where(blank, 0.0, 1.0), chunks
+    )  # (B, N, K * E)
+    # the learned start is put in place of this row of zeros
+    features = F.pad(features, (0, 0, 1, 0))
+    positions = torch.arange(-1, length, device=chunks.device).repeat(batch, 1)
+    # the first place tells a text that begins from a window inside one
+    positions[:, 0] = torch.where(begins, START_OF_TEXT, INSIDE_TEXT)
+    return model.transformer.read_context(features, positions[..., None], plan.mask(real.any(-1)))
+
+
 class _Factorized:
-    """Folds sequences of G moments of P latents so that layers attend within a moment, `(B G, P, ...)`, or along time, `(B P, G,
-    ...)`. `position_ids (B, G P, A)` must be moment after moment."""
+    """Folds sequences of G moments of P latents so that layers attend within a moment,
+    `(B G, P, ...)`, or along time, `(B P, G, ...)`. `position_ids (B, G P, A)` must be moment after
+    moment."""
 
     def __init__(self, position_ids: torch.Tensor):
         moments = position_ids[0, :, 0]
         self.places = int((moments == moments[0]).sum())
         if position_ids.shape[1] % self.places:
             raise ValueError(
-                f"`attention_type='factorized'` needs whole moments of {self.places} latents, not {position_ids.shape[1]} latents."
+                f"`attention_type='factorized'` needs whole moments of {self.places} latents, not "
+                f"{position_ids.shape[1]} latents."
             )
 
     def fold(self, x: torch.Tensor, along_time: bool, batch: int) -> torch.Tensor:
@@ -198,7 +204,8 @@ class _Factorized:
 class TokComTransformer(TokComPreTrainedModel):
     """Transformer with per-latent adaLN conditioning that predicts clean latents.
 
-    After DiT (Peebles and Xie 2023) with rotary positions, QK-norm, SwiGLU and grouped-query attention.
+    After DiT (Peebles and Xie 2023) with rotary positions, QK-norm, SwiGLU and grouped-query
+    attention.
     """
 
     config: TokComTransformerConfig
@@ -238,17 +245,22 @@ class TokComTransformer(TokComPreTrainedModel):
         self.post_init()
 
     def _own_channels(self, position_ids: torch.Tensor) -> torch.Tensor:
-        """Which channels the latents at `position_ids (B, S, A)`, whose first axis is the stream, use: `(B, S, C)`."""
+        """Which channels the latents at `position_ids (B, S, A)`, whose first axis is the stream,
+        use: `(B, S, C)`."""
+        # channel c belongs to the stream into whose slice of the C channels it falls
         owner = [i for i, count in enumerate(self.config.stream_channels) for _ in range(count)]
         return position_ids[..., :1].long() == torch.tensor(owner, device=position_ids.device)
 
     def _place_starts(
         self, hidden_states: torch.Tensor, position_ids: torch.Tensor
     ) -> torch.Tensor:
-        """Put the learned latents where `position_ids (B, S, 1)` are negative: `START_OF_TEXT` or `INSIDE_TEXT`."""
+        """Put the learned latents where `position_ids (B, S, 1)` are negative: `START_OF_TEXT` or
+        `INSIDE_TEXT`."""
         if self.start_embedding is None:
             return hidden_states
+        # row 0 of the table is the start of a text, row 1 that of a window inside one
         kind = (position_ids[..., 0] == INSIDE_TEXT).long()
+        # in the dtype of its neighbours, whatever autocast made of them
         starts = self.start_embedding(kind).to(hidden_states.dtype)
         return torch.where(position_ids[..., :1] < 0, starts, hidden_states)
 
@@ -259,13 +271,17 @@ class TokComTransformer(TokComPreTrainedModel):
         attention_mask: torch.Tensor,
         past_key_values: Cache | None = None,
     ) -> torch.Tensor:
-        """What the context layers know at each clean latent, as the layers after them are told: `(B, S, D)`.
+        """What the context layers know at each clean latent, as the layers after them are told:
+        `(B, S, D)`.
 
         Args:
-            features (`torch.FloatTensor` of shape `(B, S, feature_size)`): what the clean latents hold.
-            position_ids (`torch.LongTensor` of shape `(B, S, 1)`): negative where a learned latent stands.
+            features (`torch.FloatTensor` of shape `(B, S, feature_size)`): what the clean latents
+                hold.
+            position_ids (`torch.LongTensor` of shape `(B, S, 1)`): negative where a learned latent
+                stands.
             attention_mask (`torch.BoolTensor` of shape `(B, S, S_kv)`): which key each query sees.
-            past_key_values: keys and values of latents that were read before; those of this call are added.
+            past_key_values: keys and values of latents that were read before; those of this call
+                are added.
         """
         hidden_states = self._place_starts(self.proj_in(features), position_ids)  # (B, S, D)
         tables = self._rotary(position_ids)
@@ -275,7 +291,8 @@ class TokComTransformer(TokComPreTrainedModel):
         return self.context_proj(self.context_norm(hidden_states))
 
     def modulate(self, timestep: torch.Tensor) -> list[torch.Tensor]:
-        """t `(B, S)` -> the scales, shifts and gates `(B, S, ...)` of every layer after the context layers."""
+        """t `(B, S)` -> the scales, shifts and gates `(B, S, ...)` of every layer after the context
+        layers."""
         conditioning = F.silu(self.time_embedding(timestep))
         return [
             layer.modulation(conditioning)
@@ -288,12 +305,14 @@ class TokComTransformer(TokComPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
     ) -> torch.Tensor:
-        """What the layers after the context layers are told of the context, `(B, S, D)`: the same at every time.
+        """What the layers after the context layers are told of the context, `(B, S, D)`: the same
+        at every time.
 
-        The arguments are those of `forward`, of the latents to denoise; the context is what `past_key_values` holds. A
-        model with `head_attention` also attends to the context.
+        The arguments are those of `forward`, of the latents to denoise; the context is what
+        `past_key_values` holds. A model with `head_attention` also attends to the context.
         """
         where = position_ids[..., 0].float()
+        # the layer of the cache behind the last one of the network holds states and positions
         layers = [] if past_key_values is None else past_key_values.layers
         if len(layers) > len(self.layers):
             known = layers[-1].keys[:, 0]
@@ -319,30 +338,26 @@ class TokComTransformer(TokComPreTrainedModel):
         prefix: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
         **kwargs,
     ) -> TokComTransformerOutput:
-        """
-        Args:
-            latents (`torch.FloatTensor` of shape `(B, S, C)`): noisy latents, clean where `timestep` is 1.
-            timestep (`torch.FloatTensor` of shape `(B, S)`): t in [0, 1]; 0 is noise, 1 is clean.
-            position_ids (`torch.Tensor` of shape `(B, S, A)`, *optional*): defaults to 0..S-1 on one axis.
-            attention_mask (`torch.BoolTensor`, *optional*): `(B, S_kv)` keys that exist, or `(B, S, S_kv)` keys that
-                each query sees; S_kv includes what is cached.
-            past_key_values (`Cache`, *optional*): keys and values of earlier blocks; this call's are appended.
-            num_context (`int`): the first latents, which are clean and pass the context layers; all others enter after
-                them. Without context layers it makes no difference.
-            features (`torch.FloatTensor` of shape `(B, S, feature_size)`, *optional*): read instead of the latents.
-            modulations (`list[torch.FloatTensor]`, *optional*): what `modulate` makes of `timestep`, if it is known already.
-            entry (`torch.FloatTensor` of shape `(B, S, D)`, *optional*): what the method of that name gives, if it is known
-                already; then there are no context latents in this call.
-            prefix (`tuple[torch.FloatTensor, torch.BoolTensor, torch.LongTensor]`, *optional*): states `(B, L, D)` at time 1 before
-                all latents, which of them exist, `(B, L)`, and their positions `(L,)`; for bidirectional models.
+        """Noisy latents -> the estimate of the clean ones.
 
-        Without `head_attention` nothing is estimated for the first `num_context` latents, and the output has no place
-        for them.
+        Args:
+            latents (`(B, S, C)`): noisy latents, clean where `timestep` is 1.
+            timestep (`(B, S)`): t in [0, 1]; 0 is noise, 1 is clean.
+            position_ids (`(B, S, A)`): by default 0..S-1 on one axis.
+            attention_mask (bool): `(B, S_kv)` keys that exist, or `(B, S, S_kv)` keys that each
+                query sees; S_kv includes the `past_key_values`, to which this call's are appended.
+            num_context: the first latents, which are clean and pass the context layers; all others
+                enter after them. Without `head_attention` the output has no place for them.
+            features (`(B, S, feature_size)`, *optional*): read instead of the latents.
+            modulations, entry (`(B, S, D)`) (*optional*): what the methods `modulate` and `entry`
+                give; with an entry there are no context latents in this call.
+            prefix (*optional*): of bidirectional models, states `(B, L, D)` at time 1 before all
+                latents, which of them exist, `(B, L)`, and their positions `(L,)`.
         """
         config = self.config
         hidden_states, own = self._read(latents, features, position_ids)  # (B, S, D)
         if prefix is not None:
-            modulations = None
+            modulations = None  # they are those of the latents alone
             hidden_states, timestep, position_ids, attention_mask = self._prepend(
                 prefix, hidden_states, timestep, position_ids, attention_mask
             )
@@ -350,38 +365,19 @@ class TokComTransformer(TokComPreTrainedModel):
         tables = None
         if config.head_attention or reads:  # others attend to nothing
             if position_ids is None:
-                length = hidden_states.shape[1]
-                position_ids = torch.arange(length, device=latents.device)[None, :, None]
+                index = torch.arange(hidden_states.shape[1], device=latents.device)
+                position_ids = index[None, :, None]
             tables = self._rotary(position_ids)
+        where = position_ids, attention_mask, tables, past_key_values
         if reads:
-            hidden_states = self._enter(
-                hidden_states,
-                num_context,
-                position_ids,
-                attention_mask,
-                tables,
-                past_key_values,
-                **kwargs,
-            )
+            hidden_states = self._enter(hidden_states, num_context, *where, **kwargs)
         elif entry is not None:
             hidden_states = hidden_states + entry
         if not config.head_attention and num_context:
             hidden_states = hidden_states[:, num_context:]
             timestep = timestep[:, num_context:]
         conditioning = F.silu(self.time_embedding(timestep)) if modulations is None else None
-        if config.attention_type == "factorized":
-            hidden_states = self._attend_in_turns(
-                hidden_states, conditioning, modulations, position_ids, attention_mask, **kwargs
-            )
-        else:
-            mask = None
-            if config.head_attention:
-                mask = self._expand(attention_mask, hidden_states)
-            for i, layer in enumerate(self.layers[config.num_context_layers :]):
-                known = {} if modulations is None else {"modulation": modulations[i]}
-                hidden_states = layer(
-                    hidden_states, conditioning, tables, mask, past_key_values, **known, **kwargs
-                )
+        hidden_states = self._denoise(hidden_states, conditioning, modulations, *where, **kwargs)
         if prefix is not None:
             hidden_states = hidden_states[:, prefix[0].shape[1] :]
         latents = self.proj_out(self.norm(hidden_states))
@@ -389,18 +385,50 @@ class TokComTransformer(TokComPreTrainedModel):
             latents = torch.where(own, latents, 0)
         return TokComTransformerOutput(latents=latents)
 
+    def _denoise(
+        self,
+        hidden_states: torch.Tensor,
+        conditioning: torch.Tensor | None,
+        modulations: list[torch.Tensor] | None,
+        position_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        tables: tuple[torch.Tensor, torch.Tensor] | None,
+        past_key_values: Cache | None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """The layers after the context layers, `(B, S, D)` in and out.
+
+        They read the time as `conditioning`, or as the `modulations` that were made of it.
+        """
+        if self.config.attention_type == "factorized":
+            return self._attend_in_turns(
+                hidden_states, conditioning, modulations, position_ids, attention_mask, **kwargs
+            )
+        mask = None
+        if self.config.head_attention:
+            # layers without attention have no use for a mask
+            mask = self._expand(attention_mask, hidden_states)
+        for i, layer in enumerate(self.layers[self.config.num_context_layers :]):
+            known = {} if modulations is None else {"modulation": modulations[i]}
+            hidden_states = layer(
+                hidden_states, conditioning, tables, mask, past_key_values, **known, **kwargs
+            )
+        return hidden_states
+
     def _read(
         self,
         latents: torch.Tensor,
         features: torch.Tensor | None,
         position_ids: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """States `(B, S, D)` of what is read, and of several streams the channels `(B, S, C)` each latent uses."""
+        """States `(B, S, D)` of what is read, and of several streams the channels `(B, S, C)` each
+        latent uses."""
         own = None
         if self.stream_embedding is not None:
             if position_ids is None:
                 raise ValueError(
-                    "`position_ids` is missing: its first axis says which stream a latent is of; `encode` gives it."
+                    "`position_ids` is missing: its first axis says which stream a latent is of; "
+                    "`encode` gives it."
                 )
             own = self._own_channels(position_ids)
             latents = torch.where(own, latents, 0)
@@ -412,7 +440,8 @@ class TokComTransformer(TokComPreTrainedModel):
         return hidden_states, own
 
     def _rotary(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tables of the rotary embedding; the learned starts of a text stand just before its first latent."""
+        """Tables of the rotary embedding; the learned starts of a text stand just before its first
+        latent."""
         config = self.config
         if config.start_latents:
             position_ids = position_ids.clamp_min(-1)
@@ -429,7 +458,8 @@ class TokComTransformer(TokComPreTrainedModel):
     def _attend_in_turns(
         self, hidden_states, conditioning, modulations, position_ids, attention_mask, **kwargs
     ) -> torch.Tensor:
-        """All layers of a model with factorised attention: even ones within a moment, odd ones along time."""
+        """All layers of a model with factorised attention: even ones within a moment, odd ones
+        along time."""
         config = self.config
         batch = len(hidden_states)
         position_ids = position_ids.expand(batch, -1, -1)
@@ -447,6 +477,7 @@ class TokComTransformer(TokComPreTrainedModel):
             head_size = config.hidden_size // config.num_attention_heads
             layouts.append((rotary_embedding(where, head_size, config.rope_theta), seen))
         for i, layer in enumerate(self.layers):
+            # even layers attend within a moment, odd ones along time
             along_time = bool(i % 2)
             inputs = (
                 (hidden_states, conditioning)
@@ -494,8 +525,9 @@ class TokComTransformer(TokComPreTrainedModel):
         past_key_values,
         **kwargs,
     ) -> torch.Tensor:
-        """Pass the first `num_context` latents through the context layers, and give all others the state of the
-        nearest visible context latent before them. `hidden_states (B, S, D)` in and out.
+        """Pass the first `num_context` latents through the context layers, and give all others the
+        state of the nearest visible context latent before them. `hidden_states (B, S, D)` in and
+        out.
 
         One more layer of the cache holds states and positions of the context.
         """
@@ -505,8 +537,10 @@ class TokComTransformer(TokComPreTrainedModel):
         where = position_ids[..., 0].float().expand(batch, -1)
         visible = attention_mask
         if visible is not None and visible.ndim == 2:
+            # one row of keys serves all queries
             visible = visible[:, None].expand(-1, queries, -1)
         if num_context:
+            # context latents see what is cached and each other, but none of the noisy ones
             keys = None if visible is None else visible.shape[-1] - queries + num_context
             mask = None if visible is None else visible[:, :num_context, :keys]
             mask = expand_attention_mask(
@@ -515,6 +549,7 @@ class TokComTransformer(TokComPreTrainedModel):
             known_tables = tuple(table[:, :, :num_context] for table in tables)
             for layer in self.layers[: self.config.num_context_layers]:
                 known = layer(known, None, known_tables, mask, past_key_values, **kwargs)
+            # normed here, once, since every denoising layer and step reads them
             states = self.context_norm(known)
             positions = where[:, :num_context]
             if past_key_values is not None:
@@ -533,14 +568,17 @@ class TokComTransformer(TokComPreTrainedModel):
         return torch.cat((known, noisy + entry), dim=1)
 
     def _nearest(self, states, positions, where, visible) -> torch.Tensor:
-        """Of context `states (B, S_context, D)` at `positions (B, S_context)`, for each latent at `where (B, S)` that of the
-        last one before it that `visible (B, S_kv)` or `(B, S, S_kv)` shows it, projected: `(B, S, D)`."""
+        """Of context `states (B, S_context, D)` at `positions (B, S_context)`, for each latent at
+        `where (B, S)` that of the last one before it that `visible (B, S_kv)` or `(B, S, S_kv)`
+        shows it, projected: `(B, S, D)`."""
         if not states.shape[1]:
             return self.context_proj(states.new_zeros(*where.shape, states.shape[2]))
+        # strictly earlier: a latent must not read its own clean self
         earlier = positions[:, None] < where[..., None]  # (B, S, S_context)
         if visible is not None:
             visible = visible[:, None] if visible.ndim == 2 else visible
             earlier = earlier & visible[..., : states.shape[1]]
+        # the largest position that is earlier and visible
         nearest = positions[:, None].masked_fill(~earlier, float("-inf")).argmax(-1)  # (B, S)
         nearest = states.gather(1, nearest[..., None].expand(-1, -1, states.shape[2]))
         return self.context_proj(torch.where(earlier.any(-1, keepdim=True), nearest, 0))
@@ -550,10 +588,9 @@ __all__ = [
     "ContextPlan",
     "INSIDE_TEXT",
     "START_OF_TEXT",
+    "TokComOutput",
     "TokComTransformer",
     "TokComTransformerOutput",
     "block_causal_mask",
-    "draw_gaps",
-    "draw_known",
-    "generation_order",
+    "read_text",
 ]

@@ -25,12 +25,12 @@ from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_base_tokcom import with_section
 from tokcom.pipeline_media_tokcom import TokComImagePipeline
 from tokcom.pipeline_tokcom import TokComPipeline
-from tokcom.pipelines import load_pipeline
 from tokcom.processing_tokcom import vocabulary_size
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 from tokcom.training.card import evaluation_section
 from tokcom.training.checkpoints import first_line
 from tokcom.training.images import encode_all, read_pictures
+from tokcom.training.pipelines import load_pipeline
 from tokcom.training.presets import preset_config
 
 REQUIRED = ("model_args", "config", "vae_model_state_dict", "denoised_model_state_dict")

@@ -6,7 +6,7 @@ One function, so that a causal language model class can replace it.
 import torch
 
 from tokcom.modeling_tokcom import TokComModel
-from tokcom.objective_tokcom import read_text
+from tokcom.transformer_tokcom import read_text
 
 
 def require_exact_scores(model: TokComModel) -> None:

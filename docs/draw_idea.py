@@ -52,8 +52,9 @@ def main() -> None:
             axes.add_patch(box)
             axes.text(x + 0.5, height + 0.5, text[:26], ha="center", va="center", fontsize=9)
     caption = (
-        f"One box is one latent vector of {encoded.latents.shape[-1]} numbers and decodes to {size} tokens at once.\n"
-        "$x_t = (1 - t)\\,x_0 + t\\,x_1$: generation starts at noise (t = 0); the transformer predicts the clean row (t = 1)."
+        f"One box is one latent vector of {encoded.latents.shape[-1]} numbers and decodes to "
+        f"{size} tokens at once.\n$x_t = (1 - t)\\,x_0 + t\\,x_1$: generation starts at noise (t = "
+        "0); the transformer predicts the clean row (t = 1)."
     )
     axes.text(len(rows[0]) / 2, -0.85, caption, ha="center", va="center", fontsize=11)
     figure.savefig(ROOT / "docs" / "idea.png", dpi=110, bbox_inches="tight")

@@ -18,11 +18,11 @@ from tokcom.cli.errors import report_errors
 from tokcom.cli.loading import add_device_option
 from tokcom.evaluation.report import table
 from tokcom.pipeline_base_tokcom import TokComBasePipeline
-from tokcom.pipelines import load_pipeline
 from tokcom.quantization_tokcom import FiniteScalarQuantizer, code_statistics
 from tokcom.training.config import DataConfig
 from tokcom.training.data import load_documents, tokenize_documents
 from tokcom.training.images import picture_grid, read_pictures
+from tokcom.training.pipelines import load_pipeline
 
 BATCH = 64
 
@@ -34,13 +34,9 @@ def held_out_codes(pipe: TokComBasePipeline, args: argparse.Namespace) -> torch.
     codec = pipe.model.config.codec_config
     parts = []
     if getattr(model.codec, "quantizer", None) is None:
-        if codec.modality == "several":
-            raise ValueError(
-                f"{args.model} has several streams; count the codes on a model of one stream."
-            )
         raise ValueError(
             f"{args.model} has no quantiser, so there are no codes to count; train one with "
-            "`quantizer=vq` or `fsq`."
+            "`quantizer=vq` or `fsq`, or of several streams a model of one."
         )
     if codec.has_tokens:
         documents = load_documents(args.data, DataConfig(text_column=args.text_column), "train")

@@ -31,10 +31,10 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tokcom.cli.errors import report_errors
-from tokcom.context_tokcom import TokComTask
 from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.processing_tokcom import text_ids, vocabulary_size
 from tokcom.sampling_tokcom import TokComSampling, join_blocks, until_all_ended
+from tokcom.tasks_tokcom import TokComTask, num_latents
 from tokcom.training.precision import half_precision
 
 ROWS = 16  # texts scored at once
@@ -126,7 +126,7 @@ class TokComStudent:
         pipe = self.pipe
         rows = []
         noise = pipe.prepare_latents(
-            count, pipe._num_latents(length), torch.Generator().manual_seed(seed)
+            count, num_latents(pipe.model.config, length), torch.Generator().manual_seed(seed)
         )
         sampling = TokComSampling(
             temperature=temperature, generator=torch.Generator().manual_seed(seed)

@@ -1,10 +1,12 @@
-"""How good a model of images is: its codec against PCA and JPEG, the order of its tokens, its codebook, and what it draws.
+r"""How good a model of images is: its codec against PCA and JPEG, the order of its tokens, its
+codebook, and what it draws.
 
-    python -m tokcom.evaluation.images --model DIR --train pictures_train.parquet --test pictures_test.parquet \
-        --output_dir results [--codebook DIR_OF_KMEANS] [--unordered DIR] [--label_columns class] [--guidance_scale 2]
+    python -m tokcom.evaluation.images --model DIR --train pictures_train.parquet \
+        --test pictures_test.parquet --output_dir results [--codebook DIR_OF_KMEANS] \
+        [--unordered DIR] [--label_columns class] [--guidance_scale 2]
 
-writes results.json, a Markdown table and pictures. `--codebook` is what `tokcom kmeans` made of the model,
-`--unordered` a model trained alike with `tail_dropout=0`, whose curve is shown beside.
+writes results.json, a Markdown table and pictures. `--codebook` is what `tokcom kmeans` made of the
+model, `--unordered` a model trained alike with `tail_dropout=0`, whose curve is shown beside.
 """
 
 import argparse
@@ -34,13 +36,15 @@ PREFIXES = (1, 2, 4, 8, 16, 36)
 
 
 def psnr(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """Peak signal-to-noise ratio in dB of images `(B, 3, H, W)` in [-1, 1], as if of 8 bits: `(B,)`."""
+    """Peak signal-to-noise ratio in dB of images `(B, 3, H, W)` in [-1, 1], as if of 8 bits:
+    `(B,)`."""
     error = ((images - others) / 2).square().flatten(1).mean(1)
     return -10 * error.clamp_min(1e-10).log10()
 
 
 def ssim(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """Structural similarity (Wang et al. 2004) of images `(B, 3, H, W)` in [-1, 1] with a Gaussian window of 11: `(B,)`."""
+    """Structural similarity (Wang et al. 2004) of images `(B, 3, H, W)` in [-1, 1] with a Gaussian
+    window of 11: `(B,)`."""
     size = 11
     sigma = 1.5
     line = torch.exp(-0.5 * ((torch.arange(size) - size // 2) / sigma) ** 2)
@@ -89,7 +93,8 @@ class PCA:
 
 
 def jpeg(image: Image.Image, scale: int, level: int) -> tuple[Image.Image, int]:
-    """A picture through JPEG at `1 / scale` of its size, and the bytes of its scan alone, without headers and tables."""
+    """A picture through JPEG at `1 / scale` of its size, and the bytes of its scan alone, without
+    headers and tables."""
     small = image.resize((image.width // scale, image.height // scale), Image.Resampling.BOX)
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=level, optimize=True)
@@ -102,7 +107,8 @@ def jpeg(image: Image.Image, scale: int, level: int) -> tuple[Image.Image, int]:
 
 
 def best_jpeg(images: torch.Tensor, processor, budget: float) -> dict[str, float]:
-    """Quality of JPEG at the scale and level that serve best among those whose scans take at most `budget` bytes on average."""
+    """Quality of JPEG at the scale and level that serve best among those whose scans take at most
+    `budget` bytes on average."""
     # if nothing is small enough
     pictures = processor.postprocess(images)
     best = {"psnr": None, "ssim": None}
@@ -143,7 +149,8 @@ def order_curve(codec, latents: torch.Tensor, images: torch.Tensor) -> list[floa
 
 
 def order_facts(curve: list[float], quarter: int) -> dict[str, float]:
-    """How ordered tokens are: the share of the whole gain that the first `quarter` of them hold, and falls of the curve."""
+    """How ordered tokens are: the share of the whole gain that the first `quarter` of them hold,
+    and falls of the curve."""
     gain = curve[-1] - curve[0]
     falls = [a - b for a, b in zip(curve, curve[1:])]
     return {"share_of_gain": (curve[quarter] - curve[0]) / gain, "largest_fall": max(0.0, *falls)}
@@ -215,7 +222,8 @@ def recognised(classifier: Classifier, images: torch.Tensor, labels: torch.Tenso
 
 
 def frechet(features: torch.Tensor, others: torch.Tensor) -> float:
-    """Frechet distance of the Gaussians fitted to two sets of features `(M, channels)`, as in FID (Heusel et al. 2017)."""
+    """Frechet distance of the Gaussians fitted to two sets of features `(M, channels)`, as in FID
+    (Heusel et al. 2017)."""
     a = features.double()
     b = others.double()
     cov_a = a.T.cov()
@@ -248,7 +256,8 @@ class Pictures:
 
 
 def read_labels(source: str, columns: list[str], count: int, names: list[list]) -> torch.Tensor:
-    """The labels `(count, columns)` of a local parquet file as indices into `names`, which grow where they are empty."""
+    """The labels `(count, columns)` of a local parquet file as indices into `names`, which grow
+    where they are empty."""
     import pyarrow.parquet
 
     file = pyarrow.parquet.read_table(source, columns=columns)
@@ -269,7 +278,8 @@ def measure_codec(
     latents: torch.Tensor,
     args: argparse.Namespace,
 ) -> dict:
-    """Reconstruction, order and codebook on held-out pictures, whose `latents` are known, beside PCA and JPEG."""
+    """Reconstruction, order and codebook on held-out pictures, whose `latents` are known, beside
+    PCA and JPEG."""
     codec = pipe.model.codec
     images = test.images
     facts = {"rows": []}
@@ -362,7 +372,8 @@ def measure_steps(
     labels: torch.Tensor,
     args: argparse.Namespace,
 ) -> list[dict]:
-    """The model at every number of `--steps`, and each of `--students` at its own: recognised, Frechet distance, seconds."""
+    """The model at every number of `--steps`, and each of `--students` at its own: recognised,
+    Frechet distance, seconds."""
     rows = []
     real = classifier.features(test.images)
     systems = [("model", pipe, steps, args.guidance_scale) for steps in args.steps]
@@ -398,8 +409,8 @@ def measure_generation(
     latents: torch.Tensor,
     args: argparse.Namespace,
 ) -> dict:
-    """How often a classifier of real pictures recognises what the model draws for held-out captions, and the held-out pictures
-    themselves as their `latents` remember them."""
+    """How often a classifier of real pictures recognises what the model draws for held-out
+    captions, and the held-out pictures themselves as their `latents` remember them."""
     names: list[list] = []
     labels = read_labels(args.train, args.label_columns, len(train.images), names)
     held_out = read_labels(args.test, args.label_columns, len(test.images), names)

@@ -131,13 +131,13 @@ def _plot_reconstruction(facts: dict, directory: Path) -> None:
         directory / "ce_of_t.png",
     )
     figure, axes = plt.subplots(figsize=(6, 4))
-    for kind in ("token", "chunk"):
+    for unit in ("token", "chunk"):
         levels = {
             float(k.rsplit("_", 1)[1]): v
             for k, v in facts.items()
-            if k.startswith(f"{kind}_accuracy_noise")
+            if k.startswith(f"{unit}_accuracy_noise")
         }
-        axes.plot(list(levels), list(levels.values()), "o-", label=f"{kind}s")
+        axes.plot(list(levels), list(levels.values()), "o-", label=f"{unit}s")
     _finish(
         figure,
         axes,

@@ -11,10 +11,10 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from tokcom.context_tokcom import TokComTask
 from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.processing_tokcom import vocabulary_size
 from tokcom.sampling_tokcom import TokComSampling
+from tokcom.tasks_tokcom import TokComTask, num_latents
 from tokcom.training.precision import half_precision
 
 
@@ -60,7 +60,9 @@ class TokComSampler:
             )
             with half_precision(pipe._execution_device.type):
                 if prompts is None:  # not `pipe.generate`, which cannot scale the noise
-                    noise = pipe.prepare_latents(size, pipe._num_latents(length), generator)
+                    noise = pipe.prepare_latents(
+                        size, num_latents(pipe.model.config, length), generator
+                    )
                     _, ids = pipe.sample_latents(TokComTask(noise * self.noise_scale), sampling)
                 else:
                     known = prompts[start : start + size].tolist()

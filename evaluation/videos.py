@@ -1,10 +1,13 @@
-"""Measure a model of clips: how well it predicts the frame after those it is given.
+r"""Measure a model of clips: how well it predicts the frame after those it is given.
 
-    python -m tokcom.evaluation.videos --model model --data test.parquet --image_column video --steps 1 4 50 --output_dir results
-    python -m tokcom.evaluation.videos --model teacher --students student-4 --data test.parquet --output_dir results
+    python -m tokcom.evaluation.videos --model model --data test.parquet --image_column video \
+        --steps 1 4 50 --output_dir results
+    python -m tokcom.evaluation.videos --model teacher --students student-4 --data test.parquet \
+        --output_dir results
 
-Beside copying the last frame. PSNR rewards the mean of what may come, which is blurred, so the sharpness (mean absolute gradient over
-that of the real frames) stands beside it. Writes `results.json`, `results.md`, strips of frames, and a GIF.
+Beside copying the last frame. PSNR rewards the mean of what may come, which is blurred, so the
+sharpness (mean absolute gradient over that of the real frames) stands beside it. Writes
+`results.json`, `results.md`, strips of frames, and a GIF.
 """
 
 import argparse
@@ -54,7 +57,8 @@ def predict(
 
 
 def measure(systems: list[tuple], clips: torch.Tensor, args: argparse.Namespace) -> list[dict]:
-    """A row for each system and number of steps, and one for copying; values are means over `args.known`."""
+    """A row for each system and number of steps, and one for copying; values are means over
+    `args.known`."""
     rows = []
     real = {k: clips[:, :, k] for k in args.known}
     copies = {k: psnr(clips[:, :, k - 1], real[k]).mean().item() for k in args.known}
@@ -83,7 +87,8 @@ def measure(systems: list[tuple], clips: torch.Tensor, args: argparse.Namespace)
 
 
 def pictures(pipe: TokComVideoPipeline, clips: torch.Tensor, args: argparse.Namespace) -> None:
-    """`strips.png`: real clips above what follows their first frame; `clips.gif`: the same side by side."""
+    """`strips.png`: real clips above what follows their first frame; `clips.gif`: the same side by
+    side."""
     show = pipe.image_processor.postprocess
     real = [show(clip.transpose(0, 1)) for clip in clips[:SHOWN]]
     causal = pipe.model.config.transformer_config.block_size is not None
@@ -107,8 +112,7 @@ def report(rows: list[dict]) -> str:
     return text + table(list(rows[0]), [list(row.values()) for row in rows]) + "\n"
 
 
-@report_errors()
-def main(argv: list[str] | None = None) -> list[dict]:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -140,7 +144,12 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     add_device_option(parser)
-    args = parser.parse_args(argv)
+    return parser
+
+
+@report_errors()
+def main(argv: list[str] | None = None) -> list[dict]:
+    args = build_parser().parse_args(argv)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     pipes = [
         TokComVideoPipeline.from_pretrained(name).to(args.device)

@@ -1,9 +1,11 @@
 """Fine-tune the shipped model on your text with a LoRA adapter of PEFT: `pip install peft`.
 
-    python examples/fine_tune_lora.py --train my_texts.jsonl --validation held_out.jsonl --output adapter
+    python examples/fine_tune_lora.py --train my_texts.jsonl --validation held_out.jsonl --output
+    adapter
 
-Prints the loss on held-out text before and after, the time, the memory and the size of the adapter, then writes a text
-with the adapter merged into the model. Each line of the files is `{"text": ...}`.
+Prints the loss on held-out text before and after, the time, the memory and the size of the adapter,
+then writes a text with the adapter merged into the model. Each line of the files is
+`{"text": ...}`.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """Check the types of the public surface with mypy: `python scripts/check_types.py`.
 
-mypy finds the package by the name of its folder, and a clone may be called anything, so it looks at a link.
+mypy finds the package by the name of its folder, and a clone may be called anything, so it looks at
+a link.
 """
 
 import subprocess

@@ -1,10 +1,12 @@
-"""Train small models in two checkouts with one seed, and fail if a single bit of their weights differs.
+"""Train small models in two checkouts with one seed, and fail if a single bit of their weights
+differs.
 
     git worktree add ../before v0.1 && python scripts/compare_trees.py ../before .
 
-A refactor must not change what is computed. Each preset trains 20 steps per stage in float32 on one thread, in both trees, and the
-weights are compared to the last bit; the shipped model then writes texts with fixed seeds in both. Bits differ between processors, so
-both trees run on this machine, one after the other.
+A refactor must not change what is computed. Each preset trains 20 steps per stage in float32 on one
+thread, in both trees, and the weights are compared to the last bit; the shipped model then writes
+texts with fixed seeds in both. Bits differ between processors, so both trees run on this machine,
+one after the other.
 """
 
 import argparse
@@ -47,7 +49,8 @@ def environment(tree: Path, links: Path) -> dict[str, str]:
 
 
 def run(command: list[str] | str, tree: Path, links: Path) -> str:
-    """Run a command, or Python code, in a tree and return what it prints; exits with its last lines if it fails."""
+    """Run a command, or Python code, in a tree and return what it prints; exits with its last lines
+    if it fails."""
     command = [sys.executable, "-c", command] if isinstance(command, str) else command
     done = subprocess.run(
         command, cwd=tree, env=environment(tree, links), capture_output=True, text=True
@@ -122,7 +125,8 @@ def main() -> None:
             changed = differences(weights["old"], weights["new"])
             failed |= bool(changed)
             print(
-                f"{preset}: {len(weights['new'])} tensors, {len(changed)} differ {changed[:3] or ''}",
+                f"{preset}: {len(weights['new'])} tensors, {len(changed)} differ "
+                f"{changed[:3] or ''}",
                 flush=True,
             )
         code = WRITE.format(model=str(args.new.resolve()))

@@ -9,8 +9,8 @@ Definitions, over the Python files that git tracks outside tests/:
 - *tuple packings*: assignments `a, b = x, y` with as many values as targets, per 100 lines of code.
 - *comments*: whole-line and trailing comments per 100 lines of code, shape comments included.
 - *modality branches*: conditions (`if`, `elif`, conditional expressions, `assert`, comprehension
-  filters), dictionaries by name, and `isinstance` or `getattr` calls that mention a modality or one
-  of its codec classes.
+  filters) that mention a modality or one of its codec classes, `isinstance` and `getattr` included,
+  and dictionaries with several modalities as keys.
 - *fallback lines*: lines of `try` / `except ImportError` around imports of the project's own
   modules.
 - *fields that never vary*: configuration fields to which no preset gives a value.
@@ -63,7 +63,7 @@ def modality_branches(tree: ast.AST) -> int:
             tests = node.ifs
         elif isinstance(node, ast.Dict):
             keys = [key.value for key in node.keys if isinstance(key, ast.Constant)]
-            count += any(key in ("image", "video", "audio", "several") for key in keys)
+            count += len(set(keys) & {"text", "image", "video", "audio", "several"}) > 1
             continue
         count += any(MODALITY.search(ast.unparse(test)) for test in tests)
     return count

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from tokcom.configuration_tokcom import TokComConfig
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_base_tokcom import TokComBasePipeline
-from tokcom.pipelines import build_pipeline
 from tokcom.processing_tokcom import vocabulary_size
+from tokcom.training.pipelines import build_pipeline
 from tokcom.training.presets import preset_config
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tokcom.codec_chunk_tokcom import TokComChunkCodec
-from tokcom.configuration_tokcom import TokComChunkCodecConfig
+from tokcom.configuration_codec_tokcom import TokComChunkCodecConfig
 
 FORMS = {
     "mlp": {},

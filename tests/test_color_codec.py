@@ -6,13 +6,13 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import get_scheduler
 
 from tokcom.codec_color_tokcom import TokComColorCodec
-from tokcom.configuration_tokcom import TokComColorCodecConfig
-from tokcom.context_tokcom import TokComTask
+from tokcom.configuration_codec_tokcom import TokComColorCodecConfig
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.processing_tokcom import vocabulary_size
 from tokcom.sampling_tokcom import TokComSampling
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
+from tokcom.tasks_tokcom import TokComTask
 from tokcom.training.optimizer import build_optimizer
 from tokcom.training.presets import preset_config, preset_names
 

@@ -7,11 +7,11 @@ from transformers import PreTrainedTokenizerFast
 
 from tokcom.cli.convert import load_published_pipeline
 from tokcom.cli.main import call
-from tokcom.context_tokcom import TokComTask
 from tokcom.evaluation.published import PublishedTokCom
 from tokcom.inference import main as inference
 from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.sampling_tokcom import TokComSampling
+from tokcom.tasks_tokcom import TokComTask
 
 D, LAYERS, HEADS, GROUPS, FF, V, K = 32, 2, 4, 2, 48, 51, 4
 ARGS = dict(

@@ -16,7 +16,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tokcom.evaluation.students import main as measure_students
 from tokcom.modeling_tokcom import TokComModel
-from tokcom.pipelines import build_pipeline, load_pipeline
 from tokcom.processing_tokcom import vocabulary_size
 from tokcom.sampling_tokcom import spawn_generators
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
@@ -34,6 +33,7 @@ from tokcom.training.distillation import (
     matching_gradient,
     matching_loss,
 )
+from tokcom.training.pipelines import build_pipeline, load_pipeline
 
 
 def gaussian(mean: float, std: float = 1.0):

@@ -10,7 +10,6 @@ from transformers import LlamaForCausalLM
 
 from tokcom.cli.main import call
 from tokcom.cli.options import EVALUATION_SECTIONS as SECTIONS
-from tokcom.context_tokcom import TokComTask
 from tokcom.evaluation import compression, metrics
 from tokcom.evaluation.ablation import ROWS, row_overrides
 from tokcom.evaluation.answers import main as answers_main
@@ -31,6 +30,7 @@ from tokcom.evaluation.samplers import AutoregressiveSampler, TokComSampler
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.processing_tokcom import vocabulary_size
 from tokcom.sampling_tokcom import TokComSampling
+from tokcom.tasks_tokcom import TokComTask
 from tokcom.training.build import build_model, derived_config
 from tokcom.training.config import load_train_config
 from tokcom.training.data import train_tokenizer

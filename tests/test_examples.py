@@ -18,10 +18,10 @@ from tokcom import inference, train_accelerate
 from tokcom.cli.main import COMMANDS, call, parse
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_base_tokcom import TokComBasePipeline
-from tokcom.pipelines import build_pipeline
 from tokcom.processing_tokcom import vocabulary_size
 from tokcom.training.command import parse_config
 from tokcom.training.data import train_tokenizer
+from tokcom.training.pipelines import build_pipeline
 from tokcom.training.presets import preset_config
 
 QUICK = [

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tokcom.cli.errors import report_errors
 from tokcom.integrity_tokcom import CHECKSUMS, check_checksums, released_files, write_checksums
 from tokcom.modeling_tokcom import TokComModel
-from tokcom.pipelines import load_pipeline
+from tokcom.training.pipelines import load_pipeline
 from tokcom.training.stopping import TrainingError
 
 sys.path.insert(0, str(ROOT / "tests" / "harness"))
@@ -72,7 +72,7 @@ def test_verify_needs_checksums_and_every_way_of_saving_writes_them(tmp_path):
 
 
 def test_predictions_that_are_not_finite_end_sampling_instead_of_becoming_text():
-    from tokcom.pipelines import build_pipeline
+    from tokcom.training.pipelines import build_pipeline
 
     model = build_model()
     pipe = build_pipeline(model)

@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image, PngImagePlugin
 
-from tokcom.configuration_codec_tokcom import TokComStyleCodecConfig, TokComVideoCodecConfig
+from tokcom.configuration_media_tokcom import TokComStyleCodecConfig, TokComVideoCodecConfig
 from tokcom.processing_tokcom import (
     TokComAudioProcessor,
     TokComImageProcessor,

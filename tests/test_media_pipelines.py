@@ -15,8 +15,8 @@ from tokcom.pipeline_media_tokcom import (
     TokComVideoPipeline,
 )
 from tokcom.pipeline_tokcom import TokComPipeline
-from tokcom.pipelines import PIPELINES, build_pipeline, load_pipeline
 from tokcom.processing_tokcom import vocabulary_size
+from tokcom.training.pipelines import PIPELINES, build_pipeline, load_pipeline
 
 MODALITIES = ["image", "video", "several"]
 

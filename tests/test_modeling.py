@@ -6,8 +6,8 @@ from helpers import tiny_config, tiny_model
 
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.objective_tokcom import TokComTextLatentObjective, objective_class
+from tokcom.scheduling_tokcom import generation_order
 from tokcom.training.presets import preset_config, preset_names
-from tokcom.transformer_tokcom import generation_order
 
 
 @pytest.mark.parametrize("block_size", [None, 1, 4])

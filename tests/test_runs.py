@@ -10,7 +10,6 @@ import torch
 from helpers import ROOT, tiny_model
 from test_training import quick
 
-from tokcom.pipelines import load_pipeline
 from tokcom.quantization_tokcom import VectorQuantizer
 from tokcom.train_accelerate import run
 from tokcom.training import precision
@@ -19,6 +18,7 @@ from tokcom.training.checkpoints import CheckpointError
 from tokcom.training.corpora import read_data
 from tokcom.training.digest import check_unchanged, data_digests
 from tokcom.training.directory import RunDirectory
+from tokcom.training.pipelines import load_pipeline
 from tokcom.training.stage import StageTrainer
 
 TEXT = ROOT / "sample_data" / "stories_validation.jsonl"

@@ -8,7 +8,7 @@ import torch
 from helpers import ROOT, build_model
 
 from tokcom.modeling_tokcom import TokComModel
-from tokcom.pipelines import build_pipeline
+from tokcom.training.pipelines import build_pipeline
 from tokcom.training.presets import preset_config, preset_names
 
 sys.path.insert(0, str(ROOT / "tests" / "harness"))

@@ -4,11 +4,11 @@ import pytest
 import torch
 from helpers import tiny_config
 
-from tokcom.context_tokcom import TokComTask
 from tokcom.heads_tokcom import TokComChoice, nucleus
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.sampling_tokcom import TokComSampling
 from tokcom.scheduling_tokcom import sample_times
+from tokcom.tasks_tokcom import TokComTask
 
 TOKENS = {"prediction_type": "tokens", "codec_config": {"encoder_type": "token"}}
 

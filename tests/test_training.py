@@ -11,12 +11,12 @@ import torch
 from helpers import ROOT, same_weights, tiny_config
 from safetensors.torch import load_file
 
-from tokcom.context_tokcom import TokComTask
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.processing_tokcom import vocabulary_size
 from tokcom.sampling_tokcom import TokComSampling
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
+from tokcom.tasks_tokcom import TokComTask
 from tokcom.train_accelerate import run
 from tokcom.training import attention, progress
 from tokcom.training import launch as processes

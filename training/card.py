@@ -8,10 +8,10 @@ import torch
 from huggingface_hub import EvalResult, ModelCard
 
 from tokcom.pipeline_base_tokcom import TokComBasePipeline
-from tokcom.pipelines import load_pipeline
 from tokcom.training.config import STAGES, DataConfig, TrainConfig
 from tokcom.training.data import read_sources
 from tokcom.training.directory import WORK, RunDirectory, write_atomically
+from tokcom.training.pipelines import load_pipeline
 
 SAMPLES = 3
 PRECISION_NAMES = {"no": "float32", "bf16": "bfloat16 autocast", "fp16": "float16 autocast"}

@@ -18,13 +18,13 @@ from tqdm.auto import tqdm
 
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_base_tokcom import TokComBasePipeline
-from tokcom.pipelines import load_pipeline
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 from tokcom.training.config import DistillConfig, TrainConfig
 from tokcom.training.corpora import Corpus
 from tokcom.training.denoiser import Context, ModelDenoiser
 from tokcom.training.distillation import Distiller, integrate
 from tokcom.training.export import export_repository
+from tokcom.training.pipelines import load_pipeline
 from tokcom.training.progress import NonFiniteLossError
 from tokcom.training.trainer import Trainer
 

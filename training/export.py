@@ -9,9 +9,9 @@ from transformers import PreTrainedTokenizerBase
 
 from tokcom.integrity_tokcom import CHECKSUMS, check_checksums
 from tokcom.modeling_tokcom import TokComModel
-from tokcom.pipelines import build_pipeline
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 from tokcom.training.checkpoints import CheckpointError, first_line, flush, flush_all
+from tokcom.training.pipelines import build_pipeline
 
 
 def export_repository(

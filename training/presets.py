@@ -97,7 +97,7 @@ def _set_vocabulary(codec: dict[str, Any], size: int, is_given: bool) -> None:
 
 def _codec_class(fields: dict[str, Any]):
     """The configuration class of a codec's fields; None if there is none, which building the model reports."""
-    from tokcom.configuration_tokcom import CODEC_CONFIGS
+    from tokcom.configuration_media_tokcom import CODEC_CONFIGS
 
     return CODEC_CONFIGS.get(fields.get("model_type", DEFAULT_CODEC))
 

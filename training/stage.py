@@ -19,7 +19,6 @@ from tqdm.auto import tqdm
 from tokcom.configuration_tokcom import TokComConfig
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.objective_tokcom import TokComOutput
-from tokcom.pipelines import build_pipeline
 from tokcom.training.attention import fastest_attention, saved_attention
 from tokcom.training.checks import check_rows
 from tokcom.training.config import STAGES, StageConfig, TrainConfig
@@ -28,6 +27,7 @@ from tokcom.training.ema import embeddings_in_the_root
 from tokcom.training.export import check_folder, export_repository
 from tokcom.training.optimizer import build_optimizer, build_schedule
 from tokcom.training.perceptual import FeatureLoss
+from tokcom.training.pipelines import build_pipeline
 from tokcom.training.progress import NonFiniteLossError, UpdateGuard
 from tokcom.training.samples import SAMPLES
 from tokcom.training.trainer import EXTRA, Trainer

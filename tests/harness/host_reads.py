@@ -16,6 +16,7 @@ Optimizer, clipping and the logger count too. Nothing here is a measurement of t
 import argparse
 import collections
 import contextlib
+import importlib
 import io
 import os
 import sys
@@ -25,6 +26,16 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 HERE = Path(__file__).resolve()
+
+
+def import_module(name: str):
+    """A module of the package that version 0.2 had at its root."""
+    try:
+        return importlib.import_module(f"tokcom.training.{name}")
+    except ImportError:
+        return importlib.import_module(f"tokcom.{name}")
+
+
 READS = ("_local_scalar_dense", "equal", "is_nonzero", "item")
 SHAPES = ("nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount")
 TRANSFERS = ("lift_fresh", "lift_fresh_copy", "_pin_memory")
@@ -120,7 +131,7 @@ def measure() -> list[tuple[str, dict[str, float]]]:
     """Every row of the table."""
     from helpers import build_model, tiny_model
 
-    from tokcom.pipelines import build_pipeline
+    build_pipeline = import_module("pipelines").build_pipeline
 
     turns = ["model.prediction_type=tokens", "model.codec_config.encoder_type=token"]
     turns += ["model.token_stagger=1.0", "model.timestep_sampling=uniform"]

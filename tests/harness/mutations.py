@@ -21,6 +21,7 @@ The last kind is told beforehand (`valid` below), not found out, so it cannot hi
 import argparse
 import collections
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -38,6 +39,16 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 HERE = Path(__file__).resolve()
+
+
+def import_module(name: str):
+    """A module of the package that version 0.2 had at its root."""
+    try:
+        return importlib.import_module(f"tokcom.training.{name}")
+    except ImportError:
+        return importlib.import_module(f"tokcom.{name}")
+
+
 SECONDS = 20  # a mutation that takes longer counts as raw
 LONGEST = 500  # characters of one sentence
 COUNT = 360
@@ -412,7 +423,8 @@ def save_models(target: Path) -> None:
     from helpers import SPLIT, TURNS, build_model, tiny_config, tiny_pipeline
 
     from tokcom.modeling_tokcom import TokComModel
-    from tokcom.pipelines import build_pipeline
+
+    build_pipeline = import_module("pipelines").build_pipeline
     from tokcom.processing_tokcom import vocabulary_size
     from tokcom.training.data import train_tokenizer
 
@@ -448,7 +460,7 @@ def use(directory: Path, verify: bool = False) -> str:
     from tokcom.cli.loading import open_pipeline
 
     if verify:
-        from tokcom.pipelines import load_pipeline
+        load_pipeline = import_module("pipelines").load_pipeline
 
         pipe = load_pipeline(directory, verify=True)
     else:

@@ -1,6 +1,7 @@
-"""Which pipeline belongs to which model.
+"""Which pipeline belongs to which model: `tokcom.load_pipeline` and `tokcom.build_pipeline`.
 
-Not among the files that the Hub runs: there, `model_index.json` names the class.
+On the Hub `model_index.json` names the class, so this file does not run there. It lies beside the
+code that builds and exports models; `cli/` and `evaluation/` load theirs through it too.
 """
 
 import os
@@ -9,13 +10,17 @@ from typing import Any
 from diffusers import ModelMixin, SchedulerMixin
 from transformers import PreTrainedTokenizerBase
 
-from .configuration_tokcom import TokComConfig
-from .integrity_tokcom import check_files, verified
-from .modeling_tokcom import TokComModel
-from .pipeline_base_tokcom import TokComBasePipeline
-from .pipeline_media_tokcom import TokComImagePipeline, TokComOmniPipeline, TokComVideoPipeline
-from .pipeline_tokcom import TokComPipeline
-from .scheduling_tokcom import TokComFlowMatchScheduler
+from tokcom.configuration_tokcom import TokComConfig
+from tokcom.integrity_tokcom import check_files, verified
+from tokcom.modeling_tokcom import TokComModel
+from tokcom.pipeline_base_tokcom import TokComBasePipeline
+from tokcom.pipeline_media_tokcom import (
+    TokComImagePipeline,
+    TokComOmniPipeline,
+    TokComVideoPipeline,
+)
+from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 PIPELINES: dict[str, type[TokComBasePipeline]] = {
