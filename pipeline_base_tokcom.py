@@ -1,5 +1,4 @@
-"""What all pipelines share: how they lie on disk and on the Hub, noise, the sampler, progress and
-callbacks.
+"""What all pipelines share: files on disk and on the Hub, noise, the sampler, progress, callbacks.
 
 Notable choices: weights, tokenizer, card and code lie at the root of one flat repository, the
 scheduler in `scheduler/`; a push writes everything anew into an empty folder, so that checkpoints

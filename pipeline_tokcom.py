@@ -5,7 +5,6 @@ Read `__call__` first: `tasks_tokcom.py` lays out what the sampler gets, `_finis
 Notable choices:
 - All modes are one sampler: new latents with positions, given clean latents with positions.
 - A model of tokens goes on inside a prompt's last chunk; for one of latents prompts are padded.
-- New ids are decoded together with those before them, so pieces of a stream join to the text.
 """
 
 import os
