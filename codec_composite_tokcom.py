@@ -307,8 +307,10 @@ class TokComCompositeCodec(TokComCodec):
 
     def spread(self, streams: torch.Tensor) -> torch.Tensor:
         """Repeat values of streams `(B, S)` for all of their latents, `(B, N)`."""
-        lengths = torch.tensor(list(self.lengths.values()), device=streams.device)
-        return streams.repeat_interleave(lengths, dim=1)
+        lengths = list(self.lengths.values())
+        repeats = torch.tensor(lengths, device=streams.device)
+        # told the size, nobody has to read it from the device
+        return streams.repeat_interleave(repeats, dim=1, output_size=sum(lengths))
 
     def squared_error(
         self, errors: torch.Tensor, loss_mask: torch.Tensor, weights: dict[str, float] | None = None

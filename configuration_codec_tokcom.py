@@ -20,6 +20,35 @@ from transformers import PreTrainedConfig
 
 MAX_PARAMETERS = 10**12
 MAX_LAYERS = 1024
+MAX_SIZE = 2**31 - 1  # of anything that is counted
+# Least and greatest value of numbers that are no sizes. Beyond them a model is not merely unusual: it divides by 0, or all that
+# it reads looks the same.
+RANGES = {
+    "rms_norm_eps": (1e-12, 0.1),
+    "rope_theta": (1.0, 1e10),
+    "timestep_scale": (1e-3, 1e6),
+    "initializer_range": (0.0, 10.0),
+    "noise_std": (1e-6, 1e3),
+    "token_stagger": (0.0, 1.0),
+    "token_shift": (1e-3, 1e3),
+    "timestep_loc": (-20.0, 20.0),
+    "sampling_temperature": (1e-3, 1e3),
+    "sampling_top_p": (1e-6, 1.0),
+    "num_inference_steps": (1, 10_000),
+    "num_codes": (0, MAX_SIZE),
+    "num_quantizers": (1, MAX_SIZE),
+    "max_position_embeddings": (1, 2**24),
+}
+
+
+def check_numbers(config: PreTrainedConfig) -> None:
+    """Refuse numbers that are not finite or beyond what they can mean; NaN passes every comparison but these."""
+    for name, value in vars(config).items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        low, high = RANGES.get(name, (-MAX_SIZE, MAX_SIZE))
+        if not low <= value <= high:
+            raise ValueError(f"`{name}` ({value}) must be between {low:g} and {high:g}.")
 
 
 def check_positive(config: PreTrainedConfig, *names: str) -> None:
@@ -115,6 +144,9 @@ class TokComCodecConfig(PreTrainedConfig):
     has_tokens = True  # whether the latents stand for token ids
     reads_captions = False  # whether a model may generate its data for captions
     has_moments = False  # whether the latents stand at moments and places
+
+    def validate_all_numbers(self):  # validators run in the order of their names
+        check_numbers(self)
 
     @property
     def kind(self) -> str:

@@ -12,6 +12,7 @@ Shape legend used in every file: B batch, T tokens, K tokens per chunk, N = T/K 
 channels, D width, H heads, A position axes, V vocabulary.
 """
 
+import difflib
 import warnings
 from copy import deepcopy
 from typing import Any
@@ -25,6 +26,7 @@ from .configuration_codec_tokcom import (
     check_choice,
     check_heads,
     check_known_keys,
+    check_numbers,
     check_positive,
     check_size,
 )
@@ -47,6 +49,15 @@ TRAINING = frozenset(
     "kl_weight kl_free_nats token_dropout latent_dropout bottleneck_noise tail_dropout "
     "gradient_weight stream_weights generation_rates micro_decoder_dropout".split()
 )
+
+
+def check_spelling(config: PreTrainedConfig, others: dict[str, Any]) -> None:
+    """Refuse a key that resembles one of the configuration's: the library would keep it as an attribute that nothing reads."""
+    known = list(type(config).__dataclass_fields__)
+    for key in others:
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.85)
+        if near and near[0] != key:
+            raise ValueError(f"unknown configuration key {key!r}; did you mean {near[0]!r}?")
 
 
 def drop_removed(*parts: dict[str, Any]) -> None:
@@ -143,6 +154,9 @@ class TokComTransformerConfig(PreTrainedConfig):
     stream_channels: list[int] | None = None
     feature_size: int = 0
     initializer_range: float = 0.02
+
+    def validate_all_numbers(self):  # validators run in the order of their names
+        check_numbers(self)
 
     def validate_architecture(self):
         check_positive(
@@ -303,6 +317,7 @@ class TokComConfig(PreTrainedConfig):
             stream for part in subs for stream in (part.get("streams") or {}).values() if stream
         ]
         drop_removed(kwargs, *subs, *streams)
+        check_spelling(self, kwargs)
         if not isinstance(self.codec_config, PreTrainedConfig):
             fields = subs.pop(0)
             codec_type = fields.pop("model_type", TokComChunkCodecConfig.model_type)
@@ -324,6 +339,9 @@ class TokComConfig(PreTrainedConfig):
         if not width:  # the start of a text only matters to models that predict tokens
             self.transformer_config.start_latents = False
         super().__post_init__(**kwargs)
+
+    def validate_all_numbers(self):  # validators run in the order of their names
+        check_numbers(self)
 
     def validate_architecture(self):
         if self.codec_config.latent_channels != self.transformer_config.latent_channels:

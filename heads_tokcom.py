@@ -504,7 +504,8 @@ class TokComTokenHead(nn.Module):
             drawn = torch.searchsorted(
                 edges, torch.minimum(uniform[:, None] * edges[:, -1:], total), right=True
             )
-            return drawn[:, 0]
+            # NaN lies beyond every edge; the sampler refuses it once the block is done
+            return drawn[:, 0].clamp_max(edges.shape[1] - 1)
 
         states = states.unflatten(-1, (self.num_symbols, -1))
         return self._map(ids, chosen, symbols, latents, times, states, uniform)

@@ -10,9 +10,7 @@ Notable choices:
 - Cross-entropy never holds the full `(tokens, vocabulary)` logits.
 """
 
-import json
 import math
-import os
 from collections.abc import Callable
 from functools import wraps
 
@@ -331,8 +329,11 @@ class TokComPreTrainedModel(PreTrainedModel):
 
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    # `device_map` must not spread a residual block over devices
-    _no_split_modules = ["TokComBlock", "TokComStyleBlock", "TokComStyledBlock"]
+    # what `device_map` must not spread over devices, and what FSDP gathers at once
+    _no_split_modules = [
+        *("TokComBlock", "TokComResidualMLP", "TokComStyleBlock", "TokComStyledBlock"),
+        "TokComSlotMLP",  # of some codecs most of their weights
+    ]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -365,21 +366,6 @@ def entry_point(method: Callable) -> Callable:
         return method(self, *args, **kwargs)
 
     return wrapper
-
-
-def check_shards(directory: str | os.PathLike) -> None:
-    """Refuse an index of weights that names files outside its own directory."""
-    index = os.path.join(directory, "model.safetensors.index.json")
-    if not os.path.isfile(index):
-        return
-    with open(index, encoding="utf-8") as file:
-        names = set(json.load(file).get("weight_map", {}).values())
-    for name in sorted(names):
-        if os.path.basename(name) != name:
-            raise ValueError(
-                f"{index} names the file {name!r}, which is not in its directory; do not use this "
-                "checkpoint."
-            )
 
 
 def chunked_cross_entropy(

@@ -32,7 +32,8 @@ from .codec_composite_tokcom import (
 from .configuration_media_tokcom import TokComCompositeCodecConfig
 from .configuration_tokcom import TokComConfig
 from .heads_tokcom import TokComChoice, TokComLatentHead, TokComSymbols, TokComTokenHead
-from .layers_tokcom import TokComPreTrainedModel, TokComTokenEmbedding, check_shards, entry_point
+from .integrity_tokcom import CheckedWeights
+from .layers_tokcom import TokComPreTrainedModel, TokComTokenEmbedding, entry_point
 from .objective_tokcom import (
     TokComFlowObjective,
     TokComOutput,
@@ -84,7 +85,7 @@ class _Seen(NamedTuple):
     loss_mask: torch.Tensor
 
 
-class TokComModel(TokComPreTrainedModel):
+class TokComModel(CheckedWeights, TokComPreTrainedModel):
     """Latent generative model of tokens: `encode`, `denoise`, `decode`, and the training loss of
     both stages."""
 
@@ -102,17 +103,11 @@ class TokComModel(TokComPreTrainedModel):
             width = config.transformer_config.hidden_size
             self.condition_embedding = TokComTokenEmbedding(config.condition_vocab_size, width)
         self.post_init()
+        # those that this model has: accelerate refuses the name of a class that it does not find
+        present = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = sorted(present.intersection(type(self)._no_split_modules))
         # most models are loaded to sample or to train the flow
         self.set_stage("flow")
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path=None, *args, **kwargs):
-        if pretrained_model_name_or_path is not None:
-            check_shards(pretrained_model_name_or_path)
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model.set_stage("flow")  # loading replaces the parameters, and with them what was frozen
-        return loaded
 
     def get_input_embeddings(self):
         return self.codec.get_input_embeddings()
@@ -139,8 +134,11 @@ class TokComModel(TokComPreTrainedModel):
 
     def _check_ids(self, input_ids: torch.Tensor) -> None:
         vocab_size = self.config.text_vocab_size
-        if input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < vocab_size:
-            bad = int(input_ids.min()) if int(input_ids.min()) < 0 else int(input_ids.max())
+        if not input_ids.numel():
+            return
+        low, high = torch.stack(input_ids.aminmax()).tolist()  # one read
+        if low < 0 or high >= vocab_size:
+            bad = low if low < 0 else high
             raise ValueError(
                 f"token id {bad} is outside the model's vocabulary of {vocab_size}; "
                 "tokenize with the tokenizer saved beside the model."
@@ -433,9 +431,14 @@ class TokComModel(TokComPreTrainedModel):
     @torch.no_grad()
     def clean_latents(self, latents: torch.Tensor | None, *source) -> TokComCodecOutput:
         """What the frozen codec makes of the data, or the `latents` that were encoded before."""
-        if latents is None:
+        if latents is not None:
+            return self.codec.known(latents.to(self.dtype))
+        with self.without_autocast():
             return self.codec.encode(*source)
-        return self.codec.known(latents.to(self.dtype))
+
+    def without_autocast(self) -> torch.autocast:
+        """Latents are targets: those that are encoded now must be those that were cached."""
+        return torch.autocast(self.device.type, enabled=False)
 
     def mean_squared_error(self, clean: TokComCodecOutput, found: NoisedPass) -> torch.Tensor:
         """Mean over trained latents, draws and channels of the squared error of x1."""

@@ -24,34 +24,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers.utils import ModelOutput
 
 from .codec_chunk_tokcom import TokComCodecOutput, check_settings
 from .scheduling_tokcom import draw_gaps, draw_known
-from .transformer_tokcom import read_text
+from .transformer_tokcom import TokComOutput, read_text
 
 EARLY = 0.1  # training begins with a token this long before its turn: sampling steps are not small
 STAGES = ("codec", "flow", "head")
-
-
-@dataclass
-class TokComOutput(ModelOutput):
-    """What `TokComModel.forward` returns.
-
-    Args:
-        loss (`torch.FloatTensor`): scalar loss of the stage; the only field with a gradient.
-        ce_loss (`torch.FloatTensor`): cross-entropy, nats per real token; None for images.
-        mse_loss (`torch.FloatTensor`): squared error of x1 per channel; in stage codec, of pixels.
-        kl_loss (`torch.FloatTensor`): in stage codec, KL divergence, nats per latent.
-        token_losses (`torch.FloatTensor` of shape `(B, N, K)`): in stage flow, the cross-entropy of
-            each token, 0 where nothing is predicted; None in training with `ce_share` below 1.
-    """
-
-    loss: torch.FloatTensor | None = None
-    ce_loss: torch.FloatTensor | None = None
-    mse_loss: torch.FloatTensor | None = None
-    kl_loss: torch.FloatTensor | None = None
-    token_losses: torch.FloatTensor | None = None
 
 
 # ---- objectives ----
@@ -111,7 +90,10 @@ class TokComCodecObjective(TokComObjective):
             loss, parts = model.codec.training_loss(pixel_values)
         else:
             loss, parts = model.codec.training_loss(input_ids, attention_mask)
-        return TokComOutput(loss=loss, **parts)
+        weight = None  # pictures, clips and streams are means over rows, of which all batches have as many
+        if pixel_values is None and streams is None:
+            weight = model.codec.to_chunks(input_ids, attention_mask)[1].sum().float()
+        return TokComOutput(loss=loss, weight=weight, **parts)
 
 
 @dataclass
@@ -221,7 +203,7 @@ class TokComNextChunkObjective(TokComFlowObjective):
         everywhere = losses.new_zeros(chunks.shape)
         counts = everywhere.index_put((row, place), chosen.float(), accumulate=True)
         tokens = everywhere.index_put((row, place), losses[0], accumulate=True)
-        return _token_output(mean, tokens / counts.clamp_min(1))
+        return _token_output(mean, tokens / counts.clamp_min(1), chosen)
 
     def _draw_rows(
         self, model, chunks, known_mask, input_ids, fills_gaps: bool
@@ -260,10 +242,14 @@ class TokComNextChunkObjective(TokComFlowObjective):
         return torch.where(on_turn, (shares * turns).floor() / turns, shares)
 
 
-def _token_output(loss: torch.Tensor, token_losses: torch.Tensor) -> TokComOutput:
-    """The output of an objective that is the mean cross-entropy of tokens."""
+def _token_output(
+    loss: torch.Tensor, token_losses: torch.Tensor, chosen: torch.Tensor
+) -> TokComOutput:
+    """The output of an objective that is the mean cross-entropy of the `chosen` tokens."""
     nothing = loss.new_zeros(())
-    return TokComOutput(loss, loss.detach(), nothing, token_losses=token_losses.detach())
+    output = TokComOutput(loss, loss.detach(), nothing, token_losses=token_losses.detach())
+    output.weight = chosen.sum().float()
+    return output
 
 
 def _check_weights(mse_weight: float, ce_weight: float) -> None:
@@ -315,7 +301,7 @@ class TokComTokenObjective(TokComFlowObjective):
             chunks.repeat(1, draws, 1),
             chosen,
         )
-        return _token_output(mean, tokens.unflatten(1, (draws, -1))[:, 0])
+        return _token_output(mean, tokens.unflatten(1, (draws, -1))[:, 0], chosen)
 
 
 @dataclass
@@ -338,7 +324,8 @@ class TokComLatentObjective(TokComFlowObjective):
             prefix = model.condition(model.require(input_ids, "input_ids"), attention_mask)
         found = model.predict_noised(self, clean, timestep, prefix=prefix)
         error = model.mean_squared_error(clean, found)
-        return TokComOutput(loss=error, mse_loss=error.detach())
+        weight = found.loss_mask.sum().float()
+        return TokComOutput(loss=error, mse_loss=error.detach(), weight=weight)
 
 
 @dataclass
@@ -387,6 +374,7 @@ class TokComTextLatentObjective(TokComFlowObjective):
             ce_loss=cross_entropy.detach(),
             mse_loss=error.detach(),
             token_losses=tokens.detach() if is_whole else None,
+            weight=found.loss_mask.sum().float(),
         )
 
     def _predict(self, model, clean, timestep, known_mask):
@@ -495,7 +483,7 @@ class TokComStreamObjective(TokComObjective):
         """The streams named by `given` are clean in all rows that have them; by default every row
         draws its task."""
         codec = model.codec
-        with torch.no_grad():
+        with torch.no_grad(), model.without_autocast():
             clean = codec.encode(streams, present)
         task = self._task(model, clean, given)
         shown = [name for name in streams if clean.mask[:, codec.places[name].start].any()]
@@ -514,7 +502,12 @@ class TokComStreamObjective(TokComObjective):
             )
             loss = loss if cross_entropy is None else loss + self.ce_weight * cross_entropy
             cross_entropy = loss.new_zeros(()) if cross_entropy is None else cross_entropy.detach()
-        return TokComOutput(loss=loss, ce_loss=cross_entropy, mse_loss=error.detach())
+        return TokComOutput(
+            loss=loss,
+            ce_loss=cross_entropy,
+            mse_loss=error.detach(),
+            weight=loss_mask.sum().float(),
+        )
 
     def _task(self, model, clean, given) -> tuple[torch.Tensor, torch.Tensor]:
         """Which latents are given and which are used at all, `(B, N)` each."""

@@ -1,5 +1,4 @@
-"""What all pipelines share: how they lie on disk and on the Hub, noise, the sampler, progress and
-callbacks.
+"""What all pipelines share: files on disk and on the Hub, noise, the sampler, progress, callbacks.
 
 Notable choices: weights, tokenizer, card and code lie at the root of one flat repository, the
 scheduler in `scheduler/`; a push writes everything anew into an empty folder, so that checkpoints
@@ -26,6 +25,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 
+from .integrity_tokcom import CheckedFiles, write_checksums
 from .interface_tokcom import explain_unknown_arguments
 from .processing_tokcom import tokenize_texts, vocabulary_size, with_pad_token
 from .sampling_tokcom import (
@@ -150,7 +150,7 @@ def copy_pictures(card: str, source: Path, target: Path) -> None:
 # ---- the base class ----
 
 
-class TokComBasePipeline(DiffusionPipeline):
+class TokComBasePipeline(CheckedFiles, DiffusionPipeline):
     """Loading, saving, publishing and sampling for the pipelines of all modalities.
 
     Args:
@@ -319,6 +319,7 @@ class TokComBasePipeline(DiffusionPipeline):
         self._save_language_model(directory)
         self.save_config(directory)
         custom_object_save(self, directory)
+        write_checksums(directory)
         if card is not None or not (directory / CARD).is_file():
             (directory / CARD).write_text(card or self.model_card(), encoding="utf-8")
         if push_to_hub:

@@ -1,8 +1,7 @@
 """The pipelines of pictures, of clips and of several streams.
 
 Notable choices:
-- The sampler is that of texts. Captions take the place of a prompt, and first frames are clean
-  latents before those to generate.
+- The sampler is that of texts: captions stand for a prompt, first frames are clean latents.
 - Given streams are the context, those asked for the noise, and others are not in the sequence.
 - Guidance moves away from the prediction without captions, frames or given streams.
 """
@@ -18,6 +17,7 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
+# diffusers copies direct imports only, so every module that this file needs is named here
 from .codec_chunk_tokcom import TokComCodecOutput
 from .codec_color_tokcom import TokComColorCodec  # noqa: F401
 from .codec_composite_tokcom import as_lists, guidance_omissions, names_to_make
@@ -28,6 +28,7 @@ from .configuration_media_tokcom import TokComMediaCodecConfig  # noqa: F401
 from .configuration_tokcom import TokComTransformerConfig  # noqa: F401
 from .context_tokcom import TokComStep  # noqa: F401
 from .heads_tokcom import TokComTokenHead  # noqa: F401
+from .integrity_tokcom import check_files  # noqa: F401
 from .interface_tokcom import near_miss  # noqa: F401
 from .layers_tokcom import TokComBlock  # noqa: F401
 from .modeling_tokcom import TokComModel
@@ -37,8 +38,6 @@ from .pipeline_base_tokcom import CardFacts, TokComBasePipeline
 from .processing_tokcom import TokComImageProcessor, decode_rows, end_at_eos
 from .quantization_tokcom import VectorQuantizer  # noqa: F401
 from .sampling_tokcom import TokComSampling, most_alike
-
-# diffusers copies direct imports only, so every module that this file needs is named here
 from .scheduling_tokcom import TokComFlowMatchSchedulerOutput  # noqa: F401
 from .sounds_tokcom import read_sound  # noqa: F401
 from .tasks_tokcom import TokComTask, lay_out_clip, pad_token_id

@@ -5,7 +5,6 @@ Read `__call__` first: `tasks_tokcom.py` lays out what the sampler gets, `_finis
 Notable choices:
 - All modes are one sampler: new latents with positions, given clean latents with positions.
 - A model of tokens goes on inside a prompt's last chunk; for one of latents prompts are padded.
-- New ids are decoded together with those before them, so pieces of a stream join to the text.
 """
 
 import os
@@ -31,6 +30,7 @@ from .configuration_media_tokcom import TokComMediaCodecConfig  # noqa: F401
 from .configuration_tokcom import TokComConfig  # noqa: F401
 from .context_tokcom import TokComStep  # noqa: F401
 from .heads_tokcom import TokComTokenHead  # noqa: F401
+from .integrity_tokcom import check_files  # noqa: F401
 from .interface_tokcom import StreamerFeed, prompt_room
 from .layers_tokcom import TokComBlock  # noqa: F401
 from .modeling_tokcom import TokComModel  # noqa: F401

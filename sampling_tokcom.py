@@ -17,6 +17,7 @@ Notable choices:
 """
 
 import inspect
+import math
 import random
 import warnings
 from collections import Counter
@@ -122,6 +123,8 @@ class TokComSampling:
                 f"`guidance_scale` ({self.guidance_scale!r}) must be one number for this model; "
                 "give a number."
             )
+        if not math.isfinite(self.guidance_scale):
+            raise ValueError(f"`guidance_scale` ({self.guidance_scale}) must be finite.")
         has_probabilities = config.prediction_type == "tokens"
         found = replace(self)
         if found.num_inference_steps is None:
@@ -133,12 +136,12 @@ class TokComSampling:
         for name in ("temperature", "top_p"):
             value = getattr(found, name)
             if (
-                value <= 0
+                not 0 < value < math.inf
                 or (value != 1.0 and not has_probabilities)
                 or (name == "top_p" and value > 1)
             ):
                 raise ValueError(
-                    f"`{name}` ({value}) must be positive, `top_p` at most 1, and both 1 for "
+                    f"`{name}` ({value}) must be positive and finite, `top_p` at most 1, and both 1 for "
                     f"`prediction_type={config.prediction_type!r}`: only 'tokens' has "
                     "probabilities."
                 )
@@ -329,6 +332,8 @@ class TokComStepPlanner:
         self.set_timesteps(
             sigma_start, x.device, turns
         )  # also resets the scheduler for the next block
+        if hasattr(self.scheduler, "set_begin_index"):  # or it is looked for on the device
+            self.scheduler.set_begin_index(0)
         # blocks of one length take the same steps
         if length not in self._plans:
             self._plans[length] = (
@@ -396,6 +401,7 @@ class TokComBlockSampler:
         self.planner = TokComStepPlanner(model, scheduler, self.sampling.num_inference_steps)
         self.interrupt = False
         self._unfinished = False  # whether the current block was interrupted
+        self._finite: torch.Tensor | None = None  # whether all predictions of the block were
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, time: float) -> torch.Tensor:
         """Clean `latents (B, n, C)` and `noise` -> x at the `time` in [0, 1]."""
@@ -492,6 +498,7 @@ class TokComBlockSampler:
                 clean = head.latents_of(context.symbols, given.chunks).to(x.dtype)
                 channels_per_token = x.shape[-1] // given.mask.shape[-1]
                 x = torch.where(given.mask.repeat_interleave(channels_per_token, dim=-1), clean, x)
+        self._finite = torch.ones((), dtype=torch.bool, device=x.device)
         for i, (timestep, step) in enumerate(zip(scheduler.timesteps, plan)):
             self._unfinished = self.interrupt
             if self._unfinished:
@@ -506,6 +513,13 @@ class TokComBlockSampler:
             ):  # a callback has changed it, so the ids are those of its x
                 following = plan[i + 1].times if i + 1 < len(plan) else torch.ones_like(step.times)
                 chunks = head.recognise(context.symbols, x, following)
+        # read once per block: every read makes the host wait for the device
+        if not self._finite:
+            raise ValueError(
+                f"the model's predictions became NaN or infinite, so there is nothing to draw from; {self.model.dtype} may be too "
+                "small for it (load it with dtype=torch.float32), or a setting such as guidance_scale "
+                f"({self.sampling.guidance_scale:g}) too large."
+            )
         if chunks is None:
             return self.model.refine(x), None
         return x, self.model.codec.from_symbols(chunks)
@@ -527,6 +541,7 @@ class TokComBlockSampler:
         for other, scale in zip(others, scales):
             # classifier-free guidance: away from the prediction that knows less
             states = states + (scale - 1) * (full - other)
+        self._finite &= torch.isfinite(states).all()
         head = self.model.token_head
         if head is None:
             return self.model.quantize(states.float()), None

@@ -24,6 +24,12 @@ LONGEST_GAP = 24  # tokens
 SHORT_GAP = 3  # tokens; the longest gap of half of the rows that have gaps
 
 
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    """Raise `ValueError` unless `value` is a number between `low` and `high`; NaN is none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise ValueError(f"`{name}` ({value!r}) must be a number between {low:g} and {high:g}.")
+
+
 @dataclass
 class TokComFlowMatchSchedulerOutput(SchedulerOutput):
     """`prev_sample`: x at the next, smaller sigma. `pred_original_sample`: the estimate of x1."""
@@ -68,10 +74,14 @@ class TokComFlowMatchScheduler(SchedulerMixin, ConfigMixin):
         use_flow_sigmas: bool = True,
         flow_shift: float | None = None,
     ):
-        if shift <= 0:
-            raise ValueError(f"`shift` ({shift}) must be positive; 1 is the unshifted grid.")
-        if not 0 <= eta <= 1:
-            raise ValueError(f"`eta` ({eta}) must be in [0, 1].")
+        check_range("shift", shift, 1e-6, 1e6)
+        check_range("eta", eta, 0.0, 1.0)
+        check_range("noise_std", noise_std, 1e-6, 1e3)
+        check_range("num_train_timesteps", num_train_timesteps, 1, 1_000_000)
+        if not isinstance(num_train_timesteps, int):
+            raise ValueError(
+                f"`num_train_timesteps` ({num_train_timesteps}) must be a whole number."
+            )
         self.register_to_config(flow_shift=shift)
         # stock `from_config` drops every value that equals a default of *this* class when it sees
         # this key
@@ -138,6 +148,7 @@ class TokComFlowMatchScheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps = len(sigmas)
         self.timesteps = (sigmas * self.config.num_train_timesteps).to(device)
         self.sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
+        self._sigmas = self.sigmas.tolist()  # read once, not at every step
         self._step_index = self._begin_index = None
 
     def add_noise(
@@ -175,8 +186,8 @@ class TokComFlowMatchScheduler(SchedulerMixin, ConfigMixin):
                 (self.timesteps - torch.as_tensor(timestep).to(self.timesteps)).abs().argmin()
             )
             self._step_index = nearest if self._begin_index is None else self._begin_index
-        sigma = self.sigmas[self._step_index].item()
-        sigma_next = self.sigmas[self._step_index + 1].item()
+        sigma = self._sigmas[self._step_index]
+        sigma_next = self._sigmas[self._step_index + 1]
         x = sample.float()
         velocity = model_output.float()
         # x = x1 + sigma * v, so the estimate of x1 lies sigma back along the velocity

@@ -13,9 +13,9 @@ This file is the recipe; what it calls is in training/: config.py (settings), co
 (the loop), stage.py and distill.py (what a stage minimises), directory.py (what is written where), card.py.
 """
 
-import sys
 from pathlib import Path
 
+from tokcom.cli.errors import report_errors
 from tokcom.training.command import parse_config
 from tokcom.training.config import TrainConfig
 
@@ -29,6 +29,7 @@ def run(config: TrainConfig) -> Path:
     from tokcom.training.card import publish
     from tokcom.training.checks import check_sizes
     from tokcom.training.corpora import read_data
+    from tokcom.training.digest import check_unchanged
     from tokcom.training.directory import RunDirectory
     from tokcom.training.distill import DistillTrainer
     from tokcom.training.launch import start_processes
@@ -41,6 +42,8 @@ def run(config: TrainConfig) -> Path:
         with processes.main_process_first():  # it trains the tokenizer and fills caches
             corpus = read_data(config)
             directory.keep_tokenizer(corpus.tokenizer)
+            if processes.is_main_process:
+                corpus.digest = check_unchanged(config, corpus, directory)
         unfinished = [stage for stage in config.stages if not directory.is_finished(stage)]
         set_seed(config.seed)
         for stage in config.stages:
@@ -61,36 +64,22 @@ def run(config: TrainConfig) -> Path:
             trainer.train()
             trainer.export(directory.final(stage))
         if processes.is_main_process:
-            publish(config, directory)
+            publish(config, directory, processes.device)
         processes.wait_for_everyone()
     processes.destroy_process_group()
     return directory.root
 
 
+@report_errors()
 def main(argv: list[str] | None = None) -> None:
     """Train as the command line says; mistakes end in one sentence, and so does a stop by a signal."""
-    try:
-        config = parse_config(__doc__, argv)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    from huggingface_hub.errors import StrictDataclassError
-
-    from tokcom.training.checkpoints import CheckpointError
-    from tokcom.training.progress import NonFiniteLossError
+    config = parse_config(__doc__, argv)
     from tokcom.training.stopping import TrainingStopped
 
     try:
         run(config)
     except TrainingStopped as stopped:
         print(stopped)
-    except (
-        ValueError,
-        FileNotFoundError,
-        NonFiniteLossError,
-        CheckpointError,
-        StrictDataclassError,
-    ) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -36,6 +36,29 @@ INSIDE_TEXT = -2
 
 
 @dataclass
+class TokComOutput(ModelOutput):
+    """What `TokComModel.forward` returns.
+
+    Args:
+        loss (`torch.FloatTensor`): scalar loss of the stage; the only field with a gradient.
+        ce_loss (`torch.FloatTensor`): cross-entropy, nats per real token; None for images.
+        mse_loss (`torch.FloatTensor`): squared error of x1 per channel; in stage codec, of pixels.
+        kl_loss (`torch.FloatTensor`): in stage codec, KL divergence, nats per latent.
+        token_losses (`torch.FloatTensor` of shape `(B, N, K)`): in stage flow, the cross-entropy of
+            each token, 0 where nothing is predicted; None in training with `ce_share` below 1.
+        weight (`torch.FloatTensor`): how many tokens or latents `loss` is a mean of, by which means
+            over several batches weigh them.
+    """
+
+    loss: torch.FloatTensor | None = None
+    ce_loss: torch.FloatTensor | None = None
+    mse_loss: torch.FloatTensor | None = None
+    kl_loss: torch.FloatTensor | None = None
+    token_losses: torch.FloatTensor | None = None
+    weight: torch.FloatTensor | None = None
+
+
+@dataclass
 class TokComTransformerOutput(ModelOutput):
     """What the x1 network returns.
 
@@ -224,10 +247,9 @@ class TokComTransformer(TokComPreTrainedModel):
     def _own_channels(self, position_ids: torch.Tensor) -> torch.Tensor:
         """Which channels the latents at `position_ids (B, S, A)`, whose first axis is the stream,
         use: `(B, S, C)`."""
-        channels = torch.tensor(self.config.stream_channels, device=position_ids.device)
         # channel c belongs to the stream into whose slice of the C channels it falls
-        owner = torch.arange(len(channels), device=channels.device).repeat_interleave(channels)
-        return position_ids[..., :1].long() == owner
+        owner = [i for i, count in enumerate(self.config.stream_channels) for _ in range(count)]
+        return position_ids[..., :1].long() == torch.tensor(owner, device=position_ids.device)
 
     def _place_starts(
         self, hidden_states: torch.Tensor, position_ids: torch.Tensor
@@ -566,6 +588,7 @@ __all__ = [
     "ContextPlan",
     "INSIDE_TEXT",
     "START_OF_TEXT",
+    "TokComOutput",
     "TokComTransformer",
     "TokComTransformerOutput",
     "block_causal_mask",

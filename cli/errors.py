@@ -5,6 +5,7 @@ command line with status 2. A traceback is for bugs: it is shown with `--debug` 
 """
 
 import contextlib
+import contextvars
 import os
 import re
 import sys
@@ -44,24 +45,36 @@ def explain(error: Exception) -> str:
     # imported here, because --help must not wait for it
     from huggingface_hub.errors import StrictDataclassError
 
+    from tokcom.training.stopping import TrainingError
+
     if isinstance(error, OSError):
         return _explain_os_error(error)
     if isinstance(error, ModuleNotFoundError) and not (error.name or "tokcom").startswith("tokcom"):
         return f"this command needs {error.name}, which is not installed: {missing_package(error.name)}"
     if isinstance(error, StrictDataclassError):
         return str(error.__cause__ or error)  # without the name of the validator
-    if isinstance(error, ValueError):
+    if isinstance(error, ValueError | TrainingError):
         return str(error)
+    if type(error).__name__ == "OutOfMemoryError":  # of torch, which need not be imported for it
+        return "the device has no memory left for this; use a smaller batch, a shorter text, or --device cpu."
+    if isinstance(error, MemoryError):
+        return "there is no memory left for this; use a smaller batch or a shorter text."
     reason = (str(error).strip() or "no message").splitlines()[0]
     return f"unexpected {type(error).__name__}: {reason} (--debug shows where)"
+
+
+_passes_through = contextvars.ContextVar("tracebacks were asked for", default=False)
 
 
 @contextlib.contextmanager
 def report_errors(debug: bool = False) -> Iterator[None]:
     """End the process with one sentence and status 1 if the body fails.
 
-    With `debug` or TOKCOM_DEBUG=1 the exception passes through and shows its traceback.
+    With `debug` or TOKCOM_DEBUG=1 the exception passes through and shows its traceback, also through the handler of another
+    entry point that the body calls. Also a decorator, `@report_errors()`, of every `main`.
     """
+    debug = debug or _passes_through.get()
+    before = _passes_through.set(debug)
     try:
         yield
     except KeyboardInterrupt:
@@ -75,3 +88,5 @@ def report_errors(debug: bool = False) -> Iterator[None]:
         if wants_traceback(debug):
             raise
         sys.exit(f"error: {explain(error)}")
+    finally:
+        _passes_through.reset(before)

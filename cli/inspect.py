@@ -10,13 +10,13 @@ command fails.
 
 import argparse
 import json
-import sys
 import tempfile
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from tokcom.cli.errors import report_errors
 from tokcom.training.config import load_train_config
 from tokcom.training.corpora import Corpus, OmniCorpus, PictureCorpus, Reading
 
@@ -160,23 +160,21 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@report_errors()
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_intermixed_args(argv)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            settings = [
-                f"data.train={json.dumps(args.data)}",
-                f"output_dir={json.dumps(folder)}",
-                *args.overrides,
-            ]
-            reading = Reading(load_train_config(args.preset, settings))
-            corpus = reading.corpus(hold_out=False)
-        corpus.report = reading.report
-        print(corpus.report)
-        contact_sheet(corpus).save(args.sheet)
-        print(f"contact sheet written to {args.sheet}")
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    with tempfile.TemporaryDirectory() as folder:
+        settings = [
+            f"data.train={json.dumps(args.data)}",
+            f"output_dir={json.dumps(folder)}",
+            *args.overrides,
+        ]
+        reading = Reading(load_train_config(args.preset, settings))
+        corpus = reading.corpus(hold_out=False)
+    corpus.report = reading.report
+    print(corpus.report)
+    contact_sheet(corpus).save(args.sheet)
+    print(f"contact sheet written to {args.sheet}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Load a pipeline for a command: from where, on which device, and whether it fits the command."""
 
+import argparse
 from pathlib import Path
 
 import torch
@@ -29,6 +30,13 @@ def best_device(device: str | None = None) -> str:
     if device is not None:
         return device
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def add_device_option(parser: argparse.ArgumentParser) -> None:
+    """`--device` of a script that measures or shows models."""
+    parser.add_argument(
+        "--device", default="cpu", help="where the models run, e.g. cuda (default: %(default)s)"
+    )
 
 
 def check_model_path(checkpoint: str, option: str = "--checkpoint") -> None:

@@ -501,3 +501,8 @@ def add_publish_options(parser: argparse.ArgumentParser) -> None:
 
 def add_verify_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", nargs="?", default=".", help="model directory")
+    parser.add_argument(
+        "--write",
+        action="store_true",
+        help="first write checksums.json anew, for files that were changed on purpose",
+    )

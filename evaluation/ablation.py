@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from tokcom.cli.errors import report_errors
 from tokcom.evaluation.flops import training_flops_per_step
 from tokcom.evaluation.judges import TokenJudge
 from tokcom.evaluation.metrics import sample_entropy
@@ -171,6 +172,7 @@ def write_table(work: Path, file: str) -> None:
     print(text)
 
 
+@report_errors()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -9,12 +9,12 @@ Scale 0 is the same model without the prompt, so it has not read the question. W
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
+from tokcom.cli.errors import report_errors
 from tokcom.evaluation.reference import compare
 from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.training.config import DataConfig
@@ -42,6 +42,7 @@ def answer(
     return [answers[i] for i in range(len(dialogues))]
 
 
+@report_errors()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -92,7 +93,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as problem:
-        sys.exit(f"error: {problem}")
+    main()

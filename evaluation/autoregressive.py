@@ -30,6 +30,7 @@ from transformers import (
     set_seed,
 )
 
+from tokcom.cli.errors import report_errors
 from tokcom.evaluation.flops import training_flops_per_step
 from tokcom.processing_tokcom import vocabulary_size
 from tokcom.training.config import DataConfig
@@ -194,6 +195,7 @@ def save(
     (directory / "training.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
+@report_errors()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -229,10 +231,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.pop("checkpoint"))
     column = args.pop("text_column")
     documents = load_documents(args.pop("data"), DataConfig(text_column=column), "train")
-    try:
-        train(tokenize_documents(documents, tokenizer, column, "training text"), tokenizer, **args)
-    except ValueError as error:
-        parser.exit(1, f"error: {error}\n")
+    train(tokenize_documents(documents, tokenizer, column, "training text"), tokenizer, **args)
 
 
 if __name__ == "__main__":

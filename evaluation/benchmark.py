@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+from tokcom.cli.errors import report_errors
 from tokcom.training.precision import has_fast_bfloat16
 from tokcom.training.presets import preset_config, read_preset
 
@@ -481,12 +482,16 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--output_dir", type=Path, help="where the numbers, the table and the plot are written"
         )
+        command.add_argument("--device", default=DEVICE, help="default: %(default)s")
         command.add_argument("--measure", help=argparse.SUPPRESS)
     return parser
 
 
+@report_errors()
 def main(argv: list[str] | None = None) -> None:
+    global DEVICE
     args = build_parser().parse_args(argv)
+    DEVICE = args.device
     args.arguments = list(sys.argv[1:] if argv is None else argv)
     if args.measure:
         if args.command == "training":

@@ -9,12 +9,13 @@ decode to.
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
+from tokcom.cli.errors import report_errors
+from tokcom.cli.loading import add_device_option
 from tokcom.evaluation.report import table
 from tokcom.pipeline_base_tokcom import TokComBasePipeline
 from tokcom.quantization_tokcom import FiniteScalarQuantizer, code_statistics
@@ -44,7 +45,10 @@ def held_out_codes(pipe: TokComBasePipeline, args: argparse.Namespace) -> torch.
         tokens = torch.from_numpy(tokens)[:whole].long().view(-1, codec.chunk_size)  # (M, K)
         batches = tokens[: args.limit * BATCH].split(16 * BATCH)
         return torch.cat(
-            [model.encode(part).codes.flatten(0, 1) for part in tqdm(batches, desc="encoding")]
+            [
+                model.encode(part.to(model.device)).codes.flatten(0, 1).cpu()
+                for part in tqdm(batches, desc="encoding")
+            ]
         )
     data = read_pictures(
         args.data,
@@ -106,6 +110,7 @@ def plot_usage(columns: list[tuple[torch.Tensor, torch.Tensor]], file: Path) -> 
     figure.savefig(file, dpi=120)
 
 
+@report_errors()
 def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(
         prog="tokcom evaluate codebook",
@@ -120,13 +125,11 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument(
         "--limit", type=int, default=1024, help="pictures or clips, or 64 chunks of text each"
     )
+    add_device_option(parser)
     args = parser.parse_args(argv)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    try:
-        pipe = load_pipeline(args.model)
-        codes = held_out_codes(pipe, args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    pipe = load_pipeline(args.model).to(args.device)
+    codes = held_out_codes(pipe, args)
     found = []
     columns = []
     for level, size in enumerate(sizes(pipe, codes.shape[1])):

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import zstandard
 
+from tokcom.cli.errors import report_errors
 from tokcom.evaluation.report import table
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.quantization_tokcom import code_statistics
@@ -169,6 +170,7 @@ def lossless(text: str, tokens: int) -> list[dict]:
     ]
 
 
+@report_errors()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

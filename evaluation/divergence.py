@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tokcom.cli.errors import report_errors
 from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.processing_tokcom import text_ids, vocabulary_size
 from tokcom.sampling_tokcom import TokComSampling, join_blocks, until_all_ended
@@ -261,6 +262,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@report_errors()
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     pipe = TokComPipeline.from_pretrained(args.model)

@@ -11,12 +11,12 @@ without a head.
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
+from tokcom.cli.errors import report_errors
 from tokcom.evaluation.reference import compare
 from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.train_accelerate import run
@@ -97,6 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@report_errors()
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     TokComPipeline.from_pretrained(args.checkpoint)  # raises for a model without text
@@ -149,7 +150,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as problem:
-        sys.exit(f"error: {problem}")
+    main()

@@ -13,7 +13,6 @@ import argparse
 import io
 import json
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
+from tokcom.cli.errors import report_errors
 from tokcom.evaluation.linear_codecs import PCA, QuantisedPCA
 from tokcom.evaluation.report import table
 from tokcom.pipeline_media_tokcom import TokComImagePipeline
@@ -519,6 +519,7 @@ def plots(facts: dict, directory: Path) -> None:
         figure.savefig(directory / "codebook.png", dpi=120)
 
 
+@report_errors()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -553,17 +554,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    try:
-        pipe = TokComImagePipeline.from_pretrained(args.model)
-        train, test = (
-            Pictures(source, pipe, args, args.limit) for source in (args.train, args.test)
-        )
-        latents = encode(pipe.model.codec, test.images)
-        facts = measure_codec(pipe, train, test, latents, args)
-        if args.label_columns:
-            facts |= measure_generation(pipe, train, test, latents, args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    pipe = TokComImagePipeline.from_pretrained(args.model)
+    train, test = (Pictures(source, pipe, args, args.limit) for source in (args.train, args.test))
+    latents = encode(pipe.model.codec, test.images)
+    facts = measure_codec(pipe, train, test, latents, args)
+    if args.label_columns:
+        facts |= measure_generation(pipe, train, test, latents, args)
     facts["settings"] = {name: str(value) for name, value in vars(args).items()}
     (args.output_dir / "results.json").write_text(
         json.dumps(facts, indent=1) + "\n", encoding="utf-8"

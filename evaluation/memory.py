@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tokcom.cli.errors import report_errors
 from tokcom.configuration_tokcom import TokComConfig
 from tokcom.evaluation.report import table
 from tokcom.modeling_tokcom import TokComModel
@@ -168,6 +169,7 @@ def run_step(config: TokComConfig, dtype: torch.dtype | None = torch.bfloat16) -
     return {"loss": loss.item(), "seconds": time.perf_counter() - started, "grown_gib": grown}
 
 
+@report_errors()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -24,7 +24,6 @@ class.
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +35,7 @@ from torch import nn
 from tqdm.auto import trange
 from transformers import AutoTokenizer
 
+from tokcom.cli.errors import report_errors
 from tokcom.evaluation.images import Classifier, recognised, train_classifier
 from tokcom.evaluation.judges import TokenJudge
 from tokcom.evaluation.report import table
@@ -425,6 +425,7 @@ def load(
     return Study(pipes["joint model"], args), pipes, judge
 
 
+@report_errors()
 def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -451,19 +452,16 @@ def main(argv: list[str] | None = None) -> dict:
     args = parser.parse_args(argv)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     facts = {"settings": {name: str(value) for name, value in vars(args).items()}}
-    try:
-        study, pipes, judge = load(args)
-        for measure in (measure_pictures, measure_digits):
-            found = measure(study)
-            found["directions"] = facts.get("directions", []) + found["directions"]
-            facts |= found
-            (args.output_dir / "results.json").write_text(
-                json.dumps(facts, indent=1) + "\n", encoding="utf-8"
-            )
-        if judge is not None:
-            facts["text"] = measure_text(pipes, judge, study.data["pictures_test"]["text"], args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    study, pipes, judge = load(args)
+    for measure in (measure_pictures, measure_digits):
+        found = measure(study)
+        found["directions"] = facts.get("directions", []) + found["directions"]
+        facts |= found
+        (args.output_dir / "results.json").write_text(
+            json.dumps(facts, indent=1) + "\n", encoding="utf-8"
+        )
+    if judge is not None:
+        facts["text"] = measure_text(pipes, judge, study.data["pictures_test"]["text"], args)
     (args.output_dir / "results.json").write_text(
         json.dumps(facts, indent=1) + "\n", encoding="utf-8"
     )

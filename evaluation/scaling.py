@@ -14,6 +14,7 @@ import random
 
 import torch
 
+from tokcom.cli.errors import report_errors
 from tokcom.configuration_tokcom import TokComConfig
 from tokcom.evaluation.flops import training_flops_per_token
 from tokcom.evaluation.report import table
@@ -159,6 +160,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@report_errors()
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     config = scaled_config(args.preset, args.vocab_size)

@@ -12,13 +12,14 @@ key/value cache is measured too. Writes `results.json`, `results.md` and `steps.
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
+from tokcom.cli.errors import report_errors
+from tokcom.cli.loading import add_device_option
 from tokcom.evaluation.judges import TokenJudge
 from tokcom.evaluation.metrics import sample_entropy
 from tokcom.evaluation.protocol import (
@@ -114,22 +115,26 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=5, help="of the measurement of time")
     parser.add_argument("--output_dir", type=Path, required=True)
+    add_device_option(parser)
     return parser
 
 
+@report_errors()
 def main(argv: list[str] | None = None) -> dict:
     args = build_parser().parse_args(argv)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    try:
-        teacher, *students = (
-            TokComPipeline.from_pretrained(name) for name in (args.teacher, *args.students)
+    teacher, *students = (
+        TokComPipeline.from_pretrained(name).to(args.device)
+        for name in (args.teacher, *args.students)
+    )
+    if not teacher.model.config.codec_config.has_tokens:
+        raise ValueError(
+            f"{args.teacher} writes no text; use evaluation.images or evaluation.videos."
         )
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
     documents = load_documents(args.data, DataConfig(text_column=args.text_column), "train")
     tokens = tokenize_documents(documents, teacher.tokenizer, args.text_column, "held-out text")
     windows = held_out_windows(tokens, PROMPT + CONTINUATION, args.samples)
-    judge = TokenJudge(args.judge)
+    judge = TokenJudge(args.judge, args.device)
     systems = [
         ("teacher", TokComSampler(teacher, steps, args.guidance_scale)) for steps in args.steps
     ]
@@ -147,7 +152,7 @@ def main(argv: list[str] | None = None) -> dict:
     ]
     timed = {f"{name}, {s.num_inference_steps or 'own'} steps": s for name, s in systems}
     if args.peer:
-        peer = AutoModelForCausalLM.from_pretrained(args.peer).eval()
+        peer = AutoModelForCausalLM.from_pretrained(args.peer).to(args.device).eval()
         timed["autoregressive peer"] = AutoregressiveSampler(peer, teacher.tokenizer.eos_token_id)
     study = Study(tokens[:1000], tokens, None, judge, {}, teacher.chunk_size)
     facts["latency"] = latency(study, timed, repeats=args.repeats)

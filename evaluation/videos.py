@@ -12,7 +12,6 @@ sharpness (mean absolute gradient over that of the real frames) stands beside it
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -20,6 +19,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from tokcom.cli.errors import report_errors
+from tokcom.cli.loading import add_device_option
 from tokcom.evaluation.images import psnr
 from tokcom.evaluation.report import table
 from tokcom.pipeline_media_tokcom import TokComVideoPipeline
@@ -151,34 +152,36 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num_samples", type=int, default=512)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
+    add_device_option(parser)
     return parser
 
 
+@report_errors()
 def main(argv: list[str] | None = None) -> list[dict]:
     args = build_parser().parse_args(argv)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    try:
-        pipes = [TokComVideoPipeline.from_pretrained(name) for name in (args.model, *args.students)]
-        for pipe in pipes:
-            pipe.set_progress_bar_config(disable=True)
-        data = read_pictures(
-            args.data, pipes[0].model.config.codec_config, args.image_column, limit=args.num_samples
-        )
-        clips = torch.stack(
-            [data[i]["pixel_values"] for i in tqdm(range(len(data)), desc="reading clips")]
-        )
-        length = clips.shape[2]
-        args.known = args.known or sorted({1, length // 2, length - 1})
-        if not all(1 <= k < length for k in args.known):
-            raise ValueError(f"`known` ({args.known}) must be between 1 and {length - 1}.")
-        systems = [("model", pipes[0], steps) for steps in args.steps or [None]]
-        systems += [(Path(name).name, pipe, None) for name, pipe in zip(args.students, pipes[1:])]
-        has_captions = "caption" in data.records.column_names
-        captions = list(data.records["caption"]) if has_captions else None
-        rows = measure(systems, clips, args, captions)
-        pictures(pipes[0], clips, args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    pipes = [
+        TokComVideoPipeline.from_pretrained(name).to(args.device)
+        for name in (args.model, *args.students)
+    ]
+    for pipe in pipes:
+        pipe.set_progress_bar_config(disable=True)
+    data = read_pictures(
+        args.data, pipes[0].model.config.codec_config, args.image_column, limit=args.num_samples
+    )
+    clips = torch.stack(
+        [data[i]["pixel_values"] for i in tqdm(range(len(data)), desc="reading clips")]
+    )
+    length = clips.shape[2]
+    args.known = args.known or sorted({1, length // 2, length - 1})
+    if not all(1 <= k < length for k in args.known):
+        raise ValueError(f"`known` ({args.known}) must be between 1 and {length - 1}.")
+    systems = [("model", pipes[0], steps) for steps in args.steps or [None]]
+    systems += [(Path(name).name, pipe, None) for name, pipe in zip(args.students, pipes[1:])]
+    has_captions = "caption" in data.records.column_names
+    captions = list(data.records["caption"]) if has_captions else None
+    rows = measure(systems, clips, args, captions)
+    pictures(pipes[0], clips, args)
     facts = {
         "rows": rows,
         "clips": len(clips),

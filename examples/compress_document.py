@@ -14,6 +14,8 @@ import tempfile
 from pathlib import Path
 
 from tokcom import TokComPipeline
+from tokcom.cli.errors import report_errors
+from tokcom.cli.loading import add_device_option
 from tokcom.train_accelerate import run
 from tokcom.training.config import load_train_config
 
@@ -57,11 +59,13 @@ def report(pipe: TokComPipeline, text: str, file: Path) -> None:
     print(f"gzip:  {zipped:,} bytes without loss")
 
 
+@report_errors()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--document", help="text file (default: a held-out story)")
+    add_device_option(parser)
     parser.add_argument("--output_dir", help="folder for codec and codes (default: none are kept)")
     parser.add_argument(
         "overrides", nargs="*", help="settings of the training, e.g. codec.max_steps=2000"
@@ -72,7 +76,8 @@ def main(argv: list[str] | None = None) -> None:
         folder = Path(args.output_dir or temporary)
         settings = [f"output_dir={folder}/codec", *CODEC, *args.overrides]
         model = run(load_train_config("debug", settings))
-        report(TokComPipeline.from_pretrained(model), text, folder / "document.codes.safetensors")
+        pipe = TokComPipeline.from_pretrained(model).to(args.device)
+        report(pipe, text, folder / "document.codes.safetensors")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from tokcom import (
     TokComPipeline,
     TokComVideoPipeline,
 )
+from tokcom.cli.errors import report_errors
 from tokcom.processing_tokcom import write_wav
 from tokcom.training.images import picture_grid
 
@@ -205,6 +206,7 @@ PARTS = {
 }
 
 
+@report_errors()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from tokcom.cli.errors import report_errors
 from tokcom.training.distillation import Distiller, denoising_loss, generate, integrate
 
 RADIUS = 2.0  # of the circle of modes
@@ -131,6 +132,7 @@ def run(seed: int, teacher_steps: int, student_steps: int, batch: int) -> dict[s
     return found | {name: generate(student, noise, (0.0,)) for name, student in students.items()}
 
 
+@report_errors()
 def main(argv: list[str] | None = None) -> dict[str, tuple[float, int]]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

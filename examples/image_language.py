@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from tokcom import TokComImagePipeline
+from tokcom.cli.errors import report_errors
 from tokcom.evaluation.images import psnr
 from tokcom.quantization_tokcom import kmeans, nearest_codes
 from tokcom.training.images import encode_all, picture_grid, read_pictures
@@ -269,6 +270,7 @@ def report(model, tokenizer, pipe: TokComImagePipeline, words: int, args, proxy=
     print(f"pictures for the first captions: {file}")
 
 
+@report_errors()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

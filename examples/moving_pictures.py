@@ -14,6 +14,7 @@ import datasets
 import numpy as np
 from PIL import Image
 
+from tokcom.cli.errors import report_errors
 from tokcom.pictures_tokcom import open_image
 
 SIZE = 32  # pixels
@@ -59,6 +60,7 @@ def as_webp(frames: list[Image.Image]) -> bytes:
     return buffer.getvalue()
 
 
+@report_errors()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

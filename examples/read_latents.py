@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 
 from tokcom import TokComPipeline
+from tokcom.cli.errors import report_errors
+from tokcom.cli.loading import add_device_option
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -48,6 +50,7 @@ def show_way(pipe: TokComPipeline, first: str, second: str) -> None:
         print(f"  {share:4.2f} {pipe.decode(mixed).texts[0]!r}")
 
 
+@report_errors()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -59,8 +62,9 @@ def main(argv: list[str] | None = None) -> None:
         "--first", default="The old king was very sad.", help="where the way begins"
     )
     parser.add_argument("--second", default="The young fox ran away fast.", help="where it ends")
+    add_device_option(parser)
     args = parser.parse_args(argv)
-    pipe = TokComPipeline.from_pretrained(args.checkpoint)
+    pipe = TokComPipeline.from_pretrained(args.checkpoint).to(args.device)
     show_neighbours(pipe, args.text)
     show_way(pipe, args.first, args.second)
 

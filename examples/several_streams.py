@@ -17,6 +17,8 @@ from pathlib import Path
 import datasets
 import numpy as np
 
+from tokcom.cli.errors import report_errors
+
 KINDS = {"image": datasets.Image(decode=False), "audio": datasets.Audio(decode=False)}
 
 
@@ -88,6 +90,7 @@ def write(records: list[dict], names: list[str], output: Path) -> None:
     print(f"{len(records)} records, {heard} with a sound, written to {output}")
 
 
+@report_errors()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

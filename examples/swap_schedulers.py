@@ -15,6 +15,8 @@ import diffusers
 import torch
 
 from tokcom import TokComPipeline
+from tokcom.cli.errors import report_errors
+from tokcom.cli.loading import add_device_option
 from tokcom.train_accelerate import run
 from tokcom.training.config import load_train_config
 
@@ -38,18 +40,20 @@ def write(pipe: TokComPipeline, steps: int) -> str:
     return repr(output.texts[0])
 
 
+@report_errors()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--checkpoint", help="model directory or Hub id (default: train one)")
     parser.add_argument("--steps", type=int, default=16, help="denoising steps (default: 16)")
+    add_device_option(parser)
     parser.add_argument("overrides", nargs="*", help="settings of the training")
     args = parser.parse_intermixed_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         settings = [f"output_dir={folder}/model", "report_to=none", "num_samples=0"]
         config = load_train_config("debug", settings + args.overrides)
-        pipe = TokComPipeline.from_pretrained(args.checkpoint or run(config))
+        pipe = TokComPipeline.from_pretrained(args.checkpoint or run(config)).to(args.device)
     pipe.set_progress_bar_config(disable=True)
     own = pipe.scheduler
     stock = [getattr(diffusers, name).from_config(own.config) for name in SCHEDULERS]

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tokcom.cli import options
 from tokcom.cli.errors import explain, report_errors
 from tokcom.cli.main import COMMANDS, build_parser, call, main, parse, usage
-from tokcom.cli.verify import CHECKSUMS, check_checksums, write_checksums
+from tokcom.integrity_tokcom import CHECKSUMS, check_checksums, write_checksums
 
 OWN = [name for name, command in COMMANDS.items() if command.add_options is not None]
 TEXT_COMMANDS = ["generate", "infill", "reconstruct", "denoise", "encode"]
@@ -319,8 +319,7 @@ def test_a_whole_directory_passes(copy, capsys):
     assert check_checksums(copy) > 4
 
 
-def test_checksums_name_changed_and_missing_files(copy, capsys):
-    write_checksums(copy)
+def test_every_export_carries_checksums_that_name_changed_and_missing_files(copy, capsys):
     names = json.loads((copy / CHECKSUMS).read_text())
     assert {"model.safetensors", "config.json", "scheduler/scheduler_config.json"} <= set(names)
     assert CHECKSUMS not in names
@@ -342,12 +341,12 @@ def test_a_number_that_is_not_finite_is_found(copy, capsys):
         )
 
     change_weights(copy, spoil)
-    assert failures(copy, capsys) == {"numbers"}
+    assert failures(copy, capsys) == {"checksums", "weights"}
 
 
 def test_a_tensor_too_few_or_too_many_is_found(copy, capsys):
     change_weights(copy, lambda tensors: tensors.pop(next(iter(tensors))))
-    assert failures(copy, capsys) == {"weights"}
+    assert failures(copy, capsys) == {"checksums", "weights"}
 
 
 def test_a_tokenizer_of_another_model_is_found(copy, capsys, stories):
@@ -360,7 +359,7 @@ def test_a_tokenizer_of_another_model_is_found(copy, capsys, stories):
 def test_a_truncated_file_is_found(copy, capsys):
     weights = copy / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:2000])
-    assert {"numbers", "weights"} <= failures(copy, capsys)
+    assert {"checksums", "weights"} <= failures(copy, capsys)
 
 
 def test_an_impossible_configuration_is_found(copy, capsys):

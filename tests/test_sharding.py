@@ -1,5 +1,7 @@
 """FSDP2 on two gloo processes: sharded training, its average and its export are those of one process."""
 
+import json
+import os
 import random
 import subprocess
 import sys
@@ -7,6 +9,8 @@ import sys
 import pytest
 import torch
 from helpers import ROOT, tiny_model
+
+from tokcom.evaluation.scaling import memory
 
 WORKER = """
 import random, sys
@@ -110,7 +114,6 @@ dist.init_process_group("gloo")
 settings = yaml.safe_load((ROOT / "accelerate_configs/fsdp2.yaml").read_text())["fsdp_config"]
 plugin = FullyShardedDataParallelPlugin(
     fsdp_version=2, auto_wrap_policy="transformer_based_wrap", state_dict_type="SHARDED_STATE_DICT", cpu_offload=False,
-    transformer_cls_names_to_wrap=[settings["fsdp_transformer_layer_cls_to_wrap"]],
     cpu_ram_efficient_loading=settings["fsdp_cpu_ram_efficient_loading"],
 )
 # accelerate itself refuses FSDP2 on a CPU, so what it would call is called here
@@ -148,3 +151,67 @@ def test_both_stages_take_a_step_as_accelerate_shards_them(tmp_path):
         [*command, str(tmp_path / "worker.py")], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+MEMORY = """
+import json, sys
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from helpers import tiny_model
+from tokcom.training.ema import ShardedEMAModel
+
+dist.init_process_group("gloo")
+mesh = init_device_mesh("cpu", (2,))
+torch.manual_seed(0)
+model = tiny_model().train()
+units = [m for m in model.modules() if type(m).__name__ in model._no_split_modules]
+for unit in units:
+    fully_shard(unit, mesh=mesh)
+fully_shard(model, mesh=mesh)
+trained = [p for p in model.parameters() if p.requires_grad]
+optimizer = torch.optim.AdamW(trained)
+average = ShardedEMAModel(trained, decay=0.5)
+model(torch.randint(0, 300, (2, 32))).loss.backward()
+optimizer.step()
+local = lambda tensors: sum(t.to_local().nbytes if hasattr(t, "to_local") else t.nbytes for t in tensors)
+moments = [v for state in optimizer.state.values() for v in state.values() if v.ndim]
+parts = list(model.parameters()), [p.grad for p in trained], moments, average.shadow_params
+found = [0] * 2
+dist.all_gather_object(found, sum(map(local, parts)))
+if dist.get_rank() == 0:
+    print("RESULT", json.dumps(found))
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_the_memory_of_a_rank_is_what_was_foretold(tmp_path):
+    """Weights, gradients, moments and average of two processes, beside `evaluation/scaling.py`."""
+    path = f"import sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\n"
+    (tmp_path / "worker.py").write_text(path + MEMORY)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["--standalone", str(tmp_path / "worker.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.partition("RESULT ")[2])
+    model = tiny_model()
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters()) - trained
+    foretold = memory(trained, frozen, 0.0, ranks=2, sharded=True, average=True)
+    print(f"foretold {foretold:,.0f} bytes, measured {found}")
+    assert all(abs(bytes_ - foretold) < 0.03 * foretold for bytes_ in found), (found, foretold)
+
+
+@pytest.mark.slow
+def test_the_check_for_gpus_runs_every_part_at_tiny_sizes_on_a_cpu(tmp_path):
+    environment = dict(os.environ, DEVICE="cpu", SMALL="1", PYTHON=sys.executable)
+    command = [str(ROOT / "scripts" / "gpu_check.sh"), str(tmp_path / "out")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    logs = {log.name: log.read_text()[-500:] for log in (tmp_path / "out").glob("*.log")}
+    assert done.returncode == 0, (done.stdout, logs)
+    found = {file.stem for file in (tmp_path / "out").glob("*.json")}
+    assert found == {"training_debug", "attention", "sampling"}
+    rows = json.loads((tmp_path / "out" / "attention.json").read_text())["rows"]
+    assert [row["attention"] for row in rows if "seconds" in row][:2] == ["reference", "sdpa"]

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import EvalResult, ModelCard
@@ -13,6 +14,7 @@ from tokcom.training.directory import WORK, RunDirectory, write_atomically
 from tokcom.training.pipelines import load_pipeline
 
 SAMPLES = 3
+PRECISION_NAMES = {"no": "float32", "bf16": "bfloat16 autocast", "fp16": "float16 autocast"}
 LIMITATIONS = (
     "A language model repeats what its training text says, errors and prejudice included, and states falsehoods as fluently as "
     "facts. The losses above are of this run's own validation text; no other quality was measured unless a section says so."
@@ -28,16 +30,18 @@ COLUMNS = (
 )
 
 
-def publish(config: TrainConfig, directory: RunDirectory) -> None:
+def publish(config: TrainConfig, directory: RunDirectory, device: torch.device) -> None:
     """Make `output_dir` a repository of what the last stage left, with its card, and push it if the settings ask for it."""
     directory.publish(config.stages[-1])
     pipe = load_pipeline(directory.root)
-    card = training_card(config, pipe)
+    card = training_card(config, pipe.to(device))  # whose samples take minutes on a CPU
     write_atomically(directory.root / "README.md", card)
     print(f"model written to {directory.root}")
     if config.push_to_hub:
         name = config.hub_model_id or directory.root.resolve().name
-        print(f"pushed to {pipe.push_to_hub(name, private=config.hub_private, card=card)}")
+        print(
+            f"pushed to {pipe.to('cpu').push_to_hub(name, private=config.hub_private, card=card)}"
+        )
 
 
 def source_names(data: DataConfig) -> list[str]:
@@ -68,7 +72,7 @@ def training_card(config: TrainConfig, pipe: TokComBasePipeline) -> str:
     return str(card)
 
 
-def read_summaries(config: TrainConfig) -> dict[str, dict[str, float]]:
+def read_summaries(config: TrainConfig) -> dict[str, dict[str, Any]]:
     """What each finished stage wrote about itself: steps, tokens and its best validation loss, if it has one."""
     files = {stage: Path(config.output_dir) / WORK / stage / "summary.json" for stage in STAGES}
     return {
@@ -79,7 +83,7 @@ def read_summaries(config: TrainConfig) -> dict[str, dict[str, float]]:
 
 
 def _results(
-    config: TrainConfig, task: str, summaries: dict[str, dict[str, float]]
+    config: TrainConfig, task: str, summaries: dict[str, dict[str, Any]]
 ) -> list[EvalResult] | None:
     """The validation losses, in the form that the Hub reads."""
     validation = config.data.validation or config.data.train
@@ -99,13 +103,13 @@ def _results(
     return results or None
 
 
-def _training(config: TrainConfig, summaries: dict[str, dict[str, float]]) -> str:
+def _training(config: TrainConfig, summaries: dict[str, dict[str, Any]]) -> str:
     """How the model was trained: a sentence, and a row for each stage."""
-    started = f"Preset `{config.preset}`, seed {config.seed}, mixed precision {config.mixed_precision or 'no'}."
+    started = f"Preset `{config.preset}`, seed {config.seed}, {_ran(summaries)}."
     if config.stage == "distill":
         started = (
             f"Student of `{Path(config.init_from).name}` in {config.distill.num_inference_steps} step(s), method "
-            f"`{config.distill.method}`, guidance {config.distill.guidance_scale:g}, seed {config.seed}."
+            f"`{config.distill.method}`, guidance {config.distill.guidance_scale:g}, seed {config.seed}, {_ran(summaries)}."
         )
     elif config.init_from:
         started += f" Started from `{Path(config.init_from).name}`."
@@ -124,6 +128,16 @@ def _training(config: TrainConfig, summaries: dict[str, dict[str, float]]) -> st
         cells += [str(options.sequence_length), "-" if best is None else f"{best:.4f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return started + "\n\n" + "\n".join(lines)
+
+
+def _ran(summaries: dict[str, dict[str, Any]]) -> str:
+    """What the stages ran on and in which precision, as they found it; stages of version 0.2 did not note it."""
+    found = []
+    for facts in summaries.values():
+        if "precision" in facts:
+            name = PRECISION_NAMES.get(facts["precision"], facts["precision"])
+            found.append(f"{name} on {facts['processes']} x {facts['device']}")
+    return ", then ".join(dict.fromkeys(found)) or "precision not noted"
 
 
 def _samples(pipe: TokComBasePipeline) -> str:

@@ -12,10 +12,12 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+from tokcom.training.stopping import TrainingError
+
 MANIFEST = "manifest.json"
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(TrainingError):
     """A checkpoint could not be written, or none that exists is whole; the message names it and the remedy."""
 
 
@@ -29,7 +31,7 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Wait until a file or the entries of a folder are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -52,7 +54,7 @@ def seal(folder: Path) -> None:
 def flush_all(folder: Path) -> None:
     """Wait until a folder and everything in it are on the disk."""
     for path in [*folder.rglob("*"), folder]:
-        _flush(path)
+        flush(path)
 
 
 def damage(folder: Path) -> str | None:
@@ -140,7 +142,7 @@ class Checkpoints:
         if is_main:
             shutil.rmtree(target, ignore_errors=True)
             partial.rename(target)
-            _flush(self.directory)
+            flush(self.directory)
             for old in self.all()[: -self.limit]:
                 shutil.rmtree(old)
         wait()

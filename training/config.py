@@ -7,6 +7,7 @@
 import contextlib
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,12 +38,48 @@ def option(default: Any, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})
 
 
-def check_positive(config: object, prefix: str, allow_zero: tuple[str, ...] = ()) -> None:
-    """Raise `ValueError` for the first integer field of `config` below 1, or below 0 if it is in `allow_zero`."""
+# least and greatest value of numbers whose names do not say it; whole numbers are at least 1 besides
+RANGES = {
+    "learning_rate": (1e-12, 10.0),
+    "fake_learning_rate": (1e-12, 10.0),
+    "muon_learning_rate": (0.0, 10.0),
+    "weight_decay": (0.0, 10.0),
+    "max_grad_norm": (1e-12, 1e12),
+    "ema_half_life": (0.0, 100.0),
+    "cooldown_share": (0.0, 1.0),
+    "spike_factor": (0.0, 1e12),
+    "guidance_scale": (0.0, 1e3),
+    "regression_weight": (0.0, 1e6),
+    "perceptual_weight": (0.0, 1e6),
+    "validation_fraction": (1e-6, 1.0 - 1e-6),
+    "flip": (0.0, 1.0),
+    "warmup_steps": (0, 2**40),
+    "shift": (0, 2**40),
+    "max_skipped": (0, 2**40),
+    "seed": (0, 2**63 - 1),
+    "num_workers": (0, 1024),
+    "num_samples": (0, 2**20),
+}
+MOST = 2**40  # of whole numbers
+
+
+def check_numbers(config: object, prefix: str = "") -> None:
+    """Raise `ValueError` for the first number of `config` that is beyond what it can mean; NaN is beyond everything."""
     for key, value in vars(config).items():
-        least = 0 if key in allow_zero else 1
-        if isinstance(value, int) and not isinstance(value, bool) and value < least:
-            raise ValueError(f"`{prefix}{key}` ({value}) must be at least {least}.")
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        low, high = RANGES.get(key, (1, MOST))
+        if not low <= value <= high:
+            raise ValueError(f"`{prefix}{key}` ({value}) must be between {low:g} and {high:g}.")
+
+
+def check_finite(value: Any, name: str) -> None:
+    """Raise `ValueError` if a number in nested settings is NaN or infinite; what else they may be, whoever reads them checks."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            check_finite(part, f"{name}.{key}")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"`{name}` ({value}) must be finite.")
 
 
 @dataclass
@@ -83,6 +120,9 @@ class DataConfig:
     encoding: str | None = option(None, "of text files without a byte-order mark; null: UTF-8")
     max_skipped: int = option(0, "unreadable records that are left out before it is an error")
     num_proc: int = option(1, "processes that tokenize")
+    allow_changed: bool = option(
+        False, "go on with a run although its data are others than those it began with"
+    )
 
     @property
     def captions(self) -> str:
@@ -94,11 +134,7 @@ class DataConfig:
             raise ValueError(
                 f"`data.kind` ({self.kind!r}) must be text, pictures, sounds or records, or null."
             )
-        if self.max_skipped < 0 or self.num_proc < 1:
-            raise ValueError(
-                f"`data.max_skipped` ({self.max_skipped}) must be at least 0, `data.num_proc` "
-                f"({self.num_proc}) at least 1."
-            )
+        check_numbers(self, "data.")
 
 
 @dataclass
@@ -259,8 +295,10 @@ class TrainConfig:
             raise ValueError(
                 "`codec_from` reuses a finished codec: set stage=flow and no model.codec_config.*."
             )
+        check_numbers(self)
         for name in STAGES:
-            check_positive(getattr(self, name), f"{name}.", allow_zero=("warmup_steps", "shift"))
+            check_numbers(getattr(self, name), f"{name}.")
+            check_finite(getattr(getattr(self, name), "objective", {}), f"{name}.objective")
         if self.stage == "distill":
             self._check_distillation()
 

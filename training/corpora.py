@@ -64,6 +64,7 @@ class Corpus:
     rows = "windows of {} tokens"
     autoencoder = None
     report: Report | None = None  # what was read
+    digest: str | None = None  # of the training data, on the main process
 
     def __init__(self, train, validation, tokenizer: PreTrainedTokenizerBase | None):
         self.train = train

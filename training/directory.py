@@ -4,6 +4,7 @@
     output_dir/run/                everything about training
         lock                       the process that is training here now
         train_config.json          the settings that the run was started with
+        data.json                  digests of the data it is trained on
         tokenizer/                 the tokenizer that all stages share
         STAGE/checkpoint-N, best, final, logs, summary.json
 
@@ -20,7 +21,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from tokcom.training.config import STAGES, TrainConfig
-from tokcom.training.export import recover_folder
+from tokcom.training.export import check_folder, recover_folder
 
 WORK = "run"
 SAME_RUN = (
@@ -185,13 +186,15 @@ class RunDirectory:
             return
         started = json.loads(self.settings.read_text(encoding="utf-8"))
         now = json.loads(json.dumps(self.config, default=vars))
+        same = [key for key in SAME_RUN if key != "data" or not self.config.data.allow_changed]
         if started.get("data"):  # settings that are younger than the run are at their defaults
+            started["data"].pop("allow_changed", None)
             now["data"] = {
                 name: value for name, value in now["data"].items() if name in started["data"]
             }
             if started["data"].get("caption_column") == "caption":  # what null was once called
                 now["data"]["caption_column"] = now["data"]["caption_column"] or "caption"
-        self._compare(started, {key: now[key] for key in SAME_RUN})
+        self._compare(started, {key: now[key] for key in same})
         if self.config.stage == "distill":
             options = {key: value for key, value in now["distill"].items() if key not in MAY_CHANGE}
             self._compare(started.get("distill", {}), options, "distill.")
@@ -251,6 +254,7 @@ class RunDirectory:
     def publish(self, stage: str) -> None:
         """Copy the finished model of a stage to `output_dir`, one whole file at a time."""
         source = self.final(stage)
+        check_folder(source)
         for file in sorted(path for path in source.rglob("*") if path.is_file()):
             target = self.root / file.relative_to(source)
             target.parent.mkdir(parents=True, exist_ok=True)

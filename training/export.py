@@ -7,9 +7,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from tokcom.integrity_tokcom import CHECKSUMS, check_checksums
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
-from tokcom.training.checkpoints import CheckpointError, first_line, flush_all
+from tokcom.training.checkpoints import CheckpointError, first_line, flush, flush_all
 from tokcom.training.pipelines import build_pipeline
 
 
@@ -51,7 +52,21 @@ def replace_folder(new: Path, target: Path) -> None:
     if target.exists():
         target.rename(old)
     new.rename(target)
+    flush(target.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def check_folder(folder: Path) -> None:
+    """Raise `CheckpointError` if an exported model is not as it was written; exports of version 0.2 have no checksums."""
+    if not (folder / CHECKSUMS).is_file():
+        return
+    try:
+        check_checksums(folder)
+    except ValueError as error:
+        problem = str(error).partition(";")[0]
+        raise CheckpointError(
+            f"{problem}; remove {folder} and run the same command again: it is made anew from the newest checkpoint."
+        ) from error
 
 
 def recover_folder(target: Path) -> None:

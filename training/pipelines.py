@@ -12,6 +12,7 @@ from diffusers import ModelMixin, SchedulerMixin
 from transformers import PreTrainedTokenizerBase
 
 from tokcom.configuration_tokcom import TokComConfig
+from tokcom.integrity_tokcom import check_files, verified
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_base_tokcom import TokComBasePipeline
 from tokcom.pipeline_media_tokcom import (
@@ -46,14 +47,22 @@ def build_pipeline(
     return pipeline_class(model.config)(model, scheduler, tokenizer, **components)
 
 
-def load_pipeline(path: str | os.PathLike | None = None, **kwargs: Any) -> TokComBasePipeline:
+def load_pipeline(
+    path: str | os.PathLike | None = None, verify: bool = False, **kwargs: Any
+) -> TokComBasePipeline:
     """Load a directory or a Hub repository with the pipeline of its modality.
 
-    Without a `path` it is the model that ships with tokcom. `kwargs` are those of
-    `DiffusionPipeline.from_pretrained`, such as `dtype` and `revision`.
+    Without a `path` it is the model that ships with tokcom. With `verify` the files are first
+    compared with the repository's `checksums.json`. `kwargs` are those of
+    `DiffusionPipeline.from_pretrained`, such as `dtype` and `revision`. Raises `ValueError` or
+    `FileNotFoundError` that names what is missing or damaged.
     """
     path = Path(__file__).parents[1] if path is None else path
     hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+    if verify:
+        path = verified(path, **{name: hub[name] for name in hub if name != "proxies"})
+    if os.path.isdir(path):
+        check_files(path)
     config = TokComConfig.from_pretrained(path, **hub)
     return pipeline_class(config).from_pretrained(path, **kwargs)
 

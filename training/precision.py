@@ -3,13 +3,20 @@
 A CPU without AVX-512 or AMX multiplies bfloat16 matrices about 80 times slower than float32 ones.
 """
 
+import os
 import warnings
 
 import torch
 
 
 def has_fast_bfloat16(device_type: str) -> bool:
-    """Whether matrix products in bfloat16 are at least as fast as in float32 on `"cpu"`, `"cuda"`, ..."""
+    """Whether matrix products in bfloat16 are at least as fast as in float32 on `"cpu"`, `"cuda"`, ...
+
+    TOKCOM_BFLOAT16=fast or slow answers for the machine, so that a test can be any of them.
+    """
+    told = os.environ.get("TOKCOM_BFLOAT16")
+    if told is not None:
+        return told == "fast"
     if device_type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device_type == "cpu":

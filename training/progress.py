@@ -6,11 +6,12 @@ import numpy as np
 import torch
 
 from tokcom.training.config import StageConfig
+from tokcom.training.stopping import TrainingError
 
 SPIKES_AFTER = 50  # updates before the average gradient norm means something
 
 
-class NonFiniteLossError(RuntimeError):
+class NonFiniteLossError(TrainingError):
     """The loss became NaN or infinite; training stopped before anything was overwritten."""
 
 

@@ -3,25 +3,28 @@
 Metrics keep the names of the published training script, whose stages are `vae` and `diffusion`.
 """
 
+import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
 import torch
 from accelerate.utils import DistributedType, send_to_device
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from tokcom.configuration_tokcom import TokComConfig
 from tokcom.modeling_tokcom import TokComModel
+from tokcom.objective_tokcom import TokComOutput
 from tokcom.training.attention import fastest_attention, saved_attention
 from tokcom.training.checks import check_rows
 from tokcom.training.config import STAGES, StageConfig, TrainConfig
 from tokcom.training.corpora import Corpus
 from tokcom.training.ema import embeddings_in_the_root
-from tokcom.training.export import export_repository
+from tokcom.training.export import check_folder, export_repository
 from tokcom.training.optimizer import build_optimizer, build_schedule
 from tokcom.training.perceptual import FeatureLoss
 from tokcom.training.pipelines import build_pipeline
@@ -31,6 +34,21 @@ from tokcom.training.trainer import EXTRA, Trainer
 
 METRIC_PREFIX = {"codec": "vae", "flow": "diffusion", "head": "head"}
 PARTS = ("loss", "ce_loss", "mse_loss")  # of a model's output
+
+
+def weighed_means(
+    outputs: list[TokComOutput],
+    reduce: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums,
+) -> dict[str, torch.Tensor]:
+    """Means of the parts of outputs over all that they are means of, and the mean `weight`; `reduce` joins processes."""
+    names = [name for name in PARTS if getattr(outputs[0], name) is not None]
+    rows = []
+    for output in outputs:
+        weight = output.loss.new_ones(()) if output.weight is None else output.weight
+        parts = [getattr(output, name).detach().float() * weight for name in names]
+        rows.append(torch.stack([weight.float(), *parts]))
+    sums = reduce(torch.stack(rows).mean(0))
+    return {"weight": sums[0], **dict(zip(names, sums[1:] / sums[0].clamp_min(1e-12)))}
 
 
 class StageTrainer(Trainer):
@@ -214,13 +232,16 @@ class StageTrainer(Trainer):
         self._seed_micro_batch()
         with accelerator.accumulate(self.model):
             output = self.model(**batch)
-            accelerator.backward(output.loss)
+            accelerator.backward(self._share_of_update(output))
             self.pending.append(output)
             if accelerator.sync_gradients:
+                means = self._mean_parts()
+                self._weigh_gradients(means["weight"])
                 norm = accelerator.clip_grad_norm_(
                     self.model.parameters(), self.options.max_grad_norm
                 )
-                loss = self._reduced("loss")
+                means, norm = self._read(means, norm)
+                loss = means["loss"]
                 problem = self.guard.problem(loss, norm)
             if problem is None:
                 self.optimizer.step()
@@ -239,7 +260,7 @@ class StageTrainer(Trainer):
                 f"{self.stage} step {progress.step + 1}: {problem}; left out ({progress.skipped} so far)"
             )
             return None
-        return self._update_metrics(loss) if accelerator.sync_gradients else None
+        return self._update_metrics(means) if accelerator.sync_gradients else None
 
     def _give_up(self, reason: str) -> NoReturn:
         last = (self.checkpoints.all() or ["none yet"])[-1]
@@ -249,18 +270,60 @@ class StageTrainer(Trainer):
             "command again."
         )
 
-    def _reduced(self, name: str) -> float:
-        """Mean of one part of the output over micro-batches and processes."""
-        values = torch.stack([getattr(o, name).detach().float() for o in self.pending])
-        return self.accelerator.reduce(values.mean(), "mean").item()
+    # ---- means over micro-batches and processes, which weigh tokens ----
 
-    def _update_metrics(self, loss: float) -> dict[str, float]:
-        metrics = {"loss": loss, "skipped_steps": self.progress.skipped}
+    @property
+    def _is_weighed(self) -> bool:
+        """Whether an update has several micro-batches, whose tokens must count alike however many each has.
+
+        DeepSpeed reduces gradients by itself and gives every micro-batch the same weight.
+        """
+        several = self.accelerator.num_processes * self.options.gradient_accumulation_steps > 1
+        return several and self.accelerator.distributed_type != DistributedType.DEEPSPEED
+
+    @property
+    def _unit(self) -> float:
+        """A weight that all processes know without talking; a power of two, by which nothing is rounded."""
+        rows = self.options.batch_size * self.options.sequence_length
+        return 2.0 ** round(math.log2(rows))
+
+    def _share_of_update(self, output: TokComOutput) -> torch.Tensor:
+        """The loss of a micro-batch in proportion to what it is a mean of."""
+        if not self._is_weighed or output.weight is None:
+            return output.loss
+        return output.loss * (output.weight / self._unit)
+
+    def _weigh_gradients(self, mean_weight: torch.Tensor) -> None:
+        """Divide the gradients of an update by the mean weight of its micro-batches on all processes."""
+        if not self._is_weighed or self.pending[0].weight is None:
+            return
+        scale = self._unit / mean_weight.clamp_min(1)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        gradients = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+        torch._foreach_mul_(gradients, scale.to(gradients[0].device))
+
+    def _mean_parts(self) -> dict[str, torch.Tensor]:
+        """Weighed means of the parts of the output over micro-batches and processes, in one exchange; nothing is read."""
+        return weighed_means(self.pending, lambda sums: self.accelerator.reduce(sums, "mean"))
+
+    @staticmethod
+    def _read(
+        means: dict[str, torch.Tensor], norm: torch.Tensor | None
+    ) -> tuple[dict[str, float], float | None]:
+        """Numbers of an update on the host, in one read, for which it waits for the device."""
+        values = list(means.values())
+        if norm is not None:
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm)
+            values.append(norm.to(values[0]))
+        numbers = torch.stack(values).tolist()
+        return dict(zip(means, numbers)), None if norm is None else numbers[-1]
+
+    def _update_metrics(self, means: dict[str, float]) -> dict[str, float]:
+        metrics = {"loss": means["loss"], "skipped_steps": self.progress.skipped}
         if self.stage == "codec":
-            metrics["batch_loss"] = loss
+            metrics["batch_loss"] = means["loss"]
         else:
-            found = [name for name in PARTS[1:] if getattr(self.pending[0], name) is not None]
-            metrics |= {f"batch_{name}": self._reduced(name) for name in found}
+            metrics |= {f"batch_{name}": means[name] for name in PARTS[1:] if name in means}
         self.pending = []
         return metrics
 
@@ -307,12 +370,9 @@ class StageTrainer(Trainer):
             torch.manual_seed(index)
             with self.accelerator.autocast():
                 outputs.append(module(**send_to_device(batch, self.accelerator.device)))
-        found = {name: [getattr(o, name) for o in outputs] for name in PARTS}
-        found = {
-            name: [value.float() for value in values if value is not None]
-            for name, values in found.items()
-        }
-        return {name: torch.stack(values).mean().item() for name, values in found.items() if values}
+        means = weighed_means(outputs)
+        means.pop("weight")
+        return self._read(means, None)[0]
 
     def _full_copy(self) -> TokComModel | None:
         """The current weights as an ordinary model on the main process; gathers shards, so every rank calls it."""
@@ -368,13 +428,27 @@ class StageTrainer(Trainer):
                 f"{self.stage}: {changed}; the run goes on with rows that it has not seen in this epoch"
             )
 
+    def begin_epoch(self) -> None:
+        if self.corpus.streamed:  # which is read from its beginning
+            self.progress.micro_batch = 0
+            return
+        length = len(self.loader)
+        self.progress.micro_batch = math.ceil(self.progress.micro_batch / length) * length
+
+    def train(self) -> None:
+        super().train()
+        if not (self.directory / "best" / "config.json").is_file():  # removed since it was damaged
+            self.progress.best = float("inf")
+            self.evaluate(tqdm(disable=True))
+
     def export(self, target: Path) -> None:
         if self.accelerator.is_main_process:
+            check_folder(self.directory / "best")
             model = TokComModel.from_pretrained(self.directory / "best")
             if self.stage == "codec":
-                self.corpus.measure(model)
+                self.corpus.measure(model.to(self.accelerator.device))
             export_repository(
-                model, self.corpus.tokenizer, target, autoencoder=self.corpus.autoencoder
+                model.cpu(), self.corpus.tokenizer, target, autoencoder=self.corpus.autoencoder
             )
             self.write_summary()
         self.accelerator.wait_for_everyone()

@@ -1,4 +1,4 @@
-"""Ending a run on a signal: the update at hand is finished and a checkpoint written, so that the same command goes on."""
+"""Why runs end before they are done. On a signal the update at hand is finished and a checkpoint written, so that the same command goes on."""
 
 import signal
 import threading
@@ -9,6 +9,10 @@ SIGNALS = (
     signal.SIGUSR1,
     signal.SIGINT,
 )  # what schedulers send before they take a machine away, and Ctrl-C
+
+
+class TrainingError(RuntimeError):
+    """A run cannot go on, through no fault of its settings; the message is a sentence that says what to do."""
 
 
 class TrainingStopped(Exception):

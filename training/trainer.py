@@ -150,7 +150,13 @@ class Trainer:
     def write_summary(self) -> None:
         """Say that the stage is finished, after how much; written last."""
         progress = self.progress
-        facts = {"steps": progress.step, "tokens": progress.tokens}
+        facts = {
+            "steps": progress.step,
+            "tokens": progress.tokens,
+            "precision": self.accelerator.mixed_precision,
+            "device": self.accelerator.device.type,
+            "processes": self.accelerator.num_processes,
+        }
         if math.isfinite(progress.best):
             facts["best_validation_loss"] = progress.best
         write_atomically(self.directory / "summary.json", json.dumps(facts, indent=2) + "\n")
@@ -188,7 +194,8 @@ class Trainer:
     def extra_state(self) -> dict[str, object]:
         """What a checkpoint holds besides what accelerate saves; gathers shards, so every rank calls it."""
         parts = {"progress": self.progress, "scheduler": self.lr_scheduler, "average": self.ema}
-        return {name: part.state_dict() for name, part in parts.items() if part is not None}
+        state = {name: part.state_dict() for name, part in parts.items() if part is not None}
+        return {**state, "data": self.corpus.digest}
 
     def _save_checkpoint(self) -> None:
         accelerator = self.accelerator
@@ -227,6 +234,9 @@ class Trainer:
         if self.lr_scheduler is not None:
             self._restore_schedule(extra["scheduler"], decays)
         self.relocate()
+        digest = broadcast_object_list([self.corpus.digest])[0]
+        if extra.get("data", digest) != digest:
+            self.begin_epoch()
         self.accelerator.print(f"resumed {self.stage} from {newest}")
 
     def _restore_schedule(self, saved: dict, decays: list[float]) -> None:
@@ -244,6 +254,9 @@ class Trainer:
         )
         for group, initial, current, decay in settings:
             group.update({"initial_lr": initial, "lr": current, "weight_decay": decay})
+
+    def begin_epoch(self) -> None:
+        """Go on at the beginning of an epoch, since the data are others now."""
 
     def relocate(self) -> None:
         """Find the place in the data again if batches have another size now."""

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from tokcom.evaluation.divergence import Teacher, truncate
 from tokcom.training.precision import half_precision
 
-LENGTHS = (1, 2, 4, 8)
+LENGTHS = (1, 2, 4)
 BEFORE = 64  # tokens of the left side
 AFTER = 48  # tokens of the right side
 BATCH = 64

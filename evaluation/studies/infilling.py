@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from tokcom.cli.errors import report_errors
+from tokcom.cli.loading import add_device_option
 from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.processing_tokcom import text_ids
 
@@ -27,7 +29,7 @@ def gap_nats(model, ids: list[int], start: int, stop: int) -> tuple[float, float
     """Nats of the tokens from `start` to `stop` given both sides, and given the left side alone."""
     size = model.config.codec_config.chunk_size
     padding = -len(ids) % size
-    whole = torch.tensor([ids + [0] * padding])
+    whole = torch.tensor([ids + [0] * padding], device=model.device)
     real = torch.ones_like(whole)
     real[0, len(ids) :] = 0
     known = real.clone()
@@ -39,6 +41,7 @@ def gap_nats(model, ids: list[int], start: int, stop: int) -> tuple[float, float
     return tuple(float(output.token_losses.flatten()[start:stop].sum()) for output in (both, left))
 
 
+@report_errors()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -55,8 +58,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, help="of the places of the gaps (default: %(default)s)"
     )
+    add_device_option(parser)
     args = parser.parse_args(argv)
-    pipe = TokComPipeline.from_pretrained(args.model)
+    pipe = TokComPipeline.from_pretrained(args.model).to(args.device)
     model = pipe.model.eval()
     if not model.config.transformer_config.start_latents:
         raise SystemExit(

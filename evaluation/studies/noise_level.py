@@ -9,6 +9,8 @@ import datasets
 import torch
 from tqdm.auto import tqdm
 
+from tokcom.cli.errors import report_errors
+from tokcom.cli.loading import add_device_option
 from tokcom.pipeline_tokcom import TokComPipeline
 
 LEVELS = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
@@ -28,6 +30,7 @@ def share_kept(pipe: TokComPipeline, texts: list[str], level: float) -> float:
     return equal / count
 
 
+@report_errors()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -44,8 +47,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--characters", type=int, default=300, help="of each, from its start (default: %(default)s)"
     )
+    add_device_option(parser)
     args = parser.parse_args(argv)
-    pipe = TokComPipeline.from_pretrained(args.model)
+    pipe = TokComPipeline.from_pretrained(args.model).to(args.device)
     pipe.set_progress_bar_config(disable=True)
     texts = datasets.load_dataset("parquet", data_files=args.data, split="train")["text"][
         : args.texts

@@ -1,0 +1,115 @@
+"""A digest of the data that a run trains on, which is refused when it has changed between two calls of the same run.
+
+What is hashed is what training reads: token ids, dialogues, or the records of pictures and streams as they are stored. Of files
+that records only name, and of sources that are read as a stream, the size and both ends of every file count, so that nothing
+large is read twice. Of a Hub dataset that is streamed only the name is known.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from tokcom.training.config import TrainConfig
+from tokcom.training.directory import RunDirectory, write_atomically
+
+END = 1 << 16  # bytes at each end of a file
+ROWS = 256  # records that are hashed at a time
+
+
+def data_digests(config: TrainConfig, corpus: Any) -> dict[str, str]:
+    """Digests of the two parts of a corpus, by their names."""
+    if corpus.streamed:
+        return {
+            "training data": _digest_sources(config.data.train),
+            "validation data": _digest(corpus.validation),
+        }
+    train = _digest(corpus.train)
+    same = corpus.validation is corpus.train
+    return {
+        "training data": train,
+        "validation data": train if same else _digest(corpus.validation),
+    }
+
+
+def _digest(part: Any) -> str:
+    total = hashlib.sha256()
+    if isinstance(part, np.ndarray):
+        total.update(np.ascontiguousarray(part).data)
+    elif isinstance(part, list):
+        for row in part:
+            total.update(repr(row).encode())
+    else:
+        _add_records(total, part.records)
+    return total.hexdigest()
+
+
+def _add_records(total: Any, records: Any) -> None:
+    """Add the records of a dataset as Arrow stores them, with the ends of the files that they name."""
+    for table in records.with_format("arrow").iter(ROWS):
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema.remove_metadata()) as stream:
+            stream.write_table(table.replace_schema_metadata(None))
+        total.update(sink.getvalue())
+        for column in table.columns:
+            if not pa.types.is_struct(column.type) or column.type.get_field_index("path") < 0:
+                continue
+            for value in column.to_pylist():
+                if value and value.get("path") and value.get("bytes") is None:
+                    _add_file(total, Path(value["path"]))
+
+
+def _add_file(total: Any, file: Path) -> None:
+    if not file.is_file():
+        return
+    size = file.stat().st_size
+    total.update(f"{file.name} {size}".encode())
+    with file.open("rb") as stream:
+        total.update(stream.read(END))
+        if size > 2 * END:
+            stream.seek(size - END)
+        total.update(stream.read(END))
+
+
+def _digest_sources(train: Any) -> str:
+    from tokcom.training.data import read_sources  # which imports what reads files
+
+    total = hashlib.sha256()
+    for source in read_sources(train):
+        path = Path(source.path)
+        total.update(path.name.encode())
+        if path.is_file():
+            _add_file(total, path)
+        for folder, _, names in sorted(os.walk(path)):
+            for name in sorted(names):
+                _add_file(total, Path(folder) / name)
+    return total.hexdigest()
+
+
+def check_unchanged(config: TrainConfig, corpus: Any, directory: RunDirectory) -> str:
+    """Compare the data with those that a run has begun with, and note them in `run/data.json`; returns their digest.
+
+    Raises `ValueError` if they have changed and `data.allow_changed` does not allow it. With it, what was made of the former
+    data is removed, and the run goes on with the new ones.
+    """
+    file = directory.work / "data.json"
+    now = data_digests(config, corpus)
+    has_begun = directory.settings.is_file()
+    known = json.loads(file.read_text()) if has_begun and file.is_file() else {}
+    changed = [name for name, digest in now.items() if known.get(name, digest) != digest]
+    if changed and not config.data.allow_changed:
+        raise ValueError(
+            f"the {' and the '.join(changed)} changed since {directory.root} was begun, so its weights would be of two data sets; "
+            "restore them, choose another output_dir, or set data.allow_changed=true."
+        )
+    if changed:
+        print(f"the {' and the '.join(changed)} changed; the run goes on with the new ones")
+        # the teacher's trajectories belong to rows by number; cached latents are checked by whoever reads them
+        (directory.work / "distill" / "pairs.pt").unlink(missing_ok=True)
+    if now != known:
+        write_atomically(file, json.dumps(now, indent=2) + "\n")
+    return now["training data"]
