@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from tokcom.integrity_tokcom import write_checksums
+
 CARD = "README.md"
 CODE = "*_tokcom.py"
 LEFT = ("run", "__pycache__")  # of a run
@@ -45,6 +47,7 @@ def pack(source: Path, target: Path, card: Path | None) -> int:
     (target / "config.json").write_text(text, encoding="utf-8")
     if card is not None:
         shutil.copy(card, target / CARD)
+    write_checksums(target)
     return sum(value.numel() for value in weights.values())
 
 
