@@ -1,253 +1,197 @@
-"""The small models in `zoo/`: each is whole, small, without code, and loads in every way; the judge of captions; the demo."""
+"""The small models in `zoo/` load and make something, and the scripts that made their data do so again."""
 
 import importlib.util
+import io
 import json
+import random
 import subprocess
 import sys
+from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
+import soundfile
 import torch
 from helpers import ROOT
 from PIL import Image
 from safetensors import safe_open
 
-from tokcom.evaluation import retrieval
-from tokcom.evaluation.linear_codecs import PCA, QuantisedPCA, lloyd
-from tokcom.training.pipelines import load_pipeline
+from tokcom.evaluation.parts import Parts
+from tokcom.evaluation.slots import names_slot, slots_named
+from tokcom.pipelines import load_pipeline
 
-ZOO = sorted(file.parent for file in (ROOT / "zoo").glob("*/model_index.json"))
-MOST = 10_000_000  # parameters of all together
-
-
-def stored(directory) -> dict[str, tuple[str, int]]:
-    """Type and size of every stored tensor."""
-    with safe_open(directory / "model.safetensors", "pt") as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}
-        return {
-            name: (part.get_dtype(), torch.Size(part.get_shape()).numel())
-            for name, part in slices.items()
-        }
+ZOO = sorted(path.parent for path in (ROOT / "zoo").glob("*/model_index.json"))
+MAX_PARAMETERS = 10_000_000  # of all together
+MAX_BYTES = 50 * 2**20  # of the whole repository
 
 
-def load_example(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+def script(name: str):
+    """A script of `examples/data/` as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / "data" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-# ---- what lies in zoo/ ----
+def make(pipe) -> torch.Tensor:
+    """Latents that a pipeline makes in the fewest steps."""
+    options = {"generator": torch.Generator().manual_seed(0), "output_type": "latent"}
+    if pipe.modality == "text":
+        return pipe("name[Cotto]", gen_length=8, **options).latents
+    if pipe.modality == "several":
+        return pipe({"text": "the digit seven"}, num_inference_steps=1, **options).latents
+    return pipe("a cat", num_inference_steps=1, **options).latents
 
 
-def test_the_zoo_is_small_stored_in_bfloat16_and_holds_no_code():
-    total = 0
-    for directory in ZOO:
-        tensors = stored(directory)
-        total += sum(size for _, size in tensors.values())
-        half = sum(size for kind, size in tensors.values() if kind == "BF16")
-        assert half > 0.8 * sum(size for _, size in tensors.values()), directory
-        assert not list(directory.rglob("*.py")) and not (directory / "run").exists()
-        card = (directory / "README.md").read_text(encoding="utf-8")
-        for heading in ("## Data", "## Training", "## Evaluation", "## Samples", "## Limitations"):
-            assert heading in card, (directory, heading)
-    assert total <= 1.02 * MOST  # buffers are not parameters
-
-
-@pytest.mark.parametrize("directory", ZOO, ids=lambda directory: directory.name)
-def test_a_model_of_the_zoo_loads_through_its_pipeline_in_float32(directory):
+@pytest.mark.parametrize("directory", ZOO, ids=lambda path: path.name)
+def test_every_model_of_the_zoo_loads_and_makes_something_finite(directory):
     pipe = load_pipeline(directory)
-    assert pipe.model.dtype == torch.float32 and pipe.tokenizer is not None
-    assert json.loads((directory / "model_index.json").read_text())["model"][1] == "TokComModel"
+    pipe.set_progress_bar_config(disable=True)
+    assert torch.isfinite(make(pipe)).all()
 
 
-def test_the_emoji_and_the_clips_are_made_for_captions():
-    made = {"emoji": ("images", Image.Image), "clips": ("videos", list)}
+@pytest.mark.parametrize("directory", ZOO, ids=lambda path: path.name)
+def test_a_model_of_the_zoo_is_weights_and_a_card_without_code(directory):
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    assert not [path.name for path in files if path.suffix in (".py", ".bin", ".pt", ".pkl")]
+    with safe_open(directory / "model.safetensors", "pt") as weights:
+        kinds = {name: weights.get_slice(name).get_dtype() for name in weights.keys()}
+    assert "BF16" in kinds.values() and set(kinds.values()) <= {"BF16", "F32", "I64"}
+    card = (directory / "README.md").read_text(encoding="utf-8")
+    for word in ("license:", "```bash", "seed", "## Evaluation", "## Samples"):
+        assert word in card, word
+
+
+def test_the_zoo_and_the_repository_stay_small():
+    count = 0
     for directory in ZOO:
-        if directory.name in made:
-            field, kind = made[directory.name]
-            pipe = load_pipeline(directory)
-            pipe.set_progress_bar_config(disable=True)
-            output = pipe("red apple, rising", num_inference_steps=1)
-            assert isinstance(getattr(output, field)[0], kind)
-    if (ROOT / "zoo" / "emoji") in ZOO:
-        codes = load_pipeline(ROOT / "zoo" / "emoji").encode(Image.new("RGB", (40, 40))).codes
-        assert codes.shape == (1, 36, 1)
+        with safe_open(directory / "model.safetensors", "pt") as weights:
+            count += sum(np.prod(weights.get_slice(n).get_shape()) for n in weights.keys())
+    assert count <= MAX_PARAMETERS
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    files = [ROOT / name for name in listed.stdout.split("\0") if name]
+    assert sum(file.stat().st_size for file in files if file.is_file()) <= MAX_BYTES
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("directory", ZOO, ids=lambda directory: directory.name)
-def test_what_publish_adds_makes_automodel_and_diffusionpipeline_load_it(directory, tmp_path):
-    load_pipeline(directory).save_pretrained(tmp_path / "whole")  # what publish uploads
-    code = f"""
-from diffusers import DiffusionPipeline
-from transformers import AutoModel
-path = {str(tmp_path / "whole")!r}
-model = AutoModel.from_pretrained(path, trust_remote_code=True)
-pipe = DiffusionPipeline.from_pretrained(path, custom_pipeline=path, trust_remote_code=True)
-for a, b in zip(model.parameters(), pipe.model.parameters()):
-    assert (a == b).all()
-print("same", type(pipe).__name__)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+@pytest.mark.parametrize("directory", ZOO, ids=lambda path: path.name)
+def test_a_model_of_the_zoo_loads_in_a_fresh_process_from_what_is_published(directory, tmp_path):
+    load_pipeline(directory).save_pretrained(tmp_path / "model")
+    folder = str(tmp_path / "model")
+    code = (
+        "from diffusers import DiffusionPipeline\nfrom transformers import AutoModel\n"
+        f"model = AutoModel.from_pretrained({folder!r}, trust_remote_code=True)\n"
+        f"pipe = DiffusionPipeline.from_pretrained({folder!r}, custom_pipeline={folder!r}, trust_remote_code=True)\n"
+        "assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in pipe.model.parameters())"
     )
-    assert done.returncode == 0 and "same TokCom" in done.stdout, done.stderr[-2000:]
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_packing_a_model_rounds_its_matrices_and_leaves_its_code(tmp_path):
-    if not ZOO:
-        pytest.skip("there is no model in zoo/ to pack again")
-    spec = importlib.util.spec_from_file_location("pack_zoo", ROOT / "scripts" / "pack_zoo.py")
-    packing = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(packing)
-    load_pipeline(ZOO[0]).save_pretrained(tmp_path / "run")
-    packing.pack(tmp_path / "run", tmp_path / "packed", None)
-    assert stored(tmp_path / "packed") == stored(ZOO[0])
-    assert not list((tmp_path / "packed").glob("*.py"))
+# ---- data ----
 
 
-# ---- the judge ----
-
-COLOURS = {
-    "red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255),
-    "black": (0, 0, 0), "yellow": (255, 255, 0), "cyan": (0, 255, 255), "pink": (255, 0, 255),
-}  # fmt: skip
-SHAPES = ("above", "below", "left", "right")
-
-
-def coloured(colour: str, shape: str) -> Image.Image:
-    """A grey picture of which one half has a colour."""
-    image = Image.new("RGB", (32, 32), (128, 128, 128))
-    boxes = {"above": (0, 0, 32, 16), "below": (0, 16, 32, 32), "left": (0, 0, 16, 32)}
-    image.paste(COLOURS[colour], boxes.get(shape, (16, 0, 32, 32)))
-    return image
-
-
-def test_a_judge_finds_what_it_has_learnt_and_nothing_in_other_pictures(tmp_path):
-    rows = {"image": [], "caption": []}
-    for colour in COLOURS:
-        for shape in SHAPES:
-            file = tmp_path / f"{colour}-{shape}.png"
-            coloured(colour, shape).save(file)
-            rows["image"].append(file.read_bytes())
-            rows["caption"].append(f"{colour} {shape}")
-    source = str(tmp_path / "train.parquet")
-    datasets.Dataset.from_dict(rows).to_parquet(source)
-    command = ["--train", source, "--test", source, "--judge", str(tmp_path / "judge")]
-    command += ["--output_dir", str(tmp_path / "results"), "--epochs", "40"]
-    real, others = retrieval.main(command)
-    assert real["found"] > 0.8 and others["found"] < 0.3
-    again = retrieval.main(command)[0]  # the judge in the folder is the one that was frozen
-    assert again == real
-    assert "found" in (tmp_path / "results" / "results.md").read_text()
-
-
-def test_words_that_training_never_had_are_counted_apart():
-    judge = retrieval.Judge(retrieval.JudgeConfig(words=["red", "apple"])).eval()
-    assert judge.knows("a red apple".removeprefix("a ")) and not judge.knows("red fox")
-    captions = [f"red {i}" for i in range(24)] + ["red apple"]
-    held_out = retrieval.HeldOut(judge, captions, 0)
-    assert held_out.choices.shape == (25, 20) and held_out.known.sum() == 1
-    assert all(len(set(row)) == 20 for row in held_out.choices.tolist())
-    with pytest.raises(ValueError, match="too few"):
-        retrieval.HeldOut(judge, captions[:5], 0)
-
-
-def test_a_judge_of_clips_names_motions(tmp_path):
-    config = retrieval.JudgeConfig(frames=2, words=["dot"], motions=["rising", "sinking"])
-    clips = torch.ones(32, 3, 2, 32, 32)
-    captions = []
-    for i in range(32):
-        top = 16 - 8 * (i % 2)
-        clips[i, :, 0, top : top + 8, 8:16] = -1
-        clips[i, :, 1, 24 - top : 32 - top, 8:16] = -1
-        captions.append("dot, " + ("sinking" if i % 2 else "rising"))
-    judge = retrieval.train_judge(config, clips, captions, epochs=30, seed=0)
-    named = judge.name_motion(clips).argmax(1)
-    assert (named == torch.arange(32) % 2).float().mean() > 0.9
-    assert judge.look(clips).shape == (32, 64)
-
-
-# ---- what a linear map can do ----
-
-
-def test_quantised_components_approach_the_components_with_more_bits():
-    generator = torch.Generator().manual_seed(0)
-    mixing = torch.randn(6, 48, generator=generator, dtype=torch.double)
-    images = (torch.randn(400, 6, generator=generator, dtype=torch.double) @ mixing * 0.1).tanh()
-    images = images.float().view(-1, 3, 4, 4)
-    errors = [
-        (QuantisedPCA(images, bits).reconstruct(images) - images).square().mean().item()
-        for bits in (6, 12, 36)
+def test_meanings_are_split_and_their_training_copies_say_the_same(tmp_path):
+    names = ("Cotto", "The Mill", "Aromi", "Clowns")
+    rows = [
+        {
+            "mr": f"name[{name}], area[{area}], near[The Bakers]",
+            "ref": f"{name} is near The Bakers in the {area}.",
+        }
+        for name in names
+        for area in ("riverside", "city centre")
     ]
-    assert errors[0] > errors[1] > errors[2]
-    best = (PCA(images).reconstruct(images, 6) - images).square().mean().item()
-    assert errors[2] < best + 0.1 * errors[0]
-
-
-def test_bits_go_where_the_error_is_and_levels_where_the_values_are():
-    shares = QuantisedPCA.divide(torch.tensor([64.0, 5.0, 1.0]), 6)
-    assert shares.tolist() == [4, 2, 0]  # errors of 0.25, 0.3 and 1 are left
-    values = torch.tensor([0.0, 0.1, 5.0, 5.1, 9.0, 9.1], dtype=torch.double)
-    torch.testing.assert_close(lloyd(values, 3), values.view(3, 2).mean(1))
-
-
-# ---- data and demo ----
-
-
-def test_clips_hold_out_two_motions_of_every_picture_and_each_motion_equally():
-    clips = load_data_example("clips")
-    parts = [[clips.part_of(picture, motion) for motion in range(6)] for picture in range(12)]
-    for row in parts:
-        assert row.count("test") == row.count("validation") == 1
-    for motion in range(6):
-        assert [row[motion] for row in parts].count("test") == 2
-
-
-def load_data_example(name: str):
-    file = ROOT / "examples" / "data" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_pictures_are_dealt_to_three_parts_at_one_size(tmp_path, monkeypatch):
-    emoji = load_data_example("emoji")
-    monkeypatch.setattr(emoji, "PARTS", {"test": 10, "validation": 6})
-    source = str(ROOT / "sample_data" / "emoji_train.parquet")
-    emoji.main(["--pictures", source, "--output_dir", str(tmp_path)])
-    seen = []
-    for part, count in (("test", 10), ("validation", 6), ("train", 40)):
-        rows = datasets.load_dataset(
-            "parquet", data_files=str(tmp_path / f"{part}.parquet"), split="train"
-        )
-        assert len(rows) == count and not any(c.startswith("an emoji of") for c in rows["caption"])
-        seen += rows["image"]
-    assert len(set(map(str, seen))) == 56
-
-
-def test_the_demo_names_what_is_not_there_and_writes_its_page(tmp_path, capsys):
-    demo = load_example("demo")
-    for name, (_, show) in demo.PARTS.items():
-        demo.PARTS[name] = (tmp_path / name, show)
-    demo.main(["--output_dir", str(tmp_path / "out")])
-    printed = capsys.readouterr().out
-    page = (tmp_path / "out" / "index.html").read_text()
-    for name in demo.PARTS:
-        assert f"{name}: left out" in printed and f"{name}: left out" in page
-
-
-@pytest.mark.parametrize("name", ["emoji", "clips"])
-def test_the_demo_shows_pictures_and_clips(name, tmp_path):
-    if (ROOT / "zoo" / name) not in ZOO:
-        pytest.skip(f"zoo/{name} is not there")
-    load_example("demo").main(["--only", name, "--output_dir", str(tmp_path)])
-    page = (tmp_path / "index.html").read_text()
-    files = {
-        "emoji": ["emoji.png", "emoji_prefixes.png", "emoji_codes.png"],
-        "clips": ["clip_0.gif"],
+    datasets.Dataset.from_list(rows).to_csv(tmp_path / "dev.csv")
+    options = ["--input", str(tmp_path / "dev.csv"), "--output_dir", str(tmp_path / "e2e")]
+    script("e2e").main([*options, "--validation", "1", "--test", "2", "--copies", "6"])
+    parts = {}
+    for name in ("train", "validation", "test"):
+        lines = (tmp_path / "e2e" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        parts[name] = [json.loads(line) for line in lines]
+    assert len(parts["validation"]) == 1 and len(parts["test"]) == 2 and len(parts["train"]) > 5
+    meanings = {
+        name: {frozenset(script("e2e").slots_of(row["prompt"])) for row in rows}
+        for name, rows in parts.items()
     }
-    for file in files[name]:
-        assert (tmp_path / file).is_file() and file in page
+    assert not (meanings["validation"] | meanings["test"]) & meanings["train"]
+    prompts = [row["prompt"] for row in parts["train"]]
+    assert slots_named(prompts, [row["answer"] for row in parts["train"]]) == 1
+    assert any(prompt.startswith("near") for prompt in prompts)  # slots come in any order
+
+
+def test_a_name_inside_another_name_is_not_swapped():
+    e2e = script("e2e")
+    slots = [("name", "The Mill"), ("near", "The Mill House")]
+    names = {"name": ["Cotto"], "near": ["The Bakers"]}
+    meaning, sentence = e2e.vary(slots, "The Mill by The Mill House", names, random.Random(0))
+    assert set(e2e.slots_of(meaning)) == {("name", "The Mill"), ("near", "The Bakers")}
+    assert sentence == "The Mill by The Bakers"
+
+
+def test_digits_are_joined_by_what_they_are_and_parts_share_nothing(tmp_path):
+    for folder, column in (("pictures", "image"), ("sounds", "audio")):
+        (tmp_path / folder).mkdir()
+        for part, count in (("train", 100), ("test", 10)):
+            rows = []
+            for i in range(count):
+                buffer = io.BytesIO()
+                level = (i + (part == "test") * 100) / 200
+                if column == "image":
+                    Image.new("L", (32, 32), round(255 * level)).save(buffer, "PNG")
+                else:
+                    soundfile.write(buffer, np.full(800, level), 8000, format="FLAC")
+                rows.append({column: {"bytes": buffer.getvalue(), "path": None}, "digit": i % 10})
+            datasets.Dataset.from_list(rows).to_parquet(tmp_path / folder / f"{part}.parquet")
+    options = ["--pictures", str(tmp_path / "pictures"), "--sounds", str(tmp_path / "sounds")]
+    script("digits").main(
+        [*options, "--output_dir", str(tmp_path / "out"), "--train", "200", "--test", "20"]
+    )
+    seen = {}
+    for part in ("train", "validation", "test"):
+        file = str(tmp_path / "out" / f"{part}.parquet")
+        rows = datasets.Dataset.from_parquet(file, cache_dir=str(tmp_path / "cache"))
+        rows = rows.cast_column("audio", datasets.Audio(decode=False))
+        seen[part] = set()
+        for row in rows:
+            samples, _ = soundfile.read(io.BytesIO(row["audio"]["bytes"]))
+            assert row["image"].size == (28, 28)
+            assert row["caption"] == f"the digit {script('digits').WORDS[row['digit']]}"
+            seen[part].add(round(float(samples[0]) * 200))
+        assert {level % 10 for level in seen[part]} == set(range(10))
+    assert not seen["train"] & seen["validation"] and not seen["train"] & seen["test"]
+    assert Path(tmp_path / "out" / "train.yaml").read_text().count("weight") == 4
+
+
+# ---- evaluations ----
+
+
+@pytest.mark.parametrize(
+    ("slot", "value", "sentence", "is_named"),
+    [
+        ("near", "Café Sicilia", "It is near the CAFE Sicilia.", True),
+        ("priceRange", "high", "It has a high customer rating.", False),
+        ("priceRange", "high", "An expensive place.", True),
+        ("customer rating", "low", "Its prices are low.", False),
+        ("customer rating", "5 out of 5", "Customers gave it five stars.", True),
+        ("customer rating", "1 out of 5", "It is rated 5 out of 5.", False),
+        ("familyFriendly", "no", "It is not a place for families.", True),
+        ("familyFriendly", "no", "It is family friendly.", False),
+        ("familyFriendly", "yes", "Children are welcome.", True),
+        ("familyFriendly", "yes", "It isn't family-friendly.", False),
+        ("area", "city centre", "In the center of the city.", True),
+        ("food", "English", "It serves British food.", True),
+    ],
+)
+def test_a_slot_is_named_by_its_own_value_alone(slot, value, sentence, is_named):
+    assert names_slot(slot, value, sentence) is is_named
+
+
+def test_a_part_is_measured_once_for_the_same_settings(tmp_path):
+    calls = []
+    for settings in ({"seed": 0}, {"seed": 0}, {"seed": 1}):
+        parts = Parts(tmp_path / "results.json", settings)
+        assert parts.measure("one", lambda: calls.append(1) or len(calls)) >= 1
+    assert len(calls) == 2
