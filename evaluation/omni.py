@@ -144,6 +144,8 @@ class Study:
             for name in ("pictures", "pictures_test", "digits", "digits_test")
             if getattr(args, name) is not None
         }
+        test = self.data["digits_test"]
+        self.data["digits_test"] = {name: part[: args.samples] for name, part in test.items()}
         unknown = set(self.data["digits_test"]["caption"]) - set(self.data["digits"]["caption"])
         if unknown:
             raise ValueError(
@@ -362,6 +364,7 @@ def main(argv: list[str] | None = None) -> dict:
         default=1,
         help="texts of which the one most like the others counts",
     )
+    parser.add_argument("--samples", type=int, help="test records of digits (default: all)")
     parser.add_argument("--contrastive_steps", type=int, default=1500)
     parser.add_argument("--epochs", type=int, default=10, help="of the classifier of sounds")
     parser.add_argument("--seed", type=int, default=0)
