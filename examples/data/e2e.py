@@ -7,9 +7,8 @@ published them (CC BY-SA 4.0). Writes `train.jsonl`, `validation.jsonl` and `tes
 {"prompt", "answer"}, one row for each sentence. No meaning is in two of them.
 
 Training rows come several times (`--copies`): with the slots of the meaning in another order, and
-with other values of the slots that stand in the sentence word for word, in the meaning and in the
-sentence alike. Four thousand sentences are few: a model that sees each with one meaning only learns
-them by heart, and not to read the meaning.
+mostly with another name of the place or of the place near it, in the meaning and in the sentence
+alike. Four thousand sentences are few, and names are best learnt as what is copied.
 """
 
 import argparse
@@ -22,8 +21,7 @@ from pathlib import Path
 import pandas as pd
 
 SLOT = re.compile(r"\s*([^\[\],]+)\[([^\]]*)\]")
-SWAPPED = ("name", "near", "food", "area", "priceRange", "customer rating")
-COMMON = ("high", "low", "average", "moderate", "cheap")  # words that mean more than one slot
+SWAPPED = ("name", "near")  # slots whose values stand in the sentence word for word
 
 
 def slots_of(meaning: str) -> list[tuple[str, str]]:
@@ -36,37 +34,24 @@ def meaning_of(slots: list[tuple[str, str]]) -> str:
 
 
 def vary(
-    slots: list[tuple[str, str]], sentence: str, values: dict[str, list[str]], rng: random.Random
+    slots: list[tuple[str, str]], sentence: str, names: dict[str, list[str]], rng: random.Random
 ) -> tuple[str, str]:
-    """The meaning and the sentence with slots in another order, and values swapped for others.
+    """The meaning and the sentence with slots in another order, and names swapped for others.
 
-    `values` holds the values of each slot that may take the place of each other. A value is only
-    swapped if it stands in the sentence exactly once, and is no part of another value.
+    A name is only swapped if it stands in the sentence exactly as in the meaning.
     """
     slots = list(slots)
     rng.shuffle(slots)
     for i, (slot, value) in enumerate(slots):
-        if value not in values.get(slot, ()):
+        other = rng.choice(names[slot]) if slot in SWAPPED else value
+        is_taken = any(other in text for _, text in slots)
+        if other == value or is_taken or sentence.count(value) == 0:
             continue
-        other = rng.choice(values[slot])
-        others = [text for j, (_, text) in enumerate(slots) if j != i]
-        if any(value in text or other in text or text in other for text in others):
-            continue
-        if sentence.count(value) != 1 or other in sentence:
+        if any(value != text and value in text for _, text in slots):
             continue
         slots[i] = (slot, other)
         sentence = sentence.replace(value, other)
     return meaning_of(slots), sentence
-
-
-def swappable(meanings: list[str]) -> dict[str, list[str]]:
-    """The values of each slot that can be swapped. Numbers go with numbers alone."""
-    values = defaultdict(set)
-    for meaning in meanings:
-        for slot, value in slots_of(meaning):
-            if slot in SWAPPED and value not in COMMON:
-                values[slot].add(value)
-    return {slot: sorted(found) for slot, found in values.items()}
 
 
 def split(meanings: list[str], counts: dict[str, int], seed: int) -> dict[str, list[str]]:
@@ -87,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--input", required=True, type=Path, help="parquet or CSV file with `mr` and `ref`")
     add("--output_dir", required=True, type=Path)
-    add("--copies", type=int, default=16, help="of every training sentence (default: 16)")
+    add("--copies", type=int, default=12, help="of every training sentence (default: 12)")
     add("--validation", type=int, default=30, help="meanings to tune on (default: 30)")
     add("--test", type=int, default=60, help="meanings to test on (default: 60)")
     add("--seed", type=int, default=0)
@@ -100,7 +85,8 @@ def main(argv: list[str] | None = None) -> None:
         sentences[meaning].append(" ".join(sentence.split()))
     parts = split(list(sentences), {"validation": args.validation, "test": args.test}, args.seed)
     rng = random.Random(args.seed)
-    values = swappable(list(sentences))
+    names = {slot: sorted({dict(slots_of(m)).get(slot, "") for m in sentences}) for slot in SWAPPED}
+    names = {slot: [name for name in found if name] for slot, found in names.items()}
     held_out = {
         frozenset(slots_of(meaning)) for part in ("validation", "test") for meaning in parts[part]
     }
@@ -109,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
         rows = [(meaning, sentence) for meaning in meanings for sentence in sentences[meaning]]
         if part == "train":
             varied = [
-                vary(slots_of(meaning), sentence, values, rng)
+                vary(slots_of(meaning), sentence, names, rng)
                 for meaning, sentence in rows
                 for _ in range(args.copies - 1)
             ]

@@ -1,11 +1,10 @@
-"""The small models in `zoo/` load and make something, and the scripts that made their data do so again."""
+"""What `zoo/pixels` and `zoo/digits` are made of: their data, the measures of them, and that every model of the zoo runs."""
 
 import importlib.util
 import io
 import json
 import random
 import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -15,14 +14,12 @@ import soundfile
 import torch
 from helpers import ROOT
 from PIL import Image
-from safetensors import safe_open
 
 from tokcom.evaluation.parts import Parts
 from tokcom.evaluation.slots import names_slot, slots_named
 from tokcom.pipelines import load_pipeline
 
 ZOO = sorted(path.parent for path in (ROOT / "zoo").glob("*/model_index.json"))
-MAX_PARAMETERS = 10_000_000  # of all together
 MAX_BYTES = 50 * 2**20  # of the whole repository
 
 
@@ -41,7 +38,7 @@ def make(pipe) -> torch.Tensor:
         return pipe("name[Cotto]", gen_length=8, **options).latents
     if pipe.modality == "several":
         return pipe({"text": "the digit seven"}, num_inference_steps=1, **options).latents
-    return pipe("a cat", num_inference_steps=1, **options).latents
+    return pipe("red apple, rising", num_inference_steps=1, **options).latents
 
 
 @pytest.mark.parametrize("directory", ZOO, ids=lambda path: path.name)
@@ -51,44 +48,10 @@ def test_every_model_of_the_zoo_loads_and_makes_something_finite(directory):
     assert torch.isfinite(make(pipe)).all()
 
 
-@pytest.mark.parametrize("directory", ZOO, ids=lambda path: path.name)
-def test_a_model_of_the_zoo_is_weights_and_a_card_without_code(directory):
-    files = [path for path in directory.rglob("*") if path.is_file()]
-    assert not [path.name for path in files if path.suffix in (".py", ".bin", ".pt", ".pkl")]
-    with safe_open(directory / "model.safetensors", "pt") as weights:
-        kinds = {name: weights.get_slice(name).get_dtype() for name in weights.keys()}
-    assert "BF16" in kinds.values() and set(kinds.values()) <= {"BF16", "F32", "I64"}
-    card = (directory / "README.md").read_text(encoding="utf-8")
-    for word in ("license:", "```bash", "seed", "## Evaluation", "## Samples"):
-        assert word in card, word
-
-
-def test_the_zoo_and_the_repository_stay_small():
-    count = 0
-    for directory in ZOO:
-        with safe_open(directory / "model.safetensors", "pt") as weights:
-            count += sum(np.prod(weights.get_slice(n).get_shape()) for n in weights.keys())
-    assert count <= MAX_PARAMETERS
+def test_the_repository_stays_small():
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
     files = [ROOT / name for name in listed.stdout.split("\0") if name]
     assert sum(file.stat().st_size for file in files if file.is_file()) <= MAX_BYTES
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("directory", ZOO, ids=lambda path: path.name)
-def test_a_model_of_the_zoo_loads_in_a_fresh_process_from_what_is_published(directory, tmp_path):
-    load_pipeline(directory).save_pretrained(tmp_path / "model")
-    folder = str(tmp_path / "model")
-    code = (
-        "from diffusers import DiffusionPipeline\nfrom transformers import AutoModel\n"
-        f"model = AutoModel.from_pretrained({folder!r}, trust_remote_code=True)\n"
-        f"pipe = DiffusionPipeline.from_pretrained({folder!r}, custom_pipeline={folder!r}, trust_remote_code=True)\n"
-        "assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in pipe.model.parameters())"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 # ---- data ----
@@ -122,16 +85,14 @@ def test_meanings_are_split_and_their_training_copies_say_the_same(tmp_path):
     assert any(prompt.startswith("near") for prompt in prompts)  # slots come in any order
 
 
-def test_a_swapped_value_is_swapped_in_the_meaning_and_the_sentence_alike():
+def test_a_swapped_name_is_swapped_in_the_meaning_and_the_sentence_alike():
     e2e = script("e2e")
-    values = e2e.swappable(["name[Cotto], near[The Bakers], customer rating[high]"])
-    assert values == {"name": ["Cotto"], "near": ["The Bakers"]}  # "high" may be the price, too
-    values = {"name": ["The Mill", "Cotto"], "near": ["The Mill House", "The Bakers"]}
+    names = {"name": ["The Mill", "Cotto"], "near": ["The Mill House", "The Bakers"]}
     slots = [("name", "The Mill"), ("near", "The Mill House")]
     made = set()
     for seed in range(8):
         rng = random.Random(seed)
-        meaning, sentence = e2e.vary(slots, "The Mill by The Mill House", values, rng)
+        meaning, sentence = e2e.vary(slots, "The Mill by The Mill House", names, rng)
         found = dict(e2e.slots_of(meaning))
         assert sentence == f"{found['name']} by {found['near']}"
         made.add(sentence)
