@@ -72,7 +72,6 @@ NEVER_VARY = {
     "sampling_top_p": "a default of sampling that a model may bring",
     "condition_vocab_size": "the tokenizer decides",
     "condition_length": "the data decide: the longest caption",
-    "text_latents": "the data decide: the longest text of several streams",
     "num_quantizers": "its levels",
     "fsq_levels": "as num_codes",
     "layout": "`raster` is PixelDLM's published layout, the control of docs/pixels.md",

@@ -29,9 +29,9 @@ WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 BORDER = 2  # empty pixels on every side of the pictures
 HELD_OUT = 10  # one picture and one recording in ten of the training parts are for validation
 MIXTURE = (  # columns that a source shows, and how often it is drawn
-    (("text", "image"), 0.3),
-    (("text", "audio"), 0.3),
-    (("image", "audio"), 0.3),
+    (("text", "image"), 0.35),
+    (("text", "audio"), 0.35),
+    (("image", "audio"), 0.2),
     (("text", "image", "audio"), 0.1),
 )
 COLUMNS = {"text": "caption", "image": "image", "audio": "audio"}
