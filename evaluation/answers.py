@@ -15,13 +15,13 @@ as soon as it is done, `results.json` and `results.md`. A run that was stopped g
 import argparse
 import json
 import random
-import sys
 from collections import defaultdict
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
+from tokcom.cli.errors import report_errors
 from tokcom.evaluation.parts import Parts, fingerprint
 from tokcom.evaluation.reference import reference_metrics
 from tokcom.evaluation.report import table
@@ -93,6 +93,7 @@ def controls(
     }
 
 
+@report_errors()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -147,7 +148,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as problem:
-        sys.exit(f"error: {problem}")
+    main()

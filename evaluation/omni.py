@@ -30,7 +30,6 @@ a .wav of each class. A run that was stopped goes on where it was.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +41,7 @@ from torch import nn
 from tqdm.auto import trange
 from transformers import AutoTokenizer
 
+from tokcom.cli.errors import report_errors
 from tokcom.evaluation.digits import BATCH, measure_digits
 from tokcom.evaluation.images import Classifier
 from tokcom.evaluation.judges import TokenJudge
@@ -341,6 +341,7 @@ def load(
     return Study(pipes["joint model"], args), pipes, judge
 
 
+@report_errors()
 def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -371,24 +372,21 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--output_dir", type=Path, required=True)
     args = parser.parse_args(argv)
     if (args.pictures is None) != (args.pictures_test is None):
-        sys.exit("error: --pictures and --pictures_test come together; give both or none.")
+        raise ValueError("--pictures and --pictures_test come together; give both or none.")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     settings = {name: value for name, value in vars(args).items() if name != "guidance_scales"}
-    try:
-        study, pipes, judge = load(args)
-        settings["weights"] = fingerprint(study.pipe.model)
-        parts = Parts(args.output_dir / "results.json", settings)
-        facts = measure_digits(study, parts)
-        if args.pictures is not None:
-            scales = ", ".join(f"{scale:g}" for scale in args.guidance_scales)
-            found = parts.measure(f"pictures, guidance {scales}", lambda: measure_pictures(study))
-            facts["directions"] = found["directions"] + facts["directions"]
-            facts["captions"] = found["captions"]
-        if judge is not None:
-            real = study.data.get("pictures_test", study.data["digits_test"])["text"]
-            facts["text"] = parts.measure("text", lambda: measure_text(pipes, judge, real, args))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    study, pipes, judge = load(args)
+    settings["weights"] = fingerprint(study.pipe.model)
+    parts = Parts(args.output_dir / "results.json", settings)
+    facts = measure_digits(study, parts)
+    if args.pictures is not None:
+        scales = ", ".join(f"{scale:g}" for scale in args.guidance_scales)
+        found = parts.measure(f"pictures, guidance {scales}", lambda: measure_pictures(study))
+        facts["directions"] = found["directions"] + facts["directions"]
+        facts["captions"] = found["captions"]
+    if judge is not None:
+        real = study.data.get("pictures_test", study.data["digits_test"])["text"]
+        facts["text"] = parts.measure("text", lambda: measure_text(pipes, judge, real, args))
     (args.output_dir / "results.md").write_text(report(facts), encoding="utf-8")
     print(report(facts))
     return facts

@@ -1,0 +1,253 @@
+"""The small models in `zoo/`: each is whole, small, without code, and loads in every way; the judge of captions; the demo."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import datasets
+import pytest
+import torch
+from helpers import ROOT
+from PIL import Image
+from safetensors import safe_open
+
+from tokcom.evaluation import retrieval
+from tokcom.evaluation.linear_codecs import PCA, QuantisedPCA, lloyd
+from tokcom.training.pipelines import load_pipeline
+
+ZOO = sorted(file.parent for file in (ROOT / "zoo").glob("*/model_index.json"))
+MOST = 10_000_000  # parameters of all together
+
+
+def stored(directory) -> dict[str, tuple[str, int]]:
+    """Type and size of every stored tensor."""
+    with safe_open(directory / "model.safetensors", "pt") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}
+        return {
+            name: (part.get_dtype(), torch.Size(part.get_shape()).numel())
+            for name, part in slices.items()
+        }
+
+
+def load_example(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# ---- what lies in zoo/ ----
+
+
+def test_the_zoo_is_small_stored_in_bfloat16_and_holds_no_code():
+    total = 0
+    for directory in ZOO:
+        tensors = stored(directory)
+        total += sum(size for _, size in tensors.values())
+        half = sum(size for kind, size in tensors.values() if kind == "BF16")
+        assert half > 0.8 * sum(size for _, size in tensors.values()), directory
+        assert not list(directory.rglob("*.py")) and not (directory / "run").exists()
+        card = (directory / "README.md").read_text(encoding="utf-8")
+        for heading in ("## Data", "## Training", "## Evaluation", "## Samples", "## Limitations"):
+            assert heading in card, (directory, heading)
+    assert total <= 1.02 * MOST  # buffers are not parameters
+
+
+@pytest.mark.parametrize("directory", ZOO, ids=lambda directory: directory.name)
+def test_a_model_of_the_zoo_loads_through_its_pipeline_in_float32(directory):
+    pipe = load_pipeline(directory)
+    assert pipe.model.dtype == torch.float32 and pipe.tokenizer is not None
+    assert json.loads((directory / "model_index.json").read_text())["model"][1] == "TokComModel"
+
+
+def test_the_emoji_and_the_clips_are_made_for_captions():
+    made = {"emoji": ("images", Image.Image), "clips": ("videos", list)}
+    for directory in ZOO:
+        if directory.name in made:
+            field, kind = made[directory.name]
+            pipe = load_pipeline(directory)
+            pipe.set_progress_bar_config(disable=True)
+            output = pipe("red apple, rising", num_inference_steps=1)
+            assert isinstance(getattr(output, field)[0], kind)
+    if (ROOT / "zoo" / "emoji") in ZOO:
+        codes = load_pipeline(ROOT / "zoo" / "emoji").encode(Image.new("RGB", (40, 40))).codes
+        assert codes.shape == (1, 36, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("directory", ZOO, ids=lambda directory: directory.name)
+def test_what_publish_adds_makes_automodel_and_diffusionpipeline_load_it(directory, tmp_path):
+    load_pipeline(directory).save_pretrained(tmp_path / "whole")  # what publish uploads
+    code = f"""
+from diffusers import DiffusionPipeline
+from transformers import AutoModel
+path = {str(tmp_path / "whole")!r}
+model = AutoModel.from_pretrained(path, trust_remote_code=True)
+pipe = DiffusionPipeline.from_pretrained(path, custom_pipeline=path, trust_remote_code=True)
+for a, b in zip(model.parameters(), pipe.model.parameters()):
+    assert (a == b).all()
+print("same", type(pipe).__name__)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "same TokCom" in done.stdout, done.stderr[-2000:]
+
+
+def test_packing_a_model_rounds_its_matrices_and_leaves_its_code(tmp_path):
+    if not ZOO:
+        pytest.skip("there is no model in zoo/ to pack again")
+    spec = importlib.util.spec_from_file_location("pack_zoo", ROOT / "scripts" / "pack_zoo.py")
+    packing = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(packing)
+    load_pipeline(ZOO[0]).save_pretrained(tmp_path / "run")
+    packing.pack(tmp_path / "run", tmp_path / "packed", None)
+    assert stored(tmp_path / "packed") == stored(ZOO[0])
+    assert not list((tmp_path / "packed").glob("*.py"))
+
+
+# ---- the judge ----
+
+COLOURS = {
+    "red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255),
+    "black": (0, 0, 0), "yellow": (255, 255, 0), "cyan": (0, 255, 255), "pink": (255, 0, 255),
+}  # fmt: skip
+SHAPES = ("above", "below", "left", "right")
+
+
+def coloured(colour: str, shape: str) -> Image.Image:
+    """A grey picture of which one half has a colour."""
+    image = Image.new("RGB", (32, 32), (128, 128, 128))
+    boxes = {"above": (0, 0, 32, 16), "below": (0, 16, 32, 32), "left": (0, 0, 16, 32)}
+    image.paste(COLOURS[colour], boxes.get(shape, (16, 0, 32, 32)))
+    return image
+
+
+def test_a_judge_finds_what_it_has_learnt_and_nothing_in_other_pictures(tmp_path):
+    rows = {"image": [], "caption": []}
+    for colour in COLOURS:
+        for shape in SHAPES:
+            file = tmp_path / f"{colour}-{shape}.png"
+            coloured(colour, shape).save(file)
+            rows["image"].append(file.read_bytes())
+            rows["caption"].append(f"{colour} {shape}")
+    source = str(tmp_path / "train.parquet")
+    datasets.Dataset.from_dict(rows).to_parquet(source)
+    command = ["--train", source, "--test", source, "--judge", str(tmp_path / "judge")]
+    command += ["--output_dir", str(tmp_path / "results"), "--epochs", "40"]
+    real, others = retrieval.main(command)
+    assert real["found"] > 0.8 and others["found"] < 0.3
+    again = retrieval.main(command)[0]  # the judge in the folder is the one that was frozen
+    assert again == real
+    assert "found" in (tmp_path / "results" / "results.md").read_text()
+
+
+def test_words_that_training_never_had_are_counted_apart():
+    judge = retrieval.Judge(retrieval.JudgeConfig(words=["red", "apple"])).eval()
+    assert judge.knows("a red apple".removeprefix("a ")) and not judge.knows("red fox")
+    captions = [f"red {i}" for i in range(24)] + ["red apple"]
+    held_out = retrieval.HeldOut(judge, captions, 0)
+    assert held_out.choices.shape == (25, 20) and held_out.known.sum() == 1
+    assert all(len(set(row)) == 20 for row in held_out.choices.tolist())
+    with pytest.raises(ValueError, match="too few"):
+        retrieval.HeldOut(judge, captions[:5], 0)
+
+
+def test_a_judge_of_clips_names_motions(tmp_path):
+    config = retrieval.JudgeConfig(frames=2, words=["dot"], motions=["rising", "sinking"])
+    clips = torch.ones(32, 3, 2, 32, 32)
+    captions = []
+    for i in range(32):
+        top = 16 - 8 * (i % 2)
+        clips[i, :, 0, top : top + 8, 8:16] = -1
+        clips[i, :, 1, 24 - top : 32 - top, 8:16] = -1
+        captions.append("dot, " + ("sinking" if i % 2 else "rising"))
+    judge = retrieval.train_judge(config, clips, captions, epochs=30, seed=0)
+    named = judge.name_motion(clips).argmax(1)
+    assert (named == torch.arange(32) % 2).float().mean() > 0.9
+    assert judge.look(clips).shape == (32, 64)
+
+
+# ---- what a linear map can do ----
+
+
+def test_quantised_components_approach_the_components_with_more_bits():
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(6, 48, generator=generator, dtype=torch.double)
+    images = (torch.randn(400, 6, generator=generator, dtype=torch.double) @ mixing * 0.1).tanh()
+    images = images.float().view(-1, 3, 4, 4)
+    errors = [
+        (QuantisedPCA(images, bits).reconstruct(images) - images).square().mean().item()
+        for bits in (6, 12, 36)
+    ]
+    assert errors[0] > errors[1] > errors[2]
+    best = (PCA(images).reconstruct(images, 6) - images).square().mean().item()
+    assert errors[2] < best + 0.1 * errors[0]
+
+
+def test_bits_go_where_the_error_is_and_levels_where_the_values_are():
+    shares = QuantisedPCA.divide(torch.tensor([64.0, 5.0, 1.0]), 6)
+    assert shares.tolist() == [4, 2, 0]  # errors of 0.25, 0.3 and 1 are left
+    values = torch.tensor([0.0, 0.1, 5.0, 5.1, 9.0, 9.1], dtype=torch.double)
+    torch.testing.assert_close(lloyd(values, 3), values.view(3, 2).mean(1))
+
+
+# ---- data and demo ----
+
+
+def test_clips_hold_out_two_motions_of_every_picture_and_each_motion_equally():
+    clips = load_data_example("clips")
+    parts = [[clips.part_of(picture, motion) for motion in range(6)] for picture in range(12)]
+    for row in parts:
+        assert row.count("test") == row.count("validation") == 1
+    for motion in range(6):
+        assert [row[motion] for row in parts].count("test") == 2
+
+
+def load_data_example(name: str):
+    file = ROOT / "examples" / "data" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_pictures_are_dealt_to_three_parts_at_one_size(tmp_path, monkeypatch):
+    emoji = load_data_example("emoji")
+    monkeypatch.setattr(emoji, "PARTS", {"test": 10, "validation": 6})
+    source = str(ROOT / "sample_data" / "emoji_train.parquet")
+    emoji.main(["--pictures", source, "--output_dir", str(tmp_path)])
+    seen = []
+    for part, count in (("test", 10), ("validation", 6), ("train", 40)):
+        rows = datasets.load_dataset(
+            "parquet", data_files=str(tmp_path / f"{part}.parquet"), split="train"
+        )
+        assert len(rows) == count and not any(c.startswith("an emoji of") for c in rows["caption"])
+        seen += rows["image"]
+    assert len(set(map(str, seen))) == 56
+
+
+def test_the_demo_names_what_is_not_there_and_writes_its_page(tmp_path, capsys):
+    demo = load_example("demo")
+    for name, (_, show) in demo.PARTS.items():
+        demo.PARTS[name] = (tmp_path / name, show)
+    demo.main(["--output_dir", str(tmp_path / "out")])
+    printed = capsys.readouterr().out
+    page = (tmp_path / "out" / "index.html").read_text()
+    for name in demo.PARTS:
+        assert f"{name}: left out" in printed and f"{name}: left out" in page
+
+
+@pytest.mark.parametrize("name", ["emoji", "clips"])
+def test_the_demo_shows_pictures_and_clips(name, tmp_path):
+    if (ROOT / "zoo" / name) not in ZOO:
+        pytest.skip(f"zoo/{name} is not there")
+    load_example("demo").main(["--only", name, "--output_dir", str(tmp_path)])
+    page = (tmp_path / "index.html").read_text()
+    files = {
+        "emoji": ["emoji.png", "emoji_prefixes.png", "emoji_codes.png"],
+        "clips": ["clip_0.gif"],
+    }
+    for file in files[name]:
+        assert (tmp_path / file).is_file() and file in page
