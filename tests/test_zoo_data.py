@@ -17,7 +17,7 @@ from PIL import Image
 
 from tokcom.evaluation.parts import Parts
 from tokcom.evaluation.slots import names_slot, slots_named
-from tokcom.pipelines import load_pipeline
+from tokcom.training.pipelines import load_pipeline
 
 ZOO = sorted(path.parent for path in (ROOT / "zoo").glob("*/model_index.json"))
 MAX_BYTES = 50 * 2**20  # of the whole repository
