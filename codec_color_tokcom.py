@@ -136,7 +136,10 @@ class TokComColorCodec(TokComTextCodec):
         return grid.transpose(2, 3).flatten(1, 4)  # (B, T, ...)
 
     def positions(self, index: torch.Tensor) -> torch.Tensor:
-        """Index of patches `(...)` -> row and column in the image, `(..., 2)`."""
+        """Index of patches `(...)` -> row and column in the image, `(..., 2)`, or with
+        `config.position_axes` of 1 the index itself, `(..., 1)`."""
+        if self.config.position_axes == 1:
+            return index[..., None]
         side = self.config.image_size // self.config.patch_size
         return torch.stack((index // side, index % side), dim=-1)
 

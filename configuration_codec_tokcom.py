@@ -405,6 +405,9 @@ class TokComColorCodecConfig(TokComCodecConfig):
         standardize (`bool`): give every digit mean 0 and standard deviation 1 over the vocabulary;
             `False` maps 0..255 to -1..1 as published, which leaves high digits that hardly vary to
             the noise.
+        position_axes (`int`): 2, the row and column of a patch in the image, or 1, its number in
+            reading order, which a model with context layers needs: they are told what stands before
+            a patch.
     """
 
     model_type = "tokcom_color_codec"
@@ -418,10 +421,11 @@ class TokComColorCodecConfig(TokComCodecConfig):
     layout: str = "contiguous"
     image_size: int = 64
     standardize: bool = True
+    position_axes: int = 2
 
     @property
     def num_position_axes(self) -> int:
-        return 2
+        return self.position_axes
 
     @property
     def has_symbols(self) -> bool:
@@ -477,7 +481,7 @@ class TokComColorCodecConfig(TokComCodecConfig):
     def validate_architecture(self):
         check_positive(self, "vocab_size", "patch_size", "image_size")
         check_choice(self, digits=("color", "bits"), symbols=("digits", "tokens"))
-        check_choice(self, layout=("contiguous", "raster"))
+        check_choice(self, layout=("contiguous", "raster"), position_axes=(1, 2))
         check_multiple(self, "image_size", "patch_size")
         if self.digits == "color" and self.vocab_size > 256**3:
             raise ValueError(

@@ -367,6 +367,12 @@ class TokComConfig(PreTrainedConfig):
                 "`prediction_type='tokens'` needs `codec_config.encoder_type='token'`, or a codec "
                 "of digits: only then is the mean latent of token probabilities known."
             )
+        has_context = self.transformer_config.num_context_layers > 0
+        if has_context and getattr(self.codec_config, "position_axes", 1) != 1:
+            raise ValueError(
+                f"`codec_config.position_axes` ({self.codec_config.position_axes}) must be 1 with `num_context_layers` "
+                f"({self.transformer_config.num_context_layers}): rows and columns do not say what stands before a patch."
+            )
         if not 0 <= self.token_stagger <= 1 or self.token_shift <= 0:
             raise ValueError(
                 f"`token_stagger` ({self.token_stagger}) must be in [0, 1] and `token_shift` "

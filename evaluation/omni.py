@@ -1,6 +1,9 @@
 """Evaluate an omni model of text, picture and sound in all six directions, and its text beside a
 text-only model.
 
+    python -m tokcom.evaluation.omni --model model --digits digits/train.parquet \
+        --digits_test digits/test.parquet --judges judges --output_dir results
+
     python -m tokcom.evaluation.omni --model model --pictures icons/train.parquet \
         --pictures_test icons/test.parquet --digits digits/train.parquet \
         --digits_test digits/test.parquet --text_model text --judge judge --output_dir results
@@ -8,22 +11,25 @@ text-only model.
 Pictures have columns `image` and `caption`; digits `image`, `caption` and `audio`, with one caption
 per class.
 
-- Text to picture: a small contrastive model, trained on real pairs, looks for the caption of each
-  picture among 20. Baseline: the training picture whose caption shares most words.
-- Picture to text: exact nouns (the words before the comma) and BLEU. Baseline: the caption of the
-  nearest training picture. *Real data* are the captions after encoding and decoding.
-- Sound to text and to picture: held-out recordings. Baseline: the partner of the nearest training
-  recording.
-- Text and picture to sound: the inputs are the classes, which training has seen. A classifier of
-  real recordings judges the generated sounds. Their distances to the nearest training recording and
-  to each other are compared with those of held-out recordings.
+- Digits, six directions: classifiers of real pictures and recordings, trained on the training part
+  alone, say which class a generated picture or sound is; a text counts if it is the caption. If a
+  class has one picture only, the nearest of these pictures is its class. *Real data* is what the
+  classifiers find of held-out pictures and recordings. Baseline: the class of the nearest training
+  record. `--judges` keeps the classifiers, so that they can be trained before any model.
+- Digits, from nothing: how often the text, the picture and the sound that are generated together
+  are of one class.
+- Sounds: distances to the nearest training recording and to each other, compared with those of
+  held-out recordings.
+- Pictures, text to picture: a small contrastive model, trained on real pairs, looks for the caption
+  of each picture among 20. Baseline: the training picture whose caption shares most words.
+- Pictures, picture to text: exact nouns (the words before the comma) and BLEU. Baseline: the caption
+  of the nearest training picture. *Real data* are the captions after encoding and decoding.
 
-Writes `results.json` after each part, `results.md`, `pictures.png`, `sounds.png` and a .wav of each
-class.
+Writes `results.json` after each part, `results.md`, `pictures.png`, `digits_*.png`, `sounds.png` and
+a .wav of each class. A run that was stopped goes on where it was.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
@@ -36,15 +42,16 @@ from tqdm.auto import trange
 from transformers import AutoTokenizer
 
 from tokcom.cli.errors import report_errors
-from tokcom.evaluation.images import Classifier, recognised, train_classifier
+from tokcom.evaluation.digits import BATCH, measure_digits
+from tokcom.evaluation.images import Classifier
 from tokcom.evaluation.judges import TokenJudge
+from tokcom.evaluation.parts import Parts, fingerprint
 from tokcom.evaluation.report import table
 from tokcom.pipeline_media_tokcom import TokComOmniPipeline
 from tokcom.processing_tokcom import (
     TokComAudioProcessor,
     TokComImageProcessor,
     vocabulary_size,
-    write_wav,
 )
 from tokcom.training.config import DataConfig
 from tokcom.training.data import load_documents
@@ -52,7 +59,6 @@ from tokcom.training.images import picture_grid
 from tokcom.training.streams import OmniDataset
 
 CANDIDATES = 20  # captions among which that of a picture is looked for
-BATCH = 50  # records generated at once
 
 
 class Pairs(nn.Module):
@@ -136,7 +142,10 @@ class Study:
         self.data = {
             name: self._load(getattr(args, name), wanted[name.removesuffix("_test")])
             for name in ("pictures", "pictures_test", "digits", "digits_test")
+            if getattr(args, name) is not None
         }
+        test = self.data["digits_test"]
+        self.data["digits_test"] = {name: part[: args.samples] for name, part in test.items()}
         unknown = set(self.data["digits_test"]["caption"]) - set(self.data["digits"]["caption"])
         if unknown:
             raise ValueError(
@@ -166,8 +175,11 @@ class Study:
         count = len(next(iter(given.values())))
         for start in trange(0, count, BATCH, desc=f"{'+'.join(given)} to {stream}", leave=False):
             part = {name: values[start : start + BATCH] for name, values in given.items()}
+            steps = self.args.steps
+            if stream == "text" and self.args.text_steps is not None:
+                steps = self.args.text_steps
             options = {
-                "num_inference_steps": self.args.steps,
+                "num_inference_steps": steps,
                 "guidance_scale": scale,
                 "generator": generator,
             }
@@ -238,107 +250,6 @@ def measure_pictures(study: Study) -> dict:
     return {"directions": [found, named, bleu], "captions": captions}
 
 
-def closeness(made: torch.Tensor, train: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    """Mean distances of sounds (as features) to the nearest training recording, and to other sounds
-    with the same label of `labels (M,)`."""
-    made = made[:, 0].flatten(1)
-    train = train[:, 0].flatten(1)
-    apart = torch.cdist(made, made)
-    same = (labels[:, None] == labels) & ~torch.eye(len(made), dtype=torch.bool)
-    return {
-        "nearest training recording": torch.cdist(made, train).amin(1).mean().item(),
-        "apart": apart[same].mean().item(),
-    }
-
-
-def measure_digits(study: Study) -> dict:
-    """Measure the four directions from and to sounds."""
-    args = study.args
-    train = study.data["digits"]
-    test = study.data["digits_test"]
-    classes = sorted(set(train["caption"]))
-    labels = {
-        name: torch.tensor([[classes.index(t)] for t in part["caption"]])
-        for name, part in (("train", train), ("test", test))
-    }
-    known = study.sounds(train["audio"])
-    held_out = study.sounds(test["audio"])
-    wanted = labels["test"][:, 0]
-    ear = train_classifier(known, labels["train"], args.epochs, args.seed)
-    heard = recognised(ear, held_out, labels["test"])[0]
-    nearest = labels["train"][
-        torch.cdist(held_out[:, 0].flatten(1), known[:, 0].flatten(1)).argmin(1), 0
-    ]
-    nearest = float((nearest == wanted).float().mean())
-    icons = torch.stack([train["pixels"][train["caption"].index(name)] for name in classes])
-    rows = [
-        {
-            "direction": "sound to text",
-            "measure": "digit exact",
-            "nearest training record": nearest,
-            "real data": heard,
-        },
-        {
-            "direction": "sound to picture",
-            "measure": "nearest of ten",
-            "nearest training record": nearest,
-            "real data": heard,
-        },
-        {"direction": "text to sound", "measure": "digit heard", "real data": heard},
-        {"direction": "picture to sound", "measure": "digit heard", "real data": heard},
-    ]
-    sounds = [{"sounds": "held out", **closeness(held_out, known, wanted)}]
-    for scale in args.guidance_scales:
-        key = f"guidance {scale:g}"
-        said = study.generate("text", {"audio": test["audio"]}, scale)
-        rows[0][key] = float(np.mean([a == b for a, b in zip(said, test["caption"])]))
-        drawn = study.pixels(study.generate("image", {"audio": test["audio"]}, scale))
-        rows[1][key] = float(
-            (torch.cdist(drawn.flatten(1), icons.flatten(1)).argmin(1) == wanted).float().mean()
-        )
-        for row, given in ((rows[2], "text"), (rows[3], "image")):
-            made = study.generate("audio", {given: test[given]}, scale)
-            features = study.sounds(made)
-            row[key] = recognised(ear, features, labels["test"])[0]
-            sounds.append(
-                {"sounds": f"{row['direction']}, {key}", **closeness(features, known, wanted)}
-            )
-            if given == "text" and scale == args.guidance_scales[-1]:
-                keep_sounds(study, classes, made, test)
-    return {"directions": [{"chance": 1 / len(classes), **row} for row in rows], "sounds": sounds}
-
-
-def keep_sounds(study: Study, classes: list[str], sounds: list[np.ndarray], test: dict) -> None:
-    """Draw `sounds.png`, log-mel of a real recording of each class above a generated one, and write
-    the generated ones as .wav files."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    classes = [name for name in classes if name in test["caption"]]
-    first = [test["caption"].index(name) for name in classes]
-    figure, axes = pyplot.subplots(
-        2, len(classes), figsize=(1.2 * len(classes), 2.6), layout="constrained"
-    )
-    for column, index in enumerate(first):
-        for row, sound in enumerate((test["audio"][index], sounds[index])):
-            axes[row, column].imshow(
-                study.processor(sound)["input_features"][0],
-                origin="lower",
-                aspect="auto",
-                cmap="magma",
-            )
-            axes[row, column].set(xticks=[], yticks=[])
-        axes[0, column].set_title(classes[column].split()[-1], fontsize=8)
-        word = classes[column].split()[-1]
-        rate = study.pipe.sampling_rates["audio"]
-        write_wav(sounds[index], study.args.output_dir / f"{word}.wav", rate)
-    axes[0, 0].set_ylabel("recorded", fontsize=8)
-    axes[1, 0].set_ylabel("generated", fontsize=8)
-    figure.savefig(study.args.output_dir / "sounds.png", dpi=110)
-
-
 def measure_text(
     pipes: dict[str, TokComOmniPipeline],
     judge: TokenJudge,
@@ -376,16 +287,21 @@ def measure_text(
 def report(facts: dict) -> str:
     columns = ["direction", "measure", "chance", "nearest training record", "real data"]
     columns += [key for key in facts["directions"][0] if key.startswith("guidance")]
-    text = "## Six directions\n\n" + table(
+    text = "## Directions\n\n" + table(
         columns, [[row.get(key) for key in columns] for row in facts["directions"]]
     )
-    text += "\n## Captions\n\n" + table(["real", "model", "nearest"], facts["captions"])
+    if facts.get("captions"):
+        text += "\n## Captions\n\n" + table(["real", "model", "nearest"], facts["captions"])
     for name in ("sounds", "text"):
         if facts.get(name):
             columns = [key for key in facts[name][0] if key != "samples"]
             text += f"\n## {name.capitalize()}\n\n" + table(
                 columns, [[row[key] for key in columns] for row in facts[name]]
             )
+    if facts.get("from nothing"):
+        text += "\n## From nothing\n\n" + table(
+            ["measure", "value"], list(map(list, facts["from nothing"].items()))
+        )
     for row in facts.get("text", []):
         text += f"\n- {row['texts']}: {', '.join(map(repr, row['samples']))}"
     return text + "\n"
@@ -431,40 +347,46 @@ def main(argv: list[str] | None = None) -> dict:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", required=True)
-    for name in ("pictures", "pictures_test", "digits", "digits_test"):
-        parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--digits", required=True)
+    parser.add_argument("--digits_test", required=True)
+    parser.add_argument("--pictures", help="with --pictures_test; none by default")
+    parser.add_argument("--pictures_test")
+    parser.add_argument("--judges", type=Path, help="folder that keeps the classifiers of digits")
     parser.add_argument("--text_model", help="model of the text stream alone")
     parser.add_argument(
         "--judge", help="autoregressive judge of captions with the model's tokenizer"
     )
     parser.add_argument("--guidance_scales", type=float, nargs="+", default=[1.0, 2.0])
     parser.add_argument("--steps", type=int, help="denoising steps; the model's own by default")
+    parser.add_argument("--text_steps", type=int, help="of texts alone; as --steps by default")
     parser.add_argument(
         "--num_candidates",
         type=int,
         default=1,
         help="texts of which the one most like the others counts",
     )
+    parser.add_argument("--samples", type=int, help="test records of digits (default: all)")
     parser.add_argument("--contrastive_steps", type=int, default=1500)
     parser.add_argument("--epochs", type=int, default=10, help="of the classifier of sounds")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, required=True)
     args = parser.parse_args(argv)
+    if (args.pictures is None) != (args.pictures_test is None):
+        raise ValueError("--pictures and --pictures_test come together; give both or none.")
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    facts = {"settings": {name: str(value) for name, value in vars(args).items()}}
+    settings = {name: value for name, value in vars(args).items() if name != "guidance_scales"}
     study, pipes, judge = load(args)
-    for measure in (measure_pictures, measure_digits):
-        found = measure(study)
-        found["directions"] = facts.get("directions", []) + found["directions"]
-        facts |= found
-        (args.output_dir / "results.json").write_text(
-            json.dumps(facts, indent=1) + "\n", encoding="utf-8"
-        )
+    settings["weights"] = fingerprint(study.pipe.model)
+    parts = Parts(args.output_dir / "results.json", settings)
+    facts = measure_digits(study, parts)
+    if args.pictures is not None:
+        scales = ", ".join(f"{scale:g}" for scale in args.guidance_scales)
+        found = parts.measure(f"pictures, guidance {scales}", lambda: measure_pictures(study))
+        facts["directions"] = found["directions"] + facts["directions"]
+        facts["captions"] = found["captions"]
     if judge is not None:
-        facts["text"] = measure_text(pipes, judge, study.data["pictures_test"]["text"], args)
-    (args.output_dir / "results.json").write_text(
-        json.dumps(facts, indent=1) + "\n", encoding="utf-8"
-    )
+        real = study.data.get("pictures_test", study.data["digits_test"])["text"]
+        facts["text"] = parts.measure("text", lambda: measure_text(pipes, judge, real, args))
     (args.output_dir / "results.md").write_text(report(facts), encoding="utf-8")
     print(report(facts))
     return facts

@@ -10,7 +10,7 @@ from tokcom.configuration_codec_tokcom import TokComColorCodecConfig
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.processing_tokcom import vocabulary_size
-from tokcom.sampling_tokcom import TokComSampling
+from tokcom.sampling_tokcom import TokComBlockSampler, TokComSampling, join_blocks
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 from tokcom.tasks_tokcom import TokComTask
 from tokcom.training.optimizer import build_optimizer
@@ -252,3 +252,43 @@ def test_pixel_model_learns_one_batch_and_writes_it_from_noise(tokenizer, digits
         _, written = pipe.sample_latents(TokComTask(noise, context, positions), TokComSampling(20))
     assert (written == rest).float().mean() > share  # by chance 1 in 320
     assert isinstance(pipe("Squinty", gen_length=20, num_inference_steps=2).texts[0], str)
+
+
+def test_a_context_network_samples_at_the_positions_that_training_showed():
+    """The last token of a greedy text costs least of all tokens, by the loss of training."""
+    context = dict(num_context_layers=1, block_size=1, head_attention=False, start_latents=True)
+    net = pixel_model(
+        30,
+        "bits of tokens",
+        codec_config={"position_axes": 1},
+        transformer_config={**context, "num_position_axes": 1},
+        token_stagger=1.0,
+        num_inference_steps=4,
+    ).eval()
+    torch.manual_seed(1)
+    for name, parameter in net.named_parameters():
+        if "modulation" in name or "start" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    prompt = torch.randint(30, (1, 12))
+    known = net.encode(prompt)
+    noise = torch.randn(1, 2, net.config.codec_config.latent_channels)
+    task = TokComTask(noise, known, net.codec.positions(torch.tensor([[3, 4]])))
+    sampler = TokComBlockSampler(
+        net,
+        TokComFlowMatchScheduler.from_model_config(net.config),
+        TokComSampling(top_p=1e-6, generator=torch.Generator().manual_seed(0)).resolve(net.config),
+    )
+    _, ids = join_blocks(sampler.blocks(task), known.latents)
+    rows = torch.cat((prompt, ids), dim=1).repeat(30, 1)
+    rows[:, -1] = torch.arange(30)
+    net.set_stage("flow")
+    nats = net(input_ids=rows).token_losses.flatten(1)[:, -1]
+    assert nats.argmin() == ids[0, -1] and nats.std() > 1e-3
+
+
+def test_a_context_network_needs_patches_in_reading_order():
+    context = dict(num_context_layers=1, block_size=1, head_attention=False, start_latents=True)
+    with pytest.raises(StrictDataclassError, match="position_axes"):
+        pixel_model(30, "bits of tokens", transformer_config=context)
+    with pytest.raises(StrictDataclassError, match="position_axes"):
+        codec(position_axes=3)
