@@ -28,7 +28,7 @@ RANGES = {
     "rope_theta": (1.0, 1e10),
     "timestep_scale": (1e-3, 1e6),
     "initializer_range": (0.0, 10.0),
-    "noise_std": (1e-6, 1e3),
+    "noise_std": (1e-12, 1e3),
     "token_stagger": (0.0, 1.0),
     "token_shift": (1e-3, 1e3),
     "timestep_loc": (-20.0, 20.0),
@@ -48,7 +48,12 @@ def check_numbers(config: PreTrainedConfig) -> None:
             continue
         low, high = RANGES.get(name, (-MAX_SIZE, MAX_SIZE))
         if not low <= value <= high:
-            raise ValueError(f"`{name}` ({value}) must be between {low:g} and {high:g}.")
+            bounds = (
+                f"at most {MAX_SIZE}"
+                if name not in RANGES and value > high
+                else f"between {low:g} and {high:g}"
+            )
+            raise ValueError(f"`{name}` ({value}) must be {bounds}.")
 
 
 def check_positive(config: PreTrainedConfig, *names: str) -> None:

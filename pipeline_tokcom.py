@@ -2,9 +2,8 @@
 
 Read `__call__` first: `tasks_tokcom.py` lays out what the sampler gets, `_finish` makes the text.
 
-Notable choices:
-- All modes are one sampler: new latents with positions, given clean latents with positions.
-- A model of tokens goes on inside a prompt's last chunk; for one of latents prompts are padded.
+All modes are one sampler: new latents with positions, given clean latents with positions.
+A model of tokens goes on inside a prompt's last chunk; for one of latents prompts are padded.
 """
 
 import os
@@ -165,7 +164,8 @@ class TokComPipeline(TokComBasePipeline):
         self.check_inputs(length=("gen_length", gen_length))
         prompts = as_prompts(self.tokenizer, prompt)
         if streamer is not None and (len(prompts) > 1 or output_type == "latent"):
-            raise ValueError(f"`streamer` shows text of 1 prompt, not {len(prompts)} {output_type}")
+            found = f"{len(prompts)} prompts and output_type={output_type!r}"
+            raise ValueError(f"`streamer` shows text of one prompt; these are {found}.")
         rows = prompt_ids(self.tokenizer, prompts, *prompt_room(self.model, gen_length, truncation))
         feed = StreamerFeed(streamer, gen_length, self._eos_token_id)
         callback = self._step_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)

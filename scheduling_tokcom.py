@@ -76,7 +76,7 @@ class TokComFlowMatchScheduler(SchedulerMixin, ConfigMixin):
     ):
         check_range("shift", shift, 1e-6, 1e6)
         check_range("eta", eta, 0.0, 1.0)
-        check_range("noise_std", noise_std, 1e-6, 1e3)
+        check_range("noise_std", noise_std, 1e-12, 1e3)
         check_range("num_train_timesteps", num_train_timesteps, 1, 1_000_000)
         if not isinstance(num_train_timesteps, int):
             raise ValueError(

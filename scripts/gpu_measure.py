@@ -179,7 +179,7 @@ def main(argv: list[str] | None = None) -> None:
     facts["machine"] = f"{machine}, torch {torch.__version__}"
     facts["date"] = time.strftime("%Y-%m-%d")
     facts["took"] = round(time.perf_counter() - began, 1)
-    args.output_file.write_text(json.dumps(facts, indent=1) + "\n")
+    args.output_file.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(facts))
 
 

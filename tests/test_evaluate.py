@@ -424,7 +424,7 @@ def test_the_head_experiments_are_one_command(build, tmp_path, capsys):
     assert all(f"| {name} | 2 |" in printed for name in ["no head", *EXPERIMENTS])
     found = json.loads((tmp_path / "out" / "A+B-1" / "predictions.json").read_text())
     assert len(found) == 3 and found[0]["reference"] == "Squinty was a little"
-    with pytest.raises(ValueError, match="50 documents .* are training documents"):
+    with pytest.raises(SystemExit, match="50 documents .* are training documents"):
         heads_main([*options, "--validation", str(tmp_path / "train.jsonl")])
 
 

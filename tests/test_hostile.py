@@ -184,7 +184,7 @@ def test_a_thousand_random_configurations_are_built_or_refused_before_anything_i
     ],
 )
 def test_a_petabyte_is_refused(fields):
-    with pytest.raises(REFUSALS, match="parameters"):
+    with pytest.raises(REFUSALS, match="parameters|must be at most|must be between"):
         preset_config("debug", **fields)
 
 

@@ -99,7 +99,7 @@ def check_unchanged(config: TrainConfig, corpus: Any, directory: RunDirectory) -
     file = directory.work / "data.json"
     now = data_digests(config, corpus)
     has_begun = directory.settings.is_file()
-    known = json.loads(file.read_text()) if has_begun and file.is_file() else {}
+    known = json.loads(file.read_text(encoding="utf-8")) if has_begun and file.is_file() else {}
     changed = [name for name, digest in now.items() if known.get(name, digest) != digest]
     if changed and not config.data.allow_changed:
         raise ValueError(

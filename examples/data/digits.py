@@ -135,7 +135,9 @@ def main(argv: list[str] | None = None) -> None:
         for streams, weight in MIXTURE:
             fields = {stream: COLUMNS[stream] for stream in streams}
             sources.append({"path": path, "fields": fields, "weight": weight})
-        (args.output_dir / f"{part}.yaml").write_text(yaml.safe_dump(sources, sort_keys=False))
+        (args.output_dir / f"{part}.yaml").write_text(
+            yaml.safe_dump(sources, sort_keys=False), encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":
