@@ -83,6 +83,7 @@ def test_published_sampler_is_as_large_as_it_is_asked_to_be():
     generate(2, 16, 2)
 
 
+@pytest.mark.slow
 def test_training_command_compares_the_systems(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "PEAK_SIZES", (512,))
     small = [

@@ -222,7 +222,7 @@ def test_texts_are_no_pictures_of_other_models(tokenizer):
 @pytest.mark.parametrize(
     "digits, steps, share",
     [
-        ("bits", 400, 0.85),
+        pytest.param("bits", 400, 0.85, marks=pytest.mark.slow),
         pytest.param("color", 400, 0.85, marks=pytest.mark.slow),
         pytest.param("bits of tokens", 800, 0.95, marks=pytest.mark.slow),
     ],

@@ -271,6 +271,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_student(build, tmp_path, monk
     assert calls == ["fake"] * 5 + ["student"]  # the fourth
 
 
+@pytest.mark.slow
 def test_two_processes_distil_as_one_that_accumulates(build, tmp_path):
     teacher, one, two = (tmp_path / name for name in ("teacher", "one", "two"))
     arguments = teacher_of("images", build, teacher)
@@ -314,6 +315,7 @@ def test_a_distillation_of_the_earlier_version_is_refused_by_name(tmp_path):
         train(student(ROOT, tmp_path, f"data.train={STORIES}"))
 
 
+@pytest.mark.slow
 def test_students_of_texts_are_measured_beside_their_teacher(build, tmp_path, tokenizer):
     pipe = build(transformer_config={"block_size": 1, "max_position_embeddings": 64})
     pipe.save_pretrained(tmp_path / "teacher")

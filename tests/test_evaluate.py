@@ -390,6 +390,7 @@ def test_guidance_zero_answers_without_the_question(build, tmp_path, capsys):
     assert [row["prediction"] for row in found] == [row["prediction"] for row in again]
 
 
+@pytest.mark.slow
 def test_the_head_experiments_are_one_command(build, tmp_path, capsys):
     build().save_pretrained(tmp_path / "backbone")
     rows = [

@@ -151,7 +151,11 @@ def blocks(language: str) -> list[tuple[str, str]]:
     """`(file, code)` of every fenced block of that language in the documents."""
     files = [ROOT / "README.md", ROOT / "README_zh.md", *sorted((ROOT / "docs").glob("*.md"))]
     found = re.compile(rf"^```{language}\n(.*?)^```", re.MULTILINE | re.DOTALL)
-    return [(file.name, code) for file in files for code in found.findall(file.read_text())]
+    pairs = {}  # code that two documents share runs once; comments may be in two languages
+    for file in files:
+        for code in found.findall(file.read_text()):
+            pairs.setdefault(re.sub(r"\s*#.*", "", code), (file.name, code))
+    return list(pairs.values())
 
 
 def untrained(preset: str, tokenizer, **overrides) -> TokComBasePipeline:

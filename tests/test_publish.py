@@ -78,6 +78,7 @@ def push(path, call: str, hub: StandInHub, home, **options) -> subprocess.Comple
     )
 
 
+@pytest.mark.slow
 def test_a_pushed_pipeline_loads_by_id_in_four_ways_offline_too_and_generates(build, hub, tmp_path):
     pipe = build()
     pipe.save_pretrained(tmp_path / "model")
@@ -127,6 +128,7 @@ def test_a_pinned_revision_stays_what_it_was(build, hub, tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_private_repositories_need_the_token_and_refusals_say_what_to_do(build, hub, tmp_path):
     build().save_pretrained(tmp_path / "model")
     pushing = "pipe.push_to_hub('tester/hidden', private=True)"

@@ -175,7 +175,8 @@ def launch(output, *extra):
     )
 
 
-@pytest.mark.parametrize("streaming", ["false", pytest.param("true", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("streaming", ["false", "true"])
 def test_killed_and_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(tmp_path, streaming):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     extra = [f"data.streaming={streaming}"]
