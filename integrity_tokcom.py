@@ -49,7 +49,8 @@ def _some(names: Iterable[str]) -> str:
 # ---- checksums ----
 
 
-def _digest(file: Path) -> str:
+def file_digest(file: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -66,7 +67,8 @@ def write_checksums(directory: str | os.PathLike) -> Path:
     """Write `checksums.json` of a model directory; returns its path."""
     directory = Path(directory)
     digests = {
-        file.relative_to(directory).as_posix(): _digest(file) for file in released_files(directory)
+        file.relative_to(directory).as_posix(): file_digest(file)
+        for file in released_files(directory)
     }
     target = directory / CHECKSUMS
     target.write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
@@ -91,7 +93,7 @@ def check_checksums(directory: str | os.PathLike) -> int:
     changed = [
         name
         for name, digest in expected.items()
-        if name not in missing and _digest(directory / name) != digest
+        if name not in missing and file_digest(directory / name) != digest
     ]
     found = {file.relative_to(directory).as_posix() for file in released_files(directory)}
     problems = []
@@ -342,6 +344,7 @@ __all__ = [
     "check_keys",
     "check_types",
     "check_values",
+    "file_digest",
     "read_json",
     "released_files",
     "write_checksums",

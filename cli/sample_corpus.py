@@ -36,6 +36,8 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from tokcom.integrity_tokcom import file_digest
+
 COUNTS = ("sampled", "kept", "not_ended", "too_short", "duplicates", "characters")
 # What may differ when a run goes on: the texts sampled so far do not depend on it.
 NOT_SETTINGS = ("output", "num_texts", "num_characters", "debug", "command_line")
@@ -157,7 +159,7 @@ class Teacher:
         folder = Path(self.args.model)
         if folder.is_dir():
             files = sorted(folder.glob("*.safetensors"))
-            return {"sha256": {file.name: digest_file(file) for file in files}}
+            return {"sha256": {file.name: file_digest(file) for file in files}}
         return {"revision": getattr(self.model.config, "_commit_hash", None)}
 
     def _cache(self) -> DynamicCache:
@@ -203,12 +205,6 @@ class Teacher:
     def _text(self, tokens: list[int]) -> str:
         options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
         return self.tokenizer.decode(self.start + tokens, **options).strip()
-
-
-def digest_file(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest_text(text: str) -> bytes:
@@ -320,7 +316,7 @@ def run(args: argparse.Namespace, stop: threading.Event | None = None) -> dict[s
     """Sample until there is enough or `stop` is set; gives the counts."""
     teacher = Teacher(args)
     settings = {key: value for key, value in vars(args).items() if key not in NOT_SETTINGS}
-    settings |= {"exclude": [digest_file(path) for path in args.exclude]}
+    settings |= {"exclude": [file_digest(path) for path in args.exclude]}
     settings |= teacher.identity()
     corpus = Corpus(args.output, settings, args.exclude)
     state = corpus.state

@@ -1,5 +1,6 @@
 """What several test files share: paths, seeds, tiny models."""
 
+import io
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from PIL import Image
 from safetensors.torch import load_file
 
 from tokcom.configuration_tokcom import TokComConfig
@@ -151,3 +153,15 @@ def tiny_pipeline(modality: str, tokenizer=None) -> TokComBasePipeline:
     pipe = build_pipeline(model, tokenizer)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    """A picture as a file of that kind."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def shades(count: int, size: tuple[int, int] = (32, 32)) -> list[Image.Image]:
+    """Pictures of one colour each, from green to red."""
+    return [Image.new("RGB", size, (20 * i, 255 - 20 * i, 40)) for i in range(count)]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from helpers import encoded, shades
 from PIL import Image
 
 from tokcom.codec_video_tokcom import encode_clips
@@ -22,16 +23,6 @@ from tokcom.training.report import PartReport, Report
 from tokcom.training.sources import load_documents
 
 av = pytest.importorskip("av")
-
-
-def encoded(image, kind: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def shades(count: int, size=(32, 32)) -> list[Image.Image]:
-    return [Image.new("RGB", size, (20 * i, 255 - 20 * i, 40)) for i in range(count)]
 
 
 def noise(count: int) -> list[Image.Image]:

@@ -8,6 +8,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from helpers import encoded, shades
 from PIL import Image, PngImagePlugin
 
 from tokcom.configuration_media_tokcom import TokComStyleCodecConfig
@@ -28,16 +29,6 @@ from tokcom.training.sources import load_documents
 
 av = pytest.importorskip("av")
 soundfile = pytest.importorskip("soundfile")
-
-
-def encoded(image, kind: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def shades(count: int, size=(32, 32)) -> list[Image.Image]:
-    return [Image.new("RGB", size, (20 * i, 255 - 20 * i, 40)) for i in range(count)]
 
 
 # ---- pictures ----

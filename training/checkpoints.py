@@ -4,7 +4,6 @@ A checkpoint is a folder `checkpoint-STEP` with a `manifest.json` of the size an
 manifest is never loaded: the newest checkpoint that does is.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -12,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+from tokcom.integrity_tokcom import file_digest
 from tokcom.training.stopping import TrainingError
 
 MANIFEST = "manifest.json"
@@ -24,11 +24,6 @@ class CheckpointError(TrainingError):
 def first_line(error: BaseException) -> str:
     """What an exception says, in one line; some say nothing but their name."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def flush(path: Path) -> None:
@@ -46,7 +41,9 @@ def _files(folder: Path) -> list[Path]:
 
 def seal(folder: Path) -> None:
     """Write the manifest of a finished folder, and flush all of it."""
-    entries = {str(p.relative_to(folder)): [p.stat().st_size, _digest(p)] for p in _files(folder)}
+    entries = {
+        str(p.relative_to(folder)): [p.stat().st_size, file_digest(p)] for p in _files(folder)
+    }
     (folder / MANIFEST).write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
     flush_all(folder)
 
@@ -69,7 +66,7 @@ def damage(folder: Path) -> str | None:
                 return f"{name} is missing"
             if file.stat().st_size != size:
                 return f"{name} has {file.stat().st_size} bytes instead of {size}"
-            if _digest(file) != digest:
+            if file_digest(file) != digest:
                 return f"{name} has changed since it was written"
     except (OSError, ValueError, TypeError) as error:
         return f"{MANIFEST} cannot be read ({error})"

@@ -16,24 +16,17 @@ Optimizer, clipping and the logger count too. Nothing here is a measurement of t
 import argparse
 import collections
 import contextlib
-import importlib
 import io
 import os
 import sys
 import tempfile
 from pathlib import Path
 
+from trees import import_module
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 HERE = Path(__file__).resolve()
-
-
-def import_module(name: str):
-    """A module of the package that version 0.2 had at its root."""
-    try:
-        return importlib.import_module(f"tokcom.training.{name}")
-    except ImportError:
-        return importlib.import_module(f"tokcom.{name}")
 
 
 READS = ("_local_scalar_dense", "equal", "is_nonzero", "item")

@@ -21,7 +21,6 @@ The last kind is told beforehand (`valid` below), not found out, so it cannot hi
 import argparse
 import collections
 import contextlib
-import importlib
 import io
 import json
 import os
@@ -36,17 +35,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trees import import_module
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 HERE = Path(__file__).resolve()
-
-
-def import_module(name: str):
-    """A module of the package that version 0.2 had at its root."""
-    try:
-        return importlib.import_module(f"tokcom.training.{name}")
-    except ImportError:
-        return importlib.import_module(f"tokcom.{name}")
 
 
 SECONDS = 20  # a mutation that takes longer counts as raw
