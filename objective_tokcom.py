@@ -182,9 +182,8 @@ class TokComNextChunkObjective(TokComFlowObjective):
 
         # only the chunks and times at which some token has its turn pass the head
         times = self._times(model, chunks, timestep)  # (B, M, N)
-        progress = head.progress(times)  # (B, M, N, K)
-        has_begun = progress > -EARLY if model.training else progress >= 0
-        wanted = (real & ~given)[:, None] & (progress < 1) & has_begun
+        progress, has_turn = self._turns(model, times)  # (B, M, N, K) each
+        wanted = (real & ~given)[:, None] & has_turn
         row, draw, place = wanted.any(-1).nonzero(as_tuple=True)  # (R,) each
         before = states[row, torch.where(dropped[row], 0, place)]  # (R, D)
         place_times = head.warp(progress[row, draw, place])  # (R, K)
@@ -204,6 +203,13 @@ class TokComNextChunkObjective(TokComFlowObjective):
         counts = everywhere.index_put((row, place), chosen.float(), accumulate=True)
         tokens = everywhere.index_put((row, place), losses[0], accumulate=True)
         return _token_output(mean, tokens / counts.clamp_min(1), chosen)
+
+    def _turns(self, model, times: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """How far each token has come at `times (B, M, N)`, and which have a loss there,
+        `(B, M, N, K)`."""
+        progress = model.token_head.progress(times)
+        has_begun = progress > -EARLY if model.training else progress >= 0
+        return progress, (progress < 1) & has_begun
 
     def _draw_rows(
         self, model, chunks, known_mask, input_ids, fills_gaps: bool
