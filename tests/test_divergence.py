@@ -1,9 +1,12 @@
 """Laws of the excess nats over a teacher."""
 
+import json
+
 import torch
 from helpers import build_model, seeded
 
 from tokcom.evaluation.divergence import TokComStudent, tempered, truncate
+from tokcom.evaluation.studies import blind_reading
 from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.processing_tokcom import text_ids, vocabulary_size
 from tokcom.sampling_tokcom import TokComSampling
@@ -56,3 +59,18 @@ def test_nats_of_a_text_do_not_depend_on_the_others(tokenizer):
     together = student.nats(rows)
     alone = [student.nats([row])[0] for row in rows]
     assert all(abs(a - b) < 1e-3 for a, b in zip(together, alone))
+
+
+def test_answers_of_blind_readers_are_counted_by_author(tmp_path, capsys):
+    answer = {"ends": 1, "names": 0, "pronouns": 1, "happens": 0}
+    (tmp_path / "key.json").write_text(json.dumps({"0": "a", "1": "b", "2": "a", "3": "b"}))
+    first = {"0": {**answer, "sense": 2}, "1": {**answer, "sense": 5}}
+    second = {"2": {**answer, "sense": 4}, "3": {**answer, "sense": 5}}
+    (tmp_path / "answers_1.json").write_text(json.dumps(first))
+    (tmp_path / "answers_2.json").write_text(json.dumps(second))
+    blind_reading.main(["count", "--output_dir", str(tmp_path)])
+    rows = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith(("| a", "| b"))
+    ]
+    assert rows[1].startswith("| a | 2 | 1.000 | 0.000 | 1.000 | 0.000 | 3.000 | 1.000")
+    assert rows[2].startswith("| b | 2 | 1.000 | 0.000 | 1.000 | 0.000 | 5.000 | 0.000")
