@@ -150,6 +150,19 @@ class TokComCodecConfig(PreTrainedConfig):
     reads_captions = False  # whether a model may generate its data for captions
     has_moments = False  # whether the latents stand at moments and places
 
+    @classmethod
+    def set_vocabulary(cls, fields: dict[str, Any], size: int, overwrite: bool) -> bool:
+        """Give a codec's `fields` a tokenizer of `size` tokens and the mask token, which also pads.
+
+        Without `overwrite` what they say stays. Returns whether such a codec holds texts.
+        """
+        if overwrite:
+            fields |= {"vocab_size": size + 1, "mask_token_id": size, "pad_token_id": size}
+        last = fields.setdefault("vocab_size", size + 1) - 1
+        fields.setdefault("mask_token_id", last)
+        fields.setdefault("pad_token_id", last)
+        return True
+
     def validate_all_numbers(self):  # validators run in the order of their names
         check_numbers(self)
 
@@ -493,11 +506,6 @@ class TokComColorCodecConfig(TokComCodecConfig):
                 f"`vocab_size` ({self.vocab_size}) is more than the {256**3} colors; use "
                 "digits='bits'."
             )
-
-
-def vocabulary_fields(size: int) -> dict[str, Any]:
-    """A tokenizer of `size` tokens and the mask token, which also pads."""
-    return {"vocab_size": size + 1, "mask_token_id": size, "pad_token_id": size}
 
 
 __all__ = ["TokComChunkCodecConfig", "TokComCodecConfig", "TokComColorCodecConfig"]

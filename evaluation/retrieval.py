@@ -275,10 +275,6 @@ class Format:
     image_size: int
     clip_length: int
 
-    @property
-    def modality(self) -> str:
-        return "image" if self.clip_length == 1 else "video"
-
 
 def get_judge(args: argparse.Namespace) -> Judge:
     """The judge in `args.judge`, trained first if there is none."""
@@ -344,7 +340,8 @@ def measure(judge: Judge, args: argparse.Namespace) -> list[dict]:
 
 
 def _as_read(pipe, clips: torch.Tensor) -> torch.Tensor:
-    return clips[:, :, 0] if pipe.model.config.codec_config.modality == "image" else clips
+    is_picture = pipe.model.config.codec_config.clip_length is None
+    return clips[:, :, 0] if is_picture else clips
 
 
 def write(rows: list[dict], args: argparse.Namespace) -> str:

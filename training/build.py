@@ -36,8 +36,7 @@ def model_of_stage(
             f"stage 'flow' needs a trained codec and {directory.root} has none; train it first (stage=codec or stage=all), or give "
             "`codec_from` or `init_from`."
         )
-    if model.config.codec_config.modality == "several" or hasattr(model.codec, "latent_mean"):
-        corpus.measure(model)  # the only thing that a codec without parameters has to learn
+    corpus.measure(model)  # the only thing that a codec without parameters has to learn
     return model
 
 

@@ -11,9 +11,9 @@ from tokcom.pipeline_base_tokcom import TokComBasePipeline
 from tokcom.training.config import STAGES, DataConfig, TrainConfig
 from tokcom.training.data import read_sources
 from tokcom.training.directory import WORK, RunDirectory, write_atomically
+from tokcom.training.modalities import MODALITIES
 from tokcom.training.pipelines import load_pipeline
 
-SAMPLES = 3
 PRECISION_NAMES = {"no": "float32", "bf16": "bfloat16 autocast", "fp16": "float16 autocast"}
 LIMITATIONS = (
     "A language model repeats what its training text says, errors and prejudice included, and states falsehoods as fluently as "
@@ -57,7 +57,7 @@ def training_card(config: TrainConfig, pipe: TokComBasePipeline) -> str:
     sections = {
         "Training data": "\n".join(f"- `{source}`" for source in source_names(config.data)),
         "Training": _training(config, summaries),
-        "Samples": _samples(pipe),
+        "Samples": MODALITIES[pipe.modality].card_samples(pipe),
         "Limitations": LIMITATIONS,
         "Licence": f"`{config.hub_license}`"
         if config.hub_license
@@ -138,19 +138,6 @@ def _ran(summaries: dict[str, dict[str, Any]]) -> str:
             name = PRECISION_NAMES.get(facts["precision"], facts["precision"])
             found.append(f"{name} on {facts['processes']} x {facts['device']}")
     return ", then ".join(dict.fromkeys(found)) or "precision not noted"
-
-
-def _samples(pipe: TokComBasePipeline) -> str:
-    pipe.set_progress_bar_config(disable=True)
-    if not pipe.model.config.codec_config.has_tokens:
-        return "Samples are in the folder of the run; none was added to this card."
-    window = pipe.model.config.transformer_config.max_position_embeddings
-    texts = [
-        pipe.generate(min(16, window), generator=torch.Generator().manual_seed(seed)).texts[0]
-        for seed in range(SAMPLES)
-    ]
-    shown = "\n".join(f"{seed}: {text.strip()!r}" for seed, text in enumerate(texts))
-    return f"Not selected: `pipe.generate(...)` with seeds 0 to {SAMPLES - 1}.\n\n```text\n{shown}\n```"
 
 
 def evaluation_section(directory: Path) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from tokcom.training.files import MEDIA_READ
 from tokcom.training.presets import read_preset
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,16 +27,15 @@ STAGES = (
     "head",
     "distill",
 )  # their order seeds the noise of each stage: append, never insert
-PRECISIONS = (None, "auto", "no", "bf16", "fp16")
-TRACKERS = ("tensorboard", "wandb", "trackio", "none")
-METHODS = ("dmd", "regression", "both")
 
 
-def option(default: Any, help: str) -> Any:
-    """A field of a configuration: its default, or a class or function that makes it, and its line in `--help`."""
+def option(default: Any, help: str, choices: tuple[str | None, ...] = ()) -> Any:
+    """A field of a configuration: its default, or a class or function that makes it, its line in
+    `--help`, and the values it may have, if they are few."""
+    metadata = {"help": help, "choices": choices}
     if callable(default):
-        return dataclasses.field(default_factory=default, metadata={"help": help})
-    return dataclasses.field(default=default, metadata={"help": help})
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 # least and greatest value of numbers whose names do not say it; whole numbers are at least 1 besides
@@ -71,6 +71,18 @@ def check_numbers(config: object, prefix: str = "") -> None:
         low, high = RANGES.get(key, (1, MOST))
         if not low <= value <= high:
             raise ValueError(f"`{prefix}{key}` ({value}) must be between {low:g} and {high:g}.")
+
+
+def check_choices(config: Any, prefix: str = "") -> None:
+    """Raise `ValueError` for the first field of `config` that has none of its choices."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        choices = field.metadata["choices"]
+        if choices and value not in choices:
+            *others, last = ("null" if choice is None else choice for choice in choices)
+            raise ValueError(
+                f"`{prefix}{field.name}` ({value!r}) must be {', '.join(others)} or {last}."
+            )
 
 
 def check_finite(value: Any, name: str) -> None:
@@ -116,6 +128,7 @@ class DataConfig:
     kind: str | None = option(
         None,
         "of a folder of several kinds: text, pictures, sounds or records; null: the preset's",
+        (*MEDIA_READ, None),
     )
     encoding: str | None = option(None, "of text files without a byte-order mark; null: UTF-8")
     max_skipped: int = option(0, "unreadable records that are left out before it is an error")
@@ -130,10 +143,7 @@ class DataConfig:
         return self.caption_column or "caption"
 
     def __post_init__(self):
-        if self.kind not in (None, "text", "pictures", "sounds", "records"):
-            raise ValueError(
-                f"`data.kind` ({self.kind!r}) must be text, pictures, sounds or records, or null."
-            )
+        check_choices(self, "data.")
         check_numbers(self, "data.")
 
 
@@ -190,7 +200,9 @@ class DistillConfig(LoopConfig):
     )
     checkpoint_steps: int = option(100, "steps between checkpoints")
     method: str = option(
-        "both", "dmd (distribution matching), regression (on the teacher's trajectories) or both"
+        "both",
+        "dmd (distribution matching), regression (on the teacher's trajectories) or both",
+        ("dmd", "regression", "both"),
     )
     num_inference_steps: int = option(4, "sampling steps of the student")
     guidance_scale: float = option(
@@ -223,11 +235,15 @@ class TrainConfig:
         None, "any AutoTokenizer; null trains a BPE tokenizer on the data"
     )
     tokenizer_vocab_size: int = option(512, "vocabulary of a tokenizer that is trained")
-    stage: str = option("all", "codec, flow, head, distill, or all (codec, then flow)")
+    stage: str = option(
+        "all", "codec, flow, head, distill, or all (codec, then flow)", (*STAGES, "all")
+    )
     output_dir: str = option("tokcom-out", "where checkpoints and the finished model go")
     seed: int = option(0, "seed of weights, data order and noise")
     mixed_precision: str | None = option(
-        None, "auto (bf16 where it is fast), no, bf16, fp16; null: as launched"
+        None,
+        "auto (bf16 where it is fast), no, bf16, fp16; null: as launched",
+        ("auto", "no", "bf16", "fp16", None),
     )
     gradient_checkpointing: bool = option(
         False, "compute activations again in the backward pass, to save memory"
@@ -249,7 +265,11 @@ class TrainConfig:
         False, "stages flow and head: encode the training text once, to a file"
     )
     num_workers: int = option(0, "processes that load data, per training process")
-    report_to: str = option("tensorboard", "tensorboard, wandb, trackio or none")
+    report_to: str = option(
+        "tensorboard",
+        "tensorboard, wandb, trackio or none",
+        ("tensorboard", "wandb", "trackio", "none"),
+    )
     resume: bool = option(True, "go on from the newest checkpoint in output_dir")
     num_samples: int = option(2, "rows of the tables of samples; 0: none")
     push_to_hub: bool = option(False, "push the finished model to the Hub")
@@ -269,19 +289,11 @@ class TrainConfig:
     def __post_init__(self):
         if self.mixed_precision == "False":  # YAML reads a bare `no` as false
             self.mixed_precision = "no"
-        if self.mixed_precision not in PRECISIONS:
-            raise ValueError(
-                f"`mixed_precision` ({self.mixed_precision!r}) must be auto, no, bf16 or fp16."
-            )
-        if self.stage not in (*STAGES, "all"):
-            raise ValueError(f"`stage` ({self.stage!r}) must be one of {', '.join(STAGES)} or all.")
+        check_choices(self)
+        check_choices(self.distill, "distill.")
         if self.stage in ("head", "distill") and not self.init_from:
             raise ValueError(
                 f"stage {self.stage!r} starts from a finished model; give its directory as `init_from`."
-            )
-        if self.report_to not in TRACKERS:
-            raise ValueError(
-                f"`report_to` ({self.report_to!r}) must be one of {', '.join(TRACKERS)}."
             )
         if not self.data.train:
             raise ValueError(
@@ -303,10 +315,6 @@ class TrainConfig:
             self._check_distillation()
 
     def _check_distillation(self) -> None:
-        if self.distill.method not in METHODS:
-            raise ValueError(
-                f"`distill.method` ({self.distill.method!r}) must be one of {', '.join(METHODS)}."
-            )
         if self.mixed_precision == "fp16":
             raise ValueError(
                 "`mixed_precision` (fp16) needs a scaled loss, which stage distill lacks; use auto or bf16."

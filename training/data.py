@@ -27,7 +27,6 @@ from tokcom.training.records import messages_of
 from tokcom.training.sources import Source, load_documents, read_sources
 from tokcom.training.tokens import (
     get_tokenizer,
-    is_dialogue,
     tokenize_dialogues,
     tokenize_document,
     tokenize_documents,
@@ -46,7 +45,6 @@ __all__ = [
     "WindowShape",
     "cache_latents",
     "get_tokenizer",
-    "is_dialogue",
     "load_documents",
     "messages_of",
     "random_unicode",

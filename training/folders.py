@@ -8,6 +8,7 @@ lines of its side file.
 
 import os
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -118,8 +119,9 @@ class MediaFolder:
         self.source.used = len(self.media) + len(metadata) + len(side)
         self.source.records = len(next(iter(columns.values())))
         self.source.fields = list(columns)
-        counts = [(kind, len([p for p in self.media if kind_of(p) == kind])) for kind in self.kinds]
-        self.source.kind = ", ".join(several(count, kind) for kind, count in counts if count)
+        counts = Counter(map(kind_of, self.media))
+        found = [several(counts[kind], kind) for kind in self.kinds if counts[kind]]
+        self.source.kind = ", ".join(found)
         return datasets.Dataset.from_dict(columns)
 
     def _from_metadata(self, files: list[Path]) -> dict[Path, list[str]]:

@@ -90,7 +90,7 @@ class ImageDataset(torch.utils.data.Dataset):
         latents of a frozen `autoencoder` of diffusers, if there is one."""
         self.processor = TokComImageProcessor(codec_config.image_size)
         self.autoencoder = autoencoder
-        self.clip_length = codec_config.clip_length if codec_config.modality == "video" else None
+        self.clip_length = codec_config.clip_length
         self.latents = None
         self.flip = 0.0
         self.shift = 0
@@ -368,8 +368,20 @@ def autoencoder_digest(autoencoder: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def check_autoencoder(autoencoder: torch.nn.Module, codec_config) -> None:
-    """Raise `ValueError` unless its latents are of the shape that a video codec reads."""
+def check_autoencoder(autoencoder: torch.nn.Module | None, codec_config) -> None:
+    """Raise `ValueError` unless its latents, or without one pixels, are what a codec reads."""
+    if autoencoder is None:
+        if not codec_config.reads_pixels:
+            raise ValueError(
+                f"the codec reads clips of {codec_config.num_channels} channels, the latents of an "
+                "autoencoder; give its directory as `autoencoder`, or set "
+                "model.codec_config.num_channels=3 and spatial_compression=1 for pixels."
+            )
+        return
+    if codec_config.clip_length is None:
+        raise ValueError(
+            f"`autoencoder` is for clips, not for the codec {codec_config.model_type!r}; remove it."
+        )
     height, width = codec_config.image_size
     found = tuple(
         encode_clips(autoencoder, torch.zeros(1, 3, codec_config.clip_length, height, width)).shape[

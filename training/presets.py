@@ -65,41 +65,20 @@ def preset_config(name: str, vocab_size: int | None = None, **overrides) -> "Tok
 
     Raises `ValueError` for an unknown name or key.
     """
+    from tokcom.configuration_media_tokcom import CODEC_CONFIGS, TokComMediaCodecConfig
     from tokcom.configuration_tokcom import TokComConfig
 
     settings = read_preset(name)
     fields = settings.get("model", {})
     merge_overrides(fields, overrides)
     codec = fields.setdefault("codec_config", {})
-    modality = _codec_class(codec).modality
-    if modality in ("text", "several"):
-        size = vocab_size or settings.get("tokenizer_vocab_size", 512)
-        streams = codec.get("streams") or {"text": {}} if modality == "several" else {"text": codec}
-        for stream in streams.values():
-            if stream is not None and getattr(_codec_class(stream), "modality", None) == "text":
-                _set_vocabulary(stream, size, vocab_size is not None)
-        if modality == "several":
-            codec["streams"] = streams
-    elif vocab_size is not None:
+    # building the model reports an unknown type
+    codec_class = CODEC_CONFIGS.get(codec.get("model_type", DEFAULT_CODEC), TokComMediaCodecConfig)
+    size = vocab_size or settings.get("tokenizer_vocab_size", 512)
+    has_texts = codec_class.set_vocabulary(codec, size, vocab_size is not None)
+    if vocab_size is not None and not has_texts:
         fields["condition_vocab_size"] = vocab_size + 1
     return TokComConfig(**fields)
-
-
-def _set_vocabulary(codec: dict[str, Any], size: int, is_given: bool) -> None:
-    from tokcom.configuration_codec_tokcom import vocabulary_fields
-
-    for key, value in vocabulary_fields(size).items():
-        if is_given or "vocab_size" not in codec:
-            codec[key] = value
-        else:
-            codec.setdefault(key, codec["vocab_size"] - 1)
-
-
-def _codec_class(fields: dict[str, Any]):
-    """The configuration class of a codec's fields; None if there is none, which building the model reports."""
-    from tokcom.configuration_media_tokcom import CODEC_CONFIGS
-
-    return CODEC_CONFIGS.get(fields.get("model_type", DEFAULT_CODEC))
 
 
 def merge_overrides(fields: dict[str, Any], overrides: dict[str, Any]) -> None:

@@ -139,11 +139,3 @@ class StreamSamples(TextSamples):
         log_table(self.accelerator, "diffusion/generated", columns, table, step)
         if pictures:
             self._show("diffusion/pictures", pictures, step)
-
-
-SAMPLES = {
-    "text": TextSamples,
-    "image": ImageSamples,
-    "video": VideoSamples,
-    "several": StreamSamples,
-}

@@ -25,11 +25,11 @@ from tokcom.training.config import STAGES, StageConfig, TrainConfig
 from tokcom.training.corpora import Corpus
 from tokcom.training.ema import embeddings_in_the_root
 from tokcom.training.export import check_folder, export_repository
+from tokcom.training.modalities import MODALITIES
 from tokcom.training.optimizer import build_optimizer, build_schedule
 from tokcom.training.perceptual import FeatureLoss
 from tokcom.training.pipelines import build_pipeline
 from tokcom.training.progress import NonFiniteLossError, UpdateGuard
-from tokcom.training.samples import SAMPLES
 from tokcom.training.trainer import EXTRA, Trainer
 
 METRIC_PREFIX = {"codec": "vae", "flow": "diffusion", "head": "head"}
@@ -67,8 +67,8 @@ class StageTrainer(Trainer):
             model.gradient_checkpointing_enable()
         self.dataset, held_out = corpus.datasets(model, config, self.options, self.accelerator)
         self.validation_loader = DataLoader(held_out, self.options.batch_size)
-        samples = SAMPLES[model.config.codec_config.modality]
-        self.samples = samples(self.accelerator, stage, self.directory, config.num_samples)
+        modality = MODALITIES[model.config.codec_config.modality]
+        self.samples = modality.samples(self.accelerator, stage, self.directory, config.num_samples)
         self.attention = self._choose_attention(model)
         model.set_attn_implementation(self.attention)
         if config.torch_compile:
@@ -77,7 +77,7 @@ class StageTrainer(Trainer):
         self._prepare(model)
 
     def _add_feature_loss(self, model: TokComModel) -> None:
-        if model.config.codec_config.modality != "image":
+        if not hasattr(model.codec, "feature_loss"):
             raise ValueError(
                 "`perceptual_model` compares pictures; remove it for texts, clips and several streams."
             )
