@@ -113,28 +113,21 @@ class StreamSamples(TextSamples):
         dataset = loader.dataset
         contents = [dataset.content(i) for i in range(min(4 * self.count, len(dataset)))]
         generator = torch.Generator().manual_seed(0)
-        kinds = {
-            name: codec.kind
-            for name, codec in pipe.model.config.codec_config.stream_configs().items()
-        }
+        codec = pipe.model.codec
+        texts = codec.text_names
+        images = [name for name, held in codec.contents.items() if held.field == "images"]
         table: list[list[Any]] = []
         pictures = []
-        for name in kinds:
+        for name in codec.names:
             found = [content for content in contents if name in content]
-            others = [
-                other for other in kinds if other != name and kinds[other] in ("text", "image")
-            ]
+            others = [other for other in (*texts, *images) if other != name]
             if not found or not others:
                 continue
             made = pipe({name: [c[name] for c in found]}, others, generator=generator).streams
-            for other in others:
-                if kinds[other] == "image":
-                    pictures.append(made[other])
-                else:
-                    table += [
-                        [name, content.get(other, ""), text]
-                        for content, text in zip(found, made[other])
-                    ]
+            pictures += [made[other] for other in images if other != name]
+            for other in [other for other in texts if other != name]:
+                for content, text in zip(found, made[other]):
+                    table.append([name, content.get(other, ""), text])
         columns = ["Given", "Original", "Generated Text"]
         log_table(self.accelerator, "diffusion/generated", columns, table, step)
         if pictures:
