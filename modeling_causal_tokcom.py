@@ -265,12 +265,9 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
             self._check_ids(input_ids)
         given = past_key_values if cache is None else cache
         is_kept = bool(use_cache) or given is not None
-        cache = given or TokComTextCache(self.config.transformer_config.num_context_layers)
-        if cache.symbols is None:
-            cache.symbols = self.symbols()
-        real = torch.ones_like(input_ids, dtype=torch.bool)
-        if attention_mask is not None:
-            real = attention_mask[:, -input_ids.shape[1] :].bool()
+        cache = self._open_cache(given)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        real = mask[:, -input_ids.shape[1] :].bool()  # without what the cache holds
         where = self._append(cache, input_ids, real)  # (B, S)
         self._read_chunks(cache, is_kept)
         kept = min(logits_to_keep or input_ids.shape[1], input_ids.shape[1])
@@ -280,12 +277,14 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
             loss = self.loss_function(
                 logits=logits, labels=labels[:, -kept:], vocab_size=logits.shape[-1], **loss_kwargs
             )
-        return TokComCausalOutput(
-            loss=loss,
-            logits=logits,
-            last_hidden_state=states,
-            **{CACHE: cache if is_kept else None},
-        )
+        kept_cache = {CACHE: cache if is_kept else None}
+        return TokComCausalOutput(loss=loss, logits=logits, last_hidden_state=states, **kept_cache)
+
+    def _open_cache(self, given: TokComTextCache | None) -> TokComTextCache:
+        cache = given or TokComTextCache(self.config.transformer_config.num_context_layers)
+        if cache.symbols is None:
+            cache.symbols = self.symbols()
+        return cache
 
     def _append(
         self, cache: TokComTextCache, input_ids: torch.Tensor, real: torch.Tensor

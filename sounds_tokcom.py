@@ -145,21 +145,7 @@ def read_sound(
     Of a longer sound at least the first `seconds` are read. `facts`, if given, is told what was done. Raises `ValueError` with `name`
     for what is no sound, is empty, cut off or not finite, or whose header claims more than its file can hold.
     """
-    if hasattr(value, "get_all_samples"):  # the decoder that datasets puts in a column of sounds
-        samples = value.get_all_samples()
-        value = {"array": samples.data, "sampling_rate": samples.sample_rate}
-    if isinstance(value, dict) and value.get("array") is not None:
-        rate = value.get("sampling_rate") or rate
-        if rate is None:
-            raise ValueError(f"{name} is an array without `sampling_rate`; give samples a second.")
-        value = value["array"]
-    elif isinstance(value, dict):
-        keys = sorted(value)
-        value = value.get("path") if value.get("bytes") is None else value["bytes"]
-        if value is None:
-            raise ValueError(
-                f"{name} is a dictionary with {keys}; it needs `bytes`, `path`, or `array` and `sampling_rate`."
-            )
+    value, rate = _unwrap(value, rate, name)
     length = None
     unknown = False
     if isinstance(value, (str, Path, bytes, bytearray)):
@@ -181,18 +167,42 @@ def read_sound(
             facts["of no known rate, taken as the model's"] = True
         facts["seconds"] = length / rate
     if seconds is not None:
-        sound = sound[
-            : int((seconds + 1) * rate) + 1
-        ]  # a second for what the filter of another rate sees behind the end
+        # a second more for what the filter of another rate sees behind the end
+        sound = sound[: int((seconds + 1) * rate) + 1]
     sound = sound.mean(1) if sound.ndim == 2 else sound
     if rate != sampling_rate:
-        try:
-            from scipy.signal import resample_poly
-        except ImportError as error:
-            raise ValueError("other rates need scipy to be resampled: pip install scipy") from error
-        common = gcd(int(rate), sampling_rate)
-        sound = resample_poly(sound, sampling_rate // common, int(rate) // common)
+        sound = _resample(sound, int(rate), sampling_rate)
     return sound.astype(np.float32)
+
+
+def _unwrap(value: Any, rate: int | None, name: str) -> tuple[Any, int | None]:
+    """What a column of datasets holds as a path, bytes or an array, and the array's rate."""
+    if hasattr(value, "get_all_samples"):  # a decoder
+        samples = value.get_all_samples()
+        value = {"array": samples.data, "sampling_rate": samples.sample_rate}
+    if not isinstance(value, dict):
+        return value, rate
+    if value.get("array") is not None:
+        rate = value.get("sampling_rate") or rate
+        if rate is None:
+            raise ValueError(f"{name} is an array without `sampling_rate`; give samples a second.")
+        return value["array"], rate
+    found = value.get("path") if value.get("bytes") is None else value["bytes"]
+    if found is None:
+        raise ValueError(
+            f"{name} is a dictionary with {sorted(value)}; it needs `bytes`, `path`, or `array` "
+            "and `sampling_rate`."
+        )
+    return found, rate
+
+
+def _resample(sound: np.ndarray, rate: int, wanted: int) -> np.ndarray:
+    try:
+        from scipy.signal import resample_poly
+    except ImportError as error:
+        raise ValueError("other rates need scipy to be resampled: pip install scipy") from error
+    common = gcd(rate, wanted)
+    return resample_poly(sound, wanted // common, rate // common)
 
 
 def _check_samples(sound: np.ndarray, name: str) -> None:

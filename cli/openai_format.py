@@ -347,6 +347,28 @@ def _check_window(pipe: TokComPipeline, param: str, size: int, more: int) -> Non
     raise _bad(param, message, code="context_length_exceeded")
 
 
+def _texts_of(request: CompletionRequest | ChatRequest) -> dict[str, list[str]]:
+    """The texts of a request by the field that holds them."""
+    if isinstance(request, ChatRequest):
+        return {"messages": [message.text for message in request.messages]}
+    given = [request.prompt] if isinstance(request.prompt, str) else request.prompt
+    prompts = [text for text in given if isinstance(text, str)]
+    return {"prompt": prompts, "suffix": [request.suffix or ""]}
+
+
+def _tokens_of(request: CompletionRequest | ChatRequest, settings: ServerSettings) -> int:
+    """How many tokens to write at most; raises `RequestError` for none, unless they are scored."""
+    tokens = request.tokens
+    if tokens is None:
+        return min(CHAT_TOKENS, settings.max_tokens)
+    if tokens == 0 and (request.num_logprobs is None or not request.echo):
+        raise _bad(
+            "max_tokens",
+            "`max_tokens` (0) must be at least 1; only `echo` with `logprobs` takes 0.",
+        )
+    return tokens
+
+
 def read_request(
     request: CompletionRequest | ChatRequest,
     pipe: TokComPipeline,
@@ -358,15 +380,7 @@ def read_request(
     """The prompts of a request, and a job for each text to write: `n` for every prompt. Raises `RequestError`."""
     _check_options(request, pipe, settings)
     infills = isinstance(request, CompletionRequest) and bool(request.suffix)
-    if isinstance(request, ChatRequest):
-        texts = {"messages": [message.text for message in request.messages]}
-    else:
-        given = [request.prompt] if isinstance(request.prompt, str) else request.prompt
-        texts = {
-            "prompt": [text for text in given if isinstance(text, str)],
-            "suffix": [request.suffix or ""],
-        }
-    _check_texts({**texts, "stop": request.stops}, settings)
+    _check_texts({**_texts_of(request), "stop": request.stops}, settings)
     if infills:
         _check_infill(request)
 
@@ -376,24 +390,16 @@ def read_request(
     else:
         prompts = _read_prompts(request, tokenizer, pipe.model.config.text_vocab_size - 1)
         param = "prompt"
-    tokens = request.tokens
-    if tokens is None:
-        tokens = min(CHAT_TOKENS, settings.max_tokens)
-    scores = request.num_logprobs is not None
-    if tokens == 0 and not (scores and request.echo):
-        raise _bad(
-            "max_tokens",
-            "`max_tokens` (0) must be at least 1; only `echo` with `logprobs` takes 0.",
-        )
+    tokens = _tokens_of(request, settings)
     _check_limits(
         request, len(prompts) * request.n, tokens, pipe.model.config.num_inference_steps, settings
     )
     if infills:
         prompts[0].ids = prompts[0].ids + text_ids(tokenizer, request.suffix)
     bidirectional = pipe.model.config.transformer_config.block_size is None
-    must_fit = (
-        tokens if scores or infills or bidirectional else 0
-    )  # a window slides over other texts
+    # a window slides over other texts
+    is_whole = request.num_logprobs is not None or infills or bidirectional
+    must_fit = tokens if is_whole else 0
     for prompt in prompts:
         _check_window(pipe, param, len(prompt.ids), must_fit)
 

@@ -346,74 +346,90 @@ def _explain_errors(app: FastAPI) -> None:
         )
 
 
-def build_app(pipe: TokComPipeline, settings: ServerSettings) -> FastAPI:
-    """The web application; its `state.engine` runs the model."""
-    engine = Engine(pipe, settings.max_batch, settings.max_queue, settings.batch_wait)
-    # a tokenizer is not safe in two threads: the model's thread has the pipeline's, this thread a copy
-    reader = ThreadPoolExecutor(1, thread_name_prefix="tokcom-reader")
-    tokenizer = copy.deepcopy(pipe.tokenizer)
-    texts = TokenTexts(tokenizer)
-    card = {
-        "id": settings.model_name,
-        "object": "model",
-        "created": int(time.time()),
-        "owned_by": "tokcom",
-    }
+class Service:
+    """A model with the two threads that read requests and run it."""
 
-    @contextlib.asynccontextmanager
-    async def lifespan(app: FastAPI):
-        yield
-        await asyncio.to_thread(engine.close)
-        reader.shutdown(wait=False)
+    def __init__(self, pipe: TokComPipeline, settings: ServerSettings):
+        self.pipe = pipe
+        self.settings = settings
+        self.engine = Engine(pipe, settings.max_batch, settings.max_queue, settings.batch_wait)
+        # a tokenizer is not safe in two threads: the model's has the pipeline's, the reader a copy
+        self.reader = ThreadPoolExecutor(1, thread_name_prefix="tokcom-reader")
+        self.tokenizer = copy.deepcopy(pipe.tokenizer)
+        self.texts = TokenTexts(self.tokenizer)
+        self.card = {
+            "id": settings.model_name,
+            "object": "model",
+            "created": int(time.time()),
+            "owned_by": "tokcom",
+        }
 
-    app = FastAPI(
-        title="TokCom", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None
-    )
-    app.state.engine = engine
-    app.add_middleware(Guard, settings=settings)
-
-    _explain_errors(app)
-
-    @app.get("/health")
-    async def health() -> dict:
+    def health(self) -> dict:
+        engine = self.engine
         state = "ok" if engine.thread.is_alive() else "stopped"
         if engine.draining:
             state = "draining"
         return {"status": state, "waiting": len(engine.waiting), "running": engine.running}
 
-    @app.get("/v1/models")
-    async def models() -> dict:
-        return {"object": "list", "data": [card]}
-
-    @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> dict:
-        if name != settings.model_name:
-            message = f"the model {name!r} does not exist; this server has {settings.model_name!r}."
+    def model(self, name: str) -> dict:
+        if name != self.settings.model_name:
+            known = self.settings.model_name
+            message = f"the model {name!r} does not exist; this server has {known!r}."
             raise RequestError(404, message, code="model_not_found", param="model")
-        return card
+        return self.card
 
-    async def answer(request: CompletionRequest | ChatRequest, connection: Request):
+    async def answer(self, request: CompletionRequest | ChatRequest, connection: Request):
+        """Read a request, hand its jobs to the model, and answer as they grow or when they end."""
         loop = asyncio.get_running_loop()
         client = connection.client.host if connection.client else ""
-        what = request, pipe, tokenizer, settings, client, loop
-        prompts, jobs = await loop.run_in_executor(reader, read_request, *what)
-        engine.submit(jobs)
+        what = request, self.pipe, self.tokenizer, self.settings, client, loop
+        prompts, jobs = await loop.run_in_executor(self.reader, read_request, *what)
+        self.engine.submit(jobs)
         choices = [
             Choice(job, request.stops, prompts[i // request.n]) for i, job in enumerate(jobs)
         ]
         count = sum(len(prompt.ids) for prompt in prompts)
-        response = Answer(request, choices, count, settings, connection)
+        response = Answer(request, choices, count, self.settings, connection)
         if request.stream:
             return StreamingResponse(response.events(), media_type="text/event-stream")
-        return await response.whole(texts, reader)
+        return await response.whole(self.texts, self.reader)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(self, app: FastAPI):
+        yield
+        await asyncio.to_thread(self.engine.close)
+        self.reader.shutdown(wait=False)
+
+
+def build_app(pipe: TokComPipeline, settings: ServerSettings) -> FastAPI:
+    """The web application; its `state.engine` runs the model."""
+    service = Service(pipe, settings)
+    # without the pages that describe an API
+    hidden = {"docs_url": None, "redoc_url": None, "openapi_url": None}
+    app = FastAPI(title="TokCom", lifespan=service.lifespan, **hidden)
+    app.state.engine = service.engine
+    app.add_middleware(Guard, settings=settings)
+    _explain_errors(app)
+
+    @app.get("/health")
+    async def health() -> dict:
+        return service.health()
+
+    @app.get("/v1/models")
+    async def models() -> dict:
+        return {"object": "list", "data": [service.card]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict:
+        return service.model(name)
 
     @app.post("/v1/completions")
     async def completions(request: CompletionRequest, connection: Request):
-        return await answer(request, connection)
+        return await service.answer(request, connection)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: ChatRequest, connection: Request):
-        return await answer(request, connection)
+        return await service.answer(request, connection)
 
     return app
 
