@@ -1,7 +1,7 @@
 """The stage `distill`: a student of one or a few sampling steps learns from a finished model, the teacher.
 
 `method=dmd` is distribution matching (Yin et al. 2024), `regression` learns the ends of the teacher's trajectories, `both` is the
-first with a share of the second; `distillation.py` has the losses. The teacher may be of images, clips or text, bidirectional or
+first with a share of the second; `student_losses.py` has the losses. The teacher may be of images, clips or text, bidirectional or
 block-causal; it must have `prediction_type="latents"`, which is trained by squared error. Besides the student a third copy of
 the network, the *fake* model, is trained on the student's samples.
 """
@@ -22,10 +22,10 @@ from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 from tokcom.training.config import DistillConfig, TrainConfig
 from tokcom.training.corpora import Corpus
 from tokcom.training.denoiser import Context, ModelDenoiser
-from tokcom.training.distillation import Distiller, integrate
 from tokcom.training.export import export_repository
 from tokcom.training.pipelines import load_pipeline
 from tokcom.training.progress import NonFiniteLossError
+from tokcom.training.student_losses import Distiller, integrate
 from tokcom.training.trainer import Trainer
 
 # what each method uses: weight of the matching loss, and whether there are pairs for the regression

@@ -1,4 +1,5 @@
-"""Few-step students of a flow model: regression on the teacher's trajectories, and distribution matching distillation.
+"""Losses of few-step students of a flow model: regression on the teacher's trajectories, and
+distribution matching. `distill.py` is the stage that trains with them.
 
 After DMD (Yin et al. 2024) and DMD2 (Yin et al. 2024), in this repository's notation: `x_t = (1 - t) x0 + t x1`, t = 1 is clean, a
 denoiser maps `(x_t, t)` to its estimate of x1. The score of either distribution is a function of that estimate, so the student's

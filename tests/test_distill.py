@@ -23,7 +23,8 @@ from tokcom.train_accelerate import main as train
 from tokcom.training.data import train_tokenizer
 from tokcom.training.denoiser import ModelDenoiser
 from tokcom.training.distill import DistillTrainer
-from tokcom.training.distillation import (
+from tokcom.training.pipelines import build_pipeline, load_pipeline
+from tokcom.training.student_losses import (
     Distiller,
     add_noise,
     denoising_loss,
@@ -33,7 +34,6 @@ from tokcom.training.distillation import (
     matching_gradient,
     matching_loss,
 )
-from tokcom.training.pipelines import build_pipeline, load_pipeline
 
 
 def gaussian(mean: float, std: float = 1.0):
