@@ -373,13 +373,6 @@ class TokComConfig(PreTrainedConfig):
                 f"`codec_config.position_axes` ({self.codec_config.position_axes}) must be 1 with `num_context_layers` "
                 f"({self.transformer_config.num_context_layers}): rows and columns do not say what stands before a patch."
             )
-        if not 0 <= self.token_stagger <= 1 or self.token_shift <= 0:
-            raise ValueError(
-                f"`token_stagger` ({self.token_stagger}) must be in [0, 1] and `token_shift` "
-                f"({self.token_shift}) positive."
-            )
-        if self.noise_std <= 0:
-            raise ValueError(f"`noise_std` ({self.noise_std}) must be positive.")
 
     @property
     def text_vocab_size(self) -> int:

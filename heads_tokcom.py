@@ -23,8 +23,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedConfig
 
-from .configuration_tokcom import TokComConfig
 from .layers_tokcom import CROSS_ENTROPY_CHUNK, TokComTokenEmbedding
 from .quantization_tokcom import VectorQuantizer
 
@@ -214,9 +214,13 @@ class TokComTokenHead(nn.Module):
     `t (1 + s (K - 1)) - s k`, cut to [0, 1], with s = `token_stagger`; 0 denoises the tokens of a
     chunk together, 1 one after the other (AR-Diffusion, Wu et al. 2023). `token_shift` warps
     progress towards noise, like a sampling grid.
+
+    Args:
+        config (`TokComConfig`): its codec, `token_*` fields and `noise_std`.
     """
 
-    def __init__(self, config: TokComConfig):
+    # typed by its base, since an import for a type alone lengthens every chain that leads here
+    def __init__(self, config: PreTrainedConfig):
         super().__init__()
         codec = config.codec_config
         self.num_symbols = codec.num_symbols
@@ -543,7 +547,7 @@ class TokComLatentHead(nn.Module):
     """`config.latent_refiner`, then `config.latent_head`: estimates `(B, N, C)` -> what is decoded,
     and a scalar loss."""
 
-    def __init__(self, config: TokComConfig):
+    def __init__(self, config: PreTrainedConfig):
         super().__init__()
         codec = config.codec_config
         channels = codec.latent_channels

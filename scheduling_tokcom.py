@@ -18,6 +18,8 @@ from diffusers.configuration_utils import FrozenDict, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+from .configuration_codec_tokcom import RANGES
+
 # `timestep_sampling` -> what DDIMScheduler calls it
 BETA_SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 LONGEST_GAP = 24  # tokens
@@ -76,7 +78,7 @@ class TokComFlowMatchScheduler(SchedulerMixin, ConfigMixin):
     ):
         check_range("shift", shift, 1e-6, 1e6)
         check_range("eta", eta, 0.0, 1.0)
-        check_range("noise_std", noise_std, 1e-12, 1e3)
+        check_range("noise_std", noise_std, *RANGES["noise_std"])
         check_range("num_train_timesteps", num_train_timesteps, 1, 1_000_000)
         if not isinstance(num_train_timesteps, int):
             raise ValueError(

@@ -16,9 +16,8 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from transformers import PreTrainedConfig
 from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
-
-from .configuration_media_tokcom import TokComAudioCodecConfig
 
 FLOOR = 1e-3  # power of a band that counts as silence, at a peak of 1
 ITERATIONS = 60  # of phases
@@ -29,9 +28,14 @@ MAX_EXPANSION = 20_000  # samples for a byte: silence in FLAC has some thousand
 
 
 class TokComAudioProcessor:
-    """Sounds `(samples,)` in [-1, 1] -> `input_features (B, mel bands, F)`, log10 of the power, and back."""
+    """Sounds `(samples,)` in [-1, 1] -> `input_features (B, mel bands, F)`, log10 of the power, and back.
 
-    def __init__(self, config: TokComAudioCodecConfig):
+    Args:
+        config (`TokComAudioCodecConfig`): rates, bands and length.
+    """
+
+    # typed by its base, since an import for a type alone lengthens every chain that leads here
+    def __init__(self, config: PreTrainedConfig):
         self.config = config
         bins = 1 + config.fft_length // 2
         rate = config.sampling_rate
