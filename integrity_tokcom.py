@@ -31,12 +31,13 @@ DATA = (
     *("scheduler/*.json", "vae/*.json", "vae/*.safetensors"),
 )
 CODE = ("*_tokcom.py",)
+# one of them holds the tokens
 TOKENIZERS = (
     "tokenizer.json",
     "*.model",
     "vocab.json",
     "vocab.txt",
-)  # one of them holds the tokens
+)
 SHOWN = 3  # names in a message
 
 

@@ -321,9 +321,8 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
         chunks = cache.ids.unflatten(1, (-1, size))  # (B, N, K)
         if cache.states is None:
             count = int(done.max())
-            places = torch.arange(-1, count, device=chunks.device).expand(
-                len(chunks), -1
-            )  # (B, 1 + n)
+            # (B, 1 + n)
+            places = torch.arange(-1, count, device=chunks.device).expand(len(chunks), -1)
             sees = places[:, None, :] <= places[:, :, None]
             features = self._features(cache, chunks[:, :count])
             features = torch.nn.functional.pad(features, (0, 0, 1, 0))
@@ -344,9 +343,8 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
         used = max(int(cache.places.max()) + 1, cache.keys[0].shape[2])
         cache.keys = [_grown(keys, 2, used) for keys in cache.keys]
         cache.values = [_grown(values, 2, used) for values in cache.values]
-        sees = (
-            torch.arange(cache.keys[0].shape[2], device=rows.device) <= cache.places[..., None]
-        )  # (R, m, W)
+        # (R, m, W)
+        sees = torch.arange(cache.keys[0].shape[2], device=rows.device) <= cache.places[..., None]
         features = self._features(cache, chunks[rows[:, None], index])
         found = self.transformer.read_context(features, index[..., None], sees, cache)
         states = _grown(cache.states, 1, used)
@@ -372,9 +370,8 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
         turns = torch.arange(size, device=row.device)
         own = cache.ids.unflatten(1, (-1, size))[row, chunk]  # (R, K)
         is_known = turns < place[:, None]
-        times = (
-            is_known.float()
-        )  # tokens before this one are clean, this one and those after it are noise
+        # tokens before this one are clean, this one and those after it are noise
+        times = is_known.float()
         features = head.read(cache.symbols, None, times[None], own[None])  # (1, R, K * E)
         noise = features.new_zeros(1, len(row), self.config.codec_config.latent_channels)
         states = self.transformer(

@@ -301,9 +301,8 @@ def draw_gaps(rows: int, length: int, device: torch.device) -> torch.Tensor:
     between two gaps is 1 to four times as long. Every row begins with either.
     """
     # both kinds of gap are common: a word that is missing, and a sentence
-    longest = torch.where(
-        torch.rand(rows, 1, device=device) < 0.5, LONGEST_GAP, SHORT_GAP
-    )  # (rows, 1)
+    # (rows, 1)
+    longest = torch.where(torch.rand(rows, 1, device=device) < 0.5, LONGEST_GAP, SHORT_GAP)
     draws = torch.rand(2, rows, length, device=device)
     gaps = (draws[0] * longest).long() + 1
     runs = (draws[1] * 4 * longest).long() + 1

@@ -233,9 +233,8 @@ def _samples(value: Any, name: str) -> np.ndarray:
             f"{name} must be a path, encoded bytes, or samples (n,) or (channels, n), not {kind} of {value.dtype} and shape "
             f"{value.shape}."
         )
-    if (
-        value.ndim == 2 and value.shape[0] <= value.shape[1]
-    ):  # there are fewer channels than samples
+    # there are fewer channels than samples
+    if value.ndim == 2 and value.shape[0] <= value.shape[1]:
         value = value.T
     if value.dtype == np.uint8:
         return (value.astype(np.float32) - 128) / 128

@@ -167,9 +167,8 @@ def read_text(model, symbols, chunks, real, given, has_gaps, begins) -> torch.Te
     batch, length, _ = chunks.shape
     plan = ContextPlan.of(given, has_gaps)
     blank = (plan.partial[..., None] & ~given) | ~real
-    features = model.token_head.read(
-        symbols, None, torch.where(blank, 0.0, 1.0), chunks
-    )  # (B, N, K * E)
+    # (B, N, K * E)
+    features = model.token_head.read(symbols, None, torch.where(blank, 0.0, 1.0), chunks)
     # the learned start is put in place of this row of zeros
     features = F.pad(features, (0, 0, 1, 0))
     positions = torch.arange(-1, length, device=chunks.device).repeat(batch, 1)

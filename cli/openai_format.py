@@ -469,9 +469,8 @@ def completion_logprobs(scored: ScoredText, tokens: TokenTexts, count: int) -> d
     for i in scored.places:
         best: dict[str, float] = {}
         for token, value in scored.scores.best[i][:count]:
-            best.setdefault(
-                tokens.of(token), value
-            )  # several ids may spell the same; the likeliest comes first
+            # several ids may spell the same; the likeliest comes first
+            best.setdefault(tokens.of(token), value)
         own.append(scored.scores.own[i])
         likeliest.append(best if i else None)
     return {

@@ -84,9 +84,8 @@ def jpeg(image: Image.Image, scale: int, level: int) -> tuple[Image.Image, int]:
     small.save(buffer, "JPEG", quality=level, optimize=True)
     data = buffer.getvalue()
     start = data.rindex(b"\xff\xda")
-    scan = (
-        len(data) - start - 2 - int.from_bytes(data[start + 2 : start + 4], "big") - 2
-    )  # less the end marker
+    # less the end marker
+    scan = len(data) - start - 2 - int.from_bytes(data[start + 2 : start + 4], "big") - 2
     return Image.open(io.BytesIO(data)).resize(image.size, Image.Resampling.BICUBIC), scan
 
 

@@ -15,9 +15,8 @@ def check_sizes(
     config: TrainConfig, model: TokComModel, corpus: Corpus, stages: list[str], state: PartialState
 ) -> None:
     """Raise `ValueError` if the data do not fit the settings of one of `stages`."""
-    uncached = dataclasses.replace(
-        config, cache_latents=False
-    )  # caching waits for the trained codec
+    # caching waits for the trained codec
+    uncached = dataclasses.replace(config, cache_latents=False)
     before = model.objective
     for stage in stages:
         if stage == "codec" and not has_trainable_codec(model):

@@ -21,12 +21,13 @@ from tokcom.training.presets import read_preset
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# their order seeds the noise of each stage: append, never insert
 STAGES = (
     "codec",
     "flow",
     "head",
     "distill",
-)  # their order seeds the noise of each stage: append, never insert
+)
 
 
 def option(default: Any, help: str, choices: tuple[str | None, ...] = ()) -> Any:
@@ -360,15 +361,13 @@ def load_train_config(preset: str, overrides: list[str]) -> TrainConfig:
     and keys, and for values of the wrong type.
     """
     values = read_preset(preset)
-    values.pop(
-        "model", None
-    )  # `preset_config` reads the preset's; `model.*` holds what is overridden
+    # `preset_config` reads the preset's; `model.*` holds what is overridden
+    values.pop("model", None)
     values["preset"] = preset
     data = values.setdefault("data", {})
     for key, source in data.items():
-        if (
-            isinstance(source, str) and (ROOT / source).exists()
-        ):  # data that ship with the repository
+        # data that ship with the repository
+        if isinstance(source, str) and (ROOT / source).exists():
             data[key] = str(ROOT / source)
     given = {override.partition("=")[0] for override in overrides}
     if "data.train" in given and "data.validation" not in given:

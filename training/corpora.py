@@ -403,18 +403,18 @@ class Reading:
             texts = [{"text": row or ""} for column in columns for row in train[column]]
             tokenizer = get_tokenizer(name, config.tokenizer_vocab_size, texts, "text")
         if validation is not train:
-            validation = validation.shuffle(
-                seed=0
-            )  # of several sources, too, the first batches show all
+            # of several sources, too, the first batches show all
+            validation = validation.shuffle(seed=0)
         parts = {
             "training data": OmniDataset(train, tokenizer),
             "validation data": OmniDataset(validation, tokenizer),
         }
         if OmniCorpus.serves(self.codec_config):
+            # its lengths are asked for, not its weights
             with (
                 torch.device("meta"),
                 torch.random.fork_rng(devices=[]),
-            ):  # its lengths are asked for, not its weights
+            ):
                 codec = CODECS[self.codec_config.model_type]._from_config(self.codec_config)
             parts = self._audited(
                 {name: part.fit(codec) for name, part in parts.items()}, self.codec_config

@@ -184,9 +184,8 @@ class PackedDataset(torch.utils.data.Dataset):
         self.tokens = tokens
         self.shape = shape
         self.length = shape.length
-        self.starts = np.concatenate(
-            ([0], np.flatnonzero(tokens[:-1] == eos_token_id) + 1)
-        )  # of documents
+        # of documents
+        self.starts = np.concatenate(([0], np.flatnonzero(tokens[:-1] == eos_token_id) + 1))
         self.seed = seed
         self.training = training
         self.epoch = 0
@@ -213,9 +212,8 @@ class PackedDataset(torch.utils.data.Dataset):
                 "latents": torch.from_numpy(self.latents[places].copy())
             }
         generator = np.random.default_rng((self.seed, self.epoch, index))
-        begin = int(
-            self.starts[np.searchsorted(self.starts, start, side="right") - 1]
-        )  # of the document
+        # of the document
+        begin = int(self.starts[np.searchsorted(self.starts, start, side="right") - 1])
         if (
             not self.shape.pads_left
             and self.training
@@ -273,9 +271,8 @@ def random_unicode(generator: np.random.Generator, length: int) -> str:
     near = generator.integers(1, 0x3000, size=length)
     far = generator.integers(1, 0x110000, size=length)
     points = np.where(generator.random(length) < 0.5, near, far)
-    return "".join(
-        chr(point) for point in points if not 0xD800 <= point < 0xE000
-    )  # surrogates are no characters
+    # surrogates are no characters
+    return "".join(chr(point) for point in points if not 0xD800 <= point < 0xE000)
 
 
 @torch.no_grad()

@@ -54,9 +54,8 @@ class ModelDenoiser(nn.Module):
             x = torch.where(known[..., None], context["latents"], x)
             times = torch.where(known, 1.0, times)
         seen = context.get("valid")
-        if (
-            known is not None and not sees_context
-        ):  # the pipeline guides so, too: without what is given in the sequence
+        # the pipeline guides so, too: without what is given in the sequence
+        if known is not None and not sees_context:
             seen = ~known if seen is None else seen & ~known
         positions = model.codec.positions(torch.arange(length, device=x.device)).expand(
             len(x), -1, -1
@@ -75,9 +74,8 @@ class ModelDenoiser(nn.Module):
         sees = torch.full((len(x),), sees_context, device=x.device)
         mask = block_causal_mask(context["order"], context["valid"], sees)
         positions = model.codec.positions(torch.arange(length, device=x.device).expand(len(x), -1))
-        times = torch.cat(
-            (t.new_ones(len(x), length), t[:, None].expand(-1, length)), dim=1
-        )  # (B, 2 N)
+        # (B, 2 N)
+        times = torch.cat((t.new_ones(len(x), length), t[:, None].expand(-1, length)), dim=1)
         both = torch.cat((context["latents"], x), dim=1)  # (B, 2 N, C)
         latents = model.denoise(
             both, times, positions.repeat(1, 2, 1), mask, num_context=length

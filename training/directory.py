@@ -34,17 +34,19 @@ SAME_RUN = (
     "seed",
     "data",
 )
+# of a distillation that goes on
 MAY_CHANGE = (
     "max_steps",
     "checkpoint_steps",
     "checkpoints_total_limit",
-)  # of a distillation that goes on
+)
+# by a finished run
 OVERWRITTEN = (
     "config.json",
     "model.safetensors",
     "model_index.json",
     "README.md",
-)  # by a finished run
+)
 
 
 def write_atomically(file: Path, text: str) -> None:

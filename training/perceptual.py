@@ -39,9 +39,8 @@ class FeatureLoss:
             (both - self.mean) / self.std, output_hidden_states=True
         ).hidden_states
         for features in layers:
-            features = (
-                features.flatten(2).transpose(1, 2) if features.ndim == 4 else features
-            )  # (2 B, places, channels)
+            # (2 B, places, channels)
+            features = features.flatten(2).transpose(1, 2) if features.ndim == 4 else features
             ours, theirs = torch.nn.functional.normalize(features.float(), dim=-1).chunk(2)
             total = total + (ours - theirs.detach()).square().sum(-1).mean() / len(layers)
         return self.weight * total

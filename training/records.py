@@ -36,6 +36,7 @@ ROLES = {
     "assistant": "assistant",
     "system": "system",
 }
+# guesses to make
 COMMON = (
     "cp1252",
     "cp1250",
@@ -46,7 +47,7 @@ COMMON = (
     "euc_jp",
     "euc_kr",
     "koi8_r",
-)  # guesses to make
+)
 SHOWN = 60  # characters of a bad value in a message
 # what a file raises that is missing, cut off or damaged, compressed or not
 UNREADABLE = (ValueError, OSError, EOFError, lzma.LZMAError, zlib.error)

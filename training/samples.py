@@ -46,9 +46,8 @@ class TextSamples:
         samples = pipe.generate(num_chunks=chunks, batch_size=self.count, generator=generator).texts
         rows = [[i + 1, text] for i, text in enumerate(samples)]
         log_table(self.accelerator, "diffusion/generated", ["Sample", "Generated Text"], rows, step)
-        if hasattr(
-            pipe.scheduler, "alphas_cumprod"
-        ):  # a diffusion cannot start between noise and text
+        # a diffusion cannot start between noise and text
+        if hasattr(pipe.scheduler, "alphas_cumprod"):
             return
         rebuilt = pipe.denoise_reconstruct(texts, noise_level=0.5, generator=generator).texts
         self._compare("diffusion/reconstructed", texts, rebuilt, step)

@@ -575,9 +575,8 @@ def load_documents(
         return joined
     first = joined.column_names[0] if joined.column_names else None
     if any(item.fields for item in sources) or config.fields:
-        shared = split == "train" and any(
-            item.fields is None for item in sources
-        )  # else each names its own
+        # else each names its own
+        shared = split == "train" and any(item.fields is None for item in sources)
         missing = set(config.fields or ()) - set(joined.column_names) if shared else set()
         if missing or not len(joined):
             raise ValueError(

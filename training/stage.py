@@ -108,9 +108,8 @@ class StageTrainer(Trainer):
         self.lr_scheduler = build_schedule(
             optimizer, options.max_steps, options.warmup_steps, options.cooldown_share
         )
-        if (
-            self.accelerator.distributed_type == DistributedType.DEEPSPEED
-        ):  # it sees no loader to ask
+        # it sees no loader to ask
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             plugin = self.accelerator.state.deepspeed_plugin
             plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = options.batch_size
         with embeddings_in_the_root(model):

@@ -4,11 +4,12 @@ import signal
 import threading
 from types import FrameType
 
+# what schedulers send before they take a machine away, and Ctrl-C
 SIGNALS = (
     signal.SIGTERM,
     signal.SIGUSR1,
     signal.SIGINT,
-)  # what schedulers send before they take a machine away, and Ctrl-C
+)
 
 
 class TrainingError(RuntimeError):

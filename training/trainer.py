@@ -79,9 +79,8 @@ class Trainer:
         max_steps = self.options.max_steps
         if self.config.report_to != "none":
             settings = {"stage": self.stage, **vars(self.options)}
-            settings["objective"] = json.dumps(
-                settings.get("objective", {})
-            )  # trackers take no dictionaries
+            # trackers take no dictionaries
+            settings["objective"] = json.dumps(settings.get("objective", {}))
             self.accelerator.init_trackers("tokcom", config=settings)
         self._resume()
         bar = tqdm(

@@ -21,12 +21,13 @@ from moving_pictures import MOTIONS, as_webp, move
 from tokcom.pictures_tokcom import open_image
 
 PREFIX = "an emoji of "
+# too alike, or too small, at 16 pixels
 LEFT_OUT = (
     "Flags",
     "Symbols",
     "People & Body",
     "Component",
-)  # too alike, or too small, at 16 pixels
+)
 COUNT = 96
 DRAWS = {
     "train": 10,
