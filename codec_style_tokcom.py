@@ -482,7 +482,8 @@ class TokComStyleCodec(TokComCodec):
 
 
 class _Tokens:
-    """Standardised latents, part after part `(M, N, C)`, as raw tokens `(M N, C)`, again and again."""
+    """Standardised latents, part after part `(M, N, C)`, as raw tokens `(M N, C)`, again and
+    again."""
 
     def __init__(self, codec: TokComStyleCodec, latents: Iterable[torch.Tensor]):
         self.codec = codec
@@ -494,7 +495,8 @@ class _Tokens:
 
 
 def _mean_lengths(tokens: Iterable[torch.Tensor], centres: torch.Tensor) -> torch.Tensor:
-    """The mean length `(S,)` of the tokens whose direction is nearest to each of `centres (S, C)`."""
+    """The mean length `(S,)` of the tokens whose direction is nearest to each of `centres (S,
+    C)`."""
     lengths = centres.new_zeros(len(centres))
     used = centres.new_zeros(len(centres))
     for part in tokens:

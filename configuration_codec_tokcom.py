@@ -21,8 +21,8 @@ from transformers import PreTrainedConfig
 MAX_PARAMETERS = 10**12
 MAX_LAYERS = 1024
 MAX_SIZE = 2**31 - 1  # of anything that is counted
-# Least and greatest value of numbers that are no sizes. Beyond them a model is not merely unusual: it divides by 0, or all that
-# it reads looks the same.
+# Least and greatest value of numbers that are no sizes. Beyond them a model is not merely unusual:
+# it divides by 0, or all that it reads looks the same.
 RANGES = {
     "rms_norm_eps": (1e-12, 0.1),
     "rope_theta": (1.0, 1e10),
@@ -42,7 +42,8 @@ RANGES = {
 
 
 def check_numbers(config: PreTrainedConfig) -> None:
-    """Refuse numbers that are not finite or beyond what they can mean; NaN passes every comparison but these."""
+    """Refuse numbers that are not finite or beyond what they can mean; NaN passes every comparison
+    but these."""
     for name, value in vars(config).items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue

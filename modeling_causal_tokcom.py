@@ -215,8 +215,10 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
     def resize_token_embeddings(self, *args, **kwargs):
         """Refused: the codec's latents stand for the vocabulary it was trained with."""
         raise ValueError(
-            f"the vocabulary of {self.config.vocab_size} ids cannot be resized: the codec's latents "
-            "stand for these tokens. Use the tokenizer saved beside the model, or train a model for "
+            f"the vocabulary of {self.config.vocab_size} ids cannot be resized: the codec's "
+            "latents "
+            "stand for these tokens. Use the tokenizer saved beside the model, or train a model "
+            "for "
             "another one."
         )
 
@@ -253,12 +255,14 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
             loss_kwargs: those of transformers' loss, such as `num_items_in_batch`.
 
         Returns `logits (B, S, V)`, of which `logits[:, i]` belong to the token after
-        `input_ids[:, i]`, given all up to it; `loss` (mean nats of the labels) and the cache. Raises
-        `ValueError` for ids outside the vocabulary and texts longer than `max_position_embeddings`.
+        `input_ids[:, i]`, given all up to it; `loss` (mean nats of the labels) and the cache.
+        Raises `ValueError` for ids outside the vocabulary and texts longer than
+        `max_position_embeddings`.
         """
         if inputs_embeds is not None or output_attentions or output_hidden_states:
             raise ValueError(
-                "`inputs_embeds`, `output_attentions` and `output_hidden_states` do not exist here: "
+                "`inputs_embeds`, `output_attentions` and `output_hidden_states` do not exist "
+                "here: "
                 "the model reads chunks of ids. Give `input_ids`."
             )
         if input_ids.device.type == "cpu":
@@ -301,7 +305,8 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
         if longest > self.config.max_position_embeddings:
             raise ValueError(
                 f"a text has {longest} tokens, more than the model's maximum of "
-                f"{self.config.max_position_embeddings} (`max_position_embeddings`); shorten it, or "
+                f"{self.config.max_position_embeddings} (`max_position_embeddings`); shorten it, "
+                "or "
                 "generate with TokComPipeline, which goes on over a window."
             )
         room = -(-(longest + 1) // size) * size

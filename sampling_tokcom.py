@@ -143,7 +143,8 @@ class TokComSampling:
                 or (name == "top_p" and value > 1)
             ):
                 raise ValueError(
-                    f"`{name}` ({value}) must be positive and finite, `top_p` at most 1, and both 1 for "
+                    f"`{name}` ({value}) must be positive and finite, `top_p` at most 1, and both "
+                    "1 for "
                     f"`prediction_type={config.prediction_type!r}`: only 'tokens' has "
                     "probabilities."
                 )
@@ -527,8 +528,10 @@ class TokComBlockSampler:
         # read once per block: every read makes the host wait for the device
         if not self._finite:
             raise ValueError(
-                f"the model's predictions became NaN or infinite, so there is nothing to draw from; {self.model.dtype} may be too "
-                "small for it (load it with dtype=torch.float32), or a setting such as guidance_scale "
+                "the model's predictions became NaN or infinite, so there is nothing to draw "
+                f"from; {self.model.dtype} may be too "
+                "small for it (load it with dtype=torch.float32), or a setting such as "
+                "guidance_scale "
                 f"({self.sampling.guidance_scale:g}) too large."
             )
         if chunks is None:

@@ -1,10 +1,11 @@
 """Sounds as models read them, and back.
 
 Notable choices:
-- Sounds become log-mel features with transformers' analysis. The way back ends in phases by Griffin and Lim 1984,
-  which are librosa's, which is only needed to hear something. All sounds are brought to one loudness.
-- Training, the pipeline and the command line read sounds with the same function, `read_sound`. It needs soundfile, and
-  scipy for other rates, which librosa brings along.
+- Sounds become log-mel features with transformers' analysis. The way back ends in phases by Griffin
+  and Lim 1984, which are librosa's, which is only needed to hear something. All sounds are brought
+  to one loudness.
+- Training, the pipeline and the command line read sounds with the same function, `read_sound`. It
+  needs soundfile, and scipy for other rates, which librosa brings along.
 """
 
 import io
@@ -28,7 +29,8 @@ MAX_EXPANSION = 20_000  # samples for a byte: silence in FLAC has some thousand
 
 
 class TokComAudioProcessor:
-    """Sounds `(samples,)` in [-1, 1] -> `input_features (B, mel bands, F)`, log10 of the power, and back.
+    """Sounds `(samples,)` in [-1, 1] -> `input_features (B, mel bands, F)`, log10 of the power, and
+    back.
 
     Args:
         config (`TokComAudioCodecConfig`): rates, bands and length.
@@ -45,7 +47,8 @@ class TokComAudioProcessor:
         self.window = window_function(config.fft_length, "hann")
 
     def __call__(self, sounds: Any, sampling_rate: int | None = None) -> dict[str, torch.Tensor]:
-        """One sound or a list of them, whatever `read_sound` takes; `sampling_rate` is that of arrays, by default the codec's.
+        """One sound or a list of them, whatever `read_sound` takes; `sampling_rate` is that of
+        arrays, by default the codec's.
 
         Raises `ValueError` for a sound without samples or one that cannot be read.
         """
@@ -67,7 +70,8 @@ class TokComAudioProcessor:
         sound = read_sound(sound, config.sampling_rate, name, rate, longest, facts)
         if facts["seconds"] > longest + 0.01:
             warnings.warn(
-                f"{name} of {facts['seconds']:.1f} s is cut to the {longest:.1f} s that the model hears.",
+                f"{name} of {facts['seconds']:.1f} s is cut to the {longest:.1f} s that the model "
+                "hears.",
                 stacklevel=4,
             )
         sound = sound[: config.num_samples]
@@ -87,7 +91,8 @@ class TokComAudioProcessor:
     def _powers(self, bands: np.ndarray) -> np.ndarray:
         """Powers `(bins, F)`, not negative, whose mel bands are `bands (mel bands, F)`.
 
-        Multiplicative updates (Lee and Seung 1999): in a fiftieth of the time of `librosa.util.nnls`, and closer.
+        Multiplicative updates (Lee and Seung 1999): in a fiftieth of the time of
+        `librosa.util.nnls`, and closer.
         """
         filters = self.filters.astype(np.float32)  # (bins, mel bands)
         wanted = filters @ bands
@@ -98,7 +103,8 @@ class TokComAudioProcessor:
         return powers
 
     def postprocess(self, input_features: torch.Tensor) -> list[np.ndarray]:
-        """`input_features (B, mel bands, F)` -> sounds `(samples,)` with a peak of 0.95; needs librosa."""
+        """`input_features (B, mel bands, F)` -> sounds `(samples,)` with a peak of 0.95; needs
+        librosa."""
         try:
             import librosa
         except ImportError as error:
@@ -142,12 +148,14 @@ def read_sound(
     seconds: float | None = None,
     facts: dict[str, float] | None = None,
 ) -> np.ndarray:
-    """Samples `(n,)`, float32, at `sampling_rate` of any sound: a path or encoded bytes of wav, flac, mp3 or ogg, an array or tensor
-    `(n,)`, `(channels, n)` or `(n, channels)` of `rate` samples a second, or a dictionary as datasets gives it, with `bytes` or
-    `path`, or with `array` and `sampling_rate`. Channels are mixed, and other rates resampled.
+    """Samples `(n,)`, float32, at `sampling_rate` of any sound: a path or encoded bytes of wav,
+    flac, mp3 or ogg, an array or tensor `(n,)`, `(channels, n)` or `(n, channels)` of `rate`
+    samples a second, or a dictionary as datasets gives it, with `bytes` or `path`, or with `array`
+    and `sampling_rate`. Channels are mixed, and other rates resampled.
 
-    Of a longer sound at least the first `seconds` are read. `facts`, if given, is told what was done. Raises `ValueError` with `name`
-    for what is no sound, is empty, cut off or not finite, or whose header claims more than its file can hold.
+    Of a longer sound at least the first `seconds` are read. `facts`, if given, is told what was
+    done. Raises `ValueError` with `name` for what is no sound, is empty, cut off or not finite, or
+    whose header claims more than its file can hold.
     """
     value, rate = _unwrap(value, rate, name)
     length = None
@@ -217,7 +225,8 @@ def _check_samples(sound: np.ndarray, name: str) -> None:
 
 
 def _samples(value: Any, name: str) -> np.ndarray:
-    """An array, tensor or list as float32 `(n,)` or `(n, channels)`; whole numbers are divided by the largest of their type."""
+    """An array, tensor or list as float32 `(n,)` or `(n, channels)`; whole numbers are divided by
+    the largest of their type."""
     try:
         if isinstance(value, torch.Tensor):
             value = value.detach().cpu()
@@ -230,7 +239,8 @@ def _samples(value: Any, name: str) -> np.ndarray:
     kind = type(value).__name__
     if value.dtype.kind not in "iuf" or value.ndim not in (1, 2):
         raise ValueError(
-            f"{name} must be a path, encoded bytes, or samples (n,) or (channels, n), not {kind} of {value.dtype} and shape "
+            f"{name} must be a path, encoded bytes, or samples (n,) or (channels, n), not {kind} "
+            f"of {value.dtype} and shape "
             f"{value.shape}."
         )
     # there are fewer channels than samples
@@ -243,7 +253,8 @@ def _samples(value: Any, name: str) -> np.ndarray:
 
 
 def _decode_sound(value: Any, name: str, seconds: float | None) -> tuple[np.ndarray, int, int]:
-    """Samples `(n, channels)` of an encoded sound, at least the first `seconds`, their rate, and how many there are in all."""
+    """Samples `(n, channels)` of an encoded sound, at least the first `seconds`, their rate, and
+    how many there are in all."""
     if isinstance(value, (str, Path)):
         try:
             size = Path(value).stat().st_size
@@ -261,7 +272,8 @@ def _decode_sound(value: Any, name: str, seconds: float | None) -> tuple[np.ndar
     claimed = _claimed_bytes(head)
     if claimed > size:
         raise ValueError(
-            f"{name} is cut off, or its header is wrong: it claims {claimed:,} bytes, the file has {size:,}; repair or remove it."
+            f"{name} is cut off, or its header is wrong: it claims {claimed:,} bytes, the file has "
+            f"{size:,}; repair or remove it."
         )
     try:
         import soundfile
@@ -275,7 +287,8 @@ def _decode_sound(value: Any, name: str, seconds: float | None) -> tuple[np.ndar
             channels = stream.channels
             if frames * channels > MAX_EXPANSION * size:
                 raise ValueError(
-                    f"{name} claims {frames:,} samples of {channels} channels, more than {size:,} bytes can hold; remove it."
+                    f"{name} claims {frames:,} samples of {channels} channels, more than {size:,} "
+                    "bytes can hold; remove it."
                 )
             wanted = frames if seconds is None else min(frames, int((seconds + 1) * rate) + 1)
             blocks: list[np.ndarray] = []
@@ -293,13 +306,15 @@ def _decode_sound(value: Any, name: str, seconds: float | None) -> tuple[np.ndar
     sound = np.concatenate(blocks) if blocks else np.zeros((0, channels), np.float32)
     if len(sound) < wanted:
         raise ValueError(
-            f"{name} is cut off: {len(sound):,} of {frames:,} samples are there; repair or remove it."
+            f"{name} is cut off: {len(sound):,} of {frames:,} samples are there; repair or remove "
+            "it."
         )
     return sound, rate, frames
 
 
 def _decode_with_av(value: Any) -> tuple[np.ndarray, int, int] | None:
-    """What soundfile does not read, such as .m4a, with PyAV; None if that is not installed or reads it neither."""
+    """What soundfile does not read, such as .m4a, with PyAV; None if that is not installed or reads
+    it neither."""
     try:
         import av
     except ImportError:

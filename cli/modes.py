@@ -212,7 +212,8 @@ def any_to_any(pipe, args: argparse.Namespace) -> list[str]:
         raise ValueError(f"this model has no {sorted(missing)}; its streams are {sorted(names)}.")
     if args.batch_size > 1 and files:
         raise ValueError(
-            f"--batch_size {args.batch_size}: --image_file and --audio_file hold one sample each; leave it at 1."
+            f"--batch_size {args.batch_size}: --image_file and --audio_file hold one sample each; "
+            "leave it at 1."
         )
     made = pipe(
         {names[kind]: [value] * args.batch_size for kind, value in given.items()},

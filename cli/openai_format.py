@@ -1,6 +1,8 @@
-"""OpenAI's formats: what a client may send, what of it this server refuses and why, and how answers look.
+"""OpenAI's formats: what a client may send, what of it this server refuses and why, and how answers
+look.
 
-Everything here is about formats; `fair_turns.py` decides when a text is written, `serve.py` is the web application.
+Everything here is about formats; `fair_turns.py` decides when a text is written, `serve.py` is the
+web application.
 """
 
 import re
@@ -184,7 +186,8 @@ def explain_invalid(errors: list[dict]) -> RequestError:
 
 @dataclass
 class Prompt:
-    """What one text begins with, as `text` and as `ids`; `drops_space`: its text ends with the space of the next word."""
+    """What one text begins with, as `text` and as `ids`; `drops_space`: its text ends with the
+    space of the next word."""
 
     text: str
     ids: list[int]
@@ -196,7 +199,8 @@ def _bad(param: str, message: str, code: str | None = None) -> RequestError:
 
 
 def dialogue_text(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> tuple[str, bool]:
-    """A dialogue as one text, and whether special tokens are meant by what spells them: of a chat template they are.
+    """A dialogue as one text, and whether special tokens are meant by what spells them: of a chat
+    template they are.
 
     Without a template the turns are lines.
     """
@@ -277,7 +281,8 @@ def _check_limits(
     if work > settings.max_work:
         raise _bad(
             "max_tokens",
-            f"{tokens} tokens x {steps} steps x {texts} texts are {work}, more than this server's limit of "
+            f"{tokens} tokens x {steps} steps x {texts} texts are {work}, more than this server's "
+            "limit of "
             f"{settings.max_work}; ask for fewer of one of them.",
         )
 
@@ -308,8 +313,10 @@ def _check_options(request: TextRequest, pipe: TokComPipeline, settings: ServerS
         if not pipe.model.config.is_causal_lm:
             raise _bad(
                 "logprobs",
-                "`logprobs`: this model does not decide its tokens one after the other, so it has no exact probabilities of "
-                "them; leave `logprobs` out, or serve a model with `token_stagger=1`, `block_size=1` and `start_latents=True`.",
+                "`logprobs`: this model does not decide its tokens one after the other, so it has "
+                "no exact probabilities of "
+                "them; leave `logprobs` out, or serve a model with `token_stagger=1`, "
+                "`block_size=1` and `start_latents=True`.",
             )
     elif getattr(request, "top_logprobs", None) is not None:
         raise _bad("top_logprobs", "`top_logprobs` needs `logprobs`: true.")
@@ -322,7 +329,8 @@ def _check_infill(request: CompletionRequest) -> None:
     if re.findall("_{3,}", request.prompt + GAP + request.suffix) != [GAP]:
         raise _bad(
             "suffix",
-            "with `suffix`, no text may hold three underscores, which stand for a gap, or one beside the gap.",
+            "with `suffix`, no text may hold three underscores, which stand for a gap, or one "
+            "beside the gap.",
         )
     if not request.prompt.strip() and not request.suffix.strip():
         raise _bad(
@@ -336,7 +344,8 @@ def _check_infill(request: CompletionRequest) -> None:
 
 
 def _check_window(pipe: TokComPipeline, param: str, size: int, more: int) -> None:
-    """Refuse a prompt of `size` tokens that, with `more` new ones, is longer than the model can see at once."""
+    """Refuse a prompt of `size` tokens that, with `more` new ones, is longer than the model can see
+    at once."""
     multiple = pipe.model.config.codec_config.length_multiple
     if -(-(size + more) // multiple) * multiple <= pipe.max_length:
         return
@@ -377,7 +386,8 @@ def read_request(
     client: str,
     loop,
 ) -> tuple[list[Prompt], list[Job]]:
-    """The prompts of a request, and a job for each text to write: `n` for every prompt. Raises `RequestError`."""
+    """The prompts of a request, and a job for each text to write: `n` for every prompt. Raises
+    `RequestError`."""
     _check_options(request, pipe, settings)
     infills = isinstance(request, CompletionRequest) and bool(request.suffix)
     _check_texts({**_texts_of(request), "stop": request.stops}, settings)
@@ -444,7 +454,8 @@ class TokenTexts:
 
 
 class ScoredText(NamedTuple):
-    """The tokens of an answer: `places` in `scores`, what each spells, and at which character of the answer it begins."""
+    """The tokens of an answer: `places` in `scores`, what each spells, and at which character of
+    the answer it begins."""
 
     scores: Scores
     places: range
@@ -453,7 +464,8 @@ class ScoredText(NamedTuple):
 
     @classmethod
     def of(cls, scores: Scores, start: int, text: str, tokens: TokenTexts) -> "ScoredText":
-        """The tokens from `start` on that begin within the `text` of an answer, which a stop sequence may have cut."""
+        """The tokens from `start` on that begin within the `text` of an answer, which a stop
+        sequence may have cut."""
         begins = [tokens.length(scores.ids[:i]) for i in range(start, len(scores.ids) + 1)]
         offsets = [begin - begins[0] for begin in begins[:-1]]
         cut = begins[-1] - begins[0] > len(text)

@@ -4,10 +4,12 @@
     curl http://127.0.0.1:8000/v1/completions -H "Content-Type: application/json" \
         -d '{"model": "tokcom", "prompt": "Once upon a time", "max_tokens": 64, "stream": true}'
 
-Notable choices: one thread runs the model and gives all requests their turns (`fair_turns.py`), another one reads requests
-(`openai_format.py`), so the event loop only passes pieces of text on; every text has noise of its own, so a seed gives the same
-text in any company. Listens on the loopback interface unless told otherwise; `--api_key`, or TOKCOM_API_KEY in the environment,
-is then asked of every request but /health. docs/serving.md describes what it understands and what it was measured to do.
+Notable choices: one thread runs the model and gives all requests their turns (`fair_turns.py`),
+another one reads requests (`openai_format.py`), so the event loop only passes pieces of text on;
+every text has noise of its own, so a seed gives the same text in any company. Listens on the
+loopback interface unless told otherwise; `--api_key`, or TOKCOM_API_KEY in the environment, is then
+asked of every request but /health. docs/serving.md describes what it understands and what it was
+measured to do.
 """
 
 import argparse
@@ -72,7 +74,8 @@ class Choice:
         self._drops_space = prompt is not None and prompt.drops_space
 
     async def grow(self) -> str:
-        """Wait for the next piece and return what can be shown of it: the beginning of a stop sequence is held back."""
+        """Wait for the next piece and return what can be shown of it: the beginning of a stop
+        sequence is held back."""
         piece: Piece | Exception = await self.job.pieces.get()
         if isinstance(piece, Exception):
             raise piece
@@ -85,7 +88,8 @@ class Choice:
         self.finish_reason = piece.finish_reason
         self.scores = piece.scores
         ends = [self.text.find(stop) for stop in self.stops if stop in self.text]
-        # scores are computed when a text is complete, so a scored one is written to its end and cut then
+        # scores are computed when a text is complete, so a scored one is written to its end and cut
+        # then
         if ends and (self.job.num_logprobs is None or piece.finish_reason):
             self.text = self.text[: min(ends)]
             self.finish_reason = "stop"
@@ -118,7 +122,8 @@ def as_request_error(error: Exception) -> RequestError:
 
 
 class Answer:
-    """A response to one request, whole or as server-sent events; either way its jobs are cancelled when it ends."""
+    """A response to one request, whole or as server-sent events; either way its jobs are cancelled
+    when it ends."""
 
     def __init__(
         self,
@@ -151,9 +156,11 @@ class Answer:
             pass
 
     async def _grown(self) -> AsyncIterator[tuple[int, str]]:
-        """`(index, new text)` of the choices in the order in which they grow, until all are finished.
+        """`(index, new text)` of the choices in the order in which they grow, until all are
+        finished.
 
-        Raises `ClientLeft` as soon as the client does, and `RequestError` after the timeout or when a text failed.
+        Raises `ClientLeft` as soon as the client does, and `RequestError` after the timeout or when
+        a text failed.
         """
         deadline = self.choices[0].job.deadline
         leaves = asyncio.ensure_future(self._client_leaves())
@@ -246,7 +253,8 @@ class Answer:
 
 
 class Guard:
-    """Lets requests in: asks for the key, and reads each body itself, so that none is too large or takes forever to come."""
+    """Lets requests in: asks for the key, and reads each body itself, so that none is too large or
+    takes forever to come."""
 
     def __init__(self, app: ASGIApp, settings: ServerSettings):
         self.app = app
@@ -435,7 +443,8 @@ def build_app(pipe: TokComPipeline, settings: ServerSettings) -> FastAPI:
 
 
 class DrainingServer(uvicorn.Server):
-    """Ends on SIGTERM or SIGINT with status 0: takes no more requests, and finishes running ones for `grace` seconds.
+    """Ends on SIGTERM or SIGINT with status 0: takes no more requests, and finishes running ones
+    for `grace` seconds.
 
     A second SIGINT ends at once.
     """

@@ -183,7 +183,8 @@ def share_equal(found: list[int], wanted: list[int]) -> float:
 
 
 def measure_digits(study, parts: Parts) -> dict:
-    """Measure the six directions between texts, pictures and sounds of classes, and from nothing."""
+    """Measure the six directions between texts, pictures and sounds of classes, and from
+    nothing."""
     judges = build_judges(study)
     classes = judges["text"].classes
     test = study.data["digits_test"]

@@ -1,4 +1,5 @@
-"""The laws of distribution matching: where its gradient vanishes, where it points, how large it is, and what it leaves alone."""
+"""The laws of distribution matching: where its gradient vanishes, where it points, how large it is,
+and what it leaves alone."""
 
 import copy
 import importlib.util

@@ -276,7 +276,8 @@ def test_what_is_not_finished_within_the_grace_is_told(pipe, start, monkeypatch)
 
 @pytest.mark.slow
 def test_the_shipped_model_survives_hostile_load():
-    """The figures of docs/serving.md, for a shorter time; limits are loose, since the machine may do other work."""
+    """The figures of docs/serving.md, for a shorter time; limits are loose, since the machine may
+    do other work."""
     results = measure(ROOT.parent, seconds=6)
     for name in ("whole", "streamed"):
         assert results[f"dead_clients_{name}"]["cpu_seconds"] < 2

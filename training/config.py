@@ -1,7 +1,9 @@
-"""Training configuration: everything a run needs to know, with its type, its default and one line of help.
+"""Training configuration: everything a run needs to know, with its type, its default and one line
+of help.
 
-`load_train_config` fills these classes from a preset and from `dotted.key=value` overrides. OmegaConf merges and checks types,
-`__post_init__` checks the rest, and every error names the key and the remedy before anything heavy is imported.
+`load_train_config` fills these classes from a preset and from `dotted.key=value` overrides.
+OmegaConf merges and checks types, `__post_init__` checks the rest, and every error names the key
+and the remedy before anything heavy is imported.
 """
 
 import contextlib
@@ -39,7 +41,8 @@ def option(default: Any, help: str, choices: tuple[str | None, ...] = ()) -> Any
     return dataclasses.field(default=default, metadata=metadata)
 
 
-# least and greatest value of numbers whose names do not say it; whole numbers are at least 1 besides
+# least and greatest value of numbers whose names do not say it; whole numbers are at least 1
+# besides
 RANGES = {
     "learning_rate": (1e-12, 10.0),
     "fake_learning_rate": (1e-12, 10.0),
@@ -65,7 +68,8 @@ MOST = 2**40  # of whole numbers
 
 
 def check_numbers(config: object, prefix: str = "") -> None:
-    """Raise `ValueError` for the first number of `config` that is beyond what it can mean; NaN is beyond everything."""
+    """Raise `ValueError` for the first number of `config` that is beyond what it can mean; NaN is
+    beyond everything."""
     for key, value in vars(config).items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
@@ -87,7 +91,8 @@ def check_choices(config: Any, prefix: str = "") -> None:
 
 
 def check_finite(value: Any, name: str) -> None:
-    """Raise `ValueError` if a number in nested settings is NaN or infinite; what else they may be, whoever reads them checks."""
+    """Raise `ValueError` if a number in nested settings is NaN or infinite; what else they may be,
+    whoever reads them checks."""
     if isinstance(value, dict):
         for key, part in value.items():
             check_finite(part, f"{name}.{key}")
@@ -99,9 +104,10 @@ def check_finite(value: Any, name: str) -> None:
 class DataConfig:
     """Where the training data come from.
 
-    `train` is a Hub dataset name, a local .txt / .json / .jsonl / .parquet file, a folder of such files, a list of those or of
-    `{path, field, fields, modality, weight, max_samples, fraction, name}`, or a .yaml file with such a list. `validation` is
-    the same, or None to hold out the last `validation_fraction` of the documents.
+    `train` is a Hub dataset name, a local .txt / .json / .jsonl / .parquet file, a folder of such
+    files, a list of those or of `{path, field, fields, modality, weight, max_samples, fraction,
+    name}`, or a .yaml file with such a list. `validation` is the same, or None to hold out the last
+    `validation_fraction` of the documents.
     """
 
     train: Any = option(
@@ -115,7 +121,8 @@ class DataConfig:
     image_column: str = option("image", "field that holds pictures or clips")
     caption_column: str | None = option(
         None,
-        "field that holds their captions; null: caption or text, if there is one; none: no captions",
+        "field that holds their captions; null: caption or text, if there is one; none: no "
+        "captions",
     )
     fields: dict[str, str] | None = option(
         None, "several streams: which field holds which, e.g. {text: caption}"
@@ -150,7 +157,8 @@ class DataConfig:
 
 @dataclass
 class LoopConfig:
-    """What every stage has: its length, its batches, its average and its checkpoints. Intervals are optimizer steps."""
+    """What every stage has: its length, its batches, its average and its checkpoints. Intervals are
+    optimizer steps."""
 
     max_steps: int = option(1000, "optimizer steps")
     batch_size: int = option(16, "rows per micro-batch and process")
@@ -192,7 +200,8 @@ class StageConfig(LoopConfig):
 
 @dataclass
 class DistillConfig(LoopConfig):
-    """Optimisation of the stage `distill`: a student of a few sampling steps learns from the teacher `init_from`."""
+    """Optimisation of the stage `distill`: a student of a few sampling steps learns from the
+    teacher `init_from`."""
 
     batch_size: int = option(32, "rows per micro-batch and process")
     learning_rate: float = option(1e-4, "learning rate of the student")
@@ -294,7 +303,8 @@ class TrainConfig:
         check_choices(self.distill, "distill.")
         if self.stage in ("head", "distill") and not self.init_from:
             raise ValueError(
-                f"stage {self.stage!r} starts from a finished model; give its directory as `init_from`."
+                f"stage {self.stage!r} starts from a finished model; give its directory as "
+                "`init_from`."
             )
         if not self.data.train:
             raise ValueError(
@@ -318,11 +328,13 @@ class TrainConfig:
     def _check_distillation(self) -> None:
         if self.mixed_precision == "fp16":
             raise ValueError(
-                "`mixed_precision` (fp16) needs a scaled loss, which stage distill lacks; use auto or bf16."
+                "`mixed_precision` (fp16) needs a scaled loss, which stage distill lacks; use auto "
+                "or bf16."
             )
         if self.data.streaming:
             raise ValueError(
-                "stage distill draws rows at random, which a stream cannot; set data.streaming=false."
+                "stage distill draws rows at random, which a stream cannot; set "
+                "data.streaming=false."
             )
         if self.cache_latents:
             raise ValueError(
@@ -342,7 +354,8 @@ class TrainConfig:
 def known_keys(
     cls: type = TrainConfig, prefix: str = ""
 ) -> Iterator[tuple[str, dataclasses.Field]]:
-    """Every dotted key of a configuration class with its field, the nested ones after their parents."""
+    """Every dotted key of a configuration class with its field, the nested ones after their
+    parents."""
     nested = []
     for field in dataclasses.fields(cls):
         if dataclasses.is_dataclass(field.type):
@@ -355,10 +368,11 @@ def known_keys(
 
 
 def load_train_config(preset: str, overrides: list[str]) -> TrainConfig:
-    """Read `presets/<preset>.yaml` (or a path to a YAML file) and apply `dotted.key=value` overrides.
+    """Read `presets/<preset>.yaml` (or a path to a YAML file) and apply `dotted.key=value`
+    overrides.
 
-    Values are YAML, so `flow.max_steps=100`, `data.validation=null` and lists work. Raises `ValueError` for unknown presets
-    and keys, and for values of the wrong type.
+    Values are YAML, so `flow.max_steps=100`, `data.validation=null` and lists work. Raises
+    `ValueError` for unknown presets and keys, and for values of the wrong type.
     """
     values = read_preset(preset)
     # `preset_config` reads the preset's; `model.*` holds what is overridden

@@ -1,7 +1,9 @@
-"""Presets: a YAML file holds the shape of a model, `model`, and the settings of its training, everything else.
+"""Presets: a YAML file holds the shape of a model, `model`, and the settings of its training,
+everything else.
 
-A file may begin with `extends: NAME` and say only what differs. These files are the only place of presets. The
-functions import torch when they need it, so that a command line can name its presets at once.
+A file may begin with `extends: NAME` and say only what differs. These files are the only place of
+presets. The functions import torch when they need it, so that a command line can name its presets
+at once.
 """
 
 from collections.abc import Iterator
@@ -32,7 +34,8 @@ def read_preset(name: str) -> dict[str, Any]:
         file = Path(name)
     if not file.is_file():
         raise ValueError(
-            f"unknown preset {name!r}; known presets are {preset_names()}, or give the path of a YAML file."
+            f"unknown preset {name!r}; known presets are {preset_names()}, or give the path of a "
+            "YAML file."
         )
     try:
         settings = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -58,9 +61,9 @@ def preset_config(name: str, vocab_size: int | None = None, **overrides) -> "Tok
 
     Args:
         name: a preset, or the path of a YAML file.
-        vocab_size: the *tokenizer's* length, by default `tokenizer_vocab_size` of the preset. The model's vocabulary is
-            one larger (the mask token). Of pictures and clips it is that of their captions, and the model has none by
-            default.
+        vocab_size: the *tokenizer's* length, by default `tokenizer_vocab_size` of the preset. The
+            model's vocabulary is one larger (the mask token). Of pictures and clips it is that of
+            their captions, and the model has none by default.
         overrides: top-level fields, and dictionaries for `codec_config` and `transformer_config`.
 
     Raises `ValueError` for an unknown name or key.
@@ -82,9 +85,11 @@ def preset_config(name: str, vocab_size: int | None = None, **overrides) -> "Tok
 
 
 def merge_overrides(fields: dict[str, Any], overrides: dict[str, Any]) -> None:
-    """Write `overrides`, top-level values or dictionaries for a sub-configuration, into the `fields` of a TokComConfig.
+    """Write `overrides`, top-level values or dictionaries for a sub-configuration, into the
+    `fields` of a TokComConfig.
 
-    Raises `ValueError` for an unknown top-level key; unknown keys of sub-configurations fail when the config is built.
+    Raises `ValueError` for an unknown top-level key; unknown keys of sub-configurations fail when
+    the config is built.
     """
     from tokcom.configuration_codec_tokcom import check_known_keys
     from tokcom.configuration_tokcom import TRAINING, TokComConfig
@@ -92,7 +97,8 @@ def merge_overrides(fields: dict[str, Any], overrides: dict[str, Any]) -> None:
     for name in _names(overrides):
         if name in TRAINING:
             raise ValueError(
-                f"`{name}` is a setting of training, not of the model: give `flow.objective.{name}=...`, or for the "
+                f"`{name}` is a setting of training, not of the model: give "
+                f"`flow.objective.{name}=...`, or for the "
                 f"codec `codec.objective.{name}=...`."
             )
     check_known_keys(TokComConfig, overrides, "")

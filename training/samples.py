@@ -1,4 +1,5 @@
-"""What a run shows of its model at each validation: tables of texts and pictures, one class per modality.
+"""What a run shows of its model at each validation: tables of texts and pictures, one class per
+modality.
 
 The names of tables are those of the published training script.
 """
@@ -18,7 +19,8 @@ from tokcom.training.tracking import log_picture, log_table
 
 
 class TextSamples:
-    """Texts, what the codec makes of them, and what is generated from nothing and from a half noisy text.
+    """Texts, what the codec makes of them, and what is generated from nothing and from a half noisy
+    text.
 
     Args:
         stage (`str`): `"codec"` shows reconstructions; later stages also show what is generated.
@@ -88,7 +90,8 @@ class ImageSamples(TextSamples):
 
 
 class VideoSamples(ImageSamples):
-    """Clips `(B, c, F, H, W)` as strips, each above what is made of it, of its caption or after its first frame."""
+    """Clips `(B, c, F, H, W)` as strips, each above what is made of it, of its caption or after its
+    first frame."""
 
     def _rows(self, pipe, pixels, captions, generator):
         clips = pixels[: self.count].to(pipe.model.device)
@@ -104,7 +107,8 @@ class VideoSamples(ImageSamples):
 
 
 class StreamSamples(TextSamples):
-    """What is made of each stream of some records, given alone: texts as a table, pictures as a picture."""
+    """What is made of each stream of some records, given alone: texts as a table, pictures as a
+    picture."""
 
     def log(self, pipe: TokComBasePipeline, loader: DataLoader, step: int) -> None:
         if self.stage == "codec":

@@ -15,7 +15,8 @@ copy is loaded and samples. What happens is one of
     hash    a result, but the model is a valid one that merely is not what was released: no check of
             numbers can see that. `verify=True` and `tokcom verify` compare SHA-256
 
-The last kind is told beforehand (`valid` in `spoiling.py`), not found out, so it cannot hide a missing check.
+The last kind is told beforehand (`valid` in `spoiling.py`), not found out, so it cannot hide a
+missing check.
 """
 
 import argparse
@@ -54,7 +55,8 @@ COUNT = 360
 
 
 def chosen(saved: Path, count: int) -> list[Mutation]:
-    """`count` of all mutations: those of names and files, and evenly spread ones of numbers and tensors."""
+    """`count` of all mutations: those of names and files, and evenly spread ones of numbers and
+    tensors."""
     few = [*name_mutations(), *file_mutations()]
     numbers = list(number_mutations())
     tensors = list(tensor_mutations(saved))
@@ -181,7 +183,8 @@ def outcome(mutation: Mutation, saved: Path, work: Path) -> tuple[str, str]:
 
 
 def command_line(mutation: Mutation, saved: Path, work: Path) -> tuple[str, str]:
-    """The same through `tokcom generate`, in a fork of this process, which has imported everything."""
+    """The same through `tokcom generate`, in a fork of this process, which has imported
+    everything."""
     directory = work / "model"
     shutil.rmtree(directory, ignore_errors=True)
     shutil.copytree(saved / mutation.model, directory)

@@ -51,7 +51,8 @@ ALLOWED = {
     ("codec_config", "mask_token_id"): ("zero",),
     ("codec_config", "num_codes"): ("zero",),
 }
-# what each model is spoiled in; fields whose default is what the model has are not in its config.json
+# what each model is spoiled in; fields whose default is what the model has are not in its
+# config.json
 FIELDS = {
     "turns": {
         "config": (
