@@ -372,9 +372,8 @@ class TokComConfig(PreTrainedConfig):
         if has_context and getattr(self.codec_config, "position_axes", 1) != 1:
             raise ValueError(
                 f"`codec_config.position_axes` ({self.codec_config.position_axes}) must be 1 with "
-                "`num_context_layers` "
-                f"({self.transformer_config.num_context_layers}): rows and columns do not say what "
-                "stands before a patch."
+                f"`num_context_layers` ({self.transformer_config.num_context_layers}): rows and "
+                "columns do not say what stands before a patch."
             )
 
     @property

@@ -89,8 +89,7 @@ def check_checksums(directory: str | os.PathLike) -> int:
     if not file.is_file():
         raise FileNotFoundError(
             f"{directory} has no {CHECKSUMS} to verify it with; `tokcom verify {directory} "
-            "--write` makes one of the files as "
-            "they are now."
+            "--write` makes one of the files as they are now."
         )
     expected = read_json(file)
     missing = [name for name in expected if not (directory / name).is_file()]
@@ -275,8 +274,7 @@ def check_values(model: torch.nn.Module, where: str) -> None:
     if bad:
         raise ValueError(
             f"{len(bad)} tensors of {where} hold numbers that are not finite ({_some(bad)}); "
-            "download it again, or if "
-            "it was loaded in half precision, use dtype=torch.float32."
+            "download it again, or if it was loaded in half precision, use dtype=torch.float32."
         )
 
 

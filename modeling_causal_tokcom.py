@@ -216,10 +216,8 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
         """Refused: the codec's latents stand for the vocabulary it was trained with."""
         raise ValueError(
             f"the vocabulary of {self.config.vocab_size} ids cannot be resized: the codec's "
-            "latents "
-            "stand for these tokens. Use the tokenizer saved beside the model, or train a model "
-            "for "
-            "another one."
+            "latents stand for these tokens. Use the tokenizer saved beside the model, or train a "
+            "model for another one."
         )
 
     def forward(
@@ -262,8 +260,7 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
         if inputs_embeds is not None or output_attentions or output_hidden_states:
             raise ValueError(
                 "`inputs_embeds`, `output_attentions` and `output_hidden_states` do not exist "
-                "here: "
-                "the model reads chunks of ids. Give `input_ids`."
+                "here: the model reads chunks of ids. Give `input_ids`."
             )
         if input_ids.device.type == "cpu":
             self._check_ids(input_ids)
@@ -306,8 +303,7 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
             raise ValueError(
                 f"a text has {longest} tokens, more than the model's maximum of "
                 f"{self.config.max_position_embeddings} (`max_position_embeddings`); shorten it, "
-                "or "
-                "generate with TokComPipeline, which goes on over a window."
+                "or generate with TokComPipeline, which goes on over a window."
             )
         room = -(-(longest + 1) // size) * size
         ids = input_ids.new_zeros(batch, room + 1)  # padding goes to the last place

@@ -144,8 +144,7 @@ class TokComSampling:
             ):
                 raise ValueError(
                     f"`{name}` ({value}) must be positive and finite, `top_p` at most 1, and both "
-                    "1 for "
-                    f"`prediction_type={config.prediction_type!r}`: only 'tokens' has "
+                    f"1 for `prediction_type={config.prediction_type!r}`: only 'tokens' has "
                     "probabilities."
                 )
         return found
@@ -494,16 +493,7 @@ class TokComBlockSampler:
         # (B, Q, K) random numbers for every step
         uniform: list[torch.Tensor | None] = [None] * len(plan)
         if head is not None:
-            # undecided tokens have any id: nobody reads it before their time is 1
-            chunks = torch.zeros_like(plan[0].times, dtype=torch.long)
-            if sigma_start != 1:
-                # a start between noise and text has clean tokens already
-                chunks = head.recognise(context.symbols, x, plan[0].times)
-            # a source for each row, so what a row draws does not depend on the others
-            shape = (len(plan), *chunks.shape[1:])
-            uniform = torch.stack(
-                [torch.rand(shape, generator=source) for source in sources], dim=1
-            ).to(x.device)
+            chunks, uniform = self._first_tokens(x, plan, context, sigma_start, sources)
             if given is not None:
                 plan = [step.with_given(given.mask) for step in plan]
                 chunks = torch.where(given.mask, given.chunks, chunks)
@@ -528,15 +518,33 @@ class TokComBlockSampler:
         # read once per block: every read makes the host wait for the device
         if not self._finite:
             raise ValueError(
-                "the model's predictions became NaN or infinite, so there is nothing to draw "
-                f"from; {self.model.dtype} may be too "
-                "small for it (load it with dtype=torch.float32), or a setting such as "
-                "guidance_scale "
-                f"({self.sampling.guidance_scale:g}) too large."
+                "the model's predictions became NaN or infinite, so there is nothing to draw from; "
+                f"{self.model.dtype} may be too small for it (load it with dtype=torch.float32), "
+                f"or a setting such as guidance_scale ({self.sampling.guidance_scale:g}) too large."
             )
         if chunks is None:
             return self.model.refine(x), None
         return x, self.model.codec.from_symbols(chunks)
+
+    def _first_tokens(
+        self,
+        x: torch.Tensor,
+        plan: list[TokComStep],
+        context: Context,
+        sigma_start: float,
+        sources: list[torch.Generator],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids `(B, Q, K)` of what is decided before the first step, and uniform numbers
+        `(steps, B, Q, K)` to draw the rest with."""
+        times = plan[0].times
+        # undecided tokens have any id: nobody reads it before their time is 1
+        chunks = torch.zeros_like(times, dtype=torch.long)
+        if sigma_start != 1:
+            # a start between noise and text has clean tokens already
+            chunks = self.model.token_head.recognise(context.symbols, x, times)
+        # a source for each row, so what a row draws does not depend on the others
+        rows = [torch.rand(len(plan), *chunks.shape[1:], generator=source) for source in sources]
+        return chunks, torch.stack(rows, dim=1).to(x.device)
 
     def _estimate(
         self,

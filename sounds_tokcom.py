@@ -240,8 +240,7 @@ def _samples(value: Any, name: str) -> np.ndarray:
     if value.dtype.kind not in "iuf" or value.ndim not in (1, 2):
         raise ValueError(
             f"{name} must be a path, encoded bytes, or samples (n,) or (channels, n), not {kind} "
-            f"of {value.dtype} and shape "
-            f"{value.shape}."
+            f"of {value.dtype} and shape {value.shape}."
         )
     # there are fewer channels than samples
     if value.ndim == 2 and value.shape[0] <= value.shape[1]:

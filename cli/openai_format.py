@@ -282,8 +282,7 @@ def _check_limits(
         raise _bad(
             "max_tokens",
             f"{tokens} tokens x {steps} steps x {texts} texts are {work}, more than this server's "
-            "limit of "
-            f"{settings.max_work}; ask for fewer of one of them.",
+            f"limit of {settings.max_work}; ask for fewer of one of them.",
         )
 
 
@@ -314,9 +313,8 @@ def _check_options(request: TextRequest, pipe: TokComPipeline, settings: ServerS
             raise _bad(
                 "logprobs",
                 "`logprobs`: this model does not decide its tokens one after the other, so it has "
-                "no exact probabilities of "
-                "them; leave `logprobs` out, or serve a model with `token_stagger=1`, "
-                "`block_size=1` and `start_latents=True`.",
+                "no exact probabilities of them; leave `logprobs` out, or serve a model with "
+                "`token_stagger=1`, `block_size=1` and `start_latents=True`.",
             )
     elif getattr(request, "top_logprobs", None) is not None:
         raise _bad("top_logprobs", "`top_logprobs` needs `logprobs`: true.")

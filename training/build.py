@@ -35,8 +35,7 @@ def model_of_stage(
     if has_trainable_codec(model):
         raise ValueError(
             f"stage 'flow' needs a trained codec and {directory.root} has none; train it first "
-            "(stage=codec or stage=all), or give "
-            "`codec_from` or `init_from`."
+            "(stage=codec or stage=all), or give `codec_from` or `init_from`."
         )
     corpus.measure(model)  # the only thing that a codec without parameters has to learn
     return model

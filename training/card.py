@@ -18,9 +18,8 @@ from tokcom.training.pipelines import load_pipeline
 PRECISION_NAMES = {"no": "float32", "bf16": "bfloat16 autocast", "fp16": "float16 autocast"}
 LIMITATIONS = (
     "A language model repeats what its training text says, errors and prejudice included, and "
-    "states falsehoods as fluently as "
-    "facts. The losses above are of this run's own validation text; no other quality was measured "
-    "unless a section says so."
+    "states falsehoods as fluently as facts. The losses above are of this run's own validation "
+    "text; no other quality was measured unless a section says so."
 )
 COLUMNS = (
     "stage",
@@ -114,9 +113,8 @@ def _training(config: TrainConfig, summaries: dict[str, dict[str, Any]]) -> str:
     if config.stage == "distill":
         started = (
             f"Student of `{Path(config.init_from).name}` in {config.distill.num_inference_steps} "
-            "step(s), method "
-            f"`{config.distill.method}`, guidance {config.distill.guidance_scale:g}, seed "
-            f"{config.seed}, {_ran(summaries)}."
+            f"step(s), method `{config.distill.method}`, guidance "
+            f"{config.distill.guidance_scale:g}, seed {config.seed}, {_ran(summaries)}."
         )
     elif config.init_from:
         started += f" Started from `{Path(config.init_from).name}`."

@@ -139,8 +139,7 @@ class Checkpoints:
             kept = ([None] + self.all())[-1]
             raise CheckpointError(
                 f"{target} could not be written ({first_line(error)}); the last one is "
-                f"{kept or 'none'}. Free some "
-                "space and run the same command again."
+                f"{kept or 'none'}. Free some space and run the same command again."
             ) from error
         if is_main:
             shutil.rmtree(target, ignore_errors=True)

@@ -29,8 +29,7 @@ def check_sizes(
         if (options.flip or options.shift) and not isinstance(corpus, PictureCorpus):
             raise ValueError(
                 f"`{stage}.flip` ({options.flip}) and `{stage}.shift` ({options.shift}) move "
-                "pictures and clips, and the "
-                "data are neither; set both to 0."
+                "pictures and clips, and the data are neither; set both to 0."
             )
         if not len(held_out):
             raise ValueError(
@@ -49,7 +48,6 @@ def check_rows(
         return
     raise ValueError(
         f"the training data give {len(dataset)} {corpus.rows.format(options.sequence_length)}, "
-        "fewer than one batch of "
-        f"{options.batch_size} on {processes} process(es); lower {stage}.batch_size or "
-        f"{stage}.sequence_length, or give more data."
+        f"fewer than one batch of {options.batch_size} on {processes} process(es); lower "
+        f"{stage}.batch_size or {stage}.sequence_length, or give more data."
     )

@@ -128,8 +128,8 @@ class Corpus:
         if options.sequence_length > longest:
             raise ValueError(
                 f"`{model.objective.stage}.sequence_length` ({options.sequence_length}) is longer "
-                "than the model's maximum of "
-                f"{longest} tokens; shorten it or raise transformer_config.max_position_embeddings."
+                f"than the model's maximum of {longest} tokens; shorten it or raise "
+                "transformer_config.max_position_embeddings."
             )
         return WindowShape.of(model.config, options.sequence_length)
 
@@ -432,8 +432,7 @@ class Reading:
         if tokenizer is not None and captions not in validation.column_names:
             raise ValueError(
                 f"`data.train` has captions ({captions!r}) and `data.validation` has none; give "
-                "both or remove the captions by "
-                "data.caption_column=none."
+                "both or remove the captions by data.caption_column=none."
             )
         columns = data.image_column, captions, tokenizer, self.config.seed
         parts = {

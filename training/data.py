@@ -89,8 +89,7 @@ class WindowShape:
         if self.length % self.multiple:
             raise ValueError(
                 f"`sequence_length` ({self.length}) must be a multiple of `chunk_size` "
-                f"({self.multiple}); "
-                f"use {self.length + -self.length % self.multiple}."
+                f"({self.multiple}); use {self.length + -self.length % self.multiple}."
             )
 
     @classmethod
@@ -353,8 +352,7 @@ def read_patiently(
             if failures > attempts:
                 raise ConnectionError(
                     f"{name} failed {failures} times in a row at record {done} ({error}); check "
-                    "the source, then run the same "
-                    "command again."
+                    "the source, then run the same command again."
                 ) from error
             pause = wait * 2 ** (failures - 1)
             warnings.warn(

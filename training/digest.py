@@ -108,8 +108,8 @@ def check_unchanged(config: TrainConfig, corpus: Any, directory: RunDirectory) -
     if changed and not config.data.allow_changed:
         raise ValueError(
             f"the {' and the '.join(changed)} changed since {directory.root} was begun, so its "
-            "weights would be of two data sets; "
-            "restore them, choose another output_dir, or set data.allow_changed=true."
+            "weights would be of two data sets; restore them, choose another output_dir, or set "
+            "data.allow_changed=true."
         )
     if changed:
         print(f"the {' and the '.join(changed)} changed; the run goes on with the new ones")

@@ -160,8 +160,7 @@ class RunDirectory:
             if self.root.is_dir() and present:
                 raise ValueError(
                     f"{self.root} already holds {present[0]}, which this run did not write and "
-                    "would replace; choose another "
-                    "output_dir."
+                    "would replace; choose another output_dir."
                 )
         try:
             self.work.mkdir(parents=True, exist_ok=True)
@@ -190,8 +189,7 @@ class RunDirectory:
         if (self.work / "distill" / "distill_config.json").is_file():
             raise ValueError(
                 f"{self.root} is a distillation of version 0.2, whose checkpoints this version "
-                "cannot read; choose another "
-                "output_dir."
+                "cannot read; choose another output_dir."
             )
         if not self.settings.is_file():
             return
@@ -215,8 +213,7 @@ class RunDirectory:
             if started.get(key) != value:
                 raise ValueError(
                     f"{self.root} was started with {prefix}{key}={started.get(key)!r}, now it is "
-                    f"{value!r}; choose another "
-                    "output_dir."
+                    f"{value!r}; choose another output_dir."
                 )
 
     def keep_tokenizer(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -254,15 +251,15 @@ class RunDirectory:
         if not has_checkpoint:
             raise ValueError(
                 f"{work} is finished after {made} steps and has no checkpoint to go on from to "
-                f"{stage}.max_steps ({wanted}); "
-                "choose another output_dir and start there with init_from."
+                f"{stage}.max_steps ({wanted}); choose another output_dir and start there with "
+                "init_from."
             )
         flow = self.work / "flow"
         if stage == "codec" and (any(flow.glob("checkpoint-*")) or self.final("flow").is_dir()):
             raise ValueError(
                 f"codec.max_steps ({wanted}) asks for more steps of a codec that the transformer "
-                f"in {flow} was trained for; "
-                f"keep codec.max_steps={made}, or choose another output_dir."
+                f"in {flow} was trained for; keep codec.max_steps={made}, or choose another "
+                "output_dir."
             )
         return False
 

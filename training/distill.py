@@ -46,10 +46,8 @@ def load_teacher(name: str) -> TokComBasePipeline:
     if model.config.prediction_type != "latents":
         raise ValueError(
             f"{name} has `prediction_type={model.config.prediction_type!r}`: it is trained by "
-            "cross-entropy and reads nothing from "
-            "pure noise, so no student can turn noise into text in a few steps. Train a teacher "
-            "with "
-            "`model.prediction_type=latents`."
+            "cross-entropy and reads nothing from pure noise, so no student can turn noise into "
+            "text in a few steps. Train a teacher with `model.prediction_type=latents`."
         )
     if model.config.noise_std != 1:
         raise ValueError(f"`noise_std` ({model.config.noise_std}) of the teacher must be 1.")
@@ -104,8 +102,7 @@ class DistillTrainer(Trainer):
         if teacher.condition_embedding is not None and "input_ids" not in dataset[0]:
             raise ValueError(
                 f"the teacher reads captions but the data have no field {config.data.captions!r}; "
-                "set "
-                "`data.caption_column`."
+                "set `data.caption_column`."
             )
         return dataset
 

@@ -39,8 +39,7 @@ def export_repository(
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
             f"{directory} could not be written ({first_line(error)}); what was there is as it was. "
-            "Free some space and "
-            "run the same command again."
+            "Free some space and run the same command again."
         ) from error
     replace_folder(partial, directory)
 

@@ -160,9 +160,8 @@ class MediaFolder:
         names = list(dict.fromkeys(name for _, row in rows for name in row))
         if names and FILE_NAME not in names:
             raise ValueError(
-                f"{file} has no field {FILE_NAME!r}, which names the file of each caption "
-                f"(fields: {some(names)})"
-                f"{near_miss(FILE_NAME, names)}"
+                f"{file} has no field {FILE_NAME!r}, which names the file of each caption (fields: "
+                f"{some(names)}){near_miss(FILE_NAME, names)}"
             )
         for where, row in rows:
             if not isinstance(row.get(FILE_NAME), str):

@@ -402,11 +402,10 @@ def check_autoencoder(autoencoder: torch.nn.Module | None, codec_config) -> None
     )
     if found != wanted:
         raise ValueError(
-            f"the autoencoder turns {codec_config.clip_length} frames of {height} x {width} "
-            f"pixels into latents of shape {found}, but "
-            f"the codec reads {wanted}; set num_channels, num_frames, height, width, "
-            "spatial_compression and "
-            "temporal_compression of model.codec_config to what it makes."
+            f"the autoencoder turns {codec_config.clip_length} frames of {height} x {width} pixels "
+            f"into latents of shape {found}, but the codec reads {wanted}; set num_channels, "
+            "num_frames, height, width, spatial_compression and temporal_compression of "
+            "model.codec_config to what it makes."
         )
 
 

@@ -28,8 +28,7 @@ class FeatureLoss:
             reason = first_line(error)
             raise ValueError(
                 f"`perceptual_model` ({name!r}) cannot be loaded ({reason}); give another one, or "
-                "null for "
-                "squared error and image gradients alone."
+                "null for squared error and image gradients alone."
             ) from error
         self.weight = weight
         self.mean, self.std = (torch.tensor(x, device=device).view(1, 3, 1, 1) for x in (MEAN, STD))

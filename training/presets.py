@@ -98,8 +98,7 @@ def merge_overrides(fields: dict[str, Any], overrides: dict[str, Any]) -> None:
         if name in TRAINING:
             raise ValueError(
                 f"`{name}` is a setting of training, not of the model: give "
-                f"`flow.objective.{name}=...`, or for the "
-                f"codec `codec.objective.{name}=...`."
+                f"`flow.objective.{name}=...`, or for the codec `codec.objective.{name}=...`."
             )
     check_known_keys(TokComConfig, overrides, "")
     _merge(fields, overrides)

@@ -111,8 +111,8 @@ def read_text(path: Path, encoding: str | None = None) -> str:
     if "\0" in text:
         raise ValueError(
             f"{path} has a NUL character at {text.index(chr(0))}, so it is no text, or it is "
-            "UTF-16 without a mark; convert it "
-            "to UTF-8, or name its encoding by data.encoding=utf-16-le."
+            "UTF-16 without a mark; convert it to UTF-8, or name its encoding by "
+            "data.encoding=utf-16-le."
         )
     return text.replace("\r\n", "\n").replace("\r", "\n")
 

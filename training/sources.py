@@ -390,9 +390,8 @@ class Source:
         if not wanted or ("prompt" in wanted) != ("answer" in wanted):
             raise ValueError(
                 f"records of {self.path} have no field {text!r} (fields: "
-                f"{', '.join(columns)}){near_miss(text, columns)} Set "
-                "`data.text_column` (or of pictures `data.image_column`) to one of them, or give "
-                "dialogues: `prompt` and "
+                f"{', '.join(columns)}){near_miss(text, columns)} Set `data.text_column` (or of "
+                "pictures `data.image_column`) to one of them, or give dialogues: `prompt` and "
                 "`answer`, `messages`, `conversations`."
             )
         return wanted

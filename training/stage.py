@@ -135,14 +135,14 @@ class StageTrainer(Trainer):
         if options.muon_learning_rate and kind in (DistributedType.DEEPSPEED, DistributedType.FSDP):
             raise ValueError(
                 f"`{self.stage}.muon_learning_rate` ({options.muon_learning_rate}) needs whole "
-                "matrices on every "
-                f"process; set it to 0 under {kind.value}, or use multi_gpu_ddp.yaml."
+                f"matrices on every process; set it to 0 under {kind.value}, or use "
+                "multi_gpu_ddp.yaml."
             )
         if options.ema_half_life and kind == DistributedType.DEEPSPEED:
             raise ValueError(
                 f"`{self.stage}.ema_half_life` ({options.ema_half_life}) cannot average the shards "
-                "of DeepSpeed; "
-                f"set {self.stage}.ema_half_life=0 or use accelerate_configs/fsdp2.yaml."
+                f"of DeepSpeed; set {self.stage}.ema_half_life=0 or use "
+                "accelerate_configs/fsdp2.yaml."
             )
 
     def _loader(self) -> DataLoader:
@@ -274,9 +274,8 @@ class StageTrainer(Trainer):
         last = (self.checkpoints.all() or ["none yet"])[-1]
         raise NonFiniteLossError(
             f"{reason} at {self.stage} step {self.progress.step + 1}; stopped without saving. The "
-            f"last good checkpoint is {last}. "
-            f"Lower {self.stage}.learning_rate ({self.options.learning_rate}) or use "
-            "mixed_precision=bf16, then run the same "
+            f"last good checkpoint is {last}. Lower {self.stage}.learning_rate "
+            f"({self.options.learning_rate}) or use mixed_precision=bf16, then run the same "
             "command again."
         )
 
@@ -427,15 +426,13 @@ class StageTrainer(Trainer):
         if self.corpus.streamed and progress.processes != processes:
             raise ValueError(
                 f"a stream is read in {progress.processes} parts, one for each process that the "
-                "run began with; launch "
-                f"{progress.processes} processes instead of {processes}."
+                f"run began with; launch {progress.processes} processes instead of {processes}."
             )
         sampler = self.corpus.sampler(self.dataset, batch_size, self.config.seed)
         if sampler is not None and batch_size != progress.batch_size:
             raise ValueError(
                 "the batches of several streams are composed by their size; keep "
-                f"{self.stage}.batch_size="
-                f"{progress.batch_size} instead of {batch_size}."
+                f"{self.stage}.batch_size={progress.batch_size} instead of {batch_size}."
             )
         rows = None if self.corpus.streamed else len(self.dataset)
         changed = progress.relocate(

@@ -267,8 +267,7 @@ class OmniDataset(torch.utils.data.Dataset):
         if not found <= wanted:
             raise ValueError(
                 f"the data have the streams {sorted(found)} but the codec {sorted(wanted)}; name "
-                "them alike in `data.fields`, or "
-                "add them to model.codec_config.streams."
+                "them alike in `data.fields`, or add them to model.codec_config.streams."
             )
         for name in found:
             if (name in self.texts) != (name in codec.text_names):

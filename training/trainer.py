@@ -147,8 +147,7 @@ class Trainer:
         self._save_checkpoint()
         raise TrainingStopped(
             f"stopped by {signal_name(number)} after {self.stage} step {self.progress.step}; run "
-            "the same command again to go "
-            "on from there."
+            "the same command again to go on from there."
         )
 
     def write_summary(self) -> None:
@@ -182,8 +181,7 @@ class Trainer:
         if self.ema is None and saved is not None:
             self.accelerator.print(
                 f"{self.stage}.ema_half_life is 0 now: the averaged weights of the checkpoint are "
-                "dropped, and the run goes on "
-                "with the weights themselves"
+                "dropped, and the run goes on with the weights themselves"
             )
         elif self.ema is not None and saved is None:
             self.start_average()  # those of before were averages of the weights at initialisation
