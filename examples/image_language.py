@@ -228,7 +228,8 @@ def build_proxy(pixels: torch.Tensor, args: argparse.Namespace) -> ProxyHead:
 def report_proxy(
     model, head: ProxyHead, ids: torch.Tensor, codes, pixels, pipe, words: int, args
 ) -> None:
-    """Print how well the patches follow from the ordered codes, and draw them beside the decoder."""
+    """Print how well the patches follow from the ordered codes, and draw them beside the
+    decoder."""
     states = model(input_ids=ids, output_hidden_states=True).hidden_states[-1]
     count = pipe.model.config.codec_config.num_codes
     logits = head(code_states(states, ids, words, count))

@@ -23,7 +23,8 @@ LEFT = ("run", "__pycache__")  # of a run
 
 
 def pack(source: Path, target: Path, card: Path | None) -> int:
-    """Write `target` from the model directory `source`; returns the number of parameters and buffers."""
+    """Write `target` from the model directory `source`; returns the number of parameters and
+    buffers."""
     target.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir()):
         if file.name in LEFT or file.match(CODE) or file.suffix == ".safetensors":
