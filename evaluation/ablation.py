@@ -73,8 +73,12 @@ def train_row(args: argparse.Namespace) -> tuple[Path, dict]:
         f"tokenizer={args.checkpoint}",
     ]
     output = work / "models" / f"{args.row}-{args.seed}"
-    codec = [] if "codec" not in row else [f"codec_from={trained_codec(row['codec'], data, work)}"]
-    overrides = [*row_overrides(row), *data, *codec, f"seed={args.seed}", f"output_dir={output}"]
+    start = []
+    if args.init_from:
+        start = [f"init_from={args.init_from}", *ROWS["tuning"]]
+    elif "codec" in row:
+        start = [f"codec_from={trained_codec(row['codec'], data, work)}"]
+    overrides = [*row_overrides(row), *data, *start, f"seed={args.seed}", f"output_dir={output}"]
     config = load_train_config(row.get("preset", "tiny"), overrides)
     # a model only to count operations: the budget sets the number of steps
     model = build_model(config, get_tokenizer(args.checkpoint, 0, [], ""))
@@ -186,6 +190,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--validation")
     parser.add_argument("--judge", help="autoregressive judge with the same tokenizer")
     parser.add_argument("--work_dir", default="outputs/ablation")
+    parser.add_argument("--init_from", help="trained model to go on from, at lower learning rates")
     parser.add_argument("--training_flops", type=float, default=4.5e13)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)

@@ -4,8 +4,8 @@
         --judge judge --work_dir outputs/curve
 
 Every system is trained for `--training_flops` on the same text: rows of `evaluation/ablations.yaml`,
-masked diffusion in the same network (`masked.py`), and an autoregressive model of as many
-parameters. Each then continues held-out prompts with several numbers of steps and temperatures.
+masked diffusion in the same network (`masked.py`), an autoregressive model of as many parameters,
+and a trained model that learns masks. Each then continues held-out prompts with several numbers of steps and temperatures.
 What is finished is kept in `WORK_DIR/curve/SYSTEM-SEED.json` and not run again. Writes `curve.md`
 and `curve.png`.
 
@@ -49,7 +49,7 @@ from tokcom.training.data import load_documents, tokenize_documents
 STEPS = (1, 2, 4, 8, 16, 64)
 TEMPERATURES = (1.0, 0.9, 0.8, 0.7)
 THRESHOLDS = (0.1, 0.3, 1.0)  # nats below which a masked token is decided with others
-SYSTEMS = {  # name -> row of the ablations; the last is none of TokCom's
+SYSTEMS = {  # name -> the row of the ablations that is trained
     "turns": "recipe",
     "half turns": "stagger_0.5",
     "no turns": "stagger_0",
@@ -57,6 +57,8 @@ SYSTEMS = {  # name -> row of the ablations; the last is none of TokCom's
     "turns, K = 8": "k8",
     "masks": "recipe",
     "autoregressive": None,
+    "turns, trained": None,
+    "masks, tuned": "recipe",
 }
 
 
@@ -67,11 +69,15 @@ def train_system(name: str, args: argparse.Namespace) -> tuple[Path, dict]:
     """The directory of the trained model, and what it cost."""
     if name == "autoregressive":
         return train_autoregressive(args)
+    if name == "turns, trained":
+        return Path(args.init_from), {}
     options = argparse.Namespace(**vars(args))
     options.row = SYSTEMS[name]
-    trains_masks = name == "masks"
+    trains_masks = name.startswith("masks")
     if trains_masks:
-        options.work_dir = str(Path(args.work_dir) / "masks")
+        options.work_dir = str(Path(args.work_dir) / name)
+    if name != "masks, tuned":
+        options.init_from = None
     with masked_training() if trains_masks else contextlib.nullcontext():
         return train_row(options)
 
@@ -103,7 +109,7 @@ def settings(name: str, size: int) -> list[dict]:
     """The ways in which a system is sampled; what is no sampler's option is the masks' own."""
     if name == "autoregressive":
         return [{}]
-    if name != "masks":
+    if not name.startswith("masks"):
         wanted = STEPS if size == 4 else (size // 2, size, 2 * size)
         return [{"num_inference_steps": steps} for steps in wanted]
     found = [
@@ -126,11 +132,13 @@ class Measured:
         if name == "autoregressive":
             self.model = AutoModelForCausalLM.from_pretrained(directory)
             self.chunk_size = 1
+            self.has_masks = False
             return
-        pipeline = MaskedPipeline if name == "masks" else TokComPipeline
+        self.has_masks = name.startswith("masks")
+        pipeline = MaskedPipeline if self.has_masks else TokComPipeline
         self.pipe = pipeline.from_pretrained(directory)
         self.chunk_size = self.pipe.chunk_size
-        if name == "masks":
+        if self.has_masks:
             self.pipe.model.objective = MaskedObjective()
 
     def own_nll(self, tokens: np.ndarray) -> float | None:
@@ -138,7 +146,7 @@ class Measured:
         windows = held_out_windows(tokens, 512, 48)
         if self.name == "autoregressive":
             return float(np.nanmean(token_nll(self.model, windows)))
-        if self.name == "masks":
+        if self.has_masks:
             return held_out_masked_nll(self.pipe.model, windows, PROMPT)
         return held_out_nll(self.pipe.model, windows, PROMPT)
 
@@ -146,7 +154,7 @@ class Measured:
         if self.name == "autoregressive":
             return AutoregressiveSampler(self.model, 0, temperature)
         options = dict(setting)
-        if self.name == "masks":
+        if self.has_masks:
             self.pipe.order = options.pop("order")
             self.pipe.threshold = options.pop("threshold", None)
         return TokComSampler(self.pipe, temperature=temperature, **options)
@@ -155,7 +163,7 @@ class Measured:
         """Evaluations of the head per token of the last samples."""
         if self.name == "autoregressive":
             return 1.0
-        if self.name == "masks":
+        if self.has_masks:
             sampler = self.pipe.sampler
             return sampler.evaluations / sampler.chunks / self.chunk_size
         return setting["num_inference_steps"] / self.chunk_size
@@ -282,6 +290,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--work_dir", default="outputs/curve", help="default: %(default)s")
     parser.add_argument(
         "--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="default: all"
+    )
+    parser.add_argument(
+        "--init_from",
+        default=".",
+        help="trained text model, measured as it is and after training on masks (default: %(default)s)",
     )
     parser.add_argument(
         "--training_flops", type=float, default=4e13, help="of each (default: %(default)s)"
