@@ -3,14 +3,15 @@
     python examples/demo.py
     python examples/demo.py --only emoji clips
 
-The model at the root writes text; those in `zoo/` write a sentence as pixels, draw an emoji, move one
-and speak a digit. Everything is in this directory, so it needs no network. What is made lies in
+The model at the root writes text; those in `zoo/` write a sentence as pixels, draw an emoji, move
+one, and hear, draw and speak a digit. Everything is in this directory, so it needs no network. What is made lies in
 `outputs/demo/`; open its `index.html`. It is also the shortest tour of the Python interface.
 """
 
 import argparse
 import html
 import importlib.util
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -19,6 +20,7 @@ if importlib.util.find_spec("tokcom") is None:
     remedy = "run `make setup`, then `.venv/bin/python examples/demo.py`"
     sys.exit(f"error: the package tokcom is not installed; {remedy}.")
 
+import numpy as np
 import torch
 from diffusers.utils import export_to_gif
 from PIL import Image
@@ -30,6 +32,7 @@ from tokcom import (
     TokComVideoPipeline,
 )
 from tokcom.cli.errors import report_errors
+from tokcom.pipeline_media_tokcom import TokComOmniPipelineOutput
 from tokcom.processing_tokcom import write_wav
 from tokcom.training.images import picture_grid
 
@@ -50,6 +53,7 @@ EMOJI = (
 PREFIXES = (1, 4, 9, 36)  # tokens of a picture that are decoded
 CLIPS = ("red apple, rising", "sailboat, sliding to the right", "dog face, turning")
 DIGIT = "the digit seven"
+RECORDING = ROOT / "sample_data" / "seven.flac"
 STYLE = (
     "body {font-family: system-ui, sans-serif; max-width: 52rem; margin: 2rem auto}"
     "img {image-rendering: pixelated; margin: .3rem; vertical-align: middle}"
@@ -81,7 +85,7 @@ class Page:
     def show(self, name: str, what: str, scale: int = 1) -> None:
         """A picture, clip or sound that lies in the directory, `scale` times as large."""
         print(f"  {what}: {self.directory / name}")
-        if name.endswith(".wav"):
+        if name.endswith((".wav", ".flac")):
             tag = f'<audio controls src="{name}"></audio>'
         else:
             width = Image.open(self.directory / name).width * scale
@@ -180,22 +184,37 @@ def show_clips(directory: Path, page: Page) -> None:
 
 
 def show_digits(directory: Path, page: Page) -> None:
-    """A digit spoken and drawn for its name, and what is heard in that sound."""
+    """Listen to a recording that training never had, then make a digit of all three kinds."""
     pipe = TokComOmniPipeline.from_pretrained(directory, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     page.title("Digits: text, picture and sound, each for the others")
-    spoken = pipe({"text": DIGIT}, ["audio", "image"], generator=seed(0))
-    write_wav(spoken.audios[0], page.directory / "digit.wav", pipe.sampling_rates["audio"])
-    spoken.images[0].save(page.directory / "digit.png")
-    page.show("digit.wav", f"{DIGIT}, spoken")
-    page.show("digit.png", f"{DIGIT}, drawn", scale=4)
-    heard = pipe({"audio": spoken.audios}, ["text", "image"], generator=seed(0))
-    heard.images[0].save(page.directory / "digit_heard.png")
-    page.say(f"heard in that sound: {heard.texts[0]}")
-    page.show("digit_heard.png", "and drawn from it", scale=4)
+    shutil.copy(RECORDING, page.directory / "digit_given.flac")
+    page.show("digit_given.flac", f"a recording of {DIGIT}")
+    heard = pipe({"audio": RECORDING}, ["text", "image"], generator=seed(0))
+    page.say(f"heard in it: {heard.texts[0]}")
+    _show_digit(heard, "digit_heard", "drawn for it", page, pipe)
+
+    spoken = pipe({"text": DIGIT}, ["image", "audio"], guidance_scale=GUIDANCE, generator=seed(0))
+    page.say(f"For the text {DIGIT!r}:")
+    _show_digit(spoken, "digit_for_text", "for the text", page, pipe)
+
+    made = pipe(generator=seed(0))
+    page.say(f"All three from nothing: {made.texts[0]}")
+    _show_digit(made, "digit_from_nothing", "from nothing", page, pipe)
 
 
-GUIDANCE = 2.0  # of the emoji; it doubles the evaluations
+def _show_digit(
+    output: TokComOmniPipelineOutput, name: str, what: str, page: Page, pipe: TokComOmniPipeline
+) -> None:
+    """The picture of an output, and its sound if that was not given."""
+    output.images[0].save(page.directory / f"{name}.png")
+    page.show(f"{name}.png", f"{what}: the picture", scale=4)
+    if isinstance(output.audios[0], np.ndarray):
+        write_wav(output.audios[0], page.directory / f"{name}.wav", pipe.sampling_rates["audio"])
+        page.show(f"{name}.wav", f"{what}: the sound")
+
+
+GUIDANCE = 2.0  # of emoji and of digits for a text; it doubles the evaluations
 # name -> directory, and what shows it
 PARTS = {
     "text": (ROOT, show_text),
