@@ -53,6 +53,12 @@ def default_checkpoint() -> str:
     return str(shipped)
 
 
+def shipped_zoo() -> list[str]:
+    """The models that lie in `zoo/` of this checkout; the installed package has none."""
+    found = (Path(tokcom.__file__).parent / "zoo").glob("*/model_index.json")
+    return sorted(str(file.parent) for file in found)
+
+
 CHECKPOINT = "model directory or Hub id"
 DEVICE = "cpu, cuda, cuda:1 ... (default: cuda if there is one, else cpu)"
 OPTIONS: dict[str, dict] = {
@@ -354,10 +360,13 @@ def add_app_options(parser: argparse.ArgumentParser) -> None:
         default=os.environ.get("TOKCOM_MODEL", default_checkpoint()),
         help=f"{CHECKPOINT} of a text model",
     )
-    add("--pixels", help="a pixel model, for a tab of texts as pictures (default: no such tab)")
     add(
-        "--images",
-        help="an image model, for a tab of captions and pictures (default: no such tab)",
+        "--models",
+        nargs="*",
+        default=shipped_zoo(),
+        metavar="MODEL",
+        help="models of pixels, pictures, clips and several streams, each with a tab of its own "
+        "(default: those in zoo/)",
     )
     add("--device", help=DEVICE)
     add(
