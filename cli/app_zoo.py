@@ -68,7 +68,7 @@ class ShownModel:
     Raises `FileNotFoundError` or `ValueError` if nothing is there, or a model without a tab.
     """
 
-    def __init__(self, path: str, device: str | None = None):
+    def __init__(self, path: str, device: str = "auto"):
         check_model_path(path, "--models")
         self.path = path
         self.device = device

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tokcom.cli.loading import best_device, check_modality, open_pipeline
+from tokcom.cli.loading import check_modality, open_pipeline, usable_device
 from tokcom.evaluation import autoregressive, protocol, report
 from tokcom.evaluation.judges import TextJudge, TokenJudge
 from tokcom.evaluation.metrics import unigram_entropy
@@ -224,7 +224,7 @@ def run(args: argparse.Namespace) -> dict:
     if args.predictions:
         print(compare(args.predictions))
         return {}
-    args.device = best_device(args.device)  # judges and peers go to the same one
+    args.device = usable_device(args.device)  # judges and peers go to the same one
     results = evaluate(args)
     print((Path(args.output_dir) / "results.md").read_text(encoding="utf-8"))
     return results

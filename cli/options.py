@@ -60,7 +60,7 @@ def shipped_zoo() -> list[str]:
 
 
 CHECKPOINT = "model directory or Hub id"
-DEVICE = "cpu, cuda, cuda:1 ... (default: cuda if there is one, else cpu)"
+DEVICE = "cpu, cuda, cuda:1 ... (default: auto, cuda if there is one, else cpu)"
 OPTIONS: dict[str, dict] = {
     "checkpoint": {
         "default": default_checkpoint(),
@@ -126,7 +126,7 @@ OPTIONS: dict[str, dict] = {
         "default": 1,
         "help": "texts among which the most typical is chosen",
     },
-    "device": {"help": DEVICE},
+    "device": {"default": "auto", "help": DEVICE},
     "seed": {
         "type": int,
         "help": "the same seed gives the same sample (default: another one each time)",
@@ -338,7 +338,7 @@ def add_sample_corpus_options(parser: argparse.ArgumentParser) -> None:
     add("--texts_per_file", type=int, default=10000, help="texts in each part-*.parquet")
     add("--seed", type=int, default=0, help="seed; batch b draws from its own, (seed, b)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
-    add("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
+    add("--device", default="auto", help=DEVICE)
     add("--compile", action="store_true", help="fuse the attention; needs a C++ compiler on a cpu")
 
 
@@ -368,7 +368,7 @@ def add_app_options(parser: argparse.ArgumentParser) -> None:
         help="models of pixels, pictures, clips and several streams, each with a tab of its own "
         "(default: those in zoo/)",
     )
-    add("--device", help=DEVICE)
+    add("--device", default="auto", help=DEVICE)
     add(
         "--host",
         default="0.0.0.0" if "SPACE_ID" in os.environ else "127.0.0.1",
@@ -382,7 +382,7 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
     add("--checkpoint", default=default_checkpoint(), help=CHECKPOINT)
     add("--host", default="127.0.0.1", help="0.0.0.0 for all interfaces; give an API key then")
     add("--port", type=int, default=8000, help="0 takes a free one")
-    add("--device", help=DEVICE)
+    add("--device", default="auto", help=DEVICE)
     add(
         "--api_key",
         default=os.environ.get("TOKCOM_API_KEY"),
@@ -451,7 +451,7 @@ def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
         help="sample from the fewest tokens that reach this probability",
     )
     add("--peer_temperature", type=float, default=1.0, help="of the peers' token probabilities")
-    add("--device", help=DEVICE)
+    add("--device", default="auto", help=DEVICE)
 
 
 def add_convert_options(parser: argparse.ArgumentParser) -> None:

@@ -36,6 +36,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from tokcom.cli.loading import usable_device
 from tokcom.integrity_tokcom import file_digest
 
 COUNTS = ("sampled", "kept", "not_ended", "too_short", "duplicates", "characters")
@@ -111,6 +112,7 @@ class Teacher:
     """A causal language model with what its texts begin and end with."""
 
     def __init__(self, args: argparse.Namespace) -> None:
+        args.device = usable_device(args.device)  # a setting of the corpus, as it was found
         self.args = args
         self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             args.model, dtype=getattr(torch, args.dtype)

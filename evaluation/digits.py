@@ -58,22 +58,20 @@ class Judges:
         if file is not None and file.is_file():
             judge = Classifier([len(self.classes)])
             judge.load_state_dict(load_file(file))
-            return judge.eval()
-        judge = train_classifier(inputs, self.labels, args.epochs, args.seed)
+            return judge.eval().to(args.device)
+        judge = train_classifier(inputs, self.labels, args.epochs, args.seed, args.device)
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
             save_file(judge.state_dict(), file)
         return judge
 
-    @torch.no_grad()
     def see(self, pixels: torch.Tensor) -> list[int]:
         if self.icons is not None:
             return torch.cdist(pixels.flatten(1), self.icons.flatten(1)).argmin(1).tolist()
-        return torch.cat([self.eye(part)[0].argmax(-1) for part in pixels.split(256)]).tolist()
+        return self.eye.classify(pixels).tolist()
 
-    @torch.no_grad()
     def hear(self, features: torch.Tensor) -> list[int]:
-        return torch.cat([self.ear(part)[0].argmax(-1) for part in features.split(256)]).tolist()
+        return self.ear.classify(features).tolist()
 
     def classify(self, stream: str, contents: list) -> list[int]:
         """The class of generated texts, pictures or sounds; -1 for a text that is no caption."""

@@ -32,6 +32,7 @@ from tokcom import (
     TokComVideoPipeline,
 )
 from tokcom.cli.errors import report_errors
+from tokcom.cli.loading import add_device_option
 from tokcom.pipeline_media_tokcom import TokComOmniPipelineOutput
 from tokcom.processing_tokcom import write_wav
 from tokcom.training.images import picture_grid
@@ -67,10 +68,11 @@ def seed(number: int) -> torch.Generator:
 
 
 class Page:
-    """`index.html` and the files that it shows; what it is told is printed, too."""
+    """`index.html` and the files that it shows, made on `device`; what it is told is printed."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, device: str):
         self.directory = directory
+        self.device = device
         self.parts: list[str] = []
         directory.mkdir(parents=True, exist_ok=True)
 
@@ -101,7 +103,8 @@ class Page:
 
 def show_text(directory: Path, page: Page) -> None:
     """Continue, stream, fill a gap, mend a noisy text, and go through latents and back."""
-    pipe = TokComPipeline.from_pretrained(directory)  # or the id of a repository
+    # or the id of a repository
+    pipe = TokComPipeline.from_pretrained(directory).to(page.device)
     pipe.set_progress_bar_config(desc="denoising", leave=False)
     size = sum(parameter.numel() for parameter in pipe.model.parameters()) / 1e6
     page.title(f"Text: {size:.1f} M parameters, {pipe.chunk_size} tokens in each latent")
@@ -139,7 +142,7 @@ def show_text(directory: Path, page: Page) -> None:
 
 def show_pixels(directory: Path, page: Page) -> None:
     """A sentence for a meaning, denoised as the pixels of a picture."""
-    pipe = TokComPipeline.from_pretrained(directory)
+    pipe = TokComPipeline.from_pretrained(directory).to(page.device)
     pipe.set_progress_bar_config(disable=True)
     page.title(
         "Pixels: each token is a pixel; a meaning as a picture, and the picture that says it"
@@ -152,7 +155,7 @@ def show_pixels(directory: Path, page: Page) -> None:
 
 def show_emoji(directory: Path, page: Page) -> None:
     """Pictures for captions, one of them from its first tokens, and from its codes."""
-    pipe = TokComImagePipeline.from_pretrained(directory, dtype=torch.float32)
+    pipe = TokComImagePipeline.from_pretrained(directory, dtype=torch.float32).to(page.device)
     pipe.set_progress_bar_config(disable=True)
     page.title("Emoji: 36 ordered tokens, drawn for a caption")
     drawn = pipe(list(EMOJI), guidance_scale=GUIDANCE, generator=seed(0))
@@ -171,7 +174,7 @@ def show_emoji(directory: Path, page: Page) -> None:
 
 def show_clips(directory: Path, page: Page) -> None:
     """Clips for captions."""
-    pipe = TokComVideoPipeline.from_pretrained(directory, dtype=torch.float32)
+    pipe = TokComVideoPipeline.from_pretrained(directory, dtype=torch.float32).to(page.device)
     pipe.set_progress_bar_config(disable=True)
     steps = pipe.model.config.num_inference_steps
     page.title(f"Clips: 8 frames for a caption, in {steps} evaluations of the network")
@@ -185,7 +188,7 @@ def show_clips(directory: Path, page: Page) -> None:
 
 def show_digits(directory: Path, page: Page) -> None:
     """Listen to a recording that training never had, then make a digit of all three kinds."""
-    pipe = TokComOmniPipeline.from_pretrained(directory, dtype=torch.float32)
+    pipe = TokComOmniPipeline.from_pretrained(directory, dtype=torch.float32).to(page.device)
     pipe.set_progress_bar_config(disable=True)
     page.title("Digits: text, picture and sound, each for the others")
     shutil.copy(RECORDING, page.directory / "digit_given.flac")
@@ -232,9 +235,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--only", nargs="*", choices=PARTS, default=list(PARTS), help="systems")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "outputs" / "demo")
+    add_device_option(parser)
     args = parser.parse_args(argv)
     started = time.perf_counter()
-    page = Page(args.output_dir)
+    page = Page(args.output_dir, args.device)
     for name in args.only:
         directory, show = PARTS[name]
         if (directory / "model_index.json").is_file():
