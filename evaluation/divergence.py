@@ -28,15 +28,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tokcom.cli.errors import report_errors
 from tokcom.cli.loading import add_device_option
+from tokcom.evaluation.judges import load_language_model
 from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.processing_tokcom import text_ids, vocabulary_size
 from tokcom.sampling_tokcom import TokComSampling, join_blocks, until_all_ended
 from tokcom.tasks_tokcom import TokComTask, num_latents
 from tokcom.training.precision import half_precision
+from tokcom.training.tokens import load_tokenizer
 
 ROWS = 16  # texts scored at once
 
@@ -55,9 +56,8 @@ class Teacher:
     """
 
     def __init__(self, path: str, top_k: int, min_p: float, end: str = "eos", device: str = "cpu"):
-        self.tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-        self.model = model.eval().to(device)
+        self.tokenizer = load_tokenizer(path)
+        self.model = load_language_model(path, device)
         self.top_k = top_k
         self.min_p = min_p
         self.end = getattr(self.tokenizer, f"{end}_token_id")
@@ -145,8 +145,7 @@ class AutoregressiveStudent:
     """A causal language model with TokCom's tokenizer; a text begins after EOS."""
 
     def __init__(self, path: str, tokenizer, device: str = "cpu"):
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-        self.model = model.eval().to(device)
+        self.model = load_language_model(path, device)
         self.tokenizer = tokenizer
 
     @torch.no_grad()

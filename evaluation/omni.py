@@ -39,7 +39,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from tqdm.auto import trange
-from transformers import AutoTokenizer
 
 from tokcom.cli.errors import report_errors
 from tokcom.cli.loading import add_device_option
@@ -58,6 +57,7 @@ from tokcom.training.config import DataConfig
 from tokcom.training.data import load_documents
 from tokcom.training.images import picture_grid
 from tokcom.training.streams import OmniDataset
+from tokcom.training.tokens import load_tokenizer
 
 CANDIDATES = 20  # captions among which that of a picture is looked for
 
@@ -340,7 +340,7 @@ def load(
     if args.judge:
         judge = TokenJudge(args.judge, args.device)
         vocabularies = [
-            AutoTokenizer.from_pretrained(args.judge),
+            load_tokenizer(args.judge),
             *(pipe.tokenizer for pipe in pipes.values()),
         ]
         if any(tokenizer.get_vocab() != vocabularies[0].get_vocab() for tokenizer in vocabularies):

@@ -22,7 +22,6 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import (
-    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     LogitsProcessor,
@@ -35,6 +34,7 @@ from tokcom.cli.loading import add_device_option
 from tokcom.evaluation.images import by_parts, psnr
 from tokcom.quantization_tokcom import kmeans, nearest_codes
 from tokcom.training.images import encode_all, picture_grid, read_pictures
+from tokcom.training.tokens import load_tokenizer
 
 PATCH = 4  # pixels of a side of what one code of the proxy stands for
 BEGIN = "<image>"
@@ -304,7 +304,7 @@ def main(argv: list[str] | None = None) -> None:
     num_codes = pipe.model.config.codec_config.num_codes
     if pipe.tokenizer is None or not num_codes:
         sys.exit(f"error: {args.model} needs captions and a codebook; run tokcom kmeans first.")
-    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+    tokenizer = load_tokenizer(args.model)
     words = len(tokenizer)  # the id of the first code
     marks = [f"<image_{i}>" for i in range(num_codes)] + [BEGIN, END]
     tokenizer.add_tokens(marks, special_tokens=True)

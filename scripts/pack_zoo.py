@@ -65,14 +65,22 @@ def pack(source: Path, target: Path, card: Path | None) -> int:
         is_matrix = value.ndim >= 2 and name.rpartition(".")[2] not in buffers
         packed[name] = value.to(torch.bfloat16) if is_matrix else value.float()
     save_file(packed, target / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((target / "config.json").read_text(encoding="utf-8"))
-    config["dtype"] = "float32"
-    text = json.dumps(config, indent=2) + "\n"
-    (target / "config.json").write_text(text, encoding="utf-8")
+    for name in ("config.json", "preprocessor_config.json"):
+        if (target / name).is_file():
+            leave_out_code(target / name)
     if card is not None:
         shutil.copy(card, target / CARD)
     write_checksums(target)
     return sum(value.numel() for value in weights.values())
+
+
+def leave_out_code(file: Path) -> None:
+    """Without code there is nothing to map to: whoever reads `auto_map` asks whether to run it."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config.pop("auto_map", None)
+    if "dtype" in config:
+        config["dtype"] = "float32"
+    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 # ---- the card of a model of digits ----
