@@ -33,7 +33,6 @@ from tokcom import (
 )
 from tokcom.cli.errors import report_errors
 from tokcom.cli.loading import add_device_option
-from tokcom.pipeline_media_tokcom import TokComOmniPipelineOutput
 from tokcom.processing_tokcom import write_wav
 from tokcom.training.images import picture_grid
 
@@ -193,27 +192,35 @@ def show_digits(directory: Path, page: Page) -> None:
     page.title("Digits: text, picture and sound, each for the others")
     shutil.copy(RECORDING, page.directory / "digit_given.flac")
     page.show("digit_given.flac", f"a recording of {DIGIT}")
-    heard = pipe({"audio": RECORDING}, ["text", "image"], generator=seed(0))
-    page.say(f"heard in it: {heard.texts[0]}")
-    _show_digit(heard, "digit_heard", "drawn for it", page, pipe)
+    heard = pipe({"audio": RECORDING}, "text", generator=seed(0)).texts[0]
+    page.say(f"heard in it: {heard}")
+    guided = {"guidance_scale": GUIDANCE, "generator": seed(0)}
+    drawn = pipe({"audio": RECORDING}, "image", **guided).images[0]
+    _show_digit("digit_heard", "drawn for it", page, drawn)
 
-    spoken = pipe({"text": DIGIT}, ["image", "audio"], guidance_scale=GUIDANCE, generator=seed(0))
     page.say(f"For the text {DIGIT!r}:")
-    _show_digit(spoken, "digit_for_text", "for the text", page, pipe)
+    drawn = pipe({"text": DIGIT}, "image", **guided).images[0]
+    spoken = pipe({"text": DIGIT}, "audio", **guided).audios[0]
+    _show_digit("digit_for_text", "for the text", page, drawn, spoken, pipe.sampling_rates["audio"])
 
     made = pipe(generator=seed(0))
     page.say(f"All three from nothing: {made.texts[0]}")
-    _show_digit(made, "digit_from_nothing", "from nothing", page, pipe)
+    parts = made.images[0], made.audios[0], pipe.sampling_rates["audio"]
+    _show_digit("digit_from_nothing", "from nothing", page, *parts)
 
 
 def _show_digit(
-    output: TokComOmniPipelineOutput, name: str, what: str, page: Page, pipe: TokComOmniPipeline
+    name: str,
+    what: str,
+    page: Page,
+    picture: Image.Image,
+    sound: np.ndarray | None = None,
+    rate: int | None = None,
 ) -> None:
-    """The picture of an output, and its sound if that was not given."""
-    output.images[0].save(page.directory / f"{name}.png")
+    picture.save(page.directory / f"{name}.png")
     page.show(f"{name}.png", f"{what}: the picture", scale=4)
-    if isinstance(output.audios[0], np.ndarray):
-        write_wav(output.audios[0], page.directory / f"{name}.wav", pipe.sampling_rates["audio"])
+    if sound is not None:
+        write_wav(sound, page.directory / f"{name}.wav", rate)
         page.show(f"{name}.wav", f"{what}: the sound")
 
 
