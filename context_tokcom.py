@@ -26,20 +26,19 @@ class TokComStep(NamedTuple):
     """One step of a block; it is the same for all blocks of one length."""
 
     time: torch.Tensor  # (1, Q), of the latents
-    times: (
-        torch.Tensor | None
-    )  # (B, Q, K), of their tokens; like the next two None without a token head
+    # (B, Q, K), of their tokens; like the next two None without a token head
+    times: torch.Tensor | None
     uncertain: TokComChoice | None  # tokens that are partly noise
     chosen: TokComChoice | None  # tokens to draw in this step
     modulations: list[torch.Tensor]  # (1, Q, ...) of each layer
-    gain: (
-        torch.Tensor | float | None
-    )  # velocity per x - estimate; None if the scheduler takes the estimate itself
+    # velocity per x - estimate; None if the scheduler takes the estimate itself
+    gain: torch.Tensor | float | None
     scale: float = 1.0  # from the scheduler's x to that of the flow
 
     def with_given(self, known: torch.Tensor) -> "TokComStep":
         """The step of a block in which the `known (B, Q, K)` tokens are clean from the
         beginning."""
+        # no sampler step may move a token that the caller has given
         times = torch.where(known, 1.0, self.times)
         chosen = TokComChoice.of(self.chosen.mask & ~known)
         uncertain = TokComChoice.of((times > 0) & (times < 1))
@@ -68,6 +67,7 @@ class _WindowLayer:
         """Write the block's keys and values, and return all; if they are the `first`, of any
         number, return them alone."""
         if self.keys is None:
+            # allocated at the first pass, which tells heads, head size, dtype and device
             self.keys = keys.new_zeros(*keys.shape[:2], self.window, keys.shape[3])
             self.values = values.new_zeros(*values.shape[:2], self.window, values.shape[3])
         if first:
@@ -85,6 +85,7 @@ class _WindowLayer:
         if self.keys is None:
             return
         for tensor in (self.keys, self.values):
+            # source and target are one tensor and may overlap, hence the copy
             tensor.index_copy_(2, places, tensor[:, :, -len(places) :].clone())
 
 
@@ -118,6 +119,7 @@ class Context:
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
+        # once for all blocks: the token table does not change while sampling
         self.symbols = model.symbols()
         self.guided = False
         self.group_size: int | None = None  # latents of a moment
@@ -183,11 +185,12 @@ class VisibleContext(Context):
         `chunks (B, Q, K)` are the ids of the tokens that are decided.
         """
         if self.context is None:
+            # without context the guided pass only drops the caption
             states = [self._predict(x, step, chunks, self.keys, prefix=self.prefix)]
             return states + [self._predict(x, step, chunks, self.keys)] if self.guided else states
         states = [self._predict_beside_context(x, step, self.keys)]
         for part in self.omitted:
-            keys = torch.cat((self.context.mask & ~part, self.exists), dim=1)
+            keys = torch.cat((self.context.mask & ~part, self.exists), dim=1)  # (B, S + Q)
             states.append(self._predict_beside_context(x, step, keys))
         return states + [self._predict(x, step, chunks, self.own_keys)] if self.guided else states
 
@@ -226,11 +229,11 @@ class CachedContext(Context):
         self.num_starts = int(config.start_latents)  # the learned latent of where a text starts
         self.window = config.max_position_embeddings + self.num_starts
         self.length = 0  # latents in the window
-        num_layers = config.num_hidden_layers + (
-            config.num_context_layers > 0
-        )  # one more for the context's states
+        # one more layer for the states of the context
+        num_layers = config.num_hidden_layers + (config.num_context_layers > 0)
         self.cache = TokComWindowCache(num_layers, self.window)
         noise = task.noise
+        # which places of the window a row may see: shorter rows and padding leave holes
         self.filled = torch.zeros(len(noise), self.window, dtype=torch.bool, device=noise.device)
         self.gaps = task.gaps
         self.context = task.context
@@ -247,7 +250,7 @@ class CachedContext(Context):
         batch = len(noise)
         device = noise.device
         latents = noise.new_zeros(batch, 1, noise.shape[-1])
-        position_ids = torch.full((batch, 1, 1), START_OF_TEXT, device=device)
+        position_ids = torch.full((batch, 1, 1), START_OF_TEXT, device=device)  # (B, 1, A), A = 1
         mask = torch.ones(batch, 1, dtype=torch.bool, device=device)
         if context is not None:
             latents = torch.cat((latents, context.latents.to(noise.dtype)), dim=1)
@@ -267,9 +270,8 @@ class CachedContext(Context):
             for anchor in self.gaps.anchors:
                 # place 0 is the start, so a latent of the context stands one further
                 is_read[0 if anchor is None else anchor + 1] = False
-            partial_tokens = torch.nn.functional.pad(
-                self.gaps.partial, (0, 0, 1, 0)
-            )  # all of the start is known
+            # all of the start is known
+            partial_tokens = torch.nn.functional.pad(self.gaps.partial, (0, 0, 1, 0))
             self.times = torch.where(partial_tokens, 0.0, 1.0)
         where = is_read.nonzero()[:, 0]
         if not len(where):
@@ -319,13 +321,13 @@ class CachedContext(Context):
         # without any context there is nothing to compare with
         self.guided = guided and self.length > self.num_starts
         self.keys = self.filled.clone()
-        self.keys[:, -exists.shape[1] :] = (
-            exists  # the last places of the window are those of the current block
-        )
+        # the last places of the window are those of the current block
+        self.keys[:, -exists.shape[1] :] = exists
         # what the context layers say of the block: with context and, if guided, without
         self.entries = []
         if self.model.config.transformer_config.num_context_layers:
             enter = self.model.transformer.entry
+            # where nothing is known, layers are told what an empty context gives
             if self.length:
                 self.entries.append(enter(self.position_ids, self.filled, self.cache))
             else:
@@ -355,9 +357,8 @@ class CachedContext(Context):
         states = [
             self._predict(x, step, chunks, self.keys, past_key_values=self.cache, entry=entry[0])
         ]
-        if (
-            self.guided
-        ):  # a cached key cannot exist for one half of a batch only, so this is a pass of its own
+        if self.guided:
+            # a cached key cannot exist for half of a batch only, so this is a pass of its own
             states.append(self._predict(x, step, chunks, self.own_keys, entry=free_entry[0]))
         return states
 
@@ -368,6 +369,7 @@ class CachedContext(Context):
         Training shows such latents, and what the decoder forgives in x does not reach the next
         block.
         """
+        # a token model reads ids, so its codec need not find them in the latents again
         chunks = None if self.symbols is None else self.model.codec.symbols(ids, None)[0]
         # a text is remembered as its tokens, not as the sampler left x
         clean = x if ids is None else self.model.encode(ids).latents
@@ -404,11 +406,13 @@ class CachedContext(Context):
         count = min(exists.shape[1], capacity)
         if count < 1:
             return
+        # counted over the whole text; what lies beyond the window is wrapped below
         places = torch.arange(self.length, self.length + count, device=exists.device)
         # the learned start stays; the others take turns in the places behind it
         wrapped = self.num_starts + (places - self.num_starts) % (capacity - self.num_starts)
         places = torch.where(places < capacity, places, wrapped)
         self.cache.keep(places)
+        # only the end of what is longer than the window
         self.filled[:, places] = exists[:, -count:]
         self.length += count
 

@@ -29,7 +29,6 @@ from .codec_composite_tokcom import (
     TokComImageOutput,
     TokComVideoOutput,
 )
-from .configuration_media_tokcom import TokComCompositeCodecConfig
 from .configuration_tokcom import TokComConfig
 from .heads_tokcom import TokComChoice, TokComLatentHead, TokComSymbols, TokComTokenHead
 from .integrity_tokcom import CheckedWeights
@@ -49,7 +48,7 @@ from .transformer_tokcom import (
 
 CODECS: dict[str, Any] = {
     **STREAM_CODECS,
-    TokComCompositeCodecConfig.model_type: TokComCompositeCodec,
+    TokComCompositeCodec.config_class.model_type: TokComCompositeCodec,
 }
 
 

@@ -52,9 +52,8 @@ WEIGHTS = [
     "model*.safetensors",
     "model.safetensors.index.json",
 ]  # of earlier pushes, which these replace
-WHERE = re.compile(
-    r'^path_or_id = ".*"', re.MULTILINE
-)  # the line of a card's example that names the repository
+# the line of a card's example that names the repository
+WHERE = re.compile(r'^path_or_id = ".*"', re.MULTILINE)
 PICTURE = re.compile(r"!\[[^\]]*\]\(([^)\s]+)\)")
 CARD_TEXT = """---
 library_name: transformers
@@ -568,9 +567,8 @@ class TokComBasePipeline(CheckedFiles, DiffusionPipeline):
             block: int, step: int, timestep: torch.Tensor, x: torch.Tensor
         ) -> torch.Tensor:
             nonlocal bar
-            steps = len(
-                self.scheduler.timesteps
-            )  # known only now: some schedulers add steps of their own
+            # known only now: some schedulers add steps of their own
+            steps = len(self.scheduler.timesteps)
             self._num_timesteps = steps * num_blocks
             if bar is None:
                 bar = self.progress_bar(total=self._num_timesteps)

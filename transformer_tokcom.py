@@ -97,8 +97,8 @@ def block_causal_mask(
     Returns: `torch.BoolTensor` of shape `(B, (1 + M) N, (1 + M) N)`.
     """
     length = order.shape[1]
-    query = order[:, :, None]
-    key = order[:, None, :]
+    query = order[:, :, None]  # (B, N, 1)
+    key = order[:, None, :]  # (B, 1, N)
     same = key == query  # (B, N, N)
     earlier = key < query
     visible = earlier if sees_context is None else earlier & sees_context[:, None, None]
@@ -167,9 +167,8 @@ def read_text(model, symbols, chunks, real, given, has_gaps, begins) -> torch.Te
     batch, length, _ = chunks.shape
     plan = ContextPlan.of(given, has_gaps)
     blank = (plan.partial[..., None] & ~given) | ~real
-    features = model.token_head.read(
-        symbols, None, torch.where(blank, 0.0, 1.0), chunks
-    )  # (B, N, K * E)
+    # (B, N, K * E)
+    features = model.token_head.read(symbols, None, torch.where(blank, 0.0, 1.0), chunks)
     # the learned start is put in place of this row of zeros
     features = F.pad(features, (0, 0, 1, 0))
     positions = torch.arange(-1, length, device=chunks.device).repeat(batch, 1)
@@ -297,7 +296,7 @@ class TokComTransformer(TokComPreTrainedModel):
     def modulate(self, timestep: torch.Tensor) -> list[torch.Tensor]:
         """t `(B, S)` -> the scales, shifts and gates `(B, S, ...)` of every layer after the context
         layers."""
-        conditioning = F.silu(self.time_embedding(timestep))
+        conditioning = F.silu(self.time_embedding(timestep))  # (B, S, conditioning_size)
         return [
             layer.modulation(conditioning)
             for layer in self.layers[self.config.num_context_layers :]
@@ -388,7 +387,7 @@ class TokComTransformer(TokComPreTrainedModel):
         hidden_states = self._denoise(hidden_states, conditioning, modulations, *where, **kwargs)
         if prefix is not None:
             hidden_states = hidden_states[:, prefix[0].shape[1] :]
-        latents = self.proj_out(self.norm(hidden_states))
+        latents = self.proj_out(self.norm(hidden_states))  # (B, S, C) or (B, S, K * E)
         if own is not None:
             latents = torch.where(own, latents, 0)
         return TokComTransformerOutput(latents=latents)
@@ -438,7 +437,7 @@ class TokComTransformer(TokComPreTrainedModel):
                     "`position_ids` is missing: its first axis says which stream a latent is of; "
                     "`encode` gives it."
                 )
-            own = self._own_channels(position_ids)
+            own = self._own_channels(position_ids)  # (B, S, C)
             latents = torch.where(own, latents, 0)
         hidden_states = self.proj_in(features if self.config.feature_size else latents)
         if position_ids is not None:
@@ -452,7 +451,7 @@ class TokComTransformer(TokComPreTrainedModel):
         latent."""
         config = self.config
         if config.start_latents:
-            position_ids = position_ids.clamp_min(-1)
+            position_ids = position_ids.clamp_min(-1)  # both starts at -1
         head_size = config.hidden_size // config.num_attention_heads
         return rotary_embedding(position_ids, head_size, config.rope_theta)
 
@@ -506,7 +505,7 @@ class TokComTransformer(TokComPreTrainedModel):
             position_ids = torch.arange(length, device=states.device)[None, :, None].expand(
                 batch, -1, axes
             )
-        places = places[None, :, None].expand(batch, -1, axes)
+        places = places[None, :, None].expand(batch, -1, axes)  # (B, L, A)
         if attention_mask is None:
             attention_mask = torch.ones(batch, length, dtype=torch.bool, device=states.device)
         return (
@@ -535,13 +534,13 @@ class TokComTransformer(TokComPreTrainedModel):
         One more layer of the cache holds states and positions of the context.
         """
         batch, queries, _ = hidden_states.shape
-        known = hidden_states[:, :num_context]
+        known = hidden_states[:, :num_context]  # clean
         noisy = hidden_states[:, num_context:]
         where = position_ids[..., 0].float().expand(batch, -1)
         visible = attention_mask
         if visible is not None and visible.ndim == 2:
             # one row of keys serves all queries
-            visible = visible[:, None].expand(-1, queries, -1)
+            visible = visible[:, None].expand(-1, queries, -1)  # (B, S, S_kv)
         if num_context:
             # context latents see what is cached and each other, but none of the noisy ones
             keys = None if visible is None else visible.shape[-1] - queries + num_context
@@ -553,7 +552,7 @@ class TokComTransformer(TokComPreTrainedModel):
             for layer in self.layers[: self.config.num_context_layers]:
                 known = layer(known, None, known_tables, mask, past_key_values, **kwargs)
             # normed here, once, since every denoising layer and step reads them
-            states = self.context_norm(known)
+            states = self.context_norm(known)  # (B, S_context, D)
             positions = where[:, :num_context]
             if past_key_values is not None:
                 states, positions = past_key_values.update(

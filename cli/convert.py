@@ -84,9 +84,8 @@ def _merge_modulation(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     merged = {}
     for name, tensor in state.items():
         if ".adaln_attn.scale_shift_mlp.1." in name:
-            other = state.get(
-                name.replace("adaln_attn", "adaln_mlp"), tensor[:0]
-            )  # loading reports what is missing
+            # loading reports what is missing
+            other = state.get(name.replace("adaln_attn", "adaln_mlp"), tensor[:0])
             merged[name.replace("adaln_attn.scale_shift_mlp.1", "modulation")] = torch.cat(
                 (tensor, other)
             )

@@ -60,7 +60,8 @@ def check_model_path(checkpoint: str, option: str = "--checkpoint") -> None:
     path = Path(checkpoint)
     if path.is_dir() and not (path / "model_index.json").is_file():
         raise FileNotFoundError(
-            f"{checkpoint} holds no model_index.json, so it is not a TokCom model directory; name one with {option}."
+            f"{checkpoint} holds no model_index.json, so it is not a TokCom model directory; name "
+            f"one with {option}."
         )
     # a Hub id is USER/NAME; everything else that is not there was meant as a path
     is_hub_id = checkpoint.count("/") == 1 and not checkpoint.startswith((".", "/"))

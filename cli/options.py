@@ -297,7 +297,8 @@ def refuse_unused(
         if name not in MODES[mode].options and getattr(args, name) not in (default, False):
             takers = ", ".join(taker for taker, other in MODES.items() if name in other.options)
             parser.error(
-                f"--{name} {getattr(args, name)} has no effect in mode {mode}; it is an option of: {takers}"
+                f"--{name} {getattr(args, name)} has no effect in mode {mode}; it is an option of: "
+                f"{takers}"
             )
 
 

@@ -86,9 +86,8 @@ def jpeg(image: Image.Image, scale: int, level: int) -> tuple[Image.Image, int]:
     small.save(buffer, "JPEG", quality=level, optimize=True)
     data = buffer.getvalue()
     start = data.rindex(b"\xff\xda")
-    scan = (
-        len(data) - start - 2 - int.from_bytes(data[start + 2 : start + 4], "big") - 2
-    )  # less the end marker
+    # less the end marker
+    scan = len(data) - start - 2 - int.from_bytes(data[start + 2 : start + 4], "big") - 2
     return Image.open(io.BytesIO(data)).resize(image.size, Image.Resampling.BICUBIC), scan
 
 
@@ -309,29 +308,34 @@ def measure_codec(
         facts["unordered"] = order_facts(facts["unordered_curve"], quarter)
     if args.codebook:
         coded = TokComImagePipeline.from_pretrained(args.codebook).to(args.device)
-        model = coded.model
-        codes = by_parts(lambda part: model.encode(pixel_values=part).codes, images, model)
-        decoded = by_parts(
-            lambda part: coded.decode(part, output_type="pt").images, codes, coded.model
-        )
-        size = coded.model.config.codec_config.num_codes
-        budget = config.num_tokens * math.log2(size) / 8
-        facts["codebook"] = code_statistics(codes, size) | {"codes": size}
-        row = {"codec": f"style, {size} codes", "bytes": budget, **quality(decoded, images)}
-        facts["rows"] += [
-            row,
-            {"codec": "JPEG scan", **best_jpeg(images, pipe.image_processor, budget)},
-        ]
-        linear = QuantisedPCA(train.images, round(8 * budget))
-        rebuilt = linear.reconstruct(images)
-        facts["rows"].append(
-            {"codec": "quantised PCA", "bytes": linear.bits / 8, **quality(rebuilt, images)}
-        )
-        facts["used"] = (
-            codes.flatten().bincount(minlength=size).sort(descending=True).values.tolist()
-        )
+        found = measure_codebook(coded, train.images, images)
+        facts["rows"] += found.pop("rows")
+        facts |= found
     _codec_pictures(pipe, test, latents, args.output_dir)
     return facts
+
+
+def measure_codebook(pipe: TokComImagePipeline, train: torch.Tensor, images: torch.Tensor) -> dict:
+    """Reconstruction of `images (B, 3, H, W)` from codes, beside JPEG and quantised PCA of as many
+    bytes, and how the codes are used."""
+    model = pipe.model
+    codes = by_parts(lambda part: model.encode(pixel_values=part).codes, images, model)
+    decoded = by_parts(lambda part: pipe.decode(part, output_type="pt").images, codes, model)
+    config = pipe.model.config.codec_config
+    size = config.num_codes
+    budget = config.num_tokens * math.log2(size) / 8
+    linear = QuantisedPCA(train, round(8 * budget))
+    rebuilt = linear.reconstruct(images)
+    used = codes.flatten().bincount(minlength=size).sort(descending=True).values
+    return {
+        "rows": [
+            {"codec": f"style, {size} codes", "bytes": budget, **quality(decoded, images)},
+            {"codec": "JPEG scan", **best_jpeg(images, pipe.image_processor, budget)},
+            {"codec": "quantised PCA", "bytes": linear.bits / 8, **quality(rebuilt, images)},
+        ],
+        "codebook": code_statistics(codes, size) | {"codes": size},
+        "used": used.tolist(),
+    }
 
 
 def _codec_pictures(

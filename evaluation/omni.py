@@ -22,11 +22,11 @@ per class.
   held-out recordings.
 - Pictures, text to picture: a small contrastive model, trained on real pairs, looks for the caption
   of each picture among 20. Baseline: the training picture whose caption shares most words.
-- Pictures, picture to text: exact nouns (the words before the comma) and BLEU. Baseline: the caption
-  of the nearest training picture. *Real data* are the captions after encoding and decoding.
+- Pictures, picture to text: exact nouns (the words before the comma) and BLEU. Baseline: the
+  caption of the nearest training picture. *Real data* are the captions after encoding and decoding.
 
-Writes `results.json` after each part, `results.md`, `pictures.png`, `digits_*.png`, `sounds.png` and
-a .wav of each class. A run that was stopped goes on where it was.
+Writes `results.json` after each part, `results.md`, `pictures.png`, `digits_*.png`, `sounds.png`
+and a .wav of each class. A run that was stopped goes on where it was.
 """
 
 import argparse

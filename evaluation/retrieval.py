@@ -1,15 +1,18 @@
-"""How often a judge that saw only real pictures finds the caption of a picture, or of a clip, among twenty.
+"""How often a judge that saw only real pictures finds the caption of a picture, or of a clip, among
+twenty.
 
     python -m tokcom.evaluation.retrieval --train emoji/train.parquet --test emoji/test.parquet --judge emoji-judge
     python -m tokcom.evaluation.retrieval --train emoji/train.parquet --test emoji/test.parquet --judge emoji-judge \\
         --models zoo/emoji --guidance_scales 1 2 4 --output_dir results
 
-The first command trains the judge and freezes it: a picture encoder and a caption encoder, by contrast (Radford et al. 2021), on the
-training split. The second lets it judge what models make of held-out captions, beside the held-out pictures themselves. A judge
-finds a caption if it fits the picture better than 19 others of the held-out captions, drawn once; chance is 5 %. Captions of which
+The first command trains the judge and freezes it: a picture encoder and a caption encoder, by
+contrast (Radford et al. 2021), on the training split. The second lets it judge what models make of
+held-out captions, beside the held-out pictures themselves. A judge finds a caption if it fits the
+picture better than 19 others of the held-out captions, drawn once; chance is 5 %. Captions of which
 training had every word are also counted on their own.
 
-Of clips whose captions end in ", MOTION" the picture is named by what stands before, and a second network names the motion.
+Of clips whose captions end in ", MOTION" the picture is named by what stands before, and a second
+network names the motion.
 """
 
 import argparse
@@ -43,7 +46,8 @@ SHOWN = 8  # pictures in a row of the contact sheet
 
 @dataclass
 class JudgeConfig:
-    """What a judge is: size and frames of what it looks at, the words it knows, the motions it can name."""
+    """What a judge is: size and frames of what it looks at, the words it knows, the motions it can
+    name."""
 
     size: int = 32
     frames: int = 1
@@ -85,7 +89,8 @@ def convolutions(channels: int, width: int) -> nn.Sequential:
 
 
 class Judge(nn.Module):
-    """Pictures and captions as directions, which agree if they belong together; and the motion of clips."""
+    """Pictures and captions as directions, which agree if they belong together; and the motion of
+    clips."""
 
     def __init__(self, config: JudgeConfig):
         super().__init__()
@@ -142,7 +147,8 @@ class Judge(nn.Module):
 
 
 def moved(clips: torch.Tensor) -> torch.Tensor:
-    """Clips `(B, 3, F, H, W)`, all moved by up to two pixels and a little brighter or darker, so that a judge forgives both."""
+    """Clips `(B, 3, F, H, W)`, all moved by up to two pixels and a little brighter or darker, so
+    that a judge forgives both."""
     y, x = (int(torch.randint(5, ())) for _ in range(2))
     height, width = clips.shape[-2:]
     flat = F.pad(clips.flatten(1, 2), (2, 2, 2, 2), mode="replicate")
@@ -228,14 +234,16 @@ class HeldOut:
             others = dict.fromkeys(self.shown[j] for j in order if self.shown[j] != caption)
             if len(others) < CHOICES - 1:
                 raise ValueError(
-                    f"{len(others) + 1} different captions are too few to choose from {CHOICES}; give more held-out records."
+                    f"{len(others) + 1} different captions are too few to choose from {CHOICES}; "
+                    "give more held-out records."
                 )
             rows.append([i, *(self.shown.index(text) for text in list(others)[: CHOICES - 1])])
         self.choices = torch.tensor(rows)  # (M, CHOICES), the right one first
 
     @torch.no_grad()
     def found(self, clips: torch.Tensor) -> dict[str, float]:
-        """Shares of the captions that are found in `clips (M, 3, F, H, W)`, in the order of the captions."""
+        """Shares of the captions that are found in `clips (M, 3, F, H, W)`, in the order of the
+        captions."""
         texts = self.judge.read(self.shown).cpu()
         looks = by_parts(self.judge.look, clips, self.judge, BATCH)
         scores = torch.einsum("mc,mkc->mk", looks, texts[self.choices[: len(clips)]])
@@ -285,10 +293,6 @@ class Format:
     image_size: int
     clip_length: int
 
-    @property
-    def modality(self) -> str:
-        return "image" if self.clip_length == 1 else "video"
-
 
 def get_judge(args: argparse.Namespace) -> Judge:
     """The judge in `args.judge`, trained first if there is none."""
@@ -320,7 +324,8 @@ def contact_sheet(clips: torch.Tensor, captions: list[str], directory: Path, nam
 
 
 def measure(judge: Judge, args: argparse.Namespace) -> list[dict]:
-    """A row for the held-out records, one for the captions of others, and one for every model, guidance and number of steps."""
+    """A row for the held-out records, one for the captions of others, and one for every model,
+    guidance and number of steps."""
     config = judge.config
     clips, captions = read_all(args.test, Format(config.size, config.frames), args.num_samples)
     held_out = HeldOut(judge, captions, args.seed)
@@ -351,8 +356,8 @@ def measure(judge: Judge, args: argparse.Namespace) -> list[dict]:
 
 def _rebuild(pipe, clips: torch.Tensor) -> torch.Tensor:
     """Clips `(B, 3, F, H, W)` as the codec of a pipeline remembers them."""
-    is_image = pipe.model.config.codec_config.modality == "image"
-    latents = pipe.model.encode(pixel_values=clips[:, :, 0] if is_image else clips).latents
+    is_picture = pipe.model.config.codec_config.clip_length is None
+    latents = pipe.model.encode(pixel_values=clips[:, :, 0] if is_picture else clips).latents
     return as_clips(pipe.model.decode(latents).pixel_values)
 
 

@@ -126,10 +126,6 @@ def main(argv: list[str] | None = None) -> dict:
         TokComPipeline.from_pretrained(name).to(args.device)
         for name in (args.teacher, *args.students)
     )
-    if not teacher.model.config.codec_config.has_tokens:
-        raise ValueError(
-            f"{args.teacher} writes no text; use evaluation.images or evaluation.videos."
-        )
     documents = load_documents(args.data, DataConfig(text_column=args.text_column), "train")
     tokens = tokenize_documents(documents, teacher.tokenizer, args.text_column, "held-out text")
     windows = held_out_windows(tokens, PROMPT + CONTINUATION, args.samples)

@@ -4,8 +4,9 @@
     python examples/demo.py --only emoji clips
 
 The model at the root writes text; those in `zoo/` write a sentence as pixels, draw an emoji, move
-one, and hear, draw and speak a digit. Everything is in this directory, so it needs no network. What is made lies in
-`outputs/demo/`; open its `index.html`. It is also the shortest tour of the Python interface.
+one, and hear, draw and speak a digit. Everything is in this directory, so it needs no network. What
+is made lies in `outputs/demo/`; open its `index.html`. It is also the shortest tour of the Python
+interface.
 """
 
 import argparse

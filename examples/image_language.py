@@ -234,7 +234,8 @@ def build_proxy(pixels: torch.Tensor, args: argparse.Namespace) -> ProxyHead:
 def report_proxy(
     model, head: ProxyHead, ids: torch.Tensor, codes, pixels, pipe, words: int, args
 ) -> None:
-    """Print how well the patches follow from the ordered codes, and draw them beside the decoder."""
+    """Print how well the patches follow from the ordered codes, and draw them beside the
+    decoder."""
     ids = ids.to(model.device)
     pixels = pixels.to(model.device)
     states = model(input_ids=ids, output_hidden_states=True).hidden_states[-1]

@@ -5,9 +5,10 @@
     python scripts/gpu_measure.py attention --output_file attention.json
 
 Weights and ids are random: speed does not depend on them. `training` gives tokens per second, the
-share of the matrix product's speed that was measured just before, and the peak of memory. `sampling`
-stands beside a Llama of as many parameters with its key/value cache. `attention` compares every
-implementation with PyTorch's in float32. What a machine cannot do is noted, not left out.
+share of the matrix product's speed that was measured just before, and the peak of memory.
+`sampling` stands beside a Llama of as many parameters with its key/value cache. `attention`
+compares every implementation with PyTorch's in float32. What a machine cannot do is noted, not left
+out.
 """
 
 import argparse

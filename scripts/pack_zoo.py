@@ -47,7 +47,8 @@ AGREEMENT_GOAL = 0.8
 
 
 def pack(source: Path, target: Path, card: Path | None) -> int:
-    """Write `target` from the model directory `source`; returns the number of parameters and buffers."""
+    """Write `target` from the model directory `source`; returns the number of parameters and
+    buffers."""
     target.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir()):
         if file.name in LEFT or file.match(CODE) or file.suffix == ".safetensors":
@@ -139,7 +140,7 @@ def _stages(source: Path) -> str:
 
 
 def _goals(parts: dict) -> str:
-    """How many directions reach their goal at each guidance scale, and what is made from nothing."""
+    """How many directions reach their goal at each guidance scale, and how often all agree."""
     scales: dict[str, list[float]] = {}
     for name, found in parts.items():
         direction, _, scale = name.partition(", guidance ")

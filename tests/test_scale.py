@@ -1,4 +1,5 @@
-"""What many devices need, shown on a CPU: networks on `meta`, units that are shards, and few waits of the host."""
+"""What many devices need, shown on a CPU: networks on `meta`, units that are shards, and few waits
+of the host."""
 
 import contextlib
 import sys
@@ -24,7 +25,8 @@ def on_meta(preset: str) -> TokComModel:
 
 
 def pure_networks(model: TokComModel) -> list[torch.Tensor]:
-    """What every network of a model with parameters gives for two samples on its own device, to be differentiated."""
+    """What every network of a model with parameters gives for two samples on its own device, to be
+    differentiated."""
     config = model.config
     width = config.transformer_config.latent_channels
     block = config.transformer_config.block_size
@@ -74,7 +76,8 @@ def pure_networks(model: TokComModel) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("preset", preset_names())
 def test_the_networks_of_every_preset_run_forward_and_backward_without_memory(preset, monkeypatch):
-    """On `meta` nothing is computed, so a tensor that is made elsewhere, or a number that is read, is an error."""
+    """On `meta` nothing is computed, so a tensor that is made elsewhere, or a number that is read,
+    is an error."""
     monkeypatch.setattr(
         torch, "autocast", lambda *_, **__: contextlib.nullcontext()
     )  # `meta` has none

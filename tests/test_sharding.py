@@ -1,4 +1,5 @@
-"""FSDP2 on two gloo processes: sharded training, its average and its export are those of one process."""
+"""FSDP2 on two gloo processes: sharded training, its average and its export are those of one
+process."""
 
 import json
 import os

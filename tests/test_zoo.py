@@ -1,4 +1,5 @@
-"""The small models in `zoo/`: each is whole, small, without code, and loads in every way; the judge of captions; the demo."""
+"""The small models in `zoo/`: each is whole, small, without code, and loads in every way; the judge
+of captions; the demo."""
 
 import importlib.util
 import io

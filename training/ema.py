@@ -1,4 +1,5 @@
-"""What sharding needs: an exponential moving average of parameters that survives it, and units that fit the model."""
+"""What sharding needs: an exponential moving average of parameters that survives it, and units that
+fit the model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,8 +14,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 class ShardedEMAModel(EMAModel):
     """EMAModel whose checkpoint holds full tensors, in the memory of the main process alone.
 
-    Accelerate writes the state of rank 0 only; with FSDP2 that would be rank 0's shards. Gather on saving, distribute
-    again on loading.
+    Accelerate writes the state of rank 0 only; with FSDP2 that would be rank 0's shards. Gather on
+    saving, distribute again on loading.
     """
 
     def state_dict(self) -> dict:
@@ -55,8 +56,9 @@ def decay_from_half_life(steps: float) -> float:
 
 @contextmanager
 def embeddings_in_the_root(model: nn.Module) -> Iterator[None]:
-    """While accelerate prepares a model for FSDP2, hide its embedding, which would become a unit of its own, gathered for its own
-    forward alone; the codec's decoder multiplies with the same weight."""
+    """While accelerate prepares a model for FSDP2, hide its embedding, which would become a unit of
+    its own, gathered for its own forward alone; the codec's decoder multiplies with the same
+    weight."""
     model.get_input_embeddings = lambda: None
     try:
         yield

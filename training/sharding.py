@@ -1,8 +1,8 @@
-"""Models too large for every process to hold: one process has the weights, and each gets its shards.
+"""Models too large for every process to hold: one has the weights, and each gets its shards.
 
 Under FSDP2 the main process alone builds or loads a model. The others allocate its shape, of which
-nothing is in memory until it is written, so that accelerate finds what it wants to shard. Then every
-parameter is handed out, one after the other. So a process holds its shards and one whole parameter
+nothing is in memory until it is written, so that accelerate finds what it wants to shard. Then
+every parameter is handed out, one after the other. So a process holds its shards and one whole parameter
 at a time, and the main process also the model, in the memory of its host, until that is done.
 """
 

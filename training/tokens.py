@@ -17,7 +17,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from tokcom.processing_tokcom import text_ids, vocabulary_size, with_pad_token
 from tokcom.training.audit import cache_folder
-from tokcom.training.records import DIALOGUES, messages_of
+from tokcom.training.records import messages_of
 from tokcom.training.report import PartReport, Report
 
 EOS_TOKEN = "</s>"
@@ -278,11 +278,6 @@ def _tokenize_batch(
     ids = [[*start, *next(found), tokenizer.eos_token_id] if text.strip() else [] for text in texts]
     letters = ["".join(set().union(*texts)), *[""] * (len(texts) - 1)]  # once for the batch
     return {"ids": ids, "characters": list(map(len, texts)), "letters": letters}
-
-
-def is_dialogue(documents) -> bool:
-    """Whether records are dialogues, not texts."""
-    return bool(set(DIALOGUES) & set(documents.column_names or next(iter(documents), {})))
 
 
 def tokenize_prompt(

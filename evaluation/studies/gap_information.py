@@ -9,8 +9,8 @@ gain of the true author is
 
 The last term averages p(right | left, gap) over gaps. For one token the average is exact, over all
 tokens that the author's top-k and min-p allow. For more tokens the true gap counts with its own
-probability, and `--draws` gaps that the author draws stand for all others. Their mean underestimates
-log p(right | left), so the gain that is printed is at least the true one.
+probability, and `--draws` gaps that the author draws stand for all others. Their mean
+underestimates log p(right | left), so the gain that is printed is at least the true one.
 """
 
 import argparse
