@@ -47,12 +47,14 @@ class TokComCodecOutput(ModelOutput):
         mask (`torch.BoolTensor` of shape `(B, N)`): latents that hold at least one real token.
         codes (`torch.LongTensor` of shape `(B, N, R)`, *optional*): the codes of each latent, for
             codecs with a quantiser.
+        group_size (`int`, *optional*): latents of one moment, of clips.
     """
 
     latents: torch.FloatTensor | None = None
     position_ids: torch.LongTensor | None = None
     mask: torch.BoolTensor | None = None
     codes: torch.LongTensor | None = None
+    group_size: int | None = None
 
 
 def check_settings(kind: type, settings: dict[str, Any], prefix: str = "") -> None:

@@ -196,8 +196,10 @@ class TokComVideoCodec(TokComCodec):
             codes = quantized.codes
         output = self.known(self._standardize(raw), codes=codes)
         # not those of `known`, which assumes the configured size
-        where = self.grid(*self.size_of(pixel_values), device=raw.device)
+        frames, height, width = self.size_of(pixel_values)
+        where = self.grid(frames, height, width, device=raw.device)
         output.position_ids = where.expand(len(raw), -1, -1)
+        output.group_size = (height // self.config.patch_size) * (width // self.config.patch_size)
         return output
 
     def snap(self, latents: torch.Tensor) -> torch.Tensor:

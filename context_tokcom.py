@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from .heads_tokcom import TokComChoice
 from .tasks_tokcom import TokComCodecOutput, TokComTask
-from .transformer_tokcom import INSIDE_TEXT, START_OF_TEXT, block_causal_mask
+from .transformer_tokcom import INSIDE_TEXT, START_OF_TEXT, block_causal_mask, moment_size
 
 # ---- what the network reads at one step ----
 
@@ -122,6 +122,7 @@ class Context:
         # once for all blocks: the token table does not change while sampling
         self.symbols = model.symbols()
         self.guided = False
+        self.group_size: int | None = None  # latents of a moment
 
     def _predict(
         self,
@@ -147,6 +148,7 @@ class Context:
             uncertain=step.uncertain,
             entry=entry,
             modulations=step.modulations,
+            group_size=self.group_size,
         ).latents
 
 
@@ -164,6 +166,8 @@ class VisibleContext(Context):
         """Turn to the latents at `position_ids (B, Q, A)`, of which `exists (B, Q)` are no
         padding."""
         self.position_ids = position_ids.clone(memory_format=torch.contiguous_format)
+        if self.model.config.transformer_config.attention_type == "factorized":
+            self.group_size = moment_size(position_ids)  # once, since the host waits for it
         self.exists = exists
         has_context = self.context is not None and self.context.mask.shape[1] > 0
         self.guided = guided and (has_context or self.prefix is not None)
@@ -207,6 +211,7 @@ class VisibleContext(Context):
             keys,
             symbols=self.symbols,
             prefix=self.prefix,
+            group_size=self.group_size,
         ).latents[:, -x.shape[1] :]
 
     def append(self, x: torch.Tensor, ids: torch.Tensor | None) -> None:

@@ -588,6 +588,7 @@ class TokComModel(CheckedWeights, TokComPreTrainedModel):
             num_context=length if is_causal else 0,
             features=features,
             prefix=prefix,
+            group_size=clean.group_size,
         )
         return output.latents[:, -draws * length :].unflatten(1, (draws, length))
 

@@ -16,6 +16,7 @@ build.py (models), trainer.py (the loop), stage.py and distill.py (what a stage 
 directory.py (what is written where), card.py.
 """
 
+from functools import partial
 from pathlib import Path
 
 from tokcom.cli.errors import report_errors
@@ -36,6 +37,7 @@ def run(config: TrainConfig) -> Path:
     from tokcom.training.directory import RunDirectory
     from tokcom.training.distill import DistillTrainer
     from tokcom.training.launch import start_processes
+    from tokcom.training.sharding import holds_shards_alone, shape_of
     from tokcom.training.stage import StageTrainer
     from tokcom.training.tracking import check_tracker
 
@@ -57,7 +59,10 @@ def run(config: TrainConfig) -> Path:
             if stage == "distill":
                 trainer = DistillTrainer(config, corpus)
             else:
-                model = model_of_stage(config, stage, corpus, directory)
+                build = partial(model_of_stage, config, stage, corpus, directory)
+                # caching latents runs the codec on every process
+                is_alone = holds_shards_alone(processes) and not config.cache_latents
+                model = shape_of(partial(build, has_weights=False)) if is_alone else build()
                 if stage == unfinished[0]:
                     check_sizes(config, model, corpus, unfinished, processes)
                 if config.stage == "all" and stage == "codec" and not has_trainable_codec(model):

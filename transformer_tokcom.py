@@ -177,18 +177,22 @@ def read_text(model, symbols, chunks, real, given, has_gaps, begins) -> torch.Te
     return model.transformer.read_context(features, positions[..., None], plan.mask(real.any(-1)))
 
 
-class _Factorized:
-    """Folds sequences of G moments of P latents so that layers attend within a moment,
-    `(B G, P, ...)`, or along time, `(B P, G, ...)`. `position_ids (B, G P, A)` must be moment after
-    moment."""
+def moment_size(position_ids: torch.Tensor) -> int:
+    """How many latents at `position_ids (B, N, A)` stand at the first moment; the host waits."""
+    moments = position_ids[0, :, 0]
+    return int((moments == moments[0]).sum())
 
-    def __init__(self, position_ids: torch.Tensor):
-        moments = position_ids[0, :, 0]
-        self.places = int((moments == moments[0]).sum())
-        if position_ids.shape[1] % self.places:
+
+class _Factorized:
+    """Folds sequences of G moments of P latents, moment after moment, so that layers attend within
+    a moment, `(B G, P, ...)`, or along time, `(B P, G, ...)`."""
+
+    def __init__(self, length: int, places: int):
+        self.places = places
+        if length % places:
             raise ValueError(
-                f"`attention_type='factorized'` needs whole moments of {self.places} latents, not "
-                f"{position_ids.shape[1]} latents."
+                f"`attention_type='factorized'` needs whole moments of {places} latents, not "
+                f"{length} latents."
             )
 
     def fold(self, x: torch.Tensor, along_time: bool, batch: int) -> torch.Tensor:
@@ -335,6 +339,7 @@ class TokComTransformer(TokComPreTrainedModel):
         modulations: list[torch.Tensor] | None = None,
         entry: torch.Tensor | None = None,
         prefix: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+        group_size: int | None = None,
         **kwargs,
     ) -> TokComTransformerOutput:
         """Noisy latents -> the estimate of the clean ones.
@@ -352,6 +357,7 @@ class TokComTransformer(TokComPreTrainedModel):
                 give; with an entry there are no context latents in this call.
             prefix (*optional*): of bidirectional models, states `(B, L, D)` at time 1 before all
                 latents, which of them exist, `(B, L)`, and their positions `(L,)`.
+            group_size: latents of a moment, for factorised attention; else read from the positions.
         """
         config = self.config
         hidden_states, own = self._read(latents, features, position_ids)  # (B, S, D)
@@ -376,6 +382,8 @@ class TokComTransformer(TokComPreTrainedModel):
             hidden_states = hidden_states[:, num_context:]
             timestep = timestep[:, num_context:]
         conditioning = F.silu(self.time_embedding(timestep)) if modulations is None else None
+        if config.attention_type == "factorized":
+            kwargs["places"] = group_size or moment_size(position_ids)
         hidden_states = self._denoise(hidden_states, conditioning, modulations, *where, **kwargs)
         if prefix is not None:
             hidden_states = hidden_states[:, prefix[0].shape[1] :]
@@ -455,20 +463,20 @@ class TokComTransformer(TokComPreTrainedModel):
         )
 
     def _attend_in_turns(
-        self, hidden_states, conditioning, modulations, position_ids, attention_mask, **kwargs
+        self, hidden_states, conditioning, modulations, position_ids, mask, places, **kwargs
     ) -> torch.Tensor:
         """All layers of a model with factorised attention: even ones within a moment, odd ones
         along time."""
         config = self.config
         batch = len(hidden_states)
         position_ids = position_ids.expand(batch, -1, -1)
-        folded = _Factorized(position_ids)
+        folded = _Factorized(position_ids.shape[1], places)
         layouts = []
         for along_time in (False, True):
             where = folded.fold(position_ids, along_time, batch)
-            seen = attention_mask
-            if seen is not None:
-                seen = folded.fold(attention_mask, along_time, batch)
+            seen = None
+            if mask is not None:
+                seen = folded.fold(mask, along_time, batch)
                 implementation = config._attn_implementation
                 seen = expand_attention_mask(
                     seen, where.shape[1], implementation, hidden_states.dtype
@@ -478,16 +486,11 @@ class TokComTransformer(TokComPreTrainedModel):
         for i, layer in enumerate(self.layers):
             # even layers attend within a moment, odd ones along time
             along_time = bool(i % 2)
-            inputs = (
-                (hidden_states, conditioning)
-                if modulations is None
-                else (hidden_states, modulations[i])
-            )
-            inputs = [folded.fold(x, along_time, batch) for x in inputs]
-            known = {} if modulations is None else {"modulation": inputs[1]}
-            output = layer(
-                inputs[0], None if known else inputs[1], *layouts[along_time], **known, **kwargs
-            )
+            states = folded.fold(hidden_states, along_time, batch)
+            time = conditioning if modulations is None else modulations[i]
+            time = folded.fold(time, along_time, batch)
+            times = (time, {}) if modulations is None else (None, {"modulation": time})
+            output = layer(states, times[0], *layouts[along_time], **times[1], **kwargs)
             hidden_states = folded.unfold(output, along_time, batch)
         return hidden_states
 
@@ -591,5 +594,6 @@ __all__ = [
     "TokComTransformer",
     "TokComTransformerOutput",
     "block_causal_mask",
+    "moment_size",
     "read_text",
 ]

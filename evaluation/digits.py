@@ -98,17 +98,15 @@ class SensedJudge(StreamJudge):
         if file is not None and file.is_file():
             judge = Classifier([len(self.classes)])
             judge.load_state_dict(load_file(file))
-            return judge.eval()
-        judge = train_classifier(self.known, self.labels, args.epochs, args.seed)
+            return judge.eval().to(args.device)
+        judge = train_classifier(self.known, self.labels, args.epochs, args.seed, args.device)
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
             save_file(judge.state_dict(), file)
         return judge
 
-    @torch.no_grad()
     def classify(self, contents: list) -> list[int]:
-        parts = self.features(contents).split(256)
-        return torch.cat([self.classifier(part)[0].argmax(-1) for part in parts]).tolist()
+        return self.classifier.classify(self.features(contents)).tolist()
 
     def nearest(self, contents: list) -> list[int]:
         """The class of the training record that is nearest to each picture or sound."""

@@ -416,3 +416,44 @@ def test_weights_outside_the_directory_are_refused(build, tmp_path):
         index.write_text(json.dumps(found))
         with pytest.raises(ValueError, match="not in its directory"):
             TokComModel.from_pretrained(tmp_path / "model")
+
+
+QUIET = """
+import sys
+from tokcom.evaluation.judges import load_language_model
+from tokcom.training.tokens import load_tokenizer
+for path in sys.argv[1:]:
+    print(len(load_tokenizer(path)))
+try:
+    load_language_model(sys.argv[1])
+except ValueError as error:
+    print("refused" if "trust_remote_code" in str(error) else error)
+"""
+
+
+def test_our_commands_load_tokenizers_without_a_question_or_a_warning():
+    zoo = [str(file.parent) for file in (ROOT / "zoo").glob("*/tokenizer.json")]
+    command = [sys.executable, "-c", QUIET, str(ROOT), *zoo]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2 + len(zoo) and lines[-1] == "refused"
+    assert "You are using a model of type" not in done.stderr
+
+
+def test_only_one_place_asks_auto_tokenizer():
+    asked = re.compile(
+        r"Auto(Tokenizer|ModelForCausalLM)\.from_pretrained\((?!.*trust_remote_code)"
+    )
+    found = {
+        file.name
+        for folder in ("cli", "evaluation", "evaluation/studies", "training", "examples", "scripts")
+        for file in (ROOT / folder).glob("*.py")
+        if asked.search(file.read_text(encoding="utf-8"))
+    }
+    assert found <= {"sample_corpus.py"}  # whose call has a line of its own for it
+
+
+def test_models_without_code_name_none():
+    for file in (ROOT / "zoo").glob("*/*config.json"):
+        assert "auto_map" not in json.loads(file.read_text(encoding="utf-8")), file

@@ -1,6 +1,8 @@
 """The model that a stage starts from: a new one, one that starts from another's weights, or what an
 earlier stage left."""
 
+import os
+
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -14,9 +16,13 @@ from tokcom.training.presets import merge_overrides, preset_config
 
 
 def model_of_stage(
-    config: TrainConfig, stage: str, corpus: Corpus, directory: RunDirectory
+    config: TrainConfig,
+    stage: str,
+    corpus: Corpus,
+    directory: RunDirectory,
+    has_weights: bool = True,
 ) -> TokComModel:
-    """The model that `stage` starts from, in float32.
+    """The model that `stage` starts from, in float32; without `has_weights` its shape alone.
 
     The flow stage goes on with the codec that this run has trained. Raises `ValueError` if there is
     none and nothing else brings a trained codec.
@@ -28,8 +34,8 @@ def model_of_stage(
         and (config.stage == "all" or not donor)
         and (codec / "config.json").is_file()
     ):
-        return TokComModel.from_pretrained(codec, dtype=torch.float32)
-    model = build_model(config, corpus.tokenizer)
+        return _load(codec, has_weights)
+    model = build_model(config, corpus.tokenizer, has_weights)
     if stage != "flow" or donor:
         return model
     if has_trainable_codec(model):
@@ -37,8 +43,15 @@ def model_of_stage(
             f"stage 'flow' needs a trained codec and {directory.root} has none; train it first "
             "(stage=codec or stage=all), or give `codec_from` or `init_from`."
         )
-    corpus.measure(model)  # the only thing that a codec without parameters has to learn
+    if has_weights:
+        corpus.measure(model)  # the only thing that a codec without parameters has to learn
     return model
+
+
+def _load(path: str | os.PathLike, has_weights: bool) -> TokComModel:
+    if has_weights:
+        return TokComModel.from_pretrained(path, dtype=torch.float32)
+    return TokComModel(TokComConfig.from_pretrained(path))
 
 
 def has_trainable_codec(model: TokComModel) -> bool:
@@ -46,7 +59,9 @@ def has_trainable_codec(model: TokComModel) -> bool:
     return any(True for _ in model.codec.parameters())
 
 
-def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase | None) -> TokComModel:
+def build_model(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase | None, has_weights: bool = True
+) -> TokComModel:
     """A new model of the preset, or one that starts from `init_from` (all weights) or `codec_from`
     (the codec's).
 
@@ -58,7 +73,7 @@ def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase | None) 
     if donor is None:
         model = TokComModel(preset_config(config.preset, size, **config.model))
     else:
-        source = TokComModel.from_pretrained(donor, dtype=torch.float32)
+        source = _load(donor, has_weights)
         model = TokComModel(derived_config(config, source.config, size))
         _load_weights(model, source, donor, codec_only=config.init_from is None)
     if model.config.text_vocab_size != (0 if size is None else size + 1):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from tokcom.configuration_codec_tokcom import TokComCodecConfig
 from tokcom.configuration_tokcom import TokComConfig
@@ -44,6 +44,7 @@ from tokcom.training.sources import load_documents, read_sources
 from tokcom.training.streams import OmniDataset, is_text, measure_stream_statistics
 from tokcom.training.tokens import (
     get_tokenizer,
+    load_tokenizer,
     tokenize_dialogues,
     tokenize_documents,
 )
@@ -398,7 +399,7 @@ class Reading:
         tokenizer = None
         name = config.tokenizer or config.init_from or config.codec_from
         if self.saved.is_dir():
-            tokenizer = AutoTokenizer.from_pretrained(self.saved)
+            tokenizer = load_tokenizer(self.saved)
         elif columns or (name is not None and has_tokenizer(name)):
             texts = [{"text": row or ""} for column in columns for row in train[column]]
             tokenizer = get_tokenizer(name, config.tokenizer_vocab_size, texts, "text")
@@ -452,7 +453,7 @@ class Reading:
     ) -> PreTrainedTokenizerBase:
         config = self.config
         if self.saved.is_dir():
-            return AutoTokenizer.from_pretrained(self.saved)
+            return load_tokenizer(self.saved)
         name = config.tokenizer or config.init_from or config.codec_from
         if pictures and name == config.codec_from and name is not None and not has_tokenizer(name):
             name = None  # a codec of pictures without captions

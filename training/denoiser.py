@@ -62,7 +62,9 @@ class ModelDenoiser(nn.Module):
         positions = model.codec.positions(torch.arange(length, device=x.device)).expand(
             len(x), -1, -1
         )
-        estimate = model.denoise(x, times, positions, seen, prefix=prefix).latents.float()
+        size = model.config.codec_config.group_size
+        estimate = model.denoise(x, times, positions, seen, prefix=prefix, group_size=size)
+        estimate = estimate.latents.float()
         return (
             estimate
             if known is None

@@ -23,7 +23,8 @@ class FeatureLoss:
 
     def __init__(self, name: str, weight: float, device: torch.device | str = "cpu"):
         try:
-            self.network = AutoModel.from_pretrained(name).to(device).eval().requires_grad_(False)
+            network = AutoModel.from_pretrained(name, trust_remote_code=False)
+            self.network = network.to(device).eval().requires_grad_(False)
         except (OSError, ValueError, ImportError) as error:
             reason = first_line(error)
             raise ValueError(

@@ -3,6 +3,7 @@
 Metrics keep the names of the published training script, whose stages are `vae` and `diffusion`.
 """
 
+import contextlib
 import math
 import random
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ from tokcom.training.optimizer import build_optimizer, build_schedule
 from tokcom.training.perceptual import FeatureLoss
 from tokcom.training.pipelines import build_pipeline
 from tokcom.training.progress import NonFiniteLossError, UpdateGuard
+from tokcom.training.sharding import hand_out
 from tokcom.training.trainer import EXTRA, Trainer
 
 METRIC_PREFIX = {"codec": "vae", "flow": "diffusion", "head": "head"}
@@ -115,8 +117,11 @@ class StageTrainer(Trainer):
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             plugin = self.accelerator.state.deepspeed_plugin
             plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = options.batch_size
+        weights = model.state_dict() if self.accelerator.is_fsdp2 else {}
         with embeddings_in_the_root(model):
             self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        if self.accelerator.is_fsdp2:
+            hand_out(self.module, weights)
         # a stream is read in parts by its own means
         self.loader = loader if self.corpus.streamed else self.accelerator.prepare(loader)
         self.guard = UpdateGuard(
@@ -395,8 +400,11 @@ class StageTrainer(Trainer):
         state = self.accelerator.get_state_dict(self.model)
         if not self.accelerator.is_main_process:
             return None
-        model = TokComModel(TokComConfig.from_dict(self.module.config.to_dict()))
-        model.load_state_dict({name: value.float() for name, value in state.items()})
+        is_gathered = self.accelerator.is_fsdp2  # otherwise it is the one that is being trained
+        with torch.device("meta") if is_gathered else contextlib.nullcontext():
+            model = TokComModel(TokComConfig.from_dict(self.module.config.to_dict()))
+        whole = {name: value.float() for name, value in state.items()}
+        model.load_state_dict(whole, assign=is_gathered)
         return model.eval()
 
     def _show(self, model: TokComModel, improved: bool) -> None:

@@ -234,7 +234,8 @@ class Trainer:
         groups = [] if self.lr_scheduler is None else self.lr_scheduler.optimizer.param_groups
         decays = [group["weight_decay"] for group in groups]
         self.accelerator.load_state(str(newest))
-        extra = torch.load(newest / EXTRA, map_location="cpu", weights_only=True)
+        # of the averages of shards, other processes than the main one need the sizes alone
+        extra = torch.load(newest / EXTRA, "cpu", weights_only=True, mmap=self.accelerator.is_fsdp2)
         self.progress.load_state_dict(extra["progress"])
         self._restore_average(extra.get("average"))
         if self.lr_scheduler is not None:
