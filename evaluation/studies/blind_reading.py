@@ -24,11 +24,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tokcom.cli.errors import report_errors
+from tokcom.cli.loading import add_device_option
+from tokcom.evaluation.judges import load_language_model
 from tokcom.evaluation.report import table
 from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.training.tokens import load_tokenizer
 
 QUESTIONS = ("ends", "names", "pronouns", "happens", "sense")
 ROWS = 50  # stories written at once
@@ -36,7 +38,7 @@ LENGTH = 256  # tokens
 
 
 def tokcom_stories(path: str, args: argparse.Namespace) -> list[str]:
-    pipe = TokComPipeline.from_pretrained(path)
+    pipe = TokComPipeline.from_pretrained(path).to(args.device)
     stories = []
     for start in range(0, args.stories, ROWS):
         seeds = range(start, min(start + ROWS, args.stories))
@@ -52,8 +54,8 @@ def tokcom_stories(path: str, args: argparse.Namespace) -> list[str]:
 
 @torch.no_grad()
 def causal_stories(path: str, starts_with_bos: bool, args: argparse.Namespace) -> list[str]:
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    tokenizer = load_tokenizer(path)
+    model = load_language_model(path, args.device)
     prompt = tokenizer(args.prompt, add_special_tokens=False)["input_ids"]
     ends = {model.config.eos_token_id}
     if starts_with_bos:
@@ -62,7 +64,7 @@ def causal_stories(path: str, starts_with_bos: bool, args: argparse.Namespace) -
     torch.manual_seed(0)
     stories = []
     for start in range(0, args.stories, ROWS):
-        ids = torch.tensor([prompt] * min(ROWS, args.stories - start))
+        ids = torch.tensor([prompt] * min(ROWS, args.stories - start), device=model.device)
         rows = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -136,6 +138,7 @@ def main(argv: list[str] | None = None) -> None:
         "--stories", type=int, default=100, help="of each author (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the order (default: %(default)s)")
+    add_device_option(parser)
     args = parser.parse_args(argv)
     {"write": write, "count": count}[args.action](args)
 

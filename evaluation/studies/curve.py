@@ -19,12 +19,12 @@ import time
 from pathlib import Path
 
 import numpy as np
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tokcom.cli.errors import report_errors
+from tokcom.cli.loading import add_device_option
 from tokcom.evaluation import autoregressive
 from tokcom.evaluation.ablation import PROMPTS, train_row
-from tokcom.evaluation.judges import TokenJudge, token_nll
+from tokcom.evaluation.judges import TokenJudge, load_language_model, token_nll
 from tokcom.evaluation.metrics import sample_entropy
 from tokcom.evaluation.protocol import (
     CONTINUATION,
@@ -45,6 +45,7 @@ from tokcom.evaluation.studies.masked import (
 from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.training.config import DataConfig
 from tokcom.training.data import load_documents, tokenize_documents
+from tokcom.training.tokens import load_tokenizer
 
 STEPS = (1, 2, 4, 8, 16, 64)
 TEMPERATURES = (1.0, 0.9, 0.8, 0.7)
@@ -84,7 +85,7 @@ def train_system(name: str, args: argparse.Namespace) -> tuple[Path, dict]:
 
 def train_autoregressive(args: argparse.Namespace) -> tuple[Path, dict]:
     directory = Path(args.work_dir) / "models" / f"autoregressive-{args.seed}"
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(args.checkpoint)
+    tokenizer = load_tokenizer(args.checkpoint)
     documents = load_documents(args.train, DataConfig(), "train")
     tokens = tokenize_documents(documents, tokenizer, "text", "training text")
     autoregressive.train(
@@ -127,16 +128,16 @@ def label(setting: dict) -> str:
 class Measured:
     """A trained system that can be sampled and timed."""
 
-    def __init__(self, name: str, directory: Path):
+    def __init__(self, name: str, directory: Path, device: str):
         self.name = name
         if name == "autoregressive":
-            self.model = AutoModelForCausalLM.from_pretrained(directory)
+            self.model = load_language_model(str(directory), device)
             self.chunk_size = 1
             self.has_masks = False
             return
         self.has_masks = name.startswith("masks")
         pipeline = MaskedPipeline if self.has_masks else TokComPipeline
-        self.pipe = pipeline.from_pretrained(directory)
+        self.pipe = pipeline.from_pretrained(directory).to(device)
         self.chunk_size = self.pipe.chunk_size
         if self.has_masks:
             self.pipe.model.objective = MaskedObjective()
@@ -180,9 +181,9 @@ class Measured:
 
 def measure(name: str, directory: Path, args: argparse.Namespace) -> dict:
     """Quality, evaluations and time of a system at every setting."""
-    system = Measured(name, directory)
-    judge = TokenJudge(args.judge)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(args.checkpoint)
+    system = Measured(name, directory, args.device)
+    judge = TokenJudge(args.judge, args.device)
+    tokenizer = load_tokenizer(args.checkpoint)
     documents = load_documents(args.validation, DataConfig(), "validation")
     tokens = tokenize_documents(documents, tokenizer, "text", "held-out text")
     windows = held_out_windows(tokens, PROMPT + CONTINUATION, args.prompts)
@@ -309,6 +310,7 @@ def main(argv: list[str] | None = None) -> None:
         "--prompts", type=int, default=PROMPTS, help="that are continued (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    add_device_option(parser)
     args = parser.parse_args(argv)
     work = Path(args.work_dir)
     (work / "curve").mkdir(parents=True, exist_ok=True)

@@ -70,6 +70,12 @@ def held_out_masked_nll(model, windows: np.ndarray, skipped: int) -> float:
     return torch.cat(losses).mean().item()
 
 
+def uniform_numbers(like: torch.Tensor, sources: list[torch.Generator]) -> torch.Tensor:
+    """Numbers in [0, 1) of the shape of `like (B, Q, K)`, each row from its own source."""
+    rows = [torch.rand(like.shape[1:], generator=source) for source in sources]
+    return torch.stack(rows).to(like.device)
+
+
 class MaskedSampler(TokComBlockSampler):
     """Decides the tokens of a chunk in `num_inference_steps` steps of equally many, or, with a
     `threshold`, in each step all whose entropy is below it, and at least one.
@@ -87,8 +93,8 @@ class MaskedSampler(TokComBlockSampler):
         size = head.num_symbols
         shape = (*x.shape[:2], size)  # (B, Q, K)
         if given is None:
-            known = torch.zeros(shape, dtype=torch.bool)
-            chunks = torch.zeros(shape, dtype=torch.long)
+            known = torch.zeros(shape, dtype=torch.bool, device=x.device)
+            chunks = torch.zeros(shape, dtype=torch.long, device=x.device)
         else:
             known = given.mask
             chunks = given.chunks * known
@@ -119,7 +125,7 @@ class MaskedSampler(TokComBlockSampler):
         logits = head.logits(states) / self.sampling.temperature  # (B, Q, K, V)
         probabilities = logits.softmax(-1)
         entropy = torch.special.entr(probabilities).sum(-1)
-        uniform = torch.stack([torch.rand(known.shape[1:], generator=source) for source in sources])
+        uniform = uniform_numbers(known, sources)
         edges = probabilities.cumsum(-1)
         drawn = torch.searchsorted(edges, uniform[..., None] * edges[..., -1:], right=True)
         return drawn[..., 0].clamp_max(edges.shape[-1] - 1), entropy
@@ -128,9 +134,7 @@ class MaskedSampler(TokComBlockSampler):
         """Which tokens `(B, Q, K)` this step decides."""
         score = entropy
         if self.order == "random":
-            score = torch.stack(
-                [torch.rand(known.shape[1:], generator=source) for source in sources]
-            )
+            score = uniform_numbers(known, sources)
         rank = score.masked_fill(known, torch.inf).argsort(-1).argsort(-1)
         if self.threshold is not None:
             return ~known & ((rank == 0) | (entropy < self.threshold))
