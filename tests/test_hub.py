@@ -22,8 +22,11 @@ REMOTE_FILES = {
         "difflib",
         "functools",
         "inspect",
+        "os",
+        "re",
         "torch",
         "transformers",
+        "typing",
     },
     "configuration_tokcom.py": {
         "copy",
@@ -58,7 +61,6 @@ REMOTE_FILES = {
     "processing_tokcom.py": {
         "PIL",
         "collections",
-        "dataclasses",
         "numpy",
         "os",
         "safetensors",

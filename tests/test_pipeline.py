@@ -6,9 +6,10 @@ from safetensors import safe_open
 from transformers import TextStreamer
 
 from tokcom.heads_tokcom import TokComChoice
+from tokcom.interface_tokcom import continue_text
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_tokcom import TokComPipeline
-from tokcom.processing_tokcom import continue_text, end_at_eos
+from tokcom.processing_tokcom import end_at_eos
 from tokcom.sampling_tokcom import TokComSampling, spawn_generators, split_blocks
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 from tokcom.training.data import train_tokenizer
