@@ -376,6 +376,8 @@ class TokComTransformer(TokComPreTrainedModel):
         if not config.head_attention and num_context:
             hidden_states = hidden_states[:, num_context:]
             timestep = timestep[:, num_context:]
+            if not hidden_states.shape[1]:  # all is context, which the cache holds by now
+                return TokComTransformerOutput(latents=latents[:, :0])
         conditioning = F.silu(self.time_embedding(timestep)) if modulations is None else None
         hidden_states = self._denoise(hidden_states, conditioning, modulations, *where, **kwargs)
         if prefix is not None:

@@ -505,6 +505,15 @@ def test_one_compiled_graph_serves_all_blocks(build, head_attention):
     assert len(graphs) == compiled
 
 
+def test_a_bidirectional_model_recognises_the_tokens_of_its_prompt_once(build, monkeypatch):
+    pipe = build(**TOKENS, transformer_config={"block_size": None})
+    head, calls = pipe.model.token_head, []
+    recognise = head.recognise
+    monkeypatch.setattr(head, "recognise", lambda *args: calls.append(args) or recognise(*args))
+    pipe("Squinty was a little pig.", gen_length=8, num_inference_steps=6, generator=seeded())
+    assert len(calls) == 1
+
+
 def test_temperature_needs_token_probabilities(build):
     with pytest.raises(ValueError, match="temperature"):
         build()("Squinty", gen_length=4, num_inference_steps=1, temperature=0.5)
