@@ -48,13 +48,10 @@ PIPELINE_NAMES = {
 }
 CARD = "README.md"
 HTTP_ERROR = HfHubHTTPError.__bases__[0]  # of the client that huggingface_hub uses, whichever it is
-WEIGHTS = [
-    "model*.safetensors",
-    "model.safetensors.index.json",
-]  # of earlier pushes, which these replace
-WHERE = re.compile(
-    r'^path_or_id = ".*"', re.MULTILINE
-)  # the line of a card's example that names the repository
+# of earlier pushes, which these replace
+WEIGHTS = ["model*.safetensors", "model.safetensors.index.json"]
+# the line of a card's example that names the repository
+WHERE = re.compile(r'^path_or_id = ".*"', re.MULTILINE)
 PICTURE = re.compile(r"!\[[^\]]*\]\(([^)\s]+)\)")
 CARD_TEXT = """---
 library_name: transformers
@@ -129,12 +126,8 @@ def with_section(card: str, heading: str, body: str) -> str:
     found = re.search(rf"^## {re.escape(heading)}\n.*?(?=^## |\Z)", card, re.MULTILINE | re.DOTALL)
     if found is None:
         return card.rstrip() + "\n\n" + section
-    return (
-        card[: found.start()]
-        + section
-        + ("\n" if found.end() < len(card) else "")
-        + card[found.end() :]
-    )
+    gap = "\n" if found.end() < len(card) else ""
+    return card[: found.start()] + section + gap + card[found.end() :]
 
 
 def copy_pictures(card: str, source: Path, target: Path) -> None:
@@ -486,6 +479,13 @@ class TokComBasePipeline(CheckedFiles, DiffusionPipeline):
 
     # ---- the sampler ----
 
+    def compile(self, **options: Any) -> None:
+        """Compile the network in place; `options` are those of `torch.compile`.
+
+        The first call then takes a minute or more. One graph serves all blocks and all lengths.
+        """
+        self.model.transformer.compile(**options)
+
     def prepare_latents(
         self,
         batch_size: int,
@@ -568,9 +568,8 @@ class TokComBasePipeline(CheckedFiles, DiffusionPipeline):
             block: int, step: int, timestep: torch.Tensor, x: torch.Tensor
         ) -> torch.Tensor:
             nonlocal bar
-            steps = len(
-                self.scheduler.timesteps
-            )  # known only now: some schedulers add steps of their own
+            # known only now: some schedulers add steps of their own
+            steps = len(self.scheduler.timesteps)
             self._num_timesteps = steps * num_blocks
             if bar is None:
                 bar = self.progress_bar(total=self._num_timesteps)

@@ -494,7 +494,8 @@ def test_one_compiled_graph_serves_all_blocks(build, head_attention):
         graphs.append(graph)
         return graph.forward
 
-    pipe.model.requires_grad_(False).transformer.compile(backend=count, fullgraph=True)
+    pipe.model.requires_grad_(False)
+    pipe.compile(backend=count, fullgraph=True)
     for num_chunks in (3, 40):  # the window holds 32 latents
         options = dict(num_chunks=num_chunks, num_inference_steps=3, output_type="seq")
         found, expected = (

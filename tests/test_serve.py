@@ -20,7 +20,7 @@ from tokcom.cli import openai_format
 from tokcom.cli.fair_turns import PATIENCE, Batch, Engine, Job, Piece, RequestError, Sampling
 from tokcom.cli.main import build_parser
 from tokcom.cli.scoring import score_tokens
-from tokcom.cli.serve import Choice, DrainingServer, build_app, is_loopback
+from tokcom.cli.serve import Choice, DrainingServer, build_app, is_loopback, warm_up
 from tokcom.cli.server_settings import ServerSettings
 from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.processing_tokcom import text_ids, vocabulary_size
@@ -103,6 +103,21 @@ def wait_until(condition, seconds: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.005)
+
+
+def test_a_compiled_server_has_compiled_everything_once_it_is_warm(tokenizer):
+    model = build_model(vocabulary_size(tokenizer)).requires_grad_(False)
+    scheduler = TokComFlowMatchScheduler.from_model_config(model.config)
+    pipe = TokComPipeline(model, scheduler, tokenizer)
+    pipe.set_progress_bar_config(disable=True)
+    torch._dynamo.reset()
+    graphs = []
+    pipe.compile(backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    warm_up(pipe)
+    warm = len(graphs)
+    for count, prompt in ((1, "Squinty"), (4, "The pig"), (7, "He was a comical little pig")):
+        pipe([prompt] * count, gen_length=30)
+    assert 0 < warm == len(graphs)
 
 
 # ---- completions ----
