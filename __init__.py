@@ -1,7 +1,7 @@
 """TokCom: latent generative models of tokens.
 
-The directory of this file is the package `tokcom` and a repository for the Hub at once. Nothing is imported until it is
-asked for, so that `import tokcom` costs nothing.
+The directory of this file is the package `tokcom` and a repository for the Hub at once. Nothing is
+imported until it is asked for, so that `import tokcom` costs nothing.
 """
 
 from importlib import import_module

@@ -1,4 +1,5 @@
-"""The page of `tokcom app`, with the same options. The page of a Space of the Hub is `space/app.py`."""
+"""The page of `tokcom app`, with the same options. The page of a Space of the Hub is
+`space/app.py`."""
 
 import importlib.util
 import sys

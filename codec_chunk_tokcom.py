@@ -47,12 +47,14 @@ class TokComCodecOutput(ModelOutput):
         mask (`torch.BoolTensor` of shape `(B, N)`): latents that hold at least one real token.
         codes (`torch.LongTensor` of shape `(B, N, R)`, *optional*): the codes of each latent, for
             codecs with a quantiser.
+        group_size (`int`, *optional*): latents of one moment, of clips.
     """
 
     latents: torch.FloatTensor | None = None
     position_ids: torch.LongTensor | None = None
     mask: torch.BoolTensor | None = None
     codes: torch.LongTensor | None = None
+    group_size: int | None = None
 
 
 def check_settings(kind: type, settings: dict[str, Any], prefix: str = "") -> None:
@@ -101,6 +103,7 @@ class TokComChunkMLP(nn.Module):
         )
         self.norm = TokComRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.proj_out = nn.Identity() if encoder else nn.Linear(config.hidden_size, chunk_width)
+        # logits are inner products with the embeddings, so what leaves the decoder is normed
         self.output_norm = (
             nn.Identity() if encoder else TokComRMSNorm(config.embedding_size, config.rms_norm_eps)
         )
@@ -298,6 +301,7 @@ class TokComChunkCodec(TokComTextCodec):
             self.from_latent = nn.Linear(config.latent_channels, config.hidden_size)
         self.log_precision = None
         if config.encoder_type == "token":
+            # how sharply a token is told from its own channels; learned with the decoder
             self.log_precision = nn.Parameter(torch.zeros(1))
         self.quantizer = build_quantizer(
             config.quantizer,
@@ -313,6 +317,7 @@ class TokComChunkCodec(TokComTextCodec):
         self.post_init()
 
     def initialize_parameters(self) -> None:
+        # the identity, until training has measured them
         init.zeros_(self.latent_mean)
         init.ones_(self.latent_std)
         if self.log_precision is not None:
@@ -350,6 +355,7 @@ class TokComChunkCodec(TokComTextCodec):
 
         Their inner products with the token embeddings are the logits.
         """
+        # the mask token asks for a token; the published codec calls it omni
         query = self.embed_tokens.weight[self.config.mask_token_id]
         raw_latents = raw_latents.to(query.dtype)
         if self.from_latent is not None:
@@ -373,9 +379,9 @@ class TokComChunkCodec(TokComTextCodec):
         means = self._token_posterior(weight).chunk(2, dim=-1)[0].to(weight.dtype)  # (V, C / K)
         precision = self.log_precision.exp().expand(*states.shape[:2], 1)  # (M, K, 1)
         own = raw_latents.unflatten(-1, (self.config.chunk_size, -1)).to(weight.dtype) * precision
-        states = torch.cat((states.to(weight.dtype), own, precision), dim=-1)
+        states = torch.cat((states.to(weight.dtype), own, precision), dim=-1)  # (M, K, E')
         # -|x - m|^2 / 2 = x m - |m|^2 / 2 up to a constant: the last column holds the norms
-        norms = -0.5 * means.square().sum(-1, keepdim=True)
+        norms = -0.5 * means.square().sum(-1, keepdim=True)  # (V, 1)
         return states, torch.cat((weight, means, norms), dim=-1)
 
     def _denormalize(self, latents: torch.Tensor) -> torch.Tensor:
@@ -398,6 +404,7 @@ class TokComChunkCodec(TokComTextCodec):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         real = attention_mask.bool()
+        # whatever the caller left in padded places must not reach a latent
         ids = torch.where(real, input_ids, self.config.pad_token_id)
         shape = (-1, self.config.chunk_size)
         return ids.unflatten(1, shape), real.unflatten(1, shape)  # (B, N, K) each
@@ -413,6 +420,7 @@ class TokComChunkCodec(TokComTextCodec):
         mean, _ = self._posterior(chunks.flatten(0, 1))  # (M, C)
         codes = None
         if self.quantizer is not None:
+            # frozen: encoding must not move the codebook, even in training mode
             quantized = self.quantizer(mean, frozen=True)
             mean = quantized.latents
             codes = quantized.codes.unflatten(0, chunks.shape[:2])
@@ -430,7 +438,7 @@ class TokComChunkCodec(TokComTextCodec):
                 "this codec has no quantiser, so its latents have no codes; train one with "
                 "`quantizer=vq` or `fsq`."
             )
-        latents = self.quantizer.decode(codes).to(self.latent_mean.dtype)
+        latents = self.quantizer.decode(codes).to(self.latent_mean.dtype)  # raw, (B, N, C)
         return ((latents - self.latent_mean) / self.latent_std).to(self.embed_tokens.weight.dtype)
 
     def positions(self, index: torch.Tensor) -> torch.Tensor:
@@ -481,6 +489,7 @@ class TokComChunkCodec(TokComTextCodec):
 
         Works on a few latents at a time, so that the logits of a long text are never all in memory.
         """
+        # chunks are decoded alone, so any grouping gives the same ids
         pieces = latents.flatten(0, 1).split(DECODE_CHUNK)
         ids = torch.cat([self.decode(piece[None]).logits[0].argmax(-1) for piece in pieces])
         return ids.view(latents.shape[0], -1)
@@ -517,7 +526,7 @@ class TokComChunkCodec(TokComTextCodec):
         if self.training and settings.token_dropout:
             dropped = torch.rand(chunks.shape, device=chunks.device) < settings.token_dropout
             inputs = torch.where(dropped, self.config.mask_token_id, chunks)
-        latents, log_variance = self._posterior(inputs.flatten(0, 1))
+        latents, log_variance = self._posterior(inputs.flatten(0, 1))  # (B * N, C) each
         kl = latents.new_zeros(())
         if self.quantizer is not None:
             quantized = self.quantizer(latents)
@@ -526,14 +535,17 @@ class TokComChunkCodec(TokComTextCodec):
             divergence = 0.5 * (latents.square() + log_variance.exp() - 1 - log_variance)  # (M, C)
             # free nats: a channel that is below them has no reason to collapse further
             kl = divergence.clamp_min(settings.kl_free_nats).sum(-1)
+            # a chunk of nothing but padding costs nothing
             kl = (kl * real.flatten(0, 1).any(-1)).sum() / real.any(-1).sum().clamp_min(1)
             if self.training:  # the reparametrisation trick
                 latents = latents + torch.randn_like(latents) * (0.5 * log_variance).exp()
         if self.training and settings.latent_dropout:
+            # the flow's estimates are never exact: the decoder must forgive what is missing
             latents = F.dropout(latents, settings.latent_dropout)
-        nll = self._token_nll(latents, chunks)
+        nll = self._token_nll(latents, chunks)  # (B, N, K)
         cross_entropy = (nll * real).sum() / real.sum().clamp_min(1)
         penalty = settings.kl_weight * kl if self.quantizer is None else quantized.loss
+        # nats per chunk, the unit of the KL
         loss = self.config.chunk_size * cross_entropy + penalty
         return loss, {"ce_loss": cross_entropy.detach(), "kl_loss": kl.detach()}
 
@@ -541,6 +553,7 @@ class TokComChunkCodec(TokComTextCodec):
     def set_latent_statistics(self, mean: torch.Tensor, std: torch.Tensor) -> None:
         """Store mean and standard deviation `(C,)` of raw latents, measured on training text."""
         self.latent_mean.copy_(mean)
+        # a channel that never varies must not be divided by 0
         self.latent_std.copy_(std.clamp_min(1e-6))
 
 

@@ -64,6 +64,7 @@ class TokComColorCodec(TokComTextCodec):
         # place values of the digits: 1, base, base^2, ...
         base = self.config.base ** torch.arange(self.config.digits_per_token, device=digits.device)
         ids = (digits * base).sum(-1)
+        # there are more colors than tokens
         wrong = ids >= self.config.num_valid_ids
         if bool(wrong.any()):
             wanted = self._standardize(digits[wrong]) if values is None else values[wrong]
@@ -76,8 +77,10 @@ class TokComColorCodec(TokComTextCodec):
         the published colors."""
         count = self.config.digits_per_token
         if not self.config.standardize:
+            # published: digits from 0 to base - 1 become values from -1 to 1
             middle = torch.full((count,), (self.config.base - 1) / 2, device="cpu")
             return middle, middle
+        # over the vocabulary, not over a text: the codec has nothing to be trained on
         digits = self.digits(torch.arange(self.config.num_valid_ids, device="cpu")).double()
         std = digits.std(0, correction=0)
         # a digit that is the same in all ids must not be divided by 0
@@ -175,6 +178,7 @@ class TokComColorCodec(TokComTextCodec):
                 f"`vocab_size` ({self.config.vocab_size}) is more than the {256**3} colors of a "
                 "pixel; use a tokenizer with a smaller vocabulary."
             )
+        # a picture is a rectangle, so the last row is filled up
         ids = F.pad(ids, (0, -len(ids) % width), value=self.config.pad_token_id).view(-1, width)
         return spell(ids, 256, 3).to(torch.uint8)
 
@@ -183,7 +187,7 @@ class TokComColorCodec(TokComTextCodec):
 
         A color that belongs to no token gives the nearest valid id.
         """
-        digits = pixels.reshape(-1, 3).long()
+        digits = pixels.reshape(-1, 3).long()  # (T, 3)
         ids = (digits * 256 ** torch.arange(3, device=digits.device)).sum(-1)
         # an edited picture may hold colors that belong to no token
         wrong = (ids >= self.config.num_valid_ids) & (ids != self.config.pad_token_id)
@@ -195,6 +199,7 @@ class TokComColorCodec(TokComTextCodec):
                 for part in digits[wrong].float().split(NEAREST_ROWS)
             ]
             ids[wrong] = torch.cat(found)
+        # inside a text the pad token may stand, so only the end is cut
         real = (ids != self.config.pad_token_id).nonzero()
         return ids[: int(real[-1]) + 1 if len(real) else 0]
 
@@ -205,7 +210,7 @@ class TokComColorCodec(TokComTextCodec):
     ) -> TokComCodecOutput:
         """Token ids `(B, T)` -> standardised latents; `attention_mask (B, T)` is 0 on padding."""
         chunks, real = self.to_chunks(input_ids, attention_mask)
-        latents = self._standardize(self.digits(chunks)).flatten(2)
+        latents = self._standardize(self.digits(chunks)).flatten(2)  # (B, N, K * G)
         return self.known(latents, real.any(-1))
 
     def symbols(
@@ -224,6 +229,7 @@ class TokComColorCodec(TokComTextCodec):
     def from_symbols(self, symbols: torch.Tensor) -> torch.Tensor:
         """Symbols, as `symbols` returns them -> valid ids `(B, N * K)` in reading order."""
         if self.config.symbols == "tokens":
+            # through digits, so that an id without a color of its own becomes a valid one
             return self.from_patches(self.ids(self.digits(symbols)))
         return self.from_patches(self.ids(symbols.unflatten(2, (-1, self.config.digits_per_token))))
 
@@ -264,7 +270,7 @@ class TokComColorCodec(TokComTextCodec):
         values = latents.float().unflatten(2, (-1, self.config.digits_per_token))
         values = self.from_patches(values)  # (B, T, G)
         sigma = self._sigma(latents.device)[: self.config.digits_per_token, 0]  # (G,)
-        table = self._colors(latents.device) / sigma
+        table = self._colors(latents.device) / sigma  # (num_valid_ids, G)
         logits = -0.5 * torch.cdist(values / sigma, table.expand(len(values), -1, -1)).square()
         invalid = self.config.vocab_size - self.config.num_valid_ids  # they are the last ids
         return TokComDecoderOutput(logits=F.pad(logits, (0, invalid), value=float("-inf")))

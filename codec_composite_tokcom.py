@@ -223,6 +223,7 @@ class TokComCompositeCodec(TokComCodec):
                     f"but the model needs {self.lengths[name]}; give it the size and length that "
                     "the configuration names."
                 )
+        # dtype and device of all streams are those of the first
         first = next(iter(parts.values())).latents
         latents = first.new_zeros(len(first), self.num_latents, self.num_channels)  # (B, N, C)
         everywhere = torch.ones(len(first), dtype=torch.bool, device=first.device)
@@ -291,17 +292,18 @@ class TokComCompositeCodec(TokComCodec):
         """
         index = [self.places[name].start for name in self.names]  # one latent tells for its stream
         # a stream exists as a whole or not at all
-        has = exists[:, index]
+        has = exists[:, index]  # (B, S)
         shape = (len(exists), len(index))  # (B, S)
         rates = [float((rates or {}).get(name, 0.5)) for name in self.names]
         rates = torch.tensor(rates, device=exists.device)
-        draws = torch.rand(len(has), 32, len(index), device=exists.device)
+        draws = torch.rand(len(has), 32, len(index), device=exists.device)  # (B, 32, S)
         subsets = has[:, None] & (draws < rates)
         subsets[:, -1] = has  # the last draw is never empty
         # Rejection sampling: take the first of 32 draws that is not empty. With equal rates all
         # subsets are then equally likely.
         first = subsets.any(-1).float().argmax(-1)
         made = subsets[torch.arange(len(has), device=has.device), first]  # (B, S)
+        # a stream that is dropped is neither given nor generated: the model learns to do without
         kept = torch.rand(shape, device=exists.device) >= dropout
         return self.spread(has & ~made & kept), self.spread(made | (has & kept))
 
@@ -348,6 +350,7 @@ class TokComCompositeCodec(TokComCodec):
             if nats is None:
                 continue
             counted = loss_mask[:, self.places[name], None].expand_as(nats)
+            # texts that are given, or that a row lacks, are not scored
             nats = nats * counted
             mean = float((weights or {}).get(name, 1.0)) * nats.sum() / counted.sum().clamp_min(1)
             total = mean if total is None else total + mean

@@ -111,6 +111,7 @@ class TokComStyleBlock(GradientCheckpointingLayer):
         if self.experts is None:
             return hidden_states + self.mlp(inputs)
         shared = inputs.shape[1] - len(self.experts.up)  # positions without an expert
+        # patches share a network; each token has one, since tokens mean different things
         update = torch.cat((self.mlp(inputs[:, :shared]), self.experts(inputs[:, shared:])), dim=1)
         return hidden_states + update
 
@@ -154,6 +155,7 @@ class TokComStyleEncoder(nn.Module):
         heads = config.num_attention_heads
         eps = config.rms_norm_eps
         self.num_tokens = config.num_tokens
+        # a linear map of each patch
         self.patch_embedding = nn.Conv2d(COLORS, width, config.patch_size, config.patch_size)
         length = 1 + config.num_patches + config.num_tokens  # class position, patches, queries
         self.positions = nn.Parameter(torch.empty(1, length, width))
@@ -211,13 +213,15 @@ class TokComStyleDecoder(nn.Module):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         hidden_states = self.positions.expand(len(tokens), -1, -1)  # (B, P, D)
         for i, layer in enumerate(self.styled_layers):
+            # coarse to fine: early layers see the first tokens, which survive tail dropout
             hidden_states = layer(hidden_states, tokens[:, 2 * i : 2 * i + 2])
         for layer in self.layers:
             hidden_states = layer(hidden_states)
+        # tokens join in front, layer by layer, so the patches are last
         patches = self.norm(hidden_states[:, -self.num_patches :])
         patches = self.proj_out(patches)  # (B, P, 3 * size^2)
         channels, size, side = self.shape
-        grid = patches.unflatten(2, (channels, size, size))
+        grid = patches.unflatten(2, (channels, size, size))  # (B, P, 3, y, x)
         grid = grid.unflatten(1, (side, side))  # (B, row, column, 3, y, x)
         return grid.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
@@ -296,9 +300,8 @@ class TokComStyleCodec(TokComCodec):
         self.latent_mean = nn.Buffer(torch.zeros(count, channels))
         self.latent_std = nn.Buffer(torch.ones(count, channels))
         self.set_loss()
-        self.feature_loss = (
-            None  # set by training: a distance of two images besides the squared error
-        )
+        # set by training: a distance of two images besides the squared error
+        self.feature_loss = None
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -430,6 +433,7 @@ class TokComStyleCodec(TokComCodec):
             counts += codes.bincount(minlength=num_codes)
             error += (part - codebook[codes]).double().square().sum().item()
             sums += torch.stack((part.double().sum(0), part.double().square().sum(0)))
+        # in double: the variance is a difference of large sums
         mean, square = sums / counts.sum()
         variance = (square - mean**2).sum().item()
         # counts and sums are those of one pass over the data, as if the codebook had been trained
@@ -450,19 +454,22 @@ class TokComStyleCodec(TokComCodec):
         tokens, log_variance = self._raw_tokens(pixel_values)
         kl = tokens.new_zeros(())
         if log_variance is not None:
+            # of N(mean, variance) against N(0, 1), summed over the channels of a token
             kl = 0.5 * (tokens.square() + log_variance.exp() - 1 - log_variance).sum(-1).mean()
         kept = None
         if self.training:
             if log_variance is not None:
                 tokens = tokens + torch.randn_like(tokens) * (0.5 * log_variance).exp()
             elif config.bottleneck == "sphere":
+                # noise keeps neighbours on the sphere alike, as the posterior does elsewhere
                 tokens = tokens + torch.randn_like(tokens) * settings.bottleneck_noise
-            draws = torch.rand(2, len(tokens), 1, device=tokens.device)
+            draws = torch.rand(2, len(tokens), 1, device=tokens.device)  # whether and where to cut
             count = torch.where(
                 draws[0] < settings.tail_dropout,
                 1 + (draws[1] * config.num_tokens).long(),
                 config.num_tokens,
             )
+            # what the first k tokens hold must be a picture of its own: that is their order
             kept = torch.arange(config.num_tokens, device=tokens.device) < count
         output = self._decode(tokens, kept).float()
         error = F.mse_loss(output, pixel_values.float())
@@ -475,7 +482,8 @@ class TokComStyleCodec(TokComCodec):
 
 
 class _Tokens:
-    """Standardised latents, part after part `(M, N, C)`, as raw tokens `(M N, C)`, again and again."""
+    """Standardised latents, part after part `(M, N, C)`, as raw tokens `(M N, C)`, again and
+    again."""
 
     def __init__(self, codec: TokComStyleCodec, latents: Iterable[torch.Tensor]):
         self.codec = codec
@@ -487,7 +495,8 @@ class _Tokens:
 
 
 def _mean_lengths(tokens: Iterable[torch.Tensor], centres: torch.Tensor) -> torch.Tensor:
-    """The mean length `(S,)` of the tokens whose direction is nearest to each of `centres (S, C)`."""
+    """The mean length `(S,)` of the tokens whose direction is nearest to each of `centres (S,
+    C)`."""
     lengths = centres.new_zeros(len(centres))
     used = centres.new_zeros(len(centres))
     for part in tokens:
@@ -505,6 +514,7 @@ def gradient_loss(
     Averages over `scales` sizes, each half the one before. It penalises blurred edges, which the
     squared error hardly does, but is not a perceptual distance such as LPIPS.
     """
+    # differences are linear, so those of the error are compared at once
     difference = output - target
     total = 0.0
     for scale in range(scales):

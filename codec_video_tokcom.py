@@ -61,6 +61,7 @@ class TokComVideoCodec(TokComCodec):
         super().__init__(config)
         channels = config.latent_channels
         values = config.patch_values
+        # without a network the values of a patch are its latent, and nothing is lost
         self.encoder = self.decoder = self.quantizer = None
         if config.hidden_size:
             self.encoder = TokComPatchNetwork(config, values, channels)
@@ -72,6 +73,7 @@ class TokComVideoCodec(TokComCodec):
                 config.num_quantizers,
                 config.fsq_levels,
             )
+        # one for all places, since clips of other sizes have other places
         self.latent_mean = nn.Buffer(torch.zeros(channels))
         self.latent_std = nn.Buffer(torch.ones(channels))
         self.set_loss()
@@ -103,7 +105,7 @@ class TokComVideoCodec(TokComCodec):
         """Index of latents `(...)` -> moment, row and column, `(..., 3)`, for clips of the
         configured height and width."""
         columns = self.config.width // self.config.patch_size
-        moment = index // self.config.group_size
+        moment = index // self.config.group_size  # a group is all patches of one moment
         place = index % self.config.group_size
         return torch.stack((moment, place // columns, place % columns), dim=-1)
 
@@ -140,7 +142,7 @@ class TokComVideoCodec(TokComCodec):
         time = config.frames_per_patch
         size = config.patch_size
         parts = pixel_values.unflatten(4, (-1, size)).unflatten(3, (-1, size))
-        parts = parts.unflatten(2, (-1, time))
+        parts = parts.unflatten(2, (-1, time))  # (B, c, moment, frame, row, y, column, x)
         parts = parts.permute(0, 2, 4, 6, 1, 3, 5, 7)  # (B, moment, row, column, c, frame, y, x)
         return parts.flatten(4).flatten(1, 3)  # (B, N, P)
 
@@ -159,6 +161,7 @@ class TokComVideoCodec(TokComCodec):
                 f"({height} x {width}); give the `height` and `width` of the clip."
             )
         parts = patches.unflatten(2, (config.num_channels, config.frames_per_patch, size, size))
+        # (B, c, moment, frame, row, y, column, x)
         parts = parts.unflatten(1, (-1, rows, columns)).permute(0, 4, 1, 5, 2, 6, 3, 7)
         return parts.flatten(6, 7).flatten(4, 5).flatten(2, 3)  # (B, c, F, H, W)
 
@@ -193,8 +196,10 @@ class TokComVideoCodec(TokComCodec):
             codes = quantized.codes
         output = self.known(self._standardize(raw), codes=codes)
         # not those of `known`, which assumes the configured size
-        where = self.grid(*self.size_of(pixel_values), device=raw.device)
+        frames, height, width = self.size_of(pixel_values)
+        where = self.grid(frames, height, width, device=raw.device)
         output.position_ids = where.expand(len(raw), -1, -1)
+        output.group_size = (height // self.config.patch_size) * (width // self.config.patch_size)
         return output
 
     def snap(self, latents: torch.Tensor) -> torch.Tensor:
@@ -256,6 +261,7 @@ class TokComVideoCodec(TokComCodec):
             quantized = self.quantizer(latents)
             latents = quantized.latents
             commitment = quantized.loss
+        # on patches: every value belongs to exactly one, so it is the error of the clip
         error = F.mse_loss(self.decoder(latents).float(), patches.float())
         return error + commitment, {"mse_loss": error.detach()}
 
@@ -323,6 +329,7 @@ def encode_clips(autoencoder: nn.Module, pixel_values: torch.Tensor) -> torch.Te
     takes_clips = _codes_time(autoencoder)
     inputs = pixel_values if takes_clips else pixel_values.transpose(1, 2).flatten(0, 1)
     output = autoencoder.encode(inputs)
+    # the mode, not a sample: the flow adds its own noise
     latents = output.latent_dist.mode() if hasattr(output, "latent_dist") else output.latents
     if not takes_clips:
         latents = latents.unflatten(0, (len(pixel_values), -1)).transpose(1, 2)

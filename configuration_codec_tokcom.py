@@ -21,8 +21,8 @@ from transformers import PreTrainedConfig
 MAX_PARAMETERS = 10**12
 MAX_LAYERS = 1024
 MAX_SIZE = 2**31 - 1  # of anything that is counted
-# Least and greatest value of numbers that are no sizes. Beyond them a model is not merely unusual: it divides by 0, or all that
-# it reads looks the same.
+# Least and greatest value of numbers that are no sizes. Beyond them a model is not merely unusual:
+# it divides by 0, or all that it reads looks the same.
 RANGES = {
     "rms_norm_eps": (1e-12, 0.1),
     "rope_theta": (1.0, 1e10),
@@ -42,7 +42,8 @@ RANGES = {
 
 
 def check_numbers(config: PreTrainedConfig) -> None:
-    """Refuse numbers that are not finite or beyond what they can mean; NaN passes every comparison but these."""
+    """Refuse numbers that are not finite or beyond what they can mean; NaN passes every comparison
+    but these."""
     for name, value in vars(config).items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
@@ -149,6 +150,19 @@ class TokComCodecConfig(PreTrainedConfig):
     has_tokens = True  # whether the latents stand for token ids
     reads_captions = False  # whether a model may generate its data for captions
     has_moments = False  # whether the latents stand at moments and places
+
+    @classmethod
+    def set_vocabulary(cls, fields: dict[str, Any], size: int, overwrite: bool) -> bool:
+        """Give a codec's `fields` a tokenizer of `size` tokens and the mask token, which also pads.
+
+        Without `overwrite` what they say stays. Returns whether such a codec holds texts.
+        """
+        if overwrite:
+            fields |= {"vocab_size": size + 1, "mask_token_id": size, "pad_token_id": size}
+        last = fields.setdefault("vocab_size", size + 1) - 1
+        fields.setdefault("mask_token_id", last)
+        fields.setdefault("pad_token_id", last)
+        return True
 
     def validate_all_numbers(self):  # validators run in the order of their names
         check_numbers(self)
@@ -493,11 +507,6 @@ class TokComColorCodecConfig(TokComCodecConfig):
                 f"`vocab_size` ({self.vocab_size}) is more than the {256**3} colors; use "
                 "digits='bits'."
             )
-
-
-def vocabulary_fields(size: int) -> dict[str, Any]:
-    """A tokenizer of `size` tokens and the mask token, which also pads."""
-    return {"vocab_size": size + 1, "mask_token_id": size, "pad_token_id": size}
 
 
 __all__ = ["TokComChunkCodecConfig", "TokComCodecConfig", "TokComColorCodecConfig"]

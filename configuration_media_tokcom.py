@@ -29,6 +29,12 @@ class TokComMediaCodecConfig(TokComCodecConfig):
     input_name = "pixel_values"
     has_tokens = False
     reads_captions = True
+    clip_length = None  # frames of pixels that are read at once; None for a single picture
+    reads_pixels = True  # whether it reads pixels, not the latents of an autoencoder
+
+    @classmethod
+    def set_vocabulary(cls, fields: dict[str, Any], size: int, overwrite: bool) -> bool:
+        return False
 
     @property
     def text_vocab_size(self) -> int:
@@ -224,6 +230,10 @@ class TokComVideoCodecConfig(TokComMediaCodecConfig):
         return [self.height * self.spatial_compression, self.width * self.spatial_compression]
 
     @property
+    def reads_pixels(self) -> bool:
+        return (self.num_channels, self.spatial_compression) == (3, 1)
+
+    @property
     def clip_length(self) -> int:
         """Frames of a clip of pixels; an autoencoder that compresses time codes the first frame on
         its own."""
@@ -348,6 +358,18 @@ class TokComCompositeCodecConfig(TokComMediaCodecConfig):
     streams: dict[str, dict[str, Any] | None] | None = None
     text_latents: int = 8
     initializer_range: float = 0.02
+
+    @classmethod
+    def set_vocabulary(cls, fields: dict[str, Any], size: int, overwrite: bool) -> bool:
+        fields["streams"] = fields.get("streams") or {"text": {}}
+        for stream in fields["streams"].values():
+            if stream is None:
+                continue
+            codec_type = stream.get("model_type", TokComChunkCodecConfig.model_type)
+            # whoever builds the model reports an unknown type
+            config = STREAM_CONFIGS.get(codec_type, TokComMediaCodecConfig)
+            config.set_vocabulary(stream, size, overwrite)
+        return True
 
     def stream_configs(self) -> dict[str, TokComCodecConfig]:
         """The configuration of every stream's codec."""

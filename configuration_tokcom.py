@@ -52,7 +52,8 @@ TRAINING = frozenset(
 
 
 def check_spelling(config: PreTrainedConfig, others: dict[str, Any]) -> None:
-    """Refuse a key that resembles one of the configuration's: the library would keep it as an attribute that nothing reads."""
+    """Refuse a key that resembles one of the configuration's: the library would keep it as an
+    attribute that nothing reads."""
     known = list(type(config).__dataclass_fields__)
     for key in others:
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.85)
@@ -370,16 +371,10 @@ class TokComConfig(PreTrainedConfig):
         has_context = self.transformer_config.num_context_layers > 0
         if has_context and getattr(self.codec_config, "position_axes", 1) != 1:
             raise ValueError(
-                f"`codec_config.position_axes` ({self.codec_config.position_axes}) must be 1 with `num_context_layers` "
-                f"({self.transformer_config.num_context_layers}): rows and columns do not say what stands before a patch."
+                f"`codec_config.position_axes` ({self.codec_config.position_axes}) must be 1 with "
+                f"`num_context_layers` ({self.transformer_config.num_context_layers}): rows and "
+                "columns do not say what stands before a patch."
             )
-        if not 0 <= self.token_stagger <= 1 or self.token_shift <= 0:
-            raise ValueError(
-                f"`token_stagger` ({self.token_stagger}) must be in [0, 1] and `token_shift` "
-                f"({self.token_shift}) positive."
-            )
-        if self.noise_std <= 0:
-            raise ValueError(f"`noise_std` ({self.noise_std}) must be positive.")
 
     @property
     def text_vocab_size(self) -> int:

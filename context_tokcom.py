@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from .heads_tokcom import TokComChoice
 from .tasks_tokcom import TokComCodecOutput, TokComTask
-from .transformer_tokcom import INSIDE_TEXT, START_OF_TEXT, block_causal_mask
+from .transformer_tokcom import INSIDE_TEXT, START_OF_TEXT, block_causal_mask, moment_size
 
 # ---- what the network reads at one step ----
 
@@ -26,21 +26,20 @@ class TokComStep(NamedTuple):
     """One step of a block; it is the same for all blocks of one length."""
 
     time: torch.Tensor  # (1, Q), of the latents
-    times: (
-        torch.Tensor | None
-    )  # (B, Q, K), of their tokens; like the next two None without a token head
+    # (B, Q, K), of their tokens; like the next two None without a token head
+    times: torch.Tensor | None
     uncertain: TokComChoice | None  # tokens that are partly noise
     chosen: TokComChoice | None  # tokens to draw in this step
     modulations: list[torch.Tensor] | None  # (1, Q, ...) of each layer
-    gain: (
-        torch.Tensor | float | None
-    )  # velocity per x - estimate; None if the scheduler takes the estimate itself
+    # velocity per x - estimate; None if the scheduler takes the estimate itself
+    gain: torch.Tensor | float | None
     scale: float = 1.0  # from the scheduler's x to that of the flow
     beside: "TokComStep | None" = None  # the same for `[context | x]`, which `lay_out` adds
 
     def with_given(self, known: torch.Tensor) -> "TokComStep":
         """The step of a block in which the `known (B, Q, K)` tokens are clean from the
         beginning."""
+        # no sampler step may move a token that the caller has given
         times = torch.where(known, 1.0, self.times)
         chosen = TokComChoice.of(self.chosen.mask & ~known, self.chosen.blank)
         uncertain = TokComChoice.of((times > 0) & (times < 1))
@@ -69,6 +68,7 @@ class _WindowLayer:
         """Write the block's keys and values, and return all; if they are the `first`, of any
         number, return them alone."""
         if self.keys is None:
+            # allocated at the first pass, which tells heads, head size, dtype and device
             self.keys = keys.new_zeros(*keys.shape[:2], self.window, keys.shape[3])
             self.values = values.new_zeros(*values.shape[:2], self.window, values.shape[3])
         if first:
@@ -124,8 +124,10 @@ class Context:
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
+        # once for all blocks: the token table does not change while sampling
         self.symbols = model.symbols()
         self.guided = False
+        self.group_size: int | None = None  # latents of a moment
 
     def lay_out(self, plan: list[TokComStep]) -> list[TokComStep]:
         """The steps of the block at hand with what they need to know of the context."""
@@ -155,6 +157,7 @@ class Context:
             uncertain=step.uncertain,
             entry=entry,
             modulations=step.modulations,
+            group_size=self.group_size,
         ).latents
 
 
@@ -177,6 +180,8 @@ class VisibleContext(Context):
         """Turn to the latents at `position_ids (B, Q, A)`, of which `exists (B, Q)` are no
         padding; None if none is."""
         self.position_ids = position_ids.clone(memory_format=torch.contiguous_format)
+        if self.model.config.transformer_config.attention_type == "factorized":
+            self.group_size = moment_size(position_ids)  # once, since the host waits for it
         has_context = self.context is not None and self.context.mask.shape[1] > 0
         self.guided = guided and (has_context or self.prefix is not None)
         # a mask costs a faster kernel, so there is none where nothing is hidden
@@ -228,6 +233,7 @@ class VisibleContext(Context):
         `chunks (B, Q, K)` are the ids of the tokens that are decided.
         """
         if self.context is None:
+            # without context the guided pass only drops the caption
             states = [self._predict(x, step, chunks, self.keys, prefix=self.prefix)]
             return states + [self._predict(x, step, chunks, self.keys)] if self.guided else states
         states = [
@@ -255,6 +261,7 @@ class VisibleContext(Context):
             uncertain=step.beside.uncertain,
             modulations=step.beside.modulations,
             prefix=self.prefix,
+            group_size=self.group_size,
         ).latents[:, -x.shape[1] :]
 
     def append(self, x: torch.Tensor, ids: torch.Tensor | None) -> None:
@@ -272,11 +279,11 @@ class CachedContext(Context):
         self.num_starts = int(config.start_latents)  # the learned latent of where a text starts
         self.window = config.max_position_embeddings + self.num_starts
         self.length = 0  # latents in the window
-        num_layers = config.num_hidden_layers + (
-            config.num_context_layers > 0
-        )  # one more for the context's states
+        # one more layer for the states of the context
+        num_layers = config.num_hidden_layers + (config.num_context_layers > 0)
         self.cache = TokComWindowCache(num_layers, self.window)
         noise = task.noise
+        # which places of the window a row may see: shorter rows and padding leave holes
         self.filled = torch.zeros(len(noise), self.window, dtype=torch.bool, device=noise.device)
         self.gaps = task.gaps
         self.context = task.context
@@ -299,7 +306,7 @@ class CachedContext(Context):
         batch = len(noise)
         device = noise.device
         latents = noise.new_zeros(batch, 1, noise.shape[-1])
-        position_ids = torch.full((batch, 1, 1), START_OF_TEXT, device=device)
+        position_ids = torch.full((batch, 1, 1), START_OF_TEXT, device=device)  # (B, 1, A), A = 1
         mask = torch.ones(batch, 1, dtype=torch.bool, device=device)
         if context is not None:
             latents = torch.cat((latents, context.latents.to(noise.dtype)), dim=1)
@@ -319,9 +326,8 @@ class CachedContext(Context):
             for anchor in self.gaps.anchors:
                 # place 0 is the start, so a latent of the context stands one further
                 is_read[0 if anchor is None else anchor + 1] = False
-            partial_tokens = torch.nn.functional.pad(
-                self.gaps.partial, (0, 0, 1, 0)
-            )  # all of the start is known
+            # all of the start is known
+            partial_tokens = torch.nn.functional.pad(self.gaps.partial, (0, 0, 1, 0))
             self.times = torch.where(partial_tokens, 0.0, 1.0)
         where = is_read.nonzero()[:, 0]
         if not len(where):
@@ -377,6 +383,7 @@ class CachedContext(Context):
         self.entries = []
         if self.model.config.transformer_config.num_context_layers:
             enter = self.model.transformer.entry
+            # where nothing is known, layers are told what an empty context gives
             if self.length:
                 self.entries.append(enter(self.position_ids, self.filled, self.cache))
             else:
@@ -406,9 +413,8 @@ class CachedContext(Context):
         states = [
             self._predict(x, step, chunks, self.keys, past_key_values=self.cache, entry=entry[0])
         ]
-        if (
-            self.guided
-        ):  # a cached key cannot exist for one half of a batch only, so this is a pass of its own
+        if self.guided:
+            # a cached key cannot exist for half of a batch only, so this is a pass of its own
             states.append(self._predict(x, step, chunks, self.own_keys, entry=free_entry[0]))
         return states
 

@@ -24,21 +24,20 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedConfig
 
-from .configuration_tokcom import TokComConfig
 from .layers_tokcom import CROSS_ENTROPY_CHUNK, TokComTokenEmbedding
 from .quantization_tokcom import VectorQuantizer
 
 MIN_SIGMA = 0.05  # the likelihood of clean latents would be infinite
-SMALL_VOCABULARY = (
-    512  # so few symbols (digits, bits) are computed for all places of a chunk at once
-)
+# so few symbols (digits, bits) are computed for all places of a chunk at once
+SMALL_VOCABULARY = 512
 
 
 def nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
     """Set to 0 all but the fewest of `probabilities (R, V)` that sum to `top_p` (Holtzman et al.
     2020)."""
-    ordered, index = probabilities.sort(dim=-1, descending=True)
+    ordered, index = probabilities.sort(dim=-1, descending=True)  # (R, V) each
     # a token stays if those before it sum to less than `top_p`, so at least one stays
     ordered = ordered.where(ordered.cumsum(-1) - ordered < top_p, 0.0)
     return torch.zeros_like(probabilities).scatter(-1, index, ordered)
@@ -74,7 +73,7 @@ class TokComChoice(NamedTuple):
 
     @classmethod
     def of(cls, mask: torch.Tensor, blank: bool = False) -> "TokComChoice":
-        flat = mask.flatten(0, -2)
+        flat = mask.flatten(0, -2)  # (B * N, K)
         places, where = flat.T.nonzero(as_tuple=True)
         return cls(mask, flat.sum(0).tolist(), where * mask.shape[-1] + places, blank)
 
@@ -94,7 +93,7 @@ class _Part(NamedTuple):
             return None
         if self.columns.ndim == 2:
             return self.factors @ self.columns.T
-        return (self.columns @ self.factors[..., None])[..., 0]
+        return (self.columns @ self.factors[..., None])[..., 0]  # a table for each row
 
 
 def _blank_parts(count: int) -> list[_Part]:
@@ -131,7 +130,7 @@ class _CrossEntropy(torch.autograd.Function):
         with torch.autocast(states.device.type, enabled=False):
             matrix = weight.to(dtype)
             row = bias.to(dtype)
-            inputs = states.to(dtype)
+            inputs = states.to(dtype)  # (R, E)
             if trained:
                 gradients = (
                     torch.empty_like(inputs),
@@ -145,7 +144,7 @@ class _CrossEntropy(torch.autograd.Function):
                     # log p(token | x_t, rest) = log p(token | rest) + log p(x_t | token) + constant
                     logits = likelihood.add_(logits)
                 probabilities = logits.softmax(-1, dtype=torch.float32)
-                own = ids[part.rows, None]
+                own = ids[part.rows, None]  # (r, 1)
                 # not -log of the own probability, which may be too small for a number
                 normalizer = logits.amax(-1).float() - probabilities.amax(-1).log()
                 losses[part.rows] = normalizer - logits.gather(1, own)[:, 0].float()
@@ -155,7 +154,7 @@ class _CrossEntropy(torch.autograd.Function):
                 # the gradient of the logits: softmax - one_hot
                 error = probabilities.scatter_(1, own, chosen - 1)
                 gradients[2].add_(error.sum(0), alpha=1 / count)
-                error = error.to(dtype)
+                error = error.to(dtype)  # (r, V)
                 torch.mm(error, matrix, out=gradients[0][part.rows])
                 gradients[1].add_(error.T @ inputs[part.rows], alpha=1 / count)
         if trained:
@@ -209,7 +208,7 @@ class _MeanEmbedding(torch.autograd.Function):
         total = gradient.new_zeros(shape, dtype=dtype)
         with torch.autocast(gradient.device.type, enabled=False):
             for part in ctx.parts:
-                rows = gradient[part.rows].to(ctx.dtype)
+                rows = gradient[part.rows].to(ctx.dtype)  # (r, E)
                 total += _MeanEmbedding.probabilities(ctx, part, prior).T @ rows
         return total, None, None
 
@@ -227,9 +226,13 @@ class TokComTokenHead(nn.Module):
     `t (1 + s (K - 1)) - s k`, cut to [0, 1], with s = `token_stagger`; 0 denoises the tokens of a
     chunk together, 1 one after the other (AR-Diffusion, Wu et al. 2023). `token_shift` warps
     progress towards noise, like a sampling grid.
+
+    Args:
+        config (`TokComConfig`): its codec, `token_*` fields and `noise_std`.
     """
 
-    def __init__(self, config: TokComConfig):
+    # typed by its base, since an import for a type alone lengthens every chain that leads here
+    def __init__(self, config: PreTrainedConfig):
         super().__init__()
         codec = config.codec_config
         self.num_symbols = codec.num_symbols
@@ -251,7 +254,7 @@ class TokComTokenHead(nn.Module):
     def progress(self, timestep: torch.Tensor) -> torch.Tensor:
         """Times of latents `(...)` -> how far each place has come, `(..., K)`; below 0 is not
         begun, above 1 is done."""
-        places = torch.arange(self.num_symbols, device=timestep.device)
+        places = torch.arange(self.num_symbols, device=timestep.device)  # (K,)
         # K turns of equal length that overlap by 1 - stagger; the last one ends at t = 1
         progress = (
             timestep[..., None] * (1 + self.stagger * (self.num_symbols - 1))
@@ -291,7 +294,7 @@ class TokComTokenHead(nn.Module):
         """What every call needs to know of the codec's `table (K, V, C / K)`."""
         weight = self.embedding.weight
         prior = self.prior.detach().softmax(-1)
-        frequent = F.linear(prior[None].to(weight.dtype), weight.T)[0]
+        frequent = F.linear(prior[None].to(weight.dtype), weight.T)[0]  # (E,)
         # log N(x; t z, n^2) = t x z / n^2 - t^2 |z|^2 / (2 n^2) + constant: one product with these
         # columns
         columns = torch.cat((table, -0.5 * table.square().sum(-1, keepdim=True)), dim=-1)
@@ -312,8 +315,8 @@ class TokComTokenHead(nn.Module):
         self, symbols: TokComSymbols, chunks: torch.Tensor, place_times: torch.Tensor
     ) -> torch.Tensor:
         """Noisy latents `(R, C)` of chunks `(R, K)` whose tokens stand at `place_times (R, K)`."""
-        clean = self.latents_of(symbols, chunks[None])[0]
-        signal = place_times.repeat_interleave(clean.shape[1] // self.num_symbols, dim=1)
+        clean = self.latents_of(symbols, chunks[None])[0]  # (R, C)
+        signal = place_times.repeat_interleave(clean.shape[1] // self.num_symbols, dim=1)  # (R, C)
         return (1 - signal) * torch.randn_like(clean) * self.noise_std + signal * clean
 
     # ---- rows ----
@@ -337,16 +340,14 @@ class TokComTokenHead(nn.Module):
 
         `latents (B, N, C)` and `times (B, N, K)` are those of all tokens.
         """
-        own = (
-            latents.float().unflatten(-1, (self.num_symbols, -1)).flatten(0, -2)[choice.index]
-        )  # (R, C / K)
+        own = latents.float().unflatten(-1, (self.num_symbols, -1))  # (B, N, K, C / K)
+        own = own.flatten(0, -2)[choice.index]  # (R, C / K)
         # t, by which the clean channels are scaled in x_t
         signal = times.float().flatten()[choice.index, None]
         # 1 / n^2, of noise of standard deviation n = (1 - t) * noise_std
         precision = ((1 - signal).clamp_min(MIN_SIGMA) * self.noise_std) ** -2
-        factors = torch.cat(
-            (signal * precision * own, signal.square() * precision), dim=-1
-        )  # (R, C / K + 1)
+        # (R, C / K + 1), one factor for each of the likelihood's columns
+        factors = torch.cat((signal * precision * own, signal.square() * precision), dim=-1)
         parts = []
         for rows, place in self._groups(choice, symbols):
             for start in range(rows.start, rows.stop, CROSS_ENTROPY_CHUNK):
@@ -467,7 +468,7 @@ class TokComTokenHead(nn.Module):
             ):
                 parts.append(_Part(slice(rows.start + count, rows.stop + count), *rest))
         rows = states.unflatten(-1, (self.num_symbols, -1)).flatten(0, -2)[index]  # (R, E)
-        ids = chunks.flatten()[index]
+        ids = chunks.flatten()[index]  # (R,)
         mean, losses = _CrossEntropy.apply(rows, self.embedding.weight, self.prior, ids, parts)
         whole = losses.new_zeros(chosen.numel()).index_copy(0, index, losses)
         return mean, whole.view(chosen.shape)
@@ -485,9 +486,8 @@ class TokComTokenHead(nn.Module):
             )
 
         states = states.unflatten(-1, (self.num_symbols, -1))
-        values = self._map(
-            mean, TokComChoice.of(times < 1), symbols, latents, times, states
-        )  # (B, N, K, C / K)
+        noisy = TokComChoice.of(times < 1)
+        values = self._map(mean, noisy, symbols, latents, times, states)  # (B, N, K, C / K)
         return torch.where(
             (times == 1)[..., None], latents.float().view(values.shape), values
         ).flatten(2)
@@ -519,7 +519,7 @@ class TokComTokenHead(nn.Module):
                 probabilities = nucleus(probabilities, top_p)
             # inverse transform sampling: the first token whose cumulative probability exceeds the
             # number
-            edges = probabilities.cumsum(-1)
+            edges = probabilities.cumsum(-1)  # (R, V)
             # just below the sum, so that rounding never selects what has no probability
             total = edges[:, -1:].nextafter(edges.new_zeros(()))
             drawn = torch.searchsorted(
@@ -564,7 +564,7 @@ class TokComLatentHead(nn.Module):
     """`config.latent_refiner`, then `config.latent_head`: estimates `(B, N, C)` -> what is decoded,
     and a scalar loss."""
 
-    def __init__(self, config: TokComConfig):
+    def __init__(self, config: PreTrainedConfig):
         super().__init__()
         codec = config.codec_config
         channels = codec.latent_channels

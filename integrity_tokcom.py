@@ -1,12 +1,14 @@
 """Whether a saved model is whole: its checksums, its JSON files, and what its weights hold.
 
 Notable choices:
-- Everything here raises `ValueError` with one sentence that names the file or the tensor and what to do. A damaged download
-  must not become a model that merely writes badly.
-- `checksums.json`, file name -> SHA-256, lists what running the model reads: weights, configurations, tokenizer, scheduler, and
-  in an export the code. In a checkout of the source the code is not listed: there git keeps it, and it changes every day
-  without the model becoming another one. Cards and pictures may change at any time and are never listed.
-- Checksums tell accidents from the released files. They are no signature: whoever can change a weight can change them.
+- Everything here raises `ValueError` with one sentence that names the file or the tensor and what
+  to do. A damaged download must not become a model that merely writes badly.
+- `checksums.json`, file name -> SHA-256, lists what running the model reads: weights,
+  configurations, tokenizer, scheduler, and in an export the code. In a checkout of the source the
+  code is not listed: there git keeps it, and it changes every day without the model becoming
+  another one. Cards and pictures may change at any time and are never listed.
+- Checksums tell accidents from the released files. They are no signature: whoever can change a
+  weight can change them.
 """
 
 import contextlib
@@ -31,12 +33,13 @@ DATA = (
     *("scheduler/*.json", "vae/*.json", "vae/*.safetensors"),
 )
 CODE = ("*_tokcom.py",)
+# one of them holds the tokens
 TOKENIZERS = (
     "tokenizer.json",
     "*.model",
     "vocab.json",
     "vocab.txt",
-)  # one of them holds the tokens
+)
 SHOWN = 3  # names in a message
 
 
@@ -78,15 +81,15 @@ def write_checksums(directory: str | os.PathLike) -> Path:
 def check_checksums(directory: str | os.PathLike) -> int:
     """How many files have the SHA-256 that `checksums.json` says.
 
-    Raises `ValueError` that names the files that are missing, changed or not listed, and `FileNotFoundError` without
-    `checksums.json`.
+    Raises `ValueError` that names the files that are missing, changed or not listed, and
+    `FileNotFoundError` without `checksums.json`.
     """
     directory = Path(directory)
     file = directory / CHECKSUMS
     if not file.is_file():
         raise FileNotFoundError(
-            f"{directory} has no {CHECKSUMS} to verify it with; `tokcom verify {directory} --write` makes one of the files as "
-            "they are now."
+            f"{directory} has no {CHECKSUMS} to verify it with; `tokcom verify {directory} "
+            "--write` makes one of the files as they are now."
         )
     expected = read_json(file)
     missing = [name for name in expected if not (directory / name).is_file()]
@@ -111,7 +114,8 @@ def check_checksums(directory: str | os.PathLike) -> int:
 
 
 def verified(path: str | os.PathLike, **hub: Any) -> str:
-    """The directory `path`, or that of a Hub repository, whose files have the checksums that it says.
+    """The directory `path`, or that of a Hub repository, whose files have the checksums that it
+    says.
 
     `hub` is what `snapshot_download` reads, such as `revision`. Raises as `check_checksums` does.
     """
@@ -139,7 +143,8 @@ def read_json(file: Path) -> dict:
 
 
 def check_files(directory: str | os.PathLike) -> None:
-    """Raise `ValueError` or `FileNotFoundError` if a file of a pipeline's directory is missing or cannot be read."""
+    """Raise `ValueError` or `FileNotFoundError` if a file of a pipeline's directory is missing or
+    cannot be read."""
     directory = Path(directory)
     for name in ("model_index.json", "config.json"):
         if not (directory / name).is_file():
@@ -154,7 +159,8 @@ def check_files(directory: str | os.PathLike) -> None:
     kept = [name for pattern in TOKENIZERS for name in directory.glob(pattern)]
     if (index.get("tokenizer") or [None])[0] and not kept:
         raise FileNotFoundError(
-            f"{directory} names a tokenizer in model_index.json but holds none, such as tokenizer.json."
+            f"{directory} names a tokenizer in model_index.json but holds none, such as "
+            "tokenizer.json."
         )
 
 
@@ -168,7 +174,8 @@ class _NoReport(logging.Filter):
 
 @contextlib.contextmanager
 def explain_loading(where: str) -> Iterator[None]:
-    """Turn what libraries raise for weights that cannot be read into one sentence, instead of their table of tensors."""
+    """Turn what libraries raise for weights that cannot be read into one sentence, instead of their
+    table of tensors."""
     logger = logging.getLogger("transformers.modeling_utils")
     quiet = _NoReport()
     logger.addFilter(quiet)
@@ -179,14 +186,16 @@ def explain_loading(where: str) -> Iterator[None]:
     except (SafetensorError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"the weights in {where} cannot be read ({reason}); model.safetensors is damaged: download it again."
+            f"the weights in {where} cannot be read ({reason}); model.safetensors is damaged: "
+            "download it again."
         ) from error
     finally:
         logger.removeFilter(quiet)
 
 
 def weight_files(path: str | os.PathLike, kwargs: dict[str, Any]) -> list[Path]:
-    """The safetensors files of a model in a directory, or of one from the Hub that has just been loaded."""
+    """The safetensors files of a model in a directory, or of one from the Hub that has just been
+    loaded."""
     folder = Path(path)
     if not folder.is_dir():
         names = ("cache_dir", "revision", "subfolder")
@@ -203,7 +212,8 @@ def weight_files(path: str | os.PathLike, kwargs: dict[str, Any]) -> list[Path]:
 
 
 def check_keys(directory: str, facts: dict, weights_may_differ: bool) -> None:
-    """Raise `ValueError` if weights and configuration do not name the same tensors of the same shapes.
+    """Raise `ValueError` if weights and configuration do not name the same tensors of the same
+    shapes.
 
     `facts` is the loading information of transformers.
     """
@@ -222,12 +232,14 @@ def check_keys(directory: str, facts: dict, weights_may_differ: bool) -> None:
         problems.append(f"of another shape: {_some(shapes)}")
     if problems:
         raise ValueError(
-            f"the weights in {directory} do not fit its config.json ({'; '.join(problems)}); download both again."
+            f"the weights in {directory} do not fit its config.json ({'; '.join(problems)}); "
+            "download both again."
         )
 
 
 def check_types(files: Iterable[str | os.PathLike], model: torch.nn.Module) -> None:
-    """Raise `ValueError` if safetensors files store whole numbers where the model has fractions, or the other way round."""
+    """Raise `ValueError` if safetensors files store whole numbers where the model has fractions, or
+    the other way round."""
     state = model.state_dict()
     for file in files:
         with safe_open(str(file), framework="pt") as tensors:
@@ -237,13 +249,15 @@ def check_types(files: Iterable[str | os.PathLike], model: torch.nn.Module) -> N
                 if known is None or known.is_floating_point() == kind.startswith(("F", "BF")):
                     continue
                 raise ValueError(
-                    f"{file} stores {name} as {kind}, but the model has {known.dtype}; download it again."
+                    f"{file} stores {name} as {kind}, but the model has {known.dtype}; download it "
+                    "again."
                 )
 
 
 @torch.no_grad()
 def check_values(model: torch.nn.Module, where: str) -> None:
-    """Raise `ValueError` if a number of the model is not finite, or a standard deviation is not positive."""
+    """Raise `ValueError` if a number of the model is not finite, or a standard deviation is not
+    positive."""
     bad = []
     for name, tensor in model.state_dict().items():
         tensor = getattr(tensor, "to_local", lambda t=tensor: t)()
@@ -254,12 +268,13 @@ def check_values(model: torch.nn.Module, where: str) -> None:
             bad.append(name)
         elif name.endswith("latent_std") and not (tensor > 0).all():
             raise ValueError(
-                f"{name} of {where} holds {float(tensor.min()):g}, but latents are divided by it; download it again."
+                f"{name} of {where} holds {float(tensor.min()):g}, but latents are divided by it; "
+                "download it again."
             )
     if bad:
         raise ValueError(
-            f"{len(bad)} tensors of {where} hold numbers that are not finite ({_some(bad)}); download it again, or if "
-            "it was loaded in half precision, use dtype=torch.float32."
+            f"{len(bad)} tensors of {where} hold numbers that are not finite ({_some(bad)}); "
+            "download it again, or if it was loaded in half precision, use dtype=torch.float32."
         )
 
 
@@ -279,16 +294,18 @@ def check_shards(directory: str | os.PathLike) -> None:
 
 
 class CheckedWeights:
-    """Loading that refuses what does not fit or is not finite, and saving with checksums; mixed into models."""
+    """Loading that refuses what does not fit or is not finite, and saving with checksums; mixed
+    into models."""
 
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path=None, *args, verify: bool = False, **kwargs
     ):
-        """As in transformers; with `verify` the files are first compared with the directory's `checksums.json`.
+        """As in transformers; with `verify` the files are first compared with the directory's
+        `checksums.json`.
 
-        Raises `ValueError` for missing, unexpected, misshapen or non-finite weights; `ignore_mismatched_sizes=True`
-        allows all but the last.
+        Raises `ValueError` for missing, unexpected, misshapen or non-finite weights;
+        `ignore_mismatched_sizes=True` allows all but the last.
         """
         where = pretrained_model_name_or_path
         if where is None:
@@ -321,7 +338,8 @@ class CheckedFiles:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, verify: bool = False, **kwargs):
-        """As in diffusers; with `verify` the files are first compared with the repository's `checksums.json`.
+        """As in diffusers; with `verify` the files are first compared with the repository's
+        `checksums.json`.
 
         Raises `ValueError` or `FileNotFoundError`.
         """

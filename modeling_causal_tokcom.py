@@ -215,9 +215,9 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
     def resize_token_embeddings(self, *args, **kwargs):
         """Refused: the codec's latents stand for the vocabulary it was trained with."""
         raise ValueError(
-            f"the vocabulary of {self.config.vocab_size} ids cannot be resized: the codec's latents "
-            "stand for these tokens. Use the tokenizer saved beside the model, or train a model for "
-            "another one."
+            f"the vocabulary of {self.config.vocab_size} ids cannot be resized: the codec's "
+            "latents stand for these tokens. Use the tokenizer saved beside the model, or train a "
+            "model for another one."
         )
 
     def forward(
@@ -253,24 +253,22 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
             loss_kwargs: those of transformers' loss, such as `num_items_in_batch`.
 
         Returns `logits (B, S, V)`, of which `logits[:, i]` belong to the token after
-        `input_ids[:, i]`, given all up to it; `loss` (mean nats of the labels) and the cache. Raises
-        `ValueError` for ids outside the vocabulary and texts longer than `max_position_embeddings`.
+        `input_ids[:, i]`, given all up to it; `loss` (mean nats of the labels) and the cache.
+        Raises `ValueError` for ids outside the vocabulary and texts longer than
+        `max_position_embeddings`.
         """
         if inputs_embeds is not None or output_attentions or output_hidden_states:
             raise ValueError(
-                "`inputs_embeds`, `output_attentions` and `output_hidden_states` do not exist here: "
-                "the model reads chunks of ids. Give `input_ids`."
+                "`inputs_embeds`, `output_attentions` and `output_hidden_states` do not exist "
+                "here: the model reads chunks of ids. Give `input_ids`."
             )
         if input_ids.device.type == "cpu":
             self._check_ids(input_ids)
         given = past_key_values if cache is None else cache
         is_kept = bool(use_cache) or given is not None
-        cache = given or TokComTextCache(self.config.transformer_config.num_context_layers)
-        if cache.symbols is None:
-            cache.symbols = self.symbols()
-        real = torch.ones_like(input_ids, dtype=torch.bool)
-        if attention_mask is not None:
-            real = attention_mask[:, -input_ids.shape[1] :].bool()
+        cache = self._open_cache(given)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        real = mask[:, -input_ids.shape[1] :].bool()  # without what the cache holds
         where = self._append(cache, input_ids, real)  # (B, S)
         self._read_chunks(cache, is_kept)
         kept = min(logits_to_keep or input_ids.shape[1], input_ids.shape[1])
@@ -280,12 +278,14 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
             loss = self.loss_function(
                 logits=logits, labels=labels[:, -kept:], vocab_size=logits.shape[-1], **loss_kwargs
             )
-        return TokComCausalOutput(
-            loss=loss,
-            logits=logits,
-            last_hidden_state=states,
-            **{CACHE: cache if is_kept else None},
-        )
+        kept_cache = {CACHE: cache if is_kept else None}
+        return TokComCausalOutput(loss=loss, logits=logits, last_hidden_state=states, **kept_cache)
+
+    def _open_cache(self, given: TokComTextCache | None) -> TokComTextCache:
+        cache = given or TokComTextCache(self.config.transformer_config.num_context_layers)
+        if cache.symbols is None:
+            cache.symbols = self.symbols()
+        return cache
 
     def _append(
         self, cache: TokComTextCache, input_ids: torch.Tensor, real: torch.Tensor
@@ -302,8 +302,8 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
         if longest > self.config.max_position_embeddings:
             raise ValueError(
                 f"a text has {longest} tokens, more than the model's maximum of "
-                f"{self.config.max_position_embeddings} (`max_position_embeddings`); shorten it, or "
-                "generate with TokComPipeline, which goes on over a window."
+                f"{self.config.max_position_embeddings} (`max_position_embeddings`); shorten it, "
+                "or generate with TokComPipeline, which goes on over a window."
             )
         room = -(-(longest + 1) // size) * size
         ids = input_ids.new_zeros(batch, room + 1)  # padding goes to the last place
@@ -322,9 +322,8 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
         chunks = cache.ids.unflatten(1, (-1, size))  # (B, N, K)
         if cache.states is None:
             count = int(done.max())
-            places = torch.arange(-1, count, device=chunks.device).expand(
-                len(chunks), -1
-            )  # (B, 1 + n)
+            # (B, 1 + n)
+            places = torch.arange(-1, count, device=chunks.device).expand(len(chunks), -1)
             sees = places[:, None, :] <= places[:, :, None]
             features = self._features(cache, chunks[:, :count])
             features = torch.nn.functional.pad(features, (0, 0, 1, 0))
@@ -345,9 +344,8 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
         used = max(int(cache.places.max()) + 1, cache.keys[0].shape[2])
         cache.keys = [_grown(keys, 2, used) for keys in cache.keys]
         cache.values = [_grown(values, 2, used) for values in cache.values]
-        sees = (
-            torch.arange(cache.keys[0].shape[2], device=rows.device) <= cache.places[..., None]
-        )  # (R, m, W)
+        # (R, m, W)
+        sees = torch.arange(cache.keys[0].shape[2], device=rows.device) <= cache.places[..., None]
         features = self._features(cache, chunks[rows[:, None], index])
         found = self.transformer.read_context(features, index[..., None], sees, cache)
         states = _grown(cache.states, 1, used)
@@ -373,9 +371,8 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
         turns = torch.arange(size, device=row.device)
         own = cache.ids.unflatten(1, (-1, size))[row, chunk]  # (R, K)
         is_known = turns < place[:, None]
-        times = (
-            is_known.float()
-        )  # tokens before this one are clean, this one and those after it are noise
+        # tokens before this one are clean, this one and those after it are noise
+        times = is_known.float()
         features = head.read(cache.symbols, None, times[None], own[None])  # (1, R, K * E)
         noise = features.new_zeros(1, len(row), self.config.codec_config.latent_channels)
         states = self.transformer(

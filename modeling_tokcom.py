@@ -29,7 +29,6 @@ from .codec_composite_tokcom import (
     TokComImageOutput,
     TokComVideoOutput,
 )
-from .configuration_media_tokcom import TokComCompositeCodecConfig
 from .configuration_tokcom import TokComConfig
 from .heads_tokcom import TokComChoice, TokComLatentHead, TokComSymbols, TokComTokenHead
 from .integrity_tokcom import CheckedWeights
@@ -49,7 +48,7 @@ from .transformer_tokcom import (
 
 CODECS: dict[str, Any] = {
     **STREAM_CODECS,
-    TokComCompositeCodecConfig.model_type: TokComCompositeCodec,
+    TokComCompositeCodec.config_class.model_type: TokComCompositeCodec,
 }
 
 
@@ -589,6 +588,7 @@ class TokComModel(CheckedWeights, TokComPreTrainedModel):
             num_context=length if is_causal else 0,
             features=features,
             prefix=prefix,
+            group_size=clean.group_size,
         )
         return output.latents[:, -draws * length :].unflatten(1, (draws, length))
 

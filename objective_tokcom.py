@@ -189,7 +189,7 @@ class TokComNextChunkObjective(TokComFlowObjective):
         before = states[row, torch.where(dropped[row], 0, place)]  # (R, D)
         place_times = head.warp(progress[row, draw, place])  # (R, K)
         place_times = torch.where(given[row, place], 1.0, place_times)
-        own = chunks[row, place]
+        own = chunks[row, place]  # (R, K)
         noisy = head.add_noise(symbols, own, place_times)  # (R, C)
         states = model.transformer(
             noisy[None].to(model.dtype),
@@ -197,11 +197,11 @@ class TokComNextChunkObjective(TokComFlowObjective):
             features=head.read(symbols, noisy[None], place_times[None], own[None]),
             entry=before[None],
         ).latents  # (1, R, K * E)
-        chosen = wanted[row, draw, place]
+        chosen = wanted[row, draw, place]  # (R, K)
         inputs = (noisy[None], place_times[None], own[None], chosen[None])
         mean, losses = head.nll(states, symbols, *inputs)
         everywhere = losses.new_zeros(chunks.shape)
-        counts = everywhere.index_put((row, place), chosen.float(), accumulate=True)
+        counts = everywhere.index_put((row, place), chosen.float(), accumulate=True)  # over draws
         tokens = everywhere.index_put((row, place), losses[0], accumulate=True)
         return _token_output(mean, tokens / counts.clamp_min(1), chosen)
 
@@ -221,7 +221,7 @@ class TokComNextChunkObjective(TokComFlowObjective):
             dropped = draws[0] < self.context_dropout
             if known_mask is None:
                 has_gaps = (draws[1] < self.infill_rate) & ~dropped
-                known = draw_gaps(batch, length * size, device).view(given.shape)
+                known = draw_gaps(batch, length * size, device).view(given.shape)  # in tokens
                 given = known & has_gaps[:, None, None]
         return given, has_gaps, dropped
 
@@ -233,10 +233,11 @@ class TokComNextChunkObjective(TokComFlowObjective):
         if timestep is not None:
             return torch.full((batch, 1, length), timestep, device=device)
         if not model.training:
-            starts = torch.arange(turns, device=device) / turns
+            starts = torch.arange(turns, device=device) / turns  # (K,)
             return starts[:, None].expand(batch, turns, length)
         draws = self.noise_draws
         shares = torch.rand(batch, draws, length, device=device)
+        # stratified: the draws of a chunk cover [0, 1) evenly, at less variance
         shares = (shares + torch.arange(draws, device=device)[:, None]) / draws
         on_turn = torch.rand(batch, 1, 1, device=device) < self.turn_share
         return torch.where(on_turn, (shares * turns).floor() / turns, shares)
@@ -291,7 +292,7 @@ class TokComTokenObjective(TokComFlowObjective):
         found = model.predict_noised(self, clean, timestep, hides_known=hides, **tokens)
         draws = found.states.shape[1]
         progress = model.token_head.progress(found.times)  # (B, M * N, K)
-        wanted = real if given is None else real & ~given
+        wanted = real if given is None else real & ~given  # (B, N, K)
         chosen = wanted.repeat(1, draws, 1) & (progress > -EARLY) & (progress < 1)
         mean, tokens = model.token_head.nll(
             found.states.flatten(1, 2),
@@ -398,6 +399,7 @@ class TokComTextLatentObjective(TokComFlowObjective):
         counted = real & loss_mask[..., None]
         if model.training and self.ce_share < 1:
             count = max(1, round(self.ce_share * estimate.shape[1]))
+            # other latents in every step, so all are trained in time
             shuffled = torch.rand(loss_mask.shape, device=loss_mask.device).argsort(1)
             chosen = shuffled[:, :count, None]
             estimate = estimate.gather(1, chosen.expand(-1, -1, estimate.shape[2]))
@@ -491,7 +493,7 @@ class TokComStreamObjective(TokComObjective):
             raise ValueError(
                 "no row of this batch has any stream; `present` must be true somewhere."
             )
-        prediction, loss_mask = self._predict(model, clean, timestep, task, shown)
+        prediction, loss_mask = self._predict(model, clean, timestep, task, shown)  # (B, 1, N, C)
         errors = prediction.float() - clean.latents[:, None].float()
         error = codec.squared_error(errors, loss_mask, self.stream_weights)
         loss = self.mse_weight * error
@@ -534,7 +536,7 @@ class TokComStreamObjective(TokComObjective):
         task = tuple(mask[:, places] for mask in task)
         found = model.predict_noised(self, part, timestep, task=task)
         states = found.states.new_zeros(*found.states.shape[:2], *clean.latents.shape[1:])
-        states = states.index_copy(2, places, found.states)
+        states = states.index_copy(2, places, found.states)  # (B, M, N, C)
         return states, torch.zeros_like(clean.mask).index_copy(1, places, found.loss_mask)
 
 

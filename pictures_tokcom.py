@@ -43,10 +43,11 @@ FILM_STARTS = (
     b"\x00\x00\x01\xb3",
 )
 HEAD = 256  # bytes that tell a film from a picture
+# bytes of a packet of a transport stream, without and with a time code before it
 PACKETS = (
     188,
     192,
-)  # bytes of a packet of a transport stream, without and with a time code before it
+)
 QUICK = 20  # ms; browsers show shorter frames for 100 ms
 TURNS = {
     90: Image.Transpose.ROTATE_90,
@@ -370,9 +371,8 @@ def timeline(image: Image.Image) -> list[int]:
     """Which picture of an animation is shown at each step of a constant rate; `[0]` of a still."""
     if image.format not in ANIMATIONS or getattr(image, "n_frames", 1) < 2:
         return [0]
-    first = (
-        1 if getattr(image, "default_image", False) else 0
-    )  # which an APNG shows where it cannot move
+    # which an APNG shows where it cannot move
+    first = 1 if getattr(image, "default_image", False) else 0
     durations = []
     for index in range(first, image.n_frames):
         image.seek(index)

@@ -30,13 +30,7 @@ from .configuration_tokcom import TokComConfig  # noqa: F401
 from .context_tokcom import TokComStep  # noqa: F401
 from .heads_tokcom import TokComTokenHead  # noqa: F401
 from .integrity_tokcom import check_files  # noqa: F401
-from .interface_tokcom import (
-    StreamedText,
-    StreamerFeed,
-    TokComPiece,
-    continue_text,
-    prompt_room,
-)
+from .interface_tokcom import StreamedText, StreamerFeed, TokComPiece, continue_text, prompt_room
 from .layers_tokcom import TokComBlock  # noqa: F401
 from .modeling_tokcom import TokComModel  # noqa: F401
 from .objective_tokcom import objective_class

@@ -172,8 +172,9 @@ class VectorQuantizer(nn.Module):
     def _update(self, flat: torch.Tensor) -> None:
         """Move used codes towards the mean of their inputs, and replace unused codes by inputs.
 
-        A collective operation: processes without inputs call it with `flat (0, C)`. Inputs that are not finite are passed
-        over: training leaves such an update out, but the codebook moves before the loss is known.
+        A collective operation: processes without inputs call it with `flat (0, C)`. Inputs that are
+        not finite are passed over: training leaves such an update out, but the codebook moves
+        before the loss is known.
         """
         flat = flat[torch.isfinite(flat).all(-1)]
         source = _first_with(flat)

@@ -20,8 +20,7 @@ import inspect
 import math
 import random
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -73,6 +72,7 @@ def row_noise(generators: list[torch.Generator], num_latents: int, channels: int
         [torch.randn(channels, generator=source) for _ in range(num_latents)]
         for source in generators
     ]
+    # drawn latent by latent: a longer text begins with the same noise
     return torch.stack([torch.stack(row) for row in rows])
 
 
@@ -81,6 +81,7 @@ def kept_tokens(count: int, share: float, source: torch.Generator) -> list[bool]
 
     For the same random numbers, what is kept at one share is also kept at every larger one.
     """
+    # one number per token, whatever the share, so that shares nest
     return (torch.rand(count, generator=source) < share).tolist()
 
 
@@ -141,8 +142,8 @@ class TokComSampling:
                 or (name == "top_p" and value > 1)
             ):
                 raise ValueError(
-                    f"`{name}` ({value}) must be positive and finite, `top_p` at most 1, and both 1 for "
-                    f"`prediction_type={config.prediction_type!r}`: only 'tokens' has "
+                    f"`{name}` ({value}) must be positive and finite, `top_p` at most 1, and both "
+                    f"1 for `prediction_type={config.prediction_type!r}`: only 'tokens' has "
                     "probabilities."
                 )
         return found
@@ -194,20 +195,6 @@ def until_all_ended(blocks: Blocks, eos_token_id: int | None, skip: list[int]) -
         if bool(ended.all()):
             break
     blocks.close()  # of the progress bar
-
-
-def most_alike(rows: Sequence[Sequence]) -> int:
-    """Index of the row whose F1 of tokens with all rows is highest: the text of minimum Bayes risk.
-
-    Candidates are chosen so in DiffuSeq (https://arxiv.org/abs/2210.08933).
-    """
-    counts = [Counter(row) for row in rows]
-
-    def agreement(a: Counter) -> float:
-        shares = [(a & b).total() / (a.total() + b.total()) if a or b else 0.5 for b in counts]
-        return sum(shares)
-
-    return max(range(len(rows)), key=lambda i: agreement(counts[i]))
 
 
 # ---- the sampler ----
@@ -278,6 +265,7 @@ class TokComStepPlanner:
                 f"`num_inference_steps={turns}`.",
                 stacklevel=2,
             )
+            # the grid still lies on turns, each step taking several of them
             return [round(step * turns / steps) / turns for step in range(steps)] + [1.0]
         # what does not divide goes to the first turns
         counts = [steps // turns + (turn < steps % turns) for turn in range(turns)]
@@ -301,11 +289,13 @@ class TokComStepPlanner:
         # the scheduler shifts the sigmas that it is given, so they are shifted back first
         shift = scheduler.config.get("shift", 1.0)
         if turns is None:
+            # the inverse of the shift, sigma -> s sigma / (1 + (s - 1) sigma)
             start = sigma_start / (shift - (shift - 1) * sigma_start)
             sigmas = torch.linspace(start, 0.0, steps + 1)[:-1]
         else:
             wanted = 1 - torch.tensor(turns[:-1], dtype=torch.float64)
             sigmas = wanted / (shift - (shift - 1) * wanted)
+        # a scheduler may take sigmas and still place its own, so what it made is compared
         if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
             scheduler.set_timesteps(sigmas=sigmas.float().numpy(), device=device)
             found = scheduler.sigmas[:-1].double().cpu()
@@ -356,9 +346,11 @@ class TokComStepPlanner:
         sigmas = self.scheduler.sigmas.tolist()
         grid = self._turns or [1 - sigma for sigma in sigmas]
         for i in range(len(sigmas) - 1):
+            # times, and all that is made of them, are the same for all rows
             now = torch.full((1, x.shape[1]), grid[i], device=x.device)
             modulations = self.model.transformer.modulate(now)
             if head is None:
+                # dx / dsigma = (x - x1) / sigma
                 plan.append(TokComStep(now, None, None, None, modulations, gain=1 / sigmas[i]))
                 continue
             following = torch.full((1, x.shape[1]), grid[i + 1], device=x.device)
@@ -448,6 +440,7 @@ class TokComBlockSampler:
             )
         else:
             context = CachedContext(self.model, task)
+        # a source for each row: a row must not depend on its company in the batch
         sources = spawn_generators(self.sampling.generator, len(noise))
         first_blocks, last_blocks = (
             ({}, set()) if task.gaps is None else task.gaps.bounds(block_size)
@@ -455,6 +448,7 @@ class TokComBlockSampler:
         slices = split_blocks(noise.shape[1], block_size, task.edges)
         givens = [None] * len(slices) if task.given is None else task.given.parts(slices)
         for index, block in enumerate(slices):
+            # the state before a gap is read as late as possible, to see what is known by then
             if index in first_blocks:
                 context.read_anchor(first_blocks[index])
             context.begin(
@@ -462,20 +456,19 @@ class TokComBlockSampler:
                 None if exists is None else exists[:, block],
                 guided=self.sampling.guidance_scale != 1.0,
             )
-            x = noise[:, block].clone(
-                memory_format=torch.contiguous_format
-            )  # compiled code depends on strides
+            # compiled code depends on strides
+            x = noise[:, block].clone(memory_format=torch.contiguous_format)
             after_step = None if on_step_end is None else partial(on_step_end, index)
             x, ids = self._denoise(x, context, task.sigma_start, givens[index], sources, after_step)
             if self._unfinished and block_size is not None and (index or model_has_tokens):
                 return  # the block is still noise
             is_last = block.stop == noise.shape[1]
             if ids is None and not is_last:
+                # the next block of a text reads this one as tokens, not as the sampler left it
                 ids = self.model.to_ids(x)
             yield x, ids
-            if (
-                not is_last and index not in last_blocks
-            ):  # the chunk in which a gap ends is in the context already
+            # the chunk in which a gap ends is in the context already
+            if not is_last and index not in last_blocks:
                 context.append(x, ids)
 
     def _denoise(
@@ -495,20 +488,14 @@ class TokComBlockSampler:
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         extra = {"generator": sources} if takes_generator else {}
         chunks = None  # (B, Q, K), the ids of the tokens that are decided
-        uniform: list[torch.Tensor | None] = [None] * len(
-            plan
-        )  # (B, Q, K) random numbers for every step
+        # (B, Q, K) random numbers for every step
+        uniform: list[torch.Tensor | None] = [None] * len(plan)
         if head is not None:
-            chunks = torch.zeros_like(plan[0].times, dtype=torch.long)
-            if sigma_start != 1:
-                chunks = head.recognise(context.symbols, x, plan[0].times)
-            shape = (len(plan), *chunks.shape[1:])
-            uniform = torch.stack(
-                [torch.rand(shape, generator=source) for source in sources], dim=1
-            ).to(x.device)
+            chunks, uniform = self._first_tokens(x, plan, context, sigma_start, sources)
             if given is not None:
                 plan = [step.with_given(given.mask) for step in plan]
                 chunks = torch.where(given.mask, given.chunks, chunks)
+                # given tokens are clean in x as well, as their time 1 says
                 clean = head.latents_of(context.symbols, given.chunks).to(x.dtype)
                 channels_per_token = x.shape[-1] // given.mask.shape[-1]
                 x = torch.where(given.mask.repeat_interleave(channels_per_token, dim=-1), clean, x)
@@ -523,21 +510,40 @@ class TokComBlockSampler:
             output = estimate if step.gain is None else (x - estimate) * step.gain
             moved = scheduler.step(output, timestep, x, **extra, return_dict=False)[0]
             x = moved if on_step_end is None else on_step_end(i, timestep, moved)
-            if (
-                chunks is not None and x is not moved
-            ):  # a callback has changed it, so the ids are those of its x
+            # a callback has changed x, so the ids are those of its x
+            if chunks is not None and x is not moved:
                 following = plan[i + 1].times if i + 1 < len(plan) else torch.ones_like(step.times)
                 chunks = head.recognise(context.symbols, x, following)
         # read once per block: every read makes the host wait for the device
         if not math.isfinite(self._total):
             raise ValueError(
-                f"the model's predictions became NaN or infinite, so there is nothing to draw from; {self.model.dtype} may be too "
-                "small for it (load it with dtype=torch.float32), or a setting such as guidance_scale "
-                f"({self.sampling.guidance_scale:g}) too large."
+                "the model's predictions became NaN or infinite, so there is nothing to draw from; "
+                f"{self.model.dtype} may be too small for it (load it with dtype=torch.float32), "
+                f"or a setting such as guidance_scale ({self.sampling.guidance_scale:g}) too large."
             )
         if chunks is None:
             return self.model.refine(x), None
         return x, self.model.codec.from_symbols(chunks)
+
+    def _first_tokens(
+        self,
+        x: torch.Tensor,
+        plan: list[TokComStep],
+        context: Context,
+        sigma_start: float,
+        sources: list[torch.Generator],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids `(B, Q, K)` of what is decided before the first step, and uniform numbers
+        `(steps, B, Q, K)` to draw the rest with."""
+        times = plan[0].times
+        # undecided tokens have any id: nobody reads it before their time is 1
+        chunks = torch.zeros_like(times, dtype=torch.long)
+        if sigma_start != 1:
+            # a start between noise and text has clean tokens already
+            chunks = self.model.token_head.recognise(context.symbols, x, times)
+        # a source for each row, so what a row draws does not depend on the others
+        rows = [torch.rand(len(plan), *chunks.shape[1:], generator=source) for source in sources]
+        return chunks, torch.stack(rows, dim=1).to(x.device)
 
     def _estimate(
         self,
@@ -556,6 +562,7 @@ class TokComBlockSampler:
         for other, scale in zip(others, scales):
             # classifier-free guidance: away from the prediction that knows less
             states = states + (scale - 1) * (full - other)
+        # added up on the device; asking here would wait for it in every step
         self._total = self._total + states.sum(dtype=torch.float32)
         head = self.model.token_head
         if head is None:
@@ -581,7 +588,6 @@ __all__ = [
     "TokComStepPlanner",
     "join_blocks",
     "kept_tokens",
-    "most_alike",
     "row_noise",
     "spawn_generators",
     "split_blocks",

@@ -18,6 +18,8 @@ from diffusers.configuration_utils import FrozenDict, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+from .configuration_codec_tokcom import RANGES
+
 # `timestep_sampling` -> what DDIMScheduler calls it
 BETA_SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 LONGEST_GAP = 24  # tokens
@@ -76,7 +78,7 @@ class TokComFlowMatchScheduler(SchedulerMixin, ConfigMixin):
     ):
         check_range("shift", shift, 1e-6, 1e6)
         check_range("eta", eta, 0.0, 1.0)
-        check_range("noise_std", noise_std, 1e-12, 1e3)
+        check_range("noise_std", noise_std, *RANGES["noise_std"])
         check_range("num_train_timesteps", num_train_timesteps, 1, 1_000_000)
         if not isinstance(num_train_timesteps, int):
             raise ValueError(
@@ -287,7 +289,7 @@ def draw_known(valid: torch.Tensor, infill_rate: float, group_size: int = 1) -> 
     """
     draws = torch.rand(3, len(valid), 1, device=valid.device)
     # counted among the latents that exist, since padding may stand in between
-    rank = (valid.cumsum(1) - 1) // group_size  # among those that exist
+    rank = (valid.cumsum(1) - 1) // group_size
     count = valid.sum(1, keepdim=True) // group_size
     # below `count`, so that at least one group stays unknown
     start, end = (draws[:2] * count).long().sort(dim=0).values
@@ -303,19 +305,16 @@ def draw_gaps(rows: int, length: int, device: torch.device) -> torch.Tensor:
     between two gaps is 1 to four times as long. Every row begins with either.
     """
     # both kinds of gap are common: a word that is missing, and a sentence
-    longest = torch.where(
-        torch.rand(rows, 1, device=device) < 0.5, LONGEST_GAP, SHORT_GAP
-    )  # (rows, 1)
+    is_long = torch.rand(rows, 1, device=device) < 0.5
+    longest = torch.where(is_long, LONGEST_GAP, SHORT_GAP)  # (rows, 1)
     draws = torch.rand(2, rows, length, device=device)
     gaps = (draws[0] * longest).long() + 1
     runs = (draws[1] * 4 * longest).long() + 1
     # where every run and gap ends, in tokens
     pairs = torch.stack((runs, gaps), dim=-1).flatten(1)  # run, gap, run, gap, ...
     ends = pairs.cumsum(1)
-    # rows begin anywhere in their first pair
-    offset = (
-        torch.rand(rows, 1, device=device) * ends[:, 1:2]
-    ).long()  # so that gaps also stand at the start
+    # rows begin anywhere in their first pair, so that gaps also stand at the start
+    offset = (torch.rand(rows, 1, device=device) * ends[:, 1:2]).long()
     places = torch.arange(length, device=device) + offset
     # even intervals are runs, odd ones gaps
     return torch.searchsorted(ends, places, right=True) % 2 == 0

@@ -1,10 +1,11 @@
 """Sounds as models read them, and back.
 
 Notable choices:
-- Sounds become log-mel features with transformers' analysis. The way back ends in phases by Griffin and Lim 1984,
-  which are librosa's, which is only needed to hear something. All sounds are brought to one loudness.
-- Training, the pipeline and the command line read sounds with the same function, `read_sound`. It needs soundfile, and
-  scipy for other rates, which librosa brings along.
+- Sounds become log-mel features with transformers' analysis. The way back ends in phases by Griffin
+  and Lim 1984, which are librosa's, which is only needed to hear something. All sounds are brought
+  to one loudness.
+- Training, the pipeline and the command line read sounds with the same function, `read_sound`. It
+  needs soundfile, and scipy for other rates, which librosa brings along.
 """
 
 import io
@@ -16,9 +17,8 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from transformers import PreTrainedConfig
 from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
-
-from .configuration_media_tokcom import TokComAudioCodecConfig
 
 FLOOR = 1e-3  # power of a band that counts as silence, at a peak of 1
 ITERATIONS = 60  # of phases
@@ -29,9 +29,15 @@ MAX_EXPANSION = 20_000  # samples for a byte: silence in FLAC has some thousand
 
 
 class TokComAudioProcessor:
-    """Sounds `(samples,)` in [-1, 1] -> `input_features (B, mel bands, F)`, log10 of the power, and back."""
+    """Sounds `(samples,)` in [-1, 1] -> `input_features (B, mel bands, F)`, log10 of the power, and
+    back.
 
-    def __init__(self, config: TokComAudioCodecConfig):
+    Args:
+        config (`TokComAudioCodecConfig`): rates, bands and length.
+    """
+
+    # typed by its base, since an import for a type alone lengthens every chain that leads here
+    def __init__(self, config: PreTrainedConfig):
         self.config = config
         bins = 1 + config.fft_length // 2
         rate = config.sampling_rate
@@ -41,7 +47,8 @@ class TokComAudioProcessor:
         self.window = window_function(config.fft_length, "hann")
 
     def __call__(self, sounds: Any, sampling_rate: int | None = None) -> dict[str, torch.Tensor]:
-        """One sound or a list of them, whatever `read_sound` takes; `sampling_rate` is that of arrays, by default the codec's.
+        """One sound or a list of them, whatever `read_sound` takes; `sampling_rate` is that of
+        arrays, by default the codec's.
 
         Raises `ValueError` for a sound without samples or one that cannot be read.
         """
@@ -63,7 +70,8 @@ class TokComAudioProcessor:
         sound = read_sound(sound, config.sampling_rate, name, rate, longest, facts)
         if facts["seconds"] > longest + 0.01:
             warnings.warn(
-                f"{name} of {facts['seconds']:.1f} s is cut to the {longest:.1f} s that the model hears.",
+                f"{name} of {facts['seconds']:.1f} s is cut to the {longest:.1f} s that the model "
+                "hears.",
                 stacklevel=4,
             )
         sound = sound[: config.num_samples]
@@ -83,7 +91,8 @@ class TokComAudioProcessor:
     def _powers(self, bands: np.ndarray) -> np.ndarray:
         """Powers `(bins, F)`, not negative, whose mel bands are `bands (mel bands, F)`.
 
-        Multiplicative updates (Lee and Seung 1999): in a fiftieth of the time of `librosa.util.nnls`, and closer.
+        Multiplicative updates (Lee and Seung 1999): in a fiftieth of the time of
+        `librosa.util.nnls`, and closer.
         """
         filters = self.filters.astype(np.float32)  # (bins, mel bands)
         wanted = filters @ bands
@@ -94,7 +103,8 @@ class TokComAudioProcessor:
         return powers
 
     def postprocess(self, input_features: torch.Tensor) -> list[np.ndarray]:
-        """`input_features (B, mel bands, F)` -> sounds `(samples,)` with a peak of 0.95; needs librosa."""
+        """`input_features (B, mel bands, F)` -> sounds `(samples,)` with a peak of 0.95; needs
+        librosa."""
         try:
             import librosa
         except ImportError as error:
@@ -138,28 +148,16 @@ def read_sound(
     seconds: float | None = None,
     facts: dict[str, float] | None = None,
 ) -> np.ndarray:
-    """Samples `(n,)`, float32, at `sampling_rate` of any sound: a path or encoded bytes of wav, flac, mp3 or ogg, an array or tensor
-    `(n,)`, `(channels, n)` or `(n, channels)` of `rate` samples a second, or a dictionary as datasets gives it, with `bytes` or
-    `path`, or with `array` and `sampling_rate`. Channels are mixed, and other rates resampled.
+    """Samples `(n,)`, float32, at `sampling_rate` of any sound: a path or encoded bytes of wav,
+    flac, mp3 or ogg, an array or tensor `(n,)`, `(channels, n)` or `(n, channels)` of `rate`
+    samples a second, or a dictionary as datasets gives it, with `bytes` or `path`, or with `array`
+    and `sampling_rate`. Channels are mixed, and other rates resampled.
 
-    Of a longer sound at least the first `seconds` are read. `facts`, if given, is told what was done. Raises `ValueError` with `name`
-    for what is no sound, is empty, cut off or not finite, or whose header claims more than its file can hold.
+    Of a longer sound at least the first `seconds` are read. `facts`, if given, is told what was
+    done. Raises `ValueError` with `name` for what is no sound, is empty, cut off or not finite, or
+    whose header claims more than its file can hold.
     """
-    if hasattr(value, "get_all_samples"):  # the decoder that datasets puts in a column of sounds
-        samples = value.get_all_samples()
-        value = {"array": samples.data, "sampling_rate": samples.sample_rate}
-    if isinstance(value, dict) and value.get("array") is not None:
-        rate = value.get("sampling_rate") or rate
-        if rate is None:
-            raise ValueError(f"{name} is an array without `sampling_rate`; give samples a second.")
-        value = value["array"]
-    elif isinstance(value, dict):
-        keys = sorted(value)
-        value = value.get("path") if value.get("bytes") is None else value["bytes"]
-        if value is None:
-            raise ValueError(
-                f"{name} is a dictionary with {keys}; it needs `bytes`, `path`, or `array` and `sampling_rate`."
-            )
+    value, rate = _unwrap(value, rate, name)
     length = None
     unknown = False
     if isinstance(value, (str, Path, bytes, bytearray)):
@@ -181,18 +179,42 @@ def read_sound(
             facts["of no known rate, taken as the model's"] = True
         facts["seconds"] = length / rate
     if seconds is not None:
-        sound = sound[
-            : int((seconds + 1) * rate) + 1
-        ]  # a second for what the filter of another rate sees behind the end
+        # a second more for what the filter of another rate sees behind the end
+        sound = sound[: int((seconds + 1) * rate) + 1]
     sound = sound.mean(1) if sound.ndim == 2 else sound
     if rate != sampling_rate:
-        try:
-            from scipy.signal import resample_poly
-        except ImportError as error:
-            raise ValueError("other rates need scipy to be resampled: pip install scipy") from error
-        common = gcd(int(rate), sampling_rate)
-        sound = resample_poly(sound, sampling_rate // common, int(rate) // common)
+        sound = _resample(sound, int(rate), sampling_rate)
     return sound.astype(np.float32)
+
+
+def _unwrap(value: Any, rate: int | None, name: str) -> tuple[Any, int | None]:
+    """What a column of datasets holds as a path, bytes or an array, and the array's rate."""
+    if hasattr(value, "get_all_samples"):  # a decoder
+        samples = value.get_all_samples()
+        value = {"array": samples.data, "sampling_rate": samples.sample_rate}
+    if not isinstance(value, dict):
+        return value, rate
+    if value.get("array") is not None:
+        rate = value.get("sampling_rate") or rate
+        if rate is None:
+            raise ValueError(f"{name} is an array without `sampling_rate`; give samples a second.")
+        return value["array"], rate
+    found = value.get("path") if value.get("bytes") is None else value["bytes"]
+    if found is None:
+        raise ValueError(
+            f"{name} is a dictionary with {sorted(value)}; it needs `bytes`, `path`, or `array` "
+            "and `sampling_rate`."
+        )
+    return found, rate
+
+
+def _resample(sound: np.ndarray, rate: int, wanted: int) -> np.ndarray:
+    try:
+        from scipy.signal import resample_poly
+    except ImportError as error:
+        raise ValueError("other rates need scipy to be resampled: pip install scipy") from error
+    common = gcd(rate, wanted)
+    return resample_poly(sound, wanted // common, rate // common)
 
 
 def _check_samples(sound: np.ndarray, name: str) -> None:
@@ -203,7 +225,8 @@ def _check_samples(sound: np.ndarray, name: str) -> None:
 
 
 def _samples(value: Any, name: str) -> np.ndarray:
-    """An array, tensor or list as float32 `(n,)` or `(n, channels)`; whole numbers are divided by the largest of their type."""
+    """An array, tensor or list as float32 `(n,)` or `(n, channels)`; whole numbers are divided by
+    the largest of their type."""
     try:
         if isinstance(value, torch.Tensor):
             value = value.detach().cpu()
@@ -216,12 +239,11 @@ def _samples(value: Any, name: str) -> np.ndarray:
     kind = type(value).__name__
     if value.dtype.kind not in "iuf" or value.ndim not in (1, 2):
         raise ValueError(
-            f"{name} must be a path, encoded bytes, or samples (n,) or (channels, n), not {kind} of {value.dtype} and shape "
-            f"{value.shape}."
+            f"{name} must be a path, encoded bytes, or samples (n,) or (channels, n), not {kind} "
+            f"of {value.dtype} and shape {value.shape}."
         )
-    if (
-        value.ndim == 2 and value.shape[0] <= value.shape[1]
-    ):  # there are fewer channels than samples
+    # there are fewer channels than samples
+    if value.ndim == 2 and value.shape[0] <= value.shape[1]:
         value = value.T
     if value.dtype == np.uint8:
         return (value.astype(np.float32) - 128) / 128
@@ -230,7 +252,8 @@ def _samples(value: Any, name: str) -> np.ndarray:
 
 
 def _decode_sound(value: Any, name: str, seconds: float | None) -> tuple[np.ndarray, int, int]:
-    """Samples `(n, channels)` of an encoded sound, at least the first `seconds`, their rate, and how many there are in all."""
+    """Samples `(n, channels)` of an encoded sound, at least the first `seconds`, their rate, and
+    how many there are in all."""
     if isinstance(value, (str, Path)):
         try:
             size = Path(value).stat().st_size
@@ -248,7 +271,8 @@ def _decode_sound(value: Any, name: str, seconds: float | None) -> tuple[np.ndar
     claimed = _claimed_bytes(head)
     if claimed > size:
         raise ValueError(
-            f"{name} is cut off, or its header is wrong: it claims {claimed:,} bytes, the file has {size:,}; repair or remove it."
+            f"{name} is cut off, or its header is wrong: it claims {claimed:,} bytes, the file has "
+            f"{size:,}; repair or remove it."
         )
     try:
         import soundfile
@@ -262,7 +286,8 @@ def _decode_sound(value: Any, name: str, seconds: float | None) -> tuple[np.ndar
             channels = stream.channels
             if frames * channels > MAX_EXPANSION * size:
                 raise ValueError(
-                    f"{name} claims {frames:,} samples of {channels} channels, more than {size:,} bytes can hold; remove it."
+                    f"{name} claims {frames:,} samples of {channels} channels, more than {size:,} "
+                    "bytes can hold; remove it."
                 )
             wanted = frames if seconds is None else min(frames, int((seconds + 1) * rate) + 1)
             blocks: list[np.ndarray] = []
@@ -280,13 +305,15 @@ def _decode_sound(value: Any, name: str, seconds: float | None) -> tuple[np.ndar
     sound = np.concatenate(blocks) if blocks else np.zeros((0, channels), np.float32)
     if len(sound) < wanted:
         raise ValueError(
-            f"{name} is cut off: {len(sound):,} of {frames:,} samples are there; repair or remove it."
+            f"{name} is cut off: {len(sound):,} of {frames:,} samples are there; repair or remove "
+            "it."
         )
     return sound, rate, frames
 
 
 def _decode_with_av(value: Any) -> tuple[np.ndarray, int, int] | None:
-    """What soundfile does not read, such as .m4a, with PyAV; None if that is not installed or reads it neither."""
+    """What soundfile does not read, such as .m4a, with PyAV; None if that is not installed or reads
+    it neither."""
     try:
         import av
     except ImportError:

@@ -77,6 +77,7 @@ class TokComGaps:
         block = 0
         for length, anchor, end_known in zip(self.lengths, self.anchors, self.ends_known):
             first_blocks[block] = anchor
+            # blocks do not cross gaps, so each gap fills a whole number of them
             block += -(-length // block_size)
             if end_known:
                 last_blocks.add(block - 1)
@@ -158,6 +159,7 @@ class TokComTask:
 def num_latents(config, tokens: int) -> int:
     """Latents of a `TokComConfig`'s codec that hold at least so many tokens."""
     codec = config.codec_config
+    # rounded up to whole rows of patches, which are 1 chunk for texts
     rows = -(-tokens // codec.length_multiple)
     return rows * codec.length_multiple // codec.chunk_size
 
@@ -179,9 +181,11 @@ def pad_rows(
     """
     if length is None:
         length = num_latents(config, max(map(len, rows))) * config.codec_config.chunk_size
+    # filled on the CPU and moved once: a copy per row would wait for the device each time
     ids = torch.full((len(rows), length), pad_token_id(config))
     mask = torch.zeros_like(ids)
     for i, row in enumerate(rows):
+        # prompts are padded on the left, so that all rows continue at one place
         place = slice(length - len(row), length) if side == "left" else slice(0, len(row))
         ids[i, place] = torch.tensor(row, dtype=torch.long)
         mask[i, place] = 1
@@ -224,6 +228,7 @@ def context_of_rows(
     inside it. For one that regresses latents rows are padded on the left to whole chunks instead.
     """
     if model.token_head is None:
+        # half a chunk has no latent of its own, so padding completes the first chunk
         return model.encode(*pad_rows(model.config, rows, "left", device))
     unit = model.config.codec_config.length_multiple
     rows = [row[: len(row) // unit * unit] for row in rows]
@@ -231,8 +236,9 @@ def context_of_rows(
         return None
     context = model.encode(*pad_rows(model.config, rows, "left", device))
     # count from the first real chunk, not from the padding before it
-    num_hidden = (~context.mask).sum(1, keepdim=True)
+    num_hidden = (~context.mask).sum(1, keepdim=True)  # (B, 1)
     index = torch.arange(context.mask.shape[1], device=num_hidden.device) - num_hidden
+    # hidden chunks all stand at 0, where nothing looks
     context.position_ids = model.codec.positions(index.clamp_min(0))
     return context
 
@@ -255,6 +261,7 @@ def continuation_task(
     unit = config.codec_config.length_multiple if knows_tokens else 1
     tails = [row[len(row) // unit * unit :] for row in rows]  # tokens of the unfinished chunk
     skip = [len(tail) for tail in tails]
+    # the first chunk repeats the tail of the prompt, so it also has to fit
     length = num_latents(config, max(skip) + gen_length)
     context_length = 0 if context is None else context.mask.shape[1]
     check_length(config, context_length + length)
@@ -269,6 +276,7 @@ def continuation_task(
     if any(skip):
         size = length * config.codec_config.chunk_size
         ids, mask = pad_rows(config, tails, "right", device, size)
+        # the tail stands at the beginning of the first new chunk, and its tokens stay as they are
         given = TokComGiven(*model.codec.symbols(ids, mask))
     return TokComTask(noise, context, model.codec.positions(places), given=given), skip
 
@@ -284,6 +292,7 @@ def join_rows(rows: list[list[int]], gap_length: int) -> tuple[list[int], list[b
     starts = []
     for row in rows[1:]:
         starts.append(len(ids))
+        # the ids inside a gap are never read, only counted
         ids += [0] * gap_length + row
         known += [False] * gap_length + [True] * len(row)
     return ids, known, starts
@@ -322,6 +331,7 @@ def token_gap_task(
     check_whole_length(model.config, tokens.shape[1])
     is_known = torch.zeros_like(is_real)
     is_known[0, : len(ids)] = torch.tensor(known, device=device)
+    # in symbols, which is what the sampler draws: the digits of a pixel model
     given = TokComGiven(*codec.symbols(tokens, is_known.long()))
     # one unknown token is enough for a chunk to be generated
     is_open = ~given.mask[0].all(-1)  # (N,)
@@ -337,6 +347,7 @@ def token_gap_task(
         generated = (is_open & is_needed).nonzero()[:, 0].tolist()
     context = None
     if context_at:
+        # unknown tokens are encoded as padding: they must leave no trace in the context
         clean = model.encode(tokens, is_known.long())
         index = torch.tensor(context_at, device=device)
         context = TokComCodecOutput(
@@ -347,6 +358,7 @@ def token_gap_task(
         make_noise(len(generated)),
         context,
         codec.positions(places[None]),
+        # a block holds neighbours only, since its latents are denoised together
         edges=tuple(i for i in range(1, len(generated)) if generated[i] != generated[i - 1] + 1),
         given=TokComGiven(given.chunks[:, places], given.mask[:, places]),
         gaps=gaps,
@@ -369,6 +381,7 @@ def latent_gap_task(
     codec = model.codec
     size = codec.config.chunk_size
     pieces = [
+        # what stands before the first gap must touch it, so its padding is on the left
         pad_rows(model.config, [row], "right" if i else "left", device) if row else None
         for i, row in enumerate(rows)
     ]
@@ -376,6 +389,7 @@ def latent_gap_task(
     tokens = sum(piece[0].shape[1] for piece in pieces if piece is not None)
     check_whole_length(model.config, tokens + gap_latents * size * (len(rows) - 1))
     noise = make_noise(gap_latents * (len(rows) - 1))
+    # positions in the finished text: pieces and gaps take turns
     known_at: list[int] = []
     gap_at: list[int] = []
     position = 0
@@ -391,8 +405,8 @@ def latent_gap_task(
     ids = torch.cat([ids for ids, _ in known], dim=1)
     mask = torch.cat([mask for _, mask in known], dim=1)
     context = model.encode(ids, mask)
-    context.position_ids = codec.positions(torch.tensor([known_at], device=device))
-    positions = codec.positions(torch.tensor([gap_at], device=device))
+    context.position_ids = codec.positions(torch.tensor([known_at], device=device))  # (1, S, A)
+    positions = codec.positions(torch.tensor([gap_at], device=device))  # (1, n, A)
     edges = tuple(range(gap_latents, len(gap_at), gap_latents))
     return TokComTask(noise, context, positions, edges=edges)
 

@@ -1,18 +1,22 @@
-"""Train TokCom: a codec (tokens <-> latents), then a transformer (noise -> latents), or one stage of these.
+"""Train TokCom: a codec (tokens <-> latents), then a transformer (noise -> latents), or one stage
+of these.
 
     accelerate launch train_accelerate.py --preset debug
     accelerate launch --config_file accelerate_configs/multi_gpu_ddp.yaml train_accelerate.py --preset base \\
         data.train=my_texts/ data.validation=held_out.jsonl output_dir=my-model flow.max_steps=50000
     accelerate launch train_accelerate.py stage=distill init_from=my-model output_dir=student data.train=my_texts/
 
-A preset is a YAML file in presets/; every key below can be overridden as `dotted.key=value`. A run that was stopped, even by
-SIGKILL, continues from its newest checkpoint when the same command is given again and ends with the same weights.
-`output_dir` ends as a Hub repository: AutoModel, DiffusionPipeline and TokComPipeline load it.
+A preset is a YAML file in presets/; every key below can be overridden as `dotted.key=value`. A run
+that was stopped, even by SIGKILL, continues from its newest checkpoint when the same command is
+given again and ends with the same weights. `output_dir` ends as a Hub repository: AutoModel,
+DiffusionPipeline and TokComPipeline load it.
 
-This file is the recipe; what it calls is in training/: config.py (settings), corpora.py (data), build.py (models), trainer.py
-(the loop), stage.py and distill.py (what a stage minimises), directory.py (what is written where), card.py.
+This file is the recipe; what it calls is in training/: config.py (settings), corpora.py (data),
+build.py (models), trainer.py (the loop), stage.py and distill.py (what a stage minimises),
+directory.py (what is written where), card.py.
 """
 
+from functools import partial
 from pathlib import Path
 
 from tokcom.cli.errors import report_errors
@@ -33,6 +37,7 @@ def run(config: TrainConfig) -> Path:
     from tokcom.training.directory import RunDirectory
     from tokcom.training.distill import DistillTrainer
     from tokcom.training.launch import start_processes
+    from tokcom.training.sharding import holds_shards_alone, shape_of
     from tokcom.training.stage import StageTrainer
     from tokcom.training.tracking import check_tracker
 
@@ -54,7 +59,10 @@ def run(config: TrainConfig) -> Path:
             if stage == "distill":
                 trainer = DistillTrainer(config, corpus)
             else:
-                model = model_of_stage(config, stage, corpus, directory)
+                build = partial(model_of_stage, config, stage, corpus, directory)
+                # caching latents runs the codec on every process
+                is_alone = holds_shards_alone(processes) and not config.cache_latents
+                model = shape_of(partial(build, has_weights=False)) if is_alone else build()
                 if stage == unfinished[0]:
                     check_sizes(config, model, corpus, unfinished, processes)
                 if config.stage == "all" and stage == "codec" and not has_trainable_codec(model):
@@ -72,7 +80,8 @@ def run(config: TrainConfig) -> Path:
 
 @report_errors()
 def main(argv: list[str] | None = None) -> None:
-    """Train as the command line says; mistakes end in one sentence, and so does a stop by a signal."""
+    """Train as the command line says; mistakes end in one sentence, and so does a stop by a
+    signal."""
     config = parse_config(__doc__, argv)
     from tokcom.training.stopping import TrainingStopped
 

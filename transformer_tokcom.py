@@ -97,8 +97,8 @@ def block_causal_mask(
     Returns: `torch.BoolTensor` of shape `(B, (1 + M) N, (1 + M) N)`.
     """
     length = order.shape[1]
-    query = order[:, :, None]
-    key = order[:, None, :]
+    query = order[:, :, None]  # (B, N, 1)
+    key = order[:, None, :]  # (B, 1, N)
     same = key == query  # (B, N, N)
     earlier = key < query
     visible = earlier if sees_context is None else earlier & sees_context[:, None, None]
@@ -167,9 +167,8 @@ def read_text(model, symbols, chunks, real, given, has_gaps, begins) -> torch.Te
     batch, length, _ = chunks.shape
     plan = ContextPlan.of(given, has_gaps)
     blank = (plan.partial[..., None] & ~given) | ~real
-    features = model.token_head.read(
-        symbols, None, torch.where(blank, 0.0, 1.0), chunks
-    )  # (B, N, K * E)
+    # (B, N, K * E)
+    features = model.token_head.read(symbols, None, torch.where(blank, 0.0, 1.0), chunks)
     # the learned start is put in place of this row of zeros
     features = F.pad(features, (0, 0, 1, 0))
     positions = torch.arange(-1, length, device=chunks.device).repeat(batch, 1)
@@ -178,18 +177,22 @@ def read_text(model, symbols, chunks, real, given, has_gaps, begins) -> torch.Te
     return model.transformer.read_context(features, positions[..., None], plan.mask(real.any(-1)))
 
 
-class _Factorized:
-    """Folds sequences of G moments of P latents so that layers attend within a moment,
-    `(B G, P, ...)`, or along time, `(B P, G, ...)`. `position_ids (B, G P, A)` must be moment after
-    moment."""
+def moment_size(position_ids: torch.Tensor) -> int:
+    """How many latents at `position_ids (B, N, A)` stand at the first moment; the host waits."""
+    moments = position_ids[0, :, 0]
+    return int((moments == moments[0]).sum())
 
-    def __init__(self, position_ids: torch.Tensor):
-        moments = position_ids[0, :, 0]
-        self.places = int((moments == moments[0]).sum())
-        if position_ids.shape[1] % self.places:
+
+class _Factorized:
+    """Folds sequences of G moments of P latents, moment after moment, so that layers attend within
+    a moment, `(B G, P, ...)`, or along time, `(B P, G, ...)`."""
+
+    def __init__(self, length: int, places: int):
+        self.places = places
+        if length % places:
             raise ValueError(
-                f"`attention_type='factorized'` needs whole moments of {self.places} latents, not "
-                f"{position_ids.shape[1]} latents."
+                f"`attention_type='factorized'` needs whole moments of {places} latents, not "
+                f"{length} latents."
             )
 
     def fold(self, x: torch.Tensor, along_time: bool, batch: int) -> torch.Tensor:
@@ -293,7 +296,7 @@ class TokComTransformer(TokComPreTrainedModel):
     def modulate(self, timestep: torch.Tensor) -> list[torch.Tensor]:
         """t `(B, S)` -> the scales, shifts and gates `(B, S, ...)` of every layer after the context
         layers."""
-        conditioning = F.silu(self.time_embedding(timestep))
+        conditioning = F.silu(self.time_embedding(timestep))  # (B, S, conditioning_size)
         return [
             layer.modulation(conditioning)
             for layer in self.layers[self.config.num_context_layers :]
@@ -336,6 +339,7 @@ class TokComTransformer(TokComPreTrainedModel):
         modulations: list[torch.Tensor] | None = None,
         entry: torch.Tensor | None = None,
         prefix: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+        group_size: int | None = None,
         **kwargs,
     ) -> TokComTransformerOutput:
         """Noisy latents -> the estimate of the clean ones.
@@ -353,6 +357,7 @@ class TokComTransformer(TokComPreTrainedModel):
                 give; with an entry there are no context latents in this call.
             prefix (*optional*): of bidirectional models, states `(B, L, D)` at time 1 before all
                 latents, which of them exist, `(B, L)`, and their positions `(L,)`.
+            group_size: latents of a moment, for factorised attention; else read from the positions.
         """
         config = self.config
         hidden_states, own = self._read(latents, features, position_ids)  # (B, S, D)
@@ -379,10 +384,12 @@ class TokComTransformer(TokComPreTrainedModel):
             if not hidden_states.shape[1]:  # all is context, which the cache holds by now
                 return TokComTransformerOutput(latents=latents[:, :0])
         conditioning = F.silu(self.time_embedding(timestep)) if modulations is None else None
+        if config.attention_type == "factorized":
+            kwargs["places"] = group_size or moment_size(position_ids)
         hidden_states = self._denoise(hidden_states, conditioning, modulations, *where, **kwargs)
         if prefix is not None:
             hidden_states = hidden_states[:, prefix[0].shape[1] :]
-        latents = self.proj_out(self.norm(hidden_states))
+        latents = self.proj_out(self.norm(hidden_states))  # (B, S, C) or (B, S, K * E)
         if own is not None:
             latents = torch.where(own, latents, 0)
         return TokComTransformerOutput(latents=latents)
@@ -432,7 +439,7 @@ class TokComTransformer(TokComPreTrainedModel):
                     "`position_ids` is missing: its first axis says which stream a latent is of; "
                     "`encode` gives it."
                 )
-            own = self._own_channels(position_ids)
+            own = self._own_channels(position_ids)  # (B, S, C)
             latents = torch.where(own, latents, 0)
         hidden_states = self.proj_in(features if self.config.feature_size else latents)
         if position_ids is not None:
@@ -446,7 +453,7 @@ class TokComTransformer(TokComPreTrainedModel):
         latent."""
         config = self.config
         if config.start_latents:
-            position_ids = position_ids.clamp_min(-1)
+            position_ids = position_ids.clamp_min(-1)  # both starts at -1
         head_size = config.hidden_size // config.num_attention_heads
         return rotary_embedding(position_ids, head_size, config.rope_theta)
 
@@ -458,20 +465,20 @@ class TokComTransformer(TokComPreTrainedModel):
         )
 
     def _attend_in_turns(
-        self, hidden_states, conditioning, modulations, position_ids, attention_mask, **kwargs
+        self, hidden_states, conditioning, modulations, position_ids, mask, places, **kwargs
     ) -> torch.Tensor:
         """All layers of a model with factorised attention: even ones within a moment, odd ones
         along time."""
         config = self.config
         batch = len(hidden_states)
         position_ids = position_ids.expand(batch, -1, -1)
-        folded = _Factorized(position_ids)
+        folded = _Factorized(position_ids.shape[1], places)
         layouts = []
         for along_time in (False, True):
             where = folded.fold(position_ids, along_time, batch)
-            seen = attention_mask
-            if seen is not None:
-                seen = folded.fold(attention_mask, along_time, batch)
+            seen = None
+            if mask is not None:
+                seen = folded.fold(mask, along_time, batch)
                 implementation = config._attn_implementation
                 seen = expand_attention_mask(
                     seen, where.shape[1], implementation, hidden_states.dtype
@@ -481,16 +488,11 @@ class TokComTransformer(TokComPreTrainedModel):
         for i, layer in enumerate(self.layers):
             # even layers attend within a moment, odd ones along time
             along_time = bool(i % 2)
-            inputs = (
-                (hidden_states, conditioning)
-                if modulations is None
-                else (hidden_states, modulations[i])
-            )
-            inputs = [folded.fold(x, along_time, batch) for x in inputs]
-            known = {} if modulations is None else {"modulation": inputs[1]}
-            output = layer(
-                inputs[0], None if known else inputs[1], *layouts[along_time], **known, **kwargs
-            )
+            states = folded.fold(hidden_states, along_time, batch)
+            time = conditioning if modulations is None else modulations[i]
+            time = folded.fold(time, along_time, batch)
+            times = (time, {}) if modulations is None else (None, {"modulation": time})
+            output = layer(states, times[0], *layouts[along_time], **times[1], **kwargs)
             hidden_states = folded.unfold(output, along_time, batch)
         return hidden_states
 
@@ -500,12 +502,10 @@ class TokComTransformer(TokComPreTrainedModel):
         """States, times, positions and the mask of keys with those of a prefix in front."""
         states, exists, places = prefix
         batch, length, _ = hidden_states.shape
-        axes = self.config.num_position_axes
+        shape = batch, -1, self.config.num_position_axes
         if position_ids is None:
-            position_ids = torch.arange(length, device=states.device)[None, :, None].expand(
-                batch, -1, axes
-            )
-        places = places[None, :, None].expand(batch, -1, axes)
+            position_ids = torch.arange(length, device=states.device)[None, :, None].expand(shape)
+        places = places[None, :, None].expand(shape)  # (B, L, A)
         if attention_mask is None:
             attention_mask = torch.ones(batch, length, dtype=torch.bool, device=states.device)
         return (
@@ -534,13 +534,13 @@ class TokComTransformer(TokComPreTrainedModel):
         One more layer of the cache holds states and positions of the context.
         """
         batch, queries, _ = hidden_states.shape
-        known = hidden_states[:, :num_context]
+        known = hidden_states[:, :num_context]  # clean
         noisy = hidden_states[:, num_context:]
         where = position_ids[..., 0].float().expand(batch, -1)
         visible = attention_mask
         if visible is not None and visible.ndim == 2:
             # one row of keys serves all queries
-            visible = visible[:, None].expand(-1, queries, -1)
+            visible = visible[:, None].expand(-1, queries, -1)  # (B, S, S_kv)
         if num_context:
             # context latents see what is cached and each other, but none of the noisy ones
             keys = None if visible is None else visible.shape[-1] - queries + num_context
@@ -552,7 +552,7 @@ class TokComTransformer(TokComPreTrainedModel):
             for layer in self.layers[: self.config.num_context_layers]:
                 known = layer(known, None, known_tables, mask, past_key_values, **kwargs)
             # normed here, once, since every denoising layer and step reads them
-            states = self.context_norm(known)
+            states = self.context_norm(known)  # (B, S_context, D)
             positions = where[:, :num_context]
             if past_key_values is not None:
                 states, positions = past_key_values.update(
@@ -594,5 +594,6 @@ __all__ = [
     "TokComTransformer",
     "TokComTransformerOutput",
     "block_causal_mask",
+    "moment_size",
     "read_text",
 ]

@@ -1,7 +1,7 @@
 """The work of `tokcom app`: a page to play with a model.
 
-Text that emerges from noise, gaps, noise levels and a map of latents; with `--pixels` texts as
-pictures, with `--images` drawn captions. In a Space, TOKCOM_MODEL names the model's repository.
+Text that emerges from noise, gaps, noise levels and a map of latents; and a tab for every model of
+`--models`, by default those in `zoo/`. In a Space, TOKCOM_MODEL names the model's repository.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before the import, which reads it
 
@@ -19,8 +19,8 @@ import gradio as gr
 import matplotlib
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
 
+from tokcom.cli.app_zoo import BUSY, TABS, ShownModel, explained, numbered_noise
 from tokcom.cli.loading import check_modality, check_model_path, open_pipeline
 from tokcom.evaluation.reconstruction import token_losses_at
 from tokcom.pipeline_tokcom import GAP, TokComPipeline
@@ -71,19 +71,6 @@ def colored(tokens: list[tuple[str, float]], given: str = "") -> str:
     return text_box("".join(spans))
 
 
-def _generator(seed: float | None) -> torch.Generator:
-    """Numbered noise; without a seed noise of its own."""
-    generator = torch.Generator()
-    if seed is None:
-        generator.seed()
-        return generator
-    return generator.manual_seed(int(seed) % 2**63)
-
-
-def _explained(error: Exception) -> gr.Error:
-    return gr.Error(str(error), title="This cannot be done", print_exception=False)
-
-
 class Writing(threading.Thread):
     """A continuation in the background.
 
@@ -117,7 +104,7 @@ class Writing(threading.Thread):
 
     def run(self) -> None:
         try:
-            with self.demo.busy:
+            with BUSY:
                 started = time.perf_counter()
                 output = self.demo.pipe(
                     self.prompt,
@@ -136,14 +123,9 @@ class Writing(threading.Thread):
 class Demo:
     """The page's functions for one pipeline; each raises `gr.Error` with a message for people."""
 
-    def __init__(self, pipe: TokComPipeline, pixels: TokComPipeline | None = None, images=None):
+    def __init__(self, pipe: TokComPipeline):
         self.pipe = pipe
-        self.pixels = pixels
-        self.images = images
-        self.busy = threading.Lock()  # one sample at a time: the machine is small
-        for each in (pipe, pixels, images):
-            if each is not None:
-                each.set_progress_bar_config(disable=True)
+        pipe.set_progress_bar_config(disable=True)
 
     @property
     def predicts_tokens(self) -> bool:
@@ -214,7 +196,7 @@ class Demo:
             guidance_scale=guidance,
             temperature=temperature if self.predicts_tokens else None,
             top_p=top_p if self.predicts_tokens else None,
-            generator=_generator(seed),
+            generator=numbered_noise(seed),
         )
         until = time.monotonic() + SLOWEST
         writing.start()
@@ -228,7 +210,7 @@ class Demo:
                     continue
                 yield colored(frame, prompt), "denoising"
             if isinstance(frame, Exception):
-                raise _explained(frame) from frame
+                raise explained(frame) from frame
         finally:  # also when the visitor leaves
             writing.stop.set()
             writing.join()
@@ -243,12 +225,12 @@ class Demo:
         text = re.sub("_{3,}", GAP, text)
         settings = {"temperature": temperature} if self.predicts_tokens else {}
         try:
-            with self.busy:
+            with BUSY:
                 output = self.pipe.infill(
-                    text, int(gap_length), generator=_generator(seed), **settings
+                    text, int(gap_length), generator=numbered_noise(seed), **settings
                 )
         except ValueError as error:
-            raise _explained(error) from error
+            raise explained(error) from error
         spans = []
         rest = output.texts[0]
         pieces = text.split(GAP)
@@ -272,9 +254,9 @@ class Demo:
         """What noisy latents of a text decode to, before and after denoising, and without noise."""
         try:
             self._check(text)
-            with self.busy, torch.no_grad():
+            with BUSY, torch.no_grad():
                 encoded = self.pipe.encode(text)
-                generator = _generator(seed)
+                generator = numbered_noise(seed)
                 again = torch.Generator()  # denoising draws the noise that is shown once more
                 again.set_state(generator.get_state())
                 seen = self._seen(encoded, noise_level, generator)
@@ -283,7 +265,7 @@ class Demo:
                 ]
                 return colored(seen), denoised, self.pipe.reconstruct(text).texts[0]
         except ValueError as error:
-            raise _explained(error) from error
+            raise explained(error) from error
 
     def _seen(
         self, encoded, noise_level: float, generator: torch.Generator
@@ -302,14 +284,14 @@ class Demo:
         """The chunk latents of a text in the plane of their two largest principal components."""
         try:
             self._check(text)
-            with self.busy:
+            with BUSY:
                 encoded = self.pipe.encode(text)
         except ValueError as error:
-            raise _explained(error) from error
+            raise explained(error) from error
         size = self.pipe.chunk_size
         latents = encoded.latents[0].float()
         if len(latents) < 3:
-            raise _explained(
+            raise explained(
                 ValueError(
                     f"a map needs at least three chunks, {3 * size} tokens; give a longer text."
                 )
@@ -336,60 +318,12 @@ class Demo:
         )
         return figure
 
-    def to_picture(self, text: str):
-        try:
-            image = self.pixels.text_to_image(text)
-        except ValueError as error:
-            raise _explained(error) from error
-        return enlarged(image, 8), self.pixels.image_to_text(image)
-
-    def draw(
-        self, caption: str, steps: int, guidance: float, seed: int
-    ) -> list[tuple[Image.Image, str]]:
-        """Pictures for a caption: of its first tokens only, and of all."""
-        prompt = caption.strip() or None
-        try:
-            with self.busy:
-                output = self.images(
-                    prompt,
-                    num_inference_steps=int(steps),
-                    guidance_scale=guidance if prompt else 1.0,
-                    generator=_generator(seed),
-                    output_type="latent",
-                )
-                return self._prefixes(output.latents)
-        except ValueError as error:
-            raise _explained(error) from error
-
-    def rebuild(self, picture: Image.Image | None) -> list[tuple[Image.Image, str]]:
-        """A picture as its first tokens, and all of them, remember it."""
-        try:
-            if picture is None:
-                raise ValueError("there is no picture; give one first.")
-            with self.busy:
-                return self._prefixes(self.images.encode(picture).latents)
-        except ValueError as error:
-            raise _explained(error) from error
-
-    def _prefixes(self, latents: torch.Tensor) -> list[tuple[Image.Image, str]]:
-        count = self.images.model.config.codec_config.num_tokens
-        kept = [k for k in (1, 2, 4, 8, 16, 32) if k < count] + [count]
-        pictures = [self.images.decode(latents, num_tokens=k).images[0] for k in kept]
-        scale = max(1, 192 // pictures[0].width)
-        large = [enlarged(picture, scale) for picture in pictures]
-        return [(picture, f"{k} of {count} tokens") for picture, k in zip(large, kept)][::-1]
-
-
-def enlarged(picture: Image.Image, scale: int) -> Image.Image:
-    """A picture whose pixels can be seen one by one."""
-    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
-
 
 # ---- the page, tab by tab ----
 
 
-def build_page(demo: Demo) -> gr.Blocks:
-    """The page of tabs."""
+def build_page(demo: Demo, models: Sequence[ShownModel] = ()) -> gr.Blocks:
+    """The page of tabs: those of the text model, and one for each of the other `models`."""
     size = sum(parameter.numel() for parameter in demo.pipe.model.parameters()) / 1e6
     with gr.Blocks(title="TokCom") as page:
         gr.Markdown(f"# TokCom\n{NOTE.format(size=size)}")
@@ -403,17 +337,9 @@ def build_page(demo: Demo) -> gr.Blocks:
             mapped = gr.Textbox(STORY, label="Text", lines=3)
             figure = gr.Plot(label="Latents of the text's chunks")
             gr.Button("Draw", variant="primary").click(demo.latent_map, mapped, figure)
-        if demo.pixels is not None:
-            with gr.Tab("Pixels"):
-                pixel_text = gr.Textbox(STORY, label="Text", lines=3)
-                picture = gr.Image(label="One pixel per token", format="png")
-                back = gr.Textbox(label="Read back from the picture", interactive=False)
-                gr.Button("Draw", variant="primary").click(
-                    demo.to_picture, pixel_text, [picture, back]
-                )
-        if demo.images is not None:
-            with gr.Tab("Images"):
-                _image_tab(demo)
+        for shown in models:
+            with gr.Tab(shown.title):
+                TABS[shown.kind](shown)
     return page
 
 
@@ -479,45 +405,14 @@ def _noise_tab(demo: Demo) -> None:
     level.release(demo.renoise, inputs, outputs)
 
 
-def _image_tab(demo: Demo) -> None:
-    config = demo.images.model.config
-    captioned = config.condition_vocab_size > 0
-    caption = gr.Textbox(label="Caption", interactive=captioned, max_length=400, elem_id="caption")
-    with gr.Row():
-        steps = gr.Slider(1, 100, config.num_inference_steps, step=1, label="Denoising steps")
-        scale = 2 if captioned else 1
-        guidance = gr.Slider(1, 6, scale, label="Guidance (1 is off)", interactive=captioned)
-        seed = gr.Number(0, label="Seed", precision=0)
-    drawn = gr.Gallery(label="All tokens, and the first ones", columns=7, elem_id="drawn")
-    button = gr.Button("Draw", variant="primary", elem_id="draw")
-    button.click(demo.draw, [caption, steps, guidance, seed], drawn)
-    picture = gr.Image(label="Picture", type="pil")
-    rebuilt = gr.Gallery(label="Encoded and decoded: all tokens, and the first ones", columns=7)
-    gr.Button("Encode and decode", variant="primary").click(demo.rebuild, picture, rebuilt)
-
-
 def run(args: argparse.Namespace) -> None:
-    """Load the models and serve the page until it is stopped."""
+    """Load the text model and serve the page until it is stopped."""
     # all paths first: a typing mistake should not cost the loading of a model
-    named = (
-        ("--checkpoint", args.checkpoint),
-        ("--pixels", args.pixels),
-        ("--images", args.images),
-    )
-    for option, path in named:
-        if path is not None:
-            check_model_path(path, option)
+    check_model_path(args.checkpoint)
+    models = [ShownModel(path, args.device) for path in args.models]
     pipe = open_pipeline(args.checkpoint, args.device)
     check_modality(pipe, args.checkpoint, "generate")
-    pixels = None
-    if args.pixels is not None:
-        pixels = open_pipeline(args.pixels, args.device, "--pixels")
-        check_modality(pixels, args.pixels, "text_to_image")
-    images = None
-    if args.images is not None:
-        images = open_pipeline(args.images, args.device, "--images")
-        check_modality(images, args.images, "draw")
-    page = build_page(Demo(pipe, pixels, images))
+    page = build_page(Demo(pipe), models)
     page.queue(default_concurrency_limit=1).launch(
         server_name=args.host, server_port=args.port, css=CSS, theme=gr.themes.Default(**FONTS)
     )

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from tokcom.cli.loading import check_model_path
 from tokcom.configuration_tokcom import TokComConfig
@@ -33,6 +33,7 @@ from tokcom.training.checkpoints import first_line
 from tokcom.training.images import FiledLatents, read_pictures
 from tokcom.training.pipelines import load_pipeline
 from tokcom.training.presets import preset_config
+from tokcom.training.tokens import load_tokenizer
 
 REQUIRED = ("model_args", "config", "vae_model_state_dict", "denoised_model_state_dict")
 MODEL_ARGS = (
@@ -83,9 +84,8 @@ def _merge_modulation(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     merged = {}
     for name, tensor in state.items():
         if ".adaln_attn.scale_shift_mlp.1." in name:
-            other = state.get(
-                name.replace("adaln_attn", "adaln_mlp"), tensor[:0]
-            )  # loading reports what is missing
+            # loading reports what is missing
+            other = state.get(name.replace("adaln_attn", "adaln_mlp"), tensor[:0])
             merged[name.replace("adaln_attn.scale_shift_mlp.1", "modulation")] = torch.cat(
                 (tensor, other)
             )
@@ -162,7 +162,7 @@ def _load_tokenizer(name: str | None, vocab_size: int) -> PreTrainedTokenizerBas
         )
         return None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = load_tokenizer(name)
     except Exception as error:
         # a missing, gated or unreachable tokenizer must not cost the user the conversion
         reason = first_line(error)

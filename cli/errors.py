@@ -27,7 +27,8 @@ def _explain_os_error(error: OSError) -> str:
 
 
 def missing_package(module: str) -> str:
-    """What to do about a package that is not installed: the extra of tokcom that brings it, or its name."""
+    """What to do about a package that is not installed: the extra of tokcom that brings it, or its
+    name."""
     package = {"yaml": "PyYAML"}.get(module, module.partition(".")[0]).replace("_", "-")
     try:
         lines = requires("tokcom") or []
@@ -70,8 +71,9 @@ _passes_through = contextvars.ContextVar("tracebacks were asked for", default=Fa
 def report_errors(debug: bool = False) -> Iterator[None]:
     """End the process with one sentence and status 1 if the body fails.
 
-    With `debug` or TOKCOM_DEBUG=1 the exception passes through and shows its traceback, also through the handler of another
-    entry point that the body calls. Also a decorator, `@report_errors()`, of every `main`.
+    With `debug` or TOKCOM_DEBUG=1 the exception passes through and shows its traceback, also
+    through the handler of another entry point that the body calls. Also a decorator,
+    `@report_errors()`, of every `main`.
     """
     debug = debug or _passes_through.get()
     before = _passes_through.set(debug)

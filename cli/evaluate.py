@@ -13,11 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tokcom.cli.loading import best_device, check_modality, open_pipeline
+from tokcom.cli.loading import check_modality, open_pipeline, usable_device
 from tokcom.evaluation import autoregressive, protocol, report
-from tokcom.evaluation.judges import TextJudge, TokenJudge
+from tokcom.evaluation.judges import TextJudge, TokenJudge, load_language_model
 from tokcom.evaluation.metrics import unigram_entropy
 from tokcom.evaluation.reconstruction import (
     cross_entropy_at,
@@ -32,6 +31,7 @@ from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.processing_tokcom import decode_ids
 from tokcom.training.config import DataConfig
 from tokcom.training.data import PackedDataset, WindowShape, load_documents, tokenize_documents
+from tokcom.training.tokens import load_tokenizer
 
 JUDGE_STEPS = 200  # of the judge that is trained when none is given
 
@@ -76,7 +76,7 @@ def load_judges(
     token_judge = None
     text_judges = {}
     for path in args.judge:
-        same_tokens = AutoTokenizer.from_pretrained(path).get_vocab() == tokenizer.get_vocab()
+        same_tokens = load_tokenizer(path).get_vocab() == tokenizer.get_vocab()
         if same_tokens and token_judge is None:
             token_judge = TokenJudge(path, args.device)
         else:
@@ -139,9 +139,7 @@ def load_systems(args: argparse.Namespace, pipe: TokComPipeline) -> dict:
     systems = {"TokCom": ours}
     for peer in args.peer:
         name, path = peer.split("=", 1)
-        model = (
-            AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(args.device).eval()
-        )
+        model = load_language_model(path, args.device)
         systems[name] = AutoregressiveSampler(
             model, pipe.tokenizer.eos_token_id, args.peer_temperature
         )
@@ -224,7 +222,7 @@ def run(args: argparse.Namespace) -> dict:
     if args.predictions:
         print(compare(args.predictions))
         return {}
-    args.device = best_device(args.device)  # judges and peers go to the same one
+    args.device = usable_device(args.device)  # judges and peers go to the same one
     results = evaluate(args)
     print((Path(args.output_dir) / "results.md").read_text(encoding="utf-8"))
     return results

@@ -1,14 +1,18 @@
-"""Decides which text of a server is written next: one thread runs the model, and all requests take turns block by block.
+"""Decides which text of a server is written next: one thread runs the model, and all requests take
+turns block by block.
 
 Notable choices:
-- Jobs with the same settings and a similar length are denoised as one *batch*; a batch is a generator that one turn advances
-  by one block.
-- Lengths fall into *classes*, and the shortest goes first, so a short text is delayed by a long one only for the block at hand;
-  within a class the batch with the fewest turns goes first. Every `PATIENCE`-th turn goes to the batch that has waited longest,
-  so long texts go on whatever else arrives.
-- A class has `LANES` batches at a time. Long texts cannot occupy the lanes of short ones, and what waits for a lane gathers into
-  a larger batch meanwhile, which costs little more than a batch of one.
-- Clients are served evenly: the next place in a batch belongs to the client with the fewest texts in front of it.
+- Jobs with the same settings and a similar length are denoised as one *batch*; a batch is a
+  generator that one turn advances by one block.
+- Lengths fall into *classes*, and the shortest goes first, so a short text is delayed by a long one
+  only for the block at hand; within a class the batch with the fewest turns goes first. Every
+  `PATIENCE`-th turn goes to the batch that has waited longest, so long texts go on whatever else
+  arrives.
+- A class has `LANES` batches at a time. Long texts cannot occupy the lanes of short ones, and what
+  waits for a lane gathers into a larger batch meanwhile, which costs little more than a batch of
+  one.
+- Clients are served evenly: the next place in a batch belongs to the client with the fewest texts
+  in front of it.
 - Jobs whose client has left are dropped at the next denoising step.
 """
 
@@ -72,8 +76,9 @@ class Sampling(NamedTuple):
 class Scores(NamedTuple):
     """Log-probabilities of the tokens of a text.
 
-    `ids` are those of the prompt and of what was written, `own[i]` is the log-probability of token i given those before it, and
-    `best[i]` the likeliest ids in its place with theirs. The first token has none.
+    `ids` are those of the prompt and of what was written, `own[i]` is the log-probability of token
+    i given those before it, and `best[i]` the likeliest ids in its place with theirs. The first
+    token has none.
     """
 
     ids: list[int]
@@ -82,7 +87,8 @@ class Scores(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """What a text gains in one turn; see `TokComPiece`. The last piece carries `scores` if they were asked for."""
+    """What a text gains in one turn; see `TokComPiece`. The last piece carries `scores` if they
+    were asked for."""
 
     text: str
     tokens: int
@@ -121,12 +127,14 @@ class Job:
     @property
     def gone(self) -> bool:
         """Whether nobody waits for it any more."""
-        # at the deadline the answer itself cancels its jobs, unless it cannot since its client does not read
+        # at the deadline the answer itself cancels its jobs, unless it cannot since its client does
+        # not read
         return self.cancelled or time.monotonic() > self.deadline + 1
 
     @property
     def length_class(self) -> int:
-        """0 for texts of up to `CLASS_RATIO**2` tokens, one more for each `CLASS_RATIO` times as long."""
+        """0 for texts of up to `CLASS_RATIO**2` tokens, one more for each `CLASS_RATIO` times as
+        long."""
         size = 0
         while self.max_tokens > CLASS_RATIO ** (size + 2):
             size += 1
@@ -149,11 +157,13 @@ class Dropped(Exception):
 
 
 class Paused:
-    """Runs `call(pipe)` in a thread of its own, which waits after every `every`-th denoising step until the next turn.
+    """Runs `call(pipe)` in a thread of its own, which waits after every `every`-th denoising step
+    until the next turn.
 
-    For calls that are no generators, and for models that denoise all at once. `call` gets a pipeline of its own, whose
-    scheduler is shared with nobody, because it rests in the middle of a block. Iterating gives None at each rest; then
-    `result` is what the call returned. Raises what the call raises.
+    For calls that are no generators, and for models that denoise all at once. `call` gets a
+    pipeline of its own, whose scheduler is shared with nobody, because it rests in the middle of a
+    block. Iterating gives None at each rest; then `result` is what the call returned. Raises what
+    the call raises.
     """
 
     def __init__(
@@ -197,7 +207,8 @@ class Paused:
                 raise Dropped
 
     def close(self) -> None:
-        """End the call at the step at which it rests; also how a progress bar is closed, which its own thread does."""
+        """End the call at the step at which it rests; also how a progress bar is closed, which its
+        own thread does."""
         if threading.current_thread() is not self._thread and not self._finished:
             self._closed = True
             self._turn.release()
@@ -230,7 +241,8 @@ class Batch:
         self._writing = self._infill() if jobs[0].infill else self._continue()
 
     def advance(self) -> bool:
-        """Take one turn; returns whether there is more to do. What goes wrong is told to the jobs."""
+        """Take one turn; returns whether there is more to do. What goes wrong is told to the
+        jobs."""
         self.turns += 1
         try:
             next(self._writing)
@@ -375,7 +387,8 @@ class Engine:
     def submit(self, jobs: list[Job]) -> None:
         """Queue all of `jobs` or, if there is no room, none: then raises `RequestError`.
 
-        If the queue is full, the client with the most waiting texts loses its latest ones to a client with fewer.
+        If the queue is full, the client with the most waiting texts loses its latest ones to a
+        client with fewer.
         """
         with self.changed:
             if self.draining or self.closed:
@@ -391,7 +404,8 @@ class Engine:
             self.changed.notify_all()
 
     def _displaced(self, client: str, count: int, excess: int) -> list[Job]:
-        """The `excess` waiting jobs that make room for `count` new ones of a client; raises if it may not displace any."""
+        """The `excess` waiting jobs that make room for `count` new ones of a client; raises if it
+        may not displace any."""
         waiting = Counter(job.client for job in self.waiting)
         displaced = []
         for _ in range(excess):

@@ -46,6 +46,14 @@ def spectrum_of(features: torch.Tensor) -> Image.Image:
     return image.convert("RGB").resize((2 * TILE, TILE), Image.Resampling.NEAREST)
 
 
+def tiles_of(values: torch.Tensor) -> list[Image.Image]:
+    """Log-mel features `(bands, F)`, a picture `(3, H, W)` or a clip `(3, F, H, W)` as pictures."""
+    if values.ndim == 2:
+        return [spectrum_of(values)]
+    frames = values[None] if values.ndim == 3 else values.transpose(0, 1)  # (F, 3, H, W)
+    return [picture_of(frame) for frame in frames]
+
+
 def side_by_side(tiles: list[Image.Image], text: str, width: int | None = None) -> Image.Image:
     """Pictures of one height in a row, with a line of text below."""
     used = sum(tile.width + 2 for tile in tiles)
@@ -101,8 +109,7 @@ def contact_sheet(corpus: Corpus) -> Image.Image:
     for index in range(min(RECORDS, len(dataset))):
         pixels = dataset[index]["pixel_values"]
         caption = dataset.describe(index).partition(": ")[2]
-        frames = pixels[None] if pixels.ndim == 3 else pixels.transpose(0, 1)  # (F, 3, H, W)
-        items.append(side_by_side([picture_of(frame) for frame in frames], caption))
+        items.append(side_by_side(tiles_of(pixels), caption))
     if dataset.clip_length is not None:
         return stacked(items)
     width = max(item.width for item in items)
@@ -119,16 +126,9 @@ def _row_of_streams(dataset, index: int) -> Image.Image:
     item = dataset[index]
     tiles = []
     for name, values in item["streams"].items():
-        kind = dataset.configs[name].kind
         if not item["present"][name] or name in dataset.texts:
             continue
-        if kind == "audio":
-            tiles.append(spectrum_of(values))
-        else:
-            tiles += [
-                picture_of(frame)
-                for frame in (values[None] if values.ndim == 3 else values.transpose(0, 1))
-            ]
+        tiles += tiles_of(values)
     return side_by_side(tiles, dataset.describe(index), 4 * TILE)
 
 

@@ -7,6 +7,7 @@ import torch
 from safetensors import SafetensorError
 
 from tokcom import load_pipeline
+from tokcom.cli.options import DEVICE
 from tokcom.training.checkpoints import first_line
 
 # modality of a model: what it makes, and the commands to use it with
@@ -25,18 +26,33 @@ NOT_TEXT = {
 }
 
 
-def best_device(device: str | None = None) -> str:
-    """`device`, or if it is None the fastest there is."""
-    if device is not None:
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def usable_device(name: str = "auto") -> str:
+    """The device `name`; of `"auto"` cuda if there is one, else cpu.
+
+    Raises `ValueError` for a device that cannot be used.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name).item()  # of `meta` there is no number
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device {name!r} cannot be used ({first_line(error)}); try --device cpu."
+        ) from error
+    return name
+
+
+def device_argument(name: str) -> str:
+    """`usable_device` as argparse wants it: it would not show the message of a `ValueError`."""
+    try:
+        return usable_device(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def add_device_option(parser: argparse.ArgumentParser) -> None:
-    """`--device` of a script that measures or shows models."""
-    parser.add_argument(
-        "--device", default="cpu", help="where the models run, e.g. cuda (default: %(default)s)"
-    )
+    """`--device` of a script that runs models; the parsed value is a device that can be used."""
+    parser.add_argument("--device", type=device_argument, default="auto", help=DEVICE)
 
 
 def check_model_path(checkpoint: str, option: str = "--checkpoint") -> None:
@@ -44,7 +60,8 @@ def check_model_path(checkpoint: str, option: str = "--checkpoint") -> None:
     path = Path(checkpoint)
     if path.is_dir() and not (path / "model_index.json").is_file():
         raise FileNotFoundError(
-            f"{checkpoint} holds no model_index.json, so it is not a TokCom model directory; name one with {option}."
+            f"{checkpoint} holds no model_index.json, so it is not a TokCom model directory; name "
+            f"one with {option}."
         )
     # a Hub id is USER/NAME; everything else that is not there was meant as a path
     is_hub_id = checkpoint.count("/") == 1 and not checkpoint.startswith((".", "/"))
@@ -54,13 +71,13 @@ def check_model_path(checkpoint: str, option: str = "--checkpoint") -> None:
         )
 
 
-def open_pipeline(checkpoint: str, device: str | None = None, option: str = "--checkpoint"):
+def open_pipeline(checkpoint: str, device: str = "auto", option: str = "--checkpoint"):
     """The pipeline of a directory, a Hub id or a published `.pt`, on `device`.
 
     Raises `FileNotFoundError` if nothing is there, and `ValueError` for weights that do not fit or
     a device that cannot be used.
     """
-    device = best_device(device)
+    device = usable_device(device)
     path = Path(checkpoint)
     check_model_path(checkpoint, option)
     if path.suffix == ".pt":
@@ -74,12 +91,7 @@ def open_pipeline(checkpoint: str, device: str | None = None, option: str = "--c
             f"the weights in {checkpoint} are truncated or do not fit its config.json "
             f"({first_line(error)}); download them again."
         ) from error
-    try:
-        return pipe.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"device {device!r} cannot be used ({first_line(error)}); try --device cpu."
-        ) from error
+    return pipe.to(device)
 
 
 def check_modality(pipe, checkpoint: str, mode: str) -> None:

@@ -205,13 +205,15 @@ def any_to_any(pipe, args: argparse.Namespace) -> list[str]:
     inputs = {"text": args.input_text, "audio": args.input_audio, "image": args.input_image}
     given = {kind: value for kind, value in inputs.items() if value is not None}
     files = {"image": args.image_file, "audio": args.audio_file}
-    wanted = [kind for kind, file in files.items() if file is not None] or ["text"]
+    files = {kind: file for kind, file in files.items() if file is not None}
+    wanted = list(files) or ["text"]
     missing = {*given, *wanted} - set(names)
     if missing:
         raise ValueError(f"this model has no {sorted(missing)}; its streams are {sorted(names)}.")
-    if args.batch_size > 1 and wanted != ["text"]:
+    if args.batch_size > 1 and files:
         raise ValueError(
-            f"--batch_size {args.batch_size}: --image_file and --audio_file hold one sample each; leave it at 1."
+            f"--batch_size {args.batch_size}: --image_file and --audio_file hold one sample each; "
+            "leave it at 1."
         )
     made = pipe(
         {names[kind]: [value] * args.batch_size for kind, value in given.items()},
@@ -221,17 +223,21 @@ def any_to_any(pipe, args: argparse.Namespace) -> list[str]:
         num_candidates=args.num_candidates,
         **sampling(args),
     ).streams
-    if wanted == ["text"]:
+    if not files:
         texts = [str(text) for text in made[names["text"]]]
         for i, text in enumerate(texts):
             print(f"[{i + 1}] {text}")
         return texts
-    if "image" in wanted:
-        made[names["image"]][0].save(args.image_file)
-    if "audio" in wanted:
-        name = names["audio"]
-        write_wav(made[name][0], args.audio_file, pipe.sampling_rates[name])
-    return [line for kind in wanted for line in tell(f"{kind} written to {files[kind]}")]
+    lines = []
+    for kind, file in files.items():
+        first = made[names[kind]][0]
+        rate = pipe.sampling_rates.get(names[kind])  # only sounds have one
+        if rate is None:
+            first.save(file)
+        else:
+            write_wav(first, file, rate)
+        lines += tell(f"{kind} written to {file}")
+    return lines
 
 
 RUN: dict[str, Callable[[Any, argparse.Namespace], list[str]]] = {

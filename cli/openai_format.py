@@ -1,6 +1,8 @@
-"""OpenAI's formats: what a client may send, what of it this server refuses and why, and how answers look.
+"""OpenAI's formats: what a client may send, what of it this server refuses and why, and how answers
+look.
 
-Everything here is about formats; `fair_turns.py` decides when a text is written, `serve.py` is the web application.
+Everything here is about formats; `fair_turns.py` decides when a text is written, `serve.py` is the
+web application.
 """
 
 import re
@@ -184,7 +186,8 @@ def explain_invalid(errors: list[dict]) -> RequestError:
 
 @dataclass
 class Prompt:
-    """What one text begins with, as `text` and as `ids`; `drops_space`: its text ends with the space of the next word."""
+    """What one text begins with, as `text` and as `ids`; `drops_space`: its text ends with the
+    space of the next word."""
 
     text: str
     ids: list[int]
@@ -196,7 +199,8 @@ def _bad(param: str, message: str, code: str | None = None) -> RequestError:
 
 
 def dialogue_text(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> tuple[str, bool]:
-    """A dialogue as one text, and whether special tokens are meant by what spells them: of a chat template they are.
+    """A dialogue as one text, and whether special tokens are meant by what spells them: of a chat
+    template they are.
 
     Without a template the turns are lines.
     """
@@ -277,8 +281,8 @@ def _check_limits(
     if work > settings.max_work:
         raise _bad(
             "max_tokens",
-            f"{tokens} tokens x {steps} steps x {texts} texts are {work}, more than this server's limit of "
-            f"{settings.max_work}; ask for fewer of one of them.",
+            f"{tokens} tokens x {steps} steps x {texts} texts are {work}, more than this server's "
+            f"limit of {settings.max_work}; ask for fewer of one of them.",
         )
 
 
@@ -308,8 +312,9 @@ def _check_options(request: TextRequest, pipe: TokComPipeline, settings: ServerS
         if not pipe.model.config.is_causal_lm:
             raise _bad(
                 "logprobs",
-                "`logprobs`: this model does not decide its tokens one after the other, so it has no exact probabilities of "
-                "them; leave `logprobs` out, or serve a model with `token_stagger=1`, `block_size=1` and `start_latents=True`.",
+                "`logprobs`: this model does not decide its tokens one after the other, so it has "
+                "no exact probabilities of them; leave `logprobs` out, or serve a model with "
+                "`token_stagger=1`, `block_size=1` and `start_latents=True`.",
             )
     elif getattr(request, "top_logprobs", None) is not None:
         raise _bad("top_logprobs", "`top_logprobs` needs `logprobs`: true.")
@@ -322,7 +327,8 @@ def _check_infill(request: CompletionRequest) -> None:
     if re.findall("_{3,}", request.prompt + GAP + request.suffix) != [GAP]:
         raise _bad(
             "suffix",
-            "with `suffix`, no text may hold three underscores, which stand for a gap, or one beside the gap.",
+            "with `suffix`, no text may hold three underscores, which stand for a gap, or one "
+            "beside the gap.",
         )
     if not request.prompt.strip() and not request.suffix.strip():
         raise _bad(
@@ -336,7 +342,8 @@ def _check_infill(request: CompletionRequest) -> None:
 
 
 def _check_window(pipe: TokComPipeline, param: str, size: int, more: int) -> None:
-    """Refuse a prompt of `size` tokens that, with `more` new ones, is longer than the model can see at once."""
+    """Refuse a prompt of `size` tokens that, with `more` new ones, is longer than the model can see
+    at once."""
     multiple = pipe.model.config.codec_config.length_multiple
     if -(-(size + more) // multiple) * multiple <= pipe.max_length:
         return
@@ -347,6 +354,28 @@ def _check_window(pipe: TokComPipeline, param: str, size: int, more: int) -> Non
     raise _bad(param, message, code="context_length_exceeded")
 
 
+def _texts_of(request: CompletionRequest | ChatRequest) -> dict[str, list[str]]:
+    """The texts of a request by the field that holds them."""
+    if isinstance(request, ChatRequest):
+        return {"messages": [message.text for message in request.messages]}
+    given = [request.prompt] if isinstance(request.prompt, str) else request.prompt
+    prompts = [text for text in given if isinstance(text, str)]
+    return {"prompt": prompts, "suffix": [request.suffix or ""]}
+
+
+def _tokens_of(request: CompletionRequest | ChatRequest, settings: ServerSettings) -> int:
+    """How many tokens to write at most; raises `RequestError` for none, unless they are scored."""
+    tokens = request.tokens
+    if tokens is None:
+        return min(CHAT_TOKENS, settings.max_tokens)
+    if tokens == 0 and (request.num_logprobs is None or not request.echo):
+        raise _bad(
+            "max_tokens",
+            "`max_tokens` (0) must be at least 1; only `echo` with `logprobs` takes 0.",
+        )
+    return tokens
+
+
 def read_request(
     request: CompletionRequest | ChatRequest,
     pipe: TokComPipeline,
@@ -355,18 +384,11 @@ def read_request(
     client: str,
     loop,
 ) -> tuple[list[Prompt], list[Job]]:
-    """The prompts of a request, and a job for each text to write: `n` for every prompt. Raises `RequestError`."""
+    """The prompts of a request, and a job for each text to write: `n` for every prompt. Raises
+    `RequestError`."""
     _check_options(request, pipe, settings)
     infills = isinstance(request, CompletionRequest) and bool(request.suffix)
-    if isinstance(request, ChatRequest):
-        texts = {"messages": [message.text for message in request.messages]}
-    else:
-        given = [request.prompt] if isinstance(request.prompt, str) else request.prompt
-        texts = {
-            "prompt": [text for text in given if isinstance(text, str)],
-            "suffix": [request.suffix or ""],
-        }
-    _check_texts({**texts, "stop": request.stops}, settings)
+    _check_texts({**_texts_of(request), "stop": request.stops}, settings)
     if infills:
         _check_infill(request)
 
@@ -376,24 +398,16 @@ def read_request(
     else:
         prompts = _read_prompts(request, tokenizer, pipe.model.config.text_vocab_size - 1)
         param = "prompt"
-    tokens = request.tokens
-    if tokens is None:
-        tokens = min(CHAT_TOKENS, settings.max_tokens)
-    scores = request.num_logprobs is not None
-    if tokens == 0 and not (scores and request.echo):
-        raise _bad(
-            "max_tokens",
-            "`max_tokens` (0) must be at least 1; only `echo` with `logprobs` takes 0.",
-        )
+    tokens = _tokens_of(request, settings)
     _check_limits(
         request, len(prompts) * request.n, tokens, pipe.model.config.num_inference_steps, settings
     )
     if infills:
         prompts[0].ids = prompts[0].ids + text_ids(tokenizer, request.suffix)
     bidirectional = pipe.model.config.transformer_config.block_size is None
-    must_fit = (
-        tokens if scores or infills or bidirectional else 0
-    )  # a window slides over other texts
+    # a window slides over other texts
+    is_whole = request.num_logprobs is not None or infills or bidirectional
+    must_fit = tokens if is_whole else 0
     for prompt in prompts:
         _check_window(pipe, param, len(prompt.ids), must_fit)
 
@@ -438,7 +452,8 @@ class TokenTexts:
 
 
 class ScoredText(NamedTuple):
-    """The tokens of an answer: `places` in `scores`, what each spells, and at which character of the answer it begins."""
+    """The tokens of an answer: `places` in `scores`, what each spells, and at which character of
+    the answer it begins."""
 
     scores: Scores
     places: range
@@ -447,7 +462,8 @@ class ScoredText(NamedTuple):
 
     @classmethod
     def of(cls, scores: Scores, start: int, text: str, tokens: TokenTexts) -> "ScoredText":
-        """The tokens from `start` on that begin within the `text` of an answer, which a stop sequence may have cut."""
+        """The tokens from `start` on that begin within the `text` of an answer, which a stop
+        sequence may have cut."""
         begins = [tokens.length(scores.ids[:i]) for i in range(start, len(scores.ids) + 1)]
         offsets = [begin - begins[0] for begin in begins[:-1]]
         cut = begins[-1] - begins[0] > len(text)
@@ -463,9 +479,8 @@ def completion_logprobs(scored: ScoredText, tokens: TokenTexts, count: int) -> d
     for i in scored.places:
         best: dict[str, float] = {}
         for token, value in scored.scores.best[i][:count]:
-            best.setdefault(
-                tokens.of(token), value
-            )  # several ids may spell the same; the likeliest comes first
+            # several ids may spell the same; the likeliest comes first
+            best.setdefault(tokens.of(token), value)
         own.append(scored.scores.own[i])
         likeliest.append(best if i else None)
     return {

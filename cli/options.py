@@ -53,8 +53,14 @@ def default_checkpoint() -> str:
     return str(shipped)
 
 
+def shipped_zoo() -> list[str]:
+    """The models that lie in `zoo/` of this checkout; the installed package has none."""
+    found = (Path(tokcom.__file__).parent / "zoo").glob("*/model_index.json")
+    return sorted(str(file.parent) for file in found)
+
+
 CHECKPOINT = "model directory or Hub id"
-DEVICE = "cpu, cuda, cuda:1 ... (default: cuda if there is one, else cpu)"
+DEVICE = "cpu, cuda, cuda:1 ... (default: auto, cuda if there is one, else cpu)"
 OPTIONS: dict[str, dict] = {
     "checkpoint": {
         "default": default_checkpoint(),
@@ -120,7 +126,7 @@ OPTIONS: dict[str, dict] = {
         "default": 1,
         "help": "texts among which the most typical is chosen",
     },
-    "device": {"help": DEVICE},
+    "device": {"default": "auto", "help": DEVICE},
     "seed": {
         "type": int,
         "help": "the same seed gives the same sample (default: another one each time)",
@@ -291,7 +297,8 @@ def refuse_unused(
         if name not in MODES[mode].options and getattr(args, name) not in (default, False):
             takers = ", ".join(taker for taker, other in MODES.items() if name in other.options)
             parser.error(
-                f"--{name} {getattr(args, name)} has no effect in mode {mode}; it is an option of: {takers}"
+                f"--{name} {getattr(args, name)} has no effect in mode {mode}; it is an option of: "
+                f"{takers}"
             )
 
 
@@ -332,7 +339,7 @@ def add_sample_corpus_options(parser: argparse.ArgumentParser) -> None:
     add("--texts_per_file", type=int, default=10000, help="texts in each part-*.parquet")
     add("--seed", type=int, default=0, help="seed; batch b draws from its own, (seed, b)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
-    add("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
+    add("--device", default="auto", help=DEVICE)
     add("--compile", action="store_true", help="fuse the attention; needs a C++ compiler on a cpu")
 
 
@@ -354,12 +361,15 @@ def add_app_options(parser: argparse.ArgumentParser) -> None:
         default=os.environ.get("TOKCOM_MODEL", default_checkpoint()),
         help=f"{CHECKPOINT} of a text model",
     )
-    add("--pixels", help="a pixel model, for a tab of texts as pictures (default: no such tab)")
     add(
-        "--images",
-        help="an image model, for a tab of captions and pictures (default: no such tab)",
+        "--models",
+        nargs="*",
+        default=shipped_zoo(),
+        metavar="MODEL",
+        help="models of pixels, pictures, clips and several streams, each with a tab of its own "
+        "(default: those in zoo/)",
     )
-    add("--device", help=DEVICE)
+    add("--device", default="auto", help=DEVICE)
     add(
         "--host",
         default="0.0.0.0" if "SPACE_ID" in os.environ else "127.0.0.1",
@@ -373,7 +383,7 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
     add("--checkpoint", default=default_checkpoint(), help=CHECKPOINT)
     add("--host", default="127.0.0.1", help="0.0.0.0 for all interfaces; give an API key then")
     add("--port", type=int, default=8000, help="0 takes a free one")
-    add("--device", help=DEVICE)
+    add("--device", default="auto", help=DEVICE)
     add("--compile", **OPTIONS["compile"])
     add(
         "--api_key",
@@ -443,7 +453,7 @@ def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
         help="sample from the fewest tokens that reach this probability",
     )
     add("--peer_temperature", type=float, default=1.0, help="of the peers' token probabilities")
-    add("--device", help=DEVICE)
+    add("--device", default="auto", help=DEVICE)
 
 
 def add_convert_options(parser: argparse.ArgumentParser) -> None:

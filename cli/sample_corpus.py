@@ -27,7 +27,6 @@ from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
     AutoModelForCausalLM,
-    AutoTokenizer,
     DynamicCache,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -36,7 +35,9 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from tokcom.cli.loading import usable_device
 from tokcom.integrity_tokcom import file_digest
+from tokcom.training.tokens import load_tokenizer
 
 COUNTS = ("sampled", "kept", "not_ended", "too_short", "duplicates", "characters")
 # What may differ when a run goes on: the texts sampled so far do not depend on it.
@@ -111,16 +112,17 @@ class Teacher:
     """A causal language model with what its texts begin and end with."""
 
     def __init__(self, args: argparse.Namespace) -> None:
+        args.device = usable_device(args.device)  # a setting of the corpus, as it was found
         self.args = args
         self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            args.model, dtype=getattr(torch, args.dtype)
+            args.model, dtype=getattr(torch, args.dtype), trust_remote_code=False
         )
         self.model.eval().to(args.device)
         if args.compile:
             AttentionInterface.register("single_token", single_token_attention)
             AttentionMaskInterface.register("single_token", sdpa_mask)
             self.model.set_attn_implementation("single_token")
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(args.model)
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(args.model)
         self.start = self._start()
         self.ends = self._ends()
         self.room = len(self.start) + args.max_new_tokens

@@ -4,10 +4,12 @@
     curl http://127.0.0.1:8000/v1/completions -H "Content-Type: application/json" \
         -d '{"model": "tokcom", "prompt": "Once upon a time", "max_tokens": 64, "stream": true}'
 
-Notable choices: one thread runs the model and gives all requests their turns (`fair_turns.py`), another one reads requests
-(`openai_format.py`), so the event loop only passes pieces of text on; every text has noise of its own, so a seed gives the same
-text in any company. Listens on the loopback interface unless told otherwise; `--api_key`, or TOKCOM_API_KEY in the environment,
-is then asked of every request but /health. docs/serving.md describes what it understands and what it was measured to do.
+Notable choices: one thread runs the model and gives all requests their turns (`fair_turns.py`),
+another one reads requests (`openai_format.py`), so the event loop only passes pieces of text on;
+every text has noise of its own, so a seed gives the same text in any company. Listens on the
+loopback interface unless told otherwise; `--api_key`, or TOKCOM_API_KEY in the environment, is then
+asked of every request but /health. docs/serving.md describes what it understands and what it was
+measured to do.
 """
 
 import argparse
@@ -72,7 +74,8 @@ class Choice:
         self._drops_space = prompt is not None and prompt.drops_space
 
     async def grow(self) -> str:
-        """Wait for the next piece and return what can be shown of it: the beginning of a stop sequence is held back."""
+        """Wait for the next piece and return what can be shown of it: the beginning of a stop
+        sequence is held back."""
         piece: Piece | Exception = await self.job.pieces.get()
         if isinstance(piece, Exception):
             raise piece
@@ -85,7 +88,8 @@ class Choice:
         self.finish_reason = piece.finish_reason
         self.scores = piece.scores
         ends = [self.text.find(stop) for stop in self.stops if stop in self.text]
-        # scores are computed when a text is complete, so a scored one is written to its end and cut then
+        # scores are computed when a text is complete, so a scored one is written to its end and cut
+        # then
         if ends and (self.job.num_logprobs is None or piece.finish_reason):
             self.text = self.text[: min(ends)]
             self.finish_reason = "stop"
@@ -118,7 +122,8 @@ def as_request_error(error: Exception) -> RequestError:
 
 
 class Answer:
-    """A response to one request, whole or as server-sent events; either way its jobs are cancelled when it ends."""
+    """A response to one request, whole or as server-sent events; either way its jobs are cancelled
+    when it ends."""
 
     def __init__(
         self,
@@ -151,9 +156,11 @@ class Answer:
             pass
 
     async def _grown(self) -> AsyncIterator[tuple[int, str]]:
-        """`(index, new text)` of the choices in the order in which they grow, until all are finished.
+        """`(index, new text)` of the choices in the order in which they grow, until all are
+        finished.
 
-        Raises `ClientLeft` as soon as the client does, and `RequestError` after the timeout or when a text failed.
+        Raises `ClientLeft` as soon as the client does, and `RequestError` after the timeout or when
+        a text failed.
         """
         deadline = self.choices[0].job.deadline
         leaves = asyncio.ensure_future(self._client_leaves())
@@ -246,7 +253,8 @@ class Answer:
 
 
 class Guard:
-    """Lets requests in: asks for the key, and reads each body itself, so that none is too large or takes forever to come."""
+    """Lets requests in: asks for the key, and reads each body itself, so that none is too large or
+    takes forever to come."""
 
     def __init__(self, app: ASGIApp, settings: ServerSettings):
         self.app = app
@@ -346,80 +354,97 @@ def _explain_errors(app: FastAPI) -> None:
         )
 
 
-def build_app(pipe: TokComPipeline, settings: ServerSettings) -> FastAPI:
-    """The web application; its `state.engine` runs the model."""
-    engine = Engine(pipe, settings.max_batch, settings.max_queue, settings.batch_wait)
-    # a tokenizer is not safe in two threads: the model's thread has the pipeline's, this thread a copy
-    reader = ThreadPoolExecutor(1, thread_name_prefix="tokcom-reader")
-    tokenizer = copy.deepcopy(pipe.tokenizer)
-    texts = TokenTexts(tokenizer)
-    card = {
-        "id": settings.model_name,
-        "object": "model",
-        "created": int(time.time()),
-        "owned_by": "tokcom",
-    }
+class Service:
+    """A model with the two threads that read requests and run it."""
 
-    @contextlib.asynccontextmanager
-    async def lifespan(app: FastAPI):
-        yield
-        await asyncio.to_thread(engine.close)
-        reader.shutdown(wait=False)
+    def __init__(self, pipe: TokComPipeline, settings: ServerSettings):
+        self.pipe = pipe
+        self.settings = settings
+        self.engine = Engine(pipe, settings.max_batch, settings.max_queue, settings.batch_wait)
+        # a tokenizer is not safe in two threads: the model's has the pipeline's, the reader a copy
+        self.reader = ThreadPoolExecutor(1, thread_name_prefix="tokcom-reader")
+        self.tokenizer = copy.deepcopy(pipe.tokenizer)
+        self.texts = TokenTexts(self.tokenizer)
+        self.card = {
+            "id": settings.model_name,
+            "object": "model",
+            "created": int(time.time()),
+            "owned_by": "tokcom",
+        }
 
-    app = FastAPI(
-        title="TokCom", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None
-    )
-    app.state.engine = engine
-    app.add_middleware(Guard, settings=settings)
-
-    _explain_errors(app)
-
-    @app.get("/health")
-    async def health() -> dict:
+    def health(self) -> dict:
+        engine = self.engine
         state = "ok" if engine.thread.is_alive() else "stopped"
         if engine.draining:
             state = "draining"
         return {"status": state, "waiting": len(engine.waiting), "running": engine.running}
 
-    @app.get("/v1/models")
-    async def models() -> dict:
-        return {"object": "list", "data": [card]}
-
-    @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> dict:
-        if name != settings.model_name:
-            message = f"the model {name!r} does not exist; this server has {settings.model_name!r}."
+    def model(self, name: str) -> dict:
+        if name != self.settings.model_name:
+            known = self.settings.model_name
+            message = f"the model {name!r} does not exist; this server has {known!r}."
             raise RequestError(404, message, code="model_not_found", param="model")
-        return card
+        return self.card
 
-    async def answer(request: CompletionRequest | ChatRequest, connection: Request):
+    async def answer(self, request: CompletionRequest | ChatRequest, connection: Request):
+        """Read a request, hand its jobs to the model, and answer as they grow or when they end."""
         loop = asyncio.get_running_loop()
         client = connection.client.host if connection.client else ""
-        what = request, pipe, tokenizer, settings, client, loop
-        prompts, jobs = await loop.run_in_executor(reader, read_request, *what)
-        engine.submit(jobs)
+        what = request, self.pipe, self.tokenizer, self.settings, client, loop
+        prompts, jobs = await loop.run_in_executor(self.reader, read_request, *what)
+        self.engine.submit(jobs)
         choices = [
             Choice(job, request.stops, prompts[i // request.n]) for i, job in enumerate(jobs)
         ]
         count = sum(len(prompt.ids) for prompt in prompts)
-        response = Answer(request, choices, count, settings, connection)
+        response = Answer(request, choices, count, self.settings, connection)
         if request.stream:
             return StreamingResponse(response.events(), media_type="text/event-stream")
-        return await response.whole(texts, reader)
+        return await response.whole(self.texts, self.reader)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(self, app: FastAPI):
+        yield
+        await asyncio.to_thread(self.engine.close)
+        self.reader.shutdown(wait=False)
+
+
+def build_app(pipe: TokComPipeline, settings: ServerSettings) -> FastAPI:
+    """The web application; its `state.engine` runs the model."""
+    service = Service(pipe, settings)
+    # without the pages that describe an API
+    hidden = {"docs_url": None, "redoc_url": None, "openapi_url": None}
+    app = FastAPI(title="TokCom", lifespan=service.lifespan, **hidden)
+    app.state.engine = service.engine
+    app.add_middleware(Guard, settings=settings)
+    _explain_errors(app)
+
+    @app.get("/health")
+    async def health() -> dict:
+        return service.health()
+
+    @app.get("/v1/models")
+    async def models() -> dict:
+        return {"object": "list", "data": [service.card]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict:
+        return service.model(name)
 
     @app.post("/v1/completions")
     async def completions(request: CompletionRequest, connection: Request):
-        return await answer(request, connection)
+        return await service.answer(request, connection)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: ChatRequest, connection: Request):
-        return await answer(request, connection)
+        return await service.answer(request, connection)
 
     return app
 
 
 class DrainingServer(uvicorn.Server):
-    """Ends on SIGTERM or SIGINT with status 0: takes no more requests, and finishes running ones for `grace` seconds.
+    """Ends on SIGTERM or SIGINT with status 0: takes no more requests, and finishes running ones
+    for `grace` seconds.
 
     A second SIGINT ends at once.
     """

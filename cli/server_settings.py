@@ -1,4 +1,5 @@
-"""Limits of the server. Nothing heavy is imported, so that `tokcom serve --help` answers at once."""
+"""Limits of the server. Nothing heavy is imported, so that `tokcom serve --help` answers at
+once."""
 
 from dataclasses import dataclass, fields
 from math import isfinite
@@ -18,10 +19,11 @@ LIMITS = {
 
 @dataclass
 class ServerSettings:
-    """Limits of the server: lengths in tokens, times in seconds, sizes in bytes. Raises `ValueError` if one makes no sense.
+    """Limits of the server: lengths in tokens, times in seconds, sizes in bytes. Raises
+    `ValueError` if one makes no sense.
 
-    `max_work` limits tokens x denoising steps x texts of one request, `max_characters` those of its texts together, `grace` is
-    how long running requests may take when the server is told to end.
+    `max_work` limits tokens x denoising steps x texts of one request, `max_characters` those of its
+    texts together, `grace` is how long running requests may take when the server is told to end.
     """
 
     model_name: str = "tokcom"

@@ -33,7 +33,8 @@ def check_configuration(directory: Path) -> str:
 
 
 def check_loading(directory: Path) -> str:
-    """Weights and configuration name the same tensors of the same shapes, and every number is finite."""
+    """Weights and configuration name the same tensors of the same shapes, and every number is
+    finite."""
     model = TokComModel.from_pretrained(directory)
     return f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters, all finite"
 
@@ -86,6 +87,7 @@ def verify(args: argparse.Namespace) -> None:
             print(f"FAILED  {name:13} {first_line(error.__cause__ or error)}")
     if failed:
         raise ValueError(
-            f"{args.directory} failed {len(failed)} of {len(CHECKS)} checks ({', '.join(failed)}); see above."
+            f"{args.directory} failed {len(failed)} of {len(CHECKS)} checks ({', '.join(failed)}); "
+            "see above."
         )
     print(f"{args.directory} is whole.")

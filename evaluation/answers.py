@@ -22,6 +22,7 @@ import torch
 from tqdm.auto import tqdm
 
 from tokcom.cli.errors import report_errors
+from tokcom.cli.loading import add_device_option
 from tokcom.evaluation.parts import Parts, fingerprint
 from tokcom.evaluation.reference import reference_metrics
 from tokcom.evaluation.report import table
@@ -110,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--temperature", type=float)
     parser.add_argument("--top_p", type=float)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device_option(parser)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/answers"))
     args = parser.parse_args(argv)
     prompts, references = read_questions(args.data, args.samples)

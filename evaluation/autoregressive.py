@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from transformers import (
-    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerBase,
@@ -37,6 +36,7 @@ from tokcom.training.config import DataConfig
 from tokcom.training.data import PackedDataset, WindowShape, load_documents, tokenize_documents
 from tokcom.training.optimizer import build_optimizer
 from tokcom.training.precision import has_fast_bfloat16
+from tokcom.training.tokens import load_tokenizer
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 
@@ -228,7 +228,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--torch_compile", action="store_true", help="compile the network")
     args = vars(parser.parse_args(argv))
-    tokenizer = AutoTokenizer.from_pretrained(args.pop("checkpoint"))
+    tokenizer = load_tokenizer(args.pop("checkpoint"))
     column = args.pop("text_column")
     documents = load_documents(args.pop("data"), DataConfig(text_column=column), "train")
     train(tokenize_documents(documents, tokenizer, column, "training text"), tokenizer, **args)

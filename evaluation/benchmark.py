@@ -28,11 +28,12 @@ import torch
 from tqdm.auto import tqdm
 
 from tokcom.cli.errors import report_errors
+from tokcom.cli.loading import add_device_option, usable_device
 from tokcom.training.precision import has_fast_bfloat16
 from tokcom.training.presets import preset_config, read_preset
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CLOCK: Callable[[], float] = time.perf_counter  # or the processor's, with --processor_time
+DEVICE = usable_device()
 PEAK_SIZES = (1024, 2048, 4096)
 CACHED = "TokCom, cached latents"
 SYSTEMS = {  # of the training benchmark, besides the published code
@@ -536,7 +537,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--output_dir", type=Path, help="where the numbers, the table and the plot are written"
         )
-        command.add_argument("--device", default=DEVICE, help="default: %(default)s")
+        add_device_option(command)
         command.add_argument("--measure", help=argparse.SUPPRESS)
     return parser
 

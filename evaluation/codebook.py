@@ -30,33 +30,42 @@ BATCH = 64
 @torch.no_grad()
 def held_out_codes(pipe: TokComBasePipeline, args: argparse.Namespace) -> torch.Tensor:
     """Codes `(M, R)` of the data. Raises `ValueError` for a codec without a quantiser."""
-    model = pipe.model
-    codec = pipe.model.config.codec_config
-    parts = []
-    if getattr(model.codec, "quantizer", None) is None:
+    if getattr(pipe.model.codec, "quantizer", None) is None:
         raise ValueError(
             f"{args.model} has no quantiser, so there are no codes to count; train one with "
             "`quantizer=vq` or `fsq`, or of several streams a model of one."
         )
-    if codec.has_tokens:
-        documents = load_documents(args.data, DataConfig(text_column=args.text_column), "train")
-        tokens = tokenize_documents(documents, pipe.tokenizer, args.text_column, "held-out text")
-        whole = len(tokens) // codec.chunk_size * codec.chunk_size
-        tokens = torch.from_numpy(tokens)[:whole].long().view(-1, codec.chunk_size)  # (M, K)
-        batches = tokens[: args.limit * BATCH].split(16 * BATCH)
-        return torch.cat(
-            [
-                model.encode(part.to(model.device)).codes.flatten(0, 1).cpu()
-                for part in tqdm(batches, desc="encoding")
-            ]
-        )
+    read = {"input_ids": codes_of_texts, "pixel_values": codes_of_pictures}
+    return read[pipe.model.config.codec_config.input_name](pipe, args)
+
+
+def codes_of_texts(pipe: TokComBasePipeline, args: argparse.Namespace) -> torch.Tensor:
+    model = pipe.model
+    size = model.config.codec_config.chunk_size
+    documents = load_documents(args.data, DataConfig(text_column=args.text_column), "train")
+    tokens = tokenize_documents(documents, pipe.tokenizer, args.text_column, "held-out text")
+    whole = len(tokens) // size * size
+    chunks = torch.from_numpy(tokens)[:whole].long().view(-1, size)  # (M, K)
+    batches = chunks[: args.limit * BATCH].split(16 * BATCH)
+    return torch.cat(
+        [
+            model.encode(part.to(model.device)).codes.flatten(0, 1).cpu()
+            for part in tqdm(batches, desc="encoding")
+        ]
+    )
+
+
+def codes_of_pictures(pipe: TokComBasePipeline, args: argparse.Namespace) -> torch.Tensor:
+    """Codes of pictures or clips."""
+    model = pipe.model
     data = read_pictures(
         args.data,
-        codec,
+        model.config.codec_config,
         args.image_column,
         limit=args.limit,
         autoencoder=getattr(pipe, "vae", None),
     )
+    parts = []
     for start in tqdm(range(0, len(data), BATCH), desc="encoding"):
         pixels = torch.stack(
             [data[i]["pixel_values"] for i in range(start, min(start + BATCH, len(data)))]

@@ -3,6 +3,8 @@
 `measure_digits` is a part of `python -m tokcom.evaluation.omni`, which says what is measured.
 """
 
+from itertools import permutations
+
 import numpy as np
 import torch
 from PIL import Image
@@ -15,8 +17,6 @@ from tokcom.processing_tokcom import write_wav
 from tokcom.training.images import picture_grid
 
 BATCH = 50  # records generated at once
-MEASURES = {"text": "caption exact", "image": "class seen", "audio": "class heard"}
-WORDS = {"text": "text", "image": "picture", "audio": "sound"}
 
 
 def closeness(made: torch.Tensor, train: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
@@ -32,67 +32,148 @@ def closeness(made: torch.Tensor, train: torch.Tensor, labels: torch.Tensor) -> 
     }
 
 
-class Judges:
-    """Classifiers of real digits: `see` names the class of pictures, `hear` that of sounds.
+class StreamJudge:
+    """What tells the classes of one stream: texts, pictures or sounds.
 
-    They are trained on the training part alone, or read from `--judges` if they lie there.
+    Args:
+        study: the model and the real records.
+        classes: captions, one for each class.
     """
 
-    def __init__(self, study):
-        train = study.data["digits"]
-        self.study = study
-        self.classes = sorted(set(train["caption"]))
-        self.labels = torch.tensor([[self.classes.index(t)] for t in train["caption"]])
-        # a class with one picture needs no classifier: it is compared
-        self.icons = None
-        if len({picture.tobytes() for picture in train["image"]}) == len(self.classes):
-            first = [train["caption"].index(name) for name in self.classes]
-            self.icons = train["pixels"][first]
-        self.heard = study.sounds(train["audio"])
-        self.ear = self._judge("ear", self.heard)
-        self.eye = None if self.icons is not None else self._judge("eye", train["pixels"])
+    stream: str
+    word: str  # for the stream
+    measure: str  # what is counted as right
 
-    def _judge(self, name: str, inputs: torch.Tensor) -> Classifier:
+    def __init__(self, study, classes: list[str]):
+        self.study = study
+        self.classes = classes
+        train = study.data["digits"]
+        self.labels = torch.tensor([[classes.index(text)] for text in train["caption"]])
+
+    def classify(self, contents: list) -> list[int]:
+        """The class of everything in `contents`; -1 for a text that is no caption."""
+        raise NotImplementedError
+
+    def details(self, contents: list, given: str, wanted: list[int], is_last: bool) -> dict:
+        """What else is found of contents made from the stream `given`; some are kept as files."""
+        return {}
+
+
+class TextJudge(StreamJudge):
+    """Captions are compared letter by letter."""
+
+    stream = "text"
+    word = "text"
+    measure = "caption exact"
+
+    def classify(self, contents: list) -> list[int]:
+        return [self.classes.index(t) if t in self.classes else -1 for t in contents]
+
+    def details(self, contents: list, given: str, wanted: list[int], is_last: bool) -> dict:
+        return {"samples": contents[:10]}
+
+
+class SensedJudge(StreamJudge):
+    """A classifier of real pictures or sounds, trained on the training part alone, or read from
+    `--judges` if it lies there as `file`."""
+
+    file: str
+
+    def __init__(self, study, classes: list[str]):
+        super().__init__(study, classes)
+        self.known = self.features(study.data["digits"][self.stream])
+        self.classifier = self._train()
+
+    def features(self, contents: list) -> torch.Tensor:
+        """Pictures or sounds as the classifier sees them, `(M, 3, ...)`."""
+        raise NotImplementedError
+
+    def shape(self, features: torch.Tensor) -> torch.Tensor:
+        """What distances between features are computed of."""
+        return features
+
+    def _train(self) -> Classifier:
         args = self.study.args
-        file = None if args.judges is None else args.judges / f"{name}.safetensors"
+        file = None if args.judges is None else args.judges / f"{self.file}.safetensors"
         if file is not None and file.is_file():
             judge = Classifier([len(self.classes)])
             judge.load_state_dict(load_file(file))
-            return judge.eval()
-        judge = train_classifier(inputs, self.labels, args.epochs, args.seed)
+            return judge.eval().to(args.device)
+        judge = train_classifier(self.known, self.labels, args.epochs, args.seed, args.device)
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
             save_file(judge.state_dict(), file)
         return judge
 
-    @torch.no_grad()
-    def see(self, pixels: torch.Tensor) -> list[int]:
-        if self.icons is not None:
-            return torch.cdist(pixels.flatten(1), self.icons.flatten(1)).argmin(1).tolist()
-        return torch.cat([self.eye(part)[0].argmax(-1) for part in pixels.split(256)]).tolist()
+    def classify(self, contents: list) -> list[int]:
+        return self.classifier.classify(self.features(contents)).tolist()
 
-    @torch.no_grad()
-    def hear(self, features: torch.Tensor) -> list[int]:
-        return torch.cat([self.ear(part)[0].argmax(-1) for part in features.split(256)]).tolist()
-
-    def classify(self, stream: str, contents: list) -> list[int]:
-        """The class of generated texts, pictures or sounds; -1 for a text that is no caption."""
-        if stream == "text":
-            return [self.classes.index(t) if t in self.classes else -1 for t in contents]
-        if stream == "image":
-            return self.see(self.study.pixels(contents))
-        return self.hear(self.study.sounds(contents))
-
-    def nearest(self, stream: str, contents: list) -> list[int]:
+    def nearest(self, contents: list) -> list[int]:
         """The class of the training record that is nearest to each picture or sound."""
-        train = self.study.data["digits"]
-        known = train["pixels"] if stream == "image" else self.heard[:, 0]
-        if stream == "image":
-            asked = self.study.pixels(contents)
-        else:
-            asked = self.study.sounds(contents)[:, 0]
-        found = torch.cdist(asked.flatten(1), known.flatten(1)).argmin(1)
+        asked = self.shape(self.features(contents)).flatten(1)
+        found = torch.cdist(asked, self.shape(self.known).flatten(1)).argmin(1)
         return self.labels[found, 0].tolist()
+
+
+class PictureJudge(SensedJudge):
+    """A class with one picture needs no classifier: its picture is compared."""
+
+    stream = "image"
+    word = "picture"
+    measure = "class seen"
+    file = "eye"
+
+    def features(self, contents: list) -> torch.Tensor:
+        return self.study.pixels(contents)
+
+    def _train(self) -> Classifier | None:
+        train = self.study.data["digits"]
+        self.icons = None
+        if len(set(map(Image.Image.tobytes, train[self.stream]))) != len(self.classes):
+            return super()._train()
+        self.icons = self.known[[train["caption"].index(name) for name in self.classes]]
+        return None
+
+    def classify(self, contents: list) -> list[int]:
+        if self.icons is None:
+            return super().classify(contents)
+        asked = self.features(contents).flatten(1)
+        return torch.cdist(asked, self.icons.flatten(1)).argmin(1).tolist()
+
+    def details(self, contents: list, given: str, wanted: list[int], is_last: bool) -> dict:
+        if is_last:
+            keep_digits(self.study, self.classes, given, contents)
+        return {}
+
+
+class SoundJudge(SensedJudge):
+    """Sounds are also compared with each other and with what was recorded."""
+
+    stream = "audio"
+    word = "sound"
+    measure = "class heard"
+    file = "ear"
+
+    def features(self, contents: list) -> torch.Tensor:
+        return self.study.sounds(contents)
+
+    def shape(self, features: torch.Tensor) -> torch.Tensor:
+        return features[:, 0]  # the three channels are one and the same
+
+    def closeness(self, contents: list, wanted: list[int]) -> dict[str, float]:
+        return closeness(self.features(contents), self.known, torch.tensor(wanted))
+
+    def details(self, contents: list, given: str, wanted: list[int], is_last: bool) -> dict:
+        if given == "text" and is_last:
+            keep_sounds(self.study, self.classes, contents, self.study.data["digits_test"])
+        return {"closeness": self.closeness(contents, wanted)}
+
+
+def build_judges(study) -> dict[str, StreamJudge]:
+    """A judge for each stream."""
+    classes = sorted(set(study.data["digits"]["caption"]))
+    kinds = (TextJudge, PictureJudge, SoundJudge)
+    return {kind.stream: kind(study, classes) for kind in kinds}
 
 
 def share_equal(found: list[int], wanted: list[int]) -> float:
@@ -100,96 +181,82 @@ def share_equal(found: list[int], wanted: list[int]) -> float:
 
 
 def measure_digits(study, parts: Parts) -> dict:
-    """Measure the six directions between texts, pictures and sounds of classes, and from nothing."""
-    judges = Judges(study)
+    """Measure the six directions between texts, pictures and sounds of classes, and from
+    nothing."""
+    judges = build_judges(study)
+    classes = judges["text"].classes
     test = study.data["digits_test"]
-    wanted = [judges.classes.index(caption) for caption in test["caption"]]
-    real = {
-        "image": share_equal(judges.see(test["pixels"]), wanted),
-        "audio": share_equal(judges.hear(study.sounds(test["audio"])), wanted),
-    }
+    wanted = [classes.index(caption) for caption in test["caption"]]
+    sensed = {name: judge for name, judge in judges.items() if isinstance(judge, SensedJudge)}
+    real = {name: share_equal(judge.classify(test[name]), wanted) for name, judge in sensed.items()}
     rows = []
-    sounds = [parts.measure("sounds held out", lambda: held_out_sounds(judges, wanted))]
-    for given in ("text", "image", "audio"):
-        for made in ("text", "image", "audio"):
-            if made == given:
-                continue
-            row = {
-                "direction": f"{WORDS[given]} to {WORDS[made]}",
-                "measure": MEASURES[made],
-                "chance": 1 / len(judges.classes),
-                # what a text is made of is judged where it is read
-                "real data": real[given] if made == "text" else real[made],
-            }
-            if given != "text":
-                row["nearest training record"] = parts.measure(
-                    f"nearest {given}",
-                    lambda given=given: share_equal(judges.nearest(given, test[given]), wanted),
-                )
-            for scale in study.args.guidance_scales:
-                key = f"guidance {scale:g}"
-                found = parts.measure(
-                    f"{row['direction']}, {key}",
-                    lambda given=given, made=made, scale=scale: measure_direction(
-                        judges, given, made, scale, wanted
-                    ),
-                )
-                row[key] = found["right"]
-                if made == "audio":
-                    sounds.append({"sounds": f"{row['direction']}, {key}", **found["closeness"]})
-            rows.append(row)
-    nothing = parts.measure("from nothing", lambda: measure_agreement(judges))
+    sounds = [parts.measure("sounds held out", lambda: held_out_sounds(judges["audio"], wanted))]
+    for given, made in permutations(judges, 2):
+        direction = f"{judges[given].word} to {judges[made].word}"
+        row = {
+            "direction": direction,
+            "measure": judges[made].measure,
+            "chance": 1 / len(classes),
+            # what a text is made of is judged where it is read
+            "real data": real.get(made, real.get(given)),
+        }
+        if given in sensed:
+            row["nearest training record"] = parts.measure(
+                f"nearest {given}",
+                lambda given=given: share_equal(sensed[given].nearest(test[given]), wanted),
+            )
+        for scale in study.args.guidance_scales:
+            key = f"guidance {scale:g}"
+            found = parts.measure(
+                f"{direction}, {key}",
+                lambda given=given, made=made, scale=scale: measure_direction(
+                    judges[made], given, scale, wanted
+                ),
+            )
+            row[key] = found["right"]
+            if "closeness" in found:
+                sounds.append({"sounds": f"{direction}, {key}", **found["closeness"]})
+        rows.append(row)
+    nothing = parts.measure("from nothing", lambda: measure_agreement(study, judges))
     row = {"direction": "from nothing", "measure": "all three agree"}
-    row |= {"chance": len(judges.classes) ** -2, "guidance 1": nothing["agree"]}
+    row |= {"chance": len(classes) ** -2, "guidance 1": nothing["agree"]}
     return {"directions": [*rows, row], "sounds": sounds, "from nothing": nothing}
 
 
-def held_out_sounds(judges: Judges, wanted: list[int]) -> dict:
-    held_out = judges.study.sounds(judges.study.data["digits_test"]["audio"])
-    return {"sounds": "held out", **closeness(held_out, judges.heard, torch.tensor(wanted))}
+def held_out_sounds(judge: SoundJudge, wanted: list[int]) -> dict:
+    held_out = judge.study.data["digits_test"]["audio"]
+    return {"sounds": "held out", **judge.closeness(held_out, wanted)}
 
 
-def measure_direction(
-    judges: Judges, given: str, made: str, scale: float, wanted: list[int]
-) -> dict:
-    """How many of the `made` streams that are generated from `given` are of the right class."""
-    study = judges.study
-    test = study.data["digits_test"]
-    contents = study.generate(made, {given: test[given]}, scale)
-    found = {"right": share_equal(judges.classify(made, contents), wanted)}
+def measure_direction(judge: StreamJudge, given: str, scale: float, wanted: list[int]) -> dict:
+    """How many of the contents that are made from the stream `given` are of the right class."""
+    study = judge.study
+    contents = study.generate(judge.stream, {given: study.data["digits_test"][given]}, scale)
+    right = share_equal(judge.classify(contents), wanted)
     is_last = scale == study.args.guidance_scales[-1]
-    if made == "audio":
-        features = study.sounds(contents)
-        found["closeness"] = closeness(features, judges.heard, torch.tensor(wanted))
-        if given == "text" and is_last:
-            keep_sounds(study, judges.classes, contents, test)
-    if made == "image" and is_last:
-        keep_digits(study, judges.classes, given, contents)
-    if made == "text":
-        found["samples"] = contents[:10]
-    return found
+    return {"right": right, **judge.details(contents, given, wanted, is_last)}
 
 
-def measure_agreement(judges: Judges) -> dict:
+def measure_agreement(study, judges: dict[str, StreamJudge]) -> dict:
     """Of streams that are generated together from nothing: how often they are of one class, and how
     often each class comes."""
-    study = judges.study
     generator = torch.Generator().manual_seed(study.args.seed)
     count = len(study.data["digits_test"]["caption"])
-    found = {"text": [], "image": [], "audio": []}
+    found: dict[str, list[int]] = {name: [] for name in judges}
     for start in trange(0, count, BATCH, desc="from nothing", leave=False):
         size = min(BATCH, count - start)
         made = study.pipe({}, list(found), size, study.args.steps, generator=generator).streams
-        for stream, classes in found.items():
-            classes += judges.classify(stream, made[stream])
-    texts, pictures, sounds = (np.array(found[name]) for name in found)
+        for name, classes in found.items():
+            classes += judges[name].classify(made[name])
+    texts, pictures, sounds = (np.array(classes) for classes in found.values())
+    number = len(judges["text"].classes)
     return {
         "agree": float(np.mean((texts == pictures) & (pictures == sounds))),
         "text and picture": float(np.mean(texts == pictures)),
         "text and sound": float(np.mean(texts == sounds)),
         "picture and sound": float(np.mean(pictures == sounds)),
         "captions": float(np.mean(texts >= 0)),
-        "of each class": [float(np.mean(texts == i)) for i in range(len(judges.classes))],
+        "of each class": [float(np.mean(texts == i)) for i in range(number)],
     }
 
 

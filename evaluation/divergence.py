@@ -28,14 +28,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tokcom.cli.errors import report_errors
+from tokcom.cli.loading import add_device_option
+from tokcom.evaluation.judges import load_language_model
 from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.processing_tokcom import text_ids, vocabulary_size
 from tokcom.sampling_tokcom import TokComSampling, join_blocks, until_all_ended
 from tokcom.tasks_tokcom import TokComTask, num_latents
 from tokcom.training.precision import half_precision
+from tokcom.training.tokens import load_tokenizer
 
 ROWS = 16  # texts scored at once
 
@@ -53,9 +55,9 @@ class Teacher:
     `top_k` and `min_p` are those that its text was sampled with.
     """
 
-    def __init__(self, path: str, top_k: int, min_p: float, end: str = "eos"):
-        self.tokenizer = AutoTokenizer.from_pretrained(path)
-        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    def __init__(self, path: str, top_k: int, min_p: float, end: str = "eos", device: str = "cpu"):
+        self.tokenizer = load_tokenizer(path)
+        self.model = load_language_model(path, device)
         self.top_k = top_k
         self.min_p = min_p
         self.end = getattr(self.tokenizer, f"{end}_token_id")
@@ -72,7 +74,7 @@ class Teacher:
         for text, has_end in zip(tqdm(texts, desc="teacher", leave=False), ended):
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             ids = [self.tokenizer.bos_token_id, *ids, *([self.end] if has_end else [])]
-            whole = torch.tensor([ids])
+            whole = torch.tensor([ids], device=self.model.device)
             logits = self.model(input_ids=whole).logits[0, :-1].float()
             targets = whole[0, 1:, None]
             plain = logits.log_softmax(-1).gather(-1, targets)[:, 0]
@@ -117,7 +119,7 @@ class TokComStudent:
         with tempered(self.pipe.model, temperature):
             for start in tqdm(range(0, len(rows), ROWS), desc="model", leave=False):
                 ids, mask = self.pipe._pad(rows[start : start + ROWS], "right")
-                totals.append(self.pipe.model(ids, mask).token_losses.sum((1, 2)).numpy())
+                totals.append(self.pipe.model(ids, mask).token_losses.sum((1, 2)).cpu().numpy())
         return np.concatenate(totals)
 
     @torch.no_grad()
@@ -142,16 +144,17 @@ class TokComStudent:
 class AutoregressiveStudent:
     """A causal language model with TokCom's tokenizer; a text begins after EOS."""
 
-    def __init__(self, path: str, tokenizer):
-        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    def __init__(self, path: str, tokenizer, device: str = "cpu"):
+        self.model = load_language_model(path, device)
         self.tokenizer = tokenizer
 
     @torch.no_grad()
     def nats(self, rows: list[list[int]], temperature: float = 1.0) -> np.ndarray:
         totals = []
+        device = self.model.device
         for row in tqdm(rows, desc="peer", leave=False):
-            whole = torch.tensor([[self.tokenizer.eos_token_id, *row]])
-            with half_precision("cpu"):
+            whole = torch.tensor([[self.tokenizer.eos_token_id, *row]], device=device)
+            with half_precision(device.type):
                 logits = self.model(input_ids=whole).logits[0, :-1]
             totals.append(
                 float(F.cross_entropy(logits.float() / temperature, whole[0, 1:], reduction="sum"))
@@ -162,7 +165,7 @@ class AutoregressiveStudent:
     def sample(self, count: int, length: int, temperature: float, seed: int) -> list[list[int]]:
         torch.manual_seed(seed)
         eos = self.tokenizer.eos_token_id
-        start = torch.full((count, 1), eos)
+        start = torch.full((count, 1), eos, device=self.model.device)
         self.model.generation_config.eos_token_id = eos
         settings = {"do_sample": True, "temperature": temperature, "top_k": 0, "pad_token_id": eos}
         ids = self.model.generate(
@@ -259,23 +262,24 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the samples (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="JSON file for the results")
+    add_device_option(parser)
     return parser
 
 
 @report_errors()
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    pipe = TokComPipeline.from_pretrained(args.model)
+    pipe = TokComPipeline.from_pretrained(args.model).to(args.device)
     pipe.set_progress_bar_config(disable=True)
     texts = datasets.load_dataset("parquet", data_files=args.data, split="train")["text"][
         : args.texts
     ]
     longest = pipe.max_length - 1  # and EOS
     kept = [text for text in texts if len(text_ids(pipe.tokenizer, text)) <= longest]
-    teacher = Teacher(args.teacher, args.top_k, args.min_p, args.teacher_end)
+    teacher = Teacher(args.teacher, args.top_k, args.min_p, args.teacher_end, args.device)
     students = {"tokcom": TokComStudent(pipe)}
     if args.peer:
-        students["peer"] = AutoregressiveStudent(args.peer, pipe.tokenizer)
+        students["peer"] = AutoregressiveStudent(args.peer, pipe.tokenizer, args.device)
     results = {
         "settings": vars(args) | {"output": str(args.output)},
         "texts": len(kept),

@@ -17,6 +17,7 @@ import torch
 from tqdm.auto import tqdm
 
 from tokcom.cli.errors import report_errors
+from tokcom.cli.loading import add_device_option
 from tokcom.evaluation.reference import compare
 from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.train_accelerate import run
@@ -92,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--noise_level", type=float, default=0.5, help="t from which texts are denoised"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device_option(parser)
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/heads"))
     return parser
 

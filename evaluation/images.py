@@ -14,6 +14,7 @@ import io
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from tokcom.cli.errors import report_errors
+from tokcom.cli.loading import add_device_option
 from tokcom.evaluation.linear_codecs import PCA, QuantisedPCA
 from tokcom.evaluation.report import table
 from tokcom.pipeline_media_tokcom import TokComImagePipeline
@@ -84,9 +86,8 @@ def jpeg(image: Image.Image, scale: int, level: int) -> tuple[Image.Image, int]:
     small.save(buffer, "JPEG", quality=level, optimize=True)
     data = buffer.getvalue()
     start = data.rindex(b"\xff\xda")
-    scan = (
-        len(data) - start - 2 - int.from_bytes(data[start + 2 : start + 4], "big") - 2
-    )  # less the end marker
+    # less the end marker
+    scan = len(data) - start - 2 - int.from_bytes(data[start + 2 : start + 4], "big") - 2
     return Image.open(io.BytesIO(data)).resize(image.size, Image.Resampling.BICUBIC), scan
 
 
@@ -111,16 +112,27 @@ def best_jpeg(images: torch.Tensor, processor, budget: float) -> dict[str, float
 
 
 @torch.no_grad()
+def by_parts(
+    function: Callable[[torch.Tensor], torch.Tensor],
+    rows: torch.Tensor,
+    module: nn.Module,
+    size: int = 256,
+) -> torch.Tensor:
+    """`function` of rows `(M, ...)`, `size` at a time on the device of `module`; the result is on
+    the CPU, where everything is compared."""
+    device = next(module.parameters()).device
+    return torch.cat([function(part.to(device)).cpu() for part in rows.split(size)])
+
+
 def encode(codec, images: torch.Tensor) -> torch.Tensor:
     """Latents `(B, N, C)` of images `(B, 3, H, W)`."""
-    return torch.cat([codec.encode(part).latents for part in images.split(256)])
+    return by_parts(lambda part: codec.encode(part).latents, images, codec)
 
 
-@torch.no_grad()
 def decode(codec, latents: torch.Tensor, num_tokens: int | None = None) -> torch.Tensor:
     """Images `(B, 3, H, W)` of latents `(B, N, C)`, or of their first tokens."""
-    return torch.cat(
-        [codec.decode(part, num_tokens=num_tokens).pixel_values for part in latents.split(256)]
+    return by_parts(
+        lambda part: codec.decode(part, num_tokens=num_tokens).pixel_values, latents, codec
     )
 
 
@@ -163,32 +175,33 @@ class Classifier(nn.Module):
         features = self.body(images)
         return [head(features) for head in self.heads]
 
-    @torch.no_grad()
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """What the heads read, averaged over places: `(M, channels)`."""
-        return torch.cat(
-            [self.body(part).unflatten(1, (-1, 4)).mean(-1) for part in images.split(256)]
-        )
+        return by_parts(lambda part: self.body(part).unflatten(1, (-1, 4)).mean(-1), images, self)
+
+    def classify(self, images: torch.Tensor, column: int = 0) -> torch.Tensor:
+        """The class of each image in a column of labels: `(M,)`."""
+        return by_parts(lambda part: self(part)[column].argmax(-1), images, self)
 
 
 def train_classifier(
-    images: torch.Tensor, labels: torch.Tensor, epochs: int, seed: int
+    images: torch.Tensor, labels: torch.Tensor, epochs: int, seed: int, device: str = "cpu"
 ) -> Classifier:
-    """A classifier of images `(M, 3, H, W)` with labels `(M, columns)`."""
+    """A classifier of images `(M, 3, H, W)` with labels `(M, columns)`, on `device`."""
     if len(images) < BATCH:
         raise ValueError(
             f"{len(images)} pictures do not train a classifier; give at least {BATCH}."
         )
     torch.manual_seed(seed)
-    model = Classifier([int(column.max()) + 1 for column in labels.T])
+    model = Classifier([int(column.max()) + 1 for column in labels.T]).to(device)
     steps = epochs * (len(images) // BATCH)
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in tqdm(range(steps), desc="classifier", unit="step"):
         rows = torch.randint(len(images), (BATCH,))
-        loss = sum(
-            F.cross_entropy(logits, labels[rows, i]) for i, logits in enumerate(model(images[rows]))
-        )
+        wanted = labels[rows].to(device)
+        found = model(images[rows].to(device))
+        loss = sum(F.cross_entropy(logits, wanted[:, i]) for i, logits in enumerate(found))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -196,13 +209,12 @@ def train_classifier(
     return model.eval()
 
 
-@torch.no_grad()
 def recognised(classifier: Classifier, images: torch.Tensor, labels: torch.Tensor) -> list[float]:
     """Share of images whose label is found, for every column of `labels (M, columns)`."""
-    found = [torch.cat(parts) for parts in zip(*(classifier(part) for part in images.split(256)))]
-    return [
-        (logits.argmax(-1) == labels[:, i]).float().mean().item() for i, logits in enumerate(found)
-    ]
+    shares = []
+    for i in range(labels.shape[1]):
+        shares.append((classifier.classify(images, i) == labels[:, i]).float().mean().item())
+    return shares
 
 
 def frechet(features: torch.Tensor, others: torch.Tensor) -> float:
@@ -291,35 +303,39 @@ def measure_codec(
     quarter = config.num_tokens // 4
     facts["order"] = order_facts(facts["curve"], quarter)
     if args.unordered:
-        other = TokComImagePipeline.from_pretrained(args.unordered).model.codec.eval()
+        other = TokComImagePipeline.from_pretrained(args.unordered).to(args.device).model.codec
         facts["unordered_curve"] = order_curve(other, encode(other, images), images)
         facts["unordered"] = order_facts(facts["unordered_curve"], quarter)
     if args.codebook:
-        coded = TokComImagePipeline.from_pretrained(args.codebook)
-        codes = torch.cat(
-            [coded.model.encode(pixel_values=part).codes for part in images.split(256)]
-        )
-        decoded = torch.cat(
-            [coded.decode(part, output_type="pt").images for part in codes.split(256)]
-        )
-        size = coded.model.config.codec_config.num_codes
-        budget = config.num_tokens * math.log2(size) / 8
-        facts["codebook"] = code_statistics(codes, size) | {"codes": size}
-        row = {"codec": f"style, {size} codes", "bytes": budget, **quality(decoded, images)}
-        facts["rows"] += [
-            row,
-            {"codec": "JPEG scan", **best_jpeg(images, pipe.image_processor, budget)},
-        ]
-        linear = QuantisedPCA(train.images, round(8 * budget))
-        rebuilt = linear.reconstruct(images)
-        facts["rows"].append(
-            {"codec": "quantised PCA", "bytes": linear.bits / 8, **quality(rebuilt, images)}
-        )
-        facts["used"] = (
-            codes.flatten().bincount(minlength=size).sort(descending=True).values.tolist()
-        )
+        coded = TokComImagePipeline.from_pretrained(args.codebook).to(args.device)
+        found = measure_codebook(coded, train.images, images)
+        facts["rows"] += found.pop("rows")
+        facts |= found
     _codec_pictures(pipe, test, latents, args.output_dir)
     return facts
+
+
+def measure_codebook(pipe: TokComImagePipeline, train: torch.Tensor, images: torch.Tensor) -> dict:
+    """Reconstruction of `images (B, 3, H, W)` from codes, beside JPEG and quantised PCA of as many
+    bytes, and how the codes are used."""
+    model = pipe.model
+    codes = by_parts(lambda part: model.encode(pixel_values=part).codes, images, model)
+    decoded = by_parts(lambda part: pipe.decode(part, output_type="pt").images, codes, model)
+    config = pipe.model.config.codec_config
+    size = config.num_codes
+    budget = config.num_tokens * math.log2(size) / 8
+    linear = QuantisedPCA(train, round(8 * budget))
+    rebuilt = linear.reconstruct(images)
+    used = codes.flatten().bincount(minlength=size).sort(descending=True).values
+    return {
+        "rows": [
+            {"codec": f"style, {size} codes", "bytes": budget, **quality(decoded, images)},
+            {"codec": "JPEG scan", **best_jpeg(images, pipe.image_processor, budget)},
+            {"codec": "quantised PCA", "bytes": linear.bits / 8, **quality(rebuilt, images)},
+        ],
+        "codebook": code_statistics(codes, size) | {"codes": size},
+        "used": used.tolist(),
+    }
 
 
 def _codec_pictures(
@@ -327,12 +343,12 @@ def _codec_pictures(
 ) -> None:
     show = pipe.image_processor.postprocess
     originals = show(test.images[:16])
-    rebuilt = pipe.decode(latents[:16]).images
+    rebuilt = show(decode(pipe.model.codec, latents[:16]))
     picture_grid([originals[:8], rebuilt[:8], originals[8:], rebuilt[8:]], scale=3).save(
         directory / "reconstructions.png"
     )
     count = pipe.model.config.codec_config.num_tokens
-    rows = [pipe.decode(latents[:6], k).images for k in PREFIXES if k <= count]
+    rows = [show(decode(pipe.model.codec, latents[:6], k)) for k in PREFIXES if k <= count]
     picture_grid([list(row) for row in zip(*rows, originals[:6])], scale=3).save(
         directory / "prefixes.png"
     )
@@ -350,7 +366,7 @@ def draw(pipe: TokComImagePipeline, captions: list[str], args: argparse.Namespac
             "num_inference_steps": args.num_inference_steps,
         }
         chosen = captions[start : start + 64]
-        parts.append(pipe(chosen, generator=generator, output_type="pt", **settings).images)
+        parts.append(pipe(chosen, generator=generator, output_type="pt", **settings).images.cpu())
     return torch.cat(parts)
 
 
@@ -367,7 +383,7 @@ def measure_steps(
     real = classifier.features(test.images)
     systems = [("model", pipe, steps, args.guidance_scale) for steps in args.steps]
     for directory in args.students:
-        student = TokComImagePipeline.from_pretrained(directory)
+        student = TokComImagePipeline.from_pretrained(directory).to(args.device)
         systems.append(
             (Path(directory).name, student, student.model.config.num_inference_steps, 1.0)
         )
@@ -403,7 +419,8 @@ def measure_generation(
     names: list[list] = []
     labels = read_labels(args.train, args.label_columns, len(train.images), names)
     held_out = read_labels(args.test, args.label_columns, len(test.images), names)
-    classifier = train_classifier(train.images, labels, args.classifier_epochs, args.seed)
+    epochs = args.classifier_epochs
+    classifier = train_classifier(train.images, labels, epochs, args.seed, args.device)
     count = min(args.num_samples, len(test.captions))
     drawn = draw(pipe, test.captions[:count], args)
     kinds = {
@@ -552,9 +569,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--classifier_epochs", type=int, default=10)
     parser.add_argument("--limit", type=int, default=5000, help="pictures of each source")
     parser.add_argument("--seed", type=int, default=0)
+    add_device_option(parser)
     args = parser.parse_args(argv)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    pipe = TokComImagePipeline.from_pretrained(args.model)
+    pipe = TokComImagePipeline.from_pretrained(args.model).to(args.device)
     train, test = (Pictures(source, pipe, args, args.limit) for source in (args.train, args.test))
     latents = encode(pipe.model.codec, test.images)
     facts = measure_codec(pipe, train, test, latents, args)

@@ -2,9 +2,16 @@
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tokcom.training.precision import half_precision
+from tokcom.training.tokens import load_tokenizer
+
+
+def load_language_model(path: str, device: str = "cpu") -> PreTrainedModel:
+    """A causal language model of transformers in float32; one with code of its own is refused."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
+    return model.eval().to(device)
 
 
 @torch.no_grad()
@@ -37,9 +44,7 @@ class TokenJudge:
     """A causal language model with TokCom's tokenizer, as `evaluation.autoregressive` trains it."""
 
     def __init__(self, path: str, device: str = "cpu"):
-        self.model = (
-            AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device).eval()
-        )
+        self.model = load_language_model(path, device)
 
     def nll(self, ids: np.ndarray, prompts: np.ndarray | None = None) -> np.ndarray:
         """`token_nll` of the judge."""
@@ -50,10 +55,8 @@ class TextJudge:
     """Any causal language model of transformers. It scores plain text with its own tokenizer."""
 
     def __init__(self, path: str, device: str = "cpu"):
-        self.tokenizer = AutoTokenizer.from_pretrained(path)
-        self.model = (
-            AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device).eval()
-        )
+        self.tokenizer = load_tokenizer(path)
+        self.model = load_language_model(path, device)
 
     @torch.no_grad()
     def nats_per_character(self, texts: list[str], prompts: list[str] | None = None) -> np.ndarray:

@@ -1,4 +1,5 @@
-"""What a linear map can do: pictures as principal components, and those as few bits as a codec's codes.
+"""What a linear map can do: pictures as principal components, and those as few bits as a codec's
+codes.
 
 Shape legend: M pictures, H x W pixels.
 """

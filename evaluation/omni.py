@@ -22,11 +22,11 @@ per class.
   held-out recordings.
 - Pictures, text to picture: a small contrastive model, trained on real pairs, looks for the caption
   of each picture among 20. Baseline: the training picture whose caption shares most words.
-- Pictures, picture to text: exact nouns (the words before the comma) and BLEU. Baseline: the caption
-  of the nearest training picture. *Real data* are the captions after encoding and decoding.
+- Pictures, picture to text: exact nouns (the words before the comma) and BLEU. Baseline: the
+  caption of the nearest training picture. *Real data* are the captions after encoding and decoding.
 
-Writes `results.json` after each part, `results.md`, `pictures.png`, `digits_*.png`, `sounds.png` and
-a .wav of each class. A run that was stopped goes on where it was.
+Writes `results.json` after each part, `results.md`, `pictures.png`, `digits_*.png`, `sounds.png`
+and a .wav of each class. A run that was stopped goes on where it was.
 """
 
 import argparse
@@ -39,9 +39,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from tqdm.auto import trange
-from transformers import AutoTokenizer
 
 from tokcom.cli.errors import report_errors
+from tokcom.cli.loading import add_device_option
 from tokcom.evaluation.digits import BATCH, measure_digits
 from tokcom.evaluation.images import Classifier
 from tokcom.evaluation.judges import TokenJudge
@@ -57,6 +57,7 @@ from tokcom.training.config import DataConfig
 from tokcom.training.data import load_documents
 from tokcom.training.images import picture_grid
 from tokcom.training.streams import OmniDataset
+from tokcom.training.tokens import load_tokenizer
 
 CANDIDATES = 20  # captions among which that of a picture is looked for
 
@@ -78,20 +79,27 @@ class Pairs(nn.Module):
 
     def read(self, rows: list[list[int]]) -> torch.Tensor:
         """Vectors `(B, size)` of captions as rows of ids."""
-        offsets = torch.tensor([0, *map(len, rows[:-1])]).cumsum(0)
-        return F.normalize(self.text(self.words(torch.tensor(sum(rows, [])), offsets)), dim=-1)
+        device = self.scale.device
+        offsets = torch.tensor([0, *map(len, rows[:-1])], device=device).cumsum(0)
+        words = self.words(torch.tensor(sum(rows, []), device=device), offsets)
+        return F.normalize(self.text(words), dim=-1)
 
     def score(self, pixels: torch.Tensor, rows: list[list[int]]) -> torch.Tensor:
         """Similarity of every picture with every caption, `(B, B)`."""
-        return self.scale.exp() * self.see(pixels) @ self.read(rows).T
+        return self.scale.exp() * self.see(pixels.to(self.scale.device)) @ self.read(rows).T
 
 
 def train_pairs(
-    pixels: torch.Tensor, rows: list[list[int]], vocab_size: int, steps: int, seed: int
+    pixels: torch.Tensor,
+    rows: list[list[int]],
+    vocab_size: int,
+    steps: int,
+    seed: int,
+    device: str = "cpu",
 ) -> Pairs:
     torch.manual_seed(seed)
-    pairs = Pairs(vocab_size).train()
-    labels = torch.arange(128)
+    pairs = Pairs(vocab_size).train().to(device)
+    labels = torch.arange(128, device=device)
     optimizer = torch.optim.AdamW(pairs.parameters(), 2e-3, weight_decay=0.05)
     for _ in trange(steps, desc="contrastive model", leave=False):
         chosen = torch.randint(0, len(rows), (128,))
@@ -108,7 +116,7 @@ def train_pairs(
 @torch.no_grad()
 def retrieved(pairs: Pairs, pixels: torch.Tensor, rows: list[list[int]], seed: int) -> float:
     """Share of pictures whose caption is found among `CANDIDATES` captions of other pictures."""
-    scores = pairs.score(pixels, rows)
+    scores = pairs.score(pixels, rows).cpu()
     rng = np.random.default_rng(seed)
     hits = []
     for i in range(len(rows)):
@@ -211,6 +219,7 @@ def measure_pictures(study: Study) -> dict:
         vocabulary_size(tokenizer),
         args.contrastive_steps,
         args.seed,
+        args.device,
     )
     found = {
         "direction": "text to picture",
@@ -314,10 +323,13 @@ def load(
 
     Raises `ValueError` if their streams or tokenizers do not fit.
     """
-    pipes = {"joint model": TokComOmniPipeline.from_pretrained(args.model)}
+    names = {"joint model": args.model, "text alone": args.text_model}
+    pipes = {
+        name: TokComOmniPipeline.from_pretrained(path).to(args.device)
+        for name, path in names.items()
+        if path
+    }
     judge = None
-    if args.text_model:
-        pipes["text alone"] = TokComOmniPipeline.from_pretrained(args.text_model)
     for pipe, streams in zip(pipes.values(), ({"audio", "image", "text"}, {"text"})):
         if not streams <= set(pipe.model.codec.names):
             raise ValueError(
@@ -326,9 +338,9 @@ def load(
             )
         pipe.set_progress_bar_config(disable=True)
     if args.judge:
-        judge = TokenJudge(args.judge)
+        judge = TokenJudge(args.judge, args.device)
         vocabularies = [
-            AutoTokenizer.from_pretrained(args.judge),
+            load_tokenizer(args.judge),
             *(pipe.tokenizer for pipe in pipes.values()),
         ]
         if any(tokenizer.get_vocab() != vocabularies[0].get_vocab() for tokenizer in vocabularies):
@@ -369,6 +381,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--contrastive_steps", type=int, default=1500)
     parser.add_argument("--epochs", type=int, default=10, help="of the classifier of sounds")
     parser.add_argument("--seed", type=int, default=0)
+    add_device_option(parser)
     parser.add_argument("--output_dir", type=Path, required=True)
     args = parser.parse_args(argv)
     if (args.pictures is None) != (args.pictures_test is None):

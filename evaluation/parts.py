@@ -29,7 +29,8 @@ def fingerprint(model: nn.Module) -> str:
 
 
 class Parts:
-    """The parts of `file` that were measured with these settings; `.found` maps names to results."""
+    """The parts of `file` that were measured with these settings; `.found` maps names to
+    results."""
 
     def __init__(self, file: Path, settings: dict[str, Any]):
         self.file = file

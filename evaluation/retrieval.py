@@ -1,15 +1,18 @@
-"""How often a judge that saw only real pictures finds the caption of a picture, or of a clip, among twenty.
+"""How often a judge that saw only real pictures finds the caption of a picture, or of a clip, among
+twenty.
 
     python -m tokcom.evaluation.retrieval --train emoji/train.parquet --test emoji/test.parquet --judge emoji-judge
     python -m tokcom.evaluation.retrieval --train emoji/train.parquet --test emoji/test.parquet --judge emoji-judge \\
         --models zoo/emoji --guidance_scales 1 2 4 --output_dir results
 
-The first command trains the judge and freezes it: a picture encoder and a caption encoder, by contrast (Radford et al. 2021), on the
-training split. The second lets it judge what models make of held-out captions, beside the held-out pictures themselves. A judge
-finds a caption if it fits the picture better than 19 others of the held-out captions, drawn once; chance is 5 %. Captions of which
+The first command trains the judge and freezes it: a picture encoder and a caption encoder, by
+contrast (Radford et al. 2021), on the training split. The second lets it judge what models make of
+held-out captions, beside the held-out pictures themselves. A judge finds a caption if it fits the
+picture better than 19 others of the held-out captions, drawn once; chance is 5 %. Captions of which
 training had every word are also counted on their own.
 
-Of clips whose captions end in ", MOTION" the picture is named by what stands before, and a second network names the motion.
+Of clips whose captions end in ", MOTION" the picture is named by what stands before, and a second
+network names the motion.
 """
 
 import argparse
@@ -18,6 +21,7 @@ import json
 import re
 import sys
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,6 +30,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
 
+from tokcom.cli.loading import add_device_option
+from tokcom.evaluation.images import by_parts
 from tokcom.evaluation.report import table
 from tokcom.processing_tokcom import TokComImageProcessor
 from tokcom.training.images import picture_grid, read_pictures
@@ -40,7 +46,8 @@ SHOWN = 8  # pictures in a row of the contact sheet
 
 @dataclass
 class JudgeConfig:
-    """What a judge is: size and frames of what it looks at, the words it knows, the motions it can name."""
+    """What a judge is: size and frames of what it looks at, the words it knows, the motions it can
+    name."""
 
     size: int = 32
     frames: int = 1
@@ -82,7 +89,8 @@ def convolutions(channels: int, width: int) -> nn.Sequential:
 
 
 class Judge(nn.Module):
-    """Pictures and captions as directions, which agree if they belong together; and the motion of clips."""
+    """Pictures and captions as directions, which agree if they belong together; and the motion of
+    clips."""
 
     def __init__(self, config: JudgeConfig):
         super().__init__()
@@ -121,8 +129,9 @@ class Judge(nn.Module):
                     row.append(self.places[word])
                 row += [len(self.places) + bucket for bucket in letters_of(word)]
             rows.append(row or [len(self.places)])
-        starts = torch.tensor([0, *map(len, rows)]).cumsum(0)[:-1]
-        flat = torch.tensor([place for row in rows for place in row])
+        device = self.scale.device
+        starts = torch.tensor([0, *map(len, rows)], device=device).cumsum(0)[:-1]
+        flat = torch.tensor([place for row in rows for place in row], device=device)
         return F.normalize(self.caption_head(self.word_embedding(flat, starts)), dim=-1)
 
     def name_motion(self, clips: torch.Tensor) -> torch.Tensor:
@@ -138,7 +147,8 @@ class Judge(nn.Module):
 
 
 def moved(clips: torch.Tensor) -> torch.Tensor:
-    """Clips `(B, 3, F, H, W)`, all moved by up to two pixels and a little brighter or darker, so that a judge forgives both."""
+    """Clips `(B, 3, F, H, W)`, all moved by up to two pixels and a little brighter or darker, so
+    that a judge forgives both."""
     y, x = (int(torch.randint(5, ())) for _ in range(2))
     height, width = clips.shape[-2:]
     flat = F.pad(clips.flatten(1, 2), (2, 2, 2, 2), mode="replicate")
@@ -148,11 +158,16 @@ def moved(clips: torch.Tensor) -> torch.Tensor:
 
 
 def train_judge(
-    config: JudgeConfig, clips: torch.Tensor, captions: list[str], epochs: int, seed: int
+    config: JudgeConfig,
+    clips: torch.Tensor,
+    captions: list[str],
+    epochs: int,
+    seed: int,
+    device: str = "cpu",
 ) -> Judge:
-    """A judge of `clips (M, 3, F, H, W)` and their captions."""
+    """A judge of `clips (M, 3, F, H, W)` and their captions, on `device`."""
     torch.manual_seed(seed)
-    judge = Judge(config)
+    judge = Judge(config).to(device)
     motions = None
     if config.motions:
         parts = [split_motion(caption) for caption in captions]
@@ -165,16 +180,16 @@ def train_judge(
     bar = tqdm(range(steps), desc="judge", unit="step", mininterval=5)
     for _ in bar:
         rows = torch.randint(len(clips), (batch,))
-        seen = moved(clips[rows])
+        seen = moved(clips[rows]).to(device)
         frame = int(torch.randint(config.frames, ()))
         texts = [captions[i] for i in rows.tolist()]
         scores = judge.look(seen[:, :, frame : frame + 1]) @ judge.read(texts).T * judge.scale.exp()
         # rows with the same caption are all right answers
-        same = torch.tensor([[a == b for b in texts] for a in texts]).float()
+        same = torch.tensor([[a == b for b in texts] for a in texts], device=device).float()
         target = same / same.sum(1, keepdim=True)
         loss = F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)
         if motions is not None:
-            loss = loss + F.cross_entropy(judge.name_motion(seen), motions[rows])
+            loss = loss + F.cross_entropy(judge.name_motion(seen), motions[rows].to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -219,16 +234,18 @@ class HeldOut:
             others = dict.fromkeys(self.shown[j] for j in order if self.shown[j] != caption)
             if len(others) < CHOICES - 1:
                 raise ValueError(
-                    f"{len(others) + 1} different captions are too few to choose from {CHOICES}; give more held-out records."
+                    f"{len(others) + 1} different captions are too few to choose from {CHOICES}; "
+                    "give more held-out records."
                 )
             rows.append([i, *(self.shown.index(text) for text in list(others)[: CHOICES - 1])])
         self.choices = torch.tensor(rows)  # (M, CHOICES), the right one first
 
     @torch.no_grad()
     def found(self, clips: torch.Tensor) -> dict[str, float]:
-        """Shares of the captions that are found in `clips (M, 3, F, H, W)`, in the order of the captions."""
-        texts = self.judge.read(self.shown)
-        looks = torch.cat([self.judge.look(part) for part in clips.split(BATCH)])
+        """Shares of the captions that are found in `clips (M, 3, F, H, W)`, in the order of the
+        captions."""
+        texts = self.judge.read(self.shown).cpu()
+        looks = by_parts(self.judge.look, clips, self.judge, BATCH)
         scores = torch.einsum("mc,mkc->mk", looks, texts[self.choices[: len(clips)]])
         right = (scores.argmax(1) == 0).float()
         known = self.known[: len(clips)]
@@ -236,8 +253,9 @@ class HeldOut:
         shares["found, words known"] = right[known].mean().item()
         shares["found, a word unknown"] = right[~known].mean().item() if (~known).any() else None
         if self.motions is not None:
-            parts = [self.judge.name_motion(part).argmax(1) for part in clips.split(BATCH)]
-            named = torch.cat(parts) == self.motions[: len(clips)]
+            name_motion = self.judge.name_motion
+            named = by_parts(lambda part: name_motion(part).argmax(1), clips, self.judge, BATCH)
+            named = named == self.motions[: len(clips)]
             shares["motion"] = named.float().mean().item()
         return shares
 
@@ -251,7 +269,7 @@ def make(pipe, captions: list[str], steps: int | None, guidance: float, seed: in
     parts = []
     for start in tqdm(range(0, len(captions), 64), desc="making", unit="batch", mininterval=5):
         output = pipe(captions[start : start + 64], generator=generator, **settings)
-        parts.append(as_clips(output[0]).float())
+        parts.append(as_clips(output[0]).float().cpu())
     return torch.cat(parts)
 
 
@@ -275,15 +293,11 @@ class Format:
     image_size: int
     clip_length: int
 
-    @property
-    def modality(self) -> str:
-        return "image" if self.clip_length == 1 else "video"
-
 
 def get_judge(args: argparse.Namespace) -> Judge:
     """The judge in `args.judge`, trained first if there is none."""
     if (args.judge / "judge.json").is_file():
-        return load_judge(args.judge)
+        return load_judge(args.judge).to(args.device)
     clips, captions = read_all(args.train, Format(args.size, args.frames))
     motions = []
     if args.frames > 1:
@@ -291,7 +305,7 @@ def get_judge(args: argparse.Namespace) -> Judge:
     shown = [split_motion(caption)[0] if motions else caption for caption in captions]
     words = sorted({word for caption in shown for word in split_words(caption)})
     config = JudgeConfig(args.size, args.frames, words=words, motions=motions)
-    judge = train_judge(config, clips, captions, args.epochs, args.seed)
+    judge = train_judge(config, clips, captions, args.epochs, args.seed, args.device)
     save_judge(judge, args.judge)
     print(f"judge written to {args.judge}")
     return judge
@@ -310,7 +324,8 @@ def contact_sheet(clips: torch.Tensor, captions: list[str], directory: Path, nam
 
 
 def measure(judge: Judge, args: argparse.Namespace) -> list[dict]:
-    """A row for the held-out records, one for the captions of others, and one for every model, guidance and number of steps."""
+    """A row for the held-out records, one for the captions of others, and one for every model,
+    guidance and number of steps."""
     config = judge.config
     clips, captions = read_all(args.test, Format(config.size, config.frames), args.num_samples)
     held_out = HeldOut(judge, captions, args.seed)
@@ -318,14 +333,10 @@ def measure(judge: Judge, args: argparse.Namespace) -> list[dict]:
     others = clips[torch.randperm(len(clips), generator=torch.Generator().manual_seed(args.seed))]
     rows.append({"made by": "held-out data, another record", **held_out.found(others)})
     for name in args.models:
-        pipe = load_pipeline(name, dtype=torch.float32)
+        pipe = load_pipeline(name, dtype=torch.float32).to(args.device)
         if args.reconstruct:
-            latents = [
-                pipe.model.encode(pixel_values=_as_read(pipe, part)).latents
-                for part in clips.split(64)
-            ]
-            rebuilt = [as_clips(pipe.model.decode(part).pixel_values) for part in latents]
-            rows.append({"made by": f"{name}, codec alone", **held_out.found(torch.cat(rebuilt))})
+            rebuilt = by_parts(partial(_rebuild, pipe), clips, pipe.model, 64)
+            rows.append({"made by": f"{name}, codec alone", **held_out.found(rebuilt)})
         for steps in args.steps or [None]:
             for guidance in args.guidance_scales:
                 made = make(pipe, captions, steps, guidance, args.seed)
@@ -343,8 +354,11 @@ def measure(judge: Judge, args: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def _as_read(pipe, clips: torch.Tensor) -> torch.Tensor:
-    return clips[:, :, 0] if pipe.model.config.codec_config.modality == "image" else clips
+def _rebuild(pipe, clips: torch.Tensor) -> torch.Tensor:
+    """Clips `(B, 3, F, H, W)` as the codec of a pipeline remembers them."""
+    is_picture = pipe.model.config.codec_config.clip_length is None
+    latents = pipe.model.encode(pixel_values=clips[:, :, 0] if is_picture else clips).latents
+    return as_clips(pipe.model.decode(latents).pixel_values)
 
 
 def write(rows: list[dict], args: argparse.Namespace) -> str:
@@ -402,6 +416,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         default=0,
         help="of a new judge, of the choices and of the noise (default: 0)",
     )
+    add_device_option(parser)
     args = parser.parse_args(argv)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     try:

@@ -16,11 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
 
 from tokcom.cli.errors import report_errors
 from tokcom.cli.loading import add_device_option
-from tokcom.evaluation.judges import TokenJudge
+from tokcom.evaluation.judges import TokenJudge, load_language_model
 from tokcom.evaluation.metrics import sample_entropy
 from tokcom.evaluation.protocol import (
     CONTINUATION,
@@ -127,10 +126,6 @@ def main(argv: list[str] | None = None) -> dict:
         TokComPipeline.from_pretrained(name).to(args.device)
         for name in (args.teacher, *args.students)
     )
-    if not teacher.model.config.codec_config.has_tokens:
-        raise ValueError(
-            f"{args.teacher} writes no text; use evaluation.images or evaluation.videos."
-        )
     documents = load_documents(args.data, DataConfig(text_column=args.text_column), "train")
     tokens = tokenize_documents(documents, teacher.tokenizer, args.text_column, "held-out text")
     windows = held_out_windows(tokens, PROMPT + CONTINUATION, args.samples)
@@ -152,7 +147,7 @@ def main(argv: list[str] | None = None) -> dict:
     ]
     timed = {f"{name}, {s.num_inference_steps or 'own'} steps": s for name, s in systems}
     if args.peer:
-        peer = AutoModelForCausalLM.from_pretrained(args.peer).to(args.device).eval()
+        peer = load_language_model(args.peer, args.device)
         timed["autoregressive peer"] = AutoregressiveSampler(peer, teacher.tokenizer.eos_token_id)
     study = Study(tokens[:1000], tokens, None, judge, {}, teacher.chunk_size)
     facts["latency"] = latency(study, timed, repeats=args.repeats)

@@ -44,8 +44,8 @@ def predict(
     seed: int,
     captions: list[str] | None = None,
 ) -> torch.Tensor:
-    """The frame `(B, 3, H, W)` that follows the first `known` of `clips (B, 3, F, H, W)`, whose captions
-    are given to a model that reads any."""
+    """The frame `(B, 3, H, W)` that follows the first `known` of `clips (B, 3, F, H, W)`, whose
+    captions are given to a model that reads any."""
     causal = pipe.model.config.transformer_config.block_size is not None
     length = known + 1 if causal else None
     generator = torch.Generator().manual_seed(seed)

@@ -3,14 +3,16 @@
     python examples/demo.py
     python examples/demo.py --only emoji clips
 
-The model at the root writes text; those in `zoo/` write a sentence as pixels, draw an emoji, move one
-and speak a digit. Everything is in this directory, so it needs no network. What is made lies in
-`outputs/demo/`; open its `index.html`. It is also the shortest tour of the Python interface.
+The model at the root writes text; those in `zoo/` write a sentence as pixels, draw an emoji, move
+one, and hear, draw and speak a digit. Everything is in this directory, so it needs no network. What
+is made lies in `outputs/demo/`; open its `index.html`. It is also the shortest tour of the Python
+interface.
 """
 
 import argparse
 import html
 import importlib.util
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -19,6 +21,7 @@ if importlib.util.find_spec("tokcom") is None:
     remedy = "run `make setup`, then `.venv/bin/python examples/demo.py`"
     sys.exit(f"error: the package tokcom is not installed; {remedy}.")
 
+import numpy as np
 import torch
 from diffusers.utils import export_to_gif
 from PIL import Image
@@ -30,6 +33,7 @@ from tokcom import (
     TokComVideoPipeline,
 )
 from tokcom.cli.errors import report_errors
+from tokcom.cli.loading import add_device_option
 from tokcom.processing_tokcom import write_wav
 from tokcom.training.images import picture_grid
 
@@ -50,6 +54,7 @@ EMOJI = (
 PREFIXES = (1, 4, 9, 36)  # tokens of a picture that are decoded
 CLIPS = ("red apple, rising", "sailboat, sliding to the right", "dog face, turning")
 DIGIT = "the digit seven"
+RECORDING = ROOT / "sample_data" / "seven.flac"
 STYLE = (
     "body {font-family: system-ui, sans-serif; max-width: 52rem; margin: 2rem auto}"
     "img {image-rendering: pixelated; margin: .3rem; vertical-align: middle}"
@@ -63,10 +68,11 @@ def seed(number: int) -> torch.Generator:
 
 
 class Page:
-    """`index.html` and the files that it shows; what it is told is printed, too."""
+    """`index.html` and the files that it shows, made on `device`; what it is told is printed."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, device: str):
         self.directory = directory
+        self.device = device
         self.parts: list[str] = []
         directory.mkdir(parents=True, exist_ok=True)
 
@@ -81,7 +87,7 @@ class Page:
     def show(self, name: str, what: str, scale: int = 1) -> None:
         """A picture, clip or sound that lies in the directory, `scale` times as large."""
         print(f"  {what}: {self.directory / name}")
-        if name.endswith(".wav"):
+        if name.endswith((".wav", ".flac")):
             tag = f'<audio controls src="{name}"></audio>'
         else:
             width = Image.open(self.directory / name).width * scale
@@ -97,7 +103,8 @@ class Page:
 
 def show_text(directory: Path, page: Page) -> None:
     """Continue, stream, fill a gap, mend a noisy text, and go through latents and back."""
-    pipe = TokComPipeline.from_pretrained(directory)  # or the id of a repository
+    # or the id of a repository
+    pipe = TokComPipeline.from_pretrained(directory).to(page.device)
     pipe.set_progress_bar_config(desc="denoising", leave=False)
     size = sum(parameter.numel() for parameter in pipe.model.parameters()) / 1e6
     page.title(f"Text: {size:.1f} M parameters, {pipe.chunk_size} tokens in each latent")
@@ -135,7 +142,7 @@ def show_text(directory: Path, page: Page) -> None:
 
 def show_pixels(directory: Path, page: Page) -> None:
     """A sentence for a meaning, denoised as the pixels of a picture."""
-    pipe = TokComPipeline.from_pretrained(directory)
+    pipe = TokComPipeline.from_pretrained(directory).to(page.device)
     pipe.set_progress_bar_config(disable=True)
     page.title(
         "Pixels: each token is a pixel; a meaning as a picture, and the picture that says it"
@@ -148,7 +155,7 @@ def show_pixels(directory: Path, page: Page) -> None:
 
 def show_emoji(directory: Path, page: Page) -> None:
     """Pictures for captions, one of them from its first tokens, and from its codes."""
-    pipe = TokComImagePipeline.from_pretrained(directory, dtype=torch.float32)
+    pipe = TokComImagePipeline.from_pretrained(directory, dtype=torch.float32).to(page.device)
     pipe.set_progress_bar_config(disable=True)
     page.title("Emoji: 36 ordered tokens, drawn for a caption")
     drawn = pipe(list(EMOJI), guidance_scale=GUIDANCE, generator=seed(0))
@@ -167,7 +174,7 @@ def show_emoji(directory: Path, page: Page) -> None:
 
 def show_clips(directory: Path, page: Page) -> None:
     """Clips for captions."""
-    pipe = TokComVideoPipeline.from_pretrained(directory, dtype=torch.float32)
+    pipe = TokComVideoPipeline.from_pretrained(directory, dtype=torch.float32).to(page.device)
     pipe.set_progress_bar_config(disable=True)
     steps = pipe.model.config.num_inference_steps
     page.title(f"Clips: 8 frames for a caption, in {steps} evaluations of the network")
@@ -180,22 +187,45 @@ def show_clips(directory: Path, page: Page) -> None:
 
 
 def show_digits(directory: Path, page: Page) -> None:
-    """A digit spoken and drawn for its name, and what is heard in that sound."""
-    pipe = TokComOmniPipeline.from_pretrained(directory, dtype=torch.float32)
+    """Listen to a recording that training never had, then make a digit of all three kinds."""
+    pipe = TokComOmniPipeline.from_pretrained(directory, dtype=torch.float32).to(page.device)
     pipe.set_progress_bar_config(disable=True)
     page.title("Digits: text, picture and sound, each for the others")
-    spoken = pipe({"text": DIGIT}, ["audio", "image"], generator=seed(0))
-    write_wav(spoken.audios[0], page.directory / "digit.wav", pipe.sampling_rates["audio"])
-    spoken.images[0].save(page.directory / "digit.png")
-    page.show("digit.wav", f"{DIGIT}, spoken")
-    page.show("digit.png", f"{DIGIT}, drawn", scale=4)
-    heard = pipe({"audio": spoken.audios}, ["text", "image"], generator=seed(0))
-    heard.images[0].save(page.directory / "digit_heard.png")
-    page.say(f"heard in that sound: {heard.texts[0]}")
-    page.show("digit_heard.png", "and drawn from it", scale=4)
+    shutil.copy(RECORDING, page.directory / "digit_given.flac")
+    page.show("digit_given.flac", f"a recording of {DIGIT}")
+    heard = pipe({"audio": RECORDING}, "text", generator=seed(0)).texts[0]
+    page.say(f"heard in it: {heard}")
+    guided = {"guidance_scale": GUIDANCE, "generator": seed(0)}
+    drawn = pipe({"audio": RECORDING}, "image", **guided).images[0]
+    _show_digit("digit_heard", "drawn for it", page, drawn)
+
+    page.say(f"For the text {DIGIT!r}:")
+    drawn = pipe({"text": DIGIT}, "image", **guided).images[0]
+    spoken = pipe({"text": DIGIT}, "audio", **guided).audios[0]
+    _show_digit("digit_for_text", "for the text", page, drawn, spoken, pipe.sampling_rates["audio"])
+
+    made = pipe(generator=seed(0))
+    page.say(f"All three from nothing: {made.texts[0]}")
+    parts = made.images[0], made.audios[0], pipe.sampling_rates["audio"]
+    _show_digit("digit_from_nothing", "from nothing", page, *parts)
 
 
-GUIDANCE = 2.0  # of the emoji; it doubles the evaluations
+def _show_digit(
+    name: str,
+    what: str,
+    page: Page,
+    picture: Image.Image,
+    sound: np.ndarray | None = None,
+    rate: int | None = None,
+) -> None:
+    picture.save(page.directory / f"{name}.png")
+    page.show(f"{name}.png", f"{what}: the picture", scale=4)
+    if sound is not None:
+        write_wav(sound, page.directory / f"{name}.wav", rate)
+        page.show(f"{name}.wav", f"{what}: the sound")
+
+
+GUIDANCE = 2.0  # of emoji and of digits for a text; it doubles the evaluations
 # name -> directory, and what shows it
 PARTS = {
     "text": (ROOT, show_text),
@@ -213,9 +243,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--only", nargs="*", choices=PARTS, default=list(PARTS), help="systems")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "outputs" / "demo")
+    add_device_option(parser)
     args = parser.parse_args(argv)
     started = time.perf_counter()
-    page = Page(args.output_dir)
+    page = Page(args.output_dir, args.device)
     for name in args.only:
         directory, show = PARTS[name]
         if (directory / "model_index.json").is_file():

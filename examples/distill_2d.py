@@ -20,7 +20,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from tokcom.cli.errors import report_errors
-from tokcom.training.distillation import Distiller, denoising_loss, generate, integrate
+from tokcom.training.student_losses import Distiller, denoising_loss, generate, integrate
 
 RADIUS = 2.0  # of the circle of modes
 SPREAD = 0.1  # standard deviation of a mode

@@ -22,7 +22,6 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import (
-    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     LogitsProcessor,
@@ -31,9 +30,11 @@ from transformers import (
 
 from tokcom import TokComImagePipeline
 from tokcom.cli.errors import report_errors
-from tokcom.evaluation.images import psnr
+from tokcom.cli.loading import add_device_option
+from tokcom.evaluation.images import by_parts, psnr
 from tokcom.quantization_tokcom import kmeans, nearest_codes
 from tokcom.training.images import encode_all, picture_grid, read_pictures
+from tokcom.training.tokens import load_tokenizer
 
 PATCH = 4  # pixels of a side of what one code of the proxy stands for
 BEGIN = "<image>"
@@ -94,7 +95,7 @@ def read_codes(
 ) -> tuple[list[str], torch.Tensor, torch.Tensor]:
     """Captions, codes `(M, N)` and pixels `(M, 3, H, W)` of the pictures of a source."""
     dataset = read_pictures(source, pipe.model.config.codec_config, image_column, limit=limit)
-    codes = pipe.model.codec.to_codes(encode_all(pipe.model, dataset))
+    codes = pipe.model.codec.to_codes(encode_all(pipe.model, dataset).to(pipe.device)).cpu()
     pixels = torch.stack([dataset[i]["pixel_values"] for i in range(len(dataset))])
     return list(dataset.records["caption"]), codes[..., 0], pixels
 
@@ -133,19 +134,22 @@ def train(
     parameters = list(model.parameters())
     if proxy is not None:
         parameters += proxy[0].parameters()
+    device = model.device
     optimizer = torch.optim.AdamW(parameters, 1e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
     bar = tqdm(range(steps), desc="language model", unit="step")
     for _ in bar:
         rows = torch.randint(len(ids), (batch_size,))
         shows = proxy is not None
-        output = model(input_ids=ids[rows], labels=labels[rows], output_hidden_states=shows)
+        read = ids[rows].to(device)
+        output = model(input_ids=read, labels=labels[rows].to(device), output_hidden_states=shows)
         loss = output.loss
         if proxy is not None:
             head, patches, first = proxy
             count = model.config.vocab_size - first - len((BEGIN, END))
-            states = code_states(output.hidden_states[-1], ids[rows], first, count)
-            loss = loss + F.cross_entropy(head(states).flatten(0, 1), patches[rows].flatten())
+            states = code_states(output.hidden_states[-1], read, first, count)
+            wanted = patches[rows].flatten().to(device)
+            loss = loss + F.cross_entropy(head(states).flatten(0, 1), wanted)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -159,6 +163,7 @@ def draw(model, tokenizer, caption: str, first: int, pipe: TokComImagePipeline):
     """A picture for a caption."""
     config = pipe.model.config.codec_config
     ids = tokenizer(caption + BEGIN, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    ids = ids.to(model.device)
     only = LogitsProcessorList([CodesOnly(first, config.num_codes)])
     options = {
         "do_sample": True,
@@ -182,7 +187,7 @@ def describe(model, tokenizer, codes: torch.Tensor, first: int) -> list[str]:
     """Captions for pictures of codes `(B, N)`."""
     begin, end = tokenizer.convert_tokens_to_ids([BEGIN, END])
     edge = codes.new_ones(len(codes), 1)
-    ids = torch.cat((begin * edge, codes + first, end * edge), dim=1)
+    ids = torch.cat((begin * edge, codes + first, end * edge), dim=1).to(model.device)
     output = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -221,14 +226,18 @@ def build_proxy(pixels: torch.Tensor, args: argparse.Namespace) -> ProxyHead:
     """A head for a codebook of the patches of these pictures `(M, 3, H, W)`."""
     parts = [cut_patches(part).flatten(0, 1) for part in pixels.split(256)]
     centres = kmeans(parts, args.proxy_codes, 10, seed=args.seed)
-    return ProxyHead(args.hidden_size, (pixels.shape[-1] // PATCH) ** 2, centres)
+    head = ProxyHead(args.hidden_size, (pixels.shape[-1] // PATCH) ** 2, centres)
+    return head.to(args.device)
 
 
 @torch.no_grad()
 def report_proxy(
     model, head: ProxyHead, ids: torch.Tensor, codes, pixels, pipe, words: int, args
 ) -> None:
-    """Print how well the patches follow from the ordered codes, and draw them beside the decoder."""
+    """Print how well the patches follow from the ordered codes, and draw them beside the
+    decoder."""
+    ids = ids.to(model.device)
+    pixels = pixels.to(model.device)
     states = model(input_ids=ids, output_hidden_states=True).hidden_states[-1]
     count = pipe.model.config.codec_config.num_codes
     logits = head(code_states(states, ids, words, count))
@@ -254,7 +263,8 @@ def report(model, tokenizer, pipe: TokComImagePipeline, words: int, args, proxy=
     """Print how well the pictures of `args.test` are described, and draw some of their captions."""
     captions, codes, pixels = read_codes(pipe, args.test, args.image_column, args.limit)
     ids, labels = sequences(tokenizer, captions, codes, words)
-    loss = model(input_ids=ids[:256], labels=labels[:256]).loss.item()
+    device = model.device
+    loss = model(input_ids=ids[:256].to(device), labels=labels[:256].to(device)).loss.item()
     print(f"held-out loss, caption -> codes: {loss:.3f} nats")
     if proxy is not None:
         shown = min(128, len(codes))
@@ -288,23 +298,25 @@ def main(argv: list[str] | None = None) -> None:
     add("--limit", type=int, default=5000, help="pictures of each source (default: 5000)")
     add("--proxy_codes", type=int, default=0, help="patches of the second head (default: 0, none)")
     add("--seed", type=int, default=0, help="of everything (default: 0)")
+    add_device_option(parser)
     args = parser.parse_args(argv)
     torch.manual_seed(args.seed)
-    pipe = TokComImagePipeline.from_pretrained(args.model)
+    pipe = TokComImagePipeline.from_pretrained(args.model).to(args.device)
     num_codes = pipe.model.config.codec_config.num_codes
     if pipe.tokenizer is None or not num_codes:
         sys.exit(f"error: {args.model} needs captions and a codebook; run tokcom kmeans first.")
-    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+    tokenizer = load_tokenizer(args.model)
     words = len(tokenizer)  # the id of the first code
     marks = [f"<image_{i}>" for i in range(num_codes)] + [BEGIN, END]
     tokenizer.add_tokens(marks, special_tokens=True)
-    model = build_llama(words, args, tokenizer)
+    model = build_llama(words, args, tokenizer).to(args.device)
     captions, codes, pixels = read_codes(pipe, args.train, args.image_column, args.limit)
     ids, labels = sequences(tokenizer, captions, codes, words)
     head = build_proxy(pixels, args) if args.proxy_codes else None
     proxy = None
     if head is not None:  # a picture is in two rows: after its caption, and before it
-        proxy = head, head.encode(pixels).repeat(2, 1), words
+        patches = by_parts(head.encode, pixels, head)
+        proxy = head, patches.repeat(2, 1), words
     train(model, ids, labels, args.max_steps, args.batch_size, proxy)
     model.eval().save_pretrained(args.output_dir)
     tokenizer.save_pretrained(args.output_dir)

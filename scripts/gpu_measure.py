@@ -5,9 +5,10 @@
     python scripts/gpu_measure.py attention --output_file attention.json
 
 Weights and ids are random: speed does not depend on them. `training` gives tokens per second, the
-share of the matrix product's speed that was measured just before, and the peak of memory. `sampling`
-stands beside a Llama of as many parameters with its key/value cache. `attention` compares every
-implementation with PyTorch's in float32. What a machine cannot do is noted, not left out.
+share of the matrix product's speed that was measured just before, and the peak of memory.
+`sampling` stands beside a Llama of as many parameters with its key/value cache. `attention`
+compares every implementation with PyTorch's in float32. What a machine cannot do is noted, not left
+out.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import torch
 from transformers.utils import is_flash_attn_2_available
 
 from tokcom.cli.errors import report_errors
-from tokcom.cli.loading import best_device
+from tokcom.cli.loading import add_device_option
 from tokcom.evaluation import benchmark
 from tokcom.evaluation.flops import count_flops
 from tokcom.modeling_tokcom import TokComModel
@@ -158,7 +159,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--device", help="by default the fastest there is")
+    add_device_option(parser)
     parser.add_argument("--output_file", type=Path, required=True)
     return parser
 
@@ -166,7 +167,6 @@ def build_parser() -> argparse.ArgumentParser:
 @report_errors()
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    args.device = best_device(args.device)
     benchmark.DEVICE = args.device
     measure = {
         "training": measure_training,

@@ -80,7 +80,8 @@ def survives(pipe: TokComPipeline, text: str) -> tuple[bool, str]:
 
 
 def passages_beyond_ascii(texts: list[str], count: int, length: int = 300) -> list[str]:
-    """The first `count` passages of up to `length` characters that hold a character beyond ASCII."""
+    """The first `count` passages of up to `length` characters that hold a character beyond
+    ASCII."""
     pieces = (text[at : at + length] for text in texts for at in range(0, len(text), length))
     return list(itertools.islice((piece for piece in pieces if not piece.isascii()), count))
 

@@ -4,7 +4,8 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# workers, and the processes that they start, share the cores: one job of two threads beside another is many times slower
+# workers, and the processes that they start, share the cores: one job of two threads beside another
+# is many times slower
 if (
     "PYTEST_XDIST_WORKER" in os.environ
 ):  # what starts them has read this file too, and hands its own number down

@@ -69,7 +69,8 @@ def tiny_model(
 
 
 def build_model(vocab_size: int = 320, **overrides) -> TokComModel:
-    """A seeded model whose tokens take turns, with a context network, and blocks that do something."""
+    """A seeded model whose tokens take turns, with a context network, and blocks that do
+    something."""
     torch.manual_seed(0)
     model = TokComModel(
         tiny_config(vocab_size, **TURNS, transformer_config=SPLIT, **overrides)
@@ -135,7 +136,8 @@ MEDIA = {
 
 
 def tiny_pipeline(modality: str, tokenizer=None) -> TokComBasePipeline:
-    """A seeded pipeline of pictures, clips or several streams; with captions if there is a tokenizer."""
+    """A seeded pipeline of pictures, clips or several streams; with captions if there is a
+    tokenizer."""
     torch.manual_seed(0)
     parts = dict(MEDIA[modality])
     small = dict(hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)

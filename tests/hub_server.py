@@ -1,7 +1,9 @@
-"""A stand-in for the Hub on the loopback interface: enough of its interface to create, upload, list and download.
+"""A stand-in for the Hub on the loopback interface: enough of its interface to create, upload, list
+and download.
 
-Repositories live in memory, each revision whole. Large and binary files travel as LFS objects ("basic" transfer), everything
-else inside the commit, as on the Hub. Private repositories and all writing need the token.
+Repositories live in memory, each revision whole. Large and binary files travel as LFS objects
+("basic" transfer), everything else inside the commit, as on the Hub. Private repositories and all
+writing need the token.
 """
 
 import base64
@@ -17,7 +19,8 @@ USER = "tester"
 
 
 class StandInHub:
-    """`repos` maps an id to `{"private", "revisions": {sha: {path: bytes}}, "branches": {name: sha}}`."""
+    """`repos` maps an id to `{"private", "revisions": {sha: {path: bytes}}, "branches": {name:
+    sha}}`."""
 
     def __init__(self):
         self.repos, self.objects, self.requests = {}, {}, []

@@ -7,14 +7,20 @@ import threading
 from pathlib import Path
 
 import gradio as gr
+import numpy as np
 import pytest
-from helpers import ROOT, seeded
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
+from helpers import ROOT, seeded, tiny_pipeline
+from PIL import Image
 
 from tokcom.cli.app import CSS, FONTS, Demo, build_page, colored
+from tokcom.cli.app_zoo import ShownModel, draw_text
+from tokcom.cli.options import shipped_zoo
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_tokcom import TokComPipeline
-from tokcom.processing_tokcom import vocabulary_size
-from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
+from tokcom.processing_tokcom import vocabulary_size, write_wav
+from tokcom.training.pipelines import build_pipeline
 from tokcom.training.presets import preset_config
 
 TURNS = {
@@ -105,19 +111,87 @@ def test_mistakes_become_messages_and_the_page_goes_on(demo, call, message):
     assert list(demo.write("Squinty", length=4, **SETTINGS))
 
 
-def test_a_pixel_model_brings_a_tab(build):
-    words = build()
-    config = preset_config(
-        "pixel-tiny", vocabulary_size(words.tokenizer), transformer_config={"num_hidden_layers": 1}
+# ---- the other models ----
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def tabs_of(page: gr.Blocks) -> list[str]:
+    return [block.label for block in page.blocks.values() if isinstance(block, gr.Tab)]
+
+
+@pytest.fixture
+def models(tmp_path, tokenizer):
+    """Tiny random models of every other kind, as they lie in `zoo/`."""
+    size = vocabulary_size(tokenizer)
+    config = preset_config("pixel-tiny", size, transformer_config={"num_hidden_layers": 1})
+    pipes = {"pixels": build_pipeline(TokComModel(config).eval(), tokenizer)}
+    for modality, name in (("image", "emoji"), ("video", "clips"), ("several", "digits")):
+        pipes[name] = tiny_pipeline(modality, tokenizer)
+    for name, pipe in pipes.items():
+        pipe.save_pretrained(tmp_path / name)
+    return [str(tmp_path / name) for name in pipes]
+
+
+@pytest.fixture
+def client(build, models):
+    """A client of a page with all models, and what the page shows."""
+    shown = [ShownModel(path, "cpu") for path in models]
+    page = build_page(Demo(build()), shown)
+    options = dict(server_name="127.0.0.1", server_port=free_port(), quiet=True)
+    _, address, _ = page.queue().launch(prevent_thread_lock=True, **options)
+    yield Client(address, verbose=False), page, {each.name: each for each in shown}
+    page.close()
+
+
+def test_every_model_has_a_tab_that_loads_its_weights_when_it_is_used(client, tmp_path):
+    client, page, shown = client
+    titles = ["Pixels", "Emoji", "Clips", "Digits"]
+    assert tabs_of(page) == ["Write", "Fill gaps", "Noise", "Latent map", *titles]
+    assert not any(each.is_loaded for each in shown.values())
+    picture, text = client.predict("Mr. Rabbit went home.", api_name="/pixels_draw")
+    assert text.startswith("Mr. Rabbit went home.") and Image.open(picture).width % 8 == 0
+    assert [name for name, each in shown.items() if each.is_loaded] == ["pixels"]
+    text, picture = client.predict("Mr. Rabbit", 0, api_name="/pixels_write")
+    assert Image.open(picture).width % 16 == 0
+
+    drawn = client.predict("a rabbit", 1, 2.0, 0, api_name="/emoji_draw")
+    assert [row["caption"] for row in drawn][0] == "6 of 6 tokens"
+    clip = client.predict("a rabbit", 1, 1.0, 0, api_name="/clips_animate")
+    assert Image.open(clip).n_frames == 4 and Image.open(clip).width == 192
+
+    sound = tmp_path / "tone.wav"
+    write_wav(np.sin(np.arange(800) / 3), sound, 8000)
+    made = client.predict(1, 2.0, 0, handle_file(sound), None, "", api_name="/digits_make")
+    given, image, text = made
+    assert Path(given).suffix == ".wav" and Image.open(image).size == (192, 192)
+    assert isinstance(text, str) and all(each.is_loaded for each in shown.values())
+
+
+def test_mistakes_with_other_models_become_messages(client):
+    client, _, shown = client
+    with pytest.raises(AppError, match="no picture"):
+        client.predict(None, api_name="/emoji_rebuild")
+    with pytest.raises(gr.Error, match="is empty"):
+        draw_text(shown["pixels"], "")
+
+
+def test_a_model_of_texts_has_no_tab_of_its_own(build, tmp_path):
+    build().save_pretrained(tmp_path / "words")
+    with pytest.raises(ValueError, match="--checkpoint"):
+        ShownModel(str(tmp_path / "words"))
+    with pytest.raises(FileNotFoundError, match="--models"):
+        ShownModel(str(tmp_path / "nothing"))
+
+
+def test_the_page_shows_what_lies_in_the_zoo_by_default():
+    assert [Path(path).name for path in shipped_zoo()] == sorted(
+        file.parent.name for file in (ROOT / "zoo").glob("*/model_index.json")
     )
-    scheduler = TokComFlowMatchScheduler.from_model_config(config)
-    demo = Demo(words, TokComPipeline(TokComModel(config).eval(), scheduler, words.tokenizer))
-    picture, text = demo.to_picture("Mr. Rabbit went home.")
-    assert picture.width % 8 == 0 and text.startswith("Mr. Rabbit went home.")
-    labels = [
-        block.label for block in build_page(demo).blocks.values() if isinstance(block, gr.Tab)
-    ]
-    assert labels == ["Write", "Fill gaps", "Noise", "Latent map", "Pixels"]
 
 
 @pytest.fixture
@@ -157,9 +231,7 @@ def test_a_browser_writes_text_by_click_and_by_keyboard_on_wide_and_narrow_scree
     from selenium.webdriver.common.keys import Keys
     from selenium.webdriver.support.ui import WebDriverWait
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     page = build_page(Demo(TokComPipeline.from_pretrained(ROOT)))
     options = dict(server_name="127.0.0.1", server_port=port, prevent_thread_lock=True, quiet=True)
     page.queue(default_concurrency_limit=1).launch(

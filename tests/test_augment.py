@@ -1,4 +1,5 @@
-"""Pictures that training mirrors and moves, and reads once; codebooks of more pictures than fit into memory."""
+"""Pictures that training mirrors and moves, and reads once; codebooks of more pictures than fit
+into memory."""
 
 import io
 

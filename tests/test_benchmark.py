@@ -29,7 +29,8 @@ ARGS = dict(
 @pytest.mark.filterwarnings("ignore:the checkpoint names no tokenizer")
 @pytest.mark.parametrize("stage", ["codec", "flow"])
 def test_training_follows_the_loss_curve_of_the_plain_implementation(tmp_path, stage):
-    """Chunked cross-entropy, grouped attention and fused AdamW change no loss by more than 1e-3 in twelve steps."""
+    """Chunked cross-entropy, grouped attention and fused AdamW change no loss by more than 1e-3 in
+    twelve steps."""
     torch.manual_seed(0)
     published = PublishedTokCom.random(32, 48, 2, 4, 2, 51)
     published.vae["embed_tokens.weight"].mul_(0.2)

@@ -1,4 +1,5 @@
-"""Laws of `TokComForCausalLM`: exact logits at every place, whatever the padding, the cache or the company in a batch."""
+"""Laws of `TokComForCausalLM`: exact logits at every place, whatever the padding, the cache or the
+company in a batch."""
 
 import pytest
 import torch

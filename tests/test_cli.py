@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from tokcom.cli import options
 from tokcom.cli.errors import explain, report_errors
+from tokcom.cli.loading import add_device_option, usable_device
 from tokcom.cli.main import COMMANDS, build_parser, call, main, parse, usage
 from tokcom.integrity_tokcom import CHECKSUMS, check_checksums, write_checksums
 
@@ -429,3 +430,36 @@ def test_without_a_model_in_the_current_directory_the_shipped_one_is_used(monkey
     assert options.default_checkpoint() == str(ROOT)
     (tmp_path / "model_index.json").write_text("{}")
     assert options.default_checkpoint() == "."
+
+
+# ---- devices ----
+
+# the launch chooses the device of what they train, or they count on `meta`, or compare bits on a CPU
+WITHOUT_DEVICE = {
+    *("ablation", "autoregressive", "compression", "fine_tune_lora", "train_on_your_text"),
+    *("memory", "scaling", "compare_trees", "time_step", "text_defects", "pack_zoo"),
+}
+
+
+def test_every_script_that_runs_a_model_can_be_told_the_device():
+    runs = re.compile(r"from_pretrained\(|load_pipeline\(|open_pipeline\(|Teacher\(|Judge\(")
+    checked = 0
+    for folder in ("evaluation", "evaluation/studies", "examples", "scripts"):
+        for file in sorted((ROOT / folder).glob("*.py")):
+            text = file.read_text(encoding="utf-8")
+            if "ArgumentParser(" in text and runs.search(text) and file.stem not in WITHOUT_DEVICE:
+                assert "add_device_option(" in text, file
+                checked += 1
+    assert checked > 10
+
+
+def test_a_device_is_found_or_refused_in_one_sentence(capsys):
+    parser = argparse.ArgumentParser()
+    add_device_option(parser)
+    assert parser.parse_args([]).device == ("cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("quantum", "meta"):
+        with pytest.raises(SystemExit):
+            parser.parse_args(["--device", name])
+        assert f"device '{name}' cannot be used" in capsys.readouterr().err
+        with pytest.raises(ValueError, match="try --device cpu"):
+            usable_device(name)

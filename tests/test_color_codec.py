@@ -1,4 +1,5 @@
-"""The color codec: exact ids <-> pixels in both layouts, the nearest valid id for anything else, one model class."""
+"""The color codec: exact ids <-> pixels in both layouts, the nearest valid id for anything else,
+one model class."""
 
 import pytest
 import torch

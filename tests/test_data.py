@@ -23,7 +23,6 @@ from tokcom.training.data import (
     StreamingPackedDataset,
     WindowShape,
     cache_latents,
-    is_dialogue,
     load_documents,
     messages_of,
     random_unicode,
@@ -33,6 +32,7 @@ from tokcom.training.data import (
     tokenize_prompt,
     train_tokenizer,
 )
+from tokcom.training.documents import part_kind
 
 LEFT = WindowShape(64, 4, pads_left=True)
 TEXTS = ["Once upon a time.\n\nThere was a pig — “Squinty”.", "第二篇 document."]
@@ -247,7 +247,7 @@ FORMS = [
 def test_dialogues_of_any_form_become_a_prompt_and_an_answer(tmp_path, tokenizer, record):
     (tmp_path / "d.jsonl").write_text((json.dumps(record) + "\n") * 3)
     documents = load_documents(str(tmp_path / "d.jsonl"), DataConfig(train="x"), "train")
-    assert is_dialogue(documents) and len(documents) == 3
+    assert part_kind(documents, DataConfig()) == "dialogues" and len(documents) == 3
     prompt, answer = tokenize_dialogues(documents, tokenizer, "dialogues")[0]
     assert tokenizer.decode(prompt) == "What is a pig?"
     assert answer[-1] == tokenizer.eos_token_id and tokenizer.decode(answer[:-1]) == "An animal."

@@ -1,4 +1,5 @@
-"""Other people's tools on the shipped model, each in a fresh process, as remote code without the package installed."""
+"""Other people's tools on the shipped model, each in a fresh process, as remote code without the
+package installed."""
 
 import json
 import os
@@ -298,9 +299,8 @@ def test_the_evaluation_harness_scores_choices_and_perplexity(repository, tmp_pa
     common = f"dataset_path: json\ndataset_kwargs: {{data_files: {{validation: {tmp_path / 'rows.jsonl'}}}}}\n"
     common += "validation_split: validation\ndoc_to_text: '{{text}}'\n"
     (tmp_path / "choice.yaml").write_text(
-        "task: choice\noutput_type: multiple_choice\ndoc_to_choice: '{{choices}}'\ndoc_to_target: '{{answer}}'\n"
-        + common
-        + "metric_list: [{metric: acc}]\n"
+        "task: choice\noutput_type: multiple_choice\ndoc_to_choice: '{{choices}}'\ndoc_to_target: "
+        "'{{answer}}'\n" + common + "metric_list: [{metric: acc}]\n"
     )
     (tmp_path / "perplexity.yaml").write_text(
         "task: perplexity\noutput_type: loglikelihood_rolling\ndoc_to_target: '{{text}}'\n"

@@ -263,7 +263,8 @@ def test_reconstruction_accuracy_counts_tokens_and_whole_chunks():
     batches = [torch.arange(4000).view(2, -1)]
     results = reconstruction_accuracy(_LookupCodec(), batches, seed=0)
     assert results["token_accuracy_noise_0.0"] == results["chunk_accuracy_noise_0.0"] == 1.0
-    # an id survives noise of s standard deviations with probability P(|N(0, s)| < 0.5) = erf(0.5 / (s sqrt 2))
+    # an id survives noise of s standard deviations with probability P(|N(0, s)| < 0.5) = erf(0.5 /
+    # (s sqrt 2))
     for level in NOISE_LEVELS[1:]:
         survives = math.erf(0.5 / level / math.sqrt(2))
         assert results[f"token_accuracy_noise_{level}"] == pytest.approx(survives, abs=0.03)

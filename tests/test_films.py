@@ -1,4 +1,5 @@
-"""Films and animations as they lie on people's disks: which frames are read, and what is named instead."""
+"""Films and animations as they lie on people's disks: which frames are read, and what is named
+instead."""
 
 import io
 import struct

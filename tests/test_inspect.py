@@ -1,4 +1,5 @@
-"""`tokcom inspect`: the report of what a preset reads, counted from what its loader yields, and a contact sheet."""
+"""`tokcom inspect`: the report of what a preset reads, counted from what its loader yields, and a
+contact sheet."""
 
 import io
 import json

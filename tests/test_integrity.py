@@ -1,4 +1,5 @@
-"""Nothing wrong is loaded in silence: damaged files, weights that do not fit, numbers that mean nothing."""
+"""Nothing wrong is loaded in silence: damaged files, weights that do not fit, numbers that mean
+nothing."""
 
 import json
 import sys

@@ -1,4 +1,5 @@
-"""Latent heads: parameter counts, identity at first, only the head is trained, and it is in the decode path."""
+"""Latent heads: parameter counts, identity at first, only the head is trained, and it is in the
+decode path."""
 
 import pytest
 import torch

@@ -1,4 +1,5 @@
-"""Pictures, clips and sounds as they lie on people's disks: what is read of them, and what is named instead."""
+"""Pictures, clips and sounds as they lie on people's disks: what is read of them, and what is named
+instead."""
 
 import io
 import struct

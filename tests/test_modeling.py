@@ -76,7 +76,8 @@ def test_a_padded_row_has_the_loss_of_its_truncated_twin(block_size):
 
 
 def fix_noise(model):
-    """Noise that depends on the position alone and blocks from offset 0, so two lengths can be compared."""
+    """Noise that depends on the position alone and blocks from offset 0, so two lengths can be
+    compared."""
     from tokcom import modeling_tokcom
 
     order = modeling_tokcom.generation_order
@@ -100,7 +101,8 @@ def fix_noise(model):
 
 
 def test_fixed_timestep_at_one_shows_the_clean_latents():
-    """With t = 1 an oracle that returns its input has no error, so the loss is measured on the right positions."""
+    """With t = 1 an oracle that returns its input has no error, so the loss is measured on the
+    right positions."""
     model = TokComModel(tiny_config(transformer_config={"block_size": 4})).eval()
     model.transformer.forward = lambda latents, *a, **k: type("O", (), {"latents": latents})()
     output = model(torch.randint(0, 320, (2, 32)), timestep=1.0)

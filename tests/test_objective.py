@@ -1,4 +1,5 @@
-"""Laws of chunks that are known in part: one alignment, gaps that see both sides, exact likelihoods."""
+"""Laws of chunks that are known in part: one alignment, gaps that see both sides, exact
+likelihoods."""
 
 import pytest
 import torch

@@ -172,7 +172,8 @@ def test_a_stream_may_get_another_codec_than_the_preset_names():
 
 @pytest.mark.parametrize("present", [s for s in SUBSETS if s])
 def test_given_streams_are_at_time_1_generated_ones_at_t_and_absent_ones_hidden(present):
-    """A table over all subsets that exist and all that are given, of what the transformer is told."""
+    """A table over all subsets that exist and all that are given, of what the transformer is
+    told."""
     net, seen = model(), {}
     handle = net.transformer.register_forward_pre_hook(
         lambda module, args, kwargs: seen.update(time=args[1], x=args[0], mask=args[3]),

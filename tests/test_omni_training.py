@@ -112,7 +112,7 @@ def test_features_of_a_sound_are_computed_once_for_all_its_records_while_they_fi
     assert all(torch.equal(dataset[i]["streams"]["audio"], sound) for i, sound in zip(rows, first))
     assert len(rows) > len(made) == len(sounds) > 1
     monkeypatch.setattr("tokcom.training.streams.KEPT_SOUNDS", 0)
-    dataset.features.clear()
+    dataset.streams["audio"].features.clear()
     assert all(
         torch.equal(dataset[i]["streams"]["audio"], sound) for i, sound in zip(rows * 2, first * 2)
     )

@@ -1,4 +1,5 @@
-"""Laws of the package: one name, nothing imported before it is asked for, and this checkout is what is tested."""
+"""Laws of the package: one name, nothing imported before it is asked for, and this checkout is what
+is tested."""
 
 import ast
 import os
@@ -49,7 +50,8 @@ def test_every_package_of_the_checkout_is_in_the_wheel():
 
 @pytest.mark.slow
 def test_a_wheel_holds_the_small_model_and_writes_in_an_empty_folder(tmp_path):
-    """Installed without the checkout, `tokcom generate` needs no model, no network and none of the extras."""
+    """Installed without the checkout, `tokcom generate` needs no model, no network and none of the
+    extras."""
     copy = tmp_path / "checkout"
     names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout
     for name in names.splitlines():

@@ -50,7 +50,8 @@ KINDS = {
 @pytest.mark.parametrize("prompt", ["whole chunks", None])
 @pytest.mark.parametrize("kind", KINDS)
 def test_block_causal_sampling_with_cache_equals_the_uncached_computation(build, kind, prompt):
-    """Several blocks, sampled by the pipeline and by hand with the training mask over all latents."""
+    """Several blocks, sampled by the pipeline and by hand with the training mask over all
+    latents."""
     from tokcom.transformer_tokcom import block_causal_mask
 
     own = KINDS[kind].get("transformer_config", {})
@@ -161,7 +162,8 @@ def test_continuation_follows_the_prompt_with_one_space(build):
 
 
 def test_continuation_keeps_the_space_of_tokenizers_that_strip_it(build):
-    """SentencePiece-style decoding drops the first space, so a continuation cannot be decoded on its own."""
+    """SentencePiece-style decoding drops the first space, so a continuation cannot be decoded on
+    its own."""
     pipe = build()
     decode = pipe.tokenizer.decode
     known, new = pipe.tokenizer("He was")["input_ids"], pipe.tokenizer(" here")["input_ids"]
@@ -252,7 +254,8 @@ def test_reconstruct_denoise_encode_and_decode_agree(build, tmp_path):
 
 
 def test_denoise_reconstruct_keeps_the_promised_share_of_the_text(build):
-    """An oracle denoiser turns every noise level back into the text, in steps x (1 - level) calls."""
+    """An oracle denoiser turns every noise level back into the text, in steps x (1 - level)
+    calls."""
     pipe, calls = build(transformer_config={"block_size": None}), []
     encoded = pipe.encode("Squinty was a little pig.")
 
@@ -479,7 +482,8 @@ def test_a_dialogue_is_its_chat_template_or_its_lines(build):
 
 @pytest.mark.parametrize("head_attention", [True, False])
 def test_one_compiled_graph_serves_all_blocks(build, head_attention):
-    """No graph breaks, and after the first blocks nothing is compiled again, however long the text."""
+    """No graph breaks, and after the first blocks nothing is compiled again, however long the
+    text."""
     shape = {"block_size": 1, "num_context_layers": 1, "head_attention": head_attention}
     config = {
         "prediction_type": "tokens",

@@ -1,4 +1,5 @@
-"""Laws of sampling token models: one alignment, gaps that see both sides, steps on turns, a seed gives a prefix."""
+"""Laws of sampling token models: one alignment, gaps that see both sides, steps on turns, a seed
+gives a prefix."""
 
 import pytest
 import torch

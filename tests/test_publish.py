@@ -1,4 +1,5 @@
-"""Publishing to a stand-in Hub, and loading from it: by id in four ways, offline, pinned and private."""
+"""Publishing to a stand-in Hub, and loading from it: by id in four ways, offline, pinned and
+private."""
 
 import json
 import os
@@ -19,7 +20,8 @@ LOADERS = {
     "model = DiffusionPipeline.from_pretrained(ID, trust_remote_code=True).model",
     "snapshot": "from diffusers import DiffusionPipeline\nfrom huggingface_hub import snapshot_download\n"
     "folder = snapshot_download(ID)\n"
-    "model = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True).model",
+    "model = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, "
+    "trust_remote_code=True).model",
     "TokComPipeline": "from tokcom import TokComPipeline\nmodel = TokComPipeline.from_pretrained(ID).model",
 }
 

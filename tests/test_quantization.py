@@ -1,4 +1,5 @@
-"""The laws of the quantisers: exact nearest codes, straight-through gradient, no dead codes, ids <-> latents."""
+"""The laws of the quantisers: exact nearest codes, straight-through gradient, no dead codes, ids
+<-> latents."""
 
 import multiprocessing
 import os

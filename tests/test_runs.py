@@ -1,4 +1,5 @@
-"""What a run does with data that changed, exports that are damaged, numbers that mean nothing, and its precision."""
+"""What a run does with data that changed, exports that are damaged, numbers that mean nothing, and
+its precision."""
 
 import json
 import shutil

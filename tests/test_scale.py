@@ -1,4 +1,5 @@
-"""What many devices need, shown on a CPU: networks on `meta`, units that are shards, and few waits of the host."""
+"""What many devices need, shown on a CPU: networks on `meta`, units that are shards, and few waits
+of the host."""
 
 import contextlib
 import sys
@@ -18,12 +19,14 @@ LARGE = ["v5.2", "style-512-128", "pixel-h16", "base", "video-dmd", "omni-tiny"]
 
 
 def on_meta(preset: str) -> TokComModel:
+    vocab_size = None if preset == "video-large" else 32000  # clips without captions
     with torch.device("meta"):
-        return TokComModel(preset_config(preset, 32000))
+        return TokComModel(preset_config(preset, vocab_size))
 
 
 def pure_networks(model: TokComModel) -> list[torch.Tensor]:
-    """What every network of a model with parameters gives for two samples on its own device, to be differentiated."""
+    """What every network of a model with parameters gives for two samples on its own device, to be
+    differentiated."""
     config = model.config
     width = config.transformer_config.latent_channels
     block = config.transformer_config.block_size
@@ -34,7 +37,9 @@ def pure_networks(model: TokComModel) -> list[torch.Tensor]:
     )
     latents = torch.zeros(2, length, width, device=device)
     features = config.transformer_config.feature_size
-    inputs = {"features": torch.zeros(2, length, features, device=device)} if features else {}
+    inputs = {"group_size": config.codec_config.group_size}
+    if features:
+        inputs["features"] = torch.zeros(2, length, features, device=device)
     if config.transformer_config.num_context_layers:
         size = config.transformer_config.hidden_size
         inputs["entry"] = torch.zeros(2, length, size, device=device)
@@ -69,13 +74,10 @@ def pure_networks(model: TokComModel) -> list[torch.Tensor]:
     return found
 
 
-# attention in turn to space and time reads how many latents a moment has, once a pass
-READS_POSITIONS = {"video-large"}
-
-
-@pytest.mark.parametrize("preset", sorted(set(preset_names()) - READS_POSITIONS))
+@pytest.mark.parametrize("preset", preset_names())
 def test_the_networks_of_every_preset_run_forward_and_backward_without_memory(preset, monkeypatch):
-    """On `meta` nothing is computed, so a tensor that is made elsewhere, or a number that is read, is an error."""
+    """On `meta` nothing is computed, so a tensor that is made elsewhere, or a number that is read,
+    is an error."""
     monkeypatch.setattr(
         torch, "autocast", lambda *_, **__: contextlib.nullcontext()
     )  # `meta` has none
@@ -121,3 +123,29 @@ def test_a_sampled_block_waits_for_the_device_once_and_only_its_random_numbers_g
     assert counts[4] == counts[16], "reads must not grow with the steps of a block"
     per_block = {kind: count * size for kind, count in counts[4].items()}
     assert per_block == {"reads": 1, "shapes": 0, "transfers": 0}
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_attention_in_turn_to_space_and_time_waits_as_often_as_any_other(is_training):
+    """A clip's codec knows how many latents a moment has; a sampled clip asks once, not at every step."""
+    counts = {}
+    for kind in ("full", "factorized"):
+        torch.manual_seed(0)
+        clip = {"num_frames": 4, "height": 16, "width": 24, "patch_size": 8}
+        small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+        small |= {"num_attention_heads": 2, "num_key_value_heads": 2, "attention_type": kind}
+        config = preset_config("video-tiny", codec_config=clip, transformer_config=small)
+        model = TokComModel(config).train(is_training)
+        model.set_stage("flow")
+        pipe = build_pipeline(model)
+        pipe.set_progress_bar_config(disable=True)
+        for steps in (2, 5):
+            model.config.num_inference_steps = steps
+            with host_reads.counting_mode() as counter:
+                if is_training:
+                    model(pixel_values=torch.zeros(2, 3, 4, 16, 24)).loss.backward()
+                else:
+                    pipe(output_type="latent")
+            counts[kind, steps] = counter.counts["reads"]
+    assert counts["factorized", 2] == counts["factorized", 5]
+    assert counts["factorized", 5] == counts["full", 5] + (not is_training)

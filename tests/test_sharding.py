@@ -1,4 +1,5 @@
-"""FSDP2 on two gloo processes: sharded training, its average and its export are those of one process."""
+"""FSDP2 on two gloo processes: sharded training, its average and its export are those of one
+process."""
 
 import json
 import os
@@ -32,8 +33,12 @@ optimizer, average = train(model, 3)
 saved = average.state_dict()  # gathers
 again = ShardedEMAModel(model.parameters(), decay=0.5)
 again.load_state_dict(saved)  # distributes
-same = all(torch.equal(a.full_tensor() if hasattr(a, "full_tensor") else a, b)
-           for a, b in zip(again.shadow_params, saved["shadow_params"]))
+restored = [a.full_tensor() if hasattr(a, "full_tensor") else a for a in again.shadow_params]
+if dist.get_rank():
+    assert all(p is None for p in saved["shadow_params"]), "only the main process has whole averages"
+    same = True
+else:
+    same = all(map(torch.equal, restored, saved["shadow_params"]))
 state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 train(model, 1, optimizer, again)
 if dist.get_rank() == 0:
@@ -132,6 +137,84 @@ for stage in ("codec", "flow"):
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 dist.destroy_process_group()
 """
+
+
+SHARED = """
+import json, resource, sys
+from types import SimpleNamespace
+import torch
+import torch.distributed as dist
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from tokcom.modeling_tokcom import TokComModel
+from tokcom.training.ema import embeddings_in_the_root
+from tokcom.training.presets import preset_config
+from tokcom.training.sharding import hand_out, shape_of
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+preset, everyone_builds = sys.argv[1], sys.argv[2] == "all"
+plugin = FullyShardedDataParallelPlugin(
+    fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_offload=False, cpu_ram_efficient_loading=False,
+)
+accelerator = SimpleNamespace(
+    state=SimpleNamespace(fsdp_plugin=plugin), torch_device_mesh=init_device_mesh("cpu", (2,), mesh_dim_names=("dp",)),
+    parallelism_config=SimpleNamespace(fsdp_dim_names=("dp",)), mixed_precision="no", is_main_process=not rank, device="cpu",
+)
+resident = lambda: int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+before = resident()
+torch.manual_seed(0)
+build = lambda: TokComModel(preset_config(preset, 4096))
+model = build() if everyone_builds or not rank else shape_of(build)
+model.codec.latent_mean += 1 - rank  # a buffer that the main process alone has
+wanted = {name: value.clone() for name, value in model.state_dict().items()} if preset == "debug" else None
+peaks = [resident() - before]
+weights = model.state_dict()
+with embeddings_in_the_root(model):
+    model = fsdp2_prepare_model(accelerator, model)
+hand_out(model, weights)
+del weights
+peaks.append(resident() - before)
+model.set_stage("flow")
+state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+draws = [None, None]
+dist.all_gather_object(draws, (torch.rand(1).item(), peaks, len(state)))
+if not rank:
+    same = wanted is None or all(torch.equal(state[name], wanted[name]) for name in wanted)
+    size = sum(v.nbytes for v in state.values())
+    print("RESULT", json.dumps({"same": same, "size": size, "ranks": draws}))
+dist.destroy_process_group()
+"""
+
+
+def share(tmp_path, preset: str, who_builds: str) -> dict:
+    (tmp_path / "worker.py").write_text(SHARED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["--standalone", str(tmp_path / "worker.py"), preset, who_builds]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.partition("RESULT ")[2])
+
+
+def test_shards_handed_out_by_one_process_are_those_of_a_model_that_all_have_built(tmp_path):
+    found = share(tmp_path, "debug", "main")
+    (first, _, whole), (second, _, gathered) = found["ranks"]
+    assert found["same"] and first == second, "weights, buffers, and what is drawn next"
+    assert whole and not gathered, "a gathered state is in the main process alone"
+
+
+@pytest.mark.slow
+def test_the_other_processes_never_hold_a_whole_model(tmp_path):
+    """Resident memory of `base`: built by all, the whole model; built by one, half of it and one parameter."""
+    everyone = share(tmp_path, "base", "all")
+    alone = share(tmp_path, "base", "main")
+    size = alone["size"]
+    print({"bytes": size, "all build": everyone["ranks"], "one builds": alone["ranks"]})
+    assert everyone["ranks"][1][1][0] > 0.9 * size
+    assert alone["ranks"][1][1][0] < 0.1 * size
+    assert max(alone["ranks"][1][1]) < 0.75 * size
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
-"""What people try first: the notebooks run from top to bottom, and the folder of the Space works as it is."""
+"""What people try first: the notebooks run from top to bottom, and the folder of the Space works as
+it is."""
 
 import json
 import os

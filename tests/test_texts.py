@@ -1,4 +1,5 @@
-"""Texts and dialogues as people write them: encodings, records of unlike shape, and what is wrong with one."""
+"""Texts and dialogues as people write them: encodings, records of unlike shape, and what is wrong
+with one."""
 
 import ast
 import codecs

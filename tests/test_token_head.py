@@ -1,4 +1,5 @@
-"""The laws of `prediction_type="tokens"`: Bayes' rule, exact sampling, places with times of their own."""
+"""The laws of `prediction_type="tokens"`: Bayes' rule, exact sampling, places with times of their
+own."""
 
 import pytest
 import torch
@@ -91,7 +92,8 @@ def test_token_probabilities_are_bayes_rule(stagger):
 def test_sampling_draws_tokens_with_the_probabilities_that_the_network_expects(
     build, stagger, steps
 ):
-    """Tokens that do not depend on each other are drawn with the network's probabilities, however few the steps."""
+    """Tokens that do not depend on each other are drawn with the network's probabilities, however
+    few the steps."""
     overrides = dict(TOKENS)
     split = {"num_context_layers": 1, "block_size": 1}
     pipe = build(
@@ -170,7 +172,8 @@ def test_loss_ignores_padding_and_reaches_every_trained_parameter():
         for n, p in model.named_parameters()
         if p.requires_grad and (p.grad is None or not p.grad.any())
     ]
-    # adaLN-zero: nothing behind a closed gate is reached at initialisation, nor what those layers read
+    # adaLN-zero: nothing behind a closed gate is reached at initialisation, nor what those layers
+    # read
     assert not [n for n in missing if "layers" not in n and "time_embedding" not in n]
     model.eval()
     torch.manual_seed(0)

@@ -81,7 +81,8 @@ OVERFIT = {
 
 @pytest.mark.parametrize("kind", [pytest.param("latents", marks=pytest.mark.slow), "tokens"])
 def test_one_batch_overfits_end_to_end(tokenizer, stories, kind):
-    """Codec, then flow, then sampling from noise with the prompt: more than 99 % of the tokens come back."""
+    """Codec, then flow, then sampling from noise with the prompt: more than 99 % of the tokens come
+    back."""
     torch.manual_seed(0)
     ids = torch.tensor(tokenizer(stories[0])["input_ids"][:256]).view(4, 64)
     overrides, flow_steps = OVERFIT[kind]
@@ -331,7 +332,8 @@ def test_a_spike_of_the_gradient_is_left_out(tmp_path, monkeypatch, capsys):
 
 
 def test_gradient_accumulation_equals_one_large_batch(tmp_path, monkeypatch):
-    """Without noise (dropouts off, no posterior) two half batches give the update of one whole batch."""
+    """Without noise (dropouts off, no posterior) two half batches give the update of one whole
+    batch."""
     off = [f"codec.objective.{n}=0.0" for n in ("token_dropout", "latent_dropout", "kl_weight")]
     off += [
         "model.codec_config.variational=false",
@@ -355,7 +357,8 @@ def test_gradient_accumulation_equals_one_large_batch(tmp_path, monkeypatch):
     for key in weights[0]:
         if "latent_" not in key:
             close = torch.isclose(weights[0][key], weights[1][key], atol=1e-4, rtol=1e-3)
-            # Adam's first step is the sign of the gradient, which rounding decides where the gradient is nearly 0
+            # Adam's first step is the sign of the gradient, which rounding decides where the
+            # gradient is nearly 0
             assert close.float().mean() > 0.99, key
 
 

@@ -1,6 +1,8 @@
-"""The small models in `zoo/`: each is whole, small, without code, and loads in every way; the judge of captions; the demo."""
+"""The small models in `zoo/`: each is whole, small, without code, and loads in every way; the judge
+of captions; the demo."""
 
 import importlib.util
+import io
 import json
 import subprocess
 import sys
@@ -14,7 +16,13 @@ from safetensors import safe_open
 
 from tokcom.evaluation import retrieval
 from tokcom.evaluation.linear_codecs import PCA, QuantisedPCA, lloyd
-from tokcom.training.pipelines import load_pipeline
+from tokcom.evaluation.parts import fingerprint
+from tokcom.integrity_tokcom import check_checksums
+from tokcom.modeling_tokcom import TokComModel
+from tokcom.processing_tokcom import vocabulary_size
+from tokcom.training.data import train_tokenizer
+from tokcom.training.pipelines import build_pipeline, load_pipeline
+from tokcom.training.presets import preset_config
 
 ZOO = sorted(file.parent for file in (ROOT / "zoo").glob("*/model_index.json"))
 MOST = 10_000_000  # parameters of all together
@@ -30,8 +38,9 @@ def stored(directory) -> dict[str, tuple[str, int]]:
         }
 
 
-def load_example(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+def load_script(folder: str, name: str):
+    """A script of the repository as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / folder / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -98,13 +107,89 @@ print("same", type(pipe).__name__)
 def test_packing_a_model_rounds_its_matrices_and_leaves_its_code(tmp_path):
     if not ZOO:
         pytest.skip("there is no model in zoo/ to pack again")
-    spec = importlib.util.spec_from_file_location("pack_zoo", ROOT / "scripts" / "pack_zoo.py")
-    packing = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(packing)
+    packing = load_script("scripts", "pack_zoo")
     load_pipeline(ZOO[0]).save_pretrained(tmp_path / "run")
     packing.pack(tmp_path / "run", tmp_path / "packed", None)
     assert stored(tmp_path / "packed") == stored(ZOO[0])
     assert not list((tmp_path / "packed").glob("*.py"))
+
+
+# ---- digits ----
+
+
+@pytest.fixture
+def digits(tmp_path):
+    """A random model of the digits' streams as a finished run, and records for its samples."""
+    torch.manual_seed(0)
+    words = train_tokenizer(["the digit seven", "the digit two"], 300)
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    audio = {"num_frames": 16, "num_channels": 10, "fft_length": 128, "hop_length": 64}
+    config = preset_config(
+        "zoo-digits",
+        vocabulary_size(words),
+        codec_config={"streams": {"audio": audio}},
+        transformer_config=small,
+        num_inference_steps=1,
+    )
+    run = tmp_path / "digits-run"
+    build_pipeline(TokComModel(config), words).save_pretrained(run)
+    (run / "run" / "flow").mkdir(parents=True)
+    summary = {"steps": 7, "precision": "no", "device": "cpu", "processes": 1}
+    (run / "run" / "flow" / "summary.json").write_text(json.dumps(summary))
+    settings = {"seed": 3, "flow": {"batch_size": 5}}
+    (run / "run" / "train_config.json").write_text(json.dumps(settings))
+    sound = {"bytes": (ROOT / "sample_data" / "seven.flac").read_bytes(), "path": None}
+    buffer = io.BytesIO()
+    Image.new("L", (28, 28), 90).save(buffer, "PNG")
+    record = {"caption": "the digit two", "audio": sound}
+    record["image"] = {"bytes": buffer.getvalue(), "path": None}
+    records = datasets.Dataset.from_list([record] * 10)
+    records.cast_column("audio", datasets.Audio(decode=False)).to_parquet(tmp_path / "test.parquet")
+    return run, str(tmp_path / "test.parquet")
+
+
+def test_the_card_of_digits_has_the_numbers_of_its_own_weights(digits, tmp_path):
+    run, data = digits
+    packing = load_script("scripts", "pack_zoo")
+    target = tmp_path / "digits"
+    packing.main([str(run), str(target)])
+    results = tmp_path / "results"
+    results.mkdir()
+    settings = {"digits": "/some/train.parquet", "digits_test": data, "steps": 4, "seed": 0}
+    settings |= {"samples": None, "epochs": 3, "weights": "of another model"}
+    parts = {"sound to text, guidance 1": {"right": 0.95}, "from nothing": {"agree": 0.5}}
+    parts["text to sound, guidance 1"] = {"right": 0.4}
+    (results / "results.md").write_text("## Directions\n\na table\n")
+    command = [str(run), str(target), "--results", str(results), "--data", data]
+    command += ["--card", str(ROOT / "scripts" / "cards" / "digits.md"), "--trained", "In a day."]
+
+    def write_results() -> None:
+        (results / "results.json").write_text(json.dumps({"settings": settings, "parts": parts}))
+
+    write_results()
+    with pytest.raises(SystemExit):
+        packing.main(command)
+    settings["weights"] = fingerprint(load_pipeline(target).model)
+    write_results()
+    packing.main(command)
+    card = (target / "README.md").read_text()
+    assert "Seed 3; 7 steps of 5 records for the stage flow (float32 on 1 x cpu). In a day." in card
+    assert "1 of 2 directions reach the goal of 90%" in card and "**missed**" in card
+    assert "### Directions\n\na table" in card and "/some" not in card and "$" not in card
+    for name in ("samples.png", "sample_1.wav", "sample_3.wav"):
+        assert (target / name).is_file() and name in card
+    assert "license: " in card.split("---")[1] and "| 10 | the digit two |" in card
+    assert check_checksums(target)
+
+
+def test_the_demo_hears_draws_and_speaks_a_digit(digits, tmp_path, monkeypatch):
+    demo = load_script("examples", "demo")
+    monkeypatch.setitem(demo.PARTS, "digits", (digits[0], demo.show_digits))
+    demo.main(["--only", "digits", "--output_dir", str(tmp_path / "out")])
+    page = (tmp_path / "out" / "index.html").read_text()
+    made = ["digit_given.flac", "digit_heard.png", "digit_for_text.png", "digit_for_text.wav"]
+    for name in [*made, "digit_from_nothing.png", "digit_from_nothing.wav"]:
+        assert (tmp_path / "out" / name).is_file() and name in page
 
 
 # ---- the judge ----
@@ -197,7 +282,7 @@ def test_bits_go_where_the_error_is_and_levels_where_the_values_are():
 
 
 def test_clips_hold_out_two_motions_of_every_picture_and_each_motion_equally():
-    clips = load_data_example("clips")
+    clips = load_script("examples/data", "clips")
     parts = [[clips.part_of(picture, motion) for motion in range(6)] for picture in range(12)]
     for row in parts:
         assert row.count("test") == row.count("validation") == 1
@@ -205,16 +290,8 @@ def test_clips_hold_out_two_motions_of_every_picture_and_each_motion_equally():
         assert [row[motion] for row in parts].count("test") == 2
 
 
-def load_data_example(name: str):
-    file = ROOT / "examples" / "data" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_pictures_are_dealt_to_three_parts_at_one_size(tmp_path, monkeypatch):
-    emoji = load_data_example("emoji")
+    emoji = load_script("examples/data", "emoji")
     monkeypatch.setattr(emoji, "PARTS", {"test": 10, "validation": 6})
     source = str(ROOT / "sample_data" / "emoji_train.parquet")
     emoji.main(["--pictures", source, "--output_dir", str(tmp_path)])
@@ -229,7 +306,7 @@ def test_pictures_are_dealt_to_three_parts_at_one_size(tmp_path, monkeypatch):
 
 
 def test_the_demo_names_what_is_not_there_and_writes_its_page(tmp_path, capsys):
-    demo = load_example("demo")
+    demo = load_script("examples", "demo")
     for name, (_, show) in demo.PARTS.items():
         demo.PARTS[name] = (tmp_path / name, show)
     demo.main(["--output_dir", str(tmp_path / "out")])
@@ -243,7 +320,7 @@ def test_the_demo_names_what_is_not_there_and_writes_its_page(tmp_path, capsys):
 def test_the_demo_shows_pictures_and_clips(name, tmp_path):
     if (ROOT / "zoo" / name) not in ZOO:
         pytest.skip(f"zoo/{name} is not there")
-    load_example("demo").main(["--only", name, "--output_dir", str(tmp_path)])
+    load_script("examples", "demo").main(["--only", name, "--output_dir", str(tmp_path)])
     page = (tmp_path / "index.html").read_text()
     files = {
         "emoji": ["emoji.png", "emoji_prefixes.png", "emoji_codes.png"],

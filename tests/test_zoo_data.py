@@ -1,4 +1,5 @@
-"""What `zoo/pixels` and `zoo/digits` are made of: their data, the measures of them, and that every model of the zoo runs."""
+"""What `zoo/pixels` and `zoo/digits` are made of: their data, the measures of them, and that every
+model of the zoo runs."""
 
 import importlib.util
 import io

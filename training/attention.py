@@ -1,4 +1,5 @@
-"""Which attention function a stage trains with: the one that was asked for, the one it began with, or the fastest here."""
+"""Which attention function a stage trains with: the one that was asked for, the one it began with,
+or the fastest here."""
 
 import time
 from pathlib import Path
@@ -14,14 +15,16 @@ ATTENTIONS = ("sdpa", "sdpa_float32", "eager")  # what `attention=auto` chooses 
 
 
 def saved_attention(extra_file: Path) -> str:
-    """The attention function of a checkpoint. Functions differ in rounding, so a run that goes on keeps its own."""
+    """The attention function of a checkpoint. Functions differ in rounding, so a run that goes on
+    keeps its own."""
     return torch.load(extra_file, map_location="cpu", weights_only=True).get("attention", "sdpa")
 
 
 def fastest_attention(
     model: TokComModel, dataset: Dataset, batch_size: int, accelerator: Accelerator
 ) -> str:
-    """The function with the fastest training step on this machine; all processes agree on that of the first."""
+    """The function with the fastest training step on this machine; all processes agree on that of
+    the first."""
     batch = next(iter(DataLoader(dataset, batch_size)))
     seconds = {name: time_step(model, batch, name, accelerator) for name in ATTENTIONS}
     fastest = broadcast_object_list([min(seconds, key=seconds.get)])[0]

@@ -1,4 +1,7 @@
-"""The model that a stage starts from: a new one, one that starts from another's weights, or what an earlier stage left."""
+"""The model that a stage starts from: a new one, one that starts from another's weights, or what an
+earlier stage left."""
+
+import os
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -13,12 +16,16 @@ from tokcom.training.presets import merge_overrides, preset_config
 
 
 def model_of_stage(
-    config: TrainConfig, stage: str, corpus: Corpus, directory: RunDirectory
+    config: TrainConfig,
+    stage: str,
+    corpus: Corpus,
+    directory: RunDirectory,
+    has_weights: bool = True,
 ) -> TokComModel:
-    """The model that `stage` starts from, in float32.
+    """The model that `stage` starts from, in float32; without `has_weights` its shape alone.
 
-    The flow stage goes on with the codec that this run has trained. Raises `ValueError` if there is none and nothing else brings
-    a trained codec.
+    The flow stage goes on with the codec that this run has trained. Raises `ValueError` if there is
+    none and nothing else brings a trained codec.
     """
     donor = config.init_from or config.codec_from
     codec = directory.final("codec")
@@ -27,18 +34,24 @@ def model_of_stage(
         and (config.stage == "all" or not donor)
         and (codec / "config.json").is_file()
     ):
-        return TokComModel.from_pretrained(codec, dtype=torch.float32)
-    model = build_model(config, corpus.tokenizer)
+        return _load(codec, has_weights)
+    model = build_model(config, corpus.tokenizer, has_weights)
     if stage != "flow" or donor:
         return model
     if has_trainable_codec(model):
         raise ValueError(
-            f"stage 'flow' needs a trained codec and {directory.root} has none; train it first (stage=codec or stage=all), or give "
-            "`codec_from` or `init_from`."
+            f"stage 'flow' needs a trained codec and {directory.root} has none; train it first "
+            "(stage=codec or stage=all), or give `codec_from` or `init_from`."
         )
-    if model.config.codec_config.modality == "several" or hasattr(model.codec, "latent_mean"):
+    if has_weights:
         corpus.measure(model)  # the only thing that a codec without parameters has to learn
     return model
+
+
+def _load(path: str | os.PathLike, has_weights: bool) -> TokComModel:
+    if has_weights:
+        return TokComModel.from_pretrained(path, dtype=torch.float32)
+    return TokComModel(TokComConfig.from_pretrained(path))
 
 
 def has_trainable_codec(model: TokComModel) -> bool:
@@ -46,18 +59,21 @@ def has_trainable_codec(model: TokComModel) -> bool:
     return any(True for _ in model.codec.parameters())
 
 
-def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase | None) -> TokComModel:
-    """A new model of the preset, or one that starts from `init_from` (all weights) or `codec_from` (the codec's).
+def build_model(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase | None, has_weights: bool = True
+) -> TokComModel:
+    """A new model of the preset, or one that starts from `init_from` (all weights) or `codec_from`
+    (the codec's).
 
-    `config.model` overrides the preset's configuration, or that of `init_from`. Raises `ValueError` when weights do not
-    fit the configuration or the tokenizer has another vocabulary.
+    `config.model` overrides the preset's configuration, or that of `init_from`. Raises `ValueError`
+    when weights do not fit the configuration or the tokenizer has another vocabulary.
     """
     donor = config.init_from or config.codec_from
     size = None if tokenizer is None else vocabulary_size(tokenizer)
     if donor is None:
         model = TokComModel(preset_config(config.preset, size, **config.model))
     else:
-        source = TokComModel.from_pretrained(donor, dtype=torch.float32)
+        source = _load(donor, has_weights)
         model = TokComModel(derived_config(config, source.config, size))
         _load_weights(model, source, donor, codec_only=config.init_from is None)
     if model.config.text_vocab_size != (0 if size is None else size + 1):
@@ -69,7 +85,8 @@ def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase | None) 
 
 
 def _load_weights(model: TokComModel, source: TokComModel, donor: str, codec_only: bool) -> None:
-    """Copy the weights of `source`, which was loaded from `donor`; a latent head that it lacks keeps its initialisation."""
+    """Copy the weights of `source`, which was loaded from `donor`; a latent head that it lacks
+    keeps its initialisation."""
     target = model.codec if codec_only else model
     weights = source.codec.state_dict() if codec_only else source.state_dict()
     if not codec_only and model.latent_head is not None and source.latent_head is None:
@@ -88,7 +105,8 @@ def _load_weights(model: TokComModel, source: TokComModel, donor: str, codec_onl
 def derived_config(
     config: TrainConfig, source: TokComConfig, vocab_size: int | None = None
 ) -> TokComConfig:
-    """The configuration of a model that starts from one with configuration `source`, or from its codec only.
+    """The configuration of a model that starts from one with configuration `source`, or from its
+    codec only.
 
     `vocab_size` is the number of ids of text, which a codec of pictures does not know.
     """

@@ -1,4 +1,5 @@
-"""The model card of a training run: its data, settings, losses and unselected samples, read from what the run wrote."""
+"""The model card of a training run: its data, settings, losses and unselected samples, read from
+what the run wrote."""
 
 import json
 from pathlib import Path
@@ -11,13 +12,14 @@ from tokcom.pipeline_base_tokcom import TokComBasePipeline
 from tokcom.training.config import STAGES, DataConfig, TrainConfig
 from tokcom.training.data import read_sources
 from tokcom.training.directory import WORK, RunDirectory, write_atomically
+from tokcom.training.modalities import MODALITIES
 from tokcom.training.pipelines import load_pipeline
 
-SAMPLES = 3
 PRECISION_NAMES = {"no": "float32", "bf16": "bfloat16 autocast", "fp16": "float16 autocast"}
 LIMITATIONS = (
-    "A language model repeats what its training text says, errors and prejudice included, and states falsehoods as fluently as "
-    "facts. The losses above are of this run's own validation text; no other quality was measured unless a section says so."
+    "A language model repeats what its training text says, errors and prejudice included, and "
+    "states falsehoods as fluently as facts. The losses above are of this run's own validation "
+    "text; no other quality was measured unless a section says so."
 )
 COLUMNS = (
     "stage",
@@ -31,7 +33,8 @@ COLUMNS = (
 
 
 def publish(config: TrainConfig, directory: RunDirectory, device: torch.device) -> None:
-    """Make `output_dir` a repository of what the last stage left, with its card, and push it if the settings ask for it."""
+    """Make `output_dir` a repository of what the last stage left, with its card, and push it if the
+    settings ask for it."""
     directory.publish(config.stages[-1])
     pipe = load_pipeline(directory.root)
     card = training_card(config, pipe.to(device))  # whose samples take minutes on a CPU
@@ -57,7 +60,7 @@ def training_card(config: TrainConfig, pipe: TokComBasePipeline) -> str:
     sections = {
         "Training data": "\n".join(f"- `{source}`" for source in source_names(config.data)),
         "Training": _training(config, summaries),
-        "Samples": _samples(pipe),
+        "Samples": MODALITIES[pipe.modality].card_samples(pipe),
         "Limitations": LIMITATIONS,
         "Licence": f"`{config.hub_license}`"
         if config.hub_license
@@ -73,7 +76,8 @@ def training_card(config: TrainConfig, pipe: TokComBasePipeline) -> str:
 
 
 def read_summaries(config: TrainConfig) -> dict[str, dict[str, Any]]:
-    """What each finished stage wrote about itself: steps, tokens and its best validation loss, if it has one."""
+    """What each finished stage wrote about itself: steps, tokens and its best validation loss, if
+    it has one."""
     files = {stage: Path(config.output_dir) / WORK / stage / "summary.json" for stage in STAGES}
     return {
         stage: json.loads(file.read_text(encoding="utf-8"))
@@ -108,8 +112,9 @@ def _training(config: TrainConfig, summaries: dict[str, dict[str, Any]]) -> str:
     started = f"Preset `{config.preset}`, seed {config.seed}, {_ran(summaries)}."
     if config.stage == "distill":
         started = (
-            f"Student of `{Path(config.init_from).name}` in {config.distill.num_inference_steps} step(s), method "
-            f"`{config.distill.method}`, guidance {config.distill.guidance_scale:g}, seed {config.seed}, {_ran(summaries)}."
+            f"Student of `{Path(config.init_from).name}` in {config.distill.num_inference_steps} "
+            f"step(s), method `{config.distill.method}`, guidance "
+            f"{config.distill.guidance_scale:g}, seed {config.seed}, {_ran(summaries)}."
         )
     elif config.init_from:
         started += f" Started from `{Path(config.init_from).name}`."
@@ -131,7 +136,8 @@ def _training(config: TrainConfig, summaries: dict[str, dict[str, Any]]) -> str:
 
 
 def _ran(summaries: dict[str, dict[str, Any]]) -> str:
-    """What the stages ran on and in which precision, as they found it; stages of version 0.2 did not note it."""
+    """What the stages ran on and in which precision, as they found it; stages of version 0.2 did
+    not note it."""
     found = []
     for facts in summaries.values():
         if "precision" in facts:
@@ -140,21 +146,9 @@ def _ran(summaries: dict[str, dict[str, Any]]) -> str:
     return ", then ".join(dict.fromkeys(found)) or "precision not noted"
 
 
-def _samples(pipe: TokComBasePipeline) -> str:
-    pipe.set_progress_bar_config(disable=True)
-    if not pipe.model.config.codec_config.has_tokens:
-        return "Samples are in the folder of the run; none was added to this card."
-    window = pipe.model.config.transformer_config.max_position_embeddings
-    texts = [
-        pipe.generate(min(16, window), generator=torch.Generator().manual_seed(seed)).texts[0]
-        for seed in range(SAMPLES)
-    ]
-    shown = "\n".join(f"{seed}: {text.strip()!r}" for seed, text in enumerate(texts))
-    return f"Not selected: `pipe.generate(...)` with seeds 0 to {SAMPLES - 1}.\n\n```text\n{shown}\n```"
-
-
 def evaluation_section(directory: Path) -> str:
-    """What `tokcom evaluate --output_dir` wrote, as a section; raises `ValueError` if it wrote nothing there."""
+    """What `tokcom evaluate --output_dir` wrote, as a section; raises `ValueError` if it wrote
+    nothing there."""
     file = directory / "results.md"
     if not file.is_file():
         raise ValueError(

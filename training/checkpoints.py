@@ -1,7 +1,8 @@
-"""Checkpoints that are whole or not there: written beside their place, hashed, flushed to the disk, then renamed.
+"""Checkpoints that are whole or not there: written beside their place, hashed, flushed to the disk,
+then renamed.
 
-A checkpoint is a folder `checkpoint-STEP` with a `manifest.json` of the size and SHA-256 of every file. What does not match its
-manifest is never loaded: the newest checkpoint that does is.
+A checkpoint is a folder `checkpoint-STEP` with a `manifest.json` of the size and SHA-256 of every
+file. What does not match its manifest is never loaded: the newest checkpoint that does is.
 """
 
 import json
@@ -18,7 +19,8 @@ MANIFEST = "manifest.json"
 
 
 class CheckpointError(TrainingError):
-    """A checkpoint could not be written, or none that exists is whole; the message names it and the remedy."""
+    """A checkpoint could not be written, or none that exists is whole; the message names it and the
+    remedy."""
 
 
 def first_line(error: BaseException) -> str:
@@ -105,16 +107,19 @@ class Checkpoints:
             warnings.warn(f"passing over a broken checkpoint, {broken[-1]}", stacklevel=2)
         if found:
             raise CheckpointError(
-                f"no checkpoint is whole ({'; '.join(broken)}); restore one, or remove {self.directory} to start again."
+                f"no checkpoint is whole ({'; '.join(broken)}); restore one, or remove "
+                f"{self.directory} to start again."
             )
         return None
 
     def write(
         self, step: int, save: Callable[[str], object], is_main: bool, wait: Callable[[], None]
     ) -> None:
-        """Call `save(folder)` on every process, seal the folder, give it its name and remove old ones.
+        """Call `save(folder)` on every process, seal the folder, give it its name and remove old
+        ones.
 
-        `wait` is a barrier. Raises `CheckpointError` if it cannot be written; then the ones before are as they were.
+        `wait` is a barrier. Raises `CheckpointError` if it cannot be written; then the ones before
+        are as they were.
         """
         target = self.directory / f"checkpoint-{step}"
         partial = target.with_suffix(".tmp")
@@ -133,8 +138,8 @@ class Checkpoints:
                 shutil.rmtree(partial, ignore_errors=True)
             kept = ([None] + self.all())[-1]
             raise CheckpointError(
-                f"{target} could not be written ({first_line(error)}); the last one is {kept or 'none'}. Free some "
-                "space and run the same command again."
+                f"{target} could not be written ({first_line(error)}); the last one is "
+                f"{kept or 'none'}. Free some space and run the same command again."
             ) from error
         if is_main:
             shutil.rmtree(target, ignore_errors=True)

@@ -1,4 +1,5 @@
-"""What can be known before any stage begins: that windows fit the model, and that the data give at least one batch."""
+"""What can be known before any stage begins: that windows fit the model, and that the data give at
+least one batch."""
 
 import dataclasses
 
@@ -15,9 +16,8 @@ def check_sizes(
     config: TrainConfig, model: TokComModel, corpus: Corpus, stages: list[str], state: PartialState
 ) -> None:
     """Raise `ValueError` if the data do not fit the settings of one of `stages`."""
-    uncached = dataclasses.replace(
-        config, cache_latents=False
-    )  # caching waits for the trained codec
+    # caching waits for the trained codec
+    uncached = dataclasses.replace(config, cache_latents=False)
     before = model.objective
     for stage in stages:
         if stage == "codec" and not has_trainable_codec(model):
@@ -28,12 +28,13 @@ def check_sizes(
         check_rows(corpus, train, stage, options, state.num_processes)
         if (options.flip or options.shift) and not isinstance(corpus, PictureCorpus):
             raise ValueError(
-                f"`{stage}.flip` ({options.flip}) and `{stage}.shift` ({options.shift}) move pictures and clips, and the "
-                "data are neither; set both to 0."
+                f"`{stage}.flip` ({options.flip}) and `{stage}.shift` ({options.shift}) move "
+                "pictures and clips, and the data are neither; set both to 0."
             )
         if not len(held_out):
             raise ValueError(
-                "the validation data give no row; give more, or data.validation=null to hold some out."
+                "the validation data give no row; give more, or data.validation=null to hold some "
+                "out."
             )
     model.objective = before
 
@@ -41,10 +42,12 @@ def check_sizes(
 def check_rows(
     corpus: Corpus, dataset: Dataset, stage: str, options: LoopConfig, processes: int
 ) -> None:
-    """Raise `ValueError` if the training data of a stage give less than one batch; how long a stream is, nobody knows."""
+    """Raise `ValueError` if the training data of a stage give less than one batch; how long a
+    stream is, nobody knows."""
     if corpus.streamed or len(dataset) >= options.batch_size * processes:
         return
     raise ValueError(
-        f"the training data give {len(dataset)} {corpus.rows.format(options.sequence_length)}, fewer than one batch of "
-        f"{options.batch_size} on {processes} process(es); lower {stage}.batch_size or {stage}.sequence_length, or give more data."
+        f"the training data give {len(dataset)} {corpus.rows.format(options.sequence_length)}, "
+        f"fewer than one batch of {options.batch_size} on {processes} process(es); lower "
+        f"{stage}.batch_size or {stage}.sequence_length, or give more data."
     )

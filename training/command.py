@@ -1,4 +1,5 @@
-"""The command line of training: a preset, `dotted.key=value` overrides of it, and `--help` with every key.
+"""The command line of training: a preset, `dotted.key=value` overrides of it, and `--help` with
+every key.
 
 Nothing heavy is imported, so that `--help` and mistakes are answered at once.
 """
@@ -12,7 +13,8 @@ from tokcom.training.config import TrainConfig, known_keys, load_train_config
 
 
 def parse_config(description: str | None, argv: list[str] | None) -> TrainConfig:
-    """The configuration that a command line asks for; raises `ValueError`, and exits for `--help`."""
+    """The configuration that a command line asks for; raises `ValueError`, and exits for
+    `--help`."""
     args = build_parser(description).parse_intermixed_args(argv)
     overrides = list(args.overrides)
     if args.output_dir:
@@ -50,7 +52,8 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def keys_help() -> str:
-    """The list of all keys: type, default, one line of help. Stages that share a key share its line."""
+    """The list of all keys: type, default, one line of help. Stages that share a key share its
+    line."""
     lines = ["keys, with their type and the default that holds where the preset says nothing:"]
     shown = set()
     for key, field in known_keys():

@@ -1,7 +1,9 @@
-"""Training configuration: everything a run needs to know, with its type, its default and one line of help.
+"""Training configuration: everything a run needs to know, with its type, its default and one line
+of help.
 
-`load_train_config` fills these classes from a preset and from `dotted.key=value` overrides. OmegaConf merges and checks types,
-`__post_init__` checks the rest, and every error names the key and the remedy before anything heavy is imported.
+`load_train_config` fills these classes from a preset and from `dotted.key=value` overrides.
+OmegaConf merges and checks types, `__post_init__` checks the rest, and every error names the key
+and the remedy before anything heavy is imported.
 """
 
 import contextlib
@@ -16,29 +18,31 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from tokcom.training.files import MEDIA_READ
 from tokcom.training.presets import read_preset
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# their order seeds the noise of each stage: append, never insert
 STAGES = (
     "codec",
     "flow",
     "head",
     "distill",
-)  # their order seeds the noise of each stage: append, never insert
-PRECISIONS = (None, "auto", "no", "bf16", "fp16")
-TRACKERS = ("tensorboard", "wandb", "trackio", "none")
-METHODS = ("dmd", "regression", "both")
+)
 
 
-def option(default: Any, help: str) -> Any:
-    """A field of a configuration: its default, or a class or function that makes it, and its line in `--help`."""
+def option(default: Any, help: str, choices: tuple[str | None, ...] = ()) -> Any:
+    """A field of a configuration: its default, or a class or function that makes it, its line in
+    `--help`, and the values it may have, if they are few."""
+    metadata = {"help": help, "choices": choices}
     if callable(default):
-        return dataclasses.field(default_factory=default, metadata={"help": help})
-    return dataclasses.field(default=default, metadata={"help": help})
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
-# least and greatest value of numbers whose names do not say it; whole numbers are at least 1 besides
+# least and greatest value of numbers whose names do not say it; whole numbers are at least 1
+# besides
 RANGES = {
     "learning_rate": (1e-12, 10.0),
     "fake_learning_rate": (1e-12, 10.0),
@@ -64,7 +68,8 @@ MOST = 2**40  # of whole numbers
 
 
 def check_numbers(config: object, prefix: str = "") -> None:
-    """Raise `ValueError` for the first number of `config` that is beyond what it can mean; NaN is beyond everything."""
+    """Raise `ValueError` for the first number of `config` that is beyond what it can mean; NaN is
+    beyond everything."""
     for key, value in vars(config).items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
@@ -73,8 +78,21 @@ def check_numbers(config: object, prefix: str = "") -> None:
             raise ValueError(f"`{prefix}{key}` ({value}) must be between {low:g} and {high:g}.")
 
 
+def check_choices(config: Any, prefix: str = "") -> None:
+    """Raise `ValueError` for the first field of `config` that has none of its choices."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        choices = field.metadata["choices"]
+        if choices and value not in choices:
+            *others, last = ("null" if choice is None else choice for choice in choices)
+            raise ValueError(
+                f"`{prefix}{field.name}` ({value!r}) must be {', '.join(others)} or {last}."
+            )
+
+
 def check_finite(value: Any, name: str) -> None:
-    """Raise `ValueError` if a number in nested settings is NaN or infinite; what else they may be, whoever reads them checks."""
+    """Raise `ValueError` if a number in nested settings is NaN or infinite; what else they may be,
+    whoever reads them checks."""
     if isinstance(value, dict):
         for key, part in value.items():
             check_finite(part, f"{name}.{key}")
@@ -86,9 +104,10 @@ def check_finite(value: Any, name: str) -> None:
 class DataConfig:
     """Where the training data come from.
 
-    `train` is a Hub dataset name, a local .txt / .json / .jsonl / .parquet file, a folder of such files, a list of those or of
-    `{path, field, fields, modality, weight, max_samples, fraction, name}`, or a .yaml file with such a list. `validation` is
-    the same, or None to hold out the last `validation_fraction` of the documents.
+    `train` is a Hub dataset name, a local .txt / .json / .jsonl / .parquet file, a folder of such
+    files, a list of those or of `{path, field, fields, modality, weight, max_samples, fraction,
+    name}`, or a .yaml file with such a list. `validation` is the same, or None to hold out the last
+    `validation_fraction` of the documents.
     """
 
     train: Any = option(
@@ -102,7 +121,8 @@ class DataConfig:
     image_column: str = option("image", "field that holds pictures or clips")
     caption_column: str | None = option(
         None,
-        "field that holds their captions; null: caption or text, if there is one; none: no captions",
+        "field that holds their captions; null: caption or text, if there is one; none: no "
+        "captions",
     )
     fields: dict[str, str] | None = option(
         None, "several streams: which field holds which, e.g. {text: caption}"
@@ -116,6 +136,7 @@ class DataConfig:
     kind: str | None = option(
         None,
         "of a folder of several kinds: text, pictures, sounds or records; null: the preset's",
+        (*MEDIA_READ, None),
     )
     encoding: str | None = option(None, "of text files without a byte-order mark; null: UTF-8")
     max_skipped: int = option(0, "unreadable records that are left out before it is an error")
@@ -130,16 +151,14 @@ class DataConfig:
         return self.caption_column or "caption"
 
     def __post_init__(self):
-        if self.kind not in (None, "text", "pictures", "sounds", "records"):
-            raise ValueError(
-                f"`data.kind` ({self.kind!r}) must be text, pictures, sounds or records, or null."
-            )
+        check_choices(self, "data.")
         check_numbers(self, "data.")
 
 
 @dataclass
 class LoopConfig:
-    """What every stage has: its length, its batches, its average and its checkpoints. Intervals are optimizer steps."""
+    """What every stage has: its length, its batches, its average and its checkpoints. Intervals are
+    optimizer steps."""
 
     max_steps: int = option(1000, "optimizer steps")
     batch_size: int = option(16, "rows per micro-batch and process")
@@ -181,7 +200,8 @@ class StageConfig(LoopConfig):
 
 @dataclass
 class DistillConfig(LoopConfig):
-    """Optimisation of the stage `distill`: a student of a few sampling steps learns from the teacher `init_from`."""
+    """Optimisation of the stage `distill`: a student of a few sampling steps learns from the
+    teacher `init_from`."""
 
     batch_size: int = option(32, "rows per micro-batch and process")
     learning_rate: float = option(1e-4, "learning rate of the student")
@@ -190,7 +210,9 @@ class DistillConfig(LoopConfig):
     )
     checkpoint_steps: int = option(100, "steps between checkpoints")
     method: str = option(
-        "both", "dmd (distribution matching), regression (on the teacher's trajectories) or both"
+        "both",
+        "dmd (distribution matching), regression (on the teacher's trajectories) or both",
+        ("dmd", "regression", "both"),
     )
     num_inference_steps: int = option(4, "sampling steps of the student")
     guidance_scale: float = option(
@@ -223,11 +245,15 @@ class TrainConfig:
         None, "any AutoTokenizer; null trains a BPE tokenizer on the data"
     )
     tokenizer_vocab_size: int = option(512, "vocabulary of a tokenizer that is trained")
-    stage: str = option("all", "codec, flow, head, distill, or all (codec, then flow)")
+    stage: str = option(
+        "all", "codec, flow, head, distill, or all (codec, then flow)", (*STAGES, "all")
+    )
     output_dir: str = option("tokcom-out", "where checkpoints and the finished model go")
     seed: int = option(0, "seed of weights, data order and noise")
     mixed_precision: str | None = option(
-        None, "auto (bf16 where it is fast), no, bf16, fp16; null: as launched"
+        None,
+        "auto (bf16 where it is fast), no, bf16, fp16; null: as launched",
+        ("auto", "no", "bf16", "fp16", None),
     )
     gradient_checkpointing: bool = option(
         False, "compute activations again in the backward pass, to save memory"
@@ -249,7 +275,11 @@ class TrainConfig:
         False, "stages flow and head: encode the training text once, to a file"
     )
     num_workers: int = option(0, "processes that load data, per training process")
-    report_to: str = option("tensorboard", "tensorboard, wandb, trackio or none")
+    report_to: str = option(
+        "tensorboard",
+        "tensorboard, wandb, trackio or none",
+        ("tensorboard", "wandb", "trackio", "none"),
+    )
     resume: bool = option(True, "go on from the newest checkpoint in output_dir")
     num_samples: int = option(2, "rows of the tables of samples; 0: none")
     push_to_hub: bool = option(False, "push the finished model to the Hub")
@@ -269,19 +299,12 @@ class TrainConfig:
     def __post_init__(self):
         if self.mixed_precision == "False":  # YAML reads a bare `no` as false
             self.mixed_precision = "no"
-        if self.mixed_precision not in PRECISIONS:
-            raise ValueError(
-                f"`mixed_precision` ({self.mixed_precision!r}) must be auto, no, bf16 or fp16."
-            )
-        if self.stage not in (*STAGES, "all"):
-            raise ValueError(f"`stage` ({self.stage!r}) must be one of {', '.join(STAGES)} or all.")
+        check_choices(self)
+        check_choices(self.distill, "distill.")
         if self.stage in ("head", "distill") and not self.init_from:
             raise ValueError(
-                f"stage {self.stage!r} starts from a finished model; give its directory as `init_from`."
-            )
-        if self.report_to not in TRACKERS:
-            raise ValueError(
-                f"`report_to` ({self.report_to!r}) must be one of {', '.join(TRACKERS)}."
+                f"stage {self.stage!r} starts from a finished model; give its directory as "
+                "`init_from`."
             )
         if not self.data.train:
             raise ValueError(
@@ -303,17 +326,15 @@ class TrainConfig:
             self._check_distillation()
 
     def _check_distillation(self) -> None:
-        if self.distill.method not in METHODS:
-            raise ValueError(
-                f"`distill.method` ({self.distill.method!r}) must be one of {', '.join(METHODS)}."
-            )
         if self.mixed_precision == "fp16":
             raise ValueError(
-                "`mixed_precision` (fp16) needs a scaled loss, which stage distill lacks; use auto or bf16."
+                "`mixed_precision` (fp16) needs a scaled loss, which stage distill lacks; use auto "
+                "or bf16."
             )
         if self.data.streaming:
             raise ValueError(
-                "stage distill draws rows at random, which a stream cannot; set data.streaming=false."
+                "stage distill draws rows at random, which a stream cannot; set "
+                "data.streaming=false."
             )
         if self.cache_latents:
             raise ValueError(
@@ -333,7 +354,8 @@ class TrainConfig:
 def known_keys(
     cls: type = TrainConfig, prefix: str = ""
 ) -> Iterator[tuple[str, dataclasses.Field]]:
-    """Every dotted key of a configuration class with its field, the nested ones after their parents."""
+    """Every dotted key of a configuration class with its field, the nested ones after their
+    parents."""
     nested = []
     for field in dataclasses.fields(cls):
         if dataclasses.is_dataclass(field.type):
@@ -346,21 +368,20 @@ def known_keys(
 
 
 def load_train_config(preset: str, overrides: list[str]) -> TrainConfig:
-    """Read `presets/<preset>.yaml` (or a path to a YAML file) and apply `dotted.key=value` overrides.
+    """Read `presets/<preset>.yaml` (or a path to a YAML file) and apply `dotted.key=value`
+    overrides.
 
-    Values are YAML, so `flow.max_steps=100`, `data.validation=null` and lists work. Raises `ValueError` for unknown presets
-    and keys, and for values of the wrong type.
+    Values are YAML, so `flow.max_steps=100`, `data.validation=null` and lists work. Raises
+    `ValueError` for unknown presets and keys, and for values of the wrong type.
     """
     values = read_preset(preset)
-    values.pop(
-        "model", None
-    )  # `preset_config` reads the preset's; `model.*` holds what is overridden
+    # `preset_config` reads the preset's; `model.*` holds what is overridden
+    values.pop("model", None)
     values["preset"] = preset
     data = values.setdefault("data", {})
     for key, source in data.items():
-        if (
-            isinstance(source, str) and (ROOT / source).exists()
-        ):  # data that ship with the repository
+        # data that ship with the repository
+        if isinstance(source, str) and (ROOT / source).exists():
             data[key] = str(ROOT / source)
     given = {override.partition("=")[0] for override in overrides}
     if "data.train" in given and "data.validation" not in given:

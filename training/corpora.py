@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from tokcom.configuration_codec_tokcom import TokComCodecConfig
 from tokcom.configuration_tokcom import TokComConfig
@@ -20,7 +20,7 @@ from tokcom.modeling_tokcom import CODECS, TokComModel
 from tokcom.processing_tokcom import CHARACTERS
 from tokcom.training.audit import audit
 from tokcom.training.card import WORK
-from tokcom.training.config import StageConfig, TrainConfig
+from tokcom.training.config import DataConfig, StageConfig, TrainConfig
 from tokcom.training.data import (
     CodecMix,
     DialogueDataset,
@@ -29,7 +29,7 @@ from tokcom.training.data import (
     WindowShape,
     cache_latents,
 )
-from tokcom.training.documents import cut_document
+from tokcom.training.documents import cut_document, part_kind
 from tokcom.training.export import measure_latent_statistics
 from tokcom.training.images import (
     ImageDataset,
@@ -37,13 +37,14 @@ from tokcom.training.images import (
     load_autoencoder,
     measure_image_statistics,
 )
+from tokcom.training.modalities import MODALITIES
 from tokcom.training.presets import merge_overrides, preset_config
 from tokcom.training.report import EXAMPLES, Report
 from tokcom.training.sources import load_documents, read_sources
 from tokcom.training.streams import OmniDataset, is_text, measure_stream_statistics
 from tokcom.training.tokens import (
     get_tokenizer,
-    is_dialogue,
+    load_tokenizer,
     tokenize_dialogues,
     tokenize_documents,
 )
@@ -60,6 +61,9 @@ class Corpus:
         tokenizer (`PreTrainedTokenizerBase`, *optional*): of the text or the captions.
     """
 
+    modalities: tuple[str, ...] = ("text",)  # of the codecs that read such data
+    rows_of = "texts"
+    presets = "text such as tiny"
     streamed = False
     rows = "windows of {} tokens"
     autoencoder = None
@@ -103,27 +107,30 @@ class Corpus:
             else train
         ), held_out
 
-    @staticmethod
-    def _shape(model: TokComModel, config: TrainConfig, options: StageConfig) -> WindowShape:
-        if model.config.codec_config.modality == "several":
-            raise ValueError(
-                "the model has several streams; say which fields hold them: data.fields={text: "
-                "caption, ...}."
-            )
-        if not model.config.codec_config.has_tokens:
-            raise ValueError(
-                f"the codec {model.config.codec_config.model_type!r} reads pictures but the data "
-                "have no field "
-                f"{config.data.image_column!r} (`data.image_column`); give pictures, or choose a "
-                "preset of text."
-            )
+    @classmethod
+    def serves(cls, codec_config: TokComCodecConfig | None) -> bool:
+        """Whether a codec reads such data."""
+        return codec_config is not None and codec_config.modality in cls.modalities
+
+    def check_codec(self, codec_config: TokComCodecConfig, data: DataConfig) -> None:
+        """Raise `ValueError`, with what to change, if a codec does not read such data."""
+        if self.serves(codec_config):
+            return
+        known = MODALITIES[codec_config.modality]
+        raise ValueError(
+            f"the codec {codec_config.model_type!r} reads {known.reads} but the data are "
+            f"{self.rows_of}; {known.remedy(data)}, or choose a preset of {self.presets}."
+        )
+
+    def _shape(self, model: TokComModel, config: TrainConfig, options: StageConfig) -> WindowShape:
+        self.check_codec(model.config.codec_config, config.data)
         chunk_size = model.config.codec_config.chunk_size
         longest = model.config.transformer_config.max_position_embeddings * chunk_size
         if options.sequence_length > longest:
             raise ValueError(
                 f"`{model.objective.stage}.sequence_length` ({options.sequence_length}) is longer "
-                "than the model's maximum of "
-                f"{longest} tokens; shorten it or raise transformer_config.max_position_embeddings."
+                f"than the model's maximum of {longest} tokens; shorten it or raise "
+                "transformer_config.max_position_embeddings."
             )
         return WindowShape.of(model.config, options.sequence_length)
 
@@ -138,8 +145,9 @@ class Corpus:
         return batch["input_ids"].numel()
 
     def measure(self, model: TokComModel) -> None:
-        """Set the latent statistics of a codec that was trained on this."""
-        measure_latent_statistics(model, self.first_tokens())
+        """Set the latent statistics of a codec, if it has any, from these data."""
+        if hasattr(model.codec, "latent_mean"):
+            measure_latent_statistics(model, self.first_tokens())
 
     def first_tokens(self, count: int = 1_000_000) -> np.ndarray:
         """Training tokens, about `count` of them if not all are in memory."""
@@ -199,6 +207,9 @@ class PictureCorpus(Corpus):
     """Pictures or clips, with captions if there is a tokenizer; clips as the latents of a frozen
     autoencoder, if there is one."""
 
+    modalities = ("image", "video")
+    rows_of = "pictures"
+    presets = "images such as style-tiny or of clips such as video-tiny"
     rows = "pictures"
 
     def __init__(self, train, validation, tokenizer, autoencoder: str | None = None):
@@ -207,12 +218,7 @@ class PictureCorpus(Corpus):
 
     def datasets(self, model, config, options, accelerator):
         codec = model.config.codec_config
-        if codec.modality not in ("image", "video"):
-            raise ValueError(
-                f"the data are pictures but the codec is {codec.model_type!r}; choose a preset of "
-                "images such as style-tiny, or of "
-                "clips such as video-tiny."
-            )
+        self.check_codec(codec, config.data)
         longest = 0 if self.train.captions is None else self.train.captions["input_ids"].shape[1]
         if longest > model.config.condition_length:
             raise ValueError(
@@ -228,22 +234,7 @@ class PictureCorpus(Corpus):
 
     def _fitted(self, dataset: ImageDataset, codec, device: torch.device) -> ImageDataset:
         """A part of the data as the codec reads it; raises `ValueError` if it does not fit."""
-        if codec.modality == "video" and self.autoencoder is not None:
-            check_autoencoder(self.autoencoder, codec)
-        elif codec.modality == "video" and (codec.num_channels, codec.spatial_compression) != (
-            3,
-            1,
-        ):
-            raise ValueError(
-                f"the codec reads clips of {codec.num_channels} channels, the latents of an "
-                "autoencoder; give its directory as "
-                "`autoencoder`, or set model.codec_config.num_channels=3 and "
-                "spatial_compression=1 for pixels."
-            )
-        elif self.autoencoder is not None and codec.modality != "video":
-            raise ValueError(
-                f"`autoencoder` is for clips, not for the codec {codec.model_type!r}; remove it."
-            )
+        check_autoencoder(self.autoencoder, codec)
         dataset.fit(codec, self.autoencoder)
         if self.autoencoder is not None:
             dataset.encode_once(device)
@@ -261,15 +252,13 @@ class PictureCorpus(Corpus):
 class OmniCorpus(Corpus):
     """Records of several streams."""
 
+    modalities = ("several",)
+    rows_of = "records with several streams"
+    presets = "several streams such as omni-tiny"
     rows = "records"
 
     def datasets(self, model, config, options, accelerator):
-        if model.config.codec_config.modality != "several":
-            raise ValueError(
-                f"the data have the streams {self.train.records.column_names} but the codec is "
-                f"{model.config.codec_config.model_type!r}; "
-                "choose a preset of several streams such as omni-tiny, or remove `data.fields`."
-            )
+        self.check_codec(model.config.codec_config, config.data)
         if config.cache_latents:
             raise ValueError(
                 "the latents of several streams are not cached; set cache_latents=false."
@@ -311,14 +300,6 @@ def codec_config_of(config: TrainConfig) -> TokComCodecConfig | None:
         return None
 
 
-def kind_read_by(codec_config: TokComCodecConfig | None) -> str | None:
-    """What `data.kind` is for a codec."""
-    if codec_config is None:
-        return None
-    kinds = {"image": "pictures", "video": "pictures", "several": "records", "audio": "sounds"}
-    return kinds.get(codec_config.modality, "text")
-
-
 class Reading:
     """What a run reads: `corpus()` opens its sources, decodes or tokenizes them, and says in
     `report` what they are."""
@@ -326,9 +307,10 @@ class Reading:
     def __init__(self, config: TrainConfig):
         self.config = config
         self.codec_config = codec_config_of(config)
-        self.data = config.data
-        if config.data.kind is None:
-            self.data = dataclasses.replace(config.data, kind=kind_read_by(self.codec_config))
+        # a folder may hold several kinds of data; without a word the codec's are read
+        modality = None if self.codec_config is None else MODALITIES[self.codec_config.modality]
+        kind = config.data.kind or getattr(modality, "data_kind", None)
+        self.data = dataclasses.replace(config.data, kind=kind)
         self.report = Report(config.data.max_skipped)
         self.saved = Path(config.output_dir) / WORK / "tokenizer"
 
@@ -346,14 +328,19 @@ class Reading:
             validation = load_documents(data.validation, data, "validation", self.report)
         if several:
             return self._streams(train, validation)
-        if "audio" in (train.column_names or ()):
+        found = part_kind(train, data)
+        other = part_kind(validation, data)
+        if other != found:
             raise ValueError(
-                f"{data.train} holds sounds; say which stream they are: "
+                f"`data.train` holds {found} and `data.validation` {other}; give the same kind."
+            )
+        read = {"pictures": self._pictures, "dialogues": self._dialogues, "texts": self._texts}
+        if found not in read:
+            raise ValueError(
+                f"{data.train} holds {found}; say which stream they are: "
                 f"data.fields={{audio: audio}}, with a preset of several streams."
             )
-        if data.image_column in (train.column_names or ()):
-            return self._pictures(train, validation)
-        return self._texts(train, validation)
+        return read[found](train, validation)
 
     def _split(self, train, several: bool):
         """Hold out the last documents."""
@@ -412,23 +399,23 @@ class Reading:
         tokenizer = None
         name = config.tokenizer or config.init_from or config.codec_from
         if self.saved.is_dir():
-            tokenizer = AutoTokenizer.from_pretrained(self.saved)
+            tokenizer = load_tokenizer(self.saved)
         elif columns or (name is not None and has_tokenizer(name)):
             texts = [{"text": row or ""} for column in columns for row in train[column]]
             tokenizer = get_tokenizer(name, config.tokenizer_vocab_size, texts, "text")
         if validation is not train:
-            validation = validation.shuffle(
-                seed=0
-            )  # of several sources, too, the first batches show all
+            # of several sources, too, the first batches show all
+            validation = validation.shuffle(seed=0)
         parts = {
             "training data": OmniDataset(train, tokenizer),
             "validation data": OmniDataset(validation, tokenizer),
         }
-        if self.codec_config is not None and self.codec_config.modality == "several":
+        if OmniCorpus.serves(self.codec_config):
+            # its lengths are asked for, not its weights
             with (
                 torch.device("meta"),
                 torch.random.fork_rng(devices=[]),
-            ):  # its lengths are asked for, not its weights
+            ):
                 codec = CODECS[self.codec_config.model_type]._from_config(self.codec_config)
             parts = self._audited(
                 {name: part.fit(codec) for name, part in parts.items()}, self.codec_config
@@ -446,8 +433,7 @@ class Reading:
         if tokenizer is not None and captions not in validation.column_names:
             raise ValueError(
                 f"`data.train` has captions ({captions!r}) and `data.validation` has none; give "
-                "both or remove the captions by "
-                "data.caption_column=none."
+                "both or remove the captions by data.caption_column=none."
             )
         columns = data.image_column, captions, tokenizer, self.config.seed
         parts = {
@@ -457,8 +443,8 @@ class Reading:
         if tokenizer is not None:
             self._remember(tokenizer, "".join(parts["training data"].letters))
         codec = self.codec_config
-        if codec is not None and codec.modality in ("image", "video"):
-            size = codec.image_size, codec.clip_length if codec.modality == "video" else None
+        if PictureCorpus.serves(codec):
+            size = codec.image_size, codec.clip_length
             parts = self._audited({name: part.fit(codec) for name, part in parts.items()}, size)
         return PictureCorpus(*parts.values(), tokenizer, self.config.autoencoder)
 
@@ -467,34 +453,29 @@ class Reading:
     ) -> PreTrainedTokenizerBase:
         config = self.config
         if self.saved.is_dir():
-            return AutoTokenizer.from_pretrained(self.saved)
+            return load_tokenizer(self.saved)
         name = config.tokenizer or config.init_from or config.codec_from
         if pictures and name == config.codec_from and name is not None and not has_tokenizer(name):
             name = None  # a codec of pictures without captions
         texts = documents.select_columns(text_column) if pictures else documents
         return get_tokenizer(name, config.tokenizer_vocab_size, texts, text_column)
 
+    def _dialogues(self, train, validation) -> DialogueCorpus:
+        if self.data.streaming or self.config.cache_latents:
+            raise ValueError(
+                "dialogues are neither streamed nor cached; set data.streaming and "
+                "cache_latents to false."
+            )
+        tokenizer = self._tokenizer(train, self.data.text_column)
+        pairs = self._pairs(train, tokenizer, "dialogues")
+        held_out = pairs
+        if validation is not train:
+            held_out = self._pairs(validation, tokenizer, "validation")
+        return DialogueCorpus(pairs, held_out, tokenizer)
+
     def _texts(self, train, validation) -> Corpus:
         data = self.data
         tokenizer = self._tokenizer(train, data.text_column)
-        if is_dialogue(train) != is_dialogue(validation):
-            raise ValueError(
-                "of `data.train` and `data.validation` one holds dialogues and the other texts; "
-                "give the same kind."
-            )
-        if is_dialogue(train):
-            if data.streaming or self.config.cache_latents:
-                raise ValueError(
-                    "dialogues are neither streamed nor cached; set data.streaming and "
-                    "cache_latents to false."
-                )
-            pairs = self._dialogues(train, tokenizer, "dialogues")
-            held_out = (
-                pairs
-                if validation is train
-                else self._dialogues(validation, tokenizer, "validation")
-            )
-            return DialogueCorpus(pairs, held_out, tokenizer)
         if data.streaming and self.config.cache_latents:
             raise ValueError(
                 "a stream is not cached; set data.streaming=false or cache_latents=false."
@@ -535,7 +516,7 @@ class Reading:
         if len(together) <= MOST_LETTERS:
             tokenizer.init_kwargs[CHARACTERS] = together
 
-    def _dialogues(self, documents, tokenizer: PreTrainedTokenizerBase, name: str) -> list[tuple]:
+    def _pairs(self, documents, tokenizer: PreTrainedTokenizerBase, name: str) -> list[tuple]:
         part = self.report.part(name)
         pairs = tokenize_dialogues(documents, tokenizer, name, self.report, part)
         if name == "dialogues":

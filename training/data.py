@@ -27,7 +27,6 @@ from tokcom.training.records import messages_of
 from tokcom.training.sources import Source, load_documents, read_sources
 from tokcom.training.tokens import (
     get_tokenizer,
-    is_dialogue,
     tokenize_dialogues,
     tokenize_document,
     tokenize_documents,
@@ -46,7 +45,6 @@ __all__ = [
     "WindowShape",
     "cache_latents",
     "get_tokenizer",
-    "is_dialogue",
     "load_documents",
     "messages_of",
     "random_unicode",
@@ -91,8 +89,7 @@ class WindowShape:
         if self.length % self.multiple:
             raise ValueError(
                 f"`sequence_length` ({self.length}) must be a multiple of `chunk_size` "
-                f"({self.multiple}); "
-                f"use {self.length + -self.length % self.multiple}."
+                f"({self.multiple}); use {self.length + -self.length % self.multiple}."
             )
 
     @classmethod
@@ -186,9 +183,8 @@ class PackedDataset(torch.utils.data.Dataset):
         self.tokens = tokens
         self.shape = shape
         self.length = shape.length
-        self.starts = np.concatenate(
-            ([0], np.flatnonzero(tokens[:-1] == eos_token_id) + 1)
-        )  # of documents
+        # of documents
+        self.starts = np.concatenate(([0], np.flatnonzero(tokens[:-1] == eos_token_id) + 1))
         self.seed = seed
         self.training = training
         self.epoch = 0
@@ -215,9 +211,8 @@ class PackedDataset(torch.utils.data.Dataset):
                 "latents": torch.from_numpy(self.latents[places].copy())
             }
         generator = np.random.default_rng((self.seed, self.epoch, index))
-        begin = int(
-            self.starts[np.searchsorted(self.starts, start, side="right") - 1]
-        )  # of the document
+        # of the document
+        begin = int(self.starts[np.searchsorted(self.starts, start, side="right") - 1])
         if (
             not self.shape.pads_left
             and self.training
@@ -275,9 +270,8 @@ def random_unicode(generator: np.random.Generator, length: int) -> str:
     near = generator.integers(1, 0x3000, size=length)
     far = generator.integers(1, 0x110000, size=length)
     points = np.where(generator.random(length) < 0.5, near, far)
-    return "".join(
-        chr(point) for point in points if not 0xD800 <= point < 0xE000
-    )  # surrogates are no characters
+    # surrogates are no characters
+    return "".join(chr(point) for point in points if not 0xD800 <= point < 0xE000)
 
 
 @torch.no_grad()
@@ -358,8 +352,7 @@ def read_patiently(
             if failures > attempts:
                 raise ConnectionError(
                     f"{name} failed {failures} times in a row at record {done} ({error}); check "
-                    "the source, then run the same "
-                    "command again."
+                    "the source, then run the same command again."
                 ) from error
             pause = wait * 2 ** (failures - 1)
             warnings.warn(

@@ -1,4 +1,5 @@
-"""A TokCom model as the plain denoiser that distillation needs: `(x_t, t, context) -> estimate of x1`.
+"""A TokCom model as the plain denoiser that distillation needs: `(x_t, t, context) -> estimate of
+x1`.
 
 Shape legend: B samples, N latents, C channels; times `(B,)`.
 """
@@ -17,8 +18,8 @@ class ModelDenoiser(nn.Module):
     """A model's estimate, given captions or the clean text before each block.
 
     Args:
-        guidance_scale (`float`): how far the estimate is pushed away from the one without context; 1 is no guidance, and one
-            evaluation of the network instead of two.
+        guidance_scale (`float`): how far the estimate is pushed away from the one without context;
+            1 is no guidance, and one evaluation of the network instead of two.
     """
 
     def __init__(self, model: TokComModel, guidance_scale: float = 1.0):
@@ -27,7 +28,8 @@ class ModelDenoiser(nn.Module):
         self.guidance_scale = guidance_scale
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, context: Context) -> torch.Tensor:
-        """Estimate of x1 `(B, N, C)` for `x (B, N, C)` at times `t (B,)`; `context` is what `context` returns."""
+        """Estimate of x1 `(B, N, C)` for `x (B, N, C)` at times `t (B,)`; `context` is what
+        `context` returns."""
         guided = self._estimate(x, t, context, sees_context=True)
         if self.guidance_scale == 1.0:
             return guided
@@ -54,14 +56,15 @@ class ModelDenoiser(nn.Module):
             x = torch.where(known[..., None], context["latents"], x)
             times = torch.where(known, 1.0, times)
         seen = context.get("valid")
-        if (
-            known is not None and not sees_context
-        ):  # the pipeline guides so, too: without what is given in the sequence
+        # the pipeline guides so, too: without what is given in the sequence
+        if known is not None and not sees_context:
             seen = ~known if seen is None else seen & ~known
         positions = model.codec.positions(torch.arange(length, device=x.device)).expand(
             len(x), -1, -1
         )
-        estimate = model.denoise(x, times, positions, seen, prefix=prefix).latents.float()
+        size = model.config.codec_config.group_size
+        estimate = model.denoise(x, times, positions, seen, prefix=prefix, group_size=size)
+        estimate = estimate.latents.float()
         return (
             estimate
             if known is None
@@ -75,9 +78,8 @@ class ModelDenoiser(nn.Module):
         sees = torch.full((len(x),), sees_context, device=x.device)
         mask = block_causal_mask(context["order"], context["valid"], sees)
         positions = model.codec.positions(torch.arange(length, device=x.device).expand(len(x), -1))
-        times = torch.cat(
-            (t.new_ones(len(x), length), t[:, None].expand(-1, length)), dim=1
-        )  # (B, 2 N)
+        # (B, 2 N)
+        times = torch.cat((t.new_ones(len(x), length), t[:, None].expand(-1, length)), dim=1)
         both = torch.cat((context["latents"], x), dim=1)  # (B, 2 N, C)
         latents = model.denoise(
             both, times, positions.repeat(1, 2, 1), mask, num_context=length
@@ -88,8 +90,8 @@ class ModelDenoiser(nn.Module):
     def context(self, batch: dict[str, torch.Tensor], rows: np.ndarray | None = None) -> Context:
         """What the estimate depends on, of a batch of the data.
 
-        A bidirectional model of clips is given the first i mod F of the F moments of row i of the data, so `rows (B,)` must
-        say which rows these are.
+        A bidirectional model of clips is given the first i mod F of the F moments of row i of the
+        data, so `rows (B,)` must say which rows these are.
         """
         model = self.model
         codec = model.config.codec_config

@@ -1,8 +1,10 @@
-"""A digest of the data that a run trains on, which is refused when it has changed between two calls of the same run.
+"""A digest of the data that a run trains on, which is refused when it has changed between two calls
+of the same run.
 
-What is hashed is what training reads: token ids, dialogues, or the records of pictures and streams as they are stored. Of files
-that records only name, and of sources that are read as a stream, the size and both ends of every file count, so that nothing
-large is read twice. Of a Hub dataset that is streamed only the name is known.
+What is hashed is what training reads: token ids, dialogues, or the records of pictures and streams
+as they are stored. Of files that records only name, and of sources that are read as a stream, the
+size and both ends of every file count, so that nothing large is read twice. Of a Hub dataset that
+is streamed only the name is known.
 """
 
 import hashlib
@@ -49,7 +51,8 @@ def _digest(part: Any) -> str:
 
 
 def _add_records(total: Any, records: Any) -> None:
-    """Add the records of a dataset as Arrow stores them, with the ends of the files that they name."""
+    """Add the records of a dataset as Arrow stores them, with the ends of the files that they
+    name."""
     for table in records.with_format("arrow").iter(ROWS):
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, table.schema.remove_metadata()) as stream:
@@ -91,10 +94,11 @@ def _digest_sources(train: Any) -> str:
 
 
 def check_unchanged(config: TrainConfig, corpus: Any, directory: RunDirectory) -> str:
-    """Compare the data with those that a run has begun with, and note them in `run/data.json`; returns their digest.
+    """Compare the data with those that a run has begun with, and note them in `run/data.json`;
+    returns their digest.
 
-    Raises `ValueError` if they have changed and `data.allow_changed` does not allow it. With it, what was made of the former
-    data is removed, and the run goes on with the new ones.
+    Raises `ValueError` if they have changed and `data.allow_changed` does not allow it. With it,
+    what was made of the former data is removed, and the run goes on with the new ones.
     """
     file = directory.work / "data.json"
     now = data_digests(config, corpus)
@@ -103,12 +107,14 @@ def check_unchanged(config: TrainConfig, corpus: Any, directory: RunDirectory) -
     changed = [name for name, digest in now.items() if known.get(name, digest) != digest]
     if changed and not config.data.allow_changed:
         raise ValueError(
-            f"the {' and the '.join(changed)} changed since {directory.root} was begun, so its weights would be of two data sets; "
-            "restore them, choose another output_dir, or set data.allow_changed=true."
+            f"the {' and the '.join(changed)} changed since {directory.root} was begun, so its "
+            "weights would be of two data sets; restore them, choose another output_dir, or set "
+            "data.allow_changed=true."
         )
     if changed:
         print(f"the {' and the '.join(changed)} changed; the run goes on with the new ones")
-        # the teacher's trajectories belong to rows by number; cached latents are checked by whoever reads them
+        # the teacher's trajectories belong to rows by number; cached latents are checked by whoever
+        # reads them
         (directory.work / "distill" / "pairs.pt").unlink(missing_ok=True)
     if now != known:
         write_atomically(file, json.dumps(now, indent=2) + "\n")

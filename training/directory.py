@@ -1,4 +1,5 @@
-"""The directory of a run: whose it is, what was started there, what is finished, and how it becomes a repository.
+"""The directory of a run: whose it is, what was started there, what is finished, and how it becomes
+a repository.
 
     output_dir/                    the finished model, a Hub repository
     output_dir/run/                everything about training
@@ -34,17 +35,19 @@ SAME_RUN = (
     "seed",
     "data",
 )
+# of a distillation that goes on
 MAY_CHANGE = (
     "max_steps",
     "checkpoint_steps",
     "checkpoints_total_limit",
-)  # of a distillation that goes on
+)
+# by a finished run
 OVERWRITTEN = (
     "config.json",
     "model.safetensors",
     "model_index.json",
     "README.md",
-)  # by a finished run
+)
 
 
 def write_atomically(file: Path, text: str) -> None:
@@ -71,10 +74,12 @@ def is_running(pid: int) -> bool:
 
 
 class RunLock:
-    """A file that says which process trains in a directory; a second run there is refused while that process lives.
+    """A file that says which process trains in a directory; a second run there is refused while
+    that process lives.
 
-    A lock whose process has ended on this machine is stale and replaced. Whether a process of another machine lives cannot be
-    known, so its lock is refused until someone removes the file. Raises `ValueError`.
+    A lock whose process has ended on this machine is stale and replaced. Whether a process of
+    another machine lives cannot be known, so its lock is refused until someone removes the file.
+    Raises `ValueError`.
     """
 
     def __init__(self, file: Path):
@@ -107,11 +112,13 @@ class RunLock:
             where = f"process {owner['pid']} on {owner['host']}"
             if owner["host"] != self.owner["host"]:
                 raise ValueError(
-                    f"{self.file} says that {where} is training here; if that run has ended, remove the file and try again."
+                    f"{self.file} says that {where} is training here; if that run has ended, "
+                    "remove the file and try again."
                 )
             if is_running(owner["pid"]):
                 raise ValueError(
-                    f"{where} is training in {self.file.parent.parent}; wait for it, stop it, or choose another output_dir."
+                    f"{where} is training in {self.file.parent.parent}; wait for it, stop it, or "
+                    "choose another output_dir."
                 )
         self.file.unlink(missing_ok=True)
 
@@ -119,8 +126,8 @@ class RunLock:
 class RunDirectory:
     """`output_dir` of a run. As a context it holds the lock, if this is the process that writes.
 
-    Raises `ValueError` if the directory cannot be written, holds a model that no run made there, belongs to another run, or is
-    in use.
+    Raises `ValueError` if the directory cannot be written, holds a model that no run made there,
+    belongs to another run, or is in use.
     """
 
     def __init__(self, config: TrainConfig, is_main: bool):
@@ -152,8 +159,8 @@ class RunDirectory:
             present = [name for name in OVERWRITTEN if (self.root / name).exists()]
             if self.root.is_dir() and present:
                 raise ValueError(
-                    f"{self.root} already holds {present[0]}, which this run did not write and would replace; choose another "
-                    "output_dir."
+                    f"{self.root} already holds {present[0]}, which this run did not write and "
+                    "would replace; choose another output_dir."
                 )
         try:
             self.work.mkdir(parents=True, exist_ok=True)
@@ -166,7 +173,8 @@ class RunDirectory:
             ) from error
 
     def _tidy(self) -> None:
-        """Put back the folders that a killed process was replacing, and forget the tokenizer of a run that was refused."""
+        """Put back the folders that a killed process was replacing, and forget the tokenizer of a
+        run that was refused."""
         if not self.is_main:
             return
         for stage in STAGES:
@@ -176,11 +184,12 @@ class RunDirectory:
             shutil.rmtree(self.work / "tokenizer", ignore_errors=True)
 
     def check_same_run(self) -> None:
-        """Raise `ValueError` if the directory was started with other settings; other weights or data cannot be continued."""
+        """Raise `ValueError` if the directory was started with other settings; other weights or
+        data cannot be continued."""
         if (self.work / "distill" / "distill_config.json").is_file():
             raise ValueError(
-                f"{self.root} is a distillation of version 0.2, whose checkpoints this version cannot read; choose another "
-                "output_dir."
+                f"{self.root} is a distillation of version 0.2, whose checkpoints this version "
+                "cannot read; choose another output_dir."
             )
         if not self.settings.is_file():
             return
@@ -203,8 +212,8 @@ class RunDirectory:
         for key, value in now.items():
             if started.get(key) != value:
                 raise ValueError(
-                    f"{self.root} was started with {prefix}{key}={started.get(key)!r}, now it is {value!r}; choose another "
-                    "output_dir."
+                    f"{self.root} was started with {prefix}{key}={started.get(key)!r}, now it is "
+                    f"{value!r}; choose another output_dir."
                 )
 
     def keep_tokenizer(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -226,7 +235,8 @@ class RunDirectory:
         return self.work / stage / "final"
 
     def is_finished(self, stage: str) -> bool:
-        """Whether a stage has ended and is not asked for more steps than it made; raises `ValueError` if it cannot make more."""
+        """Whether a stage has ended and is not asked for more steps than it made; raises
+        `ValueError` if it cannot make more."""
         work = self.work / stage
         summary = work / "summary.json"
         if not (self.final(stage) / "config.json").is_file():
@@ -240,14 +250,16 @@ class RunDirectory:
             return True
         if not has_checkpoint:
             raise ValueError(
-                f"{work} is finished after {made} steps and has no checkpoint to go on from to {stage}.max_steps ({wanted}); "
-                "choose another output_dir and start there with init_from."
+                f"{work} is finished after {made} steps and has no checkpoint to go on from to "
+                f"{stage}.max_steps ({wanted}); choose another output_dir and start there with "
+                "init_from."
             )
         flow = self.work / "flow"
         if stage == "codec" and (any(flow.glob("checkpoint-*")) or self.final("flow").is_dir()):
             raise ValueError(
-                f"codec.max_steps ({wanted}) asks for more steps of a codec that the transformer in {flow} was trained for; "
-                f"keep codec.max_steps={made}, or choose another output_dir."
+                f"codec.max_steps ({wanted}) asks for more steps of a codec that the transformer "
+                f"in {flow} was trained for; keep codec.max_steps={made}, or choose another "
+                "output_dir."
             )
         return False
 

@@ -1,8 +1,10 @@
-"""The stage `distill`: a student of one or a few sampling steps learns from a finished model, the teacher.
+"""The stage `distill`: a student of one or a few sampling steps learns from a finished model, the
+teacher.
 
-`method=dmd` is distribution matching (Yin et al. 2024), `regression` learns the ends of the teacher's trajectories, `both` is the
-first with a share of the second; `distillation.py` has the losses. The teacher may be of images, clips or text, bidirectional or
-block-causal; it must have `prediction_type="latents"`, which is trained by squared error. Besides the student a third copy of
+`method=dmd` is distribution matching (Yin et al. 2024), `regression` learns the ends of the
+teacher's trajectories, `both` is the first with a share of the second; `student_losses.py` has the
+losses. The teacher may be of images, clips or text, bidirectional or block-causal; it must have
+`prediction_type="latents"`, which is trained by squared error. Besides the student a third copy of
 the network, the *fake* model, is trained on the student's samples.
 """
 
@@ -22,10 +24,10 @@ from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 from tokcom.training.config import DistillConfig, TrainConfig
 from tokcom.training.corpora import Corpus
 from tokcom.training.denoiser import Context, ModelDenoiser
-from tokcom.training.distillation import Distiller, integrate
 from tokcom.training.export import export_repository
 from tokcom.training.pipelines import load_pipeline
 from tokcom.training.progress import NonFiniteLossError
+from tokcom.training.student_losses import Distiller, integrate
 from tokcom.training.trainer import Trainer
 
 # what each method uses: weight of the matching loss, and whether there are pairs for the regression
@@ -33,7 +35,8 @@ PARTS = {"dmd": (1.0, False), "regression": (0.0, True), "both": (1.0, True)}
 
 
 def load_teacher(name: str) -> TokComBasePipeline:
-    """The teacher, frozen, with its tokenizer and autoencoder; raises `ValueError` for one that cannot be distilled."""
+    """The teacher, frozen, with its tokenizer and autoencoder; raises `ValueError` for one that
+    cannot be distilled."""
     pipe = load_pipeline(name)
     model = pipe.model.float().eval()
     if model.config.codec_config.modality == "several":
@@ -42,9 +45,9 @@ def load_teacher(name: str) -> TokComBasePipeline:
         )
     if model.config.prediction_type != "latents":
         raise ValueError(
-            f"{name} has `prediction_type={model.config.prediction_type!r}`: it is trained by cross-entropy and reads nothing from "
-            "pure noise, so no student can turn noise into text in a few steps. Train a teacher with "
-            "`model.prediction_type=latents`."
+            f"{name} has `prediction_type={model.config.prediction_type!r}`: it is trained by "
+            "cross-entropy and reads nothing from pure noise, so no student can turn noise into "
+            "text in a few steps. Train a teacher with `model.prediction_type=latents`."
         )
     if model.config.noise_std != 1:
         raise ValueError(f"`noise_std` ({model.config.noise_std}) of the teacher must be 1.")
@@ -58,14 +61,16 @@ class DistillTrainer(Trainer):
     options: DistillConfig
 
     def __init__(self, config: TrainConfig, corpus: Corpus):
-        # the student is called more than once before each backward pass, between which its buffers must not be written
+        # the student is called more than once before each backward pass, between which its buffers
+        # must not be written
         super().__init__(
             config, "distill", corpus, [DistributedDataParallelKwargs(broadcast_buffers=False)]
         )
         if self.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
             kind = self.accelerator.distributed_type.value
             raise ValueError(
-                f"stage distill needs whole models on every process; use multi_gpu_ddp.yaml instead of {kind}."
+                "stage distill needs whole models on every process; use multi_gpu_ddp.yaml "
+                f"instead of {kind}."
             )
         self.pipe = load_teacher(config.init_from)
         # `auto` times a step of one model, and here three take turns
@@ -91,17 +96,19 @@ class DistillTrainer(Trainer):
         dataset = self.corpus.datasets(teacher, config, self.options, self.accelerator)[0]
         if not len(dataset):
             raise ValueError(
-                f"the training data give no {self.corpus.rows.format(self.options.sequence_length)}; give more."
+                "the training data give no "
+                f"{self.corpus.rows.format(self.options.sequence_length)}; give more."
             )
         if teacher.condition_embedding is not None and "input_ids" not in dataset[0]:
             raise ValueError(
-                f"the teacher reads captions but the data have no field {config.data.captions!r}; set "
-                "`data.caption_column`."
+                f"the teacher reads captions but the data have no field {config.data.captions!r}; "
+                "set `data.caption_column`."
             )
         return dataset
 
     def _prepare(self, name: str, rate: float) -> None:
-        """A copy of the teacher whose flow is trained, with its optimizer, as accelerate distributes them."""
+        """A copy of the teacher whose flow is trained, with its optimizer, as accelerate
+        distributes them."""
         teacher = self.pipe.model
         model = TokComModel(type(teacher.config).from_dict(teacher.config.to_dict()))
         model.load_state_dict(teacher.state_dict())
@@ -135,7 +142,8 @@ class DistillTrainer(Trainer):
 
     @torch.no_grad()
     def _pairs(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Noise and the ends of the teacher's trajectories `(M, N, C)`; pair i is of row i of the data, cyclically.
+        """Noise and the ends of the teacher's trajectories `(M, N, C)`; pair i is of row i of the
+        data, cyclically.
 
         The main process computes them once and keeps them in a file.
         """
@@ -222,7 +230,8 @@ class DistillTrainer(Trainer):
         mean = float(accelerator.reduce(total, "mean"))
         if not np.isfinite(mean):
             raise NonFiniteLossError(
-                f"the loss of the {name} became {mean} in update {self.progress.step + 1}; lower its learning rate."
+                f"the loss of the {name} became {mean} in update {self.progress.step + 1}; lower "
+                "its learning rate."
             )
         return mean
 
@@ -247,7 +256,8 @@ class DistillTrainer(Trainer):
     # ---- the end ----
 
     def export(self, target: Path) -> None:
-        """Write the student with its averaged weights and a scheduler that draws all noise anew at each step."""
+        """Write the student with its averaged weights and a scheduler that draws all noise anew at
+        each step."""
         if self.accelerator.is_main_process:
             if self.ema is not None:
                 self.ema.copy_to(self.parameters["student"])

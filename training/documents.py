@@ -164,12 +164,9 @@ def alike(parts: list, config: DataConfig) -> list:
 
 def part_kind(part, config: DataConfig) -> str:
     """pictures, sounds, dialogues or texts."""
-    columns = part.column_names or list(next(iter(part), {}))
-    if config.image_column in columns:
-        return "pictures"
-    if set(DIALOGUES) & set(columns):
-        return "dialogues"
-    return "sounds" if "audio" in columns else "texts"
+    columns = set(part.column_names or next(iter(part), {}))
+    kinds = {"sounds": {"audio"}, "pictures": {config.image_column}, "dialogues": set(DIALOGUES)}
+    return next((kind for kind, fields in kinds.items() if fields & columns), "texts")
 
 
 def cut_document(documents: datasets.Dataset, config: DataConfig) -> datasets.Dataset:

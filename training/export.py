@@ -1,4 +1,5 @@
-"""What a stage leaves: latent statistics of its codec, and the finished model as a Hub repository that is whole or not there."""
+"""What a stage leaves: latent statistics of its codec, and the finished model as a Hub repository
+that is whole or not there."""
 
 import shutil
 from pathlib import Path
@@ -21,10 +22,11 @@ def export_repository(
     scheduler: TokComFlowMatchScheduler | None = None,
     autoencoder: torch.nn.Module | None = None,
 ) -> None:
-    """Save a model as a Hub repository: with its tokenizer, an external autoencoder, the code, and a scheduler, by default the one
-    that its training implies.
+    """Save a model as a Hub repository: with its tokenizer, an external autoencoder, the code, and
+    a scheduler, by default the one that its training implies.
 
-    Raises `CheckpointError` if it cannot be written; then what `directory` held before is still there.
+    Raises `CheckpointError` if it cannot be written; then what `directory` held before is still
+    there.
     """
     partial = directory.with_name(directory.name + ".tmp")
     shutil.rmtree(partial, ignore_errors=True)
@@ -36,16 +38,18 @@ def export_repository(
     except Exception as error:  # safetensors and the system name a full disk in ways of their own
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
-            f"{directory} could not be written ({first_line(error)}); what was there is as it was. Free some space and "
-            "run the same command again."
+            f"{directory} could not be written ({first_line(error)}); what was there is as it was. "
+            "Free some space and run the same command again."
         ) from error
     replace_folder(partial, directory)
 
 
 def replace_folder(new: Path, target: Path) -> None:
-    """Give the folder `new` the name `target`; what had that name is set aside until the new one is in its place.
+    """Give the folder `new` the name `target`; what had that name is set aside until the new one is
+    in its place.
 
-    A process that is killed in between leaves the old folder as `target.old`, and `recover_folder` puts it back.
+    A process that is killed in between leaves the old folder as `target.old`, and `recover_folder`
+    puts it back.
     """
     old = target.with_name(target.name + ".old")
     recover_folder(target)
@@ -57,7 +61,8 @@ def replace_folder(new: Path, target: Path) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise `CheckpointError` if an exported model is not as it was written; exports of version 0.2 have no checksums."""
+    """Raise `CheckpointError` if an exported model is not as it was written; exports of version 0.2
+    have no checksums."""
     if not (folder / CHECKSUMS).is_file():
         return
     try:
@@ -65,12 +70,14 @@ def check_folder(folder: Path) -> None:
     except ValueError as error:
         problem = str(error).partition(";")[0]
         raise CheckpointError(
-            f"{problem}; remove {folder} and run the same command again: it is made anew from the newest checkpoint."
+            f"{problem}; remove {folder} and run the same command again: it is made anew from the "
+            "newest checkpoint."
         ) from error
 
 
 def recover_folder(target: Path) -> None:
-    """Put back a folder that `replace_folder` had set aside when it was killed, or finish to remove it."""
+    """Put back a folder that `replace_folder` had set aside when it was killed, or finish to remove
+    it."""
     old = target.with_name(target.name + ".old")
     if old.exists() and not target.exists():
         old.rename(target)
@@ -79,7 +86,8 @@ def recover_folder(target: Path) -> None:
 
 @torch.no_grad()
 def measure_latent_statistics(model: TokComModel, tokens: np.ndarray, rows: int = 65536) -> None:
-    """Set the codec's per-channel mean and standard deviation from up to `rows` random chunks `(rows, K)`."""
+    """Set the codec's per-channel mean and standard deviation from up to `rows` random chunks
+    `(rows, K)`."""
     codec = model.codec.eval()
     size = codec.config.chunk_size
     starts = np.random.default_rng(0).integers(

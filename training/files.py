@@ -84,6 +84,13 @@ KINDS = {
     **dict.fromkeys(SOUNDS, "sound"),
 }
 MEDIA = ("picture", "clip", "sound")
+# `data.kind` -> the media that are read; of "text" none are, but texts and tables
+MEDIA_READ = {
+    "text": (),
+    "pictures": ("picture", "clip"),
+    "sounds": ("sound",),
+    "records": MEDIA,
+}
 COMPRESSED = (".gz", ".bz2", ".xz")  # of texts and of tables
 ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar", ".zst")  # named, since they may hold the data
 SYSTEM_FILES = ("thumbs.db", "desktop.ini", "__macosx")

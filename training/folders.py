@@ -8,6 +8,7 @@ lines of its side file.
 
 import os
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -118,8 +119,9 @@ class MediaFolder:
         self.source.used = len(self.media) + len(metadata) + len(side)
         self.source.records = len(next(iter(columns.values())))
         self.source.fields = list(columns)
-        counts = [(kind, len([p for p in self.media if kind_of(p) == kind])) for kind in self.kinds]
-        self.source.kind = ", ".join(several(count, kind) for kind, count in counts if count)
+        counts = Counter(map(kind_of, self.media))
+        found = [several(counts[kind], kind) for kind in self.kinds if counts[kind]]
+        self.source.kind = ", ".join(found)
         return datasets.Dataset.from_dict(columns)
 
     def _from_metadata(self, files: list[Path]) -> dict[Path, list[str]]:
@@ -158,9 +160,8 @@ class MediaFolder:
         names = list(dict.fromkeys(name for _, row in rows for name in row))
         if names and FILE_NAME not in names:
             raise ValueError(
-                f"{file} has no field {FILE_NAME!r}, which names the file of each caption "
-                f"(fields: {some(names)})"
-                f"{near_miss(FILE_NAME, names)}"
+                f"{file} has no field {FILE_NAME!r}, which names the file of each caption (fields: "
+                f"{some(names)}){near_miss(FILE_NAME, names)}"
             )
         for where, row in rows:
             if not isinstance(row.get(FILE_NAME), str):

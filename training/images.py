@@ -90,7 +90,7 @@ class ImageDataset(torch.utils.data.Dataset):
         latents of a frozen `autoencoder` of diffusers, if there is one."""
         self.processor = TokComImageProcessor(codec_config.image_size)
         self.autoencoder = autoencoder
-        self.clip_length = codec_config.clip_length if codec_config.modality == "video" else None
+        self.clip_length = codec_config.clip_length
         self.latents = None
         self.flip = 0.0
         self.shift = 0
@@ -98,9 +98,11 @@ class ImageDataset(torch.utils.data.Dataset):
         return self
 
     def augment(self, flip: float, shift: int) -> None:
-        """From now on mirror a share `flip` of the training rows, and move each by up to `shift` pixels, in every epoch anew.
+        """From now on mirror a share `flip` of the training rows, and move each by up to `shift`
+        pixels, in every epoch anew.
 
-        Raises `ValueError` for a share that is none, and for clips of an autoencoder, which are encoded once.
+        Raises `ValueError` for a share that is none, and for clips of an autoencoder, which are
+        encoded once.
         """
         if not 0 <= flip <= 1 or shift < 0:
             raise ValueError(
@@ -108,7 +110,8 @@ class ImageDataset(torch.utils.data.Dataset):
             )
         if (flip or shift) and self.autoencoder is not None:
             raise ValueError(
-                f"clips of an autoencoder are encoded once; set flip ({flip}) and shift ({shift}) to 0."
+                f"clips of an autoencoder are encoded once; set flip ({flip}) and shift ({shift}) "
+                "to 0."
             )
         self.flip = flip
         self.shift = shift
@@ -212,7 +215,8 @@ class ImageDataset(torch.utils.data.Dataset):
         return item
 
     def _moved(self, pixels: torch.Tensor, index: int) -> torch.Tensor:
-        """Pixels `(..., H, W)` as this epoch mirrors and moves them; what comes into view repeats the border."""
+        """Pixels `(..., H, W)` as this epoch mirrors and moves them; what comes into view repeats
+        the border."""
         generator = np.random.default_rng((self.seed, self.epoch, index, 3))
         if generator.random() < self.flip:
             pixels = pixels.flip(-1)
@@ -225,7 +229,8 @@ class ImageDataset(torch.utils.data.Dataset):
         return padded[..., y : y + height, x : x + width].reshape(pixels.shape).clone()
 
     def _clip(self, index: int) -> tuple[torch.Tensor, dict[str, float]]:
-        """What `_read_clip` gives; rows that are the same in every epoch are kept, up to `PREPARED_BYTES` of them."""
+        """What `_read_clip` gives; rows that are the same in every epoch are kept, up to
+        `PREPARED_BYTES` of them."""
         if index in self.prepared:
             pixels, facts = self.prepared[index]
             return pixels.clone(), facts
@@ -237,7 +242,8 @@ class ImageDataset(torch.utils.data.Dataset):
         return pixels, facts
 
     def _read_clip(self, index: int) -> tuple[torch.Tensor, dict[str, float]]:
-        """A picture `(3, H, W)`, or a clip `(3, F, H, W)`, of a record in this epoch, and what was found."""
+        """A picture `(3, H, W)`, or a clip `(3, F, H, W)`, of a record in this epoch, and what was
+        found."""
         frames = self.frames(index)
         length = self.clip_length or 1
         start = self._draw(index, max(1, len(frames) + 1 - length))
@@ -368,8 +374,20 @@ def autoencoder_digest(autoencoder: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def check_autoencoder(autoencoder: torch.nn.Module, codec_config) -> None:
-    """Raise `ValueError` unless its latents are of the shape that a video codec reads."""
+def check_autoencoder(autoencoder: torch.nn.Module | None, codec_config) -> None:
+    """Raise `ValueError` unless its latents, or without one pixels, are what a codec reads."""
+    if autoencoder is None:
+        if not codec_config.reads_pixels:
+            raise ValueError(
+                f"the codec reads clips of {codec_config.num_channels} channels, the latents of an "
+                "autoencoder; give its directory as `autoencoder`, or set "
+                "model.codec_config.num_channels=3 and spatial_compression=1 for pixels."
+            )
+        return
+    if codec_config.clip_length is None:
+        raise ValueError(
+            f"`autoencoder` is for clips, not for the codec {codec_config.model_type!r}; remove it."
+        )
     height, width = codec_config.image_size
     found = tuple(
         encode_clips(autoencoder, torch.zeros(1, 3, codec_config.clip_length, height, width)).shape[
@@ -384,11 +402,10 @@ def check_autoencoder(autoencoder: torch.nn.Module, codec_config) -> None:
     )
     if found != wanted:
         raise ValueError(
-            f"the autoencoder turns {codec_config.clip_length} frames of {height} x {width} "
-            f"pixels into latents of shape {found}, but "
-            f"the codec reads {wanted}; set num_channels, num_frames, height, width, "
-            "spatial_compression and "
-            "temporal_compression of model.codec_config to what it makes."
+            f"the autoencoder turns {codec_config.clip_length} frames of {height} x {width} pixels "
+            f"into latents of shape {found}, but the codec reads {wanted}; set num_channels, "
+            "num_frames, height, width, spatial_compression and temporal_compression of "
+            "model.codec_config to what it makes."
         )
 
 
@@ -405,20 +422,23 @@ def pad_captions(rows: list[list[int]], pad_id: int) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def encode_parts(model, dataset, rows: np.ndarray, batch_size: int = 256) -> Iterator[torch.Tensor]:
-    """Standardised latents `(batch_size, N, C)` of the pictures of a dataset at `rows (M,)`, part after part."""
+    """Standardised latents `(batch_size, N, C)` of the pictures of a dataset at `rows (M,)`, part
+    after part."""
     for start in tqdm(range(0, len(rows), batch_size), desc="encoding pictures", unit="batch"):
         pixels = [dataset[int(i)]["pixel_values"] for i in rows[start : start + batch_size]]
         yield model.encode(pixel_values=torch.stack(pixels).to(model.device)).latents.float().cpu()
 
 
 def encode_all(model, dataset, rows: np.ndarray | None = None) -> torch.Tensor:
-    """Standardised latents `(M, N, C)` of the pictures of a dataset, in its order, or of those at `rows (M,)`."""
+    """Standardised latents `(M, N, C)` of the pictures of a dataset, in its order, or of those at
+    `rows (M,)`."""
     rows = np.arange(len(dataset)) if rows is None else rows
     return torch.cat(list(encode_parts(model, dataset, rows)))
 
 
 class FiledLatents:
-    """The latents of `encode_all` in a file, read part after part, again and again: only a part is in memory."""
+    """The latents of `encode_all` in a file, read part after part, again and again: only a part is
+    in memory."""
 
     def __init__(self, file: Path, model, dataset, rows: np.ndarray):
         self.file = file

@@ -16,18 +16,21 @@ from tokcom.training.config import LoopConfig, TrainConfig
 from tokcom.training.precision import resolve_precision
 from tokcom.training.stopping import TrainingError
 
-# One process reads, tokenizes and caches the data while the others wait, longer than the ten minutes of torch's default.
+# One process reads, tokenizes and caches the data while the others wait, longer than the ten
+# minutes of torch's default.
 PATIENCE = timedelta(hours=12)
 
 
 def start_processes() -> PartialState:
-    """Find the other processes of this launch; raises `TrainingError` if they do not find each other."""
+    """Find the other processes of this launch; raises `TrainingError` if they do not find each
+    other."""
     use_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
     state = PartialState(cpu=use_cpu, timeout=PATIENCE)
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world != state.num_processes:
         raise TrainingError(
-            f"{world} processes were launched but accelerate formed a group of {state.num_processes}, so they would overwrite "
+            f"{world} processes were launched but accelerate formed a group of "
+            f"{state.num_processes}, so they would overwrite "
             "each other; on CPU set ACCELERATE_USE_CPU=true (accelerate_configs/cpu_2proc.yaml)."
         )
     return state
@@ -41,7 +44,8 @@ def build_accelerator(
     AcceleratorState._reset_state()
     return Accelerator(
         mixed_precision=resolve_precision(config.mixed_precision, PartialState().device.type),
-        # windows left over at the end of an epoch count towards the next step, so a step has one size
+        # windows left over at the end of an epoch count towards the next step, so a step has one
+        # size
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=options.gradient_accumulation_steps, sync_with_dataloader=False
         ),

@@ -1,4 +1,5 @@
-"""The optimizer of every training script here: AdamW, with Muon on the matrices inside the network if it has a rate."""
+"""The optimizer of every training script here: AdamW, with Muon on the matrices inside the network
+if it has a rate."""
 
 import torch
 from diffusers.optimization import get_scheduler
@@ -10,7 +11,8 @@ from tokcom.training.precision import has_fast_bfloat16
 
 
 class ChainedOptimizer(torch.optim.Optimizer):
-    """Several optimizers of different parameters as one, for learning-rate schedules and checkpoints."""
+    """Several optimizers of different parameters as one, for learning-rate schedules and
+    checkpoints."""
 
     def __init__(self, parts: list[torch.optim.Optimizer]):
         self.parts = parts
@@ -69,7 +71,8 @@ class Float32Muon(torch.optim.Muon):
 def orthogonalize(
     matrix: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
 ) -> torch.Tensor:
-    """Bring the singular values of `matrix` near 1 by a quintic Newton-Schulz iteration (Jordan et al. 2024)."""
+    """Bring the singular values of `matrix` near 1 by a quintic Newton-Schulz iteration (Jordan et
+    al. 2024)."""
     a, b, c = coefficients
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     wide = wide / wide.norm().clamp(min=eps)
@@ -82,10 +85,12 @@ def orthogonalize(
 def build_schedule(
     optimizer: torch.optim.Optimizer, max_steps: int, warmup_steps: int, cooldown_share: float
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """The learning rate of each step: linear warm-up, then a cosine to 0, or constant with a cool-down at the end.
+    """The learning rate of each step: linear warm-up, then a cosine to 0, or constant with a
+    cool-down at the end.
 
-    The cool-down over the last `cooldown_share` of the steps is `1 - sqrt(progress)` (Haegele et al. 2024). Until it begins
-    the rate does not depend on `max_steps`, so a run can be made longer, or be cooled down earlier, at any time.
+    The cool-down over the last `cooldown_share` of the steps is `1 - sqrt(progress)` (Haegele et
+    al. 2024). Until it begins the rate does not depend on `max_steps`, so a run can be made longer,
+    or be cooled down earlier, at any time.
     """
     if not cooldown_share:
         return get_scheduler(
@@ -104,13 +109,16 @@ def build_optimizer(
     weight_decay: float,
     device: torch.device | None = None,
 ) -> torch.optim.Optimizer:
-    """AdamW on all that is trained; with a Muon rate, Muon (Jordan et al. 2024) on matrices that are no embeddings.
+    """AdamW on all that is trained; with a Muon rate, Muon (Jordan et al. 2024) on matrices that
+    are no embeddings.
 
-    The small network that embeds the time is an embedding: under Muon its units drift into the flat side of their SiLU until
-    single ones answer to bands of times with outputs of any size (docs/streams.md).
+    The small network that embeds the time is an embedding: under Muon its units drift into the flat
+    side of their SiLU until single ones answer to bands of times with outputs of any size
+    (docs/streams.md).
 
-    Muon's updates are scaled to the size of AdamW's ("match_rms_adamw"), so both rates are of the same kind. Vectors do
-    not decay. `device` is where training will be, by default where the model is.
+    Muon's updates are scaled to the size of AdamW's ("match_rms_adamw"), so both rates are of the
+    same kind. Vectors do not decay. `device` is where training will be, by default where the model
+    is.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     embeddings = (nn.Embedding, TokComTimestepEmbedding)

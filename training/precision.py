@@ -10,7 +10,8 @@ import torch
 
 
 def has_fast_bfloat16(device_type: str) -> bool:
-    """Whether matrix products in bfloat16 are at least as fast as in float32 on `"cpu"`, `"cuda"`, ...
+    """Whether matrix products in bfloat16 are at least as fast as in float32 on `"cpu"`, `"cuda"`,
+    ...
 
     TOKCOM_BFLOAT16=fast or slow answers for the machine, so that a test can be any of them.
     """
@@ -30,12 +31,14 @@ def half_precision(device_type: str) -> torch.autocast:
 
 
 def resolve_precision(name: str | None, device_type: str) -> str | None:
-    """Accelerate's name for `mixed_precision`: `"auto"` is bf16 where it is fast; warns of a choice that is slow."""
+    """Accelerate's name for `mixed_precision`: `"auto"` is bf16 where it is fast; warns of a choice
+    that is slow."""
     if name == "auto":
         return "bf16" if has_fast_bfloat16(device_type) else "no"
     if name == "bf16" and not has_fast_bfloat16(device_type):
         warnings.warn(
-            f"mixed_precision=bf16 is many times slower than float32 on this {device_type}; use mixed_precision=auto.",
+            f"mixed_precision=bf16 is many times slower than float32 on this {device_type}; use "
+            "mixed_precision=auto.",
             stacklevel=2,
         )
     return name

@@ -1,7 +1,9 @@
-"""Presets: a YAML file holds the shape of a model, `model`, and the settings of its training, everything else.
+"""Presets: a YAML file holds the shape of a model, `model`, and the settings of its training,
+everything else.
 
-A file may begin with `extends: NAME` and say only what differs. These files are the only place of presets. The
-functions import torch when they need it, so that a command line can name its presets at once.
+A file may begin with `extends: NAME` and say only what differs. These files are the only place of
+presets. The functions import torch when they need it, so that a command line can name its presets
+at once.
 """
 
 from collections.abc import Iterator
@@ -32,7 +34,8 @@ def read_preset(name: str) -> dict[str, Any]:
         file = Path(name)
     if not file.is_file():
         raise ValueError(
-            f"unknown preset {name!r}; known presets are {preset_names()}, or give the path of a YAML file."
+            f"unknown preset {name!r}; known presets are {preset_names()}, or give the path of a "
+            "YAML file."
         )
     try:
         settings = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -58,54 +61,35 @@ def preset_config(name: str, vocab_size: int | None = None, **overrides) -> "Tok
 
     Args:
         name: a preset, or the path of a YAML file.
-        vocab_size: the *tokenizer's* length, by default `tokenizer_vocab_size` of the preset. The model's vocabulary is
-            one larger (the mask token). Of pictures and clips it is that of their captions, and the model has none by
-            default.
+        vocab_size: the *tokenizer's* length, by default `tokenizer_vocab_size` of the preset. The
+            model's vocabulary is one larger (the mask token). Of pictures and clips it is that of
+            their captions, and the model has none by default.
         overrides: top-level fields, and dictionaries for `codec_config` and `transformer_config`.
 
     Raises `ValueError` for an unknown name or key.
     """
+    from tokcom.configuration_media_tokcom import CODEC_CONFIGS, TokComMediaCodecConfig
     from tokcom.configuration_tokcom import TokComConfig
 
     settings = read_preset(name)
     fields = settings.get("model", {})
     merge_overrides(fields, overrides)
     codec = fields.setdefault("codec_config", {})
-    modality = _codec_class(codec).modality
-    if modality in ("text", "several"):
-        size = vocab_size or settings.get("tokenizer_vocab_size", 512)
-        streams = codec.get("streams") or {"text": {}} if modality == "several" else {"text": codec}
-        for stream in streams.values():
-            if stream is not None and getattr(_codec_class(stream), "modality", None) == "text":
-                _set_vocabulary(stream, size, vocab_size is not None)
-        if modality == "several":
-            codec["streams"] = streams
-    elif vocab_size is not None:
+    # building the model reports an unknown type
+    codec_class = CODEC_CONFIGS.get(codec.get("model_type", DEFAULT_CODEC), TokComMediaCodecConfig)
+    size = vocab_size or settings.get("tokenizer_vocab_size", 512)
+    has_texts = codec_class.set_vocabulary(codec, size, vocab_size is not None)
+    if vocab_size is not None and not has_texts:
         fields["condition_vocab_size"] = vocab_size + 1
     return TokComConfig(**fields)
 
 
-def _set_vocabulary(codec: dict[str, Any], size: int, is_given: bool) -> None:
-    from tokcom.configuration_codec_tokcom import vocabulary_fields
-
-    for key, value in vocabulary_fields(size).items():
-        if is_given or "vocab_size" not in codec:
-            codec[key] = value
-        else:
-            codec.setdefault(key, codec["vocab_size"] - 1)
-
-
-def _codec_class(fields: dict[str, Any]):
-    """The configuration class of a codec's fields; None if there is none, which building the model reports."""
-    from tokcom.configuration_media_tokcom import CODEC_CONFIGS
-
-    return CODEC_CONFIGS.get(fields.get("model_type", DEFAULT_CODEC))
-
-
 def merge_overrides(fields: dict[str, Any], overrides: dict[str, Any]) -> None:
-    """Write `overrides`, top-level values or dictionaries for a sub-configuration, into the `fields` of a TokComConfig.
+    """Write `overrides`, top-level values or dictionaries for a sub-configuration, into the
+    `fields` of a TokComConfig.
 
-    Raises `ValueError` for an unknown top-level key; unknown keys of sub-configurations fail when the config is built.
+    Raises `ValueError` for an unknown top-level key; unknown keys of sub-configurations fail when
+    the config is built.
     """
     from tokcom.configuration_codec_tokcom import check_known_keys
     from tokcom.configuration_tokcom import TRAINING, TokComConfig
@@ -113,8 +97,8 @@ def merge_overrides(fields: dict[str, Any], overrides: dict[str, Any]) -> None:
     for name in _names(overrides):
         if name in TRAINING:
             raise ValueError(
-                f"`{name}` is a setting of training, not of the model: give `flow.objective.{name}=...`, or for the "
-                f"codec `codec.objective.{name}=...`."
+                f"`{name}` is a setting of training, not of the model: give "
+                f"`flow.objective.{name}=...`, or for the codec `codec.objective.{name}=...`."
             )
     check_known_keys(TokComConfig, overrides, "")
     _merge(fields, overrides)

@@ -1,4 +1,5 @@
-"""What a run remembers besides weights: how far it is, what it has seen, and which updates it left out."""
+"""What a run remembers besides weights: how far it is, what it has seen, and which updates it left
+out."""
 
 import math
 
@@ -16,11 +17,13 @@ class NonFiniteLossError(TrainingError):
 
 
 class Progress:
-    """Counters, the best validation loss and running sums of one stage, and the size of the batches that they count.
+    """Counters, the best validation loss and running sums of one stage, and the size of the batches
+    that they count.
 
     Args:
-        batch_size, processes, accumulation (`int`): rows of a micro-batch, processes that each take one, and micro-batches of
-            an update. Checkpoints of version 0.2 lack them and are taken to have had the sizes of now.
+        batch_size, processes, accumulation (`int`): rows of a micro-batch, processes that each take
+            one, and micro-batches of an update. Checkpoints of version 0.2 lack them and are taken
+            to have had the sizes of now.
     """
 
     def __init__(self, batch_size: int, processes: int, accumulation: int):
@@ -48,8 +51,9 @@ class Progress:
     ) -> str | None:
         """Count in batches of another size or number from now on; returns what changed, or None.
 
-        `rows` is the size of an epoch, None of a stream. No row is seen twice in an epoch: a batch that would begin among rows
-        that were already seen is passed over, and so are those that would begin an update in its middle.
+        `rows` is the size of an epoch, None of a stream. No row is seen twice in an epoch: a batch
+        that would begin among rows that were already seen is passed over, and so are those that
+        would begin an update in its middle.
         """
         before = (self.batch_size, self.processes, self.accumulation)
         now = (batch_size, processes, accumulation)
@@ -70,7 +74,8 @@ class Progress:
 
 
 class UpdateGuard:
-    """Decides which updates to leave out: those whose loss or gradient is not finite, or whose gradient is a spike."""
+    """Decides which updates to leave out: those whose loss or gradient is not finite, or whose
+    gradient is a spike."""
 
     def __init__(
         self, progress: Progress, options: StageConfig, loss_is_scaled: bool, can_skip: bool

@@ -36,6 +36,7 @@ ROLES = {
     "assistant": "assistant",
     "system": "system",
 }
+# guesses to make
 COMMON = (
     "cp1252",
     "cp1250",
@@ -46,7 +47,7 @@ COMMON = (
     "euc_jp",
     "euc_kr",
     "koi8_r",
-)  # guesses to make
+)
 SHOWN = 60  # characters of a bad value in a message
 # what a file raises that is missing, cut off or damaged, compressed or not
 UNREADABLE = (ValueError, OSError, EOFError, lzma.LZMAError, zlib.error)
@@ -110,8 +111,8 @@ def read_text(path: Path, encoding: str | None = None) -> str:
     if "\0" in text:
         raise ValueError(
             f"{path} has a NUL character at {text.index(chr(0))}, so it is no text, or it is "
-            "UTF-16 without a mark; convert it "
-            "to UTF-8, or name its encoding by data.encoding=utf-16-le."
+            "UTF-16 without a mark; convert it to UTF-8, or name its encoding by "
+            "data.encoding=utf-16-le."
         )
     return text.replace("\r\n", "\n").replace("\r", "\n")
 

@@ -1,4 +1,5 @@
-"""What a run shows of its model at each validation: tables of texts and pictures, one class per modality.
+"""What a run shows of its model at each validation: tables of texts and pictures, one class per
+modality.
 
 The names of tables are those of the published training script.
 """
@@ -18,7 +19,8 @@ from tokcom.training.tracking import log_picture, log_table
 
 
 class TextSamples:
-    """Texts, what the codec makes of them, and what is generated from nothing and from a half noisy text.
+    """Texts, what the codec makes of them, and what is generated from nothing and from a half noisy
+    text.
 
     Args:
         stage (`str`): `"codec"` shows reconstructions; later stages also show what is generated.
@@ -46,9 +48,8 @@ class TextSamples:
         samples = pipe.generate(num_chunks=chunks, batch_size=self.count, generator=generator).texts
         rows = [[i + 1, text] for i, text in enumerate(samples)]
         log_table(self.accelerator, "diffusion/generated", ["Sample", "Generated Text"], rows, step)
-        if hasattr(
-            pipe.scheduler, "alphas_cumprod"
-        ):  # a diffusion cannot start between noise and text
+        # a diffusion cannot start between noise and text
+        if hasattr(pipe.scheduler, "alphas_cumprod"):
             return
         rebuilt = pipe.denoise_reconstruct(texts, noise_level=0.5, generator=generator).texts
         self._compare("diffusion/reconstructed", texts, rebuilt, step)
@@ -89,7 +90,8 @@ class ImageSamples(TextSamples):
 
 
 class VideoSamples(ImageSamples):
-    """Clips `(B, c, F, H, W)` as strips, each above what is made of it, of its caption or after its first frame."""
+    """Clips `(B, c, F, H, W)` as strips, each above what is made of it, of its caption or after its
+    first frame."""
 
     def _rows(self, pipe, pixels, captions, generator):
         clips = pixels[: self.count].to(pipe.model.device)
@@ -105,7 +107,8 @@ class VideoSamples(ImageSamples):
 
 
 class StreamSamples(TextSamples):
-    """What is made of each stream of some records, given alone: texts as a table, pictures as a picture."""
+    """What is made of each stream of some records, given alone: texts as a table, pictures as a
+    picture."""
 
     def log(self, pipe: TokComBasePipeline, loader: DataLoader, step: int) -> None:
         if self.stage == "codec":
@@ -113,37 +116,22 @@ class StreamSamples(TextSamples):
         dataset = loader.dataset
         contents = [dataset.content(i) for i in range(min(4 * self.count, len(dataset)))]
         generator = torch.Generator().manual_seed(0)
-        kinds = {
-            name: codec.kind
-            for name, codec in pipe.model.config.codec_config.stream_configs().items()
-        }
+        codec = pipe.model.codec
+        texts = codec.text_names
+        images = [name for name, held in codec.contents.items() if held.field == "images"]
         table: list[list[Any]] = []
         pictures = []
-        for name in kinds:
+        for name in codec.names:
             found = [content for content in contents if name in content]
-            others = [
-                other for other in kinds if other != name and kinds[other] in ("text", "image")
-            ]
+            others = [other for other in (*texts, *images) if other != name]
             if not found or not others:
                 continue
             made = pipe({name: [c[name] for c in found]}, others, generator=generator).streams
-            for other in others:
-                if kinds[other] == "image":
-                    pictures.append(made[other])
-                else:
-                    table += [
-                        [name, content.get(other, ""), text]
-                        for content, text in zip(found, made[other])
-                    ]
+            pictures += [made[other] for other in images if other != name]
+            for other in [other for other in texts if other != name]:
+                for content, text in zip(found, made[other]):
+                    table.append([name, content.get(other, ""), text])
         columns = ["Given", "Original", "Generated Text"]
         log_table(self.accelerator, "diffusion/generated", columns, table, step)
         if pictures:
             self._show("diffusion/pictures", pictures, step)
-
-
-SAMPLES = {
-    "text": TextSamples,
-    "image": ImageSamples,
-    "video": VideoSamples,
-    "several": StreamSamples,
-}

@@ -33,7 +33,7 @@ from tokcom.training.documents import (
     table_records,
     text_records,
 )
-from tokcom.training.files import KINDS, MEDIA, Listing, kind_of, list_files
+from tokcom.training.files import KINDS, MEDIA, MEDIA_READ, Listing, kind_of, list_files
 from tokcom.training.folders import (
     MediaFolder,
     find_caption_column,
@@ -154,23 +154,21 @@ class Source:
         """The kinds of media that are read; none if texts or tables are.
 
         What the run reads decides. If that is not known, what there is more of does, but
-        captions belong to media.
+        captions belong to media. Sounds are read where there is nothing to look at.
         """
         side = set(side_files(listing).values())
         documents = [p for p in listing.of_kind("text") if p not in side]
         documents += set(listing.of_kind("table")) - set(metadata_files(listing))
-        shapes = listing.of_kind("picture", "clip")
         media = listing.of_kind(*MEDIA)
-        if not media or (documents and config.kind == "text"):
-            return ()
         captioned = bool(side) or bool(metadata_files(listing))
-        if documents and config.kind is None and not captioned and len(documents) >= len(media):
+        likely = "pictures" if captioned or len(documents) < len(media) else "text"
+        wanted = MEDIA_READ[config.kind or likely]
+        if not media or (documents and not wanted):
             return ()
-        if self.fields or config.fields or config.kind == "records":
+        if self.fields or config.fields:
             return MEDIA
-        if config.kind == "sounds" or not shapes:
-            return ("sound",)
-        return ("picture", "clip")
+        wanted = wanted or MEDIA_READ["pictures"]  # texts are asked for, and there are none
+        return wanted if listing.of_kind("picture", "clip") or "sound" in wanted else ("sound",)
 
     def _documents(self, listing: Listing, config: DataConfig):
         """Texts and tables, those of each format on their own, then joined."""
@@ -392,9 +390,8 @@ class Source:
         if not wanted or ("prompt" in wanted) != ("answer" in wanted):
             raise ValueError(
                 f"records of {self.path} have no field {text!r} (fields: "
-                f"{', '.join(columns)}){near_miss(text, columns)} Set "
-                "`data.text_column` (or of pictures `data.image_column`) to one of them, or give "
-                "dialogues: `prompt` and "
+                f"{', '.join(columns)}){near_miss(text, columns)} Set `data.text_column` (or of "
+                "pictures `data.image_column`) to one of them, or give dialogues: `prompt` and "
                 "`answer`, `messages`, `conversations`."
             )
         return wanted
@@ -577,9 +574,8 @@ def load_documents(
         return joined
     first = joined.column_names[0] if joined.column_names else None
     if any(item.fields for item in sources) or config.fields:
-        shared = split == "train" and any(
-            item.fields is None for item in sources
-        )  # else each names its own
+        # else each names its own
+        shared = split == "train" and any(item.fields is None for item in sources)
         missing = set(config.fields or ()) - set(joined.column_names) if shared else set()
         if missing or not len(joined):
             raise ValueError(

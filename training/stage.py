@@ -3,6 +3,7 @@
 Metrics keep the names of the published training script, whose stages are `vae` and `diffusion`.
 """
 
+import contextlib
 import math
 import random
 from collections.abc import Callable, Iterator
@@ -25,11 +26,12 @@ from tokcom.training.config import STAGES, StageConfig, TrainConfig
 from tokcom.training.corpora import Corpus
 from tokcom.training.ema import embeddings_in_the_root
 from tokcom.training.export import check_folder, export_repository
+from tokcom.training.modalities import MODALITIES
 from tokcom.training.optimizer import build_optimizer, build_schedule
 from tokcom.training.perceptual import FeatureLoss
 from tokcom.training.pipelines import build_pipeline
 from tokcom.training.progress import NonFiniteLossError, UpdateGuard
-from tokcom.training.samples import SAMPLES
+from tokcom.training.sharding import hand_out
 from tokcom.training.trainer import EXTRA, Trainer
 
 METRIC_PREFIX = {"codec": "vae", "flow": "diffusion", "head": "head"}
@@ -40,7 +42,8 @@ def weighed_means(
     outputs: list[TokComOutput],
     reduce: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums,
 ) -> dict[str, torch.Tensor]:
-    """Means of the parts of outputs over all that they are means of, and the mean `weight`; `reduce` joins processes."""
+    """Means of the parts of outputs over all that they are means of, and the mean `weight`;
+    `reduce` joins processes."""
     names = [name for name in PARTS if getattr(outputs[0], name) is not None]
     rows = []
     for output in outputs:
@@ -52,7 +55,8 @@ def weighed_means(
 
 
 class StageTrainer(Trainer):
-    """Trains one part of `model` by the loss of `stage`; what validates best is what the stage ends with."""
+    """Trains one part of `model` by the loss of `stage`; what validates best is what the stage ends
+    with."""
 
     options: StageConfig
 
@@ -67,8 +71,8 @@ class StageTrainer(Trainer):
             model.gradient_checkpointing_enable()
         self.dataset, held_out = corpus.datasets(model, config, self.options, self.accelerator)
         self.validation_loader = DataLoader(held_out, self.options.batch_size)
-        samples = SAMPLES[model.config.codec_config.modality]
-        self.samples = samples(self.accelerator, stage, self.directory, config.num_samples)
+        modality = MODALITIES[model.config.codec_config.modality]
+        self.samples = modality.samples(self.accelerator, stage, self.directory, config.num_samples)
         self.attention = self._choose_attention(model)
         model.set_attn_implementation(self.attention)
         if config.torch_compile:
@@ -77,9 +81,10 @@ class StageTrainer(Trainer):
         self._prepare(model)
 
     def _add_feature_loss(self, model: TokComModel) -> None:
-        if model.config.codec_config.modality != "image":
+        if not hasattr(model.codec, "feature_loss"):
             raise ValueError(
-                "`perceptual_model` compares pictures; remove it for texts, clips and several streams."
+                "`perceptual_model` compares pictures; remove it for texts, clips and several "
+                "streams."
             )
         name = self.config.perceptual_model
         model.codec.feature_loss = FeatureLoss(
@@ -108,13 +113,15 @@ class StageTrainer(Trainer):
         self.lr_scheduler = build_schedule(
             optimizer, options.max_steps, options.warmup_steps, options.cooldown_share
         )
-        if (
-            self.accelerator.distributed_type == DistributedType.DEEPSPEED
-        ):  # it sees no loader to ask
+        # it sees no loader to ask
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             plugin = self.accelerator.state.deepspeed_plugin
             plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = options.batch_size
+        weights = model.state_dict() if self.accelerator.is_fsdp2 else {}
         with embeddings_in_the_root(model):
             self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        if self.accelerator.is_fsdp2:
+            hand_out(self.module, weights)
         # a stream is read in parts by its own means
         self.loader = loader if self.corpus.streamed else self.accelerator.prepare(loader)
         self.guard = UpdateGuard(
@@ -132,13 +139,15 @@ class StageTrainer(Trainer):
         options = self.options
         if options.muon_learning_rate and kind in (DistributedType.DEEPSPEED, DistributedType.FSDP):
             raise ValueError(
-                f"`{self.stage}.muon_learning_rate` ({options.muon_learning_rate}) needs whole matrices on every "
-                f"process; set it to 0 under {kind.value}, or use multi_gpu_ddp.yaml."
+                f"`{self.stage}.muon_learning_rate` ({options.muon_learning_rate}) needs whole "
+                f"matrices on every process; set it to 0 under {kind.value}, or use "
+                "multi_gpu_ddp.yaml."
             )
         if options.ema_half_life and kind == DistributedType.DEEPSPEED:
             raise ValueError(
-                f"`{self.stage}.ema_half_life` ({options.ema_half_life}) cannot average the shards of DeepSpeed; "
-                f"set {self.stage}.ema_half_life=0 or use accelerate_configs/fsdp2.yaml."
+                f"`{self.stage}.ema_half_life` ({options.ema_half_life}) cannot average the shards "
+                f"of DeepSpeed; set {self.stage}.ema_half_life=0 or use "
+                "accelerate_configs/fsdp2.yaml."
             )
 
     def _loader(self) -> DataLoader:
@@ -187,8 +196,8 @@ class StageTrainer(Trainer):
         yield from self.accelerator.skip_first_batches(self.loader, done) if done else self.loader
 
     def _stream(self) -> Iterator[dict[str, torch.Tensor]]:
-        """Epoch after epoch of this process's part of a stream, passing over what was already seen; processes whose parts
-        are shorter begin their next epoch earlier."""
+        """Epoch after epoch of this process's part of a stream, passing over what was already seen;
+        processes whose parts are shorter begin their next epoch earlier."""
         seen = self.progress.micro_batch
         epoch = 0
         while True:
@@ -202,15 +211,17 @@ class StageTrainer(Trainer):
                     yield send_to_device(batch, self.accelerator.device)
             if empty:
                 raise ValueError(
-                    f"the data stream gave no full batch; lower {self.stage}.batch_size or give more text."
+                    f"the data stream gave no full batch; lower {self.stage}.batch_size or give "
+                    "more text."
                 )
             epoch += 1
 
     def _seed_micro_batch(self) -> None:
-        """Noise depends on (seed, stage, which micro-batch of the whole run) alone, which makes a resumed run exact, and N
-        processes equal to one that accumulates N micro-batches.
+        """Noise depends on (seed, stage, which micro-batch of the whole run) alone, which makes a
+        resumed run exact, and N processes equal to one that accumulates N micro-batches.
 
-        Python's generator, which decides what all micro-batches of an update must do alike, depends on the update.
+        Python's generator, which decides what all micro-batches of an update must do alike, depends
+        on the update.
         """
         micro_batch = self.progress.micro_batch
         words = [self.config.seed, STAGES.index(self.stage)]
@@ -220,7 +231,8 @@ class StageTrainer(Trainer):
         torch.manual_seed(int(np.random.SeedSequence([*words, place, 1]).generate_state(1)[0]))
 
     def _micro_batch(self, batch: dict[str, torch.Tensor]) -> dict[str, float] | None:
-        """Forward and backward pass of a micro-batch; returns the metrics of the update if it completes one.
+        """Forward and backward pass of a micro-batch; returns the metrics of the update if it
+        completes one.
 
         Updates whose loss or gradient is bad are left out.
         """
@@ -257,7 +269,8 @@ class StageTrainer(Trainer):
         if problem is not None:
             self.pending = []
             accelerator.print(
-                f"{self.stage} step {progress.step + 1}: {problem}; left out ({progress.skipped} so far)"
+                f"{self.stage} step {progress.step + 1}: {problem}; left out ({progress.skipped} "
+                "so far)"
             )
             return None
         return self._update_metrics(means) if accelerator.sync_gradients else None
@@ -265,8 +278,9 @@ class StageTrainer(Trainer):
     def _give_up(self, reason: str) -> NoReturn:
         last = (self.checkpoints.all() or ["none yet"])[-1]
         raise NonFiniteLossError(
-            f"{reason} at {self.stage} step {self.progress.step + 1}; stopped without saving. The last good checkpoint is {last}. "
-            f"Lower {self.stage}.learning_rate ({self.options.learning_rate}) or use mixed_precision=bf16, then run the same "
+            f"{reason} at {self.stage} step {self.progress.step + 1}; stopped without saving. The "
+            f"last good checkpoint is {last}. Lower {self.stage}.learning_rate "
+            f"({self.options.learning_rate}) or use mixed_precision=bf16, then run the same "
             "command again."
         )
 
@@ -274,7 +288,8 @@ class StageTrainer(Trainer):
 
     @property
     def _is_weighed(self) -> bool:
-        """Whether an update has several micro-batches, whose tokens must count alike however many each has.
+        """Whether an update has several micro-batches, whose tokens must count alike however many
+        each has.
 
         DeepSpeed reduces gradients by itself and gives every micro-batch the same weight.
         """
@@ -283,7 +298,8 @@ class StageTrainer(Trainer):
 
     @property
     def _unit(self) -> float:
-        """A weight that all processes know without talking; a power of two, by which nothing is rounded."""
+        """A weight that all processes know without talking; a power of two, by which nothing is
+        rounded."""
         rows = self.options.batch_size * self.options.sequence_length
         return 2.0 ** round(math.log2(rows))
 
@@ -294,7 +310,8 @@ class StageTrainer(Trainer):
         return output.loss * (output.weight / self._unit)
 
     def _weigh_gradients(self, mean_weight: torch.Tensor) -> None:
-        """Divide the gradients of an update by the mean weight of its micro-batches on all processes."""
+        """Divide the gradients of an update by the mean weight of its micro-batches on all
+        processes."""
         if not self._is_weighed or self.pending[0].weight is None:
             return
         scale = self._unit / mean_weight.clamp_min(1)
@@ -303,7 +320,8 @@ class StageTrainer(Trainer):
         torch._foreach_mul_(gradients, scale.to(gradients[0].device))
 
     def _mean_parts(self) -> dict[str, torch.Tensor]:
-        """Weighed means of the parts of the output over micro-batches and processes, in one exchange; nothing is read."""
+        """Weighed means of the parts of the output over micro-batches and processes, in one
+        exchange; nothing is read."""
         return weighed_means(self.pending, lambda sums: self.accelerator.reduce(sums, "mean"))
 
     @staticmethod
@@ -331,7 +349,8 @@ class StageTrainer(Trainer):
 
     @torch.no_grad()
     def evaluate(self, bar: tqdm) -> None:
-        """Every `eval_steps`: validation loss, best weights and samples, of the averaged weights if there are any."""
+        """Every `eval_steps`: validation loss, best weights and samples, of the averaged weights if
+        there are any."""
         progress = self.progress
         if progress.step % self.options.eval_steps and progress.step != self.options.max_steps:
             return
@@ -361,7 +380,8 @@ class StageTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _validate(self, module: TokComModel) -> dict[str, float]:
-        """Mean of each part of the output over `eval_batches` batches, whose noise is the same every time."""
+        """Mean of each part of the output over `eval_batches` batches, whose noise is the same
+        every time."""
         module.eval()
         outputs = []
         for index, batch in enumerate(self.validation_loader):
@@ -375,12 +395,16 @@ class StageTrainer(Trainer):
         return self._read(means, None)[0]
 
     def _full_copy(self) -> TokComModel | None:
-        """The current weights as an ordinary model on the main process; gathers shards, so every rank calls it."""
+        """The current weights as an ordinary model on the main process; gathers shards, so every
+        rank calls it."""
         state = self.accelerator.get_state_dict(self.model)
         if not self.accelerator.is_main_process:
             return None
-        model = TokComModel(TokComConfig.from_dict(self.module.config.to_dict()))
-        model.load_state_dict({name: value.float() for name, value in state.items()})
+        is_gathered = self.accelerator.is_fsdp2  # otherwise it is the one that is being trained
+        with torch.device("meta") if is_gathered else contextlib.nullcontext():
+            model = TokComModel(TokComConfig.from_dict(self.module.config.to_dict()))
+        whole = {name: value.float() for name, value in state.items()}
+        model.load_state_dict(whole, assign=is_gathered)
         return model.eval()
 
     def _show(self, model: TokComModel, improved: bool) -> None:
@@ -409,14 +433,14 @@ class StageTrainer(Trainer):
         processes = self.accelerator.num_processes
         if self.corpus.streamed and progress.processes != processes:
             raise ValueError(
-                f"a stream is read in {progress.processes} parts, one for each process that the run began with; launch "
-                f"{progress.processes} processes instead of {processes}."
+                f"a stream is read in {progress.processes} parts, one for each process that the "
+                f"run began with; launch {progress.processes} processes instead of {processes}."
             )
         sampler = self.corpus.sampler(self.dataset, batch_size, self.config.seed)
         if sampler is not None and batch_size != progress.batch_size:
             raise ValueError(
-                f"the batches of several streams are composed by their size; keep {self.stage}.batch_size="
-                f"{progress.batch_size} instead of {batch_size}."
+                "the batches of several streams are composed by their size; keep "
+                f"{self.stage}.batch_size={progress.batch_size} instead of {batch_size}."
             )
         rows = None if self.corpus.streamed else len(self.dataset)
         changed = progress.relocate(
@@ -425,7 +449,8 @@ class StageTrainer(Trainer):
         if changed:
             self.accelerator.step = 0  # micro-batches of the update at hand, which begins here
             self.accelerator.print(
-                f"{self.stage}: {changed}; the run goes on with rows that it has not seen in this epoch"
+                f"{self.stage}: {changed}; the run goes on with rows that it has not seen in this "
+                "epoch"
             )
 
     def begin_epoch(self) -> None:

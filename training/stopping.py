@@ -1,26 +1,31 @@
-"""Why runs end before they are done. On a signal the update at hand is finished and a checkpoint written, so that the same command goes on."""
+"""Why runs end before they are done. On a signal the update at hand is finished and a checkpoint
+written, so that the same command goes on."""
 
 import signal
 import threading
 from types import FrameType
 
+# what schedulers send before they take a machine away, and Ctrl-C
 SIGNALS = (
     signal.SIGTERM,
     signal.SIGUSR1,
     signal.SIGINT,
-)  # what schedulers send before they take a machine away, and Ctrl-C
+)
 
 
 class TrainingError(RuntimeError):
-    """A run cannot go on, through no fault of its settings; the message is a sentence that says what to do."""
+    """A run cannot go on, through no fault of its settings; the message is a sentence that says
+    what to do."""
 
 
 class TrainingStopped(Exception):
-    """A signal asked the run to end; a checkpoint was written, and the same command continues from it."""
+    """A signal asked the run to end; a checkpoint was written, and the same command continues from
+    it."""
 
 
 class StopSignals:
-    """As a context, notes `SIGNALS` instead of ending at once; `number` is the last one, or 0. A second Ctrl-C interrupts.
+    """As a context, notes `SIGNALS` instead of ending at once; `number` is the last one, or 0. A
+    second Ctrl-C interrupts.
 
     Only the main thread of Python hears signals, so in another thread nothing changes.
     """

@@ -11,6 +11,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from tokcom.configuration_codec_tokcom import TokComCodecConfig
 from tokcom.pictures_tokcom import Frames
 from tokcom.processing_tokcom import (
     TokComAudioProcessor,
@@ -22,7 +23,7 @@ from tokcom.processing_tokcom import (
 from tokcom.training.files import MEDIA, kind_of
 from tokcom.training.images import captions_of, record_name, row_number
 
-KEPT_SOUNDS = 512 * 2**20  # bytes of features that a dataset keeps, in each process that reads it
+KEPT_SOUNDS = 512 * 2**20  # bytes of features that a stream keeps, in each process that reads it
 
 
 def is_text(records: datasets.Dataset, name: str) -> bool:
@@ -35,12 +36,178 @@ def is_text(records: datasets.Dataset, name: str) -> bool:
     return kind_of(first) not in MEDIA or not Path(first).is_file()
 
 
+class Stream:
+    """One stream of a dataset for its codec: what records hold, and the tensors the codec reads.
+
+    Args:
+        dataset (`OmniDataset`): whose records are read.
+        config: of the stream's codec.
+    """
+
+    kind: str  # of the codec's configuration
+
+    def __init__(self, dataset: "OmniDataset", name: str, config: TokComCodecConfig):
+        self.dataset = dataset
+        self.name = name
+        self.config = config
+
+    def read(self, value: Any, index: int, facts: dict[str, float]) -> Any:
+        """The `value` of a record as the pipeline takes it; notes in `facts` what was found."""
+        raise NotImplementedError
+
+    def tensor(self, content: Any, index: int) -> torch.Tensor:
+        """What the codec reads of what `read` has returned."""
+        raise NotImplementedError
+
+    def missing(self) -> torch.Tensor:
+        """What stands for the stream in a record that lacks it."""
+        raise NotImplementedError
+
+    def record_name(self, index: int, value: Any) -> str:
+        return record_name(self.dataset.records, index, self.name, value)
+
+
+class TextStream(Stream):
+    """A text that is too long loses its end; of several texts one is drawn in every epoch."""
+
+    kind = "text"
+
+    def __init__(self, dataset, name, config):
+        super().__init__(dataset, name, config)
+        self.length = dataset.codec.text_length(name)
+
+    def read(self, value: Any, index: int, facts: dict[str, float]) -> str:
+        place = self._place(index)
+        text = self.dataset.texts[self.name][place]
+        ids = self.dataset.rows[self.name][place]
+        facts[f"{self.name} cut at its end"] = len(ids) > self.length
+        return self._cut(text, ids)
+
+    def tensor(self, content: str, index: int) -> torch.Tensor:
+        return self._row(self.dataset.rows[self.name][self._place(index)])
+
+    def missing(self) -> torch.Tensor:
+        return self._row([])
+
+    def _row(self, ids: list[int]) -> torch.Tensor:
+        return text_rows([ids], self.length, self.dataset.tokenizer.eos_token_id)[0]
+
+    def _place(self, index: int) -> int:
+        """The place of the text of a record."""
+        first, end = self.dataset.first[self.name][index : index + 2]
+        if end - first == 1:
+            return int(first)
+        generator = np.random.default_rng((self.dataset.epoch, index, 2))
+        return int(first + generator.integers(end - first))
+
+    def _cut(self, text: str, ids: list[int]) -> str:
+        """A text, or of a longer one as much as `length` ids hold; a cut inside a character
+        loses it."""
+        tokenizer = self.dataset.tokenizer
+        kept = min(self.length, len(ids))
+        while len(ids) > self.length:
+            text = tokenizer.decode(ids[:kept]).rstrip("\ufffd")
+            kept -= 1
+            if len(text_ids(tokenizer, text)) <= self.length:
+                break
+        return text
+
+
+class PictureStream(Stream):
+    """A picture; of an animation its first frame."""
+
+    kind = "image"
+
+    def __init__(self, dataset, name, config):
+        super().__init__(dataset, name, config)
+        self.processor = TokComImageProcessor(config.image_size)
+
+    def read(self, value: Any, index: int, facts: dict[str, float]) -> Any:
+        return Frames(value, self.record_name(index, value))[0]
+
+    def tensor(self, content: Any, index: int) -> torch.Tensor:
+        return self._pixels([content], index)[0]  # (3, H, W)
+
+    def missing(self) -> torch.Tensor:
+        return torch.zeros(3, *self.processor._size)
+
+    def _pixels(self, frames: list, index: int) -> torch.Tensor:
+        """Frames as `(F, 3, H, W)`."""
+        try:
+            return self.processor(frames)["pixel_values"]
+        except ValueError as error:
+            number = row_number(self.dataset.records, index)
+            raise ValueError(f"record {number} ({self.name}): {error}") from error
+
+
+class ClipStream(PictureStream):
+    """The beginning of a film; where it ends its last frame stays."""
+
+    kind = "video"
+
+    def read(self, value: Any, index: int, facts: dict[str, float]) -> list:
+        frames = Frames(value, self.record_name(index, value))
+        length = self.config.clip_length
+        facts[f"{self.name} padded with its last frame"] = len(frames) < length
+        facts[f"{self.name} longer than a clip"] = len(frames) > length
+        return frames.clip(0, length)
+
+    def tensor(self, content: list, index: int) -> torch.Tensor:
+        return self._pixels(content, index).transpose(0, 1)  # (3, F, H, W)
+
+    def missing(self) -> torch.Tensor:
+        return torch.zeros(3, self.config.clip_length, *self.processor._size)
+
+
+class SoundStream(Stream):
+    """A sound that is too long loses its end, and a shorter one ends in silence.
+
+    Its features cost more than all else of a record, and sources that are mixed repeat their
+    sounds, so each sound's are computed once while they fit.
+    """
+
+    kind = "audio"
+
+    def __init__(self, dataset, name, config):
+        super().__init__(dataset, name, config)
+        self.processor = TokComAudioProcessor(config)
+        self.features: dict[bytes, torch.Tensor] = {}  # of sounds that were read, by their samples
+
+    def read(self, value: Any, index: int, facts: dict[str, float]) -> np.ndarray:
+        rate = self.config.sampling_rate
+        longest = self.config.num_samples / rate
+        found: dict[str, float] = {}
+        sound = read_sound(value, rate, self.record_name(index, value), None, longest, found)
+        seconds = found.pop("seconds")
+        found |= {"cut at its end": seconds > longest, "padded with silence": seconds < longest}
+        facts |= {f"{self.name} {what}": value for what, value in found.items()}
+        facts["seconds"] = seconds
+        return sound[: self.config.num_samples]
+
+    def tensor(self, content: np.ndarray, index: int) -> torch.Tensor:
+        key = hashlib.sha256(content.tobytes()).digest()
+        found = self.features.get(key)
+        if found is None:
+            found = self.processor(content)["input_features"][0]  # (bands, F)
+            if (len(self.features) + 1) * found.nbytes <= KEPT_SOUNDS:
+                self.features[key] = found
+        return found
+
+    def missing(self) -> torch.Tensor:
+        return torch.zeros(self.config.num_channels, self.config.num_frames)
+
+
+STREAMS: dict[str, type[Stream]] = {
+    stream.kind: stream for stream in (TextStream, PictureStream, ClipStream, SoundStream)
+}
+
+
 class OmniDataset(torch.utils.data.Dataset):
     """Records whose columns are streams; None is a stream that a record lacks.
 
     An item has `streams`, the tensors that the codecs read, zeros where a stream is missing, and
-    `present`, which are not; a stream without a column is in neither. A text that is too long
-    loses its end; of several texts the first is taken. `fit` says for which composite codec.
+    `present`, which are not; a stream without a column is in neither. `fit` says for which
+    composite codec.
     `facts` has what was found while the last item was made.
     """
 
@@ -100,32 +267,19 @@ class OmniDataset(torch.utils.data.Dataset):
         if not found <= wanted:
             raise ValueError(
                 f"the data have the streams {sorted(found)} but the codec {sorted(wanted)}; name "
-                "them alike in `data.fields`, or "
-                "add them to model.codec_config.streams."
+                "them alike in `data.fields`, or add them to model.codec_config.streams."
             )
         for name in found:
-            if (name in self.texts) != codec.streams[name].config.has_tokens:
+            if (name in self.texts) != (name in codec.text_names):
                 raise ValueError(
                     f"stream {name!r} of the data is not of the kind that "
                     f"{type(codec.streams[name]).__name__} reads."
                 )
-        self.configs = {
-            name: module.config for name, module in codec.streams.items() if name in found
-        }
         self.lengths = codec.lengths
-        self.text_lengths = {
-            name: codec.text_length(name)
-            for name, config in self.configs.items()
-            if config.has_tokens
-        }
-        # features: of sounds that were read, by stream and samples
-        self.processors = {}
-        self.features = {}
-        for name, config in self.configs.items():
-            if config.kind == "audio":
-                self.processors[name] = TokComAudioProcessor(config)
-            elif not config.has_tokens:
-                self.processors[name] = TokComImageProcessor(config.image_size)
+        self.streams = {}
+        for name, module in codec.streams.items():
+            if name in found:
+                self.streams[name] = STREAMS[module.config.kind](self, name, module.config)
         return self
 
     def set_epoch(self, epoch: int) -> None:
@@ -145,111 +299,23 @@ class OmniDataset(torch.utils.data.Dataset):
         content = {}
         facts: dict[str, float] = {}
         for name, value in record.items():
-            if not self.present[name][index]:
-                continue
-            config = self.configs[name]
-            facts[f"with {name}"] = True
-            if name in self.rows:
-                place = self._text(name, index)
-                facts |= {
-                    f"{name} cut at its end": len(self.rows[name][place]) > self.text_lengths[name]
-                }
-                content[name] = self.cut(
-                    self.texts[name][place], self.rows[name][place], self.text_lengths[name]
-                )
-            elif config.kind == "audio":
-                content[name] = self._sound(value, name, index, facts)
-            else:
-                frames = Frames(value, record_name(self.records, index, name, value))
-                if config.kind == "image":
-                    content[name] = frames[0]
-                else:
-                    content[name] = frames.clip(0, config.clip_length)
-                    facts[f"{name} padded with its last frame"] = len(frames) < config.clip_length
-                    facts[f"{name} longer than a clip"] = len(frames) > config.clip_length
+            if self.present[name][index]:
+                facts[f"with {name}"] = True
+                content[name] = self.streams[name].read(value, index, facts)
         self.facts = facts
         return content
 
-    def _text(self, name: str, index: int) -> int:
-        """The place of the text of a record: of several one is drawn in every epoch."""
-        first, end = self.first[name][index : index + 2]
-        if end - first == 1:
-            return int(first)
-        return int(first + np.random.default_rng((self.epoch, index, 2)).integers(end - first))
-
-    def _sound(self, value: Any, name: str, index: int, facts: dict[str, float]) -> np.ndarray:
-        config = self.configs[name]
-        found: dict[str, float] = {}
-        longest = config.num_samples / config.sampling_rate
-        sound = read_sound(
-            value,
-            config.sampling_rate,
-            record_name(self.records, index, name, value),
-            None,
-            longest,
-            found,
-        )
-        seconds = found.pop("seconds")
-        found |= {"cut at its end": seconds > longest, "padded with silence": seconds < longest}
-        facts |= {f"{name} {what}": value for what, value in found.items()} | {"seconds": seconds}
-        return sound[: config.num_samples]
-
-    def cut(self, text: str, ids: list[int], longest: int) -> str:
-        """A text, or of a longer one as much as `longest` ids hold; a cut inside a character
-        loses it."""
-        kept = min(longest, len(ids))
-        while len(ids) > longest:
-            text = self.tokenizer.decode(ids[:kept]).rstrip("\ufffd")
-            kept -= 1
-            if len(text_ids(self.tokenizer, text)) <= longest:
-                break
-        return text
-
-    def sound(self, value: np.ndarray, name: str) -> torch.Tensor:
-        """Features of a sound of the stream `name`: they cost more than all else of a record,
-        and sources that are mixed repeat their sounds, so each sound's are computed once while
-        they fit."""
-        key = name, hashlib.sha256(value.tobytes()).digest()
-        found = self.features.get(key)
-        if found is None:
-            found = self.processors[name](value)["input_features"][0]
-            if (len(self.features) + 1) * found.nbytes <= KEPT_SOUNDS:
-                self.features[key] = found
-        return found
-
-    def _pixels(self, name: str, frames: list, index: int) -> torch.Tensor:
-        try:
-            return self.processors[name](frames)["pixel_values"]
-        except ValueError as error:
-            number = row_number(self.records, index)
-            raise ValueError(f"record {number} ({name}): {error}") from error
-
     def __getitem__(self, index: int) -> dict[str, dict[str, torch.Tensor]]:
         content = self.content(index)
-        streams = {}
-        for name, config in self.configs.items():
-            value = content.get(name)
-            if config.has_tokens:
-                rows = [[] if value is None else self.rows[name][self._text(name, index)]]
-                streams[name] = text_rows(
-                    rows, self.text_lengths[name], self.tokenizer.eos_token_id
-                )[0]
-            elif config.kind == "audio":
-                shape = config.num_channels, config.num_frames
-                streams[name] = torch.zeros(shape) if value is None else self.sound(value, name)
-            else:
-                frames = [] if value is None else value if config.kind == "video" else [value]
-                shape = (
-                    1 if config.kind == "image" else config.clip_length,
-                    3,
-                    *self.processors[name]._size,
-                )
-                pixels = self._pixels(name, frames, index) if frames else torch.zeros(shape)
-                streams[name] = pixels[0] if config.kind == "image" else pixels.transpose(0, 1)
-        present = {name: torch.tensor(name in content) for name in self.configs}
         if not content:
             raise ValueError(f"record {row_number(self.records, index)} is empty; remove it.")
-        return {"streams": streams, "present": present}
+        tensors = {}
+        present = {}
+        for name, stream in self.streams.items():
+            there = name in content
+            tensors[name] = stream.tensor(content[name], index) if there else stream.missing()
+            present[name] = torch.tensor(there)
+        return {"streams": tensors, "present": present}
 
 
 class StreamSampler(torch.utils.data.Sampler):
@@ -288,14 +354,14 @@ def measure_stream_statistics(
 ) -> None:
     """Set the mean and standard deviation of every stream's latents from up to `limit` records."""
     codec = model.codec.eval()
-    for name in dataset.configs:
+    for name in dataset.streams:
         part = codec.streams[name]
         if hasattr(part, "latent_mean"):
             part.set_latent_statistics(
                 torch.zeros_like(part.latent_mean), torch.ones_like(part.latent_std)
             )
     rows = np.random.default_rng(0).permutation(len(dataset))[:limit]
-    found = {name: [] for name in dataset.configs}
+    found = {name: [] for name in dataset.streams}
     for start in tqdm(range(0, len(rows), batch_size), desc="measuring streams", unit="batch"):
         batch = torch.utils.data.default_collate(
             [dataset[int(i)] for i in rows[start : start + batch_size]]

@@ -13,16 +13,19 @@ from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from tokcom.processing_tokcom import text_ids, vocabulary_size, with_pad_token
 from tokcom.training.audit import cache_folder
-from tokcom.training.records import DIALOGUES, messages_of
+from tokcom.training.records import messages_of
 from tokcom.training.report import PartReport, Report
 
 EOS_TOKEN = "</s>"
 BATCH_BYTES = 1 << 22  # of text that is tokenized at once, whose ids take many times as much
 LONGEST_WORD = 2000  # characters: the time that a word takes to learn from grows with its square
 TOKENIZING = 1  # version of what the cache holds
+# classes of tokenizers that `tokenizer.json` describes in full
+PLAIN_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
 TOKENIZED = {
     "ids": datasets.List(datasets.Value("int32")),
     "characters": datasets.Value("int64"),
@@ -61,12 +64,23 @@ def _without_long_words(text: str) -> Iterator[str]:
     yield text[start:]
 
 
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a directory or Hub repository; runs none of its code, and does not ask to.
+
+    AutoTokenizer reads `config.json` first, and asks whether to run the code of a TokCom model,
+    which its tokenizer does not need. So what is plain is loaded by its own class.
+    """
+    if get_tokenizer_config(name).get("tokenizer_class") in PLAIN_CLASSES:
+        return PreTrainedTokenizerFast.from_pretrained(name)
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+
+
 def get_tokenizer(
     name: str | None, vocab_size: int, documents: Iterable[dict], text_column: str
 ) -> PreTrainedTokenizerBase:
     """Load any AutoTokenizer by name or path, or train a BPE tokenizer on the documents."""
     if name is not None:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = load_tokenizer(name)
         if tokenizer.eos_token_id is None:
             raise ValueError(
                 f"tokenizer {name!r} has no EOS token, which ends a document; choose one that has."
@@ -264,11 +278,6 @@ def _tokenize_batch(
     ids = [[*start, *next(found), tokenizer.eos_token_id] if text.strip() else [] for text in texts]
     letters = ["".join(set().union(*texts)), *[""] * (len(texts) - 1)]  # once for the batch
     return {"ids": ids, "characters": list(map(len, texts)), "letters": letters}
-
-
-def is_dialogue(documents) -> bool:
-    """Whether records are dialogues, not texts."""
-    return bool(set(DIALOGUES) & set(documents.column_names or next(iter(documents), {})))
 
 
 def tokenize_prompt(

@@ -1,4 +1,5 @@
-"""Trackers: scalar metrics under the documented names, and sample tables in whatever form the tracker has."""
+"""Trackers: scalar metrics under the documented names, and sample tables in whatever form the
+tracker has."""
 
 import importlib.util
 
@@ -8,11 +9,13 @@ from PIL import Image
 
 
 def check_tracker(name: str) -> None:
-    """Raise `ValueError` if the tracker's package is missing; accelerate would silently log nothing."""
+    """Raise `ValueError` if the tracker's package is missing; accelerate would silently log
+    nothing."""
     module = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}.get(name)
     if module and importlib.util.find_spec(module) is None:
         raise ValueError(
-            f"`report_to` is {name!r} but the package is not installed; pip install {module}, or use none."
+            f"`report_to` is {name!r} but the package is not installed; pip install {module}, or "
+            "use none."
         )
 
 

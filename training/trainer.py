@@ -1,7 +1,9 @@
-"""The loop that all stages share: updates, averages, metrics, checkpoints, stops, and going on after any of them.
+"""The loop that all stages share: updates, averages, metrics, checkpoints, stops, and going on
+after any of them.
 
-A stage is a subclass that yields its updates (`StageTrainer` in `stage.py`, `DistillTrainer` in `distill.py`). Everything random
-in an update is seeded by its place in the run, so that a run that was stopped ends with the weights of one that was not.
+A stage is a subclass that yields its updates (`StageTrainer` in `stage.py`, `DistillTrainer` in
+`distill.py`). Everything random in an update is seeded by its place in the run, so that a run that
+was stopped ends with the weights of one that was not.
 """
 
 import json
@@ -32,7 +34,8 @@ class Trainer:
     """One stage of training.
 
     Args:
-        stage (`str`): which of the settings of `config`, and which folder of its `output_dir/run`, are of this stage.
+        stage (`str`): which of the settings of `config`, and which folder of its `output_dir/run`,
+            are of this stage.
         handlers (`list`): of accelerate, e.g. how DDP wraps the models.
     """
 
@@ -57,7 +60,8 @@ class Trainer:
         self.ema: ShardedEMAModel | None = None
 
     def updates(self) -> Iterator[dict[str, float]]:
-        """Make update after update without end, and yield the metrics of each, `loss` among them."""
+        """Make update after update without end, and yield the metrics of each, `loss` among
+        them."""
         raise NotImplementedError
 
     def averaged_parameters(self) -> list[torch.nn.Parameter]:
@@ -79,9 +83,8 @@ class Trainer:
         max_steps = self.options.max_steps
         if self.config.report_to != "none":
             settings = {"stage": self.stage, **vars(self.options)}
-            settings["objective"] = json.dumps(
-                settings.get("objective", {})
-            )  # trackers take no dictionaries
+            # trackers take no dictionaries
+            settings["objective"] = json.dumps(settings.get("objective", {}))
             self.accelerator.init_trackers("tokcom", config=settings)
         self._resume()
         bar = tqdm(
@@ -143,8 +146,8 @@ class Trainer:
             return
         self._save_checkpoint()
         raise TrainingStopped(
-            f"stopped by {signal_name(number)} after {self.stage} step {self.progress.step}; run the same command again to go "
-            "on from there."
+            f"stopped by {signal_name(number)} after {self.stage} step {self.progress.step}; run "
+            "the same command again to go on from there."
         )
 
     def write_summary(self) -> None:
@@ -177,13 +180,14 @@ class Trainer:
     def _restore_average(self, saved: dict | None) -> None:
         if self.ema is None and saved is not None:
             self.accelerator.print(
-                f"{self.stage}.ema_half_life is 0 now: the averaged weights of the checkpoint are dropped, and the run goes on "
-                "with the weights themselves"
+                f"{self.stage}.ema_half_life is 0 now: the averaged weights of the checkpoint are "
+                "dropped, and the run goes on with the weights themselves"
             )
         elif self.ema is not None and saved is None:
             self.start_average()  # those of before were averages of the weights at initialisation
             self.accelerator.print(
-                f"the checkpoint has no averaged weights: averaging begins at step {self.progress.step}"
+                "the checkpoint has no averaged weights: averaging begins at step "
+                f"{self.progress.step}"
             )
         elif self.ema is not None:
             self.ema.load_state_dict(saved)
@@ -192,7 +196,8 @@ class Trainer:
     # ---- checkpoints ----
 
     def extra_state(self) -> dict[str, object]:
-        """What a checkpoint holds besides what accelerate saves; gathers shards, so every rank calls it."""
+        """What a checkpoint holds besides what accelerate saves; gathers shards, so every rank
+        calls it."""
         parts = {"progress": self.progress, "scheduler": self.lr_scheduler, "average": self.ema}
         state = {name: part.state_dict() for name, part in parts.items() if part is not None}
         return {**state, "data": self.corpus.digest}
@@ -217,7 +222,8 @@ class Trainer:
         return Path(newest) if newest else None
 
     def _resume(self) -> None:
-        """Go on from the newest whole checkpoint, whose files are read without running code of theirs."""
+        """Go on from the newest whole checkpoint, whose files are read without running code of
+        theirs."""
         newest = self.newest_checkpoint()
         if newest is None:
             return
@@ -228,7 +234,8 @@ class Trainer:
         groups = [] if self.lr_scheduler is None else self.lr_scheduler.optimizer.param_groups
         decays = [group["weight_decay"] for group in groups]
         self.accelerator.load_state(str(newest))
-        extra = torch.load(newest / EXTRA, map_location="cpu", weights_only=True)
+        # of the averages of shards, other processes than the main one need the sizes alone
+        extra = torch.load(newest / EXTRA, "cpu", weights_only=True, mmap=self.accelerator.is_fsdp2)
         self.progress.load_state_dict(extra["progress"])
         self._restore_average(extra.get("average"))
         if self.lr_scheduler is not None:
@@ -240,7 +247,8 @@ class Trainer:
         self.accelerator.print(f"resumed {self.stage} from {newest}")
 
     def _restore_schedule(self, saved: dict, decays: list[float]) -> None:
-        """Go on at the saved step of the schedule, with the rates and the weight decay of the settings of now."""
+        """Go on at the saved step of the schedule, with the rates and the weight decay of the
+        settings of now."""
         schedule = self.lr_scheduler
         rates = list(schedule.base_lrs)
         schedule.load_state_dict(saved)

@@ -9,8 +9,8 @@ gain of the true author is
 
 The last term averages p(right | left, gap) over gaps. For one token the average is exact, over all
 tokens that the author's top-k and min-p allow. For more tokens the true gap counts with its own
-probability, and `--draws` gaps that the author draws stand for all others. Their mean underestimates
-log p(right | left), so the gain that is printed is at least the true one.
+probability, and `--draws` gaps that the author draws stand for all others. Their mean
+underestimates log p(right | left), so the gain that is printed is at least the true one.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from tokcom.cli.loading import add_device_option
 from tokcom.evaluation.divergence import Teacher, truncate
 from tokcom.training.precision import half_precision
 
@@ -33,7 +34,7 @@ BATCH = 64
 def next_log_probs(teacher: Teacher, rows: torch.Tensor) -> torch.Tensor:
     """Log-probabilities `(N, V)` of the token after `rows (N, T)`, with the author's top-k and
     min-p."""
-    with half_precision("cpu"):
+    with half_precision(rows.device.type):
         states = teacher.model.model(input_ids=rows).last_hidden_state[:, -1]
         logits = teacher.model.lm_head(states).float()
     return truncate(logits, teacher.top_k, teacher.min_p)
@@ -50,12 +51,12 @@ def other_gaps(
         log_probs[true] = float("-inf")
         allowed = log_probs.isfinite().nonzero()
         return allowed, log_probs[allowed[:, 0]]
-    gaps = torch.empty(draws, 0, dtype=torch.long)
+    gaps = torch.empty(draws, 0, dtype=torch.long, device=left.device)
     for _ in range(len(true)):
         log_probs = next_log_probs(teacher, torch.cat((left.expand(draws, -1), gaps), dim=1))
         gaps = torch.cat((gaps, log_probs.exp().multinomial(1)), dim=1)
     others = gaps[(gaps != true).any(dim=1)]
-    return others, torch.full((len(others),), -math.log(draws))
+    return others, torch.full((len(others),), -math.log(draws), device=left.device)
 
 
 @torch.no_grad()
@@ -77,7 +78,7 @@ def right_log_probs(
     for batch in gaps.split(BATCH):
         rows = len(batch)
         whole = torch.cat((left.expand(rows, -1), batch, right.expand(rows, -1)), dim=1)
-        with half_precision("cpu"):
+        with half_precision(whole.device.type):
             states = teacher.model.model(input_ids=whole).last_hidden_state
             logits = teacher.model.lm_head(states[:, -len(right) - 1 : -1]).float()
         targets = right.expand(rows, -1)[..., None]
@@ -110,8 +111,9 @@ def main(argv: list[str] | None = None) -> None:
     for name, value in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=value, help="(default: %(default)s)")
     parser.add_argument("--min_p", type=float, default=0.02, help="(default: %(default)s)")
+    add_device_option(parser)
     args = parser.parse_args(argv)
-    teacher = Teacher(args.teacher, args.top_k, args.min_p)
+    teacher = Teacher(args.teacher, args.top_k, args.min_p, device=args.device)
     texts = datasets.load_dataset("parquet", data_files=args.data, split="train")["text"]
     rows = [teacher.tokenizer(text)["input_ids"] for text in texts[: args.texts]]
     torch.manual_seed(args.seed)
@@ -122,7 +124,8 @@ def main(argv: list[str] | None = None) -> None:
         long_enough = [row for row in rows if len(row) >= BEFORE + length + AFTER]
         for row in tqdm(long_enough, leave=False):
             start = int(generator.integers(BEFORE, len(row) - AFTER - length + 1))
-            found.append(gain(teacher, torch.tensor(row), start, length, args.draws) / length)
+            ids = torch.tensor(row, device=args.device)
+            found.append(gain(teacher, ids, start, length, args.draws) / length)
         error = np.std(found) / math.sqrt(len(found))
         print(f"{length} | {np.mean(found):.3f} | {error:.3f}", flush=True)
 

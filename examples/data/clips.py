@@ -2,9 +2,9 @@
 
     python examples/data/clips.py --pictures emoji64/train.parquet --output_dir clips
 
-Chooses 96 pictures with short names, spread over the categories of the file, and moves each in six ways
-(`examples/moving_pictures.py`). Of every picture one motion is only in the test clips and another
-only in the validation clips, so a model must put together what it has seen apart.
+Chooses 96 pictures with short names, spread over the categories of the file, and moves each in six
+ways (`examples/moving_pictures.py`). Of every picture one motion is only in the test clips and
+another only in the validation clips, so a model must put together what it has seen apart.
 """
 
 import argparse
@@ -21,12 +21,13 @@ from moving_pictures import MOTIONS, as_webp, move
 from tokcom.pictures_tokcom import open_image
 
 PREFIX = "an emoji of "
+# too alike, or too small, at 16 pixels
 LEFT_OUT = (
     "Flags",
     "Symbols",
     "People & Body",
     "Component",
-)  # too alike, or too small, at 16 pixels
+)
 COUNT = 96
 DRAWS = {
     "train": 10,
@@ -46,7 +47,8 @@ def choose(records: datasets.Dataset, count: int, rng: np.random.Generator) -> l
 
 
 def part_of(picture: int, motion: int) -> str:
-    """Which part a combination belongs to: each picture holds out two motions, neighbours hold out others."""
+    """Which part a combination belongs to: each picture holds out two motions, neighbours hold out
+    others."""
     place = (motion - picture) % len(MOTIONS)
     return {0: "test", 1: "validation"}.get(place, "train")
 

@@ -71,7 +71,8 @@ def hold_out(found: dict[int, list[bytes]], rng: random.Random) -> tuple[dict, d
 def join(
     pictures: dict[int, list[bytes]], sounds: dict[int, list[bytes]], count: int, rng: random.Random
 ) -> list[dict]:
-    """`count` records, every digit alike; pictures and sounds in turn, each in an order of its own."""
+    """`count` records, every digit alike; pictures and sounds in turn, each in an order of its
+    own."""
     records = []
     for digit, word in enumerate(WORDS):
         for i in range(count // len(WORDS)):

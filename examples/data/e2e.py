@@ -1,4 +1,5 @@
-"""Turn E2E NLG into prompts and answers: what is to be said of a place, and a sentence that says it.
+"""Turn E2E NLG into prompts and answers: what is to be said of a place, and a sentence that says
+it.
 
     python examples/data/e2e.py --input dev.parquet --output_dir e2e
 

@@ -1,4 +1,5 @@
-"""Kill a run, fill its disk or change its data at many points, and see how the same command goes on.
+"""Kill a run, fill its disk or change its data at many points, and see how the same command goes
+on.
 
     python tests/harness/faults.py kill                              # this checkout, 27 points
     python tests/harness/faults.py disk --points 17
@@ -8,8 +9,8 @@
 A point is the n-th time that a run touches the disk: a file is written, flushed, renamed, copied or
 removed. `kill` ends the process there, as SIGKILL does, before the n-th operation. `disk` lets that
 operation, and all later ones that write, fail as a full disk does. Points are spread evenly over a
-run of both stages. Then the same command runs again with nothing in its way, and its weights must be
-those of a run that nobody disturbed, to the last bit.
+run of both stages. Then the same command runs again with nothing in its way, and its weights must
+be those of a run that nobody disturbed, to the last bit.
 
 Every run is a fork of one process that has imported everything, so a point takes seconds.
 """
@@ -87,7 +88,8 @@ class Disk:
 
 
 def train(folder: Path, disk: Disk, extra: tuple[str, ...] = ()) -> tuple[int, str, int]:
-    """Run a fork of this process; returns its status, the last line that it said, and what it touched."""
+    """Run a fork of this process; returns its status, the last line that it said, and what it
+    touched."""
     log = folder.with_suffix(".log")
     count = folder.with_suffix(".count")
     child = os.fork()

@@ -1,10 +1,11 @@
-"""Count what makes a host wait for its device, in a training step and in a sampled block, on the CPU.
+"""Count what makes a host wait for its device, in a training step and in a sampled block, on the
+CPU.
 
     python tests/harness/host_reads.py                              # this checkout
     python tests/harness/host_reads.py --package_parent /elsewhere  # /elsewhere/tokcom
 
-On a GPU, an operation that needs a number on the host stops the queue until the device has caught up.
-Which operations do that is visible on any machine by what is dispatched:
+On a GPU, an operation that needs a number on the host stops the queue until the device has caught
+up. Which operations do that is visible on any machine by what is dispatched:
 
     reads      `.item()`, `bool(tensor)`, `.tolist()`: a number goes to the host
     shapes     `nonzero`, masks as an index, `unique`: the size of the result has to be read

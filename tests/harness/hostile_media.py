@@ -1,4 +1,5 @@
-"""Read 100 damaged or hostile pictures, films and sounds, each in a fork with little memory and time.
+"""Read 100 damaged or hostile pictures, films and sounds, each in a fork with little memory and
+time.
 
     python tests/harness/hostile_media.py                             # this checkout
     python tests/harness/hostile_media.py --package_parent /elsewhere # /elsewhere/tokcom
@@ -102,7 +103,8 @@ def zeroed(data: bytes) -> bytes:
 
 
 def enormous(data: bytes) -> bytes:
-    """The header claims more than any machine can hold, where it is known where the header says so."""
+    """The header claims more than any machine can hold, where it is known where the header says
+    so."""
     if data[:4] == b"\x89PNG":
         import zlib
 

@@ -1,10 +1,12 @@
-"""Load that a server must survive: clients that die, one that asks for too much, and ones that send nonsense.
+"""Load that a server must survive: clients that die, one that asks for too much, and ones that send
+nonsense.
 
     python tests/harness/server_load.py                       # the checkout that holds this file
     python tests/harness/server_load.py --package_parent OLD  # another one: OLD/tokcom
 
-It starts `tokcom serve` of the checkout with its shipped model in a process of its own and speaks plain HTTP, so that any commit
-with a server can be measured. Clients have addresses of their own in 127.0.0.0/8. Prints one JSON object.
+It starts `tokcom serve` of the checkout with its shipped model in a process of its own and speaks
+plain HTTP, so that any commit with a server can be measured. Clients have addresses of their own in
+127.0.0.0/8. Prints one JSON object.
 """
 
 import argparse
@@ -37,7 +39,8 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def serving(package_parent: Path, *options: str) -> Iterator[tuple[int, subprocess.Popen]]:
-    """The server of `package_parent/tokcom` with its own model: port and process, which is ended afterwards."""
+    """The server of `package_parent/tokcom` with its own model: port and process, which is ended
+    afterwards."""
     port = free_port()
     command = [sys.executable, "-m", "tokcom.cli.main", "serve", "--port", str(port), *options]
     environment = os.environ | {"PYTHONPATH": str(package_parent)}
@@ -113,7 +116,8 @@ def cpu_seconds(process: subprocess.Popen) -> float:
 def dead_clients(
     port: int, process: subprocess.Popen, stream: bool, count: int = 8, tokens: int = 2048
 ) -> dict[str, float]:
-    """Seconds that the server stays busy after `count` clients asked for `tokens` tokens each and left."""
+    """Seconds that the server stays busy after `count` clients asked for `tokens` tokens each and
+    left."""
     connections = [
         send(
             port,
@@ -137,7 +141,8 @@ def dead_clients(
 
 
 def small_requests(port: int, seconds: float, every: float = 2.0, tokens: int = 16) -> list[float]:
-    """Latencies of small requests of one client, one begun `every` seconds, in seconds; infinite for one that failed."""
+    """Latencies of small requests of one client, one begun `every` seconds, in seconds; infinite
+    for one that failed."""
     latencies: list[float] = []
 
     def measure(seed: int) -> None:
@@ -160,7 +165,8 @@ def small_requests(port: int, seconds: float, every: float = 2.0, tokens: int = 
 def hostile_client(
     port: int, tokens: int = 2048, texts: int = 16, outstanding: int = 2
 ) -> Iterator[None]:
-    """One client that always has `outstanding` requests of `texts` x `tokens` tokens, each with settings of its own."""
+    """One client that always has `outstanding` requests of `texts` x `tokens` tokens, each with
+    settings of its own."""
     over = threading.Event()
     connections: dict[int, http.client.HTTPConnection] = {}
 
@@ -242,7 +248,8 @@ RAW = [
 
 
 def nonsense(port: int) -> dict:
-    """Statuses that malformed bodies get, and whether each is explained in OpenAI's form; broken connections are only sent."""
+    """Statuses that malformed bodies get, and whether each is explained in OpenAI's form; broken
+    connections are only sent."""
     statuses = []
     explained = 0
     for body in NONSENSE:
@@ -261,7 +268,8 @@ def nonsense(port: int) -> dict:
 
 
 def end_of(process: subprocess.Popen, port: int) -> dict:
-    """SIGTERM during a request: its status, and the status and seconds with which the server ends."""
+    """SIGTERM during a request: its status, and the status and seconds with which the server
+    ends."""
     outcome = {}
 
     def run() -> None:

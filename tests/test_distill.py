@@ -1,4 +1,5 @@
-"""The laws of distribution matching: where its gradient vanishes, where it points, how large it is, and what it leaves alone."""
+"""The laws of distribution matching: where its gradient vanishes, where it points, how large it is,
+and what it leaves alone."""
 
 import copy
 import importlib.util
@@ -23,7 +24,8 @@ from tokcom.train_accelerate import main as train
 from tokcom.training.data import train_tokenizer
 from tokcom.training.denoiser import ModelDenoiser
 from tokcom.training.distill import DistillTrainer
-from tokcom.training.distillation import (
+from tokcom.training.pipelines import build_pipeline, load_pipeline
+from tokcom.training.student_losses import (
     Distiller,
     add_noise,
     denoising_loss,
@@ -33,7 +35,6 @@ from tokcom.training.distillation import (
     matching_gradient,
     matching_loss,
 )
-from tokcom.training.pipelines import build_pipeline, load_pipeline
 
 
 def gaussian(mean: float, std: float = 1.0):

@@ -1,8 +1,10 @@
-"""Few-step students of a flow model: regression on the teacher's trajectories, and distribution matching distillation.
+"""Losses of few-step students of a flow model: regression on the teacher's trajectories, and
+distribution matching. `distill.py` is the stage that trains with them.
 
-After DMD (Yin et al. 2024) and DMD2 (Yin et al. 2024), in this repository's notation: `x_t = (1 - t) x0 + t x1`, t = 1 is clean, a
-denoiser maps `(x_t, t)` to its estimate of x1. The score of either distribution is a function of that estimate, so the student's
-gradient needs two estimates and no score. The teacher must estimate E[x1 | x_t], which training by squared error gives, and
+After DMD (Yin et al. 2024) and DMD2 (Yin et al. 2024), in this repository's notation: `x_t = (1 -
+t) x0 + t x1`, t = 1 is clean, a denoiser maps `(x_t, t)` to its estimate of x1. The score of either
+distribution is a function of that estimate, so the student's gradient needs two estimates and no
+score. The teacher must estimate E[x1 | x_t], which training by squared error gives, and
 cross-entropy alone does not.
 
 Shape legend: B samples, `...` any shape of one sample; times are `(B,)`.
@@ -37,8 +39,9 @@ def draw_times(count: int, device: torch.device | str = "cpu") -> torch.Tensor:
 def matching_gradient(
     samples: torch.Tensor, t: torch.Tensor, noise: torch.Tensor, real: Denoiser, fake: Denoiser
 ) -> torch.Tensor:
-    """Where `samples (B, ...)` should *not* go: the difference of the two estimates of their noisy selves, `fake - real`, over
-    the mean distance of each sample from the real estimate, in float32. 0 where both models agree."""
+    """Where `samples (B, ...)` should *not* go: the difference of the two estimates of their noisy
+    selves, `fake - real`, over the mean distance of each sample from the real estimate, in float32.
+    0 where both models agree."""
     noisy = add_noise(samples, t, noise)
     wanted = real(noisy, t).float()
     found = fake(noisy, t).float()
@@ -55,8 +58,9 @@ def matching_loss(samples: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor
 def denoising_loss(
     denoise: Denoiser, x1: torch.Tensor, t: torch.Tensor, noise: torch.Tensor
 ) -> torch.Tensor:
-    """Squared error of the estimate of `x1 (B, ...)`. The flow-matching loss weights it by 1 / (1 - t)^2; the best estimate is
-    the same at every t, and without the weight times near 1 do not drown the others."""
+    """Squared error of the estimate of `x1 (B, ...)`. The flow-matching loss weights it by 1 / (1 -
+    t)^2; the best estimate is the same at every t, and without the weight times near 1 do not drown
+    the others."""
     return (denoise(add_noise(x1, t, noise), t).float() - x1.float()).square().mean()
 
 
@@ -73,9 +77,11 @@ def integrate(denoise: Denoiser, noise: torch.Tensor, steps: int) -> torch.Tenso
 def generate(
     denoise: Denoiser, noise: torch.Tensor, times: Sequence[float], stop: int | None = None
 ) -> torch.Tensor:
-    """The sample of a few-step student: estimate, noise again to the next of `times` (the first is 0), estimate, ...
+    """The sample of a few-step student: estimate, noise again to the next of `times` (the first is
+    0), estimate, ...
 
-    With `stop`, only the first `stop + 1` estimates are made, and only the last has a gradient (backward simulation).
+    With `stop`, only the first `stop + 1` estimates are made, and only the last has a gradient
+    (backward simulation).
     """
     last = len(times) - 1 if stop is None else stop
     x = noise
@@ -90,16 +96,20 @@ def generate(
 
 
 class Distiller:
-    """A student that is drawn to the teacher's distribution, with a model of its own samples that follows it.
+    """A student that is drawn to the teacher's distribution, with a model of its own samples that
+    follows it.
 
     Args:
-        real, fake, student: denoisers; `real` is frozen and may hold guidance, `fake` starts as a copy of it. With a context,
-            such as a prompt, they take it as a third argument.
-        student_optimizer, fake_optimizer: of their parameters; `step` needs them, the losses do not.
+        real, fake, student: denoisers; `real` is frozen and may hold guidance, `fake` starts as a
+            copy of it. With a context, such as a prompt, they take it as a third argument.
+        student_optimizer, fake_optimizer: of their parameters; `step` needs them, the losses do
+            not.
         times: when the student estimates; one time, 0, is a one-step student.
         fake_updates (`int`): updates of `fake` for each of the student.
-        matching_weight (`float`): of the matching loss; 0 is regression alone, for which `fake` may be None.
-        regression_weight (`float`): of the squared distance to the ends of the teacher's trajectories `pairs`.
+        matching_weight (`float`): of the matching loss; 0 is regression alone, for which `fake` may
+            be None.
+        regression_weight (`float`): of the squared distance to the ends of the teacher's
+            trajectories `pairs`.
         pairs (`tuple`): noise and the teacher's samples for it, `(M, ...)` each.
     """
 
@@ -125,12 +135,14 @@ class Distiller:
             raise ValueError(f"`times` ({tuple(times)}) must rise from 0 and stay below 1.")
         if min(matching_weight, regression_weight) < 0 or matching_weight + regression_weight == 0:
             raise ValueError(
-                f"`matching_weight` ({matching_weight}) and `regression_weight` ({regression_weight}) must not be negative, and "
+                f"`matching_weight` ({matching_weight}) and `regression_weight` "
+                f"({regression_weight}) must not be negative, and "
                 "one of them must be positive."
             )
         if regression_weight and pairs is None:
             raise ValueError(
-                f"`regression_weight` ({regression_weight}) needs `pairs` of noise and teacher samples."
+                f"`regression_weight` ({regression_weight}) needs `pairs` of noise and teacher "
+                "samples."
             )
         self.real = real
         self.fake = fake
@@ -149,7 +161,8 @@ class Distiller:
         return ["fake"] * self.fake_updates + ["student"]
 
     def step(self, shape: tuple[int, ...], device: torch.device | str = "cpu") -> dict[str, float]:
-        """One round: `fake_updates` updates of the fake model and one of the student, on new samples of `shape (B, ...)`."""
+        """One round: `fake_updates` updates of the fake model and one of the student, on new
+        samples of `shape (B, ...)`."""
         found = {}
         for name in self.schedule():
             loss = (self.fake_loss if name == "fake" else self.student_loss)(shape, device)
@@ -180,7 +193,8 @@ class Distiller:
         pairs: tuple[torch.Tensor, torch.Tensor] | None = None,
         pairs_context: Any = None,
     ) -> torch.Tensor:
-        """Matching loss of new samples of `shape (B, ...)` plus the weighted regression on `pairs`, by default some drawn from all."""
+        """Matching loss of new samples of `shape (B, ...)` plus the weighted regression on `pairs`,
+        by default some drawn from all."""
         total = torch.zeros((), device=device)
         if self.matching_weight:
             samples = self._sample(shape, device, context)
@@ -197,7 +211,8 @@ class Distiller:
         return total
 
     def _regression(self, start: torch.Tensor, end: torch.Tensor, context: Any) -> torch.Tensor:
-        """Squared distance from the teacher's `end` of what the student makes of its `start`, or later of noisy ends."""
+        """Squared distance from the teacher's `end` of what the student makes of its `start`, or
+        later of noisy ends."""
         index = int(torch.randint(len(self.times), ())) if len(self.times) > 1 else 0
         t = torch.full((len(start),), self.times[index], device=start.device)
         x = add_noise(end, t, torch.randn_like(end)) if index else start

@@ -1,0 +1,329 @@
+"""The tabs of `tokcom app` for models of pixels, pictures, clips and several streams.
+
+A tab is made of the model's configuration; its weights are loaded when somebody first uses it.
+"""
+
+import os
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import gradio as gr
+import numpy as np
+import torch
+from diffusers.utils import export_to_gif
+from PIL import Image
+
+from tokcom.cli.loading import check_model_path, open_pipeline
+from tokcom.configuration_codec_tokcom import TokComColorCodecConfig
+from tokcom.configuration_tokcom import TokComConfig
+
+BUSY = threading.Lock()  # one sample at a time on the whole page: the machine is small
+LONGEST_ANSWER = 64  # tokens that a pixel model writes
+FRAMES_PER_SECOND = 8
+SHOWN_SIZE = 192  # pixels that pictures and clips are enlarged to
+PREFIXES = (1, 2, 4, 8, 16, 32)  # tokens of a picture that are decoded, besides all
+# what to ask the models that ship; others begin with an empty box
+EXAMPLES = {
+    "pixels": (
+        "name[Cotto], eatType[coffee shop], food[Chinese], priceRange[moderate], "
+        "area[riverside], familyFriendly[yes], near[The Portland Arms]"
+    ),
+    "emoji": "woman cook, medium skin tone",
+    "clips": "red apple, rising",
+    "digits": "the digit seven",
+}
+
+
+def numbered_noise(seed: float | None) -> torch.Generator:
+    """Numbered noise; without a seed noise of its own."""
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+        return generator
+    return generator.manual_seed(int(seed) % 2**63)
+
+
+def explained(error: Exception) -> gr.Error:
+    """An exception as a message for people."""
+    return gr.Error(str(error), title="This cannot be done", print_exception=False)
+
+
+def enlarged(picture: Image.Image, scale: int) -> Image.Image:
+    """A picture whose pixels can be seen one by one."""
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+
+
+def shown_large(picture: Image.Image) -> Image.Image:
+    return enlarged(picture, max(1, SHOWN_SIZE // picture.width))
+
+
+class ShownModel:
+    """A model of a tab: its name and configuration now, its pipeline from the first use on.
+
+    Args:
+        path (`str`): directory or Hub id; its last part names the tab.
+
+    Raises `FileNotFoundError` or `ValueError` if nothing is there, or a model without a tab.
+    """
+
+    def __init__(self, path: str, device: str = "auto"):
+        check_model_path(path, "--models")
+        self.path = path
+        self.device = device
+        self.name = Path(path).name
+        self.config = TokComConfig.from_pretrained(path)
+        self.files = tempfile.TemporaryDirectory(prefix="tokcom-app-")  # gradio shows copies
+        self._pipe = None
+        codec = self.config.codec_config
+        self.kind = "pixels" if isinstance(codec, TokComColorCodecConfig) else codec.modality
+        if self.kind not in TABS:
+            raise ValueError(f"{path} is a model of {self.kind}: show it with --checkpoint.")
+
+    @property
+    def title(self) -> str:
+        return self.name.replace("-", " ").capitalize()
+
+    @property
+    def is_loaded(self) -> bool:
+        return self._pipe is not None
+
+    @property
+    def pipe(self):
+        """The pipeline; loads it. Call it while `BUSY` is held."""
+        if self._pipe is None:
+            self._pipe = open_pipeline(self.path, self.device, "--models")
+            self._pipe.set_progress_bar_config(disable=True)
+        return self._pipe
+
+    def run(self, function: Callable):
+        """What `function(pipe)` returns; raises `gr.Error` with a message for people."""
+        try:
+            with BUSY, torch.no_grad():
+                return function(self.pipe)
+        except (ValueError, OSError) as error:
+            raise explained(error) from error
+
+
+# ---- what tabs do ----
+
+
+def write_pixels(shown: ShownModel, prompt: str, seed: float) -> tuple[str, Image.Image]:
+    """A continuation of `prompt`, and the picture whose pixels are its tokens."""
+
+    def work(pipe) -> tuple[str, Image.Image]:
+        output = pipe(prompt, gen_length=LONGEST_ANSWER, generator=numbered_noise(seed))
+        text = output.texts[0].strip()
+        return text, enlarged(pipe.text_to_image(text), 16)
+
+    return shown.run(work)
+
+
+def draw_text(shown: ShownModel, text: str) -> tuple[Image.Image, str]:
+    """A text as a picture, and what is read in that picture."""
+
+    def work(pipe) -> tuple[Image.Image, str]:
+        picture = pipe.text_to_image(text)
+        return enlarged(picture, 8), pipe.image_to_text(picture)
+
+    return shown.run(work)
+
+
+def draw(
+    shown: ShownModel, caption: str, steps: int, guidance: float, seed: float
+) -> list[tuple[Image.Image, str]]:
+    """Pictures for a caption: of all tokens, and of the first ones only."""
+    prompt = caption.strip() or None
+
+    def work(pipe) -> list[tuple[Image.Image, str]]:
+        output = pipe(
+            prompt,
+            num_inference_steps=int(steps),
+            guidance_scale=guidance if prompt else 1.0,
+            generator=numbered_noise(seed),
+            output_type="latent",
+        )
+        return _prefixes(pipe, output.latents)
+
+    return shown.run(work)
+
+
+def rebuild(shown: ShownModel, picture: Image.Image | None) -> list[tuple[Image.Image, str]]:
+    """A picture as all of its tokens, and the first of them, remember it."""
+    if picture is None:
+        raise explained(ValueError("there is no picture; give one first."))
+    return shown.run(lambda pipe: _prefixes(pipe, pipe.encode(picture).latents))
+
+
+def _prefixes(pipe, latents: torch.Tensor) -> list[tuple[Image.Image, str]]:
+    count = pipe.model.config.codec_config.num_tokens
+    kept = [count, *(k for k in reversed(PREFIXES) if k < count)]
+    pictures = [pipe.decode(latents, num_tokens=k).images[0] for k in kept]
+    return [(shown_large(picture), f"{k} of {count} tokens") for picture, k in zip(pictures, kept)]
+
+
+def animate(shown: ShownModel, caption: str, steps: int, guidance: float, seed: float) -> str:
+    """A clip for a caption, as the name of a .gif file."""
+    prompt = caption.strip() or None
+
+    def work(pipe) -> str:
+        clip = pipe(
+            prompt,
+            num_inference_steps=int(steps),
+            guidance_scale=guidance if prompt else 1.0,
+            generator=numbered_noise(seed),
+        ).videos[0]
+        descriptor, name = tempfile.mkstemp(".gif", dir=shown.files.name)
+        os.close(descriptor)
+        return export_to_gif([shown_large(frame) for frame in clip], name, FRAMES_PER_SECOND)
+
+    return shown.run(work)
+
+
+def complete(shown: ShownModel, steps: int, guidance: float, seed: float, *values) -> list:
+    """The streams that are not given, for those that are; the given ones come back as they are."""
+    kinds = kinds_of(shown)
+    given = {}
+    for (name, kind), value in zip(kinds.items(), values, strict=True):
+        if value is None or (kind == "text" and not value.strip()):
+            continue
+        if kind == "audio":
+            rate, samples = value
+            value = {"array": as_samples(samples), "sampling_rate": rate}
+        given[name] = value
+
+    def work(pipe) -> list:
+        output = pipe(
+            given,
+            num_inference_steps=int(steps),
+            guidance_scale=guidance if given else 1.0,
+            generator=numbered_noise(seed),
+        )
+        made = []
+        for name, value in zip(kinds, values):
+            if name in given:
+                made.append(value)
+                continue
+            value = output.streams[name][0]
+            if kinds[name] == "image":
+                value = shown_large(value)
+            if kinds[name] == "audio":
+                value = (pipe.sampling_rates[name], value)
+            made.append(value)
+        return made
+
+    return shown.run(work)
+
+
+def as_samples(sound: np.ndarray) -> np.ndarray:
+    """What gradio recorded, `(n,)` or `(n, channels)` of any integers, as floats in [-1, 1]."""
+    if np.issubdtype(sound.dtype, np.integer):
+        return sound.astype(np.float32) / np.iinfo(sound.dtype).max
+    return sound.astype(np.float32)
+
+
+def kinds_of(shown: ShownModel) -> dict[str, str]:
+    """What each stream of the model holds, by its name."""
+    streams = shown.config.codec_config.stream_configs().items()
+    return {name: stream.kind for name, stream in streams}
+
+
+# ---- the tabs ----
+
+
+def pixel_tab(shown: ShownModel) -> None:
+    prompt = gr.Textbox(EXAMPLES.get(shown.name, ""), label="Prompt", lines=3, max_length=2000)
+    seed = gr.Number(0, label="Seed", precision=0)
+    written = gr.Textbox(label="Text, written as pixels", interactive=False)
+    pixels = gr.Image(label="One pixel per token", format="png")
+    button = gr.Button("Write", variant="primary")
+    button.click(
+        lambda *values: write_pixels(shown, *values),
+        [prompt, seed],
+        [written, pixels],
+        api_name=f"{shown.name}_write",
+    )
+    text = gr.Textbox("Once upon a time there was a rabbit.", label="Text", max_length=2000)
+    picture = gr.Image(label="One pixel per token", format="png")
+    back = gr.Textbox(label="Read back from the picture", interactive=False)
+    gr.Button("Draw").click(
+        lambda value: draw_text(shown, value),
+        text,
+        [picture, back],
+        api_name=f"{shown.name}_draw",
+    )
+
+
+def _caption_and_noise(shown: ShownModel) -> list:
+    """What pictures and clips are asked with: a caption, steps, guidance and a seed."""
+    captioned = shown.config.condition_vocab_size > 0
+    example = EXAMPLES.get(shown.name, "") if captioned else ""
+    caption = gr.Textbox(example, label="Caption", interactive=captioned, max_length=400)
+    return [caption, *_noise(shown, captioned)]
+
+
+def _noise(shown: ShownModel, has_guidance: bool) -> list:
+    with gr.Row():
+        own = shown.config.num_inference_steps
+        steps = gr.Slider(1, 100, own, step=1, label="Denoising steps")
+        scale = 2 if has_guidance else 1
+        guidance = gr.Slider(1, 6, scale, label="Guidance (1 is off)", interactive=has_guidance)
+        seed = gr.Number(0, label="Seed", precision=0)
+    return [steps, guidance, seed]
+
+
+def image_tab(shown: ShownModel) -> None:
+    inputs = _caption_and_noise(shown)
+    drawn = gr.Gallery(label="All tokens, and the first ones", columns=7)
+    gr.Button("Draw", variant="primary").click(
+        lambda *values: draw(shown, *values), inputs, drawn, api_name=f"{shown.name}_draw"
+    )
+    picture = gr.Image(label="Picture", type="pil")
+    rebuilt = gr.Gallery(label="Encoded and decoded: all tokens, and the first ones", columns=7)
+    gr.Button("Encode and decode").click(
+        lambda value: rebuild(shown, value), picture, rebuilt, api_name=f"{shown.name}_rebuild"
+    )
+
+
+def video_tab(shown: ShownModel) -> None:
+    inputs = _caption_and_noise(shown)
+    clip = gr.Image(label="Clip", type="filepath", format="gif")
+    gr.Button("Animate", variant="primary").click(
+        lambda *values: animate(shown, *values), inputs, clip, api_name=f"{shown.name}_animate"
+    )
+
+
+def stream_tab(shown: ShownModel) -> None:
+    gr.Markdown("Give any of the streams; the others are made for them, or all from nothing.")
+    inputs = []
+    outputs = []
+    for name, kind in kinds_of(shown).items():
+        with gr.Row():
+            for label, column in ((f"{name}, given", inputs), (f"{name}, made", outputs)):
+                column.append(_stream_box(kind, label, column is inputs))
+    settings = _noise(shown, True)
+    gr.Button("Make the others", variant="primary").click(
+        lambda *values: complete(shown, *values),
+        [*settings, *inputs],
+        outputs,
+        api_name=f"{shown.name}_make",
+    )
+
+
+def _stream_box(kind: str, label: str, is_input: bool):
+    if kind == "text":
+        return gr.Textbox(label=label, interactive=is_input, max_length=400)
+    if kind == "image":
+        return gr.Image(label=label, type="pil", interactive=is_input)
+    if kind == "audio":
+        return gr.Audio(label=label, interactive=is_input)
+    raise ValueError(f"a stream of kind {kind!r} has no place on the page; leave its model out.")
+
+
+TABS: dict[str, Callable[[ShownModel], None]] = {
+    "pixels": pixel_tab,
+    "image": image_tab,
+    "video": video_tab,
+    "several": stream_tab,
+}
