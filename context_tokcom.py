@@ -30,17 +30,18 @@ class TokComStep(NamedTuple):
     times: torch.Tensor | None
     uncertain: TokComChoice | None  # tokens that are partly noise
     chosen: TokComChoice | None  # tokens to draw in this step
-    modulations: list[torch.Tensor]  # (1, Q, ...) of each layer
+    modulations: list[torch.Tensor] | None  # (1, Q, ...) of each layer
     # velocity per x - estimate; None if the scheduler takes the estimate itself
     gain: torch.Tensor | float | None
     scale: float = 1.0  # from the scheduler's x to that of the flow
+    beside: "TokComStep | None" = None  # the same for `[context | x]`, which `lay_out` adds
 
     def with_given(self, known: torch.Tensor) -> "TokComStep":
         """The step of a block in which the `known (B, Q, K)` tokens are clean from the
         beginning."""
         # no sampler step may move a token that the caller has given
         times = torch.where(known, 1.0, self.times)
-        chosen = TokComChoice.of(self.chosen.mask & ~known)
+        chosen = TokComChoice.of(self.chosen.mask & ~known, self.chosen.blank)
         uncertain = TokComChoice.of((times > 0) & (times < 1))
         return self._replace(times=times, chosen=chosen, uncertain=uncertain)
 
@@ -80,13 +81,17 @@ class _WindowLayer:
         self.values[:, :, -keys.shape[2] :] = values
         return self.keys, self.values
 
-    def keep(self, places: torch.Tensor) -> None:
-        """Copy the current block's last entries to `places (Q,)`."""
+    def keep(self, places: list[slice]) -> None:
+        """Copy the current block's last entries to `places`, slices that follow each other."""
         if self.keys is None:
             return
         for tensor in (self.keys, self.values):
-            # source and target are one tensor and may overlap, hence the copy
-            tensor.index_copy_(2, places, tensor[:, :, -len(places) :].clone())
+            start = self.window - sum(place.stop - place.start for place in places)
+            for place in places:
+                count = place.stop - place.start
+                # a context may be so long that it is copied onto itself
+                tensor[:, :, place] = tensor[:, :, start : start + count].clone()
+                start += count
 
 
 class TokComWindowCache:
@@ -105,8 +110,8 @@ class TokComWindowCache:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return self.layers[layer_idx].update(keys, values, self.first)
 
-    def keep(self, places: torch.Tensor) -> None:
-        """Copy the current block to `places (Q,)`."""
+    def keep(self, places: list[slice]) -> None:
+        """Copy the current block to `places`."""
         for layer in self.layers:
             layer.keep(places)
 
@@ -123,6 +128,10 @@ class Context:
         self.symbols = model.symbols()
         self.guided = False
         self.group_size: int | None = None  # latents of a moment
+
+    def lay_out(self, plan: list[TokComStep]) -> list[TokComStep]:
+        """The steps of the block at hand with what they need to know of the context."""
+        return plan
 
     def _predict(
         self,
@@ -161,20 +170,59 @@ class VisibleContext(Context):
         self.context = task.context
         self.prefix = task.prefix
         self.omitted = omitted  # parts of the context without which guidance also predicts
+        self.chunks: torch.Tensor | None = None  # (B, S, K), the ids of the context
+        if self.context is not None and self.symbols is not None:
+            clean = torch.ones(*self.context.mask.shape, model.token_head.num_symbols)
+            clean = clean.to(self.context.mask.device)
+            self.chunks = model.token_head.recognise(self.symbols, self.context.latents, clean)
 
-    def begin(self, position_ids: torch.Tensor, exists: torch.Tensor, guided: bool) -> None:
+    def begin(self, position_ids: torch.Tensor, exists: torch.Tensor | None, guided: bool) -> None:
         """Turn to the latents at `position_ids (B, Q, A)`, of which `exists (B, Q)` are no
-        padding."""
+        padding; None if none is."""
         self.position_ids = position_ids.clone(memory_format=torch.contiguous_format)
         if self.model.config.transformer_config.attention_type == "factorized":
             self.group_size = moment_size(position_ids)  # once, since the host waits for it
-        self.exists = exists
         has_context = self.context is not None and self.context.mask.shape[1] > 0
         self.guided = guided and (has_context or self.prefix is not None)
         # a mask costs a faster kernel, so there is none where nothing is hidden
-        self.own_keys = None if bool(exists.all()) else exists
-        keys = exists if self.context is None else torch.cat((self.context.mask, exists), dim=1)
+        self.own_keys = exists
+        self.keys = exists
+        self.omitted_keys: list[torch.Tensor] = []
+        if self.context is None:
+            return
+        mask = self.context.mask
+        if exists is None:
+            exists = torch.ones(position_ids.shape[:2], dtype=torch.bool, device=mask.device)
+        keys = torch.cat((mask, exists), dim=1)
         self.keys = None if bool(keys.all()) else keys
+        self.omitted_keys = [torch.cat((mask & ~part, exists), dim=1) for part in self.omitted]
+        self.all_positions = torch.cat((self.context.position_ids, self.position_ids), dim=1)
+
+    def lay_out(self, plan: list[TokComStep]) -> list[TokComStep]:
+        """The steps with those of `[context | x]`, whose context is clean."""
+        if self.context is None:
+            return plan
+        return [step._replace(beside=self._beside(step)) for step in plan]
+
+    def _beside(self, step: TokComStep) -> TokComStep:
+        shape = self.context.mask.shape
+        time = step.time.expand(self.position_ids.shape[:2])
+        if self.model.config.transformer_config.per_latent_timestep:
+            context_time = torch.ones_like(time[:, :1])  # clean
+        else:
+            context_time = time[:, :1]  # such models are told one time for everything
+        time = torch.cat((context_time.expand(shape), time), dim=1)
+        modulations = None
+        if not self.model.config.transformer_config.per_latent_timestep:
+            modulations = [m[:, :1].expand(-1, time.shape[1], -1) for m in step.modulations]
+        step = step._replace(time=time, modulations=modulations)
+        if step.times is None:
+            return step
+        places = step.times.shape[2]
+        times = torch.cat((step.times.new_ones(*shape, places), step.times), dim=1)
+        nothing = torch.zeros(*shape, places, dtype=torch.bool, device=times.device)
+        uncertain = TokComChoice.of(torch.cat((nothing, step.uncertain.mask), dim=1))
+        return step._replace(times=times, uncertain=uncertain)
 
     def predict(
         self, x: torch.Tensor, step: TokComStep, chunks: torch.Tensor | None
@@ -188,28 +236,30 @@ class VisibleContext(Context):
             # without context the guided pass only drops the caption
             states = [self._predict(x, step, chunks, self.keys, prefix=self.prefix)]
             return states + [self._predict(x, step, chunks, self.keys)] if self.guided else states
-        states = [self._predict_beside_context(x, step, self.keys)]
-        for part in self.omitted:
-            keys = torch.cat((self.context.mask & ~part, self.exists), dim=1)  # (B, S + Q)
-            states.append(self._predict_beside_context(x, step, keys))
+        states = [
+            self._predict_beside_context(x, step, chunks, keys)
+            for keys in (self.keys, *self.omitted_keys)
+        ]
         return states + [self._predict(x, step, chunks, self.own_keys)] if self.guided else states
 
     def _predict_beside_context(
-        self, x: torch.Tensor, step: TokComStep, keys: torch.Tensor | None
+        self,
+        x: torch.Tensor,
+        step: TokComStep,
+        chunks: torch.Tensor | None,
+        keys: torch.Tensor | None,
     ) -> torch.Tensor:
         """The prediction for `[context | x]`, of which only that of x is kept."""
-        context = self.context
-        time = step.time.expand(x.shape[:2])
-        if self.model.config.transformer_config.per_latent_timestep:
-            context_time = torch.ones_like(time[:, :1])  # clean
-        else:
-            context_time = time[:, :1]  # such models are told one time for everything
         return self.model.predict(
-            torch.cat((context.latents.to(x.dtype), x), dim=1),
-            torch.cat((context_time.expand(context.mask.shape), time), dim=1),
-            torch.cat((context.position_ids, self.position_ids), dim=1),
+            torch.cat((self.context.latents.to(x.dtype), x), dim=1),
+            step.beside.time,
+            self.all_positions,
             keys,
             symbols=self.symbols,
+            times=step.beside.times,
+            chunks=None if chunks is None else torch.cat((self.chunks, chunks), dim=1),
+            uncertain=step.beside.uncertain,
+            modulations=step.beside.modulations,
             prefix=self.prefix,
             group_size=self.group_size,
         ).latents[:, -x.shape[1] :]
@@ -238,6 +288,12 @@ class CachedContext(Context):
         self.gaps = task.gaps
         self.context = task.context
         self.times = None  # of the context's tokens; 0 is unknown
+        # of a finished block: its latents are clean, and none of its tokens is uncertain
+        self.clean = torch.ones(len(noise), self.block_size, device=noise.device)
+        self.clean_times = self.certain = None
+        if self.symbols is not None:
+            self.clean_times = self.clean[..., None].repeat(1, 1, model.token_head.num_symbols)
+            self.certain = TokComChoice.of(torch.zeros_like(self.clean_times, dtype=torch.bool))
         if self.num_starts:
             self.context = self._with_start(task.context, noise)
         if self.context is not None:
@@ -286,7 +342,7 @@ class CachedContext(Context):
             times=None if self.times is None else self.times[:, where],
         )
         self.cache.first = False
-        self._keep(context.mask[:, where])
+        self._keep(context.mask[:, where], len(where))
 
     def read_anchor(self, anchor: int | None) -> None:
         """Read the context latent before a gap, which sees everything that is known by now."""
@@ -297,7 +353,7 @@ class CachedContext(Context):
         sees[:, -1:] = context.mask[:, where]
         times = None if self.times is None else self.times[:, where]
         self._remember(context.latents[:, where], context.position_ids[:, where], sees, times=times)
-        self._keep(context.mask[:, where])
+        self._keep(context.mask[:, where], 1)
 
     @cached_property
     def _without_context(self) -> torch.Tensor:
@@ -312,17 +368,17 @@ class CachedContext(Context):
             features, position_ids, torch.ones(1, 1, 1, dtype=torch.bool, device=device)
         )
 
-    def begin(self, position_ids: torch.Tensor, exists: torch.Tensor, guided: bool) -> None:
+    def begin(self, position_ids: torch.Tensor, exists: torch.Tensor | None, guided: bool) -> None:
         """Turn to the block at `position_ids (B, Q, A)`, of which `exists (B, Q)` are no
-        padding."""
+        padding; None if none is."""
         self.position_ids = position_ids.clone(memory_format=torch.contiguous_format)
-        self.exists = exists
-        self.own_keys = None if bool(exists.all()) else exists
+        self.own_keys = exists
         # without any context there is nothing to compare with
         self.guided = guided and self.length > self.num_starts
         self.keys = self.filled.clone()
         # the last places of the window are those of the current block
-        self.keys[:, -exists.shape[1] :] = exists
+        own = self.keys[:, -position_ids.shape[1] :]
+        own.fill_(True) if exists is None else own.copy_(exists)
         # what the context layers say of the block: with context and, if guided, without
         self.entries = []
         if self.model.config.transformer_config.num_context_layers:
@@ -369,12 +425,24 @@ class CachedContext(Context):
         Training shows such latents, and what the decoder forgives in x does not reach the next
         block.
         """
-        # a token model reads ids, so its codec need not find them in the latents again
-        chunks = None if self.symbols is None else self.model.codec.symbols(ids, None)[0]
-        # a text is remembered as its tokens, not as the sampler left x
-        clean = x if ids is None else self.model.encode(ids).latents
-        self._remember(clean, self.position_ids, self.keys, chunks)
-        self._keep(self.exists)
+        chunks = None
+        length = x.shape[1]  # the last block may be shorter
+        if self.symbols is not None:
+            # the network reads the tokens alone
+            chunks = self.model.codec.symbols(ids, None)[0]
+        elif ids is not None:
+            # a text is remembered as its tokens, not as the sampler left x
+            x = self.model.codec.encode(ids).latents
+        self._remember(
+            x,
+            self.position_ids,
+            self.keys,
+            chunks,
+            None if self.clean_times is None else self.clean_times[:, :length],
+            self.clean[:, :length],
+            self.certain,
+        )
+        self._keep(self.own_keys, length)
 
     def _remember(
         self,
@@ -383,12 +451,14 @@ class CachedContext(Context):
         sees: torch.Tensor,
         chunks: torch.Tensor | None = None,
         times: torch.Tensor | None = None,
+        time: torch.Tensor | float = 1.0,
+        uncertain: TokComChoice | None = None,
     ) -> None:
         """Run clean latents through the model for what they leave in the cache; tokens at time 0
         are not known."""
         self.model.predict(
             clean,
-            1.0,
+            time,
             position_ids,
             sees,
             past_key_values=self.cache,
@@ -396,24 +466,40 @@ class CachedContext(Context):
             symbols=self.symbols,
             chunks=chunks,
             times=times,
+            uncertain=uncertain,
         )
 
-    def _keep(self, exists: torch.Tensor) -> None:
-        """Give the latents just remembered, `exists (B, Q)`, places in the window: the oldest ones'
-        if it is full."""
+    def _places(self, count: int) -> list[slice]:
+        """Where the next `count` latents go: behind the others, or in the places of the oldest."""
         # the last places of the window belong to the current block
         capacity = self.window - self.block_size
-        count = min(exists.shape[1], capacity)
+        places = []
+        first = self.length
+        while count > 0:
+            if first >= capacity:
+                # the learned start stays; the others take turns in the places behind it
+                first = self.num_starts + (first - self.num_starts) % (capacity - self.num_starts)
+            last = min(first + count, capacity)
+            places.append(slice(first, last))
+            count -= last - first
+            first = last
+        return places
+
+    def _keep(self, exists: torch.Tensor | None, length: int) -> None:
+        """Give the `length` latents just remembered places in the window; `exists (B, length)` are
+        those that are no padding, None all of them."""
+        count = min(length, self.window - self.block_size)
         if count < 1:
             return
-        # counted over the whole text; what lies beyond the window is wrapped below
-        places = torch.arange(self.length, self.length + count, device=exists.device)
-        # the learned start stays; the others take turns in the places behind it
-        wrapped = self.num_starts + (places - self.num_starts) % (capacity - self.num_starts)
-        places = torch.where(places < capacity, places, wrapped)
+        places = self._places(count)
         self.cache.keep(places)
-        # only the end of what is longer than the window
-        self.filled[:, places] = exists[:, -count:]
+        done = 0
+        for place in places:
+            size = place.stop - place.start
+            start = length - count + done
+            own = self.filled[:, place]
+            own.fill_(True) if exists is None else own.copy_(exists[:, start : start + size])
+            done += size
         self.length += count
 
 

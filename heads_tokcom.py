@@ -8,6 +8,7 @@ Notable choices:
   it expects.
 - The likelihood of all tokens is one matrix product, `[s x / n^2, s^2 / n^2] @ [table, -norms]^T`.
 - Tokens whose channels are pure noise have a constant likelihood, which is never computed.
+- Sampling reads embeddings from one scaled table, which training makes anew for their gradient.
 - The training loss computes its gradient on the way forward: logits exist once, a few rows at a
   time.
 - What a latent head makes of an estimate is what is decoded, so training and sampling take the same
@@ -47,30 +48,34 @@ class TokComSymbols(NamedTuple):
 
     `table (K, V, C / K)` holds their latents, `columns (K, V, C / K + 1)` the same followed by
     minus half their squared norms, in float32, and `frequent (E,)` is the embedding of a token of
-    which nothing is known.
+    which nothing is known. `embeddings (V + 1, E)` are what `read` looks up, those of all tokens
+    and that one; None where a gradient is needed.
     """
 
     table: torch.Tensor
     columns: torch.Tensor
     frequent: torch.Tensor
+    embeddings: torch.Tensor | None
 
 
 class TokComChoice(NamedTuple):
     """The tokens that `mask (B, N, K)` marks, sorted by place: how many at each, and their flat
     `index (R,)`.
 
-    Making one waits for the device; the sampler makes it once for all blocks.
+    Making one waits for the device; the sampler makes it once for all blocks. Tokens that are
+    `blank` are all pure noise.
     """
 
     mask: torch.Tensor
     counts: list[int]
     index: torch.Tensor
+    blank: bool = False
 
     @classmethod
-    def of(cls, mask: torch.Tensor) -> "TokComChoice":
+    def of(cls, mask: torch.Tensor, blank: bool = False) -> "TokComChoice":
         flat = mask.flatten(0, -2)  # (B * N, K)
         places, where = flat.T.nonzero(as_tuple=True)
-        return cls(mask, flat.sum(0).tolist(), where * mask.shape[-1] + places)
+        return cls(mask, flat.sum(0).tolist(), where * mask.shape[-1] + places, blank)
 
 
 class _Part(NamedTuple):
@@ -89,6 +94,14 @@ class _Part(NamedTuple):
         if self.columns.ndim == 2:
             return self.factors @ self.columns.T
         return (self.columns @ self.factors[..., None])[..., 0]  # a table for each row
+
+
+def _blank_parts(count: int) -> list[_Part]:
+    """`count` rows whose likelihood is constant."""
+    starts = range(0, count, CROSS_ENTROPY_CHUNK)
+    return [
+        _Part(slice(start, min(start + CROSS_ENTROPY_CHUNK, count)), None, None) for start in starts
+    ]
 
 
 def _working_dtype(tensor: torch.Tensor) -> torch.dtype:
@@ -285,7 +298,14 @@ class TokComTokenHead(nn.Module):
         # log N(x; t z, n^2) = t x z / n^2 - t^2 |z|^2 / (2 n^2) + constant: one product with these
         # columns
         columns = torch.cat((table, -0.5 * table.square().sum(-1, keepdim=True)), dim=-1)
-        return TokComSymbols(table, columns, frequent)
+        embeddings = None if torch.is_grad_enabled() else self._scaled(weight, frequent[None])
+        return TokComSymbols(table, columns, frequent, embeddings)
+
+    def _scaled(self, *embeddings: torch.Tensor) -> torch.Tensor:
+        """Embeddings as the network reads them: rows have length 1, and it wants channels of
+        variance 1."""
+        weight = self.embedding.weight
+        return torch.cat([x.to(weight.dtype) for x in embeddings]) * weight.shape[1] ** 0.5
 
     def latents_of(self, symbols: TokComSymbols, ids: torch.Tensor) -> torch.Tensor:
         """Ids `(B, N, K)` -> their clean latents `(B, N, C)`."""
@@ -348,18 +368,21 @@ class TokComTokenHead(nn.Module):
         """`function(log-likelihood (r, V), columns, *extra rows)` of the chosen tokens,
         `(B, N, K, ...)`, 0 elsewhere.
 
-        `extra` are tensors `(B, N, K, ...)`. Without a gradient.
+        `extra` are tensors `(B, N, K, ...)`. Without a gradient. For tokens that are blank the
+        function gets None for likelihood and columns.
         """
         more = [x.flatten(0, choice.mask.ndim - 1)[choice.index] for x in extra]
         results = []
         with torch.autocast(latents.device.type, enabled=False):
-            parts = self._parts(choice, symbols, latents, times)
+            if choice.blank:
+                parts = _blank_parts(len(choice.index))
+            else:
+                parts = self._parts(choice, symbols, latents, times)
         for part in parts:
             with torch.autocast(latents.device.type, enabled=False):
                 likelihood = part.likelihood()
-            results.append(
-                function(likelihood, part.columns[..., :-1], *(x[part.rows] for x in more))
-            )
+            columns = None if part.columns is None else part.columns[..., :-1]
+            results.append(function(likelihood, columns, *(x[part.rows] for x in more)))
         if not results:  # an empty call says the shape of a row
             empty = symbols.columns[0]
             rows = [x[:0] for x in more]
@@ -399,15 +422,18 @@ class TokComTokenHead(nn.Module):
         # uncertain one
         unknown = len(weight)
         rows = torch.where(times == 1, chunks, unknown)
-        table = [weight, symbols.frequent[None].to(weight.dtype)]
+        means = []
         if len(uncertain.index):
             with torch.autocast(latents.device.type, enabled=False):
                 parts = self._parts(uncertain, symbols, latents, times)
-            table.append(_MeanEmbedding.apply(weight, self.prior.detach(), parts).to(weight.dtype))
+            means.append(_MeanEmbedding.apply(weight, self.prior.detach(), parts))
             own = torch.arange(unknown + 1, unknown + 1 + len(uncertain.index), device=rows.device)
             rows = rows.flatten().index_copy(0, uncertain.index, own).view(rows.shape)
-        # rows have length 1; the network wants channels of variance 1
-        table = torch.cat(table) * weight.shape[1] ** 0.5
+        table = symbols.embeddings
+        if table is None or torch.is_grad_enabled():
+            table = self._scaled(weight, symbols.frequent[None], *means)
+        elif means:
+            table = torch.cat((table, self._scaled(*means)))
         return F.embedding(rows, table).flatten(2)
 
     def recognise(
@@ -435,10 +461,7 @@ class TokComTokenHead(nn.Module):
         noisy = TokComChoice.of(chosen & (times > 0))
         index = torch.cat((blank.index, noisy.index))
         count = len(blank.index)
-        parts = [
-            _Part(slice(start, min(start + CROSS_ENTROPY_CHUNK, count)), None, None)
-            for start in range(0, count, CROSS_ENTROPY_CHUNK)
-        ]
+        parts = _blank_parts(count)
         with torch.autocast(latents.device.type, enabled=False):
             for rows, *rest in (
                 self._parts(noisy, symbols, latents, times) if len(noisy.index) else []
@@ -487,13 +510,11 @@ class TokComTokenHead(nn.Module):
         to its nucleus.
         """
 
-        def ids(
-            likelihood: torch.Tensor,
-            table: torch.Tensor,
-            states: torch.Tensor,
-            uniform: torch.Tensor,
-        ):
-            probabilities = (self.logits(states) / temperature + likelihood).softmax(-1)  # (R, V)
+        def ids(likelihood: torch.Tensor | None, table, states: torch.Tensor, uniform):
+            logits = self.logits(states) / temperature  # (R, V)
+            if likelihood is not None:
+                logits = logits + likelihood
+            probabilities = logits.softmax(-1)
             if top_p < 1:
                 probabilities = nucleus(probabilities, top_p)
             # inverse transform sampling: the first token whose cumulative probability exceeds the

@@ -1,18 +1,25 @@
-"""Where a text pipeline meets its caller: unknown arguments, prompts that are too long, streamers.
+"""Where a text pipeline meets its caller: unknown arguments, long prompts, streamed text, streamers.
 
-`explain_unknown_arguments` wraps every public method of a pipeline
+Streamed text is decoded a few ids at a time (`TextStream`), so the cost of showing a text grows
+with its length, not with the square of it. `explain_unknown_arguments` wraps every public method of a pipeline
 (`TokComBasePipeline.__init_subclass__`), so the methods themselves keep plain signatures without
 `**kwargs`.
 """
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from difflib import get_close_matches
+from typing import NamedTuple
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
+
+from .processing_tokcom import decode_ids
 
 Blocks = Iterator[tuple[torch.Tensor, torch.Tensor | None]]  # latents and ids of each block
 LENGTHS = ("gen_length", "gap_length", "num_chunks", "num_frames")
@@ -97,6 +104,151 @@ def prompt_room(
     return room, truncation, unit
 
 
+# ---- text that grows ----
+
+# how tokenizers spell a token of one byte
+BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+INCOMPLETE = "\ufffd"  # what bytes decode to while the rest of their character is missing
+MOST_BYTES = 4  # of a character in UTF-8
+
+
+class TextStream:
+    """Decodes the ids of one text as they come: pieces that join to what follows its prompt.
+
+    However the ids are cut, the pieces join to the same text. Each id is decoded two or three times
+    in all: once it is new, and then as context of the next ones, because many tokenizers drop a
+    space at the start of what they decode. A character whose bytes are not complete is held back
+    until they are, and so is a run of byte tokens (byte fallback), which is decoded as a whole.
+
+    Args:
+        prompt: what the text continues. A space at its end is the one that the first new word
+            brings along.
+        prompt_ids: the ids of the prompt.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: str, prompt_ids: Sequence[int]):
+        self._tokenizer = tokenizer
+        added = tokenizer.added_tokens_decoder.items()
+        # they have no text, so they are no context for what follows
+        self._special = {i for i, token in added if token.special}
+        self._ids: list[int] = []  # decoded again together with the next ones
+        for i in reversed(prompt_ids):
+            # a character that the prompt leaves unfinished lies in its last bytes
+            if len(self._ids) >= MOST_BYTES and not self._is_byte(self._ids[0]):
+                break
+            if i not in self._special:
+                self._ids.insert(0, i)
+        self._shown = decode_ids(tokenizer, self._ids)  # of their text
+        self._drops_space = prompt.endswith(" ")
+
+    def _is_byte(self, i: int) -> bool:
+        return bool(BYTE_TOKEN.fullmatch(self._tokenizer.convert_ids_to_tokens(i) or ""))
+
+    def add(self, ids: Sequence[int], last: bool = False) -> str:
+        """What can be shown now that `ids` have come; with `last` everything is."""
+        known = len(self._ids)
+        self._ids = self._ids + [i for i in ids if i not in self._special]
+        end = len(self._ids)  # of those whose text no later id changes
+        while not last and end > known and self._is_byte(self._ids[end - 1]):
+            end -= 1
+        if end == known and not last:  # nothing but more bytes of the same run
+            return ""
+        text = decode_ids(self._tokenizer, self._ids[:end])
+        held = not last and text.endswith(INCOMPLETE)
+        new = text[len(os.path.commonprefix((text, self._shown))) : len(text) - held]
+        # of the next ids' context one id is enough, unless a character is not complete
+        first = max(0, end - (MOST_BYTES if held else 1))
+        context = decode_ids(self._tokenizer, self._ids[first:end])
+        self._ids = self._ids[first:]
+        self._shown = context[: len(context) - held]
+        if self._drops_space and new:
+            new = new.removeprefix(" ")
+            self._drops_space = False
+        return new
+
+
+def continue_text(
+    tokenizer: PreTrainedTokenizerBase, text: str, known: list[int], new: list[int]
+) -> str:
+    """What to append to `text`, whose ids are `known`, for the ids `new`."""
+    return TextStream(tokenizer, text, known).add(new, last=True)
+
+
+class TokComPiece(NamedTuple):
+    """What one text has gained in a block.
+
+    `text` and `ids` are new; `tokens` is how many the text has by now, EOS included;
+    `finish_reason` is "stop" (EOS) or "length" once the text has ended, and None before.
+    """
+
+    text: str
+    tokens: int
+    finish_reason: str | None
+    ids: tuple[int, ...] = ()
+
+
+class StreamedText:
+    """One text of `stream_batch` while it grows: ends at EOS or after `max_length` tokens.
+
+    The next `skip` tokens of its blocks repeat the prompt's.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt: str | list[int],
+        prompt_ids: list[int],
+        max_length: int,
+        skip: int,
+        eos_token_id: int | None,
+    ):
+        self.max_length = max_length
+        self.skip = skip
+        self.eos_token_id = eos_token_id
+        self.piece = TokComPiece("", 0, None)
+        self._stream = TextStream(tokenizer, prompt if isinstance(prompt, str) else "", prompt_ids)
+
+    def add(self, block: list[int]) -> TokComPiece:
+        """Append the ids of a block and return what they add to the text."""
+        skipped = min(self.skip, len(block))
+        self.skip -= skipped
+        if self.piece.finish_reason is not None:
+            self.piece = self.piece._replace(text="", ids=())
+            return self.piece
+        new = block[skipped:][: self.max_length - self.piece.tokens]
+        reason = None
+        if self.eos_token_id in new:
+            new = new[: new.index(self.eos_token_id) + 1]
+            reason = "stop"
+        count = self.piece.tokens + len(new)
+        if reason is None and count == self.max_length:
+            reason = "length"
+        text = self._stream.add(new, last=reason is not None)
+        self.piece = TokComPiece(text, count, reason, tuple(new))
+        return self.piece
+
+
+# ---- candidates ----
+
+
+def most_alike(rows: Sequence[Sequence]) -> int:
+    """Index of the row whose F1 of tokens with all rows is highest: the text of minimum Bayes risk.
+
+    Candidates are chosen so in DiffuSeq (https://arxiv.org/abs/2210.08933).
+    """
+    counts = [Counter(row) for row in rows]
+
+    def agreement(a: Counter) -> float:
+        # half of F1 = 2 |a & b| / (|a| + |b|): only the order matters. Two empty rows agree
+        shares = [(a & b).total() / (a.total() + b.total()) if a or b else 0.5 for b in counts]
+        return sum(shares)
+
+    return max(range(len(rows)), key=lambda i: agreement(counts[i]))
+
+
+# ---- streamers of transformers ----
+
+
 class StreamerFeed:
     """Gives a streamer of transformers one text: finished ids by `put`, drafts by `put_draft`.
 
@@ -151,4 +303,14 @@ class StreamerFeed:
         self._streamer.end()
 
 
-__all__ = ["StreamerFeed", "explain_unknown_arguments", "near_miss", "prompt_room"]
+__all__ = [
+    "StreamedText",
+    "StreamerFeed",
+    "TextStream",
+    "TokComPiece",
+    "continue_text",
+    "explain_unknown_arguments",
+    "most_alike",
+    "near_miss",
+    "prompt_room",
+]

@@ -48,10 +48,8 @@ PIPELINE_NAMES = {
 }
 CARD = "README.md"
 HTTP_ERROR = HfHubHTTPError.__bases__[0]  # of the client that huggingface_hub uses, whichever it is
-WEIGHTS = [
-    "model*.safetensors",
-    "model.safetensors.index.json",
-]  # of earlier pushes, which these replace
+# of earlier pushes, which these replace
+WEIGHTS = ["model*.safetensors", "model.safetensors.index.json"]
 # the line of a card's example that names the repository
 WHERE = re.compile(r'^path_or_id = ".*"', re.MULTILINE)
 PICTURE = re.compile(r"!\[[^\]]*\]\(([^)\s]+)\)")
@@ -128,12 +126,8 @@ def with_section(card: str, heading: str, body: str) -> str:
     found = re.search(rf"^## {re.escape(heading)}\n.*?(?=^## |\Z)", card, re.MULTILINE | re.DOTALL)
     if found is None:
         return card.rstrip() + "\n\n" + section
-    return (
-        card[: found.start()]
-        + section
-        + ("\n" if found.end() < len(card) else "")
-        + card[found.end() :]
-    )
+    gap = "\n" if found.end() < len(card) else ""
+    return card[: found.start()] + section + gap + card[found.end() :]
 
 
 def copy_pictures(card: str, source: Path, target: Path) -> None:
@@ -484,6 +478,13 @@ class TokComBasePipeline(CheckedFiles, DiffusionPipeline):
             )
 
     # ---- the sampler ----
+
+    def compile(self, **options: Any) -> None:
+        """Compile the network in place; `options` are those of `torch.compile`.
+
+        The first call then takes a minute or more. One graph serves all blocks and all lengths.
+        """
+        self.model.transformer.compile(**options)
 
     def prepare_latents(
         self,

@@ -29,7 +29,7 @@ from .configuration_tokcom import TokComTransformerConfig  # noqa: F401
 from .context_tokcom import TokComStep  # noqa: F401
 from .heads_tokcom import TokComTokenHead  # noqa: F401
 from .integrity_tokcom import check_files  # noqa: F401
-from .interface_tokcom import near_miss  # noqa: F401
+from .interface_tokcom import most_alike
 from .layers_tokcom import TokComBlock  # noqa: F401
 from .modeling_tokcom import TokComModel
 from .objective_tokcom import TokComObjective  # noqa: F401
@@ -37,7 +37,7 @@ from .pictures_tokcom import Frames  # noqa: F401
 from .pipeline_base_tokcom import CardFacts, TokComBasePipeline
 from .processing_tokcom import TokComImageProcessor, decode_rows, end_at_eos
 from .quantization_tokcom import VectorQuantizer  # noqa: F401
-from .sampling_tokcom import TokComSampling, most_alike
+from .sampling_tokcom import TokComSampling
 from .scheduling_tokcom import TokComFlowMatchSchedulerOutput  # noqa: F401
 from .sounds_tokcom import read_sound  # noqa: F401
 from .tasks_tokcom import TokComTask, lay_out_clip, pad_token_id

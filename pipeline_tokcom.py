@@ -30,18 +30,15 @@ from .configuration_tokcom import TokComConfig  # noqa: F401
 from .context_tokcom import TokComStep  # noqa: F401
 from .heads_tokcom import TokComTokenHead  # noqa: F401
 from .integrity_tokcom import check_files  # noqa: F401
-from .interface_tokcom import StreamerFeed, prompt_room
+from .interface_tokcom import StreamedText, StreamerFeed, TokComPiece, continue_text, prompt_room
 from .layers_tokcom import TokComBlock  # noqa: F401
 from .modeling_tokcom import TokComModel  # noqa: F401
 from .objective_tokcom import objective_class
 from .pictures_tokcom import Frames  # noqa: F401
 from .pipeline_base_tokcom import CardFacts, StepCallback, TokComBasePipeline
 from .processing_tokcom import (
-    StreamedText,
-    TokComPiece,
     TokComScore,
     as_prompts,
-    continue_text,
     decode_rows,
     prompt_ids,
     read_latents,

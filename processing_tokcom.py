@@ -12,7 +12,6 @@ Notable choices:
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -156,33 +155,6 @@ def text_rows(rows: list[list[int]], length: int, eos_token_id: int) -> torch.Te
     return torch.tensor([[*row[:length], *[eos_token_id] * (length - len(row))] for row in rows])
 
 
-def continue_text(
-    tokenizer: PreTrainedTokenizerBase, text: str, known: list[int], new: list[int]
-) -> str:
-    """What to append to `text`, whose ids are `known`, for the ids `new`.
-
-    Both are decoded together, since many tokenizers drop a space at the start of what they decode; a space that
-    ends `text` is the one that the first new word brings along.
-    """
-    before = decode_ids(tokenizer, known)
-    whole = decode_ids(tokenizer, known + new)
-    added = whole[len(before) :] if whole.startswith(before) else decode_ids(tokenizer, new)
-    return added.removeprefix(" ") if text.endswith(" ") else added
-
-
-class TokComPiece(NamedTuple):
-    """What one text has gained in a block.
-
-    `text` and `ids` are new; `tokens` is how many the text has by now, EOS included; `finish_reason` is "stop" (EOS) or
-    "length" once the text has ended, and None before.
-    """
-
-    text: str
-    tokens: int
-    finish_reason: str | None
-    ids: tuple[int, ...] = ()
-
-
 class TokComScore(NamedTuple):
     """The likelihood of a text: its `nats` in all, and `token_nats` of each of its tokens."""
 
@@ -202,49 +174,6 @@ class TokComScore(NamedTuple):
 
 class ChatText(str):
     """A text that a chat template has made: what spells a special token in it is that token."""
-
-
-@dataclass
-class StreamedText:
-    """One text of `stream_batch` while it grows."""
-
-    tokenizer: PreTrainedTokenizerBase
-    prompt: str | list[int]
-    prompt_ids: list[int]
-    max_length: int
-    skip: int  # tokens that its next blocks repeat of the prompt
-    eos_token_id: int | None  # ends the text
-    ids: list[int] = field(default_factory=list)
-    shown: str = ""
-    piece: TokComPiece = TokComPiece("", 0, None)
-
-    def add(self, block: list[int]) -> TokComPiece:
-        """Append the ids of a block and return what they add to the text."""
-        skipped = min(self.skip, len(block))
-        self.skip -= skipped
-        new = block[skipped:]
-        if self.piece.finish_reason is not None:
-            self.piece = self.piece._replace(text="", ids=())
-            return self.piece
-        ended = self.eos_token_id in new
-        if ended:
-            new = new[: new.index(self.eos_token_id) + 1]
-            ended = len(self.ids) + len(new) <= self.max_length
-        new = new[: self.max_length - len(self.ids)]
-        self.ids = self.ids + new
-        reason = None
-        if ended:
-            reason = "stop"
-        elif len(self.ids) == self.max_length:
-            reason = "length"
-        prompt = self.prompt if isinstance(self.prompt, str) else ""
-        text = continue_text(self.tokenizer, prompt, self.prompt_ids, self.ids)
-        if reason is None:
-            # a character whose bytes are not complete waits for the next block
-            text = text.rstrip("\ufffd")
-        self.piece = TokComPiece(text[len(self.shown) :], len(self.ids), reason, tuple(new))
-        self.shown = max(self.shown, text, key=len)
-        return self.piece
 
 
 def as_prompts(tokenizer: PreTrainedTokenizerBase | None, prompt: Any) -> list[str]:
@@ -567,16 +496,13 @@ TokComImageProcessor.register_for_auto_class("AutoImageProcessor")
 
 __all__ = [
     "ChatText",
-    "StreamedText",
     "TokComAudioProcessor",
     "TokComImageProcessor",
-    "TokComPiece",
     "TokComScore",
     "as_clips",
     "as_pictures",
     "as_prompts",
     "as_sounds",
-    "continue_text",
     "decode_ids",
     "decode_rows",
     "end_at_eos",

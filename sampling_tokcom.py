@@ -20,8 +20,7 @@ import inspect
 import math
 import random
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -186,30 +185,16 @@ def until_all_ended(blocks: Blocks, eos_token_id: int | None, skip: list[int]) -
         yield latents, ids
         if eos_token_id is None:
             continue
-        # EOS inside the prompt does not end the text that follows it
-        where = torch.arange(position, position + ids.shape[1], device=ids.device)
-        first_new = torch.tensor(skip, device=ids.device)
-        ends_here = ((ids == eos_token_id) & (where >= first_new[:, None])).any(-1)
+        ends = ids == eos_token_id
+        if position < max(skip):  # only there is anything of a prompt
+            where = torch.arange(position, position + ids.shape[1], device=ids.device)
+            ends = ends & (where >= torch.tensor(skip, device=ids.device)[:, None])
+        ends_here = ends.any(-1)
         ended = ends_here if ended is None else ended | ends_here
         position += ids.shape[1]
         if bool(ended.all()):
             break
     blocks.close()  # of the progress bar
-
-
-def most_alike(rows: Sequence[Sequence]) -> int:
-    """Index of the row whose F1 of tokens with all rows is highest: the text of minimum Bayes risk.
-
-    Candidates are chosen so in DiffuSeq (https://arxiv.org/abs/2210.08933).
-    """
-    counts = [Counter(row) for row in rows]
-
-    def agreement(a: Counter) -> float:
-        # half of F1 = 2 |a & b| / (|a| + |b|): only the order matters. Two empty rows agree
-        shares = [(a & b).total() / (a.total() + b.total()) if a or b else 0.5 for b in counts]
-        return sum(shares)
-
-    return max(range(len(rows)), key=lambda i: agreement(counts[i]))
 
 
 # ---- the sampler ----
@@ -227,6 +212,8 @@ class TokComStepPlanner:
         self.scheduler = scheduler
         self.num_inference_steps = num_inference_steps
         self._plans: dict[int, list[TokComStep]] = {}  # by the length of a block
+        self._turns: list[float] | None = None
+        self._timesteps: torch.Tensor | None = None  # those that this planner has laid out
         self._check_scheduler()
 
     def _check_scheduler(self) -> None:
@@ -335,23 +322,29 @@ class TokComStepPlanner:
         """Lay out the scheduler's grid for a block `x (B, Q, C)`, and what each step needs that no
         block changes."""
         length = x.shape[1]
-        turns = self._turn_grid() if self.takes_turns and sigma_start == 1 else None
-        # for every block anew, since it also resets the scheduler
-        self.set_timesteps(sigma_start, x.device, turns)
-        if hasattr(self.scheduler, "set_begin_index"):  # or it is looked for on the device
-            self.scheduler.set_begin_index(0)
+        # another sampler with the same scheduler may have had a turn since the last block
+        if self.scheduler.timesteps is self._timesteps and hasattr(self.scheduler, "restart"):
+            self.scheduler.restart()
+        else:
+            if self._timesteps is None and self.takes_turns and sigma_start == 1:
+                self._turns = self._turn_grid()
+            # stock schedulers also forget here what the last block was
+            self.set_timesteps(sigma_start, x.device, self._turns)
+            if hasattr(self.scheduler, "set_begin_index"):  # or it is looked for on the device
+                self.scheduler.set_begin_index(0)
+            self._timesteps = self.scheduler.timesteps
         # blocks of one length take the same steps
         if length not in self._plans:
             self._plans[length] = (
-                self._diffusion_plan(x) if self.is_diffusion else self._flow_plan(x, turns)
+                self._diffusion_plan(x) if self.is_diffusion else self._flow_plan(x)
             )
         return self._plans[length]
 
-    def _flow_plan(self, x: torch.Tensor, turns: list[float] | None) -> list[TokComStep]:
+    def _flow_plan(self, x: torch.Tensor) -> list[TokComStep]:
         plan = []
         head = self.model.token_head
         sigmas = self.scheduler.sigmas.tolist()
-        grid = [1 - sigma for sigma in sigmas] if turns is None else turns
+        grid = self._turns or [1 - sigma for sigma in sigmas]
         for i in range(len(sigmas) - 1):
             # times, and all that is made of them, are the same for all rows
             now = torch.full((1, x.shape[1]), grid[i], device=x.device)
@@ -363,7 +356,8 @@ class TokComStepPlanner:
             following = torch.full((1, x.shape[1]), grid[i + 1], device=x.device)
             times = head.place_times(now).expand(len(x), -1, -1)
             # tokens are drawn from the step in which their turn begins
-            chosen = TokComChoice.of((times < 1) & (head.progress(following) > 0))
+            drawn = (times < 1) & (head.progress(following) > 0)
+            chosen = TokComChoice.of(drawn, blank=not bool((drawn & (times > 0)).any()))
             uncertain = TokComChoice.of((times > 0) & (times < 1))
             # each token has a time of its own, so the gain is its mean velocity until the next
             # sigma: with it the scheduler's Euler step is exact for every token
@@ -409,7 +403,8 @@ class TokComBlockSampler:
         self.planner = TokComStepPlanner(model, scheduler, self.sampling.num_inference_steps)
         self.interrupt = False
         self._unfinished = False  # whether the current block was interrupted
-        self._finite: torch.Tensor | None = None  # whether all predictions of the block were
+        # sum of the block's predictions: not finite if one of them was not
+        self._total: torch.Tensor | float = 0.0
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, time: float) -> torch.Tensor:
         """Clean `latents (B, n, C)` and `noise` -> x at the `time` in [0, 1]."""
@@ -436,8 +431,8 @@ class TokComBlockSampler:
         if position_ids is None:
             index = torch.arange(noise.shape[1], device=noise.device)
             position_ids = self.model.codec.positions(index.expand(len(noise), -1))
-        if exists is None:
-            exists = torch.ones(noise.shape[:2], dtype=torch.bool, device=noise.device)
+        if exists is not None and bool(exists.all()):
+            exists = None
         block_size = self.model.config.transformer_config.block_size
         if block_size is None:
             context = VisibleContext(
@@ -450,18 +445,21 @@ class TokComBlockSampler:
         first_blocks, last_blocks = (
             ({}, set()) if task.gaps is None else task.gaps.bounds(block_size)
         )
-        for index, block in enumerate(split_blocks(noise.shape[1], block_size, task.edges)):
+        slices = split_blocks(noise.shape[1], block_size, task.edges)
+        givens = [None] * len(slices) if task.given is None else task.given.parts(slices)
+        for index, block in enumerate(slices):
             # the state before a gap is read as late as possible, to see what is known by then
             if index in first_blocks:
                 context.read_anchor(first_blocks[index])
             context.begin(
-                position_ids[:, block], exists[:, block], guided=self.sampling.guidance_scale != 1.0
+                position_ids[:, block],
+                None if exists is None else exists[:, block],
+                guided=self.sampling.guidance_scale != 1.0,
             )
             # compiled code depends on strides
             x = noise[:, block].clone(memory_format=torch.contiguous_format)
-            given = None if task.given is None else task.given.part(block)
             after_step = None if on_step_end is None else partial(on_step_end, index)
-            x, ids = self._denoise(x, context, task.sigma_start, given, sources, after_step)
+            x, ids = self._denoise(x, context, task.sigma_start, givens[index], sources, after_step)
             if self._unfinished and block_size is not None and (index or model_has_tokens):
                 return  # the block is still noise
             is_last = block.stop == noise.shape[1]
@@ -501,7 +499,8 @@ class TokComBlockSampler:
                 clean = head.latents_of(context.symbols, given.chunks).to(x.dtype)
                 channels_per_token = x.shape[-1] // given.mask.shape[-1]
                 x = torch.where(given.mask.repeat_interleave(channels_per_token, dim=-1), clean, x)
-        self._finite = torch.ones((), dtype=torch.bool, device=x.device)
+        plan = context.lay_out(plan)
+        self._total = 0.0
         for i, (timestep, step) in enumerate(zip(scheduler.timesteps, plan)):
             self._unfinished = self.interrupt
             if self._unfinished:
@@ -516,7 +515,7 @@ class TokComBlockSampler:
                 following = plan[i + 1].times if i + 1 < len(plan) else torch.ones_like(step.times)
                 chunks = head.recognise(context.symbols, x, following)
         # read once per block: every read makes the host wait for the device
-        if not self._finite:
+        if not math.isfinite(self._total):
             raise ValueError(
                 "the model's predictions became NaN or infinite, so there is nothing to draw from; "
                 f"{self.model.dtype} may be too small for it (load it with dtype=torch.float32), "
@@ -563,8 +562,8 @@ class TokComBlockSampler:
         for other, scale in zip(others, scales):
             # classifier-free guidance: away from the prediction that knows less
             states = states + (scale - 1) * (full - other)
-        # noted on the device; asking here would wait for it in every step
-        self._finite &= torch.isfinite(states).all()
+        # added up on the device; asking here would wait for it in every step
+        self._total = self._total + states.sum(dtype=torch.float32)
         head = self.model.token_head
         if head is None:
             return self.model.quantize(states.float()), None
@@ -589,7 +588,6 @@ __all__ = [
     "TokComStepPlanner",
     "join_blocks",
     "kept_tokens",
-    "most_alike",
     "row_noise",
     "spawn_generators",
     "split_blocks",

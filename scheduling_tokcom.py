@@ -124,6 +124,10 @@ class TokComFlowMatchScheduler(SchedulerMixin, ConfigMixin):
     def set_begin_index(self, begin_index: int = 0) -> None:
         self._begin_index = begin_index
 
+    def restart(self) -> None:
+        """Begin the same grid anew, at its first step."""
+        self._step_index = self._begin_index = 0
+
     def scale_model_input(self, sample: torch.Tensor, timestep=None) -> torch.Tensor:
         return sample
 

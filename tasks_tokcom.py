@@ -38,10 +38,15 @@ class TokComGiven:
     chunks: torch.Tensor
     mask: torch.Tensor
 
-    def part(self, block: slice) -> "TokComGiven | None":
-        """The same for some of the latents; None if nothing is known of them."""
-        mask = self.mask[:, block]
-        return TokComGiven(self.chunks[:, block], mask) if bool(mask.any()) else None
+    def parts(self, blocks: list[slice]) -> "list[TokComGiven | None]":
+        """The same for some of the latents each; None where nothing is known of them."""
+        anywhere = self.mask.any(-1).any(0).tolist()  # read once, not for every block
+        return [
+            TokComGiven(self.chunks[:, block], self.mask[:, block])
+            if any(anywhere[block])
+            else None
+            for block in blocks
+        ]
 
 
 @dataclass

@@ -381,6 +381,8 @@ class TokComTransformer(TokComPreTrainedModel):
         if not config.head_attention and num_context:
             hidden_states = hidden_states[:, num_context:]
             timestep = timestep[:, num_context:]
+            if not hidden_states.shape[1]:  # all is context, which the cache holds by now
+                return TokComTransformerOutput(latents=latents[:, :0])
         conditioning = F.silu(self.time_embedding(timestep)) if modulations is None else None
         if config.attention_type == "factorized":
             kwargs["places"] = group_size or moment_size(position_ids)
@@ -500,12 +502,10 @@ class TokComTransformer(TokComPreTrainedModel):
         """States, times, positions and the mask of keys with those of a prefix in front."""
         states, exists, places = prefix
         batch, length, _ = hidden_states.shape
-        axes = self.config.num_position_axes
+        shape = batch, -1, self.config.num_position_axes
         if position_ids is None:
-            position_ids = torch.arange(length, device=states.device)[None, :, None].expand(
-                batch, -1, axes
-            )
-        places = places[None, :, None].expand(batch, -1, axes)  # (B, L, A)
+            position_ids = torch.arange(length, device=states.device)[None, :, None].expand(shape)
+        places = places[None, :, None].expand(shape)  # (B, L, A)
         if attention_mask is None:
             attention_mask = torch.ones(batch, length, dtype=torch.bool, device=states.device)
         return (

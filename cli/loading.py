@@ -117,4 +117,4 @@ def speed_up(pipe, int8: bool, compiled: bool) -> None:
             ) from error
         quantize_(pipe.model.transformer, Int8WeightOnlyConfig())
     if compiled:
-        pipe.model.transformer.compile()
+        pipe.compile()

@@ -384,6 +384,7 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
     add("--host", default="127.0.0.1", help="0.0.0.0 for all interfaces; give an API key then")
     add("--port", type=int, default=8000, help="0 takes a free one")
     add("--device", default="auto", help=DEVICE)
+    add("--compile", **OPTIONS["compile"])
     add(
         "--api_key",
         default=os.environ.get("TOKCOM_API_KEY"),

@@ -35,7 +35,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tokcom.cli.fair_turns import Engine, Job, Piece, RequestError, Scores
-from tokcom.cli.loading import open_pipeline
+from tokcom.cli.loading import open_pipeline, speed_up
 from tokcom.cli.openai_format import (
     ChatFormat,
     ChatRequest,
@@ -476,6 +476,13 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def warm_up(pipe: TokComPipeline) -> None:
+    """Let a compiled network see what requests will bring, so that none of them waits for a compiler."""
+    for count in (1, 2, 3):  # a size that has changed is compiled for all sizes
+        for prompt in ("Once", "Once upon a time there was", "Once upon a time there was a house"):
+            pipe([prompt] * count, gen_length=16)
+
+
 def run(args: argparse.Namespace) -> None:
     """Serve until a signal ends the process."""
     settings = ServerSettings(
@@ -487,6 +494,9 @@ def run(args: argparse.Namespace) -> None:
     if pipe.tokenizer is None:
         raise ValueError(f"{args.checkpoint} has no tokenizer, so there is no text to serve.")
     pipe.set_progress_bar_config(disable=True)
+    if args.compile:
+        speed_up(pipe, int8=False, compiled=True)
+        warm_up(pipe)
     if not is_loopback(args.host) and not args.api_key:
         print(f"warning: {args.host} can be reached from other machines and there is no --api_key.")
     app = build_app(pipe, settings)

@@ -4,6 +4,7 @@ What is finished stands as it is; what the current denoising step makes of the r
 are broken before they reach the edge, so that only the last one has to be drawn again.
 """
 
+import copy
 import shutil
 import sys
 import time
@@ -13,7 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from tokcom.processing_tokcom import decode_ids
+from tokcom.interface_tokcom import TextStream
 
 YELLOW = "\033[33m"
 PLAIN = "\033[0m"
@@ -37,13 +38,11 @@ class TerminalStreamer(BaseStreamer):
         file: TextIO | None = None,
         width: int | None = None,
     ):
-        self.tokenizer = tokenizer
         self.pause = pause
         self.file = file or sys.stdout
         self.width = width or shutil.get_terminal_size().columns
-        self.ids: list[int] = []
+        self.text = TextStream(tokenizer, "", [])
         self.line = ""  # what is finished of the last line
-        self.shown = ""  # all finished text
 
     def _draw(self, draft: str = "") -> None:
         room = max(0, self.width - 1 - len(self.line))
@@ -53,11 +52,7 @@ class TerminalStreamer(BaseStreamer):
         self.file.flush()
 
     def put(self, value: torch.Tensor) -> None:
-        self.ids += value.flatten().tolist()
-        text = decode_ids(self.tokenizer, self.ids).rstrip("\ufffd")
-        new = text[len(self.shown) :]
-        self.shown = text
-        for character in new:
+        for character in self.text.add(value.flatten().tolist()):
             self.line += character
             if character == "\n":
                 self._break(len(self.line) - 1, len(self.line))
@@ -76,12 +71,12 @@ class TerminalStreamer(BaseStreamer):
         self.line = rest
 
     def put_draft(self, value: torch.Tensor, **kwargs) -> None:
-        known = decode_ids(self.tokenizer, self.ids).rstrip("\ufffd")
-        text = decode_ids(self.tokenizer, self.ids + value.flatten().tolist())
-        self._draw(text[len(known) :])
+        # on a copy, since the next draft takes the place of this one
+        self._draw(copy.copy(self.text).add(value.flatten().tolist(), last=True))
         time.sleep(self.pause)
 
     def end(self) -> None:
+        self.line += self.text.add([], last=True)
         self._draw()
         self.file.write("\n")
         self.file.flush()

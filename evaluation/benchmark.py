@@ -3,7 +3,7 @@
     python -m tokcom.evaluation.benchmark training --stage flow codec  # a step, published code
     python -m tokcom.evaluation.benchmark sampling --preset tiny  # ms per token, Llama with cache
     python -m tokcom.evaluation.benchmark length --checkpoint .   # time and memory against length
-    python -m tokcom.evaluation.benchmark serving --checkpoint .  # requests one by one and at once
+    python -m tokcom.evaluation.benchmark serving --checkpoint .  # the server, with a Llama, too
 
 `training` and `length` run every system in a process of its own, because peak memory cannot be
 reset. Systems take turns, and numbers are medians. Weights are random except for `length`; speed
@@ -32,6 +32,7 @@ from tokcom.cli.loading import add_device_option, usable_device
 from tokcom.training.precision import has_fast_bfloat16
 from tokcom.training.presets import preset_config, read_preset
 
+CLOCK: Callable[[], float] = time.perf_counter  # or the processor's, with --processor_time
 DEVICE = usable_device()
 PEAK_SIZES = (1024, 2048, 4096)
 CACHED = "TokCom, cached latents"
@@ -53,10 +54,10 @@ def synchronize() -> None:
 
 def seconds_of(function: Callable, *arguments) -> float:
     synchronize()
-    started = time.perf_counter()
+    started = CLOCK()
     function(*arguments)
     synchronize()
-    return time.perf_counter() - started
+    return CLOCK() - started
 
 
 def peak_mib() -> float:
@@ -211,7 +212,7 @@ def tokcom_generator(
     ).to(DEVICE)
     pipe.set_progress_bar_config(disable=True)
     if compiled:
-        pipe.model.transformer.compile()
+        pipe.compile()
 
     def generate(batch_size: int, tokens: int, steps: int | None) -> None:
         pipe.generate(tokens // pipe.chunk_size, batch_size, steps, output_type="seq")
@@ -281,7 +282,8 @@ def sampling(args: argparse.Namespace) -> dict:
     vocab_size = args.vocab_size or preset_config(args.preset).codec_config.vocab_size - 1
     ours = tokcom_generator(args.preset, vocab_size=vocab_size)
     systems = {"Llama with KV cache": llama_generator(args.preset, ours.parameters, vocab_size)}
-    systems["published"] = published_generator(ours.parameters, vocab_size)
+    if args.published:
+        systems["published"] = published_generator(ours.parameters, vocab_size)
     if args.compile:
         systems["TokCom compiled"] = tokcom_generator(
             args.preset, compiled=True, vocab_size=vocab_size
@@ -355,8 +357,35 @@ def length(args: argparse.Namespace) -> dict:
 # ---- serving ----
 
 
+def serving_systems(checkpoint: str) -> dict:
+    """The pipelines that the server is put in front of: a model, and a Llama of random weights with
+    as many parameters and layers and the same width."""
+    from transformers import LlamaForCausalLM
+
+    from tokcom.evaluation.autoregressive import llama_config
+    from tokcom.evaluation.samplers import AutoregressivePipeline
+    from tokcom.pipeline_tokcom import TokComPipeline
+
+    pipe = TokComPipeline.from_pretrained(checkpoint).to(DEVICE)
+    pipe.set_progress_bar_config(disable=True)
+    config = pipe.model.config
+    shape = config.transformer_config
+    size = sum(p.numel() for p in pipe.model.parameters())
+    eos = pipe.tokenizer.eos_token_id
+    torch.manual_seed(0)
+    peer = LlamaForCausalLM(
+        llama_config(
+            config.text_vocab_size - 1, shape.hidden_size, shape.num_hidden_layers, size, eos
+        )
+    )
+    return {"TokCom": pipe, "Llama": AutoregressivePipeline(peer.eval().to(DEVICE), pipe)}
+
+
 def serving(args: argparse.Namespace) -> dict:
-    """Tokens per second of the OpenAI-compatible server, requests one by one and all at once."""
+    """Throughput and latency of the OpenAI-compatible server with both systems behind it.
+
+    The clients of a row send `args.requests` requests each, one after the other.
+    """
     import threading
     from concurrent.futures import ThreadPoolExecutor
 
@@ -365,42 +394,59 @@ def serving(args: argparse.Namespace) -> dict:
 
     from tokcom.cli.serve import build_app
     from tokcom.cli.server_settings import ServerSettings
-    from tokcom.pipeline_tokcom import TokComPipeline
 
-    pipe = TokComPipeline.from_pretrained(args.checkpoint).to(DEVICE)
-    pipe.set_progress_bar_config(disable=True)
-    server = uvicorn.Server(
-        uvicorn.Config(build_app(pipe, ServerSettings()), port=0, log_level="warning")
-    )
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+    servers = {}
+    for name, pipe in serving_systems(args.checkpoint).items():
+        app = build_app(pipe, ServerSettings(timeout=3600.0))
+        server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+        thread = threading.Thread(target=server.run, daemon=True)
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1"
+        client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=3600)
+        servers[name] = server, thread, client
 
-    def ask(seed: int) -> int:
-        options = {"prompt": "Once upon a time", "max_tokens": args.tokens, "seed": seed}
-        return client.completions.create(model="tokcom", **options).usage.completion_tokens
-
-    def rate(workers: int) -> float:
-        with ThreadPoolExecutor(workers) as pool:
+    def ask(client: openai.OpenAI, seed: int) -> list[tuple[int, float]]:
+        """Tokens and seconds of the requests of one client."""
+        found = []
+        for _ in range(args.requests):
             started = time.perf_counter()
-            tokens = sum(pool.map(ask, range(args.requests)))
-            return tokens / (time.perf_counter() - started)
+            options = {"prompt": "Once upon a time", "max_tokens": args.tokens, "seed": seed}
+            usage = client.completions.create(model="tokcom", **options).usage
+            found.append((usage.completion_tokens, time.perf_counter() - started))
+        return found
 
-    rates = {1: [], args.requests: []}  # by the number of requests at once
-    for _ in tqdm(range(args.rounds), desc="serving"):
-        for workers, found in rates.items():
-            found.append(rate(workers))
-    server.should_exit = True
-    thread.join()
-    rows = [
-        {"requests at once": n, "tokens_per_second": statistics.median(found)}
-        for n, found in rates.items()
-    ]
-    for row in rows:
-        row["times_one_at_a_time"] = row["tokens_per_second"] / rows[0]["tokens_per_second"]
+    def measure(name: str, clients: int) -> dict:
+        client = servers[name][2]
+        with ThreadPoolExecutor(clients) as pool:
+            started = time.perf_counter()
+            busy = time.process_time()
+            futures = [pool.submit(ask, client, seed) for seed in range(clients)]
+            answers = [answer for future in futures for answer in future.result()]
+        tokens = sum(count for count, _ in answers)
+        latencies = sorted(seconds for _, seconds in answers)
+        return {
+            "tokens per second": tokens / (time.perf_counter() - started),
+            "p50, s": statistics.median(latencies),
+            "p95, s": latencies[max(0, -(-95 * len(latencies) // 100) - 1)],
+            "processor ms per token": 1000 * (time.process_time() - busy) / tokens,
+        }
+
+    for name in servers:
+        measure(name, 1)  # what is slow only once
+    rows = []
+    for clients in args.clients:
+        runs = {name: [] for name in servers}
+        for _ in tqdm(range(args.rounds), desc=f"serving {clients} at once"):
+            for name, found in runs.items():  # systems take turns
+                found.append(measure(name, clients))
+        for name, found in runs.items():
+            medians = {key: statistics.median(run[key] for run in found) for key in found[0]}
+            rows.append({"system": name, "clients": clients, **medians})
+    for server, thread, _ in servers.values():
+        server.should_exit = True
+        thread.join()
     return {"rows": rows}
 
 
@@ -460,6 +506,12 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument(
         "--compile", action="store_true", help="both systems with torch.compile, too"
     )
+    sample.add_argument("--published", action="store_true", help="the published sampler, too")
+    sample.add_argument(
+        "--processor_time",
+        action="store_true",
+        help="time of the processor, not of the clock: on a CPU that others use, too",
+    )
     for name, values in {
         "batch_sizes": [1, 8, 32],
         "lengths": [256, 1024, 4096],
@@ -474,10 +526,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--steps", type=int, help="denoising steps per block; by default the model's own"
     )
     serve = commands.add_parser(
-        "serving", help="throughput of the server, requests one by one and at once"
+        "serving",
+        help="throughput and latency of the server, beside a Llama behind the same server",
     )
     serve.add_argument("--checkpoint", default=".")
-    for name, value in {"requests": 50, "tokens": 64, "rounds": 3}.items():
+    serve.add_argument("--clients", type=int, nargs="+", default=[1, 8, 64], help="at once")
+    for name, value in {"requests": 2, "tokens": 64, "rounds": 3}.items():
         serve.add_argument(f"--{name}", type=int, default=value)
     for command in (train, sample, long, serve):
         command.add_argument(
@@ -490,9 +544,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 @report_errors()
 def main(argv: list[str] | None = None) -> None:
-    global DEVICE
+    global CLOCK, DEVICE
     args = build_parser().parse_args(argv)
     DEVICE = args.device
+    if getattr(args, "processor_time", False):
+        CLOCK = time.process_time
     args.arguments = list(sys.argv[1:] if argv is None else argv)
     if args.measure:
         if args.command == "training":

@@ -172,15 +172,11 @@ def benchmark_plot(command: str, rows: list[dict], file: Path) -> None:
         return
     if command == "serving":
         figure, axes = plt.subplots(figsize=(5, 3))
-        axes.bar(
-            [str(row["requests at once"]) for row in rows],
-            [row["tokens_per_second"] for row in rows],
-        )
-        axes.set_xlabel("requests at once")
-        axes.set_ylabel("tokens per second")
-        figure.tight_layout()
-        figure.savefig(file, dpi=120)
-        plt.close(figure)
+        for name in dict.fromkeys(row["system"] for row in rows):
+            own = [row for row in rows if row["system"] == name]
+            x = [row["clients"] for row in own]
+            axes.semilogx(x, [row["tokens per second"] for row in own], "o-", label=name)
+        _finish(figure, axes, "clients at once", "tokens per second", file)
         return
     if command == "length":
         figure, axes = plt.subplots(figsize=(5, 3.5))

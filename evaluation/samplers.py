@@ -1,17 +1,21 @@
 """One sampling interface for TokCom and its autoregressive peer, so the same code measures both.
 
 `sampler.sample(prompts, length, seed, count)` returns ids `(B, length)` that continue
-`prompts (B, P)`, or `count` unconditional samples if `prompts` is None.
+`prompts (B, P)`, or `count` unconditional samples if `prompts` is None. `AutoregressivePipeline`
+puts the peer behind the server.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
-from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.interface_tokcom import StreamedText
+from tokcom.pipeline_tokcom import TokComPiece, TokComPipeline
 from tokcom.processing_tokcom import vocabulary_size
 from tokcom.sampling_tokcom import TokComSampling
 from tokcom.tasks_tokcom import TokComTask, num_latents
@@ -115,3 +119,67 @@ class AutoregressiveSampler:
                 )
             rows.append(output[:, ids.shape[1] :].cpu().numpy())
         return np.concatenate(rows)
+
+
+class AutoregressivePipeline:
+    """A causal language model with the part of `TokComPipeline` that the server uses.
+
+    One turn writes as many tokens of every text as a block of the pipeline `like`, whose tokenizer
+    and limits it has. It knows no denoising steps and no guidance, and ignores them.
+    """
+
+    def __init__(self, model: PreTrainedModel, like: TokComPipeline):
+        self.network = model
+        self.model = SimpleNamespace(config=like.model.config)
+        self.tokenizer = like.tokenizer
+        self.max_length = like.max_length
+        self.turn = like.chunk_size * (like.model.config.transformer_config.block_size or 1)
+
+    @torch.no_grad()
+    def stream_batch(
+        self,
+        prompts: list[list[int]],
+        gen_length: list[int],
+        num_inference_steps: int | None,
+        guidance_scale: float,
+        temperature: float | None,
+        top_p: float | None,
+        generator: list[torch.Generator],
+        should_stop: Callable[[], bool],
+    ) -> Iterator[list[TokComPiece]]:
+        """As `TokComPipeline.stream_batch`; prompts are padded on the left."""
+        if top_p not in (None, 1.0):
+            raise ValueError(f"`top_p` ({top_p}) must be 1 for this peer.")
+        width = max(map(len, prompts))
+        device = self.network.device
+        ids = torch.tensor([[0] * (width - len(row)) + row for row in prompts], device=device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts])
+        mask = mask.to(device)
+        eos = self.tokenizer.eos_token_id
+        texts = [
+            StreamedText(self.tokenizer, row, row, length, 0, eos)
+            for row, length in zip(prompts, gen_length)
+        ]
+        cache = DynamicCache(config=self.network.config)
+        while not all(text.piece.finish_reason for text in texts):
+            block = []
+            for _ in range(self.turn):
+                if should_stop():
+                    return
+                position_ids = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+                logits = self.network(
+                    ids,
+                    attention_mask=mask,
+                    position_ids=position_ids,
+                    past_key_values=cache,
+                    logits_to_keep=1,
+                ).logits[:, -1]
+                edges = (logits / (temperature or 1.0)).softmax(-1).cumsum(-1)
+                uniform = torch.stack([torch.rand(1, generator=source) for source in generator])
+                # inverse transform sampling, as TokCom's token head draws
+                ids = torch.searchsorted(edges, uniform.to(device) * edges[:, -1:], right=True)
+                ids = ids.clamp_max(edges.shape[1] - 1)
+                mask = torch.cat((mask, mask.new_ones(len(mask), 1)), dim=1)
+                block.append(ids)
+            rows = torch.cat(block, dim=1).tolist()
+            yield [text.add(row) for text, row in zip(texts, rows)]

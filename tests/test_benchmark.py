@@ -144,14 +144,18 @@ def test_length_is_measured_on_a_saved_model(build, tmp_path):
     assert facts["tokens"] == 16 and facts["seconds"] > 0 and facts["peak_mib"] > 0
 
 
-def test_serving_command_counts_the_tokens_of_all_requests(build, tmp_path):
-    build().save_pretrained(tmp_path / "model")
-    small = ["--requests", "3", "--tokens", "4", "--rounds", "1"]
+def test_serving_command_measures_both_systems_behind_the_same_server(build, tmp_path):
+    shape = {"hidden_size": 64, "num_hidden_layers": 1}
+    build(transformer_config=shape, codec_config={"hidden_size": 192}).save_pretrained(
+        tmp_path / "model"
+    )
+    small = ["--clients", "1", "3", "--requests", "1", "--tokens", "4", "--rounds", "1"]
     main(
         ["serving", "--checkpoint", str(tmp_path / "model"), *small, "--output_dir", str(tmp_path)]
     )
     rows = json.loads((tmp_path / "serving.json").read_text())["rows"]
-    assert [row["requests at once"] for row in rows] == [1, 3] and all(
-        row["tokens_per_second"] > 0 for row in rows
-    )
+    assert [(row["system"], row["clients"]) for row in rows] == [
+        *(("TokCom", 1), ("Llama", 1), ("TokCom", 3), ("Llama", 3))
+    ]
+    assert all(row["tokens per second"] > 0 and row["p50, s"] <= row["p95, s"] for row in rows)
     assert (tmp_path / "serving.png").is_file()

@@ -23,8 +23,11 @@ REMOTE_FILES = {
         "difflib",
         "functools",
         "inspect",
+        "os",
+        "re",
         "torch",
         "transformers",
+        "typing",
     },
     "configuration_tokcom.py": {
         "copy",
@@ -59,7 +62,6 @@ REMOTE_FILES = {
     "processing_tokcom.py": {
         "PIL",
         "collections",
-        "dataclasses",
         "numpy",
         "os",
         "safetensors",

@@ -10,6 +10,7 @@ from tiny_streams import SUBSETS, build_pipe, content, tone, train_words
 from tokcom.cli.main import call
 from tokcom.evaluation.codebook import main as codebook
 from tokcom.inference import main as infer
+from tokcom.interface_tokcom import most_alike
 from tokcom.pipeline_media_tokcom import TokComOmniPipeline
 from tokcom.processing_tokcom import (
     TokComAudioProcessor,
@@ -18,7 +19,6 @@ from tokcom.processing_tokcom import (
     read_wav,
     write_wav,
 )
-from tokcom.sampling_tokcom import most_alike
 from tokcom.training.presets import preset_config
 
 

@@ -6,9 +6,10 @@ from safetensors import safe_open
 from transformers import TextStreamer
 
 from tokcom.heads_tokcom import TokComChoice
+from tokcom.interface_tokcom import continue_text
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_tokcom import TokComPipeline
-from tokcom.processing_tokcom import continue_text, end_at_eos
+from tokcom.processing_tokcom import end_at_eos
 from tokcom.sampling_tokcom import TokComSampling, spawn_generators, split_blocks
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 from tokcom.training.data import train_tokenizer
@@ -497,7 +498,8 @@ def test_one_compiled_graph_serves_all_blocks(build, head_attention):
         graphs.append(graph)
         return graph.forward
 
-    pipe.model.requires_grad_(False).transformer.compile(backend=count, fullgraph=True)
+    pipe.model.requires_grad_(False)
+    pipe.compile(backend=count, fullgraph=True)
     for num_chunks in (3, 40):  # the window holds 32 latents
         options = dict(num_chunks=num_chunks, num_inference_steps=3, output_type="seq")
         found, expected = (
@@ -506,6 +508,15 @@ def test_one_compiled_graph_serves_all_blocks(build, head_attention):
         assert torch.equal(found, expected)
         compiled = compiled if num_chunks == 40 else len(graphs)
     assert len(graphs) == compiled
+
+
+def test_a_bidirectional_model_recognises_the_tokens_of_its_prompt_once(build, monkeypatch):
+    pipe = build(**TOKENS, transformer_config={"block_size": None})
+    head, calls = pipe.model.token_head, []
+    recognise = head.recognise
+    monkeypatch.setattr(head, "recognise", lambda *args: calls.append(args) or recognise(*args))
+    pipe("Squinty was a little pig.", gen_length=8, num_inference_steps=6, generator=seeded())
+    assert len(calls) == 1
 
 
 def test_temperature_needs_token_probabilities(build):

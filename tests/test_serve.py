@@ -13,7 +13,7 @@ from serving import PROMPT, exact_pipe, servers
 from tokcom.cli import openai_format
 from tokcom.cli.main import build_parser
 from tokcom.cli.scoring import score_tokens
-from tokcom.cli.serve import is_loopback
+from tokcom.cli.serve import is_loopback, warm_up
 from tokcom.cli.server_settings import ServerSettings
 from tokcom.processing_tokcom import text_ids
 
@@ -33,6 +33,19 @@ def start():
 def server(pipe):
     with servers() as make:
         yield make(pipe)
+
+
+def test_a_compiled_server_has_compiled_everything_once_it_is_warm(tokenizer):
+    pipe = exact_pipe(tokenizer)
+    pipe.model.requires_grad_(False)
+    torch._dynamo.reset()
+    graphs = []
+    pipe.compile(backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    warm_up(pipe)
+    warm = len(graphs)
+    for count, prompt in ((1, "Squinty"), (4, "The pig"), (7, "He was a comical little pig")):
+        pipe([prompt] * count, gen_length=30)
+    assert 0 < warm == len(graphs)
 
 
 # ---- completions ----

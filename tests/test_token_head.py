@@ -3,7 +3,7 @@ own."""
 
 import pytest
 import torch
-from helpers import tiny_config
+from helpers import build_model, seeded, tiny_config
 
 from tokcom.heads_tokcom import TokComChoice, nucleus
 from tokcom.modeling_tokcom import TokComModel
@@ -207,3 +207,30 @@ def test_tokens_need_an_encoder_per_token():
         tiny_config(prediction_type="tokens")
     with pytest.raises(Exception, match="token_stagger"):
         tiny_config(**TOKENS, token_stagger=1.5)
+
+
+def test_a_draw_of_pure_noise_is_the_same_with_and_without_its_constant_likelihood():
+    model = build_model()
+    head, config = model.token_head, model.config.transformer_config
+    with torch.no_grad():
+        symbols = model.symbols()
+        states = torch.randn(2, 3, config.feature_size, generator=seeded())
+        times = torch.zeros(2, 3, head.num_symbols)
+        uniform = torch.rand(times.shape, generator=seeded(1))
+        noise = torch.randn(2, 3, config.latent_channels, generator=seeded(2))
+        drawn = [
+            head.draw(states, symbols, noise, times, TokComChoice.of(times == 0, blank), uniform)
+            for blank in (False, True)
+        ]
+    assert torch.equal(*drawn)
+
+
+def test_embeddings_are_read_alike_with_and_without_a_gradient():
+    model = build_model()
+    head = model.token_head
+    noise = torch.randn(2, 3, model.config.transformer_config.latent_channels, generator=seeded())
+    times = torch.rand(2, 3, head.num_symbols, generator=seeded(1)).round(decimals=1)
+    times[0] = 1.0
+    with torch.no_grad():
+        quick = head.read(model.symbols(), noise, times)
+    assert torch.equal(quick, head.read(model.symbols(), noise, times).detach())
