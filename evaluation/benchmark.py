@@ -381,13 +381,9 @@ def serving_systems(checkpoint: str) -> dict:
     return {"TokCom": pipe, "Llama": AutoregressivePipeline(peer.eval().to(DEVICE), pipe)}
 
 
-def serving(args: argparse.Namespace) -> dict:
-    """Throughput and latency of the OpenAI-compatible server with both systems behind it.
-
-    The clients of a row send `args.requests` requests each, one after the other.
-    """
+def start_server(pipe) -> tuple:
+    """The OpenAI-compatible server in a thread: the server, its thread, and a client of it."""
     import threading
-    from concurrent.futures import ThreadPoolExecutor
 
     import openai
     import uvicorn
@@ -395,19 +391,27 @@ def serving(args: argparse.Namespace) -> dict:
     from tokcom.cli.serve import build_app
     from tokcom.cli.server_settings import ServerSettings
 
-    servers = {}
-    for name, pipe in serving_systems(args.checkpoint).items():
-        app = build_app(pipe, ServerSettings(timeout=3600.0))
-        server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
-        thread = threading.Thread(target=server.run, daemon=True)
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1"
-        client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=3600)
-        servers[name] = server, thread, client
+    app = build_app(pipe, ServerSettings(timeout=3600.0))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1"
+    client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=3600)
+    return server, thread, client
 
-    def ask(client: openai.OpenAI, seed: int) -> list[tuple[int, float]]:
+
+def serving(args: argparse.Namespace) -> dict:
+    """Throughput and latency of the OpenAI-compatible server with both systems behind it.
+
+    The clients of a row send `args.requests` requests each, one after the other.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    servers = {name: start_server(pipe) for name, pipe in serving_systems(args.checkpoint).items()}
+
+    def ask(client, seed: int) -> list[tuple[int, float]]:
         """Tokens and seconds of the requests of one client."""
         found = []
         for _ in range(args.requests):
