@@ -24,7 +24,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedConfig
 
 from .layers_tokcom import CROSS_ENTROPY_CHUNK, TokComTokenEmbedding
 from .quantization_tokcom import VectorQuantizer
@@ -231,8 +230,8 @@ class TokComTokenHead(nn.Module):
         config (`TokComConfig`): its codec, `token_*` fields and `noise_std`.
     """
 
-    # typed by its base, since an import for a type alone lengthens every chain that leads here
-    def __init__(self, config: PreTrainedConfig):
+    # without a type: an import for a type alone lengthens every chain that leads here
+    def __init__(self, config):
         super().__init__()
         codec = config.codec_config
         self.num_symbols = codec.num_symbols
@@ -564,7 +563,7 @@ class TokComLatentHead(nn.Module):
     """`config.latent_refiner`, then `config.latent_head`: estimates `(B, N, C)` -> what is decoded,
     and a scalar loss."""
 
-    def __init__(self, config: PreTrainedConfig):
+    def __init__(self, config):
         super().__init__()
         codec = config.codec_config
         channels = codec.latent_channels

@@ -14,14 +14,13 @@ from PIL import Image
 from tiny_images import CODEC, EMOJI, FLOW, pictures
 from transformers import ResNetConfig, ResNetModel
 
-from tokcom.cli import app
+from tokcom.cli.app_zoo import ShownModel, draw, rebuild
 from tokcom.cli.main import main as convert
 from tokcom.configuration_media_tokcom import TokComStyleCodecConfig
 from tokcom.evaluation.images import PCA, frechet, jpeg, main, order_facts, psnr, ssim
 from tokcom.inference import main as infer
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_media_tokcom import TokComImagePipeline
-from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.processing_tokcom import TokComImageProcessor
 from tokcom.train_accelerate import main as train
 from tokcom.training.config import DataConfig, TrainConfig
@@ -174,20 +173,17 @@ def test_the_command_line_draws_and_rebuilds(trained, tmp_path, capsys):
 
 
 def test_the_page_draws_captions_and_rebuilds_pictures(trained):
-    demo = app.Demo(
-        TokComPipeline.from_pretrained(ROOT), images=TokComImagePipeline.from_pretrained(trained)
-    )
-    assert app.build_page(demo) is not None
-    shown = demo.draw("a cat", 2, 2.0, 0)
-    assert [text for _, text in shown] == [
+    shown = ShownModel(str(trained))
+    drawn = draw(shown, "a cat", 2, 2.0, 0)
+    assert [text for _, text in drawn] == [
         "6 of 6 tokens",
         "4 of 6 tokens",
         "2 of 6 tokens",
         "1 of 6 tokens",
     ]
-    assert demo.rebuild(Image.new("RGB", (40, 30)))[0][0].size == (192, 192)
+    assert rebuild(shown, Image.new("RGB", (40, 30)))[0][0].size == (192, 192)
     with pytest.raises(gradio.Error, match="no picture"):
-        demo.rebuild(None)
+        rebuild(shown, None)
 
 
 def test_kmeans_writes_a_model_that_gives_codes(trained, tmp_path, capsys):
