@@ -434,14 +434,14 @@ class TokComOmniPipeline(TokComBasePipeline):
         codec = self.model.config.codec_config
         kinds = {name: stream.kind for name, stream in codec.stream_configs().items()}
         first, *others = sorted(kinds, key=lambda name: kinds[name] != "text")
-        given = f'{{{first!r}: "a word"}}, ' if kinds[first] == "text" and others else ""
+        given = f'{{"{first}": "a word"}}, ' if kinds[first] == "text" and others else ""
         return CardFacts(
             task="any-to-any",
             does=(
                 f"makes any of the streams {', '.join(kinds)} for any others by denoising "
                 f"{codec.num_tokens} latents"
             ),
-            example=f"print(pipe({given}generate=[{(others or [first])[0]!r}]).streams)",
+            example=f'print(pipe({given}generate=["{(others or [first])[0]}"]).streams)',
         )
 
     @property
