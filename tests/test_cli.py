@@ -193,6 +193,7 @@ def test_an_unexpected_error_keeps_its_traceback_only_when_asked(monkeypatch):
         _ = 1 / 0
 
 
+@pytest.mark.slow
 def test_processes_end_with_the_documented_status():
     wrong = run("verify", "nowhere")
     assert (

@@ -276,6 +276,7 @@ def test_rarest_ids_are_the_least_frequent():
     assert set(rarest_ids(np.repeat(np.arange(20), np.arange(20) + 1), 0.1)) == {0, 1}
 
 
+@pytest.mark.slow
 def test_command_writes_every_measure_beside_its_controls(build, tmp_path, capsys):
     pipe = build()
     pipe.save_pretrained(tmp_path / "model")

@@ -162,6 +162,7 @@ class Exploit:
 # ---- signals and processes ----
 
 
+@pytest.mark.slow
 def test_a_signal_saves_exits_with_success_and_says_how_to_go_on(tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     command = [
@@ -233,6 +234,7 @@ def accelerate_environment() -> dict[str, str]:
     return dict(os.environ, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_process_does_that_accumulates(tmp_path):
     """Bit for bit, in float32, both stages, averages and latent statistics included."""
     half = [f"{stage}.gradient_accumulation_steps=2" for stage in ("codec", "flow")]

@@ -112,6 +112,7 @@ def test_a_pushed_pipeline_loads_by_id_in_four_ways_offline_too_and_generates(bu
     assert done.returncode == 0 and len(done.stdout.strip()) > 0, done.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_a_pinned_revision_stays_what_it_was(build, hub, tmp_path):
     digests, revisions = [], []
     for seed in range(2):
@@ -145,6 +146,7 @@ def test_private_repositories_need_the_token_and_refusals_say_what_to_do(build, 
     assert python(loading, hub, tmp_path / "b").returncode == 0
 
 
+@pytest.mark.slow
 def test_a_model_is_pushed_without_its_pipeline(build, hub, tmp_path):
     pipe = build()
     pipe.save_pretrained(tmp_path / "model")
@@ -156,6 +158,7 @@ def test_a_model_is_pushed_without_its_pipeline(build, hub, tmp_path):
     assert found == pytest.approx(digest(pipe.model), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_training_pushes_a_card_of_the_run_and_publish_adds_the_evaluation(hub, tmp_path):
     output = tmp_path / "my-model"
     command = [

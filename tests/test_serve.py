@@ -35,6 +35,7 @@ def server(pipe):
         yield make(pipe)
 
 
+@pytest.mark.slow
 def test_a_compiled_server_has_compiled_everything_once_it_is_warm(tokenizer):
     pipe = exact_pipe(tokenizer)
     pipe.model.requires_grad_(False)

@@ -73,6 +73,7 @@ def train(model, steps: int, optimizer=None, average=None):
     return optimizer, average
 
 
+@pytest.mark.slow
 def test_sharded_training_average_and_export_are_those_of_one_process(tmp_path):
     (tmp_path / "worker.py").write_text(
         f"import sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\n{WORKER}"
