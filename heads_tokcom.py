@@ -42,6 +42,17 @@ def nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
     return torch.zeros_like(probabilities).scatter(-1, index, ordered)
 
 
+def draw_ids(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """The first ids whose cumulative `probabilities (..., V)` exceed `uniform (...)` numbers."""
+    edges = probabilities.cumsum(-1)  # (..., V)
+    # just below the sum, so that rounding never selects what has no probability
+    total = edges[..., -1:].nextafter(edges.new_zeros(()))
+    wanted = torch.minimum(uniform[..., None] * edges[..., -1:], total)
+    drawn = torch.searchsorted(edges, wanted, right=True)
+    # NaN lies beyond every edge; the sampler refuses it once the block is done
+    return drawn[..., 0].clamp_max(edges.shape[-1] - 1)
+
+
 class TokComSymbols(NamedTuple):
     """What a codec's tokens look like.
 
@@ -516,16 +527,7 @@ class TokComTokenHead(nn.Module):
             probabilities = logits.softmax(-1)
             if top_p < 1:
                 probabilities = nucleus(probabilities, top_p)
-            # inverse transform sampling: the first token whose cumulative probability exceeds the
-            # number
-            edges = probabilities.cumsum(-1)  # (R, V)
-            # just below the sum, so that rounding never selects what has no probability
-            total = edges[:, -1:].nextafter(edges.new_zeros(()))
-            drawn = torch.searchsorted(
-                edges, torch.minimum(uniform[:, None] * edges[:, -1:], total), right=True
-            )
-            # NaN lies beyond every edge; the sampler refuses it once the block is done
-            return drawn[:, 0].clamp_max(edges.shape[1] - 1)
+            return draw_ids(probabilities, uniform)
 
         states = states.unflatten(-1, (self.num_symbols, -1))
         return self._map(ids, chosen, symbols, latents, times, states, uniform)

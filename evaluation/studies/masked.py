@@ -16,7 +16,7 @@ import torch
 
 from tokcom import objective_tokcom
 from tokcom.context_tokcom import TokComStep
-from tokcom.heads_tokcom import TokComChoice
+from tokcom.heads_tokcom import TokComChoice, draw_ids
 from tokcom.objective_tokcom import TokComNextChunkObjective
 from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.sampling_tokcom import TokComBlockSampler
@@ -126,9 +126,7 @@ class MaskedSampler(TokComBlockSampler):
         probabilities = logits.softmax(-1)
         entropy = torch.special.entr(probabilities).sum(-1)
         uniform = uniform_numbers(known, sources)
-        edges = probabilities.cumsum(-1)
-        drawn = torch.searchsorted(edges, uniform[..., None] * edges[..., -1:], right=True)
-        return drawn[..., 0].clamp_max(edges.shape[-1] - 1), entropy
+        return draw_ids(probabilities, uniform), entropy
 
     def _choose(self, entropy, known, steps_left: int, sources) -> torch.Tensor:
         """Which tokens `(B, Q, K)` this step decides."""
