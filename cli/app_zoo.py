@@ -130,21 +130,25 @@ def draw_text(shown: ShownModel, text: str) -> tuple[Image.Image, str]:
     return shown.run(work)
 
 
+def _options(caption: str, steps: int, guidance: float, seed: float) -> dict:
+    """What a pipeline of pictures or clips is asked with; without a caption nothing guides it."""
+    prompt = caption.strip() or None
+    return {
+        "prompt": prompt,
+        "num_inference_steps": int(steps),
+        "guidance_scale": guidance if prompt else 1.0,
+        "generator": numbered_noise(seed),
+    }
+
+
 def draw(
     shown: ShownModel, caption: str, steps: int, guidance: float, seed: float
 ) -> list[tuple[Image.Image, str]]:
     """Pictures for a caption: of all tokens, and of the first ones only."""
-    prompt = caption.strip() or None
 
     def work(pipe) -> list[tuple[Image.Image, str]]:
-        output = pipe(
-            prompt,
-            num_inference_steps=int(steps),
-            guidance_scale=guidance if prompt else 1.0,
-            generator=numbered_noise(seed),
-            output_type="latent",
-        )
-        return _prefixes(pipe, output.latents)
+        options = _options(caption, steps, guidance, seed)
+        return _prefixes(pipe, pipe(**options, output_type="latent").latents)
 
     return shown.run(work)
 
@@ -165,15 +169,9 @@ def _prefixes(pipe, latents: torch.Tensor) -> list[tuple[Image.Image, str]]:
 
 def animate(shown: ShownModel, caption: str, steps: int, guidance: float, seed: float) -> str:
     """A clip for a caption, as the name of a .gif file."""
-    prompt = caption.strip() or None
 
     def work(pipe) -> str:
-        clip = pipe(
-            prompt,
-            num_inference_steps=int(steps),
-            guidance_scale=guidance if prompt else 1.0,
-            generator=numbered_noise(seed),
-        ).videos[0]
+        clip = pipe(**_options(caption, steps, guidance, seed)).videos[0]
         descriptor, name = tempfile.mkstemp(".gif", dir=shown.files.name)
         os.close(descriptor)
         return export_to_gif([shown_large(frame) for frame in clip], name, FRAMES_PER_SECOND)
