@@ -16,7 +16,9 @@ from safetensors.torch import load_file
 from tokcom.configuration_tokcom import TokComConfig
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_base_tokcom import TokComBasePipeline
+from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.processing_tokcom import vocabulary_size
+from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 from tokcom.training.pipelines import build_pipeline
 from tokcom.training.presets import preset_config
 
@@ -153,6 +155,14 @@ def tiny_pipeline(modality: str, tokenizer=None) -> TokComBasePipeline:
         ):  # a block at initialisation is the identity, which would hide mistakes
             torch.nn.init.normal_(parameter, std=0.3)
     pipe = build_pipeline(model, tokenizer)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def exact_pipe(tokenizer, kind: type[TokComPipeline] = TokComPipeline) -> TokComPipeline:
+    """A model whose tokens take turns, so that its probabilities are exact."""
+    model = build_model(vocabulary_size(tokenizer))
+    pipe = kind(model, TokComFlowMatchScheduler.from_model_config(model.config), tokenizer)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -9,13 +9,9 @@ from collections.abc import Callable, Iterator
 
 import openai
 import uvicorn
-from helpers import build_model
 
 from tokcom.cli.serve import DrainingServer, build_app
 from tokcom.cli.server_settings import ServerSettings
-from tokcom.pipeline_tokcom import TokComPipeline
-from tokcom.processing_tokcom import vocabulary_size
-from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 
 PROMPT = "Squinty was"
 
@@ -56,16 +52,6 @@ class Running:
     def stop(self) -> None:
         self.server.should_exit = True
         self.thread.join(20)
-
-
-def exact_pipe(tokenizer) -> TokComPipeline:
-    """A model whose tokens take turns, so that its probabilities are exact."""
-    model = build_model(vocabulary_size(tokenizer))
-    pipe = TokComPipeline(
-        model, TokComFlowMatchScheduler.from_model_config(model.config), tokenizer
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 @contextlib.contextmanager

@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 from harness.server_load import measure
-from helpers import ROOT, seeded
-from serving import PROMPT, exact_pipe, servers, wait_until
+from helpers import ROOT, exact_pipe, seeded
+from serving import PROMPT, servers, wait_until
 
 from tokcom.cli.fair_turns import PATIENCE, Batch, Engine, Job, Piece, RequestError, Sampling
 from tokcom.cli.serve import Choice

@@ -2,21 +2,15 @@
 
 import pytest
 import torch
-from helpers import build_model, seeded
+from helpers import exact_pipe, seeded
 
 from tokcom.evaluation.studies.masked import MaskedObjective, MaskedPipeline, masked_training
 from tokcom.objective_tokcom import TokComNextChunkObjective
-from tokcom.processing_tokcom import vocabulary_size
-from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 
 
 @pytest.fixture
 def pipe(tokenizer) -> MaskedPipeline:
-    model = build_model(vocabulary_size(tokenizer))
-    scheduler = TokComFlowMatchScheduler.from_model_config(model.config)
-    pipe = MaskedPipeline(model, scheduler, tokenizer)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return exact_pipe(tokenizer, MaskedPipeline)
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ gives a prefix."""
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from helpers import build_model, seeded
+from helpers import exact_pipe, seeded
 
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_tokcom import TokComPipeline
@@ -32,12 +32,7 @@ PRESETS = {
 
 @pytest.fixture
 def pipe(tokenizer) -> TokComPipeline:
-    model = build_model(vocabulary_size(tokenizer))
-    pipe = TokComPipeline(
-        model, TokComFlowMatchScheduler.from_model_config(model.config), tokenizer
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return exact_pipe(tokenizer)
 
 
 def drawn_from(pipe: TokComPipeline) -> list[torch.Tensor]:

@@ -7,8 +7,8 @@ import urllib.request
 import openai
 import pytest
 import torch
-from helpers import seeded
-from serving import PROMPT, exact_pipe, servers
+from helpers import exact_pipe, seeded
+from serving import PROMPT, servers
 
 from tokcom.cli import openai_format
 from tokcom.cli.main import build_parser
