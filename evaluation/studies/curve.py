@@ -17,6 +17,7 @@ import contextlib
 import json
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -50,36 +51,20 @@ from tokcom.training.tokens import load_tokenizer
 STEPS = (1, 2, 4, 8, 16, 64)
 TEMPERATURES = (1.0, 0.9, 0.8, 0.7)
 THRESHOLDS = (0.1, 0.3, 1.0)  # nats below which a masked token is decided with others
-SYSTEMS = {  # name -> the row of the ablations that is trained
-    "turns": "recipe",
-    "half turns": "stagger_0.5",
-    "no turns": "stagger_0",
-    "turns, K = 2": "k2",
-    "turns, K = 8": "k8",
-    "masks": "recipe",
-    "autoregressive": None,
-    "turns, trained": None,
-    "masks, tuned": "recipe",
-}
-
-
 # ---- training ----
 
 
 def train_system(name: str, args: argparse.Namespace) -> tuple[Path, dict]:
     """The directory of the trained model, and what it cost."""
-    if name == "autoregressive":
-        return train_autoregressive(args)
-    if name == "turns, trained":
-        return Path(args.init_from), {}
+    entry = SYSTEMS[name]
+    if entry.row is None:
+        return entry.kind.train(args)
     options = argparse.Namespace(**vars(args))
-    options.row = SYSTEMS[name]
-    trains_masks = name.startswith("masks")
-    if trains_masks:
+    options.row = entry.row
+    options.init_from = args.init_from if entry.is_tuned else None
+    if entry.kind is MaskSystem:  # rows of the same name are trained on turns
         options.work_dir = str(Path(args.work_dir) / name)
-    if name != "masks, tuned":
-        options.init_from = None
-    with masked_training() if trains_masks else contextlib.nullcontext():
+    with entry.kind.training():
         return train_row(options)
 
 
@@ -103,85 +88,141 @@ def train_autoregressive(args: argparse.Namespace) -> tuple[Path, dict]:
     return directory, json.loads((directory / "training.json").read_text(encoding="utf-8"))
 
 
-# ---- measuring ----
+# ---- systems ----
 
 
-def settings(name: str, size: int) -> list[dict]:
-    """The ways in which a system is sampled; what is no sampler's option is the masks' own."""
-    if name == "autoregressive":
+class TurnSystem:
+    """A text model of TokCom that can be sampled and timed."""
+
+    pipeline = TokComPipeline
+    training = contextlib.nullcontext  # in which its row is trained
+
+    def __init__(self, directory: Path, device: str):
+        self.pipe = self.pipeline.from_pretrained(directory).to(device)
+        self.chunk_size = self.pipe.chunk_size
+
+    @staticmethod
+    def train(args: argparse.Namespace) -> tuple[Path, dict]:
+        """A model that is measured as it is."""
+        return Path(args.init_from), {}
+
+    def settings(self) -> list[dict]:
+        """The ways in which the system is sampled."""
+        size = self.chunk_size
+        return [
+            {"num_inference_steps": steps}
+            for steps in (STEPS if size == 4 else (size // 2, size, 2 * size))
+        ]
+
+    def own_nll(self, windows: np.ndarray) -> float | None:
+        """Exact nats per held-out token; None where only a bound exists."""
+        return held_out_nll(self.pipe.model, windows, PROMPT)
+
+    def sampler(self, setting: dict, temperature: float):
+        return TokComSampler(self.pipe, temperature=temperature, **setting)
+
+    def evaluations(self, setting: dict) -> float:
+        """Evaluations of the head per token of the last samples."""
+        return setting["num_inference_steps"] / self.chunk_size
+
+
+class MaskSystem(TurnSystem):
+    pipeline = MaskedPipeline
+    training = masked_training
+
+    def __init__(self, directory: Path, device: str):
+        super().__init__(directory, device)
+        self.pipe.model.objective = MaskedObjective()
+
+    def settings(self) -> list[dict]:
+        found = [
+            {"order": order, "num_inference_steps": steps}
+            for order in ("random", "confidence")
+            for steps in (1, 2, 4)
+        ]
+        return found + [{"order": "confidence", "threshold": bound} for bound in THRESHOLDS]
+
+    def own_nll(self, windows: np.ndarray) -> float:
+        return held_out_masked_nll(self.pipe.model, windows, PROMPT)
+
+    def sampler(self, setting: dict, temperature: float):
+        options = dict(setting)
+        self.pipe.order = options.pop("order")
+        self.pipe.threshold = options.pop("threshold", None)
+        return TokComSampler(self.pipe, temperature=temperature, **options)
+
+    def evaluations(self, setting: dict) -> float:
+        sampler = self.pipe.sampler
+        return sampler.evaluations / sampler.chunks / self.chunk_size
+
+
+class AutoregressiveSystem:
+    """A Llama, which evaluates its whole network for every token."""
+
+    chunk_size = 1
+
+    def __init__(self, directory: Path, device: str):
+        self.model = load_language_model(str(directory), device)
+
+    @staticmethod
+    def train(args: argparse.Namespace) -> tuple[Path, dict]:
+        return train_autoregressive(args)
+
+    def settings(self) -> list[dict]:
         return [{}]
-    if not name.startswith("masks"):
-        wanted = STEPS if size == 4 else (size // 2, size, 2 * size)
-        return [{"num_inference_steps": steps} for steps in wanted]
-    found = [
-        {"order": order, "num_inference_steps": steps}
-        for order in ("random", "confidence")
-        for steps in (1, 2, 4)
-    ]
-    return found + [{"order": "confidence", "threshold": bound} for bound in THRESHOLDS]
+
+    def own_nll(self, windows: np.ndarray) -> float:
+        return float(np.nanmean(token_nll(self.model, windows)))
+
+    def sampler(self, setting: dict, temperature: float):
+        return AutoregressiveSampler(self.model, 0, temperature)
+
+    def evaluations(self, setting: dict) -> float:
+        return 1.0
+
+
+class Entry(NamedTuple):
+    """A system of the study: what it is, and the row of the ablations that trains it, if one
+    does; `is_tuned` rows go on from `--init_from`."""
+
+    kind: type
+    row: str | None = None
+    is_tuned: bool = False
+
+
+SYSTEMS = {
+    "turns": Entry(TurnSystem, "recipe"),
+    "half turns": Entry(TurnSystem, "stagger_0.5"),
+    "no turns": Entry(TurnSystem, "stagger_0"),
+    "turns, K = 2": Entry(TurnSystem, "k2"),
+    "turns, K = 8": Entry(TurnSystem, "k8"),
+    "masks": Entry(MaskSystem, "recipe"),
+    "autoregressive": Entry(AutoregressiveSystem),
+    "turns, trained": Entry(TurnSystem),
+    "masks, tuned": Entry(MaskSystem, "recipe", is_tuned=True),
+}
+
+
+# ---- measuring ----
 
 
 def label(setting: dict) -> str:
     return ", ".join(f"{key} {value}" for key, value in setting.items()) or "one token at a time"
 
 
-class Measured:
-    """A trained system that can be sampled and timed."""
-
-    def __init__(self, name: str, directory: Path, device: str):
-        self.name = name
-        if name == "autoregressive":
-            self.model = load_language_model(str(directory), device)
-            self.chunk_size = 1
-            self.has_masks = False
-            return
-        self.has_masks = name.startswith("masks")
-        pipeline = MaskedPipeline if self.has_masks else TokComPipeline
-        self.pipe = pipeline.from_pretrained(directory).to(device)
-        self.chunk_size = self.pipe.chunk_size
-        if self.has_masks:
-            self.pipe.model.objective = MaskedObjective()
-
-    def own_nll(self, tokens: np.ndarray) -> float | None:
-        """Exact nats per held-out token; None where only a bound exists."""
-        windows = held_out_windows(tokens, 512, 48)
-        if self.name == "autoregressive":
-            return float(np.nanmean(token_nll(self.model, windows)))
-        if self.has_masks:
-            return held_out_masked_nll(self.pipe.model, windows, PROMPT)
-        return held_out_nll(self.pipe.model, windows, PROMPT)
-
-    def sampler(self, setting: dict, temperature: float):
-        if self.name == "autoregressive":
-            return AutoregressiveSampler(self.model, 0, temperature)
-        options = dict(setting)
-        if self.has_masks:
-            self.pipe.order = options.pop("order")
-            self.pipe.threshold = options.pop("threshold", None)
-        return TokComSampler(self.pipe, temperature=temperature, **options)
-
-    def evaluations(self, setting: dict) -> float:
-        """Evaluations of the head per token of the last samples."""
-        if self.name == "autoregressive":
-            return 1.0
-        if self.has_masks:
-            sampler = self.pipe.sampler
-            return sampler.evaluations / sampler.chunks / self.chunk_size
-        return setting["num_inference_steps"] / self.chunk_size
-
-    def milliseconds(self, setting: dict, prompts: np.ndarray) -> float:
-        """Per generated token, the median of three runs."""
-        found = []
-        for seed in range(3):
-            started = time.perf_counter()
-            self.sampler(setting, 1.0).sample(prompts, CONTINUATION, seed)
-            found.append(1000 * (time.perf_counter() - started) / prompts.shape[0] / CONTINUATION)
-        return float(np.median(found))
+def milliseconds(system, setting: dict, prompts: np.ndarray) -> float:
+    """Per generated token, the median of three runs."""
+    found = []
+    for seed in range(3):
+        started = time.perf_counter()
+        system.sampler(setting, 1.0).sample(prompts, CONTINUATION, seed)
+        found.append(1000 * (time.perf_counter() - started) / prompts.shape[0] / CONTINUATION)
+    return float(np.median(found))
 
 
 def measure(name: str, directory: Path, args: argparse.Namespace) -> dict:
     """Quality, evaluations and time of a system at every setting."""
-    system = Measured(name, directory, args.device)
+    system = SYSTEMS[name].kind(directory, args.device)
     judge = TokenJudge(args.judge, args.device)
     tokenizer = load_tokenizer(args.checkpoint)
     documents = load_documents(args.validation, DataConfig(), "validation")
@@ -192,10 +233,10 @@ def measure(name: str, directory: Path, args: argparse.Namespace) -> dict:
     facts = {
         "real_nll": float(judge.nll(real, prompts).mean()),
         "real_entropy": sample_entropy(real),
-        "own_nll": system.own_nll(tokens),
+        "own_nll": system.own_nll(held_out_windows(tokens, 512, 48)),
         "points": [],
     }
-    for setting in settings(name, system.chunk_size):
+    for setting in system.settings():
         sweep = [
             measure_setting(
                 judge,
@@ -213,8 +254,8 @@ def measure(name: str, directory: Path, args: argparse.Namespace) -> dict:
                 "NLL at real entropy": at_entropy(sweep, facts["real_entropy"]),
                 "NLL": sweep[0]["nll"],
                 "entropy": sweep[0]["entropy"],
-                "ms per token, batch 1": system.milliseconds(setting, prompts[:1]),
-                "ms per token, batch 32": system.milliseconds(setting, prompts[:32]),
+                "ms per token, batch 1": milliseconds(system, setting, prompts[:1]),
+                "ms per token, batch 32": milliseconds(system, setting, prompts[:32]),
                 "sweep": sweep,
             }
         )
