@@ -12,7 +12,8 @@ The teacher wrote the training text, so it is an exact reference:
   temperature of the samples. High if the model writes what the teacher would not.
 
 The end of a text counts as one of its tokens. The same code measures an autoregressive peer
-(`--peer`, a causal language model with the model's tokenizer). A teacher does not judge quality;
+(`--peer`, a causal language model with the model's tokenizer), and says how far it is above the
+model on the same texts, with a standard error over texts. A teacher does not judge quality;
 that needs a judge who wrote none of the text.
 """
 
@@ -177,20 +178,34 @@ class AutoregressiveStudent:
         return rows
 
 
-def measure(student, teacher: Teacher, texts: list[str], args: argparse.Namespace) -> dict:
+def difference(
+    first: np.ndarray, second: np.ndarray, characters: np.ndarray
+) -> tuple[float, float]:
+    """How many nats per character the `second` student is above the `first`, and the standard
+    error, from the nats of both on each text `(B,)` (a ratio of means over texts)."""
+    above = second - first
+    mean = above.sum() / characters.sum()
+    deviations = above - mean * characters
+    error = np.sqrt(len(above) / (len(above) - 1) * (deviations**2).sum()) / characters.sum()
+    return float(mean), float(error)
+
+
+def measure(
+    student, teacher: Teacher, texts: list[str], args: argparse.Namespace
+) -> tuple[dict, np.ndarray]:
     """Excess nats per character of a student: forward on held-out `texts`, reverse on its own
-    samples."""
+    samples. The second result is its nats on each text."""
     tokenizer = student.tokenizer
     eos = tokenizer.eos_token_id
     size = vocabulary_size(tokenizer)
     characters = sum(map(len, texts))
-    own = student.nats([[*text_ids(tokenizer, text), eos] for text in texts])
+    on_texts = student.nats([[*text_ids(tokenizer, text), eos] for text in texts])
     reference, impossible = teacher.nats(texts, [True] * len(texts), truncated=True)
     plain, _ = teacher.nats(texts, [True] * len(texts), truncated=False)
     facts = {
-        "forward": float(own.sum() - reference.sum()) / characters,
-        "forward_over_plain_teacher": float(own.sum() - plain.sum()) / characters,
-        "nats_per_character": float(own.sum()) / characters,
+        "forward": float(on_texts.sum() - reference.sum()) / characters,
+        "forward_over_plain_teacher": float(on_texts.sum() - plain.sum()) / characters,
+        "nats_per_character": float(on_texts.sum()) / characters,
         "teacher_nats_per_character": float(reference.sum()) / characters,
         "teacher_tokens_not_allowed": impossible,
     }
@@ -212,7 +227,7 @@ def measure(student, teacher: Teacher, texts: list[str], args: argparse.Namespac
             "teacher_nats_per_character": float(reference.sum()) / count,
             "first": written[:3],
         }
-    return facts
+    return facts, on_texts
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -285,8 +300,12 @@ def main(argv: list[str] | None = None) -> None:
         "texts": len(kept),
         "too_long": len(texts) - len(kept),
     }
+    nats = {}
     for name, student in students.items():
-        results[name] = measure(student, teacher, kept, args)
+        results[name], nats[name] = measure(student, teacher, kept, args)
+        if name == "peer":
+            mean, error = difference(nats["tokcom"], nats["peer"], np.array([*map(len, kept)]))
+            results[name] |= {"above_tokcom": mean, "standard_error_of_above_tokcom": error}
         print(name, json.dumps(results[name], indent=2, ensure_ascii=False))
         if args.output:
             args.output.write_text(

@@ -2,10 +2,12 @@
 
 import json
 
+import numpy as np
+import pytest
 import torch
 from helpers import build_model, seeded
 
-from tokcom.evaluation.divergence import TokComStudent, tempered, truncate
+from tokcom.evaluation.divergence import TokComStudent, difference, tempered, truncate
 from tokcom.evaluation.studies import blind_reading
 from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.processing_tokcom import text_ids, vocabulary_size
@@ -59,6 +61,18 @@ def test_nats_of_a_text_do_not_depend_on_the_others(tokenizer):
     together = student.nats(rows)
     alone = [student.nats([row])[0] for row in rows]
     assert all(abs(a - b) < 1e-3 for a, b in zip(together, alone))
+
+
+def test_the_standard_error_of_a_difference_is_that_of_texts_drawn_again():
+    generator = np.random.default_rng(0)
+    characters = generator.integers(300, 900, 80)
+    first = characters * generator.normal(0.4, 0.1, 80)
+    second = first + characters * generator.normal(0.02, 0.03, 80)
+    mean, error = difference(first, second, characters)
+    again = generator.integers(80, size=(4000, 80))
+    means = (second - first)[again].sum(1) / characters[again].sum(1)
+    assert mean == pytest.approx(means.mean(), abs=1e-3)
+    assert error == pytest.approx(means.std(), rel=0.1)
 
 
 def test_answers_of_blind_readers_are_counted_by_author(tmp_path, capsys):
