@@ -19,7 +19,7 @@ of the author need no more. In longer ones the tokens before the last are the tr
 - *least*: the true beginning is one more draw. It is a draw given both sides, so the estimate is
   too high on average and the gain too low (as in InfoNCE, https://arxiv.org/abs/1807.03748).
 
-The author's cuts give it away: whatever makes one of the next 48 tokens fall below min-p is
+The author's cuts give it away: whatever makes one of the next 32 tokens fall below min-p is
 impossible, however small its influence. Only the author knows its logits so exactly. *plain* is the
 gain of a reader who knows the author's model but not its cuts after the gap.
 
@@ -47,7 +47,7 @@ from tokcom.evaluation.studies.infilling import AFTER, BEFORE, gap_nats
 from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.processing_tokcom import text_ids
 
-RIGHT = 48  # tokens of the author after a gap
+RIGHT = 32  # tokens of the author after a gap
 HOPELESS = 12.0  # a filling so many nats behind the true one does not count
 
 
@@ -70,9 +70,11 @@ def truncated(teacher: Teacher, logits: torch.Tensor) -> tuple[torch.Tensor, tor
     return kept.log_softmax(-1), tokens
 
 
-def read(teacher: Teacher, rows: torch.Tensor, cache: DynamicCache):
-    """`truncated` of what follows each token of `rows (N, T)`. The cache grows by the rows."""
-    return truncated(teacher, teacher.model(input_ids=rows, past_key_values=cache).logits)
+def read(teacher: Teacher, rows: torch.Tensor, cache: DynamicCache, last: int = 0):
+    """`truncated` of what follows each token of `rows (N, T)`, or only the `last` ones. The cache
+    grows by the rows."""
+    output = teacher.model(input_ids=rows, past_key_values=cache, logits_to_keep=last)
+    return truncated(teacher, output.logits)
 
 
 def log_probs_of(targets: torch.Tensor, log_probs: torch.Tensor, tokens: torch.Tensor):
@@ -142,7 +144,7 @@ def gain(teacher: Teacher, ids: torch.Tensor, start: int, stop: int, draws: int)
     """
     cache = DynamicCache(config=teacher.model.config)
     if start > 1:
-        read(teacher, ids[None, : start - 1], cache)
+        teacher.model.model(input_ids=ids[None, : start - 1], past_key_values=cache)
     right = ids[stop : stop + RIGHT]
     # beginnings (., stop - start) are the last token of the left side and all but one of the gap
     true = ids[start - 1 : stop - 1]
@@ -153,9 +155,10 @@ def gain(teacher: Teacher, ids: torch.Tensor, start: int, stop: int, draws: int)
     true_head = of_draw[0]
     counts = of_draw[1:].bincount(minlength=len(heads))
 
+    log_probs, tokens = read(teacher, true[None], branch(cache, 1))
+    head_log_prob = log_probs_of(true[None, 1:], log_probs[:, :-1], tokens[:, :-1]).sum()
     cache = branch(cache, len(heads))
-    log_probs, tokens = read(teacher, heads, cache)
-    head_log_prob = log_probs_of(heads[:, 1:], log_probs[:, :-1], tokens[:, :-1])[true_head].sum()
+    log_probs, tokens = read(teacher, heads, cache, last=1)
     head, choice = log_probs[:, -1].isfinite().nonzero(as_tuple=True)
     last_tokens = tokens[head, -1, choice]
     weights = log_probs[head, -1, choice]

@@ -72,16 +72,16 @@ def main(argv: list[str] | None = None) -> None:
     ]
     rows = [text_ids(pipe.tokenizer, text)[: pipe.max_length] for text in texts]
     generator = np.random.default_rng(args.seed)
-    print("gap length | both sides | left side | gain, nats per token")
+    print("gap length | both sides | left side | gain, nats per token | its standard error")
     for length in LENGTHS:
-        totals = np.zeros(2)
-        count = 0
+        gaps = []
         for ids in tqdm([row for row in rows if len(row) >= BEFORE + length + AFTER], leave=False):
             start = int(generator.integers(BEFORE, len(ids) - AFTER - length + 1))
-            totals += gap_nats(model, ids, start, start + length)
-            count += length
-        both, left = totals / max(1, count)
-        print(f"{length} | {both:.3f} | {left:.3f} | {left - both:.3f}", flush=True)
+            gaps.append(gap_nats(model, ids, start, start + length))
+        nats = np.array(gaps).reshape(-1, 2) / length
+        both, left = nats.mean(axis=0)
+        error = (nats[:, 1] - nats[:, 0]).std() / np.sqrt(len(nats))
+        print(f"{length} | {both:.3f} | {left:.3f} | {left - both:.3f} | {error:.3f}", flush=True)
 
 
 if __name__ == "__main__":
