@@ -204,8 +204,8 @@ def show_digits(directory: Path, page: Page) -> None:
     spoken = pipe({"text": DIGIT}, "audio", **guided).audios[0]
     _show_digit("digit_for_text", "for the text", page, drawn, spoken, pipe.sampling_rates["audio"])
 
-    made = pipe(generator=seed(0))
-    page.say(f"All three from nothing: {made.texts[0]}")
+    made = pipe(guidance_scale=GUIDANCE, generator=seed(0))
+    page.say(f"A text from nothing: {made.texts[0]}. A picture and a sound for it:")
     parts = made.images[0], made.audios[0], pipe.sampling_rates["audio"]
     _show_digit("digit_from_nothing", "from nothing", page, *parts)
 
