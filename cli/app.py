@@ -20,7 +20,7 @@ import matplotlib
 import torch
 from matplotlib.figure import Figure
 
-from tokcom.cli.app_zoo import BUSY, TABS, ShownModel, explained, numbered_noise
+from tokcom.cli.app_zoo import BUSY, ShownModel, explained, numbered_noise
 from tokcom.cli.loading import check_modality, check_model_path, open_pipeline
 from tokcom.evaluation.reconstruction import token_losses_at
 from tokcom.pipeline_tokcom import GAP, TokComPipeline
@@ -339,7 +339,7 @@ def build_page(demo: Demo, models: Sequence[ShownModel] = ()) -> gr.Blocks:
             gr.Button("Draw", variant="primary").click(demo.latent_map, mapped, figure)
         for shown in models:
             with gr.Tab(shown.title):
-                TABS[shown.kind](shown)
+                shown.build_tab()
     return page
 
 

@@ -10,19 +10,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 import gradio as gr
-import numpy as np
 import torch
 from diffusers.utils import export_to_gif
 from PIL import Image
 
 from tokcom.cli.loading import check_model_path, open_pipeline
-from tokcom.configuration_codec_tokcom import TokComColorCodecConfig
+from tokcom.cli.stream_boxes import StreamBox, enlarged, shown_large, stream_boxes
+from tokcom.configuration_codec_tokcom import TokComCodecConfig, TokComColorCodecConfig
+from tokcom.configuration_media_tokcom import (
+    TokComCompositeCodecConfig,
+    TokComStyleCodecConfig,
+    TokComVideoCodecConfig,
+)
 from tokcom.configuration_tokcom import TokComConfig
 
 BUSY = threading.Lock()  # one sample at a time on the whole page: the machine is small
 LONGEST_ANSWER = 64  # tokens that a pixel model writes
 FRAMES_PER_SECOND = 8
-SHOWN_SIZE = 192  # pixels that pictures and clips are enlarged to
 PREFIXES = (1, 2, 4, 8, 16, 32)  # tokens of a picture that are decoded, besides all
 # what to ask the models that ship; others begin with an empty box
 EXAMPLES = {
@@ -50,15 +54,6 @@ def explained(error: Exception) -> gr.Error:
     return gr.Error(str(error), title="This cannot be done", print_exception=False)
 
 
-def enlarged(picture: Image.Image, scale: int) -> Image.Image:
-    """A picture whose pixels can be seen one by one."""
-    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
-
-
-def shown_large(picture: Image.Image) -> Image.Image:
-    return enlarged(picture, max(1, SHOWN_SIZE // picture.width))
-
-
 class ShownModel:
     """A model of a tab: its name and configuration now, its pipeline from the first use on.
 
@@ -77,13 +72,20 @@ class ShownModel:
         self.files = tempfile.TemporaryDirectory(prefix="tokcom-app-")  # gradio shows copies
         self._pipe = None
         codec = self.config.codec_config
-        self.kind = "pixels" if isinstance(codec, TokComColorCodecConfig) else codec.modality
-        if self.kind not in TABS:
-            raise ValueError(f"{path} is a model of {self.kind}: show it with --checkpoint.")
+        if type(codec) not in TABS:
+            raise ValueError(f"{path} is a model of {codec.modality}: show it with --checkpoint.")
 
     @property
     def title(self) -> str:
         return self.name.replace("-", " ").capitalize()
+
+    def stream_boxes(self) -> dict[str, StreamBox]:
+        """The box of each stream of an omni model."""
+        return stream_boxes(self.config.codec_config.stream_configs())
+
+    def build_tab(self) -> None:
+        """Add the widgets of the model to the page."""
+        TABS[type(self.config.codec_config)](self)
 
     @property
     def is_loaded(self) -> bool:
@@ -181,15 +183,9 @@ def animate(shown: ShownModel, caption: str, steps: int, guidance: float, seed: 
 
 def complete(shown: ShownModel, steps: int, guidance: float, seed: float, *values) -> list:
     """The streams that are not given, for those that are; the given ones come back as they are."""
-    kinds = kinds_of(shown)
-    given = {}
-    for (name, kind), value in zip(kinds.items(), values, strict=True):
-        if value is None or (kind == "text" and not value.strip()):
-            continue
-        if kind == "audio":
-            rate, samples = value
-            value = {"array": as_samples(samples), "sampling_rate": rate}
-        given[name] = value
+    boxes = shown.stream_boxes()
+    read = {name: box.read(value) for (name, box), value in zip(boxes.items(), values, strict=True)}
+    given = {name: value for name, value in read.items() if value is not None}
 
     def work(pipe) -> list:
         output = pipe(
@@ -198,33 +194,13 @@ def complete(shown: ShownModel, steps: int, guidance: float, seed: float, *value
             guidance_scale=guidance if given else 1.0,
             generator=numbered_noise(seed),
         )
-        made = []
-        for name, value in zip(kinds, values):
-            if name in given:
-                made.append(value)
-                continue
-            value = output.streams[name][0]
-            if kinds[name] == "image":
-                value = shown_large(value)
-            if kinds[name] == "audio":
-                value = (pipe.sampling_rates[name], value)
-            made.append(value)
-        return made
+        made = dict(zip(boxes, values))
+        for name, box in boxes.items():
+            if name not in given:
+                made[name] = box.shown(output.streams[name][0])
+        return list(made.values())
 
     return shown.run(work)
-
-
-def as_samples(sound: np.ndarray) -> np.ndarray:
-    """What gradio recorded, `(n,)` or `(n, channels)` of any integers, as floats in [-1, 1]."""
-    if np.issubdtype(sound.dtype, np.integer):
-        return sound.astype(np.float32) / np.iinfo(sound.dtype).max
-    return sound.astype(np.float32)
-
-
-def kinds_of(shown: ShownModel) -> dict[str, str]:
-    """What each stream of the model holds, by its name."""
-    streams = shown.config.codec_config.stream_configs().items()
-    return {name: stream.kind for name, stream in streams}
 
 
 # ---- the tabs ----
@@ -296,10 +272,10 @@ def stream_tab(shown: ShownModel) -> None:
     gr.Markdown("Give any of the streams; the others are made for them, or all from nothing.")
     inputs = []
     outputs = []
-    for name, kind in kinds_of(shown).items():
+    for name, box in shown.stream_boxes().items():
         with gr.Row():
-            for label, column in ((f"{name}, given", inputs), (f"{name}, made", outputs)):
-                column.append(_stream_box(kind, label, column is inputs))
+            inputs.append(box.widget(f"{name}, given", is_input=True))
+            outputs.append(box.widget(f"{name}, made", is_input=False))
     settings = _noise(shown, True)
     gr.Button("Make the others", variant="primary").click(
         lambda *values: complete(shown, *values),
@@ -309,19 +285,10 @@ def stream_tab(shown: ShownModel) -> None:
     )
 
 
-def _stream_box(kind: str, label: str, is_input: bool):
-    if kind == "text":
-        return gr.Textbox(label=label, interactive=is_input, max_length=400)
-    if kind == "image":
-        return gr.Image(label=label, type="pil", interactive=is_input)
-    if kind == "audio":
-        return gr.Audio(label=label, interactive=is_input)
-    raise ValueError(f"a stream of kind {kind!r} has no place on the page; leave its model out.")
-
-
-TABS: dict[str, Callable[[ShownModel], None]] = {
-    "pixels": pixel_tab,
-    "image": image_tab,
-    "video": video_tab,
-    "several": stream_tab,
+# the configuration of a model's codec -> what builds the model's tab
+TABS: dict[type[TokComCodecConfig], Callable[[ShownModel], None]] = {
+    TokComColorCodecConfig: pixel_tab,
+    TokComStyleCodecConfig: image_tab,
+    TokComVideoCodecConfig: video_tab,
+    TokComCompositeCodecConfig: stream_tab,
 }
