@@ -15,7 +15,7 @@ from diffusers.utils import export_to_gif
 from PIL import Image
 
 from tokcom.cli.loading import check_model_path, open_pipeline
-from tokcom.cli.stream_boxes import StreamBox, enlarged, shown_large, stream_boxes
+from tokcom.cli.stream_boxes import BOX_HEIGHT, StreamBox, enlarged, shown_large, stream_boxes
 from tokcom.configuration_codec_tokcom import TokComCodecConfig, TokComColorCodecConfig
 from tokcom.configuration_media_tokcom import (
     TokComCompositeCodecConfig,
@@ -95,6 +95,7 @@ class ShownModel:
     def pipe(self):
         """The pipeline; loads it. Call it while `BUSY` is held."""
         if self._pipe is None:
+            gr.Info(f"Loading the weights of {self.name}. The next answers come sooner.")
             self._pipe = open_pipeline(self.path, self.device, "--models")
             self._pipe.set_progress_bar_config(disable=True)
         return self._pipe
@@ -207,21 +208,34 @@ def complete(shown: ShownModel, steps: int, guidance: float, seed: float, *value
 
 
 def pixel_tab(shown: ShownModel) -> None:
-    prompt = gr.Textbox(EXAMPLES.get(shown.name, ""), label="Prompt", lines=3, max_length=2000)
-    seed = gr.Number(0, label="Seed", precision=0)
-    written = gr.Textbox(label="Text, written as pixels", interactive=False)
-    pixels = gr.Image(label="One pixel per token", format="png")
-    button = gr.Button("Write", variant="primary")
-    button.click(
+    gr.Markdown("This model writes texts as pictures: every token is one pixel.")
+    with gr.Row():
+        with gr.Column(scale=2):
+            prompt = gr.Textbox(
+                EXAMPLES.get(shown.name, ""), label="Prompt", lines=3, max_length=2000
+            )
+            seed = gr.Number(0, label="Seed", precision=0)
+            write = gr.Button("Write", variant="primary")
+        with gr.Column(scale=3):
+            written = gr.Textbox(label="Text, written as pixels", lines=2, interactive=False)
+            pixels = gr.Image(label="One pixel per token", format="png", height=BOX_HEIGHT)
+    write.click(
         lambda *values: write_pixels(shown, *values),
         [prompt, seed],
         [written, pixels],
         api_name=f"{shown.name}_write",
     )
-    text = gr.Textbox("Once upon a time there was a rabbit.", label="Text", max_length=2000)
-    picture = gr.Image(label="One pixel per token", format="png")
-    back = gr.Textbox(label="Read back from the picture", interactive=False)
-    gr.Button("Draw").click(
+    gr.Markdown("A text of your own as a picture, and the text that is read in it:")
+    with gr.Row():
+        with gr.Column(scale=2):
+            text = gr.Textbox(
+                "Once upon a time there was a rabbit.", label="Text", lines=3, max_length=2000
+            )
+            draw = gr.Button("Draw")
+        with gr.Column(scale=3):
+            picture = gr.Image(label="One pixel per token", format="png", height=BOX_HEIGHT)
+            back = gr.Textbox(label="Read back from the picture", interactive=False)
+    draw.click(
         lambda value: draw_text(shown, value),
         text,
         [picture, back],
@@ -248,39 +262,50 @@ def _noise(shown: ShownModel, has_guidance: bool) -> list:
 
 
 def image_tab(shown: ShownModel) -> None:
+    gr.Markdown("The tokens of a picture go from coarse to fine: its first ones already show it.")
     inputs = _caption_and_noise(shown)
-    drawn = gr.Gallery(label="All tokens, and the first ones", columns=7)
-    gr.Button("Draw", variant="primary").click(
-        lambda *values: draw(shown, *values), inputs, drawn, api_name=f"{shown.name}_draw"
-    )
-    picture = gr.Image(label="Picture", type="pil")
-    rebuilt = gr.Gallery(label="Encoded and decoded: all tokens, and the first ones", columns=7)
-    gr.Button("Encode and decode").click(
+    button = gr.Button("Draw", variant="primary")
+    drawn = gr.Gallery(label="All tokens, and the first ones", columns=7, height="auto")
+    button.click(lambda *values: draw(shown, *values), inputs, drawn, api_name=f"{shown.name}_draw")
+    gr.Markdown("A picture of your own, turned into tokens and back:")
+    with gr.Row():
+        with gr.Column(scale=2):
+            picture = gr.Image(label="Picture", type="pil", height=BOX_HEIGHT)
+            button = gr.Button("Encode and decode")
+        with gr.Column(scale=3):
+            rebuilt = gr.Gallery(label="All tokens, and the first ones", columns=4, height="auto")
+    button.click(
         lambda value: rebuild(shown, value), picture, rebuilt, api_name=f"{shown.name}_rebuild"
     )
 
 
 def video_tab(shown: ShownModel) -> None:
+    gr.Markdown("A short clip for a caption.")
     inputs = _caption_and_noise(shown)
-    clip = gr.Image(label="Clip", type="filepath", format="gif")
-    gr.Button("Animate", variant="primary").click(
+    button = gr.Button("Animate", variant="primary")
+    clip = gr.Image(label="Clip", type="filepath", format="gif", height=BOX_HEIGHT)
+    button.click(
         lambda *values: animate(shown, *values), inputs, clip, api_name=f"{shown.name}_animate"
     )
 
 
 def stream_tab(shown: ShownModel) -> None:
     gr.Markdown("Give any of the streams; the others are made for them, or all from nothing.")
-    inputs = []
-    outputs = []
-    for name, box in shown.stream_boxes().items():
-        with gr.Row():
-            inputs.append(box.widget(f"{name}, given", is_input=True))
-            outputs.append(box.widget(f"{name}, made", is_input=False))
+    boxes = shown.stream_boxes()
+    widgets = {}
+    # texts first: a caption is the quickest to give
+    for name in sorted(boxes, key=lambda name: boxes[name].config.kind != "text"):
+        with gr.Row(equal_height=True):
+            given = boxes[name].widget(f"{name.capitalize()}, given", is_input=True)
+            made = boxes[name].widget(f"{name.capitalize()}, made", is_input=False)
+        if boxes[name].config.kind == "text":
+            given.value = EXAMPLES.get(shown.name, "")
+        widgets[name] = (given, made)
     settings = _noise(shown, True)
     gr.Button("Make the others", variant="primary").click(
         lambda *values: complete(shown, *values),
-        [*settings, *inputs],
-        outputs,
+        [*settings, *(widgets[name][0] for name in boxes)],
+        [widgets[name][1] for name in boxes],
         api_name=f"{shown.name}_make",
     )
 

@@ -12,6 +12,7 @@ from PIL import Image
 from tokcom.configuration_codec_tokcom import TokComCodecConfig
 
 SHOWN_SIZE = 192  # pixels that pictures and clips are enlarged to
+BOX_HEIGHT = 224  # of a box for one picture, in pixels of the screen
 
 
 def enlarged(picture: Image.Image, scale: int) -> Image.Image:
@@ -66,7 +67,7 @@ class TextBox(StreamBox):
 
 class PictureBox(StreamBox):
     def widget(self, label: str, is_input: bool) -> gr.Image:
-        return gr.Image(label=label, type="pil", interactive=is_input)
+        return gr.Image(label=label, type="pil", interactive=is_input, height=BOX_HEIGHT)
 
     def shown(self, entry: Image.Image) -> Image.Image:
         return shown_large(entry)
