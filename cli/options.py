@@ -73,12 +73,12 @@ OPTIONS: dict[str, dict] = {
     "prompt": {"help": "text to continue, or the caption of a picture or clip (default: none)"},
     "latents_file": {"help": "file that encode wrote (default: none)"},
     "image_file": {
-        "help": "picture to write; of decode and image_to_text the one to read (default: none)"
+        "help": "picture to write, such as .png; of decode the one to read (default: none)"
     },
     "input_image": {
-        "help": "picture to read; of animate the first frame, or a film of them (default: none)"
+        "help": "picture to read; of animate a .gif or film of the first frames (default: none)"
     },
-    "input_audio": {"help": ".wav file to read (default: none)"},
+    "input_audio": {"help": "sound to read, such as .wav or .flac (default: none)"},
     "audio_file": {"help": ".wav file to write (default: none)"},
     "video_file": {"help": ".gif, .webp or .mp4 file to write (default: none)"},
     "num_frames": {"type": int, "help": "frames of the clip (default: the model's)"},
