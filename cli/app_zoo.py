@@ -262,10 +262,13 @@ def _noise(shown: ShownModel, has_guidance: bool) -> list:
 
 
 def image_tab(shown: ShownModel) -> None:
-    gr.Markdown("The tokens of a picture go from coarse to fine: its first ones already show it.")
+    gr.Markdown(
+        "The tokens of a picture go from coarse to fine. Shown are the pictures of all tokens and of "
+        "the first ones only."
+    )
     inputs = _caption_and_noise(shown)
     button = gr.Button("Draw", variant="primary")
-    drawn = gr.Gallery(label="All tokens, and the first ones", columns=7, height="auto")
+    drawn = gr.Gallery(show_label=False, columns=7, height=BOX_HEIGHT)
     button.click(lambda *values: draw(shown, *values), inputs, drawn, api_name=f"{shown.name}_draw")
     gr.Markdown("A picture of your own, turned into tokens and back:")
     with gr.Row():
@@ -273,7 +276,7 @@ def image_tab(shown: ShownModel) -> None:
             picture = gr.Image(label="Picture", type="pil", height=BOX_HEIGHT)
             button = gr.Button("Encode and decode")
         with gr.Column(scale=3):
-            rebuilt = gr.Gallery(label="All tokens, and the first ones", columns=4, height="auto")
+            rebuilt = gr.Gallery(show_label=False, columns=7, height=BOX_HEIGHT)
     button.click(
         lambda value: rebuild(shown, value), picture, rebuilt, api_name=f"{shown.name}_rebuild"
     )

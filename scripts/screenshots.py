@@ -92,7 +92,7 @@ SHOTS = [
     Shot("app_emoji", "Emoji", pictures=7),
     Shot("app_pixels", "Pixels", pictures=1, words=20),
 ]
-DOCUMENTED = ("app", "app_fill", "app_emoji", "app_digits", "app_narrow")
+DOCUMENTED = ("app", "app_emerging", "app_fill", "app_digits", "app_narrow")
 
 
 def open_browser() -> webdriver.Chrome:
@@ -137,6 +137,7 @@ def save(browser: webdriver.Chrome, path: Path) -> None:
     """The page down to the end of its tab, in 256 colours."""
     # the speed is that of the machine at that moment, and no measurement
     browser.execute_script("document.querySelector('#speed').style.display = 'none'")
+    browser.execute_script("document.querySelector('footer').style.visibility = 'hidden'")
     end = browser.execute_script(f"{PANEL} return panel.getBoundingClientRect().bottom + scrollY")
     width = browser.execute_script("return window.innerWidth")
     clip = {"x": 0, "y": 0, "width": width, "height": end + MARGIN, "scale": 1}
