@@ -82,7 +82,7 @@ class Shot:
 
 
 SHOTS = [
-    Shot("app_emerging", "Write", words=60),
+    Shot("app_emerging", "Write", words=150),
     Shot("app", "Write", ends_with="tokens/s"),
     Shot("app_fill", "Fill gaps", words=30),
     Shot("app_noise", "Noise", words=60),
@@ -136,7 +136,7 @@ def press(browser: webdriver.Chrome) -> None:
 def save(browser: webdriver.Chrome, path: Path) -> None:
     """The page down to the end of its tab, in 256 colours."""
     # the speed is that of the machine at that moment, and no measurement
-    browser.execute_script("document.querySelector('#speed').style.display = 'none'")
+    browser.execute_script("document.querySelector('#speed').parentElement.style.display = 'none'")
     browser.execute_script("document.querySelector('footer').style.visibility = 'hidden'")
     end = browser.execute_script(f"{PANEL} return panel.getBoundingClientRect().bottom + scrollY")
     width = browser.execute_script("return window.innerWidth")
