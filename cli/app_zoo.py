@@ -23,6 +23,7 @@ from tokcom.configuration_media_tokcom import (
     TokComVideoCodecConfig,
 )
 from tokcom.configuration_tokcom import TokComConfig
+from tokcom.training.report import several
 
 BUSY = threading.Lock()  # one sample at a time on the whole page: the machine is small
 LONGEST_ANSWER = 64  # tokens that a pixel model writes
@@ -167,7 +168,7 @@ def _prefixes(pipe, latents: torch.Tensor) -> list[tuple[Image.Image, str]]:
     count = pipe.model.config.codec_config.num_tokens
     kept = [count, *(k for k in reversed(PREFIXES) if k < count)]
     pictures = [pipe.decode(latents, num_tokens=k).images[0] for k in kept]
-    return [(shown_large(picture), f"{k} of {count} tokens") for picture, k in zip(pictures, kept)]
+    return [(shown_large(picture), several(k, "token")) for picture, k in zip(pictures, kept)]
 
 
 def animate(shown: ShownModel, caption: str, steps: int, guidance: float, seed: float) -> str:
