@@ -92,7 +92,7 @@ SHOTS = [
     Shot("app_emoji", "Emoji", pictures=7),
     Shot("app_pixels", "Pixels", pictures=1, words=20),
 ]
-DOCUMENTED = ("app", "app_emerging", "app_fill", "app_digits", "app_narrow")
+DOCUMENTED = ("app", "app_fill", "app_digits", "app_narrow")
 
 
 def open_browser() -> webdriver.Chrome:
