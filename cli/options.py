@@ -40,6 +40,14 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 # ---- options of the modes; `inference.py` has all of them, a command those of its modes ----
 
 
+def port(text: str) -> int:
+    """A port as argparse wants it; 0 takes a free one."""
+    number = int(text)
+    if not 0 <= number <= 65535:
+        raise argparse.ArgumentTypeError(f"{number} is no port; give one from 0 to 65535")
+    return number
+
+
 def gap_length(text: str) -> int | None:
     """A number of tokens, or None for `auto`."""
     return None if text == "auto" else int(text)
@@ -375,14 +383,14 @@ def add_app_options(parser: argparse.ArgumentParser) -> None:
         default="0.0.0.0" if "SPACE_ID" in os.environ else "127.0.0.1",
         help="address to listen at",
     )
-    add("--port", type=int, default=7860, help="port to listen at")
+    add("--port", type=port, default=7860, help="port to listen at")
 
 
 def add_serve_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--checkpoint", default=default_checkpoint(), help=CHECKPOINT)
     add("--host", default="127.0.0.1", help="0.0.0.0 for all interfaces; give an API key then")
-    add("--port", type=int, default=8000, help="0 takes a free one")
+    add("--port", type=port, default=8000, help="0 takes a free one")
     add("--device", default="auto", help=DEVICE)
     add("--compile", **OPTIONS["compile"])
     add(

@@ -125,6 +125,8 @@ def test_every_mode_belongs_to_a_command_and_knows_its_options():
         (["decode", "--image_file", "a.png", "--latents_file", "b"], "--latents_file"),
         (["sample-corpus", "--model", "m", "--output", "o"], "--num_texts"),
         (["evaluate", "--sections", "poetry"], "poetry"),
+        (["serve", "--port", "99999"], "99999 is no port"),
+        (["app", "--port", "many"], "'many'"),
     ],
 )
 def test_a_wrong_command_line_ends_with_status_2_and_names_what_is_wrong(capsys, argv, message):
