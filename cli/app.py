@@ -42,11 +42,14 @@ CSS = """
 .tokcom-text span {border-radius: 3px; padding: 1px 0; color: #111}
 .tokcom-text .given {background: none; color: inherit; opacity: .75}
 """
-NOTE = "The text model has {size:.1f} million parameters and writes {chunk} tokens at a time, from noise."
+NOTE = (
+    "The text model has {size:.1f} million parameters and writes {chunk} tokens at a time, from "
+    "noise."
+)
 COLORS = (
-    "While text emerges, colours go from red (noise) to green (denoised). Then they say how much the "
-    "model expected each token, from red (a surprise) to green (certain). Point at a token for the "
-    "number."
+    "While text emerges, colours go from red (noise) to green (denoised). Then they say how much "
+    "the model expected each token, from red (a surprise) to green (certain). Point at a token for "
+    "the number."
 )
 GAPPED = f"Lily was sad because she lost her {GAP}. Her mom helped her find it."
 STORY = "Once upon a time there was a little rabbit who lived in a big wood."

@@ -264,8 +264,8 @@ def _noise(shown: ShownModel, has_guidance: bool) -> list:
 
 def image_tab(shown: ShownModel) -> None:
     gr.Markdown(
-        "The tokens of a picture go from coarse to fine. Shown are the pictures of all tokens and of "
-        "the first ones only."
+        "The tokens of a picture go from coarse to fine. Shown are the pictures of all tokens and "
+        "of the first ones only."
     )
     inputs = _caption_and_noise(shown)
     button = gr.Button("Draw", variant="primary")
