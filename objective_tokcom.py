@@ -87,8 +87,7 @@ class TokComCodecObjective(TokComObjective):
             loss, parts = model.codec.training_loss(pixel_values)
         else:
             loss, parts = model.codec.training_loss(input_ids, attention_mask)
-        # batches of pictures, clips and streams count alike: all have the same number of rows
-        weight = None
+        weight = None  # other data have as many rows, and so the same weight, in all batches
         if pixel_values is None and streams is None:  # tokens that are no padding
             weight = model.codec.to_chunks(input_ids, attention_mask)[1].sum().float()
         return TokComOutput(loss=loss, weight=weight, **parts)
@@ -207,9 +206,8 @@ class TokComNextChunkObjective(TokComFlowObjective):
     def _turns(self, model, times: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Of tokens at `times (B, M, N)`: progress and which have a loss, `(B, M, N, K)` each."""
         progress = model.token_head.progress(times)
-        # in eval mode every token counts in its own turn alone
         has_begun = progress > -EARLY if model.training else progress >= 0
-        return progress, (progress < 1) & has_begun
+        return progress, (progress < 1) & has_begun  # in eval mode, in its own turn alone
 
     def _draw_rows(
         self, model, chunks, known_mask, input_ids, fills_gaps: bool
@@ -295,7 +293,6 @@ class TokComTokenObjective(TokComFlowObjective):
         elif model.training and model.shows_some:
             exists = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             given = model.codec.symbols(input_ids, draw_known(exists.bool(), self.infill_rate))[1]
-
         # rows that lose their context must not see a prompt; what is drawn here is noise to them
         hides = known_mask is not None
         tokens = {"known_tokens": given, "chunks": chunks, "symbols": symbols}
