@@ -440,7 +440,7 @@ class TokComModel(CheckedWeights, TokComPreTrainedModel):
         """Mean over trained latents, draws and channels of the squared error of x1."""
         # float32: a mean over many small squares
         errors = self.quantize(found.states.float()) - clean.latents[:, None].float()
-        count = (found.states.shape[1] * found.loss_mask.sum()).clamp_min(1)
+        count = (found.states.shape[1] * found.loss_mask.sum()).clamp_min(1)  # all M draws count
         weights = found.loss_mask[:, None] / count  # (B, 1, N)
         return (errors.square().mean(-1) * weights).sum()
 
