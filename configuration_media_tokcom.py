@@ -332,7 +332,7 @@ class TokComAudioCodecConfig(TokComVideoCodecConfig):
                 f"({self.patch_size}) of a sound must be 1, and `num_frames` ({self.num_frames}) "
                 "at least 2."
             )
-        # windows must leave no gaps, and a spectrum has fft_length / 2 bins to share among the bands
+        # windows must leave no gaps, and the bands share fft_length / 2 bins of a spectrum
         if self.hop_length > self.fft_length or 2 * self.num_channels > self.fft_length:
             raise ValueError(
                 f"`fft_length` ({self.fft_length}) must be at least `hop_length` "

@@ -488,8 +488,7 @@ class TokComModel(CheckedWeights, TokComPreTrainedModel):
         times = sample_times(self.config, order, draws)  # (B, M, N)
         if timestep is not None:
             times = torch.full_like(times, timestep)
-        # the M draws of a latent lie one behind the other in the sequence
-        times = times.flatten(1)  # (B, M * N)
+        times = times.flatten(1)  # (B, M * N), draw after draw
         # dropped for whole rows: guidance needs the model without any context
         sees_context = torch.rand(len(valid), device=valid.device) >= dropout
 
