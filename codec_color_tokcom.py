@@ -201,7 +201,8 @@ class TokComColorCodec(TokComTextCodec):
             ids[wrong] = torch.cat(found)
         # inside a text the pad token may stand, so only the end is cut
         real = (ids != self.config.pad_token_id).nonzero()
-        return ids[: int(real[-1]) + 1 if len(real) else 0]
+        length = int(real[-1]) + 1 if len(real) else 0
+        return ids[:length]
 
     # ---- the interface of a codec ----
 

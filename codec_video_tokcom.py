@@ -283,7 +283,9 @@ def read_clips(
     if there is no other wish.
     """
     clips = as_clips(videos, name)
-    lengths = {clip.shape[1] if isinstance(clip, torch.Tensor) else len(clip) for clip in clips}
+    lengths = set()
+    for clip in clips:  # a tensor (3, F, H, W), or a list of F pictures
+        lengths.add(clip.shape[1] if isinstance(clip, torch.Tensor) else len(clip))
     if len(lengths) != 1 or 0 in lengths:
         raise ValueError(
             f"`{name}` must be clips of one length above 0, not of {sorted(lengths)} frames."

@@ -144,10 +144,12 @@ class Context:
         prefix: tuple[torch.Tensor, ...] | None = None,
         entry: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        if position_ids is None:
+            position_ids = self.position_ids
         return self.model.predict(
             x,
             step.time,
-            self.position_ids if position_ids is None else position_ids,
+            position_ids,
             attention_mask,
             past_key_values=past_key_values,
             prefix=prefix,
@@ -329,7 +331,8 @@ class CachedContext(Context):
         if self.gaps is not None:
             for anchor in self.gaps.anchors:
                 # place 0 is the start, so a latent of the context stands one further
-                is_read[0 if anchor is None else anchor + 1] = False
+                place = 0 if anchor is None else anchor + 1
+                is_read[place] = False
             # all of the start is known
             partial_tokens = torch.nn.functional.pad(self.gaps.partial, (0, 0, 1, 0))
             self.times = torch.where(partial_tokens, 0.0, 1.0)
@@ -437,15 +440,9 @@ class CachedContext(Context):
         elif ids is not None:
             # a text is remembered as its tokens, not as the sampler left x
             x = self.model.codec.encode(ids).latents
-        self._remember(
-            x,
-            self.position_ids,
-            self.keys,
-            chunks,
-            None if self.clean_times is None else self.clean_times[:, :length],
-            self.clean[:, :length],
-            self.certain,
-        )
+        times = None if self.clean_times is None else self.clean_times[:, :length]
+        time = self.clean[:, :length]
+        self._remember(x, self.position_ids, self.keys, chunks, times, time, self.certain)
         self._keep(self.own_keys, length)
 
     def _remember(

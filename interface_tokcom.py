@@ -160,7 +160,8 @@ class TextStream:
         # what was shown is nearly always the beginning of `text`; a tokenizer may merge differently
         new = text[len(os.path.commonprefix((text, self._shown))) : len(text) - held]
         # of the next ids' context one id is enough, unless a character is not complete
-        first = max(0, end - (MOST_BYTES if held else 1))
+        needed = MOST_BYTES if held else 1
+        first = max(0, end - needed)
         context = decode_ids(self._tokenizer, self._ids[first:end])
         self._ids = self._ids[first:]
         self._shown = context[: len(context) - held]
@@ -209,7 +210,8 @@ class StreamedText:
         self.skip = skip
         self.eos_token_id = eos_token_id
         self.piece = TokComPiece("", 0, None)
-        self._stream = TextStream(tokenizer, prompt if isinstance(prompt, str) else "", prompt_ids)
+        text = prompt if isinstance(prompt, str) else ""  # only a space at its end matters
+        self._stream = TextStream(tokenizer, text, prompt_ids)
 
     def add(self, block: list[int]) -> TokComPiece:
         """Append the ids of a block and return what they add to the text."""

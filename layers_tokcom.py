@@ -286,7 +286,9 @@ class TokComBlock(GradientCheckpointingLayer):
         self.modulation = None
         if modulated:
             # scale, shift and perhaps a gate, for each of the two halves
-            parts = (3 if config.adaln_gates else 2) * (1 + attention)
+            parts = 3 if config.adaln_gates else 2
+            if attention:
+                parts *= 2
             self.modulation = TokComModulation(config.conditioning_size, parts * config.hidden_size)
 
     def forward(
@@ -325,7 +327,9 @@ class TokComBlock(GradientCheckpointingLayer):
                 inputs = inputs * (1 + parts[2 * i]) + parts[2 * i + 1]
             update = function(inputs)  # (B, S, D)
             gates = parts[2 * len(branches) :]  # empty without `adaln_gates`
-            hidden_states = hidden_states + (gates[i] * update if gates else update)
+            if gates:
+                update = gates[i] * update
+            hidden_states = hidden_states + update
         return hidden_states
 
 

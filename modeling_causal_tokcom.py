@@ -278,8 +278,8 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
             loss = self.loss_function(
                 logits=logits, labels=labels[:, -kept:], vocab_size=logits.shape[-1], **loss_kwargs
             )
-        kept_cache = {CACHE: cache if is_kept else None}
-        return TokComCausalOutput(loss=loss, logits=logits, last_hidden_state=states, **kept_cache)
+        memory = {CACHE: cache if is_kept else None}  # under the name of this transformers
+        return TokComCausalOutput(loss=loss, logits=logits, last_hidden_state=states, **memory)
 
     def _open_cache(self, given: TokComTextCache | None) -> TokComTextCache:
         cache = given or TokComTextCache(self.config.transformer_config.num_context_layers)

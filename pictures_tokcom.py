@@ -129,14 +129,18 @@ def _opened(value: Any) -> Image.Image:
         raise ValueError(f"a {type(value).__name__} is neither a file nor its bytes")
     if not value:
         raise ValueError("it is empty")
+
+    def source() -> Any:  # anew for each attempt: the first one moves a stream
+        return io.BytesIO(value) if isinstance(value, bytes) else value
+
     try:
-        return Image.open(io.BytesIO(value) if isinstance(value, bytes) else value)
+        return Image.open(source())
     except UnidentifiedImageError:
         if is_film(value):
             raise ValueError("it is a film") from None
         if not _register_heif():
             raise
-        return Image.open(io.BytesIO(value) if isinstance(value, bytes) else value)
+        return Image.open(source())
 
 
 def _register_heif() -> bool:
@@ -301,7 +305,9 @@ class Film:
                     for frame in packet.decode():
                         if frame.is_corrupt:
                             raise ValueError(f"frame {len(self.times)} is damaged")
-                        self.times.append(-1.0 if frame.time is None else frame.time)
+                        # an unknown time is -1, with which `steps_of` counts every frame once
+                        time = -1.0 if frame.time is None else frame.time
+                        self.times.append(time)
                         yield _shown(frame, stream.sample_aspect_ratio)
                 self.missing = _missing(container, stream, packets, end)
         except self.errors as error:

@@ -210,7 +210,9 @@ class TokComPipeline(TokComBasePipeline):
             self.model, rows, gen_length, make_noise, self._execution_device
         )
         blocks = self.sample_blocks(task, sampling, decode=True, on_step_end=on_step_end)
-        return skip, until_all_ended(blocks, self._eos_token_id, skip) if stop else blocks
+        if stop:
+            blocks = until_all_ended(blocks, self._eos_token_id, skip)
+        return skip, blocks
 
     def _finish_continuation(
         self, prompts, rows, blocks: Blocks, gen_length: int, output_type: str, skip: list[int]
@@ -383,10 +385,9 @@ class TokComPipeline(TokComBasePipeline):
         self.maybe_free_model_hooks()
         mask = torch.ones_like(sequences) if attention_mask is None else attention_mask  # (B, T)
         if mask.shape != sequences.shape:
-            shape = tuple(sequences.shape)
-            raise ValueError(
-                f"`attention_mask` has shape {tuple(mask.shape)} but {shape} is needed."
-            )
+            found = tuple(mask.shape)
+            needed = tuple(sequences.shape)
+            raise ValueError(f"`attention_mask` has shape {found} but {needed} is needed.")
         mask = mask.to(sequences.device)
         texts = decode_rows(self.tokenizer, sequences, mask)
         return TokComPipelineOutput(texts, sequences, latents, mask)

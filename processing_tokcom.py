@@ -302,7 +302,8 @@ def read_latents(
         with safe_open(str(file), framework="pt") as tensors:
             # a file without the number is taken as one of this model
             found = (tensors.metadata() or {}).get("chunk_size", str(chunk_size))  # a text
-            latents = tensors.get_tensor("codes" if "codes" in tensors.keys() else "latents")
+            name = "codes" if "codes" in tensors.keys() else "latents"
+            latents = tensors.get_tensor(name)
             mask = None
             if "attention_mask" in tensors.keys():
                 mask = tensors.get_tensor("attention_mask")

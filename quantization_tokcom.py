@@ -85,7 +85,8 @@ def _first_with(vectors: torch.Tensor) -> int | None:
         return 0 if len(vectors) else None
     # a process without vectors reports a rank that does not exist, so the minimum ignores it
     ranks = distributed.get_world_size()
-    first = torch.tensor(distributed.get_rank() if len(vectors) else ranks, device=vectors.device)
+    own = distributed.get_rank() if len(vectors) else ranks
+    first = torch.tensor(own, device=vectors.device)
     distributed.all_reduce(first, distributed.ReduceOp.MIN)
     return None if int(first) == ranks else int(first)
 

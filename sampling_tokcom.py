@@ -67,12 +67,12 @@ def spawn_generators(
 def row_noise(generators: list[torch.Generator], num_latents: int, channels: int) -> torch.Tensor:
     """Standard normal noise `(B, n, C)` on the CPU; that of a latent does not depend on how many
     follow it."""
-    rows = [
-        [torch.randn(channels, generator=source) for _ in range(num_latents)]
-        for source in generators
-    ]
-    # drawn latent by latent: a longer text begins with the same noise
-    return torch.stack([torch.stack(row) for row in rows])  # (B, n, C)
+    rows = []
+    for source in generators:
+        # drawn latent by latent: a longer text begins with the same noise
+        latents = [torch.randn(channels, generator=source) for _ in range(num_latents)]
+        rows.append(torch.stack(latents))  # (n, C)
+    return torch.stack(rows)  # (B, n, C)
 
 
 def kept_tokens(count: int, share: float, source: torch.Generator) -> list[bool]:
@@ -450,11 +450,8 @@ class TokComBlockSampler:
             # the state before a gap is read as late as possible, to see what is known by then
             if index in first_blocks:
                 context.read_anchor(first_blocks[index])
-            context.begin(
-                position_ids[:, block],
-                None if exists is None else exists[:, block],
-                guided=self.sampling.guidance_scale != 1.0,
-            )
+            own = None if exists is None else exists[:, block]
+            context.begin(position_ids[:, block], own, self.sampling.guidance_scale != 1.0)
             # compiled code depends on strides
             x = noise[:, block].clone(memory_format=torch.contiguous_format)
             after_step = None if on_step_end is None else partial(on_step_end, index)

@@ -233,8 +233,9 @@ def _samples(value: Any, name: str) -> np.ndarray:
     try:
         if isinstance(value, torch.Tensor):
             value = value.detach().cpu()
-            # numpy has no bfloat16
-            value = (value.float() if value.is_floating_point() else value).numpy()
+            if value.is_floating_point():  # numpy has no bfloat16
+                value = value.float()
+            value = value.numpy()
         else:
             value = np.asarray(value)
     except ValueError as error:

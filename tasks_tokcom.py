@@ -41,12 +41,12 @@ class TokComGiven:
     def parts(self, blocks: list[slice]) -> "list[TokComGiven | None]":
         """The same for some of the latents each; None where nothing is known of them."""
         anywhere = self.mask.any(-1).any(0).tolist()  # read once, not for every block
-        return [
-            TokComGiven(self.chunks[:, block], self.mask[:, block])
-            if any(anywhere[block])
-            else None
-            for block in blocks
-        ]
+        parts: list[TokComGiven | None] = []
+        for block in blocks:
+            is_known = any(anywhere[block])
+            part = TokComGiven(self.chunks[:, block], self.mask[:, block]) if is_known else None
+            parts.append(part)
+        return parts
 
 
 @dataclass
@@ -381,11 +381,11 @@ def latent_gap_task(
     """
     codec = model.codec
     size = codec.config.chunk_size
-    pieces = [
+    pieces: list[tuple[torch.Tensor, torch.Tensor] | None] = []
+    for i, row in enumerate(rows):
         # what stands before the first gap must touch it, so its padding is on the left
-        pad_rows(model.config, [row], "right" if i else "left", device) if row else None
-        for i, row in enumerate(rows)
-    ]
+        side = "right" if i else "left"
+        pieces.append(pad_rows(model.config, [row], side, device) if row else None)
     gap_latents = num_latents(model.config, gap_length)  # whole chunks, so perhaps more
     tokens = sum(piece[0].shape[1] for piece in pieces if piece is not None)
     check_whole_length(model.config, tokens + gap_latents * size * (len(rows) - 1))

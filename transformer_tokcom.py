@@ -278,8 +278,7 @@ class TokComTransformer(TokComPreTrainedModel):
         attention_mask: torch.Tensor,
         past_key_values: Cache | None = None,
     ) -> torch.Tensor:
-        """What the context layers know at each clean latent, as the layers after them are told:
-        `(B, S, D)`.
+        """What the context layers tell the later layers about each clean latent, `(B, S, D)`.
 
         Args:
             features (`torch.FloatTensor` of shape `(B, S, feature_size)`): what the clean latents
@@ -441,7 +440,8 @@ class TokComTransformer(TokComPreTrainedModel):
                 )
             own = self._own_channels(position_ids)  # (B, S, C)
             latents = torch.where(own, latents, 0)
-        hidden_states = self.proj_in(features if self.config.feature_size else latents)
+        inputs = features if self.config.feature_size else latents
+        hidden_states = self.proj_in(inputs)  # (B, S, D)
         if position_ids is not None:
             hidden_states = self._place_starts(hidden_states, position_ids)
         if own is not None:
