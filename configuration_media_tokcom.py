@@ -178,7 +178,7 @@ class TokComVideoCodecConfig(TokComMediaCodecConfig):
     modality = "video"
     has_moments = True
 
-    num_frames: int = 8  # F, in values of an autoencoder if there is one
+    num_frames: int = 8  # F, of an autoencoder's latents if there is one
     height: int = 32  # H, likewise
     width: int = 32  # W
     num_channels: int = 3

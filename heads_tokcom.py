@@ -134,7 +134,7 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx, states, weight, bias, ids, parts: list[_Part]):
         dtype = _working_dtype(states)
         trained = any(ctx.needs_input_grad[:3])  # of states, weight or bias
-        count = max(1, len(states))  # R; no rows have the loss 0
+        count = max(1, len(states))  # R; without rows the loss is 0
         losses = states.new_empty(len(states), dtype=torch.float32)
         gradients = None
         with torch.autocast(states.device.type, enabled=False):
@@ -251,7 +251,7 @@ class TokComTokenHead(nn.Module):
         self.shift = config.token_shift
         self.impossible_symbol = codec.impossible_symbol
         self.embedding = TokComTokenEmbedding(codec.symbol_vocab_size, config.token_embedding_size)
-        self.bias = nn.Parameter(torch.zeros(codec.symbol_vocab_size))  # logits of the frequencies
+        self.bias = nn.Parameter(torch.zeros(codec.symbol_vocab_size))  # logits of how often ids occur
 
     @property
     def weight(self) -> torch.Tensor:
@@ -278,7 +278,7 @@ class TokComTokenHead(nn.Module):
         """Progress of places -> their t: 0 is noise, 1 is clean."""
         # the shift of a flow's sampling grid, applied to what is left
         left = 1 - progress.clamp(0, 1)
-        return 1 - self.shift * left / (1 + (self.shift - 1) * left)  # left is a sigma
+        return 1 - self.shift * left / (1 + (self.shift - 1) * left)  # `left` is the noise level
 
     def place_times(self, timestep: torch.Tensor) -> torch.Tensor:
         """Times of latents `(...)` -> t of each place `(..., K)`: 0 is noise, 1 is clean."""

@@ -160,7 +160,7 @@ class TokComAttention(nn.Module):
         self.layer_idx = layer_idx
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = self.head_dim**-0.5  # keeps scores of variance 1
+        self.scaling = self.head_dim**-0.5  # gives scores a variance near 1
         self.is_causal = False  # the mask alone says what a query sees
         key_value_size = config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)

@@ -474,7 +474,7 @@ class TokComModel(CheckedWeights, TokComPreTrainedModel):
             chunks (`(B, N, K)`), symbols: ids and table of a token head.
             prefix: what `condition` gives.
         """
-        valid = clean.mask  # (B, N), no padding
+        valid = clean.mask  # (B, N), False on padding
         block_size = self.config.transformer_config.block_size
         draws = objective.noise_draws if self.training else 1
         dropout = objective.context_dropout if self.training else 0.0
@@ -588,7 +588,7 @@ class TokComModel(CheckedWeights, TokComPreTrainedModel):
             prefix=prefix,
             group_size=clean.group_size,
         )
-        return output.latents[:, -draws * length :].unflatten(1, (draws, length))  # the noisy
+        return output.latents[:, -draws * length :].unflatten(1, (draws, length))  # no context
 
 
 TokComConfig.register_for_auto_class()

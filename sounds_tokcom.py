@@ -114,7 +114,7 @@ class TokComAudioProcessor:
         options = {
             "hop_length": self.config.hop_length,
             "win_length": self.config.fft_length,
-            "random_state": 0,  # the phases begin at random ones, always the same
+            "random_state": 0,  # phases start random, but always the same
         }
         sounds = []
         for features in input_features.float().cpu().numpy():

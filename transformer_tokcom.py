@@ -231,7 +231,7 @@ class TokComTransformer(TokComPreTrainedModel):
             TokComBlock(
                 config,
                 i,
-                modulated=i >= config.num_context_layers,  # context is always clean: it has no time
+                modulated=i >= config.num_context_layers,  # context is clean, so it has no time
                 attention=i < config.num_context_layers or config.head_attention,
             )
             for i in range(config.num_hidden_layers)
