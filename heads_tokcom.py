@@ -251,7 +251,7 @@ class TokComTokenHead(nn.Module):
         self.shift = config.token_shift
         self.impossible_symbol = codec.impossible_symbol
         self.embedding = TokComTokenEmbedding(codec.symbol_vocab_size, config.token_embedding_size)
-        self.bias = nn.Parameter(torch.zeros(codec.symbol_vocab_size))  # logits of how often ids occur
+        self.bias = nn.Parameter(torch.zeros(codec.symbol_vocab_size))  # log-frequencies
 
     @property
     def weight(self) -> torch.Tensor:

@@ -207,7 +207,7 @@ class TokComNextChunkObjective(TokComFlowObjective):
         """Of tokens at `times (B, M, N)`: progress and which have a loss, `(B, M, N, K)` each."""
         progress = model.token_head.progress(times)
         has_begun = progress > -EARLY if model.training else progress >= 0
-        return progress, (progress < 1) & has_begun  # in eval mode, in its own turn alone
+        return progress, (progress < 1) & has_begun  # in eval mode only in its turn
 
     def _draw_rows(
         self, model, chunks, known_mask, input_ids, fills_gaps: bool
@@ -237,9 +237,7 @@ class TokComNextChunkObjective(TokComFlowObjective):
         if timestep is not None:
             return torch.full((batch, 1, length), timestep, device=device)
         if not model.training:
-            starts = (
-                torch.arange(turns, device=device) / turns
-            )  # (K,), of turns of `token_stagger` 1
+            starts = torch.arange(turns, device=device) / turns  # (K,): turn k begins at k / K
             return starts[:, None].expand(batch, turns, length)
         draws = self.noise_draws
         shares = torch.rand(batch, draws, length, device=device)

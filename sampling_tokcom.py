@@ -440,7 +440,7 @@ class TokComBlockSampler:
             context = CachedContext(self.model, task)
         # a source for each row: a row must not depend on its company in the batch
         sources = spawn_generators(self.sampling.generator, len(noise))
-        first_blocks: dict[int, int | None] = {}  # of gaps
+        first_blocks: dict[int, int | None] = {}  # of gaps, with their anchors
         last_blocks: set[int] = set()
         if task.gaps is not None:
             first_blocks, last_blocks = task.gaps.bounds(block_size)
