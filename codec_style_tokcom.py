@@ -481,7 +481,7 @@ class TokComStyleCodec(TokComCodec):
 
 
 class _Tokens:
-    """Standardised latents, part after part `(M, N, C)`, as raw tokens `(M N, C)`, again and
+    """Parts of standardised latents `(M, N, C)` as raw tokens `(M N, C)`; can be read again and
     again."""
 
     def __init__(self, codec: TokComStyleCodec, latents: Iterable[torch.Tensor]):

@@ -211,7 +211,7 @@ class TokComCodecConfig(PreTrainedConfig):
 
     @property
     def num_symbols(self) -> int:
-        """What a latent gives probabilities to."""
+        """How many symbols one latent gives probabilities for."""
         return 1
 
     @property
@@ -239,7 +239,8 @@ class TokComCodecConfig(PreTrainedConfig):
         return False
 
     def stream_length(self, text_latents: int) -> int:
-        """Latents of a stream of this codec, of a model whose texts have `text_latents`."""
+        """How many latents a stream of this codec has in a model whose texts have
+        `text_latents`."""
         return text_latents
 
     def fit_transformer(self, transformer: PreTrainedConfig) -> None:

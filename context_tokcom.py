@@ -308,7 +308,7 @@ class CachedContext(Context):
     def _with_start(
         self, context: TokComCodecOutput | None, noise: torch.Tensor
     ) -> TokComCodecOutput:
-        """The context behind the learned latent of where a text starts."""
+        """The context with the learned start latent in front of it."""
         batch = len(noise)
         device = noise.device
         latents = noise.new_zeros(batch, 1, noise.shape[-1])  # replaced by the learned one

@@ -110,8 +110,8 @@ def check_checksums(directory: str | os.PathLike) -> int:
 
 
 def verified(path: str | os.PathLike, **hub: Any) -> str:
-    """The directory `path`, or that of a Hub repository, whose files have the checksums that it
-    says.
+    """The directory `path`, or a snapshot of that Hub repository, once its files match their
+    checksums.
 
     `hub` is what `snapshot_download` reads, such as `revision`. Raises as `check_checksums` does.
     """

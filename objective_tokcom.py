@@ -204,7 +204,7 @@ class TokComNextChunkObjective(TokComFlowObjective):
         return _token_output(mean, tokens / counts.clamp_min(1), chosen)
 
     def _turns(self, model, times: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of tokens at `times (B, M, N)`: progress and which have a loss, `(B, M, N, K)` each."""
+        """Progress of tokens at `times (B, M, N)`, and which have a loss: `(B, M, N, K)` each."""
         progress = model.token_head.progress(times)
         has_begun = progress > -EARLY if model.training else progress >= 0
         return progress, (progress < 1) & has_begun  # in eval mode only in its turn

@@ -340,8 +340,8 @@ class Film:
 
 
 def _missing(container, stream, packets: int, end: float) -> str:
-    """What a container claims and does not hold, or nothing: a frame or two may be left out by
-    how a film was edited."""
+    """What a container claims but does not hold; empty if nothing is missing. A frame or two may
+    be left out by how a film was edited."""
     # half a percent may be missing: edit lists leave out frames that the header counts
     if packets < stream.frames - max(1, stream.frames // 200):
         return f"{packets} of its {stream.frames} frames are there"
@@ -354,8 +354,8 @@ def _missing(container, stream, packets: int, end: float) -> str:
 
 
 def steps_of(times: Sequence[float]) -> list[int]:
-    """Which frame is shown at each step, the usual time between two of them: cameras and screen
-    recorders leave out frames that show nothing new."""
+    """Which frame is shown at each step. A step is the usual time between two frames: cameras and
+    screen recorders leave out frames that show nothing new."""
     gaps = [after - before for before, after in zip(times, times[1:])]
     usual = median(gaps) if gaps else 0.0  # seconds from frame to frame
     # times that are unknown or do not grow say nothing, and even ones need nothing
@@ -401,8 +401,8 @@ def timeline(image: Image.Image) -> list[int]:
 
 
 def repeats(durations: Sequence[float]) -> list[int]:
-    """How many steps each frame is shown, for the longest step by which all durations are whole,
-    with a third of a step to spare for formats that round them to 10 ms."""
+    """For how many steps each frame is shown. A step is the longest time that divides all
+    durations, give or take a third of it, since some formats round durations to 10 ms."""
     durations = [duration if duration >= QUICK else 100 for duration in durations]
     shortest = min(durations)
     if max(durations) == shortest:

@@ -160,8 +160,8 @@ def end_at_eos(
 def take_new(
     ids: torch.Tensor, length: int, skip: list[int], eos_token_id: int | None, pad_token_id: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of ids `(B, T)` the `length` behind the first `skip` of each row, up to EOS and padded: ids
-    and mask `(B, length)`."""
+    """The `length` ids that follow the first `skip` of each row of `ids (B, T)`, up to EOS and
+    padded: ids and mask `(B, length)`."""
     # room behind the last id, so that no row reads beyond the end
     padded = torch.nn.functional.pad(ids, (0, max(skip) + length), value=pad_token_id)
     first = torch.tensor(skip, device=ids.device)[:, None]  # (B, 1)

@@ -319,8 +319,8 @@ def _decode_sound(value: Any, name: str, seconds: float | None) -> tuple[np.ndar
 
 
 def _decode_with_av(value: Any) -> tuple[np.ndarray, int, int] | None:
-    """What soundfile does not read, such as .m4a, with PyAV; None if that is not installed or reads
-    it neither."""
+    """Decode with PyAV what soundfile cannot read, such as .m4a; None if PyAV is missing or cannot
+    read it either."""
     try:
         import av
     except ImportError:
@@ -344,7 +344,7 @@ def _decode_with_av(value: Any) -> tuple[np.ndarray, int, int] | None:
 
 
 def _claimed_bytes(head: bytes) -> int:
-    """How many bytes a .wav or .aiff file has by the header of its samples, 0 of any other file."""
+    """How many bytes a .wav or .aiff file must have by the header of its samples; 0 for others."""
     order: Literal["little", "big"]
     if head[:4] == b"RIFF":
         order = "little"

@@ -39,7 +39,7 @@ class TokComGiven:
     mask: torch.Tensor
 
     def parts(self, blocks: list[slice]) -> "list[TokComGiven | None]":
-        """The same for some of the latents each; None where nothing is known of them."""
+        """What is known in each block; None for blocks in which nothing is."""
         anywhere = self.mask.any(-1).any(0).tolist()  # read once, not for every block
         parts: list[TokComGiven | None] = []
         for block in blocks:

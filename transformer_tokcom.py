@@ -311,8 +311,8 @@ class TokComTransformer(TokComPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
     ) -> torch.Tensor:
-        """What the layers after the context layers are told of the context, `(B, S, D)`: the same
-        at every time.
+        """What the denoising layers are told about the context, `(B, S, D)`; it does not depend on
+        the time.
 
         The arguments are those of `forward`, of the latents to denoise; the context is what
         `past_key_values` holds. A model with `head_attention` also attends to the context.
@@ -571,9 +571,9 @@ class TokComTransformer(TokComPreTrainedModel):
         return torch.cat((known, noisy + entry), dim=1)
 
     def _nearest(self, states, positions, where, visible) -> torch.Tensor:
-        """Of context `states (B, S_context, D)` at `positions (B, S_context)`, for each latent at
-        `where (B, S)` that of the last one before it that `visible (B, S_kv)` or `(B, S, S_kv)`
-        shows it, projected: `(B, S, D)`."""
+        """For each latent at `where (B, S)` the state of the last context latent before it that
+        `visible (B, S_kv)` or `(B, S, S_kv)` shows it, projected: `(B, S, D)`. Context `states
+        (B, S_context, D)` stand at `positions (B, S_context)`."""
         if not states.shape[1]:
             return self.context_proj(states.new_zeros(*where.shape, states.shape[2]))
         # strictly earlier: a latent must not read its own clean self
