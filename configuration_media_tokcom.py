@@ -275,7 +275,8 @@ class TokComVideoCodecConfig(TokComMediaCodecConfig):
             raise ValueError(
                 f"a clip of {frames} frames of {height} x {width} does not divide into patches of "
                 f"`frames_per_patch` ({self.frames_per_patch}) frames and `patch_size` "
-                f"({self.patch_size}) squared; cut it to a multiple of these."
+                f"({self.patch_size}) squared; give a multiple of {self.frames_per_patch} frames "
+                f"and of {self.patch_size} pixels."
             )
 
 

@@ -107,8 +107,11 @@ def explain_hub_errors(repo_id: str) -> Iterator[None]:
             raise
         raise ValueError(f"the Hub refused {repo_id!r} ({status}): {remedy}.") from error
     except (ConnectionError, HTTP_ERROR) as error:
+        remedy = "check network and HF_ENDPOINT"
+        if "xet" in str(error):  # the Hub answers, but a proxy or mirror lacks its chunk store
+            remedy = "without the Hub's chunk store set HF_HUB_DISABLE_XET=1"
         raise ValueError(
-            f"the Hub at {HF_ENDPOINT} cannot be reached ({error}); check network and HF_ENDPOINT."
+            f"the Hub at {HF_ENDPOINT} cannot be reached ({error}); {remedy}."
         ) from error
 
 

@@ -133,18 +133,16 @@ class TokComSampling:
             found.temperature = config.sampling_temperature if has_probabilities else 1.0
         if found.top_p is None:
             found.top_p = config.sampling_top_p if has_probabilities else 1.0
-        for name in ("temperature", "top_p"):
+        for name, most in (("temperature", math.inf), ("top_p", 1.0)):
             value = getattr(found, name)
-            if (
-                not 0 < value < math.inf
-                or (value != 1.0 and not has_probabilities)
-                or (name == "top_p" and value > 1)
-            ):
+            if not has_probabilities and value != 1.0:
                 raise ValueError(
-                    f"`{name}` ({value}) must be positive and finite, `top_p` at most 1, and both "
-                    f"1 for `prediction_type={config.prediction_type!r}`: only 'tokens' has "
-                    "probabilities."
+                    f"`{name}` ({value}) has no meaning for a model of `prediction_type="
+                    f"{config.prediction_type!r}`, which has no probabilities; leave it at 1."
                 )
+            if not 0 < value <= most or value == math.inf:
+                limit = "finite" if most == math.inf else "at most 1"
+                raise ValueError(f"`{name}` ({value}) must be above 0 and {limit}.")
         return found
 
 

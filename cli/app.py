@@ -20,7 +20,7 @@ import matplotlib
 import torch
 from matplotlib.figure import Figure
 
-from tokcom.cli.app_zoo import BUSY, TABS, ShownModel, explained, numbered_noise
+from tokcom.cli.app_zoo import BUSY, ShownModel, explained, numbered_noise
 from tokcom.cli.loading import check_modality, check_model_path, open_pipeline
 from tokcom.evaluation.reconstruction import token_losses_at
 from tokcom.pipeline_tokcom import GAP, TokComPipeline
@@ -37,17 +37,23 @@ FONTS = {
 CSS = """
 .tokcom-text {
   font-size: 1.1rem; line-height: 1.9; min-height: 6rem;
-  overflow-wrap: anywhere; white-space: pre-wrap;
+  overflow-wrap: anywhere; white-space: pre-wrap; padding-top: 1.2rem;
 }
 .tokcom-text span {border-radius: 3px; padding: 1px 0; color: #111}
 .tokcom-text .given {background: none; color: inherit; opacity: .75}
 """
 NOTE = (
-    "This model has {size:.1f} million parameters. While text emerges, its colours go from red "
-    "(noise) to green (denoised). When it is done, they say how much the model expected each "
-    "token, from red (a surprise) to green (certain). Point at a token for the number."
+    "The text model has {size:.1f} million parameters and writes {chunk} tokens at a time, from "
+    "noise."
 )
+COLORS = (
+    "While text emerges, colours go from red (noise) to green (denoised). Then they say how much "
+    "the model expected each token, from red (a surprise) to green (certain). Point at a token for "
+    "the number."
+)
+GAPPED = f"Lily was sad because she lost her {GAP}. Her mom helped her find it."
 STORY = "Once upon a time there was a little rabbit who lived in a big wood."
+LONGER_STORY = f"{STORY} One day he saw a red ball. He was very happy and ran home to his mom."
 
 
 def text_box(content: str) -> str:
@@ -310,7 +316,12 @@ class Demo:
         for i, (x, y) in enumerate(points.tolist()):
             label = "".join(tokens[i * size : (i + 1) * size])
             label = label.replace("\n", "⏎").replace("$", r"\$")  # a dollar would begin a formula
-            plot.annotate(label, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=9)
+            # words lean towards the middle, or those at the edges would leave the figure
+            side = "left" if x < 0 else "right"
+            offset = (4 if x < 0 else -4, 4)
+            plot.annotate(
+                label, (x, y), xytext=offset, textcoords="offset points", fontsize=9, ha=side
+            )
         plot.set_xlabel(f"first principal component ({100 * shares[0]:.0f} % of the variance)")
         plot.set_ylabel(f"second ({100 * shares[1]:.0f} %)")
         plot.set_title(
@@ -325,8 +336,9 @@ class Demo:
 def build_page(demo: Demo, models: Sequence[ShownModel] = ()) -> gr.Blocks:
     """The page of tabs: those of the text model, and one for each of the other `models`."""
     size = sum(parameter.numel() for parameter in demo.pipe.model.parameters()) / 1e6
+    note = NOTE.format(size=size, chunk=demo.pipe.chunk_size)
     with gr.Blocks(title="TokCom") as page:
-        gr.Markdown(f"# TokCom\n{NOTE.format(size=size)}")
+        gr.Markdown(f"# TokCom\n{note}")
         with gr.Tab("Write"):
             _write_tab(demo)
         with gr.Tab("Fill gaps"):
@@ -334,18 +346,17 @@ def build_page(demo: Demo, models: Sequence[ShownModel] = ()) -> gr.Blocks:
         with gr.Tab("Noise"):
             _noise_tab(demo)
         with gr.Tab("Latent map"):
-            mapped = gr.Textbox(STORY, label="Text", lines=3)
-            figure = gr.Plot(label="Latents of the text's chunks")
-            gr.Button("Draw", variant="primary").click(demo.latent_map, mapped, figure)
+            _map_tab(demo)
         for shown in models:
             with gr.Tab(shown.title):
-                TABS[shown.kind](shown)
+                shown.build_tab()
     return page
 
 
 def _write_tab(demo: Demo) -> None:
     config = demo.pipe.model.config
     tokens = demo.predicts_tokens
+    gr.Markdown(COLORS)
     with gr.Row():
         with gr.Column(scale=2):
             prompt = gr.Textbox(
@@ -366,7 +377,7 @@ def _write_tab(demo: Demo) -> None:
                 button = gr.Button("Write", variant="primary", elem_id="write")
                 stop = gr.Button("Stop")
         with gr.Column(scale=3):
-            output = gr.HTML(colored([]), label="Text", elem_id="text")
+            output = _colored_box("Text", "text")
             speed = gr.Textbox(label="Speed", interactive=False, elem_id="speed")
     inputs = [prompt, length, steps, temperature, top_p, guidance, seed, slowly]
     writing = button.click(demo.write, inputs, [output, speed], show_progress="hidden")
@@ -379,30 +390,53 @@ def _temperature(demo: Demo) -> gr.Slider:
     return gr.Slider(0.1, 1.5, own, label="Temperature", interactive=demo.predicts_tokens)
 
 
+def _colored_box(label: str, elem_id: str | None = None) -> gr.HTML:
+    return gr.HTML(colored([]), label=label, show_label=True, container=True, elem_id=elem_id)
+
+
 def _fill_tab(demo: Demo) -> None:
-    example = f"Once upon a time there was a {GAP} who lived in a big wood."
-    gapped = gr.Textbox(example, label=f"Text with gaps, written {GAP}", lines=2)
-    gap_length = gr.Slider(1, 64, 16, step=1, label="Tokens per gap")
-    temperature = _temperature(demo)
-    seed = gr.Number(0, label="Seed", precision=0)
-    filled = gr.HTML(colored([]), elem_id="filled")
-    button = gr.Button("Fill", variant="primary", elem_id="fill")
+    gr.Markdown(f"Write {GAP} where something is missing. The filling fits the text on both sides.")
+    with gr.Row():
+        with gr.Column(scale=2):
+            gapped = gr.Textbox(GAPPED, label="Text with gaps", lines=3)
+            gap_length = gr.Slider(1, 64, 2, step=1, label="Tokens per gap")
+            temperature = _temperature(demo)
+            seed = gr.Number(0, label="Seed", precision=0)
+            button = gr.Button("Fill", variant="primary", elem_id="fill")
+        with gr.Column(scale=3):
+            filled = _colored_box("Filled text", "filled")
     button.click(demo.fill, [gapped, gap_length, temperature, seed], filled)
 
 
 def _noise_tab(demo: Demo) -> None:
-    text = gr.Textbox(STORY, label="Text", lines=2)
-    level = gr.Slider(
-        0, 1, 0.6, step=0.05, label="Noise level (0 is pure noise, 1 is the clean text)"
-    )
-    seed = gr.Number(0, label="Seed", precision=0)
-    seen = gr.HTML(colored([]), label="The noisy latents decode to")
-    denoised = gr.Textbox(label="After denoising", interactive=False)
-    kept = gr.Textbox(label="Encoded and decoded without noise", interactive=False)
+    gr.Markdown("Noise takes a part of a text away, and the model makes that part up.")
+    with gr.Row():
+        with gr.Column(scale=2):
+            text = gr.Textbox(STORY, label="Text", lines=3)
+            level = gr.Slider(
+                0, 1, 0.6, step=0.05, label="Noise level (0 is pure noise, 1 the clean text)"
+            )
+            seed = gr.Number(0, label="Seed", precision=0)
+            button = gr.Button("Mix and denoise", variant="primary")
+        with gr.Column(scale=3):
+            seen = _colored_box("What the model sees (a dot for each token that is lost)")
+            denoised = gr.Textbox(label="After denoising", interactive=False)
+            kept = gr.Textbox(label="Encoded and decoded without noise", interactive=False)
     inputs = [text, level, seed]
     outputs = [seen, denoised, kept]
-    gr.Button("Mix and denoise", variant="primary").click(demo.renoise, inputs, outputs)
+    button.click(demo.renoise, inputs, outputs)
     level.release(demo.renoise, inputs, outputs)
+
+
+def _map_tab(demo: Demo) -> None:
+    gr.Markdown(f"Every {demo.pipe.chunk_size} tokens are one latent vector, here one point.")
+    with gr.Row():
+        with gr.Column(scale=2):
+            mapped = gr.Textbox(LONGER_STORY, label="Text", lines=5)
+            button = gr.Button("Draw", variant="primary")
+        with gr.Column(scale=3):
+            figure = gr.Plot(show_label=False)  # a label would cover the title
+    button.click(demo.latent_map, mapped, figure)
 
 
 def run(args: argparse.Namespace) -> None:

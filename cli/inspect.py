@@ -154,6 +154,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "overrides",
         nargs="*",
+        default=[],  # without it a missing DATA is reported as a missing key=value too
         metavar="key=value",
         help="settings of the run, e.g. data.max_skipped=5",
     )

@@ -82,7 +82,7 @@ COMMANDS = {
         options.check_sample_corpus,
         "The same command given again goes on where it was stopped.",
     ),
-    "inspect": Command("look inside a model or a run", "cli.inspect:main"),
+    "inspect": Command("say what a training run would read of DATA", "cli.inspect:main"),
     "train": Command("train a model, stage by stage", "train_accelerate:main"),
     "serve": Command(
         "serve OpenAI's completions and chat interfaces", "cli.serve:run", options.add_serve_options

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from tokcom.cli.loading import check_modality, open_pipeline, speed_up
 from tokcom.cli.options import MODES, READ, WRITTEN
@@ -36,6 +37,22 @@ def check_files(args: argparse.Namespace) -> None:
             raise FileNotFoundError(
                 f"--{name} {file}: the folder {folder} does not exist; create it first."
             )
+    if "image_file" in written:
+        check_picture_file(args.mode, getattr(args, "image_file", None))
+
+
+def check_picture_file(mode: str, file: str | None) -> None:
+    """Raise `ValueError` for a file to write whose ending names no format of pictures."""
+    if file is None:
+        return
+    ending = Path(file).suffix.lower()
+    if ending not in Image.registered_extensions():
+        raise ValueError(f"--image_file {file}: {ending!r} is no picture; name a .png file.")
+    if mode == "text_to_image" and ending in (".jpg", ".jpeg"):
+        raise ValueError(
+            f"--image_file {file}: JPEG changes pixels, and each of them is a token; name a .png "
+            "file."
+        )
 
 
 def run_mode(args: argparse.Namespace) -> None:

@@ -40,6 +40,14 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 # ---- options of the modes; `inference.py` has all of them, a command those of its modes ----
 
 
+def port(text: str) -> int:
+    """A port as argparse wants it; 0 takes a free one."""
+    number = int(text)
+    if not 0 <= number <= 65535:
+        raise argparse.ArgumentTypeError(f"{number} is no port; give one from 0 to 65535")
+    return number
+
+
 def gap_length(text: str) -> int | None:
     """A number of tokens, or None for `auto`."""
     return None if text == "auto" else int(text)
@@ -73,12 +81,12 @@ OPTIONS: dict[str, dict] = {
     "prompt": {"help": "text to continue, or the caption of a picture or clip (default: none)"},
     "latents_file": {"help": "file that encode wrote (default: none)"},
     "image_file": {
-        "help": "picture to write; of decode and image_to_text the one to read (default: none)"
+        "help": "picture to write, such as .png; of decode the one to read (default: none)"
     },
     "input_image": {
-        "help": "picture to read; of animate the first frame, or a film of them (default: none)"
+        "help": "picture to read; of animate a .gif or film of the first frames (default: none)"
     },
-    "input_audio": {"help": ".wav file to read (default: none)"},
+    "input_audio": {"help": "sound to read, such as .wav or .flac (default: none)"},
     "audio_file": {"help": ".wav file to write (default: none)"},
     "video_file": {"help": ".gif, .webp or .mp4 file to write (default: none)"},
     "num_frames": {"type": int, "help": "frames of the clip (default: the model's)"},
@@ -375,14 +383,14 @@ def add_app_options(parser: argparse.ArgumentParser) -> None:
         default="0.0.0.0" if "SPACE_ID" in os.environ else "127.0.0.1",
         help="address to listen at",
     )
-    add("--port", type=int, default=7860, help="port to listen at")
+    add("--port", type=port, default=7860, help="port to listen at")
 
 
 def add_serve_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--checkpoint", default=default_checkpoint(), help=CHECKPOINT)
     add("--host", default="127.0.0.1", help="0.0.0.0 for all interfaces; give an API key then")
-    add("--port", type=int, default=8000, help="0 takes a free one")
+    add("--port", type=port, default=8000, help="0 takes a free one")
     add("--device", default="auto", help=DEVICE)
     add("--compile", **OPTIONS["compile"])
     add(

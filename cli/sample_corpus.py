@@ -114,6 +114,9 @@ class Teacher:
     def __init__(self, args: argparse.Namespace) -> None:
         args.device = usable_device(args.device)  # a setting of the corpus, as it was found
         self.args = args
+        # a missing folder would be taken for a Hub id, which it cannot be
+        if args.model.startswith(("/", ".")) and not Path(args.model).is_dir():
+            raise FileNotFoundError(f"--model {args.model} does not exist.")
         self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             args.model, dtype=getattr(torch, args.dtype), trust_remote_code=False
         )

@@ -49,7 +49,9 @@ from tokcom.training.records import (
     read_rows,
     shown,
 )
-from tokcom.training.report import Report, SourceReport, several
+from tokcom.training.report import Report, SourceReport, several, some
+
+FIELDS = 20  # fields of records that an error names; a folder of settings has hundreds
 
 
 @dataclass
@@ -390,7 +392,7 @@ class Source:
         if not wanted or ("prompt" in wanted) != ("answer" in wanted):
             raise ValueError(
                 f"records of {self.path} have no field {text!r} (fields: "
-                f"{', '.join(columns)}){near_miss(text, columns)} Set `data.text_column` (or of "
+                f"{some(columns, FIELDS)}){near_miss(text, columns)} Set `data.text_column` (or of "
                 "pictures `data.image_column`) to one of them, or give dialogues: `prompt` and "
                 "`answer`, `messages`, `conversations`."
             )
@@ -449,7 +451,7 @@ class Source:
         if self.fields and missing or len(missing) == len(fields):
             names = part.column_names
             raise ValueError(
-                f"records of {self.path} have no field {missing[0]!r} (fields: {', '.join(names)})"
+                f"records of {self.path} have no field {missing[0]!r} (fields: {some(names, FIELDS)})"
                 f"{near_miss(missing[0], names)} Correct `fields`."
             )
         columns = {stream: field for stream, field in fields.items() if field not in missing}
