@@ -88,10 +88,8 @@ def explain_hub_errors(repo_id: str) -> Iterator[None]:
     try:
         yield
     except LocalTokenNotFoundError as error:
-        raise ValueError(
-            f"pushing to {repo_id!r} needs a token: run `hf auth login`, set HF_TOKEN, or pass "
-            "`token`."
-        ) from error
+        remedy = "run `hf auth login`, set HF_TOKEN, or pass `token`"
+        raise ValueError(f"pushing to {repo_id!r} needs a token: {remedy}.") from error
     except HFValidationError as error:
         raise ValueError(
             f"{repo_id!r} is not a valid repository id: write it as 'user/name'. ({error})"
@@ -110,9 +108,8 @@ def explain_hub_errors(repo_id: str) -> Iterator[None]:
         remedy = "check network and HF_ENDPOINT"
         if "xet" in str(error):  # the Hub answers, but a proxy or mirror lacks its chunk store
             remedy = "without the Hub's chunk store set HF_HUB_DISABLE_XET=1"
-        raise ValueError(
-            f"the Hub at {HF_ENDPOINT} cannot be reached ({error}); {remedy}."
-        ) from error
+        reason = f"the Hub at {HF_ENDPOINT} cannot be reached ({error})"
+        raise ValueError(f"{reason}; {remedy}.") from error
 
 
 class CardFacts(NamedTuple):
