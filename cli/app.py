@@ -411,7 +411,7 @@ def run(args: argparse.Namespace) -> None:
     check_model_path(args.checkpoint)
     models = [ShownModel(path, args.device) for path in args.models]
     pipe = open_pipeline(args.checkpoint, args.device)
-    check_modality(pipe, args.checkpoint, "generate")
+    check_modality(pipe, args.checkpoint)
     page = build_page(Demo(pipe), models)
     page.queue(default_concurrency_limit=1).launch(
         server_name=args.host, server_port=args.port, css=CSS, theme=gr.themes.Default(**FONTS)

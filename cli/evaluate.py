@@ -149,7 +149,7 @@ def load_systems(args: argparse.Namespace, pipe: TokComPipeline) -> dict:
 def evaluate(args: argparse.Namespace) -> dict:
     """Run the sections that `args` asks for; `results.json` is rewritten after each."""
     pipe = open_pipeline(args.checkpoint, args.device)
-    check_modality(pipe, args.checkpoint, "evaluate")
+    check_modality(pipe, args.checkpoint)
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
 

@@ -17,13 +17,6 @@ MODALITIES = {
     "video": ("clips", "`tokcom animate`"),
     "several": ("several streams", "`tokcom any-to-any`"),
 }
-# modes of other models than those of text
-NOT_TEXT = {
-    "draw": "image",
-    "reconstruct_image": "image",
-    "animate": "video",
-    "any_to_any": "several",
-}
 
 
 def usable_device(name: str = "auto") -> str:
@@ -94,9 +87,8 @@ def open_pipeline(checkpoint: str, device: str = "auto", option: str = "--checkp
     return pipe.to(device)
 
 
-def check_modality(pipe, checkpoint: str, mode: str) -> None:
-    """Raise `ValueError` with the command to use if a model is not of the kind `mode` needs."""
-    wanted = NOT_TEXT.get(mode, "text")
+def check_modality(pipe, checkpoint: str, wanted: str = "text") -> None:
+    """Raise `ValueError` with the command to use if a model is not of the modality `wanted`."""
     found = pipe.model.config.codec_config.modality
     if found != wanted:
         made, commands = MODALITIES[found]

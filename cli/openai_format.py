@@ -152,8 +152,8 @@ BOUNDS = {
 def explain_invalid(errors: list[dict]) -> RequestError:
     """The first error of pydantic's list as a sentence."""
     first = errors[0]
-    kind = first["type"]
-    if kind == "json_invalid":
+    error_type = first["type"]
+    if error_type == "json_invalid":
         return RequestError(
             400, f"the body is not valid JSON: {first.get('ctx', {}).get('error', first['msg'])}."
         )
@@ -165,16 +165,16 @@ def explain_invalid(errors: list[dict]) -> RequestError:
     name = place[0]
     value = repr(first.get("input"))
     value = value if len(value) <= 40 else value[:40] + "..."
-    if kind == "missing" and len(place) == 1:
+    if error_type == "missing" and len(place) == 1:
         message = f"`{name}` is missing."
-    elif kind == "extra_forbidden":
+    elif error_type == "extra_forbidden":
         message = f"`{'.'.join(place)}` is not supported by this server; leave it out."
     elif name in FORMS:
         message = f"`{name}` {FORMS[name]}"
-    elif kind in BOUNDS:
-        key, words = BOUNDS[kind]
+    elif error_type in BOUNDS:
+        key, words = BOUNDS[error_type]
         message = f"`{name}` ({value}) must be {words} {first['ctx'][key]}."
-    elif kind in ("literal_error", "too_long"):
+    elif error_type in ("literal_error", "too_long"):
         message = f"`{name}` ({value}) is not supported by this server; leave it out."
     else:
         message = f"`{name}` ({value}) is not valid: {first['msg'].lower()}."

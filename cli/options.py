@@ -155,12 +155,14 @@ class Mode:
         options: names of those it takes, besides those of every model.
         needs: options without which it cannot run.
         chosen_by: where a command has several modes, the option that chooses this one.
+        modality: of the models it runs.
     """
 
     command: str
     options: tuple[str, ...]
     needs: tuple[str, ...] = ()
     chosen_by: str | None = None
+    modality: str = "text"
 
     @property
     def reads_picture(self) -> bool:
@@ -190,6 +192,7 @@ MODES = {
         ("input_image", "image_file", "num_tokens"),
         needs=("input_image", "image_file"),
         chosen_by="input_image",
+        modality="image",
     ),
     "denoise_reconstruct": Mode(
         "denoise", ("input_text", "noise_level", *TOKENS, "output_file"), needs=("input_text",)
@@ -206,12 +209,16 @@ MODES = {
         "decode", ("image_file", "output_file"), needs=("image_file",), chosen_by="image_file"
     ),
     "draw": Mode(
-        "draw", ("prompt", "image_file", "guidance_scale", *SAMPLING), needs=("image_file",)
+        "draw",
+        ("prompt", "image_file", "guidance_scale", *SAMPLING),
+        needs=("image_file",),
+        modality="image",
     ),
     "animate": Mode(
         "animate",
         ("prompt", "input_image", "video_file", "num_frames", "fps", "guidance_scale", *SAMPLING),
         needs=("video_file",),
+        modality="video",
     ),
     "any_to_any": Mode(
         "any-to-any",
@@ -219,6 +226,7 @@ MODES = {
             *("input_text", "input_image", "input_audio", "image_file", "audio_file"),
             *("guidance_scale", "batch_size", "num_candidates", *SAMPLING, "output_file"),
         ),
+        modality="several",
     ),
 }
 # the argument without dashes of a command: option, name in the help, help

@@ -283,12 +283,13 @@ def test_a_model_of_another_modality_is_refused_with_the_command_to_use(model, n
 )
 def test_commands_for_text_name_the_command_of_other_models(modality, command):
     from tokcom.cli.loading import check_modality
+    from tokcom.cli.options import MODES
 
     codec = SimpleNamespace(modality=modality)
     pipe = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(codec_config=codec)))
     for mode in ("generate", "infill", "reconstruct", "decode"):
         with pytest.raises(ValueError, match=f"not text: use `tokcom {command}`"):
-            check_modality(pipe, "a-model", mode)
+            check_modality(pipe, "a-model", MODES[mode].modality)
 
 
 # ---- verify ----

@@ -254,11 +254,11 @@ class CodecMix(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         item = self.dataset[index]
         generator = np.random.default_rng((self.seed, self.epoch, index, 1))
-        kind = generator.random()
+        draw = generator.random()
         length = len(item["input_ids"])
-        if kind < 1 / 4:
+        if draw < 1 / 4:
             item["input_ids"] = torch.from_numpy(generator.integers(self.size, size=length))
-        elif kind < 3 / 8:
+        elif draw < 3 / 8:
             ids = text_ids(self.tokenizer, random_unicode(generator, length))[:length]
             item["input_ids"][: len(ids)] = torch.tensor(ids, dtype=torch.long)
         return item

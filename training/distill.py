@@ -25,6 +25,7 @@ from tokcom.training.config import DistillConfig, TrainConfig
 from tokcom.training.corpora import Corpus
 from tokcom.training.denoiser import Context, ModelDenoiser
 from tokcom.training.export import export_repository
+from tokcom.training.modalities import MODALITIES
 from tokcom.training.pipelines import load_pipeline
 from tokcom.training.progress import NonFiniteLossError
 from tokcom.training.student_losses import Distiller, integrate
@@ -39,10 +40,7 @@ def load_teacher(name: str) -> TokComBasePipeline:
     cannot be distilled."""
     pipe = load_pipeline(name)
     model = pipe.model.float().eval()
-    if model.config.codec_config.modality == "several":
-        raise ValueError(
-            f"{name} has several streams, which cannot be distilled; give a model of one."
-        )
+    MODALITIES[pipe.modality].check_teacher(name)
     if model.config.prediction_type != "latents":
         raise ValueError(
             f"{name} has `prediction_type={model.config.prediction_type!r}`: it is trained by "
@@ -67,10 +65,10 @@ class DistillTrainer(Trainer):
             config, "distill", corpus, [DistributedDataParallelKwargs(broadcast_buffers=False)]
         )
         if self.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
-            kind = self.accelerator.distributed_type.value
+            distribution = self.accelerator.distributed_type.value
             raise ValueError(
                 "stage distill needs whole models on every process; use multi_gpu_ddp.yaml "
-                f"instead of {kind}."
+                f"instead of {distribution}."
             )
         self.pipe = load_teacher(config.init_from)
         # `auto` times a step of one model, and here three take turns

@@ -120,8 +120,8 @@ class MediaFolder:
         self.source.records = len(next(iter(columns.values())))
         self.source.fields = list(columns)
         counts = Counter(map(kind_of, self.media))
-        found = [several(counts[kind], kind) for kind in self.kinds if counts[kind]]
-        self.source.kind = ", ".join(found)
+        found = [several(counts[medium], medium) for medium in self.kinds if counts[medium]]
+        self.source.format = ", ".join(found)
         return datasets.Dataset.from_dict(columns)
 
     def _from_metadata(self, files: list[Path]) -> dict[Path, list[str]]:

@@ -24,6 +24,9 @@ class Modality:
         """How to give such data."""
         return f"give {self.reads}"
 
+    def check_teacher(self, name: str) -> None:
+        """Raise `ValueError` if `ModelDenoiser` cannot call such models, to distil model `name`."""
+
     def card_samples(self, pipe: TokComBasePipeline) -> str:
         """Samples for the model card, in Markdown."""
         return "Samples are in the folder of the run; none was added to this card."
@@ -74,6 +77,11 @@ class Streams(Modality):
 
     def remedy(self, data: DataConfig) -> str:
         return "say which fields hold them: data.fields={text: caption, ...}"
+
+    def check_teacher(self, name: str) -> None:
+        raise ValueError(
+            f"{name} has several streams, which cannot be distilled; give a model of one."
+        )
 
 
 MODALITIES: dict[str, Modality] = {

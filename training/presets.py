@@ -117,8 +117,8 @@ def _merge(fields: dict[str, Any], overrides: dict[str, Any]) -> None:
     for key, value in overrides.items():
         known = fields.get(key)
         if isinstance(value, dict) and isinstance(known, dict):
-            kind = known.get("model_type", DEFAULT_CODEC)
-            if value.get("model_type", kind) == kind:
+            codec_type = known.get("model_type", DEFAULT_CODEC)
+            if value.get("model_type", codec_type) == codec_type:
                 merged = dict(known)
                 _merge(merged, value)
                 value = merged

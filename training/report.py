@@ -33,7 +33,7 @@ class SourceReport:
     """One source: where it lies, its files, and the fields that are used."""
 
     path: str
-    kind: str = "records"
+    format: str = "records"  # of its files, or what else it is, in words
     listing: Listing | None = None
     used: int = 0  # files
     records: int | None = None
@@ -41,7 +41,7 @@ class SourceReport:
     notes: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
-        lines = [f"{self.path}: {self.kind}"]
+        lines = [f"{self.path}: {self.format}"]
         if self.listing is not None:
             found = self.listing.left_out
             count = sum(map(len, found.values()))

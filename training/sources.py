@@ -219,9 +219,9 @@ class Source:
         return fitting or formats
 
     def _one_format(self, files: list[Path], config: DataConfig, source: SourceReport):
-        if source.kind == "parquet":
+        if source.format == "parquet":
             return self._parquet(files, config, source)
-        if source.kind == "text":
+        if source.format == "text":
             return self._read(text_records, files, config, source, column=config.text_column)
         return self._table(files, config, source)
 
@@ -465,7 +465,7 @@ class Source:
             raise ValueError("pictures are not streamed; set data.streaming=false.")
         image = config.image_column
         named = config.captions
-        source.kind += " with pictures or clips"
+        source.format += " with pictures or clips"
         label = part.features.get("label")
         classes = (
             isinstance(label, datasets.ClassLabel)

@@ -135,15 +135,16 @@ class StageTrainer(Trainer):
 
     def _check_distribution(self) -> None:
         """Raise `ValueError` for settings that need more of the model than a process has."""
-        kind = self.accelerator.distributed_type
+        distribution = self.accelerator.distributed_type
         options = self.options
-        if options.muon_learning_rate and kind in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+        has_shards = distribution in (DistributedType.DEEPSPEED, DistributedType.FSDP)
+        if options.muon_learning_rate and has_shards:
             raise ValueError(
                 f"`{self.stage}.muon_learning_rate` ({options.muon_learning_rate}) needs whole "
-                f"matrices on every process; set it to 0 under {kind.value}, or use "
+                f"matrices on every process; set it to 0 under {distribution.value}, or use "
                 "multi_gpu_ddp.yaml."
             )
-        if options.ema_half_life and kind == DistributedType.DEEPSPEED:
+        if options.ema_half_life and distribution == DistributedType.DEEPSPEED:
             raise ValueError(
                 f"`{self.stage}.ema_half_life` ({options.ema_half_life}) cannot average the shards "
                 f"of DeepSpeed; set {self.stage}.ema_half_life=0 or use "

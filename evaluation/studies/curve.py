@@ -58,13 +58,13 @@ def train_system(name: str, args: argparse.Namespace) -> tuple[Path, dict]:
     """The directory of the trained model, and what it cost."""
     entry = SYSTEMS[name]
     if entry.row is None:
-        return entry.kind.train(args)
+        return entry.system.train(args)
     options = argparse.Namespace(**vars(args))
     options.row = entry.row
     options.init_from = args.init_from if entry.is_tuned else None
-    if entry.kind is MaskSystem:  # rows of the same name are trained on turns
+    if entry.system.has_own_work_dir:
         options.work_dir = str(Path(args.work_dir) / name)
-    with entry.kind.training():
+    with entry.system.training():
         return train_row(options)
 
 
@@ -96,6 +96,7 @@ class TurnSystem:
 
     pipeline = TokComPipeline
     training = contextlib.nullcontext  # in which its row is trained
+    has_own_work_dir = False
 
     def __init__(self, directory: Path, device: str):
         self.pipe = self.pipeline.from_pretrained(directory).to(device)
@@ -129,6 +130,8 @@ class TurnSystem:
 class MaskSystem(TurnSystem):
     pipeline = MaskedPipeline
     training = masked_training
+    # its rows have the names of those that are trained on turns, and would overwrite them
+    has_own_work_dir = True
 
     def __init__(self, directory: Path, device: str):
         super().__init__(directory, device)
@@ -185,7 +188,7 @@ class Entry(NamedTuple):
     """A system of the study: what it is, and the row of the ablations that trains it, if one
     does; `is_tuned` rows go on from `--init_from`."""
 
-    kind: type
+    system: type
     row: str | None = None
     is_tuned: bool = False
 
@@ -222,7 +225,7 @@ def milliseconds(system, setting: dict, prompts: np.ndarray) -> float:
 
 def measure(name: str, directory: Path, args: argparse.Namespace) -> dict:
     """Quality, evaluations and time of a system at every setting."""
-    system = SYSTEMS[name].kind(directory, args.device)
+    system = SYSTEMS[name].system(directory, args.device)
     judge = TokenJudge(args.judge, args.device)
     tokenizer = load_tokenizer(args.checkpoint)
     documents = load_documents(args.validation, DataConfig(), "validation")
