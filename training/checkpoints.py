@@ -141,9 +141,8 @@ class Checkpoints:
             wait()
             if is_main:
                 seal(partial)
-        except (
-            Exception
-        ) as error:  # torch, safetensors and the system name a full disk in ways of their own
+        # torch, safetensors and the system name a full disk in ways of their own
+        except Exception as error:
             if is_main:
                 shutil.rmtree(partial, ignore_errors=True)
             kept = ([None] + self.all())[-1]

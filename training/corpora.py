@@ -101,11 +101,9 @@ class Corpus:
                 latents = cache_latents(model.to(accelerator.device).eval(), self.train, file)
         held_out = PackedDataset(self.validation, shape, *rest, training=False)
         train = PackedDataset(self.train, shape, *rest, training=True, latents=latents)
-        return (
-            CodecMix(train, self.tokenizer, config.seed)
-            if model.objective.stage == "codec"
-            else train
-        ), held_out
+        if model.objective.stage == "codec":
+            train = CodecMix(train, self.tokenizer, config.seed)
+        return train, held_out
 
     @classmethod
     def serves(cls, codec_config: TokComCodecConfig | None) -> bool:
@@ -181,6 +179,7 @@ class StreamCorpus(Corpus):
         for row in self.train:
             rows.append(row)
             total += len(row[self.text_column] or "")
+            # characters, about four to a token
             if total > 4 * count:
                 break
         return tokenize_documents(
@@ -198,9 +197,8 @@ class DialogueCorpus(Corpus):
         return DialogueDataset(self.train, *rest), DialogueDataset(self.validation, *rest)
 
     def first_tokens(self, count: int = 1_000_000) -> np.ndarray:
-        return np.concatenate([np.asarray([*prompt, *answer]) for prompt, answer in self.train])[
-            :count
-        ]
+        rows = [np.asarray([*prompt, *answer]) for prompt, answer in self.train]
+        return np.concatenate(rows)[:count]
 
 
 class PictureCorpus(Corpus):
@@ -229,6 +227,7 @@ class PictureCorpus(Corpus):
             raise ValueError("the latents of pictures are not cached; set cache_latents=false.")
         device = accelerator.device
         train = self._fitted(self.train, codec, device)
+        # after `_fitted`, which forgets what an earlier stage has asked for
         train.augment(options.flip, options.shift)
         return train, self._fitted(self.validation, codec, device)
 
@@ -411,11 +410,9 @@ class Reading:
             "validation data": OmniDataset(validation, tokenizer),
         }
         if OmniCorpus.serves(self.codec_config):
-            # its lengths are asked for, not its weights
-            with (
-                torch.device("meta"),
-                torch.random.fork_rng(devices=[]),
-            ):
+            # its lengths are asked for, not its weights: nothing is allocated, and the random
+            # numbers that weights would draw are left for the model of the run
+            with torch.device("meta"), torch.random.fork_rng(devices=[]):
                 codec = CODECS[self.codec_config.model_type]._from_config(self.codec_config)
             parts = self._audited(
                 {name: part.fit(codec) for name, part in parts.items()}, self.codec_config
@@ -496,6 +493,7 @@ class Reading:
         tokens = tokenize_documents(
             documents, tokenizer, self.data.text_column, name, self.data.num_proc, part
         )
+        # examples come from the beginning: the ids may be a mapped file of many gigabytes
         ends = np.flatnonzero(tokens[: 1 << 20] == tokenizer.eos_token_id)
         for start, end in list(zip([0, *(ends + 1)], [*ends, len(tokens)]))[:EXAMPLES]:
             if start < end:
@@ -510,9 +508,12 @@ class Reading:
         can tell which they never had. Of a model that training starts from they are known if its
         tokenizer tells."""
         known = tokenizer.init_kwargs.get(CHARACTERS)
+        # then nobody knows what the donor was trained on, and a partial list would blame the wrong
+        # texts
         if known is None and (self.config.init_from or self.config.codec_from):
             return
         together = "".join(sorted(set(letters) | set(known or "")))
+        # beyond that the list says little and would bloat every tokenizer file
         if len(together) <= MOST_LETTERS:
             tokenizer.init_kwargs[CHARACTERS] = together
 

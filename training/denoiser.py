@@ -49,11 +49,12 @@ class ModelDenoiser(nn.Module):
         model = self.model
         length = x.shape[1]
         known = context.get("known")
-        times = t[:, None].expand(-1, length)
+        times = t[:, None].expand(-1, length)  # (B, N)
         prefix = None
         if sees_context and model.condition_embedding is not None:
             prefix = model.condition(context["input_ids"], context["attention_mask"])
         if sees_context and known is not None:
+            # given latents are clean at t = 1 whatever the time of the others, as in training
             x = torch.where(known[..., None], context["latents"], x)
             times = torch.where(known, 1.0, times)
         seen = context.get("valid")
@@ -68,6 +69,7 @@ class ModelDenoiser(nn.Module):
         estimate = estimate.latents.float()
         if known is None:
             return estimate
+        # what is given needs no estimate, and must not pull the student anywhere
         return torch.where(known[..., None], context["latents"], estimate)
 
     def _estimate_blocks(self, x, t, context: Context, sees_context: bool) -> torch.Tensor:
@@ -75,6 +77,7 @@ class ModelDenoiser(nn.Module):
         model = self.model
         length = x.shape[1]
         sees = torch.full((len(x),), sees_context, device=x.device)
+        # (B, 2 N, 2 N): the clean half first, which noisy latents of a larger order see
         mask = block_causal_mask(context["order"], context["valid"], sees)
         positions = model.codec.positions(torch.arange(length, device=x.device).expand(len(x), -1))
         # (B, 2 N)
@@ -83,6 +86,7 @@ class ModelDenoiser(nn.Module):
         latents = model.denoise(
             both, times, positions.repeat(1, 2, 1), mask, num_context=length
         ).latents
+        # the noisy half; of clean latents nothing is asked
         return latents[:, -length:].float()
 
     @torch.no_grad()
@@ -110,6 +114,7 @@ class ModelDenoiser(nn.Module):
 def _clean_blocks(clean: TokComCodecOutput, block_size: int | None) -> Context:
     """The clean latents, of which each block sees those of smaller order."""
     length = clean.mask.shape[1]
+    # without blocks all latents are one, of order 0
     order = torch.arange(length, device=clean.mask.device) // (block_size or length)
     return {
         "latents": clean.latents,

@@ -108,6 +108,7 @@ class DistillTrainer(Trainer):
         """A copy of the teacher whose flow is trained, with its optimizer, as accelerate
         distributes them."""
         teacher = self.pipe.model
+        # a configuration of its own: the export writes the student's number of steps into it
         model = TokComModel(type(teacher.config).from_dict(teacher.config.to_dict()))
         model.load_state_dict(teacher.state_dict())
         model.set_attn_implementation(self.attention)
@@ -115,6 +116,8 @@ class DistillTrainer(Trainer):
         model.eval()  # nothing is dropped: the student must give what it gives later
         denoiser = ModelDenoiser(model)
         parameters = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+        # No momentum: the two models chase each other, and an average of old gradients points to
+        # where the other one was. The student should stay near the teacher, not near 0.
         optimizer = torch.optim.AdamW(parameters, rate, (0.0, 0.99), weight_decay=0.0)
         self.models[name], self.optimizers[name] = self.accelerator.prepare(denoiser, optimizer)
         self.parameters[name] = parameters
@@ -131,6 +134,7 @@ class DistillTrainer(Trainer):
             self.real,
             self.models["fake"],
             self.models["student"],
+            # evenly from 0, where the exported scheduler, which has no shift, puts its steps
             times=[i / options.num_inference_steps for i in range(options.num_inference_steps)],
             fake_updates=options.fake_updates,
             matching_weight=matching,
@@ -154,6 +158,8 @@ class DistillTrainer(Trainer):
             for start in tqdm(starts, desc="teacher's trajectories", unit="batch"):
                 rows = np.arange(start, min(start + options.batch_size, options.num_pairs))
                 context = self._context(rows % len(self.dataset))
+                # the first word 0 keeps this noise apart from that of updates, whose first word is
+                # 1
                 self._seed(0, start)
                 noise = torch.randn(self._shape(len(rows), context), device=accelerator.device)
                 with accelerator.autocast():
@@ -164,6 +170,7 @@ class DistillTrainer(Trainer):
             partial = file.with_suffix(".tmp")
             partial.parent.mkdir(parents=True, exist_ok=True)
             torch.save(tuple(torch.cat(parts) for parts in zip(*ends)), partial)
+            # a run that is killed in between computes the trajectories again
             partial.rename(file)
         accelerator.wait_for_everyone()
         noise, end = torch.load(file, map_location="cpu", weights_only=True)
@@ -217,7 +224,10 @@ class DistillTrainer(Trainer):
         for micro in range(count):
             with accelerator.accumulate(self.models[name]):
                 loss = self._loss(
-                    name, place, micro * accelerator.num_processes + accelerator.process_index
+                    # N processes with one micro-batch draw what one process with N would
+                    name,
+                    place,
+                    micro * accelerator.num_processes + accelerator.process_index,
                 )
                 accelerator.backward(loss)
                 total += loss.detach() / count
@@ -237,6 +247,7 @@ class DistillTrainer(Trainer):
         draws = self._seed(1, self.progress.step, place, micro_batch)
         size = self.options.batch_size
         device = self.accelerator.device
+        # rows with replacement: the student learns from noise, and the data only condition it
         context = self._context(draws.integers(len(self.dataset), size=size))
         shape = self._shape(size, context)
         self.progress.tokens += shape[0] * shape[1] * self.accelerator.num_processes
@@ -246,6 +257,7 @@ class DistillTrainer(Trainer):
             pairs = None
             pairs_context = None
             if self.pairs is not None:
+                # pair i belongs to row i modulo the number of rows, which `_pairs` has used
                 chosen = draws.integers(len(self.pairs[0]), size=size)
                 pairs = tuple(part[torch.from_numpy(chosen).to(device)] for part in self.pairs)
                 pairs_context = self._context(chosen % len(self.dataset))

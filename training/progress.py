@@ -86,9 +86,8 @@ class UpdateGuard:
     ):
         self.progress = progress
         self.options = options
-        self.loss_is_scaled = (
-            loss_is_scaled  # a scaler expects infinite gradients, and skips them by itself
-        )
+        # a scaler expects infinite gradients, and skips them by itself
+        self.loss_is_scaled = loss_is_scaled
         self.can_skip = can_skip
 
     @property

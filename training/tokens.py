@@ -45,6 +45,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[EOS_TOKEN],
+        # all 256 bytes, also those that the training text lacks
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -180,6 +181,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
         content |= {"truncation": None, "padding": None}  # of the last call
     else:
         content = repr((type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())))
+    # documents are joined with these, which `tokenizer.json` does not name
     ends = tokenizer.bos_token_id, tokenizer.eos_token_id
     return datasets.fingerprint.Hasher.hash(json.dumps([TOKENIZING, content, ends]))
 
@@ -192,6 +194,7 @@ def _content_digest(documents: datasets.Dataset, text_column: str) -> str:
     digest = xxhash.xxh3_128()
     for text in documents[text_column]:
         content = (text or "").encode()
+        # the length keeps "ab", "c" apart from "a", "bc"
         digest.update(f"{len(content)}:".encode() + content)
     return digest.hexdigest()
 
@@ -216,6 +219,7 @@ def _cached_tokens(
             partial = facts.with_suffix(".tmp")
             partial.write_text(json.dumps(found), encoding="utf-8")
             partial.rename(facts)  # last, so that facts beside a file mean that it is whole
+    # an empty file cannot be mapped
     if file.stat().st_size == 0:
         return np.zeros(0, np.int32), json.loads(facts.read_text(encoding="utf-8"))
     return np.asarray(np.memmap(file, np.int32, "r")), json.loads(facts.read_text(encoding="utf-8"))
@@ -226,6 +230,7 @@ def _write_tokens(
 ) -> dict:
     """Tokenize to a file; returns how many documents, blank ones and characters there were, and
     which characters."""
+    # bytes of a document: with long ones a batch has fewer, so that its ids fit in memory
     mean = documents.data.nbytes / max(1, documents.data.num_rows)
     mapped = documents.select_columns([text_column]).map(
         _tokenize_batch,
@@ -234,9 +239,11 @@ def _write_tokens(
         batch_size=int(min(1000, max(1, BATCH_BYTES // max(1.0, mean)))),
         remove_columns=[text_column],
         fn_kwargs={"tokenizer": tokenizer, "column": text_column},
+        # told beforehand, since an empty first batch would be taken for a column of nulls
         features=datasets.Features(TOKENIZED),
         num_proc=num_proc if 1 < num_proc <= len(documents) else None,
         cache_file_name=str(file.with_suffix(".arrow")),
+        # else `datasets` hashes the tokenizer's pickle, which changes when the tokenizer is used
         new_fingerprint=file.stem,
         load_from_cache_file=False,
         desc=f"tokenizing {desc}",
@@ -245,16 +252,14 @@ def _write_tokens(
     letters: set[str] = set()
     with file.open("wb") as stream:
         for table in mapped.with_format("arrow").iter(1000):
-            stream.write(
-                table["ids"].combine_chunks().flatten().to_numpy(zero_copy_only=False).tobytes()
-            )
-            facts["blank"] += sum(
-                length == 0 for length in table["ids"].combine_chunks().value_lengths().to_pylist()
-            )
+            rows = table["ids"].combine_chunks()
+            stream.write(rows.flatten().to_numpy(zero_copy_only=False).tobytes())
+            facts["blank"] += rows.value_lengths().to_pylist().count(0)
             facts["characters"] += sum(table["characters"].to_pylist())
             letters.update(*(row for row in table["letters"].to_pylist() if row))
     written = [entry["filename"] for entry in mapped.cache_files]
     del mapped
+    # the ids are in our own file now, and twice the space is not needed
     for name in written:
         Path(name).unlink(missing_ok=True)
     return facts | {"letters": "".join(sorted(letters))}
@@ -270,11 +275,9 @@ def _tokenize_batch(
                 f"record {index} has no text in field {column!r} ({text!r}); repair or remove it."
             )
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    found = iter(
-        text_ids(tokenizer, [text for text in texts if text.strip()])
-        if any(map(str.strip, texts))
-        else []
-    )
+    written = [text for text in texts if text.strip()]
+    found = iter(text_ids(tokenizer, written) if written else [])
+    # blank documents stay as empty rows, since `map` wants as many rows as it gave
     ids = [[*start, *next(found), tokenizer.eos_token_id] if text.strip() else [] for text in texts]
     letters = ["".join(set().union(*texts)), *[""] * (len(texts) - 1)]  # once for the batch
     return {"ids": ids, "characters": list(map(len, texts)), "letters": letters}
@@ -287,6 +290,7 @@ def tokenize_prompt(
     their texts, line by line."""
     if tokenizer.chat_template:
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        # A space at the end would be a token of its own; in the answer it belongs to the next word.
         return text_ids(tokenizer, text.rstrip(" "), special_tokens=True)
     text = "\n".join(message["content"] for message in messages)
     return text_ids(tokenizer, text.rstrip(" "))  # as the pipeline does
