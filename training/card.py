@@ -68,9 +68,11 @@ def training_card(config: TrainConfig, pipe: TokComBasePipeline) -> str:
     }
     card = ModelCard(pipe.model_card(name, sections))
     card.data.license = config.hub_license
+    # a Hub id, which readers of the card can follow; a local path means nothing to them
     if config.init_from and not Path(config.init_from).exists():
         card.data.base_model = config.init_from
     card.data.eval_results = _results(config, card.data.pipeline_tag, summaries)
+    # results without a name are an error to huggingface_hub
     card.data.model_name = name if card.data.eval_results else None
     return str(card)
 
@@ -155,6 +157,7 @@ def evaluation_section(directory: Path) -> str:
             f"{directory} has no results.md; run tokcom evaluate --output_dir {directory} first."
         )
     return "\n".join(
+        # one level deeper, below the card's own heading
         f"#{line}" if line.startswith("##") else line
         for line in file.read_text(encoding="utf-8").splitlines()
     )

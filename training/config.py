@@ -71,8 +71,10 @@ def check_numbers(config: object, prefix: str = "") -> None:
     """Raise `ValueError` for the first number of `config` that is beyond what it can mean; NaN is
     beyond everything."""
     for key, value in vars(config).items():
+        # a bool is an int to Python
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
+        # what has no range of its own counts something, at least 1
         low, high = RANGES.get(key, (1, MOST))
         if not low <= value <= high:
             raise ValueError(f"`{prefix}{key}` ({value}) must be between {low:g} and {high:g}.")
@@ -405,6 +407,7 @@ def _apply(config: DictConfig, override: str) -> None:
         raise ValueError(
             f"override {override!r} must have the form key=value, e.g. flow.max_steps=100."
         )
+    # parsed as YAML under a name of its own, since the key may have dots in it
     value = OmegaConf.from_dotlist([f"value={text}"])["value"]
     # a section is completed; any other value, also a dictionary such as data.fields, is replaced
     is_section = dataclasses.is_dataclass(

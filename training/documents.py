@@ -1,8 +1,8 @@
 """Text files and tables as records: generators, whose outcome `datasets` keeps in its cache, and
 what makes parts alike.
 
-The key of the cache is the content of the files, so a changed file is read again and a moved one
-is not.
+The key of the cache is the names and the content of the files: a file that is only touched is not
+read again, and one that has changed is.
 """
 
 from collections.abc import Iterator
@@ -37,6 +37,7 @@ def text_records(files: list[str], column: str, encoding: str | None) -> Iterato
         try:
             yield {column: read_text(Path(file), encoding), PROBLEM: None}
         except ValueError as error:
+            # a row like any other: it lies in the cache, too, so every later run names it
             yield {column: None, PROBLEM: str(error)}
 
 
@@ -86,6 +87,7 @@ def content_digest(files: list[Path]) -> str:
     for file in files:
         digest.update(f"{file}\0{file.stat().st_size}\0".encode())
         with file.open("rb") as stream:
+            # 4 MiB at a time: a file may be larger than memory
             while block := stream.read(1 << 22):
                 digest.update(block)
     return digest.hexdigest()
@@ -95,6 +97,7 @@ def format_of(path: Path) -> str:
     """text, json, csv or parquet."""
     if kind_of(path) == "text":
         return "text"
+    # two, because the last one may be that of a compression
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     if ".parquet" in suffixes:
         return "parquet"
@@ -122,6 +125,7 @@ def table_of(
         if any(isinstance(value, list) for value in values):
             values = [[value] if isinstance(value, str) else value for value in values]
         try:
+            # a trial: Arrow wants one type for all values of a column
             pyarrow.array(values)
         except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
             if name in needed:
@@ -175,6 +179,7 @@ def cut_document(documents: datasets.Dataset, config: DataConfig) -> datasets.Da
     text = documents[0][config.text_column]
     place = int(len(text) * (1 - config.validation_fraction))
     for mark in ("\n", " "):
+        # at most a tenth of the text earlier, or the share that is held out would be another one
         found = text.rfind(mark, int(0.9 * place), place)
         if found > 0:
             place = found + 1

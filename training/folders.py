@@ -98,6 +98,7 @@ class MediaFolder:
             if lacking:
                 count = f"{len(lacking)} of {len(self.media)}"
                 self.source.notes.append(f"captions from text files of the same name: {count}")
+            # names of folders are guesses, so they serve only if nobody wrote a caption
             captions = captions or self._from_folders()
         if (
             not metadata
@@ -134,6 +135,7 @@ class MediaFolder:
             find_caption_column(every, self.config, ", ".join(map(str, files)))
         captions: dict[Path, list[str]] = {}
         for file in files:
+            # one of several metadata files may lack the field, if any of them has it
             column = asked if asked in columns[file] else None
             if asked is None:
                 column = find_caption_column(columns[file], self.config, str(file))
@@ -174,6 +176,7 @@ class MediaFolder:
             if found is not None:
                 texts = self._strings(row.get(column), where, found) if column else []
                 captions.setdefault(found, []).extend(texts)
+            # a row for a file of a kind that this run does not read is no mistake
             elif kind_of(path) in self.kinds or not path.exists():
                 hint = near_miss(row[FILE_NAME], [self.listing.name(media) for media in self.media])
                 self.report.skip(
@@ -229,6 +232,7 @@ class MediaFolder:
         root = self.listing.root
         inside = [path for path in self.media if path.parent != root]
         names = {path.parent.name for path in inside}
+        # a single folder says nothing that tells pictures apart
         if len(names) < 2:
             return {}
         rest = len(self.media) - len(inside)
@@ -255,12 +259,16 @@ class MediaFolder:
         records: dict[tuple, dict] = {}
         for path in self.media:
             column = names[kind_of(path)]
+            # with sounds, 7.png and 7.wav are one record of two streams
             key = (path.with_suffix(""),) if "sound" in self.kinds else (path,)
             if column in records.get(key, {}):
+                # 7.png and 7.jpg are two pictures, of which a record holds one
                 key = (path,)
             record = records.setdefault(key, {})
             record[column] = {"bytes": None, "path": str(path)}
             if path in captions:
+                # captions lie under "", which no column is called; both files of a record may bring
+                # the same
                 record.setdefault("", []).extend(
                     t for t in captions[path] if t not in record.get("", [])
                 )

@@ -44,6 +44,7 @@ class Texts(Modality):
         lines = []
         for seed in range(CARD_SAMPLES):
             generator = torch.Generator().manual_seed(seed)
+            # 16 chunks, or a window if that is shorter
             text = pipe.generate(min(16, window), generator=generator).texts[0]
             lines.append(f"{seed}: {text.strip()!r}")
         shown = "\n".join(lines)

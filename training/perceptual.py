@@ -36,6 +36,7 @@ class FeatureLoss:
 
     def __call__(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Weighted distance of images `(B, 3, H, W)` in [-1, 1]; its gradient reaches `output`."""
+        # [-1, 1] -> [0, 1]; one pass of the network for both
         both = torch.cat((output, target)) / 2 + 0.5
         total = 0.0
         layers = self.network(
@@ -44,6 +45,7 @@ class FeatureLoss:
         for features in layers:
             # (2 B, places, channels)
             features = features.flatten(2).transpose(1, 2) if features.ndim == 4 else features
+            # of unit length, so that layers with large activations do not outweigh the others
             ours, theirs = torch.nn.functional.normalize(features.float(), dim=-1).chunk(2)
             total = total + (ours - theirs.detach()).square().sum(-1).mean() / len(layers)
         return self.weight * total

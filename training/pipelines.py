@@ -57,10 +57,12 @@ def load_pipeline(
     `DiffusionPipeline.from_pretrained`, such as `dtype` and `revision`. Raises `ValueError` or
     `FileNotFoundError` that names what is missing or damaged.
     """
+    # the repository itself is a model directory
     path = Path(__file__).parents[1] if path is None else path
     hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
     if verify:
         path = verified(path, **{name: hub[name] for name in hub if name != "proxies"})
+    # a local directory may be incomplete; what comes from the Hub was checked by its client
     if os.path.isdir(path):
         check_files(path)
     config = TokComConfig.from_pretrained(path, **hub)

@@ -50,6 +50,7 @@ def read_preset(name: str) -> dict[str, Any]:
     _merge(merged.setdefault("model", {}), settings.pop("model", {}))
     for key, value in settings.items():
         known = merged.get(key)
+        # one level deep: a stage's `objective` is replaced as a whole
         merged[key] = (
             {**known, **value} if isinstance(known, dict) and isinstance(value, dict) else value
         )
@@ -79,6 +80,7 @@ def preset_config(name: str, vocab_size: int | None = None, **overrides) -> "Tok
     codec_class = CODEC_CONFIGS.get(codec.get("model_type", DEFAULT_CODEC), TokComMediaCodecConfig)
     size = vocab_size or settings.get("tokenizer_vocab_size", 512)
     has_texts = codec_class.set_vocabulary(codec, size, vocab_size is not None)
+    # then the texts are captions, and their vocabulary is the model's, with its pad token
     if vocab_size is not None and not has_texts:
         fields["condition_vocab_size"] = vocab_size + 1
     return TokComConfig(**fields)
@@ -117,8 +119,10 @@ def _merge(fields: dict[str, Any], overrides: dict[str, Any]) -> None:
     for key, value in overrides.items():
         known = fields.get(key)
         if isinstance(value, dict) and isinstance(known, dict):
+            # the fields of one codec mean nothing to another, so those of the preset are dropped
             codec_type = known.get("model_type", DEFAULT_CODEC)
             if value.get("model_type", codec_type) == codec_type:
+                # a copy, because `known` may belong to the caller
                 merged = dict(known)
                 _merge(merged, value)
                 value = merged

@@ -98,6 +98,7 @@ class Source:
         path = Path(self.path)
         if not path.exists():
             part = self._from_hub(config, split)
+        # the files by which `Dataset.save_to_disk` and `DatasetDict.save_to_disk` mark a folder
         elif path.is_dir() and (
             (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
         ):
@@ -108,6 +109,7 @@ class Source:
 
     def _from_hub(self, config: DataConfig, split: str):
         path = Path(self.path)
+        # a Hub name is NAME or USER/NAME; everything else was meant as a path
         if kind_of(path) or path.is_absolute() or self.path.startswith(".") or len(path.parts) > 2:
             raise FileNotFoundError(
                 f"data file {self.path} does not exist; give an existing file, folder or Hub name."
@@ -145,6 +147,7 @@ class Source:
         part = MediaFolder(listing, kinds, config, self.report).load()
         for name, kind in ((config.image_column, datasets.Image), ("audio", datasets.Audio)):
             if name in part.column_names:
+                # decoded when an item is made, so that a bad file is reported with its record
                 part = part.cast_column(name, kind(decode=False))
         if chosen := self.fields or config.fields:
             return self._streams(part, chosen, config)
@@ -157,6 +160,7 @@ class Source:
         captions belong to media. Sounds are read where there is nothing to look at.
         """
         side = set(side_files(listing).values())
+        # a text file beside a picture of its name is a caption, not a document
         documents = [p for p in listing.of_kind("text") if p not in side]
         documents += set(listing.of_kind("table")) - set(metadata_files(listing))
         media = listing.of_kind(*MEDIA)
@@ -179,6 +183,7 @@ class Source:
         if all(file.stat().st_size == 0 for file in formats):
             raise ValueError(f"{self.path} is empty; give a file with data.")
         parts = {}
+        # a set in the order of the files, which decides the order of the records
         for name in dict.fromkeys(formats.values()):
             files = [file for file in formats if formats[file] == name]
             source = SourceReport(self.path, name, listing, used=len(files))
@@ -210,7 +215,9 @@ class Source:
         text = self.field or config.text_column
         fitting = {}
         for path, name in formats.items():
+            # a folder of texts often has a table of facts about them, which is no text
             columns = [] if name == "text" else columns_of(path, config.encoding)
+            # a table whose columns cannot be read is kept: reading it names what is wrong
             if not columns or {text, *DIALOGUES} & set(columns):
                 fitting[path] = name
             else:
@@ -269,6 +276,7 @@ class Source:
         for file, where, record in found:
             for name in needed:
                 value = record.get(name)
+                # longer values are texts, and asking the system for such a name is an error
                 if isinstance(value, str) and 0 < len(value) < 1000 and kind_of(value) in MEDIA:
                     beside = file.parent / value
                     record[name] = str(beside) if beside.is_file() else value
@@ -280,6 +288,7 @@ class Source:
                     )
                     break
             else:
+                # no caption was bad
                 yield record
 
     def _read(
@@ -300,6 +309,8 @@ class Source:
             return datasets.IterableDataset.from_generator(
                 good_records, features, gen_kwargs=arguments
             )
+        # Everything that the records depend on. By default `datasets` would hash the generator, but
+        # not the content of the files that it reads.
         key = datasets.fingerprint.Hasher.hash(
             [READER, generator.__name__, arguments, content_digest(files)]
         )
@@ -343,6 +354,7 @@ class Source:
             raise ValueError(f"{self.path} holds no records, it is empty; give a file with data.")
         source.used = len(files)
         parts = []
+        # neighbours of one schema together: sorting by schema would change the order of the records
         for _, group in groupby(files, lambda file: str(schemas[file])):
             self.group = {file: pyarrow.parquet.read_metadata(file).num_rows for file in group}
             names = [
@@ -371,6 +383,7 @@ class Source:
         if chosen := self.fields or config.fields:
             part = self._streams(part, chosen, config)
         else:
+            # a stream may not know its columns before its first record is read
             columns = part.column_names or list(next(iter(part), {}))
             if _holds_pictures(columns, config, self.field):
                 part = self._pictures(part, config, source)
@@ -387,6 +400,7 @@ class Source:
             text = config.image_column
         default = text == "text" and not self.field
         wanted = [name for name in (*DIALOGUES, "answer") if name in columns] if default else []
+        # a prompt without an answer is no dialogue, and an answer without a prompt neither
         if not wanted or ("prompt" in wanted) != ("answer" in wanted):
             raise ValueError(
                 f"records of {self.path} have no field {text!r} (fields: "
@@ -408,6 +422,7 @@ class Source:
                     "another field."
                 )
             if not isinstance(part, datasets.IterableDataset):
+                # Arrow knows which values are missing without making a string of each
                 nulls = np.flatnonzero(part.data.column(text).is_null().to_numpy())
                 part = self._without(part, {int(i): self._null(int(i), text) for i in nulls})
             part = (
@@ -446,6 +461,7 @@ class Source:
                 "records of several streams are not streamed; set data.streaming=false."
             )
         missing = [field for field in fields.values() if field not in part.column_names]
+        # Fields of the whole run may be spread over several sources, of which each has some.
         if self.fields and missing or len(missing) == len(fields):
             names = part.column_names
             raise ValueError(
@@ -483,6 +499,7 @@ class Source:
             return as_stored(part.select_columns([image]))
         part = as_stored(part.select_columns([image, caption]))
         feature = part.features[caption]
+        # a list of captions for a picture is allowed
         inner = feature.feature if isinstance(feature, datasets.List) else feature
         if getattr(inner, "dtype", None) not in ("string", "null"):
             raise ValueError(
@@ -505,6 +522,7 @@ class Source:
         if count >= len(part):
             return part
         self.report.sources[-1].notes.append(f"a part of it: {several(count, 'record')}")
+        # the same part in every run and on every process
         return part.shuffle(seed=0).select(range(count))
 
 
@@ -565,6 +583,7 @@ def load_documents(
     if any(item.weight is not None for item in sources):
         weights = np.array([1.0 if item.weight is None else item.weight for item in sources])
         shares = (weights / weights.sum()).tolist()
+        # whatever the seed of the run: runs learn the same text, and share its cached ids
         joined = datasets.interleave_datasets(
             parts, shares, seed=0, stopping_strategy="all_exhausted"
         )

@@ -27,6 +27,7 @@ def log_table(
         if tracker.name == "tensorboard":
             lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
             lines += [
+                # a Markdown table, in which | ends a cell and a line break the row
                 "| " + " | ".join(str(c).replace("|", "\\|").replace("\n", " ") for c in row) + " |"
                 for row in rows
             ]
@@ -48,5 +49,6 @@ def log_picture(accelerator: Accelerator, name: str, picture: Image.Image, step:
     """Log a picture to every tracker that shows some."""
     for tracker in accelerator.trackers:
         if hasattr(tracker, "log_images"):
+            # TensorBoard expects channels first unless it is told
             options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({name: np.asarray(picture)[None]}, step=step, **options)
