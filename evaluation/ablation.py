@@ -89,6 +89,7 @@ def train_row(args: argparse.Namespace) -> tuple[Path, dict]:
         model, flow.batch_size, flow.sequence_length, lambda m: build_optimizer(m, *rates)
     )
     steps = max(1, round(args.training_flops / per_step))
+    # one validation and one checkpoint, at the end
     flow.max_steps = flow.eval_steps = flow.checkpoint_steps = steps
     started = time.perf_counter()
     run(config)
@@ -121,6 +122,7 @@ def measure(checkpoint: Path, judge: TokenJudge, tokens: np.ndarray, **sampling)
         curve.append(
             measure_setting(judge, prompts, f"{setting} {value}", sampler, pipe.chunk_size)
         )
+    # without the first 32 tokens of a window, which lack the context that others have
     own = held_out_nll(pipe.model, held_out_windows(tokens, 512, 48), 32)
     facts |= {"curve": curve, "plain": curve[0], "held_out_nll": own}
     # None if the entropy of real text lies outside the sweep
@@ -143,6 +145,7 @@ def write_recovery_table(rows: list[dict]) -> str:
         cell = [row["row"], row["seed"], row["tokens"] / 1e6, row["training_flops"] / 1e12]
         for signal in signals:
             found = row["recovery"][signal]
+            # percent of tokens: by the model, and in brackets by decoding what is noisy as it is
             cell.append(f"{100 * found['model']:.1f} ({100 * found['alone']:.1f})")
         cells.append(cell)
     return table(["row", "seed", "M tokens", "TFLOP", *(f"t = {s}" for s in signals)], cells)
@@ -167,6 +170,7 @@ def write_table(work: Path, file: str) -> None:
     ]
     cells = []
     for row in rows:
+        # at temperature or noise scale 1
         plain = row["plain"]
         cost = (row["tokens"] / 1e6, row["training_flops"] / 1e12, round(row["seconds"]))
         quality = row["held_out_nll"], row["nll_at_real_entropy"], plain["nll"], plain["entropy"]

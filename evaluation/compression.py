@@ -45,6 +45,7 @@ ROWS: dict[str, dict] = {
     **{f"rvq{r}_k4_1k": _vq(4, 1024, r) for r in (2, 4, 8)},
     **{f"rvq{r}_k8_1k": _vq(8, 1024, r) for r in (8, 16)},
     "rvq4_k2_1k": _vq(2, 1024, 4),
+    # 24 channels of 5 levels: 24 log2(5) = 55.7 bits a chunk
     "fsq_k4": {"chunk_size": 4, "latent_channels": 24, "quantizer": "fsq", "fsq_levels": [5] * 24},
     "none_k4": {"chunk_size": 4, "latent_channels": CHANNELS},
 }
@@ -96,6 +97,7 @@ def measure(model: TokComModel, ids: torch.Tensor, picture: Path) -> dict:
     }
     if encoded.codes is None:
         return facts
+    # what a file of codes alone gives back must be what the codec gave
     stored = model.to_ids(model.codec.from_codes(encoded.codes))
     facts["same from codes"] = bool(torch.equal(stored, decoded))
     if config.quantizer == "fsq":  # it has more codes than any text could use: no usage
@@ -110,6 +112,7 @@ def measure(model: TokComModel, ids: torch.Tensor, picture: Path) -> dict:
         counts = torch.bincount(encoded.codes[..., level].flatten(), minlength=config.num_codes)
         axes.loglog(
             range(1, config.num_codes + 1),
+            # half a use more, so that unused codes stay on a logarithmic axis
             counts.sort(descending=True).values + 0.5,
             label=f"level {level}",
         )
@@ -119,6 +122,7 @@ def measure(model: TokComModel, ids: torch.Tensor, picture: Path) -> dict:
     figure.tight_layout()
     figure.savefig(picture, dpi=110)
     plt.close(figure)
+    # levels as if independent: an upper bound of what an entropy coder needs
     facts["entropy, bits per token"] = sum(use["entropy_bits"] for use in uses) / config.chunk_size
     mean = {key: float(np.mean([use[key] for use in uses])) for key in ("usage", "perplexity")}
     return facts | mean | {"distinct codes": None}
@@ -197,6 +201,7 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer = get_tokenizer(args.checkpoint, 0, [], "")
         documents = load_documents(args.validation, DataConfig(train=args.train), "validation")
         tokens = tokenize_documents(documents, tokenizer, "text", "held-out text")[:TEXTS]
+        # whole chunks of every row's K, so all rows see the same text
         ids = torch.from_numpy(tokens[: len(tokens) // 16 * 16].astype(np.int64))[None]
         baselines = lossless(tokenizer.decode(ids[0], skip_special_tokens=True), ids.numel())
         (work / "lossless.json").write_text(
@@ -214,6 +219,7 @@ def main(argv: list[str] | None = None) -> None:
             for file in sorted(work.glob("*.json"))
             for row in json.loads(file.read_text(encoding="utf-8"))
         ]
+        # a codec without a quantiser has no rate and comes last
         found.sort(key=lambda row: row["bits per token"] or float("inf"))
         columns = [
             "row",

@@ -41,7 +41,9 @@ PREFIXES = (1, 2, 4, 8, 16, 36)
 def psnr(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """Peak signal-to-noise ratio in dB of images `(B, 3, H, W)` in [-1, 1], as if of 8 bits:
     `(B,)`."""
+    # / 2: the range of [-1, 1] is 2, and the peak of the formula is 1
     error = ((images - others) / 2).square().flatten(1).mean(1)
+    # at most 100 dB, for equal pictures
     return -10 * error.clamp_min(1e-10).log10()
 
 
@@ -58,6 +60,7 @@ def ssim(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     def blur(x: torch.Tensor) -> torch.Tensor:
         return F.conv2d(x, window, groups=x.shape[1])
 
+    # to [0, 1], for which the constants below are
     a = images / 2 + 0.5
     b = others / 2 + 0.5
     mean_a = blur(a)
@@ -65,6 +68,7 @@ def ssim(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     var_a = blur(a * a) - mean_a**2
     var_b = blur(b * b) - mean_b**2
     covariance = blur(a * b) - mean_a * mean_b
+    # the constants of the paper, which keep flat regions from dividing by 0
     c1 = 0.01**2
     c2 = 0.03**2
     value = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
@@ -81,10 +85,12 @@ def quality(images: torch.Tensor, others: torch.Tensor) -> dict[str, float]:
 def jpeg(image: Image.Image, scale: int, level: int) -> tuple[Image.Image, int]:
     """A picture through JPEG at `1 / scale` of its size, and the bytes of its scan alone, without
     headers and tables."""
+    # at a few dozen bytes a smaller picture at a higher quality often wins
     small = image.resize((image.width // scale, image.height // scale), Image.Resampling.BOX)
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=level, optimize=True)
     data = buffer.getvalue()
+    # the marker at which the coded pixels begin; its header's length follows it
     start = data.rindex(b"\xff\xda")
     # less the end marker
     scan = len(data) - start - 2 - int.from_bytes(data[start + 2 : start + 4], "big") - 2
@@ -198,6 +204,7 @@ def train_classifier(
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in tqdm(range(steps), desc="classifier", unit="step"):
+        # with replacement, so an epoch is a number of steps and not a pass
         rows = torch.randint(len(images), (BATCH,))
         wanted = labels[rows].to(device)
         found = model(images[rows].to(device))
@@ -221,10 +228,14 @@ def frechet(features: torch.Tensor, others: torch.Tensor) -> float:
     """Frechet distance of the Gaussians fitted to two sets of features `(M, channels)`, as in FID
     (Heusel et al. 2017)."""
     a = features.double()
+    # in float64, since small eigenvalues decide how far two close sets are apart
     b = others.double()
+    # (channels, channels)
     cov_a = a.T.cov()
     cov_b = b.T.cov()
     values, vectors = torch.linalg.eigh(cov_a)
+    # The trace of sqrt(A B) is that of sqrt(sqrt(A) B sqrt(A)), which is symmetric: eigenvalues of
+    # a symmetric matrix are real, and rounding cannot make them complex.
     root = vectors * values.clamp_min(0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp_min(0).sqrt().sum()
     return float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
@@ -261,6 +272,7 @@ def read_labels(source: str, columns: list[str], count: int, names: list[list]) 
     for i, column in enumerate(columns):
         values = file.column(column).to_pylist()[:count]
         if len(names) == i:
+            # of the training pictures, whose classes the test pictures share
             names.append(sorted(set(values)))
         rows.append([names[i].index(value) for value in values])
     return torch.tensor(rows).T
@@ -280,6 +292,7 @@ def measure_codec(
     images = test.images
     facts = {"rows": []}
     config = codec.config
+    # PCA may keep as many numbers as the codec has, none of them quantised
     coefficients = config.num_tokens * config.latent_channels
     facts["rows"].append(
         {"codec": "style", "numbers": coefficients, **quality(decode(codec, latents), images)}
@@ -292,6 +305,7 @@ def measure_codec(
             **quality(pca.reconstruct(images, coefficients), images),
         }
     )
+    # what a codec knows before it has read anything
     mean = train.images.mean(0).expand_as(images)
     facts["rows"].append({"codec": "mean picture", "numbers": 0, **quality(mean, images)})
     facts["curve"] = order_curve(codec, latents, images)
@@ -323,6 +337,7 @@ def measure_codebook(pipe: TokComImagePipeline, train: torch.Tensor, images: tor
     decoded = by_parts(lambda part: pipe.decode(part, output_type="pt").images, codes, model)
     config = pipe.model.config.codec_config
     size = config.num_codes
+    # bytes of a picture, each code at its full width
     budget = config.num_tokens * math.log2(size) / 8
     linear = QuantisedPCA(train, round(8 * budget))
     rebuilt = linear.reconstruct(images)

@@ -30,13 +30,16 @@ def token_nll(
             model.device
         )
         with half_precision(batch.device.type):
+            # the last position predicts what is not there
             logits = model(input_ids=batch).logits[:, :-1]
+        # in float32: a sum over the vocabulary in bfloat16 has two digits
         losses = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="none"
         )
         rows.append(losses.view(len(batch), -1).cpu().numpy())
     # the first token of a row has no prediction
     losses = np.pad(np.concatenate(rows), ((0, 0), (1, 0)), constant_values=np.nan)
+    # prompts are context, not scored
     return losses[:, -ids.shape[1] :]
 
 

@@ -47,6 +47,7 @@ class QuantisedPCA:
     def __init__(self, images: torch.Tensor, bits: int):
         self.bits = bits
         self.pca = PCA(images)
+        # a component without a bit is not stored, so more than `bits` of them never matter
         found = self.pca.coefficients(images, min(bits, self.pca.components.shape[1]))
         shares = self.divide(found.var(0), bits)
         count = int((shares > 0).sum())
@@ -60,6 +61,7 @@ class QuantisedPCA:
         for _ in range(bits):
             worst = int(torch.where(shares < MOST_BITS, errors, -1).argmax())
             shares[worst] += 1
+            # a bit halves the steps of a quantiser and therefore quarters its squared error
             errors[worst] /= 4
         return shares
 
@@ -79,6 +81,7 @@ def middles(levels: torch.Tensor) -> torch.Tensor:
 
 def lloyd(values: torch.Tensor, count: int) -> torch.Tensor:
     """The `count` sorted levels that serve `values (M,)` best."""
+    # start from quantiles, so that every level has values of its own
     shares = (torch.arange(count, dtype=values.dtype) + 0.5) / count
     levels = values.quantile(shares)
     for _ in range(LLOYD_STEPS):

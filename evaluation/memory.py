@@ -67,6 +67,7 @@ def saved_bytes(
         model.gradient_checkpointing_enable()
     codec = config.codec_config
     clip = torch.randn(1, codec.num_channels, codec.num_frames, codec.height, codec.width)
+    # weights are there anyway and are counted as such
     own = {
         tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())
     }
@@ -74,6 +75,7 @@ def saved_bytes(
     kept: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
+        # by storage: views of one tensor are kept once
         address = tensor.untyped_storage().data_ptr()
         if address not in own:
             kept[address] = tensor
@@ -103,9 +105,11 @@ def activations(
     slopes = {}  # bytes per latent at each depth
     for layers in (shallow, deep):
         slopes[layers] = (found[layers, many] - found[layers, few]) / (n2 - n1)
+    # bytes per latent and layer
     per_layer = (slopes[deep] - slopes[shallow]) / (deep - shallow)
     total = config.codec_config.num_tokens
     layers = config.transformer_config.num_hidden_layers
+    # bytes that do not grow with the latents
     fixed = found[shallow, few] - slopes[shallow] * n1
     fixed_per_layer = (found[deep, few] - slopes[deep] * n1 - fixed) / (deep - shallow)
     at_depth = slopes[shallow] + per_layer * (layers - shallow)
@@ -130,7 +134,9 @@ def operations(config: TokComConfig, parameters: int) -> float:
         ]
     # block-causal training runs over [clean | noisy]
     copies = 1 if transformer.block_size is None else 2
+    # scores and weighted sum, a multiply-add for each channel of each pair
     attention = 4 * transformer.hidden_size * sum(pairs) * copies**2
+    # a backward pass computes two products for each one of the forward pass
     return 3 * (2 * parameters * total * copies + attention)
 
 
@@ -165,6 +171,7 @@ def run_step(config: TokComConfig, dtype: torch.dtype | None = torch.bfloat16) -
         loss = model(pixel_values=clip).loss
     loss.backward()
     optimizer.step()
+    # ru_maxrss is in KiB on Linux
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / GIB
     return {"loss": loss.item(), "seconds": time.perf_counter() - started, "grown_gib": grown}
 

@@ -30,6 +30,7 @@ def ngram_keys(ids: np.ndarray, n: int) -> np.ndarray:
     keys = np.zeros((*ids.shape[:-1], max(0, ids.shape[-1] - n + 1)), np.uint64)
     with np.errstate(over="ignore"):
         for i in range(n):  # the mixing steps of splitmix64, so that close ids have distant keys
+            # + 1, since 0 times anything is 0 and id 0 would leave no trace
             mixed = (ids[..., i : i + keys.shape[-1]] + np.uint64(1)) * np.uint64(
                 0x9E3779B97F4A7C15
             )
@@ -89,6 +90,7 @@ class TrainingNgrams:
         (off-grid)."""
         seen = self.seen(ids, size)
         on_grid = np.arange(seen.shape[1]) % size == 0
+        # with chunks of one token everything is on the grid
         across = float(seen[:, ~on_grid].mean()) if size > 1 else float("nan")
         return float(seen[:, on_grid].mean()), across
 
@@ -100,6 +102,7 @@ class TrainingNgrams:
         low = 0
         high = min(ids.shape[1], len(self.tokens))
         while low < high:
+            # rounded up, or `low` would never reach `high`
             n = (low + high + 1) // 2
             found = np.isin(ngram_keys(ids, n), ngram_keys(self.tokens, n)).any()
             low, high = (n, high) if found else (low, n - 1)
@@ -130,5 +133,6 @@ def brier_lm(first: np.ndarray, second: np.ndarray, real: np.ndarray) -> dict[st
 def bootstrap_interval(values: np.ndarray, seed: int = 0, draws: int = 1000) -> tuple[float, float]:
     """95 % interval of the mean of independent `values (B,)`, by resampling them."""
     values = np.asarray(values, dtype=float)
+    # with replacement: each draw is a sample of the same size from the sample
     means = np.random.default_rng(seed).choice(values, (draws, len(values))).mean(1)
     return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))

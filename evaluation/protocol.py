@@ -72,6 +72,7 @@ def held_out_windows(tokens: np.ndarray, length: int, count: int) -> np.ndarray:
 def nll_by_place(nll: np.ndarray, chunk_size: int) -> list[float]:
     """Mean of `nll (B, T)` at each place of the chunk; an incomplete last chunk is left out."""
     whole = nll[:, : nll.shape[1] // chunk_size * chunk_size]
+    # (B, chunks, K); NaN is the first token of a text without a prompt
     return np.nanmean(whole.reshape(len(nll), -1, chunk_size), axis=(0, 1)).tolist()
 
 
@@ -79,6 +80,7 @@ def measure_setting(
     judge: TokenJudge, prompts: np.ndarray, setting: str, sampler, chunk_size: int
 ) -> dict:
     """One point of the frontier: NLL of continuations, also by place in the chunk, and entropy."""
+    # one seed for all settings, so that a frontier is not made of luck
     ids = sampler.sample(prompts, CONTINUATION, seed=0)
     nll = judge.nll(ids, prompts)
     facts = {"setting": setting, "nll": float(nll.mean()), "entropy": sample_entropy(ids)}
@@ -93,10 +95,13 @@ def control_texts(study: Study, length: int, count: int, seed: int) -> dict[str,
     size = study.chunk_size
     count = len(real)
     starts = generator.integers(0, len(study.train) - size, (count, -(-length // size)))
+    # fluent inside a chunk and senseless across: what a model of chunks alone would write
     chunks = study.train[starts[..., None] + np.arange(size)].reshape(count, -1)[:, :length]
+    # a low NLL without any content, which the entropy beside it gives away
     phrase = np.tile(real[:, :8], (1, -(-length // 8)))[:, :length]
     return {
         "real text": real,
+        # the right frequencies in the wrong order
         "shuffled tokens": generator.permuted(real, axis=1),
         "random training chunks": chunks,
         "repeated phrase": phrase,
@@ -221,6 +226,8 @@ def at_entropy(points: list[dict], target: float) -> float | None:
     """
     sweeps = {}
     for point in sorted(points, key=lambda p: p["entropy"]):
+        # points of different sweeps lie on different curves, between which nothing can be
+        # interpolated
         sweeps.setdefault(point["setting"].split()[0], []).append(point)
     found = []
     for sweep in sweeps.values():
@@ -258,6 +265,7 @@ def likelihood(
         if isinstance(sampler, TokComSampler):
             nll = held_out_nll(sampler.pipe.model, ids, skipped)
         else:
+            # 8 rows of 512 tokens: logits over the vocabulary take the most memory
             nll = float(token_nll(sampler.model, ids, batch_size=8)[:, skipped:].mean())
         results[name] = {"own_nll": nll}
     return results
@@ -267,6 +275,7 @@ def memorisation(study: Study, systems: dict) -> dict:
     """8-gram overlap with the training text and longest shared n-gram, also of held-out text of the
     same size."""
     results = {}
+    # what any text of this kind shares with the training text by chance
     samples = {"real text": study.windows(study.length, study.samples)}
     for name, sampler in systems.items():
         samples[name] = sampler.sample(None, study.length, 0, len(samples["real text"]))
@@ -290,6 +299,7 @@ def latency(
             for name, sampler in systems.items():
                 started = time.perf_counter()
                 sampler.sample(prompts[:batch], length, repeat)
+                # kernels are only queued; wait until they are done
                 if torch.cuda.is_available():
                     torch.cuda.synchronize()
                 times[name].append(1000 * (time.perf_counter() - started) / (length * batch))

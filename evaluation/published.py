@@ -86,6 +86,7 @@ class PublishedTokCom:
         """Latents `(B, N, D)` -> logits `(B, N * K, V)`."""
         embeddings = self.vae["embed_tokens.weight"]
         flat = latents.reshape(-1, 1, latents.shape[-1])
+        # the latent takes the first place of the chunk, and the mask token the others
         omni = embeddings[self.omni_token_id].expand(len(flat), self.chunk_size - 1, -1)
         states = self._stack(torch.cat((flat, omni), 1), "decoder")
         return (states @ embeddings.T).view(len(latents), -1, len(embeddings))
@@ -95,6 +96,7 @@ class PublishedTokCom:
         state = self.denoiser
         half = x.shape[-1] // 2
         exponents = -math.log(10000) * torch.arange(half, device=x.device) / half
+        # t in [0, 1], not times 1000
         angles = t[:, None] * torch.exp(exponents)
         wave = torch.cat((angles.cos(), angles.sin()), -1)
         hidden = F.silu(wave @ state["time_mlp.0.weight"].T + state["time_mlp.0.bias"])
@@ -140,6 +142,7 @@ class PublishedTokCom:
             for n in "qkv"
         )
         shared = self.num_heads // self.num_groups
+        # grouped queries: each key and value head serves `shared` query heads
         key, value = (u.repeat_interleave(shared, dim=1) for u in (rotate(key), value))
         weights = (rotate(query) @ key.transpose(2, 3) / math.sqrt(size)).softmax(-1)
         return (weights @ value).transpose(1, 2).flatten(2) @ state[f"{prefix}o_proj.weight"].T
@@ -176,6 +179,7 @@ class PublishedTokCom:
             t = start + i / steps
             whole = x if keep is None else torch.cat((keep, x), 1)
             clean = self.denoise(whole, torch.full((len(x),), t, device=x.device))[:, -x.shape[1] :]
+            # dx/dt = (x1 - x) / (1 - t)
             x = x + (clean - x) / (1 - t) / steps
         return x
 
