@@ -49,7 +49,11 @@ class CausalWindows(torch.utils.data.Dataset):
         self.windows = PackedDataset(
             # a multiple of 1, since there are no chunks; a text begins after the EOS of the one
             # before
-            tokens, WindowShape(sequence_length, 1, lead=1), eos_token_id, seed, training=True
+            tokens,
+            WindowShape(sequence_length, 1, lead=1),
+            eos_token_id,
+            seed,
+            training=True,
         )
         self.served = 0
 

@@ -46,6 +46,7 @@ def codes_of_texts(pipe: TokComBasePipeline, args: argparse.Namespace) -> torch.
     tokens = tokenize_documents(documents, pipe.tokenizer, args.text_column, "held-out text")
     whole = len(tokens) // size * size
     chunks = torch.from_numpy(tokens)[:whole].long().view(-1, size)  # (M, K)
+    # as many chunks as the codes of `limit` pictures, about
     batches = chunks[: args.limit * BATCH].split(16 * BATCH)
     return torch.cat(
         [
@@ -96,6 +97,7 @@ def show_codes(
     best = values[counts.argsort(descending=True)[:shown]]
     # the other levels at their most frequent code
     rest = codes.mode(0).values[None, 1:].expand(len(best), -1)
+    # (shown, 1, C): clips of one patch
     latents = codec.from_codes(torch.cat((best[:, None], rest), dim=1)[:, None])
     size = codec.config.patch_size
     patches = codec.decode(latents, height=size, width=size).pixel_values[:, :3, 0]

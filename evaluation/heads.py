@@ -44,6 +44,7 @@ def held_out_texts(args: argparse.Namespace) -> list[str]:
     train, validation = (
         load_documents(path, data, split)[column] for split, path in sources.items()
     )
+    # a head that has memorised a text would look like one that decodes it
     shared = set(train) & set(validation)
     if shared:
         raise ValueError(
@@ -57,6 +58,7 @@ def held_out_texts(args: argparse.Namespace) -> list[str]:
 
 def predict(pipe: TokComPipeline, texts: list[str], noise_level: float, seed: int) -> list[str]:
     """Encode texts, mix them with noise, denoise them, pass them through the head and decode."""
+    # the same noise for every experiment of a seed, so that differences are those of the heads
     generator = torch.Generator().manual_seed(seed)
     predictions = []
     pipe.set_progress_bar_config(disable=True)

@@ -435,6 +435,7 @@ def measure_generation(
     labels = read_labels(args.train, args.label_columns, len(train.images), names)
     held_out = read_labels(args.test, args.label_columns, len(test.images), names)
     epochs = args.classifier_epochs
+    # it has seen real pictures only, and recognises what is drawn as far as that is like them
     classifier = train_classifier(train.images, labels, epochs, args.seed, args.device)
     count = min(args.num_samples, len(test.captions))
     drawn = draw(pipe, test.captions[:count], args)
@@ -450,6 +451,7 @@ def measure_generation(
     shuffled = held_out[:count][
         torch.randperm(count, generator=torch.Generator().manual_seed(args.seed))
     ]
+    # the control: pictures that are drawn well, but not for what the caption says
     found["drawn for another caption"] = recognised(classifier, drawn, shuffled)
     show = pipe.image_processor.postprocess
     rows = [show(drawn[i : i + 8]) for i in range(0, min(32, count), 8)]

@@ -70,6 +70,7 @@ class PublishedTokCom:
         for side in ("encoder", "decoder"):
             vae[f"{side}.norm.weight"] = 1 + 0.1 * torch.randn(hidden_size)
         for name, shape in linears.items():
+            # outputs of unit variance, so that no layer saturates and errors show
             denoiser[f"{name}.weight"] = torch.randn(shape) / shape[1] ** 0.5
             denoiser[f"{name}.bias"] = torch.randn(shape[0])
         return cls(vae, denoiser, num_layers, num_heads, num_groups, vocab_size - 1)

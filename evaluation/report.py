@@ -4,6 +4,7 @@ from pathlib import Path
 
 import matplotlib
 
+# before pyplot is imported, which looks for a screen otherwise
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
@@ -72,6 +73,7 @@ def markdown(results: dict) -> str:
         ("latency", "Latency"),
     ):
         if name in results:
+            # controls lack some measures, so columns are those of any row
             columns = sorted({k for row in results[name].values() for k in row if k != "points"})
             rows = [
                 [system, *(row.get(c) for c in columns)] for system, row in results[name].items()
@@ -98,6 +100,7 @@ def plots(results: dict, directory: Path) -> None:
     if "frontier" in results:
         figure, axes = plt.subplots(figsize=(6, 4))
         for system, row in results["frontier"].items():
+            # real text is one point
             points = sorted(row.get("points", [row]), key=lambda p: p["entropy"])
             axes.plot(
                 [p["entropy"] for p in points], [p["nll"] for p in points], "o-", label=system
@@ -195,6 +198,7 @@ def benchmark_plot(command: str, rows: list[dict], file: Path) -> None:
 def _plot_sampling(rows: list[dict], file: Path) -> None:
     """Milliseconds per token against length, batch, steps and chunk size."""
     plain = [row for row in rows if row["steps"] == "default"]
+    # each panel varies one thing, and keeps the others at their smallest
     first = min(row["batch"] for row in rows)
     smallest = min(row["tokens"] for row in rows)
     panels = [

@@ -63,8 +63,10 @@ def split_words(caption: str) -> list[str]:
 
 def letters_of(word: str) -> list[int]:
     """Buckets of all runs of three letters of a word, its edges included."""
+    # edges tell a beginning from the middle of a word, as in fastText (Bojanowski et al. 2017)
     marked = f"<{word}>"
     runs = [marked[i : i + 3] for i in range(len(marked) - 2)]
+    # md5, because Python's own hash of strings differs from process to process
     return [int.from_bytes(hashlib.md5(run.encode()).digest()[:4], "big") % BUCKETS for run in runs]
 
 
@@ -106,6 +108,7 @@ class Judge(nn.Module):
             nn.ReLU(),
             nn.Linear(4 * config.channels, config.channels),
         )
+        # log of the inverse temperature, which is learnt: cosines begin multiplied by e^2 = 7.4
         self.scale = nn.Parameter(torch.tensor(2.0))
         self.motion = None
         if config.motions:
@@ -117,6 +120,7 @@ class Judge(nn.Module):
         """Clips `(B, 3, F, H, W)` -> directions `(B, channels)`, the mean of their frames'."""
         frames = clips.transpose(1, 2).flatten(0, 1)  # (B * F, 3, H, W)
         features = self.picture_head(self.eye(frames)).unflatten(0, (len(clips), -1))
+        # of unit length, so that products of directions are cosines
         return F.normalize(features.mean(1), dim=-1)
 
     def read(self, captions: list[str]) -> torch.Tensor:
@@ -128,14 +132,17 @@ class Judge(nn.Module):
                 if word in self.places:
                     row.append(self.places[word])
                 row += [len(self.places) + bucket for bucket in letters_of(word)]
+            # EmbeddingBag takes no empty bag: a caption without letters gets one bucket
             rows.append(row or [len(self.places)])
         device = self.scale.device
+        # where each bag begins in the flat list
         starts = torch.tensor([0, *map(len, rows)], device=device).cumsum(0)[:-1]
         flat = torch.tensor([place for row in rows for place in row], device=device)
         return F.normalize(self.caption_head(self.word_embedding(flat, starts)), dim=-1)
 
     def name_motion(self, clips: torch.Tensor) -> torch.Tensor:
         """Clips `(B, 3, F, H, W)` -> logits `(B, motions)`."""
+        # frames as channels: the motion is in what changes between them
         return self.motion(clips.flatten(1, 2))
 
     def knows(self, caption: str) -> bool:
@@ -149,6 +156,7 @@ class Judge(nn.Module):
 def moved(clips: torch.Tensor) -> torch.Tensor:
     """Clips `(B, 3, F, H, W)`, all moved by up to two pixels and a little brighter or darker, so
     that a judge forgives both."""
+    # one movement for the batch; 2 of 0..4 is none
     y, x = (int(torch.randint(5, ())) for _ in range(2))
     height, width = clips.shape[-2:]
     flat = F.pad(clips.flatten(1, 2), (2, 2, 2, 2), mode="replicate")
@@ -181,12 +189,14 @@ def train_judge(
     for _ in bar:
         rows = torch.randint(len(clips), (batch,))
         seen = moved(clips[rows]).to(device)
+        # one frame is enough for what is shown, and any of them must do
         frame = int(torch.randint(config.frames, ()))
         texts = [captions[i] for i in rows.tolist()]
         scores = judge.look(seen[:, :, frame : frame + 1]) @ judge.read(texts).T * judge.scale.exp()
         # rows with the same caption are all right answers
         same = torch.tensor([[a == b for b in texts] for a in texts], device=device).float()
         target = same / same.sum(1, keepdim=True)
+        # captions among pictures, and pictures among captions
         loss = F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)
         if motions is not None:
             loss = loss + F.cross_entropy(judge.name_motion(seen), motions[rows].to(device))
@@ -230,7 +240,9 @@ class HeldOut:
         generator = torch.Generator().manual_seed(seed)
         rows = []
         for i, caption in enumerate(self.shown):
+            # drawn once: every system is judged on the same choices
             order = torch.randperm(len(captions), generator=generator).tolist()
+            # different texts in the order drawn: of equal captions none would be wrong
             others = dict.fromkeys(self.shown[j] for j in order if self.shown[j] != caption)
             if len(others) < CHOICES - 1:
                 raise ValueError(
@@ -246,6 +258,7 @@ class HeldOut:
         captions."""
         texts = self.judge.read(self.shown).cpu()
         looks = by_parts(self.judge.look, clips, self.judge, BATCH)
+        # (M, CHOICES)
         scores = torch.einsum("mc,mkc->mk", looks, texts[self.choices[: len(clips)]])
         right = (scores.argmax(1) == 0).float()
         known = self.known[: len(clips)]
@@ -330,6 +343,7 @@ def measure(judge: Judge, args: argparse.Namespace) -> list[dict]:
     clips, captions = read_all(args.test, Format(config.size, config.frames), args.num_samples)
     held_out = HeldOut(judge, captions, args.seed)
     rows = [{"made by": "held-out data", **held_out.found(clips)}]
+    # the control should be at chance: 5 %, or a judge knows captions without looking
     others = clips[torch.randperm(len(clips), generator=torch.Generator().manual_seed(args.seed))]
     rows.append({"made by": "held-out data, another record", **held_out.found(others)})
     for name in args.models:
@@ -339,10 +353,12 @@ def measure(judge: Judge, args: argparse.Namespace) -> list[dict]:
             rows.append({"made by": f"{name}, codec alone", **held_out.found(rebuilt)})
         for steps in args.steps or [None]:
             for guidance in args.guidance_scales:
+                # the same noise at every setting
                 made = make(pipe, captions, steps, guidance, args.seed)
                 count = steps or pipe.model.config.num_inference_steps
                 row = {"made by": name, "steps": count, "guidance": guidance}
                 rows.append(
+                    # guidance evaluates the network twice a step
                     {**row, "evaluations": count * (1 + (guidance != 1))} | held_out.found(made)
                 )
                 print(rows[-1], flush=True)

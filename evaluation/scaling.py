@@ -63,12 +63,15 @@ def saved_bytes(model: TokComModel, ids: torch.Tensor) -> int:
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
+            # by storage, since several views of one tensor are kept once
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
+    # Python's generator decides which chunks have a loss: the same for all depths
     random.seed(1)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = model(ids).loss
+    # while the loss is alive, before its graph gives the memory back
     total = sum(kept.values())
     del loss
     return total
@@ -81,8 +84,10 @@ def count(config: TokComConfig, length: int) -> dict[str, float]:
     context = config.transformer_config.num_context_layers
     fields = config.to_dict()
     shapes = [(1 + bool(context), int(bool(context)))]  # (all layers, context layers)
+    # one denoising layer more, whose difference is the cost of a denoising layer
     shapes.append((shapes[0][0] + 1, shapes[0][1]))
     if context:
+        # one context layer more
         shapes.append((shapes[0][0] + 1, shapes[0][1] + 1))
     found = []
     for number, of_context in shapes:
@@ -105,6 +110,7 @@ def count(config: TokComConfig, length: int) -> dict[str, float]:
     more_context = context - shapes[0][1]
     total = {}
     for key in found[0]:
+        # without context layers their slope is the 0 that is added
         slopes = [row[key] - found[0][key] for row in found[1:]] + [0.0]
         total[key] = found[0][key] + more_denoising * slopes[0] + more_context * slopes[1]
     return total
@@ -180,6 +186,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = []
     for ranks in args.ranks:
         tokens = args.batch_size * length
+        # of one process, which all work at the same time
         seconds = tokens * counted["flops"] / (args.peak * args.utilization)
         saved = [tokens * counted[key] for key in ("saved", "checkpointed")]
         sizes = [
@@ -198,6 +205,7 @@ def main(argv: list[str] | None = None) -> None:
                 f"{seconds:.3f}",
             ]
             + [
+                # the bandwidth at which sending takes as long as computing
                 f"{traffic / seconds / 1e9:.1f}",
                 f"{args.tokens / (ranks * tokens) * seconds / 3600:.1f}",
             ]

@@ -85,7 +85,9 @@ def names_slot(slot: str, value: str, sentence: str) -> bool:
         is_unfriendly = re.search(UNFRIENDLY, sentence) is not None
         if value == "no":
             return is_unfriendly
+        # "not for children" mentions children, too
         return re.search(CHILD, sentence) is not None and not is_unfriendly
+    # names and kinds of food have no pattern: they must stand there as they are
     pattern = PATTERNS.get((slot, value), re.escape(plain(value)))
     return re.search(pattern, sentence) is not None
 

@@ -47,6 +47,7 @@ def predict(
     """The frame `(B, 3, H, W)` that follows the first `known` of `clips (B, 3, F, H, W)`, whose
     captions are given to a model that reads any."""
     causal = pipe.model.config.transformer_config.block_size is not None
+    # a block-causal model can stop after the frame that is asked for; others make whole clips
     length = known + 1 if causal else None
     generator = torch.Generator().manual_seed(seed)
     frames = []
@@ -70,6 +71,7 @@ def measure(
     `args.known`."""
     rows = []
     real = {k: clips[:, :, k] for k in args.known}
+    # a model that predicts no motion would be as good as this
     copies = {k: psnr(clips[:, :, k - 1], real[k]).mean().item() for k in args.known}
     row = {
         "system": "copy of the last frame",
@@ -86,6 +88,7 @@ def measure(
         for k in args.known:
             made = predict(pipe, clips, k, steps, args.batch_size, args.seed, captions)
             found[k] = psnr(made, real[k]).mean().item()
+            # below 1 is blurred
             sharp.append(sharpness(made) / sharpness(real[k]))
         seconds = time.perf_counter() - started
         row = {"system": name, "steps": steps or pipe.model.config.num_inference_steps}
@@ -107,12 +110,14 @@ def pictures(pipe: TokComVideoPipeline, clips: torch.Tensor, args: argparse.Name
     made = pipe(frames=given, num_frames=length, generator=generator).videos
     strips = [row for pair in zip(real, made) for row in pair]
     picture_grid(strips, scale=2).save(args.output_dir / "strips.png")
+    # real clips end first if `--long` asks for more; their last frame stays
     still = [clip + [clip[-1]] * (len(made[0]) - len(clip)) for clip in real]
     frames = []
     for i in range(len(made[0])):
         frames.append(
             picture_grid([[clip[i] for clip in still], [clip[i] for clip in made]], scale=3)
         )
+    # the last frame four times more, so that an eye can rest there before it starts again
     write_film([*frames, *[frames[-1]] * 4], args.output_dir / "clips.gif", fps=6)
 
 

@@ -360,6 +360,7 @@ def main(argv: list[str] | None = None) -> None:
     (work / "curve").mkdir(parents=True, exist_ok=True)
     for name in args.systems:
         file = work / "curve" / f"{name}-{args.seed}.json"
+        # finished systems are not measured again, so a stopped study goes on
         if file.is_file():
             continue
         directory, cost = train_system(name, args)

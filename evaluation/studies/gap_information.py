@@ -35,6 +35,7 @@ def next_log_probs(teacher: Teacher, rows: torch.Tensor) -> torch.Tensor:
     """Log-probabilities `(N, V)` of the token after `rows (N, T)`, with the author's top-k and
     min-p."""
     with half_precision(rows.device.type):
+        # the output matrix on the last state alone: logits of all places would not fit
         states = teacher.model.model(input_ids=rows).last_hidden_state[:, -1]
         logits = teacher.model.lm_head(states).float()
     return truncate(logits, teacher.top_k, teacher.min_p)
@@ -48,6 +49,7 @@ def other_gaps(
     log-weights `(N,)`."""
     if len(true) == 1:
         log_probs = next_log_probs(teacher, left[None])[0]
+        # the true gap is counted on its own
         log_probs[true] = float("-inf")
         allowed = log_probs.isfinite().nonzero()
         return allowed, log_probs[allowed[:, 0]]
@@ -55,7 +57,9 @@ def other_gaps(
     for _ in range(len(true)):
         log_probs = next_log_probs(teacher, torch.cat((left.expand(draws, -1), gaps), dim=1))
         gaps = torch.cat((gaps, log_probs.exp().multinomial(1)), dim=1)
+    # draws that hit the true gap are left out, as it counts with its own probability
     others = gaps[(gaps != true).any(dim=1)]
+    # each draw stands for a share 1 / draws of the author's probability
     return others, torch.full((len(others),), -math.log(draws), device=left.device)
 
 
@@ -96,6 +100,7 @@ def gain(teacher: Teacher, ids: torch.Tensor, start: int, length: int, draws: in
     joint = [likelihood + gap_log_prob(teacher, left, true)]
     if len(others):
         joint.append(right_log_probs(teacher, left, others, right) + weights)
+    # log p(right | left, gap) - log p(right | left)
     return float(likelihood[0] - torch.cat(joint).logsumexp(0))
 
 
@@ -126,6 +131,7 @@ def main(argv: list[str] | None = None) -> None:
             start = int(generator.integers(BEFORE, len(row) - AFTER - length + 1))
             ids = torch.tensor(row, device=args.device)
             found.append(gain(teacher, ids, start, length, args.draws) / length)
+        # one gap a text, so the values are independent
         error = np.std(found) / math.sqrt(len(found))
         print(f"{length} | {np.mean(found):.3f} | {error:.3f}", flush=True)
 

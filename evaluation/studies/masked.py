@@ -40,9 +40,12 @@ class MaskedObjective(TokComNextChunkObjective):
         known = (times * size).round()[..., None]  # how many tokens of each chunk
         draws = times.shape[1] if model.training else 1  # one order for all turns of a likelihood
         order = torch.rand(len(times), draws, times.shape[2], size, device=times.device)
+        # argsort twice: the place of each token in the order
         rank = order.argsort(-1).argsort(-1)
         is_masked = rank >= known
         progress = torch.where(is_masked, 0.0, 1.0)
+        # In training all masked tokens have a loss. A likelihood takes at each turn the token whose
+        # turn it is, so K turns score each token once, given those before it in the order.
         return progress, is_masked if model.training else rank == known
 
 
@@ -101,6 +104,7 @@ class MaskedSampler(TokComBlockSampler):
         self.chunks += len(x)
         steps_left = min(self.sampling.num_inference_steps, size)
         while not known.all():
+            # a row that is decided would need no evaluation on its own
             self.evaluations += int((~known).any(-1).any(-1).sum())
             drawn, entropy = self._draw(x, context, chunks, known, sources)
             decided = self._choose(entropy, known, steps_left, sources)
@@ -115,6 +119,7 @@ class MaskedSampler(TokComBlockSampler):
         times = known.float()
         clean = head.latents_of(context.symbols, chunks)
         channels = x.shape[-1] // head.num_symbols
+        # every symbol has `channels` channels of the latent
         x = torch.where(known.repeat_interleave(channels, dim=-1), clean, x)
         now = times.mean(-1)  # (B, Q)
         nothing = TokComChoice.of(torch.zeros_like(known))
@@ -133,6 +138,7 @@ class MaskedSampler(TokComBlockSampler):
         score = entropy
         if self.order == "random":
             score = uniform_numbers(known, sources)
+        # known tokens come last
         rank = score.masked_fill(known, torch.inf).argsort(-1).argsort(-1)
         if self.threshold is not None:
             return ~known & ((rank == 0) | (entropy < self.threshold))

@@ -25,6 +25,7 @@ def share_kept(pipe: TokComPipeline, texts: list[str], level: float) -> float:
             text, level, generator=torch.Generator().manual_seed(seed)
         )
         mask = output.attention_mask[0].bool()
+        # sums over all texts, so that each token counts alike
         equal += int((output.sequences[0] == real)[mask].sum())
         count += int(mask.sum())
     return equal / count
