@@ -30,10 +30,8 @@ from tokcom.sampling_tokcom import kept_tokens, spawn_generators
 matplotlib.use("Agg")
 LONGEST = 512  # tokens that the page generates or reads at once
 SLOWEST = 120  # seconds that slow motion may add
-FONTS = {
-    "font": ["system-ui", "sans-serif"],
-    "font_mono": ["monospace"],
-}  # nothing is fetched from elsewhere
+# of the visitor's system, so that nothing is fetched from elsewhere
+FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}
 CSS = """
 .tokcom-text {
   font-size: 1.1rem; line-height: 1.9; min-height: 6rem;
@@ -92,12 +90,16 @@ class Writing(threading.Thread):
 
     def after_step(self, pipe, step: int, timestep: torch.Tensor, tensors: dict) -> dict:
         started = time.perf_counter()
+        # diffusers' way to end a pipeline between two steps
         pipe._interrupt = self.stop.is_set()
+        # steps count on from block to block
         index = step % len(pipe.scheduler.timesteps)
         if index == 0:  # a new block begins
             self.done = self.done + self.current
+        # the latents are those after the step, at the time of the next one
         next_time = 1 - float(pipe.scheduler.sigmas[index + 1])
         self.current = self.demo.emerging(tensors["latents"].float(), next_time)
+        # whole chunks are denoised, also where a text ends inside one
         self.frames.put((self.done + self.current)[: self.length])
         self.shown_for += time.perf_counter() - started
         return tensors
@@ -137,6 +139,7 @@ class Demo:
         shown = ""
         pieces = []
         for end in range(1, len(ids) + 1):
+            # all ids so far: a character of several bytes may be spread over tokens
             text = decode_ids(self.pipe.tokenizer, ids[:end])
             whole = text if end == len(ids) else text.rstrip("\ufffd")
             pieces.append(whole[len(shown) :] if whole.startswith(shown) else "")
@@ -152,6 +155,7 @@ class Demo:
         model = self.pipe.model
         times = torch.full((1, latents.shape[1]), time)
         if model.token_head is None:
+            # without turns all tokens of a chunk are at one time
             t = times.clamp(0, 1)[0].repeat_interleave(self.pipe.chunk_size)
         else:
             t = model.token_head.place_times(times).flatten()
@@ -168,12 +172,14 @@ class Demo:
         row = row[-(-beyond // size) * size :]  # what is cut off is whole chunks
         whole, mask = self.pipe._pad([row], "right")
         if self.predicts_tokens:
+            # the loss draws noise; the same text always gets the same colours
             torch.manual_seed(0)
             losses = token_losses_at(self.pipe.model, whole, 0.0, mask)
         else:
             losses = self.pipe.model.codec.loss(
                 self.pipe.model.encode(whole, mask).latents, whole, mask
             )
+        # nats to probabilities, of the written tokens without prompt and padding
         return (-losses.flatten()).exp()[len(row) - len(ids) : len(row)].tolist()
 
     def write(
@@ -198,21 +204,21 @@ class Demo:
             top_p=top_p if self.predicts_tokens else None,
             generator=numbered_noise(seed),
         )
+        # one visitor's slow motion must not keep the model from others
         until = time.monotonic() + SLOWEST
         writing.start()
         try:
             while isinstance(frame := writing.frames.get(), list):
                 if slowly and time.monotonic() < until:
                     time.sleep(slowly)
-                elif (
-                    not writing.frames.empty()
-                ):  # the page is slower than the model: show the newest
-                    continue
+                elif not writing.frames.empty():
+                    continue  # the page is slower than the model: show the newest
                 yield colored(frame, prompt), "denoising"
             if isinstance(frame, Exception):
                 raise explained(frame) from frame
         finally:  # also when the visitor leaves
             writing.stop.set()
+            # the thread holds the lock of the page until it has seen `stop`
             writing.join()
         ids, probabilities, seconds = frame
         count = len(ids)
@@ -236,6 +242,7 @@ class Demo:
         pieces = text.split(GAP)
         for before, after in zip(pieces, pieces[1:]):
             rest = rest.removeprefix(before)
+            # what stands before the text that follows the gap
             end = rest.find(after) if after else len(rest)
             spans.append(given_text(before))
             spans.append(f'<span style="background:#bfe3bf">{html.escape(rest[:end])}</span>')
@@ -260,10 +267,9 @@ class Demo:
                 again = torch.Generator()  # denoising draws the noise that is shown once more
                 again.set_state(generator.get_state())
                 seen = self._seen(encoded, noise_level, generator)
-                denoised = self.pipe.denoise_reconstruct(text, noise_level, generator=again).texts[
-                    0
-                ]
-                return colored(seen), denoised, self.pipe.reconstruct(text).texts[0]
+                output = self.pipe.denoise_reconstruct(text, noise_level, generator=again)
+                clean = self.pipe.reconstruct(text)
+                return colored(seen), output.texts[0], clean.texts[0]
         except ValueError as error:
             raise explained(error) from error
 
@@ -299,6 +305,7 @@ class Demo:
         centred = latents - latents.mean(0)
         _, sizes, axes = torch.linalg.svd(centred, full_matrices=False)
         points = centred @ axes[:2].T
+        # squared singular values are proportional to variances
         shares = sizes.square() / sizes.square().sum()
         pieces = self._tokens(encoded.sequences[0].tolist())
         real = encoded.attention_mask[0].tolist()

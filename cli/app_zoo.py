@@ -44,8 +44,10 @@ def numbered_noise(seed: float | None) -> torch.Generator:
     """Numbered noise; without a seed noise of its own."""
     generator = torch.Generator()
     if seed is None:
+        # a random seed from the system
         generator.seed()
         return generator
+    # torch takes no seed of more than 64 bits, and a visitor may type anything
     return generator.manual_seed(int(seed) % 2**63)
 
 
@@ -102,6 +104,7 @@ class ShownModel:
     def run(self, function: Callable):
         """What `function(pipe)` returns; raises `gr.Error` with a message for people."""
         try:
+            # loading, too, happens within: two visitors must not load a model twice
             with BUSY, torch.no_grad():
                 return function(self.pipe)
         except (ValueError, OSError) as error:
@@ -164,6 +167,7 @@ def rebuild(shown: ShownModel, picture: Image.Image | None) -> list[tuple[Image.
 
 def _prefixes(pipe, latents: torch.Tensor) -> list[tuple[Image.Image, str]]:
     count = pipe.model.config.codec_config.num_tokens
+    # all tokens first, then fewer and fewer
     kept = [count, *(k for k in reversed(PREFIXES) if k < count)]
     pictures = [pipe.decode(latents, num_tokens=k).images[0] for k in kept]
     return [(shown_large(picture), f"{k} of {count} tokens") for picture, k in zip(pictures, kept)]
@@ -174,7 +178,9 @@ def animate(shown: ShownModel, caption: str, steps: int, guidance: float, seed: 
 
     def work(pipe) -> str:
         clip = pipe(**_options(caption, steps, guidance, seed)).videos[0]
+        # a name of its own for every visitor
         descriptor, name = tempfile.mkstemp(".gif", dir=shown.files.name)
+        # the exporter opens the file by its name
         os.close(descriptor)
         return export_to_gif([shown_large(frame) for frame in clip], name, FRAMES_PER_SECOND)
 

@@ -60,6 +60,7 @@ def reconstruction(
     results["informative_share_of_t"] = share_of_informative_draws(
         model, results, results["unigram_entropy"]
     )
+    # pieces of 128 tokens: a prompt and a continuation each
     pairs = rows[:, : length // 128 * 128].reshape(-1, min(length, 128))
     split = protocol.PROMPT // pipe.chunk_size * pipe.chunk_size
     if len(pairs) > 1 and split < pairs.shape[1]:
@@ -76,6 +77,7 @@ def load_judges(
     token_judge = None
     text_judges = {}
     for path in args.judge:
+        # ids mean the same to both, so samples are scored as they are
         same_tokens = load_tokenizer(path).get_vocab() == tokenizer.get_vocab()
         if same_tokens and token_judge is None:
             token_judge = TokenJudge(path, args.device)
@@ -85,6 +87,7 @@ def load_judges(
         path = Path(args.output_dir) / "judge"
         if not (path / "config.json").is_file():
             print(f"training a judge for {JUDGE_STEPS} steps in {path}")
+            # a seed of its own, so the judge resembles no peer of seed 0
             steps = {"max_steps": JUDGE_STEPS, "learning_rate": 2e-3, "seed": 1234}
             autoregressive.train(train, tokenizer, path, 256, 4, **steps)
         token_judge = TokenJudge(str(path), args.device)
@@ -206,8 +209,10 @@ def _measure_systems(
     if "frontier" in args.sections:
         settings = {name: peer_settings(peer) for name, peer in systems.items() if name != "TokCom"}
         settings = {"TokCom": tokcom_settings(pipe, args.steps)} | settings
+        # a dozen settings, so fewer samples of each
         keep("frontier", protocol.frontier(study, settings, min(args.samples, 500)))
     if "brier" in args.sections:
+        # four tokens each cost little, and the estimate is noisy
         keep("brier", protocol.brier(study, systems, 8 * args.samples))
     if "likelihood" in args.sections:
         keep("likelihood", protocol.likelihood(study, systems))

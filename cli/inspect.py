@@ -40,6 +40,7 @@ def picture_of(pixels: torch.Tensor) -> Image.Image:
 def spectrum_of(features: torch.Tensor) -> Image.Image:
     """Log-mel features `(bands, F)` as a picture, low pitches at the bottom."""
     values = features.numpy()
+    # silence has one value everywhere
     span = max(float(values.max() - values.min()), 1e-6)
     levels = (255 * (values - values.min()) / span).astype(np.uint8)[::-1]
     image = Image.fromarray(np.ascontiguousarray(levels))
@@ -64,11 +65,9 @@ def side_by_side(tiles: list[Image.Image], text: str, width: int | None = None) 
     for tile in tiles:
         sheet.paste(tile, (left, 0))
         left += tile.width + 2
-    shown = (
-        text.replace("\n", " ")[: sheet.width // LETTERS]
-        .encode("latin-1", "replace")
-        .decode("latin-1")
-    )
+    shown = text.replace("\n", " ")[: sheet.width // LETTERS]
+    # Pillow's own font has no other letters
+    shown = shown.encode("latin-1", "replace").decode("latin-1")
     ImageDraw.Draw(sheet).text((0, sheet.height - LINE), shown, fill=INK)
     return sheet
 
@@ -166,10 +165,12 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         settings = [
             f"data.train={json.dumps(args.data)}",
+            # an empty folder, so that no tokenizer of an earlier run is taken
             f"output_dir={json.dumps(folder)}",
             *args.overrides,
         ]
         reading = Reading(load_train_config(args.preset, settings))
+        # everything is looked at, also what a run would hold out
         corpus = reading.corpus(hold_out=False)
     corpus.report = reading.report
     print(corpus.report)

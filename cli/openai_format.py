@@ -164,6 +164,7 @@ def explain_invalid(errors: list[dict]) -> RequestError:
         )
     name = place[0]
     value = repr(first.get("input"))
+    # a message is for people, and the value may be a whole text
     value = value if len(value) <= 40 else value[:40] + "..."
     if error_type == "missing" and len(place) == 1:
         message = f"`{name}` is missing."
@@ -213,6 +214,7 @@ def dialogue_text(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -
 def _check_texts(texts: dict[str, list[str]], settings: ServerSettings) -> None:
     """Refuse texts that are too long to be worth tokenising, or that are no Unicode."""
     for param, values in texts.items():
+        # characters are counted first: tokenizing a very long text takes longer than refusing it
         count = sum(map(len, values))
         if count > settings.max_characters:
             limit = settings.max_characters
@@ -222,6 +224,7 @@ def _check_texts(texts: dict[str, list[str]], settings: ServerSettings) -> None:
             )
         for text in values:
             try:
+                # JSON may hold half a surrogate pair, on which a tokenizer fails
                 text.encode()
             except UnicodeEncodeError as error:
                 raise _bad(param, f"`{param}`: a text is not valid Unicode ({error}).") from error
@@ -241,6 +244,7 @@ def _read_prompts(
         if isinstance(item, str):
             if not item.strip() and not request.suffix:
                 raise _bad("prompt", "`prompt` must hold at least one text, and none may be empty.")
+            # a space at the end would be a token of its own; `drops_space` takes it from the answer
             ids = text_ids(tokenizer, item.rstrip(" "))
             prompts.append(Prompt(item, ids, drops_space=item.endswith(" ")))
             continue
@@ -277,6 +281,7 @@ def _check_limits(
     for param, what, value, limit in limits:
         if value > limit:
             raise _bad(param, f"{what} more than this server's limit of {limit}; ask for less.")
+    # each within its own limit may still be too much together
     work = tokens * steps * texts
     if work > settings.max_work:
         raise _bad(
@@ -299,6 +304,7 @@ def _check_options(request: TextRequest, pipe: TokComPipeline, settings: ServerS
         )
     has_probabilities = pipe.model.config.prediction_type == "tokens"
     for name in ("temperature", "top_p"):
+        # 1 changes nothing, and clients send it by default
         if getattr(request, name) not in (None, 1) and not has_probabilities:
             raise _bad(
                 name, f"`{name}`: this model has no token probabilities; leave it out or give 1."
@@ -324,6 +330,7 @@ def _check_infill(request: CompletionRequest) -> None:
     """Refuse what does not go together with `suffix`."""
     if isinstance(request.prompt, list):
         raise _bad("suffix", "`suffix` fills the gap behind one `prompt`, which must be a text.")
+    # exactly the one gap: an underscore beside it would make it longer
     if re.findall("_{3,}", request.prompt + GAP + request.suffix) != [GAP]:
         raise _bad(
             "suffix",
@@ -345,6 +352,7 @@ def _check_window(pipe: TokComPipeline, param: str, size: int, more: int) -> Non
     """Refuse a prompt of `size` tokens that, with `more` new ones, is longer than the model can see
     at once."""
     multiple = pipe.model.config.codec_config.length_multiple
+    # rounded up to whole chunks, as the model sees it
     if -(-(size + more) // multiple) * multiple <= pipe.max_length:
         return
     beside = f" and asks for {more} more" if more else ""
@@ -402,6 +410,7 @@ def read_request(
     _check_limits(
         request, len(prompts) * request.n, tokens, pipe.model.config.num_inference_steps, settings
     )
+    # both sides of the gap count as the prompt
     if infills:
         prompts[0].ids = prompts[0].ids + text_ids(tokenizer, request.suffix)
     bidirectional = pipe.model.config.transformer_config.block_size is None
@@ -411,6 +420,7 @@ def read_request(
     for prompt in prompts:
         _check_window(pipe, param, len(prompt.ids), must_fit)
 
+    # 0 would divide by 0; a very small one always draws the likeliest token
     temperature = None if request.temperature is None else max(request.temperature, GREEDY)
     sampling = Sampling(
         request.num_inference_steps, request.guidance_scale, temperature, request.top_p
@@ -420,6 +430,7 @@ def read_request(
     jobs = []
     for i in range(len(prompts) * request.n):
         prompt = prompts[i // request.n]
+        # seeds in a row for the texts of a request; a signed 64-bit number for torch
         job = Job(prompt.ids, tokens, sampling, (seed + i) % 2**63, loop, client, deadline)
         job.num_logprobs = request.num_logprobs
         if bidirectional:  # it would see the padding of others
@@ -438,7 +449,9 @@ class TokenTexts:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._tokenizer = tokenizer
+        # at the beginning of a text tokenizers may drop or add a space
         self._anchor = text_ids(tokenizer, "a")[:1]
+        # of the instance, or the cache would keep every tokenizer alive
         self.of = lru_cache(maxsize=65_536)(self._of)
 
     def _of(self, token: int) -> str:
@@ -464,6 +477,7 @@ class ScoredText(NamedTuple):
     def of(cls, scores: Scores, start: int, text: str, tokens: TokenTexts) -> "ScoredText":
         """The tokens from `start` on that begin within the `text` of an answer, which a stop
         sequence may have cut."""
+        # decoded from the beginning each time: a token's text may depend on those before it
         begins = [tokens.length(scores.ids[:i]) for i in range(start, len(scores.ids) + 1)]
         offsets = [begin - begins[0] for begin in begins[:-1]]
         cut = begins[-1] - begins[0] > len(text)
@@ -515,6 +529,7 @@ class CompletionFormat:
     def whole(text: str) -> dict:
         return {"text": text}
 
+    # a completion's stream has the same form as its whole answer
     piece = whole
 
     @staticmethod
@@ -537,6 +552,7 @@ class ChatFormat:
 
     @staticmethod
     def piece(text: str) -> dict:
+        # the last event only says why the text has ended
         return {"delta": {"content": text} if text else {}}
 
     @staticmethod

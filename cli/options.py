@@ -267,6 +267,7 @@ def add_mode_options(parser: argparse.ArgumentParser, command: str) -> None:
     names = dict.fromkeys(name for mode in modes for name in (*mode.options, *MODEL))
     for name in sorted(names, key=list(OPTIONS).index):
         if positional is None or name != positional[0]:
+            # needed by one mode only, an option may be missing in another; `check_mode` asks for it
             required = all(name in mode.needs for mode in modes)
             parser.add_argument(f"--{name}", required=required, **OPTIONS[name])
 
@@ -301,6 +302,7 @@ def refuse_unused(
 ) -> None:
     """End with a usage error if an option among `names` was given that `mode` does not read."""
     for name in names:
+        # argparse does not tell a default from the same value given
         default = OPTIONS[name].get("default")
         if name not in MODES[mode].options and getattr(args, name) not in (default, False):
             takers = ", ".join(taker for taker, other in MODES.items() if name in other.options)

@@ -59,6 +59,7 @@ class InPlaceLayer(DynamicLayer):
         states = (key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+            # the longest text from the start: growing would copy what is there
             self.buffers = tuple(s.new_empty(*s.shape[:2], self.room, s.shape[3]) for s in states)
         end = start + key_states.shape[2]
         for buffer, state in zip(self.buffers, states, strict=True):
@@ -76,6 +77,7 @@ class InPlaceLayer(DynamicLayer):
 @torch.compile(dynamic=True)
 def _attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float):
     """One query per row, (rows, groups, repeats, 1, size), over keys (rows, groups, 1, n, size)."""
+    # a sum of products instead of a matrix product, which the compiler fuses with the softmax
     scores = (query.float() * keys.float()).sum(-1) * scale
     weights = torch.softmax(scores, dim=-1)
     return (weights[..., None] * values.float()).sum(-2).to(query.dtype)
@@ -86,12 +88,14 @@ def single_token_attention(module, query, key, value, attention_mask, scaling=No
 
     On a processor a fused loop reads the cache once, several times faster than sdpa in bfloat16.
     """
+    # variants of attention that the fused loop does not know
     extra = any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias"))
     if query.shape[2] > 1 or attention_mask is not None or extra:
         kwargs["scaling"] = scaling
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     rows, heads, _, size = query.shape
     scale = size**-0.5 if scaling is None else scaling
+    # heads that share a key stand together
     grouped = query.view(rows, key.shape[1], heads // key.shape[1], 1, size)
     found = _attend(grouped, key[:, :, None], value[:, :, None], scale)
     return found.reshape(rows, 1, heads, value.shape[-1]), None
@@ -103,7 +107,9 @@ def draw(
     """Next tokens (rows, 1) from logits (rows, vocabulary): top-k, then min-p, then one draw."""
     size = logits.shape[1]
     values, indices = logits.topk(min(top_k or size, size))
+    # probabilities relative to the largest, which is 1; `multinomial` needs no sum of 1
     weights = ((values.float() - values[:, :1].float()) / temperature).exp()
+    # so min-p is a plain comparison
     weights = weights.masked_fill(weights < min_p, 0.0)
     return indices.gather(1, torch.multinomial(weights, 1, generator=generator))
 
@@ -176,20 +182,25 @@ class Teacher:
     def sample(self, number: int) -> list[str | None]:
         """The texts of batch `number`, None for each that did not end by itself."""
         args = self.args
+        # of the batch alone: a run that goes on draws what it would have drawn
         seed = hashlib.sha256(f"{args.seed} {number}".encode()).digest()
+        # 7 bytes, which are within what torch takes for a seed
         generator = torch.Generator(args.device).manual_seed(int.from_bytes(seed[:7]))
         cache = self._cache()
         rows = torch.arange(args.batch_size, device=args.device)
         tokens = rows.new_zeros(args.batch_size, args.max_new_tokens)
+        # -1 is a text that has not ended
         lengths = rows.new_full((args.batch_size,), -1)
         inputs = torch.tensor([self.start], device=args.device).repeat(args.batch_size, 1)
         active = torch.ones_like(rows, dtype=torch.bool)
         for step in range(args.max_new_tokens):
             logits = self.model(inputs, past_key_values=cache, use_cache=True).logits[:, -1]
             inputs = draw(logits, args.temperature, args.top_k, args.min_p, generator)
+            # `rows` are the places in the batch of the rows that are left
             tokens[rows, step] = inputs[:, 0]
             ended = active & torch.isin(inputs[:, 0], self.ends)
             lengths[rows[ended]] = step
+            # ended rows go on being computed until they are dropped, but nothing of them is kept
             active &= ~ended
             left = int(active.sum())
             if not left:
@@ -297,6 +308,7 @@ class Corpus:
         provenance = {key: self.state[key] for key in ("settings", "date", "batches", "counts")}
         provenance |= {"torch": torch.__version__, "transformers": transformers.__version__}
         schema = pa.schema([("text", pa.string())], {"provenance": json.dumps(provenance)})
+        # full files are finished, and the rest is written to the one in progress
         while self.texts:
             path, room = self._file(self.state["files"])
             table = pa.table({"text": self.texts[:room]}, schema=schema)
@@ -306,6 +318,7 @@ class Corpus:
             self.texts = self.texts[room:]
             self.state["files"] += 1
         self.state["texts"] = len(self.texts)
+        # the state last: it says which of the other files' texts count
         for name, content in (("provenance", provenance), ("state", self.state)):
             text = json.dumps(content, indent=2) + "\n"
             replace_file(
