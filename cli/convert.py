@@ -201,6 +201,7 @@ def load_published_pipeline(path: str | Path, tokenizer: str | None = None) -> T
     try:
         model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
     except RuntimeError as error:
+        # the first line only says that loading failed
         problems = str(error).splitlines()[1:]
         raise ValueError(
             f"the weights in {path} do not fit its own model_args ({len(problems)} problems): "

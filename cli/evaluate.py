@@ -84,6 +84,7 @@ def load_judges(
         else:
             text_judges[Path(path).name] = TextJudge(path, args.device)
     if token_judge is None:
+        # kept there, so that the next evaluation need not train it again
         path = Path(args.output_dir) / "judge"
         if not (path / "config.json").is_file():
             print(f"training a judge for {JUDGE_STEPS} steps in {path}")

@@ -99,6 +99,7 @@ def check_modality(pipe, checkpoint: str, wanted: str = "text") -> None:
 
 def speed_up(pipe, int8: bool, compiled: bool) -> None:
     """Give the transformer 8-bit weights and compile it, as asked; `ValueError` without torchao."""
+    # quantised weights have no gradient, and compiling for one would cost time
     pipe.model.requires_grad_(False)
     if int8:
         try:

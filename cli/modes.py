@@ -101,6 +101,7 @@ def continue_prompt(pipe, args: argparse.Namespace) -> list[str]:
     }
     if args.watch:
         return [watch(pipe, args, tokens, options)]
+    # several texts cannot be written into one terminal at a time
     if args.batch_size == 1 and pipe.tokenizer is not None:
         return [stream(pipe, args.prompt, tokens, options)]
     output = pipe([args.prompt] * args.batch_size, tokens, **options)

@@ -157,6 +157,7 @@ def explain_invalid(errors: list[dict]) -> RequestError:
         return RequestError(
             400, f"the body is not valid JSON: {first.get('ctx', {}).get('error', first['msg'])}."
         )
+    # pydantic names the way to a field, of which clients know all but "body"
     place = [str(part) for part in first["loc"] if part != "body"]
     if not place:
         return RequestError(

@@ -382,6 +382,7 @@ def add_app_options(parser: argparse.ArgumentParser) -> None:
     add("--device", default="auto", help=DEVICE)
     add(
         "--host",
+        # a Space is reached from outside its container; a page at home should not be
         default="0.0.0.0" if "SPACE_ID" in os.environ else "127.0.0.1",
         help="address to listen at",
     )
@@ -397,6 +398,7 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
     add("--compile", **OPTIONS["compile"])
     add(
         "--api_key",
+        # the environment, since other users of a machine can read its command lines
         default=os.environ.get("TOKCOM_API_KEY"),
         help="asked of every request but /health (default: TOKCOM_API_KEY, or no key)",
     )

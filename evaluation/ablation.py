@@ -88,6 +88,7 @@ def train_row(args: argparse.Namespace) -> tuple[Path, dict]:
     per_step = training_flops_per_step(
         model, flow.batch_size, flow.sequence_length, lambda m: build_optimizer(m, *rates)
     )
+    # equal operations, not equal steps: a cheaper step may be taken more often
     steps = max(1, round(args.training_flops / per_step))
     # one validation and one checkpoint, at the end
     flow.max_steps = flow.eval_steps = flow.checkpoint_steps = steps

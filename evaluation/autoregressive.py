@@ -123,6 +123,7 @@ def training_arguments(
         bf16=has_fast_bfloat16("cuda" if torch.cuda.is_available() else "cpu"),
         use_cpu=not torch.cuda.is_available(),
         logging_steps=50,
+        # the model is small and is saved at the end, with its tokenizer
         save_strategy="no",
         report_to=[],
         seed=seed,
@@ -156,6 +157,7 @@ def train(
 
     Uses bfloat16 where it is fast. Raises `ValueError` if one process would use several GPUs.
     """
+    # before the model is built, whose weights are drawn from it
     set_seed(seed)
     config = llama_config(
         vocabulary_size(tokenizer),

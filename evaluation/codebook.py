@@ -35,6 +35,7 @@ def held_out_codes(pipe: TokComBasePipeline, args: argparse.Namespace) -> torch.
             f"{args.model} has no quantiser, so there are no codes to count; train one with "
             "`quantizer=vq` or `fsq`, or of several streams a model of one."
         )
+    # by what the codec reads, whatever it is called
     read = {"input_ids": codes_of_texts, "pixel_values": codes_of_pictures}
     return read[pipe.model.config.codec_config.input_name](pipe, args)
 
@@ -71,7 +72,7 @@ def codes_of_pictures(pipe: TokComBasePipeline, args: argparse.Namespace) -> tor
         pixels = torch.stack(
             [data[i]["pixel_values"] for i in range(start, min(start + BATCH, len(data)))]
         )
-        parts.append(model.encode(pixel_values=pixels).codes.flatten(0, 1))
+        parts.append(model.encode(pixel_values=pixels).codes.flatten(0, 1))  # (B * N, R)
     return torch.cat(parts)
 
 

@@ -71,6 +71,7 @@ def train_row(name: str, args: argparse.Namespace) -> TokComModel:
         f"codec.eval_steps={args.max_steps}",
         "codec.eval_batches=4",
     ]
+    # a codec of chunks has no table of tokens, which predicting tokens would need
     overrides += [f"codec.checkpoint_steps={args.max_steps}", "model.prediction_type=latents"]
     overrides += [
         "model.transformer_config.head_attention=true",

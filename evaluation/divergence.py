@@ -78,8 +78,8 @@ class Teacher:
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             ids = [self.tokenizer.bos_token_id, *ids, *([self.end] if has_end else [])]
             whole = torch.tensor([ids], device=self.model.device)
-            logits = self.model(input_ids=whole).logits[0, :-1].float()
-            targets = whole[0, 1:, None]
+            logits = self.model(input_ids=whole).logits[0, :-1].float()  # (T, V)
+            targets = whole[0, 1:, None]  # (T, 1)
             plain = logits.log_softmax(-1).gather(-1, targets)[:, 0]
             if truncated:
                 cut = truncate(logits, self.top_k, self.min_p).gather(-1, targets)[:, 0]
@@ -161,7 +161,7 @@ class AutoregressiveStudent:
             # EOS in front, as in training, gives the first token a prediction
             whole = torch.tensor([[self.tokenizer.eos_token_id, *row]], device=device)
             with half_precision(device.type):
-                logits = self.model(input_ids=whole).logits[0, :-1]
+                logits = self.model(input_ids=whole).logits[0, :-1]  # (T, V)
             totals.append(
                 float(F.cross_entropy(logits.float() / temperature, whole[0, 1:], reduction="sum"))
             )
@@ -173,6 +173,7 @@ class AutoregressiveStudent:
         eos = self.tokenizer.eos_token_id
         start = torch.full((count, 1), eos, device=self.model.device)
         self.model.generation_config.eos_token_id = eos
+        # top_k 0: transformers would keep the likeliest 50 by default
         settings = {"do_sample": True, "temperature": temperature, "top_k": 0, "pad_token_id": eos}
         ids = self.model.generate(
             start, attention_mask=torch.ones_like(start), max_new_tokens=length, **settings

@@ -114,6 +114,7 @@ def main(argv: list[str] | None = None) -> None:
             seed,
         )
         file = write_predictions(args.work_dir / f"none-{seed}" / "predictions.json", texts, plain)
+        # the noise has a seed, too, so the model without a head varies
         files.append(f"no head={file}")
     for name, head in EXPERIMENTS.items():
         for seed in args.seeds:

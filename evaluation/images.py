@@ -174,6 +174,7 @@ class Classifier(nn.Module):
                 nn.MaxPool2d(2),
             ]
             channels = inner
+        # 2 x 2 places keep roughly where something is
         self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten())
         self.heads = nn.ModuleList(nn.Linear(4 * channels, count) for count in classes)
 
@@ -208,6 +209,7 @@ def train_classifier(
         rows = torch.randint(len(images), (BATCH,))
         wanted = labels[rows].to(device)
         found = model(images[rows].to(device))
+        # one body for all columns, with a head for each
         loss = sum(F.cross_entropy(logits, wanted[:, i]) for i, logits in enumerate(found))
         optimizer.zero_grad()
         loss.backward()
@@ -297,6 +299,7 @@ def measure_codec(
     facts["rows"].append(
         {"codec": "style", "numbers": coefficients, **quality(decode(codec, latents), images)}
     )
+    # of training pictures, as the codec has seen them alone
     pca = PCA(train.images)
     facts["rows"].append(
         {
@@ -310,6 +313,7 @@ def measure_codec(
     facts["rows"].append({"codec": "mean picture", "numbers": 0, **quality(mean, images)})
     facts["curve"] = order_curve(codec, latents, images)
     steps = range(1, config.num_tokens + 1)
+    # without components PCA is the mean picture
     facts["pca_curve"] = [facts["rows"][2]["psnr"]] + [
         psnr(pca.reconstruct(images, k * config.latent_channels), images).mean().item()
         for k in steps
@@ -341,7 +345,7 @@ def measure_codebook(pipe: TokComImagePipeline, train: torch.Tensor, images: tor
     budget = config.num_tokens * math.log2(size) / 8
     linear = QuantisedPCA(train, round(8 * budget))
     rebuilt = linear.reconstruct(images)
-    used = codes.flatten().bincount(minlength=size).sort(descending=True).values
+    used = codes.flatten().bincount(minlength=size).sort(descending=True).values  # (size,)
     return {
         "rows": [
             {"codec": f"style, {size} codes", "bytes": budget, **quality(decoded, images)},

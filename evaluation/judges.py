@@ -23,7 +23,7 @@ def token_nll(
 
     Without a prompt the first token has no context and is NaN: use `np.nanmean` for means.
     """
-    whole = ids if prompts is None else np.concatenate((prompts, ids), axis=1)
+    whole = ids if prompts is None else np.concatenate((prompts, ids), axis=1)  # (B, P + T)
     rows = []
     for start in range(0, len(whole), batch_size):
         batch = torch.from_numpy(whole[start : start + batch_size].astype(np.int64)).to(
@@ -31,7 +31,7 @@ def token_nll(
         )
         with half_precision(batch.device.type):
             # the last position predicts what is not there
-            logits = model(input_ids=batch).logits[:, :-1]
+            logits = model(input_ids=batch).logits[:, :-1]  # (B, T - 1, V)
         # in float32: a sum over the vocabulary in bfloat16 has two digits
         losses = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="none"

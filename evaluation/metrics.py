@@ -123,7 +123,7 @@ def brier_lm(first: np.ndarray, second: np.ndarray, real: np.ndarray) -> dict[st
         a = first[:, :n]
         b = second[:, :n]
         y = real[:, :n]
-        hits = (a == y).all(1).astype(float) + (b == y).all(1) - (a == b).all(1)
+        hits = (a == y).all(1).astype(float) + (b == y).all(1) - (a == b).all(1)  # (B,)
         values.append(100 * float(hits.mean()))
         results[f"brier_{n}"] = values[-1]
     results["brier_lm"] = float(np.prod(values) ** 0.25) if min(values) > 0 else 0.0

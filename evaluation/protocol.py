@@ -66,7 +66,7 @@ class Study:
 def held_out_windows(tokens: np.ndarray, length: int, count: int) -> np.ndarray:
     """At most `count` windows of `tokens (T,)`, `(count, length)`, evenly spaced, no overlap."""
     starts = np.linspace(0, len(tokens) - length, min(count, len(tokens) // length)).astype(int)
-    return tokens[starts[:, None] + np.arange(length)]
+    return tokens[starts[:, None] + np.arange(length)]  # (count, length)
 
 
 def nll_by_place(nll: np.ndarray, chunk_size: int) -> list[float]:
@@ -96,6 +96,7 @@ def control_texts(study: Study, length: int, count: int, seed: int) -> dict[str,
     count = len(real)
     starts = generator.integers(0, len(study.train) - size, (count, -(-length // size)))
     # fluent inside a chunk and senseless across: what a model of chunks alone would write
+    # (B, length)
     chunks = study.train[starts[..., None] + np.arange(size)].reshape(count, -1)[:, :length]
     # a low NLL without any content, which the entropy beside it gives away
     phrase = np.tile(real[:, :8], (1, -(-length // 8)))[:, :length]
@@ -139,6 +140,7 @@ def describe(study: Study, ids: np.ndarray, prompts: np.ndarray | None = None) -
 def over_seeds(runs: list[dict]) -> dict:
     """Means over seeds of `describe` results, with the standard deviation of `nll`, `entropy` and
     `rep_4`."""
+    # axis 0, since some values are lists, such as those by place
     mean = {key: np.mean([run[key] for run in runs], axis=0).tolist() for key in runs[0]}
     spread = {
         f"{key}_std_over_seeds": float(np.std([run[key] for run in runs]))
@@ -151,6 +153,7 @@ def unconditional(study: Study, systems: dict) -> dict:
     """Unconditional samples, and controls of the same size: `{name: describe(...)}`."""
     controls = control_texts(study, study.length, study.samples, 0)
     results = {name: describe(study, ids) for name, ids in controls.items()}
+    # there may be less held-out text than samples were asked for
     count = len(controls["real text"])
     for name, sampler in systems.items():
         runs = []
@@ -173,6 +176,7 @@ def continuation(study: Study, systems: dict) -> dict:
     controls["random training chunks"] = control_texts(study, CONTINUATION, len(real), 0)[
         "random training chunks"
     ]
+    # the end of the prompt again and again, which a judge finds easy
     controls["repeated phrase"] = np.tile(prompts[:, -8:], (1, CONTINUATION // 8))
     results = {name: describe(study, ids, prompts) for name, ids in controls.items()}
     for name, sampler in systems.items():
@@ -181,6 +185,7 @@ def continuation(study: Study, systems: dict) -> dict:
             for seed in tqdm(range(study.seeds), desc=f"continuation: {name}")
         ]
         results[name] = over_seeds(runs)
+        # every place in a chunk at which a prompt can end
         for extra in range(1, study.chunk_size):
             odd = study.windows(PROMPT + extra, study.samples)
             ids = sampler.sample(odd, CONTINUATION, 0)
@@ -203,6 +208,7 @@ def frontier(study: Study, make_sampler: dict, count: int) -> dict:
     windows = study.windows(PROMPT + CONTINUATION, count)
     prompts = windows[:, :PROMPT]
     real = windows[:, PROMPT:]
+    # NLL alone rewards repetition, so systems are compared where they are as diverse as real text
     target = sample_entropy(real)
     results = {
         "real text": {"entropy": target, "nll": float(study.token_judge.nll(real, prompts).mean())}
@@ -295,6 +301,7 @@ def latency(
     results = {name: {} for name in systems}
     for batch in batches:
         times = {name: [] for name in systems}
+        # systems take turns, so that a machine that slows down does not slow one alone
         for repeat in tqdm(range(repeats + 3), desc=f"latency: batch {batch}"):
             for name, sampler in systems.items():
                 started = time.perf_counter()

@@ -80,7 +80,7 @@ class PublishedTokCom:
     def encode(self, ids: torch.Tensor) -> torch.Tensor:
         """Ids `(B, T)` -> latents `(B, N, D)`: the last state of a transformer in each chunk."""
         chunks = ids.view(-1, self.chunk_size)
-        states = self._stack(self.vae["embed_tokens.weight"][chunks], "encoder")
+        states = self._stack(self.vae["embed_tokens.weight"][chunks], "encoder")  # (B * N, K, D)
         return states[:, -1].view(len(ids), -1, states.shape[-1])
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -89,7 +89,7 @@ class PublishedTokCom:
         flat = latents.reshape(-1, 1, latents.shape[-1])
         # the latent takes the first place of the chunk, and the mask token the others
         omni = embeddings[self.omni_token_id].expand(len(flat), self.chunk_size - 1, -1)
-        states = self._stack(torch.cat((flat, omni), 1), "decoder")
+        states = self._stack(torch.cat((flat, omni), 1), "decoder")  # (B * N, K, D)
         return (states @ embeddings.T).view(len(latents), -1, len(embeddings))
 
     def denoise(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -99,7 +99,7 @@ class PublishedTokCom:
         exponents = -math.log(10000) * torch.arange(half, device=x.device) / half
         # t in [0, 1], not times 1000
         angles = t[:, None] * torch.exp(exponents)
-        wave = torch.cat((angles.cos(), angles.sin()), -1)
+        wave = torch.cat((angles.cos(), angles.sin()), -1)  # (B, D)
         hidden = F.silu(wave @ state["time_mlp.0.weight"].T + state["time_mlp.0.bias"])
         condition = F.silu(hidden @ state["time_mlp.2.weight"].T + state["time_mlp.2.bias"])
 
@@ -145,6 +145,7 @@ class PublishedTokCom:
         shared = self.num_heads // self.num_groups
         # grouped queries: each key and value head serves `shared` query heads
         key, value = (u.repeat_interleave(shared, dim=1) for u in (rotate(key), value))
+        # (B, H, S, S)
         weights = (rotate(query) @ key.transpose(2, 3) / math.sqrt(size)).softmax(-1)
         return (weights @ value).transpose(1, 2).flatten(2) @ state[f"{prefix}o_proj.weight"].T
 

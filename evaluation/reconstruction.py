@@ -29,7 +29,7 @@ def reconstruction_accuracy(
     def accuracy(change, only: torch.Tensor | None = None) -> tuple[float, float]:
         hits = []
         for ids in batches:
-            found = codec.to_ids(change(codec.encode(ids).latents))
+            found = codec.to_ids(change(codec.encode(ids).latents))  # (B, T)
             hits.append((found == ids).view(-1, size))
         hits = torch.cat(hits)  # (M, K)
         if only is None:
@@ -176,7 +176,7 @@ def token_recovery(
         for ids in torch.from_numpy(windows.astype(np.int64)).split(batch_size):
             clean = model.encode(ids)
             noise = torch.randn(clean.latents.shape, generator=generator) * model.config.noise_std
-            noisy = (1 - t) * noise + t * clean.latents
+            noisy = (1 - t) * noise + t * clean.latents  # (B, N, C)
             hits["model"].append(estimated_ids(model, noisy, t, clean.position_ids) == ids)
             hits["alone"].append(model.to_ids(noisy) == ids)
         results[str(t)] = {
@@ -192,6 +192,6 @@ def estimated_ids(model, noisy: torch.Tensor, t: float, position_ids: torch.Tens
         return model.to_ids(model.denoise(noisy, t, position_ids).latents)
     # the head counts in turns; this is the time at which the channels are at t
     time = torch.full(noisy.shape[:2], head.latent_time(t))
-    states = model.predict(noisy, time, position_ids).latents
+    states = model.predict(noisy, time, position_ids).latents  # (B, N, K * D)
     chunks = head.most_likely(states, model.symbols(), noisy, head.place_times(time))
     return model.codec.from_symbols(chunks)

@@ -105,6 +105,7 @@ def plots(results: dict, directory: Path) -> None:
             axes.plot(
                 [p["entropy"] for p in points], [p["nll"] for p in points], "o-", label=system
             )
+        # where systems are compared
         axes.axvline(results["frontier"]["real text"]["entropy"], color="grey", linewidth=0.8)
         _finish(
             figure,

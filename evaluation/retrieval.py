@@ -119,6 +119,7 @@ class Judge(nn.Module):
     def look(self, clips: torch.Tensor) -> torch.Tensor:
         """Clips `(B, 3, F, H, W)` -> directions `(B, channels)`, the mean of their frames'."""
         frames = clips.transpose(1, 2).flatten(0, 1)  # (B * F, 3, H, W)
+        # (B, F, channels)
         features = self.picture_head(self.eye(frames)).unflatten(0, (len(clips), -1))
         # of unit length, so that products of directions are cosines
         return F.normalize(features.mean(1), dim=-1)
@@ -256,7 +257,7 @@ class HeldOut:
     def found(self, clips: torch.Tensor) -> dict[str, float]:
         """Shares of the captions that are found in `clips (M, 3, F, H, W)`, in the order of the
         captions."""
-        texts = self.judge.read(self.shown).cpu()
+        texts = self.judge.read(self.shown).cpu()  # (M, channels)
         looks = by_parts(self.judge.look, clips, self.judge, BATCH)
         # (M, CHOICES)
         scores = torch.einsum("mc,mkc->mk", looks, texts[self.choices[: len(clips)]])
@@ -328,7 +329,7 @@ def contact_sheet(clips: torch.Tensor, captions: list[str], directory: Path, nam
     """Pictures, or the middle frames of clips, spread evenly over all, and their captions in a
     file beside."""
     places = torch.linspace(0, len(clips) - 1, min(4 * SHOWN, len(clips))).long()
-    shown = clips[places, :, clips.shape[2] // 2]
+    shown = clips[places, :, clips.shape[2] // 2]  # (m, 3, H, W)
     images = TokComImageProcessor(shown.shape[-1]).postprocess(shown)
     rows = [images[i : i + SHOWN] for i in range(0, len(images), SHOWN)]
     picture_grid(rows, scale=3).save(directory / f"{name}.png")

@@ -179,10 +179,12 @@ class AutoregressivePipeline:
                     past_key_values=cache,
                     logits_to_keep=1,
                 ).logits[:, -1]
-                edges = (logits / (temperature or 1.0)).softmax(-1).cumsum(-1)
+                edges = (logits / (temperature or 1.0)).softmax(-1).cumsum(-1)  # (B, V)
                 # each row from its own generator, so company in a batch does not change a text
+                # (B, 1)
                 uniform = torch.stack([torch.rand(1, generator=source) for source in generator])
                 # inverse transform sampling, as TokCom's token head draws
+                # (B, 1)
                 ids = torch.searchsorted(edges, uniform.to(device) * edges[:, -1:], right=True)
                 # a number that rounds up to the sum would lie behind the last token
                 ids = ids.clamp_max(edges.shape[1] - 1)

@@ -137,7 +137,9 @@ def main(argv: list[str] | None = None) -> dict:
         ("teacher", TokComSampler(teacher, steps, args.guidance_scale)) for steps in args.steps
     ]
     systems += [
-        (Path(name).name, TokComSampler(pipe)) for name, pipe in zip(args.students, students)
+        # at the steps that each student was made for
+        (Path(name).name, TokComSampler(pipe))
+        for name, pipe in zip(args.students, students)
     ]
     prompts = windows[:, :PROMPT]
     real = windows[:, PROMPT:]
@@ -155,6 +157,7 @@ def main(argv: list[str] | None = None) -> dict:
     # latency asks for held-out prompts alone; the training text is only there to be there
     study = Study(tokens[:1000], tokens, None, judge, {}, teacher.chunk_size)
     facts["latency"] = latency(study, timed, repeats=args.repeats)
+    # times mean nothing without
     facts["threads"] = torch.get_num_threads()
     facts["settings"] = {name: str(value) for name, value in vars(args).items()}
     (args.output_dir / "results.json").write_text(

@@ -57,6 +57,7 @@ def predict(
         if captions is not None and pipe.model.config.condition_vocab_size:
             options["prompt"] = captions[start : start + batch_size]
         made = pipe(frames=given, num_frames=length, **options).videos
+        # the frames before it were given
         frames.append(made[:, :, known].cpu())
     return torch.cat(frames)
 
@@ -70,7 +71,7 @@ def measure(
     """A row for each system and number of steps, and one for copying; values are means over
     `args.known`."""
     rows = []
-    real = {k: clips[:, :, k] for k in args.known}
+    real = {k: clips[:, :, k] for k in args.known}  # (B, 3, H, W)
     # a model that predicts no motion would be as good as this
     copies = {k: psnr(clips[:, :, k - 1], real[k]).mean().item() for k in args.known}
     row = {
@@ -178,6 +179,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         [data[i]["pixel_values"] for i in tqdm(range(len(data)), desc="reading clips")]
     )
     length = clips.shape[2]
+    # a set, since a short clip has fewer than three different ones
     args.known = args.known or sorted({1, length // 2, length - 1})
     if not all(1 <= k < length for k in args.known):
         raise ValueError(f"`known` ({args.known}) must be between 1 and {length - 1}.")

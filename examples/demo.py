@@ -17,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+# before the heavy imports, so that the remedy comes at once
 if importlib.util.find_spec("tokcom") is None:
     remedy = "run `make setup`, then `.venv/bin/python examples/demo.py`"
     sys.exit(f"error: the package tokcom is not installed; {remedy}.")
@@ -134,7 +135,7 @@ def show_text(directory: Path, page: Page) -> None:
         text = pipe.denoise_reconstruct(TEXT, noise_level=share, generator=seed(0)).texts[0]
         page.say(f"{share:4.0%}  {text}")
 
-    latents = pipe.encode(TEXT).latents
+    latents = pipe.encode(TEXT).latents  # (1, N, C)
     count = latents.shape[1]
     page.say(f"That text as {count} latents of {latents.shape[2]} numbers, and back:")
     page.say(pipe.decode(latents).texts[0])
@@ -166,7 +167,7 @@ def show_emoji(directory: Path, page: Page) -> None:
     picture_grid([prefixes], scale=4).save(page.directory / "emoji_prefixes.png")
     numbers = ", ".join(map(str, PREFIXES))
     page.show("emoji_prefixes.png", f"{EMOJI[0]}: from its first {numbers} tokens")
-    codes = pipe.encode(drawn.images[0]).codes
+    codes = pipe.encode(drawn.images[0]).codes  # (1, N, 1)
     pipe.decode(codes).images[0].save(page.directory / "emoji_codes.png")
     page.say(f"as codes: {' '.join(map(str, codes[0, :, 0].tolist()))}")
     page.show("emoji_codes.png", "and what these codes say", scale=4)

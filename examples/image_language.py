@@ -108,16 +108,19 @@ def sequences(
     texts = tokenizer(captions, add_special_tokens=False)["input_ids"]
     pictures = [[begin, *row, end] for row in (codes + first).tolist()]
     rows = [text + picture for text, picture in zip(texts, pictures)]
+    # a caption ends with EOS; a picture ends with its own mark
     rows += [picture + text + [tokenizer.eos_token_id] for text, picture in zip(texts, pictures)]
     length = max(map(len, rows))
     ids = torch.tensor([row + [tokenizer.eos_token_id] * (length - len(row)) for row in rows])
-    real = torch.arange(length) < torch.tensor([len(row) for row in rows])[:, None]
+    real = torch.arange(length) < torch.tensor([len(row) for row in rows])[:, None]  # (2 M, L)
+    # -100 is what transformers leaves out of the loss
     return ids, torch.where(real, ids, -100)
 
 
 def code_states(hidden_states: torch.Tensor, ids: torch.Tensor, first: int, count: int):
     """The states `(B, N, D)` at the codes of rows `ids (B, L)`, each of which has one picture."""
     is_code = (ids >= first) & (ids < first + count)
+    # each row has as many codes, so the flat selection can be folded back
     return hidden_states[is_code].view(len(ids), -1, hidden_states.shape[-1])
 
 
@@ -146,6 +149,7 @@ def train(
         loss = output.loss
         if proxy is not None:
             head, patches, first = proxy
+            # the vocabulary is words, codes and two marks, in this order
             count = model.config.vocab_size - first - len((BEGIN, END))
             states = code_states(output.hidden_states[-1], read, first, count)
             wanted = patches[rows].flatten().to(device)
@@ -175,10 +179,12 @@ def draw(model, tokenizer, caption: str, first: int, pipe: TokComImagePipeline):
     output = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
+        # exactly as many codes as a picture has
         min_new_tokens=count,
         max_new_tokens=count,
         **options,
     )
+    # ids of the vocabulary to codes, (1, N, 1)
     return pipe.decode(output[:, ids.shape[1] :, None] - first).images[0]
 
 
@@ -218,6 +224,7 @@ def build_llama(words: int, args: argparse.Namespace, tokenizer) -> LlamaForCaus
         eos_token_id=tokenizer.eos_token_id,
     )
     model = LlamaForCausalLM(config)
+    # new rows at random: the mean of words says nothing about codes
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     return model
 

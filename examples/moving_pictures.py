@@ -32,6 +32,7 @@ MOTIONS = {
 
 def move(picture: Image.Image, motion: str, rng: np.random.Generator) -> list[Image.Image]:
     """`FRAMES` frames of a picture that moves."""
+    # up to 17 of 32 pixels, so that most of the way lies inside the frame
     side = int(rng.integers(12, 18))
     speed = float(rng.uniform(1.2, 2.2))
     picture = picture.convert("RGBA").resize((side, side), Image.Resampling.BOX)
@@ -47,6 +48,7 @@ def move(picture: Image.Image, motion: str, rng: np.random.Generator) -> list[Im
         left = round((SIZE - shown.width) / 2 + dx * away)
         top = round((SIZE - shown.height) / 2 + dy * away)
         frame = Image.new("RGBA", (SIZE, SIZE), "white")
+        # what would leave the frame on the left or above stays at its edge
         frame.alpha_composite(shown, (max(0, left), max(0, top)))
         frames.append(frame.convert("RGB"))
     return frames

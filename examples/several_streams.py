@@ -45,6 +45,7 @@ def join(
         matches = by_caption[key]
         if not matches:
             continue
+        # in turn, so that several pictures of one digit share its many sounds
         index = matches[i % len(matches)]
         heard.add(index)
         record = {**pictures[index], "audio": sound["audio"]}
@@ -65,6 +66,7 @@ def hold_out(
     for index, record in records:
         by_picture[index].append(record)
     found = list(by_picture)
+    # seed 0: the same pictures in every call
     order = [found[i] for i in np.random.default_rng(0).permutation(len(found))]
     digits = [index for index in order if "keycap" in captions[index]]
     others = [index for index in order if "keycap" not in captions[index]]

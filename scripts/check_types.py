@@ -37,6 +37,7 @@ def main() -> None:
         command += ["--cache-dir", str(ROOT / ".mypy_cache")]
         for module in MODULES:
             command += ["-m", module]
+        # run where `tokcom` is the link, or mypy would find each file twice under two names
         sys.exit(subprocess.run(command, cwd=folder).returncode)
 
 

@@ -53,6 +53,7 @@ def pack(source: Path, target: Path, card: Path | None) -> int:
     for file in sorted(source.iterdir()):
         if file.name in LEFT or file.match(CODE) or file.suffix == ".safetensors":
             continue
+        # a card that somebody has written is not replaced by that of the run
         if file.name == CARD and (card or (target / CARD).exists()):
             continue
         if file.is_dir():
@@ -60,6 +61,7 @@ def pack(source: Path, target: Path, card: Path | None) -> int:
         else:
             shutil.copy(file, target / file.name)
     weights = load_file(source / "model.safetensors")
+    # a rounding here would shift every latent, where that of a weight averages out
     buffers = {"latent_mean", "latent_std", "codebook", "counts", "sums"}
     packed = {}
     for name, value in weights.items():
@@ -168,6 +170,7 @@ def write_samples(pipe: TokComOmniPipeline, target: Path, data: str) -> str:
     texts = [content["text"] for content in real]
     pictures = [content["image"] for content in real]
     sounds = [content["audio"] for content in real]
+    # not selected: the first records and one seed
     generator = torch.Generator().manual_seed(0)
     options = {"guidance_scale": GUIDANCE, "generator": generator}
     for_text = pipe({"text": texts}, ["image", "audio"], **options)

@@ -82,6 +82,7 @@ def write(prompt: str, length: int, temperature: float, seed: float) -> Iterator
             problems.append(error)
             frames.end()
 
+    # the pipeline returns at the end; this function yields while it works
     threading.Thread(target=work, daemon=True).start()
     while (state := frames.states.get()) is not None:
         yield state

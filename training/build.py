@@ -119,6 +119,7 @@ def derived_config(
         fields = source.to_dict()
     else:
         fields = preset_config(config.preset, vocab_size).to_dict()
+        # the new transformer must read the latents of the codec that it is given
         fields["transformer_config"]["latent_channels"] = source.codec_config.latent_channels
     fields["codec_config"] = codec
     merge_overrides(fields, config.model)

@@ -36,6 +36,7 @@ def publish(config: TrainConfig, directory: RunDirectory, device: torch.device) 
     """Make `output_dir` a repository of what the last stage left, with its card, and push it if the
     settings ask for it."""
     directory.publish(config.stages[-1])
+    # what was published, not what is in memory: samples and card tell of the files
     pipe = load_pipeline(directory.root)
     card = training_card(config, pipe.to(device))  # whose samples take minutes on a CPU
     write_atomically(directory.root / "README.md", card)

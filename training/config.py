@@ -301,6 +301,7 @@ class TrainConfig:
     def __post_init__(self):
         if self.mixed_precision == "False":  # YAML reads a bare `no` as false
             self.mixed_precision = "no"
+        # choices first: a stage that does not exist would be taken for one without requirements
         check_choices(self)
         check_choices(self.distill, "distill.")
         if self.stage in ("head", "distill") and not self.init_from:
@@ -428,6 +429,7 @@ def _explained_errors() -> Iterator[None]:
             near = difflib.get_close_matches(key, fields, n=1)
             hint = f"did you mean {near[0]!r}?" if near else "--help lists all keys."
             raise ValueError(f"unknown training key {key!r}; {hint}") from error
+        # the lines after it are OmegaConf's internals
         reason = str(error).splitlines()[0].rstrip(".")
         if key not in fields:
             raise ValueError(f"`{key}` cannot be set: {reason}.") from error

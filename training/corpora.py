@@ -123,7 +123,7 @@ class Corpus:
     def _shape(self, model: TokComModel, config: TrainConfig, options: StageConfig) -> WindowShape:
         self.check_codec(model.config.codec_config, config.data)
         chunk_size = model.config.codec_config.chunk_size
-        longest = model.config.transformer_config.max_position_embeddings * chunk_size
+        longest = model.config.transformer_config.max_position_embeddings * chunk_size  # in tokens
         if options.sequence_length > longest:
             raise ValueError(
                 f"`{model.objective.stage}.sequence_length` ({options.sequence_length}) is longer "
@@ -397,6 +397,7 @@ class Reading:
             )
         tokenizer = None
         name = config.tokenizer or config.init_from or config.codec_from
+        # that of an earlier call: a tokenizer trained anew may number its tokens otherwise
         if self.saved.is_dir():
             tokenizer = load_tokenizer(self.saved)
         elif columns or (name is not None and has_tokenizer(name)):

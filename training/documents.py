@@ -142,6 +142,7 @@ def as_stored(part):
     """Records whose pictures, films and sounds are not decoded, and whose texts are of one type:
     sources are joined by equal ones, and parquet knows two."""
     for name, feature in (part.features or {}).items():
+        # as they are stored: they are decoded one by one when training reads them
         if type(feature) in (datasets.Image, datasets.Video, datasets.Audio):
             part = part.cast_column(name, type(feature)(decode=False))
         elif getattr(feature, "dtype", None) == "large_string":

@@ -91,6 +91,7 @@ class MediaFolder:
         asked = self.config.caption_column
         captions = self._from_metadata(metadata)
         if asked == NO_CAPTIONS:
+            # nobody wants captions, so text files beside pictures are left out as what they are
             side = {}
         else:
             lacking = [path for path in self.media if path in side and not captions.get(path)]
@@ -313,11 +314,13 @@ def folders_of_frames(listing: Listing, config: DataConfig, report: Report) -> d
     folders: dict[Path, list[Path]] = {}
     for path in pictures:
         folders.setdefault(path.parent, []).append(path)
+    # records in the same order on every file system
     folders = dict(sorted(folders.items()))
     frames = [[str(path) for path in sorted(paths, key=natural_key)] for paths in folders.values()]
     classes = [folder.parent.name for folder in folders]
     columns: dict[str, list] = {config.image_column: frames}
     asked = config.caption_column
+    # one class for all clips would say nothing
     named = len(set(classes)) > 1
     if asked not in (None, NO_CAPTIONS) and not (named and asked in CAPTIONS):
         find_caption_column([], config, f"{listing.root} (whose captions are names of folders)")

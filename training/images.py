@@ -165,6 +165,7 @@ class ImageDataset(torch.utils.data.Dataset):
         self.forget()
         self.frame_counts = None
         if self.captions is not None:
+            # a record may have several captions
             places = [np.arange(self.first_caption[i], self.first_caption[i + 1]) for i in rows]
             kept = np.concatenate(places)
             self.captions = {name: value[kept] for name, value in self.captions.items()}

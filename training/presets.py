@@ -31,6 +31,7 @@ def read_preset(name: str) -> dict[str, Any]:
     """
     file = PRESET_DIR / f"{name}.yaml"
     if not file.is_file() and Path(name).suffix in (".yaml", ".yml"):
+        # a preset that ships comes before a file of the same name
         file = Path(name)
     if not file.is_file():
         raise ValueError(

@@ -170,6 +170,7 @@ class Source:
         if not media or (documents and not wanted):
             return ()
         if self.fields or config.fields:
+            # several streams may be of any kind of media
             return MEDIA
         wanted = wanted or MEDIA_READ["pictures"]  # texts are asked for, and there are none
         return wanted if listing.of_kind("picture", "clip") or "sound" in wanted else ("sound",)
@@ -298,6 +299,7 @@ class Source:
         have a problem."""
         dialogues = arguments.get("field", "") is None
         text = config.text_column
+        # told beforehand: guessed from the first records, a column of nulls would be of no type
         features = datasets.Features(
             {"messages": TURNS} if dialogues else {text: datasets.Value("string")}
         )
@@ -364,6 +366,7 @@ class Source:
                 part = datasets.load_dataset(
                     "parquet", data_files=names, split="train", streaming=config.streaming
                 )
+            # `datasets` hides the reason in the cause of its own error
             except datasets.exceptions.DatasetGenerationError as error:
                 reason = first_line(error.__cause__ or error)
                 raise ValueError(
@@ -447,6 +450,7 @@ class Source:
         for file, rows in self.group.items():
             if index < rows:
                 return str(file), index
+            # records of the files before it
             index -= rows
         return self.path, index
 

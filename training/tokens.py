@@ -156,6 +156,7 @@ def tokenize_documents(
         tokens, facts = _cached_tokens(documents, tokenizer, text_column, desc, num_proc)
     else:
         rows = tqdm(documents, desc=f"tokenizing {desc}", unit="doc")
+        # int32: four bytes an id, for billions of them
         pieces = [
             np.asarray(ids, dtype=np.int32) for ids in tokenize_rows(rows, tokenizer, text_column)
         ]
@@ -208,6 +209,7 @@ def _cached_tokens(
 ) -> tuple[np.ndarray, dict]:
     """Ids from the cache, where they are written first if they are not there. A process waits at
     the lock of a file, not at a barrier of the process group, which would time out."""
+    # whatever the ids depend on: another text or another tokenizer has another file
     key = datasets.fingerprint.Hasher.hash(
         [_content_digest(documents, text_column), tokenizer_digest(tokenizer)]
     )

@@ -12,6 +12,7 @@ def check_tracker(name: str) -> None:
     """Raise `ValueError` if the tracker's package is missing; accelerate would silently log
     nothing."""
     module = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}.get(name)
+    # asked without importing it, which takes seconds
     if module and importlib.util.find_spec(module) is None:
         raise ValueError(
             f"`report_to` is {name!r} but the package is not installed; pip install {module}, or "

@@ -47,6 +47,7 @@ def tokcom_stories(path: str, args: argparse.Namespace) -> list[str]:
             [args.prompt] * len(seeds),
             gen_length=LENGTH,
             temperature=args.temperature,
+            # a seed for each story, so that a single one can be written again
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         ).texts
         stories += [args.prompt + text for text in texts]
@@ -94,6 +95,7 @@ def count(args: argparse.Namespace) -> None:
     key = json.loads((args.output_dir / "key.json").read_text(encoding="utf-8"))
     answers = {}
     for file in sorted(args.output_dir.glob("answers*.json")):
+        # each reader answers for numbers of their own
         answers |= json.loads(file.read_text(encoding="utf-8"))
     if not answers:
         raise FileNotFoundError(
