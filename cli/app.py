@@ -282,6 +282,7 @@ class Demo:
             noise = self.pipe.prepare_latents(1, encoded.latents.shape[1], generator)
             noisy = self.pipe._sampler().add_noise(encoded.latents.float(), noise, noise_level)
             return self.emerging(noisy, noise_level)[:count]
+        # the draw that the pipeline makes from the same generator
         kept = kept_tokens(count, noise_level, spawn_generators(generator, 1)[0])
         tokens = self._tokens(encoded.sequences[0, :count].tolist())
         return [(token, 1.0) if keep else ("·", 0.0) for token, keep in zip(tokens, kept)]
@@ -378,6 +379,7 @@ def _write_tab(demo: Demo) -> None:
     inputs = [prompt, length, steps, temperature, top_p, guidance, seed, slowly]
     writing = button.click(demo.write, inputs, [output, speed], show_progress="hidden")
     submitting = prompt.submit(demo.write, inputs, [output, speed], show_progress="hidden")
+    # gradio closes the generator, whose `finally` stops the pipeline
     stop.click(None, cancels=[writing, submitting])
 
 
@@ -409,6 +411,7 @@ def _noise_tab(demo: Demo) -> None:
     inputs = [text, level, seed]
     outputs = [seen, denoised, kept]
     gr.Button("Mix and denoise", variant="primary").click(demo.renoise, inputs, outputs)
+    # when the slider is let go, not at every value on the way
     level.release(demo.renoise, inputs, outputs)
 
 

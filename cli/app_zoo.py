@@ -197,6 +197,7 @@ def complete(shown: ShownModel, steps: int, guidance: float, seed: float, *value
         output = pipe(
             given,
             num_inference_steps=int(steps),
+            # guidance needs something that is given to move towards
             guidance_scale=guidance if given else 1.0,
             generator=numbered_noise(seed),
         )
@@ -222,6 +223,7 @@ def pixel_tab(shown: ShownModel) -> None:
         lambda *values: write_pixels(shown, *values),
         [prompt, seed],
         [written, pixels],
+        # several tabs of the page have the same functions, so names begin with the model's
         api_name=f"{shown.name}_write",
     )
     text = gr.Textbox("Once upon a time there was a rabbit.", label="Text", max_length=2000)

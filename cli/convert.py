@@ -231,6 +231,7 @@ def publish(args: argparse.Namespace) -> None:
         )
     pipe = load_pipeline(directory)
     card = directory / "README.md"
+    # a card that somebody has written is kept
     text = (
         card.read_text(encoding="utf-8")
         if card.is_file()

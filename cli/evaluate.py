@@ -112,6 +112,7 @@ def sweep_settings(sampler, sweeps: dict[str, tuple[str, tuple]]) -> dict:
 
 def tokcom_settings(pipe: TokComPipeline, steps: int) -> dict[str, TokComSampler]:
     """The settings whose NLL and entropy the frontier shows."""
+    # each sweep varies one setting, and keeps the others as they are
     sweeps = {"guidance": ("guidance_scale", (1.0, 1.5, 2.0))}
     if pipe.model.token_head is not None:
         sweeps |= PROBABILITY_SWEEPS
@@ -175,6 +176,7 @@ def evaluate(args: argparse.Namespace) -> dict:
     }
 
     def keep(name: str, facts: dict) -> None:
+        # a run may take hours and be stopped: what is measured is written at once
         results[name] = facts
         (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 

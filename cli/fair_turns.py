@@ -231,6 +231,7 @@ class Paused:
         self._turn.release()
         self._rests.acquire()
         if self._error is not None:
+            # in the thread that gave the turn, where somebody can tell the client
             raise self._error
         if self._finished:
             raise StopIteration
@@ -410,12 +411,14 @@ class Engine:
         with self.changed:
             if self.draining or self.closed:
                 raise closing_error()
+            # whose client has left takes no place in the queue
             self.waiting = [job for job in self.waiting if not job.gone]
             excess = len(self.waiting) + len(jobs) - self.max_queue
             if excess > 0:
                 displaced = self._displaced(jobs[0].client, len(jobs), excess)
                 self.waiting = [job for job in self.waiting if job not in displaced]
                 for job in displaced:
+                    # whoever was displaced is told to try again, instead of waiting for nothing
                     job.put(full_error(self.max_queue))
             self.waiting.extend(jobs)
             self.changed.notify_all()
@@ -507,8 +510,11 @@ class Engine:
     def _take_turn(self) -> None:
         self._turns += 1
         if self._turns % PATIENCE == 0:
+            # the batch that has waited longest, so that nothing starves
             batch = min(self.active, key=lambda b: b.last_turn)
         else:
+            # shortest texts first, among them the batch that is least far, then the one that waited
+            # longest
             batch = min(self.active, key=lambda b: (b.length_class, b.turns, b.last_turn))
         batch.last_turn = self._turns
         more = batch.advance()

@@ -109,8 +109,10 @@ def contact_sheet(corpus: Corpus) -> Image.Image:
         pixels = dataset[index]["pixel_values"]
         caption = dataset.describe(index).partition(": ")[2]
         items.append(side_by_side(tiles_of(pixels), caption))
+    # clips are rows of frames already
     if dataset.clip_length is not None:
         return stacked(items)
+    # pictures of different shapes in columns of one width
     width = max(item.width for item in items)
     rows = []
     for start in range(0, len(items), COLUMNS):

@@ -26,12 +26,14 @@ def check_files(args: argparse.Namespace) -> None:
     written = WRITTEN
     read = READ
     if MODES[args.mode].reads_picture:
+        # `--image_file` is written by most modes, and read by this one
         read = (*READ, "image_file")
         written = tuple(name for name in WRITTEN if name != "image_file")
     for name in read:
         file = getattr(args, name, None)
         if file is not None and not Path(file).is_file():
             raise FileNotFoundError(f"{file} does not exist, so there is nothing to read ({name}).")
+    # before anything is loaded: a missing folder should not cost the sample
     for name in written:
         file = getattr(args, name, None)
         if file is not None and not Path(file).resolve().parent.is_dir():
@@ -127,6 +129,7 @@ def watch(pipe, args: argparse.Namespace, tokens: int, options: dict[str, Any]) 
     """Draw a prompt and its continuation while it is denoised; returns both."""
     if args.batch_size > 1 or pipe.tokenizer is None:
         raise ValueError("--watch shows one text of a model with a tokenizer; leave it out.")
+    # drafts are drawn over, which a file cannot do
     if not sys.stdout.isatty():
         raise ValueError(
             "--watch draws in a terminal, but the output goes elsewhere; leave it out."
@@ -240,6 +243,7 @@ def any_to_any(pipe, args: argparse.Namespace) -> list[str]:
             given[kind] = value
         if options.written_to is not None and getattr(args, options.written_to) is not None:
             files[kind] = getattr(args, options.written_to)
+    # a text needs no file
     wanted = list(files) or ["text"]
     missing = {*given, *wanted} - set(names)
     if missing:

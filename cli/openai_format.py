@@ -376,6 +376,7 @@ def _tokens_of(request: CompletionRequest | ChatRequest, settings: ServerSetting
     """How many tokens to write at most; raises `RequestError` for none, unless they are scored."""
     tokens = request.tokens
     if tokens is None:
+        # OpenAI lets a chat write without a limit, which a small server cannot
         return min(CHAT_TOKENS, settings.max_tokens)
     if tokens == 0 and (request.num_logprobs is None or not request.echo):
         raise _bad(
@@ -510,6 +511,7 @@ def chat_logprobs(scored: ScoredText, tokens: TokenTexts, count: int) -> dict:
     """`logprobs` of a reply."""
 
     def entry(text: str, value: float) -> dict:
+        # bytes as OpenAI gives them: a token may be half a character
         return {"token": text, "logprob": value, "bytes": list(text.encode())}
 
     content = []

@@ -265,12 +265,14 @@ class Corpus:
         for name in self.settings | self.state["settings"]:
             old = self.state["settings"].get(name)
             new = self.settings.get(name)
+            # texts of two settings in one corpus could not be told apart
             if old != new:
                 raise ValueError(
                     f"{self.folder} was begun with {name} {old!r}, not {new!r}; "
                     "give the old value or another --output."
                 )
         for index in range(self.state["files"]):
+            # digests are not stored, since the texts are there to compute them from
             self.seen.update(map(digest_text, read_texts(self._file(index)[0])))
         if self.state["texts"]:
             self.texts = read_texts(self._file(self.state["files"])[0])[: self.state["texts"]]
@@ -331,7 +333,9 @@ def run(args: argparse.Namespace, stop: threading.Event | None = None) -> dict[s
     """Sample until there is enough or `stop` is set; gives the counts."""
     teacher = Teacher(args)
     settings = {key: value for key, value in vars(args).items() if key not in NOT_SETTINGS}
+    # by content: the files may lie elsewhere when the run goes on
     settings |= {"exclude": [file_digest(path) for path in args.exclude]}
+    # another revision of the model would write other texts from the same seeds
     settings |= teacher.identity()
     corpus = Corpus(args.output, settings, args.exclude)
     state = corpus.state
@@ -364,6 +368,7 @@ def run_until_stopped(args: argparse.Namespace) -> dict[str, int]:
     """`run`, which SIGTERM or SIGINT ends after the batch in progress, so that none is lost."""
     stopped = threading.Event()
     numbers = (signal.SIGTERM, signal.SIGINT)
+    # only noted, because a batch that is interrupted would be lost
     before = [signal.signal(number, lambda *_: stopped.set()) for number in numbers]
     try:
         return run(args, stopped)

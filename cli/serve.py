@@ -142,6 +142,7 @@ class Answer:
         self.timeout = settings.timeout
         self.connection = connection
         self.form = ChatFormat if isinstance(request, ChatRequest) else CompletionFormat
+        # the same id and time in all events of a stream
         self.head = answer_head(self.form, bool(request.stream), settings.model_name)
         self.echoes = bool(getattr(request, "echo", False))
 
@@ -319,6 +320,7 @@ class Guard:
         parts = []
         size = 0
         try:
+            # a client that sends a byte a minute would hold a connection for ever
             async with asyncio.timeout(self.settings.body_timeout):
                 while True:
                     message = await receive()
@@ -326,6 +328,7 @@ class Guard:
                         return None
                     parts.append(message.get("body", b""))
                     size += len(parts[-1])
+                    # while it comes: the length that a client names need not be true
                     if size > self.settings.max_body:
                         raise self._too_large()
                     if not message.get("more_body"):

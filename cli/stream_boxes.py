@@ -101,6 +101,7 @@ STREAM_BOXES: dict[str, type[StreamBox]] = {
 
 def stream_boxes(streams: dict[str, TokComCodecConfig]) -> dict[str, StreamBox]:
     """The box of each stream; raises `ValueError` for a stream that the page cannot show."""
+    # while the page is built, not when somebody has filled in the first boxes
     boxes = {}
     for name, config in streams.items():
         box = STREAM_BOXES.get(config.kind)

@@ -223,6 +223,7 @@ def tokcom_generator(
         pipe.compile()
 
     def generate(batch_size: int, tokens: int, steps: int | None) -> None:
+        # ids, not texts: detokenizing is not the model's time
         pipe.generate(tokens // pipe.chunk_size, batch_size, steps, output_type="seq")
 
     generate.parameters = sum(p.numel() for p in pipe.model.parameters())

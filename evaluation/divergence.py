@@ -140,6 +140,7 @@ class TokComStudent:
         )
         eos = self.tokenizer.eos_token_id
         blocks = pipe.sample_blocks(TokComTask(noise), sampling)
+        # stops when every text has ended, as no later block is scored
         _, ids = join_blocks(until_all_ended(blocks, eos, [0] * count), noise)
         for row in ids[:, :length].tolist():
             rows.append(row[: row.index(eos) + 1] if eos in row else row)

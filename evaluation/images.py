@@ -385,6 +385,7 @@ def draw(pipe: TokComImagePipeline, captions: list[str], args: argparse.Namespac
             "num_inference_steps": args.num_inference_steps,
         }
         chosen = captions[start : start + 64]
+        # one generator for all parts: each part draws noise of its own
         parts.append(pipe(chosen, generator=generator, output_type="pt", **settings).images.cpu())
     return torch.cat(parts)
 
@@ -404,6 +405,7 @@ def measure_steps(
     for directory in args.students:
         student = TokComImagePipeline.from_pretrained(directory).to(args.device)
         systems.append(
+            # a student has learnt the teacher's guidance, and is asked without
             (Path(directory).name, student, student.model.config.num_inference_steps, 1.0)
         )
     for name, system, steps, guidance in systems:
@@ -411,12 +413,14 @@ def measure_steps(
             **{**vars(args), "num_inference_steps": steps, "guidance_scale": guidance}
         )
         started = time.perf_counter()
+        # the same captions and seed for every system
         drawn = draw(system, test.captions[: len(labels)], settings)
         seconds = time.perf_counter() - started
         shares = recognised(classifier, drawn, labels)
         row = {"system": name, "steps": steps, "evaluations": steps * (1 + (guidance != 1))}
         row |= {f"{column} recognised": share for column, share in zip(args.label_columns, shares)}
         row |= {
+            # FID's formula with features of the small classifier: comparable within this table only
             "Frechet distance": frechet(classifier.features(drawn), real),
             "ms a picture": 1e3 * seconds / len(drawn),
         }

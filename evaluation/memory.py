@@ -45,11 +45,13 @@ def resized(config: TokComConfig, layers: int, frames: int, side: int) -> TokCom
     patches."""
     fields = deepcopy(config.to_dict())
     codec = fields["codec_config"]
+    # moments and patches in frames and pixels
     codec["num_frames"] = frames * codec["frames_per_patch"]
     codec["height"] = codec["width"] = side * codec["patch_size"]
     fields["transformer_config"]["num_hidden_layers"] = layers
     fields["transformer_config"]["max_position_embeddings"] = frames * side**2
     if fields["transformer_config"]["block_size"] is not None:
+        # a block is one moment
         fields["transformer_config"]["block_size"] = side**2
     return TokComConfig(**fields)
 
@@ -150,6 +152,7 @@ def cost(config: TokComConfig, dtype: torch.dtype | None = torch.bfloat16) -> Co
         parameters=parameters,
         latents=total,
         operations=operations(config, parameters),
+        # four bytes for each pair of latents and head
         attention_matrix=4.0 * config.transformer_config.num_attention_heads * total**2,
         activations=activations(config, dtype=dtype),
         checkpointed=activations(config, True, dtype),

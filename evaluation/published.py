@@ -162,6 +162,7 @@ class PublishedTokCom:
 
         There is one t per row, drawn unless it is given.
         """
+        # the codec is finished and frozen
         with torch.no_grad():
             clean = self.encode(ids)
         if t is None:
@@ -191,6 +192,7 @@ def _block(
 ) -> State:
     shapes = {"self_attn.q_proj": (hidden_size, hidden_size)}
     shapes |= {f"self_attn.{n}_proj": (key_size, hidden_size) for n in "kv"}
+    # only query, key and value have biases, as in Qwen2
     state = {f"{prefix}{n}.bias": torch.randn(s[0]) * 0.1 for n, s in shapes.items()}
     shapes |= {f"mlp.{n}_proj": (intermediate_size, hidden_size) for n in ("gate", "up")}
     shapes |= {
@@ -199,6 +201,7 @@ def _block(
     }
     state |= {f"{prefix}{n}.weight": torch.randn(s) / s[1] ** 0.5 for n, s in shapes.items()}
     state |= {f"{prefix}{n}.weight": 1 + 0.1 * torch.randn(hidden_size) for n in norms}
+    # a buffer that files hold and nobody reads: zeros would show if somebody did
     return state | {f"{prefix}self_attn.rope.inv_freq": torch.zeros(4)}
 
 

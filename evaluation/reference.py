@@ -75,6 +75,7 @@ def reference_metrics(predictions: list[str], references: list[list[str]]) -> di
 def read_predictions(file: str | Path) -> dict[str, float]:
     """`reference_metrics` of a file of records. Raises `ValueError` for an incomplete record."""
     text = Path(file).read_text(encoding="utf-8")
+    # a list is one JSON document, JSON lines are many
     if text.lstrip().startswith("["):
         rows = json.loads(text)
     else:

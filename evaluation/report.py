@@ -119,6 +119,7 @@ def plots(results: dict, directory: Path) -> None:
 def _plot_reconstruction(facts: dict, directory: Path) -> None:
     figure, axes = plt.subplots(figsize=(6, 4))
     curve = {
+        # the names of results end with the time or noise level that they are for
         float(k.rsplit("_", 1)[1]): v
         for k, v in facts.items()
         if k.startswith("denoiser_ce_t_") and "pos" not in k
@@ -190,6 +191,7 @@ def benchmark_plot(command: str, rows: list[dict], file: Path) -> None:
             "o-",
             label="TokCom",
         )
+        # from 0, or small differences would look like growth
         axes.set_ylim(bottom=0)
         _finish(figure, axes, "generated tokens", "ms per token", file)
         return

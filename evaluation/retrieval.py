@@ -79,6 +79,7 @@ def split_motion(caption: str) -> tuple[str, str]:
 def convolutions(channels: int, width: int) -> nn.Sequential:
     """Features `(B, 16 * width)` of pictures `(B, channels, H, W)`."""
     layers: list[nn.Module] = [
+        # halves the sides at once, which makes all layers behind it cheaper
         nn.Conv2d(channels, width, 4, 2, 1),
         nn.BatchNorm2d(width),
         nn.ReLU(),
@@ -317,6 +318,7 @@ def get_judge(args: argparse.Namespace) -> Judge:
     if args.frames > 1:
         motions = sorted({split_motion(caption)[1] for caption in captions})
     shown = [split_motion(caption)[0] if motions else caption for caption in captions]
+    # sorted, so that a word has the same row in every process
     words = sorted({word for caption in shown for word in split_words(caption)})
     config = JudgeConfig(args.size, args.frames, words=words, motions=motions)
     judge = train_judge(config, clips, captions, args.epochs, args.seed, args.device)

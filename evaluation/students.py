@@ -87,6 +87,7 @@ def plot(facts: dict, file: Path) -> None:
         steps = [row["evaluations a chunk"] for row in rows]
         (line,) = axes.plot(steps, [row["NLL"] for row in rows], "o-", label=f"{name}, noise 1")
         matched = [
+            # a gap in the line where no noise reaches that entropy
             np.nan if row["NLL at real entropy"] is None else row["NLL at real entropy"]
             for row in rows
         ]

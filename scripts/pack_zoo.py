@@ -147,6 +147,7 @@ def _goals(parts: dict) -> str:
     for name, found in parts.items():
         direction, _, scale = name.partition(", guidance ")
         if scale and " to " in direction:
+            # names of parts are such as "text to image, guidance 2"
             scales.setdefault(scale, []).append(found["right"])
     sentences = []
     for scale, shares in scales.items():

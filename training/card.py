@@ -93,6 +93,7 @@ def _results(
     config: TrainConfig, task: str, summaries: dict[str, dict[str, Any]]
 ) -> list[EvalResult] | None:
     """The validation losses, in the form that the Hub reads."""
+    # without validation data of its own, the run has held out the end of the training data
     validation = config.data.validation or config.data.train
     names = source_names(DataConfig(train=validation))
     results = [
@@ -124,6 +125,7 @@ def _training(config: TrainConfig, summaries: dict[str, dict[str, Any]]) -> str:
     lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
     for stage, facts in summaries.items():
         options = getattr(config, stage)
+        # stage distill has none
         muon = getattr(options, "muon_learning_rate", 0.0)
         best = facts.get("best_validation_loss")
         cells = [

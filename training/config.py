@@ -365,6 +365,7 @@ def known_keys(
             nested.append(field)
         else:
             yield f"{prefix}{field.name}", field
+    # after the plain keys, so that --help begins with those that people set
     for field in nested:
         assert isinstance(field.type, type)
         yield from known_keys(field.type, f"{prefix}{field.name}.")

@@ -293,8 +293,11 @@ def codec_config_of(config: TrainConfig) -> TokComCodecConfig | None:
             fields = preset_config(config.preset, config.tokenizer_vocab_size).to_dict()
         else:
             fields = TokComConfig.from_pretrained(donor).to_dict()
+        # the overrides of the run may choose another codec
         merge_overrides(fields, config.model)
         return TokComConfig(**fields).codec_config
+    # here a mistake only costs what the data would be checked against; building the model reports
+    # it
     except (ValueError, TypeError, KeyError, OSError, StrictDataclassError):
         return None
 
@@ -333,6 +336,7 @@ class Reading:
             raise ValueError(
                 f"`data.train` holds {found} and `data.validation` {other}; give the same kind."
             )
+        # what the data are decides, and not what the codec reads: `check_codec` compares the two
         read = {"pictures": self._pictures, "dialogues": self._dialogues, "texts": self._texts}
         if found not in read:
             raise ValueError(
@@ -442,6 +446,7 @@ class Reading:
             self._remember(tokenizer, "".join(parts["training data"].letters))
         codec = self.codec_config
         if PictureCorpus.serves(codec):
+            # what decoding depends on: with another size the outcome in the cache does not count
             size = codec.image_size, codec.clip_length
             parts = self._audited({name: part.fit(codec) for name, part in parts.items()}, size)
         return PictureCorpus(*parts.values(), tokenizer, self.config.autoencoder)
@@ -466,6 +471,7 @@ class Reading:
             )
         tokenizer = self._tokenizer(train, self.data.text_column)
         pairs = self._pairs(train, tokenizer, "dialogues")
+        # without held-out data the training data are shown as validation data, and tokenized once
         held_out = pairs
         if validation is not train:
             held_out = self._pairs(validation, tokenizer, "validation")
@@ -480,7 +486,9 @@ class Reading:
             )
         same = validation is train
         if data.streaming and same:
+            # nothing of a stream can be held out, and reading it twice would take its time
             return StreamCorpus(train, np.zeros(0, np.int32), tokenizer, data.text_column)
+        # validation text is tokenized whole, also beside a stream: every validation sees the same
         validation = self._tokens(
             validation, tokenizer, "training text" if same else "validation text"
         )

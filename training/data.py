@@ -112,6 +112,7 @@ class DialogueDataset(torch.utils.data.Dataset):
     """
 
     def __init__(self, pairs: list[tuple], shape: WindowShape, eos_token_id: int):
+        # a chunk for each of the two
         if shape.length < 2 * shape.multiple:
             raise ValueError(
                 f"`sequence_length` ({shape.length}) must hold a prompt and an answer; use at "

@@ -38,9 +38,11 @@ def data_digests(config: TrainConfig, corpus: Any) -> dict[str, str]:
 def _digest(part: Any) -> str:
     total = hashlib.sha256()
     if isinstance(part, np.ndarray):
+        # the memory itself, without a copy of what may be gigabytes
         total.update(np.ascontiguousarray(part).data)
     elif isinstance(part, list):
         for row in part:
+            # dialogues are lists of ids, whose text is the same everywhere
             total.update(repr(row).encode())
     else:
         _add_records(total, part.records)

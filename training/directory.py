@@ -116,6 +116,7 @@ class RunLock:
         owner = self._read()
         if owner is not None:
             where = f"process {owner['pid']} on {owner['host']}"
+            # process numbers mean nothing on another machine, which may share the disk
             if owner["host"] != self.owner["host"]:
                 raise ValueError(
                     f"{self.file} says that {where} is training here; if that run has ended, "
@@ -126,6 +127,7 @@ class RunLock:
                     f"{where} is training in {self.file.parent.parent}; wait for it, stop it, or "
                     "choose another output_dir."
                 )
+        # another process may have removed it at the same moment
         self.file.unlink(missing_ok=True)
 
 

@@ -47,6 +47,7 @@ def load_teacher(name: str) -> TokComBasePipeline:
             "cross-entropy and reads nothing from pure noise, so no student can turn noise into "
             "text in a few steps. Train a teacher with `model.prediction_type=latents`."
         )
+    # the losses mix `x_t = (1 - t) x0 + t x1` with standard noise
     if model.config.noise_std != 1:
         raise ValueError(f"`noise_std` ({model.config.noise_std}) of the teacher must be 1.")
     model.requires_grad_(False)
@@ -90,7 +91,9 @@ class DistillTrainer(Trainer):
 
     def _read_dataset(self, teacher: TokComModel) -> torch.utils.data.Dataset:
         config = self.config
+        # the teacher's latents are those of its own autoencoder
         self.corpus.autoencoder = getattr(self.pipe, "vae", None)
+        # a student has no validation loss: nothing is held out for one
         dataset = self.corpus.datasets(teacher, config, self.options, self.accelerator)[0]
         if not len(dataset):
             raise ValueError(
@@ -206,6 +209,7 @@ class DistillTrainer(Trainer):
         while True:
             losses = {}
             for place, name in enumerate(self.distiller.schedule()):
+                # the place in the round tells the noise of several updates of one model apart
                 losses[name] = self._update(name, place)
             yield {
                 "loss": losses["student"],
@@ -270,9 +274,11 @@ class DistillTrainer(Trainer):
         each step."""
         if self.accelerator.is_main_process:
             if self.ema is not None:
+                # the last thing that is done with these weights, so nobody has to restore them
                 self.ema.copy_to(self.parameters["student"])
             model = self.accelerator.unwrap_model(self.models["student"]).model.cpu()
             model.config.num_inference_steps = self.options.num_inference_steps
+            # between its steps the student sees fresh noise in training, and so in sampling
             scheduler = TokComFlowMatchScheduler(stochastic_sampling=True)
             export_repository(
                 model, self.pipe.tokenizer, target, scheduler, self.corpus.autoencoder

@@ -59,6 +59,7 @@ def table_records(
 def _table_record(record: object, where: str, field: str | None, name: str) -> dict:
     try:
         if isinstance(record, ValueError):
+            # the reader yields a broken record's problem in its place
             raise record
         if field is not None:
             return {name: text_of(record, field, where), PROBLEM: None}

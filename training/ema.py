@@ -63,6 +63,7 @@ def embeddings_in_the_root(model: nn.Module) -> Iterator[None]:
     """While accelerate prepares a model for FSDP2, hide its embedding, which would become a unit of
     its own, gathered for its own forward alone; the codec's decoder multiplies with the same
     weight."""
+    # on the instance, so that deleting it brings the method of the class back
     model.get_input_embeddings = lambda: None
     try:
         yield

@@ -34,6 +34,7 @@ def write_film(frames: Sequence[Image.Image], file: str | Path, fps: float = 8) 
             "duration": _durations(len(frames), fps, 1),
             "loop": 0,
         }
+        # `exact` keeps the colours of transparent pixels, which are otherwise free to change
         frames[0].save(file, save_all=True, lossless=True, exact=True, **options)
     elif suffix == ".mp4":
         _write_mp4(frames, str(file), fps)

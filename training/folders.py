@@ -52,6 +52,7 @@ def find_caption_column(columns: list[str], config: DataConfig, where: str) -> s
     if asked == NO_CAPTIONS:
         return None
     if asked is None:
+        # `caption` first: tables use `text` for other things, too
         return next((name for name in CAPTIONS if name in columns), None)
     if asked not in columns:
         raise ValueError(
@@ -190,6 +191,7 @@ class MediaFolder:
         if file.suffix.lower() == ".parquet":
             import pyarrow.parquet
 
+            # `read_table` would take `key=value` in the names of folders for columns
             table = pyarrow.parquet.ParquetFile(file).read()
             return [(f"{file}, record {index}", row) for index, row in enumerate(table.to_pylist())]
         rows = []
@@ -208,6 +210,7 @@ class MediaFolder:
         """One caption or a list of them as those that are not blank; what is no text is a
         problem of its file."""
         values = value if isinstance(value, list) else [value]
+        # null is no caption, which is allowed
         if bad := [text for text in values if not isinstance(text, str) and text is not None]:
             self.bad.add(media)
             self.report.skip(

@@ -87,6 +87,7 @@ class ImageDataset(torch.utils.data.Dataset):
         self.autoencoder = autoencoder
         self.clip_length = codec_config.clip_length
         self.latents = None
+        # augmenting belongs to a stage, and every stage asks for it anew
         self.flip = 0.0
         self.shift = 0
         self.forget()
@@ -284,6 +285,7 @@ class ImageDataset(torch.utils.data.Dataset):
     def _facts(self, frames: Frames, image: Image.Image, index: int) -> dict[str, float]:
         height, width = self.processor._size
         facts = {
+            # the shorter side fits, and what is too much of the longer one is cut off
             "resized": min(image.height / height, image.width / width) != 1,
             "with sides cut off": image.height * width != image.width * height,
         }
@@ -353,6 +355,7 @@ def read_pictures(
             "them."
         )
     records = records if limit is None else records.select(range(min(limit, len(records))))
+    # no tokenizer: whoever evaluates wants captions as texts
     return ImageDataset(records, image_column, config.captions, None, seed, training=False).fit(
         codec_config, autoencoder
     )

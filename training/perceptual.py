@@ -24,6 +24,7 @@ class FeatureLoss:
     def __init__(self, name: str, weight: float, device: torch.device | str = "cpu"):
         try:
             network = AutoModel.from_pretrained(name, trust_remote_code=False)
+            # frozen, but not under no_grad: the gradient passes through it to the picture
             self.network = network.to(device).eval().requires_grad_(False)
         except (OSError, ValueError, ImportError) as error:
             reason = first_line(error)

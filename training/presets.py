@@ -97,6 +97,7 @@ def merge_overrides(fields: dict[str, Any], overrides: dict[str, Any]) -> None:
     from tokcom.configuration_codec_tokcom import check_known_keys
     from tokcom.configuration_tokcom import TRAINING, TokComConfig
 
+    # settings of training were once fields of the model, and are still looked for there
     for name in _names(overrides):
         if name in TRAINING:
             raise ValueError(

@@ -98,6 +98,7 @@ def read_text(path: Path, encoding: str | None = None) -> str:
     encoding = _encoding(path, encoding)
     try:
         with open_bytes(path) as stream:
+            # the whole file: a wrong encoding may show at its end only
             content = stream.read()
     except UNREADABLE as error:
         raise ValueError(f"{path} cannot be read ({error}); repair or remove the file.") from error
@@ -115,6 +116,7 @@ def read_text(path: Path, encoding: str | None = None) -> str:
             "UTF-16 without a mark; convert it to UTF-8, or name its encoding by "
             "data.encoding=utf-16-le."
         )
+    # one kind of line end, or a model would learn two tokens for one thing
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -257,6 +259,7 @@ def first_record(path: Path, encoding: str | None = None) -> dict | None:
         for _, record in read_rows(path, encoding):
             if isinstance(record, dict):
                 return record
+            # records of another kind: there are some, but without fields
             found = {}
     except UNREADABLE:
         return {}
@@ -294,6 +297,7 @@ def messages_of(record: dict, where: str = "the dialogue") -> list[dict[str, str
     if record.get("prompt") is not None:
         pairs = [("user", record["prompt"]), ("assistant", record.get("answer"))]
     else:
+        # tables that joined several sources have all of the fields, and null in most
         turns = record.get("messages") or record.get("conversations")
         if turns is None and not set(DIALOGUES) & set(record):
             raise ValueError(
@@ -315,6 +319,7 @@ def messages_of(record: dict, where: str = "the dialogue") -> list[dict[str, str
         raise ValueError(
             f"{where} {pairs!r:.200} must end with an answer of the assistant to something."
         )
+    # nothing would be learnt but to stop
     if not messages[-1]["content"].strip():
         raise ValueError(f"{where} {pairs!r:.200} has a blank answer; repair or remove it.")
     return messages

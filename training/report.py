@@ -82,6 +82,7 @@ class PartReport:
         if counted:
             lines.append("  " + ", ".join(counted))
         for name, values in self.sizes.items():
+            # the range shows outliers, which a mean and a deviation hide
             low, middle, high = np.percentile(values, (0, 50, 100))
             total = f", {sum(values):,g} in all" if name in ADDED else ""
             lines.append(f"  {name}: {low:g} to {high:g}, median {middle:g}{total}")

@@ -83,6 +83,7 @@ class Source:
                     f"source {self.path}: `modality` ({self.modality!r}) is that of one `field`; "
                     "name it."
                 )
+            # a stream is called after its modality if nobody names it otherwise
             self.fields = {self.modality: self.field}
         if self.max_samples is not None and self.max_samples < 1:
             raise ValueError(
@@ -243,6 +244,7 @@ class Source:
         if not files:
             raise ValueError(f"{self.path} holds no records, it is empty; give a file with data.")
         source.used = len(files)
+        # of all files, since the first may lack a field that others have
         columns = list(dict.fromkeys(name for first in firsts.values() for name in first or ()))
         if (self.fields or config.fields) or _holds_pictures(columns, config, self.field):
             return self._select(self._records(files, config), config, source)

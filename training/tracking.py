@@ -52,4 +52,5 @@ def log_picture(accelerator: Accelerator, name: str, picture: Image.Image, step:
         if hasattr(tracker, "log_images"):
             # TensorBoard expects channels first unless it is told
             options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            # a batch of one, (1, H, W, 3)
             tracker.log_images({name: np.asarray(picture)[None]}, step=step, **options)

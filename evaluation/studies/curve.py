@@ -59,6 +59,7 @@ def train_system(name: str, args: argparse.Namespace) -> tuple[Path, dict]:
     entry = SYSTEMS[name]
     if entry.row is None:
         return entry.system.train(args)
+    # a copy, since the rows of several systems differ
     options = argparse.Namespace(**vars(args))
     options.row = entry.row
     options.init_from = args.init_from if entry.is_tuned else None
@@ -77,6 +78,7 @@ def train_autoregressive(args: argparse.Namespace) -> tuple[Path, dict]:
         tokens,
         tokenizer,
         directory,
+        # the width and depth of `tiny`
         hidden_size=320,
         num_hidden_layers=8,
         num_parameters=args.num_parameters,
@@ -236,6 +238,7 @@ def measure(name: str, directory: Path, args: argparse.Namespace) -> dict:
     facts = {
         "real_nll": float(judge.nll(real, prompts).mean()),
         "real_entropy": sample_entropy(real),
+        # 48 windows of 512 tokens, as in the ablations
         "own_nll": system.own_nll(held_out_windows(tokens, 512, 48)),
         "points": [],
     }
@@ -253,6 +256,7 @@ def measure(name: str, directory: Path, args: argparse.Namespace) -> dict:
         facts["points"].append(
             {
                 "setting": label(setting),
+                # after the samples, since some systems count while they sample
                 "evaluations per token": system.evaluations(setting),
                 "NLL at real entropy": at_entropy(sweep, facts["real_entropy"]),
                 "NLL": sweep[0]["nll"],

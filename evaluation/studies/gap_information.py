@@ -81,9 +81,11 @@ def right_log_probs(
     totals = []
     for batch in gaps.split(BATCH):
         rows = len(batch)
+        # (n, T + length + R)
         whole = torch.cat((left.expand(rows, -1), batch, right.expand(rows, -1)), dim=1)
         with half_precision(whole.device.type):
             states = teacher.model.model(input_ids=whole).last_hidden_state
+            # the states that predict the right side, each from the token before
             logits = teacher.model.lm_head(states[:, -len(right) - 1 : -1]).float()
         targets = right.expand(rows, -1)[..., None]
         totals.append(logits.log_softmax(-1).gather(-1, targets).sum((1, 2)))
