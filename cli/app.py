@@ -119,6 +119,7 @@ class Writing(threading.Thread):
                 ids = output.sequences[0, :count].tolist()
                 self.frames.put((ids, self.demo.probabilities(self.prompt, ids), seconds))
         except Exception as error:  # shown on the page
+            # an exception in a thread would be lost; the page raises it
             self.frames.put(error)
 
 
@@ -228,6 +229,7 @@ class Demo:
 
     def fill(self, text: str, gap_length: int, temperature: float, seed: int) -> str:
         """HTML of a text whose gaps, of three or more underscores, are filled."""
+        # people do not count underscores
         text = re.sub("_{3,}", GAP, text)
         settings = {"temperature": temperature} if self.predicts_tokens else {}
         try:
@@ -246,6 +248,7 @@ class Demo:
             end = rest.find(after) if after else len(rest)
             spans.append(given_text(before))
             spans.append(f'<span style="background:#bfe3bf">{html.escape(rest[:end])}</span>')
+            # what remains is read from the next gap on
             rest = rest[end:]
         return text_box("".join(spans) + given_text(rest))
 
@@ -297,19 +300,21 @@ class Demo:
             raise explained(error) from error
         size = self.pipe.chunk_size
         latents = encoded.latents[0].float()
+        # two points lie on a line, which has no second component
         if len(latents) < 3:
             raise explained(
                 ValueError(
                     f"a map needs at least three chunks, {3 * size} tokens; give a longer text."
                 )
             )
-        centred = latents - latents.mean(0)
+        centred = latents - latents.mean(0)  # (n, C)
         _, sizes, axes = torch.linalg.svd(centred, full_matrices=False)
-        points = centred @ axes[:2].T
+        points = centred @ axes[:2].T  # (n, 2)
         # squared singular values are proportional to variances
         shares = sizes.square() / sizes.square().sum()
         pieces = self._tokens(encoded.sequences[0].tolist())
         real = encoded.attention_mask[0].tolist()
+        # padding fills the last chunk and has no text
         tokens = [piece if is_text else "" for piece, is_text in zip(pieces, real)]
         figure = Figure(figsize=(8, 6), layout="constrained")
         plot = figure.subplots()

@@ -26,7 +26,7 @@ from tokcom.configuration_tokcom import TokComConfig
 
 BUSY = threading.Lock()  # one sample at a time on the whole page: the machine is small
 LONGEST_ANSWER = 64  # tokens that a pixel model writes
-FRAMES_PER_SECOND = 8
+FRAMES_PER_SECOND = 8  # of the .gif files
 PREFIXES = (1, 2, 4, 8, 16, 32)  # tokens of a picture that are decoded, besides all
 # what to ask the models that ship; others begin with an empty box
 EXAMPLES = {

@@ -35,6 +35,7 @@ from tokcom.training.pipelines import load_pipeline
 from tokcom.training.presets import preset_config
 from tokcom.training.tokens import load_tokenizer
 
+# keys by which a published checkpoint is told from any other file
 REQUIRED = ("model_args", "config", "vae_model_state_dict", "denoised_model_state_dict")
 MODEL_ARGS = (
     "hidden_size",
@@ -70,6 +71,7 @@ def _rename(
         # what DDP and torch.compile put in front
         name = re.sub(r"^(module\.|_orig_mod\.)+", "", name)
         for pattern, replacement in rules:
+            # the first rule that fits: names have one meaning each
             if re.search(pattern, name):
                 # None is a tensor that is tied to another or follows from the configuration
                 name = replacement and re.sub(pattern, replacement, name)
@@ -168,6 +170,7 @@ def _load_tokenizer(name: str | None, vocab_size: int) -> PreTrainedTokenizerBas
         reason = first_line(error)
         warnings.warn(f"tokenizer {name!r} cannot be reached ({reason}); {remedy}.", stacklevel=3)
         return None
+    # one more for the omni token
     if vocabulary_size(tokenizer) + 1 != vocab_size:
         warnings.warn(
             f"tokenizer {name!r} has {vocabulary_size(tokenizer)} tokens, but the checkpoint was "

@@ -53,6 +53,7 @@ def reconstruction(
     rows = rows[: len(rows) // 8 * 8 or len(rows)].to(model.device)
     batches = list(rows.split(8))
     results = {"tokens": rows.numel()}
+    # rare in training, which is where the codec had little to learn from
     results |= reconstruction_accuracy(model.codec, batches, seed, rarest_ids(train))
     # of the whole text: few tokens would estimate it too low
     results["unigram_entropy"] = unigram_entropy(held_out)
@@ -62,10 +63,11 @@ def reconstruction(
     )
     # pieces of 128 tokens: a prompt and a continuation each
     pairs = rows[:, : length // 128 * 128].reshape(-1, min(length, 128))
+    # both parts in whole chunks, so that none belongs to both
     split = protocol.PROMPT // pipe.chunk_size * pipe.chunk_size
     if len(pairs) > 1 and split < pairs.shape[1]:
-        known = pairs[:256, :split]
-        real = pairs[:256, split : split + protocol.CONTINUATION]
+        known = pairs[:256, :split]  # (B, P)
+        real = pairs[:256, split : split + protocol.CONTINUATION]  # (B, L)
         results["prefers_true_prompt"] = prefers_true_prompt(model, known, real, seed)
     return results
 

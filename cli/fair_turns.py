@@ -296,6 +296,7 @@ class Batch:
                     if job.num_logprobs is not None:
                         continue
                     self.finished[i] = True
+                # a turn may end inside a character, of which nothing can be shown yet
                 if piece.text or piece.finish_reason:
                     job.put(Piece(piece.text, piece.tokens, piece.finish_reason))
             if self._abandoned():
@@ -343,7 +344,9 @@ class Batch:
         following = torch.tensor(ids[1:], device=logprobs.device)
         own = logprobs.gather(1, following[:, None])[:, 0].tolist()
         values, likeliest = logprobs.topk(max(1, job.num_logprobs), dim=-1)
+        # pairs of an id and its log-probability, for each place
         best = [list(zip(*row)) for row in zip(likeliest.tolist(), values.tolist())]
+        # nothing stands before the first token that would give it a probability
         return Scores(ids, [None, *own], [[], *best])
 
     def _infill(self) -> Iterator[None]:

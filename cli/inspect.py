@@ -42,6 +42,7 @@ def spectrum_of(features: torch.Tensor) -> Image.Image:
     values = features.numpy()
     # silence has one value everywhere
     span = max(float(values.max() - values.min()), 1e-6)
+    # upside down: row 0 of a picture is at the top
     levels = (255 * (values - values.min()) / span).astype(np.uint8)[::-1]
     image = Image.fromarray(np.ascontiguousarray(levels))
     return image.convert("RGB").resize((2 * TILE, TILE), Image.Resampling.NEAREST)
@@ -107,6 +108,7 @@ def contact_sheet(corpus: Corpus) -> Image.Image:
     items = []
     for index in range(min(RECORDS, len(dataset))):
         pixels = dataset[index]["pixel_values"]
+        # behind the name of the record
         caption = dataset.describe(index).partition(": ")[2]
         items.append(side_by_side(tiles_of(pixels), caption))
     # clips are rows of frames already
@@ -127,6 +129,7 @@ def _row_of_streams(dataset, index: int) -> Image.Image:
     item = dataset[index]
     tiles = []
     for name, values in item["streams"].items():
+        # texts stand in the line below
         if not item["present"][name] or name in dataset.texts:
             continue
         tiles += tiles_of(values)

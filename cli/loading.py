@@ -108,6 +108,7 @@ def speed_up(pipe, int8: bool, compiled: bool) -> None:
             raise ValueError(
                 "--int8 needs torchao; install it with: pip install torchao"
             ) from error
+        # before compiling, so that the graph reads these weights
         quantize_(pipe.model.transformer, Int8WeightOnlyConfig())
     if compiled:
         pipe.compile()

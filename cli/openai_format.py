@@ -22,9 +22,9 @@ from tokcom.pipeline_tokcom import GAP, TokComPipeline
 from tokcom.processing_tokcom import text_ids
 
 GREEDY = 0.01  # what a temperature of 0 means: probabilities of all but the likeliest token vanish
-MAX_STOPS = 4
-MAX_STOP_LENGTH = 256
-MAX_LOGPROBS = 20
+MAX_STOPS = 4  # as many as OpenAI takes
+MAX_STOP_LENGTH = 256  # characters: so many are held back while a text is streamed
+MAX_LOGPROBS = 20  # of each token, as at OpenAI
 CHAT_TOKENS = 256  # of a reply, unless the client says how many
 Count = Annotated[int, Field(ge=1)]
 

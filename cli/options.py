@@ -138,9 +138,11 @@ OPTIONS: dict[str, dict] = {
     },
     "output_file": {"help": "file to write texts to, or the latents of encode (default: none)"},
 }
+# files that must exist, and files whose folder must, before a model is loaded
 READ = ("input_image", "input_audio", "latents_file")
 WRITTEN = ("output_file", "image_file", "audio_file", "video_file")
 
+# what every mode takes, every sampler, and every sampler of tokens
 MODEL = ("checkpoint", "device", "int8", "compile")
 SAMPLING = ("num_steps", "seed")
 TOKENS = ("temperature", "top_p", *SAMPLING)

@@ -39,7 +39,7 @@ from tokcom.cli.loading import usable_device
 from tokcom.integrity_tokcom import file_digest
 from tokcom.training.tokens import load_tokenizer
 
-COUNTS = ("sampled", "kept", "not_ended", "too_short", "duplicates", "characters")
+COUNTS = ("sampled", "kept", "not_ended", "too_short", "duplicates", "characters")  # of texts
 # What may differ when a run goes on: the texts sampled so far do not depend on it.
 NOT_SETTINGS = ("output", "num_texts", "num_characters", "debug", "command_line")
 PATIENCE = 8  # batches without a text to keep, after which something must be wrong
@@ -131,6 +131,7 @@ class Teacher:
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(args.model)
         self.start = self._start()
         self.ends = self._ends()
+        # positions of the longest text
         self.room = len(self.start) + args.max_new_tokens
         limit = getattr(self.model.config, "max_position_embeddings", None) or self.room
         if self.room > limit:
@@ -166,6 +167,7 @@ class Teacher:
         """The Hub revision, or the sha256 of each weight file of a folder."""
         folder = Path(self.args.model)
         if folder.is_dir():
+            # a folder has no revision, so its weights identify it
             files = sorted(folder.glob("*.safetensors"))
             return {"sha256": {file.name: file_digest(file) for file in files}}
         return {"revision": getattr(self.model.config, "_commit_hash", None)}
@@ -217,6 +219,7 @@ class Teacher:
 
     def _text(self, tokens: list[int]) -> str:
         options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        # with the start, since the first token's space depends on what stands before it
         return self.tokenizer.decode(self.start + tokens, **options).strip()
 
 
@@ -282,6 +285,7 @@ class Corpus:
         """Path of the file of this index, and how many texts it takes."""
         validation = self.settings["validation"]
         if validation and index == 0:
+            # the first texts: a corpus that is still growing has its validation part already
             return self.folder / "validation.parquet", validation
         name = f"part-{index - bool(validation):05d}.parquet"
         return self.folder / name, self.settings["texts_per_file"]
@@ -309,6 +313,7 @@ class Corpus:
     def _write(self) -> None:
         provenance = {key: self.state[key] for key in ("settings", "date", "batches", "counts")}
         provenance |= {"torch": torch.__version__, "transformers": transformers.__version__}
+        # in every file, so that it is known where a part comes from that lies elsewhere
         schema = pa.schema([("text", pa.string())], {"provenance": json.dumps(provenance)})
         # full files are finished, and the rest is written to the one in progress
         while self.texts:
@@ -358,6 +363,7 @@ def run(args: argparse.Namespace, stop: threading.Event | None = None) -> dict[s
                 )
             bar.update(counts[unit] - bar.n)
             bar.set_postfix({"batches": state["batches"], "duplicates": counts["duplicates"]})
+    # over all calls: the seconds are kept with the state
     rate = counts["characters"] / max(state["seconds"], 1e-9)
     print(*(f"{name} {value:,}" for name, value in counts.items()), sep=", ", end="")
     print(f", {rate:,.0f} characters/s")

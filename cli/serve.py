@@ -409,11 +409,13 @@ class Service:
     async def answer(self, request: CompletionRequest | ChatRequest, connection: Request):
         """Read a request, hand its jobs to the model, and answer as they grow or when they end."""
         loop = asyncio.get_running_loop()
+        # by address: connections of one machine count as one client
         client = connection.client.host if connection.client else ""
         what = request, self.pipe, self.tokenizer, self.settings, client, loop
         prompts, jobs = await loop.run_in_executor(self.reader, read_request, *what)
         # all or none, so that an answer is never half queued
         self.engine.submit(jobs)
+        # `n` texts for each prompt, in the order of the prompts
         choices = [
             Choice(job, request.stops, prompts[i // request.n]) for i, job in enumerate(jobs)
         ]
@@ -438,6 +440,7 @@ def build_app(pipe: TokComPipeline, settings: ServerSettings) -> FastAPI:
     hidden = {"docs_url": None, "redoc_url": None, "openapi_url": None}
     app = FastAPI(title="TokCom", lifespan=service.lifespan, **hidden)
     app.state.engine = service.engine
+    # outside of everything: a body that is refused is not even parsed
     app.add_middleware(Guard, settings=settings)
     _explain_errors(app)
 

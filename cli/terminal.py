@@ -51,6 +51,7 @@ class TerminalStreamer(BaseStreamer):
         draft = draft.replace("\n", " ")[:room]
         colored = f"{YELLOW}{draft}{PLAIN}" if draft else ""
         self.file.write(f"{CLEAR}{self.line}{colored}")
+        # a terminal shows what is written only when a line ends, or when it is flushed
         self.file.flush()
 
     def put(self, value: torch.Tensor) -> None:

@@ -43,7 +43,7 @@ ROWS = yaml.safe_load((Path(__file__).parent / "ablations.yaml").read_text(encod
 PROMPTS = 256  # held-out prompts that are continued
 RECOVERY_WINDOWS = 64  # held-out windows of pixel models
 SWEEPS = {"tokens": "temperature", "latents": "noise_scale"}  # what trades quality for diversity
-VALUES = (1.0, 0.9, 0.8)
+VALUES = (1.0, 0.9, 0.8)  # of the setting that is swept; 1 is the model as it is
 
 
 def row_overrides(row: dict) -> list[str]:
@@ -54,6 +54,7 @@ def row_overrides(row: dict) -> list[str]:
 def trained_codec(name: str, data: list[str], work: Path) -> Path:
     """Directory of a codec that rows share; trains it if no other row has."""
     codec = work / "codecs" / name
+    # one codec for all rows that have it, so that they differ in the flow alone
     if not (codec / "config.json").is_file():
         overrides = [*ROWS["codec_common"], *ROWS["codecs"][name], *data, f"output_dir={codec}"]
         run(load_train_config("tiny", overrides))
@@ -75,6 +76,7 @@ def train_row(args: argparse.Namespace) -> tuple[Path, dict]:
     output = work / "models" / f"{args.row}-{args.seed}"
     start = []
     if args.init_from:
+        # a model that goes on from another one learns at lower rates
         start = [f"init_from={args.init_from}", *ROWS["tuning"]]
     elif "codec" in row:
         start = [f"codec_from={trained_codec(row['codec'], data, work)}"]
@@ -210,11 +212,10 @@ def main(argv: list[str] | None = None) -> None:
         tokens = tokenize_documents(
             documents, TokComPipeline.from_pretrained(model).tokenizer, "text", "held-out"
         )
-        facts |= (
-            measure_recovery(model, tokens)
-            if reads_pixels
-            else measure(model, TokenJudge(args.judge), tokens)
-        )
+        if reads_pixels:
+            facts |= measure_recovery(model, tokens)
+        else:
+            facts |= measure(model, TokenJudge(args.judge), tokens)
         file = Path(args.work_dir) / "rows" / f"{args.row}-{args.seed}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

@@ -24,7 +24,7 @@ from tokcom.training.data import load_documents, tokenize_documents
 from tokcom.training.images import picture_grid, read_pictures
 from tokcom.training.pipelines import load_pipeline
 
-BATCH = 64
+BATCH = 64  # pictures or clips that are encoded at once
 
 
 @torch.no_grad()
@@ -81,6 +81,7 @@ def sizes(pipe: TokComBasePipeline, levels: int) -> list[int]:
     quantizer = pipe.model.codec.quantizer
     if isinstance(quantizer, FiniteScalarQuantizer):
         return [quantizer.num_codes]
+    # each level of a residual quantiser has a codebook of the same size
     return [quantizer.num_codes] * levels
 
 
@@ -104,6 +105,7 @@ def show_codes(
     patches = codec.decode(latents, height=size, width=size).pixel_values[:, :3, 0]
     images = pipe.image_processor.postprocess(patches)
     rows = [images[i : i + 16] for i in range(0, len(images), 16)]
+    # patches are enlarged to about 32 pixels
     picture_grid(rows, scale=max(1, 32 // size)).save(file)
 
 

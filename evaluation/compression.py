@@ -30,7 +30,7 @@ from tokcom.training.data import get_tokenizer, load_documents, tokenize_documen
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-CHANNELS = 64
+CHANNELS = 64  # of the latent of a chunk, in all rows but that of fsq
 TEXTS = 65_536  # tokens of held-out text
 
 
@@ -205,6 +205,7 @@ def main(argv: list[str] | None = None) -> None:
         tokens = tokenize_documents(documents, tokenizer, "text", "held-out text")[:TEXTS]
         # whole chunks of every row's K, so all rows see the same text
         ids = torch.from_numpy(tokens[: len(tokens) // 16 * 16].astype(np.int64))[None]
+        # the very text of these tokens, so that bits are divided by as many
         baselines = lossless(tokenizer.decode(ids[0], skip_special_tokens=True), ids.numel())
         (work / "lossless.json").write_text(
             json.dumps(baselines, indent=2) + "\n", encoding="utf-8"

@@ -113,6 +113,7 @@ class TokComStudent:
     def __init__(self, pipe: TokComPipeline):
         self.pipe = pipe
         self.tokenizer = pipe.tokenizer
+        # whose objective has the likelihood of token models
         pipe.model.set_stage("flow")
         pipe.model.eval()
 

@@ -30,7 +30,7 @@ EXPERIMENTS = {
     "B: vq": {"latent_head": "vq"},
     "A+B: vq, refiner": {"latent_head": "vq", "latent_refiner": "mlp"},
 }
-BATCH = 50
+BATCH = 50  # texts that are denoised at once
 
 
 def held_out_texts(args: argparse.Namespace) -> list[str]:

@@ -32,7 +32,7 @@ from tokcom.quantization_tokcom import code_statistics
 from tokcom.training.images import captions_of, picture_grid, read_pictures
 
 BATCH = 32  # pictures in a step of the classifier
-PREFIXES = (1, 2, 4, 8, 16, 36)
+PREFIXES = (1, 2, 4, 8, 16, 36)  # tokens that pictures are decoded from, one column each
 
 
 # ---- distances ----
@@ -58,7 +58,7 @@ def ssim(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     )
 
     def blur(x: torch.Tensor) -> torch.Tensor:
-        return F.conv2d(x, window, groups=x.shape[1])
+        return F.conv2d(x, window, groups=x.shape[1])  # each colour on its own
 
     # to [0, 1], for which the constants below are
     a = images / 2 + 0.5
@@ -102,6 +102,7 @@ def best_jpeg(images: torch.Tensor, processor, budget: float) -> dict[str, float
     `budget` bytes on average."""
     # if nothing is small enough
     pictures = processor.postprocess(images)
+    # nothing may be small enough
     best = {"psnr": None, "ssim": None}
     for scale in (1, 2, 4, 8):
         for level in (1, 5, 10, 20, 40, 60, 80, 95):
@@ -153,6 +154,7 @@ def order_curve(codec, latents: torch.Tensor, images: torch.Tensor) -> list[floa
 def order_facts(curve: list[float], quarter: int) -> dict[str, float]:
     """How ordered tokens are: the share of the whole gain that the first `quarter` of them hold,
     and falls of the curve."""
+    # from no token to all of them
     gain = curve[-1] - curve[0]
     falls = [a - b for a, b in zip(curve, curve[1:])]
     return {"share_of_gain": (curve[quarter] - curve[0]) / gain, "largest_fall": max(0.0, *falls)}
@@ -456,9 +458,8 @@ def measure_generation(
         kind: recognised(classifier, images, held_out[: len(images)])
         for kind, images in kinds.items()
     }
-    shuffled = held_out[:count][
-        torch.randperm(count, generator=torch.Generator().manual_seed(args.seed))
-    ]
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(args.seed))
+    shuffled = held_out[:count][order]
     # the control: pictures that are drawn well, but not for what the caption says
     found["drawn for another caption"] = recognised(classifier, drawn, shuffled)
     show = pipe.image_processor.postprocess
@@ -472,11 +473,9 @@ def measure_generation(
     for kind, shares in found.items():
         for row, share in zip(rows, shares):
             row[kind] = share
-    steps = (
-        measure_steps(pipe, classifier, test, held_out[:count], args)
-        if args.steps or args.students
-        else []
-    )
+    steps = []
+    if args.steps or args.students:
+        steps = measure_steps(pipe, classifier, test, held_out[:count], args)
     return {"generation": rows, "steps": steps}
 
 
@@ -599,6 +598,7 @@ def main(argv: list[str] | None = None) -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     pipe = TokComImagePipeline.from_pretrained(args.model).to(args.device)
     train, test = (Pictures(source, pipe, args, args.limit) for source in (args.train, args.test))
+    # once, for all measurements of the test pictures
     latents = encode(pipe.model.codec, test.images)
     facts = measure_codec(pipe, train, test, latents, args)
     if args.label_columns:

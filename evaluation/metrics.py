@@ -34,6 +34,7 @@ def ngram_keys(ids: np.ndarray, n: int) -> np.ndarray:
             mixed = (ids[..., i : i + keys.shape[-1]] + np.uint64(1)) * np.uint64(
                 0x9E3779B97F4A7C15
             )
+            # multiplied at every step, so the order of tokens matters
             keys = (keys ^ (mixed ^ (mixed >> np.uint64(29)))) * np.uint64(0xBF58476D1CE4E5B9)
             keys ^= keys >> np.uint64(32)
     return keys

@@ -27,8 +27,8 @@ from tokcom.evaluation.reconstruction import held_out_nll
 from tokcom.evaluation.samplers import TokComSampler
 
 PROMPT = 32  # tokens
-CONTINUATION = 64
-BRIER_PROMPT = 32
+CONTINUATION = 64  # tokens
+BRIER_PROMPT = 32  # tokens
 
 
 @dataclass
@@ -127,6 +127,7 @@ def describe(study: Study, ids: np.ndarray, prompts: np.ndarray | None = None) -
         "chunks_seen_on_grid": on_grid,
         "chunks_seen_off_grid": off_grid,
     }
+    # judges of text read one at a time and are slow, so they read fewer
     texts = [study.decode(row) for row in spread(ids, study.text_judge_samples)]
     before = None
     if prompts is not None:
@@ -152,6 +153,7 @@ def over_seeds(runs: list[dict]) -> dict:
 def unconditional(study: Study, systems: dict) -> dict:
     """Unconditional samples, and controls of the same size: `{name: describe(...)}`."""
     controls = control_texts(study, study.length, study.samples, 0)
+    # the scale on which the systems are read: what real and faked text would get
     results = {name: describe(study, ids) for name, ids in controls.items()}
     # there may be less held-out text than samples were asked for
     count = len(controls["real text"])
@@ -284,6 +286,7 @@ def memorisation(study: Study, systems: dict) -> dict:
     # what any text of this kind shares with the training text by chance
     samples = {"real text": study.windows(study.length, study.samples)}
     for name, sampler in systems.items():
+        # as many as of real text: more of them would find longer matches by chance
         samples[name] = sampler.sample(None, study.length, 0, len(samples["real text"]))
     for name, ids in samples.items():
         results[name] = {

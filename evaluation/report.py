@@ -49,17 +49,10 @@ def markdown(results: dict) -> str:
         ("continuation", "Prefix continuation"),
     ):
         if name in results:
-            extra = sorted(
-                {
-                    k
-                    for row in results[name].values()
-                    for k in row
-                    if k.startswith("nats_per_character")
-                }
-            )
-            extra += sorted(
-                {k for row in results[name].values() for k in row if k.startswith("nll_prompt")}
-            )
+            found = sorted({key for row in results[name].values() for key in row})
+            # measures of the judges and of the lengths of prompts that a run has asked for
+            extra = [key for key in found if key.startswith("nats_per_character")]
+            extra += [key for key in found if key.startswith("nll_prompt")]
             columns = [*SAMPLE_COLUMNS, "nll_by_place", *extra]
             rows = [
                 [system, *(row.get(c) for c in columns)] for system, row in results[name].items()

@@ -39,8 +39,8 @@ from tokcom.training.pipelines import load_pipeline
 
 CHOICES = 20  # captions among which the right one is to be found
 BUCKETS = 4096  # of the letters of words, which say a little of words that training never had
-BATCH = 256
-LEARNING_RATE = 2e-3
+BATCH = 256  # a contrast among so many pairs; chance is 1 / 256
+LEARNING_RATE = 2e-3  # peak of AdamW's
 SHOWN = 8  # pictures in a row of the contact sheet
 
 
@@ -49,10 +49,10 @@ class JudgeConfig:
     """What a judge is: size and frames of what it looks at, the words it knows, the motions it can
     name."""
 
-    size: int = 32
+    size: int = 32  # pixels of a side
     frames: int = 1
-    width: int = 32
-    channels: int = 64
+    width: int = 32  # channels of the first convolution
+    channels: int = 64  # of the directions that are compared
     words: list[str] = field(default_factory=list)
     motions: list[str] = field(default_factory=list)
 
@@ -185,6 +185,7 @@ def train_judge(
         motions = torch.tensor([config.motions.index(motion) for _, motion in parts])
     batch = min(BATCH, len(clips))
     steps = epochs * (len(clips) // batch)
+    # strong decay: a few thousand pictures are few for a network of this size
     optimizer = torch.optim.AdamW(judge.parameters(), LEARNING_RATE, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
     bar = tqdm(range(steps), desc="judge", unit="step", mininterval=5)
@@ -238,6 +239,7 @@ class HeldOut:
             parts = [split_motion(caption) for caption in captions]
             self.shown = [shown for shown, _ in parts]
             self.motions = torch.tensor([judge.config.motions.index(m) for _, m in parts])
+        # a caption with a new word can only be found by the letters of that word
         self.known = torch.tensor([judge.knows(caption) for caption in self.shown])
         generator = torch.Generator().manual_seed(seed)
         rows = []
@@ -262,6 +264,7 @@ class HeldOut:
         looks = by_parts(self.judge.look, clips, self.judge, BATCH)
         # (M, CHOICES)
         scores = torch.einsum("mc,mkc->mk", looks, texts[self.choices[: len(clips)]])
+        # the right caption stands first
         right = (scores.argmax(1) == 0).float()
         known = self.known[: len(clips)]
         shares = {"found": right.mean().item()}

@@ -30,21 +30,22 @@ ONE_B = {
         "intermediate_size": 3072,
     },
     "transformer_config": {
-        **{
-            "latent_channels": 256,
-            "hidden_size": 2048,
-            "intermediate_size": 5504,
-            "num_hidden_layers": 19,
-        },
-        **{"num_attention_heads": 16, "num_key_value_heads": 16, "max_position_embeddings": 512},
-        **{"conditioning_size": 512, "num_context_layers": 16},
+        "latent_channels": 256,
+        "hidden_size": 2048,
+        "intermediate_size": 5504,
+        "num_hidden_layers": 19,
+        "num_context_layers": 16,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "max_position_embeddings": 512,
+        "conditioning_size": 512,
     },
     "token_embedding_size": 512,
 }
 # bytes per trained parameter, float32
 WEIGHTS = 4
 GRADIENTS = 4
-MOMENTS = 8
+MOMENTS = 8  # AdamW keeps two
 AVERAGE = 4
 GIB = 2**30
 
@@ -97,6 +98,7 @@ def count(config: TokComConfig, length: int) -> dict[str, float]:
         )
         model = TokComModel(one).train()
         model.set_stage("flow")
+        # all but the last id, which is padding
         ids = torch.randint(0, one.codec_config.vocab_size - 1, (1, length))
         row = {
             "flops": training_flops_per_token(model, ids),

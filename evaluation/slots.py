@@ -96,5 +96,6 @@ def slots_named(meanings: list[str], sentences: list[str]) -> float | None:
     """Share of the slots of all meanings that their sentences name; None if there are no slots."""
     hits = []
     for meaning, sentence in zip(meanings, sentences, strict=True):
+        # over all slots, so that a meaning with many of them counts more
         hits += [names_slot(slot, value, sentence) for slot, value in slots_of(meaning)]
     return sum(hits) / len(hits) if hits else None

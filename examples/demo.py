@@ -55,7 +55,7 @@ EMOJI = (
 PREFIXES = (1, 4, 9, 36)  # tokens of a picture that are decoded
 CLIPS = ("red apple, rising", "sailboat, sliding to the right", "dog face, turning")
 DIGIT = "the digit seven"
-RECORDING = ROOT / "sample_data" / "seven.flac"
+RECORDING = ROOT / "sample_data" / "seven.flac"  # which no shipped model has learnt
 STYLE = (
     "body {font-family: system-ui, sans-serif; max-width: 52rem; margin: 2rem auto}"
     "img {image-rendering: pixelated; margin: .3rem; vertical-align: middle}"
@@ -83,6 +83,7 @@ class Page:
 
     def say(self, text: str) -> None:
         print(f"  {text}")
+        # escaped, since a model may write what a browser takes for markup
         self.parts.append(f"<pre>{html.escape(text)}</pre>")
 
     def show(self, name: str, what: str, scale: int = 1) -> None:
@@ -156,6 +157,7 @@ def show_pixels(directory: Path, page: Page) -> None:
 
 def show_emoji(directory: Path, page: Page) -> None:
     """Pictures for captions, one of them from its first tokens, and from its codes."""
+    # weights lie in bfloat16, which many processors compute slowly
     pipe = TokComImagePipeline.from_pretrained(directory, dtype=torch.float32).to(page.device)
     pipe.set_progress_bar_config(disable=True)
     page.title("Emoji: 36 ordered tokens, drawn for a caption")

@@ -315,6 +315,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(args.model)
     words = len(tokenizer)  # the id of the first code
     marks = [f"<image_{i}>" for i in range(num_codes)] + [BEGIN, END]
+    # special, so that no text can spell a code and BPE does not cut one
     tokenizer.add_tokens(marks, special_tokens=True)
     model = build_llama(words, args, tokenizer).to(args.device)
     captions, codes, pixels = read_codes(pipe, args.train, args.image_column, args.limit)

@@ -19,7 +19,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+# one for each codec, small enough for seconds a run
 PRESETS = ("debug", "pixel-tiny", "style-tiny", "video-tiny", "omni-tiny")
+# float32 and one attention function: both trees must round alike
 SHORT = ["report_to=none", "num_samples=0", "mixed_precision=no", "attention=sdpa"]
 SHORT += [
     f"{stage}.{key}" for stage in ("codec", "flow") for key in ("eval_batches=1", "batch_size=4")

@@ -24,7 +24,7 @@ import subprocess
 import tokenize
 from pathlib import Path
 
-LONG = 100
+LONG = 100  # characters
 MODALITY = re.compile(
     r"modality|has_tokens|\bkind\b|'(image|video|audio|several)'|(Style|Video|Color|Composite|Audio)Codec"
 )

@@ -42,8 +42,9 @@ LEFT = ("run", "__pycache__")  # of a run
 SHOWN = 10  # records among the samples
 HEARD = 3  # of them are also spoken
 GUIDANCE = 2.0  # of what is drawn and spoken; texts are written without
+# share of digits that a judge recognises, for each given stream and each that is made
 DIRECTION_GOAL = 0.9
-AGREEMENT_GOAL = 0.8
+AGREEMENT_GOAL = 0.8  # share of samples from nothing whose three streams show one digit
 
 
 def pack(source: Path, target: Path, card: Path | None) -> int:

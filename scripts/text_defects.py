@@ -42,8 +42,8 @@ ENDINGS = (
 )
 TEXT = "“Do you know Zürich?” – he said… “No,” I said — naïve. 😀\u00a0x\r\n"
 PROMPT = "Once upon a time"
-CONTEXT = 64
-SCORED = 60
+CONTEXT = 64  # tokens before those that are scored
+SCORED = 60  # tokens
 
 
 def random_string(generator: np.random.Generator) -> str:

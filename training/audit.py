@@ -48,9 +48,10 @@ class _Outcomes(Dataset):
 
 
 def _plain(value: Any) -> Any:
-    return (
-        bool(value) if isinstance(value, bool) or type(value).__name__ == "bool" else float(value)
-    )
+    # by its name, numpy's truth value, too, which JSON does not know
+    if type(value).__name__ in ("bool", "bool_"):
+        return bool(value)
+    return float(value)
 
 
 def audit(dataset, part: PartReport, report: Report, setting: Any = None, num_workers: int = 0):
@@ -69,6 +70,7 @@ def audit(dataset, part: PartReport, report: Report, setting: Any = None, num_wo
                 file.with_suffix(".tmp").write_text(json.dumps(outcomes), encoding="utf-8")
                 file.with_suffix(".tmp").rename(file)
     good = []
+    # in the order of the records, which the loader keeps with several workers, too
     for index, outcome in enumerate(outcomes):
         if "problem" in outcome:
             report.skip(outcome["problem"])
@@ -102,6 +104,7 @@ def _decode_all(dataset, name: str, max_skipped: int, num_workers: int) -> list[
     return outcomes
 
 
+# a function of the module, since workers cannot be sent a lambda
 def _same(item: Any) -> Any:
     return item
 

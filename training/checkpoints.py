@@ -143,6 +143,7 @@ class Checkpoints:
                 seal(partial)
         # torch, safetensors and the system name a full disk in ways of their own
         except Exception as error:
+            # a failed attempt leaves nothing behind that the next one would have to make sense of
             if is_main:
                 shutil.rmtree(partial, ignore_errors=True)
             kept = ([None] + self.all())[-1]

@@ -427,11 +427,9 @@ class Reading:
     def _pictures(self, train, validation) -> PictureCorpus:
         data = self.data
         captions = data.captions
-        tokenizer = (
-            self._tokenizer(train, captions, pictures=True)
-            if captions in train.column_names
-            else None
-        )
+        tokenizer = None
+        if captions in train.column_names:
+            tokenizer = self._tokenizer(train, captions, pictures=True)
         if tokenizer is not None and captions not in validation.column_names:
             raise ValueError(
                 f"`data.train` has captions ({captions!r}) and `data.validation` has none; give "

@@ -25,6 +25,7 @@ from tokcom.training.config import STAGES, TrainConfig
 from tokcom.training.export import check_folder, recover_folder
 
 WORK = "run"
+# settings that decide what the weights become; all others may differ when a run goes on
 SAME_RUN = (
     "preset",
     "model",

@@ -91,6 +91,7 @@ def recover_folder(target: Path) -> None:
 def measure_latent_statistics(model: TokComModel, tokens: np.ndarray, rows: int = 65536) -> None:
     """Set the codec's per-channel mean and standard deviation from up to `rows` random chunks
     `(rows, K)`."""
+    # without the dropout and the noise of training, which would widen the latents
     codec = model.codec.eval()
     size = codec.config.chunk_size
     # The same chunks whatever the seed of the run. Chunks may begin anywhere, as in training.

@@ -41,7 +41,7 @@ MEDIA_READ = {
 }
 COMPRESSED = (".gz", ".bz2", ".xz")  # of texts and of tables
 ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar", ".zst")  # named, since they may hold the data
-SYSTEM_FILES = ("thumbs.db", "desktop.ini", "__macosx")
+SYSTEM_FILES = ("thumbs.db", "desktop.ini", "__macosx")  # of Windows and macOS, in lower case
 
 
 @dataclass

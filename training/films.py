@@ -13,7 +13,7 @@ from PIL import GifImagePlugin, Image
 
 from tokcom.pictures_tokcom import QUICK
 
-ANIMATED = (".gif", ".webp")
+ANIMATED = (".gif", ".webp")  # what Pillow writes; .mp4 needs PyAV
 
 
 def write_film(frames: Sequence[Image.Image], file: str | Path, fps: float = 8) -> None:

@@ -198,12 +198,10 @@ class MediaFolder:
         for where, row in read_rows(file, self.config.encoding):
             if isinstance(row, dict):
                 rows.append((where, row))
+            elif isinstance(row, ValueError):
+                self.report.skip(str(row))
             else:
-                self.report.skip(
-                    str(row)
-                    if isinstance(row, ValueError)
-                    else f"{where} is {shown(row)}, no object."
-                )
+                self.report.skip(f"{where} is {shown(row)}, no object.")
         return rows
 
     def _strings(self, value: object, where: str, media: Path) -> list[str]:

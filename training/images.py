@@ -78,6 +78,7 @@ class ImageDataset(torch.utils.data.Dataset):
             self.first_caption = np.cumsum([0, *map(len, texts)])  # of every record, and the end
             self.captioned = np.array([any(text.strip() for text in row) for row in texts])
             self.captions = pad_captions(text_ids(tokenizer, flat), vocabulary_size(tokenizer))
+            # characters of the captions, of which the tokenizer keeps a list
             self.letters = set().union(*flat)
 
     def fit(self, codec_config, autoencoder=None) -> "ImageDataset":
@@ -239,6 +240,7 @@ class ImageDataset(torch.utils.data.Dataset):
             # callers may write into what they get
             return pixels.clone(), facts
         pixels, facts = self._read_clip(index)
+        # of others each epoch shows another part
         same_always = not facts.get("longer than a clip") and not facts.get("animated")
         if same_always and self.prepared_bytes + pixels.nbytes <= PREPARED_BYTES:
             self.prepared[index] = pixels.clone(), facts

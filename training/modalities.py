@@ -9,7 +9,7 @@ from tokcom.pipeline_base_tokcom import TokComBasePipeline
 from tokcom.training.config import DataConfig
 from tokcom.training.samples import ImageSamples, StreamSamples, TextSamples, VideoSamples
 
-CARD_SAMPLES = 3
+CARD_SAMPLES = 3  # texts of a card, with seeds 0, 1, 2
 
 
 class Modality:

@@ -23,6 +23,7 @@ from tokcom.pipeline_media_tokcom import (
 from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 
+# of `from_pretrained`, those that the configuration is loaded with, too
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 PIPELINES: dict[str, type[TokComBasePipeline]] = {
     pipeline.modality: pipeline

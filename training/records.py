@@ -73,7 +73,8 @@ def shown(value: Any) -> str:
         dict: "the object",
     }
     text = json.dumps(value, ensure_ascii=False, default=str)
-    return f"{kinds.get(type(value), type(value).__name__)} {text[:SHOWN]}{'...' * (len(text) > SHOWN)}"
+    rest = "..." if len(text) > SHOWN else ""
+    return f"{kinds.get(type(value), type(value).__name__)} {text[:SHOWN]}{rest}"
 
 
 def open_bytes(path: Path) -> BinaryIO:

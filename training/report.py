@@ -13,7 +13,7 @@ import numpy as np
 from tokcom.training.files import Listing
 
 NAMED = 5  # names of files, or problems, that are listed; of the others the number
-EXAMPLES = 3
+EXAMPLES = 3  # decoded records that are shown of each part
 ADDED = ("characters", "seconds", "frames")  # sizes whose sum means something
 
 
@@ -108,14 +108,12 @@ class Report:
         """Note that a record is left out; `ValueError` with its problem if that is one too many."""
         self.problems.append(problem)
         if len(self.problems) > self.max_skipped:
-            remedy = (
-                f"data.max_skipped={len(self.problems)} leaves it out"
-                if not self.max_skipped
-                else (
+            remedy = f"data.max_skipped={len(self.problems)} leaves it out"
+            if self.max_skipped:
+                remedy = (
                     f"it is one more than data.max_skipped={self.max_skipped}: "
                     f"{some(self.problems[:-1])}"
                 )
-            )
             raise ValueError(f"{problem.rstrip()} ({remedy})")
 
     def __str__(self) -> str:

@@ -171,6 +171,7 @@ class StageTrainer(Trainer):
             batch_size,
             sampler is None,
             sampler=sampler,
+            # every batch has one size, so that compiled graphs and schedules stay as they are
             drop_last=True,
             num_workers=workers,
         )
@@ -353,6 +354,7 @@ class StageTrainer(Trainer):
         values = list(means.values())
         if norm is not None:
             norm = norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm)
+            # one tensor of all numbers: each read on its own would be a wait of its own
             values.append(norm.to(values[0]))
         numbers = torch.stack(values).tolist()
         return dict(zip(means, numbers)), None if norm is None else numbers[-1]

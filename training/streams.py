@@ -379,6 +379,7 @@ def measure_stream_statistics(
         batch = torch.utils.data.default_collate(
             [dataset[int(i)] for i in rows[start : start + batch_size]]
         )
+        # a codec without parameters is on the CPU
         device = next(codec.parameters(), torch.empty(0)).device
         streams = {name: value.to(device) for name, value in batch["streams"].items()}
         encoded = codec.encode(streams)

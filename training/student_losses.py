@@ -17,7 +17,7 @@ import torch
 
 Denoiser = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 TIMES = (0.02, 0.98)  # beyond them one of the two estimates says nothing
-EPSILON = 1e-3
+EPSILON = 1e-3  # least distance that the matching gradient is divided by
 
 
 def spread(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -134,6 +134,7 @@ def tokenize_rows(
                 f"record {index} has no text in field {text_column!r} ({text!r}); repair or "
                 "remove it."
             )
+        # a blank document would be an EOS alone
         if text.strip():
             yield tokenize_document(tokenizer, text)
 

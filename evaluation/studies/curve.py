@@ -48,8 +48,8 @@ from tokcom.training.config import DataConfig
 from tokcom.training.data import load_documents, tokenize_documents
 from tokcom.training.tokens import load_tokenizer
 
-STEPS = (1, 2, 4, 8, 16, 64)
-TEMPERATURES = (1.0, 0.9, 0.8, 0.7)
+STEPS = (1, 2, 4, 8, 16, 64)  # denoising steps of a chunk of four tokens
+TEMPERATURES = (1.0, 0.9, 0.8, 0.7)  # between which NLL is interpolated
 THRESHOLDS = (0.1, 0.3, 1.0)  # nats below which a masked token is decided with others
 # ---- training ----
 

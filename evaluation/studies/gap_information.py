@@ -25,10 +25,10 @@ from tokcom.cli.loading import add_device_option
 from tokcom.evaluation.divergence import Teacher, truncate
 from tokcom.training.precision import half_precision
 
-LENGTHS = (1, 2, 4)
+LENGTHS = (1, 2, 4)  # tokens of a gap
 BEFORE = 64  # tokens of the left side
 AFTER = 48  # tokens of the right side
-BATCH = 64
+BATCH = 64  # gaps that are scored at once
 
 
 def next_log_probs(teacher: Teacher, rows: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from tokcom.cli.loading import add_device_option
 from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.processing_tokcom import text_ids
 
-LENGTHS = (1, 2, 4, 8, 16)
+LENGTHS = (1, 2, 4, 8, 16)  # tokens of a gap
 BEFORE = 16  # least number of tokens before a gap
 AFTER = 24  # least number of tokens after it
 

@@ -56,6 +56,7 @@ def masked_training():
     def chosen(config, stage: str):
         return MaskedObjective if stage == "flow" else of_config(config, stage)
 
+    # the study trains with the recipe of all models, which knows nothing of masks
     return mock.patch.object(objective_tokcom, "objective_class", chosen)
 
 
@@ -116,6 +117,7 @@ class MaskedSampler(TokComBlockSampler):
     def _draw(self, x, context, chunks, known, sources) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids `(B, Q, K)` drawn for all places, and the entropy of each in nats."""
         head = self.model.token_head
+        # a known token is at t = 1, and a masked one at t = 0
         times = known.float()
         clean = head.latents_of(context.symbols, chunks)
         channels = x.shape[-1] // head.num_symbols
@@ -129,6 +131,7 @@ class MaskedSampler(TokComBlockSampler):
         states = context.predict(x, step, chunks)[0].unflatten(-1, (head.num_symbols, -1))
         logits = head.logits(states) / self.sampling.temperature  # (B, Q, K, V)
         probabilities = logits.softmax(-1)
+        # entr is -p log p, and 0 at p = 0
         entropy = torch.special.entr(probabilities).sum(-1)
         uniform = uniform_numbers(known, sources)
         return draw_ids(probabilities, uniform), entropy

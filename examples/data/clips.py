@@ -28,7 +28,7 @@ LEFT_OUT = (
     "People & Body",
     "Component",
 )
-COUNT = 96
+COUNT = 96  # pictures
 DRAWS = {
     "train": 10,
     "validation": 1,
