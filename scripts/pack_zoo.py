@@ -34,6 +34,7 @@ from tokcom.training.card import PRECISION_NAMES, evaluation_section
 from tokcom.training.config import STAGES, DataConfig
 from tokcom.training.data import load_documents
 from tokcom.training.images import picture_grid
+from tokcom.training.presets import read_preset
 from tokcom.training.streams import OmniDataset
 
 CARD = "README.md"
@@ -165,7 +166,8 @@ def _goals(parts: dict) -> str:
 
 def write_samples(pipe: TokComOmniPipeline, target: Path, data: str) -> str:
     """Draw `samples.png` and speak a few captions; returns what was read and heard, as a table."""
-    columns = {"text": "caption", "image": "image", "audio": "audio"}
+    # the fields that the model was trained on
+    columns = read_preset("zoo-digits")["data"]["fields"]
     records = load_documents(data, DataConfig(train=data, fields=columns), "train")
     dataset = OmniDataset(records, pipe.tokenizer).fit(pipe.model.codec)
     real = [dataset.content(i) for i in range(SHOWN)]

@@ -152,6 +152,11 @@ class DataConfig:
         """The column of the records that are read that holds captions, if there are any."""
         return self.caption_column or "caption"
 
+    @property
+    def wants_text(self) -> bool:
+        """Whether texts are read, whatever else the data hold."""
+        return self.kind == "text"
+
     def __post_init__(self):
         check_choices(self, "data.")
         check_numbers(self, "data.")

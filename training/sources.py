@@ -401,7 +401,7 @@ class Source:
         text = self.field or config.text_column
         if text in columns or not columns:
             return [text]
-        if not config.streaming and config.image_column != "image" and config.kind != "text":
+        if not config.streaming and config.image_column != "image" and not config.wants_text:
             text = config.image_column
         default = text == "text" and not self.field
         wanted = [name for name in (*DIALOGUES, "answer") if name in columns] if default else []
@@ -539,7 +539,7 @@ def _holds_pictures(columns: list[str], config: DataConfig, field: str | None) -
     text = field or config.text_column
     if text not in columns or text == config.captions:
         return True
-    return config.kind != "text" and field is None and config.text_column == "text"
+    return not config.wants_text and field is None and config.text_column == "text"
 
 
 def read_sources(source: str | dict | list[str | dict]) -> list[Source]:
