@@ -157,8 +157,7 @@ def train(
 
     Uses bfloat16 where it is fast. Raises `ValueError` if one process would use several GPUs.
     """
-    # before the model is built, whose weights are drawn from it
-    set_seed(seed)
+    set_seed(seed)  # before the model is built, whose weights are drawn from it
     config = llama_config(
         vocabulary_size(tokenizer),
         hidden_size,

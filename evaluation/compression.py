@@ -176,6 +176,33 @@ def lossless(text: str, tokens: int) -> list[dict]:
     ]
 
 
+def write_table(work: Path, file: str, picture: str | None) -> None:
+    """Collect all rows measured so far into a Markdown table, and draw them if asked to."""
+    found = [
+        row
+        for path in sorted(work.glob("*.json"))
+        for row in json.loads(path.read_text(encoding="utf-8"))
+    ]
+    # a codec without a quantiser has no rate and comes last
+    found.sort(key=lambda row: row["bits per token"] or float("inf"))
+    columns = [
+        "row",
+        "K",
+        "bits per token",
+        "entropy, bits per token",
+        "token accuracy",
+        "usage",
+        "perplexity",
+        "distinct codes",
+        "steps",
+    ]
+    text = table(columns, [[row.get(column) for column in columns] for row in found])
+    Path(file).write_text(text, encoding="utf-8")
+    print(text)
+    if picture:
+        draw_rates(found, picture)
+
+
 @report_errors()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
@@ -217,28 +244,7 @@ def main(argv: list[str] | None = None) -> None:
         (work / f"{name}.json").write_text(json.dumps([facts], indent=2) + "\n", encoding="utf-8")
         print(json.dumps(facts))
     if args.table:
-        found = [
-            row
-            for file in sorted(work.glob("*.json"))
-            for row in json.loads(file.read_text(encoding="utf-8"))
-        ]
-        # a codec without a quantiser has no rate and comes last
-        found.sort(key=lambda row: row["bits per token"] or float("inf"))
-        columns = [
-            "row",
-            "K",
-            "bits per token",
-            "entropy, bits per token",
-            "token accuracy",
-            "usage",
-            "perplexity",
-        ]
-        columns += ["distinct codes", "steps"]
-        text = table(columns, [[row.get(column) for column in columns] for row in found])
-        Path(args.table).write_text(text, encoding="utf-8")
-        print(text)
-        if args.picture:
-            draw_rates(found, args.picture)
+        write_table(work, args.table, args.picture)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from tokcom.cli.errors import report_errors
 from tokcom.cli.loading import add_device_option
 from tokcom.evaluation.linear_codecs import PCA, QuantisedPCA
-from tokcom.evaluation.report import table
+from tokcom.evaluation.report import images_plots, table
 from tokcom.pipeline_media_tokcom import TokComImagePipeline
 from tokcom.quantization_tokcom import code_statistics
 from tokcom.training.images import captions_of, picture_grid, read_pictures
@@ -516,50 +516,6 @@ def report(facts: dict) -> str:
     return text + "\n"
 
 
-def plots(facts: dict, directory: Path) -> None:
-    """The order of the tokens, and how often each code is used."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    for name, key in (
-        ("nested dropout", "curve"),
-        ("without", "unordered_curve"),
-        ("PCA", "pca_curve"),
-    ):
-        if key in facts:
-            axes.plot(facts[key], label=name)
-    axes.set(xlabel="tokens kept", ylabel="PSNR, dB")
-    axes.legend()
-    figure.savefig(directory / "order.png", dpi=120)
-    if facts.get("steps"):
-        figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-        for name in dict.fromkeys(row["system"] for row in facts["steps"]):
-            rows = [row for row in facts["steps"] if row["system"] == name]
-            axes.plot(
-                [row["evaluations"] for row in rows],
-                [row["Frechet distance"] for row in rows],
-                "o-",
-                label=name,
-            )
-        axes.set(
-            xlabel="evaluations of the network",
-            ylabel="Frechet distance of a classifier's features",
-            xscale="log",
-        )
-        axes.legend()
-        figure.savefig(directory / "steps.png", dpi=120)
-    if "used" in facts:
-        figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-        axes.plot(facts["used"])
-        axes.set(
-            xlabel="code, most used first", ylabel="tokens of held-out pictures", yscale="symlog"
-        )
-        figure.savefig(directory / "codebook.png", dpi=120)
-
-
 @report_errors()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
@@ -608,7 +564,7 @@ def main(argv: list[str] | None = None) -> None:
         json.dumps(facts, indent=1) + "\n", encoding="utf-8"
     )
     (args.output_dir / "results.md").write_text(report(facts), encoding="utf-8")
-    plots(facts, args.output_dir)
+    images_plots(facts, args.output_dir)
     print(report(facts))
 
 

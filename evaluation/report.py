@@ -155,6 +155,45 @@ def _finish(figure, axes, x: str, y: str, file: Path) -> None:
     plt.close(figure)
 
 
+def images_plots(facts: dict, directory: Path) -> None:
+    """Plots of `evaluation.images`: the order of the tokens, and how often each code is used."""
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for name, key in (
+        ("nested dropout", "curve"),
+        ("without", "unordered_curve"),
+        ("PCA", "pca_curve"),
+    ):
+        if key in facts:
+            axes.plot(facts[key], label=name)
+    axes.set(xlabel="tokens kept", ylabel="PSNR, dB")
+    axes.legend()
+    figure.savefig(directory / "order.png", dpi=120)
+    if facts.get("steps"):
+        figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+        for name in dict.fromkeys(row["system"] for row in facts["steps"]):
+            rows = [row for row in facts["steps"] if row["system"] == name]
+            axes.plot(
+                [row["evaluations"] for row in rows],
+                [row["Frechet distance"] for row in rows],
+                "o-",
+                label=name,
+            )
+        axes.set(
+            xlabel="evaluations of the network",
+            ylabel="Frechet distance of a classifier's features",
+            xscale="log",
+        )
+        axes.legend()
+        figure.savefig(directory / "steps.png", dpi=120)
+    if "used" in facts:
+        figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+        axes.plot(facts["used"])
+        axes.set(
+            xlabel="code, most used first", ylabel="tokens of held-out pictures", yscale="symlog"
+        )
+        figure.savefig(directory / "codebook.png", dpi=120)
+
+
 def benchmark_plot(command: str, rows: list[dict], file: Path) -> None:
     """Scaling plots of one command of `evaluation.benchmark`."""
     if command == "training":

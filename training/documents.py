@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow.parquet
 import xxhash
 
@@ -166,6 +167,28 @@ def alike(parts: list, config: DataConfig) -> list:
             part = part.remove_columns(name).add_column(name, rows, feature=feature)
         same.append(part)
     return same
+
+
+def joined_parts(parts: list, weights: list[float | None]):
+    """Parts one after the other, or if any has a weight mixed, the smaller ones repeated until all
+    are used up."""
+    if all(weight is None for weight in weights):
+        return datasets.concatenate_datasets(parts)
+    shares = np.array([1.0 if weight is None else weight for weight in weights])
+    # whatever the seed of the run: runs learn the same text, and share its cached ids
+    return datasets.interleave_datasets(
+        parts, (shares / shares.sum()).tolist(), seed=0, stopping_strategy="all_exhausted"
+    )
+
+
+def holds_pictures(columns: list[str], config: DataConfig, field: str | None) -> bool:
+    """Whether records are read as pictures, not as the texts that they hold, too."""
+    if config.image_column not in columns:
+        return False
+    text = field or config.text_column
+    if text not in columns or text == config.captions:
+        return True
+    return not config.wants_text and field is None and config.text_column == "text"
 
 
 def part_kind(part, config: DataConfig) -> str:

@@ -28,6 +28,8 @@ from tokcom.training.documents import (
     content_digest,
     format_of,
     good_records,
+    holds_pictures,
+    joined_parts,
     part_kind,
     table_of,
     table_records,
@@ -246,7 +248,7 @@ class Source:
         source.used = len(files)
         # of all files, since the first may lack a field that others have
         columns = list(dict.fromkeys(name for first in firsts.values() for name in first or ()))
-        if (self.fields or config.fields) or _holds_pictures(columns, config, self.field):
+        if (self.fields or config.fields) or holds_pictures(columns, config, self.field):
             return self._select(self._records(files, config), config, source)
         wanted = self._text_columns(columns, config)
         field = None if wanted[0] in DIALOGUES else wanted[0]
@@ -361,9 +363,8 @@ class Source:
         # neighbours of one schema together: sorting by schema would change the order of the records
         for _, group in groupby(files, lambda file: str(schemas[file])):
             self.group = {file: pyarrow.parquet.read_metadata(file).num_rows for file in group}
-            names = [
-                glob.escape(str(file)) for file in self.group
-            ]  # a name is a pattern to datasets
+            # a name is a pattern to datasets
+            names = [glob.escape(str(file)) for file in self.group]
             try:
                 part = datasets.load_dataset(
                     "parquet", data_files=names, split="train", streaming=config.streaming
@@ -390,7 +391,7 @@ class Source:
         else:
             # a stream may not know its columns before its first record is read
             columns = part.column_names or list(next(iter(part), {}))
-            if _holds_pictures(columns, config, self.field):
+            if holds_pictures(columns, config, self.field):
                 part = self._pictures(part, config, source)
             else:
                 part = self._texts(part, columns, config)
@@ -532,16 +533,6 @@ class Source:
         return part.shuffle(seed=0).select(range(count))
 
 
-def _holds_pictures(columns: list[str], config: DataConfig, field: str | None) -> bool:
-    """Whether records are read as pictures, not as the texts that they hold, too."""
-    if config.image_column not in columns:
-        return False
-    text = field or config.text_column
-    if text not in columns or text == config.captions:
-        return True
-    return not config.wants_text and field is None and config.text_column == "text"
-
-
 def read_sources(source: str | dict | list[str | dict]) -> list[Source]:
     """`data.train`: one source or several, each a path or name, a dictionary of `Source`'s
     fields, or a .yaml list of them."""
@@ -586,15 +577,7 @@ def load_documents(
         found = ", ".join(f"{path} holds {kind}" for kind, path in kinds.items())
         raise ValueError(f"{found}; sources of one run must hold the same.")
     parts = alike(parts, config)
-    if any(item.weight is not None for item in sources):
-        weights = np.array([1.0 if item.weight is None else item.weight for item in sources])
-        shares = (weights / weights.sum()).tolist()
-        # whatever the seed of the run: runs learn the same text, and share its cached ids
-        joined = datasets.interleave_datasets(
-            parts, shares, seed=0, stopping_strategy="all_exhausted"
-        )
-    else:
-        joined = datasets.concatenate_datasets(parts)
+    joined = joined_parts(parts, [item.weight for item in sources])
     if config.streaming:
         return joined
     first = joined.column_names[0] if joined.column_names else None
