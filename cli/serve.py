@@ -275,10 +275,9 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        # the encoding of HTTP headers, in which no byte is an error
         headers = {
-            # the encoding of HTTP headers, in which no byte is an error
-            name.decode("latin-1"): value.decode("latin-1")
-            for name, value in scope["headers"]
+            name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
         }
         try:
             self._check(scope["path"], headers)

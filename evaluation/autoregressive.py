@@ -46,15 +46,9 @@ class CausalWindows(torch.utils.data.Dataset):
     offset."""
 
     def __init__(self, tokens: np.ndarray, sequence_length: int, eos_token_id: int, seed: int):
-        self.windows = PackedDataset(
-            # a multiple of 1, since there are no chunks; a text begins after the EOS of the one
-            # before
-            tokens,
-            WindowShape(sequence_length, 1, lead=1),
-            eos_token_id,
-            seed,
-            training=True,
-        )
+        # a multiple of 1, since there are no chunks; a text begins after the EOS of the one before
+        shape = WindowShape(sequence_length, 1, lead=1)
+        self.windows = PackedDataset(tokens, shape, eos_token_id, seed, training=True)
         self.served = 0
 
     def __len__(self) -> int:

@@ -29,10 +29,9 @@ def model_of_stage(
     """
     donor = config.init_from or config.codec_from
     codec = directory.final("codec")
+    # a lone stage flow with a donor means the donor's codec, not one that lies there from before
     if (
         stage == "flow"
-        # a lone stage flow with a donor means the donor's codec, not one that lies there from
-        # before
         and (config.stage == "all" or not donor)
         and (codec / "config.json").is_file()
     ):

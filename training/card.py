@@ -159,8 +159,8 @@ def evaluation_section(directory: Path) -> str:
         raise ValueError(
             f"{directory} has no results.md; run tokcom evaluate --output_dir {directory} first."
         )
+    # one level deeper, below the card's own heading
     return "\n".join(
-        # one level deeper, below the card's own heading
         f"#{line}" if line.startswith("##") else line
         for line in file.read_text(encoding="utf-8").splitlines()
     )

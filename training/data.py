@@ -189,8 +189,7 @@ class PackedDataset(torch.utils.data.Dataset):
         self.tokens = tokens
         self.shape = shape
         self.length = shape.length
-        # of documents
-        # an EOS that ends the corpus begins no document
+        # where documents begin; an EOS that ends the corpus begins none
         self.starts = np.concatenate(([0], np.flatnonzero(tokens[:-1] == eos_token_id) + 1))
         self.seed = seed
         self.training = training

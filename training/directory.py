@@ -25,7 +25,7 @@ from tokcom.training.config import STAGES, TrainConfig
 from tokcom.training.export import check_folder, recover_folder
 
 WORK = "run"
-# settings that decide what the weights become; all others may differ when a run goes on
+# settings with which the weights would be those of another run; all others may change
 SAME_RUN = (
     "preset",
     "model",

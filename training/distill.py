@@ -227,12 +227,9 @@ class DistillTrainer(Trainer):
         total = torch.zeros((), device=accelerator.device)
         for micro in range(count):
             with accelerator.accumulate(self.models[name]):
-                loss = self._loss(
-                    # N processes with one micro-batch draw what one process with N would
-                    name,
-                    place,
-                    micro * accelerator.num_processes + accelerator.process_index,
-                )
+                # N processes with one micro-batch draw what one process with N would
+                number = micro * accelerator.num_processes + accelerator.process_index
+                loss = self._loss(name, place, number)
                 accelerator.backward(loss)
                 total += loss.detach() / count
                 if accelerator.sync_gradients:

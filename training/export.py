@@ -104,8 +104,8 @@ def measure_latent_statistics(model: TokComModel, tokens: np.ndarray, rows: int 
         torch.zeros_like(codec.latent_mean), torch.ones_like(codec.latent_std)
     )
     device = codec.latent_mean.device
+    # one latent a row, (rows, C)
     latents = torch.cat(
-        # one latent a row, (rows, C)
         [codec.encode(part.to(device)).latents[:, 0] for part in chunks.split(4096)]
     ).float()
     codec.set_latent_statistics(latents.mean(0), latents.std(0))

@@ -61,7 +61,7 @@ class Float32Muon(torch.optim.Muon):
                     state["momentum_buffer"] = torch.zeros_like(parameter)
                 momentum = state["momentum_buffer"]
                 grad = parameter.grad
-                # the in-place and out-of-place averages of torch.optim.Muon, in its order
+                # momentum and update as torch.optim.Muon averages them
                 momentum.lerp_(grad, 1 - group["momentum"])
                 update = grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
                 update = orthogonalize(
@@ -144,13 +144,9 @@ def build_optimizer(
     groups = [{"params": [p for p in others if p.ndim >= 2]}]
     # biases and scales of norms: decay would pull scales from 1 towards 0
     groups.append({"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0})
+    # 0.98 averages squared gradients over about 50 updates, AdamW's default 0.999 over 1000
     adamw = torch.optim.AdamW(
-        # 0.98 averages squared gradients over about 50 updates, AdamW's default 0.999 over 1000
-        groups,
-        learning_rate,
-        (0.9, 0.98),
-        weight_decay=weight_decay,
-        fused=True,
+        groups, learning_rate, (0.9, 0.98), weight_decay=weight_decay, fused=True
     )
     if not inner:
         return adamw
