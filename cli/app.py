@@ -159,7 +159,7 @@ class Demo:
             # without turns all tokens of a chunk are at one time
             t = times.clamp(0, 1)[0].repeat_interleave(self.pipe.chunk_size)
         else:
-            t = model.token_head.place_times(times).flatten()
+            t = model.token_head.place_times(times).flatten()  # (tokens of the block,)
         return list(zip(self._tokens(model.to_ids(latents)[0].tolist()), t.tolist()))
 
     @torch.no_grad()

@@ -190,13 +190,15 @@ class Teacher:
         generator = torch.Generator(args.device).manual_seed(int.from_bytes(seed[:7]))
         cache = self._cache()
         rows = torch.arange(args.batch_size, device=args.device)
-        tokens = rows.new_zeros(args.batch_size, args.max_new_tokens)
+        tokens = rows.new_zeros(args.batch_size, args.max_new_tokens)  # (rows, longest text)
         # -1 is a text that has not ended
         lengths = rows.new_full((args.batch_size,), -1)
         inputs = torch.tensor([self.start], device=args.device).repeat(args.batch_size, 1)
         active = torch.ones_like(rows, dtype=torch.bool)
         for step in range(args.max_new_tokens):
+            # (rows left, V)
             logits = self.model(inputs, past_key_values=cache, use_cache=True).logits[:, -1]
+            # (rows left, 1)
             inputs = draw(logits, args.temperature, args.top_k, args.min_p, generator)
             # `rows` are the places in the batch of the rows that are left
             tokens[rows, step] = inputs[:, 0]

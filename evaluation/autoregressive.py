@@ -59,7 +59,7 @@ class CausalWindows(torch.utils.data.Dataset):
         # each process serves a share of every epoch
         self.windows.set_epoch(self.served * PROCESSES // len(self.windows))
         self.served += 1
-        ids = self.windows[index]["input_ids"]
+        ids = self.windows[index]["input_ids"]  # (T,)
         # transformers shifts labels itself
         return {"input_ids": ids, "labels": ids}
 

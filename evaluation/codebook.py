@@ -102,6 +102,7 @@ def show_codes(
     # (shown, 1, C): clips of one patch
     latents = codec.from_codes(torch.cat((best[:, None], rest), dim=1)[:, None])
     size = codec.config.patch_size
+    # (shown, 3, patch, patch)
     patches = codec.decode(latents, height=size, width=size).pixel_values[:, :3, 0]
     images = pipe.image_processor.postprocess(patches)
     rows = [images[i : i + 16] for i in range(0, len(images), 16)]
@@ -150,6 +151,7 @@ def main(argv: list[str] | None = None) -> dict:
         found.append({"level": level + 1, "codes": size, **code_statistics(codes[:, level], size)})
         columns.append(codes[:, level].unique(return_counts=True))
     plot_usage(columns, args.output_dir / "usage.png")
+    # other codecs decode no patch on its own, and of an autoencoder's latents one is no picture
     if pipe.model.config.codec_config.modality == "video" and pipe.vae is None:
         show_codes(pipe, codes, columns[0], args.output_dir / "codes.png")
     text = table(list(found[0]), [list(row.values()) for row in found]) + "\n"

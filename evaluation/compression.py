@@ -89,7 +89,7 @@ def measure(model: TokComModel, ids: torch.Tensor, picture: Path) -> dict:
     """Bits per token, share of `ids (1, T)` that the codec returns, and usage of the codes."""
     config = model.config.codec_config
     encoded = model.encode(ids)
-    decoded = model.to_ids(encoded.latents)
+    decoded = model.to_ids(encoded.latents)  # (1, T)
     kept = (decoded == ids).float().mean().item()
     facts = {
         "K": config.chunk_size,

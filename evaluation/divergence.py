@@ -173,7 +173,7 @@ class AutoregressiveStudent:
     def sample(self, count: int, length: int, temperature: float, seed: int) -> list[list[int]]:
         torch.manual_seed(seed)
         eos = self.tokenizer.eos_token_id
-        start = torch.full((count, 1), eos, device=self.model.device)
+        start = torch.full((count, 1), eos, device=self.model.device)  # (B, 1)
         self.model.generation_config.eos_token_id = eos
         # top_k 0: transformers would keep the likeliest 50 by default
         settings = {"do_sample": True, "temperature": temperature, "top_k": 0, "pad_token_id": eos}

@@ -42,7 +42,7 @@ def psnr(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """Peak signal-to-noise ratio in dB of images `(B, 3, H, W)` in [-1, 1], as if of 8 bits:
     `(B,)`."""
     # / 2: the range of [-1, 1] is 2, and the peak of the formula is 1
-    error = ((images - others) / 2).square().flatten(1).mean(1)
+    error = ((images - others) / 2).square().flatten(1).mean(1)  # (B,)
     # at most 100 dB, for equal pictures
     return -10 * error.clamp_min(1e-10).log10()
 
@@ -181,7 +181,7 @@ class Classifier(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(4 * channels, count) for count in classes)
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
-        features = self.body(images)
+        features = self.body(images)  # (B, 4 * channels)
         return [head(features) for head in self.heads]
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
@@ -237,7 +237,7 @@ def frechet(features: torch.Tensor, others: torch.Tensor) -> float:
     # (channels, channels)
     cov_a = a.T.cov()
     cov_b = b.T.cov()
-    values, vectors = torch.linalg.eigh(cov_a)
+    values, vectors = torch.linalg.eigh(cov_a)  # (channels,), (channels, channels)
     # The trace of sqrt(A B) is that of sqrt(sqrt(A) B sqrt(A)), which is symmetric: eigenvalues of
     # a symmetric matrix are real, and rounding cannot make them complex.
     root = vectors * values.clamp_min(0).sqrt() @ vectors.T
@@ -339,7 +339,7 @@ def measure_codebook(pipe: TokComImagePipeline, train: torch.Tensor, images: tor
     """Reconstruction of `images (B, 3, H, W)` from codes, beside JPEG and quantised PCA of as many
     bytes, and how the codes are used."""
     model = pipe.model
-    codes = by_parts(lambda part: model.encode(pixel_values=part).codes, images, model)
+    codes = by_parts(lambda part: model.encode(pixel_values=part).codes, images, model)  # (B, N, 1)
     decoded = by_parts(lambda part: pipe.decode(part, output_type="pt").images, codes, model)
     config = pipe.model.config.codec_config
     size = config.num_codes

@@ -71,12 +71,13 @@ class TextJudge:
                 prompt + text, return_tensors="pt", return_offsets_mapping=True
             )
             whole = encoded["input_ids"].to(self.model.device)
-            ends = encoded["offset_mapping"][0, :, 1]
+            ends = encoded["offset_mapping"][0, :, 1]  # (T,), in characters
             # a token that begins in the prompt but reaches into the text is scored
             known = max(1, int((ends <= len(prompt)).sum()))
             if whole.shape[1] <= known:
                 results.append(float("nan"))
                 continue
+            # (scored tokens, V)
             logits = self.model(input_ids=whole).logits[0, known - 1 : -1].float()
             total = torch.nn.functional.cross_entropy(logits, whole[0, known:], reduction="sum")
             results.append(float(total) / max(1, len(text)))

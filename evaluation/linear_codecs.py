@@ -14,7 +14,7 @@ class PCA:
     """The best linear codec of images `(M, 3, H, W)`."""
 
     def __init__(self, images: torch.Tensor):
-        flat = images.flatten(1).double()
+        flat = images.flatten(1).double()  # (M, 3 H W)
         self.mean = flat.mean(0)
         self.shape = images.shape[1:]
         self.components = torch.linalg.svd(
@@ -32,7 +32,7 @@ class PCA:
 
     def synthesise(self, coefficients: torch.Tensor) -> torch.Tensor:
         """Images `(M, 3, H, W)` of their first components `(M, count)`."""
-        basis = self.components[:, : coefficients.shape[1]]
+        basis = self.components[:, : coefficients.shape[1]]  # (3 H W, count)
         rebuilt = coefficients @ basis.T + self.mean
         return rebuilt.float().view(-1, *self.shape).clamp(-1, 1)
 
@@ -48,7 +48,7 @@ class QuantisedPCA:
         self.bits = bits
         self.pca = PCA(images)
         # a component without a bit is not stored, so more than `bits` of them never matter
-        found = self.pca.coefficients(images, min(bits, self.pca.components.shape[1]))
+        found = self.pca.coefficients(images, min(bits, self.pca.components.shape[1]))  # (M, count)
         shares = self.divide(found.var(0), bits)
         count = int((shares > 0).sum())
         self.levels = [lloyd(found[:, i], 2 ** int(shares[i])) for i in range(count)]
@@ -66,7 +66,7 @@ class QuantisedPCA:
         return shares
 
     def reconstruct(self, images: torch.Tensor) -> torch.Tensor:
-        found = self.pca.coefficients(images, len(self.levels))
+        found = self.pca.coefficients(images, len(self.levels))  # (M, components with a bit)
         rounded = [
             levels[torch.bucketize(found[:, i].contiguous(), middles(levels))]
             for i, levels in enumerate(self.levels)
@@ -85,7 +85,7 @@ def lloyd(values: torch.Tensor, count: int) -> torch.Tensor:
     shares = (torch.arange(count, dtype=values.dtype) + 0.5) / count
     levels = values.quantile(shares)
     for _ in range(LLOYD_STEPS):
-        places = torch.bucketize(values.contiguous(), middles(levels))
+        places = torch.bucketize(values.contiguous(), middles(levels))  # (M,), the nearest level
         sums = torch.zeros_like(levels).index_add_(0, places, values)
         counts = places.bincount(minlength=count)
         # a level that nothing is nearest to stays where it is

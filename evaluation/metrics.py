@@ -42,7 +42,7 @@ def ngram_keys(ids: np.ndarray, n: int) -> np.ndarray:
 
 def distinct_n(ids: np.ndarray, n: int) -> float:
     """Different n-grams divided by all n-grams of all samples."""
-    keys = ngram_keys(ids, n)
+    keys = ngram_keys(ids, n)  # (B, T - n + 1)
     return float(len(np.unique(keys)) / keys.size)
 
 
@@ -89,7 +89,7 @@ class TrainingNgrams:
     def chunks_seen(self, ids: np.ndarray, size: int) -> tuple[float, float]:
         """Share of K-grams seen in training, at chunk boundaries (on-grid) and across them
         (off-grid)."""
-        seen = self.seen(ids, size)
+        seen = self.seen(ids, size)  # (B, T - K + 1)
         on_grid = np.arange(seen.shape[1]) % size == 0
         # with chunks of one token everything is on the grid
         across = float(seen[:, ~on_grid].mean()) if size > 1 else float("nan")

@@ -81,8 +81,8 @@ def measure_setting(
 ) -> dict:
     """One point of the frontier: NLL of continuations, also by place in the chunk, and entropy."""
     # one seed for all settings, so that a frontier is not made of luck
-    ids = sampler.sample(prompts, CONTINUATION, seed=0)
-    nll = judge.nll(ids, prompts)
+    ids = sampler.sample(prompts, CONTINUATION, seed=0)  # (B, 64)
+    nll = judge.nll(ids, prompts)  # (B, 64)
     facts = {"setting": setting, "nll": float(nll.mean()), "entropy": sample_entropy(ids)}
     return facts | {"nll_by_place": nll_by_place(nll, chunk_size)}
 
@@ -91,7 +91,7 @@ def control_texts(study: Study, length: int, count: int, seed: int) -> dict[str,
     """Real held-out text, the same with shuffled tokens, random training chunks, and a repeated
     phrase."""
     generator = np.random.default_rng(seed)
-    real = study.windows(length, count)
+    real = study.windows(length, count)  # (B, length)
     size = study.chunk_size
     count = len(real)
     starts = generator.integers(0, len(study.train) - size, (count, -(-length // size)))
@@ -111,7 +111,7 @@ def control_texts(study: Study, length: int, count: int, seed: int) -> dict[str,
 
 def describe(study: Study, ids: np.ndarray, prompts: np.ndarray | None = None) -> dict:
     """All measures of one set of samples `(B, T)`, which may continue `prompts (B, P)`."""
-    nll = study.token_judge.nll(ids, prompts)
+    nll = study.token_judge.nll(ids, prompts)  # (B, T)
     per_sample = np.nanmean(nll, axis=1)  # tokens of one sample are not independent, samples are
     low, high = bootstrap_interval(per_sample)
     on_grid, off_grid = study.ngrams.chunks_seen(ids, study.chunk_size)
@@ -168,7 +168,7 @@ def unconditional(study: Study, systems: dict) -> dict:
 def continuation(study: Study, systems: dict) -> dict:
     """Continue held-out prompts of 32 tokens by 64, and also prompts of 33..35 tokens, whose last
     chunk is incomplete."""
-    windows = study.windows(PROMPT + CONTINUATION, study.samples)
+    windows = study.windows(PROMPT + CONTINUATION, study.samples)  # (B, 32 + 64)
     prompts = windows[:, :PROMPT]
     real = windows[:, PROMPT:]
     controls = {
@@ -248,7 +248,7 @@ def at_entropy(points: list[dict], target: float) -> float | None:
 
 def brier(study: Study, systems: dict, count: int) -> dict:
     """BrierLM of the four tokens after `count` held-out prompts of 32 tokens."""
-    windows = study.windows(BRIER_PROMPT + 4, count)
+    windows = study.windows(BRIER_PROMPT + 4, count)  # (B, 32 + 4)
     prompts = windows[:, :BRIER_PROMPT]
     real = windows[:, BRIER_PROMPT:]
     results = {}
@@ -267,7 +267,7 @@ def likelihood(
     Scores `windows` windows without their first `skipped` tokens. None for a TokCom model that
     draws several tokens in one step, because its likelihood is not known.
     """
-    ids = study.windows(length, windows)
+    ids = study.windows(length, windows)  # (windows, length)
     results = {}
     for name, sampler in systems.items():
         if isinstance(sampler, TokComSampler):

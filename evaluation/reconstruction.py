@@ -34,7 +34,7 @@ def reconstruction_accuracy(
         hits = torch.cat(hits)  # (M, K)
         if only is None:
             return hits.float().mean().item(), hits.all(-1).float().mean().item()
-        chosen = torch.cat([torch.isin(ids, only).view(-1, size) for ids in batches])
+        chosen = torch.cat([torch.isin(ids, only).view(-1, size) for ids in batches])  # (M, K)
         return hits[chosen].float().mean().item(), float(chosen.sum())
 
     for level in tqdm(NOISE_LEVELS, desc="reconstruction", leave=False):
@@ -174,7 +174,7 @@ def token_recovery(
     for t in tqdm(SIGNALS, desc="recovery", leave=False):
         hits = {"model": [], "alone": []}
         for ids in torch.from_numpy(windows.astype(np.int64)).split(batch_size):
-            clean = model.encode(ids)
+            clean = model.encode(ids)  # latents (B, N, C)
             noise = torch.randn(clean.latents.shape, generator=generator) * model.config.noise_std
             noisy = (1 - t) * noise + t * clean.latents  # (B, N, C)
             hits["model"].append(estimated_ids(model, noisy, t, clean.position_ids) == ids)
@@ -191,7 +191,7 @@ def estimated_ids(model, noisy: torch.Tensor, t: float, position_ids: torch.Tens
     if head is None:
         return model.to_ids(model.denoise(noisy, t, position_ids).latents)
     # the head counts in turns; this is the time at which the channels are at t
-    time = torch.full(noisy.shape[:2], head.latent_time(t))
+    time = torch.full(noisy.shape[:2], head.latent_time(t))  # (B, N)
     states = model.predict(noisy, time, position_ids).latents  # (B, N, K * D)
-    chunks = head.most_likely(states, model.symbols(), noisy, head.place_times(time))
+    chunks = head.most_likely(states, model.symbols(), noisy, head.place_times(time))  # (B, N, K)
     return model.codec.from_symbols(chunks)

@@ -52,7 +52,7 @@ def predict(
     generator = torch.Generator().manual_seed(seed)
     frames = []
     for start in tqdm(range(0, len(clips), batch_size), desc=f"{known} known, {steps} steps"):
-        given = clips[start : start + batch_size, :, :known]
+        given = clips[start : start + batch_size, :, :known]  # (B, 3, known, H, W)
         options = {"num_inference_steps": steps, "generator": generator, "output_type": "pt"}
         if captions is not None and pipe.model.config.condition_vocab_size:
             options["prompt"] = captions[start : start + batch_size]

@@ -42,7 +42,7 @@ class Denoiser(nn.Module):
         self.network = nn.Sequential(*layers, nn.Linear(width, 2))
 
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        phase = t[:, None] * self.frequencies
+        phase = t[:, None] * self.frequencies  # (B, frequencies)
         return self.network(torch.cat((x, phase.sin(), phase.cos()), dim=-1))
 
 

@@ -77,7 +77,7 @@ class ProxyHead(nn.Module):
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Pictures `(B, 3, H, W)` -> the nearest codes of their patches `(B, P)`."""
-        patches = cut_patches(images)
+        patches = cut_patches(images)  # (B, P, 3 * PATCH^2)
         return nearest_codes(patches.flatten(0, 1), self.centres).view(patches.shape[:2])
 
     def decode(self, codes: torch.Tensor, side: int) -> torch.Tensor:
@@ -193,7 +193,7 @@ def describe(model, tokenizer, codes: torch.Tensor, first: int) -> list[str]:
     """Captions for pictures of codes `(B, N)`."""
     begin, end = tokenizer.convert_tokens_to_ids([BEGIN, END])
     edge = codes.new_ones(len(codes), 1)
-    ids = torch.cat((begin * edge, codes + first, end * edge), dim=1).to(model.device)
+    ids = torch.cat((begin * edge, codes + first, end * edge), dim=1).to(model.device)  # (B, N + 2)
     output = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -245,9 +245,9 @@ def report_proxy(
     decoder."""
     ids = ids.to(model.device)
     pixels = pixels.to(model.device)
-    states = model(input_ids=ids, output_hidden_states=True).hidden_states[-1]
+    states = model(input_ids=ids, output_hidden_states=True).hidden_states[-1]  # (B, L, D)
     count = pipe.model.config.codec_config.num_codes
-    logits = head(code_states(states, ids, words, count))
+    logits = head(code_states(states, ids, words, count))  # (B, P, S)
     wanted = head.encode(pixels)
     loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten()).item()
     side = pixels.shape[-1]

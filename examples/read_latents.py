@@ -48,7 +48,7 @@ def show_way(pipe: TokComPipeline, first: str, second: str) -> None:
     count = min(start.shape[1], end.shape[1])
     print(f"\nFrom one sentence to another, {count} latents:")
     for share in (0.0, 0.25, 0.4, 0.5, 0.6, 0.75, 1.0):
-        mixed = torch.lerp(start[:, :count], end[:, :count], share)
+        mixed = torch.lerp(start[:, :count], end[:, :count], share)  # (1, count, C)
         print(f"  {share:4.2f} {pipe.decode(mixed).texts[0]!r}")
 
 

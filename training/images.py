@@ -228,7 +228,7 @@ class ImageDataset(torch.utils.data.Dataset):
         # `shift` is no movement, 0 and twice as much are the farthest to either side
         y, x = (int(place) for place in generator.integers(2 * self.shift + 1, size=2))
         height, width = pixels.shape[-2:]
-        flat = pixels.reshape(1, -1, height, width)
+        flat = pixels.reshape(1, -1, height, width)  # (1, channels x frames, H, W)
         padded = torch.nn.functional.pad(flat, [self.shift] * 4, mode="replicate")
         return padded[..., y : y + height, x : x + width].reshape(pixels.shape).clone()
 
@@ -475,7 +475,7 @@ def measure_image_statistics(model, dataset: ImageDataset, limit: int = 8192) ->
     )
     # at random, since folders come class by class
     rows = np.random.default_rng(0).permutation(len(dataset))[:limit]
-    latents = encode_all(model, dataset, rows).to(codec.latent_mean.device)
+    latents = encode_all(model, dataset, rows).to(codec.latent_mean.device)  # (rows, N, C)
     # over pictures, so every place has statistics of its own, (N, C)
     codec.set_latent_statistics(latents.mean(0), latents.std(0))
 

@@ -381,7 +381,7 @@ def measure_stream_statistics(
         )
         # a codec without parameters is on the CPU
         device = next(codec.parameters(), torch.empty(0)).device
-        streams = {name: value.to(device) for name, value in batch["streams"].items()}
+        streams = {name: value.to(device) for name, value in batch["streams"].items()}  # (B, ...)
         encoded = codec.encode(streams)
         for name, present in batch["present"].items():
             # records that lack a stream hold zeros in its place, which would pull its mean to 0

@@ -48,12 +48,12 @@ def other_gaps(
     """Gaps `(N, length)` after `left (T,)` other than the `true` one `(length,)`, and their
     log-weights `(N,)`."""
     if len(true) == 1:
-        log_probs = next_log_probs(teacher, left[None])[0]
+        log_probs = next_log_probs(teacher, left[None])[0]  # (V,)
         # the true gap is counted on its own
         log_probs[true] = float("-inf")
         allowed = log_probs.isfinite().nonzero()
         return allowed, log_probs[allowed[:, 0]]
-    gaps = torch.empty(draws, 0, dtype=torch.long, device=left.device)
+    gaps = torch.empty(draws, 0, dtype=torch.long, device=left.device)  # (draws, tokens so far)
     for _ in range(len(true)):
         log_probs = next_log_probs(teacher, torch.cat((left.expand(draws, -1), gaps), dim=1))
         gaps = torch.cat((gaps, log_probs.exp().multinomial(1)), dim=1)

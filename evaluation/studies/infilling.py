@@ -29,7 +29,7 @@ def gap_nats(model, ids: list[int], start: int, stop: int) -> tuple[float, float
     """Nats of the tokens from `start` to `stop` given both sides, and given the left side alone."""
     size = model.config.codec_config.chunk_size
     padding = -len(ids) % size
-    whole = torch.tensor([ids + [0] * padding], device=model.device)
+    whole = torch.tensor([ids + [0] * padding], device=model.device)  # (1, T)
     real = torch.ones_like(whole)
     real[0, len(ids) :] = 0
     known = real.clone()

@@ -41,7 +41,7 @@ class MaskedObjective(TokComNextChunkObjective):
         draws = times.shape[1] if model.training else 1  # one order for all turns of a likelihood
         order = torch.rand(len(times), draws, times.shape[2], size, device=times.device)
         # argsort twice: the place of each token in the order
-        rank = order.argsort(-1).argsort(-1)
+        rank = order.argsort(-1).argsort(-1)  # (B, M, N, K)
         is_masked = rank >= known
         progress = torch.where(is_masked, 0.0, 1.0)
         # In training all masked tokens have a loss. A likelihood takes at each turn the token whose
@@ -138,14 +138,14 @@ class MaskedSampler(TokComBlockSampler):
 
     def _choose(self, entropy, known, steps_left: int, sources) -> torch.Tensor:
         """Which tokens `(B, Q, K)` this step decides."""
-        score = entropy
+        score = entropy  # (B, Q, K)
         if self.order == "random":
             score = uniform_numbers(known, sources)
         # known tokens come last
         rank = score.masked_fill(known, torch.inf).argsort(-1).argsort(-1)
         if self.threshold is not None:
             return ~known & ((rank == 0) | (entropy < self.threshold))
-        left = (~known).sum(-1, keepdim=True)
+        left = (~known).sum(-1, keepdim=True)  # (B, Q, 1)
         # as many in every step, the rest in the last ones
         return ~known & (rank < (left / max(1, steps_left)).ceil())
 
