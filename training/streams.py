@@ -234,8 +234,7 @@ class OmniDataset(torch.utils.data.Dataset):
                     for row in tqdm(records[name], desc=f"reading {name}", unit="text")
                 ]
                 self.texts[name] = [text for row in texts for text in row]
-                # texts of all records lie in one list; those of record i are at first[i] to first[i
-                # + 1]
+                # all texts lie in one list; first[i] is where those of record i begin
                 self.first[name] = np.cumsum([0, *map(len, texts)])
                 self.rows[name] = text_ids(tokenizer, self.texts[name])
                 self.present[name] = np.array([any(text.strip() for text in row) for row in texts])
