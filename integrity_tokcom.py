@@ -243,13 +243,13 @@ def check_types(files: Iterable[str | os.PathLike], model: torch.nn.Module) -> N
     for file in files:
         with safe_open(str(file), framework="pt") as tensors:
             for name in tensors.keys():
-                kind = tensors.get_slice(name).get_dtype()
+                stored = tensors.get_slice(name).get_dtype()
                 known = state.get(name)
                 # safetensors' names: F32, F16, BF16, F8_... are fractions; I64, U8, BOOL are not
-                if known is None or known.is_floating_point() == kind.startswith(("F", "BF")):
+                if known is None or known.is_floating_point() == stored.startswith(("F", "BF")):
                     continue
                 raise ValueError(
-                    f"{file} stores {name} as {kind}, but the model has {known.dtype}; download it "
+                    f"{file} stores {name} as {stored}, but the model has {known.dtype}; download it "
                     "again."
                 )
 

@@ -65,7 +65,7 @@ def explain_unknown_arguments(method: Callable) -> Callable:
     """
     parameters = inspect.signature(method).parameters
     # such a method checks its arguments itself
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+    if inspect.getfullargspec(method).varkw is not None:
         return method
     known = [name for name in parameters if name != "self"]
 

@@ -295,7 +295,6 @@ class Source:
                     )
                     break
             else:
-                # no caption was bad
                 yield record
 
     def _read(
@@ -371,7 +370,6 @@ class Source:
                 part = datasets.load_dataset(
                     "parquet", data_files=names, split="train", streaming=config.streaming
                 )
-            # `datasets` hides the reason in the cause of its own error
             except datasets.exceptions.DatasetGenerationError as error:
                 reason = first_line(error.__cause__ or error)
                 raise ValueError(
