@@ -30,10 +30,8 @@ from tokcom.sampling_tokcom import kept_tokens, spawn_generators
 matplotlib.use("Agg")
 LONGEST = 512  # tokens that the page generates or reads at once
 SLOWEST = 120  # seconds that slow motion may add
-FONTS = {
-    "font": ["system-ui", "sans-serif"],
-    "font_mono": ["monospace"],
-}  # nothing is fetched from elsewhere
+# of the visitor's system, so that nothing is fetched from elsewhere
+FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}
 CSS = """
 .tokcom-text {
   font-size: 1.1rem; line-height: 1.9; min-height: 6rem;
@@ -98,12 +96,16 @@ class Writing(threading.Thread):
 
     def after_step(self, pipe, step: int, timestep: torch.Tensor, tensors: dict) -> dict:
         started = time.perf_counter()
+        # diffusers' way to end a pipeline between two steps
         pipe._interrupt = self.stop.is_set()
+        # steps count on from block to block
         index = step % len(pipe.scheduler.timesteps)
         if index == 0:  # a new block begins
             self.done = self.done + self.current
+        # the latents are those after the step, at the time of the next one
         next_time = 1 - float(pipe.scheduler.sigmas[index + 1])
         self.current = self.demo.emerging(tensors["latents"].float(), next_time)
+        # whole chunks are denoised, also where a text ends inside one
         self.frames.put((self.done + self.current)[: self.length])
         self.shown_for += time.perf_counter() - started
         return tensors
@@ -123,6 +125,7 @@ class Writing(threading.Thread):
                 ids = output.sequences[0, :count].tolist()
                 self.frames.put((ids, self.demo.probabilities(self.prompt, ids), seconds))
         except Exception as error:  # shown on the page
+            # an exception in a thread would be lost; the page raises it
             self.frames.put(error)
 
 
@@ -143,6 +146,7 @@ class Demo:
         shown = ""
         pieces = []
         for end in range(1, len(ids) + 1):
+            # all ids so far: a character of several bytes may be spread over tokens
             text = decode_ids(self.pipe.tokenizer, ids[:end])
             whole = text if end == len(ids) else text.rstrip("\ufffd")
             pieces.append(whole[len(shown) :] if whole.startswith(shown) else "")
@@ -158,9 +162,10 @@ class Demo:
         model = self.pipe.model
         times = torch.full((1, latents.shape[1]), time)
         if model.token_head is None:
+            # without turns all tokens of a chunk are at one time
             t = times.clamp(0, 1)[0].repeat_interleave(self.pipe.chunk_size)
         else:
-            t = model.token_head.place_times(times).flatten()
+            t = model.token_head.place_times(times).flatten()  # (tokens of the block,)
         return list(zip(self._tokens(model.to_ids(latents)[0].tolist()), t.tolist()))
 
     @torch.no_grad()
@@ -174,12 +179,14 @@ class Demo:
         row = row[-(-beyond // size) * size :]  # what is cut off is whole chunks
         whole, mask = self.pipe._pad([row], "right")
         if self.predicts_tokens:
+            # the loss draws noise; the same text always gets the same colours
             torch.manual_seed(0)
             losses = token_losses_at(self.pipe.model, whole, 0.0, mask)
         else:
             losses = self.pipe.model.codec.loss(
                 self.pipe.model.encode(whole, mask).latents, whole, mask
             )
+        # nats to probabilities, of the written tokens without prompt and padding
         return (-losses.flatten()).exp()[len(row) - len(ids) : len(row)].tolist()
 
     def write(
@@ -204,21 +211,21 @@ class Demo:
             top_p=top_p if self.predicts_tokens else None,
             generator=numbered_noise(seed),
         )
+        # one visitor's slow motion must not keep the model from others
         until = time.monotonic() + SLOWEST
         writing.start()
         try:
             while isinstance(frame := writing.frames.get(), list):
                 if slowly and time.monotonic() < until:
                     time.sleep(slowly)
-                elif (
-                    not writing.frames.empty()
-                ):  # the page is slower than the model: show the newest
-                    continue
+                elif not writing.frames.empty():
+                    continue  # the page is slower than the model: show the newest
                 yield colored(frame, prompt), "denoising"
             if isinstance(frame, Exception):
                 raise explained(frame) from frame
         finally:  # also when the visitor leaves
             writing.stop.set()
+            # the thread holds the lock of the page until it has seen `stop`
             writing.join()
         ids, probabilities, seconds = frame
         count = len(ids)
@@ -228,6 +235,7 @@ class Demo:
 
     def fill(self, text: str, gap_length: int, temperature: float, seed: int) -> str:
         """HTML of a text whose gaps, of three or more underscores, are filled."""
+        # people do not count underscores
         text = re.sub("_{3,}", GAP, text)
         settings = {"temperature": temperature} if self.predicts_tokens else {}
         try:
@@ -242,9 +250,11 @@ class Demo:
         pieces = text.split(GAP)
         for before, after in zip(pieces, pieces[1:]):
             rest = rest.removeprefix(before)
+            # what stands before the text that follows the gap
             end = rest.find(after) if after else len(rest)
             spans.append(given_text(before))
             spans.append(f'<span style="background:#bfe3bf">{html.escape(rest[:end])}</span>')
+            # what remains is read from the next gap on
             rest = rest[end:]
         return text_box("".join(spans) + given_text(rest))
 
@@ -266,10 +276,9 @@ class Demo:
                 again = torch.Generator()  # denoising draws the noise that is shown once more
                 again.set_state(generator.get_state())
                 seen = self._seen(encoded, noise_level, generator)
-                denoised = self.pipe.denoise_reconstruct(text, noise_level, generator=again).texts[
-                    0
-                ]
-                return colored(seen), denoised, self.pipe.reconstruct(text).texts[0]
+                output = self.pipe.denoise_reconstruct(text, noise_level, generator=again)
+                clean = self.pipe.reconstruct(text)
+                return colored(seen), output.texts[0], clean.texts[0]
         except ValueError as error:
             raise explained(error) from error
 
@@ -282,6 +291,7 @@ class Demo:
             noise = self.pipe.prepare_latents(1, encoded.latents.shape[1], generator)
             noisy = self.pipe._sampler().add_noise(encoded.latents.float(), noise, noise_level)
             return self.emerging(noisy, noise_level)[:count]
+        # the draw that the pipeline makes from the same generator
         kept = kept_tokens(count, noise_level, spawn_generators(generator, 1)[0])
         tokens = self._tokens(encoded.sequences[0, :count].tolist())
         return [(token, 1.0) if keep else ("·", 0.0) for token, keep in zip(tokens, kept)]
@@ -296,18 +306,21 @@ class Demo:
             raise explained(error) from error
         size = self.pipe.chunk_size
         latents = encoded.latents[0].float()
+        # two points lie on a line, which has no second component
         if len(latents) < 3:
             raise explained(
                 ValueError(
                     f"a map needs at least three chunks, {3 * size} tokens; give a longer text."
                 )
             )
-        centred = latents - latents.mean(0)
+        centred = latents - latents.mean(0)  # (n, C)
         _, sizes, axes = torch.linalg.svd(centred, full_matrices=False)
-        points = centred @ axes[:2].T
+        points = centred @ axes[:2].T  # (n, 2)
+        # squared singular values are proportional to variances
         shares = sizes.square() / sizes.square().sum()
         pieces = self._tokens(encoded.sequences[0].tolist())
         real = encoded.attention_mask[0].tolist()
+        # padding fills the last chunk and has no text
         tokens = [piece if is_text else "" for piece, is_text in zip(pieces, real)]
         figure = Figure(figsize=(8, 6), layout="constrained")
         plot = figure.subplots()
@@ -382,6 +395,7 @@ def _write_tab(demo: Demo) -> None:
     inputs = [prompt, length, steps, temperature, top_p, guidance, seed, slowly]
     writing = button.click(demo.write, inputs, [output, speed], show_progress="hidden")
     submitting = prompt.submit(demo.write, inputs, [output, speed], show_progress="hidden")
+    # gradio closes the generator, whose `finally` stops the pipeline
     stop.click(None, cancels=[writing, submitting])
 
 
@@ -425,6 +439,7 @@ def _noise_tab(demo: Demo) -> None:
     inputs = [text, level, seed]
     outputs = [seen, denoised, kept]
     button.click(demo.renoise, inputs, outputs)
+    # when the slider is let go, not at every value on the way
     level.release(demo.renoise, inputs, outputs)
 
 
@@ -445,7 +460,7 @@ def run(args: argparse.Namespace) -> None:
     check_model_path(args.checkpoint)
     models = [ShownModel(path, args.device) for path in args.models]
     pipe = open_pipeline(args.checkpoint, args.device)
-    check_modality(pipe, args.checkpoint, "generate")
+    check_modality(pipe, args.checkpoint)
     page = build_page(Demo(pipe), models)
     page.queue(default_concurrency_limit=1).launch(
         server_name=args.host, server_port=args.port, css=CSS, theme=gr.themes.Default(**FONTS)

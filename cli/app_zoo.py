@@ -27,7 +27,7 @@ from tokcom.training.report import several
 
 BUSY = threading.Lock()  # one sample at a time on the whole page: the machine is small
 LONGEST_ANSWER = 64  # tokens that a pixel model writes
-FRAMES_PER_SECOND = 8
+FRAMES_PER_SECOND = 8  # of the .gif files
 PREFIXES = (1, 2, 4, 8, 16, 32)  # tokens of a picture that are decoded, besides all
 # what to ask the models that ship; others begin with an empty box
 EXAMPLES = {
@@ -45,8 +45,10 @@ def numbered_noise(seed: float | None) -> torch.Generator:
     """Numbered noise; without a seed noise of its own."""
     generator = torch.Generator()
     if seed is None:
+        # a random seed from the system
         generator.seed()
         return generator
+    # torch takes no seed of more than 64 bits, and a visitor may type anything
     return generator.manual_seed(int(seed) % 2**63)
 
 
@@ -104,6 +106,7 @@ class ShownModel:
     def run(self, function: Callable):
         """What `function(pipe)` returns; raises `gr.Error` with a message for people."""
         try:
+            # loading, too, happens within: two visitors must not load a model twice
             with BUSY, torch.no_grad():
                 return function(self.pipe)
         except (ValueError, OSError) as error:
@@ -166,6 +169,7 @@ def rebuild(shown: ShownModel, picture: Image.Image | None) -> list[tuple[Image.
 
 def _prefixes(pipe, latents: torch.Tensor) -> list[tuple[Image.Image, str]]:
     count = pipe.model.config.codec_config.num_tokens
+    # all tokens first, then fewer and fewer
     kept = [count, *(k for k in reversed(PREFIXES) if k < count)]
     pictures = [pipe.decode(latents, num_tokens=k).images[0] for k in kept]
     return [(shown_large(picture), several(k, "token")) for picture, k in zip(pictures, kept)]
@@ -176,7 +180,9 @@ def animate(shown: ShownModel, caption: str, steps: int, guidance: float, seed: 
 
     def work(pipe) -> str:
         clip = pipe(**_options(caption, steps, guidance, seed)).videos[0]
+        # a name of its own for every visitor
         descriptor, name = tempfile.mkstemp(".gif", dir=shown.files.name)
+        # the exporter opens the file by its name
         os.close(descriptor)
         return export_to_gif([shown_large(frame) for frame in clip], name, FRAMES_PER_SECOND)
 
@@ -193,6 +199,7 @@ def complete(shown: ShownModel, steps: int, guidance: float, seed: float, *value
         output = pipe(
             given,
             num_inference_steps=int(steps),
+            # guidance needs something that is given to move towards
             guidance_scale=guidance if given else 1.0,
             generator=numbered_noise(seed),
         )
@@ -224,6 +231,7 @@ def pixel_tab(shown: ShownModel) -> None:
         lambda *values: write_pixels(shown, *values),
         [prompt, seed],
         [written, pixels],
+        # several tabs of the page have the same functions, so names begin with the model's
         api_name=f"{shown.name}_write",
     )
     gr.Markdown("A text of your own as a picture, and the text that is read in it:")

@@ -40,6 +40,8 @@ class StreamBox:
         config: of the stream's codec.
     """
 
+    kind: str  # of the codec's configuration
+
     def __init__(self, config: TokComCodecConfig):
         self.config = config
 
@@ -57,6 +59,8 @@ class StreamBox:
 
 
 class TextBox(StreamBox):
+    kind = "text"
+
     def widget(self, label: str, is_input: bool) -> gr.Textbox:
         return gr.Textbox(label=label, interactive=is_input, max_length=400)
 
@@ -66,6 +70,8 @@ class TextBox(StreamBox):
 
 
 class PictureBox(StreamBox):
+    kind = "image"
+
     def widget(self, label: str, is_input: bool) -> gr.Image:
         return gr.Image(label=label, type="pil", interactive=is_input, height=BOX_HEIGHT)
 
@@ -74,6 +80,8 @@ class PictureBox(StreamBox):
 
 
 class SoundBox(StreamBox):
+    kind = "audio"
+
     def widget(self, label: str, is_input: bool) -> gr.Audio:
         return gr.Audio(label=label, interactive=is_input)
 
@@ -87,22 +95,21 @@ class SoundBox(StreamBox):
         return self.config.sampling_rate, entry
 
 
-# `kind` of a stream's codec -> its box
 STREAM_BOXES: dict[str, type[StreamBox]] = {
-    "text": TextBox,
-    "image": PictureBox,
-    "audio": SoundBox,
+    box.kind: box for box in (TextBox, PictureBox, SoundBox)
 }
 
 
 def stream_boxes(streams: dict[str, TokComCodecConfig]) -> dict[str, StreamBox]:
     """The box of each stream; raises `ValueError` for a stream that the page cannot show."""
+    # while the page is built, not when somebody has filled in the first boxes
     boxes = {}
     for name, config in streams.items():
-        if config.kind not in STREAM_BOXES:
+        box = STREAM_BOXES.get(config.kind)
+        if box is None:
             raise ValueError(
                 f"stream {name!r} holds {config.kind!r}, which has no place on the page; leave "
                 "its model out."
             )
-        boxes[name] = STREAM_BOXES[config.kind](config)
+        boxes[name] = box(config)
     return boxes

@@ -310,12 +310,34 @@ def test_a_model_of_another_modality_is_refused_with_the_command_to_use(model, n
 )
 def test_commands_for_text_name_the_command_of_other_models(modality, command):
     from tokcom.cli.loading import check_modality
+    from tokcom.cli.options import MODES
 
     codec = SimpleNamespace(modality=modality)
     pipe = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(codec_config=codec)))
     for mode in ("generate", "infill", "reconstruct", "decode"):
         with pytest.raises(ValueError, match=f"not text: use `tokcom {command}`"):
-            check_modality(pipe, "a-model", mode)
+            check_modality(pipe, "a-model", MODES[mode].modality)
+
+
+def test_every_modality_is_known_to_training_to_a_pipeline_and_to_a_command():
+    from tokcom.cli import loading
+    from tokcom.cli.options import MODES
+    from tokcom.pipeline_base_tokcom import PIPELINE_NAMES
+    from tokcom.training import modalities
+    from tokcom.training.pipelines import PIPELINES
+
+    known = set(PIPELINES)
+    assert set(PIPELINE_NAMES) == set(modalities.MODALITIES) == set(loading.MODALITIES) == known
+    assert {mode.modality for mode in MODES.values()} == known
+
+
+def test_what_a_stream_can_hold_is_read_by_training_and_by_pipelines():
+    from tokcom.cli.modes import STREAM_FILES
+    from tokcom.codec_composite_tokcom import CONTENTS
+    from tokcom.training.streams import STREAMS
+
+    assert set(STREAMS) == set(CONTENTS)
+    assert set(STREAM_FILES) <= set(CONTENTS)
 
 
 # ---- verify ----

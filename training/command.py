@@ -17,6 +17,7 @@ from tokcom.training.config import TrainConfig, known_keys, load_train_config
 def parse_config(description: str | None, argv: list[str] | None) -> TrainConfig:
     """The configuration that a command line asks for; raises `ValueError`, and exits for
     `--help`."""
+    # options may stand between overrides, as people write them
     args = build_parser(description).parse_intermixed_args(argv)
     overrides = list(args.overrides)
     if args.output_dir:
