@@ -24,7 +24,9 @@ class ShardedEMAModel(EMAModel):
         shadow = []
         for parameter in state["shadow_params"]:
             if isinstance(parameter, DTensor):
+                # every process takes part in the exchange, and only one keeps the result
                 whole = parameter.full_tensor()
+                # on the host: a second full copy of the weights would not fit beside the shards
                 parameter = whole.cpu() if dist.get_rank() == 0 else None
             shadow.append(parameter)
         return {**state, "shadow_params": shadow}
@@ -45,12 +47,14 @@ class ShardedEMAModel(EMAModel):
         if dist.get_rank() == 0:
             whole = new.to(old.device)
         else:
+            # `distribute_tensor` sends rank 0's values to all and never reads these
             whole = torch.empty(old.shape, dtype=old.dtype, device=old.device)
         return distribute_tensor(whole, old.device_mesh, old.placements)
 
 
 def decay_from_half_life(steps: float) -> float:
     """Decay per step that halves a parameter's weight after `steps` optimizer steps."""
+    # a half-life below one step would forget everything: at least 1, that is a decay of 0.5
     return 0.5 ** (1.0 / max(1.0, steps))
 
 
@@ -59,6 +63,7 @@ def embeddings_in_the_root(model: nn.Module) -> Iterator[None]:
     """While accelerate prepares a model for FSDP2, hide its embedding, which would become a unit of
     its own, gathered for its own forward alone; the codec's decoder multiplies with the same
     weight."""
+    # on the instance, so that deleting it brings the method of the class back
     model.get_input_embeddings = lambda: None
     try:
         yield

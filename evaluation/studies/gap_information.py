@@ -1,5 +1,5 @@
 """Measure how much the text after a gap says about the gap: to the model that wrote the text, which
-is the most that any model can use, and to a TokCom model.
+is what an ideal reader of it gains, and to a TokCom model.
 
     python -m tokcom.evaluation.studies.gap_information --model . --teacher stories15M \
         --data held_out.parquet
@@ -19,9 +19,9 @@ of the author need no more. In longer ones the tokens before the last are the tr
 - *least*: the true beginning is one more draw. It is a draw given both sides, so the estimate is
   too high on average and the gain too low (as in InfoNCE, https://arxiv.org/abs/1807.03748).
 
-The author's cuts give it away: whatever makes one of the next 32 tokens fall below min-p is
-impossible, however small its influence. Only the author knows its logits so exactly. *plain* is the
-gain of a reader who knows the author's model but not its cuts after the gap.
+The author's cuts may give a gap away: a filling that makes one of the next 32 tokens fall below
+min-p is impossible, however small its influence, and only the author knows its logits so exactly.
+*plain* is the gain of a reader who knows the author's model but not its cuts after the gap.
 
 The two tokenizers differ. Gaps have whole tokens of both, and all numbers are per token of TokCom.
 A model that knows less of the left side than the author may gain more than the author does.
@@ -118,6 +118,7 @@ def right_log_probs(
     start = 0
     stride = 1
     while start < len(right):
+        # most fillings fall behind within a few tokens, so the strides begin short
         stop = min(start + stride, len(right))
         targets = rows[:, start + 1 : stop + 1]
         logits = teacher.model(input_ids=rows[:, start:stop], past_key_values=cache).logits
@@ -142,6 +143,7 @@ def gain(teacher: Teacher, ids: torch.Tensor, start: int, stop: int, draws: int)
 
     None if the author's top-k and min-p do not allow one of the true tokens.
     """
+    # the last token of the left side is read with each beginning: it predicts the first of the gap
     cache = DynamicCache(config=teacher.model.config)
     if start > 1:
         teacher.model.model(input_ids=ids[None, : start - 1], past_key_values=cache)
