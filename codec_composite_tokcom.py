@@ -169,6 +169,22 @@ class TokComCompositeCodec(TokComCodec):
         positions = self.positions(index).expand(len(latents), -1, -1)
         return TokComCodecOutput(part, positions, torch.ones_like(part[..., 0], dtype=torch.bool))
 
+    def read_back(self, name: str, latents: torch.Tensor, eos: int | None) -> torch.Tensor:
+        """The latents `(B, N, C)` with the stream `name`, as it was made, as if it had been given.
+
+        A text becomes the latents of its ids: training has shown no others. What pictures, clips and
+        sounds decode to is continuous, and they stay as they are.
+        """
+        if name not in self.text_names:
+            return latents
+        codec = self.streams[name]
+        ids = codec.to_ids(self.stream_of(latents, name))  # (B, n * K)
+        if eos is not None:
+            ids = ids.masked_fill((ids == eos).cumsum(-1) > 0, eos)  # as texts are filled up
+        latents = latents.clone()
+        latents[:, self.places[name], self.channels[name]] = codec.encode(ids).latents.float()
+        return latents
+
     # ---- streams <-> latents ----
 
     def check_names(self, names) -> None:

@@ -416,10 +416,10 @@ class TokComOmniPipelineOutput(BaseOutput):
 
 
 class TokComOmniPipeline(TokComBasePipeline):
-    """Make any streams (texts, pictures, clips, sounds) for any others that are given.
+    """Make any streams for any others. Arguments: see `TokComBasePipeline`.
 
-    Arguments: see `TokComBasePipeline`. Streams are a dictionary: name -> a text, a picture, a clip
-    or a sound (an array at the codec's rate, or a .wav file), or a list of them of one length.
+    Streams are a dictionary: name -> a text, a picture, a clip or a sound (an array at the codec's
+    rate, or a .wav file), or a list of them of one length.
     """
 
     modality = "several"
@@ -436,7 +436,7 @@ class TokComOmniPipeline(TokComBasePipeline):
                 f"makes any of the streams {', '.join(kinds)} for any others by denoising "
                 f"{codec.num_tokens} latents"
             ),
-            example=f'print(pipe({given}generate=["{(others or [first])[0]}"]).streams)',
+            example=f'print(pipe({given}generate="{(others or [first])[0]}").streams)',
         )
 
     @property
@@ -468,16 +468,15 @@ class TokComOmniPipeline(TokComBasePipeline):
             generate: names of the streams to make, in this order: each is made for those given and
                 for those made before it. By default all that are not given, texts first.
             batch_size: how many, if nothing is given.
-            guidance_scale: above 1 strengthens what a stream is made for, at twice the cost. A
-                dictionary names a scale for each of these; each that is not 1 costs one more
-                evaluation.
+            guidance_scale: above 1 strengthens what a stream is made for, at twice the cost; or a
+                dictionary of a scale for each of these, at one more evaluation for each.
             num_candidates: above 1, so many are made for each, and the one is kept whose texts the
                 others resemble most: better guesses, less variety, at so many times the cost.
             latents: initial noise `(B * num_candidates, n, C)` of the latents to generate.
             output_type: `"content"` or `"latent"`.
 
-        Returns `.streams`, a list for each name, those given as they are, and `.latents (B, N, C)`.
-        Raises `ValueError` for arguments out of range.
+        Returns `.streams`, lists by name, those given as they are, and `.latents (B, N, C)`. Raises
+        `ValueError` for arguments out of range.
         """
         self.check_inputs(num_inference_steps, output_type, callback_on_step_end_tensor_inputs)
         codec = self.model.codec
@@ -487,24 +486,25 @@ class TokComOmniPipeline(TokComBasePipeline):
         batch_size = len(next(iter(contents.values()), range(batch_size)))
         whole = self._read_given(contents, batch_size, num_candidates)
         index = codec.index_of(names, self._execution_device)
-        noise = self.prepare_latents(len(whole), len(index), generator, latents)
-        whole[:, index] = noise.to(whole.dtype)
+        whole[:, index] = self.prepare_latents(len(whole), len(index), generator, latents).float()
         on_step_end = self._step_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        eos = getattr(self.tokenizer, "eos_token_id", None)
+        seen = whole.clone()  # as later streams see them
         known = list(contents)
-        # the chain rule: p(text, image) = p(text) p(image | text). Denoised together, streams would
-        # all begin at the mean of everything, and end without agreeing on anything
+        # the chain rule; denoised together, all would begin at the mean of everything, and not agree
         for name in names:
             own = codec.index_of([name], whole.device)  # (n,)
             positions = codec.positions(own).expand(len(whole), -1, -1)
-            context = codec.context(whole, known)
+            context = codec.context(seen, known)
             task = TokComTask(whole[:, own], context, positions)
             omissions = guidance_omissions(codec, guidance_scale, known, context)
             sampling = TokComSampling(num_inference_steps, omissions=omissions, generator=generator)
             result, _ = self.sample_latents(task, sampling, False, on_step_end)
             whole[:, own] = result.to(whole.dtype)
+            seen[:, own] = codec.read_back(name, whole, eos)[:, own]
             known.append(name)
-            if self._interrupt:  # streams that were not begun stay noise
-                break
+            if self._interrupt:
+                break  # streams that were not begun stay noise
         if num_candidates > 1:
             whole = self._choose(whole, names, num_candidates)
         output = self._collect(whole, contents, names, output_type)

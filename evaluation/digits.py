@@ -191,8 +191,12 @@ def measure_digits(study, parts: Parts) -> dict:
     real = {name: share_equal(judge.classify(test[name]), wanted) for name, judge in sensed.items()}
     rows = []
     sounds = [parts.measure("sounds held out", lambda: held_out_sounds(judges["audio"], wanted))]
-    for given, made in permutations(judges, 2):
-        direction = f"{judges[given].word} to {judges[made].word}"
+    routes = list(permutations(judges, 2))
+    # a caption in between says in a few latents what the other two must share
+    routes += [(given, "text", made) for given, made in permutations(sensed, 2)]
+    for route in routes:
+        given, made = route[0], route[-1]
+        direction = " to ".join(judges[name].word for name in route)
         row = {
             "direction": direction,
             "measure": judges[made].measure,
@@ -209,9 +213,7 @@ def measure_digits(study, parts: Parts) -> dict:
             key = f"guidance {scale:g}"
             found = parts.measure(
                 f"{direction}, {key}",
-                lambda given=given, made=made, scale=scale: measure_direction(
-                    judges[made], given, scale, wanted
-                ),
+                lambda route=route, scale=scale: measure_direction(judges, route, scale, wanted),
             )
             row[key] = found["right"]
             if "closeness" in found:
@@ -235,12 +237,21 @@ def held_out_sounds(judge: SoundJudge, wanted: list[int]) -> dict:
     return {"sounds": "held out", **judge.closeness(held_out, wanted)}
 
 
-def measure_direction(judge: StreamJudge, given: str, scale: float, wanted: list[int]) -> dict:
-    """How many of the contents that are made from the stream `given` are of the right class."""
+def measure_direction(
+    judges: dict[str, StreamJudge], route: tuple[str, ...], scale: float, wanted: list[int]
+) -> dict:
+    """How many of the contents that are made at the end of the `route` are of the right class.
+
+    The first stream of the route is given, and the others are made in turn.
+    """
+    given, *between, made = route
+    judge = judges[made]
     study = judge.study
-    contents = study.generate(judge.stream, {given: study.data["digits_test"][given]}, scale)
+    held_out = {given: study.data["digits_test"][given]}
+    contents = study.generate(made, held_out, scale, tuple(between))
     right = share_equal(judge.classify(contents), wanted)
-    is_last = scale == study.args.guidance_scales[-1]
+    # pictures are kept of the direct way alone
+    is_last = scale == study.args.guidance_scales[-1] and not between
     return {"right": right, **judge.details(contents, given, wanted, is_last)}
 
 

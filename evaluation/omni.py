@@ -176,8 +176,11 @@ class Study:
         found["caption"] = [records[i]["text"] for i in rows]
         return found | {"pixels": self.pixels(found["image"])}
 
-    def generate(self, stream: str, given: dict[str, list], scale: float = 1.0) -> list:
-        """Generate `stream` from the streams `given` at guidance `scale`."""
+    def generate(
+        self, stream: str, given: dict[str, list], scale: float = 1.0, first: tuple[str, ...] = ()
+    ) -> list:
+        """Generate `stream` from the streams `given`, after the streams `first`, at guidance
+        `scale`."""
         generator = torch.Generator().manual_seed(self.args.seed)
         made = []
         count = len(next(iter(given.values())))
@@ -192,7 +195,7 @@ class Study:
                 "generator": generator,
             }
             options["num_candidates"] = self.args.num_candidates if stream == "text" else 1
-            made += self.pipe(part, stream, **options).streams[stream]
+            made += self.pipe(part, [*first, stream], **options).streams[stream]
         return made
 
     def pixels(self, images: list[Image.Image]) -> torch.Tensor:

@@ -145,7 +145,7 @@ def _stages(source: Path) -> str:
 
 def _goals(parts: dict) -> str:
     """How many directions reach their goal at each guidance scale, and how often all agree."""
-    scales: dict[str, list[float]] = {}
+    scales: dict[tuple[str, str], list[float]] = {}
     agree = 0.0
     for name, found in parts.items():
         direction, _, scale = name.partition(", guidance ")
@@ -153,13 +153,14 @@ def _goals(parts: dict) -> str:
             agree = max(agree, found["agree"])
         elif scale and " to " in direction:
             # names of parts are such as "text to image, guidance 2"
-            scales.setdefault(scale, []).append(found["right"])
+            way = "through a caption" if direction.count(" to ") > 1 else "directly"
+            scales.setdefault((scale, way), []).append(found["right"])
     sentences = []
-    for scale, shares in scales.items():
+    for (scale, way), shares in scales.items():
         reached = sum(share >= DIRECTION_GOAL for share in shares)
         sentences.append(
             f"At guidance {scale}, {reached} of {len(shares)} directions reach the goal of "
-            f"{DIRECTION_GOAL:.0%}."
+            f"{DIRECTION_GOAL:.0%} {way}."
         )
     verdict = "reached" if agree >= AGREEMENT_GOAL else "**missed**"
     goal = f"goal: {AGREEMENT_GOAL:.0%}, {verdict}"

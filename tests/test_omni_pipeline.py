@@ -107,6 +107,16 @@ def test_streams_are_made_in_turn_each_for_those_before_it(pipe):
         stream(made(["audio", "image"], noise), "audio"),
         stream(made(["audio", "image"], other), "audio"),
     )
+    # a text is seen as if it had been given, not as it was drawn
+    drawn = made(["text", "image"], noise)
+    texts = codec.streams["text"]
+    ids = texts.to_ids(stream(drawn, "text"))
+    again = codec.read_back("text", drawn, None)
+    assert torch.equal(stream(again, "text"), texts.encode(ids).latents)
+    ended = codec.read_back("text", drawn, int(ids[0, 1]))
+    ids[0, 1:] = ids[0, 1]
+    assert torch.equal(stream(ended, "text")[0], texts.encode(ids).latents[0])
+    assert torch.equal(codec.read_back("image", drawn, None), drawn)
     # a first stream has nothing to move towards
     guided = made(["image", "audio"], noise, guidance_scale=3.0)
     assert torch.equal(stream(guided, "image"), stream(both, "image"))

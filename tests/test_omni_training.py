@@ -387,7 +387,7 @@ def test_the_evaluation_measures_six_directions_and_writes_pictures_and_sounds(t
         ]
     )
     directions = {row["direction"] for row in facts["directions"]}
-    assert len(directions) == 7 and all(  # the seventh is from nothing
+    assert len(directions) == 9 and all(  # six, two through a caption, and from nothing
         0 <= row["guidance 1"] <= 100 for row in facts["directions"]
     )
     nearest = [row for row in facts["directions"] if row["measure"] == "noun exact"][0]
