@@ -20,6 +20,7 @@ from transformers import modeling_utils
 
 from tokcom.configuration_tokcom import TokComConfig
 from tokcom.modeling_tokcom import TokComModel
+from tokcom.training.sharding import Part
 
 
 class Gathering:
@@ -46,9 +47,24 @@ class Gathering:
                 return
             self._gather(wanted[0])
 
-    def _gather(self, name: str) -> torch.Tensor:
+    def _gather(self, name: str) -> torch.Tensor | None:
+        """A tensor on the main process; `DTensor.full_tensor` has several copies of it everywhere."""
         tensor = self.state[name]
-        return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+        if not isinstance(tensor, DTensor):
+            return tensor.cpu()
+        local = tensor.to_local()
+        if dist.get_rank():
+            if local.numel():
+                dist.send(local.contiguous(), 0)
+            return None
+        whole = torch.empty(tensor.shape, dtype=local.dtype, device=local.device)
+        whole[: len(local)] = local
+        processes = dist.get_world_size()
+        for index in range(1, processes):
+            rows = whole[Part(index, processes).rows(len(whole))]
+            if rows.numel():
+                dist.recv(rows, index)
+        return whole.cpu()
 
 
 @torch.no_grad()
@@ -104,3 +120,4 @@ def save_one_by_one(
         for name in order:
             tensor = whole(name).to(tensors[name].dtype).contiguous()
             file.write(tensor.flatten().view(torch.uint8).numpy())
+            del tensor  # before the next one is gathered

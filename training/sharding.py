@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
+from accelerate import DistributedType, PartialState
 from accelerate.utils import parse_flag_from_env
 from accelerate.utils.fsdp_utils import fsdp2_canonicalize_names
 from huggingface_hub import snapshot_download
@@ -59,7 +59,9 @@ class Part(NamedTuple):
 def part_of(state: PartialState) -> Part | None:
     """What this process is to have of every parameter; None if that is all of it."""
     is_fsdp2 = parse_flag_from_env("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION") == "2"
-    return Part(state.process_index, state.num_processes) if is_fsdp2 else None
+    # accelerate passes over FSDP on a CPU
+    is_alone = state.num_processes == 1 or state.distributed_type == DistributedType.MULTI_CPU
+    return Part(state.process_index, state.num_processes) if is_fsdp2 and not is_alone else None
 
 
 class ShardedBuild(TorchDispatchMode):
@@ -99,20 +101,26 @@ class ShardedBuild(TorchDispatchMode):
         stand_in.data_ptr = lambda: address
         self.stand_ins[stand_in.untyped_storage()._cdata] = stand_in
         if self.draws:
+            whole = parameter.detach()
             self.current = stand_in
-            self.whole = parameter.detach()
+            self.whole = whole
         return stand_in
 
     def _keep_shard(self) -> None:
-        if self.current is not None:
-            rows = self.part.rows(len(self.whole))
-            self.current.shard = self.whole[rows].clone()
+        """Drop the whole parameter, after a copy of this process's rows."""
+        stand_in = self.current
+        whole = self.whole
         self.current = None
         self.whole = None
+        if stand_in is not None:
+            stand_in.shard = None  # that of an earlier initialisation
+            stand_in.shard = whole[self.part.rows(len(whole))].clone()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         target = args[0] if args else None
         is_meta = isinstance(target, torch.Tensor) and target.is_meta
+        if not is_meta:
+            self._keep_shard()  # before anything else is allocated
         if not (is_meta and func._schema.is_mutable):
             return func(*args, **(kwargs or {}))
         if self.draws:
@@ -207,7 +215,8 @@ def _shards_in(
                         buffers[name].copy_(value)
                 else:
                     stored = tensors.get_slice(name)
-                    value = stored[part.rows(stored.get_shape()[0])]
+                    # a copy, since what is read is a view of the mapped file
+                    value = stored[part.rows(stored.get_shape()[0])].clone()
                     if is_wanted:
                         parameters[name].shard = value.to(parameters[name].dtype)
                 yield name, value
@@ -221,8 +230,9 @@ def load_sharded(path: str | os.PathLike, part: Part) -> TokComModel:
 
 
 def shards_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The shards of a model of stand-ins, by the names of its parameters."""
-    return {name: parameter.shard for name, parameter in model.named_parameters()}
+    """The shards of a model of stand-ins, by the names of its parameters; none of any other."""
+    parameters = model.named_parameters()
+    return {name: parameter.shard for name, parameter in parameters if parameter.is_meta}
 
 
 @torch.no_grad()

@@ -118,10 +118,10 @@ class StageTrainer(Trainer):
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             plugin = self.accelerator.state.deepspeed_plugin
             plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = options.batch_size
-        shards = shards_of(model) if self.accelerator.is_fsdp2 else {}
+        shards = shards_of(model)
         with embeddings_in_the_root(model):
             self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        if self.accelerator.is_fsdp2:
+        if shards:
             fill(self.module, shards)
         # a stream is read in parts by its own means
         self.loader = loader if self.corpus.streamed else self.accelerator.prepare(loader)
