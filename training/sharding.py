@@ -7,7 +7,9 @@ From files only those rows are read. Once accelerate has sharded the stand-ins, 
 their numbers. Buffers are whole everywhere.
 """
 
+import ctypes
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -41,6 +43,7 @@ from tokcom.modeling_tokcom import TokComModel
 # what leaves nothing of the numbers that a tensor had before
 OVERWRITES = {"copy_", "fill_", "normal_", "uniform_", "zero_"}
 ADDRESSES = count(1)
+LARGE = 2**20  # bytes of a tensor after which memory is given back
 
 
 class Part(NamedTuple):
@@ -115,6 +118,10 @@ class ShardedBuild(TorchDispatchMode):
         if stand_in is not None:
             stand_in.shard = None  # that of an earlier initialisation
             stand_in.shard = whole[self.part.rows(len(whole))].clone()
+            is_large = whole.nbytes >= LARGE
+            del whole
+            if is_large:
+                give_back_memory()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         target = args[0] if args else None
@@ -139,6 +146,15 @@ class ShardedBuild(TorchDispatchMode):
             self.whole = torch.empty(stand_in.shape, dtype=stand_in.dtype)
         place = target.size(), target.stride(), target.storage_offset()
         func(self.whole.as_strided(*place), *rest, **kwargs)
+
+
+def give_back_memory() -> None:
+    """Let glibc return what was freed. It keeps gaps that the next tensor does not fit into, which
+    together become as large as the model."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
+        if trim is not None:
+            trim(0)
 
 
 def empty_model(path: str | os.PathLike, part: Part) -> TokComModel:
@@ -207,19 +223,22 @@ def _shards_in(
     buffers = dict(model.named_buffers())
     for file in files:
         with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():
-                is_wanted = name.startswith("codec.") or not codec_only
+            names = list(tensors.keys())
+        for name in names:
+            # opened anew: what was read of an open file stays mapped
+            with safe_open(file, framework="pt") as tensors:
                 if name in buffers:
                     value = tensors.get_tensor(name)
-                    if is_wanted:
-                        buffers[name].copy_(value)
                 else:
                     stored = tensors.get_slice(name)
-                    # a copy, since what is read is a view of the mapped file
-                    value = stored[part.rows(stored.get_shape()[0])].clone()
-                    if is_wanted:
-                        parameters[name].shard = value.to(parameters[name].dtype)
-                yield name, value
+                    value = stored[part.rows(stored.get_shape()[0])].clone()  # not the mapped file
+            if codec_only and not name.startswith("codec."):
+                pass
+            elif name in buffers:
+                buffers[name].copy_(value)
+            else:
+                parameters[name].shard = value.to(parameters[name].dtype)
+            yield name, value
 
 
 def load_sharded(path: str | os.PathLike, part: Part) -> TokComModel:
