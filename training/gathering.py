@@ -68,9 +68,12 @@ class Gathering:
 
 
 @torch.no_grad()
-def write_gathered(model: TokComModel, write: Callable[[TokComModel], None]) -> None:
-    """Call `write(empty)` on the main process, where `empty` is an ordinary model of the same
-    configuration on `meta`, whose `save_pretrained` saves what `model` holds.
+def write_gathered(
+    model: TokComModel, write: Callable[[TokComModel], None], config: TokComConfig | None = None
+) -> None:
+    """Call `write(empty)` on the main process, where `empty` is an ordinary model on `meta` of the
+    configuration `config`, by default that of `model`. Its `save_pretrained` saves what `model`
+    holds.
 
     Every process calls it. What `write` raises is raised on the main process, once the others are
     told to go on.
@@ -80,7 +83,7 @@ def write_gathered(model: TokComModel, write: Callable[[TokComModel], None]) -> 
         gathering.follow()
         return
     with torch.device("meta"):
-        empty = TokComModel(TokComConfig.from_dict(model.config.to_dict()))
+        empty = TokComModel(TokComConfig.from_dict((config or model.config).to_dict()))
     save_file = partial(save_one_by_one, whole=gathering.whole)
     try:
         # the function with which transformers writes each file of weights

@@ -160,6 +160,10 @@ def give_back_memory() -> None:
 def empty_model(path: str | os.PathLike, part: Part) -> TokComModel:
     """The model in a directory or a Hub repository, of stand-ins that have no numbers."""
     config = TokComConfig.from_pretrained(path)
+    # as `from_pretrained` notes it, so that an export says the same
+    config.dtype = torch.float32
+    for name in config.sub_configs:
+        getattr(config, name).dtype = torch.float32
     with torch.random.fork_rng(devices=[]), ShardedBuild(part, draws=False):
         return TokComModel(config).eval()
 

@@ -493,8 +493,8 @@ class StageTrainer(Trainer):
     def export(self, target: Path) -> None:
         best = self.directory / "best"
         if self.accelerator.is_fsdp2 and self.stage == "codec":
-            self._measure_sharded(best)
-            write_gathered(self.module, lambda model: self._export(model, target))
+            config = self._measure_sharded(best)
+            write_gathered(self.module, lambda model: self._export(model, target), config)
         elif self.accelerator.is_main_process:
             check_folder(best)
             if self.accelerator.is_fsdp2:
@@ -509,11 +509,14 @@ class StageTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         self.accelerator.free_memory()
 
-    def _measure_sharded(self, best: Path) -> None:
-        """Give the sharded model the best weights and the latent statistics of its codec."""
+    def _measure_sharded(self, best: Path) -> TokComConfig:
+        """Give the sharded model the best weights and the latent statistics of its codec; returns
+        the configuration as it was loaded."""
         part = Part(self.accelerator.process_index, self.accelerator.num_processes)
-        fill(self.module, shards_of(load_sharded(best, part)))
+        loaded = load_sharded(best, part)
+        fill(self.module, shards_of(loaded))
         # the codec is called without the model's own forward, which would gather these
         self.module.unshard()
         self.corpus.measure(self.module)
         self.module.reshard()
+        return loaded.config
