@@ -6,6 +6,7 @@ imported until it is asked for, so that `import tokcom` costs nothing.
 
 from importlib import import_module
 
+# public name -> the module that defines it
 _MODULES = {
     "TokComConfig": "configuration_tokcom",
     "TokComModel": "modeling_tokcom",
@@ -24,7 +25,7 @@ __all__ = list(_MODULES)
 __version__ = "0.2.0"
 
 
-def __getattr__(name: str):
+def __getattr__(name: str):  # called for names that the module does not have yet (PEP 562)
     if name in _MODULES:
         return getattr(import_module(f".{_MODULES[name]}", __name__), name)
     raise AttributeError(f"module 'tokcom' has no attribute {name!r}; it has {', '.join(__all__)}")

@@ -4,6 +4,7 @@
 import importlib.util
 import sys
 
+# this directory is the package, so a plain checkout cannot import it by name
 if importlib.util.find_spec("tokcom") is None:
     remedy = "run `make setup`, then `.venv/bin/python app.py`"
     sys.exit(f"error: the package tokcom is not installed; {remedy}.")

@@ -104,9 +104,9 @@ class TokComChunkMLP(nn.Module):
         self.norm = TokComRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.proj_out = nn.Identity() if encoder else nn.Linear(config.hidden_size, chunk_width)
         # logits are inner products with the embeddings, so what leaves the decoder is normed
-        self.output_norm = (
-            nn.Identity() if encoder else TokComRMSNorm(config.embedding_size, config.rms_norm_eps)
-        )
+        self.output_norm = nn.Identity()
+        if not encoder:
+            self.output_norm = TokComRMSNorm(config.embedding_size, config.rms_norm_eps)
         self.encoder = encoder
         self.chunk_size = config.chunk_size
 
@@ -139,9 +139,8 @@ class TokComChunkTransformer(nn.Module):
     def forward(self, inputs: torch.Tensor, query: torch.Tensor | None = None) -> torch.Tensor:
         size = self.config.chunk_size
         if not self.encoder:  # the latent stands first and each query asks for one more token
-            inputs = torch.cat(
-                (inputs[:, None], query.to(inputs.dtype).expand(len(inputs), size - 1, -1)), dim=1
-            )
+            queries = query.to(inputs.dtype).expand(len(inputs), size - 1, -1)
+            inputs = torch.cat((inputs[:, None], queries), dim=1)  # (M, K, D)
         head_dim = self.config.hidden_size // self.config.num_attention_heads
         positions = torch.arange(size, device=inputs.device)[None, :, None]  # (1, K, 1)
         tables = rotary_embedding(positions, head_dim, self.config.rope_theta)
@@ -190,7 +189,7 @@ class TokComCodec(TokComPreTrainedModel):
         Without `mask (B, N)`, no latent is padding.
         """
         index = torch.arange(latents.shape[1], device=latents.device).expand(len(latents), -1)
-        mask = torch.ones_like(index, dtype=torch.bool) if mask is None else mask
+        mask = torch.ones_like(index, dtype=torch.bool) if mask is None else mask  # (B, N)
         return TokComCodecOutput(
             latents, position_ids=self.positions(index), mask=mask, codes=codes
         )
@@ -297,6 +296,7 @@ class TokComChunkCodec(TokComTextCodec):
             if config.encoder_type == "token":  # a table lookup: no network over the chunk
                 inputs = config.embedding_size
                 channels = config.latent_channels // config.chunk_size
+            # mean and log-variance
             self.to_posterior = nn.Linear(inputs, 2 * channels)
             self.from_latent = nn.Linear(config.latent_channels, config.hidden_size)
         self.log_precision = None
@@ -506,7 +506,7 @@ class TokComChunkCodec(TokComTextCodec):
             # text never decodes to the pad token: leave out its row, which is the last
             weight = weight[:-1]
             chunks = chunks.clamp_max(len(weight) - 1)  # callers mask the loss of padding
-        losses = chunked_cross_entropy(states.flatten(0, 1), weight, chunks.flatten())
+        losses = chunked_cross_entropy(states.flatten(0, 1), weight, chunks.flatten())  # (M * K,)
         return losses.view(chunks.shape)
 
     def training_loss(
@@ -527,7 +527,7 @@ class TokComChunkCodec(TokComTextCodec):
             dropped = torch.rand(chunks.shape, device=chunks.device) < settings.token_dropout
             inputs = torch.where(dropped, self.config.mask_token_id, chunks)
         latents, log_variance = self._posterior(inputs.flatten(0, 1))  # (B * N, C) each
-        kl = latents.new_zeros(())
+        kl = latents.new_zeros(())  # a quantiser or no posterior has none
         if self.quantizer is not None:
             quantized = self.quantizer(latents)
             latents = quantized.latents

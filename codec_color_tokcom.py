@@ -63,7 +63,7 @@ class TokComColorCodec(TokComTextCodec):
         """
         # place values of the digits: 1, base, base^2, ...
         base = self.config.base ** torch.arange(self.config.digits_per_token, device=digits.device)
-        ids = (digits * base).sum(-1)
+        ids = (digits * base).sum(-1)  # (...)
         # there are more colors than tokens
         wrong = ids >= self.config.num_valid_ids
         if bool(wrong.any()):
@@ -180,7 +180,7 @@ class TokComColorCodec(TokComTextCodec):
             )
         # a picture is a rectangle, so the last row is filled up
         ids = F.pad(ids, (0, -len(ids) % width), value=self.config.pad_token_id).view(-1, width)
-        return spell(ids, 256, 3).to(torch.uint8)
+        return spell(ids, 256, 3).to(torch.uint8)  # (height, width, 3)
 
     def from_image(self, pixels: torch.Tensor) -> torch.Tensor:
         """An image `(height, width, 3)` of uint8 -> ids `(T,)` without the padding at its end.
@@ -201,7 +201,8 @@ class TokComColorCodec(TokComTextCodec):
             ids[wrong] = torch.cat(found)
         # inside a text the pad token may stand, so only the end is cut
         real = (ids != self.config.pad_token_id).nonzero()
-        return ids[: int(real[-1]) + 1 if len(real) else 0]
+        length = int(real[-1]) + 1 if len(real) else 0
+        return ids[:length]
 
     # ---- the interface of a codec ----
 
@@ -247,7 +248,7 @@ class TokComColorCodec(TokComTextCodec):
         """The standardised value of every digit at every place: `(K * G, base)`."""
         digits = torch.arange(self.config.base, device=device)[:, None]
         table = self._standardize(digits.expand(-1, self.config.digits_per_token))  # (base, G)
-        return table.T.repeat(self.config.chunk_size, 1)
+        return table.T.repeat(self.config.chunk_size, 1)  # (K * G, base)
 
     def _digit_logits(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents `(B, N, C)` -> logits of digits `(B, N, K * G, base)`.
@@ -280,7 +281,7 @@ class TokComColorCodec(TokComTextCodec):
         values = latents.float().unflatten(2, (-1, self.config.digits_per_token))  # (B, N, K, G)
         mean, std = (x.to(latents.device) for x in self._scale)
         # rounding each digit is exact unless the digits spell no token; `ids` repairs that
-        digits = (values * std + mean).round().clamp(0, self.config.base - 1).long()
+        digits = (values * std + mean).round().clamp(0, self.config.base - 1).long()  # (B, N, K, G)
         return self.from_patches(self.ids(digits, values))
 
     def training_loss(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None):

@@ -160,6 +160,15 @@ class TokComCompositeCodec(TokComCodec):
         """The latents `(..., n, c)` of one stream among `(..., N, C)` of all."""
         return latents[..., self.places[name], self.channels[name]]
 
+    def context(self, latents: torch.Tensor, names: list[str]) -> TokComCodecOutput | None:
+        """The streams `names` among the latents `(B, N, C)` of all, as context; None for none."""
+        if not names:
+            return None
+        index = self.index_of(names, latents.device)  # (S,)
+        part = latents[:, index].to(self.dtype)
+        positions = self.positions(index).expand(len(latents), -1, -1)
+        return TokComCodecOutput(part, positions, torch.ones_like(part[..., 0], dtype=torch.bool))
+
     # ---- streams <-> latents ----
 
     def check_names(self, names) -> None:
@@ -482,17 +491,20 @@ def names_to_make(
     given: list[str],
     num_candidates: int,
 ) -> list[str]:
-    """The streams to make, by default all that are not given; raises `ValueError` for what makes no
-    sense."""
+    """The streams to make, in this order; raises `ValueError` for what makes no sense.
+
+    By default all that are not given, texts first: a few latents say what hundreds of others show.
+    """
     if generate is None:
         names = [name for name in codec.names if name not in given]
+        names.sort(key=lambda name: name not in codec.text_names)
     else:
         names = [generate] if isinstance(generate, str) else list(generate)
     codec.check_names(names)
-    if not names or set(names) & set(given):
+    if not names or set(names) & set(given) or len(set(names)) < len(names):
         raise ValueError(
-            f"`generate` ({names}) must name at least one stream, and none that is given "
-            f"({sorted(given)})."
+            f"`generate` ({names}) must name at least one stream, none twice, and none that is "
+            f"given ({sorted(given)})."
         )
     has_text = any(name in codec.text_names for name in names)
     if num_candidates < 1 or (num_candidates > 1 and not has_text):
@@ -503,31 +515,41 @@ def names_to_make(
     return names
 
 
+def check_guidance(scale: float | Mapping[str, float], given: list[str], names: list[str]) -> None:
+    """Raise `ValueError` for a scale of a stream that nothing is made for.
+
+    Streams are made for those `given`, and for those of `names` before them.
+    """
+    scales = dict(scale) if isinstance(scale, Mapping) else {"all": float(scale)}
+    sources = [*given, *names[:-1]]
+    wanted = [name for name, value in scales.items() if value != 1.0]
+    unknown = isinstance(scale, Mapping) and set(wanted) - set(sources)
+    if wanted and (unknown or not sources):
+        raise ValueError(
+            f"`guidance_scale` ({scale}) needs streams that others are made for (here {sources}) "
+            "to move towards; leave it at 1."
+        )
+
+
 def guidance_omissions(
     codec: TokComCompositeCodec,
     scale: float | Mapping[str, float],
-    given: list[str],
+    known: list[str],
     context: TokComCodecOutput | None,
 ) -> list[tuple[torch.Tensor, float]]:
     """Which context latents, `(S,)`, guidance leaves out in turn, and the scale of each that is not
     1.
 
-    One scale is for all given streams together. Raises `ValueError` for the scale of a stream that
-    is not given.
+    One scale is for all `known` streams together; scales of streams that are not yet known wait.
     """
     if isinstance(scale, Mapping):
-        scales = [([name], float(value)) for name, value in scale.items()]
+        scales = [([name], float(value)) for name, value in scale.items() if name in known]
     else:
-        scales = [(given, float(scale))]
+        scales = [(known, float(scale))] if known else []
     omissions = []
     for part, value in scales:
         if value == 1.0:
             continue
-        if not part or set(part) - set(given):
-            raise ValueError(
-                f"`guidance_scale` ({scale}) needs streams that are given (here {given}) to move "
-                "towards; leave it at 1."
-            )
         streams = context.position_ids[0, :, 0]  # the first axis of a position is its stream
         numbers = torch.tensor([codec.names.index(name) for name in part], device=streams.device)
         omissions.append((torch.isin(streams, numbers), value))
@@ -542,6 +564,7 @@ __all__ = [
     "TokComImageOutput",
     "TokComVideoOutput",
     "as_lists",
+    "check_guidance",
     "guidance_omissions",
     "names_to_make",
 ]

@@ -129,7 +129,8 @@ class TokComStyledBlock(GradientCheckpointingLayer):
         self.mlp_norm = TokComRMSNorm(width, eps)
         self.self_attn = TokComStyleAttention(width, heads)
         self.mlp = TokComStyleMLP(width, inner)
-        self.attention_style, self.mlp_style = (nn.Linear(channels, 2 * width) for _ in range(2))
+        self.attention_style = nn.Linear(channels, 2 * width)  # scale and shift
+        self.mlp_style = nn.Linear(channels, 2 * width)
         self.registers = nn.ModuleList(nn.Linear(channels, width) for _ in range(2))
 
     def forward(self, hidden_states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -248,7 +249,7 @@ class TokComSoftCodebook(nn.Module):
             directions = self.directions.float()
             # cosines of the inputs to all directions
             weights = F.normalize(inputs.float(), dim=-1) @ F.normalize(directions, dim=-1).T
-            mixed = (weights - weights.mean(-1, keepdim=True)) @ directions
+            mixed = (weights - weights.mean(-1, keepdim=True)) @ directions  # (..., C)
             return F.layer_norm(
                 mixed, mixed.shape[-1:], self.norm.weight.float(), self.norm.bias.float()
             )
@@ -464,13 +465,11 @@ class TokComStyleCodec(TokComCodec):
                 # noise keeps neighbours on the sphere alike, as the posterior does elsewhere
                 tokens = tokens + torch.randn_like(tokens) * settings.bottleneck_noise
             draws = torch.rand(2, len(tokens), 1, device=tokens.device)  # whether and where to cut
-            count = torch.where(
-                draws[0] < settings.tail_dropout,
-                1 + (draws[1] * config.num_tokens).long(),
-                config.num_tokens,
-            )
+            cut = 1 + (draws[1] * config.num_tokens).long()  # 1..N
+            is_cut = draws[0] < settings.tail_dropout
+            count = torch.where(is_cut, cut, config.num_tokens)  # (B, 1)
             # what the first k tokens hold must be a picture of its own: that is their order
-            kept = torch.arange(config.num_tokens, device=tokens.device) < count
+            kept = torch.arange(config.num_tokens, device=tokens.device) < count  # (B, N)
         output = self._decode(tokens, kept).float()
         error = F.mse_loss(output, pixel_values.float())
         loss = error + settings.kl_weight * kl
@@ -482,7 +481,7 @@ class TokComStyleCodec(TokComCodec):
 
 
 class _Tokens:
-    """Standardised latents, part after part `(M, N, C)`, as raw tokens `(M N, C)`, again and
+    """Parts of standardised latents `(M, N, C)` as raw tokens `(M N, C)`; can be read again and
     again."""
 
     def __init__(self, codec: TokComStyleCodec, latents: Iterable[torch.Tensor]):

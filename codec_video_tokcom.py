@@ -106,7 +106,7 @@ class TokComVideoCodec(TokComCodec):
         configured height and width."""
         columns = self.config.width // self.config.patch_size
         moment = index // self.config.group_size  # a group is all patches of one moment
-        place = index % self.config.group_size
+        place = index % self.config.group_size  # of the patch in its moment, row by row
         return torch.stack((moment, place // columns, place % columns), dim=-1)
 
     def grid(
@@ -237,7 +237,7 @@ class TokComVideoCodec(TokComCodec):
 
         H and W are those of the configuration by default; F follows from N.
         """
-        patches = self._unstandardize(latents)
+        patches = self._unstandardize(latents)  # (B, N, C), or P values without a network
         if self.decoder is not None:
             patches = self.decoder(patches.to(self.dtype)).float()
         clip = self.from_patches(patches, height or self.config.height, width or self.config.width)
@@ -255,7 +255,7 @@ class TokComVideoCodec(TokComCodec):
                 "this codec has no parameters, so there is nothing to train; use stage='flow'."
             )
         patches = self.to_patches(pixel_values).to(self.dtype)
-        latents = self.encoder(patches)
+        latents = self.encoder(patches)  # (B, N, C)
         commitment = patches.new_zeros(())  # without a quantiser there is nothing to commit to
         if self.quantizer is not None:
             quantized = self.quantizer(latents)
@@ -283,7 +283,9 @@ def read_clips(
     if there is no other wish.
     """
     clips = as_clips(videos, name)
-    lengths = {clip.shape[1] if isinstance(clip, torch.Tensor) else len(clip) for clip in clips}
+    lengths = set()
+    for clip in clips:  # a tensor (3, F, H, W), or a list of F pictures
+        lengths.add(clip.shape[1] if isinstance(clip, torch.Tensor) else len(clip))
     if len(lengths) != 1 or 0 in lengths:
         raise ValueError(
             f"`{name}` must be clips of one length above 0, not of {sorted(lengths)} frames."
@@ -296,12 +298,12 @@ def read_clips(
             if tuple(clip.shape[-2:]) == (height or clip.shape[-2], width or clip.shape[-1]):
                 pixels.append(clip)
                 continue
-            clip = list(clip.transpose(0, 1))
-        pixels.append(processor(clip)["pixel_values"].transpose(0, 1))
+            clip = list(clip.transpose(0, 1))  # frames (3, H, W), to be scaled like pictures
+        pixels.append(processor(clip)["pixel_values"].transpose(0, 1))  # (3, F, H, W)
     sizes = sorted({tuple(clip.shape[-2:]) for clip in pixels})
     if len(sizes) > 1:
         raise ValueError(f"`{name}` must be clips of one size, not of {sizes}; scale them first.")
-    return torch.stack(pixels)
+    return torch.stack(pixels)  # (B, 3, F, H, W)
 
 
 # ---- external autoencoders ----
@@ -332,7 +334,7 @@ def encode_clips(autoencoder: nn.Module, pixel_values: torch.Tensor) -> torch.Te
     # the mode, not a sample: the flow adds its own noise
     latents = output.latent_dist.mode() if hasattr(output, "latent_dist") else output.latents
     if not takes_clips:
-        latents = latents.unflatten(0, (len(pixel_values), -1)).transpose(1, 2)
+        latents = latents.unflatten(0, (len(pixel_values), -1)).transpose(1, 2)  # (B, c, F, h, w)
     return latents.float()
 
 
@@ -343,7 +345,7 @@ def decode_clips(autoencoder: nn.Module, latents: torch.Tensor) -> torch.Tensor:
     latents = latents.to(_device_of(autoencoder), autoencoder.dtype)
     if _codes_time(autoencoder):
         return autoencoder.decode(latents).sample.float().clamp(-1, 1)
-    frames = autoencoder.decode(latents.transpose(1, 2).flatten(0, 1)).sample
+    frames = autoencoder.decode(latents.transpose(1, 2).flatten(0, 1)).sample  # (B F, 3, H, W)
     return frames.unflatten(0, (len(latents), -1)).transpose(1, 2).float().clamp(-1, 1)
 
 

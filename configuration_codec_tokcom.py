@@ -18,7 +18,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-MAX_PARAMETERS = 10**12
+MAX_PARAMETERS = 10**12  # what a downloaded config.json may ask for at most
 MAX_LAYERS = 1024
 MAX_SIZE = 2**31 - 1  # of anything that is counted
 # Least and greatest value of numbers that are no sizes. Beyond them a model is not merely unusual:
@@ -45,15 +45,13 @@ def check_numbers(config: PreTrainedConfig) -> None:
     """Refuse numbers that are not finite or beyond what they can mean; NaN passes every comparison
     but these."""
     for name, value in vars(config).items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):  # True is an int, too
             continue
-        low, high = RANGES.get(name, (-MAX_SIZE, MAX_SIZE))
+        low, high = RANGES.get(name, (-MAX_SIZE, MAX_SIZE))  # other numbers are counts
         if not low <= value <= high:
-            bounds = (
-                f"at most {MAX_SIZE}"
-                if name not in RANGES and value > high
-                else f"between {low:g} and {high:g}"
-            )
+            bounds = f"between {low:g} and {high:g}"
+            if name not in RANGES and value > high:
+                bounds = f"at most {MAX_SIZE}"  # not as 2.14748e+09
             raise ValueError(f"`{name}` ({value}) must be {bounds}.")
 
 
@@ -85,8 +83,11 @@ def check_known_keys(
 ) -> None:
     """Reject misspelt keys, which `PreTrainedConfig` would keep as attributes that nothing
     reads."""
-    known = {k for c in config_class.__mro__ for k in getattr(c, "__annotations__", {})}
+    known: set[str] = set()
+    for base in config_class.__mro__:  # fields are inherited, annotations are not
+        known |= set(getattr(base, "__annotations__", {}))
     for key in set(values) - known:
+        # the library has fields of its own, which are in `to_dict`
         if key not in config_class().to_dict() and not key.startswith("_"):
             raise ValueError(
                 f"unknown configuration key '{prefix}{key}'; see {config_class.__name__}."
@@ -95,6 +96,7 @@ def check_known_keys(
 
 def check_size(config: PreTrainedConfig, parameters: int) -> None:
     """Refuse what no machine can hold, before anything is allocated."""
+    # whatever a configuration calls its layers
     layers = max(
         getattr(config, f"num_{name}_layers", 0)
         for name in ("hidden", "expert", "styled", "decoder")
@@ -108,7 +110,7 @@ def check_size(config: PreTrainedConfig, parameters: int) -> None:
 
 
 def check_heads(config: PreTrainedConfig) -> None:
-    if config.hidden_size % (2 * config.num_attention_heads):
+    if config.hidden_size % (2 * config.num_attention_heads):  # 2 channels a pair
         raise ValueError(
             f"`hidden_size` ({config.hidden_size}) must be an even multiple of "
             f"`num_attention_heads` ({config.num_attention_heads}); rotary embedding pairs the "
@@ -130,7 +132,7 @@ def check_quantizer(config: PreTrainedConfig) -> int:
             f"`fsq_levels` ({config.fsq_levels}) must give the levels of every one of the "
             f"{config.latent_channels} `latent_channels`."
         )
-    if config.quantizer == "fsq" and math.prod(config.fsq_levels) >= 2**63:
+    if config.quantizer == "fsq" and math.prod(config.fsq_levels) >= 2**63:  # codes are int64
         raise ValueError(
             f"`fsq_levels` ({config.fsq_levels}) have {math.prod(config.fsq_levels):.1e} codes, "
             "more than 64 bits; lower the levels or `latent_channels`."
@@ -158,8 +160,10 @@ class TokComCodecConfig(PreTrainedConfig):
         Without `overwrite` what they say stays. Returns whether such a codec holds texts.
         """
         if overwrite:
+            # the tokenizer's ids are 0..size - 1, and the mask token comes behind them
             fields |= {"vocab_size": size + 1, "mask_token_id": size, "pad_token_id": size}
-        last = fields.setdefault("vocab_size", size + 1) - 1
+        last = fields.setdefault("vocab_size", size + 1) - 1  # the mask token
+        # by default both are the last id of the vocabulary that is given
         fields.setdefault("mask_token_id", last)
         fields.setdefault("pad_token_id", last)
         return True
@@ -207,7 +211,7 @@ class TokComCodecConfig(PreTrainedConfig):
 
     @property
     def num_symbols(self) -> int:
-        """What a latent gives probabilities to."""
+        """How many symbols one latent gives probabilities for."""
         return 1
 
     @property
@@ -235,7 +239,8 @@ class TokComCodecConfig(PreTrainedConfig):
         return False
 
     def stream_length(self, text_latents: int) -> int:
-        """Latents of a stream of this codec, of a model whose texts have `text_latents`."""
+        """How many latents a stream of this codec has in a model whose texts have
+        `text_latents`."""
         return text_latents
 
     def fit_transformer(self, transformer: PreTrainedConfig) -> None:
@@ -252,6 +257,7 @@ class TokComCodecConfig(PreTrainedConfig):
                 "images or clips and `transformer_config.block_size=None`; a text continues its "
                 "prompt."
             )
+        # a composite codec sets it in `fit_transformer`, so it only differs if written by hand
         if transformer.stream_channels != self.stream_channels:
             raise ValueError(
                 f"`transformer_config.stream_channels` ({transformer.stream_channels}) is set by a "
@@ -262,11 +268,13 @@ class TokComCodecConfig(PreTrainedConfig):
                 "`attention_type='factorized'` is for clips without captions, not for "
                 f"{self.modality!r} with `condition_vocab_size` {condition}; use 'full'."
             )
+        # blocks are whole moments, or a frame would be generated in two steps
         if block_size is not None and block_size % self.group_size:
             raise ValueError(
                 f"`transformer_config.block_size` ({block_size}) must be a multiple of the "
                 f"{self.group_size} latents of one moment of a clip, which are generated together."
             )
+        # a prompt ends with a whole row of patches, so blocks must, too
         if block_size is not None and block_size % self.latents_multiple:
             raise ValueError(
                 f"`block_size` ({block_size}) must be a multiple of the {self.latents_multiple} "
@@ -311,15 +319,15 @@ class TokComChunkCodecConfig(TokComCodecConfig):
     vocab_size: int = 4097
     mask_token_id: int = 4096
     pad_token_id: int = 4096
-    chunk_size: int = 4
-    latent_channels: int = 64
+    chunk_size: int = 4  # K
+    latent_channels: int = 64  # C, of a whole chunk
     layer_type: str = "mlp"
     encoder_type: str = "chunk"
-    embedding_size: int = 128
-    hidden_size: int = 256
+    embedding_size: int = 128  # E
+    hidden_size: int = 256  # D
     intermediate_size: int = 768
     num_hidden_layers: int = 2
-    num_attention_heads: int = 4
+    num_attention_heads: int = 4  # of the attention form, as are the next four
     num_key_value_heads: int = 4
     attention_bias: bool = False
     qk_norm: bool = True
@@ -327,7 +335,7 @@ class TokComChunkCodecConfig(TokComCodecConfig):
     rms_norm_eps: float = 1e-6
     variational: bool = True
     quantizer: str = "none"
-    num_codes: int = 1024
+    num_codes: int = 1024  # of each codebook
     num_quantizers: int = 1
     fsq_levels: list[int] | None = None
     initializer_range: float = 0.02
@@ -337,9 +345,10 @@ class TokComChunkCodecConfig(TokComCodecConfig):
         """Bits that store one token as codes; None without a quantiser."""
         if self.quantizer == "none":
             return None
-        sizes = (
-            self.fsq_levels if self.quantizer == "fsq" else [self.num_codes] * self.num_quantizers
-        )
+        sizes = [self.num_codes] * self.num_quantizers
+        if self.quantizer == "fsq":
+            sizes = self.fsq_levels
+        # a code is one number for each codebook or channel, each of log2(size) bits
         return sum(math.log2(size) for size in sizes) / self.chunk_size
 
     @property
@@ -353,6 +362,7 @@ class TokComChunkCodecConfig(TokComCodecConfig):
 
     @property
     def impossible_symbol(self) -> int | None:
+        # converted v5.2 pads with EOS, which its texts do contain
         return self.pad_token_id if self.pad_token_id == self.mask_token_id else None
 
     @property
@@ -364,6 +374,7 @@ class TokComChunkCodecConfig(TokComCodecConfig):
         check_positive(self, "hidden_size", "intermediate_size", "num_hidden_layers")
         check_positive(self, "num_attention_heads", "num_key_value_heads")
         check_choice(self, layer_type=("mlp", "attention"), encoder_type=("chunk", "token"))
+        # every token has an equal share of the channels, with statistics of its own
         if self.encoder_type == "token" and (
             self.latent_channels % self.chunk_size or not self.variational
         ):
@@ -377,6 +388,7 @@ class TokComChunkCodecConfig(TokComCodecConfig):
                 f"`quantizer` ({self.quantizer!r}) needs `encoder_type='chunk'`, not "
                 f"{self.encoder_type!r}."
             )
+        # this form has no maps between embeddings and states
         if self.layer_type == "attention":
             check_heads(self)
             if self.embedding_size != self.hidden_size:
@@ -396,12 +408,14 @@ class TokComChunkCodecConfig(TokComCodecConfig):
                     f"`{name}` ({getattr(self, name)}) must be in [0, "
                     f"vocab_size={self.vocab_size})."
                 )
+        # four projections of attention, if any, and three of SwiGLU
         layer = self.hidden_size * (
             4 * self.hidden_size * (self.layer_type == "attention") + 3 * self.intermediate_size
         )
         chunk = self.chunk_size * self.embedding_size
+        # twice: encoder and decoder
         parameters = self.vocab_size * self.embedding_size + 2 * self.num_hidden_layers * layer
-        parameters += self.hidden_size * (2 * chunk + 3 * self.latent_channels)
+        parameters += self.hidden_size * (2 * chunk + 3 * self.latent_channels)  # the maps between
         check_size(self, parameters + codebooks)
 
 
@@ -436,9 +450,9 @@ class TokComColorCodecConfig(TokComCodecConfig):
     pad_token_id: int = 4096
     digits: str = "color"
     symbols: str = "digits"
-    patch_size: int = 4
+    patch_size: int = 4  # pixels of a side, one token each
     layout: str = "contiguous"
-    image_size: int = 64
+    image_size: int = 64  # pixels
     standardize: bool = True
     position_axes: int = 2
 
@@ -458,6 +472,7 @@ class TokComColorCodecConfig(TokComCodecConfig):
 
     @property
     def digits_per_token(self) -> int:
+        # 3 bytes, or the bits that write the largest id
         return 3 if self.digits == "color" else max(1, (self.vocab_size - 1).bit_length())
 
     @property
@@ -477,6 +492,7 @@ class TokComColorCodecConfig(TokComCodecConfig):
     @property
     def num_symbols(self) -> int:
         """Digits or tokens of a patch."""
+        # a digit is one channel
         return self.chunk_size if self.symbols == "tokens" else self.latent_channels
 
     @property
@@ -495,6 +511,7 @@ class TokComColorCodecConfig(TokComCodecConfig):
     def length_multiple(self) -> int:
         """Tokens of which a text must hold a multiple: a patch, or in raster order a row of
         patches."""
+        # image_size pixels a row, patch_size rows: the patches of a raster lie side by side
         return self.chunk_size if self.layout == "contiguous" else self.image_size * self.patch_size
 
     def validate_architecture(self):

@@ -45,6 +45,7 @@ class TokComMediaCodecConfig(TokComCodecConfig):
 
     def check_model(self, model: PreTrainedConfig) -> None:
         super().check_model(model)
+        # only a composite codec may have texts among its streams
         if not self.text_vocab_size and (
             model.prediction_type != "latents" or model.has_latent_head
         ):
@@ -53,7 +54,7 @@ class TokComMediaCodecConfig(TokComCodecConfig):
                 f"must be 'latents', and `latent_head` ({model.latent_head!r}) and "
                 f"`latent_refiner` ({model.latent_refiner!r}) 'none'."
             )
-        longest = model.transformer_config.max_position_embeddings
+        longest = model.transformer_config.max_position_embeddings  # latents
         if longest < self.num_tokens:
             raise ValueError(
                 f"`transformer_config.max_position_embeddings` ({longest}) must hold the "
@@ -86,9 +87,9 @@ class TokComStyleCodecConfig(TokComMediaCodecConfig):
     model_type = "tokcom_style_codec"
     modality = "image"
 
-    image_size: int = 64
+    image_size: int = 64  # pixels
     patch_size: int = 8
-    num_tokens: int = 36
+    num_tokens: int = 36  # N
     latent_channels: int = 16
     hidden_size: int = 192
     intermediate_size: int = 768
@@ -135,16 +136,20 @@ class TokComStyleCodecConfig(TokComMediaCodecConfig):
             )
         if self.num_codes < 0 or self.num_codes == 1:
             raise ValueError(f"`num_codes` ({self.num_codes}) must be 0 or at least 2.")
+        # a bound, before anything is allocated: projections of attention and feed-forward layers
         width = self.hidden_size
+        # of an expert layer: every token has a network of its own, all patches share one
         experts = self.num_tokens * self.expert_intermediate_size + self.intermediate_size
         parameters = self.num_hidden_layers * width * (4 * width + 2 * self.intermediate_size)
         parameters += self.num_expert_layers * width * (4 * width + 2 * experts)
         width = self.decoder_hidden_size
         layer = width * (4 * width + 2 * self.decoder_intermediate_size)
         parameters += (self.num_styled_layers + self.num_decoder_layers) * layer
+        # each of two tokens gives a style of twice the width, and joins as a state of one
         parameters += self.num_styled_layers * 6 * width * self.latent_channels
-        patch = 3 * self.patch_size**2
+        patch = 3 * self.patch_size**2  # values of a patch
         parameters += (self.hidden_size + width) * (patch + self.num_patches + self.num_tokens)
+        # posterior means and variances, and a codebook
         parameters += self.latent_channels * (2 * self.hidden_size + 2 * self.num_codes)
         check_size(self, parameters)
 
@@ -173,18 +178,18 @@ class TokComVideoCodecConfig(TokComMediaCodecConfig):
     modality = "video"
     has_moments = True
 
-    num_frames: int = 8
-    height: int = 32
-    width: int = 32
+    num_frames: int = 8  # F, of an autoencoder's latents if there is one
+    height: int = 32  # H, likewise
+    width: int = 32  # W
     num_channels: int = 3
     spatial_compression: int = 1
     temporal_compression: int = 1
     frames_per_patch: int = 1
     patch_size: int = 8
-    hidden_size: int = 0
+    hidden_size: int = 0  # 0: no network
     intermediate_size: int = 512
     num_hidden_layers: int = 1
-    latent_channels: int = 0
+    latent_channels: int = 0  # C
     quantizer: str = "none"
     num_codes: int = 1024
     num_quantizers: int = 1
@@ -193,6 +198,7 @@ class TokComVideoCodecConfig(TokComMediaCodecConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
+        # before the checks of the base class, which refuse 0
         self.latent_channels = self.latent_channels or self.patch_values
         super().__post_init__(**kwargs)
 
@@ -202,7 +208,7 @@ class TokComVideoCodecConfig(TokComMediaCodecConfig):
 
     @property
     def num_position_axes(self) -> int:
-        return 3
+        return 3  # time, row, column
 
     @property
     def quantizes_estimates(self) -> bool:
@@ -213,7 +219,7 @@ class TokComVideoCodecConfig(TokComMediaCodecConfig):
 
     @property
     def patch_values(self) -> int:
-        return self.num_channels * self.frames_per_patch * self.patch_size**2
+        return self.num_channels * self.frames_per_patch * self.patch_size**2  # C without a network
 
     @property
     def group_size(self) -> int:
@@ -222,6 +228,7 @@ class TokComVideoCodecConfig(TokComMediaCodecConfig):
     @property
     def num_tokens(self) -> int:
         """N, latents of a clip."""
+        # moments times places
         return self.num_frames // self.frames_per_patch * self.group_size
 
     @property
@@ -231,6 +238,7 @@ class TokComVideoCodecConfig(TokComMediaCodecConfig):
 
     @property
     def reads_pixels(self) -> bool:
+        # the latents of an autoencoder have other channels, or are smaller than the picture
         return (self.num_channels, self.spatial_compression) == (3, 1)
 
     @property
@@ -255,6 +263,7 @@ class TokComVideoCodecConfig(TokComMediaCodecConfig):
                 f"must be the {self.patch_values} values of a patch, and `quantizer` "
                 f"({self.quantizer!r}) 'none'; set `hidden_size`."
             )
+        # encoder and decoder: maps in and out, and SwiGLU layers of three maps
         ends = 2 * self.hidden_size * (self.patch_values + self.latent_channels)
         layers = 6 * self.num_hidden_layers * self.hidden_size * self.intermediate_size
         check_size(self, ends + layers + codebooks)
@@ -266,7 +275,8 @@ class TokComVideoCodecConfig(TokComMediaCodecConfig):
             raise ValueError(
                 f"a clip of {frames} frames of {height} x {width} does not divide into patches of "
                 f"`frames_per_patch` ({self.frames_per_patch}) frames and `patch_size` "
-                f"({self.patch_size}) squared; cut it to a multiple of these."
+                f"({self.patch_size}) squared; give a multiple of {self.frames_per_patch} frames "
+                f"and of {self.patch_size} pixels."
             )
 
 
@@ -288,13 +298,13 @@ class TokComAudioCodecConfig(TokComVideoCodecConfig):
     model_type = "tokcom_audio_codec"
     modality = "audio"
 
-    sampling_rate: int = 8000
-    fft_length: int = 512
-    hop_length: int = 128
+    sampling_rate: int = 8000  # Hz; bands reach up to half of it
+    fft_length: int = 512  # 64 ms at 8000 Hz
+    hop_length: int = 128  # 16 ms
     num_frames: int = 64
-    height: int = 1
+    height: int = 1  # a sound has no rows and columns
     width: int = 1
-    num_channels: int = 40
+    num_channels: int = 40  # mel bands
     frames_per_patch: int = 4
     patch_size: int = 1
 
@@ -311,6 +321,7 @@ class TokComAudioCodecConfig(TokComVideoCodecConfig):
     @property
     def num_samples(self) -> int:
         """Samples of a sound of `num_frames`."""
+        # frames are centred: the first at sample 0, the last at the end
         return (self.num_frames - 1) * self.hop_length
 
     def validate_architecture(self):
@@ -322,6 +333,7 @@ class TokComAudioCodecConfig(TokComVideoCodecConfig):
                 f"({self.patch_size}) of a sound must be 1, and `num_frames` ({self.num_frames}) "
                 "at least 2."
             )
+        # windows must leave no gaps, and the bands share fft_length / 2 bins of a spectrum
         if self.hop_length > self.fft_length or 2 * self.num_channels > self.fft_length:
             raise ValueError(
                 f"`fft_length` ({self.fft_length}) must be at least `hop_length` "
@@ -361,6 +373,7 @@ class TokComCompositeCodecConfig(TokComMediaCodecConfig):
 
     @classmethod
     def set_vocabulary(cls, fields: dict[str, Any], size: int, overwrite: bool) -> bool:
+        # one text by default, as in `stream_configs`
         fields["streams"] = fields.get("streams") or {"text": {}}
         for stream in fields["streams"].values():
             if stream is None:
@@ -407,6 +420,7 @@ class TokComCompositeCodecConfig(TokComMediaCodecConfig):
 
     @property
     def latent_channels(self) -> int:
+        # side by side: a latent is 0 in the channels of other streams
         return sum(codec.latent_channels for codec in self.stream_configs().values())
 
     @property
@@ -426,6 +440,7 @@ class TokComCompositeCodecConfig(TokComMediaCodecConfig):
     def check_model(self, model: PreTrainedConfig) -> None:
         super().check_model(model)
         transformer = model.transformer_config
+        # a given stream is clean beside one that is noise, so times differ within a row
         if transformer.block_size is not None or not transformer.per_latent_timestep:
             raise ValueError(
                 "several streams need `transformer_config.block_size=None` (got "
@@ -445,10 +460,12 @@ class TokComCompositeCodecConfig(TokComMediaCodecConfig):
         if not configs:
             raise ValueError("`streams` is empty; name at least one stream and its codec.")
         for name in configs:
+            # streams are also modules, whose names may not hold a '.'
             if not name.isidentifier():
                 raise ValueError(
                     f"the stream {name!r} must be named like an argument: letters, digits and '_'."
                 )
+        # 0 is a stream without text
         vocabularies = {codec.text_vocab_size for codec in configs.values()} - {0}
         if len(vocabularies) > 1:
             raise ValueError(
@@ -456,6 +473,7 @@ class TokComCompositeCodecConfig(TokComMediaCodecConfig):
                 "them equal."
             )
         for name, codec in configs.items():
+            # nobody would decode the latents of an autoencoder inside a stream
             if getattr(codec, "spatial_compression", 1) != 1:
                 raise ValueError(
                     f"stream {name!r} must be of pixels: `spatial_compression` "

@@ -56,6 +56,7 @@ def check_spelling(config: PreTrainedConfig, others: dict[str, Any]) -> None:
     attribute that nothing reads."""
     known = list(type(config).__dataclass_fields__)
     for key in others:
+        # 0.85 is a slip in a long name; other unknown keys may be those of a newer library
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.85)
         if near and near[0] != key:
             raise ValueError(f"unknown configuration key {key!r}; did you mean {near[0]!r}?")
@@ -70,7 +71,8 @@ def drop_removed(*parts: dict[str, Any]) -> None:
     used = {}
     dropped = set()
     for part in parts:
-        for name in [name for name in part if name in TRAINING or name in REMOVED]:
+        old = [name for name in part if name in TRAINING or name in REMOVED]
+        for name in old:
             value = part.pop(name)
             dropped.add(name)
             if REMOVED.get(name) is not None and value != REMOVED[name]:
@@ -130,30 +132,30 @@ class TokComTransformerConfig(PreTrainedConfig):
     model_type = "tokcom_transformer"
     base_config_key = "transformer_config"
 
-    latent_channels: int = 64
-    hidden_size: int = 256
-    intermediate_size: int = 704
+    latent_channels: int = 64  # C
+    hidden_size: int = 256  # D
+    intermediate_size: int = 704  # of SwiGLU; 8/3 D keeps the size of a plain layer of 4 D
     num_hidden_layers: int = 6
-    num_attention_heads: int = 4
-    num_key_value_heads: int = 4
-    max_position_embeddings: int = 128
-    num_position_axes: int = 1
+    num_attention_heads: int = 4  # H
+    num_key_value_heads: int = 4  # fewer than H is grouped-query attention
+    max_position_embeddings: int = 128  # in latents, so K times as many tokens
+    num_position_axes: int = 1  # A
     attention_bias: bool = False
-    qk_norm: bool = True
-    rope_theta: float | int = 10000.0
+    qk_norm: bool = True  # RMSNorm of queries and keys per head
+    rope_theta: float | int = 10000.0  # wavelengths from 2 pi to nearly 2 pi theta positions
     rms_norm_eps: float = 1e-6
     conditioning_size: int = 128
     timestep_scale: float | int = 1000.0
     adaln_gates: bool = True
     input_projection: bool = True
     per_latent_timestep: bool = True
-    block_size: int | None = 4
-    num_context_layers: int = 0
+    block_size: int | None = 4  # Q
+    num_context_layers: int = 0  # of `num_hidden_layers`
     head_attention: bool = True
     start_latents: bool = False
     attention_type: str = "full"
     stream_channels: list[int] | None = None
-    feature_size: int = 0
+    feature_size: int = 0  # K * E
     initializer_range: float = 0.02
 
     def validate_all_numbers(self):  # validators run in the order of their names
@@ -169,6 +171,7 @@ class TokComTransformerConfig(PreTrainedConfig):
         check_positive(self, "num_position_axes", "conditioning_size")
         check_heads(self)
         head_size = self.hidden_size // self.num_attention_heads
+        # rotary embedding turns pairs of channels, and every axis needs one
         if head_size < 2 * self.num_position_axes:
             raise ValueError(
                 f"the head size ({head_size}) must be at least 2 x `num_position_axes` "
@@ -207,9 +210,11 @@ class TokComTransformerConfig(PreTrainedConfig):
             )
         check_choice(self, attention_type=("full", "factorized"))
         self._check_published()
+        # parameters of a layer: four projections of attention, three of SwiGLU, six parts of adaLN
         layer = self.hidden_size * (
             4 * self.hidden_size + 3 * self.intermediate_size + 6 * self.conditioning_size
         )
+        # the maps in and out, generously: only what no machine can hold is refused
         ends = self.hidden_size * (2 * self.feature_size + 3 * self.latent_channels)
         check_size(self, self.num_hidden_layers * layer + ends)
 
@@ -292,34 +297,37 @@ class TokComConfig(PreTrainedConfig):
     codec_config: PreTrainedConfig | dict[str, Any] | None = None
     transformer_config: PreTrainedConfig | dict[str, Any] | None = None
     prediction_type: str = "latents"
-    token_embedding_size: int = 128
-    token_stagger: float | int = 0.0
+    token_embedding_size: int = 128  # E
+    token_stagger: float | int = 0.0  # of a turn
     token_shift: float | int = 3.0
-    noise_std: float | int = 1.0
+    noise_std: float | int = 1.0  # of x0, in units of standardised latents
     timestep_sampling: str = "logit_normal"
-    timestep_loc: float | int = 0.6
+    timestep_loc: float | int = 0.6  # median logit of sigma
     quantize_prediction: bool = False
     latent_head: str = "none"
     latent_refiner: str = "none"
-    latent_head_size: int = 4096
+    latent_head_size: int = 4096  # hidden, of an MLP between C and C
     latent_refiner_size: int = 256
     latent_head_codes: int = 8192
     condition_vocab_size: int = 0
-    condition_length: int = 64
-    num_inference_steps: int = 16
+    condition_length: int = 64  # tokens
+    num_inference_steps: int = 16  # per block
     sampling_temperature: float | int = 1.0
     sampling_top_p: float | int = 1.0
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
         parts = (self.codec_config, self.transformer_config)
+        # copied, because fields are taken out of dictionaries that are the caller's
         subs = [deepcopy(part or {}) for part in parts if isinstance(part, dict | None)]
-        streams = [
-            stream for part in subs for stream in (part.get("streams") or {}).values() if stream
-        ]
+        streams = []
+        for part in subs:
+            # a stream that is None removes one of a preset
+            streams += [stream for stream in (part.get("streams") or {}).values() if stream]
         drop_removed(kwargs, *subs, *streams)
         check_spelling(self, kwargs)
         if not isinstance(self.codec_config, PreTrainedConfig):
+            # `subs` holds those of `parts` that are no configurations yet, in this order
             fields = subs.pop(0)
             codec_type = fields.pop("model_type", TokComChunkCodecConfig.model_type)
             if codec_type not in CODEC_CONFIGS:
@@ -332,7 +340,9 @@ class TokComConfig(PreTrainedConfig):
             fields = {k: v for k, v in subs.pop(0).items() if k != "model_type"}
             check_known_keys(TokComTransformerConfig, fields, "transformer_config.")
             self.transformer_config = TokComTransformerConfig(**fields)
+        # some codecs decide fields of the transformer, which presets then need not repeat
         self.codec_config.fit_transformer(self.transformer_config)
+        # tokens are read and predicted through K embeddings side by side
         width = 0
         if self.prediction_type == "tokens":
             width = self.codec_config.num_symbols * self.token_embedding_size
@@ -369,6 +379,7 @@ class TokComConfig(PreTrainedConfig):
                 "of digits: only then is the mean latent of token probabilities known."
             )
         has_context = self.transformer_config.num_context_layers > 0
+        # only the codec of pixels leaves a choice of axes
         if has_context and getattr(self.codec_config, "position_axes", 1) != 1:
             raise ValueError(
                 f"`codec_config.position_axes` ({self.codec_config.position_axes}) must be 1 with "
@@ -428,6 +439,7 @@ class TokComConfig(PreTrainedConfig):
         check_positive(self, "latent_head_size", "latent_refiner_size", "latent_head_codes")
         check_positive(self, "token_embedding_size", "condition_length")
         channels = self.codec_config.latent_channels
+        # the largest matrix of each part is enough for a bound
         head = channels * (
             self.latent_head_size + self.latent_refiner_size + self.latent_head_codes
         )
@@ -448,7 +460,10 @@ class TokComConfig(PreTrainedConfig):
         for name in self.sub_configs:
             own = getattr(self, name).to_diff_dict()
             fields[name] = {
-                key: value for key, value in own.items() if key != "transformers_version"
+                # once, at the top level, is enough
+                key: value
+                for key, value in own.items()
+                if key != "transformers_version"
             }
         return fields
 

@@ -144,10 +144,12 @@ class Context:
         prefix: tuple[torch.Tensor, ...] | None = None,
         entry: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        if position_ids is None:
+            position_ids = self.position_ids
         return self.model.predict(
             x,
             step.time,
-            self.position_ids if position_ids is None else position_ids,
+            position_ids,
             attention_mask,
             past_key_values=past_key_values,
             prefix=prefix,
@@ -193,7 +195,7 @@ class VisibleContext(Context):
         mask = self.context.mask
         if exists is None:
             exists = torch.ones(position_ids.shape[:2], dtype=torch.bool, device=mask.device)
-        keys = torch.cat((mask, exists), dim=1)
+        keys = torch.cat((mask, exists), dim=1)  # (B, S + Q)
         self.keys = None if bool(keys.all()) else keys
         self.omitted_keys = [torch.cat((mask & ~part, exists), dim=1) for part in self.omitted]
         self.all_positions = torch.cat((self.context.position_ids, self.position_ids), dim=1)
@@ -205,21 +207,21 @@ class VisibleContext(Context):
         return [step._replace(beside=self._beside(step)) for step in plan]
 
     def _beside(self, step: TokComStep) -> TokComStep:
-        shape = self.context.mask.shape
+        shape = self.context.mask.shape  # (B, S)
         time = step.time.expand(self.position_ids.shape[:2])
         if self.model.config.transformer_config.per_latent_timestep:
             context_time = torch.ones_like(time[:, :1])  # clean
         else:
             context_time = time[:, :1]  # such models are told one time for everything
-        time = torch.cat((context_time.expand(shape), time), dim=1)
-        modulations = None
+        time = torch.cat((context_time.expand(shape), time), dim=1)  # (B, S + Q)
+        modulations = None  # `forward` makes those of these times
         if not self.model.config.transformer_config.per_latent_timestep:
             modulations = [m[:, :1].expand(-1, time.shape[1], -1) for m in step.modulations]
         step = step._replace(time=time, modulations=modulations)
         if step.times is None:
             return step
         places = step.times.shape[2]
-        times = torch.cat((step.times.new_ones(*shape, places), step.times), dim=1)
+        times = torch.cat((step.times.new_ones(*shape, places), step.times), dim=1)  # (B, S + Q, K)
         nothing = torch.zeros(*shape, places, dtype=torch.bool, device=times.device)
         uncertain = TokComChoice.of(torch.cat((nothing, step.uncertain.mask), dim=1))
         return step._replace(times=times, uncertain=uncertain)
@@ -235,12 +237,16 @@ class VisibleContext(Context):
         if self.context is None:
             # without context the guided pass only drops the caption
             states = [self._predict(x, step, chunks, self.keys, prefix=self.prefix)]
-            return states + [self._predict(x, step, chunks, self.keys)] if self.guided else states
+            if self.guided:
+                states.append(self._predict(x, step, chunks, self.keys))
+            return states
         states = [
             self._predict_beside_context(x, step, chunks, keys)
             for keys in (self.keys, *self.omitted_keys)
         ]
-        return states + [self._predict(x, step, chunks, self.own_keys)] if self.guided else states
+        if self.guided:
+            states.append(self._predict(x, step, chunks, self.own_keys))
+        return states
 
     def _predict_beside_context(
         self,
@@ -302,10 +308,10 @@ class CachedContext(Context):
     def _with_start(
         self, context: TokComCodecOutput | None, noise: torch.Tensor
     ) -> TokComCodecOutput:
-        """The context behind the learned latent of where a text starts."""
+        """The context with the learned start latent in front of it."""
         batch = len(noise)
         device = noise.device
-        latents = noise.new_zeros(batch, 1, noise.shape[-1])
+        latents = noise.new_zeros(batch, 1, noise.shape[-1])  # replaced by the learned one
         position_ids = torch.full((batch, 1, 1), START_OF_TEXT, device=device)  # (B, 1, A), A = 1
         mask = torch.ones(batch, 1, dtype=torch.bool, device=device)
         if context is not None:
@@ -325,7 +331,8 @@ class CachedContext(Context):
         if self.gaps is not None:
             for anchor in self.gaps.anchors:
                 # place 0 is the start, so a latent of the context stands one further
-                is_read[0 if anchor is None else anchor + 1] = False
+                place = 0 if anchor is None else anchor + 1
+                is_read[place] = False
             # all of the start is known
             partial_tokens = torch.nn.functional.pad(self.gaps.partial, (0, 0, 1, 0))
             self.times = torch.where(partial_tokens, 0.0, 1.0)
@@ -407,7 +414,7 @@ class CachedContext(Context):
             states = self._predict(
                 x, step, chunks, position_ids=position_ids, entry=torch.cat(self.entries)
             )
-            return list(states.chunk(count))
+            return list(states.chunk(count))  # (B, Q, K * E) each
         entry = self.entries[:1] or [None]
         free_entry = self.entries[1:] or [None]
         states = [
@@ -433,15 +440,9 @@ class CachedContext(Context):
         elif ids is not None:
             # a text is remembered as its tokens, not as the sampler left x
             x = self.model.codec.encode(ids).latents
-        self._remember(
-            x,
-            self.position_ids,
-            self.keys,
-            chunks,
-            None if self.clean_times is None else self.clean_times[:, :length],
-            self.clean[:, :length],
-            self.certain,
-        )
+        times = None if self.clean_times is None else self.clean_times[:, :length]
+        time = self.clean[:, :length]
+        self._remember(x, self.position_ids, self.keys, chunks, times, time, self.certain)
         self._keep(self.own_keys, length)
 
     def _remember(
@@ -488,7 +489,7 @@ class CachedContext(Context):
     def _keep(self, exists: torch.Tensor | None, length: int) -> None:
         """Give the `length` latents just remembered places in the window; `exists (B, length)` are
         those that are no padding, None all of them."""
-        count = min(length, self.window - self.block_size)
+        count = min(length, self.window - self.block_size)  # of more, the last ones
         if count < 1:
             return
         places = self._places(count)

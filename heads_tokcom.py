@@ -84,7 +84,7 @@ class TokComChoice(NamedTuple):
     @classmethod
     def of(cls, mask: torch.Tensor, blank: bool = False) -> "TokComChoice":
         flat = mask.flatten(0, -2)  # (B * N, K)
-        places, where = flat.T.nonzero(as_tuple=True)
+        places, where = flat.T.nonzero(as_tuple=True)  # of (K, B * N), so sorted by place
         return cls(mask, flat.sum(0).tolist(), where * mask.shape[-1] + places, blank)
 
 
@@ -133,8 +133,8 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, states, weight, bias, ids, parts: list[_Part]):
         dtype = _working_dtype(states)
-        trained = any(ctx.needs_input_grad[:3])
-        count = max(1, len(states))
+        trained = any(ctx.needs_input_grad[:3])  # of states, weight or bias
+        count = max(1, len(states))  # R; without rows the loss is 0
         losses = states.new_empty(len(states), dtype=torch.float32)
         gradients = None
         with torch.autocast(states.device.type, enabled=False):
@@ -152,10 +152,10 @@ class _CrossEntropy(torch.autograd.Function):
                 likelihood = part.likelihood()
                 if likelihood is not None:
                     # log p(token | x_t, rest) = log p(token | rest) + log p(x_t | token) + constant
-                    logits = likelihood.add_(logits)
+                    logits = likelihood.add_(logits)  # float32, as the likelihood is
                 probabilities = logits.softmax(-1, dtype=torch.float32)
                 own = ids[part.rows, None]  # (r, 1)
-                # not -log of the own probability, which may be too small for a number
+                # log-sum-exp = max - log max probability; -log of the own one could be -log 0
                 normalizer = logits.amax(-1).float() - probabilities.amax(-1).log()
                 losses[part.rows] = normalizer - logits.gather(1, own)[:, 0].float()
                 chosen = probabilities.gather(1, own)
@@ -165,8 +165,8 @@ class _CrossEntropy(torch.autograd.Function):
                 error = probabilities.scatter_(1, own, chosen - 1)
                 gradients[2].add_(error.sum(0), alpha=1 / count)
                 error = error.to(dtype)  # (r, V)
-                torch.mm(error, matrix, out=gradients[0][part.rows])
-                gradients[1].add_(error.T @ inputs[part.rows], alpha=1 / count)
+                torch.mm(error, matrix, out=gradients[0][part.rows])  # (r, E), not yet divided by R
+                gradients[1].add_(error.T @ inputs[part.rows], alpha=1 / count)  # (V, E)
         if trained:
             ctx.save_for_backward(*gradients)
             ctx.count = count
@@ -209,7 +209,7 @@ class _MeanEmbedding(torch.autograd.Function):
 
     @staticmethod
     def probabilities(ctx, part: _Part, prior: torch.Tensor) -> torch.Tensor:
-        return (part.likelihood() + prior).softmax(-1).to(ctx.dtype)
+        return (part.likelihood() + prior).softmax(-1).to(ctx.dtype)  # (r, V)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -251,7 +251,7 @@ class TokComTokenHead(nn.Module):
         self.shift = config.token_shift
         self.impossible_symbol = codec.impossible_symbol
         self.embedding = TokComTokenEmbedding(codec.symbol_vocab_size, config.token_embedding_size)
-        self.bias = nn.Parameter(torch.zeros(codec.symbol_vocab_size))
+        self.bias = nn.Parameter(torch.zeros(codec.symbol_vocab_size))  # log-frequencies
 
     @property
     def weight(self) -> torch.Tensor:
@@ -278,7 +278,7 @@ class TokComTokenHead(nn.Module):
         """Progress of places -> their t: 0 is noise, 1 is clean."""
         # the shift of a flow's sampling grid, applied to what is left
         left = 1 - progress.clamp(0, 1)
-        return 1 - self.shift * left / (1 + (self.shift - 1) * left)
+        return 1 - self.shift * left / (1 + (self.shift - 1) * left)  # `left` is the noise level
 
     def place_times(self, timestep: torch.Tensor) -> torch.Tensor:
         """Times of latents `(...)` -> t of each place `(..., K)`: 0 is noise, 1 is clean."""
@@ -303,7 +303,7 @@ class TokComTokenHead(nn.Module):
     def symbols(self, table: torch.Tensor) -> TokComSymbols:
         """What every call needs to know of the codec's `table (K, V, C / K)`."""
         weight = self.embedding.weight
-        prior = self.prior.detach().softmax(-1)
+        prior = self.prior.detach().softmax(-1)  # (V,)
         frequent = F.linear(prior[None].to(weight.dtype), weight.T)[0]  # (E,)
         # log N(x; t z, n^2) = t x z / n^2 - t^2 |z|^2 / (2 n^2) + constant: one product with these
         # columns
@@ -327,7 +327,7 @@ class TokComTokenHead(nn.Module):
         """Noisy latents `(R, C)` of chunks `(R, K)` whose tokens stand at `place_times (R, K)`."""
         clean = self.latents_of(symbols, chunks[None])[0]  # (R, C)
         signal = place_times.repeat_interleave(clean.shape[1] // self.num_symbols, dim=1)  # (R, C)
-        return (1 - signal) * torch.randn_like(clean) * self.noise_std + signal * clean
+        return (1 - signal) * torch.randn_like(clean) * self.noise_std + signal * clean  # x_t
 
     # ---- rows ----
 
@@ -341,7 +341,7 @@ class TokComTokenHead(nn.Module):
         start = 0
         for place, count in enumerate(choice.counts):
             if count:
-                yield slice(start, start + count), place
+                yield slice(start, start + count), place  # the choice is sorted by place
             start += count
 
     def _parts(self, choice: TokComChoice, symbols: TokComSymbols, latents, times) -> list[_Part]:
@@ -418,10 +418,8 @@ class TokComTokenHead(nn.Module):
         frequency.
 
         `latents (B, N, C)` are only read where a token is uncertain, or to find the ids of clean
-        ones.
-
-        `times (B, N, K)` are those of the places. If they are known, `chunks (B, N, K)` are the ids
-        of what is clean already, and `uncertain` the tokens that are neither clean nor pure noise.
+        ones. `times (B, N, K)` are those of the places. If they are known, `chunks (B, N, K)` are
+        the ids of clean tokens, and `uncertain` the tokens that are neither clean nor pure noise.
         """
         weight = self.embedding.weight
         if chunks is None:
@@ -431,12 +429,12 @@ class TokComTokenHead(nn.Module):
         # one table of all embeddings that are needed: of every token, of an unknown one, of each
         # uncertain one
         unknown = len(weight)
-        rows = torch.where(times == 1, chunks, unknown)
+        rows = torch.where(times == 1, chunks, unknown)  # (B, N, K), rows of that table
         means = []
         if len(uncertain.index):
             with torch.autocast(latents.device.type, enabled=False):
                 parts = self._parts(uncertain, symbols, latents, times)
-            means.append(_MeanEmbedding.apply(weight, self.prior.detach(), parts))
+            means.append(_MeanEmbedding.apply(weight, self.prior.detach(), parts))  # (R, E)
             own = torch.arange(unknown + 1, unknown + 1 + len(uncertain.index), device=rows.device)
             rows = rows.flatten().index_copy(0, uncertain.index, own).view(rows.shape)
         table = symbols.embeddings
@@ -444,7 +442,7 @@ class TokComTokenHead(nn.Module):
             table = self._scaled(weight, symbols.frequent[None], *means)
         elif means:
             table = torch.cat((table, self._scaled(*means)))
-        return F.embedding(rows, table).flatten(2)
+        return F.embedding(rows, table).flatten(2)  # (B, N, K * E)
 
     def recognise(
         self, symbols: TokComSymbols, latents: torch.Tensor, times: torch.Tensor
@@ -469,18 +467,18 @@ class TokComTokenHead(nn.Module):
         # pure noise says nothing of a token, so its likelihood is left out
         blank = TokComChoice.of(chosen & (times == 0))
         noisy = TokComChoice.of(chosen & (times > 0))
-        index = torch.cat((blank.index, noisy.index))
+        index = torch.cat((blank.index, noisy.index))  # (R,)
         count = len(blank.index)
         parts = _blank_parts(count)
-        with torch.autocast(latents.device.type, enabled=False):
-            for rows, *rest in (
-                self._parts(noisy, symbols, latents, times) if len(noisy.index) else []
-            ):
+        if len(noisy.index):
+            with torch.autocast(latents.device.type, enabled=False):
+                noisy_parts = self._parts(noisy, symbols, latents, times)
+            for rows, *rest in noisy_parts:  # their rows stand behind the blank ones
                 parts.append(_Part(slice(rows.start + count, rows.stop + count), *rest))
         rows = states.unflatten(-1, (self.num_symbols, -1)).flatten(0, -2)[index]  # (R, E)
         ids = chunks.flatten()[index]  # (R,)
         mean, losses = _CrossEntropy.apply(rows, self.embedding.weight, self.prior, ids, parts)
-        whole = losses.new_zeros(chosen.numel()).index_copy(0, index, losses)
+        whole = losses.new_zeros(chosen.numel()).index_copy(0, index, losses)  # (B * N * K,)
         return mean, whole.view(chosen.shape)
 
     def mean_latents(self, states, symbols: TokComSymbols, latents, times) -> torch.Tensor:
@@ -491,9 +489,9 @@ class TokComTokenHead(nn.Module):
         ) -> torch.Tensor:
             # Bayes' rule: the posterior given the token's own channels and everything else
             probabilities = (self.logits(states) + likelihood).softmax(-1)  # (R, V)
-            return (
-                probabilities @ table if table.ndim == 2 else (probabilities[:, None] @ table)[:, 0]
-            )
+            if table.ndim == 2:
+                return probabilities @ table  # (R, C / K)
+            return (probabilities[:, None] @ table)[:, 0]  # a table for each row
 
         states = states.unflatten(-1, (self.num_symbols, -1))
         noisy = TokComChoice.of(times < 1)
@@ -539,9 +537,8 @@ class TokComTokenHead(nn.Module):
             return (self.logits(states) + likelihood).argmax(-1)
 
         everywhere = TokComChoice.of(torch.ones_like(times, dtype=torch.bool))
-        return self._map(
-            ids, everywhere, symbols, latents, times, states.unflatten(-1, (self.num_symbols, -1))
-        )
+        states = states.unflatten(-1, (self.num_symbols, -1))  # (B, N, K, E)
+        return self._map(ids, everywhere, symbols, latents, times, states)
 
 
 class TokComZeroNorm(nn.LayerNorm):
@@ -554,8 +551,10 @@ class TokComLatentMLP(nn.Module):
 
     def __init__(self, channels: int, hidden_size: int):
         super().__init__()
-        self.linear_1, self.norm_1 = nn.Linear(channels, hidden_size), nn.LayerNorm(hidden_size)
-        self.linear_2, self.norm_2 = nn.Linear(hidden_size, channels), TokComZeroNorm(channels)
+        self.linear_1 = nn.Linear(channels, hidden_size)
+        self.norm_1 = nn.LayerNorm(hidden_size)
+        self.linear_2 = nn.Linear(hidden_size, channels)
+        self.norm_2 = TokComZeroNorm(channels)  # so the whole starts as the identity
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
         return latents + self.norm_2(self.linear_2(F.gelu(self.norm_1(self.linear_1(latents)))))

@@ -16,6 +16,7 @@ import argparse
 import importlib.util
 import sys
 
+# this directory is the package, so a plain checkout cannot import it by name
 if importlib.util.find_spec("tokcom") is None:
     remedy = "run `make setup`, then `.venv/bin/python inference.py`"
     sys.exit(f"error: the package tokcom is not installed; {remedy}.")
@@ -29,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--mode", default="generate", choices=MODES, help="what to do")
     for name, settings in OPTIONS.items():
+        # options of every mode are in no mode's list, and name none here
         readers = ", ".join(mode for mode, facts in MODES.items() if name in facts.options)
         text = f"{settings['help']} [{readers}]" if readers else settings["help"]
         parser.add_argument(f"--{name}", **{**settings, "help": text})
@@ -44,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     # go on working
     refuse_unused(parser, args.mode, args, ("temperature", "top_p", "batch_size"))
     with report_errors(args.debug):
-        from tokcom.cli.modes import run_mode
+        from tokcom.cli.modes import run_mode  # imports torch: after all checks of arguments
 
         run_mode(args)
 

@@ -32,14 +32,9 @@ DATA = (
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "*.jinja"),
     *("scheduler/*.json", "vae/*.json", "vae/*.safetensors"),
 )
-CODE = ("*_tokcom.py",)
+CODE = ("*_tokcom.py",)  # what `trust_remote_code=True` runs
 # one of them holds the tokens
-TOKENIZERS = (
-    "tokenizer.json",
-    "*.model",
-    "vocab.json",
-    "vocab.txt",
-)
+TOKENIZERS = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt")
 SHOWN = 3  # names in a message
 
 
@@ -92,6 +87,7 @@ def check_checksums(directory: str | os.PathLike) -> int:
             "--write` makes one of the files as they are now."
         )
     expected = read_json(file)
+    # all problems are collected first: a message names every kind
     missing = [name for name in expected if not (directory / name).is_file()]
     changed = [
         name
@@ -114,13 +110,14 @@ def check_checksums(directory: str | os.PathLike) -> int:
 
 
 def verified(path: str | os.PathLike, **hub: Any) -> str:
-    """The directory `path`, or that of a Hub repository, whose files have the checksums that it
-    says.
+    """The directory `path`, or a snapshot of that Hub repository, once its files match their
+    checksums.
 
     `hub` is what `snapshot_download` reads, such as `revision`. Raises as `check_checksums` does.
     """
     directory = str(path)
     if not os.path.isdir(directory):
+        # what is not covered by checksums is not downloaded either
         directory = snapshot_download(directory, allow_patterns=[*DATA, *CODE], **hub)
     check_checksums(directory)
     return directory
@@ -151,13 +148,14 @@ def check_files(directory: str | os.PathLike) -> None:
             raise FileNotFoundError(
                 f"{directory} holds no {name}, so it is not a TokCom model directory."
             )
+    # the second form is that of components of a pipeline, such as the scheduler
     for file in sorted([*directory.glob("*.json"), *directory.glob("*/*_config.json")]):
         read_json(file)
     index = read_json(directory / "model_index.json")
     if index.get("scheduler") and not (directory / "scheduler" / "scheduler_config.json").is_file():
         raise FileNotFoundError(f"{directory / 'scheduler' / 'scheduler_config.json'} is missing.")
     kept = [name for pattern in TOKENIZERS for name in directory.glob(pattern)]
-    if (index.get("tokenizer") or [None])[0] and not kept:
+    if (index.get("tokenizer") or [None])[0] and not kept:  # [None, None] is no tokenizer
         raise FileNotFoundError(
             f"{directory} names a tokenizer in model_index.json but holds none, such as "
             "tokenizer.json."
@@ -169,7 +167,7 @@ def check_files(directory: str | os.PathLike) -> None:
 
 class _NoReport(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in str(record.msg)
+        return "LOAD REPORT" not in str(record.msg)  # transformers' table of tensors
 
 
 @contextlib.contextmanager
@@ -181,10 +179,11 @@ def explain_loading(where: str) -> Iterator[None]:
     logger.addFilter(quiet)
     try:
         yield
+    # a RuntimeError too, though nothing is wrong with the file
     except torch.OutOfMemoryError:
         raise
     except (SafetensorError, RuntimeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]  # its first line
         raise ValueError(
             f"the weights in {where} cannot be read ({reason}); model.safetensors is damaged: "
             "download it again."
@@ -203,8 +202,8 @@ def weight_files(path: str | os.PathLike, kwargs: dict[str, Any]) -> list[Path]:
         config = cached_file(
             str(path),
             "config.json",
-            local_files_only=True,
-            _raise_exceptions_for_missing_entries=False,
+            local_files_only=True,  # it has just been loaded, so it is in the cache
+            _raise_exceptions_for_missing_entries=False,  # None instead
             **hub,
         )
         return sorted(Path(config).parent.glob("model*.safetensors")) if config else []
@@ -244,12 +243,13 @@ def check_types(files: Iterable[str | os.PathLike], model: torch.nn.Module) -> N
     for file in files:
         with safe_open(str(file), framework="pt") as tensors:
             for name in tensors.keys():
-                kind = tensors.get_slice(name).get_dtype()
+                stored = tensors.get_slice(name).get_dtype()
                 known = state.get(name)
-                if known is None or known.is_floating_point() == kind.startswith(("F", "BF")):
+                # safetensors' names: F32, F16, BF16, F8_... are fractions; I64, U8, BOOL are not
+                if known is None or known.is_floating_point() == stored.startswith(("F", "BF")):
                     continue
                 raise ValueError(
-                    f"{file} stores {name} as {kind}, but the model has {known.dtype}; download it "
+                    f"{file} stores {name} as {stored}, but the model has {known.dtype}; download it "
                     "again."
                 )
 
@@ -265,7 +265,9 @@ def check_tensors(tensors: Iterable[tuple[str, torch.Tensor]], where: str) -> No
     """As `check_values`, of tensors and their names, one after the other."""
     bad = []
     for name, tensor in tensors:
+        # of a sharded model every process checks its own part
         tensor = getattr(tensor, "to_local", lambda t=tensor: t)()
+        # meta: of offloaded weights nothing is here
         if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel():
             continue
         # one pass without a mask as large as the tensor; the sum of huge numbers may overflow
@@ -291,6 +293,7 @@ def check_shards(directory: str | os.PathLike) -> None:
     with open(index, encoding="utf-8") as file:
         names = set(json.load(file).get("weight_map", {}).values())
     for name in sorted(names):
+        # `../` or an absolute path would load a file of this machine
         if os.path.basename(name) != name:
             raise ValueError(
                 f"{index} names the file {name!r}, which is not in its directory; do not use this "
@@ -313,13 +316,14 @@ class CheckedWeights:
         `ignore_mismatched_sizes=True` allows all but the last.
         """
         where = pretrained_model_name_or_path
-        if where is None:
+        if where is None:  # weights are given as a state dict
             return super().from_pretrained(where, *args, **kwargs)
         if verify:
             where = verified(where, revision=kwargs.get("revision"), token=kwargs.get("token"))
         check_shards(where)
         wants_facts = kwargs.pop("output_loading_info", False)
         may_differ = kwargs.pop("ignore_mismatched_sizes", False)
+        # other shapes are let through here, so that `check_keys` names all problems at once
         with explain_loading(str(where)):
             model, facts = super().from_pretrained(
                 where, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
@@ -334,6 +338,7 @@ class CheckedWeights:
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in transformers, with the checksums of what lies in the directory then."""
         super().save_pretrained(save_directory, *args, **kwargs)
+        # the other processes of a training run write nothing
         if kwargs.get("is_main_process", True):
             write_checksums(save_directory)
 

@@ -1,9 +1,9 @@
-"""Where a text pipeline meets its caller: unknown arguments, long prompts, streamed text, streamers.
+"""Where a text pipeline meets its caller: unknown arguments, long prompts, streamed text.
 
 Streamed text is decoded a few ids at a time (`TextStream`), so the cost of showing a text grows
-with its length, not with the square of it. `explain_unknown_arguments` wraps every public method of a pipeline
-(`TokComBasePipeline.__init_subclass__`), so the methods themselves keep plain signatures without
-`**kwargs`.
+with its length, not with the square of it. `explain_unknown_arguments` wraps every public method of
+a pipeline (`TokComBasePipeline.__init_subclass__`), so the methods themselves keep plain signatures
+without `**kwargs`.
 """
 
 import functools
@@ -64,7 +64,8 @@ def explain_unknown_arguments(method: Callable) -> Callable:
     The signature stays as it is written. A method that takes any keywords is returned as it came.
     """
     parameters = inspect.signature(method).parameters
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+    # such a method checks its arguments itself
+    if inspect.getfullargspec(method).varkw is not None:
         return method
     known = [name for name in parameters if name != "self"]
 
@@ -95,7 +96,7 @@ def prompt_room(
     longest = config.transformer_config.max_position_embeddings * config.codec_config.chunk_size
     room = longest
     if config.transformer_config.block_size is None and truncation is not None:
-        room -= -(-gen_length // unit) * unit
+        room -= -(-gen_length // unit) * unit  # what is generated comes in whole chunks
         if room < 1:
             raise ValueError(
                 f"`gen_length` ({gen_length}) leaves no room for a prompt in the model's {longest} "
@@ -149,15 +150,18 @@ class TextStream:
         known = len(self._ids)
         self._ids = self._ids + [i for i in ids if i not in self._special]
         end = len(self._ids)  # of those whose text no later id changes
+        # a run of bytes is decoded once it has ended
         while not last and end > known and self._is_byte(self._ids[end - 1]):
             end -= 1
         if end == known and not last:  # nothing but more bytes of the same run
             return ""
         text = decode_ids(self._tokenizer, self._ids[:end])
-        held = not last and text.endswith(INCOMPLETE)
+        held = not last and text.endswith(INCOMPLETE)  # one character of `text`, so 1 below
+        # what was shown is nearly always the beginning of `text`; a tokenizer may merge differently
         new = text[len(os.path.commonprefix((text, self._shown))) : len(text) - held]
         # of the next ids' context one id is enough, unless a character is not complete
-        first = max(0, end - (MOST_BYTES if held else 1))
+        needed = MOST_BYTES if held else 1
+        first = max(0, end - needed)
         context = decode_ids(self._tokenizer, self._ids[first:end])
         self._ids = self._ids[first:]
         self._shown = context[: len(context) - held]
@@ -206,19 +210,21 @@ class StreamedText:
         self.skip = skip
         self.eos_token_id = eos_token_id
         self.piece = TokComPiece("", 0, None)
-        self._stream = TextStream(tokenizer, prompt if isinstance(prompt, str) else "", prompt_ids)
+        text = prompt if isinstance(prompt, str) else ""  # only a space at its end matters
+        self._stream = TextStream(tokenizer, text, prompt_ids)
 
     def add(self, block: list[int]) -> TokComPiece:
         """Append the ids of a block and return what they add to the text."""
         skipped = min(self.skip, len(block))
         self.skip -= skipped
         if self.piece.finish_reason is not None:
+            # it has ended, but other texts of the batch go on
             self.piece = self.piece._replace(text="", ids=())
             return self.piece
         new = block[skipped:][: self.max_length - self.piece.tokens]
         reason = None
         if self.eos_token_id in new:
-            new = new[: new.index(self.eos_token_id) + 1]
+            new = new[: new.index(self.eos_token_id) + 1]  # EOS counts as a token
             reason = "stop"
         count = self.piece.tokens + len(new)
         if reason is None and count == self.max_length:
@@ -240,7 +246,9 @@ def most_alike(rows: Sequence[Sequence]) -> int:
 
     def agreement(a: Counter) -> float:
         # half of F1 = 2 |a & b| / (|a| + |b|): only the order matters. Two empty rows agree
-        shares = [(a & b).total() / (a.total() + b.total()) if a or b else 0.5 for b in counts]
+        shares = []
+        for b in counts:
+            shares.append((a & b).total() / (a.total() + b.total()) if a or b else 0.5)
         return sum(shares)
 
     return max(range(len(rows)), key=lambda i: agreement(counts[i]))
@@ -278,6 +286,7 @@ class StreamerFeed:
         def show(pipe, step: int, timestep: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
             if callback is not None:
                 x = callback(pipe, step, timestep, x)
+            # the block at hand as it would be decoded now
             draft = self._new(pipe.model.to_ids(x))
             if len(draft):
                 self._streamer.put_draft(draft)
@@ -295,6 +304,7 @@ class StreamerFeed:
         self._skip = skip[0]
         for latents, ids in blocks:
             new = self._new(ids)
+            # ids of the prompt, which the first blocks repeat, are not counted
             self._left -= max(0, min(self._left, ids.shape[1] - self._skip))
             self._skip = max(0, self._skip - ids.shape[1])
             if len(new):

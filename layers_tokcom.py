@@ -42,7 +42,7 @@ def rotary_embedding(
 
     Returns: two float32 tensors of shape `(B, 1, N, head_size)`.
     """
-    pairs = head_size // 2
+    pairs = head_size // 2  # each pair of channels is a plane that turns by one angle
     axes = position_ids.shape[-1]
     angles = []
     for axis in range(axes):
@@ -59,6 +59,7 @@ def apply_rotary(states: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]
     """Rotate `states (B, H, N, head_size)` by the tables of `rotary_embedding`."""
     cos, sin = (table.to(states.dtype) for table in tables)  # (B, 1, N, head_size)
     first, second = states.chunk(2, dim=-1)
+    # (x, y) cos + (-y, x) sin turns the plane of x = channel i and y = channel i + head_size / 2
     return states * cos + torch.cat((-second, first), dim=-1) * sin
 
 
@@ -108,7 +109,8 @@ def expand_attention_mask(
         )
     mask = mask[:, None, None] if mask.ndim == 2 else mask[:, None]  # (B, 1, 1 or S_q, S_kv)
     if implementation == "eager":  # it adds the mask to the scores
-        bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+        bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)  # (B, 1, 1 or S_q, S_kv)
+        # not -inf: a row without any key would be NaN
         return bias.masked_fill(~mask, torch.finfo(dtype).min)
     return mask
 
@@ -117,7 +119,8 @@ def eager_attention_forward(
     module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs
 ):
     """Attention in plain torch, with the signature that transformers expects; returns weights."""
-    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
+    # each key/value head serves a group of query heads
+    key = key.repeat_interleave(module.num_key_value_groups, dim=1)  # (B, H, S_kv, head_dim)
     value = value.repeat_interleave(module.num_key_value_groups, dim=1)
     scores = query @ key.transpose(2, 3) * scaling  # (B, H, S_q, S_kv)
     if attention_mask is not None:
@@ -157,7 +160,7 @@ class TokComAttention(nn.Module):
         self.layer_idx = layer_idx
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = self.head_dim**-0.5
+        self.scaling = self.head_dim**-0.5  # gives scores a variance near 1
         self.is_causal = False  # the mask alone says what a query sees
         key_value_size = config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
@@ -181,6 +184,7 @@ class TokComAttention(nn.Module):
         """`hidden_states (B, S, D)` -> `(B, S, D)` and the attention weights, if the backend has
         them."""
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        # QK-norm is per head and before rotation, which keeps lengths
         query = self.q_norm(self.q_proj(hidden_states).view(heads))
         query = query.transpose(1, 2)  # (B, H, S, head_dim)
         key = self.k_norm(self.k_proj(hidden_states).view(heads)).transpose(1, 2)
@@ -237,7 +241,7 @@ class TokComTimestepEmbedding(nn.Module):
     def forward(self, timestep: torch.Tensor) -> torch.Tensor:
         half = self.size // 2
         exponents = torch.arange(half, device=timestep.device, dtype=torch.float32) / half
-        frequencies = torch.exp(-math.log(10000.0) * exponents)
+        frequencies = torch.exp(-math.log(10000.0) * exponents)  # (size / 2,), from 1 to near 1e-4
         angles = timestep[..., None].float() * self.scale * frequencies
         waves = torch.cat((angles.cos(), angles.sin()), dim=-1)  # (B, N, size)
         waves = waves.to(self.linear_1.weight.dtype)
@@ -282,7 +286,9 @@ class TokComBlock(GradientCheckpointingLayer):
         self.modulation = None
         if modulated:
             # scale, shift and perhaps a gate, for each of the two halves
-            parts = (3 if config.adaln_gates else 2) * (1 + attention)
+            parts = 3 if config.adaln_gates else 2
+            if attention:
+                parts *= 2
             self.modulation = TokComModulation(config.conditioning_size, parts * config.hidden_size)
 
     def forward(
@@ -317,10 +323,13 @@ class TokComBlock(GradientCheckpointingLayer):
         for i, (norm, function) in enumerate(branches):
             inputs = norm(hidden_states)  # (B, S, D)
             if parts:
+                # 1 +, so that a modulation of zeros changes nothing
                 inputs = inputs * (1 + parts[2 * i]) + parts[2 * i + 1]
-            update = function(inputs)
+            update = function(inputs)  # (B, S, D)
             gates = parts[2 * len(branches) :]  # empty without `adaln_gates`
-            hidden_states = hidden_states + (gates[i] * update if gates else update)
+            if gates:
+                update = gates[i] * update
+            hidden_states = hidden_states + update
         return hidden_states
 
 
@@ -347,6 +356,7 @@ class TokComPreTrainedModel(PreTrainedModel):
             init.zeros_(module.weight)
             init.zeros_(module.bias)
         elif isinstance(module, (TokComProjection, TokComTokenEmbedding)):
+            # variance 1 / inputs; rows of an embedding start at a length near 1
             init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
             if getattr(module, "bias", None) is not None:
                 init.zeros_(module.bias)
@@ -362,6 +372,7 @@ def entry_point(method: Callable) -> Callable:
     @wraps(method)
     def wrapper(self, *args, **kwargs):
         if hasattr(getattr(self, "_hf_hook", None), "pre_forward"):
+            # loads offloaded weights, as a call of `forward` would
             self._hf_hook.pre_forward(self)
         return method(self, *args, **kwargs)
 
@@ -383,6 +394,7 @@ def chunked_cross_entropy(
     """
 
     def rows_loss(rows: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        # float32: log-sum-exp over a vocabulary loses too much in bfloat16
         return F.cross_entropy(F.linear(rows, weight).float(), ids, reduction="none")
 
     # without a gradient, checkpointing would only cost time

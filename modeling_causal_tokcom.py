@@ -77,9 +77,8 @@ class TokComTextCache:
     is_croppable = False
 
     def __init__(self, num_layers: int):
-        self.is_linear = [
-            False
-        ] * num_layers  # asked by `generate`: no layer has a state instead of keys
+        # asked by `generate`: no layer has a state instead of keys
+        self.is_linear = [False] * num_layers
         self.keys: list[torch.Tensor | None] = [None] * num_layers
         self.values: list[torch.Tensor | None] = [None] * num_layers
         self.states: torch.Tensor | None = None  # (B, 1 + N, D)
@@ -89,9 +88,8 @@ class TokComTextCache:
         self.symbols = None  # of the token head
         self.seen = 0  # tokens, padding included
         self.keeps_expected = False  # whether somebody wants to see drafts
-        self.expected: torch.Tensor | None = (
-            None  # states (K - k, E) of the last chunk's tokens from k on
-        )
+        # states (K - k, E) of the last chunk's tokens from k on
+        self.expected: torch.Tensor | None = None
         self.rows: torch.Tensor | None = None  # that read chunks now, (R,)
         self.places: torch.Tensor | None = None  # of those chunks, (R, m)
 
@@ -114,8 +112,9 @@ class TokComTextCache:
         found = []
         for store, new in ((self.keys, keys), (self.values, values)):
             buffer = store[layer_idx]
+            # indices on both sides of a slice come first in the result: (R, m, H, size)
             buffer[self.rows[:, None], :, self.places] = new.transpose(1, 2)
-            found.append(buffer[self.rows])
+            found.append(buffer[self.rows])  # (R, H, W, size)
         return found[0], found[1]
 
     def _map(self, function) -> None:
@@ -162,6 +161,7 @@ def _grown(tensor: torch.Tensor, dim: int, size: int) -> torch.Tensor:
     if missing <= 0:
         return tensor
     shape = list(tensor.shape)
+    # at least twice as many: a place at a time would copy the cache for every chunk
     shape[dim] = max(missing, tensor.shape[dim])
     return torch.cat((tensor, tensor.new_zeros(shape)), dim=dim)
 
@@ -198,7 +198,7 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
         """
         if isinstance(model, cls):
             return model
-        with torch.device("meta"):
+        with torch.device("meta"):  # no memory, as all of its modules are replaced
             causal = cls(model.config)
         for name, module in model.named_children():
             setattr(causal, name, module)
@@ -278,8 +278,8 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
             loss = self.loss_function(
                 logits=logits, labels=labels[:, -kept:], vocab_size=logits.shape[-1], **loss_kwargs
             )
-        kept_cache = {CACHE: cache if is_kept else None}
-        return TokComCausalOutput(loss=loss, logits=logits, last_hidden_state=states, **kept_cache)
+        memory = {CACHE: cache if is_kept else None}  # under the name of this transformers
+        return TokComCausalOutput(loss=loss, logits=logits, last_hidden_state=states, **memory)
 
     def _open_cache(self, given: TokComTextCache | None) -> TokComTextCache:
         cache = given or TokComTextCache(self.config.transformer_config.num_context_layers)
@@ -296,6 +296,7 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
         if cache.ids is None:
             cache.ids = input_ids.new_zeros(batch, 0)
             cache.lengths = input_ids.new_zeros(batch)
+        # counted among the real tokens of a row; padding gets some place, which is not used
         where = cache.lengths[:, None] + real.cumsum(1) - 1  # (B, S)
         lengths = cache.lengths + real.sum(1)
         longest = int(lengths.max())
@@ -305,6 +306,7 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
                 f"{self.config.max_position_embeddings} (`max_position_embeddings`); shorten it, "
                 "or generate with TokComPipeline, which goes on over a window."
             )
+        # whole chunks that also hold the token to be predicted
         room = -(-(longest + 1) // size) * size
         ids = input_ids.new_zeros(batch, room + 1)  # padding goes to the last place
         ids[:, : min(room, cache.ids.shape[1])] = cache.ids[:, :room]
@@ -318,20 +320,22 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
     def _read_chunks(self, cache: TokComTextCache, is_kept: bool) -> None:
         """Let the context network read the chunks that are whole now; at first also the start."""
         size = self.config.codec_config.chunk_size
-        done = cache.lengths // size
+        done = cache.lengths // size  # (B,), whole chunks
         chunks = cache.ids.unflatten(1, (-1, size))  # (B, N, K)
         if cache.states is None:
             count = int(done.max())
             # (B, 1 + n)
             places = torch.arange(-1, count, device=chunks.device).expand(len(chunks), -1)
+            # causal; rows with fewer chunks read some that are not whole, whose states nobody uses
             sees = places[:, None, :] <= places[:, :, None]
             features = self._features(cache, chunks[:, :count])
+            # a row for the learned start, which `read_context` puts there
             features = torch.nn.functional.pad(features, (0, 0, 1, 0))
             places = torch.where(places < 0, START_OF_TEXT, places)
             memory = cache if is_kept else None
             cache.states = self.transformer.read_context(features, places[..., None], sees, memory)
             return
-        before = cache.lengths_before // size
+        before = cache.lengths_before // size  # (B,)
         rows = (done > before).nonzero()[:, 0]
         if not len(rows):
             return
@@ -340,7 +344,8 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
         # a row with fewer new chunks reads one that is not whole; it is read again when it is
         index = index.clamp_max(chunks.shape[1] - 1)
         cache.rows = rows
-        cache.places = index + 1
+        cache.places = index + 1  # behind the start
+        # attention reads the whole buffer, and `sees` hides what is not filled
         used = max(int(cache.places.max()) + 1, cache.keys[0].shape[2])
         cache.keys = [_grown(keys, 2, used) for keys in cache.keys]
         cache.values = [_grown(values, 2, used) for values in cache.values]
@@ -367,25 +372,28 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
         row, column = real.nonzero(as_tuple=True)  # (R,) each
         following = where[row, column] + 1
         chunk = following // size
-        place = following % size
+        place = following % size  # inside the chunk
         turns = torch.arange(size, device=row.device)
         own = cache.ids.unflatten(1, (-1, size))[row, chunk]  # (R, K)
         is_known = turns < place[:, None]
         # tokens before this one are clean, this one and those after it are noise
         times = is_known.float()
         features = head.read(cache.symbols, None, times[None], own[None])  # (1, R, K * E)
+        # latents only give the shape here: `features` are read
         noise = features.new_zeros(1, len(row), self.config.codec_config.latent_channels)
         states = self.transformer(
             noise,
+            # turn `place` begins at this time, and place n of the states is before chunk n
             (place / size)[None],
             features=features,
             entry=cache.states[row, chunk][None].to(features.dtype),
         ).latents[0]
-        states = states.unflatten(-1, (size, -1))
+        states = states.unflatten(-1, (size, -1))  # (R, K, E)
         if cache.keeps_expected:
+            # of the last token of the last row: a streamer shows one text
             cache.expected = states[-1, int(place[-1]) :]
         states = states[torch.arange(len(row), device=row.device), place]  # (R, E)
-        found = head.logits(states)
+        found = head.logits(states)  # (R, V)
         whole = states.new_zeros(*where.shape, states.shape[-1]).index_put((row, column), states)
         logits = found.new_zeros(*where.shape, found.shape[-1]).index_put((row, column), found)
         return whole, logits
@@ -411,6 +419,7 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
             value = arguments.get(name)
             if value is None:
                 value = getattr(settings, name, None)
+            # values that change nothing, which configurations may hold
             is_neutral = name in ("guidance_scale", "num_beam_groups") and value == 1
             if value is None or value is False or is_neutral:
                 continue
@@ -429,6 +438,7 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
             cache = TokComTextCache(self.config.transformer_config.num_context_layers)
         cache.keeps_expected = True
         processors = arguments.get("logits_processor") or []
+        # behind the caller's, so that the draft begins with a token that they allow
         processors = LogitsProcessorList([*processors, DraftProcessor(streamer, self, cache)])
         return {**arguments, CACHE: cache, "logits_processor": processors}
 
@@ -452,11 +462,13 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
             kwargs = self._draft_arguments(streamer, kwargs)
         kwargs["streamer"] = streamer
         if temperature is not None and temperature == 0:
+            # transformers refuses a temperature of 0
             kwargs["do_sample"] = False
         elif temperature is not None:
             kwargs["temperature"] = temperature
         if seed is None:
             return super().generate(inputs, *args, **kwargs)
+        # the caller's random numbers on the CPU go on as if nothing had been drawn
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return super().generate(inputs, *args, **kwargs)

@@ -54,7 +54,7 @@ CODECS: dict[str, Any] = {
 
 def _repeat(tensor: torch.Tensor | None, copies: int) -> torch.Tensor | None:
     """`copies` of a batch one after the other."""
-    if tensor is None or copies == 1:
+    if tensor is None or copies == 1:  # without a copy in memory
         return tensor
     return torch.cat([tensor] * copies)
 
@@ -122,7 +122,7 @@ class TokComModel(CheckedWeights, TokComPreTrainedModel):
         self.objective = build_objective(self.config, stage, settings)
         if stage == "codec":
             self.codec.set_loss(**settings)
-        self.requires_grad_(False)
+        self.requires_grad_(False)  # what an earlier stage trained, too
         for part in self.objective.trained_parts(self):
             part.requires_grad_(True)
 
@@ -172,7 +172,8 @@ class TokComModel(CheckedWeights, TokComPreTrainedModel):
         value = self.require(inputs[name], name)
         for ids in self.codec.token_ids(value):
             self._check_ids(ids)
-        return self.codec.encode(value, attention_mask if streams is None else present)
+        mask = attention_mask if streams is None else present
+        return self.codec.encode(value, mask)
 
     def require(self, value: torch.Tensor | None, name: str) -> torch.Tensor:
         if value is None:
@@ -204,16 +205,12 @@ class TokComModel(CheckedWeights, TokComPreTrainedModel):
                 f"a caption has {length} tokens, more than the model's maximum of {longest} "
                 "(`condition_length`); shorten it."
             )
-        real = (
-            torch.ones_like(input_ids, dtype=torch.bool)
-            if attention_mask is None
-            else attention_mask.bool()
-        )
-        return (
-            self.condition_embedding(input_ids),
-            real,
-            torch.arange(length, device=input_ids.device) - longest,
-        )
+        real = torch.ones_like(input_ids, dtype=torch.bool)
+        if attention_mask is not None:
+            real = attention_mask.bool()
+        # negative, so that a caption stands before the latents, whose positions begin at 0
+        places = torch.arange(length, device=input_ids.device) - longest  # (L,)
+        return self.condition_embedding(input_ids), real, places
 
     def denoise(
         self, latents: torch.Tensor, timestep: torch.Tensor | float, *args, **kwargs
@@ -222,7 +219,7 @@ class TokComModel(CheckedWeights, TokComPreTrainedModel):
         `predict`."""
         output = self.predict(latents, timestep, *args, **kwargs)
         if self.token_head is not None:
-            times = self.token_head.place_times(self._spread(timestep, latents))
+            times = self.token_head.place_times(self._spread(timestep, latents))  # (B, S, K)
             means = self.token_head.mean_latents(output.latents, self.symbols(), latents, times)
             output.latents = means.to(latents.dtype)
         output.latents = self.quantize(output.latents)
@@ -265,10 +262,10 @@ class TokComModel(CheckedWeights, TokComPreTrainedModel):
             times = self.token_head.place_times(timestep) if times is None else times
             symbols = self.symbols() if symbols is None else symbols
             features = self.token_head.read(symbols, latents, times, chunks, uncertain)
-        copies = 1 if entry is None else len(entry) // len(latents)
+        copies = 1 if entry is None else len(entry) // len(latents)  # M
         return self.transformer(
             _repeat(latents.to(self.dtype), copies),
-            _repeat(timestep.clamp(0, 1), copies),
+            _repeat(timestep.clamp(0, 1), copies),  # beyond them a latent is noise, or clean
             position_ids=position_ids,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
@@ -282,7 +279,7 @@ class TokComModel(CheckedWeights, TokComPreTrainedModel):
         """Times of any shape that fits as `(B, S)`, float32."""
         timestep = torch.as_tensor(timestep, dtype=torch.float32, device=latents.device)
         if timestep.ndim == 1:
-            timestep = timestep[:, None]
+            timestep = timestep[:, None]  # (B, 1)
         return timestep.expand(latents.shape[:2])
 
     @entry_point
@@ -290,8 +287,8 @@ class TokComModel(CheckedWeights, TokComPreTrainedModel):
         """What the codec's tokens look like; None for models that do not predict tokens."""
         if self.token_head is None:
             return None
-        with torch.no_grad():
-            table = self.codec.symbol_table().to(self.device)
+        with torch.no_grad():  # the codec is frozen in all stages that ask
+            table = self.codec.symbol_table().to(self.device)  # (K, V, C / K)
         return self.token_head.symbols(table)
 
     @entry_point
@@ -300,7 +297,7 @@ class TokComModel(CheckedWeights, TokComPreTrainedModel):
         a latent head."""
         if self.latent_head is None:
             return latents
-        return self.latent_head(latents.to(self.dtype))[0].to(latents.dtype)
+        return self.latent_head(latents.to(self.dtype))[0].to(latents.dtype)  # without its loss
 
     @entry_point
     def from_codes(self, codes: torch.Tensor) -> torch.Tensor:
@@ -308,7 +305,7 @@ class TokComModel(CheckedWeights, TokComPreTrainedModel):
         `ValueError` for others."""
         quantizer = getattr(self.codec, "quantizer", None)
         if quantizer is not None:
-            levels = getattr(quantizer, "num_levels", 1)
+            levels = getattr(quantizer, "num_levels", 1)  # R, codes of a latent
             size = quantizer.num_codes
             if codes.ndim != 3 or codes.shape[2] != levels:
                 raise ValueError(
@@ -443,7 +440,7 @@ class TokComModel(CheckedWeights, TokComPreTrainedModel):
         """Mean over trained latents, draws and channels of the squared error of x1."""
         # float32: a mean over many small squares
         errors = self.quantize(found.states.float()) - clean.latents[:, None].float()
-        count = (found.states.shape[1] * found.loss_mask.sum()).clamp_min(1)
+        count = (found.states.shape[1] * found.loss_mask.sum()).clamp_min(1)  # all M draws count
         weights = found.loss_mask[:, None] / count  # (B, 1, N)
         return (errors.square().mean(-1) * weights).sum()
 
@@ -477,22 +474,21 @@ class TokComModel(CheckedWeights, TokComPreTrainedModel):
             chunks (`(B, N, K)`), symbols: ids and table of a token head.
             prefix: what `condition` gives.
         """
-        valid = clean.mask
+        valid = clean.mask  # (B, N), False on padding
         block_size = self.config.transformer_config.block_size
         draws = objective.noise_draws if self.training else 1
         dropout = objective.context_dropout if self.training else 0.0
         infill_rate = objective.infill_rate if self.training else 0.0
         if known_tokens is not None:
-            known_latents = known_tokens.all(-1)
+            known_latents = known_tokens.all(-1)  # (B, N): half a chunk is not known as a latent
 
         # times, masks and losses all follow from the order
         group_size = self.config.codec_config.group_size
-        order = generation_order(valid, block_size, infill_rate, group_size)
-        times = sample_times(self.config, order, draws)
+        order = generation_order(valid, block_size, infill_rate, group_size)  # (B, N)
+        times = sample_times(self.config, order, draws)  # (B, M, N)
         if timestep is not None:
             times = torch.full_like(times, timestep)
-        # the M draws of a latent lie one behind the other in the sequence
-        times = times.flatten(1)  # (B, M * N)
+        times = times.flatten(1)  # (B, M * N), draw after draw
         # dropped for whole rows: guidance needs the model without any context
         sees_context = torch.rand(len(valid), device=valid.device) >= dropout
 
@@ -508,9 +504,10 @@ class TokComModel(CheckedWeights, TokComPreTrainedModel):
                 valid, known_latents, times, sees_context, hides_known, task, loss_mask
             )
         if known_tokens is not None:
-            known_tokens = known_tokens & sees_context[:, None, None]
+            known_tokens = known_tokens & sees_context[:, None, None]  # (B, N, K)
         noisy, place_times = self._add_noise(clean.latents, seen.times, draws, known_tokens)
         if prefix is not None:
+            # rows that lose their context lose the caption, too
             prefix = (prefix[0], prefix[1] & sees_context[:, None], prefix[2])
         states = self._predict_from(clean, noisy, seen, place_times, chunks, symbols, prefix, draws)
         return NoisedPass(states, seen.loss_mask, noisy, seen.times, place_times)
@@ -526,10 +523,12 @@ class TokComModel(CheckedWeights, TokComPreTrainedModel):
     ) -> _Seen:
         """What a bidirectional model sees: everything at once, the known part of it clean."""
         if task is not None:
-            known, attention_mask = task
+            known, attention_mask = task  # a stream that is not used is hidden
             loss_mask = attention_mask
         else:
-            attention_mask = valid & ~(known & ~sees_context[:, None]) if hides_known else valid
+            attention_mask = valid
+            if hides_known:  # rows without context see it neither clean nor as noise
+                attention_mask = valid & ~(known & ~sees_context[:, None])
             known = known & sees_context[:, None]
         # t = 1 is clean
         known_times = torch.where(known, 1.0, times)
@@ -544,7 +543,7 @@ class TokComModel(CheckedWeights, TokComPreTrainedModel):
         of places."""
         # M noisy copies of every latent
         targets = latents.repeat(1, draws, 1)
-        noise = torch.randn_like(targets) * self.config.noise_std
+        noise = torch.randn_like(targets) * self.config.noise_std  # x0
         place_times = None
         signal = times[..., None].clamp(0, 1)
         if self.token_head is not None:
@@ -552,9 +551,8 @@ class TokComModel(CheckedWeights, TokComPreTrainedModel):
             if known_tokens is not None:
                 place_times = torch.where(known_tokens.repeat(1, draws, 1), 1.0, place_times)
             # the tokens of a chunk have times of their own, and each its own channels
-            signal = place_times.repeat_interleave(
-                targets.shape[-1] // place_times.shape[-1], dim=-1
-            )
+            channels = targets.shape[-1] // place_times.shape[-1]  # of a token
+            signal = place_times.repeat_interleave(channels, dim=-1)  # (B, M * N, C)
         # the flow: x_t = (1 - t) x0 + t x1
         return (1 - signal) * noise + signal * targets, place_times
 
@@ -569,17 +567,17 @@ class TokComModel(CheckedWeights, TokComPreTrainedModel):
         if self.token_head is not None:
             features = self.token_head.read(symbols, noisy, place_times, chunks.repeat(1, draws, 1))
             if is_causal:
-                ones = torch.ones_like(place_times[:, :length])
+                ones = torch.ones_like(place_times[:, :length])  # clean
                 context = self.token_head.read(symbols, clean.latents, ones, chunks)
-                features = torch.cat((context, features), dim=1)
+                features = torch.cat((context, features), dim=1)  # (B, (1 + M) N, K * E)
         inputs = noisy
         told = seen.told.clamp(0, 1)
         position_ids = clean.position_ids
         if is_causal:
             # clean latents are context for all draws, so they are read once
-            inputs = torch.cat((clean.latents, noisy), dim=1)
-            told = torch.cat((told.new_ones(batch, length), told), dim=1)
-            position_ids = position_ids.repeat(1, 1 + draws, 1)
+            inputs = torch.cat((clean.latents, noisy), dim=1)  # (B, (1 + M) N, C)
+            told = torch.cat((told.new_ones(batch, length), told), dim=1)  # clean is t = 1
+            position_ids = position_ids.repeat(1, 1 + draws, 1)  # each copy where its latent is
         output = self.transformer(
             inputs.to(self.dtype),
             told,
@@ -590,7 +588,7 @@ class TokComModel(CheckedWeights, TokComPreTrainedModel):
             prefix=prefix,
             group_size=clean.group_size,
         )
-        return output.latents[:, -draws * length :].unflatten(1, (draws, length))
+        return output.latents[:, -draws * length :].unflatten(1, (draws, length))  # no context
 
 
 TokComConfig.register_for_auto_class()

@@ -33,9 +33,6 @@ EARLY = 0.1  # training begins with a token this long before its turn: sampling 
 STAGES = ("codec", "flow", "head")
 
 
-# ---- objectives ----
-
-
 @dataclass
 class TokComObjective:
     """What a stage minimises. The fields of its subclasses are settings of a run."""
@@ -90,8 +87,8 @@ class TokComCodecObjective(TokComObjective):
             loss, parts = model.codec.training_loss(pixel_values)
         else:
             loss, parts = model.codec.training_loss(input_ids, attention_mask)
-        weight = None  # pictures, clips and streams are means over rows, of which all batches have as many
-        if pixel_values is None and streams is None:
+        weight = None  # other data have as many rows, and so the same weight, in all batches
+        if pixel_values is None and streams is None:  # tokens that are no padding
             weight = model.codec.to_chunks(input_ids, attention_mask)[1].sum().float()
         return TokComOutput(loss=loss, weight=weight, **parts)
 
@@ -177,19 +174,21 @@ class TokComNextChunkObjective(TokComFlowObjective):
         chunks, real = model.codec.symbols(input_ids, attention_mask)  # (B, N, K)
         given, has_gaps, dropped = self._draw_rows(model, chunks, known_mask, input_ids, fills_gaps)
         begins = torch.ones_like(dropped) if text_start is None else text_start.bool()
-        begins = begins & ~dropped
+        begins = begins & ~dropped  # rows without context do not know where they stand
         states = read_text(model, symbols, chunks, real, given, has_gaps, begins)  # (B, 1 + N, D)
 
         # only the chunks and times at which some token has its turn pass the head
         times = self._times(model, chunks, timestep)  # (B, M, N)
         progress, has_turn = self._turns(model, times)  # (B, M, N, K) each
-        wanted = (real & ~given)[:, None] & has_turn
+        wanted = (real & ~given)[:, None] & has_turn  # (B, M, N, K)
         row, draw, place = wanted.any(-1).nonzero(as_tuple=True)  # (R,) each
+        # state i stands before chunk i; rows without context have the state before the text
         before = states[row, torch.where(dropped[row], 0, place)]  # (R, D)
         place_times = head.warp(progress[row, draw, place])  # (R, K)
-        place_times = torch.where(given[row, place], 1.0, place_times)
+        place_times = torch.where(given[row, place], 1.0, place_times)  # clean
         own = chunks[row, place]  # (R, K)
         noisy = head.add_noise(symbols, own, place_times)  # (R, C)
+        # feed-forward layers do not mix latents, so all R fit in one row of a batch
         states = model.transformer(
             noisy[None].to(model.dtype),
             times[row, draw, place][None],
@@ -198,17 +197,17 @@ class TokComNextChunkObjective(TokComFlowObjective):
         ).latents  # (1, R, K * E)
         chosen = wanted[row, draw, place]  # (R, K)
         inputs = (noisy[None], place_times[None], own[None], chosen[None])
-        mean, losses = head.nll(states, symbols, *inputs)
+        mean, losses = head.nll(states, symbols, *inputs)  # (), (1, R, K)
         everywhere = losses.new_zeros(chunks.shape)
         counts = everywhere.index_put((row, place), chosen.float(), accumulate=True)  # over draws
-        tokens = everywhere.index_put((row, place), losses[0], accumulate=True)
+        tokens = everywhere.index_put((row, place), losses[0], accumulate=True)  # (B, N, K)
         return _token_output(mean, tokens / counts.clamp_min(1), chosen)
 
     def _turns(self, model, times: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of tokens at `times (B, M, N)`: progress and which have a loss, `(B, M, N, K)` each."""
+        """Progress of tokens at `times (B, M, N)`, and which have a loss: `(B, M, N, K)` each."""
         progress = model.token_head.progress(times)
         has_begun = progress > -EARLY if model.training else progress >= 0
-        return progress, (progress < 1) & has_begun
+        return progress, (progress < 1) & has_begun  # in eval mode only in its turn
 
     def _draw_rows(
         self, model, chunks, known_mask, input_ids, fills_gaps: bool
@@ -227,7 +226,7 @@ class TokComNextChunkObjective(TokComFlowObjective):
             if known_mask is None:
                 has_gaps = (draws[1] < self.infill_rate) & ~dropped
                 known = draw_gaps(batch, length * size, device).view(given.shape)  # in tokens
-                given = known & has_gaps[:, None, None]
+                given = known & has_gaps[:, None, None]  # other rows are plain text
         return given, has_gaps, dropped
 
     def _times(self, model, chunks: torch.Tensor, timestep: float | None) -> torch.Tensor:
@@ -238,14 +237,14 @@ class TokComNextChunkObjective(TokComFlowObjective):
         if timestep is not None:
             return torch.full((batch, 1, length), timestep, device=device)
         if not model.training:
-            starts = torch.arange(turns, device=device) / turns  # (K,)
+            starts = torch.arange(turns, device=device) / turns  # (K,): turn k begins at k / K
             return starts[:, None].expand(batch, turns, length)
         draws = self.noise_draws
         shares = torch.rand(batch, draws, length, device=device)
         # stratified: the draws of a chunk cover [0, 1) evenly, at less variance
         shares = (shares + torch.arange(draws, device=device)[:, None]) / draws
-        on_turn = torch.rand(batch, 1, 1, device=device) < self.turn_share
-        return torch.where(on_turn, (shares * turns).floor() / turns, shares)
+        on_turn = torch.rand(batch, 1, 1, device=device) < self.turn_share  # for whole rows
+        return torch.where(on_turn, (shares * turns).floor() / turns, shares)  # begin of a turn
 
 
 def _token_output(
@@ -292,22 +291,19 @@ class TokComTokenObjective(TokComFlowObjective):
         elif model.training and model.shows_some:
             exists = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             given = model.codec.symbols(input_ids, draw_known(exists.bool(), self.infill_rate))[1]
+        # rows that lose their context must not see a prompt; what is drawn here is noise to them
         hides = known_mask is not None
         tokens = {"known_tokens": given, "chunks": chunks, "symbols": symbols}
         found = model.predict_noised(self, clean, timestep, hides_known=hides, **tokens)
         draws = found.states.shape[1]
         progress = model.token_head.progress(found.times)  # (B, M * N, K)
         wanted = real if given is None else real & ~given  # (B, N, K)
+        # only tokens whose turn it is: before it all is noise, after it all is known
         chosen = wanted.repeat(1, draws, 1) & (progress > -EARLY) & (progress < 1)
-        mean, tokens = model.token_head.nll(
-            found.states.flatten(1, 2),
-            symbols,
-            found.noisy,
-            found.place_times,
-            chunks.repeat(1, draws, 1),
-            chosen,
-        )
-        return _token_output(mean, tokens.unflatten(1, (draws, -1))[:, 0], chosen)
+        states = found.states.flatten(1, 2)  # (B, M * N, K * E)
+        inputs = (found.noisy, found.place_times, chunks.repeat(1, draws, 1), chosen)
+        mean, losses = model.token_head.nll(states, symbols, *inputs)  # (), (B, M * N, K)
+        return _token_output(mean, losses.unflatten(1, (draws, -1))[:, 0], chosen)  # of draw 0
 
 
 @dataclass
@@ -369,12 +365,13 @@ class TokComTextLatentObjective(TokComFlowObjective):
         found = self._predict(model, clean, timestep, known_mask)
         error = model.mean_squared_error(clean, found)
         loss = self.mse_weight * error
-        estimate, loss, weight = self._estimate(model, found.states[:, 0], loss)
+        estimate, loss, weight = self._estimate(model, found.states[:, 0], loss)  # the first draw
+        # at weight 0 the cross-entropy is a figure to report, without a gradient
         with torch.set_grad_enabled(torch.is_grad_enabled() and weight > 0):
             texts = (input_ids, attention_mask)
             tokens, count = self._decoded_nll(model, estimate, found.loss_mask, *texts)
             cross_entropy = tokens.sum() / count
-        is_whole = tokens.shape[1] == found.loss_mask.shape[1]
+        is_whole = tokens.shape[1] == found.loss_mask.shape[1]  # a drawn share has no fixed places
         return TokComOutput(
             loss=loss + weight * cross_entropy,
             ce_loss=cross_entropy.detach(),
@@ -401,12 +398,12 @@ class TokComTextLatentObjective(TokComFlowObjective):
         n is N, or in training a share `ce_share` of it, drawn at random.
         """
         chunks, real = model.codec.to_chunks(input_ids, attention_mask)  # (B, N, K)
-        counted = real & loss_mask[..., None]
+        counted = real & loss_mask[..., None]  # (B, N, K)
         if model.training and self.ce_share < 1:
             count = max(1, round(self.ce_share * estimate.shape[1]))
             # other latents in every step, so all are trained in time
             shuffled = torch.rand(loss_mask.shape, device=loss_mask.device).argsort(1)
-            chosen = shuffled[:, :count, None]
+            chosen = shuffled[:, :count, None]  # (B, n, 1)
             estimate = estimate.gather(1, chosen.expand(-1, -1, estimate.shape[2]))
             chunks = chunks.gather(1, chosen.expand(-1, -1, chunks.shape[2]))
             counted = counted.gather(1, chosen.expand(-1, -1, counted.shape[2]))
@@ -430,11 +427,11 @@ class TokComHeadObjective(TokComTextLatentObjective):
         return [model.latent_head]
 
     def _predict(self, model, clean, timestep, known_mask):
-        with torch.no_grad():
+        with torch.no_grad():  # all but the latent head is frozen
             return super()._predict(model, clean, timestep, known_mask)
 
     def _estimate(self, model, states, loss) -> tuple[torch.Tensor, torch.Tensor, float]:
-        estimate, loss = model.latent_head(states)
+        estimate, loss = model.latent_head(states)  # its own loss replaces the squared error
         return estimate, loss, 1.0
 
 
@@ -455,7 +452,7 @@ class TokComStreamObjective(TokComObjective):
     stream_weights: dict[str, float] | None = None
     generation_rates: dict[str, float] | None = None
 
-    infill_rate: ClassVar[float] = 0.0
+    infill_rate: ClassVar[float] = 0.0  # these two for `predict_noised`
     noise_draws: ClassVar[int] = 1
 
     def check(self, config) -> None:
@@ -493,13 +490,14 @@ class TokComStreamObjective(TokComObjective):
         with torch.no_grad(), model.without_autocast():
             clean = codec.encode(streams, present)
         task = self._task(model, clean, given)
+        # a stream is whole or absent, so its first latent tells
         shown = [name for name in streams if clean.mask[:, codec.places[name].start].any()]
         if not shown:
             raise ValueError(
                 "no row of this batch has any stream; `present` must be true somewhere."
             )
         prediction, loss_mask = self._predict(model, clean, timestep, task, shown)  # (B, 1, N, C)
-        errors = prediction.float() - clean.latents[:, None].float()
+        errors = prediction.float() - clean.latents[:, None].float()  # (B, 1, N, C)
         error = codec.squared_error(errors, loss_mask, self.stream_weights)
         loss = self.mse_weight * error
         cross_entropy = None
@@ -522,7 +520,7 @@ class TokComStreamObjective(TokComObjective):
             dropout = self.context_dropout if model.training else 0.0
             return model.codec.draw_task(clean.mask, dropout, self.generation_rates)
         model.codec.check_names(given)
-        everywhere = clean.mask.new_ones(len(clean.mask))
+        everywhere = clean.mask.new_ones(len(clean.mask))  # (B,)
         known = model.codec.exists(
             dict.fromkeys(given, everywhere), len(everywhere), everywhere.device
         )

@@ -44,10 +44,7 @@ FILM_STARTS = (
 )
 HEAD = 256  # bytes that tell a film from a picture
 # bytes of a packet of a transport stream, without and with a time code before it
-PACKETS = (
-    188,
-    192,
-)
+PACKETS = (188, 192)
 QUICK = 20  # ms; browsers show shorter frames for 100 ms
 TURNS = {
     90: Image.Transpose.ROTATE_90,
@@ -89,12 +86,12 @@ def is_film(value: Any) -> bool:
     """Whether a record is a film, by its first bytes."""
     start = _first_bytes(stored(value))
     if start[4:8] == b"ftyp":
-        return start[8:12] not in PICTURE_BRANDS
+        return start[8:12] not in PICTURE_BRANDS  # the brand follows `ftyp`
     if start[4:8] in (b"moov", b"mdat", b"wide", b"free", b"skip"):  # QuickTime without a brand
         return True
     packets = [start[size - 188 :: size] for size in PACKETS]  # each begins with a G
     transport = any(len(firsts) > 1 and set(firsts) == {ord("G")} for firsts in packets)
-    if start.startswith(b"GIF8"):
+    if start.startswith(b"GIF8"):  # it begins with a G, too
         return False
     return start.startswith(FILM_STARTS) or start[8:11] == b"AVI" or transport
 
@@ -118,6 +115,7 @@ def open_image(value: Any, name: str = "a record") -> Image.Image:
             Image.Exif().load(image.info["exif"])
         return image
     except Exception as error:  # decoders raise nearly anything for a broken file
+        # what the caller opened, the caller closes
         if image is not None and image is not value:
             image.close()
         raise ValueError(
@@ -131,14 +129,18 @@ def _opened(value: Any) -> Image.Image:
         raise ValueError(f"a {type(value).__name__} is neither a file nor its bytes")
     if not value:
         raise ValueError("it is empty")
+
+    def source() -> Any:  # anew for each attempt: the first one moves a stream
+        return io.BytesIO(value) if isinstance(value, bytes) else value
+
     try:
-        return Image.open(io.BytesIO(value) if isinstance(value, bytes) else value)
+        return Image.open(source())
     except UnidentifiedImageError:
         if is_film(value):
             raise ValueError("it is a film") from None
         if not _register_heif():
             raise
-        return Image.open(io.BytesIO(value) if isinstance(value, bytes) else value)
+        return Image.open(source())
 
 
 def _register_heif() -> bool:
@@ -230,13 +232,14 @@ def upright(image: Image.Image, name: str = "a picture") -> Image.Image:
         raise ValueError(
             f"{name} has an EXIF block that cannot be read ({reason_of(error)}); save it without."
         ) from error
+    # one colour or level that is transparent, of PNG and GIF without alpha
     key = image.info.get("transparency")
     if image.mode in ("La", "RGBa"):  # colours multiplied by alpha
         return image.convert(image.mode.upper())
     if key is not None and image.mode in ("1", "L", "RGB"):
         return image.convert("RGBA")
     if isinstance(key, int) and image.mode.startswith("I;16"):
-        levels = np.asarray(image)
+        levels = np.asarray(image)  # 16 bits a pixel
         alpha = np.where(levels == key, 0, 255).astype(np.uint8)
         return Image.fromarray(np.stack([(levels >> 8).astype(np.uint8), alpha], 2), "LA")
     return image
@@ -266,7 +269,7 @@ class Film:
         self.times: list[float] = []  # seconds at which frames begin
         size = 0
         for frame in self._decode():
-            size += 3 * frame.width * frame.height
+            size += 3 * frame.width * frame.height  # bytes of RGB
             if size <= KEPT_FRAMES:
                 self.kept.append(frame)
         if not self.times:
@@ -285,12 +288,14 @@ class Film:
             with self.open(source) as container:
                 if not container.streams.video:
                     raise ValueError("it has no pictures")
+                # a cover is a video stream of one picture
                 stream = next(
                     (s for s in container.streams.video if not _is_cover(s)),
                     container.streams.video[0],
                 )
                 # all streams are read, since the length of the container is that of the longest
                 for packet in container.demux():
+                    # a packet without content only empties the decoder
                     if packet.pts is not None and packet.size:
                         last = packet.pts + (packet.duration or 0)
                         end = max(end, float(last * packet.time_base))
@@ -300,7 +305,9 @@ class Film:
                     for frame in packet.decode():
                         if frame.is_corrupt:
                             raise ValueError(f"frame {len(self.times)} is damaged")
-                        self.times.append(-1.0 if frame.time is None else frame.time)
+                        # an unknown time is -1, with which `steps_of` counts every frame once
+                        time = -1.0 if frame.time is None else frame.time
+                        self.times.append(time)
                         yield _shown(frame, stream.sample_aspect_ratio)
                 self.missing = _missing(container, stream, packets, end)
         except self.errors as error:
@@ -315,13 +322,16 @@ class Film:
     def clip(self, start: int, count: int) -> list[Image.Image]:
         """The frames at `count` steps from `start` on, at most up to the end."""
         wanted = self.steps[start : start + count]
+        # frames are kept from the first on, as many as there is room for
         if not wanted or wanted[-1] < len(self.kept):
             return [self.kept[i] for i in wanted]
         needed = set(wanted)
+        # stops decoding behind the last frame that is wanted
         found = {i: frame for i, frame in zip(range(wanted[-1] + 1), self._again()) if i in needed}
         return [found[i] for i in wanted]
 
     def _again(self) -> Iterator[Image.Image]:
+        # decoding notes the times anew, and ends early here
         times = self.times
         try:
             yield from self._decode()
@@ -330,26 +340,31 @@ class Film:
 
 
 def _missing(container, stream, packets: int, end: float) -> str:
-    """What a container claims and does not hold, or nothing: a frame or two may be left out by
-    how a film was edited."""
+    """What a container claims but does not hold; empty if nothing is missing. A frame or two may
+    be left out by how a film was edited."""
+    # half a percent may be missing: edit lists leave out frames that the header counts
     if packets < stream.frames - max(1, stream.frames // 200):
         return f"{packets} of its {stream.frames} frames are there"
-    length = (container.duration or 0) / 1_000_000
-    frame = 1 / float(stream.average_rate or 25)
+    length = (container.duration or 0) / 1_000_000  # FFmpeg counts microseconds
+    frame = 1 / float(stream.average_rate or 25)  # seconds; 25 a second if nothing is known
+    # the last frame may count or not, and containers round times
     if end < length - 1.5 * frame - 0.02:
         return f"{end:.2f} of its {length:.2f} seconds are there"
     return ""
 
 
 def steps_of(times: Sequence[float]) -> list[int]:
-    """Which frame is shown at each step, the usual time between two of them: cameras and screen
-    recorders leave out frames that show nothing new."""
+    """Which frame is shown at each step. A step is the usual time between two frames: cameras and
+    screen recorders leave out frames that show nothing new."""
     gaps = [after - before for before, after in zip(times, times[1:])]
-    usual = median(gaps) if gaps else 0.0
+    usual = median(gaps) if gaps else 0.0  # seconds from frame to frame
+    # times that are unknown or do not grow say nothing, and even ones need nothing
     if usual <= 0 or min(gaps) <= 0 or max(gaps) < 1.5 * usual:
         return list(range(len(times)))
-    counts = [max(1, round(gap / usual)) for gap in gaps] + [1]
-    return [index for index, count in enumerate(counts) for _ in range(count)]
+    steps: list[int] = []
+    for index, gap in enumerate([*gaps, usual]):  # nothing says how long the last frame stays
+        steps += [index] * max(1, round(gap / usual))
+    return steps
 
 
 def _is_cover(stream) -> bool:
@@ -359,6 +374,7 @@ def _is_cover(stream) -> bool:
 
 def _shown(frame, aspect: Fraction | None) -> Image.Image:
     image = frame.to_image()
+    # anamorphic films store pixels that are shown wider than high
     if aspect and aspect != 1:
         image = image.resize(
             (max(1, round(image.width * aspect)), image.height), Image.Resampling.BICUBIC
@@ -377,21 +393,26 @@ def timeline(image: Image.Image) -> list[int]:
     for index in range(first, image.n_frames):
         image.seek(index)
         image.load()  # the durations of WebP and AVIF are known only then
-        durations.append(image.info.get("duration") or 0)
-    return [first + i for i, times in enumerate(repeats(durations)) for _ in range(times)]
+        durations.append(image.info.get("duration") or 0)  # ms
+    steps: list[int] = []
+    for index, count in enumerate(repeats(durations), first):
+        steps += [index] * count
+    return steps
 
 
 def repeats(durations: Sequence[float]) -> list[int]:
-    """How many steps each frame is shown, for the longest step by which all durations are whole,
-    with a third of a step to spare for formats that round them to 10 ms."""
+    """For how many steps each frame is shown. A step is the longest time that divides all
+    durations, give or take a third of it, since some formats round durations to 10 ms."""
     durations = [duration if duration >= QUICK else 100 for duration in durations]
     shortest = min(durations)
     if max(durations) == shortest:
         return [1] * len(durations)
+    # a step is the shortest duration, or a half, a third or a quarter of it
     for parts in (1, 2, 3, 4):
         steps = [duration / shortest * parts for duration in durations]
         if all(abs(step - round(step)) <= 0.34 for step in steps):
             return [max(1, round(step)) for step in steps]
+    # no such step: rounded to the shortest duration
     return [max(1, round(duration / shortest)) for duration in durations]
 
 

@@ -88,10 +88,8 @@ def explain_hub_errors(repo_id: str) -> Iterator[None]:
     try:
         yield
     except LocalTokenNotFoundError as error:
-        raise ValueError(
-            f"pushing to {repo_id!r} needs a token: run `hf auth login`, set HF_TOKEN, or pass "
-            "`token`."
-        ) from error
+        remedy = "run `hf auth login`, set HF_TOKEN, or pass `token`"
+        raise ValueError(f"pushing to {repo_id!r} needs a token: {remedy}.") from error
     except HFValidationError as error:
         raise ValueError(
             f"{repo_id!r} is not a valid repository id: write it as 'user/name'. ({error})"
@@ -107,9 +105,11 @@ def explain_hub_errors(repo_id: str) -> Iterator[None]:
             raise
         raise ValueError(f"the Hub refused {repo_id!r} ({status}): {remedy}.") from error
     except (ConnectionError, HTTP_ERROR) as error:
-        raise ValueError(
-            f"the Hub at {HF_ENDPOINT} cannot be reached ({error}); check network and HF_ENDPOINT."
-        ) from error
+        remedy = "check network and HF_ENDPOINT"
+        if "xet" in str(error):  # the Hub answers, but a proxy or mirror lacks its chunk store
+            remedy = "without the Hub's chunk store set HF_HUB_DISABLE_XET=1"
+        reason = f"the Hub at {HF_ENDPOINT} cannot be reached ({error})"
+        raise ValueError(f"{reason}; {remedy}.") from error
 
 
 class CardFacts(NamedTuple):
@@ -123,6 +123,7 @@ class CardFacts(NamedTuple):
 def with_section(card: str, heading: str, body: str) -> str:
     """The card with the section `heading` replaced by `body`, or added at its end."""
     section = f"## {heading}\n\n{body.strip()}\n"
+    # up to the next heading of this level or the end
     found = re.search(rf"^## {re.escape(heading)}\n.*?(?=^## |\Z)", card, re.MULTILINE | re.DOTALL)
     if found is None:
         return card.rstrip() + "\n\n" + section
@@ -135,6 +136,7 @@ def copy_pictures(card: str, source: Path, target: Path) -> None:
     same places in `target`."""
     for name in PICTURE.findall(card):
         file = (source / name).resolve()
+        # a card is text of others: `../` must not publish what lies elsewhere
         if file.is_file() and file.is_relative_to(source.resolve()):
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, target / name)
@@ -156,8 +158,8 @@ class TokComBasePipeline(CheckedFiles, DiffusionPipeline):
 
     modality: str  # of the models it runs; set by subclasses
     output_types: tuple[str, ...]
-    model_cpu_offload_seq = "model"
-    _callback_tensor_inputs = ["latents"]
+    model_cpu_offload_seq = "model"  # what `enable_model_cpu_offload` moves, in order
+    _callback_tensor_inputs = ["latents"]  # what a callback of diffusers may ask for
     _optional_components = ["tokenizer"]
     # components that our own modules define, which are loaded from there whatever
     # `model_index.json` says: class -> the library that the index names, and the module
@@ -169,6 +171,7 @@ class TokComBasePipeline(CheckedFiles, DiffusionPipeline):
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         for name, value in list(vars(cls).items()):
+            # what users call; properties and class methods are no functions here
             if inspect.isfunction(value) and (name == "__call__" or not name.startswith("_")):
                 setattr(cls, name, explain_unknown_arguments(value))
 
@@ -188,6 +191,7 @@ class TokComBasePipeline(CheckedFiles, DiffusionPipeline):
             )
         if tokenizer is not None:
             size = vocabulary_size(tokenizer)
+            # the model's last id is that of the pad token, which the tokenizer may not have yet
             if size + 1 != model.config.text_vocab_size:
                 raise ValueError(
                     f"the tokenizer has {size} tokens but the model was built for "
@@ -223,11 +227,12 @@ class TokComBasePipeline(CheckedFiles, DiffusionPipeline):
         """`model_index.json`: names the file and class of this pipeline, so that
         `DiffusionPipeline` finds them."""
         index = json.loads(super().to_json_string())
+        # a list names a file of the repository, a text a class of diffusers
         index["_class_name"] = [type(self).__module__.split(".")[-1], type(self).__name__]
         for name, value in index.items():
             if isinstance(value, list) and value[-1] in self._local_classes:
                 index[name] = [self._local_classes[value[-1]][0], value[-1]]
-        index.pop("_name_or_path", None)
+        index.pop("_name_or_path", None)  # a path of this machine is nobody's business
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
     def _card_facts(self) -> CardFacts:
@@ -246,17 +251,15 @@ class TokComBasePipeline(CheckedFiles, DiffusionPipeline):
         facts = self._card_facts()
         codec = sum(p.numel() for p in self.model.codec.parameters())
         total = sum(p.numel() for p in self.model.parameters())
-        objective = {"tokens": "predicts token probabilities", "latents": "predicts latents"}[
-            config.prediction_type
-        ]
+        predictions = {"tokens": "token probabilities", "latents": "latents"}
         block_size = config.transformer_config.block_size
-        objective += (
-            ", all latents at once" if block_size is None else f", {block_size} latent(s) at a time"
-        )
+        blocks = "all latents" if block_size is None else f"{block_size} latent(s)"
+        objective = f"predicts {predictions[config.prediction_type]}, {blocks} at "
+        objective += "once" if block_size is None else "a time"
+        # JSON is YAML, whatever characters a value has
+        more = [f"{key}: {json.dumps(value)}\n" for key, value in metadata.items() if value]
         text = CARD_TEXT.format(
-            more="".join(
-                f"{key}: {json.dumps(value)}\n" for key, value in metadata.items() if value
-            ),
+            more="".join(more),
             title=title,
             parameters=f"{total:,}",
             codec=f"{codec:,}",
@@ -265,9 +268,9 @@ class TokComBasePipeline(CheckedFiles, DiffusionPipeline):
             objective=objective,
             **facts._asdict(),
         )
-        return text + "".join(
-            f"\n## {heading}\n\n{body.strip()}\n" for heading, body in (sections or {}).items()
-        )
+        for heading, body in (sections or {}).items():
+            text += f"\n## {heading}\n\n{body.strip()}\n"
+        return text
 
     def _save_components(self, directory: Path) -> None:
         """Save everything but the model and the code."""
@@ -296,22 +299,21 @@ class TokComBasePipeline(CheckedFiles, DiffusionPipeline):
         directory.mkdir(parents=True, exist_ok=True)
         # what was there stays if this fails
         with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as partial:
-            self.model.save_pretrained(
-                partial, **({"max_shard_size": max_shard_size} if max_shard_size else {})
-            )
+            options = {"max_shard_size": max_shard_size} if max_shard_size else {}
+            self.model.save_pretrained(partial, **options)
             written = sorted(Path(partial).iterdir())
             # one file and several shards must not lie side by side: the one file would be loaded
-            stale = {file.name for pattern in WEIGHTS for file in directory.glob(pattern)} - {
-                f.name for f in written
-            }
+            stale = {file.name for pattern in WEIGHTS for file in directory.glob(pattern)}
+            stale -= {file.name for file in written}
             for file in written:
-                file.replace(directory / file.name)
+                file.replace(directory / file.name)  # atomic, as both are on one disk
             for name in stale:
                 (directory / name).unlink()
         self._save_components(directory)
         self._save_language_model(directory)
         self.save_config(directory)
-        custom_object_save(self, directory)
+        custom_object_save(self, directory)  # the code
+        # after all that they cover
         write_checksums(directory)
         if card is not None or not (directory / CARD).is_file():
             (directory / CARD).write_text(card or self.model_card(), encoding="utf-8")
@@ -342,7 +344,7 @@ class TokComBasePipeline(CheckedFiles, DiffusionPipeline):
             do_sample=True,
             temperature=config.sampling_temperature,
             top_p=config.sampling_top_p,
-            top_k=0,
+            top_k=0,  # off: all of the distribution
             eos_token_id=eos,
             pad_token_id=config.vocab_size - 1,
         ).save_pretrained(directory)
@@ -370,9 +372,8 @@ class TokComBasePipeline(CheckedFiles, DiffusionPipeline):
             repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
             if revision is not None and not revision.startswith("refs/"):
                 create_branch(repo_id, branch=revision, token=token, exist_ok=True)
-            text = WHERE.sub(
-                f'path_or_id = "{repo_id}"', card or self.model_card(repo_id.split("/")[-1])
-            )
+            text = card or self.model_card(repo_id.split("/")[-1])
+            text = WHERE.sub(f'path_or_id = "{repo_id}"', text)
             self.save_pretrained(folder, max_shard_size, card=text)
             if pictures is not None:
                 copy_pictures(text, Path(pictures), Path(folder))
@@ -383,7 +384,7 @@ class TokComBasePipeline(CheckedFiles, DiffusionPipeline):
                 token=token,
                 create_pr=create_pr,
                 revision=revision,
-                delete_patterns=WEIGHTS,
+                delete_patterns=WEIGHTS,  # shards of an earlier push
             )
             return str(commit)
 
@@ -428,9 +429,10 @@ class TokComBasePipeline(CheckedFiles, DiffusionPipeline):
             )
         if not captions:
             raise ValueError("`prompt` is an empty list; give at least one caption.")
-        rows = [
-            [] if caption == "" else self._tokenize([caption], "prompt")[0] for caption in captions
-        ]
+        rows: list[list[int]] = []
+        for caption in captions:
+            # an empty caption is hidden as a whole, like those that training drops
+            rows.append([] if caption == "" else self._tokenize([caption], "prompt")[0])
         return len(rows), self.model.condition(*self._pad(rows, "right"))
 
     def _to_latents(self, latents: torch.Tensor) -> torch.Tensor:
@@ -443,7 +445,7 @@ class TokComBasePipeline(CheckedFiles, DiffusionPipeline):
             )
         latents = latents.to(self._execution_device)
         if not latents.is_floating_point():
-            latents = self.model.from_codes(latents.long())
+            latents = self.model.from_codes(latents.long())  # files hold small integers
         channels = self.model.config.codec_config.latent_channels
         if latents.ndim != 3 or latents.shape[-1] != channels:
             raise ValueError(
@@ -508,6 +510,7 @@ class TokComBasePipeline(CheckedFiles, DiffusionPipeline):
             )
         channels = self.model.config.codec_config.latent_channels
         if latents is None:
+            # drawn on the CPU, so that a seed means the same on every device
             noise = row_noise(spawn_generators(generator, batch_size), num_latents, channels)
             return noise.to(self._execution_device) * self.model.config.noise_std
         shape = (batch_size, num_latents, channels)
@@ -530,7 +533,7 @@ class TokComBasePipeline(CheckedFiles, DiffusionPipeline):
 
         def on_step_end(pipe, step: int, timestep: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
             tensors = {"latents": x} if "latents" in names else {}
-            return callback(pipe, step, timestep, tensors).pop("latents", x)
+            return callback(pipe, step, timestep, tensors).pop("latents", x)  # it may change x
 
         return on_step_end
 
@@ -564,9 +567,7 @@ class TokComBasePipeline(CheckedFiles, DiffusionPipeline):
         num_blocks = len(split_blocks(task.noise.shape[1], block_size, task.edges))
         bar = None
 
-        def after_step(
-            block: int, step: int, timestep: torch.Tensor, x: torch.Tensor
-        ) -> torch.Tensor:
+        def after_step(block: int, step: int, timestep: torch.Tensor, x: torch.Tensor):
             nonlocal bar
             # known only now: some schedulers add steps of their own
             steps = len(self.scheduler.timesteps)
@@ -575,8 +576,8 @@ class TokComBasePipeline(CheckedFiles, DiffusionPipeline):
                 bar = self.progress_bar(total=self._num_timesteps)
             bar.update()
             if on_step_end is not None:
-                x = on_step_end(self, block * steps + step, timestep, x)
-            sampler.interrupt = self._interrupt
+                x = on_step_end(self, block * steps + step, timestep, x)  # steps of all blocks
+            sampler.interrupt = self._interrupt  # a callback sets the pipeline's
             return x
 
         try:
@@ -584,7 +585,7 @@ class TokComBasePipeline(CheckedFiles, DiffusionPipeline):
                 if ids is None and decode:
                     ids = self.model.to_ids(latents)
                 yield latents, ids
-        finally:
+        finally:  # also if the caller stops reading, or an error passes
             if bar is not None:
                 bar.close()
 

@@ -2,7 +2,8 @@
 
 Notable choices:
 - The sampler is that of texts: captions stand for a prompt, first frames are clean latents.
-- Given streams are the context, those asked for the noise, and others are not in the sequence.
+- Known streams are the context, the one being made is the noise, others are not in the sequence.
+- Several streams are made one after the other, each for those before it.
 - Guidance moves away from the prediction without captions, frames or given streams.
 """
 
@@ -18,9 +19,8 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 # diffusers copies direct imports only, so every module that this file needs is named here
-from .codec_chunk_tokcom import TokComCodecOutput
 from .codec_color_tokcom import TokComColorCodec  # noqa: F401
-from .codec_composite_tokcom import as_lists, guidance_omissions, names_to_make
+from .codec_composite_tokcom import as_lists, check_guidance, guidance_omissions, names_to_make
 from .codec_style_tokcom import TokComStyleCodec  # noqa: F401
 from .codec_video_tokcom import decode_clips, encode_clips, read_clips
 from .configuration_codec_tokcom import TokComCodecConfig  # noqa: F401
@@ -95,10 +95,7 @@ class TokComImagePipeline(TokComPixelPipeline):
         call = 'pipe("a caption")' if with_captions else "pipe()"
         return CardFacts(
             task="text-to-image" if with_captions else "unconditional-image-generation",
-            does=(
-                f"makes pictures of {size}x{size} pixels by denoising {codec.num_tokens} ordered "
-                "tokens"
-            ),
+            does=f"makes {size}x{size} pictures by denoising {codec.num_tokens} ordered tokens",
             example=f'{call}.images[0].save("picture.png")',
         )
 
@@ -315,9 +312,7 @@ class TokComVideoPipeline(TokComPixelPipeline):
                 f"`guidance_scale` ({guidance_scale}) needs captions or frames; leave it at 1."
             )
         if given is not None and len(given) != batch_size:
-            raise ValueError(
-                f"there are {batch_size} captions for {len(given)} clips; give one each."
-            )
+            raise ValueError(f"{batch_size} captions for {len(given)} clips; give one for each.")
 
     def _size_of(
         self, clips: torch.Tensor | None, height: int | None, width: int | None
@@ -448,8 +443,7 @@ class TokComOmniPipeline(TokComBasePipeline):
     def sampling_rates(self) -> dict[str, int]:
         """Samples a second of every stream of sounds."""
         codecs = self.model.config.codec_config.stream_configs().items()
-        rates = {name: getattr(codec, "sampling_rate", None) for name, codec in codecs}
-        return {name: rate for name, rate in rates.items() if rate is not None}
+        return {name: codec.sampling_rate for name, codec in codecs if codec.kind == "audio"}
 
     @torch.no_grad()
     def __call__(
@@ -471,10 +465,12 @@ class TokComOmniPipeline(TokComBasePipeline):
 
         Args:
             given: streams; see the class.
-            generate: names of the streams to make; by default all that are not given.
+            generate: names of the streams to make, in this order: each is made for those given and
+                for those made before it. By default all that are not given, texts first.
             batch_size: how many, if nothing is given.
-            guidance_scale: above 1 strengthens what is given at twice the cost. A dictionary names
-                a scale for each given stream; each that is not 1 costs one more evaluation.
+            guidance_scale: above 1 strengthens what a stream is made for, at twice the cost. A
+                dictionary names a scale for each of these; each that is not 1 costs one more
+                evaluation.
             num_candidates: above 1, so many are made for each, and the one is kept whose texts the
                 others resemble most: better guesses, less variety, at so many times the cost.
             latents: initial noise `(B * num_candidates, n, C)` of the latents to generate.
@@ -487,16 +483,28 @@ class TokComOmniPipeline(TokComBasePipeline):
         codec = self.model.codec
         contents = as_lists(codec, {} if given is None else given, "given")
         names = names_to_make(codec, generate, list(contents), num_candidates)
+        check_guidance(guidance_scale, list(contents), names)
         batch_size = len(next(iter(contents.values()), range(batch_size)))
-        context, whole = self._read_given(contents, batch_size, num_candidates)
-        omissions = guidance_omissions(codec, guidance_scale, list(contents), context)
+        whole = self._read_given(contents, batch_size, num_candidates)
         index = codec.index_of(names, self._execution_device)
         noise = self.prepare_latents(len(whole), len(index), generator, latents)
-        task = TokComTask(noise, context, codec.positions(index).expand(len(whole), -1, -1))
-        sampling = TokComSampling(num_inference_steps, omissions=omissions, generator=generator)
+        whole[:, index] = noise.to(whole.dtype)
         on_step_end = self._step_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        result, _ = self.sample_latents(task, sampling, False, on_step_end)
-        whole[:, index] = result.to(whole.dtype)
+        known = list(contents)
+        # the chain rule: p(text, image) = p(text) p(image | text). Denoised together, streams would
+        # all begin at the mean of everything, and end without agreeing on anything
+        for name in names:
+            own = codec.index_of([name], whole.device)  # (n,)
+            positions = codec.positions(own).expand(len(whole), -1, -1)
+            context = codec.context(whole, known)
+            task = TokComTask(whole[:, own], context, positions)
+            omissions = guidance_omissions(codec, guidance_scale, known, context)
+            sampling = TokComSampling(num_inference_steps, omissions=omissions, generator=generator)
+            result, _ = self.sample_latents(task, sampling, False, on_step_end)
+            whole[:, own] = result.to(whole.dtype)
+            known.append(name)
+            if self._interrupt:  # streams that were not begun stay noise
+                break
         if num_candidates > 1:
             whole = self._choose(whole, names, num_candidates)
         output = self._collect(whole, contents, names, output_type)
@@ -507,10 +515,8 @@ class TokComOmniPipeline(TokComBasePipeline):
         """Streams -> `.latents (B, N, C)` of all, 0 where a stream is absent."""
         contents = as_lists(self.model.codec, streams, "streams")
         if not contents:
-            raise ValueError(
-                f"`streams` is empty; give at least one of the streams {self.model.codec.names}."
-            )
-        _, latents = self._read_given(contents, 0)
+            raise ValueError(f"`streams` is empty; give some of {self.model.codec.names}.")
+        latents = self._read_given(contents, 0)
         self.maybe_free_model_hooks()
         return TokComOmniPipelineOutput(latents=latents)
 
@@ -531,24 +537,18 @@ class TokComOmniPipeline(TokComBasePipeline):
 
     def _read_given(
         self, contents: dict[str, list], batch_size: int, copies: int = 1
-    ) -> tuple[TokComCodecOutput | None, torch.Tensor]:
-        """Latents of the given streams alone, and `(B, N, C)` of all, 0 elsewhere; in `copies`."""
+    ) -> torch.Tensor:
+        """Latents `(B, N, C)` of the given streams, 0 elsewhere; each row `copies` times."""
         codec = self.model.codec
         device = self._execution_device
         if not contents:
-            shape = (batch_size * copies, codec.num_latents, codec.num_channels)
-            return None, torch.zeros(shape, device=device)
+            rows = batch_size * copies
+            return torch.zeros(rows, codec.num_latents, codec.num_channels, device=device)
         streams = {
             name: codec.contents[name].read(values, name, self.tokenizer).to(device)
             for name, values in contents.items()
         }
-        encoded = self.model.encode(streams=streams)
-        index = codec.index_of(list(contents), encoded.latents.device)
-        latents = encoded.latents.repeat_interleave(copies, 0)
-        positions = encoded.position_ids.repeat_interleave(copies, 0)
-        mask = encoded.mask.repeat_interleave(copies, 0)
-        context = TokComCodecOutput(latents[:, index], positions[:, index], mask[:, index])
-        return context, latents.float()
+        return self.model.encode(streams=streams).latents.repeat_interleave(copies, 0).float()
 
     def _stream_ids(self, name: str, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids of a stream of texts in latents `(B, N, C)`, and a mask until their end."""

@@ -166,15 +166,15 @@ class TokComPipeline(TokComBasePipeline):
         rows = prompt_ids(self.tokenizer, prompts, *prompt_room(self.model, gen_length, truncation))
         feed = StreamerFeed(streamer, gen_length, self._eos_token_id)
         callback = self._step_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        skip, blocks = self.continue_ids(
+        skip, blocks = self.continue_ids(  # blocks are denoised as they are read
             rows,
             gen_length,
             TokComSampling(num_inference_steps, guidance_scale, [], temperature, top_p, generator),
             latents=latents,
-            stop=output_type != "latent",
+            stop=output_type != "latent",  # latents have no EOS
             on_step_end=feed.after_step(callback),
         )
-        blocks = feed.blocks(blocks, rows, skip)
+        blocks = feed.blocks(blocks, rows, skip)  # the streamer sees each block before it is joined
         output = self._finish_continuation(prompts, rows, blocks, gen_length, output_type, skip)
         return output if return_dict else output.to_tuple()
 
@@ -210,7 +210,9 @@ class TokComPipeline(TokComBasePipeline):
             self.model, rows, gen_length, make_noise, self._execution_device
         )
         blocks = self.sample_blocks(task, sampling, decode=True, on_step_end=on_step_end)
-        return skip, until_all_ended(blocks, self._eos_token_id, skip) if stop else blocks
+        if stop:
+            blocks = until_all_ended(blocks, self._eos_token_id, skip)
+        return skip, blocks
 
     def _finish_continuation(
         self, prompts, rows, blocks: Blocks, gen_length: int, output_type: str, skip: list[int]
@@ -220,7 +222,7 @@ class TokComPipeline(TokComBasePipeline):
         found = join_blocks(blocks, empty.to(self._execution_device))
         output = self._finish(*found, gen_length, output_type, skip)
         if output.texts is not None:
-            lengths = output.attention_mask.sum(-1).tolist()
+            lengths = output.attention_mask.sum(-1).tolist()  # tokens up to EOS
             new = [ids[:length] for ids, length in zip(output.sequences.tolist(), lengths)]
             texts = zip(prompts, rows, new)
             output.texts = [continue_text(self.tokenizer, *parts) for parts in texts]
@@ -298,7 +300,7 @@ class TokComPipeline(TokComBasePipeline):
         self.check_inputs(num_inference_steps, length=("gen_length", min(lengths)))
 
         def ask_to_stop(pipe, step, timestep, x):
-            pipe._interrupt = should_stop()
+            pipe._interrupt = should_stop()  # read after each step by `sample_blocks`
             return x
 
         room = prompt_room(self.model, max(lengths), truncation)
@@ -344,7 +346,7 @@ class TokComPipeline(TokComBasePipeline):
                 f"`num_chunks` ({num_chunks}) must be a multiple of {multiple}, a row of patches."
             )
         check_length(self.model.config, num_chunks)
-        noise = self.prepare_latents(batch_size, num_chunks, generator, latents)
+        noise = self.prepare_latents(batch_size, num_chunks, generator, latents)  # (B, N, C)
         sampling = TokComSampling(num_inference_steps, 1.0, [], temperature, top_p, generator)
         decode = output_type != "latent"
         new_latents, ids = self.sample_latents(TokComTask(noise), sampling, decode)
@@ -361,7 +363,7 @@ class TokComPipeline(TokComBasePipeline):
         texts = list(text) if isinstance(text, (list, tuple)) else [text]
         if not texts:
             raise ValueError("`text` is an empty list; give at least one text.")
-        ids, mask = self._pad(self._tokenize(texts, "text"), "right")
+        ids, mask = self._pad(self._tokenize(texts, "text"), "right")  # chunks count from token 0
         encoded = self.model.encode(ids, mask)
         self.maybe_free_model_hooks()
         if output_file is not None:
@@ -381,12 +383,11 @@ class TokComPipeline(TokComBasePipeline):
         latents = self._to_latents(latents)
         sequences = self.model.to_ids(latents)
         self.maybe_free_model_hooks()
-        mask = torch.ones_like(sequences) if attention_mask is None else attention_mask
+        mask = torch.ones_like(sequences) if attention_mask is None else attention_mask  # (B, T)
         if mask.shape != sequences.shape:
-            shape = tuple(sequences.shape)
-            raise ValueError(
-                f"`attention_mask` has shape {tuple(mask.shape)} but {shape} is needed."
-            )
+            found = tuple(mask.shape)
+            needed = tuple(sequences.shape)
+            raise ValueError(f"`attention_mask` has shape {found} but {needed} is needed.")
         mask = mask.to(sequences.device)
         texts = decode_rows(self.tokenizer, sequences, mask)
         return TokComPipelineOutput(texts, sequences, latents, mask)
@@ -435,11 +436,12 @@ class TokComPipeline(TokComBasePipeline):
         latents = encoded.latents.float()
         noise = self.prepare_latents(latents.shape[0], latents.shape[1], sampling.generator)
         sampler = self._sampler(sampling)
+        # as many as a whole run on an even grid takes from this sigma on
         steps = max(1, round(sampler.sampling.num_inference_steps * (1 - noise_level)))
         task = TokComTask(
             sampler.add_noise(latents, noise, noise_level),
-            exists=encoded.attention_mask.unflatten(1, (-1, self.chunk_size)).any(-1),
-            sigma_start=1 - noise_level,
+            exists=encoded.attention_mask.unflatten(1, (-1, self.chunk_size)).any(-1),  # (B, N)
+            sigma_start=1 - noise_level,  # t = `noise_level` here, as published
         )
         sampling = replace(sampling, num_inference_steps=steps)
         result, _ = self.sample_latents(task, sampling, decode=False)
@@ -451,9 +453,9 @@ class TokComPipeline(TokComBasePipeline):
         """Texts of which each token is kept with probability `noise_level`; others are drawn."""
         sequences = encoded.sequences.clone()
         for row, source in enumerate(spawn_generators(sampling.generator, len(sequences))):
-            real = encoded.attention_mask[row].bool()
+            real = encoded.attention_mask[row].bool()  # (T,)
             ids = encoded.sequences[row, real].tolist()
-            kept = kept_tokens(len(ids), noise_level, source)
+            kept = kept_tokens(len(ids), noise_level, source)  # shares nest: see there
             filled, _ = self.fill_ids(ids, kept, replace(sampling, generator=source))
             sequences[row, real] = torch.tensor(filled, device=sequences.device)
         self.maybe_free_model_hooks()
@@ -493,6 +495,7 @@ class TokComPipeline(TokComBasePipeline):
                 for i, source in enumerate(sources)
             ]
             scores = self.score([output.texts[0] for output in found])
+            # per character, since texts of different lengths compete
             best = min(range(len(found)), key=lambda i: scores[i].nats_per_character)
             return found[best]
         self.check_inputs(num_inference_steps, length=("gap_length", gap_length))
@@ -532,10 +535,10 @@ class TokComPipeline(TokComBasePipeline):
         rows = self._tokenize(texts, "texts")
         check_whole_length(config, max(len(row) for row in rows))
         ids, mask = self._pad(rows, "right")
-        objective = objective_class(config, "flow")()
+        objective = objective_class(config, "flow")()  # its defaults: eval mode draws nothing
         losses = objective.loss(self.model.eval(), input_ids=ids, attention_mask=mask).token_losses
         self.maybe_free_model_hooks()
-        nats = losses.flatten(1).tolist()
+        nats = losses.flatten(1).tolist()  # (B, T)
         return [
             TokComScore(sum(row[: len(tokens)]), len(tokens), len(text), row[: len(tokens)])
             for row, tokens, text in zip(nats, rows, texts)
@@ -558,7 +561,7 @@ class TokComPipeline(TokComBasePipeline):
         given their known tokens. Returns all ids, and the latents `(1, n, C)` of what was
         generated, None if nothing was.
         """
-        if all(known):
+        if all(known):  # nothing to draw, and a task needs a latent
             return ids, None
         task, text = token_gap_task(
             self.model, ids, known, self._noise_maker(sampling), self._execution_device
@@ -584,7 +587,7 @@ class TokComPipeline(TokComBasePipeline):
 
     def text_to_image(self, text: str, width: int | None = None) -> Image.Image:
         """A text as a picture, one pixel a token. PNG keeps it exactly, JPEG does not."""
-        ids = torch.tensor(self._tokenize([text], "text")[0])
+        ids = torch.tensor(self._tokenize([text], "text")[0])  # (T,), one pixel each
         return Image.fromarray(self.model.codec.to_image(ids, width).numpy())
 
     def image_to_text(self, image: Image.Image | str | os.PathLike) -> str:

@@ -2,11 +2,13 @@
 
 Notable choices:
 - A tokenizer's last token is its pad token, and what spells a special token is text like any other.
-- Whatever people hold is taken: files, encoded bytes, PIL images, numpy arrays, tensors, one or a list. `as_pictures`,
-  `as_clips` and `as_sounds` make lists of it; an error says in one sentence what does not fit.
+- Whatever people hold is taken: files, encoded bytes, PIL images, numpy arrays, tensors, one or a
+  list. `as_pictures`, `as_clips` and `as_sounds` make lists of it; an error says in one sentence
+  what does not fit.
 - Files are read as in training, by `pictures_tokcom.py` and `sounds_tokcom.py`.
-- Pictures follow transformers' convention, `AutoImageProcessor.from_pretrained(...)(images)`. Transparent ones are laid on
-  white, and pictures are cropped before scaling, so that nothing is stretched; -1 is black and 1 is white.
+- Pictures follow transformers' convention, `AutoImageProcessor.from_pretrained(...)(images)`.
+  Transparent ones are laid on white, and pictures are cropped before scaling, so that nothing is
+  stretched; -1 is black and 1 is white.
 """
 
 import os
@@ -26,16 +28,20 @@ from .pictures_tokcom import Frames, is_film, is_stored, upright
 from .sounds_tokcom import TokComAudioProcessor, is_samples, read_sound, read_wav, write_wav
 
 CHARACTERS = "training_characters"  # of a tokenizer: every character of the training text
-PAD_TOKENS = ("<pad>", "<|pad|>", "<|tokcom_pad|>")
+PAD_TOKENS = ("<pad>", "<|pad|>", "<|tokcom_pad|>")  # the first that the vocabulary lacks
 PICTURE_FORMS = "a PIL image, a file, its bytes, an array (H, W, 3) or a tensor (3, H, W)"
-CLIP_FORMS = "a list of pictures, an animated file or film, an array (F, H, W, 3), a tensor (3, F, H, W), or several of these"
+CLIP_FORMS = (
+    "a list of pictures, an animated file or film, an array (F, H, W, 3), a tensor (3, F, H, W), "
+    "or several of these"
+)
 
 
 # ---- texts ----
 
 
 def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The tokenizer with its pad token as the last token: added if there is none, or if it stands elsewhere.
+    """The tokenizer with its pad token as the last token: added if there is none, or if it stands
+    elsewhere.
 
     The model's last id is that of padding, so tokenizer and model have the same number of ids.
     """
@@ -45,14 +51,17 @@ def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBas
     ):
         return tokenizer
     vocabulary = tokenizer.get_vocab()
+    # a new token, since one that exists would not be the last
     new = next(token for token in PAD_TOKENS if token not in vocabulary)
     tokenizer.add_special_tokens({"pad_token": new})
     return tokenizer
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many ids text is made of: all of the tokenizer's but the pad token that `with_pad_token` gives it."""
+    """How many ids text is made of: all of the tokenizer's but the pad token that `with_pad_token`
+    gives it."""
     last = len(tokenizer) - 1
+    # a last token that pads and also ends texts is one of the text's
     return last if tokenizer.pad_token_id == last != tokenizer.eos_token_id else len(tokenizer)
 
 
@@ -61,11 +70,11 @@ def text_ids(
 ) -> list:
     """Ids of one text, or of each of several, without start or end tokens.
 
-    What spells a special token, such as `</s>`, is text like any other. With `special_tokens` it is the token instead, as
-    in the text that a chat template makes.
+    What spells a special token, such as `</s>`, is text like any other. With `special_tokens` it is
+    the token instead, as in the text that a chat template makes.
     """
     options = {
-        "add_special_tokens": False,
+        "add_special_tokens": False,  # start and end are no part of a text's chunks
         "verbose": False,
         "split_special_tokens": not special_tokens,
     }
@@ -73,16 +82,19 @@ def text_ids(
 
 
 def warn_of_new_characters(tokenizer: Any, texts: list[str]) -> None:
-    """Warn, once for a tokenizer, of characters that the texts of its model's training never had, if it tells which they had."""
+    """Warn, once for a tokenizer, of characters that the texts of its model's training never had,
+    if it tells which they had."""
     known = tokenizer.init_kwargs.get(CHARACTERS)
     if not known or getattr(tokenizer, "has_warned_of_characters", False):
         return
-    if new := sorted(
-        character for character in set("".join(texts)) - set(known) if not character.isspace()
-    ):
+    unknown = set("".join(texts)) - set(known)
+    new = sorted(character for character in unknown if not character.isspace())
+    if new:
+        # on the tokenizer, so that a new pipeline with it stays quiet
         tokenizer.has_warned_of_characters = True
         warnings.warn(
-            f"`prompt` has characters that the training text never had ({' '.join(new[:20])}); expect nonsense after them.",
+            f"`prompt` has characters that the training text never had ({' '.join(new[:20])}); "
+            "expect nonsense after them.",
             stacklevel=2,
         )
 
@@ -93,7 +105,8 @@ def tokenize_texts(
     name: str,
     special_tokens: bool = False,
 ) -> list[list[int]]:
-    """Ids of each text; raises `ValueError` with the argument's `name` for an empty one, or without a tokenizer."""
+    """Ids of each text; raises `ValueError` with the argument's `name` for an empty one, or without
+    a tokenizer."""
     for text in texts:
         if not isinstance(text, str):
             raise ValueError(f"`{name}` must be a text or a list of texts, not {_describe(text)}.")
@@ -101,11 +114,12 @@ def tokenize_texts(
         raise ValueError(
             f"`{name}` is text, but this pipeline has no tokenizer; pass one when building it."
         )
-    rows = [text_ids(tokenizer, text, special_tokens) for text in texts]
+    rows = [text_ids(tokenizer, text, special_tokens) for text in texts]  # ragged: no padding yet
     for text, row in zip(texts, rows):
         if not row:
             raise ValueError(
-                f"`{name}` is empty ({text!r}); give some text; a text pipeline starts from nothing with generate()."
+                f"`{name}` is empty ({text!r}); give some text; a text pipeline starts from "
+                "nothing with generate()."
             )
     warn_of_new_characters(tokenizer, list(texts))
     return rows
@@ -113,6 +127,7 @@ def tokenize_texts(
 
 def decode_ids(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     """The text of ids, without special tokens and without ids that the tokenizer does not have."""
+    # a model may have more ids than its tokenizer: those that pad
     return tokenizer.decode([i for i in ids if i < len(tokenizer)], skip_special_tokens=True)
 
 
@@ -122,30 +137,38 @@ def decode_rows(
     """Rows of ids `(B, T)`, those with mask 1, as texts; None without a tokenizer."""
     if tokenizer is None:
         return None
-    rows = zip(sequences.tolist(), mask.tolist())
-    return [decode_ids(tokenizer, [i for i, real in zip(ids, kept) if real]) for ids, kept in rows]
+    texts = []
+    for ids, kept in zip(sequences.tolist(), mask.tolist()):
+        real = [i for i, is_real in zip(ids, kept) if is_real]
+        texts.append(decode_ids(tokenizer, real))
+    return texts
 
 
 def end_at_eos(
     sequences: torch.Tensor, eos_token_id: int | None, pad_token_id: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids `(B, T)` with the pad id behind the first EOS of each row, and the mask of what is kept."""
-    ended = (
-        torch.zeros_like(sequences) if eos_token_id is None else (sequences == eos_token_id).long()
-    )
-    mask = (ended.cumsum(-1) - ended == 0).long()  # the EOS itself is kept
+    """Ids `(B, T)` with the pad id behind the first EOS of each row, and the mask of what is
+    kept."""
+    ends = torch.zeros_like(sequences)
+    if eos_token_id is not None:
+        ends = (sequences == eos_token_id).long()
+    # how many EOS stand before each id: the first EOS itself is kept
+    mask = (ends.cumsum(-1) - ends == 0).long()  # (B, T)
     return torch.where(mask.bool(), sequences, pad_token_id), mask
 
 
 def take_new(
     ids: torch.Tensor, length: int, skip: list[int], eos_token_id: int | None, pad_token_id: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of ids `(B, T)` the `length` behind the first `skip` of each row, up to EOS and padded: ids and mask `(B, length)`."""
+    """The `length` ids that follow the first `skip` of each row of `ids (B, T)`, up to EOS and
+    padded: ids and mask `(B, length)`."""
+    # room behind the last id, so that no row reads beyond the end
     padded = torch.nn.functional.pad(ids, (0, max(skip) + length), value=pad_token_id)
-    first = torch.tensor(skip, device=ids.device)[:, None]
-    new = padded.gather(1, first + torch.arange(length, device=ids.device))
+    first = torch.tensor(skip, device=ids.device)[:, None]  # (B, 1)
+    new = padded.gather(1, first + torch.arange(length, device=ids.device))  # (B, length)
     sequences, mask = end_at_eos(new, eos_token_id, pad_token_id)
-    # rows that were interrupted are shorter, which is not the same as padding with an id that may be EOS
+    # rows that were interrupted are shorter, which is not the same as padding with an id that may
+    # be EOS
     exists = torch.arange(length, device=ids.device) < max(0, ids.shape[1] - min(skip))
     return torch.where(exists, sequences, pad_token_id), mask * exists
 
@@ -179,7 +202,7 @@ class ChatText(str):
 def as_prompts(tokenizer: PreTrainedTokenizerBase | None, prompt: Any) -> list[str]:
     """One text or dialogue, or several, as a list of texts."""
     is_list = isinstance(prompt, (list, tuple))
-    is_dialogue = is_list and bool(prompt) and isinstance(prompt[0], dict)
+    is_dialogue = is_list and bool(prompt) and isinstance(prompt[0], dict)  # of turns
     prompts = list(prompt) if is_list and not is_dialogue else [prompt]
     if not prompts:
         raise ValueError("`prompt` is an empty list; give at least one text.")
@@ -190,9 +213,8 @@ def as_prompts(tokenizer: PreTrainedTokenizerBase | None, prompt: Any) -> list[s
             raise ValueError(f"a dialogue must be a list of {{'role', 'content'}}, not {turns!r}.")
         for turn in turns:
             if not isinstance(turn["content"], str):
-                raise ValueError(
-                    f"what a turn of a dialogue says must be a text, not {_describe(turn['content'])}."
-                )
+                shown = _describe(turn["content"])
+                raise ValueError(f"what a turn of a dialogue says must be a text, not {shown}.")
         if getattr(tokenizer, "chat_template", None):
             text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
             prompts[i] = ChatText(text)
@@ -226,7 +248,7 @@ def prompt_ids(
     rows = []
     for prompt in prompts:
         if isinstance(prompt, list) and prompt and all(isinstance(i, int) for i in prompt):
-            rows.append(prompt)
+            rows.append(prompt)  # ids already
             continue
         text: Any = prompt.rstrip(" ") if isinstance(prompt, str) else prompt
         rows += tokenize_texts(
@@ -235,9 +257,10 @@ def prompt_ids(
     longest = max(map(len, rows))
     if longest > max_length and truncation is None:
         raise ValueError(
-            f"`prompt` has {longest} tokens, more than the model's maximum of {max_length}; shorten "
-            "it, or pass truncation='left' to leave its beginning out."
+            f"`prompt` has {longest} tokens, more than the model's maximum of {max_length}; "
+            "shorten it, or pass truncation='left' to leave its beginning out."
         )
+    # tokens to leave out, rounded up to whole chunks
     beyond = [-(-max(0, len(row) - max_length) // chunk_size) * chunk_size for row in rows]
     return [row[first:] for row, first in zip(rows, beyond)]
 
@@ -249,7 +272,8 @@ def write_latents(
     attention_mask: torch.Tensor,
     chunk_size: int,
 ) -> None:
-    """Write the codes if there are any, in the smallest integers that hold them, otherwise the latents; and the mask."""
+    """Write the codes if there are any, in the smallest integers that hold them, otherwise the
+    latents; and the mask."""
     if codes is None:
         tensors = {
             "latents": latents.float().cpu().contiguous(),
@@ -264,7 +288,7 @@ def write_latents(
         dtype = fitting[0] if fitting else codes.dtype
         tensors = {
             "codes": codes.to(dtype).cpu(),
-            "attention_mask": attention_mask.to(torch.uint8).cpu(),
+            "attention_mask": attention_mask.to(torch.uint8).cpu(),  # as small as the codes
         }
     save_file(tensors, str(file), metadata={"format": "pt", "chunk_size": str(chunk_size)})
 
@@ -272,14 +296,17 @@ def write_latents(
 def read_latents(
     file: str | os.PathLike, chunk_size: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Latents or codes, and the mask, of a file that `encode` wrote; `ValueError` if it did not, or for another model."""
+    """Latents or codes, and the mask, of a file that `encode` wrote; `ValueError` if it did not, or
+    for another model."""
     try:
         with safe_open(str(file), framework="pt") as tensors:
-            found = (tensors.metadata() or {}).get("chunk_size", str(chunk_size))
-            latents = tensors.get_tensor("codes" if "codes" in tensors.keys() else "latents")
-            mask = (
-                tensors.get_tensor("attention_mask") if "attention_mask" in tensors.keys() else None
-            )
+            # a file without the number is taken as one of this model
+            found = (tensors.metadata() or {}).get("chunk_size", str(chunk_size))  # a text
+            name = "codes" if "codes" in tensors.keys() else "latents"
+            latents = tensors.get_tensor(name)
+            mask = None
+            if "attention_mask" in tensors.keys():
+                mask = tensors.get_tensor("attention_mask")
     except SafetensorError as error:
         raise ValueError(f"{file} is not a latents file written by encode ({error}).") from error
     if found != str(chunk_size):
@@ -321,14 +348,16 @@ def as_pictures(images: Any, name: str = "images") -> list[Any]:
 
 
 def as_clips(videos: Any, name: str = "videos") -> list[torch.Tensor | list[Any]]:
-    """One clip or several as a list, each a tensor `(3, F, H, W)` or a list of pictures; a picture is a clip of one frame.
+    """One clip or several as a list, each a tensor `(3, F, H, W)` or a list of pictures; a picture
+    is a clip of one frame.
 
     Raises `ValueError` with the argument's `name` for something else.
     """
-    if _is_array(videos, 5):
+    if _is_array(videos, 5):  # (B, F, H, W, 3) or (B, 3, F, H, W)
         return [_one_clip(clip, name) for clip in videos]
     if isinstance(videos, (list, tuple)):
         clips = [isinstance(part, (list, tuple)) or _is_array(part, 4) for part in videos]
+        # a list of files is a list of clips only if every file moves; else its files are frames
         films = bool(videos) and all(map(is_stored, videos)) and all(map(_moves, videos))
         if films or (clips and all(clips)):
             return [_one_clip(clip, name) for clip in videos]
@@ -346,13 +375,14 @@ def _one_clip(clip: Any, name: str) -> torch.Tensor | list[Any]:
     if isinstance(clip, torch.Tensor) and clip.ndim == 4:
         if clip.shape[0] != 3:
             raise ValueError(
-                f"`{name}` as a tensor must be (3, F, H, W) or (B, 3, F, H, W), not {tuple(clip.shape)}."
+                f"`{name}` as a tensor must be (3, F, H, W) or (B, 3, F, H, W), not "
+                f"{tuple(clip.shape)}."
             )
         return clip
     if is_stored(clip) or isinstance(clip, Image.Image):
         frames = Frames(clip, _name_of(clip, name))
-        return frames.clip(0, len(frames))
-    if _is_array(clip, 2, 3):
+        return frames.clip(0, len(frames))  # pictures at one rate
+    if _is_array(clip, 2, 3):  # a picture
         return [clip]
     if isinstance(clip, (list, tuple)) or _is_array(clip, 4):
         pictures = as_pictures(list(clip), name) if len(clip) else []
@@ -385,7 +415,8 @@ class TokComImageProcessor(BaseImageProcessor):
     """Prepare pictures for a TokCom model of images.
 
     Args:
-        image_size (`int` or `list[int]`): pixels of a side of what the model sees, or height and width.
+        image_size (`int` or `list[int]`): pixels of a side of what the model sees, or height and
+            width.
     """
 
     model_input_names = ["pixel_values"]
@@ -403,10 +434,12 @@ class TokComImageProcessor(BaseImageProcessor):
         return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
     def preprocess(self, images: Any, return_tensors: str | None = "pt", **kwargs) -> BatchFeature:
-        """One picture or a list of them -> `pixel_values (B, 3, height, width)`, float32 in [-1, 1].
+        """One picture or a list of them -> `pixel_values (B, 3, height, width)`, float32 in
+        [-1, 1].
 
-        A picture is a PIL image, a file or its bytes, an array `(H, W)`, `(H, W, 3)` or `(H, W, 4)` of uint8 or of floats in [0, 1], or a
-        tensor `(3, H, W)` of uint8 or of floats in [-1, 1], such as `output_type="pt"` gives. Raises `ValueError` for others.
+        A picture is a PIL image, a file or its bytes, an array `(H, W)`, `(H, W, 3)` or `(H, W, 4)`
+        of uint8 or of floats in [0, 1], or a tensor `(3, H, W)` of uint8 or of floats in [-1, 1],
+        such as `output_type="pt"` gives. Raises `ValueError` for others.
         """
         pixels = torch.stack([self._prepare(image) for image in as_pictures(images)])
         return BatchFeature({"pixel_values": pixels.numpy()}, tensor_type=return_tensors)
@@ -415,10 +448,10 @@ class TokComImageProcessor(BaseImageProcessor):
         if is_stored(image):
             image = Frames(image, _name_of(image, "images"))[0]
         elif isinstance(image, torch.Tensor) and (image.is_floating_point() or image.shape[0] == 3):
-            pixels = pixels_of_tensor(image)
+            pixels = pixels_of_tensor(image)  # (3, h, w)
             if tuple(pixels.shape) == (3, *self._size):
                 return pixels  # as it is, without rounding to 8 bits
-            image = self.postprocess(pixels[None])[0]
+            image = self.postprocess(pixels[None])[0]  # to be cut and scaled like any picture
         elif not isinstance(image, Image.Image):
             image = Image.fromarray(_bytes_of_array(np.asarray(image)))
         return self._prepare_image(image)
@@ -430,7 +463,8 @@ class TokComImageProcessor(BaseImageProcessor):
                 f"a picture of {image.width} x {image.height} pixels shows nothing; leave it out."
             )
         if image.mode.startswith("I;16"):  # 16 bits a pixel
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # the upper 8
+        # whole numbers and floats of any size
         if image.mode in ("I", "F"):
             raise ValueError(
                 f"a picture of mode {image.mode!r} has no known range; convert it to 8 bits first."
@@ -440,6 +474,7 @@ class TokComImageProcessor(BaseImageProcessor):
             white = Image.new("RGBA", image.size, (255, 255, 255, 255))
             image = Image.alpha_composite(white, image).convert("RGB")
         height, width = self._size
+        # the largest cut of the wanted proportions, from the middle
         scale = min(image.height / height, image.width / width)
         cut_height = max(1, round(height * scale))
         cut_width = max(1, round(width * scale))
@@ -447,9 +482,10 @@ class TokComImageProcessor(BaseImageProcessor):
         top = (image.height - cut_height) // 2
         image = image.crop((left, top, left + cut_width, top + cut_height))
         if image.size != (width, height):
+            # BOX averages all pixels that become one; for enlarging it would leave squares
             resample = Image.Resampling.BOX if scale > 1 else Image.Resampling.BICUBIC
             image = image.resize((width, height), resample)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1  # (3, H, W)
 
     def postprocess(self, pixel_values: torch.Tensor) -> list[Image.Image]:
         """`pixel_values (B, 3, H, W)` -> pictures."""
@@ -458,7 +494,8 @@ class TokComImageProcessor(BaseImageProcessor):
 
 
 def pixels_of_tensor(pixels: torch.Tensor) -> torch.Tensor:
-    """Pixels `(3, ..., H, W)` of uint8, or of floats in [-1, 1], as float32 in [-1, 1]; raises `ValueError` for others."""
+    """Pixels `(3, ..., H, W)` of uint8, or of floats in [-1, 1], as float32 in [-1, 1]; raises
+    `ValueError` for others."""
     if pixels.ndim >= 3 and pixels.shape[0] == 3:
         if pixels.dtype == torch.uint8:
             return pixels.cpu().float() / 127.5 - 1
@@ -467,27 +504,31 @@ def pixels_of_tensor(pixels: torch.Tensor) -> torch.Tensor:
             if bool((pixels.abs() <= 1 + 1e-3).all()):  # half precision rounds; NaN is refused, too
                 return pixels
             raise ValueError(
-                f"a tensor of pixels must hold floats in [-1, 1], not {float(pixels.min()):g} to {float(pixels.max()):g}; "
-                "divide by 127.5 and subtract 1, or give uint8."
+                f"a tensor of pixels must hold floats in [-1, 1], not {float(pixels.min()):g} to "
+                f"{float(pixels.max()):g}; divide by 127.5 and subtract 1, or give uint8."
             )
     raise ValueError(
-        f"a picture as a tensor must be (3, H, W) of uint8 or of floats in [-1, 1], not {_describe(pixels)}."
+        "a picture as a tensor must be (3, H, W) of uint8 or of floats in [-1, 1], not "
+        f"{_describe(pixels)}."
     )
 
 
 def _bytes_of_array(array: np.ndarray) -> np.ndarray:
     """An array `(H, W)`, `(H, W, 3)` or `(H, W, 4)` of uint8, or of floats in [0, 1], as uint8."""
     is_picture = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
+    # empty arrays have no minimum
     if is_picture and np.issubdtype(array.dtype, np.floating) and array.size:
         if not (array.min() >= 0 and array.max() <= 1):  # this form refuses NaN, too
             raise ValueError(
-                f"an array of floats must be in [0, 1], not {array.min():g} to {array.max():g}; give uint8 for 0 to 255."
+                f"an array of floats must be in [0, 1], not {array.min():g} to {array.max():g}; "
+                "give uint8 for 0 to 255."
             )
         return (array * 255).round().astype(np.uint8)
     if is_picture and array.dtype == np.uint8:
         return array
     raise ValueError(
-        f"a picture as an array must be (H, W, 3) of uint8 or of floats in [0, 1], not {_describe(array)}."
+        "a picture as an array must be (H, W, 3) of uint8 or of floats in [0, 1], not "
+        f"{_describe(array)}."
     )
 
 

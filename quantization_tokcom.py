@@ -85,7 +85,8 @@ def _first_with(vectors: torch.Tensor) -> int | None:
         return 0 if len(vectors) else None
     # a process without vectors reports a rank that does not exist, so the minimum ignores it
     ranks = distributed.get_world_size()
-    first = torch.tensor(distributed.get_rank() if len(vectors) else ranks, device=vectors.device)
+    own = distributed.get_rank() if len(vectors) else ranks
+    first = torch.tensor(own, device=vectors.device)
     distributed.all_reduce(first, distributed.ReduceOp.MIN)
     return None if int(first) == ranks else int(first)
 
@@ -184,7 +185,7 @@ class VectorQuantizer(nn.Module):
         if first:  # start at inputs: random codes may be far from all of them and never be used
             self.codebook.copy_(_draw_rows(flat, self.num_codes, source))
         codes = nearest_codes(flat, self.codebook)
-        counts = torch.bincount(codes, minlength=self.num_codes).float()
+        counts = torch.bincount(codes, minlength=self.num_codes).float()  # (S,)
         sums = torch.zeros_like(self.sums, dtype=torch.float32).index_add_(0, codes, flat)
         _sum_over_processes(counts, sums)  # so all processes compute the same codebook
         decay = 0.0 if first else self.decay
@@ -193,9 +194,9 @@ class VectorQuantizer(nn.Module):
         least = self.dead_threshold * self.counts.mean()
         alive = self.counts > least  # (S,)
         means = self.sums / self.counts.clamp_min(1e-12)[:, None]  # (S, C)
-        self.codebook.copy_(
-            torch.where(alive[:, None], means, _draw_rows(flat, self.num_codes, source))
-        )
+        # inputs that replace dead codes
+        drawn = _draw_rows(flat, self.num_codes, source)  # (S, C)
+        self.codebook.copy_(torch.where(alive[:, None], means, drawn))
         # A new code starts just above the threshold. It survives for a while, and the first inputs
         # that choose it still move it.
         self.counts.copy_(torch.where(alive, self.counts, 2 * least))
@@ -234,9 +235,8 @@ class ResidualQuantizer(nn.Module):
             left = left - found
             codes.append(output.codes)
             loss = loss + output.loss
-        return TokComQuantizerOutput(
-            latents + (total - latents).detach(), torch.cat(codes, dim=-1), loss
-        )
+        straight = latents + (total - latents).detach()  # the gradient skips the quantiser
+        return TokComQuantizerOutput(straight, torch.cat(codes, dim=-1), loss)
 
     def nearest(self, latents: torch.Tensor) -> TokComQuantizerOutput:
         """Snap estimates of quantised latents `(..., C)` to the nearest codes; learns nothing."""
@@ -299,14 +299,13 @@ class FiniteScalarQuantizer(nn.Module):
         digits = position.detach().round()
         rounded = position + (digits - position).detach()  # straight-through
         codes = (digits.long() * places).sum(-1, keepdim=True)
-        return TokComQuantizerOutput(
-            (rounded / (levels - 1) * 2 - 1).to(latents.dtype), codes, latents.new_zeros(())
-        )
+        values = (rounded / (levels - 1) * 2 - 1).to(latents.dtype)  # back to [-1, 1]
+        return TokComQuantizerOutput(values, codes, latents.new_zeros(()))
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes `(..., 1)` -> latents `(..., C)`."""
         levels, places = self._shape(codes)
-        digits = codes // places % levels
+        digits = codes // places % levels  # (..., C): the code is broadcast over its digits
         return digits / (levels - 1) * 2 - 1
 
 

@@ -33,9 +33,8 @@ from .heads_tokcom import TokComChoice
 from .scheduling_tokcom import signal_time
 from .tasks_tokcom import TokComGiven, TokComTask
 
-Blocks = Iterator[
-    tuple[torch.Tensor, torch.Tensor | None]
-]  # latents (B, Q, C) and ids (B, Q * K) of each block
+# latents (B, Q, C) and ids (B, Q * K) of each block
+Blocks = Iterator[tuple[torch.Tensor, torch.Tensor | None]]
 
 
 # ---- random numbers ----
@@ -68,12 +67,12 @@ def spawn_generators(
 def row_noise(generators: list[torch.Generator], num_latents: int, channels: int) -> torch.Tensor:
     """Standard normal noise `(B, n, C)` on the CPU; that of a latent does not depend on how many
     follow it."""
-    rows = [
-        [torch.randn(channels, generator=source) for _ in range(num_latents)]
-        for source in generators
-    ]
-    # drawn latent by latent: a longer text begins with the same noise
-    return torch.stack([torch.stack(row) for row in rows])
+    rows = []
+    for source in generators:
+        # drawn latent by latent: a longer text begins with the same noise
+        latents = [torch.randn(channels, generator=source) for _ in range(num_latents)]
+        rows.append(torch.stack(latents))  # (n, C)
+    return torch.stack(rows)  # (B, n, C)
 
 
 def kept_tokens(count: int, share: float, source: torch.Generator) -> list[bool]:
@@ -134,18 +133,16 @@ class TokComSampling:
             found.temperature = config.sampling_temperature if has_probabilities else 1.0
         if found.top_p is None:
             found.top_p = config.sampling_top_p if has_probabilities else 1.0
-        for name in ("temperature", "top_p"):
+        for name, most in (("temperature", math.inf), ("top_p", 1.0)):
             value = getattr(found, name)
-            if (
-                not 0 < value < math.inf
-                or (value != 1.0 and not has_probabilities)
-                or (name == "top_p" and value > 1)
-            ):
+            if not has_probabilities and value != 1.0:
                 raise ValueError(
-                    f"`{name}` ({value}) must be positive and finite, `top_p` at most 1, and both "
-                    f"1 for `prediction_type={config.prediction_type!r}`: only 'tokens' has "
-                    "probabilities."
+                    f"`{name}` ({value}) has no meaning for a model of `prediction_type="
+                    f"{config.prediction_type!r}`, which has no probabilities; leave it at 1."
                 )
+            if not 0 < value <= most or value == math.inf:
+                limit = "finite" if most == math.inf else "at most 1"
+                raise ValueError(f"`{name}` ({value}) must be above 0 and {limit}.")
         return found
 
 
@@ -156,7 +153,9 @@ def split_blocks(length: int, block_size: int | None, edges: tuple[int, ...] = (
         return [slice(0, length)]
     bounds = [0, *edges, length]
     # a block ends at an edge even if it is not full
-    starts = [s for low, high in zip(bounds, bounds[1:]) for s in range(low, high, block_size)]
+    starts: list[int] = []
+    for low, high in zip(bounds, bounds[1:]):
+        starts += range(low, high, block_size)
     return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], length])]
 
 
@@ -173,7 +172,8 @@ def join_blocks(blocks: Blocks, like: torch.Tensor) -> tuple[torch.Tensor, torch
     if not found:
         return like[:, :0], torch.zeros(len(like), 0, dtype=torch.long, device=like.device)
     latents, ids = zip(*found)
-    return torch.cat(latents, dim=1), None if any(x is None for x in ids) else torch.cat(ids, dim=1)
+    has_ids = all(x is not None for x in ids)
+    return torch.cat(latents, dim=1), torch.cat(ids, dim=1) if has_ids else None
 
 
 def until_all_ended(blocks: Blocks, eos_token_id: int | None, skip: list[int]) -> Blocks:
@@ -185,7 +185,7 @@ def until_all_ended(blocks: Blocks, eos_token_id: int | None, skip: list[int]) -
         yield latents, ids
         if eos_token_id is None:
             continue
-        ends = ids == eos_token_id
+        ends = ids == eos_token_id  # (B, Q * K)
         if position < max(skip):  # only there is anything of a prompt
             where = torch.arange(position, position + ids.shape[1], device=ids.device)
             ends = ends & (where >= torch.tensor(skip, device=ids.device)[:, None])
@@ -269,9 +269,10 @@ class TokComStepPlanner:
             return [round(step * turns / steps) / turns for step in range(steps)] + [1.0]
         # what does not divide goes to the first turns
         counts = [steps // turns + (turn < steps % turns) for turn in range(turns)]
-        return [
-            (turn + i / count) / turns for turn, count in enumerate(counts) for i in range(count)
-        ] + [1.0]
+        grid: list[float] = []
+        for turn, count in enumerate(counts):
+            grid += [(turn + i / count) / turns for i in range(count)]  # turn k begins at k / K
+        return [*grid, 1.0]
 
     def set_timesteps(
         self, sigma_start: float, device: torch.device, turns: list[float] | None = None
@@ -294,7 +295,7 @@ class TokComStepPlanner:
             sigmas = torch.linspace(start, 0.0, steps + 1)[:-1]
         else:
             wanted = 1 - torch.tensor(turns[:-1], dtype=torch.float64)
-            sigmas = wanted / (shift - (shift - 1) * wanted)
+            sigmas = wanted / (shift - (shift - 1) * wanted)  # the same inverse
         # a scheduler may take sigmas and still place its own, so what it made is compared
         if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
             scheduler.set_timesteps(sigmas=sigmas.float().numpy(), device=device)
@@ -347,14 +348,14 @@ class TokComStepPlanner:
         grid = self._turns or [1 - sigma for sigma in sigmas]
         for i in range(len(sigmas) - 1):
             # times, and all that is made of them, are the same for all rows
-            now = torch.full((1, x.shape[1]), grid[i], device=x.device)
+            now = torch.full((1, x.shape[1]), grid[i], device=x.device)  # (1, Q)
             modulations = self.model.transformer.modulate(now)
             if head is None:
                 # dx / dsigma = (x - x1) / sigma
                 plan.append(TokComStep(now, None, None, None, modulations, gain=1 / sigmas[i]))
                 continue
             following = torch.full((1, x.shape[1]), grid[i + 1], device=x.device)
-            times = head.place_times(now).expand(len(x), -1, -1)
+            times = head.place_times(now).expand(len(x), -1, -1)  # (B, Q, K)
             # tokens are drawn from the step in which their turn begins
             drawn = (times < 1) & (head.progress(following) > 0)
             chosen = TokComChoice.of(drawn, blank=not bool((drawn & (times > 0)).any()))
@@ -363,9 +364,8 @@ class TokComStepPlanner:
             # sigma: with it the scheduler's Euler step is exact for every token
             signal = self.model.channel_times(now)
             next_signal = self.model.channel_times(following)
-            gain = (
-                (next_signal - signal) / (1 - signal).clamp_min(1e-6) / (sigmas[i] - sigmas[i + 1])
-            )
+            gain = (next_signal - signal) / (1 - signal).clamp_min(1e-6)
+            gain = gain / (sigmas[i] - sigmas[i + 1])  # (1, Q, C or 1)
             plan.append(TokComStep(now, times, uncertain, chosen, modulations, gain))
         return plan
 
@@ -374,17 +374,14 @@ class TokComStepPlanner:
         flow."""
         plan = []
         for timestep in self.scheduler.timesteps.tolist():
-            remains = self.scheduler.alphas_cumprod[int(timestep)].double()
+            remains = self.scheduler.alphas_cumprod[int(timestep)].double()  # signal^2
             signal = remains.sqrt()
             noise = (1 - remains).sqrt()
             now = torch.full((1, x.shape[1]), float(signal_time(signal, noise)), device=x.device)
             modulations = self.model.transformer.modulate(now)
             # signal * x1 + noise * x0 is (signal + noise) times the flow's x at that time
-            plan.append(
-                TokComStep(
-                    now, None, None, None, modulations, gain=None, scale=float(1 / (signal + noise))
-                )
-            )
+            scale = float(1 / (signal + noise))
+            plan.append(TokComStep(now, None, None, None, modulations, gain=None, scale=scale))
         return plan
 
 
@@ -435,27 +432,24 @@ class TokComBlockSampler:
             exists = None
         block_size = self.model.config.transformer_config.block_size
         if block_size is None:
-            context = VisibleContext(
-                self.model, task, [part for part, _ in self.sampling.omissions]
-            )
+            omitted = [part for part, _ in self.sampling.omissions]
+            context = VisibleContext(self.model, task, omitted)
         else:
             context = CachedContext(self.model, task)
         # a source for each row: a row must not depend on its company in the batch
         sources = spawn_generators(self.sampling.generator, len(noise))
-        first_blocks, last_blocks = (
-            ({}, set()) if task.gaps is None else task.gaps.bounds(block_size)
-        )
+        first_blocks: dict[int, int | None] = {}  # of gaps, with their anchors
+        last_blocks: set[int] = set()
+        if task.gaps is not None:
+            first_blocks, last_blocks = task.gaps.bounds(block_size)
         slices = split_blocks(noise.shape[1], block_size, task.edges)
         givens = [None] * len(slices) if task.given is None else task.given.parts(slices)
         for index, block in enumerate(slices):
             # the state before a gap is read as late as possible, to see what is known by then
             if index in first_blocks:
                 context.read_anchor(first_blocks[index])
-            context.begin(
-                position_ids[:, block],
-                None if exists is None else exists[:, block],
-                guided=self.sampling.guidance_scale != 1.0,
-            )
+            own = None if exists is None else exists[:, block]
+            context.begin(position_ids[:, block], own, self.sampling.guidance_scale != 1.0)
             # compiled code depends on strides
             x = noise[:, block].clone(memory_format=torch.contiguous_format)
             after_step = None if on_step_end is None else partial(on_step_end, index)
@@ -556,7 +550,8 @@ class TokComBlockSampler:
         """Clean latents `(B, Q, C)` in float32 as the block `x` suggests them, and ids `(B, Q, K)`
         if tokens are drawn."""
         sampling = self.sampling
-        full, *others = context.predict(x if step.scale == 1 else x * step.scale, step, chunks)
+        flow_x = x if step.scale == 1 else x * step.scale
+        full, *others = context.predict(flow_x, step, chunks)  # (B, Q, C) or (B, Q, K * E) each
         scales = [scale for _, scale in sampling.omissions] or [sampling.guidance_scale]
         states = full
         for other, scale in zip(others, scales):

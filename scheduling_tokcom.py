@@ -106,6 +106,7 @@ class TokComFlowMatchScheduler(SchedulerMixin, ConfigMixin):
                 "timestep_spacing": "trailing",
             }
             return DDIMScheduler(beta_schedule=schedule, **options)
+        # the middle of the grid is then the median sigma of training, sigmoid(timestep_loc)
         shift = math.exp(config.timestep_loc) if config.timestep_sampling == "logit_normal" else 1.0
         return cls(shift=shift, noise_std=config.noise_std)
 
@@ -153,7 +154,7 @@ class TokComFlowMatchScheduler(SchedulerMixin, ConfigMixin):
         sigmas = self.config.shift * sigmas / (1 + (self.config.shift - 1) * sigmas)
         self.num_inference_steps = len(sigmas)
         self.timesteps = (sigmas * self.config.num_train_timesteps).to(device)
-        self.sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
+        self.sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])  # a step ends where the next begins
         self._sigmas = self.sigmas.tolist()  # read once, not at every step
         self._step_index = self._begin_index = None
 
@@ -194,7 +195,7 @@ class TokComFlowMatchScheduler(SchedulerMixin, ConfigMixin):
             self._step_index = nearest if self._begin_index is None else self._begin_index
         sigma = self._sigmas[self._step_index]
         sigma_next = self._sigmas[self._step_index + 1]
-        x = sample.float()
+        x = sample.float()  # differences of near values
         velocity = model_output.float()
         # x = x1 + sigma * v, so the estimate of x1 lies sigma back along the velocity
         x1 = x - sigma * velocity
@@ -203,7 +204,7 @@ class TokComFlowMatchScheduler(SchedulerMixin, ConfigMixin):
                 randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
                 * self.config.noise_std
             )
-            prev_sample = (1 - sigma_next) * x1 + sigma_next * noise
+            prev_sample = (1 - sigma_next) * x1 + sigma_next * noise  # x_sigma of this x1
         elif self.config.eta > 0 and sigma_next > 0:
             # of the noise left at sigma_next, `fresh` is new and the rest is the estimate of the
             # old noise x0 = x1 + v
@@ -213,7 +214,7 @@ class TokComFlowMatchScheduler(SchedulerMixin, ConfigMixin):
                 randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
                 * self.config.noise_std
             )
-            old = math.sqrt(sigma_next**2 - fresh**2)
+            old = math.sqrt(sigma_next**2 - fresh**2)  # variances add up to sigma_next^2
             prev_sample = (1 - sigma_next) * x1 + old * (x1 + velocity) + fresh * noise
         else:
             # Euler: a straight line along the velocity
@@ -247,7 +248,7 @@ def diffusion_times(shares: torch.Tensor, schedule: str) -> torch.Tensor:
         remains = torch.exp(-(0.1 * shares + (20 - 0.1) * shares.square() / 2))
     else:
         # the offset keeps betas from vanishing near the data
-        start = math.cos(0.008 / 1.008 * math.pi / 2) ** 2
+        start = math.cos(0.008 / 1.008 * math.pi / 2) ** 2  # so that nothing is lost at share 0
         remains = torch.cos((shares + 0.008) / 1.008 * torch.pi / 2).square() / start
     remains = remains.clamp(0, 1)
     return signal_time(remains.sqrt(), (1 - remains).sqrt())
@@ -289,8 +290,8 @@ def draw_known(valid: torch.Tensor, infill_rate: float, group_size: int = 1) -> 
     """
     draws = torch.rand(3, len(valid), 1, device=valid.device)
     # counted among the latents that exist, since padding may stand in between
-    rank = (valid.cumsum(1) - 1) // group_size
-    count = valid.sum(1, keepdim=True) // group_size
+    rank = (valid.cumsum(1) - 1) // group_size  # (B, N)
+    count = valid.sum(1, keepdim=True) // group_size  # (B, 1)
     # below `count`, so that at least one group stays unknown
     start, end = (draws[:2] * count).long().sort(dim=0).values
     after_gap = torch.where(draws[2] < infill_rate, rank > end, False)
@@ -309,7 +310,7 @@ def draw_gaps(rows: int, length: int, device: torch.device) -> torch.Tensor:
     longest = torch.where(is_long, LONGEST_GAP, SHORT_GAP)  # (rows, 1)
     draws = torch.rand(2, rows, length, device=device)
     gaps = (draws[0] * longest).long() + 1
-    runs = (draws[1] * 4 * longest).long() + 1
+    runs = (draws[1] * 4 * longest).long() + 1  # (rows, length), more than enough pairs
     # where every run and gap ends, in tokens
     pairs = torch.stack((runs, gaps), dim=-1).flatten(1)  # run, gap, run, gap, ...
     ends = pairs.cumsum(1)
@@ -324,6 +325,7 @@ def sample_times(config, order: torch.Tensor, draws: int) -> torch.Tensor:
     """Draw times `(B, M, N)` for latents of blocks `order (B, N)`: one per block and draw, the
     draws in strata."""
     batch, length = order.shape
+    # orders go up to length plus the blocks of a gap, so up to 2 * length
     shares = torch.rand(batch, draws, 2 * length + 1, device=order.device)
     # stratified: draw m falls into the m-th of M equal parts, so the times of a latent differ
     shares = (shares + torch.arange(draws, device=order.device)[:, None]) / draws
@@ -331,7 +333,7 @@ def sample_times(config, order: torch.Tensor, draws: int) -> torch.Tensor:
         shares = diffusion_times(shares, config.timestep_sampling)
     elif config.timestep_sampling == "logit_normal":
         # the inverse normal distribution keeps the strata
-        normal = torch.special.ndtri(shares.clamp(1e-6, 1 - 1e-6))
+        normal = torch.special.ndtri(shares.clamp(1e-6, 1 - 1e-6))  # finite at both ends
         shares = 1 - torch.sigmoid(normal + config.timestep_loc)
     # latents of one block have the same order, so they get the same time
     return shares.gather(2, order[:, None].expand(-1, draws, -1))

@@ -39,7 +39,7 @@ class TokComAudioProcessor:
     # typed by its base, since an import for a type alone lengthens every chain that leads here
     def __init__(self, config: PreTrainedConfig):
         self.config = config
-        bins = 1 + config.fft_length // 2
+        bins = 1 + config.fft_length // 2  # frequencies from 0 to half the rate
         rate = config.sampling_rate
         self.filters = mel_filter_bank(
             bins, config.num_channels, 0.0, rate / 2, rate, norm="slaney", mel_scale="slaney"
@@ -52,11 +52,8 @@ class TokComAudioProcessor:
 
         Raises `ValueError` for a sound without samples or one that cannot be read.
         """
-        sounds = (
-            list(sounds)
-            if isinstance(sounds, (list, tuple)) and not is_samples(sounds)
-            else [sounds]
-        )
+        is_list = isinstance(sounds, (list, tuple)) and not is_samples(sounds)
+        sounds = list(sounds) if is_list else [sounds]
         if not sounds:
             raise ValueError("`audio` is an empty list; give at least one sound.")
         features = [self._features(sound, sampling_rate) for sound in sounds]
@@ -68,6 +65,7 @@ class TokComAudioProcessor:
         name = f"sound {str(sound)!r}" if isinstance(sound, (str, Path)) else "a sound"
         facts: dict[str, Any] = {}
         sound = read_sound(sound, config.sampling_rate, name, rate, longest, facts)
+        # rounding of a rate may add a few samples, which nobody misses
         if facts["seconds"] > longest + 0.01:
             warnings.warn(
                 f"{name} of {facts['seconds']:.1f} s is cut to the {longest:.1f} s that the model "
@@ -75,8 +73,9 @@ class TokComAudioProcessor:
                 stacklevel=4,
             )
         sound = sound[: config.num_samples]
+        # one loudness for all; near silence is not blown up to noise
         sound = sound / max(np.abs(sound).max(), 1e-4)
-        sound = np.pad(sound, (0, config.num_samples - len(sound)))
+        sound = np.pad(sound, (0, config.num_samples - len(sound)))  # ends in silence
         bands = spectrogram(
             sound,
             self.window,
@@ -86,7 +85,7 @@ class TokComAudioProcessor:
             mel_filters=self.filters,
             mel_floor=FLOOR,
         )
-        return np.log10(bands).astype(np.float32)
+        return np.log10(bands).astype(np.float32)  # (mel bands, F)
 
     def _powers(self, bands: np.ndarray) -> np.ndarray:
         """Powers `(bins, F)`, not negative, whose mel bands are `bands (mel bands, F)`.
@@ -95,10 +94,11 @@ class TokComAudioProcessor:
         `librosa.util.nnls`, and closer.
         """
         filters = self.filters.astype(np.float32)  # (bins, mel bands)
-        wanted = filters @ bands
-        squared = filters @ filters.T
+        wanted = filters @ bands  # (bins, F)
+        squared = filters @ filters.T  # (bins, bins)
         powers = wanted.copy()
         for _ in range(UPDATES):
+            # min |filters^T p - bands|^2 for p >= 0: a positive factor never changes a sign
             powers *= wanted / np.maximum(squared @ powers, 1e-9)
         return powers
 
@@ -114,10 +114,11 @@ class TokComAudioProcessor:
         options = {
             "hop_length": self.config.hop_length,
             "win_length": self.config.fft_length,
-            "random_state": 0,
+            "random_state": 0,  # phases start random, but always the same
         }
         sounds = []
         for features in input_features.float().cpu().numpy():
+            # an estimate far outside the data must not overflow, and the floor stands for silence
             bands = np.maximum(10.0 ** np.minimum(features, 6), FLOOR) - FLOOR
             spectrum = self._powers(bands) ** 0.5  # magnitudes
             sound = librosa.griffinlim(
@@ -181,7 +182,7 @@ def read_sound(
     if seconds is not None:
         # a second more for what the filter of another rate sees behind the end
         sound = sound[: int((seconds + 1) * rate) + 1]
-    sound = sound.mean(1) if sound.ndim == 2 else sound
+    sound = sound.mean(1) if sound.ndim == 2 else sound  # (n,)
     if rate != sampling_rate:
         sound = _resample(sound, int(rate), sampling_rate)
     return sound.astype(np.float32)
@@ -195,6 +196,7 @@ def _unwrap(value: Any, rate: int | None, name: str) -> tuple[Any, int | None]:
     if not isinstance(value, dict):
         return value, rate
     if value.get("array") is not None:
+        # what the record says goes before what the caller assumes
         rate = value.get("sampling_rate") or rate
         if rate is None:
             raise ValueError(f"{name} is an array without `sampling_rate`; give samples a second.")
@@ -214,6 +216,7 @@ def _resample(sound: np.ndarray, rate: int, wanted: int) -> np.ndarray:
     except ImportError as error:
         raise ValueError("other rates need scipy to be resampled: pip install scipy") from error
     common = gcd(rate, wanted)
+    # up by one whole number and down by another, the smallest that give the ratio
     return resample_poly(sound, wanted // common, rate // common)
 
 
@@ -230,8 +233,9 @@ def _samples(value: Any, name: str) -> np.ndarray:
     try:
         if isinstance(value, torch.Tensor):
             value = value.detach().cpu()
-            # numpy has no bfloat16
-            value = (value.float() if value.is_floating_point() else value).numpy()
+            if value.is_floating_point():  # numpy has no bfloat16
+                value = value.float()
+            value = value.numpy()
         else:
             value = np.asarray(value)
     except ValueError as error:
@@ -244,9 +248,10 @@ def _samples(value: Any, name: str) -> np.ndarray:
         )
     # there are fewer channels than samples
     if value.ndim == 2 and value.shape[0] <= value.shape[1]:
-        value = value.T
+        value = value.T  # (n, channels)
     if value.dtype == np.uint8:
-        return (value.astype(np.float32) - 128) / 128
+        return (value.astype(np.float32) - 128) / 128  # 8 bits are stored without a sign
+    # other whole numbers have no known range, and floats are in [-1, 1] already
     scale = np.iinfo(value.dtype).max if value.dtype in (np.int16, np.int32) else 1
     return value.astype(np.float32) / scale
 
@@ -268,6 +273,7 @@ def _decode_sound(value: Any, name: str, seconds: float | None) -> tuple[np.ndar
         head = bytes(value[:HEAD])
     if not size:
         raise ValueError(f"{name} is an empty file; remove it.")
+    # a decoder may read a file that is cut off as if it were short
     claimed = _claimed_bytes(head)
     if claimed > size:
         raise ValueError(
@@ -284,6 +290,7 @@ def _decode_sound(value: Any, name: str, seconds: float | None) -> tuple[np.ndar
             frames = stream.frames
             rate = stream.samplerate
             channels = stream.channels
+            # a header of some bytes could ask for any amount of memory
             if frames * channels > MAX_EXPANSION * size:
                 raise ValueError(
                     f"{name} claims {frames:,} samples of {channels} channels, more than {size:,} "
@@ -294,7 +301,7 @@ def _decode_sound(value: Any, name: str, seconds: float | None) -> tuple[np.ndar
             # never more room than the file has filled
             while (left := wanted - sum(len(block) for block in blocks)) > 0:
                 blocks.append(stream.read(min(left, BLOCK), dtype="float32", always_2d=True))
-                if len(blocks[-1]) < min(left, BLOCK):
+                if len(blocks[-1]) < min(left, BLOCK):  # the file ends before its header says
                     break
     except (soundfile.SoundFileError, OSError, TypeError) as error:
         if (found := _decode_with_av(value)) is not None:
@@ -312,32 +319,32 @@ def _decode_sound(value: Any, name: str, seconds: float | None) -> tuple[np.ndar
 
 
 def _decode_with_av(value: Any) -> tuple[np.ndarray, int, int] | None:
-    """What soundfile does not read, such as .m4a, with PyAV; None if that is not installed or reads
-    it neither."""
+    """Decode with PyAV what soundfile cannot read, such as .m4a; None if PyAV is missing or cannot
+    read it either."""
     try:
         import av
     except ImportError:
         return None
     try:
-        with av.open(
-            str(value) if isinstance(value, (str, Path)) else io.BytesIO(value)
-        ) as container:
+        source = str(value) if isinstance(value, (str, Path)) else io.BytesIO(value)
+        with av.open(source) as container:
             stream = container.streams.audio[0]
+            # planar floats of one channel, at the rate that the file has
             to_floats = av.AudioResampler(format="fltp", layout="mono", rate=stream.rate)
-            frames = [
-                made for frame in container.decode(stream) for made in to_floats.resample(frame)
-            ]
+            frames = []
+            for frame in container.decode(stream):
+                frames += to_floats.resample(frame)
             rate = stream.rate
     except (av.FFmpegError, IndexError, OSError, ValueError):
         return None
     if not frames:
         return None
-    sound = np.concatenate([frame.to_ndarray().T for frame in frames])
+    sound = np.concatenate([frame.to_ndarray().T for frame in frames])  # (n, 1)
     return sound, rate, len(sound)
 
 
 def _claimed_bytes(head: bytes) -> int:
-    """How many bytes a .wav or .aiff file has by the header of its samples, 0 of any other file."""
+    """How many bytes a .wav or .aiff file must have by the header of its samples; 0 for others."""
     order: Literal["little", "big"]
     if head[:4] == b"RIFF":
         order = "little"
@@ -347,6 +354,8 @@ def _claimed_bytes(head: bytes) -> int:
         wanted = b"SSND"
     else:
         return 0
+    # behind name and length of the file and its kind come chunks: name, length and content,
+    # of which an odd number of bytes is filled up by one
     place = 12
     while place + 8 <= len(head):
         length = int.from_bytes(head[place + 4 : place + 8], order)
@@ -367,7 +376,7 @@ def write_wav(sound: np.ndarray, file: str | Path, sampling_rate: int) -> None:
     """Write samples `(n,)` in [-1, 1] as a .wav file of 16 bits."""
     with wave.open(str(file), "wb") as stream:
         stream.setnchannels(1)
-        stream.setsampwidth(2)
+        stream.setsampwidth(2)  # bytes
         stream.setframerate(sampling_rate)
         stream.writeframes((np.clip(sound, -1, 1) * 32767).round().astype("<i2").tobytes())
 

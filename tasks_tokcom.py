@@ -39,14 +39,14 @@ class TokComGiven:
     mask: torch.Tensor
 
     def parts(self, blocks: list[slice]) -> "list[TokComGiven | None]":
-        """The same for some of the latents each; None where nothing is known of them."""
+        """What is known in each block; None for blocks in which nothing is."""
         anywhere = self.mask.any(-1).any(0).tolist()  # read once, not for every block
-        return [
-            TokComGiven(self.chunks[:, block], self.mask[:, block])
-            if any(anywhere[block])
-            else None
-            for block in blocks
-        ]
+        parts: list[TokComGiven | None] = []
+        for block in blocks:
+            is_known = any(anywhere[block])
+            part = TokComGiven(self.chunks[:, block], self.mask[:, block]) if is_known else None
+            parts.append(part)
+        return parts
 
 
 @dataclass
@@ -108,6 +108,7 @@ def lay_out_gaps(
     anchors: list[int | None] = []
     ends_known: list[bool] = []
     for i, chunk in enumerate(generated):
+        # a chunk that does not follow the one before it begins a gap
         starts_gap = i == 0 or generated[i - 1] != chunk - 1
         if starts_gap:
             lengths.append(0)
@@ -231,7 +232,7 @@ def context_of_rows(
         # half a chunk has no latent of its own, so padding completes the first chunk
         return model.encode(*pad_rows(model.config, rows, "left", device))
     unit = model.config.codec_config.length_multiple
-    rows = [row[: len(row) // unit * unit] for row in rows]
+    rows = [row[: len(row) // unit * unit] for row in rows]  # whole chunks
     if not any(rows):
         return None
     context = model.encode(*pad_rows(model.config, rows, "left", device))
@@ -260,7 +261,7 @@ def continuation_task(
     context = context_of_rows(model, rows, device)
     unit = config.codec_config.length_multiple if knows_tokens else 1
     tails = [row[len(row) // unit * unit :] for row in rows]  # tokens of the unfinished chunk
-    skip = [len(tail) for tail in tails]
+    skip = [len(tail) for tail in tails]  # tokens of the prompt that are shown again
     # the first chunk repeats the tail of the prompt, so it also has to fit
     length = num_latents(config, max(skip) + gen_length)
     context_length = 0 if context is None else context.mask.shape[1]
@@ -330,7 +331,7 @@ def token_gap_task(
     is_real = is_real.bool()
     check_whole_length(model.config, tokens.shape[1])
     is_known = torch.zeros_like(is_real)
-    is_known[0, : len(ids)] = torch.tensor(known, device=device)
+    is_known[0, : len(ids)] = torch.tensor(known, device=device)  # padding stays unknown
     # in symbols, which is what the sampler draws: the digits of a pixel model
     given = TokComGiven(*codec.symbols(tokens, is_known.long()))
     # one unknown token is enough for a chunk to be generated
@@ -380,12 +381,12 @@ def latent_gap_task(
     """
     codec = model.codec
     size = codec.config.chunk_size
-    pieces = [
+    pieces: list[tuple[torch.Tensor, torch.Tensor] | None] = []
+    for i, row in enumerate(rows):
         # what stands before the first gap must touch it, so its padding is on the left
-        pad_rows(model.config, [row], "right" if i else "left", device) if row else None
-        for i, row in enumerate(rows)
-    ]
-    gap_latents = num_latents(model.config, gap_length)
+        side = "right" if i else "left"
+        pieces.append(pad_rows(model.config, [row], side, device) if row else None)
+    gap_latents = num_latents(model.config, gap_length)  # whole chunks, so perhaps more
     tokens = sum(piece[0].shape[1] for piece in pieces if piece is not None)
     check_whole_length(model.config, tokens + gap_latents * size * (len(rows) - 1))
     noise = make_noise(gap_latents * (len(rows) - 1))
@@ -407,7 +408,7 @@ def latent_gap_task(
     context = model.encode(ids, mask)
     context.position_ids = codec.positions(torch.tensor([known_at], device=device))  # (1, S, A)
     positions = codec.positions(torch.tensor([gap_at], device=device))  # (1, n, A)
-    edges = tuple(range(gap_latents, len(gap_at), gap_latents))
+    edges = tuple(range(gap_latents, len(gap_at), gap_latents))  # where one gap meets the next
     return TokComTask(noise, context, positions, edges=edges)
 
 
@@ -435,10 +436,10 @@ def lay_out_clip(
             f"`num_frames` ({num_frames}) must be 1 more than a multiple of {frames_per_step} "
             "frames."
         )
-    height, width = (side // config.spatial_compression for side in size)
+    height, width = (side // config.spatial_compression for side in size)  # in values of the clip
     # an autoencoder that compresses time codes the first frame on its own
     moments = (num_frames - 1) // frames_per_step + 1
-    position_ids = codec.grid(moments, height, width, device=model.device)
+    position_ids = codec.grid(moments, height, width, device=model.device)  # (N, 3)
     total = len(position_ids)
     context = None
     if given is not None:

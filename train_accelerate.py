@@ -2,9 +2,11 @@
 of these.
 
     accelerate launch train_accelerate.py --preset debug
-    accelerate launch --config_file accelerate_configs/multi_gpu_ddp.yaml train_accelerate.py --preset base \\
-        data.train=my_texts/ data.validation=held_out.jsonl output_dir=my-model flow.max_steps=50000
-    accelerate launch train_accelerate.py stage=distill init_from=my-model output_dir=student data.train=my_texts/
+    accelerate launch --config_file accelerate_configs/multi_gpu_ddp.yaml train_accelerate.py \\
+        --preset base data.train=my_texts/ data.validation=held_out.jsonl output_dir=my-model \\
+        flow.max_steps=50000
+    accelerate launch train_accelerate.py stage=distill init_from=my-model output_dir=student \\
+        data.train=my_texts/
 
 A preset is a YAML file in presets/; every key below can be overridden as `dotted.key=value`. A run
 that was stopped, even by SIGKILL, continues from its newest checkpoint when the same command is
@@ -50,6 +52,7 @@ def run(config: TrainConfig) -> Path:
             if processes.is_main_process:
                 corpus.digest = check_unchanged(config, corpus, directory)
         unfinished = [stage for stage in config.stages if not directory.is_finished(stage)]
+        # after the data: reading them must not change what a seed means
         set_seed(config.seed)
         for stage in config.stages:
             if stage not in unfinished:
@@ -60,14 +63,16 @@ def run(config: TrainConfig) -> Path:
                 trainer = DistillTrainer(config, corpus)
             else:
                 model = model_of_stage(config, stage, corpus, directory, part)
+                # once for all stages, before hours are spent on the first
                 if stage == unfinished[0]:
                     check_sizes(config, model, corpus, unfinished, processes)
+                # some codecs have no parameters, such as that of pixels
                 if config.stage == "all" and stage == "codec" and not has_trainable_codec(model):
                     continue
                 trainer = StageTrainer(config, stage, model, corpus)
             directory.begin()
             trainer.train()
-            trainer.export(directory.final(stage))
+            trainer.export(directory.final(stage))  # which marks the stage as finished
         if processes.is_main_process:
             publish(config, directory, processes.device, has_weights=part is None)
         processes.wait_for_everyone()

@@ -31,8 +31,8 @@ from .layers_tokcom import (
 )
 
 # positions of the learned latent before the first one
-START_OF_TEXT = -1
-INSIDE_TEXT = -2
+START_OF_TEXT = -1  # the place before latent 0
+INSIDE_TEXT = -2  # only tells the two apart: `_rotary` puts both at -1
 
 
 @dataclass
@@ -104,7 +104,7 @@ def block_causal_mask(
     visible = earlier if sees_context is None else earlier & sees_context[:, None, None]
     # axes: copy and latent of the query, copy and latent of the key; copy 0 is the clean one
     mask = same.new_zeros(len(order), 1 + draws, length, 1 + draws, length)
-    mask[:, 0, :, 0] = earlier | same
+    mask[:, 0, :, 0] = earlier | same  # clean latents read clean ones only, never noise
     # a noisy latent reads what is finished: clean latents of earlier blocks, never its own
     mask[:, 1:, :, 0] = visible[:, None]
     for draw in range(1, 1 + draws):
@@ -136,14 +136,15 @@ class ContextPlan(NamedTuple):
         they are filled.
         """
         batch, length, _ = given.shape
-        index = torch.arange(length + 1, device=given.device).expand(batch, -1)
+        index = torch.arange(length + 1, device=given.device).expand(batch, -1)  # 0 is the start
         # chunks of a gap are those of which some token is not known
         gap = ~given.all(-1) & has_gaps[:, None]  # (B, N)
         inside = F.pad(gap[:, 1:], (0, 1))  # whether the gap goes on in the next chunk
         # only the last chunk of a gap can hold known tokens that are read before it is filled
         partial = gap & ~inside & given.any(-1)
         # the state before a gap must wait, since it tells the head what follows the gap
-        starts = F.pad(gap, (0, 1))  # (B, 1 + N): whether the place before a gap's chunk
+        # of the places [start, chunk 0, ...]: chunk i of a gap marks place i, right before it
+        starts = F.pad(gap, (0, 1))  # (B, 1 + N)
         late = starts | F.pad(gap & ~partial, (1, 0))
         # late places follow all others, and keep their order among themselves
         return cls(torch.where(late, index + length + 1, index), partial)
@@ -151,7 +152,7 @@ class ContextPlan(NamedTuple):
     def mask(self, valid: torch.Tensor) -> torch.Tensor:
         """Which key each query sees, `(B, 1 + N, 1 + N)`; `valid (B, N)` are chunks that are no
         padding."""
-        exists = F.pad(valid, (1, 0), value=True)
+        exists = F.pad(valid, (1, 0), value=True)  # the start always does
         # a place also sees itself, whose order is equal
         sees = (self.order[:, None, :] <= self.order[:, :, None]) & exists[:, None, :]
         return sees | torch.eye(sees.shape[-1], dtype=torch.bool, device=sees.device)
@@ -167,8 +168,9 @@ def read_text(model, symbols, chunks, real, given, has_gaps, begins) -> torch.Te
     batch, length, _ = chunks.shape
     plan = ContextPlan.of(given, has_gaps)
     blank = (plan.partial[..., None] & ~given) | ~real
-    # (B, N, K * E)
-    features = model.token_head.read(symbols, None, torch.where(blank, 0.0, 1.0), chunks)
+    # known tokens are read at time 1, blank ones at time 0
+    times = torch.where(blank, 0.0, 1.0)
+    features = model.token_head.read(symbols, None, times, chunks)  # (B, N, K * E)
     # the learned start is put in place of this row of zeros
     features = F.pad(features, (0, 0, 1, 0))
     positions = torch.arange(-1, length, device=chunks.device).repeat(batch, 1)
@@ -179,7 +181,7 @@ def read_text(model, symbols, chunks, real, given, has_gaps, begins) -> torch.Te
 
 def moment_size(position_ids: torch.Tensor) -> int:
     """How many latents at `position_ids (B, N, A)` stand at the first moment; the host waits."""
-    moments = position_ids[0, :, 0]
+    moments = position_ids[0, :, 0]  # axis 0 of a clip is time
     return int((moments == moments[0]).sum())
 
 
@@ -196,11 +198,11 @@ class _Factorized:
             )
 
     def fold(self, x: torch.Tensor, along_time: bool, batch: int) -> torch.Tensor:
-        x = x.expand(batch, *x.shape[1:]).unflatten(1, (-1, self.places))
+        x = x.expand(batch, *x.shape[1:]).unflatten(1, (-1, self.places))  # (B, G, P, ...)
         return (x.transpose(1, 2) if along_time else x).flatten(0, 1)
 
     def unfold(self, x: torch.Tensor, along_time: bool, batch: int) -> torch.Tensor:
-        x = x.unflatten(0, (batch, -1))
+        x = x.unflatten(0, (batch, -1))  # (B, G, P, ...) or (B, P, G, ...)
         return (x.transpose(1, 2) if along_time else x).flatten(1, 2)
 
 
@@ -217,11 +219,11 @@ class TokComTransformer(TokComPreTrainedModel):
 
     def __init__(self, config: TokComTransformerConfig):
         super().__init__(config)
-        inputs = config.feature_size or config.latent_channels
+        channels = config.feature_size or config.latent_channels  # K * E or C, in and out
         linear = TokComProjection if config.feature_size else nn.Linear
-        self.proj_in = (
-            linear(inputs, config.hidden_size) if config.input_projection else nn.Identity()
-        )
+        self.proj_in = nn.Identity()
+        if config.input_projection:
+            self.proj_in = linear(channels, config.hidden_size)
         self.time_embedding = TokComTimestepEmbedding(
             config.conditioning_size, config.timestep_scale
         )
@@ -229,8 +231,8 @@ class TokComTransformer(TokComPreTrainedModel):
             TokComBlock(
                 config,
                 i,
-                i >= config.num_context_layers,
-                i < config.num_context_layers or config.head_attention,
+                modulated=i >= config.num_context_layers,  # context is clean, so it has no time
+                attention=i < config.num_context_layers or config.head_attention,
             )
             for i in range(config.num_hidden_layers)
         )
@@ -243,7 +245,7 @@ class TokComTransformer(TokComPreTrainedModel):
         if config.stream_channels is not None:
             self.stream_embedding = nn.Embedding(len(config.stream_channels), config.hidden_size)
         self.norm = TokComRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.proj_out = linear(config.hidden_size, config.feature_size or config.latent_channels)
+        self.proj_out = linear(config.hidden_size, channels)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -251,7 +253,9 @@ class TokComTransformer(TokComPreTrainedModel):
         """Which channels the latents at `position_ids (B, S, A)`, whose first axis is the stream,
         use: `(B, S, C)`."""
         # channel c belongs to the stream into whose slice of the C channels it falls
-        owner = [i for i, count in enumerate(self.config.stream_channels) for _ in range(count)]
+        owner: list[int] = []
+        for stream, count in enumerate(self.config.stream_channels):
+            owner += [stream] * count
         return position_ids[..., :1].long() == torch.tensor(owner, device=position_ids.device)
 
     def _place_starts(
@@ -274,8 +278,7 @@ class TokComTransformer(TokComPreTrainedModel):
         attention_mask: torch.Tensor,
         past_key_values: Cache | None = None,
     ) -> torch.Tensor:
-        """What the context layers know at each clean latent, as the layers after them are told:
-        `(B, S, D)`.
+        """What the context layers tell the later layers about each clean latent, `(B, S, D)`.
 
         Args:
             features (`torch.FloatTensor` of shape `(B, S, feature_size)`): what the clean latents
@@ -291,7 +294,7 @@ class TokComTransformer(TokComPreTrainedModel):
         mask = self._expand(attention_mask, hidden_states)
         for layer in self.layers[: self.config.num_context_layers]:
             hidden_states = layer(hidden_states, None, tables, mask, past_key_values)
-        return self.context_proj(self.context_norm(hidden_states))
+        return self.context_proj(self.context_norm(hidden_states))  # as `_nearest` does
 
     def modulate(self, timestep: torch.Tensor) -> list[torch.Tensor]:
         """t `(B, S)` -> the scales, shifts and gates `(B, S, ...)` of every layer after the context
@@ -308,22 +311,22 @@ class TokComTransformer(TokComPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
     ) -> torch.Tensor:
-        """What the layers after the context layers are told of the context, `(B, S, D)`: the same
-        at every time.
+        """What the denoising layers are told about the context, `(B, S, D)`; it does not depend on
+        the time.
 
         The arguments are those of `forward`, of the latents to denoise; the context is what
         `past_key_values` holds. A model with `head_attention` also attends to the context.
         """
-        where = position_ids[..., 0].float()
+        where = position_ids[..., 0].float()  # as the cache holds positions
         # the layer of the cache behind the last one of the network holds states and positions
         layers = [] if past_key_values is None else past_key_values.layers
         if len(layers) > len(self.layers):
-            known = layers[-1].keys[:, 0]
-            known_where = layers[-1].values[:, 0, :, 0]
+            known = layers[-1].keys[:, 0]  # (B, W, D)
+            known_where = layers[-1].values[:, 0, :, 0]  # (B, W)
         else:
             shape = len(where), 0, self.config.hidden_size
             known = torch.zeros(shape, dtype=self.dtype, device=where.device)
-            known_where = where[:, :0]
+            known_where = where[:, :0]  # (B, 0)
         return self._nearest(known, known_where, where, attention_mask)
 
     @capture_outputs
@@ -359,37 +362,30 @@ class TokComTransformer(TokComPreTrainedModel):
                 latents, which of them exist, `(B, L)`, and their positions `(L,)`.
             group_size: latents of a moment, for factorised attention; else read from the positions.
         """
-        config = self.config
         hidden_states, own = self._read(latents, features, position_ids)  # (B, S, D)
+        if position_ids is None:
+            position_ids = torch.arange(latents.shape[1], device=latents.device)[None, :, None]
         if prefix is not None:
             modulations = None  # they are those of the latents alone
             hidden_states, timestep, position_ids, attention_mask = self._prepend(
                 prefix, hidden_states, timestep, position_ids, attention_mask
             )
-        reads = bool(config.num_context_layers) and entry is None
-        tables = None
-        if config.head_attention or reads:  # others attend to nothing
-            if position_ids is None:
-                index = torch.arange(hidden_states.shape[1], device=latents.device)
-                position_ids = index[None, :, None]
-            tables = self._rotary(position_ids)
+        reads = bool(self.config.num_context_layers) and entry is None
+        tables = self._rotary(position_ids) if self.config.head_attention or reads else None
         where = position_ids, attention_mask, tables, past_key_values
         if reads:
             hidden_states = self._enter(hidden_states, num_context, *where, **kwargs)
         elif entry is not None:
-            hidden_states = hidden_states + entry
-        if not config.head_attention and num_context:
+            hidden_states = hidden_states + entry  # one per latent, the same at every time
+        if num_context and not self.config.head_attention:  # the others carry its states
             hidden_states = hidden_states[:, num_context:]
             timestep = timestep[:, num_context:]
             if not hidden_states.shape[1]:  # all is context, which the cache holds by now
                 return TokComTransformerOutput(latents=latents[:, :0])
-        conditioning = F.silu(self.time_embedding(timestep)) if modulations is None else None
-        if config.attention_type == "factorized":
-            kwargs["places"] = group_size or moment_size(position_ids)
-        hidden_states = self._denoise(hidden_states, conditioning, modulations, *where, **kwargs)
+        states = self._denoise(hidden_states, timestep, modulations, group_size, *where, **kwargs)
         if prefix is not None:
-            hidden_states = hidden_states[:, prefix[0].shape[1] :]
-        latents = self.proj_out(self.norm(hidden_states))  # (B, S, C) or (B, S, K * E)
+            states = states[:, prefix[0].shape[1] :]  # captions are not predicted
+        latents = self.proj_out(self.norm(states))  # (B, S, C) or (B, S, K * E)
         if own is not None:
             latents = torch.where(own, latents, 0)
         return TokComTransformerOutput(latents=latents)
@@ -397,9 +393,10 @@ class TokComTransformer(TokComPreTrainedModel):
     def _denoise(
         self,
         hidden_states: torch.Tensor,
-        conditioning: torch.Tensor | None,
+        timestep: torch.Tensor,
         modulations: list[torch.Tensor] | None,
-        position_ids: torch.Tensor | None,
+        group_size: int | None,
+        position_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
         tables: tuple[torch.Tensor, torch.Tensor] | None,
         past_key_values: Cache | None,
@@ -407,12 +404,14 @@ class TokComTransformer(TokComPreTrainedModel):
     ) -> torch.Tensor:
         """The layers after the context layers, `(B, S, D)` in and out.
 
-        They read the time as `conditioning`, or as the `modulations` that were made of it.
+        They read `timestep (B, S)`, or the `modulations` that were made of it.
         """
+        # (B, S, conditioning_size)
+        conditioning = F.silu(self.time_embedding(timestep)) if modulations is None else None
         if self.config.attention_type == "factorized":
-            return self._attend_in_turns(
-                hidden_states, conditioning, modulations, position_ids, attention_mask, **kwargs
-            )
+            places = group_size or moment_size(position_ids)
+            where = position_ids, attention_mask, places
+            return self._attend_in_turns(hidden_states, conditioning, modulations, *where, **kwargs)
         mask = None
         if self.config.head_attention:
             # layers without attention have no use for a mask
@@ -441,7 +440,8 @@ class TokComTransformer(TokComPreTrainedModel):
                 )
             own = self._own_channels(position_ids)  # (B, S, C)
             latents = torch.where(own, latents, 0)
-        hidden_states = self.proj_in(features if self.config.feature_size else latents)
+        inputs = features if self.config.feature_size else latents
+        hidden_states = self.proj_in(inputs)  # (B, S, D)
         if position_ids is not None:
             hidden_states = self._place_starts(hidden_states, position_ids)
         if own is not None:
@@ -469,31 +469,33 @@ class TokComTransformer(TokComPreTrainedModel):
     ) -> torch.Tensor:
         """All layers of a model with factorised attention: even ones within a moment, odd ones
         along time."""
-        config = self.config
         batch = len(hidden_states)
         position_ids = position_ids.expand(batch, -1, -1)
         folded = _Factorized(position_ids.shape[1], places)
-        layouts = []
+        layouts = []  # rotary tables and mask, within a moment and along time
         for along_time in (False, True):
             where = folded.fold(position_ids, along_time, batch)
             seen = None
             if mask is not None:
                 seen = folded.fold(mask, along_time, batch)
-                implementation = config._attn_implementation
+                implementation = self.config._attn_implementation
                 seen = expand_attention_mask(
                     seen, where.shape[1], implementation, hidden_states.dtype
                 )
-            head_size = config.hidden_size // config.num_attention_heads
-            layouts.append((rotary_embedding(where, head_size, config.rope_theta), seen))
+            layouts.append((self._rotary(where), seen))
         for i, layer in enumerate(self.layers):
             # even layers attend within a moment, odd ones along time
             along_time = bool(i % 2)
-            states = folded.fold(hidden_states, along_time, batch)
-            time = conditioning if modulations is None else modulations[i]
-            time = folded.fold(time, along_time, batch)
-            times = (time, {}) if modulations is None else (None, {"modulation": time})
-            output = layer(states, times[0], *layouts[along_time], **times[1], **kwargs)
-            hidden_states = folded.unfold(output, along_time, batch)
+            states = folded.fold(hidden_states, along_time, batch)  # (B G, P, D) or (B P, G, D)
+            # times are per latent, so what is made of them is folded like the states
+            time = None
+            known = {}
+            if modulations is None:
+                time = folded.fold(conditioning, along_time, batch)
+            else:
+                known = {"modulation": folded.fold(modulations[i], along_time, batch)}
+            output = layer(states, time, *layouts[along_time], **known, **kwargs)
+            hidden_states = folded.unfold(output, along_time, batch)  # (B, S, D)
         return hidden_states
 
     def _prepend(
@@ -503,8 +505,7 @@ class TokComTransformer(TokComPreTrainedModel):
         states, exists, places = prefix
         batch, length, _ = hidden_states.shape
         shape = batch, -1, self.config.num_position_axes
-        if position_ids is None:
-            position_ids = torch.arange(length, device=states.device)[None, :, None].expand(shape)
+        # a caption stands at the same negative number on every axis
         places = places[None, :, None].expand(shape)  # (B, L, A)
         if attention_mask is None:
             attention_mask = torch.ones(batch, length, dtype=torch.bool, device=states.device)
@@ -513,7 +514,7 @@ class TokComTransformer(TokComPreTrainedModel):
             torch.cat(
                 (timestep.new_ones(batch, states.shape[1]), timestep.expand(batch, -1)), dim=1
             ),
-            torch.cat((places, position_ids.expand(batch, -1, -1)), dim=1),
+            torch.cat((places, position_ids.expand(shape)), dim=1),
             torch.cat((exists, attention_mask), dim=1),
         )
 
@@ -536,7 +537,7 @@ class TokComTransformer(TokComPreTrainedModel):
         batch, queries, _ = hidden_states.shape
         known = hidden_states[:, :num_context]  # clean
         noisy = hidden_states[:, num_context:]
-        where = position_ids[..., 0].float().expand(batch, -1)
+        where = position_ids[..., 0].float().expand(batch, -1)  # (B, S); -inf needs floats
         visible = attention_mask
         if visible is not None and visible.ndim == 2:
             # one row of keys serves all queries
@@ -558,7 +559,7 @@ class TokComTransformer(TokComPreTrainedModel):
                 states, positions = past_key_values.update(
                     states[:, None], positions[:, None, :, None], len(self.layers)
                 )
-                states = states[:, 0]
+                states = states[:, 0]  # (B, S_context, D)
                 positions = positions[:, 0, :, 0]
         if not noisy.shape[1]:
             return known
@@ -570,19 +571,19 @@ class TokComTransformer(TokComPreTrainedModel):
         return torch.cat((known, noisy + entry), dim=1)
 
     def _nearest(self, states, positions, where, visible) -> torch.Tensor:
-        """Of context `states (B, S_context, D)` at `positions (B, S_context)`, for each latent at
-        `where (B, S)` that of the last one before it that `visible (B, S_kv)` or `(B, S, S_kv)`
-        shows it, projected: `(B, S, D)`."""
+        """For each latent at `where (B, S)` the state of the last context latent before it that
+        `visible (B, S_kv)` or `(B, S, S_kv)` shows it, projected: `(B, S, D)`. Context `states
+        (B, S_context, D)` stand at `positions (B, S_context)`."""
         if not states.shape[1]:
             return self.context_proj(states.new_zeros(*where.shape, states.shape[2]))
         # strictly earlier: a latent must not read its own clean self
         earlier = positions[:, None] < where[..., None]  # (B, S, S_context)
         if visible is not None:
-            visible = visible[:, None] if visible.ndim == 2 else visible
-            earlier = earlier & visible[..., : states.shape[1]]
+            visible = visible[:, None] if visible.ndim == 2 else visible  # (B, 1 or S, S_kv)
+            earlier = earlier & visible[..., : states.shape[1]]  # keys of the context come first
         # the largest position that is earlier and visible
         nearest = positions[:, None].masked_fill(~earlier, float("-inf")).argmax(-1)  # (B, S)
-        nearest = states.gather(1, nearest[..., None].expand(-1, -1, states.shape[2]))
+        nearest = states.gather(1, nearest[..., None].expand(-1, -1, states.shape[2]))  # (B, S, D)
         return self.context_proj(torch.where(earlier.any(-1, keepdim=True), nearest, 0))
 
 

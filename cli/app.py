@@ -20,7 +20,7 @@ import matplotlib
 import torch
 from matplotlib.figure import Figure
 
-from tokcom.cli.app_zoo import BUSY, TABS, ShownModel, explained, numbered_noise
+from tokcom.cli.app_zoo import BUSY, ShownModel, explained, numbered_noise
 from tokcom.cli.loading import check_modality, check_model_path, open_pipeline
 from tokcom.evaluation.reconstruction import token_losses_at
 from tokcom.pipeline_tokcom import GAP, TokComPipeline
@@ -30,24 +30,28 @@ from tokcom.sampling_tokcom import kept_tokens, spawn_generators
 matplotlib.use("Agg")
 LONGEST = 512  # tokens that the page generates or reads at once
 SLOWEST = 120  # seconds that slow motion may add
-FONTS = {
-    "font": ["system-ui", "sans-serif"],
-    "font_mono": ["monospace"],
-}  # nothing is fetched from elsewhere
+# of the visitor's system, so that nothing is fetched from elsewhere
+FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}
 CSS = """
 .tokcom-text {
   font-size: 1.1rem; line-height: 1.9; min-height: 6rem;
-  overflow-wrap: anywhere; white-space: pre-wrap;
+  overflow-wrap: anywhere; white-space: pre-wrap; padding-top: 1.2rem;
 }
 .tokcom-text span {border-radius: 3px; padding: 1px 0; color: #111}
 .tokcom-text .given {background: none; color: inherit; opacity: .75}
 """
 NOTE = (
-    "This model has {size:.1f} million parameters. While text emerges, its colours go from red "
-    "(noise) to green (denoised). When it is done, they say how much the model expected each "
-    "token, from red (a surprise) to green (certain). Point at a token for the number."
+    "The text model has {size:.1f} million parameters and writes {chunk} tokens at a time, from "
+    "noise."
 )
+COLORS = (
+    "While text emerges, colours go from red (noise) to green (denoised). Then they say how much "
+    "the model expected each token, from red (a surprise) to green (certain). Point at a token for "
+    "the number."
+)
+GAPPED = f"Lily was sad because she lost her {GAP}. Her mom helped her find it."
 STORY = "Once upon a time there was a little rabbit who lived in a big wood."
+LONGER_STORY = f"{STORY} One day he saw a red ball. He was very happy and ran home to his mom."
 
 
 def text_box(content: str) -> str:
@@ -92,12 +96,16 @@ class Writing(threading.Thread):
 
     def after_step(self, pipe, step: int, timestep: torch.Tensor, tensors: dict) -> dict:
         started = time.perf_counter()
+        # diffusers' way to end a pipeline between two steps
         pipe._interrupt = self.stop.is_set()
+        # steps count on from block to block
         index = step % len(pipe.scheduler.timesteps)
         if index == 0:  # a new block begins
             self.done = self.done + self.current
+        # the latents are those after the step, at the time of the next one
         next_time = 1 - float(pipe.scheduler.sigmas[index + 1])
         self.current = self.demo.emerging(tensors["latents"].float(), next_time)
+        # whole chunks are denoised, also where a text ends inside one
         self.frames.put((self.done + self.current)[: self.length])
         self.shown_for += time.perf_counter() - started
         return tensors
@@ -117,6 +125,7 @@ class Writing(threading.Thread):
                 ids = output.sequences[0, :count].tolist()
                 self.frames.put((ids, self.demo.probabilities(self.prompt, ids), seconds))
         except Exception as error:  # shown on the page
+            # an exception in a thread would be lost; the page raises it
             self.frames.put(error)
 
 
@@ -137,6 +146,7 @@ class Demo:
         shown = ""
         pieces = []
         for end in range(1, len(ids) + 1):
+            # all ids so far: a character of several bytes may be spread over tokens
             text = decode_ids(self.pipe.tokenizer, ids[:end])
             whole = text if end == len(ids) else text.rstrip("\ufffd")
             pieces.append(whole[len(shown) :] if whole.startswith(shown) else "")
@@ -152,9 +162,10 @@ class Demo:
         model = self.pipe.model
         times = torch.full((1, latents.shape[1]), time)
         if model.token_head is None:
+            # without turns all tokens of a chunk are at one time
             t = times.clamp(0, 1)[0].repeat_interleave(self.pipe.chunk_size)
         else:
-            t = model.token_head.place_times(times).flatten()
+            t = model.token_head.place_times(times).flatten()  # (tokens of the block,)
         return list(zip(self._tokens(model.to_ids(latents)[0].tolist()), t.tolist()))
 
     @torch.no_grad()
@@ -168,12 +179,14 @@ class Demo:
         row = row[-(-beyond // size) * size :]  # what is cut off is whole chunks
         whole, mask = self.pipe._pad([row], "right")
         if self.predicts_tokens:
+            # the loss draws noise; the same text always gets the same colours
             torch.manual_seed(0)
             losses = token_losses_at(self.pipe.model, whole, 0.0, mask)
         else:
             losses = self.pipe.model.codec.loss(
                 self.pipe.model.encode(whole, mask).latents, whole, mask
             )
+        # nats to probabilities, of the written tokens without prompt and padding
         return (-losses.flatten()).exp()[len(row) - len(ids) : len(row)].tolist()
 
     def write(
@@ -198,21 +211,21 @@ class Demo:
             top_p=top_p if self.predicts_tokens else None,
             generator=numbered_noise(seed),
         )
+        # one visitor's slow motion must not keep the model from others
         until = time.monotonic() + SLOWEST
         writing.start()
         try:
             while isinstance(frame := writing.frames.get(), list):
                 if slowly and time.monotonic() < until:
                     time.sleep(slowly)
-                elif (
-                    not writing.frames.empty()
-                ):  # the page is slower than the model: show the newest
-                    continue
+                elif not writing.frames.empty():
+                    continue  # the page is slower than the model: show the newest
                 yield colored(frame, prompt), "denoising"
             if isinstance(frame, Exception):
                 raise explained(frame) from frame
         finally:  # also when the visitor leaves
             writing.stop.set()
+            # the thread holds the lock of the page until it has seen `stop`
             writing.join()
         ids, probabilities, seconds = frame
         count = len(ids)
@@ -222,6 +235,7 @@ class Demo:
 
     def fill(self, text: str, gap_length: int, temperature: float, seed: int) -> str:
         """HTML of a text whose gaps, of three or more underscores, are filled."""
+        # people do not count underscores
         text = re.sub("_{3,}", GAP, text)
         settings = {"temperature": temperature} if self.predicts_tokens else {}
         try:
@@ -236,9 +250,11 @@ class Demo:
         pieces = text.split(GAP)
         for before, after in zip(pieces, pieces[1:]):
             rest = rest.removeprefix(before)
+            # what stands before the text that follows the gap
             end = rest.find(after) if after else len(rest)
             spans.append(given_text(before))
             spans.append(f'<span style="background:#bfe3bf">{html.escape(rest[:end])}</span>')
+            # what remains is read from the next gap on
             rest = rest[end:]
         return text_box("".join(spans) + given_text(rest))
 
@@ -260,10 +276,9 @@ class Demo:
                 again = torch.Generator()  # denoising draws the noise that is shown once more
                 again.set_state(generator.get_state())
                 seen = self._seen(encoded, noise_level, generator)
-                denoised = self.pipe.denoise_reconstruct(text, noise_level, generator=again).texts[
-                    0
-                ]
-                return colored(seen), denoised, self.pipe.reconstruct(text).texts[0]
+                output = self.pipe.denoise_reconstruct(text, noise_level, generator=again)
+                clean = self.pipe.reconstruct(text)
+                return colored(seen), output.texts[0], clean.texts[0]
         except ValueError as error:
             raise explained(error) from error
 
@@ -276,6 +291,7 @@ class Demo:
             noise = self.pipe.prepare_latents(1, encoded.latents.shape[1], generator)
             noisy = self.pipe._sampler().add_noise(encoded.latents.float(), noise, noise_level)
             return self.emerging(noisy, noise_level)[:count]
+        # the draw that the pipeline makes from the same generator
         kept = kept_tokens(count, noise_level, spawn_generators(generator, 1)[0])
         tokens = self._tokens(encoded.sequences[0, :count].tolist())
         return [(token, 1.0) if keep else ("·", 0.0) for token, keep in zip(tokens, kept)]
@@ -290,18 +306,21 @@ class Demo:
             raise explained(error) from error
         size = self.pipe.chunk_size
         latents = encoded.latents[0].float()
+        # two points lie on a line, which has no second component
         if len(latents) < 3:
             raise explained(
                 ValueError(
                     f"a map needs at least three chunks, {3 * size} tokens; give a longer text."
                 )
             )
-        centred = latents - latents.mean(0)
+        centred = latents - latents.mean(0)  # (n, C)
         _, sizes, axes = torch.linalg.svd(centred, full_matrices=False)
-        points = centred @ axes[:2].T
+        points = centred @ axes[:2].T  # (n, 2)
+        # squared singular values are proportional to variances
         shares = sizes.square() / sizes.square().sum()
         pieces = self._tokens(encoded.sequences[0].tolist())
         real = encoded.attention_mask[0].tolist()
+        # padding fills the last chunk and has no text
         tokens = [piece if is_text else "" for piece, is_text in zip(pieces, real)]
         figure = Figure(figsize=(8, 6), layout="constrained")
         plot = figure.subplots()
@@ -310,7 +329,12 @@ class Demo:
         for i, (x, y) in enumerate(points.tolist()):
             label = "".join(tokens[i * size : (i + 1) * size])
             label = label.replace("\n", "⏎").replace("$", r"\$")  # a dollar would begin a formula
-            plot.annotate(label, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=9)
+            # words lean towards the middle, or those at the edges would leave the figure
+            side = "left" if x < 0 else "right"
+            offset = (4 if x < 0 else -4, 4)
+            plot.annotate(
+                label, (x, y), xytext=offset, textcoords="offset points", fontsize=9, ha=side
+            )
         plot.set_xlabel(f"first principal component ({100 * shares[0]:.0f} % of the variance)")
         plot.set_ylabel(f"second ({100 * shares[1]:.0f} %)")
         plot.set_title(
@@ -325,8 +349,9 @@ class Demo:
 def build_page(demo: Demo, models: Sequence[ShownModel] = ()) -> gr.Blocks:
     """The page of tabs: those of the text model, and one for each of the other `models`."""
     size = sum(parameter.numel() for parameter in demo.pipe.model.parameters()) / 1e6
+    note = NOTE.format(size=size, chunk=demo.pipe.chunk_size)
     with gr.Blocks(title="TokCom") as page:
-        gr.Markdown(f"# TokCom\n{NOTE.format(size=size)}")
+        gr.Markdown(f"# TokCom\n{note}")
         with gr.Tab("Write"):
             _write_tab(demo)
         with gr.Tab("Fill gaps"):
@@ -334,18 +359,17 @@ def build_page(demo: Demo, models: Sequence[ShownModel] = ()) -> gr.Blocks:
         with gr.Tab("Noise"):
             _noise_tab(demo)
         with gr.Tab("Latent map"):
-            mapped = gr.Textbox(STORY, label="Text", lines=3)
-            figure = gr.Plot(label="Latents of the text's chunks")
-            gr.Button("Draw", variant="primary").click(demo.latent_map, mapped, figure)
+            _map_tab(demo)
         for shown in models:
             with gr.Tab(shown.title):
-                TABS[shown.kind](shown)
+                shown.build_tab()
     return page
 
 
 def _write_tab(demo: Demo) -> None:
     config = demo.pipe.model.config
     tokens = demo.predicts_tokens
+    gr.Markdown(COLORS)
     with gr.Row():
         with gr.Column(scale=2):
             prompt = gr.Textbox(
@@ -366,11 +390,12 @@ def _write_tab(demo: Demo) -> None:
                 button = gr.Button("Write", variant="primary", elem_id="write")
                 stop = gr.Button("Stop")
         with gr.Column(scale=3):
-            output = gr.HTML(colored([]), label="Text", elem_id="text")
+            output = _colored_box("Text", "text")
             speed = gr.Textbox(label="Speed", interactive=False, elem_id="speed")
     inputs = [prompt, length, steps, temperature, top_p, guidance, seed, slowly]
     writing = button.click(demo.write, inputs, [output, speed], show_progress="hidden")
     submitting = prompt.submit(demo.write, inputs, [output, speed], show_progress="hidden")
+    # gradio closes the generator, whose `finally` stops the pipeline
     stop.click(None, cancels=[writing, submitting])
 
 
@@ -379,30 +404,54 @@ def _temperature(demo: Demo) -> gr.Slider:
     return gr.Slider(0.1, 1.5, own, label="Temperature", interactive=demo.predicts_tokens)
 
 
+def _colored_box(label: str, elem_id: str | None = None) -> gr.HTML:
+    return gr.HTML(colored([]), label=label, show_label=True, container=True, elem_id=elem_id)
+
+
 def _fill_tab(demo: Demo) -> None:
-    example = f"Once upon a time there was a {GAP} who lived in a big wood."
-    gapped = gr.Textbox(example, label=f"Text with gaps, written {GAP}", lines=2)
-    gap_length = gr.Slider(1, 64, 16, step=1, label="Tokens per gap")
-    temperature = _temperature(demo)
-    seed = gr.Number(0, label="Seed", precision=0)
-    filled = gr.HTML(colored([]), elem_id="filled")
-    button = gr.Button("Fill", variant="primary", elem_id="fill")
+    gr.Markdown(f"Write {GAP} where something is missing. The filling fits the text on both sides.")
+    with gr.Row():
+        with gr.Column(scale=2):
+            gapped = gr.Textbox(GAPPED, label="Text with gaps", lines=3)
+            gap_length = gr.Slider(1, 64, 2, step=1, label="Tokens per gap")
+            temperature = _temperature(demo)
+            seed = gr.Number(0, label="Seed", precision=0)
+            button = gr.Button("Fill", variant="primary", elem_id="fill")
+        with gr.Column(scale=3):
+            filled = _colored_box("Filled text", "filled")
     button.click(demo.fill, [gapped, gap_length, temperature, seed], filled)
 
 
 def _noise_tab(demo: Demo) -> None:
-    text = gr.Textbox(STORY, label="Text", lines=2)
-    level = gr.Slider(
-        0, 1, 0.6, step=0.05, label="Noise level (0 is pure noise, 1 is the clean text)"
-    )
-    seed = gr.Number(0, label="Seed", precision=0)
-    seen = gr.HTML(colored([]), label="The noisy latents decode to")
-    denoised = gr.Textbox(label="After denoising", interactive=False)
-    kept = gr.Textbox(label="Encoded and decoded without noise", interactive=False)
+    gr.Markdown("Noise takes a part of a text away, and the model makes that part up.")
+    with gr.Row():
+        with gr.Column(scale=2):
+            text = gr.Textbox(STORY, label="Text", lines=3)
+            level = gr.Slider(
+                0, 1, 0.6, step=0.05, label="Noise level (0 is pure noise, 1 the clean text)"
+            )
+            seed = gr.Number(0, label="Seed", precision=0)
+            button = gr.Button("Mix and denoise", variant="primary")
+        with gr.Column(scale=3):
+            seen = _colored_box("What the model sees (a dot for each token that is lost)")
+            denoised = gr.Textbox(label="After denoising", interactive=False)
+            kept = gr.Textbox(label="Encoded and decoded without noise", interactive=False)
     inputs = [text, level, seed]
     outputs = [seen, denoised, kept]
-    gr.Button("Mix and denoise", variant="primary").click(demo.renoise, inputs, outputs)
+    button.click(demo.renoise, inputs, outputs)
+    # when the slider is let go, not at every value on the way
     level.release(demo.renoise, inputs, outputs)
+
+
+def _map_tab(demo: Demo) -> None:
+    gr.Markdown(f"Every {demo.pipe.chunk_size} tokens are one latent vector, here one point.")
+    with gr.Row():
+        with gr.Column(scale=2):
+            mapped = gr.Textbox(LONGER_STORY, label="Text", lines=5)
+            button = gr.Button("Draw", variant="primary")
+        with gr.Column(scale=3):
+            figure = gr.Plot(show_label=False)  # a label would cover the title
+    button.click(demo.latent_map, mapped, figure)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -411,7 +460,7 @@ def run(args: argparse.Namespace) -> None:
     check_model_path(args.checkpoint)
     models = [ShownModel(path, args.device) for path in args.models]
     pipe = open_pipeline(args.checkpoint, args.device)
-    check_modality(pipe, args.checkpoint, "generate")
+    check_modality(pipe, args.checkpoint)
     page = build_page(Demo(pipe), models)
     page.queue(default_concurrency_limit=1).launch(
         server_name=args.host, server_port=args.port, css=CSS, theme=gr.themes.Default(**FONTS)

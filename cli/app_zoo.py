@@ -10,19 +10,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 import gradio as gr
-import numpy as np
 import torch
 from diffusers.utils import export_to_gif
 from PIL import Image
 
 from tokcom.cli.loading import check_model_path, open_pipeline
-from tokcom.configuration_codec_tokcom import TokComColorCodecConfig
+from tokcom.cli.stream_boxes import BOX_HEIGHT, StreamBox, enlarged, shown_large, stream_boxes
+from tokcom.configuration_codec_tokcom import TokComCodecConfig, TokComColorCodecConfig
+from tokcom.configuration_media_tokcom import (
+    TokComCompositeCodecConfig,
+    TokComStyleCodecConfig,
+    TokComVideoCodecConfig,
+)
 from tokcom.configuration_tokcom import TokComConfig
+from tokcom.training.report import several
 
 BUSY = threading.Lock()  # one sample at a time on the whole page: the machine is small
 LONGEST_ANSWER = 64  # tokens that a pixel model writes
-FRAMES_PER_SECOND = 8
-SHOWN_SIZE = 192  # pixels that pictures and clips are enlarged to
+FRAMES_PER_SECOND = 8  # of the .gif files
 PREFIXES = (1, 2, 4, 8, 16, 32)  # tokens of a picture that are decoded, besides all
 # what to ask the models that ship; others begin with an empty box
 EXAMPLES = {
@@ -40,23 +45,16 @@ def numbered_noise(seed: float | None) -> torch.Generator:
     """Numbered noise; without a seed noise of its own."""
     generator = torch.Generator()
     if seed is None:
+        # a random seed from the system
         generator.seed()
         return generator
+    # torch takes no seed of more than 64 bits, and a visitor may type anything
     return generator.manual_seed(int(seed) % 2**63)
 
 
 def explained(error: Exception) -> gr.Error:
     """An exception as a message for people."""
     return gr.Error(str(error), title="This cannot be done", print_exception=False)
-
-
-def enlarged(picture: Image.Image, scale: int) -> Image.Image:
-    """A picture whose pixels can be seen one by one."""
-    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
-
-
-def shown_large(picture: Image.Image) -> Image.Image:
-    return enlarged(picture, max(1, SHOWN_SIZE // picture.width))
 
 
 class ShownModel:
@@ -77,13 +75,20 @@ class ShownModel:
         self.files = tempfile.TemporaryDirectory(prefix="tokcom-app-")  # gradio shows copies
         self._pipe = None
         codec = self.config.codec_config
-        self.kind = "pixels" if isinstance(codec, TokComColorCodecConfig) else codec.modality
-        if self.kind not in TABS:
-            raise ValueError(f"{path} is a model of {self.kind}: show it with --checkpoint.")
+        if type(codec) not in TABS:
+            raise ValueError(f"{path} is a model of {codec.modality}: show it with --checkpoint.")
 
     @property
     def title(self) -> str:
         return self.name.replace("-", " ").capitalize()
+
+    def stream_boxes(self) -> dict[str, StreamBox]:
+        """The box of each stream of an omni model."""
+        return stream_boxes(self.config.codec_config.stream_configs())
+
+    def build_tab(self) -> None:
+        """Add the widgets of the model to the page."""
+        TABS[type(self.config.codec_config)](self)
 
     @property
     def is_loaded(self) -> bool:
@@ -93,6 +98,7 @@ class ShownModel:
     def pipe(self):
         """The pipeline; loads it. Call it while `BUSY` is held."""
         if self._pipe is None:
+            gr.Info(f"Loading the weights of {self.name}. The next answers come sooner.")
             self._pipe = open_pipeline(self.path, self.device, "--models")
             self._pipe.set_progress_bar_config(disable=True)
         return self._pipe
@@ -100,6 +106,7 @@ class ShownModel:
     def run(self, function: Callable):
         """What `function(pipe)` returns; raises `gr.Error` with a message for people."""
         try:
+            # loading, too, happens within: two visitors must not load a model twice
             with BUSY, torch.no_grad():
                 return function(self.pipe)
         except (ValueError, OSError) as error:
@@ -162,9 +169,10 @@ def rebuild(shown: ShownModel, picture: Image.Image | None) -> list[tuple[Image.
 
 def _prefixes(pipe, latents: torch.Tensor) -> list[tuple[Image.Image, str]]:
     count = pipe.model.config.codec_config.num_tokens
+    # all tokens first, then fewer and fewer
     kept = [count, *(k for k in reversed(PREFIXES) if k < count)]
     pictures = [pipe.decode(latents, num_tokens=k).images[0] for k in kept]
-    return [(shown_large(picture), f"{k} of {count} tokens") for picture, k in zip(pictures, kept)]
+    return [(shown_large(picture), several(k, "token")) for picture, k in zip(pictures, kept)]
 
 
 def animate(shown: ShownModel, caption: str, steps: int, guidance: float, seed: float) -> str:
@@ -172,7 +180,9 @@ def animate(shown: ShownModel, caption: str, steps: int, guidance: float, seed: 
 
     def work(pipe) -> str:
         clip = pipe(**_options(caption, steps, guidance, seed)).videos[0]
+        # a name of its own for every visitor
         descriptor, name = tempfile.mkstemp(".gif", dir=shown.files.name)
+        # the exporter opens the file by its name
         os.close(descriptor)
         return export_to_gif([shown_large(frame) for frame in clip], name, FRAMES_PER_SECOND)
 
@@ -181,71 +191,60 @@ def animate(shown: ShownModel, caption: str, steps: int, guidance: float, seed: 
 
 def complete(shown: ShownModel, steps: int, guidance: float, seed: float, *values) -> list:
     """The streams that are not given, for those that are; the given ones come back as they are."""
-    kinds = kinds_of(shown)
-    given = {}
-    for (name, kind), value in zip(kinds.items(), values, strict=True):
-        if value is None or (kind == "text" and not value.strip()):
-            continue
-        if kind == "audio":
-            rate, samples = value
-            value = {"array": as_samples(samples), "sampling_rate": rate}
-        given[name] = value
+    boxes = shown.stream_boxes()
+    read = {name: box.read(value) for (name, box), value in zip(boxes.items(), values, strict=True)}
+    given = {name: value for name, value in read.items() if value is not None}
 
     def work(pipe) -> list:
         output = pipe(
             given,
             num_inference_steps=int(steps),
+            # guidance needs something that is given to move towards
             guidance_scale=guidance if given else 1.0,
             generator=numbered_noise(seed),
         )
-        made = []
-        for name, value in zip(kinds, values):
-            if name in given:
-                made.append(value)
-                continue
-            value = output.streams[name][0]
-            if kinds[name] == "image":
-                value = shown_large(value)
-            if kinds[name] == "audio":
-                value = (pipe.sampling_rates[name], value)
-            made.append(value)
-        return made
+        made = dict(zip(boxes, values))
+        for name, box in boxes.items():
+            if name not in given:
+                made[name] = box.shown(output.streams[name][0])
+        return list(made.values())
 
     return shown.run(work)
-
-
-def as_samples(sound: np.ndarray) -> np.ndarray:
-    """What gradio recorded, `(n,)` or `(n, channels)` of any integers, as floats in [-1, 1]."""
-    if np.issubdtype(sound.dtype, np.integer):
-        return sound.astype(np.float32) / np.iinfo(sound.dtype).max
-    return sound.astype(np.float32)
-
-
-def kinds_of(shown: ShownModel) -> dict[str, str]:
-    """What each stream of the model holds, by its name."""
-    streams = shown.config.codec_config.stream_configs().items()
-    return {name: stream.kind for name, stream in streams}
 
 
 # ---- the tabs ----
 
 
 def pixel_tab(shown: ShownModel) -> None:
-    prompt = gr.Textbox(EXAMPLES.get(shown.name, ""), label="Prompt", lines=3, max_length=2000)
-    seed = gr.Number(0, label="Seed", precision=0)
-    written = gr.Textbox(label="Text, written as pixels", interactive=False)
-    pixels = gr.Image(label="One pixel per token", format="png")
-    button = gr.Button("Write", variant="primary")
-    button.click(
+    gr.Markdown("This model writes texts as pictures: every token is one pixel.")
+    with gr.Row():
+        with gr.Column(scale=2):
+            prompt = gr.Textbox(
+                EXAMPLES.get(shown.name, ""), label="Prompt", lines=3, max_length=2000
+            )
+            seed = gr.Number(0, label="Seed", precision=0)
+            write = gr.Button("Write", variant="primary")
+        with gr.Column(scale=3):
+            written = gr.Textbox(label="Text, written as pixels", lines=2, interactive=False)
+            pixels = gr.Image(label="One pixel per token", format="png", height=BOX_HEIGHT)
+    write.click(
         lambda *values: write_pixels(shown, *values),
         [prompt, seed],
         [written, pixels],
+        # several tabs of the page have the same functions, so names begin with the model's
         api_name=f"{shown.name}_write",
     )
-    text = gr.Textbox("Once upon a time there was a rabbit.", label="Text", max_length=2000)
-    picture = gr.Image(label="One pixel per token", format="png")
-    back = gr.Textbox(label="Read back from the picture", interactive=False)
-    gr.Button("Draw").click(
+    gr.Markdown("A text of your own as a picture, and the text that is read in it:")
+    with gr.Row():
+        with gr.Column(scale=2):
+            text = gr.Textbox(
+                "Once upon a time there was a rabbit.", label="Text", lines=3, max_length=2000
+            )
+            draw = gr.Button("Draw")
+        with gr.Column(scale=3):
+            picture = gr.Image(label="One pixel per token", format="png", height=BOX_HEIGHT)
+            back = gr.Textbox(label="Read back from the picture", interactive=False)
+    draw.click(
         lambda value: draw_text(shown, value),
         text,
         [picture, back],
@@ -272,56 +271,61 @@ def _noise(shown: ShownModel, has_guidance: bool) -> list:
 
 
 def image_tab(shown: ShownModel) -> None:
-    inputs = _caption_and_noise(shown)
-    drawn = gr.Gallery(label="All tokens, and the first ones", columns=7)
-    gr.Button("Draw", variant="primary").click(
-        lambda *values: draw(shown, *values), inputs, drawn, api_name=f"{shown.name}_draw"
+    gr.Markdown(
+        "The tokens of a picture go from coarse to fine. Shown are the pictures of all tokens and "
+        "of the first ones only."
     )
-    picture = gr.Image(label="Picture", type="pil")
-    rebuilt = gr.Gallery(label="Encoded and decoded: all tokens, and the first ones", columns=7)
-    gr.Button("Encode and decode").click(
+    inputs = _caption_and_noise(shown)
+    button = gr.Button("Draw", variant="primary")
+    drawn = gr.Gallery(show_label=False, columns=7, height=BOX_HEIGHT)
+    button.click(lambda *values: draw(shown, *values), inputs, drawn, api_name=f"{shown.name}_draw")
+    gr.Markdown("A picture of your own, turned into tokens and back:")
+    with gr.Row():
+        with gr.Column(scale=2):
+            picture = gr.Image(label="Picture", type="pil", height=BOX_HEIGHT)
+            button = gr.Button("Encode and decode")
+        with gr.Column(scale=3):
+            rebuilt = gr.Gallery(show_label=False, columns=7, height=BOX_HEIGHT)
+    button.click(
         lambda value: rebuild(shown, value), picture, rebuilt, api_name=f"{shown.name}_rebuild"
     )
 
 
 def video_tab(shown: ShownModel) -> None:
+    gr.Markdown("A short clip for a caption.")
     inputs = _caption_and_noise(shown)
-    clip = gr.Image(label="Clip", type="filepath", format="gif")
-    gr.Button("Animate", variant="primary").click(
+    button = gr.Button("Animate", variant="primary")
+    clip = gr.Image(label="Clip", type="filepath", format="gif", height=BOX_HEIGHT)
+    button.click(
         lambda *values: animate(shown, *values), inputs, clip, api_name=f"{shown.name}_animate"
     )
 
 
 def stream_tab(shown: ShownModel) -> None:
     gr.Markdown("Give any of the streams; the others are made for them, or all from nothing.")
-    inputs = []
-    outputs = []
-    for name, kind in kinds_of(shown).items():
-        with gr.Row():
-            for label, column in ((f"{name}, given", inputs), (f"{name}, made", outputs)):
-                column.append(_stream_box(kind, label, column is inputs))
+    boxes = shown.stream_boxes()
+    widgets = {}
+    # texts first: a caption is the quickest to give
+    for name in sorted(boxes, key=lambda name: boxes[name].config.kind != "text"):
+        with gr.Row(equal_height=True):
+            given = boxes[name].widget(f"{name.capitalize()}, given", is_input=True)
+            made = boxes[name].widget(f"{name.capitalize()}, made", is_input=False)
+        if boxes[name].config.kind == "text":
+            given.value = EXAMPLES.get(shown.name, "")
+        widgets[name] = (given, made)
     settings = _noise(shown, True)
     gr.Button("Make the others", variant="primary").click(
         lambda *values: complete(shown, *values),
-        [*settings, *inputs],
-        outputs,
+        [*settings, *(widgets[name][0] for name in boxes)],
+        [widgets[name][1] for name in boxes],
         api_name=f"{shown.name}_make",
     )
 
 
-def _stream_box(kind: str, label: str, is_input: bool):
-    if kind == "text":
-        return gr.Textbox(label=label, interactive=is_input, max_length=400)
-    if kind == "image":
-        return gr.Image(label=label, type="pil", interactive=is_input)
-    if kind == "audio":
-        return gr.Audio(label=label, interactive=is_input)
-    raise ValueError(f"a stream of kind {kind!r} has no place on the page; leave its model out.")
-
-
-TABS: dict[str, Callable[[ShownModel], None]] = {
-    "pixels": pixel_tab,
-    "image": image_tab,
-    "video": video_tab,
-    "several": stream_tab,
+# the configuration of a model's codec -> what builds the model's tab
+TABS: dict[type[TokComCodecConfig], Callable[[ShownModel], None]] = {
+    TokComColorCodecConfig: pixel_tab,
+    TokComStyleCodecConfig: image_tab,
+    TokComVideoCodecConfig: video_tab,
+    TokComCompositeCodecConfig: stream_tab,
 }

@@ -35,6 +35,7 @@ from tokcom.training.pipelines import load_pipeline
 from tokcom.training.presets import preset_config
 from tokcom.training.tokens import load_tokenizer
 
+# keys by which a published checkpoint is told from any other file
 REQUIRED = ("model_args", "config", "vae_model_state_dict", "denoised_model_state_dict")
 MODEL_ARGS = (
     "hidden_size",
@@ -47,10 +48,8 @@ MODEL_ARGS += ("vocab_size", "omni_token_id")
 LLAMA_EOS = 2  # the published padding, when the tokenizer cannot be asked
 
 CODEC_NAMES = [
-    (
-        r"^(encoder|decoder)\.embed_tokens\.weight$|^decoder\.lm_head\.weight$|\.rope\.",
-        None,
-    ),  # tied or derived
+    # tied or derived
+    (r"^(encoder|decoder)\.embed_tokens\.weight$|^decoder\.lm_head\.weight$|\.rope\.", None),
     (r"\.input_layernorm\.", ".attention_norm."),
     (r"\.post_attention_layernorm\.", ".mlp_norm."),
 ]
@@ -69,9 +68,12 @@ def _rename(
 ) -> dict[str, torch.Tensor]:
     renamed = {}
     for name, tensor in state.items():
+        # what DDP and torch.compile put in front
         name = re.sub(r"^(module\.|_orig_mod\.)+", "", name)
         for pattern, replacement in rules:
+            # the first rule that fits: names have one meaning each
             if re.search(pattern, name):
+                # None is a tensor that is tied to another or follows from the configuration
                 name = replacement and re.sub(pattern, replacement, name)
                 break
         if name:
@@ -101,9 +103,8 @@ def read_published(path: str | Path) -> dict:
         raise FileNotFoundError(f"checkpoint {path} does not exist.")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        Exception
-    ) as error:  # the unpickler raises nearly anything on bytes that are no checkpoint
+    # the unpickler raises nearly anything on bytes that are no checkpoint
+    except Exception as error:
         raise ValueError(
             f"checkpoint {path} cannot be read ({type(error).__name__}); it is truncated, is no "
             "checkpoint, or holds more than tensors and plain values, which is never loaded."
@@ -144,6 +145,7 @@ def published_config(checkpoint: dict, pad_token_id: int) -> TokComConfig:
         "pad_token_id": pad_token_id,
     }
     chunk_size = settings.get("chunk_size", 4)
+    # in latents
     length = settings.get("max_length", 1024) // chunk_size
     return preset_config(
         "v5.2",
@@ -168,6 +170,7 @@ def _load_tokenizer(name: str | None, vocab_size: int) -> PreTrainedTokenizerBas
         reason = first_line(error)
         warnings.warn(f"tokenizer {name!r} cannot be reached ({reason}); {remedy}.", stacklevel=3)
         return None
+    # one more for the omni token
     if vocabulary_size(tokenizer) + 1 != vocab_size:
         warnings.warn(
             f"tokenizer {name!r} has {vocabulary_size(tokenizer)} tokens, but the checkpoint was "
@@ -183,6 +186,7 @@ def load_published_pipeline(path: str | Path, tokenizer: str | None = None) -> T
     checkpoint = read_published(path)
     name = tokenizer or checkpoint["config"].get("tokenizer_path")
     loaded = _load_tokenizer(name, checkpoint["model_args"]["vocab_size"])
+    # v5.2 pads with EOS
     eos = loaded.eos_token_id if loaded is not None else LLAMA_EOS
     config = published_config(checkpoint, eos)
     codec = _rename(checkpoint["vae_model_state_dict"], CODEC_NAMES)
@@ -192,12 +196,15 @@ def load_published_pipeline(path: str | Path, tokenizer: str | None = None) -> T
     state = {f"codec.{name}": tensor for name, tensor in codec.items()}
     state |= {f"transformer.{name}": tensor for name, tensor in transformer.items()}
     channels = config.codec_config.latent_channels
+    # its latents are raw, for which our standardisation is the identity
     state |= {"codec.latent_mean": torch.zeros(channels), "codec.latent_std": torch.ones(channels)}
+    # no memory for weights that are replaced at once by `assign`
     with torch.device("meta"):
         model = TokComModel(config)
     try:
         model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
     except RuntimeError as error:
+        # the first line only says that loading failed
         problems = str(error).splitlines()[1:]
         raise ValueError(
             f"the weights in {path} do not fit its own model_args ({len(problems)} problems): "
@@ -227,6 +234,7 @@ def publish(args: argparse.Namespace) -> None:
         )
     pipe = load_pipeline(directory)
     card = directory / "README.md"
+    # a card that somebody has written is kept
     text = (
         card.read_text(encoding="utf-8")
         if card.is_file()

@@ -9,6 +9,7 @@ import contextvars
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires
 
@@ -64,6 +65,11 @@ def explain(error: Exception) -> str:
     return f"unexpected {type(error).__name__}: {reason} (--debug shows where)"
 
 
+def _one_sentence(message: Warning | str, *where: object, **more: object) -> str:
+    """A warning without the line of our code that raised it."""
+    return f"warning: {message}\n"
+
+
 _passes_through = contextvars.ContextVar("tracebacks were asked for", default=False)
 
 
@@ -77,6 +83,9 @@ def report_errors(debug: bool = False) -> Iterator[None]:
     """
     debug = debug or _passes_through.get()
     before = _passes_through.set(debug)
+    formatted = warnings.formatwarning
+    if not wants_traceback(debug):
+        warnings.formatwarning = _one_sentence
     try:
         yield
     except KeyboardInterrupt:
@@ -91,4 +100,5 @@ def report_errors(debug: bool = False) -> Iterator[None]:
             raise
         sys.exit(f"error: {explain(error)}")
     finally:
+        warnings.formatwarning = formatted
         _passes_through.reset(before)

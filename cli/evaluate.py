@@ -53,6 +53,7 @@ def reconstruction(
     rows = rows[: len(rows) // 8 * 8 or len(rows)].to(model.device)
     batches = list(rows.split(8))
     results = {"tokens": rows.numel()}
+    # rare in training, which is where the codec had little to learn from
     results |= reconstruction_accuracy(model.codec, batches, seed, rarest_ids(train))
     # of the whole text: few tokens would estimate it too low
     results["unigram_entropy"] = unigram_entropy(held_out)
@@ -60,11 +61,13 @@ def reconstruction(
     results["informative_share_of_t"] = share_of_informative_draws(
         model, results, results["unigram_entropy"]
     )
+    # pieces of 128 tokens: a prompt and a continuation each
     pairs = rows[:, : length // 128 * 128].reshape(-1, min(length, 128))
+    # both parts in whole chunks, so that none belongs to both
     split = protocol.PROMPT // pipe.chunk_size * pipe.chunk_size
     if len(pairs) > 1 and split < pairs.shape[1]:
-        known = pairs[:256, :split]
-        real = pairs[:256, split : split + protocol.CONTINUATION]
+        known = pairs[:256, :split]  # (B, P)
+        real = pairs[:256, split : split + protocol.CONTINUATION]  # (B, L)
         results["prefers_true_prompt"] = prefers_true_prompt(model, known, real, seed)
     return results
 
@@ -76,15 +79,18 @@ def load_judges(
     token_judge = None
     text_judges = {}
     for path in args.judge:
+        # ids mean the same to both, so samples are scored as they are
         same_tokens = load_tokenizer(path).get_vocab() == tokenizer.get_vocab()
         if same_tokens and token_judge is None:
             token_judge = TokenJudge(path, args.device)
         else:
             text_judges[Path(path).name] = TextJudge(path, args.device)
     if token_judge is None:
+        # kept there, so that the next evaluation need not train it again
         path = Path(args.output_dir) / "judge"
         if not (path / "config.json").is_file():
             print(f"training a judge for {JUDGE_STEPS} steps in {path}")
+            # a seed of its own, so the judge resembles no peer of seed 0
             steps = {"max_steps": JUDGE_STEPS, "learning_rate": 2e-3, "seed": 1234}
             autoregressive.train(train, tokenizer, path, 256, 4, **steps)
         token_judge = TokenJudge(str(path), args.device)
@@ -108,6 +114,7 @@ def sweep_settings(sampler, sweeps: dict[str, tuple[str, tuple]]) -> dict:
 
 def tokcom_settings(pipe: TokComPipeline, steps: int) -> dict[str, TokComSampler]:
     """The settings whose NLL and entropy the frontier shows."""
+    # each sweep varies one setting, and keeps the others as they are
     sweeps = {"guidance": ("guidance_scale", (1.0, 1.5, 2.0))}
     if pipe.model.token_head is not None:
         sweeps |= PROBABILITY_SWEEPS
@@ -149,7 +156,7 @@ def load_systems(args: argparse.Namespace, pipe: TokComPipeline) -> dict:
 def evaluate(args: argparse.Namespace) -> dict:
     """Run the sections that `args` asks for; `results.json` is rewritten after each."""
     pipe = open_pipeline(args.checkpoint, args.device)
-    check_modality(pipe, args.checkpoint, "evaluate")
+    check_modality(pipe, args.checkpoint)
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
 
@@ -171,6 +178,7 @@ def evaluate(args: argparse.Namespace) -> dict:
     }
 
     def keep(name: str, facts: dict) -> None:
+        # a run may take hours and be stopped: what is measured is written at once
         results[name] = facts
         (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
@@ -206,8 +214,10 @@ def _measure_systems(
     if "frontier" in args.sections:
         settings = {name: peer_settings(peer) for name, peer in systems.items() if name != "TokCom"}
         settings = {"TokCom": tokcom_settings(pipe, args.steps)} | settings
+        # a dozen settings, so fewer samples of each
         keep("frontier", protocol.frontier(study, settings, min(args.samples, 500)))
     if "brier" in args.sections:
+        # four tokens each cost little, and the estimate is noisy
         keep("brier", protocol.brier(study, systems, 8 * args.samples))
     if "likelihood" in args.sections:
         keep("likelihood", protocol.likelihood(study, systems))

@@ -135,6 +135,7 @@ class Job:
     def length_class(self) -> int:
         """0 for texts of up to `CLASS_RATIO**2` tokens, one more for each `CLASS_RATIO` times as
         long."""
+        # classes by powers of the ratio: up to 16 tokens, up to 64, up to 256 and so on
         size = 0
         while self.max_tokens > CLASS_RATIO ** (size + 2):
             size += 1
@@ -175,6 +176,8 @@ class Paused:
         self._should_stop = should_stop
         self._steps = 0
         self._closed = False
+        # Two semaphores pass the turn to and fro, so only one of the threads runs at any time:
+        # `_turn` lets the call go on, `_rests` tells whoever gave the turn that it has stopped.
         self._turn = threading.Semaphore(0)
         self._rests = threading.Semaphore(0)
         self._finished = False
@@ -186,6 +189,7 @@ class Paused:
         self._thread.start()
 
     def _run(self, call: Callable, pipe: TokComPipeline) -> None:
+        # nothing is computed before the first turn is given
         self._turn.acquire()
         try:
             if not self._closed:
@@ -193,22 +197,26 @@ class Paused:
         except BaseException as error:  # raised again in the thread that gives the turns
             self._error = error
         self._finished = True
+        # after `_finished`, which whoever waits reads next
         self._rests.release()
 
     def update(self, n: int = 1) -> None:
         """Called by the pipeline after each denoising step."""
         self._steps += 1
+        # asked at every step, so a text that nobody waits for ends within one
         if self._should_stop():
             raise Dropped
         if self._steps % self._every == 0:
             self._rests.release()
             self._turn.acquire()
             if self._closed:
+                # unwinds the call, which cannot be ended from outside
                 raise Dropped
 
     def close(self) -> None:
         """End the call at the step at which it rests; also how a progress bar is closed, which its
         own thread does."""
+        # a thread cannot wait for its own end
         if threading.current_thread() is not self._thread and not self._finished:
             self._closed = True
             self._turn.release()
@@ -223,6 +231,7 @@ class Paused:
         self._turn.release()
         self._rests.acquire()
         if self._error is not None:
+            # in the thread that gave the turn, where somebody can tell the client
             raise self._error
         if self._finished:
             raise StopIteration
@@ -250,6 +259,7 @@ class Batch:
         except (StopIteration, Dropped):
             pass
         except Exception as error:  # one batch fails, the server goes on
+            # a ValueError is a setting that the model refuses, which the client is told
             if not isinstance(error, ValueError):
                 logger.exception("a batch of %d texts failed", len(self.jobs))
             self._end(error)
@@ -267,6 +277,7 @@ class Batch:
                 job.put(error)
 
     def _abandoned(self) -> bool:
+        # a batch goes on while a single one of its texts is wanted
         return all(done or job.gone for done, job in zip(self.finished, self.jobs))
 
     def _continue(self) -> Iterator[None]:
@@ -281,9 +292,11 @@ class Batch:
                 written[i].extend(piece.ids)
                 if piece.finish_reason is not None:
                     last[i] = piece
+                    # the last piece waits for the scores, which need the whole text
                     if job.num_logprobs is not None:
                         continue
                     self.finished[i] = True
+                # a turn may end inside a character, of which nothing can be shown yet
                 if piece.text or piece.finish_reason:
                     job.put(Piece(piece.text, piece.tokens, piece.finish_reason))
             if self._abandoned():
@@ -294,14 +307,17 @@ class Batch:
                 scores = self._score(job, written[i])
                 self.finished[i] = True
                 job.put(Piece(last[i].text, last[i].tokens, last[i].finish_reason, scores))
+                # scoring is a turn of its own, since it reads the whole text once more
                 yield
 
     def _pieces(self) -> Iterator[list[TokComPiece]]:
         """What all jobs gain in each turn; nothing at all for jobs that only score a prompt."""
         lengths = [job.max_tokens for job in self.jobs]
+        # `echo` with `logprobs` and no new tokens: only `_score` has work to do
         if not any(lengths):
             yield [TokComPiece("", 0, "length")] * len(self.jobs)
             return
+        # one for each text, so that its noise does not depend on who else is in the batch
         generators = [torch.Generator().manual_seed(job.seed) for job in self.jobs]
         prompts = [job.ids for job in self.jobs]
         sampling = *self.jobs[0].sampling, generators
@@ -328,7 +344,9 @@ class Batch:
         following = torch.tensor(ids[1:], device=logprobs.device)
         own = logprobs.gather(1, following[:, None])[:, 0].tolist()
         values, likeliest = logprobs.topk(max(1, job.num_logprobs), dim=-1)
+        # pairs of an id and its log-probability, for each place
         best = [list(zip(*row)) for row in zip(likeliest.tolist(), values.tolist())]
+        # nothing stands before the first token that would give it a probability
         return Scores(ids, [None, *own], [[], *best])
 
     def _infill(self) -> Iterator[None]:
@@ -348,6 +366,7 @@ class Batch:
             yield from paused
         finally:
             paused.close()
+        # `infill` returns the whole text, of which the client has both sides
         middle = paused.result[len(before) : len(paused.result) - len(after)]
         self.finished[0] = True
         job.put(Piece(middle, job.max_tokens, "length"))
@@ -374,12 +393,14 @@ class Engine:
         self.draining = False
         self.closed = False
         self._turns = 0
+        # the only thread that uses the model, which is not safe in two
         self.thread = threading.Thread(target=self._run, name="tokcom", daemon=True)
         self.thread.start()
 
     @property
     def running(self) -> int:
         """Texts that are being written."""
+        # a copy, because the engine's thread may remove a batch meanwhile
         return sum(len(batch.finished) - sum(batch.finished) for batch in list(self.active))
 
     # ---- called by the server's other threads ----
@@ -393,12 +414,14 @@ class Engine:
         with self.changed:
             if self.draining or self.closed:
                 raise closing_error()
+            # whose client has left takes no place in the queue
             self.waiting = [job for job in self.waiting if not job.gone]
             excess = len(self.waiting) + len(jobs) - self.max_queue
             if excess > 0:
                 displaced = self._displaced(jobs[0].client, len(jobs), excess)
                 self.waiting = [job for job in self.waiting if job not in displaced]
                 for job in displaced:
+                    # whoever was displaced is told to try again, instead of waiting for nothing
                     job.put(full_error(self.max_queue))
             self.waiting.extend(jobs)
             self.changed.notify_all()
@@ -410,6 +433,8 @@ class Engine:
         displaced = []
         for _ in range(excess):
             heaviest, most = max(waiting.items(), key=lambda item: item[1], default=(None, 0))
+            # only who would still have more than the newcomer gives way, or two would push each
+            # other out
             if most <= waiting[client] + count or heaviest == client:
                 raise full_error(self.max_queue)
             latest = next(
@@ -417,6 +442,7 @@ class Engine:
                 for job in reversed(self.waiting)
                 if job.client == heaviest and job not in displaced
             )
+            # the latest has waited for the shortest time
             displaced.append(latest)
             waiting[heaviest] -= 1
         return displaced
@@ -432,6 +458,7 @@ class Engine:
         with self.changed:
             self.closed = True
             self.changed.notify_all()
+        # a turn may take seconds; a thread that hangs must not keep the process from ending
         self.thread.join(10)
         for job in self.waiting:
             job.put(closing_error())
@@ -463,10 +490,12 @@ class Engine:
             size = job.length_class
             if occupied[size] >= LANES or job not in self.waiting:
                 continue
+            # again in fair order, since counts change with every batch that begins
             fitting = [other for other in self._in_fair_order() if other.key == job.key]
             taken = fitting[: self.max_batch]
             self.waiting = [other for other in self.waiting if other not in taken]
             self.active.append(Batch(taken, self.pipe))
+            # a new batch has not waited yet
             self.active[-1].last_turn = self._turns
             self.batches += 1
             occupied[size] += 1
@@ -477,14 +506,18 @@ class Engine:
         ranked = []
         for arrival, job in enumerate(self.waiting):
             ranked.append((ahead[job.client], arrival, job))
+            # a client's second text stands behind the first texts of all others
             ahead[job.client] += 1
         return [job for _, _, job in sorted(ranked, key=lambda entry: entry[:2])]
 
     def _take_turn(self) -> None:
         self._turns += 1
         if self._turns % PATIENCE == 0:
+            # the batch that has waited longest, so that nothing starves
             batch = min(self.active, key=lambda b: b.last_turn)
         else:
+            # shortest texts first, among them the batch that is least far, then the one that waited
+            # longest
             batch = min(self.active, key=lambda b: (b.length_class, b.turns, b.last_turn))
         batch.last_turn = self._turns
         more = batch.advance()

@@ -40,7 +40,9 @@ def picture_of(pixels: torch.Tensor) -> Image.Image:
 def spectrum_of(features: torch.Tensor) -> Image.Image:
     """Log-mel features `(bands, F)` as a picture, low pitches at the bottom."""
     values = features.numpy()
+    # silence has one value everywhere
     span = max(float(values.max() - values.min()), 1e-6)
+    # upside down: row 0 of a picture is at the top
     levels = (255 * (values - values.min()) / span).astype(np.uint8)[::-1]
     image = Image.fromarray(np.ascontiguousarray(levels))
     return image.convert("RGB").resize((2 * TILE, TILE), Image.Resampling.NEAREST)
@@ -64,11 +66,9 @@ def side_by_side(tiles: list[Image.Image], text: str, width: int | None = None) 
     for tile in tiles:
         sheet.paste(tile, (left, 0))
         left += tile.width + 2
-    shown = (
-        text.replace("\n", " ")[: sheet.width // LETTERS]
-        .encode("latin-1", "replace")
-        .decode("latin-1")
-    )
+    shown = text.replace("\n", " ")[: sheet.width // LETTERS]
+    # Pillow's own font has no other letters
+    shown = shown.encode("latin-1", "replace").decode("latin-1")
     ImageDraw.Draw(sheet).text((0, sheet.height - LINE), shown, fill=INK)
     return sheet
 
@@ -108,10 +108,13 @@ def contact_sheet(corpus: Corpus) -> Image.Image:
     items = []
     for index in range(min(RECORDS, len(dataset))):
         pixels = dataset[index]["pixel_values"]
+        # behind the name of the record
         caption = dataset.describe(index).partition(": ")[2]
         items.append(side_by_side(tiles_of(pixels), caption))
+    # clips are rows of frames already
     if dataset.clip_length is not None:
         return stacked(items)
+    # pictures of different shapes in columns of one width
     width = max(item.width for item in items)
     rows = []
     for start in range(0, len(items), COLUMNS):
@@ -126,6 +129,7 @@ def _row_of_streams(dataset, index: int) -> Image.Image:
     item = dataset[index]
     tiles = []
     for name, values in item["streams"].items():
+        # texts stand in the line below
         if not item["present"][name] or name in dataset.texts:
             continue
         tiles += tiles_of(values)
@@ -154,6 +158,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "overrides",
         nargs="*",
+        default=[],  # without it a missing DATA is reported as a missing key=value too
         metavar="key=value",
         help="settings of the run, e.g. data.max_skipped=5",
     )
@@ -166,10 +171,12 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         settings = [
             f"data.train={json.dumps(args.data)}",
+            # an empty folder, so that no tokenizer of an earlier run is taken
             f"output_dir={json.dumps(folder)}",
             *args.overrides,
         ]
         reading = Reading(load_train_config(args.preset, settings))
+        # everything is looked at, also what a run would hold out
         corpus = reading.corpus(hold_out=False)
     corpus.report = reading.report
     print(corpus.report)

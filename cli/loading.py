@@ -17,13 +17,6 @@ MODALITIES = {
     "video": ("clips", "`tokcom animate`"),
     "several": ("several streams", "`tokcom any-to-any`"),
 }
-# modes of other models than those of text
-NOT_TEXT = {
-    "draw": "image",
-    "reconstruct_image": "image",
-    "animate": "video",
-    "any_to_any": "several",
-}
 
 
 def usable_device(name: str = "auto") -> str:
@@ -94,9 +87,8 @@ def open_pipeline(checkpoint: str, device: str = "auto", option: str = "--checkp
     return pipe.to(device)
 
 
-def check_modality(pipe, checkpoint: str, mode: str) -> None:
-    """Raise `ValueError` with the command to use if a model is not of the kind `mode` needs."""
-    wanted = NOT_TEXT.get(mode, "text")
+def check_modality(pipe, checkpoint: str, wanted: str = "text") -> None:
+    """Raise `ValueError` with the command to use if a model is not of the modality `wanted`."""
     found = pipe.model.config.codec_config.modality
     if found != wanted:
         made, commands = MODALITIES[found]
@@ -107,6 +99,7 @@ def check_modality(pipe, checkpoint: str, mode: str) -> None:
 
 def speed_up(pipe, int8: bool, compiled: bool) -> None:
     """Give the transformer 8-bit weights and compile it, as asked; `ValueError` without torchao."""
+    # quantised weights have no gradient, and compiling for one would cost time
     pipe.model.requires_grad_(False)
     if int8:
         try:
@@ -115,6 +108,7 @@ def speed_up(pipe, int8: bool, compiled: bool) -> None:
             raise ValueError(
                 "--int8 needs torchao; install it with: pip install torchao"
             ) from error
+        # before compiling, so that the graph reads these weights
         quantize_(pipe.model.transformer, Int8WeightOnlyConfig())
     if compiled:
         pipe.compile()

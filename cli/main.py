@@ -82,7 +82,7 @@ COMMANDS = {
         options.check_sample_corpus,
         "The same command given again goes on where it was stopped.",
     ),
-    "inspect": Command("look inside a model or a run", "cli.inspect:main"),
+    "inspect": Command("say what a training run would read of DATA", "cli.inspect:main"),
     "train": Command("train a model, stage by stage", "train_accelerate:main"),
     "serve": Command(
         "serve OpenAI's completions and chat interfaces", "cli.serve:run", options.add_serve_options
@@ -168,6 +168,7 @@ def call(name: str, *argv: str) -> Any:
         # reports quote the command that made them
         given.command_line = shlex.join(["tokcom", name, *argv])
     elif debug:
+        # a command that reads its own arguments does not know it
         arguments.remove("--debug")
     # importing is part of the work: it fails where an optional package is missing
     with report_errors(debug):
@@ -181,6 +182,7 @@ def main(argv: list[str] | None = None) -> None:
         print(usage())
         return
     name, *rest = arguments
+    # status 2, as argparse gives a wrong command line
     if name not in COMMANDS:
         print(
             f"error: tokcom has no command {name!r}; it has {', '.join(COMMANDS)}.", file=sys.stderr

@@ -8,13 +8,16 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from PIL import Image
 
 from tokcom.cli.loading import check_modality, open_pipeline, speed_up
 from tokcom.cli.options import MODES, READ, WRITTEN
 from tokcom.cli.terminal import TerminalStreamer
+from tokcom.configuration_codec_tokcom import TokComCodecConfig
 from tokcom.processing_tokcom import write_wav
 
 
@@ -23,12 +26,14 @@ def check_files(args: argparse.Namespace) -> None:
     written = WRITTEN
     read = READ
     if MODES[args.mode].reads_picture:
+        # `--image_file` is written by most modes, and read by this one
         read = (*READ, "image_file")
         written = tuple(name for name in WRITTEN if name != "image_file")
     for name in read:
         file = getattr(args, name, None)
         if file is not None and not Path(file).is_file():
             raise FileNotFoundError(f"{file} does not exist, so there is nothing to read ({name}).")
+    # before anything is loaded: a missing folder should not cost the sample
     for name in written:
         file = getattr(args, name, None)
         if file is not None and not Path(file).resolve().parent.is_dir():
@@ -36,13 +41,29 @@ def check_files(args: argparse.Namespace) -> None:
             raise FileNotFoundError(
                 f"--{name} {file}: the folder {folder} does not exist; create it first."
             )
+    if "image_file" in written:
+        check_picture_file(args.mode, getattr(args, "image_file", None))
+
+
+def check_picture_file(mode: str, file: str | None) -> None:
+    """Raise `ValueError` for a file to write whose ending names no format of pictures."""
+    if file is None:
+        return
+    ending = Path(file).suffix.lower()
+    if ending not in Image.registered_extensions():
+        raise ValueError(f"--image_file {file}: {ending!r} is no picture; name a .png file.")
+    if mode == "text_to_image" and ending in (".jpg", ".jpeg"):
+        raise ValueError(
+            f"--image_file {file}: JPEG changes pixels, and each of them is a token; name a .png "
+            "file."
+        )
 
 
 def run_mode(args: argparse.Namespace) -> None:
     """Load the model and do what `args.mode` says."""
     check_files(args)
     pipe = open_pipeline(args.checkpoint, args.device)
-    check_modality(pipe, args.checkpoint, args.mode)
+    check_modality(pipe, args.checkpoint, MODES[args.mode].modality)
     speed_up(pipe, args.int8, args.compile)
     texts = RUN[args.mode](pipe, args)
     output_file = getattr(args, "output_file", None)
@@ -98,6 +119,7 @@ def continue_prompt(pipe, args: argparse.Namespace) -> list[str]:
     }
     if args.watch:
         return [watch(pipe, args, tokens, options)]
+    # several texts cannot be written into one terminal at a time
     if args.batch_size == 1 and pipe.tokenizer is not None:
         return [stream(pipe, args.prompt, tokens, options)]
     output = pipe([args.prompt] * args.batch_size, tokens, **options)
@@ -123,6 +145,7 @@ def watch(pipe, args: argparse.Namespace, tokens: int, options: dict[str, Any]) 
     """Draw a prompt and its continuation while it is denoised; returns both."""
     if args.batch_size > 1 or pipe.tokenizer is None:
         raise ValueError("--watch shows one text of a model with a tokenizer; leave it out.")
+    # drafts are drawn over, which a file cannot do
     if not sys.stdout.isatty():
         raise ValueError(
             "--watch draws in a terminal, but the output goes elsewhere; leave it out."
@@ -197,15 +220,46 @@ def animate(pipe, args: argparse.Namespace) -> list[str]:
     return tell(f"{len(frames)} frames written to {args.video_file}")
 
 
+class StreamFile(NamedTuple):
+    """How a kind of stream is given and written on the command line."""
+
+    kind: str  # of the configuration of the stream's codec
+    given_by: str  # an option: a text, or the name of a file
+    written_to: str | None = None  # an option: the name of a file; without one it is printed
+    save: Callable[[Any, str, TokComCodecConfig], None] | None = None
+
+
+def save_picture(picture: Image.Image, file: str, codec: TokComCodecConfig) -> None:
+    picture.save(file)
+
+
+def save_sound(sound: np.ndarray, file: str, codec: TokComCodecConfig) -> None:
+    write_wav(sound, file, codec.sampling_rate)
+
+
+STREAM_FILES = {
+    stream.kind: stream
+    for stream in (
+        StreamFile("text", "input_text"),
+        StreamFile("image", "input_image", "image_file", save_picture),
+        StreamFile("audio", "input_audio", "audio_file", save_sound),
+    )
+}
+
+
 def any_to_any(pipe, args: argparse.Namespace) -> list[str]:
     """The streams that an output file is named for, or a text, from those that are given."""
-    names = {
-        codec.kind: name for name, codec in pipe.model.config.codec_config.stream_configs().items()
-    }
-    inputs = {"text": args.input_text, "audio": args.input_audio, "image": args.input_image}
-    given = {kind: value for kind, value in inputs.items() if value is not None}
-    files = {"image": args.image_file, "audio": args.audio_file}
-    files = {kind: file for kind, file in files.items() if file is not None}
+    codecs = pipe.model.config.codec_config.stream_configs()
+    names = {codec.kind: name for name, codec in codecs.items()}
+    given = {}
+    files = {}
+    for kind, options in STREAM_FILES.items():
+        value = getattr(args, options.given_by)
+        if value is not None:
+            given[kind] = value
+        if options.written_to is not None and getattr(args, options.written_to) is not None:
+            files[kind] = getattr(args, options.written_to)
+    # a text needs no file
     wanted = list(files) or ["text"]
     missing = {*given, *wanted} - set(names)
     if missing:
@@ -230,12 +284,8 @@ def any_to_any(pipe, args: argparse.Namespace) -> list[str]:
         return texts
     lines = []
     for kind, file in files.items():
-        first = made[names[kind]][0]
-        rate = pipe.sampling_rates.get(names[kind])  # only sounds have one
-        if rate is None:
-            first.save(file)
-        else:
-            write_wav(first, file, rate)
+        name = names[kind]
+        STREAM_FILES[kind].save(made[name][0], file, codecs[name])
         lines += tell(f"{kind} written to {file}")
     return lines
 

@@ -22,9 +22,9 @@ from tokcom.pipeline_tokcom import GAP, TokComPipeline
 from tokcom.processing_tokcom import text_ids
 
 GREEDY = 0.01  # what a temperature of 0 means: probabilities of all but the likeliest token vanish
-MAX_STOPS = 4
-MAX_STOP_LENGTH = 256
-MAX_LOGPROBS = 20
+MAX_STOPS = 4  # as many as OpenAI takes
+MAX_STOP_LENGTH = 256  # characters: so many are held back while a text is streamed
+MAX_LOGPROBS = 20  # of each token, as at OpenAI
 CHAT_TOKENS = 256  # of a reply, unless the client says how many
 Count = Annotated[int, Field(ge=1)]
 
@@ -152,11 +152,12 @@ BOUNDS = {
 def explain_invalid(errors: list[dict]) -> RequestError:
     """The first error of pydantic's list as a sentence."""
     first = errors[0]
-    kind = first["type"]
-    if kind == "json_invalid":
+    error_type = first["type"]
+    if error_type == "json_invalid":
         return RequestError(
             400, f"the body is not valid JSON: {first.get('ctx', {}).get('error', first['msg'])}."
         )
+    # pydantic names the way to a field, of which clients know all but "body"
     place = [str(part) for part in first["loc"] if part != "body"]
     if not place:
         return RequestError(
@@ -164,17 +165,18 @@ def explain_invalid(errors: list[dict]) -> RequestError:
         )
     name = place[0]
     value = repr(first.get("input"))
+    # a message is for people, and the value may be a whole text
     value = value if len(value) <= 40 else value[:40] + "..."
-    if kind == "missing" and len(place) == 1:
+    if error_type == "missing" and len(place) == 1:
         message = f"`{name}` is missing."
-    elif kind == "extra_forbidden":
+    elif error_type == "extra_forbidden":
         message = f"`{'.'.join(place)}` is not supported by this server; leave it out."
     elif name in FORMS:
         message = f"`{name}` {FORMS[name]}"
-    elif kind in BOUNDS:
-        key, words = BOUNDS[kind]
+    elif error_type in BOUNDS:
+        key, words = BOUNDS[error_type]
         message = f"`{name}` ({value}) must be {words} {first['ctx'][key]}."
-    elif kind in ("literal_error", "too_long"):
+    elif error_type in ("literal_error", "too_long"):
         message = f"`{name}` ({value}) is not supported by this server; leave it out."
     else:
         message = f"`{name}` ({value}) is not valid: {first['msg'].lower()}."
@@ -213,6 +215,7 @@ def dialogue_text(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -
 def _check_texts(texts: dict[str, list[str]], settings: ServerSettings) -> None:
     """Refuse texts that are too long to be worth tokenising, or that are no Unicode."""
     for param, values in texts.items():
+        # characters are counted first: tokenizing a very long text takes longer than refusing it
         count = sum(map(len, values))
         if count > settings.max_characters:
             limit = settings.max_characters
@@ -222,6 +225,7 @@ def _check_texts(texts: dict[str, list[str]], settings: ServerSettings) -> None:
             )
         for text in values:
             try:
+                # JSON may hold half a surrogate pair, on which a tokenizer fails
                 text.encode()
             except UnicodeEncodeError as error:
                 raise _bad(param, f"`{param}`: a text is not valid Unicode ({error}).") from error
@@ -241,6 +245,7 @@ def _read_prompts(
         if isinstance(item, str):
             if not item.strip() and not request.suffix:
                 raise _bad("prompt", "`prompt` must hold at least one text, and none may be empty.")
+            # a space at the end would be a token of its own; `drops_space` takes it from the answer
             ids = text_ids(tokenizer, item.rstrip(" "))
             prompts.append(Prompt(item, ids, drops_space=item.endswith(" ")))
             continue
@@ -277,6 +282,7 @@ def _check_limits(
     for param, what, value, limit in limits:
         if value > limit:
             raise _bad(param, f"{what} more than this server's limit of {limit}; ask for less.")
+    # each within its own limit may still be too much together
     work = tokens * steps * texts
     if work > settings.max_work:
         raise _bad(
@@ -299,6 +305,7 @@ def _check_options(request: TextRequest, pipe: TokComPipeline, settings: ServerS
         )
     has_probabilities = pipe.model.config.prediction_type == "tokens"
     for name in ("temperature", "top_p"):
+        # 1 changes nothing, and clients send it by default
         if getattr(request, name) not in (None, 1) and not has_probabilities:
             raise _bad(
                 name, f"`{name}`: this model has no token probabilities; leave it out or give 1."
@@ -324,6 +331,7 @@ def _check_infill(request: CompletionRequest) -> None:
     """Refuse what does not go together with `suffix`."""
     if isinstance(request.prompt, list):
         raise _bad("suffix", "`suffix` fills the gap behind one `prompt`, which must be a text.")
+    # exactly the one gap: an underscore beside it would make it longer
     if re.findall("_{3,}", request.prompt + GAP + request.suffix) != [GAP]:
         raise _bad(
             "suffix",
@@ -345,6 +353,7 @@ def _check_window(pipe: TokComPipeline, param: str, size: int, more: int) -> Non
     """Refuse a prompt of `size` tokens that, with `more` new ones, is longer than the model can see
     at once."""
     multiple = pipe.model.config.codec_config.length_multiple
+    # rounded up to whole chunks, as the model sees it
     if -(-(size + more) // multiple) * multiple <= pipe.max_length:
         return
     beside = f" and asks for {more} more" if more else ""
@@ -367,6 +376,7 @@ def _tokens_of(request: CompletionRequest | ChatRequest, settings: ServerSetting
     """How many tokens to write at most; raises `RequestError` for none, unless they are scored."""
     tokens = request.tokens
     if tokens is None:
+        # OpenAI lets a chat write without a limit, which a small server cannot
         return min(CHAT_TOKENS, settings.max_tokens)
     if tokens == 0 and (request.num_logprobs is None or not request.echo):
         raise _bad(
@@ -402,6 +412,7 @@ def read_request(
     _check_limits(
         request, len(prompts) * request.n, tokens, pipe.model.config.num_inference_steps, settings
     )
+    # both sides of the gap count as the prompt
     if infills:
         prompts[0].ids = prompts[0].ids + text_ids(tokenizer, request.suffix)
     bidirectional = pipe.model.config.transformer_config.block_size is None
@@ -411,6 +422,7 @@ def read_request(
     for prompt in prompts:
         _check_window(pipe, param, len(prompt.ids), must_fit)
 
+    # 0 would divide by 0; a very small one always draws the likeliest token
     temperature = None if request.temperature is None else max(request.temperature, GREEDY)
     sampling = Sampling(
         request.num_inference_steps, request.guidance_scale, temperature, request.top_p
@@ -420,6 +432,7 @@ def read_request(
     jobs = []
     for i in range(len(prompts) * request.n):
         prompt = prompts[i // request.n]
+        # seeds in a row for the texts of a request; a signed 64-bit number for torch
         job = Job(prompt.ids, tokens, sampling, (seed + i) % 2**63, loop, client, deadline)
         job.num_logprobs = request.num_logprobs
         if bidirectional:  # it would see the padding of others
@@ -438,7 +451,9 @@ class TokenTexts:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._tokenizer = tokenizer
+        # at the beginning of a text tokenizers may drop or add a space
         self._anchor = text_ids(tokenizer, "a")[:1]
+        # of the instance, or the cache would keep every tokenizer alive
         self.of = lru_cache(maxsize=65_536)(self._of)
 
     def _of(self, token: int) -> str:
@@ -464,6 +479,7 @@ class ScoredText(NamedTuple):
     def of(cls, scores: Scores, start: int, text: str, tokens: TokenTexts) -> "ScoredText":
         """The tokens from `start` on that begin within the `text` of an answer, which a stop
         sequence may have cut."""
+        # decoded from the beginning each time: a token's text may depend on those before it
         begins = [tokens.length(scores.ids[:i]) for i in range(start, len(scores.ids) + 1)]
         offsets = [begin - begins[0] for begin in begins[:-1]]
         cut = begins[-1] - begins[0] > len(text)
@@ -495,6 +511,7 @@ def chat_logprobs(scored: ScoredText, tokens: TokenTexts, count: int) -> dict:
     """`logprobs` of a reply."""
 
     def entry(text: str, value: float) -> dict:
+        # bytes as OpenAI gives them: a token may be half a character
         return {"token": text, "logprob": value, "bytes": list(text.encode())}
 
     content = []
@@ -515,6 +532,7 @@ class CompletionFormat:
     def whole(text: str) -> dict:
         return {"text": text}
 
+    # a completion's stream has the same form as its whole answer
     piece = whole
 
     @staticmethod
@@ -537,6 +555,7 @@ class ChatFormat:
 
     @staticmethod
     def piece(text: str) -> dict:
+        # the last event only says why the text has ended
         return {"delta": {"content": text} if text else {}}
 
     @staticmethod

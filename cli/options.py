@@ -40,6 +40,14 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 # ---- options of the modes; `inference.py` has all of them, a command those of its modes ----
 
 
+def port(text: str) -> int:
+    """A port as argparse wants it; 0 takes a free one."""
+    number = int(text)
+    if not 0 <= number <= 65535:
+        raise argparse.ArgumentTypeError(f"{number} is no port; give one from 0 to 65535")
+    return number
+
+
 def gap_length(text: str) -> int | None:
     """A number of tokens, or None for `auto`."""
     return None if text == "auto" else int(text)
@@ -73,12 +81,12 @@ OPTIONS: dict[str, dict] = {
     "prompt": {"help": "text to continue, or the caption of a picture or clip (default: none)"},
     "latents_file": {"help": "file that encode wrote (default: none)"},
     "image_file": {
-        "help": "picture to write; of decode and image_to_text the one to read (default: none)"
+        "help": "picture to write, such as .png; of decode the one to read (default: none)"
     },
     "input_image": {
-        "help": "picture to read; of animate the first frame, or a film of them (default: none)"
+        "help": "picture to read; of animate a .gif or film of the first frames (default: none)"
     },
-    "input_audio": {"help": ".wav file to read (default: none)"},
+    "input_audio": {"help": "sound to read, such as .wav or .flac (default: none)"},
     "audio_file": {"help": ".wav file to write (default: none)"},
     "video_file": {"help": ".gif, .webp or .mp4 file to write (default: none)"},
     "num_frames": {"type": int, "help": "frames of the clip (default: the model's)"},
@@ -138,9 +146,11 @@ OPTIONS: dict[str, dict] = {
     },
     "output_file": {"help": "file to write texts to, or the latents of encode (default: none)"},
 }
+# files that must exist, and files whose folder must, before a model is loaded
 READ = ("input_image", "input_audio", "latents_file")
 WRITTEN = ("output_file", "image_file", "audio_file", "video_file")
 
+# what every mode takes, every sampler, and every sampler of tokens
 MODEL = ("checkpoint", "device", "int8", "compile")
 SAMPLING = ("num_steps", "seed")
 TOKENS = ("temperature", "top_p", *SAMPLING)
@@ -155,12 +165,14 @@ class Mode:
         options: names of those it takes, besides those of every model.
         needs: options without which it cannot run.
         chosen_by: where a command has several modes, the option that chooses this one.
+        modality: of the models it runs.
     """
 
     command: str
     options: tuple[str, ...]
     needs: tuple[str, ...] = ()
     chosen_by: str | None = None
+    modality: str = "text"
 
     @property
     def reads_picture(self) -> bool:
@@ -190,6 +202,7 @@ MODES = {
         ("input_image", "image_file", "num_tokens"),
         needs=("input_image", "image_file"),
         chosen_by="input_image",
+        modality="image",
     ),
     "denoise_reconstruct": Mode(
         "denoise", ("input_text", "noise_level", *TOKENS, "output_file"), needs=("input_text",)
@@ -206,12 +219,16 @@ MODES = {
         "decode", ("image_file", "output_file"), needs=("image_file",), chosen_by="image_file"
     ),
     "draw": Mode(
-        "draw", ("prompt", "image_file", "guidance_scale", *SAMPLING), needs=("image_file",)
+        "draw",
+        ("prompt", "image_file", "guidance_scale", *SAMPLING),
+        needs=("image_file",),
+        modality="image",
     ),
     "animate": Mode(
         "animate",
         ("prompt", "input_image", "video_file", "num_frames", "fps", "guidance_scale", *SAMPLING),
         needs=("video_file",),
+        modality="video",
     ),
     "any_to_any": Mode(
         "any-to-any",
@@ -219,6 +236,7 @@ MODES = {
             *("input_text", "input_image", "input_audio", "image_file", "audio_file"),
             *("guidance_scale", "batch_size", "num_candidates", *SAMPLING, "output_file"),
         ),
+        modality="several",
     ),
 }
 # the argument without dashes of a command: option, name in the help, help
@@ -259,6 +277,7 @@ def add_mode_options(parser: argparse.ArgumentParser, command: str) -> None:
     names = dict.fromkeys(name for mode in modes for name in (*mode.options, *MODEL))
     for name in sorted(names, key=list(OPTIONS).index):
         if positional is None or name != positional[0]:
+            # needed by one mode only, an option may be missing in another; `check_mode` asks for it
             required = all(name in mode.needs for mode in modes)
             parser.add_argument(f"--{name}", required=required, **OPTIONS[name])
 
@@ -293,6 +312,7 @@ def refuse_unused(
 ) -> None:
     """End with a usage error if an option among `names` was given that `mode` does not read."""
     for name in names:
+        # argparse does not tell a default from the same value given
         default = OPTIONS[name].get("default")
         if name not in MODES[mode].options and getattr(args, name) not in (default, False):
             takers = ", ".join(taker for taker, other in MODES.items() if name in other.options)
@@ -372,21 +392,23 @@ def add_app_options(parser: argparse.ArgumentParser) -> None:
     add("--device", default="auto", help=DEVICE)
     add(
         "--host",
+        # a Space is reached from outside its container; a page at home should not be
         default="0.0.0.0" if "SPACE_ID" in os.environ else "127.0.0.1",
         help="address to listen at",
     )
-    add("--port", type=int, default=7860, help="port to listen at")
+    add("--port", type=port, default=7860, help="port to listen at")
 
 
 def add_serve_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--checkpoint", default=default_checkpoint(), help=CHECKPOINT)
     add("--host", default="127.0.0.1", help="0.0.0.0 for all interfaces; give an API key then")
-    add("--port", type=int, default=8000, help="0 takes a free one")
+    add("--port", type=port, default=8000, help="0 takes a free one")
     add("--device", default="auto", help=DEVICE)
     add("--compile", **OPTIONS["compile"])
     add(
         "--api_key",
+        # the environment, since other users of a machine can read its command lines
         default=os.environ.get("TOKCOM_API_KEY"),
         help="asked of every request but /health (default: TOKCOM_API_KEY, or no key)",
     )

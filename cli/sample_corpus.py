@@ -39,7 +39,7 @@ from tokcom.cli.loading import usable_device
 from tokcom.integrity_tokcom import file_digest
 from tokcom.training.tokens import load_tokenizer
 
-COUNTS = ("sampled", "kept", "not_ended", "too_short", "duplicates", "characters")
+COUNTS = ("sampled", "kept", "not_ended", "too_short", "duplicates", "characters")  # of texts
 # What may differ when a run goes on: the texts sampled so far do not depend on it.
 NOT_SETTINGS = ("output", "num_texts", "num_characters", "debug", "command_line")
 PATIENCE = 8  # batches without a text to keep, after which something must be wrong
@@ -59,6 +59,7 @@ class InPlaceLayer(DynamicLayer):
         states = (key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+            # the longest text from the start: growing would copy what is there
             self.buffers = tuple(s.new_empty(*s.shape[:2], self.room, s.shape[3]) for s in states)
         end = start + key_states.shape[2]
         for buffer, state in zip(self.buffers, states, strict=True):
@@ -76,6 +77,7 @@ class InPlaceLayer(DynamicLayer):
 @torch.compile(dynamic=True)
 def _attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float):
     """One query per row, (rows, groups, repeats, 1, size), over keys (rows, groups, 1, n, size)."""
+    # a sum of products instead of a matrix product, which the compiler fuses with the softmax
     scores = (query.float() * keys.float()).sum(-1) * scale
     weights = torch.softmax(scores, dim=-1)
     return (weights[..., None] * values.float()).sum(-2).to(query.dtype)
@@ -86,12 +88,14 @@ def single_token_attention(module, query, key, value, attention_mask, scaling=No
 
     On a processor a fused loop reads the cache once, several times faster than sdpa in bfloat16.
     """
+    # variants of attention that the fused loop does not know
     extra = any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias"))
     if query.shape[2] > 1 or attention_mask is not None or extra:
         kwargs["scaling"] = scaling
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     rows, heads, _, size = query.shape
     scale = size**-0.5 if scaling is None else scaling
+    # heads that share a key stand together
     grouped = query.view(rows, key.shape[1], heads // key.shape[1], 1, size)
     found = _attend(grouped, key[:, :, None], value[:, :, None], scale)
     return found.reshape(rows, 1, heads, value.shape[-1]), None
@@ -103,7 +107,9 @@ def draw(
     """Next tokens (rows, 1) from logits (rows, vocabulary): top-k, then min-p, then one draw."""
     size = logits.shape[1]
     values, indices = logits.topk(min(top_k or size, size))
+    # probabilities relative to the largest, which is 1; `multinomial` needs no sum of 1
     weights = ((values.float() - values[:, :1].float()) / temperature).exp()
+    # so min-p is a plain comparison
     weights = weights.masked_fill(weights < min_p, 0.0)
     return indices.gather(1, torch.multinomial(weights, 1, generator=generator))
 
@@ -114,6 +120,9 @@ class Teacher:
     def __init__(self, args: argparse.Namespace) -> None:
         args.device = usable_device(args.device)  # a setting of the corpus, as it was found
         self.args = args
+        # a missing folder would be taken for a Hub id, which it cannot be
+        if args.model.startswith(("/", ".")) and not Path(args.model).is_dir():
+            raise FileNotFoundError(f"--model {args.model} does not exist.")
         self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             args.model, dtype=getattr(torch, args.dtype), trust_remote_code=False
         )
@@ -125,6 +134,7 @@ class Teacher:
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(args.model)
         self.start = self._start()
         self.ends = self._ends()
+        # positions of the longest text
         self.room = len(self.start) + args.max_new_tokens
         limit = getattr(self.model.config, "max_position_embeddings", None) or self.room
         if self.room > limit:
@@ -160,6 +170,7 @@ class Teacher:
         """The Hub revision, or the sha256 of each weight file of a folder."""
         folder = Path(self.args.model)
         if folder.is_dir():
+            # a folder has no revision, so its weights identify it
             files = sorted(folder.glob("*.safetensors"))
             return {"sha256": {file.name: file_digest(file) for file in files}}
         return {"revision": getattr(self.model.config, "_commit_hash", None)}
@@ -176,20 +187,27 @@ class Teacher:
     def sample(self, number: int) -> list[str | None]:
         """The texts of batch `number`, None for each that did not end by itself."""
         args = self.args
+        # of the batch alone: a run that goes on draws what it would have drawn
         seed = hashlib.sha256(f"{args.seed} {number}".encode()).digest()
+        # 7 bytes, which are within what torch takes for a seed
         generator = torch.Generator(args.device).manual_seed(int.from_bytes(seed[:7]))
         cache = self._cache()
         rows = torch.arange(args.batch_size, device=args.device)
-        tokens = rows.new_zeros(args.batch_size, args.max_new_tokens)
+        tokens = rows.new_zeros(args.batch_size, args.max_new_tokens)  # (rows, longest text)
+        # -1 is a text that has not ended
         lengths = rows.new_full((args.batch_size,), -1)
         inputs = torch.tensor([self.start], device=args.device).repeat(args.batch_size, 1)
         active = torch.ones_like(rows, dtype=torch.bool)
         for step in range(args.max_new_tokens):
+            # (rows left, V)
             logits = self.model(inputs, past_key_values=cache, use_cache=True).logits[:, -1]
+            # (rows left, 1)
             inputs = draw(logits, args.temperature, args.top_k, args.min_p, generator)
+            # `rows` are the places in the batch of the rows that are left
             tokens[rows, step] = inputs[:, 0]
             ended = active & torch.isin(inputs[:, 0], self.ends)
             lengths[rows[ended]] = step
+            # ended rows go on being computed until they are dropped, but nothing of them is kept
             active &= ~ended
             left = int(active.sum())
             if not left:
@@ -206,6 +224,7 @@ class Teacher:
 
     def _text(self, tokens: list[int]) -> str:
         options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        # with the start, since the first token's space depends on what stands before it
         return self.tokenizer.decode(self.start + tokens, **options).strip()
 
 
@@ -254,12 +273,14 @@ class Corpus:
         for name in self.settings | self.state["settings"]:
             old = self.state["settings"].get(name)
             new = self.settings.get(name)
+            # texts of two settings in one corpus could not be told apart
             if old != new:
                 raise ValueError(
                     f"{self.folder} was begun with {name} {old!r}, not {new!r}; "
                     "give the old value or another --output."
                 )
         for index in range(self.state["files"]):
+            # digests are not stored, since the texts are there to compute them from
             self.seen.update(map(digest_text, read_texts(self._file(index)[0])))
         if self.state["texts"]:
             self.texts = read_texts(self._file(self.state["files"])[0])[: self.state["texts"]]
@@ -269,6 +290,7 @@ class Corpus:
         """Path of the file of this index, and how many texts it takes."""
         validation = self.settings["validation"]
         if validation and index == 0:
+            # the first texts: a corpus that is still growing has its validation part already
             return self.folder / "validation.parquet", validation
         name = f"part-{index - bool(validation):05d}.parquet"
         return self.folder / name, self.settings["texts_per_file"]
@@ -296,7 +318,9 @@ class Corpus:
     def _write(self) -> None:
         provenance = {key: self.state[key] for key in ("settings", "date", "batches", "counts")}
         provenance |= {"torch": torch.__version__, "transformers": transformers.__version__}
+        # in every file, so that it is known where a part comes from that lies elsewhere
         schema = pa.schema([("text", pa.string())], {"provenance": json.dumps(provenance)})
+        # full files are finished, and the rest is written to the one in progress
         while self.texts:
             path, room = self._file(self.state["files"])
             table = pa.table({"text": self.texts[:room]}, schema=schema)
@@ -306,6 +330,7 @@ class Corpus:
             self.texts = self.texts[room:]
             self.state["files"] += 1
         self.state["texts"] = len(self.texts)
+        # the state last: it says which of the other files' texts count
         for name, content in (("provenance", provenance), ("state", self.state)):
             text = json.dumps(content, indent=2) + "\n"
             replace_file(
@@ -318,7 +343,9 @@ def run(args: argparse.Namespace, stop: threading.Event | None = None) -> dict[s
     """Sample until there is enough or `stop` is set; gives the counts."""
     teacher = Teacher(args)
     settings = {key: value for key, value in vars(args).items() if key not in NOT_SETTINGS}
+    # by content: the files may lie elsewhere when the run goes on
     settings |= {"exclude": [file_digest(path) for path in args.exclude]}
+    # another revision of the model would write other texts from the same seeds
     settings |= teacher.identity()
     corpus = Corpus(args.output, settings, args.exclude)
     state = corpus.state
@@ -341,6 +368,7 @@ def run(args: argparse.Namespace, stop: threading.Event | None = None) -> dict[s
                 )
             bar.update(counts[unit] - bar.n)
             bar.set_postfix({"batches": state["batches"], "duplicates": counts["duplicates"]})
+    # over all calls: the seconds are kept with the state
     rate = counts["characters"] / max(state["seconds"], 1e-9)
     print(*(f"{name} {value:,}" for name, value in counts.items()), sep=", ", end="")
     print(f", {rate:,.0f} characters/s")
@@ -351,6 +379,7 @@ def run_until_stopped(args: argparse.Namespace) -> dict[str, int]:
     """`run`, which SIGTERM or SIGINT ends after the batch in progress, so that none is lost."""
     stopped = threading.Event()
     numbers = (signal.SIGTERM, signal.SIGINT)
+    # only noted, because a batch that is interrupted would be lost
     before = [signal.signal(number, lambda *_: stopped.set()) for number in numbers]
     try:
         return run(args, stopped)

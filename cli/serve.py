@@ -93,8 +93,10 @@ class Choice:
         if ends and (self.job.num_logprobs is None or piece.finish_reason):
             self.text = self.text[: min(ends)]
             self.finish_reason = "stop"
+            # the rest of the text would be computed for nobody
             self.job.cancelled = True
         held = 0 if self.finish_reason else self._held()
+        # never backwards: what was sent cannot be taken back
         end = max(self.shown, len(self.text) - held)
         shown = self.text[self.shown : end]
         self.shown = end
@@ -104,6 +106,7 @@ class Choice:
         """Length of the longest end of the text with which a stop sequence begins."""
         longest = 0
         for stop in self.stops:
+            # less than the whole stop sequence, which `grow` has looked for
             for count in range(1, min(len(stop), len(self.text) + 1)):
                 if self.text.endswith(stop[:count]):
                     longest = max(longest, count)
@@ -139,6 +142,7 @@ class Answer:
         self.timeout = settings.timeout
         self.connection = connection
         self.form = ChatFormat if isinstance(request, ChatRequest) else CompletionFormat
+        # the same id and time in all events of a stream
         self.head = answer_head(self.form, bool(request.stream), settings.model_name)
         self.echoes = bool(getattr(request, "echo", False))
 
@@ -168,6 +172,8 @@ class Answer:
         try:
             while tasks:
                 left = max(0.0, deadline - time.monotonic())
+                # the client's leaving is one of the things waited for, so no text is written for
+                # nobody
                 done, _ = await asyncio.wait(
                     {*tasks, leaves}, timeout=left, return_when=asyncio.FIRST_COMPLETED
                 )
@@ -176,6 +182,8 @@ class Answer:
                 if not done:
                     message = f"not finished within {self.timeout:g} seconds; ask for fewer tokens."
                     raise RequestError(504, message, "timeout")
+                # in the order of the choices, so that answers do not depend on which task woke
+                # first
                 for task in sorted(done, key=tasks.get):
                     index = tasks.pop(task)
                     try:
@@ -189,6 +197,7 @@ class Answer:
             leaves.cancel()
             for task in tasks:
                 task.cancel()
+            # also after an error in one of them: all belong to one answer
             for choice in self.choices:
                 choice.job.cancelled = True
 
@@ -199,6 +208,7 @@ class Answer:
                 pass
         except ClientLeft:
             return JSONResponse(None, 499)  # sent to nobody
+        # tokenizing takes milliseconds, during which the event loop would serve nobody
         make = asyncio.get_running_loop().run_in_executor
         choices = await make(reader, self._whole_choices, texts)
         return JSONResponse({**self.head, "choices": choices, "usage": self._usage()})
@@ -209,6 +219,7 @@ class Answer:
             text = choice.prompt.text + choice.text if self.echoes else choice.text
             logprobs = None
             if choice.scores is not None:
+                # without `echo` the prompt's tokens are not part of the answer
                 start = 0 if self.echoes else len(choice.job.ids)
                 scored = ScoredText.of(choice.scores, start, text, texts)
                 logprobs = self.form.logprobs(scored, texts, choice.job.num_logprobs)
@@ -264,6 +275,7 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        # the encoding of HTTP headers, in which no byte is an error
         headers = {
             name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
         }
@@ -275,9 +287,11 @@ class Guard:
             return
         if body is None:
             return
+        # the application reads the body as if it had just come
         unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def receive_again() -> Message:
+            # after the body the connection's own messages, of which the client's leaving is one
             return unread.pop() if unread else await receive()
 
         await self.app(scope, receive_again, send)
@@ -285,10 +299,12 @@ class Guard:
     def _check(self, path: str, headers: dict[str, str]) -> None:
         key = self.settings.api_key
         given = headers.get("authorization", "").removeprefix("Bearer ")
+        # takes the same time wherever two keys differ, so nobody can guess one letter by letter
         if key and path != "/health" and not secrets.compare_digest(given.encode(), key.encode()):
             raise RequestError(
                 401, "the API key is missing or wrong.", "authentication_error", "invalid_api_key"
             )
+        # refused before it is read; a body that comes in chunks has no length and is counted below
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length) > self.settings.max_body:
             raise self._too_large()
@@ -303,6 +319,7 @@ class Guard:
         parts = []
         size = 0
         try:
+            # a client that sends a byte a minute would hold a connection for ever
             async with asyncio.timeout(self.settings.body_timeout):
                 while True:
                     message = await receive()
@@ -310,6 +327,7 @@ class Guard:
                         return None
                     parts.append(message.get("body", b""))
                     size += len(parts[-1])
+                    # while it comes: the length that a client names need not be true
                     if size > self.settings.max_body:
                         raise self._too_large()
                     if not message.get("more_body"):
@@ -322,6 +340,7 @@ class Guard:
 
 
 def error_response(error: RequestError) -> JSONResponse:
+    # the `openai` client waits that long and asks again
     headers = {"Retry-After": "1"} if error.status in (429, 503) else None
     return JSONResponse(error.body, error.status, headers)
 
@@ -389,10 +408,13 @@ class Service:
     async def answer(self, request: CompletionRequest | ChatRequest, connection: Request):
         """Read a request, hand its jobs to the model, and answer as they grow or when they end."""
         loop = asyncio.get_running_loop()
+        # by address: connections of one machine count as one client
         client = connection.client.host if connection.client else ""
         what = request, self.pipe, self.tokenizer, self.settings, client, loop
         prompts, jobs = await loop.run_in_executor(self.reader, read_request, *what)
+        # all or none, so that an answer is never half queued
         self.engine.submit(jobs)
+        # `n` texts for each prompt, in the order of the prompts
         choices = [
             Choice(job, request.stops, prompts[i // request.n]) for i, job in enumerate(jobs)
         ]
@@ -405,6 +427,7 @@ class Service:
     @contextlib.asynccontextmanager
     async def lifespan(self, app: FastAPI):
         yield
+        # it waits for the turn at hand, which must not stop the event loop
         await asyncio.to_thread(self.engine.close)
         self.reader.shutdown(wait=False)
 
@@ -416,6 +439,7 @@ def build_app(pipe: TokComPipeline, settings: ServerSettings) -> FastAPI:
     hidden = {"docs_url": None, "redoc_url": None, "openapi_url": None}
     app = FastAPI(title="TokCom", lifespan=service.lifespan, **hidden)
     app.state.engine = service.engine
+    # outside of everything: a body that is refused is not even parsed
     app.add_middleware(Guard, settings=settings)
     _explain_errors(app)
 
@@ -460,7 +484,9 @@ class DrainingServer(uvicorn.Server):
 
     async def shutdown(self, sockets=None) -> None:
         engine: Engine = self.config.app.state.engine
+        # first: new requests are refused while old ones finish
         engine.drain()
+        # unfinished texts are told so after `grace`, which ends the answers that uvicorn waits for
         ending = asyncio.get_running_loop().call_later(self.grace, self._give_up, engine)
         await super().shutdown(sockets)
         ending.cancel()
@@ -494,6 +520,7 @@ def run(args: argparse.Namespace) -> None:
     if pipe.tokenizer is None:
         raise ValueError(f"{args.checkpoint} has no tokenizer, so there is no text to serve.")
     pipe.set_progress_bar_config(disable=True)
+    # before the first request, which would time out while it waits for the compiler
     if args.compile:
         speed_up(pipe, int8=False, compiled=True)
         warm_up(pipe)

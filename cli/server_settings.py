@@ -33,6 +33,7 @@ class ServerSettings:
     max_tokens: int = 2048
     max_choices: int = 16
     max_steps: int = 128
+    # 2048 tokens at 64 steps, or 16 texts of 256 tokens at 32 steps
     max_work: int = 131_072
     max_characters: int = 65_536
     max_body: int = 1 << 20
@@ -46,6 +47,7 @@ class ServerSettings:
             value = getattr(self, setting.name)
             if setting.type is int and value < 1:
                 raise ValueError(f"`{setting.name}` ({value}) must be at least 1.")
+            # NaN compares as false with everything, and a wait without end is no setting
             if setting.type is float and not (isfinite(value) and value >= 0):
                 raise ValueError(
                     f"`{setting.name}` ({value}) must be a number of seconds, 0 or more."

@@ -45,10 +45,13 @@ class TerminalStreamer(BaseStreamer):
         self.line = ""  # what is finished of the last line
 
     def _draw(self, draft: str = "") -> None:
+        # one column stays free: terminals break a line when its last one is written
         room = max(0, self.width - 1 - len(self.line))
+        # a draft of several lines could not be drawn over
         draft = draft.replace("\n", " ")[:room]
         colored = f"{YELLOW}{draft}{PLAIN}" if draft else ""
         self.file.write(f"{CLEAR}{self.line}{colored}")
+        # a terminal shows what is written only when a line ends, or when it is flushed
         self.file.flush()
 
     def put(self, value: torch.Tensor) -> None:
@@ -57,7 +60,9 @@ class TerminalStreamer(BaseStreamer):
             if character == "\n":
                 self._break(len(self.line) - 1, len(self.line))
             elif len(self.line) >= self.width:
+                # from 1 on, since a space at the start of a line breaks nothing
                 space = self.line.rfind(" ", 1)
+                # a word that is longer than the line is cut
                 at = space if space > 0 else len(self.line) - 1
                 self._break(at, at + (space > 0))
         self._draw()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import transformers
 
-from tokcom.cli.loading import check_model_path
+from tokcom.cli.loading import MODALITIES, check_model_path
 from tokcom.configuration_tokcom import TokComConfig
 from tokcom.integrity_tokcom import CHECKSUMS, check_checksums, check_files, write_checksums
 from tokcom.modeling_tokcom import TokComModel
@@ -29,7 +29,8 @@ def check_readable(directory: Path) -> str:
 
 def check_configuration(directory: Path) -> str:
     config = TokComConfig.from_pretrained(directory)
-    return f"a {config.codec_config.modality} model with a {config.codec_config.model_type} codec"
+    made, _ = MODALITIES[config.codec_config.modality]
+    return f"a model of {made} with a {config.codec_config.model_type} codec"
 
 
 def check_loading(directory: Path) -> str:

@@ -43,7 +43,7 @@ ROWS = yaml.safe_load((Path(__file__).parent / "ablations.yaml").read_text(encod
 PROMPTS = 256  # held-out prompts that are continued
 RECOVERY_WINDOWS = 64  # held-out windows of pixel models
 SWEEPS = {"tokens": "temperature", "latents": "noise_scale"}  # what trades quality for diversity
-VALUES = (1.0, 0.9, 0.8)
+VALUES = (1.0, 0.9, 0.8)  # of the setting that is swept; 1 is the model as it is
 
 
 def row_overrides(row: dict) -> list[str]:
@@ -54,6 +54,7 @@ def row_overrides(row: dict) -> list[str]:
 def trained_codec(name: str, data: list[str], work: Path) -> Path:
     """Directory of a codec that rows share; trains it if no other row has."""
     codec = work / "codecs" / name
+    # one codec for all rows that have it, so that they differ in the flow alone
     if not (codec / "config.json").is_file():
         overrides = [*ROWS["codec_common"], *ROWS["codecs"][name], *data, f"output_dir={codec}"]
         run(load_train_config("tiny", overrides))
@@ -75,6 +76,7 @@ def train_row(args: argparse.Namespace) -> tuple[Path, dict]:
     output = work / "models" / f"{args.row}-{args.seed}"
     start = []
     if args.init_from:
+        # a model that goes on from another one learns at lower rates
         start = [f"init_from={args.init_from}", *ROWS["tuning"]]
     elif "codec" in row:
         start = [f"codec_from={trained_codec(row['codec'], data, work)}"]
@@ -88,7 +90,9 @@ def train_row(args: argparse.Namespace) -> tuple[Path, dict]:
     per_step = training_flops_per_step(
         model, flow.batch_size, flow.sequence_length, lambda m: build_optimizer(m, *rates)
     )
+    # equal operations, not equal steps: a cheaper step may be taken more often
     steps = max(1, round(args.training_flops / per_step))
+    # one validation and one checkpoint, at the end
     flow.max_steps = flow.eval_steps = flow.checkpoint_steps = steps
     started = time.perf_counter()
     run(config)
@@ -121,6 +125,7 @@ def measure(checkpoint: Path, judge: TokenJudge, tokens: np.ndarray, **sampling)
         curve.append(
             measure_setting(judge, prompts, f"{setting} {value}", sampler, pipe.chunk_size)
         )
+    # without the first 32 tokens of a window, which lack the context that others have
     own = held_out_nll(pipe.model, held_out_windows(tokens, 512, 48), 32)
     facts |= {"curve": curve, "plain": curve[0], "held_out_nll": own}
     # None if the entropy of real text lies outside the sweep
@@ -143,6 +148,7 @@ def write_recovery_table(rows: list[dict]) -> str:
         cell = [row["row"], row["seed"], row["tokens"] / 1e6, row["training_flops"] / 1e12]
         for signal in signals:
             found = row["recovery"][signal]
+            # percent of tokens: by the model, and in brackets by decoding what is noisy as it is
             cell.append(f"{100 * found['model']:.1f} ({100 * found['alone']:.1f})")
         cells.append(cell)
     return table(["row", "seed", "M tokens", "TFLOP", *(f"t = {s}" for s in signals)], cells)
@@ -167,6 +173,7 @@ def write_table(work: Path, file: str) -> None:
     ]
     cells = []
     for row in rows:
+        # at temperature or noise scale 1
         plain = row["plain"]
         cost = (row["tokens"] / 1e6, row["training_flops"] / 1e12, round(row["seconds"]))
         quality = row["held_out_nll"], row["nll_at_real_entropy"], plain["nll"], plain["entropy"]
@@ -205,11 +212,10 @@ def main(argv: list[str] | None = None) -> None:
         tokens = tokenize_documents(
             documents, TokComPipeline.from_pretrained(model).tokenizer, "text", "held-out"
         )
-        facts |= (
-            measure_recovery(model, tokens)
-            if reads_pixels
-            else measure(model, TokenJudge(args.judge), tokens)
-        )
+        if reads_pixels:
+            facts |= measure_recovery(model, tokens)
+        else:
+            facts |= measure(model, TokenJudge(args.judge), tokens)
         file = Path(args.work_dir) / "rows" / f"{args.row}-{args.seed}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

@@ -50,6 +50,7 @@ def answer(
         chosen = order[start : start + batch_size]
         output = pipe([dialogues[i] for i in chosen], gen_length, generator=generator, **sampling)
         answers |= dict(zip(chosen, output.texts))
+    # back in the order of the questions
     return [answers[i] for i in range(len(dialogues))]
 
 
@@ -59,6 +60,7 @@ def read_questions(data: str, samples: int) -> tuple[list[list[dict]], list[list
     prompts = {}
     for record in load_documents(data, DataConfig(train=data), "validation"):
         *before, last = messages_of(record)
+        # dictionaries cannot be keys; equal dialogues have equal JSON
         key = json.dumps(before)
         prompts[key] = before
         answers[key].append(last["content"])
@@ -85,7 +87,9 @@ def controls(
     asked = [prompts[i] for i in several]
     drawn = [rng.randrange(len(references[i])) for i in several]
     one = [references[i][j] for i, j in zip(several, drawn)]
+    # without itself, against which it would score perfectly
     others = [references[i][:j] + references[i][j + 1 :] for i, j in zip(several, drawn)]
+    # fluent text of the right style on the wrong subject: what a score owes to style alone
     away = [rng.choice([j for j in range(len(references)) if j != i]) for i in several]
     elsewhere = [rng.choice(references[j]) for j in away]
     return {
@@ -119,12 +123,14 @@ def main(argv: list[str] | None = None) -> None:
     pipe.set_progress_bar_config(disable=True)
     asked = [turns[-1]["content"] for turns in prompts]
     settings = {k: v for k, v in vars(args).items() if k not in ("guidance", "output_dir")}
+    # part of the settings, so that another model or other questions are measured anew
     settings |= {"weights": fingerprint(pipe.model), "prompts": prompts, "references": references}
     parts = Parts(args.output_dir / "results.json", settings)
 
     def measure(scale: float) -> dict[str, float]:
         options = {"num_inference_steps": args.steps, "temperature": args.temperature}
         options |= {"guidance_scale": scale, "top_p": args.top_p}
+        # the same seed at every scale: answers differ by guidance, not by luck
         texts = answer(pipe, prompts, args.gen_length, args.batch_size, args.seed, **options)
         texts = [text.strip() for text in texts]
         rows = []
@@ -139,6 +145,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = dict(parts.measure("controls", lambda: controls(asked, references, args.seed)))
     for scale in args.guidance:
         name = f"guidance {scale:g}"
+        # the default binds this turn's scale; a plain lambda would see the last one
         rows[name] = parts.measure(name, lambda scale=scale: measure(scale))
     columns = list(rows[name])
     report = table(

@@ -46,9 +46,9 @@ class CausalWindows(torch.utils.data.Dataset):
     offset."""
 
     def __init__(self, tokens: np.ndarray, sequence_length: int, eos_token_id: int, seed: int):
-        self.windows = PackedDataset(
-            tokens, WindowShape(sequence_length, 1, lead=1), eos_token_id, seed, training=True
-        )
+        # a multiple of 1, since there are no chunks; a text begins after the EOS of the one before
+        shape = WindowShape(sequence_length, 1, lead=1)
+        self.windows = PackedDataset(tokens, shape, eos_token_id, seed, training=True)
         self.served = 0
 
     def __len__(self) -> int:
@@ -56,9 +56,11 @@ class CausalWindows(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         # the Trainer tells no epoch to a dataset, so count what this process has served
+        # each process serves a share of every epoch
         self.windows.set_epoch(self.served * PROCESSES // len(self.windows))
         self.served += 1
-        ids = self.windows[index]["input_ids"]
+        ids = self.windows[index]["input_ids"]  # (T,)
+        # transformers shifts labels itself
         return {"input_ids": ids, "labels": ids}
 
 
@@ -80,6 +82,7 @@ def llama_config(
         # embeddings, final norm, and attention with its two norms in every layer
         layers = num_hidden_layers * (4 * hidden_size + 2) * hidden_size
         others = vocab_size * hidden_size + hidden_size + layers
+        # gate, up and down: three matrices of hidden x intermediate in every layer
         intermediate = round((num_parameters - others) / (3 * hidden_size * num_hidden_layers))
         if intermediate < hidden_size:
             raise ValueError(
@@ -93,8 +96,10 @@ def llama_config(
         num_hidden_layers=num_hidden_layers,
         num_attention_heads=hidden_size // 64,
         num_key_value_heads=hidden_size // 64,
+        # rotary positions cost nothing, so more than any window of the comparisons
         max_position_embeddings=8192,
         tie_word_embeddings=True,
+        # as TokCom: a document is ended by EOS and begun by nothing
         bos_token_id=None,
         eos_token_id=eos_token_id,
     )
@@ -112,6 +117,7 @@ def training_arguments(
         bf16=has_fast_bfloat16("cuda" if torch.cuda.is_available() else "cpu"),
         use_cpu=not torch.cuda.is_available(),
         logging_steps=50,
+        # the model is small and is saved at the end, with its tokenizer
         save_strategy="no",
         report_to=[],
         seed=seed,
@@ -145,7 +151,7 @@ def train(
 
     Uses bfloat16 where it is fast. Raises `ValueError` if one process would use several GPUs.
     """
-    set_seed(seed)
+    set_seed(seed)  # before the model is built, whose weights are drawn from it
     config = llama_config(
         vocabulary_size(tokenizer),
         hidden_size,
@@ -158,6 +164,7 @@ def train(
     def optimizer_of(model: LlamaForCausalLM) -> torch.optim.Optimizer:
         return build_optimizer(model, learning_rate, muon_learning_rate, weight_decay=0.01)
 
+    # counted on the real code, the optimizer included: Muon's products are not free
     per_step = training_flops_per_step(model, batch_size * PROCESSES, sequence_length, optimizer_of)
     if training_flops is not None:
         max_steps = max(1, round(training_flops / per_step))
@@ -166,6 +173,7 @@ def train(
     )
     started = time.perf_counter()
     optimizer = optimizer_of(model)
+    # 200 steps of warm-up, or a tenth of a short run
     schedule = get_scheduler("cosine", optimizer, max(1, min(200, max_steps // 10)), max_steps)
     data = CausalWindows(tokens, sequence_length, tokenizer.eos_token_id, seed)
     trainer = Trainer(model, options, train_dataset=data, optimizers=(optimizer, schedule))

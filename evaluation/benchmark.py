@@ -34,6 +34,7 @@ from tokcom.training.presets import preset_config, read_preset
 
 CLOCK: Callable[[], float] = time.perf_counter  # or the processor's, with --processor_time
 DEVICE = usable_device()
+# sides of matrices: which is fastest depends on caches and tiles
 PEAK_SIZES = (1024, 2048, 4096)
 CACHED = "TokCom, cached latents"
 SYSTEMS = {  # of the training benchmark, besides the published code
@@ -56,6 +57,7 @@ def seconds_of(function: Callable, *arguments) -> float:
     synchronize()
     started = CLOCK()
     function(*arguments)
+    # kernels are only queued: without waiting, the time is that of handing them over
     synchronize()
     return CLOCK() - started
 
@@ -115,6 +117,7 @@ def build_training(
                 args.tokens // config.codec_config.chunk_size,
                 config.codec_config.latent_channels,
             )
+            # speed does not depend on their values
             known["latents"] = torch.randn(shape, device=DEVICE)
         forward = torch.compile(model) if args.compile else model
         parameters = [p for p in model.parameters() if p.requires_grad]
@@ -123,6 +126,7 @@ def build_training(
     with torch.device(DEVICE):
         model = PublishedTokCom.random(896, 4864, args.layers, 14, 2, vocab_size)
     trained = {"codec": model.vae, "flow": model.denoiser}[stage]
+    # each tensor once, since embeddings are shared; rotary frequencies are not trained
     parameters = list({id(p): p for n, p in trained.items() if not n.endswith("inv_freq")}.values())
     for parameter in parameters:
         parameter.requires_grad_()
@@ -135,6 +139,7 @@ def measure_training(system: str, stage: str, args: argparse.Namespace) -> dict:
 
     torch.manual_seed(0)
     loss, parameters = build_training(system, stage, args)
+    # TokCom is trained with the fused optimizer, too; the published code is measured without
     optimizer = torch.optim.AdamW(parameters, 1e-4, fused=system.startswith("TokCom"))
     ids = torch.randint(0, args.vocab_size, (args.batch_size, args.tokens), device=DEVICE)
     half = has_fast_bfloat16(DEVICE) and not system.endswith("float32")
@@ -149,6 +154,7 @@ def measure_training(system: str, stage: str, args: argparse.Namespace) -> dict:
     step()  # warm-up: allocates the optimizer's state
     times = [seconds_of(step) for _ in range(args.steps)]
     facts = {"seconds": statistics.median(times), "peak_mib": peak_mib()}
+    # the counter sees operators, which compiled code has fused away
     if system.startswith("TokCom") and not args.compile:
         facts["flops"] = count_flops(step)
     return facts
@@ -164,6 +170,7 @@ def training(args: argparse.Namespace) -> dict:
         if has_fast_bfloat16(DEVICE):
             systems.append("published, float32")
         runs = {system: [] for system in systems}
+        # in turn, so that a machine that slows down does not slow one system alone
         for _ in tqdm(range(args.rounds), desc=f"training: {stage}"):
             for system in systems:
                 runs[system].append(_in_process(args, ["--measure", system, "--stage", stage]))
@@ -192,6 +199,7 @@ def _in_process(args: argparse.Namespace, extra: list[str]) -> dict:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    # lines before it may be warnings of libraries
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -215,6 +223,7 @@ def tokcom_generator(
         pipe.compile()
 
     def generate(batch_size: int, tokens: int, steps: int | None) -> None:
+        # ids, not texts: detokenizing is not the model's time
         pipe.generate(tokens // pipe.chunk_size, batch_size, steps, output_type="seq")
 
     generate.parameters = sum(p.numel() for p in pipe.model.parameters())
@@ -254,15 +263,18 @@ def published_generator(parameters: int, vocab_size: int) -> Callable[[int, int,
     one decoder pass at the end."""
     from tokcom.evaluation.published import PublishedTokCom
 
+    # the widest model of whole heads that fits, whose feed-forward layers then take up the rest
     width = 64
     while _published_size(width + 64, 2 * width, vocab_size) <= parameters:
         width += 64
+    # three networks of four layers with three matrices, each one column wider
     wider = (parameters - _published_size(width, width, vocab_size)) // (3 * 4 * 3 * width)
     with torch.device(DEVICE):
         model = PublishedTokCom.random(width, width + wider, 4, width // 64, 1, vocab_size)
 
     @torch.no_grad()
     def generate(batch_size: int, tokens: int, steps: int | None) -> None:
+        # noise_std and chunk size of the published model
         noise = 0.05 * torch.randn(batch_size, tokens // 4, width, device=DEVICE)
         model.decode(model.euler(noise, steps or 50)).argmax(-1)
 
@@ -273,7 +285,9 @@ def published_generator(parameters: int, vocab_size: int) -> Callable[[int, int,
 def _published_size(width: int, intermediate_size: int, vocab_size: int) -> int:
     """Matrix parameters of the published model: three networks of 4 layers, one key/value head of
     64."""
+    # query and output; key and value of one head; gate, up and down
     layer = 2 * width * width + 2 * 64 * width + 3 * width * intermediate_size
+    # modulation of 4 layers, two of width x 2 width each; time network and output projection
     return vocab_size * width + 12 * layer + 16 * width * width + 9 * width * width
 
 
@@ -307,6 +321,7 @@ def sampling(args: argparse.Namespace) -> dict:
             for n, t in times.items()
         }
         for name in systems if steps is None else ():
+            # above 1 is in TokCom's favour
             row[f"{name} / TokCom"] = row[f"{name} ms/token"] / row["TokCom ms/token"]
         rows.append(row)
     sizes = {"TokCom": ours.parameters} | {n: g.parameters for n, g in systems.items()}
@@ -316,6 +331,7 @@ def sampling(args: argparse.Namespace) -> dict:
             args.preset,
             codec_config=chunks,
             transformer_config={"latent_channels": 16 * size},
+            # a step for each token of the chunk, so that all of them draw from exact probabilities
             num_inference_steps=size,
         )
         batch = args.batch_sizes[0]
@@ -391,13 +407,16 @@ def start_server(pipe) -> tuple:
     from tokcom.cli.serve import build_app
     from tokcom.cli.server_settings import ServerSettings
 
+    # an hour: requests that wait for their turn are part of the measurement
     app = build_app(pipe, ServerSettings(timeout=3600.0))
+    # port 0 lets the system choose a free one
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
         time.sleep(0.01)
     url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1"
+    # a retry would count a request twice
     client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=3600)
     return server, thread, client
 
@@ -425,6 +444,7 @@ def serving(args: argparse.Namespace) -> dict:
         client = servers[name][2]
         with ThreadPoolExecutor(clients) as pool:
             started = time.perf_counter()
+            # of all threads of this process, the clients included
             busy = time.process_time()
             futures = [pool.submit(ask, client, seed) for seed in range(clients)]
             answers = [answer for future in futures for answer in future.result()]
@@ -433,6 +453,7 @@ def serving(args: argparse.Namespace) -> dict:
         return {
             "tokens per second": tokens / (time.perf_counter() - started),
             "p50, s": statistics.median(latencies),
+            # the smallest latency that at least 95 % of the requests do not exceed
             "p95, s": latencies[max(0, -(-95 * len(latencies) // 100) - 1)],
             "processor ms per token": 1000 * (time.process_time() - busy) / tokens,
         }

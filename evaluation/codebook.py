@@ -24,7 +24,7 @@ from tokcom.training.data import load_documents, tokenize_documents
 from tokcom.training.images import picture_grid, read_pictures
 from tokcom.training.pipelines import load_pipeline
 
-BATCH = 64
+BATCH = 64  # pictures or clips that are encoded at once
 
 
 @torch.no_grad()
@@ -35,6 +35,7 @@ def held_out_codes(pipe: TokComBasePipeline, args: argparse.Namespace) -> torch.
             f"{args.model} has no quantiser, so there are no codes to count; train one with "
             "`quantizer=vq` or `fsq`, or of several streams a model of one."
         )
+    # by what the codec reads, whatever it is called
     read = {"input_ids": codes_of_texts, "pixel_values": codes_of_pictures}
     return read[pipe.model.config.codec_config.input_name](pipe, args)
 
@@ -46,6 +47,7 @@ def codes_of_texts(pipe: TokComBasePipeline, args: argparse.Namespace) -> torch.
     tokens = tokenize_documents(documents, pipe.tokenizer, args.text_column, "held-out text")
     whole = len(tokens) // size * size
     chunks = torch.from_numpy(tokens)[:whole].long().view(-1, size)  # (M, K)
+    # as many chunks as the codes of `limit` pictures, about
     batches = chunks[: args.limit * BATCH].split(16 * BATCH)
     return torch.cat(
         [
@@ -70,7 +72,7 @@ def codes_of_pictures(pipe: TokComBasePipeline, args: argparse.Namespace) -> tor
         pixels = torch.stack(
             [data[i]["pixel_values"] for i in range(start, min(start + BATCH, len(data)))]
         )
-        parts.append(model.encode(pixel_values=pixels).codes.flatten(0, 1))
+        parts.append(model.encode(pixel_values=pixels).codes.flatten(0, 1))  # (B * N, R)
     return torch.cat(parts)
 
 
@@ -79,6 +81,7 @@ def sizes(pipe: TokComBasePipeline, levels: int) -> list[int]:
     quantizer = pipe.model.codec.quantizer
     if isinstance(quantizer, FiniteScalarQuantizer):
         return [quantizer.num_codes]
+    # each level of a residual quantiser has a codebook of the same size
     return [quantizer.num_codes] * levels
 
 
@@ -96,11 +99,14 @@ def show_codes(
     best = values[counts.argsort(descending=True)[:shown]]
     # the other levels at their most frequent code
     rest = codes.mode(0).values[None, 1:].expand(len(best), -1)
+    # (shown, 1, C): clips of one patch
     latents = codec.from_codes(torch.cat((best[:, None], rest), dim=1)[:, None])
     size = codec.config.patch_size
+    # (shown, 3, patch, patch)
     patches = codec.decode(latents, height=size, width=size).pixel_values[:, :3, 0]
     images = pipe.image_processor.postprocess(patches)
     rows = [images[i : i + 16] for i in range(0, len(images), 16)]
+    # patches are enlarged to about 32 pixels
     picture_grid(rows, scale=max(1, 32 // size)).save(file)
 
 
@@ -145,6 +151,7 @@ def main(argv: list[str] | None = None) -> dict:
         found.append({"level": level + 1, "codes": size, **code_statistics(codes[:, level], size)})
         columns.append(codes[:, level].unique(return_counts=True))
     plot_usage(columns, args.output_dir / "usage.png")
+    # other codecs decode no patch on its own, and of an autoencoder's latents one is no picture
     if pipe.model.config.codec_config.modality == "video" and pipe.vae is None:
         show_codes(pipe, codes, columns[0], args.output_dir / "codes.png")
     text = table(list(found[0]), [list(row.values()) for row in found]) + "\n"

@@ -30,7 +30,7 @@ from tokcom.training.data import get_tokenizer, load_documents, tokenize_documen
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-CHANNELS = 64
+CHANNELS = 64  # of the latent of a chunk, in all rows but that of fsq
 TEXTS = 65_536  # tokens of held-out text
 
 
@@ -45,6 +45,7 @@ ROWS: dict[str, dict] = {
     **{f"rvq{r}_k4_1k": _vq(4, 1024, r) for r in (2, 4, 8)},
     **{f"rvq{r}_k8_1k": _vq(8, 1024, r) for r in (8, 16)},
     "rvq4_k2_1k": _vq(2, 1024, 4),
+    # 24 channels of 5 levels: 24 log2(5) = 55.7 bits a chunk
     "fsq_k4": {"chunk_size": 4, "latent_channels": 24, "quantizer": "fsq", "fsq_levels": [5] * 24},
     "none_k4": {"chunk_size": 4, "latent_channels": CHANNELS},
 }
@@ -70,6 +71,7 @@ def train_row(name: str, args: argparse.Namespace) -> TokComModel:
         f"codec.eval_steps={args.max_steps}",
         "codec.eval_batches=4",
     ]
+    # a codec of chunks has no table of tokens, which predicting tokens would need
     overrides += [f"codec.checkpoint_steps={args.max_steps}", "model.prediction_type=latents"]
     overrides += [
         "model.transformer_config.head_attention=true",
@@ -87,7 +89,7 @@ def measure(model: TokComModel, ids: torch.Tensor, picture: Path) -> dict:
     """Bits per token, share of `ids (1, T)` that the codec returns, and usage of the codes."""
     config = model.config.codec_config
     encoded = model.encode(ids)
-    decoded = model.to_ids(encoded.latents)
+    decoded = model.to_ids(encoded.latents)  # (1, T)
     kept = (decoded == ids).float().mean().item()
     facts = {
         "K": config.chunk_size,
@@ -96,6 +98,7 @@ def measure(model: TokComModel, ids: torch.Tensor, picture: Path) -> dict:
     }
     if encoded.codes is None:
         return facts
+    # what a file of codes alone gives back must be what the codec gave
     stored = model.to_ids(model.codec.from_codes(encoded.codes))
     facts["same from codes"] = bool(torch.equal(stored, decoded))
     if config.quantizer == "fsq":  # it has more codes than any text could use: no usage
@@ -110,6 +113,7 @@ def measure(model: TokComModel, ids: torch.Tensor, picture: Path) -> dict:
         counts = torch.bincount(encoded.codes[..., level].flatten(), minlength=config.num_codes)
         axes.loglog(
             range(1, config.num_codes + 1),
+            # half a use more, so that unused codes stay on a logarithmic axis
             counts.sort(descending=True).values + 0.5,
             label=f"level {level}",
         )
@@ -119,6 +123,7 @@ def measure(model: TokComModel, ids: torch.Tensor, picture: Path) -> dict:
     figure.tight_layout()
     figure.savefig(picture, dpi=110)
     plt.close(figure)
+    # levels as if independent: an upper bound of what an entropy coder needs
     facts["entropy, bits per token"] = sum(use["entropy_bits"] for use in uses) / config.chunk_size
     mean = {key: float(np.mean([use[key] for use in uses])) for key in ("usage", "perplexity")}
     return facts | mean | {"distinct codes": None}
@@ -162,12 +167,40 @@ def lossless(text: str, tokens: int) -> list[dict]:
     sizes = {
         "UTF-8": len(raw),
         "gzip -9": len(gzip.compress(raw, 9)),
+        # the strongest usual levels, for a fair comparison with a trained codec
         "zstd -19": len(zstandard.compress(raw, 19)),
     }
     return [
         {"row": name, "bits per token": 8 * size / tokens, "token accuracy": 1.0}
         for name, size in sizes.items()
     ]
+
+
+def write_table(work: Path, file: str, picture: str | None) -> None:
+    """Collect all rows measured so far into a Markdown table, and draw them if asked to."""
+    found = [
+        row
+        for path in sorted(work.glob("*.json"))
+        for row in json.loads(path.read_text(encoding="utf-8"))
+    ]
+    # a codec without a quantiser has no rate and comes last
+    found.sort(key=lambda row: row["bits per token"] or float("inf"))
+    columns = [
+        "row",
+        "K",
+        "bits per token",
+        "entropy, bits per token",
+        "token accuracy",
+        "usage",
+        "perplexity",
+        "distinct codes",
+        "steps",
+    ]
+    text = table(columns, [[row.get(column) for column in columns] for row in found])
+    Path(file).write_text(text, encoding="utf-8")
+    print(text)
+    if picture:
+        draw_rates(found, picture)
 
 
 @report_errors()
@@ -197,7 +230,9 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer = get_tokenizer(args.checkpoint, 0, [], "")
         documents = load_documents(args.validation, DataConfig(train=args.train), "validation")
         tokens = tokenize_documents(documents, tokenizer, "text", "held-out text")[:TEXTS]
+        # whole chunks of every row's K, so all rows see the same text
         ids = torch.from_numpy(tokens[: len(tokens) // 16 * 16].astype(np.int64))[None]
+        # the very text of these tokens, so that bits are divided by as many
         baselines = lossless(tokenizer.decode(ids[0], skip_special_tokens=True), ids.numel())
         (work / "lossless.json").write_text(
             json.dumps(baselines, indent=2) + "\n", encoding="utf-8"
@@ -209,27 +244,7 @@ def main(argv: list[str] | None = None) -> None:
         (work / f"{name}.json").write_text(json.dumps([facts], indent=2) + "\n", encoding="utf-8")
         print(json.dumps(facts))
     if args.table:
-        found = [
-            row
-            for file in sorted(work.glob("*.json"))
-            for row in json.loads(file.read_text(encoding="utf-8"))
-        ]
-        found.sort(key=lambda row: row["bits per token"] or float("inf"))
-        columns = [
-            "row",
-            "K",
-            "bits per token",
-            "entropy, bits per token",
-            "token accuracy",
-            "usage",
-            "perplexity",
-        ]
-        columns += ["distinct codes", "steps"]
-        text = table(columns, [[row.get(column) for column in columns] for row in found])
-        Path(args.table).write_text(text, encoding="utf-8")
-        print(text)
-        if args.picture:
-            draw_rates(found, args.picture)
+        write_table(work, args.table, args.picture)
 
 
 if __name__ == "__main__":

@@ -217,9 +217,16 @@ def measure_digits(study, parts: Parts) -> dict:
             if "closeness" in found:
                 sounds.append({"sounds": f"{direction}, {key}", **found["closeness"]})
         rows.append(row)
-    nothing = parts.measure("from nothing", lambda: measure_agreement(study, judges))
     row = {"direction": "from nothing", "measure": "all three agree"}
-    row |= {"chance": len(classes) ** -2, "guidance 1": nothing["agree"]}
+    row["chance"] = len(classes) ** -2
+    nothing = []
+    for scale in study.args.guidance_scales:
+        key = f"guidance {scale:g}"
+        found = parts.measure(
+            f"from nothing, {key}", lambda scale=scale: measure_agreement(study, judges, scale)
+        )
+        row[key] = found["agree"]
+        nothing.append({"from nothing": key, **found})
     return {"directions": [*rows, row], "sounds": sounds, "from nothing": nothing}
 
 
@@ -237,26 +244,28 @@ def measure_direction(judge: StreamJudge, given: str, scale: float, wanted: list
     return {"right": right, **judge.details(contents, given, wanted, is_last)}
 
 
-def measure_agreement(study, judges: dict[str, StreamJudge]) -> dict:
-    """Of streams that are generated together from nothing: how often they are of one class, and how
-    often each class comes."""
+def measure_agreement(study, judges: dict[str, StreamJudge], scale: float) -> dict:
+    """Of streams that are made in turn from nothing: how often they are of one class, and how often
+    the rarest and the most frequent class come."""
     generator = torch.Generator().manual_seed(study.args.seed)
     count = len(study.data["digits_test"]["caption"])
     found: dict[str, list[int]] = {name: [] for name in judges}
     for start in trange(0, count, BATCH, desc="from nothing", leave=False):
         size = min(BATCH, count - start)
-        made = study.pipe({}, list(found), size, study.args.steps, generator=generator).streams
+        made = study.pipe({}, list(found), size, study.args.steps, scale, generator=generator)
         for name, classes in found.items():
-            classes += judges[name].classify(made[name])
+            classes += judges[name].classify(made.streams[name])
     texts, pictures, sounds = (np.array(classes) for classes in found.values())
     number = len(judges["text"].classes)
+    shares = [float(np.mean(texts == i)) for i in range(number)]
     return {
         "agree": float(np.mean((texts == pictures) & (pictures == sounds))),
         "text and picture": float(np.mean(texts == pictures)),
         "text and sound": float(np.mean(texts == sounds)),
         "picture and sound": float(np.mean(pictures == sounds)),
         "captions": float(np.mean(texts >= 0)),
-        "of each class": [float(np.mean(texts == i)) for i in range(number)],
+        "rarest class": min(shares),
+        "most frequent class": max(shares),
     }
 
 

@@ -45,7 +45,9 @@ ROWS = 16  # texts scored at once
 def truncate(logits: torch.Tensor, top_k: int, min_p: float) -> torch.Tensor:
     """Log-probabilities `(..., V)` after `top_k` and `min_p`; -inf for tokens that are cut."""
     kept, index = logits.topk(top_k, dim=-1)
+    # min-p cuts below a share of the largest probability: a difference of logits
     kept = kept.masked_fill(kept < kept[..., :1] + np.log(min_p), float("-inf"))
+    # the softmax over what is kept renormalises it
     return torch.full_like(logits, float("-inf")).scatter(-1, index, kept.log_softmax(-1))
 
 
@@ -72,16 +74,18 @@ class Teacher:
         totals = []
         impossible = 0
         for text, has_end in zip(tqdm(texts, desc="teacher", leave=False), ended):
+            # the teacher's own tokens: nats are comparable per character only
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             ids = [self.tokenizer.bos_token_id, *ids, *([self.end] if has_end else [])]
             whole = torch.tensor([ids], device=self.model.device)
-            logits = self.model(input_ids=whole).logits[0, :-1].float()
-            targets = whole[0, 1:, None]
+            logits = self.model(input_ids=whole).logits[0, :-1].float()  # (T, V)
+            targets = whole[0, 1:, None]  # (T, 1)
             plain = logits.log_softmax(-1).gather(-1, targets)[:, 0]
             if truncated:
                 cut = truncate(logits, self.top_k, self.min_p).gather(-1, targets)[:, 0]
                 # min-p in another precision may cut a token that was sampled
                 impossible += int(cut.isinf().sum())
+                # an infinity would be the sum of all texts; these are counted instead
                 plain = torch.where(cut.isinf(), plain, cut)
             totals.append(-float(plain.sum()))
         return np.array(totals), impossible
@@ -109,6 +113,7 @@ class TokComStudent:
     def __init__(self, pipe: TokComPipeline):
         self.pipe = pipe
         self.tokenizer = pipe.tokenizer
+        # whose objective has the likelihood of token models
         pipe.model.set_stage("flow")
         pipe.model.eval()
 
@@ -119,6 +124,7 @@ class TokComStudent:
         with tempered(self.pipe.model, temperature):
             for start in tqdm(range(0, len(rows), ROWS), desc="model", leave=False):
                 ids, mask = self.pipe._pad(rows[start : start + ROWS], "right")
+                # (B, N, K) summed to nats of a text; padding has no loss
                 totals.append(self.pipe.model(ids, mask).token_losses.sum((1, 2)).cpu().numpy())
         return np.concatenate(totals)
 
@@ -135,6 +141,7 @@ class TokComStudent:
         )
         eos = self.tokenizer.eos_token_id
         blocks = pipe.sample_blocks(TokComTask(noise), sampling)
+        # stops when every text has ended, as no later block is scored
         _, ids = join_blocks(until_all_ended(blocks, eos, [0] * count), noise)
         for row in ids[:, :length].tolist():
             rows.append(row[: row.index(eos) + 1] if eos in row else row)
@@ -153,9 +160,10 @@ class AutoregressiveStudent:
         totals = []
         device = self.model.device
         for row in tqdm(rows, desc="peer", leave=False):
+            # EOS in front, as in training, gives the first token a prediction
             whole = torch.tensor([[self.tokenizer.eos_token_id, *row]], device=device)
             with half_precision(device.type):
-                logits = self.model(input_ids=whole).logits[0, :-1]
+                logits = self.model(input_ids=whole).logits[0, :-1]  # (T, V)
             totals.append(
                 float(F.cross_entropy(logits.float() / temperature, whole[0, 1:], reduction="sum"))
             )
@@ -165,8 +173,9 @@ class AutoregressiveStudent:
     def sample(self, count: int, length: int, temperature: float, seed: int) -> list[list[int]]:
         torch.manual_seed(seed)
         eos = self.tokenizer.eos_token_id
-        start = torch.full((count, 1), eos, device=self.model.device)
+        start = torch.full((count, 1), eos, device=self.model.device)  # (B, 1)
         self.model.generation_config.eos_token_id = eos
+        # top_k 0: transformers would keep the likeliest 50 by default
         settings = {"do_sample": True, "temperature": temperature, "top_k": 0, "pad_token_id": eos}
         ids = self.model.generate(
             start, attention_mask=torch.ones_like(start), max_new_tokens=length, **settings
@@ -183,11 +192,13 @@ def measure(student, teacher: Teacher, texts: list[str], args: argparse.Namespac
     tokenizer = student.tokenizer
     eos = tokenizer.eos_token_id
     size = vocabulary_size(tokenizer)
+    # per character, since the two models have different tokens
     characters = sum(map(len, texts))
     own = student.nats([[*text_ids(tokenizer, text), eos] for text in texts])
     reference, impossible = teacher.nats(texts, [True] * len(texts), truncated=True)
     plain, _ = teacher.nats(texts, [True] * len(texts), truncated=False)
     facts = {
+        # sums over sums: the mean over characters, not the mean of the means of texts
         "forward": float(own.sum() - reference.sum()) / characters,
         "forward_over_plain_teacher": float(own.sum() - plain.sum()) / characters,
         "nats_per_character": float(own.sum()) / characters,
@@ -199,10 +210,14 @@ def measure(student, teacher: Teacher, texts: list[str], args: argparse.Namespac
         rows = student.sample(args.samples, args.length, temperature, args.seed)
         seconds = time.perf_counter() - began
         ended = [row[-1] == eos for row in rows]
+        # without the pad token, which the teacher does not know
         written = [tokenizer.decode([i for i in row if i != eos and i < size]) for row in rows]
         count = sum(map(len, written))
+        # under the distribution that the samples were drawn from, or the difference is no
+        # divergence
         own = student.nats(rows, temperature)
         reference, _ = teacher.nats(written, ended, truncated=False)
+        # an estimate of the KL divergence from the samples' distribution to the teacher
         facts[f"reverse_at_{temperature:g}"] = float(reference.sum() - own.sum()) / count
         facts[f"samples_at_{temperature:g}"] = {
             "characters": count,

@@ -30,6 +30,7 @@ def training_flops_per_token(model: nn.Module, input_ids: torch.Tensor) -> float
     """
     was_training = model.training
     costs = []
+    # transformers' models compute a loss only if they are given labels
     labels = {} if hasattr(model, "codec") else {"labels": input_ids}
 
     def step():

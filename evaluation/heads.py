@@ -30,7 +30,7 @@ EXPERIMENTS = {
     "B: vq": {"latent_head": "vq"},
     "A+B: vq, refiner": {"latent_head": "vq", "latent_refiner": "mlp"},
 }
-BATCH = 50
+BATCH = 50  # texts that are denoised at once
 
 
 def held_out_texts(args: argparse.Namespace) -> list[str]:
@@ -44,6 +44,7 @@ def held_out_texts(args: argparse.Namespace) -> list[str]:
     train, validation = (
         load_documents(path, data, split)[column] for split, path in sources.items()
     )
+    # a head that has memorised a text would look like one that decodes it
     shared = set(train) & set(validation)
     if shared:
         raise ValueError(
@@ -57,6 +58,7 @@ def held_out_texts(args: argparse.Namespace) -> list[str]:
 
 def predict(pipe: TokComPipeline, texts: list[str], noise_level: float, seed: int) -> list[str]:
     """Encode texts, mix them with noise, denoise them, pass them through the head and decode."""
+    # the same noise for every experiment of a seed, so that differences are those of the heads
     generator = torch.Generator().manual_seed(seed)
     predictions = []
     pipe.set_progress_bar_config(disable=True)
@@ -112,6 +114,7 @@ def main(argv: list[str] | None = None) -> None:
             seed,
         )
         file = write_predictions(args.work_dir / f"none-{seed}" / "predictions.json", texts, plain)
+        # the noise has a seed, too, so the model without a head varies
         files.append(f"no head={file}")
     for name, head in EXPERIMENTS.items():
         for seed in args.seeds:

@@ -26,13 +26,13 @@ from tqdm.auto import tqdm
 from tokcom.cli.errors import report_errors
 from tokcom.cli.loading import add_device_option
 from tokcom.evaluation.linear_codecs import PCA, QuantisedPCA
-from tokcom.evaluation.report import table
+from tokcom.evaluation.report import images_plots, table
 from tokcom.pipeline_media_tokcom import TokComImagePipeline
 from tokcom.quantization_tokcom import code_statistics
 from tokcom.training.images import captions_of, picture_grid, read_pictures
 
 BATCH = 32  # pictures in a step of the classifier
-PREFIXES = (1, 2, 4, 8, 16, 36)
+PREFIXES = (1, 2, 4, 8, 16, 36)  # tokens that pictures are decoded from, one column each
 
 
 # ---- distances ----
@@ -41,7 +41,9 @@ PREFIXES = (1, 2, 4, 8, 16, 36)
 def psnr(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """Peak signal-to-noise ratio in dB of images `(B, 3, H, W)` in [-1, 1], as if of 8 bits:
     `(B,)`."""
-    error = ((images - others) / 2).square().flatten(1).mean(1)
+    # / 2: the range of [-1, 1] is 2, and the peak of the formula is 1
+    error = ((images - others) / 2).square().flatten(1).mean(1)  # (B,)
+    # at most 100 dB, for equal pictures
     return -10 * error.clamp_min(1e-10).log10()
 
 
@@ -56,8 +58,9 @@ def ssim(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     )
 
     def blur(x: torch.Tensor) -> torch.Tensor:
-        return F.conv2d(x, window, groups=x.shape[1])
+        return F.conv2d(x, window, groups=x.shape[1])  # each colour on its own
 
+    # to [0, 1], for which the constants below are
     a = images / 2 + 0.5
     b = others / 2 + 0.5
     mean_a = blur(a)
@@ -65,6 +68,7 @@ def ssim(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     var_a = blur(a * a) - mean_a**2
     var_b = blur(b * b) - mean_b**2
     covariance = blur(a * b) - mean_a * mean_b
+    # the constants of the paper, which keep flat regions from dividing by 0
     c1 = 0.01**2
     c2 = 0.03**2
     value = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
@@ -81,10 +85,12 @@ def quality(images: torch.Tensor, others: torch.Tensor) -> dict[str, float]:
 def jpeg(image: Image.Image, scale: int, level: int) -> tuple[Image.Image, int]:
     """A picture through JPEG at `1 / scale` of its size, and the bytes of its scan alone, without
     headers and tables."""
+    # at a few dozen bytes a smaller picture at a higher quality often wins
     small = image.resize((image.width // scale, image.height // scale), Image.Resampling.BOX)
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=level, optimize=True)
     data = buffer.getvalue()
+    # the marker at which the coded pixels begin; its header's length follows it
     start = data.rindex(b"\xff\xda")
     # less the end marker
     scan = len(data) - start - 2 - int.from_bytes(data[start + 2 : start + 4], "big") - 2
@@ -96,6 +102,7 @@ def best_jpeg(images: torch.Tensor, processor, budget: float) -> dict[str, float
     `budget` bytes on average."""
     # if nothing is small enough
     pictures = processor.postprocess(images)
+    # nothing may be small enough
     best = {"psnr": None, "ssim": None}
     for scale in (1, 2, 4, 8):
         for level in (1, 5, 10, 20, 40, 60, 80, 95):
@@ -147,6 +154,7 @@ def order_curve(codec, latents: torch.Tensor, images: torch.Tensor) -> list[floa
 def order_facts(curve: list[float], quarter: int) -> dict[str, float]:
     """How ordered tokens are: the share of the whole gain that the first `quarter` of them hold,
     and falls of the curve."""
+    # from no token to all of them
     gain = curve[-1] - curve[0]
     falls = [a - b for a, b in zip(curve, curve[1:])]
     return {"share_of_gain": (curve[quarter] - curve[0]) / gain, "largest_fall": max(0.0, *falls)}
@@ -168,11 +176,12 @@ class Classifier(nn.Module):
                 nn.MaxPool2d(2),
             ]
             channels = inner
+        # 2 x 2 places keep roughly where something is
         self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten())
         self.heads = nn.ModuleList(nn.Linear(4 * channels, count) for count in classes)
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
-        features = self.body(images)
+        features = self.body(images)  # (B, 4 * channels)
         return [head(features) for head in self.heads]
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
@@ -198,9 +207,11 @@ def train_classifier(
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in tqdm(range(steps), desc="classifier", unit="step"):
+        # with replacement, so an epoch is a number of steps and not a pass
         rows = torch.randint(len(images), (BATCH,))
         wanted = labels[rows].to(device)
         found = model(images[rows].to(device))
+        # one body for all columns, with a head for each
         loss = sum(F.cross_entropy(logits, wanted[:, i]) for i, logits in enumerate(found))
         optimizer.zero_grad()
         loss.backward()
@@ -221,10 +232,14 @@ def frechet(features: torch.Tensor, others: torch.Tensor) -> float:
     """Frechet distance of the Gaussians fitted to two sets of features `(M, channels)`, as in FID
     (Heusel et al. 2017)."""
     a = features.double()
+    # in float64, since small eigenvalues decide how far two close sets are apart
     b = others.double()
+    # (channels, channels)
     cov_a = a.T.cov()
     cov_b = b.T.cov()
-    values, vectors = torch.linalg.eigh(cov_a)
+    values, vectors = torch.linalg.eigh(cov_a)  # (channels,), (channels, channels)
+    # The trace of sqrt(A B) is that of sqrt(sqrt(A) B sqrt(A)), which is symmetric: eigenvalues of
+    # a symmetric matrix are real, and rounding cannot make them complex.
     root = vectors * values.clamp_min(0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp_min(0).sqrt().sum()
     return float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
@@ -261,6 +276,7 @@ def read_labels(source: str, columns: list[str], count: int, names: list[list]) 
     for i, column in enumerate(columns):
         values = file.column(column).to_pylist()[:count]
         if len(names) == i:
+            # of the training pictures, whose classes the test pictures share
             names.append(sorted(set(values)))
         rows.append([names[i].index(value) for value in values])
     return torch.tensor(rows).T
@@ -280,10 +296,12 @@ def measure_codec(
     images = test.images
     facts = {"rows": []}
     config = codec.config
+    # PCA may keep as many numbers as the codec has, none of them quantised
     coefficients = config.num_tokens * config.latent_channels
     facts["rows"].append(
         {"codec": "style", "numbers": coefficients, **quality(decode(codec, latents), images)}
     )
+    # of training pictures, as the codec has seen them alone
     pca = PCA(train.images)
     facts["rows"].append(
         {
@@ -292,10 +310,12 @@ def measure_codec(
             **quality(pca.reconstruct(images, coefficients), images),
         }
     )
+    # what a codec knows before it has read anything
     mean = train.images.mean(0).expand_as(images)
     facts["rows"].append({"codec": "mean picture", "numbers": 0, **quality(mean, images)})
     facts["curve"] = order_curve(codec, latents, images)
     steps = range(1, config.num_tokens + 1)
+    # without components PCA is the mean picture
     facts["pca_curve"] = [facts["rows"][2]["psnr"]] + [
         psnr(pca.reconstruct(images, k * config.latent_channels), images).mean().item()
         for k in steps
@@ -319,14 +339,15 @@ def measure_codebook(pipe: TokComImagePipeline, train: torch.Tensor, images: tor
     """Reconstruction of `images (B, 3, H, W)` from codes, beside JPEG and quantised PCA of as many
     bytes, and how the codes are used."""
     model = pipe.model
-    codes = by_parts(lambda part: model.encode(pixel_values=part).codes, images, model)
+    codes = by_parts(lambda part: model.encode(pixel_values=part).codes, images, model)  # (B, N, 1)
     decoded = by_parts(lambda part: pipe.decode(part, output_type="pt").images, codes, model)
     config = pipe.model.config.codec_config
     size = config.num_codes
+    # bytes of a picture, each code at its full width
     budget = config.num_tokens * math.log2(size) / 8
     linear = QuantisedPCA(train, round(8 * budget))
     rebuilt = linear.reconstruct(images)
-    used = codes.flatten().bincount(minlength=size).sort(descending=True).values
+    used = codes.flatten().bincount(minlength=size).sort(descending=True).values  # (size,)
     return {
         "rows": [
             {"codec": f"style, {size} codes", "bytes": budget, **quality(decoded, images)},
@@ -366,6 +387,7 @@ def draw(pipe: TokComImagePipeline, captions: list[str], args: argparse.Namespac
             "num_inference_steps": args.num_inference_steps,
         }
         chosen = captions[start : start + 64]
+        # one generator for all parts: each part draws noise of its own
         parts.append(pipe(chosen, generator=generator, output_type="pt", **settings).images.cpu())
     return torch.cat(parts)
 
@@ -385,6 +407,7 @@ def measure_steps(
     for directory in args.students:
         student = TokComImagePipeline.from_pretrained(directory).to(args.device)
         systems.append(
+            # a student has learnt the teacher's guidance, and is asked without
             (Path(directory).name, student, student.model.config.num_inference_steps, 1.0)
         )
     for name, system, steps, guidance in systems:
@@ -392,12 +415,14 @@ def measure_steps(
             **{**vars(args), "num_inference_steps": steps, "guidance_scale": guidance}
         )
         started = time.perf_counter()
+        # the same captions and seed for every system
         drawn = draw(system, test.captions[: len(labels)], settings)
         seconds = time.perf_counter() - started
         shares = recognised(classifier, drawn, labels)
         row = {"system": name, "steps": steps, "evaluations": steps * (1 + (guidance != 1))}
         row |= {f"{column} recognised": share for column, share in zip(args.label_columns, shares)}
         row |= {
+            # FID's formula with features of the small classifier: comparable within this table only
             "Frechet distance": frechet(classifier.features(drawn), real),
             "ms a picture": 1e3 * seconds / len(drawn),
         }
@@ -420,6 +445,7 @@ def measure_generation(
     labels = read_labels(args.train, args.label_columns, len(train.images), names)
     held_out = read_labels(args.test, args.label_columns, len(test.images), names)
     epochs = args.classifier_epochs
+    # it has seen real pictures only, and recognises what is drawn as far as that is like them
     classifier = train_classifier(train.images, labels, epochs, args.seed, args.device)
     count = min(args.num_samples, len(test.captions))
     drawn = draw(pipe, test.captions[:count], args)
@@ -432,9 +458,9 @@ def measure_generation(
         kind: recognised(classifier, images, held_out[: len(images)])
         for kind, images in kinds.items()
     }
-    shuffled = held_out[:count][
-        torch.randperm(count, generator=torch.Generator().manual_seed(args.seed))
-    ]
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(args.seed))
+    shuffled = held_out[:count][order]
+    # the control: pictures that are drawn well, but not for what the caption says
     found["drawn for another caption"] = recognised(classifier, drawn, shuffled)
     show = pipe.image_processor.postprocess
     rows = [show(drawn[i : i + 8]) for i in range(0, min(32, count), 8)]
@@ -447,11 +473,9 @@ def measure_generation(
     for kind, shares in found.items():
         for row, share in zip(rows, shares):
             row[kind] = share
-    steps = (
-        measure_steps(pipe, classifier, test, held_out[:count], args)
-        if args.steps or args.students
-        else []
-    )
+    steps = []
+    if args.steps or args.students:
+        steps = measure_steps(pipe, classifier, test, held_out[:count], args)
     return {"generation": rows, "steps": steps}
 
 
@@ -492,50 +516,6 @@ def report(facts: dict) -> str:
     return text + "\n"
 
 
-def plots(facts: dict, directory: Path) -> None:
-    """The order of the tokens, and how often each code is used."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    for name, key in (
-        ("nested dropout", "curve"),
-        ("without", "unordered_curve"),
-        ("PCA", "pca_curve"),
-    ):
-        if key in facts:
-            axes.plot(facts[key], label=name)
-    axes.set(xlabel="tokens kept", ylabel="PSNR, dB")
-    axes.legend()
-    figure.savefig(directory / "order.png", dpi=120)
-    if facts.get("steps"):
-        figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-        for name in dict.fromkeys(row["system"] for row in facts["steps"]):
-            rows = [row for row in facts["steps"] if row["system"] == name]
-            axes.plot(
-                [row["evaluations"] for row in rows],
-                [row["Frechet distance"] for row in rows],
-                "o-",
-                label=name,
-            )
-        axes.set(
-            xlabel="evaluations of the network",
-            ylabel="Frechet distance of a classifier's features",
-            xscale="log",
-        )
-        axes.legend()
-        figure.savefig(directory / "steps.png", dpi=120)
-    if "used" in facts:
-        figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-        axes.plot(facts["used"])
-        axes.set(
-            xlabel="code, most used first", ylabel="tokens of held-out pictures", yscale="symlog"
-        )
-        figure.savefig(directory / "codebook.png", dpi=120)
-
-
 @report_errors()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
@@ -574,6 +554,7 @@ def main(argv: list[str] | None = None) -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     pipe = TokComImagePipeline.from_pretrained(args.model).to(args.device)
     train, test = (Pictures(source, pipe, args, args.limit) for source in (args.train, args.test))
+    # once, for all measurements of the test pictures
     latents = encode(pipe.model.codec, test.images)
     facts = measure_codec(pipe, train, test, latents, args)
     if args.label_columns:
@@ -583,7 +564,7 @@ def main(argv: list[str] | None = None) -> None:
         json.dumps(facts, indent=1) + "\n", encoding="utf-8"
     )
     (args.output_dir / "results.md").write_text(report(facts), encoding="utf-8")
-    plots(facts, args.output_dir)
+    images_plots(facts, args.output_dir)
     print(report(facts))
 
 

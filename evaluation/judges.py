@@ -23,20 +23,23 @@ def token_nll(
 
     Without a prompt the first token has no context and is NaN: use `np.nanmean` for means.
     """
-    whole = ids if prompts is None else np.concatenate((prompts, ids), axis=1)
+    whole = ids if prompts is None else np.concatenate((prompts, ids), axis=1)  # (B, P + T)
     rows = []
     for start in range(0, len(whole), batch_size):
         batch = torch.from_numpy(whole[start : start + batch_size].astype(np.int64)).to(
             model.device
         )
         with half_precision(batch.device.type):
-            logits = model(input_ids=batch).logits[:, :-1]
+            # the last position predicts what is not there
+            logits = model(input_ids=batch).logits[:, :-1]  # (B, T - 1, V)
+        # in float32: a sum over the vocabulary in bfloat16 has two digits
         losses = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="none"
         )
         rows.append(losses.view(len(batch), -1).cpu().numpy())
     # the first token of a row has no prediction
     losses = np.pad(np.concatenate(rows), ((0, 0), (1, 0)), constant_values=np.nan)
+    # prompts are context, not scored
     return losses[:, -ids.shape[1] :]
 
 
@@ -68,12 +71,13 @@ class TextJudge:
                 prompt + text, return_tensors="pt", return_offsets_mapping=True
             )
             whole = encoded["input_ids"].to(self.model.device)
-            ends = encoded["offset_mapping"][0, :, 1]
+            ends = encoded["offset_mapping"][0, :, 1]  # (T,), in characters
             # a token that begins in the prompt but reaches into the text is scored
             known = max(1, int((ends <= len(prompt)).sum()))
             if whole.shape[1] <= known:
                 results.append(float("nan"))
                 continue
+            # (scored tokens, V)
             logits = self.model(input_ids=whole).logits[0, known - 1 : -1].float()
             total = torch.nn.functional.cross_entropy(logits, whole[0, known:], reduction="sum")
             results.append(float(total) / max(1, len(text)))

@@ -14,7 +14,7 @@ class PCA:
     """The best linear codec of images `(M, 3, H, W)`."""
 
     def __init__(self, images: torch.Tensor):
-        flat = images.flatten(1).double()
+        flat = images.flatten(1).double()  # (M, 3 H W)
         self.mean = flat.mean(0)
         self.shape = images.shape[1:]
         self.components = torch.linalg.svd(
@@ -32,7 +32,7 @@ class PCA:
 
     def synthesise(self, coefficients: torch.Tensor) -> torch.Tensor:
         """Images `(M, 3, H, W)` of their first components `(M, count)`."""
-        basis = self.components[:, : coefficients.shape[1]]
+        basis = self.components[:, : coefficients.shape[1]]  # (3 H W, count)
         rebuilt = coefficients @ basis.T + self.mean
         return rebuilt.float().view(-1, *self.shape).clamp(-1, 1)
 
@@ -47,7 +47,8 @@ class QuantisedPCA:
     def __init__(self, images: torch.Tensor, bits: int):
         self.bits = bits
         self.pca = PCA(images)
-        found = self.pca.coefficients(images, min(bits, self.pca.components.shape[1]))
+        # a component without a bit is not stored, so more than `bits` of them never matter
+        found = self.pca.coefficients(images, min(bits, self.pca.components.shape[1]))  # (M, count)
         shares = self.divide(found.var(0), bits)
         count = int((shares > 0).sum())
         self.levels = [lloyd(found[:, i], 2 ** int(shares[i])) for i in range(count)]
@@ -60,11 +61,12 @@ class QuantisedPCA:
         for _ in range(bits):
             worst = int(torch.where(shares < MOST_BITS, errors, -1).argmax())
             shares[worst] += 1
+            # a bit halves the steps of a quantiser and therefore quarters its squared error
             errors[worst] /= 4
         return shares
 
     def reconstruct(self, images: torch.Tensor) -> torch.Tensor:
-        found = self.pca.coefficients(images, len(self.levels))
+        found = self.pca.coefficients(images, len(self.levels))  # (M, components with a bit)
         rounded = [
             levels[torch.bucketize(found[:, i].contiguous(), middles(levels))]
             for i, levels in enumerate(self.levels)
@@ -79,10 +81,11 @@ def middles(levels: torch.Tensor) -> torch.Tensor:
 
 def lloyd(values: torch.Tensor, count: int) -> torch.Tensor:
     """The `count` sorted levels that serve `values (M,)` best."""
+    # start from quantiles, so that every level has values of its own
     shares = (torch.arange(count, dtype=values.dtype) + 0.5) / count
     levels = values.quantile(shares)
     for _ in range(LLOYD_STEPS):
-        places = torch.bucketize(values.contiguous(), middles(levels))
+        places = torch.bucketize(values.contiguous(), middles(levels))  # (M,), the nearest level
         sums = torch.zeros_like(levels).index_add_(0, places, values)
         counts = places.bincount(minlength=count)
         # a level that nothing is nearest to stays where it is

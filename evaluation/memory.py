@@ -45,11 +45,13 @@ def resized(config: TokComConfig, layers: int, frames: int, side: int) -> TokCom
     patches."""
     fields = deepcopy(config.to_dict())
     codec = fields["codec_config"]
+    # moments and patches in frames and pixels
     codec["num_frames"] = frames * codec["frames_per_patch"]
     codec["height"] = codec["width"] = side * codec["patch_size"]
     fields["transformer_config"]["num_hidden_layers"] = layers
     fields["transformer_config"]["max_position_embeddings"] = frames * side**2
     if fields["transformer_config"]["block_size"] is not None:
+        # a block is one moment
         fields["transformer_config"]["block_size"] = side**2
     return TokComConfig(**fields)
 
@@ -67,6 +69,7 @@ def saved_bytes(
         model.gradient_checkpointing_enable()
     codec = config.codec_config
     clip = torch.randn(1, codec.num_channels, codec.num_frames, codec.height, codec.width)
+    # weights are there anyway and are counted as such
     own = {
         tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())
     }
@@ -74,6 +77,7 @@ def saved_bytes(
     kept: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
+        # by storage: views of one tensor are kept once
         address = tensor.untyped_storage().data_ptr()
         if address not in own:
             kept[address] = tensor
@@ -103,9 +107,11 @@ def activations(
     slopes = {}  # bytes per latent at each depth
     for layers in (shallow, deep):
         slopes[layers] = (found[layers, many] - found[layers, few]) / (n2 - n1)
+    # bytes per latent and layer
     per_layer = (slopes[deep] - slopes[shallow]) / (deep - shallow)
     total = config.codec_config.num_tokens
     layers = config.transformer_config.num_hidden_layers
+    # bytes that do not grow with the latents
     fixed = found[shallow, few] - slopes[shallow] * n1
     fixed_per_layer = (found[deep, few] - slopes[deep] * n1 - fixed) / (deep - shallow)
     at_depth = slopes[shallow] + per_layer * (layers - shallow)
@@ -130,7 +136,9 @@ def operations(config: TokComConfig, parameters: int) -> float:
         ]
     # block-causal training runs over [clean | noisy]
     copies = 1 if transformer.block_size is None else 2
+    # scores and weighted sum, a multiply-add for each channel of each pair
     attention = 4 * transformer.hidden_size * sum(pairs) * copies**2
+    # a backward pass computes two products for each one of the forward pass
     return 3 * (2 * parameters * total * copies + attention)
 
 
@@ -144,6 +152,7 @@ def cost(config: TokComConfig, dtype: torch.dtype | None = torch.bfloat16) -> Co
         parameters=parameters,
         latents=total,
         operations=operations(config, parameters),
+        # four bytes for each pair of latents and head
         attention_matrix=4.0 * config.transformer_config.num_attention_heads * total**2,
         activations=activations(config, dtype=dtype),
         checkpointed=activations(config, True, dtype),
@@ -165,6 +174,7 @@ def run_step(config: TokComConfig, dtype: torch.dtype | None = torch.bfloat16) -
         loss = model(pixel_values=clip).loss
     loss.backward()
     optimizer.step()
+    # ru_maxrss is in KiB on Linux
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / GIB
     return {"loss": loss.item(), "seconds": time.perf_counter() - started, "grown_gib": grown}
 

@@ -30,9 +30,11 @@ def ngram_keys(ids: np.ndarray, n: int) -> np.ndarray:
     keys = np.zeros((*ids.shape[:-1], max(0, ids.shape[-1] - n + 1)), np.uint64)
     with np.errstate(over="ignore"):
         for i in range(n):  # the mixing steps of splitmix64, so that close ids have distant keys
+            # + 1, since 0 times anything is 0 and id 0 would leave no trace
             mixed = (ids[..., i : i + keys.shape[-1]] + np.uint64(1)) * np.uint64(
                 0x9E3779B97F4A7C15
             )
+            # multiplied at every step, so the order of tokens matters
             keys = (keys ^ (mixed ^ (mixed >> np.uint64(29)))) * np.uint64(0xBF58476D1CE4E5B9)
             keys ^= keys >> np.uint64(32)
     return keys
@@ -40,7 +42,7 @@ def ngram_keys(ids: np.ndarray, n: int) -> np.ndarray:
 
 def distinct_n(ids: np.ndarray, n: int) -> float:
     """Different n-grams divided by all n-grams of all samples."""
-    keys = ngram_keys(ids, n)
+    keys = ngram_keys(ids, n)  # (B, T - n + 1)
     return float(len(np.unique(keys)) / keys.size)
 
 
@@ -87,8 +89,9 @@ class TrainingNgrams:
     def chunks_seen(self, ids: np.ndarray, size: int) -> tuple[float, float]:
         """Share of K-grams seen in training, at chunk boundaries (on-grid) and across them
         (off-grid)."""
-        seen = self.seen(ids, size)
+        seen = self.seen(ids, size)  # (B, T - K + 1)
         on_grid = np.arange(seen.shape[1]) % size == 0
+        # with chunks of one token everything is on the grid
         across = float(seen[:, ~on_grid].mean()) if size > 1 else float("nan")
         return float(seen[:, on_grid].mean()), across
 
@@ -100,6 +103,7 @@ class TrainingNgrams:
         low = 0
         high = min(ids.shape[1], len(self.tokens))
         while low < high:
+            # rounded up, or `low` would never reach `high`
             n = (low + high + 1) // 2
             found = np.isin(ngram_keys(ids, n), ngram_keys(self.tokens, n)).any()
             low, high = (n, high) if found else (low, n - 1)
@@ -120,7 +124,7 @@ def brier_lm(first: np.ndarray, second: np.ndarray, real: np.ndarray) -> dict[st
         a = first[:, :n]
         b = second[:, :n]
         y = real[:, :n]
-        hits = (a == y).all(1).astype(float) + (b == y).all(1) - (a == b).all(1)
+        hits = (a == y).all(1).astype(float) + (b == y).all(1) - (a == b).all(1)  # (B,)
         values.append(100 * float(hits.mean()))
         results[f"brier_{n}"] = values[-1]
     results["brier_lm"] = float(np.prod(values) ** 0.25) if min(values) > 0 else 0.0
@@ -130,5 +134,6 @@ def brier_lm(first: np.ndarray, second: np.ndarray, real: np.ndarray) -> dict[st
 def bootstrap_interval(values: np.ndarray, seed: int = 0, draws: int = 1000) -> tuple[float, float]:
     """95 % interval of the mean of independent `values (B,)`, by resampling them."""
     values = np.asarray(values, dtype=float)
+    # with replacement: each draw is a sample of the same size from the sample
     means = np.random.default_rng(seed).choice(values, (draws, len(values))).mean(1)
     return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))

@@ -16,7 +16,7 @@ per class.
   class has one picture only, the nearest of these pictures is its class. *Real data* is what the
   classifiers find of held-out pictures and recordings. Baseline: the class of the nearest training
   record. `--judges` keeps the classifiers, so that they can be trained before any model.
-- Digits, from nothing: how often the text, the picture and the sound that are generated together
+- Digits, from nothing: how often the text, the picture and the sound that are made in turn
   are of one class.
 - Sounds: distances to the nearest training recording and to each other, compared with those of
   held-out recordings.
@@ -301,16 +301,12 @@ def report(facts: dict) -> str:
     )
     if facts.get("captions"):
         text += "\n## Captions\n\n" + table(["real", "model", "nearest"], facts["captions"])
-    for name in ("sounds", "text"):
+    for name in ("sounds", "from nothing", "text"):
         if facts.get(name):
             columns = [key for key in facts[name][0] if key != "samples"]
             text += f"\n## {name.capitalize()}\n\n" + table(
                 columns, [[row[key] for key in columns] for row in facts[name]]
             )
-    if facts.get("from nothing"):
-        text += "\n## From nothing\n\n" + table(
-            ["measure", "value"], list(map(list, facts["from nothing"].items()))
-        )
     for row in facts.get("text", []):
         text += f"\n- {row['texts']}: {', '.join(map(repr, row['samples']))}"
     return text + "\n"

@@ -23,8 +23,10 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
+        # flat and as bytes: numpy knows neither bfloat16 nor scalars without a dimension
         flat = value.detach().cpu().contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy().tobytes())
+    # 64 bits tell models apart, and nobody attacks this hash
     return digest.hexdigest()[:16]
 
 
@@ -34,6 +36,7 @@ class Parts:
 
     def __init__(self, file: Path, settings: dict[str, Any]):
         self.file = file
+        # as the file will hold them, or tuples and paths would never equal what is read back
         self.settings = json.loads(json.dumps(settings, default=str))
         self.found: dict[str, Any] = {}
         if file.is_file():
@@ -44,6 +47,7 @@ class Parts:
     def measure(self, name: str, function: Callable[[], Any]) -> Any:
         """What `function` returns, which JSON must hold, or what it returned in an earlier run."""
         if name not in self.found:
+            # a first run returns exactly what a later one reads
             self.found[name] = json.loads(json.dumps(function()))
             self._write()
         return self.found[name]

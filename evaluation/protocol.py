@@ -27,8 +27,8 @@ from tokcom.evaluation.reconstruction import held_out_nll
 from tokcom.evaluation.samplers import TokComSampler
 
 PROMPT = 32  # tokens
-CONTINUATION = 64
-BRIER_PROMPT = 32
+CONTINUATION = 64  # tokens
+BRIER_PROMPT = 32  # tokens
 
 
 @dataclass
@@ -66,12 +66,13 @@ class Study:
 def held_out_windows(tokens: np.ndarray, length: int, count: int) -> np.ndarray:
     """At most `count` windows of `tokens (T,)`, `(count, length)`, evenly spaced, no overlap."""
     starts = np.linspace(0, len(tokens) - length, min(count, len(tokens) // length)).astype(int)
-    return tokens[starts[:, None] + np.arange(length)]
+    return tokens[starts[:, None] + np.arange(length)]  # (count, length)
 
 
 def nll_by_place(nll: np.ndarray, chunk_size: int) -> list[float]:
     """Mean of `nll (B, T)` at each place of the chunk; an incomplete last chunk is left out."""
     whole = nll[:, : nll.shape[1] // chunk_size * chunk_size]
+    # (B, chunks, K); NaN is the first token of a text without a prompt
     return np.nanmean(whole.reshape(len(nll), -1, chunk_size), axis=(0, 1)).tolist()
 
 
@@ -79,8 +80,9 @@ def measure_setting(
     judge: TokenJudge, prompts: np.ndarray, setting: str, sampler, chunk_size: int
 ) -> dict:
     """One point of the frontier: NLL of continuations, also by place in the chunk, and entropy."""
-    ids = sampler.sample(prompts, CONTINUATION, seed=0)
-    nll = judge.nll(ids, prompts)
+    # one seed for all settings, so that a frontier is not made of luck
+    ids = sampler.sample(prompts, CONTINUATION, seed=0)  # (B, 64)
+    nll = judge.nll(ids, prompts)  # (B, 64)
     facts = {"setting": setting, "nll": float(nll.mean()), "entropy": sample_entropy(ids)}
     return facts | {"nll_by_place": nll_by_place(nll, chunk_size)}
 
@@ -89,14 +91,18 @@ def control_texts(study: Study, length: int, count: int, seed: int) -> dict[str,
     """Real held-out text, the same with shuffled tokens, random training chunks, and a repeated
     phrase."""
     generator = np.random.default_rng(seed)
-    real = study.windows(length, count)
+    real = study.windows(length, count)  # (B, length)
     size = study.chunk_size
     count = len(real)
     starts = generator.integers(0, len(study.train) - size, (count, -(-length // size)))
+    # fluent inside a chunk and senseless across: what a model of chunks alone would write
+    # (B, length)
     chunks = study.train[starts[..., None] + np.arange(size)].reshape(count, -1)[:, :length]
+    # a low NLL without any content, which the entropy beside it gives away
     phrase = np.tile(real[:, :8], (1, -(-length // 8)))[:, :length]
     return {
         "real text": real,
+        # the right frequencies in the wrong order
         "shuffled tokens": generator.permuted(real, axis=1),
         "random training chunks": chunks,
         "repeated phrase": phrase,
@@ -105,7 +111,7 @@ def control_texts(study: Study, length: int, count: int, seed: int) -> dict[str,
 
 def describe(study: Study, ids: np.ndarray, prompts: np.ndarray | None = None) -> dict:
     """All measures of one set of samples `(B, T)`, which may continue `prompts (B, P)`."""
-    nll = study.token_judge.nll(ids, prompts)
+    nll = study.token_judge.nll(ids, prompts)  # (B, T)
     per_sample = np.nanmean(nll, axis=1)  # tokens of one sample are not independent, samples are
     low, high = bootstrap_interval(per_sample)
     on_grid, off_grid = study.ngrams.chunks_seen(ids, study.chunk_size)
@@ -121,6 +127,7 @@ def describe(study: Study, ids: np.ndarray, prompts: np.ndarray | None = None) -
         "chunks_seen_on_grid": on_grid,
         "chunks_seen_off_grid": off_grid,
     }
+    # judges of text read one at a time and are slow, so they read fewer
     texts = [study.decode(row) for row in spread(ids, study.text_judge_samples)]
     before = None
     if prompts is not None:
@@ -134,6 +141,7 @@ def describe(study: Study, ids: np.ndarray, prompts: np.ndarray | None = None) -
 def over_seeds(runs: list[dict]) -> dict:
     """Means over seeds of `describe` results, with the standard deviation of `nll`, `entropy` and
     `rep_4`."""
+    # axis 0, since some values are lists, such as those by place
     mean = {key: np.mean([run[key] for run in runs], axis=0).tolist() for key in runs[0]}
     spread = {
         f"{key}_std_over_seeds": float(np.std([run[key] for run in runs]))
@@ -145,7 +153,9 @@ def over_seeds(runs: list[dict]) -> dict:
 def unconditional(study: Study, systems: dict) -> dict:
     """Unconditional samples, and controls of the same size: `{name: describe(...)}`."""
     controls = control_texts(study, study.length, study.samples, 0)
+    # the scale on which the systems are read: what real and faked text would get
     results = {name: describe(study, ids) for name, ids in controls.items()}
+    # there may be less held-out text than samples were asked for
     count = len(controls["real text"])
     for name, sampler in systems.items():
         runs = []
@@ -158,7 +168,7 @@ def unconditional(study: Study, systems: dict) -> dict:
 def continuation(study: Study, systems: dict) -> dict:
     """Continue held-out prompts of 32 tokens by 64, and also prompts of 33..35 tokens, whose last
     chunk is incomplete."""
-    windows = study.windows(PROMPT + CONTINUATION, study.samples)
+    windows = study.windows(PROMPT + CONTINUATION, study.samples)  # (B, 32 + 64)
     prompts = windows[:, :PROMPT]
     real = windows[:, PROMPT:]
     controls = {
@@ -168,6 +178,7 @@ def continuation(study: Study, systems: dict) -> dict:
     controls["random training chunks"] = control_texts(study, CONTINUATION, len(real), 0)[
         "random training chunks"
     ]
+    # the end of the prompt again and again, which a judge finds easy
     controls["repeated phrase"] = np.tile(prompts[:, -8:], (1, CONTINUATION // 8))
     results = {name: describe(study, ids, prompts) for name, ids in controls.items()}
     for name, sampler in systems.items():
@@ -176,6 +187,7 @@ def continuation(study: Study, systems: dict) -> dict:
             for seed in tqdm(range(study.seeds), desc=f"continuation: {name}")
         ]
         results[name] = over_seeds(runs)
+        # every place in a chunk at which a prompt can end
         for extra in range(1, study.chunk_size):
             odd = study.windows(PROMPT + extra, study.samples)
             ids = sampler.sample(odd, CONTINUATION, 0)
@@ -198,6 +210,7 @@ def frontier(study: Study, make_sampler: dict, count: int) -> dict:
     windows = study.windows(PROMPT + CONTINUATION, count)
     prompts = windows[:, :PROMPT]
     real = windows[:, PROMPT:]
+    # NLL alone rewards repetition, so systems are compared where they are as diverse as real text
     target = sample_entropy(real)
     results = {
         "real text": {"entropy": target, "nll": float(study.token_judge.nll(real, prompts).mean())}
@@ -221,6 +234,8 @@ def at_entropy(points: list[dict], target: float) -> float | None:
     """
     sweeps = {}
     for point in sorted(points, key=lambda p: p["entropy"]):
+        # points of different sweeps lie on different curves, between which nothing can be
+        # interpolated
         sweeps.setdefault(point["setting"].split()[0], []).append(point)
     found = []
     for sweep in sweeps.values():
@@ -233,7 +248,7 @@ def at_entropy(points: list[dict], target: float) -> float | None:
 
 def brier(study: Study, systems: dict, count: int) -> dict:
     """BrierLM of the four tokens after `count` held-out prompts of 32 tokens."""
-    windows = study.windows(BRIER_PROMPT + 4, count)
+    windows = study.windows(BRIER_PROMPT + 4, count)  # (B, 32 + 4)
     prompts = windows[:, :BRIER_PROMPT]
     real = windows[:, BRIER_PROMPT:]
     results = {}
@@ -252,12 +267,13 @@ def likelihood(
     Scores `windows` windows without their first `skipped` tokens. None for a TokCom model that
     draws several tokens in one step, because its likelihood is not known.
     """
-    ids = study.windows(length, windows)
+    ids = study.windows(length, windows)  # (windows, length)
     results = {}
     for name, sampler in systems.items():
         if isinstance(sampler, TokComSampler):
             nll = held_out_nll(sampler.pipe.model, ids, skipped)
         else:
+            # 8 rows of 512 tokens: logits over the vocabulary take the most memory
             nll = float(token_nll(sampler.model, ids, batch_size=8)[:, skipped:].mean())
         results[name] = {"own_nll": nll}
     return results
@@ -267,8 +283,10 @@ def memorisation(study: Study, systems: dict) -> dict:
     """8-gram overlap with the training text and longest shared n-gram, also of held-out text of the
     same size."""
     results = {}
+    # what any text of this kind shares with the training text by chance
     samples = {"real text": study.windows(study.length, study.samples)}
     for name, sampler in systems.items():
+        # as many as of real text: more of them would find longer matches by chance
         samples[name] = sampler.sample(None, study.length, 0, len(samples["real text"]))
     for name, ids in samples.items():
         results[name] = {
@@ -286,10 +304,12 @@ def latency(
     results = {name: {} for name in systems}
     for batch in batches:
         times = {name: [] for name in systems}
+        # systems take turns, so that a machine that slows down does not slow one alone
         for repeat in tqdm(range(repeats + 3), desc=f"latency: batch {batch}"):
             for name, sampler in systems.items():
                 started = time.perf_counter()
                 sampler.sample(prompts[:batch], length, repeat)
+                # kernels are only queued; wait until they are done
                 if torch.cuda.is_available():
                     torch.cuda.synchronize()
                 times[name].append(1000 * (time.perf_counter() - started) / (length * batch))

@@ -70,6 +70,7 @@ class PublishedTokCom:
         for side in ("encoder", "decoder"):
             vae[f"{side}.norm.weight"] = 1 + 0.1 * torch.randn(hidden_size)
         for name, shape in linears.items():
+            # outputs of unit variance, so that no layer saturates and errors show
             denoiser[f"{name}.weight"] = torch.randn(shape) / shape[1] ** 0.5
             denoiser[f"{name}.bias"] = torch.randn(shape[0])
         return cls(vae, denoiser, num_layers, num_heads, num_groups, vocab_size - 1)
@@ -79,15 +80,16 @@ class PublishedTokCom:
     def encode(self, ids: torch.Tensor) -> torch.Tensor:
         """Ids `(B, T)` -> latents `(B, N, D)`: the last state of a transformer in each chunk."""
         chunks = ids.view(-1, self.chunk_size)
-        states = self._stack(self.vae["embed_tokens.weight"][chunks], "encoder")
+        states = self._stack(self.vae["embed_tokens.weight"][chunks], "encoder")  # (B * N, K, D)
         return states[:, -1].view(len(ids), -1, states.shape[-1])
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents `(B, N, D)` -> logits `(B, N * K, V)`."""
         embeddings = self.vae["embed_tokens.weight"]
         flat = latents.reshape(-1, 1, latents.shape[-1])
+        # the latent takes the first place of the chunk, and the mask token the others
         omni = embeddings[self.omni_token_id].expand(len(flat), self.chunk_size - 1, -1)
-        states = self._stack(torch.cat((flat, omni), 1), "decoder")
+        states = self._stack(torch.cat((flat, omni), 1), "decoder")  # (B * N, K, D)
         return (states @ embeddings.T).view(len(latents), -1, len(embeddings))
 
     def denoise(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -95,8 +97,9 @@ class PublishedTokCom:
         state = self.denoiser
         half = x.shape[-1] // 2
         exponents = -math.log(10000) * torch.arange(half, device=x.device) / half
+        # t in [0, 1], not times 1000
         angles = t[:, None] * torch.exp(exponents)
-        wave = torch.cat((angles.cos(), angles.sin()), -1)
+        wave = torch.cat((angles.cos(), angles.sin()), -1)  # (B, D)
         hidden = F.silu(wave @ state["time_mlp.0.weight"].T + state["time_mlp.0.bias"])
         condition = F.silu(hidden @ state["time_mlp.2.weight"].T + state["time_mlp.2.bias"])
 
@@ -140,7 +143,9 @@ class PublishedTokCom:
             for n in "qkv"
         )
         shared = self.num_heads // self.num_groups
+        # grouped queries: each key and value head serves `shared` query heads
         key, value = (u.repeat_interleave(shared, dim=1) for u in (rotate(key), value))
+        # (B, H, S, S)
         weights = (rotate(query) @ key.transpose(2, 3) / math.sqrt(size)).softmax(-1)
         return (weights @ value).transpose(1, 2).flatten(2) @ state[f"{prefix}o_proj.weight"].T
 
@@ -157,6 +162,7 @@ class PublishedTokCom:
 
         There is one t per row, drawn unless it is given.
         """
+        # the codec is finished and frozen
         with torch.no_grad():
             clean = self.encode(ids)
         if t is None:
@@ -176,6 +182,7 @@ class PublishedTokCom:
             t = start + i / steps
             whole = x if keep is None else torch.cat((keep, x), 1)
             clean = self.denoise(whole, torch.full((len(x),), t, device=x.device))[:, -x.shape[1] :]
+            # dx/dt = (x1 - x) / (1 - t)
             x = x + (clean - x) / (1 - t) / steps
         return x
 
@@ -185,6 +192,7 @@ def _block(
 ) -> State:
     shapes = {"self_attn.q_proj": (hidden_size, hidden_size)}
     shapes |= {f"self_attn.{n}_proj": (key_size, hidden_size) for n in "kv"}
+    # only query, key and value have biases, as in Qwen2
     state = {f"{prefix}{n}.bias": torch.randn(s[0]) * 0.1 for n, s in shapes.items()}
     shapes |= {f"mlp.{n}_proj": (intermediate_size, hidden_size) for n in ("gate", "up")}
     shapes |= {
@@ -193,6 +201,7 @@ def _block(
     }
     state |= {f"{prefix}{n}.weight": torch.randn(s) / s[1] ** 0.5 for n, s in shapes.items()}
     state |= {f"{prefix}{n}.weight": 1 + 0.1 * torch.randn(hidden_size) for n in norms}
+    # a buffer that files hold and nobody reads: zeros would show if somebody did
     return state | {f"{prefix}self_attn.rope.inv_freq": torch.zeros(4)}
 
 

@@ -29,20 +29,22 @@ def reconstruction_accuracy(
     def accuracy(change, only: torch.Tensor | None = None) -> tuple[float, float]:
         hits = []
         for ids in batches:
-            found = codec.to_ids(change(codec.encode(ids).latents))
+            found = codec.to_ids(change(codec.encode(ids).latents))  # (B, T)
             hits.append((found == ids).view(-1, size))
         hits = torch.cat(hits)  # (M, K)
         if only is None:
             return hits.float().mean().item(), hits.all(-1).float().mean().item()
-        chosen = torch.cat([torch.isin(ids, only).view(-1, size) for ids in batches])
+        chosen = torch.cat([torch.isin(ids, only).view(-1, size) for ids in batches])  # (M, K)
         return hits[chosen].float().mean().item(), float(chosen.sum())
 
     for level in tqdm(NOISE_LEVELS, desc="reconstruction", leave=False):
+        # noise of the host's generator, which gives the same numbers on every device
         noisy = accuracy(lambda x, s=level: x + s * torch.randn(x.shape, generator=generator).to(x))
         results[f"token_accuracy_noise_{level}"], results[f"chunk_accuracy_noise_{level}"] = noisy
     if rare_ids is not None:
         rare = torch.from_numpy(rare_ids.astype(np.int64)).to(batches[0].device)
         results["token_accuracy_rare"], results["rare_tokens"] = accuracy(lambda x: x, rare)
+    # the same shuffle in every row: right latents at wrong places
     order = torch.randperm(batches[0].shape[1] // size, generator=generator)
     results["token_accuracy_shuffled_latents"] = accuracy(lambda x: x[:, order])[0]
     return results
@@ -51,6 +53,7 @@ def reconstruction_accuracy(
 def rarest_ids(tokens: np.ndarray, share: float = 0.1) -> np.ndarray:
     """The ids of the rarest `share` of the vocabulary that occurs in `tokens (T,)`."""
     ids, counts = np.unique(tokens, return_counts=True)
+    # stable, so that ties are broken alike everywhere
     return ids[np.argsort(counts, kind="stable")][: max(1, int(share * len(ids)))]
 
 
@@ -69,11 +72,14 @@ def token_losses_at(
     if head is None:
         with half:
             return model(ids, attention_mask, timestep=t).token_losses
+    # The time of the latent at which token k has come t of its way: its turn begins stagger * k
+    # turns after the first, and all turns together last 1 + stagger * (K - 1).
     times = [
         (t + head.stagger * k) / (1 + head.stagger * (head.num_symbols - 1))
         for k in range(head.num_symbols)
     ]
     with half:
+        # a pass for each place of the chunk, of which only that place is kept
         losses = [
             model(ids, attention_mask, timestep=time).token_losses[..., k]
             for k, time in enumerate(times)
@@ -93,6 +99,7 @@ def held_out_nll(model, windows: np.ndarray, skipped: int) -> float | None:
     turns = head is not None and (head.stagger == 1 or head.num_symbols == 1)
     if not turns or block_size != 1:
         return None
+    # the forward pass draws noise: a seed makes the measurement repeatable
     torch.manual_seed(0)
     ids = torch.from_numpy(windows.astype(np.int64)).to(model.device)
     losses = [
@@ -106,6 +113,7 @@ def cross_entropy_at(model, batches: list[torch.Tensor], seed: int) -> dict[str,
     """Mean of `token_losses_at` over t; at t = 0, pure noise, also by place in the chunk."""
     results = {}
     for t in tqdm(TIMESTEPS, desc="denoiser", leave=False):
+        # the same noise at every t, so that the curve is smooth
         torch.manual_seed(seed)
         places = [token_losses_at(model, ids, t).mean((0, 1)) for ids in batches]
         places = torch.stack(places).mean(0)  # (K,)
@@ -124,6 +132,7 @@ def share_of_informative_draws(
     """Share of training's t at which CE(t) lies between 5 % and 95 % of the unigram entropy."""
     torch.manual_seed(0)
     t = sample_times(model.config, torch.arange(draws)[None], 1).flatten().numpy()
+    # beyond the last time the curve is taken to be flat
     values = np.interp(t, TIMESTEPS, [curve[f"denoiser_ce_t_{t}"] for t in TIMESTEPS])
     return float(((values > 0.05 * unigram) & (values < 0.95 * unigram)).mean())
 
@@ -140,6 +149,7 @@ def prefers_true_prompt(
     """
     losses = []
     places = real.shape[1] // model.config.codec_config.chunk_size
+    # half the batch away: neighbouring windows may be of one document
     for before in (prompts, prompts.roll(len(prompts) // 2, dims=0)):
         torch.manual_seed(seed)  # the same noise in both cases
         rows = [
@@ -164,9 +174,9 @@ def token_recovery(
     for t in tqdm(SIGNALS, desc="recovery", leave=False):
         hits = {"model": [], "alone": []}
         for ids in torch.from_numpy(windows.astype(np.int64)).split(batch_size):
-            clean = model.encode(ids)
+            clean = model.encode(ids)  # latents (B, N, C)
             noise = torch.randn(clean.latents.shape, generator=generator) * model.config.noise_std
-            noisy = (1 - t) * noise + t * clean.latents
+            noisy = (1 - t) * noise + t * clean.latents  # (B, N, C)
             hits["model"].append(estimated_ids(model, noisy, t, clean.position_ids) == ids)
             hits["alone"].append(model.to_ids(noisy) == ids)
         results[str(t)] = {
@@ -180,7 +190,8 @@ def estimated_ids(model, noisy: torch.Tensor, t: float, position_ids: torch.Tens
     head = model.token_head
     if head is None:
         return model.to_ids(model.denoise(noisy, t, position_ids).latents)
-    time = torch.full(noisy.shape[:2], head.latent_time(t))
-    states = model.predict(noisy, time, position_ids).latents
-    chunks = head.most_likely(states, model.symbols(), noisy, head.place_times(time))
+    # the head counts in turns; this is the time at which the channels are at t
+    time = torch.full(noisy.shape[:2], head.latent_time(t))  # (B, N)
+    states = model.predict(noisy, time, position_ids).latents  # (B, N, K * D)
+    chunks = head.most_likely(states, model.symbols(), noisy, head.place_times(time))  # (B, N, K)
     return model.codec.from_symbols(chunks)

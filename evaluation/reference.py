@@ -46,6 +46,7 @@ def reference_metrics(predictions: list[str], references: list[list[str]]) -> di
             f"{len(references)}."
         )
     most = max(map(len, references))
+    # sacrebleu wants the i-th references of all texts together, None where there are fewer
     columns = [[row[i] if i < len(row) else None for row in references] for i in range(most)]
     rouge = RougeScorer(["rougeL"], use_stemmer=True)
     stemmer = PorterStemmer()
@@ -54,6 +55,7 @@ def reference_metrics(predictions: list[str], references: list[list[str]]) -> di
         for text, row in zip(predictions, references)
     ]
     best = [
+        # of several references the best
         rouge.score_multi(row, text)["rougeL"].fmeasure
         for text, row in zip(predictions, references)
     ]
@@ -63,6 +65,7 @@ def reference_metrics(predictions: list[str], references: list[list[str]]) -> di
     ]
     return {
         "exact match": float(np.mean([text in row for text, row in pairs])),
+        # counts of the whole corpus, not a mean over sentences, of which short ones have no 4-gram
         "BLEU-4": BLEU().corpus_score(predictions, columns).score / 100,
         "ROUGE-L": float(np.mean(best)),
         "METEOR (no synonyms)": float(np.mean(meteor)),
@@ -72,6 +75,7 @@ def reference_metrics(predictions: list[str], references: list[list[str]]) -> di
 def read_predictions(file: str | Path) -> dict[str, float]:
     """`reference_metrics` of a file of records. Raises `ValueError` for an incomplete record."""
     text = Path(file).read_text(encoding="utf-8")
+    # a list is one JSON document, JSON lines are many
     if text.lstrip().startswith("["):
         rows = json.loads(text)
     else:
@@ -93,11 +97,13 @@ def compare(files: list[str]) -> str:
     """
     found: dict[str, list[dict[str, float]]] = {}
     for item in files:
+        # files of one name, such as seeds, are one row
         name, _, file = item.rpartition("=")
         found.setdefault(name or Path(file).stem, []).append(read_predictions(file))
     rows = []
     for name, runs in found.items():
         values = {key: [run[key] for run in runs] for key in runs[0]}
+        # ddof=1: the spread of seeds in general, estimated from these few
         spread = [
             f"{np.mean(v):.4f}" + (f" ± {np.std(v, ddof=1):.4f}" if len(v) > 1 else "")
             for v in values.values()

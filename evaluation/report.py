@@ -4,6 +4,7 @@ from pathlib import Path
 
 import matplotlib
 
+# before pyplot is imported, which looks for a screen otherwise
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
@@ -48,17 +49,10 @@ def markdown(results: dict) -> str:
         ("continuation", "Prefix continuation"),
     ):
         if name in results:
-            extra = sorted(
-                {
-                    k
-                    for row in results[name].values()
-                    for k in row
-                    if k.startswith("nats_per_character")
-                }
-            )
-            extra += sorted(
-                {k for row in results[name].values() for k in row if k.startswith("nll_prompt")}
-            )
+            found = sorted({key for row in results[name].values() for key in row})
+            # measures of the judges and of the lengths of prompts that a run has asked for
+            extra = [key for key in found if key.startswith("nats_per_character")]
+            extra += [key for key in found if key.startswith("nll_prompt")]
             columns = [*SAMPLE_COLUMNS, "nll_by_place", *extra]
             rows = [
                 [system, *(row.get(c) for c in columns)] for system, row in results[name].items()
@@ -72,6 +66,7 @@ def markdown(results: dict) -> str:
         ("latency", "Latency"),
     ):
         if name in results:
+            # controls lack some measures, so columns are those of any row
             columns = sorted({k for row in results[name].values() for k in row if k != "points"})
             rows = [
                 [system, *(row.get(c) for c in columns)] for system, row in results[name].items()
@@ -98,10 +93,12 @@ def plots(results: dict, directory: Path) -> None:
     if "frontier" in results:
         figure, axes = plt.subplots(figsize=(6, 4))
         for system, row in results["frontier"].items():
+            # real text is one point
             points = sorted(row.get("points", [row]), key=lambda p: p["entropy"])
             axes.plot(
                 [p["entropy"] for p in points], [p["nll"] for p in points], "o-", label=system
             )
+        # where systems are compared
         axes.axvline(results["frontier"]["real text"]["entropy"], color="grey", linewidth=0.8)
         _finish(
             figure,
@@ -115,6 +112,7 @@ def plots(results: dict, directory: Path) -> None:
 def _plot_reconstruction(facts: dict, directory: Path) -> None:
     figure, axes = plt.subplots(figsize=(6, 4))
     curve = {
+        # the names of results end with the time or noise level that they are for
         float(k.rsplit("_", 1)[1]): v
         for k, v in facts.items()
         if k.startswith("denoiser_ce_t_") and "pos" not in k
@@ -157,6 +155,45 @@ def _finish(figure, axes, x: str, y: str, file: Path) -> None:
     plt.close(figure)
 
 
+def images_plots(facts: dict, directory: Path) -> None:
+    """Plots of `evaluation.images`: the order of the tokens, and how often each code is used."""
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for name, key in (
+        ("nested dropout", "curve"),
+        ("without", "unordered_curve"),
+        ("PCA", "pca_curve"),
+    ):
+        if key in facts:
+            axes.plot(facts[key], label=name)
+    axes.set(xlabel="tokens kept", ylabel="PSNR, dB")
+    axes.legend()
+    figure.savefig(directory / "order.png", dpi=120)
+    if facts.get("steps"):
+        figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+        for name in dict.fromkeys(row["system"] for row in facts["steps"]):
+            rows = [row for row in facts["steps"] if row["system"] == name]
+            axes.plot(
+                [row["evaluations"] for row in rows],
+                [row["Frechet distance"] for row in rows],
+                "o-",
+                label=name,
+            )
+        axes.set(
+            xlabel="evaluations of the network",
+            ylabel="Frechet distance of a classifier's features",
+            xscale="log",
+        )
+        axes.legend()
+        figure.savefig(directory / "steps.png", dpi=120)
+    if "used" in facts:
+        figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+        axes.plot(facts["used"])
+        axes.set(
+            xlabel="code, most used first", ylabel="tokens of held-out pictures", yscale="symlog"
+        )
+        figure.savefig(directory / "codebook.png", dpi=120)
+
+
 def benchmark_plot(command: str, rows: list[dict], file: Path) -> None:
     """Scaling plots of one command of `evaluation.benchmark`."""
     if command == "training":
@@ -186,6 +223,7 @@ def benchmark_plot(command: str, rows: list[dict], file: Path) -> None:
             "o-",
             label="TokCom",
         )
+        # from 0, or small differences would look like growth
         axes.set_ylim(bottom=0)
         _finish(figure, axes, "generated tokens", "ms per token", file)
         return
@@ -195,6 +233,7 @@ def benchmark_plot(command: str, rows: list[dict], file: Path) -> None:
 def _plot_sampling(rows: list[dict], file: Path) -> None:
     """Milliseconds per token against length, batch, steps and chunk size."""
     plain = [row for row in rows if row["steps"] == "default"]
+    # each panel varies one thing, and keeps the others at their smallest
     first = min(row["batch"] for row in rows)
     smallest = min(row["tokens"] for row in rows)
     panels = [

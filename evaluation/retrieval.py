@@ -39,8 +39,8 @@ from tokcom.training.pipelines import load_pipeline
 
 CHOICES = 20  # captions among which the right one is to be found
 BUCKETS = 4096  # of the letters of words, which say a little of words that training never had
-BATCH = 256
-LEARNING_RATE = 2e-3
+BATCH = 256  # a contrast among so many pairs; chance is 1 / 256
+LEARNING_RATE = 2e-3  # peak of AdamW's
 SHOWN = 8  # pictures in a row of the contact sheet
 
 
@@ -49,10 +49,10 @@ class JudgeConfig:
     """What a judge is: size and frames of what it looks at, the words it knows, the motions it can
     name."""
 
-    size: int = 32
+    size: int = 32  # pixels of a side
     frames: int = 1
-    width: int = 32
-    channels: int = 64
+    width: int = 32  # channels of the first convolution
+    channels: int = 64  # of the directions that are compared
     words: list[str] = field(default_factory=list)
     motions: list[str] = field(default_factory=list)
 
@@ -63,8 +63,10 @@ def split_words(caption: str) -> list[str]:
 
 def letters_of(word: str) -> list[int]:
     """Buckets of all runs of three letters of a word, its edges included."""
+    # edges tell a beginning from the middle of a word, as in fastText (Bojanowski et al. 2017)
     marked = f"<{word}>"
     runs = [marked[i : i + 3] for i in range(len(marked) - 2)]
+    # md5, because Python's own hash of strings differs from process to process
     return [int.from_bytes(hashlib.md5(run.encode()).digest()[:4], "big") % BUCKETS for run in runs]
 
 
@@ -77,6 +79,7 @@ def split_motion(caption: str) -> tuple[str, str]:
 def convolutions(channels: int, width: int) -> nn.Sequential:
     """Features `(B, 16 * width)` of pictures `(B, channels, H, W)`."""
     layers: list[nn.Module] = [
+        # halves the sides at once, which makes all layers behind it cheaper
         nn.Conv2d(channels, width, 4, 2, 1),
         nn.BatchNorm2d(width),
         nn.ReLU(),
@@ -106,6 +109,7 @@ class Judge(nn.Module):
             nn.ReLU(),
             nn.Linear(4 * config.channels, config.channels),
         )
+        # log of the inverse temperature, which is learnt: cosines begin multiplied by e^2 = 7.4
         self.scale = nn.Parameter(torch.tensor(2.0))
         self.motion = None
         if config.motions:
@@ -116,7 +120,9 @@ class Judge(nn.Module):
     def look(self, clips: torch.Tensor) -> torch.Tensor:
         """Clips `(B, 3, F, H, W)` -> directions `(B, channels)`, the mean of their frames'."""
         frames = clips.transpose(1, 2).flatten(0, 1)  # (B * F, 3, H, W)
+        # (B, F, channels)
         features = self.picture_head(self.eye(frames)).unflatten(0, (len(clips), -1))
+        # of unit length, so that products of directions are cosines
         return F.normalize(features.mean(1), dim=-1)
 
     def read(self, captions: list[str]) -> torch.Tensor:
@@ -128,14 +134,17 @@ class Judge(nn.Module):
                 if word in self.places:
                     row.append(self.places[word])
                 row += [len(self.places) + bucket for bucket in letters_of(word)]
+            # EmbeddingBag takes no empty bag: a caption without letters gets one bucket
             rows.append(row or [len(self.places)])
         device = self.scale.device
+        # where each bag begins in the flat list
         starts = torch.tensor([0, *map(len, rows)], device=device).cumsum(0)[:-1]
         flat = torch.tensor([place for row in rows for place in row], device=device)
         return F.normalize(self.caption_head(self.word_embedding(flat, starts)), dim=-1)
 
     def name_motion(self, clips: torch.Tensor) -> torch.Tensor:
         """Clips `(B, 3, F, H, W)` -> logits `(B, motions)`."""
+        # frames as channels: the motion is in what changes between them
         return self.motion(clips.flatten(1, 2))
 
     def knows(self, caption: str) -> bool:
@@ -149,6 +158,7 @@ class Judge(nn.Module):
 def moved(clips: torch.Tensor) -> torch.Tensor:
     """Clips `(B, 3, F, H, W)`, all moved by up to two pixels and a little brighter or darker, so
     that a judge forgives both."""
+    # one movement for the batch; 2 of 0..4 is none
     y, x = (int(torch.randint(5, ())) for _ in range(2))
     height, width = clips.shape[-2:]
     flat = F.pad(clips.flatten(1, 2), (2, 2, 2, 2), mode="replicate")
@@ -175,18 +185,21 @@ def train_judge(
         motions = torch.tensor([config.motions.index(motion) for _, motion in parts])
     batch = min(BATCH, len(clips))
     steps = epochs * (len(clips) // batch)
+    # strong decay: a few thousand pictures are few for a network of this size
     optimizer = torch.optim.AdamW(judge.parameters(), LEARNING_RATE, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
     bar = tqdm(range(steps), desc="judge", unit="step", mininterval=5)
     for _ in bar:
         rows = torch.randint(len(clips), (batch,))
         seen = moved(clips[rows]).to(device)
+        # one frame is enough for what is shown, and any of them must do
         frame = int(torch.randint(config.frames, ()))
         texts = [captions[i] for i in rows.tolist()]
         scores = judge.look(seen[:, :, frame : frame + 1]) @ judge.read(texts).T * judge.scale.exp()
         # rows with the same caption are all right answers
         same = torch.tensor([[a == b for b in texts] for a in texts], device=device).float()
         target = same / same.sum(1, keepdim=True)
+        # captions among pictures, and pictures among captions
         loss = F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)
         if motions is not None:
             loss = loss + F.cross_entropy(judge.name_motion(seen), motions[rows].to(device))
@@ -226,11 +239,14 @@ class HeldOut:
             parts = [split_motion(caption) for caption in captions]
             self.shown = [shown for shown, _ in parts]
             self.motions = torch.tensor([judge.config.motions.index(m) for _, m in parts])
+        # a caption with a new word can only be found by the letters of that word
         self.known = torch.tensor([judge.knows(caption) for caption in self.shown])
         generator = torch.Generator().manual_seed(seed)
         rows = []
         for i, caption in enumerate(self.shown):
+            # drawn once: every system is judged on the same choices
             order = torch.randperm(len(captions), generator=generator).tolist()
+            # different texts in the order drawn: of equal captions none would be wrong
             others = dict.fromkeys(self.shown[j] for j in order if self.shown[j] != caption)
             if len(others) < CHOICES - 1:
                 raise ValueError(
@@ -244,9 +260,11 @@ class HeldOut:
     def found(self, clips: torch.Tensor) -> dict[str, float]:
         """Shares of the captions that are found in `clips (M, 3, F, H, W)`, in the order of the
         captions."""
-        texts = self.judge.read(self.shown).cpu()
+        texts = self.judge.read(self.shown).cpu()  # (M, channels)
         looks = by_parts(self.judge.look, clips, self.judge, BATCH)
+        # (M, CHOICES)
         scores = torch.einsum("mc,mkc->mk", looks, texts[self.choices[: len(clips)]])
+        # the right caption stands first
         right = (scores.argmax(1) == 0).float()
         known = self.known[: len(clips)]
         shares = {"found": right.mean().item()}
@@ -303,6 +321,7 @@ def get_judge(args: argparse.Namespace) -> Judge:
     if args.frames > 1:
         motions = sorted({split_motion(caption)[1] for caption in captions})
     shown = [split_motion(caption)[0] if motions else caption for caption in captions]
+    # sorted, so that a word has the same row in every process
     words = sorted({word for caption in shown for word in split_words(caption)})
     config = JudgeConfig(args.size, args.frames, words=words, motions=motions)
     judge = train_judge(config, clips, captions, args.epochs, args.seed, args.device)
@@ -315,7 +334,7 @@ def contact_sheet(clips: torch.Tensor, captions: list[str], directory: Path, nam
     """Pictures, or the middle frames of clips, spread evenly over all, and their captions in a
     file beside."""
     places = torch.linspace(0, len(clips) - 1, min(4 * SHOWN, len(clips))).long()
-    shown = clips[places, :, clips.shape[2] // 2]
+    shown = clips[places, :, clips.shape[2] // 2]  # (m, 3, H, W)
     images = TokComImageProcessor(shown.shape[-1]).postprocess(shown)
     rows = [images[i : i + SHOWN] for i in range(0, len(images), SHOWN)]
     picture_grid(rows, scale=3).save(directory / f"{name}.png")
@@ -330,6 +349,7 @@ def measure(judge: Judge, args: argparse.Namespace) -> list[dict]:
     clips, captions = read_all(args.test, Format(config.size, config.frames), args.num_samples)
     held_out = HeldOut(judge, captions, args.seed)
     rows = [{"made by": "held-out data", **held_out.found(clips)}]
+    # the control should be at chance: 5 %, or a judge knows captions without looking
     others = clips[torch.randperm(len(clips), generator=torch.Generator().manual_seed(args.seed))]
     rows.append({"made by": "held-out data, another record", **held_out.found(others)})
     for name in args.models:
@@ -339,10 +359,12 @@ def measure(judge: Judge, args: argparse.Namespace) -> list[dict]:
             rows.append({"made by": f"{name}, codec alone", **held_out.found(rebuilt)})
         for steps in args.steps or [None]:
             for guidance in args.guidance_scales:
+                # the same noise at every setting
                 made = make(pipe, captions, steps, guidance, args.seed)
                 count = steps or pipe.model.config.num_inference_steps
                 row = {"made by": name, "steps": count, "guidance": guidance}
                 rows.append(
+                    # guidance evaluates the network twice a step
                     {**row, "evaluations": count * (1 + (guidance != 1))} | held_out.found(made)
                 )
                 print(rows[-1], flush=True)

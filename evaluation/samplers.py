@@ -46,6 +46,7 @@ class TokComSampler:
         pipe = self.pipe
         rows = []
         pipe.scheduler.register_to_config(eta=self.eta)
+        # such a scheduler draws noise at every step, whose size it knows as `noise_std`
         if pipe.scheduler.config.get("stochastic_sampling"):
             pipe.scheduler.register_to_config(
                 noise_std=pipe.model.config.noise_std * self.noise_scale
@@ -73,6 +74,8 @@ class TokComSampler:
                     skip, blocks = pipe.continue_ids(
                         known, length, sampling, noise_scale=self.noise_scale
                     )
+                    # all prompts have one length, so the known tokens of the first chunk are as
+                    # many in every row
                     ids = torch.cat([ids for _, ids in blocks], dim=1)[:, skip[0] :]
             rows.append(ids[:, :length].cpu().numpy())
         ids = np.concatenate(rows)
@@ -166,6 +169,8 @@ class AutoregressivePipeline:
             for _ in range(self.turn):
                 if should_stop():
                     return
+                # a token's place among those that are no padding; the last columns are the new
+                # tokens
                 position_ids = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
                 logits = self.network(
                     ids,
@@ -174,10 +179,14 @@ class AutoregressivePipeline:
                     past_key_values=cache,
                     logits_to_keep=1,
                 ).logits[:, -1]
-                edges = (logits / (temperature or 1.0)).softmax(-1).cumsum(-1)
+                edges = (logits / (temperature or 1.0)).softmax(-1).cumsum(-1)  # (B, V)
+                # each row from its own generator, so company in a batch does not change a text
+                # (B, 1)
                 uniform = torch.stack([torch.rand(1, generator=source) for source in generator])
                 # inverse transform sampling, as TokCom's token head draws
+                # (B, 1)
                 ids = torch.searchsorted(edges, uniform.to(device) * edges[:, -1:], right=True)
+                # a number that rounds up to the sum would lie behind the last token
                 ids = ids.clamp_max(edges.shape[1] - 1)
                 mask = torch.cat((mask, mask.new_ones(len(mask), 1)), dim=1)
                 block.append(ids)

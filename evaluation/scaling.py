@@ -30,21 +30,22 @@ ONE_B = {
         "intermediate_size": 3072,
     },
     "transformer_config": {
-        **{
-            "latent_channels": 256,
-            "hidden_size": 2048,
-            "intermediate_size": 5504,
-            "num_hidden_layers": 19,
-        },
-        **{"num_attention_heads": 16, "num_key_value_heads": 16, "max_position_embeddings": 512},
-        **{"conditioning_size": 512, "num_context_layers": 16},
+        "latent_channels": 256,
+        "hidden_size": 2048,
+        "intermediate_size": 5504,
+        "num_hidden_layers": 19,
+        "num_context_layers": 16,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "max_position_embeddings": 512,
+        "conditioning_size": 512,
     },
     "token_embedding_size": 512,
 }
 # bytes per trained parameter, float32
 WEIGHTS = 4
 GRADIENTS = 4
-MOMENTS = 8
+MOMENTS = 8  # AdamW keeps two
 AVERAGE = 4
 GIB = 2**30
 
@@ -63,12 +64,15 @@ def saved_bytes(model: TokComModel, ids: torch.Tensor) -> int:
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
+            # by storage, since several views of one tensor are kept once
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
+    # Python's generator decides which chunks have a loss: the same for all depths
     random.seed(1)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = model(ids).loss
+    # while the loss is alive, before its graph gives the memory back
     total = sum(kept.values())
     del loss
     return total
@@ -81,8 +85,10 @@ def count(config: TokComConfig, length: int) -> dict[str, float]:
     context = config.transformer_config.num_context_layers
     fields = config.to_dict()
     shapes = [(1 + bool(context), int(bool(context)))]  # (all layers, context layers)
+    # one denoising layer more, whose difference is the cost of a denoising layer
     shapes.append((shapes[0][0] + 1, shapes[0][1]))
     if context:
+        # one context layer more
         shapes.append((shapes[0][0] + 1, shapes[0][1] + 1))
     found = []
     for number, of_context in shapes:
@@ -92,6 +98,7 @@ def count(config: TokComConfig, length: int) -> dict[str, float]:
         )
         model = TokComModel(one).train()
         model.set_stage("flow")
+        # all but the last id, which is padding
         ids = torch.randint(0, one.codec_config.vocab_size - 1, (1, length))
         row = {
             "flops": training_flops_per_token(model, ids),
@@ -105,6 +112,7 @@ def count(config: TokComConfig, length: int) -> dict[str, float]:
     more_context = context - shapes[0][1]
     total = {}
     for key in found[0]:
+        # without context layers their slope is the 0 that is added
         slopes = [row[key] - found[0][key] for row in found[1:]] + [0.0]
         total[key] = found[0][key] + more_denoising * slopes[0] + more_context * slopes[1]
     return total
@@ -180,6 +188,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = []
     for ranks in args.ranks:
         tokens = args.batch_size * length
+        # of one process, which all work at the same time
         seconds = tokens * counted["flops"] / (args.peak * args.utilization)
         saved = [tokens * counted[key] for key in ("saved", "checkpointed")]
         sizes = [
@@ -198,6 +207,7 @@ def main(argv: list[str] | None = None) -> None:
                 f"{seconds:.3f}",
             ]
             + [
+                # the bandwidth at which sending takes as long as computing
                 f"{traffic / seconds / 1e9:.1f}",
                 f"{args.tokens / (ranks * tokens) * seconds / 3600:.1f}",
             ]

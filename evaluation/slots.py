@@ -85,7 +85,9 @@ def names_slot(slot: str, value: str, sentence: str) -> bool:
         is_unfriendly = re.search(UNFRIENDLY, sentence) is not None
         if value == "no":
             return is_unfriendly
+        # "not for children" mentions children, too
         return re.search(CHILD, sentence) is not None and not is_unfriendly
+    # names and kinds of food have no pattern: they must stand there as they are
     pattern = PATTERNS.get((slot, value), re.escape(plain(value)))
     return re.search(pattern, sentence) is not None
 
@@ -94,5 +96,6 @@ def slots_named(meanings: list[str], sentences: list[str]) -> float | None:
     """Share of the slots of all meanings that their sentences name; None if there are no slots."""
     hits = []
     for meaning, sentence in zip(meanings, sentences, strict=True):
+        # over all slots, so that a meaning with many of them counts more
         hits += [names_slot(slot, value, sentence) for slot, value in slots_of(meaning)]
     return sum(hits) / len(hits) if hits else None

@@ -50,12 +50,15 @@ def measure(
         curve.append(
             measure_setting(judge, prompts, f"noise {scale}", sampler, sampler.pipe.chunk_size)
         )
+    # as it was: the sampler is timed afterwards
     sampler.noise_scale = 1.0
     plain = min(curve, key=lambda point: abs(float(point["setting"].split()[1]) - 1))
     config = sampler.pipe.model.config
     steps = sampler.num_inference_steps or config.num_inference_steps
+    # guidance evaluates the network twice a step
     row = {"system": name, "evaluations a chunk": steps * (1 + (sampler.guidance_scale != 1))}
     row |= {"NLL": plain["nll"], "entropy": plain["entropy"]}
+    # a student that writes less diverse text has a lower NLL for that alone
     row["NLL at real entropy"] = at_entropy(curve, sample_entropy(real))
     return row | {"by place": plain["nll_by_place"], "curve": curve}
 
@@ -84,6 +87,7 @@ def plot(facts: dict, file: Path) -> None:
         steps = [row["evaluations a chunk"] for row in rows]
         (line,) = axes.plot(steps, [row["NLL"] for row in rows], "o-", label=f"{name}, noise 1")
         matched = [
+            # a gap in the line where no noise reaches that entropy
             np.nan if row["NLL at real entropy"] is None else row["NLL at real entropy"]
             for row in rows
         ]
@@ -134,7 +138,9 @@ def main(argv: list[str] | None = None) -> dict:
         ("teacher", TokComSampler(teacher, steps, args.guidance_scale)) for steps in args.steps
     ]
     systems += [
-        (Path(name).name, TokComSampler(pipe)) for name, pipe in zip(args.students, students)
+        # at the steps that each student was made for
+        (Path(name).name, TokComSampler(pipe))
+        for name, pipe in zip(args.students, students)
     ]
     prompts = windows[:, :PROMPT]
     real = windows[:, PROMPT:]
@@ -149,8 +155,10 @@ def main(argv: list[str] | None = None) -> dict:
     if args.peer:
         peer = load_language_model(args.peer, args.device)
         timed["autoregressive peer"] = AutoregressiveSampler(peer, teacher.tokenizer.eos_token_id)
+    # latency asks for held-out prompts alone; the training text is only there to be there
     study = Study(tokens[:1000], tokens, None, judge, {}, teacher.chunk_size)
     facts["latency"] = latency(study, timed, repeats=args.repeats)
+    # times mean nothing without
     facts["threads"] = torch.get_num_threads()
     facts["settings"] = {name: str(value) for name, value in vars(args).items()}
     (args.output_dir / "results.json").write_text(

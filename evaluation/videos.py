@@ -47,15 +47,17 @@ def predict(
     """The frame `(B, 3, H, W)` that follows the first `known` of `clips (B, 3, F, H, W)`, whose
     captions are given to a model that reads any."""
     causal = pipe.model.config.transformer_config.block_size is not None
+    # a block-causal model can stop after the frame that is asked for; others make whole clips
     length = known + 1 if causal else None
     generator = torch.Generator().manual_seed(seed)
     frames = []
     for start in tqdm(range(0, len(clips), batch_size), desc=f"{known} known, {steps} steps"):
-        given = clips[start : start + batch_size, :, :known]
+        given = clips[start : start + batch_size, :, :known]  # (B, 3, known, H, W)
         options = {"num_inference_steps": steps, "generator": generator, "output_type": "pt"}
         if captions is not None and pipe.model.config.condition_vocab_size:
             options["prompt"] = captions[start : start + batch_size]
         made = pipe(frames=given, num_frames=length, **options).videos
+        # the frames before it were given
         frames.append(made[:, :, known].cpu())
     return torch.cat(frames)
 
@@ -69,7 +71,8 @@ def measure(
     """A row for each system and number of steps, and one for copying; values are means over
     `args.known`."""
     rows = []
-    real = {k: clips[:, :, k] for k in args.known}
+    real = {k: clips[:, :, k] for k in args.known}  # (B, 3, H, W)
+    # a model that predicts no motion would be as good as this
     copies = {k: psnr(clips[:, :, k - 1], real[k]).mean().item() for k in args.known}
     row = {
         "system": "copy of the last frame",
@@ -86,6 +89,7 @@ def measure(
         for k in args.known:
             made = predict(pipe, clips, k, steps, args.batch_size, args.seed, captions)
             found[k] = psnr(made, real[k]).mean().item()
+            # below 1 is blurred
             sharp.append(sharpness(made) / sharpness(real[k]))
         seconds = time.perf_counter() - started
         row = {"system": name, "steps": steps or pipe.model.config.num_inference_steps}
@@ -107,12 +111,14 @@ def pictures(pipe: TokComVideoPipeline, clips: torch.Tensor, args: argparse.Name
     made = pipe(frames=given, num_frames=length, generator=generator).videos
     strips = [row for pair in zip(real, made) for row in pair]
     picture_grid(strips, scale=2).save(args.output_dir / "strips.png")
+    # real clips end first if `--long` asks for more; their last frame stays
     still = [clip + [clip[-1]] * (len(made[0]) - len(clip)) for clip in real]
     frames = []
     for i in range(len(made[0])):
         frames.append(
             picture_grid([[clip[i] for clip in still], [clip[i] for clip in made]], scale=3)
         )
+    # the last frame four times more, so that an eye can rest there before it starts again
     write_film([*frames, *[frames[-1]] * 4], args.output_dir / "clips.gif", fps=6)
 
 
@@ -173,6 +179,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         [data[i]["pixel_values"] for i in tqdm(range(len(data)), desc="reading clips")]
     )
     length = clips.shape[2]
+    # a set, since a short clip has fewer than three different ones
     args.known = args.known or sorted({1, length // 2, length - 1})
     if not all(1 <= k < length for k in args.known):
         raise ValueError(f"`known` ({args.known}) must be between 1 and {length - 1}.")

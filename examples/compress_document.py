@@ -25,6 +25,7 @@ CODEC = [
     "report_to=none",
     "num_samples=0",
     "model.codec_config.quantizer=fsq",
+    # 16 channels of 5 levels: 37 bits for a chunk
     f"model.codec_config.fsq_levels={[5] * 16}",
     "model.codec_config.hidden_size=128",
     "codec.max_steps=600",
@@ -47,6 +48,7 @@ def report(pipe: TokComPipeline, text: str, file: Path) -> None:
     encoded = pipe.encode(text, file)
     restored = pipe.decode(file)
     real = encoded.attention_mask.bool()
+    # without the padding, which costs nothing to restore
     kept = (restored.sequences == encoded.sequences)[real].float().mean().item()
     tokens = int(real.sum())
     bits = pipe.model.config.codec_config.bits_per_token

@@ -17,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+# before the heavy imports, so that the remedy comes at once
 if importlib.util.find_spec("tokcom") is None:
     remedy = "run `make setup`, then `.venv/bin/python examples/demo.py`"
     sys.exit(f"error: the package tokcom is not installed; {remedy}.")
@@ -54,7 +55,7 @@ EMOJI = (
 PREFIXES = (1, 4, 9, 36)  # tokens of a picture that are decoded
 CLIPS = ("red apple, rising", "sailboat, sliding to the right", "dog face, turning")
 DIGIT = "the digit seven"
-RECORDING = ROOT / "sample_data" / "seven.flac"
+RECORDING = ROOT / "sample_data" / "seven.flac"  # which no shipped model has learnt
 STYLE = (
     "body {font-family: system-ui, sans-serif; max-width: 52rem; margin: 2rem auto}"
     "img {image-rendering: pixelated; margin: .3rem; vertical-align: middle}"
@@ -82,6 +83,7 @@ class Page:
 
     def say(self, text: str) -> None:
         print(f"  {text}")
+        # escaped, since a model may write what a browser takes for markup
         self.parts.append(f"<pre>{html.escape(text)}</pre>")
 
     def show(self, name: str, what: str, scale: int = 1) -> None:
@@ -134,7 +136,7 @@ def show_text(directory: Path, page: Page) -> None:
         text = pipe.denoise_reconstruct(TEXT, noise_level=share, generator=seed(0)).texts[0]
         page.say(f"{share:4.0%}  {text}")
 
-    latents = pipe.encode(TEXT).latents
+    latents = pipe.encode(TEXT).latents  # (1, N, C)
     count = latents.shape[1]
     page.say(f"That text as {count} latents of {latents.shape[2]} numbers, and back:")
     page.say(pipe.decode(latents).texts[0])
@@ -155,6 +157,7 @@ def show_pixels(directory: Path, page: Page) -> None:
 
 def show_emoji(directory: Path, page: Page) -> None:
     """Pictures for captions, one of them from its first tokens, and from its codes."""
+    # weights lie in bfloat16, which many processors compute slowly
     pipe = TokComImagePipeline.from_pretrained(directory, dtype=torch.float32).to(page.device)
     pipe.set_progress_bar_config(disable=True)
     page.title("Emoji: 36 ordered tokens, drawn for a caption")
@@ -166,7 +169,7 @@ def show_emoji(directory: Path, page: Page) -> None:
     picture_grid([prefixes], scale=4).save(page.directory / "emoji_prefixes.png")
     numbers = ", ".join(map(str, PREFIXES))
     page.show("emoji_prefixes.png", f"{EMOJI[0]}: from its first {numbers} tokens")
-    codes = pipe.encode(drawn.images[0]).codes
+    codes = pipe.encode(drawn.images[0]).codes  # (1, N, 1)
     pipe.decode(codes).images[0].save(page.directory / "emoji_codes.png")
     page.say(f"as codes: {' '.join(map(str, codes[0, :, 0].tolist()))}")
     page.show("emoji_codes.png", "and what these codes say", scale=4)
@@ -204,8 +207,8 @@ def show_digits(directory: Path, page: Page) -> None:
     spoken = pipe({"text": DIGIT}, "audio", **guided).audios[0]
     _show_digit("digit_for_text", "for the text", page, drawn, spoken, pipe.sampling_rates["audio"])
 
-    made = pipe(generator=seed(0))
-    page.say(f"All three from nothing: {made.texts[0]}")
+    made = pipe(guidance_scale=GUIDANCE, generator=seed(0))
+    page.say(f"A text from nothing: {made.texts[0]}. A picture and a sound for it:")
     parts = made.images[0], made.audios[0], pipe.sampling_rates["audio"]
     _show_digit("digit_from_nothing", "from nothing", page, *parts)
 

@@ -34,13 +34,15 @@ class Denoiser(nn.Module):
 
     def __init__(self, width: int = 128, frequencies: int = 8):
         super().__init__()
+        # the slowest makes a quarter of a turn while t goes from 0 to 1, each other one twice as
+        # many
         self.frequencies = nn.Buffer(2.0 ** torch.arange(frequencies) * math.pi / 2)
         sizes = [2 + 2 * frequencies, width, width, width]
         layers = [layer for a, b in zip(sizes, sizes[1:]) for layer in (nn.Linear(a, b), nn.SiLU())]
         self.network = nn.Sequential(*layers, nn.Linear(width, 2))
 
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        phase = t[:, None] * self.frequencies
+        phase = t[:, None] * self.frequencies  # (B, frequencies)
         return self.network(torch.cat((x, phase.sin(), phase.cos()), dim=-1))
 
 
@@ -50,8 +52,9 @@ def draw_data(count: int) -> torch.Tensor:
 
 def quality(samples: torch.Tensor) -> tuple[float, int]:
     """Share of `samples (B, 2)` that are near a mode, and modes with at least 1 % of them."""
-    distances = torch.cdist(samples, MODES)
+    distances = torch.cdist(samples, MODES)  # (B, 8)
     near = distances.min(1).values < NEAR
+    # points between modes belong to none
     counts = torch.bincount(distances.argmin(1)[near], minlength=8)
     return near.float().mean().item(), int((counts >= len(samples) / 100).sum())
 
@@ -72,6 +75,7 @@ def train_teacher(steps: int, batch: int) -> Denoiser:
 
 def train_regression(teacher: Denoiser, pairs: tuple, steps: int, batch: int) -> Denoiser:
     """A one-step student of the ends of the teacher's trajectories."""
+    # begins as the teacher, whose first estimate is the mean of all modes
     student = copy.deepcopy(teacher).requires_grad_(True)
     optimizer = torch.optim.AdamW(student.parameters(), 1e-3)
     for _ in tqdm(range(steps), desc="regression"):
@@ -90,6 +94,7 @@ def train_student(
     student = copy.deepcopy(teacher).requires_grad_(True)
     fake = copy.deepcopy(teacher).requires_grad_(True)
     optimizers = (
+        # no momentum, as in training/distill.py
         torch.optim.AdamW(student.parameters(), 5e-4, (0.0, 0.99)),
         torch.optim.AdamW(fake.parameters(), 1e-3),
     )
@@ -102,6 +107,7 @@ def train_student(
     )
     for _ in tqdm(range(steps), desc=f"matching, regression {weight}"):
         distiller.step((batch, 2))
+        # the fake model makes several updates for each of the student
         schedules[0].step()
         for _ in range(distiller.fake_updates):
             schedules[1].step()
@@ -116,6 +122,7 @@ def run(seed: int, teacher_steps: int, student_steps: int, batch: int) -> dict[s
         teacher = train_teacher(teacher_steps, batch)
     start = torch.randn(16384, 2)
     pairs = start, integrate(teacher, start, 100)
+    # the same noise for all systems
     noise = torch.randn(4096, 2)
     found = {
         f"teacher, {steps} step{'s' * (steps > 1)}": integrate(teacher, noise, steps)

@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--prompt", default="Once upon a time", help="what the last text continues")
     args = parser.parse_args()
 
+    # the model's own code, which is in its directory
     tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=True)
     config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=args.rank)
@@ -68,8 +69,10 @@ def main() -> None:
         ),
         train_dataset=read(args.train, tokenizer, 256),
         eval_dataset=read(args.validation, tokenizer, 256),
+        # pads windows and copies ids to labels
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
     )
+    # an adapter begins as zero, so this is the loss of the model itself
     before = trainer.evaluate()["eval_loss"]
     started = time.perf_counter()
     trainer.train()
@@ -77,10 +80,12 @@ def main() -> None:
     after = trainer.evaluate()["eval_loss"]
     trainer.model.save_pretrained(args.output)
     size = (Path(args.output) / "adapter_model.safetensors").stat().st_size / 1e6
+    # ru_maxrss is in KiB on Linux
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print(f"held-out loss {before:.3f} -> {after:.3f} nats per token in {seconds:.0f} s")
     print(f"peak memory {peak:.1f} GB, adapter {size:.1f} MB")
 
+    # adds the adapter's products to the matrices: no layer remains that costs time
     merged = trainer.model.merge_and_unload().eval()
     prompt = tokenizer(args.prompt, return_tensors="pt")
     print(tokenizer.decode(merged.generate(**prompt, max_new_tokens=80, seed=0)[0]))

@@ -77,7 +77,7 @@ class ProxyHead(nn.Module):
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Pictures `(B, 3, H, W)` -> the nearest codes of their patches `(B, P)`."""
-        patches = cut_patches(images)
+        patches = cut_patches(images)  # (B, P, 3 * PATCH^2)
         return nearest_codes(patches.flatten(0, 1), self.centres).view(patches.shape[:2])
 
     def decode(self, codes: torch.Tensor, side: int) -> torch.Tensor:
@@ -108,16 +108,19 @@ def sequences(
     texts = tokenizer(captions, add_special_tokens=False)["input_ids"]
     pictures = [[begin, *row, end] for row in (codes + first).tolist()]
     rows = [text + picture for text, picture in zip(texts, pictures)]
+    # a caption ends with EOS; a picture ends with its own mark
     rows += [picture + text + [tokenizer.eos_token_id] for text, picture in zip(texts, pictures)]
     length = max(map(len, rows))
     ids = torch.tensor([row + [tokenizer.eos_token_id] * (length - len(row)) for row in rows])
-    real = torch.arange(length) < torch.tensor([len(row) for row in rows])[:, None]
+    real = torch.arange(length) < torch.tensor([len(row) for row in rows])[:, None]  # (2 M, L)
+    # -100 is what transformers leaves out of the loss
     return ids, torch.where(real, ids, -100)
 
 
 def code_states(hidden_states: torch.Tensor, ids: torch.Tensor, first: int, count: int):
     """The states `(B, N, D)` at the codes of rows `ids (B, L)`, each of which has one picture."""
     is_code = (ids >= first) & (ids < first + count)
+    # each row has as many codes, so the flat selection can be folded back
     return hidden_states[is_code].view(len(ids), -1, hidden_states.shape[-1])
 
 
@@ -146,6 +149,7 @@ def train(
         loss = output.loss
         if proxy is not None:
             head, patches, first = proxy
+            # the vocabulary is words, codes and two marks, in this order
             count = model.config.vocab_size - first - len((BEGIN, END))
             states = code_states(output.hidden_states[-1], read, first, count)
             wanted = patches[rows].flatten().to(device)
@@ -175,10 +179,12 @@ def draw(model, tokenizer, caption: str, first: int, pipe: TokComImagePipeline):
     output = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
+        # exactly as many codes as a picture has
         min_new_tokens=count,
         max_new_tokens=count,
         **options,
     )
+    # ids of the vocabulary to codes, (1, N, 1)
     return pipe.decode(output[:, ids.shape[1] :, None] - first).images[0]
 
 
@@ -187,7 +193,7 @@ def describe(model, tokenizer, codes: torch.Tensor, first: int) -> list[str]:
     """Captions for pictures of codes `(B, N)`."""
     begin, end = tokenizer.convert_tokens_to_ids([BEGIN, END])
     edge = codes.new_ones(len(codes), 1)
-    ids = torch.cat((begin * edge, codes + first, end * edge), dim=1).to(model.device)
+    ids = torch.cat((begin * edge, codes + first, end * edge), dim=1).to(model.device)  # (B, N + 2)
     output = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -218,6 +224,7 @@ def build_llama(words: int, args: argparse.Namespace, tokenizer) -> LlamaForCaus
         eos_token_id=tokenizer.eos_token_id,
     )
     model = LlamaForCausalLM(config)
+    # new rows at random: the mean of words says nothing about codes
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     return model
 
@@ -238,9 +245,9 @@ def report_proxy(
     decoder."""
     ids = ids.to(model.device)
     pixels = pixels.to(model.device)
-    states = model(input_ids=ids, output_hidden_states=True).hidden_states[-1]
+    states = model(input_ids=ids, output_hidden_states=True).hidden_states[-1]  # (B, L, D)
     count = pipe.model.config.codec_config.num_codes
-    logits = head(code_states(states, ids, words, count))
+    logits = head(code_states(states, ids, words, count))  # (B, P, S)
     wanted = head.encode(pixels)
     loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten()).item()
     side = pixels.shape[-1]
@@ -308,6 +315,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(args.model)
     words = len(tokenizer)  # the id of the first code
     marks = [f"<image_{i}>" for i in range(num_codes)] + [BEGIN, END]
+    # special, so that no text can spell a code and BPE does not cut one
     tokenizer.add_tokens(marks, special_tokens=True)
     model = build_llama(words, args, tokenizer).to(args.device)
     captions, codes, pixels = read_codes(pipe, args.train, args.image_column, args.limit)

@@ -18,7 +18,7 @@ from tokcom.cli.errors import report_errors
 from tokcom.pictures_tokcom import open_image
 
 SIZE = 32  # pixels
-FRAMES = 8
+FRAMES = 8  # of a clip, one second at the rate of `as_webp`
 # how the centre moves; of the last two the picture itself changes
 MOTIONS = {
     "sliding to the right": (1, 0),
@@ -32,8 +32,10 @@ MOTIONS = {
 
 def move(picture: Image.Image, motion: str, rng: np.random.Generator) -> list[Image.Image]:
     """`FRAMES` frames of a picture that moves."""
+    # up to 17 of 32 pixels, so that most of the way lies inside the frame
     side = int(rng.integers(12, 18))
     speed = float(rng.uniform(1.2, 2.2))
+    # BOX averages the pixels that fall together, so that thin lines do not vanish
     picture = picture.convert("RGBA").resize((side, side), Image.Resampling.BOX)
     dx, dy = MOTIONS[motion]
     frames = []
@@ -47,6 +49,7 @@ def move(picture: Image.Image, motion: str, rng: np.random.Generator) -> list[Im
         left = round((SIZE - shown.width) / 2 + dx * away)
         top = round((SIZE - shown.height) / 2 + dy * away)
         frame = Image.new("RGBA", (SIZE, SIZE), "white")
+        # what would leave the frame on the left or above stays at its edge
         frame.alpha_composite(shown, (max(0, left), max(0, top)))
         frames.append(frame.convert("RGB"))
     return frames
@@ -75,6 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = {"image": [], "caption": []}
     for i in range(args.count):
         record = records[int(rng.integers(len(records)))]
+        # in turn, so that each motion is shown equally often
         motion = list(MOTIONS)[i % len(MOTIONS)]
         rows["image"].append(as_webp(move(open_image(record["image"]), motion, rng)))
         rows["caption"].append(f"{record['caption']}, {motion}")

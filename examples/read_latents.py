@@ -20,6 +20,7 @@ def chunk_texts(pipe: TokComPipeline, ids: torch.Tensor) -> list[str]:
     """The text of every chunk of ids `(1, T)`."""
     tokenizer = pipe.tokenizer
     rows = ids.view(-1, pipe.chunk_size).tolist()
+    # the pad token fills the last chunk and is no text
     return [tokenizer.decode([i for i in row if i < len(tokenizer)]) for row in rows]
 
 
@@ -30,6 +31,7 @@ def show_neighbours(pipe: TokComPipeline, text: str) -> None:
     library = known.latents[0]  # (n, C)
     chunks = chunk_texts(pipe, known.sequences)
     asked = pipe.encode(text)
+    # latents are standardised, so all channels count alike
     nearest = torch.cdist(asked.latents[0], library).topk(4, largest=False)
     count, channels = library.shape
     print(f"Nearest of {count} chunks of held-out text, by distance in {channels} dimensions:")
@@ -46,7 +48,7 @@ def show_way(pipe: TokComPipeline, first: str, second: str) -> None:
     count = min(start.shape[1], end.shape[1])
     print(f"\nFrom one sentence to another, {count} latents:")
     for share in (0.0, 0.25, 0.4, 0.5, 0.6, 0.75, 1.0):
-        mixed = torch.lerp(start[:, :count], end[:, :count], share)
+        mixed = torch.lerp(start[:, :count], end[:, :count], share)  # (1, count, C)
         print(f"  {share:4.2f} {pipe.decode(mixed).texts[0]!r}")
 
 

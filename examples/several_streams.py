@@ -45,18 +45,16 @@ def join(
         matches = by_caption[key]
         if not matches:
             continue
+        # in turn, so that several pictures of one digit share its many sounds
         index = matches[i % len(matches)]
         heard.add(index)
-        picture = pictures[index]
-        text = picture["caption"] if digit is None else sound["caption"]
-        records.append(
-            (index, {"caption": text, "image": picture["image"], "audio": sound["audio"]})
-        )
+        record = {**pictures[index], "audio": sound["audio"]}
+        if digit is not None:
+            record["caption"] = sound["caption"]
+        records.append((index, record))
     if silent:
         for index in sorted(set(range(len(pictures))) - heard):
-            picture = pictures[index]
-            record = {"caption": picture["caption"], "image": picture["image"], "audio": None}
-            records.append((index, record))
+            records.append((index, {**pictures[index], "audio": None}))
     return records
 
 
@@ -68,6 +66,7 @@ def hold_out(
     for index, record in records:
         by_picture[index].append(record)
     found = list(by_picture)
+    # seed 0: the same pictures in every call
     order = [found[i] for i in np.random.default_rng(0).permutation(len(found))]
     digits = [index for index in order if "keycap" in captions[index]]
     others = [index for index in order if "keycap" not in captions[index]]
@@ -81,7 +80,7 @@ def hold_out(
 def write(records: list[dict], names: list[str], output: Path) -> None:
     """Write records as they were encoded; columns of `names` are marked as pictures or sounds."""
     encoded = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
-    columns = {"caption": datasets.Value("string"), "image": encoded, "audio": encoded}
+    columns = {"caption": datasets.Value("string"), **dict.fromkeys(KINDS, encoded)}
     joined = datasets.Dataset.from_list(records, datasets.Features(columns))
     for name in names:
         joined = joined.cast_column(name, KINDS[name])
@@ -107,7 +106,8 @@ def main(argv: list[str] | None = None) -> None:
         records = datasets.load_dataset("parquet", data_files=file, split="train")
         return records.cast_column(name, KINDS[name])
 
-    pictures = read(args.pictures, "image")
+    # without columns of their own, which the records of other pictures would lack
+    pictures = read(args.pictures, "image").select_columns(["caption", "image"])
     sounds = [] if args.sounds is None else read(args.sounds, "audio")
     records = join(pictures, sounds, args.silent or args.sounds is None)
     learned = [record for _, record in records]

@@ -53,9 +53,11 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         settings = [f"output_dir={folder}/model", "report_to=none", "num_samples=0"]
         config = load_train_config("debug", settings + args.overrides)
+        # read while the temporary folder is there
         pipe = TokComPipeline.from_pretrained(args.checkpoint or run(config)).to(args.device)
     pipe.set_progress_bar_config(disable=True)
     own = pipe.scheduler
+    # TokCom's configuration has the fields that stock schedulers read
     stock = [getattr(diffusers, name).from_config(own.config) for name in SCHEDULERS]
     for scheduler in [own, *stock]:
         pipe.scheduler = scheduler

@@ -40,6 +40,7 @@ TRAINING = [
     "flow.sequence_length=256",
     "flow.learning_rate=3e-3",
     "flow.muon_learning_rate=1.2e-2",
+    # the weights are averaged with a half-life of a twentieth of the run
     "flow.ema_half_life=0.05",
 ]
 

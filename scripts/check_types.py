@@ -34,9 +34,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "tokcom").symlink_to(ROOT, target_is_directory=True)
         command = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml")]
+        # beside the sources, since the folder of the link is deleted
         command += ["--cache-dir", str(ROOT / ".mypy_cache")]
         for module in MODULES:
             command += ["-m", module]
+        # run where `tokcom` is the link, or mypy would find each file twice under two names
         sys.exit(subprocess.run(command, cwd=folder).returncode)
 
 

@@ -19,7 +19,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+# one for each codec, small enough for seconds a run
 PRESETS = ("debug", "pixel-tiny", "style-tiny", "video-tiny", "omni-tiny")
+# float32 and one attention function: both trees must round alike
 SHORT = ["report_to=none", "num_samples=0", "mixed_precision=no", "attention=sdpa"]
 SHORT += [
     f"{stage}.{key}" for stage in ("codec", "flow") for key in ("eval_batches=1", "batch_size=4")
@@ -44,6 +46,7 @@ def environment(tree: Path, links: Path) -> dict[str, str]:
     link.mkdir(parents=True, exist_ok=True)
     if not (link / "tokcom").exists():
         (link / "tokcom").symlink_to(tree, target_is_directory=True)
+    # sums of several threads differ in their last bits from run to run
     one_thread = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     return {**os.environ, **one_thread, "PYTHONPATH": str(link)}
 
@@ -85,6 +88,7 @@ def train(
 
 def differences(old: dict[str, torch.Tensor], new: dict[str, torch.Tensor]) -> list[str]:
     """Names of tensors that are not the same in both."""
+    # a tensor that only one tree has is a difference, too
     missing = sorted(old.keys() ^ new.keys())
     return missing + [
         name for name in sorted(old.keys() & new.keys()) if not torch.equal(old[name], new[name])
@@ -129,6 +133,7 @@ def main() -> None:
                 f"{changed[:3] or ''}",
                 flush=True,
             )
+        # both trees load the same weights, so a difference is one of the code
         code = WRITE.format(model=str(args.new.resolve()))
         texts = [run(code, tree, root / "links") for tree, _ in trees.values()]
         failed |= texts[0] != texts[1]

@@ -45,6 +45,7 @@ def build(preset: str, vocab_size: int, device: str, **transformer) -> TokComMod
 def measure_training(args: argparse.Namespace) -> dict:
     """Steps of the flow stage in bfloat16 where it is fast: forward, backward and optimizer."""
     model = build(args.preset, args.vocab_size, args.device)
+    # the rates of preset `tiny`; they do not change the time of a step
     optimizer = build_optimizer(model, 3e-3, 1.2e-2, 0.01, torch.device(args.device))
     if args.compile:
         for part in model.compilable_parts():
@@ -58,12 +59,14 @@ def measure_training(args: argparse.Namespace) -> dict:
         optimizer.step()
         optimizer.zero_grad()
 
+    # measured in the same minute, since clocks depend on heat
     peak = benchmark.matmul_peak(
         torch.bfloat16 if has_fast_bfloat16(args.device) else torch.float32
     )
     operations = count_flops(step)  # also the first warm-up
     step()
     if args.device == "cuda":
+        # counting operations and the first steps need more than a step does
         torch.cuda.reset_peak_memory_stats()
     seconds = statistics.median(benchmark.seconds_of(step) for _ in range(args.rounds))
     return {
@@ -74,6 +77,7 @@ def measure_training(args: argparse.Namespace) -> dict:
         "tokens per second": args.batch_size * args.tokens / seconds,
         "operations per second": operations / seconds,
         "matrix product, operations per second": peak,
+        # model FLOPs utilisation against what the device can do, not against its data sheet
         "share of it": operations / seconds / peak,
         "peak MiB": benchmark.peak_mib(),
     }
@@ -123,8 +127,10 @@ def measure_attention(args: argparse.Namespace) -> dict:
             half = name != "reference"
 
             def step(model=model, half=half) -> torch.Tensor:
+                # the same noise in every implementation, so that losses can be compared
                 torch.manual_seed(0)
                 with torch.autocast(args.device, torch.bfloat16, enabled=half):
+                    # a fixed time, so that the noise alone is drawn
                     loss = model(input_ids=ids, timestep=0.0).loss
                 loss.backward()
                 return loss
@@ -136,6 +142,7 @@ def measure_attention(args: argparse.Namespace) -> dict:
                 )
             )
             if expected is None:
+                # the reference comes first
                 expected = loss, norm
             row["seconds"] = statistics.median(
                 benchmark.seconds_of(step) for _ in range(args.rounds)
@@ -167,6 +174,7 @@ def build_parser() -> argparse.ArgumentParser:
 @report_errors()
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
+    # its functions read the module's variable
     benchmark.DEVICE = args.device
     measure = {
         "training": measure_training,

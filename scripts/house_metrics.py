@@ -24,7 +24,7 @@ import subprocess
 import tokenize
 from pathlib import Path
 
-LONG = 100
+LONG = 100  # characters
 MODALITY = re.compile(
     r"modality|has_tokens|\bkind\b|'(image|video|audio|several)'|(Style|Video|Color|Composite|Audio)Codec"
 )
@@ -64,6 +64,7 @@ def modality_branches(tree: ast.AST) -> int:
         elif isinstance(node, ast.Dict):
             keys = [key.value for key in node.keys if isinstance(key, ast.Constant)]
             count += len(set(keys) & {"text", "image", "video", "audio", "several"}) > 1
+            # a table, not a choice: only its keys count
             continue
         count += any(MODALITY.search(ast.unparse(test)) for test in tests)
     return count
@@ -93,6 +94,7 @@ def constant_fields(tree: Path) -> int:
                     for x in node.body
                     if isinstance(x, ast.AnnAssign) and isinstance(x.target, ast.Name)
                 }
+        # old trees have their presets at the end of the configuration
         start = re.search(r"^def _pixels|^PRESETS", text, re.MULTILINE)
         used += text[start.start() :] if start else ""
     return sum(not re.search(rf"\b{name}\b", used) for name in fields)

@@ -19,12 +19,14 @@ import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+# the modules of the checkout that it is run in, not of the one that holds this file
 sys.path.insert(0, os.getcwd())
 try:  # version 0.1 was not a package
     from evaluation.judges import TextJudge
     from evaluation.reconstruction import token_losses_at
     from pipeline_tokcom import TokComPipeline
 
+    # old models may begin chunks anywhere, new ones at the text alone
     ALIGNMENTS = (0, 1, 2, 3)
 except ImportError:
     from tokcom.evaluation.judges import TextJudge
@@ -40,8 +42,8 @@ ENDINGS = (
 )
 TEXT = "“Do you know Zürich?” – he said… “No,” I said — naïve. 😀\u00a0x\r\n"
 PROMPT = "Once upon a time"
-CONTEXT = 64
-SCORED = 60
+CONTEXT = 64  # tokens before those that are scored
+SCORED = 60  # tokens
 
 
 def random_string(generator: np.random.Generator) -> str:
@@ -52,6 +54,7 @@ def random_string(generator: np.random.Generator) -> str:
         generator.integers(1, 0x3000, size=length),
         generator.integers(1, 0x110000, size=length),
     )
+    # surrogates are no characters
     return "".join(chr(point) for point in points if not 0xD800 <= point < 0xE000)
 
 
@@ -60,10 +63,11 @@ def nats_at(pipe: TokComPipeline, ids: torch.Tensor, padding: int) -> float:
     """Nats per token of `SCORED` tokens after `CONTEXT` tokens, if chunks begin `padding` tokens
     before the text."""
     shifted = torch.cat((torch.zeros(len(ids), padding, dtype=torch.long), ids), dim=1)
-    shifted = shifted[:, : ids.shape[1]]
+    shifted = shifted[:, : ids.shape[1]]  # (B, T): the end is lost instead
     mask = torch.ones_like(shifted)
     mask[:, :padding] = 0
     losses = token_losses_at(pipe.model, shifted, 0.0, mask).flatten(1)
+    # the same tokens at every alignment
     return losses[:, CONTEXT + padding : CONTEXT + padding + SCORED].mean().item()
 
 
@@ -72,6 +76,7 @@ def survives(pipe: TokComPipeline, text: str) -> tuple[bool, str]:
     """Whether the codec returns the ids of a text, and the text that it returns."""
     ids = pipe.tokenizer(text, add_special_tokens=False)["input_ids"]
     count = len(ids)
+    # filled up to whole chunks
     whole = torch.tensor([ids + [0] * (-count % pipe.chunk_size)])
     mask = torch.zeros_like(whole)
     mask[0, :count] = 1
@@ -100,6 +105,7 @@ def main() -> None:
         "--passages", help="parquet file with a column `text` full of quotes, dashes and accents"
     )
     args = parser.parse_args()
+    # both checkouts alike, whatever their defaults
     torch.set_num_threads(1)
     pipe = TokComPipeline.from_pretrained(args.model)
     pipe.set_progress_bar_config(disable=True)
@@ -125,12 +131,14 @@ def main() -> None:
     )
     print(f"gen_length 12 is the beginning of gen_length 40: {bool((long[:12] == short).all())}")
     judge = TextJudge(args.judge)
+    # no shift, and the one that training's times imply for the shipped model
     for shift in (1.0, 1.82):
         pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
         written = [
             pipe(PROMPT, gen_length=64, temperature=0.7, generator=seed(i)).texts[0]
             for i in range(40)
         ]
+        # NaN is an empty text
         nats = np.nanmean(judge.nats_per_character(written, [PROMPT] * len(written)))
         print(f"stock scheduler, shift {shift}: {nats:.3f} nats per character of the judge")
     codec = TokComPipeline.from_pretrained(args.codec) if args.codec else pipe

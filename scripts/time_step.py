@@ -62,6 +62,7 @@ def parse_options(pairs: list[str]) -> dict:
     for pair in pairs:
         key, _, value = pair.partition("=")
         try:
+            # numbers and truth values; what is no JSON is a word such as the name of an attention
             value = json.loads(value)
         except json.JSONDecodeError:
             pass
@@ -104,6 +105,7 @@ def main() -> None:
     }
     seconds: dict[str, list[float]] = {name: [] for name in trees}
     with tempfile.TemporaryDirectory() as links:
+        # trees take turns, so that a machine that slows down does not slow one alone
         for _ in range(args.rounds):
             for name, (tree, options) in trees.items():
                 shape = {
@@ -113,8 +115,10 @@ def main() -> None:
                     "steps": args.steps,
                 }
                 code = STEPS.format(options=json.dumps(parse_options(options)), **shape)
+                # lines before it may be warnings
                 last_line = run(code, tree, Path(links)).splitlines()[-1]
                 seconds[name] += json.loads(last_line)["seconds"]
+    # other work only ever slows a step down, and a median ignores the slowest
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     for name, median in medians.items():
         print(f"{name}: {median:.3f} s, {args.rows * args.length / median:,.0f} tokens/s")

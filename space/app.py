@@ -76,13 +76,16 @@ def write(prompt: str, length: int, temperature: float, seed: float) -> Iterator
                     temperature=temperature,
                     generator=seeded(seed),
                     streamer=frames,
+                    # a page should not refuse a long text; its beginning is left out
                     truncation="left",
                 )
         except Exception as error:  # shown on the page
             problems.append(error)
             frames.end()
 
+    # the pipeline returns at the end; this function yields while it works
     threading.Thread(target=work, daemon=True).start()
+    # None is put by `end`, after the last token or a failure
     while (state := frames.states.get()) is not None:
         yield state
     if problems:

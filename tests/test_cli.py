@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -124,6 +125,8 @@ def test_every_mode_belongs_to_a_command_and_knows_its_options():
         (["decode", "--image_file", "a.png", "--latents_file", "b"], "--latents_file"),
         (["sample-corpus", "--model", "m", "--output", "o"], "--num_texts"),
         (["evaluate", "--sections", "poetry"], "poetry"),
+        (["serve", "--port", "99999"], "99999 is no port"),
+        (["app", "--port", "many"], "'many'"),
     ],
 )
 def test_a_wrong_command_line_ends_with_status_2_and_names_what_is_wrong(capsys, argv, message):
@@ -191,6 +194,30 @@ def test_an_unexpected_error_keeps_its_traceback_only_when_asked(monkeypatch):
     monkeypatch.setenv("TOKCOM_DEBUG", "1")
     with pytest.raises(ZeroDivisionError), report_errors():
         _ = 1 / 0
+
+
+def test_a_warning_is_one_sentence_without_our_source(capsys):
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        with report_errors():
+            print(warnings.formatwarning("so odd", UserWarning, "file.py", 1), file=sys.stderr)
+    assert capsys.readouterr().err.strip() == "warning: so odd"
+    assert "file.py" in warnings.formatwarning("so odd", UserWarning, "file.py", 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "message"),
+    [
+        ("draw", "drawn.xyz", "'.xyz' is no picture; name a .png"),
+        ("draw", "drawn", "name a .png"),
+        ("encode", "text.jpg", "each of them is a token"),
+    ],
+)
+def test_a_picture_that_cannot_be_written_is_refused_before_the_model_is_loaded(
+    name, file, message
+):
+    with pytest.raises(SystemExit, match=message):
+        call(name, "a cat", "--image_file", file, "--checkpoint", "no/model")
 
 
 @pytest.mark.slow
@@ -283,12 +310,34 @@ def test_a_model_of_another_modality_is_refused_with_the_command_to_use(model, n
 )
 def test_commands_for_text_name_the_command_of_other_models(modality, command):
     from tokcom.cli.loading import check_modality
+    from tokcom.cli.options import MODES
 
     codec = SimpleNamespace(modality=modality)
     pipe = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(codec_config=codec)))
     for mode in ("generate", "infill", "reconstruct", "decode"):
         with pytest.raises(ValueError, match=f"not text: use `tokcom {command}`"):
-            check_modality(pipe, "a-model", mode)
+            check_modality(pipe, "a-model", MODES[mode].modality)
+
+
+def test_every_modality_is_known_to_training_to_a_pipeline_and_to_a_command():
+    from tokcom.cli import loading
+    from tokcom.cli.options import MODES
+    from tokcom.pipeline_base_tokcom import PIPELINE_NAMES
+    from tokcom.training import modalities
+    from tokcom.training.pipelines import PIPELINES
+
+    known = set(PIPELINES)
+    assert set(PIPELINE_NAMES) == set(modalities.MODALITIES) == set(loading.MODALITIES) == known
+    assert {mode.modality for mode in MODES.values()} == known
+
+
+def test_what_a_stream_can_hold_is_read_by_training_and_by_pipelines():
+    from tokcom.cli.modes import STREAM_FILES
+    from tokcom.codec_composite_tokcom import CONTENTS
+    from tokcom.training.streams import STREAMS
+
+    assert set(STREAMS) == set(CONTENTS)
+    assert set(STREAM_FILES) <= set(CONTENTS)
 
 
 # ---- verify ----
@@ -318,6 +367,7 @@ def test_a_whole_directory_passes(copy, capsys):
     call("verify", str(copy))
     printed = capsys.readouterr().out
     assert "FAILED" not in printed and printed.endswith("is whole.\n")
+    assert "a model of text with a " in printed
     assert check_checksums(copy) > 4
 
 

@@ -187,7 +187,8 @@ def test_python_in_the_documents_runs(file, code, tmp_path):
             "omni-tiny", train_tokenizer(["the spoken digit seven"], 300), **one_layer
         ).save_pretrained(streams)
     script = f"import sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\npath_or_id, pixel_model, image_model = {str(ROOT)!r}, {str(pixels)!r}, {str(pictures)!r}\nvideo_model, omni_model = {str(clips)!r}, {str(streams)!r}\n{code}"
-    here = ROOT if re.search(r'from_pretrained\("(\.|zoo/\w+)"\)', code) else tmp_path
+    reads_checkout = re.search(r'(from_pretrained|load_pipeline)\("(\.|zoo/\w+)"\)', code)
+    here = ROOT if reads_checkout else tmp_path
     done = subprocess.run([sys.executable, "-c", script], cwd=here, capture_output=True, text=True)
     assert done.returncode == 0, f"{file}: {done.stderr[-2000:]}"
 

@@ -7,23 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 from harness.server_load import measure
-from helpers import ROOT, exact_pipe, seeded
-from serving import PROMPT, servers, wait_until
+from helpers import ROOT, seeded
+from serving import PROMPT, wait_until
 
 from tokcom.cli.fair_turns import PATIENCE, Batch, Engine, Job, Piece, RequestError, Sampling
 from tokcom.cli.serve import Choice
 from tokcom.processing_tokcom import text_ids
-
-
-@pytest.fixture(scope="module")
-def pipe(tokenizer):
-    return exact_pipe(tokenizer)
-
-
-@pytest.fixture
-def start():
-    with servers() as make:
-        yield make
 
 
 def test_a_batch_gives_every_request_what_it_would_get_alone(pipe, start):

@@ -19,17 +19,6 @@ from tokcom.processing_tokcom import text_ids
 
 
 @pytest.fixture(scope="module")
-def pipe(tokenizer):
-    return exact_pipe(tokenizer)
-
-
-@pytest.fixture
-def start():
-    with servers() as make:
-        yield make
-
-
-@pytest.fixture(scope="module")
 def server(pipe):
     with servers() as make:
         yield make(pipe)

@@ -157,7 +157,10 @@ def test_the_card_of_digits_has_the_numbers_of_its_own_weights(digits, tmp_path)
     results.mkdir()
     settings = {"digits": "/some/train.parquet", "digits_test": data, "steps": 4, "seed": 0}
     settings |= {"samples": None, "epochs": 3, "weights": "of another model"}
-    parts = {"sound to text, guidance 1": {"right": 0.95}, "from nothing": {"agree": 0.5}}
+    parts = {
+        "sound to text, guidance 1": {"right": 0.95},
+        "from nothing, guidance 1": {"agree": 0.5},
+    }
     parts["text to sound, guidance 1"] = {"right": 0.4}
     (results / "results.md").write_text("## Directions\n\na table\n")
     command = [str(run), str(target), "--results", str(results), "--data", data]

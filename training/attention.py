@@ -27,6 +27,7 @@ def fastest_attention(
     the first."""
     batch = next(iter(DataLoader(dataset, batch_size)))
     seconds = {name: time_step(model, batch, name, accelerator) for name in ATTENTIONS}
+    # Times differ between processes, and the functions differ in rounding: all must use one.
     fastest = broadcast_object_list([min(seconds, key=seconds.get)])[0]
     times = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
     accelerator.print(f"attention {fastest!r} (a step takes {times})")
@@ -40,12 +41,15 @@ def time_step(
     model.set_attn_implementation(attention)
     model.train()
     seconds = []
+    # the first call also allocates memory and chooses kernels
     for _ in range(2):
+        # the same noise for each function, so all of them do the same work
         torch.manual_seed(0)
         started = time.perf_counter()
         with accelerator.autocast():
             loss = model(**batch).loss
         loss.backward()
+        # these gradients must not reach the first update
         model.zero_grad()
         seconds.append(time.perf_counter() - started)
     return min(seconds)

@@ -41,15 +41,17 @@ class _Outcomes(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
             self.dataset[index]
+            # with the item, since the dataset of a worker process is a copy
             return {"facts": {name: _plain(value) for name, value in self.dataset.facts.items()}}
         except ValueError as error:
             return {"problem": str(error)}
 
 
 def _plain(value: Any) -> Any:
-    return (
-        bool(value) if isinstance(value, bool) or type(value).__name__ == "bool" else float(value)
-    )
+    # by its name, numpy's truth value, too, which JSON does not know
+    if type(value).__name__ in ("bool", "bool_"):
+        return bool(value)
+    return float(value)
 
 
 def audit(dataset, part: PartReport, report: Report, setting: Any = None, num_workers: int = 0):
@@ -57,15 +59,18 @@ def audit(dataset, part: PartReport, report: Report, setting: Any = None, num_wo
     what the others hold is counted in `part`. `setting` is what their decoding depends on
     besides the records."""
     file = cache_folder() / f"audit-{records_digest(dataset.records, (AUDIT, setting))}.json"
+    # several processes of a run ask for the same file: one decodes, and the others read it
     with FileLock(file.with_suffix(".lock")):
         if file.is_file():
             outcomes = json.loads(file.read_text(encoding="utf-8"))
         else:
             outcomes = _decode_all(dataset, part.name, report.max_skipped, num_workers)
+            # not if decoding was given up, after which the data are corrected
             if len(outcomes) == len(dataset):
                 file.with_suffix(".tmp").write_text(json.dumps(outcomes), encoding="utf-8")
                 file.with_suffix(".tmp").rename(file)
     good = []
+    # in the order of the records, which the loader keeps with several workers, too
     for index, outcome in enumerate(outcomes):
         if "problem" in outcome:
             report.skip(outcome["problem"])
@@ -76,6 +81,7 @@ def audit(dataset, part: PartReport, report: Report, setting: Any = None, num_wo
         raise ValueError(f"no record of the {part.name} can be read.")
     kept = dataset if len(good) == len(dataset) else dataset.select(good)
     if hasattr(kept, "frame_counts"):
+        # saves `encode_once` decoding every film again to count its frames
         kept.frame_counts = [outcomes[index]["facts"].get("frames", 1) for index in good]
     return kept
 
@@ -92,11 +98,13 @@ def _decode_all(dataset, name: str, max_skipped: int, num_workers: int) -> list[
     for outcome in tqdm(loader, desc=f"decoding {name}", unit="record"):
         outcomes.append(outcome)
         problems += "problem" in outcome
+        # the run will refuse the data, so the rest need not be decoded
         if problems > max_skipped:
             break
     return outcomes
 
 
+# a function of the module, since workers cannot be sent a lambda
 def _same(item: Any) -> Any:
     return item
 
@@ -107,6 +115,7 @@ def records_digest(records: datasets.Dataset, setting: Any) -> str:
     if records.cache_files and not any(
         _names_files(feature) for feature in records.features.values()
     ):
+        # `datasets` derives it from the source files and all that was done to them
         digest.update(records._fingerprint.encode())
         return digest.hexdigest()
     for record in records:
@@ -136,6 +145,7 @@ def _update(digest: xxhash.xxh3_128, value: Any) -> None:
         digest.update(value)
     elif isinstance(value, str):
         path = Path(value)
+        # most texts are captions, and one too long for a name would make is_file raise
         known = len(value) < 1000 and "\n" not in value and "\0" not in value and path.is_file()
         digest.update(f"{value}\0{path.stat().st_mtime_ns if known else ''}\0".encode())
         if known:

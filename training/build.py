@@ -31,6 +31,7 @@ def model_of_stage(
     """
     donor = config.init_from or config.codec_from
     codec = directory.final("codec")
+    # a lone stage flow with a donor means the donor's codec, not one that lies there from before
     if (
         stage == "flow"
         and (config.stage == "all" or not donor)
@@ -85,6 +86,7 @@ def build_model(
         _load_weights(model, source, donor, codec_only)
         if part is not None:  # so far it is known that they fit
             read_shards(model, donor, part, codec_only)
+    # one more than the tokenizer's ids: the pad token, which is also the mask
     if model.config.text_vocab_size != (0 if size is None else size + 1):
         raise ValueError(
             f"the model has {model.config.text_vocab_size} tokens (with its mask token) but the "
@@ -105,6 +107,7 @@ def _load_weights(model: TokComModel, source: TokComModel, donor: str, codec_onl
     try:
         target.load_state_dict(weights)
     except RuntimeError as error:
+        # the first line only says that loading failed, the second names a tensor
         problem = str(error).splitlines()[1].strip()
         raise ValueError(
             f"the weights of {donor} do not fit the overrides in `model`: {problem}"
@@ -124,6 +127,7 @@ def derived_config(
         fields = source.to_dict()
     else:
         fields = preset_config(config.preset, vocab_size).to_dict()
+        # the new transformer must read the latents of the codec that it is given
         fields["transformer_config"]["latent_channels"] = source.codec_config.latent_channels
     fields["codec_config"] = codec
     merge_overrides(fields, config.model)

@@ -40,6 +40,7 @@ def publish(
     """Make `output_dir` a repository of what the last stage left, with its card, and push it if the
     settings ask for it; without `has_weights` the model is not loaded for it."""
     directory.publish(config.stages[-1])
+    # what was published, not what is in memory: samples and card tell of the files
     if has_weights:
         pipe = load_pipeline(directory.root).to(device)  # samples take minutes on a CPU
     else:
@@ -77,9 +78,11 @@ def training_card(config: TrainConfig, pipe: TokComBasePipeline) -> str:
     }
     card = ModelCard(pipe.model_card(name, sections))
     card.data.license = config.hub_license
+    # a Hub id, which readers of the card can follow; a local path means nothing to them
     if config.init_from and not Path(config.init_from).exists():
         card.data.base_model = config.init_from
     card.data.eval_results = _results(config, card.data.pipeline_tag, summaries)
+    # results without a name are an error to huggingface_hub
     card.data.model_name = name if card.data.eval_results else None
     return str(card)
 
@@ -105,6 +108,7 @@ def _results(
     config: TrainConfig, task: str, summaries: dict[str, dict[str, Any]]
 ) -> list[EvalResult] | None:
     """The validation losses, in the form that the Hub reads."""
+    # without validation data of its own, the run has held out the end of the training data
     validation = config.data.validation or config.data.train
     names = source_names(DataConfig(train=validation))
     results = [
@@ -136,6 +140,7 @@ def _training(config: TrainConfig, summaries: dict[str, dict[str, Any]]) -> str:
     lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
     for stage, facts in summaries.items():
         options = getattr(config, stage)
+        # stage distill has none
         muon = getattr(options, "muon_learning_rate", 0.0)
         best = facts.get("best_validation_loss")
         cells = [
@@ -169,6 +174,7 @@ def evaluation_section(directory: Path) -> str:
         raise ValueError(
             f"{directory} has no results.md; run tokcom evaluate --output_dir {directory} first."
         )
+    # one level deeper, below the card's own heading
     return "\n".join(
         f"#{line}" if line.startswith("##") else line
         for line in file.read_text(encoding="utf-8").splitlines()

@@ -30,6 +30,7 @@ def first_line(error: BaseException) -> str:
 
 def flush(path: Path) -> None:
     """Wait until a file or the entries of a folder are on the disk."""
+    # a descriptor instead of a Python file, because folders have to be flushed, too
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -46,6 +47,7 @@ def seal(folder: Path) -> None:
     entries = {
         str(p.relative_to(folder)): [p.stat().st_size, file_digest(p)] for p in _files(folder)
     }
+    # last of all files: a folder with a manifest was complete when that was written
     (folder / MANIFEST).write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
     flush_all(folder)
 
@@ -66,12 +68,14 @@ def damage(folder: Path) -> str | None:
             file = folder / name
             if not file.is_file():
                 return f"{name} is missing"
+            # sizes first: a truncated file is found without hashing gigabytes
             if file.stat().st_size != size:
                 return f"{name} has {file.stat().st_size} bytes instead of {size}"
             if file_digest(file) != digest:
                 return f"{name} has changed since it was written"
     except (OSError, ValueError, TypeError) as error:
         return f"{MANIFEST} cannot be read ({error})"
+    # a file that was put there later may be read in place of one that was checked
     unknown = {str(p.relative_to(folder)) for p in _files(folder)} - set(entries)
     return f"{sorted(unknown)[0]} is not in {MANIFEST}" if unknown else None
 
@@ -90,6 +94,7 @@ class Checkpoints:
             for p in self.directory.glob("checkpoint-*")
             if p.name.removeprefix("checkpoint-").isdigit()
         )
+        # by number, since checkpoint-900 is older than checkpoint-1000
         return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
 
     def newest(self) -> Path | None:
@@ -99,6 +104,7 @@ class Checkpoints:
         """
         found = self.all()
         broken = []
+        # a crash spoils at most the newest, so those before it are tried next
         for folder in reversed(found):
             problem = damage(folder)
             if problem is None:
@@ -124,16 +130,20 @@ class Checkpoints:
         target = self.directory / f"checkpoint-{step}"
         partial = target.with_suffix(".tmp")
         if is_main:
+            # what a killed process left, whose files would be sealed as if they belonged to this
+            # step
             shutil.rmtree(partial, ignore_errors=True)
+        # nobody writes into a folder that is still being cleared
         wait()
         try:
             save(str(partial))
+            # all files are complete before they are hashed
             wait()
             if is_main:
                 seal(partial)
-        except (
-            Exception
-        ) as error:  # torch, safetensors and the system name a full disk in ways of their own
+        # torch, safetensors and the system name a full disk in ways of their own
+        except Exception as error:
+            # a failed attempt leaves nothing behind that the next one would have to make sense of
             if is_main:
                 shutil.rmtree(partial, ignore_errors=True)
             kept = ([None] + self.all())[-1]
@@ -142,9 +152,13 @@ class Checkpoints:
                 f"{kept or 'none'}. Free some space and run the same command again."
             ) from error
         if is_main:
+            # A folder cannot be renamed onto one that exists: this step was written before, found
+            # broken, and reached again.
             shutil.rmtree(target, ignore_errors=True)
             partial.rename(target)
+            # the new name is on the disk before an older checkpoint is removed
             flush(self.directory)
+            # never all of them: the settings keep at least one
             for old in self.all()[: -self.limit]:
                 shutil.rmtree(old)
         wait()

@@ -18,6 +18,7 @@ def check_sizes(
     """Raise `ValueError` if the data do not fit the settings of one of `stages`."""
     # caching waits for the trained codec
     uncached = dataclasses.replace(config, cache_latents=False)
+    # every stage sets an objective of its own; the first one needs the one it had
     before = model.objective
     for stage in stages:
         if stage == "codec" and not has_trainable_codec(model):

@@ -6,7 +6,9 @@ Nothing heavy is imported, so that `--help` and mistakes are answered at once.
 
 import argparse
 import dataclasses
+import sys
 import types
+from pathlib import Path
 from typing import Any
 
 from tokcom.training.config import TrainConfig, known_keys, load_train_config
@@ -15,6 +17,7 @@ from tokcom.training.config import TrainConfig, known_keys, load_train_config
 def parse_config(description: str | None, argv: list[str] | None) -> TrainConfig:
     """The configuration that a command line asks for; raises `ValueError`, and exits for
     `--help`."""
+    # options may stand between overrides, as people write them
     args = build_parser(description).parse_intermixed_args(argv)
     overrides = list(args.overrides)
     if args.output_dir:
@@ -30,6 +33,8 @@ def parse_config(description: str | None, argv: list[str] | None) -> TrainConfig
 
 def build_parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
+        # argparse would leave the command out: `usage: tokcom [-h]`
+        prog="tokcom train" if Path(sys.argv[0]).stem == "tokcom" else None,
         description=description,
         epilog=keys_help(),
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -71,8 +71,10 @@ def check_numbers(config: object, prefix: str = "") -> None:
     """Raise `ValueError` for the first number of `config` that is beyond what it can mean; NaN is
     beyond everything."""
     for key, value in vars(config).items():
+        # a bool is an int to Python
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
+        # what has no range of its own counts something, at least 1
         low, high = RANGES.get(key, (1, MOST))
         if not low <= value <= high:
             raise ValueError(f"`{prefix}{key}` ({value}) must be between {low:g} and {high:g}.")
@@ -149,6 +151,11 @@ class DataConfig:
     def captions(self) -> str:
         """The column of the records that are read that holds captions, if there are any."""
         return self.caption_column or "caption"
+
+    @property
+    def wants_text(self) -> bool:
+        """Whether texts are read, whatever else the data hold."""
+        return self.kind == "text"
 
     def __post_init__(self):
         check_choices(self, "data.")
@@ -299,6 +306,7 @@ class TrainConfig:
     def __post_init__(self):
         if self.mixed_precision == "False":  # YAML reads a bare `no` as false
             self.mixed_precision = "no"
+        # choices first: a stage that does not exist would be taken for one without requirements
         check_choices(self)
         check_choices(self.distill, "distill.")
         if self.stage in ("head", "distill") and not self.init_from:
@@ -362,6 +370,7 @@ def known_keys(
             nested.append(field)
         else:
             yield f"{prefix}{field.name}", field
+    # after the plain keys, so that --help begins with those that people set
     for field in nested:
         assert isinstance(field.type, type)
         yield from known_keys(field.type, f"{prefix}{field.name}.")
@@ -405,6 +414,7 @@ def _apply(config: DictConfig, override: str) -> None:
         raise ValueError(
             f"override {override!r} must have the form key=value, e.g. flow.max_steps=100."
         )
+    # parsed as YAML under a name of its own, since the key may have dots in it
     value = OmegaConf.from_dotlist([f"value={text}"])["value"]
     # a section is completed; any other value, also a dictionary such as data.fields, is replaced
     is_section = dataclasses.is_dataclass(
@@ -425,6 +435,7 @@ def _explained_errors() -> Iterator[None]:
             near = difflib.get_close_matches(key, fields, n=1)
             hint = f"did you mean {near[0]!r}?" if near else "--help lists all keys."
             raise ValueError(f"unknown training key {key!r}; {hint}") from error
+        # the lines after it are OmegaConf's internals
         reason = str(error).splitlines()[0].rstrip(".")
         if key not in fields:
             raise ValueError(f"`{key}` cannot be set: {reason}.") from error

@@ -102,11 +102,9 @@ class Corpus:
                 latents = cache_latents(model.to(accelerator.device).eval(), self.train, file)
         held_out = PackedDataset(self.validation, shape, *rest, training=False)
         train = PackedDataset(self.train, shape, *rest, training=True, latents=latents)
-        return (
-            CodecMix(train, self.tokenizer, config.seed)
-            if model.objective.stage == "codec"
-            else train
-        ), held_out
+        if model.objective.stage == "codec":
+            train = CodecMix(train, self.tokenizer, config.seed)
+        return train, held_out
 
     @classmethod
     def serves(cls, codec_config: TokComCodecConfig | None) -> bool:
@@ -126,7 +124,7 @@ class Corpus:
     def _shape(self, model: TokComModel, config: TrainConfig, options: StageConfig) -> WindowShape:
         self.check_codec(model.config.codec_config, config.data)
         chunk_size = model.config.codec_config.chunk_size
-        longest = model.config.transformer_config.max_position_embeddings * chunk_size
+        longest = model.config.transformer_config.max_position_embeddings * chunk_size  # in tokens
         if options.sequence_length > longest:
             raise ValueError(
                 f"`{model.objective.stage}.sequence_length` ({options.sequence_length}) is longer "
@@ -182,6 +180,7 @@ class StreamCorpus(Corpus):
         for row in self.train:
             rows.append(row)
             total += len(row[self.text_column] or "")
+            # characters, about four to a token
             if total > 4 * count:
                 break
         return tokenize_documents(
@@ -199,9 +198,8 @@ class DialogueCorpus(Corpus):
         return DialogueDataset(self.train, *rest), DialogueDataset(self.validation, *rest)
 
     def first_tokens(self, count: int = 1_000_000) -> np.ndarray:
-        return np.concatenate([np.asarray([*prompt, *answer]) for prompt, answer in self.train])[
-            :count
-        ]
+        rows = [np.asarray([*prompt, *answer]) for prompt, answer in self.train]
+        return np.concatenate(rows)[:count]
 
 
 class PictureCorpus(Corpus):
@@ -230,6 +228,7 @@ class PictureCorpus(Corpus):
             raise ValueError("the latents of pictures are not cached; set cache_latents=false.")
         device = accelerator.device
         train = self._fitted(self.train, codec, device)
+        # after `_fitted`, which forgets what an earlier stage has asked for
         train.augment(options.flip, options.shift)
         return train, self._fitted(self.validation, codec, device)
 
@@ -295,8 +294,11 @@ def codec_config_of(config: TrainConfig) -> TokComCodecConfig | None:
             fields = preset_config(config.preset, config.tokenizer_vocab_size).to_dict()
         else:
             fields = TokComConfig.from_pretrained(donor).to_dict()
+        # the overrides of the run may choose another codec
         merge_overrides(fields, config.model)
         return TokComConfig(**fields).codec_config
+    # here a mistake only costs what the data would be checked against; building the model reports
+    # it
     except (ValueError, TypeError, KeyError, OSError, StrictDataclassError):
         return None
 
@@ -335,6 +337,7 @@ class Reading:
             raise ValueError(
                 f"`data.train` holds {found} and `data.validation` {other}; give the same kind."
             )
+        # what the data are decides, and not what the codec reads: `check_codec` compares the two
         read = {"pictures": self._pictures, "dialogues": self._dialogues, "texts": self._texts}
         if found not in read:
             raise ValueError(
@@ -399,6 +402,7 @@ class Reading:
             )
         tokenizer = None
         name = config.tokenizer or config.init_from or config.codec_from
+        # that of an earlier call: a tokenizer trained anew may number its tokens otherwise
         if self.saved.is_dir():
             tokenizer = load_tokenizer(self.saved)
         elif columns or (name is not None and has_tokenizer(name)):
@@ -412,11 +416,9 @@ class Reading:
             "validation data": OmniDataset(validation, tokenizer),
         }
         if OmniCorpus.serves(self.codec_config):
-            # its lengths are asked for, not its weights
-            with (
-                torch.device("meta"),
-                torch.random.fork_rng(devices=[]),
-            ):
+            # its lengths are asked for, not its weights: nothing is allocated, and the random
+            # numbers that weights would draw are left for the model of the run
+            with torch.device("meta"), torch.random.fork_rng(devices=[]):
                 codec = CODECS[self.codec_config.model_type]._from_config(self.codec_config)
             parts = self._audited(
                 {name: part.fit(codec) for name, part in parts.items()}, self.codec_config
@@ -426,11 +428,9 @@ class Reading:
     def _pictures(self, train, validation) -> PictureCorpus:
         data = self.data
         captions = data.captions
-        tokenizer = (
-            self._tokenizer(train, captions, pictures=True)
-            if captions in train.column_names
-            else None
-        )
+        tokenizer = None
+        if captions in train.column_names:
+            tokenizer = self._tokenizer(train, captions, pictures=True)
         if tokenizer is not None and captions not in validation.column_names:
             raise ValueError(
                 f"`data.train` has captions ({captions!r}) and `data.validation` has none; give "
@@ -445,6 +445,7 @@ class Reading:
             self._remember(tokenizer, "".join(parts["training data"].letters))
         codec = self.codec_config
         if PictureCorpus.serves(codec):
+            # what decoding depends on: with another size the outcome in the cache does not count
             size = codec.image_size, codec.clip_length
             parts = self._audited({name: part.fit(codec) for name, part in parts.items()}, size)
         return PictureCorpus(*parts.values(), tokenizer, self.config.autoencoder)
@@ -469,6 +470,7 @@ class Reading:
             )
         tokenizer = self._tokenizer(train, self.data.text_column)
         pairs = self._pairs(train, tokenizer, "dialogues")
+        # without held-out data the training data are shown as validation data, and tokenized once
         held_out = pairs
         if validation is not train:
             held_out = self._pairs(validation, tokenizer, "validation")
@@ -483,7 +485,9 @@ class Reading:
             )
         same = validation is train
         if data.streaming and same:
+            # nothing of a stream can be held out, and reading it twice would take its time
             return StreamCorpus(train, np.zeros(0, np.int32), tokenizer, data.text_column)
+        # validation text is tokenized whole, also beside a stream: every validation sees the same
         validation = self._tokens(
             validation, tokenizer, "training text" if same else "validation text"
         )
@@ -497,6 +501,7 @@ class Reading:
         tokens = tokenize_documents(
             documents, tokenizer, self.data.text_column, name, self.data.num_proc, part
         )
+        # examples come from the beginning: the ids may be a mapped file of many gigabytes
         ends = np.flatnonzero(tokens[: 1 << 20] == tokenizer.eos_token_id)
         for start, end in list(zip([0, *(ends + 1)], [*ends, len(tokens)]))[:EXAMPLES]:
             if start < end:
@@ -511,9 +516,12 @@ class Reading:
         can tell which they never had. Of a model that training starts from they are known if its
         tokenizer tells."""
         known = tokenizer.init_kwargs.get(CHARACTERS)
+        # then nobody knows what the donor was trained on, and a partial list would blame the wrong
+        # texts
         if known is None and (self.config.init_from or self.config.codec_from):
             return
         together = "".join(sorted(set(letters) | set(known or "")))
+        # beyond that the list says little and would bloat every tokenizer file
         if len(together) <= MOST_LETTERS:
             tokenizer.init_kwargs[CHARACTERS] = together
 

@@ -112,6 +112,7 @@ class DialogueDataset(torch.utils.data.Dataset):
     """
 
     def __init__(self, pairs: list[tuple], shape: WindowShape, eos_token_id: int):
+        # a chunk for each of the two
         if shape.length < 2 * shape.multiple:
             raise ValueError(
                 f"`sequence_length` ({shape.length}) must hold a prompt and an answer; use at "
@@ -131,19 +132,24 @@ class DialogueDataset(torch.utils.data.Dataset):
         prompt, answer = self.pairs[index]
         length = self.shape.length
         multiple = self.shape.multiple
+        # at least one chunk is left for the answer
         prompt = prompt[-(length - multiple) :]
         start = len(prompt)
         if self.shape.pads_left:
+            # rounded up; an empty prompt becomes one chunk of padding
             start = -(-max(1, start) // multiple) * multiple
         answer = answer[: length - start]
         end = start + len(answer)
-        input_ids = torch.full((length,), self.eos_token_id)
+        input_ids = torch.full((length,), self.eos_token_id)  # (T,)
         attention_mask = torch.ones_like(input_ids)
         known_mask = torch.zeros_like(input_ids)
         input_ids[start - len(prompt) : start] = torch.tensor(prompt, dtype=torch.long)
         input_ids[start:end] = torch.tensor(answer, dtype=torch.long)
+        # the padding on the left
         attention_mask[: start - len(prompt)] = 0
         if self.shape.ends_at_eos:
+            # the chunk in which the answer ends is learnt whole, EOS included; those after it are
+            # not
             attention_mask[-(-end // multiple) * multiple :] = 0
         known_mask[:start] = 1
         item = {"input_ids": input_ids, "attention_mask": attention_mask, "known_mask": known_mask}
@@ -183,12 +189,14 @@ class PackedDataset(torch.utils.data.Dataset):
         self.tokens = tokens
         self.shape = shape
         self.length = shape.length
-        # of documents
+        # where documents begin; an EOS that ends the corpus begins none
         self.starts = np.concatenate(([0], np.flatnonzero(tokens[:-1] == eos_token_id) + 1))
         self.seed = seed
         self.training = training
         self.epoch = 0
         self.latents = latents
+        # In training one window less than would fit, which leaves at least a window's length of
+        # room for the offset of the epoch.
         self.windows = max(1, len(tokens) // shape.length - int(training))
 
     def set_epoch(self, epoch: int) -> None:
@@ -200,7 +208,9 @@ class PackedDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         multiple = self.shape.multiple
         room = max(0, len(self.tokens) - self.windows * self.length)
+        # stored latents are of fixed chunks, so windows may begin only where a chunk does
         stride = 1 if self.latents is None else multiple
+        # one offset for the whole epoch, so its windows do not overlap and hold no token twice
         generator = np.random.default_rng((self.seed, self.epoch))
         offset = generator.integers(room // stride + 1) * stride if self.training else 0
         start = int(offset) + index * self.length
@@ -210,15 +220,19 @@ class PackedDataset(torch.utils.data.Dataset):
             return _window(window, self.length, 0) | {
                 "latents": torch.from_numpy(self.latents[places].copy())
             }
+        # of this window alone, whichever worker reads it and in whatever order
         generator = np.random.default_rng((self.seed, self.epoch, index))
         # of the document
+        # the last document that begins at `start` or before
         begin = int(self.starts[np.searchsorted(self.starts, start, side="right") - 1])
         if (
             not self.shape.pads_left
             and self.training
             and generator.random() < 0.5
+            # then the moved window still overlaps the one that it replaces
             and start - begin < self.length
         ):
+            # the first document has no EOS before it
             start = max(0, begin - self.shape.lead)
         left = _left_padding(generator, multiple) if self.training and self.shape.pads_left else 0
         item = _window(self.tokens[start : start + self.length], self.length, left)
@@ -253,12 +267,15 @@ class CodecMix(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         item = self.dataset[index]
+        # the 1 keeps these draws apart from those of the window itself, which are of (seed, epoch,
+        # index)
         generator = np.random.default_rng((self.seed, self.epoch, index, 1))
-        kind = generator.random()
+        draw = generator.random()
         length = len(item["input_ids"])
-        if kind < 1 / 4:
+        # uniform ids meet every row of the table, however rare its token is in the text
+        if draw < 1 / 4:
             item["input_ids"] = torch.from_numpy(generator.integers(self.size, size=length))
-        elif kind < 3 / 8:
+        elif draw < 3 / 8:
             ids = text_ids(self.tokenizer, random_unicode(generator, length))[:length]
             item["input_ids"][: len(ids)] = torch.tensor(ids, dtype=torch.long)
         return item
@@ -267,6 +284,7 @@ class CodecMix(torch.utils.data.Dataset):
 def random_unicode(generator: np.random.Generator, length: int) -> str:
     """A string of `length` characters from all planes of Unicode; half of them from Latin and
     its neighbours."""
+    # below the ideographs of East Asia: alphabets and syllabaries
     near = generator.integers(1, 0x3000, size=length)
     far = generator.integers(1, 0x110000, size=length)
     points = np.where(generator.random(length) < 0.5, near, far)
@@ -282,9 +300,10 @@ def cache_latents(model, tokens: np.ndarray, file: Path, rows: int = 16384) -> n
     the same.
     """
     codec = model.config.codec_config
-    shape = len(tokens) // codec.chunk_size, codec.latent_channels
+    shape = len(tokens) // codec.chunk_size, codec.latent_channels  # (N, C)
     digest = hashlib.sha256(np.ascontiguousarray(tokens))
     for name, value in sorted(model.codec.state_dict().items()):
+        # numpy has no bfloat16
         digest.update(name.encode() + value.cpu().float().numpy().tobytes())
     key = file.with_suffix(".sha256")
     if (
@@ -293,10 +312,11 @@ def cache_latents(model, tokens: np.ndarray, file: Path, rows: int = 16384) -> n
         or key.read_text(encoding="utf-8") != digest.hexdigest()
     ):
         partial = file.with_suffix(".tmp")
+        # the key goes, too: it must never stand beside latents of something else
         for old in (file, key, partial):
             old.unlink(missing_ok=True)
         file.parent.mkdir(parents=True, exist_ok=True)
-        size = 4 * shape[0] * shape[1]
+        size = 4 * shape[0] * shape[1]  # bytes of float32
         free = shutil.disk_usage(file.parent).free
         if size > free:
             raise ValueError(
@@ -304,6 +324,7 @@ def cache_latents(model, tokens: np.ndarray, file: Path, rows: int = 16384) -> n
                 f"{free / 2**30:.1f} GiB free."
             )
         written = np.memmap(partial, np.float32, "w+", shape=shape)
+        # chunks of one call: about `rows` tokens, as one long row
         stride = rows // codec.chunk_size
         for start in tqdm(range(0, shape[0], stride), desc="encoding training text", unit="batch"):
             part = tokens[
@@ -313,6 +334,7 @@ def cache_latents(model, tokens: np.ndarray, file: Path, rows: int = 16384) -> n
             written[start : start + stride] = model.encode(ids).latents[0].float().cpu().numpy()
         written.flush()
         partial.rename(file)
+        # after the rename: a run that is killed in between has no key, and computes them again
         key.write_text(digest.hexdigest(), encoding="utf-8")
     return np.memmap(file, np.float32, "r", shape=shape)
 
@@ -331,6 +353,7 @@ def read_patiently(
         try:
             asked = time.monotonic()
             for index, record in enumerate(documents):
+                # opening a stream again begins at its start: pass over what was already given out
                 if index < done:
                     continue
                 if time.monotonic() - asked > SLOW:
@@ -339,8 +362,10 @@ def read_patiently(
                         stacklevel=2,
                     )
                 done = done + 1
+                # only failures in a row count
                 failures = 0
                 yield record
+                # not while the receiver works on a record
                 asked = time.monotonic()
             return
         except (ValueError, TypeError, KeyError) as error:
@@ -401,6 +426,8 @@ class StreamingPackedDataset(torch.utils.data.IterableDataset):
         generator = np.random.default_rng(
             (self.seed, self.epoch, self.rank, 0 if worker is None else worker.id)
         )
+        # the same order on every process, which is then split, so no document is read by two of
+        # them
         documents = self.documents.shuffle(
             seed=self.seed + self.epoch, buffer_size=self.shuffle_buffer
         )
@@ -410,6 +437,8 @@ class StreamingPackedDataset(torch.utils.data.IterableDataset):
         shape = self.shape
         buffer: list[int] = []
         begins: list[int] = []  # where documents begin in the buffer
+        # the first window of an epoch begins anywhere, so that boundaries differ from epoch to
+        # epoch
         skip = int(generator.integers(self.length))
         for ids in tokenize_rows(documents, self.tokenizer, self.text_column):
             begins.append(len(buffer))
@@ -432,6 +461,8 @@ class StreamingPackedDataset(torch.utils.data.IterableDataset):
                 )
                 start = start + self.length
                 skip = 0
+            # until the first window `skip` counts from the start of the buffer, which must stay as
+            # it is
             if skip == 0:
                 buffer = buffer[start:]
                 begins = [begin - start for begin in begins if begin >= start]
@@ -439,6 +470,7 @@ class StreamingPackedDataset(torch.utils.data.IterableDataset):
 
 def _left_padding(generator: np.random.Generator, chunk_size: int) -> int:
     """0 for three windows in four, otherwise 0..K-1."""
+    # K - 1 at most: what is padded is less than a chunk, as in a prompt of any length
     return int(generator.integers(chunk_size)) if generator.random() < 0.25 else 0
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from tokcom.codec_chunk_tokcom import TokComCodecOutput
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.transformer_tokcom import block_causal_mask
 
@@ -48,11 +49,12 @@ class ModelDenoiser(nn.Module):
         model = self.model
         length = x.shape[1]
         known = context.get("known")
-        times = t[:, None].expand(-1, length)
+        times = t[:, None].expand(-1, length)  # (B, N)
         prefix = None
         if sees_context and model.condition_embedding is not None:
             prefix = model.condition(context["input_ids"], context["attention_mask"])
         if sees_context and known is not None:
+            # given latents are clean at t = 1 whatever the time of the others, as in training
             x = torch.where(known[..., None], context["latents"], x)
             times = torch.where(known, 1.0, times)
         seen = context.get("valid")
@@ -65,17 +67,17 @@ class ModelDenoiser(nn.Module):
         size = model.config.codec_config.group_size
         estimate = model.denoise(x, times, positions, seen, prefix=prefix, group_size=size)
         estimate = estimate.latents.float()
-        return (
-            estimate
-            if known is None
-            else torch.where(known[..., None], context["latents"], estimate)
-        )
+        if known is None:
+            return estimate
+        # what is given needs no estimate, and must not pull the student anywhere
+        return torch.where(known[..., None], context["latents"], estimate)
 
     def _estimate_blocks(self, x, t, context: Context, sees_context: bool) -> torch.Tensor:
         """Block-causal models: all blocks at once, each after the clean text before it."""
         model = self.model
         length = x.shape[1]
         sees = torch.full((len(x),), sees_context, device=x.device)
+        # (B, 2 N, 2 N): the clean half first, which noisy latents of a larger order see
         mask = block_causal_mask(context["order"], context["valid"], sees)
         positions = model.codec.positions(torch.arange(length, device=x.device).expand(len(x), -1))
         # (B, 2 N)
@@ -84,6 +86,7 @@ class ModelDenoiser(nn.Module):
         latents = model.denoise(
             both, times, positions.repeat(1, 2, 1), mask, num_context=length
         ).latents
+        # the noisy half; of clean latents nothing is asked
         return latents[:, -length:].float()
 
     @torch.no_grad()
@@ -99,19 +102,31 @@ class ModelDenoiser(nn.Module):
         captions = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
         if codec.has_tokens:
             clean = model.codec.encode(batch["input_ids"], batch["attention_mask"])
-        elif block_size is None and codec.group_size == 1:
-            return captions
-        else:
-            clean = model.codec.encode(batch["pixel_values"])
-        length = clean.mask.shape[1]
-        device = clean.mask.device
-        if not codec.has_tokens and block_size is None:
-            moments = torch.arange(length, device=device) // codec.group_size
-            given = torch.as_tensor(rows, device=device) % (length // codec.group_size)
-            return {**captions, "latents": clean.latents, "known": moments < given[:, None]}
-        order = torch.arange(length, device=device) // (block_size or length)
-        return {
-            "latents": clean.latents,
-            "order": order.expand(len(clean.mask), -1),
-            "valid": clean.mask,
-        }
+            return _clean_blocks(clean, block_size)
+        if block_size is None and codec.group_size == 1:
+            return captions  # a picture is one group, of which no part can be given
+        clean = model.codec.encode(batch["pixel_values"])
+        if block_size is None:
+            return {**captions, **_first_moments(clean, codec.group_size, rows)}
+        return _clean_blocks(clean, block_size)
+
+
+def _clean_blocks(clean: TokComCodecOutput, block_size: int | None) -> Context:
+    """The clean latents, of which each block sees those of smaller order."""
+    length = clean.mask.shape[1]
+    # without blocks all latents are one, of order 0
+    order = torch.arange(length, device=clean.mask.device) // (block_size or length)
+    return {
+        "latents": clean.latents,
+        "order": order.expand(len(clean.mask), -1),  # (B, N)
+        "valid": clean.mask,
+    }
+
+
+def _first_moments(clean: TokComCodecOutput, group_size: int, rows: np.ndarray) -> Context:
+    """The first i mod F of the F moments of row i: none for some rows, all but one for others."""
+    length = clean.mask.shape[1]
+    device = clean.mask.device
+    moments = torch.arange(length, device=device) // group_size  # (N,)
+    given = torch.as_tensor(rows, device=device) % (length // group_size)  # (B,)
+    return {"latents": clean.latents, "known": moments < given[:, None]}

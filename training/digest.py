@@ -31,19 +31,18 @@ def data_digests(config: TrainConfig, corpus: Any) -> dict[str, str]:
             "validation data": _digest(corpus.validation),
         }
     train = _digest(corpus.train)
-    same = corpus.validation is corpus.train
-    return {
-        "training data": train,
-        "validation data": train if same else _digest(corpus.validation),
-    }
+    validation = train if corpus.validation is corpus.train else _digest(corpus.validation)
+    return {"training data": train, "validation data": validation}
 
 
 def _digest(part: Any) -> str:
     total = hashlib.sha256()
     if isinstance(part, np.ndarray):
+        # the memory itself, without a copy of what may be gigabytes
         total.update(np.ascontiguousarray(part).data)
     elif isinstance(part, list):
         for row in part:
+            # dialogues are lists of ids, whose text is the same everywhere
             total.update(repr(row).encode())
     else:
         _add_records(total, part.records)
@@ -55,6 +54,7 @@ def _add_records(total: Any, records: Any) -> None:
     name."""
     for table in records.with_format("arrow").iter(ROWS):
         sink = pa.BufferOutputStream()
+        # the metadata describe the columns as one version of `datasets` does, not the data
         with pa.ipc.new_stream(sink, table.schema.remove_metadata()) as stream:
             stream.write_table(table.replace_schema_metadata(None))
         total.update(sink.getvalue())
@@ -70,10 +70,13 @@ def _add_file(total: Any, file: Path) -> None:
     if not file.is_file():
         return
     size = file.stat().st_size
+    # by its name alone, since a folder may have been moved or mounted elsewhere
     total.update(f"{file.name} {size}".encode())
     with file.open("rb") as stream:
         total.update(stream.read(END))
         if size > 2 * END:
+            # headers and indices lie at either end of media files, and change when one is written
+            # anew
             stream.seek(size - END)
         total.update(stream.read(END))
 
@@ -87,6 +90,7 @@ def _digest_sources(train: Any) -> str:
         total.update(path.name.encode())
         if path.is_file():
             _add_file(total, path)
+        # in an order of its own: that of a file system differs between machines
         for folder, _, names in sorted(os.walk(path)):
             for name in sorted(names):
                 _add_file(total, Path(folder) / name)
@@ -103,7 +107,9 @@ def check_unchanged(config: TrainConfig, corpus: Any, directory: RunDirectory) -
     file = directory.work / "data.json"
     now = data_digests(config, corpus)
     has_begun = directory.settings.is_file()
+    # without settings the run was refused before it began, and its note does not count
     known = json.loads(file.read_text(encoding="utf-8")) if has_begun and file.is_file() else {}
+    # runs that noted nothing are older than this file, and are believed
     changed = [name for name, digest in now.items() if known.get(name, digest) != digest]
     if changed and not config.data.allow_changed:
         raise ValueError(

@@ -25,6 +25,7 @@ from tokcom.training.config import STAGES, TrainConfig
 from tokcom.training.export import check_folder, recover_folder
 
 WORK = "run"
+# settings with which the weights would be those of another run; all others may change
 SAME_RUN = (
     "preset",
     "model",
@@ -56,7 +57,9 @@ def write_atomically(file: Path, text: str) -> None:
     with partial.open("w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
+        # `flush` hands the text to the system, `fsync` waits until it is on the disk
         os.fsync(stream.fileno())
+    # a rename within a file system: readers see the old text or the new one, never a part
     partial.replace(file)
 
 
@@ -65,6 +68,7 @@ def is_running(pid: int) -> bool:
     if pid == os.getpid():
         return False
     try:
+        # signal 0 is not sent; the system only says whether it could be
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
@@ -88,14 +92,17 @@ class RunLock:
 
     def acquire(self) -> None:
         try:
+            # O_EXCL creates the file or fails, in one step: of two processes only one gets the lock
             descriptor = os.open(self.file, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
         except FileExistsError:
             self._remove_if_stale()
+            # once more, and no third time: if it is there again, another process was faster
             descriptor = os.open(self.file, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
         with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
             json.dump(self.owner, stream)
 
     def release(self) -> None:
+        # someone may have removed the lock by hand, and another run taken it
         if self._read() == self.owner:
             self.file.unlink()
 
@@ -110,6 +117,7 @@ class RunLock:
         owner = self._read()
         if owner is not None:
             where = f"process {owner['pid']} on {owner['host']}"
+            # process numbers mean nothing on another machine, which may share the disk
             if owner["host"] != self.owner["host"]:
                 raise ValueError(
                     f"{self.file} says that {where} is training here; if that run has ended, "
@@ -120,6 +128,7 @@ class RunLock:
                     f"{where} is training in {self.file.parent.parent}; wait for it, stop it, or "
                     "choose another output_dir."
                 )
+        # another process may have removed it at the same moment
         self.file.unlink(missing_ok=True)
 
 
@@ -146,6 +155,7 @@ class RunDirectory:
             self.check_same_run()
             self._tidy()
         except BaseException:
+            # Python calls `__exit__` only if `__enter__` has returned, and the lock would stay
             self.__exit__()
             raise
         return self
@@ -164,6 +174,7 @@ class RunDirectory:
                 )
         try:
             self.work.mkdir(parents=True, exist_ok=True)
+            # permissions do not tell: a disk may be full, or a share mounted read-only
             probe = self.work / "lock.probe"
             probe.touch()
             probe.unlink()
@@ -194,9 +205,11 @@ class RunDirectory:
         if not self.settings.is_file():
             return
         started = json.loads(self.settings.read_text(encoding="utf-8"))
+        # as the file holds it, where tuples have become lists
         now = json.loads(json.dumps(self.config, default=vars))
         same = [key for key in SAME_RUN if key != "data" or not self.config.data.allow_changed]
         if started.get("data"):  # settings that are younger than the run are at their defaults
+            # says what may change, and may change itself
             started["data"].pop("allow_changed", None)
             now["data"] = {
                 name: value for name, value in now["data"].items() if name in started["data"]
@@ -223,6 +236,7 @@ class RunDirectory:
         partial = self.work / "tokenizer.tmp"
         shutil.rmtree(partial, ignore_errors=True)
         tokenizer.save_pretrained(partial)
+        # other processes wait for nothing but this name, so the folder must be complete
         partial.rename(self.work / "tokenizer")
 
     def begin(self) -> None:
@@ -270,6 +284,7 @@ class RunDirectory:
         for file in sorted(path for path in source.rglob("*") if path.is_file()):
             target = self.root / file.relative_to(source)
             target.parent.mkdir(parents=True, exist_ok=True)
+            # below `output_dir`, hence on its file system, within which a rename is atomic
             partial = self.work / "publish.tmp"
             shutil.copy2(file, partial)
             partial.replace(target)

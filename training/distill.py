@@ -25,6 +25,7 @@ from tokcom.training.config import DistillConfig, TrainConfig
 from tokcom.training.corpora import Corpus
 from tokcom.training.denoiser import Context, ModelDenoiser
 from tokcom.training.export import export_repository
+from tokcom.training.modalities import MODALITIES
 from tokcom.training.pipelines import load_pipeline
 from tokcom.training.progress import NonFiniteLossError
 from tokcom.training.student_losses import Distiller, integrate
@@ -39,16 +40,14 @@ def load_teacher(name: str) -> TokComBasePipeline:
     cannot be distilled."""
     pipe = load_pipeline(name)
     model = pipe.model.float().eval()
-    if model.config.codec_config.modality == "several":
-        raise ValueError(
-            f"{name} has several streams, which cannot be distilled; give a model of one."
-        )
+    MODALITIES[pipe.modality].check_teacher(name)
     if model.config.prediction_type != "latents":
         raise ValueError(
             f"{name} has `prediction_type={model.config.prediction_type!r}`: it is trained by "
             "cross-entropy and reads nothing from pure noise, so no student can turn noise into "
             "text in a few steps. Train a teacher with `model.prediction_type=latents`."
         )
+    # the losses mix `x_t = (1 - t) x0 + t x1` with standard noise
     if model.config.noise_std != 1:
         raise ValueError(f"`noise_std` ({model.config.noise_std}) of the teacher must be 1.")
     model.requires_grad_(False)
@@ -67,10 +66,10 @@ class DistillTrainer(Trainer):
             config, "distill", corpus, [DistributedDataParallelKwargs(broadcast_buffers=False)]
         )
         if self.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
-            kind = self.accelerator.distributed_type.value
+            distribution = self.accelerator.distributed_type.value
             raise ValueError(
                 "stage distill needs whole models on every process; use multi_gpu_ddp.yaml "
-                f"instead of {kind}."
+                f"instead of {distribution}."
             )
         self.pipe = load_teacher(config.init_from)
         # `auto` times a step of one model, and here three take turns
@@ -92,7 +91,9 @@ class DistillTrainer(Trainer):
 
     def _read_dataset(self, teacher: TokComModel) -> torch.utils.data.Dataset:
         config = self.config
+        # the teacher's latents are those of its own autoencoder
         self.corpus.autoencoder = getattr(self.pipe, "vae", None)
+        # a student has no validation loss: nothing is held out for one
         dataset = self.corpus.datasets(teacher, config, self.options, self.accelerator)[0]
         if not len(dataset):
             raise ValueError(
@@ -110,6 +111,7 @@ class DistillTrainer(Trainer):
         """A copy of the teacher whose flow is trained, with its optimizer, as accelerate
         distributes them."""
         teacher = self.pipe.model
+        # a configuration of its own: the export writes the student's number of steps into it
         model = TokComModel(type(teacher.config).from_dict(teacher.config.to_dict()))
         model.load_state_dict(teacher.state_dict())
         model.set_attn_implementation(self.attention)
@@ -117,6 +119,8 @@ class DistillTrainer(Trainer):
         model.eval()  # nothing is dropped: the student must give what it gives later
         denoiser = ModelDenoiser(model)
         parameters = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+        # No momentum: the two models chase each other, and an average of old gradients points to
+        # where the other one was. The student should stay near the teacher, not near 0.
         optimizer = torch.optim.AdamW(parameters, rate, (0.0, 0.99), weight_decay=0.0)
         self.models[name], self.optimizers[name] = self.accelerator.prepare(denoiser, optimizer)
         self.parameters[name] = parameters
@@ -133,6 +137,7 @@ class DistillTrainer(Trainer):
             self.real,
             self.models["fake"],
             self.models["student"],
+            # evenly from 0, where the exported scheduler, which has no shift, puts its steps
             times=[i / options.num_inference_steps for i in range(options.num_inference_steps)],
             fake_updates=options.fake_updates,
             matching_weight=matching,
@@ -156,6 +161,8 @@ class DistillTrainer(Trainer):
             for start in tqdm(starts, desc="teacher's trajectories", unit="batch"):
                 rows = np.arange(start, min(start + options.batch_size, options.num_pairs))
                 context = self._context(rows % len(self.dataset))
+                # the first word 0 keeps this noise apart from that of updates, whose first word is
+                # 1
                 self._seed(0, start)
                 noise = torch.randn(self._shape(len(rows), context), device=accelerator.device)
                 with accelerator.autocast():
@@ -166,6 +173,7 @@ class DistillTrainer(Trainer):
             partial = file.with_suffix(".tmp")
             partial.parent.mkdir(parents=True, exist_ok=True)
             torch.save(tuple(torch.cat(parts) for parts in zip(*ends)), partial)
+            # a run that is killed in between computes the trajectories again
             partial.rename(file)
         accelerator.wait_for_everyone()
         noise, end = torch.load(file, map_location="cpu", weights_only=True)
@@ -201,6 +209,7 @@ class DistillTrainer(Trainer):
         while True:
             losses = {}
             for place, name in enumerate(self.distiller.schedule()):
+                # the place in the round tells the noise of several updates of one model apart
                 losses[name] = self._update(name, place)
             yield {
                 "loss": losses["student"],
@@ -218,9 +227,9 @@ class DistillTrainer(Trainer):
         total = torch.zeros((), device=accelerator.device)
         for micro in range(count):
             with accelerator.accumulate(self.models[name]):
-                loss = self._loss(
-                    name, place, micro * accelerator.num_processes + accelerator.process_index
-                )
+                # N processes with one micro-batch draw what one process with N would
+                number = micro * accelerator.num_processes + accelerator.process_index
+                loss = self._loss(name, place, number)
                 accelerator.backward(loss)
                 total += loss.detach() / count
                 if accelerator.sync_gradients:
@@ -239,6 +248,7 @@ class DistillTrainer(Trainer):
         draws = self._seed(1, self.progress.step, place, micro_batch)
         size = self.options.batch_size
         device = self.accelerator.device
+        # rows with replacement: the student learns from noise, and the data only condition it
         context = self._context(draws.integers(len(self.dataset), size=size))
         shape = self._shape(size, context)
         self.progress.tokens += shape[0] * shape[1] * self.accelerator.num_processes
@@ -248,6 +258,7 @@ class DistillTrainer(Trainer):
             pairs = None
             pairs_context = None
             if self.pairs is not None:
+                # pair i belongs to row i modulo the number of rows, which `_pairs` has used
                 chosen = draws.integers(len(self.pairs[0]), size=size)
                 pairs = tuple(part[torch.from_numpy(chosen).to(device)] for part in self.pairs)
                 pairs_context = self._context(chosen % len(self.dataset))
@@ -260,9 +271,11 @@ class DistillTrainer(Trainer):
         each step."""
         if self.accelerator.is_main_process:
             if self.ema is not None:
+                # the last thing that is done with these weights, so nobody has to restore them
                 self.ema.copy_to(self.parameters["student"])
             model = self.accelerator.unwrap_model(self.models["student"]).model.cpu()
             model.config.num_inference_steps = self.options.num_inference_steps
+            # between its steps the student sees fresh noise in training, and so in sampling
             scheduler = TokComFlowMatchScheduler(stochastic_sampling=True)
             export_repository(
                 model, self.pipe.tokenizer, target, scheduler, self.corpus.autoencoder

@@ -1,14 +1,15 @@
 """Text files and tables as records: generators, whose outcome `datasets` keeps in its cache, and
 what makes parts alike.
 
-The key of the cache is the content of the files, so a changed file is read again and a moved one
-is not.
+The key of the cache is the names and the content of the files: a file that is only touched is not
+read again, and one that has changed is.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow.parquet
 import xxhash
 
@@ -37,6 +38,7 @@ def text_records(files: list[str], column: str, encoding: str | None) -> Iterato
         try:
             yield {column: read_text(Path(file), encoding), PROBLEM: None}
         except ValueError as error:
+            # a row like any other: it lies in the cache, too, so every later run names it
             yield {column: None, PROBLEM: str(error)}
 
 
@@ -58,6 +60,7 @@ def table_records(
 def _table_record(record: object, where: str, field: str | None, name: str) -> dict:
     try:
         if isinstance(record, ValueError):
+            # the reader yields a broken record's problem in its place
             raise record
         if field is not None:
             return {name: text_of(record, field, where), PROBLEM: None}
@@ -86,6 +89,7 @@ def content_digest(files: list[Path]) -> str:
     for file in files:
         digest.update(f"{file}\0{file.stat().st_size}\0".encode())
         with file.open("rb") as stream:
+            # 4 MiB at a time: a file may be larger than memory
             while block := stream.read(1 << 22):
                 digest.update(block)
     return digest.hexdigest()
@@ -95,6 +99,7 @@ def format_of(path: Path) -> str:
     """text, json, csv or parquet."""
     if kind_of(path) == "text":
         return "text"
+    # two, because the last one may be that of a compression
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     if ".parquet" in suffixes:
         return "parquet"
@@ -122,6 +127,7 @@ def table_of(
         if any(isinstance(value, list) for value in values):
             values = [[value] if isinstance(value, str) else value for value in values]
         try:
+            # a trial: Arrow wants one type for all values of a column
             pyarrow.array(values)
         except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
             if name in needed:
@@ -138,6 +144,7 @@ def as_stored(part):
     """Records whose pictures, films and sounds are not decoded, and whose texts are of one type:
     sources are joined by equal ones, and parquet knows two."""
     for name, feature in (part.features or {}).items():
+        # as they are stored: they are decoded one by one when training reads them
         if type(feature) in (datasets.Image, datasets.Video, datasets.Audio):
             part = part.cast_column(name, type(feature)(decode=False))
         elif getattr(feature, "dtype", None) == "large_string":
@@ -162,6 +169,28 @@ def alike(parts: list, config: DataConfig) -> list:
     return same
 
 
+def joined_parts(parts: list, weights: list[float | None]):
+    """Parts one after the other, or if any has a weight mixed, the smaller ones repeated until all
+    are used up."""
+    if all(weight is None for weight in weights):
+        return datasets.concatenate_datasets(parts)
+    shares = np.array([1.0 if weight is None else weight for weight in weights])
+    # whatever the seed of the run: runs learn the same text, and share its cached ids
+    return datasets.interleave_datasets(
+        parts, (shares / shares.sum()).tolist(), seed=0, stopping_strategy="all_exhausted"
+    )
+
+
+def holds_pictures(columns: list[str], config: DataConfig, field: str | None) -> bool:
+    """Whether records are read as pictures, not as the texts that they hold, too."""
+    if config.image_column not in columns:
+        return False
+    text = field or config.text_column
+    if text not in columns or text == config.captions:
+        return True
+    return not config.wants_text and field is None and config.text_column == "text"
+
+
 def part_kind(part, config: DataConfig) -> str:
     """pictures, sounds, dialogues or texts."""
     columns = set(part.column_names or next(iter(part), {}))
@@ -175,6 +204,7 @@ def cut_document(documents: datasets.Dataset, config: DataConfig) -> datasets.Da
     text = documents[0][config.text_column]
     place = int(len(text) * (1 - config.validation_fraction))
     for mark in ("\n", " "):
+        # at most a tenth of the text earlier, or the share that is held out would be another one
         found = text.rfind(mark, int(0.9 * place), place)
         if found > 0:
             place = found + 1

@@ -47,6 +47,7 @@ class ShardedEMAModel(EMAModel):
 
 def decay_from_half_life(steps: float) -> float:
     """Decay per step that halves a parameter's weight after `steps` optimizer steps."""
+    # a half-life below one step would forget everything: at least 1, that is a decay of 0.5
     return 0.5 ** (1.0 / max(1.0, steps))
 
 
@@ -55,6 +56,7 @@ def embeddings_in_the_root(model: nn.Module) -> Iterator[None]:
     """While accelerate prepares a model for FSDP2, hide its embedding, which would become a unit of
     its own, gathered for its own forward alone; the codec's decoder multiplies with the same
     weight."""
+    # on the instance, so that deleting it brings the method of the class back
     model.get_input_embeddings = lambda: None
     try:
         yield

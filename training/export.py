@@ -49,6 +49,7 @@ def _replacement(directory: Path) -> Iterator[Path]:
     partial.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield partial
+        # before the rename: after a power cut a name without its content would look finished
         flush_all(partial)
     except Exception as error:  # safetensors and the system name a full disk in ways of their own
         shutil.rmtree(partial, ignore_errors=True)
@@ -68,9 +69,11 @@ def replace_folder(new: Path, target: Path) -> None:
     """
     old = target.with_name(target.name + ".old")
     recover_folder(target)
+    # a folder cannot take the name of one that is not empty, so this takes two renames
     if target.exists():
         target.rename(old)
     new.rename(target)
+    # the new name is on the disk before the old content is removed
     flush(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
@@ -103,16 +106,20 @@ def recover_folder(target: Path) -> None:
 def measure_latent_statistics(model: TokComModel, tokens: np.ndarray, rows: int = 65536) -> None:
     """Set the codec's per-channel mean and standard deviation from up to `rows` random chunks
     `(rows, K)`."""
+    # without the dropout and the noise of training, which would widen the latents
     codec = model.codec.eval()
     size = codec.config.chunk_size
+    # The same chunks whatever the seed of the run. Chunks may begin anywhere, as in training.
     starts = np.random.default_rng(0).integers(
         0, max(1, len(tokens) - size + 1), size=min(rows, len(tokens))
     )
     chunks = torch.from_numpy(np.stack([tokens[s : s + size] for s in starts]).astype(np.int64))
+    # with mean 0 and deviation 1 `encode` returns raw latents, of which the statistics are wanted
     codec.set_latent_statistics(
         torch.zeros_like(codec.latent_mean), torch.ones_like(codec.latent_std)
     )
     device = codec.latent_mean.device
+    # one latent a row, (rows, C)
     latents = torch.cat(
         [codec.encode(part.to(device)).latents[:, 0] for part in chunks.split(4096)]
     ).float()

@@ -15,66 +15,14 @@ from pathlib import Path
 
 TEXTS = (".txt", ".text")
 TABLES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
-PICTURES = (
-    *(
-        ".png",
-        ".apng",
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".jfif",
-        ".webp",
-        ".gif",
-        ".bmp",
-        ".dib",
-        ".tif",
-        ".tiff",
-    ),
-    *(
-        ".avif",
-        ".avifs",
-        ".heic",
-        ".heif",
-        ".jp2",
-        ".j2k",
-        ".tga",
-        ".ppm",
-        ".pgm",
-        ".pbm",
-        ".pnm",
-        ".ico",
-    ),
+PICTURES = tuple(
+    (
+        ".png .apng .jpg .jpeg .jpe .jfif .webp .gif .bmp .dib .tif .tiff .avif .avifs .heic "
+        ".heif .jp2 .j2k .tga .ppm .pgm .pbm .pnm .ico"
+    ).split()
 )
-FILMS = (
-    *(
-        ".mp4",
-        ".m4v",
-        ".webm",
-        ".mov",
-        ".avi",
-        ".mkv",
-        ".mpg",
-        ".mpeg",
-        ".ogv",
-        ".3gp",
-        ".wmv",
-        ".flv",
-        ".m2ts",
-    ),
-)
-SOUNDS = (
-    ".wav",
-    ".wave",
-    ".flac",
-    ".mp3",
-    ".ogg",
-    ".oga",
-    ".opus",
-    ".aif",
-    ".aiff",
-    ".m4a",
-    ".aac",
-)
+FILMS = tuple(".mp4 .m4v .webm .mov .avi .mkv .mpg .mpeg .ogv .3gp .wmv .flv .m2ts".split())
+SOUNDS = tuple(".wav .wave .flac .mp3 .ogg .oga .opus .aif .aiff .m4a .aac".split())
 SIDE_TEXTS = (".txt", ".text", ".caption")  # beside a picture, clip or sound of the same name
 KINDS = {
     **dict.fromkeys(TEXTS, "text"),
@@ -93,7 +41,7 @@ MEDIA_READ = {
 }
 COMPRESSED = (".gz", ".bz2", ".xz")  # of texts and of tables
 ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar", ".zst")  # named, since they may hold the data
-SYSTEM_FILES = ("thumbs.db", "desktop.ini", "__macosx")
+SYSTEM_FILES = ("thumbs.db", "desktop.ini", "__macosx")  # of Windows and macOS, in lower case
 
 
 @dataclass
@@ -109,9 +57,8 @@ class Listing:
 
     def leave_out(self, path: Path | str, reason: str) -> None:
         name = path if isinstance(path, str) else self.name(path)
-        name = name.encode(
-            errors="backslashreplace"
-        ).decode()  # one that is no UTF-8 can be printed
+        # one that is no UTF-8 can be printed
+        name = name.encode(errors="backslashreplace").decode()
         self.left_out.setdefault(reason, []).append(name)
 
     def name(self, path: Path) -> str:
@@ -123,18 +70,18 @@ def kind_of(path: Path | str) -> str | None:
     """text, table, picture, clip or sound; None for any other suffix."""
     path = Path(path)
     if path.suffix.lower() in COMPRESSED:
-        inner = KINDS.get(Path(path.stem).suffix.lower())
-        return (
-            inner
-            if inner in ("text", "table") and not path.stem.lower().endswith(".parquet")
-            else None
-        )
+        # parquet compresses by itself, and its reader needs to jump in the file
+        suffix = Path(path.stem).suffix.lower()
+        is_read = suffix in (*TEXTS, *TABLES) and suffix != ".parquet"
+        return KINDS[suffix] if is_read else None
     return KINDS.get(path.suffix.lower())
 
 
 def natural_key(path: Path | str) -> list:
     """Sorts names as people number them: frame 2 before frame 10."""
+    # text and digits in turn, beginning with text
     parts = re.split(r"(\d+)", str(path))
+    # pairs of a number and a text, so that a number is never compared with a text
     return [(int(part), part) if i % 2 else (0, part) for i, part in enumerate(parts)]
 
 
@@ -158,6 +105,7 @@ def _reason_to_drop(path: Path) -> str | None:
     if not str(path).isprintable() and not _is_utf8(str(path)):
         return "name that is no UTF-8"
     if kind_of(path) is None and path.suffix.lower() not in SIDE_TEXTS:
+        # the last but one, too: .tar.gz
         archive = {path.suffix.lower(), *map(str.lower, path.suffixes[-2:-1])} & set(ARCHIVES)
         return "archive, which is not opened" if archive else "no kind of file that is read"
     try:
@@ -174,6 +122,7 @@ def _reason_to_drop(path: Path) -> str | None:
 
 def _is_utf8(name: str) -> bool:
     try:
+        # names that are no UTF-8 come from the system with surrogates, which have no encoding
         name.encode()
     except UnicodeEncodeError:
         return False
@@ -188,6 +137,7 @@ def _walk(root: Path, listing: Listing) -> Iterator[Path]:
     links = []
     while waiting or links:
         folder = waiting.pop() if waiting else links.pop(0)
+        # real paths, since a link may be reached by many names
         if folder.is_symlink() and folder != root:
             target = os.path.realpath(folder)
             if target in seen:

@@ -13,7 +13,7 @@ from PIL import GifImagePlugin, Image
 
 from tokcom.pictures_tokcom import QUICK
 
-ANIMATED = (".gif", ".webp")
+ANIMATED = (".gif", ".webp")  # what Pillow writes; .mp4 needs PyAV
 
 
 def write_film(frames: Sequence[Image.Image], file: str | Path, fps: float = 8) -> None:
@@ -34,6 +34,7 @@ def write_film(frames: Sequence[Image.Image], file: str | Path, fps: float = 8) 
             "duration": _durations(len(frames), fps, 1),
             "loop": 0,
         }
+        # `exact` keeps the colours of transparent pixels, which are otherwise free to change
         frames[0].save(file, save_all=True, lossless=True, exact=True, **options)
     elif suffix == ".mp4":
         _write_mp4(frames, str(file), fps)
@@ -55,6 +56,8 @@ def _durations(count: int, fps: float, unit: int) -> list[int]:
             f"`fps` ({fps:g}) is more than the {1000 // QUICK} that a .gif or .webp can show; "
             "write an .mp4."
         )
+    # Ends are rounded, not durations, so that errors do not add up: 30 frames a second take 30, 40,
+    # 30 ms and so on, three of them together 100.
     ends = [round(1000 * i / (fps * unit)) * unit for i in range(count + 1)]
     return [end - start for start, end in zip(ends, ends[1:])]
 
@@ -70,6 +73,7 @@ def _write_gif(frames: Sequence[Image.Image], file: Path, fps: float) -> None:
                 header = GifImagePlugin.getheader(frame, info={"loop": 0, "duration": duration})[0]
                 stream.write(b"".join(header))
             stream.write(b"".join(GifImagePlugin.getdata(frame, duration=duration, **options)))
+        # the trailer that ends a GIF
         stream.write(b";")
 
 
@@ -82,9 +86,11 @@ def _kept_apart(frames: Sequence[Image.Image]) -> list[Image.Image]:
             frame.size == before.size
             and frame.convert("RGBA").tobytes() == before.convert("RGBA").tobytes()
         ):
+            # the one before is unchanged, so this one has to differ
             if apart[-1] is before:
                 frame = frame.convert("RGBA")
                 red, green, blue, _ = frame.getpixel((0, 0))
+                # invisible, and exact only because the file is lossless
                 frame.putpixel((0, 0), (red, green, blue, 254))
         apart.append(frame)
     return apart
@@ -102,6 +108,7 @@ def _write_mp4(frames: Sequence[Image.Image], file: str, fps: float) -> None:
         stream.width = frames[0].width // 2 * 2  # of which the format wants even ones
         stream.height = frames[0].height // 2 * 2
         stream.pix_fmt = "yuv420p"
+        # nearly lossless to the eye, 0 being lossless and 23 the default of x264
         stream.options = {"crf": "15"}
         for frame in frames:
             pixels = np.asarray(frame.convert("RGB"))[: stream.height, : stream.width]
@@ -110,4 +117,5 @@ def _write_mp4(frames: Sequence[Image.Image], file: str, fps: float) -> None:
                     av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
                 )
             )
+        # the frames that the encoder still holds back
         container.mux(stream.encode())

@@ -52,6 +52,7 @@ def find_caption_column(columns: list[str], config: DataConfig, where: str) -> s
     if asked == NO_CAPTIONS:
         return None
     if asked is None:
+        # `caption` first: tables use `text` for other things, too
         return next((name for name in CAPTIONS if name in columns), None)
     if asked not in columns:
         raise ValueError(
@@ -91,6 +92,7 @@ class MediaFolder:
         asked = self.config.caption_column
         captions = self._from_metadata(metadata)
         if asked == NO_CAPTIONS:
+            # nobody wants captions, so text files beside pictures are left out as what they are
             side = {}
         else:
             lacking = [path for path in self.media if path in side and not captions.get(path)]
@@ -98,6 +100,7 @@ class MediaFolder:
             if lacking:
                 count = f"{len(lacking)} of {len(self.media)}"
                 self.source.notes.append(f"captions from text files of the same name: {count}")
+            # names of folders are guesses, so they serve only if nobody wrote a caption
             captions = captions or self._from_folders()
         if (
             not metadata
@@ -120,8 +123,8 @@ class MediaFolder:
         self.source.records = len(next(iter(columns.values())))
         self.source.fields = list(columns)
         counts = Counter(map(kind_of, self.media))
-        found = [several(counts[kind], kind) for kind in self.kinds if counts[kind]]
-        self.source.kind = ", ".join(found)
+        found = [several(counts[medium], medium) for medium in self.kinds if counts[medium]]
+        self.source.format = ", ".join(found)
         return datasets.Dataset.from_dict(columns)
 
     def _from_metadata(self, files: list[Path]) -> dict[Path, list[str]]:
@@ -134,6 +137,7 @@ class MediaFolder:
             find_caption_column(every, self.config, ", ".join(map(str, files)))
         captions: dict[Path, list[str]] = {}
         for file in files:
+            # one of several metadata files may lack the field, if any of them has it
             column = asked if asked in columns[file] else None
             if asked is None:
                 column = find_caption_column(columns[file], self.config, str(file))
@@ -174,6 +178,7 @@ class MediaFolder:
             if found is not None:
                 texts = self._strings(row.get(column), where, found) if column else []
                 captions.setdefault(found, []).extend(texts)
+            # a row for a file of a kind that this run does not read is no mistake
             elif kind_of(path) in self.kinds or not path.exists():
                 hint = near_miss(row[FILE_NAME], [self.listing.name(media) for media in self.media])
                 self.report.skip(
@@ -186,24 +191,24 @@ class MediaFolder:
         if file.suffix.lower() == ".parquet":
             import pyarrow.parquet
 
+            # `read_table` would take `key=value` in the names of folders for columns
             table = pyarrow.parquet.ParquetFile(file).read()
             return [(f"{file}, record {index}", row) for index, row in enumerate(table.to_pylist())]
         rows = []
         for where, row in read_rows(file, self.config.encoding):
             if isinstance(row, dict):
                 rows.append((where, row))
+            elif isinstance(row, ValueError):
+                self.report.skip(str(row))
             else:
-                self.report.skip(
-                    str(row)
-                    if isinstance(row, ValueError)
-                    else f"{where} is {shown(row)}, no object."
-                )
+                self.report.skip(f"{where} is {shown(row)}, no object.")
         return rows
 
     def _strings(self, value: object, where: str, media: Path) -> list[str]:
         """One caption or a list of them as those that are not blank; what is no text is a
         problem of its file."""
         values = value if isinstance(value, list) else [value]
+        # null is no caption, which is allowed
         if bad := [text for text in values if not isinstance(text, str) and text is not None]:
             self.bad.add(media)
             self.report.skip(
@@ -229,6 +234,7 @@ class MediaFolder:
         root = self.listing.root
         inside = [path for path in self.media if path.parent != root]
         names = {path.parent.name for path in inside}
+        # a single folder says nothing that tells pictures apart
         if len(names) < 2:
             return {}
         rest = len(self.media) - len(inside)
@@ -255,12 +261,16 @@ class MediaFolder:
         records: dict[tuple, dict] = {}
         for path in self.media:
             column = names[kind_of(path)]
+            # with sounds, 7.png and 7.wav are one record of two streams
             key = (path.with_suffix(""),) if "sound" in self.kinds else (path,)
             if column in records.get(key, {}):
+                # 7.png and 7.jpg are two pictures, of which a record holds one
                 key = (path,)
             record = records.setdefault(key, {})
             record[column] = {"bytes": None, "path": str(path)}
             if path in captions:
+                # captions lie under "", which no column is called; both files of a record may bring
+                # the same
                 record.setdefault("", []).extend(
                     t for t in captions[path] if t not in record.get("", [])
                 )
@@ -305,11 +315,13 @@ def folders_of_frames(listing: Listing, config: DataConfig, report: Report) -> d
     folders: dict[Path, list[Path]] = {}
     for path in pictures:
         folders.setdefault(path.parent, []).append(path)
+    # records in the same order on every file system
     folders = dict(sorted(folders.items()))
     frames = [[str(path) for path in sorted(paths, key=natural_key)] for paths in folders.values()]
     classes = [folder.parent.name for folder in folders]
     columns: dict[str, list] = {config.image_column: frames}
     asked = config.caption_column
+    # one class for all clips would say nothing
     named = len(set(classes)) > 1
     if asked not in (None, NO_CAPTIONS) and not (named and asked in CAPTIONS):
         find_caption_column([], config, f"{listing.root} (whose captions are names of folders)")

@@ -51,26 +51,21 @@ class ImageDataset(torch.utils.data.Dataset):
         seed: int,
         training: bool,
     ):
-        self.records, self.image_column, self.processor = (
-            records,
-            image_column,
-            TokComImageProcessor(),
-        )
+        self.records = records
+        self.image_column = image_column
+        self.processor = TokComImageProcessor()
         self.seed = seed
         self.training = training
         self.epoch = 0
         self.captions = None
         self.clip_length = None
         self.autoencoder = None
-        self.steps: dict[
-            int, list[int]
-        ] = {}  # of the animations that were decoded, the picture at each step
-        self.frame_counts: list[float] | None = (
-            None  # frames of every record, once all have been decoded
-        )
-        self.latents: np.ndarray | None = (
-            None  # of the clips of all records, once they have been encoded
-        )
+        # of the animations that were decoded, the picture at each step
+        self.steps: dict[int, list[int]] = {}
+        # frames of every record, once all have been decoded
+        self.frame_counts: list[float] | None = None
+        # of the clips of all records, once they have been encoded
+        self.latents: np.ndarray | None = None
         self.flip = 0.0
         self.shift = 0
         self.prepared: dict[int, tuple[torch.Tensor, dict[str, float]]] = {}  # see `_clip`
@@ -84,6 +79,7 @@ class ImageDataset(torch.utils.data.Dataset):
             self.first_caption = np.cumsum([0, *map(len, texts)])  # of every record, and the end
             self.captioned = np.array([any(text.strip() for text in row) for row in texts])
             self.captions = pad_captions(text_ids(tokenizer, flat), vocabulary_size(tokenizer))
+            # characters of the captions, of which the tokenizer keeps a list
             self.letters = set().union(*flat)
 
     def fit(self, codec_config, autoencoder=None) -> "ImageDataset":
@@ -93,6 +89,7 @@ class ImageDataset(torch.utils.data.Dataset):
         self.autoencoder = autoencoder
         self.clip_length = codec_config.clip_length
         self.latents = None
+        # augmenting belongs to a stage, and every stage asks for it anew
         self.flip = 0.0
         self.shift = 0
         self.forget()
@@ -137,6 +134,7 @@ class ImageDataset(torch.utils.data.Dataset):
             if not file.is_file():
                 self._encode(starts, file.with_suffix(".tmp"), device, batch_size)
                 file.with_suffix(".tmp").rename(file)
+        # mapped: workers share the pages, and a data set may be larger than memory
         self.latents = np.load(file, mmap_mode="r")
 
     def _encode(
@@ -150,11 +148,13 @@ class ImageDataset(torch.utils.data.Dataset):
         for index in tqdm(range(len(self)), desc="encoding clips", unit="film"):
             frames = self.frames(index)
             clips += [self._pixels(frames, start) for start in starts[index]]
+            # clips of several films share a batch; the last film empties the list
             while len(clips) >= batch_size or (clips and index + 1 == len(self)):
                 latents = encode_clips(self.autoencoder, torch.stack(clips[:batch_size]))
                 clips = clips[batch_size:]
                 if written is None:
                     shape = int(self.first_clip[-1]), *latents.shape[1:]
+                    # the shape of its latents is known once the autoencoder has made the first
                     written = np.lib.format.open_memmap(file, "w+", np.float32, shape)
                 written[done : done + len(latents)] = latents.cpu().numpy()
                 done += len(latents)
@@ -168,6 +168,7 @@ class ImageDataset(torch.utils.data.Dataset):
         self.forget()
         self.frame_counts = None
         if self.captions is not None:
+            # a record may have several captions
             places = [np.arange(self.first_caption[i], self.first_caption[i + 1]) for i in rows]
             kept = np.concatenate(places)
             self.captions = {name: value[kept] for name, value in self.captions.items()}
@@ -202,6 +203,7 @@ class ImageDataset(torch.utils.data.Dataset):
         if self.latents is not None:
             first, end = self.first_clip[index : index + 2]
             place = first + self._draw(index, int(end - first))
+            # a copy, because the mapped file cannot be written and torch warns of that
             pixels = torch.from_numpy(self.latents[place].copy())
         else:
             pixels, self.facts = self._clip(index)
@@ -218,14 +220,16 @@ class ImageDataset(torch.utils.data.Dataset):
     def _moved(self, pixels: torch.Tensor, index: int) -> torch.Tensor:
         """Pixels `(..., H, W)` as this epoch mirrors and moves them; what comes into view repeats
         the border."""
+        # the 3 keeps these draws apart from those of the frame (none) and of the caption (2)
         generator = np.random.default_rng((self.seed, self.epoch, index, 3))
         if generator.random() < self.flip:
             pixels = pixels.flip(-1)
         if not self.shift:
             return pixels
+        # `shift` is no movement, 0 and twice as much are the farthest to either side
         y, x = (int(place) for place in generator.integers(2 * self.shift + 1, size=2))
         height, width = pixels.shape[-2:]
-        flat = pixels.reshape(1, -1, height, width)
+        flat = pixels.reshape(1, -1, height, width)  # (1, channels x frames, H, W)
         padded = torch.nn.functional.pad(flat, [self.shift] * 4, mode="replicate")
         return padded[..., y : y + height, x : x + width].reshape(pixels.shape).clone()
 
@@ -234,8 +238,10 @@ class ImageDataset(torch.utils.data.Dataset):
         `PREPARED_BYTES` of them."""
         if index in self.prepared:
             pixels, facts = self.prepared[index]
+            # callers may write into what they get
             return pixels.clone(), facts
         pixels, facts = self._read_clip(index)
+        # of others each epoch shows another part
         same_always = not facts.get("longer than a clip") and not facts.get("animated")
         if same_always and self.prepared_bytes + pixels.nbytes <= PREPARED_BYTES:
             self.prepared[index] = pixels.clone(), facts
@@ -247,6 +253,7 @@ class ImageDataset(torch.utils.data.Dataset):
         found."""
         frames = self.frames(index)
         length = self.clip_length or 1
+        # frames at which a clip can begin; in a film that is too short only the first
         start = self._draw(index, max(1, len(frames) + 1 - length))
         pixels = self._pixels(frames, start)
         return pixels, self._facts(frames, frames[start], index)
@@ -281,6 +288,7 @@ class ImageDataset(torch.utils.data.Dataset):
     def _facts(self, frames: Frames, image: Image.Image, index: int) -> dict[str, float]:
         height, width = self.processor._size
         facts = {
+            # the shorter side fits, and what is too much of the longer one is cut off
             "resized": min(image.height / height, image.width / width) != 1,
             "with sides cut off": image.height * width != image.width * height,
         }
@@ -300,12 +308,14 @@ def clip_starts(count: int, length: int) -> list[int]:
     one at its end."""
     if count <= length:
         return [0]
+    # a set, since the last one may be among those that follow each other
     return sorted({*range(0, count - length + 1, length), count - length})
 
 
 def row_number(records: datasets.Dataset, index: int) -> int:
     """The number that a record has in its source, where it may have another place: held-out
     records are drawn."""
+    # `datasets` has no public way to ask which rows a selection is of
     indices = records._indices
     return index if indices is None else indices.column(0)[index].as_py()
 
@@ -348,6 +358,7 @@ def read_pictures(
             "them."
         )
     records = records if limit is None else records.select(range(min(limit, len(records))))
+    # no tokenizer: whoever evaluates wants captions as texts
     return ImageDataset(records, image_column, config.captions, None, seed, training=False).fit(
         codec_config, autoencoder
     )
@@ -390,11 +401,9 @@ def check_autoencoder(autoencoder: torch.nn.Module | None, codec_config) -> None
             f"`autoencoder` is for clips, not for the codec {codec_config.model_type!r}; remove it."
         )
     height, width = codec_config.image_size
-    found = tuple(
-        encode_clips(autoencoder, torch.zeros(1, 3, codec_config.clip_length, height, width)).shape[
-            1:
-        ]
-    )
+    # shapes alone are compared, so a black clip will do
+    clip = torch.zeros(1, 3, codec_config.clip_length, height, width)
+    found = tuple(encode_clips(autoencoder, clip).shape[1:])  # (c, F, H, W)
     wanted = (
         codec_config.num_channels,
         codec_config.num_frames,
@@ -468,11 +477,14 @@ def measure_image_statistics(model, dataset: ImageDataset, limit: int = 8192) ->
     """Set the codec's mean and standard deviation of every token and channel from up to `limit`
     pictures."""
     codec = model.codec.eval()
+    # with mean 0 and deviation 1 `encode` returns raw latents
     codec.set_latent_statistics(
         torch.zeros_like(codec.latent_mean), torch.ones_like(codec.latent_std)
     )
+    # at random, since folders come class by class
     rows = np.random.default_rng(0).permutation(len(dataset))[:limit]
-    latents = encode_all(model, dataset, rows).to(codec.latent_mean.device)
+    latents = encode_all(model, dataset, rows).to(codec.latent_mean.device)  # (rows, N, C)
+    # over pictures, so every place has statistics of its own, (N, C)
     codec.set_latent_statistics(latents.mean(0), latents.std(0))
 
 

@@ -26,6 +26,7 @@ def start_processes() -> PartialState:
     other."""
     use_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
     state = PartialState(cpu=use_cpu, timeout=PATIENCE)
+    # what the launcher has promised
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world != state.num_processes:
         raise TrainingError(

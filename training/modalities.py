@@ -9,7 +9,7 @@ from tokcom.pipeline_base_tokcom import TokComBasePipeline
 from tokcom.training.config import DataConfig
 from tokcom.training.samples import ImageSamples, StreamSamples, TextSamples, VideoSamples
 
-CARD_SAMPLES = 3
+CARD_SAMPLES = 3  # texts of a card, with seeds 0, 1, 2
 
 
 class Modality:
@@ -23,6 +23,9 @@ class Modality:
     def remedy(self, data: DataConfig) -> str:
         """How to give such data."""
         return f"give {self.reads}"
+
+    def check_teacher(self, name: str) -> None:
+        """Raise `ValueError` if `ModelDenoiser` cannot call such models, to distil model `name`."""
 
     def card_samples(self, pipe: TokComBasePipeline) -> str:
         """Samples for the model card, in Markdown."""
@@ -41,6 +44,7 @@ class Texts(Modality):
         lines = []
         for seed in range(CARD_SAMPLES):
             generator = torch.Generator().manual_seed(seed)
+            # 16 chunks, or a window if that is shorter
             text = pipe.generate(min(16, window), generator=generator).texts[0]
             lines.append(f"{seed}: {text.strip()!r}")
         shown = "\n".join(lines)
@@ -74,6 +78,11 @@ class Streams(Modality):
 
     def remedy(self, data: DataConfig) -> str:
         return "say which fields hold them: data.fields={text: caption, ...}"
+
+    def check_teacher(self, name: str) -> None:
+        raise ValueError(
+            f"{name} has several streams, which cannot be distilled; give a model of one."
+        )
 
 
 MODALITIES: dict[str, Modality] = {

@@ -16,12 +16,14 @@ class ChainedOptimizer(torch.optim.Optimizer):
 
     def __init__(self, parts: list[torch.optim.Optimizer]):
         self.parts = parts
+        # the base class makes groups of its own, which `_link` replaces
         super().__init__(
             [p for part in parts for group in part.param_groups for p in group["params"]], {}
         )
         self._link()
 
     def _link(self) -> None:
+        # the very dictionaries of the parts, so that a schedule which sets their rate reaches them
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
     @torch.no_grad()
@@ -37,6 +39,7 @@ class ChainedOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict) -> None:
         for part, state in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
+        # loading gave the parts new dictionaries
         self._link()
 
 
@@ -58,12 +61,17 @@ class Float32Muon(torch.optim.Muon):
                     state["momentum_buffer"] = torch.zeros_like(parameter)
                 momentum = state["momentum_buffer"]
                 grad = parameter.grad
+                # momentum and update as torch.optim.Muon averages them
                 momentum.lerp_(grad, 1 - group["momentum"])
                 update = grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
                 update = orthogonalize(
                     update, group["ns_coefficients"], group["ns_steps"], group["eps"]
                 )
+                # decoupled weight decay, as in AdamW
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                # The entries of an orthogonal matrix have a root mean square of 1 / sqrt(longer
+                # side), those of AdamW's updates one of 0.2 to 0.4 (Liu et al. 2025). One rate fits
+                # both.
                 parameter.add_(update, alpha=-0.2 * max(parameter.shape) ** 0.5 * group["lr"])
         return loss
 
@@ -74,10 +82,13 @@ def orthogonalize(
     """Bring the singular values of `matrix` near 1 by a quintic Newton-Schulz iteration (Jordan et
     al. 2024)."""
     a, b, c = coefficients
+    # wide `(m, n)`, m <= n, since the iteration costs m * m * n
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    # The Frobenius norm is at least the largest singular value. Below 1 the iteration converges.
     wide = wide / wide.norm().clamp(min=eps)
     for _ in range(steps):
-        gram = wide @ wide.T
+        gram = wide @ wide.T  # (m, m)
+        # (a I + b G + c G^2) W maps every singular value s to a s + b s^3 + c s^5
         wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
     return wide if matrix.shape[0] <= matrix.shape[1] else wide.T
 
@@ -96,6 +107,7 @@ def build_schedule(
         return get_scheduler(
             "cosine", optimizer, num_warmup_steps=warmup_steps, num_training_steps=max_steps
         )
+    # from the step at which it begins, so that the same share gives the same beginning
     cooldown_steps = max_steps - round(max_steps * (1 - cooldown_share))
     return get_wsd_schedule(
         optimizer, warmup_steps, cooldown_steps, num_training_steps=max_steps, decay_type="1-sqrt"
@@ -122,12 +134,17 @@ def build_optimizer(
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     embeddings = (nn.Embedding, TokComTimestepEmbedding)
+    # by identity: `in` on tensors would compare their values
     kept = {id(p) for m in model.modules() if isinstance(m, embeddings) for p in m.parameters()}
+    # Muon orthogonalises matrices; tables of embeddings are rows that have little to do with each
+    # other, most of which have no gradient in an update
     inner = [p for p in trained if muon_learning_rate and p.ndim == 2 and id(p) not in kept]
     taken = {id(p) for p in inner}
     others = [p for p in trained if id(p) not in taken]
     groups = [{"params": [p for p in others if p.ndim >= 2]}]
+    # biases and scales of norms: decay would pull scales from 1 towards 0
     groups.append({"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0})
+    # 0.98 averages squared gradients over about 50 updates, AdamW's default 0.999 over 1000
     adamw = torch.optim.AdamW(
         groups, learning_rate, (0.9, 0.98), weight_decay=weight_decay, fused=True
     )

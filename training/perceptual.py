@@ -24,6 +24,7 @@ class FeatureLoss:
     def __init__(self, name: str, weight: float, device: torch.device | str = "cpu"):
         try:
             network = AutoModel.from_pretrained(name, trust_remote_code=False)
+            # frozen, but not under no_grad: the gradient passes through it to the picture
             self.network = network.to(device).eval().requires_grad_(False)
         except (OSError, ValueError, ImportError) as error:
             reason = first_line(error)
@@ -36,6 +37,7 @@ class FeatureLoss:
 
     def __call__(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Weighted distance of images `(B, 3, H, W)` in [-1, 1]; its gradient reaches `output`."""
+        # [-1, 1] -> [0, 1]; one pass of the network for both
         both = torch.cat((output, target)) / 2 + 0.5
         total = 0.0
         layers = self.network(
@@ -44,6 +46,7 @@ class FeatureLoss:
         for features in layers:
             # (2 B, places, channels)
             features = features.flatten(2).transpose(1, 2) if features.ndim == 4 else features
+            # of unit length, so that layers with large activations do not outweigh the others
             ours, theirs = torch.nn.functional.normalize(features.float(), dim=-1).chunk(2)
             total = total + (ours - theirs.detach()).square().sum(-1).mean() / len(layers)
         return self.weight * total

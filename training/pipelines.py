@@ -23,6 +23,7 @@ from tokcom.pipeline_media_tokcom import (
 from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 
+# of `from_pretrained`, those that the configuration is loaded with, too
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 PIPELINES: dict[str, type[TokComBasePipeline]] = {
     pipeline.modality: pipeline
@@ -57,10 +58,12 @@ def load_pipeline(
     `DiffusionPipeline.from_pretrained`, such as `dtype` and `revision`. Raises `ValueError` or
     `FileNotFoundError` that names what is missing or damaged.
     """
+    # the repository itself is a model directory
     path = Path(__file__).parents[1] if path is None else path
     hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
     if verify:
         path = verified(path, **{name: hub[name] for name in hub if name != "proxies"})
+    # a local directory may be incomplete; what comes from the Hub was checked by its client
     if os.path.isdir(path):
         check_files(path)
     config = TokComConfig.from_pretrained(path, **hub)

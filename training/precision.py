@@ -19,6 +19,7 @@ def has_fast_bfloat16(device_type: str) -> bool:
     if told is not None:
         return told == "fast"
     if device_type == "cuda":
+        # emulated bfloat16 is computed in float32, which gains nothing
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device_type == "cpu":
         return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()

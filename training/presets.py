@@ -31,6 +31,7 @@ def read_preset(name: str) -> dict[str, Any]:
     """
     file = PRESET_DIR / f"{name}.yaml"
     if not file.is_file() and Path(name).suffix in (".yaml", ".yml"):
+        # a preset that ships comes before a file of the same name
         file = Path(name)
     if not file.is_file():
         raise ValueError(
@@ -50,6 +51,7 @@ def read_preset(name: str) -> dict[str, Any]:
     _merge(merged.setdefault("model", {}), settings.pop("model", {}))
     for key, value in settings.items():
         known = merged.get(key)
+        # one level deep: a stage's `objective` is replaced as a whole
         merged[key] = (
             {**known, **value} if isinstance(known, dict) and isinstance(value, dict) else value
         )
@@ -79,6 +81,7 @@ def preset_config(name: str, vocab_size: int | None = None, **overrides) -> "Tok
     codec_class = CODEC_CONFIGS.get(codec.get("model_type", DEFAULT_CODEC), TokComMediaCodecConfig)
     size = vocab_size or settings.get("tokenizer_vocab_size", 512)
     has_texts = codec_class.set_vocabulary(codec, size, vocab_size is not None)
+    # then the texts are captions, and their vocabulary is the model's, with its pad token
     if vocab_size is not None and not has_texts:
         fields["condition_vocab_size"] = vocab_size + 1
     return TokComConfig(**fields)
@@ -94,6 +97,7 @@ def merge_overrides(fields: dict[str, Any], overrides: dict[str, Any]) -> None:
     from tokcom.configuration_codec_tokcom import check_known_keys
     from tokcom.configuration_tokcom import TRAINING, TokComConfig
 
+    # settings of training were once fields of the model, and are still looked for there
     for name in _names(overrides):
         if name in TRAINING:
             raise ValueError(
@@ -117,8 +121,10 @@ def _merge(fields: dict[str, Any], overrides: dict[str, Any]) -> None:
     for key, value in overrides.items():
         known = fields.get(key)
         if isinstance(value, dict) and isinstance(known, dict):
-            kind = known.get("model_type", DEFAULT_CODEC)
-            if value.get("model_type", kind) == kind:
+            # the fields of one codec mean nothing to another, so those of the preset are dropped
+            codec_type = known.get("model_type", DEFAULT_CODEC)
+            if value.get("model_type", codec_type) == codec_type:
+                # a copy, because `known` may belong to the caller
                 merged = dict(known)
                 _merge(merged, value)
                 value = merged

@@ -64,9 +64,13 @@ class Progress:
         epoch, done = (
             (0, self.micro_batch) if rows is None else divmod(self.micro_batch, rows // old_rows)
         )
+        # rounded up: the batch that contains the last row seen is passed over, not shown again
         micro_batch = math.ceil(done * old_rows / new_rows)
         if rows is not None:
+            # whole epochs in batches of the new size; the last incomplete batch of an epoch is
+            # dropped
             micro_batch += epoch * (rows // new_rows)
+        # an update must begin with its first micro-batch
         self.micro_batch = math.ceil(micro_batch / accumulation) * accumulation
         self.batch_size, self.processes, self.accumulation = now
         names = "batch size, processes, accumulation"
@@ -82,9 +86,8 @@ class UpdateGuard:
     ):
         self.progress = progress
         self.options = options
-        self.loss_is_scaled = (
-            loss_is_scaled  # a scaler expects infinite gradients, and skips them by itself
-        )
+        # a scaler expects infinite gradients, and skips them by itself
+        self.loss_is_scaled = loss_is_scaled
         self.can_skip = can_skip
 
     @property
@@ -104,6 +107,8 @@ class UpdateGuard:
         elif norm is not None and self._is_spike(norm):
             reason = f"gradient norm {norm:.3g} is more than {self.options.spike_factor:g} times its average"
         elif norm is not None:
+            # over about 50 updates. Only good ones count: a spike must not raise the bar for the
+            # next.
             progress.norm = norm if not progress.norm else 0.98 * progress.norm + 0.02 * norm
         if reason is None:
             progress.skipped_in_row = 0
@@ -114,4 +119,5 @@ class UpdateGuard:
 
     def _is_spike(self, norm: float) -> bool:
         limit = self.options.spike_factor * self.progress.norm
+        # a `spike_factor` of 0 turns this off
         return bool(limit) and self.progress.step >= SPIKES_AFTER and norm > limit

@@ -73,7 +73,8 @@ def shown(value: Any) -> str:
         dict: "the object",
     }
     text = json.dumps(value, ensure_ascii=False, default=str)
-    return f"{kinds.get(type(value), type(value).__name__)} {text[:SHOWN]}{'...' * (len(text) > SHOWN)}"
+    rest = "..." if len(text) > SHOWN else ""
+    return f"{kinds.get(type(value), type(value).__name__)} {text[:SHOWN]}{rest}"
 
 
 def open_bytes(path: Path) -> BinaryIO:
@@ -84,6 +85,7 @@ def open_bytes(path: Path) -> BinaryIO:
 def _encoding(path: Path, encoding: str | None) -> str:
     try:
         with open_bytes(path) as stream:
+            # the longest byte-order mark
             start = stream.read(4)
     except UNREADABLE as error:
         raise ValueError(f"{path} cannot be read ({error}); repair or remove the file.") from error
@@ -97,6 +99,7 @@ def read_text(path: Path, encoding: str | None = None) -> str:
     encoding = _encoding(path, encoding)
     try:
         with open_bytes(path) as stream:
+            # the whole file: a wrong encoding may show at its end only
             content = stream.read()
     except UNREADABLE as error:
         raise ValueError(f"{path} cannot be read ({error}); repair or remove the file.") from error
@@ -114,6 +117,7 @@ def read_text(path: Path, encoding: str | None = None) -> str:
             "UTF-16 without a mark; convert it to UTF-8, or name its encoding by "
             "data.encoding=utf-16-le."
         )
+    # one kind of line end, or a model would learn two tokens for one thing
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -124,6 +128,7 @@ def _not_text(content: bytes, encoding: str, error: UnicodeDecodeError) -> str:
         from charset_normalizer import from_bytes
     except ImportError:
         return f"{found}; convert the file, or name its encoding by data.encoding=..."
+    # the first MiB tells enough, and a corpus may have gigabytes
     guess = from_bytes(content[: 1 << 20], cp_isolation=list(COMMON)).best()
     if guess is None or "\0" in str(guess):
         return f"{found}, and it looks like no text at all; convert or remove the file."
@@ -152,6 +157,7 @@ def _is_lines(path: Path, encoding: str | None) -> bool:
         first = next((line for line in stream if line.strip(b"\xef\xbb\xbf \t\r\n")), b"")
         follows = any(line.strip() for line in stream)
     try:
+        # one object that is printed over many lines does not end on its first
         return follows and isinstance(json.loads(first.decode("utf-8-sig")), dict)
     except ValueError:
         return False
@@ -161,6 +167,7 @@ def _json_rows(path: Path, encoding: str | None) -> Iterator[tuple[str, Any]]:
     text = read_text(path, encoding)
     try:
         content = json.loads(text)
+    # a few kilobytes of nested brackets exceed Python's recursion limit
     except (ValueError, RecursionError) as error:
         yield f"{path}", ValueError(f"{path} is no JSON ({error}).")
         return
@@ -176,6 +183,7 @@ def _line_rows(path: Path, encoding: str | None) -> Iterator[tuple[str, Any]]:
     index = 0
     with lines:
         for number, line in enumerate(lines, 1):
+            # a mark belongs to the beginning of the file; inside it is a character of the text
             if number > 1 and name == "utf-8-sig":
                 name = "utf-8"
             if not line.strip():
@@ -187,10 +195,13 @@ def _line_rows(path: Path, encoding: str | None) -> Iterator[tuple[str, Any]]:
                 yield where, ValueError(f"{where}: {_not_text(line, name, error)}")
             except (ValueError, RecursionError) as error:
                 yield where, ValueError(f"{where} is no JSON ({error}).")
+            # of records, since blank lines hold none
             index += 1
 
 
 def _csv_rows(path: Path, suffix: str, encoding: str | None) -> Iterator[tuple[str, Any]]:
+    # Python's default of 131,072 characters refuses a book in one field. The limit is a C long, of
+    # 32 bits on Windows.
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     text = read_text(path, encoding)
     first, _, rest = text.partition("\n")
@@ -214,6 +225,7 @@ def _csv_rows(path: Path, suffix: str, encoding: str | None) -> Iterator[tuple[s
             ValueError(f"{path} names a column twice ({', '.join(header)}); rename one."),
         )
         return
+    # a blank line is a row without fields
     for index, row in enumerate(row for row in rows if row):
         where = f"{path}, record {index} (line {reader.line_num})"
         if isinstance(row, ValueError):
@@ -248,6 +260,7 @@ def first_record(path: Path, encoding: str | None = None) -> dict | None:
         for _, record in read_rows(path, encoding):
             if isinstance(record, dict):
                 return record
+            # records of another kind: there are some, but without fields
             found = {}
     except UNREADABLE:
         return {}
@@ -270,6 +283,7 @@ def text_of(record: Any, column: str, where: str) -> str:
             f"{where} has no text in field {column!r} but {shown(text)}; repair or remove it."
         )
     try:
+        # JSON may escape one half of a surrogate pair, which no encoding can write
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
@@ -284,6 +298,7 @@ def messages_of(record: dict, where: str = "the dialogue") -> list[dict[str, str
     if record.get("prompt") is not None:
         pairs = [("user", record["prompt"]), ("assistant", record.get("answer"))]
     else:
+        # tables that joined several sources have all of the fields, and null in most
         turns = record.get("messages") or record.get("conversations")
         if turns is None and not set(DIALOGUES) & set(record):
             raise ValueError(
@@ -305,6 +320,7 @@ def messages_of(record: dict, where: str = "the dialogue") -> list[dict[str, str
         raise ValueError(
             f"{where} {pairs!r:.200} must end with an answer of the assistant to something."
         )
+    # nothing would be learnt but to stop
     if not messages[-1]["content"].strip():
         raise ValueError(f"{where} {pairs!r:.200} has a blank answer; repair or remove it.")
     return messages
@@ -319,6 +335,7 @@ def _turns(turns: Any, where: str) -> list[tuple[str, Any]]:
             raise ValueError(
                 f"{where}: a turn is {shown(turn)}, not an object with role and content."
             )
+        # OpenAI's names, or those of ShareGPT
         role, content = ("role", "content") if "role" in turn else ("from", "value")
         if turn.get(role) not in list(ROLES) or content not in turn:
             raise ValueError(

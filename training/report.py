@@ -13,7 +13,7 @@ import numpy as np
 from tokcom.training.files import Listing
 
 NAMED = 5  # names of files, or problems, that are listed; of the others the number
-EXAMPLES = 3
+EXAMPLES = 3  # decoded records that are shown of each part
 ADDED = ("characters", "seconds", "frames")  # sizes whose sum means something
 
 
@@ -22,10 +22,10 @@ def several(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def some(names: list[str]) -> str:
+def some(names: list[str], most: int = NAMED) -> str:
     """The first few of some names, and how many more there are."""
-    rest = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + rest
+    rest = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
 
 
 @dataclass
@@ -33,7 +33,7 @@ class SourceReport:
     """One source: where it lies, its files, and the fields that are used."""
 
     path: str
-    kind: str = "records"
+    format: str = "records"  # of its files, or what else it is, in words
     listing: Listing | None = None
     used: int = 0  # files
     records: int | None = None
@@ -41,7 +41,7 @@ class SourceReport:
     notes: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
-        lines = [f"{self.path}: {self.kind}"]
+        lines = [f"{self.path}: {self.format}"]
         if self.listing is not None:
             found = self.listing.left_out
             count = sum(map(len, found.values()))
@@ -82,6 +82,7 @@ class PartReport:
         if counted:
             lines.append("  " + ", ".join(counted))
         for name, values in self.sizes.items():
+            # the range shows outliers, which a mean and a deviation hide
             low, middle, high = np.percentile(values, (0, 50, 100))
             total = f", {sum(values):,g} in all" if name in ADDED else ""
             lines.append(f"  {name}: {low:g} to {high:g}, median {middle:g}{total}")
@@ -107,14 +108,12 @@ class Report:
         """Note that a record is left out; `ValueError` with its problem if that is one too many."""
         self.problems.append(problem)
         if len(self.problems) > self.max_skipped:
-            remedy = (
-                f"data.max_skipped={len(self.problems)} leaves it out"
-                if not self.max_skipped
-                else (
+            remedy = f"data.max_skipped={len(self.problems)} leaves it out"
+            if self.max_skipped:
+                remedy = (
                     f"it is one more than data.max_skipped={self.max_skipped}: "
                     f"{some(self.problems[:-1])}"
                 )
-            )
             raise ValueError(f"{problem.rstrip()} ({remedy})")
 
     def __str__(self) -> str:

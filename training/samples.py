@@ -36,14 +36,17 @@ class TextSamples:
 
     def log(self, pipe: TokComBasePipeline, loader: DataLoader, step: int) -> None:
         """Show samples of the model in `pipe` beside the validation data of `loader`."""
+        # the first batch, so that every validation shows the same texts; 128 tokens fit in a table
         ids = next(iter(loader))["input_ids"][: self.count, :128]
         texts = [pipe.tokenizer.decode(row) for row in ids]
         if self.stage == "codec":
             self._compare("vae/samples", texts, pipe.reconstruct(texts).texts, step)
             return
+        # the same noise at every validation: what changes between tables is the model
         generator = torch.Generator().manual_seed(0)
         config = pipe.model.config
         row = config.codec_config.latents_multiple
+        # half of the window, in whole rows of latents
         chunks = max(row, config.transformer_config.max_position_embeddings // 2 // row * row)
         samples = pipe.generate(num_chunks=chunks, batch_size=self.count, generator=generator).texts
         rows = [[i + 1, text] for i, text in enumerate(samples)]
@@ -68,6 +71,7 @@ class ImageSamples(TextSamples):
     """Originals above their reconstructions, or above what is drawn for their captions."""
 
     def log(self, pipe: TokComBasePipeline, loader: DataLoader, step: int) -> None:
+        # pictures are small, so four times as many as of texts
         batch = {name: value[: 4 * self.count] for name, value in next(iter(loader)).items()}
         captions = None
         if pipe.tokenizer is not None:
@@ -96,12 +100,14 @@ class VideoSamples(ImageSamples):
     def _rows(self, pipe, pixels, captions, generator):
         clips = pixels[: self.count].to(pipe.model.device)
         frames = clips if pipe.vae is None else decode_clips(pipe.vae, clips)
+        # (F, 3, H, W), frames as a batch of pictures
         real = [pipe.image_processor.postprocess(clip.transpose(0, 1)) for clip in frames]
         if self.stage == "codec":
             made = pipe.decode(pipe.model.encode(pixel_values=clips).latents).videos
         elif pipe.model.config.condition_vocab_size:
             made = pipe(captions[: len(clips)], generator=generator).videos
         else:
+            # without captions the first frame says what is to be shown
             made = pipe(frames=[strip[:1] for strip in real], generator=generator).videos
         return [row for pair in zip(real, made) for row in pair]
 
@@ -122,6 +128,7 @@ class StreamSamples(TextSamples):
         table: list[list[Any]] = []
         pictures = []
         for name in codec.names:
+            # records may lack a stream
             found = [content for content in contents if name in content]
             others = [other for other in (*texts, *images) if other != name]
             if not found or not others:

@@ -28,6 +28,8 @@ from tokcom.training.documents import (
     content_digest,
     format_of,
     good_records,
+    holds_pictures,
+    joined_parts,
     part_kind,
     table_of,
     table_records,
@@ -49,7 +51,9 @@ from tokcom.training.records import (
     read_rows,
     shown,
 )
-from tokcom.training.report import Report, SourceReport, several
+from tokcom.training.report import Report, SourceReport, several, some
+
+FIELDS = 20  # fields of records that an error names; a folder of settings has hundreds
 
 
 @dataclass
@@ -83,6 +87,7 @@ class Source:
                     f"source {self.path}: `modality` ({self.modality!r}) is that of one `field`; "
                     "name it."
                 )
+            # a stream is called after its modality if nobody names it otherwise
             self.fields = {self.modality: self.field}
         if self.max_samples is not None and self.max_samples < 1:
             raise ValueError(
@@ -98,6 +103,7 @@ class Source:
         path = Path(self.path)
         if not path.exists():
             part = self._from_hub(config, split)
+        # the files by which `Dataset.save_to_disk` and `DatasetDict.save_to_disk` mark a folder
         elif path.is_dir() and (
             (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
         ):
@@ -108,6 +114,7 @@ class Source:
 
     def _from_hub(self, config: DataConfig, split: str):
         path = Path(self.path)
+        # a Hub name is NAME or USER/NAME; everything else was meant as a path
         if kind_of(path) or path.is_absolute() or self.path.startswith(".") or len(path.parts) > 2:
             raise FileNotFoundError(
                 f"data file {self.path} does not exist; give an existing file, folder or Hub name."
@@ -145,6 +152,7 @@ class Source:
         part = MediaFolder(listing, kinds, config, self.report).load()
         for name, kind in ((config.image_column, datasets.Image), ("audio", datasets.Audio)):
             if name in part.column_names:
+                # decoded when an item is made, so that a bad file is reported with its record
                 part = part.cast_column(name, kind(decode=False))
         if chosen := self.fields or config.fields:
             return self._streams(part, chosen, config)
@@ -157,6 +165,7 @@ class Source:
         captions belong to media. Sounds are read where there is nothing to look at.
         """
         side = set(side_files(listing).values())
+        # a text file beside a picture of its name is a caption, not a document
         documents = [p for p in listing.of_kind("text") if p not in side]
         documents += set(listing.of_kind("table")) - set(metadata_files(listing))
         media = listing.of_kind(*MEDIA)
@@ -166,6 +175,7 @@ class Source:
         if not media or (documents and not wanted):
             return ()
         if self.fields or config.fields:
+            # several streams may be of any kind of media
             return MEDIA
         wanted = wanted or MEDIA_READ["pictures"]  # texts are asked for, and there are none
         return wanted if listing.of_kind("picture", "clip") or "sound" in wanted else ("sound",)
@@ -179,6 +189,7 @@ class Source:
         if all(file.stat().st_size == 0 for file in formats):
             raise ValueError(f"{self.path} is empty; give a file with data.")
         parts = {}
+        # a set in the order of the files, which decides the order of the records
         for name in dict.fromkeys(formats.values()):
             files = [file for file in formats if formats[file] == name]
             source = SourceReport(self.path, name, listing, used=len(files))
@@ -210,7 +221,9 @@ class Source:
         text = self.field or config.text_column
         fitting = {}
         for path, name in formats.items():
+            # a folder of texts often has a table of facts about them, which is no text
             columns = [] if name == "text" else columns_of(path, config.encoding)
+            # a table whose columns cannot be read is kept: reading it names what is wrong
             if not columns or {text, *DIALOGUES} & set(columns):
                 fitting[path] = name
             else:
@@ -219,9 +232,9 @@ class Source:
         return fitting or formats
 
     def _one_format(self, files: list[Path], config: DataConfig, source: SourceReport):
-        if source.kind == "parquet":
+        if source.format == "parquet":
             return self._parquet(files, config, source)
-        if source.kind == "text":
+        if source.format == "text":
             return self._read(text_records, files, config, source, column=config.text_column)
         return self._table(files, config, source)
 
@@ -235,8 +248,9 @@ class Source:
         if not files:
             raise ValueError(f"{self.path} holds no records, it is empty; give a file with data.")
         source.used = len(files)
+        # of all files, since the first may lack a field that others have
         columns = list(dict.fromkeys(name for first in firsts.values() for name in first or ()))
-        if (self.fields or config.fields) or _holds_pictures(columns, config, self.field):
+        if (self.fields or config.fields) or holds_pictures(columns, config, self.field):
             return self._select(self._records(files, config), config, source)
         wanted = self._text_columns(columns, config)
         field = None if wanted[0] in DIALOGUES else wanted[0]
@@ -269,6 +283,7 @@ class Source:
         for file, where, record in found:
             for name in needed:
                 value = record.get(name)
+                # longer values are texts, and asking the system for such a name is an error
                 if isinstance(value, str) and 0 < len(value) < 1000 and kind_of(value) in MEDIA:
                     beside = file.parent / value
                     record[name] = str(beside) if beside.is_file() else value
@@ -289,6 +304,7 @@ class Source:
         have a problem."""
         dialogues = arguments.get("field", "") is None
         text = config.text_column
+        # told beforehand: guessed from the first records, a column of nulls would be of no type
         features = datasets.Features(
             {"messages": TURNS} if dialogues else {text: datasets.Value("string")}
         )
@@ -300,6 +316,8 @@ class Source:
             return datasets.IterableDataset.from_generator(
                 good_records, features, gen_kwargs=arguments
             )
+        # Everything that the records depend on. By default `datasets` would hash the generator, but
+        # not the content of the files that it reads.
         key = datasets.fingerprint.Hasher.hash(
             [READER, generator.__name__, arguments, content_digest(files)]
         )
@@ -343,11 +361,11 @@ class Source:
             raise ValueError(f"{self.path} holds no records, it is empty; give a file with data.")
         source.used = len(files)
         parts = []
+        # neighbours of one schema together: sorting by schema would change the order of the records
         for _, group in groupby(files, lambda file: str(schemas[file])):
             self.group = {file: pyarrow.parquet.read_metadata(file).num_rows for file in group}
-            names = [
-                glob.escape(str(file)) for file in self.group
-            ]  # a name is a pattern to datasets
+            # a name is a pattern to datasets
+            names = [glob.escape(str(file)) for file in self.group]
             try:
                 part = datasets.load_dataset(
                     "parquet", data_files=names, split="train", streaming=config.streaming
@@ -371,8 +389,9 @@ class Source:
         if chosen := self.fields or config.fields:
             part = self._streams(part, chosen, config)
         else:
+            # a stream may not know its columns before its first record is read
             columns = part.column_names or list(next(iter(part), {}))
-            if _holds_pictures(columns, config, self.field):
+            if holds_pictures(columns, config, self.field):
                 part = self._pictures(part, config, source)
             else:
                 part = self._texts(part, columns, config)
@@ -383,14 +402,15 @@ class Source:
         text = self.field or config.text_column
         if text in columns or not columns:
             return [text]
-        if not config.streaming and config.image_column != "image" and config.kind != "text":
+        if not config.streaming and config.image_column != "image" and not config.wants_text:
             text = config.image_column
         default = text == "text" and not self.field
         wanted = [name for name in (*DIALOGUES, "answer") if name in columns] if default else []
+        # a prompt without an answer is no dialogue, and an answer without a prompt neither
         if not wanted or ("prompt" in wanted) != ("answer" in wanted):
             raise ValueError(
                 f"records of {self.path} have no field {text!r} (fields: "
-                f"{', '.join(columns)}){near_miss(text, columns)} Set `data.text_column` (or of "
+                f"{some(columns, FIELDS)}){near_miss(text, columns)} Set `data.text_column` (or of "
                 "pictures `data.image_column`) to one of them, or give dialogues: `prompt` and "
                 "`answer`, `messages`, `conversations`."
             )
@@ -408,6 +428,7 @@ class Source:
                     "another field."
                 )
             if not isinstance(part, datasets.IterableDataset):
+                # Arrow knows which values are missing without making a string of each
                 nulls = np.flatnonzero(part.data.column(text).is_null().to_numpy())
                 part = self._without(part, {int(i): self._null(int(i), text) for i in nulls})
             part = (
@@ -432,6 +453,7 @@ class Source:
         for file, rows in self.group.items():
             if index < rows:
                 return str(file), index
+            # records of the files before it
             index -= rows
         return self.path, index
 
@@ -446,10 +468,11 @@ class Source:
                 "records of several streams are not streamed; set data.streaming=false."
             )
         missing = [field for field in fields.values() if field not in part.column_names]
+        # Fields of the whole run may be spread over several sources, of which each has some.
         if self.fields and missing or len(missing) == len(fields):
             names = part.column_names
             raise ValueError(
-                f"records of {self.path} have no field {missing[0]!r} (fields: {', '.join(names)})"
+                f"records of {self.path} have no field {missing[0]!r} (fields: {some(names, FIELDS)})"
                 f"{near_miss(missing[0], names)} Correct `fields`."
             )
         columns = {stream: field for stream, field in fields.items() if field not in missing}
@@ -465,7 +488,7 @@ class Source:
             raise ValueError("pictures are not streamed; set data.streaming=false.")
         image = config.image_column
         named = config.captions
-        source.kind += " with pictures or clips"
+        source.format += " with pictures or clips"
         label = part.features.get("label")
         classes = (
             isinstance(label, datasets.ClassLabel)
@@ -483,6 +506,7 @@ class Source:
             return as_stored(part.select_columns([image]))
         part = as_stored(part.select_columns([image, caption]))
         feature = part.features[caption]
+        # a list of captions for a picture is allowed
         inner = feature.feature if isinstance(feature, datasets.List) else feature
         if getattr(inner, "dtype", None) not in ("string", "null"):
             raise ValueError(
@@ -505,17 +529,8 @@ class Source:
         if count >= len(part):
             return part
         self.report.sources[-1].notes.append(f"a part of it: {several(count, 'record')}")
+        # the same part in every run and on every process
         return part.shuffle(seed=0).select(range(count))
-
-
-def _holds_pictures(columns: list[str], config: DataConfig, field: str | None) -> bool:
-    """Whether records are read as pictures, not as the texts that they hold, too."""
-    if config.image_column not in columns:
-        return False
-    text = field or config.text_column
-    if text not in columns or text == config.captions:
-        return True
-    return config.kind != "text" and field is None and config.text_column == "text"
 
 
 def read_sources(source: str | dict | list[str | dict]) -> list[Source]:
@@ -562,14 +577,7 @@ def load_documents(
         found = ", ".join(f"{path} holds {kind}" for kind, path in kinds.items())
         raise ValueError(f"{found}; sources of one run must hold the same.")
     parts = alike(parts, config)
-    if any(item.weight is not None for item in sources):
-        weights = np.array([1.0 if item.weight is None else item.weight for item in sources])
-        shares = (weights / weights.sum()).tolist()
-        joined = datasets.interleave_datasets(
-            parts, shares, seed=0, stopping_strategy="all_exhausted"
-        )
-    else:
-        joined = datasets.concatenate_datasets(parts)
+    joined = joined_parts(parts, [item.weight for item in sources])
     if config.streaming:
         return joined
     first = joined.column_names[0] if joined.column_names else None

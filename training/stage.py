@@ -65,6 +65,7 @@ class StageTrainer(Trainer):
         self._check_distribution()
         self.prefix = METRIC_PREFIX[stage]
         self.pending = []  # outputs of the micro-batches of the update at hand
+        # first: what the data give, and which parameters are trained, depend on the stage
         model.set_stage(stage, **self.options.objective)
         if stage == "codec" and config.perceptual_model:
             self._add_feature_loss(model)
@@ -97,7 +98,10 @@ class StageTrainer(Trainer):
             return self.config.attention
         newest = self.checkpoints.newest()
         if newest is not None:
+            # functions differ in rounding, and a run that goes on must not notice that it was
+            # stopped
             return saved_attention(newest / EXTRA)
+        # on a GPU sdpa chooses its kernel by itself
         is_cpu = self.accelerator.device.type == "cpu"
         if not is_cpu or self.stage == "codec" or self.accelerator.is_fsdp2:
             return "sdpa"
@@ -118,6 +122,7 @@ class StageTrainer(Trainer):
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             plugin = self.accelerator.state.deepspeed_plugin
             plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = options.batch_size
+        # taken before `prepare` replaces the parameters by empty shards
         shards = shards_of(model)
         with embeddings_in_the_root(model):
             self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
@@ -125,26 +130,28 @@ class StageTrainer(Trainer):
             fill(self.module, shards)
         # a stream is read in parts by its own means
         self.loader = loader if self.corpus.streamed else self.accelerator.prepare(loader)
+        steps_by_itself = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         self.guard = UpdateGuard(
             self.progress,
             options,
             loss_is_scaled=self.accelerator.scaler is not None,
-            can_skip=self.accelerator.distributed_type
-            != DistributedType.DEEPSPEED,  # which steps by itself
+            can_skip=not steps_by_itself,
         )
+        # after `prepare`: the average follows the parameters that are trained, sharded or not
         self.start_average()
 
     def _check_distribution(self) -> None:
         """Raise `ValueError` for settings that need more of the model than a process has."""
-        kind = self.accelerator.distributed_type
+        distribution = self.accelerator.distributed_type
         options = self.options
-        if options.muon_learning_rate and kind in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+        has_shards = distribution in (DistributedType.DEEPSPEED, DistributedType.FSDP)
+        if options.muon_learning_rate and has_shards:
             raise ValueError(
                 f"`{self.stage}.muon_learning_rate` ({options.muon_learning_rate}) needs whole "
-                f"matrices on every process; set it to 0 under {kind.value}, or use "
+                f"matrices on every process; set it to 0 under {distribution.value}, or use "
                 "multi_gpu_ddp.yaml."
             )
-        if options.ema_half_life and kind == DistributedType.DEEPSPEED:
+        if options.ema_half_life and distribution == DistributedType.DEEPSPEED:
             raise ValueError(
                 f"`{self.stage}.ema_half_life` ({options.ema_half_life}) cannot average the shards "
                 f"of DeepSpeed; set {self.stage}.ema_half_life=0 or use "
@@ -182,6 +189,7 @@ class StageTrainer(Trainer):
             batch_size,
             sampler is None,
             sampler=sampler,
+            # every batch has one size, so that compiled graphs and schedules stay as they are
             drop_last=True,
             num_workers=workers,
         )
@@ -208,6 +216,7 @@ class StageTrainer(Trainer):
         if self.corpus.streamed:
             yield from self._stream()
             return
+        # the place in the data is one number, so that a checkpoint holds no state of a loader
         epoch, done = divmod(self.progress.micro_batch, len(self.loader))
         self.loader.set_epoch(epoch)
         self.dataset.set_epoch(epoch)  # the loaders of several processes do not pass it on
@@ -216,6 +225,7 @@ class StageTrainer(Trainer):
     def _stream(self) -> Iterator[dict[str, torch.Tensor]]:
         """Epoch after epoch of this process's part of a stream, passing over what was already seen;
         processes whose parts are shorter begin their next epoch earlier."""
+        # a stream cannot jump: a resumed run reads again what it has seen, and passes over it
         seen = self.progress.micro_batch
         epoch = 0
         while True:
@@ -243,8 +253,11 @@ class StageTrainer(Trainer):
         """
         micro_batch = self.progress.micro_batch
         words = [self.config.seed, STAGES.index(self.stage)]
+        # alike for all micro-batches of an update
         update = micro_batch // self.options.gradient_accumulation_steps
+        # alike whether N processes take one micro-batch each or one process takes N
         place = micro_batch * self.accelerator.num_processes + self.accelerator.process_index
+        # SeedSequence hashes its words: neighbouring seeds, stages and places give unrelated noise
         random.seed(int(np.random.SeedSequence([*words, update]).generate_state(1)[0]))
         torch.manual_seed(int(np.random.SeedSequence([*words, place, 1]).generate_state(1)[0]))
 
@@ -262,24 +275,31 @@ class StageTrainer(Trainer):
         self._seed_micro_batch()
         with accelerator.accumulate(self.model):
             output = self.model(**batch)
+            # gradients of micro-batches add up, so each loss is scaled before, and all together
+            # after
             accelerator.backward(self._share_of_update(output))
             self.pending.append(output)
             if accelerator.sync_gradients:
                 means = self._mean_parts()
+                # before clipping, whose limit is for the gradient of the mean over tokens
                 self._weigh_gradients(means["weight"])
                 norm = accelerator.clip_grad_norm_(
                     self.model.parameters(), self.options.max_grad_norm
                 )
+                # the only point of an update at which the host waits for the device
                 means, norm = self._read(means, norm)
                 loss = means["loss"]
                 problem = self.guard.problem(loss, norm)
+            # within `accumulate` this does nothing until the last micro-batch of the update
             if problem is None:
                 self.optimizer.step()
             elif self.guard.is_exhausted:
                 self._give_up(problem)
             elif accelerator.scaler is not None:
-                accelerator.scaler.update()  # it has unscaled the gradients of this update, and expects to hear of it
+                # it has unscaled the gradients of this update, and expects to hear of it
+                accelerator.scaler.update()
             self.optimizer.zero_grad()
+        # also when the update is left out: the same rows would spoil it again
         progress.micro_batch += 1
         progress.tokens += (
             self.corpus.count(batch, self.module.config.codec_config) * accelerator.num_processes
@@ -332,8 +352,10 @@ class StageTrainer(Trainer):
         processes."""
         if not self._is_weighed or self.pending[0].weight is None:
             return
+        # undoes `_unit`, which only kept the scaled losses near their usual size
         scale = self._unit / mean_weight.clamp_min(1)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        # a factor is the same for every shard, so nothing has to be exchanged
         gradients = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
         torch._foreach_mul_(gradients, scale.to(gradients[0].device))
 
@@ -350,6 +372,7 @@ class StageTrainer(Trainer):
         values = list(means.values())
         if norm is not None:
             norm = norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm)
+            # one tensor of all numbers: each read on its own would be a wait of its own
             values.append(norm.to(values[0]))
         numbers = torch.stack(values).tolist()
         return dict(zip(means, numbers)), None if norm is None else numbers[-1]
@@ -360,6 +383,7 @@ class StageTrainer(Trainer):
             metrics["batch_loss"] = means["loss"]
         else:
             metrics |= {f"batch_{name}": means[name] for name in PARTS[1:] if name in means}
+        # a bad loss must not enter the means of the next update
         self.pending = []
         return metrics
 
@@ -374,8 +398,10 @@ class StageTrainer(Trainer):
             return
         module = self.module
         if self.ema is not None:
+            # the weights that are trained, which `restore` puts back below
             self.ema.store(module.parameters())
             self.ema.copy_to(module.parameters())
+        # every process validates the same batches: under FSDP a forward pass needs all of them
         values = self._validate(module)
         if self.accelerator.is_fsdp2:  # all have to find the same ones best
             values = broadcast_object_list([values])[0]
@@ -392,6 +418,7 @@ class StageTrainer(Trainer):
         self.log(metrics)
         summary = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         bar.write(f"{self.stage} step {progress.step}: {summary}")
+        # while the averages are in place: the best model that is exported is the averaged one
         copy = None
         if not self.accelerator.is_fsdp2:
             copy = self._full_copy()
@@ -411,6 +438,7 @@ class StageTrainer(Trainer):
         for index, batch in enumerate(self.validation_loader):
             if index == self.options.eval_batches:
                 break
+            # the same times and noise at every validation, so that losses can be compared
             torch.manual_seed(index)
             with self.accelerator.autocast():
                 outputs.append(module(**send_to_device(batch, self.accelerator.device)))
@@ -482,6 +510,7 @@ class StageTrainer(Trainer):
             self.progress.micro_batch = 0
             return
         length = len(self.loader)
+        # on to the next epoch: row numbers of the old data say nothing about the new
         self.progress.micro_batch = math.ceil(self.progress.micro_batch / length) * length
 
     def train(self) -> None:
@@ -500,12 +529,15 @@ class StageTrainer(Trainer):
             if self.accelerator.is_fsdp2:
                 copy_repository(best, target)
             else:
+                # what validated best, and not what the last update left
                 model = TokComModel.from_pretrained(best)
+                # the latents are standardised for the weights that are exported, so they are
+                # measured last
                 if self.stage == "codec":
                     self.corpus.measure(model.to(self.accelerator.device))
                 self._export(model.cpu(), target)
         if self.accelerator.is_main_process:
-            self.write_summary()
+            self.write_summary()  # after the export: it says that the stage is finished
         self.accelerator.wait_for_everyone()
         self.accelerator.free_memory()
 

@@ -44,10 +44,12 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        # somebody who presses Ctrl-C twice does not want to wait for the checkpoint
         if number == signal.SIGINT and self.number == signal.SIGINT:
             raise KeyboardInterrupt
         if number == signal.SIGINT:
             print("\nstopping after this update; press Ctrl-C again to stop at once", flush=True)
+        # only noted: a checkpoint cannot be written in the middle of an update
         self.number = number
 
 

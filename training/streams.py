@@ -97,6 +97,7 @@ class TextStream(Stream):
         first, end = self.dataset.first[self.name][index : index + 2]
         if end - first == 1:
             return int(first)
+        # the same text for `read` and `tensor` of an epoch, which ask one after the other
         generator = np.random.default_rng((self.dataset.epoch, index, 2))
         return int(first + generator.integers(end - first))
 
@@ -106,8 +107,10 @@ class TextStream(Stream):
         tokenizer = self.dataset.tokenizer
         kept = min(self.length, len(ids))
         while len(ids) > self.length:
+            # half a character of several bytes decodes to replacement characters
             text = tokenizer.decode(ids[:kept]).rstrip("\ufffd")
             kept -= 1
+            # a cut text may be tokenized in another way, into more ids than were kept
             if len(text_ids(tokenizer, text)) <= self.length:
                 break
         return text
@@ -175,7 +178,7 @@ class SoundStream(Stream):
 
     def read(self, value: Any, index: int, facts: dict[str, float]) -> np.ndarray:
         rate = self.config.sampling_rate
-        longest = self.config.num_samples / rate
+        longest = self.config.num_samples / rate  # seconds
         found: dict[str, float] = {}
         sound = read_sound(value, rate, self.record_name(index, value), None, longest, found)
         seconds = found.pop("seconds")
@@ -185,10 +188,12 @@ class SoundStream(Stream):
         return sound[: self.config.num_samples]
 
     def tensor(self, content: np.ndarray, index: int) -> torch.Tensor:
+        # by content: sources that are mixed by weight repeat their sounds under other row numbers
         key = hashlib.sha256(content.tobytes()).digest()
         found = self.features.get(key)
         if found is None:
             found = self.processor(content)["input_features"][0]  # (bands, F)
+            # all features have one size
             if (len(self.features) + 1) * found.nbytes <= KEPT_SOUNDS:
                 self.features[key] = found
         return found
@@ -217,9 +222,8 @@ class OmniDataset(torch.utils.data.Dataset):
         self.epoch = 0
         self.texts: dict[str, list[str]] = {}  # of a stream of texts, all of them
         self.rows: dict[str, list[list[int]]] = {}  # their ids
-        self.first: dict[
-            str, np.ndarray
-        ] = {}  # the place of the first text of every record, and the end
+        # the place of the first text of every record, and the end
+        self.first: dict[str, np.ndarray] = {}
         self.present: dict[str, np.ndarray] = {}  # which records have a stream
         self.facts: dict[str, float] = {}
         self.codec = None
@@ -230,10 +234,12 @@ class OmniDataset(torch.utils.data.Dataset):
                     for row in tqdm(records[name], desc=f"reading {name}", unit="text")
                 ]
                 self.texts[name] = [text for row in texts for text in row]
+                # all texts lie in one list; first[i] is where those of record i begin
                 self.first[name] = np.cumsum([0, *map(len, texts)])
                 self.rows[name] = text_ids(tokenizer, self.texts[name])
                 self.present[name] = np.array([any(text.strip() for text in row) for row in texts])
             else:
+                # as Arrow, which knows missing values without decoding a picture or a sound
                 tables = records.select_columns([name]).with_format("arrow").iter(1000)
                 self.present[name] = np.concatenate(
                     [table.column(0).is_valid().to_numpy() for table in tables]
@@ -330,6 +336,7 @@ class StreamSampler(torch.utils.data.Sampler):
         self.dataset = dataset
         self.batch_size = batch_size
         self.seed = seed
+        # each combination of streams gets a number, (records,)
         self.kinds = np.unique(
             np.stack(list(dataset.present.values()), 1), axis=0, return_inverse=True
         )[1].reshape(-1)
@@ -342,9 +349,12 @@ class StreamSampler(torch.utils.data.Sampler):
         size = self.batch_size
         order = rng.permutation(len(self))
         kinds = [order[self.kinds[order] == kind] for kind in range(self.kinds.max() + 1)]
+        # what is left over of each combination, fewer than `size` rows
         rest = rng.permutation(np.concatenate([rows[len(rows) // size * size :] for rows in kinds]))
         whole = [rows[: len(rows) // size * size].reshape(-1, size) for rows in (*kinds, rest)]
+        # batches are shuffled as wholes, so combinations alternate but do not mix
         yield from rng.permutation(np.concatenate(whole)).flatten().tolist()
+        # fewer than a batch, which the loader drops
         yield from rest[len(rest) // size * size :].tolist()
 
 
@@ -357,19 +367,23 @@ def measure_stream_statistics(
     for name in dataset.streams:
         part = codec.streams[name]
         if hasattr(part, "latent_mean"):
+            # with mean 0 and deviation 1 `encode` returns raw latents
             part.set_latent_statistics(
                 torch.zeros_like(part.latent_mean), torch.ones_like(part.latent_std)
             )
+    # the same records whatever the seed of the run
     rows = np.random.default_rng(0).permutation(len(dataset))[:limit]
     found = {name: [] for name in dataset.streams}
     for start in tqdm(range(0, len(rows), batch_size), desc="measuring streams", unit="batch"):
         batch = torch.utils.data.default_collate(
             [dataset[int(i)] for i in rows[start : start + batch_size]]
         )
+        # a codec without parameters is on the CPU
         device = next(codec.parameters(), torch.empty(0)).device
-        streams = {name: value.to(device) for name, value in batch["streams"].items()}
+        streams = {name: value.to(device) for name, value in batch["streams"].items()}  # (B, ...)
         encoded = codec.encode(streams)
         for name, present in batch["present"].items():
+            # records that lack a stream hold zeros in its place, which would pull its mean to 0
             found[name].append(codec.stream_of(encoded.latents, name)[present].float().cpu())
     for name, parts in found.items():
         part = codec.streams[name]

@@ -17,7 +17,7 @@ import torch
 
 Denoiser = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 TIMES = (0.02, 0.98)  # beyond them one of the two estimates says nothing
-EPSILON = 1e-3
+EPSILON = 1e-3  # least distance that the matching gradient is divided by
 
 
 def spread(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -45,12 +45,16 @@ def matching_gradient(
     noisy = add_noise(samples, t, noise)
     wanted = real(noisy, t).float()
     found = fake(noisy, t).float()
+    # Near t = 0 the estimates are far from the sample and their difference is large. Divided by
+    # that distance, all times pull about equally, as in DMD.
     scale = (samples.float() - wanted).abs().flatten(1).mean(1) + EPSILON
     return (found - wanted) / spread(scale, samples)
 
 
 def matching_loss(samples: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     """A scalar whose gradient with respect to `samples (B, ...)` is `gradient / B`."""
+    # The derivative of 0.5 (s - target)^2 is s - target, which is `gradient`: it reaches the
+    # student although no network is differentiated with respect to the sample.
     target = (samples - gradient).detach()
     return 0.5 * (samples - target).square().flatten(1).sum(1).mean()
 
@@ -70,6 +74,8 @@ def integrate(denoise: Denoiser, noise: torch.Tensor, steps: int) -> torch.Tenso
     x = noise
     for i in range(steps):
         t = torch.full((len(x),), i / steps, device=x.device)
+        # dx/dt = (x1 - x) / (1 - t) over a step of 1 / steps, where 1 - t = (steps - i) / steps.
+        # The last step therefore ends exactly at the last estimate.
         x = x + (denoise(x, t) - x) / (steps - i)
     return x
 
@@ -90,6 +96,7 @@ def generate(
         if i:
             x = add_noise(x, t, torch.randn_like(x))
             torch.clear_autocast_cache()  # before torch 2.13 it holds casts without a gradient
+        # a gradient through all estimates would need their activations at once
         with torch.set_grad_enabled(torch.is_grad_enabled() and i == last):
             x = denoise(x, t)
     return x
@@ -150,6 +157,7 @@ class Distiller:
         self.student_optimizer = student_optimizer
         self.fake_optimizer = fake_optimizer
         self.times = tuple(times)
+        # regression alone asks no fake model
         self.fake_updates = fake_updates if matching_weight else 0
         self.matching_weight = matching_weight
         self.regression_weight = regression_weight
@@ -178,6 +186,7 @@ class Distiller:
         self, shape: tuple[int, ...], device: torch.device | str = "cpu", context: Any = None
     ) -> torch.Tensor:
         """How well the fake model denoises new samples of the student, `shape (B, ...)`."""
+        # the fake model learns what the student makes, and must not change it
         with torch.no_grad():
             samples = self._sample(shape, device, context)
         noise = torch.randn(shape, device=device)
@@ -213,14 +222,19 @@ class Distiller:
     def _regression(self, start: torch.Tensor, end: torch.Tensor, context: Any) -> torch.Tensor:
         """Squared distance from the teacher's `end` of what the student makes of its `start`, or
         later of noisy ends."""
+        # drawn on the host: which time it is decides what is computed
         index = int(torch.randint(len(self.times), ())) if len(self.times) > 1 else 0
         t = torch.full((len(start),), self.times[index], device=start.device)
+        # At t = 0 there is one right answer for each noise. Later times see a noisy version of the
+        # end, as in sampling, where the noise is drawn anew.
         x = add_noise(end, t, torch.randn_like(end)) if index else start
         return (_given(self.student, context)(x, t) - end).square().flatten(1).sum(1).mean()
 
     def _sample(
         self, shape: tuple[int, ...], device: torch.device | str, context: Any
     ) -> torch.Tensor:
+        # each estimate of the chain is trained equally often, on inputs that the student makes
+        # itself
         stop = int(torch.randint(len(self.times), ()))
         return generate(
             _given(self.student, context), torch.randn(shape, device=device), self.times, stop

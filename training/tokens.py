@@ -45,6 +45,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[EOS_TOKEN],
+        # all 256 bytes, also those that the training text lacks
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -133,6 +134,7 @@ def tokenize_rows(
                 f"record {index} has no text in field {text_column!r} ({text!r}); repair or "
                 "remove it."
             )
+        # a blank document would be an EOS alone
         if text.strip():
             yield tokenize_document(tokenizer, text)
 
@@ -155,6 +157,7 @@ def tokenize_documents(
         tokens, facts = _cached_tokens(documents, tokenizer, text_column, desc, num_proc)
     else:
         rows = tqdm(documents, desc=f"tokenizing {desc}", unit="doc")
+        # int32: four bytes an id, for billions of them
         pieces = [
             np.asarray(ids, dtype=np.int32) for ids in tokenize_rows(rows, tokenizer, text_column)
         ]
@@ -180,6 +183,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
         content |= {"truncation": None, "padding": None}  # of the last call
     else:
         content = repr((type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())))
+    # documents are joined with these, which `tokenizer.json` does not name
     ends = tokenizer.bos_token_id, tokenizer.eos_token_id
     return datasets.fingerprint.Hasher.hash(json.dumps([TOKENIZING, content, ends]))
 
@@ -192,6 +196,7 @@ def _content_digest(documents: datasets.Dataset, text_column: str) -> str:
     digest = xxhash.xxh3_128()
     for text in documents[text_column]:
         content = (text or "").encode()
+        # the length keeps "ab", "c" apart from "a", "bc"
         digest.update(f"{len(content)}:".encode() + content)
     return digest.hexdigest()
 
@@ -205,6 +210,7 @@ def _cached_tokens(
 ) -> tuple[np.ndarray, dict]:
     """Ids from the cache, where they are written first if they are not there. A process waits at
     the lock of a file, not at a barrier of the process group, which would time out."""
+    # whatever the ids depend on: another text or another tokenizer has another file
     key = datasets.fingerprint.Hasher.hash(
         [_content_digest(documents, text_column), tokenizer_digest(tokenizer)]
     )
@@ -216,6 +222,7 @@ def _cached_tokens(
             partial = facts.with_suffix(".tmp")
             partial.write_text(json.dumps(found), encoding="utf-8")
             partial.rename(facts)  # last, so that facts beside a file mean that it is whole
+    # an empty file cannot be mapped
     if file.stat().st_size == 0:
         return np.zeros(0, np.int32), json.loads(facts.read_text(encoding="utf-8"))
     return np.asarray(np.memmap(file, np.int32, "r")), json.loads(facts.read_text(encoding="utf-8"))
@@ -226,6 +233,7 @@ def _write_tokens(
 ) -> dict:
     """Tokenize to a file; returns how many documents, blank ones and characters there were, and
     which characters."""
+    # bytes of a document: with long ones a batch has fewer, so that its ids fit in memory
     mean = documents.data.nbytes / max(1, documents.data.num_rows)
     mapped = documents.select_columns([text_column]).map(
         _tokenize_batch,
@@ -234,9 +242,11 @@ def _write_tokens(
         batch_size=int(min(1000, max(1, BATCH_BYTES // max(1.0, mean)))),
         remove_columns=[text_column],
         fn_kwargs={"tokenizer": tokenizer, "column": text_column},
+        # told beforehand, since an empty first batch would be taken for a column of nulls
         features=datasets.Features(TOKENIZED),
         num_proc=num_proc if 1 < num_proc <= len(documents) else None,
         cache_file_name=str(file.with_suffix(".arrow")),
+        # else `datasets` hashes the tokenizer's pickle, which changes when the tokenizer is used
         new_fingerprint=file.stem,
         load_from_cache_file=False,
         desc=f"tokenizing {desc}",
@@ -245,16 +255,14 @@ def _write_tokens(
     letters: set[str] = set()
     with file.open("wb") as stream:
         for table in mapped.with_format("arrow").iter(1000):
-            stream.write(
-                table["ids"].combine_chunks().flatten().to_numpy(zero_copy_only=False).tobytes()
-            )
-            facts["blank"] += sum(
-                length == 0 for length in table["ids"].combine_chunks().value_lengths().to_pylist()
-            )
+            rows = table["ids"].combine_chunks()
+            stream.write(rows.flatten().to_numpy(zero_copy_only=False).tobytes())
+            facts["blank"] += rows.value_lengths().to_pylist().count(0)
             facts["characters"] += sum(table["characters"].to_pylist())
             letters.update(*(row for row in table["letters"].to_pylist() if row))
     written = [entry["filename"] for entry in mapped.cache_files]
     del mapped
+    # the ids are in our own file now, and twice the space is not needed
     for name in written:
         Path(name).unlink(missing_ok=True)
     return facts | {"letters": "".join(sorted(letters))}
@@ -270,11 +278,9 @@ def _tokenize_batch(
                 f"record {index} has no text in field {column!r} ({text!r}); repair or remove it."
             )
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    found = iter(
-        text_ids(tokenizer, [text for text in texts if text.strip()])
-        if any(map(str.strip, texts))
-        else []
-    )
+    written = [text for text in texts if text.strip()]
+    found = iter(text_ids(tokenizer, written) if written else [])
+    # blank documents stay as empty rows, since `map` wants as many rows as it gave
     ids = [[*start, *next(found), tokenizer.eos_token_id] if text.strip() else [] for text in texts]
     letters = ["".join(set().union(*texts)), *[""] * (len(texts) - 1)]  # once for the batch
     return {"ids": ids, "characters": list(map(len, texts)), "letters": letters}
@@ -287,6 +293,7 @@ def tokenize_prompt(
     their texts, line by line."""
     if tokenizer.chat_template:
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        # A space at the end would be a token of its own; in the answer it belongs to the next word.
         return text_ids(tokenizer, text.rstrip(" "), special_tokens=True)
     text = "\n".join(message["content"] for message in messages)
     return text_ids(tokenizer, text.rstrip(" "))  # as the pipeline does

@@ -12,6 +12,7 @@ def check_tracker(name: str) -> None:
     """Raise `ValueError` if the tracker's package is missing; accelerate would silently log
     nothing."""
     module = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}.get(name)
+    # asked without importing it, which takes seconds
     if module and importlib.util.find_spec(module) is None:
         raise ValueError(
             f"`report_to` is {name!r} but the package is not installed; pip install {module}, or "
@@ -27,6 +28,7 @@ def log_table(
         if tracker.name == "tensorboard":
             lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
             lines += [
+                # a Markdown table, in which | ends a cell and a line break the row
                 "| " + " | ".join(str(c).replace("|", "\\|").replace("\n", " ") for c in row) + " |"
                 for row in rows
             ]
@@ -48,5 +50,7 @@ def log_picture(accelerator: Accelerator, name: str, picture: Image.Image, step:
     """Log a picture to every tracker that shows some."""
     for tracker in accelerator.trackers:
         if hasattr(tracker, "log_images"):
+            # TensorBoard expects channels first unless it is told
             options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            # a batch of one, (1, H, W, 3)
             tracker.log_images({name: np.asarray(picture)[None]}, step=step, **options)

@@ -45,6 +45,7 @@ class Trainer:
         self.stage = stage
         self.prefix = stage  # of the names of metrics
         self.corpus = corpus
+        # the settings of a stage are the field of the configuration that has its name
         self.options: LoopConfig = getattr(config, stage)
         self.directory = Path(config.output_dir) / WORK / stage
         self.checkpoints = Checkpoints(self.directory, self.options.checkpoints_total_limit)
@@ -99,6 +100,8 @@ class Trainer:
         self.started = time.perf_counter()
         self.started_tokens = progress.tokens
         with self.signals:
+            # a stage that has made all its steps must not draw a batch, or it would train one
+            # update more
             updates = self.updates() if progress.step < max_steps else ()
             for metrics in updates:
                 self._after_update(metrics, bar)
@@ -112,20 +115,27 @@ class Trainer:
         progress = self.progress
         options = self.options
         if self.lr_scheduler is not None:
+            # Not handed to accelerate, whose wrapper would make one step for each process: one step
+            # of the schedule is one update, however many processes share it.
             self.lr_scheduler.step()
             metrics = {**metrics, "learning_rate": self.lr_scheduler.get_last_lr()[0]}
         if self.ema is not None:
+            # after the optimizer, so the average contains this update
             self.ema.step(self.averaged_parameters())
         progress.step += 1
         loss = metrics.pop("loss")
+        # a mean since the last validation, which sets both to 0
         progress.train_loss += loss
         progress.train_count += 1
         self.log(metrics)
         elapsed = max(time.perf_counter() - self.started, 1e-9)  # a clock may jump
+        # tokens of this call alone: a resumed run has not spent the time of those before
         speed = (progress.tokens - self.started_tokens) / elapsed
         bar.update(1)
         bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s", refresh=False)
         last = progress.step == options.max_steps
+        # before the checkpoint, which then knows the best loss; a resumed run does not take a worse
+        # model for a better one
         self.evaluate(bar)
         if progress.step % options.checkpoint_steps == 0 or last:
             self._save_checkpoint()
@@ -141,7 +151,11 @@ class Trainer:
         """Write a checkpoint and raise `TrainingStopped` if any process has had a signal."""
         number = self.signals.number
         if self.accelerator.num_processes > 1:
+            # A scheduler may signal one process only, or not all within the same update.
+            # Checkpoints are written by all together, so they agree at a point that all of them
+            # pass.
             told = torch.tensor([float(number)], device=self.accelerator.device)
+            # no signal is 0, so the maximum is a signal if any process had one
             number = int(self.accelerator.gather(told).max())
         if not number:
             return
@@ -156,6 +170,7 @@ class Trainer:
         progress = self.progress
         facts = {
             "steps": progress.step,
+            # of all processes
             "tokens": progress.tokens,
             "precision": self.accelerator.mixed_precision,
             "device": self.accelerator.device.type,
@@ -222,6 +237,8 @@ class Trainer:
 
     def newest_checkpoint(self) -> Path | None:
         """The newest whole checkpoint, as the main process sees it."""
+        # Checking a checkpoint reads every byte of it, which one process does. Those of other
+        # machines may also see another state of a shared file system.
         found = [str(self.checkpoints.newest() or "") if self.accelerator.is_main_process else ""]
         newest = broadcast_object_list(found)[0]
         return Path(newest) if newest else None
@@ -236,16 +253,20 @@ class Trainer:
             raise ValueError(
                 f"{newest} exists and `resume` is false; choose another output_dir or remove it."
             )
+        # before `load_state`, which brings back the groups with the settings that were saved
         groups = [] if self.lr_scheduler is None else self.lr_scheduler.optimizer.param_groups
         decays = [group["weight_decay"] for group in groups]
         self.accelerator.load_state(str(newest))
         extra = torch.load(newest / EXTRA, "cpu", weights_only=True)
+        # first, since `_restore_average` and `relocate` ask how far the run is
         self.progress.load_state_dict(extra["progress"])
         self._restore_average(extra.get("average"), newest)
         if self.lr_scheduler is not None:
             self._restore_schedule(extra["scheduler"], decays)
         self.relocate()
+        # one answer for all processes: they must go on at the same place of the data
         digest = broadcast_object_list([self.corpus.digest])[0]
+        # older checkpoints hold no digest; their data count as unchanged
         if extra.get("data", digest) != digest:
             self.begin_epoch()
         self.accelerator.print(f"resumed {self.stage} from {newest}")
@@ -254,9 +275,13 @@ class Trainer:
         """Go on at the saved step of the schedule, with the rates and the weight decay of the
         settings of now."""
         schedule = self.lr_scheduler
+        # LambdaLR saves the rates it was built with; those of the settings of now are put back
+        # below
         rates = list(schedule.base_lrs)
         schedule.load_state_dict(saved)
         schedule.base_lrs = rates
+        # `load_state_dict` leaves the rate of the saved settings there, which the next update would
+        # use
         schedule._last_lr = [
             rate * factor(schedule.last_epoch)
             for rate, factor in zip(rates, schedule.lr_lambdas, strict=True)

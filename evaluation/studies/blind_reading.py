@@ -29,6 +29,7 @@ from tokcom.cli.errors import report_errors
 from tokcom.cli.loading import add_device_option
 from tokcom.evaluation.judges import load_language_model
 from tokcom.evaluation.report import table
+from tokcom.evaluation.samplers import AutoregressiveSampler
 from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.training.tokens import load_tokenizer
 
@@ -46,37 +47,29 @@ def tokcom_stories(path: str, args: argparse.Namespace) -> list[str]:
             [args.prompt] * len(seeds),
             gen_length=LENGTH,
             temperature=args.temperature,
+            # a seed for each story, so that a single one can be written again
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         ).texts
         stories += [args.prompt + text for text in texts]
     return stories
 
 
-@torch.no_grad()
 def causal_stories(path: str, starts_with_bos: bool, args: argparse.Namespace) -> list[str]:
     tokenizer = load_tokenizer(path)
     model = load_language_model(path, args.device)
     prompt = tokenizer(args.prompt, add_special_tokens=False)["input_ids"]
-    ends = {model.config.eos_token_id}
+    eos = model.config.eos_token_id
+    ends = {eos}
     if starts_with_bos:
         prompt = [model.config.bos_token_id, *prompt]
         ends.add(model.config.bos_token_id)
-    torch.manual_seed(0)
+    sampler = AutoregressiveSampler(model, eos, args.temperature, batch_size=ROWS)
     stories = []
-    for start in range(0, args.stories, ROWS):
-        ids = torch.tensor([prompt] * min(ROWS, args.stories - start), device=model.device)
-        rows = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=True,
-            temperature=args.temperature,
-            top_k=0,
-            max_new_tokens=LENGTH,
-            pad_token_id=model.config.eos_token_id,
-        ).tolist()
-        for row in rows:
-            length = next((i for i in range(len(prompt), len(row)) if row[i] in ends), len(row))
-            stories.append(tokenizer.decode(row[:length], skip_special_tokens=True).strip())
+    for row in sampler.sample(np.array([prompt] * args.stories), LENGTH, seed=0).tolist():
+        # the sampler writes on after the end of a text
+        length = next((i for i, token in enumerate(row) if token in ends), len(row))
+        story = tokenizer.decode([*prompt, *row[:length]], skip_special_tokens=True)
+        stories.append(story.strip())
     return stories
 
 
@@ -88,6 +81,7 @@ def write(args: argparse.Namespace) -> None:
     for name, path in (pair.split("=", 1) for pair in args.causal):
         texts = causal_stories(path, name in args.starts_with_bos, args)
         stories += [(name, text) for text in texts]
+    # readers must not see from the order who wrote what
     random.Random(args.seed).shuffle(stories)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     shown = "".join(f"=== {number}\n{text}\n\n" for number, (_, text) in enumerate(stories))
@@ -101,6 +95,7 @@ def count(args: argparse.Namespace) -> None:
     key = json.loads((args.output_dir / "key.json").read_text(encoding="utf-8"))
     answers = {}
     for file in sorted(args.output_dir.glob("answers*.json")):
+        # each reader answers for numbers of their own
         answers |= json.loads(file.read_text(encoding="utf-8"))
     if not answers:
         raise FileNotFoundError(
@@ -110,6 +105,7 @@ def count(args: argparse.Namespace) -> None:
     for name in sorted(set(key.values())):
         found = [answers[number] for number in answers if key[number] == name]
         means = [float(np.mean([answer[q] for answer in found])) for q in QUESTIONS]
+        # of the mean, over stories; the other questions are shares, whose error follows from them
         error = float(np.std([answer["sense"] for answer in found], ddof=1) / len(found) ** 0.5)
         rows.append([name, len(found), *means, error])
     print(table(["author", "stories", *QUESTIONS, "error of sense"], rows))

@@ -48,8 +48,8 @@ from tokcom.training.config import DataConfig
 from tokcom.training.data import load_documents, tokenize_documents
 from tokcom.training.tokens import load_tokenizer
 
-STEPS = (1, 2, 4, 8, 16, 64)
-TEMPERATURES = (1.0, 0.9, 0.8, 0.7)
+STEPS = (1, 2, 4, 8, 16, 64)  # denoising steps of a chunk of four tokens
+TEMPERATURES = (1.0, 0.9, 0.8, 0.7)  # between which NLL is interpolated
 THRESHOLDS = (0.1, 0.3, 1.0)  # nats below which a masked token is decided with others
 # ---- training ----
 
@@ -58,13 +58,14 @@ def train_system(name: str, args: argparse.Namespace) -> tuple[Path, dict]:
     """The directory of the trained model, and what it cost."""
     entry = SYSTEMS[name]
     if entry.row is None:
-        return entry.kind.train(args)
+        return entry.system.train(args)
+    # a copy, since the rows of several systems differ
     options = argparse.Namespace(**vars(args))
     options.row = entry.row
     options.init_from = args.init_from if entry.is_tuned else None
-    if entry.kind is MaskSystem:  # rows of the same name are trained on turns
+    if entry.system.has_own_work_dir:
         options.work_dir = str(Path(args.work_dir) / name)
-    with entry.kind.training():
+    with entry.system.training():
         return train_row(options)
 
 
@@ -77,6 +78,7 @@ def train_autoregressive(args: argparse.Namespace) -> tuple[Path, dict]:
         tokens,
         tokenizer,
         directory,
+        # the width and depth of `tiny`
         hidden_size=320,
         num_hidden_layers=8,
         num_parameters=args.num_parameters,
@@ -96,6 +98,7 @@ class TurnSystem:
 
     pipeline = TokComPipeline
     training = contextlib.nullcontext  # in which its row is trained
+    has_own_work_dir = False
 
     def __init__(self, directory: Path, device: str):
         self.pipe = self.pipeline.from_pretrained(directory).to(device)
@@ -129,6 +132,8 @@ class TurnSystem:
 class MaskSystem(TurnSystem):
     pipeline = MaskedPipeline
     training = masked_training
+    # its rows have the names of those that are trained on turns, and would overwrite them
+    has_own_work_dir = True
 
     def __init__(self, directory: Path, device: str):
         super().__init__(directory, device)
@@ -185,7 +190,7 @@ class Entry(NamedTuple):
     """A system of the study: what it is, and the row of the ablations that trains it, if one
     does; `is_tuned` rows go on from `--init_from`."""
 
-    kind: type
+    system: type
     row: str | None = None
     is_tuned: bool = False
 
@@ -222,7 +227,7 @@ def milliseconds(system, setting: dict, prompts: np.ndarray) -> float:
 
 def measure(name: str, directory: Path, args: argparse.Namespace) -> dict:
     """Quality, evaluations and time of a system at every setting."""
-    system = SYSTEMS[name].kind(directory, args.device)
+    system = SYSTEMS[name].system(directory, args.device)
     judge = TokenJudge(args.judge, args.device)
     tokenizer = load_tokenizer(args.checkpoint)
     documents = load_documents(args.validation, DataConfig(), "validation")
@@ -233,6 +238,7 @@ def measure(name: str, directory: Path, args: argparse.Namespace) -> dict:
     facts = {
         "real_nll": float(judge.nll(real, prompts).mean()),
         "real_entropy": sample_entropy(real),
+        # 48 windows of 512 tokens, as in the ablations
         "own_nll": system.own_nll(held_out_windows(tokens, 512, 48)),
         "points": [],
     }
@@ -250,6 +256,7 @@ def measure(name: str, directory: Path, args: argparse.Namespace) -> dict:
         facts["points"].append(
             {
                 "setting": label(setting),
+                # after the samples, since some systems count while they sample
                 "evaluations per token": system.evaluations(setting),
                 "NLL at real entropy": at_entropy(sweep, facts["real_entropy"]),
                 "NLL": sweep[0]["nll"],
@@ -357,6 +364,7 @@ def main(argv: list[str] | None = None) -> None:
     (work / "curve").mkdir(parents=True, exist_ok=True)
     for name in args.systems:
         file = work / "curve" / f"{name}-{args.seed}.json"
+        # finished systems are not measured again, so a stopped study goes on
         if file.is_file():
             continue
         directory, cost = train_system(name, args)

@@ -25,16 +25,17 @@ from tokcom.cli.loading import add_device_option
 from tokcom.evaluation.divergence import Teacher, truncate
 from tokcom.training.precision import half_precision
 
-LENGTHS = (1, 2, 4)
+LENGTHS = (1, 2, 4)  # tokens of a gap
 BEFORE = 64  # tokens of the left side
 AFTER = 48  # tokens of the right side
-BATCH = 64
+BATCH = 64  # gaps that are scored at once
 
 
 def next_log_probs(teacher: Teacher, rows: torch.Tensor) -> torch.Tensor:
     """Log-probabilities `(N, V)` of the token after `rows (N, T)`, with the author's top-k and
     min-p."""
     with half_precision(rows.device.type):
+        # the output matrix on the last state alone: logits of all places would not fit
         states = teacher.model.model(input_ids=rows).last_hidden_state[:, -1]
         logits = teacher.model.lm_head(states).float()
     return truncate(logits, teacher.top_k, teacher.min_p)
@@ -47,15 +48,18 @@ def other_gaps(
     """Gaps `(N, length)` after `left (T,)` other than the `true` one `(length,)`, and their
     log-weights `(N,)`."""
     if len(true) == 1:
-        log_probs = next_log_probs(teacher, left[None])[0]
+        log_probs = next_log_probs(teacher, left[None])[0]  # (V,)
+        # the true gap is counted on its own
         log_probs[true] = float("-inf")
         allowed = log_probs.isfinite().nonzero()
         return allowed, log_probs[allowed[:, 0]]
-    gaps = torch.empty(draws, 0, dtype=torch.long, device=left.device)
+    gaps = torch.empty(draws, 0, dtype=torch.long, device=left.device)  # (draws, tokens so far)
     for _ in range(len(true)):
         log_probs = next_log_probs(teacher, torch.cat((left.expand(draws, -1), gaps), dim=1))
         gaps = torch.cat((gaps, log_probs.exp().multinomial(1)), dim=1)
+    # draws that hit the true gap are left out, as it counts with its own probability
     others = gaps[(gaps != true).any(dim=1)]
+    # each draw stands for a share 1 / draws of the author's probability
     return others, torch.full((len(others),), -math.log(draws), device=left.device)
 
 
@@ -77,9 +81,11 @@ def right_log_probs(
     totals = []
     for batch in gaps.split(BATCH):
         rows = len(batch)
+        # (n, T + length + R)
         whole = torch.cat((left.expand(rows, -1), batch, right.expand(rows, -1)), dim=1)
         with half_precision(whole.device.type):
             states = teacher.model.model(input_ids=whole).last_hidden_state
+            # the states that predict the right side, each from the token before
             logits = teacher.model.lm_head(states[:, -len(right) - 1 : -1]).float()
         targets = right.expand(rows, -1)[..., None]
         totals.append(logits.log_softmax(-1).gather(-1, targets).sum((1, 2)))
@@ -96,6 +102,7 @@ def gain(teacher: Teacher, ids: torch.Tensor, start: int, length: int, draws: in
     joint = [likelihood + gap_log_prob(teacher, left, true)]
     if len(others):
         joint.append(right_log_probs(teacher, left, others, right) + weights)
+    # log p(right | left, gap) - log p(right | left)
     return float(likelihood[0] - torch.cat(joint).logsumexp(0))
 
 
@@ -126,6 +133,7 @@ def main(argv: list[str] | None = None) -> None:
             start = int(generator.integers(BEFORE, len(row) - AFTER - length + 1))
             ids = torch.tensor(row, device=args.device)
             found.append(gain(teacher, ids, start, length, args.draws) / length)
+        # one gap a text, so the values are independent
         error = np.std(found) / math.sqrt(len(found))
         print(f"{length} | {np.mean(found):.3f} | {error:.3f}", flush=True)
 

@@ -19,7 +19,7 @@ from tokcom.cli.loading import add_device_option
 from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.processing_tokcom import text_ids
 
-LENGTHS = (1, 2, 4, 8, 16)
+LENGTHS = (1, 2, 4, 8, 16)  # tokens of a gap
 BEFORE = 16  # least number of tokens before a gap
 AFTER = 24  # least number of tokens after it
 
@@ -29,7 +29,7 @@ def gap_nats(model, ids: list[int], start: int, stop: int) -> tuple[float, float
     """Nats of the tokens from `start` to `stop` given both sides, and given the left side alone."""
     size = model.config.codec_config.chunk_size
     padding = -len(ids) % size
-    whole = torch.tensor([ids + [0] * padding], device=model.device)
+    whole = torch.tensor([ids + [0] * padding], device=model.device)  # (1, T)
     real = torch.ones_like(whole)
     real[0, len(ids) :] = 0
     known = real.clone()

@@ -40,9 +40,12 @@ class MaskedObjective(TokComNextChunkObjective):
         known = (times * size).round()[..., None]  # how many tokens of each chunk
         draws = times.shape[1] if model.training else 1  # one order for all turns of a likelihood
         order = torch.rand(len(times), draws, times.shape[2], size, device=times.device)
-        rank = order.argsort(-1).argsort(-1)
+        # argsort twice: the place of each token in the order
+        rank = order.argsort(-1).argsort(-1)  # (B, M, N, K)
         is_masked = rank >= known
         progress = torch.where(is_masked, 0.0, 1.0)
+        # In training all masked tokens have a loss. A likelihood takes at each turn the token whose
+        # turn it is, so K turns score each token once, given those before it in the order.
         return progress, is_masked if model.training else rank == known
 
 
@@ -53,6 +56,7 @@ def masked_training():
     def chosen(config, stage: str):
         return MaskedObjective if stage == "flow" else of_config(config, stage)
 
+    # the study trains with the recipe of all models, which knows nothing of masks
     return mock.patch.object(objective_tokcom, "objective_class", chosen)
 
 
@@ -101,6 +105,7 @@ class MaskedSampler(TokComBlockSampler):
         self.chunks += len(x)
         steps_left = min(self.sampling.num_inference_steps, size)
         while not known.all():
+            # a row that is decided would need no evaluation on its own
             self.evaluations += int((~known).any(-1).any(-1).sum())
             drawn, entropy = self._draw(x, context, chunks, known, sources)
             decided = self._choose(entropy, known, steps_left, sources)
@@ -112,9 +117,11 @@ class MaskedSampler(TokComBlockSampler):
     def _draw(self, x, context, chunks, known, sources) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids `(B, Q, K)` drawn for all places, and the entropy of each in nats."""
         head = self.model.token_head
+        # a known token is at t = 1, and a masked one at t = 0
         times = known.float()
         clean = head.latents_of(context.symbols, chunks)
         channels = x.shape[-1] // head.num_symbols
+        # every symbol has `channels` channels of the latent
         x = torch.where(known.repeat_interleave(channels, dim=-1), clean, x)
         now = times.mean(-1)  # (B, Q)
         nothing = TokComChoice.of(torch.zeros_like(known))
@@ -124,19 +131,21 @@ class MaskedSampler(TokComBlockSampler):
         states = context.predict(x, step, chunks)[0].unflatten(-1, (head.num_symbols, -1))
         logits = head.logits(states) / self.sampling.temperature  # (B, Q, K, V)
         probabilities = logits.softmax(-1)
+        # entr is -p log p, and 0 at p = 0
         entropy = torch.special.entr(probabilities).sum(-1)
         uniform = uniform_numbers(known, sources)
         return draw_ids(probabilities, uniform), entropy
 
     def _choose(self, entropy, known, steps_left: int, sources) -> torch.Tensor:
         """Which tokens `(B, Q, K)` this step decides."""
-        score = entropy
+        score = entropy  # (B, Q, K)
         if self.order == "random":
             score = uniform_numbers(known, sources)
+        # known tokens come last
         rank = score.masked_fill(known, torch.inf).argsort(-1).argsort(-1)
         if self.threshold is not None:
             return ~known & ((rank == 0) | (entropy < self.threshold))
-        left = (~known).sum(-1, keepdim=True)
+        left = (~known).sum(-1, keepdim=True)  # (B, Q, 1)
         # as many in every step, the rest in the last ones
         return ~known & (rank < (left / max(1, steps_left)).ceil())
 

@@ -13,7 +13,7 @@ from tokcom.cli.errors import report_errors
 from tokcom.cli.loading import add_device_option
 from tokcom.pipeline_tokcom import TokComPipeline
 
-LEVELS = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
+LEVELS = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)  # shares that are kept: 0 is pure noise
 
 
 def share_kept(pipe: TokComPipeline, texts: list[str], level: float) -> float:
@@ -25,6 +25,7 @@ def share_kept(pipe: TokComPipeline, texts: list[str], level: float) -> float:
             text, level, generator=torch.Generator().manual_seed(seed)
         )
         mask = output.attention_mask[0].bool()
+        # sums over all texts, so that each token counts alike
         equal += int((output.sequences[0] == real)[mask].sum())
         count += int(mask.sum())
     return equal / count

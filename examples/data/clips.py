@@ -28,7 +28,7 @@ LEFT_OUT = (
     "People & Body",
     "Component",
 )
-COUNT = 96
+COUNT = 96  # pictures
 DRAWS = {
     "train": 10,
     "validation": 1,
@@ -74,6 +74,7 @@ def main(argv: list[str] | None = None) -> None:
         for index, motion in enumerate(MOTIONS):
             part = part_of(place, index)
             for _ in range(DRAWS[part]):
+                # each draw has a size and a speed of its own
                 tables[part]["image"].append(as_webp(move(picture, motion, rng)))
                 tables[part]["caption"].append(f"{name}, {motion}")
     for part, table in tables.items():

