@@ -22,6 +22,7 @@ from tokcom.train_accelerate import run
 from tokcom.training.ema import ShardedEMAModel
 from tokcom.training.export import export_repository
 from tokcom.training.gathering import save_one_by_one
+from tokcom.training.images import measure_image_statistics
 from tokcom.training.presets import preset_config
 from tokcom.training.sharding import Part, ShardedBuild, shards_of
 
@@ -71,6 +72,18 @@ def test_parts_of_a_model_are_built_of_the_numbers_that_one_process_draws(name):
         assert counted.peak <= sum(tensor.nbytes for tensor in kept) + largest
     for parameter_name, parameter in whole.named_parameters():
         assert torch.equal(torch.cat([part[parameter_name] for part in parts]), parameter)
+
+
+def test_a_codec_without_parameters_is_measured_before_the_model_has_its_shards():
+    pixels = torch.rand(4, 3, 4, 16, 24, generator=torch.Generator().manual_seed(0))
+    dataset = [{"pixel_values": clip} for clip in pixels]
+    with ShardedBuild(Part(1, 2)):
+        model = preset_model("video")
+    whole = preset_model("video")
+    for measured in (model, whole):
+        measure_image_statistics(measured, dataset)
+    assert not torch.equal(whole.codec.latent_std, torch.ones_like(whole.codec.latent_std))
+    assert torch.equal(model.codec.latent_std, whole.codec.latent_std)
 
 
 def test_a_parameter_that_is_changed_after_its_shard_was_kept_is_refused():
@@ -332,8 +345,10 @@ def test_no_process_ever_holds_more_than_its_shards_and_one_tensor(tmp_path):
 
     first, second = result_of(spawn(COUNTED, tmp_path, str(tmp_path)))
     assert first["next"] == second["next"] == drawn_next
-    for folder in ("built", "loaded"):
-        assert files_of(tmp_path / folder) == files_of(one)
+    assert files_of(tmp_path / "built") == files_of(one)
+    reloaded = TokComModel.from_pretrained(one, dtype=torch.float32)
+    export_repository(reloaded, None, tmp_path / "reloaded")
+    assert files_of(tmp_path / "loaded") == files_of(tmp_path / "reloaded")
 
     size = sum(parameter.nbytes for parameter in model.parameters())
     largest = max(parameter.nbytes for parameter in model.parameters())
