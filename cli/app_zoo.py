@@ -305,13 +305,11 @@ def stream_tab(shown: ShownModel) -> None:
     gr.Markdown("Give any of the streams; the others are made for them, or all from nothing.")
     boxes = shown.stream_boxes()
     widgets = {}
-    # texts first: a caption is the quickest to give
-    for name in sorted(boxes, key=lambda name: boxes[name].config.kind != "text"):
+    for name in sorted(boxes, key=lambda name: not boxes[name].comes_first):
         with gr.Row(equal_height=True):
             given = boxes[name].widget(f"{name.capitalize()}, given", is_input=True)
             made = boxes[name].widget(f"{name.capitalize()}, made", is_input=False)
-        if boxes[name].config.kind == "text":
-            given.value = EXAMPLES.get(shown.name, "")
+        boxes[name].begin_with(given, EXAMPLES.get(shown.name, ""))
         widgets[name] = (given, made)
     settings = _noise(shown, True)
     gr.Button("Make the others", variant="primary").click(

@@ -41,6 +41,7 @@ class StreamBox:
     """
 
     kind: str  # of the codec's configuration
+    comes_first = False  # on the page
 
     def __init__(self, config: TokComCodecConfig):
         self.config = config
@@ -48,6 +49,9 @@ class StreamBox:
     def widget(self, label: str, is_input: bool) -> gr.components.Component:
         """The box of the page, to fill in or to look at."""
         raise NotImplementedError
+
+    def begin_with(self, widget: gr.components.Component, caption: str) -> None:
+        """Fill an empty box with an example, if it can hold a caption."""
 
     def read(self, value: Any) -> Any | None:
         """A filled-in value as the pipeline reads it; None if nothing was given."""
@@ -60,9 +64,13 @@ class StreamBox:
 
 class TextBox(StreamBox):
     kind = "text"
+    comes_first = True  # a caption is the quickest to give
 
     def widget(self, label: str, is_input: bool) -> gr.Textbox:
         return gr.Textbox(label=label, interactive=is_input, max_length=400)
+
+    def begin_with(self, widget: gr.Textbox, caption: str) -> None:
+        widget.value = caption
 
     def read(self, value: str | None) -> str | None:
         # gradio sends an empty box as "", and an empty text would condition the other streams
