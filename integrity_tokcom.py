@@ -254,12 +254,17 @@ def check_types(files: Iterable[str | os.PathLike], model: torch.nn.Module) -> N
                 )
 
 
-@torch.no_grad()
 def check_values(model: torch.nn.Module, where: str) -> None:
     """Raise `ValueError` if a number of the model is not finite, or a standard deviation is not
     positive."""
+    check_tensors(model.state_dict().items(), where)
+
+
+@torch.no_grad()
+def check_tensors(tensors: Iterable[tuple[str, torch.Tensor]], where: str) -> None:
+    """As `check_values`, of tensors and their names, one after the other."""
     bad = []
-    for name, tensor in model.state_dict().items():
+    for name, tensor in tensors:
         # of a sharded model every process checks its own part
         tensor = getattr(tensor, "to_local", lambda t=tensor: t)()
         # meta: of offloaded weights nothing is here
@@ -360,6 +365,7 @@ __all__ = [
     "CheckedFiles",
     "CheckedWeights",
     "check_shards",
+    "check_tensors",
     "CHECKSUMS",
     "SafetensorError",
     "check_checksums",

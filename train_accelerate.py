@@ -18,7 +18,6 @@ build.py (models), trainer.py (the loop), stage.py and distill.py (what a stage 
 directory.py (what is written where), card.py.
 """
 
-from functools import partial
 from pathlib import Path
 
 from tokcom.cli.errors import report_errors
@@ -39,12 +38,13 @@ def run(config: TrainConfig) -> Path:
     from tokcom.training.directory import RunDirectory
     from tokcom.training.distill import DistillTrainer
     from tokcom.training.launch import start_processes
-    from tokcom.training.sharding import holds_shards_alone, shape_of
+    from tokcom.training.sharding import part_of
     from tokcom.training.stage import StageTrainer
     from tokcom.training.tracking import check_tracker
 
     check_tracker(config.report_to)
     processes = start_processes()
+    part = part_of(processes)
     with RunDirectory(config, processes.is_main_process) as directory:
         with processes.main_process_first():  # it trains the tokenizer and fills caches
             corpus = read_data(config)
@@ -62,10 +62,7 @@ def run(config: TrainConfig) -> Path:
             if stage == "distill":
                 trainer = DistillTrainer(config, corpus)
             else:
-                build = partial(model_of_stage, config, stage, corpus, directory)
-                # caching latents runs the codec on every process
-                is_alone = holds_shards_alone(processes) and not config.cache_latents
-                model = shape_of(partial(build, has_weights=False)) if is_alone else build()
+                model = model_of_stage(config, stage, corpus, directory, part)
                 # once for all stages, before hours are spent on the first
                 if stage == unfinished[0]:
                     check_sizes(config, model, corpus, unfinished, processes)
@@ -77,7 +74,7 @@ def run(config: TrainConfig) -> Path:
             trainer.train()
             trainer.export(directory.final(stage))  # which marks the stage as finished
         if processes.is_main_process:
-            publish(config, directory, processes.device)
+            publish(config, directory, processes.device, has_weights=part is None)
         processes.wait_for_everyone()
     processes.destroy_process_group()
     return directory.root

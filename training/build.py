@@ -1,6 +1,7 @@
 """The model that a stage starts from: a new one, one that starts from another's weights, or what an
 earlier stage left."""
 
+import contextlib
 import os
 
 import torch
@@ -13,6 +14,7 @@ from tokcom.training.config import TrainConfig
 from tokcom.training.corpora import Corpus
 from tokcom.training.directory import RunDirectory
 from tokcom.training.presets import merge_overrides, preset_config
+from tokcom.training.sharding import Part, ShardedBuild, empty_model, load_sharded, read_shards
 
 
 def model_of_stage(
@@ -20,9 +22,9 @@ def model_of_stage(
     stage: str,
     corpus: Corpus,
     directory: RunDirectory,
-    has_weights: bool = True,
+    part: Part | None = None,
 ) -> TokComModel:
-    """The model that `stage` starts from, in float32; without `has_weights` its shape alone.
+    """The model that `stage` starts from, in float32; with `part` the shards of a process alone.
 
     The flow stage goes on with the codec that this run has trained. Raises `ValueError` if there is
     none and nothing else brings a trained codec.
@@ -35,8 +37,8 @@ def model_of_stage(
         and (config.stage == "all" or not donor)
         and (codec / "config.json").is_file()
     ):
-        return _load(codec, has_weights)
-    model = build_model(config, corpus.tokenizer, has_weights)
+        return _load(codec, part)
+    model = build_model(config, corpus.tokenizer, part)
     if stage != "flow" or donor:
         return model
     if has_trainable_codec(model):
@@ -44,15 +46,19 @@ def model_of_stage(
             f"stage 'flow' needs a trained codec and {directory.root} has none; train it first "
             "(stage=codec or stage=all), or give `codec_from` or `init_from`."
         )
-    if has_weights:
-        corpus.measure(model)  # the only thing that a codec without parameters has to learn
+    corpus.measure(model)  # the only thing that a codec without parameters has to learn
     return model
 
 
-def _load(path: str | os.PathLike, has_weights: bool) -> TokComModel:
-    if has_weights:
+def _load(path: str | os.PathLike, part: Part | None) -> TokComModel:
+    if part is None:
         return TokComModel.from_pretrained(path, dtype=torch.float32)
-    return TokComModel(TokComConfig.from_pretrained(path))
+    return load_sharded(path, part)
+
+
+def _new(config: TokComConfig, part: Part | None) -> TokComModel:
+    with contextlib.nullcontext() if part is None else ShardedBuild(part):
+        return TokComModel(config)
 
 
 def has_trainable_codec(model: TokComModel) -> bool:
@@ -61,7 +67,7 @@ def has_trainable_codec(model: TokComModel) -> bool:
 
 
 def build_model(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerBase | None, has_weights: bool = True
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase | None, part: Part | None = None
 ) -> TokComModel:
     """A new model of the preset, or one that starts from `init_from` (all weights) or `codec_from`
     (the codec's).
@@ -72,11 +78,14 @@ def build_model(
     donor = config.init_from or config.codec_from
     size = None if tokenizer is None else vocabulary_size(tokenizer)
     if donor is None:
-        model = TokComModel(preset_config(config.preset, size, **config.model))
+        model = _new(preset_config(config.preset, size, **config.model), part)
     else:
-        source = _load(donor, has_weights)
-        model = TokComModel(derived_config(config, source.config, size))
-        _load_weights(model, source, donor, codec_only=config.init_from is None)
+        source = _load(donor, None) if part is None else empty_model(donor, part)
+        model = _new(derived_config(config, source.config, size), part)
+        codec_only = config.init_from is None
+        _load_weights(model, source, donor, codec_only)
+        if part is not None:  # so far it is known that they fit
+            read_shards(model, donor, part, codec_only)
     # one more than the tokenizer's ids: the pad token, which is also the mask
     if model.config.text_vocab_size != (0 if size is None else size + 1):
         raise ValueError(

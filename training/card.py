@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from huggingface_hub import EvalResult, ModelCard
 
+from tokcom.configuration_tokcom import TokComConfig
+from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_base_tokcom import TokComBasePipeline
 from tokcom.training.config import STAGES, DataConfig, TrainConfig
 from tokcom.training.data import read_sources
@@ -32,13 +34,20 @@ COLUMNS = (
 )
 
 
-def publish(config: TrainConfig, directory: RunDirectory, device: torch.device) -> None:
+def publish(
+    config: TrainConfig, directory: RunDirectory, device: torch.device, has_weights: bool = True
+) -> None:
     """Make `output_dir` a repository of what the last stage left, with its card, and push it if the
-    settings ask for it."""
+    settings ask for it; without `has_weights` the model is not loaded for it."""
     directory.publish(config.stages[-1])
     # what was published, not what is in memory: samples and card tell of the files
-    pipe = load_pipeline(directory.root)
-    card = training_card(config, pipe.to(device))  # whose samples take minutes on a CPU
+    if has_weights:
+        pipe = load_pipeline(directory.root).to(device)  # samples take minutes on a CPU
+    else:
+        with torch.device("meta"):
+            model = TokComModel(TokComConfig.from_pretrained(directory.root))
+        pipe = load_pipeline(directory.root, model=model)
+    card = training_card(config, pipe)
     write_atomically(directory.root / "README.md", card)
     print(f"model written to {directory.root}")
     if config.push_to_hub:
@@ -61,7 +70,7 @@ def training_card(config: TrainConfig, pipe: TokComBasePipeline) -> str:
     sections = {
         "Training data": "\n".join(f"- `{source}`" for source in source_names(config.data)),
         "Training": _training(config, summaries),
-        "Samples": MODALITIES[pipe.modality].card_samples(pipe),
+        "Samples": _samples(pipe),
         "Limitations": LIMITATIONS,
         "Licence": f"`{config.hub_license}`"
         if config.hub_license
@@ -76,6 +85,12 @@ def training_card(config: TrainConfig, pipe: TokComBasePipeline) -> str:
     # results without a name are an error to huggingface_hub
     card.data.model_name = name if card.data.eval_results else None
     return str(card)
+
+
+def _samples(pipe: TokComBasePipeline) -> str:
+    if pipe.model.device.type == "meta":
+        return "None: the model was trained in shards, and no process has loaded all of it."
+    return MODALITIES[pipe.modality].card_samples(pipe)
 
 
 def read_summaries(config: TrainConfig) -> dict[str, dict[str, Any]]:

@@ -34,6 +34,7 @@ from tokcom.training.export import measure_latent_statistics
 from tokcom.training.images import (
     ImageDataset,
     check_autoencoder,
+    device_of,
     load_autoencoder,
     measure_image_statistics,
 )
@@ -244,7 +245,7 @@ class PictureCorpus(Corpus):
 
     def measure(self, model: TokComModel) -> None:
         measure_image_statistics(
-            model, self._fitted(self.train, model.config.codec_config, model.device)
+            model, self._fitted(self.train, model.config.codec_config, device_of(model))
         )
 
 

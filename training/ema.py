@@ -3,53 +3,46 @@ fit the model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-import torch
-import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from diffusers.training_utils import EMAModel
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 
 class ShardedEMAModel(EMAModel):
-    """EMAModel whose checkpoint holds full tensors, in the memory of the main process alone.
+    """EMAModel of parameters that may be sharded; every process averages and saves its shards."""
 
-    Accelerate writes the state of rank 0 only; with FSDP2 that would be rank 0's shards. Gather on
-    saving, distribute again on loading.
-    """
+    @property
+    def shards(self) -> dict[str, DTensor]:
+        """The averages that are sharded, by their place."""
+        averages = enumerate(self.shadow_params)
+        return {str(i): average for i, average in averages if isinstance(average, DTensor)}
 
     def state_dict(self) -> dict:
-        """The state; of what is sharded, other processes than the main one have None. Every process calls it."""
+        """The state, with None for what is sharded: that is for `save_shards`."""
         state = super().state_dict()
-        shadow = []
-        for parameter in state["shadow_params"]:
-            if isinstance(parameter, DTensor):
-                # every process takes part in the exchange, and only one keeps the result
-                whole = parameter.full_tensor()
-                # on the host: a second full copy of the weights would not fit beside the shards
-                parameter = whole.cpu() if dist.get_rank() == 0 else None
-            shadow.append(parameter)
+        shadow = [None if isinstance(p, DTensor) else p for p in state["shadow_params"]]
         return {**state, "shadow_params": shadow}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Go on from a state, of which only the main process needs what is sharded."""
+        """Go on from a state; what is sharded stays as it is until `load_shards`."""
         loaded = state_dict["shadow_params"]
         # without those, of which diffusers would make copies
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "shadow_params"})
-        self.shadow_params = [
-            self._distributed(new, old) for new, old in zip(loaded, self.shadow_params, strict=True)
-        ]
+        pairs = zip(loaded, self.shadow_params, strict=True)
+        self.shadow_params = [old if new is None else new.to(old.device) for new, old in pairs]
 
-    @staticmethod
-    def _distributed(new: torch.Tensor | None, old: torch.Tensor) -> torch.Tensor:
-        if not isinstance(old, DTensor):
-            return new.to(old.device)
-        if dist.get_rank() == 0:
-            whole = new.to(old.device)
-        else:
-            # `distribute_tensor` sends rank 0's values to all and never reads these
-            whole = torch.empty(old.shape, dtype=old.dtype, device=old.device)
-        return distribute_tensor(whole, old.device_mesh, old.placements)
+    def save_shards(self, folder: Path) -> None:
+        """Write what is sharded, if anything is; every process calls it and writes its own."""
+        if self.shards:
+            dcp.save(self.shards, checkpoint_id=folder)
+
+    def load_shards(self, folder: Path) -> None:
+        """Read what `save_shards` has written, on any number of processes."""
+        if self.shards:
+            dcp.load(self.shards, checkpoint_id=folder)
 
 
 def decay_from_half_life(steps: float) -> float:

@@ -2,6 +2,8 @@
 that is whole or not there."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -28,12 +30,25 @@ def export_repository(
     Raises `CheckpointError` if it cannot be written; then what `directory` held before is still
     there.
     """
+    pipe = build_pipeline(model, tokenizer, scheduler, autoencoder)
+    with _replacement(directory) as partial:
+        pipe.save_pretrained(partial)
+
+
+def copy_repository(source: Path, directory: Path) -> None:
+    """Copy a model that `export_repository` has saved; raises as that does."""
+    with _replacement(directory) as partial:
+        shutil.copytree(source, partial)
+
+
+@contextmanager
+def _replacement(directory: Path) -> Iterator[Path]:
+    """A place for what becomes `directory` once it is on the disk."""
     partial = directory.with_name(directory.name + ".tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.parent.mkdir(parents=True, exist_ok=True)
-    pipe = build_pipeline(model, tokenizer, scheduler, autoencoder)
     try:
-        pipe.save_pretrained(partial)
+        yield partial
         # before the rename: after a power cut a name without its content would look finished
         flush_all(partial)
     except Exception as error:  # safetensors and the system name a full disk in ways of their own

@@ -1,6 +1,7 @@
 """Pictures or clips and their captions in, batches of `pixel_values` and caption ids out."""
 
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -429,13 +430,21 @@ def pad_captions(rows: list[list[int]], pad_id: int) -> dict[str, torch.Tensor]:
     return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
+def device_of(model) -> torch.device:
+    """Where a model's codec computes. Other parameters are on `meta` until they are sharded, but a
+    codec that works by then has none, only buffers."""
+    tensors = chain(model.codec.parameters(), model.codec.buffers())
+    return next(tensors, torch.empty(0)).device
+
+
 @torch.no_grad()
 def encode_parts(model, dataset, rows: np.ndarray, batch_size: int = 256) -> Iterator[torch.Tensor]:
     """Standardised latents `(batch_size, N, C)` of the pictures of a dataset at `rows (M,)`, part
     after part."""
+    device = device_of(model)
     for start in tqdm(range(0, len(rows), batch_size), desc="encoding pictures", unit="batch"):
         pixels = [dataset[int(i)]["pixel_values"] for i in rows[start : start + batch_size]]
-        yield model.encode(pixel_values=torch.stack(pixels).to(model.device)).latents.float().cpu()
+        yield model.encode(pixel_values=torch.stack(pixels).to(device)).latents.float().cpu()
 
 
 def encode_all(model, dataset, rows: np.ndarray | None = None) -> torch.Tensor:

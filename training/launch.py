@@ -43,8 +43,13 @@ def build_accelerator(
     """The accelerator of one stage, whose checkpoints and logs go to `directory`."""
     # it keeps the precision of the first accelerator of a process, but each run has its own
     AcceleratorState._reset_state()
+    # and under FSDP an accelerator renames the launch that the next one has to recognise
+    processes = PartialState()
+    processes.distributed_type = vars(processes).setdefault(
+        "launched_as", processes.distributed_type
+    )
     return Accelerator(
-        mixed_precision=resolve_precision(config.mixed_precision, PartialState().device.type),
+        mixed_precision=resolve_precision(config.mixed_precision, processes.device.type),
         # windows left over at the end of an epoch count towards the next step, so a step has one
         # size
         gradient_accumulation_plugin=GradientAccumulationPlugin(

@@ -3,7 +3,6 @@
 Metrics keep the names of the published training script, whose stages are `vae` and `diffusion`.
 """
 
-import contextlib
 import math
 import random
 from collections.abc import Callable, Iterator
@@ -12,7 +11,7 @@ from typing import NoReturn
 
 import numpy as np
 import torch
-from accelerate.utils import DistributedType, send_to_device
+from accelerate.utils import DistributedType, broadcast_object_list, send_to_device
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -25,13 +24,14 @@ from tokcom.training.checks import check_rows
 from tokcom.training.config import STAGES, StageConfig, TrainConfig
 from tokcom.training.corpora import Corpus
 from tokcom.training.ema import embeddings_in_the_root
-from tokcom.training.export import check_folder, export_repository
+from tokcom.training.export import check_folder, copy_repository, export_repository
+from tokcom.training.gathering import write_gathered
 from tokcom.training.modalities import MODALITIES
 from tokcom.training.optimizer import build_optimizer, build_schedule
 from tokcom.training.perceptual import FeatureLoss
 from tokcom.training.pipelines import build_pipeline
 from tokcom.training.progress import NonFiniteLossError, UpdateGuard
-from tokcom.training.sharding import hand_out
+from tokcom.training.sharding import Part, fill, load_sharded, shards_of
 from tokcom.training.trainer import EXTRA, Trainer
 
 METRIC_PREFIX = {"codec": "vae", "flow": "diffusion", "head": "head"}
@@ -62,6 +62,7 @@ class StageTrainer(Trainer):
 
     def __init__(self, config: TrainConfig, stage: str, model: TokComModel, corpus: Corpus):
         super().__init__(config, stage, corpus)
+        self._check_distribution()
         self.prefix = METRIC_PREFIX[stage]
         self.pending = []  # outputs of the micro-batches of the update at hand
         # first: what the data give, and which parameters are trained, depend on the stage
@@ -101,7 +102,8 @@ class StageTrainer(Trainer):
             # stopped
             return saved_attention(newest / EXTRA)
         # on a GPU sdpa chooses its kernel by itself
-        if self.accelerator.device.type != "cpu" or self.stage == "codec":
+        is_cpu = self.accelerator.device.type == "cpu"
+        if not is_cpu or self.stage == "codec" or self.accelerator.is_fsdp2:
             return "sdpa"
         return fastest_attention(model, self.dataset, self.options.batch_size, self.accelerator)
 
@@ -110,7 +112,6 @@ class StageTrainer(Trainer):
     def _prepare(self, model: TokComModel) -> None:
         """Build loader, optimizer, schedule and average, and hand the model to accelerate."""
         options = self.options
-        self._check_distribution()
         loader = self._loader()
         rates = options.learning_rate, options.muon_learning_rate, options.weight_decay
         optimizer = build_optimizer(model, *rates, self.accelerator.device)
@@ -122,11 +123,11 @@ class StageTrainer(Trainer):
             plugin = self.accelerator.state.deepspeed_plugin
             plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = options.batch_size
         # taken before `prepare` replaces the parameters by empty shards
-        weights = model.state_dict() if self.accelerator.is_fsdp2 else {}
+        shards = shards_of(model)
         with embeddings_in_the_root(model):
             self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        if self.accelerator.is_fsdp2:
-            hand_out(self.module, weights)
+        if shards:
+            fill(self.module, shards)
         # a stream is read in parts by its own means
         self.loader = loader if self.corpus.streamed else self.accelerator.prepare(loader)
         steps_by_itself = self.accelerator.distributed_type == DistributedType.DEEPSPEED
@@ -155,6 +156,23 @@ class StageTrainer(Trainer):
                 f"`{self.stage}.ema_half_life` ({options.ema_half_life}) cannot average the shards "
                 f"of DeepSpeed; set {self.stage}.ema_half_life=0 or use "
                 "accelerate_configs/fsdp2.yaml."
+            )
+        if not self.accelerator.is_fsdp2:
+            return
+        if self.config.cache_latents:
+            raise ValueError(
+                "`cache_latents` (true) needs the whole codec on every process; set it to false "
+                "under FSDP, or use multi_gpu_ddp.yaml."
+            )
+        if self.config.push_to_hub:
+            raise ValueError(
+                "`push_to_hub` (true) needs the whole model in one process; set it to false under "
+                "FSDP and run tokcom publish afterwards."
+            )
+        if self.config.num_samples:
+            self.accelerator.print(
+                f"{self.stage}: no samples under FSDP, since no process has a whole model; "
+                f"the best weights are in {self.directory / 'best'}"
             )
 
     def _loader(self) -> DataLoader:
@@ -385,6 +403,8 @@ class StageTrainer(Trainer):
             self.ema.copy_to(module.parameters())
         # every process validates the same batches: under FSDP a forward pass needs all of them
         values = self._validate(module)
+        if self.accelerator.is_fsdp2:  # all have to find the same ones best
+            values = broadcast_object_list([values])[0]
         if not np.isfinite(values["loss"]):
             self._give_up(f"validation loss is {values['loss']}")
         improved = values["loss"] < progress.best
@@ -399,7 +419,11 @@ class StageTrainer(Trainer):
         summary = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         bar.write(f"{self.stage} step {progress.step}: {summary}")
         # while the averages are in place: the best model that is exported is the averaged one
-        copy = self._full_copy()
+        copy = None
+        if not self.accelerator.is_fsdp2:
+            copy = self._full_copy()
+        elif improved:
+            write_gathered(module, self._export_best)
         if self.ema is not None:
             self.ema.restore(module.parameters())
         if copy is not None:
@@ -423,29 +447,29 @@ class StageTrainer(Trainer):
         return self._read(means, None)[0]
 
     def _full_copy(self) -> TokComModel | None:
-        """The current weights as an ordinary model on the main process; gathers shards, so every
-        rank calls it."""
+        """The current weights as an ordinary model on the main process; DeepSpeed gathers shards,
+        so every rank calls it."""
         state = self.accelerator.get_state_dict(self.model)
         if not self.accelerator.is_main_process:
             return None
-        is_gathered = self.accelerator.is_fsdp2  # otherwise it is the one that is being trained
-        with torch.device("meta") if is_gathered else contextlib.nullcontext():
-            model = TokComModel(TokComConfig.from_dict(self.module.config.to_dict()))
-        whole = {name: value.float() for name, value in state.items()}
-        model.load_state_dict(whole, assign=is_gathered)
+        model = TokComModel(TokComConfig.from_dict(self.module.config.to_dict()))
+        model.load_state_dict({name: value.float() for name, value in state.items()})
         return model.eval()
+
+    def _export_best(self, model: TokComModel) -> None:
+        self._export(model, self.directory / "best")
+
+    def _export(self, model: TokComModel, target: Path) -> None:
+        export_repository(model, self.corpus.tokenizer, target, autoencoder=self.corpus.autoencoder)
 
     def _show(self, model: TokComModel, improved: bool) -> None:
         """Keep the best weights, and log samples."""
-        tokenizer = self.corpus.tokenizer
         if improved:
-            export_repository(
-                model, tokenizer, self.directory / "best", autoencoder=self.corpus.autoencoder
-            )
+            self._export_best(model)
         if not self.config.num_samples:
             return
         pipe = build_pipeline(
-            model.to(self.accelerator.device), tokenizer, vae=self.corpus.autoencoder
+            model.to(self.accelerator.device), self.corpus.tokenizer, vae=self.corpus.autoencoder
         )
         pipe.set_progress_bar_config(disable=True)
         self.samples.log(pipe, self.validation_loader, self.progress.step)
@@ -496,18 +520,35 @@ class StageTrainer(Trainer):
             self.evaluate(tqdm(disable=True))
 
     def export(self, target: Path) -> None:
+        best = self.directory / "best"
+        if self.accelerator.is_fsdp2 and self.stage == "codec":
+            config = self._measure_sharded(best)
+            write_gathered(self.module, lambda model: self._export(model, target), config)
+        elif self.accelerator.is_main_process:
+            check_folder(best)
+            if self.accelerator.is_fsdp2:
+                copy_repository(best, target)
+            else:
+                # what validated best, and not what the last update left
+                model = TokComModel.from_pretrained(best)
+                # the latents are standardised for the weights that are exported, so they are
+                # measured last
+                if self.stage == "codec":
+                    self.corpus.measure(model.to(self.accelerator.device))
+                self._export(model.cpu(), target)
         if self.accelerator.is_main_process:
-            check_folder(self.directory / "best")
-            # what validated best, and not what the last update left
-            model = TokComModel.from_pretrained(self.directory / "best")
-            # the latents are standardised for the weights that are exported, so they are measured
-            # last
-            if self.stage == "codec":
-                self.corpus.measure(model.to(self.accelerator.device))
-            export_repository(
-                model.cpu(), self.corpus.tokenizer, target, autoencoder=self.corpus.autoencoder
-            )
-            # after the export: a summary says that the stage is finished
-            self.write_summary()
+            self.write_summary()  # after the export: it says that the stage is finished
         self.accelerator.wait_for_everyone()
         self.accelerator.free_memory()
+
+    def _measure_sharded(self, best: Path) -> TokComConfig:
+        """Give the sharded model the best weights and the latent statistics of its codec; returns
+        the configuration as it was loaded."""
+        part = Part(self.accelerator.process_index, self.accelerator.num_processes)
+        loaded = load_sharded(best, part)
+        fill(self.module, shards_of(loaded))
+        # the codec is called without the model's own forward, which would gather these
+        self.module.unshard()
+        self.corpus.measure(self.module)
+        self.module.reshard()
+        return loaded.config

@@ -28,6 +28,7 @@ from tokcom.training.progress import Progress
 from tokcom.training.stopping import StopSignals, TrainingStopped, signal_name
 
 EXTRA = "extra.pt"  # of a checkpoint: progress, schedule and average
+AVERAGE = "average"  # of a checkpoint: the folder of averages that are sharded
 
 
 class Trainer:
@@ -186,13 +187,15 @@ class Trainer:
         if self.options.ema_half_life:
             # EMAModel starts with a short memory and lengthens it, so early weights do not linger
             self.ema = ShardedEMAModel(
-                self.averaged_parameters(), decay=self._decay(), foreach=True
+                self.averaged_parameters(),
+                decay=self._decay(),
+                foreach=not self.accelerator.is_fsdp2,  # torch copies shards one by one only
             )
 
     def _decay(self) -> float:
         return decay_from_half_life(self.options.ema_half_life * self.options.max_steps)
 
-    def _restore_average(self, saved: dict | None) -> None:
+    def _restore_average(self, saved: dict | None, folder: Path) -> None:
         if self.ema is None and saved is not None:
             self.accelerator.print(
                 f"{self.stage}.ema_half_life is 0 now: the averaged weights of the checkpoint are "
@@ -206,13 +209,13 @@ class Trainer:
             )
         elif self.ema is not None:
             self.ema.load_state_dict(saved)
+            self.ema.load_shards(folder / AVERAGE)
             self.ema.decay = self._decay()  # max_steps may have changed
 
     # ---- checkpoints ----
 
     def extra_state(self) -> dict[str, object]:
-        """What a checkpoint holds besides what accelerate saves; gathers shards, so every rank
-        calls it."""
+        """What a checkpoint holds besides what accelerate saves, and shards of averages."""
         parts = {"progress": self.progress, "scheduler": self.lr_scheduler, "average": self.ema}
         state = {name: part.state_dict() for name, part in parts.items() if part is not None}
         return {**state, "data": self.corpus.digest}
@@ -225,6 +228,8 @@ class Trainer:
             accelerator.save_state(folder)
             if accelerator.is_main_process:
                 torch.save(extra, Path(folder) / EXTRA)
+            if self.ema is not None:
+                self.ema.save_shards(Path(folder) / AVERAGE)
 
         self.checkpoints.write(
             self.progress.step, save, accelerator.is_main_process, accelerator.wait_for_everyone
@@ -252,11 +257,10 @@ class Trainer:
         groups = [] if self.lr_scheduler is None else self.lr_scheduler.optimizer.param_groups
         decays = [group["weight_decay"] for group in groups]
         self.accelerator.load_state(str(newest))
-        # of the averages of shards, other processes than the main one need the sizes alone
-        extra = torch.load(newest / EXTRA, "cpu", weights_only=True, mmap=self.accelerator.is_fsdp2)
+        extra = torch.load(newest / EXTRA, "cpu", weights_only=True)
         # first, since `_restore_average` and `relocate` ask how far the run is
         self.progress.load_state_dict(extra["progress"])
-        self._restore_average(extra.get("average"))
+        self._restore_average(extra.get("average"), newest)
         if self.lr_scheduler is not None:
             self._restore_schedule(extra["scheduler"], decays)
         self.relocate()
