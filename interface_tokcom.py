@@ -65,7 +65,8 @@ def explain_unknown_arguments(method: Callable) -> Callable:
     """
     parameters = inspect.signature(method).parameters
     # such a method checks its arguments itself
-    if inspect.getfullargspec(method).varkw is not None:
+    kinds = {parameter.kind for parameter in parameters.values()}
+    if inspect.Parameter.VAR_KEYWORD in kinds:
         return method
     known = [name for name in parameters if name != "self"]
 

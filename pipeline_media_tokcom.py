@@ -19,6 +19,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 # diffusers copies direct imports only, so every module that this file needs is named here
+from .codec_chunk_tokcom import TokComChunkCodec  # noqa: F401
 from .codec_color_tokcom import TokComColorCodec  # noqa: F401
 from .codec_composite_tokcom import as_lists, check_guidance, guidance_omissions, names_to_make
 from .codec_style_tokcom import TokComStyleCodec  # noqa: F401
@@ -475,8 +476,7 @@ class TokComOmniPipeline(TokComBasePipeline):
             latents: initial noise `(B * num_candidates, n, C)` of the latents to generate.
             output_type: `"content"` or `"latent"`.
 
-        Returns `.streams`, lists by name, those given as they are, and `.latents (B, N, C)`. Raises
-        `ValueError` for arguments out of range.
+        Returns `.streams` by name and `.latents (B, N, C)`. Raises `ValueError` for bad arguments.
         """
         self.check_inputs(num_inference_steps, output_type, callback_on_step_end_tensor_inputs)
         codec = self.model.codec

@@ -474,30 +474,30 @@ class TokComPipeline(TokComBasePipeline):
         temperature: float | None = None,
         top_p: float | None = None,
         generator: torch.Generator | None = None,
-        num_candidates: int = 16,
+        num_candidates: int | None = None,
     ) -> TokComPipelineOutput:
         """Fill every gap `____` in `text` with tokens that see what stands before and after it.
 
-        Three or more underscores are one gap. Every gap gets `gap_length` tokens. With
-        `gap_length=None` the length is unknown: `num_candidates` fillings of 1 to 8 tokens are
-        drawn, and the one is kept whose text is most likely per character (see `score`).
+        Three or more underscores are one gap. Every gap gets `gap_length` tokens, 1 to 8 if None. Of
+        `num_candidates` fillings (by default 16 if None, else 1) the likeliest text is kept.
 
-        Returns the whole text. Raises `ValueError` when there is no gap or nothing but gaps.
+        Returns the whole text. Raises `ValueError` without a gap, or for nothing but gaps.
         """
         if not isinstance(text, str):
             raise ValueError(f"`text` must be one text, not {text!r}; call infill for each.")
-        if gap_length is None:
-            self.check_inputs(None, length=("num_candidates", num_candidates))
+        lengths = range(1, LONGEST_CANDIDATE + 1) if gap_length is None else [gap_length]
+        if num_candidates is None:
+            num_candidates = 16 if gap_length is None else 1
+        self.check_inputs(None, length=("num_candidates", num_candidates))
+        if gap_length is None or num_candidates > 1:
             settings = (num_inference_steps, guidance_scale, temperature, top_p)
-            sources = spawn_generators(generator, num_candidates)
             found = [
-                self.infill(text, 1 + i % LONGEST_CANDIDATE, *settings, source)
-                for i, source in enumerate(sources)
+                self.infill(text, lengths[i % len(lengths)], *settings, source)
+                for i, source in enumerate(spawn_generators(generator, num_candidates))
             ]
             scores = self.score([output.texts[0] for output in found])
             # per character, since texts of different lengths compete
-            best = min(range(len(found)), key=lambda i: scores[i].nats_per_character)
-            return found[best]
+            return found[min(range(len(found)), key=lambda i: scores[i].nats_per_character)]
         self.check_inputs(num_inference_steps, length=("gap_length", gap_length))
         pieces = re.split("_{3,}", text)
         if len(pieces) < 2 or not any(piece.strip() for piece in pieces):

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 
 from tokcom.cli.app_zoo import BUSY, ShownModel, explained, numbered_noise
 from tokcom.cli.loading import check_modality, check_model_path, open_pipeline
+from tokcom.cli.modes import num_fillings
 from tokcom.evaluation.reconstruction import token_losses_at
 from tokcom.pipeline_tokcom import GAP, TokComPipeline
 from tokcom.processing_tokcom import decode_ids, text_ids
@@ -238,11 +239,10 @@ class Demo:
         # people do not count underscores
         text = re.sub("_{3,}", GAP, text)
         settings = {"temperature": temperature} if self.predicts_tokens else {}
+        settings |= {"num_candidates": num_fillings(self.pipe), "generator": numbered_noise(seed)}
         try:
             with BUSY:
-                output = self.pipe.infill(
-                    text, int(gap_length), generator=numbered_noise(seed), **settings
-                )
+                output = self.pipe.infill(text, int(gap_length), **settings)
         except ValueError as error:
             raise explained(error) from error
         spans = []

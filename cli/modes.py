@@ -20,6 +20,8 @@ from tokcom.cli.terminal import TerminalStreamer
 from tokcom.configuration_codec_tokcom import TokComCodecConfig
 from tokcom.processing_tokcom import write_wav
 
+FILLINGS = 16  # of a gap, among which the likeliest text is chosen
+
 
 def check_files(args: argparse.Namespace) -> None:
     """Raise `FileNotFoundError` for a missing input, or for an output whose folder is missing."""
@@ -155,8 +157,17 @@ def watch(pipe, args: argparse.Namespace, tokens: int, options: dict[str, Any]) 
     return args.prompt + output.texts[0]
 
 
+def num_fillings(pipe) -> int:
+    """Fillings of a gap among which the likeliest is kept; 1 for models that cannot tell."""
+    return FILLINGS if pipe.model.config.is_causal_lm else 1
+
+
 def infill(pipe, args: argparse.Namespace) -> list[str]:
     options = {"guidance_scale": args.guidance_scale, **token_sampling(args)}
+    options["num_candidates"] = args.num_candidates
+    if args.num_candidates is None:
+        options["num_candidates"] = num_fillings(pipe)
+    pipe.set_progress_bar_config(disable=True)  # one bar for each filling tells nothing
     return show(pipe.infill(args.input_text, args.gap_length, **options))
 
 
@@ -274,7 +285,7 @@ def any_to_any(pipe, args: argparse.Namespace) -> list[str]:
         [names[kind] for kind in wanted],
         batch_size=args.batch_size,
         guidance_scale=args.guidance_scale,
-        num_candidates=args.num_candidates,
+        num_candidates=1 if args.num_candidates is None else args.num_candidates,
         **sampling(args),
     ).streams
     if not files:

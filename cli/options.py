@@ -131,8 +131,8 @@ OPTIONS: dict[str, dict] = {
     "batch_size": {"type": int, "default": 1, "help": "samples to make"},
     "num_candidates": {
         "type": int,
-        "default": 1,
-        "help": "texts among which the most typical is chosen",
+        "help": "drawn, of which the best is kept: the likeliest filling, or the text most like the "
+        "others (default: 16 fillings, 1 text)",
     },
     "device": {"default": "auto", "help": DEVICE},
     "seed": {
@@ -193,7 +193,7 @@ MODES = {
     ),
     "infill": Mode(
         "infill",
-        ("input_text", "gap_length", "guidance_scale", *TOKENS, "output_file"),
+        ("input_text", "gap_length", "guidance_scale", "num_candidates", *TOKENS, "output_file"),
         needs=("input_text",),
     ),
     "reconstruct": Mode("reconstruct", ("input_text", "output_file"), needs=("input_text",)),

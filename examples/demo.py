@@ -129,7 +129,7 @@ def show_text(directory: Path, page: Page) -> None:
 
     page.say("A gap, filled from both sides:")
     page.say(GAPPED)
-    page.say(pipe.infill(GAPPED, gap_length=2, generator=seed(0)).texts[0])
+    page.say(pipe.infill(GAPPED, gap_length=2, num_candidates=16, generator=seed(0)).texts[0])
 
     page.say("A text of which a share is kept, and the rest made up:")
     for share in (0.5, 0.8, 1.0):

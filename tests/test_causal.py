@@ -196,6 +196,17 @@ def test_a_gap_of_unknown_length_gets_the_likeliest_of_several(pipe):
     assert best == min(scores, key=scores.get)
 
 
+def test_of_several_fillings_of_one_length_the_likeliest_is_kept(pipe):
+    text = "Squinty was a _______ pig."
+    best = pipe.infill(text, gap_length=2, num_candidates=4, generator=seeded()).texts[0]
+    sources = spawn_generators(seeded(), 4)
+    others = [pipe.infill(text, gap_length=2, generator=s).texts[0] for s in sources]
+    scores = {text: pipe.score(text)[0].nats_per_character for text in others}
+    assert best == min(scores, key=scores.get) and len(set(others)) > 1
+    with pytest.raises(ValueError, match="num_candidates"):
+        pipe.infill(text, gap_length=2, num_candidates=0)
+
+
 def test_models_without_exact_likelihoods_score_nothing(build):
     with pytest.raises(ValueError, match="exact likelihoods"):
         build().score("Squinty")

@@ -485,10 +485,10 @@ def test_without_a_model_in_the_current_directory_the_shipped_one_is_used(monkey
 
 # ---- devices ----
 
-# the launch chooses the device of what they train, or they count on `meta`, or compare bits on a CPU
+# the launch or the page chooses the device, or they count on `meta`, or compare bits on a CPU
 WITHOUT_DEVICE = {
     *("ablation", "autoregressive", "compression", "fine_tune_lora", "train_on_your_text"),
-    *("memory", "scaling", "compare_trees", "time_step", "text_defects", "pack_zoo"),
+    *("memory", "scaling", "compare_trees", "time_step", "text_defects", "pack_zoo", "screenshots"),
 }
 
 

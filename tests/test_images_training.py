@@ -176,10 +176,10 @@ def test_the_page_draws_captions_and_rebuilds_pictures(trained):
     shown = ShownModel(str(trained))
     drawn = draw(shown, "a cat", 2, 2.0, 0)
     assert [text for _, text in drawn] == [
-        "6 of 6 tokens",
-        "4 of 6 tokens",
-        "2 of 6 tokens",
-        "1 of 6 tokens",
+        "6 tokens",
+        "4 tokens",
+        "2 tokens",
+        "1 token",
     ]
     assert rebuild(shown, Image.new("RGB", (40, 30)))[0][0].size == (192, 192)
     with pytest.raises(gradio.Error, match="no picture"):

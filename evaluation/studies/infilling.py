@@ -5,6 +5,9 @@ both sides, and given the left side.
 
 Gaps of several lengths are cut out of held-out texts, at any place in a chunk. The same tokens are
 scored twice: as a gap with all other tokens known, and as a continuation of the text before them.
+
+With `--candidates 16` the gaps are filled, too: *exact* is the share of the fillings that are the
+true one, of single draws and of the likeliest of so many.
 """
 
 import argparse
@@ -18,6 +21,7 @@ from tokcom.cli.errors import report_errors
 from tokcom.cli.loading import add_device_option
 from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.processing_tokcom import text_ids
+from tokcom.sampling_tokcom import TokComSampling, spawn_generators
 
 LENGTHS = (1, 2, 4, 8, 16)  # tokens of a gap
 BEFORE = 16  # least number of tokens before a gap
@@ -41,6 +45,21 @@ def gap_nats(model, ids: list[int], start: int, stop: int) -> tuple[float, float
     return tuple(float(output.token_losses.flatten()[start:stop].sum()) for output in (both, left))
 
 
+@torch.no_grad()
+def exact_fillings(
+    pipe: TokComPipeline, ids: list[int], start: int, stop: int, count: int, seed: int
+) -> tuple[float, float]:
+    """Share of `count` fillings that are the true one, and whether the likeliest of them is."""
+    known = [not start <= place < stop for place in range(len(ids))]
+    drawn = []
+    for source in spawn_generators(torch.Generator().manual_seed(seed), count):
+        drawn.append(pipe.fill_ids(ids, known, TokComSampling(generator=source))[0])
+    scores = pipe.score([pipe.tokenizer.decode(filled) for filled in drawn])
+    best = min(range(count), key=lambda i: scores[i].nats_per_character)
+    right = [filled[start:stop] == ids[start:stop] for filled in drawn]
+    return float(np.mean(right)), float(right[best])
+
+
 @report_errors()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
@@ -58,6 +77,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, help="of the places of the gaps (default: %(default)s)"
     )
+    parser.add_argument(
+        "--candidates", type=int, default=0, help="fillings to choose from (default: none)"
+    )
     add_device_option(parser)
     args = parser.parse_args(argv)
     pipe = TokComPipeline.from_pretrained(args.model).to(args.device)
@@ -72,16 +94,31 @@ def main(argv: list[str] | None = None) -> None:
     ]
     rows = [text_ids(pipe.tokenizer, text)[: pipe.max_length] for text in texts]
     generator = np.random.default_rng(args.seed)
-    print("gap length | both sides | left side | gain, nats per token | its standard error")
+    pipe.set_progress_bar_config(disable=True)
+    heading = "gap length | both sides | left side | gain, nats per token | its standard error"
+    if args.candidates:
+        heading += (
+            f" | exact, one draw | exact, likeliest of {args.candidates} | its standard error"
+        )
+    print(heading)
     for length in LENGTHS:
         gaps = []
+        exact = []
         for ids in tqdm([row for row in rows if len(row) >= BEFORE + length + AFTER], leave=False):
             start = int(generator.integers(BEFORE, len(ids) - AFTER - length + 1))
-            gaps.append(gap_nats(model, ids, start, start + length))
+            stop = start + length
+            gaps.append(gap_nats(model, ids, start, stop))
+            if args.candidates:
+                exact.append(exact_fillings(pipe, ids, start, stop, args.candidates, len(gaps)))
         nats = np.array(gaps).reshape(-1, 2) / length
         both, left = nats.mean(axis=0)
         error = (nats[:, 1] - nats[:, 0]).std() / np.sqrt(len(nats))
-        print(f"{length} | {both:.3f} | {left:.3f} | {left - both:.3f} | {error:.3f}", flush=True)
+        line = f"{length} | {both:.3f} | {left:.3f} | {left - both:.3f} | {error:.3f}"
+        if exact:
+            one, best = np.mean(exact, axis=0)
+            error = np.std(np.array(exact)[:, 1]) / np.sqrt(len(exact))
+            line += f" | {one:.3f} | {best:.3f} | {error:.3f}"
+        print(line, flush=True)
 
 
 if __name__ == "__main__":
