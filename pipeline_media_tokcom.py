@@ -3,7 +3,8 @@
 Notable choices:
 - The sampler is that of texts: captions stand for a prompt, first frames are clean latents.
 - Known streams are the context, the one being made is the noise, others are not in the sequence.
-- Several streams are made one after the other, each for those before it.
+- Several streams are made one after the other, each for those before it: denoised together, all
+  would begin at the mean of everything, and not agree.
 - Guidance moves away from the prediction without captions, frames or given streams.
 """
 
@@ -474,9 +475,8 @@ class TokComOmniPipeline(TokComBasePipeline):
             num_candidates: above 1, so many are made for each, and the one is kept whose texts the
                 others resemble most: better guesses, less variety, at so many times the cost.
             latents: initial noise `(B * num_candidates, n, C)` of the latents to generate.
-            output_type: `"content"` or `"latent"`.
 
-        Returns `.streams` by name and `.latents (B, N, C)`. Raises `ValueError` for bad arguments.
+        Returns `.streams` by name, unless `output_type` is `"latent"`, and `.latents (B, N, C)`.
         """
         self.check_inputs(num_inference_steps, output_type, callback_on_step_end_tensor_inputs)
         codec = self.model.codec
@@ -491,7 +491,6 @@ class TokComOmniPipeline(TokComBasePipeline):
         eos = getattr(self.tokenizer, "eos_token_id", None)
         seen = whole.clone()  # as later streams see them
         known = list(contents)
-        # the chain rule; denoised together, all would begin at the mean of everything, and not agree
         for name in names:
             own = codec.index_of([name], whole.device)  # (n,)
             positions = codec.positions(own).expand(len(whole), -1, -1)
