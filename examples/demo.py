@@ -125,11 +125,11 @@ def show_text(directory: Path, page: Page) -> None:
         print(piece.replace("\n", "\n  "), end="", flush=True)
     print()
     page.parts.append(f"<pre>{html.escape(streamed)}</pre>")
-    pipe.set_progress_bar_config(desc="denoising", leave=False, disable=False)
 
     page.say("A gap, filled from both sides:")
     page.say(GAPPED)
     page.say(pipe.infill(GAPPED, gap_length=2, num_candidates=16, generator=seed(0)).texts[0])
+    pipe.set_progress_bar_config(desc="denoising", leave=False, disable=False)
 
     page.say("A text of which a share is kept, and the rest made up:")
     for share in (0.5, 0.8, 1.0):
