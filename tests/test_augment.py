@@ -2,6 +2,7 @@
 into memory."""
 
 import io
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -118,7 +119,7 @@ def test_empty_centres_move_to_the_farthest_vectors_of_all_parts():
 def test_a_codebook_of_filed_latents_is_that_of_latents_in_memory(tmp_path):
     torch.manual_seed(0)
     codec = TokComStyleCodec(TokComStyleCodecConfig(**SHAPE)).eval()
-    model = type("Model", (), {"device": "cpu", "encode": lambda self, **k: codec.encode(**k)})()
+    model = SimpleNamespace(codec=codec, encode=codec.encode)
     data = dataset(24)
     rows = np.arange(24)
     filed = FiledLatents(tmp_path / "latents.f32", model, data, rows)
