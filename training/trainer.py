@@ -99,7 +99,8 @@ class Trainer:
         )
         self.started = time.perf_counter()
         self.started_tokens = progress.tokens
-        with self.signals:
+        # an error that ends the run must not follow on the line of the bar
+        with self.signals, bar:
             # a stage that has made all its steps must not draw a batch, or it would train one
             # update more
             updates = self.updates() if progress.step < max_steps else ()
@@ -107,7 +108,6 @@ class Trainer:
                 self._after_update(metrics, bar)
                 if progress.step >= max_steps:
                     break
-        bar.close()
         for tracker in self.accelerator.trackers:
             tracker.finish()
 

@@ -122,7 +122,6 @@ def train(folder: Path, disk: Disk, extra: tuple[str, ...] = ()) -> tuple[int, s
             os._exit(status)
     _, status = os.waitpid(child, 0)
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    # a progress bar is drawn once more when it is dropped, after the error
     told = [line for line in lines if line.startswith(("error: ", "raw "))]
     touched = int(count.read_text()) if count.is_file() else 0
     return os.waitstatus_to_exitcode(status), (told or lines or [""])[-1], touched
