@@ -40,6 +40,7 @@ from .processing_tokcom import (
     TokComScore,
     as_prompts,
     decode_rows,
+    likeliest,
     prompt_ids,
     read_latents,
     take_new,
@@ -496,8 +497,7 @@ class TokComPipeline(TokComBasePipeline):
                 for i, source in enumerate(spawn_generators(generator, num_candidates))
             ]
             scores = self.score([output.texts[0] for output in found])
-            # per character, since texts of different lengths compete
-            return found[min(range(len(found)), key=lambda i: scores[i].nats_per_character)]
+            return found[likeliest(scores)]
         self.check_inputs(num_inference_steps, length=("gap_length", gap_length))
         pieces = re.split("_{3,}", text)
         if len(pieces) < 2 or not any(piece.strip() for piece in pieces):

@@ -195,6 +195,12 @@ class TokComScore(NamedTuple):
         return self.nats / self.characters
 
 
+def likeliest(scores: list[TokComScore]) -> int:
+    """The index of the likeliest of several texts."""
+    # per character, since texts of different lengths compete
+    return min(range(len(scores)), key=lambda i: scores[i].nats_per_character)
+
+
 class ChatText(str):
     """A text that a chat template has made: what spells a special token in it is that token."""
 
@@ -547,6 +553,7 @@ __all__ = [
     "decode_ids",
     "decode_rows",
     "end_at_eos",
+    "likeliest",
     "pixels_of_tensor",
     "prompt_ids",
     "read_latents",

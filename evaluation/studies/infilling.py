@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from tokcom.cli.errors import report_errors
 from tokcom.cli.loading import add_device_option
 from tokcom.pipeline_tokcom import TokComPipeline
-from tokcom.processing_tokcom import text_ids
+from tokcom.processing_tokcom import likeliest, text_ids
 from tokcom.sampling_tokcom import TokComSampling, spawn_generators
 
 LENGTHS = (1, 2, 4, 8, 16)  # tokens of a gap
@@ -55,9 +55,8 @@ def exact_fillings(
     for source in spawn_generators(torch.Generator().manual_seed(seed), count):
         drawn.append(pipe.fill_ids(ids, known, TokComSampling(generator=source))[0])
     scores = pipe.score([pipe.tokenizer.decode(filled) for filled in drawn])
-    best = min(range(count), key=lambda i: scores[i].nats_per_character)
     right = [filled[start:stop] == ids[start:stop] for filled in drawn]
-    return float(np.mean(right)), float(right[best])
+    return float(np.mean(right)), float(right[likeliest(scores)])
 
 
 @report_errors()
