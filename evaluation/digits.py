@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tqdm.auto import trange
 
-from tokcom.evaluation.images import Classifier, train_classifier
+from tokcom.evaluation.classifier import Classifier, train_classifier
 from tokcom.evaluation.parts import Parts
 from tokcom.processing_tokcom import write_wav
 from tokcom.training.images import picture_grid

@@ -14,24 +14,29 @@ import io
 import json
 import math
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import nn
 from tqdm.auto import tqdm
 
 from tokcom.cli.errors import report_errors
 from tokcom.cli.loading import add_device_option
+from tokcom.evaluation.classifier import (
+    Classifier,
+    by_parts,
+    feature_distance,
+    recognised,
+    train_classifier,
+)
 from tokcom.evaluation.linear_codecs import PCA, QuantisedPCA
 from tokcom.evaluation.report import images_plots, table
 from tokcom.pipeline_media_tokcom import TokComImagePipeline
 from tokcom.quantization_tokcom import code_statistics
 from tokcom.training.images import captions_of, picture_grid, read_pictures
 
-BATCH = 32  # pictures in a step of the classifier
 PREFIXES = (1, 2, 4, 8, 16, 36)  # tokens that pictures are decoded from, one column each
 
 
@@ -75,8 +80,14 @@ def ssim(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     return (value / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).flatten(1).mean(1)
 
 
-def quality(images: torch.Tensor, others: torch.Tensor) -> dict[str, float]:
-    return {"psnr": psnr(images, others).mean().item(), "ssim": ssim(images, others).mean().item()}
+def quality(
+    images: torch.Tensor, others: torch.Tensor, classifier: Classifier | None = None
+) -> dict[str, float]:
+    """How alike two sets of images are, on average; with a classifier also in its features."""
+    found = {"psnr": psnr(images, others).mean().item(), "ssim": ssim(images, others).mean().item()}
+    if classifier is not None:
+        found["distance"] = feature_distance(classifier, images, others).mean().item()
+    return found
 
 
 # ---- what others do ----
@@ -97,38 +108,29 @@ def jpeg(image: Image.Image, scale: int, level: int) -> tuple[Image.Image, int]:
     return Image.open(io.BytesIO(data)).resize(image.size, Image.Resampling.BICUBIC), scan
 
 
-def best_jpeg(images: torch.Tensor, processor, budget: float) -> dict[str, float]:
-    """Quality of JPEG at the scale and level that serve best among those whose scans take at most
-    `budget` bytes on average."""
-    # if nothing is small enough
+def best_jpeg(
+    images: torch.Tensor, processor, budget: float, classifier: Classifier | None
+) -> dict[str, float]:
+    """Quality of JPEG at the scale and level of the highest PSNR among those whose scans take at
+    most `budget` bytes on average."""
     pictures = processor.postprocess(images)
-    # nothing may be small enough
-    best = {"psnr": None, "ssim": None}
+    best = {"psnr": None, "ssim": None}  # nothing may be small enough
+    chosen = None
     for scale in (1, 2, 4, 8):
         for level in (1, 5, 10, 20, 40, 60, 80, 95):
             coded, sizes = zip(*(jpeg(picture, scale, level) for picture in pictures))
             if sum(sizes) / len(sizes) > budget:
                 continue
-            found = quality(processor(list(coded))["pixel_values"], images)
-            if best["psnr"] is None or found["psnr"] > best["psnr"]:
-                best = {**found, "bytes": sum(sizes) / len(sizes), "scale": scale, "level": level}
-    return best
+            pixels = processor(list(coded))["pixel_values"]
+            found = psnr(pixels, images).mean().item()
+            if chosen is None or found > best["psnr"]:
+                best = {"psnr": found, "bytes": sum(sizes) / len(sizes)}
+                best |= {"scale": scale, "level": level}
+                chosen = pixels
+    return best if chosen is None else best | quality(chosen, images, classifier)
 
 
 # ---- what is measured ----
-
-
-@torch.no_grad()
-def by_parts(
-    function: Callable[[torch.Tensor], torch.Tensor],
-    rows: torch.Tensor,
-    module: nn.Module,
-    size: int = 256,
-) -> torch.Tensor:
-    """`function` of rows `(M, ...)`, `size` at a time on the device of `module`; the result is on
-    the CPU, where everything is compared."""
-    device = next(module.parameters()).device
-    return torch.cat([function(part.to(device)).cpu() for part in rows.split(size)])
 
 
 def encode(codec, images: torch.Tensor) -> torch.Tensor:
@@ -158,74 +160,6 @@ def order_facts(curve: list[float], quarter: int) -> dict[str, float]:
     gain = curve[-1] - curve[0]
     falls = [a - b for a, b in zip(curve, curve[1:])]
     return {"share_of_gain": (curve[quarter] - curve[0]) / gain, "largest_fall": max(0.0, *falls)}
-
-
-class Classifier(nn.Module):
-    """A small convolutional network with a head for every column of labels."""
-
-    def __init__(self, classes: list[int], width: int = 32):
-        super().__init__()
-        layers = []
-        channels = 3
-        for i in range(3):
-            inner = width * 2**i
-            layers += [
-                nn.Conv2d(channels, inner, 3, padding=1),
-                nn.BatchNorm2d(inner),
-                nn.ReLU(),
-                nn.MaxPool2d(2),
-            ]
-            channels = inner
-        # 2 x 2 places keep roughly where something is
-        self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten())
-        self.heads = nn.ModuleList(nn.Linear(4 * channels, count) for count in classes)
-
-    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
-        features = self.body(images)  # (B, 4 * channels)
-        return [head(features) for head in self.heads]
-
-    def features(self, images: torch.Tensor) -> torch.Tensor:
-        """What the heads read, averaged over places: `(M, channels)`."""
-        return by_parts(lambda part: self.body(part).unflatten(1, (-1, 4)).mean(-1), images, self)
-
-    def classify(self, images: torch.Tensor, column: int = 0) -> torch.Tensor:
-        """The class of each image in a column of labels: `(M,)`."""
-        return by_parts(lambda part: self(part)[column].argmax(-1), images, self)
-
-
-def train_classifier(
-    images: torch.Tensor, labels: torch.Tensor, epochs: int, seed: int, device: str = "cpu"
-) -> Classifier:
-    """A classifier of images `(M, 3, H, W)` with labels `(M, columns)`, on `device`."""
-    if len(images) < BATCH:
-        raise ValueError(
-            f"{len(images)} pictures do not train a classifier; give at least {BATCH}."
-        )
-    torch.manual_seed(seed)
-    model = Classifier([int(column.max()) + 1 for column in labels.T]).to(device)
-    steps = epochs * (len(images) // BATCH)
-    optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in tqdm(range(steps), desc="classifier", unit="step"):
-        # with replacement, so an epoch is a number of steps and not a pass
-        rows = torch.randint(len(images), (BATCH,))
-        wanted = labels[rows].to(device)
-        found = model(images[rows].to(device))
-        # one body for all columns, with a head for each
-        loss = sum(F.cross_entropy(logits, wanted[:, i]) for i, logits in enumerate(found))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    return model.eval()
-
-
-def recognised(classifier: Classifier, images: torch.Tensor, labels: torch.Tensor) -> list[float]:
-    """Share of images whose label is found, for every column of `labels (M, columns)`."""
-    shares = []
-    for i in range(labels.shape[1]):
-        shares.append((classifier.classify(images, i) == labels[:, i]).float().mean().item())
-    return shares
 
 
 def frechet(features: torch.Tensor, others: torch.Tensor) -> float:
@@ -288,10 +222,12 @@ def measure_codec(
     train: Pictures,
     test: Pictures,
     latents: torch.Tensor,
+    classifier: Classifier | None,
     args: argparse.Namespace,
 ) -> dict:
     """Reconstruction, order and codebook on held-out pictures, whose `latents` are known, beside
     PCA and JPEG."""
+    compare = partial(quality, classifier=classifier)
     codec = pipe.model.codec
     images = test.images
     facts = {"rows": []}
@@ -299,7 +235,7 @@ def measure_codec(
     # PCA may keep as many numbers as the codec has, none of them quantised
     coefficients = config.num_tokens * config.latent_channels
     facts["rows"].append(
-        {"codec": "style", "numbers": coefficients, **quality(decode(codec, latents), images)}
+        {"codec": "style", "numbers": coefficients, **compare(decode(codec, latents), images)}
     )
     # of training pictures, as the codec has seen them alone
     pca = PCA(train.images)
@@ -307,12 +243,12 @@ def measure_codec(
         {
             "codec": "PCA",
             "numbers": coefficients,
-            **quality(pca.reconstruct(images, coefficients), images),
+            **compare(pca.reconstruct(images, coefficients), images),
         }
     )
     # what a codec knows before it has read anything
     mean = train.images.mean(0).expand_as(images)
-    facts["rows"].append({"codec": "mean picture", "numbers": 0, **quality(mean, images)})
+    facts["rows"].append({"codec": "mean picture", "numbers": 0, **compare(mean, images)})
     facts["curve"] = order_curve(codec, latents, images)
     steps = range(1, config.num_tokens + 1)
     # without components PCA is the mean picture
@@ -328,14 +264,19 @@ def measure_codec(
         facts["unordered"] = order_facts(facts["unordered_curve"], quarter)
     if args.codebook:
         coded = TokComImagePipeline.from_pretrained(args.codebook).to(args.device)
-        found = measure_codebook(coded, train.images, images)
+        found = measure_codebook(coded, train.images, images, classifier)
         facts["rows"] += found.pop("rows")
         facts |= found
     _codec_pictures(pipe, test, latents, args.output_dir)
     return facts
 
 
-def measure_codebook(pipe: TokComImagePipeline, train: torch.Tensor, images: torch.Tensor) -> dict:
+def measure_codebook(
+    pipe: TokComImagePipeline,
+    train: torch.Tensor,
+    images: torch.Tensor,
+    classifier: Classifier | None,
+) -> dict:
     """Reconstruction of `images (B, 3, H, W)` from codes, beside JPEG and quantised PCA of as many
     bytes, and how the codes are used."""
     model = pipe.model
@@ -348,11 +289,12 @@ def measure_codebook(pipe: TokComImagePipeline, train: torch.Tensor, images: tor
     linear = QuantisedPCA(train, round(8 * budget))
     rebuilt = linear.reconstruct(images)
     used = codes.flatten().bincount(minlength=size).sort(descending=True).values  # (size,)
+    compare = partial(quality, classifier=classifier)
     return {
         "rows": [
-            {"codec": f"style, {size} codes", "bytes": budget, **quality(decoded, images)},
-            {"codec": "JPEG scan", **best_jpeg(images, pipe.image_processor, budget)},
-            {"codec": "quantised PCA", "bytes": linear.bits / 8, **quality(rebuilt, images)},
+            {"codec": f"style, {size} codes", "bytes": budget, **compare(decoded, images)},
+            {"codec": "JPEG scan", **best_jpeg(images, pipe.image_processor, budget, classifier)},
+            {"codec": "quantised PCA", "bytes": linear.bits / 8, **compare(rebuilt, images)},
         ],
         "codebook": code_statistics(codes, size) | {"codes": size},
         "used": used.tolist(),
@@ -434,19 +376,14 @@ def measure_steps(
 
 def measure_generation(
     pipe: TokComImagePipeline,
-    train: Pictures,
     test: Pictures,
     latents: torch.Tensor,
+    classifier: Classifier,
+    held_out: torch.Tensor,
     args: argparse.Namespace,
 ) -> dict:
     """How often a classifier of real pictures recognises what the model draws for held-out
     captions, and the held-out pictures themselves as their `latents` remember them."""
-    names: list[list] = []
-    labels = read_labels(args.train, args.label_columns, len(train.images), names)
-    held_out = read_labels(args.test, args.label_columns, len(test.images), names)
-    epochs = args.classifier_epochs
-    # it has seen real pictures only, and recognises what is drawn as far as that is like them
-    classifier = train_classifier(train.images, labels, epochs, args.seed, args.device)
     count = min(args.num_samples, len(test.captions))
     drawn = draw(pipe, test.captions[:count], args)
     kinds = {
@@ -468,7 +405,7 @@ def measure_generation(
     (args.output_dir / "drawn.txt").write_text(
         "\n".join(test.captions[: min(32, count)]) + "\n", encoding="utf-8"
     )
-    chance = [1 / len(column) for column in names]
+    chance = [1 / head.out_features for head in classifier.heads]
     rows = [{"label": name, "chance": c} for name, c in zip(args.label_columns, chance)]
     for kind, shares in found.items():
         for row, share in zip(rows, shares):
@@ -482,11 +419,17 @@ def measure_generation(
 def report(facts: dict) -> str:
     """The Markdown of what was measured."""
     text = "## Reconstruction of held-out pictures\n\n"
-    cells = [
-        [row["codec"], row.get("numbers", "-"), row.get("bytes", "-"), row["psnr"], row["ssim"]]
-        for row in facts["rows"]
-    ]
-    text += table(["codec", "numbers a picture", "bytes a picture", "PSNR, dB", "SSIM"], cells)
+    columns = {
+        "codec": "codec",
+        "numbers a picture": "numbers",
+        "bytes a picture": "bytes",
+        "PSNR, dB": "psnr",
+        "SSIM": "ssim",
+    }
+    if "distance" in facts["rows"][0]:
+        columns["distance in features"] = "distance"
+    cells = [[row.get(key, "-") for key in columns.values()] for row in facts["rows"]]
+    text += table(list(columns), cells)
     text += "\n\n## Order of the tokens\n\n"
     shown = [k for k in (0, 1, 2, 4, 8, 9, 16, 24, 36) if k < len(facts["curve"])]
     curves = [
@@ -535,7 +478,7 @@ def main(argv: list[str] | None = None) -> None:
         "--label_columns",
         nargs="*",
         default=[],
-        help="of local parquet files; asks for drawing, too",
+        help="of local parquet files: a classifier of them measures distances and what is drawn",
     )
     parser.add_argument(
         "--steps", type=int, nargs="*", default=[], help="numbers of denoising steps to compare"
@@ -543,7 +486,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--students", nargs="*", default=[], help="students of the model, made by stage=distill"
     )
-    parser.add_argument("--num_samples", type=int, default=512)
+    parser.add_argument(
+        "--num_samples", type=int, default=512, help="pictures to draw; 0 measures the codec alone"
+    )
     parser.add_argument("--num_inference_steps", type=int)
     parser.add_argument("--guidance_scale", type=float, default=1.0)
     parser.add_argument("--classifier_epochs", type=int, default=10)
@@ -556,9 +501,18 @@ def main(argv: list[str] | None = None) -> None:
     train, test = (Pictures(source, pipe, args, args.limit) for source in (args.train, args.test))
     # once, for all measurements of the test pictures
     latents = encode(pipe.model.codec, test.images)
-    facts = measure_codec(pipe, train, test, latents, args)
+    classifier = None
     if args.label_columns:
-        facts |= measure_generation(pipe, train, test, latents, args)
+        names: list[list] = []
+        labels = read_labels(args.train, args.label_columns, len(train.images), names)
+        held_out = read_labels(args.test, args.label_columns, len(test.images), names)
+        # it has seen real pictures only, and recognises what is drawn as far as that is like them
+        classifier = train_classifier(
+            train.images, labels, args.classifier_epochs, args.seed, args.device
+        )
+    facts = measure_codec(pipe, train, test, latents, classifier, args)
+    if classifier is not None and args.num_samples:
+        facts |= measure_generation(pipe, test, latents, classifier, held_out, args)
     facts["settings"] = {name: str(value) for name, value in vars(args).items()}
     (args.output_dir / "results.json").write_text(
         json.dumps(facts, indent=1) + "\n", encoding="utf-8"

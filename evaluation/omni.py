@@ -42,8 +42,8 @@ from tqdm.auto import trange
 
 from tokcom.cli.errors import report_errors
 from tokcom.cli.loading import add_device_option
+from tokcom.evaluation.classifier import Classifier
 from tokcom.evaluation.digits import BATCH, measure_digits
-from tokcom.evaluation.images import Classifier
 from tokcom.evaluation.judges import TokenJudge
 from tokcom.evaluation.parts import Parts, fingerprint
 from tokcom.evaluation.report import table

@@ -31,7 +31,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from tokcom.cli.loading import add_device_option
-from tokcom.evaluation.images import by_parts
+from tokcom.evaluation.classifier import by_parts
 from tokcom.evaluation.report import table
 from tokcom.processing_tokcom import TokComImageProcessor
 from tokcom.training.images import picture_grid, read_pictures

@@ -31,7 +31,8 @@ from transformers import (
 from tokcom import TokComImagePipeline
 from tokcom.cli.errors import report_errors
 from tokcom.cli.loading import add_device_option
-from tokcom.evaluation.images import by_parts, psnr
+from tokcom.evaluation.classifier import by_parts
+from tokcom.evaluation.images import psnr
 from tokcom.quantization_tokcom import kmeans, nearest_codes
 from tokcom.training.images import encode_all, picture_grid, read_pictures
 from tokcom.training.tokens import load_tokenizer

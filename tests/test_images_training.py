@@ -17,6 +17,7 @@ from transformers import ResNetConfig, ResNetModel
 from tokcom.cli.app_zoo import ShownModel, draw, rebuild
 from tokcom.cli.main import main as convert
 from tokcom.configuration_media_tokcom import TokComStyleCodecConfig
+from tokcom.evaluation.classifier import Classifier, feature_distance
 from tokcom.evaluation.images import PCA, frechet, jpeg, main, order_facts, psnr, ssim
 from tokcom.inference import main as infer
 from tokcom.modeling_tokcom import TokComModel
@@ -238,6 +239,7 @@ def test_images_are_evaluated_by_one_command(trained, tmp_path):
         "style, 8 codes",
         "JPEG scan",
     }
+    assert all(0 < row["distance"] < 2 for row in facts["rows"] if row["psnr"] is not None)
     assert [row["steps"] for row in facts["steps"]] == [1, 2, 32]
     for name in (
         "results.md",
@@ -347,6 +349,16 @@ def test_frechet_distance_of_gaussians_is_that_of_their_means_and_covariances():
     one, other = torch.randn(20000, 3), 2 * torch.randn(20000, 3) + torch.tensor([1.0, 0, 0])
     assert frechet(one, one) == pytest.approx(0, abs=1e-6)
     assert frechet(one, other) == pytest.approx(1 + 3 * (1 + 4 - 2 * 2), rel=0.05)
+
+
+def test_the_distance_in_features_of_a_picture_to_itself_is_0_and_grows_with_a_change():
+    torch.manual_seed(0)
+    classifier, images = Classifier([3]).eval(), torch.rand(5, 3, 32, 32) * 2 - 1
+    other = torch.rand(5, 3, 32, 32) * 2 - 1
+    distances = [
+        feature_distance(classifier, images, images.lerp(other, share)) for share in (0, 0.1, 0.5)
+    ]
+    assert distances[0].abs().max() < 1e-6 and (distances[1] < distances[2]).all()
 
 
 def test_order_is_the_share_of_the_gain():
