@@ -5,7 +5,8 @@ Notable choices:
 - Two tokens style each decoder layer and stay in its sequence.
 - Training drops the tail of the tokens at random, so the first tokens hold most of the image
   (nested dropout, Rippel et al. 2014).
-- A codebook for all tokens is made after training, by k-means.
+- Linear maps beside the network begin where PCA would, and the network adds what PCA cannot.
+- A codebook for all tokens is made after training, by k-means; training may go on through it.
 
 Shape legend: B batch, N tokens, C channels of a token, P patches, D width, H x W pixels.
 """
@@ -148,7 +149,7 @@ class TokComStyledBlock(GradientCheckpointingLayer):
 
 
 class TokComStyleEncoder(nn.Module):
-    """ViT whose last N positions are learned queries: images `(B, 3, H, W)` -> `(B, N, D)`."""
+    """ViT whose last N positions are learned queries: patches `(B, P, D)` -> `(B, N, D)`."""
 
     def __init__(self, config: TokComStyleCodecConfig):
         super().__init__()
@@ -174,13 +175,33 @@ class TokComStyleEncoder(nn.Module):
         # as large as a patch: with small positions all queries would see the same
         init.normal_(self.positions, std=1.0)
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)  # (B, P, D)
+    def embed(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Images `(B, 3, H, W)` -> patches `(B, P, D)`."""
+        return self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
         # patches and queries share one sequence; queries begin as their position alone
         hidden_states = self.positions + F.pad(patches, (0, 0, 1, self.num_tokens))
         for layer in self.layers:
             hidden_states = layer(hidden_states)
         return self.norm(hidden_states[:, -self.num_tokens :])  # the queries
+
+
+class TokComLinearPath(nn.Linear):
+    """A linear map beside the network, from all patches to all tokens or back.
+
+    Attention mixes places with weights that it must first learn, one map for all of them. A linear
+    codec such as PCA has a weight for every pair of place and token, so the network is left with
+    what PCA cannot do.
+    """
+
+    def __init__(self, inputs: tuple[int, int], outputs: tuple[int, int]):
+        super().__init__(inputs[0] * inputs[1], outputs[0] * outputs[1])
+        self.outputs = outputs
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(B, *inputs)` -> `(B, *outputs)`."""
+        return super().forward(hidden_states.flatten(1)).unflatten(1, self.outputs)
 
 
 class TokComStyleDecoder(nn.Module):
@@ -206,6 +227,10 @@ class TokComStyleDecoder(nn.Module):
             TokComStyleBlock(width, heads, inner, eps) for _ in range(config.num_decoder_layers)
         )
         self.norm = TokComRMSNorm(width, eps)
+        self.linear_path = None
+        if config.linear_path:
+            tokens = config.num_tokens, config.latent_channels
+            self.linear_path = TokComLinearPath(tokens, (config.num_patches, width))
         self.proj_out = nn.Linear(width, COLORS * config.patch_size**2)
 
     def initialize_parameters(self) -> None:
@@ -220,6 +245,8 @@ class TokComStyleDecoder(nn.Module):
             hidden_states = layer(hidden_states)
         # tokens join in front, layer by layer, so the patches are last
         patches = self.norm(hidden_states[:, -self.num_patches :])
+        if self.linear_path is not None:
+            patches = patches + self.linear_path(tokens)
         patches = self.proj_out(patches)  # (B, P, 3 * size^2)
         channels, size, side = self.shape
         grid = patches.unflatten(2, (channels, size, size))  # (B, P, 3, y, x)
@@ -295,6 +322,10 @@ class TokComStyleCodec(TokComCodec):
         if config.bottleneck == "gaussian":
             outputs = 2 * channels  # mean and log-variance
         self.to_tokens = nn.Linear(config.hidden_size, outputs)
+        self.linear_path = None
+        if config.linear_path:
+            patches = config.num_patches, config.hidden_size
+            self.linear_path = TokComLinearPath(patches, (count, channels))
         self.soft_codebook = TokComSoftCodebook(channels) if config.bottleneck == "cosine" else None
         self.missing = nn.Parameter(torch.empty(count, channels))  # replaces dropped tokens
         self.quantizer = VectorQuantizer(config.num_codes, channels) if config.num_codes else None
@@ -334,17 +365,17 @@ class TokComStyleCodec(TokComCodec):
     def _raw_tokens(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Images -> raw latents and their log-variance `(B, N, C)`; no log-variance without a
         posterior."""
-        tokens = self.to_tokens(self.encoder(pixel_values.to(self.dtype))).float()
-        log_variance = None
+        patches = self.encoder.embed(pixel_values.to(self.dtype))
+        outputs = self.to_tokens(self.encoder(patches)).float()
+        tokens, *rest = outputs.split(self.config.latent_channels, dim=-1)
+        if self.linear_path is not None:
+            tokens = tokens + self.linear_path(patches).float()
         if self.config.bottleneck == "gaussian":
-            tokens, log_variance = tokens.chunk(2, dim=-1)
-            log_variance = log_variance.clamp(-12.0, 4.0)  # keeps exp finite
-        elif self.config.bottleneck == "sphere":
+            return tokens, rest[0].clamp(-12.0, 4.0)  # keeps exp finite
+        if self.config.bottleneck == "sphere":
             # of length sqrt(C), so that channels have about unit variance
-            tokens = F.normalize(tokens, dim=-1) * tokens.shape[-1] ** 0.5
-        else:
-            tokens = self.soft_codebook(tokens)
-        return tokens, log_variance
+            return F.normalize(tokens, dim=-1) * tokens.shape[-1] ** 0.5, None
+        return self.soft_codebook(tokens), None
 
     def encode(
         self, pixel_values: torch.Tensor, attention_mask: torch.Tensor | None = None
@@ -448,7 +479,10 @@ class TokComStyleCodec(TokComCodec):
 
     def training_loss(self, pixel_values: torch.Tensor, attention_mask: torch.Tensor | None = None):
         """Loss of the codec stage on images `(B, 3, H, W)`, and its parts: squared error and KL per
-        token."""
+        token.
+
+        With a codebook, every second image goes through its codes, and the codebook follows.
+        """
         config = self.config
         settings = self.loss_settings
         self._check(pixel_values)
@@ -470,6 +504,11 @@ class TokComStyleCodec(TokComCodec):
             count = torch.where(is_cut, cut, config.num_tokens)  # (B, 1)
             # what the first k tokens hold must be a picture of its own: that is their order
             kept = torch.arange(config.num_tokens, device=tokens.device) < count  # (B, N)
+        if self.quantizer is not None:
+            # Every second image is decoded from its codes, so the decoder serves both. There is no
+            # commitment loss: the tokens are bounded by their own bottleneck.
+            coded = torch.arange(len(tokens), device=tokens.device) % 2 == 1
+            tokens = torch.where(coded[:, None, None], self.quantizer(tokens).latents, tokens)
         output = self._decode(tokens, kept).float()
         error = F.mse_loss(output, pixel_values.float())
         loss = error + settings.kl_weight * kl

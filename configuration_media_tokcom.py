@@ -80,6 +80,8 @@ class TokComStyleCodecConfig(TokComMediaCodecConfig):
         num_decoder_layers (`int`): plain layers after them.
         bottleneck (`str`): `"gaussian"`, a posterior; `"sphere"`, tokens of one length, with noise
             in training; `"cosine"`, mean-centred weights of a soft codebook.
+        linear_path (`bool`): whether linear maps from patches to tokens and back stand beside the
+            network; they learn in hundreds of steps what it needs thousands for.
         num_codes (`int`): size of a codebook of all tokens that k-means has made after training; 0
             is none.
     """
@@ -103,6 +105,7 @@ class TokComStyleCodecConfig(TokComMediaCodecConfig):
     num_decoder_layers: int = 2
     rms_norm_eps: float = 1e-6
     bottleneck: str = "gaussian"
+    linear_path: bool = False
     num_codes: int = 0
     initializer_range: float = 0.02
 
@@ -149,6 +152,9 @@ class TokComStyleCodecConfig(TokComMediaCodecConfig):
         parameters += self.num_styled_layers * 6 * width * self.latent_channels
         patch = 3 * self.patch_size**2  # values of a patch
         parameters += (self.hidden_size + width) * (patch + self.num_patches + self.num_tokens)
+        if self.linear_path:
+            latents = self.num_tokens * self.latent_channels
+            parameters += (self.hidden_size + width) * self.num_patches * latents
         # posterior means and variances, and a codebook
         parameters += self.latent_channels * (2 * self.hidden_size + 2 * self.num_codes)
         check_size(self, parameters)

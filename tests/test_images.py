@@ -85,6 +85,20 @@ def test_codecs_work_in_bfloat16(bottleneck):
     assert (net.decode(net.encode(images).latents).pixel_values.float() - exact).abs().mean() < 0.1
 
 
+def test_a_linear_path_alone_is_a_linear_codec():
+    net = randomized(codec(linear_path=True))
+    with torch.no_grad():
+        for silent in (net.to_tokens, net.decoder.norm):
+            silent.weight.zero_()
+    first, second = pictures(2).split(1)
+    ends, middle = (
+        net.decoder(net.encode(images).latents).mean(0)
+        for images in (torch.cat((first, second)), (first + second) / 2)
+    )
+    assert middle.std() > 0.1  # a picture, not only a mean
+    torch.testing.assert_close(middle, ends, atol=1e-4, rtol=1e-4)
+
+
 def test_sphere_tokens_have_one_length():
     tokens = codec(bottleneck="sphere").encode(pictures()).latents
     torch.testing.assert_close(tokens.norm(dim=-1), torch.full((3, 6), 2.0))
@@ -125,8 +139,9 @@ def test_left_out_tokens_have_no_influence_and_tail_dropout_leaves_out_the_tail(
     assert 0.4 < (count < 6).float().mean() * 6 / 5 < 0.6
 
 
-def test_the_codec_learns_one_batch():
-    net, images = codec(), pictures(4)
+@pytest.mark.parametrize("linear_path", [False, True])
+def test_the_codec_learns_one_batch(linear_path):
+    net, images = codec(linear_path=linear_path), pictures(4)
     net.set_loss(tail_dropout=0.0, kl_weight=0.0)
     optimizer = torch.optim.AdamW(net.parameters(), 3e-3)
     net.train()
@@ -180,6 +195,23 @@ def test_a_codebook_makes_codes_that_decode_to_their_centres():
     assert torch.equal(nearest, encoded.codes)
     again = net.from_codes(encoded.codes) * net.latent_std + net.latent_mean
     torch.testing.assert_close(again, centres[encoded.codes[..., 0]])
+
+
+def test_a_codec_with_a_codebook_trains_every_second_image_from_its_codes():
+    net, images = randomized(codec()), pictures(40)
+    net.fit_codebook(net.encode(images).latents.detach(), 16)
+    seen = []
+    net.train()._decode = lambda tokens, kept: (
+        seen.append(tokens.detach()) or torch.zeros(len(tokens), 3, 16, 16)
+    )
+    before = net.quantizer.codebook.clone()
+    net.training_loss(images)
+    is_code = torch.cdist(seen[0], net.quantizer.codebook).amin(-1) < 1e-4  # (40, 6)
+    assert is_code[1::2].all() and not is_code[::2].any()
+    assert not torch.equal(before, net.quantizer.codebook)  # it follows the tokens
+    before = net.quantizer.codebook.clone()
+    net.eval().training_loss(images)
+    assert torch.equal(before, net.quantizer.codebook)
 
 
 def test_cosine_centres_have_the_length_of_their_tokens():
