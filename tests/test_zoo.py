@@ -308,6 +308,25 @@ def test_pictures_are_dealt_to_three_parts_at_one_size(tmp_path, monkeypatch):
     assert len(set(map(str, seen))) == 56
 
 
+def test_photographs_are_captioned_by_their_class(tmp_path, monkeypatch):
+    photographs = load_script("examples/data", "photographs")
+    monkeypatch.setattr(photographs, "COUNTS", {"train": 5, "test": 3})
+    picture = Image.new("RGB", (32, 32), "red")
+    for split in ("train", "test"):
+        rows = {"img": [picture] * 8, "label": [7, 0, 7, 0, 7, 0, 7, 0]}
+        features = datasets.Features({"img": datasets.Image(), "label": datasets.Value("int64")})
+        records = datasets.Dataset.from_dict(rows, features=features)
+        records.to_parquet(tmp_path / "source" / f"{split}.parquet")
+    photographs.main(["--dataset", str(tmp_path / "source"), "--output_dir", str(tmp_path / "out")])
+    for split, count in (("train", 5), ("test", 3)):
+        file = str(tmp_path / "out" / f"{split}.parquet")
+        rows = datasets.load_dataset("parquet", data_files=file, split="train")
+        named = {7: "a photo of a horse", 0: "a photo of an airplane"}
+        assert len(rows) == count
+        assert all(named[row["label"]] == row["caption"] for row in rows)
+        assert rows[0]["image"].size == (32, 32)
+
+
 def test_the_demo_names_what_is_not_there_and_writes_its_page(tmp_path, capsys):
     demo = load_script("examples", "demo")
     for name, (_, show) in demo.PARTS.items():

@@ -1,0 +1,46 @@
+"""Write photographs of ten classes with captions: CIFAR-10, 10,000 pictures for training and 1,500
+for tests.
+
+    python examples/data/photographs.py --dataset uoft-cs/cifar10 --output_dir photographs
+
+`--dataset` is a name on the Hub or a folder of parquet files with a split `train` and a split
+`test`, a column `img` or `image`, and a column `label`. A caption is "a photo of a horse". CIFAR-10
+has no formal licence (Krizhevsky 2009), so models trained on it are not to be shipped.
+"""
+
+import argparse
+from pathlib import Path
+
+import datasets
+import numpy as np
+
+COUNTS = {"train": 10_000, "test": 1_500}
+# the order of the labels in CIFAR-10
+CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dataset", required=True, help="Hub id or folder")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice (default: 0)")
+    args = parser.parse_args(argv)
+    for split, count in COUNTS.items():
+        records = datasets.load_dataset(args.dataset, split=split)
+        if "img" in records.column_names:
+            records = records.rename_column("img", "image")
+        rows = np.random.default_rng(args.seed).permutation(len(records))[:count]
+        records = records.select(sorted(rows)).select_columns(["image", "label"])
+        captions = [
+            f"a photo of {'an' if name[0] in 'aeiou' else 'a'} {name}"
+            for name in (CLASSES[label] for label in records["label"])
+        ]
+        file = args.output_dir / f"{split}.parquet"
+        records.add_column("caption", captions).to_parquet(file)
+        print(f"{len(records)} pictures written to {file}")
+
+
+if __name__ == "__main__":
+    main()
