@@ -6,7 +6,7 @@ Notable choices:
 - Training drops the tail of the tokens at random, so the first tokens hold most of the image
   (nested dropout, Rippel et al. 2014).
 - Linear maps beside the network begin where PCA would, and the network adds what PCA cannot.
-- A codebook for all tokens is made after training, by k-means; training may go on through it.
+- A codebook for all tokens is made after training, by k-means.
 
 Shape legend: B batch, N tokens, C channels of a token, P patches, D width, H x W pixels.
 """
@@ -479,10 +479,7 @@ class TokComStyleCodec(TokComCodec):
 
     def training_loss(self, pixel_values: torch.Tensor, attention_mask: torch.Tensor | None = None):
         """Loss of the codec stage on images `(B, 3, H, W)`, and its parts: squared error and KL per
-        token.
-
-        With a codebook, every second image goes through its codes, and the codebook follows.
-        """
+        token."""
         config = self.config
         settings = self.loss_settings
         self._check(pixel_values)
@@ -504,11 +501,6 @@ class TokComStyleCodec(TokComCodec):
             count = torch.where(is_cut, cut, config.num_tokens)  # (B, 1)
             # what the first k tokens hold must be a picture of its own: that is their order
             kept = torch.arange(config.num_tokens, device=tokens.device) < count  # (B, N)
-        if self.quantizer is not None:
-            # Every second image is decoded from its codes, so the decoder serves both. There is no
-            # commitment loss: the tokens are bounded by their own bottleneck.
-            coded = torch.arange(len(tokens), device=tokens.device) % 2 == 1
-            tokens = torch.where(coded[:, None, None], self.quantizer(tokens).latents, tokens)
         output = self._decode(tokens, kept).float()
         error = F.mse_loss(output, pixel_values.float())
         loss = error + settings.kl_weight * kl
