@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,6 +30,13 @@ from tqdm.auto import tqdm
 
 from tokcom.cli.errors import report_errors
 from tokcom.cli.loading import add_device_option, usable_device
+from tokcom.evaluation.generators import (
+    causal_generator,
+    llama_generator,
+    published_generator,
+    tokcom_generator,
+)
+from tokcom.evaluation.judges import load_language_model
 from tokcom.training.precision import has_fast_bfloat16
 from tokcom.training.presets import preset_config, read_preset
 
@@ -206,105 +214,20 @@ def _in_process(args: argparse.Namespace, extra: list[str]) -> dict:
 # ---- sampling ----
 
 
-def tokcom_generator(
-    preset: str, compiled: bool = False, **overrides
-) -> Callable[[int, int, int | None], None]:
-    """`generate(batch_size, tokens, steps)` with a model of random weights."""
-    from tokcom.modeling_tokcom import TokComModel
-    from tokcom.pipeline_tokcom import TokComPipeline
-    from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
-
-    config = preset_config(preset, **overrides)
-    pipe = TokComPipeline(
-        TokComModel(config).eval(), TokComFlowMatchScheduler.from_model_config(config)
-    ).to(DEVICE)
-    pipe.set_progress_bar_config(disable=True)
-    if compiled:
-        pipe.compile()
-
-    def generate(batch_size: int, tokens: int, steps: int | None) -> None:
-        # ids, not texts: detokenizing is not the model's time
-        pipe.generate(tokens // pipe.chunk_size, batch_size, steps, output_type="seq")
-
-    generate.parameters = sum(p.numel() for p in pipe.model.parameters())
-    return generate
-
-
-def llama_generator(
-    preset: str, parameters: int, vocab_size: int, compiled: bool = False
-) -> Callable[[int, int, int | None], None]:
-    """The same for a Llama with as many layers and parameters and the same width."""
-    from transformers import LlamaForCausalLM
-
-    from tokcom.evaluation.autoregressive import llama_config
-
-    shape = preset_config(preset).transformer_config
-    config = llama_config(vocab_size, shape.hidden_size, shape.num_hidden_layers, parameters, 0)
-    model = LlamaForCausalLM(config).eval().to(DEVICE)
-    model.generation_config.eos_token_id = None  # always generate the full length
-    if compiled:  # needs a cache whose tensors keep their shapes
-        model.forward = torch.compile(model.forward)
-        model.generation_config.cache_implementation = "static"
-
-    @torch.no_grad()
-    def generate(batch_size: int, tokens: int, steps: int | None) -> None:
-        ids = torch.zeros(batch_size, 1, dtype=torch.long, device=DEVICE)
-        mask = torch.ones_like(ids)
-        model.generate(
-            ids, attention_mask=mask, max_new_tokens=tokens, do_sample=True, top_k=0, pad_token_id=0
-        )
-
-    generate.parameters = sum(p.numel() for p in model.parameters())
-    return generate
-
-
-def published_generator(parameters: int, vocab_size: int) -> Callable[[int, int, int | None], None]:
-    """The same for the published sampler with as many parameters: all latents at once, no cache,
-    one decoder pass at the end."""
-    from tokcom.evaluation.published import PublishedTokCom
-
-    # the widest model of whole heads that fits, whose feed-forward layers then take up the rest
-    width = 64
-    while _published_size(width + 64, 2 * width, vocab_size) <= parameters:
-        width += 64
-    # three networks of four layers with three matrices, each one column wider
-    wider = (parameters - _published_size(width, width, vocab_size)) // (3 * 4 * 3 * width)
-    with torch.device(DEVICE):
-        model = PublishedTokCom.random(width, width + wider, 4, width // 64, 1, vocab_size)
-
-    @torch.no_grad()
-    def generate(batch_size: int, tokens: int, steps: int | None) -> None:
-        # noise_std and chunk size of the published model
-        noise = 0.05 * torch.randn(batch_size, tokens // 4, width, device=DEVICE)
-        model.decode(model.euler(noise, steps or 50)).argmax(-1)
-
-    generate.parameters = _published_size(width, width + wider, vocab_size)
-    return generate
-
-
-def _published_size(width: int, intermediate_size: int, vocab_size: int) -> int:
-    """Matrix parameters of the published model: three networks of 4 layers, one key/value head of
-    64."""
-    # query and output; key and value of one head; gate, up and down
-    layer = 2 * width * width + 2 * 64 * width + 3 * width * intermediate_size
-    # modulation of 4 layers, two of width x 2 width each; time network and output projection
-    return vocab_size * width + 12 * layer + 16 * width * width + 9 * width * width
-
-
 def sampling(args: argparse.Namespace) -> dict:
     """Milliseconds per token over batch sizes, lengths and steps. Systems take turns."""
     vocab_size = args.vocab_size or preset_config(args.preset).codec_config.vocab_size - 1
-    ours = tokcom_generator(args.preset, vocab_size=vocab_size)
-    systems = {"Llama with KV cache": llama_generator(args.preset, ours.parameters, vocab_size)}
+    preset = args.preset
+    ours = tokcom_generator(preset, DEVICE, vocab_size=vocab_size)
+    peer = partial(llama_generator, preset, ours.parameters, vocab_size, DEVICE)
+    systems = {"Llama with KV cache": peer()}
     if args.published:
-        systems["published"] = published_generator(ours.parameters, vocab_size)
+        systems["published"] = published_generator(ours.parameters, vocab_size, DEVICE)
     if args.compile:
-        systems["TokCom compiled"] = tokcom_generator(
-            args.preset, compiled=True, vocab_size=vocab_size
-        )
-        systems["Llama compiled"] = llama_generator(
-            args.preset, ours.parameters, vocab_size, compiled=True
-        )
+        systems["TokCom compiled"] = tokcom_generator(preset, DEVICE, True, vocab_size=vocab_size)
+        systems["Llama compiled"] = peer(compiled=True)
+    for path in args.beside:
+        systems[Path(path).name] = causal_generator(load_language_model(path), DEVICE)
     cases = [(batch, length, None) for batch in args.batch_sizes for length in args.lengths]
     cases += [(args.batch_sizes[0], args.lengths[0], steps) for steps in args.steps]
     rows = []
@@ -328,7 +251,8 @@ def sampling(args: argparse.Namespace) -> dict:
     for size in args.chunk_sizes:
         chunks = {"chunk_size": size, "latent_channels": 16 * size}
         generate = tokcom_generator(
-            args.preset,
+            preset,
+            DEVICE,
             codec_config=chunks,
             transformer_config={"latent_channels": 16 * size},
             # a step for each token of the chunk, so that all of them draw from exact probabilities
@@ -532,6 +456,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--compile", action="store_true", help="both systems with torch.compile, too"
     )
     sample.add_argument("--published", action="store_true", help="the published sampler, too")
+    sample.add_argument(
+        "--beside", nargs="*", default=[], help="causal language models, too, such as a teacher"
+    )
     sample.add_argument(
         "--processor_time",
         action="store_true",

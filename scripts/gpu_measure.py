@@ -25,6 +25,7 @@ from tokcom.cli.errors import report_errors
 from tokcom.cli.loading import add_device_option
 from tokcom.evaluation import benchmark
 from tokcom.evaluation.flops import count_flops
+from tokcom.evaluation.generators import llama_generator, tokcom_generator
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.training.optimizer import build_optimizer
 from tokcom.training.precision import half_precision, has_fast_bfloat16
@@ -88,8 +89,8 @@ def measure_sampling(args: argparse.Namespace) -> dict:
     size = args.vocab_size
     rows = []
     for compiled in (False, True) if args.compile else (False,):
-        ours = benchmark.tokcom_generator(args.preset, compiled, vocab_size=size)
-        peer = benchmark.llama_generator(args.preset, ours.parameters, size, compiled)
+        ours = tokcom_generator(args.preset, args.device, compiled, vocab_size=size)
+        peer = llama_generator(args.preset, ours.parameters, size, args.device, compiled)
         for batch in args.batch_sizes:
             row = {"batch": batch, "compiled": compiled}
             for name, generate in {"TokCom": ours, "Llama": peer}.items():

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from tokcom.cli.convert import load_published_pipeline
 from tokcom.evaluation import benchmark
@@ -12,8 +13,8 @@ from tokcom.evaluation.benchmark import (
     build_training,
     main,
     measure_length,
-    published_generator,
 )
+from tokcom.evaluation.generators import published_generator
 from tokcom.evaluation.published import PublishedTokCom
 from tokcom.training.presets import read_preset
 
@@ -128,8 +129,14 @@ def test_sampling_command_measures_length_batch_steps_and_chunks(tmp_path):
         "--rounds",
         "1",
     ]
+    shape = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, vocab_size=50)
+    teacher = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, **shape))
+    teacher.save_pretrained(tmp_path / "teacher")
+    sizes += ["--beside", str(tmp_path / "teacher")]
     main(["sampling", *sizes, "--output_dir", str(tmp_path)])
     found = json.loads((tmp_path / "sampling.json").read_text())
+    assert found["parameters"]["teacher"] == teacher.num_parameters()
+    assert found["rows"][0]["teacher / TokCom"] > 0
     assert (
         abs(found["parameters"]["Llama with KV cache"] / found["parameters"]["TokCom"] - 1) < 0.001
     )
