@@ -1,0 +1,91 @@
+"""Draw the tables of docs/performance.md: docs/performance_operations.png and
+docs/performance_batch.png.
+
+    python docs/draw_performance.py
+
+The numbers are read from the page, so a picture never says anything else than its table.
+"""
+
+import io
+import re
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.ticker import NullFormatter
+from PIL import Image
+
+DOCS = Path(__file__).resolve().parent
+OURS = "#1f77b4"
+THEIRS = "#d62728"
+
+
+def read_tables(text: str, first_cell: str) -> list[list[list[str]]]:
+    """All Markdown tables whose header begins with `first_cell`, as rows of cells, without their
+    headers."""
+    tables = []
+    for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        rows = [
+            [cell.strip(" *`") for cell in line.split("|")[1:-1]] for line in block.splitlines()
+        ]
+        if rows[0][0] == first_cell:
+            tables.append(rows[2:])  # after the header and its rule
+    return tables
+
+
+def finish(axes, xlabel: str, ylabel: str, ticks: dict[float, str]) -> None:
+    axes.set(xscale="log", xlabel=xlabel, ylabel=ylabel)
+    axes.set_xticks(list(ticks), list(ticks.values()))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+
+
+def draw_operations(text: str) -> None:
+    """Nats per character behind the teacher, against training operations."""
+    (rows,) = read_tables(text, "training operations")
+    figure, axes = plt.subplots(figsize=(5.2, 3))
+    for column, name, color in ((2, "TokCom", OURS), (3, "Llama", THEIRS)):
+        points = [(float(row[0]), float(row[column])) for row in rows if row[column] != "-"]
+        axes.plot(*zip(*points), "o-", color=color, label=name)
+    axes.set_ylim(bottom=0)
+    ticks = {float(row[0]): row[0] for row in rows}
+    finish(axes, "training operations", "nats per character\nover the teacher", ticks)
+    save(figure, "performance_operations.png")
+
+
+def draw_batch(text: str) -> None:
+    """Milliseconds per token against the size of a batch, on both axes logarithmic."""
+    titles = "tiny, 32 tokens", "base, 16 tokens", "tiny, 256 tokens"
+    tables = read_tables(text, "ms per token")  # those with the Llama are first
+    figure, panels = plt.subplots(1, len(titles), figsize=(10, 3), sharey=True)
+    for axes, rows, title in zip(panels, tables, titles):
+        batches = [int(row[0].removeprefix("batch ")) for row in rows]
+        for column, name, color in ((1, "TokCom", OURS), (2, "Llama", THEIRS)):
+            axes.plot(batches, [float(row[column]) for row in rows], "o-", color=color, label=name)
+        axes.set(yscale="log", title=title)
+        finish(axes, "batch", "ms per token", {batch: str(batch) for batch in batches})
+    save(figure, "performance_batch.png")
+
+
+def save(figure, name: str) -> None:
+    figure.tight_layout()
+    canvas = io.BytesIO()
+    figure.savefig(canvas, dpi=80)
+    plt.close(figure)
+    # few colors: half the bytes
+    Image.open(canvas).convert("RGB").quantize(32).save(DOCS / name, optimize=True)
+    print(DOCS / name)
+
+
+def main() -> None:
+    text = (DOCS / "performance.md").read_text(encoding="utf-8")
+    draw_operations(text)
+    draw_batch(text)
+
+
+if __name__ == "__main__":
+    main()
