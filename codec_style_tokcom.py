@@ -5,7 +5,8 @@ Notable choices:
 - Two tokens style each decoder layer and stay in its sequence.
 - Training drops the tail of the tokens at random, so the first tokens hold most of the image
   (nested dropout, Rippel et al. 2014).
-- Linear maps beside the network begin where PCA would, and the network adds what PCA cannot.
+- With `linear_path`, linear maps beside the network learn what PCA would; the network adds the
+  rest.
 - A codebook for all tokens is made after training, by k-means.
 
 Shape legend: B batch, N tokens, C channels of a token, P patches, D width, H x W pixels.
@@ -190,9 +191,8 @@ class TokComStyleEncoder(nn.Module):
 class TokComLinearPath(nn.Linear):
     """A linear map beside the network, from all patches to all tokens or back.
 
-    Attention mixes places with weights that it must first learn, one map for all of them. A linear
-    codec such as PCA has a weight for every pair of place and token, so the network is left with
-    what PCA cannot do.
+    Attention shares one value map over all places and must learn where to look. A linear codec such
+    as PCA has its own weight for every pair of place and token.
     """
 
     def __init__(self, inputs: tuple[int, int], outputs: tuple[int, int]):

@@ -80,8 +80,8 @@ class TokComStyleCodecConfig(TokComMediaCodecConfig):
         num_decoder_layers (`int`): plain layers after them.
         bottleneck (`str`): `"gaussian"`, a posterior; `"sphere"`, tokens of one length, with noise
             in training; `"cosine"`, mean-centred weights of a soft codebook.
-        linear_path (`bool`): whether linear maps from patches to tokens and back stand beside the
-            network; they learn in hundreds of steps what it needs thousands for.
+        linear_path (`bool`): adds linear maps from patches to tokens and back beside the network,
+            which shortens training.
         num_codes (`int`): size of a codebook of all tokens that k-means has made after training; 0
             is none.
     """

@@ -3,7 +3,7 @@ docs/performance_batch.png.
 
     python docs/draw_performance.py
 
-The numbers are read from the page, so a picture never says anything else than its table.
+The numbers are read from the page's own tables.
 """
 
 import io
@@ -22,16 +22,20 @@ OURS = "#1f77b4"
 THEIRS = "#d62728"
 
 
-def read_tables(text: str, first_cell: str) -> list[list[list[str]]]:
-    """All Markdown tables whose header begins with `first_cell`, as rows of cells, without their
-    headers."""
+def read_tables(text: str, header: str, count: int) -> list[list[list[str]]]:
+    """The rows of cells of all Markdown tables whose header begins with `header`.
+
+    Raises `ValueError` unless there are `count` of them.
+    """
     tables = []
     for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
         rows = [
             [cell.strip(" *`") for cell in line.split("|")[1:-1]] for line in block.splitlines()
         ]
-        if rows[0][0] == first_cell:
+        if block.startswith(f"| {header} |"):
             tables.append(rows[2:])  # after the header and its rule
+    if len(tables) != count:
+        raise ValueError(f"{len(tables)} tables begin with {header!r}, not {count}.")
     return tables
 
 
@@ -46,7 +50,7 @@ def finish(axes, xlabel: str, ylabel: str, ticks: dict[float, str]) -> None:
 
 def draw_operations(text: str) -> None:
     """Nats per character behind the teacher, against training operations."""
-    (rows,) = read_tables(text, "training operations")
+    (rows,) = read_tables(text, "training operations", 1)
     figure, axes = plt.subplots(figsize=(5.2, 3))
     for column, name, color in ((2, "TokCom", OURS), (3, "Llama", THEIRS)):
         points = [(float(row[0]), float(row[column])) for row in rows if row[column] != "-"]
@@ -60,9 +64,9 @@ def draw_operations(text: str) -> None:
 def draw_batch(text: str) -> None:
     """Milliseconds per token against the size of a batch, on both axes logarithmic."""
     titles = "tiny, 32 tokens", "base, 16 tokens", "tiny, 256 tokens"
-    tables = read_tables(text, "ms per token")  # those with the Llama are first
+    tables = read_tables(text, "ms per token | TokCom | Llama | Llama / TokCom", len(titles))
     figure, panels = plt.subplots(1, len(titles), figsize=(10, 3), sharey=True)
-    for axes, rows, title in zip(panels, tables, titles):
+    for axes, rows, title in zip(panels, tables, titles, strict=True):
         batches = [int(row[0].removeprefix("batch ")) for row in rows]
         for column, name, color in ((1, "TokCom", OURS), (2, "Llama", THEIRS)):
             axes.plot(batches, [float(row[column]) for row in rows], "o-", color=color, label=name)

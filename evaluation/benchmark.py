@@ -30,13 +30,6 @@ from tqdm.auto import tqdm
 
 from tokcom.cli.errors import report_errors
 from tokcom.cli.loading import add_device_option, usable_device
-from tokcom.evaluation.generators import (
-    causal_generator,
-    llama_generator,
-    published_generator,
-    tokcom_generator,
-)
-from tokcom.evaluation.judges import load_language_model
 from tokcom.training.precision import has_fast_bfloat16
 from tokcom.training.presets import preset_config, read_preset
 
@@ -216,6 +209,16 @@ def _in_process(args: argparse.Namespace, extra: list[str]) -> dict:
 
 def sampling(args: argparse.Namespace) -> dict:
     """Milliseconds per token over batch sizes, lengths and steps. Systems take turns."""
+    # not at the top: what they import would count as memory of the measured processes
+    from tokcom.evaluation.generators import (
+        llama_generator,
+        load_generators,
+        published_generator,
+        tokcom_generator,
+    )
+
+    # first, since they may be refused
+    beside = load_generators(args.beside, max(args.lengths), DEVICE)
     vocab_size = args.vocab_size or preset_config(args.preset).codec_config.vocab_size - 1
     preset = args.preset
     ours = tokcom_generator(preset, DEVICE, vocab_size=vocab_size)
@@ -224,10 +227,11 @@ def sampling(args: argparse.Namespace) -> dict:
     if args.published:
         systems["published"] = published_generator(ours.parameters, vocab_size, DEVICE)
     if args.compile:
-        systems["TokCom compiled"] = tokcom_generator(preset, DEVICE, True, vocab_size=vocab_size)
+        systems["TokCom compiled"] = tokcom_generator(
+            preset, DEVICE, compiled=True, vocab_size=vocab_size
+        )
         systems["Llama compiled"] = peer(compiled=True)
-    for path in args.beside:
-        systems[Path(path).name] = causal_generator(load_language_model(path), DEVICE)
+    systems |= beside
     cases = [(batch, length, None) for batch in args.batch_sizes for length in args.lengths]
     cases += [(args.batch_sizes[0], args.lengths[0], steps) for steps in args.steps]
     rows = []
@@ -457,7 +461,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sample.add_argument("--published", action="store_true", help="the published sampler, too")
     sample.add_argument(
-        "--beside", nargs="*", default=[], help="causal language models, too, such as a teacher"
+        "--beside",
+        nargs="*",
+        default=[],
+        help="directories or Hub ids of causal language models to time in the same run, such as "
+        "the teacher",
     )
     sample.add_argument(
         "--processor_time",

@@ -1,4 +1,4 @@
-"""A classifier of real pictures, which recognises what is drawn and compares what is rebuilt."""
+"""A classifier of real pictures, used to score drawings and to compare reconstructions."""
 
 from collections.abc import Callable
 
@@ -69,9 +69,10 @@ def train_classifier(
     images: torch.Tensor, labels: torch.Tensor, epochs: int, seed: int, device: str = "cpu"
 ) -> Classifier:
     """A classifier of images `(M, 3, H, W)` with labels `(M, columns)`, on `device`."""
-    if len(images) < BATCH:
+    if len(images) < BATCH or epochs < 1:
         raise ValueError(
-            f"{len(images)} pictures do not train a classifier; give at least {BATCH}."
+            f"{len(images)} pictures in {epochs} epochs do not train a classifier; give at least "
+            f"{BATCH} pictures and an epoch."
         )
     torch.manual_seed(seed)
     model = Classifier([int(column.max()) + 1 for column in labels.T]).to(device)
@@ -103,11 +104,12 @@ def recognised(classifier: Classifier, images: torch.Tensor, labels: torch.Tenso
 def feature_distance(
     classifier: Classifier, images: torch.Tensor, others: torch.Tensor
 ) -> torch.Tensor:
-    """Squared distance of unit-length features of images `(B, 3, H, W)`, averaged over places and
-    layers of a classifier: `(B,)`.
+    """Squared distance of unit-length features of `images` to those of `others`, both
+    `(B, 3, H, W)`, averaged over places and layers of a classifier: `(B,)`.
 
-    The formula of LPIPS (Zhang et al. 2018) without its learned weights, in a network that knows the
-    training pictures only: comparable within one table. The networks of LPIPS itself are downloads.
+    After LPIPS (Zhang et al. 2018), whose own networks would have to be downloaded. This one has
+    seen only the training pictures, and nobody taught it what people find alike: distances are
+    comparable within one table.
     """
 
     def distances(pair: torch.Tensor) -> torch.Tensor:

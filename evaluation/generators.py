@@ -1,24 +1,25 @@
-"""What is timed while it writes: `generate(batch_size, tokens, steps)`, with the attribute
-`parameters`."""
+"""Text generators that the benchmarks time: `generate(batch_size, tokens, steps)`, with the
+attribute `parameters`."""
 
 from collections.abc import Callable
 
 import torch
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedModel
 
 from tokcom.evaluation.autoregressive import llama_config
+from tokcom.evaluation.judges import load_language_model
 from tokcom.evaluation.published import PublishedTokCom
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 from tokcom.training.presets import preset_config
 
-Generator = Callable[[int, int, int | None], None]
+Generate = Callable[[int, int, int | None], None]
 
 
 def tokcom_generator(
     preset: str, device: str = "cpu", compiled: bool = False, **overrides
-) -> Generator:
+) -> Generate:
     """A model of a preset with random weights."""
     config = preset_config(preset, **overrides)
     pipe = TokComPipeline(
@@ -38,8 +39,8 @@ def tokcom_generator(
 
 def llama_generator(
     preset: str, parameters: int, vocab_size: int, device: str = "cpu", compiled: bool = False
-) -> Generator:
-    """A Llama with random weights, as many layers and parameters as the preset and its width."""
+) -> Generate:
+    """A Llama with random weights and the width, depth and parameter count of the preset."""
     shape = preset_config(preset).transformer_config
     config = llama_config(vocab_size, shape.hidden_size, shape.num_hidden_layers, parameters, 0)
     return causal_generator(LlamaForCausalLM(config), device, compiled)
@@ -47,10 +48,11 @@ def llama_generator(
 
 def causal_generator(
     model: PreTrainedModel, device: str = "cpu", compiled: bool = False
-) -> Generator:
+) -> Generate:
     """Any causal language model with its key/value cache."""
     model = model.eval().to(device)
-    model.generation_config.eos_token_id = None  # always generate the full length
+    # the full length, and nothing of the model's own settings, which others would not share
+    model.generation_config = GenerationConfig(eos_token_id=None)
     if compiled:  # needs a cache whose tensors keep their shapes
         model.forward = torch.compile(model.forward)
         model.generation_config.cache_implementation = "static"
@@ -67,7 +69,25 @@ def causal_generator(
     return generate
 
 
-def published_generator(parameters: int, vocab_size: int, device: str = "cpu") -> Generator:
+def load_generators(paths: list[str], tokens: int, device: str) -> dict[str, Generate]:
+    """Causal language models, by their paths.
+
+    Raises `ValueError` for one that has no positions for `tokens` after a first one.
+    """
+    found = {}
+    for path in paths:
+        model = load_language_model(path)
+        most = getattr(model.config, "max_position_embeddings", None)
+        if most is not None and most <= tokens:
+            raise ValueError(
+                f"{path} has {most} positions, too few for texts of {tokens} tokens; give smaller "
+                "--lengths."
+            )
+        found[path] = causal_generator(model, device)
+    return found
+
+
+def published_generator(parameters: int, vocab_size: int, device: str = "cpu") -> Generate:
     """The published sampler with as many parameters: all latents at once, no cache, one decoder
     pass at the end."""
     # the widest model of whole heads that fits, whose feed-forward layers then take up the rest

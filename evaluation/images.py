@@ -443,7 +443,8 @@ def report(facts: dict) -> str:
         if key in facts:
             share = facts[key]["share_of_gain"]
             fall = facts[key]["largest_fall"]
-            text += f"\n\nThe first quarter of the tokens{name} holds {share:.0%} of the gain; the largest fall is {fall:.3f} dB."
+            text += f"\n\nThe first quarter of the tokens{name} holds {share:.0%} of the gain; "
+            text += f"the largest fall is {fall:.3f} dB."
     if "codebook" in facts:
         used = facts["codebook"]
         text += "\n\n## Codebook\n\n" + table(list(used), [list(used.values())])
@@ -478,7 +479,8 @@ def main(argv: list[str] | None = None) -> None:
         "--label_columns",
         nargs="*",
         default=[],
-        help="of local parquet files: a classifier of them measures distances and what is drawn",
+        help="label columns in local parquet files; trains a classifier that measures distances "
+        "and scores drawings",
     )
     parser.add_argument(
         "--steps", type=int, nargs="*", default=[], help="numbers of denoising steps to compare"
@@ -496,9 +498,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     add_device_option(parser)
     args = parser.parse_args(argv)
+    if args.num_samples < 0:
+        parser.error(f"--num_samples ({args.num_samples}) must not be negative")
+    draws = bool(args.label_columns and args.num_samples)
+    if (args.steps or args.students) and not draws:
+        parser.error("--steps and --students need --label_columns, and --num_samples above 0")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     pipe = TokComImagePipeline.from_pretrained(args.model).to(args.device)
     train, test = (Pictures(source, pipe, args, args.limit) for source in (args.train, args.test))
+    if draws and test.captions is None:
+        raise ValueError(
+            f"{args.test} has no captions to draw for; give --caption_column, or --num_samples 0 "
+            "to measure the codec alone."
+        )
     # once, for all measurements of the test pictures
     latents = encode(pipe.model.codec, test.images)
     classifier = None
@@ -511,7 +523,7 @@ def main(argv: list[str] | None = None) -> None:
             train.images, labels, args.classifier_epochs, args.seed, args.device
         )
     facts = measure_codec(pipe, train, test, latents, classifier, args)
-    if classifier is not None and args.num_samples:
+    if draws:
         facts |= measure_generation(pipe, test, latents, classifier, held_out, args)
     facts["settings"] = {name: str(value) for name, value in vars(args).items()}
     (args.output_dir / "results.json").write_text(

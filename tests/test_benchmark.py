@@ -14,7 +14,7 @@ from tokcom.evaluation.benchmark import (
     main,
     measure_length,
 )
-from tokcom.evaluation.generators import published_generator
+from tokcom.evaluation.generators import causal_generator, load_generators, published_generator
 from tokcom.evaluation.published import PublishedTokCom
 from tokcom.training.presets import read_preset
 
@@ -114,6 +114,28 @@ def test_training_command_compares_the_systems(tmp_path, monkeypatch):
     ).read_text()
 
 
+def tiny_llama() -> LlamaForCausalLM:
+    shape = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, vocab_size=50)
+    return LlamaForCausalLM(LlamaConfig(num_attention_heads=2, **shape))
+
+
+def test_a_timed_model_writes_the_full_length_whatever_its_own_settings_say(monkeypatch):
+    model, lengths = tiny_llama(), []
+    model.generation_config.eos_token_id = list(range(50))  # would end at once
+    generate = model.generate
+    monkeypatch.setattr(
+        model, "generate", lambda *a, **k: lengths.append(generate(*a, **k).shape) or None
+    )
+    causal_generator(model)(2, 12, None)
+    assert lengths == [(2, 13)]
+
+
+def test_a_model_without_positions_for_the_texts_is_refused_before_anything_is_timed(tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="2048 positions.*4096 tokens"):
+        load_generators([str(tmp_path)], 4096, "cpu")
+
+
 def test_sampling_command_measures_length_batch_steps_and_chunks(tmp_path):
     sizes = [
         "--batch_sizes",
@@ -129,14 +151,14 @@ def test_sampling_command_measures_length_batch_steps_and_chunks(tmp_path):
         "--rounds",
         "1",
     ]
-    shape = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, vocab_size=50)
-    teacher = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, **shape))
+    teacher = tiny_llama()
     teacher.save_pretrained(tmp_path / "teacher")
-    sizes += ["--beside", str(tmp_path / "teacher")]
+    name = str(tmp_path / "teacher")
+    sizes += ["--beside", name]
     main(["sampling", *sizes, "--output_dir", str(tmp_path)])
     found = json.loads((tmp_path / "sampling.json").read_text())
-    assert found["parameters"]["teacher"] == teacher.num_parameters()
-    assert found["rows"][0]["teacher / TokCom"] > 0
+    assert found["parameters"][name] == teacher.num_parameters()
+    assert found["rows"][0][f"{name} / TokCom"] > 0
     assert (
         abs(found["parameters"]["Llama with KV cache"] / found["parameters"]["TokCom"] - 1) < 0.001
     )

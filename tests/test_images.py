@@ -77,9 +77,10 @@ def test_the_published_soft_codebook_is_collapsed_and_ours_is_its_centred_form()
     assert similar > 0.8 and ours.abs() < 0.1
 
 
+@pytest.mark.parametrize("linear_path", [False, True])
 @pytest.mark.parametrize("bottleneck", ["gaussian", "sphere", "cosine"])
-def test_codecs_work_in_bfloat16(bottleneck):
-    net, images = randomized(codec(bottleneck=bottleneck)), pictures()
+def test_codecs_work_in_bfloat16(bottleneck, linear_path):
+    net, images = randomized(codec(bottleneck=bottleneck, linear_path=linear_path)), pictures()
     exact = net.decode(net.encode(images).latents).pixel_values
     net.to(torch.bfloat16)
     assert (net.decode(net.encode(images).latents).pixel_values.float() - exact).abs().mean() < 0.1

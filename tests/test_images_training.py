@@ -240,6 +240,12 @@ def test_images_are_evaluated_by_one_command(trained, tmp_path):
         "JPEG scan",
     }
     assert all(0 < row["distance"] < 2 for row in facts["rows"] if row["psnr"] is not None)
+    assert "distance in features" in (tmp_path / "results/results.md").read_text()
+    main([*arguments[:6], "--limit", "40", "--output_dir", str(tmp_path / "codec")])
+    facts = json.loads((tmp_path / "codec/results.json").read_text())
+    assert "generation" not in facts and all("distance" not in row for row in facts["rows"])
+    with pytest.raises(SystemExit):  # nothing would be drawn
+        main([*arguments[:6], "--steps", "1", "--output_dir", str(tmp_path / "codec")])
     assert [row["steps"] for row in facts["steps"]] == [1, 2, 32]
     for name in (
         "results.md",
@@ -358,7 +364,8 @@ def test_the_distance_in_features_of_a_picture_to_itself_is_0_and_grows_with_a_c
     distances = [
         feature_distance(classifier, images, images.lerp(other, share)) for share in (0, 0.1, 0.5)
     ]
-    assert distances[0].abs().max() < 1e-6 and (distances[1] < distances[2]).all()
+    assert distances[0].abs().max() < 1e-6
+    assert (distances[0] < distances[1]).all() and (distances[1] < distances[2]).all()
 
 
 def test_order_is_the_share_of_the_gain():

@@ -308,23 +308,41 @@ def test_pictures_are_dealt_to_three_parts_at_one_size(tmp_path, monkeypatch):
     assert len(set(map(str, seen))) == 56
 
 
-def test_photographs_are_captioned_by_their_class(tmp_path, monkeypatch):
+def write_photographs(folder, column: str, labels: list[int]) -> None:
+    """Splits of pictures whose red says their label."""
+    rows = {
+        column: [Image.new("RGB", (32, 32), (20 * label, 0, 0)) for label in labels],
+        "label": labels,
+    }
+    features = datasets.Features({column: datasets.Image(), "label": datasets.Value("int64")})
+    for split in ("train", "test"):
+        records = datasets.Dataset.from_dict(rows, features=features)
+        records.to_parquet(folder / f"{split}.parquet")
+
+
+@pytest.mark.parametrize("column", ["img", "image"])
+def test_photographs_are_captioned_by_their_class(tmp_path, monkeypatch, column):
     photographs = load_script("examples/data", "photographs")
     monkeypatch.setattr(photographs, "COUNTS", {"train": 5, "test": 3})
-    picture = Image.new("RGB", (32, 32), "red")
-    for split in ("train", "test"):
-        rows = {"img": [picture] * 8, "label": [7, 0, 7, 0, 7, 0, 7, 0]}
-        features = datasets.Features({"img": datasets.Image(), "label": datasets.Value("int64")})
-        records = datasets.Dataset.from_dict(rows, features=features)
-        records.to_parquet(tmp_path / "source" / f"{split}.parquet")
+    write_photographs(tmp_path / "source", column, [7, 0, 7, 0, 7, 0, 7, 0])
     photographs.main(["--dataset", str(tmp_path / "source"), "--output_dir", str(tmp_path / "out")])
     for split, count in (("train", 5), ("test", 3)):
         file = str(tmp_path / "out" / f"{split}.parquet")
         rows = datasets.load_dataset("parquet", data_files=file, split="train")
-        named = {7: "a photo of a horse", 0: "a photo of an airplane"}
         assert len(rows) == count
-        assert all(named[row["label"]] == row["caption"] for row in rows)
-        assert rows[0]["image"].size == (32, 32)
+        for row in rows:
+            shown = "a photo of a horse" if row["label"] == 7 else "a photo of an airplane"
+            assert row["caption"] == shown
+            assert row["image"].getpixel((0, 0)) == (20 * row["label"], 0, 0)
+
+
+@pytest.mark.parametrize("labels", [[10, 0, 1, 2, 3], [0, 1]])
+def test_photographs_of_other_classes_or_too_few_are_refused(tmp_path, monkeypatch, labels):
+    photographs = load_script("examples/data", "photographs")
+    monkeypatch.setattr(photographs, "COUNTS", {"train": 5, "test": 3})
+    write_photographs(tmp_path / "source", "image", labels)
+    with pytest.raises(SystemExit, match="not CIFAR-10.*5 or more"):
+        photographs.main(["--dataset", str(tmp_path / "source"), "--output_dir", str(tmp_path)])
 
 
 def test_the_demo_names_what_is_not_there_and_writes_its_page(tmp_path, capsys):

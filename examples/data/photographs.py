@@ -4,8 +4,9 @@ for tests.
     python examples/data/photographs.py --dataset uoft-cs/cifar10 --output_dir photographs
 
 `--dataset` is a name on the Hub or a folder of parquet files with a split `train` and a split
-`test`, a column `img` or `image`, and a column `label`. A caption is "a photo of a horse". CIFAR-10
-has no formal licence (Krizhevsky 2009), so models trained on it are not to be shipped.
+`test`, a column `img` or `image`, and a column `label` of CIFAR-10's ten classes. A caption is "a
+photo of a horse". CIFAR-10 (Krizhevsky 2009) has no formal licence, so models trained on it are not
+to be shipped.
 """
 
 import argparse
@@ -31,6 +32,13 @@ def main(argv: list[str] | None = None) -> None:
         records = datasets.load_dataset(args.dataset, split=split)
         if "img" in records.column_names:
             records = records.rename_column("img", "image")
+        missing = {"image", "label"} - set(records.column_names)
+        if missing or len(records) < count or not set(records["label"]) <= set(range(10)):
+            raise SystemExit(
+                f"error: split {split!r} of {args.dataset} is not CIFAR-10: give {count:,} or more "
+                f"records with `image` and a `label` of 0 to 9; it has {len(records):,} with "
+                f"{', '.join(records.column_names)}."
+            )
         rows = np.random.default_rng(args.seed).permutation(len(records))[:count]
         records = records.select(sorted(rows)).select_columns(["image", "label"])
         captions = [
