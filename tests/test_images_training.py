@@ -198,6 +198,16 @@ def test_kmeans_writes_a_model_that_gives_codes(trained, tmp_path, capsys):
         convert(["kmeans", str(ROOT), str(tmp_path / "x"), "--data", EMOJI])
 
 
+def test_without_labels_the_codec_is_measured_alone_and_steps_are_refused(trained, tmp_path):
+    arguments = ["--model", str(trained), "--train", EMOJI, "--test", EMOJI, "--limit", "40"]
+    arguments += ["--output_dir", str(tmp_path)]
+    main(arguments)
+    facts = json.loads((tmp_path / "results.json").read_text())
+    assert "generation" not in facts and all("distance" not in row for row in facts["rows"])
+    with pytest.raises(SystemExit):  # nothing would be drawn
+        main([*arguments, "--steps", "1"])
+
+
 def test_images_are_evaluated_by_one_command(trained, tmp_path):
     convert(["kmeans", str(trained), str(tmp_path / "coded"), "--data", EMOJI, "--num_codes", "8"])
     arguments = [
@@ -241,11 +251,6 @@ def test_images_are_evaluated_by_one_command(trained, tmp_path):
     }
     assert all(0 < row["distance"] < 2 for row in facts["rows"] if row["psnr"] is not None)
     assert "distance in features" in (tmp_path / "results/results.md").read_text()
-    main([*arguments[:6], "--limit", "40", "--output_dir", str(tmp_path / "codec")])
-    facts = json.loads((tmp_path / "codec/results.json").read_text())
-    assert "generation" not in facts and all("distance" not in row for row in facts["rows"])
-    with pytest.raises(SystemExit):  # nothing would be drawn
-        main([*arguments[:6], "--steps", "1", "--output_dir", str(tmp_path / "codec")])
     assert [row["steps"] for row in facts["steps"]] == [1, 2, 32]
     for name in (
         "results.md",
