@@ -72,13 +72,13 @@ def causal_generator(
 def load_generators(paths: list[str], tokens: int, device: str) -> dict[str, Generate]:
     """Causal language models, by their paths.
 
-    Raises `ValueError` for one that has no positions for `tokens` after a first one.
+    Raises `ValueError` for one with fewer positions than `tokens`.
     """
     found = {}
     for path in paths:
         model = load_language_model(path)
         most = getattr(model.config, "max_position_embeddings", None)
-        if most is not None and most <= tokens:
+        if most is not None and most < tokens:
             raise ValueError(
                 f"{path} has {most} positions, too few for texts of {tokens} tokens; give smaller "
                 "--lengths."
