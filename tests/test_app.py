@@ -274,6 +274,7 @@ def test_a_browser_writes_text_by_click_and_by_keyboard_on_wide_and_narrow_scree
         threading.Event().wait(0.1)
 
 
+@pytest.mark.slow
 def test_probabilities_are_those_of_the_model_given_the_text_before(build):
     """Where every token is decided on its own they multiply to a distribution: over the next token
     they sum to 1."""

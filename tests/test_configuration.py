@@ -75,6 +75,7 @@ NEVER_VARY = {
     "fsq_levels": "as num_codes",
     "layout": "`raster` is PixelDLM's published layout, the control of docs/pixels.md",
     "standardize": "`false` is PixelDLM's published scale, the control of docs/pixels.md",
+    "linear_path": "for reconstruction and codes; presets draw (docs/images.md)",
     "num_tokens": "Styled_vae_vq's 36 tokens; smaller pictures need fewer",
     "temporal_compression": "of external autoencoders that code time",
     "sampling_rate": "of sounds: the data decide",

@@ -148,6 +148,7 @@ OVERRIDE = st.sampled_from(sorted(FIELDS)).flatmap(
 REFUSALS = (ValueError, TypeError, StrictDataclassError)
 
 
+@pytest.mark.slow
 @settings(
     max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
 )

@@ -360,7 +360,9 @@ def test_a_saved_text_model_is_found_by_AutoModelForCausalLM(tmp_path):  # noqa:
     assert settings["temperature"] == 0.7 and settings["pad_token_id"] == 4096
 
 
-@pytest.mark.parametrize("custom", ["", ", custom_pipeline=PATH"])
+@pytest.mark.parametrize(
+    "custom", ["", pytest.param(", custom_pipeline=PATH", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("modality", ["image", "video", "several"])
 def test_a_model_of_any_modality_loads_as_its_own_pipeline_from_its_own_code(
     modality, custom, tmp_path

@@ -341,6 +341,7 @@ def test_data_and_models_of_different_kinds_are_named(tmp_path):
             train(["--preset", preset, f"output_dir={tmp_path / preset}", "report_to=none", *data])
 
 
+@pytest.mark.slow
 def test_the_evaluation_measures_six_directions_and_writes_pictures_and_sounds(tmp_path, words):
     net = model(
         vocabulary_size(words),

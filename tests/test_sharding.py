@@ -326,6 +326,7 @@ def damage(good: Path, name: str, change) -> None:
     save_file(tensors, bad / "model.safetensors", {"format": "pt"})
 
 
+@pytest.mark.slow
 def test_no_process_ever_holds_more_than_its_shards_and_one_tensor(tmp_path):
     torch.manual_seed(0)
     config = preset_config("debug", 320, transformer_config={"num_hidden_layers": 8})

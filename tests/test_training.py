@@ -214,6 +214,7 @@ train_accelerate.main(sys.argv[2:])
 """
 
 
+@pytest.mark.slow
 def test_two_processes_see_different_windows_and_keep_one_set_of_weights(tmp_path):
     (tmp_path / "spy.py").write_text(SPY.replace("\\\\", "\\"))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
