@@ -81,7 +81,7 @@ class TokComStyleCodecConfig(TokComMediaCodecConfig):
         bottleneck (`str`): `"gaussian"`, a posterior; `"sphere"`, tokens of one length, with noise
             in training; `"cosine"`, mean-centred weights of a soft codebook.
         linear_path (`bool`): adds linear maps from patches to tokens and back beside the network,
-            which shortens training.
+            which remembers more after less training, but is harder to draw with.
         num_codes (`int`): size of a codebook of all tokens that k-means has made after training; 0
             is none.
     """

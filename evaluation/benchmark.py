@@ -218,7 +218,7 @@ def sampling(args: argparse.Namespace) -> dict:
     )
 
     # first, since they may be refused
-    beside = load_generators(args.beside, max(args.lengths), DEVICE)
+    beside = load_generators(args.beside, max(args.lengths, default=0), DEVICE)
     vocab_size = args.vocab_size or preset_config(args.preset).codec_config.vocab_size - 1
     preset = args.preset
     ours = tokcom_generator(preset, DEVICE, vocab_size=vocab_size)

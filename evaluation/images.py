@@ -14,6 +14,7 @@ import io
 import json
 import math
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -38,6 +39,9 @@ from tokcom.quantization_tokcom import code_statistics
 from tokcom.training.images import captions_of, picture_grid, read_pictures
 
 PREFIXES = (1, 2, 4, 8, 16, 36)  # tokens that pictures are decoded from, one column each
+
+
+Compare = Callable[[torch.Tensor, torch.Tensor], dict[str, float]]  # of two sets of images
 
 
 # ---- distances ----
@@ -108,9 +112,7 @@ def jpeg(image: Image.Image, scale: int, level: int) -> tuple[Image.Image, int]:
     return Image.open(io.BytesIO(data)).resize(image.size, Image.Resampling.BICUBIC), scan
 
 
-def best_jpeg(
-    images: torch.Tensor, processor, budget: float, classifier: Classifier | None
-) -> dict[str, float]:
+def best_jpeg(images: torch.Tensor, processor, budget: float, compare: Compare) -> dict[str, float]:
     """Quality of JPEG at the scale and level of the highest PSNR among those whose scans take at
     most `budget` bytes on average."""
     pictures = processor.postprocess(images)
@@ -127,7 +129,7 @@ def best_jpeg(
                 best = {"psnr": found, "bytes": sum(sizes) / len(sizes)}
                 best |= {"scale": scale, "level": level}
                 chosen = pixels
-    return best if chosen is None else best | quality(chosen, images, classifier)
+    return best if chosen is None else best | compare(chosen, images)
 
 
 # ---- what is measured ----
@@ -222,12 +224,11 @@ def measure_codec(
     train: Pictures,
     test: Pictures,
     latents: torch.Tensor,
-    classifier: Classifier | None,
+    compare: Compare,
     args: argparse.Namespace,
 ) -> dict:
     """Reconstruction, order and codebook on held-out pictures, whose `latents` are known, beside
     PCA and JPEG."""
-    compare = partial(quality, classifier=classifier)
     codec = pipe.model.codec
     images = test.images
     facts = {"rows": []}
@@ -264,7 +265,7 @@ def measure_codec(
         facts["unordered"] = order_facts(facts["unordered_curve"], quarter)
     if args.codebook:
         coded = TokComImagePipeline.from_pretrained(args.codebook).to(args.device)
-        found = measure_codebook(coded, train.images, images, classifier)
+        found = measure_codebook(coded, train.images, images, compare)
         facts["rows"] += found.pop("rows")
         facts |= found
     _codec_pictures(pipe, test, latents, args.output_dir)
@@ -275,7 +276,7 @@ def measure_codebook(
     pipe: TokComImagePipeline,
     train: torch.Tensor,
     images: torch.Tensor,
-    classifier: Classifier | None,
+    compare: Compare,
 ) -> dict:
     """Reconstruction of `images (B, 3, H, W)` from codes, beside JPEG and quantised PCA of as many
     bytes, and how the codes are used."""
@@ -289,11 +290,10 @@ def measure_codebook(
     linear = QuantisedPCA(train, round(8 * budget))
     rebuilt = linear.reconstruct(images)
     used = codes.flatten().bincount(minlength=size).sort(descending=True).values  # (size,)
-    compare = partial(quality, classifier=classifier)
     return {
         "rows": [
             {"codec": f"style, {size} codes", "bytes": budget, **compare(decoded, images)},
-            {"codec": "JPEG scan", **best_jpeg(images, pipe.image_processor, budget, classifier)},
+            {"codec": "JPEG scan", **best_jpeg(images, pipe.image_processor, budget, compare)},
             {"codec": "quantised PCA", "bytes": linear.bits / 8, **compare(rebuilt, images)},
         ],
         "codebook": code_statistics(codes, size) | {"codes": size},
@@ -522,7 +522,8 @@ def main(argv: list[str] | None = None) -> None:
         classifier = train_classifier(
             train.images, labels, args.classifier_epochs, args.seed, args.device
         )
-    facts = measure_codec(pipe, train, test, latents, classifier, args)
+    compare = partial(quality, classifier=classifier)
+    facts = measure_codec(pipe, train, test, latents, compare, args)
     if draws:
         facts |= measure_generation(pipe, test, latents, classifier, held_out, args)
     facts["settings"] = {name: str(value) for name, value in vars(args).items()}
