@@ -13,7 +13,7 @@ from test_training import quick
 
 from tokcom.quantization_tokcom import VectorQuantizer
 from tokcom.train_accelerate import run
-from tokcom.training import precision
+from tokcom.training import precision, trainer
 from tokcom.training.card import training_card
 from tokcom.training.checkpoints import CheckpointError
 from tokcom.training.corpora import read_data
@@ -209,9 +209,33 @@ def test_each_run_of_a_process_has_its_own_precision_and_the_card_names_it(tmp_p
         assert wanted in (out / "README.md").read_text(), speed
     summary = out / "run" / "codec" / "summary.json"
     facts = json.loads(summary.read_text())
-    del facts["precision"]  # as version 0.2 wrote it
+    minutes = f"| {facts['tokens']} | {facts['seconds'] / 60:.1f} |"
+    assert minutes in (out / "README.md").read_text()
+    # as older runs wrote it
+    del facts["precision"], facts["seconds"]
     summary.write_text(json.dumps(facts))
-    assert "precision not noted" in training_card(config, load_pipeline(out))
+    card = training_card(config, load_pipeline(out))
+    assert "precision not noted" in card
+    assert f"| {facts['tokens']} | - |" in card
+
+
+def test_the_seconds_of_a_run_are_those_of_its_updates_whatever_came_between(tmp_path, monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+
+    def taking(seconds, method):
+        def slow(self, *args):
+            clock.now += seconds
+            return method(self, *args)
+
+        return slow
+
+    monkeypatch.setattr(StageTrainer, "_micro_batch", taking(1, StageTrainer._micro_batch))
+    monkeypatch.setattr(StageTrainer, "evaluate", taking(100, StageTrainer.evaluate))
+    for steps in (2, 5):  # the second goes on where the first stopped
+        out = run(quick(tmp_path, "stage=codec", f"codec.max_steps={steps}"))
+        facts = json.loads((out / "run" / "codec" / "summary.json").read_text())
+        assert facts["seconds"] == steps
 
 
 def test_latents_are_encoded_outside_autocast_so_that_cached_ones_are_the_same():

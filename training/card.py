@@ -27,6 +27,7 @@ COLUMNS = (
     "stage",
     "steps",
     "tokens seen",
+    "minutes",
     "AdamW rate",
     "Muon rate",
     "window",
@@ -147,6 +148,8 @@ def _training(config: TrainConfig, summaries: dict[str, dict[str, Any]]) -> str:
             stage,
             f"{facts['steps']:,}",
             f"{facts['tokens']:,}",
+            # of updates; older runs did not count them
+            f"{facts['seconds'] / 60:.1f}" if "seconds" in facts else "-",
             f"{options.learning_rate:g}",
             f"{muon:g}",
         ]

@@ -30,6 +30,7 @@ class Progress:
         self.step = 0
         self.micro_batch = 0  # of one process
         self.tokens = 0
+        self.seconds = 0.0  # of updates alone, without validations and checkpoints
         self.skipped = 0  # updates left out
         self.skipped_in_row = 0
         self.norm = 0.0  # moving average of the gradient norm

@@ -104,10 +104,14 @@ class Trainer:
             # a stage that has made all its steps must not draw a batch, or it would train one
             # update more
             updates = self.updates() if progress.step < max_steps else ()
+            begun = time.perf_counter()
             for metrics in updates:
+                # a clock may jump
+                progress.seconds += max(time.perf_counter() - begun, 0.0)
                 self._after_update(metrics, bar)
                 if progress.step >= max_steps:
                     break
+                begun = time.perf_counter()
         for tracker in self.accelerator.trackers:
             tracker.finish()
 
@@ -172,6 +176,8 @@ class Trainer:
             "steps": progress.step,
             # of all processes
             "tokens": progress.tokens,
+            # of updates alone, whatever stopped and went on between them
+            "seconds": round(progress.seconds, 1),
             "precision": self.accelerator.mixed_precision,
             "device": self.accelerator.device.type,
             "processes": self.accelerator.num_processes,
