@@ -5,14 +5,14 @@
     python -m tokcom.evaluation.ablation --table docs/ablations.md
 
 Rows are in `evaluation/ablations.yaml`. A row trains the flow stage for `--training_flops`
-operations on a codec that rows share. It then continues held-out prompts of 32 tokens by 64 and
-writes `WORK_DIR/rows/ROW-SEED.json`. Rows of pixel models need no codec; they are measured by the
-tokens that they recover from noise.
+operations on a codec that rows share. Its likelihood of held-out tokens is measured, and with
+`--judge` also the samples with which it continues held-out prompts of 32 tokens by 64. Writes
+`WORK_DIR/rows/ROW-SEED.json`. Rows of pixel models need no codec; they are measured by the tokens
+that they recover from noise.
 """
 
 import argparse
 import json
-import time
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,7 @@ from tokcom.train_accelerate import run
 from tokcom.training.build import build_model
 from tokcom.training.config import load_train_config
 from tokcom.training.data import get_tokenizer, load_documents, tokenize_documents
+from tokcom.training.directory import WORK
 from tokcom.training.optimizer import build_optimizer
 
 ROWS = yaml.safe_load((Path(__file__).parent / "ablations.yaml").read_text(encoding="utf-8"))
@@ -94,26 +95,33 @@ def train_row(args: argparse.Namespace) -> tuple[Path, dict]:
     steps = max(1, round(args.training_flops / per_step))
     # one validation and one checkpoint, at the end
     flow.max_steps = flow.eval_steps = flow.checkpoint_steps = steps
-    started = time.perf_counter()
     run(config)
+    summary = output / WORK / "flow" / "summary.json"
     return output, {
         "row": args.row,
         "seed": args.seed,
         "steps": steps,
         "tokens": steps * flow.batch_size * flow.sequence_length,
         "training_flops": per_step * steps,
-        "seconds": time.perf_counter() - started,
+        # of updates alone
+        "seconds": json.loads(summary.read_text(encoding="utf-8"))["seconds"],
         "flow_parameters": sum(p.numel() for p in model.transformer.parameters()),
     }
 
 
-def measure(checkpoint: Path, judge: TokenJudge, tokens: np.ndarray, **sampling) -> dict:
+def measure_likelihood(pipe: TokComPipeline, tokens: np.ndarray) -> dict:
+    """The model's own nats per held-out token."""
+    # without the first 32 tokens of a window, which lack the context that others have
+    own = held_out_nll(pipe.model, held_out_windows(tokens, 512, 48), 32)
+    return {"held_out_nll": own}
+
+
+def measure_samples(pipe: TokComPipeline, judge: TokenJudge, tokens: np.ndarray) -> dict:
     """Judge NLL of continuations over a sweep: by place in the chunk, and at the entropy of real
     text."""
     windows = held_out_windows(tokens, PROMPT + CONTINUATION, PROMPTS)
     prompts = windows[:, :PROMPT]
     real = windows[:, PROMPT:]
-    pipe = TokComPipeline.from_pretrained(checkpoint)
     facts = {
         "real_nll": float(judge.nll(real, prompts).mean()),
         "real_entropy": sample_entropy(real),
@@ -121,13 +129,11 @@ def measure(checkpoint: Path, judge: TokenJudge, tokens: np.ndarray, **sampling)
     curve = []
     setting = SWEEPS[pipe.model.config.prediction_type]
     for value in VALUES:
-        sampler = TokComSampler(pipe, **{setting: value}, **sampling)
+        sampler = TokComSampler(pipe, **{setting: value})
         curve.append(
             measure_setting(judge, prompts, f"{setting} {value}", sampler, pipe.chunk_size)
         )
-    # without the first 32 tokens of a window, which lack the context that others have
-    own = held_out_nll(pipe.model, held_out_windows(tokens, 512, 48), 32)
-    facts |= {"curve": curve, "plain": curve[0], "held_out_nll": own}
+    facts |= {"curve": curve, "plain": curve[0]}
     # None if the entropy of real text lies outside the sweep
     facts["nll_at_real_entropy"] = at_entropy(curve, facts["real_entropy"])
     return facts
@@ -173,10 +179,11 @@ def write_table(work: Path, file: str) -> None:
     ]
     cells = []
     for row in rows:
-        # at temperature or noise scale 1
-        plain = row["plain"]
+        # at temperature or noise scale 1; rows that were measured without a judge have no samples
+        plain = {key: row.get("plain", {}).get(key) for key in ("nll", "entropy")}
         cost = (row["tokens"] / 1e6, row["training_flops"] / 1e12, round(row["seconds"]))
-        quality = row["held_out_nll"], row["nll_at_real_entropy"], plain["nll"], plain["entropy"]
+        measured = (row["held_out_nll"], row.get("nll_at_real_entropy"))
+        quality = ("-" if value is None else value for value in (*measured, *plain.values()))
         cells.append([row["row"], row["seed"], *cost, *quality])
     text = table(columns, cells) + (write_recovery_table(recovery) if recovery else "")
     Path(file).write_text(text, encoding="utf-8")
@@ -195,16 +202,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--checkpoint", default=".", help="where the tokenizer comes from")
     parser.add_argument("--train")
     parser.add_argument("--validation")
-    parser.add_argument("--judge", help="autoregressive judge with the same tokenizer")
+    parser.add_argument(
+        "--judge",
+        help="autoregressive judge of samples, with the same tokenizer; default: no samples",
+    )
     parser.add_argument("--work_dir", default="outputs/ablation")
     parser.add_argument("--init_from", help="trained model to go on from, at lower learning rates")
     parser.add_argument("--training_flops", type=float, default=4.5e13)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     if args.row:
-        reads_pixels = "codec" not in ROWS["rows"][args.row]
-        if not (args.train and args.validation and (args.judge or reads_pixels)):
-            parser.error("--row needs --train, --validation and --judge")
+        if not (args.train and args.validation):
+            parser.error("--row needs --train and --validation")
         model, facts = train_row(args)
         documents = load_documents(
             args.validation, load_train_config("tiny", []).data, "validation"
@@ -212,10 +221,13 @@ def main(argv: list[str] | None = None) -> None:
         tokens = tokenize_documents(
             documents, TokComPipeline.from_pretrained(model).tokenizer, "text", "held-out"
         )
-        if reads_pixels:
-            facts |= measure_recovery(model, tokens)
+        if "codec" in ROWS["rows"][args.row]:
+            pipe = TokComPipeline.from_pretrained(model)
+            facts |= measure_likelihood(pipe, tokens)
+            if args.judge:
+                facts |= measure_samples(pipe, TokenJudge(args.judge), tokens)
         else:
-            facts |= measure(model, TokenJudge(args.judge), tokens)
+            facts |= measure_recovery(model, tokens)
         file = Path(args.work_dir) / "rows" / f"{args.row}-{args.seed}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
