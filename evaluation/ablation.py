@@ -13,6 +13,7 @@ that they recover from noise.
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -62,8 +63,13 @@ def trained_codec(name: str, data: list[str], work: Path) -> Path:
     return codec
 
 
-def train_row(args: argparse.Namespace) -> tuple[Path, dict]:
+def train_row(
+    args: argparse.Namespace, settings: Sequence[str] = (), name: str | None = None
+) -> tuple[Path, dict]:
     """Train the codec of a row, unless another row has, and its flow stage.
+
+    `settings` are further overrides, and `name` that of the model's directory, by default the
+    row's.
 
     Returns: the directory of the model, and what it cost.
     """
@@ -74,14 +80,15 @@ def train_row(args: argparse.Namespace) -> tuple[Path, dict]:
         f"data.validation={args.validation}",
         f"tokenizer={args.checkpoint}",
     ]
-    output = work / "models" / f"{args.row}-{args.seed}"
+    output = work / "models" / f"{name or args.row}-{args.seed}"
     start = []
     if args.init_from:
         # a model that goes on from another one learns at lower rates
         start = [f"init_from={args.init_from}", *ROWS["tuning"]]
     elif "codec" in row:
         start = [f"codec_from={trained_codec(row['codec'], data, work)}"]
-    overrides = [*row_overrides(row), *data, *start, f"seed={args.seed}", f"output_dir={output}"]
+    place = [f"seed={args.seed}", f"output_dir={output}"]
+    overrides = [*row_overrides(row), *data, *start, *settings, *place]
     config = load_train_config(row.get("preset", "tiny"), overrides)
     # a model only to count operations: the budget sets the number of steps
     model = build_model(config, get_tokenizer(args.checkpoint, 0, [], ""))

@@ -177,7 +177,8 @@ class AutoregressiveSystem:
         return [{}]
 
     def own_nll(self, windows: np.ndarray) -> float:
-        return float(np.nanmean(token_nll(self.model, windows)))
+        # the first tokens have less context than others, and no system is asked for them
+        return float(token_nll(self.model, windows)[:, PROMPT:].mean())
 
     def sampler(self, setting: dict, temperature: float):
         return AutoregressiveSampler(self.model, 0, temperature)

@@ -116,6 +116,15 @@ class MaskedSampler(TokComBlockSampler):
 
     def _draw(self, x, context, chunks, known, sources) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids `(B, Q, K)` drawn for all places, and the entropy of each in nats."""
+        probabilities = self.probabilities(x, context, chunks, known)
+        # entr is -p log p, and 0 at p = 0
+        entropy = torch.special.entr(probabilities).sum(-1)
+        uniform = uniform_numbers(known, sources)
+        return draw_ids(probabilities, uniform), entropy
+
+    def probabilities(self, x, context, chunks, known) -> torch.Tensor:
+        """Those of all tokens at all places, `(B, Q, K, V)`, given the `known (B, Q, K)` ones of
+        `chunks`: one evaluation of the head."""
         head = self.model.token_head
         # a known token is at t = 1, and a masked one at t = 0
         times = known.float()
@@ -130,11 +139,7 @@ class MaskedSampler(TokComBlockSampler):
         step = TokComStep(now, times, nothing, everything, modulations, gain=None)
         states = context.predict(x, step, chunks)[0].unflatten(-1, (head.num_symbols, -1))
         logits = head.logits(states) / self.sampling.temperature  # (B, Q, K, V)
-        probabilities = logits.softmax(-1)
-        # entr is -p log p, and 0 at p = 0
-        entropy = torch.special.entr(probabilities).sum(-1)
-        uniform = uniform_numbers(known, sources)
-        return draw_ids(probabilities, uniform), entropy
+        return logits.softmax(-1)
 
     def _choose(self, entropy, known, steps_left: int, sources) -> torch.Tensor:
         """Which tokens `(B, Q, K)` this step decides."""

@@ -1,0 +1,251 @@
+"""How many evaluations of the head a chunk costs if its tokens are guessed and then checked.
+
+    python -m tokcom.evaluation.studies.speculation --model . --train stories.parquet \
+        --validation held_out.parquet
+
+The first token of a chunk is drawn, and those after it are guessed in the same pass by a copy of the
+denoising layers that has learnt to name later tokens without those between. The next pass evaluates
+a batch of beginnings of the chunk, which gives the distribution that each turn would have had. A
+guess is kept with probability min(1, p / q), and the first that is not is drawn anew from what p has
+more than q, so that samples have exactly the distribution of turns (speculative sampling, Leviathan
+et al. 2023). `--steps` trains the copy; the model itself and its context layers stay as they are.
+
+Shape legend: B batch, Q = 1 latent of a block, K tokens per chunk, V vocabulary.
+"""
+
+import argparse
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from tokcom.cli.errors import report_errors
+from tokcom.cli.loading import add_device_option
+from tokcom.evaluation.protocol import CONTINUATION, PROMPT, held_out_windows
+from tokcom.evaluation.report import table
+from tokcom.evaluation.samplers import TokComSampler
+from tokcom.evaluation.studies.masked import MaskedObjective, MaskedSampler, uniform_numbers
+from tokcom.heads_tokcom import draw_ids
+from tokcom.modeling_tokcom import TokComModel
+from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.training.config import DataConfig
+from tokcom.training.data import PackedDataset, WindowShape, load_documents, tokenize_documents
+from tokcom.training.optimizer import build_optimizer, build_schedule
+from tokcom.training.precision import half_precision
+
+TEMPERATURES = (1.0, 0.7)
+
+
+# ---- the network that guesses ----
+
+
+@dataclass
+class GuessingObjective(MaskedObjective):
+    """Mean cross-entropy of all tokens of a chunk that follow its known beginning."""
+
+    infill_rate: float = 0.0
+    context_dropout: float = 0.0
+
+    def _turns(self, model, times: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        size = model.token_head.num_symbols
+        known = (times * size).round()[..., None]  # how many tokens of each chunk
+        unknown = torch.arange(size, device=times.device) >= known
+        return torch.where(unknown, 0.0, 1.0), unknown
+
+
+def train_guesses(model: TokComModel, tokens: np.ndarray, eos: int, steps: int) -> TokComModel:
+    """A copy of `model` whose denoising layers have learnt to guess; the rest is as it was, so that
+    both read the same context."""
+    guesser = copy.deepcopy(model).train()
+    guesser.objective = GuessingObjective()
+    guesser.requires_grad_(False)
+    transformer = guesser.transformer
+    denoising = transformer.layers[transformer.config.num_context_layers :]
+    for part in (*denoising, transformer.norm, transformer.proj_out):
+        part.requires_grad_()
+    size = model.token_head.num_symbols
+    data = PackedDataset(tokens, WindowShape(512, size, marks_starts=True), eos, 0, training=True)
+    loader = torch.utils.data.DataLoader(data, 8, shuffle=True)
+    optimizer = build_optimizer(guesser, 1e-3, 4e-3, weight_decay=0.01)
+    schedule = build_schedule(optimizer, steps, steps // 10, cooldown_share=0.0)
+    done = 0
+    torch.manual_seed(0)
+    with tqdm(total=steps, desc="guesses") as bar:
+        while done < steps:
+            for batch in loader:
+                batch = {key: value.to(model.device) for key, value in batch.items()}
+                with half_precision(model.device.type):
+                    loss = guesser(**batch).loss
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+                done += 1
+                bar.update(1)
+                bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+                if done == steps:
+                    break
+            data.set_epoch(done // len(loader))
+    return guesser.eval()
+
+
+# ---- sampling ----
+
+
+def check_guess(
+    guess: torch.Tensor, q: torch.Tensor, p: torch.Tensor, uniform: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whether ids `guess (...)`, drawn from `q (..., V)`, are kept, and the ids with the
+    distribution `p (..., V)` that stand there then. `uniform (2, ...)` decides."""
+    ratio = (p / q).gather(-1, guess[..., None])[..., 0]
+    kept = uniform[0] < ratio
+    # what p has more than q; p itself where rounding leaves nothing
+    rest = (p - q).clamp_min(0)
+    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)
+    return kept, torch.where(kept, guess, draw_ids(rest, uniform[1]))
+
+
+class SpeculativeSampler(MaskedSampler):
+    """Guesses the tokens of a chunk, and checks them.
+
+    `evaluations` counts passes of the head that wait for each other, summed over rows; `beginnings`
+    the beginnings of chunks that were evaluated in them. `tried (K,)` and `kept (K,)` count guesses
+    by their place.
+    """
+
+    guesser: TokComModel | None = None  # the model itself
+    beginnings = 0
+    tried: torch.Tensor | None = None
+    kept: torch.Tensor | None = None
+
+    def _denoise(self, x, context, sigma_start, given, sources, on_step_end):
+        size = self.model.token_head.num_symbols
+        places = torch.arange(size, device=x.device)
+        if self.tried is None:
+            self.tried, self.kept = torch.zeros(2, size, dtype=torch.long)
+        shape = (len(x), 1, size)
+        chunks = torch.zeros(shape, dtype=torch.long, device=x.device)
+        count = torch.zeros(shape[:2], dtype=torch.long, device=x.device)  # tokens that are known
+        if given is not None:
+            chunks = given.chunks * given.mask
+            count = given.mask.sum(-1)  # a prompt is continued, so they are the first ones
+        known = places < count[..., None]
+        self.chunks += len(x)
+        open_rows = ~known.all(-1)[:, 0]
+        self._count(open_rows, open_rows)
+        p = self.probabilities(x, context, chunks, known)
+        q = self._guesses(x, context, chunks, known)
+        at_turn = places == count[..., None]
+        drawn = draw_ids(torch.where(at_turn[..., None], p, q), uniform_numbers(known, sources))
+        chunks = torch.where(known, chunks, drawn)
+        count = (count + 1).clamp_max(size)  # the first is no guess
+        while (count < size).any():
+            count, chunks, q = self._check(x, context, chunks, count, q, sources)
+        return (
+            self.model.token_head.latents_of(context.symbols, chunks),
+            self.model.codec.from_symbols(chunks),
+        )
+
+    def _check(self, x, context, chunks, count, q, sources):
+        """One pass: `count (B, Q)` grows by the guesses that are kept, and one more."""
+        size = chunks.shape[-1]
+        places = torch.arange(size, device=x.device)
+        left = size - count[:, 0]
+        self._count(left > 0, left)
+        beginnings = [(places < j).expand_as(chunks) for j in range(size)]
+        evaluated = [self.probabilities(x, context, chunks, known) for known in beginnings]
+        p = torch.stack([evaluated[j][..., j, :] for j in range(size)], dim=-2)  # (B, Q, K, V)
+        uniform = torch.stack([uniform_numbers(chunks, sources) for _ in range(2)])
+        kept, checked = check_guess(chunks, q, p, uniform)
+        is_guess = places >= count[..., None]
+        # the first guess that is not kept ends the pass
+        failed = is_guess & ~kept
+        first = torch.where(failed.any(-1), failed.float().argmax(-1), size)  # (B, Q)
+        tried = is_guess & (places <= first[..., None])
+        self.tried += tried.sum((0, 1)).cpu()
+        self.kept += (tried & kept).sum((0, 1)).cpu()
+        now = (first + 1).clamp_max(size)
+        chunks = torch.where(is_guess & (places <= first[..., None]), checked, chunks)
+        # tokens after it are guessed anew, from what is known before it
+        every = torch.stack([self._guesses(x, context, chunks, known) for known in beginnings])
+        at = first.clamp_max(size - 1)[None, ..., None, None]
+        newest = every.gather(0, at.expand(1, *every.shape[1:]))[0]  # (B, Q, K, V)
+        later = places >= now[..., None]
+        guesses = draw_ids(newest, uniform_numbers(chunks, sources))
+        chunks = torch.where(later, guesses, chunks)
+        return now, chunks, torch.where(later[..., None], newest, q)
+
+    def _guesses(self, x, context, chunks, known) -> torch.Tensor:
+        """Probabilities `(B, Q, K, V)` of the network that guesses, in the same pass."""
+        own = context.model, self.model
+        context.model = self.model = self.guesser or self.model
+        found = self.probabilities(x, context, chunks, known)
+        context.model, self.model = own
+        return found
+
+    def _count(self, rows: torch.Tensor, beginnings: torch.Tensor) -> None:
+        self.evaluations += int(rows.sum())
+        self.beginnings += int(beginnings.sum())
+
+
+class SpeculativePipeline(TokComPipeline):
+    """A text pipeline whose chunks are guessed, by `guesser` if there is one, and checked."""
+
+    guesser: TokComModel | None = None
+
+    def _sampler(self, sampling=None) -> SpeculativeSampler:
+        self.sampler = SpeculativeSampler(self.model, self.scheduler, sampling)
+        self.sampler.guesser = self.guesser
+        return self.sampler
+
+
+def measure(pipe: SpeculativePipeline, prompts: np.ndarray, temperature: float) -> dict:
+    """Evaluations per chunk, and the share of guesses that are kept at each place."""
+    sampler = TokComSampler(pipe, temperature=temperature, batch_size=len(prompts))
+    sampler.sample(prompts, CONTINUATION, seed=0)
+    found = pipe.sampler
+    return {
+        "temperature": temperature,
+        "chunks": found.chunks,
+        "evaluations per chunk": found.evaluations / found.chunks,
+        "beginnings per chunk": found.beginnings / found.chunks,
+        # the first token of a chunk is never guessed
+        "kept by place": (found.kept[1:] / found.tried[1:]).tolist(),
+    }
+
+
+@report_errors()
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default=".", help="default: %(default)s")
+    parser.add_argument("--train", required=True, help="parquet file with training text")
+    parser.add_argument("--validation", required=True, help="parquet file with held-out text")
+    parser.add_argument(
+        "--steps", type=int, default=400, help="0: the model guesses (default: %(default)s)"
+    )
+    parser.add_argument("--prompts", type=int, default=64, help="default: %(default)s")
+    parser.add_argument("--output", help="JSON file for the numbers")
+    add_device_option(parser)
+    args = parser.parse_args(argv)
+    pipe = SpeculativePipeline.from_pretrained(args.model).to(args.device)
+    if args.steps:
+        documents = load_documents(args.train, DataConfig(), "train")
+        tokens = tokenize_documents(documents, pipe.tokenizer, "text", "training text")
+        pipe.guesser = train_guesses(pipe.model, tokens, pipe.tokenizer.eos_token_id, args.steps)
+    documents = load_documents(args.validation, DataConfig(), "validation")
+    tokens = tokenize_documents(documents, pipe.tokenizer, "text", "held-out text")
+    prompts = held_out_windows(tokens, PROMPT + CONTINUATION, args.prompts)[:, :PROMPT]
+    rows = [measure(pipe, prompts, temperature) for temperature in TEMPERATURES]
+    print(table(list(rows[0]), [list(row.values()) for row in rows]))
+    if args.output:
+        Path(args.output).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

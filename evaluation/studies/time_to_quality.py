@@ -1,0 +1,270 @@
+"""Likelihood of held-out text against training operations and training time, TokCom beside a Llama.
+
+    python -m tokcom.evaluation.studies.time_to_quality --train stories.parquet \\
+        --validation held_out.parquet --budgets 2e13 --rate_factors 0.5 1 2
+    python -m tokcom.evaluation.studies.time_to_quality --train stories.parquet \\
+        --validation held_out.parquet --budgets 1e13 4e13 8e13 1.6e14
+
+Every point is a run of its own, whose learning rate falls to 0 at its end. Both systems have as many
+parameters and layers, the same width, text, batches, optimizer and number of runs; the rates of both
+are multiplied by each of `--rate_factors`, and the best run of a budget counts. What is finished is
+kept in `WORK_DIR/runs` and not run again. Writes `time_to_quality.md` and `time_to_quality.png`.
+
+*Hours* are steps times the processor time of a step, measured at the end with the steps of both
+systems in alternation, so that other work on the machine is not counted. TokCom's include its codec
+stage, as its operations do. Evaluation is excluded.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tokcom.cli.errors import report_errors
+from tokcom.evaluation import autoregressive
+from tokcom.evaluation.ablation import ROWS, row_overrides, train_row, trained_codec
+from tokcom.evaluation.flops import training_flops_per_step
+from tokcom.evaluation.protocol import held_out_windows
+from tokcom.evaluation.report import table
+from tokcom.evaluation.studies.curve import AutoregressiveSystem, TurnSystem
+from tokcom.modeling_tokcom import TokComModel
+from tokcom.training.attention import ATTENTIONS
+from tokcom.training.config import DataConfig, TrainConfig, load_train_config
+from tokcom.training.data import load_documents, tokenize_documents
+from tokcom.training.optimizer import build_optimizer
+from tokcom.training.precision import has_fast_bfloat16
+from tokcom.training.tokens import load_tokenizer
+
+ROW = "recipe"
+RATES = {"learning_rate": 3e-3, "muon_learning_rate": 1.2e-2}  # of both systems, times a factor
+SHAPE = {"hidden_size": 320, "num_hidden_layers": 8}  # of both systems
+SYSTEMS = {"TokCom": TurnSystem, "Llama": AutoregressiveSystem}
+STEPS = 6  # of each system that are timed
+
+
+def train(system: str, flops: float, factor: float, args: argparse.Namespace) -> tuple[Path, dict]:
+    """The directory of a model that was trained for `flops` operations, and what it cost."""
+    name = f"{system}-{flops:g}-{factor:g}"
+    rates = {key: value * factor for key, value in RATES.items()}
+    if system == "TokCom":
+        options = argparse.Namespace(**vars(args), row=ROW, init_from=None, training_flops=flops)
+        return train_row(options, [f"flow.{key}={value}" for key, value in rates.items()], name)
+    directory = Path(args.work_dir) / "models" / f"{name}-{args.seed}"
+    tokenizer = load_tokenizer(args.checkpoint)
+    documents = load_documents(args.train, DataConfig(), "train")
+    tokens = tokenize_documents(documents, tokenizer, "text", "training text")
+    size = {**SHAPE, "num_parameters": args.num_parameters}
+    autoregressive.train(
+        tokens, tokenizer, directory, **size, **rates, training_flops=flops, seed=args.seed
+    )
+    return directory, json.loads((directory / "training.json").read_text(encoding="utf-8"))
+
+
+def held_out(args: argparse.Namespace) -> np.ndarray:
+    """48 windows of 512 held-out tokens, as in the ablations."""
+    documents = load_documents(args.validation, DataConfig(), "validation")
+    tokenizer = load_tokenizer(args.checkpoint)
+    tokens = tokenize_documents(documents, tokenizer, "text", "held-out text")
+    return held_out_windows(tokens, 512, 48)
+
+
+# ---- time ----
+
+
+def stage_model(config: TrainConfig, directory: Path, stage: str) -> TokComModel:
+    """A trained model that is ready for more steps of a stage."""
+    model = TokComModel.from_pretrained(directory).train()
+    model.set_stage(stage, **getattr(config, stage).objective)
+    return model
+
+
+def stepper(model, optimizer: torch.optim.Optimizer, batch: dict) -> Callable[[], None]:
+    """One training step, as both trainers make it."""
+    half = has_fast_bfloat16("cpu")
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            loss = model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def processor_seconds(step: Callable[[], None]) -> float:
+    started = time.process_time()
+    step()
+    return time.process_time() - started
+
+
+def seconds_per_step(args: argparse.Namespace, models: dict[str, Path]) -> dict[str, float]:
+    """Processor seconds of a step of TokCom's two stages and of the Llama, in alternation; each
+    with the attention function that is fastest here."""
+    data = [f"data.train={args.train}", f"data.validation={args.validation}"]
+    codec_config = load_train_config("tiny", [*ROWS["codec_common"], *data])
+    flow_config = load_train_config("tiny", [*row_overrides(ROWS["rows"][ROW]), *data])
+    codec = stage_model(codec_config, models["codec"], "codec")
+    flow = stage_model(flow_config, models["TokCom"], "flow")
+    llama = AutoregressiveSystem(models["Llama"], "cpu").model.train()
+    llama.requires_grad_()
+    shape = (flow_config.flow.batch_size, flow_config.flow.sequence_length)
+    ids = torch.randint(0, llama.config.vocab_size - 1, shape)
+    codec_shape = (codec_config.codec.batch_size, codec_config.codec.sequence_length)
+    codec_ids = torch.randint(0, llama.config.vocab_size - 1, codec_shape)
+    batches = {
+        "codec": (codec, {"input_ids": codec_ids}, ("sdpa",)),
+        "TokCom": (flow, {"input_ids": ids}, ATTENTIONS),
+        "Llama": (llama, {"input_ids": ids, "labels": ids}, ("sdpa", "eager")),
+    }
+    steps = {}
+    for name, (model, batch, attentions) in batches.items():
+        muon = 0.0 if name == "codec" else 1e-3  # times do not depend on rates, only on having one
+        optimizer = build_optimizer(model, 1e-4, muon, weight_decay=0.01)
+        step = stepper(model, optimizer, batch)
+        found = {}
+        for attention in attentions:
+            model.set_attn_implementation(attention)
+            step()  # memory is allocated and kernels are chosen
+            found[attention] = processor_seconds(step)
+        model.set_attn_implementation(min(found, key=found.get))
+        steps[name] = step
+    # in turn, so that a machine that slows down does not slow one system alone
+    times = {name: [] for name in steps}
+    for _ in range(STEPS):
+        for name, step in steps.items():
+            times[name].append(processor_seconds(step))
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def codec_cost(args: argparse.Namespace) -> dict:
+    """Steps and operations of the codec stage that all models of TokCom share."""
+    config = load_train_config("tiny", [*ROWS["codec_common"], f"data.train={args.train}"])
+    options = config.codec
+    model = stage_model(config, codec_directory(args), "codec")
+    per_step = training_flops_per_step(
+        model,
+        options.batch_size,
+        options.sequence_length,
+        lambda m: build_optimizer(m, options.learning_rate, 0.0, options.weight_decay),
+    )
+    return {"steps": options.max_steps, "training_flops": per_step * options.max_steps}
+
+
+def codec_directory(args: argparse.Namespace) -> Path:
+    data = [f"data.train={args.train}", f"data.validation={args.validation}"]
+    data.append(f"tokenizer={args.checkpoint}")
+    return trained_codec(ROWS["rows"][ROW]["codec"], data, Path(args.work_dir))
+
+
+# ---- report ----
+
+
+def finished_runs(work: Path) -> list[dict]:
+    files = sorted((work / "runs").glob("*.json"))
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+
+
+def write_report(args: argparse.Namespace) -> None:
+    """The best run of each system and budget as a table and a picture."""
+    work = Path(args.work_dir)
+    runs = finished_runs(work)
+    for run in runs:
+        print(f"{run['system']} {run['budget']:g} x{run['factor']:g}: {run['own_nll']:.4f}")
+    models = {run["system"]: Path(run["directory"]) for run in runs}
+    if set(models) != set(SYSTEMS):
+        print("no table yet: it compares the runs of both systems")
+        return
+    models["codec"] = codec_directory(args)
+    codec = codec_cost(args)
+    seconds = seconds_per_step(args, models)
+    rows = []
+    for budget in sorted({run["budget"] for run in runs}):
+        for system in SYSTEMS:
+            same = [run for run in runs if (run["system"], run["budget"]) == (system, budget)]
+            if not same:
+                continue
+            best = min(same, key=lambda run: run["own_nll"])
+            flops = best["training_flops"]
+            spent = best["steps"] * seconds[system]
+            if system == "TokCom":
+                flops += codec["training_flops"]
+                spent += codec["steps"] * seconds["codec"]
+            cost = (f"{flops:.3g}", round(best["tokens"] / 1e6, 2), round(spent / 3600, 3))
+            rows.append([system, f"{budget:g}", *cost, len(same), best["factor"], best["own_nll"]])
+    columns = ["system", "budget", "operations", "M tokens", "hours", "runs", "best rate factor"]
+    text = table([*columns, "own NLL, nats per token"], rows)
+    text += "\nProcessor seconds of a step: "
+    text += ", ".join(f"{name} {value:.3f}" for name, value in seconds.items()) + "\n"
+    (work / "time_to_quality.md").write_text(text, encoding="utf-8")
+    plot(rows, work / "time_to_quality.png")
+    print(text)
+
+
+def plot(rows: list[list], file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.2), sharey=True, layout="constrained")
+    for axes, column, label in zip(panels, (2, 4), ("training operations", "hours of one core")):
+        for system in SYSTEMS:
+            points = [(float(row[column]), row[-1]) for row in rows if row[0] == system]
+            axes.plot(*zip(*sorted(points)), "o-", label=system)
+        axes.set(xscale="log", xlabel=f"{label}, codec included")
+        axes.grid(alpha=0.3, which="both")
+    panels[0].set_ylabel("held-out nats per token")
+    panels[0].legend()
+    figure.savefig(file, dpi=90)
+
+
+@report_errors()
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--train", required=True, help="parquet file with training text")
+    parser.add_argument("--validation", required=True, help="parquet file with held-out text")
+    parser.add_argument("--checkpoint", default=".", help="tokenizer (default: %(default)s)")
+    parser.add_argument("--work_dir", default="outputs/quality", help="default: %(default)s")
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    parser.add_argument(
+        "--budgets", type=float, nargs="*", default=[], help="training operations; none: report"
+    )
+    parser.add_argument(
+        "--rate_factors", type=float, nargs="+", default=[1.0], help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--num_parameters",
+        type=int,
+        default=12_296_098,
+        help="of the Llama (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    args = parser.parse_args(argv)
+    folder = Path(args.work_dir) / "runs"
+    folder.mkdir(parents=True, exist_ok=True)
+    for budget in args.budgets:
+        for factor in args.rate_factors:
+            for system in args.systems:
+                file = folder / f"{system}-{budget:g}-{factor:g}-{args.seed}.json"
+                # finished runs are not made again, so a stopped study goes on
+                if file.is_file():
+                    continue
+                directory, cost = train(system, budget, factor, args)
+                own = SYSTEMS[system](directory, "cpu").own_nll(held_out(args))
+                facts = {"system": system, "budget": budget, "factor": factor, **cost}
+                facts |= {"directory": str(directory), "own_nll": own}
+                file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    write_report(args)
+
+
+if __name__ == "__main__":
+    main()
