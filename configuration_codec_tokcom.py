@@ -34,6 +34,7 @@ RANGES = {
     "timestep_loc": (-20.0, 20.0),
     "sampling_temperature": (1e-3, 1e3),
     "sampling_top_p": (1e-6, 1.0),
+    "sampling_guidance_scale": (0.0, 1e3),
     "num_inference_steps": (1, 10_000),
     "num_codes": (0, MAX_SIZE),
     "num_quantizers": (1, MAX_SIZE),

@@ -283,9 +283,9 @@ class TokComConfig(PreTrainedConfig):
             generated for, those of the tokenizer and one more; 0 is without captions.
         condition_length (`int`): the longest caption in tokens; captions take so many positions
             before the image.
-        num_inference_steps (`int`), sampling_temperature, sampling_top_p (`float`): what the
-            pipeline samples with by default: steps per block, and how token probabilities are
-            sharpened.
+        num_inference_steps (`int`), sampling_temperature, sampling_top_p, sampling_guidance_scale
+            (`float`): what the pipeline samples with by default: steps per block, how token
+            probabilities are sharpened, and how much what is given is strengthened.
     """
 
     model_type = "tokcom"
@@ -314,6 +314,7 @@ class TokComConfig(PreTrainedConfig):
     num_inference_steps: int = 16  # per block
     sampling_temperature: float | int = 1.0
     sampling_top_p: float | int = 1.0
+    sampling_guidance_scale: float | int = 1.0
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):

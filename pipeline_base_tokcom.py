@@ -435,6 +435,13 @@ class TokComBasePipeline(CheckedFiles, DiffusionPipeline):
             rows.append([] if caption == "" else self._tokenize([caption], "prompt")[0])
         return len(rows), self.model.condition(*self._pad(rows, "right"))
 
+    def _guidance(self, scale: Any, has_conditions: bool) -> Any:
+        """The guidance scale that was asked for, or the model's own if there is anything that it
+        can strengthen."""
+        if scale is not None:
+            return scale
+        return self.model.config.sampling_guidance_scale if has_conditions else 1.0
+
     def _to_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents `(B, N, C)` as they are, or those that integer codes `(B, N, R)` stand for;
         `ValueError` for others."""

@@ -107,7 +107,7 @@ class TokComImagePipeline(TokComPixelPipeline):
         prompt: str | Sequence[str] | None = None,
         batch_size: int = 1,
         num_inference_steps: int | None = None,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | None = None,
         generator: Generators = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
@@ -120,7 +120,8 @@ class TokComImagePipeline(TokComPixelPipeline):
         Args:
             prompt: a caption or a list of them, "" for none; of models trained with captions.
             num_inference_steps: denoising steps; by default `config.num_inference_steps`.
-            guidance_scale: 1 is off; above 1 strengthens the caption at twice the cost.
+            guidance_scale: 1 is off; above 1 strengthens the caption at twice the cost; by default
+                `config.sampling_guidance_scale`.
             generator: `torch.Generator` or one per picture, for reproducible samples.
             latents: initial noise of shape `(B, N, C)`.
             output_type: `"pil"`, `"pt"` (values in [-1, 1]) or `"latent"`.
@@ -130,6 +131,7 @@ class TokComImagePipeline(TokComPixelPipeline):
         """
         self.check_inputs(num_inference_steps, output_type, callback_on_step_end_tensor_inputs)
         batch_size, prefix = self._caption_prefix(prompt, batch_size)
+        guidance_scale = self._guidance(guidance_scale, prefix is not None)
         if prefix is None and guidance_scale != 1.0:
             raise ValueError(
                 f"`guidance_scale` ({guidance_scale}) needs a `prompt`; leave it at 1."
@@ -258,7 +260,7 @@ class TokComVideoPipeline(TokComPixelPipeline):
         num_frames: int | None = None,
         batch_size: int = 1,
         num_inference_steps: int | None = None,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | None = None,
         generator: Generators = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
@@ -277,7 +279,8 @@ class TokComVideoPipeline(TokComPixelPipeline):
                 Block-causal models go on for any length.
             batch_size: number of clips, if neither captions nor frames say how many.
             num_inference_steps: steps, of block-causal models per block; by default the config's.
-            guidance_scale: above 1 strengthens caption and first frames at twice the cost.
+            guidance_scale: 1 is off; above 1 strengthens caption and first frames at twice the
+                cost; by default `config.sampling_guidance_scale`.
             generator: `torch.Generator` or one per clip, for reproducible samples.
             latents: initial noise of shape `(B, n, C)` of the latents to generate.
             output_type: `"pil"`, `"pt"` (values in [-1, 1]) or `"latent"`.
@@ -290,6 +293,7 @@ class TokComVideoPipeline(TokComPixelPipeline):
         given = None if frames is None else self._read(frames, "frames", height, width)
         batch_size = batch_size if given is None else len(given)
         batch_size, prefix = self._caption_prefix(prompt, batch_size)
+        guidance_scale = self._guidance(guidance_scale, not (prefix is None and given is None))
         self._check_conditions(guidance_scale, prefix, given, batch_size)
         size = self._size_of(given, height, width)
         inputs = None if given is None else self._to_codec(given)
@@ -454,7 +458,7 @@ class TokComOmniPipeline(TokComBasePipeline):
         generate: str | Sequence[str] | None = None,
         batch_size: int = 1,
         num_inference_steps: int | None = None,
-        guidance_scale: float | Mapping[str, float] = 1.0,
+        guidance_scale: float | Mapping[str, float] | None = None,
         num_candidates: int = 1,
         generator: Generators = None,
         latents: torch.Tensor | None = None,
@@ -470,8 +474,9 @@ class TokComOmniPipeline(TokComBasePipeline):
             generate: names of the streams to make, in this order: each is made for those given and
                 for those made before it. By default all that are not given, texts first.
             batch_size: how many, if nothing is given.
-            guidance_scale: above 1 strengthens what a stream is made for, at twice the cost; or a
-                dictionary of a scale for each of these, at one more evaluation for each.
+            guidance_scale: 1 is off; above 1 strengthens what a stream is made for, at twice the
+                cost; or a dictionary of a scale for each of these, at one more evaluation for each;
+                by default `config.sampling_guidance_scale`.
             num_candidates: above 1, so many are made for each, and the one is kept whose texts the
                 others resemble most: better guesses, less variety, at so many times the cost.
             latents: initial noise `(B * num_candidates, n, C)` of the latents to generate.
@@ -482,6 +487,8 @@ class TokComOmniPipeline(TokComBasePipeline):
         codec = self.model.codec
         contents = as_lists(codec, {} if given is None else given, "given")
         names = names_to_make(codec, generate, list(contents), num_candidates)
+        # a stream is made for those given and for those made before it
+        guidance_scale = self._guidance(guidance_scale, bool(contents) or len(names) > 1)
         check_guidance(guidance_scale, list(contents), names)
         batch_size = len(next(iter(contents.values()), range(batch_size)))
         whole = self._read_given(contents, batch_size, num_candidates)

@@ -93,8 +93,8 @@ class TokComSampling:
 
     Args:
         num_inference_steps (`int`, *optional*): steps per block.
-        guidance_scale (`float`): 1 is off; above 1 the prediction moves away from the one without
-            context.
+        guidance_scale (`float`, *optional*): 1 is off; above 1 the prediction moves away from the
+            one without context.
         omissions (`list[tuple[torch.BoolTensor, float]]`): the same for parts of the context of a
             bidirectional model: which of the S context latents, `(S,)`, and the guidance scale for
             them. They replace `guidance_scale`.
@@ -104,7 +104,7 @@ class TokComSampling:
     """
 
     num_inference_steps: int | None = None
-    guidance_scale: float = 1.0
+    guidance_scale: float | None = None
     omissions: list[tuple[torch.Tensor, float]] = field(default_factory=list)
     temperature: float | None = None
     top_p: float | None = None
@@ -116,17 +116,19 @@ class TokComSampling:
         Raises `ValueError` for values out of range, and for a temperature of a model without
         probabilities.
         """
-        if isinstance(self.guidance_scale, bool) or not isinstance(
-            self.guidance_scale, (int, float)
-        ):
-            raise ValueError(
-                f"`guidance_scale` ({self.guidance_scale!r}) must be one number for this model; "
-                "give a number."
-            )
-        if not math.isfinite(self.guidance_scale):
-            raise ValueError(f"`guidance_scale` ({self.guidance_scale}) must be finite.")
         has_probabilities = config.prediction_type == "tokens"
         found = replace(self)
+        if found.guidance_scale is None:
+            found.guidance_scale = config.sampling_guidance_scale
+        if isinstance(found.guidance_scale, bool) or not isinstance(
+            found.guidance_scale, (int, float)
+        ):
+            raise ValueError(
+                f"`guidance_scale` ({found.guidance_scale!r}) must be one number for this model; "
+                "give a number."
+            )
+        if not math.isfinite(found.guidance_scale):
+            raise ValueError(f"`guidance_scale` ({found.guidance_scale}) must be finite.")
         if found.num_inference_steps is None:
             found.num_inference_steps = config.num_inference_steps
         if found.temperature is None:

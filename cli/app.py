@@ -383,7 +383,9 @@ def _write_tab(demo: Demo) -> None:
             with gr.Accordion("Sampling", open=False):
                 temperature = _temperature(demo)
                 top_p = gr.Slider(0.1, 1, config.sampling_top_p, label="Top-p", interactive=tokens)
-                guidance = gr.Slider(1, 4, 1, label="Guidance (1 is off)")
+                guidance = gr.Slider(
+                    1, 4, config.sampling_guidance_scale, label="Guidance (1 is off)"
+                )
                 seed = gr.Number(0, label="Seed", precision=0)
             slowly = gr.Slider(0, 1, 0.05, step=0.05, label="Slow motion: seconds per step")
             with gr.Row():

@@ -264,7 +264,7 @@ def _noise(shown: ShownModel, has_guidance: bool) -> list:
     with gr.Row():
         own = shown.config.num_inference_steps
         steps = gr.Slider(1, 100, own, step=1, label="Denoising steps")
-        scale = 2 if has_guidance else 1
+        scale = shown.config.sampling_guidance_scale if has_guidance else 1
         guidance = gr.Slider(1, 6, scale, label="Guidance (1 is off)", interactive=has_guidance)
         seed = gr.Number(0, label="Seed", precision=0)
     return [steps, guidance, seed]

@@ -68,7 +68,7 @@ class Sampling(NamedTuple):
     """The settings that the texts of one batch share; None stands for the model's own."""
 
     num_inference_steps: int | None = None
-    guidance_scale: float = 1.0
+    guidance_scale: float | None = None
     temperature: float | None = None
     top_p: float | None = None
 

@@ -50,7 +50,7 @@ class TextRequest(BaseModel):
     frequency_penalty: Literal[0] | None = None
     logit_bias: Annotated[dict, Field(max_length=0)] | None = None
     num_inference_steps: Count | None = None
-    guidance_scale: Annotated[float, Field(ge=0, le=20)] = 1.0
+    guidance_scale: Annotated[float, Field(ge=0, le=20)] | None = None
 
     @field_validator("n", "stream", mode="before")
     @classmethod

@@ -116,8 +116,8 @@ OPTIONS: dict[str, dict] = {
     },
     "guidance_scale": {
         "type": float,
-        "default": 1.0,
-        "help": "above 1 follows the prompt more closely, at twice the cost",
+        "help": "1 is off; above 1 follows what is given more closely, at twice the cost (default: "
+        "the model's)",
     },
     "truncation": {
         "choices": ("left",),

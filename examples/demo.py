@@ -161,7 +161,7 @@ def show_emoji(directory: Path, page: Page) -> None:
     pipe = TokComImagePipeline.from_pretrained(directory, dtype=torch.float32).to(page.device)
     pipe.set_progress_bar_config(disable=True)
     page.title("Emoji: 36 ordered tokens, drawn for a caption")
-    drawn = pipe(list(EMOJI), guidance_scale=GUIDANCE, generator=seed(0))
+    drawn = pipe(list(EMOJI), generator=seed(0))
     picture_grid([drawn.images], scale=4).save(page.directory / "emoji.png")
     page.show("emoji.png", " | ".join(EMOJI))
     first = drawn.latents[:1]
@@ -198,16 +198,15 @@ def show_digits(directory: Path, page: Page) -> None:
     page.show("digit_given.flac", f"a recording of {DIGIT}")
     heard = pipe({"audio": RECORDING}, "text", generator=seed(0)).texts[0]
     page.say(f"heard in it: {heard}")
-    guided = {"guidance_scale": GUIDANCE, "generator": seed(0)}
-    drawn = pipe({"audio": RECORDING}, "image", **guided).images[0]
+    drawn = pipe({"audio": RECORDING}, "image", generator=seed(0)).images[0]
     _show_digit("digit_heard", "drawn for it", page, drawn)
 
     page.say(f"For the text {DIGIT!r}:")
-    drawn = pipe({"text": DIGIT}, "image", **guided).images[0]
-    spoken = pipe({"text": DIGIT}, "audio", **guided).audios[0]
+    drawn = pipe({"text": DIGIT}, "image", generator=seed(0)).images[0]
+    spoken = pipe({"text": DIGIT}, "audio", generator=seed(0)).audios[0]
     _show_digit("digit_for_text", "for the text", page, drawn, spoken, pipe.sampling_rates["audio"])
 
-    made = pipe(guidance_scale=GUIDANCE, generator=seed(0))
+    made = pipe(generator=seed(0))
     page.say(f"A text from nothing: {made.texts[0]}. A picture and a sound for it:")
     parts = made.images[0], made.audios[0], pipe.sampling_rates["audio"]
     _show_digit("digit_from_nothing", "from nothing", page, *parts)
@@ -228,7 +227,6 @@ def _show_digit(
         page.show(f"{name}.wav", f"{what}: the sound")
 
 
-GUIDANCE = 2.0  # of emoji and of digits for a text; it doubles the evaluations
 # name -> directory, and what shows it
 PARTS = {
     "text": (ROOT, show_text),

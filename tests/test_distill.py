@@ -198,6 +198,7 @@ def teacher_of(kind: str, build, directory) -> list[str]:
         tokenizer = train_tokenizer(["a cat"], 300)
         torch.manual_seed(0)
         net = TokComModel(images.model(vocabulary_size(tokenizer) + 1).config)
+        net.config.sampling_guidance_scale = 3.0
         build_pipeline(net, tokenizer).save_pretrained(directory)
     else:
         block_size = {"blocks": 4, "bidirectional": None}[kind]
@@ -224,6 +225,8 @@ def test_a_student_of_any_teacher_is_a_model_that_says_how_it_is_sampled(
     pipe = load_pipeline(output)
     pipe.set_progress_bar_config(disable=True)
     assert pipe.scheduler.config.stochastic_sampling and pipe.model.config.num_inference_steps == 2
+    # it has learnt the guided teacher, and is not guided again
+    assert pipe.model.config.sampling_guidance_scale == 1.0
     result = pipe("a cat", 16, generator=torch.Generator().manual_seed(0))
     assert len(result.images if kind == "images" else result.texts) == 1
 

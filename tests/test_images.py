@@ -352,6 +352,21 @@ def test_guidance_of_one_and_a_half_lies_beyond_the_captioned_prediction():
     torch.testing.assert_close(guided, free + 1.5 * (plain - free), atol=1e-4, rtol=1e-4)
 
 
+def test_a_picture_follows_its_caption_as_closely_as_the_model_says():
+    pipe = pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    pipe.model.config.sampling_guidance_scale = 3.0
+    options = {"num_inference_steps": 1, "latents": torch.randn(1, 6, 4), "output_type": "latent"}
+    own, asked, off = (
+        pipe("a red ball", **options, **scale).latents
+        for scale in ({}, {"guidance_scale": 3.0}, {"guidance_scale": 1.0})
+    )
+    assert torch.equal(own, asked) and not torch.equal(own, off)
+    # without a caption there is nothing to follow, and that is no error
+    free, plain = (pipe(**options, **scale).latents for scale in ({}, {"guidance_scale": 1.0}))
+    assert torch.equal(free, plain)
+
+
 def test_pipelines_of_images_refuse_what_they_cannot_do():
     pipe = pipeline(captions=False)
     with pytest.raises(ValueError, match="output_type.*text.*pil"):

@@ -147,6 +147,20 @@ def test_of_candidates_the_text_most_like_the_others_is_kept(pipe):
         assert torch.equal(kept.latents[i], every.latents[3 * i + most_alike(rows)])
 
 
+def test_streams_follow_what_they_are_made_for_as_closely_as_the_model_says(pipe):
+    def made(*arguments, **scale):
+        options = {"num_inference_steps": 1, "generator": seeded(), "output_type": "latent"}
+        return pipe(*arguments, **options, **scale).latents
+
+    given = {"text": content("text")}
+    asked = made(given, "image", guidance_scale=3.0)
+    off = made(None, "image")
+    pipe.model.config.sampling_guidance_scale = 3.0
+    assert torch.equal(made(given, "image"), asked)
+    # one stream from nothing has nothing to follow
+    assert torch.equal(made(None, "image"), off)
+
+
 def test_guidance_moves_away_from_the_estimate_without_each_given_stream(pipe):
     values = {"text": content("text"), "audio": content("audio")}
 

@@ -217,6 +217,9 @@ def test_guidance_of_one_is_off_and_two_extrapolates_from_the_unconditional(
     torch.testing.assert_close(
         one_step(guidance_scale=3.0), free + 3 * (conditional - free), atol=1e-3, rtol=1e-3
     )
+    guided = one_step(guidance_scale=3.0)
+    pipe.model.config.sampling_guidance_scale = 3.0
+    assert torch.equal(one_step(), guided)
 
 
 def test_text_longer_than_the_window_is_generated_with_a_bounded_cache(build):

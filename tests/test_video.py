@@ -309,6 +309,10 @@ def test_captions_and_frames_guide_together():
         min((red - blue).abs().max(), (red - none).abs().max(), (red - guided).abs().max()) > 1e-4
     )
     assert len(pipe(["a red ball", "a blue cat"], num_inference_steps=1).videos) == 2
+    pipe.model.config.sampling_guidance_scale = 3.0
+    assert torch.equal(pipe("a red ball", known, **options).latents, guided)
+    assert torch.equal(pipe(None, known, guidance_scale=1.0, **options).latents, none)
+    pipe(num_inference_steps=1)  # from nothing, which nothing guides
 
 
 def test_bidirectional_models_make_other_sizes_and_everything_else_is_refused():

@@ -275,6 +275,8 @@ class DistillTrainer(Trainer):
                 self.ema.copy_to(self.parameters["student"])
             model = self.accelerator.unwrap_model(self.models["student"]).model.cpu()
             model.config.num_inference_steps = self.options.num_inference_steps
+            # it has learnt what the teacher says under guidance
+            model.config.sampling_guidance_scale = 1.0
             # between its steps the student sees fresh noise in training, and so in sampling
             scheduler = TokComFlowMatchScheduler(stochastic_sampling=True)
             export_repository(
