@@ -504,7 +504,7 @@ class TokComOmniPipeline(TokComBasePipeline):
             context = codec.context(seen, known)
             task = TokComTask(whole[:, own], context, positions)
             omissions = guidance_omissions(codec, guidance_scale, known, context)
-            sampling = TokComSampling(num_inference_steps, omissions=omissions, generator=generator)
+            sampling = TokComSampling(num_inference_steps, 1.0, omissions, generator=generator)
             result, _ = self.sample_latents(task, sampling, False, on_step_end)
             whole[:, own] = result.to(whole.dtype)
             seen[:, own] = codec.read_back(name, whole, eos)[:, own]

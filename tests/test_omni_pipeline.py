@@ -154,11 +154,14 @@ def test_streams_follow_what_they_are_made_for_as_closely_as_the_model_says(pipe
 
     given = {"text": content("text")}
     asked = made(given, "image", guidance_scale=3.0)
-    off = made(None, "image")
+    off = made(given, "image", guidance_scale=1.0)
+    alone = made(None, "image")
     pipe.model.config.sampling_guidance_scale = 3.0
-    assert torch.equal(made(given, "image"), asked)
+    assert torch.equal(made(given, "image"), asked) and not torch.equal(asked, off)
+    for scale in (1.0, {"text": 1.0}):
+        assert torch.equal(made(given, "image", guidance_scale=scale), off)
     # one stream from nothing has nothing to follow
-    assert torch.equal(made(None, "image"), off)
+    assert torch.equal(made(None, "image"), alone)
 
 
 def test_guidance_moves_away_from_the_estimate_without_each_given_stream(pipe):
