@@ -96,16 +96,23 @@ class Teacher:
 def tempered(model, temperature: float) -> Iterator[None]:
     """Make the likelihood of a token model that of its samples at a temperature."""
     head = model.token_head
-    nll = model.token_head.nll
-    bias = model.token_head.bias.data.clone()
-    # logits are states @ embeddings + bias: dividing both divides the logits
-    head.nll = lambda states, *args: nll(states / temperature, *args)
-    head.bias.data = bias / temperature
+    nll = head.nll
+    bias = head.bias.data
+
+    def tempered_nll(states: torch.Tensor, *args):
+        # logits are states @ embeddings + bias: dividing both divides the logits. The bias is also
+        # what an unknown token looks like to the network, which no temperature changes.
+        head.bias.data = bias / temperature
+        try:
+            return nll(states / temperature, *args)
+        finally:
+            head.bias.data = bias
+
+    head.nll = tempered_nll
     try:
         yield
     finally:
         del head.nll
-        head.bias.data = bias
 
 
 class TokComStudent:
