@@ -81,12 +81,15 @@ class _WindowLayer:
         self.values[:, :, -keys.shape[2] :] = values
         return self.keys, self.values
 
-    def keep(self, places: list[slice]) -> None:
-        """Copy the current block's last entries to `places`, slices that follow each other."""
+    def keep(self, places: list[slice], first: int | None = None) -> None:
+        """Copy the current block's last entries, or those from the place `first` on, to `places`,
+        slices that follow each other."""
         if self.keys is None:
             return
         for tensor in (self.keys, self.values):
-            start = self.window - sum(place.stop - place.start for place in places)
+            start = first
+            if start is None:
+                start = self.window - sum(place.stop - place.start for place in places)
             for place in places:
                 count = place.stop - place.start
                 # a context may be so long that it is copied onto itself
@@ -110,10 +113,10 @@ class TokComWindowCache:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return self.layers[layer_idx].update(keys, values, self.first)
 
-    def keep(self, places: list[slice]) -> None:
-        """Copy the current block to `places`."""
+    def keep(self, places: list[slice], first: int | None = None) -> None:
+        """Copy the current block's last entries, or those from the place `first` on, to `places`."""
         for layer in self.layers:
-            layer.keep(places)
+            layer.keep(places, first)
 
 
 # ---- what is known ----
@@ -301,18 +304,21 @@ class CachedContext(Context):
             self.clean_times = self.clean[..., None].repeat(1, 1, model.token_head.num_symbols)
             self.certain = TokComChoice.of(torch.zeros_like(self.clean_times, dtype=torch.bool))
         if self.num_starts:
-            self.context = self._with_start(task.context, noise)
+            self.context = self._with_start(task.context, noise, task.inside)
         if self.context is not None:
             self._read_context(self.context)
 
     def _with_start(
-        self, context: TokComCodecOutput | None, noise: torch.Tensor
+        self, context: TokComCodecOutput | None, noise: torch.Tensor, inside: list[bool] | None
     ) -> TokComCodecOutput:
-        """The context with the learned start latent in front of it."""
+        """The context with a learned latent in front of it: that of the start of a text, or of rows
+        that begin inside one."""
         batch = len(noise)
         device = noise.device
         latents = noise.new_zeros(batch, 1, noise.shape[-1])  # replaced by the learned one
         position_ids = torch.full((batch, 1, 1), START_OF_TEXT, device=device)  # (B, 1, A), A = 1
+        if inside is not None:
+            position_ids[torch.tensor(inside, device=device)] = INSIDE_TEXT
         mask = torch.ones(batch, 1, dtype=torch.bool, device=device)
         if context is not None:
             latents = torch.cat((latents, context.latents.to(noise.dtype)), dim=1)
@@ -396,7 +402,10 @@ class CachedContext(Context):
             else:
                 self.entries.append(enter(self.position_ids))
             if self.guided and self.num_starts:
-                self.entries.append(self._without_context.expand_as(self.entries[0]))
+                # a row that knows nothing yet is not guided, whatever the others know
+                knows = self.filled[:, self.num_starts :].any(-1)[:, None, None]
+                without = self._without_context.expand_as(self.entries[0])
+                self.entries.append(torch.where(knows, without, self.entries[0]))
             elif self.guided:
                 self.entries.append(enter(self.position_ids))
 
@@ -489,7 +498,14 @@ class CachedContext(Context):
     def _keep(self, exists: torch.Tensor | None, length: int) -> None:
         """Give the `length` latents just remembered places in the window; `exists (B, length)` are
         those that are no padding, None all of them."""
-        count = min(length, self.window - self.block_size)  # of more, the last ones
+        capacity = self.window - self.block_size
+        if not self.length and length > capacity:
+            # the learned start stays in its place, and of the others the last ones
+            self.cache.keep([slice(0, self.num_starts)], self.window - length)
+            self.filled[:, : self.num_starts] = True
+            self.length = self.num_starts
+            capacity -= self.num_starts
+        count = min(length, capacity)
         if count < 1:
             return
         places = self._places(count)

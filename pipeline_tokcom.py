@@ -164,13 +164,15 @@ class TokComPipeline(TokComBasePipeline):
         if streamer is not None and (len(prompts) > 1 or output_type == "latent"):
             found = f"{len(prompts)} prompts and output_type={output_type!r}"
             raise ValueError(f"`streamer` shows text of one prompt; these are {found}.")
-        rows = prompt_ids(self.tokenizer, prompts, *prompt_room(self.model, gen_length, truncation))
+        room = prompt_room(self.model, gen_length, truncation)
+        rows, is_cut = prompt_ids(self.tokenizer, prompts, *room)
         feed = StreamerFeed(streamer, gen_length, self._eos_token_id)
         callback = self._step_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         skip, blocks = self.continue_ids(  # blocks are denoised as they are read
             rows,
             gen_length,
             TokComSampling(num_inference_steps, guidance_scale, [], temperature, top_p, generator),
+            inside=is_cut,
             latents=latents,
             stop=output_type != "latent",  # latents have no EOS
             on_step_end=feed.after_step(callback),
@@ -186,7 +188,7 @@ class TokComPipeline(TokComBasePipeline):
 
     def encode_prompt(self, prompt: list[str]) -> tuple[TokComCodecOutput | None, list[list[int]]]:
         """Prompts -> clean context latents, None if no prompt fills a chunk, and their ids."""
-        rows = prompt_ids(self.tokenizer, prompt, self.max_length)
+        rows, _ = prompt_ids(self.tokenizer, prompt, self.max_length)
         return context_of_rows(self.model, rows, self._execution_device), rows
 
     def continue_ids(
@@ -197,18 +199,20 @@ class TokComPipeline(TokComBasePipeline):
         latents: torch.Tensor | None = None,
         noise_scale: float = 1.0,
         stop: bool = False,
+        inside: list[bool] | None = None,
         on_step_end: StepCallback | None = None,
     ) -> tuple[list[int], Blocks]:
         """How many tokens of its prompt each row's first blocks repeat, and the blocks of new text.
 
         `noise_scale` multiplies the noise. With `stop` the blocks end when every row has ended.
+        Rows are texts from their start, but for those that begin `inside` one.
         """
 
         def make_noise(count: int) -> torch.Tensor:
             return self.prepare_latents(len(rows), count, sampling.generator, latents) * noise_scale
 
         task, skip = continuation_task(
-            self.model, rows, gen_length, make_noise, self._execution_device
+            self.model, rows, gen_length, make_noise, self._execution_device, inside
         )
         blocks = self.sample_blocks(task, sampling, decode=True, on_step_end=on_step_end)
         if stop:
@@ -305,11 +309,12 @@ class TokComPipeline(TokComBasePipeline):
             return x
 
         room = prompt_room(self.model, max(lengths), truncation)
-        rows = prompt_ids(self.tokenizer, prompts, *room)
+        rows, is_cut = prompt_ids(self.tokenizer, prompts, *room)
         skip, blocks = self.continue_ids(
             rows,
             max(lengths),
             TokComSampling(num_inference_steps, guidance_scale, [], temperature, top_p, generator),
+            inside=is_cut,
             stop=True,
             on_step_end=None if should_stop is None else ask_to_stop,
         )

@@ -238,8 +238,8 @@ def prompt_ids(
     max_length: int,
     truncation: str | None = None,
     chunk_size: int = 1,
-) -> list[list[int]]:
-    """Ids of prompts, which may be rows of ids already.
+) -> tuple[list[list[int]], list[bool]]:
+    """Ids of prompts, which may be rows of ids already, and which of them lost their beginning.
 
     Trailing spaces are left to the continuation, whose first word carries its own. With
     `truncation="left"` a prompt of more than `max_length` tokens loses its first ones, in whole
@@ -268,7 +268,7 @@ def prompt_ids(
         )
     # tokens to leave out, rounded up to whole chunks
     beyond = [-(-max(0, len(row) - max_length) // chunk_size) * chunk_size for row in rows]
-    return [row[first:] for row, first in zip(rows, beyond)]
+    return [row[first:] for row, first in zip(rows, beyond)], [first > 0 for first in beyond]
 
 
 def write_latents(

@@ -141,6 +141,8 @@ class TokComTask:
             bidirectional models.
         given (`TokComGiven`, *optional*): known tokens inside the new latents.
         gaps (`TokComGaps`, *optional*): how a context with gaps is read.
+        inside (`list[bool]`, *optional*): rows whose context begins inside a text, for models with
+            `start_latents`; by default none.
     """
 
     noise: torch.Tensor
@@ -152,6 +154,7 @@ class TokComTask:
     prefix: tuple[torch.Tensor, ...] | None = None
     given: TokComGiven | None = None
     gaps: TokComGaps | None = None
+    inside: list[bool] | None = None
 
 
 # ---- rows of ids ----
@@ -250,8 +253,9 @@ def continuation_task(
     gen_length: int,
     make_noise: MakeNoise,
     device: torch.device,
+    inside: list[bool] | None = None,
 ) -> tuple[TokComTask, list[int]]:
-    """The task of continuing rows of ids by `gen_length` tokens.
+    """The task of continuing rows of ids, which may begin `inside` a text, by `gen_length` tokens.
 
     Also returns how many tokens of its prompt each row's first blocks repeat: those of the
     unfinished chunk.
@@ -279,7 +283,8 @@ def continuation_task(
         ids, mask = pad_rows(config, tails, "right", device, size)
         # the tail stands at the beginning of the first new chunk, and its tokens stay as they are
         given = TokComGiven(*model.codec.symbols(ids, mask))
-    return TokComTask(noise, context, model.codec.positions(places), given=given), skip
+    positions = model.codec.positions(places)
+    return TokComTask(noise, context, positions, given=given, inside=inside), skip
 
 
 # ---- filling gaps ----

@@ -182,7 +182,7 @@ class Demo:
         if self.predicts_tokens:
             # the loss draws noise; the same text always gets the same colours
             torch.manual_seed(0)
-            losses = token_losses_at(self.pipe.model, whole, 0.0, mask)
+            losses = token_losses_at(self.pipe.model, whole, 0.0, mask, begins=beyond == 0)
         else:
             losses = self.pipe.model.codec.loss(
                 self.pipe.model.encode(whole, mask).latents, whole, mask
@@ -305,7 +305,7 @@ class Demo:
         except ValueError as error:
             raise explained(error) from error
         size = self.pipe.chunk_size
-        latents = encoded.latents[0].float()
+        latents = encoded.latents[0].float().cpu()
         # two points lie on a line, which has no second component
         if len(latents) < 3:
             raise explained(

@@ -59,10 +59,14 @@ def rarest_ids(tokens: np.ndarray, share: float = 0.1) -> np.ndarray:
 
 @torch.no_grad()
 def token_losses_at(
-    model, ids: torch.Tensor, t: float, attention_mask: torch.Tensor | None = None
+    model,
+    ids: torch.Tensor,
+    t: float,
+    attention_mask: torch.Tensor | None = None,
+    begins: bool = False,
 ) -> torch.Tensor:
     """Nats `(B, N, K)` of each token of `ids (B, T)` at time t, given the clean text before its
-    block.
+    block. The rows begin inside a text, or each `begins` one.
 
     With `token_stagger` the tokens of a chunk reach t one after the other. Each token is measured
     in its turn, given the ones before it, so t = 0 is an autoregressive likelihood.
@@ -78,10 +82,11 @@ def token_losses_at(
         (t + head.stagger * k) / (1 + head.stagger * (head.num_symbols - 1))
         for k in range(head.num_symbols)
     ]
+    starts = torch.full((len(ids),), begins, device=ids.device)
     with half:
         # a pass for each place of the chunk, of which only that place is kept
         losses = [
-            model(ids, attention_mask, timestep=time).token_losses[..., k]
+            model(ids, attention_mask, timestep=time, text_start=starts).token_losses[..., k]
             for k, time in enumerate(times)
         ]
     return torch.stack(losses, dim=-1)

@@ -71,8 +71,10 @@ class TokComSampler:
                     _, ids = pipe.sample_latents(TokComTask(noise * self.noise_scale), sampling)
                 else:
                     known = prompts[start : start + size].tolist()
+                    # held-out prompts are cut from the middle of texts
+                    inside = [True] * len(known)
                     skip, blocks = pipe.continue_ids(
-                        known, length, sampling, noise_scale=self.noise_scale
+                        known, length, sampling, noise_scale=self.noise_scale, inside=inside
                     )
                     # all prompts have one length, so the known tokens of the first chunk are as
                     # many in every row

@@ -6,12 +6,15 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from helpers import exact_pipe, seeded
 
+from tokcom.context_tokcom import CachedContext
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.processing_tokcom import text_ids, vocabulary_size
 from tokcom.sampling_tokcom import TokComSampling, kept_tokens
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
+from tokcom.tasks_tokcom import TokComTask, context_of_rows
 from tokcom.training.presets import preset_config
+from tokcom.transformer_tokcom import START_OF_TEXT
 
 TEXT = "Once upon a time there was a little rabbit who lived in a wood."
 SMALL = {
@@ -50,17 +53,20 @@ def drawn_from(pipe: TokComPipeline) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("length", range(4, 12))
 def test_the_next_token_has_the_probability_that_the_likelihood_says_at_every_prompt_length(
-    pipe, length
+    pipe, length, inside
 ):
+    # the two learned latents before a text differ as those of a trained model do
+    torch.nn.init.normal_(pipe.model.transformer.start_embedding.weight)
     ids = text_ids(pipe.tokenizer, TEXT)[: length + 1]
     padded = torch.tensor([ids + [0] * (-len(ids) % 4)])
-    expected = pipe.model(padded).token_losses.flatten()[length]
+    begins = torch.tensor([not inside])
+    expected = pipe.model(padded, text_start=begins).token_losses.flatten()[length]
     calls = drawn_from(pipe)
-    _, blocks = pipe.continue_ids(
-        [ids[:length]], 4, TokComSampling(temperature=1.0, generator=seeded())
-    )
+    sampling = TokComSampling(temperature=1.0, generator=seeded())
+    _, blocks = pipe.continue_ids([ids[:length]], 4, sampling, inside=[inside])
     next(iter(blocks))
     # steps before the first new token draw nothing
     first = next(call for call in calls if len(call))
@@ -76,6 +82,47 @@ def test_a_prompt_goes_on_inside_its_last_chunk(pipe):
         skip, blocks = pipe.continue_ids([ids], 8, TokComSampling(generator=seeded()))
         drawn = torch.cat([ids for _, ids in blocks], dim=1)[0].tolist()
         assert skip == [length % 4] and drawn[: skip[0]] == ids[length - skip[0] :]
+
+
+def test_a_prompt_that_lost_its_beginning_is_read_as_the_inside_of_a_text(pipe, monkeypatch):
+    asked = []
+    whole = pipe.continue_ids
+
+    def listen(rows, *arguments, inside, **options):
+        asked.append(inside)
+        return whole(rows, *arguments, inside=inside, **options)
+
+    monkeypatch.setattr(pipe, "continue_ids", listen)
+    options = {"gen_length": 4, "num_inference_steps": 1, "truncation": "left"}
+    with pytest.warns(UserWarning, match="1 steps for the 4 tokens"):
+        pipe([TEXT * 40, TEXT], **options)
+        list(pipe.stream(TEXT * 40, **options))
+    assert asked == [[True, False], [True]]
+
+
+@torch.no_grad()
+def test_a_prompt_that_fills_the_window_keeps_the_learned_start_and_loses_its_oldest_chunk(pipe):
+    ids = (text_ids(pipe.tokenizer, TEXT) * 40)[: pipe.max_length]
+    contexts = []
+    for row in (ids, ids[:8]):
+        context = context_of_rows(pipe.model, [row], "cpu")
+        noise = torch.zeros(1, 1, context.latents.shape[-1])
+        contexts.append(CachedContext(pipe.model, TokComTask(noise, context)))
+    full, short = (context.cache.layers for context in contexts)
+    torch.testing.assert_close(full[0].keys[:, :, 0], short[0].keys[:, :, 0])
+    # the layer behind the others holds the states of the context and their positions
+    places = full[-1].values[0, 0, : contexts[0].length, 0].long().tolist()
+    assert places == [START_OF_TEXT, *range(1, len(ids) // 4)]
+    assert contexts[0].filled[0, : len(places)].all()
+
+
+def test_a_guided_text_does_not_depend_on_the_prompts_beside_it(pipe):
+    torch.nn.init.normal_(pipe.model.transformer.start_embedding.weight)
+    options = {"gen_length": 12, "guidance_scale": 3.0, "output_type": "seq", "temperature": 1.0}
+    for short in ("S", "Squinty was"):
+        alone = pipe([short], generator=[seeded(1)], **options).sequences
+        beside = pipe([short, TEXT], generator=[seeded(1), seeded(2)], **options).sequences
+        assert torch.equal(alone[0], beside[0])
 
 
 def test_a_shorter_length_gives_the_beginning_of_the_same_text_in_any_batch(pipe):
