@@ -2,9 +2,9 @@
 
     tokcom sample-corpus --model HuggingFaceTB/SmolLM2-135M --output corpus --num_characters 1000000
 
-The folder gets part-00000.parquet and so on (column `text`), validation.parquet if asked for, and
-provenance.json. It is written after every batch, so the same command given again goes on where it
-was stopped.
+The folder gets train/part-00000.parquet and so on (column `text`), validation.parquet if asked for,
+and provenance.json. It is written after every batch, so the same command given again goes on where
+it was stopped. To train on it: data.train=corpus/train data.validation=corpus/validation.parquet.
 """
 
 import argparse
@@ -42,6 +42,7 @@ from tokcom.training.tokens import load_tokenizer
 COUNTS = ("sampled", "kept", "not_ended", "too_short", "duplicates", "characters")  # of texts
 # What may differ when a run goes on: the texts sampled so far do not depend on it.
 NOT_SETTINGS = ("output", "num_texts", "num_characters", "debug", "command_line")
+TRAIN = "train"  # of a corpus: the folder of its texts but those for validation
 PATIENCE = 8  # batches without a text to keep, after which something must be wrong
 
 
@@ -260,7 +261,7 @@ class Corpus:
         self.settings = settings
         self.seen = {digest_text(text) for path in excluded for text in read_texts(path)}
         self.texts: list[str] = []
-        folder.mkdir(parents=True, exist_ok=True)
+        (folder / TRAIN).mkdir(parents=True, exist_ok=True)
         if (folder / "state.json").exists():
             self.state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
             self._resume()
@@ -293,7 +294,8 @@ class Corpus:
             # the first texts: a corpus that is still growing has its validation part already
             return self.folder / "validation.parquet", validation
         name = f"part-{index - bool(validation):05d}.parquet"
-        return self.folder / name, self.settings["texts_per_file"]
+        # a folder of their own, which training reads as a whole
+        return self.folder / TRAIN / name, self.settings["texts_per_file"]
 
     def add(self, texts: list[str | None], seconds: float) -> None:
         """Take a batch: keep its new, ended and long enough texts, and write files and state."""

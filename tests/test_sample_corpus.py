@@ -13,6 +13,9 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 
 from tokcom.cli import sample_corpus
 from tokcom.cli.main import call, parse
+from tokcom.training.config import DataConfig
+from tokcom.training.data import load_documents
+from tokcom.training.sources import is_saved_dataset
 
 
 def sample(arguments: list[str]) -> dict[str, int]:
@@ -52,7 +55,9 @@ def options(teacher):
 
 def files(folder: Path) -> dict[str, list[str]]:
     """The texts of each parquet file of a corpus."""
-    return {f.name: sample_corpus.read_texts(f) for f in sorted(folder.glob("*.parquet"))}
+    """The texts of each file, those for validation first."""
+    found = [*folder.glob("*.parquet"), *sorted(folder.glob("train/*.parquet"))]
+    return {file.name: sample_corpus.read_texts(file) for file in found}
 
 
 def texts(folder: Path) -> list[str]:
@@ -131,6 +136,19 @@ def test_validation_holds_the_first_texts_and_shards_are_full(options, tmp_path)
     assert all(len(part) == 7 for part in list(split.values())[:-1])
 
 
+def test_training_reads_all_of_a_corpus_but_its_validation_part(options, tmp_path):
+    sample(options(tmp_path / "corpus", "--validation", "5"))
+    held_out, *parts = files(tmp_path / "corpus").values()
+    read = {
+        name: load_documents(str(tmp_path / "corpus" / name), DataConfig(), "train")["text"]
+        for name in ("train", "validation.parquet")
+    }
+    assert sorted(read["train"]) == sorted(text for part in parts for text in part)
+    assert list(read["validation.parquet"]) == held_out and len(held_out) == 5
+    # a state.json does not make a folder one that datasets has saved
+    assert not is_saved_dataset(tmp_path / "corpus")
+
+
 def test_a_prompt_begins_every_text(options, tmp_path):
     sample(options(tmp_path, "--prompt", "the fox"))
     assert all(text.startswith("the fox") for text in texts(tmp_path))
@@ -146,7 +164,7 @@ def test_every_file_says_where_it_comes_from(options, tmp_path):
     sample(options(tmp_path))
     whole = json.loads((tmp_path / "provenance.json").read_text())
     assert set(whole["settings"]["sha256"]) == {"model.safetensors"}
-    last = sorted(tmp_path.glob("part-*.parquet"))[-1]
+    last = sorted(tmp_path.glob("train/part-*.parquet"))[-1]
     assert json.loads(pq.read_schema(last).metadata[b"provenance"]) == whole
 
 

@@ -56,6 +56,13 @@ from tokcom.training.report import Report, SourceReport, several, some
 FIELDS = 20  # fields of records that an error names; a folder of settings has hundreds
 
 
+def is_saved_dataset(path: Path) -> bool:
+    """Whether a folder is what `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote."""
+    # as datasets asks; a state.json alone may be anybody's
+    marks = ("state.json", "dataset_info.json")
+    return (path / "dataset_dict.json").is_file() or all((path / m).is_file() for m in marks)
+
+
 @dataclass
 class Source:
     """One of several sources: where it lies, which of its fields holds the text, and how much of
@@ -103,10 +110,7 @@ class Source:
         path = Path(self.path)
         if not path.exists():
             part = self._from_hub(config, split)
-        # the files by which `Dataset.save_to_disk` and `DatasetDict.save_to_disk` mark a folder
-        elif path.is_dir() and (
-            (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
-        ):
+        elif is_saved_dataset(path):
             part = self._saved(path, config, split)
         else:
             part = self._local(config)
