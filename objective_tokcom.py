@@ -131,13 +131,16 @@ class TokComNextChunkObjective(TokComFlowObjective):
 
     Args:
         turn_share: share of the rows whose times are exactly those at which a token's turn begins,
-            which is where K sampling steps are. The times of other rows lie anywhere in between.
+            which is where K sampling steps are. The times of other rows lie anywhere in between. By
+            default 0.75, and 0 for a model whose tokens take no turns.
     """
 
-    turn_share: float = 0.75
+    turn_share: float | None = None
 
     def check(self, config) -> None:
         super().check(config)
+        if self.turn_share is None:
+            self.turn_share = 0.75 if config.token_stagger == 1 else 0.0
         if not 0 <= self.turn_share <= 1 or (self.turn_share and config.token_stagger != 1):
             raise ValueError(
                 f"`turn_share` ({self.turn_share}) must be in [0, 1], and 0 unless `token_stagger` "
