@@ -24,6 +24,7 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerBase,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     get_scheduler,
     set_seed,
@@ -34,6 +35,7 @@ from tokcom.evaluation.flops import training_flops_per_step
 from tokcom.processing_tokcom import vocabulary_size
 from tokcom.training.config import DataConfig
 from tokcom.training.data import PackedDataset, WindowShape, load_documents, tokenize_documents
+from tokcom.training.ema import ShardedEMAModel, decay_from_half_life
 from tokcom.training.optimizer import build_optimizer
 from tokcom.training.precision import has_fast_bfloat16
 from tokcom.training.tokens import load_tokenizer
@@ -62,6 +64,19 @@ class CausalWindows(torch.utils.data.Dataset):
         ids = self.windows[index]["input_ids"]  # (T,)
         # transformers shifts labels itself
         return {"input_ids": ids, "labels": ids}
+
+
+class Averaging(TrainerCallback):
+    """Keeps the moving average of the weights, which the model has at the end."""
+
+    def __init__(self, model: LlamaForCausalLM, half_life: float):
+        self.average = ShardedEMAModel(model.parameters(), decay=decay_from_half_life(half_life))
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        self.average.step(model.parameters())
+
+    def on_train_end(self, args, state, control, model, **kwargs):
+        self.average.copy_to(model.parameters())
 
 
 def llama_config(
@@ -146,10 +161,12 @@ def train(
     muon_learning_rate: float = 0.0,
     seed: int = 0,
     torch_compile: bool = False,
+    ema_half_life: float = 0.0,
 ) -> LlamaForCausalLM:
     """Train on `tokens (T,)` with TokCom's optimizer and a cosine schedule, then save the model.
 
-    Uses bfloat16 where it is fast. Raises `ValueError` if one process would use several GPUs.
+    With `ema_half_life`, a share of the steps, the weights are averaged as TokCom's are. Uses
+    bfloat16 where it is fast. Raises `ValueError` if one process would use several GPUs.
     """
     set_seed(seed)  # before the model is built, whose weights are drawn from it
     config = llama_config(
@@ -177,6 +194,8 @@ def train(
     schedule = get_scheduler("cosine", optimizer, max(1, min(200, max_steps // 10)), max_steps)
     data = CausalWindows(tokens, sequence_length, tokenizer.eos_token_id, seed)
     trainer = Trainer(model, options, train_dataset=data, optimizers=(optimizer, schedule))
+    if ema_half_life:
+        trainer.add_callback(Averaging(model, ema_half_life * max_steps))
     loss = trainer.train().training_loss
     model = model.eval()
     if not trainer.is_world_process_zero():  # one process writes the files
@@ -233,6 +252,12 @@ def main(argv: list[str] | None = None) -> None:
         type=float,
         default=0.0,
         help="Muon's learning rate for inner matrices; 0 trains all with AdamW",
+    )
+    parser.add_argument(
+        "--ema_half_life",
+        type=float,
+        default=0.0,
+        help="half-life of the averaged weights, as a share of the steps; 0: no average",
     )
     parser.add_argument("--torch_compile", action="store_true", help="compile the network")
     args = vars(parser.parse_args(argv))

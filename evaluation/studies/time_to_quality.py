@@ -7,8 +7,9 @@
 
 Every point is a run of its own, whose learning rate falls to 0 at its end. Both systems have as many
 parameters and layers, the same width, text, batches, optimizer and number of runs; the rates of both
-are multiplied by each of `--rate_factors`, and the best run of a budget counts. What is finished is
-kept in `WORK_DIR/runs` and not run again. Writes `time_to_quality.md` and `time_to_quality.png`.
+are multiplied by each of `--rate_factors`, and of a budget the best run counts among the factors
+that both have tried. What is finished is kept in `WORK_DIR/runs` and not run again. Writes
+`time_to_quality.md` and `time_to_quality.png`.
 
 *Hours* are steps times the processor time of a step, measured at the end with the steps of both
 systems in alternation, so that other work on the machine is not counted. TokCom's include its codec
@@ -42,6 +43,7 @@ from tokcom.training.tokens import load_tokenizer
 
 ROW = "recipe"
 RATES = {"learning_rate": 3e-3, "muon_learning_rate": 1.2e-2}  # of both systems, times a factor
+AVERAGE = 0.05  # half-life of the averaged weights of both, as a share of the steps
 SHAPE = {"hidden_size": 320, "num_hidden_layers": 8}  # of both systems
 SYSTEMS = {"TokCom": TurnSystem, "Llama": AutoregressiveSystem}
 STEPS = 6  # of each system that are timed
@@ -59,9 +61,8 @@ def train(system: str, flops: float, factor: float, args: argparse.Namespace) ->
     documents = load_documents(args.train, DataConfig(), "train")
     tokens = tokenize_documents(documents, tokenizer, "text", "training text")
     size = {**SHAPE, "num_parameters": args.num_parameters}
-    autoregressive.train(
-        tokens, tokenizer, directory, **size, **rates, training_flops=flops, seed=args.seed
-    )
+    settings = {**size, **rates, "training_flops": flops, "seed": args.seed}
+    autoregressive.train(tokens, tokenizer, directory, **settings, ema_half_life=AVERAGE)
     return directory, json.loads((directory / "training.json").read_text(encoding="utf-8"))
 
 
@@ -166,15 +167,25 @@ def codec_directory(args: argparse.Namespace) -> Path:
 # ---- report ----
 
 
-def finished_runs(work: Path) -> list[dict]:
-    files = sorted((work / "runs").glob("*.json"))
+def finished_runs(work: Path, seed: int) -> list[dict]:
+    files = sorted((work / "runs").glob(f"*-{seed}.json"))
     return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+
+
+def best_run(runs: list[dict], system: str, budget: float) -> tuple[dict, int] | None:
+    """The run of a budget with the lowest loss among the rate factors that every system has tried,
+    and how many these are; None unless all have."""
+    same = [run for run in runs if run["budget"] == budget]
+    tried = [{run["factor"] for run in same if run["system"] == name} for name in SYSTEMS]
+    factors = set.intersection(*tried)
+    own = [run for run in same if run["system"] == system and run["factor"] in factors]
+    return (min(own, key=lambda run: run["own_nll"]), len(own)) if own else None
 
 
 def write_report(args: argparse.Namespace) -> None:
     """The best run of each system and budget as a table and a picture."""
     work = Path(args.work_dir)
-    runs = finished_runs(work)
+    runs = finished_runs(work, args.seed)
     for run in runs:
         print(f"{run['system']} {run['budget']:g} x{run['factor']:g}: {run['own_nll']:.4f}")
     models = {run["system"]: Path(run["directory"]) for run in runs}
@@ -187,17 +198,17 @@ def write_report(args: argparse.Namespace) -> None:
     rows = []
     for budget in sorted({run["budget"] for run in runs}):
         for system in SYSTEMS:
-            same = [run for run in runs if (run["system"], run["budget"]) == (system, budget)]
-            if not same:
+            found = best_run(runs, system, budget)
+            if found is None:
                 continue
-            best = min(same, key=lambda run: run["own_nll"])
+            best, count = found
             flops = best["training_flops"]
             spent = best["steps"] * seconds[system]
             if system == "TokCom":
                 flops += codec["training_flops"]
                 spent += codec["steps"] * seconds["codec"]
             cost = (f"{flops:.3g}", round(best["tokens"] / 1e6, 2), round(spent / 3600, 3))
-            rows.append([system, f"{budget:g}", *cost, len(same), best["factor"], best["own_nll"]])
+            rows.append([system, f"{budget:g}", *cost, count, best["factor"], best["own_nll"]])
     columns = ["system", "budget", "operations", "M tokens", "hours", "runs", "best rate factor"]
     text = table([*columns, "own NLL, nats per token"], rows)
     text += "\nProcessor seconds of a step: "
