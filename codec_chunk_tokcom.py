@@ -178,6 +178,10 @@ class TokComCodec(TokComPreTrainedModel):
         check_settings(self.loss_class, settings, "codec.objective.")
         self.loss_settings = self.loss_class(**settings)
 
+    def from_codes(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes `(B, N, R)` -> standardised latents `(B, N, C)`, of codecs that have codes."""
+        raise ValueError(f"{type(self).__name__} has no codes; give latents.")
+
     def known(
         self,
         latents: torch.Tensor,

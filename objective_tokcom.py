@@ -131,8 +131,7 @@ class TokComNextChunkObjective(TokComFlowObjective):
 
     Args:
         turn_share: share of the rows whose times are exactly those at which a token's turn begins,
-            which is where K sampling steps are. The times of other rows lie anywhere in between. By
-            default 0.75, and 0 for a model whose tokens take no turns.
+            which is where K sampling steps are. By default 0.75, and 0 without turns.
     """
 
     turn_share: float | None = None

@@ -37,7 +37,7 @@ from .sampling_tokcom import (
     spawn_generators,
     split_blocks,
 )
-from .tasks_tokcom import TokComTask, pad_rows
+from .tasks_tokcom import TokComTask, captions_of, pad_rows
 
 # modality of a codec -> the pipeline of its models
 PIPELINE_NAMES = {
@@ -418,29 +418,24 @@ class TokComBasePipeline(CheckedFiles, DiffusionPipeline):
     def _caption_prefix(
         self, prompt: str | Sequence[str] | None, batch_size: int
     ) -> tuple[int, tuple[torch.Tensor, ...] | None]:
-        """How many samples captions ask for, by default `batch_size`, and what the transformer
-        reads of them."""
+        """How many samples are asked for, `batch_size` of one caption or one for each of several,
+        and what the transformer reads of the captions."""
         if prompt is None:
             return batch_size, None
-        captions = [prompt] if isinstance(prompt, str) else prompt
-        if not isinstance(captions, (list, tuple)):
-            raise ValueError(
-                f"`prompt` must be a caption or a list of captions, not a {type(prompt).__name__}."
-            )
-        if not captions:
-            raise ValueError("`prompt` is an empty list; give at least one caption.")
         rows: list[list[int]] = []
-        for caption in captions:
+        for caption in captions_of(prompt, batch_size):
             # an empty caption is hidden as a whole, like those that training drops
             rows.append([] if caption == "" else self._tokenize([caption], "prompt")[0])
         return len(rows), self.model.condition(*self._pad(rows, "right"))
 
-    def _guidance(self, scale: Any, has_conditions: bool) -> Any:
-        """The guidance scale that was asked for, or the model's own if there is anything that it
-        can strengthen."""
-        if scale is not None:
-            return scale
-        return self.model.config.sampling_guidance_scale if has_conditions else 1.0
+    def _guidance(self, scale: Any, has_conditions: bool, wanted: str | None = None) -> Any:
+        """The guidance scale that was asked for, or the model's own if there is anything to follow;
+        raises `ValueError` with what is `wanted` for a scale of nothing."""
+        if scale is None:
+            return self.model.config.sampling_guidance_scale if has_conditions else 1.0
+        if wanted and not has_conditions and scale != 1.0:
+            raise ValueError(f"`guidance_scale` ({scale}) needs {wanted}; leave it at 1.")
+        return scale
 
     def _to_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents `(B, N, C)` as they are, or those that integer codes `(B, N, R)` stand for;

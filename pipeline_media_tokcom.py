@@ -42,7 +42,13 @@ from .quantization_tokcom import VectorQuantizer  # noqa: F401
 from .sampling_tokcom import TokComSampling
 from .scheduling_tokcom import TokComFlowMatchSchedulerOutput  # noqa: F401
 from .sounds_tokcom import read_sound  # noqa: F401
-from .tasks_tokcom import TokComTask, lay_out_clip, pad_token_id
+from .tasks_tokcom import (
+    TokComTask,
+    check_batch_size,
+    check_frames,
+    lay_out_clip,
+    pad_token_id,
+)
 from .transformer_tokcom import TokComTransformer  # noqa: F401
 
 Generators: TypeAlias = torch.Generator | list[torch.Generator] | None
@@ -115,7 +121,7 @@ class TokComImagePipeline(TokComPixelPipeline):
         callback_on_step_end: Callback = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
     ) -> TokComImagePipelineOutput | tuple:
-        """New pictures for one or several captions, or without captions `batch_size` of them.
+        """New pictures: `batch_size` of them for a caption or none, or one for each of several.
 
         Args:
             prompt: a caption or a list of them, "" for none; of models trained with captions.
@@ -131,11 +137,7 @@ class TokComImagePipeline(TokComPixelPipeline):
         """
         self.check_inputs(num_inference_steps, output_type, callback_on_step_end_tensor_inputs)
         batch_size, prefix = self._caption_prefix(prompt, batch_size)
-        guidance_scale = self._guidance(guidance_scale, prefix is not None)
-        if prefix is None and guidance_scale != 1.0:
-            raise ValueError(
-                f"`guidance_scale` ({guidance_scale}) needs a `prompt`; leave it at 1."
-            )
+        guidance_scale = self._guidance(guidance_scale, prefix is not None, "a `prompt`")
         num_tokens = self.model.config.codec_config.num_tokens
         noise = self.prepare_latents(batch_size, num_tokens, generator, latents)
         sampling = TokComSampling(num_inference_steps, guidance_scale, generator=generator)
@@ -291,10 +293,15 @@ class TokComVideoPipeline(TokComPixelPipeline):
         """
         self.check_inputs(num_inference_steps, output_type, callback_on_step_end_tensor_inputs)
         given = None if frames is None else self._read(frames, "frames", height, width)
-        batch_size = batch_size if given is None else len(given)
+        if given is not None:
+            check_batch_size(batch_size, len(given), "clips")
+            check_frames(self.model.config, given)
+            batch_size = len(given)
         batch_size, prefix = self._caption_prefix(prompt, batch_size)
-        guidance_scale = self._guidance(guidance_scale, not (prefix is None and given is None))
-        self._check_conditions(guidance_scale, prefix, given, batch_size)
+        if given is not None and len(given) != batch_size:
+            raise ValueError(f"{batch_size} captions for {len(given)} clips; give one for each.")
+        follows = prefix is not None or given is not None
+        guidance_scale = self._guidance(guidance_scale, follows, "captions or frames")
         size = self._size_of(given, height, width)
         inputs = None if given is None else self._to_codec(given)
         context, position_ids = lay_out_clip(self.model, inputs, num_frames, size)
@@ -308,17 +315,6 @@ class TokComVideoPipeline(TokComPixelPipeline):
             result = torch.cat((context.latents.float(), result), dim=1)
         output = self._show(result, output_type, size, given)
         return output if return_dict else output.to_tuple()
-
-    @staticmethod
-    def _check_conditions(
-        guidance_scale: float, prefix: tuple | None, given: torch.Tensor | None, batch_size: int
-    ) -> None:
-        if guidance_scale != 1.0 and prefix is None and given is None:
-            raise ValueError(
-                f"`guidance_scale` ({guidance_scale}) needs captions or frames; leave it at 1."
-            )
-        if given is not None and len(given) != batch_size:
-            raise ValueError(f"{batch_size} captions for {len(given)} clips; give one for each.")
 
     def _size_of(
         self, clips: torch.Tensor | None, height: int | None, width: int | None
@@ -490,6 +486,8 @@ class TokComOmniPipeline(TokComBasePipeline):
         # a stream is made for those given and for those made before it
         guidance_scale = self._guidance(guidance_scale, bool(contents) or len(names) > 1)
         check_guidance(guidance_scale, list(contents), names)
+        for values in contents.values():
+            check_batch_size(batch_size, len(values), "of each given stream")
         batch_size = len(next(iter(contents.values()), range(batch_size)))
         whole = self._read_given(contents, batch_size, num_candidates)
         index = codec.index_of(names, self._execution_device)

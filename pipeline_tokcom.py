@@ -59,7 +59,9 @@ from .scheduling_tokcom import TokComFlowMatchScheduler  # noqa: F401
 from .sounds_tokcom import read_sound  # noqa: F401
 from .tasks_tokcom import (
     TokComTask,
+    check_candidates,
     check_length,
+    check_scores,
     check_whole_length,
     context_of_rows,
     continuation_task,
@@ -351,7 +353,7 @@ class TokComPipeline(TokComBasePipeline):
             raise ValueError(
                 f"`num_chunks` ({num_chunks}) must be a multiple of {multiple}, a row of patches."
             )
-        check_length(self.model.config, num_chunks)
+        check_length(self.model.config, num_chunks, "`num_chunks` makes a text", "reduce it")
         noise = self.prepare_latents(batch_size, num_chunks, generator, latents)  # (B, N, C)
         sampling = TokComSampling(num_inference_steps, 1.0, [], temperature, top_p, generator)
         decode = output_type != "latent"
@@ -429,7 +431,9 @@ class TokComPipeline(TokComBasePipeline):
         encoded = self.encode(text)
         if noise_level == 1.0:
             return self.decode(encoded.latents, encoded.attention_mask)
-        check_length(self.model.config, encoded.latents.shape[1])
+        check_length(
+            self.model.config, encoded.latents.shape[1], "`text` is a text", "give a shorter one"
+        )
         sampling = TokComSampling(num_inference_steps, 1.0, [], temperature, top_p, generator)
         if self._predicts_tokens:
             return self._redraw_tokens(encoded, noise_level, sampling)
@@ -485,7 +489,8 @@ class TokComPipeline(TokComBasePipeline):
         """Fill every gap `____` in `text` with tokens that see what stands before and after it.
 
         Three or more underscores are one gap. Every gap gets `gap_length` tokens, 1 to 8 if None. Of
-        `num_candidates` fillings (by default 16 if None, else 1) the likeliest text is kept.
+        `num_candidates` fillings (by default 16 if None, else 1) the likeliest text is kept; without
+        `gap_length` there must be at least 8, one of each length.
 
         Returns the whole text. Raises `ValueError` without a gap, or for nothing but gaps.
         """
@@ -495,7 +500,8 @@ class TokComPipeline(TokComBasePipeline):
         if num_candidates is None:
             num_candidates = 16 if gap_length is None else 1
         self.check_inputs(None, length=("num_candidates", num_candidates))
-        if gap_length is None or num_candidates > 1:
+        check_candidates(self.model.config, num_candidates, len(lengths))
+        if num_candidates > 1:
             settings = (num_inference_steps, guidance_scale, temperature, top_p)
             found = [
                 self.infill(text, lengths[i % len(lengths)], *settings, source)
@@ -511,7 +517,7 @@ class TokComPipeline(TokComBasePipeline):
             )
         # a gap's first word brings its own space
         known = [piece.rstrip(" ") for piece in pieces[:-1]] + pieces[-1:]
-        rows = [self._tokenize([piece], "text")[0] if piece.strip() else [] for piece in known]
+        rows = [self._tokenize([piece], "text")[0] if piece.strip(" ") else [] for piece in known]
         sampling = TokComSampling(num_inference_steps, guidance_scale, [], temperature, top_p)
         sampling.generator = generator
         fill = self._fill_tokens if self._predicts_tokens else self._fill_latents
@@ -530,15 +536,10 @@ class TokComPipeline(TokComBasePipeline):
         models that have no exact probability of a next token (`config.is_causal_lm` is false).
         """
         config = self.model.config
-        if not config.is_causal_lm:
-            raise ValueError(
-                "only models whose tokens take turns within blocks of one chunk have exact "
-                f"likelihoods (`token_stagger` is {config.token_stagger}, `block_size` "
-                f"{config.transformer_config.block_size})."
-            )
+        check_scores(config, "use the loss of `model` as a bound")
         texts = [texts] if isinstance(texts, str) else list(texts)
         rows = self._tokenize(texts, "texts")
-        check_whole_length(config, max(len(row) for row in rows))
+        check_whole_length(config, max(len(row) for row in rows), "one of `texts`")
         ids, mask = self._pad(rows, "right")
         objective = objective_class(config, "flow")()  # its defaults: eval mode draws nothing
         losses = objective.loss(self.model.eval(), input_ids=ids, attention_mask=mask).token_losses

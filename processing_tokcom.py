@@ -169,7 +169,7 @@ def take_new(
     sequences, mask = end_at_eos(new, eos_token_id, pad_token_id)
     # rows that were interrupted are shorter, which is not the same as padding with an id that may
     # be EOS
-    exists = torch.arange(length, device=ids.device) < max(0, ids.shape[1] - min(skip))
+    exists = torch.arange(length, device=ids.device) < ids.shape[1] - first
     return torch.where(exists, sequences, pad_token_id), mask * exists
 
 

@@ -15,7 +15,7 @@ C latent channels, A position axes.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -196,8 +196,9 @@ def pad_rows(
     return ids.to(device), mask.to(device)
 
 
-def check_length(config, latents: int) -> None:
-    """Raise `ValueError` for a text that a bidirectional model cannot see at once.
+def check_length(config, latents: int, what: str, remedy: str) -> None:
+    """Raise `ValueError` for a text that a bidirectional model cannot see at once, with `what` it
+    is and the `remedy`.
 
     Block-causal models generate any length over a sliding window.
     """
@@ -205,16 +206,15 @@ def check_length(config, latents: int) -> None:
     longest = config.max_position_embeddings
     if config.transformer_config.block_size is None and tokens > longest:
         raise ValueError(
-            f"prompt and generated text are {tokens} tokens together, more than the model's "
-            f"maximum of {longest}; reduce `gen_length` or the prompt."
+            f"{what} of {tokens} tokens, more than the model's maximum of {longest}; {remedy}."
         )
 
 
-def check_whole_length(config, tokens: int) -> None:
+def check_whole_length(config, tokens: int, what: str = "`text` with its gaps") -> None:
     """Raise `ValueError` for a text that the model cannot see at once."""
     if tokens > config.max_position_embeddings:
         raise ValueError(
-            f"`text` with its gaps has {tokens} tokens, more than the model's maximum of "
+            f"{what} has {tokens} tokens, more than the model's maximum of "
             f"{config.max_position_embeddings}; shorten it."
         )
 
@@ -269,7 +269,8 @@ def continuation_task(
     # the first chunk repeats the tail of the prompt, so it also has to fit
     length = num_latents(config, max(skip) + gen_length)
     context_length = 0 if context is None else context.mask.shape[1]
-    check_length(config, context_length + length)
+    what = "prompt and generated text are a text"
+    check_length(config, context_length + length, what, "reduce `gen_length` or the prompt")
     noise = make_noise(length)
     # counted on from the last whole chunk of each prompt
     places = torch.arange(length, device=noise.device).expand(len(rows), -1)
@@ -288,6 +289,27 @@ def continuation_task(
 
 
 # ---- filling gaps ----
+
+
+def check_scores(config, remedy: str) -> None:
+    """Raise `ValueError` with the `remedy` for a model that cannot score texts."""
+    if not config.is_causal_lm:
+        raise ValueError(
+            "only models whose tokens take turns within blocks of one chunk have exact "
+            f"likelihoods (`token_stagger` is {config.token_stagger}, `block_size` "
+            f"{config.transformer_config.block_size}); {remedy}."
+        )
+
+
+def check_candidates(config, count: int, num_lengths: int) -> None:
+    """Raise `ValueError` if `count` fillings cannot be compared, or do not try every length."""
+    if count < num_lengths:
+        raise ValueError(
+            f"`num_candidates` ({count}) must be at least {num_lengths} without a `gap_length`, so "
+            "that every length is tried; raise it, or give a `gap_length`."
+        )
+    if count > 1:
+        check_scores(config, "give a `gap_length` and `num_candidates=1`")
 
 
 def join_rows(rows: list[list[int]], gap_length: int) -> tuple[list[int], list[bool], list[int]]:
@@ -417,7 +439,39 @@ def latent_gap_task(
     return TokComTask(noise, context, positions, edges=edges)
 
 
-# ---- clips ----
+# ---- pictures and clips ----
+
+
+def check_batch_size(batch_size: int, count: int, what: str) -> None:
+    """Raise `ValueError` for a number of samples that does not fit `count` of what is given."""
+    if batch_size not in (1, count):
+        raise ValueError(f"`batch_size` ({batch_size}) does not fit {count} {what}; leave it out.")
+
+
+def captions_of(prompt: Any, batch_size: int) -> list[str]:
+    """One caption as many times as samples are asked for, or several as they are.
+
+    Raises `ValueError` for what is no caption, and for a `batch_size` that is not theirs.
+    """
+    captions = [prompt] * batch_size if isinstance(prompt, str) else prompt
+    if not isinstance(captions, (list, tuple)):
+        raise ValueError(
+            f"`prompt` must be a caption or a list of captions, not a {type(prompt).__name__}."
+        )
+    if not captions:
+        raise ValueError("`prompt` is an empty list; give at least one caption.")
+    check_batch_size(batch_size, len(captions), "captions")
+    return list(captions)
+
+
+def check_frames(config, given: torch.Tensor) -> None:
+    """Raise `ValueError` for first frames `(B, 3, F, H, W)` that the autoencoder cannot read."""
+    per_step = config.codec_config.temporal_compression
+    if (given.shape[2] - 1) % per_step:
+        raise ValueError(
+            f"`frames` are {given.shape[2]}, but the autoencoder reads 1 more than a multiple of "
+            f"{per_step}; leave some out."
+        )
 
 
 def lay_out_clip(
@@ -478,7 +532,12 @@ __all__ = [
     "TokComGaps",
     "TokComGiven",
     "TokComTask",
+    "captions_of",
+    "check_batch_size",
+    "check_candidates",
+    "check_frames",
     "check_length",
+    "check_scores",
     "check_whole_length",
     "context_of_rows",
     "continuation_task",

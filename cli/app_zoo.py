@@ -6,6 +6,7 @@ A tab is made of the model's configuration; its weights are loaded when somebody
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from tokcom.training.report import several
 BUSY = threading.Lock()  # one sample at a time on the whole page: the machine is small
 LONGEST_ANSWER = 64  # tokens that a pixel model writes
 FRAMES_PER_SECOND = 8  # of the .gif files
+KEPT = 60.0  # seconds that these are kept
 PREFIXES = (1, 2, 4, 8, 16, 32)  # tokens of a picture that are decoded, besides all
 # what to ask the models that ship; others begin with an empty box
 EXAMPLES = {
@@ -180,6 +182,10 @@ def animate(shown: ShownModel, caption: str, steps: int, guidance: float, seed: 
 
     def work(pipe) -> str:
         clip = pipe(**_options(caption, steps, guidance, seed)).videos[0]
+        # the page shows copies, and must not fill the disk
+        for file in Path(shown.files.name).glob("*.gif"):
+            if time.time() - file.stat().st_mtime > KEPT:
+                file.unlink(missing_ok=True)
         # a name of its own for every visitor
         descriptor, name = tempfile.mkstemp(".gif", dir=shown.files.name)
         # the exporter opens the file by its name
@@ -199,8 +205,8 @@ def complete(shown: ShownModel, steps: int, guidance: float, seed: float, *value
         output = pipe(
             given,
             num_inference_steps=int(steps),
-            # guidance needs something that is given to move towards
-            guidance_scale=guidance if given else 1.0,
+            # also from nothing, since later streams are made for earlier ones
+            guidance_scale=guidance,
             generator=numbered_noise(seed),
         )
         made = dict(zip(boxes, values))

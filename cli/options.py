@@ -7,6 +7,7 @@ transformers. A mode is one way to use a model; `inference.py` chooses among the
 
 import argparse
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -310,16 +311,23 @@ def check_mode(
 def refuse_unused(
     parser: argparse.ArgumentParser, mode: str, args: argparse.Namespace, names
 ) -> None:
-    """End with a usage error if an option among `names` was given that `mode` does not read."""
-    for name in names:
+    """End with a usage error if an option among `names` was given that `mode` does not read, and
+    print a note for others."""
+    for name in OPTIONS:
+        takers = ", ".join(taker for taker, other in MODES.items() if name in other.options)
         # argparse does not tell a default from the same value given
         default = OPTIONS[name].get("default")
-        if name not in MODES[mode].options and getattr(args, name) not in (default, False):
-            takers = ", ".join(taker for taker, other in MODES.items() if name in other.options)
-            parser.error(
-                f"--{name} {getattr(args, name)} has no effect in mode {mode}; it is an option of: "
-                f"{takers}"
-            )
+        is_given = name in vars(args) and getattr(args, name) not in (default, False)
+        # options that no mode names are of all modes
+        if not is_given or not takers or name in MODES[mode].options:
+            continue
+        message = (
+            f"--{name} {getattr(args, name)} has no effect in mode {mode}; it is an option of: "
+            f"{takers}"
+        )
+        if name in names:
+            parser.error(message)
+        print(f"note: {message}", file=sys.stderr)
 
 
 # ---- the other commands ----

@@ -473,9 +473,17 @@ class DrainingServer(uvicorn.Server):
     A second SIGINT ends at once.
     """
 
-    def __init__(self, config: uvicorn.Config, grace: float):
+    def __init__(self, config: uvicorn.Config, grace: float, name: str):
         super().__init__(config)
         self.grace = grace
+        self.name = name
+
+    async def startup(self, sockets=None) -> None:
+        await super().startup(sockets)
+        # only now is it known which port the system has given for port 0
+        for server in self.servers[:1]:
+            port = server.sockets[0].getsockname()[1]
+            print(f"serving {self.name} on http://{self.config.host}:{port}/v1", flush=True)
 
     def handle_exit(self, sig: int, frame: object) -> None:
         # uvicorn would raise the signal again at the end and so die of it
@@ -531,9 +539,5 @@ def run(args: argparse.Namespace) -> None:
     config = uvicorn.Config(
         app, host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=last
     )
-    print(
-        f"serving {args.checkpoint} as {args.model_name!r} on http://{args.host}:{args.port}/v1",
-        flush=True,
-    )
     gc.freeze()  # the model lives as long as the server, so collections need not walk through it
-    DrainingServer(config, settings.grace).run()
+    DrainingServer(config, settings.grace, f"{args.checkpoint} as {args.model_name!r}").run()

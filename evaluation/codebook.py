@@ -72,7 +72,8 @@ def codes_of_pictures(pipe: TokComBasePipeline, args: argparse.Namespace) -> tor
         pixels = torch.stack(
             [data[i]["pixel_values"] for i in range(start, min(start + BATCH, len(data)))]
         )
-        parts.append(model.encode(pixel_values=pixels).codes.flatten(0, 1))  # (B * N, R)
+        codes = model.encode(pixel_values=pixels.to(model.device)).codes  # (B, N, R)
+        parts.append(codes.flatten(0, 1).cpu())
     return torch.cat(parts)
 
 
@@ -100,7 +101,8 @@ def show_codes(
     # the other levels at their most frequent code
     rest = codes.mode(0).values[None, 1:].expand(len(best), -1)
     # (shown, 1, C): clips of one patch
-    latents = codec.from_codes(torch.cat((best[:, None], rest), dim=1)[:, None])
+    chosen = torch.cat((best[:, None], rest), dim=1)[:, None]
+    latents = codec.from_codes(chosen.to(pipe.model.device))
     size = codec.config.patch_size
     # (shown, 3, patch, patch)
     patches = codec.decode(latents, height=size, width=size).pixel_values[:, :3, 0]

@@ -43,6 +43,7 @@ def predict(
     batch_size: int,
     seed: int,
     captions: list[str] | None = None,
+    guidance: float = 1.0,
 ) -> torch.Tensor:
     """The frame `(B, 3, H, W)` that follows the first `known` of `clips (B, 3, F, H, W)`, whose
     captions are given to a model that reads any."""
@@ -54,6 +55,7 @@ def predict(
     for start in tqdm(range(0, len(clips), batch_size), desc=f"{known} known, {steps} steps"):
         given = clips[start : start + batch_size, :, :known]  # (B, 3, known, H, W)
         options = {"num_inference_steps": steps, "generator": generator, "output_type": "pt"}
+        options["guidance_scale"] = guidance
         if captions is not None and pipe.model.config.condition_vocab_size:
             options["prompt"] = captions[start : start + batch_size]
         made = pipe(frames=given, num_frames=length, **options).videos
@@ -77,22 +79,25 @@ def measure(
     row = {
         "system": "copy of the last frame",
         "steps": "-",
+        "guidance": "-",
         **{f"{k} known": copies[k] for k in args.known},
     }
     rows.append(
         {**row, "mean": float(np.mean(list(copies.values()))), "sharpness": "-", "ms a frame": "-"}
     )
-    for name, pipe, steps in systems:
+    for name, pipe, steps, scale in systems:
         found = {}
         sharp = []
         started = time.perf_counter()
         for k in args.known:
-            made = predict(pipe, clips, k, steps, args.batch_size, args.seed, captions)
+            asked = (args.batch_size, args.seed, captions, scale)
+            made = predict(pipe, clips, k, steps, *asked)
             found[k] = psnr(made, real[k]).mean().item()
             # below 1 is blurred
             sharp.append(sharpness(made) / sharpness(real[k]))
         seconds = time.perf_counter() - started
         row = {"system": name, "steps": steps or pipe.model.config.num_inference_steps}
+        row["guidance"] = scale
         row |= {f"{k} known": found[k] for k in args.known}
         row |= {"mean": float(np.mean(list(found.values()))), "sharpness": float(np.mean(sharp))}
         rows.append({**row, "ms a frame": 1e3 * seconds / len(args.known) / len(clips)})
@@ -108,7 +113,8 @@ def pictures(pipe: TokComVideoPipeline, clips: torch.Tensor, args: argparse.Name
     length = args.long or (clips.shape[2] if causal else None)
     generator = torch.Generator().manual_seed(args.seed)
     given = clips[:SHOWN, :, : args.first]
-    made = pipe(frames=given, num_frames=length, generator=generator).videos
+    options = {"generator": generator, "guidance_scale": args.guidance_scale}
+    made = pipe(frames=given, num_frames=length, **options).videos
     strips = [row for pair in zip(real, made) for row in pair]
     picture_grid(strips, scale=2).save(args.output_dir / "strips.png")
     # real clips end first if `--long` asks for more; their last frame stays
@@ -151,6 +157,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--students", nargs="*", default=[], help="students of the model, made by stage=distill"
     )
+    parser.add_argument(
+        "--guidance_scale", type=float, default=1.0, help="of the model (default: %(default)s)"
+    )
     parser.add_argument("--first", type=int, default=1, help="frames given in the pictures")
     parser.add_argument(
         "--long", type=int, help="frames of the clips in the pictures, of block-causal models"
@@ -183,8 +192,10 @@ def main(argv: list[str] | None = None) -> list[dict]:
     args.known = args.known or sorted({1, length // 2, length - 1})
     if not all(1 <= k < length for k in args.known):
         raise ValueError(f"`known` ({args.known}) must be between 1 and {length - 1}.")
-    systems = [("model", pipes[0], steps) for steps in args.steps or [None]]
-    systems += [(Path(name).name, pipe, None) for name, pipe in zip(args.students, pipes[1:])]
+    systems = [("model", pipes[0], steps, args.guidance_scale) for steps in args.steps or [None]]
+    # a student has learnt the teacher's guidance, and is asked without
+    students = zip(args.students, pipes[1:])
+    systems += [(Path(name).name, pipe, None, 1.0) for name, pipe in students]
     has_captions = "caption" in data.records.column_names
     captions = list(data.records["caption"]) if has_captions else None
     rows = measure(systems, clips, args, captions)

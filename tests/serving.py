@@ -22,7 +22,9 @@ class Running:
     def __init__(self, pipe, grace: float = 10.0, **settings):
         self.app = build_app(pipe, ServerSettings(**settings))
         self.engine = self.app.state.engine
-        self.server = DrainingServer(uvicorn.Config(self.app, port=0, log_level="error"), grace)
+        self.server = DrainingServer(
+            uvicorn.Config(self.app, port=0, log_level="error"), grace, "a model"
+        )
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
         while not self.server.started:

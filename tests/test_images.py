@@ -367,6 +367,17 @@ def test_a_picture_follows_its_caption_as_closely_as_the_model_says():
     assert torch.equal(free, plain)
 
 
+def test_a_caption_gives_as_many_pictures_as_are_asked_for():
+    pipe = pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 1, "output_type": "latent"}
+    three = pipe("a cat", 3, generator=torch.Generator().manual_seed(0), **options).latents
+    listed = pipe(["a cat"] * 3, generator=torch.Generator().manual_seed(0), **options).latents
+    assert torch.equal(three, listed) and not torch.equal(three[0], three[1])
+    with pytest.raises(ValueError, match=r"`batch_size` \(3\) does not fit 2 captions"):
+        pipe(["a cat", "a red ball"], 3, **options)
+
+
 def test_pipelines_of_images_refuse_what_they_cannot_do():
     pipe = pipeline(captions=False)
     with pytest.raises(ValueError, match="output_type.*text.*pil"):

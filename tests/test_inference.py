@@ -196,6 +196,13 @@ def test_an_option_without_effect_is_refused_with_the_modes_that_read_it(
     )
 
 
+def test_a_published_option_without_effect_is_named_and_the_command_goes_on(checkpoint, capsys):
+    arguments = ["--checkpoint", str(checkpoint), "--num_steps", "1", "--num_generate_chunks", "1"]
+    main([*arguments, "--prompt", "Once upon a time"])
+    note = "note: --prompt Once upon a time has no effect in mode generate; it is an option of"
+    assert note in capsys.readouterr().err
+
+
 def test_a_continuation_is_printed_while_it_is_written(checkpoint, monkeypatch):
     from tokcom.pipeline_tokcom import TokComPipeline
 

@@ -211,6 +211,8 @@ def test_guidance_moves_away_from_the_estimate_without_each_given_stream(pipe):
         (dict(given={"text": "a cat"}, output_type="pil"), "output_type"),
         (dict(given={"audio": np.zeros((2, 3, 4))}), "a sound must be a path"),
         (dict(given={"text": "a cat"}, num_inference_steps=0), "num_inference_steps"),
+        (dict(given={"text": "a cat"}, batch_size=2), r"`batch_size` \(2\) does not fit 1 of each"),
+        (dict(given={"text": "a cat"}, generate="image", output_type="codes"), "output_type"),
         (dict(given={"text": "a cat"}, generate=["image"], num_candidates=2), "num_candidates"),
         (dict(generate=["text"], num_candidates=0), "num_candidates"),
         (dict(given={"text": "a cat"}, callback_on_step_end_tensor_inputs=["noise"]), "noise"),

@@ -336,6 +336,8 @@ def test_starting_between_noise_and_text_works_or_is_refused_by_name(build, stoc
         (lambda p: p.denoise_reconstruct("Hi", noise_level=1.1), r"\(1.1\).*\[0, 1\]"),
         (lambda p: p.denoise_reconstruct("Hi", num_inference_steps=0), r"\(0\)"),
         (lambda p: p.generate(num_chunks=0), r"\(0\)"),
+        (lambda p: p.infill("a ____", None, num_candidates=7), "at least 8 without a `gap_length`"),
+        (lambda p: p.infill("a ____", 2, num_candidates=2), "give a `gap_length` and `num_cand"),
         (
             lambda p: p("Hi", streamer=TextStreamer(p.tokenizer), output_type="latent"),
             "`streamer` shows text",

@@ -9,7 +9,7 @@ from helpers import exact_pipe, seeded
 from tokcom.context_tokcom import CachedContext
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_tokcom import TokComPipeline
-from tokcom.processing_tokcom import text_ids, vocabulary_size
+from tokcom.processing_tokcom import take_new, text_ids, vocabulary_size
 from tokcom.sampling_tokcom import TokComSampling, kept_tokens
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 from tokcom.tasks_tokcom import TokComTask, context_of_rows
@@ -114,6 +114,21 @@ def test_a_prompt_that_fills_the_window_keeps_the_learned_start_and_loses_its_ol
     places = full[-1].values[0, 0, : contexts[0].length, 0].long().tolist()
     assert places == [START_OF_TEXT, *range(1, len(ids) // 4)]
     assert contexts[0].filled[0, : len(places)].all()
+
+
+def test_a_text_that_was_interrupted_has_no_mask_behind_its_last_token():
+    ids = torch.arange(1, 9).expand(2, 8)
+    found, mask = take_new(ids, 13, [0, 3], None, 0)
+    assert mask.sum(1).tolist() == [8, 5]
+    assert torch.equal(found, torch.where(mask.bool(), found, 0)) and found[1, 0] == 4
+
+
+def test_a_line_break_between_two_gaps_is_read_with_them(pipe, monkeypatch):
+    read = []
+    fill = pipe._fill_tokens
+    monkeypatch.setattr(pipe, "_fill_tokens", lambda rows, *a: read.append(rows) or fill(rows, *a))
+    text = pipe.infill("Roses ____\n____ blue", gap_length=4, generator=seeded()).texts[0]
+    assert read[0][1] == text_ids(pipe.tokenizer, "\n") and "\n" in text
 
 
 def test_a_guided_text_does_not_depend_on_the_prompts_beside_it(pipe):

@@ -15,7 +15,7 @@ from tokcom.cli import sample_corpus
 from tokcom.cli.main import call, parse
 from tokcom.training.config import DataConfig
 from tokcom.training.data import load_documents
-from tokcom.training.sources import is_saved_dataset
+from tokcom.training.files import is_saved_dataset
 
 
 def sample(arguments: list[str]) -> dict[str, int]:

@@ -327,6 +327,8 @@ def test_bidirectional_models_make_other_sizes_and_everything_else_is_refused():
         pipe(height=20, width=16)
     with pytest.raises(ValueError, match="guidance_scale"):
         pipe(guidance_scale=2.0)
+    with pytest.raises(ValueError, match=r"`batch_size` \(3\) does not fit 2 clips"):
+        pipe(frames=clips(2, frames=1), batch_size=3)
     with pytest.raises(ValueError, match="one length"):
         pipe(frames=[])
     with pytest.raises(ValueError, match="size it was trained with"):

@@ -222,8 +222,9 @@ class DistillConfig(LoopConfig):
         ("dmd", "regression", "both"),
     )
     num_inference_steps: int = option(4, "sampling steps of the student")
-    guidance_scale: float = option(
-        1.0, "guidance of the teacher, which the student learns to do without"
+    guidance_scale: float | None = option(
+        None,
+        "guidance of the teacher, which the student learns to do without; null: the teacher's own",
     )
     fake_updates: int = option(
         5, "updates of the model of the student's samples per update of the student"

@@ -75,6 +75,8 @@ class DistillTrainer(Trainer):
         # `auto` times a step of one model, and here three take turns
         self.attention = "sdpa" if config.attention == "auto" else config.attention
         self.pipe.model.set_attn_implementation(self.attention)
+        if self.options.guidance_scale is None:
+            self.options.guidance_scale = self.pipe.model.config.sampling_guidance_scale
         self.real = ModelDenoiser(self.pipe.model, self.options.guidance_scale).to(
             self.accelerator.device
         )

@@ -162,3 +162,10 @@ def _reason_to_skip(path: Path) -> str | None:
     if path.name == ".ipynb_checkpoints":
         return "notebook checkpoints"
     return "hidden" if path.name.startswith(".") else None
+
+
+def is_saved_dataset(path: Path) -> bool:
+    """Whether a folder is what `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote."""
+    # as datasets asks; a state.json alone may be anybody's
+    marks = ("state.json", "dataset_info.json")
+    return (path / "dataset_dict.json").is_file() or all((path / m).is_file() for m in marks)

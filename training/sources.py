@@ -35,7 +35,15 @@ from tokcom.training.documents import (
     table_records,
     text_records,
 )
-from tokcom.training.files import KINDS, MEDIA, MEDIA_READ, Listing, kind_of, list_files
+from tokcom.training.files import (
+    KINDS,
+    MEDIA,
+    MEDIA_READ,
+    Listing,
+    is_saved_dataset,
+    kind_of,
+    list_files,
+)
 from tokcom.training.folders import (
     MediaFolder,
     find_caption_column,
@@ -54,13 +62,6 @@ from tokcom.training.records import (
 from tokcom.training.report import Report, SourceReport, several, some
 
 FIELDS = 20  # fields of records that an error names; a folder of settings has hundreds
-
-
-def is_saved_dataset(path: Path) -> bool:
-    """Whether a folder is what `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote."""
-    # as datasets asks; a state.json alone may be anybody's
-    marks = ("state.json", "dataset_info.json")
-    return (path / "dataset_dict.json").is_file() or all((path / m).is_file() for m in marks)
 
 
 @dataclass

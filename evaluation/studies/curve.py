@@ -245,21 +245,18 @@ def measure(name: str, directory: Path, args: argparse.Namespace) -> dict:
         "points": [],
     }
     for setting in system.settings():
-        sweep = [
-            measure_setting(
-                judge,
-                prompts,
-                f"temperature {value}",
-                system.sampler(setting, value),
-                system.chunk_size,
-            )
-            for value in TEMPERATURES
-        ]
+        sweep = []
+        for value in TEMPERATURES:
+            sampler = system.sampler(setting, value)
+            name = f"temperature {value}"
+            sweep.append(measure_setting(judge, prompts, name, sampler, system.chunk_size))
+            # after the samples, since some systems count while they sample
+            sweep[-1]["evaluations per token"] = system.evaluations(setting)
         facts["points"].append(
             {
                 "setting": label(setting),
-                # after the samples, since some systems count while they sample
-                "evaluations per token": system.evaluations(setting),
+                # at temperature 1, as the columns but that of the interpolated NLL
+                "evaluations per token": sweep[0]["evaluations per token"],
                 "NLL at real entropy": at_entropy(sweep, facts["real_entropy"]),
                 "NLL": sweep[0]["nll"],
                 "entropy": sweep[0]["entropy"],
