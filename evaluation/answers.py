@@ -3,8 +3,8 @@
     python -m tokcom.evaluation.answers --checkpoint pixel-qa --data qa_held_out.jsonl \
         --guidance 0 1 2 4 --output_dir outputs/answers
 
-Scale 0 is the same model without the prompt, so it has not read the question. All answers of one
-prompt are its references. Where prompts have several, two controls stand in the table: one of the
+Scale 0 is the same model without the prompt's whole chunks: it reads at most the K - 1 tokens behind
+them. All answers of one prompt are its references. Where prompts have several, two controls stand in the table: one of the
 references against the others, and a reference of another prompt. Where prompts are meanings such as
 `name[Cotto], area[riverside]`, it says which share of their slots is named.
 
