@@ -33,11 +33,12 @@ from tokcom.evaluation.protocol import (
 from tokcom.evaluation.reconstruction import held_out_nll, token_recovery
 from tokcom.evaluation.report import table
 from tokcom.evaluation.samplers import TokComSampler
+from tokcom.evaluation.texts import likelihood_windows, read_tokens
 from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.train_accelerate import run
 from tokcom.training.build import build_model
 from tokcom.training.config import load_train_config
-from tokcom.training.data import get_tokenizer, load_documents, tokenize_documents
+from tokcom.training.data import get_tokenizer
 from tokcom.training.directory import WORK
 from tokcom.training.optimizer import build_optimizer
 
@@ -118,9 +119,8 @@ def train_row(
 
 def measure_likelihood(pipe: TokComPipeline, tokens: np.ndarray) -> dict:
     """The model's own nats per held-out token."""
-    # without the first 32 tokens of a window, which lack the context that others have
-    own = held_out_nll(pipe.model, held_out_windows(tokens, 512, 48), 32)
-    return {"held_out_nll": own}
+    # without the first tokens of a window, which lack the context that others have
+    return {"held_out_nll": held_out_nll(pipe.model, likelihood_windows(tokens), PROMPT)}
 
 
 def measure_samples(pipe: TokComPipeline, judge: TokenJudge, tokens: np.ndarray) -> dict:
@@ -222,12 +222,8 @@ def main(argv: list[str] | None = None) -> None:
         if not (args.train and args.validation):
             parser.error("--row needs --train and --validation")
         model, facts = train_row(args)
-        documents = load_documents(
-            args.validation, load_train_config("tiny", []).data, "validation"
-        )
-        tokens = tokenize_documents(
-            documents, TokComPipeline.from_pretrained(model).tokenizer, "text", "held-out"
-        )
+        tokenizer = TokComPipeline.from_pretrained(model).tokenizer
+        tokens = read_tokens(args.validation, tokenizer, "validation")
         if "codec" in ROWS["rows"][args.row]:
             pipe = TokComPipeline.from_pretrained(model)
             facts |= measure_likelihood(pipe, tokens)

@@ -26,13 +26,12 @@ from torch import nn
 from tokcom import modeling_tokcom, objective_tokcom
 from tokcom.cli.errors import report_errors
 from tokcom.evaluation.ablation import ROWS, train_row, trained_codec
-from tokcom.evaluation.protocol import PROMPT, held_out_windows
+from tokcom.evaluation.protocol import PROMPT
+from tokcom.evaluation.texts import likelihood_windows, read_tokens, study_parser
 from tokcom.layers_tokcom import TokComMLP, TokComRMSNorm
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.objective_tokcom import TokComNextChunkObjective
 from tokcom.training import card
-from tokcom.training.config import DataConfig
-from tokcom.training.data import load_documents, tokenize_documents
 from tokcom.training.pipelines import build_pipeline
 from tokcom.training.precision import half_precision
 from tokcom.training.tokens import load_tokenizer
@@ -155,15 +154,8 @@ def own_nll(model: TokComModel, windows: np.ndarray) -> float:
 
 @report_errors()
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--train", required=True, help="parquet file with training text")
-    parser.add_argument("--validation", required=True, help="parquet file with held-out text")
-    parser.add_argument("--checkpoint", default=".", help="tokenizer (default: %(default)s)")
-    parser.add_argument("--work_dir", default="outputs/ablation", help="default: %(default)s")
+    parser = study_parser(__doc__, "outputs/ablation")
     parser.add_argument("--training_flops", type=float, default=4e13, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     args = parser.parse_args(argv, argparse.Namespace(row="recipe", init_from=None))
     work = Path(args.work_dir)
     tokenizer = load_tokenizer(args.checkpoint)
@@ -175,9 +167,8 @@ def main(argv: list[str] | None = None) -> None:
     with chunk_attention():
         directory, facts = train_row(args, [f"codec_from={donor}"], "chunk_attention")
         model = TokComModel.from_pretrained(directory).eval()
-        documents = load_documents(args.validation, DataConfig(), "validation")
-        tokens = tokenize_documents(documents, tokenizer, "text", "held-out text")
-        facts["held_out_nll"] = own_nll(model, held_out_windows(tokens, 512, 48))
+        tokens = read_tokens(args.validation, tokenizer, "validation")
+        facts["held_out_nll"] = own_nll(model, likelihood_windows(tokens))
     facts["row"] = "chunk_attention"
     file = work / "rows" / f"chunk_attention-{args.seed}.json"
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -43,9 +43,8 @@ from tokcom.evaluation.studies.masked import (
     held_out_masked_nll,
     masked_training,
 )
+from tokcom.evaluation.texts import likelihood_windows, read_tokens, study_parser
 from tokcom.pipeline_tokcom import TokComPipeline
-from tokcom.training.config import DataConfig
-from tokcom.training.data import load_documents, tokenize_documents
 from tokcom.training.tokens import load_tokenizer
 
 STEPS = (1, 2, 4, 8, 16, 64)  # denoising steps of a chunk of four tokens
@@ -72,8 +71,7 @@ def train_system(name: str, args: argparse.Namespace) -> tuple[Path, dict]:
 def train_autoregressive(args: argparse.Namespace) -> tuple[Path, dict]:
     directory = Path(args.work_dir) / "models" / f"autoregressive-{args.seed}"
     tokenizer = load_tokenizer(args.checkpoint)
-    documents = load_documents(args.train, DataConfig(), "train")
-    tokens = tokenize_documents(documents, tokenizer, "text", "training text")
+    tokens = read_tokens(args.train, tokenizer, "train")
     autoregressive.train(
         tokens,
         tokenizer,
@@ -231,17 +229,14 @@ def measure(name: str, directory: Path, args: argparse.Namespace) -> dict:
     """Quality, evaluations and time of a system at every setting."""
     system = SYSTEMS[name].system(directory, args.device)
     judge = TokenJudge(args.judge, args.device)
-    tokenizer = load_tokenizer(args.checkpoint)
-    documents = load_documents(args.validation, DataConfig(), "validation")
-    tokens = tokenize_documents(documents, tokenizer, "text", "held-out text")
+    tokens = read_tokens(args.validation, load_tokenizer(args.checkpoint), "validation")
     windows = held_out_windows(tokens, PROMPT + CONTINUATION, args.prompts)
     prompts = windows[:, :PROMPT]
     real = windows[:, PROMPT:]
     facts = {
         "real_nll": float(judge.nll(real, prompts).mean()),
         "real_entropy": sample_entropy(real),
-        # 48 windows of 512 tokens, as in the ablations
-        "own_nll": system.own_nll(held_out_windows(tokens, 512, 48)),
+        "own_nll": system.own_nll(likelihood_windows(tokens)),
         "points": [],
     }
     for setting in system.settings():
@@ -328,14 +323,8 @@ def plot(finished: dict, file: Path) -> None:
 
 @report_errors()
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--train", required=True, help="parquet file with training text")
-    parser.add_argument("--validation", required=True, help="parquet file with held-out text")
+    parser = study_parser(__doc__, "outputs/curve")
     parser.add_argument("--judge", required=True, help="autoregressive, with the same tokenizer")
-    parser.add_argument("--checkpoint", default=".", help="tokenizer (default: %(default)s)")
-    parser.add_argument("--work_dir", default="outputs/curve", help="default: %(default)s")
     parser.add_argument(
         "--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="default: all"
     )
@@ -356,7 +345,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--prompts", type=int, default=PROMPTS, help="that are continued (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     add_device_option(parser)
     args = parser.parse_args(argv)
     work = Path(args.work_dir)

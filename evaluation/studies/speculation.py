@@ -29,11 +29,11 @@ from tokcom.evaluation.protocol import CONTINUATION, PROMPT, held_out_windows
 from tokcom.evaluation.report import table
 from tokcom.evaluation.samplers import TokComSampler
 from tokcom.evaluation.studies.masked import MaskedObjective, MaskedSampler, uniform_numbers
+from tokcom.evaluation.texts import read_tokens
 from tokcom.heads_tokcom import draw_ids
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_tokcom import TokComPipeline
-from tokcom.training.config import DataConfig
-from tokcom.training.data import PackedDataset, WindowShape, load_documents, tokenize_documents
+from tokcom.training.data import PackedDataset, WindowShape
 from tokcom.training.optimizer import build_optimizer, build_schedule
 from tokcom.training.precision import half_precision
 
@@ -235,11 +235,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     pipe = SpeculativePipeline.from_pretrained(args.model).to(args.device)
     if args.steps:
-        documents = load_documents(args.train, DataConfig(), "train")
-        tokens = tokenize_documents(documents, pipe.tokenizer, "text", "training text")
+        tokens = read_tokens(args.train, pipe.tokenizer, "train")
         pipe.guesser = train_guesses(pipe.model, tokens, pipe.tokenizer.eos_token_id, args.steps)
-    documents = load_documents(args.validation, DataConfig(), "validation")
-    tokens = tokenize_documents(documents, pipe.tokenizer, "text", "held-out text")
+    tokens = read_tokens(args.validation, pipe.tokenizer, "validation")
     prompts = held_out_windows(tokens, PROMPT + CONTINUATION, args.prompts)[:, :PROMPT]
     rows = [measure(pipe, prompts, temperature) for temperature in TEMPERATURES]
     print(table(list(rows[0]), [list(row.values()) for row in rows]))

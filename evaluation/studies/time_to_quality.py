@@ -23,20 +23,18 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from tokcom.cli.errors import report_errors
 from tokcom.evaluation import autoregressive
 from tokcom.evaluation.ablation import ROWS, row_overrides, train_row, trained_codec
 from tokcom.evaluation.flops import training_flops_per_step
-from tokcom.evaluation.protocol import held_out_windows
 from tokcom.evaluation.report import table
 from tokcom.evaluation.studies.curve import AutoregressiveSystem, TurnSystem
+from tokcom.evaluation.texts import likelihood_windows, read_tokens, study_parser
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.training.attention import ATTENTIONS
-from tokcom.training.config import DataConfig, TrainConfig, load_train_config
-from tokcom.training.data import load_documents, tokenize_documents
+from tokcom.training.config import TrainConfig, load_train_config
 from tokcom.training.optimizer import build_optimizer
 from tokcom.training.precision import has_fast_bfloat16
 from tokcom.training.tokens import load_tokenizer
@@ -58,20 +56,11 @@ def train(system: str, flops: float, factor: float, args: argparse.Namespace) ->
         return train_row(options, [f"flow.{key}={value}" for key, value in rates.items()], name)
     directory = Path(args.work_dir) / "models" / f"{name}-{args.seed}"
     tokenizer = load_tokenizer(args.checkpoint)
-    documents = load_documents(args.train, DataConfig(), "train")
-    tokens = tokenize_documents(documents, tokenizer, "text", "training text")
+    tokens = read_tokens(args.train, tokenizer, "train")
     size = {**SHAPE, "num_parameters": args.num_parameters}
     settings = {**size, **rates, "training_flops": flops, "seed": args.seed}
     autoregressive.train(tokens, tokenizer, directory, **settings, ema_half_life=AVERAGE)
     return directory, json.loads((directory / "training.json").read_text(encoding="utf-8"))
-
-
-def held_out(args: argparse.Namespace) -> np.ndarray:
-    """48 windows of 512 held-out tokens, as in the ablations."""
-    documents = load_documents(args.validation, DataConfig(), "validation")
-    tokenizer = load_tokenizer(args.checkpoint)
-    tokens = tokenize_documents(documents, tokenizer, "text", "held-out text")
-    return held_out_windows(tokens, 512, 48)
 
 
 # ---- time ----
@@ -238,13 +227,7 @@ def plot(rows: list[list], file: Path) -> None:
 
 @report_errors()
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--train", required=True, help="parquet file with training text")
-    parser.add_argument("--validation", required=True, help="parquet file with held-out text")
-    parser.add_argument("--checkpoint", default=".", help="tokenizer (default: %(default)s)")
-    parser.add_argument("--work_dir", default="outputs/quality", help="default: %(default)s")
+    parser = study_parser(__doc__, "outputs/quality")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     parser.add_argument(
         "--budgets", type=float, nargs="*", default=[], help="training operations; none: report"
@@ -258,10 +241,11 @@ def main(argv: list[str] | None = None) -> None:
         default=12_296_098,
         help="of the Llama (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     args = parser.parse_args(argv)
     folder = Path(args.work_dir) / "runs"
     folder.mkdir(parents=True, exist_ok=True)
+    tokens = read_tokens(args.validation, load_tokenizer(args.checkpoint), "validation")
+    windows = likelihood_windows(tokens)
     for budget in args.budgets:
         for factor in args.rate_factors:
             for system in args.systems:
@@ -270,7 +254,7 @@ def main(argv: list[str] | None = None) -> None:
                 if file.is_file():
                     continue
                 directory, cost = train(system, budget, factor, args)
-                own = SYSTEMS[system](directory, "cpu").own_nll(held_out(args))
+                own = SYSTEMS[system](directory, "cpu").own_nll(windows)
                 facts = {"system": system, "budget": budget, "factor": factor, **cost}
                 facts |= {"directory": str(directory), "own_nll": own}
                 file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
