@@ -3,9 +3,10 @@
     python -m tokcom.evaluation.studies.curve --train stories.parquet --validation held_out.parquet \
         --judge judge --work_dir outputs/curve
 
-Every system is trained for `--training_flops` on the same text: rows of `evaluation/ablations.yaml`,
-masked diffusion in the same network (`masked.py`), an autoregressive model of as many parameters,
-and a trained model that learns masks. Each then continues held-out prompts with several numbers of steps and temperatures.
+Every system is trained for `--training_flops` on the same text (the codec stage of TokCom comes on
+top; `time_to_quality.py` counts it): rows of `evaluation/ablations.yaml`, masked diffusion in the
+same network (`masked.py`), an autoregressive model of as many parameters, and a trained model that
+learns masks. Each then continues held-out prompts with several numbers of steps and temperatures.
 What is finished is kept in `WORK_DIR/curve/SYSTEM-SEED.json` and not run again. Writes `curve.md`
 and `curve.png`.
 
