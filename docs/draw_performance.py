@@ -1,5 +1,5 @@
-"""Draw the tables of docs/performance.md: docs/performance_operations.png and
-docs/performance_batch.png.
+"""Draw the tables of docs/performance.md: docs/performance_operations.png,
+docs/performance_time.png and docs/performance_batch.png.
 
     python docs/draw_performance.py
 
@@ -61,6 +61,20 @@ def draw_operations(text: str) -> None:
     save(figure, "performance_operations.png")
 
 
+def draw_time(text: str) -> None:
+    """Held-out nats per token against training operations and against hours."""
+    (rows,) = read_tables(text, "system | training operations", 1)
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3), sharey=True)
+    for axes, column, label in zip(panels, (1, 2), ("training operations", "hours of one core")):
+        for name, color in (("TokCom", OURS), ("Llama", THEIRS)):
+            points = [(float(row[column]), float(row[-1])) for row in rows if row[0] == name]
+            axes.plot(*zip(*sorted(points)), "o-", color=color, label=name)
+        ticks = {float(row[column]): row[column] for row in rows if row[0] == "Llama"}
+        finish(axes, f"{label}, codec included", "held-out nats per token", ticks)
+    panels[1].set_ylabel(None)
+    save(figure, "performance_time.png")
+
+
 def draw_batch(text: str) -> None:
     """Milliseconds per token against the size of a batch, on both axes logarithmic."""
     titles = "tiny, 32 tokens", "base, 16 tokens", "tiny, 256 tokens"
@@ -88,6 +102,7 @@ def save(figure, name: str) -> None:
 def main() -> None:
     text = (DOCS / "performance.md").read_text(encoding="utf-8")
     draw_operations(text)
+    draw_time(text)
     draw_batch(text)
 
 
