@@ -227,7 +227,8 @@ def test_a_student_of_any_teacher_is_a_model_that_says_how_it_is_sampled(
     assert pipe.scheduler.config.stochastic_sampling and pipe.model.config.num_inference_steps == 2
     # it has learnt the guided teacher, and is not guided again
     assert pipe.model.config.sampling_guidance_scale == 1.0
-    result = pipe("a cat", 16, generator=torch.Generator().manual_seed(0))
+    length = {} if kind == "images" else {"gen_length": 16}
+    result = pipe("a cat", **length, generator=torch.Generator().manual_seed(0))
     assert len(result.images if kind == "images" else result.texts) == 1
 
 

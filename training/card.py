@@ -131,10 +131,12 @@ def _training(config: TrainConfig, summaries: dict[str, dict[str, Any]]) -> str:
     """How the model was trained: a sentence, and a row for each stage."""
     started = f"Preset `{config.preset}`, seed {config.seed}, {_ran(summaries)}."
     if config.stage == "distill":
+        scale = config.distill.guidance_scale
+        guidance = "the teacher's own guidance" if scale is None else f"guidance {scale:g}"
         started = (
             f"Student of `{Path(config.init_from).name}` in {config.distill.num_inference_steps} "
-            f"step(s), method `{config.distill.method}`, guidance "
-            f"{config.distill.guidance_scale:g}, seed {config.seed}, {_ran(summaries)}."
+            f"step(s), method `{config.distill.method}`, {guidance}, seed {config.seed}, "
+            f"{_ran(summaries)}."
         )
     elif config.init_from:
         started += f" Started from `{Path(config.init_from).name}`."

@@ -75,11 +75,10 @@ class DistillTrainer(Trainer):
         # `auto` times a step of one model, and here three take turns
         self.attention = "sdpa" if config.attention == "auto" else config.attention
         self.pipe.model.set_attn_implementation(self.attention)
-        if self.options.guidance_scale is None:
-            self.options.guidance_scale = self.pipe.model.config.sampling_guidance_scale
-        self.real = ModelDenoiser(self.pipe.model, self.options.guidance_scale).to(
-            self.accelerator.device
-        )
+        guidance = self.options.guidance_scale
+        if guidance is None:
+            guidance = self.pipe.model.config.sampling_guidance_scale
+        self.real = ModelDenoiser(self.pipe.model, guidance).to(self.accelerator.device)
         self.dataset = self._read_dataset(self.pipe.model)
         self.models: dict[str, torch.nn.Module] = {}
         self.parameters: dict[str, list[torch.nn.Parameter]] = {}
