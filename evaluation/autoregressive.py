@@ -26,7 +26,6 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
-    get_scheduler,
     set_seed,
 )
 
@@ -36,7 +35,7 @@ from tokcom.processing_tokcom import vocabulary_size
 from tokcom.training.config import DataConfig
 from tokcom.training.data import PackedDataset, WindowShape, load_documents, tokenize_documents
 from tokcom.training.ema import ShardedEMAModel, decay_from_half_life
-from tokcom.training.optimizer import build_optimizer
+from tokcom.training.optimizer import build_optimizer, build_schedule
 from tokcom.training.precision import has_fast_bfloat16
 from tokcom.training.tokens import load_tokenizer
 
@@ -162,8 +161,9 @@ def train(
     seed: int = 0,
     torch_compile: bool = False,
     ema_half_life: float = 0.0,
+    cooldown_share: float = 0.0,
 ) -> LlamaForCausalLM:
-    """Train on `tokens (T,)` with TokCom's optimizer and a cosine schedule, then save the model.
+    """Train on `tokens (T,)` with TokCom's optimizer and schedules, then save the model.
 
     With `ema_half_life`, a share of the steps, the weights are averaged as TokCom's are. Uses
     bfloat16 where it is fast. Raises `ValueError` if one process would use several GPUs.
@@ -191,7 +191,8 @@ def train(
     started = time.perf_counter()
     optimizer = optimizer_of(model)
     # 200 steps of warm-up, or a tenth of a short run
-    schedule = get_scheduler("cosine", optimizer, max(1, min(200, max_steps // 10)), max_steps)
+    warmup_steps = max(1, min(200, max_steps // 10))
+    schedule = build_schedule(optimizer, max_steps, warmup_steps, cooldown_share)
     data = CausalWindows(tokens, sequence_length, tokenizer.eos_token_id, seed)
     trainer = Trainer(model, options, train_dataset=data, optimizers=(optimizer, schedule))
     if ema_half_life:
@@ -258,6 +259,12 @@ def main(argv: list[str] | None = None) -> None:
         type=float,
         default=0.0,
         help="half-life of the averaged weights, as a share of the steps; 0: no average",
+    )
+    parser.add_argument(
+        "--cooldown_share",
+        type=float,
+        default=0.0,
+        help="share of the steps in which a constant rate falls to 0; 0: a cosine instead",
     )
     parser.add_argument("--torch_compile", action="store_true", help="compile the network")
     args = vars(parser.parse_args(argv))

@@ -86,6 +86,7 @@ def train_autoregressive(args: argparse.Namespace) -> tuple[Path, dict]:
         muon_learning_rate=1.2e-2,
         seed=args.seed,
         ema_half_life=0.05,
+        cooldown_share=0.2,
     )
     return directory, json.loads((directory / "training.json").read_text(encoding="utf-8"))
 

@@ -42,6 +42,7 @@ from tokcom.training.tokens import load_tokenizer
 ROW = "recipe"
 RATES = {"learning_rate": 3e-3, "muon_learning_rate": 1.2e-2}  # of both systems, times a factor
 AVERAGE = 0.05  # half-life of the averaged weights of both, as a share of the steps
+COOLDOWN = 0.2  # share of the steps of both in which the rates fall, as in `tiny`
 SHAPE = {"hidden_size": 320, "num_hidden_layers": 8}  # of both systems
 SYSTEMS = {"TokCom": TurnSystem, "Llama": AutoregressiveSystem}
 STEPS = 6  # of each system that are timed
@@ -59,7 +60,8 @@ def train(system: str, flops: float, factor: float, args: argparse.Namespace) ->
     tokens = read_tokens(args.train, tokenizer, "train")
     size = {**SHAPE, "num_parameters": args.num_parameters}
     settings = {**size, **rates, "training_flops": flops, "seed": args.seed}
-    autoregressive.train(tokens, tokenizer, directory, **settings, ema_half_life=AVERAGE)
+    settings |= {"ema_half_life": AVERAGE, "cooldown_share": COOLDOWN}
+    autoregressive.train(tokens, tokenizer, directory, **settings)
     return directory, json.loads((directory / "training.json").read_text(encoding="utf-8"))
 
 
