@@ -54,6 +54,15 @@ def row_overrides(row: dict) -> list[str]:
     return [*ROWS["common"], *ROWS["bases"][row.get("base", "recipe")], *row.get("overrides", [])]
 
 
+def data_settings(args: argparse.Namespace) -> list[str]:
+    """Overrides that name the text and the tokenizer of a row."""
+    return [
+        f"data.train={args.train}",
+        f"data.validation={args.validation}",
+        f"tokenizer={args.checkpoint}",
+    ]
+
+
 def trained_codec(name: str, data: list[str], work: Path) -> Path:
     """Directory of a codec that rows share; trains it if no other row has."""
     codec = work / "codecs" / name
@@ -76,11 +85,7 @@ def train_row(
     """
     row = ROWS["rows"][args.row]
     work = Path(args.work_dir)
-    data = [
-        f"data.train={args.train}",
-        f"data.validation={args.validation}",
-        f"tokenizer={args.checkpoint}",
-    ]
+    data = data_settings(args)
     output = work / "models" / f"{name or args.row}-{args.seed}"
     start = []
     if args.init_from:

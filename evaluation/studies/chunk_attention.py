@@ -25,15 +25,15 @@ from torch import nn
 
 from tokcom import modeling_tokcom, objective_tokcom
 from tokcom.cli.errors import report_errors
-from tokcom.evaluation.ablation import ROWS, train_row, trained_codec
+from tokcom.evaluation.ablation import ROWS, data_settings, train_row, trained_codec
 from tokcom.evaluation.protocol import PROMPT
+from tokcom.evaluation.studies.masked import held_out_objective_nll, training_of
 from tokcom.evaluation.texts import likelihood_windows, read_tokens, study_parser
 from tokcom.layers_tokcom import TokComMLP, TokComRMSNorm
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.objective_tokcom import TokComNextChunkObjective
 from tokcom.training import card
 from tokcom.training.pipelines import build_pipeline
-from tokcom.training.precision import half_precision
 from tokcom.training.tokens import load_tokenizer
 from tokcom.transformer_tokcom import TokComTransformer, read_text
 
@@ -116,13 +116,8 @@ class ChunkObjective(TokComNextChunkObjective):
 @contextmanager
 def chunk_attention():
     """A context in which text models are built and trained with attention inside the chunk."""
-    of_config = objective_tokcom.objective_class
-
-    def chosen(config, stage: str):
-        return ChunkObjective if stage == "flow" else of_config(config, stage)
-
     with (
-        mock.patch.object(objective_tokcom, "objective_class", chosen),
+        training_of(ChunkObjective),
         mock.patch.object(modeling_tokcom, "TokComTransformer", ChunkTransformer),
         mock.patch.object(card, "_samples", lambda pipe: "None: this model has no sampler."),
     ):
@@ -138,18 +133,10 @@ def with_codec_of(plain: TokComModel, work: Path, tokenizer) -> Path:
     return work / "codecs" / "chunk_attention"
 
 
-@torch.no_grad()
 def own_nll(model: TokComModel, windows: np.ndarray) -> float:
     """Exact nats per token of windows that begin inside a text, without their first tokens."""
     model.set_stage("flow")
-    ids = torch.from_numpy(windows.astype(np.int64))
-    first = PROMPT // model.token_head.num_symbols
-    with half_precision(ids.device.type):
-        losses = [
-            model(part, text_start=torch.zeros(len(part), dtype=torch.bool)).token_losses[:, first:]
-            for part in ids.split(8)
-        ]
-    return torch.cat(losses).mean().item()
+    return held_out_objective_nll(model, windows, PROMPT)
 
 
 @report_errors()
@@ -159,10 +146,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv, argparse.Namespace(row="recipe", init_from=None))
     work = Path(args.work_dir)
     tokenizer = load_tokenizer(args.checkpoint)
-    data = [f"data.train={args.train}", f"data.validation={args.validation}"]
-    plain = trained_codec(
-        ROWS["rows"]["recipe"]["codec"], [*data, f"tokenizer={args.checkpoint}"], work
-    )
+    plain = trained_codec(ROWS["rows"]["recipe"]["codec"], data_settings(args), work)
     donor = with_codec_of(TokComModel.from_pretrained(plain), work, tokenizer)
     with chunk_attention():
         directory, facts = train_row(args, [f"codec_from={donor}"], "chunk_attention")

@@ -41,13 +41,14 @@ from tokcom.evaluation.samplers import AutoregressiveSampler, TokComSampler
 from tokcom.evaluation.studies.masked import (
     MaskedObjective,
     MaskedPipeline,
-    held_out_masked_nll,
+    held_out_objective_nll,
     masked_training,
 )
 from tokcom.evaluation.texts import likelihood_windows, read_tokens, study_parser
 from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.training.tokens import load_tokenizer
 
+RATES = {"learning_rate": 3e-3, "muon_learning_rate": 1.2e-2}  # of all systems
 STEPS = (1, 2, 4, 8, 16, 64)  # denoising steps of a chunk of four tokens
 TEMPERATURES = (1.0, 0.9, 0.8, 0.7)  # between which NLL is interpolated
 THRESHOLDS = (0.1, 0.3, 1.0)  # nats below which a masked token is decided with others
@@ -69,21 +70,22 @@ def train_system(name: str, args: argparse.Namespace) -> tuple[Path, dict]:
         return train_row(options)
 
 
-def train_autoregressive(args: argparse.Namespace) -> tuple[Path, dict]:
-    directory = Path(args.work_dir) / "models" / f"autoregressive-{args.seed}"
+def train_autoregressive(
+    args: argparse.Namespace, name: str = "autoregressive", factor: float = 1.0
+) -> tuple[Path, dict]:
+    """A Llama with the width, depth, rates times `factor`, schedule and average of `tiny`."""
+    directory = Path(args.work_dir) / "models" / f"{name}-{args.seed}"
     tokenizer = load_tokenizer(args.checkpoint)
     tokens = read_tokens(args.train, tokenizer, "train")
     autoregressive.train(
         tokens,
         tokenizer,
         directory,
-        # the width and depth of `tiny`
         hidden_size=320,
         num_hidden_layers=8,
         num_parameters=args.num_parameters,
         training_flops=args.training_flops,
-        learning_rate=3e-3,
-        muon_learning_rate=1.2e-2,
+        **{key: value * factor for key, value in RATES.items()},
         seed=args.seed,
         ema_half_life=0.05,
         cooldown_share=0.2,
@@ -149,7 +151,7 @@ class MaskSystem(TurnSystem):
         return found + [{"order": "confidence", "threshold": bound} for bound in THRESHOLDS]
 
     def own_nll(self, windows: np.ndarray) -> float:
-        return held_out_masked_nll(self.pipe.model, windows, PROMPT)
+        return held_out_objective_nll(self.pipe.model, windows, PROMPT)
 
     def sampler(self, setting: dict, temperature: float):
         options = dict(setting)

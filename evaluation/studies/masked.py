@@ -49,28 +49,35 @@ class MaskedObjective(TokComNextChunkObjective):
         return progress, is_masked if model.training else rank == known
 
 
-def masked_training():
-    """A context in which the flow stage of text models trains `MaskedObjective`."""
+def training_of(objective: type[TokComNextChunkObjective]):
+    """A context in which the flow stage of text models trains another objective."""
     of_config = objective_tokcom.objective_class
 
     def chosen(config, stage: str):
-        return MaskedObjective if stage == "flow" else of_config(config, stage)
+        return objective if stage == "flow" else of_config(config, stage)
 
-    # the study trains with the recipe of all models, which knows nothing of masks
+    # studies train with the recipe of all models, which knows nothing of their objectives
     return mock.patch.object(objective_tokcom, "objective_class", chosen)
 
 
-@torch.no_grad()
-def held_out_masked_nll(model, windows: np.ndarray, skipped: int) -> float:
-    """Nats per token of `windows (B, T)` in random orders, without their first `skipped` tokens.
+def masked_training():
+    """A context in which the flow stage of text models trains `MaskedObjective`."""
+    return training_of(MaskedObjective)
 
-    The model's objective must be `MaskedObjective`.
-    """
+
+@torch.no_grad()
+def held_out_objective_nll(model, windows: np.ndarray, skipped: int) -> float:
+    """Nats per token of `windows (B, T)`, which begin inside a text, under the objective that the
+    model has, without their first `skipped` tokens; of `MaskedObjective` in random orders."""
     torch.manual_seed(0)
     ids = torch.from_numpy(windows.astype(np.int64)).to(model.device)
+    inside = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     first = skipped // model.token_head.num_symbols
     with half_precision(ids.device.type):
-        losses = [model(part).token_losses[:, first:] for part in ids.split(8)]
+        losses = [
+            model(part, text_start=starts).token_losses[:, first:]
+            for part, starts in zip(ids.split(8), inside.split(8))
+        ]
     return torch.cat(losses).mean().item()
 
 

@@ -26,11 +26,21 @@ from pathlib import Path
 import torch
 
 from tokcom.cli.errors import report_errors
-from tokcom.evaluation import autoregressive
-from tokcom.evaluation.ablation import ROWS, row_overrides, train_row, trained_codec
+from tokcom.evaluation.ablation import (
+    ROWS,
+    data_settings,
+    row_overrides,
+    train_row,
+    trained_codec,
+)
 from tokcom.evaluation.flops import training_flops_per_step
 from tokcom.evaluation.report import table
-from tokcom.evaluation.studies.curve import AutoregressiveSystem, TurnSystem
+from tokcom.evaluation.studies.curve import (
+    RATES,
+    AutoregressiveSystem,
+    TurnSystem,
+    train_autoregressive,
+)
 from tokcom.evaluation.texts import likelihood_windows, read_tokens, study_parser
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.training.attention import ATTENTIONS
@@ -40,10 +50,6 @@ from tokcom.training.precision import has_fast_bfloat16
 from tokcom.training.tokens import load_tokenizer
 
 ROW = "recipe"
-RATES = {"learning_rate": 3e-3, "muon_learning_rate": 1.2e-2}  # of both systems, times a factor
-AVERAGE = 0.05  # half-life of the averaged weights of both, as a share of the steps
-COOLDOWN = 0.2  # share of the steps of both in which the rates fall, as in `tiny`
-SHAPE = {"hidden_size": 320, "num_hidden_layers": 8}  # of both systems
 SYSTEMS = {"TokCom": TurnSystem, "Llama": AutoregressiveSystem}
 STEPS = 6  # of each system that are timed
 
@@ -51,18 +57,11 @@ STEPS = 6  # of each system that are timed
 def train(system: str, flops: float, factor: float, args: argparse.Namespace) -> tuple[Path, dict]:
     """The directory of a model that was trained for `flops` operations, and what it cost."""
     name = f"{system}-{flops:g}-{factor:g}"
-    rates = {key: value * factor for key, value in RATES.items()}
-    if system == "TokCom":
-        options = argparse.Namespace(**vars(args), row=ROW, init_from=None, training_flops=flops)
-        return train_row(options, [f"flow.{key}={value}" for key, value in rates.items()], name)
-    directory = Path(args.work_dir) / "models" / f"{name}-{args.seed}"
-    tokenizer = load_tokenizer(args.checkpoint)
-    tokens = read_tokens(args.train, tokenizer, "train")
-    size = {**SHAPE, "num_parameters": args.num_parameters}
-    settings = {**size, **rates, "training_flops": flops, "seed": args.seed}
-    settings |= {"ema_half_life": AVERAGE, "cooldown_share": COOLDOWN}
-    autoregressive.train(tokens, tokenizer, directory, **settings)
-    return directory, json.loads((directory / "training.json").read_text(encoding="utf-8"))
+    options = argparse.Namespace(**vars(args), row=ROW, init_from=None, training_flops=flops)
+    if system == "Llama":
+        return train_autoregressive(options, name, factor)
+    rates = [f"flow.{key}={value * factor}" for key, value in RATES.items()]
+    return train_row(options, rates, name)
 
 
 # ---- time ----
@@ -99,7 +98,7 @@ def processor_seconds(step: Callable[[], None]) -> float:
 def seconds_per_step(args: argparse.Namespace, models: dict[str, Path]) -> dict[str, float]:
     """Processor seconds of a step of TokCom's two stages and of the Llama, in alternation; each
     with the attention function that is fastest here."""
-    data = [f"data.train={args.train}", f"data.validation={args.validation}"]
+    data = data_settings(args)
     codec_config = load_train_config("tiny", [*ROWS["codec_common"], *data])
     flow_config = load_train_config("tiny", [*row_overrides(ROWS["rows"][ROW]), *data])
     codec = stage_model(codec_config, models["codec"], "codec")
@@ -137,7 +136,7 @@ def seconds_per_step(args: argparse.Namespace, models: dict[str, Path]) -> dict[
 
 def codec_cost(args: argparse.Namespace) -> dict:
     """Steps and operations of the codec stage that all models of TokCom share."""
-    config = load_train_config("tiny", [*ROWS["codec_common"], f"data.train={args.train}"])
+    config = load_train_config("tiny", [*ROWS["codec_common"], *data_settings(args)])
     options = config.codec
     model = stage_model(config, codec_directory(args), "codec")
     per_step = training_flops_per_step(
@@ -150,9 +149,7 @@ def codec_cost(args: argparse.Namespace) -> dict:
 
 
 def codec_directory(args: argparse.Namespace) -> Path:
-    data = [f"data.train={args.train}", f"data.validation={args.validation}"]
-    data.append(f"tokenizer={args.checkpoint}")
-    return trained_codec(ROWS["rows"][ROW]["codec"], data, Path(args.work_dir))
+    return trained_codec(ROWS["rows"][ROW]["codec"], data_settings(args), Path(args.work_dir))
 
 
 # ---- report ----
