@@ -221,14 +221,15 @@ def sampling(args: argparse.Namespace) -> dict:
     beside = load_generators(args.beside, max(args.lengths, default=0), DEVICE)
     vocab_size = args.vocab_size or preset_config(args.preset).codec_config.vocab_size - 1
     preset = args.preset
-    ours = tokcom_generator(preset, DEVICE, vocab_size=vocab_size)
-    peer = partial(llama_generator, preset, ours.parameters, vocab_size, DEVICE)
+    options = {"dtype": getattr(torch, args.dtype)}
+    ours = tokcom_generator(preset, DEVICE, vocab_size=vocab_size, **options)
+    peer = partial(llama_generator, preset, ours.parameters, vocab_size, DEVICE, **options)
     systems = {"Llama with KV cache": peer()}
     if args.published:
         systems["published"] = published_generator(ours.parameters, vocab_size, DEVICE)
     if args.compile:
         systems["TokCom compiled"] = tokcom_generator(
-            preset, DEVICE, compiled=True, vocab_size=vocab_size
+            preset, DEVICE, compiled=True, vocab_size=vocab_size, **options
         )
         systems["Llama compiled"] = peer(compiled=True)
     systems |= beside
@@ -261,6 +262,7 @@ def sampling(args: argparse.Namespace) -> dict:
             transformer_config={"latent_channels": 16 * size},
             # a step for each token of the chunk, so that all of them draw from exact probabilities
             num_inference_steps=size,
+            **options,
         )
         batch = args.batch_sizes[0]
         length = args.lengths[0]
@@ -471,6 +473,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--processor_time",
         action="store_true",
         help="time of the processor, not of the clock: on a CPU that others use, too",
+    )
+    sample.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the weights of both systems (default: %(default)s)",
     )
     for name, values in {
         "batch_sizes": [1, 8, 32],

@@ -18,13 +18,16 @@ Generate = Callable[[int, int, int | None], None]
 
 
 def tokcom_generator(
-    preset: str, device: str = "cpu", compiled: bool = False, **overrides
+    preset: str,
+    device: str = "cpu",
+    compiled: bool = False,
+    dtype: torch.dtype = torch.float32,
+    **overrides,
 ) -> Generate:
     """A model of a preset with random weights."""
     config = preset_config(preset, **overrides)
-    pipe = TokComPipeline(
-        TokComModel(config).eval(), TokComFlowMatchScheduler.from_model_config(config)
-    ).to(device)
+    model = TokComModel(config).eval().to(dtype)
+    pipe = TokComPipeline(model, TokComFlowMatchScheduler.from_model_config(config)).to(device)
     pipe.set_progress_bar_config(disable=True)
     if compiled:
         pipe.compile()
@@ -38,12 +41,17 @@ def tokcom_generator(
 
 
 def llama_generator(
-    preset: str, parameters: int, vocab_size: int, device: str = "cpu", compiled: bool = False
+    preset: str,
+    parameters: int,
+    vocab_size: int,
+    device: str = "cpu",
+    compiled: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> Generate:
     """A Llama with random weights and the width, depth and parameter count of the preset."""
     shape = preset_config(preset).transformer_config
     config = llama_config(vocab_size, shape.hidden_size, shape.num_hidden_layers, parameters, 0)
-    return causal_generator(LlamaForCausalLM(config), device, compiled)
+    return causal_generator(LlamaForCausalLM(config).to(dtype), device, compiled)
 
 
 def causal_generator(

@@ -13,7 +13,8 @@ that both have tried. What is finished is kept in `WORK_DIR/runs` and not run ag
 
 *Hours* are steps times the processor time of a step, measured at the end with the steps of both
 systems in alternation, so that other work on the machine is not counted. TokCom's include its codec
-stage, as its operations do. Evaluation is excluded.
+stage, as its operations do. Evaluation is excluded. `--batch_size` and `--torch_compile` change the
+steps that are timed, not the runs: models that were trained elsewhere have other batches.
 """
 
 import argparse
@@ -52,6 +53,7 @@ from tokcom.training.tokens import load_tokenizer
 ROW = "recipe"
 SYSTEMS = {"TokCom": TurnSystem, "Llama": AutoregressiveSystem}
 STEPS = 6  # of each system that are timed
+WARM_UP = 3  # steps in which memory is allocated, kernels are chosen and graphs are compiled
 
 
 def train(system: str, flops: float, factor: float, args: argparse.Namespace) -> tuple[Path, dict]:
@@ -105,7 +107,7 @@ def seconds_per_step(args: argparse.Namespace, models: dict[str, Path]) -> dict[
     flow = stage_model(flow_config, models["TokCom"], "flow")
     llama = AutoregressiveSystem(models["Llama"], "cpu").model.train()
     llama.requires_grad_()
-    shape = (flow_config.flow.batch_size, flow_config.flow.sequence_length)
+    shape = (args.batch_size or flow_config.flow.batch_size, flow_config.flow.sequence_length)
     ids = torch.randint(0, llama.config.vocab_size - 1, shape)
     codec_shape = (codec_config.codec.batch_size, codec_config.codec.sequence_length)
     codec_ids = torch.randint(0, llama.config.vocab_size - 1, codec_shape)
@@ -118,11 +120,17 @@ def seconds_per_step(args: argparse.Namespace, models: dict[str, Path]) -> dict[
     for name, (model, batch, attentions) in batches.items():
         muon = 0.0 if name == "codec" else 1e-3  # times do not depend on rates, only on having one
         optimizer = build_optimizer(model, 1e-4, muon, weight_decay=0.01)
+        if args.torch_compile:
+            own = isinstance(model, TokComModel)
+            # in place: as `torch_compile=true` does it, or the whole model
+            for part in model.objective.compilable_parts(model) if own else (model,):
+                part.compile()
         step = stepper(model, optimizer, batch)
         found = {}
         for attention in attentions:
             model.set_attn_implementation(attention)
-            step()  # memory is allocated and kernels are chosen
+            for _ in range(WARM_UP):
+                step()
             found[attention] = processor_seconds(step)
         model.set_attn_implementation(min(found, key=found.get))
         steps[name] = step
@@ -239,6 +247,10 @@ def main(argv: list[str] | None = None) -> None:
         type=int,
         default=12_296_098,
         help="of the Llama (default: %(default)s)",
+    )
+    parser.add_argument("--batch_size", type=int, help="of the flow's and the Llama's timed steps")
+    parser.add_argument(
+        "--torch_compile", action="store_true", help="time steps of compiled networks"
     )
     args = parser.parse_args(argv)
     folder = Path(args.work_dir) / "runs"
