@@ -94,13 +94,17 @@ def orthogonalize(
 
 
 def build_schedule(
-    optimizer: torch.optim.Optimizer, max_steps: int, warmup_steps: int, cooldown_share: float
+    optimizer: torch.optim.Optimizer,
+    max_steps: int,
+    warmup_steps: int,
+    cooldown_share: float,
+    decay_type: str = "1-sqrt",
 ) -> torch.optim.lr_scheduler.LRScheduler:
     """The learning rate of each step: linear warm-up, then a cosine to 0, or constant with a
     cool-down at the end.
 
     The cool-down over the last `cooldown_share` of the steps is `1 - sqrt(progress)` (Haegele et
-    al. 2024). Until it begins the rate does not depend on `max_steps`, so a run can be made longer,
+    al. 2024), or another `decay_type` of transformers. Until it begins the rate does not depend on `max_steps`, so a run can be made longer,
     or be cooled down earlier, at any time.
     """
     if not cooldown_share:
@@ -110,7 +114,7 @@ def build_schedule(
     # from the step at which it begins, so that the same share gives the same beginning
     cooldown_steps = max_steps - round(max_steps * (1 - cooldown_share))
     return get_wsd_schedule(
-        optimizer, warmup_steps, cooldown_steps, num_training_steps=max_steps, decay_type="1-sqrt"
+        optimizer, warmup_steps, cooldown_steps, num_training_steps=max_steps, decay_type=decay_type
     )
 
 

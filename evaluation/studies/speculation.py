@@ -16,11 +16,13 @@ Shape legend: B batch, Q = 1 latent of a block, K tokens per chunk, V vocabulary
 import argparse
 import copy
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 
 from tokcom.cli.errors import report_errors
@@ -67,19 +69,33 @@ def train_guesses(model: TokComModel, tokens: np.ndarray, eos: int, steps: int) 
     denoising = transformer.layers[transformer.config.num_context_layers :]
     for part in (*denoising, transformer.norm, transformer.proj_out):
         part.requires_grad_()
-    size = model.token_head.num_symbols
-    data = PackedDataset(tokens, WindowShape(512, size, marks_starts=True), eos, 0, training=True)
+    train_on_windows(guesser, lambda batch: guesser(**batch).loss, model, tokens, eos, steps)
+    return guesser.eval()
+
+
+def train_on_windows(
+    trained: nn.Module,
+    loss_of: Callable[[dict], torch.Tensor],
+    model: TokComModel,
+    tokens: np.ndarray,
+    eos: int,
+    steps: int,
+) -> None:
+    """Train what has gradients in `trained` on windows of `tokens (T,)`, cut as `model` reads
+    them."""
+    shape = WindowShape(512, model.token_head.num_symbols, marks_starts=True)
+    data = PackedDataset(tokens, shape, eos, 0, training=True)
     loader = torch.utils.data.DataLoader(data, 8, shuffle=True)
-    optimizer = build_optimizer(guesser, 1e-3, 4e-3, weight_decay=0.01)
+    optimizer = build_optimizer(trained, 1e-3, 4e-3, weight_decay=0.01)
     schedule = build_schedule(optimizer, steps, steps // 10, cooldown_share=0.0)
     done = 0
     torch.manual_seed(0)
-    with tqdm(total=steps, desc="guesses") as bar:
+    with tqdm(total=steps, desc="training") as bar:
         while done < steps:
             for batch in loader:
                 batch = {key: value.to(model.device) for key, value in batch.items()}
                 with half_precision(model.device.type):
-                    loss = guesser(**batch).loss
+                    loss = loss_of(batch)
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
@@ -90,7 +106,6 @@ def train_guesses(model: TokComModel, tokens: np.ndarray, eos: int, steps: int) 
                 if done == steps:
                     break
             data.set_epoch(done // len(loader))
-    return guesser.eval()
 
 
 # ---- sampling ----
@@ -123,18 +138,10 @@ class SpeculativeSampler(MaskedSampler):
     kept: torch.Tensor | None = None
 
     def _denoise(self, x, context, sigma_start, given, sources, on_step_end):
-        size = self.model.token_head.num_symbols
+        chunks, count = self._begin(x, given)
+        size = chunks.shape[-1]
         places = torch.arange(size, device=x.device)
-        if self.tried is None:
-            self.tried, self.kept = torch.zeros(2, size, dtype=torch.long)
-        shape = (len(x), 1, size)
-        chunks = torch.zeros(shape, dtype=torch.long, device=x.device)
-        count = torch.zeros(shape[:2], dtype=torch.long, device=x.device)  # tokens that are known
-        if given is not None:
-            chunks = given.chunks * given.mask
-            count = given.mask.sum(-1)  # a prompt is continued, so they are the first ones
         known = places < count[..., None]
-        self.chunks += len(x)
         open_rows = ~known.all(-1)[:, 0]
         self._count(open_rows, open_rows)
         p = self.probabilities(x, context, chunks, known)
@@ -149,6 +156,18 @@ class SpeculativeSampler(MaskedSampler):
             self.model.token_head.latents_of(context.symbols, chunks),
             self.model.codec.from_symbols(chunks),
         )
+
+    def _begin(self, x, given) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids `(B, Q, K)` of a block that is not decided, and how many are known, `(B, Q)`."""
+        size = self.model.token_head.num_symbols
+        if self.tried is None:
+            self.tried, self.kept = torch.zeros(2, size, dtype=torch.long)
+        self.chunks += len(x)
+        if given is None:
+            chunks = torch.zeros(len(x), 1, size, dtype=torch.long, device=x.device)
+            return chunks, chunks[..., 0]
+        # a prompt is continued, so the known tokens are the first ones
+        return given.chunks * given.mask, given.mask.sum(-1)
 
     def _check(self, x, context, chunks, count, q, sources):
         """One pass: `count (B, Q)` grows by the guesses that are kept, and one more."""
