@@ -341,7 +341,7 @@ class CachedContext(Context):
                 is_read[place] = False
             # all of the start is known
             partial_tokens = torch.nn.functional.pad(self.gaps.partial, (0, 0, 1, 0))
-            self.times = torch.where(partial_tokens, 0.0, 1.0)
+            self.times = torch.where(partial_tokens, 0.0, 1.0).expand(batch, -1, -1)
         where = is_read.nonzero()[:, 0]
         if not len(where):
             return

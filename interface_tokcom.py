@@ -22,6 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 from .processing_tokcom import decode_ids
 
 Blocks = Iterator[tuple[torch.Tensor, torch.Tensor | None]]  # latents and ids of each block
+GAP = "____"  # three or more underscores are one
 LENGTHS = ("gen_length", "gap_length", "num_chunks", "num_frames")
 # what other tools call an argument -> what it may be here; the first that a method has is meant
 ELSEWHERE = {
@@ -179,6 +180,34 @@ def continue_text(
     return TextStream(tokenizer, text, known).add(new, last=True)
 
 
+def split_gaps(text: str) -> list[str]:
+    """What stands before, between and after the gaps of `text`.
+
+    Raises `ValueError` without a gap, or for nothing but gaps.
+    """
+    pieces = re.split("_{3,}", text)
+    if len(pieces) < 2 or not any(piece.strip() for piece in pieces):
+        raise ValueError(
+            f"`text` ({text!r}) must hold known text and at least one gap, written {GAP!r}."
+        )
+    # a gap's first word brings its own space
+    return [piece.rstrip(" ") for piece in pieces[:-1]] + pieces[-1:]
+
+
+def join_gaps(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    rows: list[list[int]],
+    gaps: list[list[int]],
+) -> str:
+    """`text` with the ids `gaps` in its gaps, between which stand the ids `rows`."""
+    pieces = re.split("_{3,}", text)
+    filled = pieces[0]
+    for row, gap, piece in zip(rows, gaps, pieces[1:]):
+        filled += continue_text(tokenizer, filled, row, gap) + piece
+    return filled
+
+
 class TokComPiece(NamedTuple):
     """What one text has gained in a block.
 
@@ -315,13 +344,16 @@ class StreamerFeed:
 
 
 __all__ = [
+    "GAP",
     "StreamedText",
     "StreamerFeed",
     "TextStream",
     "TokComPiece",
     "continue_text",
     "explain_unknown_arguments",
+    "join_gaps",
     "most_alike",
     "near_miss",
     "prompt_room",
+    "split_gaps",
 ]

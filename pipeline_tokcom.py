@@ -7,7 +7,6 @@ A model of tokens goes on inside a prompt's last chunk; for one of latents promp
 """
 
 import os
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,7 +29,16 @@ from .configuration_tokcom import TokComConfig  # noqa: F401
 from .context_tokcom import TokComStep  # noqa: F401
 from .heads_tokcom import TokComTokenHead  # noqa: F401
 from .integrity_tokcom import check_files  # noqa: F401
-from .interface_tokcom import StreamedText, StreamerFeed, TokComPiece, continue_text, prompt_room
+from .interface_tokcom import (
+    GAP,
+    StreamedText,
+    StreamerFeed,
+    TokComPiece,
+    continue_text,
+    join_gaps,
+    prompt_room,
+    split_gaps,
+)
 from .layers_tokcom import TokComBlock  # noqa: F401
 from .modeling_tokcom import TokComModel  # noqa: F401
 from .objective_tokcom import objective_class
@@ -72,7 +80,6 @@ from .tasks_tokcom import (
 )
 from .transformer_tokcom import TokComTransformer  # noqa: F401
 
-GAP = "____"
 LONGEST_CANDIDATE = 8  # tokens of a gap of unknown length
 Prompt = str | list[str] | list[dict[str, str]] | list[list[dict[str, str]]]
 
@@ -466,8 +473,8 @@ class TokComPipeline(TokComBasePipeline):
             real = encoded.attention_mask[row].bool()  # (T,)
             ids = encoded.sequences[row, real].tolist()
             kept = kept_tokens(len(ids), noise_level, source)  # shares nest: see there
-            filled, _ = self.fill_ids(ids, kept, replace(sampling, generator=source))
-            sequences[row, real] = torch.tensor(filled, device=sequences.device)
+            filled, _ = self.fill_ids(ids, kept, replace(sampling, generator=[source]))
+            sequences[row, real] = torch.tensor(filled[0], device=sequences.device)
         self.maybe_free_model_hooks()
         texts = decode_rows(self.tokenizer, sequences, encoded.attention_mask)
         return TokComPipelineOutput(texts, sequences, None, encoded.attention_mask)
@@ -501,32 +508,34 @@ class TokComPipeline(TokComBasePipeline):
             num_candidates = 16 if gap_length is None else 1
         self.check_inputs(None, length=("num_candidates", num_candidates))
         check_candidates(self.model.config, num_candidates, len(lengths))
-        if num_candidates > 1:
-            settings = (num_inference_steps, guidance_scale, temperature, top_p)
-            found = [
-                self.infill(text, lengths[i % len(lengths)], *settings, source)
-                for i, source in enumerate(spawn_generators(generator, num_candidates))
-            ]
-            scores = self.score([output.texts[0] for output in found])
-            return found[likeliest(scores)]
-        self.check_inputs(num_inference_steps, length=("gap_length", gap_length))
-        pieces = re.split("_{3,}", text)
-        if len(pieces) < 2 or not any(piece.strip() for piece in pieces):
-            raise ValueError(
-                f"`text` ({text!r}) must hold known text and at least one gap, written {GAP!r}."
-            )
-        # a gap's first word brings its own space
-        known = [piece.rstrip(" ") for piece in pieces[:-1]] + pieces[-1:]
-        rows = [self._tokenize([piece], "text")[0] if piece.strip(" ") else [] for piece in known]
         sampling = TokComSampling(num_inference_steps, guidance_scale, [], temperature, top_p)
-        sampling.generator = generator
-        fill = self._fill_tokens if self._predicts_tokens else self._fill_latents
-        gaps, latents = fill(rows, gap_length, sampling)
+        sources = [generator]
+        if num_candidates > 1:
+            sources = spawn_generators(generator, num_candidates)
+        found = []
+        for i, length in enumerate(lengths):
+            sampling.generator = sources[i :: len(lengths)]  # candidates take lengths in turn
+            found += self._fill_gaps(text, length, sampling)
+        best = likeliest(self.score([one.texts[0] for one in found])) if len(found) > 1 else 0
         self.maybe_free_model_hooks()
-        filled = pieces[0]
-        for row, gap, piece in zip(rows, gaps, pieces[1:]):
-            filled += continue_text(self.tokenizer, filled, row, gap) + piece
-        return TokComPipelineOutput(texts=[filled], sequences=torch.tensor(gaps), latents=latents)
+        return found[best]
+
+    def _fill_gaps(
+        self, text: str, gap_length: int, sampling: TokComSampling
+    ) -> list[TokComPipelineOutput]:
+        """`text` with its gaps filled, once for each generator."""
+        self.check_inputs(sampling.num_inference_steps, length=("gap_length", gap_length))
+        known = split_gaps(text)
+        rows = [self._tokenize([piece], "text")[0] if piece.strip(" ") else [] for piece in known]
+        fill = self._fill_tokens if self._predicts_tokens else self._fill_latents
+        fillings, latents = fill(rows, gap_length, sampling)
+        # without anything to generate there are no latents
+        new = [None] * len(fillings) if latents is None else latents.split(1)
+        texts = [join_gaps(self.tokenizer, text, rows, gaps) for gaps in fillings]
+        return [
+            TokComPipelineOutput([one], torch.tensor(gaps), part)
+            for one, gaps, part in zip(texts, fillings, new)
+        ]
 
     @torch.no_grad()
     def score(self, texts: str | list[str]) -> list[TokComScore]:
@@ -552,42 +561,46 @@ class TokComPipeline(TokComBasePipeline):
 
     def _fill_tokens(
         self, rows: list[list[int]], gap_length: int, sampling: TokComSampling
-    ) -> tuple[list[list[int]], torch.Tensor | None]:
-        """Ids for the gaps between `rows` of ids, and the new latents `(1, n, C)`."""
+    ) -> tuple[list[list[list[int]]], torch.Tensor | None]:
+        """Ids for the gaps between `rows` of ids, for each of the B generators, and the new latents
+        `(B, n, C)`."""
         ids, known, starts = join_rows(rows, gap_length)
-        filled, latents = self.fill_ids(ids, known, sampling)
-        return [filled[start : start + gap_length] for start in starts], latents
+        texts, latents = self.fill_ids(ids, known, sampling)
+        return [[text[start : start + gap_length] for start in starts] for text in texts], latents
 
     def fill_ids(
         self, ids: list[int], known: list[bool], sampling: TokComSampling
-    ) -> tuple[list[int], torch.Tensor | None]:
-        """Draw the ids of one text that are not `known`; for models that predict tokens.
+    ) -> tuple[list[list[int]], torch.Tensor | None]:
+        """Draw the ids of one text that are not `known`, for each of B generators; for models that
+        predict tokens.
 
         Chunks of which everything is known are context. The others are generated in reading order,
-        given their known tokens. Returns all ids, and the latents `(1, n, C)` of what was
+        given their known tokens. Returns B rows of all ids, and the latents `(B, n, C)` of what was
         generated, None if nothing was.
         """
         if all(known):  # nothing to draw, and a task needs a latent
-            return ids, None
+            return [ids] * len(sampling.generator), None
         task, text = token_gap_task(
             self.model, ids, known, self._noise_maker(sampling), self._execution_device
         )
         latents, drawn = self.sample_latents(task, sampling)
-        return text.join(self.model.codec, drawn)[0, : len(ids)].tolist(), latents
+        return text.join(self.model.codec, drawn)[:, : len(ids)].tolist(), latents
 
     def _noise_maker(self, sampling: TokComSampling) -> Callable[[int], torch.Tensor]:
-        """n -> the initial noise `(1, n, C)` of one text."""
-        return lambda count: self.prepare_latents(1, count, sampling.generator)
+        """n -> the initial noise `(B, n, C)` of one text, for each of B generators."""
+        sources = sampling.generator
+        return lambda count: self.prepare_latents(len(sources), count, sources)
 
     def _fill_latents(
         self, rows: list[list[int]], gap_length: int, sampling: TokComSampling
-    ) -> tuple[list[list[int]], torch.Tensor]:
-        """The same for a model that regresses latents, whose gaps are whole chunks."""
+    ) -> tuple[list[list[list[int]]], torch.Tensor]:
+        """The same for a model that regresses latents, whose gaps are whole chunks; of one
+        generator."""
         task = latent_gap_task(
             self.model, rows, gap_length, self._noise_maker(sampling), self._execution_device
         )
         latents, drawn = self.sample_latents(task, sampling)
-        return drawn.view(len(rows) - 1, -1)[:, :gap_length].tolist(), latents
+        return [drawn.view(len(rows) - 1, -1)[:, :gap_length].tolist()], latents
 
     # ---- texts as pictures, for models whose tokens are pixels ----
 

@@ -60,8 +60,8 @@ class TokComGaps:
             latent learns of its context. None is the start.
         ends_known (`list[bool]`): whether a gap ends inside a chunk; that chunk is already part of
             the context.
-        partial (`torch.BoolTensor` of shape `(B, S, K)`): tokens of the context that are not known
-        yet.
+        partial (`torch.BoolTensor` of shape `(1, S, K)`): tokens of the context that are not known
+            yet, in all rows.
     """
 
     lengths: list[int]
@@ -334,10 +334,10 @@ class TokComGapText(NamedTuple):
     generated: torch.Tensor
 
     def join(self, codec, drawn: torch.Tensor) -> torch.Tensor:
-        """The whole text `(1, T)` with the ids `drawn (1, n * K)` in its gaps."""
+        """The whole text `(B, T)` with the ids `drawn (B, n * K)` in its gaps."""
         # tokens of chunks that were not generated are known, so they never show
-        chunks = codec.to_chunks(self.tokens, None)[0].clone()
-        chunks[0, self.generated] = codec.to_chunks(drawn, None)[0][0]
+        chunks = codec.to_chunks(self.tokens, None)[0].repeat(len(drawn), 1, 1)
+        chunks[:, self.generated] = codec.to_chunks(drawn, None)[0]
         return torch.where(self.is_known, self.tokens, codec.from_chunks(chunks))
 
 
@@ -351,7 +351,8 @@ def token_gap_task(
     """The task of drawing the ids of one text that are not `known`; for models that predict tokens.
 
     Chunks of which everything is known are context. Where a gap ends inside a chunk, the known end
-    of that chunk is in the context, too. Raises `ValueError` for a text that is too long.
+    of that chunk is in the context, too. The task has as many rows as the noise, all of this text.
+    Raises `ValueError` for a text that is too long.
     """
     codec = model.codec
     tokens, is_real = pad_rows(model.config, [ids], "right", device)  # (1, T)
@@ -373,22 +374,28 @@ def token_gap_task(
         gaps = None
         context_at = (~is_open).nonzero()[:, 0].tolist()
         generated = (is_open & is_needed).nonzero()[:, 0].tolist()
+    noise = make_noise(len(generated))
+    rows = len(noise)
     context = None
     if context_at:
         # unknown tokens are encoded as padding: they must leave no trace in the context
         clean = model.encode(tokens, is_known.long())
         index = torch.tensor(context_at, device=device)
         context = TokComCodecOutput(
-            clean.latents[:, index], codec.positions(index[None]), clean.mask[:, index]
+            clean.latents[:, index].expand(rows, -1, -1),
+            codec.positions(index.expand(rows, -1)),
+            clean.mask[:, index].expand(rows, -1),
         )
     places = torch.tensor(generated, device=device)
     task = TokComTask(
-        make_noise(len(generated)),
+        noise,
         context,
-        codec.positions(places[None]),
+        codec.positions(places.expand(rows, -1)),
         # a block holds neighbours only, since its latents are denoised together
         edges=tuple(i for i in range(1, len(generated)) if generated[i] != generated[i - 1] + 1),
-        given=TokComGiven(given.chunks[:, places], given.mask[:, places]),
+        given=TokComGiven(
+            given.chunks[:, places].expand(rows, -1, -1), given.mask[:, places].expand(rows, -1, -1)
+        ),
         gaps=gaps,
     )
     return task, TokComGapText(tokens, is_known, places)

@@ -158,6 +158,15 @@ def blocks(language: str) -> list[tuple[str, str]]:
     return list(pairs.values())
 
 
+def test_both_readmes_show_the_same_ten_stories():
+    stories = [
+        re.findall(r"^  (\d)\. (Once upon a time.*)$", (ROOT / name).read_text(), re.MULTILINE)
+        for name in ("README.md", "README_zh.md")
+    ]
+    assert stories[0] == stories[1]
+    assert [int(seed) for seed, _ in stories[0]] == list(range(10))
+
+
 def untrained(preset: str, tokenizer, **overrides) -> TokComBasePipeline:
     config = preset_config(preset, vocabulary_size(tokenizer), **overrides)
     return build_pipeline(TokComModel(config), tokenizer)

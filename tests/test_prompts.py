@@ -208,7 +208,7 @@ def test_gaps_are_filled_where_they_stand_and_all_else_stays(pipe):
         [(0, len(ids))],
     ):
         known = [not any(start <= i < stop for start, stop in gaps) for i in range(len(ids))]
-        filled, _ = pipe.fill_ids(ids, known, TokComSampling(generator=seeded()))
+        (filled,), _ = pipe.fill_ids(ids, known, TokComSampling(generator=[seeded()]))
         assert len(filled) == len(ids)
         assert [i for i, k in zip(filled, known) if k] == [i for i, k in zip(ids, known) if k]
 
@@ -236,9 +236,23 @@ def test_a_gap_is_filled_with_the_probabilities_that_training_shows(pipe):
     ).latents
     expected = model.token_head.logits(output.view(4, -1)[2])
     calls = drawn_from(pipe)
-    pipe.fill_ids(ids[0].tolist(), known.tolist(), TokComSampling(generator=seeded()))
+    pipe.fill_ids(ids[0].tolist(), known.tolist(), TokComSampling(generator=[seeded()]))
     first = next(call for call in calls if len(call))[0]
     torch.testing.assert_close(first[:-1], expected[:-1], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("gaps", [[(0, 3)], [(5, 6)], [(3, 5), (12, 20)], [(0, 26)]])
+def test_fillings_that_are_drawn_together_are_those_drawn_alone(pipe, gaps):
+    ids = text_ids(pipe.tokenizer, TEXT)[:26]
+    known = [not any(start <= i < stop for start, stop in gaps) for i in range(len(ids))]
+    together, latents = pipe.fill_ids(
+        ids, known, TokComSampling(generator=[seeded(s) for s in range(5)])
+    )
+    assert len(latents) == 5 and len({tuple(row) for row in together}) > 1
+    for seed, row in enumerate(together):
+        alone, _ = pipe.fill_ids(ids, known, TokComSampling(generator=[seeded(seed)]))
+        assert alone == [row]
 
 
 def test_a_token_that_is_kept_at_one_noise_level_is_kept_at_every_higher_one(pipe):
@@ -267,6 +281,6 @@ def test_the_likelihood_of_a_gap_is_that_of_its_sampler(pipe):
     assert abs(both - left) > 1e-4  # what follows matters
     calls = drawn_from(pipe)
     known = [i != 9 for i in range(len(ids))]
-    pipe.fill_ids(ids, known, TokComSampling(generator=seeded()))
+    pipe.fill_ids(ids, known, TokComSampling(generator=[seeded()]))
     first = next(call for call in calls if len(call))[0]
     assert abs(-float(first.log_softmax(-1)[ids[9]]) - both) < 1e-3

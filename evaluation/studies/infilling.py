@@ -6,8 +6,11 @@ both sides, and given the left side.
 Gaps of several lengths are cut out of held-out texts, at any place in a chunk. The same tokens are
 scored twice: as a gap with all other tokens known, and as a continuation of the text before them.
 
-With `--candidates 16` the gaps are filled, too: *exact* is the share of the fillings that are the
-true one, of single draws and of the likeliest of so many.
+With `--candidates 16` the gaps are filled, too. *Exact* is the share of the fillings that are the
+true one, of single draws and of the likeliest of so many. *Resampled* are the nats of the true
+filling if one of so many is chosen in proportion to how much likelier the whole text is from left to
+right than the filling from both sides (sampling and importance resampling): the more candidates, the
+nearer is the model to what its own reading from left to right says of the gap, by Bayes' rule.
 """
 
 import argparse
@@ -29,20 +32,54 @@ AFTER = 24  # least number of tokens after it
 
 
 @torch.no_grad()
-def gap_nats(model, ids: list[int], start: int, stop: int) -> tuple[float, float]:
-    """Nats of the tokens from `start` to `stop` given both sides, and given the left side alone."""
+def token_nats(model, rows: list[list[int]], start: int, stop: int) -> tuple[torch.Tensor, ...]:
+    """Nats `(B, T)` of the tokens of `rows`, which have one length: of those from `start` to `stop`
+    given both sides, the others 0, and of all tokens given those before them."""
     size = model.config.codec_config.chunk_size
-    padding = -len(ids) % size
-    whole = torch.tensor([ids + [0] * padding], device=model.device)  # (1, T)
+    count = len(rows[0])
+    padding = -count % size
+    whole = torch.tensor([row + [0] * padding for row in rows], device=model.device)  # (B, T)
     real = torch.ones_like(whole)
-    real[0, len(ids) :] = 0
+    real[:, count:] = 0
     known = real.clone()
-    known[0, start:stop] = 0
+    known[:, start:stop] = 0
     # padding after the text is not a gap
     known = torch.where(real.bool(), known, 1)
     both = model.objective.loss(model, whole, real, known_mask=known, fills_gaps=True)
     left = model.objective.loss(model, whole, real)
-    return tuple(float(output.token_losses.flatten()[start:stop].sum()) for output in (both, left))
+    return tuple(output.token_losses.flatten(1)[:, :count] for output in (both, left))
+
+
+def gap_nats(model, ids: list[int], start: int, stop: int) -> tuple[float, float]:
+    """Nats of the tokens from `start` to `stop` given both sides, and given the left side alone."""
+    return tuple(float(nats[0, start:stop].sum()) for nats in token_nats(model, [ids], start, stop))
+
+
+def draw_fillings(
+    pipe: TokComPipeline, ids: list[int], start: int, stop: int, count: int, seed: int, **settings
+) -> list[list[int]]:
+    """`ids` with its gap filled `count` times."""
+    known = [not start <= place < stop for place in range(len(ids))]
+    sources = spawn_generators(torch.Generator().manual_seed(seed), count)
+    return pipe.fill_ids(ids, known, TokComSampling(generator=sources, **settings))[0]
+
+
+@torch.no_grad()
+def resampled_nats(
+    pipe: TokComPipeline, ids: list[int], start: int, stop: int, count: int, seed: int
+) -> float:
+    """Nats of the true filling if one of `count` is chosen in proportion to p / q: the text's
+    likelihood from left to right over the filling's from both sides.
+
+    The true filling x is chosen with probability q(x) E[count w(x) / (w(x) + the others' w)], whose
+    mean is taken over one set of others, so that the nats are too high on average.
+    """
+    others = draw_fillings(pipe, ids, start, stop, count - 1, seed, temperature=1.0)
+    both, left = token_nats(pipe.model, [ids, *others], start, stop)
+    log_q = -both[:, start:stop].double().sum(1)
+    log_p = -left[:, start:].double().sum(1)  # what stands before the gap is the same in all
+    share = (log_p - log_q).log_softmax(0)[0]
+    return float(-(log_q[0] + share + np.log(count)))
 
 
 @torch.no_grad()
@@ -50,10 +87,7 @@ def exact_fillings(
     pipe: TokComPipeline, ids: list[int], start: int, stop: int, count: int, seed: int
 ) -> tuple[float, float]:
     """Share of `count` fillings that are the true one, and whether the likeliest of them is."""
-    known = [not start <= place < stop for place in range(len(ids))]
-    drawn = []
-    for source in spawn_generators(torch.Generator().manual_seed(seed), count):
-        drawn.append(pipe.fill_ids(ids, known, TokComSampling(generator=source))[0])
+    drawn = draw_fillings(pipe, ids, start, stop, count, seed)
     scores = pipe.score([pipe.tokenizer.decode(filled) for filled in drawn])
     right = [filled[start:stop] == ids[start:stop] for filled in drawn]
     return float(np.mean(right)), float(right[likeliest(scores)])
@@ -98,17 +132,21 @@ def main(argv: list[str] | None = None) -> None:
     if args.candidates:
         heading += (
             f" | exact, one draw | exact, likeliest of {args.candidates} | its standard error"
+            " | resampled | gain, resampled | its standard error"
         )
     print(heading)
     for length in LENGTHS:
         gaps = []
         exact = []
+        resampled = []
         for ids in tqdm([row for row in rows if len(row) >= BEFORE + length + AFTER], leave=False):
             start = int(generator.integers(BEFORE, len(ids) - AFTER - length + 1))
             stop = start + length
             gaps.append(gap_nats(model, ids, start, stop))
             if args.candidates:
-                exact.append(exact_fillings(pipe, ids, start, stop, args.candidates, len(gaps)))
+                options = (pipe, ids, start, stop, args.candidates, len(gaps))
+                exact.append(exact_fillings(*options))
+                resampled.append(resampled_nats(*options))
         nats = np.array(gaps).reshape(-1, 2) / length
         both, left = nats.mean(axis=0)
         error = (nats[:, 1] - nats[:, 0]).std() / np.sqrt(len(nats))
@@ -117,6 +155,9 @@ def main(argv: list[str] | None = None) -> None:
             one, best = np.mean(exact, axis=0)
             error = np.std(np.array(exact)[:, 1]) / np.sqrt(len(exact))
             line += f" | {one:.3f} | {best:.3f} | {error:.3f}"
+            gain = nats[:, 1] - np.array(resampled) / length
+            error = gain.std() / np.sqrt(len(gain))
+            line += f" | {left - gain.mean():.3f} | {gain.mean():.3f} | {error:.3f}"
         print(line, flush=True)
 
 
