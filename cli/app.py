@@ -21,8 +21,7 @@ import torch
 from matplotlib.figure import Figure
 
 from tokcom.cli.app_zoo import BUSY, ShownModel, explained, numbered_noise
-from tokcom.cli.loading import check_modality, check_model_path, open_pipeline
-from tokcom.cli.modes import num_fillings
+from tokcom.cli.loading import check_modality, check_model_path, num_fillings, open_pipeline
 from tokcom.evaluation.reconstruction import token_losses_at
 from tokcom.pipeline_tokcom import GAP, TokComPipeline
 from tokcom.processing_tokcom import decode_ids, text_ids

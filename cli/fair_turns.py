@@ -29,6 +29,7 @@ from typing import NamedTuple
 
 import torch
 
+from tokcom.cli.loading import num_fillings
 from tokcom.cli.scoring import score_tokens
 from tokcom.pipeline_tokcom import GAP, TokComPiece, TokComPipeline
 
@@ -357,9 +358,9 @@ class Batch:
         generator = torch.Generator().manual_seed(job.seed)
 
         def fill(pipe: TokComPipeline) -> str:
-            return pipe.infill(
-                before + GAP + after, job.max_tokens, *job.sampling, generator
-            ).texts[0]
+            gapped = before + GAP + after
+            options = {"generator": generator, "num_candidates": num_fillings(pipe)}
+            return pipe.infill(gapped, job.max_tokens, *job.sampling, **options).texts[0]
 
         paused = Paused(fill, self.pipe, every=steps, should_stop=self._abandoned)
         try:

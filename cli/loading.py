@@ -18,6 +18,8 @@ MODALITIES = {
     "several": ("several streams", "`tokcom any-to-any`"),
 }
 
+FILLINGS = 16  # of a gap, among which the likeliest text is chosen
+
 
 def usable_device(name: str = "auto") -> str:
     """The device `name`; of `"auto"` cuda if there is one, else cpu.
@@ -112,3 +114,8 @@ def speed_up(pipe, int8: bool, compiled: bool) -> None:
         quantize_(pipe.model.transformer, Int8WeightOnlyConfig())
     if compiled:
         pipe.compile()
+
+
+def num_fillings(pipe) -> int:
+    """Fillings of a gap among which the likeliest is kept; 1 for models that cannot tell."""
+    return FILLINGS if pipe.model.config.is_causal_lm else 1

@@ -14,13 +14,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tokcom.cli.loading import check_modality, open_pipeline, speed_up
+from tokcom.cli.loading import check_modality, num_fillings, open_pipeline, speed_up
 from tokcom.cli.options import MODES, READ, WRITTEN
 from tokcom.cli.terminal import TerminalStreamer
 from tokcom.configuration_codec_tokcom import TokComCodecConfig
 from tokcom.processing_tokcom import write_wav
-
-FILLINGS = 16  # of a gap, among which the likeliest text is chosen
 
 
 def check_files(args: argparse.Namespace) -> None:
@@ -155,11 +153,6 @@ def watch(pipe, args: argparse.Namespace, tokens: int, options: dict[str, Any]) 
     pipe.set_progress_bar_config(disable=True)
     output = pipe(args.prompt, tokens, streamer=TerminalStreamer(pipe.tokenizer), **options)
     return args.prompt + output.texts[0]
-
-
-def num_fillings(pipe) -> int:
-    """Fillings of a gap among which the likeliest is kept; 1 for models that cannot tell."""
-    return FILLINGS if pipe.model.config.is_causal_lm else 1
 
 
 def infill(pipe, args: argparse.Namespace) -> list[str]:

@@ -98,7 +98,8 @@ def test_a_suffix_fills_the_gap_as_the_pipeline_does(pipe, server):
         "max_tokens": 6,
         "seed": 2,
     }
-    whole = pipe.infill("Squinty was ____ went home.", gap_length=6, generator=seeded(2)).texts[0]
+    text = "Squinty was ____ went home."
+    whole = pipe.infill(text, gap_length=6, num_candidates=16, generator=seeded(2)).texts[0]
     answer = client.completions.create(**options)
     assert "Squinty was " + answer.choices[0].text + " went home." == whole
     pieces = list(client.completions.create(stream=True, **options))
