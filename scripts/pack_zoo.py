@@ -42,7 +42,6 @@ CODE = "*_tokcom.py"
 LEFT = ("run", "__pycache__")  # of a run
 SHOWN = 10  # records among the samples
 HEARD = 3  # of them are also spoken
-GUIDANCE = 2.0  # of what is drawn and spoken; texts are written without
 # share of digits that a judge recognises, for each given stream and each that is made
 DIRECTION_GOAL = 0.9
 AGREEMENT_GOAL = 0.8  # share of samples from nothing whose three streams show one digit
@@ -118,7 +117,7 @@ def write_digits_card(
         command=" ".join([*command, *chosen, "--output_dir results"]),
         goals=_goals(found["parts"]),
         evaluation=evaluation_section(results),
-        guidance=f"{GUIDANCE:g}",
+        guidance=f"{pipe.model.config.sampling_guidance_scale:g}",
         samples=write_samples(pipe, target, data),
     )
     header = pipe.model_card("TokCom digits", license="cc-by-sa-4.0", language=["en"])
@@ -181,12 +180,11 @@ def write_samples(pipe: TokComOmniPipeline, target: Path, data: str) -> str:
     sounds = [content["audio"] for content in real]
     # not selected: the first records and one seed
     generator = torch.Generator().manual_seed(0)
-    options = {"guidance_scale": GUIDANCE, "generator": generator}
-    for_text = pipe({"text": texts}, ["image", "audio"], **options)
-    for_sound = pipe({"audio": sounds}, "image", **options)
+    for_text = pipe({"text": texts}, ["image", "audio"], generator=generator)
+    for_sound = pipe({"audio": sounds}, "image", generator=generator)
     heard = pipe({"audio": sounds}, "text", generator=generator)
     seen = pipe({"image": pictures}, "text", generator=generator)
-    nothing = pipe(batch_size=SHOWN, **options)
+    nothing = pipe(batch_size=SHOWN, generator=generator)
     size = pipe.model.codec.streams["image"].config.image_size[::-1]
     rows = [pictures, for_text.images, for_sound.images, nothing.images]
     grid = [[picture.convert("RGB").resize(size) for picture in row] for row in rows]

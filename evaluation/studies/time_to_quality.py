@@ -9,7 +9,7 @@ Every point is a run of its own, whose learning rate falls to 0 at its end. Both
 parameters and layers, the same width, text, batches, optimizer and number of runs; the rates of both
 are multiplied by each of `--rate_factors`, and of a budget the best run counts among the factors
 that both have tried. What is finished is kept in `WORK_DIR/runs` and not run again. Writes
-`time_to_quality.md` and `time_to_quality.png`.
+`time_to_quality.md`.
 
 *Hours* are steps times the processor time of a step, measured at the end with the steps of both
 systems in alternation, so that other work on the machine is not counted. TokCom's include its codec
@@ -179,7 +179,7 @@ def best_run(runs: list[dict], system: str, budget: float) -> tuple[dict, int] |
 
 
 def write_report(args: argparse.Namespace) -> None:
-    """The best run of each system and budget as a table and a picture."""
+    """The best run of each system and budget as a table."""
     work = Path(args.work_dir)
     runs = finished_runs(work, args.seed)
     for run in runs:
@@ -210,26 +210,7 @@ def write_report(args: argparse.Namespace) -> None:
     text += "\nProcessor seconds of a step: "
     text += ", ".join(f"{name} {value:.3f}" for name, value in seconds.items()) + "\n"
     (work / "time_to_quality.md").write_text(text, encoding="utf-8")
-    plot(rows, work / "time_to_quality.png")
     print(text)
-
-
-def plot(rows: list[list], file: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.2), sharey=True, layout="constrained")
-    for axes, column, label in zip(panels, (2, 4), ("training operations", "hours of one core")):
-        for system in SYSTEMS:
-            points = [(float(row[column]), row[-1]) for row in rows if row[0] == system]
-            axes.plot(*zip(*sorted(points)), "o-", label=system)
-        axes.set(xscale="log", xlabel=f"{label}, codec included")
-        axes.grid(alpha=0.3, which="both")
-    panels[0].set_ylabel("held-out nats per token")
-    panels[0].legend()
-    figure.savefig(file, dpi=90)
 
 
 @report_errors()
