@@ -98,8 +98,9 @@ def train_row(
     config = load_train_config(row.get("preset", "tiny"), overrides)
     # a model only to count operations: the budget sets the number of steps
     model = build_model(config, get_tokenizer(args.checkpoint, 0, [], ""))
-    model.set_stage("flow")
     flow = config.flow
+    # with the settings of the run: noise draws are most of the head's operations
+    model.set_stage("flow", **flow.objective)
     rates = flow.learning_rate, flow.muon_learning_rate, flow.weight_decay
     per_step = training_flops_per_step(
         model, flow.batch_size, flow.sequence_length, lambda m: build_optimizer(m, *rates)

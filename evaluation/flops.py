@@ -12,6 +12,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+ROWS = 8  # of a batch whose operations are counted
+STEPS = 4  # that are averaged
+
 
 def count_flops(function: Callable[[], object]) -> int:
     """Operations of one call of `function`, including its backward passes."""
@@ -25,8 +28,10 @@ def training_flops_per_token(model: nn.Module, input_ids: torch.Tensor) -> float
     """Forward and backward operations per token of `input_ids (B, T)`, for TokCom or any causal
     language model.
 
-    Averages two steps, because how many chunks have a loss varies with the random draws. Weights,
-    gradients and the random state are left unchanged.
+    Averages some steps, because how many chunks have a loss varies with the random draws; they are
+    the same in every count. The model's objective must be that of the run (`set_stage`): how many
+    noise draws it takes is a setting of training. Weights, gradients and the random state are left
+    unchanged.
     """
     was_training = model.training
     costs = []
@@ -38,8 +43,9 @@ def training_flops_per_token(model: nn.Module, input_ids: torch.Tensor) -> float
 
     model.train()
     state = torch.get_rng_state()
+    torch.manual_seed(0)
     kept = [p.grad for p in model.parameters()]
-    for _ in range(2):
+    for _ in range(STEPS):
         costs.append(count_flops(step))
     torch.set_rng_state(state)
     for parameter, grad in zip(model.parameters(), kept):
@@ -56,7 +62,8 @@ def training_flops_per_step(
 ) -> float:
     """Operations of one training step on `batch_size` rows of `sequence_length` tokens, including
     the optimizer."""
-    per_token = training_flops_per_token(model, torch.zeros(1, sequence_length, dtype=torch.long))
+    rows = torch.zeros(ROWS, sequence_length, dtype=torch.long)
+    per_token = training_flops_per_token(model, rows)
     return per_token * batch_size * sequence_length + optimizer_flops(model, build)
 
 

@@ -11,6 +11,7 @@ parameters. `--peak` and `--utilization` turn operations into time.
 
 import argparse
 import random
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ from tokcom.configuration_tokcom import TokComConfig
 from tokcom.evaluation.flops import training_flops_per_token
 from tokcom.evaluation.report import table
 from tokcom.modeling_tokcom import TokComModel
-from tokcom.training.presets import preset_config, preset_names
+from tokcom.training.presets import preset_config, preset_names, read_preset
 
 # `base` grown to a billion parameters in the transformer
 ONE_B = {
@@ -78,7 +79,12 @@ def saved_bytes(model: TokComModel, ids: torch.Tensor) -> int:
     return total
 
 
-def count(config: TokComConfig, length: int) -> dict[str, float]:
+def objective_settings(preset: str) -> dict[str, Any]:
+    """How a preset, or `1b`, trains the flow stage: each noise draw passes the head once more."""
+    return read_preset("base" if preset == "1b" else preset).get("flow", {}).get("objective", {})
+
+
+def count(config: TokComConfig, length: int, objective: dict[str, Any]) -> dict[str, float]:
     """Training operations, saved bytes, and saved bytes with activation checkpointing, per token of
     a window."""
     layers = config.transformer_config.num_hidden_layers
@@ -97,7 +103,7 @@ def count(config: TokComConfig, length: int) -> dict[str, float]:
             {**fields, "transformer_config": {**fields["transformer_config"], **small}}
         )
         model = TokComModel(one).train()
-        model.set_stage("flow")
+        model.set_stage("flow", **objective)
         # all but the last id, which is padding
         ids = torch.randint(0, one.codec_config.vocab_size - 1, (1, length))
         row = {
@@ -174,7 +180,8 @@ def main(argv: list[str] | None = None) -> None:
     config = scaled_config(args.preset, args.vocab_size)
     window = config.transformer_config.max_position_embeddings * config.codec_config.chunk_size
     length = args.length or window
-    counted = count(config, min(args.counted_length, args.length or window))
+    objective = objective_settings(args.preset)
+    counted = count(config, min(args.counted_length, args.length or window), objective)
     trained, frozen = parameters(config)
     print(
         f"{trained:,} trained and {frozen:,} frozen parameters; "

@@ -1,3 +1,4 @@
+import argparse
 import json
 import math
 from types import SimpleNamespace
@@ -160,6 +161,34 @@ def test_counting_operations_changes_no_gradient_and_no_random_state():
     torch.manual_seed(5)
     training_flops_per_token(model, ids)
     assert torch.equal(torch.rand(3), expected) and all(p.grad is None for p in model.parameters())
+
+
+def test_the_counted_objective_is_the_trained_one(tmp_path, monkeypatch):
+    """A budget of operations must count the noise draws that the run takes."""
+    from tokcom.evaluation import ablation
+
+    counted = []
+
+    def per_step(model, *shape):
+        counted.append(model.objective)
+        return 1e9
+
+    def stop(config):
+        counted.append(config.flow.objective)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ablation, "training_flops_per_step", per_step)
+    monkeypatch.setattr(ablation, "trained_codec", lambda *_: tmp_path)
+    monkeypatch.setattr(ablation, "build_model", lambda *_: TokComModel(preset_config("tiny", 320)))
+    monkeypatch.setattr(ablation, "run", stop)
+    args = argparse.Namespace(row="recipe", train="a", validation="b", checkpoint=str(ROOT), seed=0)
+    args.work_dir, args.init_from, args.training_flops = str(tmp_path), None, 1e10
+    with pytest.raises(KeyboardInterrupt):
+        ablation.train_row(args)
+    objective, settings = counted
+    assert settings["noise_draws"] == 4
+    for name, value in settings.items():
+        assert getattr(objective, name) == value, name
 
 
 def test_noise_draws_are_counted():
@@ -494,7 +523,9 @@ def test_costs_of_many_layers_follow_from_few():
     ]
     for transformer in shapes:
         config = tiny_config(transformer_config=transformer)
-        found, model = count(config, 64), TokComModel(config).train()
+        objective = {"noise_draws": 3}
+        found, model = count(config, 64, objective), TokComModel(config).train()
+        model.set_stage("flow", **objective)
         ids = torch.randint(0, 320, (1, 64))
         assert found["flops"] == pytest.approx(training_flops_per_token(model, ids), rel=1e-9)
         assert found["saved"] == pytest.approx(saved_bytes(model, ids) / 64, rel=0.02)
