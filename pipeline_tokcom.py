@@ -509,16 +509,25 @@ class TokComPipeline(TokComBasePipeline):
         self.check_inputs(None, length=("num_candidates", num_candidates))
         check_candidates(self.model.config, num_candidates, len(lengths))
         sampling = TokComSampling(num_inference_steps, guidance_scale, [], temperature, top_p)
-        sources = [generator]
-        if num_candidates > 1:
+        sources = generator if isinstance(generator, list) else [generator]
+        if num_candidates > 1 and not isinstance(generator, list):
             sources = spawn_generators(generator, num_candidates)
+        if len(sources) != num_candidates:
+            raise ValueError(
+                f"`generator` has {len(sources)} entries, not {num_candidates}; give one."
+            )
         found = []
         for i, length in enumerate(lengths):
             sampling.generator = sources[i :: len(lengths)]  # candidates take lengths in turn
             found += self._fill_gaps(text, length, sampling)
-        best = likeliest(self.score([one.texts[0] for one in found])) if len(found) > 1 else 0
         self.maybe_free_model_hooks()
-        return found[best]
+        if len(found) == 1:
+            return found[0]
+        # what is filled may have more tokens than were drawn, once it is read as a text
+        rows = self._tokenize([one.texts[0] for one in found], "text")
+        fitting = [one for one, row in zip(found, rows) if len(row) <= self.max_length]
+        scores = self.score([one.texts[0] for one in fitting]) if fitting else []
+        return fitting[likeliest(scores)] if fitting else found[0]
 
     def _fill_gaps(
         self, text: str, gap_length: int, sampling: TokComSampling
@@ -571,15 +580,17 @@ class TokComPipeline(TokComBasePipeline):
     def fill_ids(
         self, ids: list[int], known: list[bool], sampling: TokComSampling
     ) -> tuple[list[list[int]], torch.Tensor | None]:
-        """Draw the ids of one text that are not `known`, for each of B generators; for models that
-        predict tokens.
+        """Draw the ids of one text that are not `known`, for each of B generators (one, if it is no
+        list); for models that predict tokens.
 
         Chunks of which everything is known are context. The others are generated in reading order,
         given their known tokens. Returns B rows of all ids, and the latents `(B, n, C)` of what was
         generated, None if nothing was.
         """
+        sources = sampling.generator
+        sampling = replace(sampling, generator=sources if isinstance(sources, list) else [sources])
         if all(known):  # nothing to draw, and a task needs a latent
-            return [ids] * len(sampling.generator), None
+            return [list(ids) for _ in sampling.generator], None
         task, text = token_gap_task(
             self.model, ids, known, self._noise_maker(sampling), self._execution_device
         )

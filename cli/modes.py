@@ -160,7 +160,7 @@ def infill(pipe, args: argparse.Namespace) -> list[str]:
     options["num_candidates"] = args.num_candidates
     if args.num_candidates is None:
         options["num_candidates"] = num_fillings(pipe)
-    pipe.set_progress_bar_config(disable=True)  # one bar for each filling tells nothing
+    pipe.set_progress_bar_config(disable=True)  # a bar for each length tells nothing
     return show(pipe.infill(args.input_text, args.gap_length, **options))
 
 

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationInfo, fi
 from transformers import PreTrainedTokenizerBase
 
 from tokcom.cli.fair_turns import Job, RequestError, Sampling, Scores
+from tokcom.cli.loading import num_fillings
 from tokcom.cli.server_settings import ServerSettings
 from tokcom.pipeline_tokcom import GAP, TokComPipeline
 from tokcom.processing_tokcom import text_ids
@@ -271,8 +272,14 @@ def _read_dialogue(request: ChatRequest, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def _check_limits(
-    request: TextRequest, texts: int, tokens: int, default_steps: int, settings: ServerSettings
+    request: TextRequest,
+    texts: int,
+    fillings: int,
+    tokens: int,
+    default_steps: int,
+    settings: ServerSettings,
 ) -> None:
+    """Refuse more than the server's limits; each of the texts is the best of some `fillings`."""
     steps = request.num_inference_steps or default_steps
     limits = [
         ("max_tokens", f"`max_tokens` ({tokens}) is", tokens, settings.max_tokens),
@@ -283,11 +290,12 @@ def _check_limits(
         if value > limit:
             raise _bad(param, f"{what} more than this server's limit of {limit}; ask for less.")
     # each within its own limit may still be too much together
-    work = tokens * steps * texts
+    drawn = texts * fillings
+    work = tokens * steps * drawn
     if work > settings.max_work:
         raise _bad(
             "max_tokens",
-            f"{tokens} tokens x {steps} steps x {texts} texts are {work}, more than this server's "
+            f"{tokens} tokens x {steps} steps x {drawn} texts are {work}, more than this server's "
             f"limit of {settings.max_work}; ask for fewer of one of them.",
         )
 
@@ -409,9 +417,10 @@ def read_request(
         prompts = _read_prompts(request, tokenizer, pipe.model.config.text_vocab_size - 1)
         param = "prompt"
     tokens = _tokens_of(request, settings)
-    _check_limits(
-        request, len(prompts) * request.n, tokens, pipe.model.config.num_inference_steps, settings
-    )
+    texts = len(prompts) * request.n
+    fillings = num_fillings(pipe) if infills else 1
+    default_steps = pipe.model.config.num_inference_steps
+    _check_limits(request, texts, fillings, tokens, default_steps, settings)
     # both sides of the gap count as the prompt
     if infills:
         prompts[0].ids = prompts[0].ids + text_ids(tokenizer, request.suffix)

@@ -255,6 +255,32 @@ def test_fillings_that_are_drawn_together_are_those_drawn_alone(pipe, gaps):
         assert alone == [row]
 
 
+def test_a_list_of_generators_is_one_for_each_filling(pipe):
+    text = "Tom ____ home."
+    alone = pipe.infill(text, 3, generator=seeded(4)).texts
+    assert pipe.infill(text, 3, generator=[seeded(4)]).texts == alone
+    assert pipe.infill(text, 3, generator=[seeded(4), seeded(4)], num_candidates=2).texts == alone
+    with pytest.raises(ValueError, match="has 2 entries, not 3"):
+        pipe.infill(text, 3, generator=[seeded(), seeded(1)], num_candidates=3)
+
+
+def test_a_filling_whose_text_is_too_long_to_score_is_left_out(pipe, monkeypatch):
+    window = type(pipe).max_length
+    texts = [one.texts[0] for one in pipe._fill_gaps("Tom ____ home.", 3, _five_sources())]
+    lengths = [len(text_ids(pipe.tokenizer, text)) for text in texts]
+    monkeypatch.setattr(type(pipe), "max_length", property(lambda self: min(lengths)))
+    chosen = pipe.infill("Tom ____ home.", 3, generator=_five_sources().generator, num_candidates=5)
+    assert len(text_ids(pipe.tokenizer, chosen.texts[0])) == min(lengths)
+    monkeypatch.setattr(type(pipe), "max_length", property(lambda self: 0))
+    whole = pipe.infill("Tom ____ home.", 3, generator=_five_sources().generator, num_candidates=5)
+    assert whole.texts[0] == texts[0]  # none fits, so none is scored
+    monkeypatch.setattr(type(pipe), "max_length", window)
+
+
+def _five_sources() -> TokComSampling:
+    return TokComSampling(generator=[seeded(s) for s in range(5)])
+
+
 def test_a_token_that_is_kept_at_one_noise_level_is_kept_at_every_higher_one(pipe):
     levels = [kept_tokens(10_000, level, seeded(5)) for level in (0.0, 0.25, 0.5, 0.9, 1.0)]
     for level, kept in zip((0.0, 0.25, 0.5, 0.9, 1.0), levels):

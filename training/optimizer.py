@@ -104,8 +104,8 @@ def build_schedule(
     cool-down at the end.
 
     The cool-down over the last `cooldown_share` of the steps is `1 - sqrt(progress)` (Haegele et
-    al. 2024), or another `decay_type` of transformers. Until it begins the rate does not depend on `max_steps`, so a run can be made longer,
-    or be cooled down earlier, at any time.
+    al. 2024), or another `decay_type` of transformers. Until it begins the rate does not depend on
+    `max_steps`, so a run can be made longer, or be cooled down earlier, at any time.
     """
     if not cooldown_share:
         return get_scheduler(

@@ -74,7 +74,10 @@ def resampled_nats(
     The true filling x is chosen with probability q(x) E[count w(x) / (w(x) + the others' w)], whose
     mean is taken over one set of others, so that the nats are too high on average.
     """
-    others = draw_fillings(pipe, ids, start, stop, count - 1, seed, temperature=1.0)
+    others = []
+    if count > 1:
+        exact = {"temperature": 1.0, "top_p": 1.0, "guidance_scale": 1.0}  # as q is scored
+        others = draw_fillings(pipe, ids, start, stop, count - 1, seed, **exact)
     both, left = token_nats(pipe.model, [ids, *others], start, stop)
     log_q = -both[:, start:stop].double().sum(1)
     log_p = -left[:, start:].double().sum(1)  # what stands before the gap is the same in all
