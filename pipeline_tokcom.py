@@ -509,9 +509,10 @@ class TokComPipeline(TokComBasePipeline):
         self.check_inputs(None, length=("num_candidates", num_candidates))
         check_candidates(self.model.config, num_candidates, len(lengths))
         sampling = TokComSampling(num_inference_steps, guidance_scale, [], temperature, top_p)
-        sources = generator if isinstance(generator, list) else [generator]
-        if num_candidates > 1 and not isinstance(generator, list):
-            sources = spawn_generators(generator, num_candidates)
+        sources = generator
+        if not isinstance(generator, list):
+            is_one = num_candidates == 1
+            sources = [generator] if is_one else spawn_generators(generator, num_candidates)
         if len(sources) != num_candidates:
             raise ValueError(
                 f"`generator` has {len(sources)} entries, not {num_candidates}; give one."

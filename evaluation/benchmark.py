@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from tokcom.cli.errors import report_errors
 from tokcom.cli.loading import add_device_option, usable_device
 from tokcom.training.precision import has_fast_bfloat16
-from tokcom.training.presets import preset_config, read_preset
+from tokcom.training.presets import preset_config, preset_objective
 
 CLOCK: Callable[[], float] = time.perf_counter  # or the processor's, with --processor_time
 DEVICE = usable_device()
@@ -107,7 +107,7 @@ def build_training(
         )
         with torch.device(DEVICE):
             model = TokComModel(config).train()
-        objective = read_preset("v5.2")[stage]["objective"]
+        objective = preset_objective("v5.2", stage)
         model.set_stage(stage, **objective, **({"ce_share": share[0]} if share else {}))
         if "checkpointing" in options:
             model.gradient_checkpointing_enable()

@@ -20,7 +20,7 @@ from tokcom.configuration_tokcom import TokComConfig
 from tokcom.evaluation.flops import training_flops_per_token
 from tokcom.evaluation.report import table
 from tokcom.modeling_tokcom import TokComModel
-from tokcom.training.presets import preset_config, preset_names, read_preset
+from tokcom.training.presets import preset_config, preset_names, preset_objective
 
 # `base` grown to a billion parameters in the transformer
 ONE_B = {
@@ -77,11 +77,6 @@ def saved_bytes(model: TokComModel, ids: torch.Tensor) -> int:
     total = sum(kept.values())
     del loss
     return total
-
-
-def objective_settings(preset: str) -> dict[str, Any]:
-    """How a preset, or `1b`, trains the flow stage: each noise draw passes the head once more."""
-    return read_preset("base" if preset == "1b" else preset).get("flow", {}).get("objective", {})
 
 
 def count(config: TokComConfig, length: int, objective: dict[str, Any]) -> dict[str, float]:
@@ -180,7 +175,8 @@ def main(argv: list[str] | None = None) -> None:
     config = scaled_config(args.preset, args.vocab_size)
     window = config.transformer_config.max_position_embeddings * config.codec_config.chunk_size
     length = args.length or window
-    objective = objective_settings(args.preset)
+    # each noise draw passes the head once more
+    objective = preset_objective("base" if args.preset == "1b" else args.preset)
     counted = count(config, min(args.counted_length, args.length or window), objective)
     trained, frozen = parameters(config)
     print(

@@ -5,6 +5,7 @@ import argparse
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from tokcom.cli.loading import add_device_option
 from tokcom.evaluation.protocol import held_out_windows
 from tokcom.training.config import DataConfig
 from tokcom.training.data import load_documents, tokenize_documents
@@ -20,6 +21,22 @@ def study_parser(doc: str | None, work_dir: str) -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", default=".", help="tokenizer (default: %(default)s)")
     parser.add_argument("--work_dir", default=work_dir, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    return parser
+
+
+def model_study_parser(doc: str | None, prompts: int, steps: str) -> argparse.ArgumentParser:
+    """A parser with the options of a study that trains something beside a finished model; `steps`
+    is the help of that option."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default=".", help="default: %(default)s")
+    parser.add_argument("--train", required=True, help="parquet file with training text")
+    parser.add_argument("--validation", required=True, help="parquet file with held-out text")
+    parser.add_argument("--steps", type=int, default=400, help=f"{steps} (default: %(default)s)")
+    parser.add_argument("--prompts", type=int, default=prompts, help="default: %(default)s")
+    parser.add_argument("--output", help="JSON file for the numbers")
+    add_device_option(parser)
     return parser
 
 

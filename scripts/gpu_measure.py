@@ -29,7 +29,7 @@ from tokcom.evaluation.generators import llama_generator, tokcom_generator
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.training.optimizer import build_optimizer
 from tokcom.training.precision import half_precision, has_fast_bfloat16
-from tokcom.training.presets import preset_config, read_preset
+from tokcom.training.presets import preset_config, preset_objective
 
 MIB = 2**20
 
@@ -39,7 +39,7 @@ def build(preset: str, vocab_size: int, device: str, **transformer) -> TokComMod
     torch.manual_seed(0)
     config = preset_config(preset, vocab_size, transformer_config=transformer)
     model = TokComModel(config).to(device).train()
-    model.set_stage("flow", **read_preset(preset).get("flow", {}).get("objective", {}))
+    model.set_stage("flow", **preset_objective(preset))
     return model
 
 

@@ -58,6 +58,11 @@ def read_preset(name: str) -> dict[str, Any]:
     return merged
 
 
+def preset_objective(name: str, stage: str = "flow") -> dict[str, Any]:
+    """The settings of the objective with which a preset trains a stage, for `set_stage`."""
+    return read_preset(name).get(stage, {}).get("objective", {})
+
+
 def preset_config(name: str, vocab_size: int | None = None, **overrides) -> "TokComConfig":
     """The configuration of the model of a preset.
 

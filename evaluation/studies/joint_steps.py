@@ -21,7 +21,6 @@ Shape legend: B batch, N latents, Q = 1 latent of a block, K tokens per chunk, R
 embedding, V vocabulary.
 """
 
-import argparse
 import copy
 import json
 from pathlib import Path
@@ -33,7 +32,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from tokcom.cli.errors import report_errors
-from tokcom.cli.loading import add_device_option
 from tokcom.evaluation.judges import TokenJudge
 from tokcom.evaluation.metrics import sample_entropy
 from tokcom.evaluation.protocol import CONTINUATION, PROMPT, held_out_windows
@@ -41,7 +39,7 @@ from tokcom.evaluation.report import table
 from tokcom.evaluation.samplers import TokComSampler
 from tokcom.evaluation.studies.masked import uniform_numbers
 from tokcom.evaluation.studies.speculation import SpeculativeSampler, train_on_windows
-from tokcom.evaluation.texts import likelihood_windows, read_tokens
+from tokcom.evaluation.texts import likelihood_windows, model_study_parser, read_tokens
 from tokcom.heads_tokcom import draw_ids
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_tokcom import TokComPipeline
@@ -338,18 +336,9 @@ def measure(pipe: JointPipeline, windows: np.ndarray, judge: TokenJudge) -> dict
 
 @report_errors()
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default=".", help="default: %(default)s")
-    parser.add_argument("--train", required=True, help="parquet file with training text")
-    parser.add_argument("--validation", required=True, help="parquet file with held-out text")
+    parser = model_study_parser(__doc__, prompts=128, steps="of training")
     parser.add_argument("--judge", required=True, help="autoregressive, with the same tokenizer")
     parser.add_argument("--no_numbers", action="store_true", help="hide them from the student")
-    parser.add_argument("--steps", type=int, default=400, help="of training (default: %(default)s)")
-    parser.add_argument("--prompts", type=int, default=128, help="default: %(default)s")
-    parser.add_argument("--output", help="JSON file for the numbers")
-    add_device_option(parser)
     args = parser.parse_args(argv)
     pipe = JointPipeline.from_pretrained(args.model).to(args.device)
     tokens = read_tokens(args.train, pipe.tokenizer, "train")

@@ -13,7 +13,6 @@ et al. 2023). `--steps` trains the copy; the model itself and its context layers
 Shape legend: B batch, Q = 1 latent of a block, K tokens per chunk, V vocabulary.
 """
 
-import argparse
 import copy
 import json
 from collections.abc import Callable
@@ -26,12 +25,11 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from tokcom.cli.errors import report_errors
-from tokcom.cli.loading import add_device_option
 from tokcom.evaluation.protocol import CONTINUATION, PROMPT, held_out_windows
 from tokcom.evaluation.report import table
 from tokcom.evaluation.samplers import TokComSampler
 from tokcom.evaluation.studies.masked import MaskedObjective, MaskedSampler, uniform_numbers
-from tokcom.evaluation.texts import read_tokens
+from tokcom.evaluation.texts import model_study_parser, read_tokens
 from tokcom.heads_tokcom import draw_ids
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_tokcom import TokComPipeline
@@ -239,18 +237,7 @@ def measure(pipe: SpeculativePipeline, prompts: np.ndarray, temperature: float) 
 
 @report_errors()
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default=".", help="default: %(default)s")
-    parser.add_argument("--train", required=True, help="parquet file with training text")
-    parser.add_argument("--validation", required=True, help="parquet file with held-out text")
-    parser.add_argument(
-        "--steps", type=int, default=400, help="0: the model guesses (default: %(default)s)"
-    )
-    parser.add_argument("--prompts", type=int, default=64, help="default: %(default)s")
-    parser.add_argument("--output", help="JSON file for the numbers")
-    add_device_option(parser)
+    parser = model_study_parser(__doc__, prompts=64, steps="0: the model guesses")
     args = parser.parse_args(argv)
     pipe = SpeculativePipeline.from_pretrained(args.model).to(args.device)
     if args.steps:
