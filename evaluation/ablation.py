@@ -1,8 +1,8 @@
 """Train and measure one row of the ablation table at a fixed number of training operations.
 
-    python -m tokcom.evaluation.ablation --row split --train books.parquet \
+    python -m tokcom.evaluation.ablation --row recipe --train books.parquet \
         --validation held_out.parquet --judge judge/
-    python -m tokcom.evaluation.ablation --table docs/ablations.md
+    python -m tokcom.evaluation.ablation --table outputs/ablation/table.md
 
 Rows are in `evaluation/ablations.yaml`. A row trains the flow stage for `--training_flops`
 operations on a codec that rows share. Its likelihood of held-out tokens is measured, and with
