@@ -72,6 +72,11 @@ def reconstruction(
     return results
 
 
+def has_tokens_of(path: str, tokenizer) -> bool:
+    """Whether the model in a directory gives ids the meaning that `tokenizer` gives them."""
+    return load_tokenizer(path).get_vocab() == tokenizer.get_vocab()
+
+
 def load_judges(
     args: argparse.Namespace, tokenizer, train: np.ndarray
 ) -> tuple[TokenJudge, dict[str, TextJudge]]:
@@ -80,11 +85,12 @@ def load_judges(
     text_judges = {}
     for path in args.judge:
         # ids mean the same to both, so samples are scored as they are
-        same_tokens = load_tokenizer(path).get_vocab() == tokenizer.get_vocab()
-        if same_tokens and token_judge is None:
+        if has_tokens_of(path, tokenizer) and token_judge is None:
             token_judge = TokenJudge(path, args.device)
         else:
-            text_judges[Path(path).name] = TextJudge(path, args.device)
+            # two judges may lie in folders of one name
+            name = path if Path(path).name in text_judges else Path(path).name
+            text_judges[name] = TextJudge(path, args.device)
     if token_judge is None:
         # kept there, so that the next evaluation need not train it again
         path = Path(args.output_dir) / "judge"
@@ -93,6 +99,11 @@ def load_judges(
             # a seed of its own, so the judge resembles no peer of seed 0
             steps = {"max_steps": JUDGE_STEPS, "learning_rate": 2e-3, "seed": 1234}
             autoregressive.train(train, tokenizer, path, 256, 4, **steps)
+        elif not has_tokens_of(str(path), tokenizer):
+            raise ValueError(
+                f"the judge in {path} has another tokenizer than the model, so it is that of "
+                "another evaluation; give another --output_dir, or remove the folder."
+            )
         token_judge = TokenJudge(str(path), args.device)
     return token_judge, text_judges
 
@@ -133,6 +144,20 @@ def peer_settings(sampler: AutoregressiveSampler) -> dict[str, AutoregressiveSam
     )
 
 
+def read_peers(given: list[str]) -> dict[str, str]:
+    """Directories of peers by name; raises `ValueError` for what is no NAME=DIRECTORY, and for a
+    name that is taken."""
+    peers: dict[str, str] = {}
+    for peer in given:
+        name, separator, path = peer.partition("=")
+        if not (name and separator and path):
+            raise ValueError(f"--peer {peer!r} must have the form NAME=DIRECTORY.")
+        if name in ("TokCom", *peers):
+            raise ValueError(f"--peer {peer!r}: the name {name!r} is taken; choose another.")
+        peers[name] = path
+    return peers
+
+
 def load_systems(args: argparse.Namespace, pipe: TokComPipeline) -> dict:
     """The samplers to measure by name: the model's, and those of the peers."""
     ours = TokComSampler(
@@ -144,8 +169,13 @@ def load_systems(args: argparse.Namespace, pipe: TokComPipeline) -> dict:
         top_p=args.top_p,
     )
     systems = {"TokCom": ours}
-    for peer in args.peer:
-        name, path = peer.split("=", 1)
+    for name, path in read_peers(args.peer).items():
+        if not has_tokens_of(path, pipe.tokenizer):
+            raise ValueError(
+                f"--peer {name}={path} has another tokenizer than the model, so the ids of a text "
+                "mean something else to it; give a peer of `python -m "
+                "tokcom.evaluation.autoregressive`, or use --judge."
+            )
         model = load_language_model(path, args.device)
         systems[name] = AutoregressiveSampler(
             model, pipe.tokenizer.eos_token_id, args.peer_temperature
@@ -155,6 +185,7 @@ def load_systems(args: argparse.Namespace, pipe: TokComPipeline) -> dict:
 
 def evaluate(args: argparse.Namespace) -> dict:
     """Run the sections that `args` asks for; `results.json` is rewritten after each."""
+    read_peers(args.peer)  # before anything is loaded or trained
     pipe = open_pipeline(args.checkpoint, args.device)
     check_modality(pipe, args.checkpoint)
     output = Path(args.output_dir)

@@ -44,8 +44,10 @@ ROWS = 16  # texts scored at once
 
 
 def truncate(logits: torch.Tensor, top_k: int, min_p: float) -> torch.Tensor:
-    """Log-probabilities `(..., V)` after `top_k` and `min_p`; -inf for tokens that are cut."""
-    kept, index = logits.topk(top_k, dim=-1)
+    """Log-probabilities `(..., V)` after `top_k` (0 is all) and `min_p`; -inf for tokens that are
+    cut."""
+    size = logits.shape[-1]
+    kept, index = logits.topk(min(top_k or size, size), dim=-1)
     # min-p cuts below a share of the largest probability: a difference of logits
     kept = kept.masked_fill(kept < kept[..., :1] + np.log(min_p), float("-inf"))
     # the softmax over what is kept renormalises it

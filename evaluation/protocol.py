@@ -64,7 +64,15 @@ class Study:
 
 
 def held_out_windows(tokens: np.ndarray, length: int, count: int) -> np.ndarray:
-    """At most `count` windows of `tokens (T,)`, `(count, length)`, evenly spaced, no overlap."""
+    """At most `count` windows of `tokens (T,)`, `(count, length)`, evenly spaced, no overlap.
+
+    Raises `ValueError` if there is not even one.
+    """
+    if len(tokens) < length:
+        raise ValueError(
+            f"the held-out text has {len(tokens)} tokens, but a window has {length}; give more "
+            "text, or a smaller length."
+        )
     starts = np.linspace(0, len(tokens) - length, min(count, len(tokens) // length)).astype(int)
     return tokens[starts[:, None] + np.arange(length)]  # (count, length)
 
@@ -265,8 +273,13 @@ def likelihood(
     """Nats per token of held-out text under each system's own probabilities.
 
     Scores `windows` windows without their first `skipped` tokens. None for a TokCom model that
-    draws several tokens in one step, because its likelihood is not known.
+    draws several tokens in one step, because its likelihood is not known. Windows are shorter if
+    that of a TokCom model is.
     """
+    for sampler in systems.values():
+        if isinstance(sampler, TokComSampler):
+            chunk = sampler.pipe.chunk_size
+            length = min(length, sampler.pipe.max_length // chunk * chunk)
     ids = study.windows(length, windows)  # (windows, length)
     results = {}
     for name, sampler in systems.items():

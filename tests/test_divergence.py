@@ -22,6 +22,13 @@ def test_truncation_keeps_what_top_k_and_min_p_keep_and_sums_to_one():
     torch.testing.assert_close(kept, expected)
 
 
+@pytest.mark.parametrize("top_k", [0, 99])
+def test_a_top_k_of_0_or_of_more_than_there_are_keeps_all(top_k):
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.2]]))
+    kept = truncate(logits, top_k=top_k, min_p=0.5).exp()
+    torch.testing.assert_close(kept, torch.tensor([[0.625, 0.375, 0.0]]))
+
+
 @torch.no_grad()
 def test_the_likelihood_at_a_temperature_is_that_of_samples_at_it(tokenizer):
     """Of many draws of the next token the mean of the nats is the entropy that the nats say."""

@@ -1,4 +1,5 @@
 import argparse
+import copy
 import json
 import math
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import torch
 from helpers import ROOT, tiny_config, tiny_model
 from transformers import LlamaForCausalLM
 
+from tokcom.cli.evaluate import load_judges, load_systems, read_peers
 from tokcom.cli.main import call
 from tokcom.cli.options import EVALUATION_SECTIONS as SECTIONS
 from tokcom.evaluation import autoregressive, compression, metrics
@@ -19,7 +21,13 @@ from tokcom.evaluation.flops import count_flops, training_flops_per_token
 from tokcom.evaluation.heads import EXPERIMENTS
 from tokcom.evaluation.heads import main as heads_main
 from tokcom.evaluation.judges import TokenJudge
-from tokcom.evaluation.protocol import Study, at_entropy, control_texts
+from tokcom.evaluation.protocol import (
+    Study,
+    at_entropy,
+    control_texts,
+    held_out_windows,
+    likelihood,
+)
 from tokcom.evaluation.reconstruction import (
     NOISE_LEVELS,
     TIMESTEPS,
@@ -318,6 +326,50 @@ def test_reconstruction_accuracy_counts_tokens_and_whole_chunks():
         assert results[f"token_accuracy_noise_{level}"] == pytest.approx(survives, abs=0.03)
         assert results[f"chunk_accuracy_noise_{level}"] == pytest.approx(survives**2, abs=0.04)
     assert results["token_accuracy_shuffled_latents"] < 0.05
+
+
+@pytest.mark.parametrize(
+    ("peers", "message"),
+    [
+        (["folder"], "NAME=DIRECTORY"),
+        (["=folder"], "NAME=DIRECTORY"),
+        (["TokCom=a"], "'TokCom' is taken"),
+        (["a=b", "a=c"], "'a' is taken"),
+    ],
+)
+def test_a_peer_without_a_name_of_its_own_is_refused(peers, message):
+    with pytest.raises(ValueError, match=message):
+        read_peers(peers)
+    assert read_peers(["a=b=c", "d=e"]) == {"a": "b=c", "d": "e"}
+
+
+def test_judges_and_peers_of_another_tokenizer_are_refused(build, tmp_path):
+    pipe = build()
+    other = copy.deepcopy(pipe.tokenizer)
+    other.add_tokens(["elsewhere"])
+    other.save_pretrained(tmp_path / "judge")
+    (tmp_path / "judge" / "config.json").write_text("{}")
+    judge = SimpleNamespace(judge=[], output_dir=str(tmp_path), device="cpu")
+    with pytest.raises(ValueError, match="judge has another tokenizer.*--output_dir"):
+        load_judges(judge, pipe.tokenizer, np.zeros(0))
+    options = dict.fromkeys(("steps", "guidance_scale", "noise_scale", "temperature", "top_p"))
+    peer = SimpleNamespace(peer=[f"it={tmp_path / 'judge'}"], device="cpu", **options)
+    with pytest.raises(ValueError, match="it=.*another tokenizer"):
+        load_systems(peer, pipe)
+
+
+def test_held_out_text_that_is_shorter_than_a_window_is_refused():
+    with pytest.raises(ValueError, match="7 tokens, but a window has 8"):
+        held_out_windows(np.arange(7), 8, 4)
+
+
+def test_likelihoods_are_measured_within_the_window_of_the_model(build):
+    pipe = build()
+    sizes = []
+    study = SimpleNamespace(windows=lambda length, count: sizes.append(length) or ids[:, :length])
+    ids = WORDS.integers(0, 300, (2, 512))
+    likelihood(study, {"TokCom": TokComSampler(pipe, 4)})
+    assert sizes == [min(512, pipe.max_length)]
 
 
 def test_rarest_ids_are_the_least_frequent():
