@@ -10,14 +10,14 @@ import secrets
 import time
 import uuid
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationInfo, field_validator
 from transformers import PreTrainedTokenizerBase
 
-from tokcom.cli.fair_turns import Job, RequestError, Sampling, Scores
+from tokcom.cli.fair_turns import Job, RequestError, Sampling
 from tokcom.cli.loading import num_fillings
+from tokcom.cli.logprobs import chat_logprobs, completion_logprobs
 from tokcom.cli.server_settings import ServerSettings
 from tokcom.pipeline_tokcom import GAP, TokComPipeline
 from tokcom.processing_tokcom import text_ids
@@ -455,81 +455,6 @@ def read_request(
 # ---- answers ----
 
 
-class TokenTexts:
-    """What single tokens spell behind another word, space included."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self._tokenizer = tokenizer
-        # at the beginning of a text tokenizers may drop or add a space
-        self._anchor = text_ids(tokenizer, "a")[:1]
-        # of the instance, or the cache would keep every tokenizer alive
-        self.of = lru_cache(maxsize=65_536)(self._of)
-
-    def _of(self, token: int) -> str:
-        decode = self._tokenizer.decode
-        before = decode(self._anchor, skip_special_tokens=False)
-        return decode([*self._anchor, token], skip_special_tokens=False)[len(before) :]
-
-    def length(self, ids: list[int]) -> int:
-        """Characters that these ids spell; one whose bytes are not complete yet does not count."""
-        return len(self._tokenizer.decode(ids, skip_special_tokens=True).rstrip("\ufffd"))
-
-
-class ScoredText(NamedTuple):
-    """The tokens of an answer: `places` in `scores`, what each spells, and at which character of
-    the answer it begins."""
-
-    scores: Scores
-    places: range
-    texts: list[str]
-    offsets: list[int]
-
-    @classmethod
-    def of(cls, scores: Scores, start: int, text: str, tokens: TokenTexts) -> "ScoredText":
-        """The tokens from `start` on that begin within the `text` of an answer, which a stop
-        sequence may have cut."""
-        # decoded from the beginning each time: a token's text may depend on those before it
-        begins = [tokens.length(scores.ids[:i]) for i in range(start, len(scores.ids) + 1)]
-        offsets = [begin - begins[0] for begin in begins[:-1]]
-        cut = begins[-1] - begins[0] > len(text)
-        count = sum(offset < len(text) for offset in offsets) if cut else len(offsets)
-        places = range(start, start + count)
-        return cls(scores, places, [tokens.of(scores.ids[i]) for i in places], offsets[:count])
-
-
-def completion_logprobs(scored: ScoredText, tokens: TokenTexts, count: int) -> dict:
-    """`logprobs` of a completion; the first token of a text has none, as at OpenAI."""
-    own = []
-    likeliest = []
-    for i in scored.places:
-        best: dict[str, float] = {}
-        for token, value in scored.scores.best[i][:count]:
-            # several ids may spell the same; the likeliest comes first
-            best.setdefault(tokens.of(token), value)
-        own.append(scored.scores.own[i])
-        likeliest.append(best if i else None)
-    return {
-        "tokens": scored.texts,
-        "token_logprobs": own,
-        "top_logprobs": likeliest,
-        "text_offset": scored.offsets,
-    }
-
-
-def chat_logprobs(scored: ScoredText, tokens: TokenTexts, count: int) -> dict:
-    """`logprobs` of a reply."""
-
-    def entry(text: str, value: float) -> dict:
-        # bytes as OpenAI gives them: a token may be half a character
-        return {"token": text, "logprob": value, "bytes": list(text.encode())}
-
-    content = []
-    for i, text in zip(scored.places, scored.texts):
-        best = [entry(tokens.of(token), value) for token, value in scored.scores.best[i][:count]]
-        content.append({**entry(text, scored.scores.own[i]), "top_logprobs": best})
-    return {"content": content, "refusal": None}
-
-
 class CompletionFormat:
     """How `/v1/completions` answers."""
 
@@ -589,9 +514,7 @@ __all__ = [
     "CompletionFormat",
     "CompletionRequest",
     "Prompt",
-    "ScoredText",
     "ServerSettings",
-    "TokenTexts",
     "answer_head",
     "explain_invalid",
     "read_request",

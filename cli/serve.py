@@ -36,14 +36,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tokcom.cli.fair_turns import Engine, Job, Piece, RequestError, Scores
 from tokcom.cli.loading import open_pipeline, speed_up
+from tokcom.cli.logprobs import ScoredText, TokenTexts
 from tokcom.cli.openai_format import (
     ChatFormat,
     ChatRequest,
     CompletionFormat,
     CompletionRequest,
     Prompt,
-    ScoredText,
-    TokenTexts,
     answer_head,
     explain_invalid,
     read_request,
@@ -72,6 +71,7 @@ class Choice:
         self.scores: Scores | None = None
         # a space that ends the prompt is the one that the first new word brings along
         self._drops_space = prompt is not None and prompt.drops_space
+        self.dropped = 0  # characters
 
     async def grow(self) -> str:
         """Wait for the next piece and return what can be shown of it: the beginning of a stop
@@ -81,7 +81,8 @@ class Choice:
             raise piece
         new = piece.text
         if self._drops_space and new:
-            new = new.removeprefix(" ")
+            self.dropped = int(new.startswith(" "))
+            new = new[self.dropped :]
             self._drops_space = False
         self.text += new
         self.tokens = piece.tokens
@@ -221,7 +222,9 @@ class Answer:
             if choice.scores is not None:
                 # without `echo` the prompt's tokens are not part of the answer
                 start = 0 if self.echoes else len(choice.job.ids)
-                scored = ScoredText.of(choice.scores, start, text, texts)
+                # with `echo` the prompt shows the space that was dropped
+                dropped = 0 if self.echoes else choice.dropped
+                scored = ScoredText.of(choice.scores, start, text, texts, dropped)
                 logprobs = self.form.logprobs(scored, texts, choice.job.num_logprobs)
             choices.append(
                 {

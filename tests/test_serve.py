@@ -11,6 +11,7 @@ from helpers import exact_pipe, seeded
 from serving import PROMPT, servers
 
 from tokcom.cli import openai_format
+from tokcom.cli.logprobs import TokenTexts
 from tokcom.cli.main import build_parser
 from tokcom.cli.scoring import score_tokens
 from tokcom.cli.serve import is_loopback, warm_up
@@ -129,6 +130,24 @@ def test_logprobs_are_those_of_the_exact_model_and_stop_at_the_text(pipe, server
     assert new.choices[0].logprobs.token_logprobs == pytest.approx(
         found.token_logprobs[len(ids) :], abs=1e-4
     )
+
+
+def test_logprobs_begin_where_the_answer_does_behind_a_prompt_that_ends_in_a_space(server):
+    options = dict(model="tokcom", max_tokens=10, seed=4, logprobs=3)
+    plain = server.client().completions.create(prompt=PROMPT, **options).choices[0]
+    spaced = server.client().completions.create(prompt=PROMPT + " ", **options).choices[0]
+    dropped = len(plain.text) - len(spaced.text)  # the space of the first word, if it has one
+    assert spaced.text == plain.text[dropped:]
+    assert spaced.logprobs.token_logprobs == plain.logprobs.token_logprobs
+    begins = [max(0, offset - dropped) for offset in plain.logprobs.text_offset]
+    assert spaced.logprobs.text_offset == begins
+
+
+@pytest.mark.parametrize("text", ["é 😀!", "plain"])
+def test_the_bytes_of_tokens_join_to_those_of_the_text(tokenizer, text):
+    texts = TokenTexts(tokenizer)
+    ids = text_ids(tokenizer, text)
+    assert bytes(b for token in ids for b in texts.bytes_of(token)).decode().strip() == text
 
 
 def test_a_prompt_is_scored_without_writing(pipe, server):
