@@ -170,9 +170,9 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_intermixed_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         settings = [
-            f"data.train={json.dumps(args.data)}",
+            f"data.train={json.dumps(args.data, ensure_ascii=False)}",
             # an empty folder, so that no tokenizer of an earlier run is taken
-            f"output_dir={json.dumps(folder)}",
+            f"output_dir={json.dumps(folder, ensure_ascii=False)}",
             *args.overrides,
         ]
         reading = Reading(load_train_config(args.preset, settings))

@@ -5,10 +5,13 @@ import json
 import shutil
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from helpers import ROOT, tiny_model
+from PIL import Image
 from test_training import quick
 
 from tokcom.quantization_tokcom import VectorQuantizer
@@ -37,6 +40,23 @@ def append(text, line: str) -> None:
 
 
 # ---- data that changed ----
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.list_(pa.large_string())])
+def test_a_picture_that_is_named_by_a_text_counts_with_its_content(kind, tmp_path):
+    file = tmp_path / "a.png"
+    name = str(file) if kind == pa.string() else [str(file)]
+    records = datasets.Dataset(pa.table({"image": pa.array([name, None], kind)}))
+
+    def digest() -> str:
+        part = SimpleNamespace(records=records)
+        corpus = SimpleNamespace(train=part, validation=part, streamed=False)
+        return data_digests(None, corpus)["training data"]
+
+    Image.new("RGB", (4, 4), "red").save(file)
+    before = digest()
+    Image.new("RGB", (4, 4), "blue").save(file)
+    assert digest() != before
 
 
 def test_a_run_refuses_other_data_under_the_same_name_unless_told_to_go_on(text, tmp_path, capsys):

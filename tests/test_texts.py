@@ -86,6 +86,17 @@ def test_an_encoding_can_be_named_and_lines_end_in_one_way(tmp_path):
         read(tmp_path / "a.txt", encoding="klingon")
 
 
+@pytest.mark.parametrize("name", ["UTF-16-LE", "utf_16_le", "utf8", "UTF-8", "cp1252"])
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_lines_are_read_in_an_encoding_under_any_of_its_names(suffix, name, tmp_path):
+    path = lines(tmp_path / f"a.{suffix}", {"text": "für"}, {"text": "alle"}, encoding=name)
+    if suffix == "json" and "16" in name:  # such a file is one JSON value
+        path.write_text(json.dumps([{"text": "für"}, {"text": "alle"}]), encoding=name)
+    assert read(path, encoding=name)["text"][:] == ["für", "alle"]
+    with pytest.raises(ValueError, match="data.encoding.*klingon"):
+        read(path, encoding="klingon")
+
+
 @pytest.mark.parametrize(
     "bad, named",
     [

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
@@ -416,7 +417,12 @@ def _apply(config: DictConfig, override: str) -> None:
             f"override {override!r} must have the form key=value, e.g. flow.max_steps=100."
         )
     # parsed as YAML under a name of its own, since the key may have dots in it
-    value = OmegaConf.from_dotlist([f"value={text}"])["value"]
+    try:
+        value = OmegaConf.from_dotlist([f"value={text}"])["value"]
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"override {override!r} is no YAML; put its value in quotes, {key}='\"...\"'."
+        ) from error
     # a section is completed; any other value, also a dictionary such as data.fields, is replaced
     is_section = dataclasses.is_dataclass(
         {f.name: f.type for f in dataclasses.fields(TrainConfig)}.get(key)

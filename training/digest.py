@@ -10,14 +10,17 @@ is streamed only the name is known.
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from tokcom.training.config import TrainConfig
 from tokcom.training.directory import RunDirectory, write_atomically
+from tokcom.training.files import MEDIA, kind_of
 
 END = 1 << 16  # bytes at each end of a file
 ROWS = 256  # records that are hashed at a time
@@ -59,11 +62,27 @@ def _add_records(total: Any, records: Any) -> None:
             stream.write_table(table.replace_schema_metadata(None))
         total.update(sink.getvalue())
         for column in table.columns:
-            if not pa.types.is_struct(column.type) or column.type.get_field_index("path") < 0:
-                continue
-            for value in column.to_pylist():
-                if value and value.get("path") and value.get("bytes") is None:
-                    _add_file(total, Path(value["path"]))
+            for name in _named_files(column):
+                _add_file(total, Path(name))
+
+
+def _named_files(column: pa.ChunkedArray) -> Iterator[str]:
+    """Files that a column names: in the records of `datasets`, or as texts, alone or in lists."""
+    kind = column.type
+    if pa.types.is_struct(kind) and kind.get_field_index("path") >= 0:
+        for value in column.to_pylist():
+            if value and value.get("path") and value.get("bytes") is None:
+                yield value["path"]
+    while pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        column = pc.list_flatten(column)
+        kind = column.type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        # longer values are texts, and asking the system for such a name is an error
+        yield from (
+            name
+            for name in column.to_pylist()
+            if name and len(name) < 1000 and kind_of(name) in MEDIA
+        )
 
 
 def _add_file(total: Any, file: Path) -> None:

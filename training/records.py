@@ -83,15 +83,20 @@ def open_bytes(path: Path) -> BinaryIO:
 
 
 def _encoding(path: Path, encoding: str | None) -> str:
+    """The encoding of a file under Python's name for it: what its mark says, or what is given."""
+    try:
+        given = codecs.lookup(encoding or "utf-8").name
+    except LookupError as error:
+        raise ValueError(
+            f"`data.encoding` ({encoding!r}) is no encoding that Python knows."
+        ) from error
     try:
         with open_bytes(path) as stream:
             # the longest byte-order mark
             start = stream.read(4)
     except UNREADABLE as error:
         raise ValueError(f"{path} cannot be read ({error}); repair or remove the file.") from error
-    return next(
-        (name for mark, name in MARKS.items() if start.startswith(mark)), encoding or "utf-8"
-    )
+    return next((name for mark, name in MARKS.items() if start.startswith(mark)), given)
 
 
 def read_text(path: Path, encoding: str | None = None) -> str:
@@ -107,10 +112,6 @@ def read_text(path: Path, encoding: str | None = None) -> str:
         text = content.decode(encoding)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: {_not_text(content, encoding, error)}") from error
-    except LookupError as error:
-        raise ValueError(
-            f"`data.encoding` ({encoding!r}) is no encoding that Python knows."
-        ) from error
     if "\0" in text:
         raise ValueError(
             f"{path} has a NUL character at {text.index(chr(0))}, so it is no text, or it is "
@@ -151,14 +152,15 @@ def read_rows(path: Path, encoding: str | None = None) -> Iterator[tuple[str, An
 
 def _is_lines(path: Path, encoding: str | None) -> bool:
     """Whether a .json file has a record on each line: then its first line is a whole object."""
-    if _encoding(path, encoding) not in ("utf-8", "utf-8-sig"):
+    name = _encoding(path, encoding)
+    if name.startswith(("utf-16", "utf-32")):  # whose lines cannot be split as bytes
         return False
     with open_bytes(path) as stream:
         first = next((line for line in stream if line.strip(b"\xef\xbb\xbf \t\r\n")), b"")
         follows = any(line.strip() for line in stream)
     try:
         # one object that is printed over many lines does not end on its first
-        return follows and isinstance(json.loads(first.decode("utf-8-sig")), dict)
+        return follows and isinstance(json.loads(first.decode(name)), dict)
     except ValueError:
         return False
 

@@ -546,7 +546,10 @@ def read_sources(source: str | dict | list[str | dict]) -> list[Source]:
     known = {field.name for field in fields(Source)}
     sources = []
     for item in source if isinstance(source, list) else [source]:
-        values = item if isinstance(item, dict) else {"path": item}
+        # YAML reads a folder that is called 2024 as a number
+        values = dict(item) if isinstance(item, dict) else {"path": item}
+        if isinstance(values.get("path"), int | float):
+            values["path"] = str(values["path"])
         if "path" not in values or set(values) - known:
             raise ValueError(
                 f"a data source must have `path` and may have {sorted(known - {'path'})}, not "
