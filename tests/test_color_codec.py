@@ -1,6 +1,8 @@
 """The color codec: exact ids <-> pixels in both layouts, the nearest valid id for anything else,
 one model class."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -14,6 +16,7 @@ from tokcom.processing_tokcom import vocabulary_size
 from tokcom.sampling_tokcom import TokComBlockSampler, TokComSampling, join_blocks
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 from tokcom.tasks_tokcom import TokComTask
+from tokcom.training.modalities import Texts
 from tokcom.training.optimizer import build_optimizer
 from tokcom.training.presets import preset_config, preset_names
 
@@ -165,7 +168,7 @@ def test_known_tokens_are_given_and_not_predicted():
     assert not losses[:, :4].any() and (losses[:, 4:] > 0).any()
 
 
-def test_raster_models_take_whole_rows_of_patches(tokenizer):
+def test_raster_models_take_whole_rows_of_patches(tokenizer, monkeypatch):
     raster = {"layout": "raster"}
     with pytest.raises(StrictDataclassError, match=r"`block_size` \(3\).*4 patches"):
         pixel_model(codec_config=raster, transformer_config={"block_size": 3})
@@ -178,6 +181,13 @@ def test_raster_models_take_whole_rows_of_patches(tokenizer):
     with pytest.raises(ValueError, match=r"`num_chunks` \(3\).*multiple of 4"):
         pipe.generate(num_chunks=3)
     assert pipe.generate(num_chunks=8, num_inference_steps=1).sequences.shape == (1, 32)
+    # whole rows, also where a row is longer than the samples of other texts
+    monkeypatch.setattr(type(model.config.codec_config), "latents_multiple", 24)
+    lengths = []
+    made = SimpleNamespace(texts=["a text"])
+    pipe.generate = lambda chunks, **options: lengths.append(chunks) or made
+    Texts().card_samples(pipe)
+    assert set(lengths) == {24}
 
 
 @pytest.mark.parametrize("digits", ["color", "bits"])

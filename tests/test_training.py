@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, same_weights, tiny_config
+from helpers import ROOT, same_weights, tiny_config, tiny_model
 from safetensors.torch import load_file
 
 from tokcom.modeling_tokcom import TokComModel
@@ -18,11 +19,12 @@ from tokcom.sampling_tokcom import TokComSampling
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 from tokcom.tasks_tokcom import TokComTask
 from tokcom.train_accelerate import run
-from tokcom.training import attention, progress
+from tokcom.training import attention, progress, samples
 from tokcom.training import launch as processes
 from tokcom.training.config import known_keys, load_train_config
 from tokcom.training.data import PackedDataset
 from tokcom.training.export import measure_latent_statistics
+from tokcom.training.pipelines import build_pipeline
 from tokcom.training.presets import PRESET_DIR
 from tokcom.training.progress import NonFiniteLossError, UpdateGuard
 
@@ -584,3 +586,27 @@ def test_the_attention_that_was_fastest_is_kept_in_checkpoints_and_not_timed_aga
         key=lambda p: int(p.name.split("-")[1]),
     )
     assert torch.load(newest / "extra.pt", weights_only=True)["attention"] == "eager"
+
+
+def test_rows_that_are_filled_up_with_ends_are_shown_within_a_small_window(tokenizer, monkeypatch):
+    """Each end would be several tokens if it were read as a text again."""
+    model = tiny_model(vocab_size=vocabulary_size(tokenizer))
+    pipe = build_pipeline(model.eval(), tokenizer)
+    pipe.set_progress_bar_config(disable=True)
+    ids = torch.full((2, pipe.max_length), tokenizer.eos_token_id)
+    ids[0, :3] = torch.tensor(tokenizer("a pig")["input_ids"])
+    tables = {}
+    monkeypatch.setattr(
+        samples, "log_table", lambda _, name, columns, rows, step: tables.update({name: rows})
+    )
+    shown = samples.TextSamples(None, "flow", None, count=2)
+    shown.log(pipe, [{"input_ids": ids}], 1)
+    # the row of nothing but ends is left out
+    assert [row[1] for row in tables["diffusion/reconstructed"]] == ["a pig"]
+    assert len(tables["diffusion/generated"]) == 2
+
+
+@pytest.mark.parametrize("override", ["data.train=@texts", "data.train=[a] b", 'output_dir="x'])
+def test_an_override_that_is_no_yaml_is_named_with_a_remedy(override):
+    with pytest.raises(ValueError, match=re.escape(override) + ".*in quotes"):
+        load_train_config("debug", [override])

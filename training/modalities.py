@@ -40,12 +40,15 @@ class Texts(Modality):
 
     def card_samples(self, pipe: TokComBasePipeline) -> str:
         pipe.set_progress_bar_config(disable=True)
-        window = pipe.model.config.transformer_config.max_position_embeddings
+        config = pipe.model.config
+        row = config.codec_config.latents_multiple
+        # 16 chunks, or a window if that is shorter, in whole rows of latents
+        chunks = min(16, config.transformer_config.max_position_embeddings)
+        chunks = max(row, chunks // row * row)
         lines = []
         for seed in range(CARD_SAMPLES):
             generator = torch.Generator().manual_seed(seed)
-            # 16 chunks, or a window if that is shorter
-            text = pipe.generate(min(16, window), generator=generator).texts[0]
+            text = pipe.generate(chunks, generator=generator).texts[0]
             lines.append(f"{seed}: {text.strip()!r}")
         shown = "\n".join(lines)
         return (

@@ -36,11 +36,14 @@ class TextSamples:
 
     def log(self, pipe: TokComBasePipeline, loader: DataLoader, step: int) -> None:
         """Show samples of the model in `pipe` beside the validation data of `loader`."""
-        # the first batch, so that every validation shows the same texts; 128 tokens fit in a table
-        ids = next(iter(loader))["input_ids"][: self.count, :128]
-        texts = [pipe.tokenizer.decode(row) for row in ids]
+        # the first batch, so that every validation shows the same texts; 128 tokens fit in a table,
+        # and half of a small window leaves room for a text that needs more tokens than it was cut to
+        ids = next(iter(loader))["input_ids"][: self.count, : min(128, pipe.max_length // 2)]
+        texts = pipe.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        texts = [text for text in texts if text.strip()]  # what is left of a row of ends
         if self.stage == "codec":
-            self._compare("vae/samples", texts, pipe.reconstruct(texts).texts, step)
+            if texts:
+                self._compare("vae/samples", texts, pipe.reconstruct(texts).texts, step)
             return
         # the same noise at every validation: what changes between tables is the model
         generator = torch.Generator().manual_seed(0)
@@ -52,7 +55,7 @@ class TextSamples:
         rows = [[i + 1, text] for i, text in enumerate(samples)]
         log_table(self.accelerator, "diffusion/generated", ["Sample", "Generated Text"], rows, step)
         # a diffusion cannot start between noise and text
-        if hasattr(pipe.scheduler, "alphas_cumprod"):
+        if hasattr(pipe.scheduler, "alphas_cumprod") or not texts:
             return
         rebuilt = pipe.denoise_reconstruct(texts, noise_level=0.5, generator=generator).texts
         self._compare("diffusion/reconstructed", texts, rebuilt, step)
