@@ -304,8 +304,10 @@ class StreamerFeed:
     def _new(self, ids: torch.Tensor) -> torch.Tensor:
         """Those of a block's ids `(1, T)` that belong to the new text, `(n,)` on the CPU."""
         new = ids[0, self._skip : self._skip + self._left].cpu()
+        if self._eos_token_id is None:
+            return new
         ends = (new == self._eos_token_id).nonzero()
-        return new if self._eos_token_id is None or not len(ends) else new[: int(ends[0]) + 1]
+        return new[: int(ends[0]) + 1] if len(ends) else new
 
     def after_step(self, callback: Callable | None) -> Callable | None:
         """What the sampler calls after a step: `callback(pipe, step, timestep, x) -> x`, and then

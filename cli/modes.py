@@ -22,7 +22,8 @@ from tokcom.processing_tokcom import write_wav
 
 
 def check_files(args: argparse.Namespace) -> None:
-    """Raise `FileNotFoundError` for a missing input, or for an output whose folder is missing."""
+    """Raise `FileNotFoundError` for a missing input, or for an output whose folder is missing, and
+    `ValueError` for an output whose ending names no format."""
     written = WRITTEN
     read = READ
     if MODES[args.mode].reads_picture:
@@ -43,6 +44,14 @@ def check_files(args: argparse.Namespace) -> None:
             )
     if "image_file" in written:
         check_picture_file(args.mode, getattr(args, "image_file", None))
+    sound = getattr(args, "audio_file", None)
+    if sound is not None and Path(sound).suffix.lower() != ".wav":
+        raise ValueError(f"--audio_file {sound}: sounds are written as .wav; name a .wav file.")
+    film = getattr(args, "video_file", None)
+    if film is not None:
+        from tokcom.training.films import check_film_file
+
+        check_film_file(film)
 
 
 def check_picture_file(mode: str, file: str | None) -> None:

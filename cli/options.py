@@ -374,8 +374,10 @@ def add_sample_corpus_options(parser: argparse.ArgumentParser) -> None:
 def check_sample_corpus(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.num_texts is None and args.num_characters is None:
         parser.error("nothing says when to stop; give --num_texts or --num_characters.")
-    for name in ("temperature", "batch_size", "max_new_tokens", "texts_per_file"):
-        if getattr(args, name) <= 0:
+    limits = ("num_texts", "num_characters")
+    for name in ("temperature", "batch_size", "max_new_tokens", "texts_per_file", *limits):
+        value = getattr(args, name)
+        if value is not None and value <= 0:
             parser.error(f"--{name} {getattr(args, name)} must be more than 0.")
     if not 0 <= args.min_p <= 1:
         parser.error(f"--min_p {args.min_p} is a share; give a number from 0 to 1.")

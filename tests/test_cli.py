@@ -220,6 +220,25 @@ def test_a_picture_that_cannot_be_written_is_refused_before_the_model_is_loaded(
         call(name, "a cat", "--image_file", file, "--checkpoint", "no/model")
 
 
+@pytest.mark.parametrize(
+    ("name", "option", "message"),
+    [
+        ("any-to-any", ("--audio_file", "out.mp3"), "out.mp3: sounds are written as .wav"),
+        ("animate", ("--video_file", "out.mov"), "out.mov: films are written as .mp4"),
+        ("sample-corpus", ("--num_texts", "0"), "num_texts 0 must be more than 0"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_the_model_is_loaded(
+    name, option, message, capsys
+):
+    place = ("--checkpoint", "no/model")
+    if name == "sample-corpus":
+        place = ("--model", "no/model", "--output", "corpus")
+    with pytest.raises(SystemExit) as caught:
+        call(name, *option, *place)
+    assert message in f"{caught.value}{capsys.readouterr().err}"
+
+
 @pytest.mark.slow
 def test_processes_end_with_the_documented_status():
     wrong = run("verify", "nowhere")

@@ -411,6 +411,14 @@ class Recorder:
         self.ended = True
 
 
+def test_a_streamer_gets_the_whole_text_where_the_tokenizer_knows_no_end(build):
+    pipe = build(transformer_config={"block_size": 2})
+    pipe.tokenizer.eos_token = None
+    recorder = Recorder()
+    pipe("Squinty", gen_length=12, num_inference_steps=2, streamer=recorder)
+    assert recorder.ended and sum(len(piece) for piece in recorder.pieces[1:]) == 12
+
+
 @pytest.mark.parametrize("gen_length", [16, 13])
 def test_streamed_text_is_the_text(build, gen_length):
     pipe = build(transformer_config={"block_size": 2})

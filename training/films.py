@@ -22,7 +22,7 @@ def write_film(frames: Sequence[Image.Image], file: str | Path, fps: float = 8) 
 
     Raises `ValueError` for another ending, or a rate that is not positive.
     """
-    suffix = Path(file).suffix.lower()
+    suffix = check_film_file(file)
     if not fps > 0:
         raise ValueError(f"`fps` ({fps}) must be positive.")
     if suffix == ".gif":
@@ -36,12 +36,18 @@ def write_film(frames: Sequence[Image.Image], file: str | Path, fps: float = 8) 
         }
         # `exact` keeps the colours of transparent pixels, which are otherwise free to change
         frames[0].save(file, save_all=True, lossless=True, exact=True, **options)
-    elif suffix == ".mp4":
-        _write_mp4(frames, str(file), fps)
     else:
+        _write_mp4(frames, str(file), fps)
+
+
+def check_film_file(file: str | Path) -> str:
+    """The ending of a film to write; raises `ValueError` for one that names no format."""
+    suffix = Path(file).suffix.lower()
+    if suffix not in (".mp4", *ANIMATED):
         raise ValueError(
             f"{file}: films are written as .mp4, {' or '.join(ANIMATED)}, not as {suffix!r}."
         )
+    return suffix
 
 
 def _durations(count: int, fps: float, unit: int) -> list[int]:
