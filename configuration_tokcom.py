@@ -116,6 +116,10 @@ class TokComTransformerConfig(PreTrainedConfig):
             network for both.
         head_attention (`bool`): whether the layers after the context layers attend to context and
             block, or see the context only through the state of its last latent.
+        local_head (`bool`): without `head_attention`: the layers after the context layers read a
+            chunk token by token and attend to the tokens before theirs (MegaByte's local model, Yu
+            et al. 2023), instead of reading it as one vector at one time. One pass gives what is
+            expected of all K tokens.
         start_latents (`bool`): for `prediction_type="tokens"`: a learned latent stands before the
             first one: one kind at the start of a text, another where a window begins inside one. It
             may see what follows a gap that nothing precedes.
@@ -127,6 +131,7 @@ class TokComTransformerConfig(PreTrainedConfig):
             stream. Set by a composite codec.
         feature_size (`int`): width of an input that is read instead of the latents, and of the
             output; 0 reads and predicts latents. Set by `prediction_type="tokens"`.
+        num_places (`int`): K, of which the features are made side by side; set with them.
     """
 
     model_type = "tokcom_transformer"
@@ -152,10 +157,12 @@ class TokComTransformerConfig(PreTrainedConfig):
     block_size: int | None = 4  # Q
     num_context_layers: int = 0  # of `num_hidden_layers`
     head_attention: bool = True
+    local_head: bool = False
     start_latents: bool = False
     attention_type: str = "full"
     stream_channels: list[int] | None = None
     feature_size: int = 0  # K * E
+    num_places: int = 1  # K
     initializer_range: float = 0.02
 
     def validate_all_numbers(self):  # validators run in the order of their names
@@ -224,6 +231,11 @@ class TokComTransformerConfig(PreTrainedConfig):
             raise ValueError(
                 "`start_latents` needs context layers and `head_attention=False`: the head reads "
                 "the context through the latent before it."
+            )
+        if self.local_head and not self.start_latents:
+            raise ValueError(
+                "`local_head` needs `start_latents`: its layers read the tokens of one chunk, and "
+                "the context through the state before it."
             )
         if self.attention_type == "factorized" and (
             self.block_size is not None or self.num_position_axes != 3
@@ -347,9 +359,11 @@ class TokComConfig(PreTrainedConfig):
         width = 0
         if self.prediction_type == "tokens":
             width = self.codec_config.num_symbols * self.token_embedding_size
+            self.transformer_config.num_places = self.codec_config.num_symbols
         self.transformer_config.feature_size = width
         if not width:  # the start of a text only matters to models that predict tokens
             self.transformer_config.start_latents = False
+            self.transformer_config.local_head = False
         super().__post_init__(**kwargs)
 
     def validate_all_numbers(self):  # validators run in the order of their names
@@ -378,6 +392,11 @@ class TokComConfig(PreTrainedConfig):
             raise ValueError(
                 "`prediction_type='tokens'` needs `codec_config.encoder_type='token'`, or a codec "
                 "of digits: only then is the mean latent of token probabilities known."
+            )
+        if self.transformer_config.local_head and self.token_stagger != 1:
+            raise ValueError(
+                f"`local_head` needs `token_stagger` 1, got {self.token_stagger}: it reads the "
+                "tokens before a place as known."
             )
         has_context = self.transformer_config.num_context_layers > 0
         # only the codec of pixels leaves a choice of axes

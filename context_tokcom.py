@@ -35,6 +35,8 @@ class TokComStep(NamedTuple):
     gain: torch.Tensor | float | None
     scale: float = 1.0  # from the scheduler's x to that of the flow
     beside: "TokComStep | None" = None  # the same for `[context | x]`, which `lay_out` adds
+    # how many tokens of a chunk are decided before this step, and after it
+    decided: tuple[int, int] | None = None
 
     def with_given(self, known: torch.Tensor) -> "TokComStep":
         """The step of a block in which the `known (B, Q, K)` tokens are clean from the
@@ -119,6 +121,45 @@ class TokComWindowCache:
             layer.keep(places, first)
 
 
+class TokComChunkCache:
+    """Keys and values `(R, H, K, head_dim)` of the places of a chunk, for the layers of a local
+    head.
+
+    A place that has read its token stays as it is, so every step passes only the places it needs.
+    """
+
+    def __init__(self, num_places: int):
+        self.num_places = num_places
+        self.keys: dict[int, torch.Tensor] = {}
+        self.values: dict[int, torch.Tensor] = {}
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the chunk."""
+        self.done = 0  # leading places that will not change
+        self.places = slice(0, self.num_places)  # that the next pass computes
+
+    def open(self, before: int, after: int) -> None:
+        """Turn to a step before which `before` tokens are decided, and `after` when it is over."""
+        self.places = slice(min(self.done, before), after)
+        # a place reads the token before it, so those up to the first open one have read what stays
+        self.done = min(before + 1, after)
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write keys and values of the places at hand; returns those of all K, computed or not."""
+        found = []
+        for store, new in ((self.keys, keys), (self.values, values)):
+            buffer = store.get(layer_idx)
+            if buffer is None or len(buffer) != len(new):
+                shape = *new.shape[:2], self.num_places, new.shape[3]
+                buffer = store[layer_idx] = new.new_zeros(shape)
+            buffer[:, :, self.places] = new
+            found.append(buffer)
+        return found[0], found[1]
+
+
 # ---- what is known ----
 
 
@@ -131,6 +172,15 @@ class Context:
         self.symbols = model.symbols()
         self.guided = False
         self.group_size: int | None = None  # latents of a moment
+        self.chunk_cache: TokComChunkCache | None = None  # of a local head
+        transformer = model.config.transformer_config
+        if transformer.local_head:
+            self.chunk_cache = TokComChunkCache(transformer.num_places)
+
+    def forget_chunk(self) -> None:
+        """Tokens of the block at hand have changed, so what was computed of them is void."""
+        if self.chunk_cache is not None:
+            self.chunk_cache.clear()
 
     def lay_out(self, plan: list[TokComStep]) -> list[TokComStep]:
         """The steps of the block at hand with what they need to know of the context."""
@@ -149,6 +199,10 @@ class Context:
     ) -> torch.Tensor:
         if position_ids is None:
             position_ids = self.position_ids
+        local = {}
+        if self.chunk_cache is not None and step.decided is not None:
+            self.chunk_cache.open(*step.decided)
+            local["chunk_cache"] = self.chunk_cache
         return self.model.predict(
             x,
             step.time,
@@ -163,6 +217,7 @@ class Context:
             entry=entry,
             modulations=step.modulations,
             group_size=self.group_size,
+            **local,
         ).latents
 
 
@@ -385,6 +440,7 @@ class CachedContext(Context):
         """Turn to the block at `position_ids (B, Q, A)`, of which `exists (B, Q)` are no
         padding; None if none is."""
         self.position_ids = position_ids.clone(memory_format=torch.contiguous_format)
+        self.forget_chunk()
         self.own_keys = exists
         # without any context there is nothing to compare with
         self.guided = guided and self.length > self.num_starts

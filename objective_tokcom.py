@@ -131,15 +131,22 @@ class TokComNextChunkObjective(TokComFlowObjective):
 
     Args:
         turn_share: share of the rows whose times are exactly those at which a token's turn begins,
-            which is where K sampling steps are. By default 0.75, and 0 without turns.
+            which is where K sampling steps are. By default 0.75, and 0 without turns. One pass of a
+            local head scores every token at its turn, so it has one draw and no other times.
     """
 
     turn_share: float | None = None
 
     def check(self, config) -> None:
         super().check(config)
+        is_local = config.transformer_config.local_head
         if self.turn_share is None:
-            self.turn_share = 0.75 if config.token_stagger == 1 else 0.0
+            self.turn_share = 1.0 if is_local else 0.75 if config.token_stagger == 1 else 0.0
+        if is_local and (self.noise_draws, self.turn_share) != (1, 1):
+            raise ValueError(
+                f"`noise_draws` ({self.noise_draws}) and `turn_share` ({self.turn_share}) must be "
+                "1 with `local_head`, whose one pass scores every token at its turn."
+            )
         if not 0 <= self.turn_share <= 1 or (self.turn_share and config.token_stagger != 1):
             raise ValueError(
                 f"`turn_share` ({self.turn_share}) must be in [0, 1], and 0 unless `token_stagger` "
@@ -172,6 +179,7 @@ class TokComNextChunkObjective(TokComFlowObjective):
             fills_gaps (`bool`): what is not known are gaps, which see what follows them.
         """
         head = model.token_head
+        is_local = model.config.transformer_config.local_head
         symbols = model.symbols()
         chunks, real = model.codec.symbols(input_ids, attention_mask)  # (B, N, K)
         given, has_gaps, dropped = self._draw_rows(model, chunks, known_mask, input_ids, fills_gaps)
@@ -182,6 +190,8 @@ class TokComNextChunkObjective(TokComFlowObjective):
         # only the chunks and times at which some token has its turn pass the head
         times = self._times(model, chunks, timestep)  # (B, M, N)
         progress, has_turn = self._turns(model, times)  # (B, M, N, K) each
+        if is_local and timestep is None:  # one pass scores every token as its turn begins
+            progress, has_turn = torch.zeros_like(progress), torch.ones_like(has_turn)
         wanted = (real & ~given)[:, None] & has_turn  # (B, M, N, K)
         row, draw, place = wanted.any(-1).nonzero(as_tuple=True)  # (R,) each
         # state i stands before chunk i; rows without context have the state before the text
@@ -190,11 +200,13 @@ class TokComNextChunkObjective(TokComFlowObjective):
         place_times = torch.where(given[row, place], 1.0, place_times)  # clean
         own = chunks[row, place]  # (R, K)
         noisy = head.add_noise(symbols, own, place_times)  # (R, C)
+        # a local head reads at each place only the tokens before it, which are known by then
+        read_times = torch.ones_like(place_times) if is_local else place_times
         # feed-forward layers do not mix latents, so all R fit in one row of a batch
         states = model.transformer(
             noisy[None].to(model.dtype),
             times[row, draw, place][None],
-            features=head.read(symbols, noisy[None], place_times[None], own[None]),
+            features=head.read(symbols, noisy[None], read_times[None], own[None]),
             entry=before[None],
         ).latents  # (1, R, K * E)
         chosen = wanted[row, draw, place]  # (R, K)
@@ -238,6 +250,8 @@ class TokComNextChunkObjective(TokComFlowObjective):
         turns = model.token_head.num_symbols
         if timestep is not None:
             return torch.full((batch, 1, length), timestep, device=device)
+        if model.config.transformer_config.local_head:
+            return torch.zeros(batch, 1, length, device=device)
         if not model.training:
             starts = torch.arange(turns, device=device) / turns  # (K,): turn k begins at k / K
             return starts[:, None].expand(batch, turns, length)

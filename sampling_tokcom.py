@@ -368,7 +368,11 @@ class TokComStepPlanner:
             next_signal = self.model.channel_times(following)
             gain = (next_signal - signal) / (1 - signal).clamp_min(1e-6)
             gain = gain / (sigmas[i] - sigmas[i + 1])  # (1, Q, C or 1)
-            plan.append(TokComStep(now, times, uncertain, chosen, modulations, gain))
+            # of the tokens of a chunk, which are decided in their order
+            decided = int((head.progress(now)[0, 0] >= 1).sum())
+            last = max((place for place, count in enumerate(chosen.counts) if count), default=0)
+            step = TokComStep(now, times, uncertain, chosen, modulations, gain)
+            plan.append(step._replace(decided=(decided, last + 1)))
         return plan
 
     def _diffusion_plan(self, x: torch.Tensor) -> list[TokComStep]:
@@ -510,6 +514,7 @@ class TokComBlockSampler:
             if chunks is not None and x is not moved:
                 following = plan[i + 1].times if i + 1 < len(plan) else torch.ones_like(step.times)
                 chunks = head.recognise(context.symbols, x, following)
+                context.forget_chunk()
         # read once per block: every read makes the host wait for the device
         if not math.isfinite(self._total):
             raise ValueError(

@@ -9,7 +9,6 @@ Shape legend: B batch, N latents, S sequence positions, C latent channels, D wid
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +28,7 @@ from .layers_tokcom import (
     expand_attention_mask,
     rotary_embedding,
 )
+from .scheduling_tokcom import ContextPlan
 
 # positions of the learned latent before the first one
 START_OF_TEXT = -1  # the place before latent 0
@@ -115,49 +115,6 @@ def block_causal_mask(
     return mask | torch.eye(mask.shape[-1], dtype=torch.bool, device=mask.device)
 
 
-class ContextPlan(NamedTuple):
-    """In which order the context network reads `[start, chunk 0, ...]` of rows whose tokens are
-    partly known.
-
-    `order (B, 1 + N)` is the step at which each is read: it sees what is read no later.
-    `partial (B, N)` marks chunks that are read with their unknown tokens blank, before those are
-    known.
-    """
-
-    order: torch.Tensor
-    partial: torch.Tensor
-
-    @classmethod
-    def of(cls, given: torch.Tensor, has_gaps: torch.Tensor) -> "ContextPlan":
-        """The plan of rows `has_gaps (B,)` whose `given (B, N, K)` tokens are known; other rows are
-        read in order.
-
-        What is known is read first, then for each gap the state before it, then the gap's chunks as
-        they are filled.
-        """
-        batch, length, _ = given.shape
-        index = torch.arange(length + 1, device=given.device).expand(batch, -1)  # 0 is the start
-        # chunks of a gap are those of which some token is not known
-        gap = ~given.all(-1) & has_gaps[:, None]  # (B, N)
-        inside = F.pad(gap[:, 1:], (0, 1))  # whether the gap goes on in the next chunk
-        # only the last chunk of a gap can hold known tokens that are read before it is filled
-        partial = gap & ~inside & given.any(-1)
-        # the state before a gap must wait, since it tells the head what follows the gap
-        # of the places [start, chunk 0, ...]: chunk i of a gap marks place i, right before it
-        starts = F.pad(gap, (0, 1))  # (B, 1 + N)
-        late = starts | F.pad(gap & ~partial, (1, 0))
-        # late places follow all others, and keep their order among themselves
-        return cls(torch.where(late, index + length + 1, index), partial)
-
-    def mask(self, valid: torch.Tensor) -> torch.Tensor:
-        """Which key each query sees, `(B, 1 + N, 1 + N)`; `valid (B, N)` are chunks that are no
-        padding."""
-        exists = F.pad(valid, (1, 0), value=True)  # the start always does
-        # a place also sees itself, whose order is equal
-        sees = (self.order[:, None, :] <= self.order[:, :, None]) & exists[:, None, :]
-        return sees | torch.eye(sees.shape[-1], dtype=torch.bool, device=sees.device)
-
-
 def read_text(model, symbols, chunks, real, given, has_gaps, begins) -> torch.Tensor:
     """States `(B, 1 + N, D)` of the context network after `[start, chunk 0, chunk 1, ...]`.
 
@@ -224,15 +181,19 @@ class TokComTransformer(TokComPreTrainedModel):
         self.proj_in = nn.Identity()
         if config.input_projection:
             self.proj_in = linear(channels, config.hidden_size)
-        self.time_embedding = TokComTimestepEmbedding(
-            config.conditioning_size, config.timestep_scale
-        )
+        self.time_embedding = None
+        if not config.local_head:
+            self.time_embedding = TokComTimestepEmbedding(
+                config.conditioning_size, config.timestep_scale
+            )
+        attends = config.head_attention or config.local_head
         self.layers = nn.ModuleList(
             TokComBlock(
                 config,
                 i,
-                modulated=i >= config.num_context_layers,  # context is clean, so it has no time
-                attention=i < config.num_context_layers or config.head_attention,
+                # context is clean, so it has no time, and so are the tokens before a place
+                modulated=i >= config.num_context_layers and not config.local_head,
+                attention=i < config.num_context_layers or attends,
             )
             for i in range(config.num_hidden_layers)
         )
@@ -245,6 +206,11 @@ class TokComTransformer(TokComPreTrainedModel):
         if config.stream_channels is not None:
             self.stream_embedding = nn.Embedding(len(config.stream_channels), config.hidden_size)
         self.norm = TokComRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.token_in = self.place_embedding = None
+        if config.local_head:
+            channels = config.feature_size // config.num_places  # E, of one token
+            self.token_in = TokComProjection(channels, config.hidden_size, bias=False)
+            self.place_embedding = nn.Embedding(config.num_places, config.hidden_size)
         self.proj_out = linear(config.hidden_size, channels)
         self.gradient_checkpointing = False
         self.post_init()
@@ -296,9 +262,11 @@ class TokComTransformer(TokComPreTrainedModel):
             hidden_states = layer(hidden_states, None, tables, mask, past_key_values)
         return self.context_proj(self.context_norm(hidden_states))  # as `_nearest` does
 
-    def modulate(self, timestep: torch.Tensor) -> list[torch.Tensor]:
+    def modulate(self, timestep: torch.Tensor) -> list[torch.Tensor] | None:
         """t `(B, S)` -> the scales, shifts and gates `(B, S, ...)` of every layer after the context
-        layers."""
+        layers; None with a local head, which has no time."""
+        if self.time_embedding is None:
+            return None
         conditioning = F.silu(self.time_embedding(timestep))  # (B, S, conditioning_size)
         return [
             layer.modulation(conditioning)
@@ -343,6 +311,7 @@ class TokComTransformer(TokComPreTrainedModel):
         entry: torch.Tensor | None = None,
         prefix: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
         group_size: int | None = None,
+        chunk_cache: Cache | None = None,
         **kwargs,
     ) -> TokComTransformerOutput:
         """Noisy latents -> the estimate of the clean ones.
@@ -361,8 +330,14 @@ class TokComTransformer(TokComPreTrainedModel):
             prefix (*optional*): of bidirectional models, states `(B, L, D)` at time 1 before all
                 latents, which of them exist, `(B, L)`, and their positions `(L,)`.
             group_size: latents of a moment, for factorised attention; else read from the positions.
+            chunk_cache: with a local head, keys of places that earlier calls have computed, and
+                which this one computes; the output is 0 at the others.
         """
-        hidden_states, own = self._read(latents, features, position_ids)  # (B, S, D)
+        # what is not context is read token by token by a local head, behind the context layers
+        count = num_context if self.config.local_head else latents.shape[1]
+        inputs = (None if x is None else x[:, :count] for x in (latents, features, position_ids))
+        hidden_states, own = self._read(*inputs)  # (B, S, D)
+        hidden_states = F.pad(hidden_states, (0, 0, 0, latents.shape[1] - count))
         if position_ids is None:
             position_ids = torch.arange(latents.shape[1], device=latents.device)[None, :, None]
         if prefix is not None:
@@ -382,6 +357,9 @@ class TokComTransformer(TokComPreTrainedModel):
             timestep = timestep[:, num_context:]
             if not hidden_states.shape[1]:  # all is context, which the cache holds by now
                 return TokComTransformerOutput(latents=latents[:, :0])
+        if self.config.local_head:
+            states = self._denoise_locally(features[:, num_context:], hidden_states, chunk_cache)
+            return TokComTransformerOutput(latents=states)
         states = self._denoise(hidden_states, timestep, modulations, group_size, *where, **kwargs)
         if prefix is not None:
             states = states[:, prefix[0].shape[1] :]  # captions are not predicted
@@ -389,6 +367,29 @@ class TokComTransformer(TokComPreTrainedModel):
         if own is not None:
             latents = torch.where(own, latents, 0)
         return TokComTransformerOutput(latents=latents)
+
+    def _denoise_locally(
+        self, features: torch.Tensor, entry: torch.Tensor, chunk_cache: Cache | None
+    ) -> torch.Tensor:
+        """What is expected of every token given those before it in its chunk, `(B, S, K * E)`.
+
+        `features (B, S, K * E)` hold the tokens, of which a place reads those before its own, and
+        `entry (B, S, D)` is what the context says.
+        """
+        count = self.config.num_places
+        own = slice(0, count) if chunk_cache is None else chunk_cache.places
+        tokens = features.unflatten(-1, (count, -1)).flatten(0, 1)  # (B * S, K, E)
+        before = F.pad(tokens, (0, 0, 1, -1))[:, own]  # (B * S, k, E), of the places at hand
+        states = self.token_in(before) + self.place_embedding.weight[own]  # (B * S, k, D)
+        states = states + entry.flatten(0, 1)[:, None]
+        places = torch.arange(count, device=features.device)
+        head_size = self.config.hidden_size // self.config.num_attention_heads
+        tables = rotary_embedding(places[None, own, None], head_size, self.config.rope_theta)
+        mask = self._expand((places <= places[own, None])[None], states)  # causal, (1, 1, k, K)
+        for layer in self.layers[self.config.num_context_layers :]:
+            states = layer(states, None, tables, mask, chunk_cache)
+        states = F.pad(self.proj_out(self.norm(states)), (0, 0, own.start, count - own.stop))
+        return states.flatten(1).view(*entry.shape[:2], -1)
 
     def _denoise(
         self,
@@ -588,7 +589,6 @@ class TokComTransformer(TokComPreTrainedModel):
 
 
 __all__ = [
-    "ContextPlan",
     "INSIDE_TEXT",
     "START_OF_TEXT",
     "TokComOutput",

@@ -1,0 +1,135 @@
+"""Laws of a head that reads a chunk token by token."""
+
+import pytest
+import torch
+from helpers import SPLIT, TURNS, seeded, tiny_config
+from huggingface_hub.errors import StrictDataclassError
+
+from tokcom.context_tokcom import TokComChunkCache
+from tokcom.modeling_causal_tokcom import TokComForCausalLM
+from tokcom.modeling_tokcom import TokComModel
+from tokcom.pipeline_tokcom import TokComPipeline
+from tokcom.processing_tokcom import vocabulary_size
+from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
+
+LOCAL = {**SPLIT, "local_head": True}
+
+
+def local_model(vocab_size: int = 300, **overrides) -> TokComModel:
+    torch.manual_seed(0)
+    model = TokComModel(tiny_config(vocab_size, **{**TURNS, **overrides}, transformer_config=LOCAL))
+    for parameter in model.transformer.parameters():
+        if parameter.ndim > 1:  # large enough for a mistake to show
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+@pytest.fixture
+def pipe(tokenizer) -> TokComPipeline:
+    model = local_model(vocabulary_size(tokenizer))
+    pipe = TokComPipeline(
+        model, TokComFlowMatchScheduler.from_model_config(model.config), tokenizer
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@torch.no_grad()
+def test_a_token_is_scored_given_those_before_it_and_no_other():
+    model = local_model()
+    ids = torch.randint(0, 290, (1, 12))
+    plain = model(ids).token_losses.flatten()
+    for place in range(12):
+        other = ids.clone()
+        other[0, place] = (ids[0, place] + 7) % 290
+        changed = (model(other).token_losses.flatten() - plain).abs() > 1e-5
+        assert not changed[:place].any() and changed[place:].any()
+
+
+@torch.no_grad()
+def test_one_pass_gives_the_likelihood_of_all_turns_and_of_the_causal_model():
+    model = local_model()
+    ids = torch.randint(0, 290, (2, 16))
+    whole = model(ids).token_losses
+    turns = [model(ids, timestep=turn / 4).token_losses for turn in range(4)]
+    torch.testing.assert_close(sum(turns), whole)
+    for turn, losses in enumerate(turns):
+        assert losses[..., turn].all() and losses.count_nonzero() == losses[..., turn].numel()
+    logits = TokComForCausalLM.sharing(model)(ids).logits[:, :-1].log_softmax(-1)
+    own = -logits.gather(-1, ids[:, 1:, None])[..., 0]
+    torch.testing.assert_close(own, whole.flatten(1)[:, 1:], atol=1e-4, rtol=1e-4)
+
+
+def test_every_part_of_the_head_learns():
+    model = local_model().train()
+    model.set_stage("flow", infill_rate=0.0, context_dropout=0.0)
+    model(torch.randint(0, 290, (2, 16))).loss.backward()
+    for name, value in model.transformer.named_parameters():
+        assert value.grad is not None and value.grad.abs().sum() > 0, name
+
+
+@pytest.mark.filterwarnings("ignore:.*steps for the 4 tokens")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_inference_steps": 4},
+        {"num_inference_steps": 8},
+        {"num_inference_steps": 6},
+        {"num_inference_steps": 3},
+        {"guidance_scale": 1.5},
+    ],
+)
+def test_a_place_is_computed_once_and_samples_are_those_of_the_whole_chunk(
+    pipe, options, monkeypatch
+):
+    """The prompts end inside a chunk, at different places."""
+
+    def sample() -> list[str]:
+        prompts = ["Squinty was", "The pig ran to"]
+        return pipe(prompts, gen_length=13, generator=seeded(), **options).texts
+
+    computed = []
+    opened = TokComChunkCache.open
+
+    def listen(cache, before, after):
+        opened(cache, before, after)
+        computed.append(cache.places)
+
+    monkeypatch.setattr(TokComChunkCache, "open", listen)
+    cached = sample()
+    if options == {"num_inference_steps": 4}:
+        assert computed[:4] == [slice(i, i + 1) for i in range(4)]
+    monkeypatch.setattr(TokComChunkCache, "open", lambda cache, before, after: cache.clear())
+    assert sample() == cached
+
+
+def test_tokens_that_a_callback_changes_are_read_anew(pipe, monkeypatch):
+    def swap(pipe, step, timestep, values):
+        return {"latents": values["latents"].flip(0)}
+
+    def sample() -> list[str]:
+        options = {"callback_on_step_end": swap, "generator": seeded()}
+        return pipe(["Squinty was", "The pig ran"], gen_length=9, **options).texts
+
+    cached = sample()
+    monkeypatch.setattr(TokComChunkCache, "open", lambda cache, before, after: cache.clear())
+    assert sample() == cached
+
+
+def test_a_gap_is_filled_from_both_sides(pipe):
+    fillings = {
+        pipe.infill(f"The pig ____ {end}", gap_length=3, generator=seeded()).texts[0][:16]
+        for end in ("went home.", "?", "a big red ball and a dog")
+    }
+    assert len(fillings) > 1
+
+
+def test_settings_that_a_local_head_has_no_use_for_are_refused():
+    model = local_model()
+    for setting in ({"noise_draws": 4}, {"turn_share": 0.75}):
+        with pytest.raises(ValueError, match="local_head"):
+            model.set_stage("flow", **setting)
+    with pytest.raises(StrictDataclassError, match="`local_head` needs `token_stagger` 1, got 0"):
+        local_model(token_stagger=0.0)
+    with pytest.raises(StrictDataclassError, match="`local_head` needs `start_latents`"):
+        tiny_config(300, **TURNS, transformer_config={**LOCAL, "start_latents": False})
