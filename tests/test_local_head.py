@@ -1,11 +1,15 @@
 """Laws of a head that reads a chunk token by token."""
 
+import numpy as np
 import pytest
 import torch
 from helpers import SPLIT, TURNS, seeded, tiny_config
 from huggingface_hub.errors import StrictDataclassError
 
 from tokcom.context_tokcom import TokComChunkCache
+from tokcom.evaluation.studies.joint_steps import train_student
+from tokcom.evaluation.studies.masked import masked_training
+from tokcom.evaluation.studies.speculation import train_guesses
 from tokcom.modeling_causal_tokcom import TokComForCausalLM
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_tokcom import TokComPipeline
@@ -133,3 +137,11 @@ def test_settings_that_a_local_head_has_no_use_for_are_refused():
         local_model(token_stagger=0.0)
     with pytest.raises(StrictDataclassError, match="`local_head` needs `start_latents`"):
         tiny_config(300, **TURNS, transformer_config={**LOCAL, "start_latents": False})
+
+
+def test_studies_that_leave_the_order_of_reading_refuse_a_local_head():
+    with masked_training(), pytest.raises(ValueError, match="in their order"):
+        local_model()
+    for train in (train_guesses, train_student):
+        with pytest.raises(ValueError, match="in their order"):
+            train(local_model(), np.zeros(0), 1, 1)

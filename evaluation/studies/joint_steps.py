@@ -37,7 +37,7 @@ from tokcom.evaluation.metrics import sample_entropy
 from tokcom.evaluation.protocol import CONTINUATION, PROMPT, held_out_windows
 from tokcom.evaluation.report import table
 from tokcom.evaluation.samplers import TokComSampler
-from tokcom.evaluation.studies.masked import uniform_numbers
+from tokcom.evaluation.studies.masked import check_head, uniform_numbers
 from tokcom.evaluation.studies.speculation import SpeculativeSampler, train_on_windows
 from tokcom.evaluation.texts import likelihood_windows, model_study_parser, read_tokens
 from tokcom.heads_tokcom import draw_ids
@@ -182,6 +182,7 @@ def train_student(
     model: TokComModel, tokens: np.ndarray, eos: int, steps: int, sees: bool = True
 ) -> Student:
     """A student of `model`, which stays as it is."""
+    check_head(model.config)
     torch.manual_seed(0)
     model.requires_grad_(False)
     student = Student(model, sees).train()

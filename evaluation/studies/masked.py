@@ -25,6 +25,15 @@ from tokcom.training.precision import half_precision
 ORDERS = ("random", "confidence")
 
 
+def check_head(config) -> None:
+    """Raise `ValueError` for a model whose head reads a chunk in one order only."""
+    if config.transformer_config.local_head:
+        raise ValueError(
+            "`local_head` reads the tokens of a chunk in their order, which this study leaves; "
+            "give a model without it."
+        )
+
+
 @dataclass
 class MaskedObjective(TokComNextChunkObjective):
     """Mean cross-entropy of the masked tokens, of which a chunk has K, K - 1, ..., 1 equally often.
@@ -34,6 +43,10 @@ class MaskedObjective(TokComNextChunkObjective):
     """
 
     turn_share: float = 1.0  # the times of masks are those of whole numbers of tokens
+
+    def check(self, config) -> None:
+        super().check(config)
+        check_head(config)
 
     def _turns(self, model, times: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         size = model.token_head.num_symbols

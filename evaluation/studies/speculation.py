@@ -28,7 +28,12 @@ from tokcom.cli.errors import report_errors
 from tokcom.evaluation.protocol import CONTINUATION, PROMPT, held_out_windows
 from tokcom.evaluation.report import table
 from tokcom.evaluation.samplers import TokComSampler
-from tokcom.evaluation.studies.masked import MaskedObjective, MaskedSampler, uniform_numbers
+from tokcom.evaluation.studies.masked import (
+    MaskedObjective,
+    MaskedSampler,
+    check_head,
+    uniform_numbers,
+)
 from tokcom.evaluation.texts import model_study_parser, read_tokens
 from tokcom.heads_tokcom import draw_ids
 from tokcom.modeling_tokcom import TokComModel
@@ -62,6 +67,7 @@ def train_guesses(model: TokComModel, tokens: np.ndarray, eos: int, steps: int) 
     both read the same context."""
     guesser = copy.deepcopy(model).train()
     guesser.objective = GuessingObjective()
+    check_head(model.config)
     guesser.requires_grad_(False)
     transformer = guesser.transformer
     denoising = transformer.layers[transformer.config.num_context_layers :]
