@@ -373,29 +373,38 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
         following = where[row, column] + 1
         chunk = following // size
         place = following % size  # inside the chunk
-        turns = torch.arange(size, device=row.device)
+        known = place  # (R,), how many tokens of the chunk
+        index = torch.arange(len(row), device=row.device)  # (R,), of what passes the head
+        if self.config.transformer_config.local_head:
+            # one pass over a chunk serves all of its places, which read only what is before them
+            pairs, index = torch.stack((row, chunk)).unique(dim=1, return_inverse=True)
+            row, chunk = pairs
+            known = cache.lengths[row] - chunk * size
         own = cache.ids.unflatten(1, (-1, size))[row, chunk]  # (R, K)
-        is_known = turns < place[:, None]
         # tokens before this one are clean, this one and those after it are noise
-        times = is_known.float()
+        times = (torch.arange(size, device=row.device) < known[:, None]).float()
         features = head.read(cache.symbols, None, times[None], own[None])  # (1, R, K * E)
         # latents only give the shape here: `features` are read
         noise = features.new_zeros(1, len(row), self.config.codec_config.latent_channels)
         states = self.transformer(
             noise,
-            # turn `place` begins at this time, and place n of the states is before chunk n
-            (place / size)[None],
+            # a turn begins at this time, and place n of the states is before chunk n
+            (known / size)[None],
             features=features,
             entry=cache.states[row, chunk][None].to(features.dtype),
         ).latents[0]
         states = states.unflatten(-1, (size, -1))  # (R, K, E)
         if cache.keeps_expected:
             # of the last token of the last row: a streamer shows one text
-            cache.expected = states[-1, int(place[-1]) :]
-        states = states[torch.arange(len(row), device=row.device), place]  # (R, E)
+            cache.expected = states[index[-1], int(place[-1]) :]
+        states = states[index, place]  # (R, E), one for each real token
         found = head.logits(states)  # (R, V)
-        whole = states.new_zeros(*where.shape, states.shape[-1]).index_put((row, column), states)
-        logits = found.new_zeros(*where.shape, found.shape[-1]).index_put((row, column), found)
+        whole = states.new_zeros(*where.shape, states.shape[-1]).masked_scatter(
+            real[..., None], states
+        )
+        logits = found.new_zeros(*where.shape, found.shape[-1]).masked_scatter(
+            real[..., None], found
+        )
         return whole, logits
 
     # ---- generation ----

@@ -64,6 +64,25 @@ def test_one_pass_gives_the_likelihood_of_all_turns_and_of_the_causal_model():
     torch.testing.assert_close(own, whole.flatten(1)[:, 1:], atol=1e-4, rtol=1e-4)
 
 
+@torch.no_grad()
+def test_logits_of_padded_rows_and_of_a_cache_are_those_of_each_text_alone():
+    model = TokComForCausalLM.sharing(local_model())
+    ids = torch.randint(0, 290, (2, 11))
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    whole = model(ids, attention_mask=mask).logits
+    torch.testing.assert_close(whole[1:, 3:], model(ids[1:, 3:]).logits, atol=1e-4, rtol=1e-4)
+    assert not whole[1, :3].any()
+    cache = None
+    for start, stop in ((0, 6), (6, 7), (7, 11)):
+        mask_so_far = mask[:, :stop]
+        found = model(
+            ids[:, start:stop], attention_mask=mask_so_far, past_key_values=cache, use_cache=True
+        )
+        torch.testing.assert_close(found.logits, whole[:, start:stop], atol=1e-4, rtol=1e-4)
+        cache = found.past_key_values
+
+
 def test_every_part_of_the_head_learns():
     model = local_model().train()
     model.set_stage("flow", infill_rate=0.0, context_dropout=0.0)
