@@ -9,6 +9,7 @@ Notable choices:
 """
 
 import io
+import numbers
 import warnings
 import wave
 from math import gcd
@@ -167,7 +168,7 @@ def read_sound(
         sound = _samples(value, name)
         unknown = rate is None
         rate = sampling_rate if rate is None else rate
-    if not isinstance(rate, (int, float)) or not 0 < rate < 10**7:
+    if not isinstance(rate, numbers.Real) or not 0 < rate < 10**7:
         raise ValueError(f"{name} has a `sampling_rate` of {rate!r}; give samples a second.")
     _check_samples(sound, name)
     length = len(sound) if length is None else length
@@ -287,6 +288,10 @@ def _decode_sound(value: Any, name: str, seconds: float | None) -> tuple[np.ndar
     source = str(value) if isinstance(value, (str, Path)) else io.BytesIO(value)
     try:
         with soundfile.SoundFile(source) as stream:
+            # libsndfile estimates the length of an mp3 that does not say it
+            is_estimate = stream.format == "MP3"
+            if is_estimate and (found := _decode_with_av(value)) is not None:
+                return found
             frames = stream.frames
             rate = stream.samplerate
             channels = stream.channels
@@ -310,7 +315,7 @@ def _decode_sound(value: Any, name: str, seconds: float | None) -> tuple[np.ndar
             f"{name} holds no sound that can be read ({error}); repair or remove it."
         ) from error
     sound = np.concatenate(blocks) if blocks else np.zeros((0, channels), np.float32)
-    if len(sound) < wanted:
+    if len(sound) < wanted and not is_estimate:
         raise ValueError(
             f"{name} is cut off: {len(sound):,} of {frames:,} samples are there; repair or remove "
             "it."
@@ -329,8 +334,7 @@ def _decode_with_av(value: Any) -> tuple[np.ndarray, int, int] | None:
         source = str(value) if isinstance(value, (str, Path)) else io.BytesIO(value)
         with av.open(source) as container:
             stream = container.streams.audio[0]
-            # planar floats of one channel, at the rate that the file has
-            to_floats = av.AudioResampler(format="fltp", layout="mono", rate=stream.rate)
+            to_floats = av.AudioResampler(format="fltp")  # planar, as many channels as there are
             frames = []
             for frame in container.decode(stream):
                 frames += to_floats.resample(frame)
@@ -339,7 +343,7 @@ def _decode_with_av(value: Any) -> tuple[np.ndarray, int, int] | None:
         return None
     if not frames:
         return None
-    sound = np.concatenate([frame.to_ndarray().T for frame in frames])  # (n, 1)
+    sound = np.concatenate([frame.to_ndarray().T for frame in frames])  # (n, channels)
     return sound, rate, len(sound)
 
 

@@ -59,6 +59,9 @@ def text_box(content: str) -> str:
     return f'<div class="tokcom-text" role="status">{content}</div>'
 
 
+UNKNOWN = 0.5  # confidence in a token that was not scored
+
+
 def given_text(text: str) -> str:
     """HTML of text that the model did not write."""
     return f'<span class="given">{html.escape(text)}</span>'
@@ -92,6 +95,10 @@ class Writing(threading.Thread):
         self.stop = threading.Event()
         self.done: list[tuple[str, float]] = []  # tokens of finished blocks
         self.current: list[tuple[str, float]] = []  # tokens of the block that is being denoised
+        self.skip = 0  # tokens of the prompt in the first block
+        if demo.predicts_tokens:
+            ids = demo.pipe._tokenize([prompt.rstrip(" ")], "prompt")[0]
+            self.skip = len(ids) % demo.pipe.chunk_size
         self.shown_for = 0.0  # seconds spent on showing, which are not the model's
 
     def after_step(self, pipe, step: int, timestep: torch.Tensor, tensors: dict) -> dict:
@@ -106,7 +113,7 @@ class Writing(threading.Thread):
         next_time = 1 - float(pipe.scheduler.sigmas[index + 1])
         self.current = self.demo.emerging(tensors["latents"].float(), next_time)
         # whole chunks are denoised, also where a text ends inside one
-        self.frames.put((self.done + self.current)[: self.length])
+        self.frames.put((self.done + self.current)[self.skip : self.skip + self.length])
         self.shown_for += time.perf_counter() - started
         return tensors
 
@@ -187,7 +194,9 @@ class Demo:
                 self.pipe.model.encode(whole, mask).latents, whole, mask
             )
         # nats to probabilities, of the written tokens without prompt and padding
-        return (-losses.flatten()).exp()[len(row) - len(ids) : len(row)].tolist()
+        found = (-losses.flatten()).exp()[max(0, len(row) - len(ids)) : len(row)].tolist()
+        # of what was cut off nothing is known
+        return [UNKNOWN] * (len(ids) - len(found)) + found
 
     def write(
         self,

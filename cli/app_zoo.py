@@ -288,7 +288,8 @@ def image_tab(shown: ShownModel) -> None:
     gr.Markdown("A picture of your own, turned into tokens and back:")
     with gr.Row():
         with gr.Column(scale=2):
-            picture = gr.Image(label="Picture", type="pil", height=BOX_HEIGHT)
+            # as it is: gradio would make transparent pixels black, and training white
+            picture = gr.Image(label="Picture", type="pil", image_mode=None, height=BOX_HEIGHT)
             button = gr.Button("Encode and decode")
         with gr.Column(scale=3):
             rebuilt = gr.Gallery(show_label=False, columns=7, height=BOX_HEIGHT)

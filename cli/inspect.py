@@ -9,7 +9,6 @@ command fails.
 """
 
 import argparse
-import json
 import tempfile
 
 import numpy as np
@@ -17,7 +16,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from tokcom.cli.errors import report_errors
-from tokcom.training.config import load_train_config
+from tokcom.training.config import as_override, load_train_config
 from tokcom.training.corpora import Corpus, OmniCorpus, PictureCorpus, Reading
 
 RECORDS = 24  # on a sheet
@@ -170,9 +169,9 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_intermixed_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         settings = [
-            f"data.train={json.dumps(args.data, ensure_ascii=False)}",
+            as_override("data.train", args.data),
             # an empty folder, so that no tokenizer of an earlier run is taken
-            f"output_dir={json.dumps(folder, ensure_ascii=False)}",
+            as_override("output_dir", folder),
             *args.overrides,
         ]
         reading = Reading(load_train_config(args.preset, settings))

@@ -20,6 +20,8 @@ from tokcom.cli.terminal import TerminalStreamer
 from tokcom.configuration_codec_tokcom import TokComCodecConfig
 from tokcom.processing_tokcom import write_wav
 
+LOSSLESS = (".png", ".bmp", ".tif", ".tiff")  # what keeps every pixel
+
 
 def check_files(args: argparse.Namespace) -> None:
     """Raise `FileNotFoundError` for a missing input, or for an output whose folder is missing, and
@@ -59,12 +61,15 @@ def check_picture_file(mode: str, file: str | None) -> None:
     if file is None:
         return
     ending = Path(file).suffix.lower()
-    if ending not in Image.registered_extensions():
-        raise ValueError(f"--image_file {file}: {ending!r} is no picture; name a .png file.")
-    if mode == "text_to_image" and ending in (".jpg", ".jpeg"):
+    # Pillow can read more formats than it writes
+    if Image.registered_extensions().get(ending) not in Image.SAVE:
         raise ValueError(
-            f"--image_file {file}: JPEG changes pixels, and each of them is a token; name a .png "
-            "file."
+            f"--image_file {file}: {ending!r} is no picture that can be written; name a .png file."
+        )
+    if mode == "text_to_image" and ending not in LOSSLESS:
+        raise ValueError(
+            f"--image_file {file}: {ending!r} may change pixels, and each of them is a token; name "
+            "a .png file."
         )
 
 

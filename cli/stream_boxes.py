@@ -81,7 +81,10 @@ class PictureBox(StreamBox):
     kind = "image"
 
     def widget(self, label: str, is_input: bool) -> gr.Image:
-        return gr.Image(label=label, type="pil", interactive=is_input, height=BOX_HEIGHT)
+        # as it is: gradio would make transparent pixels black, and training white
+        return gr.Image(
+            label=label, type="pil", image_mode=None, interactive=is_input, height=BOX_HEIGHT
+        )
 
     def shown(self, entry: Image.Image) -> Image.Image:
         return shown_large(entry)

@@ -37,7 +37,7 @@ from tokcom.evaluation.texts import likelihood_windows, read_tokens
 from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.train_accelerate import run
 from tokcom.training.build import build_model
-from tokcom.training.config import load_train_config
+from tokcom.training.config import as_override, load_train_config
 from tokcom.training.data import get_tokenizer
 from tokcom.training.directory import WORK
 from tokcom.training.optimizer import build_optimizer
@@ -57,9 +57,9 @@ def row_overrides(row: dict) -> list[str]:
 def data_settings(args: argparse.Namespace) -> list[str]:
     """Overrides that name the text and the tokenizer of a row."""
     return [
-        f"data.train={args.train}",
-        f"data.validation={args.validation}",
-        f"tokenizer={args.checkpoint}",
+        as_override("data.train", args.train),
+        as_override("data.validation", args.validation),
+        as_override("tokenizer", args.checkpoint),
     ]
 
 
@@ -68,7 +68,12 @@ def trained_codec(name: str, data: list[str], work: Path) -> Path:
     codec = work / "codecs" / name
     # one codec for all rows that have it, so that they differ in the flow alone
     if not (codec / "config.json").is_file():
-        overrides = [*ROWS["codec_common"], *ROWS["codecs"][name], *data, f"output_dir={codec}"]
+        overrides = [
+            *ROWS["codec_common"],
+            *ROWS["codecs"][name],
+            *data,
+            as_override("output_dir", codec),
+        ]
         run(load_train_config("tiny", overrides))
     return codec
 
@@ -90,10 +95,10 @@ def train_row(
     start = []
     if args.init_from:
         # a model that goes on from another one learns at lower rates
-        start = [f"init_from={args.init_from}", *ROWS["tuning"]]
+        start = [as_override("init_from", args.init_from), *ROWS["tuning"]]
     elif "codec" in row:
-        start = [f"codec_from={trained_codec(row['codec'], data, work)}"]
-    place = [f"seed={args.seed}", f"output_dir={output}"]
+        start = [as_override("codec_from", trained_codec(row["codec"], data, work))]
+    place = [f"seed={args.seed}", as_override("output_dir", output)]
     overrides = [*row_overrides(row), *data, *start, *settings, *place]
     config = load_train_config(row.get("preset", "tiny"), overrides)
     # a model only to count operations: the budget sets the number of steps

@@ -49,9 +49,14 @@ SYSTEMS = {  # of the training benchmark, besides the published code
 }
 
 
+def is_cuda(device: str) -> bool:
+    """Whether a device is a GPU of CUDA, whatever its number."""
+    return torch.device(device).type == "cuda"
+
+
 def synchronize() -> None:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
+    if is_cuda(DEVICE):
+        torch.cuda.synchronize(DEVICE)
 
 
 def seconds_of(function: Callable, *arguments) -> float:
@@ -65,8 +70,8 @@ def seconds_of(function: Callable, *arguments) -> float:
 
 def peak_mib() -> float:
     """Peak memory of this process: of the device, or the resident set on the CPU."""
-    if DEVICE == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
+    if is_cuda(DEVICE):
+        return torch.cuda.max_memory_allocated(DEVICE) / 2**20
     status = Path("/proc/self/status")
     if status.is_file():  # unlike `ru_maxrss`, not inherited from the process that started this one
         return int(re.search(r"VmHWM:\s*(\d+)", status.read_text(encoding="utf-8")).group(1)) / 1024
@@ -527,8 +532,8 @@ def main(argv: list[str] | None = None) -> None:
     commands = {"training": training, "sampling": sampling, "length": length, "serving": serving}
     results = commands[args.command](args)
     device = f"{os.cpu_count()} CPU cores ({platform.machine()})"
-    if DEVICE == "cuda":
-        device = torch.cuda.get_device_name()
+    if is_cuda(DEVICE):
+        device = torch.cuda.get_device_name(DEVICE)
     results["about"] = {
         "command": " ".join(["python -m tokcom.evaluation.benchmark", *args.arguments]),
         "machine": f"{device}, torch {torch.__version__}, {torch.get_num_threads()} threads",

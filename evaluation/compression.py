@@ -24,7 +24,7 @@ from tokcom.evaluation.report import table
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.quantization_tokcom import code_statistics
 from tokcom.train_accelerate import run
-from tokcom.training.config import DataConfig, load_train_config
+from tokcom.training.config import DataConfig, as_override, load_train_config
 from tokcom.training.data import get_tokenizer, load_documents, tokenize_documents
 
 matplotlib.use("Agg")
@@ -55,16 +55,16 @@ def train_row(name: str, args: argparse.Namespace) -> TokComModel:
     """Train the codec of a row."""
     output = Path(args.work_dir) / name
     overrides = [
-        f"data.train={args.train}",
-        f"data.validation={args.validation}",
-        f"tokenizer={args.checkpoint}",
+        as_override("data.train", args.train),
+        as_override("data.validation", args.validation),
+        as_override("tokenizer", args.checkpoint),
     ]
     overrides += [
         "stage=codec",
         "num_samples=0",
         "report_to=none",
         f"seed={args.seed}",
-        f"output_dir={output}",
+        as_override("output_dir", output),
     ]
     overrides += [
         f"codec.max_steps={args.max_steps}",

@@ -21,7 +21,7 @@ from tokcom.cli.loading import add_device_option
 from tokcom.evaluation.reference import compare
 from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.train_accelerate import run
-from tokcom.training.config import DataConfig, load_train_config
+from tokcom.training.config import DataConfig, as_override, load_train_config
 from tokcom.training.data import load_documents
 
 EXPERIMENTS = {
@@ -120,14 +120,14 @@ def main(argv: list[str] | None = None) -> None:
         for seed in args.seeds:
             output = args.work_dir / f"{name.split(':')[0]}-{seed}"
             overrides = [
-                f"data.train={args.train}",
-                f"data.validation={args.validation}",
+                as_override("data.train", args.train),
+                as_override("data.validation", args.validation),
                 "stage=head",
                 "num_samples=0",
             ]
             overrides += [
-                f"data.text_column={args.text_column}",
-                f"init_from={args.checkpoint}",
+                as_override("data.text_column", args.text_column),
+                as_override("init_from", args.checkpoint),
                 f"seed={seed}",
             ]
             overrides += [f"model.{key}={value}" for key, value in head.items()]
@@ -141,7 +141,11 @@ def main(argv: list[str] | None = None) -> None:
                 "head.learning_rate=3.0e-4",
                 "head.warmup_steps=20",
             ]
-            overrides += ["head.eval_batches=8", "report_to=none", f"output_dir={output}"]
+            overrides += [
+                "head.eval_batches=8",
+                "report_to=none",
+                as_override("output_dir", output),
+            ]
             run(load_train_config("tiny", overrides))
             found = predict(
                 TokComPipeline.from_pretrained(output).to(args.device),

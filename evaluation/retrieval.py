@@ -34,7 +34,7 @@ from tokcom.cli.loading import add_device_option
 from tokcom.evaluation.classifier import by_parts
 from tokcom.evaluation.report import table
 from tokcom.processing_tokcom import TokComImageProcessor
-from tokcom.training.images import picture_grid, read_pictures
+from tokcom.training.images import first_captions, picture_grid, read_pictures
 from tokcom.training.pipelines import load_pipeline
 
 CHOICES = 20  # captions among which the right one is to be found
@@ -301,7 +301,7 @@ def read_all(source: str, codec, limit: int | None = None) -> tuple[torch.Tensor
     data = read_pictures(source, codec, limit=limit)
     rows = tqdm(range(len(data)), desc="reading", unit="record", mininterval=5)
     clips = as_clips(torch.stack([data[i]["pixel_values"] for i in rows]))
-    return clips, list(data.records["caption"])
+    return clips, first_captions(data.records, source)
 
 
 @dataclass

@@ -25,7 +25,7 @@ from tokcom.evaluation.images import psnr
 from tokcom.evaluation.report import table
 from tokcom.pipeline_media_tokcom import TokComVideoPipeline
 from tokcom.training.films import write_film
-from tokcom.training.images import picture_grid, read_pictures
+from tokcom.training.images import first_captions, picture_grid, read_pictures
 
 SHOWN = 6  # clips in the pictures
 
@@ -197,7 +197,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     students = zip(args.students, pipes[1:])
     systems += [(Path(name).name, pipe, None, 1.0) for name, pipe in students]
     has_captions = "caption" in data.records.column_names
-    captions = list(data.records["caption"]) if has_captions else None
+    captions = first_captions(data.records, args.data) if has_captions else None
     rows = measure(systems, clips, args, captions)
     pictures(pipes[0], clips, args)
     facts = {

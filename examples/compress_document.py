@@ -17,7 +17,7 @@ from tokcom import TokComPipeline
 from tokcom.cli.errors import report_errors
 from tokcom.cli.loading import add_device_option
 from tokcom.train_accelerate import run
-from tokcom.training.config import load_train_config
+from tokcom.training.config import as_override, load_train_config
 
 ROOT = Path(__file__).resolve().parents[1]
 CODEC = [
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     text = read_document(args.document)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(args.output_dir or temporary)
-        settings = [f"output_dir={folder}/codec", *CODEC, *args.overrides]
+        settings = [as_override("output_dir", folder / "codec"), *CODEC, *args.overrides]
         model = run(load_train_config("debug", settings))
         pipe = TokComPipeline.from_pretrained(model).to(args.device)
         report(pipe, text, folder / "document.codes.safetensors")

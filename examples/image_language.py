@@ -272,7 +272,8 @@ def report(model, tokenizer, pipe: TokComImagePipeline, words: int, args, proxy=
     captions, codes, pixels = read_codes(pipe, args.test, args.image_column, args.limit)
     ids, labels = sequences(tokenizer, captions, codes, words)
     device = model.device
-    loss = model(input_ids=ids[:256].to(device), labels=labels[:256].to(device)).loss.item()
+    count = min(256, len(captions))  # behind these rows come those of the other direction
+    loss = model(input_ids=ids[:count].to(device), labels=labels[:count].to(device)).loss.item()
     print(f"held-out loss, caption -> codes: {loss:.3f} nats")
     if proxy is not None:
         shown = min(128, len(codes))

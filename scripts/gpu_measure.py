@@ -66,9 +66,9 @@ def measure_training(args: argparse.Namespace) -> dict:
     )
     operations = count_flops(step)  # also the first warm-up
     step()
-    if args.device == "cuda":
+    if benchmark.is_cuda(args.device):
         # counting operations and the first steps need more than a step does
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(args.device)
     seconds = statistics.median(benchmark.seconds_of(step) for _ in range(args.rounds))
     return {
         "preset": args.preset,
@@ -184,7 +184,9 @@ def main(argv: list[str] | None = None) -> None:
     }[args.what]
     began = time.perf_counter()
     facts = measure(args)
-    machine = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
+    machine = platform.machine()
+    if benchmark.is_cuda(args.device):
+        machine = torch.cuda.get_device_name(args.device)
     facts["machine"] = f"{machine}, torch {torch.__version__}"
     facts["date"] = time.strftime("%Y-%m-%d")
     facts["took"] = round(time.perf_counter() - began, 1)

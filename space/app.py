@@ -58,8 +58,14 @@ class Frames:
         self.states.put(None)
 
 
-def seeded(seed: float) -> torch.Generator:
-    return torch.Generator().manual_seed(int(seed))
+def seeded(seed: float | None) -> torch.Generator:
+    """Numbered random numbers; without a seed those of the system."""
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+        return generator
+    # torch takes no seed of more than 64 bits, and a visitor may type anything
+    return generator.manual_seed(int(seed) % 2**63)
 
 
 def write(prompt: str, length: int, temperature: float, seed: float) -> Iterator[list]:
@@ -108,7 +114,9 @@ def judge(text: str) -> tuple[str, list]:
             (score,) = pipe.score(text)
     except ValueError as error:
         raise gr.Error(str(error), print_exception=False) from error
-    ids = pipe.tokenizer(text)["input_ids"]
+    # as `score` reads it: without BOS, and what spells a special token is text
+    options = {"add_special_tokens": False, "split_special_tokens": True}
+    ids = pipe.tokenizer(text, **options)["input_ids"]
     tokens = [pipe.tokenizer.decode([i]) for i in ids]
     shown = [(token, round(-nats, 2)) for token, nats in zip(tokens, score.token_nats)]
     summary = (

@@ -13,7 +13,7 @@ from gradio_client.exceptions import AppError
 from helpers import ROOT, seeded, tiny_pipeline
 from PIL import Image
 
-from tokcom.cli.app import CSS, FONTS, Demo, build_page, colored
+from tokcom.cli.app import CSS, FONTS, Demo, Writing, build_page, colored
 from tokcom.cli.app_zoo import ShownModel, draw_text
 from tokcom.cli.options import shipped_zoo
 from tokcom.modeling_tokcom import TokComModel
@@ -283,6 +283,27 @@ def test_probabilities_are_those_of_the_model_given_the_text_before(build):
     for token in range(vocabulary_size(pipe.tokenizer)):
         total += demo.probabilities("Mr. Rabbit went", [token])[0]
     assert abs(total - 1) < 1e-3
+
+
+def test_the_end_of_a_prompt_is_not_shown_twice_while_text_emerges():
+    """A chunk that a prompt leaves unfinished is denoised again with the new tokens."""
+    demo = Demo(TokComPipeline.from_pretrained(ROOT))
+    prompt = "Once upon a time there was"
+    count = len(demo.pipe.tokenizer(prompt)["input_ids"])
+    assert count % 4
+    emerging = Writing(demo, prompt, 6, num_inference_steps=4, generator=seeded(3))
+    emerging.run()
+    frames = list(emerging.frames.queue)
+    ids = frames[-1][0]
+    last = "".join(text for text, _ in frames[-2])
+    assert last == "".join(demo._tokens(ids)) and len(frames[-2]) == 6
+
+
+def test_a_text_as_long_as_the_window_has_a_colour_for_every_token(build):
+    demo = Demo(build(**TURNS))
+    ids = [5] * (demo.pipe.max_length + 3)
+    found = demo.probabilities("Squinty was a", ids)
+    assert len(found) == len(ids) and found[0] == 0.5 and found[-1] != 0.5
 
 
 def test_characters_of_several_tokens_and_the_end_of_a_text_are_shown_whole():

@@ -208,7 +208,9 @@ def test_a_warning_is_one_sentence_without_our_source(capsys):
 @pytest.mark.parametrize(
     ("name", "file", "message"),
     [
-        ("draw", "drawn.xyz", "'.xyz' is no picture; name a .png"),
+        ("draw", "drawn.xyz", "'.xyz' is no picture that can be written; name a .png"),
+        ("draw", "drawn.psd", "'.psd' is no picture that can be written"),
+        ("encode", "text.webp", "each of them is a token"),
         ("draw", "drawn", "name a .png"),
         ("encode", "text.jpg", "each of them is a token"),
     ],

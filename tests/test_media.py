@@ -274,6 +274,26 @@ def test_any_rate_and_compression_is_resampled(suffix, rate, tmp_path):
     )
 
 
+def test_an_mp3_that_does_not_say_its_length_is_read_to_its_end(tmp_path):
+    """Its length can only be estimated: from its first frames, which here are noise or silence."""
+    noise = np.random.default_rng(0).normal(0, 0.3, 16000 * 8).astype(np.float32)
+    for silent in (slice(0, len(noise) // 2), slice(len(noise) // 2, None)):
+        sound = noise.copy()
+        sound[silent] = 0
+        options = {"write_xing": "0"}
+        with av.open(str(tmp_path / "a.mp3"), "w", options=options) as container:
+            stream = container.add_stream("libmp3lame", rate=16000, layout="mono")
+            stream.options = {"q": "4"}
+            frame = av.AudioFrame.from_ndarray(sound[None], "fltp", "mono")
+            frame.sample_rate, frame.pts = 16000, 0
+            container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+        found = read_sound(tmp_path / "a.mp3", 16000)
+        assert abs(len(found) - len(sound)) < 4000
+        power = [np.square(half).mean() for half in np.array_split(found, 2)]
+        assert max(power) > 100 * min(power)
+
+
 @pytest.mark.parametrize("name, kind", [("a.m4a", None), ("a.aac", "adts")])
 def test_sounds_of_telephones_are_read(name, kind, tmp_path):
     with av.open(str(tmp_path / name), "w", format=kind) as container:

@@ -21,7 +21,8 @@ from tokcom.tasks_tokcom import TokComTask
 from tokcom.train_accelerate import run
 from tokcom.training import attention, progress, samples
 from tokcom.training import launch as processes
-from tokcom.training.config import known_keys, load_train_config
+from tokcom.training.command import parse_config
+from tokcom.training.config import as_override, known_keys, load_train_config
 from tokcom.training.data import PackedDataset
 from tokcom.training.export import measure_latent_statistics
 from tokcom.training.pipelines import build_pipeline
@@ -610,3 +611,11 @@ def test_rows_that_are_filled_up_with_ends_are_shown_within_a_small_window(token
 def test_an_override_that_is_no_yaml_is_named_with_a_remedy(override):
     with pytest.raises(ValueError, match=re.escape(override) + ".*in quotes"):
         load_train_config("debug", [override])
+
+
+@pytest.mark.parametrize(
+    "name", ["007", "2026_11_30", "no", "1e3", "run #2", "a: b", "ü 😀", "[x]"]
+)
+def test_a_folder_keeps_its_name_whatever_yaml_makes_of_it(name):
+    assert parse_config(None, ["--output_dir", name, "data.train=x"]).output_dir == name
+    assert load_train_config("debug", [as_override("output_dir", name)]).output_dir == name

@@ -65,8 +65,8 @@ def audit(dataset, part: PartReport, report: Report, setting: Any = None, num_wo
             outcomes = json.loads(file.read_text(encoding="utf-8"))
         else:
             outcomes = _decode_all(dataset, part.name, report.max_skipped, num_workers)
-            # not if decoding was given up, after which the data are corrected
-            if len(outcomes) == len(dataset):
+            # not with a problem, after which the data are corrected or a package is installed
+            if len(outcomes) == len(dataset) and not any("problem" in item for item in outcomes):
                 file.with_suffix(".tmp").write_text(json.dumps(outcomes), encoding="utf-8")
                 file.with_suffix(".tmp").rename(file)
     good = []

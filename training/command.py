@@ -11,7 +11,7 @@ import types
 from pathlib import Path
 from typing import Any
 
-from tokcom.training.config import TrainConfig, known_keys, load_train_config
+from tokcom.training.config import TrainConfig, as_override, known_keys, load_train_config
 
 
 def parse_config(description: str | None, argv: list[str] | None) -> TrainConfig:
@@ -21,13 +21,14 @@ def parse_config(description: str | None, argv: list[str] | None) -> TrainConfig
     args = build_parser(description).parse_intermixed_args(argv)
     overrides = list(args.overrides)
     if args.output_dir:
-        overrides.append(f"output_dir={args.output_dir}")
+        overrides.append(as_override("output_dir", args.output_dir))
     if args.push_to_hub is not None:
         overrides.append("push_to_hub=true")
     if args.push_to_hub:
         # the bare option swallows an override that follows it
         is_override = "=" in args.push_to_hub
-        overrides.append(args.push_to_hub if is_override else f"hub_model_id={args.push_to_hub}")
+        name = as_override("hub_model_id", args.push_to_hub)
+        overrides.append(args.push_to_hub if is_override else name)
     return load_train_config(args.preset, overrides)
 
 

@@ -9,6 +9,7 @@ and the remedy before anything heavy is imported.
 import contextlib
 import dataclasses
 import difflib
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -398,6 +399,12 @@ def load_train_config(preset: str, overrides: list[str]) -> TrainConfig:
     if "data.train" in given and "data.validation" not in given:
         data["validation"] = None  # the preset's validation data belong to its own training data
     return build_config(values, overrides)
+
+
+def as_override(key: str, value: Any) -> str:
+    """`key=value` that is read as exactly this value: YAML would take the folder 007 for a number,
+    and what follows a # for a comment."""
+    return f"{key}={json.dumps(str(value), ensure_ascii=False)}"
 
 
 def build_config(values: dict[str, Any], overrides: list[str]) -> TrainConfig:

@@ -335,6 +335,17 @@ def captions_of(row: str | list[str] | None) -> list[str]:
     return [text for text in rows if text]
 
 
+def first_captions(records: Any, source: str) -> list[str]:
+    """The first caption of each record of `read_pictures`, or an empty one; raises `ValueError` if
+    the source has none at all."""
+    if "caption" not in records.column_names:
+        raise ValueError(
+            f"{source} has no captions but {sorted(records.column_names)}; name their column "
+            "`caption`."
+        )
+    return [(captions_of(row) or [""])[0] for row in records["caption"]]
+
+
 def read_pictures(
     source: str,
     codec_config,
@@ -486,7 +497,8 @@ def measure_image_statistics(model, dataset: ImageDataset, limit: int = 8192) ->
     rows = np.random.default_rng(0).permutation(len(dataset))[:limit]
     latents = encode_all(model, dataset, rows).to(codec.latent_mean.device)  # (rows, N, C)
     # over pictures, so every place has statistics of its own, (N, C)
-    codec.set_latent_statistics(latents.mean(0), latents.std(0))
+    # one picture has a deviation of 0, not of NaN
+    codec.set_latent_statistics(latents.mean(0), latents.std(0, correction=0))
 
 
 def picture_grid(rows: list[list[Image.Image]], scale: int = 1, gap: int = 2) -> Image.Image:
