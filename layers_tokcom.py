@@ -13,6 +13,7 @@ Notable choices:
 import math
 from collections.abc import Callable
 from functools import wraps
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -113,6 +114,49 @@ def expand_attention_mask(
         # not -inf: a row without any key would be NaN
         return bias.masked_fill(~mask, torch.finfo(dtype).min)
     return mask
+
+
+class ContextPlan(NamedTuple):
+    """In which order the context network reads `[start, chunk 0, ...]` of rows whose tokens are
+    partly known.
+
+    `order (B, 1 + N)` is the step at which each is read: it sees what is read no later.
+    `partial (B, N)` marks chunks that are read with their unknown tokens blank, before those are
+    known.
+    """
+
+    order: torch.Tensor
+    partial: torch.Tensor
+
+    @classmethod
+    def of(cls, given: torch.Tensor, has_gaps: torch.Tensor) -> "ContextPlan":
+        """The plan of rows `has_gaps (B,)` whose `given (B, N, K)` tokens are known; other rows are
+        read in order.
+
+        What is known is read first, then for each gap the state before it, then the gap's chunks as
+        they are filled.
+        """
+        batch, length, _ = given.shape
+        index = torch.arange(length + 1, device=given.device).expand(batch, -1)  # 0 is the start
+        # chunks of a gap are those of which some token is not known
+        gap = ~given.all(-1) & has_gaps[:, None]  # (B, N)
+        inside = F.pad(gap[:, 1:], (0, 1))  # whether the gap goes on in the next chunk
+        # only the last chunk of a gap can hold known tokens that are read before it is filled
+        partial = gap & ~inside & given.any(-1)
+        # the state before a gap must wait, since it tells the head what follows the gap
+        # of the places [start, chunk 0, ...]: chunk i of a gap marks place i, right before it
+        starts = F.pad(gap, (0, 1))  # (B, 1 + N)
+        late = starts | F.pad(gap & ~partial, (1, 0))
+        # late places follow all others, and keep their order among themselves
+        return cls(torch.where(late, index + length + 1, index), partial)
+
+    def mask(self, valid: torch.Tensor) -> torch.Tensor:
+        """Which key each query sees, `(B, 1 + N, 1 + N)`; `valid (B, N)` are chunks that are no
+        padding."""
+        exists = F.pad(valid, (1, 0), value=True)  # the start always does
+        # a place also sees itself, whose order is equal
+        sees = (self.order[:, None, :] <= self.order[:, :, None]) & exists[:, None, :]
+        return sees | torch.eye(sees.shape[-1], dtype=torch.bool, device=sees.device)
 
 
 def eager_attention_forward(

@@ -9,7 +9,6 @@ Notable choices:
 """
 
 import io
-import numbers
 import warnings
 import wave
 from math import gcd
@@ -168,7 +167,7 @@ def read_sound(
         sound = _samples(value, name)
         unknown = rate is None
         rate = sampling_rate if rate is None else rate
-    if not isinstance(rate, numbers.Real) or not 0 < rate < 10**7:
+    if not isinstance(rate, (int, float, np.number)) or not 0 < rate < 10**7:
         raise ValueError(f"{name} has a `sampling_rate` of {rate!r}; give samples a second.")
     _check_samples(sound, name)
     length = len(sound) if length is None else length

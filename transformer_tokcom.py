@@ -19,6 +19,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_tokcom import TokComTransformerConfig
 from .layers_tokcom import (
+    ContextPlan,
     TokComAttention,
     TokComBlock,
     TokComPreTrainedModel,
@@ -28,7 +29,6 @@ from .layers_tokcom import (
     expand_attention_mask,
     rotary_embedding,
 )
-from .scheduling_tokcom import ContextPlan
 
 # positions of the learned latent before the first one
 START_OF_TEXT = -1  # the place before latent 0

@@ -53,7 +53,7 @@ REMOTE_FILES = {
         "typing",
     },
     "configuration_media_tokcom.py": {"huggingface_hub", "transformers", "typing"},
-    "layers_tokcom.py": {"collections", "functools", "math", "torch", "transformers"},
+    "layers_tokcom.py": {"collections", "functools", "math", "torch", "transformers", "typing"},
     "codec_chunk_tokcom.py": {"dataclasses", "difflib", "torch", "transformers", "typing"},
     "codec_color_tokcom.py": {"functools", "torch"},
     "codec_style_tokcom.py": {"collections", "dataclasses", "torch", "transformers"},

@@ -5,7 +5,8 @@ import pytest
 import torch
 from helpers import build_model, seeded
 
-from tokcom.scheduling_tokcom import ContextPlan, draw_gaps
+from tokcom.layers_tokcom import ContextPlan
+from tokcom.scheduling_tokcom import draw_gaps
 
 
 def test_gaps_begin_and_end_anywhere_and_have_the_lengths_that_were_asked_for():

@@ -217,7 +217,7 @@ def test_gaps_are_filled_where_they_stand_and_all_else_stays(pipe):
 @torch.no_grad()
 def test_a_gap_is_filled_with_the_probabilities_that_training_shows(pipe):
     """The sampler reads a text with a gap as the objective does."""
-    from tokcom.scheduling_tokcom import ContextPlan
+    from tokcom.layers_tokcom import ContextPlan
 
     model, ids = pipe.model, torch.tensor([text_ids(pipe.tokenizer, TEXT)[:24]])
     known = torch.ones(24, dtype=torch.bool)
