@@ -19,6 +19,7 @@ from PIL import Image
 
 DOCS = Path(__file__).resolve().parent
 OURS = "#1f77b4"
+LOCAL = "#ff7f0e"
 THEIRS = "#d62728"
 
 
@@ -52,7 +53,8 @@ def draw_operations(text: str) -> None:
     """Nats per character behind the teacher, against training operations."""
     (rows,) = read_tables(text, "training operations", 1)
     figure, axes = plt.subplots(figsize=(5.2, 3))
-    for column, name, color in ((2, "TokCom", OURS), (3, "Llama", THEIRS)):
+    names = ("TokCom, shipped head", OURS), ("TokCom, local head", LOCAL), ("Llama", THEIRS)
+    for column, (name, color) in enumerate(names, 2):
         points = [(float(row[0]), float(row[column])) for row in rows if row[column] != "-"]
         axes.plot(*zip(*points), "o-", color=color, label=name)
     axes.set_ylim(bottom=0)
