@@ -139,6 +139,22 @@ def test_tokens_that_a_callback_changes_are_read_anew(pipe, monkeypatch):
     assert sample() == cached
 
 
+@pytest.mark.slow  # compiles
+def test_a_compiled_model_has_a_graph_for_each_place_and_writes_the_same(pipe):
+    def sample() -> list[str]:
+        prompts = ["Squinty was", "The pig ran to"]
+        return pipe(prompts, gen_length=33, num_inference_steps=4, generator=seeded()).texts
+
+    eager = sample()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    pipe.compile()
+    assert sample() == eager and sample() == eager
+    counters = torch._dynamo.utils.counters
+    # the context that is read at once, its blocks and the four places
+    assert counters["stats"]["unique_graphs"] <= 6 and not counters["graph_break"]
+
+
 def test_a_gap_is_filled_from_both_sides(pipe):
     fillings = {
         pipe.infill(f"The pig ____ {end}", gap_length=3, generator=seeded()).texts[0][:16]
