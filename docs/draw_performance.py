@@ -19,7 +19,7 @@ from PIL import Image
 
 DOCS = Path(__file__).resolve().parent
 OURS = "#1f77b4"
-LOCAL = "#ff7f0e"
+LOCAL = "#2ca02c"
 THEIRS = "#d62728"
 
 
