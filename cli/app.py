@@ -97,8 +97,7 @@ class Writing(threading.Thread):
         self.current: list[tuple[str, float]] = []  # tokens of the block that is being denoised
         self.skip = 0  # tokens of the prompt in the first block
         if demo.predicts_tokens:
-            ids = demo.pipe._tokenize([prompt.rstrip(" ")], "prompt")[0]
-            self.skip = len(ids) % demo.pipe.chunk_size
+            self.skip = len(demo.prompt_ids(prompt)) % demo.pipe.chunk_size
         self.shown_for = 0.0  # seconds spent on showing, which are not the model's
 
     def after_step(self, pipe, step: int, timestep: torch.Tensor, tensors: dict) -> dict:
@@ -148,6 +147,10 @@ class Demo:
         """Whether temperature and top-p have a meaning for this model."""
         return self.pipe.model.token_head is not None
 
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """The ids of a prompt as the pipeline reads it: its last space is that of the next word."""
+        return self.pipe._tokenize([prompt.rstrip(" ")], "prompt")[0]
+
     def _tokens(self, ids: list[int]) -> list[str]:
         """What each id adds to the text; a character of several tokens belongs to the last."""
         shown = ""
@@ -180,7 +183,7 @@ class Demo:
         """The model's probability of each of the last tokens of a text, given the text before its
         chunk and, where the model decides one after the other, the tokens before it; of the decoder
         alone for models that regress latents."""
-        row = self.pipe._tokenize([prompt.rstrip(" ")], "prompt")[0] + ids
+        row = self.prompt_ids(prompt) + ids
         size = self.pipe.chunk_size
         beyond = max(0, len(row) - self.pipe.max_length)
         row = row[-(-beyond // size) * size :]  # what is cut off is whole chunks

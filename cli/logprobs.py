@@ -14,11 +14,8 @@ from tokcom.processing_tokcom import text_ids
 def byte_alphabet() -> dict[str, int]:
     """The character that stands for each byte in tokens of a byte-level BPE (Radford et al. 2019),
     as a table from characters to bytes."""
-    shown = [
-        *range(33, 127),
-        *range(161, 173),
-        *range(174, 256),
-    ]  # printable: they stand for themselves
+    # printable ones stand for themselves
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in shown]
     return {chr(byte): byte for byte in shown} | {chr(256 + i): b for i, b in enumerate(hidden)}
 

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 
 from tokcom.training.config import TrainConfig
 from tokcom.training.directory import RunDirectory, write_atomically
-from tokcom.training.files import MEDIA, kind_of
+from tokcom.training.files import names_media
 
 END = 1 << 16  # bytes at each end of a file
 ROWS = 256  # records that are hashed at a time
@@ -77,12 +77,7 @@ def _named_files(column: pa.ChunkedArray) -> Iterator[str]:
         column = pc.list_flatten(column)
         kind = column.type
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        # longer values are texts, and asking the system for such a name is an error
-        yield from (
-            name
-            for name in column.to_pylist()
-            if name and len(name) < 1000 and kind_of(name) in MEDIA
-        )
+        yield from filter(names_media, column.to_pylist())
 
 
 def _add_file(total: Any, file: Path) -> None:

@@ -12,6 +12,7 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 TEXTS = (".txt", ".text")
 TABLES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
@@ -75,6 +76,12 @@ def kind_of(path: Path | str) -> str | None:
         is_read = suffix in (*TEXTS, *TABLES) and suffix != ".parquet"
         return KINDS[suffix] if is_read else None
     return KINDS.get(path.suffix.lower())
+
+
+def names_media(value: Any) -> bool:
+    """Whether a value of a record may be the name of a picture, clip or sound."""
+    # longer values are texts, and asking the system for such a name is an error
+    return isinstance(value, str) and 0 < len(value) < 1000 and kind_of(value) in MEDIA
 
 
 def natural_key(path: Path | str) -> list:

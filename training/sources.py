@@ -43,6 +43,7 @@ from tokcom.training.files import (
     is_saved_dataset,
     kind_of,
     list_files,
+    names_media,
 )
 from tokcom.training.folders import (
     MediaFolder,
@@ -288,8 +289,7 @@ class Source:
         for file, where, record in found:
             for name in needed:
                 value = record.get(name)
-                # longer values are texts, and asking the system for such a name is an error
-                if isinstance(value, str) and 0 < len(value) < 1000 and kind_of(value) in MEDIA:
+                if names_media(value):
                     beside = file.parent / value
                     record[name] = str(beside) if beside.is_file() else value
             texts = record.get(caption)

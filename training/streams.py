@@ -20,7 +20,7 @@ from tokcom.processing_tokcom import (
     text_ids,
     text_rows,
 )
-from tokcom.training.files import MEDIA, kind_of
+from tokcom.training.files import names_media
 from tokcom.training.images import captions_of, record_name, row_number
 
 KEPT_SOUNDS = 512 * 2**20  # bytes of features that a stream keeps, in each process that reads it
@@ -33,7 +33,7 @@ def is_text(records: datasets.Dataset, name: str) -> bool:
     if not isinstance(inner, datasets.Value) or inner.dtype not in ("string", "large_string"):
         return False
     first = next((texts[0] for texts in map(captions_of, records[name]) if texts), "")
-    return kind_of(first) not in MEDIA or not Path(first).is_file()
+    return not names_media(first) or not Path(first).is_file()
 
 
 class Stream:
