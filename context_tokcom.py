@@ -4,8 +4,9 @@
 `VisibleContext` that of bidirectional ones, which read it at every step.
 
 Notable choices:
-- The cache has a constant size, so text may have any length and one compiled graph serves all
-  blocks.
+- The cache doubles until it holds the window of the model, so text may have any length, and a
+  short one does not pay for the window. That of a compiled model has its full size from the
+  beginning, so one graph serves all blocks.
 - What stands right before a gap is read last, when it can see what follows the gap.
 """
 
@@ -50,10 +51,11 @@ class TokComStep(NamedTuple):
 
 # ---- the cache ----
 
+SMALLEST_WINDOW = 32  # latents of a cache that has not grown yet
+
 
 class _WindowLayer:
-    """Keys and values `(B, H, W, head_dim)` of one layer for the W latents of a window, in tensors
-    that never move.
+    """Keys and values `(B, H, W, head_dim)` of one layer for W latents.
 
     The last places are those of the current block, which every pass overwrites until `keep` gives
     it a place of its own.
@@ -63,6 +65,17 @@ class _WindowLayer:
         self.window = window
         self.keys: torch.Tensor | None = None
         self.values: torch.Tensor | None = None
+
+    def grow(self, window: int, length: int) -> None:
+        """Make room for `window` latents, of which the first `length` are kept."""
+        self.window = window
+        if self.keys is None:
+            return
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old.new_zeros(*old.shape[:2], window, old.shape[3])
+            new[:, :, :length] = old[:, :, :length]
+            setattr(self, name, new)
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, first: bool
@@ -100,10 +113,10 @@ class _WindowLayer:
 
 
 class TokComWindowCache:
-    """A key/value cache of constant size for text of any length: new latents take the places of the
+    """A key/value cache for text of any length: once it is full, new latents take the places of the
     oldest.
 
-    Its tensors keep their shapes and addresses, so compiled graphs serve every block.
+    Its tensors keep their shapes and addresses until it grows.
     """
 
     def __init__(self, num_layers: int, window: int):
@@ -114,6 +127,11 @@ class TokComWindowCache:
         self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return self.layers[layer_idx].update(keys, values, self.first)
+
+    def grow(self, window: int, length: int) -> None:
+        """Make room for `window` latents, of which the first `length` are kept."""
+        for layer in self.layers:
+            layer.grow(window, length)
 
     def keep(self, places: list[slice], first: int | None = None) -> None:
         """Copy the current block's last entries, or those from the place `first` on, to `places`."""
@@ -341,8 +359,9 @@ class CachedContext(Context):
         config = model.config.transformer_config
         self.block_size = config.block_size
         self.num_starts = int(config.start_latents)  # the learned latent of where a text starts
-        self.window = config.max_position_embeddings + self.num_starts
+        self.longest = config.max_position_embeddings + self.num_starts
         self.length = 0  # latents in the window
+        self.window = self._fitting(0 if task.context is None else task.context.mask.shape[1])
         # one more layer for the states of the context
         num_layers = config.num_hidden_layers + (config.num_context_layers > 0)
         self.cache = TokComWindowCache(num_layers, self.window)
@@ -362,6 +381,17 @@ class CachedContext(Context):
             self.context = self._with_start(task.context, noise, task.inside)
         if self.context is not None:
             self._read_context(self.context)
+
+    def _fitting(self, length: int) -> int:
+        """The size of a window for `length` latents, the next block, and the place of the block at
+        hand."""
+        # private, but the only sign that `Module.compile` leaves
+        if self.model.transformer._compiled_call_impl is not None:
+            return self.longest
+        size = SMALLEST_WINDOW
+        while size < length + 2 * self.block_size:
+            size *= 2
+        return min(size + self.num_starts, self.longest)
 
     def _with_start(
         self, context: TokComCodecOutput | None, noise: torch.Tensor, inside: list[bool] | None
@@ -574,6 +604,11 @@ class CachedContext(Context):
             own.fill_(True) if exists is None else own.copy_(exists[:, start : start + size])
             done += size
         self.length += count
+        window = self._fitting(self.length - self.num_starts)
+        if window > self.window:
+            self.cache.grow(window, self.length)
+            self.filled = torch.nn.functional.pad(self.filled, (0, window - self.window))
+            self.window = window
 
 
 __all__ = ["CachedContext", "Context", "TokComStep", "TokComWindowCache", "VisibleContext"]
