@@ -50,7 +50,7 @@ def run(config: TrainConfig) -> Path:
             corpus = read_data(config)
             directory.keep_tokenizer(corpus.tokenizer)
             if processes.is_main_process:
-                corpus.digest = check_unchanged(config, corpus, directory)
+                check_unchanged(config, corpus, directory)
         unfinished = [stage for stage in config.stages if not directory.is_finished(stage)]
         # after the data: reading them must not change what a seed means
         set_seed(config.seed)

@@ -16,7 +16,7 @@ import torch
 
 from tokcom.cli.loading import check_modality, open_pipeline, usable_device
 from tokcom.evaluation import autoregressive, protocol, report
-from tokcom.evaluation.judges import TextJudge, TokenJudge, load_language_model
+from tokcom.evaluation.judges import TextJudge, TokenJudge, has_tokens_of, load_peer
 from tokcom.evaluation.metrics import unigram_entropy
 from tokcom.evaluation.reconstruction import (
     cross_entropy_at,
@@ -31,7 +31,6 @@ from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.processing_tokcom import decode_ids
 from tokcom.training.config import DataConfig
 from tokcom.training.data import PackedDataset, WindowShape, load_documents, tokenize_documents
-from tokcom.training.tokens import load_tokenizer
 
 JUDGE_STEPS = 200  # of the judge that is trained when none is given
 
@@ -72,11 +71,6 @@ def reconstruction(
     return results
 
 
-def has_tokens_of(path: str, tokenizer) -> bool:
-    """Whether the model in a directory gives ids the meaning that `tokenizer` gives them."""
-    return load_tokenizer(path).get_vocab() == tokenizer.get_vocab()
-
-
 def load_judges(
     args: argparse.Namespace, tokenizer, train: np.ndarray
 ) -> tuple[TokenJudge, dict[str, TextJudge]]:
@@ -86,7 +80,7 @@ def load_judges(
     for path in args.judge:
         # ids mean the same to both, so samples are scored as they are
         if has_tokens_of(path, tokenizer) and token_judge is None:
-            token_judge = TokenJudge(path, args.device)
+            token_judge = TokenJudge(path, tokenizer, args.device)
         else:
             # two judges may lie in folders of one name
             name = path if Path(path).name in text_judges else Path(path).name
@@ -104,7 +98,7 @@ def load_judges(
                 f"the judge in {path} has another tokenizer than the model, so it is that of "
                 "another evaluation; give another --output_dir, or remove the folder."
             )
-        token_judge = TokenJudge(str(path), args.device)
+        token_judge = TokenJudge(str(path), tokenizer, args.device)
     return token_judge, text_judges
 
 
@@ -170,13 +164,7 @@ def load_systems(args: argparse.Namespace, pipe: TokComPipeline) -> dict:
     )
     systems = {"TokCom": ours}
     for name, path in read_peers(args.peer).items():
-        if not has_tokens_of(path, pipe.tokenizer):
-            raise ValueError(
-                f"--peer {name}={path} has another tokenizer than the model, so the ids of a text "
-                "mean something else to it; give a peer of `python -m "
-                "tokcom.evaluation.autoregressive`, or use --judge."
-            )
-        model = load_language_model(path, args.device)
+        model = load_peer(path, pipe.tokenizer, args.device)
         systems[name] = AutoregressiveSampler(
             model, pipe.tokenizer.eos_token_id, args.peer_temperature
         )

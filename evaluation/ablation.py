@@ -239,7 +239,7 @@ def main(argv: list[str] | None = None) -> None:
             pipe = TokComPipeline.from_pretrained(model)
             facts |= measure_likelihood(pipe, tokens)
             if args.judge:
-                facts |= measure_samples(pipe, TokenJudge(args.judge), tokens)
+                facts |= measure_samples(pipe, TokenJudge(args.judge, tokenizer), tokens)
         else:
             facts |= measure_recovery(model, tokens)
         file = Path(args.work_dir) / "rows" / f"{args.row}-{args.seed}.json"

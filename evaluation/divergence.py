@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 
 from tokcom.cli.errors import report_errors
 from tokcom.cli.loading import add_device_option
-from tokcom.evaluation.judges import load_language_model
+from tokcom.evaluation.judges import load_language_model, load_peer
 from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.processing_tokcom import text_ids, vocabulary_size
 from tokcom.sampling_tokcom import TokComSampling, join_blocks, until_all_ended
@@ -162,7 +162,7 @@ class AutoregressiveStudent:
     """A causal language model with TokCom's tokenizer; a text begins after EOS."""
 
     def __init__(self, path: str, tokenizer, device: str = "cpu"):
-        self.model = load_language_model(path, device)
+        self.model = load_peer(path, tokenizer, device)
         self.tokenizer = tokenizer
 
     @torch.no_grad()

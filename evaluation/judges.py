@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from tokcom.training.precision import half_precision
 from tokcom.training.tokens import load_tokenizer
@@ -12,6 +12,30 @@ def load_language_model(path: str, device: str = "cpu") -> PreTrainedModel:
     """A causal language model of transformers in float32; one with code of its own is refused."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
     return model.eval().to(device)
+
+
+def has_tokens_of(path: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the model in a directory gives ids the meaning that `tokenizer` gives them."""
+    return load_tokenizer(path).get_vocab() == tokenizer.get_vocab()
+
+
+def check_tokens(path: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `ValueError` if the model in a directory gives ids another meaning than `tokenizer`."""
+    if not has_tokens_of(path, tokenizer):
+        raise ValueError(
+            f"{path} has another tokenizer than the model that it is compared with, so the ids of "
+            "a text mean something else to it; give one that was trained with that tokenizer "
+            "(`python -m tokcom.evaluation.autoregressive --checkpoint ...`)."
+        )
+
+
+def load_peer(
+    path: str, tokenizer: PreTrainedTokenizerBase, device: str = "cpu"
+) -> PreTrainedModel:
+    """`load_language_model` of one that reads and writes ids of `tokenizer`; raises `ValueError`
+    if its own tokenizer is another one."""
+    check_tokens(path, tokenizer)
+    return load_language_model(path, device)
 
 
 @torch.no_grad()
@@ -46,8 +70,8 @@ def token_nll(
 class TokenJudge:
     """A causal language model with TokCom's tokenizer, as `evaluation.autoregressive` trains it."""
 
-    def __init__(self, path: str, device: str = "cpu"):
-        self.model = load_language_model(path, device)
+    def __init__(self, path: str, tokenizer: PreTrainedTokenizerBase, device: str = "cpu"):
+        self.model = load_peer(path, tokenizer, device)
 
     def nll(self, ids: np.ndarray, prompts: np.ndarray | None = None) -> np.ndarray:
         """`token_nll` of the judge."""

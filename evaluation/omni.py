@@ -44,7 +44,7 @@ from tokcom.cli.errors import report_errors
 from tokcom.cli.loading import add_device_option
 from tokcom.evaluation.classifier import Classifier
 from tokcom.evaluation.digits import BATCH, measure_digits
-from tokcom.evaluation.judges import TokenJudge
+from tokcom.evaluation.judges import TokenJudge, check_tokens
 from tokcom.evaluation.parts import Parts, fingerprint
 from tokcom.evaluation.report import table
 from tokcom.pipeline_media_tokcom import TokComOmniPipeline
@@ -57,7 +57,6 @@ from tokcom.training.config import DataConfig
 from tokcom.training.data import load_documents
 from tokcom.training.images import picture_grid
 from tokcom.training.streams import OmniDataset
-from tokcom.training.tokens import load_tokenizer
 
 CANDIDATES = 20  # captions among which that of a picture is looked for
 
@@ -337,16 +336,9 @@ def load(
             )
         pipe.set_progress_bar_config(disable=True)
     if args.judge:
-        judge = TokenJudge(args.judge, args.device)
-        vocabularies = [
-            load_tokenizer(args.judge),
-            *(pipe.tokenizer for pipe in pipes.values()),
-        ]
-        if any(tokenizer.get_vocab() != vocabularies[0].get_vocab() for tokenizer in vocabularies):
-            raise ValueError(
-                f"{args.judge} and the models have different tokenizers; train the judge with "
-                f"--checkpoint {args.model}."
-            )
+        for pipe in pipes.values():
+            check_tokens(args.judge, pipe.tokenizer)
+        judge = TokenJudge(args.judge, pipe.tokenizer, args.device)
     elif args.text_model:
         raise ValueError(f"--text_model ({args.text_model}) needs a --judge to compare the texts.")
     return Study(pipes["joint model"], args), pipes, judge

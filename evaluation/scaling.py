@@ -10,7 +10,6 @@ parameters. `--peak` and `--utilization` turn operations into time.
 """
 
 import argparse
-import random
 from typing import Any
 
 import torch
@@ -35,11 +34,10 @@ ONE_B = {
         "hidden_size": 2048,
         "intermediate_size": 5504,
         "num_hidden_layers": 19,
-        "num_context_layers": 16,
+        "num_context_layers": 18,
         "num_attention_heads": 16,
         "num_key_value_heads": 16,
-        "max_position_embeddings": 512,
-        "conditioning_size": 512,
+        "max_position_embeddings": 256,
     },
     "token_embedding_size": 512,
 }
@@ -49,6 +47,7 @@ GRADIENTS = 4
 MOMENTS = 8  # AdamW keeps two
 AVERAGE = 4
 GIB = 2**30
+COUNTED_WINDOWS = 4
 
 
 def scaled_config(preset: str, vocab_size: int | None) -> TokComConfig:
@@ -69,8 +68,7 @@ def saved_bytes(model: TokComModel, ids: torch.Tensor) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    # Python's generator decides which chunks have a loss: the same for all depths
-    random.seed(1)
+    torch.manual_seed(1)  # the same draws for all depths, whose differences count
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = model(ids).loss
     # while the loss is alive, before its graph gives the memory back
@@ -91,6 +89,9 @@ def count(config: TokComConfig, length: int, objective: dict[str, Any]) -> dict[
     if context:
         # one context layer more
         shapes.append((shapes[0][0] + 1, shapes[0][1] + 1))
+    torch.manual_seed(0)
+    # all but the last id, which is padding; several rows, since what a row passes is drawn
+    ids = torch.randint(0, config.codec_config.vocab_size - 1, (COUNTED_WINDOWS, length))
     found = []
     for number, of_context in shapes:
         small = {"num_hidden_layers": number, "num_context_layers": of_context}
@@ -99,14 +100,12 @@ def count(config: TokComConfig, length: int, objective: dict[str, Any]) -> dict[
         )
         model = TokComModel(one).train()
         model.set_stage("flow", **objective)
-        # all but the last id, which is padding
-        ids = torch.randint(0, one.codec_config.vocab_size - 1, (1, length))
         row = {
             "flops": training_flops_per_token(model, ids),
-            "saved": saved_bytes(model, ids) / length,
+            "saved": saved_bytes(model, ids) / ids.numel(),
         }
         model.gradient_checkpointing_enable()
-        row["checkpointed"] = saved_bytes(model, ids) / length
+        row["checkpointed"] = saved_bytes(model, ids) / ids.numel()
         found.append(row)
     # layers that the smallest model lacks: denoising layers and context layers
     more_denoising = layers - context - (shapes[0][0] - shapes[0][1])

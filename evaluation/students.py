@@ -19,7 +19,7 @@ import torch
 
 from tokcom.cli.errors import report_errors
 from tokcom.cli.loading import add_device_option
-from tokcom.evaluation.judges import TokenJudge, load_language_model
+from tokcom.evaluation.judges import TokenJudge, check_tokens, load_peer
 from tokcom.evaluation.metrics import sample_entropy
 from tokcom.evaluation.protocol import (
     CONTINUATION,
@@ -133,7 +133,9 @@ def main(argv: list[str] | None = None) -> dict:
     documents = load_documents(args.data, DataConfig(text_column=args.text_column), "train")
     tokens = tokenize_documents(documents, teacher.tokenizer, args.text_column, "held-out text")
     windows = held_out_windows(tokens, PROMPT + CONTINUATION, args.samples)
-    judge = TokenJudge(args.judge, args.device)
+    judge = TokenJudge(args.judge, teacher.tokenizer, args.device)
+    for name in args.students:
+        check_tokens(name, teacher.tokenizer)
     systems = [
         ("teacher", TokComSampler(teacher, steps, args.guidance_scale)) for steps in args.steps
     ]
@@ -153,7 +155,7 @@ def main(argv: list[str] | None = None) -> dict:
     ]
     timed = {f"{name}, {s.num_inference_steps or 'own'} steps": s for name, s in systems}
     if args.peer:
-        peer = load_language_model(args.peer, args.device)
+        peer = load_peer(args.peer, teacher.tokenizer, args.device)
         timed["autoregressive peer"] = AutoregressiveSampler(peer, teacher.tokenizer.eos_token_id)
     # latency asks for held-out prompts alone; the training text is only there to be there
     study = Study(tokens[:1000], tokens, None, judge, {}, teacher.chunk_size)

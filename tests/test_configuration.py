@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 import yaml
@@ -5,6 +7,7 @@ from transformers import PreTrainedConfig
 
 from tokcom.configuration_tokcom import TokComConfig
 from tokcom.modeling_tokcom import TokComModel
+from tokcom.training.config import load_train_config
 from tokcom.training.presets import PRESET_DIR, preset_config, preset_names
 
 
@@ -139,3 +142,21 @@ def test_a_preset_that_extends_another_says_only_what_differs(preset):
     assert set(text) == {"extends", "model"}
     parent = preset_config(text["extends"]).to_dict()
     assert preset_config(preset).to_dict() != parent
+
+
+def test_data_of_a_preset_do_not_reach_a_user_who_brings_data(tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("extends: v5.2\ndata: {train: mine.jsonl}\n")
+    for config in (
+        load_train_config(str(mine), []),
+        load_train_config("v5.2", ["data.train=mine.jsonl"]),
+        load_train_config("v5.2", ["data={train: mine.jsonl}"]),
+    ):
+        found = config.data.train, config.data.validation, config.data.name
+        assert found == ("mine.jsonl", None, None)
+    assert load_train_config("v5.2", []).data.name == "wikitext-2-raw-v1"
+    mine.write_text("extends: debug\ndata: {train: docs, validation: held_out.jsonl}\n")
+    data = load_train_config(str(mine), []).data
+    assert (data.train, data.validation) == ("docs", "held_out.jsonl")  # not this repository's
+    data = load_train_config("debug", []).data
+    assert data.train.endswith("stories_train.jsonl") and Path(data.validation).is_file()

@@ -479,7 +479,7 @@ def test_no_row_is_seen_twice_after_batches_change_their_size(rows):
     for before in ((8, 1, 1), (5, 2, 2), (12, 1, 3)):
         for after in ((4, 1, 2), (8, 2, 1), (7, 1, 1)):
             for micro_batch in range(40):
-                progress = Progress(*before)
+                progress = Progress(*before, rows)
                 progress.micro_batch = micro_batch
                 assert before == after or progress.relocate(*after, rows)
                 seen, skipped = (size[0] * size[1] for size in (before, after))
@@ -493,11 +493,23 @@ def test_no_row_is_seen_twice_after_batches_change_their_size(rows):
                     done = old[1] * seen, new[1] * skipped + (new[0] - old[0]) * rows
                 assert 0 <= done[1] - done[0] <= skipped * after[2] + seen
                 assert progress.micro_batch % after[2] == 0
-    assert Progress(8, 1, 1).relocate(8, 1, 1, rows) is None
+    assert Progress(8, 1, 1, rows).relocate(8, 1, 1, rows) is None
+
+
+def test_an_epoch_of_another_size_ends_when_its_rows_become_other_ones():
+    for micro_batch, rows, expected in ((5, 10, 1), (0, 10, 0), (12, 1000, 125), (13, 1000, 250)):
+        progress = Progress(8, 1, 1, 100)  # 12 batches an epoch
+        progress.micro_batch = micro_batch
+        assert progress.relocate(8, 1, 1, rows) == f"rows of an epoch 100 became {rows}"
+        assert progress.micro_batch == expected
+    small = Progress(16, 1, 1, 8)  # an epoch that holds no batch
+    small.micro_batch = 5
+    small.relocate(8, 1, 1, 10)
+    assert small.micro_batch == 5
 
 
 def test_progress_of_an_earlier_version_is_taken_to_have_had_the_batches_of_now():
-    progress = Progress(8, 2, 1)
+    progress = Progress(8, 2, 1, 100)
     old = {
         name: value
         for name, value in progress.state_dict().items()
@@ -532,7 +544,7 @@ def test_a_run_goes_on_with_smaller_batches_and_the_average_switched_off_or_on(
     run(quick(tmp_path, "stage=codec", *more))
     printed = capsys.readouterr().out
     assert (
-        "(8, 1, 1) became (4, 1, 2)" in printed
+        "batch size 8 became 4, accumulation 1 became 2;" in printed
         and "averaged weights of the checkpoint are dropped" in printed
     )
     assert [len(batch) for batch in seen] == [8] * 3 + [4] * 6

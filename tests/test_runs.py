@@ -19,11 +19,13 @@ from tokcom.train_accelerate import run
 from tokcom.training import precision, trainer
 from tokcom.training.card import training_card
 from tokcom.training.checkpoints import CheckpointError
+from tokcom.training.config import load_train_config
 from tokcom.training.corpora import read_data
 from tokcom.training.digest import check_unchanged, data_digests
 from tokcom.training.directory import RunDirectory
 from tokcom.training.pipelines import load_pipeline
 from tokcom.training.stage import StageTrainer
+from tokcom.training.tokens import get_tokenizer, load_tokenizer
 
 TEXT = ROOT / "sample_data" / "stories_validation.jsonl"
 
@@ -99,7 +101,69 @@ def test_data_of_a_run_that_never_began_bind_nobody(tmp_path):
         check_unchanged(config, corpus, directory)
 
 
+def test_the_best_model_is_chosen_anew_where_validation_measures_something_else(
+    text, tmp_path, capsys
+):
+    options = [f"data.validation={text}", "stage=codec", "codec.eval_steps=3"]
+    run(quick(tmp_path, *options, "codec.max_steps=3"))
+    best = tmp_path / "out" / "run" / "codec" / "best" / "model.safetensors"
+    before = best.read_bytes()
+    noise = "".join(chr(9 * i % 93 + 33) for i in range(9000))  # a loss that is higher
+    text.write_text(json.dumps({"text": noise}) + "\n")
+    run(quick(tmp_path, *options, "codec.max_steps=6", "data.allow_changed=true"))
+    assert "validation is another one now (validation data changed)" in capsys.readouterr().out
+    assert best.read_bytes() != before
+
+
+def test_how_many_processes_read_the_data_may_change_and_what_they_read_may_not(tmp_path):
+    run(quick(tmp_path, "stage=codec", "codec.max_steps=2"))
+    run(quick(tmp_path, "stage=codec", "codec.max_steps=2", "data.num_proc=2"))
+    with pytest.raises(ValueError, match=r"data\.text_column='text', now .*data\.allow_changed"):
+        run(quick(tmp_path, "stage=codec", "data.text_column=body"))
+    with pytest.raises(ValueError, match="autoencoder=None, now it is 'other'"):
+        run(quick(tmp_path, "stage=codec", "autoencoder=other"))
+
+
+def test_an_edited_preset_is_another_model(tmp_path):
+    preset = tmp_path / "mine.yaml"
+    preset.write_text("extends: debug\n")
+
+    def config():
+        data = [f"data.train={TEXT}", "data.validation=null"]
+        steps = ["stage=codec", "codec.max_steps=2", "report_to=none", "num_samples=0"]
+        return load_train_config(str(preset), [*data, *steps, f"output_dir={tmp_path}/out"])
+
+    run(config())
+    preset.write_text("extends: debug\nmodel: {transformer_config: {block_size: 8}}\n")
+    with pytest.raises(ValueError, match="was started with preset_model="):
+        run(config())
+
+
+def test_a_tokenizer_that_the_donor_does_not_know_is_refused(text, tmp_path):
+    donor, other = tmp_path / "donor", tmp_path / "other"
+    run(quick(tmp_path, "stage=codec", "codec.max_steps=1", f"output_dir={donor}"))
+    texts = [{"text": "zebra quartz jumps " * 9}]
+    size = len(load_tokenizer(donor))
+    get_tokenizer(None, size, texts, "text").save_pretrained(other)
+    for key in ("init_from", "codec_from"):
+        options = ["stage=flow", f"{key}={donor}", f"tokenizer={other}"]
+        with pytest.raises(ValueError, match="gives ids another meaning.*remove `tokenizer`"):
+            read_data(load_train_config("debug", [f"data.train={text}", *options]))
+
+
 # ---- exports ----
+
+
+def test_a_finished_stage_gives_way_to_later_ones_and_an_edited_card_stays(tmp_path, capsys):
+    steps = ["codec.max_steps=2", "flow.max_steps=2"]
+    run(quick(tmp_path, *steps))
+    out = tmp_path / "out"
+    weights = (out / "model.safetensors").read_bytes()
+    (out / "README.md").write_text("mine")
+    run(quick(tmp_path, *steps, "stage=codec"))
+    assert (out / "model.safetensors").read_bytes() == weights
+    assert (out / "README.md").read_text() == "mine"
+    assert "has been edited and stays as it is" in capsys.readouterr().out
 
 
 def test_a_damaged_export_is_named_and_made_anew_from_the_newest_checkpoint(tmp_path):

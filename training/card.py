@@ -13,7 +13,7 @@ from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_base_tokcom import TokComBasePipeline
 from tokcom.training.config import STAGES, DataConfig, TrainConfig
 from tokcom.training.data import read_sources
-from tokcom.training.directory import WORK, RunDirectory, write_atomically
+from tokcom.training.directory import WORK, RunDirectory
 from tokcom.training.modalities import MODALITIES
 from tokcom.training.pipelines import load_pipeline
 
@@ -40,7 +40,7 @@ def publish(
 ) -> None:
     """Make `output_dir` a repository of what the last stage left, with its card, and push it if the
     settings ask for it; without `has_weights` the model is not loaded for it."""
-    directory.publish(config.stages[-1])
+    directory.publish(directory.latest(config.stages[-1]))
     # what was published, not what is in memory: samples and card tell of the files
     if has_weights:
         pipe = load_pipeline(directory.root).to(device)  # samples take minutes on a CPU
@@ -49,7 +49,7 @@ def publish(
             model = TokComModel(TokComConfig.from_pretrained(directory.root))
         pipe = load_pipeline(directory.root, model=model)
     card = training_card(config, pipe)
-    write_atomically(directory.root / "README.md", card)
+    directory.write_card(card)
     print(f"model written to {directory.root}")
     if config.push_to_hub:
         name = config.hub_model_id or directory.root.resolve().name

@@ -27,17 +27,22 @@ def check_sizes(
         model.set_stage(stage, **options.objective)  # names bad settings of the loss, too
         train, held_out = corpus.datasets(model, uncached, options, state)
         check_rows(corpus, train, stage, options, state.num_processes)
-        if (options.flip or options.shift) and not isinstance(corpus, PictureCorpus):
-            raise ValueError(
-                f"`{stage}.flip` ({options.flip}) and `{stage}.shift` ({options.shift}) move "
-                "pictures and clips, and the data are neither; set both to 0."
-            )
+        check_moves(corpus, stage, options)
         if not len(held_out):
             raise ValueError(
                 "the validation data give no row; give more, or data.validation=null to hold some "
                 "out."
             )
     model.objective = before
+
+
+def check_moves(corpus: Corpus, stage: str, options: LoopConfig) -> None:
+    """Raise `ValueError` if pictures are to be moved and there are none."""
+    if (options.flip or options.shift) and not isinstance(corpus, PictureCorpus):
+        raise ValueError(
+            f"`{stage}.flip` ({options.flip}) and `{stage}.shift` ({options.shift}) move "
+            "pictures and clips, and the data are neither; set both to 0."
+        )
 
 
 def check_rows(

@@ -13,7 +13,6 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -21,9 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from tokcom.training.files import MEDIA_READ
-from tokcom.training.presets import read_preset
-
-ROOT = Path(__file__).resolve().parent.parent
+from tokcom.training.presets import forget_data, read_preset
 
 # their order seeds the noise of each stage: append, never insert
 STAGES = (
@@ -62,7 +59,7 @@ RANGES = {
     "warmup_steps": (0, 2**40),
     "shift": (0, 2**40),
     "max_skipped": (0, 2**40),
-    "seed": (0, 2**63 - 1),
+    "seed": (0, 2**32 - 1),  # of NumPy
     "num_workers": (0, 1024),
     "num_samples": (0, 2**20),
 }
@@ -351,6 +348,8 @@ class TrainConfig:
             raise ValueError(
                 "stage distill encodes the rows that it draws; set cache_latents=false."
             )
+        if self.torch_compile:
+            raise ValueError("stage distill compiles nothing; set torch_compile=false.")
         if self.model:
             raise ValueError(
                 f"a student has its teacher's configuration; remove model.{sorted(self.model)[0]}."
@@ -390,14 +389,13 @@ def load_train_config(preset: str, overrides: list[str]) -> TrainConfig:
     # `preset_config` reads the preset's; `model.*` holds what is overridden
     values.pop("model", None)
     values["preset"] = preset
-    data = values.setdefault("data", {})
-    for key, source in data.items():
-        # data that ship with the repository
-        if isinstance(source, str) and (ROOT / source).exists():
-            data[key] = str(ROOT / source)
-    given = {override.partition("=")[0] for override in overrides}
-    if "data.train" in given and "data.validation" not in given:
-        data["validation"] = None  # the preset's validation data belong to its own training data
+    alone = OmegaConf.structured(TrainConfig)
+    before = alone.data.train
+    with _explained_errors():
+        for override in overrides:
+            _apply(alone, override)
+    if alone.data.train != before:  # they give training data of their own
+        forget_data(values)
     return build_config(values, overrides)
 
 

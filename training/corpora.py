@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from tokcom.configuration_codec_tokcom import TokComCodecConfig
 from tokcom.configuration_tokcom import TokComConfig
 from tokcom.modeling_tokcom import CODECS, TokComModel
-from tokcom.processing_tokcom import CHARACTERS
+from tokcom.processing_tokcom import CHARACTERS, with_pad_token
 from tokcom.training.audit import audit
 from tokcom.training.card import WORK
 from tokcom.training.config import DataConfig, StageConfig, TrainConfig
@@ -70,6 +70,7 @@ class Corpus:
     autoencoder = None
     report: Report | None = None  # what was read
     digest: str | None = None  # of the training data, on the main process
+    validation_digest: str | None = None  # likewise
 
     def __init__(self, train, validation, tokenizer: PreTrainedTokenizerBase | None):
         self.train = train
@@ -401,7 +402,7 @@ class Reading:
                 "correct `fields`."
             )
         tokenizer = None
-        name = config.tokenizer or config.init_from or config.codec_from
+        name = self._tokenizer_name()
         # that of an earlier call: a tokenizer trained anew may number its tokens otherwise
         if self.saved.is_dir():
             tokenizer = load_tokenizer(self.saved)
@@ -450,13 +451,31 @@ class Reading:
             parts = self._audited({name: part.fit(codec) for name, part in parts.items()}, size)
         return PictureCorpus(*parts.values(), tokenizer, self.config.autoencoder)
 
+    def _tokenizer_name(self, pictures: bool = False) -> str | None:
+        """Where the tokenizer comes from; raises `ValueError` if the model that training starts
+        from gives ids another meaning."""
+        config = self.config
+        # the codec of pictures does not read their captions
+        donor = config.init_from or (None if pictures else config.codec_from)
+        if config.tokenizer and donor and has_tokenizer(donor):
+            given, known = (
+                with_pad_token(load_tokenizer(name)).get_vocab()
+                for name in (config.tokenizer, donor)
+            )
+            if given != known:
+                raise ValueError(
+                    f"the tokenizer {config.tokenizer} gives ids another meaning than that of "
+                    f"{donor}, whose weights know only its own; remove `tokenizer`."
+                )
+        return config.tokenizer or config.init_from or config.codec_from
+
     def _tokenizer(
         self, documents, text_column: str, pictures: bool = False
     ) -> PreTrainedTokenizerBase:
         config = self.config
         if self.saved.is_dir():
             return load_tokenizer(self.saved)
-        name = config.tokenizer or config.init_from or config.codec_from
+        name = self._tokenizer_name(pictures)
         if pictures and name == config.codec_from and name is not None and not has_tokenizer(name):
             name = None  # a codec of pictures without captions
         texts = documents.select_columns(text_column) if pictures else documents

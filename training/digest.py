@@ -111,9 +111,9 @@ def _digest_sources(train: Any) -> str:
     return total.hexdigest()
 
 
-def check_unchanged(config: TrainConfig, corpus: Any, directory: RunDirectory) -> str:
-    """Compare the data with those that a run has begun with, and note them in `run/data.json`;
-    returns their digest.
+def check_unchanged(config: TrainConfig, corpus: Any, directory: RunDirectory) -> None:
+    """Compare the data with those that a run has begun with, and note their digests in
+    `run/data.json` and in the corpus.
 
     Raises `ValueError` if they have changed and `data.allow_changed` does not allow it. With it,
     what was made of the former data is removed, and the run goes on with the new ones.
@@ -138,4 +138,5 @@ def check_unchanged(config: TrainConfig, corpus: Any, directory: RunDirectory) -
         (directory.work / "distill" / "pairs.pt").unlink(missing_ok=True)
     if now != known:
         write_atomically(file, json.dumps(now, indent=2) + "\n")
-    return now["training data"]
+    corpus.digest = now["training data"]
+    corpus.validation_digest = now["validation data"]

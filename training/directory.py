@@ -6,6 +6,7 @@ a repository.
         lock                       the process that is training here now
         train_config.json          the settings that the run was started with
         data.json                  digests of the data it is trained on
+        README.md                  the model card as it was written
         tokenizer/                 the tokenizer that all stages share
         STAGE/checkpoint-N, best, final, logs, summary.json
 
@@ -23,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tokcom.training.config import STAGES, TrainConfig
 from tokcom.training.export import check_folder, recover_folder
+from tokcom.training.presets import read_preset
 
 WORK = "run"
 # settings with which the weights would be those of another run; all others may change
@@ -33,9 +35,11 @@ SAME_RUN = (
     "tokenizer_vocab_size",
     "init_from",
     "codec_from",
+    "autoencoder",
     "seed",
-    "data",
 )
+# settings of `data` that do not say what is read
+HOW_TO_READ = ("allow_changed", "num_proc", "max_skipped")
 # of a distillation that goes on
 MAY_CHANGE = (
     "max_steps",
@@ -207,26 +211,35 @@ class RunDirectory:
         started = json.loads(self.settings.read_text(encoding="utf-8"))
         # as the file holds it, where tuples have become lists
         now = json.loads(json.dumps(self.config, default=vars))
-        same = [key for key in SAME_RUN if key != "data" or not self.config.data.allow_changed]
-        if started.get("data"):  # settings that are younger than the run are at their defaults
-            # says what may change, and may change itself
-            started["data"].pop("allow_changed", None)
-            now["data"] = {
-                name: value for name, value in now["data"].items() if name in started["data"]
-            }
-            if started["data"].get("caption_column") == "caption":  # what null was once called
-                now["data"]["caption_column"] = now["data"]["caption_column"] or "caption"
-        self._compare(started, {key: now[key] for key in same})
+        # settings that are younger than the run are at their defaults, and not compared
+        self._compare(started, {key: now[key] for key in SAME_RUN if key in started})
+        if "preset_model" in started:
+            preset = read_preset(self.config.preset).get("model", {})
+            self._compare(started, {"preset_model": json.loads(json.dumps(preset))})
+        if not self.config.data.allow_changed:
+            self._compare_data(started.get("data", {}), now["data"])
         if self.config.stage == "distill":
             options = {key: value for key, value in now["distill"].items() if key not in MAY_CHANGE}
             self._compare(started.get("distill", {}), options, "distill.")
 
-    def _compare(self, started: dict[str, Any], now: dict[str, Any], prefix: str = "") -> None:
+    def _compare_data(self, started: dict[str, Any], now: dict[str, Any]) -> None:
+        if started.get("caption_column") == "caption":  # what null was once called
+            now["caption_column"] = now["caption_column"] or "caption"
+        known = {
+            name: value
+            for name, value in now.items()
+            if name in started and name not in HOW_TO_READ
+        }
+        self._compare(started, known, "data.", " or set data.allow_changed=true")
+
+    def _compare(
+        self, started: dict[str, Any], now: dict[str, Any], prefix: str = "", remedy: str = ""
+    ) -> None:
         for key, value in now.items():
             if started.get(key) != value:
                 raise ValueError(
                     f"{self.root} was started with {prefix}{key}={started.get(key)!r}, now it is "
-                    f"{value!r}; choose another output_dir."
+                    f"{value!r}; choose another output_dir{remedy}."
                 )
 
     def keep_tokenizer(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -242,7 +255,11 @@ class RunDirectory:
     def begin(self) -> None:
         """Write down the settings of a new run, once nothing in them was refused."""
         if self.is_main and not self.settings.is_file():
-            write_atomically(self.settings, json.dumps(self.config, default=vars, indent=2) + "\n")
+            # a preset may be edited, or be another one in the next version
+            model = {"preset_model": read_preset(self.config.preset).get("model", {})}
+            write_atomically(
+                self.settings, json.dumps(vars(self.config) | model, default=vars, indent=2) + "\n"
+            )
 
     def final(self, stage: str) -> Path:
         """Where the finished model of a stage is."""
@@ -277,11 +294,30 @@ class RunDirectory:
             )
         return False
 
+    def latest(self, stage: str) -> str:
+        """The last finished stage, which may have followed this one in an earlier call."""
+        later = STAGES[STAGES.index(stage) + 1 :]
+        finished = [s for s in later if (self.final(s) / "config.json").is_file()]
+        return [stage, *finished][-1]
+
+    def write_card(self, card: str) -> None:
+        """Write `README.md`, unless somebody has edited the one that an earlier call wrote."""
+        target = self.root / "README.md"
+        copy = self.work / "README.md"
+        # runs without a copy are older than it
+        if target.is_file() and copy.is_file() and target.read_bytes() != copy.read_bytes():
+            print(f"{target} has been edited and stays as it is; the new card is {copy}")
+        else:
+            write_atomically(target, card)
+        write_atomically(copy, card)
+
     def publish(self, stage: str) -> None:
         """Copy the finished model of a stage to `output_dir`, one whole file at a time."""
         source = self.final(stage)
         check_folder(source)
         for file in sorted(path for path in source.rglob("*") if path.is_file()):
+            if file == source / "README.md":  # `write_card` says more
+                continue
             target = self.root / file.relative_to(source)
             target.parent.mkdir(parents=True, exist_ok=True)
             # below `output_dir`, hence on its file system, within which a rename is atomic

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_base_tokcom import TokComBasePipeline
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
+from tokcom.training.checks import check_moves
 from tokcom.training.config import DistillConfig, TrainConfig
 from tokcom.training.corpora import Corpus
 from tokcom.training.denoiser import Context, ModelDenoiser
@@ -94,6 +95,12 @@ class DistillTrainer(Trainer):
         config = self.config
         # the teacher's latents are those of its own autoencoder
         self.corpus.autoencoder = getattr(self.pipe, "vae", None)
+        check_moves(self.corpus, self.stage, self.options)
+        if config.gradient_checkpointing:
+            self.accelerator.print(
+                "distill: gradient_checkpointing does nothing here; lower distill.batch_size to "
+                "save memory"
+            )
         # a student has no validation loss: nothing is held out for one
         dataset = self.corpus.datasets(teacher, config, self.options, self.accelerator)[0]
         if not len(dataset):

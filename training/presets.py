@@ -27,6 +27,8 @@ def preset_names() -> list[str]:
 def read_preset(name: str) -> dict[str, Any]:
     """The settings of a preset, or of a YAML file, with what it extends.
 
+    Files that the data of a shipped preset name are those of this repository; those of other YAML
+    files are the user's. Data of its own free a file from the validation data of what it extends.
     Raises `ValueError` for an unknown name and for a file that is no dictionary.
     """
     file = PRESET_DIR / f"{name}.yaml"
@@ -44,11 +46,18 @@ def read_preset(name: str) -> dict[str, Any]:
         raise ValueError(f"{file} is not a readable YAML file ({error}); correct it.") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{file} holds no settings; it needs lines of `key: value`.")
+    data = settings.get("data")
+    if file.parent == PRESET_DIR and data:
+        for key, source in data.items():
+            if isinstance(source, str) and (PRESET_DIR.parent / source).exists():
+                data[key] = str(PRESET_DIR.parent / source)
     parent = settings.pop("extends", None)
     if parent is None:
         return settings
     merged = read_preset(parent)
     _merge(merged.setdefault("model", {}), settings.pop("model", {}))
+    if isinstance(data, dict) and "train" in data:
+        forget_data(merged)
     for key, value in settings.items():
         known = merged.get(key)
         # one level deep: a stage's `objective` is replaced as a whole
@@ -56,6 +65,13 @@ def read_preset(name: str) -> dict[str, Any]:
             {**known, **value} if isinstance(known, dict) and isinstance(value, dict) else value
         )
     return merged
+
+
+def forget_data(settings: dict[str, Any]) -> None:
+    """Remove from the settings of a preset what belongs to its own training data alone."""
+    data = settings.get("data", {})
+    for key in ("validation", "name"):
+        data.pop(key, None)
 
 
 def preset_objective(name: str, stage: str = "flow") -> dict[str, Any]:
@@ -136,4 +152,11 @@ def _merge(fields: dict[str, Any], overrides: dict[str, Any]) -> None:
         fields[key] = value
 
 
-__all__ = ["PRESET_DIR", "merge_overrides", "preset_config", "preset_names", "read_preset"]
+__all__ = [
+    "PRESET_DIR",
+    "forget_data",
+    "merge_overrides",
+    "preset_config",
+    "preset_names",
+    "read_preset",
+]

@@ -24,9 +24,18 @@ class Progress:
         batch_size, processes, accumulation (`int`): rows of a micro-batch, processes that each take
             one, and micro-batches of an update. Checkpoints of version 0.2 lack them and are taken
             to have had the sizes of now.
+        rows (`int`, *optional*): the size of an epoch; None of a stream.
+        workers (`int`): processes that load the data of each.
     """
 
-    def __init__(self, batch_size: int, processes: int, accumulation: int):
+    def __init__(
+        self,
+        batch_size: int,
+        processes: int,
+        accumulation: int,
+        rows: int | None = None,
+        workers: int = 0,
+    ):
         self.step = 0
         self.micro_batch = 0  # of one process
         self.tokens = 0
@@ -40,6 +49,8 @@ class Progress:
         self.batch_size = batch_size
         self.processes = processes
         self.accumulation = accumulation
+        self.rows = rows
+        self.workers = workers
 
     def state_dict(self) -> dict:
         return dict(vars(self))
@@ -54,28 +65,32 @@ class Progress:
 
         `rows` is the size of an epoch, None of a stream. No row is seen twice in an epoch: a batch
         that would begin among rows that were already seen is passed over, and so are those that
-        would begin an update in its middle.
+        would begin an update in its middle. If an epoch has another size, its rows are other ones,
+        and the next epoch begins.
         """
-        before = (self.batch_size, self.processes, self.accumulation)
-        now = (batch_size, processes, accumulation)
+        before = (self.batch_size, self.processes, self.accumulation, self.rows)
+        now = (batch_size, processes, accumulation, rows)
         if before == now:
             return None
         old_rows = self.batch_size * self.processes  # in one micro-batch of all processes
         new_rows = batch_size * processes
-        epoch, done = (
-            (0, self.micro_batch) if rows is None else divmod(self.micro_batch, rows // old_rows)
-        )
+        if rows is None or self.rows is None:
+            epoch, done = 0, self.micro_batch
+        else:
+            # those of an epoch that fill no batch are dropped
+            epoch, done = divmod(self.micro_batch, max(1, self.rows // old_rows))
+            if rows != self.rows:
+                epoch, done = epoch + (done > 0), 0
         # rounded up: the batch that contains the last row seen is passed over, not shown again
         micro_batch = math.ceil(done * old_rows / new_rows)
         if rows is not None:
-            # whole epochs in batches of the new size; the last incomplete batch of an epoch is
-            # dropped
             micro_batch += epoch * (rows // new_rows)
         # an update must begin with its first micro-batch
         self.micro_batch = math.ceil(micro_batch / accumulation) * accumulation
-        self.batch_size, self.processes, self.accumulation = now
-        names = "batch size, processes, accumulation"
-        return f"({names}) {before} became {now}"
+        self.batch_size, self.processes, self.accumulation, self.rows = now
+        names = ("batch size", "processes", "accumulation", "rows of an epoch")
+        changes = zip(names, before, now, strict=True)
+        return ", ".join(f"{name} {old} became {new}" for name, old, new in changes if old != new)
 
 
 class UpdateGuard:

@@ -7,7 +7,7 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -72,6 +72,8 @@ class StageTrainer(Trainer):
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         self.dataset, held_out = corpus.datasets(model, config, self.options, self.accelerator)
+        self.progress.rows = None if corpus.streamed else len(self.dataset)
+        self.progress.workers = config.num_workers
         self.validation_loader = DataLoader(held_out, self.options.batch_size)
         modality = MODALITIES[model.config.codec_config.modality]
         self.samples = modality.samples(self.accelerator, stage, self.directory, config.num_samples)
@@ -488,6 +490,12 @@ class StageTrainer(Trainer):
                 f"a stream is read in {progress.processes} parts, one for each process that the "
                 f"run began with; launch {progress.processes} processes instead of {processes}."
             )
+        if self.corpus.streamed and progress.workers != self.config.num_workers:
+            raise ValueError(
+                f"a stream is read in parts, one for each of the {progress.workers} workers that "
+                f"the run began with; set num_workers={progress.workers} instead of "
+                f"{self.config.num_workers}."
+            )
         sampler = self.corpus.sampler(self.dataset, batch_size, self.config.seed)
         if sampler is not None and batch_size != progress.batch_size:
             raise ValueError(
@@ -504,6 +512,16 @@ class StageTrainer(Trainer):
                 f"{self.stage}: {changed}; the run goes on with rows that it has not seen in this "
                 "epoch"
             )
+
+    def validated(self) -> dict[str, Any]:
+        options = self.options
+        return {
+            "validation data": self.corpus.validation_digest,
+            "batch_size": options.batch_size,  # how many windows are measured
+            "eval_batches": options.eval_batches,
+            "sequence_length": options.sequence_length,
+            "objective": dict(options.objective),
+        }
 
     def begin_epoch(self) -> None:
         if self.corpus.streamed:  # which is read from its beginning

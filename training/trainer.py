@@ -224,7 +224,7 @@ class Trainer:
         """What a checkpoint holds besides what accelerate saves, and shards of averages."""
         parts = {"progress": self.progress, "scheduler": self.lr_scheduler, "average": self.ema}
         state = {name: part.state_dict() for name, part in parts.items() if part is not None}
-        return {**state, "data": self.corpus.digest}
+        return {**state, "data": self.corpus.digest, "validated": self.validated()}
 
     def _save_checkpoint(self) -> None:
         accelerator = self.accelerator
@@ -269,6 +269,7 @@ class Trainer:
         self._restore_average(extra.get("average"), newest)
         if self.lr_scheduler is not None:
             self._restore_schedule(extra["scheduler"], decays)
+        self._check_best(extra.get("validated"))
         self.relocate()
         # one answer for all processes: they must go on at the same place of the data
         digest = broadcast_object_list([self.corpus.digest])[0]
@@ -276,6 +277,19 @@ class Trainer:
         if extra.get("data", digest) != digest:
             self.begin_epoch()
         self.accelerator.print(f"resumed {self.stage} from {newest}")
+
+    def _check_best(self, before: dict | None) -> None:
+        """Forget the best loss if validation measures something else than `before`: the two could
+        not be compared."""
+        now = broadcast_object_list([self.validated()])[0]
+        if before is None or before == now:  # older checkpoints do not say
+            return
+        changed = [name for name, value in now.items() if before.get(name) != value]
+        self.progress.best = float("inf")
+        self.accelerator.print(
+            f"{self.stage}: validation is another one now ({', '.join(changed)} changed); the best "
+            "model is chosen anew"
+        )
 
     def _restore_schedule(self, saved: dict, decays: list[float]) -> None:
         """Go on at the saved step of the schedule, with the rates and the weight decay of the
@@ -297,6 +311,10 @@ class Trainer:
         )
         for group, initial, current, decay in settings:
             group.update({"initial_lr": initial, "lr": current, "weight_decay": decay})
+
+    def validated(self) -> dict:
+        """What the validation loss is a measure of, on the main process."""
+        return {}
 
     def begin_epoch(self) -> None:
         """Go on at the beginning of an epoch, since the data are others now."""

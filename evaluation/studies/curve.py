@@ -232,8 +232,9 @@ def milliseconds(system, setting: dict, prompts: np.ndarray) -> float:
 def measure(name: str, directory: Path, args: argparse.Namespace) -> dict:
     """Quality, evaluations and time of a system at every setting."""
     system = SYSTEMS[name].system(directory, args.device)
-    judge = TokenJudge(args.judge, args.device)
-    tokens = read_tokens(args.validation, load_tokenizer(args.checkpoint), "validation")
+    tokenizer = load_tokenizer(args.checkpoint)
+    judge = TokenJudge(args.judge, tokenizer, args.device)
+    tokens = read_tokens(args.validation, tokenizer, "validation")
     windows = held_out_windows(tokens, PROMPT + CONTINUATION, args.prompts)
     prompts = windows[:, :PROMPT]
     real = windows[:, PROMPT:]

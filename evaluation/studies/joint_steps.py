@@ -349,7 +349,7 @@ def main(argv: list[str] | None = None) -> None:
     nats = held_out_nats(pipe.model, pipe.student, likelihood_windows(tokens))
     print(table(["", "held-out nats per token"], [list(item) for item in nats.items()]))
     windows = held_out_windows(tokens, PROMPT + CONTINUATION, args.prompts)
-    judge = TokenJudge(args.judge, args.device)
+    judge = TokenJudge(args.judge, pipe.tokenizer, args.device)
     rows = []
     for pipe.mode, pipe.tokens_per_step in MODES:
         rows.append(measure(pipe, windows, judge))
