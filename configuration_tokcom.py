@@ -301,6 +301,8 @@ class TokComConfig(PreTrainedConfig):
     """
 
     model_type = "tokcom"
+    # a trainer that evaluates would collect them beside the logits
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "last_hidden_state"]
     sub_configs = {
         "codec_config": TokComChunkCodecConfig,
         "transformer_config": TokComTransformerConfig,

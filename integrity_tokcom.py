@@ -301,6 +301,10 @@ def check_shards(directory: str | os.PathLike) -> None:
             )
 
 
+# values of `device_map` that may spread a model over several devices
+SPREADING = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
 class CheckedWeights:
     """Loading that refuses what does not fit or is not finite, and saving with checksums; mixed
     into models."""
@@ -313,9 +317,12 @@ class CheckedWeights:
         `checksums.json`.
 
         Raises `ValueError` for missing, unexpected, misshapen or non-finite weights;
-        `ignore_mismatched_sizes=True` allows all but the last.
+        `ignore_mismatched_sizes=True` allows all but the last. A `device_map` such as "auto" takes
+        one device, since the networks of a model read each other's weights.
         """
         where = pretrained_model_name_or_path
+        if kwargs.get("device_map") in SPREADING:
+            kwargs["device_map"] = str(torch.accelerator.current_accelerator(True) or "cpu")
         if where is None:  # weights are given as a state dict
             return super().from_pretrained(where, *args, **kwargs)
         if verify:

@@ -13,6 +13,7 @@ D width, V vocabulary.
 
 import inspect
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import (
@@ -227,7 +228,7 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         past_key_values: TokComTextCache | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | torch.Tensor = 0,
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         output_attentions: bool | None = None,
@@ -244,18 +245,21 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
                 marks padding, on either side. Chunks count from the first real token of each row.
             labels (`torch.LongTensor` of shape `(B, S)`, *optional*): the same ids, -100 where
                 nothing is scored. They are shifted here, so the first token of a text is never
-                scored.
+                scored, nor is one behind padding.
             past_key_values (`TokComTextCache`, *optional*): what an earlier call returned; `cache`
                 is its name in newer versions of transformers.
             use_cache (`bool`, *optional*): return a cache; by default only if one is given.
-            logits_to_keep (`int`): compute the logits of the last tokens only; 0 is all.
+            logits_to_keep (`int` or `torch.LongTensor`): compute the logits of the last tokens
+                only, or of these places; 0 is all.
             position_ids: not needed, the mask says where tokens stand.
             loss_kwargs: those of transformers' loss, such as `num_items_in_batch`.
 
         Returns `logits (B, S, V)`, of which `logits[:, i]` belong to the token after
         `input_ids[:, i]`, given all up to it; `loss` (mean nats of the labels) and the cache.
-        Raises `ValueError` for ids outside the vocabulary and texts longer than
-        `max_position_embeddings`.
+        Logits of padding are 0, but the first ones that are kept continue the text before them.
+        Raises `ValueError` for ids outside the vocabulary, texts longer than
+        `max_position_embeddings`, a filled cache of another model, and labels of which only a part
+        has logits.
         """
         if inputs_embeds is not None or output_attentions or output_hidden_states:
             raise ValueError(
@@ -264,6 +268,11 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
             )
         if input_ids.device.type == "cpu":
             self._check_ids(input_ids)
+        if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+            raise ValueError(
+                "`labels` need the logits of all tokens; leave out `logits_to_keep` "
+                f"({logits_to_keep})."
+            )
         given = past_key_values if cache is None else cache
         is_kept = bool(use_cache) or given is not None
         cache = self._open_cache(given)
@@ -271,18 +280,33 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
         real = mask[:, -input_ids.shape[1] :].bool()  # without what the cache holds
         where = self._append(cache, input_ids, real)  # (B, S)
         self._read_chunks(cache, is_kept)
-        kept = min(logits_to_keep or input_ids.shape[1], input_ids.shape[1])
-        states, logits = self._next_logits(cache, where[:, -kept:], real[:, -kept:])
+        kept = logits_to_keep
+        if isinstance(kept, int):
+            kept = slice(-min(kept or input_ids.shape[1], input_ids.shape[1]), None)
+        states, logits = self._next_logits(cache, where[:, kept], real[:, kept])
         loss = None
         if labels is not None:
+            # the logits before such a token are those of padding
+            behind_padding = torch.nn.functional.pad(~real[:, :-1], (1, 0))
+            labels = labels.masked_fill(behind_padding, -100)
             loss = self.loss_function(
-                logits=logits, labels=labels[:, -kept:], vocab_size=logits.shape[-1], **loss_kwargs
+                logits=logits, labels=labels, vocab_size=logits.shape[-1], **loss_kwargs
             )
         memory = {CACHE: cache if is_kept else None}  # under the name of this transformers
-        return TokComCausalOutput(loss=loss, logits=logits, last_hidden_state=states, **memory)
+        output = TokComCausalOutput(loss=loss, logits=logits, last_hidden_state=states, **memory)
+        return output.to_tuple() if return_dict is False else output
 
-    def _open_cache(self, given: TokComTextCache | None) -> TokComTextCache:
-        cache = given or TokComTextCache(self.config.transformer_config.num_context_layers)
+    def _open_cache(self, given: Any) -> TokComTextCache:
+        cache = given
+        if not isinstance(given, TokComTextCache):
+            # tools hand out an empty cache of transformers as if there were none
+            if given is not None and given.get_seq_length():
+                raise ValueError(
+                    f"`past_key_values` is a {type(given).__name__} that holds tokens, and this "
+                    "model has a cache of its own; leave it out, or give what an earlier call "
+                    "returned."
+                )
+            cache = TokComTextCache(self.config.transformer_config.num_context_layers)
         if cache.symbols is None:
             cache.symbols = self.symbols()
         return cache
@@ -366,9 +390,12 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
     def _next_logits(
         self, cache: TokComTextCache, where: torch.Tensor, real: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """States `(B, S, E)` and logits `(B, S, V)` of what follows `where`; 0 on padding."""
+        """States `(B, S, E)` and logits `(B, S, V)` of what follows `where`; 0 on padding, except
+        that the first column continues the text before it."""
         head = self.token_head
         size = self.config.codec_config.chunk_size
+        # `generate` asks for the last column alone, which is padding in rows that end earlier
+        real = torch.cat((where[:, :1] >= 0, real[:, 1:]), dim=1)
         row, column = real.nonzero(as_tuple=True)  # (R,) each
         following = where[row, column] + 1
         chunk = following // size

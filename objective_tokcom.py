@@ -172,14 +172,15 @@ class TokComNextChunkObjective(TokComFlowObjective):
         `token_stagger` is 1.
 
         Args:
-            input_ids, attention_mask, known_mask (`(B, T)`): ids, 0 on padding, and 1 on tokens
-                that are given.
+            input_ids, attention_mask, known_mask (`(B, T)`): ids, 0 on padding, which stands behind
+                a text, and 1 on tokens that are given.
             timestep (`float`, *optional*): one time of all chunks.
             text_start (`(B,)`, *optional*): rows that begin where a text does; all by default.
             fills_gaps (`bool`): what is not known are gaps, which see what follows them.
         """
         head = model.token_head
         is_local = model.config.transformer_config.local_head
+        _refuse_leading_padding(attention_mask)
         symbols = model.symbols()
         chunks, real = model.codec.symbols(input_ids, attention_mask)  # (B, N, K)
         given, has_gaps, dropped = self._draw_rows(model, chunks, known_mask, input_ids, fills_gaps)
@@ -261,6 +262,19 @@ class TokComNextChunkObjective(TokComFlowObjective):
         shares = (shares + torch.arange(draws, device=device)[:, None]) / draws
         on_turn = torch.rand(batch, 1, 1, device=device) < self.turn_share  # for whole rows
         return torch.where(on_turn, (shares * turns).floor() / turns, shares)  # begin of a turn
+
+
+def _refuse_leading_padding(mask: torch.Tensor | None) -> None:
+    """Raise `ValueError` if a row begins with padding; on the CPU alone, elsewhere the host would
+    wait."""
+    if mask is None or mask.device.type != "cpu":
+        return
+    late = ~mask[:, 0].bool() & mask.bool().any(dim=1)
+    if bool(late.any()):
+        raise ValueError(
+            f"row {int(late.nonzero()[0])} of the batch begins with padding, and chunks count from "
+            "the first token of a text; pad on the right (`tokenizer.padding_side = 'right'`)."
+        )
 
 
 def _token_output(

@@ -9,6 +9,7 @@ and logs of a training run cannot slip in; the Hub's refusals are explained. `To
 import contextlib
 import inspect
 import json
+import numbers
 import os
 import re
 import shutil
@@ -51,6 +52,7 @@ HTTP_ERROR = HfHubHTTPError.__bases__[0]  # of the client that huggingface_hub u
 # of earlier pushes, which these replace
 WEIGHTS = ["model*.safetensors", "model.safetensors.index.json"]
 # the line of a card's example that names the repository
+RECOMPILE_LIMIT = 64  # graphs of one network
 WHERE = re.compile(r'^path_or_id = ".*"', re.MULTILINE)
 PICTURE = re.compile(r"!\[[^\]]*\]\(([^)\s]+)\)")
 CARD_TEXT = """---
@@ -465,10 +467,9 @@ class TokComBasePipeline(CheckedFiles, DiffusionPipeline):
         length: tuple[str, int] | None = None,
     ) -> None:
         """Raise `ValueError` for arguments that are out of range; `length` is one with its name."""
-        if num_inference_steps is not None and num_inference_steps < 1:
-            raise ValueError(f"`num_inference_steps` ({num_inference_steps}) must be at least 1.")
-        if length is not None and length[1] < 1:
-            raise ValueError(f"`{length[0]}` ({length[1]}) must be at least 1.")
+        for name, value in (("num_inference_steps", num_inference_steps), length or ("", None)):
+            if value is not None and (not isinstance(value, numbers.Integral) or value < 1):
+                raise ValueError(f"`{name}` ({value}) must be a whole number, at least 1.")
         if output_type is not None and output_type not in self.output_types:
             raise ValueError(
                 f"`output_type` ({output_type!r}) must be one of {self.output_types} for this "
@@ -486,8 +487,12 @@ class TokComBasePipeline(CheckedFiles, DiffusionPipeline):
     def compile(self, **options: Any) -> None:
         """Compile the network in place; `options` are those of `torch.compile`.
 
-        The first call then takes a minute or more. One graph serves all blocks and all lengths.
+        The first call then takes a minute or more. One graph serves all blocks and all lengths,
+        and every kind of call has one: batches of one text and of several, with guidance, in gaps.
         """
+        # beyond torch's 8 a network is no longer compiled, and nothing says so
+        dynamo = torch._dynamo.config
+        dynamo.recompile_limit = max(dynamo.recompile_limit, RECOMPILE_LIMIT)
         self.model.transformer.compile(**options)
 
     def prepare_latents(
@@ -535,7 +540,11 @@ class TokComBasePipeline(CheckedFiles, DiffusionPipeline):
 
         def on_step_end(pipe, step: int, timestep: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
             tensors = {"latents": x} if "latents" in names else {}
-            return callback(pipe, step, timestep, tensors).pop("latents", x)  # it may change x
+            before = x.clone()
+            found = callback(pipe, step, timestep, tensors) or {}
+            changed = found.get("latents", x)
+            # the sampler tells by identity that x is another one, and it may be written into
+            return x.clone() if changed is x and not torch.equal(x, before) else changed
 
         return on_step_end
 

@@ -557,11 +557,15 @@ class TokComPipeline(TokComBasePipeline):
         config = self.model.config
         check_scores(config, "use the loss of `model` as a bound")
         texts = [texts] if isinstance(texts, str) else list(texts)
+        if not texts:
+            raise ValueError("`texts` is an empty list; give at least one text.")
         rows = self._tokenize(texts, "texts")
         check_whole_length(config, max(len(row) for row in rows), "one of `texts`")
         ids, mask = self._pad(rows, "right")
         objective = objective_class(config, "flow")()  # its defaults: eval mode draws nothing
+        was_training = self.model.training
         losses = objective.loss(self.model.eval(), input_ids=ids, attention_mask=mask).token_losses
+        self.model.train(was_training)
         self.maybe_free_model_hooks()
         nats = losses.flatten(1).tolist()  # (B, T)
         return [

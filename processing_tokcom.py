@@ -215,6 +215,10 @@ def as_prompts(tokenizer: PreTrainedTokenizerBase | None, prompt: Any) -> list[s
     for i, turns in enumerate(prompts):
         if not isinstance(turns, (list, tuple)) or not turns:
             continue
+        if all(isinstance(turn, int) for turn in turns):
+            raise ValueError(
+                f"`prompt` holds ids, {list(turns)}; give their text, `pipe.tokenizer.decode(ids)`."
+            )
         if not all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in turns):
             raise ValueError(f"a dialogue must be a list of {{'role', 'content'}}, not {turns!r}.")
         for turn in turns:

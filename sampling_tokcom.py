@@ -86,6 +86,8 @@ def kept_tokens(count: int, share: float, source: torch.Generator) -> list[bool]
 
 # ---- how to generate ----
 
+COLDEST = 1e-4  # below it logits that are divided by a temperature overflow
+
 
 @dataclass
 class TokComSampling:
@@ -135,16 +137,16 @@ class TokComSampling:
             found.temperature = config.sampling_temperature if has_probabilities else 1.0
         if found.top_p is None:
             found.top_p = config.sampling_top_p if has_probabilities else 1.0
-        for name, most in (("temperature", math.inf), ("top_p", 1.0)):
+        for name, least, most in (("temperature", COLDEST, math.inf), ("top_p", 0.0, 1.0)):
             value = getattr(found, name)
             if not has_probabilities and value != 1.0:
                 raise ValueError(
                     f"`{name}` ({value}) has no meaning for a model of `prediction_type="
                     f"{config.prediction_type!r}`, which has no probabilities; leave it at 1."
                 )
-            if not 0 < value <= most or value == math.inf:
+            if not least < value <= most or value == math.inf:
                 limit = "finite" if most == math.inf else "at most 1"
-                raise ValueError(f"`{name}` ({value}) must be above 0 and {limit}.")
+                raise ValueError(f"`{name}` ({value}) must be above {least:g} and {limit}.")
         return found
 
 

@@ -518,6 +518,7 @@ def warm_up(pipe: TokComPipeline) -> None:
     for count in (1, 2, 3):  # a size that has changed is compiled for all sizes
         for prompt in ("Once", "Once upon a time there was", "Once upon a time there was a house"):
             pipe([prompt] * count, gen_length=16)
+    pipe("Once upon a time there was", gen_length=16, guidance_scale=1.5)
 
 
 def run(args: argparse.Namespace) -> None:

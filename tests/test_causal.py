@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import build_model, seeded, tiny_config, tiny_pipeline
-from transformers import TextDiffusionStreamer, TextStreamer
+from transformers import DynamicCache, TextDiffusionStreamer, TextStreamer
 
 from tokcom.modeling_causal_tokcom import TokComForCausalLM
 from tokcom.pipeline_tokcom import TokComPipeline
@@ -63,6 +63,46 @@ def test_padding_on_either_side_changes_nothing(model, padding):
     torch.testing.assert_close(left[:, padding:], expected, atol=1e-4, rtol=1e-4)
     right = model(F.pad(ids, (0, padding), value=7), F.pad(mask, (0, padding))).logits
     torch.testing.assert_close(right[:, :19], expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_shorter_rows_go_on_behind_their_padding(model):
+    ids = text(13, rows=2)
+    mask = torch.ones_like(ids)
+    mask[1, 7:] = 0
+    batch = model.generate(ids, attention_mask=mask, max_new_tokens=6, **GREEDY)
+    for row, length in enumerate((13, 7)):
+        alone = model.generate(ids[row : row + 1, :length], max_new_tokens=6, **GREEDY)
+        assert torch.equal(batch[row, 13:], alone[0, length:])
+
+
+@torch.no_grad()
+def test_a_loss_does_not_depend_on_the_side_of_the_padding(model):
+    ids = text(11)
+    mask = torch.ones_like(ids)
+    expected = model(ids, labels=ids).loss
+    for pad in ((5, 0), (0, 5)):
+        labels = F.pad(ids, pad, value=-100)
+        found = model(F.pad(ids, pad, value=7), F.pad(mask, pad), labels=labels).loss
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_what_transformers_allows_is_honoured_or_refused(model):
+    ids = text(9)
+    logits = model(ids).logits
+    places = torch.tensor([3, 8])
+    kept = model(ids, logits_to_keep=places).logits
+    torch.testing.assert_close(kept, logits[:, places], atol=1e-4, rtol=1e-4)
+    loss, found, *_ = model(ids, labels=ids, return_dict=False)
+    assert loss.ndim == 0 and torch.equal(found, logits)
+    with pytest.raises(ValueError, match=r"leave out `logits_to_keep` \(1\)"):
+        model(ids, labels=ids, logits_to_keep=1)
+    foreign = DynamicCache()
+    assert model(ids, past_key_values=foreign).past_key_values is not None  # it holds nothing
+    foreign.update(torch.zeros(1, 1, 4, 8), torch.zeros(1, 1, 4, 8), 0)
+    with pytest.raises(ValueError, match="DynamicCache that holds tokens"):
+        model(ids, past_key_values=foreign)
 
 
 @torch.no_grad()

@@ -86,6 +86,17 @@ def test_the_start_of_a_text_differs_from_the_start_of_a_window():
     assert not torch.allclose(start[0, 0], inside[0, 0])
 
 
+def test_padding_before_a_text_is_refused_and_padding_behind_it_is_not():
+    model = build_model()
+    ids, mask = torch.ones(3, 16, dtype=torch.long), torch.ones(3, 16)
+    mask[1, 8:] = 0
+    mask[2] = 0  # a row of padding alone
+    assert model(ids, attention_mask=mask).loss.isfinite()
+    mask[1] = mask[1].flip(0)
+    with pytest.raises(ValueError, match="row 1 of the batch begins with padding"):
+        model(ids, attention_mask=mask)
+
+
 @pytest.mark.parametrize("turn_share", [0.0, 1.0])
 def test_training_reaches_every_weight_with_gaps_and_without(turn_share):
     model = build_model().train()

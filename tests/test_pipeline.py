@@ -448,41 +448,6 @@ def test_streaming_yields_a_block_before_the_next_is_computed(build):
     assert len(calls) < 10  # of two thousand
 
 
-def test_memory_of_the_context_is_bounded_by_the_window(build):
-    from tokcom.context_tokcom import CachedContext
-
-    pipe = build(transformer_config={"block_size": 1, "max_position_embeddings": 8})
-    lengths, append = [], CachedContext.append
-
-    def record(state, *args):
-        append(state, *args)
-        lengths.append(max(layer.keys.shape[2] for layer in state.cache.layers))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CachedContext, "append", record)
-        pipe.generate(num_chunks=30, num_inference_steps=1, generator=seeded())
-    assert len(lengths) == 29 and set(lengths) == {8}
-
-
-def test_a_short_text_does_not_pay_for_the_window_and_growing_changes_no_token(build, monkeypatch):
-    from tokcom import context_tokcom
-
-    pipe = build(transformer_config={"block_size": 1, "max_position_embeddings": 128})
-    sizes, append = [], context_tokcom.CachedContext.append
-
-    def record(state, *args):
-        append(state, *args)
-        sizes.append(state.cache.layers[0].keys.shape[2])
-
-    monkeypatch.setattr(context_tokcom.CachedContext, "append", record)
-    options = dict(num_inference_steps=1, output_type="seq")
-    found = pipe("Squinty", gen_length=300, generator=seeded(), **options).sequences
-    assert sizes[0] < sizes[-1] == 128 and len(set(sizes)) == 3
-    monkeypatch.setattr(context_tokcom, "SMALLEST_WINDOW", 128)
-    expected = pipe("Squinty", gen_length=300, generator=seeded(), **options).sequences
-    assert sizes[-1] == 128 and torch.equal(found, expected)
-
-
 def test_a_quantised_text_is_stored_as_codes(build, tmp_path):
     pipe = build(codec_config={"quantizer": "vq", "num_codes": 64, "num_quantizers": 2})
     pipe.model.codec.train().training_loss(torch.randint(0, 300, (4, 32)))

@@ -6,6 +6,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from helpers import exact_pipe, seeded
 
+from tokcom import context_tokcom
 from tokcom.context_tokcom import CachedContext
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_tokcom import TokComPipeline
@@ -311,3 +312,70 @@ def test_the_likelihood_of_a_gap_is_that_of_its_sampler(pipe):
     pipe.fill_ids(ids, known, TokComSampling(generator=[seeded()]))
     first = next(call for call in calls if len(call))[0]
     assert abs(-float(first.log_softmax(-1)[ids[9]]) - both) < 1e-3
+
+
+def test_memory_of_the_context_is_bounded_by_the_window(build):
+    pipe = build(transformer_config={"block_size": 1, "max_position_embeddings": 8})
+    lengths, append = [], CachedContext.append
+
+    def record(state, *args):
+        append(state, *args)
+        lengths.append(max(layer.keys.shape[2] for layer in state.cache.layers))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CachedContext, "append", record)
+        pipe.generate(num_chunks=30, num_inference_steps=1, generator=seeded())
+    assert len(lengths) == 29 and set(lengths) == {8}
+
+
+def test_a_short_text_does_not_pay_for_the_window_and_growing_changes_no_token(build, monkeypatch):
+    pipe = build(transformer_config={"block_size": 1, "max_position_embeddings": 128})
+    sizes, append = [], context_tokcom.CachedContext.append
+
+    def record(state, *args):
+        append(state, *args)
+        sizes.append(state.cache.layers[0].keys.shape[2])
+
+    monkeypatch.setattr(context_tokcom.CachedContext, "append", record)
+    options = dict(num_inference_steps=1, output_type="seq")
+    found = pipe("Squinty", gen_length=300, generator=seeded(), **options).sequences
+    assert sizes[0] < sizes[-1] == 128 and len(set(sizes)) == 3
+    monkeypatch.setattr(context_tokcom, "SMALLEST_WINDOW", 128)
+    expected = pipe("Squinty", gen_length=300, generator=seeded(), **options).sequences
+    assert sizes[-1] == 128 and torch.equal(found, expected)
+
+
+def test_a_callback_may_return_nothing_and_may_write_into_the_latents(pipe):
+    options = dict(gen_length=16, output_type="seq")
+    plain = pipe("Squinty", generator=seeded(), **options).sequences
+
+    def run(callback):
+        options["callback_on_step_end"] = callback
+        return pipe("Squinty", generator=seeded(), **options).sequences
+
+    assert torch.equal(run(lambda *_: None), plain)
+    replaced = run(lambda p, i, t, found: {"latents": torch.zeros_like(found["latents"])})
+    assert not torch.equal(replaced, plain)
+    assert torch.equal(run(lambda p, i, t, found: found.update(latents=found["latents"].zero_())), replaced)
+
+
+def test_a_score_leaves_the_mode_of_the_model_and_needs_a_text(pipe):
+    pipe.model.train()
+    pipe.score("Squinty was a pig.")
+    assert pipe.model.training
+    with pytest.raises(ValueError, match="`texts` is an empty list"):
+        pipe.score([])
+
+
+@pytest.mark.parametrize(
+    ["options", "message"],
+    [
+        (dict(prompt=[[5, 6]]), "`prompt` holds ids.*decode"),
+        (dict(prompt="Hi", gen_length=8.0), "`gen_length` .8.0. must be a whole number"),
+        (dict(prompt="Hi", num_inference_steps=0.5), "`num_inference_steps` .0.5. must be a whole"),
+        (dict(prompt="Hi", temperature=1e-39), "`temperature` .1e-39. must be above 0.0001"),
+    ],
+)
+def test_what_a_call_cannot_use_is_named(pipe, options, message):
+    with pytest.raises(ValueError, match=message):
+        pipe(**options)
