@@ -149,10 +149,16 @@ class TokComVideoCodec(TokComCodec):
     def from_patches(self, patches: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """Patches `(B, N, P)` -> clips `(B, c, F, H, W)` of this height and width.
 
-        Raises `ValueError` if N patches do not fill whole moments.
+        Raises `ValueError` if N patches do not fill whole moments, and for sides that are no
+        multiple of a patch's.
         """
         config = self.config
         size = self.config.patch_size
+        if height % size or width % size:
+            raise ValueError(
+                f"a clip of {height} x {width} does not consist of patches of {size} x {size}; "
+                f"give a `height` and `width` that are multiples of {size}."
+            )
         rows = height // size
         columns = width // size
         if patches.shape[1] % (rows * columns):

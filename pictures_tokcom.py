@@ -110,6 +110,8 @@ def open_image(value: Any, name: str = "a record") -> Image.Image:
     image = None
     try:
         image = value if isinstance(value, Image.Image) else _opened(value)
+        if image.format == "PNG" and image.tile:  # none if the caller has loaded it
+            _scale_transparency(image)
         image.load()
         if image.info.get("exif"):  # how the camera was held is not known of a broken one
             Image.Exif().load(image.info["exif"])
@@ -122,6 +124,17 @@ def open_image(value: Any, name: str = "a record") -> Image.Image:
             f"{name} holds no picture that can be read ({_reason(error, value)}); repair or "
             "remove it."
         ) from error
+
+
+def _scale_transparency(image: Image.Image) -> None:
+    """Give the transparent colour or level of a PNG the 8 bits to which Pillow brings its pixels,
+    not those of the file."""
+    key = image.info.get("transparency")
+    depth = image.tile[0][3]  # as Pillow calls it, e.g. "L;4"
+    if isinstance(key, tuple) and depth == "RGB;16B":
+        image.info["transparency"] = tuple(level >> 8 for level in key)
+    elif isinstance(key, int) and depth in ("L;2", "L;4"):
+        image.info["transparency"] = key * (85 if depth == "L;2" else 17)
 
 
 def _opened(value: Any) -> Image.Image:
@@ -343,7 +356,9 @@ def _missing(container, stream, packets: int, end: float) -> str:
     """What a container claims but does not hold; empty if nothing is missing. A frame or two may
     be left out by how a film was edited."""
     # half a percent may be missing: edit lists leave out frames that the header counts
-    if packets < stream.frames - max(1, stream.frames // 200):
+    # AVI counts frames that stay on the screen, which have packets without content
+    counts = container.format.name != "avi"
+    if counts and packets < stream.frames - max(1, stream.frames // 200):
         return f"{packets} of its {stream.frames} frames are there"
     length = (container.duration or 0) / 1_000_000  # FFmpeg counts microseconds
     frame = 1 / float(stream.average_rate or 25)  # seconds; 25 a second if nothing is known

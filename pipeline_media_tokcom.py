@@ -384,6 +384,11 @@ class TokComVideoPipeline(TokComPixelPipeline):
         videos = None
         if output_type != "latent":
             factor = self.model.config.codec_config.spatial_compression
+            if size[0] % factor or size[1] % factor:
+                raise ValueError(
+                    f"the autoencoder makes clips whose sides are multiples of {factor}, not "
+                    f"{size[0]} x {size[1]}; give such a `height` and `width`."
+                )
             sides = {"height": size[0] // factor, "width": size[1] // factor}
             videos = self.model.decode(latents, **sides).pixel_values
             if self.vae is not None:

@@ -367,15 +367,17 @@ def as_clips(videos: Any, name: str = "videos") -> list[torch.Tensor | list[Any]
         return [_one_clip(clip, name) for clip in videos]
     if isinstance(videos, (list, tuple)):
         clips = [isinstance(part, (list, tuple)) or _is_array(part, 4) for part in videos]
-        # a list of files is a list of clips only if every file moves; else its files are frames
-        films = bool(videos) and all(map(is_stored, videos)) and all(map(_moves, videos))
+        # a list of files or images is a list of clips only if every one moves; else they are frames
+        films = bool(videos) and all(map(_moves, videos))
         if films or (clips and all(clips)):
             return [_one_clip(clip, name) for clip in videos]
     return [_one_clip(videos, name)]
 
 
 def _moves(value: Any) -> bool:
-    """Whether a file holds a film or an animation."""
+    """Whether a file or an image is a film or an animation."""
+    if isinstance(value, Image.Image):
+        return getattr(value, "n_frames", 1) > 1
     if not is_stored(value):
         return False
     return is_film(value) or len(Frames(value, _name_of(value, "videos"))) > 1

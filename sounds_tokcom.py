@@ -23,6 +23,8 @@ from transformers.audio_utils import mel_filter_bank, spectrogram, window_functi
 FLOOR = 1e-3  # power of a band that counts as silence, at a peak of 1
 ITERATIONS = 60  # of phases
 UPDATES = 50  # of powers
+PAGE = 1 << 17  # bytes, more than the longest page of an Ogg file
+UNKNOWN = 0xFFFFFFFF  # length of a .wav that was not known when its header was written
 HEAD = 1 << 16  # bytes of a sound file in which the header of its samples lies
 BLOCK = 1 << 20  # samples that are decoded at a time
 MAX_EXPANSION = 20_000  # samples for a byte: silence in FLAC has some thousand
@@ -274,6 +276,8 @@ def _decode_sound(value: Any, name: str, seconds: float | None) -> tuple[np.ndar
     if not size:
         raise ValueError(f"{name} is an empty file; remove it.")
     # a decoder may read a file that is cut off as if it were short
+    if head[:4] == b"OggS" and not _has_last_page(_bytes_of(value, max(0, size - PAGE), PAGE)):
+        raise ValueError(f"{name} is cut off: its last page is missing; repair or remove it.")
     claimed = _claimed_bytes(head)
     if claimed > size:
         raise ValueError(
@@ -289,7 +293,7 @@ def _decode_sound(value: Any, name: str, seconds: float | None) -> tuple[np.ndar
         with soundfile.SoundFile(source) as stream:
             # libsndfile estimates the length of an mp3 that does not say it
             is_estimate = stream.format == "MP3"
-            if is_estimate and (found := _decode_with_av(value)) is not None:
+            if is_estimate and (found := _decode_with_av(value, name)) is not None:
                 return found
             frames = stream.frames
             rate = stream.samplerate
@@ -308,7 +312,7 @@ def _decode_sound(value: Any, name: str, seconds: float | None) -> tuple[np.ndar
                 if len(blocks[-1]) < min(left, BLOCK):  # the file ends before its header says
                     break
     except (soundfile.SoundFileError, OSError, TypeError) as error:
-        if (found := _decode_with_av(value)) is not None:
+        if (found := _decode_with_av(value, name)) is not None:
             return found
         raise ValueError(
             f"{name} holds no sound that can be read ({error}); repair or remove it."
@@ -322,9 +326,36 @@ def _decode_sound(value: Any, name: str, seconds: float | None) -> tuple[np.ndar
     return sound, rate, frames
 
 
-def _decode_with_av(value: Any) -> tuple[np.ndarray, int, int] | None:
+def _bytes_of(value: Any, start: int, count: int) -> bytes:
+    """Some bytes of a file or of encoded bytes."""
+    if not isinstance(value, (str, Path)):
+        return bytes(value[start : start + count])
+    with open(value, "rb") as stream:
+        stream.seek(start)
+        return stream.read(count)
+
+
+def _has_last_page(end: bytes) -> bool:
+    """Whether the last page in the `end` of an Ogg file says that the stream ends there."""
+    page = end.rfind(b"OggS")
+    return page >= 0 and len(end) > page + 5 and bool(end[page + 5] & 4)
+
+
+def _says_its_length(value: Any) -> bool:
+    """Whether an MP3 has the header that says how many frames it has (Xing or LAME)."""
+    head = _bytes_of(value, 0, 10)
+    start = 0
+    if head[:3] == b"ID3":  # tags come first, whose size has 7 bits a byte
+        for byte in head[6:10]:
+            start = start << 7 | byte & 127
+        start += 10
+    first = _bytes_of(value, start, 256)
+    return b"Xing" in first or b"Info" in first
+
+
+def _decode_with_av(value: Any, name: str) -> tuple[np.ndarray, int, int] | None:
     """Decode with PyAV what soundfile cannot read, such as .m4a; None if PyAV is missing or cannot
-    read it either."""
+    read it either. Raises `ValueError` with the `name` for an MP3 that is cut off."""
     try:
         import av
     except ImportError:
@@ -338,11 +369,19 @@ def _decode_with_av(value: Any) -> tuple[np.ndarray, int, int] | None:
             for frame in container.decode(stream):
                 frames += to_floats.resample(frame)
             rate = stream.rate
+            length = (container.duration or 0) / 1_000_000  # FFmpeg counts microseconds
+            is_mp3 = container.format.name == "mp3"
     except (av.FFmpegError, IndexError, OSError, ValueError):
         return None
     if not frames:
         return None
     sound = np.concatenate([frame.to_ndarray().T for frame in frames])  # (n, channels)
+    # without its header FFmpeg guesses the length; a tenth of a second is what encoders fill up
+    if is_mp3 and len(sound) / rate < length - 0.1 and _says_its_length(value):
+        raise ValueError(
+            f"{name} is cut off: {len(sound) / rate:.2f} of its {length:.2f} seconds are there; "
+            "repair or remove it."
+        )
     return sound, rate, len(sound)
 
 
@@ -363,7 +402,8 @@ def _claimed_bytes(head: bytes) -> int:
     while place + 8 <= len(head):
         length = int.from_bytes(head[place + 4 : place + 8], order)
         if head[place : place + 4] == wanted:
-            return place + 8 + length
+            # written to a pipe, whose header could not be corrected at the end
+            return 0 if length == UNKNOWN else place + 8 + length
         place += 8 + length + length % 2
     return 0
 

@@ -235,6 +235,18 @@ def test_a_film_with_sound_alone_and_a_stream_of_a_camera_are_told(tmp_path):
     assert not is_film(b"GIF89a" + bytes(182) + b"G" + bytes(100))
 
 
+def test_an_avi_whose_header_counts_frames_that_stay_is_whole(tmp_path):
+    with av.open(str(tmp_path / "a.avi"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        for image, place in zip(shades(6), (0, 1, 2, 8, 9, 10)):
+            frame = av.VideoFrame.from_image(image)
+            frame.pts, frame.time_base = place, Fraction(1, 8)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    assert Frames(str(tmp_path / "a.avi")).steps == [0, 1, 2, 2, 2, 2, 2, 2, 3, 4, 5]
+
+
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
 def test_a_frame_that_a_film_shows_longer_is_there_several_times(suffix, tmp_path):
     with av.open(str(tmp_path / f"a.{suffix}"), "w") as container:

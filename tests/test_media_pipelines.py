@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, build_model, seeded, tiny_pipeline
+from helpers import ROOT, build_model, encoded, seeded, tiny_pipeline
 from PIL import Image
 
 from tokcom.evaluation.images import Pictures
@@ -205,6 +205,14 @@ def test_a_wrong_type_is_named_in_one_sentence(modality, call, message):
     with pytest.raises(ValueError, match=message) as error:
         call(tiny_pipeline(modality))
     assert "\n" not in str(error.value)
+
+
+def test_animations_are_clips_whether_they_are_files_or_images():
+    frames = [Image.new("RGB", (8, 8), (40 * i, 0, 0)) for i in range(5)]
+    content = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    images = [Image.open(io.BytesIO(content)) for _ in range(2)]
+    assert len(as_clips([content, content])) == len(as_clips(images)) == 2
+    assert len(as_clips(frames)) == 1  # stills are the frames of one clip
 
 
 def test_a_callback_may_change_the_latents_of_pictures():

@@ -356,7 +356,9 @@ def test_a_callback_may_return_nothing_and_may_write_into_the_latents(pipe):
     assert torch.equal(run(lambda *_: None), plain)
     replaced = run(lambda p, i, t, found: {"latents": torch.zeros_like(found["latents"])})
     assert not torch.equal(replaced, plain)
-    assert torch.equal(run(lambda p, i, t, found: found.update(latents=found["latents"].zero_())), replaced)
+    assert torch.equal(
+        run(lambda p, i, t, found: found.update(latents=found["latents"].zero_())), replaced
+    )
 
 
 def test_a_score_leaves_the_mode_of_the_model_and_needs_a_text(pipe):

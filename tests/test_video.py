@@ -256,6 +256,13 @@ def test_given_frames_stay_and_the_others_depend_on_them(block_size):
     assert (one[:, :, 2:] - other[:, :, 2:]).abs().max() > 1e-4
 
 
+def test_a_size_that_patches_do_not_fill_is_refused():
+    pipe = pipeline()
+    latents = pipe.encode(clips(1, frames=2)).latents
+    with pytest.raises(ValueError, match="multiples of"):
+        pipe.decode(latents, height=17, width=24)
+
+
 def test_a_cache_changes_nothing_and_a_clip_may_be_longer_than_the_window():
     pipe = pipeline(transformer=dict(block_size=6))
     pipe.model.config.transformer_config.max_position_embeddings = 24
