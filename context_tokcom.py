@@ -17,14 +17,8 @@ import torch
 from transformers import PreTrainedModel
 
 from .heads_tokcom import TokComChoice
-from .tasks_tokcom import TokComCodecOutput, TokComGiven, TokComTask
-from .transformer_tokcom import (
-    INSIDE_TEXT,
-    START_OF_TEXT,
-    block_causal_mask,
-    given_behind,
-    moment_size,
-)
+from .tasks_tokcom import TokComCodecOutput, TokComTask
+from .transformer_tokcom import INSIDE_TEXT, START_OF_TEXT, block_causal_mask, moment_size
 
 # ---- what the network reads at one step ----
 
@@ -197,7 +191,6 @@ class Context:
         self.guided = False
         self.group_size: int | None = None  # latents of a moment
         self.chunk_cache: TokComChunkCache | None = None  # of a local head
-        self.following: torch.Tensor | None = None  # what it is told of tokens behind a gap
         transformer = model.config.transformer_config
         if transformer.local_head:
             self.chunk_cache = TokComChunkCache(transformer.num_places)
@@ -206,15 +199,6 @@ class Context:
         """Tokens of the block at hand have changed, so what was computed of them is void."""
         if self.chunk_cache is not None:
             self.chunk_cache.clear()
-
-    def give(self, given: TokComGiven | None) -> None:
-        """Tokens of the block at hand that are known from the beginning."""
-        self.following = None
-        if given is None or self.chunk_cache is None:
-            return
-        times = torch.ones(given.mask.shape, device=given.mask.device)
-        features = self.model.token_head.read(self.symbols, None, times, given.chunks)
-        self.following = given_behind(features, given.mask)
 
     def lay_out(self, plan: list[TokComStep]) -> list[TokComStep]:
         """The steps of the block at hand with what they need to know of the context."""
@@ -251,7 +235,6 @@ class Context:
             entry=entry,
             modulations=step.modulations,
             group_size=self.group_size,
-            following=self.following,
             **local,
         ).latents
 

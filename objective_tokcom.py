@@ -27,7 +27,7 @@ from torch import nn
 
 from .codec_chunk_tokcom import TokComCodecOutput, check_settings
 from .scheduling_tokcom import draw_gaps, draw_known
-from .transformer_tokcom import TokComOutput, given_behind, read_text
+from .transformer_tokcom import TokComOutput, read_text
 
 EARLY = 0.1  # training begins with a token this long before its turn: sampling steps are not small
 STAGES = ("codec", "flow", "head")
@@ -204,13 +204,11 @@ class TokComNextChunkObjective(TokComFlowObjective):
         # a local head reads at each place only the tokens before it, which are known by then
         read_times = torch.ones_like(place_times) if is_local else place_times
         # feed-forward layers do not mix latents, so all R fit in one row of a batch
-        features = head.read(symbols, noisy[None], read_times[None], own[None])
         states = model.transformer(
             noisy[None].to(model.dtype),
             times[row, draw, place][None],
-            features=features,
+            features=head.read(symbols, noisy[None], read_times[None], own[None]),
             entry=before[None],
-            following=given_behind(features, given[row, place][None]) if is_local else None,
         ).latents  # (1, R, K * E)
         chosen = wanted[row, draw, place]  # (R, K)
         inputs = (noisy[None], place_times[None], own[None], chosen[None])

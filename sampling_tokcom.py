@@ -494,7 +494,6 @@ class TokComBlockSampler:
         uniform: list[torch.Tensor | None] = [None] * len(plan)
         if head is not None:
             chunks, uniform = self._first_tokens(x, plan, context, sigma_start, sources)
-            context.give(given)
             if given is not None:
                 plan = [step.with_given(given.mask) for step in plan]
                 chunks = torch.where(given.mask, given.chunks, chunks)

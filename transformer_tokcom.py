@@ -115,16 +115,6 @@ def block_causal_mask(
     return mask | torch.eye(mask.shape[-1], dtype=torch.bool, device=mask.device)
 
 
-def given_behind(features: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
-    """Of embeddings `features (..., K * E)` those of the tokens `given (..., K)` behind the first
-    that is not given, 0 elsewhere.
-
-    A local head reads at each place the tokens before it, and needs to be told what follows a gap.
-    """
-    behind = given & ((~given).cumsum(-1) > 0)
-    return (features.unflatten(-1, (given.shape[-1], -1)) * behind[..., None]).flatten(-2)
-
-
 def read_text(model, symbols, chunks, real, given, has_gaps, begins) -> torch.Tensor:
     """States `(B, 1 + N, D)` of the context network after `[start, chunk 0, chunk 1, ...]`.
 
@@ -216,12 +206,11 @@ class TokComTransformer(TokComPreTrainedModel):
         if config.stream_channels is not None:
             self.stream_embedding = nn.Embedding(len(config.stream_channels), config.hidden_size)
         self.norm = TokComRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.token_in = self.place_embedding = self.given_in = None
+        self.token_in = self.place_embedding = None
         if config.local_head:
             channels = config.feature_size // config.num_places  # E, of one token
             self.token_in = TokComProjection(channels, config.hidden_size, bias=False)
             self.place_embedding = nn.Embedding(config.num_places, config.hidden_size)
-            self.given_in = TokComProjection(config.feature_size, config.hidden_size, bias=False)
         self.proj_out = linear(config.hidden_size, channels)
         self.gradient_checkpointing = False
         self.post_init()
@@ -323,7 +312,6 @@ class TokComTransformer(TokComPreTrainedModel):
         prefix: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
         group_size: int | None = None,
         chunk_cache: Cache | None = None,
-        following: torch.Tensor | None = None,
         **kwargs,
     ) -> TokComTransformerOutput:
         """Noisy latents -> the estimate of the clean ones.
@@ -344,8 +332,6 @@ class TokComTransformer(TokComPreTrainedModel):
             group_size: latents of a moment, for factorised attention; else read from the positions.
             chunk_cache: with a local head, keys of places that earlier calls have computed, and
                 which this one computes; the output is 0 at the others.
-            following (`(B, S, K * E)`, *optional*): with a local head, what `given_behind` says of
-                tokens that are known behind a gap.
         """
         # what is not context is read token by token by a local head, behind the context layers
         count = num_context if self.config.local_head else latents.shape[1]
@@ -372,8 +358,6 @@ class TokComTransformer(TokComPreTrainedModel):
             if not hidden_states.shape[1]:  # all is context, which the cache holds by now
                 return TokComTransformerOutput(latents=latents[:, :0])
         if self.config.local_head:
-            if following is not None:
-                hidden_states = hidden_states + self.given_in(following)
             states = self._denoise_locally(features[:, num_context:], hidden_states, chunk_cache)
             return TokComTransformerOutput(latents=states)
         states = self._denoise(hidden_states, timestep, modulations, group_size, *where, **kwargs)

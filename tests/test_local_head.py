@@ -14,7 +14,6 @@ from tokcom.modeling_causal_tokcom import TokComForCausalLM
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.processing_tokcom import vocabulary_size
-from tokcom.sampling_tokcom import TokComSampling
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 
 LOCAL = {**SPLIT, "local_head": True}
@@ -27,13 +26,6 @@ def local_model(vocab_size: int = 300, **overrides) -> TokComModel:
         if parameter.ndim > 1:  # large enough for a mistake to show
             torch.nn.init.normal_(parameter, std=0.2)
     return model.eval()
-
-
-@torch.no_grad()
-def gap_nats(model: TokComModel, ids: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-    """Nats `(T,)` of the tokens of one text that are not known, given both sides."""
-    loss = model.objective.loss
-    return loss(model, ids, known_mask=known, fills_gaps=True).token_losses.flatten()
 
 
 @pytest.fixture
@@ -91,51 +83,10 @@ def test_logits_of_padded_rows_and_of_a_cache_are_those_of_each_text_alone():
         cache = found.past_key_values
 
 
-@torch.no_grad()
-def test_a_gap_is_scored_given_what_follows_it_in_its_chunk_and_never_given_itself():
-    model = local_model()
-    ids = torch.randint(0, 290, (1, 16), generator=seeded())
-    known = torch.ones_like(ids)
-    known[0, 5:7] = 0  # the middle of the second chunk
-
-    def nats(place: int | None = None) -> torch.Tensor:
-        other = ids.clone()
-        if place is not None:
-            other[0, place] = (ids[0, place] + 7) % 290
-        return gap_nats(model, other, known)
-
-    plain = nats()
-    assert not plain[known[0].bool()].any()
-    for place in (4, 7, 8, 12):  # before the gap, behind it in its chunk, and later
-        assert ((nats(place) - plain)[5:7].abs() > 1e-5).all()
-    assert torch.equal(nats(6)[5], plain[5]) and not torch.equal(nats(5)[6], plain[6])
-
-
-def test_a_gap_is_drawn_from_what_it_is_scored_by(pipe):
-    """Greedily, from a text whose gap is filled with what is likeliest."""
-    model = pipe.model
-    ids = torch.randint(0, 290, (1, 16), generator=seeded())
-    known = [not 5 <= place < 7 for place in range(16)]
-    sampling = TokComSampling(temperature=1e-3, generator=[seeded()])
-    (drawn,), _ = pipe.fill_ids(ids[0].tolist(), known, sampling)
-    mask = torch.tensor([known]).long()
-
-    def total(first: int, second: int) -> float:
-        other = ids.clone()
-        other[0, 5:7] = torch.tensor([first, second])
-        losses = gap_nats(model, other, mask)
-        return losses[5].item(), losses[6].item()
-
-    firsts = [total(token, 0)[0] for token in range(290)]
-    assert drawn[5] == int(np.argmin(firsts))
-    seconds = [total(drawn[5], token)[1] for token in range(290)]
-    assert drawn[6] == int(np.argmin(seconds))
-
-
 def test_every_part_of_the_head_learns():
     model = local_model().train()
-    model.set_stage("flow", infill_rate=0.7, context_dropout=0.0)
-    model(torch.randint(0, 290, (16, 64), generator=seeded())).loss.backward()
+    model.set_stage("flow", infill_rate=0.0, context_dropout=0.0)
+    model(torch.randint(0, 290, (2, 16))).loss.backward()
     for name, value in model.transformer.named_parameters():
         assert value.grad is not None and value.grad.abs().sum() > 0, name
 
