@@ -34,10 +34,11 @@ ONE_B = {
         "hidden_size": 2048,
         "intermediate_size": 5504,
         "num_hidden_layers": 19,
-        "num_context_layers": 18,
+        "num_context_layers": 16,
         "num_attention_heads": 16,
         "num_key_value_heads": 16,
-        "max_position_embeddings": 256,
+        "max_position_embeddings": 512,
+        "conditioning_size": 512,
     },
     "token_embedding_size": 512,
 }

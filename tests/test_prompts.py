@@ -30,6 +30,7 @@ PRESETS = {
     "tiny": SPLIT,
     "tiny-local": SPLIT,
     "base": SPLIT,
+    "base-local": SPLIT,
     "pixel-tiny": WHOLE,
     "pixel-b4": {**WHOLE, "max_position_embeddings": 64},
 }
