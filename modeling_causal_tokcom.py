@@ -13,10 +13,10 @@ D width, V vocabulary.
 
 import inspect
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import (
+    Cache,
     GenerationMixin,
     LogitsProcessorList,
     PreTrainedModel,  # noqa: F401  diffusers looks the base class up in the module of a component
@@ -296,7 +296,7 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
         output = TokComCausalOutput(loss=loss, logits=logits, last_hidden_state=states, **memory)
         return output.to_tuple() if return_dict is False else output
 
-    def _open_cache(self, given: Any) -> TokComTextCache:
+    def _open_cache(self, given: TokComTextCache | Cache | None) -> TokComTextCache:
         cache = given
         if not isinstance(given, TokComTextCache):
             # tools hand out an empty cache of transformers as if there were none

@@ -518,7 +518,7 @@ def test_tokenizer_of_another_vocabulary_is_refused(tmp_path):
     other = quick(
         tmp_path, f"init_from={first}", f"tokenizer={ROOT}", f"output_dir={tmp_path}/second"
     )
-    with pytest.raises(ValueError, match="321 tokens.*tokenizer has"):
+    with pytest.raises(ValueError, match="gives ids another meaning"):
         run(other)
 
 

@@ -245,9 +245,9 @@ class PictureCorpus(Corpus):
         return len(batch["pixel_values"]) * codec_config.num_tokens
 
     def measure(self, model: TokComModel) -> None:
-        measure_image_statistics(
-            model, self._fitted(self.train, model.config.codec_config, device_of(model))
-        )
+        dataset = self._fitted(self.train, model.config.codec_config, device_of(model))
+        dataset.set_epoch(0)  # wherever training has ended, or was taken up again
+        measure_image_statistics(model, dataset)
 
 
 class OmniCorpus(Corpus):
@@ -277,7 +277,9 @@ class OmniCorpus(Corpus):
         )
 
     def measure(self, model: TokComModel) -> None:
-        measure_stream_statistics(model, self.train.fit(model.codec))
+        dataset = self.train.fit(model.codec)
+        dataset.set_epoch(0)  # wherever training has ended, or was taken up again
+        measure_stream_statistics(model, dataset)
 
 
 def has_tokenizer(name: str) -> bool:

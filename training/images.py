@@ -488,7 +488,6 @@ class FiledLatents:
 def measure_image_statistics(model, dataset: ImageDataset, limit: int = 8192) -> None:
     """Set the codec's mean and standard deviation of every token and channel from up to `limit`
     pictures."""
-    dataset.set_epoch(0)  # wherever training has ended, or was taken up again
     codec = model.codec.eval()
     # with mean 0 and deviation 1 `encode` returns raw latents
     codec.set_latent_statistics(

@@ -363,7 +363,6 @@ def measure_stream_statistics(
     model, dataset: OmniDataset, limit: int = 4096, batch_size: int = 128
 ) -> None:
     """Set the mean and standard deviation of every stream's latents from up to `limit` records."""
-    dataset.set_epoch(0)  # wherever training has ended, or was taken up again
     codec = model.codec.eval()
     for name in dataset.streams:
         part = codec.streams[name]
