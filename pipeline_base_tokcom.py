@@ -9,7 +9,6 @@ and logs of a training run cannot slip in; the Hub's refusals are explained. `To
 import contextlib
 import inspect
 import json
-import numbers
 import os
 import re
 import shutil
@@ -468,7 +467,7 @@ class TokComBasePipeline(CheckedFiles, DiffusionPipeline):
     ) -> None:
         """Raise `ValueError` for arguments that are out of range; `length` is one with its name."""
         for name, value in (("num_inference_steps", num_inference_steps), length or ("", None)):
-            if value is not None and (not isinstance(value, numbers.Integral) or value < 1):
+            if value is not None and (not hasattr(value, "__index__") or value < 1):
                 raise ValueError(f"`{name}` ({value}) must be a whole number, at least 1.")
         if output_type is not None and output_type not in self.output_types:
             raise ValueError(
