@@ -50,8 +50,8 @@ CARD = "README.md"
 HTTP_ERROR = HfHubHTTPError.__bases__[0]  # of the client that huggingface_hub uses, whichever it is
 # of earlier pushes, which these replace
 WEIGHTS = ["model*.safetensors", "model.safetensors.index.json"]
-# the line of a card's example that names the repository
 RECOMPILE_LIMIT = 64  # graphs of one network
+# the line of a card's example that names the repository
 WHERE = re.compile(r'^path_or_id = ".*"', re.MULTILINE)
 PICTURE = re.compile(r"!\[[^\]]*\]\(([^)\s]+)\)")
 CARD_TEXT = """---
@@ -466,7 +466,8 @@ class TokComBasePipeline(CheckedFiles, DiffusionPipeline):
         length: tuple[str, int] | None = None,
     ) -> None:
         """Raise `ValueError` for arguments that are out of range; `length` is one with its name."""
-        for name, value in (("num_inference_steps", num_inference_steps), length or ("", None)):
+        counts = [("num_inference_steps", num_inference_steps), *([length] if length else [])]
+        for name, value in counts:
             if value is not None and (not hasattr(value, "__index__") or value < 1):
                 raise ValueError(f"`{name}` ({value}) must be a whole number, at least 1.")
         if output_type is not None and output_type not in self.output_types:

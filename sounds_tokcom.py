@@ -261,18 +261,13 @@ def _samples(value: Any, name: str) -> np.ndarray:
 def _decode_sound(value: Any, name: str, seconds: float | None) -> tuple[np.ndarray, int, int]:
     """Samples `(n, channels)` of an encoded sound, at least the first `seconds`, their rate, and
     how many there are in all."""
-    if isinstance(value, (str, Path)):
-        try:
-            size = Path(value).stat().st_size
-            with open(value, "rb") as stream:
-                head = stream.read(HEAD)
-        except OSError as error:
-            raise ValueError(
-                f"{name} holds no sound that can be read ({error}); repair or remove it."
-            ) from error
-    else:
-        size = len(value)
-        head = bytes(value[:HEAD])
+    try:
+        size = Path(value).stat().st_size if isinstance(value, (str, Path)) else len(value)
+        head = _bytes_of(value, 0, HEAD)
+    except OSError as error:
+        raise ValueError(
+            f"{name} holds no sound that can be read ({error}); repair or remove it."
+        ) from error
     if not size:
         raise ValueError(f"{name} is an empty file; remove it.")
     # a decoder may read a file that is cut off as if it were short
