@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
         generator = torch.Generator().manual_seed(seed)
         text = pipe(args.prompt, gen_length=48, generator=generator).texts[0]
         print(f"\n{seed}: {args.prompt}{text}")
-    print(f"\nThe model is in {output}. Give it away with: tokcom publish {output} USER/NAME")
+    print(f"\nThe model is in {output}. Publish it with: tokcom publish {output} USER/NAME")
 
 
 if __name__ == "__main__":
