@@ -87,7 +87,8 @@ class TokComCodecObjective(TokComObjective):
             loss, parts = model.codec.training_loss(pixel_values)
         else:
             loss, parts = model.codec.training_loss(input_ids, attention_mask)
-        weight = None  # other data have as many rows, and so the same weight, in all batches
+        # other data have as many rows in all batches, and a stream's mean counts alike in each
+        weight = None
         if pixel_values is None and streams is None:  # tokens that are no padding
             weight = model.codec.to_chunks(input_ids, attention_mask)[1].sum().float()
         return TokComOutput(loss=loss, weight=weight, **parts)
@@ -287,6 +288,16 @@ def _token_output(
     return output
 
 
+def _any_draw(states: torch.Tensor) -> torch.Tensor:
+    """One of the M draws `(B, M, N, C)` of each latent, `(B, N, C)`; the times of draw m lie in the
+    m-th of M strata, so none of them stands for all."""
+    batch, draws, length, channels = states.shape
+    if draws == 1:
+        return states[:, 0]
+    drawn = torch.randint(draws, (batch, 1, length, 1), device=states.device)
+    return states.gather(1, drawn.expand(-1, -1, -1, channels))[:, 0]
+
+
 def _check_weights(mse_weight: float, ce_weight: float) -> None:
     """Raise `ValueError` if a weight of the two terms of a loss is negative, or both are 0."""
     if mse_weight < 0 or ce_weight < 0 or mse_weight + ce_weight == 0:
@@ -395,7 +406,7 @@ class TokComTextLatentObjective(TokComFlowObjective):
         found = self._predict(model, clean, timestep, known_mask)
         error = model.mean_squared_error(clean, found)
         loss = self.mse_weight * error
-        estimate, loss, weight = self._estimate(model, found.states[:, 0], loss)  # the first draw
+        estimate, loss, weight = self._estimate(model, _any_draw(found.states), loss)
         # at weight 0 the cross-entropy is a figure to report, without a gradient
         with torch.set_grad_enabled(torch.is_grad_enabled() and weight > 0):
             texts = (input_ids, attention_mask)
@@ -445,6 +456,9 @@ class TokComHeadObjective(TokComTextLatentObjective):
     """The loss of a finished model's latent head, and cross-entropy through the decoder."""
 
     stage: ClassVar[str] = "head"
+    # no settings: the head has no squared error of its own, and nothing to weigh against
+    mse_weight: ClassVar[float] = 0.0
+    ce_weight: ClassVar[float] = 1.0
 
     def check(self, config) -> None:
         super().check(config)
@@ -462,7 +476,7 @@ class TokComHeadObjective(TokComTextLatentObjective):
 
     def _estimate(self, model, states, loss) -> tuple[torch.Tensor, torch.Tensor, float]:
         estimate, loss = model.latent_head(states)  # its own loss replaces the squared error
-        return estimate, loss, 1.0
+        return estimate, loss, self.ce_weight
 
 
 @dataclass
@@ -536,12 +550,12 @@ class TokComStreamObjective(TokComObjective):
                 prediction[:, 0], streams, loss_mask, self.stream_weights
             )
             loss = loss if cross_entropy is None else loss + self.ce_weight * cross_entropy
-            cross_entropy = loss.new_zeros(()) if cross_entropy is None else cross_entropy.detach()
         return TokComOutput(
             loss=loss,
-            ce_loss=cross_entropy,
+            ce_loss=None if cross_entropy is None else cross_entropy.detach(),
             mse_loss=error.detach(),
-            weight=loss_mask.sum().float(),
+            # rows, not latents: every stream's mean counts alike, however many latents it has
+            weight=loss_mask.any(-1).sum().float(),
         )
 
     def _task(self, model, clean, given) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,6 +7,7 @@ from helpers import seeded
 
 from tokcom.heads_tokcom import TokComLatentHead
 from tokcom.modeling_tokcom import TokComModel
+from tokcom.objective_tokcom import _any_draw
 from tokcom.training.presets import preset_config
 
 HEADS = [(head, refiner) for head in ("none", "mlp", "vq") for refiner in ("none", "mlp")][1:]
@@ -139,6 +140,21 @@ def test_impossible_heads_are_named(overrides, message):
 def test_stage_head_needs_a_head():
     with pytest.raises(ValueError, match="both are 'none'"):
         TokComModel(preset_config("debug")).set_stage("head")
+
+
+@pytest.mark.parametrize("name", ["mse_weight", "ce_weight"])
+def test_stage_head_has_nothing_to_weigh(build, name):
+    model = build(latent_head="mlp", **SMALL).model
+    with pytest.raises(ValueError, match=f"no setting head.objective.{name}"):
+        model.set_stage("head", **{name: 0.5})
+
+
+def test_the_cross_entropy_of_several_draws_is_that_of_any_of_them():
+    states = torch.arange(4.0)[None, :, None, None].expand(8, 4, 512, 2)  # (B, M, N, C)
+    drawn = _any_draw(states)
+    assert drawn.shape == (8, 512, 2) and torch.equal(drawn[..., 0], drawn[..., 1])
+    shares = torch.bincount(drawn[..., 0].long().flatten()) / drawn[..., 0].numel()
+    assert torch.allclose(shares, torch.full((4,), 0.25), atol=0.04)
 
 
 def test_a_share_of_the_cross_entropy_has_its_mean():

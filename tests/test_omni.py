@@ -283,6 +283,15 @@ def test_the_loss_counts_generated_streams_only_each_by_its_weight():
     torch.testing.assert_close(losses["image"], 2 * plain)
 
 
+def test_a_micro_batch_weighs_its_rows_however_many_latents_their_streams_have():
+    net = model()
+    net.set_stage("flow")
+    weights = {
+        float(net(streams={name: value}, timestep=0.3).weight) for name, value in inputs().items()
+    }
+    assert weights == {3.0}
+
+
 def test_an_absent_stream_influences_nothing():
     net, results = model(), []
     rows = {"audio": torch.tensor([False] * 3)}

@@ -14,6 +14,7 @@ from helpers import ROOT, tiny_model
 from PIL import Image
 from test_training import quick
 
+from tokcom.objective_tokcom import TokComOutput
 from tokcom.quantization_tokcom import VectorQuantizer
 from tokcom.train_accelerate import run
 from tokcom.training import precision, trainer
@@ -24,7 +25,7 @@ from tokcom.training.corpora import read_data
 from tokcom.training.digest import check_unchanged, data_digests
 from tokcom.training.directory import RunDirectory
 from tokcom.training.pipelines import load_pipeline
-from tokcom.training.stage import StageTrainer
+from tokcom.training.stage import StageTrainer, weighed_means
 from tokcom.training.tokens import get_tokenizer, load_tokenizer
 
 TEXT = ROOT / "sample_data" / "stories_validation.jsonl"
@@ -39,6 +40,22 @@ def text(tmp_path):
 def append(text, line: str) -> None:
     with open(text, "a", encoding="utf-8") as file:
         file.write(json.dumps({"text": line}) + "\n")
+
+
+@pytest.mark.parametrize("lacks", [0, 1])
+def test_a_part_that_some_outputs_lack_is_a_mean_over_the_others(lacks):
+    outputs = [
+        TokComOutput(loss=torch.tensor(loss), ce_loss=torch.tensor(loss), weight=torch.tensor(2.0))
+        for loss in (1.0, 3.0)
+    ]
+    outputs[lacks].ce_loss = None
+    shapes = []
+    means = weighed_means(outputs, lambda sums: shapes.append(sums.shape) or sums)
+    assert means["loss"] == 2 and means["ce_loss"] == (3.0, 1.0)[lacks]
+    assert "mse_loss" not in means and means["weight"] == 2
+    outputs[1 - lacks].ce_loss = None
+    assert "ce_loss" not in weighed_means(outputs, lambda sums: shapes.append(sums.shape) or sums)
+    assert shapes[0] == shapes[1]  # whatever a process lacks, all exchange tensors of one size
 
 
 # ---- data that changed ----

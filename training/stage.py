@@ -43,15 +43,23 @@ def weighed_means(
     reduce: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums,
 ) -> dict[str, torch.Tensor]:
     """Means of the parts of outputs over all that they are means of, and the mean `weight`;
-    `reduce` joins processes."""
-    names = [name for name in PARTS if getattr(outputs[0], name) is not None]
+    `reduce` joins processes.
+
+    A part that some outputs lack is a mean over the others; one that all lack is left out.
+    """
     rows = []
     for output in outputs:
-        weight = output.loss.new_ones(()) if output.weight is None else output.weight
-        parts = [getattr(output, name).detach().float() * weight for name in names]
-        rows.append(torch.stack([weight.float(), *parts]))
+        weight = output.loss.new_ones(()) if output.weight is None else output.weight.float()
+        found = [getattr(output, name) for name in PARTS]
+        # every row has every part, so that processes exchange tensors of one size
+        weights = [weight * (part is not None) for part in found]
+        parts = [0 * weight if part is None else part.detach().float() * weight for part in found]
+        rows.append(torch.stack([weight, *weights, *parts]))
     sums = reduce(torch.stack(rows).mean(0))
-    return {"weight": sums[0], **dict(zip(names, sums[1:] / sums[0].clamp_min(1e-12)))}
+    weights, parts = sums[1:].view(2, len(PARTS))  # (parts,) each
+    means = dict(zip(PARTS, parts / weights.clamp_min(1e-12)))
+    names = [name for name in PARTS if any(getattr(x, name) is not None for x in outputs)]
+    return {"weight": sums[0], **{name: means[name] for name in names}}
 
 
 class StageTrainer(Trainer):
