@@ -148,6 +148,16 @@ def test_training_on_the_sample_pictures_gives_a_repository_that_draws(trained):
     assert latents.isfinite().all()
 
 
+def test_a_held_out_caption_that_is_too_long_is_named_before_training(tmp_path):
+    held_out = str(ROOT / "sample_data/emoji_validation.parquet")
+    records = datasets.load_dataset("parquet", data_files=held_out, split="train").select(range(4))
+    records = records.map(lambda record: {"caption": record["caption"] * 40})
+    records.to_parquet(tmp_path / "long.parquet")
+    data = [f"data.validation={tmp_path / 'long.parquet'}", "stage=codec"]
+    with pytest.raises(SystemExit, match="the longest caption has"):
+        train(["--preset", "style-tiny", f"output_dir={tmp_path / 'out'}", *SMALL, *data])
+
+
 def test_the_command_line_draws_and_rebuilds(trained, tmp_path, capsys):
     files = [str(tmp_path / name) for name in ("drawn.png", "rebuilt.png")]
     here = ["--checkpoint", str(trained), "--num_steps", "2"]

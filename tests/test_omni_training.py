@@ -24,7 +24,7 @@ from tokcom.train_accelerate import main as train
 from tokcom.training.build import build_model
 from tokcom.training.config import DataConfig, load_train_config
 from tokcom.training.data import load_documents
-from tokcom.training.streams import OmniDataset
+from tokcom.training.streams import OmniDataset, unmeasured_streams
 
 
 @pytest.fixture(scope="module")
@@ -284,6 +284,23 @@ def test_training_ends_with_a_pipeline_of_all_streams_and_measured_latents(tmp_p
     assert pipe.model.codec.streams["image"].latent_std.std() > 0  # measured
     assert (tmp_path / "out/run/flow/samples-4.png").is_file()
     assert len(pipe(num_inference_steps=1).streams) == 3
+
+
+def test_streams_that_the_stage_of_the_codec_did_not_see_are_measured_by_the_flow(tmp_path):
+    both = sources(tmp_path)
+    texts = tmp_path / "texts.parquet"
+    column = datasets.load_dataset(
+        "parquet", data_files=str(tmp_path / "both.parquet"), split="train"
+    )
+    column.select_columns("caption").to_parquet(texts)
+    only = json.dumps([{"path": str(texts), "fields": {"text": "caption"}}])
+    rest = ["num_samples=0", f"data.validation={tmp_path / 'both.parquet'}"]
+    train(tiny_run(tmp_path, f"data.train={only}", "stage=codec", "num_samples=0"))
+    rest.append("data.allow_changed=true")
+    train(tiny_run(tmp_path, f"data.train={both}", "stage=flow", *rest))
+    codec = TokComOmniPipeline.from_pretrained(tmp_path / "out").model.codec
+    assert not unmeasured_streams(codec, codec.streams)
+    assert codec.streams["image"].latent_std.std() > 0
 
 
 def test_a_resumed_run_of_streams_changes_no_bit(pipe, tmp_path):

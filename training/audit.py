@@ -7,6 +7,7 @@ them again.
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -144,11 +145,10 @@ def _update(digest: xxhash.xxh3_128, value: Any) -> None:
     elif isinstance(value, bytes):
         digest.update(value)
     elif isinstance(value, str):
-        path = Path(value)
-        # most texts are captions, and one too long for a name would make is_file raise
-        known = len(value) < 1000 and "\n" not in value and "\0" not in value and path.is_file()
-        digest.update(f"{value}\0{path.stat().st_mtime_ns if known else ''}\0".encode())
-        if known:
-            digest.update(str(path.stat().st_size).encode())
+        # most texts are captions, and one too long for a name would make Path.is_file raise
+        state = os.stat(value) if os.path.isfile(value) else None
+        digest.update(f"{value}\0{'' if state is None else state.st_mtime_ns}\0".encode())
+        if state is not None:
+            digest.update(str(state.st_size).encode())
     else:
         digest.update(repr(value).encode())

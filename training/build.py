@@ -37,8 +37,12 @@ def model_of_stage(
         and (config.stage == "all" or not donor)
         and (codec / "config.json").is_file()
     ):
-        return _load(codec, part)
+        model = _load(codec, part)
+        corpus.measure_rest(model)
+        return model
     model = build_model(config, corpus.tokenizer, part)
+    if stage == "flow" and donor and not config.init_from:
+        corpus.measure_rest(model)  # a whole model has learnt with the statistics that it has
     if stage != "flow" or donor:
         return model
     if has_trainable_codec(model):

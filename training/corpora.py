@@ -42,7 +42,12 @@ from tokcom.training.modalities import MODALITIES
 from tokcom.training.presets import merge_overrides, preset_config
 from tokcom.training.report import EXAMPLES, Report
 from tokcom.training.sources import load_documents, read_sources
-from tokcom.training.streams import OmniDataset, is_text, measure_stream_statistics
+from tokcom.training.streams import (
+    OmniDataset,
+    is_text,
+    measure_stream_statistics,
+    unmeasured_streams,
+)
 from tokcom.training.tokens import (
     get_tokenizer,
     load_tokenizer,
@@ -149,6 +154,9 @@ class Corpus:
         if hasattr(model.codec, "latent_mean"):
             measure_latent_statistics(model, self.first_tokens())
 
+    def measure_rest(self, model: TokComModel) -> None:
+        """Set the statistics of what the data of the codec's own stage did not have."""
+
     def first_tokens(self, count: int = 1_000_000) -> np.ndarray:
         """Training tokens, about `count` of them if not all are in memory."""
         return self.train
@@ -219,7 +227,8 @@ class PictureCorpus(Corpus):
     def datasets(self, model, config, options, accelerator):
         codec = model.config.codec_config
         self.check_codec(codec, config.data)
-        longest = 0 if self.train.captions is None else self.train.captions["input_ids"].shape[1]
+        captions = (self.train.captions, self.validation.captions)
+        longest = max((c["input_ids"].shape[1] for c in captions if c is not None), default=0)
         if longest > model.config.condition_length:
             raise ValueError(
                 f"the longest caption has {longest} tokens, more than `model.condition_length` "
@@ -280,6 +289,14 @@ class OmniCorpus(Corpus):
         dataset = self.train.fit(model.codec)
         dataset.set_epoch(0)  # wherever training has ended, or was taken up again
         measure_stream_statistics(model, dataset)
+
+    def measure_rest(self, model: TokComModel) -> None:
+        dataset = self.train.fit(model.codec)
+        # the codec of texts may have been trained alone
+        names = unmeasured_streams(model.codec, dataset.streams)
+        if names:
+            dataset.set_epoch(0)
+            measure_stream_statistics(model, dataset, names=names)
 
 
 def has_tokenizer(name: str) -> bool:

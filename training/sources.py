@@ -5,6 +5,7 @@ A source is a file, a folder, or a name on the Hub. Local texts and tables are r
 """
 
 import glob
+import os
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
@@ -291,7 +292,7 @@ class Source:
                 value = record.get(name)
                 if names_media(value):
                     beside = file.parent / value
-                    record[name] = str(beside) if beside.is_file() else value
+                    record[name] = str(beside) if os.path.isfile(beside) else value
             texts = record.get(caption)
             for text in texts if isinstance(texts, list) else [texts]:
                 if text is not None and not isinstance(text, str):

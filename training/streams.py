@@ -2,7 +2,8 @@
 missing; batches of all streams out."""
 
 import hashlib
-from pathlib import Path
+import os
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import datasets
@@ -33,7 +34,7 @@ def is_text(records: datasets.Dataset, name: str) -> bool:
     if not isinstance(inner, datasets.Value) or inner.dtype not in ("string", "large_string"):
         return False
     first = next((texts[0] for texts in map(captions_of, records[name]) if texts), "")
-    return not names_media(first) or not Path(first).is_file()
+    return not names_media(first) or not os.path.isfile(first)
 
 
 class Stream:
@@ -358,13 +359,31 @@ class StreamSampler(torch.utils.data.Sampler):
         yield from rest[len(rest) // size * size :].tolist()
 
 
+def unmeasured_streams(codec, names: Iterable[str]) -> list[str]:
+    """The streams among `names` whose codec has nothing to learn and whose latents were never
+    measured."""
+    found = []
+    for name in names:
+        part = codec.streams[name]
+        if hasattr(part, "latent_mean") and not list(part.parameters()):
+            is_new = not part.latent_mean.any() and bool((part.latent_std == 1).all())
+            found += [name] if is_new else []
+    return found
+
+
 @torch.no_grad()
 def measure_stream_statistics(
-    model, dataset: OmniDataset, limit: int = 4096, batch_size: int = 128
+    model,
+    dataset: OmniDataset,
+    limit: int = 4096,
+    batch_size: int = 128,
+    names: Collection[str] | None = None,
 ) -> None:
-    """Set the mean and standard deviation of every stream's latents from up to `limit` records."""
+    """Set the mean and standard deviation of every stream's latents, or of those of `names`, from
+    up to `limit` records."""
     codec = model.codec.eval()
-    for name in dataset.streams:
+    names = dataset.streams if names is None else names
+    for name in names:
         part = codec.streams[name]
         if hasattr(part, "latent_mean"):
             # with mean 0 and deviation 1 `encode` returns raw latents
@@ -373,18 +392,19 @@ def measure_stream_statistics(
             )
     # the same records whatever the seed of the run
     rows = np.random.default_rng(0).permutation(len(dataset))[:limit]
-    found = {name: [] for name in dataset.streams}
+    found = {name: [] for name in names}
     for start in tqdm(range(0, len(rows), batch_size), desc="measuring streams", unit="batch"):
         batch = torch.utils.data.default_collate(
             [dataset[int(i)] for i in rows[start : start + batch_size]]
         )
         # a codec without parameters is on the CPU
         device = next(codec.parameters(), torch.empty(0)).device
-        streams = {name: value.to(device) for name, value in batch["streams"].items()}  # (B, ...)
+        streams = {name: batch["streams"][name].to(device) for name in names}  # (B, ...)
         encoded = codec.encode(streams)
-        for name, present in batch["present"].items():
+        for name, parts in found.items():
             # records that lack a stream hold zeros in its place, which would pull its mean to 0
-            found[name].append(codec.stream_of(encoded.latents, name)[present].float().cpu())
+            present = batch["present"][name]
+            parts.append(codec.stream_of(encoded.latents, name)[present].float().cpu())
     for name, parts in found.items():
         part = codec.streams[name]
         latents = torch.cat(parts)
