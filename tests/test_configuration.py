@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig
 from tokcom.configuration_tokcom import TokComConfig
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.training.config import load_train_config
+from tokcom.training.data import WindowShape
 from tokcom.training.presets import PRESET_DIR, preset_config, preset_names
 
 
@@ -139,9 +140,23 @@ def test_a_removed_field_that_was_in_use_is_refused():
 @pytest.mark.parametrize("preset", ["pixel-b4", "style-512-64", "video-large"])
 def test_a_preset_that_extends_another_says_only_what_differs(preset):
     text = yaml.safe_load((PRESET_DIR / f"{preset}.yaml").read_text())
-    assert set(text) == {"extends", "model"}
     parent = preset_config(text["extends"]).to_dict()
     assert preset_config(preset).to_dict() != parent
+    training = load_train_config(text["extends"], [])
+    for part in set(text) - {"extends", "model"}:
+        for name, value in text[part].items():
+            assert value != getattr(getattr(training, part), name), name
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_windows_of_a_preset_are_whole_chunks_that_its_positions_reach(preset):
+    training = load_train_config(preset, [])
+    config = preset_config(preset)
+    if config.codec_config.input_name != "input_ids":
+        return
+    window = WindowShape.of(config, training.flow.sequence_length)
+    places = config.transformer_config.max_position_embeddings
+    assert window.length // config.codec_config.chunk_size <= places
 
 
 def test_data_of_a_preset_do_not_reach_a_user_who_brings_data(tmp_path):
