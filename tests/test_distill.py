@@ -247,6 +247,24 @@ def test_the_pipeline_samples_a_student_as_distillation_simulates_it(build, monk
     torch.testing.assert_close(drawn, simulated, atol=1e-4, rtol=1e-4)
 
 
+def test_a_student_of_dialogues_is_given_their_prompts(build):
+    model = build(transformer_config={"block_size": None}).model
+    denoiser = ModelDenoiser(model.eval())
+    ids = torch.randint(0, 300, (2, 32), generator=torch.Generator().manual_seed(0))
+    known = torch.zeros_like(ids)
+    known[:, :14] = 1  # three whole chunks, and half of a fourth
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "known_mask": known}
+    context = denoiser.context(batch)
+    assert context["known"].tolist() == [[True] * 3 + [False] * 5] * 2
+    x, t = torch.randn(2, 8, 16), torch.full((2,), 0.3)
+    with torch.no_grad():
+        first, second = (
+            denoiser(noise, t, context) for noise in (x, x + context["known"][..., None])
+        )
+    torch.testing.assert_close(first, second)  # what is given is not read from the noise
+    assert torch.equal(first[:, :3], context["latents"][:, :3])
+
+
 def test_a_run_that_was_stopped_ends_with_the_same_student(build, tmp_path, monkeypatch):
     teacher = tmp_path / "teacher"
     arguments = teacher_of("images", build, teacher)

@@ -102,7 +102,12 @@ class ModelDenoiser(nn.Module):
         captions = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
         if codec.has_tokens:
             clean = model.codec.encode(batch["input_ids"], batch["attention_mask"])
-            return _clean_blocks(clean, block_size)
+            context = _clean_blocks(clean, block_size)
+            if block_size is None and "known_mask" in batch:
+                # of dialogues the prompt is given, where it fills whole chunks, as in training
+                known = model.codec.to_chunks(batch["known_mask"], None)[0]  # (B, N, K)
+                context["known"] = known.bool().all(-1)
+            return context
         if block_size is None and codec.group_size == 1:
             return captions  # a picture is one group, of which no part can be given
         clean = model.codec.encode(batch["pixel_values"])
