@@ -33,6 +33,7 @@ DATA = (
     *("scheduler/*.json", "vae/*.json", "vae/*.safetensors"),
 )
 CODE = ("*_tokcom.py",)  # what `trust_remote_code=True` runs
+SOURCE = "pyproject.toml"  # only a checkout of the source has it
 # one of them holds the tokens
 TOKENIZERS = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt")
 SHOWN = 3  # names in a message
@@ -55,7 +56,7 @@ def file_digest(file: Path) -> str:
 
 def released_files(directory: Path) -> list[Path]:
     """The files of a model directory that `checksums.json` covers, in order of their names."""
-    is_checkout = (directory / "pyproject.toml").is_file()
+    is_checkout = (directory / SOURCE).is_file()
     patterns = DATA if is_checkout else DATA + CODE
     found = {file for pattern in patterns for file in directory.glob(pattern) if file.is_file()}
     return sorted(found)
@@ -117,8 +118,14 @@ def verified(path: str | os.PathLike, **hub: Any) -> str:
     """
     directory = str(path)
     if not os.path.isdir(directory):
-        # what is not covered by checksums is not downloaded either
-        directory = snapshot_download(directory, allow_patterns=[*DATA, *CODE], **hub)
+        # what is not covered by checksums is not downloaded either, but for what tells a checkout
+        wanted = [CHECKSUMS, SOURCE, *DATA, *CODE]
+        directory = snapshot_download(str(path), allow_patterns=wanted, **hub)
+        if not os.path.isfile(os.path.join(directory, CHECKSUMS)):
+            raise FileNotFoundError(
+                f"the repository {path} has no {CHECKSUMS} to verify it with; load it without "
+                "`verify=True` if you trust it."
+            )
     check_checksums(directory)
     return directory
 
@@ -148,8 +155,10 @@ def check_files(directory: str | os.PathLike) -> None:
             raise FileNotFoundError(
                 f"{directory} holds no {name}, so it is not a TokCom model directory."
             )
-    # the second form is that of components of a pipeline, such as the scheduler
-    for file in sorted([*directory.glob("*.json"), *directory.glob("*/*_config.json")]):
+    # the last form is that of components of a pipeline, such as the scheduler; what else lies here
+    # is nobody's business
+    patterns = [CHECKSUMS, *(name for name in DATA if name.endswith(".json")), "*/*_config.json"]
+    for file in sorted({file for pattern in patterns for file in directory.glob(pattern)}):
         read_json(file)
     index = read_json(directory / "model_index.json")
     if index.get("scheduler") and not (directory / "scheduler" / "scheduler_config.json").is_file():

@@ -72,6 +72,15 @@ def test_verify_needs_checksums_and_every_way_of_saving_writes_them(tmp_path):
         TokComModel.from_pretrained(tmp_path, verify=True)
 
 
+def test_files_that_are_no_part_of_a_model_may_lie_beside_it(tmp_path):
+    tiny_pipeline("video").save_pretrained(tmp_path)
+    (tmp_path / "predictions.json").write_text("[1, 2]")
+    load_pipeline(tmp_path)
+    (tmp_path / "config.json").write_text("[1, 2]")
+    with pytest.raises(ValueError, match="config.json must hold an object"):
+        load_pipeline(tmp_path)
+
+
 def test_predictions_that_are_not_finite_end_sampling_instead_of_becoming_text():
     from tokcom.training.pipelines import build_pipeline
 

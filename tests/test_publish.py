@@ -1,4 +1,4 @@
-"""Publishing to a stand-in Hub, and loading from it: by id in four ways, offline, pinned and
+"""Publishing to a stand-in Hub, and loading from it: by id in five ways, offline, pinned and
 private."""
 
 import json
@@ -23,6 +23,7 @@ LOADERS = {
     "model = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, "
     "trust_remote_code=True).model",
     "TokComPipeline": "from tokcom import TokComPipeline\nmodel = TokComPipeline.from_pretrained(ID).model",
+    "verified": "from tokcom import load_pipeline\nmodel = load_pipeline(ID, verify=True).model",
 }
 
 
@@ -81,7 +82,7 @@ def push(path, call: str, hub: StandInHub, home, **options) -> subprocess.Comple
 
 
 @pytest.mark.slow
-def test_a_pushed_pipeline_loads_by_id_in_four_ways_offline_too_and_generates(build, hub, tmp_path):
+def test_a_pushed_pipeline_loads_by_id_in_five_ways_offline_too_and_generates(build, hub, tmp_path):
     pipe = build()
     pipe.save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "run").mkdir()
