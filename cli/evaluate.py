@@ -6,6 +6,7 @@ has measured.
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import platform
 from datetime import date
@@ -18,6 +19,7 @@ from tokcom.cli.loading import check_modality, open_pipeline, usable_device
 from tokcom.evaluation import autoregressive, protocol, report
 from tokcom.evaluation.judges import TextJudge, TokenJudge, has_tokens_of, load_peer
 from tokcom.evaluation.metrics import unigram_entropy
+from tokcom.evaluation.parts import fingerprint
 from tokcom.evaluation.reconstruction import (
     cross_entropy_at,
     prefers_true_prompt,
@@ -27,6 +29,7 @@ from tokcom.evaluation.reconstruction import (
 )
 from tokcom.evaluation.reference import compare
 from tokcom.evaluation.samplers import AutoregressiveSampler, TokComSampler
+from tokcom.integrity_tokcom import file_digest, read_json
 from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.processing_tokcom import decode_ids
 from tokcom.training.config import DataConfig
@@ -88,14 +91,19 @@ def load_judges(
     if token_judge is None:
         # kept there, so that the next evaluation need not train it again
         path = Path(args.output_dir) / "judge"
+        text = path / "text.sha256"
+        digest = hashlib.sha256(np.ascontiguousarray(train).tobytes()).hexdigest()
         if not (path / "config.json").is_file():
             print(f"training a judge for {JUDGE_STEPS} steps in {path}")
             # a seed of its own, so the judge resembles no peer of seed 0
             steps = {"max_steps": JUDGE_STEPS, "learning_rate": 2e-3, "seed": 1234}
             autoregressive.train(train, tokenizer, path, 256, 4, **steps)
-        elif not has_tokens_of(str(path), tokenizer):
+            text.write_text(digest + "\n", encoding="utf-8")
+        elif not has_tokens_of(str(path), tokenizer) or (
+            text.is_file() and text.read_text(encoding="utf-8").strip() != digest
+        ):
             raise ValueError(
-                f"the judge in {path} has another tokenizer than the model, so it is that of "
+                f"the judge in {path} has another tokenizer or training text, so it is that of "
                 "another evaluation; give another --output_dir, or remove the folder."
             )
         token_judge = TokenJudge(str(path), tokenizer, args.device)
@@ -171,6 +179,28 @@ def load_systems(args: argparse.Namespace, pipe: TokComPipeline) -> dict:
     return systems
 
 
+SAME = ("weights", "data", "seed")  # what two runs must share to be one evaluation
+
+
+def earlier_results(file: Path, about: dict) -> dict:
+    """The sections that earlier runs have measured of the same model and data, and in `earlier`
+    what each run said about itself.
+
+    Results of anything else are kept under another name.
+    """
+    if not file.is_file():
+        return {}
+    old = read_json(file)
+    before = old.pop("about", {})
+    if any(before.get(name) != about[name] for name in SAME):
+        kept = file.with_name(f"results-{file_digest(file)[:8]}.json")
+        file.rename(kept)
+        print(f"the results in {file} are of another model, data or seed; they are now in {kept}")
+        return {}
+    sections = [name for name in old if name != "earlier"]
+    return old | {"earlier": dict.fromkeys(sections, before) | old.get("earlier", {})}
+
+
 def evaluate(args: argparse.Namespace) -> dict:
     """Run the sections that `args` asks for; `results.json` is rewritten after each."""
     read_peers(args.peer)  # before anything is loaded or trained
@@ -185,20 +215,21 @@ def evaluate(args: argparse.Namespace) -> dict:
 
     held_out = read(args.data, "held-out text")
     train = read(args.train_data, "training text")
-    results = {
-        "about": {
-            "checkpoint": str(args.checkpoint),
-            "data": str(args.data),
-            "command": args.command_line,
-            "seed": args.seed,
-            "date": str(date.today()),
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {args.device}",
-        }
+    about = {
+        "checkpoint": str(args.checkpoint),
+        "weights": fingerprint(pipe.model),
+        "data": str(args.data),
+        "command": args.command_line,
+        "seed": args.seed,
+        "date": str(date.today()),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {args.device}",
     }
+    results = {"about": about} | earlier_results(output / "results.json", about)
 
     def keep(name: str, facts: dict) -> None:
         # a run may take hours and be stopped: what is measured is written at once
         results[name] = facts
+        results.get("earlier", {}).pop(name, None)
         (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
     if "reconstruction" in args.sections:

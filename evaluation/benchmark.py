@@ -151,7 +151,7 @@ def measure_training(system: str, stage: str, args: argparse.Namespace) -> dict:
     half = has_fast_bfloat16(DEVICE) and not system.endswith("float32")
 
     def step() -> None:
-        with torch.autocast(DEVICE, torch.bfloat16, enabled=half):
+        with torch.autocast(torch.device(DEVICE).type, torch.bfloat16, enabled=half):
             value = loss(ids)
         value.backward()
         optimizer.step()
@@ -267,6 +267,7 @@ def sampling(args: argparse.Namespace) -> dict:
             transformer_config={"latent_channels": 16 * size},
             # a step for each token of the chunk, so that all of them draw from exact probabilities
             num_inference_steps=size,
+            vocab_size=vocab_size,
             **options,
         )
         batch = args.batch_sizes[0]

@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 
 from tokcom.cli.errors import report_errors
 from tokcom.cli.loading import add_device_option
-from tokcom.evaluation.judges import load_language_model, load_peer
+from tokcom.evaluation.judges import load_language_model, load_peer, logits_of_text
 from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.processing_tokcom import text_ids, vocabulary_size
 from tokcom.sampling_tokcom import TokComSampling, join_blocks, until_all_ended
@@ -80,9 +80,8 @@ class Teacher:
             # the teacher's own tokens: nats are comparable per character only
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             ids = [self.tokenizer.bos_token_id, *ids, *([self.end] if has_end else [])]
-            whole = torch.tensor([ids], device=self.model.device)
-            logits = self.model(input_ids=whole).logits[0, :-1].float()  # (T, V)
-            targets = whole[0, 1:, None]  # (T, 1)
+            logits = logits_of_text(self.model, ids)[:-1]  # (T, V)
+            targets = torch.tensor(ids[1:], device=logits.device)[:, None]  # (T, 1)
             plain = logits.log_softmax(-1).gather(-1, targets)[:, 0]
             if truncated:
                 cut = truncate(logits, self.top_k, self.min_p).gather(-1, targets)[:, 0]

@@ -33,7 +33,7 @@ from tokcom.evaluation.classifier import (
     train_classifier,
 )
 from tokcom.evaluation.linear_codecs import PCA, QuantisedPCA
-from tokcom.evaluation.report import images_plots, table
+from tokcom.evaluation.report import images_plots, short_names, table
 from tokcom.pipeline_media_tokcom import TokComImagePipeline
 from tokcom.quantization_tokcom import code_statistics
 from tokcom.training.images import captions_of, picture_grid, read_pictures
@@ -346,11 +346,11 @@ def measure_steps(
     rows = []
     real = classifier.features(test.images)
     systems = [("model", pipe, steps, args.guidance_scale) for steps in args.steps]
-    for directory in args.students:
+    for name, directory in zip(short_names(args.students), args.students):
         student = TokComImagePipeline.from_pretrained(directory).to(args.device)
         systems.append(
             # a student has learnt the teacher's guidance, and is asked without
-            (Path(directory).name, student, student.model.config.num_inference_steps, 1.0)
+            (name, student, student.model.config.num_inference_steps, 1.0)
         )
     for name, system, steps, guidance in systems:
         settings = argparse.Namespace(
@@ -370,7 +370,8 @@ def measure_steps(
         }
         rows.append(row)
         show = pipe.image_processor.postprocess
-        picture_grid([show(drawn[:8])], scale=3).save(args.output_dir / f"drawn-{name}-{steps}.png")
+        file = f"drawn-{name.strip('/').replace('/', '-')}-{steps}.png"
+        picture_grid([show(drawn[:8])], scale=3).save(args.output_dir / file)
     return rows
 
 

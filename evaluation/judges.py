@@ -14,6 +14,25 @@ def load_language_model(path: str, device: str = "cpu") -> PreTrainedModel:
     return model.eval().to(device)
 
 
+@torch.no_grad()
+def logits_of_text(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
+    """Logits `(T, V)` after each of `ids (T,)`, in float32.
+
+    A text that is longer than the positions the model was trained for is read in windows that
+    overlap by half: rotary positions beyond them raise no error, but mean nothing to the model.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None) or len(ids)
+    row = torch.tensor([ids], device=model.device)
+    found = [model(input_ids=row[:, :limit]).logits[0].float()]
+    stride = max(1, limit // 2)
+    for done in range(limit, len(ids), stride):
+        # the next `stride` tokens, after the `limit - stride` before them
+        window = row[:, max(0, done + stride - limit) : done + stride]
+        logits = model(input_ids=window).logits[0].float()
+        found.append(logits[-min(stride, len(ids) - done) :])
+    return torch.cat(found)
+
+
 def has_tokens_of(path: str, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the model in a directory gives ids the meaning that `tokenizer` gives them."""
     return load_tokenizer(path).get_vocab() == tokenizer.get_vocab()
@@ -91,18 +110,15 @@ class TextJudge:
         prompts = prompts or [""] * len(texts)
         results = []
         for prompt, text in zip(prompts, texts):
-            encoded = self.tokenizer(
-                prompt + text, return_tensors="pt", return_offsets_mapping=True
-            )
-            whole = encoded["input_ids"].to(self.model.device)
-            ends = encoded["offset_mapping"][0, :, 1]  # (T,), in characters
+            encoded = self.tokenizer(prompt + text, return_offsets_mapping=True)
+            ids = encoded["input_ids"]
             # a token that begins in the prompt but reaches into the text is scored
-            known = max(1, int((ends <= len(prompt)).sum()))
-            if whole.shape[1] <= known:
+            known = max(1, sum(end <= len(prompt) for _, end in encoded["offset_mapping"]))
+            if len(ids) <= known:
                 results.append(float("nan"))
                 continue
-            # (scored tokens, V)
-            logits = self.model(input_ids=whole).logits[0, known - 1 : -1].float()
-            total = torch.nn.functional.cross_entropy(logits, whole[0, known:], reduction="sum")
+            logits = logits_of_text(self.model, ids)[known - 1 : -1]  # (scored tokens, V)
+            targets = torch.tensor(ids[known:], device=logits.device)
+            total = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
             results.append(float(total) / max(1, len(text)))
         return np.array(results)

@@ -30,6 +30,8 @@ and a .wav of each class. A run that was stopped goes on where it was.
 """
 
 import argparse
+import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -160,6 +162,16 @@ class Study:
                 f"{min(unknown)!r}; every class needs training recordings."
             )
         self.processor = TokComAudioProcessor(pipe.model.codec.streams["audio"].config)
+
+    def fingerprint(self) -> str:
+        """A hash of the records, which may change in a file that keeps its name."""
+        digest = hashlib.sha256()
+        for name, part in self.data.items():
+            digest.update(json.dumps([name, part["caption"]]).encode())
+            digest.update(part["pixels"].numpy().tobytes())
+            for sound in part.get("audio", []):
+                digest.update(np.ascontiguousarray(sound).tobytes())
+        return digest.hexdigest()[:16]
 
     def _load(self, source: str, wanted: tuple[str, ...]) -> dict[str, list]:
         """The records that have all `wanted` streams."""
@@ -380,7 +392,9 @@ def main(argv: list[str] | None = None) -> dict:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     settings = {name: value for name, value in vars(args).items() if name != "guidance_scales"}
     study, pipes, judge = load(args)
-    settings["weights"] = fingerprint(study.pipe.model)
+    settings["weights"] = {name: fingerprint(pipe.model) for name, pipe in pipes.items()}
+    settings["judge_weights"] = None if judge is None else fingerprint(judge.model)
+    settings["records"] = study.fingerprint()
     parts = Parts(args.output_dir / "results.json", settings)
     facts = measure_digits(study, parts)
     if args.pictures is not None:

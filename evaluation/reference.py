@@ -1,12 +1,13 @@
 """Compare predictions with references: exact match, BLEU-4, ROUGE-L and METEOR.
 
     tokcom evaluate predictions.json  # {"id", "reference", "prediction"} records
-    tokcom evaluate baseline=*.json refiner=*.json  # a row per name: mean and spread over its files
+    tokcom evaluate 'baseline=b-*.json' 'refiner=r-*.json'  # a row per name: mean and spread
 
 A file holds a JSON list or JSON lines; `"references": [...]` gives several. METEOR here matches
 exact words and stems without WordNet, and is labelled so.
 """
 
+import glob
 import json
 import re
 from pathlib import Path
@@ -93,13 +94,16 @@ def read_predictions(file: str | Path) -> dict[str, float]:
 def compare(files: list[str]) -> str:
     """A Markdown table of means and standard deviations, one row per name.
 
-    `files` are given as `NAME=FILE` or `FILE`.
+    `files` are given as `NAME=FILE` or `FILE`; FILE may be a pattern.
     """
     found: dict[str, list[dict[str, float]]] = {}
     for item in files:
-        # files of one name, such as seeds, are one row
-        name, _, file = item.rpartition("=")
-        found.setdefault(name or Path(file).stem, []).append(read_predictions(file))
+        # a path may hold a = itself
+        name, _, pattern = ("", "", item) if Path(item).is_file() else item.partition("=")
+        name, pattern = (name, pattern) if pattern else ("", item)
+        # files of one name, such as seeds, are one row; what matches nothing is named by reading it
+        for file in sorted(glob.glob(pattern)) or [pattern]:
+            found.setdefault(name or Path(file).stem, []).append(read_predictions(file))
     rows = []
     for name, runs in found.items():
         values = {key: [run[key] for run in runs] for key in runs[0]}

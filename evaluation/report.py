@@ -1,5 +1,6 @@
 """`results.json` as Markdown tables and PNG plots."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -35,10 +36,20 @@ def _cell(value) -> str:
     return "-" if value is None else str(value)
 
 
+def short_names(paths: Sequence[str]) -> list[str]:
+    """The last parts of paths, or whole paths where several end alike."""
+    last = [Path(path).name for path in paths]
+    return [path if last.count(name) > 1 else name for path, name in zip(paths, last)]
+
+
 def markdown(results: dict) -> str:
     """All tables of one run, with the command, machine, seed and date."""
     about = results["about"]
     parts = [f"`{about['command']}`, {about['machine']}, seed {about['seed']}, {about['date']}\n"]
+    for name, of in results.get("earlier", {}).items():
+        parts.append(
+            f"{name}: `{of['command']}`, {of['machine']}, seed {of['seed']}, {of['date']}\n"
+        )
     if "reconstruction" in results:
         parts += [
             "## Codec and denoiser\n",

@@ -30,7 +30,7 @@ from tokcom.evaluation.protocol import (
     latency,
     measure_setting,
 )
-from tokcom.evaluation.report import table
+from tokcom.evaluation.report import short_names, table
 from tokcom.evaluation.samplers import AutoregressiveSampler, TokComSampler
 from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.training.config import DataConfig
@@ -141,8 +141,8 @@ def main(argv: list[str] | None = None) -> dict:
     ]
     systems += [
         # at the steps that each student was made for
-        (Path(name).name, TokComSampler(pipe))
-        for name, pipe in zip(args.students, students)
+        (name, TokComSampler(pipe))
+        for name, pipe in zip(short_names(args.students), students)
     ]
     prompts = windows[:, :PROMPT]
     real = windows[:, PROMPT:]

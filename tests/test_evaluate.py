@@ -10,7 +10,7 @@ import torch
 from helpers import ROOT, tiny_config, tiny_model
 from transformers import LlamaForCausalLM
 
-from tokcom.cli.evaluate import load_judges, load_systems, read_peers
+from tokcom.cli.evaluate import earlier_results, load_judges, load_systems, read_peers
 from tokcom.cli.main import call
 from tokcom.cli.options import EVALUATION_SECTIONS as SECTIONS
 from tokcom.evaluation import autoregressive, compression, metrics
@@ -20,7 +20,7 @@ from tokcom.evaluation.autoregressive import llama_config
 from tokcom.evaluation.flops import count_flops, training_flops_per_token
 from tokcom.evaluation.heads import EXPERIMENTS
 from tokcom.evaluation.heads import main as heads_main
-from tokcom.evaluation.judges import TokenJudge
+from tokcom.evaluation.judges import TokenJudge, logits_of_text
 from tokcom.evaluation.protocol import (
     Study,
     at_entropy,
@@ -34,7 +34,7 @@ from tokcom.evaluation.reconstruction import (
     rarest_ids,
     reconstruction_accuracy,
 )
-from tokcom.evaluation.reference import read_predictions, reference_metrics
+from tokcom.evaluation.reference import compare, read_predictions, reference_metrics
 from tokcom.evaluation.samplers import AutoregressiveSampler, TokComSampler
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.processing_tokcom import vocabulary_size
@@ -361,6 +361,54 @@ def test_judges_and_peers_of_another_tokenizer_are_refused(build, tmp_path):
     peer = SimpleNamespace(peer=[f"it={tmp_path / 'judge'}"], device="cpu", **options)
     with pytest.raises(ValueError, match="judge has another tokenizer"):
         load_systems(peer, pipe)
+
+
+def test_a_judge_of_another_text_is_not_taken_up(build, tmp_path):
+    tokenizer = build().tokenizer
+    tokenizer.save_pretrained(tmp_path / "judge")
+    (tmp_path / "judge" / "config.json").write_text("{}")
+    (tmp_path / "judge" / "text.sha256").write_text("of another text")
+    settings = SimpleNamespace(judge=[], output_dir=str(tmp_path), device="cpu")
+    with pytest.raises(ValueError, match="or training text.*--output_dir"):
+        load_judges(settings, tokenizer, np.zeros(4))
+
+
+def test_a_text_beyond_the_positions_of_a_model_is_read_in_windows():
+    model = llama()
+    ids = WORDS.integers(0, 97, 20).tolist()
+    whole = logits_of_text(model, ids)
+    model.config.max_position_embeddings = 8
+    parts = logits_of_text(model, ids)
+    assert parts.shape == whole.shape
+    torch.testing.assert_close(parts[:8], whole[:8])
+    for start in range(8, 20, 4):
+        window = model(torch.tensor([ids[start - 4 : start + 4]])).logits[0]
+        torch.testing.assert_close(parts[start : start + 4], window[4:])
+
+
+def test_sections_of_earlier_runs_are_kept_and_those_of_other_models_put_aside(tmp_path):
+    file = tmp_path / "results.json"
+    about = {"weights": "a", "data": "d", "seed": 0, "command": "new"}
+    old = {"about": about | {"command": "old"}, "latency": {"ms": 1}}
+    file.write_text(json.dumps(old))
+    assert earlier_results(file, about) == {
+        "latency": {"ms": 1},
+        "earlier": {"latency": old["about"]},
+    }
+    assert earlier_results(file, about | {"weights": "b"}) == {}
+    (aside,) = tmp_path.glob("results-*.json")
+    assert json.loads(aside.read_text()) == old and not file.exists()
+
+
+def test_files_of_predictions_may_be_patterns_and_hold_an_equals_sign(tmp_path):
+    folder = tmp_path / "lr=1"
+    folder.mkdir()
+    for name in ("b-1.json", "b-2.json"):
+        (folder / name).write_text(json.dumps([{"id": 0, "reference": "a", "prediction": "a"}]))
+    assert "| b-1 | 1 |" in compare([str(folder / "b-1.json")])
+    assert "| base | 2 |" in compare([f"base={folder}/b-*.json"])
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        compare([f"base={folder}/nothing.json"])
 
 
 def test_held_out_text_that_is_shorter_than_a_window_is_refused():

@@ -9,12 +9,13 @@ import warnings
 import torch
 
 
-def has_fast_bfloat16(device_type: str) -> bool:
+def has_fast_bfloat16(device: str) -> bool:
     """Whether matrix products in bfloat16 are at least as fast as in float32 on `"cpu"`, `"cuda"`,
-    ...
+    `"cuda:1"`, ...
 
     TOKCOM_BFLOAT16=fast or slow answers for the machine, so that a test can be any of them.
     """
+    device_type = torch.device(device).type
     told = os.environ.get("TOKCOM_BFLOAT16")
     if told is not None:
         return told == "fast"
