@@ -213,16 +213,14 @@ class Demo:
         slowly: float = 0.0,
     ) -> Iterator[tuple[str, str]]:
         """Frames `(HTML, speed)` of a continuation; with `slowly` every denoising step is shown."""
-        writing = Writing(
-            self,
-            prompt,
-            int(length),
-            num_inference_steps=int(steps),
-            guidance_scale=guidance,
-            temperature=temperature if self.predicts_tokens else None,
-            top_p=top_p if self.predicts_tokens else None,
-            generator=numbered_noise(seed),
-        )
+        settings = {"num_inference_steps": int(steps), "guidance_scale": guidance}
+        if self.predicts_tokens:
+            settings |= {"temperature": temperature, "top_p": top_p}
+        settings["generator"] = numbered_noise(seed)
+        try:
+            writing = Writing(self, prompt, int(length), **settings)
+        except ValueError as error:  # of the prompt
+            raise explained(error) from error
         # one visitor's slow motion must not keep the model from others
         until = time.monotonic() + SLOWEST
         writing.start()

@@ -47,7 +47,7 @@ def explain(error: Exception) -> str:
     # imported here, because --help must not wait for it
     from huggingface_hub.errors import StrictDataclassError
 
-    from tokcom.training.stopping import TrainingError
+    from tokcom.training.stopping import TrainingError, TrainingStopped
 
     if isinstance(error, OSError):
         return _explain_os_error(error)
@@ -55,7 +55,7 @@ def explain(error: Exception) -> str:
         return f"this command needs {error.name}, which is not installed: {missing_package(error.name)}"
     if isinstance(error, StrictDataclassError):
         return str(error.__cause__ or error)  # without the name of the validator
-    if isinstance(error, ValueError | TrainingError):
+    if isinstance(error, ValueError | TrainingError | TrainingStopped):
         return str(error)
     if type(error).__name__ == "OutOfMemoryError":  # of torch, which need not be imported for it
         return "the device has no memory left for this; use a smaller batch, a shorter text, or --device cpu."

@@ -12,6 +12,7 @@ import uuid
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from jinja2 import TemplateError
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationInfo, field_validator
 from transformers import PreTrainedTokenizerBase
 
@@ -210,7 +211,11 @@ def dialogue_text(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -
     if not getattr(tokenizer, "chat_template", None):
         return "\n".join(message.text for message in messages), False
     turns = [{"role": message.role, "content": message.text} for message in messages]
-    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True), True
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:  # a template may refuse roles, or their order
+        raise _bad("messages", f"`messages` do not fit the model's template: {error}.") from error
+    return text, True
 
 
 def _check_texts(texts: dict[str, list[str]], settings: ServerSettings) -> None:

@@ -317,7 +317,8 @@ def refuse_unused(
         takers = ", ".join(taker for taker, other in MODES.items() if name in other.options)
         # argparse does not tell a default from the same value given
         default = OPTIONS[name].get("default")
-        is_given = name in vars(args) and getattr(args, name) not in (default, False)
+        value = vars(args).get(name, default)
+        is_given = value != default and value is not False  # 0 is a value, and equal to False
         # options that no mode names are of all modes
         if not is_given or not takers or name in MODES[mode].options:
             continue

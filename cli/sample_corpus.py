@@ -266,9 +266,20 @@ class Corpus:
             self.state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
             self._resume()
         else:
+            self._refuse_others()
             date = datetime.now(UTC).isoformat(timespec="seconds")
             self.state = {"settings": settings, "date": date, "batches": 0, "files": 0, "texts": 0}
             self.state |= {"seconds": 0.0, "counts": dict.fromkeys(COUNTS, 0)}
+
+    def _refuse_others(self) -> None:
+        """Raise `ValueError` if the folder holds texts that no run of ours has written."""
+        others = [*sorted((self.folder / TRAIN).glob("*")), self.folder / "validation.parquet"]
+        others = [path for path in others if path.exists()]
+        if others:
+            raise ValueError(
+                f"{self.folder} holds {others[0].relative_to(self.folder)}, but no state.json to go "
+                "on from, so it is not a corpus that was begun here; give another --output."
+            )
 
     def _resume(self) -> None:
         for name in self.settings | self.state["settings"]:

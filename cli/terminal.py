@@ -5,9 +5,11 @@ are broken before they reach the edge, so that only the last one has to be drawn
 """
 
 import copy
+import itertools
 import shutil
 import sys
 import time
+import unicodedata
 from typing import TextIO
 
 import torch
@@ -19,6 +21,20 @@ from tokcom.interface_tokcom import TextStream
 YELLOW = "\033[33m"
 PLAIN = "\033[0m"
 CLEAR = "\r\033[K"  # back to the start of the line, and nothing behind it
+
+
+def columns(text: str) -> int:
+    """Columns of a terminal that a text takes: two for a character of East Asia, none for a mark
+    on the one before it."""
+    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
+    marks = sum(unicodedata.combining(character) > 0 for character in text)
+    return len(text) + wide - marks
+
+
+def fitting(text: str, room: int) -> str:
+    """The longest beginning of a text that takes at most `room` columns."""
+    taken = itertools.accumulate(map(columns, text))
+    return text[: sum(width <= room for width in taken)]
 
 
 class TerminalStreamer(BaseStreamer):
@@ -46,9 +62,9 @@ class TerminalStreamer(BaseStreamer):
 
     def _draw(self, draft: str = "") -> None:
         # one column stays free: terminals break a line when its last one is written
-        room = max(0, self.width - 1 - len(self.line))
+        room = max(0, self.width - 1 - columns(self.line))
         # a draft of several lines could not be drawn over
-        draft = draft.replace("\n", " ")[:room]
+        draft = fitting(draft.replace("\n", " "), room)
         colored = f"{YELLOW}{draft}{PLAIN}" if draft else ""
         self.file.write(f"{CLEAR}{self.line}{colored}")
         # a terminal shows what is written only when a line ends, or when it is flushed
@@ -59,7 +75,7 @@ class TerminalStreamer(BaseStreamer):
             self.line += character
             if character == "\n":
                 self._break(len(self.line) - 1, len(self.line))
-            elif len(self.line) >= self.width:
+            elif columns(self.line) >= self.width:
                 # from 1 on, since a space at the start of a line breaks nothing
                 space = self.line.rfind(" ", 1)
                 # a word that is longer than the line is cut

@@ -110,6 +110,13 @@ def test_mistakes_become_messages_and_the_page_goes_on(demo, call, message):
     assert list(demo.write("Squinty", length=4, **SETTINGS))
 
 
+@pytest.mark.parametrize("prompt, message", [("", "empty"), ("word " * 900, "maximum")])
+def test_prompts_that_a_model_with_turns_cannot_read_are_explained_as_well(build, prompt, message):
+    demo = Demo(build(**TURNS))
+    with pytest.raises(gr.Error, match=message):
+        list(demo.write(prompt, length=4, **SETTINGS))
+
+
 # ---- the other models ----
 
 

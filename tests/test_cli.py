@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+import unicodedata
 import warnings
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ from tokcom.cli.errors import explain, report_errors
 from tokcom.cli.loading import add_device_option, usable_device
 from tokcom.cli.main import COMMANDS, build_parser, call, main, parse, usage
 from tokcom.integrity_tokcom import CHECKSUMS, check_checksums, write_checksums
+from tokcom.training.stopping import TrainingStopped
 
 OWN = [name for name, command in COMMANDS.items() if command.add_options is not None]
 TEXT_COMMANDS = ["generate", "infill", "reconstruct", "denoise", "encode"]
@@ -120,6 +122,10 @@ def test_every_mode_belongs_to_a_command_and_knows_its_options():
         (
             ["generate", "Once", "--num_chunks", "4"],
             "--num_chunks 4 has no effect in mode conditional",
+        ),
+        (
+            ["generate", "Once", "--num_chunks", "0"],
+            "--num_chunks 0 has no effect in mode conditional",
         ),
         (["generate", "--batch_size", "0"], "--batch_size 0"),
         (["decode", "--image_file", "a.png", "--latents_file", "b"], "--latents_file"),
@@ -260,6 +266,10 @@ def test_a_package_that_is_not_installed_is_named_with_its_remedy():
     assert "unexpected" in explain(
         ModuleNotFoundError("No module named 'tokcom.x'", name="tokcom.x")
     )
+
+
+def test_a_run_that_a_signal_stopped_is_no_surprise():
+    assert explain(TrainingStopped("stopped by SIGTERM")) == "stopped by SIGTERM"
 
 
 # ---- the work ----
@@ -460,7 +470,8 @@ class Screen:
                 self.lines[-1] = ""
             else:
                 self.lines[-1] += line
-            self.widest = max(self.widest, len(self.lines[-1]))
+            wide = sum(unicodedata.east_asian_width(c) == "W" for c in self.lines[-1])
+            self.widest = max(self.widest, len(self.lines[-1]) + wide)
 
     def flush(self) -> None:
         pass
@@ -480,6 +491,20 @@ def test_a_watched_text_ends_as_the_text_whatever_the_drafts_and_the_width(token
         streamer.end()
         assert " ".join(screen.lines).split() == text.split()
         assert screen.widest < width
+
+
+def test_a_watched_line_of_wide_characters_stays_within_the_terminal(tokenizer):
+    from tokcom.cli.terminal import TerminalStreamer
+
+    text = "从前有一只小兔子住在森林里" * 4
+    screen = Screen()
+    streamer = TerminalStreamer(tokenizer, pause=0, file=screen, width=20)
+    for block in torch.tensor(tokenizer(text)["input_ids"]).split(4):
+        streamer.put_draft(block)
+        streamer.put(block)
+    streamer.end()
+    assert "".join(screen.lines).replace(" ", "") == text
+    assert screen.widest < 20
 
 
 def test_watching_needs_a_terminal(model, capsys):

@@ -160,6 +160,15 @@ def test_a_changed_setting_is_refused_by_name(options, tmp_path):
         sample(options(tmp_path, "--temperature", "0.5"))
 
 
+def test_texts_that_no_run_has_written_are_not_overwritten(options, tmp_path):
+    sample(options(tmp_path, "--num_texts", "1"))
+    before = texts(tmp_path)
+    (tmp_path / "state.json").unlink()
+    with pytest.raises(SystemExit, match="part-00000.parquet, but no state.json.*--output"):
+        sample(options(tmp_path, "--num_texts", "1"))
+    assert texts(tmp_path) == before
+
+
 def test_every_file_says_where_it_comes_from(options, tmp_path):
     sample(options(tmp_path))
     whole = json.loads((tmp_path / "provenance.json").read_text())

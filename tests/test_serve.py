@@ -186,6 +186,16 @@ MESSAGES = [
 ]
 
 
+def test_a_dialogue_that_the_template_refuses_is_the_clients_mistake(pipe, start):
+    pipe.tokenizer.chat_template = "{{ raise_exception('no system role') }}"
+    try:
+        client = start(pipe).client()
+        with pytest.raises(openai.BadRequestError, match="no system role"):
+            client.chat.completions.create(model="tokcom", messages=MESSAGES)
+    finally:
+        pipe.tokenizer.chat_template = None
+
+
 @pytest.mark.parametrize(
     "template", [None, "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"]
 )
