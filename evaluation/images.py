@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tqdm.auto import tqdm
+from tqdm.auto import tqdm, trange
 
 from tokcom.cli.errors import report_errors
 from tokcom.cli.loading import add_device_option
@@ -155,6 +155,17 @@ def order_curve(codec, latents: torch.Tensor, images: torch.Tensor) -> list[floa
     return curve
 
 
+def worth_of_each(codec, latents: torch.Tensor, images: torch.Tensor, whole: float) -> list[float]:
+    """How many dB of the PSNR of all tokens, `whole`, are lost if one token alone is replaced by
+    its mean, for each of the N."""
+    lost = []
+    for place in trange(latents.shape[1], desc="without each token", leave=False):
+        without = latents.clone()
+        without[:, place] = 0  # latents are standardised, so their mean is 0
+        lost.append(whole - psnr(decode(codec, without), images).mean().item())
+    return lost
+
+
 def order_facts(curve: list[float], quarter: int) -> dict[str, float]:
     """How ordered tokens are: the share of the whole gain that the first `quarter` of them hold,
     and falls of the curve."""
@@ -259,6 +270,7 @@ def measure_codec(
     ]
     quarter = config.num_tokens // 4
     facts["order"] = order_facts(facts["curve"], quarter)
+    facts["worth"] = worth_of_each(codec, latents, images, facts["curve"][-1])
     if args.unordered:
         other = TokComImagePipeline.from_pretrained(args.unordered).to(args.device).model.codec
         facts["unordered_curve"] = order_curve(other, encode(other, images), images)
@@ -446,6 +458,9 @@ def report(facts: dict) -> str:
             fall = facts[key]["largest_fall"]
             text += f"\n\nThe first quarter of the tokens{name} holds {share:.0%} of the gain; "
             text += f"the largest fall is {fall:.3f} dB."
+    places = [k for k in (1, 2, 4, 8, 9, 16, 24, 36) if k <= len(facts["worth"])]
+    lost = [facts["worth"][k - 1] for k in places]
+    text += "\n\n" + table(["lost without token, dB", *map(str, places)], [["style", *lost]])
     if "codebook" in facts:
         used = facts["codebook"]
         text += "\n\n## Codebook\n\n" + table(list(used), [list(used.values())])

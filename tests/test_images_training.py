@@ -3,6 +3,7 @@
 import io
 import json
 import signal
+from types import SimpleNamespace
 
 import datasets
 import gradio
@@ -18,7 +19,16 @@ from tokcom.cli.app_zoo import ShownModel, draw, rebuild
 from tokcom.cli.main import main as convert
 from tokcom.configuration_media_tokcom import TokComStyleCodecConfig
 from tokcom.evaluation.classifier import Classifier, feature_distance
-from tokcom.evaluation.images import PCA, frechet, jpeg, main, order_facts, psnr, ssim
+from tokcom.evaluation.images import (
+    PCA,
+    frechet,
+    jpeg,
+    main,
+    order_facts,
+    psnr,
+    ssim,
+    worth_of_each,
+)
 from tokcom.inference import main as infer
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_media_tokcom import TokComImagePipeline
@@ -253,6 +263,7 @@ def test_images_are_evaluated_by_one_command(trained, tmp_path):
     main([*arguments, *settings, "--output_dir", str(tmp_path / "results")])
     facts = json.loads((tmp_path / "results/results.json").read_text())
     assert len(facts["curve"]) == 7 and facts["curve"] == facts["unordered_curve"]
+    assert len(facts["worth"]) == 6
     assert {row["codec"] for row in facts["rows"]} >= {
         "style",
         "PCA",
@@ -381,6 +392,25 @@ def test_the_distance_in_features_of_a_picture_to_itself_is_0_and_grows_with_a_c
     ]
     assert distances[0].abs().max() < 1e-6
     assert (distances[0] < distances[1]).all() and (distances[1] < distances[2]).all()
+
+
+def test_what_a_token_is_worth_is_lost_without_it():
+    class Codec(torch.nn.Module):
+        """Whose picture is the sum of its tokens."""
+
+        def __init__(self):
+            super().__init__()
+            self.anything = torch.nn.Parameter(torch.zeros(1))  # which has a device
+
+        def decode(self, latents, num_tokens=None):
+            return SimpleNamespace(pixel_values=latents.sum(1).view(-1, 3, 2, 2))
+
+    latents = torch.randn(4, 3, 12)
+    latents[:, 1] = 0
+    images = latents.sum(1).view(-1, 3, 2, 2) + 0.1
+    whole = psnr(images - 0.1, images).mean().item()
+    lost = worth_of_each(Codec(), latents, images, whole)
+    assert lost[1] == 0 and lost[0] > 1 and lost[2] > 1
 
 
 def test_order_is_the_share_of_the_gain():
