@@ -440,7 +440,7 @@ class TokComOmniPipeline(TokComBasePipeline):
         return CardFacts(
             task="any-to-any",
             does=(
-                f"makes any of the streams {', '.join(kinds)} for any others by denoising "
+                f"generates any of the streams {', '.join(kinds)} from the others by denoising "
                 f"{codec.num_tokens} latents"
             ),
             example=f'print(pipe({given}generate="{(others or [first])[0]}").streams)',
