@@ -5,7 +5,8 @@ Notable choices:
   by its brand, since AVIF and HEIC are pictures.
 - Only GIF, WebP, APNG and AVIF are animations: a second picture in a JPEG of a phone, or a page
   of a TIFF, is no frame.
-- A model sees frames at one rate, so a frame that stays longer than others is there several times.
+- Frames follow each other at the usual rate of their film, so one that stays longer is there
+  several times. Films of different rates are not brought to one.
 - What is broken, cut off or damaged is one `ValueError` that names it. Films are read with PyAV,
   and HEIC with pillow-heif, if they are installed.
 """
