@@ -136,6 +136,11 @@ def read_text(model, symbols, chunks, real, given, has_gaps, begins) -> torch.Te
     return model.transformer.read_context(features, positions[..., None], plan.mask(real.any(-1)))
 
 
+def known_behind(given: torch.Tensor) -> torch.Tensor:
+    """Which of the tokens that are `given (..., K)` stand behind one of their chunk that is not."""
+    return given & ((~given).cumsum(-1) > 0)
+
+
 def moment_size(position_ids: torch.Tensor) -> int:
     """How many latents at `position_ids (B, N, A)` stand at the first moment; the host waits."""
     moments = position_ids[0, :, 0]  # axis 0 of a clip is time
@@ -311,6 +316,7 @@ class TokComTransformer(TokComPreTrainedModel):
         entry: torch.Tensor | None = None,
         prefix: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
         group_size: int | None = None,
+        given: torch.Tensor | None = None,
         chunk_cache: Cache | None = None,
         **kwargs,
     ) -> TokComTransformerOutput:
@@ -330,6 +336,7 @@ class TokComTransformer(TokComPreTrainedModel):
             prefix (*optional*): of bidirectional models, states `(B, L, D)` at time 1 before all
                 latents, which of them exist, `(B, L)`, and their positions `(L,)`.
             group_size: latents of a moment, for factorised attention; else read from the positions.
+            given (`(B, S, K)`): with a local head, the tokens that are known from the beginning.
             chunk_cache: with a local head, keys of places that earlier calls have computed, and
                 which this one computes; the output is 0 at the others.
         """
@@ -358,7 +365,8 @@ class TokComTransformer(TokComPreTrainedModel):
             if not hidden_states.shape[1]:  # all is context, which the cache holds by now
                 return TokComTransformerOutput(latents=latents[:, :0])
         if self.config.local_head:
-            states = self._denoise_locally(features[:, num_context:], hidden_states, chunk_cache)
+            features = features[:, num_context:]
+            states = self._denoise_locally(features, hidden_states, chunk_cache, given)
             return TokComTransformerOutput(latents=states)
         states = self._denoise(hidden_states, timestep, modulations, group_size, *where, **kwargs)
         if prefix is not None:
@@ -369,27 +377,70 @@ class TokComTransformer(TokComPreTrainedModel):
         return TokComTransformerOutput(latents=latents)
 
     def _denoise_locally(
-        self, features: torch.Tensor, entry: torch.Tensor, chunk_cache: Cache | None
+        self,
+        features: torch.Tensor,
+        entry: torch.Tensor,
+        chunk_cache: Cache | None,
+        given: torch.Tensor | None,
     ) -> torch.Tensor:
         """What is expected of every token given those before it in its chunk, `(B, S, K * E)`.
 
-        `features (B, S, K * E)` hold the tokens, of which a place reads those before its own, and
-        `entry (B, S, D)` is what the context says.
+        `features (B, S, K * E)` hold the tokens, of which a place reads those before its own and
+        those that are `given (B, S, K)`, and `entry (B, S, D)` is what the context says.
         """
         count = self.config.num_places
         own = slice(0, count) if chunk_cache is None else chunk_cache.places
         tokens = features.unflatten(-1, (count, -1)).flatten(0, 1)  # (B * S, K, E)
+        rows = entry.flatten(0, 1)  # (B * S, D)
         before = F.pad(tokens, (0, 0, 1, -1))[:, own]  # (B * S, k, E), of the places at hand
         states = self.token_in(before) + self.place_embedding.weight[own]  # (B * S, k, D)
-        states = states + entry.flatten(0, 1)[:, None]
         places = torch.arange(count, device=features.device)
-        head_size = self.config.hidden_size // self.config.num_attention_heads
-        tables = rotary_embedding(places[None, own, None], head_size, self.config.rope_theta)
-        mask = self._expand((places <= places[own, None])[None], states)  # causal, (1, 1, k, K)
-        for layer in self.layers[self.config.num_context_layers :]:
-            states = layer(states, None, tables, mask, chunk_cache)
-        states = F.pad(self.proj_out(self.norm(states)), (0, 0, own.start, count - own.stop))
+        mask = (places <= places[own, None])[None]  # causal, (1, k, K)
+        states = self._read_chunks(states + rows[:, None], places[own], mask, mask, chunk_cache)
+        states = F.pad(states, (0, 0, own.start, count - own.stop))
+        if given is not None:
+            # few chunks hold the end of a gap, so they alone are read again
+            found = known_behind(given).any(-1).flatten().nonzero()[:, 0]
+            if len(found):
+                behind = self._read_behind(tokens[found], rows[found], given.flatten(0, 1)[found])
+                states = states.index_copy(0, found, behind)
         return states.flatten(1).view(*entry.shape[:2], -1)
+
+    def _read_behind(
+        self, tokens: torch.Tensor, entry: torch.Tensor, given: torch.Tensor
+    ) -> torch.Tensor:
+        """As `_denoise_locally`, of chunks `tokens (R, K, E)` in which tokens behind a gap are
+        `given (R, K)`: `(R, K, E)`.
+
+        One more place reads the last token, and predicts none. The first layer alone looks behind:
+        in the next one a place behind the gap has read what the gap must not see.
+        """
+        count = self.config.num_places
+        read = self.token_in(F.pad(tokens, (0, 0, 1, 0)))  # (R, K + 1, D)
+        states = read + F.pad(self.place_embedding.weight, (0, 0, 0, 1)) + entry[:, None]
+        places = torch.arange(count + 1, device=tokens.device)
+        causal = (places <= places[:, None])[None]  # (1, K + 1, K + 1)
+        # place j has read token j - 1
+        seen = causal | F.pad(given, (1, 0))[:, None]  # (R, K + 1, K + 1)
+        return self._read_chunks(states, places, seen, causal.expand_as(seen), None)[:, :count]
+
+    def _read_chunks(
+        self,
+        states: torch.Tensor,
+        places: torch.Tensor,
+        first_mask: torch.Tensor,
+        mask: torch.Tensor,
+        chunk_cache: Cache | None,
+    ) -> torch.Tensor:
+        """The layers of the local head, `(R, k, D)` in and `(R, k, E)` out; the first one has a
+        mask of its own."""
+        head_size = self.config.hidden_size // self.config.num_attention_heads
+        tables = rotary_embedding(places[None, :, None], head_size, self.config.rope_theta)
+        wanted = self._expand(first_mask, states)
+        for layer in self.layers[self.config.num_context_layers :]:
+            states = layer(states, None, tables, wanted, chunk_cache)
+            wanted = self._expand(mask, states)
+        return self.proj_out(self.norm(states))
 
     def _denoise(
         self,
@@ -595,6 +646,7 @@ __all__ = [
     "TokComTransformer",
     "TokComTransformerOutput",
     "block_causal_mask",
+    "known_behind",
     "moment_size",
     "read_text",
 ]

@@ -14,6 +14,7 @@ from tokcom.modeling_causal_tokcom import TokComForCausalLM
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.processing_tokcom import vocabulary_size
+from tokcom.sampling_tokcom import TokComSampling
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 
 LOCAL = {**SPLIT, "local_head": True}
@@ -180,3 +181,67 @@ def test_studies_that_leave_the_order_of_reading_refuse_a_local_head():
     for train in (train_guesses, train_student):
         with pytest.raises(ValueError, match="in their order"):
             train(local_model(), np.zeros(0), 1, 1)
+
+
+def gap_nats(model: TokComModel, ids: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """Nats of the tokens of a gap in `ids (B, T)`, all others known, `(B, stop - start)`."""
+    known = torch.ones_like(ids)
+    known[:, start:stop] = 0
+    output = model.objective.loss(model, ids, known_mask=known, fills_gaps=True)
+    return output.token_losses.flatten(1)[:, start:stop]
+
+
+@torch.no_grad()
+def test_a_gap_reads_the_tokens_behind_it_in_its_chunk_and_nothing_that_is_not_given():
+    model = local_model()
+    model.set_stage("flow")
+    ids = torch.randint(0, 290, (1, 12))
+    plain = gap_nats(model, ids, 4, 6)  # the beginning of the second chunk
+    for place in range(4, 8):
+        other = ids.clone()
+        other[0, place] = (ids[0, place] + 7) % 290
+        changed = (gap_nats(model, other, 4, 6) - plain).abs() > 1e-5
+        # the first token of the gap must not see the second, however the chunk is read
+        assert changed[0].tolist() == [place != 5, True]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layers", [3, 4])
+def test_tokens_behind_a_gap_are_read_by_the_head_itself(layers):
+    """The context knows them, too; here it says nothing."""
+    torch.manual_seed(0)
+    config = tiny_config(300, **TURNS, transformer_config={**LOCAL, "num_hidden_layers": layers})
+    net = TokComModel(config).eval().transformer
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    size = config.transformer_config.feature_size
+    features = torch.randn(1, 2, size)
+    entry = torch.zeros(1, 2, config.transformer_config.hidden_size)
+    given = torch.tensor([[[False, False, True, True], [True, True, False, False]]])
+
+    def expected(features: torch.Tensor) -> torch.Tensor:
+        return net._denoise_locally(features, entry, None, given).unflatten(-1, (4, -1))
+
+    plain = expected(features)
+    for chunk, place, reads in ((0, 3, [True, True]), (0, 1, [False, False]), (1, 3, [False] * 4)):
+        other = features.clone().unflatten(-1, (4, -1))
+        other[0, chunk, place] += 1
+        changed = (expected(other.flatten(2)) - plain).abs().amax(-1)[0, chunk] > 1e-5
+        assert changed[: len(reads)].tolist() == reads
+
+
+@torch.no_grad()
+def test_a_filling_is_drawn_from_the_probabilities_that_score_it(pipe):
+    """At a temperature that leaves one choice: the likeliest token of each place."""
+    model = pipe.model
+    model.set_stage("flow")
+    ids = torch.randint(0, 290, (1, 24), generator=seeded())[0].tolist()
+    start, stop = 9, 13  # in the third chunk and the fourth, of which three tokens are known
+    known = [not start <= place < stop for place in range(len(ids))]
+    settings = TokComSampling(generator=[seeded()], temperature=1e-3)
+    filled = torch.tensor(pipe.fill_ids(ids, known, settings)[0])
+    for place in range(start, stop):
+        others = filled.repeat(300, 1)
+        others[:, place] = torch.arange(300)
+        nats = gap_nats(model, others, start, stop)[:, place - start]
+        assert int(nats.argmin()) == int(filled[0, place])
