@@ -392,55 +392,30 @@ class TokComTransformer(TokComPreTrainedModel):
         own = slice(0, count) if chunk_cache is None else chunk_cache.places
         tokens = features.unflatten(-1, (count, -1)).flatten(0, 1)  # (B * S, K, E)
         rows = entry.flatten(0, 1)  # (B * S, D)
+        if given is not None:
+            rows = self._add_known(rows, tokens, known_behind(given.flatten(0, 1)))
         before = F.pad(tokens, (0, 0, 1, -1))[:, own]  # (B * S, k, E), of the places at hand
         states = self.token_in(before) + self.place_embedding.weight[own]  # (B * S, k, D)
+        states = states + rows[:, None]
         places = torch.arange(count, device=features.device)
-        mask = (places <= places[own, None])[None]  # causal, (1, k, K)
-        states = self._read_chunks(states + rows[:, None], places[own], mask, mask, chunk_cache)
-        states = F.pad(states, (0, 0, own.start, count - own.stop))
-        if given is not None:
-            # few chunks hold the end of a gap, so they alone are read again
-            found = known_behind(given).any(-1).flatten().nonzero()[:, 0]
-            if len(found):
-                behind = self._read_behind(tokens[found], rows[found], given.flatten(0, 1)[found])
-                states = states.index_copy(0, found, behind)
+        head_size = self.config.hidden_size // self.config.num_attention_heads
+        tables = rotary_embedding(places[None, own, None], head_size, self.config.rope_theta)
+        mask = self._expand((places <= places[own, None])[None], states)  # causal, (1, 1, k, K)
+        for layer in self.layers[self.config.num_context_layers :]:
+            states = layer(states, None, tables, mask, chunk_cache)
+        states = F.pad(self.proj_out(self.norm(states)), (0, 0, own.start, count - own.stop))
         return states.flatten(1).view(*entry.shape[:2], -1)
 
-    def _read_behind(
-        self, tokens: torch.Tensor, entry: torch.Tensor, given: torch.Tensor
+    def _add_known(
+        self, entry: torch.Tensor, tokens: torch.Tensor, behind: torch.Tensor
     ) -> torch.Tensor:
-        """As `_denoise_locally`, of chunks `tokens (R, K, E)` in which tokens behind a gap are
-        `given (R, K)`: `(R, K, E)`.
-
-        One more place reads the last token, and predicts none. The first layer alone looks behind:
-        in the next one a place behind the gap has read what the gap must not see.
-        """
-        count = self.config.num_places
-        read = self.token_in(F.pad(tokens, (0, 0, 1, 0)))  # (R, K + 1, D)
-        states = read + F.pad(self.place_embedding.weight, (0, 0, 0, 1)) + entry[:, None]
-        places = torch.arange(count + 1, device=tokens.device)
-        causal = (places <= places[:, None])[None]  # (1, K + 1, K + 1)
-        # place j has read token j - 1
-        seen = causal | F.pad(given, (1, 0))[:, None]  # (R, K + 1, K + 1)
-        return self._read_chunks(states, places, seen, causal.expand_as(seen), None)[:, :count]
-
-    def _read_chunks(
-        self,
-        states: torch.Tensor,
-        places: torch.Tensor,
-        first_mask: torch.Tensor,
-        mask: torch.Tensor,
-        chunk_cache: Cache | None,
-    ) -> torch.Tensor:
-        """The layers of the local head, `(R, k, D)` in and `(R, k, E)` out; the first one has a
-        mask of its own."""
-        head_size = self.config.hidden_size // self.config.num_attention_heads
-        tables = rotary_embedding(places[None, :, None], head_size, self.config.rope_theta)
-        wanted = self._expand(first_mask, states)
-        for layer in self.layers[self.config.num_context_layers :]:
-            states = layer(states, None, tables, wanted, chunk_cache)
-            wanted = self._expand(mask, states)
-        return self.proj_out(self.norm(states))
+        """`entry (R, D)` with the tokens of `tokens (R, K, E)` that stand `behind (R, K)` a gap, read
+        as the context layers read a chunk; a place of the local head sees only those before it."""
+        found = behind.any(-1).nonzero()[:, 0]  # few chunks hold the end of a gap
+        if not len(found):
+            return entry
+        known = (tokens[found] * behind[found, :, None]).flatten(1)  # (r, K * E)
+        return entry.index_add(0, found, self.proj_in(known).to(entry.dtype))
 
     def _denoise(
         self,
