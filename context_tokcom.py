@@ -18,13 +18,7 @@ from transformers import PreTrainedModel
 
 from .heads_tokcom import TokComChoice
 from .tasks_tokcom import TokComCodecOutput, TokComTask
-from .transformer_tokcom import (
-    INSIDE_TEXT,
-    START_OF_TEXT,
-    block_causal_mask,
-    known_behind,
-    moment_size,
-)
+from .transformer_tokcom import INSIDE_TEXT, START_OF_TEXT, block_causal_mask, moment_size
 
 # ---- what the network reads at one step ----
 
@@ -44,25 +38,15 @@ class TokComStep(NamedTuple):
     beside: "TokComStep | None" = None  # the same for `[context | x]`, which `lay_out` adds
     # how many tokens of a chunk are decided before this step, and after it
     decided: tuple[int, int] | None = None
-    given: torch.Tensor | None = None  # (B, Q, K), if tokens behind a gap are
 
-    def with_given(self, known: torch.Tensor, ends_gap: bool) -> "TokComStep":
-        """The step of a block in which the `known (B, Q, K)` tokens are clean from the beginning;
-        `ends_gap` if some of them stand behind others that are not."""
+    def with_given(self, known: torch.Tensor) -> "TokComStep":
+        """The step of a block in which the `known (B, Q, K)` tokens are clean from the
+        beginning."""
         # no sampler step may move a token that the caller has given
         times = torch.where(known, 1.0, self.times)
         chosen = TokComChoice.of(self.chosen.mask & ~known, self.chosen.blank)
         uncertain = TokComChoice.of((times > 0) & (times < 1))
-        step = self._replace(times=times, chosen=chosen, uncertain=uncertain)
-        # what stands behind is read from the first place on, so no place is done once and for all
-        return step._replace(given=known, decided=None) if ends_gap else step
-
-
-def with_given(plan: list[TokComStep], known: torch.Tensor) -> list[TokComStep]:
-    """The steps of a block in which the `known (B, Q, K)` tokens are clean from the beginning."""
-    # the host waits here, once for each block of a gap
-    ends_gap = bool(known_behind(known).any())
-    return [step.with_given(known, ends_gap) for step in plan]
+        return self._replace(times=times, chosen=chosen, uncertain=uncertain)
 
 
 # ---- the cache ----
@@ -237,8 +221,6 @@ class Context:
         if self.chunk_cache is not None and step.decided is not None:
             self.chunk_cache.open(*step.decided)
             local["chunk_cache"] = self.chunk_cache
-        if self.chunk_cache is not None:
-            local["given"] = step.given
         return self.model.predict(
             x,
             step.time,
@@ -629,11 +611,4 @@ class CachedContext(Context):
             self.window = window
 
 
-__all__ = [
-    "CachedContext",
-    "Context",
-    "TokComStep",
-    "TokComWindowCache",
-    "VisibleContext",
-    "with_given",
-]
+__all__ = ["CachedContext", "Context", "TokComStep", "TokComWindowCache", "VisibleContext"]

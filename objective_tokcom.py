@@ -210,7 +210,6 @@ class TokComNextChunkObjective(TokComFlowObjective):
             times[row, draw, place][None],
             features=head.read(symbols, noisy[None], read_times[None], own[None]),
             entry=before[None],
-            given=given[row, place][None] if is_local else None,
         ).latents  # (1, R, K * E)
         chosen = wanted[row, draw, place]  # (R, K)
         inputs = (noisy[None], place_times[None], own[None], chosen[None])

@@ -28,7 +28,7 @@ import torch
 from diffusers import SchedulerMixin
 from transformers import PreTrainedModel
 
-from .context_tokcom import CachedContext, Context, TokComStep, VisibleContext, with_given
+from .context_tokcom import CachedContext, Context, TokComStep, VisibleContext
 from .heads_tokcom import TokComChoice
 from .scheduling_tokcom import signal_time
 from .tasks_tokcom import TokComGiven, TokComTask
@@ -495,7 +495,7 @@ class TokComBlockSampler:
         if head is not None:
             chunks, uniform = self._first_tokens(x, plan, context, sigma_start, sources)
             if given is not None:
-                plan = with_given(plan, given.mask)
+                plan = [step.with_given(given.mask) for step in plan]
                 chunks = torch.where(given.mask, given.chunks, chunks)
                 # given tokens are clean in x as well, as their time 1 says
                 clean = head.latents_of(context.symbols, given.chunks).to(x.dtype)

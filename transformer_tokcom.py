@@ -136,11 +136,6 @@ def read_text(model, symbols, chunks, real, given, has_gaps, begins) -> torch.Te
     return model.transformer.read_context(features, positions[..., None], plan.mask(real.any(-1)))
 
 
-def known_behind(given: torch.Tensor) -> torch.Tensor:
-    """Which of the tokens that are `given (..., K)` stand behind one of their chunk that is not."""
-    return given & ((~given).cumsum(-1) > 0)
-
-
 def moment_size(position_ids: torch.Tensor) -> int:
     """How many latents at `position_ids (B, N, A)` stand at the first moment; the host waits."""
     moments = position_ids[0, :, 0]  # axis 0 of a clip is time
@@ -316,7 +311,6 @@ class TokComTransformer(TokComPreTrainedModel):
         entry: torch.Tensor | None = None,
         prefix: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
         group_size: int | None = None,
-        given: torch.Tensor | None = None,
         chunk_cache: Cache | None = None,
         **kwargs,
     ) -> TokComTransformerOutput:
@@ -336,7 +330,6 @@ class TokComTransformer(TokComPreTrainedModel):
             prefix (*optional*): of bidirectional models, states `(B, L, D)` at time 1 before all
                 latents, which of them exist, `(B, L)`, and their positions `(L,)`.
             group_size: latents of a moment, for factorised attention; else read from the positions.
-            given (`(B, S, K)`): with a local head, the tokens that are known from the beginning.
             chunk_cache: with a local head, keys of places that earlier calls have computed, and
                 which this one computes; the output is 0 at the others.
         """
@@ -365,8 +358,7 @@ class TokComTransformer(TokComPreTrainedModel):
             if not hidden_states.shape[1]:  # all is context, which the cache holds by now
                 return TokComTransformerOutput(latents=latents[:, :0])
         if self.config.local_head:
-            features = features[:, num_context:]
-            states = self._denoise_locally(features, hidden_states, chunk_cache, given)
+            states = self._denoise_locally(features[:, num_context:], hidden_states, chunk_cache)
             return TokComTransformerOutput(latents=states)
         states = self._denoise(hidden_states, timestep, modulations, group_size, *where, **kwargs)
         if prefix is not None:
@@ -377,26 +369,19 @@ class TokComTransformer(TokComPreTrainedModel):
         return TokComTransformerOutput(latents=latents)
 
     def _denoise_locally(
-        self,
-        features: torch.Tensor,
-        entry: torch.Tensor,
-        chunk_cache: Cache | None,
-        given: torch.Tensor | None,
+        self, features: torch.Tensor, entry: torch.Tensor, chunk_cache: Cache | None
     ) -> torch.Tensor:
         """What is expected of every token given those before it in its chunk, `(B, S, K * E)`.
 
-        `features (B, S, K * E)` hold the tokens, of which a place reads those before its own and
-        those that are `given (B, S, K)`, and `entry (B, S, D)` is what the context says.
+        `features (B, S, K * E)` hold the tokens, of which a place reads those before its own, and
+        `entry (B, S, D)` is what the context says.
         """
         count = self.config.num_places
         own = slice(0, count) if chunk_cache is None else chunk_cache.places
         tokens = features.unflatten(-1, (count, -1)).flatten(0, 1)  # (B * S, K, E)
-        rows = entry.flatten(0, 1)  # (B * S, D)
-        if given is not None:
-            rows = self._add_known(rows, tokens, known_behind(given.flatten(0, 1)))
         before = F.pad(tokens, (0, 0, 1, -1))[:, own]  # (B * S, k, E), of the places at hand
         states = self.token_in(before) + self.place_embedding.weight[own]  # (B * S, k, D)
-        states = states + rows[:, None]
+        states = states + entry.flatten(0, 1)[:, None]
         places = torch.arange(count, device=features.device)
         head_size = self.config.hidden_size // self.config.num_attention_heads
         tables = rotary_embedding(places[None, own, None], head_size, self.config.rope_theta)
@@ -405,17 +390,6 @@ class TokComTransformer(TokComPreTrainedModel):
             states = layer(states, None, tables, mask, chunk_cache)
         states = F.pad(self.proj_out(self.norm(states)), (0, 0, own.start, count - own.stop))
         return states.flatten(1).view(*entry.shape[:2], -1)
-
-    def _add_known(
-        self, entry: torch.Tensor, tokens: torch.Tensor, behind: torch.Tensor
-    ) -> torch.Tensor:
-        """`entry (R, D)` with the tokens of `tokens (R, K, E)` that stand `behind (R, K)` a gap, read
-        as the context layers read a chunk; a place of the local head sees only those before it."""
-        found = behind.any(-1).nonzero()[:, 0]  # few chunks hold the end of a gap
-        if not len(found):
-            return entry
-        known = (tokens[found] * behind[found, :, None]).flatten(1)  # (r, K * E)
-        return entry.index_add(0, found, self.proj_in(known).to(entry.dtype))
 
     def _denoise(
         self,
@@ -621,7 +595,6 @@ __all__ = [
     "TokComTransformer",
     "TokComTransformerOutput",
     "block_causal_mask",
-    "known_behind",
     "moment_size",
     "read_text",
 ]
