@@ -456,12 +456,15 @@ class TokComHeadObjective(TokComTextLatentObjective):
     """The loss of a finished model's latent head, and cross-entropy through the decoder."""
 
     stage: ClassVar[str] = "head"
-    # no settings: the head has no squared error of its own, and nothing to weigh against
-    mse_weight: ClassVar[float] = 0.0
-    ce_weight: ClassVar[float] = 1.0
 
     def check(self, config) -> None:
         super().check(config)
+        plain = TokComTextLatentObjective
+        if (self.mse_weight, self.ce_weight) != (plain.mse_weight, plain.ce_weight):
+            raise ValueError(
+                f"`mse_weight` ({self.mse_weight}) and `ce_weight` ({self.ce_weight}) have no effect "
+                "in stage 'head', which has no squared error to weigh against; leave them out."
+            )
         if not config.has_latent_head:
             raise ValueError(
                 "stage 'head' trains `latent_head` and `latent_refiner`, but both are 'none'."
@@ -476,7 +479,7 @@ class TokComHeadObjective(TokComTextLatentObjective):
 
     def _estimate(self, model, states, loss) -> tuple[torch.Tensor, torch.Tensor, float]:
         estimate, loss = model.latent_head(states)  # its own loss replaces the squared error
-        return estimate, loss, self.ce_weight
+        return estimate, loss, 1.0
 
 
 @dataclass

@@ -145,7 +145,7 @@ def test_stage_head_needs_a_head():
 @pytest.mark.parametrize("name", ["mse_weight", "ce_weight"])
 def test_stage_head_has_nothing_to_weigh(build, name):
     model = build(latent_head="mlp", **SMALL).model
-    with pytest.raises(ValueError, match=f"no setting head.objective.{name}"):
+    with pytest.raises(ValueError, match=f"`{name}`.*no effect in stage 'head'"):
         model.set_stage("head", **{name: 0.5})
 
 
