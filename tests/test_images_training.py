@@ -405,12 +405,12 @@ def test_what_a_token_is_worth_is_lost_without_it():
         def decode(self, latents, num_tokens=None):
             return SimpleNamespace(pixel_values=latents.sum(1).view(-1, 3, 2, 2))
 
-    latents = torch.randn(4, 3, 12)
+    latents = torch.randn(4, 3, 12, generator=torch.Generator().manual_seed(0))
     latents[:, 1] = 0
     images = latents.sum(1).view(-1, 3, 2, 2) + 0.1
     whole = psnr(images - 0.1, images).mean().item()
     lost = worth_of_each(Codec(), latents, images, whole)
-    assert lost[1] == 0 and lost[0] > 1 and lost[2] > 1
+    assert abs(lost[1]) < 1e-3 and lost[0] > 1 and lost[2] > 1
 
 
 def test_order_is_the_share_of_the_gain():
