@@ -218,6 +218,10 @@ class TokComCodec(TokComPreTrainedModel):
 class TokComTextCodec(TokComCodec):
     """Base class of codecs of texts, which also define `to_chunks`, `to_ids` and `nll`."""
 
+    def whole_chunks(self, mask: torch.Tensor) -> torch.Tensor:
+        """Which chunks `(B, N)` have all of their tokens marked by `mask (B, T)`."""
+        return self.to_chunks(mask, None)[0].bool().all(-1)
+
     def token_ids(self, inputs: torch.Tensor) -> list[torch.Tensor]:
         return [inputs]
 

@@ -424,7 +424,7 @@ class TokComTextLatentObjective(TokComFlowObjective):
     def _predict(self, model, clean, timestep, known_mask):
         known = None
         if known_mask is not None:
-            known = model.codec.to_chunks(known_mask, None)[0].bool().all(-1)  # (B, N)
+            known = model.codec.whole_chunks(known_mask)  # (B, N)
         return model.predict_noised(
             self, clean, timestep, known_latents=known, hides_known=known is not None
         )

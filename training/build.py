@@ -41,9 +41,11 @@ def model_of_stage(
         corpus.measure_rest(model)
         return model
     model = build_model(config, corpus.tokenizer, part)
-    if stage == "flow" and donor and not config.init_from:
-        corpus.measure_rest(model)  # a whole model has learnt with the statistics that it has
-    if stage != "flow" or donor:
+    # a whole model has learnt with the statistics that it has
+    if stage != "flow" or config.init_from:
+        return model
+    if config.codec_from:
+        corpus.measure_rest(model)
         return model
     if has_trainable_codec(model):
         raise ValueError(

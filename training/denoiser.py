@@ -104,9 +104,8 @@ class ModelDenoiser(nn.Module):
             clean = model.codec.encode(batch["input_ids"], batch["attention_mask"])
             context = _clean_blocks(clean, block_size)
             if block_size is None and "known_mask" in batch:
-                # of dialogues the prompt is given, where it fills whole chunks, as in training
-                known = model.codec.to_chunks(batch["known_mask"], None)[0]  # (B, N, K)
-                context["known"] = known.bool().all(-1)
+                # of dialogues the prompt is given, as in training
+                context["known"] = model.codec.whole_chunks(batch["known_mask"])
             return context
         if block_size is None and codec.group_size == 1:
             return captions  # a picture is one group, of which no part can be given
