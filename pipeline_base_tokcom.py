@@ -581,7 +581,7 @@ class TokComBasePipeline(CheckedFiles, DiffusionPipeline):
         def after_step(block: int, step: int, timestep: torch.Tensor, x: torch.Tensor):
             nonlocal bar
             # known only now: some schedulers add steps of their own
-            steps = len(self.scheduler.timesteps)
+            steps = len(sampler.planner.timesteps)
             self._num_timesteps = steps * num_blocks
             if bar is None:
                 bar = self.progress_bar(total=self._num_timesteps)

@@ -16,6 +16,7 @@ Notable choices:
   row begins.
 """
 
+import copy
 import inspect
 import math
 import random
@@ -217,7 +218,8 @@ class TokComStepPlanner:
         self.num_inference_steps = num_inference_steps
         self._plans: dict[int, list[TokComStep]] = {}  # by the length of a block
         self._turns: list[float] | None = None
-        self._timesteps: torch.Tensor | None = None  # those that this planner has laid out
+        # what the scheduler is told of each step, once they are laid out
+        self.timesteps: list[torch.Tensor] | list[int] | None = None
         self._check_scheduler()
 
     def _check_scheduler(self) -> None:
@@ -327,17 +329,19 @@ class TokComStepPlanner:
         """Lay out the scheduler's grid for a block `x (B, Q, C)`, and what each step needs that no
         block changes."""
         length = x.shape[1]
-        # another sampler with the same scheduler may have had a turn since the last block
-        if self.scheduler.timesteps is self._timesteps and hasattr(self.scheduler, "restart"):
+        if self.timesteps is not None and hasattr(self.scheduler, "restart"):
             self.scheduler.restart()
         else:
-            if self._timesteps is None and self.takes_turns and sigma_start == 1:
+            if self.timesteps is None and self.takes_turns and sigma_start == 1:
                 self._turns = self._turn_grid()
             # stock schedulers also forget here what the last block was
             self.set_timesteps(sigma_start, x.device, self._turns)
             if hasattr(self.scheduler, "set_begin_index"):  # or it is looked for on the device
                 self.scheduler.set_begin_index(0)
-            self._timesteps = self.scheduler.timesteps
+        if self.timesteps is None:
+            found = self.scheduler.timesteps
+            # a diffusion's scheduler looks its timesteps up, for which the host would wait
+            self.timesteps = found.tolist() if self.is_diffusion else list(found)
         # blocks of one length take the same steps
         if length not in self._plans:
             self._plans[length] = (
@@ -380,15 +384,16 @@ class TokComStepPlanner:
     def _diffusion_plan(self, x: torch.Tensor) -> list[TokComStep]:
         """The steps of a diffusion's scheduler, each of whose timesteps stands for a time of the
         flow."""
+        remains = self.scheduler.alphas_cumprod[self.timesteps].double()  # signal^2, (steps,)
+        signal = remains.sqrt()
+        noise = (1 - remains).sqrt()
         plan = []
-        for timestep in self.scheduler.timesteps.tolist():
-            remains = self.scheduler.alphas_cumprod[int(timestep)].double()  # signal^2
-            signal = remains.sqrt()
-            noise = (1 - remains).sqrt()
-            now = torch.full((1, x.shape[1]), float(signal_time(signal, noise)), device=x.device)
+        # signal * x1 + noise * x0 is (signal + noise) times the flow's x at that time
+        for time, scale in zip(
+            signal_time(signal, noise).tolist(), (1 / (signal + noise)).tolist()
+        ):
+            now = torch.full((1, x.shape[1]), time, device=x.device)
             modulations = self.model.transformer.modulate(now)
-            # signal * x1 + noise * x0 is (signal + noise) times the flow's x at that time
-            scale = float(1 / (signal + noise))
             plan.append(TokComStep(now, None, None, None, modulations, gain=None, scale=scale))
         return plan
 
@@ -403,9 +408,10 @@ class TokComBlockSampler:
 
     def __init__(self, model: PreTrainedModel, scheduler: SchedulerMixin, sampling: TokComSampling):
         self.model = model
-        self.scheduler = scheduler
+        # its own, since two texts may be written in turn
+        self.scheduler = copy.copy(scheduler)
         self.sampling = sampling.resolve(model.config)
-        self.planner = TokComStepPlanner(model, scheduler, self.sampling.num_inference_steps)
+        self.planner = TokComStepPlanner(model, self.scheduler, self.sampling.num_inference_steps)
         self.interrupt = False
         self._unfinished = False  # whether the current block was interrupted
         # sum of the block's predictions: not finite if one of them was not
@@ -510,7 +516,8 @@ class TokComBlockSampler:
             estimate, chunks = self._estimate(x, step, context, chunks, uniform[i])
             # flow schedulers take a velocity, those of a diffusion the estimate itself
             output = estimate if step.gain is None else (x - estimate) * step.gain
-            moved = scheduler.step(output, timestep, x, **extra, return_dict=False)[0]
+            told = self.planner.timesteps[i]
+            moved = scheduler.step(output, told, x, **extra, return_dict=False)[0]
             x = moved if on_step_end is None else on_step_end(i, timestep, moved)
             # a callback has changed x, so the ids are those of its x
             if chunks is not None and x is not moved:

@@ -188,11 +188,11 @@ class TokComFlowMatchScheduler(SchedulerMixin, ConfigMixin):
             generator: source of the fresh noise when there is any.
         """
         if self._step_index is None:
-            # the caller may begin in the middle of the grid
-            nearest = int(
-                (self.timesteps - torch.as_tensor(timestep).to(self.timesteps)).abs().argmin()
-            )
-            self._step_index = nearest if self._begin_index is None else self._begin_index
+            self._step_index = self._begin_index
+        if self._step_index is None:
+            # the caller may begin in the middle of the grid; to look for it, the host waits
+            given = torch.as_tensor(timestep).to(self.timesteps)
+            self._step_index = int((self.timesteps - given).abs().argmin())
         sigma = self._sigmas[self._step_index]
         sigma_next = self._sigmas[self._step_index + 1]
         x = sample.float()  # differences of near values

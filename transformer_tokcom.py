@@ -8,6 +8,7 @@ al. 2025) from the order in which latents are generated.
 Shape legend: B batch, N latents, S sequence positions, C latent channels, D width, A position axes.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -218,11 +219,13 @@ class TokComTransformer(TokComPreTrainedModel):
     def _own_channels(self, position_ids: torch.Tensor) -> torch.Tensor:
         """Which channels the latents at `position_ids (B, S, A)`, whose first axis is the stream,
         use: `(B, S, C)`."""
+        counts = self.config.stream_channels
+        channels = torch.arange(sum(counts), device=position_ids.device)
         # channel c belongs to the stream into whose slice of the C channels it falls
-        owner: list[int] = []
-        for stream, count in enumerate(self.config.stream_channels):
-            owner += [stream] * count
-        return position_ids[..., :1].long() == torch.tensor(owner, device=position_ids.device)
+        owner = torch.zeros_like(channels)
+        for end in itertools.accumulate(counts[:-1]):
+            owner += channels >= end
+        return position_ids[..., :1].long() == owner
 
     def _place_starts(
         self, hidden_states: torch.Tensor, position_ids: torch.Tensor

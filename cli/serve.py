@@ -519,6 +519,8 @@ def warm_up(pipe: TokComPipeline) -> None:
         for prompt in ("Once", "Once upon a time there was", "Once upon a time there was a house"):
             pipe([prompt] * count, gen_length=16)
     pipe("Once upon a time there was", gen_length=16, guidance_scale=1.5)
+    for length in (4, 16):
+        pipe.infill("Once upon a time ____ a house.", length)
 
 
 def run(args: argparse.Namespace) -> None:

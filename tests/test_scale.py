@@ -2,11 +2,12 @@
 of the host."""
 
 import contextlib
+import itertools
 import sys
 
 import pytest
 import torch
-from helpers import ROOT, build_model, tiny_model
+from helpers import ROOT, build_model, seeded, tiny_model
 
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.training.pipelines import build_pipeline
@@ -149,3 +150,36 @@ def test_attention_in_turn_to_space_and_time_waits_as_often_as_any_other(is_trai
             counts[kind, steps] = counter.counts["reads"]
     assert counts["factorized", 2] == counts["factorized", 5]
     assert counts["factorized", 5] == counts["full", 5] + (not is_training)
+
+
+def test_texts_that_are_written_in_turn_read_no_more_than_one_alone(pipe):
+    """Each has a scheduler of its own, so none has to lay out its steps anew."""
+
+    def reads(texts: int, length: int) -> float:
+        streams = [
+            pipe.stream_batch([[5, 6, 7, 8]], length, generator=[seeded()]) for _ in range(texts)
+        ]
+        with host_reads.counting_mode() as counter:
+            for _ in itertools.zip_longest(*streams):
+                pass
+        return counter.counts["reads"] / texts
+
+    for length in (16, 32):
+        assert reads(2, length) == reads(1, length)
+
+
+@pytest.mark.parametrize("timestep_sampling", ["uniform", "cosine"])
+def test_steps_of_a_flow_and_of_a_diffusion_read_nothing(timestep_sampling):
+    clip = {"num_frames": 2, "height": 16, "width": 16, "patch_size": 8}
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    small |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+    options = {"timestep_sampling": timestep_sampling, "noise_std": 1.0}
+    options |= {"codec_config": clip, "transformer_config": small}
+    pipe = build_pipeline(TokComModel(preset_config("video-tiny", **options)).eval())
+    pipe.set_progress_bar_config(disable=True)
+    counts = []
+    for steps in (2, 5):
+        with host_reads.counting_mode() as counter:
+            pipe(num_inference_steps=steps, output_type="latent")
+        counts.append(counter.counts)
+    assert counts[0] == counts[1]

@@ -36,6 +36,7 @@ def test_a_compiled_server_has_compiled_everything_once_it_is_warm(tokenizer):
     warm = len(graphs)
     for count, prompt in ((1, "Squinty"), (4, "The pig"), (7, "He was a comical little pig")):
         pipe([prompt] * count, gen_length=30)
+    pipe.infill("Squinty was ____ and went away.", 7, num_candidates=16)
     assert 0 < warm == len(graphs)
 
 
