@@ -129,9 +129,11 @@ class ContextPlan(NamedTuple):
     partial: torch.Tensor
 
     @classmethod
-    def of(cls, given: torch.Tensor, has_gaps: torch.Tensor) -> "ContextPlan":
+    def of(
+        cls, given: torch.Tensor, has_gaps: torch.Tensor, real: torch.Tensor | None = None
+    ) -> "ContextPlan":
         """The plan of rows `has_gaps (B,)` whose `given (B, N, K)` tokens are known; other rows are
-        read in order.
+        read in order. What is not `real (B, N, K)` is padding, and no gap.
 
         What is known is read first, then for each gap the state before it, then the gap's chunks as
         they are filled.
@@ -139,7 +141,8 @@ class ContextPlan(NamedTuple):
         batch, length, _ = given.shape
         index = torch.arange(length + 1, device=given.device).expand(batch, -1)  # 0 is the start
         # chunks of a gap are those of which some token is not known
-        gap = ~given.all(-1) & has_gaps[:, None]  # (B, N)
+        is_missing = ~given if real is None else real & ~given
+        gap = is_missing.any(-1) & has_gaps[:, None]  # (B, N)
         inside = F.pad(gap[:, 1:], (0, 1))  # whether the gap goes on in the next chunk
         # only the last chunk of a gap can hold known tokens that are read before it is filled
         partial = gap & ~inside & given.any(-1)

@@ -124,7 +124,7 @@ def read_text(model, symbols, chunks, real, given, has_gaps, begins) -> torch.Te
     in which a gap ends is read with its unknown tokens blank.
     """
     batch, length, _ = chunks.shape
-    plan = ContextPlan.of(given, has_gaps)
+    plan = ContextPlan.of(given, has_gaps, real)
     blank = (plan.partial[..., None] & ~given) | ~real
     # known tokens are read at time 1, blank ones at time 0
     times = torch.where(blank, 0.0, 1.0)

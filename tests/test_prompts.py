@@ -1,13 +1,15 @@
 """Laws of sampling token models: one alignment, gaps that see both sides, steps on turns, a seed
 gives a prefix."""
 
+import helpers
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from helpers import exact_pipe, seeded
+from helpers import TURNS, exact_pipe, seeded, tiny_config
 
 from tokcom import context_tokcom
 from tokcom.context_tokcom import CachedContext
+from tokcom.evaluation.studies.infilling import token_nats
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.processing_tokcom import take_new, text_ids, vocabulary_size
@@ -242,6 +244,40 @@ def test_a_gap_is_filled_with_the_probabilities_that_training_shows(pipe):
     pipe.fill_ids(ids[0].tolist(), known.tolist(), TokComSampling(generator=[seeded()]))
     first = next(call for call in calls if len(call))[0]
     torch.testing.assert_close(first[:-1], expected[:-1], atol=1e-4, rtol=1e-4)
+
+
+def _local_pipe(tokenizer) -> TokComPipeline:
+    torch.manual_seed(0)
+    options = {**TURNS, "transformer_config": {**helpers.SPLIT, "local_head": True}}
+    model = TokComModel(tiny_config(vocabulary_size(tokenizer), **options)).eval()
+    pipe = TokComPipeline(
+        model, TokComFlowMatchScheduler.from_model_config(model.config), tokenizer
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [21, 22, 23, 24])
+@pytest.mark.parametrize("is_local", [False, True])
+def test_a_filling_is_drawn_from_the_probabilities_that_score_it(pipe, is_local, length):
+    """At a temperature that leaves one choice: the likeliest token of each place."""
+    if is_local:
+        pipe = _local_pipe(pipe.tokenizer)
+    for parameter in pipe.model.transformer.parameters():
+        if parameter.ndim > 1:  # large enough for a mistake to show
+            torch.nn.init.normal_(parameter, std=0.2)
+    pipe.model.set_stage("flow")
+    ids = torch.randint(0, 290, (length,), generator=seeded()).tolist()
+    for start, stop in ((9, 13), (14, 15), (17, 18), (20, 21), (0, 2)):
+        known = [not start <= place < stop for place in range(length)]
+        settings = TokComSampling(4, generator=[seeded()], temperature=1e-3)  # a step for each turn
+        (filled,), _ = pipe.fill_ids(ids, known, settings)
+        for place in range(start, stop):
+            others = torch.tensor(filled).repeat(vocabulary_size(pipe.tokenizer), 1)
+            others[:, place] = torch.arange(len(others))
+            nats, _ = token_nats(pipe.model, others.tolist(), start, stop)
+            assert int(nats[:, place].argmin()) == filled[place]
 
 
 @torch.no_grad()

@@ -43,8 +43,6 @@ def token_nats(model, rows: list[list[int]], start: int, stop: int) -> tuple[tor
     real[:, count:] = 0
     known = real.clone()
     known[:, start:stop] = 0
-    # padding after the text is not a gap
-    known = torch.where(real.bool(), known, 1)
     both = model.objective.loss(model, whole, real, known_mask=known, fills_gaps=True)
     left = model.objective.loss(model, whole, real)
     return tuple(output.token_losses.flatten(1)[:, :count] for output in (both, left))
