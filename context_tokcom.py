@@ -38,6 +38,7 @@ class TokComStep(NamedTuple):
     beside: "TokComStep | None" = None  # the same for `[context | x]`, which `lay_out` adds
     # how many tokens of a chunk are decided before this step, and after it
     decided: tuple[int, int] | None = None
+    given: torch.Tensor | None = None  # (B, Q, K), of blocks with tokens that the caller has given
 
     def with_given(self, known: torch.Tensor) -> "TokComStep":
         """The step of a block in which the `known (B, Q, K)` tokens are clean from the
@@ -46,7 +47,7 @@ class TokComStep(NamedTuple):
         times = torch.where(known, 1.0, self.times)
         chosen = TokComChoice.of(self.chosen.mask & ~known, self.chosen.blank)
         uncertain = TokComChoice.of((times > 0) & (times < 1))
-        return self._replace(times=times, chosen=chosen, uncertain=uncertain)
+        return self._replace(times=times, chosen=chosen, uncertain=uncertain, given=known)
 
 
 # ---- the cache ----
@@ -221,6 +222,8 @@ class Context:
         if self.chunk_cache is not None and step.decided is not None:
             self.chunk_cache.open(*step.decided)
             local["chunk_cache"] = self.chunk_cache
+        if self.model.config.transformer_config.local_head:
+            local["given"] = step.given
         return self.model.predict(
             x,
             step.time,

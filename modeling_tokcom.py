@@ -243,6 +243,7 @@ class TokComModel(CheckedWeights, TokComPreTrainedModel):
         chunks: torch.Tensor | None = None,
         uncertain: TokComChoice | None = None,
         entry: torch.Tensor | None = None,
+        given: torch.Tensor | None = None,
         **kwargs,
     ) -> TokComTransformerOutput:
         """What the network predicts, as `.latents`: the clean latents, or what a token head reads,
@@ -271,6 +272,7 @@ class TokComModel(CheckedWeights, TokComPreTrainedModel):
             past_key_values=past_key_values,
             features=_repeat(features, copies),
             entry=entry,
+            given=_repeat(given, copies),
             **kwargs,
         )
 

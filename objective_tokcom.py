@@ -100,7 +100,8 @@ class TokComFlowObjective(TokComObjective):
 
     Args:
         context_dropout: share of the rows that lose their context, for classifier-free guidance.
-        infill_rate: share of the rows with a gap that is generated after what follows it.
+        infill_rate: share of the rows with a gap that is generated after what follows it; a local
+            head also learns this share of the other chunks with their last tokens known.
         noise_draws: M, noisy copies of every latent that one pass over the clean text trains; 1 for
             bidirectional models, which have no clean half to share.
     """
@@ -189,6 +190,9 @@ class TokComNextChunkObjective(TokComFlowObjective):
         begins = begins & ~dropped  # rows without context do not know where they stand
         states = read_text(model, symbols, chunks, real, given, has_gaps, begins)  # (B, 1 + N, D)
 
+        if is_local and known_mask is None and model.training:
+            given = given | self._draw_ends(given)
+
         # only the chunks and times at which some token has its turn pass the head
         times = self._times(model, chunks, timestep)  # (B, M, N)
         progress, has_turn = self._turns(model, times)  # (B, M, N, K) each
@@ -210,6 +214,7 @@ class TokComNextChunkObjective(TokComFlowObjective):
             times[row, draw, place][None],
             features=head.read(symbols, noisy[None], read_times[None], own[None]),
             entry=before[None],
+            given=given[row, place][None] if is_local else None,
         ).latents  # (1, R, K * E)
         chosen = wanted[row, draw, place]  # (R, K)
         inputs = (noisy[None], place_times[None], own[None], chosen[None])
@@ -244,6 +249,18 @@ class TokComNextChunkObjective(TokComFlowObjective):
                 known = draw_gaps(batch, length * size, device).view(given.shape)  # in tokens
                 given = known & has_gaps[:, None, None]  # other rows are plain text
         return given, has_gaps, dropped
+
+    def _draw_ends(self, given: torch.Tensor) -> torch.Tensor:
+        """Draw tokens at the ends of chunks that a local head may read before their turn, `(B, N,
+        K)`; none in chunks with others that are `given (B, N, K)`.
+
+        Gaps alone end in so few chunks that it would hardly learn what stands behind them.
+        """
+        batch, length, size = given.shape
+        first = torch.randint(1, size, (batch, length, 1), device=given.device) if size > 1 else 1
+        drawn = torch.rand(batch, length, 1, device=given.device) < self.infill_rate
+        drawn &= ~given.any(-1, keepdim=True)
+        return drawn & (torch.arange(size, device=given.device) >= first)
 
     def _times(self, model, chunks: torch.Tensor, timestep: float | None) -> torch.Tensor:
         """Times `(B, M, N)` of chunks `(B, N, K)`: M strata, or in eval mode all turns."""

@@ -208,10 +208,13 @@ class TokComTransformer(TokComPreTrainedModel):
             self.stream_embedding = nn.Embedding(len(config.stream_channels), config.hidden_size)
         self.norm = TokComRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.token_in = self.place_embedding = None
+        self.behind_in = self.distance_embedding = None
         if config.local_head:
             channels = config.feature_size // config.num_places  # E, of one token
             self.token_in = TokComProjection(channels, config.hidden_size, bias=False)
             self.place_embedding = nn.Embedding(config.num_places, config.hidden_size)
+            self.behind_in = TokComProjection(channels, config.hidden_size, bias=False)
+            self.distance_embedding = nn.Embedding(config.num_places, config.hidden_size)
         self.proj_out = linear(config.hidden_size, channels)
         self.gradient_checkpointing = False
         self.post_init()
@@ -314,6 +317,7 @@ class TokComTransformer(TokComPreTrainedModel):
         entry: torch.Tensor | None = None,
         prefix: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
         group_size: int | None = None,
+        given: torch.Tensor | None = None,
         chunk_cache: Cache | None = None,
         **kwargs,
     ) -> TokComTransformerOutput:
@@ -333,6 +337,7 @@ class TokComTransformer(TokComPreTrainedModel):
             prefix (*optional*): of bidirectional models, states `(B, L, D)` at time 1 before all
                 latents, which of them exist, `(B, L)`, and their positions `(L,)`.
             group_size: latents of a moment, for factorised attention; else read from the positions.
+            given (`(B, S, K)`): with a local head, the tokens that are known from the beginning.
             chunk_cache: with a local head, keys of places that earlier calls have computed, and
                 which this one computes; the output is 0 at the others.
         """
@@ -361,7 +366,8 @@ class TokComTransformer(TokComPreTrainedModel):
             if not hidden_states.shape[1]:  # all is context, which the cache holds by now
                 return TokComTransformerOutput(latents=latents[:, :0])
         if self.config.local_head:
-            states = self._denoise_locally(features[:, num_context:], hidden_states, chunk_cache)
+            features = features[:, num_context:]
+            states = self._denoise_locally(features, hidden_states, given, chunk_cache)
             return TokComTransformerOutput(latents=states)
         states = self._denoise(hidden_states, timestep, modulations, group_size, *where, **kwargs)
         if prefix is not None:
@@ -372,18 +378,25 @@ class TokComTransformer(TokComPreTrainedModel):
         return TokComTransformerOutput(latents=latents)
 
     def _denoise_locally(
-        self, features: torch.Tensor, entry: torch.Tensor, chunk_cache: Cache | None
+        self,
+        features: torch.Tensor,
+        entry: torch.Tensor,
+        given: torch.Tensor | None,
+        chunk_cache: Cache | None,
     ) -> torch.Tensor:
         """What is expected of every token given those before it in its chunk, `(B, S, K * E)`.
 
-        `features (B, S, K * E)` hold the tokens, of which a place reads those before its own, and
-        `entry (B, S, D)` is what the context says.
+        `features (B, S, K * E)` hold the tokens, of which a place reads those before its own and,
+        in a gap, the first one behind it that is `given (B, S, K)`. `entry (B, S, D)` is what the
+        context says.
         """
         count = self.config.num_places
         own = slice(0, count) if chunk_cache is None else chunk_cache.places
         tokens = features.unflatten(-1, (count, -1)).flatten(0, 1)  # (B * S, K, E)
         before = F.pad(tokens, (0, 0, 1, -1))[:, own]  # (B * S, k, E), of the places at hand
         states = self.token_in(before) + self.place_embedding.weight[own]  # (B * S, k, D)
+        if given is not None:
+            states = states + self._read_behind(tokens, given.flatten(0, 1))[:, own]
         states = states + entry.flatten(0, 1)[:, None]
         places = torch.arange(count, device=features.device)
         head_size = self.config.hidden_size // self.config.num_attention_heads
@@ -393,6 +406,22 @@ class TokComTransformer(TokComPreTrainedModel):
             states = layer(states, None, tables, mask, chunk_cache)
         states = F.pad(self.proj_out(self.norm(states)), (0, 0, own.start, count - own.stop))
         return states.flatten(1).view(*entry.shape[:2], -1)
+
+    def _read_behind(self, tokens: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+        """What a place inside a gap is told of the first known token behind it in its chunk, and
+        how far away that is, `(R, K, D)`; 0 where none is, and outside gaps.
+
+        `tokens (R, K, E)`, of which those that are `given (R, K)` are known from the beginning.
+        """
+        count = tokens.shape[1]
+        places = torch.arange(count, device=tokens.device)
+        # the first known place from each one on, `count` if there is none
+        found = torch.where(given, places, count).flip(1).cummin(1).values.flip(1)  # (R, K)
+        is_told = ~given & (found < count)
+        found = found.clamp(max=count - 1)
+        known = tokens.gather(1, found[..., None].expand_as(tokens))
+        told = self.behind_in(known) + self.distance_embedding((found - places).clamp(min=0))
+        return torch.where(is_told[..., None], told, 0)
 
     def _denoise(
         self,

@@ -14,7 +14,6 @@ from tokcom.modeling_causal_tokcom import TokComForCausalLM
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.processing_tokcom import vocabulary_size
-from tokcom.sampling_tokcom import TokComSampling
 from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 
 LOCAL = {**SPLIT, "local_head": True}
@@ -86,7 +85,7 @@ def test_logits_of_padded_rows_and_of_a_cache_are_those_of_each_text_alone():
 
 def test_every_part_of_the_head_learns():
     model = local_model().train()
-    model.set_stage("flow", infill_rate=0.0, context_dropout=0.0)
+    model.set_stage("flow", infill_rate=0.5, context_dropout=0.0)
     model(torch.randint(0, 290, (2, 16))).loss.backward()
     for name, value in model.transformer.named_parameters():
         assert value.grad is not None and value.grad.abs().sum() > 0, name
@@ -206,17 +205,31 @@ def test_a_gap_reads_the_tokens_behind_it_in_its_chunk_and_nothing_that_is_not_g
 
 
 @torch.no_grad()
-def test_a_filling_is_drawn_from_the_probabilities_that_score_it(pipe):
-    """At a temperature that leaves one choice: the likeliest token of each place."""
-    model = pipe.model
-    model.set_stage("flow")
-    ids = torch.randint(0, 290, (1, 24), generator=seeded())[0].tolist()
-    start, stop = 9, 13  # in the third chunk and the fourth, of which three tokens are known
-    known = [not start <= place < stop for place in range(len(ids))]
-    settings = TokComSampling(generator=[seeded()], temperature=1e-3)
-    filled = torch.tensor(pipe.fill_ids(ids, known, settings)[0])
-    for place in range(start, stop):
-        others = filled.repeat(model.config.codec_config.pad_token_id, 1)  # the last id
-        others[:, place] = torch.arange(len(others))
-        nats = gap_nats(model, others, start, stop)[:, place - start]
-        assert int(nats.argmin()) == int(filled[0, place])
+def test_the_head_itself_reads_the_first_known_token_behind_a_gap():
+    """The context knows it, too; here it says nothing."""
+    net = local_model().transformer
+    features = torch.randn(1, 2, net.config.feature_size)
+    entry = torch.zeros(1, 2, net.config.hidden_size)
+    given = torch.tensor([[[False, False, True, True], [True, True, False, False]]])
+
+    def expected(features: torch.Tensor) -> torch.Tensor:
+        return net._denoise_locally(features, entry, given, None).unflatten(-1, (4, -1))
+
+    plain = expected(features)
+    for chunk, place, reads in ((0, 2, [True, True]), (0, 3, [False] * 3), (1, 3, [False] * 4)):
+        other = features.clone().unflatten(-1, (4, -1))
+        other[0, chunk, place] += 1
+        changed = (expected(other.flatten(2)) - plain).abs().amax(-1)[0, chunk] > 1e-5
+        assert changed[: len(reads)].tolist() == reads
+
+
+def test_ends_of_chunks_are_given_as_often_as_the_infill_rate_says_and_never_whole_chunks():
+    objective = local_model().objective
+    objective.infill_rate = 0.2
+    given = torch.zeros(50, 200, 4, dtype=torch.bool)
+    given[:25, :, 0] = True
+    torch.manual_seed(0)
+    drawn = objective._draw_ends(given)
+    assert not drawn[:25].any() and not drawn[..., 0].any()
+    assert (drawn[..., 1:] >= drawn[..., :-1]).all()  # ends, not middles
+    assert abs(float(drawn[25:].any(-1).float().mean()) - 0.2) < 0.02
