@@ -6,6 +6,7 @@ docs/performance_time.png and docs/performance_batch.png.
 The numbers are read from the page's own tables.
 """
 
+import argparse
 import io
 import re
 from pathlib import Path
@@ -102,6 +103,7 @@ def save(figure, name: str) -> None:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     text = (DOCS / "performance.md").read_text(encoding="utf-8")
     draw_operations(text)
     draw_time(text)

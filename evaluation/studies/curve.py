@@ -115,6 +115,8 @@ class TurnSystem:
     def settings(self) -> list[dict]:
         """The ways in which the system is sampled."""
         size = self.chunk_size
+        if self.pipe.model.config.transformer_config.local_head:
+            return [{"num_inference_steps": size}]  # other numbers change nothing, or lose
         return [
             {"num_inference_steps": steps}
             for steps in (STEPS if size == 4 else (size // 2, size, 2 * size))
@@ -205,6 +207,8 @@ SYSTEMS = {
     "no turns": Entry(TurnSystem, "stagger_0"),
     "turns, K = 2": Entry(TurnSystem, "k2"),
     "turns, K = 8": Entry(TurnSystem, "k8"),
+    "local head": Entry(TurnSystem, "local_7_1"),
+    "local head, K = 8": Entry(TurnSystem, "local_k8_7_1"),
     "masks": Entry(MaskSystem, "recipe"),
     "autoregressive": Entry(AutoregressiveSystem),
     "turns, trained": Entry(TurnSystem),
