@@ -4,8 +4,8 @@
     python scripts/time_step.py ../before . --new_options attention=eager
 
 Steps are those of the flow stage at real size: forward, backward and optimizer on random ids, in
-bfloat16 where the processor is fast at it. Each round starts a process in each tree. The ratio is
-that of the medians of all steps.
+bfloat16 where the processor is fast at it, with the objective of the tree's own training preset.
+Each round starts a process in each tree. The ratio is that of the medians of all steps.
 """
 
 import argparse
@@ -32,14 +32,22 @@ try:
     from tokcom.training.presets import preset_config
 except ImportError:  # before version 0.2.1 presets were in the configuration
     preset_config = TokComConfig.from_preset
+try:
+    from tokcom.training.config import load_train_config
+    objective = load_train_config({preset!r}, []).flow.objective
+except (ImportError, AttributeError):  # then the model's configuration has all of it
+    objective = {{}}
 torch.set_num_threads(1)
 options = json.loads({options!r})
 torch.manual_seed(0)
 model = TokComModel(preset_config({preset!r}, 4096, **options.get("model", {{}})))
-model.set_stage("flow", **options.get("objective", {{}}))
+model.set_stage("flow", **{{**objective, **options.get("objective", {{}})}})
 model.train()
 if "attention" in options:
     model.set_attn_implementation(options["attention"])
+if options.get("compile"):
+    for part in model.objective.compilable_parts(model):
+        part.compile()
 optimizer = build_optimizer(model, 3e-3, 1.2e-2, 0.01)
 ids = torch.randint(0, 4096, ({rows}, {length}))
 seconds = []
@@ -95,7 +103,7 @@ def main() -> None:
         "--old_options",
         nargs="*",
         default=[],
-        help="attention=NAME, model.FIELD=VALUE, objective.FIELD=VALUE in the old tree",
+        help="attention=NAME, compile=true, model.FIELD=VALUE, objective.FIELD=VALUE in the old tree",
     )
     parser.add_argument("--new_options", nargs="*", default=[], help="the same in the new tree")
     args = parser.parse_args()
