@@ -57,15 +57,36 @@ def truncate(logits: torch.Tensor, top_k: int, min_p: float) -> torch.Tensor:
 class Teacher:
     """A causal language model that starts a text with BOS and ends it with `end` (EOS or BOS).
 
-    `top_k` and `min_p` are those that its text was sampled with.
+    `top_k`, `min_p` and `temperature` are those that its text was sampled with.
+    Raises `ValueError` for a model without BOS or `end`.
     """
 
-    def __init__(self, path: str, top_k: int, min_p: float, end: str = "eos", device: str = "cpu"):
+    def __init__(
+        self,
+        path: str,
+        top_k: int,
+        min_p: float,
+        end: str = "eos",
+        device: str = "cpu",
+        temperature: float = 1.0,
+    ):
         self.tokenizer = load_tokenizer(path)
         self.model = load_language_model(path, device)
         self.top_k = top_k
         self.min_p = min_p
-        self.end = getattr(self.tokenizer, f"{end}_token_id")
+        self.temperature = temperature
+        self.start = self._special_id("bos", path)
+        self.end = self._special_id(end, path)
+
+    def _special_id(self, name: str, path: str) -> int:
+        found = getattr(self.tokenizer, f"{name}_token_id")
+        found = getattr(self.model.config, f"{name}_token_id", None) if found is None else found
+        if found is None:
+            raise ValueError(
+                f"{path} has no {name.upper()} token, so the likelihood of its whole texts is not "
+                "known; give a teacher whose texts begin with one and end with EOS or BOS."
+            )
+        return found
 
     @torch.no_grad()
     def nats(self, texts: list[str], ended: list[bool], truncated: bool) -> tuple[np.ndarray, int]:
@@ -79,12 +100,13 @@ class Teacher:
         for text, has_end in zip(tqdm(texts, desc="teacher", leave=False), ended):
             # the teacher's own tokens: nats are comparable per character only
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            ids = [self.tokenizer.bos_token_id, *ids, *([self.end] if has_end else [])]
+            ids = [self.start, *ids, *([self.end] if has_end else [])]
             logits = logits_of_text(self.model, ids)[:-1]  # (T, V)
             targets = torch.tensor(ids[1:], device=logits.device)[:, None]  # (T, 1)
             plain = logits.log_softmax(-1).gather(-1, targets)[:, 0]
             if truncated:
-                cut = truncate(logits, self.top_k, self.min_p).gather(-1, targets)[:, 0]
+                allowed = truncate(logits / self.temperature, self.top_k, self.min_p)
+                cut = allowed.gather(-1, targets)[:, 0]
                 # min-p in another precision may cut a token that was sampled
                 impossible += int(cut.isinf().sum())
                 # an infinity would be the sum of all texts; these are counted instead
@@ -277,6 +299,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="of the sampling of its text (default: %(default)s)",
     )
     parser.add_argument(
+        "--temperature",
+        type=float,
+        default=1.0,
+        help="of the sampling of its text (default: %(default)s)",
+    )
+    parser.add_argument(
         "--data", required=True, help="parquet file with held-out teacher text in a column `text`"
     )
     parser.add_argument(
@@ -314,7 +342,8 @@ def main(argv: list[str] | None = None) -> None:
     ]
     longest = pipe.max_length - 1  # and EOS
     kept = [text for text in texts if len(text_ids(pipe.tokenizer, text)) <= longest]
-    teacher = Teacher(args.teacher, args.top_k, args.min_p, args.teacher_end, args.device)
+    how = args.top_k, args.min_p, args.teacher_end, args.device, args.temperature
+    teacher = Teacher(args.teacher, *how)
     students = {"tokcom": TokComStudent(pipe)}
     if args.peer:
         students["peer"] = AutoregressiveStudent(args.peer, pipe.tokenizer, args.device)

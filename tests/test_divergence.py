@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from helpers import build_model, seeded
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from tokcom.evaluation.divergence import TokComStudent, difference, tempered, truncate
+from tokcom.evaluation.divergence import Teacher, TokComStudent, difference, tempered, truncate
 from tokcom.evaluation.studies import blind_reading
 from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.processing_tokcom import text_ids, vocabulary_size
@@ -97,3 +98,36 @@ def test_answers_of_blind_readers_are_counted_by_author(tmp_path, capsys):
     ]
     assert rows[1].startswith("| a | 2 | 1.000 | 0.000 | 1.000 | 0.000 | 3.000 | 1.000")
     assert rows[2].startswith("| b | 2 | 1.000 | 0.000 | 1.000 | 0.000 | 5.000 | 0.000")
+
+
+@pytest.fixture
+def teacher_folder(tokenizer, tmp_path) -> str:
+    size = vocabulary_size(tokenizer)
+    shape = {"vocab_size": size, "hidden_size": 16, "intermediate_size": 16}
+    shape |= {"num_hidden_layers": 1, "num_attention_heads": 2, "bos_token_id": None}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def test_a_teacher_without_the_token_that_begins_its_texts_is_refused_by_name(teacher_folder):
+    with pytest.raises(ValueError, match="has no BOS token"):
+        Teacher(teacher_folder, 0, 0.0)
+
+
+def test_a_teacher_is_scored_at_the_temperature_that_its_text_was_sampled_with(
+    teacher_folder, tokenizer
+):
+    config = LlamaConfig.from_pretrained(teacher_folder)
+    config.bos_token_id = tokenizer.eos_token_id
+    config.save_pretrained(teacher_folder)
+    found = [
+        Teacher(teacher_folder, 0, 1e-9, temperature=value).nats(["Once upon"], [True], True)[0]
+        for value in (1.0, 2.0)
+    ]
+    ids = [tokenizer.eos_token_id, *text_ids(tokenizer, "Once upon"), tokenizer.eos_token_id]
+    logits = LlamaForCausalLM.from_pretrained(teacher_folder)(torch.tensor([ids])).logits[0, :-1]
+    for value, nats in zip((1.0, 2.0), found):
+        own = (logits / value).log_softmax(-1).gather(-1, torch.tensor(ids[1:])[:, None])
+        assert float(nats[0]) == pytest.approx(-float(own.sum()), rel=1e-4)
