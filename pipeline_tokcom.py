@@ -75,6 +75,7 @@ from .tasks_tokcom import (
     continuation_task,
     join_rows,
     latent_gap_task,
+    num_latents,
     pad_token_id,
     token_gap_task,
 )
@@ -218,6 +219,10 @@ class TokComPipeline(TokComBasePipeline):
         """
 
         def make_noise(count: int) -> torch.Tensor:
+            if latents is None:
+                # whole blocks, or the end of a text would depend on where it is cut
+                size = self.model.config.transformer_config.block_size or 1
+                count = -(-count // size) * size
             return self.prepare_latents(len(rows), count, sampling.generator, latents) * noise_scale
 
         task, skip = continuation_task(
@@ -233,8 +238,10 @@ class TokComPipeline(TokComBasePipeline):
     ) -> TokComPipelineOutput:
         """Run the sampler; of a text only what follows its prompt."""
         empty = torch.empty(len(rows), 0, self.model.config.codec_config.latent_channels)
-        found = join_blocks(blocks, empty.to(self._execution_device))
-        output = self._finish(*found, gen_length, output_type, skip)
+        latents, ids = join_blocks(blocks, empty.to(self._execution_device))
+        # the last block may hold more than was asked for
+        latents = latents[:, : num_latents(self.model.config, max(skip) + gen_length)]
+        output = self._finish(latents, ids, gen_length, output_type, skip)
         if output.texts is not None:
             lengths = output.attention_mask.sum(-1).tolist()  # tokens up to EOS
             new = [ids[:length] for ids, length in zip(output.sequences.tolist(), lengths)]

@@ -258,7 +258,7 @@ def continuation_task(
     """The task of continuing rows of ids, which may begin `inside` a text, by `gen_length` tokens.
 
     Also returns how many tokens of its prompt each row's first blocks repeat: those of the
-    unfinished chunk.
+    unfinished chunk. `make_noise` may make more latents than it is asked for.
     """
     config = model.config
     knows_tokens = model.token_head is not None
@@ -272,6 +272,7 @@ def continuation_task(
     what = "prompt and generated text are a text"
     check_length(config, context_length + length, what, "reduce `gen_length` or the prompt")
     noise = make_noise(length)
+    length = noise.shape[1]
     # counted on from the last whole chunk of each prompt
     places = torch.arange(length, device=noise.device).expand(len(rows), -1)
     if context is not None and knows_tokens:

@@ -294,6 +294,24 @@ def test_fillings_that_are_drawn_together_are_those_drawn_alone(pipe, gaps):
         assert alone == [row]
 
 
+@pytest.mark.parametrize("block_size", [1, 3, 4])
+@pytest.mark.parametrize("prediction", ["tokens", "latents"])
+def test_a_shorter_text_is_the_beginning_of_a_longer_one(tokenizer, prediction, block_size):
+    torch.manual_seed(0)
+    options = {"prediction_type": prediction, "transformer_config": {"block_size": block_size}}
+    if prediction == "tokens":
+        options["codec_config"] = {"encoder_type": "token"}
+    model = TokComModel(tiny_config(vocabulary_size(tokenizer), **options)).eval()
+    scheduler = TokComFlowMatchScheduler.from_model_config(model.config)
+    pipe = TokComPipeline(model, scheduler, tokenizer)
+    pipe.set_progress_bar_config(disable=True)
+    whole = pipe("Once upon a time", gen_length=40, generator=seeded()).sequences[0].tolist()
+    for length in (1, 4, 7, 16, 21):
+        output = pipe("Once upon a time", gen_length=length, generator=seeded())
+        assert output.sequences[0].tolist() == whole[:length]
+        assert output.latents.shape[1] <= -(-length // 4) + 1
+
+
 def test_a_list_of_generators_is_one_for_each_filling(pipe):
     text = "Tom ____ home."
     alone = pipe.infill(text, 3, generator=seeded(4)).texts
