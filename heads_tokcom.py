@@ -18,7 +18,7 @@ Shape legend: B batch, N latents, K symbols of a chunk (tokens, for most codecs)
 embedding, V vocabulary, R rows: the tokens that a call works on.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -510,16 +510,19 @@ class TokComTokenHead(nn.Module):
         uniform,
         temperature=1.0,
         top_p=1.0,
+        excluded: Sequence[int] = (),
     ) -> torch.Tensor:
         """Draw the `chosen` tokens with `uniform (B, N, K)` numbers in [0, 1); returns ids
         `(B, N, K)`.
 
         `temperature` divides what the network expects, not the likelihood; `top_p` cuts the result
-        to its nucleus.
+        to its nucleus. Symbols that are `excluded` are never drawn.
         """
 
         def ids(likelihood: torch.Tensor | None, table, states: torch.Tensor, uniform):
             logits = self.logits(states) / temperature  # (R, V)
+            for symbol in excluded:
+                logits[:, symbol] = float("-inf")
             if likelihood is not None:
                 logits = logits + likelihood
             probabilities = logits.softmax(-1)

@@ -543,6 +543,9 @@ class TokComPipeline(TokComBasePipeline):
         """`text` with its gaps filled, once for each generator."""
         self.check_inputs(sampling.num_inference_steps, length=("gap_length", gap_length))
         known = split_gaps(text)
+        if (len(known) > 2 or known[-1].strip()) and self._eos_token_id is not None:
+            # a text that goes on has not ended
+            sampling = replace(sampling, excluded=self._symbols_of(self._eos_token_id))
         rows = [self._tokenize([piece], "text")[0] if piece.strip(" ") else [] for piece in known]
         fill = self._fill_tokens if self._predicts_tokens else self._fill_latents
         fillings, latents = fill(rows, gap_length, sampling)
@@ -588,6 +591,13 @@ class TokComPipeline(TokComBasePipeline):
         ids, known, starts = join_rows(rows, gap_length)
         texts, latents = self.fill_ids(ids, known, sampling)
         return [[text[start : start + gap_length] for start in starts] for text in texts], latents
+
+    def _symbols_of(self, token_id: int) -> tuple[int, ...]:
+        """The token as something that a sampler can exclude; nothing for models that draw digits,
+        or none."""
+        head = self.model.token_head
+        draws_ids = head is not None and head.num_symbols == self.chunk_size
+        return (token_id,) if draws_ids else ()
 
     def fill_ids(
         self, ids: list[int], known: list[bool], sampling: TokComSampling

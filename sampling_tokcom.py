@@ -104,6 +104,7 @@ class TokComSampling:
         temperature, top_p (`float`, *optional*): of token probabilities; see
             `TokComTokenHead.draw`.
         generator: source of what is drawn during sampling, one or one per row.
+        excluded (`tuple[int, ...]`): symbols that are never drawn, such as EOS inside a gap.
     """
 
     num_inference_steps: int | None = None
@@ -112,6 +113,7 @@ class TokComSampling:
     temperature: float | None = None
     top_p: float | None = None
     generator: torch.Generator | list[torch.Generator] | None = None
+    excluded: tuple[int, ...] = ()
 
     def resolve(self, config) -> "TokComSampling":
         """The same with every value set, from a `TokComConfig` where it was None.
@@ -130,8 +132,10 @@ class TokComSampling:
                 f"`guidance_scale` ({found.guidance_scale!r}) must be one number for this model; "
                 "give a number."
             )
-        if not math.isfinite(found.guidance_scale):
-            raise ValueError(f"`guidance_scale` ({found.guidance_scale}) must be finite.")
+        if not 0 <= found.guidance_scale < math.inf:
+            raise ValueError(
+                f"`guidance_scale` ({found.guidance_scale}) must be finite and not negative."
+            )
         if found.num_inference_steps is None:
             found.num_inference_steps = config.num_inference_steps
         if found.temperature is None:
@@ -587,6 +591,7 @@ class TokComBlockSampler:
             uniform,
             sampling.temperature,
             sampling.top_p,
+            sampling.excluded,
         )
         # tokens that are clean already stay what they are
         chunks = torch.where(step.times == 1, chunks, drawn)

@@ -312,6 +312,23 @@ def test_a_shorter_text_is_the_beginning_of_a_longer_one(tokenizer, prediction, 
         assert output.latents.shape[1] <= -(-length // 4) + 1
 
 
+def test_no_gap_with_text_behind_it_holds_the_end_of_the_text(pipe):
+    eos = pipe.tokenizer.eos_token_id
+    pipe.model.token_head.logits = _all_but_certain(pipe.model.token_head.logits, eos)
+    for text, ends in (("A ____ pig", False), ("A ____ pig ____", False), ("A pig ____", True)):
+        output = pipe.infill(text, 3, generator=seeded())
+        assert (eos in output.sequences.flatten().tolist()) is ends
+
+
+def _all_but_certain(logits, symbol: int):
+    def biased(states):
+        found = logits(states)
+        found[:, symbol] += 100
+        return found
+
+    return biased
+
+
 def test_a_list_of_generators_is_one_for_each_filling(pipe):
     text = "Tom ____ home."
     alone = pipe.infill(text, 3, generator=seeded(4)).texts
