@@ -12,6 +12,7 @@ Notable choices:
 """
 
 import os
+import re
 import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ from .pictures_tokcom import Frames, is_film, is_stored, upright
 from .sounds_tokcom import TokComAudioProcessor, is_samples, read_sound, read_wav, write_wav
 
 CHARACTERS = "training_characters"  # of a tokenizer: every character of the training text
+HIDDEN = "\ufdd0"  # no character: stands around what a chat template must not see
 PAD_TOKENS = ("<pad>", "<|pad|>", "<|tokcom_pad|>")  # the first that the vocabulary lacks
 PICTURE_FORMS = "a PIL image, a file, its bytes, an array (H, W, 3) or a tensor (3, H, W)"
 CLIP_FORMS = (
@@ -103,7 +105,6 @@ def tokenize_texts(
     tokenizer: PreTrainedTokenizerBase | None,
     texts: Sequence[str],
     name: str,
-    special_tokens: bool = False,
 ) -> list[list[int]]:
     """Ids of each text; raises `ValueError` with the argument's `name` for an empty one, or without
     a tokenizer."""
@@ -114,7 +115,10 @@ def tokenize_texts(
         raise ValueError(
             f"`{name}` is text, but this pipeline has no tokenizer; pass one when building it."
         )
-    rows = [text_ids(tokenizer, text, special_tokens) for text in texts]  # ragged: no padding yet
+    rows = [  # ragged: no padding yet
+        text.ids(tokenizer) if isinstance(text, ChatText) else text_ids(tokenizer, text)
+        for text in texts
+    ]
     for text, row in zip(texts, rows):
         if not row:
             raise ValueError(
@@ -202,7 +206,45 @@ def likeliest(scores: list[TokComScore]) -> int:
 
 
 class ChatText(str):
-    """A text that a chat template has made: what spells a special token in it is that token."""
+    """A text that a chat template has made: what spells a special token in the template is that
+    token, in what a turn says it is text.
+
+    `pieces` join to it; those at odd places are text that spells a special token.
+    """
+
+    pieces: list[str]
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]]) -> "ChatText":
+        """The `turns` of a dialogue as the tokenizer's chat template writes them, up to where the
+        answer begins."""
+        spellings = [
+            token.content for token in tokenizer.added_tokens_decoder.values() if token.special
+        ]
+        spelled = re.compile("|".join(map(re.escape, sorted(spellings, key=len, reverse=True))))
+        found: list[str] = []
+
+        def hide(match: re.Match) -> str:
+            found.append(match[0])
+            return f"{HIDDEN}{len(found) - 1}{HIDDEN}"
+
+        if spellings:
+            turns = [turn | {"content": spelled.sub(hide, turn["content"])} for turn in turns]
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        pieces = re.split(f"{HIDDEN}([0-9]+){HIDDEN}", text)
+        pieces[1::2] = [found[int(index)] for index in pieces[1::2]]
+        chat = cls("".join(pieces))
+        chat.pieces = pieces
+        return chat
+
+    def ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """Without spaces at the end, which belong to the first word of the answer."""
+        found = []
+        for i, piece in enumerate(self.pieces):
+            is_last = i == len(self.pieces) - 1
+            text = piece.rstrip(" ") if is_last else piece
+            found += text_ids(tokenizer, text, special_tokens=i % 2 == 0)
+        return found
 
 
 def as_prompts(tokenizer: PreTrainedTokenizerBase | None, prompt: Any) -> list[str]:
@@ -226,8 +268,7 @@ def as_prompts(tokenizer: PreTrainedTokenizerBase | None, prompt: Any) -> list[s
                 shown = _describe(turn["content"])
                 raise ValueError(f"what a turn of a dialogue says must be a text, not {shown}.")
         if getattr(tokenizer, "chat_template", None):
-            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-            prompts[i] = ChatText(text)
+            prompts[i] = ChatText.of(tokenizer, turns)
         else:
             prompts[i] = "\n".join(turn["content"] for turn in turns)
     return prompts
@@ -260,10 +301,8 @@ def prompt_ids(
         if isinstance(prompt, list) and prompt and all(isinstance(i, int) for i in prompt):
             rows.append(prompt)  # ids already
             continue
-        text: Any = prompt.rstrip(" ") if isinstance(prompt, str) else prompt
-        rows += tokenize_texts(
-            tokenizer, [text], "prompt", special_tokens=isinstance(prompt, ChatText)
-        )
+        is_plain = isinstance(prompt, str) and not isinstance(prompt, ChatText)
+        rows += tokenize_texts(tokenizer, [prompt.rstrip(" ") if is_plain else prompt], "prompt")
     longest = max(map(len, rows))
     if longest > max_length and truncation is None:
         raise ValueError(

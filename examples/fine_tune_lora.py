@@ -31,7 +31,8 @@ def read(file: str, tokenizer, length: int):
     texts = load_dataset("json", data_files=file, split="train")
 
     def windows(rows: dict) -> dict:
-        ids = tokenizer(rows["text"])["input_ids"]
+        # `</s>` in a text is text
+        ids = tokenizer(rows["text"], split_special_tokens=True)["input_ids"]
         return {
             "input_ids": [row[i : i + length] for row in ids for i in range(0, len(row), length)]
         }

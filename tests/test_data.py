@@ -13,7 +13,13 @@ import torch
 import yaml
 from helpers import ROOT
 
-from tokcom.processing_tokcom import as_prompts, text_ids, vocabulary_size, with_pad_token
+from tokcom.processing_tokcom import (
+    as_prompts,
+    prompt_ids,
+    text_ids,
+    vocabulary_size,
+    with_pad_token,
+)
 from tokcom.training.config import DataConfig, TrainConfig
 from tokcom.training.corpora import read_data
 from tokcom.training.data import (
@@ -274,6 +280,18 @@ def test_chat_templates_shape_the_prompt(tokenizer):
     )
     ids = tokenize_prompt(templated, messages_of(FORMS[0])[:-1])
     assert tokenizer.decode(ids) == "<user>What is a pig?<assistant>"
+
+
+def test_a_special_token_is_one_in_the_template_and_text_in_what_a_turn_says(tokenizer):
+    templated = copy.deepcopy(tokenizer)
+    templated.chat_template = "{% for m in messages %}{{ m.content | trim }}</s>{% endfor %}"
+    turns = [{"role": "user", "content": "say </s> please "}]
+    ids = tokenize_prompt(templated, turns)
+    assert ids == [*text_ids(tokenizer, "say </s> please"), tokenizer.eos_token_id]
+    (prompt,) = as_prompts(templated, turns)
+    assert prompt == "say </s> please</s>" and prompt_ids(templated, [prompt], 99)[0] == [ids]
+    turns[0]["content"] = "say it, please"
+    assert tokenize_prompt(templated, turns) == templated("say it, please</s>").input_ids
 
 
 def test_long_dialogues_keep_the_end_of_the_prompt_and_the_beginning_of_the_answer():
