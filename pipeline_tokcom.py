@@ -450,6 +450,8 @@ class TokComPipeline(TokComBasePipeline):
         )
         sampling = TokComSampling(num_inference_steps, 1.0, [], temperature, top_p, generator)
         if self._predicts_tokens:
+            longest = int(encoded.attention_mask.sum(1).max())
+            check_whole_length(self.model.config, longest, "`text`")
             return self._redraw_tokens(encoded, noise_level, sampling)
         return self._redraw_latents(encoded, noise_level, sampling)
 

@@ -237,6 +237,11 @@ class TokComStepPlanner:
                 "tokens have times of their own; use TokComFlowMatchScheduler with eta 0 or "
                 "FlowMatchEulerDiscreteScheduler."
             )
+        if config.get("use_dynamic_shifting"):
+            raise ValueError(
+                f"{name} has `use_dynamic_shifting`, a shift that depends on the size of a picture; "
+                "set it to False, or use TokComFlowMatchScheduler."
+            )
         if self.is_diffusion and (
             config.prediction_type != "sample" or self.model.config.noise_std != 1
         ):
