@@ -266,6 +266,9 @@ class TokComForCausalLM(TokComModel, GenerationMixin):
                 "`inputs_embeds`, `output_attentions` and `output_hidden_states` do not exist "
                 "here: the model reads chunks of ids. Give `input_ids`."
             )
+        if input_ids is None or input_ids.ndim != 2 or input_ids.is_floating_point():
+            found = None if input_ids is None else f"{input_ids.dtype} {tuple(input_ids.shape)}"
+            raise ValueError(f"`input_ids` ({found}) must be whole numbers of shape (B, S).")
         if input_ids.device.type == "cpu":
             self._check_ids(input_ids)
         if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):

@@ -405,12 +405,10 @@ class TokComBasePipeline(CheckedFiles, DiffusionPipeline):
 
     # ---- what the model reads ----
 
-    def _tokenize(
-        self, texts: Sequence[str], name: str, special_tokens: bool = False
-    ) -> list[list[int]]:
+    def _tokenize(self, texts: Sequence[str], name: str) -> list[list[int]]:
         """Ids of each text; raises `ValueError` with the argument's `name` for an empty one, or
         without a tokenizer."""
-        return tokenize_texts(self.tokenizer, texts, name, special_tokens)
+        return tokenize_texts(self.tokenizer, texts, name)
 
     def _pad(self, rows: list[list[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of ids -> `input_ids (B, T)` and `attention_mask (B, T)`, T a multiple of K."""
@@ -454,6 +452,8 @@ class TokComBasePipeline(CheckedFiles, DiffusionPipeline):
             raise ValueError(
                 f"`latents` has shape {tuple(latents.shape)} but (B, N, {channels}) is needed."
             )
+        if not bool(latents.isfinite().all()):
+            raise ValueError("`latents` hold NaN or infinite numbers, which stand for nothing.")
         return latents
 
     # ---- checks of arguments ----
@@ -536,6 +536,8 @@ class TokComBasePipeline(CheckedFiles, DiffusionPipeline):
         """The user's `callback_on_step_end` as `sample_blocks` calls it: x in, x out."""
         if callback is None:
             return None
+        if not callable(callback):
+            raise ValueError(f"`callback_on_step_end` ({callback!r}) must be a function.")
         names = ["latents"] if tensor_inputs is None else tensor_inputs
 
         def on_step_end(pipe, step: int, timestep: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

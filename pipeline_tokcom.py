@@ -400,6 +400,8 @@ class TokComPipeline(TokComBasePipeline):
 
         `attention_mask (B, N * K)` hides padding.
         """
+        if not isinstance(latents, (torch.Tensor, str, os.PathLike)):
+            raise ValueError(f"`latents` must be a tensor or a file, not {latents!r:.60}.")
         if not isinstance(latents, torch.Tensor):
             latents, attention_mask = read_latents(latents, self.chunk_size)
         latents = self._to_latents(latents)
@@ -437,9 +439,9 @@ class TokComPipeline(TokComBasePipeline):
         `noise_level * latents + (1 - noise_level) * noise` and takes the remaining steps, at least
         one. docs/modes.md says how many tokens survive.
         """
-        if not 0.0 <= noise_level <= 1.0:
+        if not isinstance(noise_level, (int, float)) or not 0.0 <= noise_level <= 1.0:
             raise ValueError(
-                f"`noise_level` ({noise_level}) must be in [0, 1]: 0 is noise, 1 the clean text."
+                f"`noise_level` ({noise_level!r}) must be in [0, 1]: 0 is noise, 1 the clean text."
             )
         self.check_inputs(num_inference_steps)
         encoded = self.encode(text)
@@ -568,9 +570,9 @@ class TokComPipeline(TokComBasePipeline):
         """
         config = self.model.config
         check_scores(config, "use the loss of `model` as a bound")
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        if not texts:
-            raise ValueError("`texts` is an empty list; give at least one text.")
+        texts = [texts] if isinstance(texts, str) else texts
+        if not isinstance(texts, (list, tuple)) or not texts:
+            raise ValueError(f"`texts` ({texts!r}) must be a text, or a list of at least one.")
         rows = self._tokenize(texts, "texts")
         check_whole_length(config, max(len(row) for row in rows), "one of `texts`")
         ids, mask = self._pad(rows, "right")

@@ -111,6 +111,10 @@ def tokenize_texts(
     for text in texts:
         if not isinstance(text, str):
             raise ValueError(f"`{name}` must be a text or a list of texts, not {_describe(text)}.")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"`{name}` ({text!r:.60}) is not valid Unicode ({error}).") from error
     if tokenizer is None:
         raise ValueError(
             f"`{name}` is text, but this pipeline has no tokenizer; pass one when building it."

@@ -51,6 +51,11 @@ def spawn_generators(
     """
 
     def seed(source: torch.Generator | None) -> int:
+        if not isinstance(source, (torch.Generator, type(None))):
+            raise ValueError(
+                f"`generator` ({source!r}) must be a torch.Generator; a number becomes one by "
+                "torch.Generator().manual_seed(number)."
+            )
         device = "cpu" if source is None else source.device
         # one draw, however many rows there are, so the caller's generator moves on alike
         return int(torch.randint(2**62, (), generator=source, device=device))
@@ -144,6 +149,8 @@ class TokComSampling:
             found.top_p = config.sampling_top_p if has_probabilities else 1.0
         for name, least, most in (("temperature", COLDEST, math.inf), ("top_p", 0.0, 1.0)):
             value = getattr(found, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ValueError(f"`{name}` ({value!r}) must be a number.")
             if not has_probabilities and value != 1.0:
                 raise ValueError(
                     f"`{name}` ({value}) has no meaning for a model of `prediction_type="

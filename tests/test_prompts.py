@@ -354,6 +354,12 @@ def test_a_filling_whose_text_is_too_long_to_score_is_left_out(pipe, monkeypatch
     monkeypatch.setattr(type(pipe), "max_length", window)
 
 
+def test_what_is_no_text_is_not_scored(pipe):
+    for value in (None, [], 3):
+        with pytest.raises(ValueError, match="must be a text, or a list"):
+            pipe.score(value)
+
+
 def _five_sources() -> TokComSampling:
     return TokComSampling(generator=[seeded(s) for s in range(5)])
 
