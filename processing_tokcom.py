@@ -272,7 +272,7 @@ def as_prompts(tokenizer: PreTrainedTokenizerBase | None, prompt: Any) -> list[s
                 shown = _describe(turn["content"])
                 raise ValueError(f"what a turn of a dialogue says must be a text, not {shown}.")
         if getattr(tokenizer, "chat_template", None):
-            prompts[i] = ChatText.of(tokenizer, turns)
+            prompts[i] = ChatText.of(tokenizer, list(turns))
         else:
             prompts[i] = "\n".join(turn["content"] for turn in turns)
     return prompts
@@ -305,8 +305,10 @@ def prompt_ids(
         if isinstance(prompt, list) and prompt and all(isinstance(i, int) for i in prompt):
             rows.append(prompt)  # ids already
             continue
-        is_plain = isinstance(prompt, str) and not isinstance(prompt, ChatText)
-        rows += tokenize_texts(tokenizer, [prompt.rstrip(" ") if is_plain else prompt], "prompt")
+        text: Any = prompt
+        if isinstance(text, str) and not isinstance(text, ChatText):
+            text = text.rstrip(" ")
+        rows += tokenize_texts(tokenizer, [text], "prompt")
     longest = max(map(len, rows))
     if longest > max_length and truncation is None:
         raise ValueError(

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tokcom.cli.loading import check_modality, open_pipeline, usable_device
+from tokcom.cli.loading import check_modality, check_model_path, open_pipeline, usable_device
 from tokcom.evaluation import autoregressive, protocol, report
 from tokcom.evaluation.judges import TextJudge, TokenJudge, has_tokens_of, load_peer
 from tokcom.evaluation.metrics import unigram_entropy
@@ -34,6 +34,7 @@ from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.processing_tokcom import decode_ids
 from tokcom.training.config import DataConfig
 from tokcom.training.data import PackedDataset, WindowShape, load_documents, tokenize_documents
+from tokcom.training.files import kind_of
 
 JUDGE_STEPS = 200  # of the judge that is trained when none is given
 
@@ -201,9 +202,23 @@ def earlier_results(file: Path, about: dict) -> dict:
     return old | {"earlier": dict.fromkeys(sections, before) | old.get("earlier", {})}
 
 
+def check_data(args: argparse.Namespace) -> None:
+    """Raise `FileNotFoundError` for a file of texts that is missing; a Hub name passes."""
+    for name in ("data", "train_data"):
+        file = getattr(args, name)
+        # only files have such an ending; the defaults lie in a checkout, not in every folder
+        if kind_of(Path(file)) and not Path(file).expanduser().exists():
+            raise FileNotFoundError(
+                f"--{name} {file} does not exist; give a file, a folder or a Hub name."
+            )
+
+
 def evaluate(args: argparse.Namespace) -> dict:
     """Run the sections that `args` asks for; `results.json` is rewritten after each."""
-    read_peers(args.peer)  # before anything is loaded or trained
+    # before anything is loaded or trained
+    read_peers(args.peer)
+    check_model_path(args.checkpoint)
+    check_data(args)
     pipe = open_pipeline(args.checkpoint, args.device)
     check_modality(pipe, args.checkpoint)
     output = Path(args.output_dir)

@@ -3,11 +3,12 @@
     tokcom generate "Once upon a time" --temperature 0.7
     tokcom serve --checkpoint my-model
 
-A command is a line in `COMMANDS`: what it does, its options (`cli/options.py`) and where its work
-is. The work is imported after the options are read, so that `--help` and usage errors come at once.
+A command is a line in `COMMANDS`: what it does, its options (`cli/options.py` and
+`cli/other_options.py`) and where its work is. The work is imported after the options are read, so that `--help` and usage errors come at once.
 """
 
 import argparse
+import difflib
 import shlex
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from tokcom.cli import options
+from tokcom.cli import options, other_options
 from tokcom.cli.errors import report_errors
 from tokcom.cli.options import HelpFormatter
 
@@ -47,11 +48,13 @@ def _mode_command(name: str, help: str) -> Command:
         options.add_mode_options(parser, name)
 
     def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+        args.command = name
         args.mode = options.chosen_mode(name, args)
-        options.check_mode(parser, args.mode, args, name)
         # argparse knows the options of the command, not which of them belong to the mode
         own = [name for name in options.OPTIONS if name in vars(args) and name not in options.MODEL]
-        options.refuse_unused(parser, args.mode, args, own)
+        # first: who adds what is missing should not hear of a conflict then
+        options.refuse_unused(parser, args.mode, args, own, name)
+        options.check_mode(parser, args.mode, args, name)
 
     return Command(help, "cli.modes:run_mode", add_options, check)
 
@@ -78,37 +81,46 @@ COMMANDS = {
     "sample-corpus": Command(
         "sample a training corpus from any causal language model",
         "cli.sample_corpus:run_until_stopped",
-        options.add_sample_corpus_options,
-        options.check_sample_corpus,
+        other_options.add_sample_corpus_options,
+        other_options.check_sample_corpus,
         "The same command given again goes on where it was stopped.",
     ),
     "inspect": Command("say what a training run would read of DATA", "cli.inspect:main"),
     "train": Command("train a model, stage by stage", "train_accelerate:main"),
     "serve": Command(
-        "serve OpenAI's completions and chat interfaces", "cli.serve:run", options.add_serve_options
+        "serve OpenAI's completions and chat interfaces",
+        "cli.serve:run",
+        other_options.add_serve_options,
     ),
-    "app": Command("open a page to play with a model", "cli.app:run", options.add_app_options),
+    "app": Command(
+        "open a page to play with a model", "cli.app:run", other_options.add_app_options
+    ),
     "evaluate": Command(
         "measure a text model against controls, judges and a peer",
         "cli.evaluate:run",
-        options.add_evaluate_options,
+        other_options.add_evaluate_options,
+        other_options.check_evaluate,
         description=EVALUATION,
     ),
     "convert": Command(
         "turn a published .pt file into a model directory",
         "cli.convert:convert",
-        options.add_convert_options,
+        other_options.add_convert_options,
     ),
     "kmeans": Command(
-        "make a codebook for an image model", "cli.convert:fit_codebook", options.add_kmeans_options
+        "make a codebook for an image model",
+        "cli.convert:fit_codebook",
+        other_options.add_kmeans_options,
     ),
     "publish": Command(
-        "push a model directory to the Hub", "cli.convert:publish", options.add_publish_options
+        "push a model directory to the Hub",
+        "cli.convert:publish",
+        other_options.add_publish_options,
     ),
     "verify": Command(
         "check that a model directory is whole and loads",
         "cli.verify:verify",
-        options.add_verify_options,
+        other_options.add_verify_options,
     ),
 }
 
@@ -144,7 +156,9 @@ def build_parser(name: str) -> argparse.ArgumentParser:
 def parse(name: str, argv: list[str]) -> argparse.Namespace:
     """The arguments of a command that has `add_options`, checked; a mistake ends with status 2."""
     parser = build_parser(name)
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(options.explain_unknown(parser, unknown))
     check = COMMANDS[name].check
     if check is not None:
         check(parser, args)
@@ -184,9 +198,9 @@ def main(argv: list[str] | None = None) -> None:
     name, *rest = arguments
     # status 2, as argparse gives a wrong command line
     if name not in COMMANDS:
-        print(
-            f"error: tokcom has no command {name!r}; it has {', '.join(COMMANDS)}.", file=sys.stderr
-        )
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        advice = f"did you mean {close[0]}?" if close else f"it has {', '.join(COMMANDS)}."
+        print(f"error: tokcom has no command {name!r}; {advice}", file=sys.stderr)
         sys.exit(2)
     call(name, *rest)
 

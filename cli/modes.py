@@ -15,17 +15,18 @@ import torch
 from PIL import Image
 
 from tokcom.cli.loading import check_modality, num_fillings, open_pipeline, speed_up
-from tokcom.cli.options import MODES, READ, WRITTEN
+from tokcom.cli.options import MODES, READ, WRITTEN, spelt
 from tokcom.cli.terminal import TerminalStreamer
 from tokcom.configuration_codec_tokcom import TokComCodecConfig
-from tokcom.processing_tokcom import write_wav
+from tokcom.processing_tokcom import tokenize_texts, write_wav
 
 LOSSLESS = (".png", ".bmp", ".tif", ".tiff")  # what keeps every pixel
 
 
 def check_files(args: argparse.Namespace) -> None:
     """Raise `FileNotFoundError` for a missing input, or for an output whose folder is missing, and
-    `ValueError` for an output whose ending names no format."""
+    `ValueError` for an output that is a folder or whose ending names no format."""
+    command = getattr(args, "command", None)  # `inference.py` has none
     written = WRITTEN
     read = READ
     if MODES[args.mode].reads_picture:
@@ -35,10 +36,14 @@ def check_files(args: argparse.Namespace) -> None:
     for name in read:
         file = getattr(args, name, None)
         if file is not None and not Path(file).is_file():
-            raise FileNotFoundError(f"{file} does not exist, so there is nothing to read ({name}).")
+            raise FileNotFoundError(
+                f"{spelt(name, command)} {file} does not exist, so there is nothing to read."
+            )
     # before anything is loaded: a missing folder should not cost the sample
     for name in written:
         file = getattr(args, name, None)
+        if file is not None and Path(file).is_dir():
+            raise ValueError(f"--{name} {file} is a folder; name a file in it.")
         if file is not None and not Path(file).resolve().parent.is_dir():
             folder = Path(file).parent
             raise FileNotFoundError(
@@ -54,6 +59,21 @@ def check_files(args: argparse.Namespace) -> None:
         from tokcom.training.films import check_film_file
 
         check_film_file(film)
+
+
+def check_watch(args: argparse.Namespace) -> None:
+    """Raise `ValueError` if there is no terminal to watch a text in, or more than one text."""
+    if not getattr(args, "watch", False) or args.mode != "conditional":
+        return
+    if args.batch_size > 1:
+        raise ValueError(
+            f"--watch shows one text, not --batch_size {args.batch_size}; leave one of the two out."
+        )
+    # drafts are drawn over, which a file cannot do
+    if not sys.stdout.isatty():
+        raise ValueError(
+            "--watch draws in a terminal, but the output goes elsewhere; leave it out."
+        )
 
 
 def check_picture_file(mode: str, file: str | None) -> None:
@@ -76,6 +96,7 @@ def check_picture_file(mode: str, file: str | None) -> None:
 def run_mode(args: argparse.Namespace) -> None:
     """Load the model and do what `args.mode` says."""
     check_files(args)
+    check_watch(args)
     pipe = open_pipeline(args.checkpoint, args.device)
     check_modality(pipe, args.checkpoint, MODES[args.mode].modality)
     speed_up(pipe, args.int8, args.compile)
@@ -157,13 +178,8 @@ def stream(pipe, prompt: str, tokens: int, options: dict[str, Any]) -> str:
 
 def watch(pipe, args: argparse.Namespace, tokens: int, options: dict[str, Any]) -> str:
     """Draw a prompt and its continuation while it is denoised; returns both."""
-    if args.batch_size > 1 or pipe.tokenizer is None:
-        raise ValueError("--watch shows one text of a model with a tokenizer; leave it out.")
-    # drafts are drawn over, which a file cannot do
-    if not sys.stdout.isatty():
-        raise ValueError(
-            "--watch draws in a terminal, but the output goes elsewhere; leave it out."
-        )
+    if pipe.tokenizer is None:
+        raise ValueError("--watch shows a text of a model with a tokenizer; leave it out.")
     pipe.set_progress_bar_config(disable=True)
     output = pipe(args.prompt, tokens, streamer=TerminalStreamer(pipe.tokenizer), **options)
     return args.prompt + output.texts[0]
@@ -201,6 +217,14 @@ def decode(pipe, args: argparse.Namespace) -> list[str]:
 
 
 def text_to_image(pipe, args: argparse.Namespace) -> list[str]:
+    if args.image_width is not None:
+        # a wider picture would be filled up with pixels that mean nothing
+        count = len(tokenize_texts(pipe.tokenizer, [args.input_text], "text")[0])
+        if args.image_width > count:
+            raise ValueError(
+                f"--image_width {args.image_width} is wider than the text, of {count} tokens with "
+                f"one pixel each; give at most {count}."
+            )
     image = pipe.text_to_image(args.input_text, args.image_width)
     image.save(args.image_file)
     return tell(f"{image.width} x {image.height} pixels written to {args.image_file}")
@@ -233,7 +257,13 @@ def animate(pipe, args: argparse.Namespace) -> list[str]:
         "guidance_scale": args.guidance_scale,
         **sampling(args),
     }
-    frames = pipe(args.prompt, frames=args.input_image, **options).videos[0]
+    try:
+        frames = pipe(args.prompt, frames=args.input_image, **options).videos[0]
+    except ValueError as error:
+        if args.input_image is None:
+            raise
+        # how many frames a clip may have depends on the model, and on how many the file holds
+        raise ValueError(f"with --input_image {args.input_image}: {error}") from error
     write_film(frames, args.video_file, args.fps)
     return tell(f"{len(frames)} frames written to {args.video_file}")
 

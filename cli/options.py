@@ -2,17 +2,19 @@
 
 Parsers live here, apart from the work, so that `tokcom COMMAND --help` imports neither torch nor
 transformers. A mode is one way to use a model; `inference.py` chooses among them with `--mode`,
-`tokcom` by its command, and both read the same tables.
+`tokcom` by its command, and both read the same tables. Commands without modes have their options in
+`cli/other_options.py`.
 """
 
 import argparse
-import os
+import difflib
+import math
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import tokcom
-from tokcom.cli.server_settings import LIMITS, ServerSettings
 
 EVALUATION_SECTIONS = (
     "reconstruction",
@@ -26,12 +28,17 @@ EVALUATION_SECTIONS = (
 )
 
 
+NO_DEFAULT = " (default: none)"
+
+
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Adds the default to the help of every option that does not say it itself."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
-        if "default" in text or action.required or action.default is argparse.SUPPRESS:
+        if action.required:
+            return text.removesuffix(NO_DEFAULT)  # of an option that others need not
+        if "default" in text or action.default is argparse.SUPPRESS:
             return text
         if action.default is False:
             return f"{text} (default: off)"
@@ -46,6 +53,19 @@ def port(text: str) -> int:
     number = int(text)
     if not 0 <= number <= 65535:
         raise argparse.ArgumentTypeError(f"{number} is no port; give one from 0 to 65535")
+    return number
+
+
+def seed(text: str) -> int:
+    """A seed as argparse wants it, within what torch takes."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = None
+    if number is None or not FIRST_SEED <= number <= LAST_SEED:
+        raise argparse.ArgumentTypeError(
+            f"{text} is no seed; give a whole number from {FIRST_SEED} to {LAST_SEED}"
+        )
     return number
 
 
@@ -68,8 +88,11 @@ def shipped_zoo() -> list[str]:
     return sorted(str(file.parent) for file in found)
 
 
+FIRST_SEED = -(2**63)
+LAST_SEED = 2**64 - 1
 CHECKPOINT = "model directory or Hub id"
 DEVICE = "cpu, cuda, cuda:1 ... (default: auto, cuda if there is one, else cpu)"
+CHUNK = "of chunk_size tokens each: 4 in the shipped model"
 OPTIONS: dict[str, dict] = {
     "checkpoint": {
         "default": default_checkpoint(),
@@ -82,10 +105,10 @@ OPTIONS: dict[str, dict] = {
     "prompt": {"help": "text to continue, or the caption of a picture or clip (default: none)"},
     "latents_file": {"help": "file that encode wrote (default: none)"},
     "image_file": {
-        "help": "picture to write, such as .png; of decode the one to read (default: none)"
+        "help": "picture to write, such as .png; image_to_text reads it (default: none)"
     },
     "input_image": {
-        "help": "picture to read; of animate a .gif or film of the first frames (default: none)"
+        "help": "picture to read, or for animate a film of the first frames (default: none)"
     },
     "input_audio": {"help": "sound to read, such as .wav or .flac (default: none)"},
     "audio_file": {"help": ".wav file to write (default: none)"},
@@ -94,8 +117,12 @@ OPTIONS: dict[str, dict] = {
     "fps": {"type": float, "default": 8, "help": "frames per second of the file"},
     "num_tokens": {"type": int, "help": "tokens of the picture to keep (default: all)"},
     "image_width": {"type": int, "help": "pixels in a row (default: the model's)"},
-    "num_chunks": {"type": int, "default": 256, "help": "chunks to generate from nothing"},
-    "num_generate_chunks": {"type": int, "default": 64, "help": "chunks to write after the prompt"},
+    "num_chunks": {"type": int, "default": 256, "help": f"chunks to write from nothing, {CHUNK}"},
+    "num_generate_chunks": {
+        "type": int,
+        "default": 64,
+        "help": f"chunks to write after the prompt, {CHUNK}",
+    },
     "gap_length": {
         "type": gap_length,
         "default": 16,
@@ -137,7 +164,7 @@ OPTIONS: dict[str, dict] = {
     },
     "device": {"default": "auto", "help": DEVICE},
     "seed": {
-        "type": int,
+        "type": seed,
         "help": "the same seed gives the same sample (default: another one each time)",
     },
     "int8": {"action": "store_true", "help": "8-bit weights in the transformer; needs torchao"},
@@ -146,6 +173,34 @@ OPTIONS: dict[str, dict] = {
         "help": "compile the transformer: a slow start, then faster",
     },
     "output_file": {"help": "file to write texts to, or the latents of encode (default: none)"},
+}
+# where a command says it in other words than `inference.py`, which has all options: only what it
+# does itself
+PICTURE = "picture to write, such as .png (default: none)"
+TEXTS = "file to write the texts to (default: none)"
+HELP: dict[str, dict[str, str]] = {
+    "input_text": {"any-to-any": "text to read (default: none)"},
+    "image_file": {
+        **dict.fromkeys(("reconstruct", "draw", "any-to-any"), PICTURE),
+        "encode": "picture to write with a pixel model, such as .png (default: none)",
+        "decode": "picture to read, that encode wrote with a pixel model (default: none)",
+    },
+    "input_image": {
+        **dict.fromkeys(("reconstruct", "any-to-any"), "picture to read (default: none)"),
+        "animate": "first frames to read, as a .gif or a film such as .mp4 (default: none)",
+    },
+    "num_chunks": {"generate": f"chunks to write without PROMPT, {CHUNK}"},
+    "num_generate_chunks": {"generate": f"chunks to write after PROMPT, {CHUNK}"},
+    "num_candidates": {
+        "infill": "fillings drawn, of which the likeliest is kept (default: 16, or 1 if the model "
+        "cannot tell)",
+        "any-to-any": "texts drawn, of which the one most like the others is kept (default: 1)",
+    },
+    "output_file": {
+        **dict.fromkeys(("generate", "infill", "reconstruct", "denoise"), TEXTS),
+        **dict.fromkeys(("decode", "any-to-any"), TEXTS),
+        "encode": "file to write the latents to, such as .safetensors (default: none)",
+    },
 }
 # files that must exist, and files whose folder must, before a model is loaded
 READ = ("input_image", "input_audio", "latents_file")
@@ -243,7 +298,11 @@ MODES = {
 # the argument without dashes of a command: option, name in the help, help
 POSITIONALS = {
     "generate": ("prompt", "PROMPT", "text to continue; without it texts are written from nothing"),
-    "infill": ("input_text", "TEXT", "text with gaps, each of them three or more underscores"),
+    "infill": (
+        "input_text",
+        "TEXT",
+        "text with gaps, each of them ____ (three or more underscores)",
+    ),
     "reconstruct": (
         "input_text",
         "TEXT",
@@ -266,6 +325,11 @@ def modes_of(command: str) -> dict[str, Mode]:
     return {name: mode for name, mode in MODES.items() if mode.command == command}
 
 
+def option_help(name: str, command: str | None = None) -> str:
+    """What the help of a command, or of `inference.py`, says about an option."""
+    return HELP.get(name, {}).get(command or "", OPTIONS[name]["help"])
+
+
 def add_mode_options(parser: argparse.ArgumentParser, command: str) -> None:
     """The options of a command that uses a model."""
     modes = modes_of(command).values()
@@ -280,7 +344,8 @@ def add_mode_options(parser: argparse.ArgumentParser, command: str) -> None:
         if positional is None or name != positional[0]:
             # needed by one mode only, an option may be missing in another; `check_mode` asks for it
             required = all(name in mode.needs for mode in modes)
-            parser.add_argument(f"--{name}", required=required, **OPTIONS[name])
+            settings = OPTIONS[name] | {"help": option_help(name, command)}
+            parser.add_argument(f"--{name}", required=required, **settings)
 
 
 def chosen_mode(command: str, args: argparse.Namespace) -> str:
@@ -292,24 +357,112 @@ def chosen_mode(command: str, args: argparse.Namespace) -> str:
     return next(name for name, mode in modes.items() if mode.chosen_by is None)
 
 
+# ---- checks: mistakes are told in the words that were typed ----
+
+
+def spelt(name: str, command: str | None = None) -> str:
+    """An option as it is typed; a command has one that is typed without its name."""
+    positional = POSITIONALS.get(command or "", ("", "", ""))
+    return positional[1] if name == positional[0] else f"--{name}"
+
+
+def given(name: str, value: object, command: str | None = None) -> str:
+    """An option as it is typed, with its value; a flag has none, and a text may be long."""
+    word = spelt(name, command)
+    return word if value is True or not word.startswith("-") else f"{word} {value}"
+
+
+@dataclass(frozen=True)
+class Range:
+    """What the number of an option may be, and how a mistake is told."""
+
+    holds: Callable[[float], bool]
+    remedy: str
+
+
+COLDEST = 1e-4  # of `sampling_tokcom.py`, which imports torch
+AT_LEAST_ONE = Range(lambda number: number >= 1, "give at least 1")
+COUNTS = (
+    *("num_chunks", "num_generate_chunks", "gap_length", "num_candidates", "batch_size"),
+    *("num_steps", "num_frames", "num_tokens", "image_width"),
+)
+RANGES = {
+    **dict.fromkeys(COUNTS, AT_LEAST_ONE),
+    # NaN compares as false with everything, so it is never within a range
+    "temperature": Range(
+        lambda number: COLDEST < number < math.inf, f"give a number above {COLDEST:g}"
+    ),
+    "top_p": Range(lambda number: 0 < number <= 1, "give a number above 0, at most 1"),
+    "noise_level": Range(lambda number: 0 <= number <= 1, "give a number from 0 to 1"),
+    "guidance_scale": Range(lambda number: 0 <= number < math.inf, "give a number, at least 0"),
+    "fps": Range(lambda number: 0 < number < math.inf, "give a number above 0"),
+}
+
+
+def check_ranges(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, ranges: Mapping[str, Range]
+) -> None:
+    """End with a usage error if a number is out of its range."""
+    for name, limits in ranges.items():
+        value = vars(args).get(name)
+        if value is not None and not limits.holds(value):
+            parser.error(f"--{name} {value}: {limits.remedy}")
+
+
 def check_mode(
     parser: argparse.ArgumentParser, mode: str, args: argparse.Namespace, command: str | None = None
 ) -> None:
-    """End with a usage error if something is missing that `mode` needs.
+    """End with a usage error if something is missing that `mode` needs, if a text or the name of a
+    file is empty, or if a number is out of range.
 
     With a `command` the message spells it as that command does.
     """
-    positional = POSITIONALS.get(command, (None, None))
-    for name in MODES[mode].needs:
-        if getattr(args, name) is None:
-            spelt = positional[1] if name == positional[0] else f"--{name}"
-            parser.error(f"{spelt} is required for {command or f'mode {mode}'}")
-    if vars(args).get("batch_size", 1) < 1:
-        parser.error(f"--batch_size {args.batch_size}: there must be at least 1 sample")
+    facts = MODES[mode]
+    for name in facts.needs:
+        if getattr(args, name) is not None:
+            continue
+        word = spelt(name, command)
+        if command is None:
+            parser.error(f"{word} is required for mode {mode}")
+        by = facts.chosen_by
+        use = f"with {spelt(by, command)}" if by is not None else f"for {command}"
+        meaning = option_help(name, command).removesuffix(NO_DEFAULT)
+        if not word.startswith("-"):
+            meaning = POSITIONALS[command][2]
+        parser.error(f"{word} is required {use}: {meaning}")
+    for name in (*facts.options, *MODEL):
+        if vars(args).get(name) == "":
+            needed = name in facts.needs
+            if command is not None:
+                # one mode may need what another leaves out
+                needed = all(name in mode.needs for mode in modes_of(command).values())
+            remedy = "fill it in" if needed else "fill it in or leave it out"
+            parser.error(f"{spelt(name, command)} is empty; {remedy}")
+    # a published command may give numbers that its mode does not read
+    check_ranges(parser, args, {name: RANGES[name] for name in facts.options if name in RANGES})
+
+
+def conflict(mode: str, name: str, value: object, command: str) -> str:
+    """Why an option of `command` has no effect in its `mode`: the one that is missing or too
+    much."""
+    word = given(name, value, command)
+    chosen_by = MODES[mode].chosen_by
+    if chosen_by is not None:
+        return f"{word} has no effect with {spelt(chosen_by, command)}; leave one of the two out"
+    others = [other.chosen_by for other in modes_of(command).values() if name in other.options]
+    needed = " or ".join(spelt(other, command) for other in others if other is not None)
+    return (
+        f"{word} has an effect only with {needed}; give {needed} too, or leave "
+        f"{spelt(name, command)} out"
+    )
 
 
 def refuse_unused(
-    parser: argparse.ArgumentParser, mode: str, args: argparse.Namespace, names
+    parser: argparse.ArgumentParser,
+    mode: str,
+    args: argparse.Namespace,
+    names,
+    command: str | None = None,
 ) -> None:
     """End with a usage error if an option among `names` was given that `mode` does not read, and
     print a note for others."""
@@ -322,231 +475,35 @@ def refuse_unused(
         # options that no mode names are of all modes
         if not is_given or not takers or name in MODES[mode].options:
             continue
-        message = (
-            f"--{name} {getattr(args, name)} has no effect in mode {mode}; it is an option of: "
-            f"{takers}"
-        )
+        message = f"{given(name, value)} has no effect in mode {mode}; it is an option of: {takers}"
         if name in names:
-            parser.error(message)
+            parser.error(message if command is None else conflict(mode, name, value, command))
         print(f"note: {message}", file=sys.stderr)
 
 
-# ---- the other commands ----
+# what Python and other tools call an option
+ELSEWHERE = {
+    "cfg_scale": "guidance_scale",
+    "gen_length": "num_generate_chunks",
+    "generator": "seed",
+    "max_length": "num_generate_chunks",
+    "max_new_tokens": "num_generate_chunks",
+    "max_tokens": "num_generate_chunks",
+    "model": "checkpoint",
+    "num_inference_steps": "num_steps",
+    "num_return_sequences": "batch_size",
+    "steps": "num_steps",
+}
 
 
-def add_sample_corpus_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--model", required=True, help="folder or Hub id of the causal language model")
-    add("--output", type=Path, required=True, help="folder of the corpus")
-    add(
-        "--num_texts",
-        type=int,
-        help="stop after the batch that reaches this many texts (default: no limit)",
-    )
-    add(
-        "--num_characters",
-        type=int,
-        help="stop after the batch that reaches this many (default: no limit)",
-    )
-    add("--batch_size", type=int, default=128, help="texts sampled side by side")
-    add("--max_new_tokens", type=int, default=255, help="longest text, in tokens")
-    add("--temperature", type=float, default=1.0, help="divides the logits; below 1 is safer")
-    add(
-        "--min_p", type=float, default=0.02, help="least share of the likeliest token's probability"
-    )
-    add("--top_k", type=int, default=64, help="sample among this many tokens; 0 for all of them")
-    add("--min_characters", type=int, default=1, help="leave shorter texts out")
-    add("--prompt", help="what every text begins with, kept in it (default: the BOS token)")
-    add("--validation", type=int, default=0, help="how many first texts go to validation.parquet")
-    add(
-        "--exclude",
-        type=Path,
-        nargs="*",
-        default=[],
-        help="parquet files of texts to leave out (default: none)",
-    )
-    add("--texts_per_file", type=int, default=10000, help="texts in each part-*.parquet")
-    add("--seed", type=int, default=0, help="seed; batch b draws from its own, (seed, b)")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
-    add("--device", default="auto", help=DEVICE)
-    add("--compile", action="store_true", help="fuse the attention; needs a C++ compiler on a cpu")
-
-
-def check_sample_corpus(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    if args.num_texts is None and args.num_characters is None:
-        parser.error("nothing says when to stop; give --num_texts or --num_characters.")
-    limits = ("num_texts", "num_characters")
-    for name in ("temperature", "batch_size", "max_new_tokens", "texts_per_file", *limits):
-        value = getattr(args, name)
-        if value is not None and value <= 0:
-            parser.error(f"--{name} {getattr(args, name)} must be more than 0.")
-    if not 0 <= args.min_p <= 1:
-        parser.error(f"--min_p {args.min_p} is a share; give a number from 0 to 1.")
-
-
-def add_app_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    # a Space can be configured by its environment alone
-    add(
-        "--checkpoint",
-        default=os.environ.get("TOKCOM_MODEL", default_checkpoint()),
-        help=f"{CHECKPOINT} of a text model",
-    )
-    add(
-        "--models",
-        nargs="*",
-        default=shipped_zoo(),
-        metavar="MODEL",
-        help="models of pixels, pictures, clips and several streams, each with a tab of its own "
-        "(default: those in zoo/)",
-    )
-    add("--device", default="auto", help=DEVICE)
-    add(
-        "--host",
-        # a Space is reached from outside its container; a page at home should not be
-        default="0.0.0.0" if "SPACE_ID" in os.environ else "127.0.0.1",
-        help="address to listen at",
-    )
-    add("--port", type=port, default=7860, help="port to listen at")
-
-
-def add_serve_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--checkpoint", default=default_checkpoint(), help=CHECKPOINT)
-    add("--host", default="127.0.0.1", help="0.0.0.0 for all interfaces; give an API key then")
-    add("--port", type=port, default=8000, help="0 takes a free one")
-    add("--device", default="auto", help=DEVICE)
-    add("--compile", **OPTIONS["compile"])
-    add(
-        "--api_key",
-        # the environment, since other users of a machine can read its command lines
-        default=os.environ.get("TOKCOM_API_KEY"),
-        help="asked of every request but /health (default: TOKCOM_API_KEY, or no key)",
-    )
-    add("--model_name", default=ServerSettings.model_name, help="the name clients ask for")
-    for name, text in LIMITS.items():
-        value = getattr(ServerSettings, name)
-        add(f"--{name}", type=type(value), default=value, help=text)
-
-
-def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add(
-        "predictions",
-        nargs="*",
-        help="files of {id, reference, prediction} records, or NAME=FILE, to score instead",
-    )
-    add("--checkpoint", default=".", help=CHECKPOINT)
-    add("--data", default="sample_data/stories_validation.jsonl", help="held-out text")
-    add(
-        "--train_data",
-        default="sample_data/stories_train.jsonl",
-        help="what the model was trained on",
-    )
-    add("--text_column", default="text", help="field of the records that holds the text")
-    add(
-        "--judge",
-        action="append",
-        default=[],
-        help="causal language model; may be repeated (default: a small one is trained first)",
-    )
-    add(
-        "--peer",
-        action="append",
-        default=[],
-        metavar="NAME=PATH",
-        help="autoregressive model to measure beside it; may be repeated (default: none)",
-    )
-    add(
-        "--sections",
-        nargs="+",
-        choices=EVALUATION_SECTIONS,
-        default=list(EVALUATION_SECTIONS),
-        metavar="SECTION",
-        help=f"parts to measure, of {', '.join(EVALUATION_SECTIONS)} (default: all)",
-    )
-    add(
-        "--output_dir",
-        default="outputs/evaluation",
-        help="folder for results.json, results.md and plots",
-    )
-    add("--max_tokens", type=int, default=65536, help="held-out tokens for reconstruction")
-    add("--samples", type=int, default=1000, help="texts to sample")
-    add("--seeds", type=int, default=3, help="repetitions with different seeds")
-    add("--length", type=int, default=128, help="tokens of a sample")
-    add("--seed", type=int, default=0, help="first seed")
-    add("--steps", type=int, help="denoising steps per block (default: the model's)")
-    add("--guidance_scale", type=float, default=1.0, help="above 1 follows the prompt more closely")
-    add("--noise_scale", type=float, default=1.0, help="scale of the initial noise")
-    add("--temperature", type=float, default=1.0, help="of the model's token probabilities")
-    add(
-        "--top_p",
-        type=float,
-        default=1.0,
-        help="sample from the fewest tokens that reach this probability",
-    )
-    add("--peer_temperature", type=float, default=1.0, help="of the peers' token probabilities")
-    add("--device", default="auto", help=DEVICE)
-
-
-def add_convert_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", help="published .pt file")
-    parser.add_argument("output_dir", help="directory to create")
-    parser.add_argument(
-        "--tokenizer", help="folder or Hub id of a tokenizer (default: the one the file names)"
-    )
-
-
-def add_kmeans_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("model", help="directory of an image model")
-    add("output_dir", help="directory to create")
-    add(
-        "--data",
-        required=True,
-        help="pictures: a folder, a .parquet file or the name of a Hub dataset",
-    )
-    add("--image_column", default="image", help="field of the records that holds the picture")
-    add("--num_codes", type=int, default=1024, help="size of the codebook")
-    add(
-        "--metric",
-        choices=["euclidean", "cosine"],
-        default="euclidean",
-        help="distance between tokens",
-    )
-    add("--iterations", type=int, default=20, help="of k-means")
-    add("--limit", type=int, default=4096, help="pictures to use")
-    add("--seed", type=int, default=0, help="of the choice of pictures and of the first centres")
-
-
-def add_publish_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("model", help="model directory")
-    add("repo_id", help="user/name; created if there is none")
-    add(
-        "--evaluation",
-        type=Path,
-        help="output of tokcom evaluate, a section of the card (default: no such section)",
-    )
-    add(
-        "--private",
-        action="store_true",
-        default=None,
-        help="create a private repository (default: public)",
-    )
-    add("--token", help="access token (default: that of `hf auth login` or HF_TOKEN)")
-    add("--revision", help="branch to push to (default: main)")
-    add("--create_pr", action="store_true", help="open a pull request instead of committing")
-    add(
-        "--max_shard_size",
-        help="split the weights into files of at most this size, e.g. 1GB (default: no split)",
-    )
-
-
-def add_verify_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", nargs="?", default=".", help="model directory")
-    parser.add_argument(
-        "--write",
-        action="store_true",
-        help="first write checksums.json anew, for files that were changed on purpose",
-    )
+def explain_unknown(parser: argparse.ArgumentParser, unknown: list[str]) -> str:
+    """What to say of arguments that a parser does not know: the near miss of the first."""
+    message = f"unrecognized arguments: {' '.join(unknown)}"
+    first = unknown[0].partition("=")[0]
+    if not first.startswith("-"):
+        return f"{message}; a text of several words needs quotes around it"
+    known = [word for action in parser._actions for word in action.option_strings]
+    name = first.lstrip("-").replace("-", "_")
+    meant = f"--{ELSEWHERE.get(name, name)}"
+    close = difflib.get_close_matches(meant, known, n=1)
+    return f"{message}; did you mean {close[0]}?" if close else f"{message}; see --help"

@@ -37,6 +37,7 @@ from transformers.masking_utils import sdpa_mask
 
 from tokcom.cli.loading import usable_device
 from tokcom.integrity_tokcom import file_digest
+from tokcom.training.checkpoints import first_line
 from tokcom.training.tokens import load_tokenizer
 
 COUNTS = ("sampled", "kept", "not_ended", "too_short", "duplicates", "characters")  # of texts
@@ -115,18 +116,40 @@ def draw(
     return indices.gather(1, torch.multinomial(weights, 1, generator=generator))
 
 
+def load_teacher(name: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The causal language model in a folder or on the Hub; runs none of its code.
+
+    Raises `FileNotFoundError` if nothing is there, and `ValueError` for what is no such model.
+    """
+    folder = Path(name)
+    # a missing folder would be taken for a Hub id, which it cannot be
+    if name.startswith(("/", ".")) and not folder.is_dir():
+        raise FileNotFoundError(f"--model {name} does not exist.")
+    wanted = "name a causal language model of transformers, such as HuggingFaceTB/SmolLM2-135M"
+    if (folder / "model_index.json").is_file():
+        raise ValueError(
+            f"--model {name} is a TokCom model, which cannot be the teacher; {wanted}."
+        )
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"--model {name} holds no config.json, so it is no model; {wanted}."
+        )
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        # the message of transformers may name other files, or an option that there is not here
+        raise ValueError(
+            f"--model {name} cannot be loaded ({first_line(error).rstrip('.')}); {wanted}."
+        ) from error
+
+
 class Teacher:
     """A causal language model with what its texts begin and end with."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         args.device = usable_device(args.device)  # a setting of the corpus, as it was found
         self.args = args
-        # a missing folder would be taken for a Hub id, which it cannot be
-        if args.model.startswith(("/", ".")) and not Path(args.model).is_dir():
-            raise FileNotFoundError(f"--model {args.model} does not exist.")
-        self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            args.model, dtype=getattr(torch, args.dtype), trust_remote_code=False
-        )
+        self.model = load_teacher(args.model, getattr(torch, args.dtype))
         self.model.eval().to(args.device)
         if args.compile:
             AttentionInterface.register("single_token", single_token_attention)

@@ -23,6 +23,7 @@ import logging
 import math
 import secrets
 import signal
+import socket
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -523,11 +524,30 @@ def warm_up(pipe: TokComPipeline) -> None:
         pipe.infill("Once upon a time ____ a house.", length)
 
 
+def check_address(host: str, port: int) -> None:
+    """Raise `ValueError` for an address that this machine cannot listen at: uvicorn would say so
+    in its log only, after the model is loaded."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as listener:
+            # as uvicorn does: a port of a server that has just ended is free
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+    except OSError as error:
+        raise ValueError(
+            f"--host {host} --port {port} cannot be listened at ({error.strerror}); give another "
+            "address of this machine, or another port."
+        ) from error
+
+
 def run(args: argparse.Namespace) -> None:
     """Serve until a signal ends the process."""
     settings = ServerSettings(
         **{name: getattr(args, name) for name in ("model_name", "api_key", *LIMITS)}
     )
+    check_address(args.host, args.port)
     pipe = open_pipeline(args.checkpoint, args.device)
     if not isinstance(pipe, TokComPipeline):
         raise ValueError(f"{args.checkpoint} is no model of texts; the server completes texts.")

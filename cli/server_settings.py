@@ -17,6 +17,11 @@ LIMITS = {
 }
 
 
+def _given(name: str, value: object) -> str:
+    """A setting with its value, as it is typed if it is an option of `tokcom serve`."""
+    return f"--{name} {value}" if name in LIMITS else f"`{name}` ({value})"
+
+
 @dataclass
 class ServerSettings:
     """Limits of the server: lengths in tokens, times in seconds, sizes in bytes. Raises
@@ -46,14 +51,14 @@ class ServerSettings:
         for setting in fields(self):
             value = getattr(self, setting.name)
             if setting.type is int and value < 1:
-                raise ValueError(f"`{setting.name}` ({value}) must be at least 1.")
+                raise ValueError(f"{_given(setting.name, value)} must be at least 1.")
             # NaN compares as false with everything, and a wait without end is no setting
             if setting.type is float and not (isfinite(value) and value >= 0):
                 raise ValueError(
-                    f"`{setting.name}` ({value}) must be a number of seconds, 0 or more."
+                    f"{_given(setting.name, value)} must be a number of seconds, 0 or more."
                 )
         for name in ("timeout", "body_timeout"):
             if getattr(self, name) == 0:
-                raise ValueError(f"`{name}` (0) leaves no time to answer; give more seconds.")
+                raise ValueError(f"{_given(name, 0)} leaves no time to answer; give more seconds.")
         if not self.model_name:
-            raise ValueError("`model_name` is empty; give the name that clients ask for.")
+            raise ValueError("--model_name is empty; give the name that clients ask for.")

@@ -114,19 +114,14 @@ def test_every_mode_belongs_to_a_command_and_knows_its_options():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["generte"], "no command 'generte'; it has generate, infill"),
+        (["generte"], "no command 'generte'; did you mean generate?"),
+        (["poem"], "no command 'poem'; it has generate, infill"),
         (["infill"], "TEXT"),
         (["reconstruct"], "TEXT is required"),
         (["draw", "a cat"], "--image_file"),
         (["generate", "--num_steps", "many"], "'many'"),
-        (
-            ["generate", "Once", "--num_chunks", "4"],
-            "--num_chunks 4 has no effect in mode conditional",
-        ),
-        (
-            ["generate", "Once", "--num_chunks", "0"],
-            "--num_chunks 0 has no effect in mode conditional",
-        ),
+        (["generate", "Once", "--num_chunks", "4"], "--num_chunks 4 has no effect with PROMPT"),
+        (["generate", "Once", "--num_chunks", "0"], "--num_chunks 0 has no effect with PROMPT"),
         (["generate", "--batch_size", "0"], "--batch_size 0"),
         (["decode", "--image_file", "a.png", "--latents_file", "b"], "--latents_file"),
         (["sample-corpus", "--model", "m", "--output", "o"], "--num_texts"),
