@@ -50,9 +50,11 @@ def check_numbers(config: PreTrainedConfig) -> None:
             continue
         low, high = RANGES.get(name, (-MAX_SIZE, MAX_SIZE))  # other numbers are counts
         if not low <= value <= high:
-            bounds = f"between {low:g} and {high:g}"
+            # whole numbers as they are, not as 2.14748e+09
+            least, most = (str(end) if isinstance(end, int) else f"{end:g}" for end in (low, high))
+            bounds = f"between {least} and {most}"
             if name not in RANGES and value > high:
-                bounds = f"at most {MAX_SIZE}"  # not as 2.14748e+09
+                bounds = f"at most {MAX_SIZE}"
             raise ValueError(f"`{name}` ({value}) must be {bounds}.")
 
 
@@ -79,6 +81,16 @@ def check_multiple(config: PreTrainedConfig, name: str, unit: str) -> None:
         raise ValueError(f"`{name}` ({value}) must be a multiple of `{unit}` ({size}).")
 
 
+class UnknownKeyError(ValueError):
+    """A key that the configuration `owner` does not have; `known` are those that it has."""
+
+    def __init__(self, prefix: str, key: str, known: list[str], owner: str):
+        super().__init__(f"unknown configuration key '{prefix}{key}'; see {owner}.")
+        self.prefix = prefix
+        self.key = key
+        self.known = known
+
+
 def check_known_keys(
     config_class: type[PreTrainedConfig], values: dict[str, Any], prefix: str
 ) -> None:
@@ -90,9 +102,7 @@ def check_known_keys(
     for key in set(values) - known:
         # the library has fields of its own, which are in `to_dict`
         if key not in config_class().to_dict() and not key.startswith("_"):
-            raise ValueError(
-                f"unknown configuration key '{prefix}{key}'; see {config_class.__name__}."
-            )
+            raise UnknownKeyError(prefix, key, sorted(known), config_class.__name__)
 
 
 def check_size(config: PreTrainedConfig, parameters: int) -> None:

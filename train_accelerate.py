@@ -38,6 +38,7 @@ def run(config: TrainConfig) -> Path:
     from tokcom.training.directory import RunDirectory
     from tokcom.training.distill import DistillTrainer
     from tokcom.training.launch import start_processes
+    from tokcom.training.plan import check_plan
     from tokcom.training.sharding import part_of
     from tokcom.training.stage import StageTrainer
     from tokcom.training.tracking import check_tracker
@@ -47,11 +48,12 @@ def run(config: TrainConfig) -> Path:
     part = part_of(processes)
     with RunDirectory(config, processes.is_main_process) as directory:
         with processes.main_process_first():  # it trains the tokenizer and fills caches
+            unfinished = [stage for stage in config.stages if not directory.is_finished(stage)]
+            check_plan(config, directory, unfinished)
             corpus = read_data(config)
             directory.keep_tokenizer(corpus.tokenizer)
             if processes.is_main_process:
                 check_unchanged(config, corpus, directory)
-        unfinished = [stage for stage in config.stages if not directory.is_finished(stage)]
         # after the data: reading them must not change what a seed means
         set_seed(config.seed)
         for stage in config.stages:

@@ -5,7 +5,7 @@ contact sheet.
     tokcom inspect stories.jsonl --preset tiny --sheet sheet.png data.text_column=body
 
 Every record is read, decoded or tokenized as in training. What cannot be read is named, and the
-command fails.
+command fails. With --preset it also fails, after the report, if a run would refuse the data.
 """
 
 import argparse
@@ -16,9 +16,12 @@ import torch
 from PIL import Image, ImageDraw
 
 from tokcom.cli.errors import report_errors
+from tokcom.training.checks import check_run
 from tokcom.training.config import as_override, load_train_config
 from tokcom.training.corpora import Corpus, OmniCorpus, PictureCorpus, Reading
+from tokcom.training.plan import check_starts
 
+PRESET = "debug"  # if none is given
 RECORDS = 24  # on a sheet
 COLUMNS = 6  # records side by side, of pictures
 TILE = 96  # pixels of the height of a picture
@@ -146,8 +149,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--preset",
-        default="debug",
-        help="training preset that would read them (default: %(default)s)",
+        help=f"training preset that would read them (default: {PRESET}, which may not fit them)",
     )
     parser.add_argument(
         "--sheet",
@@ -159,7 +161,8 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="*",
         default=[],  # without it a missing DATA is reported as a missing key=value too
         metavar="key=value",
-        help="settings of the run, e.g. data.max_skipped=5",
+        help="settings of the run, e.g. data.max_skipped=5; several sources are "
+        "data.train=[a.txt,b.jsonl]",
     )
     return parser
 
@@ -174,13 +177,21 @@ def main(argv: list[str] | None = None) -> None:
             as_override("output_dir", folder),
             *args.overrides,
         ]
-        reading = Reading(load_train_config(args.preset, settings))
+        config = load_train_config(args.preset or PRESET, settings)
+        check_starts(config)
+        reading = Reading(config)
         # everything is looked at, also what a run would hold out
         corpus = reading.corpus(hold_out=False)
-    corpus.report = reading.report
-    print(corpus.report)
-    contact_sheet(corpus).save(args.sheet)
-    print(f"contact sheet written to {args.sheet}")
+        corpus.report = reading.report
+        print(corpus.report)
+        sheet = contact_sheet(corpus)
+        try:
+            if args.preset is not None:
+                check_run(config, corpus)
+        finally:
+            # last: it may lie among the data, which the check may read again
+            sheet.save(args.sheet)
+            print(f"contact sheet written to {args.sheet}", flush=True)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ def test_presets_have_the_size_their_name_promises():
         ({"transformer_config": {"block_size": 0}}, "block_size"),
         ({"transformer_config": {"input_projection": False}}, "input_projection=True"),
         ({"transformer_config": {"hiden_size": 64}}, "hiden_size"),
+        ({"codec_config": {"num_codes": -1}}, "between 0 and 2147483647"),
         ({"noise_std": 0.0}, "noise_std"),
         ({"ce_weight": 0.5}, "flow.objective.ce_weight"),
     ],

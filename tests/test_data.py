@@ -376,14 +376,53 @@ def test_a_stream_of_sources_is_mixed_and_its_head_taken(tmp_path):
     "source, message",
     [
         ({"file": "a.jsonl"}, "must have `path`"),
-        ({"path": "a.jsonl", "wieght": 1}, "wieght"),
-        ({"path": "a.jsonl", "weight": 0}, "positive"),
-        ({"path": "a.jsonl", "fraction": 1.5}, "fraction"),
+        ({"path": "a.jsonl", "wieght": 1}, "'wieght'; did you mean 'weight'"),
+        ({"path": "a.jsonl", "weight": 0}, r"a.jsonl: `weight` \(0\) must be a positive number\.$"),
+        ({"path": "a.jsonl", "weight": "heavy"}, r"`weight` \(heavy\)"),
+        ({"path": "a.jsonl", "fraction": 1.5}, r"`fraction` \(1.5\)"),
+        ({"path": "a.jsonl", "max_samples": 0}, r"`max_samples` \(0\)"),
+        (None, "source 0 is null.*must have `path`"),
     ],
 )
 def test_bad_sources_are_named(source, message):
     with pytest.raises(ValueError, match=message):
         load_documents([source], DataConfig(train="x"), "train")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("", "holds no sources; give it lines such as"),
+        ("a: [b", "is not a readable YAML file .*in line 1"),
+        ("- {path: a.txt, weigth: 1}", "source 0 of .*'weigth'; did you mean 'weight'"),
+        ("- {path: a.txt}\n- [b.txt]", "source 1 of .*must have `path`"),
+    ],
+)
+def test_a_bad_mixture_is_named_with_its_file(content, message, tmp_path):
+    (tmp_path / "mix.yaml").write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        load_documents(str(tmp_path / "mix.yaml"), DataConfig(train="x"), "train")
+    assert "mix.yaml" in str(error.value)
+
+
+def test_a_first_record_without_the_field_is_told_from_all_records(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"body": "x"}\n{"text": "y"}\n')
+    with pytest.raises(ValueError, match="the first record of .*a.jsonl has no field 'text'.*body"):
+        load_documents(str(tmp_path / "a.jsonl"), DataConfig(), "train")
+
+
+@pytest.mark.parametrize(
+    "name, remedy",
+    [
+        ("a.zip", "unpack it"),
+        ("a.tar.gz", "unpack it"),
+        ("x.docx", "texts .*.txt.*, and other documents are to be converted"),
+    ],
+)
+def test_a_file_of_another_kind_is_refused_with_what_to_do(name, remedy, tmp_path):
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(ValueError, match=f"no file that is read .{name}.; .*{remedy}"):
+        load_documents(str(tmp_path / name), DataConfig(), "train")
 
 
 def test_names_are_looked_up_at_the_endpoint_that_the_environment_names(tmp_path):

@@ -64,6 +64,7 @@ REMOTE_FILES = {
         "collections",
         "numpy",
         "os",
+        "re",
         "safetensors",
         "torch",
         "transformers",

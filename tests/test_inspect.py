@@ -17,9 +17,12 @@ from tokcom.training.config import load_train_config
 from tokcom.training.corpora import read_data
 from tokcom.training.films import write_film
 
+# with which a preset reads the few records of a test
+SMALL = ("codec.batch_size=1", "flow.batch_size=1")
+
 
 def inspect(capsys, *arguments) -> str:
-    main([*map(str, arguments)])
+    main([*map(str, arguments), *SMALL])
     return capsys.readouterr().out
 
 
@@ -128,6 +131,39 @@ def test_shipped_data_are_reported_with_three_examples(preset, data, wanted, tmp
         and "validation" not in report.split("training")[1]
     )
     assert (tmp_path / "a.png").is_file()
+
+
+@pytest.mark.parametrize(
+    "preset, data, refusal",
+    [
+        ("style-tiny", "text", "'tokcom_style_codec' reads pictures but the data are texts"),
+        ("debug", "pictures", "'tokcom_chunk_codec' reads texts but the data are pictures"),
+        ("debug", "short", "fewer than one batch"),
+        ("style-tiny", "one batch", "31 pictures, fewer than one batch of 32"),
+        ("debug", "stream", "a stream has no last documents to hold out"),
+    ],
+)
+def test_data_that_a_preset_would_refuse_are_reported_and_then_refused(
+    preset, data, refusal, tmp_path, capsys
+):
+    settings = []
+    if data in ("pictures", "one batch"):
+        for i in range(3 if data == "pictures" else 32):
+            Image.new("RGB", (8, 8), (7 * i, 0, 0)).save(tmp_path / f"{i}.png")
+        settings = ["codec.batch_size=32", "flow.batch_size=32"]
+    else:
+        text = "hi" if data == "short" else "once upon a time. " * 5000
+        (tmp_path / "a.txt").write_text(text)
+    if data == "stream":
+        settings = ["data.streaming=true"]
+    sheet = ["--sheet", str(tmp_path / "sheet" / "a.jpg")]
+    (tmp_path / "sheet").mkdir()
+    with pytest.raises(SystemExit, match=refusal):
+        main([str(tmp_path), "--preset", preset, *sheet, *settings])
+    assert "data that were read" in capsys.readouterr().out
+    # nobody has said which model they are for
+    if preset == "debug":
+        main([str(tmp_path), *sheet, *settings])
 
 
 def test_what_training_reads_is_printed_before_the_first_stage_and_counts_what_is_held_out(

@@ -416,7 +416,7 @@ def test_a_model_goes_on_under_other_settings_but_not_other_shapes(tmp_path):
     with pytest.raises(ValueError, match="do not fit.*intermediate|do not fit.*size mismatch"):
         run(quick(tmp_path, *options, "model.transformer_config.intermediate_size=72"))
     for key in ("noise_sdt", "transformer_config.blok_size"):
-        with pytest.raises(ValueError, match=f"unknown configuration key '{key}'"):
+        with pytest.raises(ValueError, match=f"unknown training key 'model.{key}'"):
             run(quick(tmp_path, *options[:2], f"output_dir={tmp_path}/{key}", f"model.{key}=1"))
 
 
@@ -464,6 +464,12 @@ def test_training_presets_are_valid(name):
         (["init_from=x", "codec_from=y"], "remove `codec_from`"),
         (["codec_from=x"], "stage=flow"),
         (["data.train=null"], "data.train"),
+        (["codec.max_steps=-3"], r"codec.max_steps` \(-3\).*between 1 and 1099511627776\."),
+        (["seed=-1"], r"`seed` \(-1\).*between 0 and 4294967295\."),
+        (["flow.cooldown_share=2"], "between 0 and 1\\."),
+        (["hub_model_id=bad/name/x"], "hub_model_id.*'bad/name/x'.*user/name"),
+        (["push_to_hub=true", "output_dir=my model"], "output_dir.*'my model'.*hub_model_id="),
+        (["a.jsonl"], r"'a.jsonl'.*key=value.*data.train=\[a.txt,b.jsonl\]"),
     ],
 )
 def test_bad_training_keys_are_named(overrides, message):

@@ -29,17 +29,14 @@ def model_of_stage(
     The flow stage goes on with the codec that this run has trained. Raises `ValueError` if there is
     none and nothing else brings a trained codec.
     """
-    donor = config.init_from or config.codec_from
-    codec = directory.final("codec")
-    # a lone stage flow with a donor means the donor's codec, not one that lies there from before
-    if (
-        stage == "flow"
-        and (config.stage == "all" or not donor)
-        and (codec / "config.json").is_file()
-    ):
-        model = _load(codec, part)
+    if takes_own_codec(config, stage, directory):
+        model = _load(directory.final("codec"), part)
         corpus.measure_rest(model)
         return model
+    # without a donor the data are compared with the preset, which `check_sizes` does
+    if donor := config.init_from or config.codec_from:
+        codec_config = run_config(config, None).codec_config
+        corpus.check_codec(codec_config, config.data, donor)
     model = build_model(config, corpus.tokenizer, part)
     # a whole model has learnt with the statistics that it has
     if stage != "flow" or config.init_from:
@@ -47,13 +44,25 @@ def model_of_stage(
     if config.codec_from:
         corpus.measure_rest(model)
         return model
+    check_trained_codec(model, directory)
+    corpus.measure(model)  # the only thing that a codec without parameters has to learn
+    return model
+
+
+def takes_own_codec(config: TrainConfig, stage: str, directory: RunDirectory) -> bool:
+    """Whether a stage goes on with the codec that this run has trained."""
+    # a lone stage flow with a donor means the donor's codec, not one that lies there from before
+    wanted = config.stage == "all" or not (config.init_from or config.codec_from)
+    return stage == "flow" and wanted and (directory.final("codec") / "config.json").is_file()
+
+
+def check_trained_codec(model: TokComModel, directory: RunDirectory) -> None:
+    """Raise `ValueError` if stage flow would begin with a codec that nothing has trained."""
     if has_trainable_codec(model):
         raise ValueError(
             f"stage 'flow' needs a trained codec and {directory.root} has none; train it first "
             "(stage=codec or stage=all), or give `codec_from` or `init_from`."
         )
-    corpus.measure(model)  # the only thing that a codec without parameters has to learn
-    return model
 
 
 def _load(path: str | os.PathLike, part: Part | None) -> TokComModel:
@@ -99,6 +108,21 @@ def build_model(
             f"tokenizer has {size}; use the tokenizer saved beside the model."
         )
     return model
+
+
+def run_config(config: TrainConfig, vocab_size: int | None) -> TokComConfig:
+    """The configuration of the model that a run trains, of a tokenizer of `vocab_size` tokens."""
+    donor = config.init_from or config.codec_from
+    if donor is None:
+        return preset_config(config.preset, vocab_size, **config.model)
+    return derived_config(config, TokComConfig.from_pretrained(donor), vocab_size)
+
+
+def outline(config: TokComConfig) -> TokComModel:
+    """A model without weights: nothing is allocated, and the random numbers that weights would
+    draw are left for the model of the run."""
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        return TokComModel(config)
 
 
 def _load_weights(model: TokComModel, source: TokComModel, donor: str, codec_only: bool) -> None:

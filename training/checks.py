@@ -1,5 +1,5 @@
 """What can be known before any stage begins: that windows fit the model, and that the data give at
-least one batch."""
+least one batch. What can be known before the data are read is in `plan.py`."""
 
 import dataclasses
 
@@ -7,9 +7,47 @@ from accelerate import PartialState
 from torch.utils.data import Dataset
 
 from tokcom.modeling_tokcom import TokComModel
-from tokcom.training.build import has_trainable_codec
+from tokcom.processing_tokcom import vocabulary_size
+from tokcom.training.build import has_trainable_codec, outline, run_config
 from tokcom.training.config import LoopConfig, TrainConfig
-from tokcom.training.corpora import Corpus, PictureCorpus
+from tokcom.training.corpora import Corpus, PictureCorpus, Reading
+from tokcom.training.sources import read_sources
+
+
+def check_run(config: TrainConfig, corpus: Corpus) -> None:
+    """Raise `ValueError` if a run would refuse the data of `corpus`, of which nothing is held
+    out."""
+    if config.stage == "distill":  # its teacher is no outline
+        return
+    # a stream may be read by one model only, and weights and streams ask for validation data
+    weighted = any(source.weight is not None for source in read_sources(config.data.train))
+    if not (corpus.streamed or weighted):
+        _check_outline(config, corpus)
+        try:
+            _check_outline(_with_batches(config, 2), corpus)
+            return
+        except ValueError:
+            pass  # so little that what is held out may decide
+    _check_outline(config, Reading(config).corpus())
+
+
+def _check_outline(config: TrainConfig, corpus: Corpus) -> None:
+    size = None if corpus.tokenizer is None else vocabulary_size(corpus.tokenizer)
+    expected = run_config(config, size)
+    corpus.check_codec(expected.codec_config, config.data, config.init_from or config.codec_from)
+    check_sizes(config, outline(expected), corpus, list(config.stages), PartialState())
+
+
+def _with_batches(config: TrainConfig, factor: int) -> TrainConfig:
+    """The settings with `factor` times as many rows in a batch of every stage."""
+    stages = {name: getattr(config, name) for name in config.stages}
+    return dataclasses.replace(
+        config,
+        **{
+            name: dataclasses.replace(options, batch_size=factor * options.batch_size)
+            for name, options in stages.items()
+        },
+    )
 
 
 def check_sizes(

@@ -11,15 +11,17 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from tokcom.training.files import MEDIA_READ
+from tokcom.training.files import MEDIA_READ, kind_of
 from tokcom.training.presets import forget_data, read_preset
 
 # their order seeds the noise of each stage: append, never insert
@@ -76,7 +78,9 @@ def check_numbers(config: object, prefix: str = "") -> None:
         # what has no range of its own counts something, at least 1
         low, high = RANGES.get(key, (1, MOST))
         if not low <= value <= high:
-            raise ValueError(f"`{prefix}{key}` ({value}) must be between {low:g} and {high:g}.")
+            # whole numbers as they are, not as 1.09951e+12
+            least, most = (str(end) if isinstance(end, int) else f"{end:g}" for end in (low, high))
+            raise ValueError(f"`{prefix}{key}` ({value}) must be between {least} and {most}.")
 
 
 def check_choices(config: Any, prefix: str = "") -> None:
@@ -332,6 +336,25 @@ class TrainConfig:
             check_finite(getattr(getattr(self, name), "objective", {}), f"{name}.objective")
         if self.stage == "distill":
             self._check_distillation()
+        if self.push_to_hub or self.hub_model_id:
+            self._check_hub_name()
+
+    def _check_hub_name(self) -> None:
+        # imported here, because most runs are not pushed
+        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils import validate_repo_id
+
+        name = self.hub_model_id or Path(self.output_dir).resolve().name
+        try:
+            validate_repo_id(name)
+        except HFValidationError as error:
+            key = "hub_model_id" if self.hub_model_id else "output_dir"
+            # without the advice for callers of the library
+            reason = str(error).partition(". Use")[0].rstrip(".")
+            raise ValueError(
+                f"`{key}` ({name!r}) is not a valid repository id: give hub_model_id=user/name "
+                f"({reason})."
+            ) from error
 
     def _check_distillation(self) -> None:
         if self.mixed_precision == "fp16":
@@ -418,8 +441,12 @@ def build_config(values: dict[str, Any], overrides: list[str]) -> TrainConfig:
 def _apply(config: DictConfig, override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator:
+        # what names a file was meant as another source of data
+        is_source = kind_of(override) is not None or os.path.exists(override)
+        remedy = "several sources are data.train=[a.txt,b.jsonl]" if is_source else None
         raise ValueError(
-            f"override {override!r} must have the form key=value, e.g. flow.max_steps=100."
+            f"override {override!r} must have the form key=value; "
+            f"{remedy or 'for example flow.max_steps=100'}."
         )
     # parsed as YAML under a name of its own, since the key may have dots in it
     try:

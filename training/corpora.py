@@ -50,6 +50,7 @@ from tokcom.training.streams import (
 )
 from tokcom.training.tokens import (
     get_tokenizer,
+    has_tokenizer,
     load_tokenizer,
     tokenize_dialogues,
     tokenize_documents,
@@ -117,27 +118,33 @@ class Corpus:
         """Whether a codec reads such data."""
         return codec_config is not None and codec_config.modality in cls.modalities
 
-    def check_codec(self, codec_config: TokComCodecConfig, data: DataConfig) -> None:
-        """Raise `ValueError`, with what to change, if a codec does not read such data."""
+    def check_codec(
+        self, codec_config: TokComCodecConfig, data: DataConfig, donor: str | None = None
+    ) -> None:
+        """Raise `ValueError`, with what to change, if a codec, that of the model `donor` if it is
+        given, does not read such data."""
         if self.serves(codec_config):
             return
         known = MODALITIES[codec_config.modality]
+        owner = f" of {donor}" if donor else ""
+        other = "another model" if donor else f"a preset of {self.presets}"
         raise ValueError(
-            f"the codec {codec_config.model_type!r} reads {known.reads} but the data are "
-            f"{self.rows_of}; {known.remedy(data)}, or choose a preset of {self.presets}."
+            f"the codec {codec_config.model_type!r}{owner} reads {known.reads} but the data are "
+            f"{self.rows_of}; {known.remedy(data)}, or choose {other}."
         )
 
     def _shape(self, model: TokComModel, config: TrainConfig, options: StageConfig) -> WindowShape:
         self.check_codec(model.config.codec_config, config.data)
         chunk_size = model.config.codec_config.chunk_size
         longest = model.config.transformer_config.max_position_embeddings * chunk_size  # in tokens
+        key = f"{model.objective.stage}.sequence_length"
         if options.sequence_length > longest:
             raise ValueError(
-                f"`{model.objective.stage}.sequence_length` ({options.sequence_length}) is longer "
+                f"`{key}` ({options.sequence_length}) is longer "
                 f"than the model's maximum of {longest} tokens; shorten it or raise "
                 "transformer_config.max_position_embeddings."
             )
-        return WindowShape.of(model.config, options.sequence_length)
+        return WindowShape.of(model.config, options.sequence_length, key)
 
     def sampler(
         self, dataset: torch.utils.data.Dataset, batch_size: int, seed: int
@@ -297,12 +304,6 @@ class OmniCorpus(Corpus):
         if names:
             dataset.set_epoch(0)
             measure_stream_statistics(model, dataset, names=names)
-
-
-def has_tokenizer(name: str) -> bool:
-    """Whether a local model directory holds a tokenizer; of others nothing is known, and it is
-    taken to."""
-    return not Path(name).is_dir() or (Path(name) / "tokenizer_config.json").is_file()
 
 
 def codec_config_of(config: TrainConfig) -> TokComCodecConfig | None:

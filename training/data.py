@@ -11,7 +11,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +76,7 @@ class WindowShape:
             models, which denoise all at once, learn to fill the rest with EOS.
         lead (`int`): tokens before a document that a window moved to its beginning holds: 1 is
             the EOS from which an autoregressive model begins a text.
+        key (`str`): the setting that says the length, which errors name.
     """
 
     length: int
@@ -84,16 +85,17 @@ class WindowShape:
     marks_starts: bool = False
     ends_at_eos: bool = False
     lead: int = 0
+    key: str = field(default="sequence_length", compare=False)
 
     def __post_init__(self):
         if self.length % self.multiple:
             raise ValueError(
-                f"`sequence_length` ({self.length}) must be a multiple of `chunk_size` "
+                f"`{self.key}` ({self.length}) must be a multiple of `chunk_size` "
                 f"({self.multiple}); use {self.length + -self.length % self.multiple}."
             )
 
     @classmethod
-    def of(cls, config, length: int) -> "WindowShape":
+    def of(cls, config, length: int, key: str = "sequence_length") -> "WindowShape":
         """The shape that a `TokComConfig` asks for."""
         return cls(
             length,
@@ -101,6 +103,7 @@ class WindowShape:
             config.prediction_type != "tokens",
             config.transformer_config.start_latents,
             config.transformer_config.block_size is not None,
+            key=key,
         )
 
 
@@ -115,7 +118,7 @@ class DialogueDataset(torch.utils.data.Dataset):
         # a chunk for each of the two
         if shape.length < 2 * shape.multiple:
             raise ValueError(
-                f"`sequence_length` ({shape.length}) must hold a prompt and an answer; use at "
+                f"`{shape.key}` ({shape.length}) must hold a prompt and an answer; use at "
                 f"least {2 * shape.multiple}."
             )
         self.pairs = pairs

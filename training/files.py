@@ -42,6 +42,11 @@ MEDIA_READ = {
 }
 COMPRESSED = (".gz", ".bz2", ".xz")  # of texts and of tables
 ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar", ".zst")  # named, since they may hold the data
+READ = (  # in messages
+    "texts (.txt), records (.jsonl, .json, .csv, .tsv, .parquet), pictures (.png, .jpg, .webp, ...), "
+    "clips (.mp4, .webm, .gif, ...) and sounds (.wav, .flac, .mp3, ...); docs/data.md lists all, and "
+    "other documents are to be converted to .txt"
+)
 SYSTEM_FILES = ("thumbs.db", "desktop.ini", "__macosx")  # of Windows and macOS, in lower case
 
 
@@ -112,9 +117,9 @@ def _reason_to_drop(path: Path) -> str | None:
     if not str(path).isprintable() and not _is_utf8(str(path)):
         return "name that is no UTF-8"
     if kind_of(path) is None and path.suffix.lower() not in SIDE_TEXTS:
-        # the last but one, too: .tar.gz
-        archive = {path.suffix.lower(), *map(str.lower, path.suffixes[-2:-1])} & set(ARCHIVES)
-        return "archive, which is not opened" if archive else "no kind of file that is read"
+        return (
+            "archive, which is not opened" if is_archive(path) else "no kind of file that is read"
+        )
     try:
         found = path.stat()
     except FileNotFoundError:
@@ -125,6 +130,12 @@ def _reason_to_drop(path: Path) -> str | None:
     if not stat.S_ISREG(found.st_mode):
         return "pipe, socket or device"
     return None if found.st_size else "empty"
+
+
+def is_archive(path: Path) -> bool:
+    """Whether a name is that of an archive, which may hold the data."""
+    # the last but one suffix, too: .tar.gz
+    return bool({path.suffix.lower(), *map(str.lower, path.suffixes[-2:-1])} & set(ARCHIVES))
 
 
 def _is_utf8(name: str) -> bool:

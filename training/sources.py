@@ -15,7 +15,6 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pyarrow.parquet
-import yaml
 
 from tokcom.training.checkpoints import first_line
 from tokcom.training.config import DataConfig
@@ -37,10 +36,11 @@ from tokcom.training.documents import (
     text_records,
 )
 from tokcom.training.files import (
-    KINDS,
     MEDIA,
     MEDIA_READ,
+    READ,
     Listing,
+    is_archive,
     is_saved_dataset,
     kind_of,
     list_files,
@@ -53,6 +53,7 @@ from tokcom.training.folders import (
     metadata_files,
     side_files,
 )
+from tokcom.training.mixtures import check_amounts, read_mixture
 from tokcom.training.records import (
     DIALOGUES,
     first_record,
@@ -86,11 +87,7 @@ class Source:
     fraction: float = 1.0
 
     def __post_init__(self):
-        if (self.weight is not None and self.weight <= 0) or not 0 < self.fraction <= 1:
-            raise ValueError(
-                f"source {self.path}: `weight` ({self.weight}) must be positive, `fraction` "
-                f"({self.fraction}) in (0, 1]."
-            )
+        check_amounts(self.path, self.weight, self.fraction, self.max_samples)
         if self.modality is not None:
             if self.field is None or self.fields is not None:
                 raise ValueError(
@@ -99,10 +96,6 @@ class Source:
                 )
             # a stream is called after its modality if nobody names it otherwise
             self.fields = {self.modality: self.field}
-        if self.max_samples is not None and self.max_samples < 1:
-            raise ValueError(
-                f"source {self.path}: `max_samples` ({self.max_samples}) must be at least 1."
-            )
 
     def load(self, config: DataConfig, split: str, report: Report):
         """Its records with the fields that training reads; notes in `report` what they are."""
@@ -215,13 +208,15 @@ class Source:
         hold no text are left out."""
         formats = {path: format_of(path) for path in listing.of_kind("text", "table")}
         if not formats:
-            known = ", ".join(KINDS)
             left_out = "; ".join(
                 f"{reason}: {', '.join(names[:3])}" for reason, names in listing.left_out.items()
             )
-            reasons = left_out or ", ".join(path.name for path in listing.files) or "it is empty"
+            named = ", ".join(path.name for path in listing.files)
+            is_packed = any(map(is_archive, listing.files)) or "archive" in left_out
+            remedy = "unpack it and give its files" if is_packed else f"known are {READ}"
             raise ValueError(
-                f"{self.path} holds no file that is read ({reasons}); known are {known}."
+                f"{self.path} holds no file that is read ({left_out or named or 'it is empty'}); "
+                f"{remedy}."
             )
         if len(set(formats.values())) == 1:
             return formats
@@ -257,9 +252,10 @@ class Source:
         source.used = len(files)
         # of all files, since the first may lack a field that others have
         columns = list(dict.fromkeys(name for first in firsts.values() for name in first or ()))
+        each = " of each file" if len(files) > 1 else ""
         if (self.fields or config.fields) or holds_pictures(columns, config, self.field):
             return self._select(self._records(files, config), config, source)
-        wanted = self._text_columns(columns, config)
+        wanted = self._text_columns(columns, config, f"the first record{each} of {self.path} has")
         field = None if wanted[0] in DIALOGUES else wanted[0]
         source.fields = wanted
         return self._read(
@@ -403,8 +399,11 @@ class Source:
                 part = self._texts(part, columns, config)
         return part if index else self._noted(part, source)
 
-    def _text_columns(self, columns: list[str], config: DataConfig) -> list[str]:
-        """The field of the text, or those of a dialogue; `ValueError` if there is neither."""
+    def _text_columns(
+        self, columns: list[str], config: DataConfig, who: str | None = None
+    ) -> list[str]:
+        """The field of the text, or those of a dialogue; `ValueError` if there is neither. `who`
+        begins its message."""
         text = self.field or config.text_column
         if text in columns or not columns:
             return [text]
@@ -415,7 +414,7 @@ class Source:
         # a prompt without an answer is no dialogue, and an answer without a prompt neither
         if not wanted or ("prompt" in wanted) != ("answer" in wanted):
             raise ValueError(
-                f"records of {self.path} have no field {text!r} (fields: "
+                f"{who or f'records of {self.path} have'} no field {text!r} (fields: "
                 f"{some(columns, FIELDS)}){near_miss(text, columns)} Set `data.text_column` (or of "
                 "pictures `data.image_column`) to one of them, or give dialogues: `prompt` and "
                 "`answer`, `messages`, `conversations`."
@@ -542,22 +541,8 @@ class Source:
 def read_sources(source: str | dict | list[str | dict]) -> list[Source]:
     """`data.train`: one source or several, each a path or name, a dictionary of `Source`'s
     fields, or a .yaml list of them."""
-    if isinstance(source, str) and Path(source).suffix in (".yaml", ".yml"):
-        source = yaml.safe_load(Path(source).read_text(encoding="utf-8"))
-    known = {field.name for field in fields(Source)}
-    sources = []
-    for item in source if isinstance(source, list) else [source]:
-        # YAML reads a folder that is called 2024 as a number
-        values = dict(item) if isinstance(item, dict) else {"path": item}
-        if isinstance(values.get("path"), int | float):
-            values["path"] = str(values["path"])
-        if "path" not in values or set(values) - known:
-            raise ValueError(
-                f"a data source must have `path` and may have {sorted(known - {'path'})}, not "
-                f"{values!r}."
-            )
-        sources.append(Source(**values))
-    return sources
+    known = [field.name for field in fields(Source)]
+    return [Source(**values) for values in read_mixture(source, known)]
 
 
 def load_documents(

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-from tokcom.processing_tokcom import text_ids, vocabulary_size, with_pad_token
+from tokcom.processing_tokcom import ChatText, text_ids, vocabulary_size, with_pad_token
 from tokcom.training.audit import cache_folder
 from tokcom.training.records import messages_of
 from tokcom.training.report import PartReport, Report
@@ -63,6 +63,12 @@ def _without_long_words(text: str) -> Iterator[str]:
         yield text[start : word.end()]
         start = word.end()
     yield text[start:]
+
+
+def has_tokenizer(name: str) -> bool:
+    """Whether a local model directory holds a tokenizer; of others nothing is known, and it is
+    taken to."""
+    return not Path(name).is_dir() or (Path(name) / "tokenizer_config.json").is_file()
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
@@ -292,9 +298,7 @@ def tokenize_prompt(
     """Ids of the turns before an answer: by the tokenizer's chat template, or if it has none
     their texts, line by line."""
     if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        # A space at the end would be a token of its own; in the answer it belongs to the next word.
-        return text_ids(tokenizer, text.rstrip(" "), special_tokens=True)
+        return ChatText.of(tokenizer, messages).ids(tokenizer)
     text = "\n".join(message["content"] for message in messages)
     return text_ids(tokenizer, text.rstrip(" "))  # as the pipeline does
 
