@@ -108,7 +108,7 @@ REMOTE_FILES = {
         "typing",
     },
     "tasks_tokcom.py": {"collections", "dataclasses", "torch", "transformers", "typing"},
-    "transformer_tokcom.py": {"dataclasses", "torch", "transformers", "typing"},
+    "transformer_tokcom.py": {"dataclasses", "itertools", "torch", "transformers", "typing"},
     "heads_tokcom.py": {"collections", "torch", "typing"},
     "quantization_tokcom.py": {"collections", "dataclasses", "torch", "transformers"},
     "objective_tokcom.py": {"dataclasses", "torch", "transformers", "typing"},
@@ -125,6 +125,7 @@ REMOTE_FILES = {
     "modeling_causal_tokcom.py": {"dataclasses", "inspect", "torch", "transformers"},
     "sampling_tokcom.py": {
         "collections",
+        "copy",
         "dataclasses",
         "diffusers",
         "functools",

@@ -175,7 +175,9 @@ def test_steps_lie_on_the_turns_whatever_the_shift_of_the_scheduler(pipe, steps)
     with pytest.raises(ValueError, match="does not put its steps where the tokens .* turns"):
         pipe(TEXT, **options)
     pipe.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    with pytest.raises(ValueError, match="FlowMatchEuler.* `use_dynamic_shifting`.*set it to False"):
+    with pytest.raises(
+        ValueError, match="FlowMatchEuler.* `use_dynamic_shifting`.*set it to False"
+    ):
         pipe(TEXT, **options)
 
 
