@@ -574,6 +574,7 @@ class TokComBasePipeline(CheckedFiles, DiffusionPipeline):
         may set `pipe._interrupt` to stop.
         """
         sampler = self._sampler(sampling)
+        self.scheduler = sampler.scheduler  # whose grid callbacks read
         self._guidance_scale = sampler.sampling.guidance_scale
         self._interrupt = False
         block_size = self.model.config.transformer_config.block_size

@@ -35,6 +35,8 @@ PRESETS = {
     "base-local": SPLIT,
     "pixel-tiny": WHOLE,
     "pixel-b4": {**WHOLE, "max_position_embeddings": 64},
+    "pixel-b16": {**WHOLE, "max_position_embeddings": 16},
+    "zoo-pixels": SPLIT,
 }
 
 
@@ -448,7 +450,7 @@ def test_a_score_leaves_the_mode_of_the_model_and_needs_a_text(pipe):
     pipe.model.train()
     pipe.score("Squinty was a pig.")
     assert pipe.model.training
-    with pytest.raises(ValueError, match="`texts` is an empty list"):
+    with pytest.raises(ValueError, match="must be a text, or a list"):
         pipe.score([])
 
 
