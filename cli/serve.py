@@ -519,9 +519,8 @@ def warm_up(pipe: TokComPipeline) -> None:
     for count in (1, 2, 3):  # a size that has changed is compiled for all sizes
         for prompt in ("Once", "Once upon a time there was", "Once upon a time there was a house"):
             pipe([prompt] * count, gen_length=16)
+            pipe.infill(f"{prompt} ____ a house.", 4 * count, num_candidates=count)
     pipe("Once upon a time there was", gen_length=16, guidance_scale=1.5)
-    for length in (4, 16):
-        pipe.infill("Once upon a time ____ a house.", length)
 
 
 def check_address(host: str, port: int) -> None:
