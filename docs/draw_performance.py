@@ -98,7 +98,9 @@ def save(figure, name: str) -> None:
     figure.savefig(canvas, dpi=80)
     plt.close(figure)
     # few colors: half the bytes
-    Image.open(canvas).convert("RGB").quantize(32).save(DOCS / name, optimize=True)
+    Image.open(canvas).convert("RGB").quantize(64, Image.Quantize.MAXCOVERAGE).save(
+        DOCS / name, optimize=True
+    )
     print(DOCS / name)
 
 
