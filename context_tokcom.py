@@ -219,11 +219,11 @@ class Context:
         if position_ids is None:
             position_ids = self.position_ids
         local = {}
-        if self.chunk_cache is not None and step.decided is not None:
-            self.chunk_cache.open(*step.decided)
-            local["chunk_cache"] = self.chunk_cache
-        if self.model.config.transformer_config.local_head:
+        if self.chunk_cache is not None:
             local["given"] = step.given
+            if step.decided is not None:
+                self.chunk_cache.open(*step.decided)
+                local["chunk_cache"] = self.chunk_cache
         return self.model.predict(
             x,
             step.time,
