@@ -161,7 +161,11 @@ def tiny_pipeline(modality: str, tokenizer=None) -> TokComBasePipeline:
 
 def exact_pipe(tokenizer, kind: type[TokComPipeline] = TokComPipeline) -> TokComPipeline:
     """A model whose tokens take turns, so that its probabilities are exact."""
-    model = build_model(vocabulary_size(tokenizer))
+    return quiet_pipe(build_model(vocabulary_size(tokenizer)), tokenizer, kind)
+
+
+def quiet_pipe(model, tokenizer, kind: type[TokComPipeline] = TokComPipeline) -> TokComPipeline:
+    """A model with its own scheduler, and without a progress bar."""
     pipe = kind(model, TokComFlowMatchScheduler.from_model_config(model.config), tokenizer)
     pipe.set_progress_bar_config(disable=True)
     return pipe

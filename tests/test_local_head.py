@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import SPLIT, TURNS, seeded, tiny_config
+from helpers import SPLIT, TURNS, quiet_pipe, seeded, tiny_config
 from huggingface_hub.errors import StrictDataclassError
 
 from tokcom.context_tokcom import TokComChunkCache
@@ -14,7 +14,6 @@ from tokcom.modeling_causal_tokcom import TokComForCausalLM
 from tokcom.modeling_tokcom import TokComModel
 from tokcom.pipeline_tokcom import TokComPipeline
 from tokcom.processing_tokcom import vocabulary_size
-from tokcom.scheduling_tokcom import TokComFlowMatchScheduler
 
 LOCAL = {**SPLIT, "local_head": True}
 
@@ -30,12 +29,7 @@ def local_model(vocab_size: int = 300, **overrides) -> TokComModel:
 
 @pytest.fixture
 def pipe(tokenizer) -> TokComPipeline:
-    model = local_model(vocabulary_size(tokenizer))
-    pipe = TokComPipeline(
-        model, TokComFlowMatchScheduler.from_model_config(model.config), tokenizer
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return quiet_pipe(local_model(vocabulary_size(tokenizer)), tokenizer)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ import helpers
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from helpers import TURNS, exact_pipe, seeded, tiny_config
+from helpers import TURNS, exact_pipe, quiet_pipe, seeded, tiny_config
 
 from tokcom import context_tokcom
 from tokcom.context_tokcom import CachedContext
@@ -257,11 +257,7 @@ def _local_pipe(tokenizer) -> TokComPipeline:
     torch.manual_seed(0)
     options = {**TURNS, "transformer_config": {**helpers.SPLIT, "local_head": True}}
     model = TokComModel(tiny_config(vocabulary_size(tokenizer), **options)).eval()
-    pipe = TokComPipeline(
-        model, TokComFlowMatchScheduler.from_model_config(model.config), tokenizer
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return quiet_pipe(model, tokenizer)
 
 
 @torch.no_grad()
@@ -309,9 +305,7 @@ def test_a_shorter_text_is_the_beginning_of_a_longer_one(tokenizer, prediction, 
     if prediction == "tokens":
         options["codec_config"] = {"encoder_type": "token"}
     model = TokComModel(tiny_config(vocabulary_size(tokenizer), **options)).eval()
-    scheduler = TokComFlowMatchScheduler.from_model_config(model.config)
-    pipe = TokComPipeline(model, scheduler, tokenizer)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = quiet_pipe(model, tokenizer)
     whole = pipe("Once upon a time", gen_length=40, generator=seeded()).sequences[0].tolist()
     for length in (1, 4, 7, 16, 21):
         output = pipe("Once upon a time", gen_length=length, generator=seeded())
