@@ -20,11 +20,12 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 
 from .codec_chunk_tokcom import TokComCodec, TokComCodecLoss, TokComCodecOutput
 from .configuration_media_tokcom import TokComStyleCodecConfig
-from .layers_tokcom import TokComRMSNorm
+from .layers_tokcom import TokComRMSNorm, attention_backend, eager_attention_forward
 from .quantization_tokcom import VectorQuantizer, count_statistics, kmeans, nearest_codes
 
 COLORS = 3
@@ -42,9 +43,14 @@ class TokComImageOutput(ModelOutput):
 class TokComStyleAttention(nn.Module):
     """Multi-head self-attention without mask and positions, as in ViT."""
 
-    def __init__(self, width: int, heads: int):
+    num_key_value_groups = 1  # each head has keys and values of its own
+    is_causal = False
+
+    def __init__(self, config: TokComStyleCodecConfig, width: int, heads: int):
         super().__init__()
+        self.config = config
         self.heads = heads
+        self.scaling = (width // heads) ** -0.5
         self.qkv_proj = nn.Linear(width, 3 * width)
         self.o_proj = nn.Linear(width, width)
 
@@ -52,13 +58,12 @@ class TokComStyleAttention(nn.Module):
         """`(B, S, D)` in and out."""
         heads = self.qkv_proj(hidden_states).unflatten(-1, (3, self.heads, -1))
         heads = heads.permute(2, 0, 3, 1, 4)  # (3, B, heads, S, head_dim)
-        if heads.device.type == "cpu":  # in bfloat16 the backward pass is six times as slow
-            with torch.autocast("cpu", enabled=False):
-                output = F.scaled_dot_product_attention(*heads.float())
-        else:
-            output = F.scaled_dot_product_attention(*heads)
-        output = output.to(heads.dtype).transpose(1, 2).flatten(2)  # (B, S, D)
-        return self.o_proj(output)
+        implementation = attention_backend(self.config._attn_implementation, heads.device)
+        if implementation == "sdpa" and heads.device.type == "cpu":
+            implementation = "sdpa_float32"  # in bfloat16 the backward pass is six times as slow
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        output, _ = attend(self, *heads, None, dropout=0.0, scaling=self.scaling, is_causal=False)
+        return self.o_proj(output.flatten(2))
 
 
 class TokComStyleMLP(nn.Sequential):
@@ -97,12 +102,17 @@ class TokComStyleBlock(GradientCheckpointingLayer):
     """
 
     def __init__(
-        self, width: int, heads: int, inner: int, eps: float, experts: TokComSlotMLP | None = None
+        self,
+        config: TokComStyleCodecConfig,
+        width: int,
+        heads: int,
+        inner: int,
+        experts: TokComSlotMLP | None = None,
     ):
         super().__init__()
-        self.attention_norm = TokComRMSNorm(width, eps)
-        self.mlp_norm = TokComRMSNorm(width, eps)
-        self.self_attn = TokComStyleAttention(width, heads)
+        self.attention_norm = TokComRMSNorm(width, config.rms_norm_eps)
+        self.mlp_norm = TokComRMSNorm(width, config.rms_norm_eps)
+        self.self_attn = TokComStyleAttention(config, width, heads)
         self.mlp = TokComStyleMLP(width, inner)
         self.experts = experts
 
@@ -125,11 +135,12 @@ class TokComStyledBlock(GradientCheckpointingLayer):
     half.
     """
 
-    def __init__(self, channels: int, width: int, heads: int, inner: int, eps: float):
+    def __init__(self, config: TokComStyleCodecConfig, width: int, heads: int, inner: int):
         super().__init__()
-        self.attention_norm = TokComRMSNorm(width, eps)
-        self.mlp_norm = TokComRMSNorm(width, eps)
-        self.self_attn = TokComStyleAttention(width, heads)
+        channels = config.latent_channels
+        self.attention_norm = TokComRMSNorm(width, config.rms_norm_eps)
+        self.mlp_norm = TokComRMSNorm(width, config.rms_norm_eps)
+        self.self_attn = TokComStyleAttention(config, width, heads)
         self.mlp = TokComStyleMLP(width, inner)
         self.attention_style = nn.Linear(channels, 2 * width)  # scale and shift
         self.mlp_style = nn.Linear(channels, 2 * width)
@@ -156,7 +167,6 @@ class TokComStyleEncoder(nn.Module):
         super().__init__()
         width = config.hidden_size
         heads = config.num_attention_heads
-        eps = config.rms_norm_eps
         self.num_tokens = config.num_tokens
         # a linear map of each patch
         self.patch_embedding = nn.Conv2d(COLORS, width, config.patch_size, config.patch_size)
@@ -168,9 +178,9 @@ class TokComStyleEncoder(nn.Module):
             if i >= config.num_hidden_layers:
                 experts = TokComSlotMLP(config.num_tokens, width, config.expert_intermediate_size)
             self.layers.append(
-                TokComStyleBlock(width, heads, config.intermediate_size, eps, experts)
+                TokComStyleBlock(config, width, heads, config.intermediate_size, experts)
             )
-        self.norm = TokComRMSNorm(width, eps)
+        self.norm = TokComRMSNorm(width, config.rms_norm_eps)
 
     def initialize_parameters(self) -> None:
         # as large as a patch: with small positions all queries would see the same
@@ -214,19 +224,17 @@ class TokComStyleDecoder(nn.Module):
         super().__init__()
         width = config.decoder_hidden_size
         heads = config.decoder_num_attention_heads
-        eps = config.rms_norm_eps
         inner = config.decoder_intermediate_size
         self.num_patches = config.num_patches
         self.shape = COLORS, config.patch_size, config.image_size // config.patch_size
         self.positions = nn.Parameter(torch.empty(1, config.num_patches, width))
         self.styled_layers = nn.ModuleList(
-            TokComStyledBlock(config.latent_channels, width, heads, inner, eps)
-            for _ in range(config.num_styled_layers)
+            TokComStyledBlock(config, width, heads, inner) for _ in range(config.num_styled_layers)
         )
         self.layers = nn.ModuleList(
-            TokComStyleBlock(width, heads, inner, eps) for _ in range(config.num_decoder_layers)
+            TokComStyleBlock(config, width, heads, inner) for _ in range(config.num_decoder_layers)
         )
-        self.norm = TokComRMSNorm(width, eps)
+        self.norm = TokComRMSNorm(width, config.rms_norm_eps)
         self.linear_path = None
         if config.linear_path:
             tokens = config.num_tokens, config.latent_channels

@@ -100,6 +100,18 @@ def test_a_linear_path_alone_is_a_linear_codec():
     torch.testing.assert_close(middle, ends, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("implementation", ["eager", "sdpa_float32"])
+def test_an_attention_function_that_is_chosen_later_reaches_the_codec(implementation):
+    net = randomized(model())
+    images = torch.rand(2, 3, 16, 16)
+    with torch.no_grad():
+        wanted = net.codec.encode(images).latents
+        net.set_attn_implementation(implementation)
+        found = net.codec.encode(images).latents
+    assert net.codec.config._attn_implementation == implementation
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
 def test_sphere_tokens_have_one_length():
     tokens = codec(bottleneck="sphere").encode(pictures()).latents
     torch.testing.assert_close(tokens.norm(dim=-1), torch.full((3, 6), 2.0))

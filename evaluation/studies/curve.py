@@ -308,25 +308,30 @@ def write_report(work: Path, seed: int) -> None:
 
 
 def plot(finished: dict, file: Path) -> None:
+    """Quality against evaluations of the head, and against milliseconds at batch 32."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    key = "evaluations per token"
-    for name, facts in finished.items():
-        points = [p for p in facts["points"] if p["NLL at real entropy"] is not None]
-        if not points:  # no temperature brings these samples to the entropy of real text
-            continue
-        points.sort(key=lambda point: point[key])
-        quality = [point["NLL at real entropy"] for point in points]
-        axes.plot([point[key] for point in points], quality, "o-", label=name)
-    axes.axhline(facts["real_nll"], color="grey", label="real text")
-    axes.set(xlabel="evaluations of the head per token, of the network for the Llama")
-    axes.set(ylabel="judge's nats per token at the entropy of real text")
-    axes.set_xscale("log", base=2)
-    axes.legend(fontsize="small")
+    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
+    keys = {
+        "evaluations per token": "evaluations of the head per token, of the network for the Llama",
+        "ms per token, batch 32": "milliseconds per token, batch 32",
+    }
+    for axes, (key, meaning) in zip(panels, keys.items()):
+        for name, facts in finished.items():
+            points = [p for p in facts["points"] if p["NLL at real entropy"] is not None]
+            if not points:  # no temperature brings these samples to the entropy of real text
+                continue
+            points.sort(key=lambda point: point[key])
+            quality = [point["NLL at real entropy"] for point in points]
+            axes.plot([point[key] for point in points], quality, "o-", label=name)
+        axes.axhline(facts["real_nll"], color="grey", label="real text")
+        axes.set(xlabel=meaning)
+        axes.set_xscale("log", base=2)
+    panels[0].set(ylabel="judge's nats per token at the entropy of real text")
+    panels[1].legend(fontsize="small")
     figure.savefig(file, dpi=90)
 
 
