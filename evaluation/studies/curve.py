@@ -7,8 +7,8 @@ Every system is trained for `--training_flops` on the same text (the codec stage
 top; `time_to_quality.py` counts it): rows of `evaluation/ablations.yaml`, masked diffusion in the
 same network (`masked.py`), an autoregressive model of as many parameters, and a trained model that
 learns masks. Each then continues held-out prompts with several numbers of steps and temperatures.
-What is finished is kept in `WORK_DIR/curve/SYSTEM-SEED.json` and not run again. Writes `curve.md`
-and `curve.png`.
+What is finished is kept in `WORK_DIR/curve/SYSTEM-SEED.json` and not run again. At the end all that
+is finished is timed in turn. Writes `curve.md` and `curve.png`.
 
 *NLL at real entropy* is the judge's, interpolated over temperatures to the entropy of real text.
 """
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from tokcom.cli.errors import report_errors
 from tokcom.cli.loading import add_device_option
@@ -52,6 +53,8 @@ RATES = {"learning_rate": 3e-3, "muon_learning_rate": 1.2e-2}  # of all systems
 STEPS = (1, 2, 4, 8, 16, 64)  # denoising steps of a chunk of four tokens
 TEMPERATURES = (1.0, 0.9, 0.8, 0.7)  # between which NLL is interpolated
 THRESHOLDS = (0.1, 0.3, 1.0)  # nats below which a masked token is decided with others
+BATCH_SIZES = (1, 32)  # that are timed
+
 # ---- training ----
 
 
@@ -219,22 +222,53 @@ SYSTEMS = {
 # ---- measuring ----
 
 
+def chosen_settings(system, steps: list[int] | None) -> list[dict]:
+    """Those with one of these numbers of steps, or without any; all for `None`."""
+    return [
+        setting
+        for setting in system.settings()
+        if steps is None or setting.get("num_inference_steps", steps[0]) in steps
+    ]
+
+
 def label(setting: dict) -> str:
     return ", ".join(f"{key} {value}" for key, value in setting.items()) or "one token at a time"
 
 
-def milliseconds(system, setting: dict, prompts: np.ndarray) -> float:
-    """Per generated token, the median of three runs."""
-    found = []
-    for seed in range(3):
-        started = time.perf_counter()
-        system.sampler(setting, 1.0).sample(prompts, CONTINUATION, seed)
-        found.append(1000 * (time.perf_counter() - started) / prompts.shape[0] / CONTINUATION)
-    return float(np.median(found))
+def milliseconds(system, setting: dict, prompts: np.ndarray, seed: int) -> float:
+    """Per generated token."""
+    started = time.perf_counter()
+    system.sampler(setting, 1.0).sample(prompts, CONTINUATION, seed)
+    return 1000 * (time.perf_counter() - started) / prompts.shape[0] / CONTINUATION
+
+
+def time_systems(finished: dict[str, dict], args: argparse.Namespace) -> dict[str, float]:
+    """Milliseconds per token of all systems and settings, medians of three rounds.
+
+    In each round all of them take their turn, so a machine that slows down does not slow one alone.
+    """
+    tokens = read_tokens(args.validation, load_tokenizer(args.checkpoint), "validation")
+    prompts = held_out_windows(tokens, PROMPT + CONTINUATION, args.prompts)[:, :PROMPT]
+    runs = {}
+    for name, facts in finished.items():
+        system = SYSTEMS[name].system(Path(facts["directory"]), args.device)
+        measured = {point["setting"] for point in facts["points"]}
+        for setting in (one for one in system.settings() if label(one) in measured):
+            for size in BATCH_SIZES:
+                runs[timing_key(name, label(setting), size)] = system, setting, prompts[:size]
+    found: dict[str, list[float]] = {key: [] for key in runs}
+    rounds = [(seed, key) for seed in range(3) for key in runs]
+    for seed, key in tqdm(rounds, desc="timing"):
+        found[key].append(milliseconds(*runs[key], seed))
+    return {key: float(np.median(values)) for key, values in found.items()}
+
+
+def timing_key(name: str, setting: str, size: int) -> str:
+    return f"{name}; {setting}; batch {size}"
 
 
 def measure(name: str, directory: Path, args: argparse.Namespace) -> dict:
-    """Quality, evaluations and time of a system at every setting."""
+    """Quality and evaluations of a system at every setting."""
     system = SYSTEMS[name].system(directory, args.device)
     tokenizer = load_tokenizer(args.checkpoint)
     judge = TokenJudge(args.judge, tokenizer, args.device)
@@ -246,9 +280,10 @@ def measure(name: str, directory: Path, args: argparse.Namespace) -> dict:
         "real_nll": float(judge.nll(real, prompts).mean()),
         "real_entropy": sample_entropy(real),
         "own_nll": system.own_nll(likelihood_windows(tokens)),
+        "directory": str(directory),
         "points": [],
     }
-    for setting in system.settings():
+    for setting in chosen_settings(system, args.steps):
         sweep = []
         for value in TEMPERATURES:
             sampler = system.sampler(setting, value)
@@ -264,8 +299,6 @@ def measure(name: str, directory: Path, args: argparse.Namespace) -> dict:
                 "NLL at real entropy": at_entropy(sweep, facts["real_entropy"]),
                 "NLL": sweep[0]["nll"],
                 "entropy": sweep[0]["entropy"],
-                "ms per token, batch 1": milliseconds(system, setting, prompts[:1]),
-                "ms per token, batch 32": milliseconds(system, setting, prompts[:32]),
                 "sweep": sweep,
             }
         )
@@ -280,18 +313,27 @@ COLUMNS = (
     "NLL at real entropy",
     "NLL",
     "entropy",
-    "ms per token, batch 1",
-    "ms per token, batch 32",
+    *(f"ms per token, batch {size}" for size in BATCH_SIZES),
 )
 
 
-def write_report(work: Path, seed: int) -> None:
+def read_finished(work: Path, seed: int) -> dict[str, dict]:
+    """What was measured of each system that is finished."""
+    files = {name: work / "curve" / f"{name}-{seed}.json" for name in SYSTEMS}
+    return {
+        name: json.loads(file.read_text(encoding="utf-8"))
+        for name, file in files.items()
+        if file.is_file()
+    }
+
+
+def write_report(finished: dict[str, dict], times: dict[str, float], work: Path) -> None:
     """Collect what is finished into a table and a picture."""
-    finished = {}
-    for name in SYSTEMS:
-        file = work / "curve" / f"{name}-{seed}.json"
-        if file.is_file():
-            finished[name] = json.loads(file.read_text(encoding="utf-8"))
+    for name, facts in finished.items():
+        for point in facts["points"]:
+            for size in BATCH_SIZES:
+                key = timing_key(name, point["setting"], size)
+                point[f"ms per token, batch {size}"] = times[key]
     rows = []
     for name, facts in finished.items():
         own = "-" if facts["own_nll"] is None else facts["own_nll"]
@@ -343,6 +385,12 @@ def main(argv: list[str] | None = None) -> None:
         "--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="default: all"
     )
     parser.add_argument(
+        "--steps",
+        nargs="+",
+        type=int,
+        help="numbers of steps per chunk that are measured (default: all of each system)",
+    )
+    parser.add_argument(
         "--init_from",
         default=".",
         help="trained text model, measured as it is and after training on masks (default: %(default)s)",
@@ -371,7 +419,8 @@ def main(argv: list[str] | None = None) -> None:
         directory, cost = train_system(name, args)
         facts = {"cost": cost, **measure(name, directory, args)}
         file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    write_report(work, args.seed)
+    finished = read_finished(work, args.seed)
+    write_report(finished, time_systems(finished, args), work)
 
 
 if __name__ == "__main__":
