@@ -349,6 +349,16 @@ def write_report(finished: dict[str, dict], times: dict[str, float], work: Path)
     print(text)
 
 
+def lines(points: list[dict]) -> list[list[dict]]:
+    """Points whose settings differ in one number, without those that no temperature brings to the
+    entropy of real text."""
+    found: dict[str, list[dict]] = {}
+    for point in points:
+        if point["NLL at real entropy"] is not None:
+            found.setdefault(point["setting"].rstrip("0123456789."), []).append(point)
+    return list(found.values())
+
+
 def plot(finished: dict, file: Path) -> None:
     """Quality against evaluations of the head, and against milliseconds at batch 32."""
     import matplotlib
@@ -361,17 +371,23 @@ def plot(finished: dict, file: Path) -> None:
         "evaluations per token": "evaluations of the head per token, of the network for the Llama",
         "ms per token, batch 32": "milliseconds per token, batch 32",
     }
+    markers = "os^vDPX*<>"
     for axes, (key, meaning) in zip(panels, keys.items()):
-        for name, facts in finished.items():
-            points = [p for p in facts["points"] if p["NLL at real entropy"] is not None]
-            if not points:  # no temperature brings these samples to the entropy of real text
-                continue
-            points.sort(key=lambda point: point[key])
-            quality = [point["NLL at real entropy"] for point in points]
-            axes.plot([point[key] for point in points], quality, "o-", label=name)
+        for index, (name, facts) in enumerate(finished.items()):
+            style = {"color": f"C{index}", "marker": markers[index % len(markers)], "label": name}
+            for line in lines(facts["points"]):
+                line.sort(key=lambda point: point[key])
+                quality = [point["NLL at real entropy"] for point in line]
+                axes.plot([point[key] for point in line], quality, **style)
+                style.pop("label", None)  # once per system
         axes.axhline(facts["real_nll"], color="grey", label="real text")
         axes.set(xlabel=meaning)
         axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_yscale("log")
+        axes.set_yticks(range(2, 9), [str(tick) for tick in range(2, 9)])
+        axes.yaxis.set_minor_formatter("")
+        axes.grid(alpha=0.3)
     panels[0].set(ylabel="judge's nats per token at the entropy of real text")
     panels[1].legend(fontsize="small")
     figure.savefig(file, dpi=90)
