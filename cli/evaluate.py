@@ -289,7 +289,12 @@ def _measure_systems(
     if "memorisation" in args.sections:
         keep("memorisation", protocol.memorisation(study, systems))
     if "latency" in args.sections:
-        keep("latency", protocol.latency(study, systems))
+        keep(
+            "latency",
+            protocol.latency(
+                study.windows(protocol.PROMPT, max(protocol.LATENCY_BATCHES)), systems
+            ),
+        )
 
 
 def run(args: argparse.Namespace) -> dict:

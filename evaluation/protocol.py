@@ -28,6 +28,7 @@ from tokcom.evaluation.samplers import TokComSampler
 
 PROMPT = 32  # tokens
 CONTINUATION = 64  # tokens
+LATENCY_BATCHES = (1, 32)  # texts that are written together
 BRIER_PROMPT = 32  # tokens
 
 
@@ -310,10 +311,10 @@ def memorisation(study: Study, systems: dict) -> dict:
 
 
 def latency(
-    study: Study, systems: dict, batches=(1, 32), length: int = 64, repeats: int = 20
+    prompts: np.ndarray, systems: dict, batches=LATENCY_BATCHES, length: int = 64, repeats: int = 20
 ) -> dict:
-    """Milliseconds per generated token: median of `repeats` after 3 warm-ups, in turn."""
-    prompts = study.windows(PROMPT, max(batches))
+    """Milliseconds per generated token behind the first of `prompts (B, P)`: median of `repeats`
+    after 3 warm-ups, in turn."""
     results = {name: {} for name in systems}
     for batch in batches:
         times = {name: [] for name in systems}

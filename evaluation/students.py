@@ -23,8 +23,8 @@ from tokcom.evaluation.judges import TokenJudge, check_tokens, load_peer
 from tokcom.evaluation.metrics import sample_entropy
 from tokcom.evaluation.protocol import (
     CONTINUATION,
+    LATENCY_BATCHES,
     PROMPT,
-    Study,
     at_entropy,
     held_out_windows,
     latency,
@@ -157,9 +157,8 @@ def main(argv: list[str] | None = None) -> dict:
     if args.peer:
         peer = load_peer(args.peer, teacher.tokenizer, args.device)
         timed["autoregressive peer"] = AutoregressiveSampler(peer, teacher.tokenizer.eos_token_id)
-    # latency asks for held-out prompts alone; the training text is only there to be there
-    study = Study(tokens[:1000], tokens, None, judge, {}, teacher.chunk_size)
-    facts["latency"] = latency(study, timed, repeats=args.repeats)
+    timed_prompts = held_out_windows(tokens, PROMPT, max(LATENCY_BATCHES))
+    facts["latency"] = latency(timed_prompts, timed, repeats=args.repeats)
     # times mean nothing without
     facts["threads"] = torch.get_num_threads()
     facts["settings"] = {name: str(value) for name, value in vars(args).items()}

@@ -15,13 +15,12 @@ is finished is timed in turn. Writes `curve.md` and `curve.png`.
 
 import argparse
 import contextlib
+import copy
 import json
-import time
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from tokcom.cli.errors import report_errors
 from tokcom.cli.loading import add_device_option
@@ -31,9 +30,11 @@ from tokcom.evaluation.judges import TokenJudge, load_language_model, token_nll
 from tokcom.evaluation.metrics import sample_entropy
 from tokcom.evaluation.protocol import (
     CONTINUATION,
+    LATENCY_BATCHES,
     PROMPT,
     at_entropy,
     held_out_windows,
+    latency,
     measure_setting,
 )
 from tokcom.evaluation.reconstruction import held_out_nll
@@ -53,7 +54,6 @@ RATES = {"learning_rate": 3e-3, "muon_learning_rate": 1.2e-2}  # of all systems
 STEPS = (1, 2, 4, 8, 16, 64)  # denoising steps of a chunk of four tokens
 TEMPERATURES = (1.0, 0.9, 0.8, 0.7)  # between which NLL is interpolated
 THRESHOLDS = (0.1, 0.3, 1.0)  # nats below which a masked token is decided with others
-BATCH_SIZES = (1, 32)  # that are timed
 
 # ---- training ----
 
@@ -160,6 +160,8 @@ class MaskSystem(TurnSystem):
 
     def sampler(self, setting: dict, temperature: float):
         options = dict(setting)
+        # samplers take turns when they are timed, so each keeps its own order
+        self.pipe = copy.copy(self.pipe)
         self.pipe.order = options.pop("order")
         self.pipe.threshold = options.pop("threshold", None)
         return TokComSampler(self.pipe, temperature=temperature, **options)
@@ -235,36 +237,18 @@ def label(setting: dict) -> str:
     return ", ".join(f"{key} {value}" for key, value in setting.items()) or "one token at a time"
 
 
-def milliseconds(system, setting: dict, prompts: np.ndarray, seed: int) -> float:
-    """Per generated token."""
-    started = time.perf_counter()
-    system.sampler(setting, 1.0).sample(prompts, CONTINUATION, seed)
-    return 1000 * (time.perf_counter() - started) / prompts.shape[0] / CONTINUATION
-
-
-def time_systems(finished: dict[str, dict], args: argparse.Namespace) -> dict[str, float]:
-    """Milliseconds per token of all systems and settings, medians of three rounds.
-
-    In each round all of them take their turn, so a machine that slows down does not slow one alone.
-    """
+def time_systems(finished: dict[str, dict], args: argparse.Namespace) -> dict:
+    """Milliseconds per token of what was measured, by system and setting, in turn."""
     tokens = read_tokens(args.validation, load_tokenizer(args.checkpoint), "validation")
-    prompts = held_out_windows(tokens, PROMPT + CONTINUATION, args.prompts)[:, :PROMPT]
-    runs = {}
+    samplers = {}
     for name, facts in finished.items():
         system = SYSTEMS[name].system(Path(facts["directory"]), args.device)
         measured = {point["setting"] for point in facts["points"]}
-        for setting in (one for one in system.settings() if label(one) in measured):
-            for size in BATCH_SIZES:
-                runs[timing_key(name, label(setting), size)] = system, setting, prompts[:size]
-    found: dict[str, list[float]] = {key: [] for key in runs}
-    rounds = [(seed, key) for seed in range(3) for key in runs]
-    for seed, key in tqdm(rounds, desc="timing"):
-        found[key].append(milliseconds(*runs[key], seed))
-    return {key: float(np.median(values)) for key, values in found.items()}
-
-
-def timing_key(name: str, setting: str, size: int) -> str:
-    return f"{name}; {setting}; batch {size}"
+        for setting in system.settings():
+            if label(setting) in measured:
+                samplers[name, label(setting)] = system.sampler(setting, 1.0)
+    prompts = held_out_windows(tokens, PROMPT, max(LATENCY_BATCHES))
+    return latency(prompts, samplers, length=CONTINUATION, repeats=3)
 
 
 def measure(name: str, directory: Path, args: argparse.Namespace) -> dict:
@@ -313,7 +297,7 @@ COLUMNS = (
     "NLL at real entropy",
     "NLL",
     "entropy",
-    *(f"ms per token, batch {size}" for size in BATCH_SIZES),
+    *(f"ms_per_token_batch_{size}" for size in LATENCY_BATCHES),
 )
 
 
@@ -327,17 +311,13 @@ def read_finished(work: Path, seed: int) -> dict[str, dict]:
     }
 
 
-def write_report(finished: dict[str, dict], times: dict[str, float], work: Path) -> None:
+def write_report(finished: dict[str, dict], times: dict, work: Path) -> None:
     """Collect what is finished into a table and a picture."""
-    for name, facts in finished.items():
-        for point in facts["points"]:
-            for size in BATCH_SIZES:
-                key = timing_key(name, point["setting"], size)
-                point[f"ms per token, batch {size}"] = times[key]
     rows = []
     for name, facts in finished.items():
         own = "-" if facts["own_nll"] is None else facts["own_nll"]
         for point in facts["points"]:
+            point |= times[name, point["setting"]]
             cells = ["-" if point[key] is None else point[key] for key in COLUMNS]
             rows.append([name, point["setting"], own, *cells])
     text = table(["system", "setting", "own NLL", *COLUMNS], rows)
@@ -369,7 +349,7 @@ def plot(finished: dict, file: Path) -> None:
     figure, panels = pyplot.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
     keys = {
         "evaluations per token": "evaluations of the head per token, of the network for the Llama",
-        "ms per token, batch 32": "milliseconds per token, batch 32",
+        "ms_per_token_batch_32": "milliseconds per token, batch 32",
     }
     markers = "os^vDPX*<>"
     for axes, (key, meaning) in zip(panels, keys.items()):
